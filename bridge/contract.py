@@ -1,0 +1,261 @@
+"""
+The contract with a backend: what a way to a CA must do, and what it may do.
+
+A backend talks to its CA and does nothing else.
+It is never given a private key of the node, writes no file on the node, and need not check what came
+back: `bridge.verify` does that, for all backends alike.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from string import Formatter
+from typing import ClassVar, Protocol, runtime_checkable
+
+from cryptography import x509
+
+from bridge.errors import SettingsProblem, Violation
+from bridge.specs import SPECS, CertificateSpec
+
+#: Entry-point group; each entry point is a `BackendType`.
+ENTRY_POINT_GROUP = "kubeadm_ca_bridge.backends"
+USAGES = ("server", "client", "peer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignRequest:
+    """One certificate that a CA is asked for."""
+
+    spec: CertificateSpec  #: Its name, authority and EKUs; the CSR names no EKU.
+    csr_pem: bytes  #: PKCS#10, one PEM block; subject and SANs are those of the certificate to come.
+    validity: timedelta  #: Wanted; a CA may give less, down to the settings' `min_validity`.
+    replaces: x509.Certificate | None = None
+
+    @property
+    def csr(self) -> x509.CertificateSigningRequest:
+        """The CSR, parsed."""
+        return x509.load_pem_x509_csr(self.csr_pem)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Issued:
+    """What a CA answered; not verified yet."""
+
+    leaf: x509.Certificate
+    #: In the order of RFC 8446 §4.4.2 (each certifies the one before it), without the trust anchor;
+    #: further certificates do no harm, the bridge takes those that it needs.
+    intermediates: tuple[x509.Certificate, ...] = ()
+
+
+class Backend(Protocol):
+    """A way to have CSRs signed by one CA."""
+
+    def sign(self, request: SignRequest) -> Issued:
+        """
+        Have the CA sign one CSR.
+
+        May be called from several threads at once. It does not retry: the bridge does, with the same CSR
+        (a second certificate for one key is harmless, a lost key is not).
+
+        Args:
+            request: Its EKUs have to reach the CA by the CA's own means (a parameter, a profile, an
+                extension section), because the CSR does not name them.
+
+        Raises:
+            BackendRefusedError: The CA said no; trying again cannot help.
+            BackendUnavailableError: No answer, or "later"; trying again may help.
+        """
+        ...
+
+
+@runtime_checkable
+class SignsMany(Protocol):
+    """Optional: sign a batch in one round trip or process."""
+
+    def sign_many(self, requests: Sequence[SignRequest]) -> list[Issued | Exception]:
+        """
+        Have the CA sign all; one bad CSR among them fails alone.
+
+        Returns:
+            One answer a request, in their order: a certificate, or the `BackendError` for that one.
+
+        Raises:
+            BackendRefusedError: For all of them.
+            BackendUnavailableError: For all of them.
+        """
+        ...
+
+
+@runtime_checkable
+class Checks(Protocol):
+    """Optional: find out, without spending a signature, whether `sign` would give the right usages."""
+
+    def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
+        """
+        Ask the CA for the profile, role or section that each certificate would be signed with.
+
+        Returns:
+            The violations by certificate name; a name without any is left out.
+            What the CA does not let us see is no violation.
+
+        Raises:
+            BackendRefusedError: The CA does not accept us.
+            BackendUnavailableError: No answer.
+        """
+        ...
+
+
+@runtime_checkable
+class ListsIssuers(Protocol):
+    """Optional: the CA's own certificates, for the comparison with the node's trust anchor."""
+
+    def issuers(self) -> list[x509.Certificate]:
+        """
+        The certificate that signs, then its chain as far as the CA tells.
+
+        Raises:
+            BackendRefusedError: The CA does not accept us, or has no certificate.
+            BackendUnavailableError: No answer.
+        """
+        ...
+
+
+@runtime_checkable
+class Closes(Protocol):
+    """Optional: give back at the end what the backend took (sessions, tokens that it made)."""
+
+    def close(self) -> None:
+        """Never raises for a CA that can't be reached."""
+        ...
+
+
+class BackendType(Protocol):
+    """What an entry point in `ENTRY_POINT_GROUP` names: usually the backend's class."""
+
+    #: A frozen dataclass below `BackendSettings`; its fields are the keys that the settings may have.
+    settings_type: ClassVar[type[BackendSettings]]
+
+    @classmethod
+    def from_settings(cls, settings: BackendSettings) -> Backend:
+        """
+        Make the backend; no network yet.
+
+        Args:
+            settings: An instance of `settings_type`, whose `problems` are none.
+
+        Raises:
+            SettingsError: A file that the settings name can't be used.
+        """
+        ...
+
+
+class SecretUnavailableError(Exception):
+    """A secret can't be read; the text names where it was looked for, never its value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Secret:
+    """
+    Where a secret comes from; the value is read when it is needed, and is in no text of this object.
+
+    In the settings a field `token: Secret` is one of the keys `token_file` (a path), `token_env`
+    (an environment variable) and `token_credential` (a systemd credential's name).
+    """
+
+    kind: str  #: `file`, `env` or `credential`.
+    where: str
+
+    def __str__(self) -> str:
+        return {"file": self.where, "env": f"${self.where}", "credential": f"credential {self.where}"}[self.kind]
+
+    def read(self) -> str:
+        """
+        The secret, without white space around it.
+
+        Raises:
+            SecretUnavailableError: Not there, not readable, or empty.
+        """
+        raw = os.environ.get(self.where, "") if self.kind == "env" else self._read_file(self._path())
+        value = raw.strip()
+        if not value:
+            raise SecretUnavailableError(f"wanted a secret in {self}, found nothing there")
+        return value
+
+    def _path(self) -> Path:
+        if self.kind == "file":
+            return Path(self.where)
+        # https://systemd.io/CREDENTIALS/
+        directory = os.environ.get("CREDENTIALS_DIRECTORY")
+        if not directory:
+            raise SecretUnavailableError(
+                f"wanted systemd {self}, found no $CREDENTIALS_DIRECTORY (LoadCredential= in the unit sets it)"
+            )
+        return Path(directory, self.where)
+
+    def _read_file(self, path: Path) -> str:
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
+            raise SecretUnavailableError(f"wanted a secret in {path}, found: {reason}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendSettings:
+    """
+    The keys that every backend has; a backend's own settings are a frozen dataclass below this one.
+
+    The settings file is read into the dataclass by the types of its fields, strictly: `str`, `bool`, `int`,
+    `Path` (absolute), `timedelta` ("30s", "12h", "365d"), `Literal[...]`, `Secret`, `dict[str, str]`, another
+    dataclass for a table, and any of these `| None`. A field without a default is required.
+    """
+
+    timeout: timedelta = timedelta(seconds=30)  #: For one request or process.
+    retry_for: timedelta = timedelta(minutes=2)  #: How long "unavailable" is retried.
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """
+        What types alone can't say, such as keys that exclude each other.
+
+        Yields:
+            Problems with a key relative to the backend's table, such as `auth.method`.
+        """
+        yield from ()
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """
+    Which role or profile a certificate is signed with: a pattern, and exceptions to it.
+
+    The pattern may hold `{name}` (the certificate's name, dots and all) and `{usage}` (`server`, `client`
+    or `peer`); an exception is named by certificate, or else by usage class.
+    """
+
+    pattern: str
+    exceptions: Mapping[str, str] = field(default_factory=dict)
+
+    def __call__(self, spec: CertificateSpec) -> str:
+        """The role's or profile's name."""
+        for key in (spec.name, spec.usage):
+            if key in self.exceptions:
+                return self.exceptions[key]
+        return self.pattern.format(name=spec.name, usage=spec.usage)
+
+    def problems(self, key: str, exceptions_key: str) -> Iterator[SettingsProblem]:
+        """What is wrong with the pattern (settings key `key`) and the exceptions (table `exceptions_key`)."""
+        try:
+            fields = {name for _, name, _, _ in Formatter().parse(self.pattern) if name is not None}
+        except ValueError:
+            fields = {self.pattern}
+        if not fields <= {"name", "usage"}:
+            yield SettingsProblem(key, "a text that may hold {name} and {usage}", repr(self.pattern))
+        for name in self.exceptions:
+            if name not in SPECS and name not in USAGES:
+                yield SettingsProblem(
+                    f"{exceptions_key}.{name}", f"a certificate's name or one of {', '.join(USAGES)}", repr(name)
+                )

@@ -1,0 +1,113 @@
+"""What can go wrong, as data: each error knows its exit code and what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+
+class Exit:
+    """Exit codes; a promise to callers (README, "Exit codes")."""
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    DUE = 3
+    WAITING = 4
+    REFUSED = 5
+    UNAVAILABLE = 6
+    NOT_LIVE = 7
+    ROLLED_BACK = 8
+    LOCKED = 9
+
+    #: Of several outcomes in one run the first of these counts.
+    PRECEDENCE = (ROLLED_BACK, NOT_LIVE, FAILED, USAGE, REFUSED, UNAVAILABLE, WAITING, DONE)
+
+    @classmethod
+    def worst(cls, codes: Sequence[int]) -> int:
+        """The code of a run with these outcomes; 0 for none."""
+        return min(codes, key=cls.PRECEDENCE.index, default=cls.DONE)
+
+
+class BridgeError(Exception):
+    """Base of all expected errors; its text is one sentence, lower case, without a secret in it."""
+
+    exit_code: ClassVar[int] = Exit.FAILED
+    hint: str = ""  #: What to do next; may be empty.
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        if hint is not None:
+            self.hint = hint
+
+
+@dataclass(frozen=True, slots=True)
+class SettingsProblem:
+    """One thing that is wrong in the settings; `str()` of it is a line for the operator."""
+
+    key: str  #: Dotted, such as `backend.corp.auth.method`; empty for the file as a whole.
+    wanted: str
+    found: str
+    file: Path | None = None
+    line: int | None = None  #: From 1.
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line}: " if self.file and self.line else f"{self.file}: " if self.file else ""
+        key = f"{self.key}: " if self.key else ""
+        return f"{place}{key}wanted {self.wanted}, found {self.found}"
+
+
+class SettingsError(BridgeError):
+    """The settings can't be used; all problems at once."""
+
+    exit_code = Exit.USAGE
+
+    def __init__(self, problems: Sequence[SettingsProblem], *, hint: str | None = None) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join(map(str, problems)), hint=hint)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Violation:
+    """One way in which a certificate, or a CA's configuration, is not what was asked for."""
+
+    subject: str  #: What is wrong, such as `EKU` or `SAN`.
+    want: str
+    got: str
+
+    def __str__(self) -> str:
+        return f"{self.subject}: wanted {self.want}, got {self.got}"
+
+
+class VerificationError(BridgeError):
+    """The CA signed, but not the certificate that was asked for."""
+
+    exit_code = Exit.REFUSED
+    hint = "the CA's profile, role or extension section for this certificate is the usual cause"
+
+    def __init__(self, name: str, violations: Sequence[Violation]) -> None:
+        self.name = name
+        self.violations = list(violations)
+        super().__init__(f"{name}: {'; '.join(map(str, violations))}")
+
+
+class BackendError(BridgeError):
+    """A backend could not have a certificate signed."""
+
+
+class BackendRefusedError(BackendError):
+    """The CA said no, or is not usable as it is set up; trying the same again cannot help."""
+
+    exit_code = Exit.REFUSED
+
+
+class BackendUnavailableError(BackendError):
+    """No answer, or "later"; trying the same again may help."""
+
+    exit_code = Exit.UNAVAILABLE
+
+    def __init__(self, message: str, *, hint: str | None = None, retry_after_seconds: float | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_seconds = retry_after_seconds  #: The CA's own wish, where it told one.

@@ -1,0 +1,232 @@
+"""
+Every certificate that kubeadm keeps on a control-plane node: pure data with its sources.
+
+Names, files, authorities and usages are kubeadm's own (`kubeadm certs check-expiration`,
+cmd/kubeadm/app/phases/certs/certlist.go and phases/kubeconfig/kubeconfig.go, the same from 1.34 to 1.37).
+Subjects and SANs are not here: a renewal copies them from the certificate that it replaces.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Literal
+
+Usage = Literal["server", "client", "peer"]
+
+
+class EKU(enum.Enum):
+    """An extended key usage (RFC 5280 §4.2.1.12); the value is its OID in dotted form."""
+
+    SERVER_AUTH = "1.3.6.1.5.5.7.3.1"
+    CLIENT_AUTH = "1.3.6.1.5.5.7.3.2"
+
+    @property
+    def label(self) -> str:
+        """RFC 5280's name: `serverAuth` or `clientAuth`."""
+        return {EKU.SERVER_AUTH: "serverAuth", EKU.CLIENT_AUTH: "clientAuth"}[self]
+
+
+class Component(enum.Enum):
+    """A process of the control plane; the value is the name of its static pod and manifest."""
+
+    ETCD = "etcd"
+    APISERVER = "kube-apiserver"
+    CONTROLLER_MANAGER = "kube-controller-manager"
+    SCHEDULER = "kube-scheduler"
+    KUBELET = "kubelet"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Authority:
+    """One of the three CAs below `pki_dir`; kubeadm never renews it."""
+
+    name: str  #: As in `kubeadm certs check-expiration`.
+    base: str  #: kubeadm's base name: the files are `{base}.crt` and `{base}.key` below `pki_dir`.
+
+    @property
+    def certificate_file(self) -> str:
+        """Below `pki_dir`."""
+        return f"{self.base}.crt"
+
+    @property
+    def key_file(self) -> str:
+        """Below `pki_dir`; absent when the CA is managed externally."""
+        return f"{self.base}.key"
+
+
+CA = Authority(name="ca", base="ca")
+ETCD_CA = Authority(name="etcd-ca", base="etcd/ca")
+FRONT_PROXY_CA = Authority(name="front-proxy-ca", base="front-proxy-ca")
+
+#: In kubeadm's order.
+AUTHORITIES = {authority.name: authority for authority in (CA, ETCD_CA, FRONT_PROXY_CA)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CertificateSpec:
+    """
+    One leaf certificate that kubeadm expects on a control-plane node.
+
+    EKUs are here, since kubeadm's CSRs carry none, and a mistake in one certificate must not be
+    copied into the next.
+    """
+
+    name: str  #: As in `kubeadm certs check-expiration`.
+    title: str  #: kubeadm's long name, as in its messages (the same from 1.20 to 1.37).
+    authority: Authority
+    ekus: frozenset[EKU]  #: Exactly these.
+    base: str  #: `{base}.crt` and `{base}.key` below `pki_dir`; for a kubeconfig its name in `kubeconfig_dir`.
+    kubeconfig: bool = False  #: The pair is embedded in a kubeconfig.
+    component: Component | None = None  #: The process that reads it; None: people and kubeadm itself.
+    flags: tuple[str, ...] = ()  #: The component's flags that name the certificate (or kubeconfig) file.
+    since: tuple[int, int] = (0, 0)  #: The Kubernetes version that brought it; (0, 0): always there.
+    optional: bool = False  #: A healthy node may be without it.
+    listed: bool = True  #: kubeadm lists and renews it.
+    #: Read again by its component without a restart (measured on 1.37).
+    reloaded: bool = True
+
+    @property
+    def usage(self) -> Usage:
+        """Usage class, for profiles and roles that are shared by certificates with the same EKUs."""
+        if self.ekus == _PEER:
+            return "peer"
+        return "server" if self.ekus == _SERVER else "client"
+
+    @property
+    def certificate_mode(self) -> int:
+        """The mode with which kubeadm creates the file that holds the certificate."""
+        return 0o600 if self.kubeconfig else 0o644
+
+
+_SERVER = frozenset({EKU.SERVER_AUTH})
+_CLIENT = frozenset({EKU.CLIENT_AUTH})
+# Both EKUs, since etcd also presents its serving certificate as a client:
+# https://github.com/etcd-io/etcd/issues/9785
+_PEER = frozenset({EKU.SERVER_AUTH, EKU.CLIENT_AUTH})
+_KUBECONFIG_FLAGS = ("--kubeconfig", "--authentication-kubeconfig", "--authorization-kubeconfig")
+
+#: In kubeadm's order (by name, byte-wise), then what kubeadm does not list.
+SPECS = {
+    spec.name: spec
+    for spec in (
+        CertificateSpec(
+            name="admin.conf",
+            title="certificate embedded in the kubeconfig file for the admin to use and for kubeadm itself",
+            authority=CA,
+            ekus=_CLIENT,
+            base="admin.conf",
+            kubeconfig=True,
+        ),
+        CertificateSpec(
+            name="apiserver",
+            title="certificate for serving the Kubernetes API",
+            authority=CA,
+            ekus=_SERVER,
+            base="apiserver",
+            component=Component.APISERVER,
+            flags=("--tls-cert-file",),
+        ),
+        CertificateSpec(
+            name="apiserver-etcd-client",
+            title="certificate the apiserver uses to access etcd",
+            authority=ETCD_CA,
+            ekus=_CLIENT,
+            base="apiserver-etcd-client",
+            component=Component.APISERVER,
+            flags=("--etcd-certfile",),
+        ),
+        CertificateSpec(
+            name="apiserver-kubelet-client",
+            title="certificate for the API server to connect to kubelet",
+            authority=CA,
+            ekus=_CLIENT,
+            base="apiserver-kubelet-client",
+            component=Component.APISERVER,
+            flags=("--kubelet-client-certificate",),
+        ),
+        CertificateSpec(
+            name="controller-manager.conf",
+            title="certificate embedded in the kubeconfig file for the controller manager to use",
+            authority=CA,
+            ekus=_CLIENT,
+            base="controller-manager.conf",
+            kubeconfig=True,
+            component=Component.CONTROLLER_MANAGER,
+            flags=_KUBECONFIG_FLAGS,
+            reloaded=False,
+        ),
+        CertificateSpec(
+            name="etcd-healthcheck-client",
+            title="certificate for liveness probes to healthcheck etcd",
+            authority=ETCD_CA,
+            ekus=_CLIENT,
+            base="etcd/healthcheck-client",
+        ),
+        CertificateSpec(
+            name="etcd-peer",
+            title="certificate for etcd nodes to communicate with each other",
+            authority=ETCD_CA,
+            ekus=_PEER,
+            base="etcd/peer",
+            component=Component.ETCD,
+            flags=("--peer-cert-file",),
+        ),
+        CertificateSpec(
+            name="etcd-server",
+            title="certificate for serving etcd",
+            authority=ETCD_CA,
+            ekus=_PEER,
+            base="etcd/server",
+            component=Component.ETCD,
+            flags=("--cert-file",),
+        ),
+        CertificateSpec(
+            name="front-proxy-client",
+            title="certificate for the front proxy client",
+            authority=FRONT_PROXY_CA,
+            ekus=_CLIENT,
+            base="front-proxy-client",
+            component=Component.APISERVER,
+            flags=("--proxy-client-cert-file",),
+        ),
+        CertificateSpec(
+            name="scheduler.conf",
+            title="certificate embedded in the kubeconfig file for the scheduler manager to use",
+            authority=CA,
+            ekus=_CLIENT,
+            base="scheduler.conf",
+            kubeconfig=True,
+            component=Component.SCHEDULER,
+            flags=_KUBECONFIG_FLAGS,
+            reloaded=False,
+        ),
+        # Only on the node where `kubeadm init` ran, and users are told to move it away:
+        # https://kubernetes.io/docs/setup/best-practices/certificates/
+        CertificateSpec(
+            name="super-admin.conf",
+            title="certificate embedded in the kubeconfig file for the super-admin",
+            authority=CA,
+            ekus=_CLIENT,
+            base="super-admin.conf",
+            kubeconfig=True,
+            since=(1, 29),
+            optional=True,
+        ),
+        # kubeadm leaves it to the kubelet's own rotation, which never ends where no CA key is in the
+        # cluster: with embedded data it is ours.
+        CertificateSpec(
+            name="kubelet.conf",
+            title="certificate embedded in the kubeconfig file for the kubelet to use",
+            authority=CA,
+            ekus=_CLIENT,
+            base="kubelet.conf",
+            kubeconfig=True,
+            component=Component.KUBELET,
+            flags=("--kubeconfig",),
+            optional=True,
+            listed=False,
+            reloaded=False,
+        ),
+    )
+}
