@@ -1,0 +1,74 @@
+"""
+Marks for tests that need real programs, and the rule that a run may forbid skips.
+
+`@pytest.mark.kube` needs kubeadm, `@pytest.mark.kube("cfssl", "kubeadm-1.20")` the programs that it names,
+`@pytest.mark.node` all that `tests/kit/node.sh` needs. Without them the test is skipped, and says what brings them.
+With `CA_BRIDGE_NO_SKIP=1` in the environment a skip is a failure, whatever its cause.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+from tests.kit import programs
+
+NO_SKIP = "CA_BRIDGE_NO_SKIP"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Node tests share one address range and one machine: with xdist they go to the same worker, one by one."""
+    for item in items:
+        if item.get_closest_marker("node"):
+            item.add_marker(pytest.mark.xdist_group("node"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test whose programs are not here."""
+    reason = programs.lacking(_needs(item))
+    if not reason and item.get_closest_marker("node"):
+        reason = _no_node_here()
+    if reason:
+        pytest.skip(reason)
+
+
+def _needs(item: pytest.Item) -> list[str]:
+    names = [name for mark in item.iter_markers("kube") for name in (mark.args or ("kubeadm",))]
+    return names + [name for _ in item.iter_markers("node") for name in programs.NODE_PROGRAMS]
+
+
+def _no_node_here() -> str:
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return "a node needs root on Linux; run the tests as root"
+    return ""
+
+
+def _fail_if_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:
+    # An expected failure is reported as "skipped" too, but it did run.
+    if os.environ.get(NO_SKIP) != "1" or report.outcome != "skipped" or hasattr(report, "wasxfail"):
+        return
+    reason: Any = report.longrepr
+    report.outcome = "failed"
+    report.longrepr = f"{NO_SKIP}=1, and this was skipped: {reason[2] if isinstance(reason, tuple) else reason}"
+
+
+# First among the wrappers means last to see the report: after pytest's own has made a skip of it.
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A skipped test fails where skips are forbidden."""
+    report = yield
+    _fail_if_skipped(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """So does a module that skips itself."""
+    report = yield
+    _fail_if_skipped(report)
+    return report

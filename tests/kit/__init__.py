@@ -1,0 +1,1 @@
+"""The real programs, PKIs and nodes that the tests run against."""

@@ -1,0 +1,104 @@
+"""What the kit and the suite's own rules promise."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import conftest
+from tests.kit import programs
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SKIPPED_BY_ITSELF = """
+import pytest
+
+def test_skips() -> None:
+    pytest.skip("no reason")
+"""
+SKIPPED_BY_A_MARK = """
+import pytest
+
+@pytest.mark.kube("a-program-that-nobody-has")
+def test_needs_it() -> None:
+    raise AssertionError("ran without its program")
+"""
+SKIPPED_MODULE = """
+import pytest
+
+pytest.importorskip("a_module_that_nobody_has")
+
+def test_never_collected() -> None: ...
+"""
+NOT_SKIPPED = """
+import pytest
+
+@pytest.mark.kube("sh")
+def test_passes() -> None: ...
+
+@pytest.mark.xfail(reason="known", strict=True)
+def test_fails_as_expected() -> None:
+    raise AssertionError
+"""
+
+
+def _pytest(directory: Path, source: str, *, no_skip: bool) -> subprocess.CompletedProcess[str]:
+    """Run `source` as a test module under our conftest, in a process of its own."""
+    (directory / "test_it.py").write_text(source)
+    (directory / "pytest.ini").write_text("[pytest]\nmarkers =\n    kube: x\n    node: x\n    xdist_group: x\n")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment.pop(conftest.NO_SKIP, None)
+    if no_skip:
+        environment[conftest.NO_SKIP] = "1"
+    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-q", "-rs", "."]
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("source", [SKIPPED_BY_ITSELF, SKIPPED_BY_A_MARK, SKIPPED_MODULE])
+def test_a_skip_is_a_failure_where_skips_are_forbidden(tmp_path: Path, source: str) -> None:
+    """A skip passes in an ordinary run and fails one with CA_BRIDGE_NO_SKIP=1, whatever skipped it."""
+    ordinary = _pytest(tmp_path, source, no_skip=False)
+    strict = _pytest(tmp_path, source, no_skip=True)
+
+    # A run whose only module skips itself has collected no test.
+    assert ordinary.returncode in {pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED}
+    assert "1 skipped" in ordinary.stdout
+    assert strict.returncode in {pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED}
+    assert "1 skipped" not in strict.stdout
+
+
+def test_what_is_not_skipped_passes_where_skips_are_forbidden(tmp_path: Path) -> None:
+    """A test that has its program runs, and an expected failure is no skip."""
+    run = _pytest(tmp_path, NOT_SKIPPED, no_skip=True)
+
+    assert run.returncode == pytest.ExitCode.OK, run.stdout
+    assert "1 passed, 1 xfailed" in run.stdout
+
+
+def test_a_skip_names_the_command_that_brings_the_program(tmp_path: Path) -> None:
+    """Who reads that a test was skipped reads how to have it run."""
+    run = _pytest(tmp_path, SKIPPED_BY_A_MARK, no_skip=False)
+
+    assert programs.COMMAND in run.stdout
+    assert os.access(ROOT / programs.COMMAND, os.X_OK)
+
+
+def test_finds_a_program_in_the_kit_before_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """$KUBE_BIN_DIR comes first, then $PATH; a name that is in neither is not found."""
+    kit, path = tmp_path / "kit", tmp_path / "path"
+    for directory, names in ((kit, ["both"]), (path, ["both", "only-path"])):
+        directory.mkdir()
+        for name in names:
+            (directory / name).touch(mode=0o755)
+    monkeypatch.setenv("KUBE_BIN_DIR", str(kit))
+    monkeypatch.setenv("PATH", str(path))
+
+    found = [programs.find(name) for name in ("both", "only-path", "neither")]
+
+    assert found == [kit / "both", path / "only-path", None]
+    assert programs.lacking(["both", "neither", "nor-this"]).startswith("neither, nor-this not found")
+    assert not programs.lacking(["both", "only-path"])
