@@ -1,0 +1,177 @@
+"""Reading X.509: PEM files as Kubernetes reads them, and certificates as plain values. No file, no clock, no key."""
+
+from __future__ import annotations
+
+import base64
+import re
+import warnings
+from collections.abc import Iterator
+from typing import TypeVar
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.utils import CryptographyDeprecationWarning
+
+# Every CA that kubeadm made up to 1.20 has serial number 0 and is in use for ten years. cryptography says so at
+# each load and at each look at the number; a filter for the whole process, since `warnings.catch_warnings` swaps
+# global state and is not for threads.
+warnings.filterwarnings(
+    "ignore", message="Parsed a serial number which wasn't positive", category=CryptographyDeprecationWarning
+)
+
+_BEGIN = re.compile(rb"^-----BEGIN CERTIFICATE-----[ \t]*\r?$", re.MULTILINE)
+_END = b"-----END CERTIFICATE-----"
+
+_Extension = TypeVar("_Extension", bound=x509.ExtensionType)
+
+
+def load_pem_certificates(data: bytes) -> list[x509.Certificate]:
+    """
+    All certificates in PEM text, in their order.
+
+    As Go's `cert.ParseCertsPEM`, which every Kubernetes component uses: text around the blocks, CRLF, blocks of
+    other types and blocks with headers are skipped (and so no key beside them is decoded). Unlike it, a damaged
+    block is an error, since the next one would be taken for the leaf.
+
+    Raises:
+        ValueError: No certificate, or one that can't be read; the text says which and why.
+    """
+    found = [_load(body, number) for number, body in enumerate(_bodies(data), start=1) if b":" not in body]
+    if not found:
+        raise ValueError("no PEM block of type CERTIFICATE")
+    return found
+
+
+def _bodies(data: bytes) -> Iterator[bytes]:
+    """What stands between the lines BEGIN and END of each block."""
+    for begin in _BEGIN.finditer(data):
+        end = data.find(_END, begin.end())
+        body = data[begin.end() : end]
+        if end < 0 or b"-----" in body:
+            raise ValueError(f"a PEM block that begins at byte {begin.start()} and has no end")
+        yield body
+
+
+def _load(body: bytes, number: int) -> x509.Certificate:
+    try:
+        der = base64.b64decode(b"".join(body.split()), validate=True)
+    except ValueError:
+        raise ValueError(f"PEM block {number} is not base64") from None
+    try:
+        return x509.load_der_x509_certificate(der)
+    # InvalidVersion is no ValueError
+    except (ValueError, x509.InvalidVersion) as e:
+        raise ValueError(f"PEM block {number} is not an X.509 certificate: {e}") from e
+
+
+def pem(certificate: x509.Certificate) -> bytes:
+    """One PEM block as kubeadm writes it: 64 characters a line, LF, a newline at the end."""
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def serial(certificate: x509.Certificate) -> int:
+    """The serial number; 0 for a CA that kubeadm made up to 1.20."""
+    return certificate.serial_number
+
+
+def serial_hex(certificate: x509.Certificate) -> str:
+    """The serial number as `openssl x509 -serial` prints it: upper-case pairs of hex digits."""
+    number = serial(certificate)
+    digits = f"{abs(number):X}"
+    return f"{'-' if number < 0 else ''}{digits.zfill(len(digits) + len(digits) % 2)}"
+
+
+def fingerprint(certificate: x509.Certificate) -> str:
+    """SHA-256 over the DER bytes, lower-case hex."""
+    return certificate.fingerprint(hashes.SHA256()).hex()
+
+
+def attributes(name: x509.Name) -> list[tuple[str, str]]:
+    """(dotted OID, value) of every attribute, in the order of the certificate; a value that is no text as `#HEX`."""
+    return [
+        (
+            attribute.oid.dotted_string,
+            attribute.value if isinstance(attribute.value, str) else f"#{attribute.value.hex()}",
+        )
+        for attribute in name
+    ]
+
+
+def name_text(name: x509.Name) -> str:
+    """The name for people (RFC 4514, so the last attribute comes first)."""
+    return name.rfc4514_string()
+
+
+def san_entries(subject: x509.Certificate | x509.CertificateSigningRequest) -> set[tuple[str, str]]:
+    """
+    The SANs as (type, value), empty without the extension.
+
+    Types are DNS, IP, email, URI, otherName, dirName and registeredID. IP addresses are normalised, names are not:
+    case and wildcards stay.
+
+    Raises:
+        ValueError: The extensions can't be read.
+    """
+    names = extension(subject, x509.SubjectAlternativeName)
+    return set() if names is None else {_san_entry(name) for name in names}
+
+
+_SAN_TYPES: dict[type[x509.GeneralName], str] = {
+    x509.DNSName: "DNS",
+    x509.IPAddress: "IP",
+    x509.RFC822Name: "email",
+    x509.UniformResourceIdentifier: "URI",
+    x509.OtherName: "otherName",
+    x509.DirectoryName: "dirName",
+    x509.RegisteredID: "registeredID",
+}
+
+
+def _san_entry(name: x509.GeneralName) -> tuple[str, str]:
+    match name:
+        case x509.DirectoryName():
+            value = name_text(name.value)
+        case x509.RegisteredID():
+            value = name.value.dotted_string
+        case x509.OtherName():
+            value = f"{name.type_id.dotted_string}:{name.value.hex()}"
+        case _:
+            value = str(name.value)
+    return _SAN_TYPES[type(name)], value
+
+
+def extended_key_usages(subject: x509.Certificate | x509.CertificateSigningRequest) -> frozenset[str] | None:
+    """
+    The EKUs' OIDs in dotted form; None when the extension is absent, which means "good for anything".
+
+    Raises:
+        ValueError: The extensions can't be read.
+    """
+    usages = extension(subject, x509.ExtendedKeyUsage)
+    return None if usages is None else frozenset(usage.dotted_string for usage in usages)
+
+
+def is_ca(certificate: x509.Certificate) -> bool:
+    """
+    Whether BasicConstraints say CA:TRUE.
+
+    Raises:
+        ValueError: The extensions can't be read.
+    """
+    constraints = extension(certificate, x509.BasicConstraints)
+    return constraints is not None and constraints.ca
+
+
+def extension(subject: x509.Certificate | x509.CertificateSigningRequest, kind: type[_Extension]) -> _Extension | None:
+    """
+    The value of one extension, None when it is absent.
+
+    Raises:
+        ValueError: The extensions can't be read: damaged, or one of them twice.
+    """
+    try:
+        return subject.extensions.get_extension_for_class(kind).value
+    except x509.ExtensionNotFound:
+        return None
+    except (x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as e:
+        raise ValueError(str(e)) from e
