@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from typing import TypeVar
 
@@ -102,6 +103,12 @@ def name_text(name: x509.Name) -> str:
     return name.rfc4514_string()
 
 
+def oid_label(oid: str) -> str:
+    """An OID with its name where the library knows one, such as `codeSigning (1.3.6.1.5.5.7.3.3)`."""
+    name = x509.ObjectIdentifier(oid)._name  # noqa: SLF001 (the only table of names there is)
+    return oid if name == "Unknown OID" else f"{name} ({oid})"
+
+
 def san_entries(subject: x509.Certificate | x509.CertificateSigningRequest) -> set[tuple[str, str]]:
     """
     The SANs as (type, value), empty without the extension.
@@ -112,8 +119,17 @@ def san_entries(subject: x509.Certificate | x509.CertificateSigningRequest) -> s
     Raises:
         ValueError: The extensions can't be read.
     """
-    names = extension(subject, x509.SubjectAlternativeName)
-    return set() if names is None else {_san_entry(name) for name in names}
+    return set(san_counts(subject))
+
+
+def san_counts(subject: x509.Certificate | x509.CertificateSigningRequest) -> Counter[tuple[str, str]]:
+    """
+    How often each of `san_entries` stands in the extension.
+
+    Raises:
+        ValueError: The extensions can't be read.
+    """
+    return Counter(map(_san_entry, extension(subject, x509.SubjectAlternativeName) or ()))
 
 
 _SAN_TYPES: dict[type[x509.GeneralName], str] = {
