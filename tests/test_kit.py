@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from bridge.specs import AUTHORITIES
 from tests import conftest
 from tests.kit import programs
+from tests.kit.pki import KubeadmAlgorithm, KubeadmVersion, kubeadm_pki
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -102,3 +104,37 @@ def test_finds_a_program_in_the_kit_before_the_path(tmp_path: Path, monkeypatch:
     assert found == [kit / "both", path / "only-path", None]
     assert programs.lacking(["both", "neither", "nor-this"]).startswith("neither, nor-this not found")
     assert not programs.lacking(["both", "only-path"])
+
+
+@pytest.mark.kube("kubeadm", "kubeadm-1.20")
+@pytest.mark.parametrize(
+    ("version", "algorithm"),
+    [("1.37", "RSA-2048"), ("1.37", "ECDSA-P384"), ("1.20", "RSA-2048"), ("1.20", "ECDSA-P256")],
+)
+def test_the_real_kubeadm_makes_a_pki_without_ca_keys(
+    tmp_path: Path, version: KubeadmVersion, algorithm: KubeadmAlgorithm
+) -> None:
+    """kubeadm 1.37 and 1.20 see an external CA in what they made, and what they made is complete."""
+    pki = kubeadm_pki(tmp_path, version=version, algorithm=algorithm)
+
+    assert not any((pki.pki_dir / authority.key_file).exists() for authority in AUTHORITIES.values())
+    assert all(file.exists() for name in AUTHORITIES for file in pki.ca_files(name))
+    assert pki.run_kubeadm("init", "phase", "certs", "all").stdout.count("keyless") == len(AUTHORITIES)
+    assert "External CA mode" in pki.run_kubeadm("init", "phase", "kubeconfig", "all").stdout
+
+
+def test_refuses_what_an_old_kubeadm_can_not_make(tmp_path: Path) -> None:
+    """What a kubeadm can not make is an error before it runs."""
+    with pytest.raises(ValueError, match="ECDSA-P384"):
+        kubeadm_pki(tmp_path, version="1.20", algorithm="ECDSA-P384")
+
+
+@pytest.mark.kube
+def test_kubeadm_tells_why_it_failed(tmp_path: Path) -> None:
+    """A run that fails raises with kubeadm's own words, unless the test wants to look at it itself."""
+    pki = kubeadm_pki(tmp_path, algorithm="ECDSA-P256")
+
+    with pytest.raises(AssertionError, match="unknown command"):
+        pki.run_kubeadm("certs", "no-such-command", config=False)
+
+    assert pki.run_kubeadm("certs", "no-such-command", config=False, check=False).returncode == 1
