@@ -18,7 +18,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 from cryptography import x509
 
-from bridge.errors import SettingsProblem, Violation
+from bridge.errors import BackendError, SettingsProblem, Violation
 from bridge.specs import SPECS, CertificateSpec
 
 #: Entry-point group; each entry point is a `BackendType`.
@@ -76,7 +76,7 @@ class Backend(Protocol):
 class SignsMany(Protocol):
     """Optional: sign a batch in one round trip or process."""
 
-    def sign_many(self, requests: Sequence[SignRequest]) -> list[Issued | Exception]:
+    def sign_many(self, requests: Sequence[SignRequest]) -> list[Issued | BackendError]:
         """
         Have the CA sign all; one bad CSR among them fails alone.
 

@@ -1,0 +1,172 @@
+"""Files that survive a power cut, and the one lock of a node."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import ClassVar
+
+from bridge.errors import BridgeError, Exit
+
+DIRECTORY_MODE = 0o700
+SECRET_MODE = 0o600
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attributes:
+    """What of a file stays when its content is replaced."""
+
+    mode: int  #: Permission bits.
+    uid: int
+    gid: int
+    #: POSIX ACLs, SELinux label and whatever else (see xattr(7)); those that the file system lets us read.
+    extended: dict[str, bytes]
+
+    @classmethod
+    def of(cls, path: Path) -> Attributes:
+        """Of the file that the path leads to."""
+        status = path.stat()
+        extended = {}
+        with contextlib.suppress(OSError):  # a file system without extended attributes has none to keep
+            for name in os.listxattr(path):
+                extended[name] = os.getxattr(path, name)
+        return cls(mode=stat.S_IMODE(status.st_mode), uid=status.st_uid, gid=status.st_gid, extended=extended)
+
+    def narrowed(self, mask: int) -> Attributes:
+        """The same with no permission outside `mask`."""
+        return Attributes(mode=self.mode & mask, uid=self.uid, gid=self.gid, extended=self.extended)
+
+
+def write_staged(path: Path, data: bytes, attributes: Attributes) -> None:
+    """
+    Write a new file, safe on disk when this returns: 0600 until its content and its owner are right.
+
+    Raises:
+        FileExistsError: The path is taken.
+        OSError: Anything else; then the file is gone again.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, SECRET_MODE)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, SECRET_MODE)  # whatever the umask is
+            file.write(data)
+            file.flush()
+            if (attributes.uid, attributes.gid) != (os.geteuid(), os.getegid()):
+                os.fchown(descriptor, attributes.uid, attributes.gid)
+            _set_extended(descriptor, attributes.extended)
+            os.fchmod(descriptor, attributes.mode)  # after the ACL, whose mask it sets
+            os.fsync(descriptor)
+    except BaseException:
+        path.unlink()
+        raise
+
+
+def _set_extended(descriptor: int, extended: dict[str, bytes]) -> None:
+    for name, value in extended.items():
+        try:
+            os.setxattr(descriptor, name, value)
+        except OSError as e:
+            # security.* may be the kernel's own to set (SELinux gives the label by policy); others are the user's
+            if not (name.startswith("security.") and e.errno in (errno.EPERM, errno.EACCES, errno.ENOTSUP)):
+                raise
+
+
+def write_atomically(path: Path, data: bytes, mode: int = SECRET_MODE) -> None:
+    """
+    The old content or the new, never half, and never a moment with a looser mode.
+
+    Raises:
+        OSError: Then the old content is still there.
+    """
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # 0600
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fchmod(descriptor, mode)
+            os.fsync(descriptor)
+        Path(temporary).rename(path)
+    except BaseException:
+        Path(temporary).unlink()
+        raise
+    sync_directory(path.parent)  # or a power cut may bring the old content back
+
+
+def sync_directory(path: Path) -> None:
+    """Make what was created, renamed and removed in a directory survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def private_directory(path: Path) -> None:
+    """
+    Make a directory for our eyes only, or accept one that is.
+
+    Raises:
+        BridgeError: It is somebody else's, or others can write to it.
+        OSError: It can't be made.
+    """
+    if not path.is_dir():
+        path.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+        path.chmod(DIRECTORY_MODE)
+    status = path.stat()
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        owner = f"owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}"
+        raise BridgeError(
+            f"{path}: wanted a directory of user {os.geteuid()} with mode 0700 (it holds keys), found {owner}",
+            hint=f"chown {os.geteuid()} {path} && chmod 700 {path}, after a look at who else uses it",
+        )
+
+
+class LockedError(BridgeError):
+    """Another run works on this node."""
+
+    exit_code: ClassVar[int] = Exit.LOCKED
+    hint = "run again when it has ended"
+
+
+@contextlib.contextmanager
+def lock(path: Path, command: str) -> Iterator[None]:
+    """
+    One writer a node: an advisory lock that ends with its process, however that ends.
+
+    The file tells the others who holds it; it stays when the lock is given back (removing it would let two in).
+
+    Raises:
+        LockedError: Somebody holds it; it says who, and since when.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, SECRET_MODE)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LockedError(f"wanted the lock {path}, found it held by {_holder(descriptor)}") from None
+        os.ftruncate(descriptor, 0)
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "command": command, "since": since}).encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _holder(descriptor: int) -> str:
+    for _ in range(10):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            holder = json.loads(os.pread(descriptor, 4096, 0))
+            age = int((datetime.now(UTC) - datetime.fromisoformat(holder["since"])).total_seconds())
+            return f"process {holder['pid']} for {age} s: {holder['command']}"
+        time.sleep(0.01)  # the holder has just got it, and not yet said who it is
+    return "a process that did not say who it is"
