@@ -1,0 +1,724 @@
+"""
+HashiCorp Vault and OpenBao: the PKI secrets engine signs, through roles or, by choice, verbatim.
+
+Measured against OpenBao 2.7; the API is https://openbao.org/api-docs/secret/pki/, in the main the same as
+https://developer.hashicorp.com/vault/api-docs/secret/pki.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import ssl
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from http import HTTPStatus
+from ipaddress import ip_address
+from pathlib import Path
+from threading import Lock
+from typing import ClassVar, Literal, cast
+from urllib.parse import quote, urlsplit
+
+import requests
+from cryptography import x509
+from hvac.adapters import RawAdapter
+
+from bridge.contract import BackendSettings, Issued, Secret, SecretUnavailableError, Selector, SignRequest
+from bridge.errors import (
+    BackendError,
+    BackendRefusedError,
+    BackendUnavailableError,
+    SettingsError,
+    SettingsProblem,
+    Violation,
+)
+from bridge.specs import EKU, CertificateSpec
+
+log = logging.getLogger("ca-bridge.vault")
+
+# ---------------------------------------------------------------------------------------------- settings
+
+#: The fields of `VaultAuth` that a method needs.
+_METHOD_KEYS: Mapping[str, tuple[str, ...]] = {
+    "token": ("token",),
+    "approle": ("role_id", "secret_id"),
+    "cert": (),
+    "kubernetes": ("role", "jwt"),
+    "jwt": ("role", "jwt"),
+    "userpass": ("username", "password"),
+}
+_SECRET_KEYS = frozenset({"token", "role_id", "secret_id", "jwt", "password"})
+_OPTIONAL_KEYS: Mapping[str, tuple[str, ...]] = {"approle": ("wrapped",), "cert": ("role",)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaultAuth:
+    """How to get a token: the settings' table `auth`."""
+
+    method: Literal["token", "approle", "cert", "kubernetes", "jwt", "userpass"] = "token"
+    mount: str | None = None  #: Where the method is mounted; by default under its own name.
+    token: Secret | None = None
+    role_id: Secret | None = None
+    secret_id: Secret | None = None
+    wrapped: bool = False  #: `secret_id` is a response-wrapping token that holds the secret id.
+    role: str | None = None  #: Of methods `kubernetes` and `jwt`, and by choice of `cert`.
+    jwt: Secret | None = None
+    username: str | None = None
+    password: Secret | None = None
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """Keys that the method lacks, and keys of other methods; relative to this table."""
+        needed = _METHOD_KEYS[self.method]
+        usable = {"method", *needed, *_OPTIONAL_KEYS.get(self.method, ())}
+        usable |= set() if self.method == "token" else {"mount"}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in needed and value in (None, ""):
+                key = f"{f.name}_file" if f.name in _SECRET_KEYS else f.name
+                yield SettingsProblem(key, f"what auth.method {self.method} needs", "nothing")
+            elif f.name not in usable and value != f.default:
+                key = f"{f.name}_{value.kind}" if isinstance(value, Secret) else f.name
+                yield SettingsProblem(key, f"only keys that auth.method {self.method} uses", "a key of other methods")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaultSettings(BackendSettings):
+    """The keys of a backend of type `vault`."""
+
+    url: str  #: https://, or http:// on the loopback interface.
+    namespace: str | None = None
+    mount: str = "pki"
+    issuer: str | None = None  #: An issuer's name or id; None: the one that the role or the mount chooses.
+    ca_file: Path | None = None  #: PEM, for the server's certificate; None: the system's CAs.
+    client_cert: Path | None = None
+    client_key: Path | None = None
+    role: str = "kubeadm-{name}"  #: Pattern; in mode `sign`.
+    roles: dict[str, str] = field(default_factory=dict)  #: Exceptions, by certificate name or usage class.
+    #: `sign-verbatim` takes no role: who may call it holds, in effect, the CA's key for leaf certificates.
+    mode: Literal["sign", "sign-verbatim"] = "sign"
+    auth: VaultAuth = field(default_factory=VaultAuth)
+
+    @property
+    def select_role(self) -> Selector:
+        """Which role a certificate is signed with."""
+        return Selector(self.role, self.roles)
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """What types can't say."""
+        yield from _url_problems(self.url)
+        if not self.mount.strip("/"):
+            yield SettingsProblem("mount", "the path of a PKI secrets engine", repr(self.mount))
+        if (self.client_cert is None) != (self.client_key is None):
+            missing, present = ("client_key", "client_cert") if self.client_cert else ("client_cert", "client_key")
+            yield SettingsProblem(missing, f"a file, since {present} is set", "nothing")
+        yield from self.select_role.problems("role", "roles")
+        yield from (replace(problem, key=f"auth.{problem.key}") for problem in self.auth.problems())
+        if self.auth.method == "cert" and not (self.client_cert or self.client_key):
+            yield SettingsProblem("client_cert", "a file, which auth.method cert needs", "nothing")
+
+
+def _url_problems(url: str) -> Iterator[SettingsProblem]:
+    """The token travels in a header of every request, so in clear it may only go to this machine."""
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018  (raises for a port that is no number)
+    except ValueError as e:
+        yield SettingsProblem("url", "https://HOST[:PORT]", str(e))
+        return
+    if parts.username or parts.password:
+        yield SettingsProblem("url", "a URL without user and password", "one with them")
+    elif parts.scheme not in {"http", "https"} or not parts.hostname or parts.query or parts.fragment:
+        yield SettingsProblem("url", "https://HOST[:PORT]", repr(url))
+    elif parts.scheme == "http" and not _is_loopback(parts.hostname):
+        yield SettingsProblem("url", "https://, since a token would go over the network in clear", repr(url))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _tls_problems(settings: VaultSettings) -> Iterator[SettingsProblem]:
+    """Files that OpenSSL can't load; found now, since later requests would say it less clearly."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if settings.ca_file:
+        try:
+            context.load_verify_locations(settings.ca_file)
+        except OSError as e:
+            yield SettingsProblem("ca_file", f"PEM certificates in {settings.ca_file}", _reason(e))
+    if settings.client_cert and settings.client_key:
+        try:
+            # A password, or OpenSSL asks for one at the terminal and a cron job hangs.
+            context.load_cert_chain(settings.client_cert, settings.client_key, password="")
+        except (OSError, ValueError) as e:
+            pair = f"a certificate in {settings.client_cert} and its key, not encrypted, in {settings.client_key}"
+            yield SettingsProblem("client_cert", pair, _reason(e))
+
+
+def _reason(e: Exception) -> str:
+    return (isinstance(e, OSError) and e.strerror) or str(e)
+
+
+# ------------------------------------------------------------------------------------------ the wire
+
+#: A signed certificate with its chain is a few kB; more than this is not from a CA.
+_MAX_BODY_BYTES = 1 << 20
+#: What the server says in an answer 500 although its configuration is at fault, so that "later" won't help.
+_FINAL_500 = (
+    "could not fetch the CA certificate",
+    "unable to find PKI issuer",
+    "no default issuer",
+    "failed to verify client's certificate",
+)
+#: Fragments of the server's texts, and what to do about them.
+_HINTS = (
+    ("beyond the expiration of the CA", "the CA ends before the certificate would: set a shorter renewal.validity"),
+    ("unknown role", "`ca-bridge setup vault` prints the roles that the CA's administrator has to make"),
+    ("by this role", "compare the role with what `ca-bridge setup vault` prints"),
+    ("in this role", "compare the role with what `ca-bridge setup vault` prints"),
+    ("role requires", "compare the role with what `ca-bridge setup vault` prints"),
+    ("could not fetch the CA certificate", "is `issuer` spelled right, and does the mount have a CA with its key?"),
+    ("unable to find PKI issuer", "is `issuer` spelled right?"),
+    ("no default issuer", "the mount has no CA yet"),
+    ("no handler for route", "is `mount` spelled right?"),
+    ("namespace not found", "is `namespace` spelled right?"),
+    ("is sealed", "the server has to be unsealed by its operators"),
+    ("HTTP request to an HTTPS server", "url has to start with https://"),
+    ("missing client token", "is the mount spelled right?"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answer:
+    """An HTTP answer; its body may hold a secret."""
+
+    where: str  #: Method and URL, for messages.
+    status: int
+    headers: Mapping[str, str] = field(repr=False)
+    body: Mapping[str, object] = field(repr=False)  #: The JSON object; empty where there is none.
+    errors: tuple[str, ...]  #: The server's own words, fit to be shown.
+
+    @property
+    def ok(self) -> bool:
+        return 200 <= self.status < 300  # noqa: PLR2004
+
+    @property
+    def data(self) -> Mapping[str, object]:
+        """What the engine answered; empty where it did not."""
+        return _table(self.body, "data")
+
+    @property
+    def token_rejected(self) -> bool:
+        """
+        The token itself is not accepted: bad, expired, revoked or used up.
+
+        A policy that forbids the path is status 403 as well, but reads "1 error occurred: * permission denied".
+        """
+        return self.status == HTTPStatus.FORBIDDEN and not any("1 error occurred" in e for e in self.errors)
+
+    @property
+    def forbidden(self) -> bool:
+        """The token is good, and its policy does not allow this."""
+        return self.status == HTTPStatus.FORBIDDEN and not self.token_rejected
+
+    def or_raise(self) -> _Answer:
+        """The answer itself, unless it is an error."""
+        if not self.ok:
+            raise self.error()
+        return self
+
+    def error(self) -> BackendError:
+        """Refused, or unavailable: the one place where the server's statuses become our errors."""
+        text = "; ".join(self.errors)
+        message = f"vault: {self.where}: HTTP {self.status}{': ' if text else ''}{text}"
+        hint = next((hint for fragment, hint in _HINTS if fragment in text), None)
+        if 300 <= self.status < 400:  # noqa: PLR2004
+            message += f", a redirect to {_origin(self.headers.get('Location', ''))}"
+            hint = "redirects are not followed, the token would go along: set url to the active server or its balancer"
+        if self.status in {401, 403}:
+            hint = "is the token still good, and does its policy allow this path with exactly these parameters?"
+        # 307: a standby whose leader is gone; 412: a replica that is not up to date yet
+        later = self.status in {307, 408, 412, 425, 429} or self.status > 500  # noqa: PLR2004
+        if later or (self.status == 500 and not any(f in text for f in _FINAL_500)):  # noqa: PLR2004
+            return BackendUnavailableError(message, hint=hint, retry_after_seconds=self._retry_after_seconds)
+        return BackendRefusedError(message, hint=hint)
+
+    @property
+    def _retry_after_seconds(self) -> float | None:
+        value = self.headers.get("Retry-After", "")
+        return float(value) if re.fullmatch(r"[0-9]{1,6}", value) else None
+
+
+class _Server:
+    """One HTTP request at a time; from any thread."""
+
+    def __init__(self, settings: VaultSettings) -> None:
+        session = requests.Session()
+        # No proxy, no ~/.netrc, no CA bundle from the environment of whoever starts us. hvac's Client would
+        # read VAULT_* as well; its adapter does not.
+        session.trust_env = False
+        session.stream = True  # or a body of any size is read before we see it
+        session.verify = _trust(settings.ca_file)
+        if settings.client_cert and settings.client_key:
+            session.cert = (str(settings.client_cert), str(settings.client_key))
+        self._session = session
+        self._url = settings.url.rstrip("/")
+        self._secrets: set[str] = set()
+        # Without a token: each request brings its own, and no thread changes another one's.
+        self._adapter = RawAdapter(
+            base_uri=self._url,
+            token="",
+            cert=session.cert,
+            verify=session.verify,
+            timeout=settings.timeout.total_seconds(),
+            allow_redirects=False,
+            session=session,
+            namespace=settings.namespace,
+            ignore_exceptions=True,
+        )
+
+    def hide(self, value: str) -> str:
+        """Remember a secret, so that no text of the server that repeats it is shown."""
+        self._secrets.add(value)
+        return value
+
+    def read(self, secret: Secret | None, *, token: bool = False) -> str:
+        """
+        A secret of the operator's.
+
+        Args:
+            secret: Where it is.
+            token: It has to be fit for a header.
+
+        Raises:
+            BackendRefusedError: It can't be read, or is no token.
+        """
+        if secret is None:
+            raise TypeError("a secret that `VaultAuth.problems` demands is not set")
+        try:
+            value = secret.read()
+        except SecretUnavailableError as e:
+            raise BackendRefusedError(f"vault: {e}", hint="put the secret there, readable for this process") from e
+        if token and not re.fullmatch(r"[!-~]+", value):
+            raise BackendRefusedError(f"vault: wanted a token in {secret}, found more than one word of ASCII text")
+        return self.hide(value)
+
+    def send(
+        self, method: Literal["get", "post"], path: str, body: object = None, *, token: str | None = None
+    ) -> _Answer:
+        """
+        Send one request, without repeating it.
+
+        Raises:
+            BackendRefusedError: The TLS handshake failed, or the answer is not the server's.
+            BackendUnavailableError: No answer.
+        """
+        where = f"{method.upper()} {self._url}/v1/{path}"
+        headers = {"X-Vault-Token": token} if token else {}
+        try:
+            response = self._adapter.request(method, f"/v1/{path}", headers=headers, json=body)
+            content = _content(response, where)
+        except requests.exceptions.SSLError as e:
+            raise _tls_error(e, where) from e
+        except (requests.exceptions.Timeout, requests.exceptions.ConnectionError) as e:
+            raise BackendUnavailableError(f"vault: {where}: {_cause(e)}") from e
+        except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError) as e:
+            raise BackendUnavailableError(f"vault: {where}: the answer broke off: {_cause(e)}") from e
+        except (OSError, ValueError) as e:
+            # Includes requests' InvalidHeader, whose text holds the header's value.
+            raise BackendRefusedError(f"vault: {where}: the request could not be made: {type(e).__name__}") from None
+        return self._answer(response, content, where)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._session.close()
+
+    def _answer(self, response: requests.Response, content: bytes, where: str) -> _Answer:
+        try:
+            body = json.loads(content)
+        except ValueError:
+            # Of a body that is not the server's nothing is shown, except what Go's HTTP server says.
+            plain = b"Client sent an HTTP request to an HTTPS server"
+            body = {"errors": [plain.decode()]} if content.startswith(plain) else {}
+        body = body if isinstance(body, dict) else {}
+        errors = body.get("errors")
+        texts = [e for e in errors if isinstance(e, str)] if isinstance(errors, list) else []
+        return _Answer(
+            where=where,
+            status=response.status_code,
+            headers=response.headers,
+            body=body,
+            errors=tuple(self.presentable(text) for text in texts[:5]),
+        )
+
+    def presentable(self, text: str) -> str:
+        """A text of the server's as one line, not too long, without our secrets."""
+        for secret in sorted(self._secrets, key=len, reverse=True):
+            text = text.replace(secret, "(secret)")
+        line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+        return line if len(line) <= 300 else f"{line[:300]}…"  # noqa: PLR2004
+
+
+def _trust(ca_file: Path | None) -> str | bool:
+    """
+    What requests takes as `verify`: a PEM file, or a directory with hashed names.
+
+    Its own default is a list of public CAs that it carries along, which no company's CA is in.
+    """
+    if ca_file:
+        return str(ca_file)
+    system = ssl.get_default_verify_paths()
+    return system.cafile or system.capath or True
+
+
+def _content(response: requests.Response, where: str) -> bytes:
+    content = bytearray()
+    for chunk in response.iter_content(1 << 16):
+        content += chunk
+        if len(content) > _MAX_BODY_BYTES:
+            response.close()
+            raise BackendRefusedError(
+                f"vault: {where}: wanted an answer of {_MAX_BODY_BYTES} bytes at most, found more"
+            )
+    return bytes(content)
+
+
+def _tls_error(e: requests.exceptions.SSLError, where: str) -> BackendError:
+    """A server that stops in the middle of a handshake may be back; what it or we do not accept stays so."""
+    message = f"vault: {where}: {_cause(e)}"
+    if any(isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError) for cause in _causes(e)):
+        return BackendUnavailableError(message)
+    hint = "does ca_file hold the CA of the server's certificate, and is the host in url one of its names?"
+    return BackendRefusedError(message, hint=hint)
+
+
+def _cause(e: BaseException) -> str:
+    """The innermost reason, in the system's words; the outer ones name Python's classes."""
+    *_, last = _causes(e)
+    return (isinstance(last, Exception) and _reason(last)) or type(last).__name__
+
+
+def _causes(e: BaseException | None) -> Iterator[BaseException]:
+    """Outermost first: requests wraps what urllib3 wraps, each in its own way."""
+    while e is not None:
+        yield e
+        inner = (getattr(e, "reason", None), e.__cause__, *e.args)
+        e = next((i for i in inner if isinstance(i, BaseException)), None)
+
+
+def _origin(location: str) -> str:
+    """Scheme, host and port; the rest may hold a secret."""
+    found = re.match(r"(https?://)(?:[^/?#@]*@)?([\w.:\[\]-]+)", location, re.ASCII)
+    return "".join(found.groups()) if found else "another path"
+
+
+def _table(value: Mapping[str, object], key: str) -> Mapping[str, object]:
+    found = value.get(key)
+    return cast(Mapping[str, object], found) if isinstance(found, dict) else {}
+
+
+def _texts(value: object) -> list[str]:
+    """A list's texts, or the one text; the server is free to answer something else."""
+    return [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
+
+
+# ---------------------------------------------------------------------------------------------- tokens
+
+
+class _Tokens:
+    """The token that requests are made with: given, or got by logging in once for all threads."""
+
+    def __init__(self, server: _Server, auth: VaultAuth) -> None:
+        self._server = server
+        self._auth = auth
+        self._mount = _path(auth.mount or auth.method)
+        self._lock = Lock()
+        self._current: str | None = None
+        self._made: list[str] = []
+        self._secret_id: str | None = None  # a wrapped one can be had only once
+
+    def get(self) -> str:
+        """The token; logs in if there is none yet."""
+        with self._lock:
+            if self._current is None:
+                self._current = self._new()
+            return self._current
+
+    def renew(self, rejected: str) -> str:
+        """Another token than the rejected one where that is possible; a token file may have been written again."""
+        with self._lock:
+            if self._current in {None, rejected}:
+                self._current = self._new()
+            return self._current
+
+    def revoke(self, *, leased: bool) -> None:
+        """
+        Revoke the tokens that we made.
+
+        Args:
+            leased: A certificate would be revoked together with the token that it was signed with.
+        """
+        with self._lock:
+            made, self._made, self._current = self._made, [], None
+        if made and leased:
+            log.warning("token not revoked, since certificates would go with it (role with generate_lease)")
+            return
+        for token in made:
+            try:
+                self._server.send("post", "auth/token/revoke-self", token=token).or_raise()
+            except BackendError as e:
+                log.warning("token not revoked, it stays valid until it expires: %s", e)
+
+    def _new(self) -> str:
+        auth, read = self._auth, self._server.read
+        match auth.method:
+            case "token":
+                return read(auth.token, token=True)
+            case "approle":
+                return self._login({"role_id": read(auth.role_id), "secret_id": self._read_secret_id()})
+            case "cert":
+                return self._login({"name": auth.role} if auth.role else {})
+            case "kubernetes" | "jwt":
+                return self._login({"role": auth.role, "jwt": read(auth.jwt)})
+            case "userpass":
+                return self._login({"password": read(auth.password)}, f"/{quote(auth.username or '', safe='')}")
+
+    def _login(self, body: Mapping[str, object], user: str = "") -> str:
+        answer = self._server.send("post", f"auth/{self._mount}/login{user}", body).or_raise()
+        login = _table(answer.body, "auth")
+        token = login.get("client_token")
+        if not isinstance(token, str) or not token:
+            raise BackendRefusedError(f"vault: {answer.where}: wanted a token, found none (a second factor asked for?)")
+        if login.get("token_type") != "batch":  # which nobody can revoke
+            self._made.append(token)
+        return self._server.hide(token)
+
+    def _read_secret_id(self) -> str:
+        if not self._auth.wrapped:
+            return self._server.read(self._auth.secret_id)
+        if self._secret_id is None:
+            self._secret_id = self._unwrap(self._server.read(self._auth.secret_id, token=True))
+        return self._secret_id
+
+    def _unwrap(self, token: str) -> str:
+        """
+        The secret id in a wrapping token, which opens once.
+
+        Where it was wrapped is looked at before: anyone can wrap something, only the server's own paths wrap
+        secret ids (https://openbao.org/docs/concepts/response-wrapping/, "Response wrapping token validation").
+        """
+        source = self._auth.secret_id
+        looked = self._server.send("post", "sys/wrapping/lookup", {"token": token})
+        if looked.status == HTTPStatus.BAD_REQUEST:
+            raise BackendRefusedError(
+                f"vault: the wrapping token in {source} was opened before or has expired", hint=_ALARM
+            )
+        created = str(looked.or_raise().data.get("creation_path"))
+        if not re.fullmatch(rf"auth/{re.escape(self._mount)}/role/[^/]+/(custom-)?secret-id", created):
+            message = f"wanted a secret id of auth/{self._mount} wrapped in {source}, found what {created} answered"
+            raise BackendRefusedError(f"vault: {self._server.presentable(message)}; it was not opened", hint=_ALARM)
+        answer = self._server.send("post", "sys/wrapping/unwrap", token=token)
+        if answer.status == HTTPStatus.BAD_REQUEST:
+            raise BackendRefusedError(
+                f"vault: the wrapping token in {source} was opened just now, not by us", hint=_ALARM
+            )
+        secret_id = answer.or_raise().data.get("secret_id")
+        if not isinstance(secret_id, str):
+            raise BackendRefusedError(
+                f"vault: wanted a secret id wrapped in {source}, found something else", hint=_ALARM
+            )
+        return self._server.hide(secret_id)
+
+
+_ALARM = (
+    "if it was not an earlier run of ours, someone else may hold the secret id: "
+    "ask the server's audit log who opened it, destroy it, and have a new one issued"
+)
+
+# --------------------------------------------------------------------------------------------- backend
+
+
+class VaultBackend:
+    """Has certificates signed by a PKI secrets engine."""
+
+    settings_type: ClassVar[type[BackendSettings]] = VaultSettings
+
+    def __init__(self, settings: VaultSettings) -> None:
+        self._settings = settings
+        self._server = _Server(settings)
+        self._tokens = _Tokens(self._server, settings.auth)
+        self._leased = False
+
+    @classmethod
+    def from_settings(cls, settings: BackendSettings) -> VaultBackend:
+        """
+        Make the backend; nothing is sent yet.
+
+        Raises:
+            SettingsError: A TLS file can't be used.
+        """
+        if not isinstance(settings, VaultSettings):
+            raise TypeError(f"wanted VaultSettings, found {type(settings).__name__}")
+        if problems := list(_tls_problems(settings)):
+            raise SettingsError(problems)
+        return cls(settings)
+
+    def sign(self, request: SignRequest) -> Issued:
+        """Have one CSR signed; see `bridge.contract.Backend.sign`."""
+        answer = self._send("post", self._sign_path(request.spec), self._sign_body(request)).or_raise()
+        for warning in _texts(answer.body.get("warnings")):
+            # Such as a lifetime that was cut to the mount's maximum, which is no error to the server.
+            log.warning("%s: %s", request.spec.name, self._server.presentable(warning))
+        if answer.body.get("lease_id"):
+            self._leased = True
+            log.warning(
+                "%s: the role has generate_lease: the certificate is revoked when the token that signed it ends",
+                request.spec.name,
+            )
+        return _issued(answer)
+
+    def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
+        """
+        Log in and compare what the token may see: its rights on the paths, and the roles.
+
+        Reading a role needs a right that signing does not; without it nothing is said about the role.
+        """
+        rights = self._capabilities([self._sign_path(spec) for spec in specs])
+        found = {spec.name: [*self._right_violations(spec, rights), *self._role_violations(spec)] for spec in specs}
+        return {name: violations for name, violations in found.items() if violations}
+
+    def issuers(self) -> list[x509.Certificate]:
+        """
+        The issuer that the settings name, or else the mount's default one, and its chain; no token is needed.
+
+        An issuer that only the role names (`issuer_ref`) can't be known here: name it in the settings as well.
+        """
+        issuer = self._settings.issuer
+        path = f"issuer/{quote(issuer, safe='')}/json" if issuer else "cert/ca_chain"
+        answer = self._server.send("get", f"{_path(self._settings.mount)}/{path}").or_raise()
+        pem = [*_texts(answer.data.get("certificate")), *_texts(answer.data.get("ca_chain"))]
+        return list(dict.fromkeys(_certificates(pem, answer.where)))
+
+    def close(self) -> None:
+        """Revoke the tokens that logging in made; a server that can't be reached is only logged."""
+        self._tokens.revoke(leased=self._leased)
+        self._server.close()
+
+    def _send(self, method: Literal["get", "post"], path: str, body: object = None) -> _Answer:
+        """With the token; with another one, once, if the server does not accept it any more."""
+        token = self._tokens.get()
+        answer = self._server.send(method, path, body, token=token)
+        if not answer.token_rejected:
+            return answer
+        try:
+            other = self._tokens.renew(token)
+        except BackendRefusedError as e:
+            raise BackendRefusedError(f"{answer.error()}; a new login failed: {e}", hint=e.hint) from e
+        return answer if other == token else self._server.send(method, path, body, token=other)
+
+    def _sign_path(self, spec: CertificateSpec) -> str:
+        settings = self._settings
+        prefix = f"issuer/{quote(settings.issuer, safe='')}/" if settings.issuer else ""
+        role = f"/{quote(settings.select_role(spec), safe='')}" if settings.mode == "sign" else ""
+        return f"{_path(settings.mount)}/{prefix}{settings.mode}{role}"
+
+    def _sign_body(self, request: SignRequest) -> dict[str, object]:
+        """No parameter more than needed: a policy may list those that are allowed."""
+        body: dict[str, object] = {
+            "csr": request.csr_pem.decode("ascii"),
+            "ttl": f"{int(request.validity.total_seconds())}s",
+        }
+        if self._settings.mode == "sign":
+            # Or a CN that looks like a host name becomes one more DNS SAN; a role can't say so.
+            return body | {"exclude_cn_from_sans": True}
+        # Else no EKU, and keyAgreement. keyEncipherment for ECDSA keys too, as kubeadm has it.
+        usages = [_EKU_NAMES[eku] for eku in EKU if eku in request.spec.ekus]
+        return body | {"key_usage": list(_KEY_USAGE), "ext_key_usage": usages}
+
+    def _capabilities(self, paths: Sequence[str]) -> Mapping[str, object]:
+        answer = self._send("post", "sys/capabilities-self", {"paths": sorted(set(paths))})
+        return {} if answer.forbidden else answer.or_raise().data
+
+    def _right_violations(self, spec: CertificateSpec, rights: Mapping[str, object]) -> Iterator[Violation]:
+        path = self._sign_path(spec)
+        got = _texts(rights.get(path, "update"))
+        if not {"update", "root"} & set(got):
+            yield Violation(subject="policy", want=f"update on {path}", got=", ".join(got))
+
+    def _role_violations(self, spec: CertificateSpec) -> list[Violation]:
+        if self._settings.mode != "sign":
+            return []
+        name = self._settings.select_role(spec)
+        answer = self._send("get", f"{_path(self._settings.mount)}/roles/{quote(name, safe='')}")
+        if answer.forbidden:
+            return []
+        if answer.status == HTTPStatus.NOT_FOUND and not answer.errors:
+            return [Violation(subject="role", want=name, got="no role of this name")]
+        return list(role_violations(answer.or_raise().data, spec))
+
+
+#: The engine's names (Go's, without their prefix).
+_EKU_NAMES = {EKU.SERVER_AUTH: "ServerAuth", EKU.CLIENT_AUTH: "ClientAuth"}
+_KEY_USAGE = ("DigitalSignature", "KeyEncipherment")
+_EKU_FLAGS = {
+    "server_flag": EKU.SERVER_AUTH.label,
+    "client_flag": EKU.CLIENT_AUTH.label,
+    "code_signing_flag": "codeSigning",
+    "email_protection_flag": "emailProtection",
+}
+
+
+def role_violations(role: Mapping[str, object], spec: CertificateSpec) -> Iterator[Violation]:
+    """
+    What a role would make wrong, as far as usages and SANs go; names, O and lifetimes are not compared.
+
+    Args:
+        role: As the server tells it.
+        spec: Of the certificate to be signed with it.
+    """
+    labels = {name.lower(): eku.label for eku, name in _EKU_NAMES.items()}
+    labels |= {eku.value: eku.label for eku in EKU}
+    named = [*_texts(role.get("ext_key_usage")), *_texts(role.get("ext_key_usage_oids"))]
+    got = {label for flag, label in _EKU_FLAGS.items() if role.get(flag)}  # flags and names add up
+    got |= {labels.get(name.lower(), name) for name in named}
+    want = {eku.label for eku in spec.ekus}
+    if got != want:
+        yield Violation(subject="EKU", want=_listed(want), got=_listed(got))
+    usages = {usage.lower() for usage in _texts(role.get("key_usage"))}
+    needed = {usage.lower() for usage in _KEY_USAGE}
+    if not needed <= usages or usages & {"certsign", "crlsign"}:
+        yield Violation(subject="key_usage", want=_listed(_KEY_USAGE), got=_listed(_texts(role.get("key_usage"))))
+    for key in ("use_csr_common_name", *(("use_csr_sans",) if EKU.SERVER_AUTH in spec.ekus else ())):
+        if role.get(key) is False:
+            yield Violation(subject=key, want="true", got="false")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
+def _path(mount: str) -> str:
+    return quote(mount.strip("/"))
+
+
+def _issued(answer: _Answer) -> Issued:
+    """The one leaf of an answer and the issuers' certificates beside it."""
+    leaves = _certificates(_texts(answer.data.get("certificate")), answer.where)
+    if len(leaves) != 1:
+        raise BackendRefusedError(f"vault: {answer.where}: wanted one certificate, found {len(leaves)}")
+    # Vault leaves the chain out where the issuer is a root.
+    chain = _texts(answer.data.get("ca_chain")) or _texts(answer.data.get("issuing_ca"))
+    return Issued(leaf=leaves[0], intermediates=tuple(_certificates(chain, answer.where)) if chain else ())
+
+
+def _certificates(pem: Sequence[str], where: str) -> list[x509.Certificate]:
+    try:
+        return x509.load_pem_x509_certificates("\n".join(pem).encode())
+    except ValueError:
+        hint = "is there a Vault or OpenBao PKI engine behind this URL?"
+        raise BackendRefusedError(
+            f"vault: {where}: wanted a certificate in PEM, found something else", hint=hint
+        ) from None
