@@ -1,0 +1,615 @@
+"""
+CloudFlare's cfssl as a CA: `cfssl serve`, one process a CA, or `multirootca`, one process for all of them.
+
+A request holds the CSR and a profile's name, never names or dates of its own: so the CSR's subject and SANs are
+copied, and usages and validity are those that the profile gives.
+The API is doc/api/ of https://github.com/cloudflare/cfssl; what it leaves out was measured with version 1.6.5.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hmac
+import ipaddress
+import json
+import re
+import secrets
+import socket
+import ssl
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from threading import Thread
+from typing import Any, ClassVar, Literal, TypeVar
+from urllib.parse import urlsplit
+
+import requests
+from cryptography import x509
+from requests.adapters import HTTPAdapter
+
+from bridge.contract import BackendSettings, Issued, Secret, SecretUnavailableError, Selector, SignRequest
+from bridge.errors import BackendRefusedError, BackendUnavailableError, SettingsError, SettingsProblem, Violation
+from bridge.specs import EKU, CertificateSpec
+
+API = "/api/v1/cfssl"
+#: A certificate with thousands of SANs stays far below it.
+MAX_ANSWER_BYTES = 1 << 20
+#: cfssl takes any key, an empty one too; RFC 2104 §3 discourages less than the hash's 32 bytes.
+MIN_KEY_BYTES = 16
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CfsslSettings(BackendSettings):
+    """Keys of a backend of type `cfssl`."""
+
+    url: str  #: The server's, without `/api/v1/cfssl`; a path before that (a reverse proxy's) is kept.
+    label: str = ""  #: Which CA of a multirootca; `cfssl serve` ignores it.
+    ca_file: Path | None = None  #: Trusted for the server's TLS certificate; None: the system's CAs.
+    client_cert: Path | None = None
+    client_key: Path | None = None
+    profile: str = "{usage}"  #: A pattern, see `Selector`.
+    profiles: dict[str, str] = field(default_factory=dict)
+    #: The HMAC key in hexadecimal; its place is a pattern as well, for a server with one key a profile.
+    auth_key: Secret | None = None
+    endpoint: Literal["authsign", "sign"] = "authsign"
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """What contradicts itself, and what would send a request with its HMAC in the clear."""
+        yield from _url_problems(self.url)
+        yield from Selector(self.profile, self.profiles).problems("profile", "profiles")
+        for key, profile in {"profile": self.profile, **{f"profiles.{k}": v for k, v in self.profiles.items()}}.items():
+            if not profile:  # an empty name means cfssl's default profile
+                yield SettingsProblem(key, "a profile's name", "an empty text")
+        yield from self._auth_key_problems()
+        yield from self._tls_problems()
+
+    def _auth_key_problems(self) -> Iterator[SettingsProblem]:
+        if self.endpoint == "authsign" and self.auth_key is None:
+            wanted = 'the file with the HMAC key (or endpoint = "sign", for a server without keys)'
+            yield SettingsProblem("auth_key_file", wanted, "nothing")
+        if self.endpoint == "sign" and self.auth_key is not None:
+            wanted = 'endpoint = "authsign" (with "sign" the HMAC key would not be used)'
+            yield SettingsProblem("endpoint", wanted, '"sign" and a key')
+        if self.auth_key is not None:
+            yield from Selector(self.auth_key.where).problems(f"auth_key_{self.auth_key.kind}", "")
+
+    def _tls_problems(self) -> Iterator[SettingsProblem]:
+        if (self.client_cert is None) != (self.client_key is None):
+            missing = "client_cert" if self.client_cert is None else "client_key"
+            yield SettingsProblem(missing, "both of client_cert and client_key, or neither", "one of them")
+        if self.url.lower().startswith("http:") and (self.ca_file or self.client_cert or self.client_key):
+            yield SettingsProblem("url", "https:// (as ca_file or client_cert is given)", "http://")
+
+
+def _url_problems(url: str) -> Iterator[SettingsProblem]:
+    try:
+        parts = urlsplit(url)
+        scheme, host, _ = parts.scheme, parts.hostname or "", parts.port
+    except ValueError:
+        yield SettingsProblem("url", "https://HOST[:PORT]", "a host or port that can't be read")
+        return
+    if parts.username is not None:
+        yield SettingsProblem("url", "no user name or password in it: secrets are never written here", "one")
+    elif scheme not in {"http", "https"} or not host or parts.query or parts.fragment or API in parts.path:
+        yield SettingsProblem("url", f"https://HOST[:PORT], without {API} and what follows it", repr(url))
+    elif scheme == "http" and not _is_loopback(host):
+        # The HMAC covers neither time nor nonce, so a recorded body is good until the key changes.
+        wanted = "https:// (over plain HTTP a request can be recorded and sent again, for ever new certificates)"
+        yield SettingsProblem("url", wanted, f"http:// to {host}, which is not this machine")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class CfsslBackend:
+    """One CA behind a cfssl server."""
+
+    settings_type: ClassVar[type[BackendSettings]] = CfsslSettings
+
+    def __init__(self, settings: CfsslSettings) -> None:
+        self._settings = settings
+        self._profile = Selector(settings.profile, settings.profiles)
+        self._label = {"label": settings.label} if settings.label else {}
+        self._server = _Server(settings)
+        self._intermediates: tuple[x509.Certificate, ...] | None = None  # None: not asked for yet
+
+    @classmethod
+    def from_settings(cls, settings: BackendSettings) -> CfsslBackend:
+        """
+        Make the backend; no network yet.
+
+        Raises:
+            SettingsError: The CA file, the client certificate or its key can't be used.
+        """
+        if not isinstance(settings, CfsslSettings):
+            raise TypeError(f"wanted CfsslSettings, found {type(settings).__name__}")
+        tls_context(settings)  # found out now, not in the middle of a renewal
+        return cls(settings)
+
+    def sign(self, request: SignRequest) -> Issued:
+        """
+        Have the server sign one CSR; see `bridge.contract.Backend`.
+
+        The validity is the profile's: no request to cfssl can ask for one, and a multirootca that lets it is not
+        asked either.
+
+        Raises:
+            BackendRefusedError: The server, or what answers in its place, said no; or the HMAC key can't be read.
+            BackendUnavailableError: No answer in time, or a trouble that may pass.
+        """
+        intermediates = self._known_intermediates()
+        profile = self._profile(request.spec)
+        body = self._body(request.csr_pem.decode("ascii"), profile, self._key_place(request.spec))
+        result = self._result(self._server.post(self._settings.endpoint, body), profile)
+        return Issued(leaf=_certificate(result), intermediates=intermediates)
+
+    def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
+        """
+        Ask what each profile gives, and whether the server would let us in; no certificate is made.
+
+        A misspelt profile is found by its usages, since the server answers with those of its default profile.
+        Where these are right as well nothing tells the two apart, and the certificates will be right too.
+
+        Raises:
+            BackendRefusedError: What answers is not a cfssl server with a CA; or the HMAC key can't be read.
+            BackendUnavailableError: No answer.
+        """
+        offer = functools.cache(self._offer)
+        no_entry = functools.cache(self._no_entry)
+        nobody = f"no-such-profile-{secrets.token_hex(8)}"
+        found = {}
+        for spec in specs:
+            profile = self._profile(spec)
+            usages = _usage_violations(spec, profile, offer(profile), lambda: offer(nobody))
+            found[spec.name] = usages or no_entry(profile, self._key_place(spec))
+        return {name: violations for name, violations in found.items() if violations}
+
+    def issuers(self) -> list[x509.Certificate]:
+        """
+        The CA's certificate; the chain above it is not to be had.
+
+        Raises:
+            BackendRefusedError: The server has no CA, or none with this label.
+            BackendUnavailableError: No answer.
+        """
+        return [self._remember(self._result(self._server.post("info", self._label), ""))]
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._server.close()
+
+    def _remember(self, info: Mapping[str, Any]) -> x509.Certificate:
+        """The CA's certificate, and, as the answer to a signing request holds the leaf alone, its intermediates."""
+        certificate = _certificate(info)
+        self._intermediates = () if certificate.subject == certificate.issuer else (certificate,)
+        return certificate
+
+    def _known_intermediates(self) -> tuple[x509.Certificate, ...]:
+        """Those of the last look at the CA; without one, a look before the first signing, so that none is lost."""
+        if self._intermediates is None:
+            try:
+                self.issuers()
+            except BackendRefusedError:
+                # The server may be open for signing alone. If there is more to it, the signing will tell.
+                self._intermediates = ()
+        return self._intermediates or ()
+
+    def _offer(self, profile: str) -> _Offer | None:
+        """What the server says of a profile; None: it does not let us see."""
+        reply = self._server.post("info", {"profile": profile, **self._label})
+        if reply.status in HIDDEN_STATUSES:
+            return None
+        info = self._result(reply, profile)
+        self._remember(info)
+        # cfssl has two names for this one
+        usages = {"digital signature" if usage == "signing" else str(usage) for usage in info.get("usages") or ()}
+        return _Offer(usages=frozenset(usages), expiry=str(info.get("expiry")))
+
+    def _no_entry(self, profile: str, key_place: Secret | None) -> list[Violation]:
+        """Ask to sign no CSR at all, as the HMAC is looked at before the CSR."""
+        reply = self._server.post(self._settings.endpoint, self._body("", profile, key_place))
+        if reply.message in NO_ENTRY:
+            subject = f"{self._settings.endpoint} with profile {profile}"
+            return [Violation(subject=subject, want="that the server lets us in", got=reply.message)]
+        if reply.code is None:
+            self._result(reply, profile)
+        return []
+
+    def _body(self, csr: str, profile: str, key_place: Secret | None) -> dict[str, str]:
+        request = {"certificate_request": csr, "profile": profile, **self._label}
+        if key_place is None:
+            return request
+        text = json.dumps(request).encode()
+        token = hmac.digest(_read_key(key_place), text, "sha256")
+        return {"token": base64.b64encode(token).decode(), "request": base64.b64encode(text).decode()}
+
+    def _key_place(self, spec: CertificateSpec) -> Secret | None:
+        secret = self._settings.auth_key
+        return secret and Secret(secret.kind, Selector(secret.where)(spec))
+
+    def _result(self, reply: _Reply, profile: str) -> Mapping[str, Any]:
+        """The one place where cfssl's errors become ours."""
+        if reply.result is not None:
+            return reply.result
+        code = "" if reply.code is None else f", code {reply.code}"
+        text = f"cfssl: {reply.message} (HTTP {reply.status}{code})"
+        if reply.status in LATER_STATUSES or reply.code in LATER_CODES:
+            raise BackendUnavailableError(text, retry_after_seconds=reply.retry_after_seconds)
+        hint = HINTS.get(reply.message) or HINTS.get(reply.code, "the server's log may say more")
+        raise BackendRefusedError(text, hint=hint.format(profile=repr(profile), label=repr(self._settings.label)))
+
+
+#: Statuses and codes that may pass: from a proxy in front (RFC 9110 §15.6, RFC 6585 §4), the certificate database is
+#: locked (the server signed, but keeps it), the server's own upstream failed. The last two come with status 400.
+LATER_STATUSES = frozenset({429, 502, 503, 504})
+LATER_CODES = frozenset({11000, 7400})
+#: Of `info`, where a server is open for signing alone.
+HIDDEN_STATUSES = frozenset({403, 404})
+
+#: Messages that say, before the CSR is looked at, that nothing will be signed with this profile and key.
+NO_ENTRY = frozenset(
+    {"invalid token", "no authentication provider", "authentication required", "authorisation required"}
+    | {"invalid profile", "bad label", "not authorised", "404 page not found"}
+)
+
+_UNKNOWN_PROFILE = "does the server have profile {profile}? for an unknown one it uses its default profile"
+_WHICH_LABEL = "is {label} a label in the server's roots file? the reason is in its log, never in its answers"
+#: What to do next, by message where that tells more than the code.
+HINTS: Mapping[str | int | None, str] = {
+    "invalid token": "either the HMAC key is not that of profile {profile}, or the server has no such profile: both "
+    "look alike; compare auth_key and profile with the server's configuration",
+    "no authentication provider": "profile {profile} is unknown to the server, or has no auth_key there",
+    "authentication required": 'the server wants an HMAC for profile {profile}: endpoint = "authsign", auth_key_file',
+    "authorisation required": "profile {profile} has no auth_key in the server's configuration, and needs one",
+    "invalid profile": "the server has no profile {profile}",
+    "bad label": _WHICH_LABEL,
+    "bad request": _WHICH_LABEL,
+    "not authorised": "this machine's address is in none of the `nets` of the server's roots file",
+    "Invalid CN": "the server's -mutual-tls-cn does not match the CN of client_cert",
+    "404 page not found": "is the url right, the endpoint enabled and the CA loaded? `cfssl serve` runs on without its "
+    "CA or key, without /sign where every profile has an auth_key, and without /authsign where none has",
+    "Client sent an HTTP request to an HTTPS server.": "url must begin with https://",
+    1000: "the server's CA key does not fit its CA certificate, or its profile has a lint_error_level",
+    5100: _UNKNOWN_PROFILE,
+    5300: "the CSR asks for what profile {profile} never gives, such as a CA certificate",
+    5400: _UNKNOWN_PROFILE,
+    5500: "the CN or a SAN does not match the name_whitelist of profile {profile}",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Offer:
+    """What a profile gives."""
+
+    usages: frozenset[str]  #: cfssl's names.
+    expiry: str
+
+
+def _usage_violations(
+    spec: CertificateSpec, profile: str, offer: _Offer | None, default: Callable[[], _Offer | None]
+) -> list[Violation]:
+    """
+    The profile gives kubeadm's key usages and exactly the spec's EKUs.
+
+    Args:
+        spec: The certificate.
+        profile: The one that it is signed with.
+        offer: What the server says of this profile; None: nothing.
+        default: What it says of a profile that it can't have.
+    """
+    names = {EKU.SERVER_AUTH: "server auth", EKU.CLIENT_AUTH: "client auth"}
+    want = {"digital signature", "key encipherment"} | {names[eku] for eku in spec.ekus}
+    if offer is None or offer.usages == want:
+        return []
+    unknown = "unknown or without these usages" if offer == default() else "without these usages"
+    return [Violation(subject=f"profile {profile}, {unknown}", want=_list(want), got=_list(offer.usages))]
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
+def _certificate(result: Mapping[str, Any]) -> x509.Certificate:
+    """The only certificate of a successful answer."""
+    pem = result.get("certificate")
+    try:
+        found = x509.load_pem_x509_certificates(pem.encode() if isinstance(pem, str) else b"")
+    except (ValueError, x509.InvalidVersion):
+        found = []
+    if len(found) != 1:
+        wanted = f"cfssl: wanted one PEM certificate in the answer, found {len(found)} that can be read"
+        raise BackendRefusedError(wanted, hint="is it a cfssl server that answers at this url?")
+    return found[0]
+
+
+def _read_key(place: Secret) -> bytes:
+    try:
+        text = place.read()
+    except SecretUnavailableError as e:
+        raise BackendRefusedError(f"cfssl: HMAC key: {e}") from e
+    hint = "a good one: openssl rand -hex 32 (the server must have the same)"
+    if not re.fullmatch("([0-9a-fA-F]{2})+", text):
+        found = f"{len(text)} characters that are not"
+        raise BackendRefusedError(f"cfssl: wanted pairs of hexadecimal digits in {place}, found {found}", hint=hint)
+    key = bytes.fromhex(text)
+    if len(key) < MIN_KEY_BYTES:
+        found = f"{len(key)} bytes"
+        raise BackendRefusedError(f"cfssl: wanted {MIN_KEY_BYTES} bytes or more in {place}, found {found}", hint=hint)
+    return key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reply:
+    """An answer of the server, whatever it says."""
+
+    status: int
+    result: Mapping[str, Any] | None = None  #: Of a success.
+    code: int | None = None  #: Of cfssl's error.
+    message: str = ""
+    retry_after_seconds: float | None = None
+
+
+#: Answers that are no JSON, but cfssl's own all the same. Others are not quoted: who knows what is in them.
+_PLAIN = frozenset({"404 page not found", "Invalid CN", "Client sent an HTTP request to an HTTPS server."})
+
+
+def _parse(response: requests.Response, body: bytes, sent: Mapping[str, str]) -> _Reply:
+    """
+    Status and envelope; the Content-Type says nothing (errors are labelled text/plain).
+
+    Args:
+        response: For the status and headers.
+        body: The answer's.
+        sent: The request's body: should the answer quote it, we do not (it can be sent again by anyone).
+    """
+    later = _retry_after(response.headers.get("Retry-After"), datetime.now(UTC))
+    try:
+        envelope = json.loads(body)
+    except (ValueError, RecursionError):
+        envelope = None
+    if not isinstance(envelope, dict) or "success" not in envelope:
+        text = body.decode("utf-8", "replace").strip()
+        message = text if text in _PLAIN else "wanted a cfssl server, found an answer that is none of cfssl's"
+        return _Reply(status=response.status_code, message=message, retry_after_seconds=later)
+    result = envelope.get("result")
+    if response.status_code == requests.codes.ok and envelope["success"] is True and isinstance(result, dict):
+        return _Reply(status=response.status_code, result=result)
+    errors = envelope.get("errors")
+    first = errors[0] if isinstance(errors, list) and errors and isinstance(errors[0], dict) else {}
+    code = first.get("code")
+    return _Reply(
+        status=response.status_code,
+        code=code if isinstance(code, int) else None,
+        message=_one_line(str(first.get("message", "no reason given")), [sent.get("token"), sent.get("request")]),
+        retry_after_seconds=later,
+    )
+
+
+def _one_line(text: str, hidden: Iterable[str | None]) -> str:
+    for value in hidden:
+        text = text.replace(value, "…") if value else text
+    return "".join(c if c.isprintable() else " " for c in text)[:200]
+
+
+def _retry_after(value: str | None, now: datetime) -> float | None:
+    """Seconds (RFC 9110 §10.2.3: a number of them, or a date); None for what is neither."""
+    if value is None:
+        return None
+    if re.fullmatch("[0-9]{1,9}", value):
+        return float(value)
+    try:
+        return max(0.0, (parsedate_to_datetime(value) - now).total_seconds())
+    except (ValueError, TypeError):  # TypeError: a date without a time zone
+        return None
+
+
+class _Server:
+    """HTTP with a time limit, a size limit, and no thought for the environment's proxies and CAs."""
+
+    def __init__(self, settings: CfsslSettings) -> None:
+        self._settings = settings
+        self._seconds = settings.timeout.total_seconds()
+        # Sessions and TLS contexts are not for several threads at once, so each request has one for itself.
+        self._idle: deque[requests.Session] = deque()
+
+    def post(self, endpoint: str, body: Mapping[str, str]) -> _Reply:
+        """
+        The server's answer.
+
+        Raises:
+            BackendRefusedError: Nobody that we may talk to, or an answer without end.
+            BackendUnavailableError: No answer in time.
+        """
+        url = f"{self._settings.url.rstrip('/')}{API}/{endpoint}"
+        try:
+            return _within(self._seconds, lambda: self._exchange(url, body))
+        except TimeoutError as e:
+            raise BackendUnavailableError(f"cfssl: {url}: no answer within {self._seconds:g} s") from e
+        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as e:
+            cause = _innermost(e)
+            if isinstance(cause, _CUT_OFF) and url.startswith("https:"):
+                cause = self._alert() or cause
+            if isinstance(cause, ssl.SSLError) and not isinstance(cause, _CUT_OFF):
+                raise BackendRefusedError(f"cfssl: {url}: TLS: {cause}", hint=_tls_hint(str(cause))) from e
+            hint = "does the server speak TLS? url says http://" if url.startswith("http:") else ""
+            raise BackendUnavailableError(f"cfssl: {url}: {cause}", hint=hint) from e
+        except requests.RequestException as e:
+            raise BackendRefusedError(f"cfssl: {url}: {_innermost(e)}") from e
+
+    def _alert(self) -> ssl.SSLError | None:
+        """
+        Why the server cut us off, if it has something against us.
+
+        Its verdict on our certificate comes after a handshake of TLS 1.3 (RFC 8446 §4.4.2.4), and who is writing
+        by then mostly finds a closed connection; who only listens hears the alert.
+        """
+        parts, seconds = urlsplit(self._settings.url), min(self._seconds, 5.0)
+        address = (parts.hostname or "", parts.port or 443)
+        try:
+            with (
+                socket.create_connection(address, timeout=seconds) as plain,
+                tls_context(self._settings).wrap_socket(plain, server_hostname=address[0]) as tls,
+            ):
+                tls.recv(1)
+        except (OSError, SettingsError) as e:
+            return e if isinstance(e, ssl.SSLError) and not isinstance(e, _CUT_OFF) else None
+        return None
+
+    def _exchange(self, url: str, body: Mapping[str, str]) -> _Reply:
+        try:
+            session = self._idle.pop()
+        except IndexError:
+            session = self._new_session()
+        try:
+            with session.post(
+                url,
+                json=body,
+                # not left to the session, where REQUESTS_CA_BUNDLE would come first
+                verify=True,
+                allow_redirects=False,  # would go on as a GET
+                timeout=self._seconds,
+                stream=True,
+            ) as response:
+                reply = _parse(response, _read(response), body)
+        except BaseException:
+            session.close()
+            raise
+        self._idle.append(session)
+        return reply
+
+    def _new_session(self) -> requests.Session:
+        session = requests.Session()
+        session.trust_env = False  # no proxies, no .netrc, no REQUESTS_CA_BUNDLE
+        session.headers["Accept-Encoding"] = "identity"
+        if self._settings.url.startswith("https:"):
+            try:
+                session.mount("https://", _Adapter(tls_context(self._settings)))
+            except SettingsError as e:  # the files were good when we began
+                raise BackendRefusedError(f"cfssl: {e}") from e
+        return session
+
+    def close(self) -> None:
+        """Close the connections that are not in use."""
+        while self._idle:
+            self._idle.pop().close()
+
+
+def _within(seconds: float, work: Callable[[], T]) -> T:
+    """
+    What `work` returns or raises, in a thread of its own.
+
+    The timeouts of `requests` are for each step, so an answer that drips, a name with many addresses or a slow
+    resolver could take any time.
+
+    Raises:
+        TimeoutError: It took longer; it is left to itself.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as e:  # noqa: BLE001 (it is raised on the other side)
+            future.set_exception(e)
+
+    Thread(target=run, daemon=True).start()
+    return future.result(timeout=seconds)
+
+
+def _read(response: requests.Response) -> bytes:
+    body = bytearray()
+    for chunk in response.iter_content(16 * 1024):
+        body += chunk
+        if len(body) > MAX_ANSWER_BYTES:
+            wanted = f"cfssl: wanted an answer of at most {MAX_ANSWER_BYTES} bytes, found a longer one"
+            raise BackendRefusedError(wanted, hint="is it a cfssl server that answers at this url?")
+    return bytes(body)
+
+
+class _Adapter(HTTPAdapter):
+    """
+    Connections with one TLS context, which alone says whom we trust and who we are.
+
+    `requests` would add the CAs of certifi to it, where we mean the system's.
+    """
+
+    def __init__(self, tls: ssl.SSLContext) -> None:
+        self._tls = tls
+        super().__init__()
+
+    def build_connection_pool_key_attributes(
+        self, request: requests.PreparedRequest, verify: bool | str, cert: str | tuple[str, str] | None = None
+    ) -> Any:
+        host, pool = super().build_connection_pool_key_attributes(request, verify, cert)
+        pool["ssl_context"] = self._tls
+        return host, pool
+
+    def cert_verify(self, conn: Any, url: object, verify: object, cert: object) -> None:
+        """Nothing to add to the context."""
+
+
+def tls_context(settings: CfsslSettings) -> ssl.SSLContext:
+    """
+    TLS 1.2 at least, the server's name and chain checked, our certificate shown if there is one.
+
+    Raises:
+        SettingsError: A file can't be used; all of them are named.
+    """
+    # not create_default_context, which would obey SSLKEYLOGFILE
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.hostname_checks_common_name = False
+    problems = []
+    try:
+        if settings.ca_file:
+            context.load_verify_locations(settings.ca_file)
+        else:
+            context.load_default_certs()
+    except OSError as e:
+        problems.append(SettingsProblem("ca_file", "a file with PEM certificates", f"{settings.ca_file}: {e.strerror}"))
+    if settings.client_cert and settings.client_key:
+        try:
+            # without the function OpenSSL would ask the terminal for a passphrase
+            context.load_cert_chain(settings.client_cert, settings.client_key, password=lambda: "")
+        except OSError as e:
+            found = f"{settings.client_cert} and {settings.client_key}: {e.strerror}"
+            wanted = "PEM files with a certificate and its key, not encrypted"
+            problems.append(SettingsProblem("client_cert", wanted, found))
+    if problems:
+        raise SettingsError(problems)
+    return context
+
+
+#: A connection's end that may have any cause.
+_CUT_OFF = (ssl.SSLEOFError, ConnectionResetError, BrokenPipeError)
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """The cause that says it shortest; those above it quote the whole request line."""
+    while (
+        inner := error.__cause__ or error.__context__ or next((a for a in error.args if isinstance(a, Exception)), None)
+    ):
+        error = inner  # urllib3 keeps some causes nowhere but in args
+    return error
+
+
+def _tls_hint(reason: str) -> str:
+    if "CERTIFICATE_VERIFY_FAILED" in reason:
+        return "ca_file must hold the CA of the server's TLS certificate, and its SANs the name in url"
+    if "WRONG_VERSION_NUMBER" in reason or "RECORD_LAYER_FAILURE" in reason:
+        return "does the server speak plain HTTP? cfssl does when one of -tls-cert and -tls-key is missing"
+    return (
+        "the server may want a client certificate, or another one (client_cert and client_key: from the CA of its "
+        "-mutual-tls-ca, good for clientAuth), or may not speak TLS 1.2"
+    )
