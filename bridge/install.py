@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ from typing import Any
 
 from bridge.errors import BridgeError
 from bridge.files import SECRET_MODE, Attributes, private_directory, sync_directory, write_atomically, write_staged
+
+log = logging.getLogger("ca-bridge")
 
 STAGED_PREFIX = ".ca-bridge-"
 
@@ -132,7 +135,10 @@ def install(store: Store, replacements: Sequence[Replacement], run_id: str, abou
         _forward(journal)
     except (OSError, InstallError) as e:
         _give_up(store, journal, e)
-    _close(store)
+    try:
+        _close(store)
+    except OSError as e:
+        log.warning("all files were replaced, but the journal could not be removed (%s); the next run does", _reason(e))
     return backup_id
 
 
@@ -146,6 +152,8 @@ def recover(store: Store) -> Recovery | None:
     Raises:
         InstallError: Neither way works; the journal stays.
     """
+    for half_written in [*store.directory.glob(".journal.json.*"), *store.directory.glob(".staging.json.*")]:
+        half_written.unlink()
     if not store.journal.exists():
         _forget_staged(store)
         _forget_partial_backups(store)

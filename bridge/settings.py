@@ -78,10 +78,10 @@ class RenewalSettings:
     def problems(self) -> Iterator[SettingsProblem]:
         """Durations that contradict each other."""
         if self.min_validity > self.validity:
-            yield SettingsProblem("min_validity", "at most renewal.validity", _duration_text(self.min_validity))
+            yield SettingsProblem("min_validity", "at most renewal.validity", duration_text(self.min_validity))
         if self.before.remaining is not None and self.before.remaining >= self.validity:
             wanted = "less than renewal.validity, or each run would renew again"
-            yield SettingsProblem("before", wanted, _duration_text(self.before.remaining))
+            yield SettingsProblem("before", wanted, duration_text(self.before.remaining))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +182,7 @@ class Source:
         return SettingsProblem(".".join(key), wanted, found, self.file, self.line(key))
 
 
-def _holds(document: Any, key: Key) -> bool:  # noqa: ANN401 (what TOML gives)
+def _holds(document: Any, key: Key) -> bool:
     for part in key:
         if not isinstance(document, dict) or part not in document:
             return False
@@ -370,7 +370,7 @@ class Reader:
             self.add((*prefix, *problem.key.split(".")) if problem.key else prefix, problem.wanted, problem.found)
         return None if found else instance
 
-    def _value(self, hint: Any, value: Any, key: Key) -> Any:  # noqa: ANN401 (any type of a field)
+    def _value(self, hint: Any, value: Any, key: Key) -> Any:
         hint = _bare(hint)
         if dataclasses.is_dataclass(hint) and not hasattr(hint, "from_setting") and hint is not Secret:
             if isinstance(value, dict):
@@ -385,7 +385,7 @@ class Reader:
             self.add(key, str(e), _found(value))
             return None
 
-    def _texts(self, value: Any, key: Key) -> dict[str, str]:  # noqa: ANN401
+    def _texts(self, value: Any, key: Key) -> dict[str, str]:
         if not isinstance(value, dict):
             self.add(key, "a table of texts", _found(value))
             return {}
@@ -395,7 +395,7 @@ class Reader:
         return value
 
 
-def _bare(hint: Any) -> Any:  # noqa: ANN401
+def _bare(hint: Any) -> Any:
     """The type of a field without its `| None`."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         rest = [part for part in typing.get_args(hint) if part is not type(None)]
@@ -403,15 +403,15 @@ def _bare(hint: Any) -> Any:  # noqa: ANN401
     return hint
 
 
-def _merged_literal(parts: list[Any]) -> Any:  # noqa: ANN401
+def _merged_literal(parts: list[Any]) -> Any:
     return Literal[tuple(choice for part in parts for choice in typing.get_args(part))]
 
 
-def _keys_of(name: str, hint: Any) -> list[str]:  # noqa: ANN401
+def _keys_of(name: str, hint: Any) -> list[str]:
     return [f"{name}_{kind}" for kind in _SECRET_KINDS] if _bare(hint) is Secret else [name]
 
 
-def _wanted(hint: Any) -> str:  # noqa: ANN401
+def _wanted(hint: Any) -> str:
     """What a missing key should be, in words."""
     bare = _bare(hint)
     if typing.get_origin(bare) is Literal:
@@ -419,7 +419,7 @@ def _wanted(hint: Any) -> str:  # noqa: ANN401
     return {Path: "an absolute path", timedelta: "a duration", Secret: "where the secret is"}.get(bare, "a value")
 
 
-def _scalar(hint: Any, value: Any, key: Key) -> Any:  # noqa: ANN401, C901, PLR0911 (a table of types)
+def _scalar(hint: Any, value: Any, key: Key) -> Any:
     """
     Raises:
         ValueError: Its text is what was wanted.
@@ -471,7 +471,8 @@ def parse_duration(value: object) -> timedelta:
     return duration
 
 
-def _duration_text(duration: timedelta) -> str:
+def duration_text(duration: timedelta) -> str:
+    """As a setting would say it."""
     return f"{duration.days}d" if duration.days and not duration.seconds else f"{int(duration.total_seconds())}s"
 
 

@@ -276,8 +276,9 @@ def _chain(issued: Issued, expected: Expectation) -> tuple[tuple[x509.Certificat
     if not expected.anchors:
         return (), [Violation(subject="chain", want=f"a CA certificate in {expected.anchor_name}", got="none")]
     anchor = expected.anchors[0]
-    # a certificate that begins within the tolerated skew is installed once it is valid
-    time = max(expected.now, min(issued.leaf.not_valid_before_utc, expected.now + CLOCK_SKEW))
+    # the leaf's own dates are judged apart
+    leaf = issued.leaf
+    time = min(max(expected.now, leaf.not_valid_before_utc), leaf.not_valid_after_utc)
     try:
         path = verified_path(issued.leaf, issued.intermediates, anchor, time)
     except verification.VerificationError as e:
@@ -306,7 +307,7 @@ def _chain_violation(issued: Issued, expected: Expectation, time: datetime, reas
     """Why there is no path, in the words that lead to the cause."""
     leaf, anchor, name = issued.leaf, expected.anchors[0], expected.anchor_name
     want = f"a path to {name} ({name_text(anchor.subject)}, SHA-256 {fingerprint(anchor)[:16]}…)"
-    if not anchor.not_valid_before_utc <= time <= anchor.not_valid_after_utc:
+    if not anchor.not_valid_before_utc <= expected.now <= anchor.not_valid_after_utc:
         got = (
             f"{name} is valid only from {anchor.not_valid_before_utc:%Y-%m-%d} to {anchor.not_valid_after_utc:%Y-%m-%d}"
         )

@@ -1,0 +1,347 @@
+"""
+The command line: parse, call one function, print, exit.
+
+Results go to standard output, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from bridge import console
+from bridge.console import LogFormat
+from bridge.errors import BridgeError, SettingsError
+from bridge.settings import Settings, load, parse_duration
+
+# Rich tracebacks can print local variables, and ours hold tokens and keys.
+app = typer.Typer(
+    name="ca-bridge",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Renew the certificates of a kubeadm control plane whose CA keys are not on its disks.",
+)
+settings_app = typer.Typer(no_args_is_help=True, help="Write, show and check the settings file.")
+app.add_typer(settings_app, name="settings")
+
+
+@dataclass(frozen=True, slots=True)
+class Common:
+    """The options that every command has."""
+
+    config: Path | None
+    pki_dir: Path | None
+    kubeconfig_dir: Path | None
+    state_dir: Path | None
+
+    def settings(self) -> Settings:
+        """
+        The settings file with the options over it.
+
+        Raises:
+            SettingsError: The file can't be used.
+        """
+        settings = load(self.config)
+        given = {"pki_dir": self.pki_dir, "kubeconfig_dir": self.kubeconfig_dir, "state_dir": self.state_dir}
+        node = replace(settings.node, **{name: path.absolute() for name, path in given.items() if path is not None})
+        return replace(settings, node=node)
+
+
+def _common_options(
+    config: Annotated[
+        Path | None,
+        typer.Option(envvar="CA_BRIDGE_CONFIG", help="Settings file. [default: /etc/ca-bridge/config.toml]"),
+    ] = None,
+    pki_dir: Annotated[Path | None, typer.Option(help="Overrides node.pki_dir.")] = None,
+    kubeconfig_dir: Annotated[Path | None, typer.Option(help="Overrides node.kubeconfig_dir.")] = None,
+    state_dir: Annotated[Path | None, typer.Option(help="Overrides node.state_dir.")] = None,
+    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="More messages.")] = 0,
+    log_format: Annotated[LogFormat, typer.Option(help="Of the messages on standard error.")] = LogFormat.TEXT,
+) -> Common:
+    console.set_up(verbose, log_format)
+    return Common(config, pki_dir, kubeconfig_dir, state_dir)
+
+
+def command(to: typer.Typer, name: str) -> Callable[[Callable[..., None]], None]:
+    """Register a command: its first parameter is a `Common`, its errors become messages and exit codes."""
+
+    def register(function: Callable[..., None]) -> None:
+        ours = inspect.signature(_common_options, eval_str=True).parameters
+        theirs = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+
+        @functools.wraps(function)
+        def run(**arguments: Any) -> None:
+            common = _common_options(**{key: arguments.pop(key) for key in ours})
+            with _Errors():
+                function(common, **arguments)
+
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*theirs, *ours.values())]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        to.command(name)(run)
+
+    return register
+
+
+class _Errors:
+    """What becomes of an exception: a message on standard error and the promised exit code."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, BridgeError):
+            _fail(error)
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            place = f"{error.filename}: " if error.filename else ""
+            _fail(BridgeError(f"{place}{error.strerror or type(error).__name__}"))
+        if isinstance(error, Exception) and not isinstance(error, (typer.Exit, BrokenPipeError)):
+            _bug(error)
+
+
+def _fail(error: BridgeError) -> NoReturn:
+    console.print_error(error)
+    raise typer.Exit(error.exit_code)
+
+
+def _bug(error: Exception) -> NoReturn:
+    """Where, and of which kind; never its text, which might hold a secret."""
+    frames = [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
+    console.log.debug("traceback: %s", " < ".join(reversed(frames)))
+    bug = BridgeError(
+        f"internal error: {type(error).__name__} at {frames[-1]}", hint="a bug: report it with what -v prints"
+    )
+    _fail(bug)
+
+
+def utc_now() -> datetime:
+    """The node's clock."""
+    return datetime.now(UTC)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version  # noqa: PLC0415 (18 ms, for this option alone)
+
+        typer.echo(f"ca-bridge {version('kubeadm-ca-bridge')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None: ...
+
+
+def main() -> None:
+    """Entry point of the `ca-bridge` program."""
+    app()
+
+
+class ExpirationOutput(StrEnum):
+    """Formats of `check-expiration`."""
+
+    TABLE = "table"
+    JSON = "json"
+    YAML = "yaml"
+    PROMETHEUS = "prometheus"
+    NAGIOS = "nagios"
+
+
+class Output(StrEnum):
+    """Formats of a run's result."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+def _duration(text: str) -> timedelta:
+    try:
+        return parse_duration(text)
+    except ValueError as e:
+        raise typer.BadParameter(f"wanted {e}, found {text!r}") from None
+
+
+@command(app, "check-expiration")
+def check_expiration(
+    common: Common,
+    output: Annotated[ExpirationOutput, typer.Option("--output", "-o", help="Format.")] = ExpirationOutput.TABLE,
+    within: Annotated[
+        timedelta | None,
+        typer.Option(parser=_duration, metavar="DURATION", help='Exit with 3 if one expires within, such as "30d".'),
+    ] = None,
+) -> None:
+    """
+    Show when the control plane's certificates expire, as `kubeadm certs check-expiration` does.
+
+    From files alone: no API server is asked, no key is read, nothing is written.
+    """
+    from bridge.report import check_expiration as check  # noqa: PLC0415 (each command loads what it needs)
+
+    node = common.settings().node
+    text, troubles, code = check(node.pki_dir, node.kubeconfig_dir, utc_now(), within, output.value)
+    typer.echo(text, nl=False)
+    for trouble in troubles:
+        console.log.error("%s", trouble)
+    raise typer.Exit(code)
+
+
+Names = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[NAME…|all]", help="kubeadm's names, or all. [default: what is due]", show_default=False),
+]
+OutputOption = Annotated[Output, typer.Option("--output", "-o", help="Format of the result.")]
+
+
+@command(app, "renew")
+def renew(
+    common: Common,
+    names: Names = None,
+    csr_only: Annotated[bool, typer.Option("--csr-only", help="Only write keys and CSRs, to --csr-dir.")] = False,
+    csr_dir: Annotated[Path | None, typer.Option(help="Where --csr-only writes NAME.key and NAME.csr.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done; the same as `plan`.")] = False,
+    all_or_nothing: Annotated[
+        bool, typer.Option("--all-or-nothing", help="Install nothing if one certificate fails.")
+    ] = False,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """
+    Renew what is due (the cron job's command), or the named certificates now.
+
+    Each answer of the CA is proven before anything on disk moves; keys and certificates are replaced in one step
+    that survives a crash.
+    """
+    from bridge import commands  # noqa: PLC0415
+
+    if (csr_dir is not None) != csr_only:
+        raise typer.BadParameter("--csr-only and --csr-dir are given together")
+    if csr_only and (dry_run or all_or_nothing):
+        raise typer.BadParameter("--csr-only can't be combined with --dry-run and --all-or-nothing")
+    settings = common.settings()
+    if csr_dir is not None:
+        code = commands.write_csrs(settings, names or [], csr_dir.absolute(), utc_now())
+    elif dry_run:
+        code = commands.plan(settings, names or [], utc_now(), as_json=output is Output.JSON)
+    else:
+        code = commands.renew(
+            settings, names or [], utc_now, as_json=output is Output.JSON, all_or_nothing=all_or_nothing
+        )
+    raise typer.Exit(code)
+
+
+@command(app, "plan")
+def plan(common: Common, names: Names = None, output: OutputOption = Output.TEXT) -> None:
+    """
+    Show what `renew` would ask, replace and restart.
+
+    No network, nothing written. Exits with 3 if there is something to do.
+    """
+    from bridge import commands  # noqa: PLC0415
+
+    raise typer.Exit(commands.plan(common.settings(), names or [], utc_now(), as_json=output is Output.JSON))
+
+
+@command(app, "recover")
+def recover(common: Common) -> None:
+    """Finish or undo what a crash left, and say which; every command that writes does the same first."""
+    from bridge import commands  # noqa: PLC0415
+
+    commands.recover(common.settings())
+
+
+@command(app, "doctor")
+def doctor(common: Common) -> None:
+    """
+    Check that everything is ready for the next renewal.
+
+    Files, clock, settings, and for each authority: is its backend there, the right CA, with exactly our usages?
+    Asks the CAs, spends no signature, writes nothing.
+    """
+    from bridge import doctor as doctor_module  # noqa: PLC0415
+
+    raise typer.Exit(doctor_module.run(common.settings(), utc_now()))
+
+
+class SetupFor(StrEnum):
+    """CAs that `setup` knows."""
+
+    VAULT = "vault"
+    CFSSL = "cfssl"
+    OPENSSL = "openssl"
+
+
+@command(app, "setup")
+def setup(
+    common: Common,
+    ca: Annotated[SetupFor, typer.Argument(help="The kind of CA.", show_default=False)],
+    authority: Annotated[
+        str | None, typer.Option(help="Only this one of ca, etcd-ca, front-proxy-ca.", show_default=False)
+    ] = None,
+) -> None:
+    """
+    Print what the CA's administrator needs, exactly for this node's certificates.
+
+    Vault: roles and policy; cfssl: signing profiles; openssl: openssl.cnf.
+    """
+    from bridge import commands  # noqa: PLC0415
+
+    typer.echo(commands.setup(common.settings(), ca.value, authority), nl=False)
+
+
+@command(app, "demo")
+def demo(
+    common: Common,
+    directory: Annotated[
+        Path | None, typer.Option(help="Keep everything there, to look at. [default: a temporary directory]")
+    ] = None,
+) -> None:
+    """
+    Show the main job on a throwaway PKI: no root, no cluster, no network.
+
+    A PKI in kubeadm's shape without CA keys, an `openssl ca` directory as the company's CA, before and after.
+    """
+    from bridge import demo as demo_module  # noqa: PLC0415
+
+    raise typer.Exit(demo_module.run(directory, utc_now()))
+
+
+@command(settings_app, "init")
+def settings_init(
+    common: Common,
+    file: Annotated[Path | None, typer.Argument(help="[default: --config, or /etc/ca-bridge/config.toml]")] = None,
+) -> None:
+    """Write a commented settings file; never over an older one."""
+    from bridge import commands  # noqa: PLC0415
+
+    typer.echo(f"wrote {commands.settings_init(file or common.config)}")
+
+
+@command(settings_app, "show")
+def settings_show(common: Common) -> None:
+    """Show the settings in force, defaults included; secrets are only named."""
+    from bridge import commands  # noqa: PLC0415
+
+    typer.echo(commands.settings_show(common.settings()), nl=False)
+
+
+@command(settings_app, "check")
+def settings_check(common: Common) -> None:
+    """Check the whole settings file, backends' tables included; asks no CA."""
+    from bridge import plugins  # noqa: PLC0415
+
+    settings = common.settings()
+    if settings.source.file is None:
+        raise SettingsError([], hint="`ca-bridge settings init` writes a commented file")
+    plugins.configured(settings, settings.authorities)
+    typer.echo(f"{settings.source.file}: nothing wrong")

@@ -1,0 +1,401 @@
+"""What the commands do and print, between the command line and the rooms that do the work."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import typer
+from cryptography import x509
+
+from bridge import inventory, plugins, restart
+from bridge import renew as renewal
+from bridge.certificates import name_text, serial_hex
+from bridge.console import columns, log, print_error
+from bridge.contract import Secret, Selector
+from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
+from bridge.expiry import residual
+from bridge.files import lock
+from bridge.install import InstallError, Store
+from bridge.install import recover as recover_store
+from bridge.inventory import Item, Node
+from bridge.settings import DEFAULT_FILE, Settings, duration_text
+from bridge.specs import AUTHORITIES, Component
+
+SCHEMA_VERSION = 1
+DATE = "%b %d, %Y %H:%M UTC"
+
+# --- renew -----------------------------------------------------------------------------------------------------------
+
+
+def renew(
+    settings: Settings, names: Collection[str], now: Callable[[], datetime], *, as_json: bool, all_or_nothing: bool
+) -> int:
+    """Renew, print the result, and return the exit code."""
+    with _progress() as progress:
+        result, node, selection = renewal.run(settings, names, now, progress, all_or_nothing=all_or_nothing)
+    components = _stale(result, node, settings)
+    if as_json:
+        typer.echo(json.dumps(_result_json(result, selection, components), indent=4))
+    else:
+        _print_result(result, selection, node, settings, now())
+        _print_restart(components, settings)
+    for names_, error in _grouped(result.failed):
+        print_error(error, names_)
+    return result.exit_code
+
+
+def _stale(result: renewal.Result, node: Node, settings: Settings) -> list[Component]:
+    specs = [item.spec for item in node.items if item.spec.name in {o.name for o in result.renewed}]
+    return restart.stale(specs, renewal.version_of(node, settings), settings.restart.components)
+
+
+def _print_result(
+    result: renewal.Result, selection: renewal.Selection, node: Node, settings: Settings, now: datetime
+) -> None:
+    for sentence in selection.skipped:
+        log.debug("%s", sentence)
+    rows = [
+        (
+            o.name,
+            f"until {o.new.not_valid_after_utc:{DATE}}",
+            f"serial {serial_hex(o.new)}",
+            f"issuer {name_text(o.new.issuer)}",
+            f"by {o.backend}",
+        )
+        for o in result.renewed
+        if o.new is not None
+    ]
+    if rows:
+        typer.echo("\n".join(columns(rows)))
+        typer.echo(
+            f"{len(rows)} renewed; the old files are in {settings.node.state_dir / 'backups' / str(result.backup_id)}"
+        )
+    elif not result.failed:
+        typer.echo(_nothing_due(node, settings, now))
+
+
+def _nothing_due(node: Node, settings: Settings, now: datetime) -> str:
+    present = [item for item in node.items if item.state == "present" and item.managed]
+    if not present:
+        return "nothing is due: no certificates here"
+    first = min(present, key=lambda item: item.certificates[0].not_valid_after_utc)
+    left = residual(int((first.certificates[0].not_valid_after_utc - now).total_seconds()))
+    return f"nothing is due: {first.spec.name} is the first to expire, in {left} (renewal.before = {settings.renewal.before})"
+
+
+def _print_restart(components: Sequence[Component], settings: Settings) -> None:
+    if components:
+        typer.echo("\nThese still run on their old certificates until they are restarted, one at a time:")
+    for component in components:
+        typer.echo(f"  {restart.how(component, settings.node.kubeconfig_dir / 'manifests')}")
+
+
+def _grouped(failed: Sequence[renewal.Outcome]) -> Iterator[tuple[str, BridgeError]]:
+    """One message for all certificates that failed for the same reason at the same CA."""
+    groups: dict[tuple[str, str], list[renewal.Outcome]] = {}
+    for outcome in failed:
+        groups.setdefault((outcome.backend, str(outcome.error)), []).append(outcome)
+    for (backend, _), outcomes in groups.items():
+        if outcomes[0].error is not None:
+            names = ", ".join(outcome.name for outcome in outcomes)
+            yield f"{names}: {backend}" if backend else names, outcomes[0].error
+
+
+def _result_json(
+    result: renewal.Result, selection: renewal.Selection, components: Sequence[Component]
+) -> dict[str, Any]:
+    return {
+        "schemaVersion": SCHEMA_VERSION,
+        "exitCode": result.exit_code,
+        "backup": result.backup_id,
+        "renewed": [
+            {
+                "name": o.name,
+                "authority": o.authority,
+                "backend": o.backend,
+                "notAfter": o.new.not_valid_after_utc.isoformat().replace("+00:00", "Z"),
+                "serialNumber": serial_hex(o.new),
+                "previousSerialNumber": serial_hex(o.old) if o.old is not None else None,
+                "issuer": name_text(o.new.issuer),
+            }
+            for o in result.renewed
+            if o.new is not None
+        ],
+        "failed": [
+            {
+                "name": o.name,
+                "authority": o.authority,
+                "backend": o.backend,
+                "exitCode": o.exit_code,
+                "error": str(o.error),
+                "hint": o.error.hint if o.error is not None else "",
+            }
+            for o in result.failed
+        ],
+        "skipped": list(selection.skipped),
+        "restart": [component.value for component in components],
+    }
+
+
+class _PlainProgress:
+    """Lines on standard error."""
+
+    def signing(self, backend: str, names: Sequence[str]) -> None:
+        log.info("asking %s for %s", backend, ", ".join(names))
+
+    def signed(self, name: str) -> None:
+        log.debug("%s was answered", name)
+
+    def note(self, text: str) -> None:
+        log.warning("%s", text)
+
+
+class _TerminalProgress(_PlainProgress):
+    """A bar for each CA; made at the first question, since most runs have none."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
+        self._lock = threading.Lock()
+        self._bars: Any = None
+        self._tasks: dict[str, Any] = {}
+
+    def signing(self, backend: str, names: Sequence[str]) -> None:
+        with self._lock:
+            if self._bars is None:
+                self._bars = self._stack.enter_context(_bars())
+            task = self._bars.add_task(f"{backend} signs {len(names)}", total=len(names))
+            self._tasks.update(dict.fromkeys(names, task))
+
+    def signed(self, name: str) -> None:
+        with self._lock:
+            self._bars.update(self._tasks[name], advance=1, detail=name)
+
+
+def _bars() -> Any:
+    from rich.console import Console  # noqa: PLC0415 (60 ms; only on a terminal, when a CA is asked)
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn  # noqa: PLC0415
+
+    layout = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*layout, TextColumn("{task.fields[detail]}"), console=Console(stderr=True), transient=True)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[renewal.Progress]:
+    with contextlib.ExitStack() as stack:
+        yield _TerminalProgress(stack) if sys.stderr.isatty() else _PlainProgress()
+
+
+# --- csr-only, plan, recover -----------------------------------------------------------------------------------------
+
+
+def write_csrs(settings: Settings, names: Collection[str], directory: Path, now: datetime) -> int:
+    """`renew --csr-only`: keys and CSRs into a directory, nothing else touched."""
+    if Store(settings.node.state_dir).journal.exists():
+        raise InstallError("an installation was interrupted", hint="run `ca-bridge recover`, then this again")
+    node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
+    selection = renewal.select(node, settings, names, now)
+    made = renewal.prepare(selection.items, settings)
+    prepared = [one for one in made if isinstance(one, renewal.Prepared)]
+    if prepared:
+        renewal.write_csrs(prepared, directory)
+    rows = [(one.item.spec.name, str(directory / f"{one.item.spec.name}.csr"), f"for {one.item.spec.authority.name}")
+            for one in prepared]  # fmt: skip
+    failed = [*selection.failed, *(one for one in made if isinstance(one, renewal.Outcome))]
+    if rows:
+        typer.echo("\n".join(columns(rows)))
+    elif not failed:
+        typer.echo(_nothing_due(node, settings, now))
+    for name, error in _grouped(failed):
+        print_error(error, name)
+    return Exit.worst([outcome.exit_code for outcome in failed])
+
+
+def plan(settings: Settings, names: Collection[str], now: datetime, *, as_json: bool) -> int:
+    """Print what `renew` would do; 3 if that is anything."""
+    node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
+    selection = renewal.select(node, settings, names, now)
+    specs = [item.spec for item in selection.items]
+    components = restart.stale(specs, renewal.version_of(node, settings), settings.restart.components)
+    if as_json:
+        typer.echo(json.dumps(_plan_json(selection, settings, components), indent=4))
+    elif selection.items:
+        typer.echo("\n".join(columns([_plan_row(item, settings, now) for item in selection.items])))
+        _print_restart(components, settings)
+    elif not selection.failed:
+        typer.echo(_nothing_due(node, settings, now))
+    for name, error in _grouped(selection.failed):
+        print_error(error, name)
+    failed = Exit.worst([outcome.exit_code for outcome in selection.failed])
+    return failed or (Exit.DUE if selection.items else Exit.DONE)
+
+
+def _plan_row(item: Item, settings: Settings, now: datetime) -> tuple[str, ...]:
+    end = item.certificates[0].not_valid_after_utc
+    left = residual(int((end - now).total_seconds()))
+    return (
+        item.spec.name,
+        f"expires {end:{DATE}} ({left})",
+        f"ask {_asked(item, settings)}",
+        f"replace {', '.join(str(path) for path in _files(item))}",
+    )
+
+
+def _asked(item: Item, settings: Settings) -> str:
+    ours = settings.authorities.get(item.spec.authority.name)
+    return ours.backend if ours is not None else f"nobody: no [authority.{item.spec.authority.name}]"
+
+
+def _files(item: Item) -> list[Path]:
+    return [path for path in (item.key_path, item.certificate_path) if path is not None]
+
+
+def _plan_json(selection: renewal.Selection, settings: Settings, components: Sequence[Component]) -> dict[str, Any]:
+    return {
+        "schemaVersion": SCHEMA_VERSION,
+        "renew": [
+            {
+                "name": item.spec.name,
+                "authority": item.spec.authority.name,
+                "backend": ours.backend if (ours := settings.authorities.get(item.spec.authority.name)) else None,
+                "notAfter": item.certificates[0].not_valid_after_utc.isoformat().replace("+00:00", "Z"),
+                "replace": [str(path) for path in _files(item)],
+            }
+            for item in selection.items
+        ],
+        "failed": [{"name": o.name, "error": str(o.error)} for o in selection.failed],
+        "skipped": list(selection.skipped),
+        "restart": [component.value for component in components],
+    }
+
+
+def recover(settings: Settings) -> None:
+    """`recover`: finish or undo what a crash left, and say which."""
+    store = Store(settings.node.state_dir)
+    if not store.directory.is_dir():
+        typer.echo("nothing to recover: no run has been here")
+        return
+    with lock(store.lock, "ca-bridge recover"):
+        found = recover_store(store)
+    typer.echo(str(found) if found else "nothing to recover")
+    for path in found.paths if found else ():
+        typer.echo(f"  {path}")
+
+
+# --- settings and setup ----------------------------------------------------------------------------------------------
+
+
+def settings_init(file: Path | None) -> Path:
+    """
+    Write a commented settings file.
+
+    Raises:
+        BridgeError: There is one.
+    """
+    path = file or DEFAULT_FILE
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+    try:
+        with path.open("x", encoding="utf-8") as opened:
+            path.chmod(0o644)
+            opened.write(example().read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise BridgeError(f"{path}: wanted no file, found one", hint="edit it, or name another place") from None
+    return path
+
+
+def example() -> Path:
+    """The commented example that is installed with the program."""
+    name = "config.toml"
+    for directory in (Path(sys.prefix, "share", "kubeadm-ca-bridge"), Path(__file__).parents[1] / "config"):
+        if (directory / name).is_file():
+            return directory / name
+    raise BridgeError(
+        "wanted the example settings that are installed with the program, found none", hint="reinstall it"
+    )
+
+
+def settings_show(settings: Settings) -> str:
+    """The settings in force, as TOML-like lines `key = value`; what comes from backends' dataclasses included."""
+    lines = [f"# from {settings.source.file or 'defaults alone: no settings file'}"]
+    for name in ("node", "renewal", "restart"):
+        lines += ["", f"[{name}]", *_shown(getattr(settings, name))]
+    for authority, configured in plugins.configured(settings, settings.authorities).items():
+        lines += ["", f"[authority.{authority}]", f"backend = {configured.name!r}", f"# type {configured.type_name}"]
+        lines += _shown(configured.settings)
+    return "\n".join(lines) + "\n"
+
+
+def _shown(values: Any, prefix: str = "") -> Iterator[str]:
+    for field in dataclasses.fields(values):
+        value, key = getattr(values, field.name), f"{prefix}{field.name}"
+        if value is None:
+            continue
+        if isinstance(value, Secret):
+            yield f"{key}_{value.kind} = {json.dumps(value.where)}"
+        elif dataclasses.is_dataclass(value) and not hasattr(value, "from_setting"):
+            yield from _shown(value, f"{key}.")
+        elif isinstance(value, timedelta):
+            yield f'{key} = "{duration_text(value)}"'
+        elif isinstance(value, Mapping):
+            yield from (f"{key}.{json.dumps(name)} = {json.dumps(text)}" for name, text in value.items())
+        elif isinstance(value, bool | int | tuple):
+            yield f"{key} = {json.dumps(value)}"
+        else:
+            yield f"{key} = {json.dumps(str(value))}"
+
+
+def setup(settings: Settings, ca: str, authority: str | None) -> str:
+    """
+    What the administrator of a CA needs for this node's certificates.
+
+    Raises:
+        SettingsError: No such authority.
+    """
+    if authority is not None and authority not in AUTHORITIES:
+        problem = SettingsProblem("--authority", f"one of {', '.join(AUTHORITIES)}", repr(authority))
+        raise SettingsError([problem])
+    node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
+    parts = []
+    for name in [authority] if authority else AUTHORITIES:
+        items = {i.spec.name: i.certificates[0] for i in node.items
+                 if i.spec.authority.name == name and i.managed and i.state == "present"}  # fmt: skip
+        if items:
+            parts.append(_setup_one(ca, name, items, settings))
+    if not parts:
+        raise BridgeError("wanted live certificates to make it from, found none", hint="--pki-dir tells where they are")
+    return "\n".join(parts)
+
+
+def _setup_one(ca: str, authority: str, items: Mapping[str, x509.Certificate], settings: Settings) -> str:
+    """For one CA; with the authority's own settings where they say what roles and mounts are called."""
+    if ca == "openssl":
+        from bridge import setup_openssl  # noqa: PLC0415
+
+        return setup_openssl.config_text(AUTHORITIES[authority], items, settings.renewal.validity)
+    if ca == "cfssl":
+        from bridge import setup_cfssl  # noqa: PLC0415
+
+        return setup_cfssl.text(AUTHORITIES[authority], items, settings.renewal.validity)
+    from bridge import setup_vault  # noqa: PLC0415
+
+    table = _backend_table(settings, authority)
+    select = Selector(str(table.get("role", setup_vault.DEFAULT_ROLE.pattern)), table.get("roles", {}))
+    mount = str(table.get("mount", "pki"))
+    roles = setup_vault.roles(items, settings.renewal.validity, select)
+    policy = setup_vault.policy(mount, list(roles))
+    return setup_vault.commands(mount, roles, policy_name=f"ca-bridge-{authority}", policy_text=policy)
+
+
+def _backend_table(settings: Settings, authority: str) -> dict[str, Any]:
+    """The keys of an authority's backend as they stand in the settings; empty while there are none."""
+    ours = settings.authorities.get(authority)
+    if ours is None:
+        return {}
+    return plugins.merge(settings.backends[ours.backend], settings.authority_tables[authority])

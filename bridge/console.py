@@ -1,0 +1,63 @@
+"""What goes to standard error: messages, as text or JSON lines. Results are printed by the commands themselves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from enum import StrEnum
+
+from bridge.errors import BridgeError
+
+log = logging.getLogger("ca-bridge")
+
+
+class LogFormat(StrEnum):
+    """How messages are written."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+def print_error(error: BridgeError, about: str = "") -> None:
+    """`error: …` and `hint: …` on standard error; through the log when that is JSON."""
+    prefix = f"{about}: " if about else ""
+    for line in str(error).splitlines():
+        log.error("%s%s", prefix, line)
+    if error.hint:
+        log.error("%s", error.hint, extra={"is_hint": True})
+
+
+class _TextFormat(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        level = "hint" if getattr(record, "is_hint", False) else record.levelname.lower()
+        # a CA's words may be in it, and must not steer a terminal
+        text = "".join(
+            character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in record.getMessage()
+        )
+        return text if record.levelno == logging.INFO else f"{level}: {text}"
+
+
+class _JsonFormat(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        level = "hint" if getattr(record, "is_hint", False) else record.levelname.lower()
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        return json.dumps({"time": time, "level": level, "message": record.getMessage()})
+
+
+def set_up(verbose: int, log_format: LogFormat) -> None:
+    """Our own messages only: what libraries log at a high level may hold headers."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonFormat() if log_format is LogFormat.JSON else _TextFormat())
+    log.handlers = [handler]
+    log.propagate = False
+    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines with the cells of each column below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

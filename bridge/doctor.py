@@ -1,0 +1,163 @@
+"""
+Is everything ready for the next renewal?
+
+Asks each authority's CA what can be asked without spending a signature; writes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Literal
+
+import typer
+
+from bridge import expiry, inventory, plugins, renew, verify
+from bridge.console import columns
+from bridge.errors import BridgeError, Exit, SettingsError
+from bridge.install import Store
+from bridge.inventory import AuthorityState, Item, Node
+from bridge.settings import Settings
+
+Level = Literal["ok", "warning", "error"]
+
+#: A CA that ends sooner can't give certificates of the usual length for long.
+CA_ENDS_SOON = timedelta(days=365)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One line of the report."""
+
+    level: Level
+    about: str
+    text: str
+    exit_code: int = Exit.DONE  #: Not 0 for an error.
+
+
+def run(settings: Settings, now: datetime) -> int:
+    """Print the report; the exit code is that of the worst error."""
+    node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
+    findings = [
+        *_certificates(node, settings, now),
+        *_authorities(node, now),
+        *_state_directory(settings.node.state_dir),
+        *_backends(node, settings, now),
+    ]
+    typer.echo("\n".join(columns([(f.level, f.about, f.text) for f in findings])))
+    return Exit.worst([finding.exit_code for finding in findings])
+
+
+def _error(about: str, error: BridgeError) -> Finding:
+    hint = f" ({error.hint})" if error.hint else ""
+    return Finding(level="error", about=about, text=f"{error}{hint}", exit_code=error.exit_code)
+
+
+def _certificates(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
+    for item in node.items:
+        name = item.spec.name
+        if item.state == "present":
+            yield _certificate(item, settings, now)
+            yield from _modes(item)
+        elif item.state == "missing" and item.spec.optional:
+            yield Finding(level="ok", about=name, text="not on this node, as is usual for it")
+        else:
+            text = item.trouble or f"wanted a certificate in {item.certificate_path}, found nothing"
+            yield Finding(level="error", about=name, text=text, exit_code=Exit.FAILED)
+
+
+def _certificate(item: Item, settings: Settings, now: datetime) -> Finding:
+    leaf = item.certificates[0]
+    left = expiry.residual(int((leaf.not_valid_after_utc - now).total_seconds()))
+    if not item.managed:
+        return Finding(level="ok", about=item.spec.name, text=f"{left} left; rotated by the kubelet itself")
+    due = expiry.is_due(leaf, settings.renewal.before, settings.renewal.validity, now)
+    return Finding(level="warning" if due else "ok", about=item.spec.name, text=f"{left} left{', due' if due else ''}")
+
+
+def _modes(item: Item) -> Iterator[Finding]:
+    """A private key that others can read."""
+    path = item.key_path or (item.certificate_path if item.embedded else None)
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode) if path is not None else 0
+    except OSError as e:
+        yield Finding(level="warning", about=item.spec.name, text=f"wanted its key in {path}, found: {e.strerror}")
+        return
+    if mode & 0o007:
+        text = f"wanted a key for its owner alone, found {path} with mode {mode:04o} (a renewal narrows it)"
+        yield Finding(level="warning", about=item.spec.name, text=text)
+
+
+def _authorities(node: Node, now: datetime) -> Iterator[Finding]:
+    for state in node.authorities:
+        about = f"CA {state.authority.name}"
+        if state.state != "present":
+            text = state.trouble or f"wanted a CA certificate in {state.path}, found nothing"
+            yield Finding(level="error", about=about, text=text, exit_code=Exit.FAILED)
+        else:
+            yield _authority(state, about, now)
+            if state.key == "local":
+                text = "its key is on this disk; whoever reads it can be anybody in the cluster"
+                yield Finding(level="warning", about=about, text=text)
+
+
+def _authority(state: AuthorityState, about: str, now: datetime) -> Finding:
+    end = state.certificates[0].not_valid_after_utc
+    left = expiry.residual(int((end - now).total_seconds()))
+    if end <= now:
+        text = f"expired on {end:%Y-%m-%d}: nothing that it signs is valid"
+        return Finding(level="error", about=about, text=text, exit_code=Exit.FAILED)
+    if end - now < CA_ENDS_SOON:
+        return Finding(level="warning", about=about, text=f"{left} left; no certificate may outlive it")
+    return Finding(level="ok", about=about, text=f"{left} left, key {state.key}")
+
+
+def _state_directory(path: Path) -> Iterator[Finding]:
+    about = "state directory"
+    if Store(path).journal.exists():
+        text = "an installation was interrupted; the next run, or `ca-bridge recover`, finishes it"
+        yield Finding(level="warning", about=about, text=text)
+    if path.is_dir() and (path.stat().st_uid != os.geteuid() or path.stat().st_mode & 0o077):
+        text = f"wanted {path} to be ours with mode 0700, found mode {stat.S_IMODE(path.stat().st_mode):04o}"
+        yield Finding(level="error", about=about, text=text, exit_code=Exit.FAILED)
+    elif path.is_dir():
+        yield Finding(level="ok", about=about, text=str(path))
+    else:
+        yield Finding(level="ok", about=about, text=f"{path} is made by the first renewal")
+
+
+def _backends(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
+    items = [item for item in node.items if item.managed and item.state == "present"]
+    names = dict.fromkeys(item.spec.authority.name for item in items)
+    try:
+        backends = plugins.configured(settings, names)
+    except SettingsError as e:
+        yield from (Finding(level="error", about="settings", text=str(p), exit_code=e.exit_code) for p in e.problems)
+        return
+    demands, _ = renew.expectations(node, settings, items, now)
+    for name, configured in backends.items():
+        if name in demands:
+            ours = [item for item in items if item.spec.authority.name == name]
+            yield from _backend(configured, ours, demands[name])
+
+
+def _backend(configured: plugins.Configured, items: list[Item], expected: verify.Expectation) -> Iterator[Finding]:
+    about = f"backend of {configured.authority}"
+    try:
+        backend = configured.open()
+    except BridgeError as e:
+        yield _error(about, e)
+        return
+    try:
+        wrong = renew.preflight(backend, [item.spec for item in items], expected)
+        yield from (_error(f"{about}, {name}", error) for name, error in wrong.items())
+        if not wrong:
+            yield Finding(level="ok", about=about, text=f"{configured.label} answers, and is the right CA")
+    except BridgeError as e:
+        yield _error(about, e)
+    finally:
+        plugins.close(backend)

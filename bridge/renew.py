@@ -1,0 +1,579 @@
+"""
+Renewal: `prepare` (what is due, keys, CSRs), `sign` (the CAs), `finish` (proof, installation).
+
+Keys live in this process's memory until their certificates have passed; a type that leaves the node holds none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import secrets
+import shlex
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Protocol
+
+from cryptography import x509
+from cryptography.x509.verification import VerificationError as NoPathError
+
+from bridge import csr, expiry, inventory, kubeconfig, plugins, verify
+from bridge.certificates import fingerprint, load_pem_certificates, name_text, pem, serial_hex
+from bridge.contract import Backend, Checks, Issued, ListsIssuers, SignRequest
+from bridge.errors import (
+    BackendError,
+    BackendRefusedError,
+    BridgeError,
+    Exit,
+    SettingsError,
+    SettingsProblem,
+    VerificationError,
+    Violation,
+)
+from bridge.files import DIRECTORY_MODE, SECRET_MODE, Attributes, lock, sync_directory, write_staged
+from bridge.install import (
+    CERTIFICATE_MASK,
+    KEY_MASK,
+    KUBECONFIG_MASK,
+    Replacement,
+    Store,
+    digest,
+    install,
+    recover,
+)
+from bridge.inventory import Item, Node
+from bridge.settings import Settings
+from bridge.specs import AUTHORITIES, SPECS, CertificateSpec
+
+#: `certs renew all`.
+ALL = "all"
+#: Below this version kubeadm reads one certificate a file (measured on 1.20; chains since 1.21).
+FIRST_WITH_CHAINS = (1, 21)
+
+
+class MissingCertificateError(BridgeError):
+    """There is no live certificate that a renewal could be made from."""
+
+
+class RefusedByCheckError(BackendRefusedError):
+    """The CA would sign something else than what we need; nothing was asked of it."""
+
+
+class Progress(Protocol):
+    """Who looks on; called from several threads."""
+
+    def signing(self, backend: str, names: Sequence[str]) -> None:
+        """These certificates are being asked for."""
+
+    def signed(self, name: str) -> None:
+        """The CA has answered for one, with a certificate or not."""
+
+    def note(self, text: str) -> None:
+        """Something that the operator should know."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A certificate on its way; holds the new key."""
+
+    item: Item
+    request: SignRequest
+    key_pem: bytes = field(repr=False)
+    was: Mapping[Path, str | None]  #: Digests of the files that are to be replaced.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of one certificate."""
+
+    name: str
+    authority: str
+    old: x509.Certificate | None = None
+    new: x509.Certificate | None = None  #: Installed.
+    backend: str = ""
+    error: BridgeError | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """That of its error."""
+        return self.error.exit_code if self.error is not None else Exit.DONE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What became of a run."""
+
+    outcomes: tuple[Outcome, ...]
+    backup_id: str | None = None
+
+    @property
+    def renewed(self) -> list[Outcome]:
+        """What was installed."""
+        return [outcome for outcome in self.outcomes if outcome.new is not None]
+
+    @property
+    def failed(self) -> list[Outcome]:
+        """What was not."""
+        return [outcome for outcome in self.outcomes if outcome.error is not None]
+
+    @property
+    def exit_code(self) -> int:
+        """The worst outcome's."""
+        return Exit.worst([outcome.exit_code for outcome in self.outcomes])
+
+
+# --- what is due -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """What a run has to do."""
+
+    items: tuple[Item, ...]  #: To renew.
+    failed: tuple[Outcome, ...]  #: Should be renewed, and can't be.
+    skipped: tuple[str, ...]  #: Sentences for the operator.
+
+
+def select(node: Node, settings: Settings, names: Collection[str], now: datetime) -> Selection:
+    """
+    Choose what to renew.
+
+    Args:
+        node: What is there.
+        settings: `renewal.before` and `renewal.validity` say what is due.
+        names: kubeadm's names, or "all"; empty: what is due.
+        now: Aware, UTC.
+
+    Raises:
+        SettingsError: A name that is none, or that is not ours to renew.
+    """
+    _assert_known(names)
+    by_name = {item.spec.name: item for item in node.items}
+    asked = list(by_name) if not names or ALL in names else [name for name in by_name if name in names]
+    items, failed, skipped = [], [], []
+    for name in [*asked, *sorted(set(names) - {ALL} - set(asked))]:
+        item = by_name.get(name)
+        by_hand = name in names
+        if item is None or (item.state == "missing" and (by_hand or not item.spec.optional)):
+            failed.append(_absent(SPECS[name], item, settings, node))
+        elif item.state == "missing":
+            skipped.append(f"{name} is not on this node, as is usual for it")
+        elif not item.managed:
+            skipped.append(f"{name} refers to {item.certificate_path}, which the kubelet renews by itself")
+        elif item.state != "present":
+            failed.append(_outcome(item, MissingCertificateError(item.trouble or "", hint=_RESTORE)))
+        elif names or _is_due(item, settings, now):
+            items.append(item)
+    return Selection(items=tuple(items), failed=tuple(failed), skipped=tuple(skipped))
+
+
+_RESTORE = "put a good copy back (an expired one will do), then run again"
+
+
+def _assert_known(names: Collection[str]) -> None:
+    unknown = [name for name in names if name != ALL and name not in SPECS]
+    if unknown:
+        wanted = f"names of certificates ({', '.join(SPECS)}) or {ALL}"
+        raise SettingsError([SettingsProblem("", wanted, ", ".join(map(repr, unknown)))])
+
+
+def _is_due(item: Item, settings: Settings, now: datetime) -> bool:
+    return expiry.is_due(item.certificates[0], settings.renewal.before, settings.renewal.validity, now)
+
+
+def _absent(spec: CertificateSpec, item: Item | None, settings: Settings, node: Node) -> Outcome:
+    if item is None:
+        reason = "no local etcd here" if not node.local_etcd else "not on this node"
+        error = MissingCertificateError(f"wanted a certificate to renew, found none: {reason}")
+    else:
+        place = item.certificate_path
+        error = MissingCertificateError(f"wanted a certificate to renew in {place}, found nothing", hint=_RESTORE)
+    return Outcome(name=spec.name, authority=spec.authority.name, error=error)
+
+
+def _outcome(item: Item, error: BridgeError, backend: str = "") -> Outcome:
+    old = item.certificates[0] if item.certificates else None
+    return Outcome(name=item.spec.name, authority=item.spec.authority.name, old=old, error=error, backend=backend)
+
+
+# --- prepare ---------------------------------------------------------------------------------------------------------
+
+
+def prepare(items: Sequence[Item], settings: Settings) -> list[Prepared | Outcome]:
+    """
+    Keys and CSRs from the live certificates, on all cores; what can't be made fails alone.
+
+    Returns:
+        In the order of the items.
+    """
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return list(pool.map(lambda item: _prepare(item, settings), items))
+
+
+def _prepare(item: Item, settings: Settings) -> Prepared | Outcome:
+    try:
+        live, was = _live(item)
+        key = csr.generate_key(csr.key_algorithm(live, settings.renewal.key))
+        request = SignRequest(
+            spec=item.spec, csr_pem=csr.build(live, key), validity=settings.renewal.validity, replaces=live
+        )
+    except BridgeError as e:
+        return _outcome(item, e)
+    return Prepared(item=item, request=request, key_pem=csr.key_pem(key), was=was)
+
+
+def _live(item: Item) -> tuple[x509.Certificate, dict[Path, str | None]]:
+    """The certificate on disk now, and the digests of all files of its pair, read at the same time."""
+    paths = [item.certificate_path] if item.key_path is None else [item.key_path, item.certificate_path]
+    contents = {path: _read(path) for path in paths}
+    data = contents[item.certificate_path]
+    certificate_data = kubeconfig.parse(data or b"").certificate_data if item.embedded else data
+    try:
+        live = load_pem_certificates(certificate_data or b"")[0]
+    except ValueError as e:
+        raise MissingCertificateError(f"{item.certificate_path}: wanted a certificate, found {e}", hint=_RESTORE) from e
+    return live, {path: None if content is None else digest(content) for path, content in contents.items()}
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None  # a key without which its certificate can still be renewed
+    except OSError as e:
+        raise MissingCertificateError(f"{path}: wanted to read it, found: {e.strerror}") from e
+
+
+def write_csrs(prepared: Sequence[Prepared], directory: Path) -> None:
+    """
+    `NAME.csr` and `NAME.key`, flat and 0600, as `kubeadm certs renew --csr-only` wrote them up to 1.22.
+
+    Unlike it, never over an older file: that key may belong to a CSR that a CA is about to sign.
+
+    Raises:
+        BridgeError: A file is there already, or can't be written; then none of ours is left.
+    """
+    written: list[Path] = []
+    try:
+        if not directory.is_dir():
+            directory.mkdir(mode=DIRECTORY_MODE, parents=True)
+        for one in prepared:
+            for suffix, data in ((".key", one.key_pem), (".csr", one.request.csr_pem)):
+                path = directory / f"{one.item.spec.name}{suffix}"
+                write_staged(path, data, Attributes(mode=SECRET_MODE, uid=os.geteuid(), gid=os.getegid(), extended={}))
+                written.append(path)
+        sync_directory(directory)
+    except OSError as e:
+        for path in written:
+            path.unlink()
+        found = f"{e.filename}: {e.strerror}" if e.filename else e.strerror
+        raise BridgeError(
+            f"wanted to write keys and CSRs to {directory}, found {found}", hint="choose an empty --csr-dir"
+        ) from e
+
+
+# --- sign ------------------------------------------------------------------------------------------------------------
+
+
+def sign(
+    prepared: Sequence[Prepared],
+    backends: Mapping[str, plugins.Configured],
+    expectations: Mapping[str, verify.Expectation],
+    progress: Progress,
+) -> dict[str, Issued | BackendError]:
+    """
+    Ask each authority's CA for its certificates, all CAs at the same time.
+
+    Returns:
+        By certificate name.
+    """
+    by_authority: dict[str, list[Prepared]] = {}
+    for one in prepared:
+        by_authority.setdefault(one.item.spec.authority.name, []).append(one)
+
+    def ask(authority: str) -> dict[str, Issued | BackendError]:
+        return _ask_authority(by_authority[authority], backends[authority], expectations[authority], progress)
+
+    answers: dict[str, Issued | BackendError] = {}
+    with ThreadPoolExecutor(len(AUTHORITIES)) as pool:
+        for part in pool.map(ask, by_authority):
+            answers |= part
+    return answers
+
+
+def _ask_authority(
+    prepared: Sequence[Prepared], configured: plugins.Configured, expected: verify.Expectation, progress: Progress
+) -> dict[str, Issued | BackendError]:
+    names = [one.item.spec.name for one in prepared]
+    outage = plugins.Outage(configured.settings.retry_for)
+    progress.signing(configured.label, names)
+    backend = configured.open()
+    try:
+        wrong = outage.ask(lambda: preflight(backend, [one.item.spec for one in prepared], expected))
+        requests = [one.request for one in prepared if one.item.spec.name not in wrong]
+        answers = plugins.sign_all(backend, requests, outage, lambda request: progress.signed(request.spec.name))
+        signed = {request.spec.name: answer for request, answer in zip(requests, answers, strict=True)}
+        return {name: wrong[name] if name in wrong else signed[name] for name in names}
+    except BackendError as e:
+        return dict.fromkeys(names, e)
+    finally:
+        plugins.close(backend)
+
+
+def preflight(
+    backend: Backend, specs: Sequence[CertificateSpec], expected: verify.Expectation
+) -> dict[str, RefusedByCheckError]:
+    """
+    What can be known before a signature is spent: the right CA, and the right usages for each certificate.
+
+    Returns:
+        By certificate name, only what would go wrong.
+
+    Raises:
+        BackendRefusedError: It is another CA, or does not accept us.
+        BackendUnavailableError: No answer.
+    """
+    if isinstance(backend, ListsIssuers):
+        _assert_right_ca(backend.issuers(), expected)
+    found = backend.check(specs) if isinstance(backend, Checks) else {}
+    return {name: RefusedByCheckError(_violations_text(violations), hint=VerificationError.hint)
+            for name, violations in found.items() if violations}  # fmt: skip
+
+
+def _violations_text(violations: Sequence[Violation]) -> str:
+    return "; ".join(map(str, violations))
+
+
+def _assert_right_ca(issuers: Sequence[x509.Certificate], expected: verify.Expectation) -> None:
+    anchor = expected.anchors[0]
+    with contextlib.suppress(NoPathError, IndexError):
+        verify.verified_path(issuers[0], issuers[1:], anchor, expected.now)
+        return
+    got = f"{name_text(issuers[0].subject)}, SHA-256 {fingerprint(issuers[0])[:16]}…" if issuers else "no certificate"
+    raise BackendRefusedError(
+        f"wanted the CA of {expected.anchor_name} ({name_text(anchor.subject)}, SHA-256 {fingerprint(anchor)[:16]}…), got {got}",
+        hint="the mount, label, URL or directory of this authority may be another one's",
+    )
+
+
+# --- finish ----------------------------------------------------------------------------------------------------------
+
+
+def expectations(
+    node: Node, settings: Settings, items: Sequence[Item], now: datetime
+) -> tuple[dict[str, verify.Expectation], list[Outcome]]:
+    """What the node demands, by authority; and the certificates whose CA file can't be read."""
+    version = version_of(node, settings)
+    demands: dict[str, verify.Expectation] = {}
+    failed = []
+    for item in items:
+        name = item.spec.authority.name
+        ours = settings.authorities.get(name)
+        try:
+            demands[name] = verify.Expectation(
+                anchors=_anchors(item),
+                anchor_name=str(item.anchor_path),
+                now=now,
+                min_validity=settings.renewal.min_validity,
+                intermediates_allowed=version is None or version >= FIRST_WITH_CHAINS,
+                extra_subject=ours.extra_subject if ours is not None else frozenset(),
+            )
+        except BridgeError as e:
+            failed.append(_outcome(item, e))
+    return demands, failed
+
+
+def _version(node: Node, settings: Settings) -> tuple[int, int] | None:
+    version = settings.node.kubernetes_version
+    return node.kubernetes_version if version is None else (version.major, version.minor)
+
+
+def _anchors(item: Item) -> tuple[x509.Certificate, ...]:
+    try:
+        return tuple(load_pem_certificates(item.anchor_path.read_bytes()))
+    except (OSError, ValueError) as e:
+        reason = e.strerror if isinstance(e, OSError) else e
+        raise MissingCertificateError(
+            f"{item.anchor_path}: wanted the CA certificate that {item.spec.name} must lead to, found: {reason}",
+            hint="put the CA certificate back",
+        ) from e
+
+
+def replacements(one: Prepared, verified: verify.Verified) -> Iterator[Replacement]:
+    """The files of one pair, key first."""
+    chain = b"".join(pem(certificate) for certificate in (verified.leaf, *verified.intermediates))
+    item, name = one.item, one.item.spec.name
+    if item.key_path is None:
+        path = item.certificate_path
+        data = kubeconfig.with_credentials(path.read_bytes(), chain, one.key_pem)
+        yield Replacement(certificate=name, path=path, data=data, mode_mask=KUBECONFIG_MASK, was=one.was[path])
+        return
+    yield Replacement(
+        certificate=name, path=item.key_path, data=one.key_pem, mode_mask=KEY_MASK, was=one.was[item.key_path]
+    )
+    yield Replacement(
+        certificate=name,
+        path=item.certificate_path,
+        data=chain,
+        mode_mask=CERTIFICATE_MASK,
+        was=one.was[item.certificate_path],
+    )
+
+
+def finish(
+    prepared: Sequence[Prepared],
+    answers: Mapping[str, Issued | BackendError],
+    expected: Mapping[str, verify.Expectation],
+    store: Store,
+    *,
+    labels: Mapping[str, str],
+    earlier: Sequence[Outcome],
+    all_or_nothing: bool,
+    run_id: str,
+) -> Result:
+    """
+    Prove every answer, then install those that passed in one step.
+
+    Args:
+        prepared: What was asked for.
+        answers: By certificate name.
+        expected: By authority.
+        store: Its lock is held.
+        labels: The backend's label by authority.
+        earlier: What failed before it could be asked for.
+        all_or_nothing: Install nothing if anything failed.
+        run_id: Unique.
+
+    Raises:
+        InstallError: Nothing was replaced.
+    """
+    passed: list[tuple[Prepared, verify.Verified]] = []
+    failed = list(earlier)
+    for one in prepared:
+        authority = one.item.spec.authority.name
+        try:
+            passed.append((one, _proven(one, answers[one.item.spec.name], expected[authority])))
+        except BridgeError as e:
+            failed.append(_outcome(one.item, e, labels[authority]))
+    if failed and all_or_nothing:
+        held = [_outcome(one.item, _HELD_BACK, labels[one.item.spec.authority.name]) for one, _ in passed]
+        return Result(outcomes=tuple(failed + held))
+    if not passed:
+        return Result(outcomes=tuple(failed))
+    files = [replacement for one, verified in passed for replacement in replacements(one, verified)]
+    _wait_until_valid([verified.leaf for _, verified in passed])
+    backup_id = install(store, files, run_id, _about(passed))
+    done = [
+        Outcome(
+            name=one.item.spec.name,
+            authority=one.item.spec.authority.name,
+            old=one.request.replaces,
+            new=verified.leaf,
+            backend=labels[one.item.spec.authority.name],
+        )
+        for one, verified in passed
+    ]
+    return Result(outcomes=tuple(done + failed), backup_id=backup_id)
+
+
+class HeldBackError(BridgeError):
+    """The answer was good, and was not installed because another one was not."""
+
+    exit_code = Exit.REFUSED
+
+
+_HELD_BACK = HeldBackError("not installed, since others failed and --all-or-nothing was given")
+
+
+def _proven(one: Prepared, answer: Issued | BackendError, expected: verify.Expectation) -> verify.Verified:
+    if isinstance(answer, BackendError):
+        raise answer
+    return verify.check(answer, one.request, expected)
+
+
+def _wait_until_valid(leaves: Sequence[x509.Certificate]) -> None:
+    """A CA's clock may be some seconds ahead (`verify.CLOCK_SKEW` at most): nothing is installed before it is valid."""
+    begin = max(leaf.not_valid_before_utc for leaf in leaves).timestamp()
+    time.sleep(max(0.0, min(begin - time.time(), verify.CLOCK_SKEW.total_seconds())))
+
+
+def _about(passed: Sequence[tuple[Prepared, verify.Verified]]) -> dict[str, object]:
+    """For the backup's manifest."""
+    certificates = [
+        {
+            "name": one.item.spec.name,
+            "old_serial": serial_hex(one.request.replaces) if one.request.replaces else None,
+            "new_serial": serial_hex(verified.leaf),
+        }
+        for one, verified in passed
+    ]
+    return {"command": shlex.join(sys.argv), "certificates": certificates}
+
+
+# --- the whole -------------------------------------------------------------------------------------------------------
+
+
+def run(
+    settings: Settings,
+    names: Collection[str],
+    now: Callable[[], datetime],
+    progress: Progress,
+    *,
+    all_or_nothing: bool = False,
+) -> tuple[Result, Node, Selection]:
+    """
+    Renew, online, in one process.
+
+    Raises:
+        LockedError: Another run works on this node.
+        SettingsError: Nothing was asked.
+        InstallError: Nothing was replaced.
+    """
+    store = Store(settings.node.state_dir)
+    store.prepare()
+    with lock(store.lock, shlex.join(sys.argv)):
+        recovery = recover(store)
+        if recovery is not None:
+            progress.note(str(recovery))
+        node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
+        selection = select(node, settings, names, now())
+        if not selection.items:
+            return Result(outcomes=selection.failed), node, selection
+        backends = plugins.configured(settings, dict.fromkeys(i.spec.authority.name for i in selection.items))
+        result = _renew(selection, node, settings, backends, store, now, progress, all_or_nothing=all_or_nothing)
+        return result, node, selection
+
+
+def _renew(
+    selection: Selection,
+    node: Node,
+    settings: Settings,
+    backends: Mapping[str, plugins.Configured],
+    store: Store,
+    now: Callable[[], datetime],
+    progress: Progress,
+    *,
+    all_or_nothing: bool,
+) -> Result:
+    expected, unproved = expectations(node, settings, selection.items, now())
+    made = prepare([item for item in selection.items if item.spec.authority.name in expected], settings)
+    prepared = [one for one in made if isinstance(one, Prepared)]
+    earlier = [*selection.failed, *unproved, *(one for one in made if isinstance(one, Outcome))]
+    answers = sign(prepared, backends, expected, progress)
+    return finish(
+        prepared,
+        answers,
+        # as late as possible: signing may have taken a while
+        {name: dataclasses.replace(one, now=now()) for name, one in expected.items()},
+        store,
+        labels={name: backend.label for name, backend in backends.items()},
+        earlier=earlier,
+        all_or_nothing=all_or_nothing,
+        run_id=secrets.token_hex(4),
+    )

@@ -1,0 +1,53 @@
+"""Which components still run on old certificates after an installation, and how to restart them (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from bridge.specs import CertificateSpec, Component
+
+#: From here on it was measured what reloads by itself (kubeadm nodes with running components); an older component is
+#: taken to need a restart, as kubeadm's documentation says for every version.
+FIRST_MEASURED = (1, 37)
+
+#: etcd first, and the API server before what needs it.
+ORDER = (
+    Component.ETCD,
+    Component.APISERVER,
+    Component.CONTROLLER_MANAGER,
+    Component.SCHEDULER,
+    Component.KUBELET,
+)
+
+
+def stale(
+    renewed: Iterable[CertificateSpec], version: tuple[int, int] | None, components: Literal["needed", "all"]
+) -> list[Component]:
+    """
+    The components to restart, in order.
+
+    Args:
+        renewed: What was installed.
+        version: Kubernetes' on this node; None: unknown.
+        components: "needed": those that go on using an old certificate; "all": every user of a new one.
+    """
+    reloads = components == "needed" and version is not None and version >= FIRST_MEASURED
+    users = {spec.component for spec in renewed if spec.component is not None and not (reloads and spec.reloaded)}
+    return [component for component in ORDER if component in users]
+
+
+def how(component: Component, manifests: Path) -> str:
+    """
+    One sentence for the operator.
+
+    Moving the manifest is the way that the kubelet does not count as a crash; too early back costs it 10 to 25 s.
+    """
+    if component is Component.KUBELET:
+        return "kubelet: systemctl restart kubelet"
+    manifest = manifests / f"{component.value}.yaml"
+    return (
+        f"{component.value}: move {manifest} out of its directory, wait until the pod is gone and 3 s more "
+        f"(crictl pods --name {component.value}), move it back"
+    )

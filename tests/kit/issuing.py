@@ -1,0 +1,156 @@
+"""A CA that signs whatever a test wants, right or wrong in one way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import NameOID, ObjectIdentifier
+
+from bridge.contract import Issued, SignRequest
+from bridge.csr import PrivateKey, generate_key
+
+NOW = datetime(2026, 11, 25, 12, tzinfo=UTC)
+
+SERVER, CLIENT = "1.3.6.1.5.5.7.3.1", "1.3.6.1.5.5.7.3.2"
+
+
+def name(*attributes: tuple[ObjectIdentifier, str]) -> x509.Name:
+    """A name with one attribute a RDN."""
+    return x509.Name([x509.NameAttribute(oid, value) for oid, value in attributes])
+
+
+def cn(value: str) -> x509.Name:
+    """A name with a CN alone."""
+    return name((NameOID.COMMON_NAME, value))
+
+
+def usage(*, ca: bool = False, **changes: bool) -> x509.KeyUsage:
+    """KeyUsage as kubeadm sets it, with changes."""
+    values = {
+        "digital_signature": True, "key_encipherment": True, "key_cert_sign": ca, "crl_sign": False,
+        "content_commitment": False, "data_encipherment": False, "key_agreement": False, "encipher_only": False,
+        "decipher_only": False,
+    }  # fmt: skip
+    return x509.KeyUsage(**(values | changes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signer:
+    """A certificate with its key; a root, or an intermediate."""
+
+    certificate: x509.Certificate
+    key: PrivateKey
+
+    @classmethod
+    def make(
+        cls,
+        subject: str = "kubernetes",
+        *,
+        parent: Signer | None = None,
+        key: PrivateKey | None = None,
+        ca: bool = True,
+        path_length: int | None = None,
+        key_usage: x509.KeyUsage | None = None,
+        constraints: x509.NameConstraints | None = None,
+        begin: datetime = NOW - timedelta(days=100),
+        end: datetime = NOW + timedelta(days=3000),
+        hash_algorithm: hashes.SHA256 | hashes.SHA384 | None = None,
+    ) -> Signer:
+        """A CA in kubeadm's shape, or with one thing different."""
+        own = key or generate_key("ecdsa-p256")
+        issuer = parent or cls.__new__(cls)
+        issuer_name = parent.certificate.subject if parent else cn(subject)
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(cn(subject))
+            .issuer_name(issuer_name)
+            .public_key(own.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(begin)
+            .not_valid_after(end)
+            .add_extension(x509.BasicConstraints(ca=ca, path_length=path_length), critical=True)
+            .add_extension(key_usage or usage(ca=True), critical=True)
+        )
+        if constraints is not None:
+            builder = builder.add_extension(constraints, critical=True)
+        certificate = builder.sign(issuer.key if parent else own, hash_algorithm or hashes.SHA256())
+        return cls(certificate=certificate, key=own)
+
+    def issue(
+        self,
+        request: SignRequest,
+        *,
+        subject: x509.Name | None = None,
+        public_key: ec.EllipticCurvePublicKey | rsa.RSAPublicKey | None = None,
+        sans: Sequence[x509.GeneralName] | None = None,
+        ekus: Sequence[str] | None = None,
+        key_usage: x509.KeyUsage | None = None,
+        no_key_usage: bool = False,
+        basic_constraints: x509.BasicConstraints | None = None,
+        extra: x509.ExtensionType | None = None,
+        extra_critical: bool = False,
+        begin: datetime = NOW - timedelta(minutes=5),
+        end: datetime = NOW + timedelta(days=365),
+        issuer: x509.Name | None = None,
+        intermediates: Sequence[Signer] = (),
+        hash_algorithm: hashes.SHA256 | hashes.SHA384 | None = None,
+        serial: int | None = None,
+    ) -> Issued:
+        """
+        The certificate that was asked for, but for what is given.
+
+        Args:
+            request: What was asked for.
+            subject: Another subject.
+            public_key: Another key.
+            sans: Other SANs; empty: no extension.
+            ekus: Other EKUs by OID; empty: no extension.
+            key_usage: Another KeyUsage.
+            no_key_usage: No KeyUsage extension.
+            basic_constraints: Other than CA:FALSE.
+            extra: One more extension.
+            extra_critical: Whether it is critical.
+            begin: notBefore.
+            end: notAfter.
+            issuer: Another issuer name over the same key's signature.
+            intermediates: Sent along.
+            hash_algorithm: Of the signature.
+            serial: Serial number.
+        """
+        csr = request.csr
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(csr.subject if subject is None else subject)
+            .issuer_name(issuer or self.certificate.subject)
+            .public_key(public_key or csr.public_key())  # type: ignore[arg-type]
+            .serial_number(serial or x509.random_serial_number())
+            .not_valid_before(begin)
+            .not_valid_after(end)
+            .add_extension(basic_constraints or x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        )
+        names = _requested(csr) if sans is None else sans
+        if names:
+            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        oids = sorted(eku.value for eku in request.spec.ekus) if ekus is None else ekus
+        if oids:
+            builder = builder.add_extension(
+                x509.ExtendedKeyUsage([ObjectIdentifier(oid) for oid in oids]), critical=False
+            )
+        if not no_key_usage:
+            builder = builder.add_extension(key_usage or usage(), critical=True)
+        if extra is not None:
+            builder = builder.add_extension(extra, critical=extra_critical)
+        leaf = builder.sign(self.key, hash_algorithm or hashes.SHA256())  # type: ignore[arg-type]
+        return Issued(leaf=leaf, intermediates=tuple(signer.certificate for signer in intermediates))
+
+
+def _requested(csr: x509.CertificateSigningRequest) -> Sequence[x509.GeneralName]:
+    try:
+        return list(csr.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+    except x509.ExtensionNotFound:
+        return []
