@@ -1,0 +1,147 @@
+"""Real control-plane nodes for tests: `node.sh` with types."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tests.kit import programs
+
+_SCRIPT = programs.KIT / "node.sh"
+_START_SECONDS = 300  # far more than the 15 of an idle machine; node.sh has its own, smaller limits
+
+
+def directory() -> Path:
+    """Where nodes are: `$KUBE_NODE_DIR`."""
+    return Path(os.environ.get("KUBE_NODE_DIR", "/var/lib/kube-nodes"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """
+    A node that is up; as a context manager it goes down at the end.
+
+    Tests that start nodes carry the mark `node`, which keeps them in one process, one after the other.
+    """
+
+    name: str
+    ip: str
+
+    @classmethod
+    def up(cls, name: str, ip: str, *, ca_dir: Path | None = None, cluster: str = "") -> Node:
+        """
+        Start the first control-plane node of a cluster.
+
+        Args:
+            name: 1 to 13 small letters, digits and hyphens.
+            ip: In 198.18.77.0/24, but not .1.
+            ca_dir: Where the three CA keys go, with copies of the CA certificates: external-CA mode.
+            cluster: More lines for kubeadm's ClusterConfiguration, such as `certificateValidityPeriod: 1h`.
+
+        Raises:
+            AssertionError: It did not come up; nothing of it is left but the words of its logs.
+        """
+        return cls._start(cls(name=name, ip=ip), "up", *([str(ca_dir)] if ca_dir else []), cluster=cluster)
+
+    @classmethod
+    def join(cls, name: str, ip: str, other: Node, *, cluster: str = "") -> Node:
+        """
+        Start one more control-plane node beside another.
+
+        Raises:
+            AssertionError: As `up`.
+        """
+        return cls._start(cls(name=name, ip=ip), "join", other.name, cluster=cluster)
+
+    @classmethod
+    def _start(cls, node: Node, verb: str, *args: str, cluster: str) -> Node:
+        command = [str(_SCRIPT), verb, node.name, node.ip, *args]
+        environment = {**os.environ, "KUBEADM_CLUSTER": cluster}
+        try:
+            run = subprocess.run(
+                command, env=environment, capture_output=True, text=True, check=False, timeout=_START_SECONDS
+            )
+        except BaseException:  # a time limit, a Ctrl-C: a node that half exists stands in the way of the next
+            node.down()
+            raise
+        if run.returncode:
+            logs = node.logs()
+            if "found a node of that name" not in run.stderr:  # that one is somebody else's
+                node.down()
+            raise AssertionError(f"{' '.join(command)}: exit {run.returncode}\n{run.stderr}\n{logs}")
+        return node
+
+    @property
+    def root(self) -> Path:
+        """What is `/` on the node, as far as kubeadm, kubelet and etcd write to it, seen from here."""
+        return directory() / self.name / "root"
+
+    @property
+    def kubeconfig_dir(self) -> Path:
+        """What is `/etc/kubernetes` on the node, seen from here."""
+        return self.root / "etc/kubernetes"
+
+    @property
+    def pki_dir(self) -> Path:
+        """What is `/etc/kubernetes/pki` on the node, seen from here."""
+        return self.kubeconfig_dir / "pki"
+
+    def exec(
+        self, *command: str | Path, check: bool = True, timeout_seconds: float = 120, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """
+        Run a command as on the node, with the kit's programs first in its path.
+
+        Args:
+            command: The program and its arguments.
+            check: Let a failure be an AssertionError, with the command's own words.
+            timeout_seconds: After which it is killed (subprocess.TimeoutExpired).
+            env: Added to the environment.
+        """
+        run = subprocess.run(
+            [_SCRIPT, "exec", self.name, *command],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout_seconds,
+            env={**os.environ, **(env or {})},
+            stdin=subprocess.DEVNULL,
+        )
+        if check and run.returncode:
+            words = " ".join(map(str, command))
+            raise AssertionError(f"{self.name}: {words}: exit {run.returncode}\n{run.stdout}{run.stderr}")
+        return run
+
+    def kubectl(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run kubectl on the node, with its `admin.conf`."""
+        return self.exec("kubectl", "--kubeconfig", "/etc/kubernetes/admin.conf", *args, check=check)
+
+    def crictl(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run crictl on the node, against its container runtime."""
+        return self.exec("crictl", "--config", "/etc/kubernetes/crictl.yaml", *args, check=check)
+
+    def logs(self, *, lines: int = 15) -> str:
+        """The end of each of the node's logs."""
+        parts = []
+        for path in sorted((directory() / self.name).glob("*.log")):
+            tail = path.read_text(errors="replace").splitlines()[-lines:]
+            parts.append("\n".join([f"== {path.name}", *tail]))
+        return "\n".join(parts)
+
+    def down(self) -> None:
+        """Stop it and remove all of it; also when it is down already."""
+        run = subprocess.run([_SCRIPT, "down", self.name], capture_output=True, text=True, check=False, timeout=120)
+        if run.returncode:
+            raise AssertionError(f"{self.name}: {run.stderr}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.down()

@@ -1,0 +1,357 @@
+#!/usr/bin/env bash
+# A real kubeadm 1.37 control-plane node on this machine: kubelet and containerd, which run etcd, kube-apiserver,
+# kube-controller-manager and kube-scheduler as static pods, in a network and a mount namespace of their own.
+# Inside the node every path is the usual one (/etc/kubernetes, /var/lib/kubelet, /var/lib/etcd).
+#
+#   node.sh up NAME IP [CA_DIR]    start it; with CA_DIR the three CA keys are moved there, with copies of the CA
+#                                  certificates, before the control plane is made: external-CA mode
+#   node.sh join NAME IP OTHER     one more control-plane node, an etcd member too, beside node OTHER, with its CA
+#                                  certificates; its own certificates are signed with the keys of OTHER's CA_DIR
+#   node.sh exec NAME CMD...       run CMD as on the node
+#   node.sh down NAME              stop it and remove all of it, also when it never came up or is not there
+#
+# Environment:
+#   KUBE_BIN_DIR      the kit's programs (binaries.sh), default /opt/k8s
+#   KUBE_NODE_DIR     what nodes keep on disk, default /var/lib/kube-nodes; NAME/*.log tells what went wrong
+#   KUBEADM_CLUSTER   more lines for kubeadm's ClusterConfiguration (certificateValidityPeriod: 1h, …)
+#
+# Run as root. Addresses are of 198.18.77.0/24 (a range for benchmarks, RFC 2544) on a bridge that exists only here;
+# .1 is the bridge. The container images stay in KUBE_NODE_DIR for the next node; everything else goes with the node.
+# A host with cgroup v1 will do. While a node is up, leave the host's own (empty) /etc/kubernetes, /var/lib/kubelet
+# and the like in place: they are mount points, and removing one detaches it in the node, too.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+. "$here/../../scripts/need.sh"
+
+bin=${KUBE_BIN_DIR:-/opt/k8s}
+base=${KUBE_NODE_DIR:-/var/lib/kube-nodes}
+bridge=kube-nodes
+# All that kubeadm, kubelet and containerd write to; on the host these stay empty.
+mount_points=(/etc/kubernetes /var/lib/kubelet /var/lib/etcd /var/log/pods /var/log/containers
+  /run/containerd /run/nri /etc/cni /usr/libexec/kubernetes)
+export PATH="$bin:$PATH"
+
+usage() { sed -n '/^#   node.sh/,/^#$/s/^# \{0,3\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+
+enter() { nsenter -t "$(cat "$node/pid")" -m -n -- "$@"; }
+
+# daemon PROGRAM ARG...: started on the node, in a session of its own, so that a Ctrl-C at the terminal passes it by.
+daemon() { setsid nsenter -t "$(cat "$node/pid")" -m -n -- "$@" >"$node/$1.log" 2>&1 </dev/null & }
+
+# within SECONDS WHAT COMMAND...: wait until it succeeds; no longer than the process lives that was started last.
+within() {
+  local seconds=$1 what=$2 end; shift 2
+  end=$((SECONDS + seconds))
+  until "$@" >/dev/null 2>&1; do
+    if [ $SECONDS -ge $end ] || ! kill -0 $! 2>/dev/null; then
+      die "$name: wanted $what within $seconds s" "see $node/*.log; node.sh down $name removes it"
+    fi
+    sleep 0.2
+  done
+}
+
+phase() {
+  enter kubeadm init phase "$@" --config /etc/kubernetes/kubeadm.yaml >>"$node/kubeadm.log" 2>&1 && return
+  tail -n 3 "$node/kubeadm.log" >&2
+  die "$name: kubeadm init phase $* failed" "see $node/kubeadm.log"
+}
+
+# --- what the container runtime would pull from a registry ---
+
+make_pause() {
+  cat >"$images/pause.c" <<'C'
+#include <signal.h>
+#include <unistd.h>
+static void stop(int signal) { _exit(0); }
+int main(void) { signal(SIGTERM, stop); for (;;) pause(); }
+C
+  gcc -static -o "$images/pause" "$images/pause.c"
+}
+
+image_programs() {
+  case $1 in
+    kube-apiserver | kube-controller-manager | kube-scheduler) echo "$bin/$1" ;;
+    etcd) echo "$bin/etcd $bin/etcdctl" ;;
+    pause) echo "$images/pause" ;;
+  esac
+}
+
+make_images() {
+  [ ! -e "$images/done" ] || [ -n "$(find "$bin" -newer "$images/done" -type f -print -quit)" ] || return 0
+  mkdir -p "$images"
+  make_pause
+  local reference program files
+  while read -r reference; do
+    program=${reference##*/}; program=${program%%:*}
+    read -r -a files <<<"$(image_programs "$program")"
+    [ ${#files[@]} = 0 ] && continue
+    [ "$program" != pause ] || echo "$reference" >"$images/pause.reference"
+    /usr/bin/env python3 "$here/docker_archive.py" "$images/$program.tar" "$reference" "${files[@]}"
+  done < <(kubeadm config images list --kubernetes-version "$version" 2>/dev/null)
+  touch "$images/done"
+}
+
+# --- the machine that kubeadm finds ---
+
+cgroup_roots() { # each controller's directory (cgroup v1), or the one of all (v2)
+  local directory
+  for directory in /sys/fs/cgroup /sys/fs/cgroup/*; do
+    [ ! -L "$directory" ] && [ -e "$directory/cgroup.procs" ] && [ "$(stat -f -c %T "$directory")" != tmpfs ] && echo "$directory"
+    [ "$directory" != /sys/fs/cgroup ] || [ "$(stat -f -c %T "$directory")" != cgroup2fs ] || return 0
+  done
+}
+
+make_network() { # make_network IP
+  if ! ip link show $bridge >/dev/null 2>&1; then
+    ip link add $bridge type bridge
+    ip addr add 198.18.77.1/24 dev $bridge
+    ip link set $bridge up
+  fi
+  ip netns add "$name"
+  ip link add "v-$name" type veth peer name eth0 netns "$name"
+  ip link set "v-$name" master $bridge up
+  ip -n "$name" addr add "$1/24" dev eth0
+  ip -n "$name" link set eth0 up
+  ip -n "$name" link set lo up
+  ip -n "$name" route add default via 198.18.77.1
+}
+
+make_namespaces() { # a process that holds the mount namespace, and all mounts of it
+  local point
+  for point in "${mount_points[@]}"; do
+    [ -d "$point" ] || { mkdir -p "$point"; echo "$point" >>"$base/made"; }
+    mkdir -p "$node/root$point"
+  done
+  # nsenter and not `ip netns exec`, which would lay a new /sys without cgroups over the old one
+  # shellcheck disable=SC2016  # expanded inside
+  setsid nsenter --net="/run/netns/$name" unshare --mount --propagation private -- bash -ec '
+    node=$1; shift
+    for point; do mount --bind "$node/root$point" "$point"; done
+    mount --make-rshared /var/lib/kubelet  # kubelet shares the mounts of volumes with its pods
+    echo $$ >"$node/pid.part"
+    mv "$node/pid.part" "$node/pid"
+    exec sleep infinity
+  ' - "$node" "${mount_points[@]}" >"$node/namespaces.log" 2>&1 </dev/null &
+  within 10 "its namespaces" test -e "$node/pid"
+}
+
+start_containerd() {
+  local socket=$node/run/containerd.sock archive
+  mkdir -p "$node/run"
+  containerd config default | sed -E \
+    -e "s#sandbox = '.*pause.*'#sandbox = '$(cat "$images/pause.reference")'#" \
+    -e 's#restrict_oom_score_adj = false#restrict_oom_score_adj = true#' \
+    -e "s#^root = .*#root = '$node/containerd'#" -e "s#^state = .*#state = '$node/run'#" \
+    -e "s#'/run/containerd/containerd.sock#'$socket#g" >"$node/containerd.toml"
+  daemon containerd -c "$node/containerd.toml"
+  within 30 "its container runtime" ctr -a "$socket" version
+  for archive in "$images"/*.tar; do
+    ctr -a "$socket" -n k8s.io images import "$archive" >>"$node/import.log" 2>&1 || die "$name: no image from $archive" "see $node/import.log"
+  done
+  echo "runtime-endpoint: unix://$socket" >"$kubernetes/crictl.yaml" # crictl -c /etc/kubernetes/crictl.yaml
+}
+
+make_host() { # make_host IP: the node before kubeadm
+  local root
+  [ ! -e "$node" ] || die "$name: wanted a new name, found a node of that name in $node" "node.sh down $name"
+  make_images
+  mkdir -p "$node"
+  # A node has its own cgroup root, since a kubelet removes what it does not know from its root.
+  for root in $(cgroup_roots); do mkdir -p "$root/$name"; done
+  make_network "$1"
+  make_namespaces
+  start_containerd
+}
+
+# --- kubeadm ---
+
+write_config() { # write_config IP ENDPOINT
+  cat >"$kubernetes/kubeadm.yaml" <<YAML
+apiVersion: kubeadm.k8s.io/v1beta4
+kind: InitConfiguration
+localAPIEndpoint: {advertiseAddress: $1}
+nodeRegistration: {name: $name, criSocket: "unix://$node/run/containerd.sock"}
+---
+apiVersion: kubeadm.k8s.io/v1beta4
+kind: ClusterConfiguration
+kubernetesVersion: $version
+controlPlaneEndpoint: $2:6443
+${KUBEADM_CLUSTER:-}
+---
+apiVersion: kubelet.config.k8s.io/v1beta1
+kind: KubeletConfiguration
+cgroupDriver: cgroupfs
+cgroupRoot: /$name
+failCgroupV1: false
+failSwapOn: false
+fileCheckFrequency: 20s
+evictionHard: {imagefs.available: "1%", nodefs.available: "1%", memory.available: 50Mi}
+YAML
+}
+
+kubectl_as() { # kubectl_as KUBECONFIG ARG...: on the node, as admin or super-admin
+  local kubeconfig=$1; shift
+  enter kubectl --kubeconfig "/etc/kubernetes/$kubeconfig.conf" "$@"
+}
+
+start_kubelet() { # start_kubelet IP
+  daemon kubelet --config=/var/lib/kubelet/config.yaml --kubeconfig=/etc/kubernetes/kubelet.conf \
+    --hostname-override="$name" --node-ip="$1"
+  within 180 "an API server that is ready" kubectl_as admin --server "https://$1:6443" get --raw /readyz
+}
+
+move_ca_keys() { # move_ca_keys CA_DIR
+  local ca
+  echo "$1" >"$node/ca_dir"
+  mkdir -p "$1/etcd"
+  for ca in ca front-proxy-ca etcd/ca; do
+    cp -p "$kubernetes/pki/$ca.crt" "$1/$ca.crt"
+    mv "$kubernetes/pki/$ca.key" "$1/$ca.key"
+  done
+}
+
+up() { # up IP [CA_DIR]
+  local ip=${1:-} ca_dir=${2:-}
+  [ -n "$ip" ] || usage
+  make_host "$ip"
+  write_config "$ip" "$ip"
+  phase certs all
+  phase kubeconfig all
+  [ -z "$ca_dir" ] || move_ca_keys "$(realpath -m "$ca_dir")"
+  phase kubelet-start
+  phase control-plane all
+  phase etcd local
+  start_kubelet "$ip"
+  # what `kubeadm init` does next: the rights of its groups and users, and its configuration in the cluster
+  within 30 "the rights of admin.conf" kubectl_as super-admin create clusterrolebinding kubeadm:cluster-admins \
+    --clusterrole=cluster-admin --group=kubeadm:cluster-admins
+  phase upload-config all
+  within 60 "a Node object" kubectl_as admin get node "$name"
+  phase mark-control-plane
+  phase bootstrap-token
+  echo "$name is up at https://$ip:6443"
+}
+
+add_etcd_member() { # add_etcd_member IP FIRST: this node, to the etcd cluster that FIRST belongs to
+  local pki=/etc/kubernetes/pki/etcd members
+  enter etcdctl --endpoints "https://$2:2379" --cacert $pki/ca.crt --cert $pki/healthcheck-client.crt \
+    --key $pki/healthcheck-client.key member add "$name" --peer-urls="https://$1:2380" >"$node/member.log" 2>&1 ||
+    die "$name: no new etcd member" "see $node/member.log"
+  members=$(sed -n 's/^ETCD_INITIAL_CLUSTER="\(.*\)"/\1/p' "$node/member.log")
+  sed -i -E "s#--initial-cluster=.*#--initial-cluster=$members\n    - --initial-cluster-state=existing#" \
+    "$kubernetes/manifests/etcd.yaml"
+}
+
+join() { # join IP OTHER
+  local ip=${1:-} other=${2:-} first ca_dir ca
+  [ $# = 2 ] || usage
+  other=$base/$other
+  [ -e "$other/pid" ] || die "$name: wanted a node to join, found none in $other"
+  first=$(sed -n 's/.*advertiseAddress: \(.*\)}.*/\1/p' "$other/root/etc/kubernetes/kubeadm.yaml")
+  make_host "$ip"
+  write_config "$ip" "$first"
+  ca_dir=$other/root/etc/kubernetes/pki
+  [ ! -e "$other/ca_dir" ] || ca_dir=$(cat "$other/ca_dir")
+  mkdir -p "$kubernetes/pki/etcd"
+  for ca in ca front-proxy-ca etcd/ca; do cp -p "$ca_dir/$ca".{crt,key} "$kubernetes/pki/$(dirname "$ca")/"; done
+  cp -p "$other"/root/etc/kubernetes/pki/sa.{key,pub} "$kubernetes/pki/"
+  phase certs all
+  phase kubeconfig all
+  if [ -e "$other/ca_dir" ]; then
+    cp "$other/ca_dir" "$node/ca_dir"
+    rm "$kubernetes"/pki/{ca,front-proxy-ca,etcd/ca}.key
+  fi
+  phase kubelet-start
+  phase control-plane all
+  phase etcd local
+  add_etcd_member "$ip" "$first"
+  start_kubelet "$ip"
+  within 60 "a Node object" kubectl_as admin get node "$name"
+  phase mark-control-plane
+  echo "$name is up at https://$ip:6443"
+}
+
+# --- the end ---
+
+pids() { # all processes of the node: those in its network, and those in its cgroups
+  ip netns pids "$name" 2>/dev/null || true
+  local root
+  for root in $(cgroup_roots); do
+    [ ! -d "$root/$name" ] || find "$root/$name" -name cgroup.procs -exec cat {} + 2>/dev/null || true
+  done
+}
+
+kill_all() {
+  local pid tries
+  # Whatever is left may start another process meanwhile (kubelet a pod, containerd a shim), so until none is left.
+  for tries in $(seq 100); do
+    mapfile -t found < <(pids | sort -un)
+    [ ${#found[@]} -gt 0 ] || return 0
+    for pid in "${found[@]}"; do kill -9 "$pid" 2>/dev/null || true; done
+    sleep 0.1
+  done
+  die "$name: wanted no process left after $tries kills, found ${found[*]}"
+}
+
+remove_cgroups() {
+  local root tries
+  for root in $(cgroup_roots); do
+    for tries in $(seq 50); do
+      [ -d "$root/$name" ] || break
+      find "$root/$name" -depth -type d -exec rmdir {} + 2>/dev/null || sleep 0.1
+    done
+    [ ! -d "$root/$name" ] || die "$name: wanted no cgroup left after $tries tries, found $root/$name"
+  done
+}
+
+remove_network() {
+  ! ip netns list | grep -qE "^$name( |\$)" || ip netns del "$name"
+  ! ip link show "v-$name" >/dev/null 2>&1 || ip link del "v-$name"
+}
+
+# The last node takes what all of them share.
+remove_shared() {
+  local point
+  [ -z "$(find "$base" -mindepth 1 -maxdepth 1 -type d ! -name 'images-*' -print -quit)" ] || return 0
+  ! ip link show $bridge >/dev/null 2>&1 || ip link del $bridge
+  [ -e "$base/made" ] || return 0
+  while read -r point; do rmdir --ignore-fail-on-non-empty "$point" 2>/dev/null || true; done < <(sort -u "$base/made")
+  rm "$base/made"
+}
+
+down() {
+  kill_all
+  remove_network
+  # In the host's namespace a node has no mounts; one that was made by hand would send rm -rf into foreign files.
+  awk -v node="$node/" 'index($2, node) == 1 { print $2 }' /proc/mounts | sort -r | while read -r point; do umount -l "$point"; done
+  remove_cgroups
+  rm -rf "$node"
+  [ ! -d "$base" ] || remove_shared
+}
+
+main() {
+  [ $# -ge 2 ] || usage
+  local verb=$1
+  name=$2
+  shift 2
+  [[ $name =~ ^[a-z][a-z0-9-]{0,12}$ ]] || die "wanted a name of 1 to 13 small letters, digits and hyphens (a network link is named after it), found $name"
+  node=$base/$name
+  kubernetes=$node/root/etc/kubernetes
+  export KUBECACHEDIR=$node/kubectl-cache
+  [ "$(id -u)" = 0 ] || die "wanted root, which may make namespaces, found uid $(id -u)"
+  case $verb in
+    up | join)
+      [ -x "$bin/kubeadm" ] || die "wanted the kit's programs, found no $bin/kubeadm" "run tests/kit/binaries.sh"
+      need runc=runc ip=iproute2 gcc=gcc nsenter=util-linux python3=python3
+      [ -e /usr/include/stdio.h ] || install_packages libc6-dev
+      version=$(kubeadm version -o short)
+      images=$base/images-$version
+      "$verb" "$@"
+      ;;
+    exec) [ $# -gt 0 ] || usage; [ -e "$node/pid" ] || die "wanted a node that is up, found no $node"; enter "$@" ;;
+    down) need ip=iproute2; down ;;
+    *) usage ;;
+  esac
+}
+
+main "$@"

@@ -1,0 +1,77 @@
+"""The kit's nodes are real, and leave nothing behind."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bridge.specs import AUTHORITIES, SPECS, Component
+from tests.kit import node as kit
+from tests.kit.node import Node
+
+pytestmark = pytest.mark.node
+
+NAME = "kit-1"
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """After each test the machine is as it was: links, namespaces, mounts, cgroups, processes, directories."""
+    before = traces()
+    yield
+    assert traces() == before
+
+
+def traces() -> dict[str, list[str]]:
+    """What a node could leave behind, found by other means than those that remove it."""
+
+    def lines(*command: str) -> list[str]:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+    # A killed process that init has not waited for yet has no command line any more.
+    command_lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    return {
+        "links": [line.split()[0] for line in lines("ip", "-brief", "link")],
+        "namespaces": lines("ip", "netns", "list"),
+        "mounts": sorted(line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()),
+        "cgroups": lines("find", "/sys/fs/cgroup", "-type", "d", "-name", f"{NAME}*"),
+        "processes": [line.decode() for line in command_lines if NAME.encode() in line],
+        "directories": [path for path in ("/etc/kubernetes", "/var/lib/kubelet", "/etc/cni") if Path(path).exists()],
+        "nodes": [path.name for path in kit.directory().glob("*") if not path.name.startswith("images-")],
+    }
+
+
+@pytest.mark.slow
+def test_runs_a_control_plane_without_ca_keys(tmp_path: Path) -> None:
+    """A node in external-CA mode has all certificates, no CA key, and a control plane that answers."""
+    ca_dir = tmp_path / "ca-keys"
+    with Node.up(NAME, "198.18.77.21", ca_dir=ca_dir) as node:
+        for authority in AUTHORITIES.values():
+            assert not (node.pki_dir / authority.key_file).exists()
+            assert (ca_dir / authority.key_file).exists()
+            assert (ca_dir / authority.certificate_file).read_bytes() == (
+                node.pki_dir / authority.certificate_file
+            ).read_bytes()
+        for spec in SPECS.values():
+            assert (node.kubeconfig_dir / spec.base if spec.kubeconfig else node.pki_dir / f"{spec.base}.crt").exists()
+
+        assert NAME in node.kubectl("get", "nodes", "-o", "name").stdout
+        running = node.crictl("ps", "--state", "running").stdout
+        assert all(component.value in running for component in Component if component is not Component.KUBELET)
+        assert node.exec("sh", "-c", "exit 3", check=False).returncode == 3
+        with pytest.raises(AssertionError, match="exit 3"):
+            node.exec("sh", "-c", "exit 3")
+
+
+def test_a_node_that_does_not_come_up_leaves_nothing() -> None:
+    """A failed start is an error with kubeadm's own words, and no half of a node stays."""
+    with pytest.raises(AssertionError, match="Invalid encryption algorithm"):
+        Node.up(NAME, "198.18.77.21", cluster="encryptionAlgorithm: Ed25519")
+
+
+def test_down_needs_no_node() -> None:
+    """Taking down what is not there is fine."""
+    Node(name=NAME, ip="198.18.77.21").down()
