@@ -1,0 +1,206 @@
+"""
+A YAML document as a tree that knows where each value stands in the text.
+
+For files that have to be read without being trusted and edited without being rewritten: an alias stays an alias
+(so nothing expands), the text is never part of an error (it may hold a private key), and size and depth are limited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import yaml
+
+#: The kubeconfigs and manifests of kubeadm are below 20 kB.
+MAX_BYTES = 1 << 20
+#: Theirs is below 12; libyaml ends at 100 or 1000 by itself, the parser in Python does not.
+MAX_DEPTH = 64
+
+_BOM = "\ufeff"
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is not in every build
+_NULL = ("", "~", "null", "Null", "NULL")
+_STR = "tag:yaml.org,2002:str"
+
+
+class YamlError(ValueError):
+    """Not the YAML that was wanted; the text holds a place, never a value."""
+
+
+class Place(NamedTuple):
+    """Where a value stands; `start` and `end` count characters of the text without a byte order mark."""
+
+    line: int  #: From 1.
+    start: int
+    end: int  #: Of a mapping or sequence: where its first entry may begin.
+
+
+@dataclass(slots=True)
+class Node:
+    """One value of the document."""
+
+    kind: Literal["scalar", "mapping", "sequence", "alias"]
+    place: Place
+    value: str = field(default="", repr=False)  #: Of a scalar; it may be a private key.
+    style: str = ""  #: Of a scalar: empty when plain, else its first character.
+    tag: str | None = None
+    anchor: str | None = None
+    children: list[Node] = field(default_factory=list, repr=False)  #: Of a mapping: key, value, key, value, …
+    target: Node | None = field(default=None, repr=False)  #: Of an alias.
+
+    @property
+    def resolved(self) -> Node:
+        """The node itself, or what the alias stands for."""
+        return self.target if self.target is not None else self
+
+    @property
+    def null(self) -> bool:
+        """Whether it is YAML's null."""
+        node = self.resolved
+        return node.kind == "scalar" and node.style == "" and node.tag is None and node.value in _NULL
+
+    def text(self) -> str:
+        """
+        The scalar as text, empty for null.
+
+        Raises:
+            YamlError: Not a scalar, or tagged as something else than text.
+        """
+        node = self.resolved
+        if node.kind != "scalar":
+            raise YamlError(f"line {self.place.line}: wanted a text, found a {node.kind}")
+        if node.tag not in (None, _STR):
+            raise YamlError(f"line {self.place.line}: wanted a text, found a value with a tag")
+        return "" if node.null else node.value
+
+    def items(self) -> list[Node]:
+        """
+        The entries of a sequence, none for null.
+
+        Raises:
+            YamlError: Not a sequence.
+        """
+        node = self.resolved
+        if node.null:
+            return []
+        if node.kind != "sequence":
+            raise YamlError(f"line {self.place.line}: wanted a list, found a {node.kind}")
+        return node.children
+
+    def get(self, key: str) -> Node | None:
+        """
+        The value below `key` of a mapping, None when there is none or all is null.
+
+        Raises:
+            YamlError: Not a mapping, the key is there twice, or a merge key (`<<`) could bring one in.
+        """
+        node = self.resolved
+        if node.null:
+            return None
+        if node.kind != "mapping":
+            raise YamlError(f"line {self.place.line}: wanted a mapping, found a {node.kind}")
+        keys = [child.resolved.value for child in node.children[::2]]
+        if "<<" in keys:
+            raise YamlError(f"line {node.place.line}: wanted a mapping of its own, found a merge key (<<)")
+        if keys.count(key) > 1:
+            raise YamlError(f"line {node.place.line}: wanted {key} once, found it {keys.count(key)} times")
+        return node.children[2 * keys.index(key) + 1] if key in keys else None
+
+
+def split_bom(data: bytes) -> tuple[str, str]:
+    """
+    The byte order mark (mostly empty) and the text after it.
+
+    Raises:
+        YamlError: Too large, or not UTF-8.
+    """
+    if len(data) > MAX_BYTES:
+        raise YamlError(f"wanted at most {MAX_BYTES} bytes, found {len(data)}")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as e:
+        place = e.start
+    else:
+        return (_BOM, text[1:]) if text.startswith(_BOM) else ("", text)
+    # Not raised inside `except`: that error, and so a traceback's context, holds the data.
+    raise YamlError(f"wanted UTF-8 text, found another byte at offset {place}")
+
+
+def events(text: str) -> Iterator[yaml.Event]:
+    """
+    PyYAML's events.
+
+    Raises:
+        YamlError: Not YAML, nested too deeply, or more than one document.
+    """
+    place = ""
+    try:
+        yield from _limited(yaml.parse(text, Loader=_LOADER))
+    except yaml.MarkedYAMLError as e:
+        mark = e.problem_mark or e.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    except yaml.YAMLError:
+        place = ""
+    else:
+        return
+    # Not raised inside `except`: PyYAML's errors quote the text round the place.
+    raise YamlError(f"{place}wanted YAML, found a syntax error")
+
+
+def _limited(parsed: Iterator[yaml.Event]) -> Iterator[yaml.Event]:
+    depth = documents = 0
+    for event in parsed:
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        documents += isinstance(event, yaml.DocumentStartEvent)
+        if depth > MAX_DEPTH:
+            raise YamlError(f"line {_place(event).line}: wanted at most {MAX_DEPTH} levels, found more")
+        if documents > 1:
+            raise YamlError(f"line {_place(event).line}: wanted one document, found another")
+        yield event
+
+
+def document(text: str) -> Node:
+    """
+    The root of the only document in `text`.
+
+    Raises:
+        YamlError: Not one document of sound YAML.
+    """
+    root = Node("sequence", Place(1, 0, 0))
+    stack = [root]
+    anchors: dict[str, Node] = {}
+    for event in events(text):
+        if isinstance(event, yaml.CollectionEndEvent):
+            stack.pop()
+        elif isinstance(event, yaml.NodeEvent):
+            node = _node(event, anchors)
+            stack[-1].children.append(node)
+            if isinstance(event, yaml.CollectionStartEvent):
+                stack.append(node)
+    if not root.children:
+        raise YamlError("wanted a YAML document, found nothing")
+    return root.children[0]
+
+
+def _node(event: yaml.NodeEvent, anchors: dict[str, Node]) -> Node:
+    place = _place(event)
+    if isinstance(event, yaml.ScalarEvent):
+        style = event.style or ""
+        node = Node("scalar", place, value=event.value, style=style, tag=event.tag, anchor=event.anchor)
+    elif isinstance(event, yaml.CollectionStartEvent):
+        kind: Literal["mapping", "sequence"] = "mapping" if isinstance(event, yaml.MappingStartEvent) else "sequence"
+        node = Node(kind, place, tag=event.tag, anchor=event.anchor)
+    elif event.anchor in anchors:
+        return Node("alias", place, target=anchors[event.anchor])
+    else:
+        raise YamlError(f"line {place.line}: wanted an alias of an anchor above it, found no such anchor")
+    if event.anchor:
+        anchors[event.anchor] = node
+    return node
+
+
+def _place(event: yaml.Event) -> Place:
+    start, end = event.start_mark, event.end_mark
+    assert start is not None and end is not None  # noqa: S101, PT018 - both parsers set them, the stubs don't know
+    return Place(start.line + 1, start.index, end.index)
