@@ -60,6 +60,11 @@ class CfsslSettings(BackendSettings):
     auth_key: Secret | None = None
     endpoint: Literal["authsign", "sign"] = "authsign"
 
+    @property
+    def tls(self) -> bool:
+        """Over HTTPS."""
+        return self.url.lower().startswith("https:")
+
     def problems(self) -> Iterator[SettingsProblem]:
         """What contradicts itself, and what would send a request with its HMAC in the clear."""
         yield from _url_problems(self.url)
@@ -84,7 +89,7 @@ class CfsslSettings(BackendSettings):
         if (self.client_cert is None) != (self.client_key is None):
             missing = "client_cert" if self.client_cert is None else "client_key"
             yield SettingsProblem(missing, "both of client_cert and client_key, or neither", "one of them")
-        if self.url.lower().startswith("http:") and (self.ca_file or self.client_cert or self.client_key):
+        if not self.tls and (self.ca_file or self.client_cert or self.client_key):
             yield SettingsProblem("url", "https:// (as ca_file or client_cert is given)", "http://")
 
 
@@ -134,7 +139,8 @@ class CfsslBackend:
         """
         if not isinstance(settings, CfsslSettings):
             raise TypeError(f"wanted CfsslSettings, found {type(settings).__name__}")
-        tls_context(settings)  # found out now, not in the middle of a renewal
+        if settings.tls:
+            tls_context(settings)  # trouble is found now, not in the middle of a renewal
         return cls(settings)
 
     def sign(self, request: SignRequest) -> Issued:
@@ -150,7 +156,9 @@ class CfsslBackend:
         """
         intermediates = self._known_intermediates()
         profile = self._profile(request.spec)
-        body = self._body(request.csr_pem.decode("ascii"), profile, self._key_place(request.spec))
+        # text around the block may be in any encoding
+        csr = request.csr_pem.decode("ascii", "replace")
+        body = self._body(csr, profile, self._key_place(request.spec))
         result = self._result(self._server.post(self._settings.endpoint, body), profile)
         return Issued(leaf=_certificate(result), intermediates=intermediates)
 
@@ -212,9 +220,11 @@ class CfsslBackend:
             return None
         info = self._result(reply, profile)
         self._remember(info)
+        listed = info.get("usages")
+        usages = map(str, listed) if isinstance(listed, list) else ()
         # cfssl has two names for this one
-        usages = {"digital signature" if usage == "signing" else str(usage) for usage in info.get("usages") or ()}
-        return _Offer(usages=frozenset(usages), expiry=str(info.get("expiry")))
+        names = frozenset("digital signature" if usage == "signing" else usage for usage in usages)
+        return _Offer(usages=names, expiry=str(info.get("expiry")))
 
     def _no_entry(self, profile: str, key_place: Secret | None) -> list[Violation]:
         """Ask to sign no CSR at all, as the HMAC is looked at before the CSR."""
@@ -264,6 +274,7 @@ NO_ENTRY = frozenset(
 )
 
 _UNKNOWN_PROFILE = "does the server have profile {profile}? for an unknown one it uses its default profile"
+_NOT_CFSSL = "wanted an answer of cfssl, found something else"
 _WHICH_LABEL = "is {label} a label in the server's roots file? the reason is in its log, never in its answers"
 #: What to do next, by message where that tells more than the code.
 HINTS: Mapping[str | int | None, str] = {
@@ -280,6 +291,7 @@ HINTS: Mapping[str | int | None, str] = {
     "404 page not found": "is the url right, the endpoint enabled and the CA loaded? `cfssl serve` runs on without its "
     "CA or key, without /sign where every profile has an auth_key, and without /authsign where none has",
     "Client sent an HTTP request to an HTTPS server.": "url must begin with https://",
+    _NOT_CFSSL: "is it a cfssl server that answers at this url?",
     1000: "the server's CA key does not fit its CA certificate, or its profile has a lint_error_level",
     5100: _UNKNOWN_PROFILE,
     5300: "the CSR asks for what profile {profile} never gives, such as a CA certificate",
@@ -325,11 +337,12 @@ def _certificate(result: Mapping[str, Any]) -> x509.Certificate:
     pem = result.get("certificate")
     try:
         found = x509.load_pem_x509_certificates(pem.encode() if isinstance(pem, str) else b"")
+        _ = [(certificate.subject, certificate.issuer) for certificate in found]  # which are read only now
     except (ValueError, x509.InvalidVersion):
         found = []
     if len(found) != 1:
         wanted = f"cfssl: wanted one PEM certificate in the answer, found {len(found)} that can be read"
-        raise BackendRefusedError(wanted, hint="is it a cfssl server that answers at this url?")
+        raise BackendRefusedError(wanted, hint=HINTS[_NOT_CFSSL])
     return found[0]
 
 
@@ -380,7 +393,7 @@ def _parse(response: requests.Response, body: bytes, sent: Mapping[str, str]) ->
         envelope = None
     if not isinstance(envelope, dict) or "success" not in envelope:
         text = body.decode("utf-8", "replace").strip()
-        message = text if text in _PLAIN else "wanted a cfssl server, found an answer that is none of cfssl's"
+        message = text if text in _PLAIN else _NOT_CFSSL
         return _Reply(status=response.status_code, message=message, retry_after_seconds=later)
     result = envelope.get("result")
     if response.status_code == requests.codes.ok and envelope["success"] is True and isinstance(result, dict):
@@ -438,11 +451,11 @@ class _Server:
             raise BackendUnavailableError(f"cfssl: {url}: no answer within {self._seconds:g} s") from e
         except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as e:
             cause = _innermost(e)
-            if isinstance(cause, _CUT_OFF) and url.startswith("https:"):
+            if isinstance(cause, _CUT_OFF) and self._settings.tls:
                 cause = self._alert() or cause
             if isinstance(cause, ssl.SSLError) and not isinstance(cause, _CUT_OFF):
                 raise BackendRefusedError(f"cfssl: {url}: TLS: {cause}", hint=_tls_hint(str(cause))) from e
-            hint = "does the server speak TLS? url says http://" if url.startswith("http:") else ""
+            hint = "" if self._settings.tls else "does the server speak TLS? url says http://"
             raise BackendUnavailableError(f"cfssl: {url}: {cause}", hint=hint) from e
         except requests.RequestException as e:
             raise BackendRefusedError(f"cfssl: {url}: {_innermost(e)}") from e
@@ -492,7 +505,7 @@ class _Server:
         session = requests.Session()
         session.trust_env = False  # no proxies, no .netrc, no REQUESTS_CA_BUNDLE
         session.headers["Accept-Encoding"] = "identity"
-        if self._settings.url.startswith("https:"):
+        if self._settings.tls:
             try:
                 session.mount("https://", _Adapter(tls_context(self._settings)))
             except SettingsError as e:  # the files were good when we began
@@ -533,7 +546,7 @@ def _read(response: requests.Response) -> bytes:
         body += chunk
         if len(body) > MAX_ANSWER_BYTES:
             wanted = f"cfssl: wanted an answer of at most {MAX_ANSWER_BYTES} bytes, found a longer one"
-            raise BackendRefusedError(wanted, hint="is it a cfssl server that answers at this url?")
+            raise BackendRefusedError(wanted, hint=HINTS[_NOT_CFSSL])
     return bytes(body)
 
 

@@ -132,8 +132,8 @@ cat > {quoted}/{authority}.json <<'END'
 {config}
 END
 
-# One HMAC key a profile. deny.hex stays here: it keeps the default profile shut.
-# The node gets {node_keys}, in /etc/ca-bridge, mode 0600.
+# One HMAC key a profile; guard them like the CA's own key, since no setting limits O (who may be system:masters).
+# deny.hex stays here, it keeps the default profile shut; the node gets {node_keys}, in /etc/ca-bridge, mode 0600.
 mkdir -p -m 0700 {quoted}/keys
 for key in {keys}; do
   test -s {quoted}/keys/$key.hex || (umask 077; openssl rand -hex 32 > {quoted}/keys/$key.hex)

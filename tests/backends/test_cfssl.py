@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import json
 import logging
 import os
@@ -45,7 +47,7 @@ CONFIG = Path(__file__).resolve().parents[2] / "config" / "cfssl"
 SERVER_USAGES = ["digital signature", "key encipherment", "server auth"]
 
 #: What the tests below share, apart from those of the conformance suite.
-_CA = TestCA.make()
+_CA = TestCA.make("kubernetes", "ecdsa-p256")
 _LIVE = {spec.name: _CA.leaf(spec) for spec in SPECS.values()}
 
 
@@ -126,6 +128,12 @@ def posts(url: str, directory: Path) -> list[tuple[str, int]]:
     return [(name, int(status)) for name, status in re.findall(r'"POST /api/v1/cfssl/(\w+)" (\d+)', log.read_text())]
 
 
+@functools.cache
+def rsa_ca() -> TestCA:
+    """A CA with a key as kubeadm makes it unless told otherwise."""
+    return TestCA.make()
+
+
 class Conformance(BackendConformance):
     """The suite with what all of ours have in common; tests are in the classes below."""
 
@@ -136,13 +144,13 @@ class Conformance(BackendConformance):
     @classmethod
     def ca(cls) -> TestCA:
         """The CA behind the server."""
-        return _CA
+        return rsa_ca()
 
     @pytest.fixture(scope="class")
     @classmethod
-    def live(cls) -> Live:
+    def live(cls, ca: TestCA) -> Live:
         """The certificates to renew."""
-        return _LIVE
+        return {spec.name: ca.leaf(spec) for spec in cls.specs}
 
     @pytest.fixture
     def dead_backend(self, make: Make) -> CfsslBackend:
@@ -208,8 +216,12 @@ class TestMultirootca(Conformance):
         config = setup_cfssl.signing_config(ETCD_CA, live, VALIDITY, directory)
         kit.write_hmac_keys(config)
         other = TestCA.make("other", "ecdsa-p256")
+        theirs: dict[str, Any] = {"cert_pem": other.certificate_pem, "key_pem": other.key_pem}
+        unkeyed: Any = open_config(SERVER_USAGES, peer=SERVER_USAGES)
         roots = {
-            "other": kit.Root(cert_pem=other.certificate_pem, key_pem=other.key_pem, config=config),
+            "other": kit.Root(**theirs, config=config),
+            "unkeyed": kit.Root(**theirs, config=unkeyed),
+            "far": kit.Root(**theirs, config=config, nets="192.0.2.0/24"),
             "etcd_ca": kit.Root(cert_pem=ca.certificate_pem, key_pem=ca.key_pem, config=config),
         }
         with kit.multirootca(directory, roots) as url:
@@ -244,6 +256,21 @@ class TestMultirootca(Conformance):
         with pytest.raises(BackendRefusedError) as e:
             backend.sign(request(self.specs[0]))
         assert f"'x{self.specs[0].usage}'" in e.value.hint
+
+    def test_a_profile_without_a_key_is_refused(self, keys: dict[str, Any], make: Make) -> None:
+        """Multirootca signs nothing without a key."""
+        backend = make(**{**keys, "label": "unkeyed"}, profile="peer")
+        with pytest.raises(BackendRefusedError) as e:
+            backend.sign(request(SPECS["etcd-peer"]))
+        assert "auth_key" in e.value.hint
+
+    def test_a_machine_that_is_not_in_its_nets_is_refused(self, keys: dict[str, Any], make: Make) -> None:
+        """A label that is for others' addresses is found by the preflight, and refused."""
+        backend = make(**{**keys, "label": "far"})
+        assert list(backend.check([SPECS["etcd-peer"]])) == ["etcd-peer"]
+        with pytest.raises(BackendRefusedError) as e:
+            backend.sign(request(SPECS["etcd-peer"]))
+        assert "nets" in e.value.hint
 
 
 SETTINGS = {"url": "https://ca.example.com:8881", "auth_key": Secret("file", "/k.hex")}
@@ -488,6 +515,21 @@ def test_a_url_that_leads_elsewhere(closed: dict[str, Any], make: Make, path: st
         with pytest.raises(BackendRefusedError):
             ask()
     assert list(backend.check([APISERVER])) == ["apiserver"]
+
+
+@pytest.mark.kube("cfssl")
+def test_https_to_a_server_without_tls(closed: dict[str, Any], make: Make) -> None:
+    """Refused: cfssl serves plain HTTP where one of its TLS files is missing, and waiting would not help."""
+    with pytest.raises(BackendRefusedError):
+        make(**{**closed, "url": closed["url"].replace("http:", "HTTPS:")}).sign(request(APISERVER))
+
+
+@pytest.mark.kube("cfssl")
+def test_text_around_a_csr(closed: dict[str, Any], make: Make) -> None:
+    """It does no harm, whatever its encoding."""
+    asked = request(APISERVER)
+    asked = dataclasses.replace(asked, csr_pem="Antrag für München\n".encode("latin-1") + asked.csr_pem)
+    assert make(**closed).sign(asked).leaf.public_key() == asked.csr.public_key()
 
 
 @pytest.mark.kube("cfssl")
@@ -789,6 +831,7 @@ REFUSED = {
     "no certificate": kit.Answer.result(),
     "null": kit.Answer.result(certificate=None),
     "a broken one": kit.Answer.result(certificate=LEAF_PEM.replace("M", "N", 20)),
+    "odd text": kit.Answer(body=b'{"success": true, "result": {"certificate": "\\ud800"}}'),
     "two": kit.Answer.result(certificate=LEAF_PEM * 2),
 }
 
@@ -922,6 +965,22 @@ def test_the_printed_script(authority: Authority, tmp_path: Path, make: Make) ->
         assert backend.check(specs_of(authority)) == {}
         assert backend.sign(request(specs_of(authority)[0])).leaf.issuer == _CA.certificate.subject
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "keys").iterdir()} == {0o600}
+
+
+@pytest.mark.parametrize("authority", AUTHORITIES.values(), ids=AUTHORITIES)
+def test_the_printed_settings(authority: Authority) -> None:
+    """The node's part of the text is settings that the bridge takes, for the keys that the script makes."""
+    from bridge.plugins import configured
+    from bridge.settings import parse
+
+    text = setup_cfssl.text(authority, _LIVE, VALIDITY)
+    lines = text.partition("# In the node's settings:\n")[2].partition("\n\n")[0].splitlines()
+    parsed = parse("\n".join(line.removeprefix("#") for line in lines))
+    read = configured(parsed, [authority.name])[authority.name]
+    assert isinstance(read.settings, CfsslSettings)
+    assert read.settings.auth_key is not None
+    for spec in specs_of(authority):
+        assert Path(read.settings.auth_key.where.format(usage=spec.usage)).name in text
 
 
 def test_the_configuration_is_for_certificates_that_are_there() -> None:

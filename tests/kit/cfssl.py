@@ -134,6 +134,7 @@ class Root:
     cert_pem: bytes
     key_pem: bytes = field(repr=False)
     config: Mapping[str, object]
+    nets: str = "127.0.0.0/8"  #: Whom it signs for.
 
 
 def multirootca(
@@ -157,7 +158,8 @@ def multirootca(
         certificate = _write(directory / f"{label}.crt", root.cert_pem)
         key = _write(directory / f"{label}.key", root.key_pem)
         config = _write(directory / f"{label}.json", json.dumps(root.config).encode())
-        sections.append(f"[ {label} ]\nprivate = file://{key}\ncertificate = {certificate}\nconfig = {config}\n")
+        sections += [f"[ {label} ]", f"private = file://{key}", f"certificate = {certificate}", f"config = {config}"]
+        sections += [f"nets = {root.nets}", ""]
     file = Path(_write(directory / "roots.conf", "\n".join(sections).encode()))
     more = ["-l", default] if default else []
     more += ["-tls-cert", str(tls.server_cert), "-tls-key", str(tls.server_key)] if tls else []
