@@ -1,0 +1,519 @@
+"""
+Signing with `openssl ca`: a directory with a CA's certificate, key and database of issued certificates.
+
+The facts about `openssl ca` here and in the modules beside this one were measured with 1.1.1w, 3.0.19 and
+3.5.9. In short: its exit code says nothing (0 for a CSR whose signature is bad and nothing issued), its
+defaults make certificates without usages, and a site's openssl.cnf can let a CSR become a CA. So a run
+never sees the site's file but one of our own, each CSR is looked through before, and what was issued is
+decided by the database and the certificates.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import ClassVar, Literal, TypeVar
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from backends.openssl_config import Config, ConfigDoubtError, parse_config
+from backends.openssl_index import Database, file_name
+from backends.openssl_process import Failure, Openssl, Outcome
+from bridge.contract import BackendSettings, Issued, Secret, SignRequest
+from bridge.errors import (
+    BackendError,
+    BackendRefusedError,
+    BackendUnavailableError,
+    SettingsError,
+    SettingsProblem,
+    Violation,
+)
+from bridge.specs import CertificateSpec, Usage
+
+#: CSRs in one process; nothing of a run is recorded before its last signature is made.
+BATCH_SIZE = 1000
+_FAILED_RUNS = 20  # enough to find a bad CSR among BATCH_SIZE by halving, and no endless list of failures
+_BACKDATED = timedelta(minutes=5)  # clocks differ; kubeadm does the same
+_FILES = {"certificate": "ca.crt", "private_key": "ca.key", "database": "index.txt", "new_certs_dir": "newcerts"}
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9._-]+")
+
+# All paths are relative to the folder of the run, so that none of the site's has to be quoted.
+_CONFIG = """\
+[ca]
+# Only here: in the CA's own section openssl ignores it, and the policy drops and reorders what the subject has.
+preserve = yes
+
+[bridge]
+certificate = ca.crt
+private_key = ca.key
+database = database/{index}
+new_certs_dir = newcerts
+rand_serial = yes
+unique_subject = no
+default_md = {digest}
+policy = any
+email_in_dn = yes
+copy_extensions = copy
+x509_extensions = no_section_so_that_forgetting_one_fails
+
+[any]
+commonName = optional
+"""
+# `copy` takes from the CSR what the section does not have; so it has all but the SAN, and a CSR that asks for
+# something else is refused. `keyid,issuer` is the key identifier alone; issuer and serial number if the CA has none
+# (as kubeadm before 1.19 made them), which is an error with `keyid:always`.
+_SECTION = """
+[{usage}]
+basicConstraints = critical,CA:FALSE
+keyUsage = critical,digitalSignature,keyEncipherment
+extendedKeyUsage = {ekus}
+subjectKeyIdentifier = hash
+authorityKeyIdentifier = keyid,issuer
+"""
+_EKUS: dict[Usage, str] = {"server": "serverAuth", "client": "clientAuth", "peer": "serverAuth,clientAuth"}
+
+_SAN = x509.SubjectAlternativeName.oid
+_EXTENSION_REQUEST = x509.ObjectIdentifier("1.2.840.113549.1.9.14")
+# With challengePassword and unstructuredName, which go nowhere. openssl takes extensions from Microsoft's
+# 1.3.6.1.4.1.311.2.1.14 as well, which cryptography does not show as extensions.
+_ATTRIBUTES = {_EXTENSION_REQUEST, *map(x509.ObjectIdentifier, ("1.2.840.113549.1.9.7", "1.2.840.113549.1.9.2"))}
+_CSR_ERRORS = (
+    ValueError,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
+
+_ExtensionT = TypeVar("_ExtensionT", bound=x509.ExtensionType)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpensslSettings(BackendSettings):
+    """Where the CA's files are: below `dir`, one by one, or as a site's openssl.cnf has them."""
+
+    dir: Path | None = None  #: Has what is not named: `ca.crt`, `ca.key`, `index.txt` and `newcerts`.
+    certificate: Path | None = None  #: The one that signs, then its chain.
+    private_key: str | None = None
+    database: Path | None = None
+    new_certs_dir: Path | None = None
+    config: Path | None = None
+    section: str | None = None  #: Of `config`; otherwise the one that its `default_ca` names.
+    passphrase: Secret | None = None
+    openssl: str = "openssl"
+    digest: Literal["sha256", "sha384", "sha512"] = "sha256"
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """Files that are named twice or not at all, and a key that is no file."""
+        yield from super().problems()
+        named = [key for key in ("dir", *_FILES) if getattr(self, key) is not None]
+        if self.config and named:
+            yield SettingsProblem("config", "either config or the files themselves", f"config, {', '.join(named)}")
+        if not self.config and self.dir is None:
+            for key in _FILES.keys() - named:
+                yield SettingsProblem(key, "a path, or dir with the usual names in it", "none")
+        if self.section is not None and not self.config:
+            yield SettingsProblem("section", "config beside it", "none")
+        if self.private_key is not None and not self.private_key.startswith("/"):
+            yield SettingsProblem("private_key", "a file with an absolute path", _shown(self.private_key))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CAFiles:
+    """The four places that `openssl ca` works on."""
+
+    certificate: Path
+    private_key: Path
+    database: Path
+    new_certs_dir: Path
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """A CSR that may be signed, and its place among the requests."""
+
+    position: int
+    csr_pem: bytes
+    public_key: bytes
+
+
+_Groups = Mapping[tuple[Usage, timedelta], Sequence[_Order]]
+_Answers = dict[int, Issued | BackendError]
+
+
+class OpensslBackend:
+    """Signs with `openssl ca` on this host."""
+
+    settings_type: ClassVar[type[BackendSettings]] = OpensslSettings
+
+    def __init__(self, settings: OpensslSettings, files: CAFiles) -> None:
+        self._settings = settings
+        self._files = files
+        self._openssl = Openssl(
+            program=settings.openssl,
+            limit=settings.timeout,
+            private_key=files.private_key,
+            passphrase=settings.passphrase,
+        )
+
+    @classmethod
+    def from_settings(cls, settings: BackendSettings) -> OpensslBackend:
+        """As `BackendType`; reads the site's openssl.cnf, if one is named."""
+        if not isinstance(settings, OpensslSettings):
+            raise TypeError(f"wanted OpensslSettings, got {type(settings).__name__}")
+        return cls(settings, _site_files(settings.config, settings.section) if settings.config else _files(settings))
+
+    def sign(self, request: SignRequest) -> Issued:
+        """Have one CSR signed."""
+        (answer,) = self.sign_many([request])
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def sign_many(self, requests: Sequence[SignRequest]) -> list[Issued | Exception]:
+        """Have all signed, with one process a usage class and `BATCH_SIZE`."""
+        answers: _Answers = {}
+        groups: dict[tuple[Usage, timedelta], list[_Order]] = defaultdict(list)
+        for position, request in enumerate(requests):
+            try:
+                groups[request.spec.usage, request.validity].append(_checked(position, request))
+            except BackendRefusedError as e:
+                answers[position] = e
+        if any(groups.values()):
+            with _os_errors():
+                answers |= self._sign(groups)
+        return [answers[position] for position in range(len(requests))]
+
+    def _sign(self, groups: _Groups) -> _Answers:
+        signers = self.issuers()
+        _check_signer(self._files.certificate, signers[0])
+        database = self._database()
+        with database.locked(self._settings.timeout) as lock, self._folder(signers[0]) as folder:
+            desk = _Desk(self._openssl, database, signers, folder, lock)
+            desk.recover()
+            return desk.sign(groups)
+
+    def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
+        """
+        Find out whether a run could begin: program, certificate, database, key.
+
+        No certificate can have a violation of its own: the usages are in our own config.
+        """
+        del specs
+        with _os_errors():
+            signer = self.issuers()[0]
+            _check_signer(self._files.certificate, signer)
+            self._openssl.check_version()
+            self._database().check()
+            with self._folder(signer) as folder:
+                if self._openssl.public_key(folder) != _public_key(signer):
+                    raise self._openssl.key_of_another_ca()
+        return {}
+
+    def issuers(self) -> list[x509.Certificate]:
+        """What the CA's certificate file holds."""
+        path = self._files.certificate
+        try:
+            return x509.load_pem_x509_certificates(path.read_bytes())
+        except OSError as e:
+            raise BackendRefusedError(f"wanted the CA's certificate in {path}, found: {e.strerror}") from e
+        except ValueError as e:
+            raise BackendRefusedError(f"wanted the CA's certificate in {path}, found no PEM certificate there") from e
+
+    def _database(self) -> Database:
+        index = self._files.database.resolve()  # openssl would replace a link by a file
+        if not _PLAIN_NAME.fullmatch(index.name):
+            raise BackendRefusedError(
+                f"wanted a database whose file name has only letters, digits, '.', '_' and '-', found {index.name!r}"
+            )
+        return Database(index=index, new_certs_dir=self._files.new_certs_dir.resolve())
+
+    @contextmanager
+    def _folder(self, signer: x509.Certificate) -> Iterator[Path]:
+        """A private folder to run in: our own config, the certificate that was checked, links to the rest."""
+        database = self._database()
+        with tempfile.TemporaryDirectory(prefix="ca-bridge-") as name:  # 0700
+            folder = Path(name)
+            config = _config(database.index.name, self._settings.digest)
+            folder.joinpath("openssl.cnf").write_text(config, encoding="ascii")
+            folder.joinpath("ca.crt").write_bytes(signer.public_bytes(Encoding.PEM))
+            folder.joinpath("ca.key").symlink_to(self._files.private_key)
+            folder.joinpath("database").symlink_to(database.index.parent)
+            folder.joinpath("newcerts").symlink_to(database.new_certs_dir)
+            yield folder
+
+
+@dataclass(frozen=True, slots=True)
+class _Desk:
+    """What is done while the database is locked."""
+
+    openssl: Openssl
+    database: Database
+    signers: list[x509.Certificate]
+    folder: Path
+    lock: int
+
+    def recover(self) -> None:
+        """Put right what a killed run left: no index, or certificates that are in no index."""
+        self.database.check_folders()
+        self.database.put_right()
+        for path in self._orphans():
+            # openssl adds the row itself, so that the certificate can be revoked by its number
+            outcome = self._run("-extensions", "client", "-valid", f"newcerts/{path.name}")
+            if int(path.stem, 16) not in self.database.read().serials:
+                raise self.openssl.failure(outcome).error
+            log.warning("%s was signed by a run that did not live to record it; it is recorded now", path)
+
+    def _orphans(self) -> list[Path]:
+        """Ours alone, and not the expired ones: sites move such rows to an archive, and they do no harm."""
+        orphans, now = self.database.orphans(), datetime.now(UTC)
+        return [path for path, leaf in orphans if leaf.not_valid_after_utc > now and self._is_ours(leaf)]
+
+    def _is_ours(self, leaf: x509.Certificate) -> bool:
+        try:
+            leaf.verify_directly_issued_by(self.signers[0])
+        except (ValueError, TypeError, InvalidSignature):
+            return False
+        return True
+
+    def sign(self, groups: _Groups) -> _Answers:
+        """
+        Sign in batches; one that fails as a whole is halved until the CSR is found that it fails for.
+
+        Raises:
+            BackendError: For all of them; nothing was signed.
+        """
+        answers: _Answers = {}
+        batches = [
+            (usage, validity, orders[start : start + BATCH_SIZE])
+            for (usage, validity), orders in groups.items()
+            for start in range(0, len(orders), BATCH_SIZE)
+        ]
+        failed_runs = 0
+        while batches:
+            usage, validity, batch = batches.pop(0)
+            settled, failure = self._sign_batch(usage, validity, batch)
+            answers |= settled
+            if not failure:
+                continue
+            rest = [order for order in batch if order.position not in settled]
+            failed_runs += 1
+            if failure.for_all or failed_runs == _FAILED_RUNS:
+                if not any(isinstance(answer, Issued) for answer in answers.values()):
+                    raise failure.error
+                rest += [order for *_, waiting in batches for order in waiting]
+                return answers | dict.fromkeys([order.position for order in rest], failure.error)
+            if len(rest) == 1:
+                answers[rest[0].position] = failure.error
+            else:
+                middle = len(rest) // 2
+                batches[:0] = [(usage, validity, rest[:middle]), (usage, validity, rest[middle:])]
+        return answers
+
+    def _sign_batch(
+        self, usage: Usage, validity: timedelta, batch: Sequence[_Order]
+    ) -> tuple[_Answers, Failure | None]:
+        """One run; what its answers leave open is in the failure."""
+        try:
+            with _os_errors():
+                return self._run_batch(usage, validity, batch)
+        except BackendError as e:
+            return {}, Failure(e, for_all=True)
+
+    def _run_batch(self, usage: Usage, validity: timedelta, batch: Sequence[_Order]) -> tuple[_Answers, Failure | None]:
+        before = self.database.read()
+        self.database.check_space(len(before.data), len(batch))
+        self.database.back_up(before)
+        names = [f"{order.position}.csr" for order in batch]
+        for name, order in zip(names, batch, strict=True):
+            self.folder.joinpath(name).write_bytes(order.csr_pem)
+        # never -out a real file: openssl empties it first, and keeps only the last of several certificates in it
+        fixed = ("-notext", "-extensions", usage, *self._dates(validity), "-out", "/dev/null")
+        outcome = self._run(*fixed, "-infiles", *names)
+        serials = self.database.added(before)
+        self.database.commit(serials, before)
+        answers = self._issued(batch, serials)
+        missing = [order.position for order in batch if order.position not in answers]
+        if missing and (outcome.code is None or (outcome.code != 0 and not serials)):
+            return answers, self.openssl.failure(outcome)
+        if missing:
+            lost = [file_name(serial) for serial in serials if not self.database.certificate(serial)]
+            answers |= dict.fromkeys(missing, _not_issued(lost))
+        return answers, None
+
+    def _issued(self, batch: Sequence[_Order], serials: Sequence[int]) -> _Answers:
+        """The new certificates by their public keys: a CSR that openssl skips shifts the order of the others."""
+        waiting: dict[bytes, list[_Order]] = defaultdict(list)
+        for order in reversed(batch):
+            waiting[order.public_key].append(order)
+        chain = tuple(signer for signer in self.signers if signer.issuer != signer.subject)
+        answers: _Answers = {}
+        for serial in serials:
+            leaf = self.database.certificate(serial)
+            if leaf and (orders := waiting.get(_public_key(leaf))):
+                answers[orders.pop().position] = Issued(leaf=leaf, intermediates=chain)
+        return answers
+
+    def _dates(self, validity: timedelta) -> list[str]:
+        """Within the CA's own dates, which openssl does not look at."""
+        now, signer = datetime.now(UTC), self.signers[0]
+        begin = max(now - _BACKDATED, signer.not_valid_before_utc)
+        end = min(now + validity, signer.not_valid_after_utc)
+        return ["-startdate", _asn1_time(begin), "-enddate", _asn1_time(end)]
+
+    def _run(self, *arguments: str) -> Outcome:
+        fixed = ("-config", "openssl.cnf", "-name", "bridge", "-batch")
+        # should we be killed, the process holds the lock until it has ended
+        return self.openssl.run(self.folder, "ca", *fixed, *arguments, inherited=[self.lock])
+
+
+def _not_issued(lost: Sequence[str]) -> BackendError:
+    if lost:
+        return BackendUnavailableError(
+            f"wanted a whole certificate in each new file of new_certs_dir, found none in {', '.join(lost[:3])}",
+            hint="a full disk does that; make room",
+        )
+    return BackendRefusedError("openssl issued nothing for this CSR, as for one whose signature is bad")
+
+
+def _checked(position: int, request: SignRequest) -> _Order:
+    """
+    A CSR that won't stop the others of its run, and brings nothing but subject and SANs into a certificate.
+
+    Raises:
+        BackendRefusedError: It would.
+    """
+    try:
+        csr = request.csr
+        wrong = _wrong_with(request.csr_pem, csr)
+    except _CSR_ERRORS as e:
+        wrong = f"a well-formed CSR, found: {e}"
+    if wrong:
+        raise BackendRefusedError(f"{request.spec.name}: wanted {wrong}", hint="make the CSR anew")
+    # written anew, so that openssl reads what was looked through
+    return _Order(position, csr.public_bytes(Encoding.PEM), _public_key(csr))
+
+
+def _wrong_with(pem: bytes, csr: x509.CertificateSigningRequest) -> str:
+    if (blocks := pem.count(b"-----BEGIN ")) != 1:
+        return f"one PEM block, found {blocks}"  # openssl signs the first and says nothing
+    if not csr.is_signature_valid:
+        return "a CSR that is signed with its own key, found another signature"
+    attributes = [attribute.oid for attribute in csr.attributes]
+    others = {oid.dotted_string for oid in attributes if oid not in _ATTRIBUTES}
+    others |= {extension.oid.dotted_string for extension in csr.extensions if extension.oid != _SAN}
+    if others:
+        return f"a CSR that asks for SANs and nothing else, found {', '.join(sorted(others))} too"
+    if attributes.count(_EXTENSION_REQUEST) > 1:
+        return "one list of extensions, found several"
+    return "" if list(csr.subject) else "a subject, found an empty one"
+
+
+def _check_signer(path: Path, signer: x509.Certificate) -> None:
+    """
+    A CA that may sign now: openssl signs with any certificate, be it expired or no CA's.
+
+    Raises:
+        BackendRefusedError: It may not.
+    """
+    now, wrong = datetime.now(UTC), []
+    if not signer.not_valid_before_utc <= now < signer.not_valid_after_utc:
+        dates = f"{signer.not_valid_before_utc:%Y-%m-%d %H:%M} to {signer.not_valid_after_utc:%Y-%m-%d %H:%M}"
+        wrong.append(f"wanted one that is valid now, found {dates} UTC")
+    constraints, usage = _extension(signer, x509.BasicConstraints), _extension(signer, x509.KeyUsage)
+    if not constraints or not constraints.ca:
+        wrong.append("wanted CA:TRUE, found none")
+    if usage and not usage.key_cert_sign:
+        wrong.append("wanted the key usage keyCertSign, found none")
+    if wrong:
+        raise BackendRefusedError(f"the CA's certificate {path}: {'; '.join(wrong)}")
+
+
+def _extension(certificate: x509.Certificate, kind: type[_ExtensionT]) -> _ExtensionT | None:
+    try:
+        return certificate.extensions.get_extension_for_class(kind).value
+    except x509.ExtensionNotFound:
+        return None
+
+
+def _config(index_name: str, digest: str) -> str:
+    sections = [_SECTION.format(usage=usage, ekus=ekus) for usage, ekus in _EKUS.items()]
+    return _CONFIG.format(index=index_name, digest=digest) + "".join(sections)
+
+
+def _files(settings: OpensslSettings) -> CAFiles:
+    folder = settings.dir or Path("/")  # without dir all four are named
+    return CAFiles(**{key: Path(getattr(settings, key) or folder / name) for key, name in _FILES.items()})
+
+
+def _site_files(path: Path, section: str | None) -> CAFiles:
+    """
+    The four places that a site's openssl.cnf names.
+
+    Raises:
+        SettingsError: It does not name them for sure.
+    """
+    try:
+        config = parse_config(path.read_text(encoding="utf-8", errors="surrogateescape"), os.environ)
+        section = section or _site_value(config, "ca", "default_ca")
+        found = {key: _site_value(config, section, key) for key in _FILES}
+    except OSError as e:
+        problems = [SettingsProblem("config", "an openssl.cnf that can be read", e.strerror or "none", path)]
+    except ConfigDoubtError as e:
+        problems = [SettingsProblem("config", e.wanted, e.found, path, e.line)]
+    else:
+        # a relative path means wherever openssl is started, not the file's own folder
+        problems = [
+            SettingsProblem("config", f"{key} as an absolute path in [{section}]", _shown(text), path)
+            for key, text in found.items()
+            if not text.startswith("/")
+        ]
+    if problems:
+        hint = "instead of config, the settings can name certificate, private_key, database and new_certs_dir"
+        raise SettingsError(problems, hint=hint)
+    return CAFiles(**{key: Path(text) for key, text in found.items()})
+
+
+def _site_value(config: Config, section: str, key: str) -> str:
+    value = config.get(section, key)
+    return value.text if value else ""
+
+
+def _shown(text: str) -> str:
+    """A path; of a URI, which may hold a PIN, only its scheme."""
+    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", text)
+    return f"a {scheme[0]} URI" if scheme else repr(text) if text else "none"
+
+
+def _public_key(subject: x509.Certificate | x509.CertificateSigningRequest) -> bytes:
+    return subject.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
+def _asn1_time(moment: datetime) -> str:
+    """UTCTime to the end of 2049, then GeneralizedTime (RFC 5280 §4.1.2.5)."""
+    return moment.strftime("%y%m%d%H%M%SZ" if moment.year < 2050 else "%Y%m%d%H%M%SZ")  # noqa: PLR2004
+
+
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    """The operating system's errors as the contract's."""
+    try:
+        yield
+    except OSError as e:
+        text = f"{e.filename or 'openssl ca'}: {e.strerror}"
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise BackendUnavailableError(text, hint="make room") from e
+        raise BackendRefusedError(text) from e
