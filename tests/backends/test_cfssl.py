@@ -32,6 +32,8 @@ from backends.cfssl import CfsslBackend, CfsslSettings
 from bridge import csr, setup_cfssl
 from bridge.contract import Secret, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, SettingsError, Violation
+from bridge.plugins import configured
+from bridge.settings import parse
 from bridge.specs import AUTHORITIES, CA, ETCD_CA, FRONT_PROXY_CA, SPECS, Authority, CertificateSpec
 from bridge.testing import BackendConformance, TestCA, sign_request
 from tests.kit import cfssl as kit
@@ -707,14 +709,12 @@ def talking(listener: socket.socket, talk: Callable[[socket.socket], None]) -> I
                 with connection, contextlib.suppress(OSError):
                     talk(connection)
 
-    thread = threading.Thread(target=accept, daemon=True)
-    thread.start()
+    threading.Thread(target=accept, daemon=True).start()
     try:
         yield
     finally:
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
-        thread.join(5)
 
 
 @contextlib.contextmanager
@@ -752,9 +752,9 @@ def silent(connection: socket.socket) -> None:
 
 
 def dripping(connection: socket.socket) -> None:
-    """Say a header a byte at a time, for more than a second."""
+    """Say a header a byte at a time, for three seconds."""
     connection.sendall(b"HTTP/1.1 200 OK\r\nX-Wait: ")
-    for _ in range(25):
+    for _ in range(60):
         connection.send(b".")
         time.sleep(0.05)
 
@@ -970,9 +970,6 @@ def test_the_printed_script(authority: Authority, tmp_path: Path, make: Make) ->
 @pytest.mark.parametrize("authority", AUTHORITIES.values(), ids=AUTHORITIES)
 def test_the_printed_settings(authority: Authority) -> None:
     """The node's part of the text is settings that the bridge takes, for the keys that the script makes."""
-    from bridge.plugins import configured
-    from bridge.settings import parse
-
     text = setup_cfssl.text(authority, _LIVE, VALIDITY)
     lines = text.partition("# In the node's settings:\n")[2].partition("\n\n")[0].splitlines()
     parsed = parse("\n".join(line.removeprefix("#") for line in lines))
