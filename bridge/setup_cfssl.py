@@ -121,7 +121,7 @@ def text(
 
 _SCRIPT = """\
 {names}
-# For the CA's host. Beforehand {directory} holds
+# A script for one CA's host, which ends as its server. Beforehand {directory} holds
 #   {authority}.crt, {authority}.key   the CA
 #   server.crt, server.key   for TLS; its SANs hold the name or address that the nodes call
 #   bridge-clients-ca.crt    the CA of the nodes' client certificates (which need clientAuth)
