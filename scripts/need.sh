@@ -21,3 +21,42 @@ need() {
   for item in "$@"; do command -v "${item%%=*}" >/dev/null || missing+=("${item#*=}"); done
   [ ${#missing[@]} = 0 ] || install_packages "${missing[@]}"
 }
+
+# find_python: prints the path of a Python that is 3.11 or newer and can make virtual environments.
+find_python() {
+  local name found=
+  for name in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11}; do
+    if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$(command -v "$name"); break; fi
+  done
+  if [ -z "$found" ]; then
+    command -v python3 >/dev/null && die "wanted Python 3.11 or newer, found $(python3 --version)" "install one and name it: PYTHON=/path/to/python3.11 $0"
+    install_packages python3 python3-venv
+    found=$(command -v python3)
+  fi
+  if ! "$found" -c 'import ensurepip, venv' 2>/dev/null; then
+    # Debian and Ubuntu keep it in a package of its own, one for each Python.
+    install_packages "${found##*/}-venv"
+  fi
+  echo "$found"
+}
+
+# make_venv DIR LOCK...: a virtual environment with exactly what the lock files name, made anew when they change.
+make_venv() {
+  local directory=$1 python stamp; shift
+  python=$(find_python)
+  stamp="$("$python" --version) $(cat "$@" | sha256sum)"
+  [ "$(cat "$directory/stamp" 2>/dev/null)" != "$stamp" ] || return 0
+  echo "installing into ${directory#"$PWD/"}: the Python packages of $*" >&2
+  rm -rf "$directory"
+  "$python" -m venv "$directory"
+  "$directory/bin/python" -m pip --quiet --disable-pip-version-check install --require-hashes --no-deps "${@/#/--requirement=}"
+  echo "$stamp" >"$directory/stamp"
+}
+
+# install_project VENV: this project, as the wheel that users get, in place of the one that was there.
+install_project() {
+  local pip=("$1/bin/python" -m pip --quiet --disable-pip-version-check)
+  rm -rf "$1/wheel"
+  "${pip[@]}" wheel --no-deps --no-build-isolation --wheel-dir "$1/wheel" .
+  "${pip[@]}" install --no-deps --force-reinstall "$1"/wheel/*.whl
+}

@@ -1,0 +1,266 @@
+"""
+The walls between the rooms stand.
+
+`bridge` never imports a backend, a backend sees only the contract, the rules do no I/O and read no clock, and a command
+loads nothing heavy that it does not use. Each check is shown a text that breaks its rule, so that it can't pass blindly.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import backends
+import bridge
+
+#: No I/O and no clock in these.
+RULES = ("certificates", "csr", "expiry", "specs", "verify")
+
+IMPURE_MODULES = {
+    *(
+        "asyncio",
+        "builtins",
+        "fcntl",
+        "getpass",
+        "glob",
+        "http",
+        "importlib",
+        "io",
+        "logging",
+        "mmap",
+        "multiprocessing",
+    ),
+    *("os", "pathlib", "platform", "pwd", "random", "runpy", "secrets", "selectors", "shelve", "shutil", "signal"),
+    *("socket", "sqlite3", "ssl", "subprocess", "sys", "tempfile", "threading", "time", "urllib", "uuid"),
+    *("hvac", "requests", "rich", "tenacity", "typer", "urllib3"),
+}
+IMPURE_NAMES = {
+    *("open", "print", "input", "exec", "eval", "__import__", "breakpoint"),
+    *("datetime.datetime.now", "datetime.datetime.utcnow", "datetime.datetime.today", "datetime.date.today"),
+}
+#: Methods of files and paths that might come in as arguments; nothing pure has such a name.
+IMPURE_METHODS = {
+    *("read_text", "read_bytes", "write_text", "write_bytes", "open", "unlink", "mkdir", "stat", "exists", "is_file"),
+}
+
+HEAVY = {"hvac", "requests", "urllib3", "rich", "tenacity", "backends"}
+
+
+def sources() -> dict[str, str]:
+    """The text of each of our modules, as installed."""
+    texts = {}
+    for package in (bridge, backends):
+        directory = Path(package.__file__ or "").parent
+        for path in directory.rglob("*.py"):
+            parts = path.relative_to(directory.parent).with_suffix("").parts
+            texts[".".join(parts).removesuffix(".__init__")] = path.read_text()
+    return texts
+
+
+def imports(source: str, module: str) -> set[str]:
+    """
+    All that the source imports, at any depth of it, by its full name.
+
+    `from a import b` gives `a.b`, which may be a module or something in one.
+    """
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = module.split(".")[: -node.level] if node.level else []
+            origin = ".".join([*parents, *([node.module] if node.module else [])])
+            found |= {f"{origin}.{alias.name}" for alias in node.names}
+    return found
+
+
+def names(source: str) -> set[str]:
+    """All names and dotted names that the source uses, with what they were imported from, whatever they are called."""
+    tree = ast.parse(source)
+    origins: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            origins |= {alias.asname: alias.name for alias in node.names if alias.asname}
+        elif isinstance(node, ast.ImportFrom):
+            origins |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return {
+        ".".join([origins.get(head, head), *rest]) for node in ast.walk(tree) for head, *rest in [_dotted(node)] if head
+    }
+
+
+def _dotted(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Name):
+        return [node.id]
+    if isinstance(node, ast.Attribute):
+        return [*_dotted(node.value), node.attr]
+    return [""]
+
+
+def within(module: str, package: str) -> bool:
+    """The module is the package or lies in it."""
+    return module == package or module.startswith(f"{package}.")
+
+
+def bridge_wall(source: str, module: str) -> Iterator[str]:
+    """`bridge` finds backends by entry point only: it imports none, and names none to an importer."""
+    yield from (name for name in imports(source, module) if within(name, "backends"))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and re.fullmatch(r"backends(\.\w+)*(:\w+)?", str(node.value)):
+            yield str(node.value)
+
+
+def backend_wall(source: str, module: str) -> Iterator[str]:
+    """Of ours, a backend imports the contract, the specs, the errors, and the further files of its own CA."""
+    family = "_".join(module.split("_")[:1])
+    allowed = ("bridge.contract", "bridge.specs", "bridge.errors")
+    for name in imports(source, module):
+        if within(name, "bridge") and not any(within(name, one) for one in allowed):
+            yield name
+        if within(name, "backends") and not name.startswith(family):
+            yield name
+
+
+def pure_wall(source: str, module: str) -> Iterator[str]:
+    """
+    A rule does no I/O, reads no clock, and of ours calls only other rules.
+
+    From other rooms it takes types, which say what it is given: `from bridge.inventory import Entry`.
+    """
+    ours = [f"bridge.{name}" for name in RULES]
+    for name in imports(source, module):
+        if name.split(".")[0] in IMPURE_MODULES:
+            yield name
+        a_type = re.fullmatch(r"bridge\.\w+\.[A-Z]\w*", name)
+        if within(name, "bridge") and not a_type and not any(within(name, one) for one in ours):
+            yield name
+    for name in names(source):
+        if name in IMPURE_NAMES or name.rpartition(".")[2] in IMPURE_METHODS:
+            yield name
+    for node in ast.walk(ast.parse(source)):  # methods of what has no name, such as f().open()
+        if isinstance(node, ast.Attribute) and node.attr in IMPURE_METHODS:
+            yield f".{node.attr}"
+
+
+def modules(package: str, *only: str) -> list[str]:
+    """Names of our modules in a package; all of them, or these."""
+    found = [module for module in sources() if within(module, package)]
+    return [module for module in found if not only or module.removeprefix(f"{package}.") in only]
+
+
+@pytest.mark.parametrize("module", modules("bridge"))
+def test_bridge_imports_no_backend(module: str) -> None:
+    """Our own backends come in by the same door as a third party's."""
+    assert sorted(bridge_wall(sources()[module], module)) == []
+
+
+@pytest.mark.parametrize("module", modules("backends"))
+def test_a_backend_sees_only_the_contract(module: str) -> None:
+    """A backend can do nothing that a third party's could not."""
+    assert sorted(backend_wall(sources()[module], module)) == []
+
+
+@pytest.mark.parametrize("module", modules("bridge", *RULES))
+def test_rules_do_no_io_and_read_no_clock(module: str) -> None:
+    """Verification, expiry, CSRs and specs are functions of their arguments."""
+    assert sorted(pure_wall(sources()[module], module)) == []
+
+
+def test_all_modules_are_looked_at() -> None:
+    """The rules exist under these names, and so does what stands on both sides of the walls."""
+    found = sources()
+
+    assert {f"bridge.{name}" for name in RULES} <= found.keys()
+    assert {"bridge", "bridge.cli", "backends", "backends.vault", "backends.cfssl", "backends.openssl"} <= found.keys()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import backends",
+        "import backends.vault as v",
+        "from backends import vault",
+        "def f():\n    from backends.vault import VaultBackend",
+        "import importlib\nimportlib.import_module('backends.vault')",
+    ],
+)
+def test_the_wall_of_bridge_can_fail(source: str) -> None:
+    """However a backend is imported, it is noticed."""
+    assert list(bridge_wall(source, "bridge.deep.renew"))
+    assert not list(bridge_wall("import backends_of_others\n'a text about backends.vault'", "bridge.renew"))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import bridge.verify",
+        "from bridge import verify",
+        "from bridge.verify import check",
+        "from bridge.contractual import x",
+        "from backends.vault import VaultBackend",
+        "from backends import vault",
+        "from . import vault",
+    ],
+)
+def test_the_wall_of_backends_can_fail(source: str) -> None:
+    """A backend that reaches for more than the contract, or for another backend, is noticed."""
+    allowed = (
+        "from bridge.contract import Issued\nfrom bridge import errors\nfrom backends.openssl_index import Index\n"
+    )
+
+    assert list(backend_wall(source, "backends.openssl"))
+    assert not list(backend_wall(allowed, "backends.openssl"))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import os",
+        "import os.path as p",
+        "from pathlib import Path",
+        "from time import time",
+        "import random",
+        "from bridge import files",
+        "from bridge.files import write",
+        "import bridge.files",
+        "open('x')",
+        "reader = open",
+        "def f(path):\n    return path.read_text()",
+        "def f(g):\n    return g().read_bytes()",
+        "from datetime import datetime\ndatetime.now()",
+        "from datetime import datetime as d\nd.now()",
+        "import datetime\nx = datetime.datetime.now",
+        "import datetime as dt\ndt.datetime.utcnow()",
+        "from datetime import date\ndate.today()",
+    ],
+)
+def test_the_wall_of_the_rules_can_fail(source: str) -> None:
+    """A file, the network or the clock in a rule is noticed, under any name."""
+    allowed = "from datetime import datetime, UTC\nfrom bridge import specs\nfrom bridge.contract import Issued\n"
+
+    assert list(pure_wall(source, "bridge.verify"))
+    assert not list(
+        pure_wall(f"{allowed}def f(now: datetime) -> bool:\n    return now < datetime(2030, 1, 1, tzinfo=UTC)", "")
+    )
+
+
+def loaded(statement: str) -> set[str]:
+    """Top-level names of the modules that a fresh interpreter has after the statement."""
+    command = [sys.executable, "-c", f"{statement}\nimport sys\nprint(*sys.modules)"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return {name.split(".")[0] for name in run.stdout.split()}
+
+
+def test_starting_loads_nothing_heavy() -> None:
+    """The command line starts without network libraries, tables and backends; only commands that use them load them."""
+    assert loaded("import bridge.cli") & HEAVY == set()
+
+
+def test_the_look_at_what_is_loaded_can_fail() -> None:
+    """What is loaded is noticed."""
+    assert loaded("import requests") & HEAVY == {"requests", "urllib3"}
