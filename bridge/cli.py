@@ -52,9 +52,16 @@ class Common:
             SettingsError: The file can't be used.
         """
         settings = load(self.config)
-        given = {"pki_dir": self.pki_dir, "kubeconfig_dir": self.kubeconfig_dir, "state_dir": self.state_dir}
-        node = replace(settings.node, **{name: path.absolute() for name, path in given.items() if path is not None})
-        return replace(settings, node=node)
+        node = settings.node
+        return replace(
+            settings,
+            node=replace(
+                node,
+                pki_dir=(self.pki_dir or node.pki_dir).absolute(),
+                kubeconfig_dir=(self.kubeconfig_dir or node.kubeconfig_dir).absolute(),
+                state_dir=(self.state_dir or node.state_dir).absolute(),
+            ),
+        )
 
 
 def _common_options(
@@ -301,7 +308,7 @@ def setup(
 
 @command(app, "demo")
 def demo(
-    common: Common,
+    _: Common,
     directory: Annotated[
         Path | None, typer.Option(help="Keep everything there, to look at. [default: a temporary directory]")
     ] = None,

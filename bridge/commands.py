@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -41,14 +42,16 @@ def renew(
     """Renew, print the result, and return the exit code."""
     with _progress() as progress:
         result, node, selection = renewal.run(settings, names, now, progress, all_or_nothing=all_or_nothing)
+    for sentence in selection.skipped:
+        log.log(logging.INFO if names else logging.DEBUG, "%s", sentence)
     components = _stale(result, node, settings)
     if as_json:
         typer.echo(json.dumps(_result_json(result, selection, components), indent=4))
     else:
-        _print_result(result, selection, node, settings, now())
-        _print_restart(components, settings)
-    for names_, error in _grouped(result.failed):
-        print_error(error, names_)
+        _print_result(result, node, settings, now())
+        _print_restart("These still run on their old certificates until they are restarted", components, settings)
+    for about, error in _grouped(result.failed):
+        print_error(error, about)
     return result.exit_code
 
 
@@ -57,11 +60,7 @@ def _stale(result: renewal.Result, node: Node, settings: Settings) -> list[Compo
     return restart.stale(specs, renewal.version_of(node, settings), settings.restart.components)
 
 
-def _print_result(
-    result: renewal.Result, selection: renewal.Selection, node: Node, settings: Settings, now: datetime
-) -> None:
-    for sentence in selection.skipped:
-        log.debug("%s", sentence)
+def _print_result(result: renewal.Result, node: Node, settings: Settings, now: datetime) -> None:
     rows = [
         (
             o.name,
@@ -91,9 +90,9 @@ def _nothing_due(node: Node, settings: Settings, now: datetime) -> str:
     return f"nothing is due: {first.spec.name} is the first to expire, in {left} (renewal.before = {settings.renewal.before})"
 
 
-def _print_restart(components: Sequence[Component], settings: Settings) -> None:
+def _print_restart(why: str, components: Sequence[Component], settings: Settings) -> None:
     if components:
-        typer.echo("\nThese still run on their old certificates until they are restarted, one at a time:")
+        typer.echo(f"\n{why}, one at a time:")
     for component in components:
         typer.echo(f"  {restart.how(component, settings.node.kubeconfig_dir / 'manifests')}")
 
@@ -102,7 +101,7 @@ def _grouped(failed: Sequence[renewal.Outcome]) -> Iterator[tuple[str, BridgeErr
     """One message for all certificates that failed for the same reason at the same CA."""
     groups: dict[tuple[str, str], list[renewal.Outcome]] = {}
     for outcome in failed:
-        groups.setdefault((outcome.backend, str(outcome.error)), []).append(outcome)
+        groups.setdefault((outcome.backend, outcome.error.reason if outcome.error else ""), []).append(outcome)
     for (backend, _), outcomes in groups.items():
         if outcomes[0].error is not None:
             names = ", ".join(outcome.name for outcome in outcomes)
@@ -135,7 +134,7 @@ def _result_json(
                 "authority": o.authority,
                 "backend": o.backend,
                 "exitCode": o.exit_code,
-                "error": str(o.error),
+                "error": o.error.reason if o.error is not None else "",
                 "hint": o.error.hint if o.error is not None else "",
             }
             for o in result.failed
@@ -228,7 +227,7 @@ def plan(settings: Settings, names: Collection[str], now: datetime, *, as_json: 
         typer.echo(json.dumps(_plan_json(selection, settings, components), indent=4))
     elif selection.items:
         typer.echo("\n".join(columns([_plan_row(item, settings, now) for item in selection.items])))
-        _print_restart(components, settings)
+        _print_restart("After that, these must be restarted to use the new ones", components, settings)
     elif not selection.failed:
         typer.echo(_nothing_due(node, settings, now))
     for name, error in _grouped(selection.failed):
@@ -244,7 +243,7 @@ def _plan_row(item: Item, settings: Settings, now: datetime) -> tuple[str, ...]:
         item.spec.name,
         f"expires {end:{DATE}} ({left})",
         f"ask {_asked(item, settings)}",
-        f"replace {', '.join(str(path) for path in _files(item))}",
+        f"replace {' and '.join([str(item.certificate_path), *([item.key_path.name] if item.key_path else [])])}",
     )
 
 

@@ -24,7 +24,7 @@ class LogFormat(StrEnum):
 def print_error(error: BridgeError, about: str = "") -> None:
     """`error: …` and `hint: …` on standard error; through the log when that is JSON."""
     prefix = f"{about}: " if about else ""
-    for line in str(error).splitlines():
+    for line in (error.reason if about else str(error)).splitlines():
         log.error("%s%s", prefix, line)
     if error.hint:
         log.error("%s", error.hint, extra={"is_hint": True})

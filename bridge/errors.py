@@ -42,6 +42,11 @@ class BridgeError(Exception):
         if hint is not None:
             self.hint = hint
 
+    @property
+    def reason(self) -> str:
+        """The text without the name of a certificate, for messages that name several."""
+        return str(self)
+
 
 @dataclass(frozen=True, slots=True)
 class SettingsProblem:
@@ -90,7 +95,12 @@ class VerificationError(BridgeError):
     def __init__(self, name: str, violations: Sequence[Violation]) -> None:
         self.name = name
         self.violations = list(violations)
-        super().__init__(f"{name}: {'; '.join(map(str, violations))}")
+        super().__init__(f"{name}: {self.reason}")
+
+    @property
+    def reason(self) -> str:
+        """What is wrong."""
+        return "; ".join(map(str, self.violations))
 
 
 class BackendError(BridgeError):

@@ -51,6 +51,11 @@ class Before:
             raise ValueError(f"{wanted}, from 1% to 99%")
         return cls(share=int(share[1]) / 100)
 
+    def __str__(self) -> str:
+        from bridge.settings import duration_text  # noqa: PLC0415 (as above)
+
+        return duration_text(self.remaining) if self.remaining is not None else f"{(self.share or 0) * 100:.0f}%"
+
     def of(self, lifetime: timedelta) -> timedelta:
         """As a duration."""
         return self.remaining if self.remaining is not None else lifetime * (self.share or 0)

@@ -49,7 +49,7 @@ from bridge.install import (
 )
 from bridge.inventory import Item, Node
 from bridge.settings import Settings
-from bridge.specs import AUTHORITIES, SPECS, CertificateSpec
+from bridge.specs import AUTHORITIES, SPECS, CertificateSpec, Component
 
 #: `certs renew all`.
 ALL = "all"
@@ -161,15 +161,18 @@ def select(node: Node, settings: Settings, names: Collection[str], now: datetime
         item = by_name.get(name)
         by_hand = name in names
         if item is None or (item.state == "missing" and (by_hand or not item.spec.optional)):
-            failed.append(_absent(SPECS[name], item, settings, node))
+            failed.append(_absent(SPECS[name], item, node))
         elif item.state == "missing":
             skipped.append(f"{name} is not on this node, as is usual for it")
-        elif not item.managed:
+        elif item.spec.component is Component.KUBELET and not item.managed:
             skipped.append(f"{name} refers to {item.certificate_path}, which the kubelet renews by itself")
         elif item.state != "present":
             failed.append(_outcome(item, MissingCertificateError(item.trouble or "", hint=_RESTORE)))
         elif names or _is_due(item, settings, now):
-            items.append(item)
+            if item.managed:
+                items.append(item)
+            else:
+                failed.append(_outcome(item, _unknown_authority(item)))
     return Selection(items=tuple(items), failed=tuple(failed), skipped=tuple(skipped))
 
 
@@ -187,7 +190,12 @@ def _is_due(item: Item, settings: Settings, now: datetime) -> bool:
     return expiry.is_due(item.certificates[0], settings.renewal.before, settings.renewal.validity, now)
 
 
-def _absent(spec: CertificateSpec, item: Item | None, settings: Settings, node: Node) -> Outcome:
+def _unknown_authority(item: Item) -> BridgeError:
+    text = f"wanted to read the CA file {item.anchor_path} that kube-apiserver's --etcd-cafile names, found that it can't be"
+    return MissingCertificateError(text, hint="without it nothing that signs for it can be proven; put it back")
+
+
+def _absent(spec: CertificateSpec, item: Item | None, node: Node) -> Outcome:
     if item is None:
         reason = "no local etcd here" if not node.local_etcd else "not on this node"
         error = MissingCertificateError(f"wanted a certificate to renew, found none: {reason}")
@@ -389,7 +397,8 @@ def expectations(
     return demands, failed
 
 
-def _version(node: Node, settings: Settings) -> tuple[int, int] | None:
+def version_of(node: Node, settings: Settings) -> tuple[int, int] | None:
+    """Kubernetes' version on this node; the settings count more than the image tags."""
     version = settings.node.kubernetes_version
     return node.kubernetes_version if version is None else (version.major, version.minor)
 
@@ -565,6 +574,9 @@ def _renew(
     made = prepare([item for item in selection.items if item.spec.authority.name in expected], settings)
     prepared = [one for one in made if isinstance(one, Prepared)]
     earlier = [*selection.failed, *unproved, *(one for one in made if isinstance(one, Outcome))]
+    if earlier and all_or_nothing:
+        held = [_outcome(one.item, _HELD_BACK) for one in prepared]
+        return Result(outcomes=(*earlier, *held))
     answers = sign(prepared, backends, expected, progress)
     return finish(
         prepared,

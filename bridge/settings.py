@@ -421,25 +421,44 @@ def _wanted(hint: Any) -> str:
 
 def _scalar(hint: Any, value: Any, key: Key) -> Any:
     """
+    A value of this type.
+
     Raises:
         ValueError: Its text is what was wanted.
     """
     if hasattr(hint, "from_setting"):
         return hint.from_setting(value)
-    if hint is bool or hint is int:
-        if type(value) is not hint:
-            raise ValueError("true or false" if hint is bool else "a whole number")
-        return value
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise ValueError("a list of texts")
-        return tuple(value)
     if hint is timedelta:
         return parse_duration(value)
+    if hint is bool or hint is int:
+        return _of_type(hint, value)
+    if typing.get_origin(hint) is tuple:
+        return _texts_tuple(value)
     if typing.get_origin(hint) is Literal:
-        if value not in typing.get_args(hint):
-            raise ValueError(_wanted(hint))
-        return value
+        return _choice(hint, value)
+    return _text(hint, value, key)
+
+
+def _of_type(hint: type, value: Any) -> Any:
+    if type(value) is not hint:  # True is an int, too
+        raise ValueError("true or false" if hint is bool else "a whole number")
+    return value
+
+
+def _texts_tuple(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError("a list of texts")
+    return tuple(value)
+
+
+def _choice(hint: Any, value: Any) -> Any:
+    if value not in typing.get_args(hint):
+        raise ValueError(_wanted(hint))
+    return value
+
+
+def _text(hint: Any, value: Any, key: Key) -> Any:
+    """A text, a path, or where a secret is."""
     if not isinstance(value, str) or not value:
         raise ValueError("a text")
     if hint is Secret:
@@ -472,8 +491,12 @@ def parse_duration(value: object) -> timedelta:
 
 
 def duration_text(duration: timedelta) -> str:
-    """As a setting would say it."""
-    return f"{duration.days}d" if duration.days and not duration.seconds else f"{int(duration.total_seconds())}s"
+    """As a setting would say it, in the largest unit that fits."""
+    for unit, name in reversed(_UNITS.items()):
+        whole, rest = divmod(duration, timedelta(**{name: 1}))
+        if not rest and whole:
+            return f"{whole}{unit}"
+    return f"{duration.total_seconds():g}s"
 
 
 def _found(value: object) -> str:

@@ -39,6 +39,10 @@ from bridge.specs import EKU
 #: How far a CA's clock may be ahead of the node's; the installation waits for the difference.
 CLOCK_SKEW = timedelta(minutes=1)
 
+#: How much earlier than the replaced certificate's the new end may be: CAs count the validity from a beginning that
+#: they backdate (cfssl by 5 minutes unless told otherwise), and a certificate that was made just now may be renewed, too.
+BACKDATING = timedelta(hours=1)
+
 MIN_RSA_BITS = 2048
 _STRONG_CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
 _WEAK_HASHES = (hashes.MD5, hashes.SHA1)
@@ -248,8 +252,8 @@ def _dates(leaf: x509.Certificate, request: SignRequest, expected: Expectation) 
         want = f"at least {_days(expected.min_validity)} of validity"
         yield Violation(subject="notAfter", want=want, got=f"{_days(end - now)}, until {end:%Y-%m-%d %H:%M:%S} UTC")
     old = request.replaces
-    if old is not None and end <= old.not_valid_after_utc:
-        want = f"later than the replaced certificate's {old.not_valid_after_utc:%Y-%m-%d %H:%M:%S} UTC"
+    if old is not None and end <= old.not_valid_after_utc - BACKDATING:
+        want = f"not before the replaced certificate's {old.not_valid_after_utc:%Y-%m-%d %H:%M:%S} UTC"
         yield Violation(subject="notAfter", want=want, got=f"{end:%Y-%m-%d %H:%M:%S} UTC")
     if expected.anchors and end > expected.anchors[0].not_valid_after_utc:
         want = f"not after its CA's {expected.anchors[0].not_valid_after_utc:%Y-%m-%d %H:%M:%S} UTC"

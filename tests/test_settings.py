@@ -186,4 +186,4 @@ def test_any_value_anywhere_is_settings_or_a_settings_error(table: str, key: str
     try:
         parse(f"[{table}]\n{key} = {value}\n", FILE)
     except SettingsError as e:
-        assert all(p.line == 2 for p in e.problems)
+        assert all(p.line in (1, 2) for p in e.problems)  # 1: a default contradicts it

@@ -21,7 +21,7 @@ from bridge.contract import Issued, SignRequest
 from bridge.errors import VerificationError, Violation
 from bridge.specs import SPECS
 from bridge.testing import TestCA
-from bridge.verify import CLOCK_SKEW, Expectation, check
+from bridge.verify import BACKDATING, CLOCK_SKEW, Expectation, check
 from tests.kit.issuing import CLIENT, NOW, SERVER, Signer, cn, name, usage
 
 ANY_EKU, CODE_SIGNING = "2.5.29.37.0", "1.3.6.1.5.5.7.3.3"
@@ -196,9 +196,10 @@ def test_refuses_a_certificate_that_ends_before_the_one_it_replaces() -> None:
     """A renewal that shortens is none."""
     old = root().issue(request()).leaf
     asked = replace(request(), replaces=old)
-    check(root().issue(asked, end=NOW + timedelta(days=366)), asked, expectation())
+    barely = NOW + timedelta(days=365) - BACKDATING
+    check(root().issue(asked, end=barely + timedelta(seconds=1)), asked, expectation())
     with pytest.raises(VerificationError) as e:
-        check(root().issue(asked), asked, expectation())
+        check(root().issue(asked, end=barely), asked, expectation())
     assert [v.subject for v in e.value.violations] == ["notAfter"]
 
 

@@ -127,7 +127,7 @@ class Signer:
             x509.CertificateBuilder()
             .subject_name(csr.subject if subject is None else subject)
             .issuer_name(issuer or self.certificate.subject)
-            .public_key(public_key or csr.public_key())  # type: ignore[arg-type]
+            .public_key(public_key or csr.public_key())
             .serial_number(serial or x509.random_serial_number())
             .not_valid_before(begin)
             .not_valid_after(end)
@@ -145,7 +145,7 @@ class Signer:
             builder = builder.add_extension(key_usage or usage(), critical=True)
         if extra is not None:
             builder = builder.add_extension(extra, critical=extra_critical)
-        leaf = builder.sign(self.key, hash_algorithm or hashes.SHA256())  # type: ignore[arg-type]
+        leaf = builder.sign(self.key, hash_algorithm or hashes.SHA256())
         return Issued(leaf=leaf, intermediates=tuple(signer.certificate for signer in intermediates))
 
 
