@@ -11,13 +11,14 @@ import json
 import logging
 import re
 import ssl
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, fields, replace
 from http import HTTPStatus
 from ipaddress import ip_address
 from pathlib import Path
-from threading import Lock
-from typing import ClassVar, Literal, cast
+from threading import Lock, Thread
+from typing import ClassVar, Literal, TypeVar, cast
 from urllib.parse import quote, urlsplit
 
 import requests
@@ -36,6 +37,7 @@ from bridge.errors import (
 from bridge.specs import EKU, CertificateSpec
 
 log = logging.getLogger("ca-bridge.vault")
+_T = TypeVar("_T")
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -199,7 +201,8 @@ class _Answer:
     status: int
     headers: Mapping[str, str] = field(repr=False)
     body: Mapping[str, object] = field(repr=False)  #: The JSON object; empty where there is none.
-    errors: tuple[str, ...]  #: The server's own words, fit to be shown.
+    reasons: tuple[str, ...] = field(repr=False)  #: The server's own words.
+    shown: str  #: The same, fit to be shown.
 
     @property
     def ok(self) -> bool:
@@ -217,7 +220,7 @@ class _Answer:
 
         A policy that forbids the path is status 403 as well, but reads "1 error occurred: * permission denied".
         """
-        return self.status == HTTPStatus.FORBIDDEN and not any("1 error occurred" in e for e in self.errors)
+        return self.status == HTTPStatus.FORBIDDEN and not any("1 error occurred" in r for r in self.reasons)
 
     @property
     def forbidden(self) -> bool:
@@ -232,8 +235,8 @@ class _Answer:
 
     def error(self) -> BackendError:
         """Refused, or unavailable: the one place where the server's statuses become our errors."""
-        text = "; ".join(self.errors)
-        message = f"vault: {self.where}: HTTP {self.status}{': ' if text else ''}{text}"
+        text = "; ".join(self.reasons)
+        message = f"vault: {self.where}: HTTP {self.status}{': ' if self.shown else ''}{self.shown}"
         hint = next((hint for fragment, hint in _HINTS if fragment in text), None)
         if 300 <= self.status < 400:  # noqa: PLR2004
             message += f", a redirect to {_origin(self.headers.get('Location', ''))}"
@@ -266,6 +269,7 @@ class _Server:
             session.cert = (str(settings.client_cert), str(settings.client_key))
         self._session = session
         self._url = settings.url.rstrip("/")
+        self._seconds = settings.timeout.total_seconds()
         self._secrets: set[str] = set()
         # Without a token: each request brings its own, and no thread changes another one's.
         self._adapter = RawAdapter(
@@ -273,7 +277,7 @@ class _Server:
             token="",
             cert=session.cert,
             verify=session.verify,
-            timeout=settings.timeout.total_seconds(),
+            timeout=self._seconds,
             allow_redirects=False,
             session=session,
             namespace=settings.namespace,
@@ -319,8 +323,14 @@ class _Server:
         where = f"{method.upper()} {self._url}/v1/{path}"
         headers = {"X-Vault-Token": token} if token else {}
         try:
-            response = self._adapter.request(method, f"/v1/{path}", headers=headers, json=body)
-            content = _content(response, where)
+            response, content = _within(
+                self._seconds, lambda: self._exchange(method, f"/v1/{path}", headers=headers, json=body)
+            )
+        except TimeoutError as e:
+            message = f"vault: {where}: wanted an answer within {self._seconds:g} s, found none"
+            raise BackendUnavailableError(message) from e
+        except _TooMuchError as e:
+            raise BackendRefusedError(f"vault: {where}: {e}") from e
         except requests.exceptions.SSLError as e:
             raise _tls_error(e, where) from e
         except (requests.exceptions.Timeout, requests.exceptions.ConnectionError) as e:
@@ -336,6 +346,15 @@ class _Server:
         """Close the connections."""
         self._session.close()
 
+    def _exchange(self, method: str, path: str, **request: object) -> tuple[requests.Response, bytes]:
+        response = self._adapter.request(method, path, **request)
+        try:
+            return response, _content(response)
+        except (requests.exceptions.ConnectionError, requests.exceptions.ChunkedEncodingError):
+            if response.ok:
+                raise
+            return response, b""  # the reason is lost, the status says enough
+
     def _answer(self, response: requests.Response, content: bytes, where: str) -> _Answer:
         try:
             body = json.loads(content)
@@ -344,14 +363,14 @@ class _Server:
             plain = b"Client sent an HTTP request to an HTTPS server"
             body = {"errors": [plain.decode()]} if content.startswith(plain) else {}
         body = body if isinstance(body, dict) else {}
-        errors = body.get("errors")
-        texts = [e for e in errors if isinstance(e, str)] if isinstance(errors, list) else []
+        reasons = tuple(_texts(body.get("errors")))
         return _Answer(
             where=where,
             status=response.status_code,
             headers=response.headers,
             body=body,
-            errors=tuple(self.presentable(text) for text in texts[:5]),
+            reasons=reasons,
+            shown=self.presentable("; ".join(reasons)),
         )
 
     def presentable(self, text: str) -> str:
@@ -374,16 +393,40 @@ def _trust(ca_file: Path | None) -> str | bool:
     return system.cafile or system.capath or True
 
 
-def _content(response: requests.Response, where: str) -> bytes:
+class _TooMuchError(Exception):
+    """The answer has no end."""
+
+
+def _content(response: requests.Response) -> bytes:
     content = bytearray()
     for chunk in response.iter_content(1 << 16):
         content += chunk
         if len(content) > _MAX_BODY_BYTES:
             response.close()
-            raise BackendRefusedError(
-                f"vault: {where}: wanted an answer of {_MAX_BODY_BYTES} bytes at most, found more"
-            )
+            raise _TooMuchError(f"wanted an answer of {_MAX_BODY_BYTES} bytes at most, found more")
     return bytes(content)
+
+
+def _within(seconds: float, work: Callable[[], _T]) -> _T:
+    """
+    What `work` returns or raises, in a thread of its own.
+
+    The time limits of `requests` are for each step: an answer that drips, or a name with many addresses, could
+    take any time.
+
+    Raises:
+        TimeoutError: It took longer; it is left to itself.
+    """
+    future: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as e:  # noqa: BLE001 (raised again on the other side)
+            future.set_exception(e)
+
+    Thread(target=run, daemon=True).start()
+    return future.result(seconds)
 
 
 def _tls_error(e: requests.exceptions.SSLError, where: str) -> BackendError:
@@ -655,7 +698,7 @@ class VaultBackend:
         answer = self._send("get", f"{_path(self._settings.mount)}/roles/{quote(name, safe='')}")
         if answer.forbidden:
             return []
-        if answer.status == HTTPStatus.NOT_FOUND and not answer.errors:
+        if answer.status == HTTPStatus.NOT_FOUND and not answer.reasons:
             return [Violation(subject="role", want=name, got="no role of this name")]
         return list(role_violations(answer.or_raise().data, spec))
 

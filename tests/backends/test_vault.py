@@ -1,19 +1,54 @@
-"""The Vault backend against a real OpenBao."""
+"""The Vault backend, and the roles and policies that go with it, against a real OpenBao."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from datetime import timedelta
+import base64
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import socket
+import subprocess
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
 from pathlib import Path
+from typing import Any, Self
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from backends.vault import VaultAuth, VaultBackend, VaultSettings
-from bridge import setup_vault
-from bridge.contract import Secret
-from bridge.testing import BackendConformance, TestCA
+from bridge import csr, setup_vault, verify
+from bridge.contract import Secret, Selector, SignRequest
+from bridge.errors import (
+    BackendError,
+    BackendRefusedError,
+    BackendUnavailableError,
+    SettingsError,
+    VerificationError,
+    Violation,
+)
+from bridge.specs import SPECS
+from bridge.testing import BackendConformance, TestCA, sign_request
 from tests.kit import openbao
+
+APISERVER = SPECS["apiserver"]
+ADMIN = SPECS["admin.conf"]
+DAYS_30 = timedelta(days=30)
+
+
+# ------------------------------------------------------------------------------------------ servers
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +57,219 @@ def bao() -> Iterator[openbao.OpenBao]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def ca() -> TestCA:
+    """The CA in the engine `pki`."""
+    return TestCA.make(algorithm="ecdsa-p256")
+
+
+@pytest.fixture(scope="module")
+def live(ca: TestCA) -> dict[str, x509.Certificate]:
+    """A node's certificates from that CA."""
+    return {name: ca.leaf(spec) for name, spec in SPECS.items()}
+
+
+@pytest.fixture(scope="module")
+def pki(bao: openbao.OpenBao, ca: TestCA, live: dict[str, x509.Certificate]) -> openbao.OpenBao:
+    """The server with that CA in engine `pki`, the printed roles, and the printed policy as `node`."""
+    bao.add_ca("pki", ca.certificate_pem, ca.key_pem)
+    bao.add_policy("node", setup_vault.policy("pki", bao.add_kubeadm_roles("pki", live)))
+    return bao
+
+
+@pytest.fixture
+def request_for(live: dict[str, x509.Certificate]) -> Callable[[str], SignRequest]:
+    """A request to renew one of the node's certificates."""
+    return lambda name: sign_request(live[name], SPECS[name], "ecdsa-p256", DAYS_30)
+
+
+@pytest.fixture
+def apiserver(request_for: Callable[[str], SignRequest]) -> SignRequest:
+    return request_for("apiserver")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tls:
+    """Certificates and keys for a server on 127.0.0.1 and for its client, from one CA."""
+
+    trust: Path
+    server: tuple[Path, Path]
+    client: tuple[Path, Path]
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Tls:
+    directory = tmp_path_factory.mktemp("tls")
+    authority = TestCA.make("corp", "ecdsa-p256")
+    trust = directory / "ca.crt"
+    trust.write_bytes(authority.certificate_pem)
+    return Tls(
+        trust=trust,
+        server=_pair(directory / "server", authority, ExtendedKeyUsageOID.SERVER_AUTH),
+        client=_pair(directory / "client", authority, ExtendedKeyUsageOID.CLIENT_AUTH),
+    )
+
+
+def _pair(base: Path, authority: TestCA, eku: x509.ObjectIdentifier) -> tuple[Path, Path]:
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, base.name)]))
+        .issuer_name(authority.certificate.subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.ExtendedKeyUsage([eku]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key()), critical=False)
+        .sign(authority.key, hashes.SHA256())
+    )
+    files = base.with_suffix(".crt"), base.with_suffix(".key")
+    files[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    files[1].write_bytes(csr.key_pem(key))
+    return files
+
+
+@pytest.fixture(scope="module")
+def tls_bao(tls: Tls, ca: TestCA, live: dict[str, x509.Certificate]) -> Iterator[openbao.OpenBao]:
+    """A server with TLS, which can be sealed; engine `pki` as above, and method `cert` for the client's CA."""
+    with openbao.tls_server(*tls.server, tls.trust) as server:
+        server.add_ca("pki", ca.certificate_pem, ca.key_pem)
+        server.add_policy("node", setup_vault.policy("pki", server.add_kubeadm_roles("pki", live)))
+        server.enable_auth("cert")
+        server.write("auth/cert/certs/node", certificate=tls.trust.read_text(), token_policies=["node"])
+        yield server
+
+
+class Double(ThreadingHTTPServer):
+    """
+    An HTTP server for answers that the real one does not give on demand.
+
+    It expects exactly the requests of its script, in order, with the headers of a Vault client and a JSON body
+    where there is one; whatever else comes makes the test fail.
+    """
+
+    def __init__(self, *script: tuple[str, int, Mapping[str, str], bytes]) -> None:
+        """Args: for each request "METHOD PATH", and its answer: status, headers, body."""
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.script = list(script)
+        self.tokens: list[str | None] = []
+        self.unexpected: list[str] = []
+
+    @property
+    def url(self) -> str:
+        """Of the server."""
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+        assert self.unexpected == []
+        assert self.script == []
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Double
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if body:
+            json.loads(body)
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        asked = f"{self.command} {self.path}"
+        if self.headers.get("X-Vault-Request") != "true" or not self.server.script or self.server.script[0][0] != asked:
+            self.server.unexpected.append(asked)
+            self.send_error(599)
+            return
+        self.server.tokens.append(self.headers.get("X-Vault-Token"))
+        _, status, headers, content = self.server.script.pop(0)
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        with contextlib.suppress(OSError):  # the client may have had enough
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        """Silent."""
+
+
+SIGN = "POST /v1/pki/sign/kubeadm-apiserver"
+JSON = {"Content-Type": "application/json"}
+
+
+def errors(*texts: str) -> bytes:
+    return json.dumps({"errors": texts}).encode()
+
+
+# ------------------------------------------------------------------------------------------- helpers
+
+
+def file_secret(path: Path, value: str) -> Secret:
+    """A secret in a file, as an editor leaves it."""
+    path.write_text(f"{value}\n")
+    return Secret("file", str(path))
+
+
 def token_file(directory: Path, token: str) -> VaultAuth:
-    """Method `token`, with the token in a file, as an editor leaves it."""
-    path = directory / "token"
-    path.write_text(f"{token}\n")
-    return VaultAuth(token=Secret("file", str(path)))
+    return VaultAuth(token=file_secret(directory / "token", token))
+
+
+@contextlib.contextmanager
+def vault(url: str, auth: VaultAuth, **settings: object) -> Iterator[VaultBackend]:
+    """A backend, closed at the end."""
+    checked = VaultSettings(url=url, auth=auth, **settings)  # type: ignore[arg-type]
+    assert list(checked.problems()) == []
+    backend = VaultBackend.from_settings(checked)
+    yield backend
+    backend.close()
+
+
+def approle(bao: openbao.OpenBao, directory: Path, *policies: str, **options: Any) -> VaultAuth:
+    """Method `approle`, with a new AppRole that has these policies."""
+    role_id, secret_id = bao.add_approle(f"r{time.monotonic_ns()}", *policies, **options)
+    return VaultAuth(
+        method="approle",
+        role_id=file_secret(directory / "role-id", role_id),
+        secret_id=file_secret(directory / "secret-id", secret_id),
+    )
+
+
+def refusal(backend: VaultBackend, request: SignRequest) -> BackendRefusedError:
+    with pytest.raises(BackendRefusedError) as e:
+        backend.sign(request)
+    return e.value
+
+
+def unavailability(backend: VaultBackend, request: SignRequest) -> BackendUnavailableError:
+    with pytest.raises(BackendUnavailableError) as e:
+        backend.sign(request)
+    return e.value
+
+
+def expectation(*anchors: x509.Certificate) -> verify.Expectation:
+    return verify.Expectation(
+        anchors=anchors, anchor_name="ca.crt", now=datetime.now(UTC), min_validity=timedelta(days=7)
+    )
+
+
+def jwt(key: ec.EllipticCurvePrivateKey, **claims: object) -> str:
+    """A signed JWT (RFC 7519, ES256)."""
+
+    def part(value: bytes) -> str:
+        return base64.urlsafe_b64encode(value).rstrip(b"=").decode()
+
+    claims = {"iat": int(time.time()), "exp": int(time.time()) + 600, **claims}
+    signed = ".".join(part(json.dumps(value).encode()) for value in ({"alg": "ES256", "typ": "JWT"}, claims))
+    r, s = decode_dss_signature(key.sign(signed.encode(), ec.ECDSA(hashes.SHA256())))
+    return f"{signed}.{part(r.to_bytes(32) + s.to_bytes(32))}"
 
 
 class TestConformance(BackendConformance):
@@ -36,32 +279,21 @@ class TestConformance(BackendConformance):
 
     @pytest.fixture(scope="module")
     @classmethod
-    def ca(cls) -> TestCA:
+    def ca(cls, ca: TestCA) -> TestCA:
         """The CA in the engine."""
-        return TestCA.make()
+        return ca
 
     @pytest.fixture(scope="module")
     @classmethod
-    def live(cls, ca: TestCA) -> dict[str, x509.Certificate]:
-        """The certificates to renew."""
-        return {spec.name: ca.leaf(spec) for spec in cls.specs}
-
-    @pytest.fixture(scope="module")
-    @classmethod
-    def mount(cls, bao: openbao.OpenBao, ca: TestCA, live: dict[str, x509.Certificate]) -> str:
-        """An engine with that CA, the printed roles, and a policy of the same name."""
-        bao.add_ca("conformance", ca.certificate_pem, ca.key_pem)
-        roles = bao.add_kubeadm_roles("conformance", live)
-        bao.add_policy("conformance", setup_vault.policy("conformance", roles))
-        return "conformance"
+    def live(cls, live: dict[str, x509.Certificate]) -> dict[str, x509.Certificate]:
+        """The certificates that the roles were made from."""
+        return live
 
     @pytest.fixture
-    def backend(self, bao: openbao.OpenBao, mount: str, tmp_path: Path) -> Iterator[VaultBackend]:
-        """With a token that has this policy and not even `default`."""
-        auth = token_file(tmp_path, bao.token(mount, no_default_policy=True))
-        backend = VaultBackend.from_settings(VaultSettings(url=bao.url, mount=mount, auth=auth))
-        yield backend
-        backend.close()
+    def backend(self, pki: openbao.OpenBao, tmp_path: Path) -> Iterator[VaultBackend]:
+        """With a token that has the printed policy and not even `default`."""
+        with vault(pki.url, token_file(tmp_path, pki.token("node", no_default_policy=True))) as backend:
+            yield backend
 
     @pytest.fixture
     def dead_backend(self, tmp_path: Path) -> VaultBackend:
@@ -69,3 +301,1069 @@ class TestConformance(BackendConformance):
         url = f"http://127.0.0.1:{openbao.free_port()}"
         auth = token_file(tmp_path, "unused")
         return VaultBackend.from_settings(VaultSettings(url=url, auth=auth, timeout=timedelta(seconds=2)))
+
+
+# ----------------------------------------------------------------------------------------- signing in
+
+
+@pytest.fixture
+def secret_id_auth(pki: openbao.OpenBao, tmp_path: Path) -> VaultAuth:
+    return approle(pki, tmp_path, "node")
+
+
+@pytest.fixture
+def wrapped_auth(pki: openbao.OpenBao, tmp_path: Path) -> VaultAuth:
+    role_id, _ = pki.add_approle("wrapped", "node")
+    return VaultAuth(
+        method="approle",
+        wrapped=True,
+        role_id=file_secret(tmp_path / "role-id", role_id),
+        secret_id=file_secret(tmp_path / "wrapped", pki.wrapped("auth/approle/role/wrapped/secret-id")),
+    )
+
+
+@pytest.fixture
+def userpass_auth(pki: openbao.OpenBao, tmp_path: Path) -> VaultAuth:
+    pki.enable_auth("userpass", "people")
+    pki.write("auth/people/users/node", password="a pass phrase, ä", token_policies=["node"])
+    password = file_secret(tmp_path / "password", "a pass phrase, ä")
+    return VaultAuth(method="userpass", mount="people", username="node", password=password)
+
+
+@pytest.fixture
+def jwt_auth(pki: openbao.OpenBao, tmp_path: Path) -> VaultAuth:
+    key = ec.generate_private_key(ec.SECP256R1())
+    public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    pki.enable_auth("jwt")
+    pki.write("auth/jwt/config", jwt_validation_pubkeys=[public.decode()])
+    pki.write(
+        "auth/jwt/role/node",
+        role_type="jwt", user_claim="sub", bound_audiences=["ca"], bound_subject="cp-1", token_policies=["node"],
+    )  # fmt: skip
+    return VaultAuth(method="jwt", role="node", jwt=file_secret(tmp_path / "jwt", jwt(key, sub="cp-1", aud="ca")))
+
+
+class _TokenReview(BaseHTTPRequestHandler):
+    """What method `kubernetes` asks an API server (authentication.k8s.io/v1); accepts one token."""
+
+    good: str
+    account = "system:serviceaccount:kube-system:ca-bridge"
+
+    def do_POST(self) -> None:
+        review = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        asked = self.path, self.headers["Authorization"]
+        accepted = asked == ("/apis/authentication.k8s.io/v1/tokenreviews", "Bearer reviewer")
+        ok = accepted and review["spec"]["token"] == self.good
+        review["status"] = {"authenticated": ok, "user": {"username": self.account, "uid": "1"} if ok else {}}
+        content = json.dumps(review).encode()
+        self.send_response(201 if accepted else 400)
+        for name, value in {**JSON, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        """Silent."""
+
+
+@pytest.fixture
+def kubernetes_auth(pki: openbao.OpenBao, ca: TestCA, tmp_path: Path) -> Iterator[VaultAuth]:
+    account = {"name": "ca-bridge", "uid": "1"}
+    claims = {"sub": _TokenReview.account, "kubernetes.io": {"namespace": "kube-system", "serviceaccount": account}}
+    token = jwt(ec.generate_private_key(ec.SECP256R1()), **claims)
+    handler = type("Handler", (_TokenReview,), {"good": token})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as api_server:
+        threading.Thread(target=api_server.serve_forever, args=(0.02,), daemon=True).start()
+        pki.enable_auth("kubernetes")
+        pki.write(
+            "auth/kubernetes/config",
+            kubernetes_host=f"http://127.0.0.1:{api_server.server_address[1]}",
+            kubernetes_ca_cert=ca.certificate_pem.decode(),
+            token_reviewer_jwt="reviewer",
+            disable_local_ca_jwt=True,
+        )
+        pki.write(
+            "auth/kubernetes/role/node",
+            bound_service_account_names=["ca-bridge"],
+            bound_service_account_namespaces=["kube-system"],
+            token_policies=["node"],
+        )
+        yield VaultAuth(method="kubernetes", role="node", jwt=file_secret(tmp_path / "jwt", token))
+        api_server.shutdown()
+
+
+LOGINS = ["secret_id_auth", "wrapped_auth", "userpass_auth", "jwt_auth", "kubernetes_auth"]
+
+
+@pytest.mark.parametrize("auth", LOGINS)
+def test_logs_in_once_and_revokes_its_token(
+    pki: openbao.OpenBao, apiserver: SignRequest, auth: str, request: pytest.FixtureRequest
+) -> None:
+    """With each method, several threads share one login, and its token is gone after the run."""
+    method: VaultAuth = request.getfixturevalue(auth)
+    before = pki.accessors()
+    with vault(pki.url, method) as backend:
+        assert pki.accessors() == before  # nothing yet
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(backend.sign, [apiserver] * 8))
+        assert len(pki.accessors() - before) == 1
+    assert pki.accessors() <= before  # a wrapping token is used up
+
+
+@pytest.mark.parametrize("auth", LOGINS)
+def test_refuses_wrong_credentials_without_showing_them(
+    pki: openbao.OpenBao,
+    apiserver: SignRequest,
+    auth: str,
+    request: pytest.FixtureRequest,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Credentials that the server does not accept are a refusal, and appear in no text at any log level."""
+    caplog.set_level(logging.DEBUG)
+    method: VaultAuth = request.getfixturevalue(auth)
+    secret = method.password or method.secret_id or method.jwt
+    assert secret is not None
+    wrong = "x" + secret.read()[:-1]
+    Path(secret.where).write_text(wrong)
+    with vault(pki.url, method) as backend:
+        assert_not_shown(wrong, refusal(backend, apiserver), caplog)
+
+
+def assert_not_shown(secret: str, error: BackendError, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither in the error, nor in its traceback, nor in any log record."""
+    shown = [str(error), repr(error), error.hint, repr(vars(error)), *traceback.format_exception(error), caplog.text]
+    assert secret not in "".join(shown)
+
+
+def test_logs_in_with_a_client_certificate(tls_bao: openbao.OpenBao, tls: Tls, apiserver: SignRequest) -> None:
+    """Method `cert` needs nothing but the client certificate of the connection, and its token is revoked too."""
+    before = tls_bao.accessors()
+    auth = VaultAuth(method="cert", role="node")
+    files = {"ca_file": tls.trust, "client_cert": tls.client[0], "client_key": tls.client[1]}
+    with vault(tls_bao.url, auth, **files) as backend:
+        backend.sign(apiserver)
+        assert len(tls_bao.accessors() - before) == 1
+    assert tls_bao.accessors() == before
+
+
+def test_a_client_certificate_for_another_purpose_is_refused(
+    tls_bao: openbao.OpenBao, tls: Tls, apiserver: SignRequest
+) -> None:
+    """A server certificate does not log in, although the server answers with a status that means "later"."""
+    auth = VaultAuth(method="cert", role="node")
+    files = {"ca_file": tls.trust, "client_cert": tls.server[0], "client_key": tls.server[1]}
+    with vault(tls_bao.url, auth, **files) as backend:
+        refusal(backend, apiserver)
+
+
+def test_leaves_a_given_token_alone(pki: openbao.OpenBao, apiserver: SignRequest, tmp_path: Path) -> None:
+    """A token from a file is not ours to revoke."""
+    token = pki.token("node")
+    with vault(pki.url, token_file(tmp_path, token)) as backend:
+        backend.sign(apiserver)
+    assert pki.is_valid(token)
+
+
+def test_a_wrapped_secret_id_that_was_opened_is_an_alarm(
+    pki: openbao.OpenBao, apiserver: SignRequest, wrapped_auth: VaultAuth
+) -> None:
+    """The second to open a wrapping token is told that someone was there before."""
+    with vault(pki.url, wrapped_auth) as backend:
+        backend.sign(apiserver)
+    with vault(pki.url, wrapped_auth) as backend:
+        assert "someone else" in refusal(backend, apiserver).hint
+
+
+def test_a_wrapped_secret_id_serves_a_second_login(
+    pki: openbao.OpenBao, apiserver: SignRequest, wrapped_auth: VaultAuth
+) -> None:
+    """A login that is needed again in the same run does not open the wrapping token again."""
+    with vault(pki.url, wrapped_auth) as backend:
+        for _ in range(2):
+            backend.sign(apiserver)
+            pki.write("auth/token/revoke-accessor", accessor=newest(pki, "wrapped"))
+
+
+def newest(bao: openbao.OpenBao, role: str) -> str:
+    """The accessor of the token that an AppRole's login made."""
+    found = [bao.write("auth/token/lookup-accessor", accessor=a)["data"] for a in bao.accessors()]
+    return next(str(t["accessor"]) for t in found if (t.get("meta") or {}).get("role_name") == role)
+
+
+def test_opens_nothing_that_is_not_a_wrapped_secret_id(
+    pki: openbao.OpenBao, apiserver: SignRequest, wrapped_auth: VaultAuth
+) -> None:
+    """What someone wrapped by other means is left unopened."""
+    forged = pki.wrapped("sys/wrapping/wrap", secret_id="0")
+    assert wrapped_auth.secret_id is not None
+    Path(wrapped_auth.secret_id.where).write_text(forged)
+    with vault(pki.url, wrapped_auth) as backend:
+        refusal(backend, apiserver)
+    assert pki.write("sys/wrapping/lookup", token=forged)["data"]["creation_path"] == "sys/wrapping/wrap"
+
+
+def test_logs_in_again_when_the_token_is_used_up(pki: openbao.OpenBao, apiserver: SignRequest, tmp_path: Path) -> None:
+    """A token that ends in the middle of a run is replaced by a new login."""
+    with vault(pki.url, approle(pki, tmp_path, "node", token_num_uses=1)) as backend:
+        for _ in range(3):
+            backend.sign(apiserver)
+
+
+def test_does_not_log_in_again_for_what_the_policy_forbids(
+    pki: openbao.OpenBao, apiserver: SignRequest, tmp_path: Path
+) -> None:
+    """A good token without the right is refused at once."""
+    before = pki.accessors()
+    with vault(pki.url, approle(pki, tmp_path)) as backend:
+        refusal(backend, apiserver)
+        assert len(pki.accessors() - before) == 1
+
+
+def test_says_both_reasons_when_a_new_login_fails(pki: openbao.OpenBao, apiserver: SignRequest, tmp_path: Path) -> None:
+    """A secret id that was good for one login is named as what stops the second one."""
+    with vault(pki.url, approle(pki, tmp_path, "node", token_num_uses=1, secret_id_num_uses=1)) as backend:
+        backend.sign(apiserver)
+        assert "invalid role or secret ID" in str(refusal(backend, apiserver))
+
+
+def test_reads_a_token_file_again(pki: openbao.OpenBao, apiserver: SignRequest, tmp_path: Path) -> None:
+    """A revoked token is refused, until the agent that keeps the file has written a good one."""
+    first = pki.token("node")
+    with vault(pki.url, token_file(tmp_path, first)) as backend:
+        backend.sign(apiserver)
+        pki.write("auth/token/revoke", token=first)
+        refusal(backend, apiserver)
+        token_file(tmp_path, pki.token("node"))
+        backend.sign(apiserver)
+
+
+def test_a_batch_token_needs_no_revoking(
+    pki: openbao.OpenBao, apiserver: SignRequest, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A batch token, which nobody can revoke, is no reason for a warning."""
+    with vault(pki.url, approle(pki, tmp_path, "node", token_type="batch")) as backend:
+        backend.sign(apiserver)
+    assert [r for r in caplog.records if r.name == "ca-bridge.vault"] == []
+
+
+def test_close_survives_a_server_that_is_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A token that can't be revoked any more is a warning, not an error, and is not shown."""
+    secret = file_secret(tmp_path / "secret", "s")
+    auth = VaultAuth(method="approle", role_id=secret, secret_id=secret)
+    login = json.dumps({"auth": {"client_token": "hvs.planted-token"}}).encode()
+    with Double(
+        ("POST /v1/auth/approle/login", 200, JSON, login),
+        ("POST /v1/sys/capabilities-self", 200, JSON, b"{}"),
+    ) as double:
+        backend = VaultBackend.from_settings(
+            VaultSettings(url=double.url, auth=auth, mode="sign-verbatim", timeout=timedelta(seconds=1))
+        )
+        assert backend.check([]) == {}
+    backend.close()
+    assert [r.levelname for r in caplog.records if r.name == "ca-bridge.vault"] == ["WARNING"]
+    assert "planted" not in caplog.text
+
+
+def test_keeps_the_token_that_a_certificate_hangs_on(
+    pki: openbao.OpenBao, apiserver: SignRequest, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With generate_lease, revoking the token would revoke the certificate, so it stays, and the log says why."""
+    role = pki.read("pki/roles/kubeadm-apiserver")["data"]
+    pki.write("pki/roles/leased", **{**role, "generate_lease": True})
+    before = pki.accessors()
+    with vault(pki.url, approle(pki, tmp_path, "node", "leased"), roles={"apiserver": "leased"}) as backend:
+        pki.add_policy("leased", setup_vault.policy("pki", ["leased"]))
+        leaf = backend.sign(apiserver).leaf
+    serial = ":".join(f"{byte:02x}" for byte in leaf.serial_number.to_bytes(20).lstrip(b"\0"))
+    assert len(pki.accessors() - before) == 1
+    assert pki.read(f"pki/cert/{serial}")["data"]["revocation_time"] == 0
+    assert "generate_lease" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["file", "env", "credential"])
+def test_a_secret_that_is_not_there_is_a_refusal_that_names_it(
+    pki: openbao.OpenBao, apiserver: SignRequest, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a secret was looked for is said; with the secret there, the same settings sign."""
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    where = {"file": str(tmp_path / "secret"), "env": "THE_TOKEN", "credential": "secret"}[kind]
+    with vault(pki.url, VaultAuth(token=Secret(kind, where))) as backend:
+        assert where in str(refusal(backend, apiserver))
+        token = pki.token("node")
+        monkeypatch.setenv("THE_TOKEN", token)
+        (tmp_path / "secret").write_text(token)
+        backend.sign(apiserver)
+
+
+@pytest.mark.parametrize("token", ["hvs.planted\nhvs.second", "hvs.plänted", "hvs.planted hvs.second"])
+def test_a_token_that_fits_no_header_is_not_shown(
+    pki: openbao.OpenBao, apiserver: SignRequest, tmp_path: Path, token: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A token file with more than a token in it is refused before anything can quote it."""
+    with vault(pki.url, token_file(tmp_path, token)) as backend:
+        error = refusal(backend, apiserver)
+    for word in token.split():
+        assert_not_shown(word, error, caplog)
+
+
+# ---------------------------------------------------------------------------------------- the engine
+
+
+@pytest.mark.parametrize("algorithm", ["rsa-2048", "ecdsa-p256"])
+def test_signs_verbatim_what_was_asked(
+    pki: openbao.OpenBao,
+    ca: TestCA,
+    live: dict[str, x509.Certificate],
+    tmp_path: Path,
+    algorithm: csr.KeyAlgorithm,
+) -> None:
+    """Mode sign-verbatim needs no role, and gives kubeadm's usages to every type of key."""
+    pki.add_policy("verbatim", setup_vault.policy("pki", [], mode="sign-verbatim"))
+    auth = token_file(tmp_path, pki.token("verbatim", no_default_policy=True))
+    with vault(pki.url, auth, mode="sign-verbatim") as backend:
+        assert backend.check(list(SPECS.values())) == {}
+        for name, spec in SPECS.items():
+            request = sign_request(live[name], spec, algorithm, DAYS_30)
+            issued = backend.sign(request)
+            verify.check(issued, request, expectation(ca.certificate))
+            usage = issued.leaf.extensions.get_extension_for_class(x509.KeyUsage).value
+            assert (usage.digital_signature, usage.key_encipherment, usage.key_agreement) == (True, True, False)
+
+
+def test_chooses_an_issuer_by_name(
+    bao: openbao.OpenBao, ca: TestCA, apiserver: SignRequest, live: dict[str, x509.Certificate], tmp_path: Path
+) -> None:
+    """With several issuers in one engine the settings' one signs, in both modes, with a policy for its paths."""
+    bao.add_ca("many", ca.certificate_pem, ca.key_pem)
+    second = TestCA.make("second", "ecdsa-p256")
+    pem = (second.certificate_pem + second.key_pem).decode()
+    (issuer,) = bao.write("many/issuers/import/bundle", pem_bundle=pem)["data"]["imported_issuers"]
+    usage = "read-only,issuing-certificates,ocsp-signing"  # or naming a CA without cRLSign fails
+    bao.write(f"many/issuer/{issuer}", issuer_name="second", usage=usage)
+    roles = bao.add_kubeadm_roles("many", live)
+    for mode in ("sign", "sign-verbatim"):
+        bao.add_policy("many", setup_vault.policy("many", roles, issuer="second", mode=mode))
+        auth = token_file(tmp_path, bao.token("many", no_default_policy=True))
+        with vault(bao.url, auth, mount="many", issuer="second", mode=mode) as backend:
+            verify.check(backend.sign(apiserver), apiserver, expectation(second.certificate))
+            assert backend.issuers() == [second.certificate]
+            assert backend.check([APISERVER]) == {}
+        with vault(bao.url, auth, mount="many", mode=mode) as backend:
+            refusal(backend, apiserver)
+            assert backend.issuers() == [ca.certificate]
+
+
+def test_a_misspelt_issuer_is_refused(pki: openbao.OpenBao, apiserver: SignRequest, tmp_path: Path) -> None:
+    """An issuer that is not there is a refusal, although the server answers with status 500."""
+    with vault(pki.url, token_file(tmp_path, pki.root_token), issuer="nobody") as backend:
+        assert "issuer" in refusal(backend, apiserver).hint
+        with pytest.raises(BackendRefusedError):
+            backend.issuers()
+
+
+def test_brings_the_intermediates(bao: openbao.OpenBao, tmp_path: Path, live: dict[str, x509.Certificate]) -> None:
+    """A leaf from an intermediate CA comes with the chain up to the node's trust anchor."""
+    root = TestCA.make("root", "ecdsa-p256")
+    key, now = csr.generate_key("ecdsa-p256"), datetime.now(UTC)
+    middle = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "middle")]))
+        .issuer_name(root.certificate.subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(days=100))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(root.certificate.extensions.get_extension_for_class(x509.KeyUsage).value, critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(root.key, hashes.SHA256())
+    )
+    bao.add_ca("middle", middle.public_bytes(serialization.Encoding.PEM), csr.key_pem(key))
+    bao.add_kubeadm_roles("middle", live)
+    request = sign_request(live["admin.conf"], ADMIN, "ecdsa-p256", DAYS_30)
+    with vault(bao.url, token_file(tmp_path, bao.root_token), mount="middle") as backend:
+        verify.check(backend.sign(request), request, expectation(root.certificate))
+        assert backend.issuers() == [middle]
+        bao.write("middle/issuers/import/cert", pem_bundle=root.certificate_pem.decode())
+        verify.check(backend.sign(request), request, expectation(root.certificate))
+        assert backend.issuers() == [middle, root.certificate]
+
+
+def test_works_in_a_namespace(
+    bao: openbao.OpenBao, ca: TestCA, live: dict[str, x509.Certificate], apiserver: SignRequest, tmp_path: Path
+) -> None:
+    """Login, signing and revoking all happen in the namespace; another one is refused."""
+    team = bao.in_namespace("team1")
+    team.add_ca("pki", ca.certificate_pem, ca.key_pem)
+    team.add_policy("node", setup_vault.policy("pki", team.add_kubeadm_roles("pki", live)))
+    auth, before = approle(team, tmp_path, "node"), team.accessors()
+    with vault(bao.url, auth, namespace="team1") as backend:
+        verify.check(backend.sign(apiserver), apiserver, expectation(ca.certificate))
+        assert backend.issuers() == [ca.certificate]
+        assert len(team.accessors() - before) == 1
+    assert team.accessors() == before
+    with vault(bao.url, auth, namespace="team2") as backend:
+        assert "namespace" in refusal(backend, apiserver).hint
+
+
+def test_takes_a_nested_mount(
+    bao: openbao.OpenBao, ca: TestCA, live: dict[str, x509.Certificate], apiserver: SignRequest, tmp_path: Path
+) -> None:
+    """A mount path may have several parts, and slashes around it."""
+    bao.add_ca("team/a/pki", ca.certificate_pem, ca.key_pem)
+    bao.add_kubeadm_roles("team/a/pki", live)
+    with vault(bao.url, token_file(tmp_path, bao.root_token), mount="/team/a/pki/") as backend:
+        verify.check(backend.sign(apiserver), apiserver, expectation(ca.certificate))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"mount": "nowhere"}, {"role": "no-such-role"}, {"mount": "empty", "mode": "sign-verbatim"}]
+)
+def test_refuses_what_is_not_there(
+    pki: openbao.OpenBao, apiserver: SignRequest, tmp_path: Path, settings: dict[str, str]
+) -> None:
+    """An unknown mount, an unknown role and an engine without a CA are refusals that say what to look at."""
+    with contextlib.suppress(openbao.OpenBaoError):  # it is there from the run before
+        pki.write("sys/mounts/empty", type="pki")
+    with vault(pki.url, token_file(tmp_path, pki.root_token), **settings) as backend:
+        assert refusal(backend, apiserver).hint
+
+
+def test_a_ca_that_ends_too_soon_is_refused_with_a_hint(
+    bao: openbao.OpenBao, live: dict[str, x509.Certificate], apiserver: SignRequest, tmp_path: Path
+) -> None:
+    """A certificate can't outlive its CA; a shorter one is signed."""
+    short = TestCA.make("short", "ecdsa-p256", days=10)
+    bao.add_ca("short", short.certificate_pem, short.key_pem)
+    bao.add_kubeadm_roles("short", live)
+    with vault(bao.url, token_file(tmp_path, bao.root_token), mount="short") as backend:
+        assert "renewal.validity" in refusal(backend, apiserver).hint
+        backend.sign(dataclasses.replace(apiserver, validity=timedelta(days=9)))
+
+
+def test_logs_that_a_lifetime_was_cut(
+    pki: openbao.OpenBao, apiserver: SignRequest, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A lifetime beyond the role's maximum comes back shorter, with the server's warning in the log."""
+    with vault(pki.url, token_file(tmp_path, pki.root_token)) as backend:
+        backend.sign(apiserver)
+        assert caplog.records == []
+        leaf = backend.sign(dataclasses.replace(apiserver, validity=timedelta(days=400))).leaf
+    assert leaf.not_valid_after_utc < datetime.now(UTC) + timedelta(days=366)
+    assert ["apiserver" in r.message and "maxTTL" in r.message for r in caplog.records] == [True]
+
+
+def test_check_finds_roles_that_give_wrong_usages(pki: openbao.OpenBao, tmp_path: Path) -> None:
+    """What a role would make wrong is told before anything is signed."""
+    pki.write("pki/roles/default-flags", allow_any_name=True)
+    pki.write("pki/roles/odd", server_flag=False, ext_key_usage=["clientauth", "CodeSigning"], key_usage=["CertSign"])
+    roles = {"apiserver": "default-flags", "etcd-server": "default-flags", "admin.conf": "odd", "server": "none"}
+    with vault(pki.url, token_file(tmp_path, pki.root_token), roles=roles) as backend:
+        found = backend.check([APISERVER, ADMIN, SPECS["etcd-server"], SPECS["scheduler.conf"]])
+    both, server = "clientAuth, serverAuth", "serverAuth"
+    usages = Violation(subject="key_usage", want="DigitalSignature, KeyEncipherment", got="CertSign")
+    assert found == {
+        "apiserver": [Violation(subject="EKU", want=server, got=both)],
+        "admin.conf": [Violation(subject="EKU", want="clientAuth", got="CodeSigning, clientAuth"), usages],
+    }
+
+
+def test_check_finds_roles_that_drop_names(pki: openbao.OpenBao, tmp_path: Path) -> None:
+    """A role that ignores the CSR's names is found for a certificate with SANs; one without needs no SANs."""
+    role = pki.read("pki/roles/kubeadm-etcd-server")["data"]
+    pki.write("pki/roles/no-names", **{**role, "use_csr_sans": False, "use_csr_common_name": False})
+    with vault(pki.url, token_file(tmp_path, pki.root_token), roles={"etcd-server": "no-names"}) as backend:
+        found = backend.check([SPECS["etcd-server"], ADMIN])
+    keys = ["use_csr_common_name", "use_csr_sans"]
+    assert found == {"etcd-server": [Violation(subject=key, want="true", got="false") for key in keys]}
+
+
+def test_check_finds_missing_roles_and_rights(pki: openbao.OpenBao, tmp_path: Path) -> None:
+    """A role that is not there and a path that the policy does not allow are two different findings."""
+    pki.add_policy("one", setup_vault.policy("pki", ["none"]))
+    with vault(pki.url, token_file(tmp_path, pki.token("one")), roles={"apiserver": "none"}) as backend:
+        found = backend.check([APISERVER, ADMIN])
+    assert found == {
+        "apiserver": [Violation(subject="role", want="none", got="no role of this name")],
+        "admin.conf": [Violation(subject="policy", want="update on pki/sign/kubeadm-admin.conf", got="deny")],
+    }
+
+
+def test_check_is_silent_about_what_it_may_not_see(
+    pki: openbao.OpenBao, apiserver: SignRequest, tmp_path: Path
+) -> None:
+    """A token that may sign and do nothing else passes, since nothing is known to be wrong."""
+    stanza = setup_vault.policy("pki", ["kubeadm-apiserver"], read_roles=False).split("# Whoever")[0]
+    pki.add_policy("bare", stanza)
+    with vault(pki.url, token_file(tmp_path, pki.token("bare", no_default_policy=True))) as backend:
+        assert backend.check([APISERVER]) == {}
+        backend.sign(apiserver)
+
+
+def test_check_refuses_a_bad_token(pki: openbao.OpenBao, tmp_path: Path) -> None:
+    """A preflight with a token that the server does not know fails, where signing would."""
+    with vault(pki.url, token_file(tmp_path, "hvs.unknown")) as backend, pytest.raises(BackendRefusedError):
+        backend.check([APISERVER])
+
+
+# ------------------------------------------------------------------------------------------ trouble
+
+
+def test_a_sealed_server_is_unavailable(
+    tls_bao: openbao.OpenBao, tls: Tls, apiserver: SignRequest, tmp_path: Path
+) -> None:
+    """Sealed means later; unsealed, the same backend signs."""
+    with vault(tls_bao.url, token_file(tmp_path, tls_bao.root_token), ca_file=tls.trust) as backend:
+        tls_bao.seal()
+        try:
+            error = unavailability(backend, apiserver)
+            with pytest.raises(BackendUnavailableError):
+                backend.issuers()
+        finally:
+            tls_bao.unseal()
+        assert error.hint
+        backend.sign(apiserver)
+
+
+def silent(connection: socket.socket) -> None:
+    """Take what comes and say nothing."""
+    while connection.recv(1 << 16):
+        pass
+
+
+def dripping(connection: socket.socket) -> None:
+    """Answer a byte at a time, for longer than the test waits."""
+    with contextlib.suppress(OSError):
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+        for _ in range(35):
+            connection.sendall(b" ")
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize("talk", [silent, dripping])
+def test_a_slow_server_is_unavailable_in_time(
+    apiserver: SignRequest, tmp_path: Path, talk: Callable[[socket.socket], None]
+) -> None:
+    """A server that accepts the connection and never comes to an end costs no more than the time limit."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with listener.accept()[0] as connection:
+                talk(connection)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with vault(url, token_file(tmp_path, "t"), timeout=timedelta(seconds=0.4)) as backend:
+            begin = time.monotonic()
+            unavailability(backend, apiserver)
+            assert time.monotonic() - begin < 1.5
+        thread.join()
+
+
+def test_a_refusal_whose_reason_is_lost_is_still_one(apiserver: SignRequest, tmp_path: Path) -> None:
+    """Where an error's body breaks off, the status decides."""
+    headers = {**JSON, "Content-Length": "1000", "Connection": "close"}
+    with Double((SIGN, 400, headers, b"{")) as double, vault(double.url, token_file(tmp_path, "t")) as backend:
+        refusal(backend, apiserver)
+
+
+def test_a_rate_limit_says_when_to_come_back(pki: openbao.OpenBao, apiserver: SignRequest, tmp_path: Path) -> None:
+    """Status 429 is unavailable, with the server's own wish for the time to wait."""
+    pki.write("sys/quotas/config", enable_rate_limit_response_headers=True)
+    pki.write("sys/quotas/rate-limit/test", path="pki/sign/kubeadm-apiserver", rate=1, interval="20s")
+    try:
+        with vault(pki.url, token_file(tmp_path, pki.root_token)) as backend:
+            backend.sign(apiserver)
+            wait = unavailability(backend, apiserver).retry_after_seconds
+    finally:
+        pki.request("DELETE", "sys/quotas/rate-limit/test")
+    assert wait is not None
+    assert 0 < wait <= 20
+
+
+def test_an_untrusted_server_is_refused(
+    tls_bao: openbao.OpenBao, tls: Tls, apiserver: SignRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's certificate has to be from ca_file, or without it from the system's CAs."""
+    auth = token_file(tmp_path, tls_bao.root_token)
+    (tmp_path / "other.crt").write_bytes(TestCA.make(algorithm="ecdsa-p256").certificate_pem)
+    for settings in ({}, {"ca_file": tmp_path / "other.crt"}):
+        with vault(tls_bao.url, auth, **settings) as backend:
+            assert "ca_file" in refusal(backend, apiserver).hint
+    monkeypatch.setenv("SSL_CERT_FILE", str(tls.trust))  # where OpenSSL is told to look for the system's CAs
+    with vault(tls_bao.url, auth) as backend:
+        backend.sign(apiserver)
+
+
+def test_tls_and_plain_http_mixed_up_are_refused(
+    tls_bao: openbao.OpenBao, pki: openbao.OpenBao, tls: Tls, apiserver: SignRequest, tmp_path: Path
+) -> None:
+    """A wrong scheme in the URL is no reason to try again, and is told where the answer gets through."""
+    auth = token_file(tmp_path, "t")
+    with vault(tls_bao.url.replace("https:", "http:"), auth) as backend, pytest.raises(BackendError):
+        backend.sign(apiserver)  # the server may reset the connection before its answer is read
+    told = b"Client sent an HTTP request to an HTTPS server.\n"
+    with Double((SIGN, 400, {}, told)) as double, vault(double.url, auth) as backend:
+        assert "https://" in refusal(backend, apiserver).hint
+    with vault(pki.url.replace("http:", "https:"), auth, ca_file=tls.trust) as backend:
+        refusal(backend, apiserver)
+
+
+def test_a_handshake_that_breaks_off_is_unavailable(apiserver: SignRequest, tmp_path: Path) -> None:
+    """A server that goes away in the middle of the TLS handshake may be back later."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def hang_up() -> None:
+            connection, _ = server.accept()
+            connection.recv(100000)
+            connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        with vault(f"https://127.0.0.1:{server.getsockname()[1]}", token_file(tmp_path, "t")) as backend:
+            unavailability(backend, apiserver)
+        thread.join()
+
+
+def test_the_environment_has_no_say(
+    pki: openbao.OpenBao, apiserver: SignRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Proxies, another server, another token and client certificates in the environment are not used."""
+    dead = f"http://127.0.0.1:{openbao.free_port()}"
+    (tmp_path / ".vault-token").write_text("hvs.other")
+    (tmp_path / ".netrc").write_text("default login a password b\n")
+    names = ["VAULT_ADDR", "BAO_ADDR", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy"]
+    for name in names:
+        monkeypatch.setenv(name, dead)
+    others = {"HOME": tmp_path, "VAULT_TOKEN": "hvs.other", "VAULT_NAMESPACE": "x", "REQUESTS_CA_BUNDLE": "/none"}
+    for name, value in others.items():
+        monkeypatch.setenv(name, str(value))
+    with vault(pki.url, token_file(tmp_path, pki.token("node"))) as backend:
+        backend.sign(apiserver)
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"), [(307, BackendUnavailableError), (301, BackendRefusedError), (308, BackendRefusedError)]
+)
+def test_follows_no_redirect(apiserver: SignRequest, tmp_path: Path, status: int, expected: type[BackendError]) -> None:
+    """A redirect (307: a standby whose leader is gone) is told, and the token does not go where it points."""
+    with Double() as other, Double() as double:
+        location = f"{other.url.replace('//', '//user:planted@')}/v1/pki/sign/planted"
+        double.script.append((SIGN, status, {"Location": location}, b""))
+        with vault(double.url, token_file(tmp_path, "t")) as backend, pytest.raises(expected) as e:
+            backend.sign(apiserver)
+    assert other.url in str(e.value)
+    assert "planted" not in str(e.value)
+    assert other.tokens == []
+
+
+@pytest.mark.parametrize(
+    ("status", "texts", "expected"),
+    [
+        (400, ["common name x not allowed by this role"], BackendRefusedError),
+        (404, ["no handler for route"], BackendRefusedError),
+        (405, ["1 error occurred: unsupported operation"], BackendRefusedError),
+        (413, ["http: request body too large"], BackendRefusedError),
+        (408, [], BackendUnavailableError),
+        (412, ["required index state not present"], BackendUnavailableError),
+        (429, [], BackendUnavailableError),
+        (500, ["internal error"], BackendUnavailableError),
+        (500, ["could not fetch the CA certificate (was one set?)"], BackendRefusedError),
+        (502, [], BackendUnavailableError),
+        (503, ["Vault is sealed"], BackendUnavailableError),
+        (504, [], BackendUnavailableError),
+    ],
+)
+def test_sorts_errors_by_whether_trying_again_helps(
+    apiserver: SignRequest, tmp_path: Path, status: int, texts: list[str], expected: type[BackendError]
+) -> None:
+    """Each status is refused or unavailable; 500 is sorted by the server's words."""
+    with Double((SIGN, status, JSON, errors(*texts))) as double:
+        with vault(double.url, token_file(tmp_path, "t")) as backend, pytest.raises(expected):
+            backend.sign(apiserver)
+        assert double.tokens == ["t"]
+
+
+@pytest.mark.parametrize(("value", "seconds"), [("7", 7), ("soon", None), ("-1", None), ("9" * 400, None)])
+def test_understands_retry_after(apiserver: SignRequest, tmp_path: Path, value: str, seconds: float | None) -> None:
+    """Retry-After counts where it is a sensible number of seconds."""
+    with (
+        Double((SIGN, 503, {**JSON, "Retry-After": value}, errors())) as double,
+        vault(double.url, token_file(tmp_path, "t")) as backend,
+    ):
+        assert unavailability(backend, apiserver).retry_after_seconds == seconds
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        errors("your token hvs.planted is bad", "\x1b[31m" + "a" * 100_000 + "\nINFO forged"),
+        b"<html>hvs.planted</html>",
+        json.dumps({"data": {"token": "hvs.planted"}}).encode(),
+        json.dumps(["hvs.planted"]).encode(),
+    ],
+)
+def test_quotes_the_server_with_care(
+    apiserver: SignRequest, tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server or proxy that echoes the token does not get it into our texts, nor a line of its own, nor a flood."""
+    caplog.set_level(logging.DEBUG)
+    with (
+        Double((SIGN, 400, JSON, content)) as double,
+        vault(double.url, token_file(tmp_path, "hvs.planted")) as backend,
+    ):
+        error = refusal(backend, apiserver)
+    assert_not_shown("hvs.planted", error, caplog)
+    assert str(error).isprintable()
+    assert len(str(error)) < 1000
+
+
+def answer(ca: TestCA, *, leaves: int = 1, **changes: object) -> bytes:
+    """The body of a good answer, with changes."""
+    leaf = ca.leaf(APISERVER).public_bytes(serialization.Encoding.PEM).decode()
+    data: dict[str, object] = {"certificate": leaf * leaves, "issuing_ca": ca.certificate_pem.decode(), **changes}
+    return json.dumps({"data": data, "warnings": None}).encode()
+
+
+def test_takes_the_issuer_where_there_is_no_chain(ca: TestCA, apiserver: SignRequest, tmp_path: Path) -> None:
+    """Vault leaves ca_chain out for a root; the issuer is in the answer all the same."""
+    with Double((SIGN, 200, JSON, answer(ca))) as double, vault(double.url, token_file(tmp_path, "t")) as backend:
+        assert backend.sign(apiserver).intermediates == (ca.certificate,)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"<html>Welcome</html>",
+        b"",
+        b"[]",
+        b'{"data": null}',
+        lambda ca: answer(ca, leaves=2),
+        lambda ca: answer(ca, leaves=0),
+        lambda ca: answer(ca, certificate=7),
+        lambda ca: answer(ca, certificate="-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----"),
+        lambda ca: answer(ca, ca_chain=["nothing"]),
+        lambda ca: answer(ca, filling="x" * (1 << 20)),
+    ],
+)
+def test_refuses_an_answer_that_is_no_certificate(
+    ca: TestCA, apiserver: SignRequest, tmp_path: Path, content: bytes | Callable[[TestCA], bytes]
+) -> None:
+    """Status 200 alone is no success: exactly one certificate is, with a readable chain, in an answer of sane size."""
+    body = content if isinstance(content, bytes) else content(ca)
+    with Double((SIGN, 200, JSON, body)) as double, vault(double.url, token_file(tmp_path, "t")) as backend:
+        refusal(backend, apiserver)
+
+
+def test_an_answer_that_breaks_off_is_unavailable(ca: TestCA, apiserver: SignRequest, tmp_path: Path) -> None:
+    """Half an answer is no answer."""
+    content = answer(ca)
+    with (
+        Double((SIGN, 200, {"Content-Length": str(len(content) + 1), "Connection": "close"}, content)) as double,
+        vault(double.url, token_file(tmp_path, "t")) as backend,
+    ):
+        unavailability(backend, apiserver)
+
+
+def test_a_login_without_a_token_is_refused(apiserver: SignRequest, tmp_path: Path) -> None:
+    """A login that asks for a second factor gives no token, which nobody is there to type."""
+    secret = file_secret(tmp_path / "secret", "s")
+    login = json.dumps({"auth": {"client_token": "", "mfa_requirement": {"mfa_request_id": "1"}}}).encode()
+    with (
+        Double(("POST /v1/auth/userpass/login/a%2Fb", 200, JSON, login)) as double,
+        vault(double.url, VaultAuth(method="userpass", username="a/b", password=secret)) as backend,
+    ):
+        refusal(backend, apiserver)
+
+
+# ----------------------------------------------------------------------------------------- settings
+
+
+SECRET = Secret("file", "/secret")
+TOKEN = VaultAuth(token=SECRET)
+
+
+@pytest.mark.parametrize(
+    ("settings", "keys"),
+    [
+        ({}, []),
+        ({"url": "https://[2001:db8::1]:8200/prefix"}, []),
+        ({"url": "http://127.0.0.2:8200"}, []),
+        ({"url": "http://[::1]"}, []),
+        ({"url": "http://localhost:8200"}, []),
+        ({"url": "http://vault.example"}, ["url"]),
+        ({"url": "http://127.0.0.1.example"}, ["url"]),
+        ({"url": "vault.example:8200"}, ["url"]),
+        ({"url": "https://vault.example:port"}, ["url"]),
+        ({"url": "https://user:pw@vault.example"}, ["url"]),
+        ({"url": "https://vault.example/?a=b"}, ["url"]),
+        ({"mount": "/"}, ["mount"]),
+        ({"client_cert": Path("/c"), "client_key": Path("/k")}, []),
+        ({"client_cert": Path("/c")}, ["client_key"]),
+        ({"client_key": Path("/k")}, ["client_cert"]),
+        ({"role": "{node}"}, ["role"]),
+        ({"roles": {"apiserver": "a", "client": "b"}}, []),
+        ({"roles": {"api-server": "a"}}, ["roles.api-server"]),
+        ({"auth": VaultAuth()}, ["auth.token_file"]),
+        ({"auth": VaultAuth(token=SECRET, mount="x")}, ["auth.mount"]),
+        ({"auth": VaultAuth(method="approle", role_id=SECRET, secret_id=SECRET, wrapped=True, mount="x")}, []),
+        ({"auth": VaultAuth(method="approle", role_id=SECRET)}, ["auth.secret_id_file"]),
+        ({"auth": VaultAuth(method="approle", token=Secret("env", "T"))},
+         ["auth.token_env", "auth.role_id_file", "auth.secret_id_file"]),
+        ({"auth": VaultAuth(method="userpass", username="", password=SECRET)}, ["auth.username"]),
+        ({"auth": VaultAuth(method="jwt", role="r", jwt=SECRET, wrapped=True)}, ["auth.wrapped"]),
+        ({"auth": VaultAuth(method="kubernetes", jwt=SECRET)}, ["auth.role"]),
+        ({"auth": VaultAuth(method="cert")}, ["client_cert"]),
+        ({"auth": VaultAuth(method="cert", role="r"), "client_cert": Path("/c"), "client_key": Path("/k")}, []),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_work_are_named(settings: dict[str, object], keys: list[str]) -> None:
+    """Each key that is wrong is named, and what works is left alone."""
+    chosen = VaultSettings(**{"url": "https://vault.example:8200", "auth": TOKEN, **settings})  # type: ignore[arg-type]
+    assert [problem.key for problem in chosen.problems()] == keys
+
+
+def test_no_problem_quotes_a_url_with_a_password() -> None:
+    """A password that someone wrote into the URL is not repeated."""
+    (problem,) = VaultSettings(url="https://user:planted@vault.example", auth=TOKEN).problems()
+    assert "planted" not in str(problem)
+
+
+def test_tls_files_are_tried_before_they_are_needed(tls: Tls, tmp_path: Path) -> None:
+    """Files that OpenSSL can't load are settings errors, an encrypted key among them; it never asks for a password."""
+    key = serialization.load_pem_private_key(tls.client[1].read_bytes(), None)
+    locked = tmp_path / "locked.key"
+    encryption = serialization.BestAvailableEncryption(b"pw")
+    locked.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption))
+    cert, good = tls.client
+
+    def keys(**files: Path) -> list[str]:
+        settings = VaultSettings(url="https://vault.example", auth=TOKEN, **files)  # type: ignore[arg-type]
+        try:
+            VaultBackend.from_settings(settings).close()
+        except SettingsError as e:
+            return [problem.key for problem in e.problems]
+        return []
+
+    assert keys(ca_file=tls.trust, client_cert=cert, client_key=good) == []
+    assert keys(ca_file=tmp_path / "none", client_cert=cert, client_key=good) == ["ca_file"]
+    assert keys(ca_file=good, client_cert=cert, client_key=tls.server[1]) == ["ca_file", "client_cert"]
+    assert keys(client_cert=cert, client_key=locked) == ["client_cert"]
+    assert keys(client_cert=tmp_path / "none", client_key=good) == ["client_cert"]
+    assert keys(client_cert=cert, client_key=tmp_path) == ["client_cert"]
+
+
+# --------------------------------------------------------------------------- roles, policy, commands
+
+
+def hostile(
+    live: x509.Certificate, name: str, *, cn: str | None = None, o: Sequence[str] | None = None, dns: Sequence[str] = ()
+) -> SignRequest:
+    """A CSR as for the live certificate, with some names changed; without SANs unless they are given."""
+    own = live.subject.get_attributes_for_oid
+    common_name = cn or str(own(NameOID.COMMON_NAME)[0].value)
+    organizations = [str(a.value) for a in own(NameOID.ORGANIZATION_NAME)] if o is None else o
+    attributes = [x509.NameAttribute(NameOID.ORGANIZATION_NAME, value) for value in organizations]
+    attributes.append(x509.NameAttribute(NameOID.COMMON_NAME, common_name))
+    builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name(attributes))
+    if dns:
+        names = x509.SubjectAlternativeName([x509.DNSName(name) for name in dns])
+        builder = builder.add_extension(names, critical=False)
+    pem = builder.sign(ec.generate_private_key(ec.SECP256R1()), hashes.SHA256())
+    return SignRequest(spec=SPECS[name], csr_pem=pem.public_bytes(serialization.Encoding.PEM), validity=DAYS_30)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("admin.conf", {"cn": "kubernetes-super-admin"}),
+        ("admin.conf", {"cn": "anyone@kubernetes-admin"}),
+        ("admin.conf", {"cn": "sub.kubernetes-admin"}),
+        ("scheduler.conf", {"cn": "system:kube-controller-manager"}),
+        ("kubelet.conf", {"cn": "system:node:cp-2"}),
+        ("etcd-server", {"dns": ["cp-2"]}),
+        ("apiserver", {"dns": ["*.example.com"]}),
+        ("apiserver", {"dns": ["x.wild.example.com"]}),
+    ],
+)
+def test_a_role_refuses_other_names(
+    pki: openbao.OpenBao, live: dict[str, x509.Certificate], tmp_path: Path, name: str, changes: dict[str, Any]
+) -> None:
+    """Through the printed roles no name can be had but those of the certificate that the role was made from."""
+    with vault(pki.url, token_file(tmp_path, pki.token("node"))) as backend:
+        backend.sign(hostile(live[name], name))
+        refusal(backend, hostile(live[name], name, **changes))
+
+
+def test_a_role_replaces_another_o(
+    pki: openbao.OpenBao, ca: TestCA, live: dict[str, x509.Certificate], tmp_path: Path
+) -> None:
+    """Whoever asks for system:masters gets the role's own O, which verification then finds."""
+    request = hostile(live["admin.conf"], "admin.conf", o=["system:masters"])
+    with vault(pki.url, token_file(tmp_path, pki.token("node"))) as backend:
+        issued = backend.sign(request)
+    (o,) = issued.leaf.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)
+    assert o.value == "kubeadm:cluster-admins"
+    with pytest.raises(VerificationError):
+        verify.check(issued, request, expectation(ca.certificate))
+
+
+def test_a_client_role_gives_no_san(pki: openbao.OpenBao, live: dict[str, x509.Certificate], tmp_path: Path) -> None:
+    """A SAN that is smuggled into the CSR of a certificate without one does not come out."""
+    with vault(pki.url, token_file(tmp_path, pki.token("node"))) as backend:
+        leaf = backend.sign(hostile(live["admin.conf"], "admin.conf", dns=["kubernetes-admin"])).leaf
+    with pytest.raises(x509.ExtensionNotFound):
+        leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+
+
+def test_a_role_refuses_other_addresses(
+    pki: openbao.OpenBao, ca: TestCA, live: dict[str, x509.Certificate], tmp_path: Path
+) -> None:
+    """Addresses are bound as names are, and IPv6 ones too: the next address is refused."""
+    request = sign_request(live["etcd-server"], SPECS["etcd-server"], "ecdsa-p256", DAYS_30)
+    with vault(pki.url, token_file(tmp_path, pki.token("node"))) as backend:
+        for address in ("192.0.2.11", "::2"):
+            names = x509.SubjectAlternativeName([x509.IPAddress(ip_address(address))])
+            builder = x509.CertificateSigningRequestBuilder().subject_name(request.csr.subject)
+            other = builder.add_extension(names, critical=False).sign(csr.generate_key("ecdsa-p256"), hashes.SHA256())
+            pem = other.public_bytes(serialization.Encoding.PEM)
+            refusal(backend, dataclasses.replace(request, csr_pem=pem))
+        verify.check(backend.sign(request), request, expectation(ca.certificate))
+
+
+@pytest.mark.parametrize(
+    ("path", "changes"),
+    [
+        ("pki/sign/kubeadm-admin.conf", {"not_after": "2099-01-01T00:00:00Z", "ttl": None}),
+        ("pki/sign/kubeadm-admin.conf", {"exclude_cn_from_sans": None}),
+        ("pki/sign/kubeadm-admin.conf", {"exclude_cn_from_sans": False}),
+        ("pki/sign/kubeadm-admin.conf", {"issuer_ref": "default"}),
+        ("pki/issuer/default/sign/kubeadm-admin.conf", {}),
+        ("pki/sign-verbatim", {}),
+        ("pki/sign-verbatim/kubeadm-admin.conf", {}),
+        ("pki/issue/kubeadm-admin.conf", {"csr": None}),
+        ("pki/root/sign-intermediate", {}),
+    ],
+)
+def test_the_policy_allows_nothing_else(
+    pki: openbao.OpenBao, live: dict[str, x509.Certificate], path: str, changes: dict[str, object]
+) -> None:
+    """With the printed policy, other paths and other parameters are forbidden; what the backend sends is not."""
+    token = pki.token("node", no_default_policy=True)
+    body = {"csr": hostile(live["admin.conf"], "admin.conf").csr_pem.decode(), "ttl": "60s"}
+    good: dict[str, object] = {**body, "exclude_cn_from_sans": True}
+    assert pki.request("POST", "pki/sign/kubeadm-admin.conf", good, token=token).ok
+    changed = {key: value for key, value in {**good, **changes}.items() if value is not None}
+    assert pki.request("POST", path, changed, token=token).status_code == 403
+
+
+def test_the_printed_script_makes_all_that_signing_needs(
+    bao: openbao.OpenBao, ca: TestCA, live: dict[str, x509.Certificate], tmp_path: Path
+) -> None:
+    """An administrator who runs the script twice, with the real command line program, has roles and policy that work."""
+    bao.add_ca("scripted", ca.certificate_pem, ca.key_pem)
+    some = {name: live[name] for name in ("apiserver", "admin.conf", "scheduler.conf")}
+    roles = setup_vault.roles(some, timedelta(days=90))
+    policy = setup_vault.policy("scripted", roles)
+    text = setup_vault.commands("scripted", roles, policy_name="a node's", policy_text=policy)
+    program = openbao.program()
+    assert program is not None
+    environment = {"PATH": f"{program.parent}:{os.defpath}", "HOME": str(tmp_path)}
+    environment |= {"BAO_ADDR": bao.url, "BAO_TOKEN": bao.root_token}
+    for _ in range(2):
+        subprocess.run(["sh"], input=text, text=True, check=True, env=environment, capture_output=True)
+    with vault(bao.url, token_file(tmp_path, bao.token("a node's")), mount="scripted") as backend:
+        assert backend.check([SPECS[name] for name in some]) == {}
+        for name, certificate in some.items():
+            request = sign_request(certificate, SPECS[name], "ecdsa-p256", timedelta(days=90))
+            verify.check(backend.sign(request), request, expectation(ca.certificate))
+
+
+def test_the_printed_script_says_what_it_lacks(live: dict[str, x509.Certificate], tmp_path: Path) -> None:
+    """Without a command line program the script fails and writes nothing."""
+    roles = setup_vault.roles(live, DAYS_30)
+    text = setup_vault.commands("pki", roles, policy_name="node", policy_text="")
+    run = subprocess.run(
+        ["/bin/sh"], input=text, text=True, check=False, env={"PATH": str(tmp_path)}, capture_output=True
+    )
+    assert run.returncode == 1
+    assert run.stderr.startswith("error: ")
+
+
+def odd_certificate(
+    ca: TestCA, subject: Sequence[tuple[x509.ObjectIdentifier, str]], *names: x509.GeneralName
+) -> x509.Certificate:
+    """A live certificate with a subject and SANs that kubeadm would not give."""
+    now = datetime.now(UTC)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(oid, value) for oid, value in subject]))
+        .issuer_name(ca.certificate.subject)
+        .public_key(csr.generate_key("ecdsa-p256").public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(hours=1))
+    )
+    if names:
+        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+    return builder.sign(ca.key, hashes.SHA256())
+
+
+CN = (NameOID.COMMON_NAME, "kube-apiserver")
+
+
+def test_a_role_keeps_what_a_company_adds(bao: openbao.OpenBao, ca: TestCA, tmp_path: Path) -> None:
+    """Several O values, an OU, a country and a URI in the live certificate come out of its role again."""
+    subject = [
+        (NameOID.COUNTRY_NAME, "DE"),
+        (NameOID.ORGANIZATION_NAME, "one"),
+        (NameOID.ORGANIZATION_NAME, "two, with a comma"),
+        (NameOID.ORGANIZATIONAL_UNIT_NAME, "pki"),
+        CN,
+    ]
+    names = [x509.DNSName("Mixed.Example.com"), x509.UniformResourceIdentifier("spiffe://example/a")]
+    odd = odd_certificate(ca, subject, *names)
+    bao.add_ca("odd", ca.certificate_pem, ca.key_pem)
+    bao.add_kubeadm_roles("odd", {"apiserver": odd})
+    request = sign_request(odd, APISERVER, "ecdsa-p256", DAYS_30)
+    with vault(bao.url, token_file(tmp_path, bao.root_token), mount="odd") as backend:
+        verify.check(backend.sign(request), request, expectation(ca.certificate))
+
+
+@pytest.mark.parametrize(
+    ("subject", "names"),
+    [
+        ([CN, (NameOID.DOMAIN_COMPONENT, "example")], []),
+        ([CN, (NameOID.COMMON_NAME, "second")], []),
+        ([(NameOID.ORGANIZATION_NAME, "no CN")], []),
+        ([CN], [x509.RFC822Name("a@kube-apiserver")]),
+    ],
+)
+def test_no_role_for_what_a_role_cannot_give(
+    ca: TestCA, subject: list[tuple[x509.ObjectIdentifier, str]], names: list[x509.GeneralName]
+) -> None:
+    """A certificate that no role gives is an error, rather than a role for another one."""
+    with pytest.raises(setup_vault.NoRoleError):
+        setup_vault.roles({"apiserver": odd_certificate(ca, subject, *names)}, DAYS_30)
+    assert setup_vault.roles({"apiserver": odd_certificate(ca, [CN])}, DAYS_30)
+
+
+def test_two_certificates_share_a_role_only_if_they_are_alike(live: dict[str, x509.Certificate]) -> None:
+    """etcd's two certificates may have one role; two identities may not."""
+    chosen = Selector("kubeadm-{name}", {"peer": "etcd-member", "client": "client"})
+    etcd = {name: live[name] for name in ("etcd-server", "etcd-peer")}
+    assert list(setup_vault.roles(etcd, DAYS_30, chosen)) == ["etcd-member"]
+    clients = {name: live[name] for name in ("admin.conf", "scheduler.conf")}
+    with pytest.raises(setup_vault.NoRoleError):
+        setup_vault.roles(clients, DAYS_30, chosen)
+
+
+@pytest.mark.parametrize(("validity", "text"), [(timedelta(days=365), "8760h"), (timedelta(seconds=90), "90s")])
+def test_a_role_gives_no_longer_than_is_asked(
+    live: dict[str, x509.Certificate], validity: timedelta, text: str
+) -> None:
+    """A role's lifetime and its maximum are the settings' validity."""
+    (role,) = setup_vault.roles({"apiserver": live["apiserver"]}, validity).values()
+    assert (role["ttl"], role["max_ttl"]) == (text, text)
