@@ -12,7 +12,7 @@ import base64
 import binascii
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import yaml
 
@@ -78,9 +78,10 @@ def with_credentials(data: bytes, certificate_pem: bytes, key_pem: bytes) -> byt
     Every other byte stays, and the result was parsed again and compared.
 
     Raises:
-        KubeconfigError: Nothing is embedded to be replaced, or the two values can't be changed without a change
-            somewhere else.
+        KubeconfigError: As `parse`; also when nothing is embedded to be replaced, or the two values can't be changed
+            without a change somewhere else.
     """
+    parse(data)
     bom, text = _reading(lambda: split_bom(data))
     values = _reading(lambda: _editable_values(document(text)))
     pems = {_CERTIFICATE: certificate_pem, _KEY: key_pem}
@@ -107,8 +108,7 @@ def _reading(read: Callable[[], _Result]) -> _Result:
     raise KubeconfigError(problem)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Entries:
+class _Entries(NamedTuple):
     """The nodes that the current context leads to."""
 
     context: str
