@@ -116,7 +116,7 @@ def _role(spec: CertificateSpec, certificate: x509.Certificate, validity: timede
         "ttl": lifetime,
         "max_ttl": lifetime,
     }
-    return role | {field: subject.get(field, []) for field in _SUBJECT_FIELDS.values()}
+    return role | {"organization": []} | subject
 
 
 def _subject(spec: CertificateSpec, certificate: x509.Certificate) -> tuple[list[str], dict[str, list[str]]]:
@@ -208,7 +208,7 @@ def commands(
     """
     mount = mount.strip("/")
     writes = [
-        _WRITE.format(path=shlex.quote(f"{mount}/roles/{name}"), json=json.dumps(payload, indent=2, ensure_ascii=True))
+        _WRITE.format(path=shlex.quote(f"{mount}/roles/{name}"), json=_json(payload))
         for name, payload in role_payloads.items()
     ]
     return "\n".join([_HEAD, *writes, _POLICY.format(name=shlex.quote(policy_name), text=policy_text.strip())])
@@ -218,7 +218,8 @@ _HEAD = """\
 #!/bin/sh
 # Roles and policy for ca-bridge, made from the certificates that are in use. Needs an administrator's token
 # (BAO_ADDR and BAO_TOKEN, or VAULT_ADDR and VAULT_TOKEN). Vault says of allowed_ip_sans_cidr, not_after_bound and
-# not_before_bound that it does not know them; there, any IP address passes.
+# not_before_bound that it does not know them; there, any IP address passes. Nodes that share an engine need roles of
+# their own: role = "NODE-{name}" in the settings of each.
 set -eu
 cli=$(command -v bao || command -v vault) || { echo "error: neither bao nor vault is in PATH" >&2; exit 1; }
 """
@@ -232,6 +233,11 @@ _POLICY = """\
 {text}
 HCL
 """
+
+
+def _json(payload: Mapping[str, object]) -> str:
+    """One field a line; ASCII, so that no terminal or locale can spoil it."""
+    return "{\n" + ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in payload.items()) + "\n}"
 
 
 def _duration(value: timedelta) -> str:

@@ -8,6 +8,8 @@ import dataclasses
 import json
 import logging
 import os
+import re
+import shutil
 import socket
 import subprocess
 import threading
@@ -29,7 +31,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from backends.vault import VaultAuth, VaultBackend, VaultSettings
-from bridge import csr, setup_vault, verify
+from bridge import csr, inventory, setup_vault, verify
 from bridge.contract import Secret, Selector, SignRequest
 from bridge.errors import (
     BackendError,
@@ -39,9 +41,10 @@ from bridge.errors import (
     VerificationError,
     Violation,
 )
-from bridge.specs import SPECS
+from bridge.specs import AUTHORITIES, SPECS
 from bridge.testing import BackendConformance, TestCA, sign_request
 from tests.kit import openbao
+from tests.kit.pki import Pki, handmade_pki
 
 APISERVER = SPECS["apiserver"]
 ADMIN = SPECS["admin.conf"]
@@ -1367,3 +1370,56 @@ def test_a_role_gives_no_longer_than_is_asked(
     """A role's lifetime and its maximum are the settings' validity."""
     (role,) = setup_vault.roles({"apiserver": live["apiserver"]}, validity).values()
     assert (role["ttl"], role["max_ttl"]) == (text, text)
+
+
+# ------------------------------------------------------------------------------- config/vault, README
+
+
+CONFIG = Path(__file__).parents[2] / "config/vault"
+MOUNTS = {"ca": "pki-kubernetes", "etcd-ca": "pki-etcd", "front-proxy-ca": "pki-front-proxy"}
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+    """The node that the example scripts are for."""
+    return handmade_pki(tmp_path_factory.mktemp("node"), extra_sans=())
+
+
+def certificates_below(node: Pki, authority: str) -> dict[str, x509.Certificate]:
+    items = inventory.read(node.pki_dir, node.kubeconfig_dir).items
+    return {i.spec.name: i.certificates[0] for i in items if i.spec.authority.name == authority}
+
+
+@pytest.mark.parametrize("authority", AUTHORITIES)
+def test_the_example_scripts_are_what_is_printed(node: Pki, authority: str) -> None:
+    """The scripts in config/vault are those of the example node, to the byte."""
+    mount = MOUNTS[authority]
+    roles = setup_vault.roles(certificates_below(node, authority), timedelta(days=365))
+    policy = setup_vault.policy(mount, roles)
+    printed = setup_vault.commands(mount, roles, policy_name=f"ca-bridge-{authority}", policy_text=policy)
+    assert (CONFIG / f"{mount}.sh").read_text() == printed
+
+
+def test_the_administrators_commands_work(node: Pki, tmp_path: Path) -> None:
+    """Who follows config/vault/README.md to the letter has a server that renews all certificates of the node."""
+    program = openbao.program()
+    assert program is not None
+    blocks = re.findall(r"```sh\n(.*?)```", (CONFIG / "README.md").read_text(), re.DOTALL)
+    shutil.copytree(node.ca_dir, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(CONFIG, tmp_path, dirs_exist_ok=True)
+    with openbao.dev_server() as bao:
+        environment = {"PATH": f"{program.parent}:{os.defpath}", "HOME": str(tmp_path)}
+        environment |= {"BAO_ADDR": bao.url, "BAO_TOKEN": bao.root_token}
+        subprocess.run(
+            ["sh", "-eu"], input="\n".join(blocks), text=True, check=True,
+            cwd=tmp_path, env=environment, capture_output=True,
+        )  # fmt: skip
+        role_id, secret_id = (Secret("file", str(tmp_path / name)) for name in ("role-id", "secret-id"))
+        auth = VaultAuth(method="approle", role_id=role_id, secret_id=secret_id)
+        for authority, mount in MOUNTS.items():
+            anchor = x509.load_pem_x509_certificate(node.ca_pem(authority)[0])
+            with vault(bao.url, auth, mount=mount) as backend:
+                for name, certificate in certificates_below(node, authority).items():
+                    assert backend.check([SPECS[name]]) == {}
+                    request = sign_request(certificate, SPECS[name], "ecdsa-p256", timedelta(days=365))
+                    verify.check(backend.sign(request), request, expectation(anchor))

@@ -1,0 +1,190 @@
+#!/bin/sh
+# Roles and policy for ca-bridge, made from the certificates that are in use. Needs an administrator's token
+# (BAO_ADDR and BAO_TOKEN, or VAULT_ADDR and VAULT_TOKEN). Vault says of allowed_ip_sans_cidr, not_after_bound and
+# not_before_bound that it does not know them; there, any IP address passes. Nodes that share an engine need roles of
+# their own: role = "NODE-{name}" in the settings of each.
+set -eu
+cli=$(command -v bao || command -v vault) || { echo "error: neither bao nor vault is in PATH" >&2; exit 1; }
+
+"$cli" write pki-etcd/roles/kubeadm-apiserver-etcd-client - <<'JSON'
+{
+  "key_type": "any",
+  "key_usage": ["DigitalSignature", "KeyEncipherment"],
+  "ext_key_usage": [],
+  "basic_constraints_valid_for_non_ca": true,
+  "allow_any_name": false,
+  "allow_bare_domains": true,
+  "allow_subdomains": false,
+  "allow_glob_domains": false,
+  "allow_localhost": false,
+  "cn_validations": ["hostname"],
+  "use_csr_common_name": true,
+  "require_cn": true,
+  "generate_lease": false,
+  "no_store": false,
+  "not_after_bound": "forbid",
+  "not_before_bound": "forbid",
+  "server_flag": false,
+  "client_flag": true,
+  "allowed_domains": ["kube-apiserver-etcd-client"],
+  "enforce_hostnames": true,
+  "allow_wildcard_certificates": false,
+  "use_csr_sans": false,
+  "allow_ip_sans": false,
+  "allowed_ip_sans_cidr": [],
+  "allowed_uri_sans": [],
+  "ttl": "8760h",
+  "max_ttl": "8760h",
+  "organization": []
+}
+JSON
+
+"$cli" write pki-etcd/roles/kubeadm-etcd-healthcheck-client - <<'JSON'
+{
+  "key_type": "any",
+  "key_usage": ["DigitalSignature", "KeyEncipherment"],
+  "ext_key_usage": [],
+  "basic_constraints_valid_for_non_ca": true,
+  "allow_any_name": false,
+  "allow_bare_domains": true,
+  "allow_subdomains": false,
+  "allow_glob_domains": false,
+  "allow_localhost": false,
+  "cn_validations": ["hostname"],
+  "use_csr_common_name": true,
+  "require_cn": true,
+  "generate_lease": false,
+  "no_store": false,
+  "not_after_bound": "forbid",
+  "not_before_bound": "forbid",
+  "server_flag": false,
+  "client_flag": true,
+  "allowed_domains": ["kube-etcd-healthcheck-client"],
+  "enforce_hostnames": true,
+  "allow_wildcard_certificates": false,
+  "use_csr_sans": false,
+  "allow_ip_sans": false,
+  "allowed_ip_sans_cidr": [],
+  "allowed_uri_sans": [],
+  "ttl": "8760h",
+  "max_ttl": "8760h",
+  "organization": []
+}
+JSON
+
+"$cli" write pki-etcd/roles/kubeadm-etcd-peer - <<'JSON'
+{
+  "key_type": "any",
+  "key_usage": ["DigitalSignature", "KeyEncipherment"],
+  "ext_key_usage": [],
+  "basic_constraints_valid_for_non_ca": true,
+  "allow_any_name": false,
+  "allow_bare_domains": true,
+  "allow_subdomains": false,
+  "allow_glob_domains": false,
+  "allow_localhost": false,
+  "cn_validations": ["hostname"],
+  "use_csr_common_name": true,
+  "require_cn": true,
+  "generate_lease": false,
+  "no_store": false,
+  "not_after_bound": "forbid",
+  "not_before_bound": "forbid",
+  "server_flag": true,
+  "client_flag": true,
+  "allowed_domains": ["cp-1", "localhost"],
+  "enforce_hostnames": true,
+  "allow_wildcard_certificates": false,
+  "use_csr_sans": true,
+  "allow_ip_sans": true,
+  "allowed_ip_sans_cidr": ["127.0.0.1/32", "192.0.2.10/32", "::1/128"],
+  "allowed_uri_sans": [],
+  "ttl": "8760h",
+  "max_ttl": "8760h",
+  "organization": []
+}
+JSON
+
+"$cli" write pki-etcd/roles/kubeadm-etcd-server - <<'JSON'
+{
+  "key_type": "any",
+  "key_usage": ["DigitalSignature", "KeyEncipherment"],
+  "ext_key_usage": [],
+  "basic_constraints_valid_for_non_ca": true,
+  "allow_any_name": false,
+  "allow_bare_domains": true,
+  "allow_subdomains": false,
+  "allow_glob_domains": false,
+  "allow_localhost": false,
+  "cn_validations": ["hostname"],
+  "use_csr_common_name": true,
+  "require_cn": true,
+  "generate_lease": false,
+  "no_store": false,
+  "not_after_bound": "forbid",
+  "not_before_bound": "forbid",
+  "server_flag": true,
+  "client_flag": true,
+  "allowed_domains": ["cp-1", "localhost"],
+  "enforce_hostnames": true,
+  "allow_wildcard_certificates": false,
+  "use_csr_sans": true,
+  "allow_ip_sans": true,
+  "allowed_ip_sans_cidr": ["127.0.0.1/32", "192.0.2.10/32", "::1/128"],
+  "allowed_uri_sans": [],
+  "ttl": "8760h",
+  "max_ttl": "8760h",
+  "organization": []
+}
+JSON
+
+"$cli" policy write ca-bridge-etcd-ca - <<'HCL'
+path "pki-etcd/sign/kubeadm-apiserver-etcd-client" {
+  capabilities        = ["update"]
+  allowed_parameters  = { "csr" = [] "ttl" = [] "exclude_cn_from_sans" = [true] }
+  required_parameters = ["csr", "exclude_cn_from_sans"]
+}
+
+path "pki-etcd/sign/kubeadm-etcd-healthcheck-client" {
+  capabilities        = ["update"]
+  allowed_parameters  = { "csr" = [] "ttl" = [] "exclude_cn_from_sans" = [true] }
+  required_parameters = ["csr", "exclude_cn_from_sans"]
+}
+
+path "pki-etcd/sign/kubeadm-etcd-peer" {
+  capabilities        = ["update"]
+  allowed_parameters  = { "csr" = [] "ttl" = [] "exclude_cn_from_sans" = [true] }
+  required_parameters = ["csr", "exclude_cn_from_sans"]
+}
+
+path "pki-etcd/sign/kubeadm-etcd-server" {
+  capabilities        = ["update"]
+  allowed_parameters  = { "csr" = [] "ttl" = [] "exclude_cn_from_sans" = [true] }
+  required_parameters = ["csr", "exclude_cn_from_sans"]
+}
+
+path "pki-etcd/roles/kubeadm-apiserver-etcd-client" {
+  capabilities = ["read"]
+}
+
+path "pki-etcd/roles/kubeadm-etcd-healthcheck-client" {
+  capabilities = ["read"]
+}
+
+path "pki-etcd/roles/kubeadm-etcd-peer" {
+  capabilities = ["read"]
+}
+
+path "pki-etcd/roles/kubeadm-etcd-server" {
+  capabilities = ["read"]
+}
+
+# Whoever logs in may also end the session, and ask what it may do.
+path "auth/token/revoke-self" {
+  capabilities = ["update"]
+}
+
+path "sys/capabilities-self" {
+  capabilities = ["update"]
+}
+HCL

@@ -1,0 +1,61 @@
+#!/bin/sh
+# Roles and policy for ca-bridge, made from the certificates that are in use. Needs an administrator's token
+# (BAO_ADDR and BAO_TOKEN, or VAULT_ADDR and VAULT_TOKEN). Vault says of allowed_ip_sans_cidr, not_after_bound and
+# not_before_bound that it does not know them; there, any IP address passes. Nodes that share an engine need roles of
+# their own: role = "NODE-{name}" in the settings of each.
+set -eu
+cli=$(command -v bao || command -v vault) || { echo "error: neither bao nor vault is in PATH" >&2; exit 1; }
+
+"$cli" write pki-front-proxy/roles/kubeadm-front-proxy-client - <<'JSON'
+{
+  "key_type": "any",
+  "key_usage": ["DigitalSignature", "KeyEncipherment"],
+  "ext_key_usage": [],
+  "basic_constraints_valid_for_non_ca": true,
+  "allow_any_name": false,
+  "allow_bare_domains": true,
+  "allow_subdomains": false,
+  "allow_glob_domains": false,
+  "allow_localhost": false,
+  "cn_validations": ["hostname"],
+  "use_csr_common_name": true,
+  "require_cn": true,
+  "generate_lease": false,
+  "no_store": false,
+  "not_after_bound": "forbid",
+  "not_before_bound": "forbid",
+  "server_flag": false,
+  "client_flag": true,
+  "allowed_domains": ["front-proxy-client"],
+  "enforce_hostnames": true,
+  "allow_wildcard_certificates": false,
+  "use_csr_sans": false,
+  "allow_ip_sans": false,
+  "allowed_ip_sans_cidr": [],
+  "allowed_uri_sans": [],
+  "ttl": "8760h",
+  "max_ttl": "8760h",
+  "organization": []
+}
+JSON
+
+"$cli" policy write ca-bridge-front-proxy-ca - <<'HCL'
+path "pki-front-proxy/sign/kubeadm-front-proxy-client" {
+  capabilities        = ["update"]
+  allowed_parameters  = { "csr" = [] "ttl" = [] "exclude_cn_from_sans" = [true] }
+  required_parameters = ["csr", "exclude_cn_from_sans"]
+}
+
+path "pki-front-proxy/roles/kubeadm-front-proxy-client" {
+  capabilities = ["read"]
+}
+
+# Whoever logs in may also end the session, and ask what it may do.
+path "auth/token/revoke-self" {
+  capabilities = ["update"]
+}
+
+path "sys/capabilities-self" {
+  capabilities = ["update"]
+}
+HCL

@@ -1,0 +1,319 @@
+#!/bin/sh
+# Roles and policy for ca-bridge, made from the certificates that are in use. Needs an administrator's token
+# (BAO_ADDR and BAO_TOKEN, or VAULT_ADDR and VAULT_TOKEN). Vault says of allowed_ip_sans_cidr, not_after_bound and
+# not_before_bound that it does not know them; there, any IP address passes. Nodes that share an engine need roles of
+# their own: role = "NODE-{name}" in the settings of each.
+set -eu
+cli=$(command -v bao || command -v vault) || { echo "error: neither bao nor vault is in PATH" >&2; exit 1; }
+
+"$cli" write pki-kubernetes/roles/kubeadm-admin.conf - <<'JSON'
+{
+  "key_type": "any",
+  "key_usage": ["DigitalSignature", "KeyEncipherment"],
+  "ext_key_usage": [],
+  "basic_constraints_valid_for_non_ca": true,
+  "allow_any_name": false,
+  "allow_bare_domains": true,
+  "allow_subdomains": false,
+  "allow_glob_domains": false,
+  "allow_localhost": false,
+  "cn_validations": ["hostname"],
+  "use_csr_common_name": true,
+  "require_cn": true,
+  "generate_lease": false,
+  "no_store": false,
+  "not_after_bound": "forbid",
+  "not_before_bound": "forbid",
+  "server_flag": false,
+  "client_flag": true,
+  "allowed_domains": ["kubernetes-admin"],
+  "enforce_hostnames": true,
+  "allow_wildcard_certificates": false,
+  "use_csr_sans": false,
+  "allow_ip_sans": false,
+  "allowed_ip_sans_cidr": [],
+  "allowed_uri_sans": [],
+  "ttl": "8760h",
+  "max_ttl": "8760h",
+  "organization": ["kubeadm:cluster-admins"]
+}
+JSON
+
+"$cli" write pki-kubernetes/roles/kubeadm-apiserver - <<'JSON'
+{
+  "key_type": "any",
+  "key_usage": ["DigitalSignature", "KeyEncipherment"],
+  "ext_key_usage": [],
+  "basic_constraints_valid_for_non_ca": true,
+  "allow_any_name": false,
+  "allow_bare_domains": true,
+  "allow_subdomains": false,
+  "allow_glob_domains": false,
+  "allow_localhost": false,
+  "cn_validations": ["hostname"],
+  "use_csr_common_name": true,
+  "require_cn": true,
+  "generate_lease": false,
+  "no_store": false,
+  "not_after_bound": "forbid",
+  "not_before_bound": "forbid",
+  "server_flag": true,
+  "client_flag": false,
+  "allowed_domains": ["kube-apiserver", "api.example.com", "cp-1", "kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"],
+  "enforce_hostnames": true,
+  "allow_wildcard_certificates": false,
+  "use_csr_sans": true,
+  "allow_ip_sans": true,
+  "allowed_ip_sans_cidr": ["10.96.0.1/32", "192.0.2.10/32"],
+  "allowed_uri_sans": [],
+  "ttl": "8760h",
+  "max_ttl": "8760h",
+  "organization": []
+}
+JSON
+
+"$cli" write pki-kubernetes/roles/kubeadm-apiserver-kubelet-client - <<'JSON'
+{
+  "key_type": "any",
+  "key_usage": ["DigitalSignature", "KeyEncipherment"],
+  "ext_key_usage": [],
+  "basic_constraints_valid_for_non_ca": true,
+  "allow_any_name": false,
+  "allow_bare_domains": true,
+  "allow_subdomains": false,
+  "allow_glob_domains": false,
+  "allow_localhost": false,
+  "cn_validations": ["hostname"],
+  "use_csr_common_name": true,
+  "require_cn": true,
+  "generate_lease": false,
+  "no_store": false,
+  "not_after_bound": "forbid",
+  "not_before_bound": "forbid",
+  "server_flag": false,
+  "client_flag": true,
+  "allowed_domains": ["kube-apiserver-kubelet-client"],
+  "enforce_hostnames": true,
+  "allow_wildcard_certificates": false,
+  "use_csr_sans": false,
+  "allow_ip_sans": false,
+  "allowed_ip_sans_cidr": [],
+  "allowed_uri_sans": [],
+  "ttl": "8760h",
+  "max_ttl": "8760h",
+  "organization": []
+}
+JSON
+
+"$cli" write pki-kubernetes/roles/kubeadm-controller-manager.conf - <<'JSON'
+{
+  "key_type": "any",
+  "key_usage": ["DigitalSignature", "KeyEncipherment"],
+  "ext_key_usage": [],
+  "basic_constraints_valid_for_non_ca": true,
+  "allow_any_name": false,
+  "allow_bare_domains": true,
+  "allow_subdomains": false,
+  "allow_glob_domains": false,
+  "allow_localhost": false,
+  "cn_validations": ["hostname"],
+  "use_csr_common_name": true,
+  "require_cn": true,
+  "generate_lease": false,
+  "no_store": false,
+  "not_after_bound": "forbid",
+  "not_before_bound": "forbid",
+  "server_flag": false,
+  "client_flag": true,
+  "allowed_domains": ["system:kube-controller-manager"],
+  "enforce_hostnames": false,
+  "allow_wildcard_certificates": false,
+  "use_csr_sans": false,
+  "allow_ip_sans": false,
+  "allowed_ip_sans_cidr": [],
+  "allowed_uri_sans": [],
+  "ttl": "8760h",
+  "max_ttl": "8760h",
+  "organization": []
+}
+JSON
+
+"$cli" write pki-kubernetes/roles/kubeadm-scheduler.conf - <<'JSON'
+{
+  "key_type": "any",
+  "key_usage": ["DigitalSignature", "KeyEncipherment"],
+  "ext_key_usage": [],
+  "basic_constraints_valid_for_non_ca": true,
+  "allow_any_name": false,
+  "allow_bare_domains": true,
+  "allow_subdomains": false,
+  "allow_glob_domains": false,
+  "allow_localhost": false,
+  "cn_validations": ["hostname"],
+  "use_csr_common_name": true,
+  "require_cn": true,
+  "generate_lease": false,
+  "no_store": false,
+  "not_after_bound": "forbid",
+  "not_before_bound": "forbid",
+  "server_flag": false,
+  "client_flag": true,
+  "allowed_domains": ["system:kube-scheduler"],
+  "enforce_hostnames": false,
+  "allow_wildcard_certificates": false,
+  "use_csr_sans": false,
+  "allow_ip_sans": false,
+  "allowed_ip_sans_cidr": [],
+  "allowed_uri_sans": [],
+  "ttl": "8760h",
+  "max_ttl": "8760h",
+  "organization": []
+}
+JSON
+
+"$cli" write pki-kubernetes/roles/kubeadm-super-admin.conf - <<'JSON'
+{
+  "key_type": "any",
+  "key_usage": ["DigitalSignature", "KeyEncipherment"],
+  "ext_key_usage": [],
+  "basic_constraints_valid_for_non_ca": true,
+  "allow_any_name": false,
+  "allow_bare_domains": true,
+  "allow_subdomains": false,
+  "allow_glob_domains": false,
+  "allow_localhost": false,
+  "cn_validations": ["hostname"],
+  "use_csr_common_name": true,
+  "require_cn": true,
+  "generate_lease": false,
+  "no_store": false,
+  "not_after_bound": "forbid",
+  "not_before_bound": "forbid",
+  "server_flag": false,
+  "client_flag": true,
+  "allowed_domains": ["kubernetes-super-admin"],
+  "enforce_hostnames": true,
+  "allow_wildcard_certificates": false,
+  "use_csr_sans": false,
+  "allow_ip_sans": false,
+  "allowed_ip_sans_cidr": [],
+  "allowed_uri_sans": [],
+  "ttl": "8760h",
+  "max_ttl": "8760h",
+  "organization": ["system:masters"]
+}
+JSON
+
+"$cli" write pki-kubernetes/roles/kubeadm-kubelet.conf - <<'JSON'
+{
+  "key_type": "any",
+  "key_usage": ["DigitalSignature", "KeyEncipherment"],
+  "ext_key_usage": [],
+  "basic_constraints_valid_for_non_ca": true,
+  "allow_any_name": false,
+  "allow_bare_domains": true,
+  "allow_subdomains": false,
+  "allow_glob_domains": false,
+  "allow_localhost": false,
+  "cn_validations": ["hostname"],
+  "use_csr_common_name": true,
+  "require_cn": true,
+  "generate_lease": false,
+  "no_store": false,
+  "not_after_bound": "forbid",
+  "not_before_bound": "forbid",
+  "server_flag": false,
+  "client_flag": true,
+  "allowed_domains": ["system:node:cp-1"],
+  "enforce_hostnames": false,
+  "allow_wildcard_certificates": false,
+  "use_csr_sans": false,
+  "allow_ip_sans": false,
+  "allowed_ip_sans_cidr": [],
+  "allowed_uri_sans": [],
+  "ttl": "8760h",
+  "max_ttl": "8760h",
+  "organization": ["system:nodes"]
+}
+JSON
+
+"$cli" policy write ca-bridge-ca - <<'HCL'
+path "pki-kubernetes/sign/kubeadm-admin.conf" {
+  capabilities        = ["update"]
+  allowed_parameters  = { "csr" = [] "ttl" = [] "exclude_cn_from_sans" = [true] }
+  required_parameters = ["csr", "exclude_cn_from_sans"]
+}
+
+path "pki-kubernetes/sign/kubeadm-apiserver" {
+  capabilities        = ["update"]
+  allowed_parameters  = { "csr" = [] "ttl" = [] "exclude_cn_from_sans" = [true] }
+  required_parameters = ["csr", "exclude_cn_from_sans"]
+}
+
+path "pki-kubernetes/sign/kubeadm-apiserver-kubelet-client" {
+  capabilities        = ["update"]
+  allowed_parameters  = { "csr" = [] "ttl" = [] "exclude_cn_from_sans" = [true] }
+  required_parameters = ["csr", "exclude_cn_from_sans"]
+}
+
+path "pki-kubernetes/sign/kubeadm-controller-manager.conf" {
+  capabilities        = ["update"]
+  allowed_parameters  = { "csr" = [] "ttl" = [] "exclude_cn_from_sans" = [true] }
+  required_parameters = ["csr", "exclude_cn_from_sans"]
+}
+
+path "pki-kubernetes/sign/kubeadm-scheduler.conf" {
+  capabilities        = ["update"]
+  allowed_parameters  = { "csr" = [] "ttl" = [] "exclude_cn_from_sans" = [true] }
+  required_parameters = ["csr", "exclude_cn_from_sans"]
+}
+
+path "pki-kubernetes/sign/kubeadm-super-admin.conf" {
+  capabilities        = ["update"]
+  allowed_parameters  = { "csr" = [] "ttl" = [] "exclude_cn_from_sans" = [true] }
+  required_parameters = ["csr", "exclude_cn_from_sans"]
+}
+
+path "pki-kubernetes/sign/kubeadm-kubelet.conf" {
+  capabilities        = ["update"]
+  allowed_parameters  = { "csr" = [] "ttl" = [] "exclude_cn_from_sans" = [true] }
+  required_parameters = ["csr", "exclude_cn_from_sans"]
+}
+
+path "pki-kubernetes/roles/kubeadm-admin.conf" {
+  capabilities = ["read"]
+}
+
+path "pki-kubernetes/roles/kubeadm-apiserver" {
+  capabilities = ["read"]
+}
+
+path "pki-kubernetes/roles/kubeadm-apiserver-kubelet-client" {
+  capabilities = ["read"]
+}
+
+path "pki-kubernetes/roles/kubeadm-controller-manager.conf" {
+  capabilities = ["read"]
+}
+
+path "pki-kubernetes/roles/kubeadm-scheduler.conf" {
+  capabilities = ["read"]
+}
+
+path "pki-kubernetes/roles/kubeadm-super-admin.conf" {
+  capabilities = ["read"]
+}
+
+path "pki-kubernetes/roles/kubeadm-kubelet.conf" {
+  capabilities = ["read"]
+}
+
+# Whoever logs in may also end the session, and ask what it may do.
+path "auth/token/revoke-self" {
+  capabilities = ["update"]
+}
+
+path "sys/capabilities-self" {
+  capabilities = ["update"]
+}
+HCL
