@@ -97,6 +97,6 @@ def _flags(words: list[str]) -> dict[str, str]:
     flags = {}
     for word, following in zip(words, [*words[1:], "-"], strict=True):
         name, equals, value = word.lstrip("-").partition("=")
-        if word.startswith("-") and len(name) > 1:
+        if word.startswith("--" if len(name) == 1 else "-") and name:
             flags[f"--{name}"] = value if equals else "true" if following.startswith("-") else following
     return flags
