@@ -69,8 +69,8 @@ class VaultAuth:
     username: str | None = None
     password: Secret | None = None
 
-    def problems(self) -> Iterator[SettingsProblem]:
-        """Keys that the method lacks, and keys of other methods; relative to this table."""
+    def method_problems(self) -> Iterator[SettingsProblem]:
+        """Keys that the method lacks, and keys of other methods; with their names in this table."""
         needed = _METHOD_KEYS[self.method]
         usable = {"method", *needed, *_OPTIONAL_KEYS.get(self.method, ())}
         usable |= set() if self.method == "token" else {"mount"}
@@ -115,7 +115,7 @@ class VaultSettings(BackendSettings):
             missing, present = ("client_key", "client_cert") if self.client_cert else ("client_cert", "client_key")
             yield SettingsProblem(missing, f"a file, since {present} is set", "nothing")
         yield from self.select_role.problems("role", "roles")
-        yield from (replace(problem, key=f"auth.{problem.key}") for problem in self.auth.problems())
+        yield from (replace(problem, key=f"auth.{problem.key}") for problem in self.auth.method_problems())
         if self.auth.method == "cert" and not (self.client_cert or self.client_key):
             yield SettingsProblem("client_cert", "a file, which auth.method cert needs", "nothing")
 
@@ -189,7 +189,8 @@ _HINTS = (
     ("namespace not found", "is `namespace` spelled right?"),
     ("is sealed", "the server has to be unsealed by its operators"),
     ("HTTP request to an HTTPS server", "url has to start with https://"),
-    ("missing client token", "is the mount spelled right?"),
+    ("missing client token", "is `mount` spelled right?"),
+    ("invalid role or secret ID", "the secret id is wrong, used up or expired: have a new one issued"),
 )
 
 
@@ -242,12 +243,21 @@ class _Answer:
             message += f", a redirect to {_origin(self.headers.get('Location', ''))}"
             hint = "redirects are not followed, the token would go along: set url to the active server or its balancer"
         if self.status in {401, 403}:
-            hint = "is the token still good, and does its policy allow this path with exactly these parameters?"
+            hint = self._forbidden_hint
         # 307: a standby whose leader is gone; 412: a replica that is not up to date yet
         later = self.status in {307, 408, 412, 425, 429} or self.status > 500  # noqa: PLR2004
         if later or (self.status == 500 and not any(f in text for f in _FINAL_500)):  # noqa: PLR2004
             return BackendUnavailableError(message, hint=hint, retry_after_seconds=self._retry_after_seconds)
         return BackendRefusedError(message, hint=hint)
+
+    @property
+    def _forbidden_hint(self) -> str:
+        """The server says the same, whatever it is."""
+        if self.where.endswith("/login") or "/login/" in self.where:
+            return "are auth.mount and auth.role spelled right, and the credentials good?"
+        if self.where.startswith("GET "):
+            return "is `mount` spelled right?"  # a CA's certificates are for everybody
+        return "is the token still good, and does its policy allow this path with exactly these parameters?"
 
     @property
     def _retry_after_seconds(self) -> float | None:
@@ -301,7 +311,7 @@ class _Server:
             BackendRefusedError: It can't be read, or is no token.
         """
         if secret is None:
-            raise TypeError("a secret that `VaultAuth.problems` demands is not set")
+            raise TypeError("a secret that `VaultSettings.problems` demands is not set")
         try:
             value = secret.read()
         except SecretUnavailableError as e:

@@ -719,6 +719,18 @@ def test_takes_a_nested_mount(
         verify.check(backend.sign(apiserver), apiserver, expectation(ca.certificate))
 
 
+def test_names_the_setting_that_is_wrong(pki: openbao.OpenBao, apiserver: SignRequest, tmp_path: Path) -> None:
+    """The server says "permission denied" to all of these; the hint tells where to look."""
+    auth = approle(pki, tmp_path, "node")
+    with vault(pki.url, dataclasses.replace(auth, mount="nowhere")) as backend:
+        assert "auth.mount" in refusal(backend, apiserver).hint
+    with vault(pki.url, auth, mount="nowhere") as backend:
+        assert "policy" in refusal(backend, apiserver).hint
+        with pytest.raises(BackendRefusedError) as e:
+            backend.issuers()
+    assert "`mount`" in e.value.hint
+
+
 @pytest.mark.parametrize(
     "settings", [{"mount": "nowhere"}, {"role": "no-such-role"}, {"mount": "empty", "mode": "sign-verbatim"}]
 )
