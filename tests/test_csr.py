@@ -117,7 +117,7 @@ def test_the_key_is_of_the_old_ones_kind() -> None:
     [
         ec.generate_private_key(ec.SECP521R1()).public_key(),
         ed25519.Ed25519PrivateKey.generate().public_key(),
-        rsa.generate_private_key(public_exponent=65537, key_size=1024).public_key(),  # noqa: S505 (to be refused)
+        rsa.generate_private_key(public_exponent=65537, key_size=1024).public_key(),
     ],
 )
 def test_a_key_that_kubeadm_does_not_make_is_named(
