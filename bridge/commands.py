@@ -388,7 +388,12 @@ def _setup_one(ca: str, authority: str, items: Mapping[str, x509.Certificate], s
     select = Selector(str(table.get("role", setup_vault.DEFAULT_ROLE.pattern)), table.get("roles", {}))
     mount = str(table.get("mount", "pki"))
     roles = setup_vault.roles(items, settings.renewal.validity, select)
-    policy = setup_vault.policy(mount, list(roles))
+    policy = setup_vault.policy(
+        mount,
+        list(roles),
+        issuer=table.get("issuer"),
+        mode="sign-verbatim" if table.get("mode") == "sign-verbatim" else "sign",
+    )
     return setup_vault.commands(mount, roles, policy_name=f"ca-bridge-{authority}", policy_text=policy)
 
 

@@ -157,14 +157,16 @@ class BackendConformance:
     validity: ClassVar[timedelta] = timedelta(days=30)
 
     @pytest.fixture(scope="session")
-    def ca(self) -> TestCA:
+    @classmethod
+    def ca(cls) -> TestCA:
         """The CA that the backend signs with, also the node's trust anchor."""
         return _shared_ca()
 
     @pytest.fixture(scope="session")
-    def live(self, ca: TestCA) -> dict[str, x509.Certificate]:
+    @classmethod
+    def live(cls, ca: TestCA) -> dict[str, x509.Certificate]:
         """The certificates to renew, by kubeadm's name."""
-        return {spec.name: ca.leaf(spec) for spec in self.specs}
+        return {spec.name: ca.leaf(spec) for spec in cls.specs}
 
     @pytest.fixture
     def expected(self, ca: TestCA) -> verify.Expectation:
