@@ -21,7 +21,8 @@ import typer
 from bridge import console
 from bridge.console import LogFormat
 from bridge.errors import BridgeError, SettingsError
-from bridge.settings import Settings, load, parse_duration
+from bridge.expiry import parse_duration
+from bridge.settings import Settings, load
 
 # Rich tracebacks can print local variables, and ours hold tokens and keys.
 app = typer.Typer(

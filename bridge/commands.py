@@ -22,12 +22,12 @@ from bridge.certificates import name_text, serial_hex
 from bridge.console import columns, log, print_error
 from bridge.contract import Secret, Selector
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
-from bridge.expiry import residual
+from bridge.expiry import duration_text, residual
 from bridge.files import lock
 from bridge.install import InstallError, Store
 from bridge.install import recover as recover_store
 from bridge.inventory import Item, Node
-from bridge.settings import DEFAULT_FILE, Settings, duration_text
+from bridge.settings import DEFAULT_FILE, Settings
 from bridge.specs import AUTHORITIES, Component
 
 SCHEMA_VERSION = 1

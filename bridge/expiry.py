@@ -16,9 +16,37 @@ if TYPE_CHECKING:  # the settings need only `Before`, and nothing here reads a f
 MINUTE, HOUR, DAY = 60, 3600, 86400
 YEAR = 365 * DAY
 
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
 # What we don't renew, the kubelet does, when 70 to 90 % of the lifetime are over (client-go,
 # util/certificate/certificate_manager.go): only with less than this left it is late.
 _ROTATION_IS_LATE = 0.1
+
+
+def parse_duration(value: object) -> timedelta:
+    """
+    A duration such as `"30d"`, `"12h"` or `"1h30m"` (units w, d, h, m, s).
+
+    Raises:
+        ValueError: Its text is what was wanted.
+    """
+    wanted = 'a duration such as "30d", "12h" or "30s"'
+    if not isinstance(value, str) or not re.fullmatch(r"([0-9]{1,7}[wdhms])+", value):
+        raise ValueError(wanted)
+    parts = re.findall(r"([0-9]+)([wdhms])", value)
+    duration = sum((timedelta(**{_UNITS[unit]: int(number)}) for number, unit in parts), timedelta())
+    if not timedelta() < duration <= timedelta(days=36500):
+        raise ValueError(f"{wanted}, more than nothing and at most 100 years")
+    return duration
+
+
+def duration_text(duration: timedelta) -> str:
+    """As a setting would say it, in the largest unit that fits."""
+    for unit, name in reversed(_UNITS.items()):
+        whole, rest = divmod(duration, timedelta(**{name: 1}))
+        if not rest and whole:
+            return f"{whole}{unit}"
+    return f"{duration.total_seconds():g}s"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +64,6 @@ class Before:
         Raises:
             ValueError: Its text is what was wanted.
         """
-        from bridge.settings import parse_duration  # noqa: PLC0415 (the settings import this module)
-
         wanted = 'a duration such as "30d", or a share of the lifetime such as "33%"'
         if not isinstance(value, str):
             raise ValueError(wanted)  # noqa: TRY004 (the settings' way to say what was wanted)
@@ -52,8 +78,6 @@ class Before:
         return cls(share=int(share[1]) / 100)
 
     def __str__(self) -> str:
-        from bridge.settings import duration_text  # noqa: PLC0415 (as above)
-
         return duration_text(self.remaining) if self.remaining is not None else f"{(self.share or 0) * 100:.0f}%"
 
     def of(self, lifetime: timedelta) -> timedelta:

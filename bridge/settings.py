@@ -25,7 +25,7 @@ from typing import Any, Literal, TypeVar
 from bridge.contract import Secret
 from bridge.csr import KeyAlgorithm
 from bridge.errors import SettingsError, SettingsProblem
-from bridge.expiry import Before
+from bridge.expiry import Before, duration_text, parse_duration
 from bridge.specs import AUTHORITIES
 
 DEFAULT_FILE = Path("/etc/ca-bridge/config.toml")
@@ -35,7 +35,6 @@ T = TypeVar("T")
 Key = tuple[str, ...]
 
 _LONGEST_FOUND = 60
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _SECRET_KINDS = ("file", "env", "credential")
 
 
@@ -471,32 +470,6 @@ def _absolute(value: str) -> Path:
     if not value.startswith("/") or "\0" in value:
         raise ValueError("an absolute path")
     return Path(value)
-
-
-def parse_duration(value: object) -> timedelta:
-    """
-    A duration such as `"30d"`, `"12h"` or `"1h30m"` (units w, d, h, m, s).
-
-    Raises:
-        ValueError: Its text is what was wanted.
-    """
-    wanted = 'a duration such as "30d", "12h" or "30s"'
-    if not isinstance(value, str) or not re.fullmatch(r"([0-9]{1,7}[wdhms])+", value):
-        raise ValueError(wanted)
-    parts = re.findall(r"([0-9]+)([wdhms])", value)
-    duration = sum((timedelta(**{_UNITS[unit]: int(number)}) for number, unit in parts), timedelta())
-    if not timedelta() < duration <= timedelta(days=36500):
-        raise ValueError(f"{wanted}, more than nothing and at most 100 years")
-    return duration
-
-
-def duration_text(duration: timedelta) -> str:
-    """As a setting would say it, in the largest unit that fits."""
-    for unit, name in reversed(_UNITS.items()):
-        whole, rest = divmod(duration, timedelta(**{name: 1}))
-        if not rest and whole:
-            return f"{whole}{unit}"
-    return f"{duration.total_seconds():g}s"
 
 
 def _found(value: object) -> str:

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.errors import SettingsError, SettingsProblem
-from bridge.expiry import Before
-from bridge.settings import MAX_BYTES, load, parse, parse_duration
+from bridge.expiry import Before, parse_duration
+from bridge.settings import MAX_BYTES, load, parse
 
 FILE = Path("/etc/ca-bridge/config.toml")
 
