@@ -21,10 +21,31 @@ NO_SKIP = "CA_BRIDGE_NO_SKIP"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Node tests share one address range and one machine: with xdist they go to the same worker, one by one."""
+    """A test that starts a node is in a file that says so, by which workers are told apart (below)."""
     for item in items:
-        if item.get_closest_marker("node"):
-            item.add_marker(pytest.mark.xdist_group("node"))
+        if item.get_closest_marker("node") and not _starts_nodes(item.path.name):
+            raise pytest.UsageError(f"{item.nodeid}: wanted tests marked node in a file named test_…node….py")
+
+
+def _starts_nodes(file_name: str) -> bool:
+    return "node" in file_name
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """
+    With several workers, tests that start nodes run in the same one, one after the other; all others anywhere.
+
+    Nodes share an address range and a machine, and a fixture's node is shared by its tests. xdist's own `loadgroup`
+    does nothing with pytest 9.2: it renames tests by an attribute that is no longer there (xdist 3.8).
+    """
+    from xdist.scheduler import LoadScopeScheduling  # the workers' controller alone needs it
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # no types, see pyproject.toml
+        def _split_scope(self, nodeid: str) -> str:
+            return "node" if _starts_nodes(nodeid.partition("::")[0].rpartition("/")[2]) else nodeid
+
+    return Scheduling(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)

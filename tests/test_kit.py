@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,22 @@ pytest.importorskip("a_module_that_nobody_has")
 
 def test_never_collected() -> None: ...
 """
+FOUR_TESTS = """
+import os
+import time
+import pytest
+
+@pytest.mark.parametrize("number", range(4))
+def test_it(number: int) -> None:
+    time.sleep(0.2)  # or one worker is done with all before the other has begun
+    print("worker", os.environ["PYTEST_XDIST_WORKER"])
+"""
+A_NODE_TEST = """
+import pytest
+
+@pytest.mark.node
+def test_node() -> None: ...
+"""
 NOT_SKIPPED = """
 import pytest
 
@@ -48,15 +66,31 @@ def test_fails_as_expected() -> None:
 """
 
 
-def _pytest(directory: Path, source: str, *, no_skip: bool) -> subprocess.CompletedProcess[str]:
-    """Run `source` as a test module under our conftest, in a process of its own."""
-    (directory / "test_it.py").write_text(source)
-    (directory / "pytest.ini").write_text("[pytest]\nmarkers =\n    kube: x\n    node: x\n    xdist_group: x\n")
+def _pytest(
+    directory: Path, source: str, *more: str, no_skip: bool, files: Sequence[str] = ("test_it.py",)
+) -> subprocess.CompletedProcess[str]:
+    """Run `source` as these test modules under our conftest, in a process of its own."""
+    for file in directory.glob("test_*.py"):
+        file.unlink()
+    for name in files:
+        (directory / name).write_text(source)
+    (directory / "pytest.ini").write_text("[pytest]\nmarkers =\n    kube: x\n    node: x\n")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     environment.pop(conftest.NO_SKIP, None)
     if no_skip:
         environment[conftest.NO_SKIP] = "1"
-    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-q", "-rs", "."]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "tests.conftest",
+        "-q",
+        "-rs",
+        "--import-mode=importlib",
+        *more,
+        ".",
+    ]
     return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -79,6 +113,30 @@ def test_what_is_not_skipped_passes_where_skips_are_forbidden(tmp_path: Path) ->
 
     assert run.returncode == pytest.ExitCode.OK, run.stdout
     assert "1 passed, 1 xfailed" in run.stdout
+
+
+def test_nodes_are_started_by_one_worker_only(tmp_path: Path) -> None:
+    """With several workers all tests that start nodes run in the same one; others are spread."""
+    several = ("-p", "xdist", "--numprocesses=2", "-rP")
+
+    def workers(*files: str) -> set[str]:
+        run = _pytest(tmp_path, FOUR_TESTS, *several, no_skip=True, files=files)
+        assert run.returncode == pytest.ExitCode.OK, run.stdout
+        found = re.findall("^worker (.*)$", run.stdout, re.MULTILINE)
+        assert len(found) == 4 * len(files)
+        return set(found)
+
+    assert len(workers("test_one_node.py", "test_other_node.py")) == 1
+    assert len(workers("test_it.py")) == 2
+
+
+def test_a_file_that_starts_nodes_says_so(tmp_path: Path) -> None:
+    """A test marked node in a file that is not named so is an error, since workers are told apart by the name."""
+    wrong = _pytest(tmp_path, A_NODE_TEST, "--collect-only", no_skip=False)
+    right = _pytest(tmp_path, A_NODE_TEST, "--collect-only", no_skip=False, files=["test_a_node.py"])
+
+    assert wrong.returncode == pytest.ExitCode.USAGE_ERROR
+    assert right.returncode == pytest.ExitCode.OK
 
 
 def test_a_skip_names_the_command_that_brings_the_program(tmp_path: Path) -> None:
