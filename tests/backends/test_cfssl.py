@@ -864,6 +864,7 @@ def test_an_answer_that_is_none(double: kit.Double, to_double: CfsslBackend, ans
         (format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True), 3000, 3600),
         ("Sun, 06 Nov 1994 08:49:37 GMT", 0, 0),
     ],
+    ids=["seconds", "date", "date that is over"],  # not the date itself: all workers must see the same names
 )
 def test_retry_after(double: kit.Double, to_double: CfsslBackend, value: str, least: float, most: float) -> None:
     """The server's wish for a pause is passed on, whether it is a number or a date."""
