@@ -16,9 +16,10 @@ import os
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
@@ -46,6 +47,7 @@ BATCH_SIZE = 1000
 _FAILED_RUNS = 20  # enough to find a bad CSR among BATCH_SIZE by halving, and no endless list of failures
 _BACKDATED = timedelta(minutes=5)  # clocks differ; kubeadm does the same
 _FILES = {"certificate": "ca.crt", "private_key": "ca.key", "database": "index.txt", "new_certs_dir": "newcerts"}
+_MEMORY = "/dev/shm"  # noqa: S108 (the folder made in it is private)
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 # All paths are relative to the folder of the run, so that none of the site's has to be quoted.
@@ -150,7 +152,7 @@ class _Order:
     public_key: bytes
 
 
-_Groups = Mapping[tuple[Usage, timedelta], Sequence[_Order]]
+_Batch = tuple[Usage, timedelta, list[tuple[int, SignRequest]]]
 _Answers = dict[int, Issued | BackendError]
 
 
@@ -185,26 +187,17 @@ class OpensslBackend:
 
     def sign_many(self, requests: Sequence[SignRequest]) -> list[Issued | Exception]:
         """Have all signed, with one process a usage class and `BATCH_SIZE`."""
-        answers: _Answers = {}
-        groups: dict[tuple[Usage, timedelta], list[_Order]] = defaultdict(list)
-        for position, request in enumerate(requests):
-            try:
-                groups[request.spec.usage, request.validity].append(_checked(position, request))
-            except BackendRefusedError as e:
-                answers[position] = e
-        if any(groups.values()):
-            with _os_errors():
-                answers |= self._sign(groups)
+        if not requests:
+            return []
+        with _os_errors():
+            signers = self.issuers()
+            _check_signer(self._files.certificate, signers[0])
+            database = self._database()
+            with database.locked(self._settings.timeout) as lock, self._folder(signers[0]) as folder:
+                desk = _Desk(self._openssl, database, signers, folder, lock)
+                desk.recover()
+                answers = desk.sign(_batches(requests))
         return [answers[position] for position in range(len(requests))]
-
-    def _sign(self, groups: _Groups) -> _Answers:
-        signers = self.issuers()
-        _check_signer(self._files.certificate, signers[0])
-        database = self._database()
-        with database.locked(self._settings.timeout) as lock, self._folder(signers[0]) as folder:
-            desk = _Desk(self._openssl, database, signers, folder, lock)
-            desk.recover()
-            return desk.sign(groups)
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
         """
@@ -245,7 +238,9 @@ class OpensslBackend:
     def _folder(self, signer: x509.Certificate) -> Iterator[Path]:
         """A private folder to run in: our own config, the certificate that was checked, links to the rest."""
         database = self._database()
-        with tempfile.TemporaryDirectory(prefix="ca-bridge-") as name:  # 0700
+        # 0700, and in memory where Linux offers that: a run may have a thousand CSR files
+        memory = None if "TMPDIR" in os.environ or not os.access(_MEMORY, os.W_OK | os.X_OK) else _MEMORY
+        with tempfile.TemporaryDirectory(prefix="ca-bridge-", dir=memory) as name:
             folder = Path(name)
             config = _config(database.index.name, self._settings.digest)
             folder.joinpath("openssl.cnf").write_text(config, encoding="ascii")
@@ -256,15 +251,18 @@ class OpensslBackend:
             yield folder
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Desk:
-    """What is done while the database is locked."""
+    """What is done while the database is locked: one use, one `sign`."""
 
     openssl: Openssl
     database: Database
     signers: list[x509.Certificate]
     folder: Path
     lock: int
+    failed_runs: int = 0
+    fatal: BackendError | None = None  #: Why nothing more is signed.
+    readings: list[Future[_Answers]] = field(default_factory=list)
 
     def recover(self) -> None:
         """Put right what a killed run left: no index, or certificates that are in no index."""
@@ -289,83 +287,98 @@ class _Desk:
             return False
         return True
 
-    def sign(self, groups: _Groups) -> _Answers:
+    def sign(self, batches: Sequence[_Batch]) -> _Answers:
         """
-        Sign in batches; one that fails as a whole is halved until the CSR is found that it fails for.
+        Sign batch by batch.
 
         Raises:
             BackendError: For all of them; nothing was signed.
         """
         answers: _Answers = {}
-        batches = [
-            (usage, validity, orders[start : start + BATCH_SIZE])
-            for (usage, validity), orders in groups.items()
-            for start in range(0, len(orders), BATCH_SIZE)
-        ]
-        failed_runs = 0
-        while batches:
-            usage, validity, batch = batches.pop(0)
-            settled, failure = self._sign_batch(usage, validity, batch)
-            answers |= settled
-            if not failure:
-                continue
-            rest = [order for order in batch if order.position not in settled]
-            failed_runs += 1
-            if failure.for_all or failed_runs == _FAILED_RUNS:
-                if not any(isinstance(answer, Issued) for answer in answers.values()):
-                    raise failure.error
-                rest += [order for *_, waiting in batches for order in waiting]
-                return answers | dict.fromkeys([order.position for order in rest], failure.error)
-            if len(rest) == 1:
-                answers[rest[0].position] = failure.error
-            else:
-                middle = len(rest) // 2
-                batches[:0] = [(usage, validity, rest[:middle]), (usage, validity, rest[middle:])]
+        # while openssl signs one batch, the next is looked through, and the certificates of the last are read
+        with ThreadPoolExecutor(1) as beside:
+            checks = [beside.submit(_checked_all, requests) for _, _, requests in batches]
+            for (usage, validity, _), check in zip(batches, checks, strict=True):
+                orders, refused = check.result()
+                answers |= refused | self._sign_or_halve(beside, usage, validity, orders)
+            for reading in self.readings:
+                answers |= reading.result()
+        if self.fatal and not any(isinstance(answer, Issued) for answer in answers.values()):
+            raise self.fatal
         return answers
 
-    def _sign_batch(
-        self, usage: Usage, validity: timedelta, batch: Sequence[_Order]
-    ) -> tuple[_Answers, Failure | None]:
-        """One run; what its answers leave open is in the failure."""
+    def _sign_or_halve(
+        self, beside: ThreadPoolExecutor, usage: Usage, validity: timedelta, orders: Sequence[_Order]
+    ) -> _Answers:
+        """A run that fails as a whole is halved, until the CSR is found that it fails for."""
+        positions = [order.position for order in orders]
+        if not orders or self.fatal:
+            return dict.fromkeys(positions, self.fatal) if self.fatal else {}
+        failure = self._run_batch(beside, usage, validity, orders)
+        if not failure:
+            return {}
+        self.failed_runs += 1
+        if failure.for_all or self.failed_runs == _FAILED_RUNS:
+            self.fatal = failure.error
+        if self.fatal or len(orders) == 1:
+            return dict.fromkeys(positions, failure.error)
+        middle = len(orders) // 2
+        halves = orders[:middle], orders[middle:]
+        return {k: v for half in halves for k, v in self._sign_or_halve(beside, usage, validity, half).items()}
+
+    def _run_batch(
+        self, beside: ThreadPoolExecutor, usage: Usage, validity: timedelta, orders: Sequence[_Order]
+    ) -> Failure | None:
+        """One run; if it issued anything, the answers will be among the readings."""
         try:
             with _os_errors():
-                return self._run_batch(usage, validity, batch)
+                outcome, serials = self._run_recorded(usage, validity, orders)
         except BackendError as e:
-            return {}, Failure(e, for_all=True)
+            return Failure(e, for_all=True)
+        failure = None if outcome.code == 0 else self.openssl.failure(outcome)
+        if failure and not serials:
+            return failure
+        if failure and outcome.code is None:
+            self.fatal = failure.error
+        self.readings.append(beside.submit(self._read, orders, serials, self.fatal))
+        return None
 
-    def _run_batch(self, usage: Usage, validity: timedelta, batch: Sequence[_Order]) -> tuple[_Answers, Failure | None]:
+    def _run_recorded(self, usage: Usage, validity: timedelta, orders: Sequence[_Order]) -> tuple[Outcome, list[int]]:
+        """How a run ended, and the serial numbers that it added to the database."""
         before = self.database.read()
-        self.database.check_space(len(before.data), len(batch))
+        self.database.check_space(len(before.data), len(orders))
         self.database.back_up(before)
-        names = [f"{order.position}.csr" for order in batch]
-        for name, order in zip(names, batch, strict=True):
+        names = [f"{order.position}.csr" for order in orders]
+        for name, order in zip(names, orders, strict=True):
             self.folder.joinpath(name).write_bytes(order.csr_pem)
         # never -out a real file: openssl empties it first, and keeps only the last of several certificates in it
         fixed = ("-notext", "-extensions", usage, *self._dates(validity), "-out", "/dev/null")
         outcome = self._run(*fixed, "-infiles", *names)
-        serials = self.database.added(before)
-        self.database.commit(serials, before)
-        answers = self._issued(batch, serials)
-        missing = [order.position for order in batch if order.position not in answers]
-        if missing and (outcome.code is None or (outcome.code != 0 and not serials)):
-            return answers, self.openssl.failure(outcome)
-        if missing:
-            lost = [file_name(serial) for serial in serials if not self.database.certificate(serial)]
-            answers |= dict.fromkeys(missing, _not_issued(lost))
-        return answers, None
+        for name in names:
+            self.folder.joinpath(name).unlink()
+        return outcome, self.database.added(before)
 
-    def _issued(self, batch: Sequence[_Order], serials: Sequence[int]) -> _Answers:
+    def _read(self, orders: Sequence[_Order], serials: Sequence[int], error: BackendError | None) -> _Answers:
         """The new certificates by their public keys: a CSR that openssl skips shifts the order of the others."""
-        waiting: dict[bytes, list[_Order]] = defaultdict(list)
-        for order in reversed(batch):
-            waiting[order.public_key].append(order)
+        waiting: dict[bytes, list[int]] = defaultdict(list)
+        for order in reversed(orders):
+            waiting[order.public_key].append(order.position)
         chain = tuple(signer for signer in self.signers if signer.issuer != signer.subject)
         answers: _Answers = {}
-        for serial in serials:
-            leaf = self.database.certificate(serial)
-            if leaf and (orders := waiting.get(_public_key(leaf))):
-                answers[orders.pop().position] = Issued(leaf=leaf, intermediates=chain)
-        return answers
+        lost = []
+        try:
+            with _os_errors():
+                self.database.sync(serials)
+            for serial in serials:
+                leaf = self.database.certificate(serial)
+                if leaf is None:
+                    lost.append(file_name(serial))
+                elif positions := waiting.get(_public_key(leaf)):
+                    answers[positions.pop()] = Issued(leaf=leaf, intermediates=chain)
+        except BackendError as e:
+            error = e
+        missing = [position for positions in waiting.values() for position in positions]
+        return answers | dict.fromkeys(missing, error or _not_issued(lost))
 
     def _dates(self, validity: timedelta) -> list[str]:
         """Within the CA's own dates, which openssl does not look at."""
@@ -389,6 +402,29 @@ def _not_issued(lost: Sequence[str]) -> BackendError:
     return BackendRefusedError("openssl issued nothing for this CSR, as for one whose signature is bad")
 
 
+def _batches(requests: Sequence[SignRequest]) -> list[_Batch]:
+    groups: dict[tuple[Usage, timedelta], list[tuple[int, SignRequest]]] = defaultdict(list)
+    for position, request in enumerate(requests):
+        groups[request.spec.usage, request.validity].append((position, request))
+    return [
+        (usage, validity, group[start : start + BATCH_SIZE])
+        for (usage, validity), group in groups.items()
+        for start in range(0, len(group), BATCH_SIZE)
+    ]
+
+
+def _checked_all(requests: Sequence[tuple[int, SignRequest]]) -> tuple[list[_Order], _Answers]:
+    """What may be signed, and the answers to what may not."""
+    orders: list[_Order] = []
+    refused: _Answers = {}
+    for position, request in requests:
+        try:
+            orders.append(_checked(position, request))
+        except BackendRefusedError as e:
+            refused[position] = e
+    return orders, refused
+
+
 def _checked(position: int, request: SignRequest) -> _Order:
     """
     A CSR that won't stop the others of its run, and brings nothing but subject and SANs into a certificate.
@@ -402,7 +438,7 @@ def _checked(position: int, request: SignRequest) -> _Order:
     except _CSR_ERRORS as e:
         wrong = f"a well-formed CSR, found: {e}"
     if wrong:
-        raise BackendRefusedError(f"{request.spec.name}: wanted {wrong}", hint="make the CSR anew")
+        raise BackendRefusedError(f"wanted {wrong}", hint="make the CSR anew")
     # written anew, so that openssl reads what was looked through
     return _Order(position, csr.public_bytes(Encoding.PEM), _public_key(csr))
 

@@ -8,6 +8,7 @@ So the lock, the checks before and after a run, the backup and the way back are 
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import logging
 import os
@@ -35,6 +36,7 @@ _BACKUPS_KEPT = 3
 # microseconds what a killed one leaves for ever.
 _SETTLE_SECONDS = 1.0
 _POLL_SECONDS = 0.05
+_MANY_FILES = 32
 # Type, expiry, revocation date and reason, serial, file name (always "unknown"), subject. What `openssl ca`
 # itself refuses is refused here first, since 1.1.1 does it without a word, and so is what it would drop.
 _ROW = re.compile(
@@ -326,7 +328,7 @@ class Database:
 
     def added(self, before: Snapshot) -> list[int]:
         """
-        What a run has added to the index.
+        What a run has added to the index; all that it wrote gets the owner and mode that the index had before.
 
         Args:
             before: The index before the run.
@@ -339,7 +341,7 @@ class Database:
         """
         self.put_right()
         try:
-            return _new_serials(before, self.index.read_bytes())
+            serials = _new_serials(before, self.index.read_bytes())
         except IndexDamagedError as e:
             _write(self.index, before.data, before.status)
             raise BackendRefusedError(
@@ -347,16 +349,20 @@ class Database:
                 hint="a full disk does that, or a second openssl ca that does not take our lock; what was signed will"
                 " be recorded by the next run",
             ) from e
-
-    def commit(self, serials: Sequence[int], before: Snapshot) -> None:
-        """Make a run last, and give what it wrote the owner and the mode that the index had before."""
-        names = [self.new_certs_dir / file_name(serial) for serial in serials]
-        for path in (*names, self.index, self.attributes):
+        for path in (self.index, self.attributes, *(self.new_certs_dir / file_name(serial) for serial in serials)):
             with suppress(FileNotFoundError), path.open("rb") as file:
                 _adopt(file.fileno(), before.status)
-                os.fsync(file.fileno())
+        return serials
+
+    def sync(self, serials: Sequence[int]) -> None:
+        """Make new certificates and the index survive a power cut."""
+        paths = [self.new_certs_dir / file_name(serial) for serial in serials]
+        many = len(paths) > _MANY_FILES
+        for path in () if many else (*paths, self.index, self.attributes):
+            with suppress(FileNotFoundError):
+                _sync(path)
         for folder in (self.new_certs_dir, self.index.parent):
-            _sync_folder(folder)
+            _sync(folder, whole_file_system=many)
 
     def _pattern(self) -> os.stat_result:
         """Whose owner and mode new files beside the index get."""
@@ -423,12 +429,16 @@ def _write(path: Path, data: bytes, pattern: os.stat_result) -> None:
     except BaseException:
         Path(temporary).unlink()
         raise
-    _sync_folder(path.parent)
+    _sync(path.parent)
 
 
-def _sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _sync(path: Path, *, whole_file_system: bool = False) -> None:
+    """Make a file, or what was created and renamed in a folder, last; or all there is, faster than many fsync(2)."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        if not whole_file_system:
+            os.fsync(fd)
+        elif ctypes.CDLL(None, use_errno=True).syncfs(fd) != 0:  # Python has no name for it
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
     finally:
         os.close(fd)

@@ -31,7 +31,8 @@ _NOISE = re.compile(
 )
 _ERROR_LINE = re.compile(r"[0-9A-Fa-f]+:error:[^:]*:[^:]*:[^:]*:(?P<reason>[^:]*):[^:]*:\d+:(?P<data>.*)")
 _MISMATCH = re.compile(r"private key do(?:es)? not match", re.IGNORECASE)
-_KEY_UNREADABLE = re.compile(r"private key|wrong password|bad decrypt|empty password|(?:read|find) key", re.IGNORECASE)
+_WRONG_PASSPHRASE = re.compile(r"wrong password|bad decrypt|empty password|bad password read", re.IGNORECASE)
+_NO_KEY = re.compile(r"CA private key|private key from|(?:read|find) key", re.IGNORECASE)
 _DISK_FULL = re.compile(r"No space left|Disk quota", re.IGNORECASE)
 
 
@@ -173,21 +174,29 @@ class Openssl:
                 ),
                 for_all=True,
             )
+        if outcome.code < 0:
+            return Failure(BackendUnavailableError(f"openssl was ended by signal {-outcome.code}"), for_all=True)
         if _DISK_FULL.search(outcome.messages):
             return Failure(BackendUnavailableError("wanted room for the CA's database, found the disk full"), True)
         if _MISMATCH.search(outcome.messages):
             return Failure(self.key_of_another_ca(), for_all=True)
+        if _WRONG_PASSPHRASE.search(outcome.messages):
+            return Failure(self._wrong_passphrase(), for_all=True)
         told = self._told(outcome.messages)
-        if _KEY_UNREADABLE.search(outcome.messages):
-            if self.passphrase:
-                hint = f"the passphrase in {self.passphrase} may be wrong, or the file may be no private key"
-            else:
-                hint = "if the key is encrypted, set passphrase_file; or the file may be no private key"
-            error = BackendRefusedError(
-                f"wanted a private key that can be read in {self.private_key}, openssl found: {told}", hint=hint
-            )
+        if _NO_KEY.search(outcome.messages):
+            error = BackendRefusedError(f"wanted a PEM private key in {self.private_key}, openssl found: {told}")
             return Failure(error, for_all=True)
         return Failure(BackendRefusedError(f"openssl ended with code {outcome.code}: {told}"), for_all=False)
+
+    def _wrong_passphrase(self) -> BackendRefusedError:
+        if self.passphrase:
+            return BackendRefusedError(
+                f"wanted the passphrase of {self.private_key} in {self.passphrase}, found one that does not open it"
+            )
+        return BackendRefusedError(
+            f"wanted a passphrase for {self.private_key}, which is encrypted, found none in the settings",
+            hint="set passphrase_file, passphrase_env or passphrase_credential",
+        )
 
     def key_of_another_ca(self) -> BackendRefusedError:
         """The key and the certificate are no pair."""

@@ -27,7 +27,7 @@ _PLAIN_PATH = re.compile(r"/[A-Za-z0-9._/+:@-]+")  # else `$`, `#`, quotes and b
 _ATTRIBUTES = "unique_subject = no\n"
 
 _TEXT = """\
-# openssl.cnf for signing the CSRs of {authority} by hand: {names}
+# openssl.cnf for signing by hand with the key of {authority}.
 #
 # The directory, once:
 #   mkdir -p -m 0700 {directory} {directory}/newcerts
@@ -54,11 +54,11 @@ _TEXT = """\
 #   passphrase_file = "/etc/ca-bridge/passphrase"     # if ca.key is encrypted
 
 [ca]
-default_ca = {authority}
+default_ca = desk
 # Only in this section: elsewhere openssl ignores it, and then drops and reorders parts of the subject.
 preserve = yes
 
-[{authority}]
+[desk]
 database = {directory}/index.txt
 new_certs_dir = {directory}/newcerts
 certificate = {directory}/ca.crt
@@ -80,8 +80,9 @@ organizationName = optional
 commonName = supplied
 {sections}"""
 _COMMAND = """\
-#   flock {directory}/.ca-bridge.lock openssl ca -config {directory}/openssl.cnf -batch -notext \\
-#     -extensions {usage} -in NAME.csr -out NAME.crt     # {names}"""
+#   for {names}:
+#     flock {directory}/.ca-bridge.lock openssl ca -config {directory}/openssl.cnf \\
+#       -batch -notext -extensions {usage} -in NAME.csr -out NAME.crt"""
 _SECTION = """
 [{usage}]
 basicConstraints = critical,CA:FALSE
@@ -141,18 +142,17 @@ def config_text(
     directory = directory or DIRECTORY / authority.name
     if not _PLAIN_PATH.fullmatch(str(directory)):
         raise ValueError(f"wanted an absolute path of plain characters, found {str(directory)!r}")
-    names = list(_by_usage(authority, certificates))
-    if not names:
+    groups = list(_by_usage(authority, certificates))
+    if not groups:
         raise ValueError(f"no certificate of {authority.name} to sign again")
     return _TEXT.format(
         authority=authority.name,
         directory=directory,
         days=max(1, validity // timedelta(days=1)),
-        names=", ".join(name for _, _, group in names for name in group),
         commands="\n".join(
-            _COMMAND.format(directory=directory, usage=usage, names=", ".join(group)) for usage, _, group in names
+            _COMMAND.format(directory=directory, usage=usage, names=", ".join(group)) for usage, _, group in groups
         ),
-        sections="".join(_SECTION.format(usage=usage, ekus=ekus) for usage, ekus, _ in names),
+        sections="".join(_SECTION.format(usage=usage, ekus=ekus) for usage, ekus, _ in groups),
     )
 
 
