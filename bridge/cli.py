@@ -10,7 +10,7 @@ import functools
 import inspect
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
@@ -22,7 +22,7 @@ from bridge import console
 from bridge.console import LogFormat
 from bridge.errors import BridgeError, SettingsError
 from bridge.expiry import parse_duration
-from bridge.settings import Settings, load
+from bridge.settings import Settings, load, overridden
 
 # Rich tracebacks can print local variables, and ours hold tokens and keys.
 app = typer.Typer(
@@ -52,17 +52,7 @@ class Common:
         Raises:
             SettingsError: The file can't be used.
         """
-        settings = load(self.config)
-        node = settings.node
-        return replace(
-            settings,
-            node=replace(
-                node,
-                pki_dir=(self.pki_dir or node.pki_dir).absolute(),
-                kubeconfig_dir=(self.kubeconfig_dir or node.kubeconfig_dir).absolute(),
-                state_dir=(self.state_dir or node.state_dir).absolute(),
-            ),
-        )
+        return overridden(load(self.config), self.pki_dir, self.kubeconfig_dir, self.state_dir)
 
 
 def _common_options(
@@ -150,11 +140,6 @@ def _main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None: ...
-
-
-def main() -> None:
-    """Entry point of the `ca-bridge` program."""
-    app()
 
 
 class ExpirationOutput(StrEnum):

@@ -27,6 +27,7 @@ from bridge.files import lock
 from bridge.install import InstallError, Store
 from bridge.install import recover as recover_store
 from bridge.inventory import Item, Node
+from bridge.selection import Outcome, Selection, nothing_due, select
 from bridge.settings import DEFAULT_FILE, Settings
 from bridge.specs import AUTHORITIES, Component
 
@@ -78,16 +79,7 @@ def _print_result(result: renewal.Result, node: Node, settings: Settings, now: d
             f"{len(rows)} renewed; the old files are in {settings.node.state_dir / 'backups' / str(result.backup_id)}"
         )
     elif not result.failed:
-        typer.echo(_nothing_due(node, settings, now))
-
-
-def _nothing_due(node: Node, settings: Settings, now: datetime) -> str:
-    present = [item for item in node.items if item.state == "present" and item.managed]
-    if not present:
-        return "nothing is due: no certificates here"
-    first = min(present, key=lambda item: item.certificates[0].not_valid_after_utc)
-    left = residual(int((first.certificates[0].not_valid_after_utc - now).total_seconds()))
-    return f"nothing is due: {first.spec.name} is the first to expire, in {left} (renewal.before = {settings.renewal.before})"
+        typer.echo(nothing_due(node, settings, now))
 
 
 def _print_restart(why: str, components: Sequence[Component], settings: Settings) -> None:
@@ -97,9 +89,9 @@ def _print_restart(why: str, components: Sequence[Component], settings: Settings
         typer.echo(f"  {restart.how(component, settings.node.kubeconfig_dir / 'manifests')}")
 
 
-def _grouped(failed: Sequence[renewal.Outcome]) -> Iterator[tuple[str, BridgeError]]:
+def _grouped(failed: Sequence[Outcome]) -> Iterator[tuple[str, BridgeError]]:
     """One message for all certificates that failed for the same reason at the same CA."""
-    groups: dict[tuple[str, str], list[renewal.Outcome]] = {}
+    groups: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in failed:
         groups.setdefault((outcome.backend, outcome.error.reason if outcome.error else ""), []).append(outcome)
     for (backend, _), outcomes in groups.items():
@@ -108,9 +100,7 @@ def _grouped(failed: Sequence[renewal.Outcome]) -> Iterator[tuple[str, BridgeErr
             yield f"{names}: {backend}" if backend else names, outcomes[0].error
 
 
-def _result_json(
-    result: renewal.Result, selection: renewal.Selection, components: Sequence[Component]
-) -> dict[str, Any]:
+def _result_json(result: renewal.Result, selection: Selection, components: Sequence[Component]) -> dict[str, Any]:
     return {
         "schemaVersion": SCHEMA_VERSION,
         "exitCode": result.exit_code,
@@ -200,18 +190,18 @@ def write_csrs(settings: Settings, names: Collection[str], directory: Path, now:
     if Store(settings.node.state_dir).journal.exists():
         raise InstallError("an installation was interrupted", hint="run `ca-bridge recover`, then this again")
     node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
-    selection = renewal.select(node, settings, names, now)
+    selection = select(node, settings, names, now)
     made = renewal.prepare(selection.items, settings)
     prepared = [one for one in made if isinstance(one, renewal.Prepared)]
     if prepared:
         renewal.write_csrs(prepared, directory)
     rows = [(one.item.spec.name, str(directory / f"{one.item.spec.name}.csr"), f"for {one.item.spec.authority.name}")
             for one in prepared]  # fmt: skip
-    failed = [*selection.failed, *(one for one in made if isinstance(one, renewal.Outcome))]
+    failed = [*selection.failed, *(one for one in made if isinstance(one, Outcome))]
     if rows:
         typer.echo("\n".join(columns(rows)))
     elif not failed:
-        typer.echo(_nothing_due(node, settings, now))
+        typer.echo(nothing_due(node, settings, now))
     for name, error in _grouped(failed):
         print_error(error, name)
     return Exit.worst([outcome.exit_code for outcome in failed])
@@ -220,7 +210,7 @@ def write_csrs(settings: Settings, names: Collection[str], directory: Path, now:
 def plan(settings: Settings, names: Collection[str], now: datetime, *, as_json: bool) -> int:
     """Print what `renew` would do; 3 if that is anything."""
     node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
-    selection = renewal.select(node, settings, names, now)
+    selection = select(node, settings, names, now)
     specs = [item.spec for item in selection.items]
     components = restart.stale(specs, renewal.version_of(node, settings), settings.restart.components)
     if as_json:
@@ -229,7 +219,7 @@ def plan(settings: Settings, names: Collection[str], now: datetime, *, as_json: 
         typer.echo("\n".join(columns([_plan_row(item, settings, now) for item in selection.items])))
         _print_restart("After that, these must be restarted to use the new ones", components, settings)
     elif not selection.failed:
-        typer.echo(_nothing_due(node, settings, now))
+        typer.echo(nothing_due(node, settings, now))
     for name, error in _grouped(selection.failed):
         print_error(error, name)
     failed = Exit.worst([outcome.exit_code for outcome in selection.failed])
@@ -256,7 +246,7 @@ def _files(item: Item) -> list[Path]:
     return [path for path in (item.key_path, item.certificate_path) if path is not None]
 
 
-def _plan_json(selection: renewal.Selection, settings: Settings, components: Sequence[Component]) -> dict[str, Any]:
+def _plan_json(selection: Selection, settings: Settings, components: Sequence[Component]) -> dict[str, Any]:
     return {
         "schemaVersion": SCHEMA_VERSION,
         "renew": [

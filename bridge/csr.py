@@ -7,7 +7,7 @@ Unlike kubeadm, which takes over CN, O, DNS names and IP addresses, nothing of t
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -16,13 +16,10 @@ from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKey
 
 from bridge.certificates import attributes, name_text, san_counts
 from bridge.errors import BridgeError
+from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
 
-KeyAlgorithm = Literal["rsa-2048", "rsa-3072", "rsa-4096", "ecdsa-p256", "ecdsa-p384"]
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
 PublicKey = rsa.RSAPublicKey | ec.EllipticCurvePublicKey
-
-#: kubeadm's `encryptionAlgorithm` values, in small letters.
-KEY_ALGORITHMS: tuple[KeyAlgorithm, ...] = get_args(KeyAlgorithm)
 
 _CURVES: dict[str, ec.EllipticCurve] = {"ecdsa-p256": ec.SECP256R1(), "ecdsa-p384": ec.SECP384R1()}
 

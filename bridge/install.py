@@ -74,6 +74,12 @@ class Recovery:
         return f"{verb} the installation of run {self.run_id}, which was interrupted: {len(self.paths)} files"
 
 
+def is_interrupted(state_dir: Path) -> bool:
+    """Whether a run was cut off while it installed, so that `recover` has something to do."""
+    store = Store(state_dir)
+    return store.journal.exists() or store.staging.exists()
+
+
 def digest(data: bytes) -> str:
     """SHA-256 in hex."""
     return hashlib.sha256(data).hexdigest()

@@ -23,7 +23,7 @@ from typing import Protocol
 from cryptography import x509
 from cryptography.x509.verification import VerificationError as NoPathError
 
-from bridge import csr, expiry, inventory, kubeconfig, plugins, verify
+from bridge import csr, inventory, kubeconfig, plugins, verify
 from bridge.certificates import fingerprint, load_pem_certificates, name_text, pem, serial_hex
 from bridge.contract import Backend, Checks, Issued, ListsIssuers, SignRequest
 from bridge.errors import (
@@ -31,8 +31,6 @@ from bridge.errors import (
     BackendRefusedError,
     BridgeError,
     Exit,
-    SettingsError,
-    SettingsProblem,
     VerificationError,
     Violation,
 )
@@ -48,17 +46,12 @@ from bridge.install import (
     recover,
 )
 from bridge.inventory import Item, Node
+from bridge.selection import RESTORE, MissingCertificateError, Outcome, Selection, outcome_of, select
 from bridge.settings import Settings
-from bridge.specs import AUTHORITIES, SPECS, CertificateSpec, Component
+from bridge.specs import AUTHORITIES, CertificateSpec
 
-#: `certs renew all`.
-ALL = "all"
 #: Below this version kubeadm reads one certificate a file (measured on 1.20; chains since 1.21).
 FIRST_WITH_CHAINS = (1, 21)
-
-
-class MissingCertificateError(BridgeError):
-    """There is no live certificate that a renewal could be made from."""
 
 
 class RefusedByCheckError(BackendRefusedError):
@@ -89,23 +82,6 @@ class Prepared:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What became of one certificate."""
-
-    name: str
-    authority: str
-    old: x509.Certificate | None = None
-    new: x509.Certificate | None = None  #: Installed.
-    backend: str = ""
-    error: BridgeError | None = None
-
-    @property
-    def exit_code(self) -> int:
-        """That of its error."""
-        return self.error.exit_code if self.error is not None else Exit.DONE
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """What became of a run."""
 
@@ -126,88 +102,6 @@ class Result:
     def exit_code(self) -> int:
         """The worst outcome's."""
         return Exit.worst([outcome.exit_code for outcome in self.outcomes])
-
-
-# --- what is due -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Selection:
-    """What a run has to do."""
-
-    items: tuple[Item, ...]  #: To renew.
-    failed: tuple[Outcome, ...]  #: Should be renewed, and can't be.
-    skipped: tuple[str, ...]  #: Sentences for the operator.
-
-
-def select(node: Node, settings: Settings, names: Collection[str], now: datetime) -> Selection:
-    """
-    Choose what to renew.
-
-    Args:
-        node: What is there.
-        settings: `renewal.before` and `renewal.validity` say what is due.
-        names: kubeadm's names, or "all"; empty: what is due.
-        now: Aware, UTC.
-
-    Raises:
-        SettingsError: A name that is none, or that is not ours to renew.
-    """
-    _assert_known(names)
-    by_name = {item.spec.name: item for item in node.items}
-    asked = list(by_name) if not names or ALL in names else [name for name in by_name if name in names]
-    items, failed, skipped = [], [], []
-    for name in [*asked, *sorted(set(names) - {ALL} - set(asked))]:
-        item = by_name.get(name)
-        by_hand = name in names
-        if item is None or (item.state == "missing" and (by_hand or not item.spec.optional)):
-            failed.append(_absent(SPECS[name], item, node))
-        elif item.state == "missing":
-            skipped.append(f"{name} is not on this node, as is usual for it")
-        elif item.spec.component is Component.KUBELET and not item.managed:
-            skipped.append(f"{name} refers to {item.certificate_path}, which the kubelet renews by itself")
-        elif item.state != "present":
-            failed.append(_outcome(item, MissingCertificateError(item.trouble or "", hint=_RESTORE)))
-        elif names or _is_due(item, settings, now):
-            if item.managed:
-                items.append(item)
-            else:
-                failed.append(_outcome(item, _unknown_authority(item)))
-    return Selection(items=tuple(items), failed=tuple(failed), skipped=tuple(skipped))
-
-
-_RESTORE = "put a good copy back (an expired one will do), then run again"
-
-
-def _assert_known(names: Collection[str]) -> None:
-    unknown = [name for name in names if name != ALL and name not in SPECS]
-    if unknown:
-        wanted = f"names of certificates ({', '.join(SPECS)}) or {ALL}"
-        raise SettingsError([SettingsProblem("", wanted, ", ".join(map(repr, unknown)))])
-
-
-def _is_due(item: Item, settings: Settings, now: datetime) -> bool:
-    return expiry.is_due(item.certificates[0], settings.renewal.before, settings.renewal.validity, now)
-
-
-def _unknown_authority(item: Item) -> BridgeError:
-    text = f"wanted to read the CA file {item.anchor_path} that kube-apiserver's --etcd-cafile names, found that it can't be"
-    return MissingCertificateError(text, hint="without it nothing that signs for it can be proven; put it back")
-
-
-def _absent(spec: CertificateSpec, item: Item | None, node: Node) -> Outcome:
-    if item is None:
-        reason = "no local etcd here" if not node.local_etcd else "not on this node"
-        error = MissingCertificateError(f"wanted a certificate to renew, found none: {reason}")
-    else:
-        place = item.certificate_path
-        error = MissingCertificateError(f"wanted a certificate to renew in {place}, found nothing", hint=_RESTORE)
-    return Outcome(name=spec.name, authority=spec.authority.name, error=error)
-
-
-def _outcome(item: Item, error: BridgeError, backend: str = "") -> Outcome:
-    old = item.certificates[0] if item.certificates else None
-    return Outcome(name=item.spec.name, authority=item.spec.authority.name, old=old, error=error, backend=backend)
 
 
 # --- prepare ---------------------------------------------------------------------------------------------------------
@@ -232,7 +126,7 @@ def _prepare(item: Item, settings: Settings) -> Prepared | Outcome:
             spec=item.spec, csr_pem=csr.build(live, key), validity=settings.renewal.validity, replaces=live
         )
     except BridgeError as e:
-        return _outcome(item, e)
+        return outcome_of(item, e)
     return Prepared(item=item, request=request, key_pem=csr.key_pem(key), was=was)
 
 
@@ -245,7 +139,7 @@ def _live(item: Item) -> tuple[x509.Certificate, dict[Path, str | None]]:
     try:
         live = load_pem_certificates(certificate_data or b"")[0]
     except ValueError as e:
-        raise MissingCertificateError(f"{item.certificate_path}: wanted a certificate, found {e}", hint=_RESTORE) from e
+        raise MissingCertificateError(f"{item.certificate_path}: wanted a certificate, found {e}", hint=RESTORE) from e
     return live, {path: None if content is None else digest(content) for path, content in contents.items()}
 
 
@@ -393,7 +287,7 @@ def expectations(
                 extra_subject=ours.extra_subject if ours is not None else frozenset(),
             )
         except BridgeError as e:
-            failed.append(_outcome(item, e))
+            failed.append(outcome_of(item, e))
     return demands, failed
 
 
@@ -469,9 +363,9 @@ def finish(
         try:
             passed.append((one, _proven(one, answers[one.item.spec.name], expected[authority])))
         except BridgeError as e:
-            failed.append(_outcome(one.item, e, labels[authority]))
+            failed.append(outcome_of(one.item, e, labels[authority]))
     if failed and all_or_nothing:
-        held = [_outcome(one.item, _HELD_BACK, labels[one.item.spec.authority.name]) for one, _ in passed]
+        held = [outcome_of(one.item, _HELD_BACK, labels[one.item.spec.authority.name]) for one, _ in passed]
         return Result(outcomes=tuple(failed + held))
     if not passed:
         return Result(outcomes=tuple(failed))
@@ -575,7 +469,7 @@ def _renew(
     prepared = [one for one in made if isinstance(one, Prepared)]
     earlier = [*selection.failed, *unproved, *(one for one in made if isinstance(one, Outcome))]
     if earlier and all_or_nothing:
-        held = [_outcome(one.item, _HELD_BACK) for one in prepared]
+        held = [outcome_of(one.item, _HELD_BACK) for one in prepared]
         return Result(outcomes=(*earlier, *held))
     answers = sign(prepared, backends, expected, progress)
     return finish(

@@ -9,7 +9,6 @@ that asks no CA loads no backend.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 import stat
@@ -23,10 +22,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from bridge.contract import Secret
-from bridge.csr import KeyAlgorithm
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.expiry import Before, duration_text, parse_duration
-from bridge.specs import AUTHORITIES
+from bridge.specs import AUTHORITIES, KeyAlgorithm
 
 DEFAULT_FILE = Path("/etc/ca-bridge/config.toml")
 MAX_BYTES = 1 << 20
@@ -203,6 +201,19 @@ def load(file: Path | None) -> Settings:
         return Settings(source=Source(None, ""))
     path = file or DEFAULT_FILE
     return parse(_read(path), path)
+
+
+def overridden(
+    settings: Settings, pki_dir: Path | None, kubeconfig_dir: Path | None, state_dir: Path | None
+) -> Settings:
+    """The settings with the command line's places over them; relative ones are below the working directory."""
+    node = dataclasses.replace(
+        settings.node,
+        pki_dir=(pki_dir or settings.node.pki_dir).absolute(),
+        kubeconfig_dir=(kubeconfig_dir or settings.node.kubeconfig_dir).absolute(),
+        state_dir=(state_dir or settings.node.state_dir).absolute(),
+    )
+    return dataclasses.replace(settings, node=node)
 
 
 def _read(path: Path) -> str:
@@ -483,5 +494,7 @@ def _found(value: object) -> str:
 
 
 def _name_found(name: str, known: typing.Iterable[str]) -> str:
+    import difflib  # noqa: PLC0415 (5 ms, for a wrong name alone)
+
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"{name!r} (did you mean {close[0]!r}?)" if close else repr(name)

@@ -33,7 +33,7 @@ from cryptography.x509.oid import NameOID, ObjectIdentifier
 from bridge import csr, verify
 from bridge.contract import Backend, Checks, Closes, Issued, ListsIssuers, SignRequest, SignsMany
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError
-from bridge.specs import EKU, SPECS, CertificateSpec
+from bridge.specs import EKU, SPECS, CertificateSpec, KeyAlgorithm
 
 #: Optional abilities by the name that `BackendConformance.unsupported` takes.
 ABILITIES = {"sign_many": SignsMany, "check": Checks, "issuers": ListsIssuers, "close": Closes}
@@ -72,7 +72,7 @@ class TestCA:
     key: csr.PrivateKey
 
     @classmethod
-    def make(cls, name: str = "kubernetes", algorithm: csr.KeyAlgorithm = "rsa-2048", days: int = 3650) -> TestCA:
+    def make(cls, name: str = "kubernetes", algorithm: KeyAlgorithm = "rsa-2048", days: int = 3650) -> TestCA:
         """A self-signed CA that began a day ago."""
         key, now = csr.generate_key(algorithm), datetime.now(UTC)
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
@@ -95,7 +95,7 @@ class TestCA:
         """PKCS#1 or SEC1, unencrypted."""
         return csr.key_pem(self.key)
 
-    def leaf(self, spec: CertificateSpec, algorithm: csr.KeyAlgorithm = "ecdsa-p256") -> x509.Certificate:
+    def leaf(self, spec: CertificateSpec, algorithm: KeyAlgorithm = "ecdsa-p256") -> x509.Certificate:
         """A live certificate as kubeadm would have made it, with a day left."""
         organization, common_name = _NAMES[spec.name]
         attributes = [x509.NameAttribute(NameOID.COMMON_NAME, common_name)]
@@ -135,7 +135,7 @@ def _general_name(text: str) -> x509.GeneralName:
 
 
 def sign_request(
-    live: x509.Certificate, spec: CertificateSpec, algorithm: csr.KeyAlgorithm, validity: timedelta
+    live: x509.Certificate, spec: CertificateSpec, algorithm: KeyAlgorithm, validity: timedelta
 ) -> SignRequest:
     """A request to renew a live certificate with a new key, which is thrown away."""
     pem = csr.build(live, csr.generate_key(algorithm))
@@ -181,7 +181,7 @@ class BackendConformance:
         backend: Backend,
         live: dict[str, x509.Certificate],
         expected: verify.Expectation,
-        algorithm: csr.KeyAlgorithm,
+        algorithm: KeyAlgorithm,
     ) -> None:
         """Each kubeadm certificate comes back with its own subject, SANs and usages, whatever the key's type."""
         for spec in self.specs:

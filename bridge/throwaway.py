@@ -28,8 +28,8 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.name import _ASN1Type
 from cryptography.x509.oid import NameOID
 
-from bridge.csr import KeyAlgorithm, PrivateKey, algorithm_name, generate_key, key_pem
-from bridge.specs import AUTHORITIES, SPECS, CertificateSpec
+from bridge.csr import PrivateKey, algorithm_name, generate_key, key_pem
+from bridge.specs import AUTHORITIES, SPECS, CertificateSpec, KeyAlgorithm
 
 _BACKDATED = timedelta(minutes=5)
 _CA_LIFETIME = timedelta(days=3650)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from bridge import csr
 from bridge.certificates import attributes, san_counts
+from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
 from tests.kit.issuing import NOW, cn
 
 KEY = csr.generate_key("ecdsa-p256")
@@ -106,7 +107,7 @@ def test_an_empty_subject_needs_a_san() -> None:
 
 def test_the_key_is_of_the_old_ones_kind() -> None:
     """`same` follows the certificate, so that no old key is read."""
-    for algorithm in csr.KEY_ALGORITHMS:
+    for algorithm in KEY_ALGORITHMS:
         certificate = live(cn("x"), key=csr.generate_key(algorithm).public_key())
         assert csr.key_algorithm(certificate, "same") == algorithm
         assert csr.key_algorithm(certificate, "ecdsa-p384") == "ecdsa-p384"
@@ -136,7 +137,7 @@ def test_a_key_that_kubeadm_does_not_make_is_named(
     [("rsa-2048", b"RSA PRIVATE KEY", "sha256"), ("ecdsa-p256", b"EC PRIVATE KEY", "sha256"),
      ("ecdsa-p384", b"EC PRIVATE KEY", "sha384")],
 )  # fmt: skip
-def test_keys_and_signatures_are_as_kubeadms(algorithm: csr.KeyAlgorithm, label: bytes, digest: str) -> None:
+def test_keys_and_signatures_are_as_kubeadms(algorithm: KeyAlgorithm, label: bytes, digest: str) -> None:
     """PKCS#1 or SEC1, and the hash that fits."""
     key = csr.generate_key(algorithm)
     assert csr.key_pem(key).startswith(b"-----BEGIN " + label + b"-----\n")

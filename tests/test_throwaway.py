@@ -15,8 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from bridge import throwaway
-from bridge.csr import KeyAlgorithm
-from bridge.specs import AUTHORITIES, SPECS
+from bridge.specs import AUTHORITIES, SPECS, KeyAlgorithm
 from tests.kit.pki import KubeadmAlgorithm, KubeadmPki, Pki, handmade_pki, kubeadm_pki
 
 NOW = datetime(2026, 1, 31, 12, 0, 0, 5000, tzinfo=UTC)

@@ -19,7 +19,7 @@ from cryptography.x509.oid import NameOID, ObjectIdentifier
 from bridge import csr
 from bridge.contract import Issued, SignRequest
 from bridge.errors import VerificationError, Violation
-from bridge.specs import SPECS
+from bridge.specs import SPECS, KeyAlgorithm
 from bridge.testing import TestCA
 from bridge.verify import BACKDATING, CLOCK_SKEW, Expectation, check
 from tests.kit.issuing import CLIENT, NOW, SERVER, Signer, cn, name, usage
@@ -33,7 +33,7 @@ def root() -> Signer:
 
 
 @functools.cache
-def request(spec: str = "apiserver", algorithm: csr.KeyAlgorithm = "ecdsa-p256") -> SignRequest:
+def request(spec: str = "apiserver", algorithm: KeyAlgorithm = "ecdsa-p256") -> SignRequest:
     live = TestCA.make(algorithm="ecdsa-p256").leaf(SPECS[spec])
     pem = csr.build(live, csr.generate_key(algorithm))
     return SignRequest(spec=SPECS[spec], csr_pem=pem, validity=timedelta(days=365))

@@ -666,6 +666,8 @@ def test_check_refuses_another_program(directory: Path, tmp_path: Path, text: st
     version = 'if [ "$1" = version ]; then echo "{}"; else exec $REAL "$@"; fi'
     with pytest.raises(BackendRefusedError):
         opened(directory, openssl=program(tmp_path, version.format(text))).check([SERVER])
+    with pytest.raises(BackendUnavailableError):
+        opened(directory, openssl=program(tmp_path, "sleep 60"), timeout=timedelta(seconds=0.1)).check([SERVER])
     for good in ("OpenSSL 1.1.1w  11 Sep 2023", "OpenSSL 3.5.9 1 Jan 2027 (Library: OpenSSL 3.5.9)"):
         assert opened(directory, openssl=program(tmp_path, version.format(good))).check([SERVER]) == {}
 

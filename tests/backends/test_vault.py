@@ -41,7 +41,7 @@ from bridge.errors import (
     VerificationError,
     Violation,
 )
-from bridge.specs import AUTHORITIES, SPECS
+from bridge.specs import AUTHORITIES, SPECS, KeyAlgorithm
 from bridge.testing import BackendConformance, TestCA, sign_request
 from tests.kit import openbao
 from tests.kit.pki import Pki, handmade_pki
@@ -618,7 +618,7 @@ def test_signs_verbatim_what_was_asked(
     ca: TestCA,
     live: dict[str, x509.Certificate],
     tmp_path: Path,
-    algorithm: csr.KeyAlgorithm,
+    algorithm: KeyAlgorithm,
 ) -> None:
     """Mode sign-verbatim needs no role, and gives kubeadm's usages to every type of key."""
     pki.add_policy("verbatim", setup_vault.policy("pki", [], mode="sign-verbatim"))

@@ -85,7 +85,7 @@ def measure(directory: Path, rounds: int) -> Iterator[Row]:
     local = KubeadmPki(root=directory / "theirs", external=False, version="1.37")
     shutil.copytree(pki.root, local.root)
     for authority in AUTHORITIES.values():
-        shutil.copy(local.ca_dir / authority.key_file, local.pki_dir / authority.key_file)
+        shutil.copy(pki.ca_dir / authority.key_file, local.pki_dir / authority.key_file)
     bridge = Bridge(pki=pki, directory=directory / "bridge")
     with openbao.dev_server() as bao:
         for name in AUTHORITIES:

@@ -26,6 +26,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 bin=${KUBE_BIN_DIR:-/opt/k8s}
 base=${KUBE_NODE_DIR:-/var/lib/kube-nodes}
 bridge=kube-nodes
+made=/run/kube-nodes.made # those of the mount points that were not there before
 # All that kubeadm, kubelet and containerd write to; on the host these stay empty.
 mount_points=(/etc/kubernetes /var/lib/kubelet /var/lib/etcd /var/log/pods /var/log/containers
   /run/containerd /run/nri /etc/cni /usr/libexec/kubernetes)
@@ -55,6 +56,9 @@ phase() {
   tail -n 3 "$node/kubeadm.log" >&2
   die "$name: kubeadm init phase $* failed" "see $node/kubeadm.log"
 }
+
+# locked COMMAND...: no other node comes or goes meanwhile.
+locked() { (flock 9; "$@") 9>/run/kube-nodes.lock; }
 
 # --- what the container runtime would pull from a registry ---
 
@@ -101,6 +105,11 @@ cgroup_roots() { # each controller's directory (cgroup v1), or the one of all (v
   done
 }
 
+make_mount_points() {
+  local point
+  for point in "${mount_points[@]}"; do [ -d "$point" ] || { mkdir -p "$point"; echo "$point" >>"$made"; }; done
+}
+
 make_network() { # make_network IP
   if ! ip link show $bridge >/dev/null 2>&1; then
     ip link add $bridge type bridge
@@ -118,10 +127,7 @@ make_network() { # make_network IP
 
 make_namespaces() { # a process that holds the mount namespace, and all mounts of it
   local point
-  for point in "${mount_points[@]}"; do
-    [ -d "$point" ] || { mkdir -p "$point"; echo "$point" >>"$base/made"; }
-    mkdir -p "$node/root$point"
-  done
+  for point in "${mount_points[@]}"; do mkdir -p "$node/root$point"; done
   # nsenter and not `ip netns exec`, which would lay a new /sys without cgroups over the old one
   # shellcheck disable=SC2016  # expanded inside
   setsid nsenter --net="/run/netns/$name" unshare --mount --propagation private -- bash -ec '
@@ -153,12 +159,13 @@ start_containerd() {
 
 make_host() { # make_host IP: the node before kubeadm
   local root
-  [ ! -e "$node" ] || die "$name: wanted a new name, found a node of that name in $node" "node.sh down $name"
+  [ ! -e "$node" ] && [ ! -e "/run/netns/$name" ] || die "$name: wanted a new name, found a node of that name" "node.sh down $name"
   make_images
   mkdir -p "$node"
   # A node has its own cgroup root, since a kubelet removes what it does not know from its root.
   for root in $(cgroup_roots); do mkdir -p "$root/$name"; done
-  make_network "$1"
+  locked make_network "$1"
+  locked make_mount_points
   make_namespaces
   start_containerd
 }
@@ -309,14 +316,14 @@ remove_network() {
   ! ip link show "v-$name" >/dev/null 2>&1 || ip link del "v-$name"
 }
 
-# The last node takes what all of them share.
+# The last node of the machine, wherever the others are on disk, takes what all of them share.
 remove_shared() {
   local point
-  [ -z "$(find "$base" -mindepth 1 -maxdepth 1 -type d ! -name 'images-*' -print -quit)" ] || return 0
+  [ -z "$(ip -oneline link show master $bridge 2>/dev/null)" ] || return 0
   ! ip link show $bridge >/dev/null 2>&1 || ip link del $bridge
-  [ -e "$base/made" ] || return 0
-  while read -r point; do rmdir --ignore-fail-on-non-empty "$point" 2>/dev/null || true; done < <(sort -u "$base/made")
-  rm "$base/made"
+  [ -e "$made" ] || return 0
+  while read -r point; do rmdir --ignore-fail-on-non-empty "$point" 2>/dev/null || true; done < <(sort -u "$made")
+  rm "$made"
 }
 
 down() {
@@ -326,7 +333,7 @@ down() {
   awk -v node="$node/" 'index($2, node) == 1 { print $2 }' /proc/mounts | sort -r | while read -r point; do umount -l "$point"; done
   remove_cgroups
   rm -rf "$node"
-  [ ! -d "$base" ] || remove_shared
+  locked remove_shared
 }
 
 main() {

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from bridge import throwaway
-from bridge.csr import KeyAlgorithm
-from bridge.specs import AUTHORITIES
+from bridge.specs import AUTHORITIES, KeyAlgorithm
 from tests.kit import programs
 
 KubeadmVersion = Literal["1.37", "1.20"]

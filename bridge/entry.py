@@ -1,0 +1,67 @@
+"""
+The `ca-bridge` program.
+
+Most of its runs are cron's `ca-bridge renew` with nothing due. Those load no command line framework, take no lock
+and write nothing: a third of the time, every night on every node.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+#: What may stand beside `renew`; anything else is for the command line proper.
+_PLACES = ("--config", "--pki-dir", "--kubeconfig-dir", "--state-dir")
+
+
+def main() -> None:
+    """Say that nothing is due, or hand over to `bridge.cli`."""
+    sentence = nothing_to_do(sys.argv[1:])
+    if sentence is not None:
+        sys.stdout.write(f"{sentence}\n")
+        return
+    from bridge.cli import app  # noqa: PLC0415 (see above)
+
+    app()
+
+
+def nothing_to_do(arguments: Sequence[str]) -> str | None:
+    """
+    What `renew` would print if nothing is due and nothing else is to be said; None in every other case.
+
+    Whatever is odd (an argument, the settings, a file, an interrupted installation) is not judged here.
+    """
+    places = _places(arguments)
+    if places is None:
+        return None
+    from bridge import inventory  # noqa: PLC0415 (see above)
+    from bridge.errors import BridgeError  # noqa: PLC0415
+    from bridge.install import is_interrupted  # noqa: PLC0415
+    from bridge.selection import nothing_due, select  # noqa: PLC0415
+    from bridge.settings import load, overridden  # noqa: PLC0415
+
+    named = os.environ.get("CA_BRIDGE_CONFIG")
+    try:
+        config = places["--config"] or (Path(named) if named else None)
+        settings = overridden(load(config), *(places[name] for name in _PLACES[1:]))
+    except BridgeError:
+        return None
+    now = datetime.now(UTC)
+    node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
+    selection = select(node, settings, (), now)
+    if selection.items or selection.failed or is_interrupted(settings.node.state_dir):
+        return None
+    return nothing_due(node, settings, now)
+
+
+def _places(arguments: Sequence[str]) -> dict[str, Path | None] | None:
+    """The options of a plain `renew`; None when it is not one."""
+    if not arguments or arguments[0] != "renew" or len(arguments) % 2 == 0:
+        return None
+    given = dict(zip(arguments[1::2], arguments[2::2], strict=True))
+    if not given.keys() <= set(_PLACES) or not all(given.values()):
+        return None
+    return {name: Path(given[name]) if name in given else None for name in _PLACES}
