@@ -46,7 +46,7 @@ def traces() -> dict[str, list[str]]:
 
 @pytest.mark.slow
 def test_runs_a_control_plane_without_ca_keys(tmp_path: Path) -> None:
-    """A node in external-CA mode has all certificates, no CA key, and a control plane that answers."""
+    """A node in external-CA mode has all certificates, no CA key, and a control plane that answers; one of a name."""
     ca_dir = tmp_path / "ca-keys"
     with Node.up(NAME, "198.18.77.21", ca_dir=ca_dir) as node:
         for authority in AUTHORITIES.values():
@@ -58,6 +58,8 @@ def test_runs_a_control_plane_without_ca_keys(tmp_path: Path) -> None:
         for spec in SPECS.values():
             assert (node.kubeconfig_dir / spec.base if spec.kubeconfig else node.pki_dir / f"{spec.base}.crt").exists()
 
+        with pytest.raises(AssertionError, match="found a node of that name"):
+            Node.up(NAME, "198.18.77.22")
         assert NAME in node.kubectl("get", "nodes", "-o", "name").stdout
         running = node.crictl("ps", "--state", "running").stdout
         assert all(component.value in running for component in Component if component is not Component.KUBELET)

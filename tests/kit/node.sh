@@ -159,7 +159,7 @@ start_containerd() {
 
 make_host() { # make_host IP: the node before kubeadm
   local root
-  [ ! -e "$node" ] && [ ! -e "/run/netns/$name" ] || die "$name: wanted a new name, found a node of that name" "node.sh down $name"
+  [[ ! -e "$node" && ! -e "/run/netns/$name" ]] || die "$name: wanted a new name, found a node of that name" "node.sh down $name"
   make_images
   mkdir -p "$node"
   # A node has its own cgroup root, since a kubelet removes what it does not know from its root.
