@@ -347,7 +347,7 @@ class _Desk:
         """How a run ended, and the serial numbers that it added to the database."""
         before = self.database.read()
         self.database.check_space(len(before.data), len(orders))
-        self.database.back_up(before)
+        copy = self.database.back_up(before)
         names = [f"{order.position}.csr" for order in orders]
         for name, order in zip(names, orders, strict=True):
             self.folder.joinpath(name).write_bytes(order.csr_pem)
@@ -356,7 +356,7 @@ class _Desk:
         outcome = self._run(*fixed, "-infiles", *names)
         for name in names:
             self.folder.joinpath(name).unlink()
-        return outcome, self.database.added(before)
+        return outcome, self.database.added(before, copy)
 
     def _read(self, orders: Sequence[_Order], serials: Sequence[int], error: BackendError | None) -> _Answers:
         """The new certificates by their public keys: a CSR that openssl skips shifts the order of the others."""

@@ -218,13 +218,16 @@ class Database:
         Raises:
             BackendRefusedError: That needs a person.
         """
+        self._find_index()
+        if not self._unique_subject():
+            _write(self.attributes, b"unique_subject = no\n", self._pattern())
+
+    def _find_index(self) -> None:
         if not self.index.exists():
             time.sleep(_SETTLE_SECONDS)
         if not self.index.exists() and (remains := self._remains()) is not None:
             log.warning("%s was missing, as after a killed openssl ca; put back from its .new or .old", self.index)
             _write(self.index, remains, self._pattern())
-        if not self._unique_subject():
-            _write(self.attributes, b"unique_subject = no\n", self._pattern())
 
     def _remains(self) -> bytes | None:
         """The index as it should be after a run that died between its renames; None: there is nothing to go by."""
@@ -314,24 +317,26 @@ class Database:
                     f"wanted room for {certificates + _INDEX_COPIES} files in {folder}, found {disk.f_favail}"
                 )
 
-    def back_up(self, before: Snapshot) -> None:
+    def back_up(self, before: Snapshot) -> Path:
         """Keep a copy of the index; `.old` is none, since the next run puts a damaged index there."""
-        moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
-        _write(self._beside(f"{_BACKUP}{moment}"), before.data, before.status)
+        copy = self._beside(datetime.now(UTC).strftime(f"{_BACKUP}%Y%m%dT%H%M%S.%fZ"))
+        _write(copy, before.data, before.status)
         for path in self._backups()[:-_BACKUPS_KEPT]:
             path.unlink()
+        return copy
 
     def _backups(self) -> list[Path]:
         """Ours, the oldest first."""
         prefix = self.index.name + _BACKUP
         return sorted(path for path in self.index.parent.iterdir() if path.name.startswith(prefix))
 
-    def added(self, before: Snapshot) -> list[int]:
+    def added(self, before: Snapshot, copy: Path) -> list[int]:
         """
         What a run has added to the index; all that it wrote gets the owner and mode that the index had before.
 
         Args:
             before: The index before the run.
+            copy: What `back_up` made of it; it is the index again if the run damaged that.
 
         Returns:
             The new serial numbers in order.
@@ -339,11 +344,12 @@ class Database:
         Raises:
             BackendRefusedError: The run damaged the index; the old one is back.
         """
-        self.put_right()
+        self._find_index()
         try:
             serials = _new_serials(before, self.index.read_bytes())
         except IndexDamagedError as e:
-            _write(self.index, before.data, before.status)
+            copy.rename(self.index)  # where the disk is full there is no room for another copy
+            _sync(self.index.parent)
             raise BackendRefusedError(
                 f"openssl ca damaged the CA's database {self.index} ({e}); the old one is back",
                 hint="a full disk does that, or a second openssl ca that does not take our lock; what was signed will"
@@ -352,6 +358,7 @@ class Database:
         for path in (self.index, self.attributes, *(self.new_certs_dir / file_name(serial) for serial in serials)):
             with suppress(FileNotFoundError), path.open("rb") as file:
                 _adopt(file.fileno(), before.status)
+        self.put_right()
         return serials
 
     def sync(self, serials: Sequence[int]) -> None:

@@ -71,6 +71,8 @@ class Openssl:
             BackendUnavailableError: It did not end.
         """
         outcome = self._run(["version"], folder=Path("/"), inherited=())
+        if error := self._interrupted(outcome):
+            raise error
         text = outcome.output.decode(errors="replace").strip()
         match = re.match(r"OpenSSL (\d+)\.(\d+)\.(\d+)", text)
         if not match or tuple(map(int, match.groups())) < _OLDEST:
@@ -166,27 +168,31 @@ class Openssl:
 
     def failure(self, outcome: Outcome) -> Failure:
         """Why it failed, as far as its messages tell; they decide nothing else."""
+        if error := self._interrupted(outcome) or self._without_key(outcome.messages):
+            return Failure(error, for_all=True)
+        told = self._told(outcome.messages)
+        return Failure(BackendRefusedError(f"openssl ended with code {outcome.code}: {told}"), for_all=False)
+
+    def _interrupted(self, outcome: Outcome) -> BackendUnavailableError | None:
         if outcome.code is None:
-            return Failure(
-                BackendUnavailableError(
-                    f"wanted openssl to end within {self.limit.total_seconds():g} s, found it still running;"
-                    " it was stopped"
-                ),
-                for_all=True,
+            return BackendUnavailableError(
+                f"wanted openssl to end within {self.limit.total_seconds():g} s, found it still running; it was stopped"
             )
         if outcome.code < 0:
-            return Failure(BackendUnavailableError(f"openssl was ended by signal {-outcome.code}"), for_all=True)
+            return BackendUnavailableError(f"openssl was ended by signal {-outcome.code}")
         if _DISK_FULL.search(outcome.messages):
-            return Failure(BackendUnavailableError("wanted room for the CA's database, found the disk full"), True)
-        if _MISMATCH.search(outcome.messages):
-            return Failure(self.key_of_another_ca(), for_all=True)
-        if _WRONG_PASSPHRASE.search(outcome.messages):
-            return Failure(self._wrong_passphrase(), for_all=True)
-        told = self._told(outcome.messages)
-        if _NO_KEY.search(outcome.messages):
-            error = BackendRefusedError(f"wanted a PEM private key in {self.private_key}, openssl found: {told}")
-            return Failure(error, for_all=True)
-        return Failure(BackendRefusedError(f"openssl ended with code {outcome.code}: {told}"), for_all=False)
+            return BackendUnavailableError("wanted room for the CA's database, found the disk full")
+        return None
+
+    def _without_key(self, messages: str) -> BackendRefusedError | None:
+        if _MISMATCH.search(messages):
+            return self.key_of_another_ca()
+        if _WRONG_PASSPHRASE.search(messages):
+            return self._wrong_passphrase()
+        if _NO_KEY.search(messages):
+            told = self._told(messages)
+            return BackendRefusedError(f"wanted a PEM private key in {self.private_key}, openssl found: {told}")
+        return None
 
     def _wrong_passphrase(self) -> BackendRefusedError:
         if self.passphrase:
@@ -213,7 +219,7 @@ class Openssl:
                 lines.append(": ".join(filter(None, error.groups())))
             elif not _NOISE.match(line):
                 lines.append(line.strip())
-        told = "; ".join(_short(line) for line in lines[:_LINES_TOLD]) or "nothing"
+        told = "; ".join(_short(line) for line in lines[:_LINES_TOLD]) or "nothing that it told"
         secret = self._secret().decode()
         return told.replace(secret, "[passphrase]") if secret else told
 
