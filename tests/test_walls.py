@@ -49,7 +49,7 @@ IMPURE_METHODS = {
     *("read_text", "read_bytes", "write_text", "write_bytes", "open", "unlink", "mkdir", "stat", "exists", "is_file"),
 }
 
-HEAVY = {"hvac", "requests", "urllib3", "rich", "tenacity", "backends"}
+HEAVY = {"hvac", "requests", "urllib3", "rich", "tenacity", "pydantic", "backends"}
 
 
 def sources() -> dict[str, str]:
@@ -259,6 +259,7 @@ def loaded(statement: str) -> set[str]:
 def test_starting_loads_nothing_heavy() -> None:
     """The command line starts without network libraries, tables and backends; only commands that use them load them."""
     assert loaded("import bridge.cli") & HEAVY == set()
+    assert loaded("import bridge.entry") & {*HEAVY, "typer"} == set()
 
 
 def test_the_look_at_what_is_loaded_can_fail() -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import backends
 import bridge
@@ -61,6 +66,49 @@ def test_holds_the_program_and_its_data_and_nothing_else(wheel: Path) -> None:
     assert {path.partition("/")[2] for path in information} == {
         *("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
     }
+
+
+def locked(file: str) -> dict[str, Version]:
+    """Name and version of each package in a lock file."""
+    lines = re.findall(r"^([A-Za-z0-9._-]+)==([^ ;\\]+)", (ROOT / file).read_text(), re.MULTILINE)
+    return {canonicalize_name(name): Version(version) for name, version in lines}
+
+
+def test_the_lock_files_hold_what_is_declared() -> None:
+    """Each lock file has a version that pyproject.toml allows for all that it asks for; no two contradict each other."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    groups = project["dependency-groups"]
+    all_groups = [line for group in groups.values() for line in group if isinstance(line, str)]
+    dependencies = project["project"]["dependencies"]
+    everything = locked("requirements-dev.lock")
+
+    for file, lines in {
+        "requirements.lock": dependencies,
+        "requirements-build.lock": [*groups["build"], *project["build-system"]["requires"]],
+        "requirements-dev.lock": [*dependencies, *all_groups],
+    }.items():
+        versions = locked(file)
+        wrong = [line for line in lines if not satisfied(Requirement(line), versions)]
+        assert not wrong, f"{file}: run scripts/lock"
+        assert versions.items() <= everything.items()
+        text = (ROOT / file).read_text()
+        assert text.count("--hash=sha256:") >= len(versions)
+        assert "://" not in text
+
+
+def satisfied(requirement: Requirement, versions: Mapping[str, Version]) -> bool:
+    """The version is there, and allowed."""
+    version = versions.get(canonicalize_name(requirement.name))
+    return version is not None and version in requirement.specifier
+
+
+def test_a_lock_file_that_is_behind_is_noticed() -> None:
+    """A version that is too old, too new or not there does not satisfy."""
+    versions = {"typer": Version("0.28.1")}
+
+    assert satisfied(Requirement("Typer>=0.26,<0.29"), versions)
+    for line in ("typer>=0.29", "typer<0.28", "rich"):
+        assert not satisfied(Requirement(line), versions)
 
 
 def test_is_what_the_tests_run_against(wheel: Path) -> None:
