@@ -804,32 +804,31 @@ def test_the_exit_code_says_nothing(directory: Path, tmp_path: Path) -> None:
 # The database
 
 
-@pytest.mark.parametrize(
-    "damage",
-    {
-        "no final newline": lambda text: text.removesuffix(b"\n"),
-        "NUL bytes": lambda text: text + bytes(64),
-        "blank line": lambda text: text + b"\n",
-        "comment": lambda text: b"# ours\n" + text,
-        "garbage": lambda text: text + b"garbage\n",
-        "spaces": lambda text: text.replace(b"\t", b" "),
-        "seven fields": lambda text: text.replace(b"unknown", b"unknown\tunknown"),
-        "duplicate serial": lambda text: text + text,
-        "odd serial": lambda text: text.replace(b"\tunknown", b"0\tunknown"),
-        "revoked without date": lambda text: text.replace(b"V", b"R", 1),
-        "valid with date": lambda text: text.replace(b"Z\t", b"Z\t260101000000Z", 1),
-        "emptied": lambda _: b"",
-    }.items(),
-    ids=lambda item: item[0],
-)
-def test_refuses_a_damaged_index(directory: Path, damage: tuple[str, Callable[[bytes], bytes]]) -> None:
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "no final newline": lambda text: text.removesuffix(b"\n"),
+    "NUL bytes": lambda text: text + bytes(64),
+    "blank line": lambda text: text + b"\n",
+    "comment": lambda text: b"# ours\n" + text,
+    "garbage": lambda text: text + b"garbage\n",
+    "spaces": lambda text: text.replace(b"\t", b" "),
+    "seven fields": lambda text: text.replace(b"unknown", b"unknown\tunknown"),
+    "duplicate serial": lambda text: text + text,
+    "odd serial": lambda text: text.replace(b"\tunknown", b"0\tunknown"),
+    "revoked without date": lambda text: text.replace(b"V", b"R", 1),
+    "valid with date": lambda text: text.replace(b"Z\t", b"Z\t260101000000Z", 1),
+    "emptied": lambda _: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_refuses_a_damaged_index(directory: Path, damage: Callable[[bytes], bytes]) -> None:
     """An index that openssl would refuse, or lose rows of without a word, is refused and left as it is."""
     backend = opened(directory)
     backend.sign(renewal())
     backend.sign(renewal())
     index = directory / "index.txt"
     good = index.read_bytes()
-    damaged = damage[1](good)
+    damaged = damage(good)
     index.write_bytes(damaged)
 
     with pytest.raises(BackendRefusedError, match=re.escape(str(index))):
@@ -1045,7 +1044,7 @@ def test_a_disk_without_room_is_not_written_to(directory: Path, monkeypatch: pyt
     with pytest.raises(BackendUnavailableError):
         opened(directory).sign(renewal())
 
-    assert {**content(directory), ".ca-bridge.lock": b""} == {**before, ".ca-bridge.lock": b""}
+    assert content(directory) == {**before, ".ca-bridge.lock": b""}
     monkeypatch.undo()
     opened(directory).sign(renewal())
 
@@ -1254,16 +1253,15 @@ def error_of(function: Callable[[], object]) -> BackendError | None:
 
 
 @pytest.mark.parametrize("place", [".", "newcerts"])
-def test_refuses_a_folder_that_it_may_not_write(place: str) -> None:
+def test_refuses_a_folder_that_it_may_not_write(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the right to write in the CA's folders nothing is signed; with it the CA's own user needs no root."""
     mine = 65534 if os.geteuid() == 0 else os.geteuid()
     with tempfile.TemporaryDirectory(dir="/tmp") as base:
-        Path(base).chmod(0o755)
+        Path(base).chmod(0o777)
+        monkeypatch.setenv("TMPDIR", base)
         directory = make_ca_directory(Path(base) / "ca", CA.certificate_pem, CA.key_pem)
         for path in (directory, *directory.iterdir()):
             os.chown(path, mine, -1)
-        os.environ["TMPDIR"] = str(directory.joinpath("newcerts").parent.parent)
-        Path(base).chmod(0o777)
         asked = renewal()
         directory.joinpath(place).chmod(0o500)
         for call in (lambda: opened(directory).sign(asked), lambda: opened(directory).check([SERVER])):
