@@ -24,12 +24,13 @@ from bridge.contract import Secret, Selector
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.expiry import duration_text, residual
 from bridge.files import lock
-from bridge.install import InstallError, Store
+from bridge.install import InstallError
 from bridge.install import recover as recover_store
 from bridge.inventory import Item, Node
 from bridge.selection import Outcome, Selection, nothing_due, select
 from bridge.settings import DEFAULT_FILE, Settings
 from bridge.specs import AUTHORITIES, Component
+from bridge.store import Store
 
 SCHEMA_VERSION = 1
 DATE = "%b %d, %Y %H:%M UTC"

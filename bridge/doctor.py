@@ -19,9 +19,9 @@ import typer
 from bridge import expiry, inventory, plugins, renew, verify
 from bridge.console import columns
 from bridge.errors import BridgeError, Exit, SettingsError
-from bridge.install import Store
 from bridge.inventory import AuthorityState, Item, Node
 from bridge.settings import Settings
+from bridge.store import Store
 
 Level = Literal["ok", "warning", "error"]
 

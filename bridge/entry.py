@@ -39,9 +39,9 @@ def nothing_to_do(arguments: Sequence[str]) -> str | None:
         return None
     from bridge import inventory  # noqa: PLC0415 (see above)
     from bridge.errors import BridgeError  # noqa: PLC0415
-    from bridge.install import is_interrupted  # noqa: PLC0415
     from bridge.selection import nothing_due, select  # noqa: PLC0415
     from bridge.settings import load, overridden  # noqa: PLC0415
+    from bridge.store import Store  # noqa: PLC0415
 
     named = os.environ.get("CA_BRIDGE_CONFIG")
     try:
@@ -52,7 +52,7 @@ def nothing_to_do(arguments: Sequence[str]) -> str | None:
     now = datetime.now(UTC)
     node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
     selection = select(node, settings, (), now)
-    if selection.items or selection.failed or is_interrupted(settings.node.state_dir):
+    if selection.items or selection.failed or Store(settings.node.state_dir).is_interrupted:
         return None
     return nothing_due(node, settings, now)
 

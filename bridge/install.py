@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from bridge.errors import BridgeError
-from bridge.files import SECRET_MODE, Attributes, private_directory, sync_directory, write_atomically, write_staged
+from bridge.files import SECRET_MODE, Attributes, sync_directory, write_atomically, write_staged
+from bridge.store import Store
 
 log = logging.getLogger("ca-bridge")
 
@@ -74,37 +75,9 @@ class Recovery:
         return f"{verb} the installation of run {self.run_id}, which was interrupted: {len(self.paths)} files"
 
 
-def is_interrupted(state_dir: Path) -> bool:
-    """Whether a run was cut off while it installed, so that `recover` has something to do."""
-    store = Store(state_dir)
-    return store.journal.exists() or store.staging.exists()
-
-
 def digest(data: bytes) -> str:
     """SHA-256 in hex."""
     return hashlib.sha256(data).hexdigest()
-
-
-class Store:
-    """The state directory: journal, staging list and backups."""
-
-    def __init__(self, state_dir: Path) -> None:
-        self.directory = state_dir
-        self.journal = state_dir / "journal.json"
-        self.staging = state_dir / "staging.json"
-        self.backups = state_dir / "backups"
-        self.lock = state_dir / "lock"
-
-    def prepare(self) -> None:
-        """
-        Make the directories.
-
-        Raises:
-            BridgeError: They are there, and not ours alone.
-            OSError: They can't be made.
-        """
-        private_directory(self.directory)
-        private_directory(self.backups)
 
 
 def install(store: Store, replacements: Sequence[Replacement], run_id: str, about: Mapping[str, Any]) -> str:

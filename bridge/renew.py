@@ -40,7 +40,6 @@ from bridge.install import (
     KEY_MASK,
     KUBECONFIG_MASK,
     Replacement,
-    Store,
     digest,
     install,
     recover,
@@ -49,6 +48,7 @@ from bridge.inventory import Item, Node
 from bridge.selection import RESTORE, MissingCertificateError, Outcome, Selection, outcome_of, select
 from bridge.settings import Settings
 from bridge.specs import AUTHORITIES, CertificateSpec
+from bridge.store import Store
 
 #: Below this version kubeadm reads one certificate a file (measured on 1.20; chains since 1.21).
 FIRST_WITH_CHAINS = (1, 21)

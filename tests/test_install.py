@@ -19,11 +19,11 @@ from bridge.install import (
     KUBECONFIG_MASK,
     InstallError,
     Replacement,
-    Store,
     digest,
     install,
     recover,
 )
+from bridge.store import Store
 
 #: What the installer asks of the system; Path's methods go through these too.
 CALLS = ("open", "fsync", "fchmod", "rename", "unlink", "mkdir")

@@ -1,0 +1,34 @@
+"""Where things are in the state directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class Store:
+    """The state directory: journal, staging list and backups."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self.directory = state_dir
+        self.journal = state_dir / "journal.json"
+        self.staging = state_dir / "staging.json"
+        self.backups = state_dir / "backups"
+        self.lock = state_dir / "lock"
+
+    def prepare(self) -> None:
+        """
+        Make the directories.
+
+        Raises:
+            BridgeError: They are there, and not ours alone.
+            OSError: They can't be made.
+        """
+        from bridge.files import private_directory  # noqa: PLC0415 (a look at the store needs none of it)
+
+        private_directory(self.directory)
+        private_directory(self.backups)
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether a run was cut off while it installed, so that `install.recover` has something to do."""
+        return self.journal.exists() or self.staging.exists()
