@@ -20,6 +20,9 @@ warnings.filterwarnings(
     "ignore", message="Parsed a serial number which wasn't positive", category=CryptographyDeprecationWarning
 )
 
+# Long node names make a CN of more than the 64 characters of RFC 5280's upper bound; Kubernetes does not mind.
+warnings.filterwarnings("ignore", message="Attribute's length must be", category=UserWarning)
+
 _BEGIN = re.compile(rb"^-----BEGIN CERTIFICATE-----[ \t]*\r?$", re.MULTILINE)
 _END = b"-----END CERTIFICATE-----"
 

@@ -86,6 +86,13 @@ def test_carries_every_type_of_san() -> None:
     assert list(request.extensions.get_extension_for_class(x509.SubjectAlternativeName).value) == sans
 
 
+@pytest.mark.filterwarnings("ignore:Attribute's length must be:UserWarning")  # as bridge.certificates does at run time
+def test_carries_a_cn_that_is_longer_than_the_standard_allows() -> None:
+    """`system:node:` and a long host name; only making such a name anew would be refused."""
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"system:node:{'n' * 60}", _validate=False)])
+    assert attributes(built(live(subject)).subject) == [("2.5.4.3", f"system:node:{'n' * 60}")]
+
+
 def test_asks_for_nothing_but_sans() -> None:
     """Usages reach the CA by its own means; without SANs there is no extension at all, as in kubeadm's CSRs."""
     assert list(built(live(cn("front-proxy-client"))).extensions) == []
