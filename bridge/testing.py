@@ -18,7 +18,6 @@ Needs pytest; nothing of the program itself imports this module.
 from __future__ import annotations
 
 import functools
-import ipaddress
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,111 +26,39 @@ from typing import ClassVar
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.x509.oid import NameOID, ObjectIdentifier
+from cryptography.hazmat.primitives import serialization
 
 from bridge import csr, verify
 from bridge.contract import Backend, Checks, Closes, Issued, ListsIssuers, SignRequest, SignsMany
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError
-from bridge.specs import EKU, SPECS, CertificateSpec, KeyAlgorithm
+from bridge.specs import SPECS, CertificateSpec, KeyAlgorithm
+from bridge.throwaway import Cluster, ThrowawayCA, ca_certificate, leaf_certificate
 
 #: Optional abilities by the name that `BackendConformance.unsupported` takes.
 ABILITIES = {"sign_many": SignsMany, "check": Checks, "issuers": ListsIssuers, "close": Closes}
 
-_NAMES: dict[str, tuple[str | None, str]] = {  # O, CN as kubeadm 1.37 sets them on node cp-1
-    "admin.conf": ("kubeadm:cluster-admins", "kubernetes-admin"),
-    "apiserver": (None, "kube-apiserver"),
-    "apiserver-etcd-client": (None, "kube-apiserver-etcd-client"),
-    "apiserver-kubelet-client": (None, "kube-apiserver-kubelet-client"),
-    "controller-manager.conf": (None, "system:kube-controller-manager"),
-    "etcd-healthcheck-client": (None, "kube-etcd-healthcheck-client"),
-    "etcd-peer": (None, "cp-1"),
-    "etcd-server": (None, "cp-1"),
-    "front-proxy-client": (None, "front-proxy-client"),
-    "scheduler.conf": (None, "system:kube-scheduler"),
-    "super-admin.conf": ("system:masters", "kubernetes-super-admin"),
-    "kubelet.conf": ("system:nodes", "system:node:cp-1"),
-}
-_SANS = {
-    "apiserver": (
-        *("*.wild.example.com", "api.example.com", "cp-1", "kubernetes", "kubernetes.default"),
-        *("kubernetes.default.svc", "kubernetes.default.svc.cluster.local", "10.96.0.1", "192.0.2.10", "2001:db8::7"),
-    ),
-    "etcd-peer": ("cp-1", "localhost", "192.0.2.10", "127.0.0.1", "::1"),
-    "etcd-server": ("cp-1", "localhost", "192.0.2.10", "127.0.0.1", "::1"),
-}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TestCA:
-    """A CA in kubeadm's shape (KeyUsage without cRLSign, subject with a CN alone)."""
+class TestCA(ThrowawayCA):
+    """A CA in kubeadm's shape, and certificates of it as they may be on a node."""
 
     __test__ = False
-
-    certificate: x509.Certificate
-    key: csr.PrivateKey
 
     @classmethod
     def make(cls, name: str = "kubernetes", algorithm: KeyAlgorithm = "rsa-2048", days: int = 3650) -> TestCA:
         """A self-signed CA that began a day ago."""
         key, now = csr.generate_key(algorithm), datetime.now(UTC)
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        builder = _builder(subject, subject, key.public_key(), now - timedelta(days=1), now + timedelta(days=days))
-        certificate = (
-            builder.add_extension(_key_usage(ca=True), critical=True)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-            .sign(key, hashes.SHA256())
-        )
+        certificate = ca_certificate(name, key, now - timedelta(days=1), now + timedelta(days=days))
         return cls(certificate=certificate, key=key)
 
-    @property
-    def certificate_pem(self) -> bytes:
-        """One PEM block."""
-        return self.certificate.public_bytes(serialization.Encoding.PEM)
-
-    @property
-    def key_pem(self) -> bytes:
-        """PKCS#1 or SEC1, unencrypted."""
-        return csr.key_pem(self.key)
-
     def leaf(self, spec: CertificateSpec, algorithm: KeyAlgorithm = "ecdsa-p256") -> x509.Certificate:
-        """A live certificate as kubeadm would have made it, with a day left."""
-        organization, common_name = _NAMES[spec.name]
-        attributes = [x509.NameAttribute(NameOID.COMMON_NAME, common_name)]
-        if organization:
-            attributes.insert(0, x509.NameAttribute(NameOID.ORGANIZATION_NAME, organization))
-        now, key = datetime.now(UTC), csr.generate_key(algorithm).public_key()
-        names = x509.Name(attributes), self.certificate.subject
-        builder = _builder(*names, key, now - timedelta(hours=12), now + timedelta(days=1))
-        builder = builder.add_extension(_key_usage(ca=False), critical=True).add_extension(
-            x509.ExtendedKeyUsage([ObjectIdentifier(eku.value) for eku in EKU if eku in spec.ekus]), critical=False
-        )
-        if spec.name in _SANS:
-            san = x509.SubjectAlternativeName([_general_name(name) for name in _SANS[spec.name]])
-            builder = builder.add_extension(san, critical=False)
-        return builder.sign(self.key, hashes.SHA256())
+        """A live certificate with a day left; the API server's has a wildcard and an IPv6 address, too."""
+        key, now = csr.generate_key(algorithm), datetime.now(UTC)
+        begin, end = now - timedelta(hours=12), now + timedelta(days=1)
+        return leaf_certificate(spec, key, self, _CLUSTER, not_before=begin, not_after=end)
 
 
-def _builder(
-    subject: x509.Name, issuer: x509.Name, key: csr.PublicKey, begin: datetime, end: datetime
-) -> x509.CertificateBuilder:
-    builder = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key)
-    return builder.serial_number(x509.random_serial_number()).not_valid_before(begin).not_valid_after(end)
-
-
-def _key_usage(*, ca: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=True, key_encipherment=True, key_cert_sign=ca, crl_sign=False, content_commitment=False,
-        data_encipherment=False, key_agreement=False, encipher_only=False, decipher_only=False,
-    )  # fmt: skip
-
-
-def _general_name(text: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(text))
-    except ValueError:
-        return x509.DNSName(text)
+_CLUSTER = Cluster(extra_sans=("*.wild.example.com", "2001:db8::7"))
 
 
 def sign_request(

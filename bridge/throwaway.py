@@ -156,7 +156,7 @@ def make(
     keys = _generate_keys([*AUTHORITIES, *SPECS, "sa"], key)
     cas = {
         name: ThrowawayCA(
-            certificate=_ca_certificate(_CA_NAMES[name], keys[name], not_before, ca_not_after or now + _CA_LIFETIME),
+            certificate=ca_certificate(_CA_NAMES[name], keys[name], not_before, ca_not_after or now + _CA_LIFETIME),
             key=keys[name],
         )
         for name in AUTHORITIES
@@ -166,7 +166,7 @@ def make(
         _write(pki / AUTHORITIES[name].certificate_file, ca.certificate_pem, 0o644)
     for name, spec in SPECS.items():
         ca = cas[spec.authority.name]
-        leaf = _leaf_certificate(spec, keys[name], ca, cluster, not_before=not_before, not_after=not_after)
+        leaf = leaf_certificate(spec, keys[name], ca, cluster, not_before=not_before, not_after=not_after)
         if spec.kubeconfig:
             _write(directory / spec.base, _kubeconfig(name, leaf, keys[name], ca, cluster), 0o600)
         else:
@@ -199,7 +199,8 @@ def _generate_keys(names: Iterable[str], algorithm: KeyAlgorithm) -> dict[str, P
         return dict(zip(names, pool.map(lambda _: generate_key(algorithm), names), strict=True))
 
 
-def _ca_certificate(cn: str, key: PrivateKey, not_before: datetime, not_after: datetime) -> x509.Certificate:
+def ca_certificate(cn: str, key: PrivateKey, not_before: datetime, not_after: datetime) -> x509.Certificate:
+    """A self-signed CA as kubeadm makes it: a CN alone, KeyUsage without cRLSign."""
     subject = _name(cn, None)
     ca_usage = _key_usage(certificate_signing=True)
     builder = (
@@ -212,7 +213,7 @@ def _ca_certificate(cn: str, key: PrivateKey, not_before: datetime, not_after: d
     return builder.sign(key, _hash(key))
 
 
-def _leaf_certificate(
+def leaf_certificate(
     spec: CertificateSpec,
     key: PrivateKey,
     ca: ThrowawayCA,
@@ -221,6 +222,7 @@ def _leaf_certificate(
     not_before: datetime,
     not_after: datetime,
 ) -> x509.Certificate:
+    """The certificate that kubeadm would make for this spec."""
     cn, o = _SUBJECTS[spec.name]
     subject = _name(cn.format(node=cluster.node), o)
     # Of a certificate in a kubeconfig kubeadm still takes the CA's own beginning, however long ago.
