@@ -468,7 +468,7 @@ def test_every_format_takes_every_state(damaged: Pki) -> None:
 def test_the_command(tmp_path: Path, within: list[str], code: int) -> None:
     """The table goes to standard output, and the exit code to the caller."""
     node = handmade_pki(tmp_path, not_after=datetime.now(UTC) + 20 * DAY)
-    command = [sys.executable, "-c", "from bridge.cli import main; main()", "check-expiration", *within]
+    command = [sys.executable, "-c", "from bridge.entry import main; main()", "check-expiration", *within]
     command += ["--pki-dir", str(node.pki_dir), "--kubeconfig-dir", str(node.kubeconfig_dir)]
     now = datetime.now(UTC)
     run = subprocess.run(command, capture_output=True, text=True, check=False)
