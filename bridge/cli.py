@@ -30,9 +30,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    rich_markup_mode=None,  # plain help, the same in a README, a log and a terminal
     help="Renew the certificates of a kubeadm control plane whose CA keys are not on its disks.",
 )
-settings_app = typer.Typer(no_args_is_help=True, help="Write, show and check the settings file.")
+settings_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Write, show and check the settings file.")
 app.add_typer(settings_app, name="settings")
 
 
@@ -63,7 +64,7 @@ def _common_options(
     pki_dir: Annotated[Path | None, typer.Option(help="Overrides node.pki_dir.")] = None,
     kubeconfig_dir: Annotated[Path | None, typer.Option(help="Overrides node.kubeconfig_dir.")] = None,
     state_dir: Annotated[Path | None, typer.Option(help="Overrides node.state_dir.")] = None,
-    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="More messages.")] = 0,
+    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, show_default=False, help="More messages.")] = 0,
     log_format: Annotated[LogFormat, typer.Option(help="Of the messages on standard error.")] = LogFormat.TEXT,
 ) -> Common:
     console.set_up(verbose, log_format)
@@ -91,6 +92,10 @@ def command(to: typer.Typer, name: str) -> Callable[[Callable[..., None]], None]
     return register
 
 
+#: Exceptions that end a command as they should.
+_TYPERS_OWN = (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError)
+
+
 class _Errors:
     """What becomes of an exception: a message on standard error and the promised exit code."""
 
@@ -102,7 +107,7 @@ class _Errors:
         if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             place = f"{error.filename}: " if error.filename else ""
             _fail(BridgeError(f"{place}{error.strerror or type(error).__name__}"))
-        if isinstance(error, Exception) and not isinstance(error, (typer.Exit, BrokenPipeError)):
+        if isinstance(error, Exception) and not isinstance(error, _TYPERS_OWN):
             _bug(error)
 
 

@@ -115,6 +115,7 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Tls:
 
 def _pair(base: Path, authority: TestCA, eku: x509.ObjectIdentifier) -> tuple[Path, Path]:
     key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    identifier = authority.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     certificate = (
         x509.CertificateBuilder()
         .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, base.name)]))
@@ -125,7 +126,7 @@ def _pair(base: Path, authority: TestCA, eku: x509.ObjectIdentifier) -> tuple[Pa
         .not_valid_after(now + timedelta(days=1))
         .add_extension(x509.ExtendedKeyUsage([eku]), critical=False)
         .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key()), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier), critical=False)
         .sign(authority.key, hashes.SHA256())
     )
     files = base.with_suffix(".crt"), base.with_suffix(".key")

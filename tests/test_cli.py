@@ -1,0 +1,321 @@
+"""The command line: results on standard output, messages on standard error, promised exit codes."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from bridge import commands, entry, plugins
+from bridge.certificates import load_pem_certificates
+from bridge.cli import app
+from bridge.errors import BridgeError
+from bridge.files import lock
+from bridge.install import KEY_MASK, Replacement, install
+from bridge.store import Store
+from tests.kit import opensslca
+from tests.kit.pki import Pki, handmade_pki
+
+PLANTED = "planted-s3cret"
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Pki:
+    """A node whose certificates end in 20 days."""
+    return handmade_pki(tmp_path / "node", not_after=datetime.now(UTC) + timedelta(days=20))
+
+
+@pytest.fixture
+def config(node: Pki, tmp_path: Path) -> Path:
+    """Settings with an `openssl ca` directory for each authority."""
+    passphrase = tmp_path / "passphrase"
+    passphrase.write_text(f"{PLANTED}\n")
+    lines = [
+        f'[node]\npki_dir = "{node.pki_dir}"\nkubeconfig_dir = "{node.kubeconfig_dir}"\nstate_dir = "{tmp_path}/state"'
+    ]
+    lines.append(f'[backend.desk]\ntype = "openssl"\npassphrase_file = "{passphrase}"')
+    for name in ("ca", "etcd-ca", "front-proxy-ca"):
+        directory = opensslca.make_ca_directory(tmp_path / "cas" / name, *node.ca_pem(name), passphrase=PLANTED)
+        lines.append(f'[authority.{name}]\nbackend = "desk"\ndir = "{directory}"')
+    file = tmp_path / "config.toml"
+    file.write_text("\n".join([*lines, ""]))
+    file.chmod(0o644)
+    return file
+
+
+@pytest.fixture
+def run(config: Path) -> Iterator[Run]:
+    """Run a command with these settings; nothing that it says may hold the passphrase."""
+    said: list[str] = []
+
+    def run(*args: str) -> Result:
+        result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*args, "--config", str(config)])
+        said.append(result.output)
+        return result
+
+    yield run
+    assert PLANTED not in "".join(said)
+
+
+def leaf_serial(node: Pki, base: str = "apiserver") -> int:
+    return load_pem_certificates((node.pki_dir / f"{base}.crt").read_bytes())[0].serial_number
+
+
+def test_renew_renews_what_is_due_and_then_nothing(run: Run, node: Pki) -> None:
+    """One line a certificate; the second run has nothing to do."""
+    before = leaf_serial(node)
+    first = run("renew", "-v")
+    assert first.exit_code == 0, first.stderr
+    assert leaf_serial(node) != before
+    lines = [line for line in first.stdout.splitlines() if " serial " in line]
+    assert len(lines) == 12
+    assert all("until " in line and "issuer " in line and "by desk (openssl)" in line for line in lines)
+    after = leaf_serial(node)
+    second = run("renew")
+    assert (second.exit_code, second.stderr) == (0, "")
+    assert leaf_serial(node) == after
+
+
+def test_the_result_as_json(run: Run, node: Pki) -> None:
+    """All of it is on standard output, with a schema version."""
+    result = json.loads(run("renew", "apiserver", "kubelet.conf", "-o", "json").stdout)
+    assert result["schemaVersion"] == commands.SCHEMA_VERSION
+    assert [entry["name"] for entry in result["renewed"]] == ["apiserver", "kubelet.conf"]
+    assert result["renewed"][0]["serialNumber"] == f"{leaf_serial(node):X}".zfill(
+        len(result["renewed"][0]["serialNumber"])
+    )
+    assert result["restart"] == ["kube-apiserver", "kubelet"]
+    assert result["exitCode"] == 0
+
+
+def test_plan_says_what_renew_would_do_and_does_nothing(run: Run, node: Pki, tmp_path: Path) -> None:
+    """Exit 3 when something is due; `renew --dry-run` is the same."""
+    before = leaf_serial(node)
+    texts = [run(*args) for args in (("plan",), ("renew", "--dry-run"))]
+    assert {text.exit_code for text in texts} == {3}
+    assert texts[0].stdout == texts[1].stdout
+    assert "ask desk" in texts[0].stdout
+    assert json.loads(run("plan", "apiserver", "-o", "json").stdout)["renew"][0]["name"] == "apiserver"
+    assert leaf_serial(node) == before
+    assert not (tmp_path / "state").exists()
+    run("renew")
+    assert run("plan").exit_code == 0
+
+
+def test_a_missing_certificate_is_named_and_the_others_are_renewed(run: Run, node: Pki) -> None:
+    """Exit 1, since what is missing can't be renewed; super-admin.conf may be missing."""
+    (node.kubeconfig_dir / "super-admin.conf").unlink()
+    assert run("renew").exit_code == 0
+    (node.pki_dir / "apiserver.crt").unlink()
+    result = run("renew", "all", "-o", "json")
+    assert result.exit_code == 1
+    assert "apiserver" in result.stderr
+    assert "hint: " in result.stderr
+    assert len(json.loads(result.stdout)["renewed"]) == 10
+    assert run("renew", "super-admin.conf").exit_code == 1
+
+
+def test_a_broken_certificate_is_an_error_in_every_run(run: Run, node: Pki) -> None:
+    """Also when nothing else is due: it is not silently left behind."""
+    assert run("renew").exit_code == 0
+    path = node.pki_dir / "etcd/peer.crt"
+    good = path.read_bytes()
+    path.write_bytes(b"garbage")
+    result = run("renew")
+    assert result.exit_code == 1
+    assert "etcd-peer" in result.stderr
+    assert "Traceback" not in result.output
+    path.write_bytes(good)
+    assert run("renew").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("renew", "nonsense"),
+        ("renew", "--csr-only"),
+        ("renew", "--csr-dir", "/tmp/x"),
+        ("renew", "--csr-only", "--csr-dir", "/tmp/x", "--dry-run"),
+        ("setup", "vault", "--authority", "nonsense"),
+        ("check-expiration", "--within", "3"),
+        ("check-expiration", "-o", "xml"),
+        ("nonsense",),
+    ],
+)
+def test_usage_errors_are_2(run: Run, args: tuple[str, ...]) -> None:
+    """With a word on what was wanted."""
+    result = run(*args)
+    assert result.exit_code == 2
+    assert "wanted" in result.stderr or "Usage:" in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_a_settings_error_is_2_with_file_and_line(run: Run, config: Path) -> None:
+    """Before anything is asked or made."""
+    config.write_text(config.read_text() + '[renewal]\nvalidity = "soon"\n')
+    line = len(config.read_text().splitlines())
+    for command in ("renew", "plan", "doctor", "check-expiration"):
+        result = run(command)
+        assert result.exit_code == 2
+        assert f"{config}:{line}: renewal.validity: wanted" in result.stderr
+
+
+def test_a_backends_settings_error_is_2(run: Run, config: Path) -> None:
+    """Told by `settings check`, and by a renewal before it does anything."""
+    assert run("settings", "check").exit_code == 0
+    config.write_text(config.read_text().replace("passphrase_file", "passfrase_file"))
+    for args in (("settings", "check"), ("renew",), ("doctor",)):
+        result = run(*args)
+        assert result.exit_code == 2
+        assert "passfrase_file" in result.output
+
+
+def test_a_held_lock_is_9_and_names_the_holder(run: Run, tmp_path: Path) -> None:
+    """Nothing was done; when it is free the same command works."""
+    store = Store(tmp_path / "state")
+    store.prepare()
+    with lock(store.lock, "ca-bridge renew all"):
+        result = run("renew")
+    assert result.exit_code == 9
+    assert "ca-bridge renew all" in result.stderr
+    assert run("renew").exit_code == 0
+
+
+def test_an_interrupted_installation_is_finished_first(run: Run, node: Pki, tmp_path: Path) -> None:
+    """`recover` does it alone; a plain `renew` notices it although nothing is due."""
+    assert run("recover").exit_code == 0
+    assert run("renew").exit_code == 0
+    store = Store(tmp_path / "state")
+    target = node.pki_dir / "sa.pub"
+
+    def interrupt() -> None:
+        file = Replacement(certificate="x", path=target, data=b"new", mode_mask=KEY_MASK, was=digest_of(target))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("bridge.install._forward", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                install(store, [file], "run1", {})
+
+    interrupt()
+    result = run("recover")
+    assert (result.exit_code, target.read_bytes()) == (0, b"new")
+    assert "run1" in result.stdout
+    target.write_bytes(b"old")
+    for backup in store.backups.glob("*-run1"):
+        backup.rename(backup.with_name("older"))
+    interrupt()
+    assert entry.nothing_to_do(["renew", "--config", str(tmp_path / "config.toml")]) is None
+    assert run("renew").exit_code == 0
+    assert target.read_bytes() == b"new"
+
+
+def digest_of(path: Path) -> str:
+    from bridge.install import digest
+
+    return digest(path.read_bytes())
+
+
+def test_doctor_is_content_with_a_good_node(run: Run) -> None:
+    """Exit 0; what is due is a warning, each CA answers."""
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("answers, and is the right CA") == 3
+    assert "error" not in result.stdout
+
+
+def test_doctor_finds_what_is_wrong(run: Run, node: Pki, config: Path) -> None:
+    """Another CA, a broken file, a key for all to read, a CA key on the disk: all at once."""
+    text = config.read_text()
+    config.write_text(text.replace("cas/ca", "cas/etcd-ca"))
+    (node.pki_dir / "front-proxy-client.crt").write_bytes(b"garbage")
+    (node.pki_dir / "apiserver.key").chmod(0o644)
+    (node.pki_dir / "front-proxy-ca.key").write_text("x")
+    result = run("doctor")
+    assert result.exit_code == 1
+    for part in ("wanted the CA of", "front-proxy-client", "mode 0644", "its key is on this disk"):
+        assert part in result.stdout
+
+
+@pytest.mark.parametrize("ca", ["vault", "cfssl", "openssl"])
+def test_setup_prints_what_the_cas_administrator_needs(run: Run, ca: str) -> None:
+    """For one authority or for all; it needs no settings of a backend."""
+    everything, one = run("setup", ca), run("setup", ca, "--authority", "etcd-ca")
+    assert (everything.exit_code, one.exit_code) == (0, 0)
+    assert one.stdout in everything.stdout
+    assert "kube-apiserver-etcd-client" in one.stdout or ca == "openssl"
+
+
+def test_settings_init_writes_the_example_once(tmp_path: Path, run: Run) -> None:
+    """Never over an older file."""
+    path = tmp_path / "etc/ca-bridge/config.toml"
+    assert run("settings", "init", str(path)).exit_code == 0
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    path.write_text("mine")
+    result = run("settings", "init", str(path))
+    assert (result.exit_code, path.read_text()) == (1, "mine")
+
+
+def test_settings_show_names_secrets_and_shows_defaults(run: Run) -> None:
+    """What is in force; where the secret is, and not what."""
+    result = run("settings", "show")
+    assert result.exit_code == 0
+    assert 'before = "30d"' in result.stdout
+    assert "passphrase_file" in result.stdout
+
+
+def test_messages_as_json_lines(run: Run) -> None:
+    """For a log collector; results stay as they are."""
+    result = run("renew", "nonsense", "--log-format", "json")
+    [line] = [json.loads(line) for line in result.stderr.splitlines()]
+    assert line["level"] == "error"
+    assert datetime.fromisoformat(line["time"]).tzinfo is not None
+
+
+def test_a_bug_is_told_without_its_text(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unexpected exception may quote a secret; kind and place are enough for a report."""
+
+    def bug(*_: object) -> None:
+        raise RuntimeError(PLANTED)
+
+    monkeypatch.setattr(plugins, "configured", bug)
+    result = run("renew", "-v")
+    assert result.exit_code == 1
+    assert "internal error: RuntimeError at " in result.stderr
+
+
+def test_control_characters_never_reach_the_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CA's words may be in a message."""
+
+    def refuse(*_: object) -> None:
+        raise BridgeError("no \x1b[2J\x07")
+
+    monkeypatch.setattr(plugins, "configured", refuse)
+    result = run("renew")
+    assert "\x1b" not in result.stderr
+    assert "error: no " in result.stderr
+
+
+def test_a_plain_renew_with_nothing_due_loads_no_command_line(run: Run, config: Path) -> None:
+    """Anything else than `renew` with places goes the usual way."""
+    plain = ["renew", "--config", str(config)]
+    assert entry.nothing_to_do(plain) is None  # all is due
+    assert run("renew").exit_code == 0
+    assert (entry.nothing_to_do(plain) or "").startswith("nothing is due: ")
+    for other in ([], ["renew", "all"], ["renew", "-v"], ["plan"], ["renew", "--config"], ["renew", "--within", "3d"]):
+        assert entry.nothing_to_do([*other, "--config", str(config)]) is None
+
+
+def test_the_demo_shows_the_main_job(tmp_path: Path) -> None:
+    """Due before, renewed after, every usage as it should be."""
+    result = CliRunner().invoke(app, ["demo", "--directory", str(tmp_path / "demo")])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("as it should be") == 12
+    assert "WRONG" not in result.stdout
+    again = CliRunner().invoke(app, ["demo", "--directory", str(tmp_path / "demo")])
+    assert again.exit_code == 1
