@@ -44,7 +44,7 @@ find_python() {
 make_venv() {
   local directory=$1 python stamp; shift
   python=$(find_python)
-  stamp="$("$python" --version) $(cat "$@" | sha256sum)"
+  stamp="$directory $("$python" --version) $(cat "$@" | sha256sum)"
   [ "$(cat "$directory/stamp" 2>/dev/null)" != "$stamp" ] || return 0
   echo "installing into ${directory#"$PWD/"}: the Python packages of $*" >&2
   rm -rf "$directory"
