@@ -27,7 +27,6 @@ from bridge import csr, inventory, kubeconfig, plugins, verify
 from bridge.certificates import fingerprint, load_pem_certificates, name_text, pem, serial_hex
 from bridge.contract import Backend, Checks, Issued, ListsIssuers, SignRequest
 from bridge.errors import (
-    BackendError,
     BackendRefusedError,
     BridgeError,
     Exit,
@@ -79,6 +78,11 @@ class Prepared:
     request: SignRequest
     key_pem: bytes = field(repr=False)
     was: Mapping[Path, str | None]  #: Digests of the files that are to be replaced.
+
+    @property
+    def authority(self) -> str:
+        """Its CA's name."""
+        return self.item.spec.authority.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,49 +187,67 @@ def write_csrs(prepared: Sequence[Prepared], directory: Path) -> None:
 # --- sign ------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reached:
+    """One authority's CA after its preflight."""
+
+    label: str
+    backend: Backend | None  #: None: it can't be opened.
+    outage: plugins.Outage
+    wrong: Mapping[str, BridgeError]  #: What can't be asked for, by certificate name.
+
+
+def reach(
+    configured: plugins.Configured, items: Sequence[Item], expected: verify.Expectation, progress: Progress
+) -> Reached:
+    """Open a backend, and ask what can be asked before a signature is spent; an error is part of the answer."""
+    names = [item.spec.name for item in items]
+    progress.signing(configured.label, names)
+    outage = plugins.Outage(configured.settings.retry_for)
+    backend: Backend | None = None
+    wrong: Mapping[str, BridgeError] = {}
+    try:
+        backend = opened = configured.open()
+        wrong = outage.ask(lambda: preflight(opened, [item.spec for item in items], expected))
+    except BridgeError as e:
+        wrong = dict.fromkeys(names, e)
+    return Reached(label=configured.label, backend=backend, outage=outage, wrong=wrong)
+
+
 def sign(
-    prepared: Sequence[Prepared],
-    backends: Mapping[str, plugins.Configured],
-    expectations: Mapping[str, verify.Expectation],
-    progress: Progress,
-) -> dict[str, Issued | BackendError]:
+    prepared: Sequence[Prepared], reached: Mapping[str, Reached], progress: Progress
+) -> dict[str, Issued | BridgeError]:
     """
     Ask each authority's CA for its certificates, all CAs at the same time.
+
+    Args:
+        prepared: What to ask for.
+        reached: By authority.
+        progress: Is told.
 
     Returns:
         By certificate name.
     """
-    by_authority: dict[str, list[Prepared]] = {}
-    for one in prepared:
-        by_authority.setdefault(one.item.spec.authority.name, []).append(one)
 
-    def ask(authority: str) -> dict[str, Issued | BackendError]:
-        return _ask_authority(by_authority[authority], backends[authority], expectations[authority], progress)
+    def ask(authority: str) -> dict[str, Issued | BridgeError]:
+        return _ask(reached[authority], [one for one in prepared if one.authority == authority], progress)
 
-    answers: dict[str, Issued | BackendError] = {}
+    answers: dict[str, Issued | BridgeError] = {}
     with ThreadPoolExecutor(len(AUTHORITIES)) as pool:
-        for part in pool.map(ask, by_authority):
+        for part in pool.map(ask, dict.fromkeys(one.authority for one in prepared)):
             answers |= part
     return answers
 
 
-def _ask_authority(
-    prepared: Sequence[Prepared], configured: plugins.Configured, expected: verify.Expectation, progress: Progress
-) -> dict[str, Issued | BackendError]:
-    names = [one.item.spec.name for one in prepared]
-    outage = plugins.Outage(configured.settings.retry_for)
-    progress.signing(configured.label, names)
-    backend = configured.open()
-    try:
-        wrong = outage.ask(lambda: preflight(backend, [one.item.spec for one in prepared], expected))
-        requests = [one.request for one in prepared if one.item.spec.name not in wrong]
-        answers = plugins.sign_all(backend, requests, outage, lambda request: progress.signed(request.spec.name))
-        signed = {request.spec.name: answer for request, answer in zip(requests, answers, strict=True)}
-        return {name: wrong[name] if name in wrong else signed[name] for name in names}
-    except BackendError as e:
-        return dict.fromkeys(names, e)
-    finally:
-        plugins.close(backend)
+def _ask(reached: Reached, prepared: Sequence[Prepared], progress: Progress) -> dict[str, Issued | BridgeError]:
+    answers: dict[str, Issued | BridgeError] = dict(reached.wrong)
+    requests = [one.request for one in prepared if one.item.spec.name not in answers]
+    if reached.backend is not None and requests:
+        signed = plugins.sign_all(
+            reached.backend, requests, reached.outage, lambda request: progress.signed(request.spec.name)
+        )
+        answers |= {request.spec.name: answer for request, answer in zip(requests, signed, strict=True)}
+    return answers
 
 
 def preflight(
@@ -331,7 +353,7 @@ def replacements(one: Prepared, verified: verify.Verified) -> Iterator[Replaceme
 
 def finish(
     prepared: Sequence[Prepared],
-    answers: Mapping[str, Issued | BackendError],
+    answers: Mapping[str, Issued | BridgeError],
     expected: Mapping[str, verify.Expectation],
     store: Store,
     *,
@@ -359,13 +381,13 @@ def finish(
     passed: list[tuple[Prepared, verify.Verified]] = []
     failed = list(earlier)
     for one in prepared:
-        authority = one.item.spec.authority.name
+        authority = one.authority
         try:
             passed.append((one, _proven(one, answers[one.item.spec.name], expected[authority])))
         except BridgeError as e:
             failed.append(outcome_of(one.item, e, labels[authority]))
     if failed and all_or_nothing:
-        held = [outcome_of(one.item, _HELD_BACK, labels[one.item.spec.authority.name]) for one, _ in passed]
+        held = [outcome_of(one.item, _HELD_BACK, labels[one.authority]) for one, _ in passed]
         return Result(outcomes=tuple(failed + held))
     if not passed:
         return Result(outcomes=tuple(failed))
@@ -375,10 +397,10 @@ def finish(
     done = [
         Outcome(
             name=one.item.spec.name,
-            authority=one.item.spec.authority.name,
+            authority=one.authority,
             old=one.request.replaces,
             new=verified.leaf,
-            backend=labels[one.item.spec.authority.name],
+            backend=labels[one.authority],
         )
         for one, verified in passed
     ]
@@ -394,8 +416,8 @@ class HeldBackError(BridgeError):
 _HELD_BACK = HeldBackError("not installed, since others failed and --all-or-nothing was given")
 
 
-def _proven(one: Prepared, answer: Issued | BackendError, expected: verify.Expectation) -> verify.Verified:
-    if isinstance(answer, BackendError):
+def _proven(one: Prepared, answer: Issued | BridgeError, expected: verify.Expectation) -> verify.Verified:
+    if isinstance(answer, BridgeError):
         raise answer
     return verify.check(answer, one.request, expected)
 
@@ -448,8 +470,7 @@ def run(
         selection = select(node, settings, names, now())
         if not selection.items:
             return Result(outcomes=selection.failed), node, selection
-        backends = plugins.configured(settings, dict.fromkeys(i.spec.authority.name for i in selection.items))
-        result = _renew(selection, node, settings, backends, store, now, progress, all_or_nothing=all_or_nothing)
+        result = _renew(selection, node, settings, store, now, progress, all_or_nothing=all_or_nothing)
         return result, node, selection
 
 
@@ -457,7 +478,6 @@ def _renew(
     selection: Selection,
     node: Node,
     settings: Settings,
-    backends: Mapping[str, plugins.Configured],
     store: Store,
     now: Callable[[], datetime],
     progress: Progress,
@@ -465,13 +485,22 @@ def _renew(
     all_or_nothing: bool,
 ) -> Result:
     expected, unproved = expectations(node, settings, selection.items, now())
-    made = prepare([item for item in selection.items if item.spec.authority.name in expected], settings)
+    items = [item for item in selection.items if item.spec.authority.name in expected]
+    with ThreadPoolExecutor(1 + len(AUTHORITIES)) as pool:
+        making = pool.submit(prepare, items, settings)  # new keys take as long as all the rest
+        backends = plugins.configured(settings, dict.fromkeys(item.spec.authority.name for item in selection.items))
+        reached = _reach_all(pool, backends, items, expected, progress)
+        made = making.result()
     prepared = [one for one in made if isinstance(one, Prepared)]
     earlier = [*selection.failed, *unproved, *(one for one in made if isinstance(one, Outcome))]
-    if earlier and all_or_nothing:
-        held = [outcome_of(one.item, _HELD_BACK) for one in prepared]
-        return Result(outcomes=(*earlier, *held))
-    answers = sign(prepared, backends, expected, progress)
+    try:
+        if earlier and all_or_nothing:
+            return Result(outcomes=(*earlier, *(outcome_of(one.item, _HELD_BACK) for one in prepared)))
+        answers = sign(prepared, reached, progress)
+    finally:
+        for one in reached.values():
+            if one.backend is not None:
+                plugins.close(one.backend)
     return finish(
         prepared,
         answers,
@@ -483,3 +512,17 @@ def _renew(
         all_or_nothing=all_or_nothing,
         run_id=secrets.token_hex(4),
     )
+
+
+def _reach_all(
+    pool: ThreadPoolExecutor,
+    backends: Mapping[str, plugins.Configured],
+    items: Sequence[Item],
+    expected: Mapping[str, verify.Expectation],
+    progress: Progress,
+) -> dict[str, Reached]:
+    def of(name: str) -> Reached:
+        ours = [item for item in items if item.spec.authority.name == name]
+        return reach(backends[name], ours, expected[name], progress)
+
+    return dict(zip(expected, pool.map(of, expected), strict=True))
