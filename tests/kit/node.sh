@@ -312,8 +312,9 @@ remove_cgroups() {
 }
 
 remove_network() {
-  ! ip netns list | grep -qE "^$name( |\$)" || ip netns del "$name"
+  # Link first: the kernel removes it some time after the namespace of its other end, just between a look and `link del`.
   ! ip link show "v-$name" >/dev/null 2>&1 || ip link del "v-$name"
+  ! ip netns list | grep -qE "^$name( |\$)" || ip netns del "$name"
 }
 
 # The last node of the machine, wherever the others are on disk, takes what all of them share.
