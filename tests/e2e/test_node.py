@@ -72,7 +72,7 @@ class Restarts:
     """The restarts that the program's message asked for."""
 
     at: dict[Component, datetime]  #: When the old process was gone and the new one not yet there.
-    shown_before: dict[Component, set[str]]  #: Fingerprints of what it showed from the renewal to its restart.
+    shown_before: dict[Component, set[str]]  #: Fingerprints of what it showed from the renewal to its restart, if any.
     traffic: Traffic
 
 
@@ -127,14 +127,13 @@ def renewal(site: Site) -> Renewal:
 def restarts(site: Site, renewal: Renewal) -> Restarts:
     """The renewal's message, followed by the letter."""
     at: dict[Component, datetime] = {}
-    shown: dict[Component, set[str]] = {}
+    seen_as = {c: functools.partial(site.audit.certificates_of, user, renewal.done) for c, (_, user) in USERS.items()}
     with traffic(site.node) as seen:
         for component, sentence in advice(renewal.run.stdout).items():
             if component in USERS:
-                seen_as = functools.partial(site.audit.certificates_of, USERS[component][1], renewal.done)
-                wait_for(f"requests by {component.value}", seen_as)
+                wait_for(f"requests by {component.value}", seen_as[component])
                 at[component] = restart(site.node, component, sentence)
-                shown[component] = seen_as(at[component])
+    shown = {component: certificates(at.get(component)) for component, certificates in seen_as.items()}
     return Restarts(at=at, shown_before=shown, traffic=seen)
 
 
