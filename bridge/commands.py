@@ -161,7 +161,7 @@ class _TerminalProgress(_PlainProgress):
         with self._lock:
             if self._bars is None:
                 self._bars = self._stack.enter_context(_bars())
-            task = self._bars.add_task(f"{backend} signs {len(names)}", total=len(names))
+            task = self._bars.add_task(f"asking {backend}", total=len(names), detail="")
             self._tasks.update(dict.fromkeys(names, task))
 
     def signed(self, name: str) -> None:

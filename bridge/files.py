@@ -66,9 +66,16 @@ def write_staged(path: Path, data: bytes, attributes: Attributes) -> None:
             _set_extended(descriptor, attributes.extended)
             os.fchmod(descriptor, attributes.mode)  # after the ACL, whose mask it sets
             os.fsync(descriptor)
-    except BaseException:
+    except BaseException as e:  # noqa: BLE001 (raised again)
         path.unlink()
-        raise
+        raise _with_name(e, path) from None
+
+
+def _with_name(error: BaseException, path: Path) -> BaseException:
+    """An error of write(2) or fsync(2) does not tell which file it was."""
+    if isinstance(error, OSError) and error.filename is None:
+        return OSError(error.errno, error.strerror, str(path))
+    return error
 
 
 def _set_extended(descriptor: int, extended: dict[str, bytes]) -> None:
@@ -96,9 +103,9 @@ def write_atomically(path: Path, data: bytes, mode: int = SECRET_MODE) -> None:
             os.fchmod(descriptor, mode)
             os.fsync(descriptor)
         Path(temporary).rename(path)
-    except BaseException:
+    except BaseException as e:  # noqa: BLE001 (raised again)
         Path(temporary).unlink()
-        raise
+        raise _with_name(e, path) from None
     sync_directory(path.parent)  # or a power cut may bring the old content back
 
 
@@ -125,9 +132,10 @@ def private_directory(path: Path) -> None:
     status = path.stat()
     if status.st_uid != os.geteuid() or status.st_mode & 0o077:
         owner = f"owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}"
+        hint = f"chown {os.geteuid()} {path} && chmod 700 {path}, after a look at who else uses it"
         raise BridgeError(
             f"{path}: wanted a directory of user {os.geteuid()} with mode 0700 (it holds keys), found {owner}",
-            hint=f"chown {os.geteuid()} {path} && chmod 700 {path}, after a look at who else uses it",
+            hint=hint if os.geteuid() == 0 else f"run it as user {status.st_uid}",
         )
 
 

@@ -107,6 +107,7 @@ def install(store: Store, replacements: Sequence[Replacement], run_id: str, abou
             sync_directory(directory)
     except (OSError, InstallError) as e:
         _forget_staged(store)
+        _forget_partial_backups(store)
         raise InstallError(f"nothing was replaced: {_reason(e)}", hint=getattr(e, "hint", "")) from e
     journal = _journal(targets, run_id, backup_id)
     _write_json(store.journal, journal)

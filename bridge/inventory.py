@@ -115,11 +115,21 @@ def read(pki_dir: Path, kubeconfig_dir: Path) -> Node:
         manifests=found,
         local_etcd=local_etcd,
         troubles=(
+            *_no_directory(pki_dir),
             *(f"{item.spec.name}: {item.trouble}" for item in items if item.trouble),
             *(f"{state.authority.name}: {state.trouble}" for state in authorities if state.trouble),
             *troubles,
         ),
     )
+
+
+def _no_directory(pki_dir: Path) -> tuple[str, ...]:
+    """A wrong path is no node where everything happens to be missing: a probe must not be content with it."""
+    try:
+        found = pki_dir.is_dir()
+    except OSError:  # each file in it says why
+        found = True
+    return () if found else (f"{pki_dir}: wanted the directory of kubeadm's certificates, found none",)
 
 
 def _manifests(kubeconfig_dir: Path) -> tuple[dict[Component, Manifest], list[str]]:

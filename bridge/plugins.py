@@ -111,7 +111,8 @@ def configured(settings: Settings, authorities: Iterable[str]) -> dict[str, Conf
     missing = [settings.source.problem(("authority", a), "a table with the CA's backend", "none")
                for a in authorities if a not in settings.authorities]  # fmt: skip
     if problems or missing:
-        raise SettingsError(problems + missing)
+        hint = "`ca-bridge settings init` writes a commented file" if settings.source.file is None else ""
+        raise SettingsError(problems + missing, hint=hint)
     return {authority: result[authority] for authority in authorities}
 
 

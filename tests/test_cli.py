@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import pty
+import re
 import stat
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -309,6 +315,60 @@ def test_a_plain_renew_with_nothing_due_loads_no_command_line(run: Run, config: 
     assert (entry.nothing_to_do(plain) or "").startswith("nothing is due: ")
     for other in ([], ["renew", "all"], ["renew", "-v"], ["plan"], ["renew", "--config"], ["renew", "--within", "3d"]):
         assert entry.nothing_to_do([*other, "--config", str(config)]) is None
+
+
+def test_progress_on_a_terminal(config: Path) -> None:
+    """A bar for each CA while it is asked, the same lines at the end, and no escape sequence in the result."""
+    command = [str(Path(sys.executable).with_name("ca-bridge")), "renew", "all", "--config", str(config)]
+    parent, child = pty.openpty()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=child, stdin=subprocess.DEVNULL) as process:
+        os.close(child)
+        shown = b"".join(iter(lambda: _read(parent), b""))
+        assert process.stdout is not None
+        result = process.stdout.read()
+    os.close(parent)
+    assert process.returncode == 0, shown
+    assert b"asking desk (openssl)" in shown
+    assert b"\x1b[" in shown
+    assert b"12 renewed" in result
+    assert b"\x1b" not in result
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # Linux's way to say that the other end is closed
+        return b""
+
+
+def test_a_full_disk_is_named(run: Run, monkeypatch: pytest.MonkeyPatch, node: Pki, tmp_path: Path) -> None:
+    """Which file could not be written, nothing replaced, no half backup left; with room the same command works."""
+    before = leaf_serial(node)
+
+    fsync = os.fsync
+
+    def full(descriptor: int) -> None:
+        if ".ca-bridge-" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        result = run("renew", "apiserver")
+    assert result.exit_code == 1
+    assert re.search(r"error: .*/.*: No space left on device", result.stderr)
+    assert leaf_serial(node) == before
+    assert not list((tmp_path / "state/backups").iterdir())
+    assert run("renew", "apiserver").exit_code == 0
+
+
+def test_a_wrong_directory_is_not_a_healthy_node(run: Run, tmp_path: Path) -> None:
+    """kubeadm lists everything as missing and is content; a probe that looks at the wrong place must not be."""
+    result = run("check-expiration", "--pki-dir", str(tmp_path / "nowhere"))
+    assert result.exit_code == 1
+    assert "!MISSING! apiserver" in result.stdout
+    assert str(tmp_path / "nowhere") in result.stderr
+    assert run("check-expiration").exit_code == 0
 
 
 def test_the_demo_shows_the_main_job(tmp_path: Path) -> None:
