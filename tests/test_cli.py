@@ -348,7 +348,7 @@ def test_a_full_disk_is_named(run: Run, monkeypatch: pytest.MonkeyPatch, node: P
     fsync = os.fsync
 
     def full(descriptor: int) -> None:
-        if ".ca-bridge-" in os.readlink(f"/proc/self/fd/{descriptor}"):
+        if ".ca-bridge-" in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(descriptor)
 
