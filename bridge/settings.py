@@ -21,9 +21,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from bridge.contract import Secret
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.expiry import Before, duration_text, parse_duration
+from bridge.secret import Secret
 from bridge.specs import AUTHORITIES, KeyAlgorithm
 
 DEFAULT_FILE = Path("/etc/ca-bridge/config.toml")
