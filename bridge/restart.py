@@ -12,6 +12,10 @@ from bridge.specs import CertificateSpec, Component
 #: taken to need a restart, as kubeadm's documentation says for every version.
 FIRST_MEASURED = (1, 37)
 
+#: Where a kubelet with `rotateCertificates` keeps the pair that it found in kubelet.conf at its first start
+#: (client-go's certificate store; measured on 1.37 with an external CA).
+KUBELET_COPY = Path("/var/lib/kubelet/pki/kubelet-client-current.pem")
+
 #: etcd first, and the API server before what needs it.
 ORDER = (
     Component.ETCD,
@@ -45,7 +49,10 @@ def how(component: Component, manifests: Path) -> str:
     Moving the manifest is the way that the kubelet does not count as a crash; too early back costs it 10 to 25 s.
     """
     if component is Component.KUBELET:
-        return "kubelet: systemctl restart kubelet"
+        return (
+            f"kubelet: remove {KUBELET_COPY} (if it is there; the kubelet's copy of its old certificate, which it takes "
+            "before kubelet.conf), then systemctl restart kubelet"
+        )
     manifest = manifests / f"{component.value}.yaml"
     return (
         f"{component.value}: move {manifest} out of its directory, wait until the pod is gone and 3 s more "

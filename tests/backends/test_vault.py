@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Self
@@ -44,6 +44,7 @@ from bridge.errors import (
 from bridge.specs import AUTHORITIES, SPECS, KeyAlgorithm
 from bridge.testing import BackendConformance, TestCA, sign_request
 from tests.kit import openbao
+from tests.kit.loopback import LoopbackServer
 from tests.kit.pki import Pki, handmade_pki
 
 APISERVER = SPECS["apiserver"]
@@ -146,7 +147,7 @@ def tls_bao(tls: Tls, ca: TestCA, live: dict[str, x509.Certificate]) -> Iterator
         yield server
 
 
-class Double(ThreadingHTTPServer):
+class Double(LoopbackServer):
     """
     An HTTP server for answers that the real one does not give on demand.
 
@@ -376,7 +377,7 @@ def kubernetes_auth(pki: openbao.OpenBao, ca: TestCA, tmp_path: Path) -> Iterato
     claims = {"sub": _TokenReview.account, "kubernetes.io": {"namespace": "kube-system", "serviceaccount": account}}
     token = jwt(ec.generate_private_key(ec.SECP256R1()), **claims)
     handler = type("Handler", (_TokenReview,), {"good": token})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as api_server:
+    with LoopbackServer(("127.0.0.1", 0), handler) as api_server:
         threading.Thread(target=api_server.serve_forever, args=(0.02,), daemon=True).start()
         pki.enable_auth("kubernetes")
         pki.write(

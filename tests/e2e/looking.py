@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +28,7 @@ from bridge.certificates import fingerprint
 from bridge.specs import FRONT_PROXY_CA, SPECS
 from tests.e2e.nodes import wait_for
 from tests.kit import cfssl
+from tests.kit.loopback import LoopbackServer
 from tests.kit.node import Node
 
 API_PORT, ETCD_PORT, ETCD_PEER_PORT = 6443, 2379, 2380
@@ -269,7 +270,7 @@ def extension(node: Node, directory: Path) -> Iterator[Extension]:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=node.pki_dir / FRONT_PROXY_CA.certificate_file)
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_cert_chain(tls.server_cert, tls.server_key)
-    with ThreadingHTTPServer((GATEWAY, 0), Handler) as server:
+    with LoopbackServer((GATEWAY, 0), Handler) as server:
         server.socket = context.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()

@@ -158,12 +158,13 @@ def restart_kubelet(node: Node) -> datetime:
     Do what `systemctl restart kubelet` does, where there is no systemd.
 
     Returns:
-        When the old one was gone.
+        When the old one was gone, and all that it had asked for was answered.
     """
     pid = wait_for("a kubelet", lambda: _kubelet_pid(node))
     command = Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").split("\0")
     node.exec("kill", str(pid))
     wait_for("the end of the kubelet", lambda: not _kubelet_pid(node))
+    time.sleep(1)  # until its last requests have arrived
     gone = datetime.now(UTC)
     log = kit.directory() / node.name / "kubelet.log"
     node.exec("sh", "-c", f'setsid "$@" >>{log} 2>&1 </dev/null &', "-", *command)

@@ -214,11 +214,6 @@ def test_kubelet_stays_ready(site: Site, restarts: Restarts) -> None:
     assert nodes.is_ready(site.node)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the advice leaves out kubelet-client-current.pem, a copy of the old certificate that kubelet.conf yields to",
-)
 def test_kubelet_is_known_by_its_new_certificate(site: Site, renewal: Renewal, restarts: Restarts) -> None:
     """After its restart it shows the certificate of the new kubelet.conf, and no other."""
     name, user = USERS[Component.KUBELET]

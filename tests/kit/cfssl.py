@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from bridge.setup_cfssl import DISABLED, signing_config
 from bridge.specs import Authority
 from tests.kit import programs
+from tests.kit.loopback import LoopbackServer
 
 API = "/api/v1/cfssl"
 _START_SECONDS = 20
@@ -353,7 +354,7 @@ def inner_request(body: bytes) -> object:
 @contextlib.contextmanager
 def double(keys: Mapping[str, bytes], ca_cert_pem: bytes) -> Iterator[Double]:
     """A running `Double`; at the end nothing may have been wrong with the requests, and no answer may be left."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    server = LoopbackServer(("127.0.0.1", 0), _Handler)
     server.double = Double(f"http://127.0.0.1:{server.server_port}", keys, ca_cert_pem)  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
