@@ -3,7 +3,8 @@ The program's speed as ratios, each measured in one run against something real b
 
 `python -m tests.bench [--rounds N] [--readme]` prints a table and writes it to `tests/bench/results.md`;
 with `--readme` also into README.md, whose numbers come from nowhere else.
-Needs root (kubeadm's `--rootfs` is a chroot) and the programs of `tests/kit/binaries.sh`.
+Needs root (kubeadm's `--rootfs` is a chroot) and the programs of `tests/kit/binaries.sh`; run it with the Python of
+`.cache/venv-test`, which `scripts/test` made: what else is installed beside the program costs it start-up time.
 """
 
 from __future__ import annotations
