@@ -30,6 +30,7 @@ from urllib.parse import urlsplit
 
 import requests
 from cryptography import x509
+from cryptography.x509.oid import NameOID
 from requests.adapters import HTTPAdapter
 
 from bridge.contract import BackendSettings, Issued, Secret, SecretUnavailableError, Selector, SignRequest
@@ -192,6 +193,17 @@ class CfsslBackend:
             BackendUnavailableError: No answer.
         """
         return [self._remember(self._result(self._server.post("info", self._label), ""))]
+
+    def identity(self) -> str:
+        """The client certificate's CN; an HMAC key has no name."""
+        file = self._settings.client_cert
+        if file is None:
+            return ""
+        try:
+            subject = x509.load_pem_x509_certificate(file.read_bytes()).subject
+        except (OSError, ValueError) as e:
+            raise BackendRefusedError(f"cfssl: {file}: wanted the client certificate, found {type(e).__name__}") from e
+        return " ".join(f"CN={name.value!s}" for name in subject.get_attributes_for_oid(NameOID.COMMON_NAME))
 
     def close(self) -> None:
         """Close the connections."""

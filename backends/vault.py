@@ -492,6 +492,7 @@ class _Tokens:
         self._current: str | None = None
         self._made: list[str] = []
         self._secret_id: str | None = None  # a wrapped one can be had only once
+        self.identity: str | None = None  #: Who logged in; None: nobody did, the token was given.
 
     def get(self) -> str:
         """The token; logs in if there is none yet."""
@@ -545,6 +546,7 @@ class _Tokens:
         token = login.get("client_token")
         if not isinstance(token, str) or not token:
             raise BackendRefusedError(f"vault: {answer.where}: wanted a token, found none (a second factor asked for?)")
+        self.identity = _identity_text(f"auth/{self._mount}", _table(login, "metadata"), login)
         if login.get("token_type") != "batch":  # which nobody can revoke
             self._made.append(token)
         return self._server.hide(token)
@@ -584,6 +586,19 @@ class _Tokens:
                 f"vault: wanted a secret id wrapped in {source}, found something else", hint=_ALARM
             )
         return self._server.hide(secret_id)
+
+
+#: What the login methods tell of us in a token's metadata that is a name. A secret id's own metadata is free text.
+_NAMES = (
+    *("display_name", "role_name", "role", "username", "cert_name", "common_name"),
+    *("service_account_namespace", "service_account_name"),
+)
+
+
+def _identity_text(method: str, told: Mapping[str, object], token: Mapping[str, object]) -> str:
+    """Such as `auth/approle role_name=cp-1 entity_id=…`; the id is the one in the server's audit log."""
+    facts = {**{key: told.get(key) for key in _NAMES}, "entity_id": token.get("entity_id")}
+    return " ".join([method, *(f"{key}={value}" for key, value in facts.items() if value)])
 
 
 _ALARM = (
@@ -654,6 +669,17 @@ class VaultBackend:
         answer = self._server.send("get", f"{_path(self._settings.mount)}/{path}").or_raise()
         pem = [*_texts(answer.data.get("certificate")), *_texts(answer.data.get("ca_chain"))]
         return list(dict.fromkeys(_certificates(pem, answer.where)))
+
+    def identity(self) -> str:
+        """The login's role or user and its entity; for a token that was given, what it may see of itself."""
+        token = self._tokens.get()
+        if self._tokens.identity is None:
+            answer = self._server.send("get", "auth/token/lookup-self", token=token)
+            if answer.forbidden:  # the policy `default`, which allows it, may be left out
+                return ""
+            looked = answer.or_raise().data
+            self._tokens.identity = _identity_text("token", {"display_name": looked.get("display_name")}, looked)
+        return self._server.presentable(self._tokens.identity)
 
     def close(self) -> None:
         """Revoke the tokens that logging in made; a server that can't be reached is only logged."""

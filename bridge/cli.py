@@ -35,6 +35,10 @@ app = typer.Typer(
 )
 settings_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Write, show and check the settings file.")
 app.add_typer(settings_app, name="settings")
+audit_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Show and verify the record of what was done."
+)
+app.add_typer(audit_app, name="audit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,3 +347,36 @@ def settings_check(common: Common) -> None:
         raise SettingsError([], hint="`ca-bridge settings init` writes a commented file")
     plugins.configured(settings, settings.authorities)
     typer.echo(f"{settings.source.file}: nothing wrong")
+
+
+@command(audit_app, "show")
+def audit_show(
+    common: Common,
+    since: Annotated[
+        timedelta | None,
+        typer.Option(parser=_duration, metavar="DURATION", help='Only what is younger, such as "7d".'),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Only of this certificate.", show_default=False)] = None,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """
+    Show what was asked, issued, refused and installed, when and by whom.
+
+    From the record in the state directory, oldest first; `audit verify` says whether it is whole.
+    """
+    from bridge import commands  # noqa: PLC0415
+
+    begin = utc_now() - since if since is not None else None
+    commands.audit_show(common.settings(), begin, name, as_json=output is Output.JSON)
+
+
+@command(audit_app, "verify")
+def audit_verify(common: Common) -> None:
+    """
+    Find changed, missing, inserted, moved and cut lines of the record.
+
+    Exits with 1 if there are any. It can't find that all of the record was written anew; compare with a copy for that.
+    """
+    from bridge import commands  # noqa: PLC0415
+
+    raise typer.Exit(commands.audit_verify(common.settings()))

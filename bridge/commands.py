@@ -16,7 +16,7 @@ from typing import Any
 import typer
 from cryptography import x509
 
-from bridge import inventory, plugins, restart
+from bridge import audit, inventory, plugins, restart
 from bridge import renew as renewal
 from bridge.certificates import name_text, serial_hex
 from bridge.console import columns, log, print_error
@@ -272,11 +272,46 @@ def recover(settings: Settings) -> None:
     if not store.directory.is_dir():
         typer.echo("nothing to recover: no run has been here")
         return
-    with lock(store.lock, "ca-bridge recover"):
+    with lock(store.lock, "ca-bridge recover"), audit.Record(store, settings.audit) as record:
         found = recover_store(store)
+        if found is not None:
+            record.add(audit.RECOVERED, result=str(found))
     typer.echo(str(found) if found else "nothing to recover")
     for path in found.paths if found else ():
         typer.echo(f"  {path}")
+
+
+# --- the record ------------------------------------------------------------------------------------------------------
+
+
+def audit_verify(settings: Settings) -> int:
+    """`audit verify`: 1 if anything is wrong with the chain."""
+    count, damages = audit.verify(Store(settings.node.state_dir))
+    for damage in damages:
+        log.error("%s", damage)
+    if damages:
+        log.error("compare with a copy that was made elsewhere (syslog, a backup)", extra={"is_hint": True})
+        return Exit.FAILED
+    typer.echo(f"{count} lines, each follows the one before it" if count else "no record yet: nothing was renewed here")
+    return Exit.DONE
+
+
+def audit_show(settings: Settings, since: datetime | None, name: str | None, *, as_json: bool) -> None:
+    """`audit show`: the record's events, oldest first."""
+    found = list(audit.events(Store(settings.node.state_dir), since, name))
+    if as_json:
+        typer.echo(json.dumps({"schemaVersion": SCHEMA_VERSION, "events": found}, indent=4))
+    elif found:
+        keys = ("time", "run", "user", "event", "name", "serialNumber", "backend", "result")
+        rows = [[_printable(event.get(key, "")) for key in keys] for event in found]
+        typer.echo("\n".join(columns(rows)))
+    else:
+        typer.echo("nothing recorded")
+
+
+def _printable(value: object) -> str:
+    """A CA's words may be in it, and must not steer a terminal."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(value))
 
 
 # --- settings and setup ----------------------------------------------------------------------------------------------
@@ -314,7 +349,7 @@ def example() -> Path:
 def settings_show(settings: Settings) -> str:
     """The settings in force, as TOML-like lines `key = value`; what comes from backends' dataclasses included."""
     lines = [f"# from {settings.source.file or 'defaults alone: no settings file'}"]
-    for name in ("node", "renewal", "restart"):
+    for name in ("node", "renewal", "restart", "audit"):
         lines += ["", f"[{name}]", *_shown(getattr(settings, name))]
     for authority, configured in plugins.configured(settings, settings.authorities).items():
         lines += ["", f"[authority.{authority}]", f"backend = {configured.name!r}", f"# type {configured.type_name}"]

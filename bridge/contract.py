@@ -125,6 +125,23 @@ class ListsIssuers(Protocol):
 
 
 @runtime_checkable
+class Identifies(Protocol):
+    """Optional: who we are to the CA, for the record."""
+
+    def identity(self) -> str:
+        """
+        A name that the CA's own log knows us by, such as a role's or a client certificate's; never a credential.
+
+        Called after `check`, if there is one. Empty: the CA does not tell.
+
+        Raises:
+            BackendRefusedError: The CA does not accept us.
+            BackendUnavailableError: No answer.
+        """
+        ...
+
+
+@runtime_checkable
 class Closes(Protocol):
     """Optional: give back at the end what the backend took (sessions, tokens that it made)."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import secrets
 import shlex
 import sys
 import time
@@ -23,10 +22,11 @@ from typing import Protocol
 from cryptography import x509
 from cryptography.x509.verification import VerificationError as NoPathError
 
-from bridge import csr, inventory, kubeconfig, plugins, verify
+from bridge import audit, csr, inventory, kubeconfig, plugins, verify
 from bridge.certificates import fingerprint, load_pem_certificates, name_text, pem, serial_hex
-from bridge.contract import Backend, Checks, Issued, ListsIssuers, SignRequest
+from bridge.contract import Backend, Checks, Identifies, Issued, ListsIssuers, SignRequest
 from bridge.errors import (
+    BackendError,
     BackendRefusedError,
     BridgeError,
     Exit,
@@ -38,6 +38,7 @@ from bridge.install import (
     CERTIFICATE_MASK,
     KEY_MASK,
     KUBECONFIG_MASK,
+    InstallError,
     Replacement,
     digest,
     install,
@@ -195,6 +196,7 @@ class Reached:
     backend: Backend | None  #: None: it can't be opened.
     outage: plugins.Outage
     wrong: Mapping[str, BridgeError]  #: What can't be asked for, by certificate name.
+    identity: str | None = None  #: Who we are to it, if it tells.
 
 
 def reach(
@@ -206,12 +208,21 @@ def reach(
     outage = plugins.Outage(configured.settings.retry_for)
     backend: Backend | None = None
     wrong: Mapping[str, BridgeError] = {}
+    identity = None
     try:
         backend = opened = configured.open()
         wrong = outage.ask(lambda: preflight(opened, [item.spec for item in items], expected))
+        identity = _identity(opened)
     except BridgeError as e:
         wrong = dict.fromkeys(names, e)
-    return Reached(label=configured.label, backend=backend, outage=outage, wrong=wrong)
+    return Reached(label=configured.label, backend=backend, outage=outage, wrong=wrong, identity=identity)
+
+
+def _identity(backend: Backend) -> str | None:
+    """For the record; a CA that does not tell it may still sign."""
+    with contextlib.suppress(BackendError):
+        return (backend.identity() or None) if isinstance(backend, Identifies) else None
+    return None
 
 
 def sign(
@@ -360,7 +371,7 @@ def finish(
     labels: Mapping[str, str],
     earlier: Sequence[Outcome],
     all_or_nothing: bool,
-    run_id: str,
+    record: audit.Record,
 ) -> Result:
     """
     Prove every answer, then install those that passed in one step.
@@ -373,9 +384,10 @@ def finish(
         labels: The backend's label by authority.
         earlier: What failed before it could be asked for.
         all_or_nothing: Install nothing if anything failed.
-        run_id: Unique.
+        record: Is told; all of it is written before anything is replaced.
 
     Raises:
+        AuditError: Nothing was replaced.
         InstallError: Nothing was replaced.
     """
     passed: list[tuple[Prepared, verify.Verified]] = []
@@ -386,14 +398,23 @@ def finish(
             passed.append((one, _proven(one, answers[one.item.spec.name], expected[authority])))
         except BridgeError as e:
             failed.append(outcome_of(one.item, e, labels[authority]))
+    _record_proofs(record, passed, failed)
     if failed and all_or_nothing:
         held = [outcome_of(one.item, _HELD_BACK, labels[one.authority]) for one, _ in passed]
+        _record_failed(record, held)
         return Result(outcomes=tuple(failed + held))
     if not passed:
         return Result(outcomes=tuple(failed))
     files = [replacement for one, verified in passed for replacement in replacements(one, verified)]
     _wait_until_valid([verified.leaf for _, verified in passed])
-    backup_id = install(store, files, run_id, _about(passed))
+    record.write()  # nothing is installed that the record does not know
+    try:
+        backup_id = install(store, files, record.run_id, _about(passed))
+    except InstallError as e:
+        _record_failed(record, [outcome_of(one.item, e) for one, _ in passed])
+        raise
+    for one, verified in passed:
+        record.add(audit.INSTALLED, one.item.spec.name, authority=one.authority, new=verified.leaf)
     done = [
         Outcome(
             name=one.item.spec.name,
@@ -405,6 +426,30 @@ def finish(
         for one, verified in passed
     ]
     return Result(outcomes=tuple(done + failed), backup_id=backup_id)
+
+
+def _record_answers(
+    record: audit.Record, prepared: Sequence[Prepared], answers: Mapping[str, Issued | BridgeError]
+) -> None:
+    for one in prepared:
+        answer = answers[one.item.spec.name]
+        if isinstance(answer, Issued):
+            record.add(audit.ISSUED, one.item.spec.name, authority=one.authority, new=answer.leaf)
+
+
+def _record_proofs(
+    record: audit.Record, passed: Sequence[tuple[Prepared, verify.Verified]], failed: Sequence[Outcome]
+) -> None:
+    for one, verified in passed:
+        record.add(audit.VERIFIED, one.item.spec.name, authority=one.authority, new=verified.leaf)
+    _record_failed(record, failed)
+
+
+def _record_failed(record: audit.Record, failed: Sequence[Outcome]) -> None:
+    for outcome in failed:
+        if outcome.error is not None:
+            event = audit.FAILED if outcome.error is _HELD_BACK else audit.event_of(outcome.error)
+            record.add(event, outcome.name, authority=outcome.authority, old=outcome.old, error=outcome.error)
 
 
 class HeldBackError(BridgeError):
@@ -462,15 +507,18 @@ def run(
     """
     store = Store(settings.node.state_dir)
     store.prepare()
-    with lock(store.lock, shlex.join(sys.argv)):
+    record = audit.Record(store, settings.audit)
+    with lock(store.lock, shlex.join(sys.argv)), record:
         recovery = recover(store)
         if recovery is not None:
             progress.note(str(recovery))
+            record.add(audit.RECOVERED, result=str(recovery))
         node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
         selection = select(node, settings, names, now())
         if not selection.items:
+            _record_failed(record, selection.failed)
             return Result(outcomes=selection.failed), node, selection
-        result = _renew(selection, node, settings, store, now, progress, all_or_nothing=all_or_nothing)
+        result = _renew(selection, node, settings, store, now, progress, record, all_or_nothing=all_or_nothing)
         return result, node, selection
 
 
@@ -481,6 +529,7 @@ def _renew(
     store: Store,
     now: Callable[[], datetime],
     progress: Progress,
+    record: audit.Record,
     *,
     all_or_nothing: bool,
 ) -> Result:
@@ -495,8 +544,12 @@ def _renew(
     earlier = [*selection.failed, *unproved, *(one for one in made if isinstance(one, Outcome))]
     try:
         if earlier and all_or_nothing:
-            return Result(outcomes=(*earlier, *(outcome_of(one.item, _HELD_BACK) for one in prepared)))
+            outcomes = (*earlier, *(outcome_of(one.item, _HELD_BACK) for one in prepared))
+            _record_failed(record, outcomes)
+            return Result(outcomes=outcomes)
+        _record_asked(record, prepared, reached)
         answers = sign(prepared, reached, progress)
+        _record_answers(record, prepared, answers)
     finally:
         for one in reached.values():
             if one.backend is not None:
@@ -510,8 +563,16 @@ def _renew(
         labels={name: backend.label for name, backend in backends.items()},
         earlier=earlier,
         all_or_nothing=all_or_nothing,
-        run_id=secrets.token_hex(4),
+        record=record,
     )
+
+
+def _record_asked(record: audit.Record, prepared: Sequence[Prepared], reached: Mapping[str, Reached]) -> None:
+    for one in prepared:
+        ca, name = reached[one.authority], one.item.spec.name
+        record.know(name, one.request, ca.label, ca.identity)
+        if ca.backend is not None and name not in ca.wrong:
+            record.add(audit.ASKED, name, authority=one.authority)
 
 
 def _reach_all(

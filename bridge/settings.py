@@ -91,6 +91,36 @@ class RestartSettings:
     components: Literal["needed", "all"] = "needed"
 
 
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A number of bytes."""
+
+    count: int
+
+    @classmethod
+    def from_setting(cls, value: object) -> Size:
+        """Such as `"10MiB"`."""
+        match = re.fullmatch(r"([1-9][0-9]{0,6})(KiB|MiB|GiB)", value) if isinstance(value, str) else None
+        if match is None:
+            raise ValueError('a size such as "512KiB" or "10MiB"')
+        return cls(int(match[1]) * _SIZE_UNITS[match[2]])
+
+    def __str__(self) -> str:
+        unit = next(name for name, size in reversed(_SIZE_UNITS.items()) if self.count % size == 0)
+        return f"{self.count // _SIZE_UNITS[unit]}{unit}"
+
+
+_SIZE_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditSettings:
+    """Table `[audit]`."""
+
+    rotate_at: Size = Size(10 << 20)
+    syslog: bool = False  #: A copy of each line to /dev/log, which journald reads, too.
+
+
 @dataclass(frozen=True, kw_only=True)
 class AuthoritySettings:
     """Table `[authority.NAME]`; its other keys go to the backend."""
@@ -133,6 +163,7 @@ class Settings:
     node: NodeSettings = field(default_factory=NodeSettings)
     renewal: RenewalSettings = field(default_factory=RenewalSettings)
     restart: RestartSettings = field(default_factory=RestartSettings)
+    audit: AuditSettings = field(default_factory=AuditSettings)
     backends: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     authorities: Mapping[str, AuthoritySettings] = field(default_factory=dict)
     #: By authority: the keys of its table that are the backend's.
@@ -251,13 +282,14 @@ def parse(text: str, file: Path | None = None) -> Settings:
         raise SettingsError([SettingsProblem("", "TOML", _without_value(e), file)]) from None
     source = Source(file, text)
     reader = Reader(source)
-    tables = reader.tables(document, ("node", "renewal", "restart", "backend", "authority"))
+    tables = reader.tables(document, ("node", "renewal", "restart", "audit", "backend", "authority"))
     authorities, authority_tables = _authorities(reader, tables["authority"], tables["backend"])
     settings = Settings(
         source=source,
         node=reader.read(NodeSettings, tables["node"], ("node",)) or NodeSettings(),
         renewal=reader.read(RenewalSettings, tables["renewal"], ("renewal",)) or RenewalSettings(),
         restart=reader.read(RestartSettings, tables["restart"], ("restart",)) or RestartSettings(),
+        audit=reader.read(AuditSettings, tables["audit"], ("audit",)) or AuditSettings(),
         backends=_backends(reader, tables["backend"]),
         authorities=authorities,
         authority_tables=authority_tables,
@@ -392,7 +424,8 @@ class Reader:
         try:
             return _scalar(hint, value, key)
         except ValueError as e:
-            self.add(key, str(e), _found(value))
+            # in the place of a secret's place the secret itself may stand
+            self.add(key, str(e), "something else" if hint is Secret else _found(value))
             return None
 
     def _texts(self, value: Any, key: Key) -> dict[str, str]:
@@ -473,6 +506,8 @@ def _text(hint: Any, value: Any, key: Key) -> Any:
         raise ValueError("a text")
     if hint is Secret:
         kind = key[-1].rpartition("_")[2]
+        if kind == "env" and not re.fullmatch(r"[A-Za-z_{][A-Za-z0-9_{}]*", value):  # it may be a pattern with {usage}
+            raise ValueError("the name of an environment variable")
         return Secret(kind, str(_absolute(value)) if kind == "file" else value)
     return _absolute(value) if hint is Path else value
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class Store:
-    """The state directory: journal, staging list and backups."""
+    """The state directory: journal, staging list, backups and record."""
 
     def __init__(self, state_dir: Path) -> None:
         self.directory = state_dir
@@ -14,6 +14,8 @@ class Store:
         self.staging = state_dir / "staging.json"
         self.backups = state_dir / "backups"
         self.lock = state_dir / "lock"
+        self.audit = state_dir / "audit.jsonl"
+        self.audit_head = state_dir / "audit.head"  #: The newest line's number and digest.
 
     def prepare(self) -> None:
         """

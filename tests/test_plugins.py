@@ -136,10 +136,14 @@ def test_secrets_are_never_in_the_settings(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(plugins, "_types", lambda settings: dict.fromkeys(settings.backends, Plugin))
     head = '[backend.b]\ntype = "x"\n[authority.ca]\nbackend = "b"\n'
-    for key, kind in (("token_file", "file"), ("token_env", "env"), ("token_credential", "credential")):
-        settings = plugins.configured(parse(f'{head}{key} = "/x"\n'), ["ca"])["ca"].settings
+    for kind, where in (("file", "/x"), ("env", "X_{usage}"), ("credential", "x")):
+        settings = plugins.configured(parse(f'{head}token_{kind} = "{where}"\n'), ["ca"])["ca"].settings
         assert isinstance(settings, _Settings)
-        assert settings.token == Secret(kind, "/x")
+        assert settings.token == Secret(kind, where)
+    for kind in ("file", "env"):  # the secret itself, where its place should be
+        [problem] = problems(f'{head}token_{kind} = "hvs.secret"\n', "ca")
+        assert problem.key == f"authority.ca.token_{kind}"
+        assert "hvs.secret" not in str(problem)
     [problem] = problems(f'{head}token = "hvs.secret"\ntoken_file = "/x"\n', "ca")
     assert problem.key == "authority.ca.token"
     assert "hvs.secret" not in str(problem)
