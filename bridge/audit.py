@@ -358,7 +358,7 @@ def _head(store: Store) -> Link:
     try:
         value = json.loads(store.audit_head.read_bytes())
         return Link(int(value["sequence"]), str(value["sha256"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         raise ValueError(f"wanted the newest line's number in {store.audit_head.name}, found none") from None
 
 
