@@ -228,23 +228,23 @@ def _damage(event: Mapping[str, Any], text: str) -> dict[str, Any]:
 
 
 def _chained(events: Sequence[Mapping[str, Any]], last: Link) -> tuple[list[bytes], Link]:
-    lines, who = [], _who()
+    lines, doer = [], who()
     for event in events:
         sequence = last.sequence + 1
         place = {"schemaVersion": SCHEMA_VERSION, "sequence": sequence, "previous": last.sha256}
-        lines.append(json.dumps({**place, **event, **who}, separators=(",", ":")).encode() + b"\n")
+        lines.append(json.dumps({**place, **event, **doer}, separators=(",", ":")).encode() + b"\n")
         last = Link(sequence, _sha256(lines[-1]))
     return lines, last
 
 
-def _who() -> dict[str, str]:
+def who() -> dict[str, str]:
     """The effective user, and the one who logged in (which neither sudo nor the environment changes)."""
-    who = {"user": _user_name(os.geteuid()), "host": os.uname().nodename}
+    doer = {"user": _user_name(os.geteuid()), "host": os.uname().nodename}
     try:
         login = int(Path("/proc/self/loginuid").read_text(encoding="ascii"))
     except (OSError, ValueError):
-        return who  # a kernel without audit
-    return who if login == _NOBODY_LOGGED_IN else {**who, "login": _user_name(login)}
+        return doer  # a kernel without audit
+    return doer if login == _NOBODY_LOGGED_IN else {**doer, "login": _user_name(login)}
 
 
 #: (uid_t) -1: started by cron, systemd or in a container.
