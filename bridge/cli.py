@@ -203,6 +203,10 @@ Names = Annotated[
     list[str] | None,
     typer.Argument(metavar="[NAME…|all]", help="kubeadm's names, or all. [default: what is due]", show_default=False),
 ]
+WaitOption = Annotated[
+    timedelta | None,
+    typer.Option(parser=_duration, metavar="DURATION", help='How long to wait for another run to end, such as "60s".'),
+]
 OutputOption = Annotated[Output, typer.Option("--output", "-o", help="Format of the result.")]
 
 
@@ -216,6 +220,7 @@ def renew(
     all_or_nothing: Annotated[
         bool, typer.Option("--all-or-nothing", help="Install nothing if one certificate fails.")
     ] = False,
+    wait: WaitOption = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """
@@ -230,6 +235,8 @@ def renew(
         raise typer.BadParameter("--csr-only and --csr-dir are given together")
     if csr_only and (dry_run or all_or_nothing):
         raise typer.BadParameter("--csr-only can't be combined with --dry-run and --all-or-nothing")
+    if wait is not None and (csr_only or dry_run):
+        raise typer.BadParameter("--wait can't be combined with --csr-only and --dry-run, which take no lock")
     settings = common.settings()
     if csr_dir is not None:
         code = commands.write_csrs(settings, names or [], csr_dir.absolute(), utc_now())
@@ -237,7 +244,12 @@ def renew(
         code = commands.plan(settings, names or [], utc_now(), as_json=output is Output.JSON)
     else:
         code = commands.renew(
-            settings, names or [], utc_now, as_json=output is Output.JSON, all_or_nothing=all_or_nothing
+            settings,
+            names or [],
+            utc_now,
+            as_json=output is Output.JSON,
+            all_or_nothing=all_or_nothing,
+            wait=wait or timedelta(),
         )
     raise typer.Exit(code)
 
@@ -260,6 +272,36 @@ def recover(common: Common) -> None:
     from bridge import commands  # noqa: PLC0415
 
     commands.recover(common.settings())
+
+
+@command(app, "backups")
+def list_backups(common: Common, output: OutputOption = Output.TEXT) -> None:
+    """List the backups, the newest first: when, by whom, which certificates and serial numbers."""
+    from bridge import commands  # noqa: PLC0415
+
+    raise typer.Exit(commands.list_backups(common.settings(), as_json=output is Output.JSON))
+
+
+@command(app, "rollback")
+def rollback(
+    common: Common,
+    backup_id: Annotated[
+        str | None, typer.Argument(metavar="[ID]", help="Of `backups`. [default: the newest]", show_default=False)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Also certificates that are not valid now.")] = False,
+    wait: WaitOption = None,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """
+    Put a backup's files back, whole, in one step that survives a crash.
+
+    Refused unless each file is as it was backed up, each key belongs to its certificate, and each certificate leads
+    to the node's present CA and is valid. What is replaced is backed up: a second rollback undoes the first.
+    """
+    from bridge import commands  # noqa: PLC0415
+
+    as_json = output is Output.JSON
+    commands.rollback(common.settings(), backup_id, utc_now, force=force, wait=wait or timedelta(), as_json=as_json)
 
 
 @command(app, "doctor")

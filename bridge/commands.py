@@ -16,7 +16,7 @@ from typing import Any
 import typer
 from cryptography import x509
 
-from bridge import audit, inventory, plugins, restart
+from bridge import audit, backups, inventory, plugins, restart
 from bridge import renew as renewal
 from bridge.certificates import name_text, serial_hex
 from bridge.console import columns, log, print_error
@@ -39,11 +39,17 @@ DATE = "%b %d, %Y %H:%M UTC"
 
 
 def renew(
-    settings: Settings, names: Collection[str], now: Callable[[], datetime], *, as_json: bool, all_or_nothing: bool
+    settings: Settings,
+    names: Collection[str],
+    now: Callable[[], datetime],
+    *,
+    as_json: bool,
+    all_or_nothing: bool,
+    wait: timedelta = timedelta(),
 ) -> int:
     """Renew, print the result, and return the exit code."""
     with _progress() as progress:
-        result, node, selection = renewal.run(settings, names, now, progress, all_or_nothing=all_or_nothing)
+        result, node, selection = renewal.run(settings, names, now, progress, all_or_nothing=all_or_nothing, wait=wait)
     for sentence in selection.skipped:
         log.log(logging.INFO if names else logging.DEBUG, "%s", sentence)
     components = _stale(result, node, settings)
@@ -281,6 +287,100 @@ def recover(settings: Settings) -> None:
         typer.echo(f"  {path}")
 
 
+# --- going back ------------------------------------------------------------------------------------------------------
+
+
+def list_backups(settings: Settings, *, as_json: bool) -> int:
+    """`backups`: what could be put back, the newest first; 1 if one can't be read."""
+    found, broken = backups.read_all(Store(settings.node.state_dir))
+    if as_json:
+        entries = [_backup_json(backup) for backup in found]
+        typer.echo(json.dumps({"schemaVersion": SCHEMA_VERSION, "backups": entries}, indent=4))
+    elif found:
+        typer.echo("\n".join(columns([row for backup in found for row in _backup_rows(backup)])))
+    elif not broken:
+        typer.echo("no backups: nothing was replaced here")
+    for error in broken:
+        print_error(error)
+    return Exit.FAILED if broken else Exit.DONE
+
+
+def _backup_rows(backup: backups.Backup) -> Iterator[tuple[str, ...]]:
+    """A line for the backup, and one below it for each certificate."""
+    who = "@".join(part for part in (backup.user, backup.host) if part)
+    yield _printable(backup.backup_id), f"{backup.created:{DATE}}", f"{_printable(who)}: {_printable(backup.command)}"
+    for one in backup.certificates:
+        serials = f"serial {one.get('old_serial') or 'none'}, replaced by {one.get('new_serial') or 'none'}"
+        yield f"  {_printable(one.get('name'))}", "", _printable(serials)
+
+
+def _backup_json(backup: backups.Backup) -> dict[str, Any]:
+    return {
+        "id": backup.backup_id,
+        "created": backup.created.isoformat(timespec="seconds").replace("+00:00", "Z"),
+        "run": backup.run_id,
+        "command": backup.command,
+        "user": backup.user,
+        "host": backup.host,
+        "certificates": [
+            {
+                "name": one.get("name"),
+                "serialNumber": one.get("old_serial"),
+                "replacedBySerialNumber": one.get("new_serial"),
+            }
+            for one in backup.certificates
+        ],
+        "files": [{"path": str(file.path), "wasThere": file.copy is not None} for file in backup.files],
+    }
+
+
+def rollback(
+    settings: Settings,
+    backup_id: str | None,
+    now: Callable[[], datetime],
+    *,
+    force: bool,
+    wait: timedelta,
+    as_json: bool,
+) -> None:
+    """`rollback`: put a backup back, and say what to restart."""
+    done, node = backups.rollback(settings, backup_id, now, force=force, wait=wait)
+    components = _stale(renewal.Result(outcomes=done.outcomes), node, settings)
+    if as_json:
+        typer.echo(json.dumps(_rollback_json(done, components), indent=4))
+        return
+    rows = [
+        (o.name, f"until {o.new.not_valid_after_utc:{DATE}}", f"serial {serial_hex(o.new)}")
+        for o in done.outcomes
+        if o.new is not None
+    ]
+    typer.echo("\n".join([*columns(rows), *(f"removed {path}, as it was not there then" for path in done.removed)]))
+    replaced = settings.node.state_dir / "backups" / done.replaced_backup_id
+    typer.echo(f"backup {done.backup.backup_id} was put back; what it replaced is in {replaced}")
+    _print_restart("These still run on what was replaced until they are restarted", components, settings)
+
+
+def _rollback_json(done: backups.Rollback, components: Sequence[Component]) -> dict[str, Any]:
+    return {
+        "schemaVersion": SCHEMA_VERSION,
+        "exitCode": Exit.DONE,
+        "restored": done.backup.backup_id,
+        "backup": done.replaced_backup_id,
+        "certificates": [
+            {
+                "name": o.name,
+                "authority": o.authority,
+                "notAfter": o.new.not_valid_after_utc.isoformat().replace("+00:00", "Z") if o.new else None,
+                "serialNumber": serial_hex(o.new) if o.new else None,
+                "previousSerialNumber": serial_hex(o.old) if o.old else None,
+            }
+            for o in done.outcomes
+        ],
+        "removed": [str(path) for path in done.removed],
+        "restart": [component.value for component in components],
+    }
+
+
 # --- the record ------------------------------------------------------------------------------------------------------
 
 
@@ -349,7 +449,7 @@ def example() -> Path:
 def settings_show(settings: Settings) -> str:
     """The settings in force, as TOML-like lines `key = value`; what comes from backends' dataclasses included."""
     lines = [f"# from {settings.source.file or 'defaults alone: no settings file'}"]
-    for name in ("node", "renewal", "restart", "audit"):
+    for name in ("node", "renewal", "restart", "audit", "backups"):
         lines += ["", f"[{name}]", *_shown(getattr(settings, name))]
     for authority, configured in plugins.configured(settings, settings.authorities).items():
         lines += ["", f"[authority.{authority}]", f"backend = {configured.name!r}", f"# type {configured.type_name}"]

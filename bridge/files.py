@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import ClassVar
 
@@ -147,27 +147,46 @@ class LockedError(BridgeError):
 
 
 @contextlib.contextmanager
-def lock(path: Path, command: str) -> Iterator[None]:
+def lock(path: Path, command: str, wait: timedelta = timedelta()) -> Iterator[None]:
     """
     One writer a node: an advisory lock that ends with its process, however that ends.
 
     The file tells the others who holds it; it stays when the lock is given back (removing it would let two in).
 
+    Args:
+        path: The lock's file.
+        command: For the others to see.
+        wait: How long for somebody else to give it back.
+
     Raises:
         LockedError: Somebody holds it; it says who, and since when.
     """
+    deadline = time.monotonic() + wait.total_seconds()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, SECRET_MODE)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LockedError(f"wanted the lock {path}, found it held by {_holder(descriptor)}") from None
+        while not _is_taken(descriptor):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise LockedError(f"wanted the lock {path}, found it held by {_holder(descriptor)}")
+            time.sleep(min(left, _LOCK_POLL_SECONDS))
         os.ftruncate(descriptor, 0)
         since = datetime.now(UTC).isoformat(timespec="seconds")
         os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "command": command, "since": since}).encode(), 0)
         yield
     finally:
         os.close(descriptor)
+
+
+#: flock(2) has no time limit of its own, and an alarm would belong to the whole process.
+_LOCK_POLL_SECONDS = 0.1
+
+
+def _is_taken(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _holder(descriptor: int) -> str:

@@ -46,10 +46,12 @@ class Replacement:
 
     certificate: str  #: kubeadm's name of the certificate that it belongs to.
     path: Path  #: A symlink is followed, and stays.
-    data: bytes
+    data: bytes | None  #: None: the file goes away.
     mode_mask: int  #: The most that the new file's mode may allow.
     #: SHA-256 of what the file held when the CSR was made; None: there was no file.
     was: str | None
+    #: How it is made where there is no file; None: for its owner alone.
+    attributes: Attributes | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +181,10 @@ def _target(replacement: Replacement, run_id: str) -> Target:
 def _stage(target: Target) -> None:
     """Beside the target, so that rename(2) is atomic and the file system the same."""
     fresh = Attributes(mode=SECRET_MODE, uid=os.geteuid(), gid=os.getegid(), extended={})
-    write_staged(target.staged, target.replacement.data, target.attributes or fresh)
+    replacement = target.replacement
+    given = replacement.attributes.narrowed(replacement.mode_mask) if replacement.attributes is not None else fresh
+    if replacement.data is not None:
+        write_staged(target.staged, replacement.data, target.attributes or given)
 
 
 def _assert_unchanged(targets: Sequence[Target]) -> None:
@@ -219,7 +224,7 @@ def _back_up(store: Store, targets: Sequence[Target], run_id: str, about: Mappin
         files.append(entry)
     manifest = {
         "id": backup_id,
-        "created": created.isoformat(timespec="seconds"),
+        "created": created.isoformat(timespec="microseconds"),
         "run_id": run_id,
         **about,
         "files": files,
@@ -230,7 +235,11 @@ def _back_up(store: Store, targets: Sequence[Target], run_id: str, about: Mappin
 
 
 def _journal(targets: Sequence[Target], run_id: str, backup_id: str) -> dict[str, Any]:
-    entries = [{"path": str(t.path), "staged": str(t.staged), "sha256": digest(t.replacement.data)} for t in targets]
+    entries = []
+    for target in targets:
+        data = target.replacement.data
+        wanted = digest(data) if data is not None else None
+        entries.append({"path": str(target.path), "staged": str(target.staged), "sha256": wanted})
     return {"version": 1, "run_id": run_id, "backup": backup_id, "direction": "forward", "targets": entries}
 
 
@@ -238,7 +247,9 @@ def _forward(journal: Mapping[str, Any]) -> None:
     """Each new file is either in place already, or waits beside it; may be repeated."""
     for target in journal["targets"]:
         path, staged = Path(target["path"]), Path(target["staged"])
-        if staged.exists() and digest(staged.read_bytes()) == target["sha256"]:
+        if target["sha256"] is None:
+            path.unlink(missing_ok=True)
+        elif staged.exists() and digest(staged.read_bytes()) == target["sha256"]:
             staged.rename(path)
         elif not path.exists() or digest(path.read_bytes()) != target["sha256"]:
             raise InstallError(f"{path}: wanted its new content here or in {staged}, found neither")
@@ -259,7 +270,7 @@ def _back(store: Store, journal: dict[str, Any]) -> None:
         if entry["backup"] is None:
             path.unlink(missing_ok=True)
         elif not path.exists() or digest(path.read_bytes()) != entry["sha256"]:
-            write_staged(staged, (directory / entry["backup"]).read_bytes(), _attributes_from(entry["attributes"]))
+            write_staged(staged, (directory / entry["backup"]).read_bytes(), attributes_from(entry["attributes"]))
             staged.rename(path)
         sync_directory(path.parent)
 
@@ -305,7 +316,8 @@ def _attributes_json(attributes: Attributes) -> dict[str, Any]:
     return {"mode": attributes.mode, "uid": attributes.uid, "gid": attributes.gid, "extended": extended}
 
 
-def _attributes_from(value: Mapping[str, Any]) -> Attributes:
+def attributes_from(value: Mapping[str, Any]) -> Attributes:
+    """As a backup's manifest has them."""
     extended = {name: bytes.fromhex(text) for name, text in value["extended"].items()}
     return Attributes(mode=value["mode"], uid=value["uid"], gid=value["gid"], extended=extended)
 

@@ -15,14 +15,14 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
 from cryptography import x509
 from cryptography.x509.verification import VerificationError as NoPathError
 
-from bridge import audit, csr, inventory, kubeconfig, plugins, verify
+from bridge import audit, backups, csr, inventory, kubeconfig, plugins, verify
 from bridge.certificates import fingerprint, load_pem_certificates, name_text, pem, serial_hex
 from bridge.contract import Backend, Checks, Identifies, Issued, ListsIssuers, SignRequest
 from bridge.errors import (
@@ -483,7 +483,7 @@ def _about(passed: Sequence[tuple[Prepared, verify.Verified]]) -> dict[str, obje
         }
         for one, verified in passed
     ]
-    return {"command": shlex.join(sys.argv), "certificates": certificates}
+    return {"command": shlex.join(sys.argv), **audit.who(), "certificates": certificates}
 
 
 # --- the whole -------------------------------------------------------------------------------------------------------
@@ -496,9 +496,10 @@ def run(
     progress: Progress,
     *,
     all_or_nothing: bool = False,
+    wait: timedelta = timedelta(),
 ) -> tuple[Result, Node, Selection]:
     """
-    Renew, online, in one process.
+    Renew, online, in one process; wait so long for another run to end.
 
     Raises:
         LockedError: Another run works on this node.
@@ -508,7 +509,7 @@ def run(
     store = Store(settings.node.state_dir)
     store.prepare()
     record = audit.Record(store, settings.audit)
-    with lock(store.lock, shlex.join(sys.argv)), record:
+    with lock(store.lock, shlex.join(sys.argv), wait), record:
         recovery = recover(store)
         if recovery is not None:
             progress.note(str(recovery))
@@ -519,6 +520,8 @@ def run(
             _record_failed(record, selection.failed)
             return Result(outcomes=selection.failed), node, selection
         result = _renew(selection, node, settings, store, now, progress, record, all_or_nothing=all_or_nothing)
+        if result.backup_id is not None:
+            backups.retire(store, settings.backups, node, now())
         return result, node, selection
 
 

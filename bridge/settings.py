@@ -122,6 +122,19 @@ class AuditSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BackupSettings:
+    """Table `[backups]`; see `backups.retire`."""
+
+    keep: int = 10
+    keep_for: timedelta = timedelta(days=400)  #: Longer than a certificate lives, usually.
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """The newest is always kept."""
+        if self.keep < 1:
+            yield SettingsProblem("keep", "at least 1", str(self.keep))
+
+
+@dataclass(frozen=True, kw_only=True)
 class AuthoritySettings:
     """Table `[authority.NAME]`; its other keys go to the backend."""
 
@@ -164,6 +177,7 @@ class Settings:
     renewal: RenewalSettings = field(default_factory=RenewalSettings)
     restart: RestartSettings = field(default_factory=RestartSettings)
     audit: AuditSettings = field(default_factory=AuditSettings)
+    backups: BackupSettings = field(default_factory=BackupSettings)
     backends: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     authorities: Mapping[str, AuthoritySettings] = field(default_factory=dict)
     #: By authority: the keys of its table that are the backend's.
@@ -282,7 +296,7 @@ def parse(text: str, file: Path | None = None) -> Settings:
         raise SettingsError([SettingsProblem("", "TOML", _without_value(e), file)]) from None
     source = Source(file, text)
     reader = Reader(source)
-    tables = reader.tables(document, ("node", "renewal", "restart", "audit", "backend", "authority"))
+    tables = reader.tables(document, ("node", "renewal", "restart", "audit", "backups", "backend", "authority"))
     authorities, authority_tables = _authorities(reader, tables["authority"], tables["backend"])
     settings = Settings(
         source=source,
@@ -290,6 +304,7 @@ def parse(text: str, file: Path | None = None) -> Settings:
         renewal=reader.read(RenewalSettings, tables["renewal"], ("renewal",)) or RenewalSettings(),
         restart=reader.read(RestartSettings, tables["restart"], ("restart",)) or RestartSettings(),
         audit=reader.read(AuditSettings, tables["audit"], ("audit",)) or AuditSettings(),
+        backups=reader.read(BackupSettings, tables["backups"], ("backups",)) or BackupSettings(),
         backends=_backends(reader, tables["backend"]),
         authorities=authorities,
         authority_tables=authority_tables,

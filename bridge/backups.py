@@ -1,0 +1,461 @@
+"""
+The backups in the state directory: list them, put one back, delete old ones.
+
+A backup is what an installation replaced (`bridge.install` makes it): copies of the files, and a manifest.
+Not checked: subject, SANs and usages of what is put back. The node ran on it before.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.x509.verification import VerificationError as NoPathError
+
+from bridge import audit, inventory, kubeconfig, verify
+from bridge.certificates import load_pem_certificates, serial_hex
+from bridge.errors import BridgeError
+from bridge.files import Attributes, lock, sync_directory
+from bridge.install import (
+    CERTIFICATE_MASK,
+    KEY_MASK,
+    KUBECONFIG_MASK,
+    InstallError,
+    Replacement,
+    attributes_from,
+    digest,
+    install,
+    recover,
+)
+from bridge.inventory import Item, Node
+from bridge.selection import Outcome
+from bridge.settings import BackupSettings, Settings
+from bridge.store import Store
+
+log = logging.getLogger("ca-bridge")
+
+MANIFEST = "manifest.json"
+#: What a manifest without them could not be listed or put back.
+_NEEDED = {"id": str, "created": str, "run_id": str, "files": list}
+
+
+class BackupError(BridgeError):
+    """There is no such backup, or it can't be read."""
+
+    hint = "`ca-bridge backups` lists what there is"
+
+
+class RollbackRefusedError(BridgeError):
+    """The backup is not fit to be put back; all that is wrong, one a line. Nothing was replaced."""
+
+    def __init__(self, backup_id: str, problems: Sequence[Problem]) -> None:
+        self.problems = list(problems)
+        hint = (
+            "choose another one of `ca-bridge backups`, or renew"
+            if any(not problem.can_be_forced for problem in problems)
+            else "--force puts it back nevertheless; components refuse a certificate outside its validity"
+        )
+        super().__init__("\n".join(f"backup {backup_id}: {problem}" for problem in problems), hint=hint)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One reason not to put a backup back."""
+
+    certificate: str  #: kubeadm's name.
+    wanted: str
+    found: str
+    can_be_forced: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.certificate}: wanted {self.wanted}, found {self.found}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class File:
+    """One file as it was."""
+
+    certificate: str  #: kubeadm's name of the certificate that it belongs to.
+    path: Path  #: Where it was, symlinks resolved.
+    copy: Path | None  #: None: there was no file.
+    sha256: str | None
+    attributes: Attributes | None
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any], directory: Path) -> File:
+        """From a manifest's entry."""
+        name, path = entry["certificate"], Path(entry["path"])
+        if entry["backup"] is None:
+            return cls(certificate=name, path=path, copy=None, sha256=None, attributes=None)
+        return cls(
+            certificate=name,
+            path=path,
+            copy=directory / Path(entry["backup"]).name,
+            sha256=entry["sha256"],
+            attributes=attributes_from(entry["attributes"]),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backup:
+    """What an installation replaced."""
+
+    backup_id: str
+    directory: Path
+    created: datetime
+    run_id: str
+    command: str  #: Empty where the manifest does not tell.
+    user: str
+    host: str
+    certificates: tuple[Mapping[str, Any], ...]  #: `name`, `old_serial`, `new_serial` each.
+    files: tuple[File, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """Of its certificates, each once."""
+        return list(dict.fromkeys(file.certificate for file in self.files))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollback:
+    """What was put back."""
+
+    backup: Backup
+    replaced_backup_id: str  #: The backup of what was there before.
+    outcomes: tuple[Outcome, ...]
+    removed: tuple[Path, ...]  #: Were not there when the backup was made.
+
+
+# --- what there is ---------------------------------------------------------------------------------------------------
+
+
+def read_all(store: Store) -> tuple[list[Backup], list[BackupError]]:
+    """All backups, the newest first; and those that can't be read. One without a manifest is none."""
+    found, broken = [], []
+    for directory in store.backups.iterdir() if store.backups.is_dir() else ():
+        try:
+            found.append(_read(directory))
+        except FileNotFoundError:
+            continue  # not finished, or being deleted
+        except BackupError as e:
+            broken.append(e)
+    return sorted(found, key=lambda backup: (backup.created, backup.backup_id), reverse=True), broken
+
+
+def _read(directory: Path) -> Backup:
+    path = directory / MANIFEST
+    data = path.read_bytes()
+    try:
+        manifest = json.loads(data)
+        if not all(isinstance(manifest[key], kind) for key, kind in _NEEDED.items()):
+            raise BackupError(f"{path}: wanted a manifest, found keys of other types")
+        return Backup(
+            backup_id=directory.name,
+            directory=directory,
+            created=datetime.fromisoformat(manifest["created"]),
+            run_id=manifest["run_id"],
+            command=manifest.get("command", ""),
+            user=manifest.get("user", ""),
+            host=manifest.get("host", ""),
+            certificates=tuple(manifest.get("certificates", ())),
+            files=tuple(File.of(entry, directory) for entry in manifest["files"]),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise BackupError(f"{path}: wanted a manifest, found something else ({type(e).__name__})") from e
+
+
+def find(store: Store, backup_id: str | None) -> Backup:
+    """
+    One backup.
+
+    Args:
+        store: Where to look.
+        backup_id: None: the newest.
+
+    Raises:
+        BackupError: There is none.
+    """
+    found, broken = read_all(store)
+    for backup in found:
+        if backup_id in (None, backup.backup_id):
+            return backup
+    for error in broken:
+        raise error
+    wanted = f"the backup {backup_id}" if backup_id else "a backup"
+    raise BackupError(f"wanted {wanted} in {store.backups}, found {f'{len(found)} others' if found else 'none'}")
+
+
+# --- is it good? -----------------------------------------------------------------------------------------------------
+
+
+def problems_of(backup: Backup, node: Node, now: datetime) -> list[Problem]:
+    """All that speaks against putting it back."""
+    items = {item.spec.name: item for item in node.items}
+    return [problem for name in backup.names for problem in _problems(name, _files(backup, name), items.get(name), now)]
+
+
+def _files(backup: Backup, name: str) -> list[File]:
+    return [file for file in backup.files if file.certificate == name]
+
+
+def _problems(name: str, files: Sequence[File], item: Item | None, now: datetime) -> Iterator[Problem]:
+    """Of one certificate: its files, its pair, its path, its validity; later ones make no sense without the earlier."""
+    if item is None:
+        yield Problem(certificate=name, wanted="a certificate of this node", found="a name that it does not have")
+        return
+    found = [*_misplaced(name, files, item), *_damaged(name, files)]
+    if found:
+        yield from found
+    elif any(file.copy is not None for file in files):
+        try:
+            certificates, key_pem = _pair(files, item)
+            _assert_pair(certificates[0], key_pem)
+        except (BridgeError, ValueError, TypeError, UnsupportedAlgorithm) as e:
+            reason = str(e) if isinstance(e, BridgeError) else "another key, or none that can be read"
+            yield Problem(certificate=name, wanted="a certificate and its private key", found=reason)
+            return
+        yield from _unproven(item, certificates, now)
+
+
+def _misplaced(name: str, files: Sequence[File], item: Item) -> Iterator[Problem]:
+    """A backup is of this node's files, and writes no others."""
+    places = {path.resolve() for path in (item.key_path, item.certificate_path) if path is not None}
+    for file in files:
+        if file.path.resolve() not in places:
+            wanted = " or ".join(sorted(map(str, places)))
+            yield Problem(certificate=name, wanted=f"a file for {wanted}", found=f"one for {file.path}")
+
+
+def _damaged(name: str, files: Sequence[File]) -> Iterator[Problem]:
+    for file in files:
+        if file.copy is None:
+            continue
+        try:
+            now = digest(file.copy.read_bytes())
+        except OSError as e:
+            yield Problem(certificate=name, wanted=f"the file {file.copy}", found=e.strerror or "an error")
+        else:
+            if now != file.sha256:
+                wanted = f"{file.copy} with SHA-256 {str(file.sha256)[:16]}…"
+                yield Problem(certificate=name, wanted=wanted, found=f"{now[:16]}…")
+
+
+def _pair(files: Sequence[File], item: Item) -> tuple[list[x509.Certificate], bytes]:
+    """
+    Certificates, the leaf first, and key (PEM).
+
+    Raises:
+        BridgeError, ValueError: They can't be read.
+    """
+    contents = {file.path.resolve(): file.copy.read_bytes() for file in files if file.copy is not None}
+    certificate_path = item.certificate_path.resolve()
+    if item.key_path is None:
+        parsed = kubeconfig.parse(contents[certificate_path])
+        return load_pem_certificates(parsed.certificate_data or b""), kubeconfig.key_data(
+            contents[certificate_path]
+        ) or b""
+    key_path = item.key_path.resolve()
+    missing = [str(path) for path in (certificate_path, key_path) if path not in contents]
+    if missing:
+        raise BackupError(f"no {' and no '.join(missing)}")
+    return load_pem_certificates(contents[certificate_path]), contents[key_path]
+
+
+def _assert_pair(certificate: x509.Certificate, key_pem: bytes) -> None:
+    encoding = (serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    key = serialization.load_pem_private_key(key_pem, None)
+    if key.public_key().public_bytes(*encoding) != certificate.public_key().public_bytes(*encoding):
+        raise ValueError
+
+
+def _unproven(item: Item, certificates: Sequence[x509.Certificate], now: datetime) -> Iterator[Problem]:
+    """It leads to the CA file that the node has now, and is valid."""
+    name, leaf = item.spec.name, certificates[0]
+    begin, end = leaf.not_valid_before_utc, leaf.not_valid_after_utc
+    try:
+        anchor = load_pem_certificates(item.anchor_path.read_bytes())[0]
+        verify.verified_path(leaf, certificates[1:], anchor, min(max(now, begin), end))
+    except (OSError, ValueError) as e:
+        reason = e.strerror if isinstance(e, OSError) else e
+        yield Problem(certificate=name, wanted=f"the CA certificate {item.anchor_path}", found=str(reason))
+    except NoPathError:
+        wanted = f"a certificate that leads to the present {item.anchor_path}"
+        yield Problem(certificate=name, wanted=wanted, found="one that does not (the CA was changed, or has expired)")
+    if not begin <= now <= end:
+        yield Problem(
+            certificate=name,
+            wanted=f"a certificate that is valid now ({now:%Y-%m-%d %H:%M} UTC)",
+            found=f"one for {begin:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M}",
+            can_be_forced=True,
+        )
+
+
+# --- going back ------------------------------------------------------------------------------------------------------
+
+
+def rollback(
+    settings: Settings,
+    backup_id: str | None,
+    now: Callable[[], datetime],
+    *,
+    force: bool,
+    wait: timedelta,
+) -> tuple[Rollback, Node]:
+    """
+    Put a backup's files back, all or none, and back up what they replace (so that a second rollback undoes the first).
+
+    Files that were not there when the backup was made are removed.
+
+    Args:
+        settings: Where everything is.
+        backup_id: None: the newest.
+        now: The node's clock.
+        force: Also certificates outside their validity; nothing else can be forced.
+        wait: For the lock.
+
+    Raises:
+        LockedError: Another run works on this node.
+        BackupError: No such backup.
+        RollbackRefusedError: It is not fit.
+        AuditError: It can't be recorded; nothing was replaced.
+        InstallError: Nothing was replaced.
+    """
+    store = Store(settings.node.state_dir)
+    store.prepare()
+    with lock(store.lock, shlex.join(sys.argv), wait), audit.Record(store, settings.audit) as record:
+        recovery = recover(store)
+        if recovery is not None:
+            log.warning("%s", recovery)
+            record.add(audit.RECOVERED, result=str(recovery))
+        backup = find(store, backup_id)
+        node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
+        problems = problems_of(backup, node, now())
+        if any(not (force and problem.can_be_forced) for problem in problems):
+            raise RollbackRefusedError(backup.backup_id, problems)
+        outcomes = _outcomes(backup, node)
+        result = f"backup {backup.backup_id}"
+        for o in outcomes:
+            record.add(audit.VERIFIED, o.name, authority=o.authority, old=o.old, new=o.new, result=result)
+        record.write()  # nothing is put back that the record does not know
+        about = {
+            "command": shlex.join(sys.argv),
+            **audit.who(),
+            "rollback_to": backup.backup_id,
+            "certificates": [
+                {"name": o.name, "old_serial": _serial(o.old), "new_serial": _serial(o.new)} for o in outcomes
+            ],
+        }
+        try:
+            replaced = install(store, [_replacement(file, node) for file in backup.files], record.run_id, about)
+        except InstallError as e:
+            for o in outcomes:
+                record.add(audit.FAILED, o.name, authority=o.authority, old=o.old, error=e)
+            raise
+        for o in outcomes:
+            record.add(audit.ROLLED_BACK, o.name, authority=o.authority, old=o.old, new=o.new, result=result)
+        done = Rollback(
+            backup=backup,
+            replaced_backup_id=replaced,
+            outcomes=tuple(outcomes),
+            removed=tuple(file.path for file in backup.files if file.copy is None),
+        )
+        retire(store, settings.backups, node, now())
+    return done, node
+
+
+def _serial(certificate: x509.Certificate | None) -> str | None:
+    return serial_hex(certificate) if certificate is not None else None
+
+
+def _outcomes(backup: Backup, node: Node) -> list[Outcome]:
+    """One a certificate; without a new one where its files are removed."""
+    outcomes = []
+    for item in node.items:
+        files = _files(backup, item.spec.name)
+        if files:
+            is_there = any(file.copy is not None for file in files)
+            outcomes.append(
+                Outcome(
+                    name=item.spec.name,
+                    authority=item.spec.authority.name,
+                    old=item.certificates[0] if item.certificates else None,
+                    new=_pair(files, item)[0][0] if is_there else None,
+                )
+            )
+    return outcomes
+
+
+def _replacement(file: File, node: Node) -> Replacement:
+    [item] = [item for item in node.items if item.spec.name == file.certificate]
+    if item.key_path is None:
+        mask = KUBECONFIG_MASK
+    else:
+        mask = KEY_MASK if file.path.resolve() == item.key_path.resolve() else CERTIFICATE_MASK
+    return Replacement(
+        certificate=file.certificate,
+        path=file.path,
+        data=file.copy.read_bytes() if file.copy is not None else None,
+        mode_mask=mask,
+        was=digest(file.path.read_bytes()) if file.path.exists() else None,
+        attributes=file.attributes,
+    )
+
+
+# --- retention -------------------------------------------------------------------------------------------------------
+
+
+def retire(store: Store, settings: BackupSettings, node: Node, now: datetime) -> list[str]:
+    """
+    Delete the backups that nobody needs; its lock is held.
+
+    A backup goes when `keep` newer ones exist or when it is older than `keep_for`; but never the newest, and never
+    the newest that could be put back now. Keys are unlinked, not overwritten: a journaling file system or an SSD
+    writes elsewhere.
+
+    Returns:
+        Their IDs. What could not be deleted is a warning: the installation before it is done.
+    """
+    found, _ = read_all(store)
+    old = [
+        backup
+        for newer, backup in enumerate(found)
+        if newer > 0 and (newer >= settings.keep or now - backup.created > settings.keep_for)
+    ]
+    if not old:
+        return []
+    last_good = next((backup for backup in found if not problems_of(backup, node, now)), None)
+    deleted = []
+    for backup in reversed(old):
+        if backup is last_good:
+            continue
+        try:
+            delete(backup)
+        except OSError as e:
+            log.warning("the old backup %s could not be deleted: %s: %s", backup.backup_id, e.filename, e.strerror)
+        else:
+            log.debug("deleted the old backup %s", backup.backup_id)
+            deleted.append(backup.backup_id)
+    return deleted
+
+
+def delete(backup: Backup) -> None:
+    """
+    Its manifest first: what a crash leaves is no backup any more, and the next run removes it.
+
+    Raises:
+        OSError: Something of it is left.
+    """
+    (backup.directory / MANIFEST).unlink()
+    sync_directory(backup.directory)
+    shutil.rmtree(backup.directory)
