@@ -47,10 +47,10 @@ def files(bridge: Bridge) -> dict[str, str]:
 
 
 def assert_nothing_left(bridge: Bridge) -> None:
-    """No staged file, no journal, no backup."""
+    """No staged file, no journal, no backup; only the record."""
     assert not list(bridge.pki.root.rglob(".ca-bridge*"))
     state = bridge.directory / "state"
-    assert {path.name for path in state.iterdir()} <= {"backups", "lock"}
+    assert {path.name for path in state.iterdir()} <= {"audit.head", "audit.jsonl", "backups", "lock"}
     assert not list((state / "backups").iterdir())
 
 
