@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
 import errno
 import fcntl
@@ -21,6 +22,15 @@ from bridge.errors import BridgeError, Exit
 DIRECTORY_MODE = 0o700
 SECRET_MODE = 0o600
 
+_ACCESS_ACL = "system.posix_acl_access"  # acl(5)
+#: Hashes and signatures of the old content: copied, they would make the new one unreadable (Linux IMA/EVM).
+_OF_THE_CONTENT = {"security.ima", "security.evm"}
+
+# linux/fs.h
+_FS_IOC_GETFLAGS = 0x80086601
+_FS_IMMUTABLE_FL = 0x10
+_FS_APPEND_FL = 0x20
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attributes:
@@ -36,20 +46,41 @@ class Attributes:
     def of(cls, path: Path) -> Attributes:
         """Of the file that the path leads to."""
         status = path.stat()
-        extended = {}
-        with contextlib.suppress(OSError):  # a file system without extended attributes has none to keep
-            for name in os.listxattr(path):
-                extended[name] = os.getxattr(path, name)
-        return cls(mode=stat.S_IMODE(status.st_mode), uid=status.st_uid, gid=status.st_gid, extended=extended)
+        return cls(mode=stat.S_IMODE(status.st_mode), uid=status.st_uid, gid=status.st_gid, extended=_extended(path))
 
     def narrowed(self, mask: int) -> Attributes:
         """The same with no permission outside `mask`."""
         return Attributes(mode=self.mode & mask, uid=self.uid, gid=self.gid, extended=self.extended)
 
 
+def _extended(path: Path) -> dict[str, bytes]:
+    extended = {}
+    with contextlib.suppress(OSError):  # a file system without extended attributes has none to keep
+        for name in set(os.listxattr(path)) - _OF_THE_CONTENT:
+            with contextlib.suppress(OSError):  # one that is not for us to read does not hide the others
+                extended[name] = os.getxattr(path, name)
+    return extended
+
+
+def is_frozen(path: Path) -> bool:
+    """Whether the file or directory is immutable or append-only (chattr(1)), which not even root can rename over."""
+    flags = array.array("i", [0])
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False  # whoever may not read it is told so elsewhere
+    try:
+        fcntl.ioctl(descriptor, _FS_IOC_GETFLAGS, flags)
+    except OSError:
+        return False  # a file system without such flags
+    finally:
+        os.close(descriptor)
+    return bool(flags[0] & (_FS_IMMUTABLE_FL | _FS_APPEND_FL))
+
+
 def write_staged(path: Path, data: bytes, attributes: Attributes) -> None:
     """
-    Write a new file, safe on disk when this returns: 0600 until its content and its owner are right.
+    Write a new file, safe on disk when this returns; its content comes last, when only those it is for can read it.
 
     Raises:
         FileExistsError: The path is taken.
@@ -59,15 +90,16 @@ def write_staged(path: Path, data: bytes, attributes: Attributes) -> None:
     try:
         with os.fdopen(descriptor, "wb") as file:
             os.fchmod(descriptor, SECRET_MODE)  # whatever the umask is
-            file.write(data)
-            file.flush()
             if (attributes.uid, attributes.gid) != (os.geteuid(), os.getegid()):
                 os.fchown(descriptor, attributes.uid, attributes.gid)
             _set_extended(descriptor, attributes.extended)
             os.fchmod(descriptor, attributes.mode)  # after the ACL, whose mask it sets
+            file.write(data)
+            file.flush()
             os.fsync(descriptor)
     except BaseException as e:  # noqa: BLE001 (raised again)
-        path.unlink()
+        with contextlib.suppress(OSError):  # what went wrong first is the cause; `recover` removes the rest
+            path.unlink()
         raise _with_name(e, path) from None
 
 
@@ -79,6 +111,9 @@ def _with_name(error: BaseException, path: Path) -> BaseException:
 
 
 def _set_extended(descriptor: int, extended: dict[str, bytes]) -> None:
+    if _ACCESS_ACL not in extended:
+        with contextlib.suppress(OSError):  # there is none, as a rule
+            os.removexattr(descriptor, _ACCESS_ACL)  # of the directory's default ACL, which the old file did not have
     for name, value in extended.items():
         try:
             os.setxattr(descriptor, name, value)
@@ -104,7 +139,8 @@ def write_atomically(path: Path, data: bytes, mode: int = SECRET_MODE) -> None:
             os.fsync(descriptor)
         Path(temporary).rename(path)
     except BaseException as e:  # noqa: BLE001 (raised again)
-        Path(temporary).unlink()
+        with contextlib.suppress(OSError):  # what went wrong first is the cause
+            Path(temporary).unlink()
         raise _with_name(e, path) from None
     sync_directory(path.parent)  # or a power cut may bring the old content back
 

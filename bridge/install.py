@@ -19,10 +19,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from bridge.errors import BridgeError
-from bridge.files import SECRET_MODE, Attributes, sync_directory, write_atomically, write_staged
+from bridge.files import SECRET_MODE, Attributes, is_frozen, sync_directory, write_atomically, write_staged
 from bridge.store import Store
 
 log = logging.getLogger("ca-bridge")
@@ -108,11 +108,14 @@ def install(store: Store, replacements: Sequence[Replacement], run_id: str, abou
         for directory in {target.path.parent for target in targets}:
             sync_directory(directory)
     except (OSError, InstallError) as e:
-        _forget_staged(store)
-        _forget_partial_backups(store)
-        raise InstallError(f"nothing was replaced: {_reason(e)}", hint=getattr(e, "hint", "")) from e
+        _leave_all_old(store, e)
     journal = _journal(targets, run_id, backup_id)
-    _write_json(store.journal, journal)
+    try:
+        _write_json(store.journal, journal)
+    except OSError as e:
+        if not store.journal.exists():
+            _leave_all_old(store, e)
+        _give_up(store, journal, e)
     try:
         _forward(journal)
     except (OSError, InstallError) as e:
@@ -168,8 +171,18 @@ def _target(replacement: Replacement, run_id: str) -> Target:
         attributes = Attributes.of(real).narrowed(replacement.mode_mask) if real.exists() else None
     except OSError as e:
         raise InstallError(f"nothing was replaced: {_reason(e)}") from e
+    if real.is_symlink():
+        raise InstallError(
+            f"nothing was replaced: {path}: wanted a file, found a symlink that leads nowhere",
+            hint="mount or mend what it leads to, or remove it",
+        )
     if real.exists() and not real.is_file():
         raise InstallError(f"nothing was replaced: {path}: wanted a file, found something else")
+    for frozen in filter(is_frozen, (real, real.parent)):
+        raise InstallError(
+            f"nothing was replaced: {frozen}: wanted to replace it, found it immutable or append-only",
+            hint=f"chattr -i -a {frozen}, after a look at who set it",
+        )
     return Target(
         replacement=replacement,
         path=real,
@@ -275,7 +288,17 @@ def _back(store: Store, journal: dict[str, Any]) -> None:
         sync_directory(path.parent)
 
 
-def _give_up(store: Store, journal: dict[str, Any], error: Exception) -> None:
+def _leave_all_old(store: Store, error: Exception) -> NoReturn:
+    """Before the commit point, there is nothing but what was staged to take away."""
+    try:
+        _forget_staged(store)
+        _forget_partial_backups(store)
+    except (OSError, InstallError) as e:
+        log.warning("new files that were not installed could not be removed (%s); the next run does", _reason(e))
+    raise InstallError(f"nothing was replaced: {_reason(error)}", hint=getattr(error, "hint", "")) from error
+
+
+def _give_up(store: Store, journal: dict[str, Any], error: Exception) -> NoReturn:
     """A swap that can't go forward goes back at once."""
     try:
         _back(store, journal)
@@ -300,6 +323,7 @@ def _forget_staged(store: Store) -> None:
         return
     for name in _read_json(store.staging)["staged"]:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            Path(name).lstat()  # a read-only file system would refuse even to remove what is not there
             Path(name).unlink()
     store.staging.unlink()
 

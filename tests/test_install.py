@@ -171,7 +171,7 @@ class Tripwire:
 
 def _calls_of_a_run() -> int:
     """How many system calls of these kinds a whole installation makes; see the test that checks it."""
-    return 56
+    return 62
 
 
 POINTS = range(1, _calls_of_a_run() + 1)
