@@ -42,6 +42,8 @@ MORE = (
     ("plan", "all", "-o", "json", *LOUD, *JSON),
     ("renew", "all", "--dry-run", *LOUD),
     ("recover", *LOUD),
+    ("backups", *LOUD),
+    ("rollback", *LOUD),
     ("audit", "verify", *LOUD),
     *(("setup", ca, *LOUD) for ca in ("vault", "cfssl", "openssl")),
 )
