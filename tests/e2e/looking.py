@@ -13,6 +13,7 @@ import json
 import ssl
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -113,10 +114,11 @@ def traffic(node: Node) -> Iterator[Traffic]:
         with connection(node, API_PORT, context) as kept:
             while not stop.wait(0.1):
                 seen.turns += 1
+                begin = time.monotonic()
                 try:
                     shown = _turn(str(seen.turns), kept, node, context)
                 except (OSError, http.client.HTTPException, ValueError) as e:
-                    seen.errors.append(f"turn {seen.turns}: {e!r}")
+                    seen.errors.append(f"turn {seen.turns}, after {time.monotonic() - begin:.1f} s: {e!r}")
                 else:
                     seen.served += [] if shown in seen.served[-1:] else [shown]
 
