@@ -1,0 +1,268 @@
+"""A renewal of all twelve certificates, failed and killed at every system call of its installation."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+
+from bridge import inventory
+from bridge.errors import BridgeError
+from bridge.files import Attributes
+from bridge.install import CERTIFICATE_MASK, KEY_MASK, KUBECONFIG_MASK, Replacement, digest, install, recover
+from bridge.store import Store
+from tests.attack.conftest import Tried
+from tests.attack.pairs import assert_pairs
+from tests.kit.pki import Pki, handmade_pki
+
+#: What the installer asks of the system, Path's methods included; reading goes through `io.open`.
+CALLS = ("open", "fsync", "fchmod", "fchown", "setxattr", "rename", "unlink", "mkdir")
+
+Act = Callable[[], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Renewal:
+    """Two PKIs of the same shape: one on the node, the other what the CAs answered."""
+
+    old: Pki
+    new: Pki
+
+    def replacements(self, root: Path) -> list[Replacement]:
+        """All files of the node at `root`, keys first, as a renewal would replace them."""
+        found = []
+        for item in inventory.read(self.old.pki_dir, self.old.kubeconfig_dir).items:
+            pairs = [(item.key_path, KEY_MASK), (item.certificate_path, CERTIFICATE_MASK)]
+            for path, mask in [(item.certificate_path, KUBECONFIG_MASK)] if item.embedded else pairs:
+                assert path is not None
+                relative = path.relative_to(self.old.root)
+                found.append(
+                    Replacement(
+                        certificate=item.spec.name,
+                        path=root / relative,
+                        data=(self.new.root / relative).read_bytes(),
+                        mode_mask=mask,
+                        was=digest(path.read_bytes()),
+                    )
+                )
+        return found
+
+
+@pytest.fixture(scope="module")
+def renewal(tmp_path_factory: pytest.TempPathFactory) -> Renewal:
+    """All pairs match, before and after."""
+    directory = tmp_path_factory.mktemp("renewal")
+    made = Renewal(old=handmade_pki(directory / "old"), new=handmade_pki(directory / "new"))
+    for pki in (made.old, made.new):
+        assert_pairs(pki)
+    return made
+
+
+class Tripwire:
+    """Counts system calls in this process, and does something at the n-th."""
+
+    def __init__(self, at: int, act: Act) -> None:
+        self.count, self.at, self.act = 0, at, act
+        for name in CALLS:
+            setattr(os, name, self._counting(getattr(os, name)))
+        io.open = self._counting(io.open)
+        fdopen = os.fdopen
+        os.fdopen = lambda *args, **kwargs: Torn(fdopen(*args, **kwargs), self)  # type: ignore[assignment]
+
+    def step(self) -> None:
+        """One more call."""
+        self.count += 1
+        if self.count == self.at:
+            self.act()
+
+    def _counting(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            self.step()
+            return call(*args, **kwargs)
+
+        return counting
+
+
+class Torn:
+    """A file whose write(2) may be cut off in the middle."""
+
+    def __init__(self, file: Any, tripwire: Tripwire) -> None:
+        self._file, self._tripwire = file, tripwire
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, data: bytes) -> None:
+        """In two halves."""
+        for part in (data[: len(data) // 2], data[len(data) // 2 :]):
+            self._file.write(part)
+            self._file.flush()
+            self._tripwire.step()
+
+    def flush(self) -> None:
+        """To the system."""
+        self._file.flush()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """A node on which an installation is tried."""
+
+    root: Path
+    store: Store
+    files: list[Replacement]
+
+    @classmethod
+    def make(cls, renewal: Renewal, directory: Path) -> Node:
+        """With a file of another owner, one with an attribute of its own, and an odd mode."""
+        root = directory / "node"
+        shutil.copytree(renewal.old.root, root)
+        node = cls(root=root, store=Store(directory / "state"), files=renewal.replacements(root))
+        node.store.prepare()
+        for file in node.files[::3]:
+            os.setxattr(file.path, "user.note", b"kept")
+        for file in node.files[:4]:
+            if os.geteuid() == 0:
+                os.chown(file.path, 12345, 54321)
+        next(file for file in node.files if file.mode_mask == CERTIFICATE_MASK).path.chmod(0o604)
+        return node
+
+    def attributes(self) -> list[Attributes]:
+        """Of each file."""
+        return [Attributes.of(file.path) for file in self.files]
+
+    def state(self) -> str:
+        """`old`, `new` or `apart`."""
+        now = [file.path.read_bytes() for file in self.files]
+        if now == [file.data for file in self.files]:
+            return "new"
+        return "old" if [digest(data) for data in now] == [file.was for file in self.files] else "apart"
+
+    def rests(self) -> list[Path]:
+        """What should not be there any more."""
+        staged = [path for path in self.root.rglob("*") if path.name.startswith(".")]
+        unfinished = [path for path in self.store.backups.iterdir() if not (path / "manifest.json").exists()]
+        return [*staged, *unfinished, *(p for p in self.store.directory.iterdir() if p != self.store.backups)]
+
+
+def attempt(node: Node, at: int, act: Act) -> tuple[int, int]:
+    """
+    Install in a child with something happening at one point.
+
+    Returns:
+        Its exit code (0 done, 5 an error was reported, negative: the signal), and how many calls it made.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        write, leave = os.write, os._exit
+        tripwire = Tripwire(at, act)
+        code = 70
+        try:
+            install(node.store, node.files, "run1", {})
+            code = 0
+        except (BridgeError, OSError):
+            code = 5
+        finally:
+            write(writer, json.dumps(tripwire.count).encode())
+            leave(code)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        said = pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), int(said or b"0")
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def failing(code: int) -> Act:
+    def fail() -> None:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+@pytest.fixture(autouse=True)
+def no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody cuts power here, and thousands of flushes take minutes."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    """In memory, where it can be, since thousands of trees are made and removed."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as directory:
+        yield Path(directory)
+
+
+@pytest.fixture
+def calls(renewal: Renewal, place: Path) -> int:
+    """How many a whole installation makes."""
+    node = Node.make(renewal, place / "whole")
+    before = node.attributes()
+    code, count = attempt(node, 0, kill)
+    assert (code, node.state(), node.rests(), node.attributes()) == (0, "new", [], before)
+    assert count > 12 * 2 * 10
+    return count
+
+
+def assert_whole(node: Node, before: list[Attributes], at: int) -> None:
+    committed = node.store.journal.exists()
+    direction = json.loads(node.store.journal.read_bytes())["direction"] if committed else ""
+    recover(node.store)
+    assert node.state() in ("old", "new"), at
+    assert not committed or node.state() == {"forward": "new", "back": "old"}[direction], at
+    assert node.attributes() == before, at
+    assert node.rests() == [], at
+    assert recover(node.store) is None
+
+
+def test_a_kill_at_every_call(renewal: Renewal, calls: int, place: Path, tried: Tried) -> None:
+    """All old before the journal, all new after it, and never anything else."""
+    seen = []
+    for at in range(1, calls + 1):
+        node = Node.make(renewal, place / str(at))
+        before = node.attributes()
+        assert attempt(node, at, kill)[0] == -signal.SIGKILL, at
+        assert_whole(node, before, at)
+        seen.append(node.state())
+        shutil.rmtree(place / str(at))
+    assert seen == sorted(seen, key=("old", "new").index)  # there is one commit point
+    assert set(seen) == {"old", "new"}
+    tried("points of a full renewal's installation at which it was killed", calls)
+
+
+@pytest.mark.parametrize(("code", "step"), [("ENOSPC", 1), ("EIO", 5), ("EACCES", 7), ("EROFS", 7)])
+def test_an_error_of_every_call(renewal: Renewal, calls: int, place: Path, code: str, step: int, tried: Tried) -> None:
+    """It is reported, or all files are new; what is reported as not replaced stays old."""
+    points = range(1, calls + 1, step)
+    for at in points:
+        node = Node.make(renewal, place / str(at))
+        before = node.attributes()
+        result, _ = attempt(node, at, failing(getattr(errno, code)))
+        assert result == 5 or (result, node.state()) == (0, "new"), at
+        assert_whole(node, before, at)
+        assert (result == 0) == (node.state() == "new"), at
+        shutil.rmtree(place / str(at))
+    tried(f"points of a full renewal's installation that failed with {code}", len(points))
+
+
+def test_the_two_sides_differ(renewal: Renewal) -> None:
+    """The suite above would not notice a swap of equal files."""
+    for file in renewal.replacements(renewal.old.root):
+        assert digest(file.data or b"") != file.was
