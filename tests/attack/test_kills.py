@@ -1,0 +1,97 @@
+"""Renewals of a real process, killed at random times."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from bridge.specs import AUTHORITIES
+from tests.attack.conftest import Tried
+from tests.attack.pairs import assert_pairs
+from tests.e2e.cas import Bridge
+from tests.kit import opensslca
+from tests.kit.pki import handmade_pki
+
+#: How many; set CA_BRIDGE_KILLS to try more.
+KILLS = int(os.environ.get("CA_BRIDGE_KILLS", "20"))
+
+
+@pytest.fixture
+def bridge(tmp_path: Path) -> Bridge:
+    """A node with an `openssl ca` directory for each authority."""
+    pki = handmade_pki(tmp_path / "node", not_after=datetime.now(UTC) + timedelta(days=20))
+    bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
+    for authority in AUTHORITIES:
+        directory = opensslca.make_ca_directory(tmp_path / "cas" / authority, *pki.ca_pem(authority))
+        bridge.add(f"backend.{authority}-desk", {"type": "openssl", "dir": str(directory)})
+        bridge.add(f"authority.{authority}", {"backend": f"{authority}-desk"})
+    return bridge
+
+
+def start(bridge: Bridge) -> subprocess.Popen[bytes]:
+    command = [str(Path(sys.executable).with_name("ca-bridge")), "renew", "all", "--config", str(bridge.config)]
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet)
+
+
+def killed(bridge: Bridge, dice: random.Random, duration: float) -> bool:
+    """A third of them at any time, a third while files are staged, a third after the commit; False: it had ended before."""
+    process = start(bridge)
+    wait_for = dice.choice(["", "staging.json", "journal.json"])
+    if wait_for:
+        while not (bridge.directory / "state" / wait_for).exists() and process.poll() is None:
+            time.sleep(0.0002)
+    time.sleep(dice.uniform(0, {"": duration, "staging.json": 0.05, "journal.json": 0.005}[wait_for]))
+    process.kill()
+    return process.wait() == -signal.SIGKILL
+
+
+def rests(bridge: Bridge) -> list[Path]:
+    """What a run in the middle leaves, and `recover` must not."""
+    state = bridge.directory / "state"
+    found = [path for path in bridge.pki.kubeconfig_dir.rglob("*") if path.name.startswith(".")]
+    found += [state / name for name in ("journal.json", "staging.json") if (state / name).exists()]
+    found += [path for path in state.iterdir() if path.name.startswith(".")]
+    return found + [path for path in (state / "backups").iterdir() if not (path / "manifest.json").exists()]
+
+
+@pytest.mark.slow
+def test_renewals_killed_at_random_times(bridge: Bridge, tried: Tried) -> None:
+    """After `recover` no pair is apart, no file missing or empty, nothing left over, and the CAs go on signing."""
+    seed = int.from_bytes(os.urandom(4))
+    print(f"seed {seed}")
+    dice = random.Random(seed)  # noqa: S311 (times to kill at)
+    started = time.monotonic()
+    assert start(bridge).wait() == 0
+    duration = time.monotonic() - started
+    files = {path for path in bridge.pki.kubeconfig_dir.rglob("*") if path.is_file()}
+    found: Counter[str] = Counter()
+    for number in range(KILLS):
+        found["killed" if killed(bridge, dice, duration) else "ended"] += 1
+        found["interrupted"] += (bridge.directory / "state/journal.json").exists()
+        found["staged"] += (bridge.directory / "state/staging.json").exists()
+        recovered = bridge.run("recover")
+        assert recovered.returncode == 0, (number, recovered.stderr)
+        assert {path for path in bridge.pki.kubeconfig_dir.rglob("*") if path.is_file()} == files, number
+        assert all(path.stat().st_size for path in files), number
+        assert_pairs(bridge.pki)
+        assert rests(bridge) == [], number
+    print(dict(found))
+    assert found["killed"] > KILLS / 2
+    last = bridge.run("renew", "all")
+    assert last.returncode == 0, last.stderr
+    verified = bridge.run("audit", "verify")
+    assert verified.returncode == 0, verified.stderr
+    assert_pairs(bridge.pki)
+    tried("renewals of a process killed at random times", found["killed"])
+    tried("of them killed after the commit point", found["interrupted"])
+    tried("of them killed with new files staged", found["staged"])
