@@ -56,5 +56,5 @@ def how(component: Component, manifests: Path) -> str:
     manifest = manifests / f"{component.value}.yaml"
     return (
         f"{component.value}: move {manifest} out of its directory, wait until the pod is gone and 3 s more "
-        f"(crictl pods --name {component.value}), move it back"
+        f"(crictl pods --state ready --name {component.value}), move it back"
     )
