@@ -20,9 +20,9 @@ import typer
 
 from bridge import console
 from bridge.console import LogFormat
-from bridge.errors import BridgeError, SettingsError
+from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.expiry import parse_duration
-from bridge.settings import Settings, load, overridden
+from bridge.settings import DEFAULT_FILE, Settings, load, overridden
 
 # Rich tracebacks can print local variables, and ours hold tokens and keys.
 app = typer.Typer(
@@ -386,7 +386,8 @@ def settings_check(common: Common) -> None:
 
     settings = common.settings()
     if settings.source.file is None:
-        raise SettingsError([], hint="`ca-bridge settings init` writes a commented file")
+        problem = SettingsProblem("", "a settings file", "none: the defaults are in force", DEFAULT_FILE)
+        raise SettingsError([problem], hint="`ca-bridge settings init` writes a commented file")
     plugins.configured(settings, settings.authorities)
     typer.echo(f"{settings.source.file}: nothing wrong")
 

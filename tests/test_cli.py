@@ -183,6 +183,14 @@ def test_a_backends_settings_error_is_2(run: Run, config: Path) -> None:
         assert "passfrase_file" in result.output
 
 
+def test_no_settings_file_is_said_to_be_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`settings check` has nothing to check: exit 2, with what was wanted and where."""
+    monkeypatch.setattr("bridge.settings.DEFAULT_FILE", tmp_path / "config.toml")
+    result = CliRunner().invoke(app, ["settings", "check"])
+    assert result.exit_code == 2
+    assert "wanted a settings file, found none" in result.stderr
+
+
 def test_a_held_lock_is_9_and_names_the_holder(run: Run, tmp_path: Path) -> None:
     """Nothing was done; when it is free the same command works."""
     store = Store(tmp_path / "state")
