@@ -48,6 +48,11 @@ class Attributes:
         status = path.stat()
         return cls(mode=stat.S_IMODE(status.st_mode), uid=status.st_uid, gid=status.st_gid, extended=_extended(path))
 
+    @classmethod
+    def private(cls) -> Attributes:
+        """For our eyes only."""
+        return cls(mode=SECRET_MODE, uid=os.geteuid(), gid=os.getegid(), extended={})
+
     def narrowed(self, mask: int) -> Attributes:
         """The same with no permission outside `mask`."""
         return Attributes(mode=self.mode & mask, uid=self.uid, gid=self.gid, extended=self.extended)

@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bridge.errors import BridgeError
-from bridge.files import SECRET_MODE, Attributes, is_frozen, sync_directory, write_atomically, write_staged
+from bridge.files import Attributes, is_frozen, sync_directory, write_atomically, write_staged
 from bridge.store import Store
 
 log = logging.getLogger("ca-bridge")
@@ -193,7 +192,7 @@ def _target(replacement: Replacement, run_id: str) -> Target:
 
 def _stage(target: Target) -> None:
     """Beside the target, so that rename(2) is atomic and the file system the same."""
-    fresh = Attributes(mode=SECRET_MODE, uid=os.geteuid(), gid=os.getegid(), extended={})
+    fresh = Attributes.private()
     replacement = target.replacement
     given = replacement.attributes.narrowed(replacement.mode_mask) if replacement.attributes is not None else fresh
     if replacement.data is not None:
@@ -226,9 +225,7 @@ def _back_up(store: Store, targets: Sequence[Target], run_id: str, about: Mappin
         }
         if target.attributes is not None:
             data, name = target.path.read_bytes(), f"{number:02}-{target.path.name}"
-            write_staged(
-                directory / name, data, Attributes(mode=SECRET_MODE, uid=os.geteuid(), gid=os.getegid(), extended={})
-            )
+            write_staged(directory / name, data, Attributes.private())
             entry |= {
                 "backup": name,
                 "sha256": digest(data),

@@ -33,7 +33,7 @@ from bridge.errors import (
     VerificationError,
     Violation,
 )
-from bridge.files import DIRECTORY_MODE, SECRET_MODE, Attributes, lock, sync_directory, write_staged
+from bridge.files import DIRECTORY_MODE, Attributes, lock, sync_directory, write_staged
 from bridge.install import (
     CERTIFICATE_MASK,
     KEY_MASK,
@@ -173,7 +173,7 @@ def write_csrs(prepared: Sequence[Prepared], directory: Path) -> None:
         for one in prepared:
             for suffix, data in ((".key", one.key_pem), (".csr", one.request.csr_pem)):
                 path = directory / f"{one.item.spec.name}{suffix}"
-                write_staged(path, data, Attributes(mode=SECRET_MODE, uid=os.geteuid(), gid=os.getegid(), extended={}))
+                write_staged(path, data, Attributes.private())
                 written.append(path)
         sync_directory(directory)
     except OSError as e:
