@@ -136,7 +136,7 @@ def recover(store: Store) -> Recovery | None:
     Raises:
         InstallError: Neither way works; the journal stays.
     """
-    for half_written in [*store.directory.glob(".journal.json.*"), *store.directory.glob(".staging.json.*")]:
+    for half_written in store.half_written():
         half_written.unlink()
     if not store.journal.exists():
         _forget_staged(store)

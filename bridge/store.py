@@ -30,6 +30,10 @@ class Store:
         private_directory(self.directory)
         private_directory(self.backups)
 
+    def half_written(self) -> list[Path]:
+        """What `files.write_atomically` leaves when its process is killed: all names in here with a dot before them."""
+        return [path for path in self.directory.glob(".*") if path.is_file()]
+
     @property
     def is_interrupted(self) -> bool:
         """Whether a run was cut off while it installed, so that `install.recover` has something to do."""

@@ -55,6 +55,15 @@ def store(tmp_path: Path) -> Store:
     return store
 
 
+@pytest.mark.parametrize("name", ["journal.json", "staging.json", "audit.head", "audit.torn-7-01234567"])
+def test_recover_removes_what_was_half_written(store: Store, name: str) -> None:
+    """Of a file that a killed process was writing; the file itself stays."""
+    (store.directory / "audit.head").write_text("kept")
+    (store.directory / f".{name}.abcdefgh").write_text("half")
+    recover(store)
+    assert [path.name for path in store.directory.iterdir() if path.is_file()] == ["audit.head"]
+
+
 def replacements(pki: Path) -> list[Replacement]:
     return [
         Replacement(certificate="x", path=pki / name, data=new(old), mode_mask=MASKS[name], was=digest(old))
