@@ -61,6 +61,13 @@ class NodeSettings:
     state_dir: Path = Path("/var/lib/ca-bridge")
     #: Of the kubeadm that manages the node; without it the image tags of the static pods tell.
     kubernetes_version: Version | None = None
+    name: str = ""  #: As in the cluster; empty: the host's name in small letters, as kubeadm takes it.
+    cluster: str = "kubernetes"  #: For people and the policy of a CA desk; kubeadm's clusterName.
+
+    @property
+    def node_name(self) -> str:
+        """This node's name."""
+        return self.name or os.uname().nodename.strip().lower()
 
 
 @dataclass(frozen=True, kw_only=True)

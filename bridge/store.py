@@ -14,6 +14,8 @@ class Store:
         self.staging = state_dir / "staging.json"
         self.backups = state_dir / "backups"
         self.lock = state_dir / "lock"
+        self.requests = state_dir / "requests.json"  #: Keys whose certificates are not installed yet.
+        self.restart = state_dir / "restart.json"  #: Which manifest is out of its directory.
         self.audit = state_dir / "audit.jsonl"
         self.audit_head = state_dir / "audit.head"  #: The newest line's number and digest.
 
