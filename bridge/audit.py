@@ -44,7 +44,7 @@ SYSLOG = Path("/dev/log")
 
 ASKED, ISSUED, VERIFIED, INSTALLED = "asked", "issued", "verified", "installed"
 REFUSED, UNAVAILABLE, FAILED = "refused", "unavailable", "failed"
-RECOVERED, ROLLED_BACK = "recovered", "rolled-back"
+RECOVERED, ROLLED_BACK, RESTARTED = "recovered", "rolled-back", "restarted"
 #: The record itself was not as it was left.
 DAMAGED = "damaged"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
+from bridge.settings import Components
 from bridge.specs import CertificateSpec, Component
 
 #: From here on it was measured what reloads by itself (kubeadm nodes with running components); an older component is
@@ -27,7 +27,7 @@ ORDER = (
 
 
 def stale(
-    renewed: Iterable[CertificateSpec], version: tuple[int, int] | None, components: Literal["needed", "all"]
+    renewed: Iterable[CertificateSpec], version: tuple[int, int] | None, components: Components
 ) -> list[Component]:
     """
     The components to restart, in order.
@@ -35,11 +35,12 @@ def stale(
     Args:
         renewed: What was installed.
         version: Kubernetes' on this node; None: unknown.
-        components: "needed": those that go on using an old certificate; "all": every user of a new one.
+        components: "needed": those that go on using an old certificate; "all": every user of a new one; of them only
+            those that are listed, if any are.
     """
-    reloads = components == "needed" and version is not None and version >= FIRST_MEASURED
+    reloads = components.which == "needed" and version is not None and version >= FIRST_MEASURED
     users = {spec.component for spec in renewed if spec.component is not None and not (reloads and spec.reloaded)}
-    return [component for component in ORDER if component in users]
+    return [component for component in ORDER if component in users and component in (components.listed or ORDER)]
 
 
 def how(component: Component, manifests: Path) -> str:

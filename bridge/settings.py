@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shlex
 import stat
 import tomllib
 import types
@@ -24,7 +25,7 @@ from typing import Any, Literal, TypeVar
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.expiry import Before, duration_text, parse_duration
 from bridge.secret import Secret
-from bridge.specs import AUTHORITIES, KeyAlgorithm
+from bridge.specs import AUTHORITIES, Component, KeyAlgorithm
 
 DEFAULT_FILE = Path("/etc/ca-bridge/config.toml")
 MAX_BYTES = 1 << 20
@@ -66,7 +67,7 @@ class NodeSettings:
 
     @property
     def node_name(self) -> str:
-        """This node's name."""
+        """As set, or the host's."""
         return self.name or os.uname().nodename.strip().lower()
 
 
@@ -88,14 +89,64 @@ class RenewalSettings:
             yield SettingsProblem("before", wanted, duration_text(self.before.remaining))
 
 
+@dataclass(frozen=True, slots=True)
+class Components:
+    """Which components are restarted after a renewal."""
+
+    #: needed: those that go on with an old certificate; all: every user of a new one; listed: these of them.
+    which: Literal["needed", "all", "listed"]
+    listed: tuple[Component, ...] = ()
+
+    @classmethod
+    def from_setting(cls, value: object) -> Components:
+        """`"needed"`, `"all"`, or a list of components."""
+        if value == "needed" or value == "all":  # noqa: PLR1714 (mypy narrows these)
+            return cls(value)
+        known = {component.value: component for component in Component}
+        if not isinstance(value, list) or not value or not all(isinstance(one, str) and one in known for one in value):
+            raise ValueError(f"'needed', 'all', or a list of {', '.join(known)}")
+        return cls("listed", tuple(known[one] for one in value))
+
+    def __str__(self) -> str:
+        return ", ".join(component.value for component in self.listed) or self.which
+
+
 @dataclass(frozen=True, kw_only=True)
 class RestartSettings:
     """Table `[restart]`."""
 
-    method: Literal["none"] = "none"
-    #: Whom the message after a renewal names: those that must be restarted to use the new certificates, or the
-    #: four that kubeadm's documentation names.
-    components: Literal["needed", "all"] = "needed"
+    #: none: whoever reads the message restarts; static-pods: manifests are moved away and back; command: see below.
+    method: Literal["none", "static-pods", "command"] = "none"
+    components: Components = Components("needed")
+    #: By component, split into words as a shell does it; the kubelet's counts with static-pods, too.
+    commands: dict[str, str] = field(default_factory=dict)
+    timeout: timedelta = timedelta(minutes=2)  #: For a component to end, for it to come back, and for a command.
+    min_interval: timedelta = timedelta(minutes=10)  #: Between two restarts of the same component.
+    on_failure: Literal["rollback", "keep"] = "rollback"
+    prove_for: timedelta = timedelta(minutes=1)  #: How long proof of a renewal may take.
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """Commands of nobody, without words, or missing."""
+        known = [component.value for component in Component]
+        for name, command in self.commands.items():
+            if name not in known:
+                yield SettingsProblem(f"commands.{name}", f"one of {', '.join(known)}", _name_found(name, known))
+            elif not _words(command):
+                yield SettingsProblem(f"commands.{name}", "a command", repr(command))
+        if self.method == "command" and not self.commands:
+            yield SettingsProblem("commands", 'a command for each component, for method = "command"', "none")
+
+    def command(self, component: Component) -> list[str]:
+        """The words of a component's command; none if it has none."""
+        return _words(self.commands.get(component.value, ""))
+
+
+def _words(command: str) -> list[str]:
+    """None for what a shell would not take, either."""
+    try:
+        return shlex.split(command)
+    except ValueError:
+        return []
 
 
 @dataclass(frozen=True, slots=True)

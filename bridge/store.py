@@ -16,6 +16,8 @@ class Store:
         self.lock = state_dir / "lock"
         self.requests = state_dir / "requests.json"  #: Keys whose certificates are not installed yet.
         self.restart = state_dir / "restart.json"  #: Which manifest is out of its directory.
+        self.restarted = state_dir / "restarted.json"  #: When each component was last restarted.
+        self.kubelet_copy = state_dir / "kubelet-client-current.pem"  #: The last one that was taken from the kubelet.
         self.audit = state_dir / "audit.jsonl"
         self.audit_head = state_dir / "audit.head"  #: The newest line's number and digest.
 
@@ -38,5 +40,5 @@ class Store:
 
     @property
     def is_interrupted(self) -> bool:
-        """Whether a run was cut off while it installed, so that `install.recover` has something to do."""
-        return self.journal.exists() or self.staging.exists()
+        """Whether a run was cut off while it installed or restarted, so that `recover` has something to do."""
+        return any(path.exists() for path in (self.journal, self.staging, self.restart))
