@@ -26,6 +26,8 @@ from bridge.errors import SettingsError, SettingsProblem
 from bridge.expiry import Before, duration_text, parse_duration
 from bridge.secret import Secret
 from bridge.specs import AUTHORITIES, Component, KeyAlgorithm
+from bridge.windows import Jitter, Windows
+from bridge.zones import Zone
 
 DEFAULT_FILE = Path("/etc/ca-bridge/config.toml")
 MAX_BYTES = 1 << 20
@@ -79,6 +81,9 @@ class RenewalSettings:
     validity: timedelta = timedelta(days=365)
     min_validity: timedelta = timedelta(days=7)
     key: KeyAlgorithm | Literal["same"] = "same"
+    window: Windows = field(default_factory=Windows)  #: When what is due may be renewed; see `windows.may_act`.
+    window_zone: Zone = field(default_factory=Zone)
+    jitter: Jitter = field(default_factory=Jitter)  #: See `schedule.delay`.
 
     def problems(self) -> Iterator[SettingsProblem]:
         """Durations that contradict each other."""
@@ -141,12 +146,71 @@ class RestartSettings:
         return _words(self.commands.get(component.value, ""))
 
 
+@dataclass(frozen=True, slots=True)
+class Commands:
+    """Programs with their arguments."""
+
+    texts: tuple[str, ...] = ()  #: Each split into words as a shell does it; no shell runs it.
+
+    @classmethod
+    def from_setting(cls, value: object) -> Commands:
+        """A command, or a list of them."""
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not all(isinstance(text, str) and _words(text) for text in texts):
+            raise ValueError("a command such as \"/usr/local/bin/tell 'control plane'\", or a list of them")
+        return cls(tuple(texts))
+
+    def __str__(self) -> str:
+        return "; ".join(self.texts)
+
+    def words(self) -> list[list[str]]:
+        """Of each command."""
+        return list(map(_words, self.texts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HookSettings:
+    """Table `[hooks]`; see `hooks`."""
+
+    timeout: timedelta = timedelta(minutes=1)  #: For each command.
+    before: Commands = Commands()
+    after_install: Commands = Commands()
+    success: Commands = Commands()
+    failure: Commands = Commands()
+
+
 def _words(command: str) -> list[str]:
     """None for what a shell would not take, either."""
     try:
         return shlex.split(command)
     except ValueError:
         return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterSettings:
+    """Table `[cluster]`: the other control-plane nodes, before a component is restarted; see `bridge.cluster`."""
+
+    #: When another's etcd member or API server is not well: wait for it, then refuse; refuse at once; don't look.
+    neighbours: Literal["wait", "refuse", "ignore"] = "wait"
+    neighbour_wait: timedelta = timedelta(minutes=5)
+    lease: bool = True  #: One node after the other; see `bridge.lease`.
+    lease_name: str = "ca-bridge"  #: In kube-system.
+    lease_duration: timedelta = timedelta(minutes=2)  #: More than a restart of etcd or an API server takes.
+    lease_wait: timedelta = timedelta(minutes=15)
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """What the API or the clock would not take."""
+        if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", self.lease_name):
+            wanted = "at most 63 small letters, digits and hyphens, a letter or digit first and last"
+            yield SettingsProblem("lease_name", wanted, repr(self.lease_name))
+        if not _SHORTEST_LEASE <= self.lease_duration <= _LONGEST_LEASE:
+            wanted = f"{duration_text(_SHORTEST_LEASE)} to {duration_text(_LONGEST_LEASE)}"
+            yield SettingsProblem("lease_duration", wanted, duration_text(self.lease_duration))
+
+
+#: It is renewed three times in that, each of which may take some seconds; and others wait that long for a dead node.
+_SHORTEST_LEASE, _LONGEST_LEASE = timedelta(seconds=15), timedelta(hours=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +298,8 @@ class Settings:
     node: NodeSettings = field(default_factory=NodeSettings)
     renewal: RenewalSettings = field(default_factory=RenewalSettings)
     restart: RestartSettings = field(default_factory=RestartSettings)
+    hooks: HookSettings = field(default_factory=HookSettings)
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
     audit: AuditSettings = field(default_factory=AuditSettings)
     backups: BackupSettings = field(default_factory=BackupSettings)
     backends: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -354,13 +420,17 @@ def parse(text: str, file: Path | None = None) -> Settings:
         raise SettingsError([SettingsProblem("", "TOML", _without_value(e), file)]) from None
     source = Source(file, text)
     reader = Reader(source)
-    tables = reader.tables(document, ("node", "renewal", "restart", "audit", "backups", "backend", "authority"))
+    tables = reader.tables(
+        document, ("node", "renewal", "restart", "hooks", "cluster", "audit", "backups", "backend", "authority")
+    )
     authorities, authority_tables = _authorities(reader, tables["authority"], tables["backend"])
     settings = Settings(
         source=source,
         node=reader.read(NodeSettings, tables["node"], ("node",)) or NodeSettings(),
         renewal=reader.read(RenewalSettings, tables["renewal"], ("renewal",)) or RenewalSettings(),
         restart=reader.read(RestartSettings, tables["restart"], ("restart",)) or RestartSettings(),
+        hooks=reader.read(HookSettings, tables["hooks"], ("hooks",)) or HookSettings(),
+        cluster=reader.read(ClusterSettings, tables["cluster"], ("cluster",)) or ClusterSettings(),
         audit=reader.read(AuditSettings, tables["audit"], ("audit",)) or AuditSettings(),
         backups=reader.read(BackupSettings, tables["backups"], ("backups",)) or BackupSettings(),
         backends=_backends(reader, tables["backend"]),
