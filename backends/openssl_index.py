@@ -46,6 +46,8 @@ _CERTIFICATE_NAME = re.compile(r"((?:[0-9A-F]{2})+)\.pem")
 # Two copies that `openssl ca` makes of the index and one of ours; a certificate takes one or two blocks.
 _INDEX_COPIES = 3
 _BYTES_PER_CERTIFICATE = 16 * 1024
+#: Of a certificate, and the text that openssl may have written before it.
+_LARGEST_FILE = 1 << 20
 
 log = logging.getLogger(__name__)
 
@@ -262,8 +264,8 @@ class Database:
         return found is not None
 
     def certificate(self, serial: int) -> x509.Certificate | None:
-        """The certificate with this number; None: there is none in the folder, or no whole one."""
-        return _parse_if_whole(_read_if_there(self.new_certs_dir / file_name(serial)))
+        """The certificate with this number; None: there is none in the folder, no whole one, or more than one."""
+        return _parse_if_whole(_read_if_there(self.new_certs_dir / file_name(serial), _LARGEST_FILE))
 
     def orphans(self) -> list[tuple[Path, x509.Certificate]]:
         """
@@ -277,7 +279,7 @@ class Database:
             paths = self._unknown_files()
         found = []
         for path in paths:
-            certificate = _parse_if_whole(_read_if_there(path))
+            certificate = _parse_if_whole(_read_if_there(path, _LARGEST_FILE))
             if certificate:
                 found.append((path, certificate))
             else:
@@ -399,9 +401,10 @@ def _try_lock(fd: int) -> bool:
     return True
 
 
-def _read_if_there(path: Path) -> bytes | None:
+def _read_if_there(path: Path, at_most: int = -1) -> bytes | None:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return file.read(at_most)
     except FileNotFoundError:
         return None
     except OSError as e:
@@ -410,9 +413,10 @@ def _read_if_there(path: Path) -> bytes | None:
 
 def _parse_if_whole(data: bytes | None) -> x509.Certificate | None:
     try:
-        return x509.load_pem_x509_certificate(data) if data else None
+        found = x509.load_pem_x509_certificates(data or b"")
     except ValueError:
         return None
+    return found[0] if len(found) == 1 and len(data or b"") < _LARGEST_FILE else None
 
 
 def _adopt(fd: int, pattern: os.stat_result) -> None:

@@ -368,7 +368,7 @@ class _Server:
     def _answer(self, response: requests.Response, content: bytes, where: str) -> _Answer:
         try:
             body = json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             # Of a body that is not the server's nothing is shown, except what Go's HTTP server says.
             plain = b"Client sent an HTTP request to an HTTPS server"
             body = {"errors": [plain.decode()]} if content.startswith(plain) else {}

@@ -43,8 +43,12 @@ CLOCK_SKEW = timedelta(minutes=1)
 #: they backdate (cfssl by 5 minutes unless told otherwise), and a certificate that was made just now may be renewed, too.
 BACKDATING = timedelta(hours=1)
 
+#: CAs backdate by minutes, few by hours; what begins longer ago was made then, or a clock is wrong.
+LONGEST_BACKDATING = timedelta(days=2)
+
 MIN_RSA_BITS = 2048
 _STRONG_CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
+_TIME = "%Y-%m-%d %H:%M:%S"
 _WEAK_HASHES = (hashes.MD5, hashes.SHA1)
 # crypto/x509 of Go handles these; any other critical one makes the whole certificate invalid (RFC 5280 §4.2)
 _KNOWN_EXTENSIONS = {
@@ -240,24 +244,40 @@ def _form(leaf: x509.Certificate) -> Iterator[Violation]:
         yield Violation(subject="signature", want="SHA-256 or stronger", got=algorithm.name)
 
 
+def _is_weakly_signed(certificate: x509.Certificate) -> bool:
+    try:
+        return isinstance(certificate.signature_hash_algorithm, _WEAK_HASHES)
+    except UnsupportedAlgorithm:
+        return True
+
+
 def _dates(leaf: x509.Certificate, request: SignRequest, expected: Expectation) -> Iterator[Violation]:
-    """Valid now and long enough, later than what it replaces, and not longer than its CA."""
+    """
+    Valid now and long enough, later than what it replaces, and not longer than its CA.
+
+    An answer that begins long ago, and is of no use for its end, may tell that the node's clock is ahead.
+    """
     begin, end, now = leaf.not_valid_before_utc, leaf.not_valid_after_utc, expected.now
+    is_old = now - begin > LONGEST_BACKDATING
+    clock = f" (it begins at {begin:{_TIME}} UTC, and {_which_clock(now)})" if is_old else ""
     if begin > now + CLOCK_SKEW:
-        clock = f"{begin:%Y-%m-%d %H:%M:%S} UTC (this node's clock says {now:%Y-%m-%d %H:%M:%S} UTC; is one of the two wrong?)"
-        yield Violation(subject="notBefore", want="not in the future", got=clock)
+        yield Violation(subject="notBefore", want="not in the future", got=f"{begin:{_TIME}} UTC ({_which_clock(now)})")
     if end <= now:
-        yield Violation(subject="notAfter", want="in the future", got=f"{end:%Y-%m-%d %H:%M:%S} UTC")
+        yield Violation(subject="notAfter", want="in the future", got=f"{end:{_TIME}} UTC{clock}")
     elif end - now < expected.min_validity:
         want = f"at least {_days(expected.min_validity)} of validity"
-        yield Violation(subject="notAfter", want=want, got=f"{_days(end - now)}, until {end:%Y-%m-%d %H:%M:%S} UTC")
+        yield Violation(subject="notAfter", want=want, got=f"{_days(end - now)}, until {end:{_TIME}} UTC{clock}")
     old = request.replaces
     if old is not None and end <= old.not_valid_after_utc - BACKDATING:
-        want = f"not before the replaced certificate's {old.not_valid_after_utc:%Y-%m-%d %H:%M:%S} UTC"
-        yield Violation(subject="notAfter", want=want, got=f"{end:%Y-%m-%d %H:%M:%S} UTC")
+        want = f"not before the replaced certificate's {old.not_valid_after_utc:{_TIME}} UTC"
+        yield Violation(subject="notAfter", want=want, got=f"{end:{_TIME}} UTC")
     if expected.anchors and end > expected.anchors[0].not_valid_after_utc:
-        want = f"not after its CA's {expected.anchors[0].not_valid_after_utc:%Y-%m-%d %H:%M:%S} UTC"
-        yield Violation(subject="notAfter", want=want, got=f"{end:%Y-%m-%d %H:%M:%S} UTC")
+        want = f"not after its CA's {expected.anchors[0].not_valid_after_utc:{_TIME}} UTC"
+        yield Violation(subject="notAfter", want=want, got=f"{end:{_TIME}} UTC")
+
+
+def _which_clock(now: datetime) -> str:
+    return f"this node's clock says {now:{_TIME}} UTC; is one of the two wrong?"
 
 
 def _days(duration: timedelta) -> str:
@@ -312,9 +332,8 @@ def _chain_violation(issued: Issued, expected: Expectation, time: datetime, reas
     leaf, anchor, name = issued.leaf, expected.anchors[0], expected.anchor_name
     want = f"a path to {name} ({name_text(anchor.subject)}, SHA-256 {fingerprint(anchor)[:16]}…)"
     if not anchor.not_valid_before_utc <= expected.now <= anchor.not_valid_after_utc:
-        got = (
-            f"{name} is valid only from {anchor.not_valid_before_utc:%Y-%m-%d} to {anchor.not_valid_after_utc:%Y-%m-%d}"
-        )
+        dates = f"{anchor.not_valid_before_utc:%Y-%m-%d} to {anchor.not_valid_after_utc:%Y-%m-%d}"
+        got = f"{name} is valid only from {dates} ({_which_clock(expected.now)})"
         return Violation(subject="chain", want=want, got=got)
     for other in expected.anchors[1:]:
         if _leads_to(issued, other, time):
@@ -325,8 +344,13 @@ def _chain_violation(issued: Issued, expected: Expectation, time: datetime, reas
         return Violation(
             subject="issuer", want=want, got=f"issuer {name_text(leaf.issuer)}, and no certificate of that name"
         )
-    if not any(_signed_by(leaf, candidate) for candidate in candidates):
-        return Violation(subject="issuer", want=want, got=f"another key under the name {name_text(leaf.issuer)}")
+    if not _is_weakly_signed(leaf):  # of a weak signature the library can't tell whose it is
+        signers = [candidate for candidate in candidates if _signed_by(leaf, candidate)]
+        if not signers:
+            return Violation(subject="issuer", want=want, got=f"another key under the name {name_text(leaf.issuer)}")
+        if anchor not in signers and all(signer.subject == signer.issuer for signer in signers):
+            got = f"another root ({name_text(signers[0].subject)}, SHA-256 {fingerprint(signers[0])[:16]}…)"
+            return Violation(subject="issuer", want=want, got=got)
     return Violation(
         subject="chain",
         want=want,

@@ -14,15 +14,16 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.x509.oid import NameOID, ObjectIdentifier
+from cryptography.x509.oid import NameOID
 
 from bridge import csr
 from bridge.contract import Issued, SignRequest
 from bridge.errors import VerificationError, Violation
 from bridge.specs import SPECS, KeyAlgorithm
 from bridge.testing import TestCA
-from bridge.verify import BACKDATING, CLOCK_SKEW, Expectation, check
-from tests.kit.issuing import CLIENT, NOW, SERVER, Signer, cn, name, usage
+from bridge.verify import BACKDATING, Expectation, check
+from tests.attack.hostile import HOSTILE, LEFT, Desk
+from tests.kit.issuing import CLIENT, NOW, Signer, cn, name, usage
 
 ANY_EKU, CODE_SIGNING = "2.5.29.37.0", "1.3.6.1.5.5.7.3.3"
 
@@ -61,61 +62,20 @@ def sans(*changes: x509.GeneralName, without: str = "") -> list[x509.GeneralName
 
 
 ADMIN = name((NameOID.ORGANIZATION_NAME, "kubeadm:cluster-admins"), (NameOID.COMMON_NAME, "kubernetes-admin"))
-OTHER_KEY = csr.generate_key("ecdsa-p256").public_key()
-
-#: What is wrong, by the name of the one violation that it must lead to.
-WRONG: dict[str, tuple[str, Callable[[], Issued]]] = {
-    "another key": ("public key", lambda: root().issue(request(), public_key=OTHER_KEY)),
-    "another CN": ("subject", lambda: root().issue(request(), subject=cn("kube-apiserver2"))),
-    "CN in capitals": ("subject", lambda: root().issue(request(), subject=cn("Kube-Apiserver"))),
-    "no subject": ("subject", lambda: root().issue(request(), subject=x509.Name([]))),
-    "an O to spare": ("subject", lambda: root().issue(
-        request(), subject=name((NameOID.ORGANIZATION_NAME, "system:masters"), (NameOID.COMMON_NAME, "kube-apiserver")))),
-    "CN twice": ("subject", lambda: root().issue(
-        request(), subject=name((NameOID.COMMON_NAME, "kube-apiserver"), (NameOID.COMMON_NAME, "kube-apiserver")))),
-    "a SAN missing": ("SAN", lambda: root().issue(request(), sans=sans(without="kubernetes"))),
-    "no SAN at all": ("SAN", lambda: root().issue(request(), sans=[])),
-    "a SAN to spare": ("SAN", lambda: root().issue(request(), sans=sans(x509.DNSName("evil.example.com")))),
-    "a SAN twice": ("SAN", lambda: root().issue(request(), sans=sans(x509.DNSName("kubernetes")))),
-    "an address as DNS name": ("SAN", lambda: root().issue(
-        request(), sans=sans(x509.DNSName("10.96.0.1"), without="10.96.0.1"))),
-    "another address": ("SAN", lambda: root().issue(
-        request(), sans=sans(x509.IPAddress(ipaddress.ip_address("10.96.0.2")), without="10.96.0.1"))),
-    "an EKU to spare": ("EKU", lambda: root().issue(request(), ekus=[SERVER, CLIENT])),
-    "another EKU": ("EKU", lambda: root().issue(request(), ekus=[CLIENT])),
-    "no EKU": ("EKU", lambda: root().issue(request(), ekus=[])),
-    "any EKU": ("EKU", lambda: root().issue(request(), ekus=[SERVER, ANY_EKU])),
-    "code signing": ("EKU", lambda: root().issue(request(), ekus=[SERVER, CODE_SIGNING])),
-    "no KeyUsage": ("KeyUsage", lambda: root().issue(request(), no_key_usage=True)),
-    "no digitalSignature": ("KeyUsage", lambda: root().issue(request(), key_usage=usage(digital_signature=False))),
-    "keyCertSign": ("KeyUsage", lambda: root().issue(request(), key_usage=usage(key_cert_sign=True))),
-    "cRLSign": ("KeyUsage", lambda: root().issue(request(), key_usage=usage(crl_sign=True))),
-    "CA:TRUE": ("BasicConstraints", lambda: root().issue(
-        request(), basic_constraints=x509.BasicConstraints(ca=True, path_length=None))),
-    "CA:TRUE with a path length": ("BasicConstraints", lambda: root().issue(
-        request(), basic_constraints=x509.BasicConstraints(ca=True, path_length=0))),
-    "an unknown critical extension": ("critical extension", lambda: root().issue(
-        request(), extra=x509.UnrecognizedExtension(ObjectIdentifier("1.2.3.4"), b"\x05\x00"), extra_critical=True)),
-    "name constraints in a leaf": ("critical extension", lambda: root().issue(
-        request(), extra=x509.NameConstraints([x509.DNSName("x")], None), extra_critical=True)),
-    "expired": ("notAfter", lambda: root().issue(request(), begin=NOW - timedelta(days=9), end=NOW)),
-    "too short": ("notAfter", lambda: root().issue(request(), end=NOW + timedelta(days=7, seconds=-1))),
-    "not yet valid": ("notBefore", lambda: root().issue(request(), begin=NOW + CLOCK_SKEW + timedelta(seconds=1))),
-    "longer than its CA": ("notAfter", lambda: root().issue(request(), end=NOW + timedelta(days=3001))),
-    "another CA": ("issuer", lambda: Signer.make("other").issue(request())),
-    "another key under the CA's name": ("issuer", lambda: Signer.make("kubernetes").issue(request())),
-    "the CA's key under another name": ("issuer", lambda: root().issue(request(), issuer=cn("other"))),
-    "an intermediate that was not sent": ("issuer", lambda: Signer.make("mid", parent=root()).issue(request())),
-}  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", WRONG)
+@pytest.mark.parametrize("fault", HOSTILE)
 def test_refuses(fault: str) -> None:
-    """One fault leads to the one violation that names it."""
-    subject, make = WRONG[fault]
-    found = {violation.subject for violation in violations(make())}
-    # a leaf with a critical extension that nobody knows has no valid path either
-    assert found - ({"chain"} if subject == "critical extension" else set()) == {subject}
+    """One fault leads to the violations that name it, and to no other; its twin passes."""
+    case = HOSTILE[fault]
+    signer = case.root(NOW)
+    old = signer.issue(request(case.name), end=NOW + LEFT).leaf
+    asked = replace(request(case.name, case.algorithm), replaces=old)
+    desk = Desk(root=signer, request=asked, now=NOW)
+    check(case.right(desk), asked, expectation(signer))
+    with pytest.raises(VerificationError) as e:
+        check(case.wrong(desk), asked, expectation(signer))
+    assert {violation.subject for violation in e.value.violations} == case.subjects
 
 
 def through(*intermediates: Signer, signer: Signer | None = None) -> Issued:

@@ -1,138 +1,371 @@
-"""More answers that are wrong in one way, and clocks that are; beside each a twin that passes."""
+"""Answers of a CA that are wrong in one way, through the whole program; after each the twin, which is installed."""
 
 from __future__ import annotations
 
-import ipaddress
-from collections.abc import Callable
-from dataclasses import replace
-from datetime import timedelta
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key, pkcs7
 
-from bridge.certificates import load_pem_certificates
-from bridge.contract import Issued
-from bridge.errors import VerificationError
-from bridge.verify import check
+from bridge import csr
+from bridge.certificates import pem
+from bridge.contract import Issued, SignRequest
+from bridge.specs import SPECS, KeyAlgorithm
+from tests.attack import forger
 from tests.attack.conftest import Tried
-from tests.kit.issuing import NOW, Signer, cn, name
-from tests.test_verify import ADMIN, WRONG, expectation, request, root, violations
+from tests.attack.forger import Raw
+from tests.attack.hostile import DAY, HOSTILE, LEFT, Desk
+from tests.attack.pairs import assert_pairs
+from tests.e2e.cas import Bridge, live_certificates
+from tests.kit import cfssl, opensslca
+from tests.kit.issuing import Signer
+from tests.kit.pki import Pki, handmade_pki
 
-YEAR = timedelta(days=365)
-
-
-def constrained(*, permitted: str | None = None, excluded: str | None = None) -> Signer:
-    """A trust anchor with name constraints of its own."""
-    only = [x509.DNSName(permitted)] if permitted else None
-    never = [x509.IPAddress(ipaddress.ip_network(excluded))] if excluded else None
-    return Signer.make(constraints=x509.NameConstraints(only, never))
-
-
-def crossed() -> Signer:
-    """The node's CA, certified by another root: the same name and key in another certificate."""
-    return Signer.make("kubernetes", parent=Signer.make("other root"), key=root().key)
+YEAR = 365 * DAY
+#: Resident, of the whole program; a renewal by itself takes some 90.
+MOST_MEGABYTES = 200
 
 
-def test_every_answer_of_the_table_is_wrong_in_one_way(tried: Tried) -> None:
-    """Counted here, refused one by one in the suite of `bridge.verify`."""
-    assert len(WRONG) >= 33
-    tried("answers of a CA that are wrong in one way (tests/test_verify.py)", len(WRONG))
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+    """A node whose certificates are all due."""
+    return handmade_pki(tmp_path_factory.mktemp("template") / "node", not_after=datetime.now(UTC) + LEFT)
 
 
-def test_a_cross_signed_ca_makes_no_difference(tried: Tried) -> None:
-    """The path ends at the anchor on the node, and the cross certificate is dropped; under the other root it is refused."""
-    other = crossed()
-    verified = check(root().issue(request(), intermediates=[other]), request(), expectation())
-    assert verified.intermediates == ()
-    stranger = Signer.make("other root")
-    with pytest.raises(VerificationError):
-        check(root().issue(request(), intermediates=[other]), request(), expectation(stranger))
-    tried("hostile answers", 1)
+@pytest.fixture
+def bridge(template: Pki, tmp_path: Path) -> Bridge:
+    """A copy of that node, with settings that name no CA yet."""
+    pki = Pki(root=tmp_path / "node", external=True)
+    shutil.copytree(template.root, pki.root)
+    return Bridge(pki=pki, directory=tmp_path / "bridge")
 
 
-@pytest.mark.parametrize("anchor", [constrained(permitted="example.org"), constrained(excluded="10.96.0.0/12")])
-def test_name_constraints_of_the_anchor_hold(anchor: Signer, tried: Tried) -> None:
-    """A leaf with names that its own root excludes is worthless."""
-    free = constrained(excluded="198.51.100.0/24")
-    check(free.issue(request()), request(), expectation(free))
-    assert "chain" in {v.subject for v in violations(anchor.issue(request()), expected=expectation(anchor))}
-    tried("hostile answers", 1)
+def signer_of(pki: Pki, authority: str = "ca") -> Signer:
+    """The node's CA."""
+    certificate, key = pki.ca_pem(authority)
+    private: csr.PrivateKey = load_pem_private_key(key, None)  # type: ignore[assignment]
+    return Signer(certificate=x509.load_pem_x509_certificate(certificate), key=private)
 
 
-def test_an_o_that_was_lost(tried: Tried) -> None:
-    """Vault's roles drop it: a valid certificate for nobody in particular."""
-    asked = request("admin.conf")
-    check(root().issue(asked), asked, expectation())
-    found = violations(root().issue(asked, subject=cn("kubernetes-admin")), asked)
-    assert {v.subject for v in found} == {"subject"}
-    tried("hostile answers", 1)
+@dataclass(kw_only=True)
+class Attack:
+    """A node, and the forger that it takes for its CA."""
+
+    bridge: Bridge
+    forger: forger.Forger
+    root: Signer
+    now: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    def answer(self, make: Callable[[Desk], Issued | Raw]) -> None:
+        """From now on, with the live certificate as the one that is replaced."""
+        live = live_certificates(self.bridge.pki)
+
+        def answer(request: SignRequest) -> Issued | Raw:
+            known = SignRequest(
+                spec=request.spec, csr_pem=request.csr_pem, validity=YEAR, replaces=live[request.spec.name]
+            )
+            return make(Desk(root=self.root, request=known, now=self.now))
+
+        self.forger.answer = answer
+
+    def refused(self, *names: str) -> str:
+        """Renew; nothing but the record moves, and the exit code is 5. What it said."""
+        before = files(self.bridge)
+        run = self.bridge.run("renew", *names)
+        assert run.returncode == 5, run.stdout + run.stderr
+        assert "Traceback" not in run.stderr
+        assert files(self.bridge) == before
+        assert not list((self.bridge.directory / "state/backups").iterdir())
+        return run.stderr
+
+    def installed(self, *names: str) -> None:
+        """Renew; these certificates are new, and no other."""
+        before = live_certificates(self.bridge.pki)
+        run = self.bridge.run("renew", *names)
+        assert run.returncode == 0, run.stderr
+        after = live_certificates(self.bridge.pki)
+        assert {name for name in after if after[name] != before[name]} == set(names)
+        assert_pairs(self.bridge.pki)
 
 
-def test_attributes_in_another_order_are_accepted_but_not_in_another_type(tried: Tried) -> None:
-    """An OU is no O."""
-    asked = request("admin.conf")
-    check(root().issue(asked, subject=x509.Name(list(ADMIN)[::-1])), asked, expectation())
-    unit = name((NameOID.ORGANIZATIONAL_UNIT_NAME, "kubeadm:cluster-admins"), (NameOID.COMMON_NAME, "kubernetes-admin"))
-    assert {v.subject for v in violations(root().issue(asked, subject=unit), asked)} == {"subject"}
-    tried("hostile answers", 1)
+def files(bridge: Bridge) -> dict[str, str]:
+    """Digests of all files on the node."""
+    paths = [path for path in bridge.pki.kubeconfig_dir.rglob("*") if path.is_file()]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
-def test_p224(tried: Tried) -> None:
-    """A curve that no part of Kubernetes need know, under a good signature."""
-    odd = ec.generate_private_key(ec.SECP224R1()).public_key()
-    assert {v.subject for v in violations(root().issue(request(), public_key=odd))} == {"public key", "curve"}
-    tried("hostile answers", 1)
+@pytest.fixture
+def attack(bridge: Bridge, request: pytest.FixtureRequest) -> Iterator[Attack]:
+    """Indirect parameters: the certificate, its key's algorithm and the CA's maker (None: the node's own CA)."""
+    name, algorithm, make_root = getattr(request, "param", ("apiserver", "ecdsa-p256", None))
+    authority = SPECS[name].authority
+    root = make_root(datetime.now(UTC)) if make_root else signer_of(bridge.pki, authority.name)
+    (bridge.pki.pki_dir / authority.certificate_file).write_bytes(pem(root.certificate))
+    with forger.forger(root.certificate, lambda _: Raw(b"")) as ca:
+        bridge.add("renewal", {"key": algorithm})
+        bridge.add("backend.corp", {"type": "vault", "url": ca.url, "timeout": "20s", "retry_for": "1s"})
+        bridge.add("backend.corp.auth", {"method": "token", "token_file": bridge.secret("token", forger.TOKEN)})
+        bridge.add(f"authority.{authority.name}", {"backend": "corp", "mount": forger.MOUNT})
+        yield Attack(bridge=bridge, forger=ca, root=root)
 
 
-def test_a_leaf_as_issuer(tried: Tried) -> None:
-    """Another certificate of the node may not sign."""
-    signer = Signer.make("kube-apiserver", parent=root(), ca=False)
-    found = violations(signer.issue(request(), intermediates=[signer]))
-    assert {v.subject for v in found} == {"chain"}
-    tried("hostile answers", 1)
+def named(said: str) -> set[str]:
+    """What a message's violations are about."""
+    return set(re.findall(r"(?:; |\(vault\): )([A-Za-z ]+): wanted ", said))
 
 
-def der(issued: Issued) -> bytes:
-    return issued.leaf.public_bytes(serialization.Encoding.DER)
-
-
-def pem(issued: Issued) -> bytes:
-    return issued.leaf.public_bytes(serialization.Encoding.PEM)
+def parameters(fault: str) -> tuple[str, KeyAlgorithm, Callable[[datetime], Signer]]:
+    """Of the fixture above."""
+    case = HOSTILE[fault]
+    return case.name, case.algorithm, case.root
 
 
 @pytest.mark.parametrize(
-    "damage",
-    [
-        lambda data: data[: len(data) // 2],
-        lambda data: data.replace(b"END CERTIFICATE", b"END"),
-        lambda _: b"",
-        lambda _: b"<html>502 Bad Gateway</html>",
-        lambda _: b"x" * 10_000_000,
-        lambda data: data[:200] + b"!" + data[201:],
-    ],
+    ("fault", "attack"), [(fault, parameters(fault)) for fault in HOSTILE], indirect=["attack"], ids=list(HOSTILE)
 )
-def test_text_that_is_no_certificate(damage: Callable[[bytes], bytes], tried: Tried) -> None:
-    """A clear error, in bounded time."""
-    good = pem(root().issue(request()))
-    assert len(load_pem_certificates(good)) == 1
-    with pytest.raises(ValueError):
-        load_pem_certificates(damage(good))
-    tried("hostile answers", 1)
+def test_a_certificate_that_is_wrong_in_one_way(fault: str, attack: Attack, tried: Tried) -> None:
+    """Exit 5, nothing replaced, and the message names exactly what is wrong; its twin is installed by the same command."""
+    case = HOSTILE[fault]
+    attack.answer(case.wrong)
+    said = attack.refused(case.name)
+    assert named(said) == case.subjects, said
+    assert attack.forger.asked == [case.name]
+    attack.answer(case.right)
+    attack.installed(case.name)
+    tried("hostile answers through the program, each with a twin", 1)
 
 
-@pytest.mark.parametrize(("skew", "subject"), [(-YEAR, "notBefore"), (YEAR, "notAfter")])
-def test_a_clock_that_is_a_year_off(skew: timedelta, subject: str, tried: Tried) -> None:
-    """Set back, the certificate is not valid yet, and the message asks for the clock; set forward, it has expired."""
-    issued = root().issue(request())
-    check(issued, request(), expectation())
-    off = replace(expectation(), now=NOW + skew)
-    with pytest.raises(VerificationError) as e:
-        check(issued, request(), off)
-    found = {v.subject: v for v in e.value.violations}
-    assert subject in found
-    if skew < timedelta():
-        assert f"this node's clock says {NOW + skew:%Y-%m-%d}" in found[subject].got
+def test_answers_that_are_swapped(attack: Attack, tried: Tried) -> None:
+    """Two certificates of one run, each in the other's answer: both are refused; in their own they are installed."""
+    names = ("controller-manager.conf", "scheduler.conf")
+    waiting: dict[str, Issued] = {}
+
+    def swapped(desk: Desk) -> Issued:
+        """Both are asked for at the same time; the first waits for the second."""
+        waiting[desk.request.spec.name] = desk.issue()
+        [other] = set(names) - {desk.request.spec.name}
+        deadline = time.monotonic() + 10
+        while other not in waiting and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return waiting[other]
+
+    attack.answer(swapped)
+    said = attack.refused(*names)
+    assert all(f"error: {name}: corp (vault): public key: wanted " in said for name in names), said
+    assert said.count("subject: wanted ") == 2
+    attack.answer(Desk.issue)
+    attack.installed(*names)
+    tried("hostile answers through the program, each with a twin", 1)
+
+
+def test_what_the_ca_sends_along_counts_for_nothing(attack: Attack, tried: Tried) -> None:
+    """Its own root in the chain makes no certificate of it a good one, and no harm beside a good one."""
+    stranger = Signer.make("kubernetes")
+    attack.answer(lambda desk: desk.issue(by=stranger, intermediates=(stranger,)))
+    assert named(attack.refused("apiserver")) == {"issuer"}
+    attack.answer(lambda desk: desk.issue(intermediates=(stranger, attack.root)))
+    attack.installed("apiserver")
+    crt = (attack.bridge.pki.pki_dir / "apiserver.crt").read_bytes()
+    assert crt.count(b"BEGIN CERTIFICATE") == 1
+    tried("hostile answers through the program, each with a twin", 1)
+
+
+# --- what is no certificate, from each kind of CA --------------------------------------------------------------------
+
+
+def p7(text: str) -> str:
+    """The certificate in a PKCS#7 bag, as some CAs download it."""
+    found = x509.load_pem_x509_certificates(text.encode())
+    return pkcs7.serialize_certificates(found, Encoding.PEM).decode()
+
+
+#: The text of a certificate, spoilt.
+SPOILT: dict[str, Callable[[str], str]] = {
+    "truncated PEM": lambda text: text[: len(text) // 2],
+    "PEM without its last line": lambda text: text.replace("-----END CERTIFICATE-----\n", ""),
+    "one character changed": lambda text: text[:200] + "!" + text[201:],
+    "two leaves": lambda text: text + text,
+    "DER": lambda text: x509.load_pem_x509_certificate(text.encode()).public_bytes(Encoding.DER).decode("latin-1"),
+    "DER in base64": lambda text: "".join(text.splitlines()[1:-1]),
+    "PKCS#7": p7,
+    "HTML": lambda _: "<html><body><h1>502 Bad Gateway</h1></body></html>",
+    "empty": lambda _: "",
+    "a CSR": lambda text: text.replace("CERTIFICATE", "CERTIFICATE REQUEST"),
+}
+#: Whole bodies.
+BODIES: dict[str, Raw] = {
+    "an HTML page": Raw(b"<html><body>login</body></html>" * 100),
+    "an empty body": Raw(b""),
+    "no object": Raw(b"[]"),
+    "an object without an answer": Raw(b"{}"),
+    "deep nesting": Raw(b"[" * 100_000),
+    "a number without end": Raw(b'{"data": ' + b"9" * 100_000 + b"}"),
+    "100 MB": Raw(b"x" * 1_000_000, times=100),
+    "100 MB of a certificate": Raw(b'{"success": true, "data": {"certificate": "' + b"A" * 1_000_000, times=100),
+}
+
+
+def run_measured(bridge: Bridge, *args: str) -> tuple[int, str, float, float]:
+    """Exit code, standard error, seconds, and megabytes at most (of the program itself, not of what it started)."""
+    command = [str(Path(sys.executable).with_name("ca-bridge")), *args, "--config", str(bridge.config)]
+    error = bridge.directory / "stderr"
+    begin = time.monotonic()
+    with error.open("wb") as stderr:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, error.read_text(), time.monotonic() - begin, usage.ru_maxrss / 1024
+
+
+def assert_refused_soon(bridge: Bridge, wanted: int = 5) -> None:
+    """Nothing is replaced; no traceback; bounded time and memory."""
+    before = files(bridge)
+    code, said, seconds, megabytes = run_measured(bridge, "renew", "apiserver")
+    assert code == wanted, said
+    assert "error: apiserver: " in said
+    assert "Traceback" not in said
+    assert len(said) < 2000
+    assert files(bridge) == before
+    assert seconds < 15
+    assert megabytes < MOST_MEGABYTES
+
+
+@pytest.mark.parametrize("spoilt", [*SPOILT, *BODIES])
+def test_an_answer_of_vault_that_is_no_certificate(spoilt: str, attack: Attack, tried: Tried) -> None:
+    """Exit 5 in bounded time and memory; a whole certificate is installed."""
+    if spoilt in SPOILT:
+        attack.answer(lambda desk: attack.forger.certificate(SPOILT[spoilt](pem(desk.issue().leaf).decode()), []))
+    else:
+        attack.answer(lambda _: BODIES[spoilt])
+    assert_refused_soon(attack.bridge)
+    attack.answer(lambda desk: attack.forger.certificate(pem(desk.issue().leaf).decode(), []))
+    attack.installed("apiserver")
+    tried("answers that are no certificate, from vault, cfssl and openssl", 1)
+
+
+@pytest.mark.parametrize("spoilt", [*SPOILT, *BODIES])
+def test_an_answer_of_cfssl_that_is_no_certificate(spoilt: str, bridge: Bridge, tried: Tried) -> None:
+    """Exit 5 in bounded time and memory; a whole certificate is installed."""
+    root, key = signer_of(bridge.pki), bytes(range(32))
+
+    def leaf(body: bytes) -> str:
+        inner = cfssl.inner_request(body)
+        request = SignRequest(
+            spec=SPECS["apiserver"],
+            csr_pem=inner["certificate_request"].encode(),  # type: ignore[index]
+            validity=YEAR,
+        )
+        return pem(Desk(root=root, request=request, now=datetime.now(UTC)).issue().leaf).decode()
+
+    def answer(body: bytes) -> cfssl.Answer:
+        if spoilt in SPOILT:
+            return cfssl.Answer.result(certificate=SPOILT[spoilt](leaf(body)))
+        return cfssl.Answer(body=BODIES[spoilt].body, times=BODIES[spoilt].times)
+
+    usages = ["signing", "key encipherment", "server auth"]
+    with cfssl.double({"server": key}, pem(root.certificate), usages=usages) as ca:
+        ca.answers = [answer, lambda body: cfssl.Answer.result(certificate=leaf(body))]
+        bridge.add("backend.corp", {"type": "cfssl", "url": ca.url, "auth_key_file": bridge.secret("key", key.hex())})
+        bridge.add("authority.ca", {"backend": "corp", "timeout": "20s", "retry_for": "1s"})
+        assert_refused_soon(bridge)
+        run = bridge.run("renew", "apiserver")
+        assert run.returncode == 0, run.stderr
+    assert_pairs(bridge.pki)
+    tried("answers that are no certificate, from vault, cfssl and openssl", 1)
+
+
+#: What a shell makes of `$certificate`, a file in the CA's `new_certs_dir`.
+SPOILT_FILES: dict[str, str] = {
+    "truncated PEM": 'truncate -s 300 "$certificate"',
+    "PEM without its last line": 'sed -i "/END CERTIFICATE/d" "$certificate"',
+    "two leaves": 'cp "$certificate" "$certificate.old" && cat "$certificate.old" >> "$certificate"',
+    "DER": 'openssl x509 -in "$certificate" -outform DER -out "$certificate"',
+    "PKCS#7": 'openssl crl2pkcs7 -nocrl -certfile "$certificate" -out "$certificate"',
+    "HTML": 'echo "<html><body>moved</body></html>" > "$certificate"',
+    "empty": ': > "$certificate"',
+    "100 MB": 'truncate -s 100M "$certificate"',
+    "100 MB after a certificate": 'truncate -s 100M "$certificate.new" && cat "$certificate.new" >> "$certificate"',
+    "none at all": 'rm "$certificate"',
+    "a directory": 'rm "$certificate" && mkdir "$certificate"',
+    "the CA's own": 'cp ca.crt "$certificate"',
+}
+
+
+@pytest.mark.parametrize("spoilt", SPOILT_FILES)
+def test_an_answer_of_openssl_that_is_no_certificate(spoilt: str, bridge: Bridge, tmp_path: Path, tried: Tried) -> None:
+    """
+    Nothing is replaced, in bounded time and memory; what the real program makes is installed.
+
+    Exit 6 for a file that a full disk may have cut: another run can help.
+    """
+    directory = opensslca.make_ca_directory(tmp_path / "ca", *bridge.pki.ca_pem("ca"))
+    certificates, hostile = directory / "newcerts", tmp_path / "hostile"
+    script = tmp_path / "openssl"
+    script.write_text(
+        f"""#!/bin/sh
+openssl "$@" || exit
+[ "$1" = ca ] && [ -e "{hostile}" ] || exit 0
+for certificate in "{certificates}"/*; do {SPOILT_FILES[spoilt]}; done
+"""
+    )
+    script.chmod(0o755)
+    hostile.touch()
+    code = 5 if spoilt in ("a directory", "the CA's own") else 6
+    bridge.add("backend.desk", {"type": "openssl", "dir": str(directory), "openssl": str(script)})
+    bridge.add("authority.ca", {"backend": "desk"})
+    assert_refused_soon(bridge, code)
+    hostile.unlink()
+    run = bridge.run("renew", "apiserver")
+    assert run.returncode == 0, run.stderr
+    assert_pairs(bridge.pki)
+    tried("answers that are no certificate, from vault, cfssl and openssl", 1)
+
+
+# --- clocks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ahead", "subject"),
+    [(YEAR, "notBefore"), (-YEAR, "notAfter")],
+    ids=["the node's is a year behind", "the node's is a year ahead"],
+)
+def test_a_clock_that_is_a_year_off(ahead: timedelta, subject: str, attack: Attack, tried: Tried) -> None:
+    """The message asks for the clocks instead of installing what is not valid yet, or expired long ago."""
+    attack.answer(lambda desk: replace(desk, now=desk.now + ahead).issue())
+    said = attack.refused("apiserver")
+    assert named(said) == {subject}
+    now = datetime.now(UTC)
+    assert f"this node's clock says {now:%Y-%m-%d}" in said
+    assert "is one of the two wrong?" in said
+    attack.answer(Desk.issue)
+    attack.installed("apiserver")
+    tried("clocks that are wrong", 1)
+
+
+def test_a_clock_from_before_the_ca(attack: Attack, tried: Tried) -> None:
+    """A node whose clock is so far behind that its own CA is not valid yet says so, and asks for no certificate."""
+    begin = attack.now + YEAR
+    young = Signer.make(begin=begin, end=begin + 10 * YEAR, key=attack.root.key)
+    anchor = attack.bridge.pki.pki_dir / "ca.crt"
+    anchor.write_bytes(pem(young.certificate))
+    attack.forger.ca = young.certificate
+    attack.answer(lambda desk: Desk(root=young, request=desk.request, now=begin).issue())
+    said = attack.refused("apiserver")
+    assert f"this node's clock says {datetime.now(UTC):%Y-%m-%d}" in said
+    assert str(anchor) in said
+    attack.forger.ca = attack.root.certificate
+    anchor.write_bytes(pem(attack.root.certificate))
+    attack.answer(Desk.issue)
+    attack.installed("apiserver")
     tried("clocks that are wrong", 1)

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler
@@ -312,6 +312,7 @@ class Double:
     url: str
     keys: Mapping[str, bytes] = field(repr=False)  #: HMAC key by profile.
     ca_cert_pem: bytes
+    usages: Sequence[str] | None = None  #: Of every profile, as `info` tells them.
     #: To signing requests, in this order; or what makes one of the request's body.
     answers: list[Answer | Callable[[bytes], Answer]] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list, repr=False)  #: Of the signing requests.
@@ -324,16 +325,19 @@ class Double:
         if path == f"{API}/info":
             if not set(envelope) <= {"label", "profile"}:
                 self.complaints.append(f"info with {sorted(envelope)}")
-            return Answer.result(certificate=self.ca_cert_pem.decode().strip(), usages=None, expiry="1m")
+            return Answer.result(certificate=self.ca_cert_pem.decode().strip(), usages=self.usages, expiry="1m")
         if path != f"{API}/authsign":
             self.complaints.append(f"POST {path}")
             return Answer(status=404, body=b"404 page not found\n")
+        inner = self._examine(envelope)
+        if not inner["certificate_request"]:  # a look at the HMAC alone
+            return Answer.error(400, 400, "missing parameter 'certificate_request'")
+        x509.load_pem_x509_csr(inner["certificate_request"].encode())
         self.bodies.append(body)
-        self._examine(envelope)
         answer = self.answers.pop(0)
         return answer if isinstance(answer, Answer) else answer(body)
 
-    def _examine(self, envelope: Mapping[str, str]) -> None:
+    def _examine(self, envelope: Mapping[str, str]) -> Mapping[str, str]:
         if set(envelope) != {"token", "request"}:
             self.complaints.append(f"authsign with {sorted(envelope)}")
         text = base64.b64decode(envelope["request"], validate=True)
@@ -343,7 +347,7 @@ class Double:
         token = hmac.new(self.keys[inner["profile"]], text, hashlib.sha256).digest()
         if base64.b64decode(envelope["token"], validate=True) != token:
             self.complaints.append("wrong HMAC")
-        x509.load_pem_x509_csr(inner["certificate_request"].encode())
+        return inner
 
 
 def inner_request(body: bytes) -> object:
@@ -352,10 +356,10 @@ def inner_request(body: bytes) -> object:
 
 
 @contextlib.contextmanager
-def double(keys: Mapping[str, bytes], ca_cert_pem: bytes) -> Iterator[Double]:
+def double(keys: Mapping[str, bytes], ca_cert_pem: bytes, usages: Sequence[str] | None = None) -> Iterator[Double]:
     """A running `Double`; at the end nothing may have been wrong with the requests, and no answer may be left."""
     server = LoopbackServer(("127.0.0.1", 0), _Handler)
-    server.double = Double(f"http://127.0.0.1:{server.server_port}", keys, ca_cert_pem)  # type: ignore[attr-defined]
+    server.double = Double(f"http://127.0.0.1:{server.server_port}", keys, ca_cert_pem, usages)  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
