@@ -130,25 +130,29 @@ def served(
     host: str,
     port: int,
     *,
+    trust_pem: bytes | None = None,
+    server_name: str | None = None,
     certificate_pem: bytes | None = None,
     key_pem: bytes | None = None,
     timeout_seconds: float,
 ) -> x509.Certificate:
     """
-    The leaf that a server shows in a handshake, whoever has signed it; nothing is asked.
+    The leaf that a server shows in a handshake; nothing is asked.
 
     Args:
         host: Name or address; an address sends no SNI.
         port: TCP.
+        trust_pem: As in `request`; None: whoever has signed it.
+        server_name: As in `request`.
         certificate_pem: A client certificate, for servers that want one (with TLS 1.2 they show nothing without).
         key_pem: Its key.
         timeout_seconds: For all of it.
 
     Raises:
-        UnreachableError, ClientRefusedError: No handshake.
+        UnreachableError, UntrustedError, ClientRefusedError: No handshake.
     """
-    tls = context(None, certificate_pem, key_pem)
-    with _connected(host, port, tls, None, timeout_seconds) as opened:
+    tls = context(trust_pem, certificate_pem, key_pem)
+    with _connected(host, port, tls, server_name, timeout_seconds) as opened:
         shown = _shown(opened)
     if shown is None:
         raise UnreachableError("wanted a server certificate, found none")

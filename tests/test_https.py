@@ -161,9 +161,12 @@ def test_shows_what_is_served_to_nobody_in_particular(pki: Path) -> None:
 )
 def test_trusts_only_what_it_was_told_to(pki: Path, anchor: str, name: str | None) -> None:
     """A server of another CA, and one with another name, are not believed."""
-    trusted = (pki / anchor).read_bytes()
-    with server(pki) as port, pytest.raises(UntrustedError):
-        ask(port, pki, trust_pem=trusted, server_name=name)
+    trusted: dict[str, Any] = {"trust_pem": (pki / anchor).read_bytes(), "server_name": name}
+    with server(pki) as port:
+        with pytest.raises(UntrustedError):
+            ask(port, pki, **trusted)
+        with pytest.raises(UntrustedError):
+            https.served("127.0.0.1", port, timeout_seconds=5, **trusted)
 
 
 def test_takes_another_name_than_the_address(pki: Path) -> None:
