@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from backends.openssl_config import Config, ConfigDoubtError, parse_config
 from backends.openssl_index import Database, file_name
+from backends.openssl_key import SCHEME, KeyFile, Pkcs11Settings, PrivateKey, TokenKey, key_problems, shown
 from backends.openssl_process import Failure, Openssl, Outcome
 from bridge.contract import BackendSettings, Issued, Secret, SignRequest
 from bridge.errors import (
@@ -42,9 +43,7 @@ from bridge.errors import (
 )
 from bridge.specs import CertificateSpec, Usage
 
-#: CSRs in one process; nothing of a run is recorded before its last signature is made.
-BATCH_SIZE = 1000
-_FAILED_RUNS = 20  # enough to find a bad CSR among BATCH_SIZE by halving, and no endless list of failures
+_FAILED_RUNS = 20  # enough to find a bad CSR among a batch of 1000 by halving, and no endless list of failures
 _BACKDATED = timedelta(minutes=5)  # clocks differ; kubeadm does the same
 _FILES = {"certificate": "ca.crt", "private_key": "ca.key", "database": "index.txt", "new_certs_dir": "newcerts"}
 _MEMORY = "/dev/shm"  # noqa: S108 (the folder made in it is private)
@@ -58,7 +57,7 @@ preserve = yes
 
 [bridge]
 certificate = ca.crt
-private_key = ca.key
+private_key = {private_key}
 database = database/{index}
 new_certs_dir = newcerts
 rand_serial = yes
@@ -109,17 +108,18 @@ class OpensslSettings(BackendSettings):
 
     dir: Path | None = None  #: Has what is not named: `ca.crt`, `ca.key`, `index.txt` and `newcerts`.
     certificate: Path | None = None  #: The one that signs, then its chain.
-    private_key: str | None = None
+    private_key: str | None = None  #: A file, or a pkcs11: URI.
     database: Path | None = None
     new_certs_dir: Path | None = None
     config: Path | None = None
     section: str | None = None  #: Of `config`; otherwise the one that its `default_ca` names.
     passphrase: Secret | None = None
+    pkcs11: Pkcs11Settings | None = None  #: For a key in a token.
     openssl: str = "openssl"
     digest: Literal["sha256", "sha384", "sha512"] = "sha256"
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Files that are named twice or not at all, and a key that is no file."""
+        """Files that are named twice or not at all, and a key that openssl could not find for sure."""
         yield from super().problems()
         named = [key for key in ("dir", *_FILES) if getattr(self, key) is not None]
         if self.config and named:
@@ -129,8 +129,8 @@ class OpensslSettings(BackendSettings):
                 yield SettingsProblem(key, "a path, or dir with the usual names in it", "none")
         if self.section is not None and not self.config:
             yield SettingsProblem("section", "config beside it", "none")
-        if self.private_key is not None and not self.private_key.startswith("/"):
-            yield SettingsProblem("private_key", "a file with an absolute path", _shown(self.private_key))
+        if not self.config:
+            yield from key_problems(self.private_key, self.pkcs11, self.passphrase)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +138,7 @@ class CAFiles:
     """The four places that `openssl ca` works on."""
 
     certificate: Path
-    private_key: Path
+    private_key: str  #: A path or a pkcs11: URI.
     database: Path
     new_certs_dir: Path
 
@@ -164,11 +164,11 @@ class OpensslBackend:
     def __init__(self, settings: OpensslSettings, files: CAFiles) -> None:
         self._settings = settings
         self._files = files
+        self._key = _private_key(files.private_key, settings)
         self._openssl = Openssl(
             program=settings.openssl,
             limit=settings.timeout,
-            private_key=files.private_key,
-            passphrase=settings.passphrase,
+            key=self._key,
         )
 
     @classmethod
@@ -176,7 +176,7 @@ class OpensslBackend:
         """As `BackendType`; reads the site's openssl.cnf, if one is named."""
         if not isinstance(settings, OpensslSettings):
             raise TypeError(f"wanted OpensslSettings, got {type(settings).__name__}")
-        return cls(settings, _site_files(settings.config, settings.section) if settings.config else _files(settings))
+        return cls(settings, _site_files(settings) if settings.config else _files(settings))
 
     def sign(self, request: SignRequest) -> Issued:
         """Have one CSR signed."""
@@ -186,7 +186,7 @@ class OpensslBackend:
         return answer
 
     def sign_many(self, requests: Sequence[SignRequest]) -> list[Issued | Exception]:
-        """Have all signed, with one process a usage class and `BATCH_SIZE`."""
+        """Have all signed, with one process a usage class and chunk of it."""
         if not requests:
             return []
         with _os_errors():
@@ -196,7 +196,7 @@ class OpensslBackend:
             with database.locked(self._settings.timeout) as lock, self._folder(signers[0]) as folder:
                 desk = _Desk(self._openssl, database, signers, folder, lock)
                 desk.recover()
-                answers = desk.sign(_batches(requests))
+                answers = desk.sign(_batches(requests, self._key.batch_size))
         return [answers[position] for position in range(len(requests))]
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
@@ -242,10 +242,11 @@ class OpensslBackend:
         memory = None if "TMPDIR" in os.environ or not os.access(_MEMORY, os.W_OK | os.X_OK) else _MEMORY
         with tempfile.TemporaryDirectory(prefix="ca-bridge-", dir=memory) as name:
             folder = Path(name)
-            config = _config(database.index.name, self._settings.digest)
+            config = _config(database.index.name, self._settings.digest, self._key)
             folder.joinpath("openssl.cnf").write_text(config, encoding="ascii")
             folder.joinpath("ca.crt").write_bytes(signer.public_bytes(Encoding.PEM))
-            folder.joinpath("ca.key").symlink_to(self._files.private_key)
+            if isinstance(self._key, KeyFile):
+                folder.joinpath(self._key.reference).symlink_to(self._key.path)
             folder.joinpath("database").symlink_to(database.index.parent)
             folder.joinpath("newcerts").symlink_to(database.new_certs_dir)
             yield folder
@@ -402,14 +403,14 @@ def _not_issued(lost: Sequence[str]) -> BackendError:
     return BackendRefusedError("openssl issued nothing for this CSR, as for one whose signature is bad")
 
 
-def _batches(requests: Sequence[SignRequest]) -> list[_Batch]:
+def _batches(requests: Sequence[SignRequest], size: int) -> list[_Batch]:
     groups: dict[tuple[Usage, timedelta], list[tuple[int, SignRequest]]] = defaultdict(list)
     for position, request in enumerate(requests):
         groups[request.spec.usage, request.validity].append((position, request))
     return [
-        (usage, validity, group[start : start + BATCH_SIZE])
+        (usage, validity, group[start : start + size])
         for (usage, validity), group in groups.items()
-        for start in range(0, len(group), BATCH_SIZE)
+        for start in range(0, len(group), size)
     ]
 
 
@@ -485,23 +486,35 @@ def _extension(certificate: x509.Certificate, kind: type[_ExtensionT]) -> _Exten
         return None
 
 
-def _config(index_name: str, digest: str) -> str:
+def _config(index_name: str, digest: str, key: PrivateKey) -> str:
     sections = [_SECTION.format(usage=usage, ekus=ekus) for usage, ekus in _EKUS.items()]
-    return _CONFIG.format(index=index_name, digest=digest) + "".join(sections)
+    return key.config + _CONFIG.format(index=index_name, digest=digest, private_key=key.reference) + "".join(sections)
+
+
+def _private_key(where: str, settings: OpensslSettings) -> PrivateKey:
+    if where.startswith(SCHEME) and settings.pkcs11:
+        return TokenKey(where, settings.pkcs11)
+    return KeyFile(Path(where), settings.passphrase)
 
 
 def _files(settings: OpensslSettings) -> CAFiles:
     folder = settings.dir or Path("/")  # without dir all four are named
-    return CAFiles(**{key: Path(getattr(settings, key) or folder / name) for key, name in _FILES.items()})
+    return CAFiles(
+        certificate=settings.certificate or folder / _FILES["certificate"],
+        private_key=settings.private_key or str(folder / _FILES["private_key"]),
+        database=settings.database or folder / _FILES["database"],
+        new_certs_dir=settings.new_certs_dir or folder / _FILES["new_certs_dir"],
+    )
 
 
-def _site_files(path: Path, section: str | None) -> CAFiles:
+def _site_files(settings: OpensslSettings) -> CAFiles:
     """
     The four places that a site's openssl.cnf names.
 
     Raises:
         SettingsError: It does not name them for sure.
     """
+    path, section = settings.config or Path(), settings.section
     try:
         config = parse_config(path.read_text(encoding="utf-8", errors="surrogateescape"), os.environ)
         section = section or _site_value(config, "ca", "default_ca")
@@ -513,25 +526,26 @@ def _site_files(path: Path, section: str | None) -> CAFiles:
     else:
         # a relative path means wherever openssl is started, not the file's own folder
         problems = [
-            SettingsProblem("config", f"{key} as an absolute path in [{section}]", _shown(text), path)
+            SettingsProblem("config", f"{key} as an absolute path in [{section}]", shown(text), path)
             for key, text in found.items()
-            if not text.startswith("/")
+            if not text.startswith("/") and not (key == "private_key" and text.startswith(SCHEME))
+        ]
+        in_file = {"private_key": path}
+        problems += [
+            replace(problem, file=in_file.get(problem.key))
+            for problem in key_problems(found["private_key"], settings.pkcs11, settings.passphrase)
+            if found["private_key"].startswith(("/", SCHEME))
         ]
     if problems:
         hint = "instead of config, the settings can name certificate, private_key, database and new_certs_dir"
         raise SettingsError(problems, hint=hint)
-    return CAFiles(**{key: Path(text) for key, text in found.items()})
+    places = {key: Path(found[key]) for key in ("certificate", "database", "new_certs_dir")}
+    return CAFiles(**places, private_key=found["private_key"])
 
 
 def _site_value(config: Config, section: str, key: str) -> str:
     value = config.get(section, key)
     return value.text if value else ""
-
-
-def _shown(text: str) -> str:
-    """A path; of a URI, which may hold a PIN, only its scheme."""
-    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", text)
-    return f"a {scheme[0]} URI" if scheme else repr(text) if text else "none"
 
 
 def _public_key(subject: x509.Certificate | x509.CertificateSigningRequest) -> bytes:

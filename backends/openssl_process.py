@@ -1,13 +1,14 @@
-"""One run of the openssl program for a CA: the passphrase in, the reason of a failure out."""
+"""One run of the openssl program for a CA: the passphrase or PIN in, the reason of a failure out."""
 
 from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +16,8 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 
-from bridge.contract import Secret, SecretUnavailableError
+from backends.openssl_key import PrivateKey
+from bridge.contract import SecretUnavailableError
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError
 
 _OLDEST = (1, 1, 1)
@@ -26,13 +28,11 @@ _LONGEST_LINE = 200
 # What `openssl ca` says when all is well; `name :STRING:'value'` are the parts of a subject.
 _NOISE = re.compile(
     r"Using configuration|Check that the request|Signature ok|The Subject's Dist|Certificate is to be certified|"
-    r"Write out database|Data ?base updated|Everything appears|Adding Entry|Enter pass phrase|\s*$|\w+\s*:[A-Z\d. ]+:'",
+    r"Write out database|Data ?base updated|Everything appears|Adding Entry|Enter pass phrase|engine .pkcs11. set|\s*$|\w+\s*:[A-Z\d. ]+:'",
     re.IGNORECASE,
 )
 _ERROR_LINE = re.compile(r"[0-9A-Fa-f]+:error:[^:]*:[^:]*:[^:]*:(?P<reason>[^:]*):[^:]*:\d+:(?P<data>.*)")
 _MISMATCH = re.compile(r"private key do(?:es)? not match", re.IGNORECASE)
-_WRONG_PASSPHRASE = re.compile(r"wrong password|bad decrypt|empty password|bad password read", re.IGNORECASE)
-_NO_KEY = re.compile(r"CA private key|private key from|(?:read|find) key", re.IGNORECASE)
 _DISK_FULL = re.compile(r"No space left|Disk quota", re.IGNORECASE)
 
 
@@ -59,8 +59,7 @@ class Openssl:
 
     program: str
     limit: timedelta  #: For one process.
-    private_key: Path  #: Linked as `ca.key` in each folder to run in; the path here is for messages.
-    passphrase: Secret | None
+    key: PrivateKey
 
     def check_version(self) -> None:
         """
@@ -70,8 +69,8 @@ class Openssl:
             BackendRefusedError: There is none, it is older than 1.1.1, or another make.
             BackendUnavailableError: It did not end.
         """
-        outcome = self._run(["version"], folder=Path("/"), inherited=())
-        if error := self._interrupted(outcome):
+        outcome = self._run(["version"], folder=Path("/"), environment={}, inherited=())
+        if error := self._stopped(outcome) or _killed(outcome):
             raise error
         text = outcome.output.decode(errors="replace").strip()
         match = re.match(r"OpenSSL (\d+)\.(\d+)\.(\d+)", text)
@@ -86,7 +85,7 @@ class Openssl:
             BackendRefusedError: The key can't be used.
             BackendUnavailableError: The program did not end.
         """
-        outcome = self.run(folder, "pkey", "-in", "ca.key", "-pubout")
+        outcome = self.run(folder, "pkey", "-in", self.key.reference, "-pubout")
         if outcome.code != 0:
             raise self.failure(outcome).error
         key = load_pem_public_key(outcome.output)
@@ -105,11 +104,7 @@ class Openssl:
         Raises:
             BackendRefusedError: No such program, no such key, no such passphrase.
         """
-        try:
-            with self.private_key.open("rb"):
-                pass
-        except OSError as e:
-            raise BackendRefusedError(f"wanted the CA's private key in {self.private_key}, found: {e.strerror}") from e
+        self.key.check()
         # a pipe is in no file, no environment and no process list; with the newline and its end closed openssl
         # can't wait on it, and an empty line is right for a key without passphrase
         reading, writing = os.pipe()
@@ -117,26 +112,31 @@ class Openssl:
             with os.fdopen(writing, "wb") as pipe:
                 pipe.write(self._secret() + b"\n")
             return self._run(
-                [command, "-passin", f"fd:{reading}", *arguments], folder=folder, inherited=(reading, *inherited)
+                [command, "-passin", f"fd:{reading}", *self.key.arguments(command), *arguments],
+                folder=folder,
+                environment=self.key.environment(command),
+                inherited=(reading, *inherited),
             )
         finally:
             os.close(reading)
 
     def _secret(self) -> bytes:
-        if self.passphrase is None:
+        if self.key.secret is None:
             return b""
         try:
-            secret = self.passphrase.read().encode()
+            secret = self.key.secret.read().encode()
         except SecretUnavailableError as e:
             raise BackendRefusedError(str(e)) from e
         if b"\n" in secret or len(secret) > _LONGEST_PASSPHRASE:
             raise BackendRefusedError(
-                f"wanted a passphrase of one line and at most {_LONGEST_PASSPHRASE} bytes in {self.passphrase},"
-                f" found {len(secret.splitlines())} lines and {len(secret)} bytes"
+                f"wanted a {self.key.secret_name} of one line and at most {_LONGEST_PASSPHRASE} bytes"
+                f" in {self.key.secret}, found {len(secret.splitlines())} lines and {len(secret)} bytes"
             )
         return secret
 
-    def _run(self, arguments: list[str], *, folder: Path, inherited: Iterable[int]) -> Outcome:
+    def _run(
+        self, arguments: list[str], *, folder: Path, environment: Mapping[str, str], inherited: Iterable[int]
+    ) -> Outcome:
         program = shutil.which(self.program)
         if not program:
             raise BackendRefusedError(
@@ -146,7 +146,7 @@ class Openssl:
             process = subprocess.Popen(
                 [str(Path(program).absolute()), *arguments],
                 cwd=folder,
-                env=_environment(),
+                env={**_environment(), **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -157,6 +157,8 @@ class Openssl:
             raise BackendRefusedError(f"wanted to start {program}, found: {e.strerror}") from e
         with process:
             try:
+                # the engine can crash with the PIN in its memory
+                resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))
                 output, messages = process.communicate(timeout=self.limit.total_seconds())
             except BaseException as e:
                 with suppress(ProcessLookupError):
@@ -168,51 +170,36 @@ class Openssl:
 
     def failure(self, outcome: Outcome) -> Failure:
         """Why it failed, as far as its messages tell; they decide nothing else."""
-        if error := self._interrupted(outcome) or self._without_key(outcome.messages):
+        error = self._stopped(outcome) or self._without_key(outcome.messages) or _killed(outcome)
+        if error:
             return Failure(error, for_all=True)
         told = self._told(outcome.messages)
         return Failure(BackendRefusedError(f"openssl ended with code {outcome.code}: {told}"), for_all=False)
 
-    def _interrupted(self, outcome: Outcome) -> BackendUnavailableError | None:
+    def _stopped(self, outcome: Outcome) -> BackendUnavailableError | None:
         if outcome.code is None:
             return BackendUnavailableError(
                 f"wanted openssl to end within {self.limit.total_seconds():g} s, found it still running; it was stopped"
             )
-        if outcome.code < 0:
-            return BackendUnavailableError(f"openssl was ended by signal {-outcome.code}")
         if _DISK_FULL.search(outcome.messages):
             return BackendUnavailableError("wanted room for the CA's database, found the disk full")
         return None
 
-    def _without_key(self, messages: str) -> BackendRefusedError | None:
+    def _without_key(self, messages: str) -> BackendError | None:
+        """With the engine a key that can't be loaded is a crash, but the messages are complete."""
         if _MISMATCH.search(messages):
             return self.key_of_another_ca()
-        if _WRONG_PASSPHRASE.search(messages):
-            return self._wrong_passphrase()
-        if _NO_KEY.search(messages):
-            told = self._told(messages)
-            return BackendRefusedError(f"wanted a PEM private key in {self.private_key}, openssl found: {told}")
-        return None
-
-    def _wrong_passphrase(self) -> BackendRefusedError:
-        if self.passphrase:
-            return BackendRefusedError(
-                f"wanted the passphrase of {self.private_key} in {self.passphrase}, found one that does not open it"
-            )
-        return BackendRefusedError(
-            f"wanted a passphrase for {self.private_key}, which is encrypted, found none in the settings",
-            hint="set passphrase_file, passphrase_env or passphrase_credential",
-        )
+        return self.key.failure(messages, self._told(messages))
 
     def key_of_another_ca(self) -> BackendRefusedError:
         """The key and the certificate are no pair."""
         return BackendRefusedError(
-            f"wanted the key of the CA's certificate in {self.private_key}, found another's",
+            f"wanted the key of the CA's certificate in {self.key}, found another's",
             hint="`certificate` and `private_key` must be of one CA, and the signing certificate the first in its file",
         )
 
     def _told(self, messages: str) -> str:
-        """The first lines that tell something; never the passphrase, though openssl has no reason to print it."""
+        """The first lines that tell something; never the secret, though openssl has no reason to print it."""
         lines = []
         for line in messages.splitlines():
             if error := _ERROR_LINE.match(line):
@@ -221,7 +208,13 @@ class Openssl:
                 lines.append(line.strip())
         told = "; ".join(_short(line) for line in lines[:_LINES_TOLD]) or "nothing that it told"
         secret = self._secret().decode()
-        return told.replace(secret, "[passphrase]") if secret else told
+        return told.replace(secret, f"[{self.key.secret_name}]") if secret else told
+
+
+def _killed(outcome: Outcome) -> BackendUnavailableError | None:
+    if outcome.code is not None and outcome.code < 0:
+        return BackendUnavailableError(f"openssl was ended by signal {-outcome.code}")
+    return None
 
 
 def _environment() -> dict[str, str]:

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# OpenSSL's PKCS#11 provider for a system that has no package of it, such as Debian 12: Debian 13's, unpacked into
+# $KUBE_BIN_DIR/ossl-modules (default /opt/k8s). apt fetches it and checks where it is from; nothing is installed, and
+# the system's lists of packages stay as they are.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+. scripts/need.sh
+
+target=${KUBE_BIN_DIR:-/opt/k8s}/ossl-modules
+[ ! -e "$target/pkcs11.so" ] || exit 0
+need apt-get=apt dpkg-deb=dpkg openssl=openssl
+modules=$(openssl version -m | sed 's/.*"\(.*\)"/\1/')
+[ ! -e "$modules/pkcs11.so" ] || exit 0
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir -p "$work"/{lists,cache/archives}/partial
+# shellcheck disable=SC2016 # apt's own variables
+mirror=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' | grep -m 1 '/debian$' || echo http://deb.debian.org/debian)
+echo "deb $mirror trixie main" >"$work/sources.list"
+apt=(apt-get -qq -o "Dir::Etc::SourceList=$work/sources.list" -o Dir::Etc::SourceParts=/dev/null
+  -o "Dir::State::Lists=$work/lists" -o "Dir::Cache=$work/cache" -o APT::Sandbox::User=root)
+"${apt[@]}" update
+(cd "$work" && "${apt[@]}" download pkcs11-provider)
+dpkg-deb -x "$work"/pkcs11-provider_*.deb "$work/unpacked"
+mkdir -p "$target"
+install -m 0644 "$work"/unpacked/usr/lib/*/ossl-modules/pkcs11.so "$target/pkcs11.so.new"
+mv "$target/pkcs11.so.new" "$target/pkcs11.so" # a half-copied one is never found
