@@ -144,7 +144,7 @@ def may_act(now: datetime, windows: Windows, zone: tzinfo, expires: datetime) ->
     if begin <= now:
         return Decision(act=True, reason=f"the window is open until {local_text(end, zone)}", until=end)
     reason = f"the next window begins at {local_text(begin, zone)}"
-    if expires < max(coming[1][1], now + LAST_DAYS):
+    if expires <= max(coming[1][1], now + LAST_DAYS):
         reason = f"{reason}, too late to wait for: a certificate expires at {local_text(expires, zone)}"
         return Decision(act=True, reason=reason, next=begin)
     return Decision(act=False, reason=reason, next=begin)

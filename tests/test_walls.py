@@ -20,7 +20,7 @@ import backends
 import bridge
 
 #: No I/O and no clock in these.
-RULES = ("bundle", "certificates", "csr", "expiry", "specs", "verify")
+RULES = ("bundle", "certificates", "csr", "expiry", "specs", "verify", "windows")
 
 IMPURE_MODULES = {
     *(
