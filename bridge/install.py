@@ -70,10 +70,12 @@ class Recovery:
     run_id: str
     direction: str  #: `forward` or `back`.
     paths: tuple[str, ...]
+    certificates: tuple[str, ...]  #: kubeadm's names of those that the files belong to.
 
     def __str__(self) -> str:
         verb = "finished" if self.direction == "forward" else "undid"
-        return f"{verb} the installation of run {self.run_id}, which was interrupted: {len(self.paths)} files"
+        which = f"{len(self.paths)} files of {', '.join(self.certificates)}"
+        return f"{verb} the installation of run {self.run_id}, which was interrupted: {which}"
 
 
 def digest(data: bytes) -> str:
@@ -159,7 +161,8 @@ def recover(store: Store) -> Recovery | None:
             ) from e
     _close(store)
     paths = tuple(target["path"] for target in journal["targets"])
-    return Recovery(run_id=journal["run_id"], direction=direction, paths=paths)
+    names = tuple(dict.fromkeys(target["certificate"] for target in journal["targets"]))
+    return Recovery(run_id=journal["run_id"], direction=direction, paths=paths, certificates=names)
 
 
 def _target(replacement: Replacement, run_id: str) -> Target:
@@ -229,7 +232,7 @@ def _back_up(store: Store, targets: Sequence[Target], run_id: str, about: Mappin
             entry |= {
                 "backup": name,
                 "sha256": digest(data),
-                "attributes": _attributes_json(Attributes.of(target.path)),
+                "attributes": attributes_json(Attributes.of(target.path)),
             }
         files.append(entry)
     manifest = {
@@ -332,7 +335,8 @@ def _forget_partial_backups(store: Store) -> None:
             shutil.rmtree(directory)
 
 
-def _attributes_json(attributes: Attributes) -> dict[str, Any]:
+def attributes_json(attributes: Attributes) -> dict[str, Any]:
+    """For a journal or manifest."""
     extended = {name: value.hex() for name, value in attributes.extended.items()}
     return {"mode": attributes.mode, "uid": attributes.uid, "gid": attributes.gid, "extended": extended}
 

@@ -1,0 +1,189 @@
+"""
+Whether the components of this node are well: what they say themselves.
+
+Ports and addresses are those of the manifests. Not checked: who answers. The controller manager and the scheduler
+serve certificates that nobody has signed, and a served certificate is a matter of proof, not of health.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bridge import kubeconfig
+from bridge.certificates import load_pem_certificates
+from bridge.https import Answer, HttpsError, request
+from bridge.inventory import Node
+from bridge.kubeconfig import KubeconfigError
+from bridge.reading import UnreadableError, read
+from bridge.specs import SPECS, Component
+from bridge.yamltree import YamlError, document, split_bom
+
+#: For one question; a healthy component answers within milliseconds.
+TIMEOUT_SECONDS = 5.0
+_LONGEST_REASON = 200
+
+#: Where kubeadm keeps the kubelet's configuration.
+KUBELET_CONFIG = Path("/var/lib/kubelet/config.yaml")
+
+
+class Endpoint(NamedTuple):
+    """Where a component says how it is."""
+
+    default_port: str
+    path: str
+
+
+ENDPOINTS = {
+    Component.APISERVER: Endpoint("6443", "/readyz"),
+    Component.CONTROLLER_MANAGER: Endpoint("10257", "/healthz"),
+    Component.SCHEDULER: Endpoint("10259", "/healthz"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kubelet:
+    """What of the kubelet's configuration matters here."""
+
+    health_url: str | None  #: None: switched off.
+    runtime_endpoint: str  #: Empty: the kubelet finds it itself, or a flag names it.
+
+    @classmethod
+    def load(cls, path: Path = KUBELET_CONFIG) -> Kubelet:
+        """
+        Its defaults, where the file is not there, not YAML or says nothing.
+
+        https://kubernetes.io/docs/reference/config-api/kubelet-config.v1beta1/
+        """
+        found = {}
+        try:
+            root = document(split_bom(read(path) or b"{}")[1])
+            for key in ("healthzBindAddress", "healthzPort", "containerRuntimeEndpoint"):
+                node = root.get(key)
+                found[key] = node.text() if node is not None else ""
+        except (UnreadableError, YamlError):
+            found = {}
+        host, port = found.get("healthzBindAddress") or "127.0.0.1", found.get("healthzPort") or "10248"
+        url = f"http://{_reachable(host)}:{port}/healthz"
+        return cls(health_url=url if port != "0" else None, runtime_endpoint=found.get("containerRuntimeEndpoint", ""))
+
+
+def trouble(component: Component, node: Node, pki_dir: Path, kubeconfig_dir: Path) -> str | None:
+    """
+    Why a component of this node is not healthy; None: it is, or it can't be asked (a kubelet with that switched off).
+
+    Args:
+        component: The kubelet, or one that has a manifest.
+        node: Read while the manifest was in its place.
+        pki_dir: For etcd's clients.
+        kubeconfig_dir: For admin.conf.
+    """
+    if component is Component.KUBELET:
+        url = Kubelet.load().health_url
+        return None if url is None else _trouble(url, None)
+    flags = node.manifests[component].flags
+    if component is Component.ETCD:
+        return _etcd_trouble(_etcd_url(flags), _etcd_pair(pki_dir))
+    endpoint = ENDPOINTS[component]
+    host, port = flags.get("--bind-address", "0.0.0.0"), flags.get("--secure-port", endpoint.default_port)  # noqa: S104
+    url = f"https://{_reachable(host)}:{port}{endpoint.path}"
+    found = _trouble(url, None)
+    if component is Component.APISERVER and found is not None and (pair := _admin_pair(kubeconfig_dir)) is not None:
+        return _trouble(url, pair)  # it may answer nobody whom it does not know
+    return found
+
+
+# --- etcd ------------------------------------------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    """A client's certificate and key, PEM; in memory only."""
+
+    certificate: bytes
+    key: bytes
+
+
+def _etcd_url(flags: Mapping[str, str]) -> str:
+    first = flags.get("--listen-client-urls", "https://127.0.0.1:2379").split(",")[0].strip()
+    scheme, _, rest = first.partition("://")
+    host, _, port = rest.rpartition(":")
+    return f"{scheme}://{_reachable(host)}:{port.strip('/')}"
+
+
+def _etcd_pair(pki_dir: Path) -> Pair | None:
+    """The first client certificate that is there: one for health checks, else the API server's."""
+    for name in ("etcd-healthcheck-client", "apiserver-etcd-client"):
+        base = SPECS[name].base
+        try:
+            certificate, key = read(pki_dir / f"{base}.crt"), read(pki_dir / f"{base}.key")
+        except UnreadableError:
+            continue
+        if certificate is not None and key is not None:
+            return Pair(certificate, key)
+    return None
+
+
+def _etcd_trouble(url: str, pair: Pair | None) -> str | None:
+    """
+    etcd's own /health: no alarm, a leader, and a read that needs a quorum.
+
+    https://etcd.io/docs/v3.6/op-guide/monitoring/
+    """
+    return _trouble(f"{url}/health", pair, _etcd_reason)
+
+
+def _etcd_reason(answer: Answer) -> str | None:
+    try:
+        said: Any = json.loads(answer.body)
+        is_healthy = answer.status == HTTPStatus.OK and said["health"] == "true"
+        return None if is_healthy else str(said.get("reason") or "not healthy")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return _reason(answer) or "something else than its health"
+
+
+# --- asking ----------------------------------------------------------------------------------------------------------
+
+
+def _admin_pair(kubeconfig_dir: Path) -> Pair | None:
+    """What admin.conf holds; None: nothing of use."""
+    try:
+        data = read(kubeconfig_dir / "admin.conf")
+        certificate = kubeconfig.parse(data).certificate_data if data is not None else None
+        key = kubeconfig.key_data(data) if data is not None else None
+        return Pair(certificate, key) if certificate and load_pem_certificates(certificate) and key else None
+    except (UnreadableError, KubeconfigError, ValueError):
+        return None
+
+
+def _trouble(url: str, pair: Pair | None, reason: Callable[[Answer], str | None] | None = None) -> str | None:
+    try:
+        answer = request(
+            url,
+            trust_pem=None,
+            certificate_pem=pair.certificate if pair else None,
+            key_pem=pair.key if pair else None,
+            timeout_seconds=TIMEOUT_SECONDS,
+        )
+    except HttpsError as e:
+        return f"{url}: {e}"
+    found = (reason or _reason)(answer)
+    return None if found is None else f"{url}: {found}"
+
+
+def _reason(answer: Answer) -> str | None:
+    """The failed checks of the API machinery's health handlers begin with [-]."""
+    if answer.status == HTTPStatus.OK:
+        return None
+    lines = answer.body.decode(errors="replace").splitlines()
+    failed = [line for line in lines if line.startswith("[-]")] or lines[:1]
+    return f"HTTP status {answer.status}: {'; '.join(failed)}"[:_LONGEST_REASON]
+
+
+def _reachable(host: str) -> str:
+    """Where to ask one that listens on all addresses; an IPv6 address gets its brackets."""
+    bare = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host.strip("[]"), host.strip("[]"))  # noqa: S104
+    return f"[{bare}]" if ":" in bare else bare
