@@ -9,6 +9,7 @@ machine (syslog) can.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -22,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -30,7 +31,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from bridge.certificates import fingerprint, name_text, serial_hex
 from bridge.console import print_error
 from bridge.contract import SignRequest
-from bridge.errors import BackendUnavailableError, BridgeError, Exit
+from bridge.errors import BackendUnavailableError, BridgeError, Exit, WaitingError
 from bridge.files import SECRET_MODE, sync_directory, write_atomically
 from bridge.settings import AuditSettings
 from bridge.store import Store
@@ -45,6 +46,8 @@ SYSLOG = Path("/dev/log")
 ASKED, ISSUED, VERIFIED, INSTALLED = "asked", "issued", "verified", "installed"
 REFUSED, UNAVAILABLE, FAILED = "refused", "unavailable", "failed"
 RECOVERED, ROLLED_BACK, RESTARTED = "recovered", "rolled-back", "restarted"
+#: A CA has the request and answers later; a request that is given up.
+PENDING, CANCELLED = "pending", "cancelled"
 #: The record itself was not as it was left.
 DAMAGED = "damaged"
 
@@ -79,6 +82,8 @@ def event_of(error: BridgeError) -> str:
     """What became of a certificate that was not installed."""
     if isinstance(error, BackendUnavailableError):
         return UNAVAILABLE
+    if isinstance(error, WaitingError):
+        return PENDING
     return REFUSED if error.exit_code == Exit.REFUSED else FAILED
 
 
@@ -433,16 +438,15 @@ def verify(store: Store) -> tuple[int, list[Damage]]:
     Returns:
         The number of lines, and everything that is wrong.
     """
-    there = files(store)
     try:
         head: Link | None = _head(store)  # first: a run may be adding lines
     except ValueError:
         head = None
-    if head is None and not there:
+    if head is None and not files(store):
         return 0, []
     last, count, found = START, 0, []
     known = {START.sequence: START.sha256}
-    for place, line in _lines(there):
+    for place, line in _lines(store):
         count += 1
         damages, last = _step(last, line, place)
         found += damages
@@ -451,11 +455,23 @@ def verify(store: Store) -> tuple[int, list[Damage]]:
     return count, found + list(_against_head(head, last, known, store))
 
 
-def _lines(paths: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
-    for path in paths:
-        with path.open("rb") as file:
+def _lines(store: Store) -> Iterator[tuple[str, bytes]]:
+    """Of all files, which are opened at one time: a run may be renaming one (it leaves the lines as they are)."""
+    with contextlib.ExitStack() as stack:
+        for name, file in _opened(store, stack):
             for number, line in enumerate(file, start=1):
-                yield f"{path.name}:{number}", line
+                yield f"{name}:{number}", line
+
+
+def _opened(store: Store, stack: contextlib.ExitStack) -> list[tuple[str, BinaryIO]]:
+    while True:
+        there = files(store)
+        try:
+            opened = [(path.name, stack.enter_context(path.open("rb"))) for path in there]
+        except FileNotFoundError:
+            continue
+        if files(store) == there:
+            return opened
 
 
 def _step(last: Link, line: bytes, place: str) -> tuple[list[Damage], Link]:
@@ -493,7 +509,7 @@ def events(store: Store, since: datetime | None, name: str | None) -> Iterator[d
         since: None: all.
         name: Only of this certificate.
     """
-    for _, line in _lines(files(store)):
+    for _, line in _lines(store):
         value = _parsed(line)
         if value is None or (name is not None and value.get("name") != name):
             continue

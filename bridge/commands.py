@@ -18,15 +18,19 @@ from cryptography import x509
 
 from bridge import audit, backups, inventory, plugins, restart
 from bridge import renew as renewal
+from bridge.asking import Progress
 from bridge.certificates import name_text, serial_hex
 from bridge.console import columns, log, print_error
 from bridge.contract import Secret, Selector
-from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
-from bridge.expiry import duration_text, residual
+from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem, WaitingError
+from bridge.expiry import duration_text, residual, seconds_left
 from bridge.files import lock
+from bridge.finish import Result, version_of
 from bridge.install import InstallError
 from bridge.install import recover as recover_store
 from bridge.inventory import Item, Node
+from bridge.prepare import Prepared, prepare
+from bridge.prepare import write_csrs as write_csr_files
 from bridge.selection import Outcome, Selection, nothing_due, select
 from bridge.settings import DEFAULT_FILE, Settings
 from bridge.specs import AUTHORITIES, Component
@@ -58,17 +62,18 @@ def renew(
     else:
         _print_result(result, node, settings, now())
         _print_restart("These still run on their old certificates until they are restarted", components, settings)
+    warn_of_waiting(result.waiting, now())
     for about, error in _grouped(result.failed):
         print_error(error, about)
     return result.exit_code
 
 
-def _stale(result: renewal.Result, node: Node, settings: Settings) -> list[Component]:
+def _stale(result: Result, node: Node, settings: Settings) -> list[Component]:
     specs = [item.spec for item in node.items if item.spec.name in {o.name for o in result.renewed}]
-    return restart.stale(specs, renewal.version_of(node, settings), settings.restart.components)
+    return restart.stale(specs, version_of(node, settings), settings.restart.components)
 
 
-def _print_result(result: renewal.Result, node: Node, settings: Settings, now: datetime) -> None:
+def _print_result(result: Result, node: Node, settings: Settings, now: datetime) -> None:
     rows = [
         (
             o.name,
@@ -85,8 +90,37 @@ def _print_result(result: renewal.Result, node: Node, settings: Settings, now: d
         typer.echo(
             f"{len(rows)} renewed; the old files are in {settings.node.state_dir / 'backups' / str(result.backup_id)}"
         )
-    elif not result.failed:
+    elif not result.failed and not result.waiting:
         typer.echo(nothing_due(node, settings, now))
+    if result.waiting:
+        typer.echo("\n".join(columns([_waiting_row(outcome, now) for outcome in result.waiting])))
+
+
+def _waiting_row(outcome: Outcome, now: datetime) -> tuple[str, ...]:
+    reason = _printable(outcome.error.reason if outcome.error is not None else "")
+    end = outcome.old.not_valid_after_utc if outcome.old is not None else None
+    expires = f"expires {end:{DATE}} ({residual(seconds_left(end, now))})" if end is not None else ""
+    return outcome.name, "waiting", expires, f"{outcome.backend}: {reason}" if outcome.backend else reason
+
+
+#: A certificate that waits for its answer is warned of from here on, and cried out for from there on.
+NEAR, VERY_NEAR = timedelta(days=7), timedelta(days=2)
+
+
+def warn_of_waiting(waiting: Sequence[Outcome], now: datetime) -> None:
+    """The nearer the end of what is to be replaced, the louder."""
+    if not waiting:
+        return
+    ends = [o.old.not_valid_after_utc for o in waiting if o.old is not None]
+    left = min(ends, default=now) - now
+    text = f"{len(waiting)} requests wait for an answer; the first certificate among them"
+    hint = "`ca-bridge pending list` shows them; ask whoever has them"
+    if left <= VERY_NEAR:
+        when = f"ENDS IN {residual(int(left.total_seconds()))}" if left > timedelta() else "HAS EXPIRED"
+        print_error(WaitingError(f"{text} {when}", hint=hint))
+    elif left <= NEAR:
+        log.warning("%s ends in %s", text, residual(int(left.total_seconds())))
+        log.warning("%s", hint, extra={"is_hint": True})
 
 
 def _print_restart(why: str, components: Sequence[Component], settings: Settings) -> None:
@@ -107,7 +141,7 @@ def _grouped(failed: Sequence[Outcome]) -> Iterator[tuple[str, BridgeError]]:
             yield f"{names}: {backend}" if backend else names, outcomes[0].error
 
 
-def _result_json(result: renewal.Result, selection: Selection, components: Sequence[Component]) -> dict[str, Any]:
+def _result_json(result: Result, selection: Selection, components: Sequence[Component]) -> dict[str, Any]:
     return {
         "schemaVersion": SCHEMA_VERSION,
         "exitCode": result.exit_code,
@@ -135,6 +169,16 @@ def _result_json(result: renewal.Result, selection: Selection, components: Seque
                 "hint": o.error.hint if o.error is not None else "",
             }
             for o in result.failed
+        ],
+        "waiting": [
+            {
+                "name": o.name,
+                "authority": o.authority,
+                "backend": o.backend,
+                "notAfter": o.old.not_valid_after_utc.isoformat().replace("+00:00", "Z") if o.old is not None else None,
+                "note": o.error.reason if o.error is not None else "",
+            }
+            for o in result.waiting
         ],
         "skipped": list(selection.skipped),
         "restart": [component.value for component in components],
@@ -184,7 +228,7 @@ def _bars() -> Any:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[renewal.Progress]:
+def _progress() -> Iterator[Progress]:
     with contextlib.ExitStack() as stack:
         yield _TerminalProgress(stack) if sys.stderr.isatty() else _PlainProgress()
 
@@ -198,10 +242,10 @@ def write_csrs(settings: Settings, names: Collection[str], directory: Path, now:
         raise InstallError("an installation was interrupted", hint="run `ca-bridge recover`, then this again")
     node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
     selection = select(node, settings, names, now)
-    made = renewal.prepare(selection.items, settings)
-    prepared = [one for one in made if isinstance(one, renewal.Prepared)]
+    made = prepare(selection.items, settings)
+    prepared = [one for one in made if isinstance(one, Prepared)]
     if prepared:
-        renewal.write_csrs(prepared, directory)
+        write_csr_files(prepared, directory)
     rows = [(one.item.spec.name, str(directory / f"{one.item.spec.name}.csr"), f"for {one.item.spec.authority.name}")
             for one in prepared]  # fmt: skip
     failed = [*selection.failed, *(one for one in made if isinstance(one, Outcome))]
@@ -219,7 +263,7 @@ def plan(settings: Settings, names: Collection[str], now: datetime, *, as_json: 
     node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
     selection = select(node, settings, names, now)
     specs = [item.spec for item in selection.items]
-    components = restart.stale(specs, renewal.version_of(node, settings), settings.restart.components)
+    components = restart.stale(specs, version_of(node, settings), settings.restart.components)
     if as_json:
         typer.echo(json.dumps(_plan_json(selection, settings, components), indent=4))
     elif selection.items:
@@ -345,7 +389,7 @@ def rollback(
 ) -> None:
     """`rollback`: put a backup back, and say what to restart."""
     done, node = backups.rollback(settings, backup_id, now, force=force, wait=wait)
-    components = _stale(renewal.Result(outcomes=done.outcomes), node, settings)
+    components = _stale(Result(outcomes=done.outcomes), node, settings)
     if as_json:
         typer.echo(json.dumps(_rollback_json(done, components), indent=4))
         return
@@ -449,7 +493,7 @@ def example() -> Path:
 def settings_show(settings: Settings) -> str:
     """The settings in force, as TOML-like lines `key = value`; what comes from backends' dataclasses included."""
     lines = [f"# from {settings.source.file or 'defaults alone: no settings file'}"]
-    for name in ("node", "renewal", "restart", "audit", "backups"):
+    for name in ("node", "renewal", "restart", "hooks", "audit", "backups"):
         lines += ["", f"[{name}]", *_shown(getattr(settings, name))]
     for authority, configured in plugins.configured(settings, settings.authorities).items():
         lines += ["", f"[authority.{authority}]", f"backend = {configured.name!r}", f"# type {configured.type_name}"]

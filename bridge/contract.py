@@ -27,6 +27,16 @@ USAGES = ("server", "client", "peer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Continuity:
+    """Who asks, and the proof that it is the holder of the certificate that is being renewed."""
+
+    batch: str  #: Of the requests that are sent together; 32 hex digits.
+    node: str
+    cluster: str
+    proof: bytes | None  #: See `bridge.bundle`; None: the old key can't be read.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SignRequest:
     """One certificate that a CA is asked for."""
 
@@ -34,6 +44,7 @@ class SignRequest:
     csr_pem: bytes  #: PKCS#10, one PEM block; subject and SANs are those of the certificate to come.
     validity: timedelta  #: Wanted; a CA may give less, down to the settings' `min_validity`.
     replaces: x509.Certificate | None = None
+    continuity: Continuity | None = None  #: Only for a backend that `Carries` requests to people.
 
     @property
     def csr(self) -> x509.CertificateSigningRequest:
@@ -51,10 +62,18 @@ class Issued:
     intermediates: tuple[x509.Certificate, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pending:
+    """The CA has the request, and answers later; the backend must be able to `collect`."""
+
+    reference: str  #: The backend's own, with which `collect` finds the request again; no secret.
+    note: str = ""  #: For the operator, such as whose turn it is.
+
+
 class Backend(Protocol):
     """A way to have CSRs signed by one CA."""
 
-    def sign(self, request: SignRequest) -> Issued:
+    def sign(self, request: SignRequest) -> Issued | Pending:
         """
         Have the CA sign one CSR.
 
@@ -76,18 +95,49 @@ class Backend(Protocol):
 class SignsMany(Protocol):
     """Optional: sign a batch in one round trip or process."""
 
-    def sign_many(self, requests: Sequence[SignRequest]) -> list[Issued | BackendError]:
+    def sign_many(self, requests: Sequence[SignRequest]) -> Sequence[Issued | Pending | BackendError]:
         """
         Have the CA sign all; one bad CSR among them fails alone.
 
         Returns:
-            One answer a request, in their order: a certificate, or the `BackendError` for that one.
+            One answer a request, in their order: a certificate, `Pending`, or the `BackendError` for that one.
 
         Raises:
             BackendRefusedError: For all of them.
             BackendUnavailableError: For all of them.
         """
         ...
+
+
+@runtime_checkable
+class Collects(Protocol):
+    """
+    Optional: ask for the answer to a request that was `Pending`, in a later process.
+
+    The key is safe on disk before such a backend is asked. After a crash it may be asked once more with the same CSR
+    and the same `continuity`, and should not ask its CA twice.
+    """
+
+    def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
+        """
+        Look whether the CA has answered.
+
+        Args:
+            request: As it was sent.
+            reference: Of the latest `Pending`.
+
+        Raises:
+            BackendRefusedError: The CA said no, or knows no such request any more; it will not be asked for again.
+            BackendUnavailableError: No answer from the CA itself.
+        """
+        ...
+
+
+@runtime_checkable
+class Carries(Protocol):
+    """Optional: requests reach the CA by hand, so that each has to say, and prove, who asks: `SignRequest.continuity`."""
+
+    carries: bool
 
 
 @runtime_checkable

@@ -16,7 +16,7 @@ from typing import Literal
 
 import typer
 
-from bridge import expiry, inventory, plugins, renew, verify
+from bridge import asking, expiry, finish, inventory, plugins, verify
 from bridge.console import columns
 from bridge.errors import BridgeError, Exit, SettingsError
 from bridge.inventory import AuthorityState, Item, Node
@@ -138,7 +138,7 @@ def _backends(node: Node, settings: Settings, now: datetime) -> Iterator[Finding
     except SettingsError as e:
         yield from (Finding(level="error", about="settings", text=str(p), exit_code=e.exit_code) for p in e.problems)
         return
-    demands, _ = renew.expectations(node, settings, items, now)
+    demands, _ = finish.expectations(node, settings, items, now)
     for name, configured in backends.items():
         if name in demands:
             ours = [item for item in items if item.spec.authority.name == name]
@@ -153,7 +153,7 @@ def _backend(configured: plugins.Configured, items: list[Item], expected: verify
         yield _error(about, e)
         return
     try:
-        wrong = renew.preflight(backend, [item.spec for item in items], expected)
+        wrong = asking.preflight(backend, [item.spec for item in items], expected)
         yield from (_error(f"{about}, {name}", error) for name, error in wrong.items())
         if not wrong:
             yield Finding(level="ok", about=about, text=f"{configured.label} answers, and is the right CA")

@@ -73,7 +73,8 @@ def nothing_to_do(arguments: Sequence[str]) -> str | None:
     now = datetime.now(UTC)
     node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
     selection = select(node, settings, (), now)
-    if selection.items or selection.failed or Store(settings.node.state_dir).is_interrupted:
+    store = Store(settings.node.state_dir)
+    if selection.items or selection.failed or store.is_interrupted or store.requests.exists():
         return None
     return nothing_due(node, settings, now)
 

@@ -103,6 +103,13 @@ class VerificationError(BridgeError):
         return "; ".join(map(str, self.violations))
 
 
+class WaitingError(BridgeError):
+    """Somebody has the request and has not answered yet."""
+
+    exit_code = Exit.WAITING
+    hint = "run again later; nothing is asked twice"
+
+
 class BackendError(BridgeError):
     """A backend could not have a certificate signed."""
 

@@ -18,6 +18,7 @@ from bridge.contract import (
     BackendType,
     Closes,
     Issued,
+    Pending,
     SignRequest,
     SignsMany,
 )
@@ -226,7 +227,7 @@ def _wait(attempt: int, error: BaseException | None) -> float:
 
 def sign_all(
     backend: Backend, requests: Sequence[SignRequest], outage: Outage, done: Callable[[SignRequest], None]
-) -> list[Issued | BackendError]:
+) -> Sequence[Issued | Pending | BackendError]:
     """
     One answer a request, in their order; `done` is called as they come, from several threads.
 
@@ -236,7 +237,7 @@ def sign_all(
     if isinstance(backend, SignsMany):
         return _sign_many(backend, requests, outage, done)
 
-    def sign(request: SignRequest) -> Issued | BackendError:
+    def sign(request: SignRequest) -> Issued | Pending | BackendError:
         try:
             return outage.ask(lambda: backend.sign(request))
         except BackendError as e:
@@ -250,7 +251,7 @@ def sign_all(
 
 def _sign_many(
     backend: SignsMany, requests: Sequence[SignRequest], outage: Outage, done: Callable[[SignRequest], None]
-) -> list[Issued | BackendError]:
+) -> Sequence[Issued | Pending | BackendError]:
     try:
         answers = outage.ask(lambda: backend.sign_many(requests))
     except BackendError as e:

@@ -50,7 +50,9 @@ class Selection:
     skipped: tuple[str, ...]  #: Sentences for the operator.
 
 
-def select(node: Node, settings: Settings, names: Collection[str], now: datetime) -> Selection:
+def select(
+    node: Node, settings: Settings, names: Collection[str], now: datetime, waiting: Collection[str] = ()
+) -> Selection:
     """
     Choose what to renew.
 
@@ -59,6 +61,7 @@ def select(node: Node, settings: Settings, names: Collection[str], now: datetime
         settings: `renewal.before` and `renewal.validity` say what is due.
         names: kubeadm's names, or "all"; empty: what is due.
         now: Aware, UTC.
+        waiting: Names for which an answer is to be fetched, due or not.
 
     Raises:
         SettingsError: A name that is none, or that is not ours to renew.
@@ -78,7 +81,7 @@ def select(node: Node, settings: Settings, names: Collection[str], now: datetime
             skipped.append(f"{name} refers to {item.certificate_path}, which the kubelet renews by itself")
         elif item.state != "present":
             failed.append(outcome_of(item, MissingCertificateError(item.trouble or "", hint=RESTORE)))
-        elif names or _is_due(item, settings, now):
+        elif names or name in waiting or _is_due(item, settings, now):
             if item.managed:
                 items.append(item)
             else:

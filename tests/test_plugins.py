@@ -18,6 +18,7 @@ from bridge.contract import (
     Backend,
     BackendSettings,
     Issued,
+    Pending,
     Secret,
     SecretUnavailableError,
     Selector,
@@ -205,7 +206,9 @@ def issued() -> Issued:
     return Issued(leaf=TestCA.make().leaf(SPECS["apiserver"]))
 
 
-def ask(backend: Backend, requests: Sequence[SignRequest], retry_for: float) -> list[Issued | BackendError]:
+def ask(
+    backend: Backend, requests: Sequence[SignRequest], retry_for: float
+) -> Sequence[Issued | Pending | BackendError]:
     outage = plugins.Outage(timedelta(seconds=retry_for))
     return plugins.sign_all(backend, requests, outage, lambda _: None)
 

@@ -12,7 +12,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
-from bridge import kubeconfig, renew
+from bridge import asking, finish, kubeconfig, renew
 from bridge.certificates import load_pem_certificates, san_counts
 from bridge.csr import generate_key, key_pem
 from bridge.install import InstallError
@@ -61,7 +61,7 @@ def settings_for(node: Pki, directory: Path, more: str = "", **cas: tuple[bytes,
     return parse("\n".join(lines))
 
 
-def renewed(settings: Settings, *names: str) -> renew.Result:
+def renewed(settings: Settings, *names: str) -> finish.Result:
     return renew.run(settings, names, now, Quiet())[0]
 
 
@@ -233,14 +233,14 @@ def test_a_file_that_changes_while_the_ca_signs_is_not_overwritten(
     """Somebody renewed it by hand meanwhile: nothing is replaced, and that is said."""
     path = node.pki_dir / "apiserver.crt"
     theirs = path.read_bytes() + b"\n"
-    real = renew.sign
+    real = asking.sign
 
     def meanwhile(*args: object) -> object:
         answers = real(*args)  # type: ignore[arg-type]
         path.write_bytes(theirs)
         return answers
 
-    monkeypatch.setattr(renew, "sign", meanwhile)
+    monkeypatch.setattr("bridge.renew.sign", meanwhile)
     with pytest.raises(InstallError):
         renewed(settings_for(node, tmp_path), "apiserver", "scheduler.conf")
     assert path.read_bytes() == theirs
@@ -265,7 +265,7 @@ def test_a_ca_whose_clock_is_ahead_is_waited_for(monkeypatch: pytest.MonkeyPatch
     key = generate_key("ecdsa-p256")
     for ahead in (-300, 20, 4000):
         begin = now() + timedelta(seconds=ahead)
-        renew._wait_until_valid([Signer.make(key=key, begin=begin).certificate])
+        finish._wait_until_valid([Signer.make(key=key, begin=begin).certificate])
     assert waits[0] == 0
     assert 15 < waits[1] <= 20
     assert waits[2] == 60
