@@ -164,6 +164,16 @@ def sign_request(request: BundledRequest, bundle: RequestBundle) -> SignRequest:
     )
 
 
+def request_file_name(bundle: RequestBundle) -> str:
+    """What its file is called where nobody chose a name; another for each batch, so that none is written over another."""
+    return f"{bundle.node}-{bundle.batch}.request.json"
+
+
+def answer_file_name(bundle: Bundle) -> str:
+    """The same for the answer."""
+    return f"{bundle.node}-{bundle.batch}.answer.json"
+
+
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 

@@ -304,6 +304,97 @@ def rollback(
     commands.rollback(common.settings(), backup_id, utc_now, force=force, wait=wait or timedelta(), as_json=as_json)
 
 
+@command(app, "restart")
+def restart(
+    common: Common,
+    components: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[COMPONENT…|all]",
+            help="etcd, kube-apiserver, kube-controller-manager, kube-scheduler, kubelet; all: the first four. "
+            "[default: as restart.components says]",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also with an unhealthy neighbour, and shortly after another restart.")
+    ] = False,
+    wait: WaitOption = None,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """
+    Restart what still runs on old certificates, one component at a time, each only when its neighbours are well.
+
+    As restart.method in the settings says; with "none" it prints what to do and exits with 7.
+    """
+    from bridge import restarting  # noqa: PLC0415
+
+    as_json = output is Output.JSON
+    settings = common.settings()
+    code = restarting.run(settings, components or [], utc_now, force=force, wait=wait or timedelta(), as_json=as_json)
+    raise typer.Exit(code)
+
+
+@command(app, "sign")
+def sign(
+    common: Common,
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="BUNDLE|DIR",
+            help="A request bundle, a directory of them, or one of kubeadm's CSRs.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="ANSWER|DIR", help="Where answers go. [default: beside a bundle or the CSRs]"
+        ),
+    ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="What may be signed. [default: desk-policy.toml beside the settings]")
+    ] = None,
+    archive: Annotated[
+        Path | None, typer.Option(help="For the done bundles of a directory. [default: desk.archive, or done in it]")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be signed and refused; sign nothing.")
+    ] = False,
+    approve: Annotated[
+        bool, typer.Option("--approve", help="Show each bundle on the terminal, and ask whether to sign it.")
+    ] = False,
+    without_proof: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Do without a continuity proof for this certificate; may be repeated."),
+    ] = None,
+    node: Annotated[str, typer.Option(help="Whose CSRs a directory has.", show_default=False)] = "",
+    cluster: Annotated[str, typer.Option(help="Of which cluster.", show_default=False)] = "",
+    wait: WaitOption = None,
+) -> None:
+    """
+    Sign at the CA desk what the policy allows: request bundles of nodes, or kubeadm's CSRs.
+
+    With a directory, the CA host's cron job: half-copied bundles are left alone, done ones archived, and what an
+    interrupted run has had signed is not signed again. A refusal goes back to its node in the answer.
+    """
+    from bridge import desk_command  # noqa: PLC0415
+
+    options = desk_command.Options(
+        source=source.absolute(),
+        out=out.absolute() if out is not None else None,
+        policy=policy.absolute() if policy is not None else None,
+        archive=archive.absolute() if archive is not None else None,
+        dry_run=dry_run,
+        approve=approve,
+        without_proof=frozenset(without_proof or ()),
+        node=node,
+        cluster=cluster,
+        wait=wait or timedelta(),
+    )
+    raise typer.Exit(desk_command.sign(common.settings(), options, utc_now))
+
+
 @command(app, "doctor")
 def doctor(common: Common) -> None:
     """

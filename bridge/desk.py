@@ -1,0 +1,411 @@
+"""
+The CA desk: request bundles in, answer bundles out, by a policy.
+
+Bundles are read a window at a time, so that memory does not grow with their number. The requests of a window are put
+together by authority, and each CA gets them as one lot: `openssl ca` runs once a usage class, not once a node. While it
+runs, the next window is read and judged. What a CA answers is in the journal before anything else happens to it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Protocol
+
+from cryptography import x509
+
+from bridge import asking, audit, plugins, verify
+from bridge.bundle import (
+    AnswerBundle,
+    BundledRequest,
+    Refusal,
+    RequestBundle,
+    describe,
+    digest,
+    refusal,
+    sign_request,
+)
+from bridge.certificates import load_pem_certificates
+from bridge.contract import Backend, Collects, Issued, ListsIssuers, Pending, SignRequest, SignsMany
+from bridge.desk_journal import Journal
+from bridge.desk_policy import Policy, Verdict, judge
+from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, VerificationError, WaitingError
+from bridge.settings import Settings
+from bridge.specs import AUTHORITIES, SPECS
+from bridge.verify import Expectation
+
+#: Requests that are read ahead and signed together. As many make `openssl ca`'s own start, and its rewriting of a long
+#: index, a small part; three windows are in memory at a time.
+WINDOW = 2000
+#: In one call of a backend that signs one by one, so that a killed run loses little.
+_SLICE = 100
+
+SIGNED = "signed for others"  #: Event of the record.
+
+Answer = Issued | Refusal
+
+
+class RefusedByPolicyError(BridgeError):
+    """A request that the desk's policy does not allow, or a person did not approve."""
+
+    exit_code = Exit.REFUSED
+    hint = "the answer says so to the node; the policy file says what is allowed"
+
+
+class NotOursError(BridgeError):
+    """A request for a CA that this desk has not."""
+
+    exit_code = Exit.REFUSED
+    hint = "carry the request to the other desk, too, or add an [authority.NAME] table to the settings"
+
+
+@dataclass(kw_only=True, eq=False)
+class Job:
+    """One request bundle on its way through the desk."""
+
+    bundle: RequestBundle
+    label: str  #: For messages, such as the bundle's file.
+    deliver: Callable[[AnswerBundle], str]  #: Brings the answer to where it belongs, and says where that is.
+    earlier: Mapping[str, Issued] = field(default_factory=dict)  #: Of an answer that is there already.
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    answers: dict[str, Answer] = field(default_factory=dict)
+    troubles: dict[str, BridgeError] = field(default_factory=dict)  #: Why there is no answer yet.
+    approved_by: str = ""
+
+    @property
+    def to_sign(self) -> list[BundledRequest]:
+        """What has no answer and no trouble."""
+        return [one for one in self.bundle.requests if one.name not in self.answers and one.name not in self.troubles]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all is answered that this desk can answer."""
+        return bool(self.answers) and all(isinstance(error, NotOursError) for error in self.troubles.values())
+
+
+class Observer(Protocol):
+    """Who looks on; called from one thread."""
+
+    def answered(self, job: Job, where: str) -> None:
+        """A bundle is done; `where` is empty if it is not."""
+
+
+class Approver(Protocol):
+    """A person."""
+
+    def __call__(self, job: Job, text: str) -> tuple[bool | None, str]:
+        """Whether to sign this bundle (None: later), and who says so, or why not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _CA:
+    """One authority's CA at this desk."""
+
+    configured: plugins.Configured
+    backend: Backend | None
+    outage: plugins.Outage
+    #: With which the origin of what is replaced is told.
+    certificates: tuple[x509.Certificate, ...] = ()
+    anchors: tuple[x509.Certificate, ...] = ()
+    wrong: Mapping[str, BridgeError] = field(default_factory=dict)  #: By certificate name.
+    trouble: BridgeError | None = None  #: It can't be used at all.
+
+
+class Desk:
+    """One run."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        policy: Policy,
+        now: Callable[[], datetime],
+        *,
+        without_proof: frozenset[str] = frozenset(),
+        approve: Approver | None = None,
+    ) -> None:
+        """
+        Raises:
+            SettingsError: Of backends' tables; all problems at once.
+        """
+        self._settings = settings
+        self._policy = policy
+        self._now = now
+        self._without_proof = without_proof
+        self._approve = approve
+        self._configured = plugins.configured(settings, settings.authorities)
+        self._cas: dict[str, _CA] = {}
+
+    # --- before anything is signed ------------------------------------------------------------------------------------
+
+    def judged(self, job: Job) -> Job:
+        """Answer with a refusal what may not be signed; what can't be told yet is a trouble."""
+        for request in job.bundle.requests:
+            trouble = self._trouble(request)
+            if trouble is not None:
+                job.troubles[request.name] = trouble
+                continue
+            ca = self._cas[request.authority]
+            verdict = judge(request, job.bundle, self._policy, ca.certificates, self._now(), self._without_proof)
+            job.verdicts[request.name] = verdict
+            if verdict.problems:
+                job.answers[request.name] = refusal("; ".join(verdict.problems))
+        if self._approve is not None and job.to_sign:
+            self._ask_person(self._approve, job)
+        return job
+
+    def _trouble(self, request: BundledRequest) -> BridgeError | None:
+        if request.authority not in self._configured:
+            return NotOursError(
+                f"wanted a request for {' or '.join(self._configured)}, found one for {request.authority}"
+            )
+        if request.authority not in self._cas:
+            self._cas[request.authority] = self._open(request.authority)
+        ca = self._cas[request.authority]
+        return ca.trouble or ca.wrong.get(request.name)
+
+    def _open(self, authority: str) -> _CA:
+        """Reach a CA, and ask what can be asked before a signature is spent."""
+        configured = self._configured[authority]
+        outage = plugins.Outage(configured.settings.retry_for)
+        backend: Backend | None = None
+        try:
+            backend = opened = configured.open()
+            issuers = tuple(outage.ask(opened.issuers)) if isinstance(opened, ListsIssuers) else ()
+            anchors = self._anchors(configured, opened) or issuers[:1]
+            specs = [spec for spec in SPECS.values() if spec.authority.name == authority]
+            expected = self._expectation(authority, anchors)
+            wrong = outage.ask(lambda: asking.preflight(opened, specs, expected))
+        except BridgeError as e:
+            return _CA(configured=configured, backend=backend, outage=outage, trouble=e)
+        certificates = (*anchors, *(one for one in issuers if one not in anchors))
+        return _CA(
+            configured=configured,
+            backend=backend,
+            outage=outage,
+            certificates=certificates,
+            anchors=anchors,
+            wrong=wrong,
+        )
+
+    def _anchors(self, configured: plugins.Configured, backend: Backend) -> tuple[x509.Certificate, ...]:
+        """
+        Those of `desk.ca_dir`.
+
+        Raises:
+            BridgeError: The file is not there, or there is no such setting and the backend can't tell its CA.
+        """
+        directory = self._policy.desk.ca_dir
+        if directory is None:
+            if not isinstance(backend, ListsIssuers):
+                raise BridgeError(
+                    f"{configured.label}: wanted the CA's certificate, found no way to ask for it",
+                    hint="the policy's desk.ca_dir can have it",
+                )
+            return ()
+        path = directory / AUTHORITIES[configured.authority].certificate_file
+        try:
+            return tuple(load_pem_certificates(path.read_bytes()))
+        except (OSError, ValueError) as e:
+            found = e.strerror if isinstance(e, OSError) else e
+            raise BridgeError(f"{path}: wanted the cluster's CA certificate, found: {found}") from e
+
+    def _expectation(self, authority: str, anchors: tuple[x509.Certificate, ...]) -> Expectation:
+        return Expectation(
+            anchors=anchors,
+            anchor_name=AUTHORITIES[authority].certificate_file,
+            now=self._now(),
+            min_validity=self._settings.renewal.min_validity,
+            extra_subject=self._settings.authorities[authority].extra_subject,
+        )
+
+    def anchor(self, authority: str) -> x509.Certificate | None:
+        """The cluster's CA certificate, once its CA was asked."""
+        ca = self._cas.get(authority)
+        return ca.anchors[0] if ca is not None and ca.anchors else None
+
+    def _ask_person(self, approve: Approver, job: Job) -> None:
+        cas = {name: ca.certificates for name, ca in self._cas.items()}
+        refused = [f"{name}: the policy refuses it: {answer.reason}"
+                   for name, answer in job.answers.items() if isinstance(answer, Refusal)]  # fmt: skip
+        allowed, words = approve(job, "\n".join([describe(job.bundle, self._now(), cas), *refused]))
+        if allowed is None:
+            later = WaitingError(f"{words} has not decided yet", hint="run it again with --approve")
+            job.troubles |= {request.name: later for request in job.bundle.requests}
+        elif allowed:
+            job.approved_by = words
+        else:
+            job.answers |= {request.name: refusal(f"not approved: {words}") for request in job.to_sign}
+
+    # --- signing ------------------------------------------------------------------------------------------------------
+
+    def run(self, jobs: Iterable[Job], journal: Journal, record: audit.Record, observer: Observer) -> None:
+        """
+        Sign what may be signed, and deliver the answers; a job's own errors are its troubles.
+
+        Raises:
+            AuditError: The record could not be written; what was signed is in the journal, and was not delivered.
+            JournalError: It could not be written.
+        """
+        try:
+            with ThreadPoolExecutor(1) as signing:
+                last: tuple[list[Job], Future[None]] | None = None
+                for window in _windows(self.judged(job) for job in jobs):
+                    future = signing.submit(self._sign, window, journal)
+                    if last is not None:
+                        self._finish(*last, record, observer)
+                    last = window, future
+                if last is not None:
+                    self._finish(*last, record, observer)
+        finally:
+            for ca in self._cas.values():
+                if ca.backend is not None:
+                    plugins.close(ca.backend)
+
+    def _sign(self, window: Sequence[Job], journal: Journal) -> None:
+        """All CAs at the same time, each with the requests of all bundles of the window."""
+        lots: dict[str, list[tuple[Job, SignRequest]]] = defaultdict(list)
+        for job in window:
+            for request in job.to_sign:
+                if request.name in job.earlier:
+                    job.answers[request.name] = job.earlier[request.name]
+                else:
+                    lots[request.authority].append((job, sign_request(request, job.bundle)))
+        with ThreadPoolExecutor(len(AUTHORITIES)) as pool:
+            list(pool.map(lambda lot: self._sign_lot(self._cas[lot[0]], lot[1], journal), lots.items()))
+
+    def _sign_lot(self, ca: _CA, lot: Sequence[tuple[Job, SignRequest]], journal: Journal) -> None:
+        backend = ca.backend
+        if backend is None:
+            raise AssertionError("a CA that can't be opened has a trouble, and is asked nothing")
+        open_ = []
+        for job, request in lot:
+            known = journal.get(request)
+            if known is None:
+                open_.append((job, request))
+            elif isinstance(known, Pending):
+                _note(job, request, _collected(ca, backend, request, known), journal)
+            else:
+                _note(job, request, known, None)
+        size = len(open_) if isinstance(backend, SignsMany) else _SLICE
+        for start in range(0, len(open_), size or 1):
+            part = open_[start : start + size]
+            answers = plugins.sign_all(backend, [request for _, request in part], ca.outage, lambda _: None)
+            good = [(request, answer) for (_, request), answer in zip(part, answers, strict=True)
+                    if isinstance(answer, Issued | Pending)]  # fmt: skip
+            journal.add(good)
+            for_all = _for_all(answers)
+            for (job, request), answer in zip(part, answers, strict=True):
+                _note(job, request, answer, None, is_for_all=for_all)
+
+    def _finish(self, window: Sequence[Job], signed: Future[None], record: audit.Record, observer: Observer) -> None:
+        """Verify, record, deliver; in this order, so that nothing leaves unrecorded."""
+        signed.result()
+        for job in window:
+            self._verify(job)
+            self._record(job, record)
+        record.write()
+        for job in window:
+            observer.answered(job, job.deliver(self._answer_bundle(job)) if job.is_complete else "")
+
+    def _verify(self, job: Job) -> None:
+        """What a CA signed wrongly is not sent; the node would refuse it, too."""
+        for request in job.bundle.requests:
+            answer = job.answers.get(request.name)
+            if not isinstance(answer, Issued):
+                continue
+            expected = self._expectation(request.authority, self._cas[request.authority].anchors)
+            try:
+                verify.check(answer, sign_request(request, job.bundle), expected)
+            except VerificationError as e:
+                job.answers[request.name] = refusal(f"the desk's CA signed something else: {e.reason}")
+
+    def _record(self, job: Job, record: audit.Record) -> None:
+        about = f"node {job.bundle.node}, cluster {job.bundle.cluster}, request {digest(job.bundle)[:16]}"
+        about += f", approved by {job.approved_by}" if job.approved_by else ""
+        for request in job.bundle.requests:
+            answer, trouble = job.answers.get(request.name), job.troubles.get(request.name)
+            configured = self._configured.get(request.authority)
+            record.know(request.name, sign_request(request, job.bundle), configured.label if configured else "", None)
+            verdict = job.verdicts.get(request.name)
+            unproven = "" if verdict is not None and verdict.proven else ", without a continuity proof"
+            common = {"authority": request.authority, "old": request.replaces}
+            if isinstance(answer, Issued):
+                record.add(SIGNED, request.name, new=answer.leaf, result=f"{about}{unproven}", **common)  # type: ignore[arg-type]
+            elif isinstance(answer, Refusal):
+                error = RefusedByPolicyError(f"{about}: {answer.reason}")
+                record.add(audit.REFUSED, request.name, error=error, **common)  # type: ignore[arg-type]
+            elif trouble is not None and not isinstance(trouble, WaitingError | NotOursError):
+                kind = BackendUnavailableError if trouble.exit_code == Exit.UNAVAILABLE else BridgeError
+                record.add(audit.event_of(trouble), request.name, error=kind(f"{about}: {trouble.reason}"), **common)  # type: ignore[arg-type]
+
+    def _answer_bundle(self, job: Job) -> AnswerBundle:
+        labels = {self._configured[request.authority].label for request in job.bundle.requests
+                  if isinstance(job.answers.get(request.name), Issued)}  # fmt: skip
+        name = self._policy.desk.name or os.uname().nodename
+        approved = f", approved by {job.approved_by}" if job.approved_by else ""
+        return AnswerBundle(
+            request_digest=digest(job.bundle),
+            batch=job.bundle.batch,
+            node=job.bundle.node,
+            cluster=job.bundle.cluster,
+            signer=f"{name}: {', '.join(sorted(labels)) or 'nothing signed'}{approved}",
+            signed=self._now().replace(microsecond=0),
+            answers={
+                request.name: job.answers[request.name]
+                for request in job.bundle.requests
+                if request.name in job.answers
+            },
+        )
+
+
+def _windows(jobs: Iterable[Job]) -> Iterator[list[Job]]:
+    window: list[Job] = []
+    size = 0
+    for job in jobs:
+        window.append(job)
+        size += len(job.bundle.requests)
+        if size >= WINDOW:
+            yield window
+            window, size = [], 0
+    if window:
+        yield window
+
+
+def _collected(ca: _CA, backend: Backend, request: SignRequest, known: Pending) -> Issued | Pending | BackendError:
+    if not isinstance(backend, Collects):
+        raise BridgeError(f'{ca.configured.label}: answered "later", and can\'t be asked later: a bug in it')
+    try:
+        return ca.outage.ask(lambda: backend.collect(request, known.reference))
+    except BackendError as e:
+        return e
+
+
+def _for_all(answers: Sequence[object]) -> bool:
+    """One error for all of several requests: it is the CA's trouble, not theirs."""
+    return len(answers) > 1 and isinstance(answers[0], BackendError) and all(one is answers[0] for one in answers)
+
+
+def _note(
+    job: Job,
+    request: SignRequest,
+    answer: Issued | Pending | BackendError,
+    journal: Journal | None,
+    *,
+    is_for_all: bool = False,
+) -> None:
+    """An answer's place in its job: what may be different next time is a trouble, and is asked for again."""
+    name = request.spec.name
+    if isinstance(answer, Issued | Pending) and journal is not None:
+        journal.add([(request, answer)])
+    if isinstance(answer, Issued):
+        job.answers[name] = answer
+    elif isinstance(answer, Pending):
+        job.troubles[name] = WaitingError(answer.note or "the CA answers later")
+    elif isinstance(answer, BackendUnavailableError) or is_for_all:
+        job.troubles[name] = answer
+    else:
+        job.answers[name] = refusal(f"the CA refused: {answer.reason}")

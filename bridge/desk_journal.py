@@ -1,0 +1,131 @@
+"""
+The desk's journal: what CAs have answered and is not delivered yet, so that a run that was killed signs nothing twice.
+
+One line of JSON an answer, with an fsync for each lot. Answers stay on disk; memory holds only where each one is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Self
+
+from bridge.certificates import load_pem_certificates, pem
+from bridge.contract import Issued, Pending, SignRequest
+from bridge.errors import BridgeError
+from bridge.files import SECRET_MODE, sync_directory
+
+
+class JournalError(BridgeError):
+    """The journal can't be used."""
+
+    hint = "make room, or mend the state directory, then run again"
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    offset: int
+    length: int
+
+
+class Journal:
+    """The file; the desk's lock is held by whoever has it open, several threads of it may add."""
+
+    def __init__(self, path: Path) -> None:
+        """
+        Raises:
+            OSError: It can't be opened.
+        """
+        self._path = path
+        self._places: dict[str, _Place] = {}
+        self._lock = threading.Lock()
+        is_new = not path.exists()
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, SECRET_MODE)
+        self._end = 0
+        with path.open("rb") as lines:
+            for line in lines:
+                key = _key_in(line)
+                if key is None:
+                    break  # a crash cut it; nothing is behind it
+                self._places[key] = _Place(self._end, len(line))
+                self._end += len(line)
+        os.ftruncate(self._file, self._end)
+        if is_new:
+            sync_directory(path.parent)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+    def get(self, request: SignRequest) -> Issued | Pending | None:
+        """What a CA has said to exactly this request."""
+        place = self._places.get(key_of(request))
+        if place is None:
+            return None
+        entry: dict[str, Any] = json.loads(os.pread(self._file, place.length, place.offset))
+        if "reference" in entry:
+            return Pending(reference=entry["reference"], note=entry["note"])
+        leaf, *intermediates = load_pem_certificates("".join(entry["chain"]).encode())
+        return Issued(leaf=leaf, intermediates=tuple(intermediates))
+
+    def add(self, answers: Iterable[tuple[SignRequest, Issued | Pending]]) -> None:
+        """
+        Safe on disk when this returns.
+
+        Raises:
+            JournalError: It could not be written; then these answers are known to the CA alone.
+        """
+        lines = [_line(request, answer) for request, answer in answers]
+        with self._lock:
+            self._write(b"".join(line for _, line in lines))
+            for key, line in lines:
+                self._places[key] = _Place(self._end, len(line))
+                self._end += len(line)
+
+    def _write(self, data: bytes) -> None:
+        written = 0
+        try:
+            while written < len(data):
+                written += os.pwrite(self._file, data[written:], self._end + written)
+            os.fsync(self._file)
+        except OSError as e:
+            raise JournalError(f"{self._path}: wanted to keep the CA's answers there, found: {e.strerror}") from e
+
+    def clear(self) -> None:
+        """When everything was delivered."""
+        self._places.clear()
+        self._end = 0
+        os.ftruncate(self._file, 0)
+
+
+def key_of(request: SignRequest) -> str:
+    """Of the CSR and what it is wanted for."""
+    about = json.dumps([request.spec.name, request.spec.authority.name, request.validity.total_seconds()])
+    return sha256(about.encode() + b"\0" + request.csr_pem).hexdigest()
+
+
+def _line(request: SignRequest, answer: Issued | Pending) -> tuple[str, bytes]:
+    key = key_of(request)
+    entry: dict[str, Any] = {"key": key}
+    if isinstance(answer, Pending):
+        entry |= {"reference": answer.reference, "note": answer.note}
+    else:
+        entry["chain"] = [pem(certificate).decode() for certificate in (answer.leaf, *answer.intermediates)]
+    return key, json.dumps(entry).encode() + b"\n"
+
+
+def _key_in(line: bytes) -> str | None:
+    """None: not a whole line of ours."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    key = entry.get("key") if isinstance(entry, dict) else None
+    return key if isinstance(key, str) and line.endswith(b"\n") else None

@@ -1,0 +1,121 @@
+"""A CA desk: `openssl ca` directories with encrypted keys, settings, a policy, and the program to run there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bridge.specs import AUTHORITIES
+from tests.kit import opensslca
+from tests.kit.pki import Pki
+
+PASSPHRASE = "s3cret phrase"
+POLICY = """\
+[desk]
+name = "desk-1"
+
+[allow]
+clusters = ["kubernetes"]
+nodes = ["cp-*"]
+masters = ["super-admin.conf"]
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Desk:
+    """What is on the CA host; nothing of it is on a node."""
+
+    directory: Path
+    authorities: tuple[str, ...]
+
+    @property
+    def config(self) -> Path:
+        """The settings file."""
+        return self.directory / "config.toml"
+
+    @property
+    def policy(self) -> Path:
+        """Where `sign` looks for it."""
+        return self.directory / "desk-policy.toml"
+
+    @property
+    def inbox(self) -> Path:
+        """For requests."""
+        return self.directory / "inbox"
+
+    @property
+    def outbox(self) -> Path:
+        """For answers."""
+        return self.directory / "outbox"
+
+    @property
+    def state(self) -> Path:
+        """The state directory."""
+        return self.directory / "state"
+
+    def ca(self, authority: str) -> Path:
+        """The CA's directory."""
+        return self.directory / "cas" / authority
+
+    def issued(self) -> list[str]:
+        """The rows of all databases."""
+        return [row for name in self.authorities for row in (self.ca(name) / "index.txt").read_text().splitlines()]
+
+    def runs(self) -> list[str]:
+        """The arguments of each `openssl` process so far."""
+        log = self.directory / "openssl.log"
+        return log.read_text().splitlines() if log.exists() else []
+
+    def command(self, *args: str | Path) -> list[str]:
+        """To run the installed program."""
+        return [str(Path(sys.executable).with_name("ca-bridge")), *map(str, args), "--config", str(self.config)]
+
+    def run(self, *args: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        """Run it, without a terminal."""
+        return subprocess.run(
+            self.command(*args),
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            timeout=timeout,
+            env={**os.environ, "LC_ALL": "C.UTF-8"},
+            start_new_session=True,
+        )
+
+
+def make_desk(
+    directory: Path, pki: Pki, *, authorities: Sequence[str] = tuple(AUTHORITIES), policy: str = POLICY
+) -> Desk:
+    """
+    Set one up.
+
+    Args:
+        directory: Empty or absent.
+        pki: Whose CAs it has.
+        authorities: Those of them that are at this desk.
+        policy: The policy file.
+    """
+    desk = Desk(directory=directory, authorities=tuple(authorities))
+    for path in (directory, desk.inbox, desk.outbox):
+        path.mkdir(parents=True)
+    passphrase = directory / "passphrase"
+    passphrase.touch(mode=0o600)
+    passphrase.write_text(f"{PASSPHRASE}\n")
+    program = directory / "openssl"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {directory}/openssl.log\nexec openssl "$@"\n')
+    program.chmod(0o755)
+    lines = [
+        f'[node]\nstate_dir = "{desk.state}"',
+        f'[backend.desk]\ntype = "openssl"\nopenssl = "{program}"\npassphrase_file = "{passphrase}"\nretry_for = "1s"',
+    ]
+    for name in authorities:
+        opensslca.make_ca_directory(desk.ca(name), *pki.ca_pem(name), passphrase=PASSPHRASE)
+        lines.append(f'[authority.{name}]\nbackend = "desk"\ndir = "{desk.ca(name)}"')
+    desk.config.write_text("\n\n".join(lines) + "\n")
+    desk.policy.write_text(policy)
+    return desk
