@@ -212,6 +212,7 @@ def _connected(
             if tls is None:
                 yield raw
             else:
+                raw.getpeername()  # of one that was reset by now, Python's wrapper would be left open (SSLSocket._create)
                 # Not even an end without TLS's own word is one: somebody may have cut the answer short.
                 yield stack.enter_context(
                     tls.wrap_socket(raw, server_hostname=server_name or host, suppress_ragged_eofs=False)
