@@ -395,6 +395,27 @@ def sign(
     raise typer.Exit(desk_command.sign(common.settings(), options, utc_now))
 
 
+@command(app, "prove")
+def prove(
+    common: Common,
+    wait: Annotated[
+        timedelta | None,
+        typer.Option(parser=_duration, metavar="DURATION", help='How long to look until all is well, such as "60s".'),
+    ] = None,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """
+    Show what each component really serves and uses, and whether its client certificates are accepted.
+
+    On a control-plane node; nothing is written or restarted. Exits with 7 if a component is on an old certificate,
+    one is refused, or something does not answer.
+    """
+    from bridge import prove as prove_module  # noqa: PLC0415
+
+    as_json = output is Output.JSON
+    raise typer.Exit(prove_module.run(common.settings(), utc_now, wait or timedelta(), as_json=as_json))
+
+
 @command(app, "doctor")
 def doctor(common: Common) -> None:
     """
