@@ -29,7 +29,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from backends.openssl_config import Config, ConfigDoubtError, parse_config
-from backends.openssl_index import Database, file_name
+from backends.openssl_index import Database, Snapshot, file_name
 from backends.openssl_key import SCHEME, KeyFile, Pkcs11Settings, PrivateKey, TokenKey, key_problems, shown
 from backends.openssl_process import Failure, Openssl, Outcome
 from bridge.contract import BackendSettings, Issued, Secret, SignRequest
@@ -263,22 +263,25 @@ class _Desk:
     lock: int
     failed_runs: int = 0
     fatal: BackendError | None = None  #: Why nothing more is signed.
+    seen: Snapshot | None = None  #: The index as it was read last.
     readings: list[Future[_Answers]] = field(default_factory=list)
 
     def recover(self) -> None:
         """Put right what a killed run left: no index, or certificates that are in no index."""
         self.database.check_folders()
         self.database.put_right()
-        for path in self._orphans():
+        self.seen = self.database.read()
+        for path in self._orphans(self.seen):
             # openssl adds the row itself, so that the certificate can be revoked by its number
             outcome = self._run("-extensions", "client", "-valid", f"newcerts/{path.name}")
-            if int(path.stem, 16) not in self.database.read().serials:
+            self.seen = self.database.read(self.seen)
+            if int(path.stem, 16) not in self.seen.serials:
                 raise self.openssl.failure(outcome).error
             log.warning("%s was signed by a run that did not live to record it; it is recorded now", path)
 
-    def _orphans(self) -> list[Path]:
+    def _orphans(self, index: Snapshot) -> list[Path]:
         """Ours alone, and not the expired ones: sites move such rows to an archive, and they do no harm."""
-        orphans, now = self.database.orphans(), datetime.now(UTC)
+        orphans, now = self.database.orphans(index), datetime.now(UTC)
         return [path for path, leaf in orphans if leaf.not_valid_after_utc > now and self._is_ours(leaf)]
 
     def _is_ours(self, leaf: x509.Certificate) -> bool:
@@ -346,7 +349,7 @@ class _Desk:
 
     def _run_recorded(self, usage: Usage, validity: timedelta, orders: Sequence[_Order]) -> tuple[Outcome, list[int]]:
         """How a run ended, and the serial numbers that it added to the database."""
-        before = self.database.read()
+        before = self.seen = self.database.read(self.seen)
         self.database.check_space(len(before.data), len(orders))
         copy = self.database.back_up(before)
         names = [f"{order.position}.csr" for order in orders]

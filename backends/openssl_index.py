@@ -15,7 +15,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -89,7 +89,7 @@ class Snapshot:
     """An index as it is before a run."""
 
     data: bytes
-    serials: Container[int]
+    serials: frozenset[int]
     status: os.stat_result  #: Owner and mode that the CA's own user gave it.
 
 
@@ -151,9 +151,12 @@ class Database:
         finally:
             os.close(lock)
 
-    def read(self) -> Snapshot:
+    def read(self, earlier: Snapshot | None = None) -> Snapshot:
         """
         The index as it is.
+
+        Args:
+            earlier: What it was; of an index that only grew since then, only the new rows are looked through.
 
         Raises:
             BackendRefusedError: It can't be read, or is damaged.
@@ -162,7 +165,7 @@ class Database:
             data = self.index.read_bytes()
             if not data:
                 self._check_emptiness()
-            return Snapshot(data, parse_index(data), self.index.stat())
+            return Snapshot(data, _serials(data, earlier), self.index.stat())
         except FileNotFoundError as e:
             raise BackendRefusedError(
                 f"wanted the CA's database {self.index}, found no such file",
@@ -267,16 +270,16 @@ class Database:
         """The certificate with this number; None: there is none in the folder, no whole one, or more than one."""
         return _parse_if_whole(_read_if_there(self.new_certs_dir / file_name(serial), _LARGEST_FILE))
 
-    def orphans(self) -> list[tuple[Path, x509.Certificate]]:
+    def orphans(self, index: Snapshot) -> list[tuple[Path, x509.Certificate]]:
         """
         Certificates in the folder whose numbers are not in the index.
 
         Files that no whole certificate came into are moved aside.
         """
-        paths = self._unknown_files()
+        paths = self._unknown_files(index)
         if any(time.time() - path.stat().st_mtime < _SETTLE_SECONDS for path in paths):
             time.sleep(_SETTLE_SECONDS)
-            paths = self._unknown_files()
+            paths = self._unknown_files(self.read(index))
         found = []
         for path in paths:
             certificate = _parse_if_whole(_read_if_there(path, _LARGEST_FILE))
@@ -286,10 +289,9 @@ class Database:
                 self._quarantine(path)
         return found
 
-    def _unknown_files(self) -> list[Path]:
-        known = self.read().serials
+    def _unknown_files(self, index: Snapshot) -> list[Path]:
         names = (_CERTIFICATE_NAME.fullmatch(path.name) for path in self.new_certs_dir.iterdir())
-        return [self.new_certs_dir / name[0] for name in names if name and int(name[1], 16) not in known]
+        return [self.new_certs_dir / name[0] for name in names if name and int(name[1], 16) not in index.serials]
 
     def _quarantine(self, path: Path) -> None:
         folder = self.new_certs_dir / QUARANTINE_NAME
@@ -379,6 +381,15 @@ class Database:
             with suppress(FileNotFoundError):
                 return path.stat()
         raise BackendRefusedError(f"wanted the folder {self.index.parent}, found none")
+
+
+def _serials(data: bytes, earlier: Snapshot | None) -> frozenset[int]:
+    if earlier and data.startswith(earlier.data):
+        with suppress(IndexDamagedError):  # to be told of with the right line
+            added = parse_index(data[len(earlier.data) :]).keys()
+            if added.isdisjoint(earlier.serials):
+                return earlier.serials.union(added)
+    return frozenset(parse_index(data))
 
 
 def _new_serials(before: Snapshot, after: bytes) -> list[int]:

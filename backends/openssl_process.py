@@ -142,31 +142,39 @@ class Openssl:
             raise BackendRefusedError(
                 f"wanted the program {self.program!r}, found none", hint="install openssl, or set `openssl` to its path"
             )
-        try:
-            process = subprocess.Popen(
-                [str(Path(program).absolute()), *arguments],
-                cwd=folder,
-                env={**_environment(), **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                pass_fds=tuple(inherited),
-                start_new_session=True,  # or it asks for a passphrase on the terminal
-            )
-        except OSError as e:
-            raise BackendRefusedError(f"wanted to start {program}, found: {e.strerror}") from e
+        # no pipe: openssl writes a dozen times for each CSR, and would wake us as often
+        with os.fdopen(os.memfd_create("messages"), "r+b") as messages:
+            try:
+                process = subprocess.Popen(
+                    [str(Path(program).absolute()), *arguments],
+                    cwd=folder,
+                    env={**_environment(), **environment},
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=messages,
+                    pass_fds=tuple(inherited),
+                    start_new_session=True,  # or it asks for a passphrase on the terminal
+                )
+            except OSError as e:
+                raise BackendRefusedError(f"wanted to start {program}, found: {e.strerror}") from e
+            output = self._output(process)
+            messages.seek(0)
+            told = messages.read().decode(errors="replace")
+        return Outcome(None) if output is None else Outcome(process.returncode, output, told)
+
+    def _output(self, process: subprocess.Popen[bytes]) -> bytes | None:
+        """What it prints until it ends; None: it was stopped at the time limit."""
         with process:
             try:
                 # the engine can crash with the PIN in its memory
                 resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))
-                output, messages = process.communicate(timeout=self.limit.total_seconds())
+                return process.communicate(timeout=self.limit.total_seconds())[0]
             except BaseException as e:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 if isinstance(e, subprocess.TimeoutExpired):
-                    return Outcome(None)
+                    return None
                 raise
-        return Outcome(process.returncode, output, messages.decode(errors="replace"))
 
     def failure(self, outcome: Outcome) -> Failure:
         """Why it failed, as far as its messages tell; they decide nothing else."""

@@ -33,7 +33,7 @@ from cryptography.x509.oid import NameOID, ObjectIdentifier
 
 from backends.openssl import OpensslBackend, OpensslSettings
 from backends.openssl_config import ConfigDoubtError, parse_config
-from backends.openssl_index import IndexDamagedError, parse_index
+from backends.openssl_index import Database, IndexDamagedError, parse_index
 from bridge import setup_openssl
 from bridge.contract import Issued, Secret, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsError
@@ -53,7 +53,7 @@ LIVE = {name: CA.leaf(spec) for name, spec in SPECS.items()}
 class TestConformance(BackendConformance):
     """The suite that every backend passes."""
 
-    unsupported = frozenset({"collect", "close"})
+    unsupported = frozenset({"collect", "identity", "close"})
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -531,6 +531,50 @@ def test_cuts_large_batches(directory: Path, tmp_path: Path, monkeypatch: pytest
         assert isinstance(answer, Issued)
         assert answer.leaf.public_key() == asked.csr.public_key()
     assert len(set(rows(directory))) == 7
+
+
+def many_rows(count: int) -> bytes:
+    """Of an index that has been in use for long."""
+    row = "V\t{}\t\t{:040X}\tunknown\t/O=kubeadm:cluster-admins/CN=kubernetes-admin\n"
+    end = f"{datetime.now(UTC) + timedelta(days=300):%y%m%d%H%M%SZ}"
+    return "".join(row.format(end, (1 << 150) + number) for number in range(count)).encode()
+
+
+def test_looks_through_the_old_rows_once(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many chunks there are, a long index is parsed once, and then what each run adds to it."""
+    monkeypatch.setattr("backends.openssl_key.KeyFile.batch_size", 2)
+    old = many_rows(2000)
+    directory.joinpath("index.txt").write_bytes(old)
+    parsed = []
+
+    def counting(data: bytes) -> dict[int, int]:
+        parsed.append(len(data))
+        return parse_index(data)
+
+    monkeypatch.setattr("backends.openssl_index.parse_index", counting)
+    answers = opened(directory).sign_many([renewal() for _ in range(10)])
+
+    assert all(isinstance(answer, Issued) for answer in answers)
+    assert len(rows(directory)) == 2010
+    assert len(old) < sum(parsed) < 1.1 * len(old)
+
+
+@pytest.mark.parametrize("tail", [many_rows(1), b"junk\n", many_rows(2)[:-1]], ids=["repeated", "junk", "cut"])
+def test_damage_among_new_rows_is_named_by_its_line(directory: Path, tail: bytes) -> None:
+    """Looking at the new rows alone finds what looking at all would find."""
+    index = directory / "index.txt"
+    database = Database(index=index, new_certs_dir=directory / "newcerts")
+    index.write_bytes(many_rows(5))
+    before = database.read()
+    index.write_bytes(many_rows(5) + tail)
+    messages = []
+    for earlier in (None, before):
+        with pytest.raises(BackendRefusedError) as e:
+            database.read(earlier)
+        messages.append(str(e.value))
+    assert messages[0] == messages[1]
+    index.write_bytes(many_rows(7))
+    assert database.read(before).serials == database.read().serials
 
 
 def test_no_requests_no_run(tmp_path: Path) -> None:
