@@ -463,7 +463,7 @@ def _lines(store: Store) -> Iterator[tuple[str, bytes]]:
                 yield f"{name}:{number}", line
 
 
-def _opened(store: Store, stack: contextlib.ExitStack) -> list[tuple[str, BinaryIO]]:
+def _opened(store: Store, stack: contextlib.ExitStack) -> Sequence[tuple[str, BinaryIO]]:
     while True:
         there = files(store)
         try:

@@ -2,7 +2,8 @@
 The backups in the state directory: list them, put one back, delete old ones.
 
 A backup is what an installation replaced (`bridge.install` makes it): copies of the files, and a manifest.
-Not checked: subject, SANs and usages of what is put back. The node ran on it before.
+What is put back is checked as a new certificate is, against the live one's subject and SANs. The node ran on it
+before, though: what a component can start with may be forced, and only what it can't start with may not.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from typing import Any
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
-from cryptography.x509.verification import VerificationError as NoPathError
 
-from bridge import audit, inventory, kubeconfig, verify
+from bridge import audit, csr, inventory, kubeconfig, verify
 from bridge.certificates import load_pem_certificates, serial_hex
-from bridge.errors import BridgeError
+from bridge.contract import Issued, SignRequest
+from bridge.errors import BridgeError, VerificationError
 from bridge.files import Attributes, lock, sync_directory
 from bridge.install import (
     CERTIFICATE_MASK,
@@ -46,6 +47,7 @@ from bridge.store import Store
 log = logging.getLogger("ca-bridge")
 
 MANIFEST = "manifest.json"
+NONE: Mapping[str, frozenset[tuple[str, str]]] = {}
 #: What a manifest without them could not be listed or put back.
 _NEEDED = {"id": str, "created": str, "run_id": str, "files": list}
 
@@ -64,7 +66,7 @@ class RollbackRefusedError(BridgeError):
         hint = (
             "choose another one of `ca-bridge backups`, or renew"
             if any(not problem.can_be_forced for problem in problems)
-            else "--force puts it back nevertheless; components refuse a certificate outside its validity"
+            else "--force puts it back nevertheless; components and clients may refuse what is wrong with it"
         )
         super().__init__("\n".join(f"backup {backup_id}: {problem}" for problem in problems), hint=hint)
 
@@ -76,10 +78,20 @@ class Problem:
     certificate: str  #: kubeadm's name.
     wanted: str
     found: str
-    can_be_forced: bool = False
+    subject: str = ""  #: What is wrong with the certificate itself, as `bridge.verify` calls it.
+
+    @property
+    def can_be_forced(self) -> bool:
+        """Whether the node could run on it nevertheless."""
+        return bool(self.subject) and self.subject not in _NEVER_FORCED
 
     def __str__(self) -> str:
-        return f"{self.certificate}: wanted {self.wanted}, found {self.found}"
+        about = f"{self.subject}: " if self.subject else ""
+        return f"{self.certificate}: {about}wanted {self.wanted}, found {self.found}"
+
+
+#: Nobody would trust it: another CA's, or the CA was changed.
+_NEVER_FORCED = ("chain", "issuer", "public key", "extensions", "critical extension")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,33 +211,50 @@ def find(store: Store, backup_id: str | None) -> Backup:
 # --- is it good? -----------------------------------------------------------------------------------------------------
 
 
-def problems_of(backup: Backup, node: Node, now: datetime) -> list[Problem]:
-    """All that speaks against putting it back."""
+def problems_of(
+    backup: Backup, node: Node, now: datetime, extra_subject: Mapping[str, frozenset[tuple[str, str]]] = NONE
+) -> list[Problem]:
+    """
+    All that speaks against putting it back.
+
+    Args:
+        backup: What to look at.
+        node: With the live certificates.
+        now: Aware, UTC.
+        extra_subject: By authority, the subject attributes that a certificate may have or lack.
+    """
     items = {item.spec.name: item for item in node.items}
-    return [problem for name in backup.names for problem in _problems(name, _files(backup, name), items.get(name), now)]
+    found: list[Problem] = []
+    for name in backup.names:
+        item = items.get(name)
+        if item is None:
+            wanted = "a certificate of this node"
+            found.append(Problem(certificate=name, wanted=wanted, found="a name that it does not have"))
+        else:
+            extra = extra_subject.get(item.spec.authority.name, frozenset())
+            found += _problems(_files(backup, name), item, now, extra)
+    return found
 
 
 def _files(backup: Backup, name: str) -> list[File]:
     return [file for file in backup.files if file.certificate == name]
 
 
-def _problems(name: str, files: Sequence[File], item: Item | None, now: datetime) -> Iterator[Problem]:
-    """Of one certificate: its files, its pair, its path, its validity; later ones make no sense without the earlier."""
-    if item is None:
-        yield Problem(certificate=name, wanted="a certificate of this node", found="a name that it does not have")
-        return
+def _problems(files: Sequence[File], item: Item, now: datetime, extra: frozenset[tuple[str, str]]) -> Iterator[Problem]:
+    """Of one certificate: its files, its pair, what is in it; later ones make no sense without the earlier."""
+    name = item.spec.name
     found = [*_misplaced(name, files, item), *_damaged(name, files)]
     if found:
         yield from found
     elif any(file.copy is not None for file in files):
         try:
             certificates, key_pem = _pair(files, item)
-            _assert_pair(certificates[0], key_pem)
+            key = _key_of(certificates[0], key_pem)
         except (BridgeError, ValueError, TypeError, UnsupportedAlgorithm) as e:
             reason = str(e) if isinstance(e, BridgeError) else "another key, or none that can be read"
             yield Problem(certificate=name, wanted="a certificate and its private key", found=reason)
             return
-        yield from _unproven(item, certificates, now)
+        yield from _unproven(item, certificates, key, now, extra)
 
 
 def _misplaced(name: str, files: Sequence[File], item: Item) -> Iterator[Problem]:
@@ -272,33 +301,46 @@ def _pair(files: Sequence[File], item: Item) -> tuple[list[x509.Certificate], by
     return load_pem_certificates(contents[certificate_path]), contents[key_path]
 
 
-def _assert_pair(certificate: x509.Certificate, key_pem: bytes) -> None:
+def _key_of(certificate: x509.Certificate, key_pem: bytes) -> csr.PrivateKey:
     encoding = (serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     key = serialization.load_pem_private_key(key_pem, None)
     if key.public_key().public_bytes(*encoding) != certificate.public_key().public_bytes(*encoding):
         raise ValueError
+    if not isinstance(key, csr.PrivateKey):
+        raise BackupError(f"a key that Kubernetes can't use ({type(key).__name__})")
+    return key
 
 
-def _unproven(item: Item, certificates: Sequence[x509.Certificate], now: datetime) -> Iterator[Problem]:
-    """It leads to the CA file that the node has now, and is valid."""
+def _unproven(
+    item: Item,
+    certificates: Sequence[x509.Certificate],
+    key: csr.PrivateKey,
+    now: datetime,
+    extra: frozenset[tuple[str, str]],
+) -> Iterator[Problem]:
+    """As an answer to a request that we would make now, but for how long it must be valid."""
     name, leaf = item.spec.name, certificates[0]
-    begin, end = leaf.not_valid_before_utc, leaf.not_valid_after_utc
+    live = item.certificates[0] if item.certificates else leaf
     try:
-        anchor = load_pem_certificates(item.anchor_path.read_bytes())[0]
-        verify.verified_path(leaf, certificates[1:], anchor, min(max(now, begin), end))
-    except (OSError, ValueError) as e:
-        reason = e.strerror if isinstance(e, OSError) else e
-        yield Problem(certificate=name, wanted=f"the CA certificate {item.anchor_path}", found=str(reason))
-    except NoPathError:
-        wanted = f"a certificate that leads to the present {item.anchor_path}"
-        yield Problem(certificate=name, wanted=wanted, found="one that does not (the CA was changed, or has expired)")
-    if not begin <= now <= end:
-        yield Problem(
-            certificate=name,
-            wanted=f"a certificate that is valid now ({now:%Y-%m-%d %H:%M} UTC)",
-            found=f"one for {begin:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M}",
-            can_be_forced=True,
+        expected = verify.Expectation(
+            anchors=tuple(load_pem_certificates(item.anchor_path.read_bytes())),
+            anchor_name=str(item.anchor_path),
+            now=now,
+            min_validity=timedelta(),
+            extra_subject=extra,
         )
+    except (OSError, ValueError) as e:
+        reason = str(e.strerror if isinstance(e, OSError) else e)
+        yield Problem(certificate=name, wanted=f"the CA certificate {item.anchor_path}", found=reason)
+        return
+    try:
+        request = SignRequest(spec=item.spec, csr_pem=csr.build(live, key), validity=timedelta())
+        verify.check(Issued(leaf=leaf, intermediates=tuple(certificates[1:])), request, expected)
+    except csr.CannotCarryError as e:
+        yield Problem(certificate=name, subject="live certificate", wanted="one to compare it with", found=str(e))
+    except VerificationError as e:
+        for violation in e.violations:
+            yield Problem(certificate=name, subject=violation.subject, wanted=violation.want, found=violation.got)
 
 
 # --- going back ------------------------------------------------------------------------------------------------------
@@ -321,7 +363,7 @@ def rollback(
         settings: Where everything is.
         backup_id: None: the newest.
         now: The node's clock.
-        force: Also certificates outside their validity; nothing else can be forced.
+        force: Also certificates that are not as a new one would have to be, if the node could run on them.
         wait: For the lock.
 
     Raises:
@@ -340,9 +382,12 @@ def rollback(
             record.add(audit.RECOVERED, result=str(recovery))
         backup = find(store, backup_id)
         node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
-        problems = problems_of(backup, node, now())
+        extra = {name: authority.extra_subject for name, authority in settings.authorities.items()}
+        problems = problems_of(backup, node, now(), extra)
         if any(not (force and problem.can_be_forced) for problem in problems):
-            raise RollbackRefusedError(backup.backup_id, problems)
+            error = RollbackRefusedError(backup.backup_id, problems)
+            record.add(audit.REFUSED, error=error)
+            raise error
         outcomes = _outcomes(backup, node)
         result = f"backup {backup.backup_id}"
         for o in outcomes:

@@ -252,7 +252,8 @@ def _journal(targets: Sequence[Target], run_id: str, backup_id: str) -> dict[str
     for target in targets:
         data = target.replacement.data
         wanted = digest(data) if data is not None else None
-        entries.append({"path": str(target.path), "staged": str(target.staged), "sha256": wanted})
+        name = target.replacement.certificate
+        entries.append({"certificate": name, "path": str(target.path), "staged": str(target.staged), "sha256": wanted})
     return {"version": 1, "run_id": run_id, "backup": backup_id, "direction": "forward", "targets": entries}
 
 

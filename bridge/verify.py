@@ -146,8 +146,7 @@ def _subject(
     without a word, which makes a valid certificate for somebody else.
     """
     want, got = Counter(attributes(csr.subject)), Counter(attributes(leaf.subject))
-    added = {item for item in got - want if item not in extra}
-    if added or set(want) - set(got):
+    if {*(got - want), *(set(want) - set(got))} - extra:
         yield Violation(
             subject="subject", want=name_text(csr.subject) or "(empty)", got=name_text(leaf.subject) or "(empty)"
         )

@@ -7,8 +7,13 @@ import hashlib
 import json
 import os
 import re
+import signal
 import socket
 import stat
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -418,11 +423,69 @@ def test_a_recovery_is_recorded(run: Run, node: Pki, store: Store, command: str)
         was = digest(target.read_bytes())
         with pytest.raises(KeyboardInterrupt):
             install(
-                store, [Replacement(certificate="x", path=target, data=b"n", mode_mask=KEY_MASK, was=was)], "r1", {}
+                store,
+                [Replacement(certificate="some-pair", path=target, data=b"n", mode_mask=KEY_MASK, was=was)],
+                "r1",
+                {},
             )
     assert run(command).exit_code == 0
     [*_, line] = audit.events(store, None, None)
-    assert (line["event"], "run r1" in line["result"]) == (audit.RECOVERED, True)
+    assert line["event"] == audit.RECOVERED
+    assert "run r1" in line["result"]
+    assert line["result"].endswith("1 files of some-pair")
+
+
+def test_verify_beside_a_run_that_is_writing(store: Store) -> None:
+    """A walk through the chain that begins at any time finds nothing wrong, across rotations, too."""
+    once = AuditSettings(rotate_at=Size.from_setting("4KiB"))
+    ended = threading.Event()
+
+    def write() -> None:
+        for number in range(150):
+            with Record(store, once) as record:
+                for event in (audit.ASKED, audit.ISSUED, audit.VERIFIED):
+                    record.add(event, "apiserver", result=f"{number}")
+        ended.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    counts = []
+    while not ended.is_set():
+        count, damages = audit.verify(store)
+        assert damages == []
+        counts.append(count)
+    writer.join()
+    assert counts == sorted(counts)
+    assert len(set(counts)) > 10
+    assert audit.verify(store) == (450, [])
+    assert len(audit.files(store)) > 10
+
+
+def test_what_a_ca_is_asked_is_on_disk_before_it_is_asked(run: Run, config: Path, store: Store, tmp_path: Path) -> None:
+    """A program that is killed while the CA works on it leaves the question in the record, and no torn line."""
+    asked, script = tmp_path / "asked", tmp_path / "openssl"
+    text = f'[ "$1" = ca ] && {{ touch "{asked}"; while kill -0 $PPID; do sleep 0.05; done; exit 1; }}\nexec openssl "$@"\n'
+    script.write_text(f"#!/bin/sh\n{text}")
+    script.chmod(0o755)
+    good = config.read_text()
+    config.write_text(good.replace('type = "openssl"', f'type = "openssl"\nopenssl = "{script}"'))
+    command = [str(Path(sys.executable).with_name("ca-bridge")), "renew", "apiserver", "--config", str(config)]
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        try:
+            deadline = time.monotonic() + 30
+            while not asked.exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert of(store, "apiserver") == [("asked", 0)]
+    assert audit.verify(store) == (1, [])
+    config.write_text(good)
+    assert run("renew", "apiserver").exit_code == 0
+    assert [event for event, _ in of(store, "apiserver")][-3:] == ["issued", "verified", "installed"]
+    assert audit.verify(store)[1] == []
 
 
 def test_a_rollback_can_be_recorded(store: Store, node: Pki) -> None:

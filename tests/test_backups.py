@@ -19,17 +19,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.x509.oid import NameOID
 from typer.testing import CliRunner, Result
 
-from bridge import backups, inventory, settings
+from bridge import backups, csr, inventory, settings
 from bridge.audit import events
-from bridge.certificates import load_pem_certificates, serial_hex
+from bridge.certificates import load_pem_certificates, pem, serial_hex
 from bridge.cli import app
+from bridge.contract import SignRequest
 from bridge.errors import SettingsError
 from bridge.install import KEY_MASK, Replacement, digest, install, recover
 from bridge.settings import BackupSettings
 from bridge.store import Store
-from tests.kit import opensslca
+from tests.kit import issuing, opensslca
+from tests.kit.issuing import CLIENT, SERVER, Signer, cn
 from tests.kit.pki import Pki, handmade_pki
 
 Run = Callable[..., Result]
@@ -273,6 +278,91 @@ def test_an_expired_backup_needs_force(tmp_path: Path, config: Path, run: Run, n
     assert files(expired) == new
     assert run("rollback", "--force").exit_code == 0
     assert files(expired) == old
+
+
+def _live_instead(node: Pki, name: str, **changes: Any) -> None:
+    """As somebody else's tool would have made it: signed by the node's CA, with the key that is there."""
+    [item] = [i for i in inventory.read(node.pki_dir, node.kubeconfig_dir).items if i.spec.name == name]
+    assert item.key_path is not None
+    certificate, key = node.ca_pem(item.spec.authority.name)
+    own = load_pem_private_key(item.key_path.read_bytes(), None)
+    request = SignRequest(spec=item.spec, csr_pem=csr.build(item.certificates[0], own), validity=timedelta(days=20))  # type: ignore[arg-type]
+    now = datetime.now(UTC)
+    authority = load_pem_private_key(key, None)
+    signer = Signer(certificate=x509.load_pem_x509_certificate(certificate), key=authority)  # type: ignore[arg-type]
+    issued = signer.issue(request, begin=now - timedelta(minutes=5), end=now + timedelta(days=20), **changes)
+    item.certificate_path.write_bytes(pem(issued.leaf))
+
+
+@pytest.mark.parametrize(
+    ("subject", "changes"),
+    [
+        ("EKU", {"ekus": [SERVER, CLIENT]}),
+        ("EKU", {"ekus": []}),
+        ("KeyUsage", {"no_key_usage": True}),
+        ("BasicConstraints", {"basic_constraints": x509.BasicConstraints(ca=True, path_length=None)}),
+    ],
+    ids=["EKU to spare", "no EKU", "no KeyUsage", "CA:TRUE"],
+)
+def test_a_backup_that_would_not_be_installed_today_needs_force(
+    subject: str, changes: dict[str, Any], run: Run, node: Pki, store: Store
+) -> None:
+    """What was live before the first renewal may have been wrong; the refusal names it and is recorded."""
+    _live_instead(node, "apiserver", **changes)
+    old = files(node)
+    renewed(run)
+    new = files(node)
+    assert [(p.certificate, p.subject, p.can_be_forced) for p in problems(store, node)] == [
+        ("apiserver", subject, True)
+    ]
+    refused = run("rollback")
+    assert refused.exit_code == 1
+    assert f"apiserver: {subject}: wanted" in refused.stderr
+    assert "--force" in refused.stderr
+    assert files(node) == new
+    [*_, line] = events(store, None, None)
+    assert (line["event"], line["exitCode"]) == ("refused", 1)
+    assert f"apiserver: {subject}: wanted" in line["result"]
+    assert run("rollback", "--force").exit_code == 0
+    assert files(node) == old
+
+
+@pytest.mark.parametrize(
+    ("subject", "changes"),
+    [
+        ("SAN", {"sans": [x509.DNSName("kubernetes"), x509.DNSName("api.example.com")]}),
+        ("subject", {"subject": cn("kube-apiserver-2")}),
+    ],
+    ids=["SAN", "subject"],
+)
+def test_a_backup_with_other_names_than_the_live_certificate_needs_force(
+    subject: str, changes: dict[str, Any], run: Run, node: Pki, store: Store
+) -> None:
+    """Somebody changed them on purpose since, and a renewal would keep that; with the same names nothing is asked."""
+    renewed(run, "apiserver")
+    assert problems(store, node) == []
+    _live_instead(node, "apiserver", **changes)
+    changed = files(node)
+    [problem] = problems(store, node)
+    assert (problem.subject, problem.can_be_forced) == (subject, True)
+    assert run("rollback").exit_code == 1
+    assert files(node) == changed
+    assert run("rollback", "--force").exit_code == 0
+
+
+def test_a_backup_from_before_a_ca_added_its_attribute_is_taken(
+    run: Run, node: Pki, store: Store, config: Path
+) -> None:
+    """What the settings allow a CA to add may be missing, too; without the exception it needs force."""
+    renewed(run, "apiserver")
+    ours = [(NameOID.COMMON_NAME, "kube-apiserver"), (NameOID.ORGANIZATIONAL_UNIT_NAME, "Platform")]
+    _live_instead(node, "apiserver", subject=issuing.name(*ours))
+    assert [problem.subject for problem in problems(store, node)] == ["subject"]
+    assert run("rollback").exit_code == 1
+    config.write_text(
+        config.read_text().replace("[authority.ca]", '[authority.ca]\nallow_extra_subject = ["OU=Platform"]')
+    )
+    assert run("rollback").exit_code == 0
 
 
 def test_what_was_not_there_is_removed_and_what_is_not_there_is_made(run: Run, node: Pki) -> None:

@@ -73,9 +73,9 @@ class Forger:
             return answer
         return self.certificate(pem(answer.leaf).decode(), [pem(each).decode() for each in answer.intermediates])
 
-    def certificate(self, text: str, chain: list[str]) -> Raw:
+    def certificate(self, text: str, chain: list[str], **more: str) -> Raw:
         """An engine's answer with a text in the certificate's place."""
-        return _data({"certificate": text, "ca_chain": chain, "issuing_ca": pem(self.ca).decode()})
+        return _data({"certificate": text, "ca_chain": chain, "issuing_ca": pem(self.ca).decode(), **more})
 
 
 def _data(data: dict[str, Any]) -> Raw:

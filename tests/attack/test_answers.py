@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key, pkcs7
 
-from bridge import csr
+from bridge import csr, inventory
 from bridge.certificates import pem
 from bridge.contract import Issued, SignRequest
 from bridge.specs import SPECS, KeyAlgorithm
@@ -82,11 +83,13 @@ class Attack:
     def refused(self, *names: str) -> str:
         """Renew; nothing but the record moves, and the exit code is 5. What it said."""
         before = files(self.bridge)
+        backups = self.bridge.directory / "state/backups"
+        kept = set(backups.iterdir()) if backups.exists() else set()
         run = self.bridge.run("renew", *names)
         assert run.returncode == 5, run.stdout + run.stderr
         assert "Traceback" not in run.stderr
         assert files(self.bridge) == before
-        assert not list((self.bridge.directory / "state/backups").iterdir())
+        assert set(backups.iterdir()) == kept
         return run.stderr
 
     def installed(self, *names: str) -> None:
@@ -179,6 +182,108 @@ def test_what_the_ca_sends_along_counts_for_nothing(attack: Attack, tried: Tried
     crt = (attack.bridge.pki.pki_dir / "apiserver.crt").read_bytes()
     assert crt.count(b"BEGIN CERTIFICATE") == 1
     tried("hostile answers through the program, each with a twin", 1)
+
+
+def test_an_answer_is_compared_with_our_own_request(attack: Attack, tried: Tried) -> None:
+    """A CA that made a key and a CSR of its own sends all of it along, in itself consistent: nothing of it is taken."""
+    theirs = csr.generate_key("ecdsa-p256")
+    secret = csr.key_pem(theirs).decode()
+
+    def answer(desk: Desk) -> Raw:
+        live = desk.request.replaces
+        assert live is not None
+        their_csr = csr.build(live, theirs)
+        leaf = pem(replace(desk, request=replace(desk.request, csr_pem=their_csr)).issue().leaf).decode()
+        more = {"csr": their_csr.decode(), "private_key": secret, "private_key_type": "ec"}
+        return attack.forger.certificate(leaf, [], **more)
+
+    attack.answer(answer)
+    assert named(attack.refused("apiserver")) == {"public key"}
+    state = attack.bridge.directory / "state"
+    assert not [path for path in state.rglob("*") if path.is_file() and secret.encode()[40:80] in path.read_bytes()]
+    attack.answer(Desk.issue)
+    attack.installed("apiserver")
+    tried("hostile answers through the program, each with a twin", 1)
+
+
+# --- chains ----------------------------------------------------------------------------------------------------------
+
+
+def chain_of(bridge: Bridge, name: str) -> list[x509.Certificate]:
+    """What is installed, the leaf first."""
+    [item] = [
+        item for item in inventory.read(bridge.pki.pki_dir, bridge.pki.kubeconfig_dir).items if item.spec.name == name
+    ]
+    return list(item.certificates)
+
+
+def test_the_node_s_ca_may_be_an_intermediate(attack: Attack, tried: Tried) -> None:
+    """It is the anchor itself; it and what is above it, sent along, come into no file."""
+    above = attack.root
+    middle = Signer.make("kubernetes", parent=above, begin=attack.now - DAY, end=attack.now + 900 * DAY)
+    anchor = attack.bridge.pki.pki_dir / "ca.crt"
+    attack.answer(lambda desk: desk.issue(by=middle, intermediates=(middle, above)))
+    attack.installed("apiserver")  # below the root: the intermediate is needed
+    assert chain_of(attack.bridge, "apiserver")[1:] == [middle.certificate]
+    anchor.write_bytes(pem(middle.certificate))
+    attack.forger.ca = middle.certificate
+    attack.answer(lambda desk: desk.issue(by=above, intermediates=()))
+    attack.refused("apiserver")  # signed above the anchor: not by the node's CA
+    attack.answer(lambda desk: desk.issue(by=middle, intermediates=(middle, above)))
+    attack.installed("apiserver")
+    assert chain_of(attack.bridge, "apiserver")[1:] == []
+    tried("chains through the program", 1)
+
+
+def test_the_node_s_ca_file_may_be_a_bundle(attack: Attack, tried: Tried) -> None:
+    """Its first certificate counts, as for kubeadm; a leaf of the second is refused, and the message says which it was."""
+    coming = attack.root
+    going = Signer.make("kubernetes going", begin=attack.now - 100 * DAY, end=attack.now + 900 * DAY)
+    anchor = attack.bridge.pki.pki_dir / "ca.crt"
+    anchor.write_bytes(pem(coming.certificate) + pem(going.certificate))
+    attack.answer(lambda desk: desk.issue(by=going))
+    said = attack.refused("apiserver")
+    assert "another certificate of the same file (CN=kubernetes going); kubeadm takes only the first" in said
+    attack.answer(lambda desk: desk.issue(by=coming))
+    attack.installed("apiserver")
+    tried("chains through the program", 1)
+
+
+@pytest.mark.parametrize("told_by", ["image tag", "settings"])
+@pytest.mark.parametrize("name", ["apiserver", "admin.conf"])
+def test_no_chain_where_kubeadm_reads_one_certificate_a_file(
+    name: str, told_by: str, attack: Attack, tried: Tried
+) -> None:
+    """Below 1.21 it is refused, and the message says why; from 1.21 on it is kept, in files and kubeconfigs alike."""
+
+    def version(value: str) -> None:
+        if told_by == "settings":
+            attack.bridge.tables[0] = re.sub("kubernetes_version.*\n", "", attack.bridge.tables[0])
+            attack.bridge.tables[0] += f'kubernetes_version = "{value}"\n'
+            attack.bridge.config.write_text("\n".join(attack.bridge.tables))
+            return
+        manifest = attack.bridge.pki.kubeconfig_dir / "manifests/kube-apiserver.yaml"
+        manifest.parent.mkdir(exist_ok=True)
+        image = f"registry.k8s.io/kube-apiserver:v{value}.3"
+        container = {"name": "kube-apiserver", "image": image, "command": ["kube-apiserver"]}
+        pod = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": "kube-apiserver"},
+            "spec": {"containers": [container]},
+        }
+        manifest.write_text(json.dumps(pod))
+
+    version("1.20")
+    middle = Signer.make("mid", parent=attack.root, begin=attack.now - DAY, end=attack.now + 900 * DAY)
+    attack.answer(lambda desk: desk.through(middle))
+    said = attack.refused(name)
+    assert "kubeadm below 1.21 reads one certificate a file" in said
+    assert "got one signed through CN=mid" in said
+    version("1.21")
+    attack.installed(name)
+    assert chain_of(attack.bridge, name)[1:] == [middle.certificate]
+    tried("chains through the program", 1)
 
 
 # --- what is no certificate, from each kind of CA --------------------------------------------------------------------
