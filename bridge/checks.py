@@ -283,7 +283,11 @@ def _ask_etcd(look: Look, client: Client) -> str:
 
 
 def _ask_kubelet(look: Look, client: Client) -> str:
-    """For a line of a log, as `kubectl logs` does; that there is no such pod is an answer, too."""
+    """
+    For a line of a log, as `kubectl logs` does; that there is no such pod is an answer, too.
+
+    A kubelet that has allowed it to this certificate goes on to do so for five minutes (its `cacheAuthorizedTTL`).
+    """
     server = Server(f"https://{_kubelet_place(look)}")
     path = f"/containerLogs/kube-system/kube-apiserver-{look.settings.node.node_name}/kube-apiserver?tailLines=1"
     return accepted(client.ask([server], path))
@@ -418,22 +422,25 @@ def _ask_api(look: Look, item: Item) -> Verdict:
         trust_pem=parsed.ca_data or contents(path.parent / parsed.ca_file if parsed.ca_file else item.anchor_path),
     )
     end = first(path, client.certificate_pem).not_valid_after_utc
-    answers = client.ask(_api(look, name), _need(look, item))
-    return Verdict("current", f"{accepted(answers)}, until {ages.text(end)}")
+    by = [accepted(client.ask(_api(look, name), need)) for need in _needs(look, item)]
+    return Verdict("current", f"{by[0]}, until {ages.text(end)}")
 
 
-def _need(look: Look, item: Item) -> str:
-    """What the owner of a kubeconfig reads all the time: its lease; people have none."""
+def _needs(look: Look, item: Item) -> list[str]:
+    """What the owner of a kubeconfig reads all the time: its lease, and what it works on; the two come by two roles."""
     component = item.spec.component
     if component is None:
-        return "/api/v1/namespaces/kube-system"
+        return ["/api/v1/namespaces/kube-system"]
     if component is Component.KUBELET:
         user = dict(attributes(item.certificates[0].subject)).get(NameOID.COMMON_NAME.dotted_string, "")
-        namespace, name = "kube-node-lease", user.removeprefix("system:node:")
-    else:
-        flags = look.flags(component)
-        namespace = flags.get("--leader-elect-resource-namespace", "kube-system")
-        name = flags.get("--leader-elect-resource-name", component.value)
+        node = user.removeprefix("system:node:")
+        return [_lease("kube-node-lease", node), f"/api/v1/nodes/{quote(node)}"]
+    flags = look.flags(component)
+    namespace = flags.get("--leader-elect-resource-namespace", "kube-system")
+    return [_lease(namespace, flags.get("--leader-elect-resource-name", component.value)), "/api/v1/nodes?limit=1"]
+
+
+def _lease(namespace: str, name: str) -> str:
     return f"/apis/coordination.k8s.io/v1/namespaces/{quote(namespace)}/leases/{quote(name)}"
 
 
