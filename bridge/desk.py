@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from typing import Protocol
 
 from cryptography import x509
@@ -38,9 +39,12 @@ from bridge.settings import Settings
 from bridge.specs import AUTHORITIES, SPECS
 from bridge.verify import Expectation
 
-#: Requests that are read ahead and signed together. As many make `openssl ca`'s own start, and its rewriting of a long
-#: index, a small part; three windows are in memory at a time.
-WINDOW = 2000
+#: Requests that are read ahead and signed together: few at first, so that a CA is at work soon, and twice as many each
+#: time, so that `openssl ca`'s own start and its rewriting of a long index become a small part. Three windows are in
+#: memory at a time.
+_FIRST_WINDOW, _LARGEST_WINDOW = 250, 2000
+#: Writing an answer is mostly waiting for the disk.
+_DELIVERIES = 4
 #: In one call of a backend that signs one by one, so that a killed run loses little.
 _SLICE = 100
 
@@ -75,6 +79,16 @@ class Job:
     answers: dict[str, Answer] = field(default_factory=dict)
     troubles: dict[str, BridgeError] = field(default_factory=dict)  #: Why there is no answer yet.
     approved_by: str = ""
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the request bundle."""
+        return digest(self.bundle)
+
+    @cached_property
+    def requests(self) -> dict[str, SignRequest]:
+        """As a backend is asked, by name."""
+        return {request.name: sign_request(request, self.bundle) for request in self.bundle.requests}
 
     @property
     def to_sign(self) -> list[BundledRequest]:
@@ -273,7 +287,7 @@ class Desk:
                 if request.name in job.earlier:
                     job.answers[request.name] = job.earlier[request.name]
                 else:
-                    lots[request.authority].append((job, sign_request(request, job.bundle)))
+                    lots[request.authority].append((job, job.requests[request.name]))
         with ThreadPoolExecutor(len(AUTHORITIES)) as pool:
             list(pool.map(lambda lot: self._sign_lot(self._cas[lot[0]], lot[1], journal), lots.items()))
 
@@ -308,8 +322,20 @@ class Desk:
             self._verify(job)
             self._record(job, record)
         record.write()
-        for job in window:
-            observer.answered(job, job.deliver(self._answer_bundle(job)) if job.is_complete else "")
+        with ThreadPoolExecutor(_DELIVERIES) as pool:
+            for job, where in zip(window, pool.map(self._deliver, window), strict=True):
+                observer.answered(job, where)
+
+    def _deliver(self, job: Job) -> str:
+        """Where the answer is; empty when there is none yet."""
+        if not job.is_complete:
+            return ""
+        try:
+            return job.deliver(self._answer_bundle(job))
+        except (OSError, BridgeError) as e:
+            error = e if isinstance(e, BridgeError) else BridgeError(f"{e.filename or 'the answer'}: {e.strerror}")
+            job.troubles |= dict.fromkeys(job.answers, error)
+            return ""
 
     def _verify(self, job: Job) -> None:
         """What a CA signed wrongly is not sent; the node would refuse it, too."""
@@ -319,17 +345,17 @@ class Desk:
                 continue
             expected = self._expectation(request.authority, self._cas[request.authority].anchors)
             try:
-                verify.check(answer, sign_request(request, job.bundle), expected)
+                verify.check(answer, job.requests[request.name], expected)
             except VerificationError as e:
                 job.answers[request.name] = refusal(f"the desk's CA signed something else: {e.reason}")
 
     def _record(self, job: Job, record: audit.Record) -> None:
-        about = f"node {job.bundle.node}, cluster {job.bundle.cluster}, request {digest(job.bundle)[:16]}"
+        about = f"node {job.bundle.node}, cluster {job.bundle.cluster}, request {job.digest[:16]}"
         about += f", approved by {job.approved_by}" if job.approved_by else ""
         for request in job.bundle.requests:
             answer, trouble = job.answers.get(request.name), job.troubles.get(request.name)
             configured = self._configured.get(request.authority)
-            record.know(request.name, sign_request(request, job.bundle), configured.label if configured else "", None)
+            record.know(request.name, job.requests[request.name], configured.label if configured else "", None)
             verdict = job.verdicts.get(request.name)
             unproven = "" if verdict is not None and verdict.proven else ", without a continuity proof"
             common = {"authority": request.authority, "old": request.replaces}
@@ -348,7 +374,7 @@ class Desk:
         name = self._policy.desk.name or os.uname().nodename
         approved = f", approved by {job.approved_by}" if job.approved_by else ""
         return AnswerBundle(
-            request_digest=digest(job.bundle),
+            request_digest=job.digest,
             batch=job.bundle.batch,
             node=job.bundle.node,
             cluster=job.bundle.cluster,
@@ -364,13 +390,13 @@ class Desk:
 
 def _windows(jobs: Iterable[Job]) -> Iterator[list[Job]]:
     window: list[Job] = []
-    size = 0
+    size, enough = 0, _FIRST_WINDOW
     for job in jobs:
         window.append(job)
         size += len(job.bundle.requests)
-        if size >= WINDOW:
+        if size >= enough:
             yield window
-            window, size = [], 0
+            window, size, enough = [], 0, min(2 * enough, _LARGEST_WINDOW)
     if window:
         yield window
 
