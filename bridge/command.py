@@ -1,0 +1,126 @@
+"""One command of the operator's: limited in time, its output told line by line and not without end."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+MOST_OUTPUT = 16 << 10
+LONGEST_LINE = 500
+#: How soon we notice that a command has ended whose output something else keeps open.
+_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a command ended."""
+
+    code: int | None  #: As `subprocess` gives it; None: it did not start, or was killed at its time limit.
+    failure: str = ""  #: What it did, such as "ended with code 3"; empty: it succeeded.
+
+
+class Output:
+    """Of one command: told line by line, up to a limit; the rest is only counted."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._line = ""
+        self._room = MOST_OUTPUT
+        self.left_out = 0  #: Bytes.
+
+    def add(self, data: bytes) -> None:
+        """More of it."""
+        shown = data[: self._room]
+        self._room -= len(shown)
+        self.left_out += len(data) - len(shown)
+        *lines, self._line = (self._line + self._decode(shown)).split("\n")
+        for line in lines:
+            self._told(line)
+
+    def end(self) -> None:
+        """There is no more."""
+        if self._line:
+            self._told(self._line)
+            self._line = ""
+
+    def _told(self, line: str) -> None:
+        self._tell(line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}…")
+
+
+def run(words: Sequence[str], environment: Mapping[str, str], limit: timedelta, output: Output) -> Ended:
+    """
+    Run one, with nothing on its standard input and in a session of its own.
+
+    At its time limit it is killed with all that it started, but for what made itself a session of its own. What it left
+    in the background when it ended goes on, and is not waited for.
+
+    Args:
+        words: Program and arguments.
+        environment: All of it.
+        limit: For all of it.
+        output: Is told what it writes, to standard error as well.
+    """
+    reading, writing = os.pipe()
+    try:
+        try:
+            process = subprocess.Popen(
+                list(words),
+                cwd="/",
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=writing,
+                stderr=writing,
+                start_new_session=True,
+            )
+        except (OSError, ValueError) as e:  # ValueError: a NUL character
+            return Ended(None, f"could not be started: {e.strerror if isinstance(e, OSError) else e}")
+        finally:
+            os.close(writing)
+        with process:
+            code = _code(process, reading, limit, output)
+    finally:
+        os.close(reading)
+        output.end()
+    if code is None:
+        return Ended(None, f"was still running after {limit.total_seconds():g} s, and was killed")
+    if code < 0:
+        return Ended(code, f"was ended by signal {-code}")
+    return Ended(code, f"ended with code {code}" if code else "")
+
+
+def _code(process: subprocess.Popen[bytes], reading: int, limit: timedelta, output: Output) -> int | None:
+    """Its code; None: it was killed."""
+    deadline = time.monotonic() + limit.total_seconds()
+    try:
+        _read_until_ended(process, reading, deadline, output)
+        return process.wait(max(0.0, deadline - time.monotonic()))
+    except BaseException as e:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        if isinstance(e, subprocess.TimeoutExpired):
+            return None
+        raise
+
+
+def _read_until_ended(process: subprocess.Popen[bytes], reading: int, deadline: float, output: Output) -> None:
+    """Until nobody can write any more, or it has ended, or the time is over."""
+    poller = select.poll()
+    poller.register(reading, select.POLLIN)
+    while (left := deadline - time.monotonic()) > 0:
+        has_ended = process.poll() is not None  # before the look at the pipe, or its last words could be missed
+        if poller.poll(0 if has_ended else min(left, _POLL_SECONDS) * 1000):
+            data = os.read(reading, 1 << 16)
+            if not data:
+                return
+            output.add(data)
+        elif has_ended:
+            return
