@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -185,9 +185,29 @@ def dumps(bundle: Bundle) -> bytes:
         BundleError: A value in it is none that a bundle may have, such as a node's name with a line break.
     """
     document = _document(bundle)
-    data = json.dumps({**document, "digest": _digest(document)}, indent=1).encode() + b"\n"
-    loads(data)  # what one side can't read, the other does not write
-    return data
+    _assert_readable(document)  # what one side can't read, the other does not write
+    return json.dumps({**document, "digest": _digest(document)}, indent=1).encode() + b"\n"
+
+
+def _assert_readable(document: Mapping[str, Any]) -> None:
+    """What types leave open: texts, numbers, names."""
+    fields = _Fields(document, "")
+    _batch(fields)
+    _node(fields)
+    fields.text("cluster", LONGEST_NAME)
+    key = "requests" if document["schema"] == REQUEST_SCHEMA else "answers"
+    if key == "answers":
+        fields.text("signer")
+        fields.shaped("requestDigest", _DIGEST, "64 hex digits")
+    for entry in fields.items(key, lambda value, place: _Fields(cast(dict[str, Any], value), f"{place}.")):
+        entry.choice("name", list(SPECS))
+        if key == "requests":
+            entry.choice("authority", list(AUTHORITIES))
+            _ekus(entry)
+            _validity(entry)
+        elif "refusal" in entry.values:
+            entry.text("refusal")
+    _assert_once(fields, key, [entry["name"] for entry in document[key]])
 
 
 def digest(bundle: Bundle) -> str:
@@ -201,10 +221,11 @@ def short_fingerprint(bundle: Bundle) -> str:
 
     Crockford's alphabet, without I, L, O and U, so that nothing is heard or written for something else.
     """
-    return _short(digest(bundle))
+    return short(digest(bundle))
 
 
-def _short(digest_hex: str) -> str:
+def short(digest_hex: str) -> str:
+    """The same, from the digest alone."""
     letters = b32encode(bytes.fromhex(digest_hex)).decode().translate(_CROCKFORD)
     return "-".join(letters[start : start + 5] for start in range(0, 20, 5))
 

@@ -169,12 +169,45 @@ def test_requests_of_two_batches_are_no_bundle(request_bundle: RequestBundle, pa
         bundles.bundle_of(requests, request_bundle.created)
 
 
-@pytest.mark.parametrize("values", [{"node": "a\nb"}, {"node": "../x"}, {"cluster": "\x1b[2J"}, {"batch": "12"}])
-def test_what_the_other_side_would_refuse_is_not_written(request_bundle: RequestBundle, values: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "values",
+    [{"node": "a\nb"}, {"node": "../x"}, {"cluster": "\x1b[2J"}, {"cluster": ""}, {"batch": "12"}, {"requests": ()}],
+)
+def test_a_request_that_the_desk_would_not_read_is_not_written(
+    request_bundle: RequestBundle, values: dict[str, Any]
+) -> None:
     """A node with an odd name learns it at home, not at the desk."""
     with pytest.raises(BundleError) as e:
-        dumps(replace(request_bundle, **values))  # type: ignore[arg-type]
+        dumps(replace(request_bundle, **values))
     assert e.value.field == next(iter(values))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"name": "x"}, {"authority": "x"}, {"ekus": frozenset()}, {"validity": timedelta()}, {"name": "etcd-server"}],
+)
+def test_the_same_for_each_request(request_bundle: RequestBundle, values: dict[str, Any]) -> None:
+    """Names that are none, or twice; usages and durations that are none."""
+    with pytest.raises(BundleError):
+        dumps(changed(request_bundle, "apiserver", **values))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"signer": "a\rb"},
+        {"request_digest": "12"},
+        {"answers": {}},
+        {"answers": {"apiserver": Refusal(reason="a\x07b")}},
+        {"answers": {"x": Refusal(reason="a")}},
+    ],
+)
+def test_an_answer_that_the_node_would_not_read_is_not_written(
+    answer_bundle: AnswerBundle, values: dict[str, Any]
+) -> None:
+    """The desk's own texts, too."""
+    with pytest.raises(BundleError):
+        dumps(replace(answer_bundle, **values))
 
 
 # --- no key -----------------------------------------------------------------------------------------------------------
