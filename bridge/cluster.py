@@ -33,6 +33,9 @@ _LOOK_SECONDS = 2.0
 #: Each is signed by etcd's CA and good for a client; the first is there for this.
 _ETCD_CLIENTS = ("etcd-healthcheck-client", "apiserver-etcd-client", "etcd-server")
 
+#: Some give gRPC a port of its own (etcd-io/etcd#15402).
+_HTTP_ONLY = "--listen-client-http-urls"
+
 _CONTROL_PLANE_NODES = "/api/v1/nodes?labelSelector=node-role.kubernetes.io/control-plane"
 _ENDPOINTS = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices?labelSelector=kubernetes.io%2Fservice-name%3Dkubernetes"
 
@@ -328,6 +331,8 @@ def _look_at_etcd(node: Node) -> _Seen:
     except https.HttpsError as e:
         return _Seen(instances=(own,), trouble=str(e))
     others = [_as_instance(member) for member in listed if not _is_own(member, own_id, flags)]
+    if _HTTP_ONLY in flags:  # then the URLs that members tell are for gRPC alone
+        others = [replace(one, url=one.url and _beside(one.url, own_url)) for one in others]
     with ThreadPoolExecutor(max_workers=8) as pool:
         states = list(pool.map(lambda one: _member_state(etcd, one), others))
     names = {str(member.get("ID")): member.get("name") or member.get("ID") for member in listed}
@@ -366,7 +371,7 @@ def _members(
 
 def _own_etcd_url(flags: Mapping[str, str]) -> str:
     """Where this node's member is; on loopback if it is there, too, which no firewall is before."""
-    urls = [url for url in flags.get("--listen-client-urls", "").split(",") if url]
+    urls = [url for url in flags.get(_HTTP_ONLY, flags.get("--listen-client-urls", "")).split(",") if url]
     urls.sort(key=lambda url: urlsplit(url).hostname not in {"127.0.0.1", "::1", "localhost"})
     return (urls or ["https://127.0.0.1:2379"])[0].replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
 
@@ -376,9 +381,9 @@ def _initial_peers(flags: Mapping[str, str]) -> list[str]:
     return [url for name, _, url in pairs if url and name != flags.get("--name")]
 
 
-def _beside(peer_url: str, own_url: str) -> str:
-    """Where a member with this peer URL has its client port, if it is the same as ours."""
-    return kubeapi.url_of(urlsplit(peer_url).hostname or "", urlsplit(own_url).port or 2379)
+def _beside(url: str, own_url: str) -> str:
+    """Where the member with this URL has the port of ours, if it has the same."""
+    return kubeapi.url_of(urlsplit(url).hostname or "", urlsplit(own_url).port or 2379)
 
 
 def _is_own(member: Mapping[str, Any], own_id: str, flags: Mapping[str, str]) -> bool:

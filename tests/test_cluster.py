@@ -285,6 +285,24 @@ def test_a_single_member_has_nobody_to_wait_for(tmp_path: Path) -> None:
         may_restart(place)
 
 
+@needs_etcd
+def test_finds_the_port_for_http_where_grpc_has_one_of_its_own(tmp_path: Path) -> None:
+    """Then the URLs that members tell of themselves answer no request of ours."""
+    files = made(tmp_path, 2)
+    grpc_port, http_port = files.client_port, free_ports(1)[0]
+    for place in files.places:
+        place.add_etcd_flags(listen_client_http_urls=f"https://{place.address}:{http_port}")
+    files.client_port = http_port
+    with members.running(files):
+        own, other = files.places
+        neighbours = cluster.look(own.node, own.settings())
+        assert etcd_of(neighbours) == [(own.name, True, "healthy"), (other.name, False, "healthy")]
+        assert {one.url for one in neighbours.others if one.component is ETCD} == {
+            f"https://{other.address}:{http_port}"
+        }
+        assert grpc_port != http_port
+
+
 # --- API servers -----------------------------------------------------------------------------------------------------
 
 

@@ -59,6 +59,14 @@ class Place:
             f'state_dir = "{self.directory}/state"\n[cluster]\n{rules}\n'
         )
 
+    def add_etcd_flags(self, **flags: str) -> None:
+        """Into the manifest; `_` stands for a hyphen."""
+        path = self.kubeconfig_dir / "manifests/etcd.yaml"
+        pod = yaml.safe_load(path.read_text())
+        words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+        pod["spec"]["containers"][0]["command"] += words
+        path.write_text(yaml.safe_dump(pod))
+
     def start_etcd(self) -> None:
         """Start what the manifest says."""
         pod = yaml.safe_load((self.kubeconfig_dir / "manifests/etcd.yaml").read_text())

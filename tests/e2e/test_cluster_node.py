@@ -1,0 +1,379 @@
+"""
+Three real control-plane nodes with three etcd members: no restart takes a second one down, and no two restart at once.
+
+The rules in all their cases, and what no real server gives on demand, are in `tests/test_cluster.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bridge import https, inventory, kubeapi
+from bridge.errors import Exit
+from bridge.specs import Component
+from tests.e2e.nodes import lease_renewed, wait_for
+from tests.kit import programs
+from tests.kit.node import Node
+
+pytestmark = [pytest.mark.node, pytest.mark.slow]
+
+LEASE = "ca-bridge"
+DURATION_SECONDS = 15
+
+#: Runs on a node, where every path is the usual one; prints a line of JSON for each thing that happens.
+PROGRAM = """
+import json, os, subprocess, sys, time
+from pathlib import Path
+from bridge import cluster, inventory, settings
+from bridge.errors import BridgeError
+from bridge.specs import Component
+
+verb, rules, name, components = sys.argv[1], sys.argv[2], sys.argv[3], [Component(word) for word in sys.argv[4:]]
+component = components[0]
+text = f"[node]\\nname = '{name}'\\nstate_dir = '/nowhere'\\n[cluster]\\nlease_duration = '15s'\\n{rules}\\n"
+settings = settings.parse(text)
+node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
+
+def tell(**what):
+    print(json.dumps({**what, "name": name, "at": time.monotonic()}), flush=True)
+
+def note(text):
+    tell(event="note", text=text)
+
+def own_is_well():
+    own = [one for one in cluster.look(node, settings).instances if one.own and one.component is component]
+    return all(one.state == "healthy" for one in own)
+
+def restart():
+    manifest = Path(f"/etc/kubernetes/manifests/{component.value}.yaml")
+    os.rename(manifest, f"/etc/kubernetes/{manifest.name}")
+    try:
+        while cluster.look(node, settings).own_is_down(component) is False:
+            time.sleep(0.2)
+        pods = ["crictl", "-c", "/etc/kubernetes/crictl.yaml", "pods", "-q", "--state", "ready", "--name", component.value]
+        while subprocess.run(pods, capture_output=True, check=True).stdout:
+            time.sleep(0.2)
+        time.sleep(3)
+    finally:
+        os.rename(f"/etc/kubernetes/{manifest.name}", manifest)
+    while not own_is_well():
+        time.sleep(0.2)
+
+try:
+    if verb == "look":
+        found = cluster.look(node, settings)
+        tell(
+            instances=[[one.component.value, one.name, one.own, one.state, one.reason] for one in found.instances],
+            alarms=found.alarms,
+            unseen=list(found.unseen.values()),
+            quorum=found.quorum_without_own,
+        )
+    elif verb == "may":
+        for component in components:
+            cluster.assert_may_restart(component, node, settings, note=note)
+    else:
+        with cluster.turn(node, settings, f"run-{os.getpid()}", note=note) as may_restart:
+            tell(event="begin")
+            if verb == "restart":
+                may_restart(component)
+                restart()
+            else:
+                time.sleep(float(verb))
+            tell(event="end")
+except BridgeError as e:
+    tell(event="error", text=str(e))
+    sys.exit(e.exit_code)
+"""
+
+
+def command(node: Node, verb: str, *components: Component, rules: str) -> list[str]:
+    return [sys.executable, "-c", PROGRAM, verb, rules, node.name, *(one.value for one in components or Component)]
+
+
+def lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What a run of the program on a node told."""
+
+    code: int
+    events: list[dict[str, Any]]
+
+    @property
+    def texts(self) -> str:
+        """Notes and errors."""
+        return "\n".join(event["text"] for event in self.events if "text" in event)
+
+
+def run(node: Node, verb: str, *components: Component, rules: str = "") -> Run:
+    done = node.exec(*command(node, verb, *components, rules=rules), check=False, timeout_seconds=240)
+    assert "Traceback" not in done.stderr, done.stderr
+    return Run(code=done.returncode, events=lines(done.stdout))
+
+
+def look(node: Node) -> dict[str, Any]:
+    [found] = run(node, "look").events
+    return found
+
+
+def states(node: Node) -> dict[tuple[str, str], str]:
+    return {(component, name): state for component, name, _, state, _ in look(node)["instances"]}
+
+
+REFUSE = "neighbours = 'refuse'"
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[list[Node]]:
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(Node.up(f"cl-{os.getpid()}-1", "198.18.77.80"))
+        others = [
+            stack.enter_context(Node.join(f"cl-{os.getpid()}-{number}", f"198.18.77.{79 + number}", first))
+            for number in (2, 3)
+        ]
+        yield [first, *others]
+
+
+@pytest.fixture(autouse=True)
+def healthy(nodes: list[Node]) -> None:
+    """Before each test all is well."""
+    wait_for("three nodes that are well", lambda: all_are_well(nodes), seconds=180)
+
+
+def all_are_well(nodes: Sequence[Node]) -> bool:
+    found = look(nodes[0])["instances"]
+    return len(found) == 2 * len(nodes) and all(state == "healthy" for _, _, _, state, _ in found)
+
+
+@contextlib.contextmanager
+def without(node: Node, component: Component) -> Iterator[None]:
+    """While a component is down, though its manifest is in place: its image is nowhere to be had."""
+    manifest = node.kubeconfig_dir / "manifests" / f"{component.value}.yaml"
+    original = manifest.read_bytes()
+    replace(manifest, original.replace(b" image: ", b" image: none.invalid/"))
+    try:
+        running = ("ps", "-q", "--state", "running", "--name", f"^{component.value}$")
+        wait_for(f"the end of {component.value}", lambda: not node.crictl(*running).stdout, seconds=90)
+        yield
+    finally:
+        replace(manifest, original)
+
+
+def replace(path: Path, data: bytes) -> None:
+    """In one step, or the kubelet reads half of it; and from outside, since it reads all that is beside it."""
+    fresh = path.parent.parent / f"{path.name}.new"
+    fresh.write_bytes(data)
+    fresh.rename(path)
+
+
+# --- looking ---------------------------------------------------------------------------------------------------------
+
+
+def test_each_node_sees_all_others(nodes: list[Node]) -> None:
+    """Six instances from everywhere, in a moment, and every component may be restarted."""
+    for own in nodes:
+        found = look(own)
+        assert sorted((component, name, is_own) for component, name, is_own, _, _ in found["instances"]) == sorted(
+            (component, node.name, node is own) for component in ("etcd", "kube-apiserver") for node in nodes
+        )
+        assert (found["alarms"], found["unseen"], found["quorum"]) == ([], [], True)
+        assert run(own, "may", rules=REFUSE) == Run(code=Exit.DONE, events=[])
+
+
+def test_refuses_while_another_nodes_etcd_is_down(nodes: list[Node]) -> None:
+    """Both that are left refuse, with the reason; the one that is down may be repaired; a wait ends when it is back."""
+    first, second, third = nodes
+    with without(second, Component.ETCD):
+        for own in (first, third):
+            for component in (Component.ETCD, Component.SCHEDULER):
+                refused = run(own, "may", component, rules=REFUSE)
+                assert refused.code == Exit.UNAVAILABLE
+                assert f"etcd of {second.name}" in refused.texts
+                assert f"kube-apiserver of {second.name}" in refused.texts  # it has no other etcd
+                assert ("without its quorum" in refused.texts) is (component is Component.ETCD)
+            assert run(own, "may", Component.KUBELET, rules=REFUSE).code == Exit.DONE
+        assert run(first, "may", rules="neighbours = 'ignore'").code == Exit.DONE
+        assert run(second, "may", Component.ETCD, rules=REFUSE).code == Exit.DONE
+        assert states(second)["etcd", second.name] == "unhealthy"
+        assert states(second)["etcd", first.name] == "healthy"
+        stack = contextlib.ExitStack()
+        waiting = stack.enter_context(started(first, "may", "neighbour_wait = '3m'"))
+        assert "waiting up to 3m for" in first_line(waiting)["text"]
+    with stack:
+        waiting.communicate(timeout=200)
+    assert waiting.returncode == Exit.DONE
+    assert all_are_well(nodes)
+
+
+@pytest.mark.parametrize("number", [0, 2], ids=["that admin.conf leads to", "that joined"])
+def test_a_node_whose_api_server_is_down_may_be_repaired(nodes: list[Node], number: int) -> None:
+    """It sees the others by their own servers, takes the lease there, and is no obstacle to itself; to others it is."""
+    own, other = nodes[number], nodes[1]
+    with without(own, Component.APISERVER):
+        seen = states(own)
+        assert seen["kube-apiserver", own.name] == "unhealthy"
+        assert [state for (_, name), state in seen.items() if name != own.name] == ["healthy"] * 4
+        assert run(own, "may", Component.APISERVER, rules=REFUSE) == Run(code=Exit.DONE, events=[])
+        turn = run(own, "0")
+        assert turn.code == Exit.DONE
+        assert [event["event"] for event in turn.events] == ["begin", "end"]  # no note: the lease was had
+        refused = run(other, "may", Component.APISERVER, rules=REFUSE)
+        assert refused.code == Exit.UNAVAILABLE
+        assert f"kube-apiserver of {own.name}" in refused.texts
+
+
+# --- the lease -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def started(node: Node, verb: str, rules: str = "") -> Iterator[subprocess.Popen[str]]:
+    script = programs.KIT / "node.sh"
+    words = [str(script), "exec", node.name, *command(node, verb, Component.ETCD, rules=rules)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def first_line(process: subprocess.Popen[str]) -> dict[str, Any]:
+    assert process.stdout is not None
+    found: dict[str, Any] = json.loads(process.stdout.readline())
+    return found
+
+
+def holder(node: Node) -> str:
+    return node.kubectl("get", "lease", "-n", "kube-system", LEASE, "-o", "jsonpath={.spec.holderIdentity}").stdout
+
+
+def test_the_lease_is_kept_while_the_own_api_server_is_away(nodes: list[Node]) -> None:
+    """Longer than it lasts; nobody else gets it, and the others are told who has it."""
+    first, second, _ = nodes
+    with started(first, "300") as held:
+        assert first_line(held)["event"] == "begin"
+        assert holder(second).startswith(f"{first.name}_run-")
+        with without(first, Component.APISERVER):
+            time.sleep(DURATION_SECONDS * 1.5)
+            refused = run(second, "0", rules="lease_wait = '1s'")
+            assert refused.code == Exit.UNAVAILABLE
+            assert f"{first.name}_run-" in refused.texts
+            before = lease_renewed(second, "kube-system", LEASE)
+            time.sleep(DURATION_SECONDS / 2)
+            assert lease_renewed(second, "kube-system", LEASE) > before
+        assert held.poll() is None
+
+
+def test_the_lease_of_a_run_that_was_killed_is_taken_when_it_has_expired(nodes: list[Node]) -> None:
+    """Not before, and by one alone."""
+    first, second, third = nodes
+    with started(first, "300") as killed:
+        assert first_line(killed)["event"] == "begin"
+    end = time.monotonic()
+    with started(second, "0") as one, started(third, "0") as another:
+        told = [lines(process.communicate(timeout=120)[0]) for process in (one, another)]
+    begins = sorted(event["at"] for events in told for event in events if event["event"] == "begin")
+    assert len(begins) == 2
+    assert begins[0] - end > DURATION_SECONDS * 2 / 3 - 1  # it renewed that long ago, at most
+    assert_one_after_the_other(told)
+    assert holder(first) == ""
+
+
+def assert_one_after_the_other(told: Sequence[Sequence[dict[str, Any]]]) -> None:
+    turns = sorted((event["at"], event["event"]) for events in told for event in events if event["event"] != "note")
+    assert [what for _, what in turns] == ["begin", "end"] * len(told), told
+
+
+# --- restarts --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Watch:
+    """What was seen of the cluster, several times a second."""
+
+    looks: int = 0
+    most_down: int = 0
+    refused: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+
+def watch(nodes: Sequence[Node], seen: Watch, stop: threading.Event) -> None:
+    """How many etcd members don't answer; and a client that may use any API server: does none take its write?"""
+    for turn in itertools.count():
+        if stop.is_set():
+            return
+        down = [node.name for node in nodes if not answers(node)]
+        seen.looks += 1
+        seen.most_down = max(seen.most_down, len(down))
+        if len(down) > 1:
+            seen.errors.append(f"down at once: {down}")
+        change = json.dumps({"data": {"turn": str(turn)}})
+        if not any(writes(node, change) for node in nodes):
+            seen.refused.append(f"write {turn}")
+
+
+def answers(node: Node) -> bool:
+    """A read through etcd's quorum by way of this member."""
+    anchor, certificate, key = (
+        (node.pki_dir / "etcd" / file).read_bytes()
+        for file in ("ca.crt", "healthcheck-client.crt", "healthcheck-client.key")
+    )
+    client = kubeapi.Client(name="healthcheck", trust_pem=anchor, certificate_pem=certificate, key_pem=key)
+    with contextlib.suppress(https.HttpsError):
+        return kubeapi.ask(kubeapi.Server(f"https://{node.ip}:2379"), client, "/health").status == HTTPStatus.OK
+    return False
+
+
+def writes(node: Node, change: str) -> bool:
+    """Whether this node's API server takes a write."""
+    client = kubeapi.connect(inventory.read(node.pki_dir, node.kubeconfig_dir), node.kubeconfig_dir).clients[0]
+    with contextlib.suppress(https.HttpsError):
+        answer = https.request(
+            f"https://{node.ip}:6443/api/v1/namespaces/default/configmaps/watched",
+            trust_pem=client.trust_pem,
+            certificate_pem=client.certificate_pem,
+            key_pem=client.key_pem,
+            method="PATCH",
+            body=change.encode(),
+            headers={"Content-Type": "application/merge-patch+json"},
+            timeout_seconds=5,
+        )
+        return answer.status == HTTPStatus.OK
+    return False
+
+
+def test_three_timers_that_fire_at_once_restart_one_etcd_after_the_other(nodes: list[Node]) -> None:
+    """Etcd is never without its quorum, and a client that may use any of three API servers sees nothing of it."""
+    nodes[0].kubectl("create", "configmap", "watched")
+    seen, stop = Watch(), threading.Event()
+    watcher = threading.Thread(target=watch, args=(nodes, seen, stop))
+    watcher.start()
+    try:
+        with contextlib.ExitStack() as stack:
+            runs = [stack.enter_context(started(node, "restart", "neighbour_wait = '2m'")) for node in nodes]
+            told = [lines(process.communicate(timeout=400)[0]) for process in runs]
+    finally:
+        stop.set()
+        watcher.join()
+    assert [process.returncode for process in runs] == [Exit.DONE] * 3, told
+    assert_one_after_the_other(told)
+    assert seen.errors == []
+    assert seen.refused == []
+    assert seen.most_down == 1  # or this test has seen nothing
+    spans = [events[-1]["at"] - next(e["at"] for e in events if e["event"] == "begin") for events in told]
+    print(f"{seen.looks} looks; turns of {', '.join(f'{span:.0f} s' for span in sorted(spans))}")
