@@ -41,6 +41,17 @@ class HeldOffError(BridgeError):
         self.exit_code = exit_code  # type: ignore[misc]  # this one's, where others have their class's
 
 
+class NeedsAPersonError(BridgeError):
+    """A CA's renewals failed again and again; the exit code is that of the last failure."""
+
+    hint = "mend the cause; without names, `renew` asks this CA less and less often until it succeeds"
+
+    def __init__(self, authority: str, failures: Failures) -> None:
+        super().__init__(f"{authority}: {failures}; a person has to look at it")
+        self.authority = authority
+        self.exit_code = failures.exit_code  # type: ignore[misc]  # as above
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failures:
     """Of one authority, in a row."""
@@ -108,7 +119,7 @@ class Attempts:
         text = f"{name}: {failures}, the next try is at {_text(until)}; the last failure: {failures.reason}"
         return HeldOffError(text, failures.exit_code)
 
-    def note(self, asked: Collection[str], failed: Mapping[str, BridgeError], now: datetime) -> list[str]:
+    def note(self, asked: Collection[str], failed: Mapping[str, BridgeError], now: datetime) -> list[NeedsAPersonError]:
         """
         Count a run, safe on disk when this returns.
 
@@ -118,7 +129,7 @@ class Attempts:
             now: Aware, UTC.
 
         Returns:
-            A sentence for each authority that needs a person now.
+            One for each authority that failed now and needs a person.
 
         Raises:
             OSError: It can't be written.
@@ -132,7 +143,7 @@ class Attempts:
         if self.authorities != before:
             self._save()
         return [
-            f"{name}: {one}: a person has to look at it; without names, `renew` asks this CA less and less often"
+            NeedsAPersonError(name, one)
             for name, one in self.authorities.items()
             if name in failed and one.needs_a_person
         ]

@@ -48,14 +48,17 @@ REFUSED, UNAVAILABLE, FAILED = "refused", "unavailable", "failed"
 RECOVERED, ROLLED_BACK, RESTARTED = "recovered", "rolled-back", "restarted"
 #: A CA has the request and answers later; a request that is given up.
 PENDING, CANCELLED = "pending", "cancelled"
+#: A CA's renewals fail again and again.
+NEEDS_A_PERSON = "needs-a-person"
 #: The record itself was not as it was left.
 DAMAGED = "damaged"
 
 _LONGEST_RESULT = 2000
 _TAIL_BYTES = 1 << 16
 _SYSLOG_SECONDS = 1.0
-#: Facility authpriv (10), severity notice (5): RFC 5424 §6.2.1.
+#: Facility authpriv (10), severity notice (5), and critical (2) for what a person must see: RFC 5424 §6.2.1.
 _SYSLOG_PRIORITY = 10 * 8 + 5
+_SYSLOG_LOUD = {NEEDS_A_PERSON: 10 * 8 + 2, DAMAGED: 10 * 8 + 2}
 
 
 _REPAIR = "make room, or mend the state directory, and keep this message: it is all that is recorded"
@@ -393,7 +396,8 @@ def _tell_syslog(lines: Sequence[bytes]) -> None:
             log_socket.settimeout(_SYSLOG_SECONDS)
             log_socket.connect(str(SYSLOG))
             for line in lines:
-                log_socket.send(f"<{_SYSLOG_PRIORITY}>ca-bridge[{os.getpid()}]: ".encode() + line.rstrip(b"\n"))
+                priority = _SYSLOG_LOUD.get(json.loads(line)["event"], _SYSLOG_PRIORITY)
+                log_socket.send(f"<{priority}>ca-bridge[{os.getpid()}]: ".encode() + line.rstrip(b"\n"))
     except OSError as e:
         log.warning("%s: syslog did not get the record: %s", SYSLOG, e.strerror or type(e).__name__)
 

@@ -74,7 +74,9 @@ def nothing_to_do(arguments: Sequence[str]) -> str | None:
     node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
     selection = select(node, settings, (), now)
     store = Store(settings.node.state_dir)
-    if selection.items or selection.failed or store.is_interrupted or store.requests.exists():
+    if selection.items or selection.failed or store.is_interrupted:
+        return None
+    if store.requests.exists() or store.hooks.exists():
         return None
     return nothing_due(node, settings, now)
 

@@ -160,8 +160,9 @@ def test_from_the_third_failure_on_a_person_is_called(store: Store) -> None:
     """In each run that failed, not in those that waited."""
     assert Attempts(store).note(["ca"], {"ca": DEAD}, NOW) == []
     assert Attempts(store).note(["ca"], {"ca": DEAD}, NOW) == []
-    [sentence] = Attempts(store).note(["ca"], {"ca": DEAD}, NOW)
-    assert sentence.startswith("ca: 3 runs in a row have failed since")
+    [error] = Attempts(store).note(["ca"], {"ca": DEAD}, NOW)
+    assert str(error).startswith("ca: 3 runs in a row have failed since")
+    assert (error.authority, error.exit_code) == ("ca", Exit.UNAVAILABLE)
     assert Attempts(store).note(["etcd-ca"], {}, NOW) == []
 
 
