@@ -39,6 +39,10 @@ audit_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Show and verify the record of what was done."
 )
 app.add_typer(audit_app, name="audit")
+pending_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Show and cancel the requests that a CA has not answered yet."
+)
+app.add_typer(pending_app, name="pending")
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,6 +337,93 @@ def restart(
     settings = common.settings()
     code = restarting.run(settings, components or [], utc_now, force=force, wait=wait or timedelta(), as_json=as_json)
     raise typer.Exit(code)
+
+
+@command(app, "export")
+def export(
+    common: Common,
+    path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The file to write.", show_default=False)],
+    names: Names = None,
+    wait: WaitOption = None,
+) -> None:
+    """
+    Write what is due into one file, which is carried to a CA desk; the new keys stay here.
+
+    While a request waits, exporting it again gives the same key and CSR. Expired certificates can be renewed so, too.
+    """
+    from bridge import commands  # noqa: PLC0415
+
+    raise typer.Exit(commands.export(common.settings(), path, names or [], utc_now, wait=wait or timedelta()))
+
+
+@command(app, "inspect")
+def inspect_bundle(
+    common: Common,
+    path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A request or an answer.", show_default=False)],
+) -> None:
+    """
+    Show a bundle to a person who has to approve it: what is asked, what it replaces, and who proves to ask.
+
+    The fingerprint is for the phone: both sides see the same one, unless the bundle was changed on its way.
+    """
+    from bridge import airgap  # noqa: PLC0415
+
+    raise typer.Exit(airgap.inspect(common.settings(), path, utc_now()))
+
+
+@command(app, "import")
+def import_answers(
+    common: Common,
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE|DIR…",
+            help="Answer bundles, or certificates in PEM, DER or PKCS#7, whatever they are called.",
+            show_default=False,
+        ),
+    ],
+    all_or_nothing: Annotated[
+        bool, typer.Option("--all-or-nothing", help="Install nothing if one certificate fails.")
+    ] = False,
+    wait: WaitOption = None,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """
+    Take what a CA desk answered: match it by public key, prove it, and install it as `renew` does.
+
+    Exit 4 while other requests still wait.
+    """
+    from bridge import commands  # noqa: PLC0415
+
+    code = commands.import_answers(
+        common.settings(),
+        paths,
+        utc_now,
+        as_json=output is Output.JSON,
+        all_or_nothing=all_or_nothing,
+        wait=wait or timedelta(),
+    )
+    raise typer.Exit(code)
+
+
+@command(pending_app, "list")
+def pending_list(common: Common, output: OutputOption = Output.TEXT) -> None:
+    """Show the open requests: how old, how long there is time, who has them, and the fingerprint to name them by."""
+    from bridge import airgap  # noqa: PLC0415
+
+    airgap.pending_list(common.settings(), utc_now(), as_json=output is Output.JSON)
+
+
+@command(pending_app, "cancel")
+def pending_cancel(
+    common: Common,
+    names: Annotated[list[str], typer.Argument(metavar="NAME…|all", help="kubeadm's names.", show_default=False)],
+    wait: WaitOption = None,
+) -> None:
+    """Forget requests and remove their keys; an answer to them is refused from then on."""
+    from bridge import commands  # noqa: PLC0415
+
+    raise typer.Exit(commands.pending_cancel(common.settings(), names, utc_now, wait=wait or timedelta()))
 
 
 @command(app, "sign")

@@ -16,7 +16,7 @@ from typing import Any
 import typer
 from cryptography import x509
 
-from bridge import audit, backups, inventory, plugins, restart
+from bridge import airgap, audit, backups, inventory, plugins, restart
 from bridge import renew as renewal
 from bridge.asking import Progress
 from bridge.certificates import name_text, serial_hex
@@ -56,16 +56,68 @@ def renew(
         result, node, selection = renewal.run(settings, names, now, progress, all_or_nothing=all_or_nothing, wait=wait)
     for sentence in selection.skipped:
         log.log(logging.INFO if names else logging.DEBUG, "%s", sentence)
+    _report(result, node, selection, settings, now(), as_json=as_json)
+    return result.exit_code
+
+
+def import_answers(
+    settings: Settings,
+    paths: Sequence[Path],
+    now: Callable[[], datetime],
+    *,
+    as_json: bool,
+    all_or_nothing: bool,
+    wait: timedelta,
+) -> int:
+    """`import`: what a CA desk has answered; return the exit code."""
+    with _progress() as progress:
+        result, node, strange = airgap.import_answers(
+            settings, paths, now, progress, all_or_nothing=all_or_nothing, wait=wait
+        )
+    if not result.outcomes and not strange:
+        typer.echo("nothing to import: no answer to a request that waits here")
+    else:
+        nothing = Selection(items=(), failed=(), skipped=())
+        _report(result, node, nothing, settings, now(), as_json=as_json)
+    for error in strange:
+        print_error(error)
+    return Exit.worst([result.exit_code, *(error.exit_code for error in strange)])
+
+
+def export(
+    settings: Settings, path: Path, names: Collection[str], now: Callable[[], datetime], *, wait: timedelta
+) -> int:
+    """`export`: a bundle for a CA desk; return the exit code."""
+    with _progress() as progress:
+        done, node = airgap.export(settings, path, names, now, progress, wait)
+    for sentence in done.skipped:
+        log.log(logging.INFO if names else logging.DEBUG, "%s", sentence)
+    airgap.print_exported(done, path, now())
+    if done.bundle is None and not done.failed:
+        typer.echo(nothing_due(node, settings, now()))
+    for about, error in _grouped(done.failed):
+        print_error(error, about)
+    return Exit.worst([outcome.exit_code for outcome in done.failed])
+
+
+def pending_cancel(settings: Settings, names: Collection[str], now: Callable[[], datetime], *, wait: timedelta) -> int:
+    """`pending cancel`: return the exit code."""
+    with _progress() as progress:
+        return airgap.pending_cancel(settings, names, now, progress, wait)
+
+
+def _report(
+    result: Result, node: Node, selection: Selection, settings: Settings, now: datetime, *, as_json: bool
+) -> None:
     components = _stale(result, node, settings)
     if as_json:
         typer.echo(json.dumps(_result_json(result, selection, components), indent=4))
     else:
-        _print_result(result, node, settings, now())
+        _print_result(result, node, settings, now)
         _print_restart("These still run on their old certificates until they are restarted", components, settings)
-    warn_of_waiting(result.waiting, now())
+    warn_of_waiting(result.waiting, now)
     for about, error in _grouped(result.failed):
         print_error(error, about)
-    return result.exit_code
 
 
 def _stale(result: Result, node: Node, settings: Settings) -> list[Component]:

@@ -10,14 +10,14 @@ import dataclasses
 import shlex
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 from cryptography import x509
 
 from bridge import audit, kubeconfig, verify
-from bridge.asking import Answer, Progress, RefusedByCheckError
+from bridge.asking import Answer, RefusedByCheckError
 from bridge.certificates import load_pem_certificates, pem, serial_hex
 from bridge.contract import Issued, Pending
 from bridge.errors import BackendUnavailableError, BridgeError, Exit, SettingsError, WaitingError
@@ -32,24 +32,12 @@ from bridge.install import (
 from bridge.inventory import Item, Node
 from bridge.pending import OpenRequest, OpenRequests, RequestsError
 from bridge.prepare import Prepared
+from bridge.runs import Run
 from bridge.selection import MissingCertificateError, Outcome, outcome_of
 from bridge.settings import Settings
-from bridge.store import Store
 
 #: Below this version kubeadm reads one certificate a file (measured on 1.20; chains since 1.21).
 FIRST_WITH_CHAINS = (1, 21)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """What the steps of one run share."""
-
-    settings: Settings
-    store: Store  #: Its lock is held.
-    requests: OpenRequests
-    record: audit.Record
-    progress: Progress
-    now: Callable[[], datetime]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +139,7 @@ def finish(
     labels: Mapping[str, str],
     earlier: Sequence[Outcome],
     all_or_nothing: bool,
+    by_hand: bool = False,
 ) -> Result:
     """
     Prove every answer, then install those that passed in one step.
@@ -166,6 +155,7 @@ def finish(
         labels: Who answered, by certificate name.
         earlier: What failed before it could be asked for.
         all_or_nothing: Install nothing if anything failed.
+        by_hand: A person brought the answers; with a wrong one among them a request is not over.
 
     Raises:
         AuditError: Nothing was replaced.
@@ -180,7 +170,7 @@ def finish(
         except BridgeError as e:
             failed.append(outcome_of(one.item, e, labels[one.name]))
     _record_proofs(run.record, passed, failed)
-    _keep(run, prepared, answers, {one.name for one, _ in passed}, labels)
+    _keep(run, prepared, answers, {one.name for one, _ in passed}, labels, by_hand=by_hand)
     if failed and all_or_nothing:
         held = held_back([one for one, _ in passed], failed)
         record_failed(run.record, held)
@@ -226,6 +216,8 @@ def _keep(
     answers: Mapping[str, Answer],
     passed: Collection[str],
     labels: Mapping[str, str],
+    *,
+    by_hand: bool,
 ) -> None:
     """Remember what passed and what is still to come, and forget what came to nothing."""
     for one in prepared:
@@ -236,7 +228,7 @@ def _keep(
             run.requests.put(dataclasses.replace(made, reference=answer.reference, note=answer.note))
         elif isinstance(answer, Issued) and one.name in passed:
             run.requests.put(dataclasses.replace(made, answer=answer))
-        elif kept is not None and not isinstance(answer, _NOT_ASKED):
+        elif kept is not None and not by_hand and not isinstance(answer, _NOT_ASKED):
             _forget(run.requests, kept)
     run.requests.save()
 

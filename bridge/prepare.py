@@ -80,6 +80,17 @@ def _prepare(item: Item, settings: Settings, made: OpenRequest | None) -> Prepar
     return Prepared(item=item, request=request, key_pem=csr.key_pem(key), was=was)
 
 
+def take_up(item: Item, made: OpenRequest) -> Prepared | Outcome:
+    """An open request whose answer is there, whatever kind of key would be made today."""
+    try:
+        live, was = _live(item)
+    except BridgeError as e:
+        return outcome_of(item, e)
+    if made.request.replaces != live:
+        return outcome_of(item, MissingCertificateError("its certificate was replaced since it was asked for"))
+    return Prepared(item=item, request=made.request, key_pem=made.key_pem, was=was, open=made)
+
+
 def with_continuity(prepared: Sequence[Prepared], settings: Settings) -> list[Prepared]:
     """
     The same, where each request says who asks, and proves it with the key of the certificate that it replaces.

@@ -8,26 +8,22 @@ the node holds none.
 from __future__ import annotations
 
 import dataclasses
-import shlex
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 
-from bridge import audit, backups, expiry, inventory, plugins, verify
+from bridge import audit, backups, expiry, plugins, verify
 from bridge.asking import Answer, Progress, Reached, owes, reach, sign
 from bridge.contract import Carries, Collects, Issued
 from bridge.errors import VerificationError, WaitingError
-from bridge.files import lock
-from bridge.finish import Result, Run, expectations, finish, held_back, open_request, record_failed
-from bridge.install import recover
+from bridge.finish import Result, expectations, finish, held_back, open_request, record_failed
 from bridge.inventory import Item, Node
-from bridge.pending import OpenRequest, OpenRequests
+from bridge.pending import OpenRequest
 from bridge.prepare import Prepared, prepare, with_continuity
+from bridge.runs import Run, begun, give_up
 from bridge.selection import Outcome, Selection, outcome_of, select
 from bridge.settings import Settings
 from bridge.specs import AUTHORITIES
-from bridge.store import Store
 
 
 def run(
@@ -48,43 +44,16 @@ def run(
         RequestsError: The open requests can't be read or kept; nothing was replaced.
         InstallError: Nothing was replaced.
     """
-    store = Store(settings.node.state_dir)
-    store.prepare()
-    record = audit.Record(store, settings.audit)
-    with lock(store.lock, shlex.join(sys.argv), wait), record:
-        recovery = recover(store)
-        if recovery is not None:
-            progress.note(str(recovery))
-            record.add(audit.RECOVERED, result=str(recovery))
-        node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
-        ours = Run(
-            settings=settings, store=store, requests=OpenRequests(store), record=record, progress=progress, now=now
-        )
-        forget_outdated(ours, node)
+    with begun(settings, now, progress, wait) as (ours, node):
         waiting = [one.name for one in ours.requests if one.reference or one.answer is not None]
         selection = select(node, settings, names, now(), waiting)
         if not selection.items:
-            record_failed(record, selection.failed)
+            record_failed(ours.record, selection.failed)
             return Result(outcomes=selection.failed), node, selection
         result = _renew(ours, selection, node, all_or_nothing=all_or_nothing)
         if result.backup_id is not None:
-            backups.retire(store, settings.backups, node, now())
+            backups.retire(ours.store, settings.backups, node, now())
         return result, node, selection
-
-
-def forget_outdated(run: Run, node: Node) -> None:
-    """Requests whose certificate has been replaced meanwhile; what can't be read now may come back."""
-    live = {item.spec.name: item.certificates[0] for item in node.items if item.state == "present"}
-    for one in run.requests:
-        certificate = live.get(one.name)
-        if certificate is None or certificate == one.request.replaces:
-            continue
-        run.requests.drop(one.name)
-        if one.is_waiting:
-            text = f"forgot the request of {one.created:%Y-%m-%d %H:%M} UTC: its certificate was replaced meanwhile"
-            run.progress.note(f"{one.name}: {text}")
-            run.record.add(audit.CANCELLED, one.name, result=text)
-    run.requests.save()
 
 
 def _renew(run: Run, selection: Selection, node: Node, *, all_or_nothing: bool) -> Result:
@@ -186,11 +155,9 @@ def _drop_unfit(run: Run, one: Prepared) -> None:
     """`prepare` made a new key, since an open request is not what would be asked for now."""
     made = run.requests.get(one.name)
     if made is not None and one.open is None:
-        run.requests.drop(one.name)
         if made.is_waiting:
-            text = f"forgot the request of {made.created:%Y-%m-%d %H:%M} UTC: renewal.key asks for another kind of key"
-            run.progress.note(f"{one.name}: {text}")
-            run.record.add(audit.CANCELLED, one.name, result=text)
+            give_up(run, one.name, "renewal.key asks for another kind of key")
+        run.requests.drop(one.name)
 
 
 def _answers(run: Run, prepared: Sequence[Prepared], reached: Mapping[str, Reached]) -> dict[str, Answer]:

@@ -581,7 +581,7 @@ def test_the_short_fingerprint_is_that_of_what_it_holds(either: Bundle) -> None:
 )
 def test_the_short_fingerprint_is_the_first_hundred_bits(digest_hex: str, text: str) -> None:
     """Five bits a letter, in their order, in Crockford's alphabet."""
-    assert bundles._short(digest_hex) == text
+    assert bundles.short(digest_hex) == text
 
 
 def test_a_person_sees_what_is_asked_and_what_is_odd(request_bundle: RequestBundle, pki: Pki, pairs: Pairs) -> None:
