@@ -1,0 +1,285 @@
+"""`prove` on a node that runs: nothing to find when all is well, and each thing that is not, by name."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
+from bridge.certificates import load_pem_certificates, serial_hex
+from bridge.specs import SPECS, Component
+from tests.e2e import nodes
+from tests.e2e.nodes import wait_for
+from tests.kit.node import Node
+
+pytestmark = [pytest.mark.node, pytest.mark.slow]
+
+NAME, IP = f"prove-{os.getpid() % 100_000}", "198.18.77.60"
+
+CONTROLLERS = {"kube-controller-manager": "controller-manager.conf", "kube-scheduler": "scheduler.conf"}
+API_CLIENTS = {"apiserver-etcd-client", "apiserver-kubelet-client", "front-proxy-client"}
+#: What a kubelet that has lost the right to answer remembers for (its cacheUnauthorizedTTL), and a bit.
+FORGOTTEN_SECONDS = 45
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[Node]:
+    """A node with its CA keys, so that kubeadm itself can renew; tests leave it as they found it, but for newer files."""
+    with Node.up(NAME, IP) as up:
+        nodes.make_ready(up)
+        yield up
+
+
+def prove(node: Node, *options: str) -> tuple[int, list[dict[str, Any]], list[str]]:
+    """Exit code, findings, and the components that must be restarted."""
+    program = Path(sys.executable).with_name("ca-bridge")
+    run = node.exec(program, "prove", "-o", "json", *options, check=False)
+    assert run.stdout, run.stderr
+    report = json.loads(run.stdout)
+    assert report["exitCode"] == run.returncode
+    return run.returncode, report["findings"], report["stale"]
+
+
+def wrong(findings: list[dict[str, Any]]) -> set[tuple[str, str]]:
+    """Which certificates something is wrong with, and what."""
+    fine = {"current", "next-connection", "not-ours"}
+    return {(finding["certificate"], finding["state"]) for finding in findings if finding["state"] not in fine}
+
+
+def found(node: Node) -> set[tuple[str, str]]:
+    """What is wrong now."""
+    return wrong(prove(node)[1])
+
+
+@pytest.fixture
+def well(node: Node) -> None:
+    """All is well before the test."""
+    code, findings, stale = prove(node, "--wait", "60s")
+    assert (code, wrong(findings), stale) == (0, set(), [])
+
+
+@contextlib.contextmanager
+def replaced(path: Path, content: bytes) -> Iterator[None]:
+    """Another content, for a while, written in place as kubeadm does."""
+    before = path.read_bytes()
+    path.write_bytes(content)
+    try:
+        yield
+    finally:
+        path.write_bytes(before)
+
+
+@contextlib.contextmanager
+def without(node: Node, kind: str, name: str) -> Iterator[None]:
+    """One right less, for a while; super-admin.conf does not need any."""
+
+    def kubectl(*args: str) -> subprocess.CompletedProcess[str]:
+        return node.exec("kubectl", "--kubeconfig", "/etc/kubernetes/super-admin.conf", *args)
+
+    before = json.loads(kubectl("get", kind, name, "-o", "json").stdout)
+    kept = {key: before[key] for key in ("apiVersion", "kind", "roleRef", "subjects")} | {"metadata": {"name": name}}
+    kubectl("delete", kind, name)
+    try:
+        yield
+    finally:
+        file = node.kubeconfig_dir / "right.json"
+        file.write_text(json.dumps(kept))
+        kubectl("create", "-f", "/etc/kubernetes/right.json")
+        file.unlink()
+
+
+def test_finds_nothing_on_a_node_that_was_just_made(node: Node) -> None:
+    """Every certificate that there is was looked at, and every component; each of them is current."""
+    code, findings, stale = prove(node, "--wait", "60s")
+    assert (code, stale) == (0, [])
+    assert {finding["certificate"] for finding in findings} == {*SPECS, "(its own)"}
+    assert {finding["component"] for finding in findings} == {None, *(component.value for component in Component)}
+    assert {finding["state"] for finding in findings} == {"current", "not-ours"}
+    served = [finding["what"] for finding in findings if finding["what"].startswith("serves")]
+    both = [f"serves {host}:{port}" for port in (2379, 6443) for host in ("127.0.0.1", IP)]
+    assert set(served) == {*both, f"serves {IP}:2380", "serves 127.0.0.1:10257", "serves 127.0.0.1:10259"}
+
+
+@pytest.mark.usefixtures("well")
+def test_after_a_renewal_the_two_that_read_once_are_stale(node: Node) -> None:
+    """They are named in order; what others read again by themselves is proven, and needs no restart."""
+    node.exec("kubeadm", "certs", "renew", "all")
+    served = load_pem_certificates((node.pki_dir / "apiserver.crt").read_bytes())[0]
+
+    code, findings, stale = prove(node, "--wait", "2s")
+
+    assert (code, stale) == (7, list(CONTROLLERS))
+    assert wrong(findings) == {(name, "stale") for name in CONTROLLERS.values()}
+    assert {f["certificate"] for f in findings if f["state"] == "next-connection"} == API_CLIENTS
+    details = {f["detail"] for f in findings if f["certificate"] == "apiserver"}
+    assert {detail.split(",")[0] for detail in details} == {f"serial {serial_hex(served)}"}
+
+    for component in stale:
+        manifest = f"/etc/kubernetes/manifests/{component}.yaml"
+        nodes.restart_static_pod(node, manifest, ("crictl", "pods", "--state", "ready", "--name", component))
+    code, findings, stale = prove(node, "--wait", "60s")
+    assert (code, stale) == (0, [])
+    assert {f["certificate"] for f in findings if f["state"] == "next-connection"} == API_CLIENTS
+
+
+def test_a_version_that_is_not_known_to_reload_must_be_restarted(node: Node, tmp_path: Path) -> None:
+    """After the renewal above, the API server's own client certificates are stale on what says it is 1.36."""
+    settings = tmp_path / "config.toml"
+    settings.write_text('[node]\nkubernetes_version = "1.36"\n')
+    code, findings, stale = prove(node, "--config", str(settings))
+    assert (code, stale) == (7, ["kube-apiserver"])
+    assert wrong(findings) == {(name, "stale") for name in API_CLIENTS}
+
+
+@pytest.mark.usefixtures("well")
+def test_a_renamed_kubeconfig_is_not_seen_by_a_container(node: Node) -> None:
+    """A file that is mounted by itself stays the old one in the container, whatever its times say."""
+    path = node.kubeconfig_dir / "scheduler.conf"
+    new = path.with_name("new")
+    new.write_bytes(path.read_bytes() + b"\n")
+    before = path.with_name("before")
+    path.rename(before)
+    new.rename(path)
+    try:
+        code, findings, stale = prove(node)
+        detail = next(f["detail"] for f in findings if f["what"] == "has read /etc/kubernetes/scheduler.conf")
+        assert (code, stale) == (7, ["kube-scheduler"])
+        assert detail.startswith("still sees what was in /etc/kubernetes/scheduler.conf before")
+    finally:
+        before.rename(path)
+        node.exec("mv", "/etc/kubernetes/manifests/kube-scheduler.yaml", "/etc/kubernetes/")
+        list_pods = ("crictl", "--config", "/etc/kubernetes/crictl.yaml", "pods", "--state", "ready", "-q")
+        name = ("--name", "kube-scheduler")
+        wait_for("no scheduler", lambda: not node.exec(*list_pods, *name).stdout.strip(), seconds=60)
+        node.exec("mv", "/etc/kubernetes/kube-scheduler.yaml", "/etc/kubernetes/manifests/")
+
+
+@pytest.mark.usefixtures("well")
+@pytest.mark.parametrize("component", CONTROLLERS)
+def test_a_controller_without_its_rights_is_refused(node: Node, component: str) -> None:
+    """Its certificate is right and its lease allowed; what it works on is not."""
+    with without(node, "clusterrolebinding", f"system:{component}"):
+        name = CONTROLLERS[component]
+        wait_for("a refusal", lambda: found(node) == {(name, "refused")})
+
+
+@pytest.mark.usefixtures("well")
+def test_an_admin_without_rights_is_refused(node: Node) -> None:
+    """super-admin.conf, whose rights come from nowhere, is not."""
+    with without(node, "clusterrolebinding", "kubeadm:cluster-admins"):
+        wait_for("a refusal", lambda: found(node) == {("admin.conf", "refused")})
+
+
+@pytest.mark.usefixtures("well")
+def test_an_api_server_that_kubelets_refuse_is_seen(node: Node) -> None:
+    """The certificate that is new passes every check of its own, and `kubectl logs` would not work any more."""
+    with without(node, "clusterrolebinding", "kubeadm:apiserver-kubelet-client"):
+        node.exec("kubeadm", "certs", "renew", "apiserver-kubelet-client")
+        wait_for("a refusal", lambda: found(node) == {("apiserver-kubelet-client", "refused")})
+    wait_for("a kubelet that forgets", lambda: not found(node), seconds=FORGOTTEN_SECONDS)
+
+
+@pytest.mark.usefixtures("well")
+def test_a_front_proxy_of_the_wrong_ca_is_refused(node: Node) -> None:
+    """The cluster's own CA is not the one that vouches for front proxies."""
+    with contextlib.ExitStack() as stack:
+        for suffix in (".crt", ".key"):
+            other = (node.pki_dir / f"apiserver-kubelet-client{suffix}").read_bytes()
+            stack.enter_context(replaced(node.pki_dir / f"front-proxy-client{suffix}", other))
+        assert found(node) == {("front-proxy-client", "refused")}
+
+
+@pytest.mark.usefixtures("well")
+@pytest.mark.parametrize("name", ["apiserver-etcd-client", "etcd-healthcheck-client"])
+def test_a_client_that_etcd_refuses_is_seen(node: Node, name: str) -> None:
+    """Of the wrong CA, too."""
+    with contextlib.ExitStack() as stack:
+        for suffix in (".crt", ".key"):
+            other = (node.pki_dir / f"apiserver-kubelet-client{suffix}").read_bytes()
+            stack.enter_context(replaced(node.pki_dir / f"{SPECS[name].base}{suffix}", other))
+        assert found(node) == {(name, "refused")}
+
+
+@pytest.mark.usefixtures("well")
+def test_a_peer_with_a_name_that_peers_refuse_is_seen(node: Node) -> None:
+    """It is valid, from the right CA, and in use; but it does not name the address that its owner comes from."""
+    path = node.pki_dir / "etcd/peer.crt"
+    with replaced(path, signed_again(path, sans=[x509.DNSName("elsewhere.example.com")])):
+        wait_for("a refusal", lambda: found(node) == {("etcd-peer", "refused")})
+    wait_for("a healthy etcd", lambda: not found(node))
+
+
+@pytest.mark.usefixtures("well")
+def test_an_api_server_with_a_certificate_that_has_expired_is_refused(node: Node) -> None:
+    """It shows the file's certificate, and still no client can work with it."""
+    path = node.pki_dir / "apiserver.crt"
+    with replaced(path, signed_again(path, end=datetime.now(UTC) - timedelta(minutes=1))):
+        wait_for("a refusal", lambda: ("apiserver", "refused") in found(node))
+    wait_for("a healthy API server", lambda: not found(node))
+
+
+@pytest.mark.usefixtures("well")
+def test_a_server_goes_on_with_its_old_pair_when_the_new_one_does_not_match(node: Node) -> None:
+    """It would not survive a restart, so that none is asked for."""
+    with replaced(node.pki_dir / "apiserver.key", (node.pki_dir / "front-proxy-client.key").read_bytes()):
+        code, findings, stale = prove(node)
+    assert (code, stale, wrong(findings)) == (7, [], {("apiserver", "refused")})
+
+
+@pytest.mark.usefixtures("well")
+def test_a_component_that_is_away_is_named(node: Node) -> None:
+    """Its manifest was moved away and forgotten."""
+    node.exec("mv", "/etc/kubernetes/manifests/kube-scheduler.yaml", "/etc/kubernetes/")
+    try:
+        code, findings, stale = prove(node)
+        assert (code, stale, wrong(findings)) == (7, [], {("scheduler.conf", "no-answer")})
+    finally:
+        node.exec("mv", "/etc/kubernetes/kube-scheduler.yaml", "/etc/kubernetes/manifests/")
+
+
+@pytest.mark.usefixtures("well")
+def test_a_kubelets_copy_of_its_old_certificate_is_stale(node: Node) -> None:
+    """A kubelet takes the copy before kubelet.conf, so that a restart alone would not help."""
+    path = node.kubeconfig_dir / "kubelet.conf"
+    copy = node.root / "var/lib/kubelet/pki/kubelet-client-current.pem"
+    assert copy.is_symlink()  # to a path on the node
+    node.exec("kubeadm", "init", "phase", "kubeconfig", "kubelet", "--kubeconfig-dir", "/etc/kubernetes/new",
+              "--config", "/etc/kubernetes/kubeadm.yaml")  # fmt: skip
+    with replaced(path, (node.kubeconfig_dir / "new/kubelet.conf").read_bytes()):
+        code, findings, stale = prove(node)
+        assert (code, stale, wrong(findings)) == (7, ["kubelet"], {("kubelet.conf", "stale")})
+        assert "kubelet-client-current.pem" in next(f["detail"] for f in findings if f["state"] == "stale")
+
+
+def signed_again(path: Path, *, sans: list[x509.GeneralName] | None = None, end: datetime | None = None) -> bytes:
+    """The certificate in the file with other SANs or another end, by the same CA and for the same key."""
+    old = load_pem_certificates(path.read_bytes())[0]
+    directory = path.parent
+    issuer = load_pem_certificates((directory / "ca.crt").read_bytes())[0]
+    key = serialization.load_pem_private_key((directory / "ca.key").read_bytes(), None)
+    assert isinstance(key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(old.subject)
+        .issuer_name(issuer.subject)
+        .public_key(old.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(datetime.now(UTC) - timedelta(hours=1))
+        .not_valid_after(end or datetime.now(UTC) + timedelta(days=1))
+    )
+    for extension in old.extensions:
+        given = sans is not None and isinstance(extension.value, x509.SubjectAlternativeName)
+        value = x509.SubjectAlternativeName(sans or []) if given else extension.value
+        builder = builder.add_extension(value, extension.critical)
+    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
