@@ -11,6 +11,12 @@ from bridge.settings import RenewalSettings
 from bridge.windows import Decision, may_act
 
 
+class NotYetError(WaitingError):
+    """It is due, and waits for its window; nobody has been asked."""
+
+    hint = "the first run within the window renews it; `ca-bridge renew NAME` and `ca-bridge renew all` do not wait"
+
+
 def decide(selection: Selection, settings: RenewalSettings, now: datetime) -> Decision:
     """
     Whether what is due may be renewed now.
@@ -35,10 +41,7 @@ def held(selection: Selection, settings: RenewalSettings, now: datetime) -> Sele
     decision = decide(selection, settings, now)
     if decision.act:
         return selection
-    error = WaitingError(
-        f"due, and not renewed outside the windows ({settings.window}, {settings.window_zone}): {decision.reason}",
-        hint="the first run within the window renews it; `ca-bridge renew NAME` and `ca-bridge renew all` do not wait",
-    )
+    error = NotYetError(f"due; {decision.reason} ({settings.window}, {settings.window_zone})")
     waiting = tuple(outcome_of(item, error) for item in selection.items)
     return dataclasses.replace(selection, items=(), failed=(*selection.failed, *waiting))
 

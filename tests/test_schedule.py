@@ -15,9 +15,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from bridge import zones
-from bridge.errors import Exit, SettingsError, WaitingError
+from bridge.errors import Exit, SettingsError
 from bridge.inventory import Item
-from bridge.schedule import delay, held
+from bridge.schedule import NotYetError, delay, held
 from bridge.selection import Selection
 from bridge.settings import RenewalSettings, parse
 from bridge.specs import SPECS
@@ -302,7 +302,7 @@ def test_what_is_due_and_waits_for_its_window_is_not_done() -> None:
     assert selection.items == ()
     [outcome] = selection.failed
     assert outcome.exit_code == Exit.WAITING
-    assert isinstance(outcome.error, WaitingError)
+    assert isinstance(outcome.error, NotYetError)
     assert "Europe/Berlin" in str(outcome.error)
     assert "Sat 2026-11-28 02:00 CET" in str(outcome.error)
 
