@@ -78,19 +78,21 @@ def test_the_lock_files_hold_what_is_declared() -> None:
     """Each lock file has a version that pyproject.toml allows for all that it asks for; no two contradict each other."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     groups = project["dependency-groups"]
-    all_groups = [line for group in groups.values() for line in group if isinstance(line, str)]
+    for_tests = [line for name, group in groups.items() if name != "bench" for line in group if isinstance(line, str)]
     dependencies = project["project"]["dependencies"]
     everything = locked("requirements-dev.lock")
 
     for file, lines in {
         "requirements.lock": dependencies,
         "requirements-build.lock": [*groups["build"], *project["build-system"]["requires"]],
-        "requirements-dev.lock": [*dependencies, *all_groups],
+        "requirements-dev.lock": [*dependencies, *for_tests],
+        "requirements-bench.lock": groups["bench"],
     }.items():
         versions = locked(file)
         wrong = [line for line in lines if not satisfied(Requirement(line), versions)]
         assert not wrong, f"{file}: run scripts/lock"
-        assert versions.items() <= everything.items()
+        assert all(everything.get(name, version) == version for name, version in versions.items())
+        assert file == "requirements-bench.lock" or versions.keys() <= everything.keys()
         text = (ROOT / file).read_text()
         assert text.count("--hash=sha256:") >= len(versions)
         assert "://" not in text

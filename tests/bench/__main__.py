@@ -1,7 +1,7 @@
 """
 The program's speed as ratios, each measured in one run against something real beside it.
 
-`python -m tests.bench [--rounds N] [--readme]` prints a table and writes it to `tests/bench/results.md`;
+`python -m tests.bench [--rounds N] [--nodes N] [--readme]` prints a table and writes it to `tests/bench/results.md`;
 with `--readme` also into README.md, whose numbers come from nowhere else.
 Needs root (kubeadm's `--rootfs` is a chroot) and the programs of `tests/kit/binaries.sh`; run it with the Python of
 `.cache/venv-test`, which `scripts/test` made: what else is installed beside the program costs it start-up time.
@@ -18,16 +18,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from bridge.specs import AUTHORITIES
+from tests.bench import fleet
+from tests.bench.fleet import seconds
 from tests.e2e.cas import Bridge, add_vault
 from tests.kit import openbao
 from tests.kit.pki import KubeadmPki, kubeadm_pki
 
+_MEMORY_LIMIT = 400.0  # MB
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
 START, END = "<!-- numbers: written by `python -m tests.bench --readme` -->", "<!-- end of numbers -->"
@@ -39,9 +41,10 @@ class Row:
 
     work: str
     against: str
-    ours: list[float]  #: Seconds, one a round.
-    theirs: list[float]  #: Seconds, measured right after ours in the same round.
+    ours: list[float]  #: One a round.
+    theirs: list[float]  #: Measured right after ours in the same round.
     limit: float
+    unit: str = "s"
 
     @property
     def ratio(self) -> float:
@@ -51,14 +54,8 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         """For the table."""
         ours, theirs = statistics.median(self.ours), statistics.median(self.theirs)
-        return self.work, self.against, f"{ours:.3f} s", f"{theirs:.3f} s", f"{self.ratio:.2f}", f"{self.limit:.1f}"
-
-
-def seconds(action: Callable[[], object]) -> float:
-    """Wall time."""
-    begin = time.perf_counter()
-    action()
-    return time.perf_counter() - begin
+        values = [f"{value:.3f} s" if self.unit == "s" else f"{value:.0f} {self.unit}" for value in (ours, theirs)]
+        return self.work, self.against, *values, f"{self.ratio:.2f}", f"{self.limit:.1f}"
 
 
 def paired(
@@ -117,12 +114,51 @@ def measure(directory: Path, rounds: int) -> Iterator[Row]:
     )
 
 
+def measure_desk(directory: Path, rounds: int, nodes: int) -> Iterator[Row]:
+    """The CA desk with a whole fleet's bundles."""
+    made = fleet.make_fleet(nodes)
+    few, count = max(1, nodes // 10), f"{nodes * len(fleet.NAMES):,}"
+    fleet.sign_inbox(directory / "desk", made, few)
+    runs = [
+        (
+            fleet.sign_inbox(directory / "desk", made, nodes),
+            fleet.sign_bare(directory / "bare", made.cas["ca"], made.live, made.csrs, 0),
+            fleet.sign_inbox(directory / "desk", made, few),
+        )
+        for _ in range(rounds)
+    ]
+    ours = [many.seconds for many, _, _ in runs]
+    yield Row(
+        work=f"`sign` of an inbox, {nodes:,} bundles, {count} CSRs P-256, three CAs RSA-2048 of `openssl ca`",
+        against="one bare `openssl ca -infiles` over the same CSRs",
+        ours=ours,
+        theirs=[bare.seconds for _, bare, _ in runs],
+        limit=1.3,
+    )
+    yield Row(
+        work=f"the same {count} CSRs",
+        against=f"{few * len(fleet.NAMES):,} of them",
+        ours=ours,
+        theirs=[part.seconds for _, _, part in runs],
+        limit=11.0,
+    )
+    yield Row(
+        work="its memory, all processes together",
+        against="a limit",
+        ours=[many.megabytes for many, _, _ in runs],
+        theirs=[_MEMORY_LIMIT] * len(runs),
+        limit=1.0,
+        unit="MB",
+    )
+
+
 def table(rows: list[Row]) -> str:
     """Markdown."""
     head = ("work", "against", "ours", "theirs", "ratio", "at most")
     lines = [f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *(row.cells() for row in rows))]
     machine = f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}, Python {platform.python_version()}"
-    return "\n".join([*lines, "", f"Medians of {len(rows[0].ours)} rounds or more, both by turns, on {machine}.", ""])
+    fewest = min(len(row.ours) for row in rows)
+    return "\n".join([*lines, "", f"Medians of {fewest} rounds or more, both by turns, on {machine}.", ""])
 
 
 def write_readme(text: str) -> None:
@@ -136,10 +172,13 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--nodes", type=int, default=1000, help="of the fleet, ten certificates each")
     parser.add_argument("--readme", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        text = table(list(measure(Path(directory), options.rounds)))
+        # the desk's rows take half a minute a round, and differ less
+        desk = measure_desk(Path(directory), max(1, options.rounds // 2), options.nodes)
+        text = table([*measure(Path(directory), options.rounds), *desk])
     print(text)
     (HERE / "results.md").write_text(text, encoding="utf-8")
     if options.readme:

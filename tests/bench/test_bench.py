@@ -1,0 +1,37 @@
+"""The measurements can be made: each once, in the smallest size. What they measure is not looked at."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.bench import __main__ as bench
+from tests.bench import curves, fleet
+
+
+def test_the_desks_rows(tmp_path: Path) -> None:
+    """A fleet of two nodes is signed by the desk and by one bare openssl, and makes three rows of the table."""
+    rows = list(bench.measure_desk(tmp_path, rounds=1, nodes=2))
+    assert [row.limit for row in rows] == [1.3, 11.0, 1.0]
+    assert all(min(*row.ours, *row.theirs) > 0 for row in rows)
+    assert bench.table(rows).count("\n| ") == 4
+
+
+def test_a_desk_that_does_not_sign_all_is_no_measurement(tmp_path: Path) -> None:
+    """One bundle that the policy refuses ends the measurement."""
+    made = fleet.make_fleet(2)
+    made.bundles[1] = made.bundles[1].replace(b'"cluster": "bench"', b'"cluster": "other"')
+    with pytest.raises(SystemExit):
+        fleet.sign_inbox(tmp_path / "desk", made, 2)
+
+
+@pytest.mark.kube("cfssl")
+def test_the_curves(tmp_path: Path) -> None:
+    """Both tables, and the values of which the plot is drawn."""
+    curves.main(["--sizes", "1,3", "--rows", "0,5", "--concurrency", "2", "--requests", "4"], tmp_path)
+    values = json.loads(tmp_path.joinpath("curves.json").read_text())
+    assert [(one["rows"], one["csrs"]) for one in values["openssl"]] == [(0, 1), (0, 3), (5, 1), (5, 3)]
+    assert [one["server"] for one in values["servers"]] == ["cfssl", "OpenBao"]
+    assert tmp_path.joinpath("curves.md").read_text().count("\n| ") == 9
