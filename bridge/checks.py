@@ -30,7 +30,8 @@ from bridge.settings import Settings
 from bridge.specs import CA, ETCD_CA, SPECS, Authority, Component
 from bridge.yamltree import document, split_bom
 
-_CLIENT_URLS = ("--listen-client-urls", "--listen-client-http-urls")
+_HTTP_ONLY = "--listen-client-http-urls"
+_CLIENT_URLS = ("--listen-client-urls", _HTTP_ONLY)
 
 #: Whom we pretend to be with the front-proxy client certificate; nobody in the cluster.
 _SOMEBODY = "ca-bridge-prove"
@@ -158,8 +159,9 @@ def _etcd(look: Look) -> Iterator[Check]:
 
 
 def _own_etcd(flags: Flags) -> list[Server]:
-    """Where etcd takes clients on this node."""
-    places = endpoints.listening(flags, _CLIENT_URLS, "--advertise-client-urls")
+    """Where etcd answers in HTTP on this node; some give gRPC, which we don't speak, ports of its own."""
+    listen = _HTTP_ONLY if _HTTP_ONLY in flags else _CLIENT_URLS[0]
+    places = endpoints.listening(flags, (listen,), "--advertise-client-urls")
     name = endpoints.host(flags, "--advertise-client-urls")
     return [Server(f"https://{place}", name) for place in places]
 
@@ -277,9 +279,9 @@ def _api(look: Look, name: str | None = None) -> list[Server]:
 
 
 def _ask_etcd(look: Look, client: Client) -> str:
-    return _linearizable_read(
-        client, [Server(u) for u in endpoints.urls(look.flags(Component.APISERVER), "--etcd-servers")]
-    )
+    """The servers that it has, or the etcd of this node where those don't speak HTTP."""
+    etcd, urls = look.flags(Component.ETCD), endpoints.urls(look.flags(Component.APISERVER), "--etcd-servers")
+    return _linearizable_read(client, _own_etcd(etcd) if _HTTP_ONLY in etcd else [Server(url) for url in urls])
 
 
 def _ask_kubelet(look: Look, client: Client) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,18 +15,22 @@ from typing import Any
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from bridge.certificates import load_pem_certificates, serial_hex
 from bridge.specs import SPECS, Component
 from tests.e2e import nodes
 from tests.e2e.nodes import wait_for
+from tests.kit import issuing
+from tests.kit.issuing import Signer
 from tests.kit.node import Node
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]
 
 NAME, IP = f"prove-{os.getpid() % 100_000}", "198.18.77.60"
+OTHER_NAME, OTHER_IP = f"other-{os.getpid() % 100_000}", "198.18.77.61"
+PROGRAM = Path(sys.executable).with_name("ca-bridge")
 
 CONTROLLERS = {"kube-controller-manager": "controller-manager.conf", "kube-scheduler": "scheduler.conf"}
 API_CLIENTS = {"apiserver-etcd-client", "apiserver-kubelet-client", "front-proxy-client"}
@@ -43,8 +48,7 @@ def node() -> Iterator[Node]:
 
 def prove(node: Node, *options: str) -> tuple[int, list[dict[str, Any]], list[str]]:
     """Exit code, findings, and the components that must be restarted."""
-    program = Path(sys.executable).with_name("ca-bridge")
-    run = node.exec(program, "prove", "-o", "json", *options, check=False)
+    run = node.exec(PROGRAM, "prove", "-o", "json", *options, check=False)
     assert run.stdout, run.stderr
     report = json.loads(run.stdout)
     assert report["exitCode"] == run.returncode
@@ -262,24 +266,52 @@ def test_a_kubelets_copy_of_its_old_certificate_is_stale(node: Node) -> None:
         assert "kubelet-client-current.pem" in next(f["detail"] for f in findings if f["state"] == "stale")
 
 
-def signed_again(path: Path, *, sans: list[x509.GeneralName] | None = None, end: datetime | None = None) -> bytes:
-    """The certificate in the file with other SANs or another end, by the same CA and for the same key."""
-    old = load_pem_certificates(path.read_bytes())[0]
-    directory = path.parent
-    issuer = load_pem_certificates((directory / "ca.crt").read_bytes())[0]
-    key = serialization.load_pem_private_key((directory / "ca.key").read_bytes(), None)
-    assert isinstance(key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey)
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(old.subject)
-        .issuer_name(issuer.subject)
-        .public_key(old.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(datetime.now(UTC) - timedelta(hours=1))
-        .not_valid_after(end or datetime.now(UTC) + timedelta(days=1))
-    )
-    for extension in old.extensions:
-        given = sans is not None and isinstance(extension.value, x509.SubjectAlternativeName)
-        value = x509.SubjectAlternativeName(sans or []) if given else extension.value
-        builder = builder.add_extension(value, extension.critical)
-    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+@pytest.mark.usefixtures("well")
+def test_the_container_runtime_tells_ages_where_no_process_is_to_be_seen(node: Node) -> None:
+    """As in a pid namespace of its own; a kubelet is no container, so that of it nothing is known."""
+    environment = {"CRI_CONFIG_FILE": "/etc/kubernetes/crictl.yaml"}
+    alone = ("unshare", "--pid", "--fork", "--mount-proc")
+    run = node.exec(*alone, PROGRAM, "prove", "-o", "json", check=False, env=environment)
+    report = json.loads(run.stdout)
+    assert (run.returncode, wrong(report["findings"])) == (1, {("kubelet.conf", "unknown")})
+    read = {f["certificate"]: f["state"] for f in report["findings"] if f["what"].startswith("has read")}
+    assert read == dict.fromkeys(CONTROLLERS.values(), "current") | {"kubelet.conf": "unknown"}
+
+
+@pytest.mark.usefixtures("well")
+def test_two_nodes_on_one_machine_are_two(node: Node) -> None:
+    """A renewal on one makes nothing stale on the other, though all processes are called the same; etcd is one cluster."""
+    with Node.join(OTHER_NAME, OTHER_IP, node) as other:
+        nodes.make_ready(other)
+        assert prove(other, "--wait", "60s")[0] == 0
+        other.exec("kubeadm", "certs", "renew", "scheduler.conf")
+
+        code, findings, stale = prove(other)
+        assert (code, stale, wrong(findings)) == (7, ["kube-scheduler"], {("scheduler.conf", "stale")})
+        code, findings, stale = prove(node)
+        assert (code, stale, wrong(findings)) == (0, [], set())
+        peers = next(f["detail"] for f in findings if f["what"] == "is accepted by its peers")
+        assert {f"https://{ip}:2380" for ip in (IP, OTHER_IP)} == set(re.findall(r"https://[^ ,;]+", peers))
+
+        node.exec("etcdctl", *etcdctl_options(), "member", "remove", member_id(node, OTHER_NAME))
+
+
+def etcdctl_options() -> list[str]:
+    """As kubeadm's own client."""
+    pki = "/etc/kubernetes/pki/etcd"
+    return ["--cacert", f"{pki}/ca.crt", "--cert", f"{pki}/healthcheck-client.crt", "--key",
+            f"{pki}/healthcheck-client.key"]  # fmt: skip
+
+
+def member_id(node: Node, name: str) -> str:
+    listed = json.loads(node.exec("etcdctl", *etcdctl_options(), "member", "list", "-w", "json").stdout)
+    return next(f"{member['ID']:x}" for member in listed["members"] if member["name"] == name)
+
+
+def signed_again(path: Path, **changes: Any) -> bytes:
+    """The certificate in a file of the PKI, by the CA beside it, with changes as of `issuing.signed_again`."""
+    certificate, key = path.with_name("ca.crt").read_bytes(), path.with_name("ca.key").read_bytes()
+    signing_key = serialization.load_pem_private_key(key, None)
+    assert isinstance(signing_key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey)
+    signer = Signer(certificate=load_pem_certificates(certificate)[0], key=signing_key)
+    return issuing.signed_again(load_pem_certificates(path.read_bytes())[0], signer, **changes)

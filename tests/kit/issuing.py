@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
@@ -154,3 +154,36 @@ def _requested(csr: x509.CertificateSigningRequest) -> Sequence[x509.GeneralName
         return list(csr.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
     except x509.ExtensionNotFound:
         return []
+
+
+def signed_again(
+    old: x509.Certificate,
+    signer: Signer,
+    *,
+    sans: Sequence[x509.GeneralName] | None = None,
+    end: datetime | None = None,
+) -> bytes:
+    """
+    A certificate like an old one, for the same key, with another serial number; as PEM.
+
+    Args:
+        old: What it is like.
+        signer: The CA that has signed it, too.
+        sans: Other SANs.
+        end: Another notAfter than in a day.
+    """
+    now = datetime.now(UTC)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(old.subject)
+        .issuer_name(signer.certificate.subject)
+        .public_key(old.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(end or now + timedelta(days=1))
+    )
+    for extension in old.extensions:
+        other = sans is not None and isinstance(extension.value, x509.SubjectAlternativeName)
+        value = x509.SubjectAlternativeName(sans or ()) if other else extension.value
+        builder = builder.add_extension(value, extension.critical)
+    return builder.sign(signer.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
