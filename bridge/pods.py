@@ -1,7 +1,8 @@
-"""What is left of a static pod whose manifest is away: by the container runtime, or else by the process table."""
+"""What runs of a static pod: by the container runtime, or else by the process table."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -20,12 +21,12 @@ PROCESS_SETTLES = timedelta(seconds=5)
 
 _CRICTL_SECONDS = 10
 
-Remains = Callable[[], str | None]
+Instances = Callable[[], frozenset[str]]
 
 
-def remains(component: Component) -> tuple[Remains, timedelta]:
+def instances(component: Component) -> tuple[Instances, timedelta]:
     """
-    Who tells what is left of a component's static pod, and how long to wait after that.
+    Who tells what runs of a component's static pod, and how long a kubelet takes to forget it after nothing does.
 
     crictl, where it is there and answers; it is pointed at the runtime that the kubelet's configuration names.
     """
@@ -34,26 +35,33 @@ def remains(component: Component) -> tuple[Remains, timedelta]:
         endpoint = Kubelet.load().runtime_endpoint
         command = [program, *(["--runtime-endpoint", endpoint] if endpoint else []), "pods", "--state", "ready"]
         try:
-            _sandboxes(command, component)
+            return _Runtime(command, component), SANDBOX_SETTLES
         except (OSError, ValueError, subprocess.SubprocessError):
             pass  # the process table knows as well, if later
-        else:
-            return lambda: _left_in_runtime(command, component), SANDBOX_SETTLES
-    return lambda: _left_in_process_table(component), PROCESS_SETTLES
+    return lambda: _in_process_table(component), PROCESS_SETTLES
 
 
 # --- the container runtime -------------------------------------------------------------------------------------------
 
 
-def _left_in_runtime(command: list[str], component: Component) -> str | None:
-    try:
-        ready = _sandboxes(command, component)
-    except (OSError, ValueError, subprocess.SubprocessError) as e:
-        return f"no answer from crictl ({type(e).__name__})"
-    return f"a running pod {ready[0]}" if ready else None
+class _Runtime:
+    """What crictl says; while it says nothing, what it said before."""
+
+    def __init__(self, command: list[str], component: Component) -> None:
+        """
+        Raises:
+            OSError, ValueError, SubprocessError: The runtime can't be asked.
+        """
+        self._command, self._component = command, component
+        self._last = _sandboxes(command, component)
+
+    def __call__(self) -> frozenset[str]:
+        with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+            self._last = _sandboxes(self._command, self._component)
+        return self._last
 
 
-def _sandboxes(command: list[str], component: Component) -> list[str]:
+def _sandboxes(command: list[str], component: Component) -> frozenset[str]:
     """
     The running pods that a kubelet made of a manifest file, and that are the component's by their name.
 
@@ -71,7 +79,7 @@ def _sandboxes(command: list[str], component: Component) -> list[str]:
     if not isinstance(found, dict):
         raise ValueError("something else")  # noqa: TRY004 (of a program, not of a caller)
     try:
-        return [one["metadata"]["name"] for one in found.get("items") or () if _is_of(one, component)]
+        return frozenset(f"pod {one['id'][:13]}" for one in found.get("items") or () if _is_of(one, component))
     except (LookupError, AttributeError, TypeError) as e:
         raise ValueError("something else") from e
 
@@ -88,6 +96,5 @@ def _is_of(pod: Any, component: Component) -> bool:
 # --- the process table -----------------------------------------------------------------------------------------------
 
 
-def _left_in_process_table(component: Component) -> str | None:
-    found = processes.running(component.value)
-    return f"process {found[0].pid}" if found else None
+def _in_process_table(component: Component) -> frozenset[str]:
+    return frozenset(f"process {one.pid}" for one in processes.running(component.value))

@@ -125,7 +125,9 @@ class RestartSettings:
     components: Components = Components("needed")
     #: By component, split into words as a shell does it; the kubelet's counts with static-pods, too.
     commands: dict[str, str] = field(default_factory=dict)
-    timeout: timedelta = timedelta(minutes=2)  #: For a component to end, for it to come back, and for a command.
+    #: For a component to end, for it to come back, and for a command. A kubelet may hold back for 5 minutes what has
+    #: crashed, as those do that lose the API server for long.
+    timeout: timedelta = timedelta(minutes=6)
     min_interval: timedelta = timedelta(minutes=10)  #: Between two restarts of the same component.
     on_failure: Literal["rollback", "keep"] = "rollback"
     prove_for: timedelta = timedelta(minutes=1)  #: How long proof of a renewal may take.

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from bridge import static_pods
 from bridge.errors import BridgeError, Exit
 from bridge.files import Attributes
 from bridge.specs import Component
@@ -33,7 +34,7 @@ class Site:
     root: Path
     attributes: Attributes
     told: list[str] = field(default_factory=list)
-    #: Called at each look while the manifest is out, and while it is back.
+    #: Called at each look at what still runs while the manifest is out, and at its health.
     at_remains: Callable[[], str | None] = lambda: None
     at_trouble: Callable[[], str | None] = lambda: None
 
@@ -66,11 +67,18 @@ class Site:
         pod = Pod(
             component=Component.SCHEDULER,
             manifest=self.manifest,
-            remains=self.at_remains,
+            instances=self.instances,
             trouble=self.at_trouble,
             settle=timedelta(),
         )
         restart(pod, self.store, timeout, self.told.append)
+
+    def instances(self) -> frozenset[str]:
+        """The first one while the manifest has not been out; another one when it is back."""
+        if self.manifest.exists():
+            return frozenset({"old" if not self.store.is_interrupted else "new"})
+        found = self.at_remains()
+        return frozenset({found} if found else ())
 
     def assert_whole(self, about: object = None) -> None:
         """The manifest is as it was, and nothing else is left."""
@@ -123,6 +131,36 @@ def test_the_manifest_is_away_until_the_pod_is_gone_and_then_back(site: Site) ->
     assert len(site.told) == 2
     site.assert_whole()
     assert recover(site.store) is None
+
+
+def test_what_the_api_needs_comes_back_while_it_ends(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As soon as the kubelet has seen it; then the old instance has to end all the same, and a new one to be healthy."""
+    monkeypatch.setattr(static_pods, "_UNDER_WAY", timedelta())
+    troubles, running, seen = ["refused", "starting"], ["old", "old", "old", "", "new", "new"], []
+
+    def instances() -> frozenset[str]:
+        seen.append((running[0], site.manifest.exists()))
+        return frozenset(filter(None, [running.pop(0)]))
+
+    def trouble() -> str | None:
+        healthy = running[:1] == ["old"] and not site.manifest.exists() and len(running) == 5  # not yet noticed
+        return None if healthy or not troubles else troubles.pop(0)
+
+    restart(
+        Pod(
+            component=Component.ETCD,
+            manifest=site.manifest,
+            instances=instances,
+            trouble=trouble,
+            settle=timedelta(hours=1),
+            is_needed_by_api=True,
+        ),
+        site.store,
+        TIMEOUT,
+        site.told.append,
+    )
+    assert seen == [("old", True), ("old", False), ("old", True), ("", True)]
+    site.assert_whole()
 
 
 def test_the_manifest_waits_beside_the_real_directory(site: Site, tmp_path: Path) -> None:
