@@ -79,6 +79,7 @@ class Look:
 def of(look: Look) -> Iterator[Check]:
     """Of each component what it serves, then what it is a client with; then people's."""
     yield from _absent(look)
+    yield from _unusable(look)
     for component, make in (
         (Component.ETCD, _etcd),
         (Component.APISERVER, _apiserver),
@@ -104,6 +105,14 @@ def _absent(look: Look) -> Iterator[Check]:
             detail = trouble.partition(": ")[2] or f"wanted its manifest {path}, found none"
             judge = functools.partial(Verdict, "no-answer", detail)
             yield Check(component=component, certificate=names[0], what="runs", judge=judge)
+
+
+def _unusable(look: Look) -> Iterator[Check]:
+    """Kubeconfigs, and what no component uses, that are there and can't be used: nothing else would name them."""
+    for item in look.node.items:
+        if item.trouble and (item.spec.kubeconfig or item.spec.component is None):
+            judge = functools.partial(Verdict, "unknown", item.trouble)
+            yield Check(component=item.spec.component, certificate=item.spec.name, what="can be read", judge=judge)
 
 
 # --- since when ------------------------------------------------------------------------------------------------------

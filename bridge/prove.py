@@ -148,9 +148,11 @@ def within(
     now: Callable[[], datetime],
     limit: timedelta,
     machine: Machine | None = None,
+    *,
+    counts: Callable[[Finding], bool] = lambda _: True,
 ) -> Report:
     """
-    Look until nothing is wrong or the time is over; the last look.
+    Look until nothing that counts is wrong or the time is over; the last look, with what does not count.
 
     Components take a moment for new files, and longer to answer after their start.
 
@@ -160,11 +162,14 @@ def within(
         now: The clock.
         limit: From now on; one look is made in any case.
         machine: As in `look`.
+        counts: Of what is wrong, what is worth the wait: not what was so before, say.
     """
     deadline = time.monotonic() + limit.total_seconds()
-    while (found := look(read(), settings, now(), machine)).wrong and time.monotonic() < deadline:
+    while True:
+        found = look(read(), settings, now(), machine)
+        if not any(map(counts, found.wrong)) or time.monotonic() >= deadline:
+            return found
         time.sleep(_PAUSE_SECONDS)
-    return found
 
 
 def run(settings: Settings, now: Callable[[], datetime], wait: timedelta, *, as_json: bool) -> int:

@@ -8,7 +8,7 @@ import os
 import shutil
 import ssl
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler
@@ -371,6 +371,15 @@ def test_a_component_whose_manifest_is_away_is_named(site: Site) -> None:
     assert "wanted a mapping" in site.finding("scheduler.conf").detail
 
 
+@pytest.mark.parametrize("name", ["admin.conf", "kubelet.conf", "pki/etcd/healthcheck-client.crt"])
+def test_a_file_that_cannot_be_used_is_named(site: Site, name: str) -> None:
+    """What could not be looked at is no success."""
+    (site.directory / name).write_bytes(b"something else")
+    found = [f for f in site.look().findings if f.what == "can be read"]
+    assert [f.state for f in found] == ["unknown"]
+    assert name in found[0].detail
+
+
 def test_a_flag_that_nobody_could_use_hides_no_other_component(site: Site) -> None:
     """The scheduler's port is none; the API server is looked at all the same."""
     site.write(Component.SCHEDULER, {"--secure-port": "many"}, "v1.37.2")
@@ -448,10 +457,11 @@ def test_looks_again_until_all_is_well_or_the_time_is_over(site: Site) -> None:
             site.status = 200
         return inventory.read(site.pki, site.directory)
 
-    def within(seconds: float) -> Report:
-        return prove.within(read, settings, lambda: site.now, timedelta(seconds=seconds))
+    def within(seconds: float, *, counts: Callable[[Finding], bool] = lambda _: True) -> Report:
+        return prove.within(read, settings, lambda: site.now, timedelta(seconds=seconds), counts=counts)
 
     assert within(0).exit_code == 7
+    assert within(60, counts=lambda finding: finding.certificate == "apiserver").exit_code == 7
     assert within(10).exit_code == 0
 
 
