@@ -11,11 +11,9 @@ import contextlib
 import dataclasses
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,12 +23,12 @@ from typing import ClassVar
 
 import typer
 
-from bridge import audit, cluster, health, install, inventory, kubeconfig, manifests, pods, prove, restart, static_pods
+from bridge import audit, cluster, health, inventory, kubeconfig, manifests, pods, prove, restart, runs, static_pods
 from bridge.certificates import load_pem_certificates
 from bridge.console import columns, log, print_error
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.expiry import duration_text
-from bridge.files import lock, write_atomically
+from bridge.files import write_atomically
 from bridge.inventory import Node
 from bridge.kubeconfig import KubeconfigError
 from bridge.reading import UnreadableError, read
@@ -429,13 +427,7 @@ def run(
         LockedError: Another run works on this node.
     """
     named = _components(names)
-    store = Store(settings.node.state_dir)
-    store.prepare()
-    record = audit.Record(store, settings.audit)
-    with lock(store.lock, shlex.join(sys.argv), wait), record:
-        for found in filter(None, (install.recover(store), static_pods.recover(store))):
-            log.warning("%s", found)
-            record.add(audit.RECOVERED, result=str(found))
+    with runs.alone(settings, wait, lambda found: log.warning("%s", found)) as (store, record):
         node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
         components = named or _by_settings(node, settings, now())
         if settings.restart.method == "none":

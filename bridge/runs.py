@@ -47,9 +47,12 @@ def alone(settings: Settings, wait: timedelta, tell: Callable[[str], None]) -> I
     store = Store(settings.node.state_dir)
     store.prepare()
     with lock(store.lock, shlex.join(sys.argv), wait), audit.Record(store, settings.audit) as record:
-        for recovery in filter(None, (install.recover(store), static_pods.recover(store))):
-            tell(str(recovery))
-            record.add(audit.RECOVERED, result=str(recovery))
+        # a component that is away comes first: nothing that is wrong with files may keep it away
+        for step in (static_pods.recover, install.recover):
+            recovery = step(store)
+            if recovery is not None:
+                tell(str(recovery))
+                record.add(audit.RECOVERED, result=str(recovery))
         yield store, record
 
 
