@@ -199,6 +199,28 @@ class OpensslBackend:
                 answers = desk.sign(_batches(requests, self._key.batch_size))
         return [answers[position] for position in range(len(requests))]
 
+    def recall(self, requests: Sequence[SignRequest], since: datetime) -> list[Issued | None]:
+        """
+        What was signed for exactly these keys and usages by a run that was killed before it could hand it over.
+
+        Waits for an `openssl ca` that outlived its run.
+
+        Args:
+            requests: As they were sent.
+            since: When.
+
+        Returns:
+            One answer a request, in their order; None: nothing was signed for it.
+        """
+        with _os_errors():
+            signers, database = self.issuers(), self._database()
+            with database.locked(self._settings.timeout) as lock, self._folder(signers[0]) as folder:
+                _Desk(self._openssl, database, signers, folder, lock).recover()
+                found = {(_public_key(leaf), _usages(leaf)): leaf for leaf in database.issued_since(since)}
+        chain = tuple(signer for signer in signers if signer.issuer != signer.subject)
+        leaves = [found.get(_key_and_usages(request)) for request in requests]
+        return [Issued(leaf=leaf, intermediates=chain) if leaf is not None else None for leaf in leaves]
+
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
         """
         Find out whether a run could begin: program, certificate, database, key.
@@ -558,6 +580,19 @@ def _public_key(subject: x509.Certificate | x509.CertificateSigningRequest) -> b
 def _asn1_time(moment: datetime) -> str:
     """UTCTime to the end of 2049, then GeneralizedTime (RFC 5280 §4.1.2.5)."""
     return moment.strftime("%y%m%d%H%M%SZ" if moment.year < 2050 else "%Y%m%d%H%M%SZ")  # noqa: PLR2004
+
+
+def _usages(leaf: x509.Certificate) -> frozenset[str]:
+    usages = _extension(leaf, x509.ExtendedKeyUsage) or ()
+    return frozenset(usage.dotted_string for usage in usages)
+
+
+def _key_and_usages(request: SignRequest) -> tuple[bytes, frozenset[str]]:
+    """An empty key for a CSR that can't be read, and so was never signed."""
+    try:
+        return _public_key(request.csr), frozenset(eku.value for eku in request.spec.ekus)
+    except _CSR_ERRORS:
+        return b"", frozenset()
 
 
 @contextmanager

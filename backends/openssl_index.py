@@ -36,6 +36,7 @@ _BACKUPS_KEPT = 3
 # microseconds what a killed one leaves for ever.
 _SETTLE_SECONDS = 1.0
 _POLL_SECONDS = 0.05
+_TICK_SECONDS = 2.0  # file systems' clocks may be that coarse
 _MANY_FILES = 32
 # Type, expiry, revocation date and reason, serial, file name (always "unknown"), subject. What `openssl ca`
 # itself refuses is refused here first, since 1.1.1 does it without a word, and so is what it would drop.
@@ -270,6 +271,14 @@ class Database:
         """The certificate with this number; None: there is none in the folder, no whole one, or more than one."""
         return _parse_if_whole(_read_if_there(self.new_certs_dir / file_name(serial), _LARGEST_FILE))
 
+    def issued_since(self, moment: datetime) -> Iterator[x509.Certificate]:
+        """The certificates whose files are not older."""
+        earliest = moment.timestamp() - _TICK_SECONDS
+        for entry in os.scandir(self.new_certs_dir):
+            name = _CERTIFICATE_NAME.fullmatch(entry.name)
+            if name and entry.stat().st_mtime >= earliest and (found := self.certificate(int(name[1], 16))):
+                yield found
+
     def orphans(self, index: Snapshot) -> list[tuple[Path, x509.Certificate]]:
         """
         Certificates in the folder whose numbers are not in the index.
@@ -425,7 +434,7 @@ def _read_if_there(path: Path, at_most: int = -1) -> bytes | None:
 def _parse_if_whole(data: bytes | None) -> x509.Certificate | None:
     try:
         found = x509.load_pem_x509_certificates(data or b"")
-    except ValueError:
+    except (ValueError, x509.InvalidVersion):
         return None
     return found[0] if len(found) == 1 and len(data or b"") < _LARGEST_FILE else None
 

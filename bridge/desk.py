@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from cryptography import x509
 
@@ -32,7 +32,7 @@ from bridge.bundle import (
 )
 from bridge.certificates import load_pem_certificates
 from bridge.contract import Backend, Collects, Issued, ListsIssuers, Pending, SignRequest, SignsMany
-from bridge.desk_journal import Journal
+from bridge.desk_journal import Asked, Journal
 from bridge.desk_policy import Policy, Verdict, judge
 from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, VerificationError, WaitingError
 from bridge.settings import Settings
@@ -65,6 +65,24 @@ class NotOursError(BridgeError):
 
     exit_code = Exit.REFUSED
     hint = "carry the request to the other desk, too, or add an [authority.NAME] table to the settings"
+
+
+@runtime_checkable
+class Recalls(Protocol):
+    """Optional for a backend: find what it signed for a run that was killed before it could take the answer."""
+
+    def recall(self, requests: Sequence[SignRequest], since: datetime) -> Sequence[Issued | None]:
+        """
+        Look for certificates with exactly these keys and usages.
+
+        Returns:
+            One answer a request, in their order; None: it will be asked for again.
+
+        Raises:
+            BackendRefusedError: The CA does not accept us.
+            BackendUnavailableError: No answer.
+        """
+        ...
 
 
 @dataclass(kw_only=True, eq=False)
@@ -295,18 +313,22 @@ class Desk:
         backend = ca.backend
         if backend is None:
             raise AssertionError("a CA that can't be opened has a trouble, and is asked nothing")
-        open_ = []
+        open_, asked = [], []
         for job, request in lot:
             known = journal.get(request)
             if known is None:
                 open_.append((job, request))
+            elif isinstance(known, Asked):
+                asked.append((job, request, known.since))
             elif isinstance(known, Pending):
                 _note(job, request, _collected(ca, backend, request, known), journal)
             else:
                 _note(job, request, known, None)
+        open_ += _recalled(ca, backend, asked, journal)
         size = len(open_) if isinstance(backend, SignsMany) else _SLICE
         for start in range(0, len(open_), size or 1):
             part = open_[start : start + size]
+            journal.add((request, Asked(self._now())) for _, request in part)
             answers = plugins.sign_all(backend, [request for _, request in part], ca.outage, lambda _: None)
             good = [(request, answer) for (_, request), answer in zip(part, answers, strict=True)
                     if isinstance(answer, Issued | Pending)]  # fmt: skip
@@ -399,6 +421,33 @@ def _windows(jobs: Iterable[Job]) -> Iterator[list[Job]]:
             window, size, enough = [], 0, min(2 * enough, _LARGEST_WINDOW)
     if window:
         yield window
+
+
+def _recalled(
+    ca: _CA, backend: Backend, asked: Sequence[tuple[Job, SignRequest, datetime]], journal: Journal
+) -> list[tuple[Job, SignRequest]]:
+    """
+    Find what a killed run has had signed.
+
+    Returns:
+        What was not found, or can't be looked for, and so has to be asked for again.
+    """
+    if not asked or not isinstance(backend, Recalls):
+        return [(job, request) for job, request, _ in asked]
+    requests, since = [request for _, request, _ in asked], min(moment for _, _, moment in asked)
+    try:
+        found = ca.outage.ask(lambda: backend.recall(requests, since))
+    except BackendError as e:
+        for job, request, _ in asked:
+            job.troubles[request.spec.name] = e
+        return []
+    rest = []
+    for (job, request, _), issued in zip(asked, found, strict=True):
+        if issued is None:
+            rest.append((job, request))
+        else:
+            _note(job, request, issued, journal)
+    return rest
 
 
 def _collected(ca: _CA, backend: Backend, request: SignRequest, known: Pending) -> Issued | Pending | BackendError:

@@ -88,6 +88,7 @@ def sign(settings: Settings, options: Options, now: Callable[[], datetime]) -> i
         journal = stack.enter_context(Journal(store.directory / "desk-answers.jsonl"))
         record = stack.enter_context(audit.Record(store, settings.audit))
         work = _jobs(desk, settings, policy, options, now)
+        _sweep(options.out)
         observer = stack.enter_context(_observer(work))
         desk.run(work.jobs, journal, record, observer)
         if not work.left and not observer.left:
@@ -95,6 +96,13 @@ def sign(settings: Settings, options: Options, now: Callable[[], datetime]) -> i
     if not observer.seen and not work.codes:
         typer.echo(f"{options.source}: no request bundles")
     return Exit.worst([*work.codes, *observer.codes])
+
+
+def _sweep(outbox: Path | None) -> None:
+    """Remove what a killed run left half written."""
+    if outbox is not None and outbox.is_dir():
+        for path in outbox.glob(".*.answer.json.*"):
+            path.unlink()
 
 
 def _policy(settings: Settings, options: Options) -> Policy:

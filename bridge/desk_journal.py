@@ -1,7 +1,8 @@
 """
-The desk's journal: what CAs have answered and is not delivered yet, so that a run that was killed signs nothing twice.
+The desk's journal: what CAs were asked, and answered, and is not delivered yet, so that a run that was killed signs
+nothing twice.
 
-One line of JSON an answer, with an fsync for each lot. Answers stay on disk; memory holds only where each one is.
+One line of JSON a request, another its answer, with an fsync for each lot. Answers stay on disk; memory holds only where each one is.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
@@ -25,6 +27,13 @@ class JournalError(BridgeError):
     """The journal can't be used."""
 
     hint = "make room, or mend the state directory, then run again"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A CA was asked, and nobody lived to write down what it said."""
+
+    since: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +73,20 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         os.close(self._file)
 
-    def get(self, request: SignRequest) -> Issued | Pending | None:
-        """What a CA has said to exactly this request."""
+    def get(self, request: SignRequest) -> Issued | Pending | Asked | None:
+        """What a CA has said to exactly this request, as far as that is known; the latest counts."""
         place = self._places.get(key_of(request))
         if place is None:
             return None
         entry: dict[str, Any] = json.loads(os.pread(self._file, place.length, place.offset))
+        if "asked" in entry:
+            return Asked(since=datetime.fromisoformat(entry["asked"]))
         if "reference" in entry:
             return Pending(reference=entry["reference"], note=entry["note"])
         leaf, *intermediates = load_pem_certificates("".join(entry["chain"]).encode())
         return Issued(leaf=leaf, intermediates=tuple(intermediates))
 
-    def add(self, answers: Iterable[tuple[SignRequest, Issued | Pending]]) -> None:
+    def add(self, answers: Iterable[tuple[SignRequest, Issued | Pending | Asked]]) -> None:
         """
         Safe on disk when this returns.
 
@@ -111,10 +122,12 @@ def key_of(request: SignRequest) -> str:
     return sha256(about.encode() + b"\0" + request.csr_pem).hexdigest()
 
 
-def _line(request: SignRequest, answer: Issued | Pending) -> tuple[str, bytes]:
+def _line(request: SignRequest, answer: Issued | Pending | Asked) -> tuple[str, bytes]:
     key = key_of(request)
     entry: dict[str, Any] = {"key": key}
-    if isinstance(answer, Pending):
+    if isinstance(answer, Asked):
+        entry["asked"] = answer.since.isoformat()
+    elif isinstance(answer, Pending):
         entry |= {"reference": answer.reference, "note": answer.note}
     else:
         entry["chain"] = [pem(certificate).decode() for certificate in (answer.leaf, *answer.intermediates)]
