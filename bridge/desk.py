@@ -282,28 +282,31 @@ class Desk:
             AuditError: The record could not be written; what was signed is in the journal, and was not delivered.
             JournalError: It could not be written.
         """
-        try:
-            with ThreadPoolExecutor(1) as signing:
-                last: tuple[list[Job], Future[None]] | None = None
-                for window in _windows(self.judged(job) for job in jobs):
-                    future = signing.submit(self._sign, window, journal)
-                    if last is not None:
-                        self._finish(*last, record, observer)
-                    last = window, future
+        with ThreadPoolExecutor(1) as signing:
+            last: tuple[list[Job], Future[None]] | None = None
+            for window in _windows(self.judged(job) for job in jobs):
+                future = signing.submit(self._sign, window, journal)
                 if last is not None:
-                    self._finish(*last, record, observer)
-        finally:
-            for ca in self._cas.values():
-                if ca.backend is not None:
-                    plugins.close(ca.backend)
+                    self._finish(*last, journal, record, observer)
+                last = window, future
+            if last is not None:
+                self._finish(*last, journal, record, observer)
+        journal.tidy()
+
+    def close(self) -> None:
+        """Give back what the backends took."""
+        for ca in self._cas.values():
+            if ca.backend is not None:
+                plugins.close(ca.backend)
 
     def _sign(self, window: Sequence[Job], journal: Journal) -> None:
         """All CAs at the same time, each with the requests of all bundles of the window."""
         lots: dict[str, list[tuple[Job, SignRequest]]] = defaultdict(list)
         for job in window:
             for request in job.to_sign:
-                if request.name in job.earlier:
-                    job.answers[request.name] = job.earlier[request.name]
+                earlier = job.earlier.get(request.name)
+                if earlier is not None and self._violations(job.requests[request.name], earlier) is None:
+                    job.answers[request.name] = earlier
                 else:
                     lots[request.authority].append((job, job.requests[request.name]))
         with ThreadPoolExecutor(len(AUTHORITIES)) as pool:
@@ -322,8 +325,10 @@ class Desk:
                 asked.append((job, request, known.since))
             elif isinstance(known, Pending):
                 _note(job, request, _collected(ca, backend, request, known), journal)
-            else:
+            elif self._violations(request, known) is None:
                 _note(job, request, known, None)
+            else:
+                open_.append((job, request))  # it has lain there for long
         open_ += _recalled(ca, backend, asked, journal)
         size = len(open_) if isinstance(backend, SignsMany) else _SLICE
         for start in range(0, len(open_), size or 1):
@@ -337,7 +342,9 @@ class Desk:
             for (job, request), answer in zip(part, answers, strict=True):
                 _note(job, request, answer, None, is_for_all=for_all)
 
-    def _finish(self, window: Sequence[Job], signed: Future[None], record: audit.Record, observer: Observer) -> None:
+    def _finish(
+        self, window: Sequence[Job], signed: Future[None], journal: Journal, record: audit.Record, observer: Observer
+    ) -> None:
         """Verify, record, deliver; in this order, so that nothing leaves unrecorded."""
         signed.result()
         for job in window:
@@ -346,6 +353,8 @@ class Desk:
         record.write()
         with ThreadPoolExecutor(_DELIVERIES) as pool:
             for job, where in zip(window, pool.map(self._deliver, window), strict=True):
+                if where:
+                    journal.forget(job.requests.values())
                 observer.answered(job, where)
 
     def _deliver(self, job: Job) -> str:
@@ -363,13 +372,17 @@ class Desk:
         """What a CA signed wrongly is not sent; the node would refuse it, too."""
         for request in job.bundle.requests:
             answer = job.answers.get(request.name)
-            if not isinstance(answer, Issued):
-                continue
-            expected = self._expectation(request.authority, self._cas[request.authority].anchors)
-            try:
-                verify.check(answer, job.requests[request.name], expected)
-            except VerificationError as e:
-                job.answers[request.name] = refusal(f"the desk's CA signed something else: {e.reason}")
+            error = self._violations(job.requests[request.name], answer) if isinstance(answer, Issued) else None
+            if error is not None:
+                job.answers[request.name] = refusal(f"the desk's CA signed something else: {error.reason}")
+
+    def _violations(self, request: SignRequest, issued: Issued) -> VerificationError | None:
+        authority = request.spec.authority.name
+        try:
+            verify.check(issued, request, self._expectation(authority, self._cas[authority].anchors))
+        except VerificationError as e:
+            return e
+        return None
 
     def _record(self, job: Job, record: audit.Record) -> None:
         about = f"node {job.bundle.node}, cluster {job.bundle.cluster}, request {job.digest[:16]}"

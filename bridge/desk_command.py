@@ -80,8 +80,12 @@ def sign(settings: Settings, options: Options, now: Callable[[], datetime]) -> i
     desk = Desk(settings, policy, now, without_proof=options.without_proof, approve=approve)
     if not options.source.exists():
         raise BridgeError(f"{options.source}: wanted a bundle, or a directory of bundles or CSRs, found nothing")
-    if options.dry_run:
-        return _dry_run(desk, _jobs(desk, settings, policy, options, now))
+    with contextlib.closing(desk):
+        work = _dry_run if options.dry_run else _run
+        return work(desk, settings, policy, options, now)
+
+
+def _run(desk: Desk, settings: Settings, policy: Policy, options: Options, now: Callable[[], datetime]) -> int:
     store = Store(settings.node.state_dir)
     store.prepare()
     with lock(store.lock, "ca-bridge sign", options.wait), contextlib.ExitStack() as stack:
@@ -91,8 +95,6 @@ def sign(settings: Settings, options: Options, now: Callable[[], datetime]) -> i
         _sweep(options.out)
         observer = stack.enter_context(_observer(work))
         desk.run(work.jobs, journal, record, observer)
-        if not work.left and not observer.left:
-            journal.clear()
     if not observer.seen and not work.codes:
         typer.echo(f"{options.source}: no request bundles")
     return Exit.worst([*work.codes, *observer.codes])
@@ -135,7 +137,6 @@ class _Work:
     jobs: Iterator[Job] = field(default_factory=lambda: iter(()))
     codes: list[int] = field(default_factory=list)
     total: int | None = None  #: Bundles; known before the first is read.
-    left: bool = False  #: A file was left for a later run.
 
 
 def _jobs(desk: Desk, settings: Settings, policy: Policy, options: Options, now: Callable[[], datetime]) -> _Work:
@@ -233,7 +234,6 @@ def _inbox_job(path: Path, outbox: Path, archive: Path, work: _Work, now: Callab
     except FileNotFoundError:
         return None  # taken back
     except IncompleteBundleError as e:
-        work.left = True
         if now().timestamp() - status.st_mtime > STALE.total_seconds():
             work.codes.append(Exit.FAILED)
             print_error(e, f"{path}: not whole since {STALE}")
@@ -241,7 +241,6 @@ def _inbox_job(path: Path, outbox: Path, archive: Path, work: _Work, now: Callab
             log.info("%s: left alone, as it is still being copied", path)
         return None
     except BridgeError as e:
-        work.left = True
         work.codes.append(e.exit_code)
         print_error(e, str(path) if isinstance(e, BundleError) else "")
         return None
@@ -290,9 +289,9 @@ def _put_away(path: Path, status: os.stat_result, target: Path) -> None:
 # --- what a person sees -----------------------------------------------------------------------------------------------
 
 
-def _dry_run(desk: Desk, work: _Work) -> int:
+def _dry_run(desk: Desk, settings: Settings, policy: Policy, options: Options, now: Callable[[], datetime]) -> int:
     """Judge everything, write and sign nothing."""
-    codes = []
+    work, codes = _jobs(desk, settings, policy, options, now), []
     for job in work.jobs:
         desk.judged(job)
         good = [request.name for request in job.to_sign]
@@ -328,7 +327,6 @@ class _Observer:
     def __init__(self, total: int | None) -> None:
         self.codes: list[int] = []
         self.seen = 0
-        self.left = False  #: A bundle has no answer yet.
         self._total = total
         self._certificates = 0
         self._begin = self._last = time.monotonic()
@@ -341,7 +339,6 @@ class _Observer:
         if where:
             counts = f"{signed} signed{f', {refused} refused' if refused else ''}"
             typer.echo(f"{_who(job)}: {counts}: {where}")
-        self.left = self.left or not where
         self.codes += set(_tell_troubles(job))
         self._progress()
 
@@ -404,7 +401,7 @@ class _Terminal:
     def approve(self, job: Job, text: str) -> tuple[bool | None, str]:
         """As `desk.Approver`."""
         names = ", ".join(request.name for request in job.to_sign)
-        self._say(f"\n{job.label}\n{text}\n")
+        self._say(f"\n{_printable(job.label)}\n{text}\n")
         while True:
             self._say(f"sign {names}? [yes: sign / no: refuse / later] ")
             answer = self._in.readline()
@@ -419,6 +416,11 @@ class _Terminal:
     def _say(self, text: str) -> None:
         self._out.write(text)
         self._out.flush()
+
+
+def _printable(text: str) -> str:
+    """Whoever brought a file chose its name, which must not steer the terminal."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 def _person() -> str:

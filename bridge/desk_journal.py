@@ -109,11 +109,16 @@ class Journal:
         except OSError as e:
             raise JournalError(f"{self._path}: wanted to keep the CA's answers there, found: {e.strerror}") from e
 
-    def clear(self) -> None:
-        """When everything was delivered."""
-        self._places.clear()
-        self._end = 0
-        os.ftruncate(self._file, 0)
+    def forget(self, requests: Iterable[SignRequest]) -> None:
+        """Their answers were delivered."""
+        for request in requests:
+            self._places.pop(key_of(request), None)
+
+    def tidy(self) -> None:
+        """Empty the file when nothing in it is still to be delivered; until then it keeps what was, too."""
+        if not self._places:
+            self._end = 0
+            os.ftruncate(self._file, 0)
 
 
 def key_of(request: SignRequest) -> str:

@@ -11,7 +11,7 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,7 +22,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
-from bridge import csr_directory, desk, kubeconfig
+from bridge import csr, csr_directory, desk, kubeconfig, throwaway
 from bridge.bundle import (
     AnswerBundle,
     Refusal,
@@ -44,10 +44,11 @@ from bridge.files import lock
 from bridge.settings import load
 from bridge.specs import AUTHORITIES, SPECS
 from bridge.verify import Expectation, check
-from tests.kit import programs
-from tests.kit.bundles import changed, make_bundle, new_csr, old_pairs
+from tests.kit import approval, cfssl, programs
+from tests.kit.bundles import VALIDITY, changed, make_bundle, new_csr, old_pairs
 from tests.kit.desks import PASSPHRASE, POLICY, Desk, make_desk
-from tests.kit.pki import Pki, handmade_pki, kubeadm_pki
+from tests.kit.issuing import Signer
+from tests.kit.pki import ADDRESS, ENDPOINT, EXTRA_SANS, NODE, Pki, handmade_pki, kubeadm_pki
 
 Pairs = dict[str, tuple[x509.Certificate, PrivateKey]]
 
@@ -299,10 +300,10 @@ def test_one_bad_csr_fails_alone(desk_: Desk, pki: Pki, pairs: Pairs) -> None:
     bundles = [make_bundle(some(pairs, "apiserver", "admin.conf")) for _ in range(4)]
     der = bytearray(new_csr(pairs["apiserver"][0]).public_bytes(Encoding.DER))
     der[-1] ^= 1  # its signature
-    csr = x509.load_der_x509_csr(bytes(der))
+    broken = x509.load_der_x509_csr(bytes(der))
     bad = bundles[2]
     who = {"name": "apiserver", "batch": bad.batch, "node": bad.node, "cluster": bad.cluster}
-    bad = changed(bad, "apiserver", csr=csr, proof=sign_proof(pairs["apiserver"][1], csr, **who))
+    bad = changed(bad, "apiserver", csr=broken, proof=sign_proof(pairs["apiserver"][1], broken, **who))
     bundles[2] = bad
     for bundle in bundles:
         put(desk_, bundle)
@@ -410,6 +411,51 @@ def test_a_full_outbox_loses_nothing(desk_: Desk, pki: Pki, pairs: Pairs) -> Non
     assert len(desk_.issued()) == 1
 
 
+def test_a_run_forgets_nothing_of_another(desk_: Desk, pairs: Pairs, tmp_path: Path) -> None:
+    """What an interrupted run has had signed is still known when a person has signed something else meanwhile."""
+    bundle = make_bundle(some(pairs, "apiserver"))
+    path = put(desk_, bundle)
+    answer = desk_.outbox / answer_file_name(bundle)
+    answer.mkdir()
+    assert desk_.run("sign", desk_.inbox, "-o", desk_.outbox).returncode == Exit.FAILED
+    (tmp_path / "b.json").write_bytes(dumps(make_bundle(some(pairs, "etcd-server"))))
+    assert desk_.run("sign", tmp_path / "b.json").returncode == 0
+    answer.rmdir()
+
+    assert desk_.run("sign", desk_.inbox, "-o", desk_.outbox).returncode == 0
+    assert not path.exists()
+    assert len(desk_.issued()) == 2
+    assert (desk_.state / "desk-answers.jsonl").read_bytes() == b""
+
+
+def test_an_answer_that_has_become_old_is_not_given_again(desk_: Desk, pki: Pki, pairs: Pairs, tmp_path: Path) -> None:
+    """An earlier certificate for the same request that the node would refuse today is replaced by a new one."""
+    key, now = csr.generate_key("ecdsa-p256"), datetime.now(UTC)
+    bundle = make_bundle(some(pairs, "apiserver"), build=lambda old: x509.load_pem_x509_csr(csr.build(old, key)))
+    ca_key = load_pem_private_key(pki.ca_pem("ca")[1], None)
+    assert isinstance(ca_key, PrivateKey)
+    ca = throwaway.ThrowawayCA(certificate=x509.load_pem_x509_certificate(pki.ca_pem("ca")[0]), key=ca_key)
+    cluster = throwaway.Cluster(node=NODE, address=ADDRESS, endpoint=ENDPOINT, extra_sans=EXTRA_SANS)
+    begin, end = now - timedelta(days=1), now + timedelta(days=1)
+    leaf = throwaway.leaf_certificate(SPECS["apiserver"], key, ca, cluster, not_before=begin, not_after=end)
+    earlier = AnswerBundle(
+        request_digest=digest(bundle),
+        batch=bundle.batch,
+        node=bundle.node,
+        cluster=bundle.cluster,
+        signer="desk-1",
+        signed=bundle.created,
+        answers={"apiserver": Issued(leaf=leaf)},
+    )
+    (tmp_path / "a.json").write_bytes(dumps(earlier))
+    (tmp_path / "b.json").write_bytes(dumps(bundle))
+
+    assert desk_.run("sign", tmp_path / "b.json", "-o", tmp_path / "a.json").returncode == 0
+
+    assert_good(loads_answer((tmp_path / "a.json").read_bytes()), bundle, pki)
+    assert len(desk_.issued()) == 1
+
+
 # --- killed -----------------------------------------------------------------------------------------------------------
 
 
@@ -510,10 +556,102 @@ def test_the_journal_survives_a_torn_line(tmp_path: Path, pairs: Pairs) -> None:
     with Journal(path) as journal:
         assert journal.get(second) == answer
         assert journal.get(replace(first, validity=timedelta(days=1))) is None
-        journal.clear()
+        journal.forget([first])
+        journal.tidy()
+    with Journal(path) as journal:
+        assert journal.get(second) == answer  # as long as one is left
+        journal.forget([first, second])
+        journal.tidy()
     with Journal(path) as journal:
         assert journal.get(first) is None
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+# --- other CAs --------------------------------------------------------------------------------------------------------
+
+
+def with_backend(desk_: Desk, pki: Pki, table: Mapping[str, str]) -> None:
+    """Another one for `ca`; its certificate is told to the desk."""
+    lines = [f"{key} = {json.dumps(value)}" for key, value in table.items()]
+    state = f'[node]\nstate_dir = "{desk_.state}"\n'
+    desk_.config.write_text("\n".join([state, "[backend.x]", *lines, '[authority.ca]\nbackend = "x"\n']))
+    desk_.policy.write_text(POLICY.replace("[allow]", f'ca_dir = "{pki.ca_dir}"\n\n[allow]'))
+
+
+@pytest.mark.kube("cfssl")
+def test_a_desk_with_cfssl(desk_: Desk, pki: Pki, pairs: Pairs, tmp_path: Path) -> None:
+    """Any backend works at the desk."""
+    live = {name: old for name, (old, _) in pairs.items()}
+    ca_pem = pki.ca_pem("ca")
+    with cfssl.serve_authority(tmp_path / "cfssl", AUTHORITIES["ca"], live, VALIDITY, ca_pem=ca_pem) as table:
+        with_backend(desk_, pki, {"type": "cfssl", **table})
+        bundles = [make_bundle(some(pairs, "apiserver", "admin.conf")) for _ in range(3)]
+        for bundle in bundles:
+            put(desk_, bundle)
+        run = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
+
+        assert run.returncode == 0, run.stderr
+        by_batch = {answer.batch: answer for answer in answers_of(desk_)}
+        for bundle in bundles:
+            assert_good(by_batch[bundle.batch], bundle, pki)
+    put(desk_, make_bundle(some(pairs, "apiserver")))
+    desk_.config.write_text(desk_.config.read_text().replace("[backend.x]", '[backend.x]\nretry_for = "1s"'))
+    gone = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
+    assert gone.returncode == Exit.UNAVAILABLE
+    assert len(answers_of(desk_)) == 3
+
+
+def test_a_desk_whose_ca_answers_later(
+    desk_: Desk, pki: Pki, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bundle waits until each request has its answer; nobody is asked twice, a refusal goes back."""
+    approval.install_plugin(tmp_path / "site")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    (tmp_path / "people").mkdir()
+    with_backend(desk_, pki, {"type": "approval", "dir": str(tmp_path / "people")})
+    ca_key = load_pem_private_key(pki.ca_pem("ca")[1], None)
+    assert isinstance(ca_key, PrivateKey)
+    signer = Signer(certificate=x509.load_pem_x509_certificate(pki.ca_pem("ca")[0]), key=ca_key)
+    people = approval.Approver(directory=tmp_path / "people", signer=signer)
+    put(desk_, make_bundle(some(pairs, "apiserver", "admin.conf")))
+
+    waiting = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
+    people.approve("apiserver")
+    half = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
+    people.refuse("admin.conf", "ask your boss")
+    done = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
+
+    assert (waiting.returncode, half.returncode, done.returncode) == (Exit.WAITING, Exit.WAITING, Exit.REFUSED)
+    assert "the security team has it" in waiting.stderr
+    assert len(people.asked()) == 2
+    [answer] = answers_of(desk_)
+    assert isinstance(answer.answers["apiserver"], Issued)
+    assert answer.answers["admin.conf"] == Refusal(reason="the CA refused: ask your boss")
+
+
+def test_what_a_ca_signs_wrongly_does_not_go_out(
+    desk_: Desk, pki: Pki, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The desk looks at each certificate as the node will."""
+    approval.install_plugin(tmp_path / "site")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    (tmp_path / "people").mkdir()
+    with_backend(desk_, pki, {"type": "approval", "dir": str(tmp_path / "people")})
+    people = approval.Approver(directory=tmp_path / "people", signer=Signer.make())
+    put(desk_, make_bundle(some(pairs, "apiserver")))
+    desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
+    people.approve("apiserver")
+
+    run = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
+
+    assert run.returncode == Exit.REFUSED
+    [answer] = answers_of(desk_)
+    refused = answer.answers["apiserver"]
+    assert isinstance(refused, Refusal)
+    assert refused.reason.startswith("the desk's CA signed something else: ")
+    desk_.policy.write_text(POLICY)
+    put(desk_, make_bundle(some(pairs, "apiserver")))
+    assert "desk.ca_dir" in desk_.run("sign", desk_.inbox, "-o", desk_.outbox).stderr
 
 
 # --- a person ---------------------------------------------------------------------------------------------------------
@@ -643,8 +781,8 @@ def test_a_flat_directory_of_csrs(tmp_path: Path, pki: Pki, pairs: Pairs) -> Non
     assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{name}.crt" for name in pairs}
     for name in pairs:
         leaf = x509.load_pem_x509_certificate((tmp_path / "out" / f"{name}.crt").read_bytes())
-        csr = x509.load_pem_x509_csr((csrs / f"{name}.csr").read_bytes())
-        assert leaf.public_key() == csr.public_key()
+        asked = x509.load_pem_x509_csr((csrs / f"{name}.csr").read_bytes())
+        assert leaf.public_key() == asked.public_key()
 
 
 def test_a_directory_with_other_csrs_is_refused_as_a_whole(tmp_path: Path, desk_: Desk, pairs: Pairs) -> None:
