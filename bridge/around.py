@@ -8,9 +8,9 @@ from datetime import datetime, timedelta
 
 from bridge import audit, inventory, schedule
 from bridge.attempts import Attempts
-from bridge.errors import BridgeError, Exit, WaitingError
+from bridge.errors import BridgeError, Exit, SettingsError, WaitingError
 from bridge.finish import HeldBackError, Result
-from bridge.hooks import HookError, Hooks, Occasion
+from bridge.hooks import HookError, Hooks, NotNowError, Occasion
 from bridge.inventory import Node
 from bridge.selection import Selection, select
 from bridge.settings import Settings
@@ -90,6 +90,8 @@ class Around:
         Returns:
             What more there is to say; its exit codes are the run's, too.
         """
+        if any(isinstance(error, NotNowError) for error in errors):
+            return []  # neither success nor failure
         more: list[BridgeError] = list(self._counted(selection, result, errors))
         code = Exit.worst([result.exit_code, *(error.exit_code for error in (*errors, *more))])
         occasion = Occasion.of(
@@ -98,7 +100,8 @@ class Around:
         return [*more, *self._told(self.hooks.finished(occasion))]
 
     def _counted(self, selection: Selection, result: Result, errors: Sequence[BridgeError]) -> list[BridgeError]:
-        asked, failed = by_authority(selection, result, [e for e in errors if not isinstance(e, HookError)])
+        of_the_run = [e for e in errors if not isinstance(e, HookError | SettingsError)]  # no CA had a part in those
+        asked, failed = by_authority(selection, result, of_the_run)
         try:
             people = self._attempts.note(asked, failed, self._now())
         except OSError as e:

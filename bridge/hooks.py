@@ -50,6 +50,10 @@ class HookError(BridgeError):
         self.exit_code = exit_code  # type: ignore[misc]  # this one's, where others have their class's
 
 
+class NotNowError(HookError):
+    """A `before` hook said "not now"."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Occasion:
     """What a hook is told; nothing in it is a secret."""
@@ -151,12 +155,12 @@ class Hooks:
         environment = self._environment(BEFORE, occasion) | {"CA_BRIDGE_TRY": "1"}
         for words in self._settings.hooks.before.words():
             ended = self._run(BEFORE, words, environment)
+            if ended.code == NOT_NOW:
+                text = f'hook before: {words[0]} says "not now" (code {NOT_NOW}); nothing was asked'
+                raise NotNowError(text, Exit.UNAVAILABLE, hint="run again later")
             if ended.failure:
-                raise HookError(
-                    f"hook before: {words[0]} {ended.failure}; nothing was asked",
-                    Exit.UNAVAILABLE if ended.code == NOT_NOW else Exit.FAILED,
-                    hint="run again later" if ended.code == NOT_NOW else "mend it, or take it out of [hooks]",
-                )
+                text = f"hook before: {words[0]} {ended.failure}; nothing was asked"
+                raise HookError(text, Exit.FAILED, hint="mend it, or take it out of [hooks]")
 
     def installing(self, occasion: Occasion) -> None:
         """

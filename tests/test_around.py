@@ -13,9 +13,17 @@ from bridge import audit, inventory, throwaway
 from bridge.around import Around, by_authority, delay
 from bridge.attempts import Attempts, HeldOffError, NeedsAPersonError
 from bridge.entry import nothing_to_do
-from bridge.errors import BackendRefusedError, BackendUnavailableError, BridgeError, Exit, WaitingError
+from bridge.errors import (
+    BackendRefusedError,
+    BackendUnavailableError,
+    BridgeError,
+    Exit,
+    SettingsError,
+    SettingsProblem,
+    WaitingError,
+)
 from bridge.finish import HeldBackError, Result
-from bridge.hooks import HookError, Occasion
+from bridge.hooks import HookError, NotNowError, Occasion
 from bridge.inventory import Node
 from bridge.selection import Outcome, Selection, outcome_of, select
 from bridge.settings import AuditSettings, Settings, overridden, parse
@@ -240,6 +248,29 @@ def test_what_waits_is_told_to_nobody(store: Store, directory: Path, node: Node,
     held = one.held(due(store, directory, node), is_terminal=False)
     assert one.after(held, Result(outcomes=held.failed)) == []
     assert not log.exists()
+
+
+def test_a_hook_that_says_not_now_is_no_failure(store: Store, directory: Path, node: Node, tmp_path: Path) -> None:
+    """Nobody is told and nothing counted; a hook that is broken is told."""
+    log = tmp_path / "log"
+    text = hook("failure", f"echo x >>{log}")
+    everything = due(store, directory, node)
+    not_now = NotNowError("hook before: says not now", Exit.UNAVAILABLE)
+    assert around(store, directory, text).after(everything, Result(outcomes=()), [not_now]) == []
+    assert not log.exists()
+    broken = HookError("hook before: broken", Exit.FAILED)
+    assert around(store, directory, text).after(everything, Result(outcomes=()), [broken]) == []
+    assert log.read_text() == "x\n"
+    assert not store.attempts.exists()
+
+
+def test_a_mistake_in_the_settings_is_no_failure_of_a_ca(store: Store, directory: Path, node: Node) -> None:
+    """The next run after it was mended asks at once."""
+    everything = due(store, directory, node)
+    mistake = SettingsError([SettingsProblem("backend.corp.url", "a URL", "nothing")])
+    for _ in range(3):
+        assert around(store, directory).after(everything, Result(outcomes=()), [mistake]) == []
+    assert not store.attempts.exists()
 
 
 def test_a_hook_that_failed_is_in_the_record(store: Store, directory: Path, node: Node) -> None:

@@ -22,7 +22,7 @@ from bridge.certificates import serial_hex
 from bridge.command import LONGEST_LINE, MOST_OUTPUT, Ended, Output, run
 from bridge.console import LogFormat, set_up
 from bridge.errors import BackendRefusedError, Exit, SettingsError
-from bridge.hooks import HookError, Hooks, Occasion
+from bridge.hooks import HookError, Hooks, NotNowError, Occasion
 from bridge.inventory import Node
 from bridge.selection import Outcome
 from bridge.settings import Commands, Settings, overridden, parse
@@ -312,7 +312,7 @@ def test_a_before_hook_that_fails_stops_the_run(make: Make, log: Path, store: St
 
 def test_a_before_hook_can_say_not_now(make: Make) -> None:
     """With the code that mailers use for "later"; the run's code is then that of "run again later"."""
-    with pytest.raises(HookError) as e:
+    with pytest.raises(NotNowError) as e:
         make(shell("exit 75", "before")).before(Occasion(names=("apiserver",)))
     assert e.value.exit_code == Exit.UNAVAILABLE
 
