@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +25,7 @@ from bridge.answers import certificates_in, is_for, newest
 from bridge.asking import Answer, Progress
 from bridge.bundle import AnswerBundle, BundleError, Refusal, RequestBundle
 from bridge.certificates import fingerprint, load_pem_certificates, name_text, serial_hex
-from bridge.console import columns, log
+from bridge.console import columns, log, print_error, printable
 from bridge.contract import Issued
 from bridge.errors import BackendRefusedError, BridgeError, Exit, SettingsError, SettingsProblem, WaitingError
 from bridge.expiry import residual, seconds_left
@@ -36,10 +36,11 @@ from bridge.pending import OpenRequest, OpenRequests
 from bridge.prepare import Prepared, prepare, take_up, with_continuity
 from bridge.reading import UnreadableError, read
 from bridge.runs import Run, begun
-from bridge.selection import ALL, Outcome, outcome_of, select
+from bridge.selection import ALL, Outcome, Selection, outcome_of, select
 from bridge.settings import Settings
 from bridge.specs import AUTHORITIES, SPECS
 from bridge.store import Store
+from bridge.walk import Walk
 
 SCHEMA_VERSION = 1
 DATE = "%Y-%m-%d %H:%M UTC"
@@ -135,13 +136,22 @@ def print_exported(done: Exported, path: Path, now: datetime) -> None:
     rows = []
     for request in done.bundle.requests:
         end = request.replaces.not_valid_after_utc if request.replaces is not None else None
-        state = f"expires {end:{DATE}} ({residual(seconds_left(end, now))})" if end is not None else ""
+        state = _end(end, now)
         again = "as before" if request.name in done.again else "new key"
         proof = "with proof" if request.proof is not None else "WITHOUT PROOF: the old key can't be used"
         rows.append((request.name, f"by {request.authority}", state, again, proof))
     typer.echo("\n".join(columns(rows)))
-    typer.echo(f"\n{path} holds {len(rows)} requests; fingerprint {bundle.short_fingerprint(done.bundle)}")
+    typer.echo(
+        f"\n{path} holds {bundle.count(len(rows), 'request')}; fingerprint {bundle.short_fingerprint(done.bundle)}"
+    )
     typer.echo("carry it to the CA desk (`ca-bridge sign`), and the answer back (`ca-bridge import ANSWER`)")
+
+
+def _end(end: datetime | None, now: datetime) -> str:
+    if end is None:
+        return ""
+    left = seconds_left(end, now)
+    return f"expires {end:{DATE}} ({residual(left)})" if left > 0 else f"EXPIRED {end:{DATE}}"
 
 
 # --- inspect ---------------------------------------------------------------------------------------------------------
@@ -192,6 +202,15 @@ class _Found:
     strange: list[BridgeError] = field(default_factory=list)  #: Answers to something else.
     loose: dict[Path, list[x509.Certificate]] = field(default_factory=dict)
 
+    def take(self, name: str, answer: Answer, path: Path) -> None:
+        """Of several answers to one request a certificate counts before a refusal, and of certificates the latest."""
+        if name not in self.answers or _begin(self.answers[name]) <= _begin(answer):
+            self.answers[name], self.sources[name] = answer, printable(path)
+
+
+def _begin(answer: Answer) -> datetime:
+    return answer.leaf.not_valid_before_utc if isinstance(answer, Issued) else datetime.min.replace(tzinfo=UTC)
+
 
 def import_answers(
     settings: Settings,
@@ -213,21 +232,29 @@ def import_answers(
         LockedError: Another run works on this node.
         InstallError: Nothing was replaced.
     """
-    files = [(path, path.is_dir()) for path in paths]
-    with begun(settings, now, progress, wait) as (run, node):
+    with begun(settings, now, progress, wait) as (run, as_found):
+        walk = Walk(run)
+        node = walk.earlier(as_found)
         found = _Found()
-        for path, is_directory in files:
-            for file in sorted(path.iterdir()) if is_directory else [path]:
-                if not is_directory or (file.is_file() and not file.name.startswith(".")):
-                    _read_answer(run, file, found, skip=is_directory)
+        for path in paths:
+            is_directory = path.is_dir()
+            for file in _files_in(path) if is_directory else [path]:
+                _read_answer(run, file, found, skip=is_directory)
         _match_loose(run.requests, found)
         for error in found.strange:
             run.record.add(audit.REFUSED, error=error)
-        result = _finish_import(run, node, found, all_or_nothing=all_or_nothing)
+        result = _finish_import(run, node, found, walk, all_or_nothing=all_or_nothing)
         if result.backup_id is not None:
             backups.retire(run.store, settings.backups, node, now())
         left = tuple(_still_waiting(node, run.requests, result))
         return dataclasses.replace(result, outcomes=(*result.outcomes, *left)), node, found.strange
+
+
+def _files_in(directory: Path) -> list[Path]:
+    try:
+        return sorted(path for path in directory.iterdir() if path.is_file() and not path.name.startswith("."))
+    except OSError as e:
+        raise BridgeError(f"{directory}: wanted to look for answers there, found: {e.strerror}") from None
 
 
 def _still_waiting(node: Node, requests: OpenRequests, result: Result) -> Iterator[Outcome]:
@@ -248,7 +275,9 @@ def _read_answer(run: Run, path: Path, found: _Found, *, skip: bool) -> None:
         skip: A file that is nothing of ours is only mentioned, since nobody named it.
     """
     try:
-        data = read(path) or b""
+        data = read(path)
+        if data is None:
+            raise UnreadableError("no such file")  # noqa: TRY301 (as what can't be read)
         if data.lstrip().startswith(b"{"):
             _take_bundle(run, path, bundle.loads_answer(data), found)
         else:
@@ -267,27 +296,30 @@ def _read_answer(run: Run, path: Path, found: _Found, *, skip: bool) -> None:
 
 
 def _take_bundle(run: Run, path: Path, answer: AnswerBundle, found: _Found) -> None:
-    ours = run.settings.node.node_name
-    known = [one for one in run.requests if answer.request_digest in one.bundles]
-    sent = [one for one in run.requests if one.reference == answer.request_digest]
-    if answer.node != ours and not (known or sent):
-        found.strange.append(NotOursError(f"{path}: wanted an answer to node {ours}, found one to node {answer.node}"))
-        return
-    if not (known or sent):
+    node = run.settings.node
+    if (answer.node, answer.cluster) != (node.node_name, node.cluster):
         found.strange.append(
             NotOursError(
-                f"{path}: wanted an answer to a request that waits here, found one to the request with the digest "
-                f"{answer.request_digest[:16]}…, which was cancelled, is done, or is older",
+                f"{path}: wanted an answer to node {node.node_name} of cluster {node.cluster}, "
+                f"found one to node {answer.node} of cluster {answer.cluster}"
+            )
+        )
+        return
+    asked = [one for one in run.requests if answer.request_digest in (*one.bundles, one.reference)]
+    if not asked:
+        found.strange.append(
+            NotOursError(
+                f"{path}: wanted an answer to a request that waits here, found one to the bundle with the fingerprint "
+                f"{bundle.short(answer.request_digest)}, which was cancelled, is done, or is older",
                 hint="`ca-bridge pending list` shows what waits; export again if that is nothing",
             )
         )
-    for one in [*known, *sent]:
+    for one in asked:
         given = answer.answers.get(one.name)
         if isinstance(given, Refusal):
-            given_error = BackendRefusedError(f"refused by {answer.signer}: {given.reason}")
-            found.answers[one.name], found.sources[one.name] = given_error, str(path)
+            found.take(one.name, BackendRefusedError(f"refused by {answer.signer}: {given.reason}"), path)
         elif given is not None:
-            found.answers[one.name], found.sources[one.name] = given, str(path)
+            found.take(one.name, given, path)
 
 
 def _match_loose(requests: OpenRequests, found: _Found) -> None:
@@ -298,9 +330,9 @@ def _match_loose(requests: OpenRequests, found: _Found) -> None:
         matching = [(path, certificate) for path, certificate in everything if is_for(certificate, one.request.csr)]
         if not matching:
             continue
-        others = [certificate for _, certificate in everything if not is_for(certificate, one.request.csr)]
-        found.answers[one.name] = newest([certificate for _, certificate in matching], others)
-        found.sources[one.name] = str(matching[0][0])
+        others = [certificate for _, certificate in everything if _is_ca(certificate)]
+        answer = newest([certificate for _, certificate in matching], others)
+        found.take(one.name, answer, next(path for path, certificate in matching if certificate == answer.leaf))
         matched |= {certificate.fingerprint(_SHA256) for _, certificate in matching}
     for path, certificate in everything:
         if certificate.fingerprint(_SHA256) not in matched and not _is_ca(certificate):
@@ -329,32 +361,38 @@ def _about(certificate: x509.Certificate) -> str:
         return f"SHA-256 {fingerprint(certificate)[:16]}…"
 
 
-def _finish_import(run: Run, node: Node, found: _Found, *, all_or_nothing: bool) -> Result:
+def _finish_import(run: Run, node: Node, found: _Found, walk: Walk, *, all_or_nothing: bool) -> Result:
     by_name = {item.spec.name: item for item in node.items}
+    items = tuple(by_name[name] for name in found.answers if name in by_name)
+    if not items:
+        return walk.with_earlier(Result(outcomes=()))
     prepared, failed = [], []
-    for name in found.answers:
-        made, item = run.requests.get(name), by_name.get(name)
-        if made is None or item is None:
-            continue
-        one = take_up(item, made)
+    for item in items:
+        made = run.requests.get(item.spec.name)
+        one = take_up(item, made) if made is not None else None
         if isinstance(one, Prepared):
             prepared.append(one)
-            run.record.know(name, one.request, _label(found.sources[name]), None)
-            _record_answer(run, one, found.answers[name])
-        else:
+            run.record.know(one.name, one.request, _label(found.sources[one.name]), None)
+            _record_answer(run, one, found.answers[one.name])
+        elif one is not None:
             failed.append(one)
     expected, unproved = expectations(node, run.settings, [one.item for one in prepared], run.now())
     unproven = {outcome.name for outcome in unproved}
-    return finish(
-        run,
-        [one for one in prepared if one.name not in unproven],
-        found.answers,
-        expected,
-        labels={name: _label(source) for name, source in found.sources.items()},
-        earlier=[*failed, *unproved],
-        all_or_nothing=all_or_nothing,
-        by_hand=True,
-    )
+
+    def work() -> Result:
+        return finish(
+            run,
+            [one for one in prepared if one.name not in unproven],
+            found.answers,
+            expected,
+            labels={name: _label(source) for name, source in found.sources.items()},
+            earlier=[*failed, *unproved],
+            all_or_nothing=all_or_nothing,
+            by_hand=True,
+            before=walk.before,
+        )
+
+    return walk.whole(Selection(items=items, failed=(), skipped=()), work)
 
 
 def _label(source: str) -> str:
@@ -383,7 +421,7 @@ def pending_list(settings: Settings, now: datetime, *, as_json: bool) -> None:
 
 def _pending_row(one: OpenRequest, now: datetime) -> tuple[str, ...]:
     end = one.deadline
-    left = f"expires {end:{DATE}} ({residual(seconds_left(end, now))})" if end is not None else ""
+    left = _end(end, now)
     age = f"asked {residual(max(int((now - one.created).total_seconds()), 0))} ago"
     return one.name, age, left, f"fingerprint {_fingerprint(one)}", _whereabouts(one)
 
@@ -392,7 +430,7 @@ def _whereabouts(one: OpenRequest) -> str:
     if one.answer is not None:
         return "answered and proven; the next run installs it"
     if one.reference:
-        return f"{one.backend}: {one.note}" if one.note else f"{one.backend} has it"
+        return printable(f"{one.backend}: {one.note}" if one.note else f"{one.backend} has it")
     return "a person has it" if one.bundles else "not asked yet; the next run asks"
 
 
@@ -447,17 +485,21 @@ def pending_cancel(
         raise SettingsError([SettingsProblem("", wanted, ", ".join(map(repr, unknown)))])
     with begun(settings, now, progress, wait) as (run, _):
         there = [one.name for one in run.requests]
+        cancelled: list[OpenRequest] = []
         for name in there if ALL in names else [name for name in there if name in names]:
             made = run.requests.drop(name)
             if made is not None:
                 run.record.know(name, made.request, made.backend or "bundle", None)
                 run.record.add(audit.CANCELLED, name, authority=made.request.spec.authority.name)
-                typer.echo(f"{name}: cancelled; its key is removed, and an answer to it will be refused")
-                if made.reference:
-                    log.warning("%s: %s still has the request, and may sign it", name, made.backend)
+                cancelled.append(made)
         run.record.write()
         run.requests.save()
+    for one in cancelled:
+        typer.echo(f"{one.name}: cancelled; its key is removed, and an answer to it will be refused")
+        if one.reference:
+            log.warning("%s: %s still has the request, and may sign it", one.name, one.backend)
     missing = [name for name in names if name != ALL and name not in there]
+    hint = "`ca-bridge pending list` shows those that are"
     for name in missing:
-        log.error("%s: wanted a request that is open, found none", name)
+        print_error(BridgeError("wanted a request that is open, found none", hint=hint), name)
     return Exit.FAILED if missing else Exit.DONE

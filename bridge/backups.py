@@ -27,7 +27,7 @@ from bridge import audit, csr, inventory, kubeconfig, verify
 from bridge.certificates import load_pem_certificates, serial_hex
 from bridge.contract import Issued, SignRequest
 from bridge.errors import BridgeError, VerificationError
-from bridge.files import Attributes, lock, sync_directory
+from bridge.files import Attributes, sync_directory
 from bridge.install import (
     CERTIFICATE_MASK,
     KEY_MASK,
@@ -37,9 +37,9 @@ from bridge.install import (
     attributes_from,
     digest,
     install,
-    recover,
 )
 from bridge.inventory import Item, Node
+from bridge.runs import alone
 from bridge.selection import Outcome
 from bridge.settings import BackupSettings, Settings
 from bridge.store import Store
@@ -373,58 +373,72 @@ def rollback(
         AuditError: It can't be recorded; nothing was replaced.
         InstallError: Nothing was replaced.
     """
-    store = Store(settings.node.state_dir)
-    store.prepare()
-    with lock(store.lock, shlex.join(sys.argv), wait), audit.Record(store, settings.audit) as record:
-        recovery = recover(store)
-        if recovery is not None:
-            log.warning("%s", recovery)
-            record.add(audit.RECOVERED, result=str(recovery))
-        backup = find(store, backup_id)
+    with alone(settings, wait, lambda found: log.warning("%s", found)) as (store, record):
         node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
-        extra = {name: authority.extra_subject for name, authority in settings.authorities.items()}
-        problems = problems_of(backup, node, now(), extra)
-        if any(not (force and problem.can_be_forced) for problem in problems):
-            error = RollbackRefusedError(backup.backup_id, problems)
-            record.add(audit.REFUSED, error=error)
-            raise error
-        outcomes = _outcomes(backup, node)
-        result = f"backup {backup.backup_id}"
-        for o in outcomes:
-            record.add(audit.VERIFIED, o.name, authority=o.authority, old=o.old, new=o.new, result=result)
-        record.write()  # nothing is put back that the record does not know
-        about = {
-            "command": shlex.join(sys.argv),
-            **audit.who(),
-            "rollback_to": backup.backup_id,
-            "certificates": [
-                {"name": o.name, "old_serial": _serial(o.old), "new_serial": _serial(o.new)} for o in outcomes
-            ],
-        }
-        try:
-            replaced = install(store, [_replacement(file, node) for file in backup.files], record.run_id, about)
-        except InstallError as e:
-            for o in outcomes:
-                record.add(audit.FAILED, o.name, authority=o.authority, old=o.old, error=e)
-            raise
-        for o in outcomes:
-            record.add(audit.ROLLED_BACK, o.name, authority=o.authority, old=o.old, new=o.new, result=result)
-        done = Rollback(
-            backup=backup,
-            replaced_backup_id=replaced,
-            outcomes=tuple(outcomes),
-            removed=tuple(file.path for file in backup.files if file.copy is None),
-        )
+        done = put_back(find(store, backup_id), settings, store, record, node, now(), force=force)
         retire(store, settings.backups, node, now())
     return done, node
+
+
+def put_back(
+    backup: Backup,
+    settings: Settings,
+    store: Store,
+    record: audit.Record,
+    node: Node,
+    now: datetime,
+    *,
+    force: bool,
+) -> Rollback:
+    """
+    The same for a run that holds the store's lock.
+
+    Raises:
+        RollbackRefusedError, AuditError, InstallError: As `rollback`.
+    """
+    extra = {name: authority.extra_subject for name, authority in settings.authorities.items()}
+    problems = problems_of(backup, node, now, extra)
+    if any(not (force and problem.can_be_forced) for problem in problems):
+        error = RollbackRefusedError(backup.backup_id, problems)
+        record.add(audit.REFUSED, error=error)
+        raise error
+    outcomes = outcomes_of(backup, node)
+    result = f"backup {backup.backup_id}"
+    for o in outcomes:
+        record.add(audit.VERIFIED, o.name, authority=o.authority, old=o.old, new=o.new, result=result)
+    record.write()  # nothing is put back that the record does not know
+    about = {
+        "command": shlex.join(sys.argv),
+        **audit.who(),
+        "rollback_to": backup.backup_id,
+        "certificates": [
+            {"name": o.name, "old_serial": _serial(o.old), "new_serial": _serial(o.new)} for o in outcomes
+        ],
+    }
+    try:
+        # a run that puts back what it has installed itself makes a second set of files
+        run_id = record.run_id if record.run_id != backup.run_id else f"{record.run_id}-back"
+        replaced = install(store, [_replacement(file, node) for file in backup.files], run_id, about)
+    except InstallError as e:
+        for o in outcomes:
+            record.add(audit.FAILED, o.name, authority=o.authority, old=o.old, error=e)
+        raise
+    for o in outcomes:
+        record.add(audit.ROLLED_BACK, o.name, authority=o.authority, old=o.old, new=o.new, result=result)
+    return Rollback(
+        backup=backup,
+        replaced_backup_id=replaced,
+        outcomes=tuple(outcomes),
+        removed=tuple(file.path for file in backup.files if file.copy is None),
+    )
 
 
 def _serial(certificate: x509.Certificate | None) -> str | None:
     return serial_hex(certificate) if certificate is not None else None
 
 
-def _outcomes(backup: Backup, node: Node) -> list[Outcome]:
-    """One a certificate; without a new one where its files are removed."""
+def outcomes_of(backup: Backup, node: Node) -> list[Outcome]:
+    """What putting it back does, one a certificate; without a new one where its files are removed."""
     outcomes = []
     for item in node.items:
         files = _files(backup, item.spec.name)

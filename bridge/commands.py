@@ -20,17 +20,16 @@ from bridge import airgap, audit, backups, inventory, plugins, restart
 from bridge import renew as renewal
 from bridge.asking import Progress
 from bridge.certificates import name_text, serial_hex
-from bridge.console import columns, log, print_error
+from bridge.console import columns, log, print_error, printable
 from bridge.contract import Secret, Selector
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem, WaitingError
 from bridge.expiry import duration_text, residual, seconds_left
-from bridge.files import lock
 from bridge.finish import Result, version_of
-from bridge.install import InstallError
-from bridge.install import recover as recover_store
+from bridge.install import InstallError, Recovery
 from bridge.inventory import Item, Node
 from bridge.prepare import Prepared, prepare
 from bridge.prepare import write_csrs as write_csr_files
+from bridge.runs import alone
 from bridge.selection import Outcome, Selection, nothing_due, select
 from bridge.settings import DEFAULT_FILE, Settings
 from bridge.specs import AUTHORITIES, Component
@@ -74,14 +73,13 @@ def import_answers(
         result, node, strange = airgap.import_answers(
             settings, paths, now, progress, all_or_nothing=all_or_nothing, wait=wait
         )
-    if not result.outcomes and not strange:
-        typer.echo("nothing to import: no answer to a request that waits here")
-    else:
+    result = dataclasses.replace(result, errors=(*result.errors, *strange))
+    if result.outcomes or result.errors or as_json:
         nothing = Selection(items=(), failed=(), skipped=())
         _report(result, node, nothing, settings, now(), as_json=as_json)
-    for error in strange:
-        print_error(error)
-    return Exit.worst([result.exit_code, *(error.exit_code for error in strange)])
+    else:
+        typer.echo("nothing to import: no answer to a request that waits here")
+    return result.exit_code
 
 
 def export(
@@ -109,13 +107,19 @@ def pending_cancel(settings: Settings, names: Collection[str], now: Callable[[],
 def _report(
     result: Result, node: Node, selection: Selection, settings: Settings, now: datetime, *, as_json: bool
 ) -> None:
-    components = _stale(result, node, settings)
+    components = _stale(result, node, settings) if settings.restart.method == "none" else []
     if as_json:
         typer.echo(json.dumps(_result_json(result, selection, components), indent=4))
     else:
         _print_result(result, node, settings, now)
         _print_restart("These still run on their old certificates until they are restarted", components, settings)
+        if result.restarted:
+            typer.echo(f"restarted: {', '.join(result.restarted)}")
+        if result.proven is not None:
+            typer.echo(f"proven: {result.proven} checks hold")
     warn_of_waiting(result.waiting, now)
+    for run_error in result.errors:
+        print_error(run_error)
     for about, error in _grouped(result.failed):
         print_error(error, about)
 
@@ -142,14 +146,14 @@ def _print_result(result: Result, node: Node, settings: Settings, now: datetime)
         typer.echo(
             f"{len(rows)} renewed; the old files are in {settings.node.state_dir / 'backups' / str(result.backup_id)}"
         )
-    elif not result.failed and not result.waiting:
+    elif not result.failed and not result.waiting and not result.errors:
         typer.echo(nothing_due(node, settings, now))
     if result.waiting:
         typer.echo("\n".join(columns([_waiting_row(outcome, now) for outcome in result.waiting])))
 
 
 def _waiting_row(outcome: Outcome, now: datetime) -> tuple[str, ...]:
-    reason = _printable(outcome.error.reason if outcome.error is not None else "")
+    reason = printable(outcome.error.reason if outcome.error is not None else "")
     end = outcome.old.not_valid_after_utc if outcome.old is not None else None
     expires = f"expires {end:{DATE}} ({residual(seconds_left(end, now))})" if end is not None else ""
     return outcome.name, "waiting", expires, f"{outcome.backend}: {reason}" if outcome.backend else reason
@@ -165,7 +169,8 @@ def warn_of_waiting(waiting: Sequence[Outcome], now: datetime) -> None:
         return
     ends = [o.old.not_valid_after_utc for o in waiting if o.old is not None]
     left = min(ends, default=now) - now
-    text = f"{len(waiting)} requests wait for an answer; the first certificate among them"
+    requests = f"{len(waiting)} requests wait" if len(waiting) != 1 else "1 request waits"
+    text = f"{requests} for an answer; the first certificate among them"
     hint = "`ca-bridge pending list` shows them; ask whoever has them"
     if left <= VERY_NEAR:
         when = f"ENDS IN {residual(int(left.total_seconds()))}" if left > timedelta() else "HAS EXPIRED"
@@ -234,6 +239,9 @@ def _result_json(result: Result, selection: Selection, components: Sequence[Comp
         ],
         "skipped": list(selection.skipped),
         "restart": [component.value for component in components],
+        "restarted": list(result.restarted),
+        "proven": result.proven,
+        "errors": [{"exitCode": e.exit_code, "error": str(e), "hint": e.hint} for e in result.errors],
     }
 
 
@@ -370,17 +378,15 @@ def _plan_json(selection: Selection, settings: Settings, components: Sequence[Co
 
 def recover(settings: Settings) -> None:
     """`recover`: finish or undo what a crash left, and say which."""
-    store = Store(settings.node.state_dir)
-    if not store.directory.is_dir():
+    if not settings.node.state_dir.is_dir():
         typer.echo("nothing to recover: no run has been here")
         return
-    with lock(store.lock, "ca-bridge recover"), audit.Record(store, settings.audit) as record:
-        found = recover_store(store)
-        if found is not None:
-            record.add(audit.RECOVERED, result=str(found))
-    typer.echo(str(found) if found else "nothing to recover")
-    for path in found.paths if found else ():
-        typer.echo(f"  {path}")
+    found: list[Recovery | str] = []
+    with alone(settings, timedelta(), found.append):
+        typer.echo("\n".join(map(str, found)) if found else "nothing to recover")
+    for one in found:
+        for path in one.paths if isinstance(one, Recovery) else ():
+            typer.echo(f"  {path}")
 
 
 # --- going back ------------------------------------------------------------------------------------------------------
@@ -404,10 +410,10 @@ def list_backups(settings: Settings, *, as_json: bool) -> int:
 def _backup_rows(backup: backups.Backup) -> Iterator[tuple[str, ...]]:
     """A line for the backup, and one below it for each certificate."""
     who = "@".join(part for part in (backup.user, backup.host) if part)
-    yield _printable(backup.backup_id), f"{backup.created:{DATE}}", f"{_printable(who)}: {_printable(backup.command)}"
+    yield printable(backup.backup_id), f"{backup.created:{DATE}}", f"{printable(who)}: {printable(backup.command)}"
     for one in backup.certificates:
         serials = f"serial {one.get('old_serial') or 'none'}, replaced by {one.get('new_serial') or 'none'}"
-        yield f"  {_printable(one.get('name'))}", "", _printable(serials)
+        yield f"  {printable(one.get('name'))}", "", printable(serials)
 
 
 def _backup_json(backup: backups.Backup) -> dict[str, Any]:
@@ -499,15 +505,10 @@ def audit_show(settings: Settings, since: datetime | None, name: str | None, *, 
         typer.echo(json.dumps({"schemaVersion": SCHEMA_VERSION, "events": found}, indent=4))
     elif found:
         keys = ("time", "run", "user", "event", "name", "serialNumber", "backend", "result")
-        rows = [[_printable(event.get(key, "")) for key in keys] for event in found]
+        rows = [[printable(event.get(key, "")) for key in keys] for event in found]
         typer.echo("\n".join(columns(rows)))
     else:
         typer.echo("nothing recorded")
-
-
-def _printable(value: object) -> str:
-    """A CA's words may be in it, and must not steer a terminal."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(value))
 
 
 # --- settings and setup ----------------------------------------------------------------------------------------------

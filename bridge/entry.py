@@ -76,7 +76,7 @@ def nothing_to_do(arguments: Sequence[str]) -> str | None:
     store = Store(settings.node.state_dir)
     if selection.items or selection.failed or store.is_interrupted:
         return None
-    if store.requests.exists() or store.hooks.exists():
+    if any(path.exists() for path in (store.requests, store.hooks, store.unproven)):
         return None
     return nothing_due(node, settings, now)
 

@@ -10,7 +10,7 @@ import dataclasses
 import shlex
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -25,7 +25,6 @@ from bridge.install import (
     CERTIFICATE_MASK,
     KEY_MASK,
     KUBECONFIG_MASK,
-    InstallError,
     Replacement,
     install,
 )
@@ -46,6 +45,9 @@ class Result:
 
     outcomes: tuple[Outcome, ...]
     backup_id: str | None = None
+    errors: tuple[BridgeError, ...] = ()  #: About the run as a whole, or about earlier ones.
+    restarted: tuple[str, ...] = ()  #: Sentences, one a component.
+    proven: int | None = None  #: How many checks held; None: nothing was looked at.
 
     @property
     def renewed(self) -> list[Outcome]:
@@ -64,8 +66,8 @@ class Result:
 
     @property
     def exit_code(self) -> int:
-        """The worst outcome's."""
-        return Exit.worst([outcome.exit_code for outcome in self.outcomes])
+        """The worst outcome's, or the worst error's."""
+        return Exit.worst([*(o.exit_code for o in self.outcomes), *(e.exit_code for e in self.errors)])
 
 
 def expectations(
@@ -140,6 +142,7 @@ def finish(
     earlier: Sequence[Outcome],
     all_or_nothing: bool,
     by_hand: bool = False,
+    before: Callable[[Sequence[Outcome]], None] | None = None,
 ) -> Result:
     """
     Prove every answer, then install those that passed in one step.
@@ -156,6 +159,7 @@ def finish(
         earlier: What failed before it could be asked for.
         all_or_nothing: Install nothing if anything failed.
         by_hand: A person brought the answers; with a wrong one among them a request is not over.
+        before: Is told what is about to be installed, and may stop it by an error.
 
     Raises:
         AuditError: Nothing was replaced.
@@ -177,7 +181,6 @@ def finish(
         return Result(outcomes=(*failed, *held))
     if not passed:
         return Result(outcomes=tuple(failed))
-    backup_id = _install(run, passed)
     done = [
         Outcome(
             name=one.name,
@@ -188,16 +191,18 @@ def finish(
         )
         for one, verified in passed
     ]
-    return Result(outcomes=tuple(done + failed), backup_id=backup_id)
+    backup_id = _install(run, passed, lambda: before(done) if before is not None else None)
+    return Result(outcomes=(*done, *failed), backup_id=backup_id)
 
 
-def _install(run: Run, passed: Sequence[tuple[Prepared, verify.Verified]]) -> str:
+def _install(run: Run, passed: Sequence[tuple[Prepared, verify.Verified]], before: Callable[[], None]) -> str:
     files = [replacement for one, verified in passed for replacement in replacements(one, verified)]
     _wait_until_valid([verified.leaf for _, verified in passed])
     run.record.write()  # nothing is installed that the record does not know
     try:
+        before()
         backup_id = install(run.store, files, run.record.run_id, _about(passed))
-    except InstallError as e:
+    except BridgeError as e:
         record_failed(run.record, [outcome_of(one.item, e) for one, _ in passed])
         raise
     for one, verified in passed:

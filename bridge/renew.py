@@ -8,14 +8,17 @@ the node holds none.
 from __future__ import annotations
 
 import dataclasses
+import sys
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 
-from bridge import audit, backups, expiry, plugins, verify
+from bridge import around, audit, backups, expiry, plugins, verify
 from bridge.asking import Answer, Progress, Reached, owes, reach, sign
 from bridge.contract import Carries, Collects, Issued
 from bridge.errors import VerificationError, WaitingError
+from bridge.expiry import duration_text
 from bridge.finish import Result, expectations, finish, held_back, open_request, record_failed
 from bridge.inventory import Item, Node
 from bridge.pending import OpenRequest
@@ -24,6 +27,7 @@ from bridge.runs import Run, begun, give_up
 from bridge.selection import Outcome, Selection, outcome_of, select
 from bridge.settings import Settings
 from bridge.specs import AUTHORITIES
+from bridge.walk import Walk
 
 
 def run(
@@ -44,19 +48,42 @@ def run(
         RequestsError: The open requests can't be read or kept; nothing was replaced.
         InstallError: Nothing was replaced.
     """
-    with begun(settings, now, progress, wait) as (ours, node):
+    is_terminal = sys.stdin.isatty() or sys.stderr.isatty()
+    if not names:
+        _sleep(around.delay(settings, now(), is_terminal=is_terminal), progress)
+    with begun(settings, now, progress, wait) as (ours, found):
+        walk = Walk(ours)
+        node = walk.earlier(found)
         waiting = [one.name for one in ours.requests if one.reference or one.answer is not None]
         selection = select(node, settings, names, now(), waiting)
-        if not selection.items:
+        if not names:
+            selection = walk.around.held(selection, is_terminal=is_terminal)
+        if selection.items:
+            result = walk.whole(
+                selection, lambda: _renew(ours, selection, node, walk.before, all_or_nothing=all_or_nothing)
+            )
+        else:
             record_failed(ours.record, selection.failed)
-            return Result(outcomes=selection.failed), node, selection
-        result = _renew(ours, selection, node, all_or_nothing=all_or_nothing)
+            result = walk.with_earlier(Result(outcomes=selection.failed))
         if result.backup_id is not None:
             backups.retire(ours.store, settings.backups, node, now())
         return result, node, selection
 
 
-def _renew(run: Run, selection: Selection, node: Node, *, all_or_nothing: bool) -> Result:
+def _sleep(delay: timedelta, progress: Progress) -> None:
+    if delay:
+        progress.note(f"waits {duration_text(timedelta(seconds=int(delay.total_seconds())))} (renewal.jitter)")
+        time.sleep(delay.total_seconds())
+
+
+def _renew(
+    run: Run,
+    selection: Selection,
+    node: Node,
+    before: Callable[[Sequence[Outcome]], None],
+    *,
+    all_or_nothing: bool,
+) -> Result:
     expected, unproved = expectations(node, run.settings, selection.items, run.now())
     items = [item for item in selection.items if item.spec.authority.name in expected]
     kept = _kept(run, items, expected)
@@ -93,6 +120,7 @@ def _renew(run: Run, selection: Selection, node: Node, *, all_or_nothing: bool) 
         labels=labels,
         earlier=earlier,
         all_or_nothing=all_or_nothing,
+        before=before,
     )
 
 

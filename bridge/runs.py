@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 from bridge import audit, install, inventory, static_pods
 from bridge.asking import Progress
 from bridge.files import lock
+from bridge.install import Recovery
 from bridge.inventory import Node
 from bridge.pending import OpenRequests
 from bridge.settings import Settings
@@ -31,7 +32,9 @@ class Run:
 
 
 @contextlib.contextmanager
-def alone(settings: Settings, wait: timedelta, tell: Callable[[str], None]) -> Iterator[tuple[Store, audit.Record]]:
+def alone(
+    settings: Settings, wait: timedelta, tell: Callable[[Recovery | str], None]
+) -> Iterator[tuple[Store, audit.Record]]:
     """
     Hold the state directory's lock; what an interrupted run left is finished or undone first.
 
@@ -51,7 +54,7 @@ def alone(settings: Settings, wait: timedelta, tell: Callable[[str], None]) -> I
         for step in (static_pods.recover, install.recover):
             recovery = step(store)
             if recovery is not None:
-                tell(str(recovery))
+                tell(recovery)
                 record.add(audit.RECOVERED, result=str(recovery))
         yield store, record
 
@@ -68,7 +71,7 @@ def begun(
         InstallError: What was left can neither be finished nor undone.
         RequestsError: The open requests can't be read.
     """
-    with alone(settings, wait, progress.note) as (store, record):
+    with alone(settings, wait, lambda found: progress.note(str(found))) as (store, record):
         run = Run(
             settings=settings, store=store, requests=OpenRequests(store), record=record, progress=progress, now=now
         )

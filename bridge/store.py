@@ -18,6 +18,7 @@ class Store:
         self.restart = state_dir / "restart.json"  #: Which manifest is out of its directory.
         self.restarted = state_dir / "restarted.json"  #: When each component was last restarted.
         self.kubelet_copy = state_dir / "kubelet-client-current.pem"  #: The last one that was taken from the kubelet.
+        self.unproven = state_dir / "unproven.json"  #: What was installed, and not yet seen in use.
         self.hooks = state_dir / "hooks.json"  #: Hooks that did not succeed yet.
         self.attempts = state_dir / "attempts.json"  #: How often in a row a CA's renewals failed.
         self.audit = state_dir / "audit.jsonl"

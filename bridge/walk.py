@@ -1,0 +1,95 @@
+"""What is done before, around and after the installation of answers, wherever they came from: `renew` and `import`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from bridge import inventory, live
+from bridge.around import Around
+from bridge.console import print_error
+from bridge.errors import BridgeError
+from bridge.finish import Result
+from bridge.hooks import Occasion
+from bridge.inventory import Node
+from bridge.runs import Run
+from bridge.selection import Outcome, Selection
+
+
+class Walk:
+    """Of one run: hooks, restart, proof, the way back, and the count of runs that failed."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._errors: list[BridgeError] = []
+        self._items: Selection = Selection(items=(), failed=(), skipped=())
+        self.around = Around(run.settings, run.store, run.record, run.now)
+
+    def earlier(self, node: Node) -> Node:
+        """First in a run: the hooks and the proof that earlier ones owe; the node as it is after that."""
+        self._errors += self.around.again(node)
+        settled = live.settle(self._run, node)
+        self._errors += settled.errors
+        if settled == live.Settled():
+            return node
+        return inventory.read(self._run.settings.node.pki_dir, self._run.settings.node.kubeconfig_dir)
+
+    def with_earlier(self, result: Result) -> Result:
+        """The result with what was wrong with earlier runs."""
+        return dataclasses.replace(result, errors=(*self._errors, *result.errors))
+
+    def whole(self, selection: Selection, work: Callable[[], Result]) -> Result:
+        """
+        Everything about these certificates.
+
+        Args:
+            selection: What they are.
+            work: Asks, proves and installs, and calls `before` right before the installation.
+
+        Raises:
+            BridgeError: Nothing was replaced.
+        """
+        self._items = selection
+        try:
+            self.around.before(selection)
+            result = work()
+        except BridgeError as e:
+            for error in self.around.after(selection, Result(outcomes=selection.failed), [e]):
+                print_error(error)
+            raise
+        if result.backup_id is not None:
+            result = self._installed(result)
+        more = self.around.after(selection, result, result.errors)
+        return self.with_earlier(dataclasses.replace(result, errors=(*result.errors, *more)))
+
+    def before(self, outcomes: Sequence[Outcome]) -> None:
+        """
+        Right before the installation of these: what is owed after it is on disk.
+
+        Raises:
+            BridgeError: It is not; nothing must be installed.
+        """
+        self.around.hooks.installing(Occasion.of(self._items.items, outcomes))
+        live.owe(self._run, outcomes)
+
+    def _installed(self, result: Result) -> Result:
+        occasion = Occasion.of(self._items.items, result.outcomes, backup_id=result.backup_id)
+        hook_errors = self.around.hooks.installed(occasion)
+        settings = self._run.settings
+        node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
+        settled = live.settle(self._run, node)
+        outcomes = result.outcomes
+        errors = settled.errors
+        if settled.rolled_back is not None:
+            back = settled.rolled_back
+            outcomes = tuple(dataclasses.replace(o, new=None, error=back) if o.new else o for o in outcomes)
+            errors = tuple(error for error in errors if error is not back)
+        return dataclasses.replace(
+            result,
+            outcomes=outcomes,
+            errors=(*result.errors, *hook_errors, *errors),
+            restarted=tuple(
+                f"{one.component.value} in {one.seconds:.1f} s" for one in settled.restarted if one.seconds
+            ),
+            proven=settled.proven,
+        )
