@@ -350,7 +350,7 @@ def _certificate(result: Mapping[str, Any]) -> x509.Certificate:
     try:
         found = x509.load_pem_x509_certificates(pem.encode() if isinstance(pem, str) else b"")
         _ = [(certificate.subject, certificate.issuer) for certificate in found]  # which are read only now
-    except (ValueError, x509.InvalidVersion):
+    except (ValueError, TypeError, x509.InvalidVersion):  # TypeError: a type that does not fit an attribute
         found = []
     if len(found) != 1:
         wanted = f"cfssl: wanted one PEM certificate in the answer, found {len(found)} that can be read"

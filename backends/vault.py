@@ -795,9 +795,11 @@ def _issued(answer: _Answer) -> Issued:
 
 def _certificates(pem: Sequence[str], where: str) -> list[x509.Certificate]:
     try:
-        return x509.load_pem_x509_certificates("\n".join(pem).encode())
-    except ValueError:
+        found = x509.load_pem_x509_certificates("\n".join(pem).encode())
+        _ = [(certificate.subject, certificate.issuer) for certificate in found]  # which are read only now
+    except (ValueError, TypeError, x509.InvalidVersion):  # TypeError: a type that does not fit an attribute
         hint = "is there a Vault or OpenBao PKI engine behind this URL?"
         raise BackendRefusedError(
             f"vault: {where}: wanted a certificate in PEM, found something else", hint=hint
         ) from None
+    return found

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO, Self
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from bridge.certificates import fingerprint, name_text, serial_hex
+from bridge.certificates import UNREADABLE, fingerprint, name_text, serial_hex
 from bridge.console import print_error
 from bridge.contract import SignRequest
 from bridge.errors import BackendUnavailableError, BridgeError, Exit, WaitingError
@@ -94,7 +94,7 @@ def _issuer(certificate: x509.Certificate) -> str | None:
     """None: not a name; what a CA answered is recorded before it is verified."""
     try:
         return name_text(certificate.issuer)
-    except ValueError:
+    except UNREADABLE:
         return None
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.utils import CryptographyDeprecationWarning
 
@@ -25,6 +26,17 @@ warnings.filterwarnings("ignore", message="Attribute's length must be", category
 
 _BEGIN = re.compile(rb"^-----BEGIN CERTIFICATE-----[ \t]*\r?$", re.MULTILINE)
 _END = b"-----END CERTIFICATE-----"
+
+#: What the library raises for parts of a certificate, which it reads only when they are asked for: a name or a key
+#: that can't be decoded, an attribute whose type does not fit, an extension that is there twice or of a kind it does
+#: not know.
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
 
 _Extension = TypeVar("_Extension", bound=x509.ExtensionType)
 
@@ -62,10 +74,12 @@ def _load(body: bytes, number: int) -> x509.Certificate:
     except ValueError:
         raise ValueError(f"PEM block {number} is not base64") from None
     try:
-        return x509.load_der_x509_certificate(der)
+        certificate = x509.load_der_x509_certificate(der)
+        _ = certificate.subject, certificate.issuer  # or whoever shows them would be the first to read them
     # InvalidVersion is no ValueError
-    except (ValueError, x509.InvalidVersion) as e:
+    except (*UNREADABLE, x509.InvalidVersion) as e:
         raise ValueError(f"PEM block {number} is not an X.509 certificate: {e}") from e
+    return certificate
 
 
 def pem(certificate: x509.Certificate) -> bytes:

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 
-from bridge.certificates import attributes, name_text, san_counts
+from bridge.certificates import UNREADABLE, attributes, name_text, san_counts
 from bridge.errors import BridgeError
 from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
 
@@ -100,7 +100,7 @@ def build(certificate: x509.Certificate, key: PrivateKey) -> bytes:
 def _subject(certificate: x509.Certificate) -> x509.Name:
     try:
         return certificate.subject
-    except ValueError as e:
+    except UNREADABLE as e:
         raise CannotCarryError(f"subject: wanted attributes that can be read, found: {e}") from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from bridge.reading import UnreadableError, read
@@ -95,7 +96,7 @@ def _flags(words: list[str]) -> dict[str, str]:
     etcd takes one dash as well (Go's flag package); a single letter after it is a shorthand and is left out.
     """
     flags = {}
-    for word, following in zip(words, [*words[1:], "-"], strict=True):
+    for word, following in zip_longest(words, words[1:], fillvalue="-"):
         name, equals, value = word.lstrip("-").partition("=")
         if word.startswith("--" if len(name) == 1 else "-") and name:
             flags[f"--{name}"] = value if equals else "true" if following.startswith("-") else following
