@@ -8,7 +8,6 @@ delay, since each answer is proven like that of any other CA.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -44,7 +43,7 @@ class ExchangeSettings(BackendSettings):
     """Table `[backend.NAME]` with `type = "exchange"`."""
 
     outbox: Path  #: Request bundles are written here.
-    inbox: Path  #: Answer bundles are looked for here, whatever they are called.
+    inbox: Path  #: Answer bundles are looked for here, whatever they are called before `.json`.
     retry_for: timedelta = timedelta()  #: A directory that is not there now is looked for by the next run.
 
     def problems(self) -> Iterator[SettingsProblem]:
@@ -61,6 +60,7 @@ class ExchangeBackend:
 
     def __init__(self, settings: ExchangeSettings) -> None:
         self._settings = settings
+        self._read: dict[Path, tuple[tuple[int, int, int], AnswerBundle | str]] = {}
 
     @classmethod
     def from_settings(cls, settings: ExchangeSettings) -> Self:
@@ -89,76 +89,98 @@ class ExchangeBackend:
         """All requests in one bundle; one that lies in the outbox already is not written again."""
         self.check(())
         bundle = bundle_of(requests, datetime.now(UTC))
-        path = self._settings.outbox / request_file_name(bundle)
-        there = _bundle_at(path)
-        if there is not None and {r.csr for r in there.requests} >= {r.csr for r in bundle.requests}:
-            bundle = there  # written by a run that was cut off before it could say so
-        else:
-            try:
-                write_atomically(path, dumps(bundle), REQUEST_MODE)
-            except OSError as e:
-                raise BackendUnavailableError(
-                    f"{path}: wanted to write the request bundle, found: {e.strerror}", hint="mend the outbox"
-                ) from e
-            except BundleError as e:
-                raise BackendRefusedError(f"no bundle can be made of these requests: {e}") from e
-        return [self._pending(digest(bundle), path, bundle)] * len(requests)
-
-    def _pending(self, reference: str, path: Path, bundle: RequestBundle) -> Pending:
-        return Pending(
-            reference=reference, note=f"{path} is to be carried out, fingerprint {short_fingerprint(bundle)}"
+        csrs = {one.csr for one in bundle.requests}
+        there = (
+            (path, one)  # a run wrote it that was cut off before it could say so
+            for path, one in self._outbox(bundle.node)
+            if one.batch == bundle.batch and csrs <= {request.csr for request in one.requests}
         )
+        path, bundle = next(there, None) or self._write(bundle)
+        return [Pending(reference=digest(bundle), note=_to_carry(path, bundle))] * len(requests)
+
+    def _write(self, bundle: RequestBundle) -> tuple[Path, RequestBundle]:
+        path = self._settings.outbox / request_file_name(bundle)
+        try:
+            write_atomically(path, dumps(bundle), REQUEST_MODE)
+        except OSError as e:
+            raise BackendUnavailableError(
+                f"{path}: wanted to write the request bundle, found: {e.strerror}", hint="mend the outbox"
+            ) from e
+        except BundleError as e:
+            raise BackendRefusedError(f"no bundle can be made of these requests: {e}") from e
+        return path, bundle
 
     def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
         """Look for an answer bundle to the request bundle with this digest."""
         self.check(())
-        found, notes = self._inbox
-        path, answers = self._outbox_path(request), found.get(reference, [])
+        answers, notes = self._inbox(reference)
+        ours = self._outbox(request.continuity.node) if request.continuity is not None else ()
+        sent = [(path, there) for path, there in ours if digest(there) == reference]
         for answer in sorted(answers, key=lambda one: one.signed, reverse=True):
             given = answer.answers.get(request.spec.name)
-            if given is not None and path is not None:
+            if given is None:
+                continue
+            for path, _ in sent:
                 with contextlib.suppress(OSError):  # it is in nobody's way
                     path.unlink(missing_ok=True)
             if isinstance(given, Refusal):
                 raise BackendRefusedError(f"{answer.signer} refused: {given.reason}")
-            if given is not None:
-                return given
-        bundle = _bundle_at(path) if path is not None else None
+            return given
         if answers:
             notes = [f"the answer of {answers[0].signer} leaves it out", *notes]
-        elif bundle is not None and path is not None:
-            notes = [self._pending(reference, path, bundle).note, *notes]
+        elif sent:
+            notes = [_to_carry(*sent[0]), *notes]
         else:
             notes = ["the request bundle has left the outbox, and no answer is in the inbox", *notes]
         return Pending(reference=reference, note="; ".join(notes))
 
-    def _outbox_path(self, request: SignRequest) -> Path | None:
-        who = request.continuity
-        return self._settings.outbox / f"{who.node}-{who.batch}.request.json" if who is not None else None
+    def _outbox(self, node: str) -> Iterator[tuple[Path, RequestBundle]]:
+        """Request bundles of a node that were not fetched yet."""
+        for path in self._files(self._settings.outbox):
+            if path.name.startswith(node):
+                with contextlib.suppress(BundleError, UnreadableError):  # another's, whatever it is
+                    yield path, loads_request(read(path) or b"")
 
-    @functools.cached_property
-    def _inbox(self) -> tuple[dict[str, list[AnswerBundle]], list[str]]:
-        """Whole answer bundles by the digest of what they answer, and what is to be said of the other files."""
-        found: dict[str, list[AnswerBundle]] = {}
-        notes = []
-        for path in sorted(self._settings.inbox.iterdir()):
-            if path.name.startswith(".") or path.suffix != ".json" or not path.is_file():
-                continue
-            try:
-                answer = loads_answer(read(path) or b"")
-            except IncompleteBundleError:
-                notes.append(f"{path} is not whole yet")
-            except (BundleError, UnreadableError) as e:
-                notes.append(f"{path} is no answer: {e}")
-            else:
-                found.setdefault(answer.request_digest, []).append(answer)
+    def _inbox(self, reference: str) -> tuple[list[AnswerBundle], list[str]]:
+        """Whole answer bundles to this request bundle, and what is to be said of files that are none."""
+        found, notes = [], []
+        for path in self._files(self._settings.inbox):
+            answer = self._answer_at(path)
+            if isinstance(answer, str):
+                notes.append(answer)
+            elif answer is not None and answer.request_digest == reference:
+                found.append(answer)
         return found, notes
 
+    def _answer_at(self, path: Path) -> AnswerBundle | str | None:
+        """Read once, as long as it stays the same, since each request of a run asks for it; a text: why it is none."""
+        try:
+            status = path.stat()
+        except OSError:
+            return None  # taken away meanwhile
+        version = (status.st_ino, status.st_size, status.st_mtime_ns)
+        if (known := self._read.get(path)) is None or known[0] != version:
+            known = self._read[path] = version, _answer_or_reason(path)
+        return known[1]
 
-def _bundle_at(path: Path) -> RequestBundle | None:
-    """What an earlier run wrote there."""
+    @staticmethod
+    def _files(directory: Path) -> list[Path]:
+        try:
+            return sorted(path for path in directory.iterdir() if path.suffix == ".json" and path.name[0] != ".")
+        except OSError as e:
+            raise BackendUnavailableError(
+                f"{directory}: wanted to look for bundles there, found: {e.strerror}", hint="mount or mend it"
+            ) from e
+
+
+def _answer_or_reason(path: Path) -> AnswerBundle | str:
     try:
-        data = read(path)
-        return loads_request(data) if data is not None else None
-    except (BundleError, UnreadableError):
-        return None
+        return loads_answer(read(path) or b"")
+    except IncompleteBundleError:
+        return f"{path} is not whole yet"
+    except (BundleError, UnreadableError) as e:
+        return f"{path} is no answer: {e}"
+
+
+def _to_carry(path: Path, bundle: RequestBundle) -> str:
+    return f"{path} is to be carried out, fingerprint {short_fingerprint(bundle)}"

@@ -165,13 +165,14 @@ def sign_request(request: BundledRequest, bundle: RequestBundle) -> SignRequest:
 
 
 def request_file_name(bundle: RequestBundle) -> str:
-    """What its file is called where nobody chose a name; another for each batch, so that none is written over another."""
-    return f"{bundle.node}-{bundle.batch}.request.json"
+    """What its file is called where nobody chose a name; another for each bundle, so that none is written over another."""
+    return f"{bundle.node}-{digest(bundle)[:32]}.request.json"
 
 
 def answer_file_name(bundle: Bundle) -> str:
     """The same for the answer."""
-    return f"{bundle.node}-{bundle.batch}.answer.json"
+    asked = digest(bundle) if isinstance(bundle, RequestBundle) else bundle.request_digest
+    return f"{bundle.node}-{asked[:32]}.answer.json"
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -710,7 +711,7 @@ def _request_lines(
     bundle: RequestBundle, now: datetime, cas: Mapping[str, Sequence[x509.Certificate]] | None
 ) -> Iterator[str]:
     yield f"request of node {bundle.node}, cluster {bundle.cluster}, made {_minute(bundle.created)}"
-    yield f"batch {bundle.batch}, {len(bundle.requests)} certificates"
+    yield f"batch {bundle.batch}, {count(len(bundle.requests), 'certificate')}"
     for request in bundle.requests:
         usages = ", ".join(sorted(eku.label for eku in request.ekus))
         yield ""
@@ -756,7 +757,12 @@ def _answer_lines(bundle: AnswerBundle) -> Iterator[str]:
             continue
         yield f"  certificate {_name(answer.leaf)}, serial {serial_hex(answer.leaf)}"
         yield f"  valid       {_minute(answer.leaf.not_valid_before_utc)} to {_minute(answer.leaf.not_valid_after_utc)}"
-        yield f"  issuer      {_issuer(answer.leaf)}, {len(answer.intermediates)} intermediates"
+        yield f"  issuer      {_issuer(answer.leaf)}, {count(len(answer.intermediates), 'intermediate')}"
+
+
+def count(number: int, what: str) -> str:
+    """Such as `1 certificate`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _minute(time: datetime) -> str:

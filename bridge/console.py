@@ -30,13 +30,15 @@ def print_error(error: BridgeError, about: str = "") -> None:
         log.error("%s", error.hint, extra={"is_hint": True})
 
 
+def printable(value: object) -> str:
+    """A CA's words or the names of carried files may be in it, and must not steer a terminal."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(value))
+
+
 class _TextFormat(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         level = "hint" if getattr(record, "is_hint", False) else record.levelname.lower()
-        # a CA's words may be in it, and must not steer a terminal
-        text = "".join(
-            character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in record.getMessage()
-        )
+        text = printable(record.getMessage())
         return text if record.levelno == logging.INFO else f"{level}: {text}"
 
 

@@ -607,7 +607,7 @@ def test_a_person_sees_what_came_back(answer_bundle: AnswerBundle) -> None:
     """Certificates, refusals with their reason, and who signed."""
     text = describe(answer_bundle, NOW)
 
-    for wanted in (*NAMES, "not today", "desk (openssl)", "1 intermediates", short_fingerprint(answer_bundle)):
+    for wanted in (*NAMES, "not today", "desk (openssl)", "1 intermediate", short_fingerprint(answer_bundle)):
         assert wanted in text
 
 
