@@ -379,7 +379,7 @@ class _Desk:
             self.folder.joinpath(name).write_bytes(order.csr_pem)
         # never -out a real file: openssl empties it first, and keeps only the last of several certificates in it
         fixed = ("-notext", "-extensions", usage, *self._dates(validity), "-out", "/dev/null")
-        outcome = self._run(*fixed, "-infiles", *names)
+        outcome = self._run(*fixed, "-infiles", *names, csrs=len(names))
         for name in names:
             self.folder.joinpath(name).unlink()
         return outcome, self.database.added(before, copy)
@@ -413,10 +413,10 @@ class _Desk:
         end = min(now + validity, signer.not_valid_after_utc)
         return ["-startdate", _asn1_time(begin), "-enddate", _asn1_time(end)]
 
-    def _run(self, *arguments: str) -> Outcome:
+    def _run(self, *arguments: str, csrs: int = 0) -> Outcome:
         fixed = ("-config", "openssl.cnf", "-name", "bridge", "-batch")
         # should we be killed, the process holds the lock until it has ended
-        return self.openssl.run(self.folder, "ca", *fixed, *arguments, inherited=[self.lock])
+        return self.openssl.run(self.folder, "ca", *fixed, *arguments, inherited=[self.lock], csrs=csrs)
 
 
 def _not_issued(lost: Sequence[str]) -> BackendError:

@@ -20,6 +20,8 @@ from backends.openssl_key import PrivateKey
 from bridge.contract import SecretUnavailableError
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError
 
+#: So many an openssl signs within the settings' `timeout`, be its HSM slow or its host busy.
+CSRS_A_LIMIT = 100
 _OLDEST = (1, 1, 1)
 _LONGEST_PASSPHRASE = 1023  # bytes; openssl takes a line of that size at most
 _LINES_TOLD = 3
@@ -43,6 +45,7 @@ class Outcome:
     code: int | None
     output: bytes = b""
     messages: str = ""
+    limit: timedelta = timedelta()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,7 @@ class Openssl:
     """The program, and the key that it is to use."""
 
     program: str
-    limit: timedelta  #: For one process.
+    limit: timedelta  #: For one process, and again for every `CSRS_A_LIMIT` CSRs that it signs.
     key: PrivateKey
 
     def check_version(self) -> None:
@@ -69,7 +72,7 @@ class Openssl:
             BackendRefusedError: There is none, it is older than 1.1.1, or another make.
             BackendUnavailableError: It did not end.
         """
-        outcome = self._run(["version"], folder=Path("/"), environment={}, inherited=())
+        outcome = self._run(["version"], folder=Path("/"), environment={}, inherited=(), limit=self.limit)
         if error := self._stopped(outcome) or _killed(outcome):
             raise error
         text = outcome.output.decode(errors="replace").strip()
@@ -91,7 +94,7 @@ class Openssl:
         key = load_pem_public_key(outcome.output)
         return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
-    def run(self, folder: Path, command: str, *arguments: str, inherited: Iterable[int] = ()) -> Outcome:
+    def run(self, folder: Path, command: str, *arguments: str, inherited: Iterable[int] = (), csrs: int = 0) -> Outcome:
         """
         Run a command that uses the private key, with no terminal to ask on and none of our environment.
 
@@ -100,6 +103,7 @@ class Openssl:
             command: The first argument.
             arguments: Behind it and `-passin`.
             inherited: File descriptors that the process keeps open.
+            csrs: How many it signs.
 
         Raises:
             BackendRefusedError: No such program, no such key, no such passphrase.
@@ -116,6 +120,7 @@ class Openssl:
                 folder=folder,
                 environment=self.key.environment(command),
                 inherited=(reading, *inherited),
+                limit=self.limit * (1 + csrs // CSRS_A_LIMIT),
             )
         finally:
             os.close(reading)
@@ -135,7 +140,13 @@ class Openssl:
         return secret
 
     def _run(
-        self, arguments: list[str], *, folder: Path, environment: Mapping[str, str], inherited: Iterable[int]
+        self,
+        arguments: list[str],
+        *,
+        folder: Path,
+        environment: Mapping[str, str],
+        inherited: Iterable[int],
+        limit: timedelta,
     ) -> Outcome:
         program = shutil.which(self.program)
         if not program:
@@ -157,24 +168,10 @@ class Openssl:
                 )
             except OSError as e:
                 raise BackendRefusedError(f"wanted to start {program}, found: {e.strerror}") from e
-            output = self._output(process)
+            output = _output(process, limit)
             messages.seek(0)
             told = messages.read().decode(errors="replace")
-        return Outcome(None) if output is None else Outcome(process.returncode, output, told)
-
-    def _output(self, process: subprocess.Popen[bytes]) -> bytes | None:
-        """What it prints until it ends; None: it was stopped at the time limit."""
-        with process:
-            try:
-                # the engine can crash with the PIN in its memory
-                resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))
-                return process.communicate(timeout=self.limit.total_seconds())[0]
-            except BaseException as e:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                if isinstance(e, subprocess.TimeoutExpired):
-                    return None
-                raise
+        return Outcome(None, limit=limit) if output is None else Outcome(process.returncode, output, told)
 
     def failure(self, outcome: Outcome) -> Failure:
         """Why it failed, as far as its messages tell; they decide nothing else."""
@@ -186,8 +183,9 @@ class Openssl:
 
     def _stopped(self, outcome: Outcome) -> BackendUnavailableError | None:
         if outcome.code is None:
+            limit = outcome.limit.total_seconds()
             return BackendUnavailableError(
-                f"wanted openssl to end within {self.limit.total_seconds():g} s, found it still running; it was stopped"
+                f"wanted openssl to end within {limit:g} s, found it still running; it was stopped"
             )
         if _DISK_FULL.search(outcome.messages):
             return BackendUnavailableError("wanted room for the CA's database, found the disk full")
@@ -217,6 +215,21 @@ class Openssl:
         told = "; ".join(_short(line) for line in lines[:_LINES_TOLD]) or "nothing that it told"
         secret = self._secret().decode()
         return told.replace(secret, f"[{self.key.secret_name}]") if secret else told
+
+
+def _output(process: subprocess.Popen[bytes], limit: timedelta) -> bytes | None:
+    """What it prints until it ends; None: it was stopped at the time limit."""
+    with process:
+        try:
+            # the engine can crash with the PIN in its memory
+            resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))
+            return process.communicate(timeout=limit.total_seconds())[0]
+        except BaseException as e:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(e, subprocess.TimeoutExpired):
+                return None
+            raise
 
 
 def _killed(outcome: Outcome) -> BackendUnavailableError | None:

@@ -802,6 +802,19 @@ def test_never_asks_on_a_terminal(encrypted: Path, tmp_path: Path) -> None:
     assert not tmp_path.joinpath("terminal").exists()
 
 
+def test_a_process_that_signs_many_has_more_time(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time limit is for one request: what is too slow for one is not too slow for many."""
+    monkeypatch.setattr("backends.openssl_process.CSRS_A_LIMIT", 1)
+    settings: dict[str, Any] = {"openssl": program(tmp_path, 'sleep 3; exec $REAL "$@"')}
+    settings["timeout"] = timedelta(seconds=1)
+    with pytest.raises(BackendUnavailableError, match="within 2 s"):
+        opened(directory, **settings).sign(renewal())
+    answers = opened(directory, **settings).sign_many([renewal() for _ in range(30)])
+    assert all(isinstance(answer, Issued) for answer in answers)
+
+
 def test_a_slow_program_is_stopped(directory: Path, tmp_path: Path) -> None:
     """At its time limit the process and its children are killed, and the CA is unavailable."""
     slow = program(tmp_path, f"sleep 600 & echo $$ $! > {tmp_path}/pids; wait")
