@@ -68,7 +68,8 @@ class Failures:
         return self.count >= MANY
 
     def __str__(self) -> str:
-        return f"{self.count} runs in a row have failed since {_text(self.since)}"
+        runs = f"{self.count} runs in a row have" if self.count != 1 else "1 run has"
+        return f"{runs} failed since {_text(self.since)}"
 
 
 def next_try(failures: Failures, expires: datetime) -> datetime:

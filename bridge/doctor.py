@@ -7,6 +7,7 @@ Asks each authority's CA what can be asked without spending a signature; writes 
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,12 +17,14 @@ from typing import Literal
 
 import typer
 
-from bridge import asking, expiry, finish, inventory, plugins, verify
-from bridge.console import columns
+from bridge import asking, expiry, finish, hooks, inventory, plugins, verify
+from bridge.attempts import Attempts
+from bridge.console import columns, printable
 from bridge.errors import BridgeError, Exit, SettingsError
 from bridge.inventory import AuthorityState, Item, Node
 from bridge.settings import Settings
 from bridge.store import Store
+from bridge.windows import ever_waits
 
 Level = Literal["ok", "warning", "error"]
 
@@ -46,6 +49,9 @@ def run(settings: Settings, now: datetime) -> int:
         *_certificates(node, settings, now),
         *_authorities(node, now),
         *_state_directory(settings.node.state_dir),
+        *_windows(settings, now),
+        *_hooks(settings),
+        *_attempts(settings),
         *_backends(node, settings, now),
     ]
     typer.echo("\n".join(columns([(f.level, f.about, f.text) for f in findings])))
@@ -128,6 +134,40 @@ def _state_directory(path: Path) -> Iterator[Finding]:
         yield Finding(level="ok", about=about, text=str(path))
     else:
         yield Finding(level="ok", about=about, text=f"{path} is made by the first renewal")
+
+
+def _windows(settings: Settings, now: datetime) -> Iterator[Finding]:
+    renewal, about = settings.renewal, "renewal.window"
+    if not renewal.window:
+        return
+    try:
+        zone = renewal.window_zone.resolve()
+    except SettingsError as e:
+        yield _error(about, e)
+        return
+    text = f"{renewal.window} ({zone})"
+    if ever_waits(now, renewal.window, zone, renewal.before.of(renewal.validity)):
+        yield Finding(level="ok", about=about, text=f"{text}; the timer must fire within it")
+    else:
+        text = f"wanted renewal.before longer than two windows take, found {renewal.before}: nothing waits for {text}"
+        yield Finding(level="warning", about=about, text=text)
+
+
+def _hooks(settings: Settings) -> Iterator[Finding]:
+    for event in (hooks.BEFORE, hooks.AFTER_INSTALL, hooks.SUCCESS, hooks.FAILURE):
+        for words in getattr(settings.hooks, event).words():
+            found = shutil.which(words[0])
+            text = found or f"wanted a program {words[0]!r}, found none that can be run"
+            yield Finding(level="ok" if found else "warning", about=f"hook {event}", text=text)
+    if Store(settings.node.state_dir).hooks.exists():
+        text = "some of an earlier run did not succeed; the next `ca-bridge renew` runs them again"
+        yield Finding(level="warning", about="hooks", text=text)
+
+
+def _attempts(settings: Settings) -> Iterator[Finding]:
+    for name, failures in Attempts(Store(settings.node.state_dir)).authorities.items():
+        text = f"{failures}; the last failure: {failures.reason}"
+        yield Finding(level="warning", about=f"backend of {name}", text=printable(text))
 
 
 def _backends(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:

@@ -150,6 +150,12 @@ def may_act(now: datetime, windows: Windows, zone: tzinfo, expires: datetime) ->
     return Decision(act=False, reason=reason, next=begin)
 
 
+def ever_waits(now: datetime, windows: Windows, zone: tzinfo, before: timedelta) -> bool:
+    """Whether a certificate that is due so long before its end may wait for one of the windows to come."""
+    moments = (begin - timedelta(seconds=1) for begin, _ in spans(now, windows, zone))
+    return any(not may_act(moment, windows, zone, moment + before).act for moment in moments)
+
+
 def local_text(moment: datetime, zone: tzinfo) -> str:
     """For the operator, by the clock on the wall."""
     try:

@@ -21,7 +21,7 @@ from bridge.schedule import NotYetError, delay, held
 from bridge.selection import Selection
 from bridge.settings import RenewalSettings, parse
 from bridge.specs import SPECS
-from bridge.windows import LAST_DAYS, Jitter, Window, Windows, may_act, spans
+from bridge.windows import LAST_DAYS, Jitter, Window, Windows, ever_waits, may_act, spans
 from bridge.zones import Zone
 from tests.kit.issuing import NOW, Signer
 
@@ -207,6 +207,22 @@ def test_no_certificate_expires_while_it_waits_for_windows(
         now += period
     # a daily timer has two tries in the last two days, a faster one more
     assert tries >= min(outages + 1, LAST_DAYS // period)
+
+
+@pytest.mark.parametrize(
+    ("text", "before", "waits"),
+    [
+        ("Sat 02:00-06:00", 30 * DAY, True),
+        ("Sat 02:00-06:00", 8 * DAY, True),
+        ("Sat 02:00-06:00", 7 * DAY, False),
+        ("02:00-06:00", 3 * DAY, True),
+        ("02:00-06:00", 2 * DAY, False),
+        ("00:00-24:00", 30 * DAY, False),
+    ],
+)
+def test_windows_that_can_not_matter_are_known(text: str, before: timedelta, *, waits: bool) -> None:
+    """A certificate that is due only when two of them are no longer left gives way at once."""
+    assert ever_waits(NOW, windows(text), BERLIN, before) == waits
 
 
 def test_a_certificate_that_has_expired_waits_for_nothing() -> None:

@@ -227,3 +227,29 @@ def test_killed_with_its_hook_it_runs_the_hook_again(bridge: Bridge, tmp_path: P
     assert first == second
     assert_pairs(bridge.pki)
     assert not (bridge.directory / "state/hooks.json").exists()
+
+
+# --- doctor ----------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_sees_windows_hooks_and_failed_runs(bridge: Bridge) -> None:
+    """Before the night in which they matter; none of it is an error by itself."""
+    bridge.add("renewal", {"window": ["Sat 02:00-06:00"], "window_zone": "Europe/Berlin"})
+    bridge.add("hooks", {"success": ["false", "/nowhere/tell"]})
+    before = bridge.run("doctor").stdout
+    assert re.search(r"ok +renewal.window +Sat 02:00-06:00 \(Europe/Berlin\)", before)
+    assert re.search(r"ok +hook success +\S+/false", before)
+    assert re.search(r"warning +hook success +wanted a program '/nowhere/tell'", before)
+    assert "earlier run" not in before
+    key = bridge.directory / "desk/etcd-ca/ca.key"
+    aside = key.rename(key.with_suffix(".away"))
+    assert bridge.run("renew", "etcd-peer").returncode == 5
+    aside.rename(key)
+    assert bridge.run("renew", "apiserver").returncode == 7
+    bridge.tables[-2] = '[renewal]\nbefore = "7d"\nwindow = "Sat 02:00-06:00"\n'
+    bridge.add("audit", {"syslog": False})
+    after = bridge.run("doctor")
+    assert after.returncode == 0, after.stdout
+    assert re.search(r"warning +hooks +some of an earlier run", after.stdout)
+    assert re.search(r"warning +backend of etcd-ca +1 run has failed", after.stdout)
+    assert re.search(r"warning +renewal.window +wanted renewal.before longer", after.stdout)
