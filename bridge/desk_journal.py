@@ -101,24 +101,44 @@ class Journal:
                 self._end += len(line)
 
     def _write(self, data: bytes) -> None:
-        written = 0
         try:
-            while written < len(data):
-                written += os.pwrite(self._file, data[written:], self._end + written)
+            _write_all(self._file, data, self._end)
             os.fsync(self._file)
         except OSError as e:
             raise JournalError(f"{self._path}: wanted to keep the CA's answers there, found: {e.strerror}") from e
 
     def forget(self, requests: Iterable[SignRequest]) -> None:
-        """Their answers were delivered."""
+        """Their answers were delivered; on disk after `tidy`."""
         for request in requests:
             self._places.pop(key_of(request), None)
 
     def tidy(self) -> None:
-        """Empty the file when nothing in it is still to be delivered; until then it keeps what was, too."""
+        """Keep on disk only what is still to be delivered, as a rule nothing."""
         if not self._places:
             self._end = 0
             os.ftruncate(self._file, 0)
+        elif sum(place.length for place in self._places.values()) < self._end:
+            self._compact()
+
+    def _compact(self) -> None:
+        temporary = self._path.with_name(f".{self._path.name}.new")
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        new, end, places = os.open(temporary, flags, SECRET_MODE), 0, {}
+        for key, place in self._places.items():
+            _write_all(new, os.pread(self._file, place.length, place.offset), end)
+            places[key] = _Place(end, place.length)
+            end += place.length
+        os.fsync(new)
+        temporary.rename(self._path)
+        sync_directory(self._path.parent)
+        os.close(self._file)
+        self._file, self._end, self._places = new, end, places
+
+
+def _write_all(file: int, data: bytes, offset: int) -> None:
+    written = 0
+    while written < len(data):
+        written += os.pwrite(file, data[written:], offset + written)
 
 
 def key_of(request: SignRequest) -> str:

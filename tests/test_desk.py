@@ -22,7 +22,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
-from bridge import csr, csr_directory, desk, kubeconfig, throwaway
+from bridge import csr, csr_directory, desk, desk_command, kubeconfig, throwaway
 from bridge.bundle import (
     AnswerBundle,
     Refusal,
@@ -558,8 +558,12 @@ def test_the_journal_survives_a_torn_line(tmp_path: Path, pairs: Pairs) -> None:
         assert journal.get(replace(first, validity=timedelta(days=1))) is None
         journal.forget([first])
         journal.tidy()
+        assert journal.get(second) == answer
     with Journal(path) as journal:
-        assert journal.get(second) == answer  # as long as one is left
+        assert journal.get(first) is None
+        assert journal.get(second) == answer
+        journal.add([(first, later)])
+        assert journal.get(first) == later
         journal.forget([first, second])
         journal.tidy()
     with Journal(path) as journal:
@@ -896,6 +900,14 @@ def test_the_example_units_are_units(unit: str) -> None:
         assert "Unknown" not in run.stderr
     text = path.read_text()
     assert "ExecStart=/usr/local/bin/ca-bridge sign /srv/desk/inbox -o /srv/desk/outbox" in text or "OnCalendar" in text
+
+
+def test_progress_tells_the_rate_and_what_is_left() -> None:
+    """From the bundles so far."""
+    observer = desk_command._Observer(total=1000)
+    observer.seen, observer._certificates, observer._begin = 250, 2500, 100.0
+
+    assert observer._text(150.0) == "250 of 1000 bundles, 2500 certificates (50/s), about 0:02:30 left"
 
 
 def windows(sizes: list[int]) -> list[list[int]]:

@@ -335,6 +335,46 @@ def test_a_csr_that_is_not_signed_with_its_key_is_refused(bundle: RequestBundle,
     assert "signed with its own key" in judged(broken, "scheduler.conf")
 
 
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"batch": "0" * 32}, "another signature"),
+        ({"node": "cp-2"}, "another signature"),
+        ({"cluster": "kubernetes2"}, "another signature"),
+    ],
+)
+def test_a_bundle_that_was_changed_with_its_digest_is_refused(
+    bundle: RequestBundle, judged: Judge, values: dict[str, str], named: str
+) -> None:
+    """Whoever makes the digest anew does not have the old keys."""
+    policy = MASTERS.replace('"kubernetes"', '"kubernetes*"')
+    for name in SPECS:
+        assert named in judged(replace(bundle, **values), name, policy)  # type: ignore[arg-type]
+
+
+def test_a_request_that_was_changed_with_its_digest_is_refused(
+    bundle: RequestBundle, pairs: Pairs, judged: Judge
+) -> None:
+    """Each of its fields in turn; a shorter validity does no harm, a longer one is the policy's to refuse."""
+    name, other = "etcd-server", "etcd-peer"
+    old = pairs[other][0]
+    cases: dict[str, tuple[dict[str, object], str]] = {
+        "authority": ({"authority": "ca"}, "authority: wanted etcd-ca"),
+        "ekus": ({"ekus": frozenset({EKU.CLIENT_AUTH})}, "EKU: wanted"),
+        "validity": ({"validity": timedelta(days=366)}, "validity: wanted at most"),
+        "csr": ({"csr": new_csr(pairs[name][0])}, "another signature"),
+        "replaces": ({"replaces": old}, "another signature"),
+        "no replaces": ({"replaces": None}, "wanted the certificate that is replaced"),
+        "proof": ({"proof": b"x"}, "another signature"),
+        "no proof": ({"proof": None}, "wanted a continuity proof"),
+    }
+    for what, (values, named) in cases.items():
+        assert named in judged(changed(bundle, name, **values), name), what
+    renamed = replace(bundle, requests=tuple(replace(r, name=other) for r in bundle.requests if r.name == name))
+    assert "another signature" in judged(renamed, other)
+    assert judged(changed(bundle, name, validity=timedelta(days=30)), name) == ""
+
+
 def test_everything_that_is_wrong_is_told_at_once(pairs: Pairs, judged: Judge) -> None:
     """A node mends its request in one go."""
     bundle = make_bundle(pairs, node="x", cluster="y", validity=timedelta(days=9999))
