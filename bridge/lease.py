@@ -76,6 +76,7 @@ class Lease:
         self._note = note
         self._seen: tuple[_Record, float] | None = None  # and since when
         self._lost_to = ""
+        self._goes_without = False  # there was no API, and that was said
         self._acquired = ""
         self._mutex = threading.Lock()
         self._stop = threading.Event()
@@ -114,13 +115,16 @@ class Lease:
             LeaseHeldError: It did not become free in time.
         """
         begin = time.monotonic()
+        patience = 0.0 if self._goes_without else _BLINK_SECONDS
         holder = ""  # once seen it stays an obstacle, answer or not: it may be our API server that is being restarted
         while True:
             try:
                 found = self._try()
             except NoAnswerError as e:
-                if not holder and time.monotonic() >= begin + _BLINK_SECONDS:
-                    self._note(f"no lease was taken, other nodes may restart at the same time: {e}")
+                if not holder and time.monotonic() >= begin + patience:
+                    if not self._goes_without:
+                        self._note(f"no lease was taken, other nodes may restart at the same time: {e}")
+                    self._goes_without = True
                     return
             else:
                 if found is None:

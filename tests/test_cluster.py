@@ -582,6 +582,9 @@ def test_without_an_api_there_is_no_lease_and_no_obstacle(servers: Servers) -> N
     servers.stop_all()
     with hold(servers, note=notes.append) as held:
         assert not held.held
+        begin = time.monotonic()
+        held.assert_held()
+        assert time.monotonic() - begin < 0.5  # the patience was for the first time
         assert len(notes) == 1
         assert "no lease was taken" in notes[0]
         servers.start(servers.places[1])
