@@ -53,7 +53,7 @@ class Kubelet:
     runtime_endpoint: str  #: Empty: the kubelet finds it itself, or a flag names it.
 
     @classmethod
-    def load(cls, path: Path = KUBELET_CONFIG) -> Kubelet:
+    def load(cls, path: Path | None = None) -> Kubelet:
         """
         Its defaults, where the file is not there, not YAML or says nothing.
 
@@ -61,7 +61,7 @@ class Kubelet:
         """
         found = {}
         try:
-            root = document(split_bom(read(path) or b"{}")[1])
+            root = document(split_bom(read(path or KUBELET_CONFIG) or b"{}")[1])
             for key in ("healthzBindAddress", "healthzPort", "containerRuntimeEndpoint"):
                 node = root.get(key)
                 found[key] = node.text() if node is not None else ""
