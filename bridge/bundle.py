@@ -166,13 +166,18 @@ def sign_request(request: BundledRequest, bundle: RequestBundle) -> SignRequest:
 
 def request_file_name(bundle: RequestBundle) -> str:
     """What its file is called where nobody chose a name; another for each bundle, so that none is written over another."""
-    return f"{bundle.node}-{digest(bundle)[:32]}.request.json"
+    return file_names(bundle.node, digest(bundle))[0]
 
 
 def answer_file_name(bundle: Bundle) -> str:
     """The same for the answer."""
-    asked = digest(bundle) if isinstance(bundle, RequestBundle) else bundle.request_digest
-    return f"{bundle.node}-{asked[:32]}.answer.json"
+    return file_names(bundle.node, digest(bundle) if isinstance(bundle, RequestBundle) else bundle.request_digest)[1]
+
+
+def file_names(node: str, request_digest: str) -> tuple[str, str]:
+    """Of the request and of its answer."""
+    stem = f"{node}-{request_digest[:32]}"
+    return f"{stem}.request.json", f"{stem}.answer.json"
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -409,9 +414,12 @@ class _Fields:
     def time(self, key: str) -> datetime:
         value = self.shaped(key, _TIME_SHAPE, "a time such as 2026-01-31T12:00:00Z")
         try:
-            return datetime.strptime(value, _TIME).replace(tzinfo=UTC)
+            time = datetime.strptime(value, _TIME).replace(tzinfo=UTC)
         except ValueError:
             self.fail(key, "a time that there is", value)
+        if time.strftime(_TIME) != value:
+            self.fail(key, "a time after the year 1000", value)
+        return time
 
     def items(self, key: str, read: Callable[[object, str], Any]) -> list[Any]:
         value = self.values[key]
@@ -452,7 +460,7 @@ def _read_request_bundle(document: Mapping[str, Any]) -> RequestBundle:
         requests=tuple(fields.items("requests", _read_request)),
     )
     _assert_once(fields, "requests", [request.name for request in bundle.requests])
-    _assert_digest(fields, bundle)
+    _assert_digest(fields)
     return bundle
 
 
@@ -487,7 +495,7 @@ def _read_answer_bundle(document: Mapping[str, Any]) -> AnswerBundle:
         signed=fields.time("signed"),
         answers=dict(answers),
     )
-    _assert_digest(fields, bundle)
+    _assert_digest(fields)
     return bundle
 
 
@@ -565,10 +573,12 @@ def _assert_once(fields: _Fields, key: str, names: Sequence[str]) -> None:
             raise BundleError(f"{fields.place}{key}[{number}].name", "each name once", f"{name} again")
 
 
-def _assert_digest(fields: _Fields, bundle: Bundle) -> None:
+def _assert_digest(fields: _Fields) -> None:
+    """Over the values as they stand there: they were read, and so are as `dumps` writes them."""
     given = fields.shaped("digest", _DIGEST, "64 hex digits")
-    if given != digest(bundle):
-        raise BundleError("digest", f"{digest(bundle)}, which is that of what it holds", given)
+    wanted = _digest({key: value for key, value in fields.values.items() if key != "digest"})
+    if given != wanted:
+        raise BundleError("digest", f"{wanted}, which is that of what it holds", given)
 
 
 def _found(value: object) -> str:

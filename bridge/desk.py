@@ -26,7 +26,6 @@ from bridge.bundle import (
     Refusal,
     RequestBundle,
     describe,
-    digest,
     refusal,
     sign_request,
 )
@@ -90,6 +89,7 @@ class Job:
     """One request bundle on its way through the desk."""
 
     bundle: RequestBundle
+    digest: str  #: The bundle's.
     label: str  #: For messages, such as the bundle's file.
     deliver: Callable[[AnswerBundle], str]  #: Brings the answer to where it belongs, and says where that is.
     earlier: Mapping[str, Issued] = field(default_factory=dict)  #: Of an answer that is there already.
@@ -97,11 +97,6 @@ class Job:
     answers: dict[str, Answer] = field(default_factory=dict)
     troubles: dict[str, BridgeError] = field(default_factory=dict)  #: Why there is no answer yet.
     approved_by: str = ""
-
-    @cached_property
-    def digest(self) -> str:
-        """Of the request bundle."""
-        return digest(self.bundle)
 
     @cached_property
     def requests(self) -> dict[str, SignRequest]:

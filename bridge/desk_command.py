@@ -22,13 +22,11 @@ from bridge.bundle import (
     BundleError,
     IncompleteBundleError,
     Refusal,
-    RequestBundle,
-    answer_file_name,
     digest,
     dumps,
+    file_names,
     loads,
     loads_request,
-    request_file_name,
 )
 from bridge.console import log, print_error
 from bridge.contract import Issued
@@ -137,6 +135,7 @@ class _Work:
     jobs: Iterator[Job] = field(default_factory=lambda: iter(()))
     codes: list[int] = field(default_factory=list)
     total: int | None = None  #: Bundles; known before the first is read.
+    seen: set[str] = field(default_factory=set)  #: Digests.
 
 
 def _jobs(desk: Desk, settings: Settings, policy: Policy, options: Options, now: Callable[[], datetime]) -> _Work:
@@ -163,21 +162,23 @@ def _one_bundle(path: Path, out: Path) -> _Work:
     except UnreadableError as e:
         raise BridgeError(f"{path}: wanted a request bundle, found: {e}") from None
     bundle = loads_request(data or b"")
+    asked = digest(bundle)
 
     def deliver(answer: AnswerBundle) -> str:
         write_atomically(out, dumps(answer), _ANSWER_MODE)
         return str(out)
 
     return _Work(
-        jobs=iter([Job(bundle=bundle, label=str(path), deliver=deliver, earlier=_earlier(out, bundle))]), total=1
+        jobs=iter([Job(bundle=bundle, digest=asked, label=str(path), deliver=deliver, earlier=_earlier(out, asked))]),
+        total=1,
     )
 
 
-def _earlier(path: Path, bundle: RequestBundle) -> dict[str, Issued]:
+def _earlier(path: Path, asked: str) -> dict[str, Issued]:
     """Certificates that an earlier run has delivered for the same request."""
     with contextlib.suppress(UnreadableError, BundleError):
         answer = loads(read(path) or b"")
-        if isinstance(answer, AnswerBundle) and answer.request_digest == digest(bundle):
+        if isinstance(answer, AnswerBundle) and answer.request_digest == asked:
             return {name: one for name, one in answer.answers.items() if isinstance(one, Issued)}
     return {}
 
@@ -205,7 +206,10 @@ def _csrs(desk: Desk, settings: Settings, options: Options, now: datetime) -> _W
         csr_directory.deliver(found, target, issued, desk.anchor("ca"))
         return str(target)
 
-    return _Work(jobs=iter([Job(bundle=found.bundle, label=str(options.source), deliver=deliver)]), total=1)
+    return _Work(
+        jobs=iter([Job(bundle=found.bundle, digest=digest(found.bundle), label=str(options.source), deliver=deliver)]),
+        total=1,
+    )
 
 
 def _inbox(inbox: Path, outbox: Path, archive: Path, now: Callable[[], datetime]) -> _Work:
@@ -246,14 +250,20 @@ def _inbox_job(path: Path, outbox: Path, archive: Path, work: _Work, now: Callab
         return None
     if isinstance(bundle, AnswerBundle):
         return None  # both ways through one directory
-    out = outbox / answer_file_name(bundle)
+    asked = digest(bundle)
+    if asked in work.seen:
+        log.info("%s: the same bundle once more; the next run puts it away", path)
+        return None
+    work.seen.add(asked)
+    request_name, answer_name = file_names(bundle.node, asked)
+    out = outbox / answer_name
 
     def deliver(answer: AnswerBundle) -> str:
         write_atomically(out, dumps(answer), _ANSWER_MODE)
-        _put_away(path, status, archive / request_file_name(bundle))
+        _put_away(path, status, archive / request_name)
         return str(out)
 
-    return Job(bundle=bundle, label=str(path), deliver=deliver, earlier=_earlier(out, bundle))
+    return Job(bundle=bundle, digest=asked, label=str(path), deliver=deliver, earlier=_earlier(out, asked))
 
 
 def _bundle(path: Path) -> Bundle:

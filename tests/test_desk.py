@@ -272,6 +272,19 @@ def test_a_half_copied_bundle_is_left_alone_until_it_is_whole(desk_: Desk, pairs
     assert {answer.batch for answer in answers_of(desk_)} == {whole.batch, half.batch}
 
 
+def test_a_bundle_that_is_there_twice_is_signed_once(desk_: Desk, pairs: Pairs) -> None:
+    """As when somebody copied it again, under another name."""
+    path = put(desk_, make_bundle(some(pairs, "apiserver")))
+    (desk_.inbox / "copy of it.json").write_bytes(path.read_bytes())
+
+    runs = [desk_.run("sign", desk_.inbox, "-o", desk_.outbox) for _ in range(2)]
+
+    assert [run.returncode for run in runs] == [0, 0]
+    assert "the same bundle once more" in runs[0].stderr
+    assert [left.name for left in desk_.inbox.iterdir()] == ["done"]
+    assert len(desk_.issued()) == 1
+
+
 def test_odd_files_in_an_inbox_hold_up_nobody(desk_: Desk, pairs: Pairs, tmp_path: Path) -> None:
     """Links, pipes, other bundles, damaged ones: named, left, and the good ones are signed."""
     good = make_bundle(some(pairs, "apiserver"))
