@@ -55,7 +55,11 @@ def how(component: Component, manifests: Path) -> str:
             "before kubelet.conf), then systemctl restart kubelet"
         )
     manifest = manifests / f"{component.value}.yaml"
-    return (
+    advice = (
         f"{component.value}: move {manifest} out of its directory, wait until the pod is gone and 3 s more "
         f"(crictl pods --state ready --name {component.value}), move it back"
     )
+    if component is Component.ETCD:
+        # the kubelet waits for the API server to delete the pod's mirror, and that waits for etcd (measured on 1.37)
+        advice += "; where etcd has one or two members, move it back after 2 s: once it is gone the kubelet may hang"
+    return advice
