@@ -202,13 +202,14 @@ class Desk:
         try:
             backend = opened = configured.open()
             issuers = tuple(outage.ask(opened.issuers)) if isinstance(opened, ListsIssuers) else ()
-            anchors = self._anchors(configured, opened) or issuers[:1]
+            anchors = self._anchors(configured, issuers)
             specs = [spec for spec in SPECS.values() if spec.authority.name == authority]
             expected = self._expectation(authority, anchors)
             wrong = outage.ask(lambda: asking.preflight(opened, specs, expected))
         except BridgeError as e:
             return _CA(configured=configured, backend=backend, outage=outage, trouble=e)
-        certificates = (*anchors, *(one for one in issuers if one not in anchors))
+        # not what is above the one that signs: a company's root has signed for others, too
+        certificates = tuple(dict.fromkeys((*anchors, *issuers[:1])))
         return _CA(
             configured=configured,
             backend=backend,
@@ -218,21 +219,23 @@ class Desk:
             wrong=wrong,
         )
 
-    def _anchors(self, configured: plugins.Configured, backend: Backend) -> tuple[x509.Certificate, ...]:
+    def _anchors(
+        self, configured: plugins.Configured, issuers: tuple[x509.Certificate, ...]
+    ) -> tuple[x509.Certificate, ...]:
         """
-        Those of `desk.ca_dir`.
+        Those of `desk.ca_dir`, or else the certificate that signs.
 
         Raises:
-            BridgeError: The file is not there, or there is no such setting and the backend can't tell its CA.
+            BridgeError: There is none.
         """
         directory = self._policy.desk.ca_dir
         if directory is None:
-            if not isinstance(backend, ListsIssuers):
+            if not issuers:
                 raise BridgeError(
                     f"{configured.label}: wanted the CA's certificate, found no way to ask for it",
                     hint="the policy's desk.ca_dir can have it",
                 )
-            return ()
+            return issuers[:1]
         path = directory / AUTHORITIES[configured.authority].certificate_file
         try:
             return tuple(load_pem_certificates(path.read_bytes()))

@@ -34,7 +34,7 @@ from bridge.desk import Desk, Job, RefusedByPolicyError
 from bridge.desk_journal import Journal
 from bridge.desk_policy import Policy, parse
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
-from bridge.files import lock, sync_directory, write_atomically
+from bridge.files import lock, write_atomically
 from bridge.reading import UnreadableError, read
 from bridge.settings import DEFAULT_FILE, Settings
 from bridge.specs import SPECS
@@ -158,10 +158,11 @@ def _one_bundle(path: Path, out: Path) -> _Work:
         BridgeError: It can't be read.
     """
     try:
-        data = read(path)
+        bundle = loads_request(read(path) or b"")
     except UnreadableError as e:
         raise BridgeError(f"{path}: wanted a request bundle, found: {e}") from None
-    bundle = loads_request(data or b"")
+    except BundleError as e:
+        raise BridgeError(f"{path}: {e}", hint=e.hint) from None
     asked = digest(bundle)
 
     def deliver(answer: AnswerBundle) -> str:
@@ -289,11 +290,10 @@ def _put_away(path: Path, status: os.stat_result, target: Path) -> None:
             log.warning("%s: another file came under this name; the next run takes it", path)
             return
         if now.st_dev == target.parent.stat().st_dev:
-            path.rename(target)
+            path.rename(target)  # undone by a power cut, it would be put away again
         else:
             write_atomically(target, path.read_bytes(), _ANSWER_MODE)
             path.unlink()
-        sync_directory(path.parent)
 
 
 # --- what a person sees -----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import time
@@ -36,6 +37,7 @@ from bridge.bundle import (
     sign_proof,
     sign_request,
 )
+from bridge.certificates import pem
 from bridge.contract import Issued, Pending
 from bridge.csr import PrivateKey
 from bridge.desk_journal import Asked, Journal, key_of
@@ -44,7 +46,7 @@ from bridge.files import lock
 from bridge.settings import load
 from bridge.specs import AUTHORITIES, SPECS
 from bridge.verify import Expectation, check
-from tests.kit import approval, cfssl, programs
+from tests.kit import approval, cfssl, opensslca, programs
 from tests.kit.bundles import VALIDITY, changed, make_bundle, new_csr, old_pairs
 from tests.kit.desks import PASSPHRASE, POLICY, Desk, make_desk
 from tests.kit.issuing import Signer
@@ -365,6 +367,42 @@ def test_a_desk_with_one_of_the_cas_answers_for_that_one(tmp_path: Path, pki: Pk
     assert "apiserver: wanted a request for etcd-ca, found one for ca" in run.stderr
     [answer] = answers_of(desk_)
     assert list(answer.answers) == ["etcd-server"]
+
+
+def test_a_sibling_below_the_same_root_proves_nothing(tmp_path: Path, pki: Pki) -> None:
+    """A certificate that the company's root signed is not the cluster's, though the root is in the CA's chain."""
+    now = datetime.now(UTC)
+    begin, end = now - timedelta(days=1), now + timedelta(days=1000)
+    root = Signer.make("root", begin=begin, end=end)
+    intermediate = Signer.make("kubernetes", parent=root, begin=begin, end=end)
+    desk_ = make_desk(tmp_path / "desk", pki, authorities=["ca"])
+    shutil.rmtree(desk_.ca("ca"))
+    chain = pem(intermediate.certificate) + pem(root.certificate)
+    opensslca.make_ca_directory(desk_.ca("ca"), chain, csr.key_pem(intermediate.key), passphrase=PASSPHRASE)
+    keys = {signer: csr.generate_key("ecdsa-p256") for signer in ("root", "kubernetes")}
+    cas = {"root": root, "kubernetes": intermediate}
+    bundles = {}
+    for signer, key in keys.items():
+        ca = throwaway.ThrowawayCA(certificate=cas[signer].certificate, key=cas[signer].key)
+        old = leaf_of(ca, "CN=system:kube-scheduler", key)
+        bundles[signer] = make_bundle({"scheduler.conf": (old, key)})
+        put(desk_, bundles[signer])
+
+    run = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
+
+    assert run.returncode == Exit.REFUSED
+    answers = {answer.batch: answer.answers["scheduler.conf"] for answer in answers_of(desk_)}
+    refused, signed = answers[bundles["root"].batch], answers[bundles["kubernetes"].batch]
+    assert isinstance(refused, Refusal)
+    assert "wanted a replaced certificate that CN=kubernetes signed" in refused.reason
+    assert isinstance(signed, Issued)
+    assert signed.intermediates == (intermediate.certificate,)
+
+
+def leaf_of(ca: throwaway.ThrowawayCA, subject: str, key: PrivateKey) -> x509.Certificate:
+    name, now = x509.Name.from_rfc4514_string(subject), datetime.now(UTC)
+    builder = throwaway._builder(name, ca.certificate.subject, key, now - timedelta(hours=1), now + timedelta(days=9))
+    return builder.sign(ca.key, throwaway._hash(ca.key))
 
 
 def test_only_one_run_at_a_time(desk_: Desk, pairs: Pairs) -> None:
