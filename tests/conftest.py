@@ -4,17 +4,21 @@ Marks for tests that need real programs, and the rule that a run may forbid skip
 `@pytest.mark.kube` needs kubeadm, `@pytest.mark.kube("cfssl", "kubeadm-1.20")` the programs that it names,
 `@pytest.mark.node` all that `tests/kit/node.sh` needs. Without them the test is skipped, and says what brings them.
 With `CA_BRIDGE_NO_SKIP=1` in the environment a skip is a failure, whatever its cause.
+The fixture `tried` counts cases (see `tests.counts`).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import counts
 from tests.kit import programs
 
 NO_SKIP = "CA_BRIDGE_NO_SKIP"
@@ -93,3 +97,38 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     report = yield
     _fail_if_skipped(report)
     return report
+
+
+@pytest.fixture
+def tried(record_property: Callable[[str, object], None]) -> counts.Tried:
+    """Tell how many cases of a kind a test has tried."""
+
+    def tell(what: str, count: int, *, exact: bool = True) -> None:
+        record_property(*counts.property_of(what, count, exact=exact))
+
+    return tell
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A run that counts otherwise than the README says fails, unless it is there to correct it."""
+    reporter: Any = session.config.pluginmanager.getplugin("terminalreporter")
+    if reporter is None or hasattr(session.config, "workerinput"):
+        return
+    counted, _ = counts.of(reporter.getreports("passed"))
+    if file := os.environ.get(counts.WRITE_TO):
+        Path(file).write_text(json.dumps(counted), encoding="utf-8")
+    elif counts.differences(counted) and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line a kind of cases."""
+    counted, kinds = counts.of(terminalreporter.getreports("passed"))
+    if kinds:
+        terminalreporter.section("cases that held")
+    for what, count in sorted(kinds.items()):
+        terminalreporter.write_line(f"{count:6} {what}")
+    if counts.WRITE_TO not in os.environ:
+        for difference in counts.differences(counted):
+            terminalreporter.write_line(f"{difference}; python -m tests.counts", red=True)

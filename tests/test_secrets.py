@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.counts import Tried
 from tests.e2e.cas import Bridge, add_cfssl, add_openssl, add_vault
 from tests.kit import openbao
 from tests.kit.openbao import OpenBao
@@ -47,6 +48,12 @@ MORE = (
     ("audit", "verify", *LOUD),
     *(("setup", ca, *LOUD) for ca in ("vault", "cfssl", "openssl")),
 )
+
+
+@pytest.fixture(autouse=True)
+def counted(tried: Tried) -> None:
+    """Each test is one case."""
+    tried("scenarios with planted secrets", 1)
 
 
 @pytest.fixture(scope="module")

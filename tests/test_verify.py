@@ -16,6 +16,7 @@ from bridge.specs import SPECS, KeyAlgorithm
 from bridge.testing import TestCA
 from bridge.verify import BACKDATING, Expectation, check
 from tests.attack.hostile import HOSTILE, LEFT, Desk
+from tests.counts import Tried
 from tests.kit.issuing import CLIENT, NOW, Signer, cn, name
 
 
@@ -48,7 +49,7 @@ def violations(
 
 
 @pytest.mark.parametrize("fault", HOSTILE)
-def test_refuses(fault: str) -> None:
+def test_refuses(fault: str, tried: Tried) -> None:
     """One fault leads to the violations that name it, and to no other; its twin passes."""
     case = HOSTILE[fault]
     signer = case.root(NOW)
@@ -59,6 +60,7 @@ def test_refuses(fault: str) -> None:
     with pytest.raises(VerificationError) as e:
         check(case.wrong(desk), asked, expectation(signer))
     assert {violation.subject for violation in e.value.violations} == case.subjects
+    tried("hostile answers before the checks alone, each with a twin", 1)
 
 
 def through(*intermediates: Signer, signer: Signer | None = None) -> Issued:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -24,18 +21,17 @@ from bridge.certificates import pem
 from bridge.contract import Issued, SignRequest
 from bridge.specs import SPECS, KeyAlgorithm
 from tests.attack import forger
-from tests.attack.conftest import Tried
 from tests.attack.forger import Raw
 from tests.attack.hostile import DAY, HOSTILE, LEFT, Desk
+from tests.attack.measured import MOST_MEGABYTES, run_measured
 from tests.attack.pairs import assert_pairs
+from tests.counts import Tried
 from tests.e2e.cas import Bridge, live_certificates
 from tests.kit import cfssl, opensslca
 from tests.kit.issuing import Signer
 from tests.kit.pki import Pki, handmade_pki
 
 YEAR = 365 * DAY
-#: Resident, of the whole program; a renewal by itself takes some 90.
-MOST_MEGABYTES = 200
 
 
 @pytest.fixture(scope="module")
@@ -319,18 +315,6 @@ BODIES: dict[str, Raw] = {
     "100 MB": Raw(b"x" * 1_000_000, times=100),
     "100 MB of a certificate": Raw(b'{"success": true, "data": {"certificate": "' + b"A" * 1_000_000, times=100),
 }
-
-
-def run_measured(bridge: Bridge, *args: str) -> tuple[int, str, float, float]:
-    """Exit code, standard error, seconds, and megabytes at most (of the program itself, not of what it started)."""
-    command = [str(Path(sys.executable).with_name("ca-bridge")), *args, "--config", str(bridge.config)]
-    error = bridge.directory / "stderr"
-    begin = time.monotonic()
-    with error.open("wb") as stderr:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr)
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, error.read_text(), time.monotonic() - begin, usage.ru_maxrss / 1024
 
 
 def assert_refused_soon(bridge: Bridge, wanted: int = 5) -> None:

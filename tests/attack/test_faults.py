@@ -21,8 +21,8 @@ from bridge.errors import BridgeError
 from bridge.files import Attributes
 from bridge.install import CERTIFICATE_MASK, KEY_MASK, KUBECONFIG_MASK, Replacement, digest, install, recover
 from bridge.store import Store
-from tests.attack.conftest import Tried
 from tests.attack.pairs import assert_pairs
+from tests.counts import Tried
 from tests.kit.pki import Pki, handmade_pki
 
 #: What the installer asks of the system, Path's methods included; reading goes through `io.open`.

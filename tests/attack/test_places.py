@@ -17,12 +17,19 @@ from bridge.errors import BridgeError
 from bridge.files import Attributes, is_frozen
 from bridge.install import CERTIFICATE_MASK, KEY_MASK, InstallError, Replacement, digest, install, recover
 from bridge.store import Store
+from tests.counts import Tried
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount; run the tests as root")
 
 OLD = {"server.key": b"old key", "server.crt": b"old certificate"}
 NEW = {"server.key": b"new key" * 3000, "server.crt": b"new certificate"}
 ACCESS, DEFAULT = "system.posix_acl_access", "system.posix_acl_default"
+
+
+@pytest.fixture(autouse=True)
+def counted(tried: Tried) -> None:
+    """Each test is one case."""
+    tried("file systems, links, attributes and modes that are in the way", 1)
 
 
 @pytest.fixture

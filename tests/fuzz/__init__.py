@@ -1,0 +1,1 @@
+"""What comes from outside, spoilt at random; see `targets.py`."""
