@@ -23,7 +23,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
-from bridge import csr, csr_directory, desk, desk_command, kubeconfig, throwaway
+from bridge import csr, csr_directory, desk, desk_command, kubeconfig, plugins, throwaway
 from bridge.bundle import (
     AnswerBundle,
     Refusal,
@@ -245,6 +245,7 @@ def test_an_inbox_is_answered_and_archived(desk_: Desk, pki: Pki, pairs: Pairs) 
     for bundle in bundles:
         assert_good(by_batch[bundle.batch], bundle, pki)
     assert len([line for line in desk_.runs() if line.startswith("ca ")]) == 3
+    assert not any(b"PRIVATE KEY" in path.read_bytes() for path in desk_.outbox.iterdir())
     assert [path.name for path in desk_.inbox.iterdir()] == ["done"]
     assert {path.name for path in (desk_.inbox / "done").iterdir()} == {path.name for path in paths}
     again = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
@@ -584,6 +585,22 @@ def _run_killed(desk_: Desk, tmp_path: Path, module: str, function: str, *, befo
     python = Path(command[0]).with_name("python")
     run = subprocess.run([python, script, *command[1:]], capture_output=True, check=False)
     assert run.returncode == -signal.SIGKILL, run.stderr
+
+
+def test_what_was_signed_is_found_by_key_and_usages(desk_: Desk, pairs: Pairs) -> None:
+    """Not for another CSR, not for other usages, and not from before."""
+    backend = plugins.configured(load(desk_.config), ["ca"])["ca"].open()
+    assert isinstance(backend, desk.Recalls)
+    bundle = make_bundle(some(pairs, "apiserver", "admin.conf"))
+    requests = [sign_request(one, bundle) for one in bundle.requests]
+    begin = datetime.now(UTC)
+    issued = [backend.sign(request) for request in requests]
+    other = make_bundle(some(pairs, "apiserver"))
+
+    assert list(backend.recall(requests, begin)) == issued
+    assert list(backend.recall([sign_request(other.requests[0], other)], begin)) == [None]
+    assert list(backend.recall([replace(requests[0], spec=SPECS["admin.conf"])], begin)) == [None]
+    assert list(backend.recall(requests, begin + timedelta(minutes=1))) == [None, None]
 
 
 def test_the_journal_survives_a_torn_line(tmp_path: Path, pairs: Pairs) -> None:
@@ -935,8 +952,6 @@ def test_a_kubeconfig_with_another_key_is_not_completed(tmp_path: Path, pki: Pki
 
 def test_the_example_settings_are_settings() -> None:
     """All three CAs, with `openssl ca`."""
-    from bridge import plugins
-
     settings = load(Path(__file__).parents[1] / "config/desk/config.toml")
     assert {one.type_name for one in plugins.configured(settings, AUTHORITIES).values()} == {"openssl"}
 
