@@ -81,9 +81,14 @@ class Problem:
     subject: str = ""  #: What is wrong with the certificate itself, as `bridge.verify` calls it.
 
     @property
+    def is_damage(self) -> bool:
+        """Not something that the certificate says, but that it is not whole, not there, or apart from its key."""
+        return not self.subject
+
+    @property
     def can_be_forced(self) -> bool:
         """Whether the node could run on it nevertheless."""
-        return bool(self.subject) and self.subject not in _NEVER_FORCED
+        return not self.is_damage and self.subject not in _NEVER_FORCED
 
     def __str__(self) -> str:
         about = f"{self.subject}: " if self.subject else ""
@@ -375,7 +380,11 @@ def rollback(
     """
     with alone(settings, wait, lambda found: log.warning("%s", found)) as (store, record):
         node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
-        done = put_back(find(store, backup_id), settings, store, record, node, now(), force=force)
+
+        def may_pass(problem: Problem) -> bool:
+            return force and problem.can_be_forced
+
+        done = put_back(find(store, backup_id), settings, store, record, node, now(), may_pass)
         retire(store, settings.backups, node, now())
     return done, node
 
@@ -387,18 +396,17 @@ def put_back(
     record: audit.Record,
     node: Node,
     now: datetime,
-    *,
-    force: bool,
+    may_pass: Callable[[Problem], bool],
 ) -> Rollback:
     """
-    The same for a run that holds the store's lock.
+    The same for a run that holds the store's lock, and for what may pass of its problems.
 
     Raises:
         RollbackRefusedError, AuditError, InstallError: As `rollback`.
     """
     extra = {name: authority.extra_subject for name, authority in settings.authorities.items()}
     problems = problems_of(backup, node, now, extra)
-    if any(not (force and problem.can_be_forced) for problem in problems):
+    if not all(map(may_pass, problems)):
         error = RollbackRefusedError(backup.backup_id, problems)
         record.add(audit.REFUSED, error=error)
         raise error

@@ -20,7 +20,7 @@ from bridge import airgap, audit, backups, inventory, plugins, restart
 from bridge import renew as renewal
 from bridge.asking import Progress
 from bridge.certificates import name_text, serial_hex
-from bridge.console import columns, log, print_error, printable
+from bridge.console import columns, log, print_error, printable, under_headings
 from bridge.contract import Secret, Selector
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem, WaitingError
 from bridge.expiry import duration_text, residual, seconds_left
@@ -30,6 +30,7 @@ from bridge.inventory import Item, Node
 from bridge.prepare import Prepared, prepare
 from bridge.prepare import write_csrs as write_csr_files
 from bridge.runs import alone
+from bridge.schedule import NotYetError
 from bridge.selection import Outcome, Selection, nothing_due, select
 from bridge.settings import DEFAULT_FILE, Settings
 from bridge.specs import AUTHORITIES, Component
@@ -149,14 +150,15 @@ def _print_result(result: Result, node: Node, settings: Settings, now: datetime)
     elif not result.failed and not result.waiting and not result.errors:
         typer.echo(nothing_due(node, settings, now))
     if result.waiting:
-        typer.echo("\n".join(columns([_waiting_row(outcome, now) for outcome in result.waiting])))
+        typer.echo("\n".join(under_headings([_waiting_row(outcome, now) for outcome in result.waiting])))
 
 
-def _waiting_row(outcome: Outcome, now: datetime) -> tuple[str, ...]:
+def _waiting_row(outcome: Outcome, now: datetime) -> tuple[str, tuple[str, ...]]:
+    """What it waits for, and its cells."""
     reason = printable(outcome.error.reason if outcome.error is not None else "")
     end = outcome.old.not_valid_after_utc if outcome.old is not None else None
     expires = f"expires {end:{DATE}} ({residual(seconds_left(end, now))})" if end is not None else ""
-    return outcome.name, "waiting", expires, f"{outcome.backend}: {reason}" if outcome.backend else reason
+    return f"{outcome.backend}: {reason}" if outcome.backend else reason, (outcome.name, "waiting", expires)
 
 
 #: A certificate that waits for its answer is warned of from here on, and cried out for from there on.
@@ -169,9 +171,12 @@ def warn_of_waiting(waiting: Sequence[Outcome], now: datetime) -> None:
         return
     ends = [o.old.not_valid_after_utc for o in waiting if o.old is not None]
     left = min(ends, default=now) - now
-    requests = f"{len(waiting)} requests wait" if len(waiting) != 1 else "1 request waits"
-    text = f"{requests} for an answer; the first certificate among them"
-    hint = "`ca-bridge pending list` shows them; ask whoever has them"
+    if all(isinstance(outcome.error, NotYetError) for outcome in waiting):
+        what, hint = "for a window", NotYetError.hint
+    else:
+        what, hint = "for an answer", "`ca-bridge pending list` shows them; ask whoever has them"
+    certificates = f"{len(waiting)} certificates wait" if len(waiting) != 1 else "1 certificate waits"
+    text = f"{certificates} {what}; the first to end"
     if left <= VERY_NEAR:
         when = f"ENDS IN {residual(int(left.total_seconds()))}" if left > timedelta() else "HAS EXPIRED"
         print_error(WaitingError(f"{text} {when}", hint=hint))
@@ -546,7 +551,7 @@ def example() -> Path:
 def settings_show(settings: Settings) -> str:
     """The settings in force, as TOML-like lines `key = value`; what comes from backends' dataclasses included."""
     lines = [f"# from {settings.source.file or 'defaults alone: no settings file'}"]
-    for name in ("node", "renewal", "restart", "hooks", "audit", "backups"):
+    for name in ("node", "renewal", "restart", "cluster", "hooks", "audit", "backups"):
         lines += ["", f"[{name}]", *_shown(getattr(settings, name))]
     for authority, configured in plugins.configured(settings, settings.authorities).items():
         lines += ["", f"[authority.{authority}]", f"backend = {configured.name!r}", f"# type {configured.type_name}"]

@@ -62,6 +62,15 @@ class Settled:
     rolled_back: RolledBackError | None = None  #: One of the errors.
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Owed:
+    """What was installed, and what did not work before it, either."""
+
+    run_id: str
+    serials: Mapping[str, str]  #: By kubeadm's name.
+    before: frozenset[tuple[str, str]] = frozenset()  #: Checks that failed, as in `_key`.
+
+
 def owe(run: Run, outcomes: Sequence[Outcome]) -> None:
     """
     Before the installation of these; nothing is owed where nobody restarts (`restart.method = "none"`).
@@ -73,7 +82,19 @@ def owe(run: Run, outcomes: Sequence[Outcome]) -> None:
         return
     serials = {o.name: serial_hex(o.new) for o in outcomes if o.new is not None}
     earlier = _read(run.store)
-    _write(run.store, run.record.run_id, {**(earlier[1] if earlier is not None else {}), **serials})
+    failing = {_key(f) for f in prove.look(_now(run), run.settings, run.now()).wrong if f.state != "stale"}
+    _write(
+        run.store,
+        _Owed(
+            run_id=run.record.run_id,
+            serials={**(earlier.serials if earlier is not None else {}), **serials},
+            before=frozenset(failing),
+        ),
+    )
+
+
+def _key(finding: Finding) -> tuple[str, str]:
+    return finding.certificate, finding.what
 
 
 def settle(run: Run, node: Node) -> Settled:
@@ -84,11 +105,10 @@ def settle(run: Run, node: Node) -> Settled:
         run: Its lock is held.
         node: As it is now.
     """
-    found = _read(run.store)
-    if found is None:
+    owed = _read(run.store)
+    if owed is None:
         return Settled()
-    run_id, serials = found
-    names = _installed(node, serials)
+    names = _installed(node, owed.serials)
     if not names or run.settings.restart.method == "none":
         _forget(run.store)  # the installation did not happen, or was replaced by another
         return Settled()
@@ -100,17 +120,21 @@ def settle(run: Run, node: Node) -> Settled:
     else:
         report, more = _prove(run, names, {one.component for one in restarted})
         restarted = [*restarted, *more]
-    return _judged(run, run_id, names, restarted, report)
+    return _judged(run, owed, names, restarted, report)
 
 
-def _judged(run: Run, run_id: str, names: Collection[str], restarted: Sequence[Restarted], report: Report) -> Settled:
-    """What is wrong with other certificates is none of this installation's doing."""
-    wrong = [finding for finding in report.wrong if finding.certificate in names]
+def _judged(run: Run, owed: _Owed, names: Collection[str], restarted: Sequence[Restarted], report: Report) -> Settled:
+    """What is wrong with other certificates is none of this installation's doing, nor what was so before it."""
+    found = [finding for finding in report.wrong if finding.certificate in names]
+    wrong = [finding for finding in found if _key(finding) not in owed.before]
     failures = [one.error for one in restarted if one.error is not None]
     settled = Settled(restarted=tuple(restarted), proven=len(report.findings) - len(report.wrong))
     if not failures and not wrong:
         _forget(run.store)
-        return settled
+        if not found:
+            return settled
+        text = f"installed, and as before the renewal this does not work: {_sentence(found)}"
+        return dataclasses.replace(settled, errors=(NotLiveError(text, hint="`ca-bridge prove` shows each check"),))
     why = "; ".join([*map(str, failures), *([_sentence(wrong)] if wrong else [])])
     error: BridgeError
     if not failures and all(finding.state == "unknown" for finding in wrong):
@@ -118,7 +142,7 @@ def _judged(run: Run, run_id: str, names: Collection[str], restarted: Sequence[R
     elif run.settings.restart.on_failure == "keep":
         error = NotLiveError(f"installed, and not in use: {why}")
     else:
-        error = _back(run, run_id, {one.component for one in restarted}, why)
+        error = _back(run, owed, names, {one.component for one in restarted}, why)
     rolled_back = error if isinstance(error, RolledBackError) else None
     return dataclasses.replace(settled, errors=(error,), rolled_back=rolled_back)
 
@@ -149,17 +173,23 @@ def _restarted(run: Run, node: Node, components: Sequence[Component]) -> list[Re
 
 def _prove(run: Run, names: Collection[str], done: Collection[Component]) -> tuple[Report, list[Restarted]]:
     """Look until all is well; what was trusted to reload and did not is restarted after all."""
-    report = _looked(run)
+    report = _looked(run, names)
     late = [f.component for f in report.wrong if f.state == "stale" and f.certificate in names and f.component]
     more = [component for component in restart.ORDER if component in late and component not in done]
     if not more or run.settings.restart.components.which == "listed":
         return report, []
     restarted = _restarted(run, _now(run), more)
-    return _looked(run), restarted
+    return _looked(run, names), restarted
 
 
-def _looked(run: Run) -> Report:
-    return prove.within(lambda: _now(run), run.settings, run.now, run.settings.restart.prove_for)
+def _looked(run: Run, names: Collection[str]) -> Report:
+    return prove.within(
+        lambda: _now(run),
+        run.settings,
+        run.now,
+        run.settings.restart.prove_for,
+        counts=lambda finding: finding.certificate in names,
+    )
 
 
 def _now(run: Run) -> Node:
@@ -172,15 +202,15 @@ def _sentence(findings: Sequence[Finding]) -> str:
     return "; ".join([*parts, *([f"and {more} more"] if more > 0 else [])])
 
 
-def _back(run: Run, run_id: str, restarted: Collection[Component], why: str) -> BridgeError:
+def _back(run: Run, owed: _Owed, names: Collection[str], restarted: Collection[Component], why: str) -> BridgeError:
     """Put the old files back, and what was restarted back on them."""
     log.error("the new certificates do not work, so the old ones are put back: %s", why)
     try:
-        done = _put_back(run, run_id)
+        done = _put_back(run, owed.run_id)
     except BridgeError as e:
         return NotLiveError(f"installed, and not in use: {why}; it was not rolled back: {e}")
     _forget(run.store)
-    after = _on_the_old_set(run, restarted)
+    after = _on_the_old_set(run, names, restarted)
     return RolledBackError(f"rolled back to {done.backup.backup_id}, since {why}; {after}")
 
 
@@ -192,11 +222,13 @@ def _put_back(run: Run, run_id: str) -> backups.Rollback:
     expired = [o.name for o in backups.outcomes_of(backup, node) if o.new and o.new.not_valid_after_utc <= now]
     if expired:
         raise BridgeError(f"the old certificates have expired: {', '.join(expired)}")
-    # a certificate that is due by now was good enough a minute ago
-    return backups.put_back(backup, run.settings, run.store, run.record, node, now, force=True)
+    # all of it was in use a minute ago, whatever a new certificate would have to be
+    return backups.put_back(
+        backup, run.settings, run.store, run.record, node, now, lambda problem: not problem.is_damage
+    )
 
 
-def _on_the_old_set(run: Run, restarted: Collection[Component]) -> str:
+def _on_the_old_set(run: Run, names: Collection[str], restarted: Collection[Component]) -> str:
     """Everything that had been restarted, and what took the new files up by itself and did not let go."""
     node = _now(run)
     stale = prove.look(node, run.settings, run.now()).stale if node.manifests else []
@@ -213,21 +245,26 @@ def _on_the_old_set(run: Run, restarted: Collection[Component]) -> str:
             force=True,
         )
         failures = [str(one.error) for one in done if one.error is not None]
-    report = _looked(run)
-    if failures or report.wrong:
-        text = "; ".join([*failures, *([_sentence(report.wrong)] if report.wrong else [])])
-        return f"on the old files: {text}"
-    return f"everything runs on the old files again ({len(report.findings)} checks)"
+    report = _looked(run, names)
+    wrong = [finding for finding in report.wrong if finding.certificate in names]
+    if failures or wrong:
+        text = "; ".join([*failures, *([_sentence(wrong)] if wrong else [])])
+        return f"the old ones do not work, either: {text}"
+    return f"everything runs on the old files again ({len(report.findings) - len(report.wrong)} checks hold)"
 
 
 # --- what is owed ----------------------------------------------------------------------------------------------------
 
 
-def _read(store: Store) -> tuple[str, dict[str, str]] | None:
-    """The run, and the serial numbers that it installed by name; a file that nobody can read says nothing."""
+def _read(store: Store) -> _Owed | None:
+    """A file that nobody can read says nothing."""
     try:
         document = json.loads(store.unproven.read_bytes())
-        return str(document["run"]), {str(name): str(serial) for name, serial in document["serials"].items()}
+        return _Owed(
+            run_id=str(document["run"]),
+            serials={str(name): str(serial) for name, serial in document["serials"].items()},
+            before=frozenset((str(certificate), str(what)) for certificate, what in document["before"]),
+        )
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
@@ -237,9 +274,10 @@ def _read(store: Store) -> tuple[str, dict[str, str]] | None:
         return None
 
 
-def _write(store: Store, run_id: str, serials: Mapping[str, str]) -> None:
+def _write(store: Store, owed: _Owed) -> None:
+    document = {"run": owed.run_id, "serials": dict(owed.serials), "before": sorted(owed.before)}
     try:
-        write_atomically(store.unproven, json.dumps({"run": run_id, "serials": serials}, indent=1).encode() + b"\n")
+        write_atomically(store.unproven, json.dumps(document, indent=1).encode() + b"\n")
     except OSError as e:
         raise BridgeError(
             f"{store.unproven}: wanted to remember what is to be proven, found: {e.strerror}; nothing was replaced",

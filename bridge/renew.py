@@ -24,6 +24,7 @@ from bridge.inventory import Item, Node
 from bridge.pending import OpenRequest
 from bridge.prepare import Prepared, prepare, with_continuity
 from bridge.runs import Run, begun, give_up
+from bridge.schedule import NotYetError
 from bridge.selection import Outcome, Selection, outcome_of, select
 from bridge.settings import Settings
 from bridge.specs import AUTHORITIES
@@ -48,7 +49,7 @@ def run(
         RequestsError: The open requests can't be read or kept; nothing was replaced.
         InstallError: Nothing was replaced.
     """
-    is_terminal = sys.stdin.isatty() or sys.stderr.isatty()
+    is_terminal = any(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
     if not names:
         _sleep(around.delay(settings, now(), is_terminal=is_terminal), progress)
     with begun(settings, now, progress, wait) as (ours, found):
@@ -63,8 +64,8 @@ def run(
                 selection, lambda: _renew(ours, selection, node, walk.before, all_or_nothing=all_or_nothing)
             )
         else:
-            record_failed(ours.record, selection.failed)
-            result = walk.with_earlier(Result(outcomes=selection.failed))
+            record_failed(ours.record, [o for o in selection.failed if not isinstance(o.error, NotYetError)])
+            result = walk.without_work(selection)
         if result.backup_id is not None:
             backups.retire(ours.store, settings.backups, node, now())
         return result, node, selection

@@ -38,6 +38,12 @@ class Walk:
         """The result with what was wrong with earlier runs."""
         return dataclasses.replace(result, errors=(*self._errors, *result.errors))
 
+    def without_work(self, selection: Selection) -> Result:
+        """For a run that can do nothing, or has nothing to do."""
+        result = Result(outcomes=selection.failed)
+        errors = self.around.after(selection, result) if selection.failed else []
+        return self.with_earlier(dataclasses.replace(result, errors=tuple(errors)))
+
     def whole(self, selection: Selection, work: Callable[[], Result]) -> Result:
         """
         Everything about these certificates.
