@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol
 
@@ -94,6 +98,14 @@ class PrivateKey(Protocol):
             BackendRefusedError: It is not there.
         """
 
+    def login(self, secret: bytes) -> AbstractContextManager[Callable[[str], None]]:
+        """
+        Around a run of openssl, which is to be given what it said.
+
+        Raises:
+            BackendRefusedError: The secret is known to be wrong.
+        """
+
     def failure(self, messages: str, told: str) -> BackendError | None:
         """
         Why the key can't be used; None: the key is not the reason.
@@ -138,6 +150,11 @@ class KeyFile:
         except OSError as e:
             raise BackendRefusedError(f"wanted the CA's private key in {self}, found: {e.strerror}") from e
 
+    def login(self, secret: bytes) -> AbstractContextManager[Callable[[str], None]]:
+        """As `PrivateKey`: a file may be tried as often as one likes."""
+        del secret
+        return nullcontext(lambda _: None)
+
     def failure(self, messages: str, told: str) -> BackendRefusedError | None:
         """As `PrivateKey`."""
         if _WRONG_PASSPHRASE.search(messages):
@@ -165,6 +182,18 @@ class Pkcs11Settings:
     module: Path  #: The token's PKCS#11 library, as its vendor names it.
     pin: Secret
     environment: dict[str, str] = field(default_factory=dict)  #: What the module wants, such as SOFTHSM2_CONF.
+
+
+@dataclass(slots=True)
+class _Logins:
+    """To one token, by this process."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    refused: dict[bytes, str] = field(default_factory=dict)  #: Why, by the PIN's digest.
+
+
+# Three CAs may have their keys in one token, and a token may lock itself after three failed logins.
+_LOGINS: defaultdict[tuple[str, ...], _Logins] = defaultdict(_Logins)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +251,21 @@ class TokenKey:
                 " /usr/lib/softhsm/libsofthsm2.so",
             )
 
+    @contextmanager
+    def login(self, secret: bytes) -> Iterator[Callable[[str], None]]:
+        """As `PrivateKey`: one at a time to a token, and no PIN again that it has refused."""
+        names = [part for part in _parts(self.uri) if part.partition("=")[0] not in {"object", "id", "type"}]
+        logins, pin = _LOGINS[str(self.settings.module), *sorted(names)], sha256(secret).digest()
+        with logins.lock:
+            if pin in logins.refused:
+                raise self._no_login(logins.refused[pin])
+
+            def note(messages: str) -> None:
+                if refused := _LOGIN.search(messages):
+                    logins.refused[pin] = _why(refused)
+
+            yield note
+
     def failure(self, messages: str, told: str) -> BackendError | None:
         """As `PrivateKey`; a PIN that was not accepted is never tried again by the bridge."""
         method, module = self.settings.method, self.settings.module
@@ -232,7 +276,7 @@ class TokenKey:
                 hint=f"install it (Debian: {package}), or choose the other `pkcs11.method`, engine or provider",
             )
         if login := _LOGIN.search(messages):
-            return self._no_login(login["text"] or _LOGIN_CODES[login["code"]])
+            return self._no_login(_why(login))
         if _MODULE_FAILED.search(messages):
             return BackendUnavailableError(
                 f"wanted the PKCS#11 module {module} to start, found: {told}",
@@ -295,8 +339,15 @@ def uri_problem(uri: str) -> tuple[str, str] | None:
 
 
 def _attributes(uri: str) -> Mapping[str, None]:
-    parts = re.split("[;?&]", uri.removeprefix(SCHEME))
-    return dict.fromkeys(part.partition("=")[0] for part in parts)
+    return dict.fromkeys(part.partition("=")[0] for part in _parts(uri))
+
+
+def _parts(uri: str) -> list[str]:
+    return re.split("[;?&]", uri.removeprefix(SCHEME))
+
+
+def _why(login: re.Match[str]) -> str:
+    return login["text"] or _LOGIN_CODES[login["code"]]
 
 
 def shown(text: str) -> str:

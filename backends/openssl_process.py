@@ -111,17 +111,21 @@ class Openssl:
         self.key.check()
         # a pipe is in no file, no environment and no process list; with the newline and its end closed openssl
         # can't wait on it, and an empty line is right for a key without passphrase
+        secret = self._secret()
         reading, writing = os.pipe()
         try:
             with os.fdopen(writing, "wb") as pipe:
-                pipe.write(self._secret() + b"\n")
-            return self._run(
-                [command, "-passin", f"fd:{reading}", *self.key.arguments(command), *arguments],
-                folder=folder,
-                environment=self.key.environment(command),
-                inherited=(reading, *inherited),
-                limit=self.limit * (1 + csrs // CSRS_A_LIMIT),
-            )
+                pipe.write(secret + b"\n")
+            with self.key.login(secret) as note:
+                outcome = self._run(
+                    [command, "-passin", f"fd:{reading}", *self.key.arguments(command), *arguments],
+                    folder=folder,
+                    environment=self.key.environment(command),
+                    inherited=(reading, *inherited),
+                    limit=self.limit * (1 + csrs // CSRS_A_LIMIT),
+                )
+                note(outcome.messages)
+            return outcome
         finally:
             os.close(reading)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from cryptography import x509
 
 from backends.openssl import OpensslBackend, OpensslSettings
 from backends.openssl_index import parse_index
-from backends.openssl_key import Pkcs11Settings
+from backends.openssl_key import _LOGINS, Pkcs11Settings
 from bridge import plugins
 from bridge.contract import Issued, Secret, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsError
@@ -58,6 +59,12 @@ def directory(tmp_path: Path) -> Path:
     made = make_ca_directory(tmp_path / "ca", CA.certificate_pem, CA.key_pem)
     made.joinpath("ca.key").unlink()
     return made
+
+
+@pytest.fixture(autouse=True)
+def no_login_before() -> None:
+    """As in a new process: no PIN was refused yet."""
+    _LOGINS.clear()
 
 
 Open = Callable[..., OpensslBackend]
@@ -181,6 +188,22 @@ class TestWithout:
         assert "9999-wrong" not in told(e.value)
         assert rows(directory) == 0
         call(opened())
+
+    def test_the_right_pin_for_three_cas(self, opened: Open, token: Token, tmp_path: Path) -> None:
+        """Three CAs with their keys in one token cost one failed login, though they ask at the same time."""
+        wrapper = program(tmp_path, f'case $1 in version) ;; *) echo run >> {tmp_path}/runs ;; esac; exec $REAL "$@"')
+        uris = [token.uri("ca-key"), f"{token.uri('ca-key')};id=%a1", token.uri("another")]
+        wrong = [opened(pin="9999-wrong", uri=uri, openssl=wrapper) for uri in uris]
+
+        def refused(backend: OpensslBackend) -> str:
+            with pytest.raises(BackendRefusedError, match="PIN") as e:
+                backend.check([SERVER])
+            return told(e.value)
+
+        with ThreadPoolExecutor(3) as pool:
+            errors = list(pool.map(refused, wrong))
+        assert tmp_path.joinpath("runs").read_text().count("run") == 1
+        assert "9999-wrong" not in "".join(errors)
 
     def test_a_pin(self, opened: Open, tmp_path: Path, token: Token, method: Method) -> None:
         """A PIN that can't be read is no failed login: openssl is not started."""
