@@ -19,6 +19,7 @@ import pwd
 import re
 import secrets
 import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -56,6 +57,8 @@ DAMAGED = "damaged"
 _LONGEST_RESULT = 2000
 _TAIL_BYTES = 1 << 16
 _SYSLOG_SECONDS = 1.0
+_WALKS = 3
+_LINE_SECONDS = 0.05
 #: Facility authpriv (10), severity notice (5), and critical (2) for what a person must see: RFC 5424 §6.2.1.
 _SYSLOG_PRIORITY = 10 * 8 + 5
 _SYSLOG_LOUD = {NEEDS_A_PERSON: 10 * 8 + 2, DAMAGED: 10 * 8 + 2}
@@ -370,6 +373,13 @@ def _head(store: Store) -> Link:
         raise ValueError(f"wanted the newest line's number in {store.audit_head.name}, found none") from None
 
 
+def _head_if_any(store: Store) -> Link | None:
+    try:
+        return _head(store)
+    except ValueError:
+        return None
+
+
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
@@ -437,17 +447,24 @@ def files(store: Store) -> list[Path]:
 
 def verify(store: Store) -> tuple[int, list[Damage]]:
     """
-    Walk the chain through all files.
+    Walk the chain through all files; once more if something is wrong, as a run may be in the middle of a line.
 
     Returns:
         The number of lines, and everything that is wrong.
     """
-    try:
-        head: Link | None = _head(store)  # first: a run may be adding lines
-    except ValueError:
-        head = None
+    for _ in range(_WALKS):
+        count, found = _walk(store)
+        if not found:
+            break
+        time.sleep(_LINE_SECONDS)
+    return count, found
+
+
+def _walk(store: Store) -> tuple[int, list[Damage]]:
+    head = _head_if_any(store)  # first: a run may be adding lines
     if head is None and not files(store):
         return 0, []
+    head = head or _head_if_any(store)  # a run that writes the very first lines makes it before them
     last, count, found = START, 0, []
     known = {START.sequence: START.sha256}
     for place, line in _lines(store):
