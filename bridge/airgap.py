@@ -25,7 +25,7 @@ from bridge.answers import certificates_in, is_for, newest
 from bridge.asking import Answer, Progress
 from bridge.bundle import AnswerBundle, BundleError, Refusal, RequestBundle
 from bridge.certificates import fingerprint, load_pem_certificates, name_text, serial_hex
-from bridge.console import columns, log, print_error, printable
+from bridge.console import columns, log, print_error, printable, under_headings
 from bridge.contract import Issued
 from bridge.errors import BackendRefusedError, BridgeError, Exit, SettingsError, SettingsProblem, WaitingError
 from bridge.expiry import residual, seconds_left
@@ -414,7 +414,8 @@ def pending_list(settings: Settings, now: datetime, *, as_json: bool) -> None:
         entries = [_pending_json(one, now) for one in requests]
         typer.echo(json.dumps({"schemaVersion": SCHEMA_VERSION, "pending": entries}, indent=4))
     elif requests:
-        typer.echo("\n".join(columns([_pending_row(one, now) for one in requests])))
+        rows = [(_whereabouts(one), _pending_row(one, now)) for one in requests]
+        typer.echo("\n".join(under_headings(rows)))
     else:
         typer.echo("nothing is pending")
 
@@ -423,7 +424,7 @@ def _pending_row(one: OpenRequest, now: datetime) -> tuple[str, ...]:
     end = one.deadline
     left = _end(end, now)
     age = f"asked {residual(max(int((now - one.created).total_seconds()), 0))} ago"
-    return one.name, age, left, f"fingerprint {_fingerprint(one)}", _whereabouts(one)
+    return one.name, age, left, f"fingerprint {_fingerprint(one)}"
 
 
 def _whereabouts(one: OpenRequest) -> str:

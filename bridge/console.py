@@ -58,6 +58,14 @@ def set_up(verbose: int, log_format: LogFormat) -> None:
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
+def under_headings(rows: Sequence[tuple[str, Sequence[str]]]) -> Iterator[str]:
+    """Rows, each with a sentence; a sentence of several rows stands once, above them."""
+    cells = list(columns([row for _, row in rows]))
+    for heading in dict.fromkeys(heading for heading, _ in rows):
+        yield f"{heading}:"
+        yield from (f"  {line}" for line, (about, _) in zip(cells, rows, strict=True) if about == heading)
+
+
 def columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Lines with the cells of each column below each other."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
