@@ -1,0 +1,375 @@
+"""The exchange of files with a CA desk: a real `openssl ca` behind `ca-bridge sign`, and what may lie in a directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from backends.exchange import ExchangeBackend, ExchangeSettings
+from bridge import bundle, plugins
+from bridge.bundle import AnswerBundle
+from bridge.contract import Continuity, Issued, Pending, SignRequest
+from bridge.errors import BackendRefusedError, BackendUnavailableError, SettingsError
+from bridge.settings import load, parse
+from bridge.specs import AUTHORITIES, SPECS
+from bridge.testing import BackendConformance, TestCA, sign_request
+from tests.kit.issuing import Signer
+from tests.kit.opensslca import make_ca_directory
+
+CA = TestCA.make()
+SIGNER = Signer(certificate=CA.certificate, key=CA.key)
+LIVE = {name: CA.leaf(SPECS[name]) for name in ("apiserver", "admin.conf", "front-proxy-client")}
+POLICY = """\
+[desk]
+name = "desk-1"
+
+[allow]
+clusters = ["kubernetes"]
+nodes = ["cp-*"]
+masters = ["super-admin.conf"]
+proof = "optional"
+
+[certificate.apiserver]
+sans = ["{node}", "kubernetes", "kubernetes.default", ".default.svc", "kubernetes.default.svc", ".svc.cluster.local", ".example.com", "0.0.0.0/0", "::/0"]
+
+[certificate.etcd-server]
+sans = ["{node}", "localhost", "0.0.0.0/0", "::/0"]
+
+[certificate.etcd-peer]
+sans = ["{node}", "localhost", "0.0.0.0/0", "::/0"]
+"""
+
+
+def opened(directory: Path) -> ExchangeBackend:
+    """With its two directories."""
+    for name in ("outbox", "inbox"):
+        (directory / name).mkdir(exist_ok=True)
+    return ExchangeBackend.from_settings(ExchangeSettings(outbox=directory / "outbox", inbox=directory / "inbox"))
+
+
+@pytest.mark.slow
+class TestConformance(BackendConformance):
+    """The suite that every backend passes, with the desk's cron job at the other end."""
+
+    unsupported = frozenset({"issuers", "identity", "close"})
+    patience = timedelta(minutes=2)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def place(cls, ca: TestCA, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+        """Outbox and inbox, and a process that empties the one and fills the other."""
+        place = tmp_path_factory.mktemp("exchange")
+        opened(place)
+        make_ca_directory(place / "ca", ca.certificate_pem, ca.key_pem)
+        tables = [
+            f'[node]\nstate_dir = "{place / "state"}"',
+            f'[backend.desk]\ntype = "openssl"\ndir = "{place / "ca"}"',
+        ]
+        tables += [f'[authority.{name}]\nbackend = "desk"' for name in AUTHORITIES]
+        (place / "config.toml").write_text("\n\n".join(tables))
+        (place / "desk-policy.toml").write_text(POLICY)
+        command = [str(Path(sys.executable).with_name("ca-bridge")), "sign", str(place / "outbox")]
+        command += ["-o", str(place / "inbox"), "--config", str(place / "config.toml")]
+        over = threading.Event()
+
+        def desk() -> None:
+            while not over.wait(0.05):
+                if any((place / "outbox").glob("*.json")):
+                    with (place / "desk.log").open("a") as log:
+                        subprocess.run(command, check=False, stdout=log, stderr=log)
+
+        thread = threading.Thread(target=desk)
+        thread.start()
+        yield place
+        over.set()
+        thread.join()
+
+    @pytest.fixture
+    def backend(self, place: Path) -> ExchangeBackend:
+        """A node's end."""
+        return opened(place)
+
+    @pytest.fixture
+    def dead_backend(self, tmp_path: Path) -> ExchangeBackend:
+        """The medium is not mounted."""
+        settings = ExchangeSettings(outbox=tmp_path / "no/outbox", inbox=tmp_path / "no/inbox")
+        return ExchangeBackend.from_settings(settings)
+
+
+# --- what may lie in the directories ----------------------------------------------------------------------------------
+
+
+def asked(name: str = "apiserver", batch: str = "ab" * 16, node: str = "cp-1") -> SignRequest:
+    """Without a proof."""
+    request = sign_request(LIVE[name], SPECS[name], "ecdsa-p256", timedelta(days=365))
+    return dataclasses.replace(request, continuity=Continuity(batch=batch, node=node, cluster="kubernetes", proof=None))
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+def issue(request: SignRequest) -> Issued:
+    return SIGNER.issue(request, begin=now() - timedelta(minutes=5), end=now() + timedelta(days=365))
+
+
+def pending(answer: object) -> Pending:
+    assert isinstance(answer, Pending)
+    return answer
+
+
+def answer_to(directory: Path, answers: dict[str, Issued | bundle.Refusal], **changes: object) -> AnswerBundle:
+    """To the only bundle in the outbox."""
+    [path] = (directory / "outbox").iterdir()
+    asked_for = bundle.loads_request(path.read_bytes())
+    answer = AnswerBundle(
+        request_digest=bundle.digest(asked_for),
+        batch=asked_for.batch,
+        node=asked_for.node,
+        cluster=asked_for.cluster,
+        signer="desk-1",
+        signed=now().replace(microsecond=0),
+        answers=answers,
+    )
+    return dataclasses.replace(answer, **changes)  # type: ignore[arg-type]
+
+
+def put(directory: Path, name: str, answer: AnswerBundle) -> Path:
+    path = directory / "inbox" / name
+    path.write_bytes(bundle.dumps(answer))
+    return path
+
+
+def test_one_bundle_for_a_batch(tmp_path: Path) -> None:
+    """Readable for whoever carries it, named after the node; each request is told what to look for."""
+    requests = [asked("apiserver"), asked("admin.conf")]
+    answers = [pending(one) for one in opened(tmp_path).sign_many(requests)]
+    [path] = (tmp_path / "outbox").iterdir()
+    written = bundle.loads_request(path.read_bytes())
+    assert path.name == bundle.request_file_name(written)
+    assert path.name.startswith("cp-1-")
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert [one.csr for one in written.requests] == [one.csr for one in requests]
+    assert {one.reference for one in answers} == {bundle.digest(written)}
+    assert answers[0].note == f"{path} is to be carried out, fingerprint {bundle.short_fingerprint(written)}"
+
+
+def test_the_answer_is_taken_whatever_it_is_called(tmp_path: Path) -> None:
+    """And the request, if it lies there still, is taken away; what is in the inbox stays."""
+    backend, request = opened(tmp_path), asked()
+    reference = pending(backend.sign(request)).reference
+    issued = issue(request)
+    path = put(tmp_path, "from the CA (2).json", answer_to(tmp_path, {"apiserver": issued}))
+    assert opened(tmp_path).collect(request, reference) == issued
+    assert backend.collect(request, reference) == issued
+    assert not list((tmp_path / "outbox").iterdir())
+    assert path.exists()
+
+
+def test_a_half_copied_answer_is_left_alone_until_it_is_whole(tmp_path: Path) -> None:
+    """Of any length; it is named meanwhile."""
+    backend, request = opened(tmp_path), asked()
+    reference = pending(backend.sign(request)).reference
+    issued = issue(request)
+    data = bundle.dumps(answer_to(tmp_path, {"apiserver": issued}))
+    path = tmp_path / "inbox/a.json"
+    for length in (0, 1, len(data) // 2, len(data) - 3):
+        path.write_bytes(data[:length])
+        assert f"{path} is not whole yet" in pending(backend.collect(request, reference)).note
+    path.write_bytes(data)
+    assert backend.collect(request, reference) == issued
+
+
+def test_a_changed_byte_is_named(tmp_path: Path) -> None:
+    """The request waits on, and the operator is told which file it is."""
+    backend, request = opened(tmp_path), asked()
+    reference = pending(backend.sign(request)).reference
+    path = put(tmp_path, "a.json", answer_to(tmp_path, {"apiserver": issue(request)}))
+    path.write_bytes(path.read_bytes().replace(b'"desk-1"', b'"desk-2"'))
+    note = pending(backend.collect(request, reference)).note
+    assert f"{path} is no answer: digest: wanted" in note
+
+
+def test_what_is_not_for_us_is_passed_over_in_silence(tmp_path: Path) -> None:
+    """Other nodes' answers, hidden files (a copy under way), directories, other types."""
+    backend, request = opened(tmp_path), asked()
+    waiting = pending(backend.sign(request))
+    answer = answer_to(tmp_path, {"apiserver": issue(request)}, request_digest="0" * 64, node="cp-2")
+    put(tmp_path, "other.json", answer)
+    put(tmp_path, ".a.json.part", answer)
+    (tmp_path / "inbox/readme.txt").write_text("hello")
+    assert backend.collect(request, waiting.reference) == waiting
+    (tmp_path / "inbox/d.json").mkdir()
+    assert "d.json" in pending(backend.collect(request, waiting.reference)).note
+
+
+def test_the_newest_of_several_answers(tmp_path: Path) -> None:
+    """By when it was signed, not by name; one that leaves the certificate out does not count."""
+    backend, request = opened(tmp_path), asked()
+    reference = pending(backend.sign(request)).reference
+    first, last = issue(request), issue(request)
+    second = timedelta(seconds=1)
+    whole = answer_to(tmp_path, {"apiserver": first})
+    put(tmp_path, "a.json", dataclasses.replace(whole, answers={"apiserver": last}, signed=whole.signed + second))
+    put(tmp_path, "b.json", whole)
+    put(tmp_path, "c.json", dataclasses.replace(whole, answers={"etcd-peer": last}, signed=whole.signed + 2 * second))
+    assert backend.collect(request, reference) == last
+
+
+def test_an_answer_that_leaves_it_out_is_named(tmp_path: Path) -> None:
+    """A desk that has one of the CAs only."""
+    backend, request = opened(tmp_path), asked()
+    reference = pending(backend.sign(request)).reference
+    put(tmp_path, "a.json", answer_to(tmp_path, {"admin.conf": issue(request)}))
+    assert "the answer of desk-1 leaves it out" in pending(backend.collect(request, reference)).note
+
+
+def test_a_refusal_is_told_in_the_desks_words(tmp_path: Path) -> None:
+    """It is over: exit 5."""
+    backend, request = opened(tmp_path), asked()
+    reference = pending(backend.sign(request)).reference
+    put(tmp_path, "a.json", answer_to(tmp_path, {"apiserver": bundle.refusal("no such node")}))
+    with pytest.raises(BackendRefusedError, match=r"^desk-1 refused: no such node$"):
+        backend.collect(request, reference)
+
+
+def test_a_request_that_was_fetched(tmp_path: Path) -> None:
+    """Its file is gone from the outbox: said so."""
+    backend, request = opened(tmp_path), asked()
+    reference = pending(backend.sign(request)).reference
+    next((tmp_path / "outbox").iterdir()).unlink()
+    assert "has left the outbox, and no answer" in pending(backend.collect(request, reference)).note
+
+
+def test_bundles_of_one_batch_stay_apart(tmp_path: Path) -> None:
+    """Requests of one export go to several authorities' backends; none is written over another's, each is answered."""
+    requests = [asked("apiserver"), asked("front-proxy-client")]
+    references = [pending(opened(tmp_path).sign(request)).reference for request in requests]
+    assert len(set(references)) == len(list((tmp_path / "outbox").iterdir())) == 2
+
+
+KILLED = """\
+import os, sys, backends.exchange as exchange
+from pathlib import Path
+from datetime import timedelta
+from bridge.contract import Continuity, SignRequest
+from bridge.specs import SPECS
+def die(**_): os.kill(os.getpid(), 9)
+exchange.Pending = die
+who = Continuity(batch="ab" * 16, node="cp-1", cluster="kubernetes", proof=None)
+request = SignRequest(spec=SPECS["apiserver"], csr_pem=sys.stdin.buffer.read(), validity=timedelta(days=365), continuity=who)
+settings = exchange.ExchangeSettings(outbox=Path(sys.argv[1]), inbox=Path(sys.argv[2]))
+exchange.ExchangeBackend(settings).sign(request)
+"""
+
+
+def test_killed_before_it_could_say_so(tmp_path: Path) -> None:
+    """The bundle lies in the outbox: the next run finds it there, and writes no second one."""
+    backend = opened(tmp_path)
+    request = dataclasses.replace(asked(), replaces=None)
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "outbox"), str(tmp_path / "inbox")]
+    died = subprocess.run(command, input=request.csr_pem, check=False, capture_output=True)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    [path] = (tmp_path / "outbox").iterdir()
+    written = path.read_bytes()
+    reference = pending(backend.sign(request)).reference
+    assert reference == bundle.digest(bundle.loads_request(written))
+    assert [p.read_bytes() for p in (tmp_path / "outbox").iterdir()] == [written]
+    issued = issue(request)
+    put(tmp_path, "a.json", answer_to(tmp_path, {"apiserver": issued}))
+    assert backend.collect(request, reference) == issued
+
+
+def test_a_bundle_that_was_damaged_in_the_outbox_is_written_anew(tmp_path: Path) -> None:
+    """Half of it is none; the operator is told of the one that can be carried."""
+    backend, request = opened(tmp_path), asked()
+    backend.sign(request)
+    [path] = (tmp_path / "outbox").iterdir()
+    os.truncate(path, 100)
+    note = pending(backend.sign(request)).note
+    assert bundle.short_fingerprint(bundle.loads_request(Path(note.split(" is to")[0]).read_bytes())) in note
+
+
+@pytest.mark.parametrize("missing", ["outbox", "inbox"])
+def test_a_directory_that_is_not_there(tmp_path: Path, missing: str) -> None:
+    """Unavailable, by name: the medium may be mounted for the next run."""
+    backend, request = opened(tmp_path), asked()
+    (tmp_path / missing).rmdir()
+    for call in (lambda: backend.sign(request), lambda: backend.collect(request, "0" * 64), lambda: backend.check([])):
+        with pytest.raises(BackendUnavailableError, match=f"{missing}: wanted the {missing}, found no directory") as e:
+            call()
+        assert e.value.exit_code == 6
+        assert "mount" in e.value.hint
+
+
+def test_a_full_medium(tmp_path: Path) -> None:
+    """Unavailable; nothing half is left there."""
+    if os.geteuid() != 0:
+        pytest.skip("wanted root to mount a small file system")
+    opened(tmp_path)
+    script = (
+        f"mount -t tmpfs -o size=4k none {tmp_path / 'outbox'} && head -c 4096 /dev/zero > {tmp_path / 'outbox/fill'};"
+        f' "$@"; ls -A {tmp_path / "outbox"}'
+    )
+    program = KILLED.replace("exchange.Pending = die", "")
+    command = ["unshare", "--mount", "sh", "-c", script, "sh", sys.executable, "-c", program]
+    command += [str(tmp_path / "outbox"), str(tmp_path / "inbox")]
+    run = subprocess.run(command, input=asked().csr_pem, check=False, capture_output=True)
+    assert b"BackendUnavailableError" in run.stderr
+    assert b"No space left on device" in run.stderr
+    assert run.stdout.split() == [b"fill"]
+
+
+def test_requests_of_several_batches_are_a_bug(tmp_path: Path) -> None:
+    """A bundle is of one."""
+    with pytest.raises(ValueError, match="one batch"):
+        opened(tmp_path).sign_many([asked(batch="ab" * 16), asked("admin.conf", batch="cd" * 16)])
+
+
+def test_what_a_bundle_may_not_hold_is_refused(tmp_path: Path) -> None:
+    """Two requests of one name; nothing is written."""
+    with pytest.raises(BackendRefusedError, match="each name once"):
+        opened(tmp_path).sign_many([asked(), asked()])
+    assert not list((tmp_path / "outbox").iterdir())
+
+
+def test_one_directory_can_not_be_both(tmp_path: Path) -> None:
+    """Found in the settings."""
+    text = f'[backend.door]\ntype = "exchange"\noutbox = "{tmp_path}"\ninbox = "{tmp_path}"\n[authority.ca]\nbackend = "door"\n'
+
+    settings = parse(text, tmp_path / "config.toml")
+    with pytest.raises(SettingsError, match="another directory than the outbox"):
+        plugins.configured(settings, settings.authorities)
+
+
+EXAMPLE = Path(__file__).parents[2] / "config/exchange"
+
+
+def test_the_example_can_be_used() -> None:
+    """All authorities are asked through the door, two months ahead."""
+    settings = load(EXAMPLE / "config.toml")
+    configured = plugins.configured(settings, settings.authorities)
+    assert list(configured) == list(AUTHORITIES)
+    for one in configured.values():
+        assert one.settings == ExchangeSettings(
+            outbox=Path("/srv/exchange/outbox"), inbox=Path("/srv/exchange/inbox"), retry_for=timedelta()
+        )
+    assert settings.renewal.before.remaining == timedelta(days=60)
+
+
+def test_the_crontab_runs_what_there_is() -> None:
+    """One line that is no comment, of six fields and a command that the program knows."""
+    lines = [line for line in (EXAMPLE / "crontab").read_text().splitlines() if re.match(r"[\d*]", line)]
+    assert [line.split(maxsplit=6)[5:] for line in lines] == [
+        ["root", "/usr/local/bin/ca-bridge renew >> /var/log/ca-bridge-renew.log"]
+    ]
