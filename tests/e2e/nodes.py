@@ -84,6 +84,37 @@ class NodeBridge(Bridge):
         )
 
 
+@dataclass(kw_only=True)
+class LiveBridge(NodeBridge):
+    """ca-bridge as cron runs it: wholly on the node, without a terminal."""
+
+    def run(self, *args: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
+        """Run the installed program."""
+        program = Path(sys.executable).with_name("ca-bridge")
+        environment = {"CRI_CONFIG_FILE": "/etc/kubernetes/crictl.yaml"}
+        return self.node.exec(
+            program, *args, "--config", self.config, check=False, timeout_seconds=timeout, env=environment
+        )
+
+    def events(self) -> list[dict[str, Any]]:
+        """The record so far."""
+        return [json.loads(line) for line in (self.directory / "state/audit.jsonl").read_text().splitlines()]
+
+    def kubelet_command(self) -> str:
+        """A command for `[restart.commands]`: what `systemctl restart kubelet` does, where there is no systemd."""
+        script = self.directory / "restart-kubelet"
+        log = self.node.root.parent / "kubelet.log"
+        # Processes of all nodes of this machine are to be seen, so that its name is not enough.
+        script.write_text(
+            f"#!/bin/sh\nset -eu\npid=$(pgrep -f '^kubelet .*--hostname-override={self.node.name} ')\n"
+            f"tr '\\0' '\\n' </proc/$pid/cmdline >{self.directory}/kubelet.args\n"
+            "kill $pid\nwhile kill -0 $pid 2>/dev/null; do sleep 0.1; done\n"
+            f"xargs -d '\\n' -a {self.directory}/kubelet.args setsid >>{log} 2>&1 </dev/null &\n"
+        )
+        script.chmod(0o755)
+        return str(script)
+
+
 # --- its state -------------------------------------------------------------------------------------------------------
 
 
