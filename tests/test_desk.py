@@ -775,7 +775,7 @@ def test_a_person_approves_each_bundle(desk_: Desk, pki: Pki, pairs: Pairs) -> N
 
 def test_a_person_says_no(desk_: Desk, pairs: Pairs) -> None:
     """The node gets the reason; the next bundle is asked for by itself."""
-    bundles = sorted((make_bundle(some(pairs, "apiserver")) for _ in range(2)), key=lambda bundle: bundle.batch)
+    bundles = sorted((make_bundle(some(pairs, "apiserver")) for _ in range(2)), key=request_file_name)
     for bundle in bundles:
         put(desk_, bundle)
 
