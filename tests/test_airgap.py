@@ -576,6 +576,16 @@ def test_nothing_steers_the_terminal(node: Node) -> None:
     assert "\x1b" not in run.stdout + run.stderr
 
 
+def test_nothing_in_the_inbox_steers_the_terminal(node: Node) -> None:
+    """What backend `exchange` says of a file there is shown by `renew`, kept, and shown by `pending list`."""
+    _, inbox = node.add_exchange()
+    assert node.run("renew", FRONT).returncode == 4
+    (inbox / "\x1b]0;owned\x07.json").write_text("{}")
+    for run in (node.run("renew", FRONT), node.run("pending", "list")):
+        assert "owned" in run.stdout
+        assert not {"\x1b", "\x07"} & set(run.stdout + run.stderr)
+
+
 def test_somebody_else_was_faster(node: Node, desk: Desk, tmp_path: Path) -> None:
     """The certificate was replaced after the export: the request is forgotten, its answer refused, nothing touched."""
     node.export("apiserver", FRONT)
