@@ -63,6 +63,7 @@ class Instance:
     state: State
     reason: str = ""  #: Of a state that is not healthy.
     voter: bool = True  #: Counts for etcd's quorum.
+    answers: bool = True  #: False: nothing comes from it.
 
     def __str__(self) -> str:
         return f"{self.component.value} of {self.name} ({self.url or 'no address yet'}): {self.reason or self.state}"
@@ -82,8 +83,12 @@ class Neighbours:
         return [one for one in self.instances if not one.own]
 
     def own_is_down(self, component: Component) -> bool:
-        """Whether this node's does not work, so that a restart takes nothing away."""
-        return any(one.own and one.component is component and one.state == "unhealthy" for one in self.instances)
+        """
+        Whether this node's gives no answer, so that a restart takes nothing away.
+
+        One that answers that it is not well may lack the others: an etcd member without a leader, for a moment.
+        """
+        return any(one.own and one.component is component and not one.answers for one in self.instances)
 
     @property
     def quorum_without_own(self) -> bool | None:
@@ -431,7 +436,7 @@ def _member_state(etcd: _Etcd, member: Instance) -> Instance:
 def _without_answer(instance: Instance, error: https.HttpsError) -> Instance:
     """A server that turns our certificate away may be well."""
     state: State = "unknown" if isinstance(error, https.ClientRefusedError) else "unhealthy"
-    return replace(instance, state=state, reason=str(error))
+    return replace(instance, state=state, reason=str(error), answers=state == "unknown")
 
 
 # --- API servers -----------------------------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ class Lease:
                 wrote = self._api.ask("POST", _COLLECTION, self._made({"metadata": {"name": self._name}}))
             elif found.status == HTTPStatus.OK:
                 record = _Record.of(found.document)
-                if record.holder not in {"", self._holder} and not self._has_expired(record):
+                if record.holder and not self._is_of_this_node(record) and not self._has_expired(record):
                     return record
                 wrote = self._api.ask("PUT", f"{_COLLECTION}/{self._name}", self._made(found.document))
             else:
@@ -163,6 +163,10 @@ class Lease:
             if wrote.status not in {HTTPStatus.CONFLICT, HTTPStatus.NOT_FOUND}:
                 raise NoAnswerError(f"wanted the lease {self._name}, found HTTP {wrote.status}")
         raise NoAnswerError(f"wanted the lease {self._name}, found that it changed each time")
+
+    def _is_of_this_node(self, record: _Record) -> bool:
+        """Ours, or that of a run of this node that was killed: only one at a time has the state directory's lock."""
+        return record.holder.rpartition("_")[0] == self._holder.rpartition("_")[0]
 
     def _has_expired(self, record: _Record) -> bool:
         now = time.monotonic()
@@ -252,7 +256,7 @@ def hold(
     Args:
         api: The more of its servers are known, the longer the lease is kept through restarts.
         name: The lease's.
-        holder: Who we are; no two runs have the same.
+        holder: Who we are: `NODE_RUN`; no two runs have the same, and of one node only one runs at a time.
         duration: After which others may take it when it is not renewed; a thread renews it three times in that.
         wait: For another that has it.
         note: Is told, in a sentence, what the operator should know; from this thread alone.

@@ -508,6 +508,19 @@ def test_no_clock_of_another_node_is_believed(servers: Servers, renewed: str) ->
         assert 2 <= time.monotonic() - begin < 8
 
 
+def test_a_killed_run_of_the_same_node_holds_nobody_up(servers: Servers) -> None:
+    """The next run of that node takes the lease at once; another node waits for its end."""
+    lease = hold(servers, "cp-1_killed", duration=30)
+    lease.__enter__()
+    with pytest.raises(LeaseHeldError), hold(servers, "cp-2_other", wait=0.2):
+        pass
+    begin = time.monotonic()
+    with hold(servers, "cp-1_next", wait=10):
+        assert time.monotonic() < begin + 5
+        assert spec(servers)["holderIdentity"] == "cp-1_next"
+    lease.__exit__(None, None, None)
+
+
 def test_a_holder_that_renews_keeps_it(servers: Servers) -> None:
     """Each change begins the time anew."""
     with hold(servers, "cp-2_b", duration=1.5), pytest.raises(LeaseHeldError), hold(servers, wait=5):
