@@ -55,7 +55,7 @@ def run(
     with begun(settings, now, progress, wait) as (ours, found):
         walk = Walk(ours)
         node = walk.earlier(found)
-        waiting = [one.name for one in ours.requests if one.reference or one.answer is not None]
+        waiting = [one.name for one in ours.requests if one.reference]
         selection = select(node, settings, names, now(), waiting)
         if not names:
             selection = walk.around.held(selection, is_terminal=is_terminal)

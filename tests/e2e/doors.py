@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from tests.kit.node import Node
 
@@ -19,13 +20,21 @@ socket.send_fds(socket.socket(fileno=0), [b"."], [door.fileno()])
 """
 
 
+@dataclass(kw_only=True)
+class Door:
+    """What came, and whether it is let through."""
+
+    is_open: bool = True  #: Otherwise connections are closed at once.
+    connections: int = 0  #: So far, those that were closed at once among them.
+
+
 @contextlib.contextmanager
-def door(node: Node, port: int) -> Iterator[None]:
+def door(node: Node, port: int) -> Iterator[Door]:
     """Connections to the node's 127.0.0.1:port come to this machine's 127.0.0.1:port."""
-    listener = _listener(node, port)
-    threading.Thread(target=_serve, args=(listener, port), daemon=True).start()
+    listener, found = _listener(node, port), Door()
+    threading.Thread(target=_serve, args=(listener, port, found), daemon=True).start()
     try:
-        yield
+        yield found
     finally:
         with contextlib.suppress(OSError):
             listener.shutdown(socket.SHUT_RDWR)
@@ -41,10 +50,14 @@ def _listener(node: Node, port: int) -> socket.socket:
     return socket.socket(fileno=descriptor)
 
 
-def _serve(listener: socket.socket, port: int) -> None:
+def _serve(listener: socket.socket, port: int, door: Door) -> None:
     with contextlib.suppress(OSError):  # it was closed
         while True:
             here, _ = listener.accept()
+            door.connections += 1
+            if not door.is_open:
+                here.close()
+                continue
             threading.Thread(target=_pass, args=(here, port), daemon=True).start()
 
 

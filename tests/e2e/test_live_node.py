@@ -11,25 +11,21 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from cryptography import x509
 
-from bridge.certificates import fingerprint, load_pem_certificates, pem
+from bridge.certificates import fingerprint, load_pem_certificates
 from bridge.specs import AUTHORITIES, SPECS, Component
 from tests.counts import Tried
 from tests.e2e import nodes
 from tests.e2e.cas import add_vault, live_certificates
 from tests.e2e.doors import door
 from tests.e2e.looking import Audit, traffic
-from tests.e2e.nodes import NodeBridge, NodePki, wait_for
-from tests.kit.issuing import Signer
+from tests.e2e.nodes import LiveBridge, NodePki, wait_for
 from tests.kit.node import Node
 from tests.kit.openbao import OpenBao
 
@@ -41,19 +37,6 @@ USERS = {
     "controller-manager.conf": "system:kube-controller-manager",
     "scheduler.conf": "system:kube-scheduler",
 }
-
-
-@dataclass(kw_only=True)
-class LiveBridge(NodeBridge):
-    """ca-bridge as cron runs it: wholly on the node, without a terminal."""
-
-    def run(self, *args: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
-        """Run the installed program."""
-        program = Path(sys.executable).with_name("ca-bridge")
-        environment = {"CRI_CONFIG_FILE": "/etc/kubernetes/crictl.yaml"}
-        return self.node.exec(
-            program, *args, "--config", self.config, check=False, timeout_seconds=timeout, env=environment
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,103 +158,96 @@ def test_a_broken_ca_restarts_nothing(site: Site) -> None:
 
 
 @contextlib.contextmanager
-def another_etcd_ca(site: Site) -> Iterator[Signer]:
+def without_binding(site: Site) -> Iterator[None]:
     """
-    `etcd/ca.crt` on disk is another one than the etcd that runs has read: a CA change that was forgotten half way.
+    The API server's client towards kubelets has no rights there, for a while.
 
-    OpenBao signs with that one, so that its certificates pass every check of the files.
+    A kubelet goes on allowing what it has allowed, by certificate; a new certificate is judged afresh.
     """
-    path = site.node.pki_dir / "etcd/ca.crt"
-    before = path.read_bytes()
-    signer = Signer.make("etcd-ca", begin=datetime(2026, 1, 1, tzinfo=UTC), end=datetime(2036, 1, 1, tzinfo=UTC))
-    path.write_bytes(pem(signer.certificate))
-    try:
-        yield signer
-    finally:
-        path.write_bytes(before)
-
-
-def test_a_certificate_that_passes_and_can_not_work_is_rolled_back(site: Site, tmp_path: Path) -> None:
-    """etcd refuses the API server's new certificate: the old one comes back by itself, exit 8, and the API answers."""
-    from tests.kit import opensslca
-
-    before = live_certificates(site.bridge.pki)
-    with another_etcd_ca(site) as signer:
-        from bridge.csr import key_pem
-
-        desk = opensslca.make_ca_directory(tmp_path / "etcd-desk", pem(signer.certificate), key_pem(signer.key))
-        text = site.bridge.config.read_text()
-        mount = f'backend = "{NAME}-etcd-ca"\nmount = "{NAME}-etcd-ca"'
-        assert mount in text
-        site.bridge.config.write_text(
-            text.replace(mount, f'backend = "other"\n\n[backend.other]\ntype = "openssl"\ndir = "{desk}"\n')
-        )
-        try:
-            run = site.bridge.run("renew", "apiserver-etcd-client")
-        finally:
-            site.bridge.config.write_text(text)
-    print(run.stdout, run.stderr)
-    assert run.returncode == 8, run.stderr
-    assert "apiserver-etcd-client" in run.stderr
-    assert live_certificates(site.bridge.pki) == before
-    assert site.node.kubectl("get", "--raw", "/readyz").stdout == "ok"
-    assert site.bridge.run("prove", "--wait", "60s").returncode == 0
-    events = [json.loads(line) for line in (site.bridge.directory / "state/audit.jsonl").read_text().splitlines()]
-    assert [event["name"] for event in events if event["event"] == "rolled-back"] == ["apiserver-etcd-client"]
-
-
-def test_a_lost_binding_is_seen_and_kept_when_so_set(site: Site) -> None:
-    """The API server's client lost its RBAC binding: exit 7 with `on_failure = "keep"`, and the message says what."""
     binding = "kubeadm:apiserver-kubelet-client"
 
     def kubectl(*args: str) -> subprocess.CompletedProcess[str]:
         return site.node.exec("kubectl", "--kubeconfig", "/etc/kubernetes/super-admin.conf", *args)
 
+    assert site.bridge.run("prove", "--wait", "60s").returncode == 0
     kept = json.loads(kubectl("get", "clusterrolebinding", binding, "-o", "json").stdout)
     kubectl("delete", "clusterrolebinding", binding)
     try:
-        with setting(site.bridge, 'min_interval = "1s"', 'min_interval = "1s"\non_failure = "keep"\nprove_for = "5s"'):
-            run = site.bridge.run("renew", "apiserver-kubelet-client")
+        yield
     finally:
         file = site.node.kubeconfig_dir / "binding.json"
-        file.write_text(json.dumps({key: kept[key] for key in ("apiVersion", "kind", "roleRef", "subjects")}
-                                   | {"metadata": {"name": binding}}))  # fmt: skip
+        again = {key: kept[key] for key in ("apiVersion", "kind", "roleRef", "subjects")}
+        file.write_text(json.dumps(again | {"metadata": {"name": binding}}))
         kubectl("create", "-f", "/etc/kubernetes/binding.json")
         file.unlink()
-    assert run.returncode == 7, run.stderr
+
+
+def test_a_certificate_that_passes_and_can_not_work_is_rolled_back(site: Site) -> None:
+    """Kubelets refuse the API server's new certificate: the old one comes back by itself, exit 8, and all works on it."""
+    before = live_certificates(site.bridge.pki)
+    with without_binding(site), setting(site.bridge, '"1s"', '"1s"\nprove_for = "5s"'), traffic(site.node) as seen:
+        run = site.bridge.run("renew", "apiserver-kubelet-client", "scheduler.conf")
+    print(run.stdout, run.stderr)
+    assert run.returncode == 8, run.stderr
     assert "apiserver-kubelet-client" in run.stderr
+    assert "refused" in run.stderr
+    assert "everything runs on the old files again" in run.stderr
+    assert seen.errors == []
+    assert live_certificates(site.bridge.pki) == before
+    assert site.bridge.run("prove", "--wait", "60s").returncode == 0
+    assert not (site.bridge.directory / "state/unproven.json").exists()
+    events = [json.loads(line) for line in (site.bridge.directory / "state/audit.jsonl").read_text().splitlines()]
+    back = {event["name"] for event in events if event["event"] == "rolled-back"}
+    assert back == {"apiserver-kubelet-client", "scheduler.conf"}
+
+
+def test_it_is_kept_when_so_set_and_looked_at_again(site: Site) -> None:
+    """The same with `on_failure = "keep"`: exit 7, and the next run looks again until it works."""
     unproven = site.bridge.directory / "state/unproven.json"
-    assert unproven.exists()
+    keep = '"1s"\non_failure = "keep"\nprove_for = "5s"'
+    with setting(site.bridge, '"1s"', keep):
+        with without_binding(site):
+            run = site.bridge.run("renew", "apiserver-kubelet-client")
+            assert run.returncode == 7, run.stderr
+            assert "apiserver-kubelet-client" in run.stderr
+            assert unproven.exists()
+            assert site.bridge.run("renew").returncode == 7
 
-    def proven() -> bool:
-        return site.bridge.run("renew").returncode == 0
+        def proven() -> bool:
+            again = site.bridge.run("renew")
+            print(again.returncode, again.stdout, again.stderr)
+            return again.returncode == 0
 
-    wait_for("the kubelet to forget its no", proven, seconds=120)
+        wait_for("the kubelet to forget its no", proven, seconds=120)
     assert not unproven.exists()
+
+
+#: What `systemctl restart kubelet` does, on one of several nodes of a machine.
+_RESTART_KUBELET = """\
+#!/bin/sh
+set -eu
+for pid in $(pidof kubelet); do
+  [ "$(readlink /proc/$pid/ns/net)" = "$(readlink /proc/self/ns/net)" ] || continue
+  tr '\\0' '\\n' </proc/$pid/cmdline >/run/kubelet.args
+  kill $pid
+  while kill -0 $pid 2>/dev/null; do sleep 0.1; done
+done
+xargs -d '\\n' -a /run/kubelet.args setsid >>{log} 2>&1 </dev/null &
+"""
 
 
 def test_the_kubelet_is_restarted_on_its_new_certificate(site: Site) -> None:
     """kubelet.conf with embedded data, by the settings' command; its copy of the old one is taken away."""
-    script = site.bridge.directory / "restart-kubelet"
-    log = site.node.root.parent / "kubelet.log"
-    script.write_text(
-        "#!/bin/sh\nset -eu\npid=$(pidof kubelet)\ntr '\\0' '\\n' </proc/$pid/cmdline >/run/kubelet.args\n"
-        "kill $pid\nwhile kill -0 $pid 2>/dev/null; do sleep 0.1; done\n"
-        f"xargs -d '\\n' -a /run/kubelet.args setsid >>{log} 2>&1 </dev/null &\n"
-    )
-    script.chmod(0o755)
-    site.bridge.add("restart.commands", {"kubelet": str(script)})
+    site.bridge.add("restart.commands", {"kubelet": site.bridge.kubelet_command()})
     run = site.bridge.run("renew", "kubelet.conf")
     assert run.returncode == 0, run.stderr
     assert "kubelet in " in run.stdout
     assert site.bridge.run("prove", "--wait", "60s").returncode == 0
-    copy = site.node.root / "var/lib/kubelet/pki/kubelet-client-current.pem"
+    copy = "/var/lib/kubelet/pki/kubelet-client-current.pem"
     new = live_certificates(site.bridge.pki)["kubelet.conf"]
-    wait_for("the kubelet's new copy", lambda: _first(copy) == new, seconds=60)
 
+    def copied() -> bool:
+        found = site.node.exec("cat", copy, check=False).stdout.encode()
+        return bool(found) and load_pem_certificates(found)[0] == new
 
-def _first(path: Path) -> x509.Certificate | None:
-    try:
-        return load_pem_certificates(path.resolve().read_bytes())[0] if path.exists() else None
-    except (OSError, ValueError):
-        return None
+    wait_for("the kubelet's new copy", copied, seconds=60)
