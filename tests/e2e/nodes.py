@@ -61,13 +61,13 @@ class NodePki(Pki):
 
 @dataclass(kw_only=True)
 class NodeBridge(Bridge):
-    """ca-bridge on the node, where every path is the usual one, so that its settings name none."""
+    """ca-bridge on the node, where every path is the usual one, so that its settings name none; the host is shared."""
 
     node: Node
 
     def __post_init__(self) -> None:
         self.directory.mkdir(parents=True)
-        self.add("node", {"state_dir": str(self.directory / "state")})
+        self.add("node", {"name": self.node.name, "state_dir": str(self.directory / "state")})
 
     def run(self, *args: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Run the installed program with the node's files and this machine's network, where the CAs are."""
