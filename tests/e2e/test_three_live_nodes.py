@@ -1,0 +1,328 @@
+"""
+Three control-plane nodes with three etcd members, each with its own timer: a bare `ca-bridge renew` that restarts.
+
+Meanwhile every member of etcd is asked every 0.2 s whether it can read through the quorum, and a client writes and reads
+by whichever API server takes it. A restart lasts from the moment that a manifest is away until the record says
+`restarted`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import itertools
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from bridge.certificates import pem
+from bridge.csr import key_pem
+from bridge.errors import Exit
+from bridge.specs import AUTHORITIES, Component
+from tests.counts import Tried
+from tests.e2e.cas import add_vault, live_certificates
+from tests.e2e.doors import door
+from tests.e2e.looking import API_PORT, ETCD_PORT, TRAFFIC, ask, client, connection
+from tests.e2e.nodes import LiveBridge, NodePki, make_ready, wait_for
+from tests.kit import opensslca
+from tests.kit.issuing import Signer
+from tests.kit.node import Node
+from tests.kit.openbao import OpenBao
+
+pytestmark = [pytest.mark.node, pytest.mark.slow]
+
+IPS = ("198.18.77.120", "198.18.77.121", "198.18.77.122")
+STATIC = [component.value for component in Component if component is not Component.KUBELET]
+NEEDED = ["kube-controller-manager", "kube-scheduler"]
+
+
+@pytest.fixture(scope="module")
+def bridges(tmp_path_factory: pytest.TempPathFactory, bao: OpenBao) -> Iterator[list[LiveBridge]]:
+    """Nodes in external-CA mode whose certificates are all due; each with its mounts and roles in one OpenBao."""
+    directory = tmp_path_factory.mktemp("three")
+    keys, port = directory / "ca-keys", urlsplit(bao.url).port
+    names = [f"three-{os.getpid() % 10_000}-{number}" for number in (1, 2, 3)]
+    short = "certificateValidityPeriod: 24h"
+    assert port is not None
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(Node.up(names[0], IPS[0], ca_dir=keys, cluster=short))
+        others = [
+            stack.enter_context(Node.join(name, ip, first, cluster=short))
+            for name, ip in zip(names[1:], IPS[1:], strict=True)
+        ]
+        found = []
+        for node in (first, *others):
+            make_ready(node)
+            stack.enter_context(door(node, port))
+            found.append(_bridge(node, bao, keys, directory / node.name))
+        yield found
+
+
+def _bridge(node: Node, bao: OpenBao, keys: Path, directory: Path) -> LiveBridge:
+    bridge = LiveBridge(
+        pki=NodePki(root=node.root, external=True, keys=keys), directory=directory / "bridge", node=node
+    )
+    bridge.add("renewal", {"before": "2d", "validity": "30d"})
+    for authority in AUTHORITIES:
+        add_vault(bridge, bao, authority, node.name)
+    bridge.add("restart", {"method": "static-pods", "components": "needed", "min_interval": "1s"})
+    bridge.add("restart.commands", {"kubelet": bridge.kubelet_command()})
+    bridge.add("cluster", {"lease": True})
+    return bridge
+
+
+def change(bridge: LiveBridge, **values: str) -> None:
+    """Other values for keys that are in the settings once."""
+    lines = bridge.config.read_text().splitlines()
+    for key, value in values.items():
+        [number] = [i for i, line in enumerate(lines) if line.startswith(f"{key} = ")]
+        lines[number] = f"{key} = {json.dumps(value)}"
+    bridge.config.write_text("\n".join(lines) + "\n")
+
+
+# --- what is seen meanwhile ------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Seen:
+    """Of three nodes at a time."""
+
+    looks: dict[str, int] = field(default_factory=dict)  #: By node, at etcd.
+    down: list[tuple[float, float, str]] = field(default_factory=list)  #: Begin, end, node: its etcd did not answer.
+    turns: int = 0  #: Of the client.
+    elsewhere: int = 0  #: Times that it had to go on to another API server.
+    failed: list[str] = field(default_factory=list)  #: Turns that no API server took.
+    away: list[tuple[datetime, str, str]] = field(default_factory=list)  #: When, node, component: its manifest left.
+
+    def most_down(self) -> int:
+        """How many members did not answer at the same time."""
+        moments = sorted([(begin, 1) for begin, _, _ in self.down] + [(end, -1) for _, end, _ in self.down])
+        most = now = 0
+        for _, step in moments:
+            now += step
+            most = max(most, now)
+        return most
+
+
+@contextlib.contextmanager
+def watched(nodes: Sequence[Node]) -> Iterator[Seen]:
+    """Look until the end of the block."""
+    seen, stop = Seen(), threading.Event()
+    nodes[0].kubectl("create", "configmap", TRAFFIC)
+    works: list[Callable[[], None]] = [
+        *(lambda node=node: _watch_etcd(node, seen, stop) for node in nodes),
+        lambda: _work(nodes, seen, stop),
+        lambda: _watch_manifests(nodes, seen, stop),
+    ]
+    with ThreadPoolExecutor(len(works)) as pool:
+        running = [pool.submit(work) for work in works]
+        try:
+            yield seen
+        finally:
+            stop.set()
+    for one in running:
+        one.result()
+    nodes[0].kubectl("delete", "configmap", TRAFFIC)
+
+
+def _watch_etcd(node: Node, seen: Seen, stop: threading.Event) -> None:
+    """A member is down from its first look without an answer to the first one with it."""
+    down_since: float | None = None
+    with connection(node, ETCD_PORT, client(node, "etcd-healthcheck-client")) as kept:
+        while not stop.wait(0.2):
+            begin = time.monotonic()
+            try:
+                is_well = ask(kept, "/health").status == http.client.OK
+            except (OSError, http.client.HTTPException):
+                kept.close()
+                is_well = False
+            seen.looks[node.name] = seen.looks.get(node.name, 0) + 1
+            if not is_well and down_since is None:
+                down_since = begin
+            if is_well and down_since is not None:
+                seen.down.append((down_since, begin, node.name))
+                down_since = None
+    if down_since is not None:
+        seen.down.append((down_since, time.monotonic(), node.name))
+
+
+def _work(nodes: Sequence[Node], seen: Seen, stop: threading.Event) -> None:
+    """Each turn begins at another API server."""
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(connection(one, API_PORT, client(one, "admin.conf"))) for one in nodes]
+        while not stop.wait(0.1):
+            seen.turns += 1
+            errors: list[str] = []
+            for number in range(len(servers)):
+                server = servers[(seen.turns + number) % len(servers)]
+                try:
+                    _write_and_read(server, str(seen.turns))
+                    break
+                except (OSError, http.client.HTTPException, ValueError) as e:
+                    server.close()
+                    errors.append(f"{server.host}: {e!r}")
+            seen.elsewhere += len(errors)
+            if len(errors) == len(servers):
+                seen.failed.append(f"turn {seen.turns}: {errors}")
+
+
+def _write_and_read(server: http.client.HTTPSConnection, value: str) -> None:
+    path = f"/api/v1/namespaces/default/configmaps/{TRAFFIC}"
+    wrote, read = ask(server, path, patch={"data": {"turn": value}}), ask(server, path)
+    if (wrote.status, read.status) != (http.client.OK, http.client.OK):
+        raise ValueError(f"wanted 200 twice, got {wrote.status} {wrote.body!r}, {read.status} {read.body!r}")
+    if json.loads(read.body)["data"]["turn"] != value:
+        raise ValueError(f"wanted {value}, got {read.body!r}")
+
+
+def _watch_manifests(nodes: Sequence[Node], seen: Seen, stop: threading.Event) -> None:
+    places = {
+        (node.name, name): node.kubeconfig_dir / "manifests" / f"{name}.yaml" for node in nodes for name in STATIC
+    }
+    gone: set[tuple[str, str]] = set()
+    while not stop.wait(0.05):
+        now = {key for key, path in places.items() if not path.exists()}
+        seen.away += [(datetime.now(UTC), *key) for key in sorted(now - gone)]
+        gone = now
+
+
+# --- the timers ------------------------------------------------------------------------------------------------------
+
+
+def fire(bridge: LiveBridge) -> list[int]:
+    """The timer, and again when it was not the moment; the exit codes."""
+    codes: list[int] = []
+    while len(codes) < 3 and (not codes or codes[-1] in {Exit.WAITING, Exit.UNAVAILABLE}):
+        run = bridge.run("renew", timeout=1500)
+        print(f"{bridge.node.name}: exit {run.returncode}\n{run.stdout}{run.stderr}")
+        codes.append(run.returncode)
+    return codes
+
+
+def turns(bridges: Sequence[LiveBridge], seen: Seen, known: Sequence[int]) -> list[tuple[datetime, datetime, str]]:
+    """From a node's first manifest that left to its last component that was back."""
+    found = []
+    for bridge, events_before in zip(bridges, known, strict=True):
+        back = [datetime.fromisoformat(e["time"]) for e in bridge.events()[events_before:] if e["event"] == "restarted"]
+        begins = [moment for moment, name, _ in seen.away if name == bridge.node.name]
+        found.append((min(begins), max(back), bridge.node.name))
+    return sorted(found)
+
+
+def assert_renewed(
+    bridges: Sequence[LiveBridge], seen: Seen, known: Sequence[int], components: Sequence[str], tried: Tried
+) -> None:
+    """All that was seen is as it should be; says how much that was."""
+    in_turn = turns(bridges, seen, known)
+    spans = [f"{(end - begin).total_seconds():.0f} s" for begin, end, _ in in_turn]
+    longest = max((end - begin for begin, end, _ in seen.down), default=0.0)
+    print(
+        f"{seen.looks} looks at etcd, {len(seen.down)} times without an answer, at most {longest:.1f} s; turns {spans}"
+    )
+    print(f"client: {seen.turns} turns, {seen.elsewhere} times on to another server, failed: {seen.failed}")
+    for bridge in bridges:
+        assert sorted(name for _, node, name in seen.away if node == bridge.node.name) == sorted(components)
+    for (_, end, one), (begin, _, other) in itertools.pairwise(in_turn):
+        assert end <= begin, f"{one} was not back when {other} began"
+    assert seen.most_down() <= 1, seen.down  # two of three are a quorum
+    assert seen.failed == []
+    assert min(seen.looks.values()) > 20
+    for bridge in bridges:
+        proof = bridge.run("prove", "--wait", "60s")
+        assert proof.returncode == 0, proof.stdout
+    tried("turns of a client of three API servers during restarts, none failed", seen.turns, exact=False)
+    tried("looks at members of etcd during restarts, never two of three down", sum(seen.looks.values()), exact=False)
+    tried("restarts on three nodes, never two nodes at once", len(seen.away), exact=False)
+
+
+def all_are_well(bridges: Sequence[LiveBridge]) -> bool:
+    """Every API server, with its etcd."""
+    return all(
+        bridge.node.kubectl("--server", f"https://{bridge.node.ip}:6443", "get", "--raw", "/readyz", check=False).stdout
+        == "ok"
+        for bridge in bridges
+    )
+
+
+def test_one_timer_after_the_other(bridges: list[LiveBridge], tried: Tried) -> None:
+    """Controller manager, scheduler and kubelet of each node are restarted; no API server and no etcd is ever away."""
+    nodes, before = [bridge.node for bridge in bridges], [live_certificates(bridge.pki) for bridge in bridges]
+    with watched(nodes) as seen:
+        codes = [fire(bridge) for bridge in bridges]
+    assert codes == [[Exit.DONE]] * 3
+    for bridge, old in zip(bridges, before, strict=True):
+        new = live_certificates(bridge.pki)
+        assert not [name for name in old if new[name] == old[name]]
+    assert_renewed(bridges, seen, [0, 0, 0], NEEDED, tried)
+    assert seen.down == []
+    assert seen.elsewhere == 0
+
+
+def test_three_timers_at_once(bridges: list[LiveBridge], tried: Tried) -> None:
+    """All four components and the kubelet of each node, one node after the other, by the lease."""
+    for bridge in bridges:
+        change(bridge, before="60d", validity="300d", components="all")
+    nodes, before = [bridge.node for bridge in bridges], [live_certificates(bridge.pki) for bridge in bridges]
+    known = [len(bridge.events()) for bridge in bridges]
+    with watched(nodes) as seen, ThreadPoolExecutor(len(bridges)) as pool:
+        codes = list(pool.map(fire, bridges))
+    print(f"exit codes: {codes}")
+    assert [one[-1] for one in codes] == [Exit.DONE] * 3
+    for bridge, old in zip(bridges, before, strict=True):
+        new = live_certificates(bridge.pki)
+        assert not [name for name in old if new[name] == old[name]]
+    assert_renewed(bridges, seen, known, STATIC, tried)
+    assert {name for _, _, name in seen.down} == {node.name for node in nodes}  # or nothing was seen
+    assert seen.elsewhere >= len(nodes)
+
+
+# --- peers that refuse -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def new_etcd_ca(bridge: LiveBridge, directory: Path) -> Iterator[None]:
+    """A change of etcd's CA that only one node knows of: it trusts the new and the old one, and the new one signs."""
+    file, settings = bridge.pki.pki_dir / "etcd/ca.crt", bridge.config.read_text()
+    old = file.read_bytes()
+    signer = Signer.make("etcd-ca", begin=datetime(2026, 1, 1, tzinfo=UTC), end=datetime(2036, 1, 1, tzinfo=UTC))
+    desk = opensslca.make_ca_directory(directory, pem(signer.certificate), key_pem(signer.key))
+    mount = f"{bridge.node.name}-etcd-ca"
+    other = f'backend = "other"\n\n[backend.other]\ntype = "openssl"\ndir = "{desk}"\n'
+    assert settings.count(f'backend = "{mount}"\nmount = "{mount}"') == 1
+    file.write_bytes(pem(signer.certificate) + old)
+    bridge.config.write_text(settings.replace(f'backend = "{mount}"\nmount = "{mount}"', other))
+    try:
+        yield
+    finally:
+        file.write_bytes(old)
+        bridge.config.write_text(settings)
+
+
+def test_peers_that_refuse_bring_the_old_certificate_back(bridges: list[LiveBridge], tmp_path: Path) -> None:
+    """etcd-peer passes every check and no other member takes it: exit 8, and three members are well again."""
+    wait_for("three nodes that are well", lambda: all_are_well(bridges), seconds=120)
+    bridge, before = bridges[2], live_certificates(bridges[2].pki)
+    with new_etcd_ca(bridge, tmp_path / "desk"):
+        text = bridge.config.read_text()
+        [components] = [line for line in text.splitlines() if line.startswith("components = ")]
+        bridge.config.write_text(text.replace(components, 'components = ["etcd"]\ntimeout = "90s"\nprove_for = "10s"'))
+        with watched([one.node for one in bridges]) as seen:
+            run = bridge.run("renew", "etcd-peer", timeout=1500)
+    print(run.stdout, run.stderr)
+    assert run.returncode == Exit.ROLLED_BACK, run.stderr
+    assert "etcd" in run.stderr
+    assert live_certificates(bridge.pki) == before
+    assert {name for _, _, name in seen.down} == {bridge.node.name}
+    assert seen.failed == []
+    wait_for("three nodes that are well", lambda: all_are_well(bridges), seconds=120)
+    for one in bridges:
+        assert one.run("prove", "--wait", "60s").returncode == 0
