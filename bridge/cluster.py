@@ -205,7 +205,9 @@ def turn(
     api = connect(node, settings)
     with contextlib.suppress(NoAnswerError):  # the lease says so
         api.add([Server(url) for _, url in _api_servers(api, node)])
-    holder = f"{settings.node.node_name}_{run_id}"
+    # No two nodes share an API server, but hosts may share a name, and then settings that were copied.
+    place = urlsplit(kubeapi.local_url(node) or "").netloc
+    holder = f"{settings.node.node_name}_{place}_{run_id}"
     with lease.hold(
         api, rules.lease_name, holder, duration=rules.lease_duration, wait=rules.lease_wait, note=note
     ) as held:

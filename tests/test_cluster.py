@@ -7,6 +7,7 @@ Real etcd members on loopback; the API is a strict double here, and a real one i
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import random
 import shutil
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -696,24 +698,38 @@ def test_never_two_at_once(servers: Servers) -> None:
 
 
 def test_a_turn_is_the_lease_and_a_look_at_the_others(servers: Servers) -> None:
-    """Before each restart both are asked; the holder is the node's name and the run's id."""
+    """Before each restart both are asked; the holder is the node's name, its API server's place and the run's id."""
     first, second, third = servers.places
     settings = first.settings('neighbours = "refuse"')
     with cluster.turn(first.node, settings, "run-1", note=silent) as may:
-        assert spec(servers)["holderIdentity"] == "cp-1_run-1"
+        holder = f"cp-1_{urlsplit(kubeapi.local_url(first.node) or '').netloc}_run-1"
+        assert spec(servers)["holderIdentity"] == holder
         may(APISERVER)
         servers.failing[third.name].append("etcd")
         with pytest.raises(NeighbourError, match=third.name):
             may(APISERVER)
         servers.failing[third.name].clear()
         with (
-            pytest.raises(LeaseHeldError, match="cp-1_run-1"),
+            pytest.raises(LeaseHeldError, match=holder),
             cluster.turn(second.node, second.settings('lease_wait = "1s"'), "run-2", note=silent),
         ):
             pass
         servers.state.put(NAME, "cp-3_run-3")
         with pytest.raises(LeaseHeldError, match="cp-3_run-3"):
             may(APISERVER)
+
+
+def test_nodes_of_the_same_name_have_their_turns_one_after_the_other(servers: Servers) -> None:
+    """As hosts that are called alike, or settings that were copied from one node to the next."""
+    first, second, _ = servers.places
+    alike = second.settings('neighbours = "refuse"\nlease_wait = "1s"')
+    alike = dataclasses.replace(alike, node=dataclasses.replace(alike.node, name=first.name))
+    with cluster.turn(first.node, first.settings('neighbours = "refuse"'), "run-1", note=silent):
+        with pytest.raises(LeaseHeldError, match="run-1"), cluster.turn(second.node, alike, "run-2", note=silent):
+            pass
+        assert spec(servers)["holderIdentity"].endswith("_run-1")
+    with cluster.turn(second.node, alike, "run-2", note=silent):
+        assert spec(servers)["holderIdentity"].endswith("_run-2")
 
 
 def test_a_turn_without_a_lease_looks_at_the_others(servers: Servers) -> None:

@@ -280,12 +280,12 @@ def test_the_lease_is_kept_while_the_own_api_server_is_away(nodes: list[Node]) -
     first, second, _ = nodes
     with started(first, "300") as held:
         wait_for_turn(held)
-        assert lease_spec(second)["holderIdentity"].startswith(f"{first.name}_run-")
+        assert lease_spec(second)["holderIdentity"].startswith(f"{first.name}_{first.ip}:6443_run-")
         with without(first, Component.APISERVER):
             time.sleep(DURATION_SECONDS * 1.5)
             refused = run(second, "0", rules="lease_wait = '1s'")
             assert refused.code == Exit.UNAVAILABLE
-            assert f"{first.name}_run-" in refused.texts
+            assert f"{first.name}_{first.ip}:6443_run-" in refused.texts
             before = lease_spec(second)["renewTime"]
             time.sleep(DURATION_SECONDS / 2)
             assert lease_spec(second)["renewTime"] != before
