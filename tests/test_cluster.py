@@ -727,9 +727,9 @@ def test_nodes_of_the_same_name_have_their_turns_one_after_the_other(servers: Se
     with cluster.turn(first.node, first.settings('neighbours = "refuse"'), "run-1", note=silent):
         with pytest.raises(LeaseHeldError, match="run-1"), cluster.turn(second.node, alike, "run-2", note=silent):
             pass
-        assert spec(servers)["holderIdentity"].endswith("_run-1")
+        assert str(spec(servers)["holderIdentity"]).endswith("_run-1")
     with cluster.turn(second.node, alike, "run-2", note=silent):
-        assert spec(servers)["holderIdentity"].endswith("_run-2")
+        assert str(spec(servers)["holderIdentity"]).endswith("_run-2")
 
 
 def test_a_turn_without_a_lease_looks_at_the_others(servers: Servers) -> None:
