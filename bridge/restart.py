@@ -61,5 +61,5 @@ def how(component: Component, manifests: Path) -> str:
     )
     if component is Component.ETCD:
         # the kubelet waits for the API server to delete the pod's mirror, and that waits for etcd (measured on 1.37)
-        advice += "; where etcd has one or two members, move it back after 2 s: once it is gone the kubelet may hang"
+        advice += "; where the kubelet asks this node's API server, move it back after 2 s: later the kubelet may hang"
     return advice

@@ -278,7 +278,7 @@ def _pod(component: Component, node: Node, settings: Settings) -> Pod:
         instances=instances,
         trouble=lambda: health.trouble(component, node, settings.node.pki_dir, settings.node.kubeconfig_dir),
         settle=settle,
-        is_needed_by_api=component is Component.ETCD and cluster.look(node, settings).quorum_without_own is not True,
+        is_needed_by_api=component is Component.ETCD,
     )
 
 

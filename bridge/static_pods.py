@@ -1,9 +1,10 @@
 """
 Restart a static pod as its kubelet likes it: manifest out, wait until the pod is forgotten, manifest back, wait for health.
 
-A kubelet that has forgotten a pod deletes its mirror in the API. Where etcd has no quorum without this node, that
-request hangs, and the kubelet does nothing else for 34 s, over and over: five times were seen. So there the manifest
-comes back while the pod still ends, and etcd is back after 10 s (measured on 1.37, one control-plane node).
+A kubelet that has forgotten a pod deletes its mirror in the API. When that API server has no etcd meanwhile, the request
+hangs, and the kubelet does nothing else for 34 s, over and over: five times were seen. A quorum elsewhere does not help,
+since kubeadm lets a control plane's kubelet ask its own API server, and that its own etcd (measured on 1.37: 145 s with
+three members). So etcd's manifest comes back while the pod still ends, and etcd is back after 10 s.
 
 The journal is written before the manifest leaves its directory, so that whatever ends this process, `recover` brings
 the manifest back. Not here: whether this is a good moment (`bridge.restarting`), and what health is (`bridge.health`).
@@ -59,7 +60,7 @@ class Pod:
     instances: Callable[[], frozenset[str]]  #: What of it runs: names for people, different after a restart.
     trouble: Callable[[], str | None]  #: Why it is not healthy; None: it is.
     settle: timedelta  #: How long a kubelet needs after its end to forget it; too early back costs 10 to 25 s.
-    is_needed_by_api: bool = False  #: No API server can write without it: see above.
+    is_needed_by_api: bool = False  #: The API server that the kubelet asks can't write without it: see above.
 
 
 def aside(manifest: Path) -> Path:

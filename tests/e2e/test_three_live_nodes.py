@@ -33,6 +33,7 @@ from tests.e2e.cas import add_vault, live_certificates
 from tests.e2e.doors import door
 from tests.e2e.looking import API_PORT, ETCD_PORT, TRAFFIC, ask, client, connection
 from tests.e2e.nodes import LiveBridge, NodePki, make_ready, wait_for
+from tests.kit import node as kit
 from tests.kit import opensslca
 from tests.kit.issuing import Signer
 from tests.kit.node import Node
@@ -283,6 +284,11 @@ def test_three_timers_at_once(bridges: list[LiveBridge], tried: Tried) -> None:
     assert_renewed(bridges, seen, known, STATIC, tried)
     assert {name for _, _, name in seen.down} == {node.name for node in nodes}  # or nothing was seen
     assert seen.elsewhere >= len(nodes)
+    # A kubelet asks its own node's API server, and that its own etcd, so that a quorum elsewhere does not help it.
+    for node in nodes:
+        log = (kit.directory() / node.name / "kubelet.log").read_text(errors="replace").splitlines()
+        hung = [line for line in log if "Failed deleting a mirror pod" in line and "Timeout" in line]
+        assert [line for line in hung if f"kube-system/etcd-{node.name}" in line] == []
 
 
 # --- peers that refuse -----------------------------------------------------------------------------------------------
