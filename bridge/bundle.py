@@ -155,13 +155,15 @@ def bundle_of(requests: Sequence[SignRequest], created: datetime) -> RequestBund
 
 def sign_request(request: BundledRequest, bundle: RequestBundle) -> SignRequest:
     """What a backend is asked; EKUs and authority are those of our table, whatever the bundle says."""
-    return SignRequest(
+    asked = SignRequest(
         spec=SPECS[request.name],
         csr_pem=request.csr.public_bytes(Encoding.PEM),
         validity=request.validity,
         replaces=request.replaces,
         continuity=Continuity(batch=bundle.batch, node=bundle.node, cluster=bundle.cluster, proof=request.proof),
     )
+    vars(asked)["csr"] = request.csr  # parsed already, and so are its extensions
+    return asked
 
 
 def request_file_name(bundle: RequestBundle) -> str:

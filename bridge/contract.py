@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from string import Formatter
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -36,7 +37,7 @@ class Continuity:
     proof: bytes | None  #: See `bridge.bundle`; None: the old key can't be read.
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class SignRequest:
     """One certificate that a CA is asked for."""
 
@@ -46,7 +47,7 @@ class SignRequest:
     replaces: x509.Certificate | None = None
     continuity: Continuity | None = None  #: Only for a backend that `Carries` requests to people.
 
-    @property
+    @cached_property
     def csr(self) -> x509.CertificateSigningRequest:
         """The CSR, parsed."""
         return x509.load_pem_x509_csr(self.csr_pem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 import time
@@ -45,6 +46,8 @@ POLICY_NAME = "desk-policy.toml"
 STALE = timedelta(minutes=10)
 _ANSWER_MODE = 0o644  #: Certificates are public, and who fetches it is another user.
 _SECONDS_BETWEEN_LINES = 10.0
+#: Objects made until Python looks for cycles: a fleet's bundles are many objects with none, and looking takes a twentieth.
+_GARBAGE = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +89,7 @@ def sign(settings: Settings, options: Options, now: Callable[[], datetime]) -> i
 def _run(desk: Desk, settings: Settings, policy: Policy, options: Options, now: Callable[[], datetime]) -> int:
     store = Store(settings.node.state_dir)
     store.prepare()
+    gc.set_threshold(_GARBAGE)
     with lock(store.lock, "ca-bridge sign", options.wait), contextlib.ExitStack() as stack:
         journal = stack.enter_context(Journal(store.directory / "desk-answers.jsonl"))
         record = stack.enter_context(audit.Record(store, settings.audit))
