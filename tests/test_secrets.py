@@ -8,6 +8,7 @@ tokens, passphrases, HMAC keys and private keys that the run could see.
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -91,8 +92,12 @@ def planted(bridge: Bridge) -> set[str]:
     found = {path.read_text().strip() for pattern in SECRET_FILES for path in bridge.directory.rglob(pattern)}
     places = (bridge.pki.root, bridge.directory)
     keys = [path for place in places for path in place.rglob("*.key") if path.is_file()]
-    for path in keys:
-        found |= {line for line in path.read_text().splitlines() if re.fullmatch(r"[A-Za-z0-9+/=]{40,}", line)}
+    texts = [path.read_text() for path in keys]
+    requests = bridge.directory / "state/requests.json"
+    if requests.exists():
+        texts += [one["key"] for one in json.loads(requests.read_text())["requestsV1"]]
+    for text in texts:
+        found |= {line for line in text.splitlines() if re.fullmatch(r"[A-Za-z0-9+/=]{40,}", line)}
     for path in bridge.pki.kubeconfig_dir.glob("*.conf"):
         found |= {data[:100] for data in re.findall(r"client-key-data: (\S+)", path.read_text())}
     return found - {""}
@@ -101,7 +106,11 @@ def planted(bridge: Bridge) -> set[str]:
 def written(bridge: Bridge) -> Iterator[tuple[str, str]]:
     """All of the state directory, but the files that are there to hold keys."""
     for path in (bridge.directory / "state").rglob("*"):
-        if path.is_file() and not (path.parent.parent.name == "backups" and path.suffix in {".key", ".conf"}):
+        if (
+            path.name != "requests.json"
+            and path.is_file()
+            and not (path.parent.parent.name == "backups" and path.suffix in {".key", ".conf"})
+        ):
             yield str(path), path.read_text()
 
 
@@ -152,6 +161,42 @@ def test_in_success(bridge: Bridge, tmp_path: Path) -> None:
     assert codes.count(3) == 2  # plan all, renew all --dry-run
     names = {Path(path).name for path, _ in written(bridge)}
     assert {"audit.jsonl", "audit.head", "lock", "manifest.json"} <= names
+
+
+POLICY = """\
+[allow]
+clusters = ["*"]
+nodes = ["*"]
+masters = ["super-admin.conf", "apiserver-kubelet-client"]
+"""
+
+
+def test_in_what_is_carried_and_looked_at(bridge: Bridge, tmp_path: Path) -> None:
+    """Requests out, signed at a desk, answers in; what fails on the way; and what needs a control plane, without one."""
+    edit(bridge, "[node]", '[node]\nname = "cp-1"')
+    policy, out, answer = tmp_path / "policy.toml", tmp_path / "out.json", tmp_path / "answer.json"
+    policy.write_text(POLICY)
+    sign = ("sign", str(out), "-o", str(answer), "--policy", str(policy))
+    codes = assert_nothing_shown(
+        bridge,
+        ("export", str(out), "all", *LOUD),
+        ("pending", "list", *LOUD),
+        ("pending", "list", "-o", "json", *LOUD, *JSON),
+        ("inspect", str(out), *LOUD),
+        (*sign, "--dry-run", *LOUD),
+        (*sign, *LOUD, *JSON),
+        ("inspect", str(answer), *LOUD),
+        ("import", str(answer), *LOUD),
+        ("import", str(answer), *LOUD),
+        ("export", str(out), "all", *LOUD, *JSON),
+        ("import", str(out), *LOUD),
+        ("pending", "cancel", "all", *LOUD),
+        ("prove", *LOUD),
+        ("restart", "all", *LOUD),
+    )
+    assert codes == [0, 0, 0, 0, 0, 0, 0, 0, 5, 0, 5, 0, 1, 7]
+    for path in (out, answer):
+        assert leaks(path.read_text(), planted(bridge)) == set()
 
 
 @pytest.mark.kube("cfssl")

@@ -159,7 +159,7 @@ def test_what_reads_its_file_once_is_restarted_and_no_client_notices(site: Site)
     assert site.files() == files
 
 
-@pytest.mark.parametrize("component", [*CONTROLLERS, Component.ETCD])
+@pytest.mark.parametrize("component", [*CONTROLLERS, Component.ETCD, Component.APISERVER])
 def test_a_run_killed_in_the_middle_leaves_nothing_away(site: Site, component: Component) -> None:
     """SIGKILL while the manifest is out; `recover` puts the same file back, and everything becomes healthy."""
     files, before = site.files(), nodes.containers(site.node)
