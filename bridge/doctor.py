@@ -19,10 +19,12 @@ import typer
 
 from bridge import asking, expiry, finish, hooks, inventory, plugins, verify
 from bridge.attempts import Attempts
+from bridge.certificates import name_text
 from bridge.console import columns, printable
 from bridge.errors import BridgeError, Exit, SettingsError
 from bridge.inventory import AuthorityState, Item, Node
 from bridge.settings import Settings
+from bridge.specs import Component
 from bridge.store import Store
 from bridge.windows import ever_waits
 
@@ -46,6 +48,7 @@ def run(settings: Settings, now: datetime) -> int:
     """Print the report; the exit code is that of the worst error."""
     node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
     findings = [
+        *_node_name(node, settings),
         *_certificates(node, settings, now),
         *_authorities(node, now),
         *_state_directory(settings.node.state_dir),
@@ -61,6 +64,25 @@ def run(settings: Settings, now: datetime) -> int:
 def _error(about: str, error: BridgeError) -> Finding:
     hint = f" ({error.hint})" if error.hint else ""
     return Finding(level="error", about=about, text=f"{error}{hint}", exit_code=error.exit_code)
+
+
+def _node_name(node: Node, settings: Settings) -> Iterator[Finding]:
+    """What the cluster calls it is in the kubelet's certificate: hooks, bundles and a desk's policy go by that."""
+    ours = settings.node.node_name
+    for item in node.items:
+        if item.spec.component is Component.KUBELET and item.certificates:
+            user = _subject(item).partition("CN=system:node:")[2].partition(",")[0]
+            if user and user != ours:
+                text = f"wanted the node's name in the cluster, which is {user}, found {ours}: set node.name"
+                yield Finding(level="warning", about="node.name", text=printable(text))
+
+
+def _subject(item: Item) -> str:
+    """Empty when it can't be read."""
+    try:
+        return name_text(item.certificates[0].subject)
+    except ValueError:
+        return ""
 
 
 def _certificates(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:

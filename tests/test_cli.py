@@ -243,6 +243,16 @@ def test_doctor_is_content_with_a_good_node(run: Run) -> None:
     assert "error" not in result.stdout
 
 
+def test_doctor_finds_a_node_by_another_name(run: Run, config: Path) -> None:
+    """kubelet.conf says what the cluster calls it; a warning, since renewal works nevertheless."""
+    text = config.read_text()
+    for name, warned in (("cp-1", False), ("cp-7", True)):
+        config.write_text(text.replace("[node]", f'[node]\nname = "{name}"'))
+        result = run("doctor")
+        assert result.exit_code == 0, result.output
+        assert ("which is cp-1, found cp-7" in result.stdout) == warned
+
+
 def test_doctor_finds_what_is_wrong(run: Run, node: Pki, config: Path) -> None:
     """Another CA, a broken file, a key for all to read, a CA key on the disk: all at once."""
     text = config.read_text()
