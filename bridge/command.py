@@ -15,6 +15,9 @@ from datetime import timedelta
 
 MOST_OUTPUT = 16 << 10
 LONGEST_LINE = 500
+#: Of our own environment; whatever else came to us, a CA's token for one, is not for others.
+_PASSED = ("PATH", "HOME", "LANG")
+_USUAL_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 #: How soon we notice that a command has ended whose output something else keeps open.
 _POLL_SECONDS = 0.1
 
@@ -65,17 +68,18 @@ def run(words: Sequence[str], environment: Mapping[str, str], limit: timedelta, 
 
     Args:
         words: Program and arguments.
-        environment: All of it.
+        environment: Beside PATH, HOME and LANG, which are ours.
         limit: For all of it.
         output: Is told what it writes, to standard error as well.
     """
+    ours = {name: os.environ[name] for name in _PASSED if name in os.environ}
     reading, writing = os.pipe()
     try:
         try:
             process = subprocess.Popen(
                 list(words),
                 cwd="/",
-                env=dict(environment),
+                env={"PATH": _USUAL_PATH, **ours, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=writing,
                 stderr=writing,

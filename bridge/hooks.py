@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,10 +30,6 @@ BEFORE, AFTER_INSTALL, SUCCESS, FAILURE = "before", "after_install", "success", 
 
 #: With which a `before` hook says "not now" (EX_TEMPFAIL of sysexits.h).
 NOT_NOW = 75
-
-#: Of our own environment; whatever else came to us, a CA's token for one, is not for others.
-_PASSED = ("PATH", "HOME", "LANG")
-_USUAL_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 _MOST_OWED = 20
 _LONGEST_ERRORS = 4000
@@ -271,9 +266,8 @@ class Hooks:
         }
 
     def _run(self, event: str, words: Sequence[str], environment: Mapping[str, str]) -> Ended:
-        ours = {name: os.environ[name] for name in _PASSED if name in os.environ}
         output = Output(lambda line: log.info("hook %s: %s", event, line))
-        ended = run(words, {"PATH": _USUAL_PATH, **ours, **environment}, self._settings.hooks.timeout, output)
+        ended = run(words, environment, self._settings.hooks.timeout, output)
         if output.left_out:
             log.warning("hook %s: %s: %d more bytes of output are not shown", event, words[0], output.left_out)
         return ended

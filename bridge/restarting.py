@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +21,20 @@ from typing import ClassVar
 
 import typer
 
-from bridge import audit, cluster, health, inventory, kubeconfig, manifests, pods, prove, restart, runs, static_pods
+from bridge import (
+    audit,
+    cluster,
+    command,
+    health,
+    inventory,
+    kubeconfig,
+    manifests,
+    pods,
+    prove,
+    restart,
+    runs,
+    static_pods,
+)
 from bridge.certificates import load_pem_certificates
 from bridge.console import columns, log, print_error
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
@@ -40,7 +51,6 @@ from bridge.store import Store
 SCHEMA_VERSION = 1
 
 _POLL_SECONDS = 0.5
-_LONGEST_OUTPUT = 2000
 
 
 class NotNowError(BridgeError):
@@ -254,11 +264,11 @@ def _by_method(component: Component, node: Node, settings: Settings, store: Stor
     if settings.restart.method == "none":
         raise ValueError("wanted a method to restart components with")
     if component is Component.KUBELET or settings.restart.method == "command":
-        command = _command(component, settings)
+        words = _command(component, settings)
         _remember(component, store)
         if component is Component.KUBELET:
             take_copy(settings.node.kubeconfig_dir, restart.KUBELET_COPY, store, tell)
-        _run_command(component, command, settings, tell)
+        _run_command(component, words, settings, tell)
         _wait_until_healthy(component, node, settings)
     else:
         pod = _pod(component, node, settings)
@@ -308,7 +318,7 @@ def _wait_until_healthy(component: Component, node: Node, settings: Settings) ->
         raise RestartError(f"{component.value}: wanted it to be healthy within {within}, found: {found[component]}")
 
 
-def _run_command(component: Component, command: Sequence[str], settings: Settings, tell: Tell) -> None:
+def _run_command(component: Component, words: Sequence[str], settings: Settings, tell: Tell) -> None:
     """
     Run a component's command; its last words are told.
 
@@ -316,33 +326,13 @@ def _run_command(component: Component, command: Sequence[str], settings: Setting
         RestartError: It failed, or took too long (then it is killed, with its children).
     """
     name = component.value
-    tell(f"{name}: runs {command[0]}")
-    environment = {**os.environ, "CA_BRIDGE_COMPONENT": name}
-    try:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=environment,
+    tell(f"{name}: runs {words[0]}")
+    output = command.Output(lambda line: tell(f"{name}: {line}"))
+    ended = command.run(words, {"CA_BRIDGE_COMPONENT": name}, settings.restart.timeout, output)
+    if ended.failure:
+        raise RestartError(
+            f"{name}: wanted to have it restarted, {words[0]} {ended.failure}", hint="see [restart.commands]"
         )
-    except OSError as e:
-        raise RestartError(f"{name}: {command[0]}: {e.strerror}", hint="see [restart.commands]") from e
-    with process:
-        try:
-            output = process.communicate(timeout=settings.restart.timeout.total_seconds())[0]
-        except BaseException as e:
-            os.killpg(process.pid, signal.SIGKILL)
-            if not isinstance(e, subprocess.TimeoutExpired):
-                raise
-            within = duration_text(settings.restart.timeout)
-            raise RestartError(f"{name}: wanted {command[0]} to end within {within}; it was killed") from None
-    said = output.decode(errors="replace").strip()[-_LONGEST_OUTPUT:]
-    if said:
-        tell(f"{name}: {said}")
-    if process.returncode:
-        raise RestartError(f"{name}: wanted {command[0]} to succeed, found exit code {process.returncode}")
 
 
 # --- the kubelet -----------------------------------------------------------------------------------------------------

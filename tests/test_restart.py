@@ -389,7 +389,7 @@ def test_a_command_that_fails_is_told_with_its_words(plane: Plane) -> None:
     """Its exit code in the error, its output in the log."""
     [one] = plane.restart(SCHEDULER, settings=plane.settings(scheduler="sh -c 'echo no such unit; exit 5'"))
     assert isinstance(one.error, RestartError)
-    assert "found exit code 5" in str(one.error)
+    assert "ended with code 5" in str(one.error)
     assert "kube-scheduler: no such unit" in plane.told
 
 
@@ -397,7 +397,7 @@ def test_a_command_that_does_not_end_is_killed_with_its_children(plane: Plane) -
     """After the time limit."""
     pid = plane.directory / "pid"
     [one] = plane.restart(SCHEDULER, settings=plane.settings(scheduler=f"sh -c 'sleep 300 & echo $! >{pid}; wait'"))
-    assert "within 1s" in str(one.error)
+    assert "after 1 s, and was killed" in str(one.error)
     status = Path(f"/proc/{pid.read_text().strip()}/stat")
     assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"  # nobody has to fetch it
 
