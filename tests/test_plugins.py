@@ -46,16 +46,16 @@ def problems(text: str, *authorities: str) -> list[SettingsProblem]:
     return e.value.problems
 
 
-def test_our_three_come_in_by_entry_point() -> None:
+def test_our_own_come_in_by_entry_point() -> None:
     """The same door as a third party's."""
-    assert set(plugins.installed()) >= {"cfssl", "openssl", "vault"}
+    assert set(plugins.installed()) >= {"cfssl", "exchange", "openssl", "vault"}
 
 
 def test_an_unknown_type_names_the_installed_ones() -> None:
     """With the line of the key."""
     [problem] = problems('[backend.desk]\ntype = "opensl"\n[authority.ca]\nbackend = "desk"\n', "ca")
     assert (problem.key, problem.line) == ("backend.desk.type", 2)
-    assert "cfssl, openssl, vault" in problem.wanted
+    assert "cfssl, exchange, openssl, vault" in problem.wanted
 
 
 class _Distribution(Distribution):
