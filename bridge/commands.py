@@ -16,7 +16,7 @@ from typing import Any
 import typer
 from cryptography import x509
 
-from bridge import airgap, audit, backups, inventory, plugins, restart
+from bridge import audit, backups, inventory, plugins, restart
 from bridge import renew as renewal
 from bridge.asking import Progress
 from bridge.certificates import name_text, serial_hex
@@ -70,6 +70,8 @@ def import_answers(
     wait: timedelta,
 ) -> int:
     """`import`: what a CA desk has answered; return the exit code."""
+    from bridge import airgap  # noqa: PLC0415 (30 ms)
+
     with _progress() as progress:
         result, node, strange = airgap.import_answers(
             settings, paths, now, progress, all_or_nothing=all_or_nothing, wait=wait
@@ -87,6 +89,8 @@ def export(
     settings: Settings, path: Path, names: Collection[str], now: Callable[[], datetime], *, wait: timedelta
 ) -> int:
     """`export`: a bundle for a CA desk; return the exit code."""
+    from bridge import airgap  # noqa: PLC0415 (30 ms)
+
     with _progress() as progress:
         done, node = airgap.export(settings, path, names, now, progress, wait)
     for sentence in done.skipped:
@@ -101,6 +105,8 @@ def export(
 
 def pending_cancel(settings: Settings, names: Collection[str], now: Callable[[], datetime], *, wait: timedelta) -> int:
     """`pending cancel`: return the exit code."""
+    from bridge import airgap  # noqa: PLC0415 (30 ms)
+
     with _progress() as progress:
         return airgap.pending_cancel(settings, names, now, progress, wait)
 

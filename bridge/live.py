@@ -73,13 +73,11 @@ class _Owed:
 
 def owe(run: Run, outcomes: Sequence[Outcome]) -> None:
     """
-    Before the installation of these; nothing is owed where nobody restarts (`restart.method = "none"`).
+    Before the installation of these, where components are restarted (`restart.method` is not "none").
 
     Raises:
         BridgeError: It can't be remembered; then nothing must be installed.
     """
-    if run.settings.restart.method == "none":
-        return
     serials = {o.name: serial_hex(o.new) for o in outcomes if o.new is not None}
     earlier = _read(run.store)
     failing = {_key(f) for f in prove.look(_now(run), run.settings, run.now()).wrong if f.state != "stale"}

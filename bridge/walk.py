@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from bridge import inventory, live
+from bridge import inventory
 from bridge.around import Around
 from bridge.console import print_error
 from bridge.errors import BridgeError
@@ -28,11 +28,12 @@ class Walk:
     def earlier(self, node: Node) -> Node:
         """First in a run: the hooks and the proof that earlier ones owe; the node as it is after that."""
         self._errors += self.around.again(node)
-        settled = live.settle(self._run, node)
-        self._errors += settled.errors
-        if settled == live.Settled():
+        if not self._run.store.unproven.exists():
             return node
-        return inventory.read(self._run.settings.node.pki_dir, self._run.settings.node.kubeconfig_dir)
+        from bridge import live  # noqa: PLC0415 (40 ms; only where components are restarted)
+
+        self._errors += live.settle(self._run, node).errors
+        return self._node()
 
     def with_earlier(self, result: Result) -> Result:
         """The result with what was wrong with earlier runs."""
@@ -76,14 +77,22 @@ class Walk:
             BridgeError: It is not; nothing must be installed.
         """
         self.around.hooks.installing(Occasion.of(self._items.items, outcomes))
-        live.owe(self._run, outcomes)
+        if self._run.settings.restart.method != "none":
+            from bridge import live  # noqa: PLC0415 (see above)
+
+            live.owe(self._run, outcomes)
+
+    def _node(self) -> Node:
+        return inventory.read(self._run.settings.node.pki_dir, self._run.settings.node.kubeconfig_dir)
 
     def _installed(self, result: Result) -> Result:
         occasion = Occasion.of(self._items.items, result.outcomes, backup_id=result.backup_id)
-        hook_errors = self.around.hooks.installed(occasion)
-        settings = self._run.settings
-        node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
-        settled = live.settle(self._run, node)
+        result = dataclasses.replace(result, errors=(*result.errors, *self.around.hooks.installed(occasion)))
+        if not self._run.store.unproven.exists():
+            return result
+        from bridge import live  # noqa: PLC0415 (see above)
+
+        settled = live.settle(self._run, self._node())
         outcomes = result.outcomes
         errors = settled.errors
         if settled.rolled_back is not None:
@@ -93,7 +102,7 @@ class Walk:
         return dataclasses.replace(
             result,
             outcomes=outcomes,
-            errors=(*result.errors, *hook_errors, *errors),
+            errors=(*result.errors, *errors),
             restarted=tuple(
                 f"{one.component.value} in {one.seconds:.1f} s" for one in settled.restarted if one.seconds
             ),
