@@ -28,7 +28,7 @@ from bridge.certificates import fingerprint, load_pem_certificates, name_text, s
 from bridge.console import columns, log, print_error, printable, under_headings
 from bridge.contract import Issued
 from bridge.errors import BackendRefusedError, BridgeError, Exit, SettingsError, SettingsProblem, WaitingError
-from bridge.expiry import residual, seconds_left
+from bridge.expiry import residual, rfc3339, seconds_left
 from bridge.files import write_atomically
 from bridge.finish import Result, expectations, finish, open_request, record_failed
 from bridge.inventory import Node
@@ -449,16 +449,12 @@ def _csr_sha256(one: OpenRequest) -> str:
     return hashlib.sha256(one.request.csr.public_bytes(Encoding.DER)).hexdigest()
 
 
-def _iso(time: datetime) -> str:
-    return time.isoformat(timespec="seconds").replace("+00:00", "Z")
-
-
 def _pending_json(one: OpenRequest, now: datetime) -> dict[str, Any]:
     return {
         "name": one.name,
         "authority": one.request.spec.authority.name,
-        "created": _iso(one.created),
-        "deadline": _iso(one.deadline) if one.deadline is not None else None,
+        "created": rfc3339(one.created),
+        "deadline": rfc3339(one.deadline) if one.deadline is not None else None,
         "secondsLeft": seconds_left(one.deadline, now) if one.deadline is not None else None,
         "fingerprint": _fingerprint(one),
         "csrSha256": _csr_sha256(one),

@@ -23,7 +23,7 @@ from bridge.certificates import name_text, serial_hex
 from bridge.console import columns, log, print_error, printable, under_headings
 from bridge.contract import Secret, Selector
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem, WaitingError
-from bridge.expiry import duration_text, residual, seconds_left
+from bridge.expiry import duration_text, residual, rfc3339, seconds_left
 from bridge.finish import Result, version_of
 from bridge.install import InstallError, Recovery
 from bridge.inventory import Item, Node
@@ -219,7 +219,7 @@ def _result_json(result: Result, selection: Selection, components: Sequence[Comp
                 "name": o.name,
                 "authority": o.authority,
                 "backend": o.backend,
-                "notAfter": o.new.not_valid_after_utc.isoformat().replace("+00:00", "Z"),
+                "notAfter": rfc3339(o.new.not_valid_after_utc),
                 "serialNumber": serial_hex(o.new),
                 "previousSerialNumber": serial_hex(o.old) if o.old is not None else None,
                 "issuer": name_text(o.new.issuer),
@@ -243,7 +243,7 @@ def _result_json(result: Result, selection: Selection, components: Sequence[Comp
                 "name": o.name,
                 "authority": o.authority,
                 "backend": o.backend,
-                "notAfter": o.old.not_valid_after_utc.isoformat().replace("+00:00", "Z") if o.old is not None else None,
+                "notAfter": rfc3339(o.old.not_valid_after_utc) if o.old is not None else None,
                 "note": o.error.reason if o.error is not None else "",
             }
             for o in result.waiting
@@ -376,7 +376,7 @@ def _plan_json(selection: Selection, settings: Settings, components: Sequence[Co
                 "name": item.spec.name,
                 "authority": item.spec.authority.name,
                 "backend": ours.backend if (ours := settings.authorities.get(item.spec.authority.name)) else None,
-                "notAfter": item.certificates[0].not_valid_after_utc.isoformat().replace("+00:00", "Z"),
+                "notAfter": rfc3339(item.certificates[0].not_valid_after_utc),
                 "replace": [str(path) for path in _files(item)],
             }
             for item in selection.items
@@ -430,7 +430,7 @@ def _backup_rows(backup: backups.Backup) -> Iterator[tuple[str, ...]]:
 def _backup_json(backup: backups.Backup) -> dict[str, Any]:
     return {
         "id": backup.backup_id,
-        "created": backup.created.isoformat(timespec="seconds").replace("+00:00", "Z"),
+        "created": rfc3339(backup.created),
         "run": backup.run_id,
         "command": backup.command,
         "user": backup.user,
@@ -483,7 +483,7 @@ def _rollback_json(done: backups.Rollback, components: Sequence[Component]) -> d
             {
                 "name": o.name,
                 "authority": o.authority,
-                "notAfter": o.new.not_valid_after_utc.isoformat().replace("+00:00", "Z") if o.new else None,
+                "notAfter": rfc3339(o.new.not_valid_after_utc) if o.new else None,
                 "serialNumber": serial_hex(o.new) if o.new else None,
                 "previousSerialNumber": serial_hex(o.old) if o.old else None,
             }

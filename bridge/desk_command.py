@@ -29,7 +29,7 @@ from bridge.bundle import (
     loads,
     loads_request,
 )
-from bridge.console import log, print_error
+from bridge.console import log, print_error, printable
 from bridge.contract import Issued
 from bridge.desk import Desk, Job, RefusedByPolicyError
 from bridge.desk_journal import Journal
@@ -415,7 +415,7 @@ class _Terminal:
     def approve(self, job: Job, text: str) -> tuple[bool | None, str]:
         """As `desk.Approver`."""
         names = ", ".join(request.name for request in job.to_sign)
-        self._say(f"\n{_printable(job.label)}\n{text}\n")
+        self._say(f"\n{printable(job.label)}\n{text}\n")
         while True:
             self._say(f"sign {names}? [yes: sign / no: refuse / later] ")
             answer = self._in.readline()
@@ -430,11 +430,6 @@ class _Terminal:
     def _say(self, text: str) -> None:
         self._out.write(text)
         self._out.flush()
-
-
-def _printable(text: str) -> str:
-    """Whoever brought a file chose its name, which must not steer the terminal."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 def _person() -> str:

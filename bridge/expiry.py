@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from cryptography import x509
@@ -89,6 +89,11 @@ def seconds_left(end: datetime, now: datetime) -> int:
     """Whole seconds from `now` to `end`, cut toward zero as Go does; negative when it is over."""
     microseconds = (end - now) // timedelta(microseconds=1)
     return microseconds // 1_000_000 if microseconds >= 0 else -(-microseconds // 1_000_000)
+
+
+def rfc3339(time: datetime) -> str:
+    """A time as JSON has it, in UTC and whole seconds, such as `2027-11-24T23:39:32Z`."""
+    return time.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="seconds") + "Z"
 
 
 def residual(seconds: int) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 from bridge.certificates import serial_hex
 from bridge.command import Ended, Output, run
+from bridge.console import printable
 from bridge.errors import BridgeError, Exit
 from bridge.files import sync_directory, write_atomically
 from bridge.inventory import Item, Node
@@ -116,7 +117,7 @@ def _pairs(serials: Mapping[str, str]) -> str:
 
 def _printable(text: str) -> str:
     """A CA's words may be in it."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "\n".join(map(printable, text.split("\n")))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

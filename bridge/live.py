@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bridge import backups, inventory, prove, restart
+from bridge import backups, prove, restart
 from bridge.certificates import serial_hex
 from bridge.errors import BridgeError, Exit
 from bridge.files import sync_directory, write_atomically
@@ -80,7 +80,7 @@ def owe(run: Run, outcomes: Sequence[Outcome]) -> None:
     """
     serials = {o.name: serial_hex(o.new) for o in outcomes if o.new is not None}
     earlier = _read(run.store)
-    failing = {_key(f) for f in prove.look(_now(run), run.settings, run.now()).wrong if f.state != "stale"}
+    failing = {_key(f) for f in prove.look(run.read_node(), run.settings, run.now()).wrong if f.state != "stale"}
     _write(
         run.store,
         _Owed(
@@ -112,7 +112,7 @@ def settle(run: Run, node: Node) -> Settled:
         return Settled()
     restarted = _restart(run, node, names)
     if any(isinstance(one.error, NotNowError) for one in restarted):
-        report = prove.look(_now(run), run.settings, run.now())
+        report = prove.look(run.read_node(), run.settings, run.now())
         if not any(f.certificate in names and f.state in ("refused", "no-answer") for f in report.wrong):
             return Settled(restarted=tuple(restarted), errors=tuple(one.error for one in restarted if one.error))
     else:
@@ -176,22 +176,18 @@ def _prove(run: Run, names: Collection[str], done: Collection[Component]) -> tup
     more = [component for component in restart.ORDER if component in late and component not in done]
     if not more or run.settings.restart.components.which == "listed":
         return report, []
-    restarted = _restarted(run, _now(run), more)
+    restarted = _restarted(run, run.read_node(), more)
     return _looked(run, names), restarted
 
 
 def _looked(run: Run, names: Collection[str]) -> Report:
     return prove.within(
-        lambda: _now(run),
+        run.read_node,
         run.settings,
         run.now,
         run.settings.restart.prove_for,
         counts=lambda finding: finding.certificate in names,
     )
-
-
-def _now(run: Run) -> Node:
-    return inventory.read(run.settings.node.pki_dir, run.settings.node.kubeconfig_dir)
 
 
 def _sentence(findings: Sequence[Finding]) -> str:
@@ -216,7 +212,7 @@ def _put_back(run: Run, run_id: str) -> backups.Rollback:
     backup = next((one for one in backups.read_all(run.store)[0] if one.run_id == run_id), None)
     if backup is None:
         raise BridgeError(f"wanted the backup of run {run_id}, found none")
-    node, now = _now(run), run.now()
+    node, now = run.read_node(), run.now()
     expired = [o.name for o in backups.outcomes_of(backup, node) if o.new and o.new.not_valid_after_utc <= now]
     if expired:
         raise BridgeError(f"the old certificates have expired: {', '.join(expired)}")
@@ -228,7 +224,7 @@ def _put_back(run: Run, run_id: str) -> backups.Rollback:
 
 def _on_the_old_set(run: Run, names: Collection[str], restarted: Collection[Component]) -> str:
     """Everything that had been restarted, and what took the new files up by itself and did not let go."""
-    node = _now(run)
+    node = run.read_node()
     stale = prove.look(node, run.settings, run.now()).stale if node.manifests else []
     components = [c for c in restart.ORDER if c in restarted or c in stale]
     failures = []

@@ -20,7 +20,7 @@ import typer
 
 from bridge import checks, inventory
 from bridge.checks import Machine
-from bridge.console import columns
+from bridge.console import columns, printable
 from bridge.errors import BridgeError, Exit
 from bridge.inventory import Node
 from bridge.probes import Check, State
@@ -70,7 +70,7 @@ class Report:
     def table(self) -> str:
         """For people."""
         rows = [
-            (_label(f.component), _printable(f.certificate), _printable(f.what), f.state, _printable(f.detail))
+            (_label(f.component), printable(f.certificate), printable(f.what), f.state, printable(f.detail))
             for f in self.findings
         ]
         header = ("COMPONENT", "CERTIFICATE", "WHAT", "STATE", "DETAIL")
@@ -106,11 +106,6 @@ _CODES: Mapping[State, int] = {
 
 def _label(component: Component | None) -> str:
     return "people" if component is None else component.value
-
-
-def _printable(text: str) -> str:
-    """A server's words may be in it, and must not steer a terminal."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 def look(node: Node, settings: Settings, now: datetime, machine: Machine | None = None) -> Report:

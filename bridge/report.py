@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from bridge import inventory
 from bridge.certificates import fingerprint, name_text, serial_hex
 from bridge.errors import Exit
-from bridge.expiry import Report, Row, report, residual
+from bridge.expiry import Report, Row, report, residual, rfc3339
 
 #: Grows when a key changes its meaning or goes; new keys do not count.
 SCHEMA_VERSION = 1
@@ -117,7 +117,7 @@ def _entry(row: Row) -> dict[str, Any]:
     certificate = row.certificate
     entry: dict[str, Any] = {
         "name": row.name,
-        "expirationDate": _rfc3339(certificate.not_valid_after_utc) if certificate else None,
+        "expirationDate": rfc3339(certificate.not_valid_after_utc) if certificate else None,
         "residualTime": row.seconds_left or 0,
         "externallyManaged": row.external and row.state != "missing",
         # kubeadm leaves it out where it has nothing to say
@@ -130,17 +130,13 @@ def _entry(row: Row) -> dict[str, Any]:
     }
     if certificate:
         entry |= {
-            "notBefore": _rfc3339(certificate.not_valid_before_utc),
+            "notBefore": rfc3339(certificate.not_valid_before_utc),
             "serialNumber": serial_hex(certificate),
             "subject": name_text(certificate.subject),
             "issuer": name_text(certificate.issuer),
             "sha256": fingerprint(certificate),
         }
     return entry
-
-
-def _rfc3339(time: datetime) -> str:
-    return time.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="seconds") + "Z"
 
 
 def as_prometheus(found: Report) -> str:

@@ -30,6 +30,10 @@ class Run:
     progress: Progress
     now: Callable[[], datetime]
 
+    def read_node(self) -> Node:
+        """What is on the node at this moment."""
+        return inventory.read(self.settings.node.pki_dir, self.settings.node.kubeconfig_dir)
+
 
 @contextlib.contextmanager
 def alone(
@@ -75,7 +79,7 @@ def begun(
         run = Run(
             settings=settings, store=store, requests=OpenRequests(store), record=record, progress=progress, now=now
         )
-        node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
+        node = run.read_node()
         _forget_outdated(run, node)
         yield run, node
 

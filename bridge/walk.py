@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from bridge import inventory
 from bridge.around import Around
 from bridge.console import print_error
 from bridge.errors import BridgeError
@@ -33,7 +32,7 @@ class Walk:
         from bridge import live  # noqa: PLC0415 (40 ms; only where components are restarted)
 
         self._errors += live.settle(self._run, node).errors
-        return self._node()
+        return self._run.read_node()
 
     def with_earlier(self, result: Result) -> Result:
         """The result with what was wrong with earlier runs."""
@@ -82,9 +81,6 @@ class Walk:
 
             live.owe(self._run, outcomes)
 
-    def _node(self) -> Node:
-        return inventory.read(self._run.settings.node.pki_dir, self._run.settings.node.kubeconfig_dir)
-
     def _installed(self, result: Result) -> Result:
         occasion = Occasion.of(self._items.items, result.outcomes, backup_id=result.backup_id)
         result = dataclasses.replace(result, errors=(*result.errors, *self.around.hooks.installed(occasion)))
@@ -92,7 +88,7 @@ class Walk:
             return result
         from bridge import live  # noqa: PLC0415 (see above)
 
-        settled = live.settle(self._run, self._node())
+        settled = live.settle(self._run, self._run.read_node())
         outcomes = result.outcomes
         errors = settled.errors
         if settled.rolled_back is not None:

@@ -125,11 +125,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def three(shared: Cluster) -> Iterator[Cluster]:
     """Three members that are well, and are made so again."""
     yield shared
-    for place in shared.places:
-        if place.process is None:
-            place.start_etcd()
-    for place in shared.places:
-        shared.wait_until_healthy(place)
+    shared.mend()
 
 
 def eventually(ask: Callable[[], https.Answer]) -> https.Answer:

@@ -47,11 +47,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def cluster(three: Cluster) -> Iterator[Cluster]:
     """Three members that are well, and are made so again."""
     yield three
-    for place in three.places:
-        if place.process is None:
-            place.start_etcd()
-    for place in three.places:
-        three.wait_until_healthy(place)
+    three.mend()
 
 
 def etcd(place: Place) -> dict[str, Finding]:

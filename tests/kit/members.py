@@ -113,6 +113,19 @@ class Cluster:
         log = (place.directory / "etcd.log").read_text()[-2000:]
         raise AssertionError(f"wanted a healthy member at {url} within {_START_SECONDS} s\n{log}")
 
+    def mend(self) -> None:
+        """
+        Start those that are dead, and wait until all are well.
+
+        Raises:
+            AssertionError: One is not, in time.
+        """
+        for place in self.places:
+            if place.process is None:
+                place.start_etcd()
+        for place in self.places:
+            self.wait_until_healthy(place)
+
     def _ask(self, url: str, method: str = "GET", body: bytes | None = None) -> https.Answer:
         return https.request(
             url,
