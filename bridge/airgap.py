@@ -179,7 +179,10 @@ def _bundle(path: Path) -> RequestBundle | AnswerBundle:
         raise BridgeError(f"{path}: wanted a bundle, found: {e}") from None
     if data is None:
         raise BridgeError(f"{path}: wanted a bundle, found nothing")
-    return bundle.loads(data)
+    try:
+        return bundle.loads(data)
+    except BundleError as e:
+        raise BridgeError(f"{path}: {e}", hint=e.hint) from None
 
 
 def _ca(settings: Settings, name: str) -> list[x509.Certificate]:

@@ -182,7 +182,7 @@ def warn_of_waiting(waiting: Sequence[Outcome], now: datetime) -> None:
     else:
         what, hint = "for an answer", "`ca-bridge pending list` shows them; ask whoever has them"
     certificates = f"{len(waiting)} certificates wait" if len(waiting) != 1 else "1 certificate waits"
-    text = f"{certificates} {what}; the first to end"
+    text = f"{certificates} {what}; the first of them"
     if left <= VERY_NEAR:
         when = f"ENDS IN {residual(int(left.total_seconds()))}" if left > timedelta() else "HAS EXPIRED"
         print_error(WaitingError(f"{text} {when}", hint=hint))
