@@ -86,9 +86,15 @@ class ExchangeBackend:
         return answer
 
     def sign_many(self, requests: Sequence[SignRequest]) -> Sequence[Issued | Pending | BackendError]:
-        """All requests in one bundle; one that lies in the outbox already is not written again."""
+        """All requests of a batch in one bundle; one that lies in the outbox already is not written again."""
         self.check(())
-        bundle = bundle_of(requests, datetime.now(UTC))
+        batches: dict[str, list[SignRequest]] = {}
+        for request in requests:
+            batches.setdefault(request.continuity.batch if request.continuity else "", []).append(request)
+        answers = {batch: self._submit(bundle_of(ours, datetime.now(UTC))) for batch, ours in batches.items()}
+        return [answers[request.continuity.batch if request.continuity else ""] for request in requests]
+
+    def _submit(self, bundle: RequestBundle) -> Pending:
         csrs = {one.csr for one in bundle.requests}
         there = (
             (path, one)  # a run wrote it that was cut off before it could say so
@@ -96,7 +102,7 @@ class ExchangeBackend:
             if one.batch == bundle.batch and csrs <= {request.csr for request in one.requests}
         )
         path, bundle = next(there, None) or self._write(bundle)
-        return [Pending(reference=digest(bundle), note=_to_carry(path, bundle))] * len(requests)
+        return Pending(reference=digest(bundle), note=_to_carry(path, bundle))
 
     def _write(self, bundle: RequestBundle) -> tuple[Path, RequestBundle]:
         path = self._settings.outbox / request_file_name(bundle)
@@ -116,13 +122,15 @@ class ExchangeBackend:
         answers, notes = self._inbox(reference)
         ours = self._outbox(request.continuity.node) if request.continuity is not None else ()
         sent = [(path, there) for path, there in ours if digest(there) == reference]
+        answered = {name for answer in answers for name in answer.answers}
+        for path, bundle in sent:
+            if answered >= {one.name for one in bundle.requests}:  # or another desk has yet to fetch it
+                with contextlib.suppress(OSError):  # it is in nobody's way
+                    path.unlink(missing_ok=True)
         for answer in sorted(answers, key=lambda one: one.signed, reverse=True):
             given = answer.answers.get(request.spec.name)
             if given is None:
                 continue
-            for path, _ in sent:
-                with contextlib.suppress(OSError):  # it is in nobody's way
-                    path.unlink(missing_ok=True)
             if isinstance(given, Refusal):
                 raise BackendRefusedError(f"{answer.signer} refused: {given.reason}")
             return given

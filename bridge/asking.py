@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -51,19 +52,32 @@ class Reached:
 
 
 def reach(
-    configured: plugins.Configured, items: Sequence[Item], expected: verify.Expectation, progress: Progress
+    configured: plugins.Configured,
+    items: Sequence[Item],
+    expected: verify.Expectation,
+    progress: Progress,
+    opened: Backend | None = None,
 ) -> Reached:
-    """Open a backend, and ask what can be asked before a signature is spent; an error is part of the answer."""
+    """
+    Open a backend, and ask what can be asked before a signature is spent; an error is part of the answer.
+
+    Args:
+        configured: The authority's.
+        items: Its certificates.
+        expected: What they have to be.
+        progress: Is told.
+        opened: By another authority that has the same one.
+    """
     names = [item.spec.name for item in items]
     progress.signing(configured.label, names)
     outage = plugins.Outage(configured.settings.retry_for)
-    backend: Backend | None = None
+    backend = opened
     wrong: Mapping[str, BridgeError] = {}
     identity = None
     try:
-        backend = opened = configured.open()
-        wrong = outage.ask(lambda: preflight(opened, [item.spec for item in items], expected))
-        identity = _identity(opened)
+        backend = ours = opened or configured.open()
+        wrong = outage.ask(lambda: preflight(ours, [item.spec for item in items], expected))
+        identity = _identity(ours)
     except BridgeError as e:
         wrong = dict.fromkeys(names, e)
     return Reached(label=configured.label, backend=backend, outage=outage, wrong=wrong, identity=identity)
@@ -78,37 +92,37 @@ def _identity(backend: Backend) -> str | None:
 
 def sign(prepared: Sequence[Prepared], reached: Mapping[str, Reached], progress: Progress) -> dict[str, Answer]:
     """
-    Ask each authority's CA for its certificates, or for the answers that it owes, all CAs at the same time.
+    Ask each CA for its certificates, or for the answers that it owes, all CAs at the same time.
 
     Args:
         prepared: What to ask for.
-        reached: By authority.
+        reached: By authority; a backend that several have is asked once, for all of theirs.
         progress: Is told.
 
     Returns:
         By certificate name.
     """
-
-    def ask(authority: str) -> dict[str, Answer]:
-        return _ask(reached[authority], [one for one in prepared if one.authority == authority], progress)
-
+    lots: dict[int, list[Prepared]] = defaultdict(list)
+    for one in prepared:
+        lots[id(reached[one.authority].backend)].append(one)
     answers: dict[str, Answer] = {}
     with ThreadPoolExecutor(len(AUTHORITIES)) as pool:
-        for part in pool.map(ask, dict.fromkeys(one.authority for one in prepared)):
+        for part in pool.map(lambda lot: _ask(reached, lot, progress), lots.values()):
             answers |= part
     return answers
 
 
-def _ask(reached: Reached, prepared: Sequence[Prepared], progress: Progress) -> dict[str, Answer]:
-    backend = reached.backend
-    if backend is None:
-        return {one.name: reached.wrong[one.name] for one in prepared}
-    owed = [one for one in prepared if owes(reached, one)]
-    answers: dict[str, Answer] = {one.name: _collected(reached, one, progress) for one in owed}
-    answers |= {one.name: reached.wrong[one.name] for one in prepared if one not in owed and one.name in reached.wrong}
+def _ask(reached: Mapping[str, Reached], prepared: Sequence[Prepared], progress: Progress) -> dict[str, Answer]:
+    """Those of one backend; none is asked for what its preflight refused."""
+    ca = reached[prepared[0].authority]
+    owed = [one for one in prepared if ca.backend is not None and owes(ca, one)]
+    answers: dict[str, Answer] = {one.name: _collected(ca, one, progress) for one in owed}
+    for one in prepared:
+        if one.name not in answers and one.name in (wrong := reached[one.authority].wrong):
+            answers[one.name] = wrong[one.name]
     requests = [one.request for one in prepared if one.name not in answers]
-    if requests:
-        signed = plugins.sign_all(backend, requests, reached.outage, lambda request: progress.signed(request.spec.name))
+    if requests and ca.backend is not None:
+        signed = plugins.sign_all(ca.backend, requests, ca.outage, lambda request: progress.signed(request.spec.name))
         answers |= {request.spec.name: answer for request, answer in zip(requests, signed, strict=True)}
     return answers
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 
 from bridge import around, audit, backups, expiry, plugins, verify
 from bridge.asking import Answer, Progress, Reached, owes, reach, sign
-from bridge.contract import Carries, Collects, Issued
+from bridge.contract import Backend, Carries, Collects, Issued
 from bridge.errors import VerificationError, WaitingError
 from bridge.expiry import duration_text
 from bridge.finish import Result, expectations, finish, held_back, open_request, record_failed
@@ -163,19 +164,22 @@ def _to_ask(run: Run, items: Sequence[Item]) -> tuple[list[Item], list[Outcome]]
 def _opened(run: Run, prepared: Sequence[Prepared], reached: Mapping[str, Reached]) -> list[Prepared]:
     """For a CA that answers later: who asks is in the request, and its key on disk before that CA is asked."""
     opened = {one.name: one for one in prepared}
-    for authority, ca in reached.items():
-        new = [one for one in prepared if one.authority == authority and not owes(ca, one)]
-        for one in new:
-            _drop_unfit(run, one)
+    to_carry: dict[tuple[int, str], list[Prepared]] = defaultdict(list)
+    for one in prepared:
+        ca = reached[one.authority]
+        if owes(ca, one):
+            continue
+        _drop_unfit(run, one)
         if isinstance(ca.backend, Carries):
-            new = with_continuity(new, run.settings)
-            opened |= {one.name: one for one in new}
-        if isinstance(ca.backend, Collects):
-            for one in new:
-                made = open_request(run, one)
-                run.requests.put(
-                    dataclasses.replace(made, request=one.request, backend=ca.label, reference="", note="")
-                )
+            made_before = one.request.continuity.batch if one.request.continuity else ""
+            to_carry[id(ca.backend), made_before].append(one)
+    for ours in to_carry.values():
+        opened |= {one.name: one for one in with_continuity(ours, run.settings)}
+    for one in opened.values():
+        ca = reached[one.authority]
+        if isinstance(ca.backend, Collects) and not owes(ca, one):
+            made = open_request(run, one)
+            run.requests.put(dataclasses.replace(made, request=one.request, backend=ca.label, reference="", note=""))
     run.requests.save()
     return list(opened.values())
 
@@ -212,8 +216,31 @@ def _reach_all(
     expected: Mapping[str, verify.Expectation],
     progress: Progress,
 ) -> dict[str, Reached]:
-    def of(name: str) -> Reached:
-        ours = [item for item in items if item.spec.authority.name == name]
-        return reach(backends[name], ours, expected[name], progress)
+    def of(names: Sequence[str]) -> dict[str, Reached]:
+        found: dict[str, Reached] = {}
+        opened: Backend | None = None
+        for name in names:
+            ours = [item for item in items if item.spec.authority.name == name]
+            found[name] = reach(backends[name], ours, expected[name], progress, opened)
+            opened = found[name].backend
+        return found
 
-    return dict(zip(backends, pool.map(of, backends), strict=True))
+    lots = pool.map(of, _sharing(backends))
+    return {name: reached for lot in lots for name, reached in lot.items()}
+
+
+def _sharing(backends: Mapping[str, plugins.Configured]) -> list[list[str]]:
+    """Authorities whose requests are carried the same way are together: one file goes out, not one each."""
+    lots: list[list[str]] = []
+    for name, ours in backends.items():
+        for lot in lots:
+            if _are_carried_alike(backends[lot[0]], ours):
+                lot.append(name)
+                break
+        else:
+            lots.append([name])
+    return lots
+
+
+def _are_carried_alike(one: plugins.Configured, other: plugins.Configured) -> bool:
+    return hasattr(one.backend_type, "carries") and one.name == other.name and one.settings == other.settings

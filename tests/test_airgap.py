@@ -605,11 +605,26 @@ def test_somebody_else_was_faster(node: Node, desk: Desk, tmp_path: Path) -> Non
 def die_at(node: Node, point: str, *args: str | Path) -> None:
     """Run the program, which is killed there."""
     program = (
-        "import os, bridge.finish, bridge.install\ndef die(*_): os.kill(os.getpid(), 9)\n"
+        f"import os, {point.rpartition('.')[0]}\ndef die(*_, **__): os.kill(os.getpid(), 9)\n"
         f"{point} = die\nfrom bridge.cli import app\napp()"
     )
     command = [sys.executable, "-c", program, *map(str, args), "--config", str(node.bridge.config)]
     assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
+
+
+def test_killed_when_the_request_was_in_the_outbox(node: Node, desk: Desk) -> None:
+    """The next run asks for that one not again, and for the others in a bundle of their own; both are answered."""
+    outbox, inbox = node.add_exchange()
+    die_at(node, "backends.exchange.Pending", "renew", FRONT)
+    [first] = outbox.iterdir()
+    assert node.run("renew", FRONT, "apiserver", "etcd-peer").returncode == 4
+    [second] = set(outbox.iterdir()) - {first}
+    asked = [[one.name for one in bundle.loads_request(path.read_bytes()).requests] for path in (first, second)]
+    assert asked == [[FRONT], ["apiserver", "etcd-peer"]]
+    assert desk.run("sign", outbox, "-o", inbox).returncode == 0
+    done = node.run("renew", FRONT, "apiserver", "etcd-peer")
+    assert done.returncode == 0, done.stderr
+    assert len(desk.issued()) == len(node.events("installed")) == 3
 
 
 @pytest.mark.parametrize("then", ["import", "renew"])

@@ -251,8 +251,34 @@ def test_a_request_that_was_fetched(tmp_path: Path) -> None:
     assert "has left the outbox, and no answer" in pending(backend.collect(request, reference)).note
 
 
+def test_another_batch_is_another_bundle(tmp_path: Path) -> None:
+    """A run that was killed had one made already; what came due since is carried beside it, and each is told its own."""
+    backend, old, new = opened(tmp_path), asked("apiserver"), asked("admin.conf", batch="cd" * 16)
+    backend.sign(old)
+    [first] = (tmp_path / "outbox").iterdir()
+    answers = [pending(one) for one in backend.sign_many([new, old, asked("front-proxy-client", batch="cd" * 16)])]
+    [second] = set((tmp_path / "outbox").iterdir()) - {first}
+    digests = [bundle.digest(bundle.loads_request(path.read_bytes())) for path in (second, first, second)]
+    assert [one.reference for one in answers] == digests
+    assert [str(path) in one.note for one, path in zip(answers, (second, first, second), strict=True)] == [True] * 3
+
+
+def test_a_request_stays_in_the_outbox_until_all_of_it_is_answered(tmp_path: Path) -> None:
+    """Two desks with a CA each: the second may not have fetched it when the first has answered."""
+    backend, requests = opened(tmp_path), [asked("apiserver"), asked("front-proxy-client")]
+    reference = {pending(one).reference for one in backend.sign_many(requests)}.pop()
+    first, second = (answer_to(tmp_path, {one.spec.name: issue(one)}) for one in requests)
+    put(tmp_path, "a.json", first)
+    assert backend.collect(requests[0], reference) == first.answers["apiserver"]
+    assert "leaves it out" in pending(backend.collect(requests[1], reference)).note
+    assert len(list((tmp_path / "outbox").iterdir())) == 1
+    put(tmp_path, "b.json", second)
+    assert backend.collect(requests[1], reference) == second.answers["front-proxy-client"]
+    assert not list((tmp_path / "outbox").iterdir())
+
+
 def test_bundles_of_one_batch_stay_apart(tmp_path: Path) -> None:
-    """Requests of one export go to several authorities' backends; none is written over another's, each is answered."""
+    """Requests of one export go to several desks' backends; none is written over another's, each is answered."""
     requests = [asked("apiserver"), asked("front-proxy-client")]
     references = [pending(opened(tmp_path).sign(request)).reference for request in requests]
     assert len(set(references)) == len(list((tmp_path / "outbox").iterdir())) == 2
@@ -328,12 +354,6 @@ def test_a_full_medium(tmp_path: Path) -> None:
     assert b"BackendUnavailableError" in run.stderr
     assert b"No space left on device" in run.stderr
     assert run.stdout.split() == [b"fill"]
-
-
-def test_requests_of_several_batches_are_a_bug(tmp_path: Path) -> None:
-    """A bundle is of one."""
-    with pytest.raises(ValueError, match="one batch"):
-        opened(tmp_path).sign_many([asked(batch="ab" * 16), asked("admin.conf", batch="cd" * 16)])
 
 
 def test_what_a_bundle_may_not_hold_is_refused(tmp_path: Path) -> None:

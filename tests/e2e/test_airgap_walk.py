@@ -221,6 +221,7 @@ def test_by_cron_on_both_sides(walk: Walk) -> None:
         codes.append(done.returncode)
         if done.returncode != 4:
             break
+        assert len(list(outbox.iterdir())) <= 1  # all authorities in one file, with one fingerprint
         there.go()
         at_desk = walk.sign(walk.desk.inbox, "-o", walk.desk.outbox)
         assert at_desk.returncode == 0, at_desk.stderr
@@ -233,7 +234,7 @@ def test_by_cron_on_both_sides(walk: Walk) -> None:
     assert [sorted(walk.node.events(event)) for event in ("asked", "installed")] == [names, names]
     assert not list(outbox.iterdir())
     assert not list(walk.desk.inbox.glob("*.json"))
-    assert len(list((walk.desk.inbox / "done").iterdir())) == len(AUTHORITIES)
+    assert len(list((walk.desk.inbox / "done").iterdir())) == 1
     assert walk.bridge("renew").returncode == 0
 
 
