@@ -122,8 +122,13 @@ def _ask(reached: Mapping[str, Reached], prepared: Sequence[Prepared], progress:
             answers[one.name] = wrong[one.name]
     requests = [one.request for one in prepared if one.name not in answers]
     if requests and ca.backend is not None:
-        signed = plugins.sign_all(ca.backend, requests, ca.outage, lambda request: progress.signed(request.spec.name))
-        answers |= {request.spec.name: answer for request, answer in zip(requests, signed, strict=True)}
+
+        def signed(some: Sequence[plugins.Answered]) -> None:
+            for request, _ in some:
+                progress.signed(request.spec.name)
+
+        given = plugins.sign_all(ca.backend, requests, ca.outage, signed)
+        answers |= {request.spec.name: answer for request, answer in zip(requests, given, strict=True)}
     return answers
 
 

@@ -44,7 +44,7 @@ from bridge.verify import Expectation
 _FIRST_WINDOW, _LARGEST_WINDOW = 250, 2000
 #: Writing an answer is mostly waiting for the disk.
 _DELIVERIES = 4
-#: In one call of a backend that signs one by one, so that a killed run loses little.
+#: Of a backend that signs one by one: of how many at a time is written down that they are being asked for.
 _SLICE = 100
 
 SIGNED = "signed for others"  #: Event of the record.
@@ -332,10 +332,9 @@ class Desk:
         for start in range(0, len(open_), size or 1):
             part = open_[start : start + size]
             journal.add((request, Asked(self._now())) for _, request in part)
-            answers = plugins.sign_all(backend, [request for _, request in part], ca.outage, lambda _: None)
-            good = [(request, answer) for (_, request), answer in zip(part, answers, strict=True)
-                    if isinstance(answer, Issued | Pending)]  # fmt: skip
-            journal.add(good)
+            answers = plugins.sign_all(
+                backend, [request for _, request in part], ca.outage, lambda some: _keep(some, journal)
+            )
             for_all = _for_all(answers)
             for (job, request), answer in zip(part, answers, strict=True):
                 _note(job, request, answer, None, is_for_all=for_all)
@@ -468,6 +467,13 @@ def _collected(ca: _CA, backend: Backend, request: SignRequest, known: Pending) 
         return ca.outage.ask(lambda: backend.collect(request, known.reference))
     except BackendError as e:
         return e
+
+
+def _keep(answered: Sequence[plugins.Answered], journal: Journal) -> None:
+    """At once: what was signed for a run that is killed before it knows may have to be signed again."""
+    good = [(request, answer) for request, answer in answered if isinstance(answer, Issued | Pending)]
+    if good:
+        journal.add(good)
 
 
 def _for_all(answers: Sequence[object]) -> bool:

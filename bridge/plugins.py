@@ -33,6 +33,8 @@ _LONGEST_WAIT_SECONDS = 15.0
 
 T = TypeVar("T")
 
+Answered = tuple[SignRequest, Issued | Pending | BackendError]
+
 
 class DuplicatePluginError(BridgeError):
     """Two installed distributions bring a backend of the same name."""
@@ -226,39 +228,45 @@ def _wait(attempt: int, error: BaseException | None) -> float:
 
 
 def sign_all(
-    backend: Backend, requests: Sequence[SignRequest], outage: Outage, done: Callable[[SignRequest], None]
+    backend: Backend, requests: Sequence[SignRequest], outage: Outage, done: Callable[[Sequence[Answered]], None]
 ) -> Sequence[Issued | Pending | BackendError]:
     """
-    One answer a request, in their order; `done` is called as they come, from several threads.
+    One answer a request, in their order.
+
+    Args:
+        backend: Is asked.
+        requests: All of one CA.
+        outage: For how long to ask.
+        done: Gets the answers as they come, from several threads.
 
     Raises:
-        Nothing of a backend's own: an error is an answer. (A bug in a backend comes through.)
+        Nothing of a backend's own: an error is an answer. (A bug in a backend comes through, and what `done` raises.)
     """
     if isinstance(backend, SignsMany):
-        return _sign_many(backend, requests, outage, done)
+        answers = _sign_many(backend, requests, outage)
+        done(list(zip(requests, answers, strict=True)))
+        return answers
 
     def sign(request: SignRequest) -> Issued | Pending | BackendError:
+        answer: Issued | Pending | BackendError
         try:
-            return outage.ask(lambda: backend.sign(request))
+            answer = outage.ask(lambda: backend.sign(request))
         except BackendError as e:
-            return e
-        finally:
-            done(request)
+            answer = e
+        done([(request, answer)])
+        return answer
 
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         return list(pool.map(sign, requests))
 
 
 def _sign_many(
-    backend: SignsMany, requests: Sequence[SignRequest], outage: Outage, done: Callable[[SignRequest], None]
+    backend: SignsMany, requests: Sequence[SignRequest], outage: Outage
 ) -> Sequence[Issued | Pending | BackendError]:
     try:
         answers = outage.ask(lambda: backend.sign_many(requests))
     except BackendError as e:
         return [e] * len(requests)
-    finally:
-        for request in requests:
-            done(request)
     if len(answers) != len(requests):
         raise BridgeError(f"wanted {len(requests)} answers of the backend, got {len(answers)}: a bug in it")
     return answers

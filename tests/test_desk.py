@@ -673,6 +673,27 @@ def test_a_desk_with_cfssl(desk_: Desk, pki: Pki, pairs: Pairs, tmp_path: Path) 
     assert len(answers_of(desk_)) == 3
 
 
+def test_a_killed_run_asks_again_only_for_what_was_on_its_way(
+    desk_: Desk, pki: Pki, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CA that is asked one by one, and can't find what it has signed: each of its answers is kept as it comes."""
+    approval.install_plugin(tmp_path / "site")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    (tmp_path / "people").mkdir()
+    with_backend(desk_, pki, {"type": "approval", "dir": str(tmp_path / "people")})
+    for _ in range(20):
+        put(desk_, make_bundle(some(pairs, "apiserver", "admin.conf")))
+    monkeypatch.setenv("CA_DIES", "30")
+    assert desk_.run("sign", desk_.inbox, "-o", desk_.outbox).returncode == -signal.SIGKILL
+    monkeypatch.delenv("CA_DIES")
+
+    assert desk_.run("sign", desk_.inbox, "-o", desk_.outbox).returncode == Exit.WAITING
+
+    calls = (tmp_path / "people/calls").read_text().splitlines()
+    assert len(set(calls)) == 40
+    assert 40 <= len(calls) <= 40 + plugins.PARALLEL_REQUESTS
+
+
 def test_a_desk_whose_ca_answers_later(
     desk_: Desk, pki: Pki, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,12 +49,14 @@ class ApprovalBackend:
 
     def sign(self, request: SignRequest) -> Issued | Pending:
         reference = f"{request.spec.name}-{hashlib.sha256(request.csr_pem).hexdigest()[:16]}"
-        with open(self._directory / "calls", "a") as calls:
+        with open(self._directory / "calls", "a+") as calls:
             calls.write(f"sign {reference}\\n")
+            calls.seek(0)
+            count = len(calls.readlines())
         path = self._directory / f"{reference}.csr"
         if not path.exists():
             path.write_bytes(request.csr_pem)
-        if "CA_DIES" in os.environ:
+        if 0 < int(os.environ.get("CA_DIES", "0")) <= count:
             os.kill(os.getpid(), 9)
         return self.collect(request, reference)
 
