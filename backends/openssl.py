@@ -14,11 +14,12 @@ import errno
 import logging
 import os
 import re
+import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -47,6 +48,7 @@ _FAILED_RUNS = 20  # enough to find a bad CSR among a batch of 1000 by halving, 
 _BACKDATED = timedelta(minutes=5)  # clocks differ; kubeadm does the same
 _FILES = {"certificate": "ca.crt", "private_key": "ca.key", "database": "index.txt", "new_certs_dir": "newcerts"}
 _MEMORY = "/dev/shm"  # noqa: S108 (the folder made in it is private)
+_PREFIX = "ca-bridge-"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 # All paths are relative to the folder of the run, so that none of the site's has to be quoted.
@@ -193,7 +195,7 @@ class OpensslBackend:
             signers = self.issuers()
             _check_signer(self._files.certificate, signers[0])
             database = self._database()
-            with database.locked(self._settings.timeout) as lock, self._folder(signers[0]) as folder:
+            with database.locked(self._settings.timeout) as lock, self._folder(signers[0], database) as folder:
                 desk = _Desk(self._openssl, database, signers, folder, lock)
                 desk.recover()
                 answers = desk.sign(_batches(requests, self._key.batch_size))
@@ -214,7 +216,7 @@ class OpensslBackend:
         """
         with _os_errors():
             signers, database = self.issuers(), self._database()
-            with database.locked(self._settings.timeout) as lock, self._folder(signers[0]) as folder:
+            with database.locked(self._settings.timeout) as lock, self._folder(signers[0], database) as folder:
                 _Desk(self._openssl, database, signers, folder, lock).recover()
                 found = {(_public_key(leaf), _usages(leaf)): leaf for leaf in database.issued_since(since)}
         chain = tuple(signer for signer in signers if signer.issuer != signer.subject)
@@ -257,21 +259,38 @@ class OpensslBackend:
         return Database(index=index, new_certs_dir=self._files.new_certs_dir.resolve())
 
     @contextmanager
-    def _folder(self, signer: x509.Certificate) -> Iterator[Path]:
-        """A private folder to run in: our own config, the certificate that was checked, links to the rest."""
-        database = self._database()
+    def _folder(self, signer: x509.Certificate, locked: Database | None = None) -> Iterator[Path]:
+        """
+        A private folder to run in: our own config, the certificate that was checked, links to the rest.
+
+        Args:
+            signer: The CA's certificate.
+            locked: The database whose lock we hold; None: there is nothing to do with it.
+        """
         # 0700, and in memory where Linux offers that: a run may have a thousand CSR files
-        memory = None if "TMPDIR" in os.environ or not os.access(_MEMORY, os.W_OK | os.X_OK) else _MEMORY
-        with tempfile.TemporaryDirectory(prefix="ca-bridge-", dir=memory) as name:
+        in_memory = "TMPDIR" not in os.environ and os.access(_MEMORY, os.W_OK | os.X_OK)
+        parent = Path(_MEMORY if in_memory else tempfile.gettempdir())
+        if locked is not None:
+            _sweep(parent, locked)
+        with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent) as name:
             folder = Path(name)
-            config = _config(database.index.name, self._settings.digest, self._key)
+            if locked is not None:
+                folder.joinpath("database").symlink_to(locked.index.parent)
+                folder.joinpath("newcerts").symlink_to(locked.new_certs_dir)
+            config = _config(self._database().index.name, self._settings.digest, self._key)
             folder.joinpath("openssl.cnf").write_text(config, encoding="ascii")
             folder.joinpath("ca.crt").write_bytes(signer.public_bytes(Encoding.PEM))
             if isinstance(self._key, KeyFile):
                 folder.joinpath(self._key.reference).symlink_to(self._key.path)
-            folder.joinpath("database").symlink_to(database.index.parent)
-            folder.joinpath("newcerts").symlink_to(database.new_certs_dir)
             yield folder
+
+
+def _sweep(parent: Path, locked: Database) -> None:
+    """Remove what killed runs left: whoever holds a database's lock is the only one to have a folder for it."""
+    for path in parent.glob(f"{_PREFIX}*"):
+        with suppress(OSError):  # another's
+            if path.lstat().st_uid == os.geteuid() and path.joinpath("database").readlink() == locked.index.parent:
+                shutil.rmtree(path)
 
 
 @dataclass(slots=True)

@@ -1217,8 +1217,15 @@ def test_the_lock_outlives_a_killed_bridge(directory: Path, tmp_path: Path) -> N
             opened(directory, timeout=timedelta(seconds=0.2)).sign(renewal())
     finally:
         os.kill(orphan, signal.SIGKILL)
+    [left] = tmp_path.joinpath("tmp").iterdir()
+    other = left.with_name("ca-bridge-other")
+    other.mkdir()
+    other.joinpath("database").symlink_to(tmp_path)
+    opened(directory).check([])
+    assert left.exists()
     opened(directory).sign(renewal())
-    shutil.rmtree(next(tmp_path.joinpath("tmp").iterdir()))  # of the killed one
+    assert list(tmp_path.joinpath("tmp").iterdir()) == [other]  # of another database, whose lock we had not
+    shutil.rmtree(other)
 
 
 # Owners, modes, links and odd names
