@@ -78,6 +78,22 @@ def test_every_key_in_the_example_exists_and_shows_its_default() -> None:
         assert getattr(settings, table) == getattr(empty, table)
 
 
+def settings_in_sentences(text: str) -> set[str]:
+    """Keys in such as `[restart] method = "none"`."""
+    return set(re.findall(r"`(?:\[\w+\] )?(\w+) = [^`]+`", text))
+
+
+@pytest.mark.parametrize("path", ["README.md", "CHANGELOG.md"])
+def test_a_setting_that_a_sentence_names_is_in_the_examples(path: str) -> None:
+    """The examples are loaded by tests; a sentence is not."""
+    examples = "\n".join(found.read_text(encoding="utf-8") for found in (ROOT / "config").rglob("*.toml"))
+    known = set(re.findall(r"^\W*(\w+) = ", examples, re.MULTILINE))
+    named = settings_in_sentences((ROOT / path).read_text(encoding="utf-8"))
+    assert len(named) >= 3
+    assert named <= known
+    assert not settings_in_sentences('say `[backend] kye = "x"`') <= known
+
+
 def test_the_exit_codes_in_the_readme_are_the_programs() -> None:
     """A code is a promise."""
     rows = re.findall(r"^\| ([0-9]) \| ", README.read_text(encoding="utf-8"), re.MULTILINE)
