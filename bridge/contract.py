@@ -136,7 +136,11 @@ class Collects(Protocol):
 
 @runtime_checkable
 class Carries(Protocol):
-    """Optional: requests reach the CA by hand, so that each has to say, and prove, who asks: `SignRequest.continuity`."""
+    """
+    Optional: requests reach the CA by hand, so that each has to say, and prove, who asks: `SignRequest.continuity`.
+
+    Authorities that name the same table with the same settings share one instance, which gets all their requests at once.
+    """
 
     carries: bool
 

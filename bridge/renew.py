@@ -90,9 +90,9 @@ def _renew(
     items = [item for item in selection.items if item.spec.authority.name in expected]
     kept = _kept(run, items, expected)
     rest, carried = _to_ask(run, [item for item in items if item.spec.name not in kept])
-    backends = plugins.configured(run.settings, dict.fromkeys(item.spec.authority.name for item in rest))
     with ThreadPoolExecutor(1 + len(AUTHORITIES)) as pool:
         making = pool.submit(prepare, rest, run.settings, run.requests.by_name())  # takes as long as all the rest
+        backends = plugins.configured(run.settings, dict.fromkeys(item.spec.authority.name for item in rest))
         reached = _reach_all(pool, backends, rest, expected, run.progress)
         made = making.result()
     prepared = [one for one in made if isinstance(one, Prepared)]
