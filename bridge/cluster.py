@@ -29,6 +29,8 @@ from bridge.specs import Component
 State = Literal["healthy", "unhealthy", "unknown"]
 
 _LOOK_SECONDS = 2.0
+#: etcd's take a second or two; on a slow disk they fail, and are held again.
+_ELECTION_SECONDS = 15.0
 
 #: Each is signed by etcd's CA and good for a client; the first is there for this.
 _ETCD_CLIENTS = ("etcd-healthcheck-client", "apiserver-etcd-client", "etcd-server")
@@ -84,11 +86,16 @@ class Neighbours:
 
     def own_is_down(self, component: Component) -> bool:
         """
-        Whether this node's gives no answer, so that a restart takes nothing away.
+        Whether this node's gives no answer, or is an etcd member without a quorum, so that a restart takes nothing away.
 
-        One that answers that it is not well may lack the others: an etcd member without a leader, for a moment.
+        It may be so for a moment: see `_after_an_election`.
         """
-        return any(one.own and one.component is component and not one.answers for one in self.instances)
+        return any(
+            one.own
+            and one.component is component
+            and (not one.answers or (component is Component.ETCD and one.state == "unhealthy"))
+            for one in self.instances
+        )
 
     @property
     def quorum_without_own(self) -> bool | None:
@@ -143,6 +150,8 @@ def assert_may_restart(component: Component, node: Node, settings: Settings, *, 
     if rules.neighbours == "ignore" or component is Component.KUBELET:
         return
     neighbours, found = _after_waiting(component, node, settings, note)
+    if found and neighbours.own_is_down(component):
+        neighbours, found = _after_an_election(component, node, settings)
     for text in not_seen(neighbours, component):
         note(f"could not be looked at: {text}")
     if found and neighbours.own_is_down(component):
@@ -166,6 +175,21 @@ def _after_waiting(
             note(f"{component.value}: waiting up to {duration_text(rules.neighbour_wait)} for {'; '.join(found)}")
             told = True
         time.sleep(_LOOK_SECONDS)
+
+
+def _after_an_election(component: Component, node: Node, settings: Settings) -> tuple[Neighbours, list[str]]:
+    """
+    Look again until this node's is well, or has been down for as long as etcd may need for a new leader.
+
+    A member whose leader has just died has no answer, or none that is good, and is needed all the more.
+    """
+    end = time.monotonic() + _ELECTION_SECONDS
+    while True:
+        time.sleep(_LOOK_SECONDS)
+        neighbours = look(node, settings)
+        found = obstacles(neighbours, component)
+        if not found or not neighbours.own_is_down(component) or time.monotonic() >= end:
+            return neighbours, found
 
 
 def _refusal(component: Component, neighbours: Neighbours, found: Sequence[str], rules: ClusterSettings) -> str:
