@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 
 from bridge import audit, inventory, schedule
 from bridge.attempts import Attempts
-from bridge.errors import BridgeError, Exit, SettingsError, WaitingError
+from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, WaitingError
 from bridge.finish import HeldBackError, Result
 from bridge.hooks import HookError, Hooks, NotNowError, Occasion
 from bridge.inventory import Node
@@ -42,6 +42,7 @@ class Around:
 
     def __init__(self, settings: Settings, store: Store, record: audit.Record, now: Callable[[], datetime]) -> None:
         self._settings = settings
+        self._store = store
         self._attempts = Attempts(store)
         self._record = record
         self._now = now
@@ -99,8 +100,19 @@ class Around:
         )
         return [*more, *self._told(self.hooks.finished(occasion))]
 
+    def settled(self, about: Mapping[str, Occasion]) -> list[HookError]:
+        """
+        When it is known what became of an earlier run's installation, or that it still is not: its hooks.
+
+        Args:
+            about: By the run that installed.
+        """
+        every = [Hooks(self._settings, self._store, run_id).finished(one) for run_id, one in about.items()]
+        return self._told([error for errors in every for error in errors])
+
     def _counted(self, selection: Selection, result: Result, errors: Sequence[BridgeError]) -> list[BridgeError]:
-        of_the_run = [e for e in errors if not isinstance(e, HookError | SettingsError)]  # no CA had a part in those
+        # no CA had a part in those
+        of_the_run = [e for e in errors if not isinstance(e, HookError | SettingsError | PostponedError)]
         asked, failed = by_authority(selection, result, of_the_run)
         try:
             people = self._attempts.note(asked, failed, self._now())

@@ -424,8 +424,8 @@ def put_back(
         ],
     }
     try:
-        # a run that puts back what it has installed itself makes a second set of files
-        run_id = record.run_id if record.run_id != backup.run_id else f"{record.run_id}-back"
+        # a run may have installed something itself, and put several sets back
+        run_id = f"{record.run_id}-{backup.run_id.partition('-')[0]}"
         replaced = install(store, [_replacement(file, node) for file in backup.files], run_id, about)
     except InstallError as e:
         for o in outcomes:

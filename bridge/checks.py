@@ -16,12 +16,14 @@ from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
+from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from bridge import ages, endpoints, https, kubeconfig, manifests, processes, reading
 from bridge.ages import contents
 from bridge.certificates import attributes, serial_hex
 from bridge.endpoints import Flags, Place, Server
+from bridge.health import KUBELET_CONFIG
 from bridge.https import HttpsError, UnreachableError
 from bridge.inventory import Item, Node
 from bridge.probes import TIMEOUT_SECONDS, Check, Client, RefusedError, Serving, Verdict, accepted, first, leaf, words
@@ -30,8 +32,7 @@ from bridge.settings import Settings
 from bridge.specs import CA, ETCD_CA, SPECS, Authority, Component
 from bridge.yamltree import document, split_bom
 
-_HTTP_ONLY = "--listen-client-http-urls"
-_CLIENT_URLS = ("--listen-client-urls", _HTTP_ONLY)
+_CLIENT_URLS = ("--listen-client-urls", endpoints.ETCD_HTTP_ONLY)
 
 #: Whom we pretend to be with the front-proxy client certificate; nobody in the cluster.
 _SOMEBODY = "ca-bridge-prove"
@@ -42,7 +43,7 @@ class Machine:
     """What is in the same place on every node."""
 
     proc: Path = processes.PROC
-    kubelet_config: Path = Path("/var/lib/kubelet/config.yaml")
+    kubelet_config: Path = KUBELET_CONFIG
     kubelet_copy: Path = KUBELET_COPY
 
 
@@ -168,8 +169,8 @@ def _etcd(look: Look) -> Iterator[Check]:
 
 
 def _own_etcd(flags: Flags) -> list[Server]:
-    """Where etcd answers in HTTP on this node; some give gRPC, which we don't speak, ports of its own."""
-    listen = _HTTP_ONLY if _HTTP_ONLY in flags else _CLIENT_URLS[0]
+    """Where etcd answers in HTTP on this node."""
+    listen = endpoints.ETCD_HTTP_ONLY if endpoints.ETCD_HTTP_ONLY in flags else _CLIENT_URLS[0]
     places = endpoints.listening(flags, (listen,), "--advertise-client-urls")
     name = endpoints.host(flags, "--advertise-client-urls")
     return [Server(f"https://{place}", name) for place in places]
@@ -290,7 +291,9 @@ def _api(look: Look, name: str | None = None) -> list[Server]:
 def _ask_etcd(look: Look, client: Client) -> str:
     """The servers that it has, or the etcd of this node where those don't speak HTTP."""
     etcd, urls = look.flags(Component.ETCD), endpoints.urls(look.flags(Component.APISERVER), "--etcd-servers")
-    return _linearizable_read(client, _own_etcd(etcd) if _HTTP_ONLY in etcd else [Server(url) for url in urls])
+    return _linearizable_read(
+        client, _own_etcd(etcd) if endpoints.ETCD_HTTP_ONLY in etcd else [Server(url) for url in urls]
+    )
 
 
 def _ask_kubelet(look: Look, client: Client) -> str:
@@ -396,15 +399,17 @@ def _kubelet_pair(look: Look, item: Item) -> Verdict:
         return Verdict("not-ours", f"{item.certificate_path} is rotated by the kubelet itself")
     ours, copy = item.certificates[0], look.machine.kubelet_copy
     if reading.read(copy) is not None and (used := leaf(copy)) != ours:
-        if used.not_valid_before_utc > ours.not_valid_before_utc and _later(copy, item.certificate_path):
+        if is_rotated(copy, used, item.certificate_path, ours):
             return Verdict("not-ours", f"uses {copy}, which is younger, and rotated by the kubelet itself")
         detail = f"uses its copy {copy}, serial {serial_hex(used)}; {item.certificate_path} has {serial_hex(ours)}"
         return Verdict("stale", f"{detail}: the copy must go before the restart")
     return _read_once(look, Component.KUBELET, item.certificate_path)
 
 
-def _later(one: Path, other: Path) -> bool:
-    return one.stat().st_mtime > other.stat().st_ctime
+def is_rotated(copy: Path, used: x509.Certificate, kubelet_conf: Path, ours: x509.Certificate) -> bool:
+    """Whether a kubelet's copy is younger than kubelet.conf and what that embeds, and so from a signer in the cluster."""
+    is_later = copy.stat().st_mtime > kubelet_conf.stat().st_ctime
+    return is_later and used.not_valid_before_utc > ours.not_valid_before_utc
 
 
 def _kubeconfig(look: Look, name: str) -> Iterator[Check]:

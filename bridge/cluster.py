@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from http import HTTPStatus
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from bridge import https, kubeapi, lease, reading
-from bridge.errors import BridgeError, Exit
+from bridge import endpoints, https, kubeapi, lease, reading
+from bridge.errors import PostponedError
 from bridge.expiry import duration_text
 from bridge.inventory import Node
 from bridge.kubeapi import Api, Client, NoAnswerError, Server
@@ -35,9 +35,6 @@ _ELECTION_SECONDS = 15.0
 #: Each is signed by etcd's CA and good for a client; the first is there for this.
 _ETCD_CLIENTS = ("etcd-healthcheck-client", "apiserver-etcd-client", "etcd-server")
 
-#: Some give gRPC a port of its own (etcd-io/etcd#15402).
-_HTTP_ONLY = "--listen-client-http-urls"
-
 _CONTROL_PLANE_NODES = "/api/v1/nodes?labelSelector=node-role.kubernetes.io/control-plane"
 _ENDPOINTS = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices?labelSelector=kubernetes.io%2Fservice-name%3Dkubernetes"
 
@@ -47,10 +44,9 @@ _ALARM = re.compile(r"memberID:(\d+)\s+alarm:(\w+)")
 _HEALTH = "/health?exclude=NOSPACE&exclude=CORRUPT"
 
 
-class NeighbourError(BridgeError):
+class NeighbourError(PostponedError):
     """A restart would take a second control-plane node down."""
 
-    exit_code: ClassVar[int] = Exit.UNAVAILABLE
     hint = 'run again when they are well; `neighbours = "ignore"` in [cluster] restarts all the same'
 
 
@@ -353,7 +349,7 @@ def _needed(path: Any) -> bytes:
 def _look_at_etcd(node: Node) -> _Seen:
     etcd = _Etcd(node)
     flags = node.manifests[Component.ETCD].flags
-    own_url = _own_etcd_url(flags)
+    own_url = endpoints.etcd_url(flags)
     own = _member_state(
         etcd, Instance(component=Component.ETCD, name=flags.get("--name", ""), url=own_url, own=True, state="unknown")
     )
@@ -362,7 +358,7 @@ def _look_at_etcd(node: Node) -> _Seen:
     except https.HttpsError as e:
         return _Seen(instances=(own,), trouble=str(e))
     others = [_as_instance(member) for member in listed if not _is_own(member, own_id, flags)]
-    if _HTTP_ONLY in flags:  # then the URLs that members tell are for gRPC alone
+    if endpoints.ETCD_HTTP_ONLY in flags:  # then the URLs that members tell are for gRPC alone
         others = [replace(one, url=one.url and _beside(one.url, own_url)) for one in others]
     with ThreadPoolExecutor(max_workers=8) as pool:
         states = list(pool.map(lambda one: _member_state(etcd, one), others))
@@ -398,13 +394,6 @@ def _members(
         own_id = str(header.get("member_id", "")) if url == own.url and isinstance(header, dict) else ""
         return listed, own_id, _ALARM.findall(" ".join(map(str, status.get("errors") or [])))
     raise last
-
-
-def _own_etcd_url(flags: Mapping[str, str]) -> str:
-    """Where this node's member is; on loopback if it is there, too, which no firewall is before."""
-    urls = [url for url in flags.get(_HTTP_ONLY, flags.get("--listen-client-urls", "")).split(",") if url]
-    urls.sort(key=lambda url: urlsplit(url).hostname not in {"127.0.0.1", "::1", "localhost"})
-    return (urls or ["https://127.0.0.1:2379"])[0].replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
 
 
 def _initial_peers(flags: Mapping[str, str]) -> list[str]:

@@ -17,6 +17,8 @@ PORTS = {
     Component.KUBELET: 10250,
 }
 HTTPS = 443
+#: Some give gRPC, which we don't speak, ports of its own (etcd-io/etcd#15402): then `--listen-client-urls` has no HTTP.
+ETCD_HTTP_ONLY = "--listen-client-http-urls"
 
 Flags = Mapping[str, str]
 
@@ -83,6 +85,14 @@ def listening(flags: Flags, names: Sequence[str], advertised: str) -> list[Place
 def urls(flags: Flags, flag: str) -> list[str]:
     """Those with TLS."""
     return [url.rstrip("/") for url in flags.get(flag, "").split(",") if url.startswith("https://")]
+
+
+def etcd_url(flags: Flags) -> str:
+    """Where this node's etcd answers in HTTP, with TLS or without; on loopback if it is there, too, which no firewall is before."""
+    found = [url for url in flags.get(ETCD_HTTP_ONLY, flags.get("--listen-client-urls", "")).split(",") if url]
+    found.sort(key=lambda url: urlsplit(url).hostname not in {"127.0.0.1", "::1", "localhost"})
+    url = (found or ["https://127.0.0.1:2379"])[0].strip().rstrip("/")
+    return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
 
 
 def host(flags: Flags, flag: str) -> str | None:

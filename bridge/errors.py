@@ -110,6 +110,13 @@ class WaitingError(BridgeError):
     hint = "run again later; nothing is asked twice"
 
 
+class PostponedError(BridgeError):
+    """Not done, and no sign that anything is wrong with what was to be done: this is not the moment for it."""
+
+    exit_code = Exit.UNAVAILABLE
+    hint = "run again later"
+
+
 class BackendError(BridgeError):
     """A backend could not have a certificate signed."""
 

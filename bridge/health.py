@@ -8,17 +8,15 @@ serve certificates that nobody has signed, and a served certificate is a matter 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bridge import kubeconfig
-from bridge.certificates import load_pem_certificates
+from bridge import endpoints, kubeapi
 from bridge.https import Answer, HttpsError, request
 from bridge.inventory import Node
-from bridge.kubeconfig import KubeconfigError
 from bridge.reading import UnreadableError, read
 from bridge.specs import SPECS, Component
 from bridge.yamltree import YamlError, document, split_bom
@@ -31,18 +29,8 @@ _LONGEST_REASON = 200
 KUBELET_CONFIG = Path("/var/lib/kubelet/config.yaml")
 
 
-class Endpoint(NamedTuple):
-    """Where a component says how it is."""
-
-    default_port: str
-    path: str
-
-
-ENDPOINTS = {
-    Component.APISERVER: Endpoint("6443", "/readyz"),
-    Component.CONTROLLER_MANAGER: Endpoint("10257", "/healthz"),
-    Component.SCHEDULER: Endpoint("10259", "/healthz"),
-}
+#: Where a component says how it is.
+PATHS = {Component.APISERVER: "/readyz", Component.CONTROLLER_MANAGER: "/healthz", Component.SCHEDULER: "/healthz"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,20 +68,23 @@ def trouble(component: Component, node: Node, pki_dir: Path, kubeconfig_dir: Pat
         component: The kubelet, or one that has a manifest.
         node: Read while the manifest was in its place.
         pki_dir: For etcd's clients.
-        kubeconfig_dir: For admin.conf.
+        kubeconfig_dir: For admin.conf, or else super-admin.conf.
     """
     if component is Component.KUBELET:
         url = Kubelet.load().health_url
         return None if url is None else _trouble(url, None)
     flags = node.manifests[component].flags
     if component is Component.ETCD:
-        return _etcd_trouble(_etcd_url(flags), _etcd_pair(pki_dir))
-    endpoint = ENDPOINTS[component]
-    host, port = flags.get("--bind-address", "0.0.0.0"), flags.get("--secure-port", endpoint.default_port)  # noqa: S104
-    url = f"https://{_reachable(host)}:{port}{endpoint.path}"
+        return _etcd_trouble(endpoints.etcd_url(flags), _etcd_pair(pki_dir))
+    host = flags.get("--bind-address", "0.0.0.0")  # noqa: S104 (looked for, not bound)
+    port = flags.get("--secure-port", endpoints.PORTS[component])
+    url = f"https://{_reachable(host)}:{port}{PATHS[component]}"
     found = _trouble(url, None)
-    if component is Component.APISERVER and found is not None and (pair := _admin_pair(kubeconfig_dir)) is not None:
-        return _trouble(url, pair)  # it may answer nobody whom it does not know
+    if component is Component.APISERVER and found is not None:  # it may answer nobody whom it does not know
+        for client in kubeapi.connect(node, kubeconfig_dir).clients:
+            found = _trouble(url, Pair(client.certificate_pem, client.key_pem))
+            if found is None:
+                break
     return found
 
 
@@ -105,13 +96,6 @@ class Pair(NamedTuple):
 
     certificate: bytes
     key: bytes
-
-
-def _etcd_url(flags: Mapping[str, str]) -> str:
-    first = flags.get("--listen-client-urls", "https://127.0.0.1:2379").split(",")[0].strip()
-    scheme, _, rest = first.partition("://")
-    host, _, port = rest.rpartition(":")
-    return f"{scheme}://{_reachable(host)}:{port.strip('/')}"
 
 
 def _etcd_pair(pki_dir: Path) -> Pair | None:
@@ -146,17 +130,6 @@ def _etcd_reason(answer: Answer) -> str | None:
 
 
 # --- asking ----------------------------------------------------------------------------------------------------------
-
-
-def _admin_pair(kubeconfig_dir: Path) -> Pair | None:
-    """What admin.conf holds; None: nothing of use."""
-    try:
-        data = read(kubeconfig_dir / "admin.conf")
-        certificate = kubeconfig.parse(data).certificate_data if data is not None else None
-        key = kubeconfig.key_data(data) if data is not None else None
-        return Pair(certificate, key) if certificate and load_pem_certificates(certificate) and key else None
-    except (UnreadableError, KubeconfigError, ValueError):
-        return None
 
 
 def _trouble(url: str, pair: Pair | None, reason: Callable[[Answer], str | None] | None = None) -> str | None:

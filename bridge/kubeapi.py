@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
-from bridge import https, kubeconfig, reading
+from bridge import endpoints, https, kubeconfig, reading
 from bridge.errors import BridgeError, Exit
 from bridge.inventory import Node
 from bridge.kubeconfig import Kubeconfig, KubeconfigError
@@ -27,7 +27,6 @@ TIMEOUT_SECONDS = 5
 
 #: Whose rights are tried, in this order; the second's do not depend on RBAC.
 _KUBECONFIGS = ("admin.conf", "super-admin.conf")
-_DEFAULT_PORT = "6443"
 
 _NOT_THIS_CLIENT = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 _NOT_NOW = {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.REQUEST_TIMEOUT}
@@ -212,7 +211,8 @@ def local_url(node: Node) -> str | None:
 def port(node: Node) -> str:
     """The port of this node's API server, which kubeadm makes the same on all nodes."""
     manifest = node.manifests.get(Component.APISERVER)
-    return _DEFAULT_PORT if manifest is None else manifest.flags.get("--secure-port", _DEFAULT_PORT)
+    usual = str(endpoints.PORTS[Component.APISERVER])
+    return usual if manifest is None else manifest.flags.get("--secure-port", usual)
 
 
 def url_of(address: str, port_number: str | int) -> str:

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
-from typing import Any, ClassVar
+from typing import Any
 
-from bridge.errors import BridgeError, Exit
+from bridge.errors import PostponedError
 from bridge.expiry import duration_text
 from bridge.kubeapi import Api, NoAnswerError
 
@@ -32,10 +32,9 @@ _LOOK_SECONDS = 2.0
 _TURNS = 5  # each 409 means that somebody else was faster
 
 
-class LeaseHeldError(BridgeError):
+class LeaseHeldError(PostponedError):
     """Another node has the lease."""
 
-    exit_code: ClassVar[int] = Exit.UNAVAILABLE
     hint = "run again later; the lease of a run that died can be taken when it has expired"
 
 

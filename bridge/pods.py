@@ -45,7 +45,7 @@ def instances(component: Component) -> tuple[Instances, timedelta]:
 
 
 class _Runtime:
-    """What crictl says; while it says nothing, what it said before."""
+    """What crictl says; while it says nothing, what it said before. Where kubeadm's pod is, none that is called alike."""
 
     def __init__(self, command: list[str], component: Component) -> None:
         """
@@ -54,16 +54,20 @@ class _Runtime:
         """
         self._command, self._component = command, component
         self._last = _sandboxes(command, component)
+        self._is_labelled = any(self._last.values())
 
     def __call__(self) -> frozenset[str]:
         with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
             self._last = _sandboxes(self._command, self._component)
-        return self._last
+        return frozenset(pod for pod, labelled in self._last.items() if labelled or not self._is_labelled)
 
 
-def _sandboxes(command: list[str], component: Component) -> frozenset[str]:
+def _sandboxes(command: list[str], component: Component) -> dict[str, bool]:
     """
-    The running pods that a kubelet made of a manifest file, and that are the component's by their name.
+    The running pods that a kubelet made of a manifest file, and that may be the component's by their name.
+
+    Returns:
+        Of each whether it has kubeadm's label.
 
     Raises:
         OSError, ValueError, SubprocessError: The runtime can't be asked.
@@ -79,18 +83,24 @@ def _sandboxes(command: list[str], component: Component) -> frozenset[str]:
     if not isinstance(found, dict):
         raise ValueError("something else")  # noqa: TRY004 (of a program, not of a caller)
     try:
-        return frozenset(f"pod {one['id'][:13]}" for one in found.get("items") or () if _is_of(one, component))
+        ours = [one for one in found.get("items") or () if _may_be_of(one, component)]
+        return {f"pod {one['id'][:13]}": _label(one) is not None for one in ours}
     except (LookupError, AttributeError, TypeError) as e:
         raise ValueError("something else") from e
 
 
-def _is_of(pod: Any, component: Component) -> bool:
-    """A static pod is called after the name in its manifest, and its node; kubeadm's have a label as well."""
+def _may_be_of(pod: Any, component: Component) -> bool:
+    """A static pod is called after the name in its manifest, and its node."""
     return bool(
         pod["metadata"]["name"].startswith(f"{component.value}-")
-        and pod.get("labels", {}).get("component", component.value) == component.value
+        and _label(pod) in (None, component.value)
         and pod.get("annotations", {}).get("kubernetes.io/config.source") == "file"
     )
+
+
+def _label(pod: Any) -> Any:
+    """kubeadm's have one, by which they are told from an operator's `etcd-defrag`."""
+    return pod.get("labels", {}).get("component")
 
 
 # --- the process table -----------------------------------------------------------------------------------------------

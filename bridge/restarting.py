@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import ClassVar
 
 import typer
+from cryptography import x509
 
 from bridge import (
     audit,
+    checks,
     cluster,
     command,
     health,
@@ -37,7 +38,7 @@ from bridge import (
 )
 from bridge.certificates import load_pem_certificates
 from bridge.console import columns, log, print_error
-from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
+from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, SettingsProblem
 from bridge.expiry import duration_text
 from bridge.files import write_atomically
 from bridge.inventory import Node
@@ -53,10 +54,8 @@ SCHEMA_VERSION = 1
 _POLL_SECONDS = 0.5
 
 
-class NotNowError(BridgeError):
-    """Nothing was touched, since this is not the moment for it."""
-
-    exit_code: ClassVar[int] = Exit.UNAVAILABLE
+class NotNowError(PostponedError):
+    """A component is not to be touched now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +63,7 @@ class Restarted:
     """What became of one component."""
 
     component: Component
+    touched: bool = False  #: Whether its restart was begun.
     seconds: float | None = None  #: Until it was healthy; None: it was not restarted, or is not healthy.
     error: BridgeError | None = None
 
@@ -82,6 +82,7 @@ def restart_all(
     tell: Tell,
     record: audit.Record,
     force: bool = False,
+    going_back: bool = False,
 ) -> list[Restarted]:
     """
     Restart these, one at a time, by the settings' method.
@@ -95,20 +96,23 @@ def restart_all(
         store: Its lock is held.
         tell: Is told each step.
         record: Gets a line for each of them.
-        force: Also with an unhealthy neighbour, and shortly after another restart.
+        force: Also with an unhealthy neighbour, here or on another node, and shortly after another restart.
+        going_back: The same, but for other nodes: what does not work here is what is to be mended, and must not cost
+            the cluster a second node.
 
     Returns:
         One for each of them, in the order in which they were restarted; and one for each other component that was not
         restarted and is not healthy at the end.
     """
     ordered = [component for component in restart.ORDER if component in components]
-    too_soon = [] if force else [one for component in ordered if (one := _too_soon(component, settings, store))]
+    at_once = force or going_back
+    too_soon = [] if at_once else [one for component in ordered if (one := _too_soon(component, settings, store))]
     ordered = [component for component in ordered if component not in {one.component for one in too_soon}]
     done: list[Restarted] = []
     try:
         if ordered:
             with _turn(node, settings, record, tell, force=force) as may_restart:
-                for one in _one_by_one(ordered, node, settings, store, tell, may_restart, force=force):
+                for one in _one_by_one(ordered, node, settings, store, tell, may_restart, at_once=at_once):
                     record.add(audit.RESTARTED, one.component.value, error=one.error)
                     record.write_or_warn()  # a crash in the next one takes nothing from the record
                     done.append(one)
@@ -125,12 +129,12 @@ def _one_by_one(
     tell: Tell,
     may_restart: Callable[[Component], None],
     *,
-    force: bool,
+    at_once: bool,
 ) -> Iterator[Restarted]:
     for number, component in enumerate(ordered):
         to_come = ordered[number + 1 :]
         try:
-            if not force:
+            if not at_once:
                 _wait_for_neighbours(component, to_come, node, settings, tell)
             may_restart(component)
         except BridgeError as e:
@@ -158,18 +162,18 @@ def _restart(component: Component, node: Node, settings: Settings, store: Store,
     try:
         _by_method(component, node, settings, store, tell)
     except BridgeError as e:
-        return Restarted(component=component, error=e)
+        return Restarted(component=component, touched=True, error=e)
     except OSError as e:
         place = f"{e.filename}: " if e.filename else ""
         hint = "mend the file system, then run `ca-bridge recover`"
-        return Restarted(component=component, error=RestartError(f"{place}{e.strerror}", hint=hint))
+        return Restarted(component=component, touched=True, error=RestartError(f"{place}{e.strerror}", hint=hint))
     seconds = time.monotonic() - begin
     tell(f"{component.value}: healthy after {seconds:.1f} s")
-    return Restarted(component=component, seconds=seconds)
+    return Restarted(component=component, touched=True, seconds=seconds)
 
 
 def _not_tried(component: Component, failed: Restarted) -> BridgeError:
-    kind = RestartError if failed.exit_code == Exit.NOT_LIVE else NotNowError
+    kind = NotNowError if isinstance(failed.error, PostponedError) else RestartError
     hint = f"mend {failed.component.value}, then run `ca-bridge restart`"
     return kind(f"{component.value}: not restarted, since {failed.component.value} was not", hint=hint)
 
@@ -351,7 +355,7 @@ def take_copy(kubeconfig_dir: Path, copy: Path, store: Store, tell: Tell) -> Non
     """
     Take a kubelet's copy of another certificate than kubelet.conf embeds; it would count more (measured on 1.37).
 
-    A kubelet.conf that refers to files is the kubelet's own affair. What is taken is kept in the state directory, the
+    A kubelet.conf that refers to files is the kubelet's own affair, and so is a younger copy. What is taken is kept in the state directory, the
     last one only; the file that a symlink leads to stays where the kubelet keeps its older ones.
 
     Args:
@@ -375,18 +379,19 @@ def take_copy(kubeconfig_dir: Path, copy: Path, store: Store, tell: Tell) -> Non
         content = copy.read_bytes()
     except FileNotFoundError:
         return
-    if wanted is None or _is_of(content, wanted):
+    if wanted is None or _may_stay(copy, content, path, wanted):
         return
     write_atomically(store.kubelet_copy, content)
     copy.unlink()
     tell(f"kubelet: took {copy}, its copy of another certificate; it is in {store.kubelet_copy}")
 
 
-def _is_of(content: bytes, wanted: object) -> bool:
+def _may_stay(copy: Path, content: bytes, kubelet_conf: Path, wanted: x509.Certificate) -> bool:
     try:
-        return load_pem_certificates(content)[0] == wanted
+        used = load_pem_certificates(content)[0]
     except ValueError:
         return False
+    return used == wanted or checks.is_rotated(copy, used, kubelet_conf, wanted)
 
 
 def _wait(look: Callable[[], dict[Component, str]], timeout: timedelta) -> dict[Component, str]:

@@ -24,7 +24,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from bridge.errors import BridgeError, Exit
+from bridge.errors import BridgeError, Exit, PostponedError
 from bridge.expiry import duration_text
 from bridge.files import Attributes, sync_directory, write_atomically, write_staged
 from bridge.install import STAGED_PREFIX, attributes_from, attributes_json, digest
@@ -45,10 +45,11 @@ class RestartError(BridgeError):
     exit_code: ClassVar[int] = Exit.NOT_LIVE
 
 
-class StoppedError(BridgeError):
+class StoppedError(PostponedError):
     """A signal ended the run in the middle of a restart; the manifest is back."""
 
-    hint = "run `ca-bridge restart` again"
+    exit_code: ClassVar[int] = Exit.NOT_LIVE
+    hint = "run again: the next `ca-bridge renew` or `ca-bridge restart` goes on"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,7 +31,8 @@ class Walk:
             return node
         from bridge import live  # noqa: PLC0415 (40 ms; only where components are restarted)
 
-        self._errors += live.settle(self._run, node).errors
+        settled = live.settle(self._run, node)
+        self._errors += [*settled.errors, *self.around.settled(settled.about)]
         return self._run.read_node()
 
     def with_earlier(self, result: Result) -> Result:
@@ -89,6 +90,9 @@ class Walk:
         from bridge import live  # noqa: PLC0415 (see above)
 
         settled = live.settle(self._run, self._run.read_node())
+        if not self._run.store.unproven.exists():  # else the hooks of earlier installations were told already
+            others = {run_id: one for run_id, one in settled.about.items() if run_id != self._run.record.run_id}
+            self._errors += self.around.settled(others)
         outcomes = result.outcomes
         errors = settled.errors
         if settled.rolled_back is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import ssl
 import stat
 import threading
@@ -261,6 +262,29 @@ def test_what_is_wrong_is_said_in_their_words(
     assert found in (plane.trouble(component) or "")
 
 
+def test_an_etcd_that_gives_grpc_a_port_of_its_own_is_asked_on_the_other(plane: Plane) -> None:
+    """The first one has no HTTP then (etcd-io/etcd#15402)."""
+    manifest = plane.pki.kubeconfig_dir / "manifests/etcd.yaml"
+    text = manifest.read_text()
+    url = text.partition("--listen-client-urls=")[2].partition(",")[0]
+    grpc = f"--listen-client-urls=https://127.0.0.1:1\n    - --listen-client-http-urls=http://192.0.2.10:2382,{url}"
+    manifest.write_text(text.replace(f"--listen-client-urls={url},http://192.0.2.10:2379", grpc))
+    assert plane.trouble(ETCD) is None
+    assert plane.asked == [(ETCD, "/health")]
+
+
+@pytest.mark.parametrize("names", [("admin.conf",), ("super-admin.conf",), ("admin.conf", "super-admin.conf")])
+def test_an_api_server_that_knows_no_strangers_is_asked_with_a_certificate(
+    plane: Plane, names: tuple[str, ...]
+) -> None:
+    """Whichever kubeconfig is there; without one, its refusal is all there is."""
+    for name in {"admin.conf", "super-admin.conf"} - set(names):
+        (plane.pki.kubeconfig_dir / name).unlink()
+    plane.status[APISERVER] = 401
+    assert "HTTP status 401" in (plane.trouble(APISERVER) or "")
+    assert len(plane.asked) == 1 + len(names)
+
+
 def test_who_is_away_is_not_healthy(plane: Plane) -> None:
     """No connection is an answer, too."""
     manifest = plane.pki.kubeconfig_dir / "manifests/kube-scheduler.yaml"
@@ -429,6 +453,7 @@ def copy(plane: Plane) -> Path:
     [item] = [i for i in inventory.read(other.pki_dir, other.kubeconfig_dir).items if i.spec.name == "scheduler.conf"]
     dated = plane.directory / "kubelet-client-2026-11-25-09-10-40.pem"
     dated.write_bytes(b"".join(c.public_bytes(_PEM) for c in item.certificates))
+    os.utime(dated, (0, 0))
     restart.KUBELET_COPY.symlink_to(dated)
     return restart.KUBELET_COPY
 
@@ -452,6 +477,19 @@ def test_a_copy_of_the_same_certificate_stays(plane: Plane, copy: Path) -> None:
     copy.readlink().write_bytes(b"".join(c.public_bytes(_PEM) for c in item.certificates))
     plane.restart(KUBELET)
     assert copy.is_symlink()
+
+
+def test_a_younger_copy_is_the_kubelets_own(plane: Plane, copy: Path) -> None:
+    """A signer in the cluster has made it, while kubelet.conf goes on embedding the first one."""
+    [item] = [i for i in plane.node.items if i.spec.name == "kubelet.conf"]
+    later = handmade_pki(plane.directory / "later", now=item.certificates[0].not_valid_before_utc + timedelta(hours=2))
+    [rotated] = [i for i in inventory.read(later.pki_dir, later.kubeconfig_dir).items if i.spec.name == "kubelet.conf"]
+    copy.readlink().write_bytes(b"".join(c.public_bytes(_PEM) for c in rotated.certificates))
+    plane.restart(KUBELET)
+    assert copy.is_symlink()
+    os.utime(copy, (0, 0))  # but not one that was there before kubelet.conf
+    plane.restart(KUBELET, force=True)
+    assert not copy.is_symlink()
 
 
 def test_a_kubelet_that_rotates_by_itself_keeps_its_files(plane: Plane, copy: Path) -> None:
@@ -507,6 +545,16 @@ def test_only_the_kubelets_own_pod_counts(
     instances, settle = pods.instances(ETCD)
     assert instances() == found
     assert settle == pods.SANDBOX_SETTLES
+
+
+def test_a_pod_that_is_only_called_alike_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator's static pod without kubeadm's label never ends; kubeadm's tells that it is another one."""
+    other = {**_POD, "id": "ffffffffffffffffffff", "metadata": {"name": "etcd-defrag-cp-1"}, "labels": {}}
+    crictl(tmp_path, monkeypatch, json.dumps({"items": [other, _POD]}))
+    instances, _ = pods.instances(ETCD)
+    assert instances() == {"pod 10be69b955f13"}
+    crictl(tmp_path, monkeypatch, json.dumps({"items": [other]}))
+    assert instances() == set()
 
 
 @pytest.mark.parametrize("output", ["", "no", "[]", '{"items": [3]}', '{"items": [{}]}', None])

@@ -1,0 +1,315 @@
+"""
+What becomes of an installation: it is proven, waits for a better moment, or goes back; also over several runs.
+
+The CA, the files and the commands that restart are real; what proof sees, and what speaks against a restart, is scripted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from bridge import backups, cluster, health, prove, renew, restarting
+from bridge.cluster import NeighbourError
+from bridge.errors import BridgeError, Exit
+from bridge.finish import Result
+from bridge.lease import LeaseHeldError
+from bridge.probes import State
+from bridge.prove import Finding, Report
+from bridge.settings import Settings
+from bridge.specs import SPECS, Component
+from bridge.static_pods import StoppedError
+from tests.kit.pki import Pki, handmade_pki
+from tests.test_renew import Quiet, settings_for
+
+MANAGER, SCHEDULER = "controller-manager.conf", "scheduler.conf"
+
+
+class KilledError(BaseException):
+    """As if the process had ended here."""
+
+
+@dataclass(kw_only=True)
+class Site:
+    """A node, and what is said about it."""
+
+    node: Pki
+    directory: Path
+    settings: Settings
+    states: dict[str, State] = field(default_factory=dict)  #: By certificate; all others are current.
+    obstacle: BridgeError | None = None  #: To each restart.
+    turns: list[Settings] = field(default_factory=list)
+
+    def look(self, *_: object) -> Report:
+        """As `prove.look`."""
+        findings = [
+            Finding(component=spec.component, certificate=name, what="works", state=state, detail="says the script")
+            for name, spec in SPECS.items()
+            if (state := self.states.get(name, "current"))
+        ]
+        return Report(findings=tuple(findings))
+
+    @contextlib.contextmanager
+    def turn(self, _: object, settings: Settings, *__: object, **___: object) -> Iterator[Callable[[Component], None]]:
+        """As `cluster.turn`."""
+        self.turns.append(settings)
+        if isinstance(self.obstacle, LeaseHeldError):
+            raise self.obstacle
+
+        def may_restart(_: Component) -> None:
+            if self.obstacle is not None:
+                raise self.obstacle
+
+        yield may_restart
+
+    def renew(self, *names: str) -> Result:
+        """One run."""
+        return renew.run(self.settings, names, lambda: datetime.now(UTC), Quiet())[0]
+
+    def files(self) -> dict[str, bytes]:
+        """All kubeconfigs and the PKI."""
+        return {str(path): path.read_bytes() for path in self.node.kubeconfig_dir.rglob("*") if path.is_file()}
+
+    @property
+    def restarted(self) -> list[str]:
+        """Whose commands ran."""
+        return self._lines("restarts")
+
+    @property
+    def told(self) -> list[str]:
+        """What hooks were told: event, exit code, run, what was renewed."""
+        return self._lines("hooks")
+
+    def _lines(self, name: str) -> list[str]:
+        path = self.directory / name
+        return path.read_text().splitlines() if path.exists() else []
+
+    @property
+    def is_owed(self) -> bool:
+        """Whether something is not proven."""
+        return (self.directory / "state/unproven.json").exists()
+
+    def change(self, **restart: object) -> None:
+        """Other settings."""
+        self.settings = dataclasses.replace(
+            self.settings,
+            restart=dataclasses.replace(self.settings.restart, **restart),  # type: ignore[arg-type]
+        )
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+    """Nothing is due, all is well."""
+    node = handmade_pki(tmp_path / "node")
+    variables = "$CA_BRIDGE_EVENT $CA_BRIDGE_EXIT_CODE $CA_BRIDGE_RUN_ID $CA_BRIDGE_RENEWED"
+    hook = f"sh -c 'echo {variables} >>{tmp_path}/hooks'"
+    command = f"sh -c 'echo $CA_BRIDGE_COMPONENT >>{tmp_path}/restarts'"
+    more = [
+        *("[hooks]", f"success = {json.dumps(hook)}", f"failure = {json.dumps(hook)}"),
+        *("[restart]", 'method = "command"', 'prove_for = "1s"', "[restart.commands]"),
+        *(f"{component.value} = {json.dumps(command)}" for component in Component),
+    ]
+    site = Site(node=node, directory=tmp_path, settings=settings_for(node, tmp_path, "\n".join(more)))
+    site.change(min_interval=timedelta())
+    monkeypatch.setattr(prove, "look", site.look)
+    monkeypatch.setattr(cluster, "turn", site.turn)
+    monkeypatch.setattr(health, "trouble", lambda *_: None)
+    return site
+
+
+def test_what_works_is_settled(site: Site) -> None:
+    """Restarted once, and nothing is owed."""
+    result = site.renew(MANAGER, SCHEDULER)
+    assert (result.exit_code, site.restarted) == (0, ["kube-controller-manager", "kube-scheduler"])
+    assert not site.is_owed
+    assert site.renew().exit_code == 0
+    assert len(site.restarted) == 2
+    assert [line.split()[:2] for line in site.told] == [["success", "0"]]
+
+
+POSTPONED = [
+    (NeighbourError("another node is not well"), Exit.UNAVAILABLE),
+    (LeaseHeldError("it is another node's turn"), Exit.UNAVAILABLE),
+    (StoppedError("stopped by SIGTERM in the middle of a restart"), Exit.NOT_LIVE),
+]
+
+
+@pytest.mark.parametrize(("obstacle", "code"), POSTPONED, ids=[type(one).__name__ for one, _ in POSTPONED])
+def test_what_can_not_be_restarted_now_stays_and_is_restarted_by_a_later_run(
+    site: Site, obstacle: BridgeError, code: int
+) -> None:
+    """It says nothing against the certificates: they are not put back, and no CA is blamed."""
+    old, site.obstacle, site.states = site.files(), obstacle, {MANAGER: "stale"}
+    result = site.renew(MANAGER)
+    new = site.files()
+    assert new != old
+    assert (result.exit_code, site.restarted, site.is_owed) == (code, [], True)
+    assert str(obstacle) in str(result.errors[0])
+    assert not (site.directory / "state/attempts.json").exists()
+    site.obstacle, site.states = None, {}
+    assert site.renew().exit_code == 0
+    assert (site.files(), site.restarted, site.is_owed) == (new, ["kube-controller-manager"], False)
+    failed, done = (line.split() for line in site.told)
+    assert failed[:2] == ["failure", str(code)]
+    assert (done[:2], done[3:]) == (["success", "0"], [MANAGER])
+    assert failed[2] == done[2]  # of the run that renewed
+
+
+def test_a_second_restart_too_soon_is_no_failure(site: Site) -> None:
+    """Nor is what failed before the renewal a reason to go back because of it."""
+    site.change(min_interval=timedelta(hours=1))
+    site.renew(MANAGER)
+    site.states = {MANAGER: "refused"}
+    old = site.files()
+    result = site.renew(MANAGER)
+    assert (result.exit_code, site.is_owed) == (Exit.UNAVAILABLE, True)
+    assert "restart.min_interval" in str(result.errors[0])
+    assert site.files() != old
+    site.change(min_interval=timedelta())
+    assert site.renew().exit_code == Exit.NOT_LIVE
+    assert site.restarted == ["kube-controller-manager"] * 2
+
+
+def test_what_does_not_work_although_another_waits_goes_back(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what was restarted is restarted back."""
+    old = site.files()
+    monkeypatch.setattr(site, "turn", site.turn)
+
+    @contextlib.contextmanager
+    def turn(_: object, settings: Settings, *__: object, **___: object) -> Iterator[Callable[[Component], None]]:
+        site.turns.append(settings)
+
+        def may_restart(component: Component) -> None:
+            if component is Component.SCHEDULER:
+                raise NeighbourError("another node is not well")
+            site.states = {MANAGER: "refused" if len(site.turns) == 1 else "current"}
+
+        yield may_restart
+
+    monkeypatch.setattr(cluster, "turn", turn)
+    result = site.renew(MANAGER, SCHEDULER)
+    assert (result.exit_code, site.files(), site.is_owed) == (Exit.ROLLED_BACK, old, False)
+    assert site.restarted == ["kube-controller-manager"] * 2
+    assert all(one.cluster.neighbours != "ignore" for one in site.turns)
+
+
+def failing(site: Site, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """From the installation of the next ones on they are refused; nothing is wrong with the old ones."""
+    old = site.files()
+
+    def look(*_: object) -> Report:
+        site.states = dict.fromkeys(names, "current" if site.files() == old else "refused")
+        return site.look()
+
+    monkeypatch.setattr(prove, "look", look)
+
+
+@pytest.mark.parametrize("place", ["before the files are put back", "before the restarts"])
+def test_a_way_back_that_was_cut_off_is_gone_on_with(site: Site, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """Due or not; never exit 0 while components run on what was put back."""
+    old = site.files()
+    failing(site, monkeypatch, MANAGER)
+
+    def killed(*_: object, **given: object) -> list[restarting.Restarted]:
+        if place == "before the restarts" and not given.get("going_back"):
+            return restart_all(*_, **given)  # type: ignore[arg-type]
+        raise KilledError
+
+    restart_all = restarting.restart_all
+    with monkeypatch.context() as patch:
+        if place == "before the restarts":
+            patch.setattr("bridge.live.restart_all", killed)
+        else:
+            patch.setattr(backups, "put_back", killed)
+        with pytest.raises(KilledError):
+            site.renew(MANAGER)
+    assert (site.files() == old) is (place == "before the restarts")
+    assert site.is_owed
+    result = site.renew()
+    assert (result.exit_code, site.files(), site.is_owed) == (Exit.ROLLED_BACK, old, False)
+    assert site.restarted == ["kube-controller-manager"] * 2
+    assert "everything runs on the old files again" in str(result.errors[0])
+    assert site.told[-1].split()[:2] == ["failure", "8"]
+    assert site.renew().exit_code == 0
+
+
+def test_what_could_not_be_restarted_back_is_restarted_by_a_later_run(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another node may not be well at that moment; forced, the cluster could lose its quorum."""
+    failing(site, monkeypatch, MANAGER)
+    first = restarting.restart_all
+
+    def restart_all(*args: object, **given: object) -> list[restarting.Restarted]:
+        site.obstacle = NeighbourError("another node is not well") if given.get("going_back") else None
+        return first(*args, **given)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bridge.live.restart_all", restart_all)
+        result = site.renew(MANAGER)
+    assert (result.exit_code, site.restarted, site.is_owed) == (Exit.ROLLED_BACK, ["kube-controller-manager"], True)
+    assert "another node is not well" in str(result.outcomes[0].error)
+    site.obstacle = None
+    assert site.renew().exit_code == Exit.ROLLED_BACK
+    assert (site.restarted, site.is_owed) == (["kube-controller-manager"] * 2, False)
+
+
+@pytest.mark.parametrize("wrong", [MANAGER, SCHEDULER])
+def test_of_several_runs_the_first_that_is_wrong_goes_back_and_what_came_after_it(site: Site, wrong: str) -> None:
+    """Each from its own backup."""
+    steps = [site.files()]
+    site.obstacle = NeighbourError("another node is not well")
+    for name in (MANAGER, SCHEDULER):
+        assert site.renew(name).exit_code == Exit.UNAVAILABLE
+        steps.append(site.files())
+    site.obstacle, site.states = None, {wrong: "refused"}
+    result = site.renew()
+    assert result.exit_code == Exit.ROLLED_BACK
+    assert site.files() == steps[0 if wrong == MANAGER else 1]
+    assert not site.is_owed
+
+
+def test_a_failure_that_is_kept_is_told_until_it_is_gone(site: Site) -> None:
+    """Also after another renewal: that it failed before that one is no excuse."""
+    site.change(on_failure="keep")
+    site.states = {MANAGER: "unknown"}
+    assert site.renew(MANAGER).exit_code == Exit.FAILED
+    site.states = {MANAGER: "refused"}
+    assert site.renew().exit_code == Exit.NOT_LIVE
+    assert site.renew(SCHEDULER).exit_code == Exit.NOT_LIVE
+    assert site.renew().exit_code == Exit.NOT_LIVE
+    site.states = {}
+    assert site.renew().exit_code == 0
+    assert not site.is_owed
+
+
+def test_what_could_not_be_seen_before_is_no_excuse(site: Site) -> None:
+    """A check that was unknown, and is refused now, has failed by this renewal, as far as anybody knows."""
+    old, site.states = site.files(), {MANAGER: "unknown"}
+
+    def restart_all(*args: object, **given: object) -> list[restarting.Restarted]:
+        site.states = {MANAGER: "refused"}
+        return first(*args, **given)  # type: ignore[arg-type]
+
+    first = restarting.restart_all
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bridge.live.restart_all", restart_all)
+        result = site.renew(MANAGER)
+    assert (result.exit_code, site.files()) == (Exit.ROLLED_BACK, old)
+    assert "the old ones do not work, either" in str(result.outcomes[0].error)
+
+
+def test_a_file_that_nobody_can_read_holds_nothing_up(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    """It is said, and forgotten."""
+    site.renew(MANAGER)
+    (site.directory / "state/unproven.json").write_text('{"installations": [3]}')
+    assert site.renew().exit_code == 0
+    assert "wanted what was installed and not proven" in caplog.text
+    assert not site.is_owed
