@@ -224,6 +224,9 @@ def renew(
     all_or_nothing: Annotated[
         bool, typer.Option("--all-or-nothing", help="Install nothing if one certificate fails.")
     ] = False,
+    no_restart: Annotated[
+        bool, typer.Option("--no-restart", help="Whatever the settings say, only say what to restart.")
+    ] = False,
     wait: WaitOption = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
@@ -237,8 +240,8 @@ def renew(
 
     if (csr_dir is not None) != csr_only:
         raise typer.BadParameter("--csr-only and --csr-dir are given together")
-    if csr_only and (dry_run or all_or_nothing):
-        raise typer.BadParameter("--csr-only can't be combined with --dry-run and --all-or-nothing")
+    if csr_only and (dry_run or all_or_nothing or no_restart):
+        raise typer.BadParameter("--csr-only can't be combined with --dry-run, --all-or-nothing and --no-restart")
     if wait is not None and (csr_only or dry_run):
         raise typer.BadParameter("--wait can't be combined with --csr-only and --dry-run, which take no lock")
     settings = common.settings()
@@ -253,6 +256,7 @@ def renew(
             utc_now,
             as_json=output is Output.JSON,
             all_or_nothing=all_or_nothing,
+            restarts=not no_restart,
             wait=wait or timedelta(),
         )
     raise typer.Exit(code)

@@ -49,14 +49,17 @@ def renew(
     *,
     as_json: bool,
     all_or_nothing: bool,
+    restarts: bool = True,
     wait: timedelta = timedelta(),
 ) -> int:
     """Renew, print the result, and return the exit code."""
     with _progress() as progress:
-        result, node, selection = renewal.run(settings, names, now, progress, all_or_nothing=all_or_nothing, wait=wait)
+        result, node, selection = renewal.run(
+            settings, names, now, progress, all_or_nothing=all_or_nothing, restarts=restarts, wait=wait
+        )
     for sentence in selection.skipped:
         log.log(logging.INFO if names else logging.DEBUG, "%s", sentence)
-    _report(result, node, selection, settings, now(), as_json=as_json)
+    _report(result, node, selection, settings, now(), as_json=as_json, restarts=restarts)
     return result.exit_code
 
 
@@ -112,9 +115,17 @@ def pending_cancel(settings: Settings, names: Collection[str], now: Callable[[],
 
 
 def _report(
-    result: Result, node: Node, selection: Selection, settings: Settings, now: datetime, *, as_json: bool
+    result: Result,
+    node: Node,
+    selection: Selection,
+    settings: Settings,
+    now: datetime,
+    *,
+    as_json: bool,
+    restarts: bool = True,
 ) -> None:
-    components = _stale(result, node, settings) if settings.restart.method == "none" else []
+    by_hand = not restarts or settings.restart.method == "none"
+    components = _stale(result, node, settings) if by_hand else []
     if as_json:
         typer.echo(json.dumps(_result_json(result, selection, components), indent=4))
     else:

@@ -39,10 +39,13 @@ def run(
     progress: Progress,
     *,
     all_or_nothing: bool = False,
+    restarts: bool = True,
     wait: timedelta = timedelta(),
 ) -> tuple[Result, Node, Selection]:
     """
     Renew, online, in one process; wait so long for another run to end.
+
+    Without `restarts` nothing is restarted and proven, and what earlier runs owe of that is left to later ones.
 
     Raises:
         LockedError: Another run works on this node.
@@ -54,7 +57,7 @@ def run(
     if not names:
         _sleep(around.delay(settings, now(), is_terminal=is_terminal), progress)
     with begun(settings, now, progress, wait) as (ours, found):
-        walk = Walk(ours)
+        walk = Walk(ours, restarts=restarts)
         node = walk.earlier(found)
         waiting = [one.name for one in ours.requests if one.reference]
         selection = select(node, settings, names, now(), waiting)

@@ -18,8 +18,9 @@ from bridge.selection import Outcome, Selection
 class Walk:
     """Of one run: hooks, restart, proof, the way back, and the count of runs that failed."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, *, restarts: bool = True) -> None:
         self._run = run
+        self._restarts = restarts
         self._errors: list[BridgeError] = []
         self._items: Selection = Selection(items=(), failed=(), skipped=())
         self.around = Around(run.settings, run.store, run.record, run.now)
@@ -27,13 +28,18 @@ class Walk:
     def earlier(self, node: Node) -> Node:
         """First in a run: the hooks and the proof that earlier ones owe; the node as it is after that."""
         self._errors += self.around.again(node)
-        if not self._run.store.unproven.exists():
+        if not self._is_owed:
             return node
         from bridge import live  # noqa: PLC0415 (40 ms; only where components are restarted)
 
         settled = live.settle(self._run, node)
         self._errors += [*settled.errors, *self.around.settled(settled.about)]
         return self._run.read_node()
+
+    @property
+    def _is_owed(self) -> bool:
+        """Whether something is to be restarted and proven, by this run."""
+        return self._restarts and self._run.store.unproven.exists()
 
     def with_earlier(self, result: Result) -> Result:
         """The result with what was wrong with earlier runs."""
@@ -77,7 +83,7 @@ class Walk:
             BridgeError: It is not; nothing must be installed.
         """
         self.around.hooks.installing(Occasion.of(self._items.items, outcomes))
-        if self._run.settings.restart.method != "none":
+        if self._restarts and self._run.settings.restart.method != "none":
             from bridge import live  # noqa: PLC0415 (see above)
 
             live.owe(self._run, outcomes)
@@ -85,12 +91,12 @@ class Walk:
     def _installed(self, result: Result) -> Result:
         occasion = Occasion.of(self._items.items, result.outcomes, backup_id=result.backup_id)
         result = dataclasses.replace(result, errors=(*result.errors, *self.around.hooks.installed(occasion)))
-        if not self._run.store.unproven.exists():
+        if not self._is_owed:
             return result
         from bridge import live  # noqa: PLC0415 (see above)
 
         settled = live.settle(self._run, self._run.read_node())
-        if not self._run.store.unproven.exists():  # else the hooks of earlier installations were told already
+        if not self._is_owed:  # else the hooks of earlier installations were told already
             others = {run_id: one for run_id, one in settled.about.items() if run_id != self._run.record.run_id}
             self._errors += self.around.settled(others)
         outcomes = result.outcomes

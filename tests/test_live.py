@@ -69,9 +69,9 @@ class Site:
 
         yield may_restart
 
-    def renew(self, *names: str) -> Result:
+    def renew(self, *names: str, restarts: bool = True) -> Result:
         """One run."""
-        return renew.run(self.settings, names, lambda: datetime.now(UTC), Quiet())[0]
+        return renew.run(self.settings, names, lambda: datetime.now(UTC), Quiet(), restarts=restarts)[0]
 
     def files(self) -> dict[str, bytes]:
         """All kubeconfigs and the PKI."""
@@ -288,6 +288,17 @@ def test_a_failure_that_is_kept_is_told_until_it_is_gone(site: Site) -> None:
     site.states = {}
     assert site.renew().exit_code == 0
     assert not site.is_owed
+
+
+def test_without_restarts_nothing_is_restarted_or_proven(site: Site) -> None:
+    """Nor is anything owed by such a run; what earlier ones owe is left to later ones."""
+    site.obstacle = NeighbourError("another node is not well")
+    assert site.renew(MANAGER).exit_code == Exit.UNAVAILABLE
+    site.states, site.obstacle = {SCHEDULER: "refused"}, None
+    assert site.renew(SCHEDULER, restarts=False).exit_code == 0
+    assert (site.restarted, site.is_owed) == ([], True)
+    assert site.renew().exit_code == 0
+    assert (site.restarted, site.is_owed) == (["kube-controller-manager"], False)
 
 
 def test_what_could_not_be_seen_before_is_no_excuse(site: Site) -> None:
