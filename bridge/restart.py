@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from bridge.manifests import COMPONENTS
 from bridge.settings import Components
 from bridge.specs import CertificateSpec, Component
 
@@ -17,13 +18,7 @@ FIRST_MEASURED = (1, 37)
 KUBELET_COPY = Path("/var/lib/kubelet/pki/kubelet-client-current.pem")
 
 #: etcd first, and the API server before what needs it.
-ORDER = (
-    Component.ETCD,
-    Component.APISERVER,
-    Component.CONTROLLER_MANAGER,
-    Component.SCHEDULER,
-    Component.KUBELET,
-)
+ORDER = (*COMPONENTS, Component.KUBELET)
 
 
 def stale(

@@ -297,7 +297,8 @@ def _signals_wait() -> Iterator[Callable[[], None]]:
     if threading.current_thread() is not threading.main_thread():
         yield check
         return
-    before = {one: signal.signal(one, lambda number, _: caught.append(number)) for one in _ENDING}
+    ours = [one for one in _ENDING if signal.getsignal(one) is not signal.SIG_IGN]  # as nohup has it
+    before = {one: signal.signal(one, lambda number, _: caught.append(number)) for one in ours}
     try:
         yield check
     finally:

@@ -229,6 +229,24 @@ def test_a_signal_ends_the_run_after_the_manifest_is_back(site: Site, number: si
     site.assert_whole()
 
 
+def test_what_nohup_keeps_away_stays_away(site: Site) -> None:
+    """A terminal that is closed ends nothing that was started with nohup."""
+    looks = iter(["busy", "busy"])
+
+    def look() -> str | None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return next(looks, None)
+
+    site.at_trouble = look
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        site.restart()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    site.assert_whole()
+
+
 # --- a crash ---------------------------------------------------------------------------------------------------------
 
 
