@@ -146,8 +146,6 @@ def assert_may_restart(component: Component, node: Node, settings: Settings, *, 
     if rules.neighbours == "ignore" or component is Component.KUBELET:
         return
     neighbours, found = _after_waiting(component, node, settings, note)
-    if found and neighbours.own_is_down(component):
-        neighbours, found = _after_an_election(component, node, settings)
     for text in not_seen(neighbours, component):
         note(f"could not be looked at: {text}")
     if found and neighbours.own_is_down(component):
@@ -159,13 +157,16 @@ def assert_may_restart(component: Component, node: Node, settings: Settings, *, 
 def _after_waiting(
     component: Component, node: Node, settings: Settings, note: Callable[[str], None]
 ) -> tuple[Neighbours, list[str]]:
+    """Until nothing speaks against it or the time is over; one that is down on this node waits for nobody."""
     rules = settings.cluster
     wait = rules.neighbour_wait.total_seconds() if rules.neighbours == "wait" else 0.0
     end, told = time.monotonic() + wait, False
     while True:
         neighbours = look(node, settings)
         found = obstacles(neighbours, component)
-        if not found or time.monotonic() >= end:
+        if found and neighbours.own_is_down(component):
+            neighbours, found = _after_an_election(component, node, settings)
+        if not found or neighbours.own_is_down(component) or time.monotonic() >= end:
             return neighbours, found
         if not told:
             note(f"{component.value}: waiting up to {duration_text(rules.neighbour_wait)} for {'; '.join(found)}")
