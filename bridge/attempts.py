@@ -15,6 +15,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from bridge.errors import BridgeError, Exit
+from bridge.expiry import first_end
 from bridge.files import sync_directory, write_atomically
 from bridge.selection import Selection, outcome_of
 from bridge.store import Store
@@ -112,7 +113,7 @@ class Attempts:
         return dataclasses.replace(selection, items=items, failed=(*selection.failed, *held))
 
     def _pause(self, name: str, selection: Selection, now: datetime) -> HeldOffError | None:
-        ends = [i.certificates[0].not_valid_after_utc for i in selection.items if i.spec.authority.name == name]
+        ends = [first_end(i.certificates) for i in selection.items if i.spec.authority.name == name]
         failures = self.authorities[name]
         # a last try that is still to come was dated by a clock that has been put back since: no reason to wait
         if not ends or not failures.last <= now < (until := next_try(failures, min(ends))):

@@ -23,7 +23,7 @@ from bridge.certificates import name_text, serial_hex
 from bridge.console import columns, log, print_error, printable, under_headings
 from bridge.contract import Secret, Selector
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem, WaitingError
-from bridge.expiry import duration_text, residual, rfc3339, seconds_left
+from bridge.expiry import duration_text, first_end, residual, rfc3339, seconds_left
 from bridge.finish import Result, version_of
 from bridge.install import InstallError, Recovery
 from bridge.inventory import Item, Node
@@ -360,7 +360,7 @@ def plan(settings: Settings, names: Collection[str], now: datetime, *, as_json: 
 
 
 def _plan_row(item: Item, settings: Settings, now: datetime) -> tuple[str, ...]:
-    end = item.certificates[0].not_valid_after_utc
+    end = first_end(item.certificates)
     left = residual(int((end - now).total_seconds()))
     return (
         item.spec.name,

@@ -99,11 +99,10 @@ def _certificates(node: Node, settings: Settings, now: datetime) -> Iterator[Fin
 
 
 def _certificate(item: Item, settings: Settings, now: datetime) -> Finding:
-    leaf = item.certificates[0]
-    left = expiry.residual(int((leaf.not_valid_after_utc - now).total_seconds()))
+    left = expiry.residual(int((expiry.first_end(item.certificates) - now).total_seconds()))
     if not item.managed:
         return Finding(level="ok", about=item.spec.name, text=f"{left} left; rotated by the kubelet itself")
-    due = expiry.is_due(leaf, settings.renewal.before, settings.renewal.validity, now)
+    due = expiry.is_due(item.certificates, settings.renewal.before, settings.renewal.validity, now)
     return Finding(level="warning" if due else "ok", about=item.spec.name, text=f"{left} left{', due' if due else ''}")
 
 

@@ -129,21 +129,26 @@ _FORMS: tuple[tuple[int | None, int, str, int, str], ...] = (
 )
 
 
-def is_due(certificate: x509.Certificate, before: Before, validity: timedelta, now: datetime) -> bool:
+def first_end(chain: Sequence[x509.Certificate]) -> datetime:
+    """When a leaf with its intermediates is of no use any more: an intermediate that ends takes its leaf with it."""
+    return min(certificate.not_valid_after_utc for certificate in chain)
+
+
+def is_due(chain: Sequence[x509.Certificate], before: Before, validity: timedelta, now: datetime) -> bool:
     """
     Whether a certificate should be renewed: less than `before` is left, or it has expired.
 
     One that is not valid yet is not due by that alone.
 
     Args:
-        certificate: The leaf.
+        chain: The leaf, then its intermediates.
         before: How early.
         validity: What is asked for at a renewal; a share is of this at most, since kubeadm up to 1.30 copies
             notBefore from the CA, which makes lifetimes up to ten years too long.
         now: Aware, UTC.
     """
-    end = certificate.not_valid_after_utc
-    lifetime = min(end - certificate.not_valid_before_utc, validity)
+    end = first_end(chain)
+    lifetime = min(end - chain[0].not_valid_before_utc, validity)
     return end < now or end - now < before.of(lifetime)
 
 
@@ -156,7 +161,9 @@ class Row:
     state: State
     trouble: str | None
     certificate: x509.Certificate | None  #: The first of the file; None unless it is present.
-    seconds_left: int | None
+    seconds_left: int | None  #: The first certificate's, as kubeadm has it.
+    chain: Sequence[x509.Certificate]  #: The first and what it needs; an intermediate may end before it.
+    chain_seconds_left: int | None
     authority: str | None  #: None for a CA itself.
     external: bool  #: Its CA's key is not on the node.
     due: bool  #: Ends within the time asked for, or has ended; False when nothing was asked for.
@@ -165,7 +172,7 @@ class Row:
     @property
     def expired(self) -> bool:
         """Whether it has ended."""
-        return self.seconds_left is not None and self.seconds_left < 0
+        return self.chain_seconds_left is not None and self.chain_seconds_left < 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,6 +222,8 @@ def _item_row(item: Item, now: datetime, within: timedelta | None) -> Row:
         trouble=item.trouble,
         certificate=item.certificates[0] if item.certificates else None,
         seconds_left=_left(item.certificates, now),
+        chain=item.certificates,
+        chain_seconds_left=_chain_left(item.certificates, now),
         authority=item.spec.authority.name,
         external=item.authority_external,
         due=_ends_within(item.certificates, now, within, late_share=1 if item.managed else _ROTATION_IS_LATE),
@@ -230,6 +239,8 @@ def _authority_row(state: AuthorityState, now: datetime, within: timedelta | Non
         trouble=state.trouble,
         certificate=state.certificates[0] if state.certificates else None,
         seconds_left=_left(state.certificates, now),
+        chain=state.certificates[:1],
+        chain_seconds_left=_left(state.certificates, now),
         authority=None,
         external=state.key == "external",
         due=_ends_within(state.certificates[:1], now, within, late_share=1),
@@ -240,15 +251,13 @@ def _left(certificates: Sequence[x509.Certificate], now: datetime) -> int | None
     return seconds_left(certificates[0].not_valid_after_utc, now) if certificates else None
 
 
-def _ends_within(
-    certificates: Sequence[x509.Certificate], now: datetime, within: timedelta | None, late_share: float
-) -> bool:
-    """Whether one of them does; an intermediate that ends takes its leaf with it."""
-    if within is None:
+def _chain_left(chain: Sequence[x509.Certificate], now: datetime) -> int | None:
+    return seconds_left(first_end(chain), now) if chain else None
+
+
+def _ends_within(chain: Sequence[x509.Certificate], now: datetime, within: timedelta | None, late_share: float) -> bool:
+    if within is None or not chain:
         return False
-    for certificate in certificates:
-        end = certificate.not_valid_after_utc
-        lifetime = end - certificate.not_valid_before_utc
-        if end < now or end - now < min(within, lifetime * late_share):
-            return True
-    return False
+    end = first_end(chain)
+    lifetime = end - chain[0].not_valid_before_utc
+    return end < now or end - now < min(within, lifetime * late_share)

@@ -144,11 +144,11 @@ def _is_still_good(kept: OpenRequest, run: Run, expected: verify.Expectation) ->
     if kept.answer is None:
         return False
     try:
-        verify.check(kept.answer, kept.request, expected)
+        proven = verify.check(kept.answer, kept.request, expected)
     except VerificationError:
         return False
     renewal = run.settings.renewal
-    return not expiry.is_due(kept.answer.leaf, renewal.before, renewal.validity, run.now())
+    return not expiry.is_due((proven.leaf, *proven.intermediates), renewal.before, renewal.validity, run.now())
 
 
 def _to_ask(run: Run, items: Sequence[Item]) -> tuple[list[Item], list[Outcome]]:

@@ -10,7 +10,7 @@ from typing import Any
 from bridge import inventory
 from bridge.certificates import fingerprint, name_text, serial_hex
 from bridge.errors import Exit
-from bridge.expiry import Report, Row, report, residual, rfc3339
+from bridge.expiry import Report, Row, first_end, report, residual, rfc3339
 
 #: Grows when a key changes its meaning or goes; new keys do not count.
 SCHEMA_VERSION = 1
@@ -147,7 +147,7 @@ def as_prometheus(found: Report) -> str:
         (
             _metric(
                 "ca_bridge_certificate_not_after_seconds",
-                "End of a certificate's validity.",
+                "End of a certificate's validity, or of its intermediate's if that is sooner.",
                 ((_labels(row), _timestamp(row)) for row in leaves if row.certificate),
             ),
             _metric(
@@ -179,8 +179,7 @@ def _escape(value: str) -> str:
 
 
 def _timestamp(row: Row) -> int:
-    assert row.certificate is not None  # noqa: S101 (the callers have filtered)
-    return int(row.certificate.not_valid_after_utc.timestamp())
+    return int(first_end(row.chain).timestamp())
 
 
 def _absent(row: Row) -> bool:
@@ -199,14 +198,14 @@ def as_nagios(found: Report, within: timedelta | None) -> tuple[str, int]:
     rows = [row for row in found.rows if not _absent(row)]
     bad = [f"{row.name} {row.state}" for row in rows if row.state != "present"]
     ended = [f"{row.name} expired" for row in rows if row.expired]
-    due = [f"{row.name} ends in {residual(row.seconds_left or 0)}" for row in rows if row.due and not row.expired]
+    due = [f"{row.name} ends in {residual(row.chain_seconds_left or 0)}" for row in rows if row.due and not row.expired]
     status = 2 if bad or ended or found.troubles else 1 if due else 0
     what = ", ".join([*ended, *bad, *due]) or _good(rows, within)
     return f"CERTIFICATES {_NAGIOS[status]} - {what}", status
 
 
 def _good(rows: Sequence[Row], within: timedelta | None) -> str:
-    left = {row.name: row.seconds_left for row in rows if row.seconds_left is not None}
+    left = {row.name: row.chain_seconds_left for row in rows if row.chain_seconds_left is not None}
     if not left:
         return "no certificates"
     first = min(left, key=lambda name: left[name])

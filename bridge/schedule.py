@@ -6,6 +6,7 @@ import dataclasses
 from datetime import datetime, timedelta
 
 from bridge.errors import WaitingError
+from bridge.expiry import first_end
 from bridge.selection import Selection, outcome_of
 from bridge.settings import RenewalSettings
 from bridge.windows import Decision, may_act
@@ -74,4 +75,4 @@ def delay(
 
 
 def _first_end(selection: Selection) -> datetime:
-    return min(item.certificates[0].not_valid_after_utc for item in selection.items)
+    return min(first_end(item.certificates) for item in selection.items)

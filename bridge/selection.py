@@ -97,7 +97,7 @@ def _assert_known(names: Collection[str]) -> None:
 
 
 def _is_due(item: Item, settings: Settings, now: datetime) -> bool:
-    return expiry.is_due(item.certificates[0], settings.renewal.before, settings.renewal.validity, now)
+    return expiry.is_due(item.certificates, settings.renewal.before, settings.renewal.validity, now)
 
 
 def _unknown_authority(item: Item) -> BridgeError:
@@ -126,6 +126,6 @@ def nothing_due(node: Node, settings: Settings, now: datetime) -> str:
     present = [item for item in node.items if item.state == "present" and item.managed]
     if not present:
         return "nothing is due: no certificates here"
-    first = min(present, key=lambda item: item.certificates[0].not_valid_after_utc)
-    left = expiry.residual(expiry.seconds_left(first.certificates[0].not_valid_after_utc, now))
+    first = min(present, key=lambda item: expiry.first_end(item.certificates))
+    left = expiry.residual(expiry.seconds_left(expiry.first_end(first.certificates), now))
     return f"nothing is due: {first.spec.name} is the first to expire, in {left} (renewal.before = {settings.renewal.before})"

@@ -323,16 +323,29 @@ def _chain(issued: Issued, expected: Expectation) -> tuple[tuple[x509.Certificat
     leaf = issued.leaf
     time = min(max(expected.now, leaf.not_valid_before_utc), leaf.not_valid_after_utc)
     try:
-        path = verified_path(issued.leaf, issued.intermediates, anchor, time)
+        path = verified_path(leaf, _longest_first(issued.intermediates), anchor, time)
     except verification.VerificationError as e:
         return (), [_chain_violation(issued, expected, time, str(e))]
     intermediates = tuple(path[1:-1])
-    return intermediates, list(_path_violations(intermediates, anchor, expected))
+    return intermediates, list(_path_violations(leaf, intermediates, anchor, expected))
+
+
+def _longest_first(intermediates: Sequence[x509.Certificate]) -> list[x509.Certificate]:
+    """Of an intermediate and the one that follows it, both sent along, the path takes the first that fits."""
+    return sorted(intermediates, key=lambda certificate: certificate.not_valid_after_utc, reverse=True)
 
 
 def _path_violations(
-    intermediates: Sequence[x509.Certificate], anchor: x509.Certificate, expected: Expectation
+    leaf: x509.Certificate,
+    intermediates: Sequence[x509.Certificate],
+    anchor: x509.Certificate,
+    expected: Expectation,
 ) -> Iterator[Violation]:
+    """What path validation at one time does not see: issuers that may not sign, or that end before the leaf."""
+    for issuer in intermediates:
+        if leaf.not_valid_after_utc > issuer.not_valid_after_utc:
+            want = f"not after its intermediate {name_text(issuer.subject)}'s {issuer.not_valid_after_utc:{_TIME}} UTC"
+            yield Violation(subject="notAfter", want=want, got=f"{leaf.not_valid_after_utc:{_TIME}} UTC")
     for issuer in (*intermediates, anchor):
         usage = extension(issuer, x509.KeyUsage)
         if usage is not None and not usage.key_cert_sign:

@@ -364,6 +364,13 @@ def test_an_intermediate_that_ends_is_due(damaged: Pki) -> None:
 
     due = [row for row in found_report(damaged, within=10 * DAY).rows if row.due]
     assert [(row.name, row.seconds_left) for row in due] == [("apiserver", 20 * 86400)]
+    monitored = as_nagios(found_report(damaged, within=10 * DAY), 10 * DAY)
+    assert monitored == ("CERTIFICATES WARNING - apiserver ends in 5d", 1)
+    assert as_nagios(found_report(damaged, now=NOW + 6 * DAY), None) == ("CERTIFICATES CRITICAL - apiserver expired", 2)
+    [line] = [
+        line for line in ours(damaged, "prometheus", now=NOW).splitlines() if 'after_seconds{name="apiserver"' in line
+    ]
+    assert line.endswith(f" {int((NOW + 5 * DAY).timestamp())}")
 
 
 def test_external_etcd_is_listed_beside_kubeadms_tables(damaged: Pki) -> None:

@@ -100,7 +100,15 @@ def certificate(*, begin: timedelta, end: timedelta) -> x509.Certificate:
 )
 def test_due(begin: timedelta, end: timedelta, before: Before, *, due: bool) -> None:
     """A certificate is due when less is left than a time or a share of its lifetime, or when it has expired."""
-    assert is_due(certificate(begin=begin, end=end), before, YEAR, NOW) is due
+    assert is_due([certificate(begin=begin, end=end)], before, YEAR, NOW) is due
+
+
+@pytest.mark.parametrize(("end", "due"), [(29, True), (31, False)])
+def test_an_intermediate_that_ends_takes_its_leaf_with_it(end: int, *, due: bool) -> None:
+    """The leaf's own 300 days do not count."""
+    leaf = certificate(begin=-YEAR, end=timedelta(days=300))
+    above = certificate(begin=-YEAR, end=timedelta(days=end))
+    assert is_due([leaf, above], MONTH, YEAR, NOW) is due
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
 from bridge import asking, finish, kubeconfig, renew
-from bridge.certificates import load_pem_certificates, san_counts
+from bridge.certificates import load_pem_certificates, pem, san_counts
 from bridge.csr import generate_key, key_pem
 from bridge.install import InstallError
-from bridge.selection import select
+from bridge.selection import nothing_due, select
 from bridge.settings import Settings, parse
 from tests.kit import opensslca
 from tests.kit.issuing import Signer
@@ -256,6 +256,19 @@ def test_what_is_due_is_what_ends_soon(node: Pki) -> None:
         assert len(select(found, settings, (), now()).items) == due
     assert [item.spec.name for item in select(found, settings, ["apiserver"], now()).items] == ["apiserver"]
     assert len(select(found, settings, ["all"], now()).items) == 12
+
+
+def test_a_certificate_whose_intermediate_ends_soon_is_due(node: Pki) -> None:
+    """It is of no use without it; and what is said of a run with nothing to do counts from there."""
+    from bridge import inventory
+
+    path = node.pki_dir / "apiserver.crt"
+    path.write_bytes(path.read_bytes() + pem(Signer.make("mid", end=now() + timedelta(days=9)).certificate))
+    found = inventory.read(node.pki_dir, node.kubeconfig_dir)
+    before = {days: parse(f'[renewal]\nbefore = "{days}d"') for days in (8, 10)}
+    assert [item.spec.name for item in select(found, before[10], (), now()).items] == ["apiserver"]
+    assert select(found, before[8], (), now()).items == ()
+    assert nothing_due(found, before[8], now()).startswith("nothing is due: apiserver is the first to expire, in 8d")
 
 
 def test_a_ca_whose_clock_is_ahead_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

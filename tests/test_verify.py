@@ -76,6 +76,14 @@ def test_accepts_a_chain_and_keeps_only_what_it_needs() -> None:
     assert verified.intermediates == (lower.certificate, upper.certificate)
 
 
+def test_takes_the_intermediate_that_lasts_of_two_with_one_key() -> None:
+    """A CA that has renewed its intermediate may send the old one along, in either order."""
+    new = Signer.make("mid", parent=root())
+    old = Signer.make("mid", parent=root(), key=new.key, end=NOW + timedelta(days=30))
+    for sent in ((old, new), (new, old)):
+        assert check(through(*sent), request(), expectation()).intermediates == (new.certificate,)
+
+
 def test_accepts_an_intermediate_as_the_anchor() -> None:
     """ca.crt may be a company's intermediate CA."""
     anchor = Signer.make("mid", parent=root())

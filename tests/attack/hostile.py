@@ -278,6 +278,11 @@ HOSTILE: dict[str, Case] = {
         lambda desk: desk.issue(end=desk.root.certificate.not_valid_after_utc + timedelta(seconds=1)),
         lambda desk: desk.issue(end=desk.root.certificate.not_valid_after_utc),
     ),
+    "longer than its intermediate": case(
+        "notAfter",
+        lambda desk: desk.through(desk.ca(end=desk.now + 300 * DAY)),
+        lambda desk: desk.through(desk.ca(end=desk.now + 365 * DAY)),
+    ),
     # issuer
     "another CA": case("issuer", lambda desk: desk.issue(by=desk.ca("other", parent=None))),
     "another key under the CA's name": case("issuer", lambda desk: desk.issue(by=desk.ca("kubernetes", parent=None))),
