@@ -20,10 +20,12 @@ from pathlib import Path
 from threading import Lock, Thread
 from typing import ClassVar, Literal, TypeVar, cast
 from urllib.parse import quote, urlsplit
+from weakref import WeakSet, WeakValueDictionary
 
 import requests
 from cryptography import x509
 from hvac.adapters import RawAdapter
+from requests.adapters import HTTPAdapter
 
 from bridge.contract import BackendSettings, Issued, Secret, SecretUnavailableError, Selector, SignRequest
 from bridge.errors import (
@@ -168,6 +170,8 @@ def _reason(e: Exception) -> str:
 
 #: A signed certificate with its chain is a few kB; more than this is not from a CA.
 _MAX_BODY_BYTES = 1 << 20
+#: Kept open, for all authorities together; more would be opened and closed for each request.
+_MOST_CONNECTIONS = 16
 #: What the server says in an answer 500 although its configuration is at fault, so that "later" won't help.
 _FINAL_500 = (
     "could not fetch the CA certificate",
@@ -275,6 +279,8 @@ class _Server:
         session.trust_env = False
         session.stream = True  # or a body of any size is read before we see it
         session.verify = _trust(settings.ca_file)
+        for scheme in ("https://", "http://"):
+            session.mount(scheme, HTTPAdapter(pool_maxsize=_MOST_CONNECTIONS))
         if settings.client_cert and settings.client_key:
             session.cert = (str(settings.client_cert), str(settings.client_key))
         self._session = session
@@ -606,6 +612,47 @@ _ALARM = (
     "ask the server's audit log who opened it, destroy it, and have a new one issued"
 )
 
+
+class _Access:
+    """
+    The server, and our login there, for all backends of this process that come to it in the same way.
+
+    A wrapping token opens once, and a secret id may be good for one login: the cluster's three CAs share it.
+    """
+
+    _lock: ClassVar[Lock] = Lock()
+    _open: ClassVar[WeakValueDictionary[tuple[object, ...], _Access]] = WeakValueDictionary()
+
+    def __init__(self, settings: VaultSettings) -> None:
+        self.server = _Server(settings)
+        self.tokens = _Tokens(self.server, settings.auth)
+        self.leased = False  #: A certificate would be revoked together with the token that it was signed with.
+        self._users: WeakSet[VaultBackend] = WeakSet()
+
+    @classmethod
+    def of(cls, user: VaultBackend, settings: VaultSettings) -> _Access:
+        """The one that others have opened and not closed, or a new one."""
+        tls = (settings.ca_file, settings.client_cert, settings.client_key)
+        key = (settings.url, settings.namespace, settings.auth, *tls, settings.timeout)
+        with cls._lock:
+            found = cls._open.get(key)
+            if found is None:
+                found = cls._open[key] = cls(settings)
+            found._users.add(user)
+            return found
+
+    def leave(self, user: VaultBackend) -> None:
+        """The last one revokes the tokens that logging in made, and closes the connections."""
+        with self._lock:
+            self._users.discard(user)
+            if self._users:
+                return
+            for key in [key for key, one in self._open.items() if one is self]:
+                del self._open[key]
+        self.tokens.revoke(leased=self.leased)
+        self.server.close()
+
+
 # --------------------------------------------------------------------------------------------- backend
 
 
@@ -616,9 +663,8 @@ class VaultBackend:
 
     def __init__(self, settings: VaultSettings) -> None:
         self._settings = settings
-        self._server = _Server(settings)
-        self._tokens = _Tokens(self._server, settings.auth)
-        self._leased = False
+        self._access = _Access.of(self, settings)
+        self._server, self._tokens = self._access.server, self._access.tokens
 
     @classmethod
     def from_settings(cls, settings: BackendSettings) -> VaultBackend:
@@ -641,7 +687,7 @@ class VaultBackend:
             # Such as a lifetime that was cut to the mount's maximum, which is no error to the server.
             log.warning("%s: %s", request.spec.name, self._server.presentable(warning))
         if answer.body.get("lease_id"):
-            self._leased = True
+            self._access.leased = True
             log.warning(
                 "%s: the role has generate_lease: the certificate is revoked when the token that signed it ends",
                 request.spec.name,
@@ -682,9 +728,12 @@ class VaultBackend:
         return self._server.presentable(self._tokens.identity)
 
     def close(self) -> None:
-        """Revoke the tokens that logging in made; a server that can't be reached is only logged."""
-        self._tokens.revoke(leased=self._leased)
-        self._server.close()
+        """Leave the login that others may still use; a server that can't be reached is only logged."""
+        self._access.leave(self)
+
+    def spends(self) -> str:
+        """A wrapping token opens once."""
+        return f"the wrapping token in {self._settings.auth.secret_id}" if self._settings.auth.wrapped else ""
 
     def _send(self, method: Literal["get", "post"], path: str, body: object = None) -> _Answer:
         """With the token; with another one, once, if the server does not accept it any more."""

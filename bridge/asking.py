@@ -155,6 +155,11 @@ def preflight(
     """
     What can be known before a signature is spent: the right CA, and the right usages for each certificate.
 
+    Args:
+        backend: Is asked.
+        specs: The certificates; for none only the CA is looked at.
+        expected: What they have to be.
+
     Returns:
         By certificate name, only what would go wrong.
 
@@ -164,7 +169,7 @@ def preflight(
     """
     if isinstance(backend, ListsIssuers):
         _assert_right_ca(backend.issuers(), expected)
-    found = backend.check(specs) if isinstance(backend, Checks) else {}
+    found = backend.check(specs) if specs and isinstance(backend, Checks) else {}
     return {name: RefusedByCheckError(_violations_text(violations), hint=VerificationError.hint)
             for name, violations in found.items() if violations}  # fmt: skip
 

@@ -197,6 +197,15 @@ class Identifies(Protocol):
 
 
 @runtime_checkable
+class Spends(Protocol):
+    """Optional: some credentials are good once; `ca-bridge doctor` leaves them to the renewal."""
+
+    def spends(self) -> str:
+        """What `check` and `identity` would use up, such as a wrapping token in a file; empty: nothing."""
+        ...
+
+
+@runtime_checkable
 class Closes(Protocol):
     """Optional: give back at the end what the backend took (sessions, tokens that it made)."""
 

@@ -6,6 +6,7 @@ Asks each authority's CA what can be asked without spending a signature; writes 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import stat
@@ -21,6 +22,7 @@ from bridge import asking, expiry, finish, hooks, inventory, plugins, verify
 from bridge.attempts import Attempts
 from bridge.certificates import name_text
 from bridge.console import columns, printable
+from bridge.contract import Spends
 from bridge.errors import BridgeError, Exit, SettingsError
 from bridge.inventory import AuthorityState, Item, Node
 from bridge.settings import Settings
@@ -200,25 +202,26 @@ def _backends(node: Node, settings: Settings, now: datetime) -> Iterator[Finding
         yield from (Finding(level="error", about="settings", text=str(p), exit_code=e.exit_code) for p in e.problems)
         return
     demands, _ = finish.expectations(node, settings, items, now)
-    for name, configured in backends.items():
-        if name in demands:
-            ours = [item for item in items if item.spec.authority.name == name]
-            yield from _backend(configured, ours, demands[name])
+    with contextlib.ExitStack() as opened:  # until all were asked, since they may share a login
+        for name, configured in backends.items():
+            if name in demands:
+                ours = [item for item in items if item.spec.authority.name == name]
+                yield from _backend(configured, ours, demands[name], opened)
 
 
-def _backend(configured: plugins.Configured, items: list[Item], expected: verify.Expectation) -> Iterator[Finding]:
+def _backend(
+    configured: plugins.Configured, items: list[Item], expected: verify.Expectation, opened: contextlib.ExitStack
+) -> Iterator[Finding]:
     about = f"backend of {configured.authority}"
     try:
         backend = configured.open()
+        opened.callback(plugins.close, backend)
+        spends = backend.spends() if isinstance(backend, Spends) else ""
+        wrong = asking.preflight(backend, [] if spends else [item.spec for item in items], expected)
     except BridgeError as e:
         yield _error(about, e)
         return
-    try:
-        wrong = asking.preflight(backend, [item.spec for item in items], expected)
-        yield from (_error(f"{about}, {name}", error) for name, error in wrong.items())
-        if not wrong:
-            yield Finding(level="ok", about=about, text=f"{configured.label} answers, and is the right CA")
-    except BridgeError as e:
-        yield _error(about, e)
-    finally:
-        plugins.close(backend)
+    yield from (_error(f"{about}, {name}", error) for name, error in wrong.items())
+    if not wrong:
+        rest = f"; not looked at: the login and what it may do, which would use up {spends}" if spends else ""
+        yield Finding(level="ok", about=about, text=f"{configured.label} answers, and is the right CA{rest}")

@@ -43,6 +43,7 @@ from bridge.errors import (
 )
 from bridge.specs import AUTHORITIES, SPECS, KeyAlgorithm
 from bridge.testing import BackendConformance, TestCA, sign_request
+from tests.e2e.cas import Bridge, live_certificates
 from tests.kit import openbao
 from tests.kit.loopback import LoopbackServer
 from tests.kit.pki import Pki, handmade_pki
@@ -1437,3 +1438,61 @@ def test_the_administrators_commands_work(node: Pki, tmp_path: Path) -> None:
                     assert backend.check([SPECS[name]]) == {}
                     request = sign_request(certificate, SPECS[name], "ecdsa-p256", timedelta(days=365))
                     verify.check(backend.sign(request), request, expectation(anchor))
+
+
+# ------------------------------------------------------------------------- one login for three authorities
+
+
+@pytest.fixture
+def bridge(bao: openbao.OpenBao, tmp_path: Path) -> Bridge:
+    """A node's program; its three CAs are engines of their own, and one table of the settings says how to get there."""
+    bridge = Bridge(pki=handmade_pki(tmp_path / "node", external=True), directory=tmp_path / "bridge")
+    name = tmp_path.name
+    for authority in AUTHORITIES:
+        mount = f"{authority}-{name}"
+        bao.add_ca(mount, *bridge.pki.ca_pem(authority))
+        bao.add_policy(
+            mount, setup_vault.policy(mount, bao.add_kubeadm_roles(mount, certificates_below(bridge.pki, authority)))
+        )
+        bridge.add(f"authority.{authority}", {"backend": "corp", "mount": mount})
+    bridge.add("backend.corp", {"type": "vault", "url": bao.url, "timeout": "5s", "retry_for": "2s"})
+    return bridge
+
+
+def add_login(bridge: Bridge, bao: openbao.OpenBao, *, wrapped: bool, secret_id_num_uses: int = 0) -> None:
+    """A secret id in the node's settings."""
+    role = bridge.directory.parent.name
+    role_id, secret_id = bao.add_approle(
+        role, *(f"{authority}-{role}" for authority in AUTHORITIES), secret_id_num_uses=secret_id_num_uses
+    )
+    secret = bao.wrapped(f"auth/approle/role/{role}/secret-id") if wrapped else secret_id
+    auth: dict[str, object] = {"method": "approle", "wrapped": wrapped, "role_id_file": bridge.secret("role", role_id)}
+    bridge.add("backend.corp.auth", auth | {"secret_id_file": bridge.secret("secret", secret)})
+
+
+@pytest.mark.parametrize(("wrapped", "uses"), [(True, 0), (False, 1)], ids=["wrapped", "good for one login"])
+def test_three_authorities_share_a_login(bao: openbao.OpenBao, bridge: Bridge, *, wrapped: bool, uses: int) -> None:
+    """What can be used once is enough for a run, each CA signs its own, and the token is revoked at the end."""
+    add_login(bridge, bao, wrapped=wrapped, secret_id_num_uses=uses)
+    before, accessors = live_certificates(bridge.pki), bao.accessors()
+    run = bridge.run("renew", "all")
+    assert run.returncode == 0, run.stderr
+    after = live_certificates(bridge.pki)
+    assert {name for name in after if after[name] != before[name]} == set(after)
+    assert bao.accessors() <= accessors
+    assert bridge.run("renew", "all").returncode == 5  # it was used
+
+
+def test_doctor_leaves_a_wrapping_token_unopened(bao: openbao.OpenBao, bridge: Bridge) -> None:
+    """It says what it did not look at, and the renewal after it works; a secret id that is not wrapped is tried."""
+    add_login(bridge, bao, wrapped=True)
+    for _ in range(2):
+        run = bridge.run("doctor")
+        assert run.returncode == 0, run.stdout
+        assert run.stdout.count("which would use up the wrapping token in") == 3
+    assert bridge.run("renew", "all").returncode == 0
+    del bridge.tables[-1]
+    add_login(bridge, bao, wrapped=False, secret_id_num_uses=1)
+    run = bridge.run("doctor")
+    assert run.returncode == 0, run.stdout
+    assert "use up" not in run.stdout
