@@ -16,12 +16,12 @@ from typing import Any
 import typer
 from cryptography import x509
 
-from bridge import audit, backups, inventory, plugins, restart
+from bridge import audit, backups, inventory, plugins, restart, setup_vault
 from bridge import renew as renewal
 from bridge.asking import Progress
 from bridge.certificates import name_text, serial_hex
 from bridge.console import columns, log, print_error, printable, under_headings
-from bridge.contract import Secret, Selector
+from bridge.contract import Secret
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem, WaitingError
 from bridge.expiry import duration_text, first_end, residual, rfc3339, seconds_left
 from bridge.finish import Result, version_of
@@ -32,7 +32,7 @@ from bridge.prepare import write_csrs as write_csr_files
 from bridge.runs import alone
 from bridge.schedule import NotYetError
 from bridge.selection import Outcome, Selection, nothing_due, select
-from bridge.settings import DEFAULT_FILE, Settings
+from bridge.settings import DEFAULT_FILE, NodeSettings, Settings
 from bridge.specs import AUTHORITIES, Component
 from bridge.store import Store
 
@@ -627,24 +627,29 @@ def _setup_one(ca: str, authority: str, items: Mapping[str, x509.Certificate], s
         from bridge import setup_cfssl  # noqa: PLC0415
 
         return setup_cfssl.text(AUTHORITIES[authority], items, settings.renewal.validity)
-    from bridge import setup_vault  # noqa: PLC0415
-
-    table = _backend_table(settings, authority)
-    select = Selector(str(table.get("role", setup_vault.DEFAULT_ROLE.pattern)), table.get("roles", {}))
-    mount = str(table.get("mount", "pki"))
-    roles = setup_vault.roles(items, settings.renewal.validity, select)
-    policy = setup_vault.policy(
-        mount,
-        list(roles),
-        issuer=table.get("issuer"),
-        mode="sign-verbatim" if table.get("mode") == "sign-verbatim" else "sign",
-    )
-    return setup_vault.commands(mount, roles, policy_name=f"ca-bridge-{authority}", policy_text=policy)
+    policy_name = _policy_name(settings.node, authority)
+    return setup_vault.text(_engine(settings, authority), items, settings.renewal.validity, policy_name)
 
 
-def _backend_table(settings: Settings, authority: str) -> dict[str, Any]:
-    """The keys of an authority's backend as they stand in the settings; empty while there are none."""
+def _policy_name(node: NodeSettings, authority: str) -> str:
+    """Each node's own: what another node's script writes must not take its place."""
+    cluster = [node.cluster] if node.cluster != NodeSettings.cluster else []
+    return "-".join(["ca-bridge", *cluster, node.node_name, authority])
+
+
+def _engine(settings: Settings, authority: str) -> setup_vault.Engine:
+    """
+    As the settings have it so far.
+
+    Raises:
+        SettingsError: A key that counts here can't be read.
+    """
     ours = settings.authorities.get(authority)
-    if ours is None:
-        return {}
-    return plugins.merge(settings.backends[ours.backend], settings.authority_tables[authority])
+    if ours is None or settings.backends[ours.backend].get("type") != "vault":
+        return setup_vault.Engine()
+    keys, reader = plugins.merged(settings, authority)
+    known = {field.name for field in dataclasses.fields(setup_vault.Engine)}
+    table = {key: value for key, value in keys.items() if key in known}
+    engine = reader.read(setup_vault.Engine, table, ("authority", authority))
+    reader.raise_problems()
+    return engine or setup_vault.Engine()

@@ -99,14 +99,12 @@ def configured(settings: Settings, authorities: Iterable[str]) -> dict[str, Conf
     types, result = _types(settings), {}
     problems = []
     for authority, ours in settings.authorities.items():
-        table = settings.backends[ours.backend]
-        merged = merge({k: v for k, v in table.items() if k != "type"}, settings.authority_tables[authority])
-        reader = Reader(settings.source, _locator(authority, ours.backend, settings.authority_tables[authority]))
+        keys, reader = merged(settings, authority)
         backend_type = types[ours.backend]
-        read = reader.read(backend_type.settings_type, merged, ("authority", authority))
+        read = reader.read(backend_type.settings_type, keys, ("authority", authority))
         problems += [problem for problem in reader.problems if problem not in problems]
         if read is not None:
-            type_name = str(table["type"])
+            type_name = str(settings.backends[ours.backend]["type"])
             result[authority] = Configured(
                 authority=authority, name=ours.backend, type_name=type_name, settings=read, backend_type=backend_type
             )
@@ -140,6 +138,13 @@ def _unused(settings: Settings, types: Mapping[str, BackendType]) -> list[Any]:
         table = {k: v for k, v in settings.backends[name].items() if k != "type"}
         reader.read(types[name].settings_type, table, ("backend", name), partial=True)
     return reader.problems
+
+
+def merged(settings: Settings, authority: str) -> tuple[dict[str, Any], Reader]:
+    """The keys of an authority's backend as they stand in the settings, and who knows the line of each."""
+    backend, over = settings.authorities[authority].backend, settings.authority_tables[authority]
+    table = {key: value for key, value in settings.backends[backend].items() if key != "type"}
+    return merge(table, over), Reader(settings.source, _locator(authority, backend, over))
 
 
 def merge(table: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Literal
 
@@ -20,7 +21,7 @@ from cryptography.x509.oid import NameOID
 
 from bridge import certificates
 from bridge.contract import Selector
-from bridge.errors import BridgeError
+from bridge.errors import BridgeError, SettingsProblem
 from bridge.specs import EKU, SPECS, CertificateSpec
 
 #: As the backend's settings have it by default.
@@ -58,6 +59,34 @@ _COMMON: Mapping[str, object] = {
     "not_after_bound": "forbid",
     "not_before_bound": "forbid",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """The keys of the backend's settings that the script depends on; the others may still be missing."""
+
+    mount: str = "pki"
+    issuer: str | None = None
+    role: str = DEFAULT_ROLE.pattern
+    roles: dict[str, str] = field(default_factory=dict)
+    mode: Literal["sign", "sign-verbatim"] = "sign"
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """A role's pattern that can't be filled in."""
+        yield from Selector(self.role, self.roles).problems("role", "roles")
+
+
+def text(engine: Engine, items: Mapping[str, x509.Certificate], validity: timedelta, policy_name: str) -> str:
+    """
+    The script for one engine: the policy, and the roles, which mode `sign-verbatim` does not look at.
+
+    Raises:
+        NoRoleError: See `roles`.
+    """
+    select = Selector(engine.role, engine.roles)
+    payloads = roles(items, validity, select) if engine.mode == "sign" else {}
+    allowed = policy(engine.mount, payloads, issuer=engine.issuer, mode=engine.mode)
+    return commands(engine.mount, payloads, policy_name=policy_name, policy_text=allowed)
 
 
 class NoRoleError(BridgeError):

@@ -275,6 +275,51 @@ def test_setup_prints_what_the_cas_administrator_needs(run: Run, ca: str) -> Non
     assert "kube-apiserver-etcd-client" in one.stdout or ca == "openssl"
 
 
+def vault(config: Path, keys: str) -> None:
+    """The settings so far of a node below a Vault: one authority, whose table has these keys."""
+    node = config.read_text().partition("[backend")[0].partition("[authority")[0]
+    config.write_text(f'{node}\n[backend.corp]\ntype = "vault"\n[authority.ca]\nbackend = "corp"\n{keys}\n')
+
+
+def test_each_nodes_script_for_vault_writes_a_policy_of_its_own(run: Run, config: Path) -> None:
+    """Or the one that was run last would take the other node's rights away."""
+    text = config.read_text()
+    policies = set()
+    for names in ('name = "cp-1"', 'name = "cp-2"', 'name = "cp-1"\ncluster = "blue"'):
+        config.write_text(text.replace("[node]", f"[node]\n{names}"))
+        policies |= set(re.findall("policy write (.*) - <<", run("setup", "vault", "--authority", "etcd-ca").stdout))
+    assert policies == {"ca-bridge-cp-1-etcd-ca", "ca-bridge-cp-2-etcd-ca", "ca-bridge-blue-cp-1-etcd-ca"}
+
+
+def test_the_script_for_vault_follows_the_settings(run: Run, config: Path) -> None:
+    """What is not set yet may be missing; without roles there are none to write."""
+    vault(config, 'mount = "corp-pki"\nrole = "cp-1-{name}"')
+    assert "corp-pki/roles/cp-1-apiserver " in run("setup", "vault", "--authority", "ca").stdout
+    vault(config, 'mount = "corp-pki"\nmode = "sign-verbatim"')
+    result = run("setup", "vault", "--authority", "ca")
+    assert (result.exit_code, "/roles/" in result.stdout) == (0, False)
+    assert 'path "corp-pki/sign-verbatim"' in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("keys", "wanted"),
+    [
+        ('role = "{node}-{name}"', "role: wanted a text that may hold {name} and {usage}"),
+        ('roles = "cp-1"', "roles: wanted a table of texts"),
+        ('mode = "verbatim"', "mode: wanted one of 'sign', 'sign-verbatim'"),
+    ],
+)
+def test_the_script_for_vault_is_not_made_from_settings_that_are_wrong(
+    run: Run, config: Path, keys: str, wanted: str
+) -> None:
+    """The place is named, as for every command."""
+    vault(config, keys)
+    result = run("setup", "vault", "--authority", "ca")
+    line = config.read_text().splitlines().index(keys) + 1
+    assert result.exit_code == 2
+    assert f"{config}:{line}: authority.ca.{wanted}" in result.stderr
+
+
 def test_settings_init_writes_the_example_once(tmp_path: Path, run: Run) -> None:
     """Never over an older file."""
     path = tmp_path / "etc/ca-bridge/config.toml"

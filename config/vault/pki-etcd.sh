@@ -138,7 +138,7 @@ JSON
 }
 JSON
 
-"$cli" policy write ca-bridge-etcd-ca - <<'HCL'
+"$cli" policy write ca-bridge-cp-1-etcd-ca - <<'HCL'
 path "pki-etcd/sign/kubeadm-apiserver-etcd-client" {
   capabilities        = ["update"]
   allowed_parameters  = { "csr" = [] "ttl" = [] "exclude_cn_from_sans" = [true] }

@@ -39,7 +39,7 @@ cli=$(command -v bao || command -v vault) || { echo "error: neither bao nor vaul
 }
 JSON
 
-"$cli" policy write ca-bridge-front-proxy-ca - <<'HCL'
+"$cli" policy write ca-bridge-cp-1-front-proxy-ca - <<'HCL'
 path "pki-front-proxy/sign/kubeadm-front-proxy-client" {
   capabilities        = ["update"]
   allowed_parameters  = { "csr" = [] "ttl" = [] "exclude_cn_from_sans" = [true] }

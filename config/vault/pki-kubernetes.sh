@@ -237,7 +237,7 @@ JSON
 }
 JSON
 
-"$cli" policy write ca-bridge-ca - <<'HCL'
+"$cli" policy write ca-bridge-cp-1-ca - <<'HCL'
 path "pki-kubernetes/sign/kubeadm-admin.conf" {
   capabilities        = ["update"]
   allowed_parameters  = { "csr" = [] "ttl" = [] "exclude_cn_from_sans" = [true] }

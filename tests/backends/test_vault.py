@@ -1409,10 +1409,21 @@ def certificates_below(node: Pki, authority: str) -> dict[str, x509.Certificate]
 def test_the_example_scripts_are_what_is_printed(node: Pki, authority: str) -> None:
     """The scripts in config/vault are those of the example node, to the byte."""
     mount = MOUNTS[authority]
-    roles = setup_vault.roles(certificates_below(node, authority), timedelta(days=365))
-    policy = setup_vault.policy(mount, roles)
-    printed = setup_vault.commands(mount, roles, policy_name=f"ca-bridge-{authority}", policy_text=policy)
+    engine, certificates = setup_vault.Engine(mount=mount), certificates_below(node, authority)
+    printed = setup_vault.text(engine, certificates, timedelta(days=365), f"ca-bridge-cp-1-{authority}")
     assert (CONFIG / f"{mount}.sh").read_text() == printed
+
+
+def test_the_printed_script_knows_the_backends_settings() -> None:
+    """What it reads of them is named as there, and has the same defaults."""
+    there = {field.name: field for field in dataclasses.fields(VaultSettings)}
+    for field in dataclasses.fields(setup_vault.Engine):
+        theirs = there[field.name]
+        assert (field.type, field.default, field.default_factory) == (
+            theirs.type,
+            theirs.default,
+            theirs.default_factory,
+        )
 
 
 def test_the_administrators_commands_work(node: Pki, tmp_path: Path) -> None:
