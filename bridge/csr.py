@@ -47,11 +47,14 @@ def key_algorithm(certificate: x509.Certificate, wanted: KeyAlgorithm | Literal[
         wanted: The setting `renewal.key`.
 
     Raises:
-        CannotCarryError: "same", and kubeadm's components are not known to take such a key.
+        CannotCarryError: "same", and kubeadm's components are not known to take such a key, or it can't be read.
     """
     if wanted != "same":
         return wanted
-    found = algorithm_name(certificate.public_key())
+    try:
+        found = algorithm_name(certificate.public_key())
+    except UNREADABLE as e:
+        found = f"one that can't be read ({e})"
     for algorithm in KEY_ALGORITHMS:
         if algorithm == found:
             return algorithm
@@ -109,7 +112,7 @@ def _san(certificate: x509.Certificate) -> x509.SubjectAlternativeName | None:
         return certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         return None
-    except (ValueError, x509.UnsupportedGeneralNameType) as e:
+    except UNREADABLE as e:
         raise CannotCarryError(f"SAN: wanted names of a type that a CSR can be made with, found: {e}") from None
 
 

@@ -182,3 +182,33 @@ def test_nothing_is_lost(subject: list[tuple[x509.ObjectIdentifier, str]], sans:
     request = built(certificate)
     assert attributes(request.subject) == attributes(certificate.subject)
     assert san_counts(request) == san_counts(certificate)
+
+
+def spoilt(certificate: x509.Certificate, old: bytes, new: bytes) -> x509.Certificate:
+    """The same, with other bytes in one place; its signature is wrong, which nobody asks of a live certificate."""
+    der = certificate.public_bytes(serialization.Encoding.DER)
+    assert der.count(old) == 1
+    return x509.load_der_x509_certificate(der.replace(old, new))
+
+
+def test_a_key_that_cannot_be_read_is_told() -> None:
+    """Of a damaged one nothing is known; a named algorithm needs nothing of it."""
+    curve = bytes.fromhex("06082a8648ce3d030107")  # P-256
+    certificate = spoilt(live(cn("x")), curve, curve[:-1] + b"\x7f")
+    with pytest.raises(csr.CannotCarryError, match="found one that can't be read"):
+        csr.key_algorithm(certificate, "same")
+    assert csr.key_algorithm(certificate, "rsa-2048") == "rsa-2048"
+
+
+def test_an_extension_that_is_there_twice_is_told() -> None:
+    """Which of the two would count, nobody knows."""
+    two = x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3.4"), b"\x05\x00")
+    builder = x509.CertificateBuilder().subject_name(cn("x")).issuer_name(cn("kubernetes")).public_key(KEY.public_key())
+    builder = builder.serial_number(1).not_valid_before(NOW).not_valid_after(NOW + timedelta(days=1))
+    builder = builder.add_extension(two, critical=False)
+    builder = builder.add_extension(
+        x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3.5"), b"\x05\x00"), critical=False
+    )
+    certificate = spoilt(builder.sign(KEY, hashes.SHA256()), b"\x06\x03\x2a\x03\x05", b"\x06\x03\x2a\x03\x04")
+    with pytest.raises(csr.CannotCarryError, match="SAN: wanted"):
+        csr.build(certificate, KEY)

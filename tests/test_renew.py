@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_pem_priv
 
 from bridge import asking, finish, kubeconfig, renew
 from bridge.certificates import load_pem_certificates, pem, san_counts
-from bridge.csr import generate_key, key_pem
+from bridge.csr import CannotCarryError, generate_key, key_pem
 from bridge.install import InstallError
 from bridge.selection import nothing_due, select
 from bridge.settings import Settings, parse
@@ -256,6 +256,18 @@ def test_what_is_due_is_what_ends_soon(node: Pki) -> None:
         assert len(select(found, settings, (), now()).items) == due
     assert [item.spec.name for item in select(found, settings, ["apiserver"], now()).items] == ["apiserver"]
     assert len(select(found, settings, ["all"], now()).items) == 12
+
+
+def test_a_live_certificate_whose_key_cannot_be_read_fails_alone(node: Pki, tmp_path: Path) -> None:
+    """The others are renewed."""
+    path = node.pki_dir / "apiserver.crt"
+    der = leaf(path).public_bytes(Encoding.DER)
+    oid = bytes.fromhex("06082a8648ce3d030107")  # P-256, in the key
+    path.write_bytes(pem(x509.load_der_x509_certificate(der.replace(oid, oid[:-1] + b"\x7f"))))
+    result = renewed(settings_for(node, tmp_path), "apiserver", "scheduler.conf")
+    assert [outcome.name for outcome in result.renewed] == ["scheduler.conf"]
+    [failed] = result.failed
+    assert (failed.name, type(failed.error)) == ("apiserver", CannotCarryError)
 
 
 def test_a_certificate_whose_intermediate_ends_soon_is_due(node: Pki) -> None:
