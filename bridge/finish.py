@@ -21,6 +21,7 @@ from bridge.asking import Answer, RefusedByCheckError
 from bridge.certificates import load_pem_certificates, pem, serial_hex
 from bridge.contract import Issued, Pending
 from bridge.errors import BackendUnavailableError, BridgeError, Exit, SettingsError, WaitingError
+from bridge.expiry import first_end, is_due, residual, seconds_left
 from bridge.install import (
     CERTIFICATE_MASK,
     KEY_MASK,
@@ -192,7 +193,23 @@ def finish(
         for one, verified in passed
     ]
     backup_id = _install(run, passed, lambda: before(done) if before is not None else None)
+    _note_short_lives(run, passed)
     return Result(outcomes=(*done, *failed), backup_id=backup_id)
+
+
+def _note_short_lives(run: Run, passed: Sequence[tuple[Prepared, verify.Verified]]) -> None:
+    """A CA that gives less than `renewal.before` lets every run renew all again, and each succeeds."""
+    renewal, now = run.settings.renewal, run.now()
+    short: dict[str, list[str]] = {}
+    for one, verified in passed:
+        chain = (verified.leaf, *verified.intermediates)
+        if is_due(chain, renewal.before, renewal.validity, now):
+            short.setdefault(residual(seconds_left(first_end(chain), now)), []).append(one.name)
+    for lifetime, names in short.items():
+        run.progress.note(
+            f"{', '.join(names)}: wanted a lifetime of more than renewal.before ({renewal.before}), got {lifetime}: "
+            f'every run renews again; have the CA give more (its profile or role), or set before = "33%"'
+        )
 
 
 def _install(run: Run, passed: Sequence[tuple[Prepared, verify.Verified]], before: Callable[[], None]) -> str:

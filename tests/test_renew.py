@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_pem_priv
 from bridge import asking, finish, kubeconfig, renew
 from bridge.certificates import load_pem_certificates, pem, san_counts
 from bridge.csr import CannotCarryError, generate_key, key_pem
+from bridge.expiry import Before
 from bridge.install import InstallError
 from bridge.selection import nothing_due, select
 from bridge.settings import Settings, parse
@@ -268,6 +270,28 @@ def test_a_live_certificate_whose_key_cannot_be_read_fails_alone(node: Pki, tmp_
     assert [outcome.name for outcome in result.renewed] == ["scheduler.conf"]
     [failed] = result.failed
     assert (failed.name, type(failed.error)) == ("apiserver", CannotCarryError)
+
+
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        (Before(remaining=timedelta(days=400)), ["renewal.before (400d), got 364d: every run renews again"]),
+        (Before(share=0.33), []),
+    ],
+    ids=["longer than what was given", "a share of it"],
+)
+def test_a_lifetime_that_is_due_at_once_is_warned_of(
+    node: Pki, tmp_path: Path, before: Before, said: list[str]
+) -> None:
+    """The renewal is one; that the next run will do it all again is said."""
+    settings = settings_for(node, tmp_path)
+    settings = replace(settings, renewal=replace(settings.renewal, before=before))
+    looking = Quiet()
+    result, _, _ = renew.run(settings, ("apiserver", "admin.conf"), now, looking)
+    assert (result.exit_code, len(result.renewed)) == (0, 2)
+    assert len(looking.notes) == len(said)
+    assert all(text in note for text, note in zip(said, looking.notes, strict=True))
+    assert all(name in note for note in looking.notes for name in ("apiserver", "admin.conf"))
 
 
 def test_a_certificate_whose_intermediate_ends_soon_is_due(node: Pki) -> None:
