@@ -184,7 +184,11 @@ def _assert_right_ca(issuers: Sequence[x509.Certificate], expected: verify.Expec
         verify.verified_path(issuers[0], issuers[1:], anchor, expected.now)
         return
     got = f"{name_text(issuers[0].subject)}, SHA-256 {fingerprint(issuers[0])[:16]}…" if issuers else "no certificate"
+    hint = "the mount, label, URL or directory of this authority may be another one's"
+    if issuers and not verify.is_valid_at(issuers[0], expected.now):
+        got += f", valid only {verify.validity_text(issuers[0], expected.now)}"
+        hint = "a CA certificate that is not valid now signs nothing of use: have it renewed, or the clock put right"
     raise BackendRefusedError(
         f"wanted the CA of {expected.anchor_name} ({name_text(anchor.subject)}, SHA-256 {fingerprint(anchor)[:16]}…), got {got}",
-        hint="the mount, label, URL or directory of this authority may be another one's",
+        hint=hint,
     )

@@ -363,9 +363,8 @@ def _chain_violation(issued: Issued, expected: Expectation, time: datetime, reas
     """Why there is no path, in the words that lead to the cause."""
     leaf, anchor, name = issued.leaf, expected.anchors[0], expected.anchor_name
     want = f"a path to {name} ({name_text(anchor.subject)}, SHA-256 {fingerprint(anchor)[:16]}…)"
-    if not anchor.not_valid_before_utc <= expected.now <= anchor.not_valid_after_utc:
-        dates = f"{anchor.not_valid_before_utc:%Y-%m-%d} to {anchor.not_valid_after_utc:%Y-%m-%d}"
-        got = f"{name} is valid only from {dates} ({_which_clock(expected.now)})"
+    if not is_valid_at(anchor, expected.now):
+        got = f"{name} is valid only {validity_text(anchor, expected.now)}"
         return Violation(subject="chain", want=want, got=got)
     for other in expected.anchors[1:]:
         if _leads_to(issued, other, time):
@@ -388,6 +387,17 @@ def _chain_violation(issued: Issued, expected: Expectation, time: datetime, reas
         want=want,
         got=reason.removeprefix("validation failed: ").removeprefix("candidates exhausted: "),
     )
+
+
+def is_valid_at(certificate: x509.Certificate, time: datetime) -> bool:
+    """By its dates alone."""
+    return certificate.not_valid_before_utc <= time <= certificate.not_valid_after_utc
+
+
+def validity_text(certificate: x509.Certificate, now: datetime) -> str:
+    """For messages about one that is not valid now, whose fault that ever is."""
+    dates = f"{certificate.not_valid_before_utc:%Y-%m-%d} to {certificate.not_valid_after_utc:%Y-%m-%d}"
+    return f"from {dates} ({_which_clock(now)})"
 
 
 def _leads_to(issued: Issued, anchor: x509.Certificate, time: datetime) -> bool:

@@ -168,11 +168,11 @@ def test_a_kubelet_that_rotates_its_own_certificate_is_left_alone(node: Pki, tmp
     assert certificate.read_bytes() == before
 
 
-def _behind_an_intermediate(node: Pki) -> tuple[bytes, bytes, Signer]:
+def _behind_an_intermediate(node: Pki, left: timedelta = timedelta(days=800)) -> tuple[bytes, bytes, Signer]:
     """The node's `ca` becomes a root, and what signs an intermediate of it."""
     root = Signer.make("corporate root", begin=now() - timedelta(days=1), end=now() + timedelta(days=900))
     (node.pki_dir / "ca.crt").write_bytes(root.certificate.public_bytes(Encoding.PEM))
-    middle = Signer.make("k8s", parent=root, begin=now() - timedelta(days=1), end=now() + timedelta(days=800))
+    middle = Signer.make("k8s", parent=root, begin=now() - timedelta(days=9), end=now() + left)
     chain = middle.certificate.public_bytes(Encoding.PEM) + root.certificate.public_bytes(Encoding.PEM)
     return chain, key_pem(middle.key), middle
 
@@ -187,6 +187,15 @@ def test_an_intermediate_is_kept_after_the_leaf(node: Pki, tmp_path: Path) -> No
     data = kubeconfig.parse((node.kubeconfig_dir / "admin.conf").read_bytes()).certificate_data
     assert data is not None
     assert load_pem_certificates(data)[1:] == [middle.certificate]
+
+
+def test_an_expired_intermediate_is_not_told_as_another_ca(node: Pki, tmp_path: Path) -> None:
+    """Its dates are, and what clock they were compared with; nothing is asked of it."""
+    chain, key, _ = _behind_an_intermediate(node, timedelta(days=-1))
+    [failed] = renewed(settings_for(node, tmp_path, ca=(chain, key)), "apiserver").failed
+    assert failed.error is not None
+    assert re.search(r"got CN=.*, valid only from \d{4}-.* to \d{4}-.*clock", failed.error.reason)
+    assert "another one's" not in failed.error.hint
 
 
 def test_an_intermediate_is_refused_where_kubeadm_reads_one_certificate_a_file(node: Pki, tmp_path: Path) -> None:
