@@ -42,6 +42,12 @@ class DuplicatePluginError(BridgeError):
     exit_code = 2
 
 
+class BrokenPluginError(BridgeError):
+    """An installed distribution names a backend that can't be imported."""
+
+    hint = "reinstall the distribution with all that it needs, for the Python that runs ca-bridge"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Configured:
     """A backend as one authority uses it; nothing was asked yet."""
@@ -95,6 +101,7 @@ def configured(settings: Settings, authorities: Iterable[str]) -> dict[str, Conf
     Raises:
         SettingsError: With every problem of every backend's table; or an authority has no backend.
         DuplicatePluginError: See `installed`.
+        BrokenPluginError: A type that the settings name can't be imported.
     """
     types, result = _types(settings), {}
     problems = []
@@ -123,12 +130,26 @@ def _types(settings: Settings) -> dict[str, BackendType]:
     for name, table in settings.backends.items():
         type_name = str(table["type"])
         if type_name in found:
-            types[name] = found[type_name].load()
+            types[name] = _loaded(found[type_name])
         else:
             known = ", ".join(sorted(found)) or "none is"
             reader.add(("backend", name, "type"), f"an installed backend type: {known}", repr(type_name))
     reader.raise_problems()
     return types
+
+
+def _loaded(entry: EntryPoint) -> BackendType:
+    """
+    Raises:
+        BrokenPluginError: It can't be imported, whatever the reason is.
+    """
+    try:
+        return cast(BackendType, entry.load())
+    except Exception as e:
+        raise BrokenPluginError(
+            f"backend type {entry.name}: wanted to import {entry.value} of {_distribution(entry)}, "
+            f"found {type(e).__name__}: {e}"
+        ) from e
 
 
 def _unused(settings: Settings, types: Mapping[str, BackendType]) -> list[Any]:

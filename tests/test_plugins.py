@@ -91,6 +91,19 @@ def test_a_plugin_found_twice_is_refused_with_both_distributions(monkeypatch: py
     assert "step-two" in str(e.value)
 
 
+@pytest.mark.parametrize(
+    ("value", "missing"),
+    [("no_such_module:Backend", "No module named 'no_such_module'"), ("json:Backend", "'Backend'")],
+)
+def test_a_plugin_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch, value: str, missing: str) -> None:
+    """With its entry point, its distribution and what is missing; it is no bug of ours."""
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [_entry("step-one", value)] if group else [])
+    settings = parse('[backend.desk]\ntype = "step"\n[authority.ca]\nbackend = "desk"\n', FILE)
+    with pytest.raises(plugins.BrokenPluginError) as e:
+        plugins.configured(settings, ["ca"])
+    assert all(part in str(e.value) for part in ("backend type step", value, "step-one", missing))
+
+
 def test_an_authoritys_keys_add_to_its_backends_and_override_them() -> None:
     """Tables within tables, too."""
     text = f'{DESK}dir = "/srv/other"\ntimeout = "5s"\n'
