@@ -218,19 +218,12 @@ class CfsslBackend:
     def _known_intermediates(self) -> tuple[x509.Certificate, ...]:
         """Those of the last look at the CA; without one, a look before the first signing, so that none is lost."""
         if self._intermediates is None:
-            try:
-                self.issuers()
-            except BackendRefusedError:
-                # The server may be open for signing alone. If there is more to it, the signing will tell.
-                self._intermediates = ()
+            self.issuers()
         return self._intermediates or ()
 
-    def _offer(self, profile: str) -> _Offer | None:
-        """What the server says of a profile; None: it does not let us see."""
-        reply = self._server.post("info", {"profile": profile, **self._label})
-        if reply.status in HIDDEN_STATUSES:
-            return None
-        info = self._result(reply, profile)
+    def _offer(self, profile: str) -> _Offer:
+        """What the server says of a profile."""
+        info = self._result(self._server.post("info", {"profile": profile, **self._label}), profile)
         self._remember(info)
         listed = info.get("usages")
         usages = map(str, listed) if isinstance(listed, list) else ()
@@ -276,8 +269,6 @@ class CfsslBackend:
 #: locked (the server signed, but keeps it), the server's own upstream failed. The last two come with status 400.
 LATER_STATUSES = frozenset({429, 502, 503, 504})
 LATER_CODES = frozenset({11000, 7400})
-#: Of `info`, where a server is open for signing alone.
-HIDDEN_STATUSES = frozenset({403, 404})
 
 #: Messages that say, before the CSR is looked at, that nothing will be signed with this profile and key.
 NO_ENTRY = frozenset(
@@ -300,8 +291,8 @@ HINTS: Mapping[str | int | None, str] = {
     "bad request": _WHICH_LABEL,
     "not authorised": "this machine's address is in none of the `nets` of the server's roots file",
     "Invalid CN": "the server's -mutual-tls-cn does not match the CN of client_cert",
-    "404 page not found": "is the url right, the endpoint enabled and the CA loaded? `cfssl serve` runs on without its "
-    "CA or key, without /sign where every profile has an auth_key, and without /authsign where none has",
+    "404 page not found": "is the url right, are `info` and the signing endpoint enabled, and is the CA loaded? "
+    "`cfssl serve` runs on without its CA or key, without /sign where every profile has an auth_key, and without /authsign where none has",
     "Client sent an HTTP request to an HTTPS server.": "url must begin with https://",
     _NOT_CFSSL: "is it a cfssl server that answers at this url?",
     1000: "the server's CA key does not fit its CA certificate, or its profile has a lint_error_level",
@@ -321,7 +312,7 @@ class _Offer:
 
 
 def _usage_violations(
-    spec: CertificateSpec, profile: str, offer: _Offer | None, default: Callable[[], _Offer | None]
+    spec: CertificateSpec, profile: str, offer: _Offer, default: Callable[[], _Offer]
 ) -> list[Violation]:
     """
     The profile gives kubeadm's key usages and exactly the spec's EKUs.
@@ -329,12 +320,12 @@ def _usage_violations(
     Args:
         spec: The certificate.
         profile: The one that it is signed with.
-        offer: What the server says of this profile; None: nothing.
+        offer: What the server says of this profile.
         default: What it says of a profile that it can't have.
     """
     names = {EKU.SERVER_AUTH: "server auth", EKU.CLIENT_AUTH: "client auth"}
     want = {"digital signature", "key encipherment"} | {names[eku] for eku in spec.ekus}
-    if offer is None or offer.usages == want:
+    if offer.usages == want:
         return []
     unknown = "unknown or without these usages" if offer == default() else "without these usages"
     return [Violation(subject=f"profile {profile}, {unknown}", want=_list(want), got=_list(offer.usages))]

@@ -150,6 +150,7 @@ done
 #   client_cert = "/etc/ca-bridge/client.crt"
 #   client_key = "/etc/ca-bridge/client.key"
 
+# `info` stays open: nothing is signed before it has told the CA and the usages, and it needs no key.
 # A change of the configuration needs a restart; "endpoint 'sign' is disabled" in the log is meant so.
 exec cfssl serve -address {address} -port {port} \\
   -ca {quoted}/{authority}.crt -ca-key {quoted}/{authority}.key -config {quoted}/{authority}.json \\
