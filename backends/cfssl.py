@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import functools
 import hmac
-import ipaddress
 import json
 import re
 import secrets
@@ -19,31 +18,33 @@ import socket
 import ssl
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
-from threading import Thread
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 import requests
 from cryptography import x509
 from cryptography.x509.oid import NameOID
-from requests.adapters import HTTPAdapter
 
+from backends.https import (
+    TlsAdapter,
+    TooMuchError,
+    body_of,
+    innermost,
+    is_loopback,
+    retry_after_seconds,
+    tls_context,
+    within,
+)
 from bridge.contract import BackendSettings, Issued, Secret, SecretUnavailableError, Selector, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, SettingsError, SettingsProblem, Violation
 from bridge.specs import EKU, CertificateSpec
 
 API = "/api/v1/cfssl"
-#: A certificate with thousands of SANs stays far below it.
-MAX_ANSWER_BYTES = 1 << 20
 #: cfssl takes any key, an empty one too; RFC 2104 §3 discourages less than the hash's 32 bytes.
 MIN_KEY_BYTES = 16
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,10 @@ class CfsslSettings(BackendSettings):
     def tls(self) -> bool:
         """Over HTTPS."""
         return self.url.lower().startswith("https:")
+
+    def tls_context(self) -> ssl.SSLContext:
+        """For one thread; see `backends.https.tls_context`."""
+        return tls_context(self.ca_file, self.client_cert, self.client_key)
 
     def problems(self) -> Iterator[SettingsProblem]:
         """What contradicts itself, and what would send a request with its HMAC in the clear."""
@@ -105,17 +110,10 @@ def _url_problems(url: str) -> Iterator[SettingsProblem]:
         yield SettingsProblem("url", "no user name or password in it: secrets are never written here", "one")
     elif scheme not in {"http", "https"} or not host or parts.query or parts.fragment or API in parts.path:
         yield SettingsProblem("url", f"https://HOST[:PORT], without {API} and what follows it", repr(url))
-    elif scheme == "http" and not _is_loopback(host):
+    elif scheme == "http" and not is_loopback(host):
         # The HMAC covers neither time nor nonce, so a recorded body is good until the key changes.
         wanted = "https:// (over plain HTTP a request can be recorded and sent again, for ever new certificates)"
         yield SettingsProblem("url", wanted, f"http:// to {host}, which is not this machine")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class CfsslBackend:
@@ -141,7 +139,7 @@ class CfsslBackend:
         if not isinstance(settings, CfsslSettings):
             raise TypeError(f"wanted CfsslSettings, found {type(settings).__name__}")
         if settings.tls:
-            tls_context(settings)  # trouble is found now, not in the middle of a renewal
+            settings.tls_context()  # trouble is found now, not in the middle of a renewal
         return cls(settings)
 
     def sign(self, request: SignRequest) -> Issued:
@@ -389,7 +387,7 @@ def _parse(response: requests.Response, body: bytes, sent: Mapping[str, str]) ->
         body: The answer's.
         sent: The request's body: should the answer quote it, we do not (it can be sent again by anyone).
     """
-    later = _retry_after(response.headers.get("Retry-After"), datetime.now(UTC))
+    later = retry_after_seconds(response, datetime.now(UTC))
     try:
         envelope = json.loads(body)
     except (ValueError, RecursionError):
@@ -418,18 +416,6 @@ def _one_line(text: str, hidden: Iterable[str | None]) -> str:
     return "".join(c if c.isprintable() else " " for c in text)[:200]
 
 
-def _retry_after(value: str | None, now: datetime) -> float | None:
-    """Seconds (RFC 9110 §10.2.3: a number of them, or a date); None for what is neither."""
-    if value is None:
-        return None
-    if re.fullmatch("[0-9]{1,9}", value):
-        return float(value)
-    try:
-        return max(0.0, (parsedate_to_datetime(value) - now).total_seconds())
-    except (ValueError, TypeError):  # TypeError: a date without a time zone
-        return None
-
-
 class _Server:
     """HTTP with a time limit, a size limit, and no thought for the environment's proxies and CAs."""
 
@@ -449,11 +435,13 @@ class _Server:
         """
         url = f"{self._settings.url.rstrip('/')}{API}/{endpoint}"
         try:
-            return _within(self._seconds, lambda: self._exchange(url, body))
+            return within(self._seconds, lambda: self._exchange(url, body))
+        except TooMuchError as e:
+            raise BackendRefusedError(f"cfssl: {e}", hint=HINTS[_NOT_CFSSL]) from e
         except TimeoutError as e:
             raise BackendUnavailableError(f"cfssl: {url}: no answer within {self._seconds:g} s") from e
         except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as e:
-            cause = _innermost(e)
+            cause = innermost(e)
             if isinstance(cause, _CUT_OFF) and self._settings.tls:
                 cause = self._alert() or cause
             if isinstance(cause, ssl.SSLError) and not isinstance(cause, _CUT_OFF):
@@ -461,7 +449,7 @@ class _Server:
             hint = "" if self._settings.tls else "does the server speak TLS? url says http://"
             raise BackendUnavailableError(f"cfssl: {url}: {cause}", hint=hint) from e
         except requests.RequestException as e:
-            raise BackendRefusedError(f"cfssl: {url}: {_innermost(e)}") from e
+            raise BackendRefusedError(f"cfssl: {url}: {innermost(e)}") from e
 
     def _alert(self) -> ssl.SSLError | None:
         """
@@ -475,7 +463,7 @@ class _Server:
         try:
             with (
                 socket.create_connection(address, timeout=seconds) as plain,
-                tls_context(self._settings).wrap_socket(plain, server_hostname=address[0]) as tls,
+                self._settings.tls_context().wrap_socket(plain, server_hostname=address[0]) as tls,
             ):
                 tls.recv(1)
         except (OSError, SettingsError) as e:
@@ -497,7 +485,7 @@ class _Server:
                 timeout=self._seconds,
                 stream=True,
             ) as response:
-                reply = _parse(response, _read(response), body)
+                reply = _parse(response, body_of(response), body)
         except BaseException:
             session.close()
             raise
@@ -510,7 +498,7 @@ class _Server:
         session.headers["Accept-Encoding"] = "identity"
         if self._settings.tls:
             try:
-                session.mount("https://", _Adapter(tls_context(self._settings)))
+                session.mount("https://", TlsAdapter(self._settings.tls_context()))
             except SettingsError as e:  # the files were good when we began
                 raise BackendRefusedError(f"cfssl: {e}") from e
         return session
@@ -521,103 +509,8 @@ class _Server:
             self._idle.pop().close()
 
 
-def _within(seconds: float, work: Callable[[], T]) -> T:
-    """
-    What `work` returns or raises, in a thread of its own.
-
-    The timeouts of `requests` are for each step, so an answer that drips, a name with many addresses or a slow
-    resolver could take any time.
-
-    Raises:
-        TimeoutError: It took longer; it is left to itself.
-    """
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as e:  # noqa: BLE001 (it is raised on the other side)
-            future.set_exception(e)
-
-    Thread(target=run, daemon=True).start()
-    return future.result(timeout=seconds)
-
-
-def _read(response: requests.Response) -> bytes:
-    body = bytearray()
-    for chunk in response.iter_content(16 * 1024):
-        body += chunk
-        if len(body) > MAX_ANSWER_BYTES:
-            wanted = f"cfssl: wanted an answer of at most {MAX_ANSWER_BYTES} bytes, found a longer one"
-            raise BackendRefusedError(wanted, hint=HINTS[_NOT_CFSSL])
-    return bytes(body)
-
-
-class _Adapter(HTTPAdapter):
-    """
-    Connections with one TLS context, which alone says whom we trust and who we are.
-
-    `requests` would add the CAs of certifi to it, where we mean the system's.
-    """
-
-    def __init__(self, tls: ssl.SSLContext) -> None:
-        self._tls = tls
-        super().__init__()
-
-    def build_connection_pool_key_attributes(
-        self, request: requests.PreparedRequest, verify: bool | str, cert: str | tuple[str, str] | None = None
-    ) -> Any:
-        host, pool = super().build_connection_pool_key_attributes(request, verify, cert)
-        pool["ssl_context"] = self._tls
-        return host, pool
-
-    def cert_verify(self, conn: Any, url: object, verify: object, cert: object) -> None:
-        """Nothing to add to the context."""
-
-
-def tls_context(settings: CfsslSettings) -> ssl.SSLContext:
-    """
-    TLS 1.2 at least, the server's name and chain checked, our certificate shown if there is one.
-
-    Raises:
-        SettingsError: A file can't be used; all of them are named.
-    """
-    # not create_default_context, which would obey SSLKEYLOGFILE
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.hostname_checks_common_name = False
-    problems = []
-    try:
-        if settings.ca_file:
-            context.load_verify_locations(settings.ca_file)
-        else:
-            context.load_default_certs()
-    except OSError as e:
-        problems.append(SettingsProblem("ca_file", "a file with PEM certificates", f"{settings.ca_file}: {e.strerror}"))
-    if settings.client_cert and settings.client_key:
-        try:
-            # without the function OpenSSL would ask the terminal for a passphrase
-            context.load_cert_chain(settings.client_cert, settings.client_key, password=lambda: "")
-        except OSError as e:
-            found = f"{settings.client_cert} and {settings.client_key}: {e.strerror}"
-            wanted = "PEM files with a certificate and its key, not encrypted"
-            problems.append(SettingsProblem("client_cert", wanted, found))
-    if problems:
-        raise SettingsError(problems)
-    return context
-
-
 #: A connection's end that may have any cause.
 _CUT_OFF = (ssl.SSLEOFError, ConnectionResetError, BrokenPipeError)
-
-
-def _innermost(error: BaseException) -> BaseException:
-    """The cause that says it shortest; those above it quote the whole request line."""
-    while (
-        inner := error.__cause__ or error.__context__ or next((a for a in error.args if isinstance(a, Exception)), None)
-    ):
-        error = inner  # urllib3 keeps some causes nowhere but in args
-    return error
 
 
 def _tls_hint(reason: str) -> str:

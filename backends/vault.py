@@ -11,14 +11,13 @@ import json
 import logging
 import re
 import ssl
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from datetime import UTC, datetime
 from http import HTTPStatus
-from ipaddress import ip_address
 from pathlib import Path
-from threading import Lock, Thread
-from typing import ClassVar, Literal, TypeVar, cast
+from threading import Lock
+from typing import ClassVar, Literal, cast
 from urllib.parse import quote, urlsplit
 from weakref import WeakSet, WeakValueDictionary
 
@@ -27,19 +26,28 @@ from cryptography import x509
 from hvac.adapters import RawAdapter
 from requests.adapters import HTTPAdapter
 
+from backends.https import (
+    TlsAdapter,
+    TooMuchError,
+    body_of,
+    causes,
+    innermost,
+    is_loopback,
+    retry_after_seconds,
+    tls_context,
+    within,
+)
 from bridge.contract import BackendSettings, Issued, Secret, SecretUnavailableError, Selector, SignRequest
 from bridge.errors import (
     BackendError,
     BackendRefusedError,
     BackendUnavailableError,
-    SettingsError,
     SettingsProblem,
     Violation,
 )
 from bridge.specs import EKU, CertificateSpec
 
 log = logging.getLogger("ca-bridge.vault")
-_T = TypeVar("_T")
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -134,42 +142,12 @@ def _url_problems(url: str) -> Iterator[SettingsProblem]:
         yield SettingsProblem("url", "a URL without user and password", "one with them")
     elif parts.scheme not in {"http", "https"} or not parts.hostname or parts.query or parts.fragment:
         yield SettingsProblem("url", "https://HOST[:PORT]", repr(url))
-    elif parts.scheme == "http" and not _is_loopback(parts.hostname):
+    elif parts.scheme == "http" and not is_loopback(parts.hostname):
         yield SettingsProblem("url", "https://, since a token would go over the network in clear", repr(url))
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _tls_problems(settings: VaultSettings) -> Iterator[SettingsProblem]:
-    """Files that OpenSSL can't load; found now, since later requests would say it less clearly."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    if settings.ca_file:
-        try:
-            context.load_verify_locations(settings.ca_file)
-        except OSError as e:
-            yield SettingsProblem("ca_file", f"PEM certificates in {settings.ca_file}", _reason(e))
-    if settings.client_cert and settings.client_key:
-        try:
-            # A password, or OpenSSL asks for one at the terminal and a cron job hangs.
-            context.load_cert_chain(settings.client_cert, settings.client_key, password="")
-        except (OSError, ValueError) as e:
-            pair = f"a certificate in {settings.client_cert} and its key, not encrypted, in {settings.client_key}"
-            yield SettingsProblem("client_cert", pair, _reason(e))
-
-
-def _reason(e: Exception) -> str:
-    return (isinstance(e, OSError) and e.strerror) or str(e)
 
 
 # ------------------------------------------------------------------------------------------ the wire
 
-#: A signed certificate with its chain is a few kB; more than this is not from a CA.
-_MAX_BODY_BYTES = 1 << 20
 #: Kept open, for all authorities together; more would be opened and closed for each request.
 _MOST_CONNECTIONS = 16
 #: What the server says in an answer 500 although its configuration is at fault, so that "later" won't help.
@@ -208,6 +186,7 @@ class _Answer:
     body: Mapping[str, object] = field(repr=False)  #: The JSON object; empty where there is none.
     reasons: tuple[str, ...] = field(repr=False)  #: The server's own words.
     shown: str  #: The same, fit to be shown.
+    retry_after_seconds: float | None
 
     @property
     def ok(self) -> bool:
@@ -251,7 +230,7 @@ class _Answer:
         # 307: a standby whose leader is gone; 412: a replica that is not up to date yet
         later = self.status in {307, 408, 412, 425, 429} or self.status > 500  # noqa: PLR2004
         if later or (self.status == 500 and not any(f in text for f in _FINAL_500)):  # noqa: PLR2004
-            return BackendUnavailableError(message, hint=hint, retry_after_seconds=self._retry_after_seconds)
+            return BackendUnavailableError(message, hint=hint, retry_after_seconds=self.retry_after_seconds)
         return BackendRefusedError(message, hint=hint)
 
     @property
@@ -263,11 +242,6 @@ class _Answer:
             return "is `mount` spelled right?"  # a CA's certificates are for everybody
         return "is the token still good, and does its policy allow this path with exactly these parameters?"
 
-    @property
-    def _retry_after_seconds(self) -> float | None:
-        value = self.headers.get("Retry-After", "")
-        return float(value) if re.fullmatch(r"[0-9]{1,6}", value) else None
-
 
 class _Server:
     """One HTTP request at a time; from any thread."""
@@ -278,11 +252,9 @@ class _Server:
         # read VAULT_* as well; its adapter does not.
         session.trust_env = False
         session.stream = True  # or a body of any size is read before we see it
-        session.verify = _trust(settings.ca_file)
-        for scheme in ("https://", "http://"):
-            session.mount(scheme, HTTPAdapter(pool_maxsize=_MOST_CONNECTIONS))
-        if settings.client_cert and settings.client_key:
-            session.cert = (str(settings.client_cert), str(settings.client_key))
+        tls = tls_context(settings.ca_file, settings.client_cert, settings.client_key)
+        session.mount("https://", TlsAdapter(tls, pool_maxsize=_MOST_CONNECTIONS))
+        session.mount("http://", HTTPAdapter(pool_maxsize=_MOST_CONNECTIONS))
         self._session = session
         self._url = settings.url.rstrip("/")
         self._seconds = settings.timeout.total_seconds()
@@ -291,8 +263,6 @@ class _Server:
         self._adapter = RawAdapter(
             base_uri=self._url,
             token="",
-            cert=session.cert,
-            verify=session.verify,
             timeout=self._seconds,
             allow_redirects=False,
             session=session,
@@ -339,13 +309,13 @@ class _Server:
         where = f"{method.upper()} {self._url}/v1/{path}"
         headers = {"X-Vault-Token": token} if token else {}
         try:
-            response, content = _within(
+            response, content = within(
                 self._seconds, lambda: self._exchange(method, f"/v1/{path}", headers=headers, json=body)
             )
         except TimeoutError as e:
             message = f"vault: {where}: wanted an answer within {self._seconds:g} s, found none"
             raise BackendUnavailableError(message) from e
-        except _TooMuchError as e:
+        except TooMuchError as e:
             raise BackendRefusedError(f"vault: {where}: {e}") from e
         except requests.exceptions.SSLError as e:
             raise _tls_error(e, where) from e
@@ -365,7 +335,7 @@ class _Server:
     def _exchange(self, method: str, path: str, **request: object) -> tuple[requests.Response, bytes]:
         response = self._adapter.request(method, path, **request)
         try:
-            return response, _content(response)
+            return response, body_of(response)
         except (requests.exceptions.ConnectionError, requests.exceptions.ChunkedEncodingError):
             if response.ok:
                 raise
@@ -387,6 +357,7 @@ class _Server:
             body=body,
             reasons=reasons,
             shown=self.presentable("; ".join(reasons)),
+            retry_after_seconds=retry_after_seconds(response, datetime.now(UTC)),
         )
 
     def presentable(self, text: str) -> str:
@@ -397,58 +368,10 @@ class _Server:
         return line if len(line) <= 300 else f"{line[:300]}…"  # noqa: PLR2004
 
 
-def _trust(ca_file: Path | None) -> str | bool:
-    """
-    What requests takes as `verify`: a PEM file, or a directory with hashed names.
-
-    Its own default is a list of public CAs that it carries along, which no company's CA is in.
-    """
-    if ca_file:
-        return str(ca_file)
-    system = ssl.get_default_verify_paths()
-    return system.cafile or system.capath or True
-
-
-class _TooMuchError(Exception):
-    """The answer has no end."""
-
-
-def _content(response: requests.Response) -> bytes:
-    content = bytearray()
-    for chunk in response.iter_content(1 << 16):
-        content += chunk
-        if len(content) > _MAX_BODY_BYTES:
-            response.close()
-            raise _TooMuchError(f"wanted an answer of {_MAX_BODY_BYTES} bytes at most, found more")
-    return bytes(content)
-
-
-def _within(seconds: float, work: Callable[[], _T]) -> _T:
-    """
-    What `work` returns or raises, in a thread of its own.
-
-    The time limits of `requests` are for each step: an answer that drips, or a name with many addresses, could
-    take any time.
-
-    Raises:
-        TimeoutError: It took longer; it is left to itself.
-    """
-    future: Future[_T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as e:  # noqa: BLE001 (raised again on the other side)
-            future.set_exception(e)
-
-    Thread(target=run, daemon=True).start()
-    return future.result(seconds)
-
-
 def _tls_error(e: requests.exceptions.SSLError, where: str) -> BackendError:
     """A server that stops in the middle of a handshake may be back; what it or we do not accept stays so."""
     message = f"vault: {where}: {_cause(e)}"
-    if any(isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError) for cause in _causes(e)):
+    if any(isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError) for cause in causes(e)):
         return BackendUnavailableError(message)
     hint = "does ca_file hold the CA of the server's certificate, and is the host in url one of its names?"
     return BackendRefusedError(message, hint=hint)
@@ -456,16 +379,8 @@ def _tls_error(e: requests.exceptions.SSLError, where: str) -> BackendError:
 
 def _cause(e: BaseException) -> str:
     """The innermost reason, in the system's words; the outer ones name Python's classes."""
-    *_, last = _causes(e)
-    return (isinstance(last, Exception) and _reason(last)) or type(last).__name__
-
-
-def _causes(e: BaseException | None) -> Iterator[BaseException]:
-    """Outermost first: requests wraps what urllib3 wraps, each in its own way."""
-    while e is not None:
-        yield e
-        inner = (getattr(e, "reason", None), e.__cause__, *e.args)
-        e = next((i for i in inner if isinstance(i, BaseException)), None)
+    last = innermost(e)
+    return (isinstance(last, OSError) and last.strerror) or str(last) or type(last).__name__
 
 
 def _origin(location: str) -> str:
@@ -676,8 +591,6 @@ class VaultBackend:
         """
         if not isinstance(settings, VaultSettings):
             raise TypeError(f"wanted VaultSettings, found {type(settings).__name__}")
-        if problems := list(_tls_problems(settings)):
-            raise SettingsError(problems)
         return cls(settings)
 
     def sign(self, request: SignRequest) -> Issued:

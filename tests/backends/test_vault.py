@@ -1004,9 +1004,12 @@ def test_sorts_errors_by_whether_trying_again_helps(
         assert double.tokens == ["t"]
 
 
-@pytest.mark.parametrize(("value", "seconds"), [("7", 7), ("soon", None), ("-1", None), ("9" * 400, None)])
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [("7", 7), ("Sun, 06 Nov 1994 08:49:37 GMT", 0), ("soon", None), ("-1", None), ("9" * 400, None)],
+)
 def test_understands_retry_after(apiserver: SignRequest, tmp_path: Path, value: str, seconds: float | None) -> None:
-    """Retry-After counts where it is a sensible number of seconds."""
+    """Retry-After counts where it is a sensible number of seconds, or a date."""
     with (
         Double((SIGN, 503, {**JSON, "Retry-After": value}, errors())) as double,
         vault(double.url, token_file(tmp_path, "t")) as backend,
