@@ -160,18 +160,22 @@ class Row:
     path: str
     state: State
     trouble: str | None
-    certificate: x509.Certificate | None  #: The first of the file; None unless it is present.
-    seconds_left: int | None  #: The first certificate's, as kubeadm has it.
-    chain: Sequence[x509.Certificate]  #: The first and what it needs; an intermediate may end before it.
-    chain_seconds_left: int | None
+    chain: Sequence[x509.Certificate]  #: The certificate and its intermediates; empty unless it is present.
+    seconds_left: int | None  #: The certificate's, as kubeadm has it.
+    chain_seconds_left: int | None  #: Of the one that ends first.
     authority: str | None  #: None for a CA itself.
     external: bool  #: Its CA's key is not on the node.
     due: bool  #: Ends within the time asked for, or has ended; False when nothing was asked for.
     optional: bool = False  #: A healthy node may be without it.
 
     @property
+    def certificate(self) -> x509.Certificate | None:
+        """The first of the file."""
+        return self.chain[0] if self.chain else None
+
+    @property
     def expired(self) -> bool:
-        """Whether it has ended."""
+        """Whether it, or an intermediate that it needs, has ended."""
         return self.chain_seconds_left is not None and self.chain_seconds_left < 0
 
 
@@ -220,9 +224,8 @@ def _item_row(item: Item, now: datetime, within: timedelta | None) -> Row:
         path=str(item.certificate_path),
         state=item.state,
         trouble=item.trouble,
-        certificate=item.certificates[0] if item.certificates else None,
-        seconds_left=_left(item.certificates, now),
         chain=item.certificates,
+        seconds_left=_left(item.certificates, now),
         chain_seconds_left=_chain_left(item.certificates, now),
         authority=item.spec.authority.name,
         external=item.authority_external,
@@ -237,9 +240,8 @@ def _authority_row(state: AuthorityState, now: datetime, within: timedelta | Non
         path=str(state.path),
         state=state.state,
         trouble=state.trouble,
-        certificate=state.certificates[0] if state.certificates else None,
-        seconds_left=_left(state.certificates, now),
         chain=state.certificates[:1],
+        seconds_left=_left(state.certificates, now),
         chain_seconds_left=_left(state.certificates, now),
         authority=None,
         external=state.key == "external",
