@@ -24,7 +24,7 @@ from bridge import audit, backups, bundle
 from bridge.answers import certificates_in, is_for, newest
 from bridge.asking import Answer, Progress
 from bridge.bundle import AnswerBundle, BundleError, Refusal, RequestBundle
-from bridge.certificates import fingerprint, load_pem_certificates, name_text, serial_hex
+from bridge.certificates import UNREADABLE, fingerprint, is_ca, load_pem_certificates, name_text, serial_hex
 from bridge.console import columns, log, print_error, printable, under_headings
 from bridge.contract import Issued
 from bridge.errors import BackendRefusedError, BridgeError, Exit, SettingsError, SettingsProblem, WaitingError
@@ -333,12 +333,12 @@ def _match_loose(requests: OpenRequests, found: _Found) -> None:
         matching = [(path, certificate) for path, certificate in everything if is_for(certificate, one.request.csr)]
         if not matching:
             continue
-        others = [certificate for _, certificate in everything if _is_ca(certificate)]
+        others = [certificate for _, certificate in everything if is_ca(certificate)]
         answer = newest([certificate for _, certificate in matching], others)
         found.take(one.name, answer, next(path for path, certificate in matching if certificate == answer.leaf))
         matched |= {certificate.fingerprint(_SHA256) for _, certificate in matching}
     for path, certificate in everything:
-        if certificate.fingerprint(_SHA256) not in matched and not _is_ca(certificate):
+        if certificate.fingerprint(_SHA256) not in matched and not is_ca(certificate):
             found.strange.append(
                 NotOursError(
                     f"{path}: wanted the certificate of a request that waits here, found {_about(certificate)} for another key",
@@ -350,17 +350,10 @@ def _match_loose(requests: OpenRequests, found: _Found) -> None:
 _SHA256 = hashes.SHA256()
 
 
-def _is_ca(certificate: x509.Certificate) -> bool:
-    try:
-        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    except (x509.ExtensionNotFound, ValueError, x509.UnsupportedGeneralNameType):
-        return False
-
-
 def _about(certificate: x509.Certificate) -> str:
     try:
         return f"{name_text(certificate.subject)}, serial {serial_hex(certificate)},"
-    except ValueError:
+    except UNREADABLE:
         return f"SHA-256 {fingerprint(certificate)[:16]}…"
 
 

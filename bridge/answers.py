@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, pkcs7
 
-from bridge.certificates import load_pem_certificates
+from bridge.certificates import UNREADABLE, load_der_certificate, load_pem_certificates
 from bridge.contract import Issued
 
 _PKCS7_PEM = (b"-----BEGIN PKCS7-----", b"-----BEGIN CMS-----", b"-----BEGIN PKCS #7 SIGNED DATA-----")
@@ -30,7 +29,7 @@ def certificates_in(data: bytes) -> list[x509.Certificate]:
     if b"-----BEGIN" in data:
         return load_pem_certificates(data)
     try:
-        return [x509.load_der_x509_certificate(data)]
+        return [load_der_certificate(data)]
     except ValueError:
         return _of_pkcs7(pkcs7.load_der_pkcs7_certificates, data)
 
@@ -38,7 +37,7 @@ def certificates_in(data: bytes) -> list[x509.Certificate]:
 def _of_pkcs7(load: Callable[[bytes], list[x509.Certificate]], data: bytes) -> list[x509.Certificate]:
     try:
         return load(data)
-    except (ValueError, UnsupportedAlgorithm):
+    except UNREADABLE:
         raise ValueError("no certificate in PEM, DER or PKCS#7") from None
 
 
@@ -46,7 +45,7 @@ def is_for(certificate: x509.Certificate, csr: x509.CertificateSigningRequest) -
     """Whether it certifies the key that the CSR was made with."""
     try:
         return _key(certificate) == _key(csr)
-    except (ValueError, UnsupportedAlgorithm):  # a key of a type that nobody here makes
+    except UNREADABLE:  # a key of a type that nobody here makes
         return False
 
 

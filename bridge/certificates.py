@@ -27,13 +27,14 @@ warnings.filterwarnings("ignore", message="Attribute's length must be", category
 _BEGIN = re.compile(rb"^-----BEGIN CERTIFICATE-----[ \t]*\r?$", re.MULTILINE)
 _END = b"-----END CERTIFICATE-----"
 
-#: What the library raises for parts of a certificate, which it reads only when they are asked for: a name or a key
-#: that can't be decoded, an attribute whose type does not fit, an extension that is there twice or of a kind it does
-#: not know.
+#: What the library raises for a certificate, and for parts of it, which it reads only when they are asked for: a name
+#: or a key that can't be decoded, an attribute whose type does not fit, an extension that is there twice or of a kind
+#: it does not know.
 UNREADABLE = (
     ValueError,
     TypeError,
     UnsupportedAlgorithm,
+    x509.InvalidVersion,
     x509.DuplicateExtension,
     x509.UnsupportedGeneralNameType,
 )
@@ -74,11 +75,23 @@ def _load(body: bytes, number: int) -> x509.Certificate:
     except ValueError:
         raise ValueError(f"PEM block {number} is not base64") from None
     try:
+        return load_der_certificate(der)
+    except ValueError as e:
+        raise ValueError(f"PEM block {number} is not an X.509 certificate: {e}") from e
+
+
+def load_der_certificate(der: bytes) -> x509.Certificate:
+    """
+    One certificate, whose names can be read; its key and its extensions may still be `UNREADABLE`.
+
+    Raises:
+        ValueError: It can't be read.
+    """
+    try:
         certificate = x509.load_der_x509_certificate(der)
         _ = certificate.subject, certificate.issuer  # or whoever shows them would be the first to read them
-    # InvalidVersion is no ValueError
-    except (*UNREADABLE, x509.InvalidVersion) as e:
-        raise ValueError(f"PEM block {number} is not an X.509 certificate: {e}") from e
+    except UNREADABLE as e:
+        raise ValueError(str(e)) from e
     return certificate
 
 
@@ -185,13 +198,11 @@ def extended_key_usages(subject: x509.Certificate | x509.CertificateSigningReque
 
 
 def is_ca(certificate: x509.Certificate) -> bool:
-    """
-    Whether BasicConstraints say CA:TRUE.
-
-    Raises:
-        ValueError: The extensions can't be read.
-    """
-    constraints = extension(certificate, x509.BasicConstraints)
+    """Whether BasicConstraints say CA:TRUE; not if the extensions can't be read."""
+    try:
+        constraints = extension(certificate, x509.BasicConstraints)
+    except UNREADABLE:
+        return False
     return constraints is not None and constraints.ca
 
 

@@ -186,7 +186,7 @@ def _authorities(pki_dir: Path, apiserver_flags: Mapping[str, str], *, local_etc
 def _authority(authority: Authority, path: Path, key_path: Path | None, *, listed: bool) -> AuthorityState:
     found = _certificates_in(path)
     state, trouble = found.state, found.trouble
-    if found.certificates and not _is_ca(found.certificates[0]):
+    if found.certificates and not is_ca(found.certificates[0]):
         state, trouble = "broken", f"wanted a CA certificate in {path}, found one that is not a CA"
     key: KeyState = "external" if found.certificates else "missing"
     if key_path is not None and _exists(key_path):
@@ -200,13 +200,6 @@ def _authority(authority: Authority, path: Path, key_path: Path | None, *, liste
         trouble=trouble,
         listed=listed,
     )
-
-
-def _is_ca(certificate: x509.Certificate) -> bool:
-    try:
-        return is_ca(certificate)
-    except ValueError:
-        return False
 
 
 def _host_path(flag: str) -> Path:

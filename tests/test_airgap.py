@@ -29,13 +29,14 @@ from bridge.bundle import AnswerBundle
 from bridge.certificates import pem, serial_hex
 from bridge.contract import Issued, SignRequest
 from bridge.csr import PrivateKey
+from bridge.errors import Exit
 from bridge.specs import AUTHORITIES, SPECS
 from tests.attack.pairs import assert_pairs
 from tests.e2e.cas import add_openssl
 from tests.kit.airgap import Node
 from tests.kit.bundles import changed, new_csr, old_pairs
 from tests.kit.desks import Desk, make_desk
-from tests.kit.issuing import Signer
+from tests.kit.issuing import Signer, odd_certificates
 from tests.kit.pki import NODE, Pki, handmade_pki
 
 FRONT = "front-proxy-client"
@@ -400,6 +401,22 @@ def test_a_directory_with_all_kinds_of_things(node: Node, desk: Desk) -> None:
         FRONT,
     }
     assert_pairs(node.pki)
+
+
+def test_odd_certificates_beside_an_answer_do_no_harm(node: Node) -> None:
+    """They are passed over or refused by name, and the answer beside them is installed."""
+    node.export(FRONT)
+    leaf = loose(node, FRONT)
+    (node.carried / "bundle.json").unlink()
+    (node.carried / "answer.crt").write_bytes(pem(leaf))
+    for name, der in odd_certificates(Signer.make("odd").certificate).items():
+        (node.carried / name).write_bytes(der)
+    run = node.run("import", node.carried)
+    assert run.returncode == Exit.REFUSED, run.stderr
+    assert "an unknown version: passed over" in run.stderr
+    assert "an unknown version, PKCS#7: passed over" in run.stderr
+    assert "an extension twice: wanted the certificate of a request that waits here, found CN=odd" in run.stderr
+    assert node.live()[FRONT] == leaf
 
 
 def test_the_same_things_named_are_errors(node: Node) -> None:

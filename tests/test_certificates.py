@@ -21,6 +21,7 @@ from bridge.certificates import (
     extension,
     fingerprint,
     is_ca,
+    load_der_certificate,
     load_pem_certificates,
     name_text,
     pem,
@@ -30,11 +31,12 @@ from bridge.certificates import (
     serial_hex,
 )
 from bridge.csr import key_pem
-from tests.kit.issuing import NOW, Signer
+from tests.kit.issuing import NOW, Signer, odd_certificates
 
 ROOT, OTHER = Signer.make("root"), Signer.make("other")
 A, B = pem(ROOT.certificate), pem(OTHER.certificate)
 KEY = key_pem(ROOT.key)
+ODD = odd_certificates(ROOT.certificate)
 
 
 def certificate(*extensions: x509.ExtensionType, subject: x509.Name | None = None, number: int = 1) -> x509.Certificate:
@@ -96,6 +98,14 @@ def test_refuses(data: bytes) -> None:
     assert load_pem_certificates(A) == [ROOT.certificate]
     with pytest.raises(ValueError, match=r"\w"):
         load_pem_certificates(data)
+
+
+def test_der_is_a_certificate_or_a_value_error() -> None:
+    """Also where the library has another word for it."""
+    assert load_der_certificate(UNREADABLE["DER"]) == ROOT.certificate
+    for data in (ODD["an unknown version"], A, b""):
+        with pytest.raises(ValueError, match=r"\w"):
+            load_der_certificate(data)
 
 
 @given(st.lists(st.tuples(st.integers(0, len(A + B)), st.integers(0, 40), st.binary(max_size=4)), max_size=3))
@@ -205,10 +215,11 @@ def test_extended_key_usages() -> None:
 
 
 def test_is_ca() -> None:
-    """Only with the extension, and only when it says so."""
+    """Only with the extension, and only when it says so and can be read."""
     assert is_ca(ROOT.certificate)
     assert not is_ca(certificate())
     assert not is_ca(certificate(x509.BasicConstraints(ca=False, path_length=None)))
+    assert not is_ca(load_der_certificate(ODD["an extension twice"]))
 
 
 def test_names() -> None:

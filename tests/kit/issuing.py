@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import pkcs7
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
 from bridge.contract import Issued, SignRequest
@@ -147,6 +148,20 @@ class Signer:
             builder = builder.add_extension(extra, critical=extra_critical)
         leaf = builder.sign(self.key, hash_algorithm or hashes.SHA256())
         return Issued(leaf=leaf, intermediates=tuple(signer.certificate for signer in intermediates))
+
+
+def odd_certificates(ca: x509.Certificate) -> dict[str, bytes]:
+    """A CA's certificate, made odd in ways that are no ValueError to the library; as DER."""
+    der = ca.public_bytes(serialization.Encoding.DER)
+    bag = pkcs7.serialize_certificates([ca], serialization.Encoding.DER)
+    key_usage, basic_constraints = b"\x06\x03\x55\x1d\x0f", b"\x06\x03\x55\x1d\x13"
+    version = b"\xa0\x03\x02\x01"
+    other = der.replace(version + b"\x02", version + b"\x07", 1)
+    return {
+        "an extension twice": der.replace(key_usage, basic_constraints, 1),
+        "an unknown version": other,
+        "an unknown version, PKCS#7": bag.replace(der, other),
+    }
 
 
 def _requested(csr: x509.CertificateSigningRequest) -> Sequence[x509.GeneralName]:
