@@ -248,7 +248,7 @@ def import_answers(
             run.record.add(audit.REFUSED, error=error)
         result = _finish_import(run, node, found, walk, all_or_nothing=all_or_nothing)
         if result.backup_id is not None:
-            backups.retire(run.store, settings.backups, node, now())
+            backups.retire(run.store, settings, node, now())
         left = tuple(_still_waiting(node, run.requests, result))
         return dataclasses.replace(result, outcomes=(*result.outcomes, *left)), node, found.strange
 

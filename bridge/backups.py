@@ -41,13 +41,12 @@ from bridge.install import (
 from bridge.inventory import Item, Node
 from bridge.runs import alone
 from bridge.selection import Outcome
-from bridge.settings import BackupSettings, Settings
+from bridge.settings import Settings
 from bridge.store import Store
 
 log = logging.getLogger("ca-bridge")
 
 MANIFEST = "manifest.json"
-NONE: Mapping[str, frozenset[tuple[str, str]]] = {}
 #: What a manifest without them could not be listed or put back.
 _NEEDED = {"id": str, "created": str, "run_id": str, "files": list}
 
@@ -216,17 +215,15 @@ def find(store: Store, backup_id: str | None) -> Backup:
 # --- is it good? -----------------------------------------------------------------------------------------------------
 
 
-def problems_of(
-    backup: Backup, node: Node, now: datetime, extra_subject: Mapping[str, frozenset[tuple[str, str]]] = NONE
-) -> list[Problem]:
+def problems_of(backup: Backup, settings: Settings, node: Node, now: datetime) -> list[Problem]:
     """
     All that speaks against putting it back.
 
     Args:
         backup: What to look at.
+        settings: The subject attributes that a certificate may have or lack are in there.
         node: With the live certificates.
         now: Aware, UTC.
-        extra_subject: By authority, the subject attributes that a certificate may have or lack.
     """
     items = {item.spec.name: item for item in node.items}
     found: list[Problem] = []
@@ -236,8 +233,7 @@ def problems_of(
             wanted = "a certificate of this node"
             found.append(Problem(certificate=name, wanted=wanted, found="a name that it does not have"))
         else:
-            extra = extra_subject.get(item.spec.authority.name, frozenset())
-            found += _problems(_files(backup, name), item, now, extra)
+            found += _problems(_files(backup, name), item, now, settings.extra_subject(item.spec.authority.name))
     return found
 
 
@@ -385,7 +381,7 @@ def rollback(
             return force and problem.can_be_forced
 
         done = put_back(find(store, backup_id), settings, store, record, node, now(), may_pass)
-        retire(store, settings.backups, node, now())
+        retire(store, settings, node, now())
     return done, node
 
 
@@ -404,8 +400,7 @@ def put_back(
     Raises:
         RollbackRefusedError, AuditError, InstallError: As `rollback`.
     """
-    extra = {name: authority.extra_subject for name, authority in settings.authorities.items()}
-    problems = problems_of(backup, node, now, extra)
+    problems = problems_of(backup, settings, node, now)
     if not all(map(may_pass, problems)):
         error = RollbackRefusedError(backup.backup_id, problems)
         record.add(audit.REFUSED, error=error)
@@ -482,7 +477,7 @@ def _replacement(file: File, node: Node) -> Replacement:
 # --- retention -------------------------------------------------------------------------------------------------------
 
 
-def retire(store: Store, settings: BackupSettings, node: Node, now: datetime) -> list[str]:
+def retire(store: Store, settings: Settings, node: Node, now: datetime) -> list[str]:
     """
     Delete the backups that nobody needs; its lock is held.
 
@@ -494,14 +489,15 @@ def retire(store: Store, settings: BackupSettings, node: Node, now: datetime) ->
         Their IDs. What could not be deleted is a warning: the installation before it is done.
     """
     found, _ = read_all(store)
+    keep = settings.backups
     old = [
         backup
         for newer, backup in enumerate(found)
-        if newer > 0 and (newer >= settings.keep or now - backup.created > settings.keep_for)
+        if newer > 0 and (newer >= keep.keep or now - backup.created > keep.keep_for)
     ]
     if not old:
         return []
-    last_good = next((backup for backup in found if not problems_of(backup, node, now)), None)
+    last_good = next((backup for backup in found if not problems_of(backup, settings, node, now)), None)
     deleted = []
     for backup in reversed(old):
         if backup is last_good:

@@ -80,7 +80,6 @@ def expectations(
     failed = []
     for item in items:
         name = item.spec.authority.name
-        ours = settings.authorities.get(name)
         try:
             demands[name] = verify.Expectation(
                 anchors=_anchors(item),
@@ -88,7 +87,7 @@ def expectations(
                 now=now,
                 min_validity=settings.renewal.min_validity,
                 intermediates_allowed=version is None or version >= FIRST_WITH_CHAINS,
-                extra_subject=ours.extra_subject if ours is not None else frozenset(),
+                extra_subject=settings.extra_subject(name),
             )
         except BridgeError as e:
             failed.append(outcome_of(item, e))

@@ -71,7 +71,7 @@ def run(
             record_failed(ours.record, [o for o in selection.failed if not isinstance(o.error, NotYetError)])
             result = walk.without_work(selection)
         if result.backup_id is not None:
-            backups.retire(ours.store, settings.backups, node, now())
+            backups.retire(ours.store, settings, node, now())
         return result, node, selection
 
 

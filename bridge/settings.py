@@ -309,6 +309,11 @@ class Settings:
     #: By authority: the keys of its table that are the backend's.
     authority_tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+    def extra_subject(self, authority: str) -> frozenset[tuple[str, str]]:
+        """The subject attributes, as (OID, value), that this authority's certificates may have or lack."""
+        ours = self.authorities.get(authority)
+        return ours.extra_subject if ours is not None else frozenset()
+
 
 class Source:
     """A TOML text that can tell the line of a key."""

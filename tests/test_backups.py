@@ -102,7 +102,7 @@ def renewed(run: Run, *names: str) -> str:
 
 def problems(store: Store, node: Pki, backup_id: str | None = None) -> list[backups.Problem]:
     found = inventory.read(node.pki_dir, node.kubeconfig_dir)
-    return backups.problems_of(backups.find(store, backup_id), found, datetime.now(UTC))
+    return backups.problems_of(backups.find(store, backup_id), settings.parse(""), found, datetime.now(UTC))
 
 
 # --- backups ---------------------------------------------------------------------------------------------------------
@@ -350,18 +350,23 @@ def test_a_backup_with_other_names_than_the_live_certificate_needs_force(
     assert run("rollback", "--force").exit_code == 0
 
 
+WITH_OU = [(NameOID.COMMON_NAME, "kube-apiserver"), (NameOID.ORGANIZATIONAL_UNIT_NAME, "Platform")]
+
+
+def _allow_ou(config: Path) -> None:
+    allowed = '[authority.ca]\nallow_extra_subject = ["OU=Platform"]'
+    config.write_text(config.read_text().replace("[authority.ca]", allowed))
+
+
 def test_a_backup_from_before_a_ca_added_its_attribute_is_taken(
     run: Run, node: Pki, store: Store, config: Path
 ) -> None:
     """What the settings allow a CA to add may be missing, too; without the exception it needs force."""
     renewed(run, "apiserver")
-    ours = [(NameOID.COMMON_NAME, "kube-apiserver"), (NameOID.ORGANIZATIONAL_UNIT_NAME, "Platform")]
-    _live_instead(node, "apiserver", subject=issuing.name(*ours))
+    _live_instead(node, "apiserver", subject=issuing.name(*WITH_OU))
     assert [problem.subject for problem in problems(store, node)] == ["subject"]
     assert run("rollback").exit_code == 1
-    config.write_text(
-        config.read_text().replace("[authority.ca]", '[authority.ca]\nallow_extra_subject = ["OU=Platform"]')
-    )
+    _allow_ou(config)
     assert run("rollback").exit_code == 0
 
 
@@ -456,9 +461,10 @@ def dated(store: Store, backup_id: str, created: datetime) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"created": created.isoformat()}))
 
 
-def retired(store: Store, node: Pki, keep: int = 10, keep_for: timedelta = timedelta(days=400)) -> list[str]:
+def retired(store: Store, node: Pki, keep: int = 10, config: Path | None = None) -> list[str]:
     found = inventory.read(node.pki_dir, node.kubeconfig_dir)
-    return backups.retire(store, BackupSettings(keep=keep, keep_for=keep_for), found, datetime.now(UTC))
+    ours = dataclasses.replace(settings.parse(config.read_text() if config else ""), backups=BackupSettings(keep=keep))
+    return backups.retire(store, ours, found, datetime.now(UTC))
 
 
 def test_only_so_many_are_kept(run: Run, store: Store, config: Path) -> None:
@@ -491,6 +497,19 @@ def test_the_last_good_one_is_kept(run: Run, store: Store, node: Pki) -> None:
     assert {entry["id"] for entry in listed(run)} == {good, newest}
     renewed(run, "apiserver")
     assert retired(store, node, keep=1) == [good, newest]
+
+
+def test_what_a_ca_may_add_to_the_subject_is_no_reason_to_delete_the_last_good_one(
+    run: Run, store: Store, node: Pki, config: Path
+) -> None:
+    """It is judged as by `rollback`, which would take it."""
+    good, bad, newest = (renewed(run, "apiserver") for _ in range(3))
+    for one in (bad, newest):
+        _saved(store, one).write_bytes(b"")
+    _live_instead(node, "apiserver", subject=issuing.name(*WITH_OU))
+    _allow_ou(config)
+    assert retired(store, node, 1, config) == [bad]
+    assert run("rollback", good).exit_code == 0
 
 
 def test_a_deletion_that_is_cut_off_leaves_no_backup(
