@@ -147,8 +147,8 @@ def _authority(state: AuthorityState, about: str, now: datetime) -> Finding:
 
 def _state_directory(path: Path) -> Iterator[Finding]:
     about = "state directory"
-    if Store(path).journal.exists():
-        text = "an installation was interrupted; the next run, or `ca-bridge recover`, finishes it"
+    if Store(path).is_interrupted:
+        text = "an installation or restart is under way, or was interrupted; the next run, or `recover`, finishes it"
         yield Finding(level="warning", about=about, text=text)
     if path.is_dir() and (path.stat().st_uid != os.geteuid() or path.stat().st_mode & 0o077):
         text = f"wanted {path} to be ours with mode 0700, found mode {stat.S_IMODE(path.stat().st_mode):04o}"

@@ -266,6 +266,19 @@ def test_doctor_finds_what_is_wrong(run: Run, node: Pki, config: Path) -> None:
         assert part in result.stdout
 
 
+@pytest.mark.parametrize("left", ["journal", "staging", "restart"])
+def test_doctor_finds_what_was_interrupted(run: Run, tmp_path: Path, left: str) -> None:
+    """An installation, or a restart that may have left a component's manifest away."""
+    sentence = "an installation or restart is under way, or was interrupted"
+    store = Store(tmp_path / "state")
+    store.prepare()
+    assert sentence not in run("doctor").stdout
+    getattr(store, left).write_text("{}")
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    assert sentence in result.stdout
+
+
 @pytest.mark.parametrize("ca", ["vault", "cfssl", "openssl"])
 def test_setup_prints_what_the_cas_administrator_needs(run: Run, ca: str) -> None:
     """For one authority or for all; it needs no settings of a backend."""
