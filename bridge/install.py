@@ -100,8 +100,8 @@ def install(store: Store, replacements: Sequence[Replacement], run_id: str, abou
         InstallError: Nothing was replaced, or all was put back; or, if even that failed, the journal stays for `recover`.
     """
     targets = [_target(replacement, run_id) for replacement in replacements]
-    _write_json(store.staging, {"run_id": run_id, "staged": [str(target.staged) for target in targets]})
     try:
+        _write_json(store.staging, {"run_id": run_id, "staged": [str(target.staged) for target in targets]})
         for target in targets:
             _stage(target)
         backup_id = _back_up(store, targets, run_id, about)
@@ -121,10 +121,7 @@ def install(store: Store, replacements: Sequence[Replacement], run_id: str, abou
         _forward(journal)
     except (OSError, InstallError) as e:
         _give_up(store, journal, e)
-    try:
-        _close(store)
-    except OSError as e:
-        log.warning("all files were replaced, but the journal could not be removed (%s); the next run does", _reason(e))
+    _close_at_last(store, "all files were replaced")
     return backup_id
 
 
@@ -137,6 +134,7 @@ def recover(store: Store) -> Recovery | None:
 
     Raises:
         InstallError: Neither way works; the journal stays.
+        OSError: What is left over can't be removed; the files are whole.
     """
     for half_written in store.half_written():
         half_written.unlink()
@@ -308,8 +306,16 @@ def _give_up(store: Store, journal: dict[str, Any], error: Exception) -> NoRetur
             f"the files could not be replaced ({_reason(error)}), nor put back ({_reason(e)})",
             hint="mend the file system, then run `ca-bridge recover`",
         ) from error
-    _close(store)
+    _close_at_last(store, "all was put back")
     raise InstallError(f"all was put back: {_reason(error)}") from error
+
+
+def _close_at_last(store: Store, done: str) -> None:
+    """The files are as they shall be: a journal that can't be removed is for the next run, which finds nothing to do."""
+    try:
+        _close(store)
+    except OSError as e:
+        log.warning("%s, but the journal could not be removed (%s); the next run does", done, _reason(e))
 
 
 def _close(store: Store) -> None:

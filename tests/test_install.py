@@ -215,13 +215,38 @@ def test_an_error_at_any_point_leaves_all_old_or_all_new(
         Tripwire(patch, point, fail)
         try:
             run(pki, store)
-        except (BridgeError, OSError):
+        except InstallError:  # and nothing else, or nobody would tell which files are there
             reported = True
         else:
             reported = False
     assert reported or contents(pki) == NEW
     recover(store)
     _assert_whole(pki, store)
+
+
+def test_a_journal_that_stays_does_not_hide_that_all_was_put_back(
+    pki: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A swap fails, then the journal can't be removed; the next run has nothing to undo."""
+
+    def failing(call: Callable[..., Any], place: Path) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if str(place) in map(str, args):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return call(*args, **kwargs)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", failing(os.rename, pki / "admin.conf"))
+        patch.setattr(os, "unlink", failing(os.unlink, store.journal))
+        with pytest.raises(InstallError, match="all was put back"):
+            run(pki, store)
+    assert contents(pki) == FILES
+    assert store.is_interrupted
+    recover(store)
+    _assert_whole(pki, store)
+    assert contents(pki) == FILES
 
 
 @pytest.mark.parametrize("point", POINTS)
