@@ -32,9 +32,10 @@ from bridge.prepare import write_csrs as write_csr_files
 from bridge.runs import alone
 from bridge.schedule import NotYetError
 from bridge.selection import Outcome, Selection, nothing_due, select
-from bridge.settings import DEFAULT_FILE, NodeSettings, Settings
+from bridge.settings import DEFAULT_FILE, Commands, Components, NodeSettings, Settings
 from bridge.specs import AUTHORITIES, Component
 from bridge.store import Store
+from bridge.windows import Windows
 
 SCHEMA_VERSION = 1
 DATE = "%b %d, %Y %H:%M UTC"
@@ -566,12 +567,16 @@ def example() -> Path:
 
 
 def settings_show(settings: Settings) -> str:
-    """The settings in force, as TOML-like lines `key = value`; what comes from backends' dataclasses included."""
+    """The settings in force, as TOML that means the same; a backend's keys are in the tables of its authorities."""
     lines = [f"# from {settings.source.file or 'defaults alone: no settings file'}"]
+    named = dataclasses.replace(settings, node=dataclasses.replace(settings.node, name=settings.node.node_name))
     for name in ("node", "renewal", "restart", "cluster", "hooks", "audit", "backups"):
-        lines += ["", f"[{name}]", *_shown(getattr(settings, name))]
-    for authority, configured in plugins.configured(settings, settings.authorities).items():
-        lines += ["", f"[authority.{authority}]", f"backend = {configured.name!r}", f"# type {configured.type_name}"]
+        lines += ["", f"[{name}]", *_shown(getattr(named, name))]
+    backends = plugins.configured(settings, settings.authorities)
+    for name, type_name in {one.name: one.type_name for one in backends.values()}.items():
+        lines += ["", f"[backend.{json.dumps(name)}]", f"type = {json.dumps(type_name)}"]
+    for authority, configured in backends.items():
+        lines += ["", f"[authority.{authority}]", *_shown(settings.authorities[authority])]
         lines += _shown(configured.settings)
     return "\n".join(lines) + "\n"
 
@@ -585,14 +590,27 @@ def _shown(values: Any, prefix: str = "") -> Iterator[str]:
             yield f"{key}_{value.kind} = {json.dumps(value.where)}"
         elif dataclasses.is_dataclass(value) and not hasattr(value, "from_setting"):
             yield from _shown(value, f"{key}.")
-        elif isinstance(value, timedelta):
-            yield f'{key} = "{duration_text(value)}"'
         elif isinstance(value, Mapping):
             yield from (f"{key}.{json.dumps(name)} = {json.dumps(text)}" for name, text in value.items())
-        elif isinstance(value, bool | int | tuple):
-            yield f"{key} = {json.dumps(value)}"
         else:
-            yield f"{key} = {json.dumps(str(value))}"
+            yield f"{key} = {json.dumps(_plain(value))}"
+
+
+def _plain(value: Any) -> Any:
+    """As it may stand in the settings file."""
+    match value:
+        case bool() | int() | tuple():
+            return value
+        case timedelta():
+            return duration_text(value)
+        case Windows():
+            return list(map(str, value.windows))
+        case Commands():
+            return value.texts
+        case Components(which="listed"):
+            return [component.value for component in value.listed]
+        case _:
+            return str(value)
 
 
 def setup(settings: Settings, ca: str, authority: str | None) -> str:

@@ -54,6 +54,9 @@ class Version:
             raise ValueError('a Kubernetes version such as "1.37"')
         return cls(int(match[1]), int(match[2]))
 
+    def __str__(self) -> str:
+        return f"{self.major}.{self.minor}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class NodeSettings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -23,7 +24,9 @@ from bridge.cli import app
 from bridge.errors import BridgeError
 from bridge.files import lock
 from bridge.install import KEY_MASK, Replacement, install
+from bridge.settings import parse
 from bridge.store import Store
+from bridge.zones import Zone
 from tests.kit import opensslca
 from tests.kit.pki import Pki, handmade_pki
 
@@ -349,6 +352,57 @@ def test_settings_show_names_secrets_and_shows_defaults(run: Run) -> None:
     assert result.exit_code == 0
     assert 'before = "30d"' in result.stdout
     assert "passphrase_file" in result.stdout
+
+
+ODD_SETTINGS = """
+[node]
+kubernetes_version = "v1.37.2"
+name = "cp-1"
+[renewal]
+before = "33%"
+window = ["Sat-Sun 02:00-06:00", "Mon,Wed 22:00-02:00"]
+window_zone = "Europe/Berlin"
+[restart]
+components = ["kube-scheduler", "kube-controller-manager"]
+[restart.commands]
+kubelet = "rc-service kubelet restart"
+[hooks]
+before = ["tell 'control plane'", "/usr/local/bin/\\"quoted\\""]
+success = "tell"
+[backend."a.b"]
+type = "vault"
+url = "https://vault.corp.example:8200"
+[backend."a.b".auth]
+method = "approle"
+role_id_file = "/etc/ca-bridge/role-id"
+secret_id_env = "SECRET_ID"
+[backend."a.b".roles]
+"admin.conf" = "cluster-admin"
+[backend.desk]
+type = "openssl"
+[authority.ca]
+backend = "a.b"
+allow_extra_subject = ["OU=Platform", "C=DE"]
+[authority.etcd-ca]
+backend = "desk"
+dir = "/srv/ca"
+digest = "sha384"
+"""
+
+
+@pytest.mark.parametrize("text", ["", "[node]\nname = 'x'\n", commands.example().read_text(), ODD_SETTINGS])
+def test_settings_show_prints_settings_that_mean_the_same(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exceptions to the subject included; the node's name and the time zone as they are taken."""
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    given = parse(text)
+    shown = parse(commands.settings_show(given))
+    assert plugins.configured(shown, shown.authorities) == plugins.configured(given, given.authorities)
+    taken = dataclasses.replace(
+        shown, source=given.source, backends=given.backends, authority_tables=given.authority_tables
+    )
+    node = dataclasses.replace(given.node, name=given.node.node_name)
+    renewal = dataclasses.replace(given.renewal, window_zone=Zone("Europe/Berlin"))
+    assert taken == dataclasses.replace(given, node=node, renewal=renewal)
 
 
 def test_messages_as_json_lines(run: Run) -> None:
