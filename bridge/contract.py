@@ -244,7 +244,7 @@ class BackendSettings:
     dataclass for a table, and any of these `| None`. A field without a default is required.
     """
 
-    timeout: timedelta = timedelta(seconds=30)  #: For one request or process.
+    timeout: timedelta = timedelta(seconds=30)  #: For one request or process; a process that signs many may have more.
     retry_for: timedelta = timedelta(minutes=2)  #: How long "unavailable" is retried.
 
     def problems(self) -> Iterator[SettingsProblem]:
