@@ -296,15 +296,16 @@ def rollback(
     backup_id: Annotated[
         str | None, typer.Argument(metavar="[ID]", help="Of `backups`. [default: the newest]", show_default=False)
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Also certificates that are not valid now.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Whatever is wrong but for damage and another CA.")] = False,
     wait: WaitOption = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """
     Put a backup's files back, whole, in one step that survives a crash.
 
-    Refused unless each file is as it was backed up, each key belongs to its certificate, and each certificate leads
-    to the node's present CA and is valid. What is replaced is backed up: a second rollback undoes the first.
+    Refused unless each file is as it was backed up, each key belongs to its certificate, and each certificate is as a
+    new one would have to be: CA, dates, usages, subject, SANs; with --force the CA alone counts of these. What is
+    replaced is backed up: a second rollback undoes the first.
     """
     from bridge import commands  # noqa: PLC0415
 

@@ -22,7 +22,7 @@ from bridge.contract import (
     SignRequest,
     SignsMany,
 )
-from bridge.errors import BackendError, BackendUnavailableError, BridgeError, SettingsError
+from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, SettingsError
 from bridge.settings import Key, Reader, Settings
 
 #: Requests to one CA at a time; more do not make OpenBao or cfssl any faster (their own CPU is the limit).
@@ -39,7 +39,7 @@ Answered = tuple[SignRequest, Issued | Pending | BackendError]
 class DuplicatePluginError(BridgeError):
     """Two installed distributions bring a backend of the same name."""
 
-    exit_code = 2
+    exit_code = Exit.USAGE
 
 
 class BrokenPluginError(BridgeError):

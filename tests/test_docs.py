@@ -99,6 +99,8 @@ def test_the_exit_codes_in_the_readme_are_the_programs() -> None:
     rows = re.findall(r"^\| ([0-9]) \| ", README.read_text(encoding="utf-8"), re.MULTILINE)
     promised = {value for name, value in vars(Exit).items() if name.isupper() and isinstance(value, int)}
     assert {int(row) for row in rows} == promised
+    order = ", ".join(map(str, Exit.PRECEDENCE))
+    assert f"the first of {order} counts" in README.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", ["README.md", "CHANGELOG.md", "tests/README.md"])
