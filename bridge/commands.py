@@ -584,7 +584,7 @@ def settings_show(settings: Settings) -> str:
 def _shown(values: Any, prefix: str = "") -> Iterator[str]:
     for field in dataclasses.fields(values):
         value, key = getattr(values, field.name), f"{prefix}{field.name}"
-        if value is None:
+        if value in (None, "", timedelta()):  # as if it were not set: none of them could be
             continue
         if isinstance(value, Secret):
             yield f"{key}_{value.kind} = {json.dumps(value.where)}"

@@ -380,6 +380,12 @@ secret_id_env = "SECRET_ID"
 "admin.conf" = "cluster-admin"
 [backend.desk]
 type = "openssl"
+[backend.signer]
+type = "cfssl"
+url = "https://cfssl.corp.example:8881"
+endpoint = "sign"
+[authority.front-proxy-ca]
+backend = "signer"
 [authority.ca]
 backend = "a.b"
 allow_extra_subject = ["OU=Platform", "C=DE"]
@@ -390,7 +396,12 @@ digest = "sha384"
 """
 
 
-@pytest.mark.parametrize("text", ["", "[node]\nname = 'x'\n", commands.example().read_text(), ODD_SETTINGS])
+EXAMPLES = [commands.example(), commands.example().parent / "exchange/config.toml"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", ODD_SETTINGS, *(path.read_text() for path in EXAMPLES)], ids=["none", "odd", "example", "exchange"]
+)
 def test_settings_show_prints_settings_that_mean_the_same(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exceptions to the subject included; the node's name and the time zone as they are taken."""
     monkeypatch.setenv("TZ", "Europe/Berlin")
