@@ -7,14 +7,16 @@ import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from typer.testing import CliRunner
 
 from bridge import plugins
 from bridge.cli import app
+from bridge.contract import BackendSettings, Secret
 from bridge.errors import Exit
-from bridge.settings import parse
+from bridge.settings import AuthoritySettings, parse
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -68,14 +70,42 @@ def _uncommented(lines: Iterator[str]) -> Iterator[str]:
 def test_every_key_in_the_example_exists_and_shows_its_default() -> None:
     """With all comments taken away it still loads; the tables that are not a CA's then say what an empty file means."""
     text = "\n".join(_uncommented(iter(EXAMPLE.read_text(encoding="utf-8").splitlines())))
-    assert len(tomllib.loads(text)["backend"]) == 3
-    text = text.replace('label = ""', 'label = "x"')
-    settings = parse(text.replace('kubernetes_version = "1.37"', ""))
+    assert len(tomllib.loads(text)["backend"]) == 4
+    settings = parse(text.replace('kubernetes_version = "1.37"', "").replace('name = "cp-1"', ""))
     plugins.configured(settings, settings.authorities)
     empty = parse("")
     settings = dataclasses.replace(settings, restart=dataclasses.replace(settings.restart, commands={}))
     for table in ("node", "renewal", "restart", "hooks", "cluster", "audit", "backups"):
         assert getattr(settings, table) == getattr(empty, table)
+
+
+def _keys(schema: type[Any]) -> Iterator[str]:
+    """As they are written in a table, and in the tables within it."""
+    hints = get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        types = [hints[field.name], *get_args(hints[field.name])]
+        tables = [one for one in types if dataclasses.is_dataclass(one) and not hasattr(one, "from_setting")]
+        yield f"{field.name}_file" if Secret in tables else field.name
+        for table in tables:
+            yield from _keys(table) if table is not Secret and isinstance(table, type) else ()
+
+
+def test_every_key_is_in_the_example() -> None:
+    """In the program's tables as the example has them, uncommented; a backend's keys in its type's part of the text."""
+    text = EXAMPLE.read_text(encoding="utf-8")
+    tables = tomllib.loads("\n".join(_uncommented(iter(text.splitlines()))))
+    for name in ("node", "renewal", "restart", "hooks", "cluster", "audit", "backups"):
+        assert set(tables[name]) == {field.name for field in dataclasses.fields(getattr(parse(""), name))}
+    assert {field.name for field in dataclasses.fields(AuthoritySettings)} <= set(tables["authority"]["ca"])
+    parts = re.split(r"^(?:# )?\[backend\.\w+\]$", text, flags=re.MULTILINE)[1:]
+    words = {re.findall(r'type = "(\w+)"', part)[0]: set(re.findall(r"\w+", part)) for part in parts}
+    words["openssl"] |= set(re.findall(r"\w+", (ROOT / "config/openssl/hsm.toml").read_text(encoding="utf-8")))
+    common = set(_keys(BackendSettings))
+    assert common <= words["vault"]
+    for name in ("vault", "cfssl", "openssl", "exchange"):
+        keys = set(_keys(plugins.installed()[name].load().settings_type))
+        assert len(keys - common) >= 2
+        assert keys - common <= words[name]
 
 
 def settings_in_sentences(text: str) -> set[str]:
