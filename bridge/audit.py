@@ -104,14 +104,13 @@ def _issuer(certificate: x509.Certificate) -> str | None:
 class Record:
     """The lines of one run; they wait until they are written together."""
 
-    def __init__(self, store: Store, settings: AuditSettings, run_id: str | None = None) -> None:
+    def __init__(self, store: Store, settings: AuditSettings) -> None:
         """
         Args:
             store: Its lock is held whenever lines are written.
             settings: When to rotate, and whether to tell syslog.
-            run_id: None: a new one.
         """
-        self.run_id = run_id or secrets.token_hex(4)
+        self.run_id = secrets.token_hex(4)
         self._store = store
         self._settings = settings
         self._waiting: list[dict[str, Any]] = []

@@ -171,11 +171,6 @@ def request_file_name(bundle: RequestBundle) -> str:
     return file_names(bundle.node, digest(bundle))[0]
 
 
-def answer_file_name(bundle: Bundle) -> str:
-    """The same for the answer."""
-    return file_names(bundle.node, digest(bundle) if isinstance(bundle, RequestBundle) else bundle.request_digest)[1]
-
-
 def file_names(node: str, request_digest: str) -> tuple[str, str]:
     """Of the request and of its answer."""
     stem = f"{node}-{request_digest[:32]}"

@@ -118,9 +118,7 @@ def _batch(requests: Sequence[BundledRequest]) -> str:
     return sha256(ders).hexdigest()[:32]
 
 
-def deliver(
-    found: CsrDirectory, target: Path, answers: Mapping[str, Issued], ca: x509.Certificate | None
-) -> list[Path]:
+def deliver(found: CsrDirectory, target: Path, answers: Mapping[str, Issued], ca: x509.Certificate | None) -> None:
     """
     Write `….crt` as the CSRs are laid out, and complete the kubeconfigs that are beside them.
 
@@ -130,28 +128,21 @@ def deliver(
         answers: By certificate name.
         ca: The cluster's, for the kubeconfigs.
 
-    Returns:
-        What was written.
-
     Raises:
         CsrDirectoryError: A kubeconfig can't be completed.
         OSError: Something can't be written.
     """
-    written = []
     for name, issued in answers.items():
         relative = found.files[name]
         chain = b"".join(map(pem, (issued.leaf, *issued.intermediates)))
         path = target / relative.with_suffix(".crt")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, chain, _CERTIFICATE_MODE)
-        written.append(path)
         config = found.directory / relative.with_suffix("")  # admin.conf.csr belongs to admin.conf
         if SPECS[name].kubeconfig and ca is not None and config.is_file():
             write_atomically(
                 target / config.relative_to(found.directory), _completed(config, issued, chain, ca), SECRET_MODE
             )
-            written.append(target / config.relative_to(found.directory))
-    return written
 
 
 def _completed(path: Path, issued: Issued, chain: bytes, ca: x509.Certificate) -> bytes:

@@ -53,9 +53,7 @@ class Answer:
     """What a server answered."""
 
     status: int
-    headers: Mapping[str, str]  #: Names in small letters; of several with one name the last.
     body: bytes  #: At most `MAX_BYTES` of it.
-    certificate: x509.Certificate | None  #: The leaf that it showed; None without TLS.
 
 
 def request(
@@ -97,15 +95,9 @@ def request(
         with _connected(host, port, tls, server_name, timeout_seconds) as opened:
             connection = http.client.HTTPConnection(host, port)
             connection.sock = opened
-            shown = _shown(opened)  # later the response may have closed it
             connection.request(method, target, body, given)
             response = connection.getresponse()
-            return Answer(
-                status=response.status,
-                headers={name.lower(): value for name, value in response.getheaders()},
-                body=_body(response),
-                certificate=shown,
-            )
+            return Answer(status=response.status, body=_body(response))
     except UnreachableError:
         if tls is None or certificate_pem is None:
             raise
@@ -153,10 +145,10 @@ def served(
     """
     tls = context(trust_pem, certificate_pem, key_pem)
     with _connected(host, port, tls, server_name, timeout_seconds) as opened:
-        shown = _shown(opened)
-    if shown is None:
+        der = opened.getpeercert(binary_form=True) if isinstance(opened, ssl.SSLSocket) else None
+    if der is None:
         raise UnreachableError("wanted a server certificate, found none")
-    return shown
+    return x509.load_der_x509_certificate(der)
 
 
 def context(trust_pem: bytes | None, certificate_pem: bytes | None, key_pem: bytes | None) -> ssl.SSLContext:
@@ -274,11 +266,6 @@ def _raise_alert(host: str, port: int, tls: ssl.SSLContext, server_name: str | N
         _connected(host, port, tls, server_name, min(timeout_seconds, 1)) as opened,
     ):
         opened.recv(1)
-
-
-def _shown(opened: socket.socket) -> x509.Certificate | None:
-    der = opened.getpeercert(binary_form=True) if isinstance(opened, ssl.SSLSocket) else None
-    return x509.load_der_x509_certificate(der) if der else None
 
 
 def _host(url: str) -> str:

@@ -35,8 +35,6 @@ class KubeconfigError(BridgeError):
 class Kubeconfig:
     """What the current context of a kubeconfig leads to; no key in it."""
 
-    context: str
-    cluster: str
     user: str
     server: str  #: Empty when there is none.
     tls_server_name: str | None
@@ -111,8 +109,6 @@ def _reading(read: Callable[[], _Result]) -> _Result:
 class _Entries(NamedTuple):
     """The nodes that the current context leads to."""
 
-    context: str
-    cluster_name: str
     user_name: str
     cluster: Node
     user: Node
@@ -120,15 +116,12 @@ class _Entries(NamedTuple):
 
     @classmethod
     def of(cls, root: Node) -> _Entries:
-        context = _text(root, "current-context")
-        context_node = _named(root, "contexts", context, "context")[-1]
-        cluster_name, user_name = _text(context_node, "cluster"), _text(context_node, "user")
+        context = _named(root, "contexts", _text(root, "current-context"), "context")[-1]
+        user_name = _text(context, "user")
         path = _named(root, "users", user_name, "user")
         return cls(
-            context=context,
-            cluster_name=cluster_name,
             user_name=user_name,
-            cluster=_named(root, "clusters", cluster_name, "cluster")[-1],
+            cluster=_named(root, "clusters", _text(context, "cluster"), "cluster")[-1],
             user=path[-1],
             path=(root, *path),
         )
@@ -150,8 +143,6 @@ def _parse(root: Node) -> Kubeconfig:
     entries = _Entries.of(root)
     cluster, user = entries.cluster, entries.user
     return Kubeconfig(
-        context=entries.context,
-        cluster=entries.cluster_name,
         user=entries.user_name,
         server=_text(cluster, "server"),
         tls_server_name=_text(cluster, "tls-server-name") or None,

@@ -22,10 +22,7 @@ _TAG = re.compile(r":v?(\d{1,4})\.(\d{1,4})(?!\d)[^:/]*$")
 class Manifest:
     """One static pod, of which the component's container counts."""
 
-    component: Component
-    path: Path
     flags: Mapping[str, str]  #: With two dashes; "true" for a flag without a value; of several the last one.
-    image: str
     #: By the image's tag (etcd has its own numbers); None when there is no such tag.
     version: tuple[int, int] | None
 
@@ -45,14 +42,14 @@ def load(component: Component, kubeconfig_dir: Path) -> Manifest | None:
     path = path_of(component, kubeconfig_dir)
     try:
         data = read(path)
-        return None if data is None else parse(component, path, data)
+        return None if data is None else parse(component, data)
     except UnreadableError as e:
         raise ValueError(f"wanted the manifest {path}, found: {e}") from e
     except YamlError as e:
         raise ValueError(f"{path}: {e}") from None
 
 
-def parse(component: Component, path: Path, data: bytes) -> Manifest:
+def parse(component: Component, data: bytes) -> Manifest:
     """
     Read a manifest.
 
@@ -61,15 +58,8 @@ def parse(component: Component, path: Path, data: bytes) -> Manifest:
     """
     container = _container(document(split_bom(data)[1]), component.value)
     words = [word.text() for key in ("command", "args") for word in _items(container.get(key))]
-    image = _text(container.get("image"))
-    tag = _TAG.search(image.partition("@")[0])
-    return Manifest(
-        component=component,
-        path=path,
-        flags=_flags(words),
-        image=image,
-        version=(int(tag[1]), int(tag[2])) if tag else None,
-    )
+    tag = _TAG.search(_text(container.get("image")).partition("@")[0])
+    return Manifest(flags=_flags(words), version=(int(tag[1]), int(tag[2])) if tag else None)
 
 
 def _container(root: Node, name: str) -> Node:

@@ -50,11 +50,7 @@ def signing_config(
     Raises:
         ValueError: None of the certificates is this authority's.
     """
-    ours = {
-        SPECS[name]: certificate for name, certificate in certificates.items() if SPECS[name].authority == authority
-    }
-    if not ours:
-        raise ValueError(f"no certificate of {authority.name} to sign again")
+    ours = _ours(authority, certificates)
     usages = sorted({spec.usage for spec in ours})
     keys: dict[str, str] = {"deny": "deny", **{usage: f"{authority.name}-{usage}" for usage in usages}}
     return {
@@ -78,9 +74,6 @@ def text(
     certificates: Mapping[str, x509.Certificate],
     validity: timedelta,
     directory: PurePath = DIRECTORY,
-    *,
-    address: str = "127.0.0.1",
-    client_cn: str = "ca-bridge",
 ) -> str:
     """
     A shell script for the server: signing configuration, HMAC keys, command line; and the node's settings.
@@ -90,8 +83,6 @@ def text(
         certificates: As in `signing_config`.
         validity: As in `signing_config`.
         directory: As in `signing_config`; it also holds the CA, and the files for TLS that the text names.
-        address: Where the server listens.
-        client_cn: The CN of the client certificate with which nodes come.
 
     Raises:
         ValueError: None of the certificates is this authority's.
@@ -112,9 +103,7 @@ def text(
         config=config,
         keys=" ".join(["deny", *(f"{authority.name}-{usage}" for usage in usages)]),
         node_keys=" ".join(f"{authority.name}-{usage}.hex" for usage in usages),
-        address=shlex.quote(address),
         port=PORTS[authority.name],
-        client_cn=shlex.quote(f"^{_quoted(client_cn)}$"),
         disabled=DISABLED,
     )
 
@@ -152,10 +141,10 @@ done
 
 # `info` stays open: nothing is signed before it has told the CA and the usages, and it needs no key.
 # A change of the configuration needs a restart; "endpoint 'sign' is disabled" in the log is meant so.
-exec cfssl serve -address {address} -port {port} \\
+exec cfssl serve -address 127.0.0.1 -port {port} \\
   -ca {quoted}/{authority}.crt -ca-key {quoted}/{authority}.key -config {quoted}/{authority}.json \\
   -tls-cert {quoted}/server.crt -tls-key {quoted}/server.key -min-tls-version 1.2 \\
-  -mutual-tls-ca {quoted}/bridge-clients-ca.crt -mutual-tls-cn {client_cn} \\
+  -mutual-tls-ca {quoted}/bridge-clients-ca.crt -mutual-tls-cn '^ca-bridge$' \\
   -disable {disabled}
 """
 

@@ -76,7 +76,6 @@ class CertificateSpec:
     """
 
     name: str  #: As in `kubeadm certs check-expiration`.
-    title: str  #: kubeadm's long name, as in its messages (the same from 1.20 to 1.37).
     authority: Authority
     ekus: frozenset[EKU]  #: Exactly these.
     base: str  #: `{base}.crt` and `{base}.key` below `pki_dir`; for a kubeconfig its name in `kubeconfig_dir`.
@@ -96,11 +95,6 @@ class CertificateSpec:
             return "peer"
         return "server" if self.ekus == _SERVER else "client"
 
-    @property
-    def certificate_mode(self) -> int:
-        """The mode with which kubeadm creates the file that holds the certificate."""
-        return 0o600 if self.kubeconfig else 0o644
-
 
 _SERVER = frozenset({EKU.SERVER_AUTH})
 _CLIENT = frozenset({EKU.CLIENT_AUTH})
@@ -115,7 +109,6 @@ SPECS = {
     for spec in (
         CertificateSpec(
             name="admin.conf",
-            title="certificate embedded in the kubeconfig file for the admin to use and for kubeadm itself",
             authority=CA,
             ekus=_CLIENT,
             base="admin.conf",
@@ -123,7 +116,6 @@ SPECS = {
         ),
         CertificateSpec(
             name="apiserver",
-            title="certificate for serving the Kubernetes API",
             authority=CA,
             ekus=_SERVER,
             base="apiserver",
@@ -132,7 +124,6 @@ SPECS = {
         ),
         CertificateSpec(
             name="apiserver-etcd-client",
-            title="certificate the apiserver uses to access etcd",
             authority=ETCD_CA,
             ekus=_CLIENT,
             base="apiserver-etcd-client",
@@ -141,7 +132,6 @@ SPECS = {
         ),
         CertificateSpec(
             name="apiserver-kubelet-client",
-            title="certificate for the API server to connect to kubelet",
             authority=CA,
             ekus=_CLIENT,
             base="apiserver-kubelet-client",
@@ -150,7 +140,6 @@ SPECS = {
         ),
         CertificateSpec(
             name="controller-manager.conf",
-            title="certificate embedded in the kubeconfig file for the controller manager to use",
             authority=CA,
             ekus=_CLIENT,
             base="controller-manager.conf",
@@ -161,14 +150,12 @@ SPECS = {
         ),
         CertificateSpec(
             name="etcd-healthcheck-client",
-            title="certificate for liveness probes to healthcheck etcd",
             authority=ETCD_CA,
             ekus=_CLIENT,
             base="etcd/healthcheck-client",
         ),
         CertificateSpec(
             name="etcd-peer",
-            title="certificate for etcd nodes to communicate with each other",
             authority=ETCD_CA,
             ekus=_PEER,
             base="etcd/peer",
@@ -177,7 +164,6 @@ SPECS = {
         ),
         CertificateSpec(
             name="etcd-server",
-            title="certificate for serving etcd",
             authority=ETCD_CA,
             ekus=_PEER,
             base="etcd/server",
@@ -186,7 +172,6 @@ SPECS = {
         ),
         CertificateSpec(
             name="front-proxy-client",
-            title="certificate for the front proxy client",
             authority=FRONT_PROXY_CA,
             ekus=_CLIENT,
             base="front-proxy-client",
@@ -195,7 +180,6 @@ SPECS = {
         ),
         CertificateSpec(
             name="scheduler.conf",
-            title="certificate embedded in the kubeconfig file for the scheduler manager to use",
             authority=CA,
             ekus=_CLIENT,
             base="scheduler.conf",
@@ -208,7 +192,6 @@ SPECS = {
         # https://kubernetes.io/docs/setup/best-practices/certificates/
         CertificateSpec(
             name="super-admin.conf",
-            title="certificate embedded in the kubeconfig file for the super-admin",
             authority=CA,
             ekus=_CLIENT,
             base="super-admin.conf",
@@ -220,7 +203,6 @@ SPECS = {
         # cluster: with embedded data it is ours.
         CertificateSpec(
             name="kubelet.conf",
-            title="certificate embedded in the kubeconfig file for the kubelet to use",
             authority=CA,
             ekus=_CLIENT,
             base="kubelet.conf",

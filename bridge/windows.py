@@ -120,7 +120,6 @@ class Decision:
 
     act: bool
     reason: str  #: A clause for the operator.
-    next: datetime | None = None  #: When the next window begins; None: not asked for.
     until: datetime | None = None  #: When the window that is open ends.
 
 
@@ -146,8 +145,8 @@ def may_act(now: datetime, windows: Windows, zone: tzinfo, expires: datetime) ->
     reason = f"the next window begins at {local_text(begin, zone)}"
     if expires <= max(coming[1][1], now + LAST_DAYS):
         reason = f"{reason}, too late to wait for: a certificate expires at {local_text(expires, zone)}"
-        return Decision(act=True, reason=reason, next=begin)
-    return Decision(act=False, reason=reason, next=begin)
+        return Decision(act=True, reason=reason)
+    return Decision(act=False, reason=reason)
 
 
 def ever_waits(now: datetime, windows: Windows, zone: tzinfo, before: timedelta) -> bool:

@@ -28,9 +28,9 @@ from bridge.bundle import (
     AnswerBundle,
     Refusal,
     RequestBundle,
-    answer_file_name,
     digest,
     dumps,
+    file_names,
     loads_answer,
     request_file_name,
     short_fingerprint,
@@ -450,13 +450,13 @@ def test_a_full_outbox_loses_nothing(desk_: Desk, pki: Pki, pairs: Pairs) -> Non
     """An answer that can't be written is kept, and delivered by the next run."""
     bundle = make_bundle(some(pairs, "apiserver"))
     path = put(desk_, bundle)
-    (desk_.outbox / answer_file_name(bundle)).mkdir()
+    (desk_.outbox / file_names(bundle.node, digest(bundle))[1]).mkdir()
 
     run = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
 
     assert run.returncode == Exit.FAILED
     assert path.exists()
-    (desk_.outbox / answer_file_name(bundle)).rmdir()
+    (desk_.outbox / file_names(bundle.node, digest(bundle))[1]).rmdir()
     assert desk_.run("sign", desk_.inbox, "-o", desk_.outbox).returncode == 0
     [answer] = answers_of(desk_)
     assert_good(answer, bundle, pki)
@@ -467,7 +467,7 @@ def test_a_run_forgets_nothing_of_another(desk_: Desk, pairs: Pairs, tmp_path: P
     """What an interrupted run has had signed is still known when a person has signed something else meanwhile."""
     bundle = make_bundle(some(pairs, "apiserver"))
     path = put(desk_, bundle)
-    answer = desk_.outbox / answer_file_name(bundle)
+    answer = desk_.outbox / file_names(bundle.node, digest(bundle))[1]
     answer.mkdir()
     assert desk_.run("sign", desk_.inbox, "-o", desk_.outbox).returncode == Exit.FAILED
     (tmp_path / "b.json").write_bytes(dumps(make_bundle(some(pairs, "etcd-server"))))

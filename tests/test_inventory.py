@@ -518,7 +518,7 @@ def test_manifests_tell_the_version(pki: Pki) -> None:
 def test_versions_of_images(image: str, version: tuple[int, int] | None) -> None:
     """The tag counts, not a registry's port, nor a digest."""
     text = MANIFEST.format(name="kube-apiserver", image=image, flags="")
-    assert parse_manifest(Component.APISERVER, Path("x"), text.encode()).version == version
+    assert parse_manifest(Component.APISERVER, text.encode()).version == version
 
 
 def test_flags() -> None:
@@ -526,7 +526,7 @@ def test_flags() -> None:
     flags = '    - --a=1\n    - --b\n    - "2"\n    - -cc=3\n    - --d\n    - --e=f=g\n    - --a=4\n    - -v\n    args: [--z]'
     text = MANIFEST.format(name="etcd", image="etcd:3.7.0-0", flags=flags)
     wanted = {"--a": "4", "--b": "2", "--cc": "3", "--d": "true", "--e": "f=g", "--z": "true"}
-    assert parse_manifest(Component.ETCD, Path("x"), text.encode()).flags == wanted
+    assert parse_manifest(Component.ETCD, text.encode()).flags == wanted
 
 
 @pytest.mark.parametrize("text", ["", "[]", "kind: Pod", "spec: {containers: []}", "spec: {containers: [1]}", "a: ["])
@@ -537,7 +537,7 @@ def test_what_is_no_manifest(pki: Pki, text: str) -> None:
     path.write_text(text)
 
     with pytest.raises(YamlError):
-        parse_manifest(Component.APISERVER, path, text.encode())
+        parse_manifest(Component.APISERVER, text.encode())
     node = read(pki)
     (trouble,) = node.troubles
     assert trouble.startswith("kube-apiserver: ")

@@ -72,8 +72,6 @@ def replaced(text: str) -> str:
 def test_reads_what_kubeadm_writes() -> None:
     """All that a renewal and a proof have to know is there, and no key."""
     assert parse(PLAIN.encode()) == Kubeconfig(
-        context="kubernetes-admin@kubernetes",
-        cluster="kubernetes",
         user="kubernetes-admin",
         server="https://api.example.com:6443",
         tls_server_name=None,

@@ -21,7 +21,7 @@ from bridge.schedule import NotYetError, delay, held
 from bridge.selection import Selection
 from bridge.settings import RenewalSettings, parse
 from bridge.specs import SPECS
-from bridge.windows import LAST_DAYS, Jitter, Window, Windows, ever_waits, may_act, spans
+from bridge.windows import LAST_DAYS, Jitter, Window, Windows, ever_waits, local_text, may_act, spans
 from bridge.zones import Zone
 from tests.kit.issuing import NOW, Signer
 
@@ -103,7 +103,7 @@ def test_a_window_over_midnight_belongs_to_the_day_of_its_beginning() -> None:
     assert may_act(at("2026-11-26 01:00", BERLIN), night, BERLIN, far).act
     early = may_act(at("2026-11-25 01:00", BERLIN), night, BERLIN, far)
     assert not early.act
-    assert early.next == at("2026-11-25 22:00", BERLIN)
+    assert early.reason == "the next window begins at Wed 2026-11-25 22:00 CET"
 
 
 def test_a_window_has_its_beginning_and_not_its_end() -> None:
@@ -186,13 +186,14 @@ def test_what_waits_has_two_windows_left_and_two_days(
     if decision.act:
         return
     assert left > LAST_DAYS
-    assert decision.next is not None
-    assert decision.next > now
-    inside = may_act(decision.next, some, zone, now + left)
+    begin, _ = spans(now, some, zone)[0]
+    assert decision.reason == f"the next window begins at {local_text(begin, zone)}"
+    assert begin > now
+    inside = may_act(begin, some, zone, now + left)
     assert inside.act
     assert inside.until is not None
     after = spans(inside.until, some, zone)[0]
-    assert now < decision.next < inside.until < after[0] < after[1] < now + left
+    assert now < begin < inside.until < after[0] < after[1] < now + left
 
 
 @given(moments, some_windows(), some_zones, st.timedeltas(6 * HOUR, DAY), st.integers(0, 3))

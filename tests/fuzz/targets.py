@@ -114,7 +114,7 @@ def answer_or_refused(data: bytes) -> None:
 def manifest_or_error(data: bytes) -> None:
     """A static pod, or an error."""
     with contextlib.suppress(YamlError):
-        manifests.parse(Component.APISERVER, Path("kube-apiserver.yaml"), data)
+        manifests.parse(Component.APISERVER, data)
 
 
 def bundle_or_error(data: bytes) -> None:
