@@ -27,8 +27,8 @@ from bridge.bundle import AnswerBundle, BundleError, Refusal, RequestBundle
 from bridge.certificates import UNREADABLE, fingerprint, is_ca, load_pem_certificates, name_text, serial_hex
 from bridge.console import columns, log, print_error, printable, under_headings
 from bridge.contract import Issued
-from bridge.errors import BackendRefusedError, BridgeError, Exit, SettingsError, SettingsProblem, WaitingError
-from bridge.expiry import residual, rfc3339, seconds_left
+from bridge.errors import BackendRefusedError, BridgeError, Exit, WaitingError
+from bridge.expiry import minute, residual, rfc3339, seconds_left
 from bridge.files import write_atomically
 from bridge.finish import Result, expectations, finish, open_request, record_failed
 from bridge.inventory import Node
@@ -36,14 +36,13 @@ from bridge.pending import OpenRequest, OpenRequests
 from bridge.prepare import Prepared, prepare, take_up, with_continuity
 from bridge.reading import UnreadableError, read
 from bridge.runs import Run, begun
-from bridge.selection import ALL, Outcome, Selection, outcome_of, select
+from bridge.selection import ALL, Outcome, Selection, assert_known, outcome_of, select
 from bridge.settings import Settings
-from bridge.specs import AUTHORITIES, SPECS
+from bridge.specs import AUTHORITIES
 from bridge.store import Store
 from bridge.walk import Walk
 
 SCHEMA_VERSION = 1
-DATE = "%Y-%m-%d %H:%M UTC"
 #: For what a bundle may do; nothing in it is secret.
 BUNDLE_MODE = 0o644
 
@@ -151,7 +150,7 @@ def _end(end: datetime | None, now: datetime) -> str:
     if end is None:
         return ""
     left = seconds_left(end, now)
-    return f"expires {end:{DATE}} ({residual(left)})" if left > 0 else f"EXPIRED {end:{DATE}}"
+    return f"expires {minute(end)} ({residual(left)})" if left > 0 else f"EXPIRED {minute(end)}"
 
 
 # --- inspect ---------------------------------------------------------------------------------------------------------
@@ -472,10 +471,7 @@ def pending_cancel(
         SettingsError: A name that is none.
         LockedError: Another run works on this node.
     """
-    unknown = [name for name in names if name != ALL and name not in SPECS]
-    if unknown:
-        wanted = f"names of certificates ({', '.join(SPECS)}) or {ALL}"
-        raise SettingsError([SettingsProblem("", wanted, ", ".join(map(repr, unknown)))])
+    assert_known(names)
     with begun(settings, now, progress, wait) as (run, _):
         there = [one.name for one in run.requests]
         cancelled: list[OpenRequest] = []

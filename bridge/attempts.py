@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from bridge.errors import BridgeError, Exit
-from bridge.expiry import first_end
+from bridge.expiry import first_end, minute
 from bridge.files import sync_directory, write_atomically
 from bridge.selection import Selection, outcome_of
 from bridge.store import Store
@@ -70,7 +70,7 @@ class Failures:
 
     def __str__(self) -> str:
         runs = f"{self.count} runs in a row have" if self.count != 1 else "1 run has"
-        return f"{runs} failed since {_text(self.since)}"
+        return f"{runs} failed since {minute(self.since)}"
 
 
 def next_try(failures: Failures, expires: datetime) -> datetime:
@@ -118,7 +118,7 @@ class Attempts:
         # a last try that is still to come was dated by a clock that has been put back since: no reason to wait
         if not ends or not failures.last <= now < (until := next_try(failures, min(ends))):
             return None
-        text = f"{name}: {failures}, the next try is at {_text(until)}; the last failure: {failures.reason}"
+        text = f"{name}: {failures}, the next try is at {minute(until)}; the last failure: {failures.reason}"
         return HeldOffError(text, failures.exit_code)
 
     def note(self, asked: Collection[str], failed: Mapping[str, BridgeError], now: datetime) -> list[NeedsAPersonError]:
@@ -168,10 +168,6 @@ def _one_more(before: Failures | None, error: BridgeError, now: datetime) -> Fai
         exit_code=error.exit_code,
         reason=error.reason[:_LONGEST_REASON],
     )
-
-
-def _text(moment: datetime) -> str:
-    return f"{moment:%Y-%m-%d %H:%M} UTC"
 
 
 def _read(store: Store) -> dict[str, Failures]:

@@ -31,7 +31,7 @@ from bridge.certificates import fingerprint, name_text, pem, san_counts, serial_
 from bridge.contract import Continuity, Issued, SignRequest
 from bridge.csr import algorithm_name
 from bridge.errors import BridgeError
-from bridge.expiry import duration_text
+from bridge.expiry import duration_text, minute
 from bridge.specs import AUTHORITIES, EKU, SPECS
 
 REQUEST_SCHEMA = "ca-bridge/request-bundle"
@@ -717,7 +717,7 @@ def describe(bundle: Bundle, now: datetime, cas: Mapping[str, Sequence[x509.Cert
 def _request_lines(
     bundle: RequestBundle, now: datetime, cas: Mapping[str, Sequence[x509.Certificate]] | None
 ) -> Iterator[str]:
-    yield f"request of node {bundle.node}, cluster {bundle.cluster}, made {_minute(bundle.created)}"
+    yield f"request of node {bundle.node}, cluster {bundle.cluster}, made {minute(bundle.created)}"
     yield f"batch {bundle.batch}, {count(len(bundle.requests), 'certificate')}"
     for request in bundle.requests:
         usages = ", ".join(sorted(eku.label for eku in request.ekus))
@@ -750,11 +750,11 @@ def _replaced(request: BundledRequest, now: datetime) -> str:
         return "nothing"
     end = old.not_valid_after_utc
     state = "expired" if end <= now else "valid until"
-    return f"serial {serial_hex(old)}, SHA-256 {fingerprint(old)[:16]}…, {state} {_minute(end)}"
+    return f"serial {serial_hex(old)}, SHA-256 {fingerprint(old)[:16]}…, {state} {minute(end)}"
 
 
 def _answer_lines(bundle: AnswerBundle) -> Iterator[str]:
-    yield f"answer to node {bundle.node}, cluster {bundle.cluster}, signed {_minute(bundle.signed)} by {bundle.signer}"
+    yield f"answer to node {bundle.node}, cluster {bundle.cluster}, signed {minute(bundle.signed)} by {bundle.signer}"
     yield f"batch {bundle.batch}, to the request with the digest {bundle.request_digest[:16]}…"
     for name, answer in bundle.answers.items():
         yield ""
@@ -763,17 +763,13 @@ def _answer_lines(bundle: AnswerBundle) -> Iterator[str]:
             yield f"  refused     {answer.reason}"
             continue
         yield f"  certificate {_name(answer.leaf)}, serial {serial_hex(answer.leaf)}"
-        yield f"  valid       {_minute(answer.leaf.not_valid_before_utc)} to {_minute(answer.leaf.not_valid_after_utc)}"
+        yield f"  valid       {minute(answer.leaf.not_valid_before_utc)} to {minute(answer.leaf.not_valid_after_utc)}"
         yield f"  issuer      {_issuer(answer.leaf)}, {count(len(answer.intermediates), 'intermediate')}"
 
 
 def count(number: int, what: str) -> str:
     """Such as `1 certificate`."""
     return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _minute(time: datetime) -> str:
-    return f"{time:%Y-%m-%d %H:%M} UTC"
 
 
 def _name(subject: x509.Certificate | x509.CertificateSigningRequest) -> str:

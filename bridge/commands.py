@@ -362,7 +362,7 @@ def plan(settings: Settings, names: Collection[str], now: datetime, *, as_json: 
 
 def _plan_row(item: Item, settings: Settings, now: datetime) -> tuple[str, ...]:
     end = first_end(item.certificates)
-    left = residual(int((end - now).total_seconds()))
+    left = residual(seconds_left(end, now))
     return (
         item.spec.name,
         f"expires {end:{DATE}} ({left})",

@@ -101,7 +101,7 @@ def _certificates(node: Node, settings: Settings, now: datetime) -> Iterator[Fin
 
 
 def _certificate(item: Item, settings: Settings, now: datetime) -> Finding:
-    left = expiry.residual(int((expiry.first_end(item.certificates) - now).total_seconds()))
+    left = expiry.residual(expiry.seconds_left(expiry.first_end(item.certificates), now))
     if not item.managed:
         return Finding(level="ok", about=item.spec.name, text=f"{left} left; rotated by the kubelet itself")
     due = expiry.is_due(item.certificates, settings.renewal.before, settings.renewal.validity, now)
@@ -136,7 +136,7 @@ def _authorities(node: Node, now: datetime) -> Iterator[Finding]:
 
 def _authority(state: AuthorityState, about: str, now: datetime) -> Finding:
     end = state.certificates[0].not_valid_after_utc
-    left = expiry.residual(int((end - now).total_seconds()))
+    left = expiry.residual(expiry.seconds_left(end, now))
     if end <= now:
         text = f"expired on {end:%Y-%m-%d}: nothing that it signs is valid"
         return Finding(level="error", about=about, text=text, exit_code=Exit.FAILED)

@@ -96,6 +96,11 @@ def rfc3339(time: datetime) -> str:
     return time.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="seconds") + "Z"
 
 
+def minute(time: datetime) -> str:
+    """A time, in UTC, as people have it, such as `2027-11-24 23:39 UTC`."""
+    return f"{time:%Y-%m-%d %H:%M} UTC"
+
+
 def residual(seconds: int) -> str:
     """
     Time left in kubeadm's words, such as `364d`.

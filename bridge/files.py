@@ -205,7 +205,7 @@ def lock(path: Path, command: str, wait: timedelta = timedelta()) -> Iterator[No
     deadline = time.monotonic() + wait.total_seconds()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, SECRET_MODE)
     try:
-        while not _is_taken(descriptor):
+        while not _try_lock(descriptor):
             left = deadline - time.monotonic()
             if left <= 0:
                 raise LockedError(f"wanted the lock {path}, found it held by {_holder(descriptor)}")
@@ -222,7 +222,8 @@ def lock(path: Path, command: str, wait: timedelta = timedelta()) -> Iterator[No
 _LOCK_POLL_SECONDS = 0.1
 
 
-def _is_taken(descriptor: int) -> bool:
+def _try_lock(descriptor: int) -> bool:
+    """Whether it is ours now."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -134,7 +134,6 @@ def recover(store: Store) -> Recovery | None:
 
     Raises:
         InstallError: Neither way works; the journal stays.
-        OSError: What is left over can't be removed; the files are whole.
     """
     for half_written in store.half_written():
         half_written.unlink()

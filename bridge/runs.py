@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 
 from bridge import audit, install, inventory, static_pods
 from bridge.asking import Progress
+from bridge.expiry import minute
 from bridge.files import lock
 from bridge.install import Recovery
 from bridge.inventory import Node
@@ -103,7 +104,7 @@ def give_up(run: Run, name: str, why: str) -> None:
     """Forget a request that somebody has, and say so; safe on disk after the requests' `save`."""
     made = run.requests.drop(name)
     if made is not None:
-        text = f"forgot the request of {made.created:%Y-%m-%d %H:%M} UTC: {why}"
+        text = f"forgot the request of {minute(made.created)}: {why}"
         run.progress.note(f"{name}: {text}")
         run.record.know(name, made.request, made.backend, None)
         run.record.add(audit.CANCELLED, name, authority=made.request.spec.authority.name, result=text)

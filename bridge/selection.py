@@ -66,7 +66,7 @@ def select(
     Raises:
         SettingsError: A name that is none, or that is not ours to renew.
     """
-    _assert_known(names)
+    assert_known(names)
     by_name = {item.spec.name: item for item in node.items}
     asked = list(by_name) if not names or ALL in names else [name for name in by_name if name in names]
     items, failed, skipped = [], [], []
@@ -89,7 +89,11 @@ def select(
     return Selection(items=tuple(items), failed=tuple(failed), skipped=tuple(skipped))
 
 
-def _assert_known(names: Collection[str]) -> None:
+def assert_known(names: Collection[str]) -> None:
+    """
+    Raises:
+        SettingsError: One of the names is none of a certificate.
+    """
     unknown = [name for name in names if name != ALL and name not in SPECS]
     if unknown:
         wanted = f"names of certificates ({', '.join(SPECS)}) or {ALL}"
