@@ -324,7 +324,7 @@ def write_csrs(settings: Settings, names: Collection[str], directory: Path, now:
     if Store(settings.node.state_dir).journal.exists():
         raise InstallError("an installation was interrupted", hint="run `ca-bridge recover`, then this again")
     node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
-    selection = select(node, settings, names, now)
+    selection = select(node, settings, names, now, csrs_only=True)
     made = prepare(selection.items, settings)
     prepared = [one for one in made if isinstance(one, Prepared)]
     if prepared:

@@ -93,6 +93,8 @@ def _certificates(node: Node, settings: Settings, now: datetime) -> Iterator[Fin
         if item.state == "present":
             yield _certificate(item, settings, now)
             yield from _modes(item)
+            if item.obstacle is not None:
+                yield _error(name, item.obstacle)
         elif item.state == "missing" and item.spec.optional:
             yield Finding(level="ok", about=name, text="not on this node, as is usual for it")
         else:

@@ -112,12 +112,22 @@ def _anchors(item: Item) -> tuple[x509.Certificate, ...]:
 
 
 def replacements(one: Prepared, verified: verify.Verified) -> Iterator[Replacement]:
-    """The files of one pair, key first."""
+    """
+    The files of one pair, key first.
+
+    Raises:
+        KubeconfigError, MissingCertificateError: The kubeconfig was changed meanwhile, and can't be edited or read now.
+    """
     chain = b"".join(pem(certificate) for certificate in (verified.leaf, *verified.intermediates))
     item, name = one.item, one.name
     if item.key_path is None:
         path = item.certificate_path
-        data = kubeconfig.with_credentials(path.read_bytes(), chain, one.key_pem)
+        try:
+            data = kubeconfig.with_credentials(path.read_bytes(), chain, one.key_pem)
+        except kubeconfig.KubeconfigError as e:
+            raise e.of(path) from None
+        except OSError as e:
+            raise MissingCertificateError(f"{path}: wanted to read it, found: {e.strerror}") from e
         yield Replacement(certificate=name, path=path, data=data, mode_mask=KUBECONFIG_MASK, was=one.was[path])
         return
     yield Replacement(
@@ -167,12 +177,16 @@ def finish(
         RequestsError: Nothing was replaced.
     """
     passed: list[tuple[Prepared, verify.Verified]] = []
+    files: list[Replacement] = []
     failed = list(earlier)
     for one in prepared:
         try:
-            passed.append((one, _proven(one, answers[one.name], expected[one.authority])))
+            verified = _proven(one, answers[one.name], expected[one.authority])
+            files += list(replacements(one, verified))
         except BridgeError as e:
             failed.append(outcome_of(one.item, e, labels[one.name]))
+        else:
+            passed.append((one, verified))
     _record_proofs(run.record, passed, failed)
     _keep(run, prepared, answers, {one.name for one, _ in passed}, labels, by_hand=by_hand)
     if failed and all_or_nothing:
@@ -191,7 +205,7 @@ def finish(
         )
         for one, verified in passed
     ]
-    backup_id = _install(run, passed, lambda: before(done) if before is not None else None)
+    backup_id = _install(run, passed, files, lambda: before(done) if before is not None else None)
     _note_short_lives(run, passed)
     return Result(outcomes=(*done, *failed), backup_id=backup_id)
 
@@ -211,8 +225,12 @@ def _note_short_lives(run: Run, passed: Sequence[tuple[Prepared, verify.Verified
         )
 
 
-def _install(run: Run, passed: Sequence[tuple[Prepared, verify.Verified]], before: Callable[[], None]) -> str:
-    files = [replacement for one, verified in passed for replacement in replacements(one, verified)]
+def _install(
+    run: Run,
+    passed: Sequence[tuple[Prepared, verify.Verified]],
+    files: Sequence[Replacement],
+    before: Callable[[], None],
+) -> str:
     _wait_until_valid([verified.leaf for _, verified in passed])
     run.record.write()  # nothing is installed that the record does not know
     try:

@@ -7,7 +7,10 @@ It names what is wrong and goes on: one broken file hides no other (kubeadm list
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,6 +19,7 @@ from cryptography import x509
 
 from bridge import manifests
 from bridge.certificates import is_ca, load_pem_certificates
+from bridge.errors import BridgeError
 from bridge.kubeconfig import Kubeconfig, KubeconfigError
 from bridge.kubeconfig import parse as parse_kubeconfig
 from bridge.manifests import Manifest
@@ -45,6 +49,7 @@ class Item:
     trouble: str | None  #: "wanted …, found …" when broken or unreadable.
     managed: bool  #: Ours to renew; else somebody rotates it, or its CA is not known here.
     listed: bool  #: kubeadm has a row for it.
+    obstacle: BridgeError | None = None  #: Why its files can't be replaced; it can be read and used nevertheless.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +88,13 @@ class _Found(NamedTuple):
     state: State
     certificates: tuple[x509.Certificate, ...] = ()
     trouble: str | None = None
+    obstacle: BridgeError | None = None
+
+
+class SharedFileError(BridgeError):
+    """Two certificates, or a certificate and its key, are in one file."""
+
+    hint = "give each a file of its own (a copy instead of a symlink), and tell whatever reads it"
 
 
 def read(pki_dir: Path, kubeconfig_dir: Path) -> Node:
@@ -110,7 +122,7 @@ def read(pki_dir: Path, kubeconfig_dir: Path) -> Node:
         elif spec == _ETCD_CLIENT:
             items.append(_external_etcd_client(authority, apiserver_flags))
     return Node(
-        items=tuple(items),
+        items=_with_shared_files(items),
         authorities=authorities,
         manifests=found,
         local_etcd=local_etcd,
@@ -121,6 +133,31 @@ def read(pki_dir: Path, kubeconfig_dir: Path) -> Node:
             *troubles,
         ),
     )
+
+
+def _with_shared_files(items: Sequence[Item]) -> tuple[Item, ...]:
+    """Each file is replaced once: those of ours that share one are told, as one would get the other's new content."""
+    users: dict[str, list[str]] = defaultdict(list)
+    for item in items:
+        if item.managed and item.state == "present":
+            for path in (item.certificate_path, item.key_path):
+                if path is not None:
+                    users[_real(path)].append(item.spec.name)
+    obstacles: dict[str, BridgeError] = {}
+    for file, names in users.items():
+        for name in names if len(names) > 1 else ():
+            others = ", ".join(other for other in dict.fromkeys(names) if other != name)
+            wanted, found = ("a file of its own", f"the same as {others}'s") if others else ("two files", "one")
+            text = f"wanted {wanted} for certificate and key, found {found}: {file}"
+            obstacles[name] = SharedFileError(text)
+    return tuple(dataclasses.replace(item, obstacle=obstacles.get(item.spec.name, item.obstacle)) for item in items)
+
+
+def _real(path: Path) -> str:
+    try:
+        return os.path.realpath(path)  # unlike `Path.resolve` it bears a loop of symlinks
+    except ValueError:  # a NUL in a flag
+        return str(path)
 
 
 def _no_directory(pki_dir: Path) -> tuple[str, ...]:
@@ -259,9 +296,11 @@ def _embedded(path: Path, parsed: Kubeconfig) -> _Found:
         wanted = f"wanted certificate and key both as data or both as files {where}"
         return _Found(state="broken", trouble=f"{wanted}, found {certificate} and {key}")
     try:
-        return _Found(state="present", certificates=tuple(load_pem_certificates(parsed.certificate_data)))
+        certificates = tuple(load_pem_certificates(parsed.certificate_data))
     except ValueError as e:
         return _Found(state="broken", trouble=f"wanted a client certificate {where}, found {e}")
+    obstacle = KubeconfigError(parsed.not_editable).of(path) if parsed.not_editable is not None else None
+    return _Found(state="present", certificates=certificates, obstacle=obstacle)
 
 
 def _referring_item(
@@ -276,9 +315,6 @@ def _referring_item(
     found = _certificates_in(certificate_path)
     if found.state == "missing":
         trouble = f"wanted the certificate {certificate_path} that {path} refers to, found nothing"
-        found = _Found(state="broken", trouble=trouble)
-    elif spec != _KUBELET and certificate_path == key_path:
-        trouble = f"wanted certificate and key in two files, found {path} to refer to {key_path} for both"
         found = _Found(state="broken", trouble=trouble)
     managed = spec != _KUBELET
     return _item(spec, authority, found, certificate_path, key_path, managed=managed, listed=spec.listed)
@@ -306,4 +342,5 @@ def _item(
         trouble=found.trouble,
         managed=managed,
         listed=listed,
+        obstacle=found.obstacle,
     )

@@ -12,6 +12,7 @@ import base64
 import binascii
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import yaml
@@ -30,6 +31,10 @@ class KubeconfigError(BridgeError):
 
     hint = "`kubectl --kubeconfig FILE config view --raw --flatten` prints the same content in its plain form"
 
+    def of(self, path: Path) -> KubeconfigError:
+        """The same with the file's name."""
+        return KubeconfigError(f"{path}: {self}", hint=self.hint.replace("FILE", str(path)))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kubeconfig:
@@ -44,6 +49,7 @@ class Kubeconfig:
     certificate_file: str | None
     key_present: bool  #: Embedded; it wins over `key_file`.
     key_file: str | None
+    not_editable: str | None = None  #: Why `with_credentials` would refuse.
 
 
 def parse(data: bytes) -> Kubeconfig:
@@ -152,7 +158,16 @@ def _parse(root: Node) -> Kubeconfig:
         certificate_file=_text(user, "client-certificate") or None,
         key_present=_text(user, _KEY) != "",
         key_file=_text(user, "client-key") or None,
+        not_editable=_not_editable(root),
     )
+
+
+def _not_editable(root: Node) -> str | None:
+    try:
+        _editable_values(root)
+    except YamlError as e:
+        return str(e)
+    return None
 
 
 def _text(mapping: Node, key: str) -> str:

@@ -21,6 +21,7 @@ from bridge.errors import BridgeError
 from bridge.files import DIRECTORY_MODE, Attributes, sync_directory, write_staged
 from bridge.install import digest
 from bridge.inventory import Item
+from bridge.kubeconfig import KubeconfigError
 from bridge.pending import OpenRequest
 from bridge.selection import RESTORE, MissingCertificateError, Outcome, outcome_of
 from bridge.settings import Settings
@@ -82,6 +83,8 @@ def _prepare(item: Item, settings: Settings, made: OpenRequest | None) -> Prepar
 
 def take_up(item: Item, made: OpenRequest) -> Prepared | Outcome:
     """An open request whose answer is there, whatever kind of key would be made today."""
+    if item.obstacle is not None:
+        return outcome_of(item, item.obstacle)
     try:
         live, was = _live(item)
     except BridgeError as e:
@@ -131,9 +134,11 @@ def _live(item: Item) -> tuple[x509.Certificate, dict[Path, str | None]]:
     paths = [item.certificate_path] if item.key_path is None else [item.key_path, item.certificate_path]
     contents = {path: _read(path) for path in paths}
     data = contents[item.certificate_path]
-    certificate_data = kubeconfig.parse(data or b"").certificate_data if item.embedded else data
     try:
+        certificate_data = kubeconfig.parse(data or b"").certificate_data if item.embedded else data
         live = load_pem_certificates(certificate_data or b"")[0]
+    except KubeconfigError as e:
+        raise e.of(item.certificate_path) from None
     except ValueError as e:
         raise MissingCertificateError(f"{item.certificate_path}: wanted a certificate, found {e}", hint=RESTORE) from e
     return live, {path: None if content is None else digest(content) for path, content in contents.items()}

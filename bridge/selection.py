@@ -51,7 +51,13 @@ class Selection:
 
 
 def select(
-    node: Node, settings: Settings, names: Collection[str], now: datetime, waiting: Collection[str] = ()
+    node: Node,
+    settings: Settings,
+    names: Collection[str],
+    now: datetime,
+    waiting: Collection[str] = (),
+    *,
+    csrs_only: bool = False,
 ) -> Selection:
     """
     Choose what to renew.
@@ -62,6 +68,7 @@ def select(
         names: kubeadm's names, or "all"; empty: what is due.
         now: Aware, UTC.
         waiting: Names for which an answer is to be fetched, due or not.
+        csrs_only: No file is to be replaced, so that none need be fit for it.
 
     Raises:
         SettingsError: A name that is none, or that is not ours to renew.
@@ -82,10 +89,12 @@ def select(
         elif item.state != "present":
             failed.append(outcome_of(item, MissingCertificateError(item.trouble or "", hint=RESTORE)))
         elif names or name in waiting or _is_due(item, settings, now):
-            if item.managed:
+            obstacle = None if csrs_only else item.obstacle
+            error = obstacle if item.managed else _unknown_authority(item)
+            if error is None:
                 items.append(item)
             else:
-                failed.append(outcome_of(item, _unknown_authority(item)))
+                failed.append(outcome_of(item, error))
     return Selection(items=tuple(items), failed=tuple(failed), skipped=tuple(skipped))
 
 

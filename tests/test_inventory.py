@@ -366,7 +366,6 @@ def test_a_kubeconfig_that_refers_to_files(pki: Pki, *, absolute: bool) -> None:
     ("certificate", "key"),
     [
         pytest.param("client-certificate: nowhere.crt", "client-key: nowhere.key", id="files that are not there"),
-        pytest.param("client-certificate: both.pem", "client-key: both.pem", id="one file for both"),
         pytest.param("client-certificate: pki/apiserver.crt", None, id="a certificate's file and a key's data"),
         pytest.param(None, "client-key: pki/apiserver.key", id="a certificate's data and a key's file"),
         pytest.param(None, "x: y", id="no key"),
@@ -377,7 +376,6 @@ def test_a_kubeconfig_that_refers_to_files(pki: Pki, *, absolute: bool) -> None:
 )
 def test_a_kubeconfig_without_a_pair_that_could_be_renewed(pki: Pki, certificate: str | None, key: str | None) -> None:
     """It is broken, and the reason names the file."""
-    shutil.copy(pki.pki_dir / "apiserver.crt", pki.kubeconfig_dir / "both.pem")
     assert item(pki, "admin.conf").trouble is None
     edit_kubeconfig(pki, "admin.conf", certificate, key)
 
@@ -385,6 +383,42 @@ def test_a_kubeconfig_without_a_pair_that_could_be_renewed(pki: Pki, certificate
     assert (found.state, found.certificates) == ("broken", ())
     assert found.trouble is not None
     assert str(pki.kubeconfig_dir / "admin.conf") in found.trouble
+
+
+@pytest.mark.parametrize("change", ["users: &u", "user: &u", "!!str"])
+def test_a_kubeconfig_that_cannot_be_edited(pki: Pki, change: str) -> None:
+    """It is read as before, and the obstacle names the file, in the hint, too."""
+    assert [one.spec.name for one in read(pki).items if one.obstacle] == []
+    path = pki.kubeconfig_dir / "admin.conf"
+    place = f"client-key-data: {change}" if "!" in change else change
+    path.write_text(path.read_text().replace(f"{place.rsplit(' ', 1)[0]}", place))
+
+    assert [one.spec.name for one in read(pki).items if one.obstacle] == ["admin.conf"]
+    found = item(pki, "admin.conf")
+    assert (found.state, found.trouble, len(found.certificates)) == ("present", None, 1)
+    assert found.obstacle is not None
+    assert str(found.obstacle).startswith(f"{path}: line ")
+    assert f"--kubeconfig {path} " in found.obstacle.hint
+
+
+def test_certificates_that_share_a_file(pki: Pki) -> None:
+    """Both can be read; neither file can be replaced with two contents, and what has files of its own can be."""
+    (pki.kubeconfig_dir / "super-admin.conf").unlink()
+    (pki.kubeconfig_dir / "super-admin.conf").symlink_to("admin.conf")
+    shutil.copy(pki.pki_dir / "apiserver.crt", pki.kubeconfig_dir / "both.pem")
+    edit_kubeconfig(pki, "scheduler.conf", "client-certificate: both.pem", "client-key: both.pem")
+    key = pki.kubeconfig_dir / "loop.key"
+    key.symlink_to(key)
+    shutil.copy(pki.pki_dir / "apiserver.crt", pki.kubeconfig_dir / "own.crt")
+    edit_kubeconfig(pki, "controller-manager.conf", "client-certificate: own.crt", "client-key: loop.key")
+
+    found = {one.spec.name: one for one in read(pki).items}
+    assert {one.state for one in found.values()} == {"present"}
+    obstacles = {name: str(one.obstacle) for name, one in found.items() if one.obstacle}
+    assert set(obstacles) == {"admin.conf", "super-admin.conf", "scheduler.conf"}
+    assert "super-admin.conf's" in obstacles["admin.conf"]
+    assert " admin.conf's" in obstacles["super-admin.conf"]
+    assert obstacles["scheduler.conf"].endswith(os.path.realpath(pki.kubeconfig_dir / "both.pem"))
 
 
 def test_data_wins_over_files(pki: Pki) -> None:

@@ -98,6 +98,7 @@ def test_reads_file_references() -> None:
         certificate_file="/var/lib/current.pem",
         key_present=False,
         key_file="/var/lib/current.pem",
+        not_editable="wanted an embedded client-certificate-data and client-key-data to replace, found none",
     )
     assert parse(text.encode()) == wanted
     assert key_data(text.encode()) is None
@@ -192,6 +193,8 @@ UNEDITABLE = {
 def test_refuses_to_edit(text: str) -> None:
     """What can be read but not edited in one place alone is refused; the plain file is edited."""
     assert parse(text.encode()).user == "kubernetes-admin"
+    assert parse(text.encode()).not_editable is not None
+    assert parse(PLAIN.encode()).not_editable is None
     assert edit(PLAIN) == replaced(PLAIN)
     with pytest.raises(KubeconfigError):
         edit(text)

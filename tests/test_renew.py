@@ -13,13 +13,14 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
-from bridge import asking, finish, kubeconfig, renew
+from bridge import asking, audit, commands, doctor, finish, kubeconfig, renew
 from bridge.certificates import load_pem_certificates, pem, san_counts
 from bridge.csr import CannotCarryError, generate_key, key_pem
 from bridge.expiry import Before
 from bridge.install import InstallError
 from bridge.selection import nothing_due, select
 from bridge.settings import Settings, parse
+from bridge.store import Store
 from tests.kit import opensslca
 from tests.kit.issuing import Signer
 from tests.kit.pki import Pki, handmade_pki
@@ -255,6 +256,77 @@ def test_a_file_that_changes_while_the_ca_signs_is_not_overwritten(
     with pytest.raises(InstallError):
         renewed(settings_for(node, tmp_path), "apiserver", "scheduler.conf")
     assert path.read_bytes() == theirs
+
+
+def _with_anchor(path: Path) -> None:
+    path.write_text(path.read_text().replace("user:\n    client", "user: &u\n    client"))
+
+
+def events(directory: Path, name: str) -> list[str]:
+    return [str(event["event"]) for event in audit.events(Store(directory / "state"), None, name)]
+
+
+def test_a_kubeconfig_that_cannot_be_edited_fails_alone(node: Pki, tmp_path: Path) -> None:
+    """Before its CA is asked, with the file's name; its CSR can still be had."""
+    path = node.kubeconfig_dir / "admin.conf"
+    _with_anchor(path)
+    settings = settings_for(node, tmp_path)
+    assert commands.plan(settings, (), now(), as_json=False) == 1
+    assert doctor.run(settings, now()) == 1
+    result = renewed(settings)
+    assert result.exit_code == 1
+    [failed] = result.failed
+    assert (failed.name, len(result.renewed)) == ("admin.conf", 11)
+    assert str(failed.error).startswith(f"{path}: line ")
+    assert events(tmp_path, "admin.conf") == ["failed"]
+    assert commands.write_csrs(settings, ["admin.conf"], tmp_path / "csrs", now()) == 0
+
+
+def test_a_kubeconfig_that_changes_while_the_ca_signs_fails_alone(
+    node: Pki, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that it can't be edited any more, or is away."""
+    real = asking.sign
+
+    def meanwhile(*args: object) -> object:
+        answers = real(*args)  # type: ignore[arg-type]
+        _with_anchor(node.kubeconfig_dir / "admin.conf")
+        (node.kubeconfig_dir / "scheduler.conf").unlink()
+        return answers
+
+    monkeypatch.setattr("bridge.renew.sign", meanwhile)
+    result = renewed(settings_for(node, tmp_path))
+    assert [outcome.name for outcome in result.failed] == ["admin.conf", "scheduler.conf"]
+    assert (result.exit_code, len(result.renewed)) == (1, 10)
+    assert all(str(node.kubeconfig_dir) in str(outcome.error) for outcome in result.failed)
+    assert events(tmp_path, "admin.conf")[-1] == "failed"
+
+
+def test_certificates_that_share_a_file_fail_alone(node: Pki, tmp_path: Path) -> None:
+    """A symlink from one kubeconfig to another; all else is renewed, and with a copy both."""
+    path = node.kubeconfig_dir / "super-admin.conf"
+    path.unlink()
+    path.symlink_to("admin.conf")
+    settings = settings_for(node, tmp_path)
+    assert doctor.run(settings, now()) == 1
+    result = renewed(settings)
+    assert [outcome.name for outcome in result.failed] == ["admin.conf", "super-admin.conf"]
+    assert (result.exit_code, len(result.renewed)) == (1, 10)
+    path.unlink()
+    path.write_bytes((node.kubeconfig_dir / "admin.conf").read_bytes())
+    assert [outcome.name for outcome in renewed(settings).renewed] == ["admin.conf", "super-admin.conf"]
+
+
+def test_an_external_etcds_client_in_one_file_with_its_key_fails_alone(
+    node: Pki, external_etcd: Path, tmp_path: Path
+) -> None:
+    """It is shown when it ends; the others are renewed."""
+    (external_etcd / "client.key").unlink()
+    manifest = node.kubeconfig_dir / "manifests/kube-apiserver.yaml"
+    manifest.write_text(manifest.read_text().replace("client.key", "client.crt"))
+    result = renewed(settings_for(node, tmp_path))
+    assert [outcome.name for outcome in result.failed] == ["apiserver-etcd-client"]
+    assert (result.exit_code, len(result.renewed)) == (1, 8)
 
 
 def test_what_is_due_is_what_ends_soon(node: Pki) -> None:
