@@ -428,6 +428,7 @@ def put_back(
         raise
     for o in outcomes:
         record.add(audit.ROLLED_BACK, o.name, authority=o.authority, old=o.old, new=o.new, result=result)
+    record.write_or_warn()  # what comes after it may take minutes, and be killed
     return Rollback(
         backup=backup,
         replaced_backup_id=replaced,

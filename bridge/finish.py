@@ -242,6 +242,7 @@ def _install(
     for one, verified in passed:
         run.record.add(audit.INSTALLED, one.name, authority=one.authority, new=verified.leaf)
         run.requests.drop(one.name)
+    run.record.write_or_warn()  # restart and proof may take minutes, and be killed
     try:
         run.requests.save()
     except RequestsError as e:

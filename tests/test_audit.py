@@ -324,6 +324,23 @@ def test_a_renewal_is_recorded_from_question_to_installation(run: Run, node: Pki
     assert audit.verify(store)[1] == []
 
 
+def test_what_was_replaced_is_on_disk_before_anything_comes_after_it(
+    run: Run, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hooks, restart and proof take minutes, and a kill in them must not hide that files are new."""
+    seen: list[str] = []
+
+    def looking(*_: object, **__: object) -> list[object]:
+        seen.append(events(store)[-1])
+        return []
+
+    monkeypatch.setattr("bridge.hooks.Hooks.installed", looking)
+    assert run("renew", "apiserver").exit_code == 0
+    monkeypatch.setattr("bridge.backups.retire", looking)
+    assert run("rollback").exit_code == 0
+    assert seen == ["installed", "rolled-back"]
+
+
 def test_a_run_with_nothing_due_is_not_recorded(run: Run, store: Store) -> None:
     """Every night, on every node."""
     assert run("renew").exit_code == 0
