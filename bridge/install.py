@@ -336,8 +336,8 @@ def _forget_staged(store: Store) -> None:
 
 def _forget_partial_backups(store: Store) -> None:
     """A backup without a manifest was not finished, and nothing was replaced after it."""
-    for directory in store.backups.iterdir() if store.backups.is_dir() else ():
-        if directory.is_dir() and not (directory / "manifest.json").exists():
+    for directory in store.backup_directories():
+        if not (directory / "manifest.json").exists() and not directory.is_symlink():
             shutil.rmtree(directory)
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+#: What comes and goes under names of its own: the cut end of a record, and a manifest that another one took the place of.
+_NUMBERED = r"audit\.torn-\d+-[0-9a-f]{8}|[a-z-]+-[0-9a-f]{8}\.yaml"
+_BACKUP = re.compile(r"\d{8}T\d{6}Z-[0-9a-z]+(-back)?")
 
 
 class Store:
@@ -38,8 +43,20 @@ class Store:
         private_directory(self.backups)
 
     def half_written(self) -> list[Path]:
-        """What `files.write_atomically` leaves when its process is killed: all names in here with a dot before them."""
-        return [path for path in self.directory.glob(".*") if path.is_file()]
+        """What `files.write_atomically` leaves when its process is killed; other names with a dot are not ours."""
+        names = [re.escape(path.name) for path in vars(self).values() if path.parent == self.directory]
+        ours = re.compile(rf"\.({'|'.join([*names, _NUMBERED])})\.[a-z0-9_]{{8}}")  # as `tempfile` makes them
+        return [path for path in self.directory.glob(".*") if ours.fullmatch(path.name) and path.is_file()]
+
+    def backup_directories(self) -> list[Path]:
+        """
+        Finished or not; what else somebody keeps beside them is not ours.
+
+        Raises:
+            OSError: They can't be looked at.
+        """
+        found = self.backups.iterdir() if self.backups.is_dir() else ()
+        return [path for path in found if _BACKUP.fullmatch(path.name) and path.is_dir()]
 
     @property
     def is_interrupted(self) -> bool:

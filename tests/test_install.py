@@ -55,13 +55,34 @@ def store(tmp_path: Path) -> Store:
     return store
 
 
-@pytest.mark.parametrize("name", ["journal.json", "staging.json", "audit.head", "audit.torn-7-01234567"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("journal.json", "staging.json", "requests.json", "restart.json", "restarted.json", "unproven.json"),
+        *("hooks.json", "attempts.json", "audit.head", "audit.torn-7-01234567"),
+        *("kubelet-client-current.pem", "kube-apiserver-01234567.yaml"),
+    ],
+)
 def test_recover_removes_what_was_half_written(store: Store, name: str) -> None:
     """Of a file that a killed process was writing; the file itself stays."""
     (store.directory / "audit.head").write_text("kept")
     (store.directory / f".{name}.abcdefgh").write_text("half")
     recover(store)
     assert [path.name for path in store.directory.iterdir() if path.is_file()] == ["audit.head"]
+
+
+def test_recover_leaves_alone_what_is_not_ours(store: Store) -> None:
+    """Whatever an operator keeps beside our files; a backup of ours that was not finished goes."""
+    files = [".vault-token", ".journal.json.swp", ".notes.abcdefgh", ".journal.json"]
+    for name in files:
+        (store.directory / name).write_text("kept")
+    directories = ["keep-2025", "lost+found"]
+    for name in (*directories, "20260101T000000Z-0123abcd", "20260101T000000Z-0123abcd-back"):
+        (store.backups / name).mkdir()
+    (store.backups / "20260101T000001Z-0123abcd").symlink_to("keep-2025")
+    recover(store)
+    assert {path.name for path in store.directory.iterdir()} == {*files, "backups"}
+    assert {path.name for path in store.backups.iterdir()} == {*directories, "20260101T000001Z-0123abcd"}
 
 
 def replacements(pki: Path) -> list[Replacement]:
