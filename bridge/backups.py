@@ -50,11 +50,18 @@ MANIFEST = "manifest.json"
 #: What a manifest without them could not be listed or put back.
 _NEEDED = {"id": str, "created": str, "run_id": str, "files": list}
 
+#: An ID begins with the time at which it was made, in whole seconds.
+_STAMP = len("20260101T000000Z")
+
 
 class BackupError(BridgeError):
     """There is no such backup, or it can't be read."""
 
     hint = "`ca-bridge backups` lists what there is"
+
+    def __init__(self, message: str, *, hint: str | None = None, backup_id: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.backup_id = backup_id  #: Of one that can't be read.
 
 
 class RollbackRefusedError(BridgeError):
@@ -159,13 +166,20 @@ class Rollback:
 def read_all(store: Store) -> tuple[list[Backup], list[BackupError]]:
     """All backups, the newest first; and those that can't be read. One without a manifest is none."""
     found, broken = [], []
-    for directory in store.backups.iterdir() if store.backups.is_dir() else ():
+    try:
+        directories = store.backup_directories()
+    except OSError as e:
+        return [], [BackupError(f"{store.backups}: wanted to look for backups, found: {e.strerror}")]
+    for directory in directories:
         try:
             found.append(_read(directory))
         except FileNotFoundError:
             continue  # not finished, or being deleted
+        except OSError as e:
+            text = f"{directory / MANIFEST}: wanted a manifest, found: {e.strerror}"
+            broken.append(BackupError(text, backup_id=directory.name))
         except BackupError as e:
-            broken.append(e)
+            broken.append(BackupError(str(e), backup_id=directory.name))
     return sorted(found, key=lambda backup: (backup.created, backup.backup_id), reverse=True), broken
 
 
@@ -200,14 +214,21 @@ def find(store: Store, backup_id: str | None) -> Backup:
         backup_id: None: the newest.
 
     Raises:
-        BackupError: There is none.
+        BackupError: There is none, or it can't be read; nor is an older one taken in the place of the newest.
     """
     found, broken = read_all(store)
+    newest = found[0].backup_id[:_STAMP] if found else ""
+    for error in broken:
+        if error.backup_id in ("", backup_id):
+            raise error
+        if backup_id is None and error.backup_id[:_STAMP] >= newest:
+            raise BackupError(
+                f"the newest backup can't be read: {error}",
+                hint="`ca-bridge rollback ID` takes another one of `ca-bridge backups`",
+            )
     for backup in found:
         if backup_id in (None, backup.backup_id):
             return backup
-    for error in broken:
-        raise error
     wanted = f"the backup {backup_id}" if backup_id else "a backup"
     raise BackupError(f"wanted {wanted} in {store.backups}, found {f'{len(found)} others' if found else 'none'}")
 
@@ -290,15 +311,14 @@ def _pair(files: Sequence[File], item: Item) -> tuple[list[x509.Certificate], by
     """
     contents = {file.path.resolve(): file.copy.read_bytes() for file in files if file.copy is not None}
     certificate_path = item.certificate_path.resolve()
-    if item.key_path is None:
-        parsed = kubeconfig.parse(contents[certificate_path])
-        return load_pem_certificates(parsed.certificate_data or b""), kubeconfig.key_data(
-            contents[certificate_path]
-        ) or b""
-    key_path = item.key_path.resolve()
-    missing = [str(path) for path in (certificate_path, key_path) if path not in contents]
+    key_path = item.key_path.resolve() if item.key_path is not None else certificate_path
+    missing = [str(path) for path in dict.fromkeys((certificate_path, key_path)) if path not in contents]
     if missing:
         raise BackupError(f"no {' and no '.join(missing)}")
+    if item.key_path is None:
+        parsed = kubeconfig.parse(contents[certificate_path])
+        key = kubeconfig.key_data(contents[certificate_path])
+        return load_pem_certificates(parsed.certificate_data or b""), key or b""
     return load_pem_certificates(contents[certificate_path]), contents[key_path]
 
 
@@ -442,7 +462,12 @@ def _serial(certificate: x509.Certificate | None) -> str | None:
 
 
 def outcomes_of(backup: Backup, node: Node) -> list[Outcome]:
-    """What putting it back does, one a certificate; without a new one where its files are removed."""
+    """
+    What putting it back does, one a certificate; without a new one where its files are removed.
+
+    Raises:
+        BackupError: A copy is damaged.
+    """
     outcomes = []
     for item in node.items:
         files = _files(backup, item.spec.name)
@@ -453,10 +478,21 @@ def outcomes_of(backup: Backup, node: Node) -> list[Outcome]:
                     name=item.spec.name,
                     authority=item.spec.authority.name,
                     old=item.certificates[0] if item.certificates else None,
-                    new=_pair(files, item)[0][0] if is_there else None,
+                    new=_leaf(backup, files, item) if is_there else None,
                 )
             )
     return outcomes
+
+
+def _leaf(backup: Backup, files: Sequence[File], item: Item) -> x509.Certificate:
+    try:
+        return _pair(files, item)[0][0]
+    except (BridgeError, OSError, ValueError) as e:
+        reason = e.strerror if isinstance(e, OSError) else e
+        raise BackupError(
+            f"backup {backup.backup_id}: {item.spec.name}: wanted its certificate, found: {reason}",
+            backup_id=backup.backup_id,
+        ) from e
 
 
 def _replacement(file: File, node: Node) -> Replacement:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import getpass
 import itertools
 import json
@@ -136,6 +137,39 @@ def test_a_backup_that_cannot_be_read_is_named(run: Run, store: Store) -> None:
     assert bad in result.stderr
 
 
+def test_what_is_strange_among_the_backups_keeps_no_renewal_from_its_report(run: Run, store: Store) -> None:
+    """A file, a directory that is not ours, a manifest that can't be read: only `backups` tells the last of them."""
+    bad, good = renewed(run, "apiserver"), renewed(run, "apiserver")
+    (store.backups / "notes.txt").write_text("mine")
+    shutil.copytree(store.backups / good, store.backups / "keep-2025")
+    (store.backups / bad / backups.MANIFEST).unlink()
+    (store.backups / bad / backups.MANIFEST).mkdir()
+    assert renewed(run, "apiserver")
+    result = run("backups")
+    assert result.exit_code == 1
+    assert good in result.stdout
+    assert "keep-2025" not in result.output
+    assert "notes.txt" not in result.output
+    assert f"{store.backups / bad / backups.MANIFEST}: wanted a manifest, found: " in result.stderr
+
+
+def test_a_directory_of_backups_that_cannot_be_read_is_named(
+    run: Run, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whoever lists them and whoever wants one of them."""
+
+    def fail(_: Store) -> list[Path]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Store, "backup_directories", fail)
+    result = run("backups")
+    assert result.exit_code == 1
+    assert f"{store.backups}: wanted to look for backups, found: Input/output error" in result.stderr
+    for backup_id in (None, "20260101T000000Z-0123abcd"):
+        with pytest.raises(backups.BackupError, match="Input/output error"):
+            backups.find(store, backup_id)
+
+
 # --- rollback --------------------------------------------------------------------------------------------------------
 
 
@@ -190,6 +224,39 @@ def test_a_backup_that_is_not_there_is_1(run: Run, args: tuple[str, ...]) -> Non
     result = run(*args)
     assert result.exit_code == 1
     assert "wanted" in result.stderr
+
+
+def test_an_older_backup_is_not_taken_for_the_newest(run: Run, store: Store, node: Pki) -> None:
+    """When the newest can't be read, whoever goes back says where to; an older one that can't be is no matter."""
+    good, newest = renewed(run, "apiserver"), renewed(run, "apiserver")
+    older = "20200101T000000Z-01234567"
+    shutil.copytree(store.backups / newest, store.backups / older)
+    (store.backups / older / backups.MANIFEST).write_text("{}")
+    assert backups.find(store, None).backup_id == newest
+    (store.backups / newest / backups.MANIFEST).write_text("{}")
+    before = files(node)
+    for args in ((), (newest,)):
+        result = run("rollback", *args)
+        assert result.exit_code == 1
+        assert newest in result.stderr
+        assert files(node) == before
+    assert run("rollback", good).exit_code == 0
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b""), lambda path: path.write_text("{")])
+@pytest.mark.parametrize("name", ["apiserver", "admin.conf"])
+def test_what_a_damaged_backup_would_do_is_an_error_of_ours(
+    run: Run, store: Store, node: Pki, name: str, damage: Callable[[Path], object]
+) -> None:
+    """It names backup and certificate."""
+    made = backups.find(store, renewed(run, name))
+    found = inventory.read(node.pki_dir, node.kubeconfig_dir)
+    assert [outcome.name for outcome in backups.outcomes_of(made, found)] == [name]
+    for file in made.files:
+        assert file.copy is not None
+        damage(file.copy)
+    with pytest.raises(backups.BackupError, match=f"{made.backup_id}: {name}: "):
+        backups.outcomes_of(made, found)
 
 
 def _another_key(store: Store, backup_id: str) -> None:
