@@ -210,9 +210,10 @@ def lock(path: Path, command: str, wait: timedelta = timedelta()) -> Iterator[No
             if left <= 0:
                 raise LockedError(f"wanted the lock {path}, found it held by {_holder(descriptor)}")
             time.sleep(min(left, _LOCK_POLL_SECONDS))
-        os.ftruncate(descriptor, 0)
         since = datetime.now(UTC).isoformat(timespec="seconds")
-        os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "command": command, "since": since}).encode(), 0)
+        with contextlib.suppress(OSError):  # on a full disk only the others know less
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "command": command, "since": since}).encode(), 0)
         yield
     finally:
         os.close(descriptor)

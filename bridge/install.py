@@ -133,8 +133,18 @@ def recover(store: Store) -> Recovery | None:
         What was done; None if there was nothing to do.
 
     Raises:
-        InstallError: Neither way works; the journal stays.
+        InstallError: Neither way works, and the journal stays; or something that was left can't be removed.
     """
+    try:
+        return _recover(store)
+    except OSError as e:
+        raise InstallError(
+            f"what an interrupted run left can't be cleared away: {_reason(e)}",
+            hint="mend the file system, then run `ca-bridge recover`",
+        ) from e
+
+
+def _recover(store: Store) -> Recovery | None:
     for half_written in store.half_written():
         half_written.unlink()
     if not store.journal.exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -353,6 +354,26 @@ def test_recovery_that_can_go_nowhere_keeps_the_journal(
     assert store.journal.exists()
 
 
+@pytest.mark.parametrize("what", [".journal.json.abcdefgh", "20260101T000000Z-0123abcd"])
+def test_recovery_that_cannot_clear_away_says_what(store: Store, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """An error of ours, with the file's name; when the disk is well again the same call works."""
+    if what.startswith("."):
+        (store.directory / what).write_text("half")
+    else:
+        (store.backups / what).mkdir()
+
+    def fail(path: object, **_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", fail)
+        patch.setattr(os, "rmdir", fail)
+        with pytest.raises(InstallError, match=re.escape(what)):
+            recover(store)
+    assert recover(store) is None
+    assert [path.name for path in store.directory.rglob("*")] == ["backups"]
+
+
 @pytest.fixture
 def holder(store: Store) -> Iterator[None]:
     """Another run."""
@@ -367,6 +388,20 @@ def test_one_run_at_a_time(store: Store) -> None:
     assert f"process {os.getpid()} " in str(e.value)
     with lock(store.lock, "other"):
         pass
+
+
+def test_a_lock_that_cannot_tell_its_holder_is_a_lock(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk the command goes on, and the second one waits for a process that did not say who it is."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with lock(store.lock, "ca-bridge renew"):
+        pass
+    monkeypatch.setattr(os, "pwrite", full)
+    with lock(store.lock, "ca-bridge recover"), pytest.raises(LockedError) as e, lock(store.lock, "other"):
+        pass
+    assert "did not say who it is" in str(e.value)
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o770, 0o777])
