@@ -7,6 +7,7 @@ and write nothing: a third of the time, every night on every node.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
@@ -26,8 +27,7 @@ def main() -> NoReturn:
     gc.disable()  # importing makes many objects and no garbage: looking for it takes a twentieth of a cron run
     sentence = nothing_to_do(sys.argv[1:])
     if sentence is not None:
-        sys.stdout.write(f"{sentence}\n")
-        _end(0)
+        _end(0, f"{sentence}\n")
     from bridge.cli import app  # noqa: PLC0415 (see above)
 
     gc.freeze()
@@ -39,12 +39,15 @@ def main() -> NoReturn:
     raise AssertionError("Typer ends with SystemExit")
 
 
-def _end(code: str | int | None) -> NoReturn:
-    """End at once: taking a few hundred modules apart one by one is a tenth of a cron run's time."""
+def _end(code: str | int | None, text: str = "") -> NoReturn:
+    """Print, and end at once: taking a few hundred modules apart one by one is a tenth of a cron run's time."""
     try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except BrokenPipeError:
+        print(text, end="", flush=True)  # noqa: T201 (unlike `sys.stdout.write` it bears a closed standard output)
+        print(end="", file=sys.stderr, flush=True)  # noqa: T201
+    except OSError as e:
+        if not code and not isinstance(e, BrokenPipeError):  # else it was told already
+            with contextlib.suppress(OSError):
+                os.write(2, f"error: standard output: {e.strerror}\n".encode())
         os._exit(Exit.FAILED)
     os._exit(code if isinstance(code, int) else 0 if code is None else Exit.FAILED)
 
@@ -70,13 +73,14 @@ def nothing_to_do(arguments: Sequence[str]) -> str | None:
         settings = overridden(load(config), *(places[name] for name in _PLACES[1:]))
     except BridgeError:
         return None
-    now = datetime.now(UTC)
+    store, now = Store(settings.node.state_dir), datetime.now(UTC)
     node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
     selection = select(node, settings, (), now)
-    store = Store(settings.node.state_dir)
-    if selection.items or selection.failed or store.is_interrupted:
+    try:
+        is_something_left = store.is_interrupted or any(map(Path.exists, (store.requests, store.hooks, store.unproven)))
+    except OSError:  # nobody else may look into the state directory
         return None
-    if any(path.exists() for path in (store.requests, store.hooks, store.unproven)):
+    if selection.items or selection.failed or is_something_left:
         return None
     return nothing_due(node, settings, now)
 

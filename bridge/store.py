@@ -7,7 +7,7 @@ from pathlib import Path
 
 #: What comes and goes under names of its own: the cut end of a record, and a manifest that another one took the place of.
 _NUMBERED = r"audit\.torn-\d+-[0-9a-f]{8}|[a-z-]+-[0-9a-f]{8}\.yaml"
-_BACKUP = re.compile(r"\d{8}T\d{6}Z-[0-9a-z]+(-back)?")
+_BACKUP = r"\d{8}T\d{6}Z-[0-9a-z]+(-back)?"
 
 
 class Store:
@@ -56,7 +56,7 @@ class Store:
             OSError: They can't be looked at.
         """
         found = self.backups.iterdir() if self.backups.is_dir() else ()
-        return [path for path in found if _BACKUP.fullmatch(path.name) and path.is_dir()]
+        return [path for path in found if re.fullmatch(_BACKUP, path.name) and path.is_dir()]
 
     @property
     def is_interrupted(self) -> bool:

@@ -8,9 +8,12 @@ import json
 import os
 import pty
 import re
+import shlex
+import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -456,6 +459,46 @@ def test_a_plain_renew_with_nothing_due_loads_no_command_line(run: Run, config: 
     assert (entry.nothing_to_do(plain) or "").startswith("nothing is due: ")
     for other in ([], ["renew", "all"], ["renew", "-v"], ["plan"], ["renew", "--config"], ["renew", "--within", "3d"]):
         assert entry.nothing_to_do([*other, "--config", str(config)]) is None
+
+
+@pytest.mark.parametrize("args", [(), ("-v",)], ids=["fast path", "command line"])
+def test_a_result_that_cannot_be_written_is_an_error(run: Run, config: Path, args: tuple[str, ...]) -> None:
+    """On a full disk: exit 1 and a line that says so; where standard output is closed nobody wants to know."""
+    assert run("renew").exit_code == 0
+    command = shlex.join([sys.executable, "-c", "from bridge.entry import main; main()"])
+    command = f"exec {command} {shlex.join(['renew', '--config', str(config), *args])}"
+    full, closed = (
+        subprocess.run(["sh", "-c", f"{command} {where}"], capture_output=True, text=True, check=False)
+        for where in (">/dev/full", ">&-")
+    )
+    assert full.returncode == 1
+    assert re.fullmatch(r"error: .*No space left on device\n", full.stderr)
+    assert closed.returncode == 0
+    assert "Traceback" not in closed.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user; run the tests as root")
+def test_nothing_due_for_a_user_who_may_not_look(run: Run, node: Pki, config: Path, tmp_path: Path) -> None:
+    """Into the state directory: an error of ours, and no traceback."""
+    assert run("renew").exit_code == 0
+    with tempfile.TemporaryDirectory() as directory:
+        shutil.copytree(node.root, f"{directory}/node")
+        shutil.copytree(tmp_path / "state", f"{directory}/state")
+        for path in [Path(directory), *Path(directory, "node").rglob("*")]:
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        text = config.read_text().replace(str(node.root), f"{directory}/node")
+        theirs = Path(directory, "config.toml")
+        theirs.write_text(text.replace(str(tmp_path / "state"), f"{directory}/state"))
+        plain = ["renew", "--config", str(theirs)]
+        assert (entry.nothing_to_do(plain) or "").startswith("nothing is due: ")
+        os.seteuid(65534)
+        try:
+            assert entry.nothing_to_do(plain) is None
+            result = CliRunner().invoke(app, plain)
+        finally:
+            os.seteuid(0)
+        assert result.exit_code == 1
+        assert result.stderr.startswith(f"error: {directory}/state: wanted a directory of user 65534")
 
 
 def test_progress_on_a_terminal(config: Path) -> None:
