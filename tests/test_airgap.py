@@ -499,6 +499,24 @@ def test_part_of_the_answers(node: Node, desk: Desk) -> None:
     assert list(node.open()) == ["apiserver"]
 
 
+def test_an_answer_whose_file_cannot_be_replaced_is_kept_out_and_taken_later(node: Node, desk: Desk) -> None:
+    """A kubeconfig got an anchor meanwhile: exit 1, the others are installed; without it the same answer is."""
+    node.export("admin.conf", FRONT)
+    answer, path = sign(desk, node), node.pki.kubeconfig_dir / "admin.conf"
+    plain = path.read_text()
+    path.write_text(plain.replace("users:", "users: &u"))
+    run = node.run("import", answer, "-o", "json")
+    assert run.returncode == 1
+    result = json.loads(run.stdout)
+    assert [one["name"] for one in result["renewed"]] == [FRONT]
+    assert [one["name"] for one in result["failed"]] == ["admin.conf"]
+    assert str(path) in run.stderr
+    path.write_text(plain)
+    assert node.run("import", answer).returncode == 0
+    assert_pairs(node.pki)
+    assert not node.open()
+
+
 def test_all_or_nothing(node: Node) -> None:
     """One wrong certificate holds the other back; it is kept, and installed when the right one comes."""
     node.export("apiserver", FRONT)
