@@ -166,7 +166,9 @@ def inspect(settings: Settings, path: Path, now: datetime) -> int:
     found = _bundle(path)
     cas = {name: certificates for name in AUTHORITIES if (certificates := _ca(settings, name))}
     typer.echo(bundle.describe(found, now, cas or None), nl=False)
-    if isinstance(found, RequestBundle) and any(bundle.proof_problem(one, found) for one in found.requests):
+    if isinstance(found, RequestBundle) and any(
+        bundle.proof_problem(one, found) or bundle.usages_problem(one) for one in found.requests
+    ):
         return Exit.REFUSED
     return Exit.DONE
 

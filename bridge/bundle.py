@@ -26,8 +26,18 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes, PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
 
-from bridge.certificates import fingerprint, name_text, pem, san_counts, serial_hex
+from bridge.certificates import (
+    UNREADABLE,
+    attributes,
+    extended_key_usages,
+    fingerprint,
+    name_text,
+    pem,
+    san_counts,
+    serial_hex,
+)
 from bridge.contract import Continuity, Issued, SignRequest
 from bridge.csr import algorithm_name
 from bridge.errors import BridgeError
@@ -624,8 +634,9 @@ def proof_problem(request: BundledRequest, bundle: RequestBundle) -> str | None:
     """
     Why the continuity proof does not hold; None when it does.
 
-    It says that whoever made the bundle has the key of `replaces`; whether that certificate is the cluster CA's is
-    `origin_problem`, and whether it says who may have the new one is the policy's.
+    It says that whoever made the bundle has the key of `replaces`, and that the new certificate is for the same CN:
+    one of another name, be it by the same CA, proves nothing. Whether it is by the cluster's CA is `origin_problem`,
+    whether it has the usages `usages_problem`, and who may have the new one is the policy's.
     """
     if request.replaces is None:
         return "wanted the certificate that is replaced, found none"
@@ -642,7 +653,24 @@ def proof_problem(request: BundledRequest, bundle: RequestBundle) -> str | None:
         is_checked = _check_signature(key, request.proof, message)
     except InvalidSignature:
         return "wanted a continuity proof by the replaced certificate's key over this CSR, found another signature"
-    return None if is_checked else f"wanted an RSA, ECDSA or Ed25519 key to prove with, found {algorithm_name(key)}"
+    if not is_checked:
+        return f"wanted an RSA, ECDSA or Ed25519 key to prove with, found {algorithm_name(key)}"
+    return _other_holder(request.csr, request.replaces)
+
+
+def _other_holder(csr: x509.CertificateSigningRequest, replaces: x509.Certificate) -> str | None:
+    """Groups may have changed since, and what else the policy lets; the CN says who it is."""
+    try:
+        is_same = _who(csr) == _who(replaces)
+    except UNREADABLE as e:
+        return f"wanted one by a certificate whose subject can be read, found: {_plain(str(e))}"
+    return None if is_same else f"wanted one by the certificate of {_name(csr)}, found one by that of {_name(replaces)}"
+
+
+def _who(subject: x509.Certificate | x509.CertificateSigningRequest) -> list[tuple[str, str]]:
+    """The CN; the whole subject where there is none."""
+    parts = attributes(subject.subject)
+    return [part for part in parts if part[0] == NameOID.COMMON_NAME.dotted_string] or parts
 
 
 def _check_signature(key: CertificatePublicKeyTypes, signature: bytes, message: bytes) -> bool:
@@ -665,6 +693,20 @@ def _proof_message(csr: x509.CertificateSigningRequest, *, name: str, batch: str
     csr_digest = sha256(csr.public_bytes(Encoding.DER)).digest()
     parts = (_PROOF_CONTEXT, batch.encode(), node.encode(), cluster.encode(), name.encode(), csr_digest)
     return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+
+
+def usages_problem(request: BundledRequest) -> str | None:
+    """Why the replaced certificate does not prove a right to these usages; one without EKUs is good for any."""
+    if request.replaces is None:
+        return "wanted the certificate that is replaced, found none"
+    try:
+        found = extended_key_usages(request.replaces)
+    except UNREADABLE as e:
+        return f"wanted usages in the replaced certificate, found some that can't be read: {_plain(str(e))}"
+    lacking = sorted(eku.label for eku in SPECS[request.name].ekus if found is not None and eku.value not in found)
+    return (
+        f"wanted one by a certificate with the same usages, found one without {', '.join(lacking)}" if lacking else None
+    )
 
 
 def origin_problem(request: BundledRequest, cas: Sequence[x509.Certificate]) -> str | None:
@@ -729,7 +771,8 @@ def _request_lines(
         yield f"  key         {_key(request.csr)}"
         yield f"  replaces    {_replaced(request, now)}"
         yield from _changes(request)
-        yield f"  proof       {proof_problem(request, bundle) or 'holds: made with the key of the replaced certificate'}"
+        proof = proof_problem(request, bundle) or usages_problem(request)
+        yield f"  proof       {proof or 'holds: made with the key of the replaced certificate'}"
         if cas is not None:
             yield f"  origin      {origin_problem(request, cas.get(request.authority, ())) or 'signed by this CA'}"
 

@@ -20,7 +20,7 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.x509.oid import ExtensionOID, NameOID
 
-from bridge.bundle import BundledRequest, RequestBundle, origin_problem, proof_problem
+from bridge.bundle import BundledRequest, RequestBundle, origin_problem, proof_problem, usages_problem
 from bridge.certificates import attributes, san_counts
 from bridge.csr import algorithm_name
 from bridge.errors import SettingsError, SettingsProblem
@@ -142,7 +142,7 @@ class Verdict:
     """What the policy says to one request."""
 
     problems: tuple[str, ...]  #: None: it may be signed.
-    proven: bool  #: The proof holds, and the replaced certificate is this CA's.
+    proven: bool  #: The proof holds, by this CA's certificate of the same name and usages.
 
 
 def parse(text: str, file: Path | None = None) -> Policy:
@@ -202,10 +202,10 @@ def judge(
         now: The desk's time.
         without_proof: Names for which a person does without.
     """
-    unproven = _proof_trouble(request, bundle, policy, cas, now)
+    unproven, can_be_waived = _proof_trouble(request, bundle, policy, cas, now)
     problems = [*_who(bundle, policy.allow)]
     waived = policy.allow.proof == "optional" or request.name in without_proof
-    if unproven and (request.proof is not None or not waived):
+    if unproven and not (waived and can_be_waived):
         problems.append(f"proof: {unproven}")
     try:
         problems += _what(request, bundle, policy, proven=not unproven)
@@ -222,14 +222,16 @@ def _who(bundle: RequestBundle, allow: Allow) -> Iterator[str]:
 
 def _proof_trouble(
     request: BundledRequest, bundle: RequestBundle, policy: Policy, cas: Sequence[x509.Certificate], now: datetime
-) -> str | None:
+) -> tuple[str | None, bool]:
+    """What the proof lacks, and whether a person may do without it: not if it is somebody else's, who tried."""
     trouble = proof_problem(request, bundle) or origin_problem(request, cas)
     if trouble or request.replaces is None:
-        return trouble
+        return trouble, request.proof is None
     end, longest = request.replaces.not_valid_after_utc, policy.allow.proof_after_expiry
     if now - end > longest:
-        return f"wanted one by a certificate that ended at most {duration_text(longest)} ago, found {end:%Y-%m-%d}"
-    return None
+        limit = f"ended at most {duration_text(longest)} ago (allow.proof_after_expiry)"
+        return f"wanted one by a certificate that {limit}, found {end:%Y-%m-%d}", True
+    return usages_problem(request), True
 
 
 def _what(request: BundledRequest, bundle: RequestBundle, policy: Policy, *, proven: bool) -> Iterator[str]:
@@ -261,8 +263,9 @@ def _subject_problems(
     request: BundledRequest, rules: CertificateRules, allow: Allow, node: str, *, proven: bool
 ) -> Iterator[str]:
     found = attributes(request.csr.subject)
-    if (_O, MASTERS) in found and request.name not in allow.masters:
-        yield f"group: wanted none that is {MASTERS} (allow.masters names who may be), found it"
+    old = attributes(request.replaces.subject) if proven and request.replaces is not None else None
+    if (_O, MASTERS) in found:
+        yield from _masters_problem(old, may_be=request.name in allow.masters)
     rest = sorted(item for item in found if item != (_O, MASTERS))
     if rules.subjects is not None:
         if not any(rest == _subject(text, node) for text in rules.subjects):
@@ -273,7 +276,6 @@ def _subject_problems(
     names = [value for oid, value in found if oid == _CN]
     if names != [wanted]:
         yield f"CN: wanted {wanted}, found {', '.join(names) or 'none'}"
-    old = attributes(request.replaces.subject) if proven and request.replaces is not None else None
     if rules.groups is not None:
         groups = rules.groups
     elif old is not None:
@@ -283,6 +285,13 @@ def _subject_problems(
             yield f"group: wanted {_or(groups)}, found {value}"
         elif oid not in (_CN, _O) and (oid, value) not in (old or ()):
             yield f"subject: wanted CN and O{' and what the replaced certificate has' if old else ''}, found {oid}={value}"
+
+
+def _masters_problem(old: Sequence[tuple[str, str]] | None, *, may_be: bool) -> Iterator[str]:
+    if not may_be:
+        yield f"group: wanted none that is {MASTERS} (allow.masters names who may be), found it"
+    elif old is not None and (_O, MASTERS) not in old:
+        yield f"group: wanted none that is {MASTERS}, as in the replaced certificate, found it"
 
 
 def _san_problems(request: BundledRequest, rules: CertificateRules, node: str, *, proven: bool) -> Iterator[str]:

@@ -34,7 +34,7 @@ from bridge.specs import AUTHORITIES, SPECS
 from tests.attack.pairs import assert_pairs
 from tests.e2e.cas import add_openssl
 from tests.kit.airgap import Node
-from tests.kit.bundles import changed, new_csr, old_pairs
+from tests.kit.bundles import changed, make_bundle, new_csr, old_pairs
 from tests.kit.desks import Desk, make_desk
 from tests.kit.issuing import Signer, odd_certificates
 from tests.kit.pki import NODE, Pki, handmade_pki
@@ -333,6 +333,20 @@ def test_a_changed_bundle_is_shown_as_such(node: Node) -> None:
     run = node.run("inspect", path)
     assert run.returncode == 5
     assert "found another signature" in run.stdout
+
+
+def test_a_proof_by_another_certificate_is_shown_as_such(node: Node) -> None:
+    """By one of another name, or without the usages, though its key has signed; exit 5."""
+    pairs, path = old_pairs(node.pki), node.carried / "bundle.json"
+    other = make_bundle({"admin.conf": pairs["scheduler.conf"]}, build=lambda _: new_csr(pairs["admin.conf"][0]))
+    path.write_bytes(bundle.dumps(other))
+    named = node.run("inspect", path)
+    path.write_bytes(bundle.dumps(make_bundle({"etcd-server": pairs["apiserver"]})))
+    used = node.run("inspect", path)
+
+    assert (named.returncode, used.returncode) == (5, 5)
+    assert "found one by that of CN=system:kube-scheduler" in named.stdout
+    assert "found one without clientAuth" in used.stdout
 
 
 def test_what_is_no_bundle_is_not_shown(node: Node) -> None:

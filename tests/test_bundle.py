@@ -43,6 +43,7 @@ from bridge.bundle import (
     short_fingerprint,
     sign_proof,
     sign_request,
+    usages_problem,
 )
 from bridge.contract import Issued
 from bridge.csr import PrivateKey, generate_key, key_pem
@@ -524,6 +525,24 @@ def test_a_proof_is_good_for_its_own_request_only(request_bundle: RequestBundle,
         broken = changed(request_bundle, "apiserver", **values)
         request = next(one for one in broken.requests if one not in request_bundle.requests)
         assert "another signature" in str(proof_problem(request, broken)), values
+
+
+def test_a_proof_by_another_holder_is_named(pairs: Pairs) -> None:
+    """The signature holds, and a person still sees that it is not by whom the new certificate is for."""
+    other = make_bundle({"scheduler.conf": pairs["apiserver"]}, build=lambda _: new_csr(pairs["scheduler.conf"][0]))
+    wrong = "wanted one by the certificate of CN=system:kube-scheduler, found one by that of"
+
+    assert f"{wrong} CN=kube-apiserver" in str(proof_problem(other.requests[0], other))
+    assert f"proof       {wrong}" in describe(other, NOW)
+
+
+def test_other_usages_than_the_replaced_certificates_are_named(pairs: Pairs) -> None:
+    """A server's certificate does not prove a client; one of both does prove one of them."""
+    more = make_bundle({"etcd-server": pairs["apiserver"], "apiserver": pairs["etcd-server"]})
+
+    wrong = "wanted one by a certificate with the same usages, found one without clientAuth"
+    assert [usages_problem(one) for one in more.requests] == [wrong, None]
+    assert f"proof       {wrong}" in describe(more, NOW)
 
 
 def test_no_proof_and_nothing_to_prove_with_are_named(request_bundle: RequestBundle) -> None:

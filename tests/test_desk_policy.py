@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from bridge import desk_policy, throwaway
 from bridge.bundle import RequestBundle, sign_proof
 from bridge.csr import PrivateKey, generate_key
-from bridge.desk_policy import Policy, judge, parse
+from bridge.desk_policy import Policy, Verdict, judge, parse
 from bridge.errors import SettingsError
 from bridge.specs import AUTHORITIES, EKU, SPECS
 from tests.kit.bundles import changed, make_bundle, new_csr, old_pairs
@@ -115,6 +115,18 @@ def test_an_expired_certificate_can_be_renewed_for_some_time(
     assert judged(bundle, "apiserver", longer, now=end + timedelta(days=91)) == ""
 
 
+def test_a_person_can_do_without_a_proof_that_is_too_old(
+    bundle: RequestBundle, judged: Judge, pairs: Pairs, cas: dict[str, x509.Certificate]
+) -> None:
+    """The refusal names the setting; what is done without a proof counts as that."""
+    now = pairs["scheduler.conf"][0].not_valid_after_utc + timedelta(days=400)
+    request = next(one for one in bundle.requests if one.name == "scheduler.conf")
+    waived = frozenset({"scheduler.conf"})
+
+    assert "allow.proof_after_expiry" in judged(bundle, "scheduler.conf", now=now)
+    assert judge(request, bundle, parse(MASTERS), [cas["ca"]], now, waived) == Verdict(problems=(), proven=False)
+
+
 # --- what is not ------------------------------------------------------------------------------------------------------
 
 
@@ -177,6 +189,99 @@ def test_a_certificate_of_another_ca_proves_nothing(judged: Judge, tmp_path: Pat
     assert "not signed by it" in judged(other, "scheduler.conf")
 
 
+#: All that a policy can allow, so that nothing but the proof speaks against a request.
+WIDE = (
+    ALLOW
+    + f"masters = {list(SPECS)}\n"
+    + "".join(f'[certificate."{name}"]\ngroups = ["x"]\nsans = ["{{node}}", "0.0.0.0/0", "::/0"]\n' for name in SPECS)
+)
+
+
+def proven_by(name: str, subject: str, old: x509.Certificate, key: PrivateKey) -> RequestBundle:
+    """A request for this name and subject, with a proof by a certificate that is somebody's."""
+    return make_bundle({name: (old, key)}, build=lambda _: csr_for(subject))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_another_certificate_of_the_same_ca_proves_nothing(
+    pairs: Pairs, cas: dict[str, x509.Certificate], judged: Judge, pki: Pki, name: str
+) -> None:
+    """Neither a user's nor another node's nor that of another component, whatever the policy allows or a person waives."""
+    authority, subject = SPECS[name].authority.name, desk_policy._SUBJECTS[name][0].replace("{node}", "cp-1")
+    ca = throwaway.ThrowawayCA(certificate=cas[authority], key=_ca_key(pki, authority))
+    key = generate_key("ecdsa-p256")
+    others = {cn: (_leaf(ca, f"O=x,CN={cn}", key), key) for cn in ("jane", "system:node:worker-9", "cp-2")}
+    others |= {
+        other: pair
+        for other, pair in pairs.items()
+        if SPECS[other].authority.name == authority
+        and desk_policy._SUBJECTS[other][0] != desk_policy._SUBJECTS[name][0]
+    }
+    honest = _leaf(ca, f"O=x,CN={subject}", key)
+
+    assert judged(proven_by(name, f"O=x,CN={subject}", honest, key), name, WIDE) == ""
+    for other, pair in others.items():
+        for waived in (frozenset[str](), frozenset(SPECS)):
+            found = judged(proven_by(name, f"CN={subject}", *pair), name, WIDE, without_proof=waived)
+            assert f"proof: wanted one by the certificate of CN={subject}, found one by that of" in found, other
+
+
+def test_a_longer_name_is_another(judged: Judge, cas: dict[str, x509.Certificate], pki: Pki) -> None:
+    """Two CNs that read like one, and none at all."""
+    ca = throwaway.ThrowawayCA(certificate=cas["ca"], key=_ca_key(pki))
+    key = generate_key("ecdsa-p256")
+    rule = '[certificate."scheduler.conf"]\nsubjects = ["O=ops"]\n'
+
+    two = proven_by("scheduler.conf", "CN=a\\,CN=b", _leaf(ca, "CN=a,CN=b", key), key)
+    assert "proof: wanted one by" in judged(two, "scheduler.conf", WIDE)
+    none = proven_by("scheduler.conf", "O=ops", _leaf(ca, "O=jane", key), key)
+    assert "proof: wanted one by" in judged(none, "scheduler.conf", MASTERS + rule)
+    same = proven_by("scheduler.conf", "O=ops", _leaf(ca, "O=ops", key), key)
+    assert judged(same, "scheduler.conf", MASTERS + rule) == ""
+
+
+def test_a_servers_certificate_does_not_prove_a_client(
+    judged: Judge, cas: dict[str, x509.Certificate], pki: Pki
+) -> None:
+    """As the kubelet's own, of the same name and by the same CA; a person may do without the proof."""
+    ca = throwaway.ThrowawayCA(certificate=cas["ca"], key=_ca_key(pki))
+    key, subject = generate_key("ecdsa-p256"), "O=system:nodes,CN=system:node:cp-1"
+    server = proven_by("kubelet.conf", subject, _leaf(ca, subject, key, EKU.SERVER_AUTH), key)
+    both = proven_by("kubelet.conf", subject, _leaf(ca, subject, key, *EKU), key)
+    waived = frozenset({"kubelet.conf"})
+
+    assert judged(both, "kubelet.conf") == ""
+    assert judged(server, "kubelet.conf") == (
+        "proof: wanted one by a certificate with the same usages, found one without clientAuth"
+    )
+    assert judged(server, "kubelet.conf", without_proof=waived) == ""
+    assert not judge(server.requests[0], server, parse(MASTERS), [cas["ca"]], NOW, waived).proven
+
+
+def test_masters_only_where_they_were(judged: Judge, cas: dict[str, x509.Certificate], pki: Pki) -> None:
+    """That the policy names a certificate does not put one in the group that was not."""
+    ca = throwaway.ThrowawayCA(certificate=cas["ca"], key=_ca_key(pki))
+    key, cn = generate_key("ecdsa-p256"), "CN=kubernetes-super-admin"
+    more = proven_by("super-admin.conf", f"O=system:masters,{cn}", _leaf(ca, cn, key), key)
+    less = proven_by("super-admin.conf", cn, _leaf(ca, f"O=system:masters,{cn}", key), key)
+
+    assert judged(more, "super-admin.conf") == (
+        "group: wanted none that is system:masters, as in the replaced certificate, found it"
+    )
+    assert judged(less, "super-admin.conf") == ""
+
+
+def test_one_ca_for_all_proves_no_more(pairs: Pairs) -> None:
+    """Where the authorities have one CA, its certificate for one of them is still none for another name."""
+    key = generate_key("ecdsa-p256")
+    one = throwaway.ca_certificate("one", key, NOW - timedelta(days=1), NOW + timedelta(days=1000))
+    ca = throwaway.ThrowawayCA(certificate=one, key=key)
+    for name, other in (("apiserver-etcd-client", "apiserver-kubelet-client"), ("front-proxy-client", "admin.conf")):
+        old = _leaf(ca, pairs[other][0].subject.rfc4514_string(), key)
+        bundle = proven_by(name, f"CN={desk_policy._SUBJECTS[name][0]}", old, key)
+        assert "proof: wanted one by" in judge(bundle.requests[0], bundle, parse(WIDE), [one], NOW).problems[0]
+
+
 def test_masters_only_by_name(pairs: Pairs, cas: dict[str, x509.Certificate], judged: Judge, pki: Pki) -> None:
     """A certificate that is in system:masters today is refused, too, unless the policy names it."""
     ca = throwaway.ThrowawayCA(certificate=cas["ca"], key=_ca_key(pki))
@@ -189,18 +294,21 @@ def test_masters_only_by_name(pairs: Pairs, cas: dict[str, x509.Certificate], ju
     assert "system:masters" in judged(make_bundle(pairs), "super-admin.conf", ALLOW)
 
 
-def _ca_key(pki: Pki) -> PrivateKey:
+def _ca_key(pki: Pki, authority: str = "ca") -> PrivateKey:
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    key = load_pem_private_key(pki.ca_pem("ca")[1], None)
+    key = load_pem_private_key(pki.ca_pem(authority)[1], None)
     assert isinstance(key, PrivateKey)
     return key
 
 
-def _leaf(ca: throwaway.ThrowawayCA, subject: str, key: PrivateKey) -> x509.Certificate:
+def _leaf(ca: throwaway.ThrowawayCA, subject: str, key: PrivateKey, *ekus: EKU) -> x509.Certificate:
     name = x509.Name.from_rfc4514_string(subject)
-    end = NOW + timedelta(days=10)
-    return throwaway._builder(name, ca.certificate.subject, key, NOW, end).sign(ca.key, throwaway._hash(ca.key))
+    builder = throwaway._builder(name, ca.certificate.subject, key, NOW, NOW + timedelta(days=10))
+    if ekus:
+        usages = x509.ExtendedKeyUsage([x509.ObjectIdentifier(eku.value) for eku in ekus])
+        builder = builder.add_extension(usages, critical=False)
+    return builder.sign(ca.key, throwaway._hash(ca.key))
 
 
 @pytest.mark.parametrize(
