@@ -28,6 +28,8 @@ from typing import ClassVar, Literal, TypeVar
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.x509.name import _ASN1Type
+from cryptography.x509.oid import NameOID
 
 from backends.openssl_config import Config, ConfigDoubtError, parse_config
 from backends.openssl_index import Database, Snapshot, file_name
@@ -44,7 +46,7 @@ from bridge.errors import (
 )
 from bridge.specs import CertificateSpec, Usage
 
-_FAILED_RUNS = 20  # enough to find a bad CSR among a batch of 1000 by halving, and no endless list of failures
+_FAILED_RUNS = 20  # in a row: more than it takes to halve 1000 down to a bad CSR, and no endless list of failures
 _BACKDATED = timedelta(minutes=5)  # clocks differ; kubeadm does the same
 _FILES = {"certificate": "ca.crt", "private_key": "ca.key", "database": "index.txt", "new_certs_dir": "newcerts"}
 _MEMORY = "/dev/shm"  # noqa: S108 (the folder made in it is private)
@@ -91,6 +93,7 @@ _EXTENSION_REQUEST = x509.ObjectIdentifier("1.2.840.113549.1.9.14")
 # With challengePassword and unstructuredName, which go nowhere. openssl takes extensions from Microsoft's
 # 1.3.6.1.4.1.311.2.1.14 as well, which cryptography does not show as extensions.
 _ATTRIBUTES = {_EXTENSION_REQUEST, *map(x509.ObjectIdentifier, ("1.2.840.113549.1.9.7", "1.2.840.113549.1.9.2"))}
+_STRINGS = {_ASN1Type.UTF8String, _ASN1Type.PrintableString, _ASN1Type.T61String, _ASN1Type.BMPString}
 _CSR_ERRORS = (
     ValueError,
     UnsupportedAlgorithm,
@@ -302,7 +305,7 @@ class _Desk:
     signers: list[x509.Certificate]
     folder: Path
     lock: int
-    failed_runs: int = 0
+    failed_runs: int = 0  #: In a row.
     fatal: BackendError | None = None  #: Why nothing more is signed.
     seen: Snapshot | None = None  #: The index as it was read last.
     readings: list[Future[_Answers]] = field(default_factory=list)
@@ -334,7 +337,7 @@ class _Desk:
 
     def sign(self, batches: Sequence[_Batch]) -> _Answers:
         """
-        Sign batch by batch.
+        Sign batch by batch; what was not tried, because of the others, is to be asked for again.
 
         Raises:
             BackendError: For all of them; nothing was signed.
@@ -348,25 +351,30 @@ class _Desk:
                 answers |= refused | self._sign_or_halve(beside, usage, validity, orders)
             for reading in self.readings:
                 answers |= reading.result()
-        if self.fatal and not any(isinstance(answer, Issued) for answer in answers.values()):
+        if self.fatal is None:
+            return answers
+        if not any(isinstance(answer, Issued) for answer in answers.values()):
             raise self.fatal
-        return answers
+        not_tried = BackendUnavailableError(f"not tried: {self.fatal}", hint=self.fatal.hint)
+        return {position: not_tried for _, _, requests in batches for position, _ in requests} | answers
 
     def _sign_or_halve(
         self, beside: ThreadPoolExecutor, usage: Usage, validity: timedelta, orders: Sequence[_Order]
     ) -> _Answers:
-        """A run that fails as a whole is halved, until the CSR is found that it fails for."""
-        positions = [order.position for order in orders]
+        """A run that fails as a whole is halved, until the CSR is found that it fails for: the only one to be refused."""
         if not orders or self.fatal:
-            return dict.fromkeys(positions, self.fatal) if self.fatal else {}
+            return {}
         failure = self._run_batch(beside, usage, validity, orders)
+        self.failed_runs = self.failed_runs + 1 if failure else 0
         if not failure:
             return {}
-        self.failed_runs += 1
-        if failure.for_all or self.failed_runs == _FAILED_RUNS:
+        if failure.for_all:
             self.fatal = failure.error
-        if self.fatal or len(orders) == 1:
-            return dict.fromkeys(positions, failure.error)
+            return {}
+        if self.failed_runs == _FAILED_RUNS:
+            self.fatal = BackendRefusedError(f"too many CSRs stop openssl, the last one: {failure.error}")
+        if len(orders) == 1:
+            return {orders[0].position: failure.error}
         middle = len(orders) // 2
         halves = orders[:middle], orders[middle:]
         return {k: v for half in halves for k, v in self._sign_or_halve(beside, usage, validity, half).items()}
@@ -500,7 +508,23 @@ def _wrong_with(pem: bytes, csr: x509.CertificateSigningRequest) -> str:
         return f"a CSR that asks for SANs and nothing else, found {', '.join(sorted(others))} too"
     if attributes.count(_EXTENSION_REQUEST) > 1:
         return "one list of extensions, found several"
-    return "" if list(csr.subject) else "a subject, found an empty one"
+    subject = list(csr.subject)
+    if not subject:
+        return "a subject, found an empty one"
+    odd = [_attribute_text(attribute) for attribute in subject if not _is_readable(attribute)]
+    return f"a subject in strings that openssl ca reads, found {', '.join(odd)}" if odd else ""
+
+
+def _is_readable(attribute: x509.NameAttribute[str | bytes]) -> bool:
+    """openssl ca ends, and signs none of a run's CSRs, at any other type, and at an e-mail address that is no IA5String."""
+    kind = attribute._type  # noqa: SLF001 (there is no other way to it)
+    if kind is _ASN1Type.IA5String:
+        return isinstance(attribute.value, str) and attribute.value.isascii()
+    return kind in _STRINGS and attribute.oid != NameOID.EMAIL_ADDRESS
+
+
+def _attribute_text(attribute: x509.NameAttribute[str | bytes]) -> str:
+    return f"{attribute.rfc4514_attribute_name} as {attribute._type.name}"  # noqa: SLF001 (as above)
 
 
 def _check_signer(path: Path, signer: x509.Certificate) -> None:

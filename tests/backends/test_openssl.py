@@ -438,9 +438,11 @@ BAD_REQUESTS: dict[str, Callable[[], SignRequest]] = {
     "empty subject": lambda: request(x509.Name([])),
     "PrintableString with an underscore": lambda: handmade(rdn(0x13, b"a_b")),
     "IA5String that is not ASCII": lambda: handmade(rdn(0x16, b"a\xe9")),
-    # these two are openssl's own views, found out by its refusing the whole batch
+    # openssl's own views: it would stop at them, and sign nothing of the whole batch
     "emailAddress as UTF8String": lambda: handmade(rdn(0x0C, b"x") + rdn(0x0C, b"a@b", "2a864886f70d010901")),
     "VisibleString": lambda: handmade(rdn(0x1A, b"x")),
+    "NumericString": lambda: handmade(rdn(0x12, b"1")),
+    "UniversalString": lambda: handmade(rdn(0x1C, "x".encode("utf-32-be"))),
 }
 GOOD_REQUESTS: dict[str, Callable[[], SignRequest]] = {
     "SAN": lambda: request(extensions={DNS: False}),
@@ -448,6 +450,8 @@ GOOD_REQUESTS: dict[str, Callable[[], SignRequest]] = {
     "PrintableString": lambda: handmade(rdn(0x13, b"a'()+,-./:=? b")),
     "UTF8String with an underscore": lambda: handmade(rdn(0x0C, b"a_b")),
     "IA5String": lambda: handmade(rdn(0x16, b"a_b")),
+    "T61String": lambda: handmade(rdn(0x14, b"a_b")),
+    "BMPString": lambda: handmade(rdn(0x1E, "\xe9".encode("utf-16-be"))),
     "emailAddress as IA5String": lambda: handmade(rdn(0x0C, b"x") + rdn(0x16, b"a@b", "2a864886f70d010901")),
     "text around": lambda: dataclasses.replace(request(), csr_pem=b"text\n" + request().csr_pem + b"text\n"),
 }
@@ -473,24 +477,62 @@ def test_signs_a_csr_of_the_same_kind_that_is_fit(directory: Path, good: Callabl
     assert leaf.public_key() == wanted.csr.public_key()
 
 
+@pytest.fixture
+def unforeseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if nobody had known what openssl stops at."""
+    monkeypatch.setattr("backends.openssl._is_readable", lambda _: True)
+
+
+def bad_among(count: int, *positions: int) -> list[SignRequest]:
+    """CSRs that are fit, but for these."""
+    return [BAD_REQUESTS["VisibleString"]() if number in positions else request() for number in range(count)]
+
+
+@pytest.mark.parametrize("name", ["VisibleString", "emailAddress as UTF8String", "IA5String that is not ASCII"])
+def test_what_openssl_stops_at_is_never_given_to_it(directory: Path, tmp_path: Path, name: str) -> None:
+    """One run for all, however many are not fit."""
+    wrapper = program(tmp_path, f'echo >> {tmp_path}/runs; exec $REAL "$@"')
+    requests = [BAD_REQUESTS[name]() if number % 3 else request() for number in range(12)]
+
+    answers = opened(directory, openssl=wrapper).sign_many(requests)
+
+    assert [isinstance(answer, Issued) for answer in answers] == [number % 3 == 0 for number in range(12)]
+    assert len(tmp_path.joinpath("runs").read_text()) == 1
+
+
+@pytest.mark.usefixtures("unforeseen")
 def test_finds_several_bad_csrs_in_a_batch(directory: Path) -> None:
     """CSRs that openssl stops the whole batch for are found by halving it, and the others are signed once."""
-    requests = [request() for _ in range(12)]
-    for position in (2, 3, 11):
-        requests[position] = BAD_REQUESTS["VisibleString"]()
+    answers = opened(directory).sign_many(bad_among(64, 3, 17, 40, 63))
 
-    answers = opened(directory).sign_many(requests)
-
-    assert [position for position, a in enumerate(answers) if not isinstance(a, Issued)] == [2, 3, 11]
-    assert len(rows(directory)) == len(certificates(directory)) == 9
+    bad = [position for position, answer in enumerate(answers) if not isinstance(answer, Issued)]
+    assert bad == [3, 17, 40, 63]
+    assert all(type(answers[position]) is BackendRefusedError for position in bad)
+    assert len(rows(directory)) == len(certificates(directory)) == 60
 
 
+@pytest.mark.usefixtures("unforeseen")
 def test_a_batch_of_bad_csrs_ends(directory: Path, tmp_path: Path) -> None:
     """When nothing in a batch can be signed, halving it ends before each CSR had its own process."""
     wrapper = program(tmp_path, f'echo >> {tmp_path}/runs; exec $REAL "$@"')
     with pytest.raises(BackendRefusedError):
-        opened(directory, openssl=wrapper).sign_many([BAD_REQUESTS["VisibleString"]() for _ in range(30)])
+        opened(directory, openssl=wrapper).sign_many(bad_among(30, *range(30)))
     assert len(tmp_path.joinpath("runs").read_text()) == 20
+
+
+@pytest.mark.usefixtures("unforeseen")
+def test_what_was_not_tried_is_not_refused(directory: Path) -> None:
+    """After so many bad CSRs in a row, those that had no run of their own can be asked for again."""
+    requests = [renewal(SPECS["apiserver"]), *bad_among(34, *range(30))]
+
+    answers = opened(directory).sign_many(requests)
+
+    assert isinstance(answers[0], Issued)
+    refused = [answer for answer in answers if isinstance(answer, BackendRefusedError)]
+    not_tried = [answer for answer in answers if isinstance(answer, BackendUnavailableError)]
+    assert len(refused) + len(not_tried) == 34
+    assert set(map(type, answers[31:])) == {BackendUnavailableError}
+    assert all(str(answer).startswith("not tried: too many CSRs stop openssl") for answer in not_tried)
 
 
 def test_one_process_a_usage_class(directory: Path, tmp_path: Path) -> None:
