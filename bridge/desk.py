@@ -335,9 +335,8 @@ class Desk:
             answers = plugins.sign_all(
                 backend, [request for _, request in part], ca.outage, lambda some: _keep(some, journal)
             )
-            for_all = _for_all(answers)
             for (job, request), answer in zip(part, answers, strict=True):
-                _note(job, request, answer, None, is_for_all=for_all)
+                _note(job, request, answer, None)
 
     def _finish(
         self, window: Sequence[Job], signed: Future[None], journal: Journal, record: audit.Record, observer: Observer
@@ -476,19 +475,7 @@ def _keep(answered: Sequence[plugins.Answered], journal: Journal) -> None:
         journal.add(good)
 
 
-def _for_all(answers: Sequence[object]) -> bool:
-    """One error for all of several requests: it is the CA's trouble, not theirs."""
-    return len(answers) > 1 and isinstance(answers[0], BackendError) and all(one is answers[0] for one in answers)
-
-
-def _note(
-    job: Job,
-    request: SignRequest,
-    answer: Issued | Pending | BackendError,
-    journal: Journal | None,
-    *,
-    is_for_all: bool = False,
-) -> None:
+def _note(job: Job, request: SignRequest, answer: Issued | Pending | BackendError, journal: Journal | None) -> None:
     """An answer's place in its job: what may be different next time is a trouble, and is asked for again."""
     name = request.spec.name
     if isinstance(answer, Issued | Pending) and journal is not None:
@@ -497,7 +484,7 @@ def _note(
         job.answers[name] = answer
     elif isinstance(answer, Pending):
         job.troubles[name] = WaitingError(answer.note or "the CA answers later")
-    elif isinstance(answer, BackendUnavailableError) or is_for_all:
+    elif isinstance(answer, BackendUnavailableError) or answer.is_for_all:
         job.troubles[name] = answer
     else:
         job.answers[name] = refusal(f"the CA refused: {answer.reason}")

@@ -121,6 +121,8 @@ class PostponedError(BridgeError):
 class BackendError(BridgeError):
     """A backend could not have a certificate signed."""
 
+    is_for_all = False  #: Raised for a whole batch, be it of one: the trouble is the CA's, and not the request's.
+
 
 class BackendRefusedError(BackendError):
     """The CA said no, or is not usable as it is set up; trying the same again cannot help."""

@@ -292,6 +292,7 @@ def _sign_many(
     try:
         answers = outage.ask(lambda: backend.sign_many(requests))
     except BackendError as e:
+        e.is_for_all = True
         return [e] * len(requests)
     if len(answers) != len(requests):
         raise BridgeError(f"wanted {len(requests)} answers of the backend, got {len(answers)}: a bug in it")

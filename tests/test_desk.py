@@ -357,6 +357,24 @@ def test_a_ca_that_can_not_be_used_holds_up_its_own_only(desk_: Desk, pki: Pki, 
     assert (desk_.state / "desk-answers.jsonl").read_bytes() == b""
 
 
+def test_a_ca_s_own_trouble_is_no_refusal(desk_: Desk, pki: Pki, pairs: Pairs) -> None:
+    """Though only one request met it; when the CA is well again, the same bundle is signed."""
+    bundle = make_bundle(some(pairs, "apiserver"))
+    put(desk_, bundle)
+    program = desk_.directory / "openssl"
+    good = program.read_text()
+    program.write_text(good.replace("exec", f'[ "$1" != pkey ] || echo wrong > {desk_.directory}/passphrase\nexec'))
+
+    run = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
+
+    assert run.returncode == Exit.REFUSED
+    assert answers_of(desk_) == []
+    program.write_text(good)
+    (desk_.directory / "passphrase").write_text(f"{PASSPHRASE}\n")
+    assert desk_.run("sign", desk_.inbox, "-o", desk_.outbox).returncode == 0
+    assert_good(answers_of(desk_)[0], bundle, pki)
+
+
 def test_a_desk_with_one_of_the_cas_answers_for_that_one(tmp_path: Path, pki: Pki, pairs: Pairs) -> None:
     """What is another desk's is neither signed nor refused, and is named."""
     desk_ = make_desk(tmp_path / "desk", pki, authorities=["etcd-ca"])
