@@ -96,16 +96,24 @@ def with_continuity(prepared: Sequence[Prepared], settings: Settings) -> list[Pr
     """
     The same, where each request says who asks, and proves it with the key of the certificate that it replaces.
 
-    All are of one batch; requests that are of one already stay as they are, since they may have been handed over.
+    All are of one batch; requests that are of one already stay as they are, since they may have been handed over, unless
+    the settings name the node or cluster otherwise now, or a proof that was missing can be made.
     """
     batches = {one.request.continuity.batch if one.request.continuity else "" for one in prepared}
-    if len(batches) == 1 and "" not in batches:
+    if len(batches) == 1 and all(_still_says_it(one, settings) for one in prepared):
         return list(prepared)
     batch = secrets.token_hex(16)
     return [
         dataclasses.replace(one, request=dataclasses.replace(one.request, continuity=_continuity(one, settings, batch)))
         for one in prepared
     ]
+
+
+def _still_says_it(one: Prepared, settings: Settings) -> bool:
+    said = one.request.continuity
+    if said is None or (said.node, said.cluster) != (settings.node.node_name, settings.node.cluster):
+        return False
+    return said.proof is not None or _continuity(one, settings, said.batch).proof is None
 
 
 def _continuity(one: Prepared, settings: Settings, batch: str) -> Continuity:

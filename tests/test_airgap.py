@@ -283,6 +283,47 @@ def test_a_request_says_when_it_can_prove_nothing(node: Node, desk: Desk) -> Non
     assert_pairs(node.pki)
 
 
+def test_a_request_under_a_wrong_name_is_exported_under_the_right_one(node: Node, desk: Desk) -> None:
+    """The desk refuses the first; after the settings are mended the same keys and CSRs go out anew, with new proofs."""
+    right = node.bridge.config.read_text()
+    node.bridge.config.write_text(right.replace(f'name = "{NODE}"', 'name = "ip-10-0-0-1"\ncluster = "other"'))
+    first = node.export("apiserver", FRONT, to="first.json")
+    older = node.carried / "older.json"
+    assert desk.run("sign", node.carried / "first.json", "-o", older).returncode == 5
+    node.bridge.config.write_text(right)
+    second = node.export("apiserver", FRONT)
+
+    assert (first.node, first.cluster) == ("ip-10-0-0-1", "other")
+    assert (second.node, second.cluster) == (NODE, "kubernetes")
+    assert [one.csr for one in second.requests] == [one.csr for one in first.requests]
+    assert second.batch != first.batch
+    assert node.export("apiserver", FRONT).requests == second.requests
+    stale = node.run("import", older)
+    assert stale.returncode == 5
+    assert "found one to node ip-10-0-0-1 of cluster other" in stale.stderr
+    assert node.run("import", sign(desk, node)).returncode == 0
+    assert_pairs(node.pki)
+
+
+def test_a_proof_is_made_up_for(node: Node, desk: Desk) -> None:
+    """The old key was not there, and is put back: the same CSR goes out with a proof; an answer to the first fits, too."""
+    key = node.pki.pki_dir / "front-proxy-client.key"
+    key.rename(node.carried / ".key")
+    first = node.export(FRONT, to="first.json")
+    assert node.export(FRONT).requests == first.requests
+    (node.carried / ".key").rename(key)
+    second = node.export(FRONT)
+
+    assert [first.requests[0].proof is None, second.requests[0].proof is None] == [True, False]
+    assert first.requests[0].csr == second.requests[0].csr
+    answer = node.carried / "answer.json"
+    signed = desk.run("sign", node.carried / "first.json", "-o", answer, "--without-proof", FRONT)
+    assert signed.returncode == 0, signed.stderr
+    assert desk.run("sign", node.carried / "bundle.json", "-o", node.carried / "other.json").returncode == 0
+    assert node.run("import", answer).returncode == 0
+    assert_pairs(node.pki)
+
+
 def test_expired_certificates_are_renewed(tmp_path: Path) -> None:
     """The road that is always open: all are dead, the node knows no CA, and the walk brings them back."""
     node = make_node(tmp_path, timedelta(days=-3))
@@ -404,10 +445,10 @@ def test_a_directory_with_all_kinds_of_things(node: Node, desk: Desk) -> None:
     (node.carried / "readme.txt").write_text("hello")
     (node.carried / ".hidden").write_bytes(b"\xff")
     (node.carried / "more").mkdir()
-    (node.carried / "bundle.json").unlink()
     run = node.run("import", node.carried)
     assert run.returncode == 0, run.stderr
-    assert "readme.txt: passed over" in run.stderr
+    for name in ("readme.txt", "bundle.json"):
+        assert f"{name}: passed over" in run.stderr
     live = node.live()
     assert {r.name for r in exported.requests if live[r.name] == issued(answered, r.name).leaf} == {
         "apiserver",
