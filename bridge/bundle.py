@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from base64 import b32encode, b64decode, b64encode
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
@@ -181,10 +181,16 @@ def request_file_name(bundle: RequestBundle) -> str:
     return file_names(bundle.node, digest(bundle))[0]
 
 
-def file_names(node: str, request_digest: str) -> tuple[str, str]:
-    """Of the request and of its answer."""
+def file_names(node: str, request_digest: str, authorities: Collection[str] = tuple(AUTHORITIES)) -> tuple[str, str]:
+    """Of the request, and of its answer by a desk with the CAs of these authorities."""
     stem = f"{node}-{request_digest[:32]}"
-    return f"{stem}.request.json", f"{stem}.answer.json"
+    return f"{stem}.request.json", f"{stem}{answer_suffix(authorities)}"
+
+
+def answer_suffix(authorities: Collection[str]) -> str:
+    """A desk with some of the CAs names them, so that the answers of two desks can lie side by side."""
+    ours = [name for name in AUTHORITIES if name in authorities]
+    return "".join(f".{name}" for name in ours if len(ours) < len(AUTHORITIES)) + ".answer.json"
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -269,10 +269,10 @@ def _result_json(result: Result, selection: Selection, components: Sequence[Comp
 
 
 class _PlainProgress:
-    """Lines on standard error."""
+    """Lines on standard error, which cron mails: only what somebody has to know."""
 
     def signing(self, backend: str, names: Sequence[str]) -> None:
-        log.info("asking %s for %s", backend, ", ".join(names))
+        log.debug("asking %s for %s", backend, ", ".join(names))
 
     def signed(self, name: str) -> None:
         log.debug("%s was answered", name)

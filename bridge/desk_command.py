@@ -23,12 +23,14 @@ from bridge.bundle import (
     BundleError,
     IncompleteBundleError,
     Refusal,
+    answer_suffix,
     digest,
     dumps,
     file_names,
     loads,
     loads_request,
 )
+from bridge.certificates import load_pem_certificates
 from bridge.console import log, print_error, printable
 from bridge.contract import Issued
 from bridge.desk import Desk, Job, RefusedByPolicyError
@@ -145,15 +147,16 @@ class _Work:
 def _jobs(desk: Desk, settings: Settings, policy: Policy, options: Options, now: Callable[[], datetime]) -> _Work:
     source = options.source
     if not source.is_dir():
-        return _one_bundle(source, options.out or source.with_name(f"{source.stem}.answer.json"))
-    if csr_directory.find(source):
+        beside = source.with_name(f"{source.stem}{answer_suffix(settings.authorities)}")
+        return _one_bundle(source, options.out or beside)
+    if options.node or options.cluster or (options.out is None and csr_directory.find(source)):
         return _csrs(desk, settings, options, now())
     if options.out is None or options.out.resolve() == source.resolve():
         raise BridgeError(f"{source}: wanted another directory for the answers", hint="name it with -o")
     if not options.out.is_dir():
         raise BridgeError(f"{options.out}: wanted a directory for the answers, found none")
     archive = options.archive or policy.desk.archive or source / "done"
-    return _inbox(source, options.out, archive, now)
+    return _inbox(_Places(source, options.out, archive, tuple(settings.authorities)), now)
 
 
 def _one_bundle(path: Path, out: Path) -> _Work:
@@ -205,29 +208,48 @@ def _csrs(desk: Desk, settings: Settings, options: Options, now: datetime) -> _W
         created=now.replace(microsecond=0),
     )
     target = options.out or options.source
+    asked, earlier = digest(found.bundle), _beside(found, target)
 
     def deliver(answer: AnswerBundle) -> str:
         issued = {name: one for name, one in answer.answers.items() if isinstance(one, Issued)}
         csr_directory.deliver(found, target, issued, desk.anchor("ca"))
         return str(target)
 
-    return _Work(
-        jobs=iter([Job(bundle=found.bundle, digest=digest(found.bundle), label=str(options.source), deliver=deliver)]),
-        total=1,
-    )
+    job = Job(bundle=found.bundle, digest=asked, label=str(options.source), deliver=deliver, earlier=earlier)
+    return _Work(jobs=iter([job]), total=1)
 
 
-def _inbox(inbox: Path, outbox: Path, archive: Path, now: Callable[[], datetime]) -> _Work:
+def _beside(found: csr_directory.CsrDirectory, target: Path) -> dict[str, Issued]:
+    """Certificates that are where an earlier run has delivered its own; whether they fit is seen later."""
+    earlier = {}
+    for name, relative in found.files.items():
+        with contextlib.suppress(UnreadableError, ValueError):
+            leaf, *intermediates = load_pem_certificates(read(target / relative.with_suffix(".crt")) or b"")
+            earlier[name] = Issued(leaf=leaf, intermediates=tuple(intermediates))
+    return earlier
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Of an inbox."""
+
+    inbox: Path
+    outbox: Path
+    archive: Path
+    authorities: tuple[str, ...]  #: The desk's, for the answers' names.
+
+
+def _inbox(places: _Places, now: Callable[[], datetime]) -> _Work:
     names = sorted(
         entry.name
-        for entry in os.scandir(inbox)
+        for entry in os.scandir(places.inbox)
         if not entry.name.startswith(".") and not entry.is_dir(follow_symlinks=False)
     )
     work = _Work(total=len(names))
 
     def jobs() -> Iterator[Job]:
         for name in names:
-            job = _inbox_job(inbox / name, outbox, archive, work, now)
+            job = _inbox_job(places.inbox / name, places, work, now)
             if job is not None:
                 yield job
 
@@ -235,7 +257,7 @@ def _inbox(inbox: Path, outbox: Path, archive: Path, now: Callable[[], datetime]
     return work
 
 
-def _inbox_job(path: Path, outbox: Path, archive: Path, work: _Work, now: Callable[[], datetime]) -> Job | None:
+def _inbox_job(path: Path, places: _Places, work: _Work, now: Callable[[], datetime]) -> Job | None:
     """None: nothing to sign, and said why."""
     try:
         status = path.lstat()
@@ -260,12 +282,12 @@ def _inbox_job(path: Path, outbox: Path, archive: Path, work: _Work, now: Callab
         log.info("%s: the same bundle once more; the next run puts it away", path)
         return None
     work.seen.add(asked)
-    request_name, answer_name = file_names(bundle.node, asked)
-    out = outbox / answer_name
+    request_name, answer_name = file_names(bundle.node, asked, places.authorities)
+    out = places.outbox / answer_name
 
     def deliver(answer: AnswerBundle) -> str:
         write_atomically(out, dumps(answer), _ANSWER_MODE)
-        _put_away(path, status, archive / request_name)
+        _put_away(path, status, places.archive / request_name)
         return str(out)
 
     return Job(bundle=bundle, digest=asked, label=str(path), deliver=deliver, earlier=_earlier(out, asked))
@@ -279,6 +301,9 @@ def _bundle(path: Path) -> Bundle:
     """
     if path.is_symlink():
         raise BridgeError(f"{path}: wanted a file, found a symbolic link")
+    if path.suffix == ".csr":
+        hint = "kubeadm's CSRs are signed in a directory of their own: `sign DIR --node NAME --cluster NAME`"
+        raise BridgeError(f"{path}: wanted a request bundle, found a CSR", hint=hint)
     try:
         return loads(read(path) or b"")
     except UnreadableError as e:

@@ -298,13 +298,23 @@ def test_odd_files_in_an_inbox_hold_up_nobody(desk_: Desk, pairs: Pairs, tmp_pat
     (desk_.inbox / "other").write_text('{"schema": "x"}')
     (desk_.inbox / "changed").write_bytes(dumps(good).replace(b'"cp-1"', b'"cp-2"'))
     (desk_.inbox / ".hidden").write_text("x")
+    csr_pem = new_csr(pairs["apiserver"][0]).public_bytes(Encoding.PEM)
+    (desk_.inbox / "apiserver.csr").write_bytes(csr_pem)
+    (desk_.inbox / "done").mkdir()
+    (desk_.inbox / "done/apiserver.csr").write_bytes(csr_pem)
     (desk_.inbox / "evil\x1b[2J").write_text("{}")
 
     run = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
 
     assert run.returncode == Exit.FAILED
     assert [answer.batch for answer in answers_of(desk_)] == [good.batch]
-    for words in ("link: wanted a file", "pipe: ", "other: schema", "changed: digest"):
+    for words in (
+        "link: wanted a file",
+        "pipe: ",
+        "other: schema",
+        "changed: digest",
+        "apiserver.csr: wanted a request",
+    ):
         assert words in run.stderr
     assert "\x1b" not in run.stderr
     assert ".hidden" not in run.stderr
@@ -386,6 +396,24 @@ def test_a_desk_with_one_of_the_cas_answers_for_that_one(tmp_path: Path, pki: Pk
     assert "apiserver: wanted a request for etcd-ca, found one for ca" in run.stderr
     [answer] = answers_of(desk_)
     assert list(answer.answers) == ["etcd-server"]
+
+
+def test_two_desks_answer_side_by_side(tmp_path: Path, pki: Pki, pairs: Pairs) -> None:
+    """Their answers have names of their own, in one outbox and on one stick."""
+    bundle = make_bundle(some(pairs, "apiserver", "etcd-server"))
+    (tmp_path / "b.json").write_bytes(dumps(bundle))
+    (tmp_path / "out").mkdir()
+    for authority in ("ca", "etcd-ca"):
+        desk_ = make_desk(tmp_path / authority, pki, authorities=[authority])
+        put(desk_, bundle)
+        desk_.run("sign", desk_.inbox, "-o", tmp_path / "out")
+        desk_.run("sign", tmp_path / "b.json")
+
+    stem = answer_file_name(bundle).removesuffix(".answer.json")
+    paths = [tmp_path / "out" / f"{stem}.{name}.answer.json" for name in ("ca", "etcd-ca")]
+    assert sorted((tmp_path / "out").iterdir()) == paths
+    paths += [tmp_path / f"b.{name}.answer.json" for name in ("ca", "etcd-ca")]
+    assert [list(loads_answer(path.read_bytes()).answers) for path in paths] == [["apiserver"], ["etcd-server"]] * 2
 
 
 def test_a_sibling_below_the_same_root_proves_nothing(tmp_path: Path, pki: Pki) -> None:
@@ -889,6 +917,9 @@ def test_a_flat_directory_of_csrs(tmp_path: Path, pki: Pki, pairs: Pairs) -> Non
     run = desk_.run("sign", csrs, *who, *waived(list(pairs)), "-o", tmp_path / "out")
 
     assert run.returncode == 0, run.stderr
+    count = len(desk_.issued())
+    assert desk_.run("sign", csrs, *who, *waived(list(pairs)), "-o", tmp_path / "out").returncode == 0
+    assert len(desk_.issued()) == count == 13
     assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{name}.crt" for name in pairs}
     for name in pairs:
         leaf = x509.load_pem_x509_certificate((tmp_path / "out" / f"{name}.crt").read_bytes())
@@ -1005,6 +1036,25 @@ def test_the_example_units_are_units(unit: str) -> None:
         assert "Unknown" not in run.stderr
     text = path.read_text()
     assert "ExecStart=/usr/local/bin/ca-bridge sign /srv/desk/inbox -o /srv/desk/outbox" in text or "OnCalendar" in text
+
+
+def test_the_example_crontab_is_quiet(desk_: Desk, pairs: Pairs) -> None:
+    """Cron has nothing to mail, be there a bundle or none; a refusal it mails."""
+    text = (Path(__file__).parents[1] / "config/desk/crontab").read_text().splitlines()[-1]
+    command = text.split(maxsplit=6)[6].replace("/srv/desk", str(desk_.directory))
+    program, *_, config = desk_.command()
+    command = command.replace("/usr/local/bin/ca-bridge sign", f"{program} sign --config {config}")
+
+    def mailed() -> str:
+        run = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+        return run.stdout + run.stderr
+
+    assert mailed() == ""
+    put(desk_, make_bundle(some(pairs, "apiserver")))
+    assert mailed() == ""
+    assert len(answers_of(desk_)) == 1
+    put(desk_, changed(make_bundle(some(pairs, "apiserver")), "apiserver", proof=None))
+    assert "found none" in mailed()
 
 
 def test_progress_tells_the_rate_and_what_is_left() -> None:

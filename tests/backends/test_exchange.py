@@ -23,6 +23,7 @@ from bridge.errors import BackendRefusedError, BackendUnavailableError, Settings
 from bridge.settings import load, parse
 from bridge.specs import AUTHORITIES, SPECS
 from bridge.testing import BackendConformance, TestCA, sign_request
+from tests.kit import programs
 from tests.kit.issuing import Signer
 from tests.kit.opensslca import make_ca_directory
 
@@ -393,3 +394,27 @@ def test_the_crontab_runs_what_there_is() -> None:
     assert [line.split(maxsplit=6)[5:] for line in lines] == [
         ["root", "/usr/local/bin/ca-bridge renew >> /var/log/ca-bridge-renew.log"]
     ]
+
+
+def test_the_crontabs_jobs_carry(tmp_path: Path) -> None:
+    """Both ways, with rsync where that is there to try: whole files alone, and of answers only this node's."""
+    lines = [line for line in (EXAMPLE / "crontab").read_text().splitlines() if "rsync -" in line]
+    there, back = (line.replace("desk.example.com:", "").replace("/srv", str(tmp_path)) for line in lines)
+    out, inbox, outbox, home = (
+        tmp_path / one for one in ("exchange/outbox", "desk/inbox", "desk/outbox", "exchange/inbox")
+    )
+    for directory in (out, inbox / "done", outbox, home):
+        directory.mkdir(parents=True)
+    for path in (out / "cp-1-0.request.json", out / ".half", outbox / "cp-1-0.ca.answer.json"):
+        path.write_text("x")
+    for path in (outbox / "cp-2-0.answer.json", outbox / ".cp-1-0.answer.json.x"):
+        path.write_text("x")
+    commands = [line.split(maxsplit=7)[7] for line in (there, back)]
+    assert all(command.startswith("rsync -dt ") for command in commands)
+    if programs.find("rsync") is None:
+        return
+    for command in commands:
+        subprocess.run(["sh", "-c", command], check=True)
+
+    assert sorted(path.name for path in inbox.iterdir()) == ["cp-1-0.request.json", "done"]
+    assert [path.name for path in home.iterdir()] == ["cp-1-0.ca.answer.json"]

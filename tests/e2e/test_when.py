@@ -72,7 +72,7 @@ def test_what_is_due_waits_for_its_window(bridge: Bridge) -> None:
     """Exit 4, nobody is asked; by name it is renewed at once; within the window without one."""
     bridge.add("renewal", {"window": [closed_window()], "window_zone": "Europe/Berlin"})
     before = serials(bridge)
-    run = bridge.run("renew")
+    run = bridge.run("renew", "-v")
     assert run.returncode == 4, run.stderr
     assert "asking" not in run.stderr
     assert "Europe/Berlin" in run.stderr + run.stdout
