@@ -93,7 +93,7 @@ def _run(desk: Desk, settings: Settings, policy: Policy, options: Options, now: 
     store.prepare()
     gc.set_threshold(_GARBAGE)
     with lock(store.lock, "ca-bridge sign", options.wait), contextlib.ExitStack() as stack:
-        journal = stack.enter_context(Journal(store.directory / "desk-answers.jsonl"))
+        journal = stack.enter_context(Journal(store.directory / "desk-answers.jsonl", now()))
         record = stack.enter_context(audit.Record(store, settings.audit))
         work = _jobs(desk, settings, policy, options, now)
         _sweep(options.out)

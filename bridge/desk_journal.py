@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +21,9 @@ from bridge.certificates import load_pem_certificates, pem
 from bridge.contract import Issued, Pending, SignRequest
 from bridge.errors import BridgeError
 from bridge.files import SECRET_MODE, sync_directory
+
+#: What is older was delivered by a run that was killed before it could forget it, or its bundle is gone.
+_KEPT = timedelta(days=90)
 
 
 class JournalError(BridgeError):
@@ -45,12 +48,13 @@ class _Place:
 class Journal:
     """The file; the desk's lock is held by whoever has it open, several threads of it may add."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, now: datetime) -> None:
         """
         Raises:
             OSError: It can't be opened.
         """
         self._path = path
+        self._now = now
         self._places: dict[str, _Place] = {}
         self._lock = threading.Lock()
         is_new = not path.exists()
@@ -58,11 +62,14 @@ class Journal:
         self._end = 0
         with path.open("rb") as lines:
             for line in lines:
-                key = _key_in(line)
-                if key is None:
+                entry = _read(line)
+                if entry is None:
                     break  # a crash cut it; nothing is behind it
+                key, added = entry
                 self._places[key] = _Place(self._end, len(line))
                 self._end += len(line)
+                if added is not None and now - added > _KEPT:
+                    del self._places[key]
         os.ftruncate(self._file, self._end)
         if is_new:
             sync_directory(path.parent)
@@ -93,7 +100,7 @@ class Journal:
         Raises:
             JournalError: It could not be written; then these answers are known to the CA alone.
         """
-        lines = [_line(request, answer) for request, answer in answers]
+        lines = [_line(request, answer, self._now) for request, answer in answers]
         with self._lock:
             self._write(b"".join(line for _, line in lines))
             for key, line in lines:
@@ -147,7 +154,7 @@ def key_of(request: SignRequest) -> str:
     return sha256(about.encode() + b"\0" + request.csr_pem).hexdigest()
 
 
-def _line(request: SignRequest, answer: Issued | Pending | Asked) -> tuple[str, bytes]:
+def _line(request: SignRequest, answer: Issued | Pending | Asked, now: datetime) -> tuple[str, bytes]:
     key = key_of(request)
     entry: dict[str, Any] = {"key": key}
     if isinstance(answer, Asked):
@@ -155,15 +162,18 @@ def _line(request: SignRequest, answer: Issued | Pending | Asked) -> tuple[str, 
     elif isinstance(answer, Pending):
         entry |= {"reference": answer.reference, "note": answer.note}
     else:
+        entry["added"] = now.isoformat()
         entry["chain"] = [pem(certificate).decode() for certificate in (answer.leaf, *answer.intermediates)]
     return key, json.dumps(entry).encode() + b"\n"
 
 
-def _key_in(line: bytes) -> str | None:
-    """None: not a whole line of ours."""
+def _read(line: bytes) -> tuple[str, datetime | None] | None:
+    """Its key, and when it was added, unless somebody is to answer it yet; None: not a whole line of ours."""
     try:
         entry = json.loads(line)
-    except ValueError:
+        added = entry.get("added") or entry.get("asked")
+        key = str(entry["key"])
+        moment = datetime.fromisoformat(added) if added else None
+    except (ValueError, TypeError, AttributeError, KeyError):
         return None
-    key = entry.get("key") if isinstance(entry, dict) else None
-    return key if isinstance(key, str) and line.endswith(b"\n") else None
+    return (key, moment) if line.endswith(b"\n") else None

@@ -654,8 +654,8 @@ def test_the_journal_survives_a_torn_line(tmp_path: Path, pairs: Pairs) -> None:
     bundle = make_bundle(some(pairs, "apiserver", "etcd-server"))
     first, second = (sign_request(request, bundle) for request in bundle.requests)
     answer, later = Issued(leaf=pairs["apiserver"][0]), Pending(reference="7", note="soon")
-    path = tmp_path / "journal"
-    with Journal(path) as journal:
+    path, now = tmp_path / "journal", datetime.now(UTC)
+    with Journal(path, now) as journal:
         journal.add([(first, answer)])
         journal.add([(second, Asked(datetime(2026, 1, 1, tzinfo=UTC)))])
         assert journal.get(second) == Asked(datetime(2026, 1, 1, tzinfo=UTC))
@@ -663,26 +663,48 @@ def test_the_journal_survives_a_torn_line(tmp_path: Path, pairs: Pairs) -> None:
     with path.open("ab") as file:
         file.write(b'{"key": "' + key_of(first).encode())
 
-    with Journal(path) as journal:
+    with Journal(path, now) as journal:
         assert journal.get(first) == answer
         assert journal.get(second) == later
         journal.add([(second, answer)])
-    with Journal(path) as journal:
+    with Journal(path, now) as journal:
         assert journal.get(second) == answer
         assert journal.get(replace(first, validity=timedelta(days=1))) is None
         journal.forget([first])
         journal.tidy()
         assert journal.get(second) == answer
-    with Journal(path) as journal:
+    with Journal(path, now) as journal:
         assert journal.get(first) is None
         assert journal.get(second) == answer
         journal.add([(first, later)])
         assert journal.get(first) == later
         journal.forget([first, second])
         journal.tidy()
-    with Journal(path) as journal:
+    with Journal(path, now) as journal:
         assert journal.get(first) is None
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_the_journal_forgets_what_is_old(tmp_path: Path, pairs: Pairs) -> None:
+    """A run that is killed after a delivery can't forget it; what a person has yet to answer stays."""
+    bundle = make_bundle(some(pairs, "apiserver", "etcd-server", "admin.conf"))
+    first, second, third = (sign_request(request, bundle) for request in bundle.requests)
+    path, begin = tmp_path / "journal", datetime.now(UTC)
+    answer, later = Issued(leaf=pairs["apiserver"][0]), Pending(reference="7", note="soon")
+    with Journal(path, begin) as journal:
+        journal.add([(first, answer), (second, Asked(begin)), (third, later)])
+    with Journal(path, begin + timedelta(days=60)) as journal:
+        assert journal.get(first) == answer
+        journal.add([(second, answer)])
+
+    with Journal(path, begin + timedelta(days=91)) as journal:
+        assert [journal.get(one) for one in (first, second, third)] == [None, answer, later]
+        journal.tidy()
+    with Journal(path, begin + timedelta(days=151)) as journal:
+        assert [journal.get(one) for one in (first, second, third)] == [None, None, later]
+        journal.forget([third])
+        journal.tidy()
+    assert path.read_bytes() == b""
 
 
 # --- other CAs --------------------------------------------------------------------------------------------------------
