@@ -446,6 +446,30 @@ def test_a_sibling_below_the_same_root_proves_nothing(tmp_path: Path, pki: Pki) 
     assert signed.intermediates == (intermediate.certificate,)
 
 
+def test_a_user_of_the_cluster_does_not_become_its_master(desk_: Desk, pki: Pki, pairs: Pairs) -> None:
+    """A client certificate of the cluster's CA proves who its holder is, and nothing else; the node itself is signed for."""
+    ca_key = load_pem_private_key(pki.ca_pem("ca")[1], None)
+    assert isinstance(ca_key, PrivateKey)
+    ca = throwaway.ThrowawayCA(certificate=x509.load_pem_x509_certificate(pki.ca_pem("ca")[0]), key=ca_key)
+    key = csr.generate_key("ecdsa-p256")
+    jane = leaf_of(ca, "O=dev,CN=jane", key)
+    name = "super-admin.conf"
+    asked = make_bundle({name: (jane, key)}, build=lambda _: new_csr(pairs[name][0]))
+    honest = make_bundle(some(pairs, name))
+    put(desk_, asked)
+    put(desk_, honest)
+
+    run = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
+
+    assert run.returncode == Exit.REFUSED
+    answers = {answer.batch: answer.answers[name] for answer in answers_of(desk_)}
+    refused = answers[asked.batch]
+    assert isinstance(refused, Refusal)
+    assert "found one by that of O=dev,CN=jane" in refused.reason
+    assert isinstance(answers[honest.batch], Issued)
+    assert len(desk_.issued()) == 1
+
+
 def leaf_of(ca: throwaway.ThrowawayCA, subject: str, key: PrivateKey) -> x509.Certificate:
     name, now = x509.Name.from_rfc4514_string(subject), datetime.now(UTC)
     builder = throwaway._builder(name, ca.certificate.subject, key, now - timedelta(hours=1), now + timedelta(days=9))
