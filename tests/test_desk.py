@@ -409,7 +409,7 @@ def test_two_desks_answer_side_by_side(tmp_path: Path, pki: Pki, pairs: Pairs) -
         desk_.run("sign", desk_.inbox, "-o", tmp_path / "out")
         desk_.run("sign", tmp_path / "b.json")
 
-    stem = answer_file_name(bundle).removesuffix(".answer.json")
+    stem = file_names(bundle.node, digest(bundle))[1].removesuffix(".answer.json")
     paths = [tmp_path / "out" / f"{stem}.{name}.answer.json" for name in ("ca", "etcd-ca")]
     assert sorted((tmp_path / "out").iterdir()) == paths
     paths += [tmp_path / f"b.{name}.answer.json" for name in ("ca", "etcd-ca")]
