@@ -7,7 +7,7 @@ from pathlib import Path
 
 #: What comes and goes under names of its own: the cut end of a record, and a manifest that another one took the place of.
 _NUMBERED = r"audit\.torn-\d+-[0-9a-f]{8}|[a-z-]+-[0-9a-f]{8}\.yaml"
-_BACKUP = r"\d{8}T\d{6}Z-[0-9a-z]+(-back)?"
+_BACKUP = r"\d{8}T\d{6}Z-[0-9a-z]+(-[0-9a-z]+)?"
 
 
 class Store:
