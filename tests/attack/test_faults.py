@@ -255,11 +255,10 @@ def test_a_kill_at_every_call(renewal: Renewal, calls: int, place: Path, tried: 
     tried("points of a full renewal's installation at which it was killed", calls)
 
 
-@pytest.mark.parametrize(("code", "step"), [("ENOSPC", 1), ("EIO", 5), ("EACCES", 7), ("EROFS", 7)])
-def test_an_error_of_every_call(renewal: Renewal, calls: int, place: Path, code: str, step: int, tried: Tried) -> None:
+@pytest.mark.parametrize("code", ["ENOSPC", "EIO", "EACCES", "EROFS"])
+def test_an_error_of_every_call(renewal: Renewal, calls: int, place: Path, code: str, tried: Tried) -> None:
     """It is reported, or all files are new; what is reported as not replaced stays old."""
-    points = range(1, calls + 1, step)
-    for at in points:
+    for at in range(1, calls + 1):
         node = Node.make(renewal, place / str(at))
         before = node.attributes()
         result, _ = attempt(node, at, failing(getattr(errno, code)))
@@ -267,7 +266,7 @@ def test_an_error_of_every_call(renewal: Renewal, calls: int, place: Path, code:
         assert_whole(node, before, at)
         assert (result == 0) == (node.state() == "new"), at
         shutil.rmtree(place / str(at))
-    tried(f"points of a full renewal's installation that failed with {code}", len(points))
+    tried(f"points of a full renewal's installation that failed with {code}", calls)
 
 
 def test_the_two_sides_differ(renewal: Renewal) -> None:
