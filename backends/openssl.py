@@ -28,7 +28,6 @@ from typing import ClassVar, Literal, TypeVar
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from cryptography.x509.name import _ASN1Type
 from cryptography.x509.oid import NameOID
 
 from backends.openssl_config import Config, ConfigDoubtError, parse_config
@@ -93,7 +92,7 @@ _EXTENSION_REQUEST = x509.ObjectIdentifier("1.2.840.113549.1.9.14")
 # With challengePassword and unstructuredName, which go nowhere. openssl takes extensions from Microsoft's
 # 1.3.6.1.4.1.311.2.1.14 as well, which cryptography does not show as extensions.
 _ATTRIBUTES = {_EXTENSION_REQUEST, *map(x509.ObjectIdentifier, ("1.2.840.113549.1.9.7", "1.2.840.113549.1.9.2"))}
-_STRINGS = {_ASN1Type.UTF8String, _ASN1Type.PrintableString, _ASN1Type.T61String, _ASN1Type.BMPString}
+_STRINGS = {"UTF8String", "PrintableString", "T61String", "BMPString"}
 _CSR_ERRORS = (
     ValueError,
     UnsupportedAlgorithm,
@@ -517,14 +516,19 @@ def _wrong_with(pem: bytes, csr: x509.CertificateSigningRequest) -> str:
 
 def _is_readable(attribute: x509.NameAttribute[str | bytes]) -> bool:
     """openssl ca ends, and signs none of a run's CSRs, at any other type, and at an e-mail address that is no IA5String."""
-    kind = attribute._type  # noqa: SLF001 (there is no other way to it)
-    if kind is _ASN1Type.IA5String:
+    kind = _string_type(attribute)
+    if kind == "IA5String":
         return isinstance(attribute.value, str) and attribute.value.isascii()
-    return kind in _STRINGS and attribute.oid != NameOID.EMAIL_ADDRESS
+    return not kind or (kind in _STRINGS and attribute.oid != NameOID.EMAIL_ADDRESS)
+
+
+def _string_type(attribute: x509.NameAttribute[str | bytes]) -> str:
+    """As ASN.1 calls it; empty if the library should no longer tell: then `_sign_or_halve` finds what openssl can't read."""
+    return getattr(getattr(attribute, "_type", None), "name", "")
 
 
 def _attribute_text(attribute: x509.NameAttribute[str | bytes]) -> str:
-    return f"{attribute.rfc4514_attribute_name} as {attribute._type.name}"  # noqa: SLF001 (as above)
+    return f"{attribute.rfc4514_attribute_name} as {_string_type(attribute)}"
 
 
 def _check_signer(path: Path, signer: x509.Certificate) -> None:
