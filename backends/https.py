@@ -85,7 +85,7 @@ def retry_after_seconds(response: requests.Response, now: datetime) -> float | N
         return float(value)
     try:
         return max(0.0, (parsedate_to_datetime(value) - now).total_seconds())
-    except (ValueError, TypeError):  # TypeError: a date without a time zone
+    except (ValueError, TypeError, OverflowError):  # TypeError: a date without a time zone
         return None
 
 

@@ -336,7 +336,7 @@ class _Desk:
 
     def sign(self, batches: Sequence[_Batch]) -> _Answers:
         """
-        Sign batch by batch; what was not tried, because of the others, is to be asked for again.
+        Sign batch by batch; what was not tried, because of the others, has their error, which is nobody's own.
 
         Raises:
             BackendError: For all of them; nothing was signed.
@@ -354,8 +354,8 @@ class _Desk:
             return answers
         if not any(isinstance(answer, Issued) for answer in answers.values()):
             raise self.fatal
-        not_tried = BackendUnavailableError(f"not tried: {self.fatal}", hint=self.fatal.hint)
-        return {position: not_tried for _, _, requests in batches for position, _ in requests} | answers
+        self.fatal.is_for_all = True
+        return dict.fromkeys((position for _, _, requests in batches for position, _ in requests), self.fatal) | answers
 
     def _sign_or_halve(
         self, beside: ThreadPoolExecutor, usage: Usage, validity: timedelta, orders: Sequence[_Order]

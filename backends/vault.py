@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import ssl
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -24,7 +25,6 @@ from weakref import WeakSet, WeakValueDictionary
 import requests
 from cryptography import x509
 from hvac.adapters import RawAdapter
-from requests.adapters import HTTPAdapter
 
 from backends.https import (
     TlsAdapter,
@@ -42,6 +42,7 @@ from bridge.errors import (
     BackendError,
     BackendRefusedError,
     BackendUnavailableError,
+    SettingsError,
     SettingsProblem,
     Violation,
 )
@@ -148,8 +149,6 @@ def _url_problems(url: str) -> Iterator[SettingsProblem]:
 
 # ------------------------------------------------------------------------------------------ the wire
 
-#: Kept open, for all authorities together; more would be opened and closed for each request.
-_MOST_CONNECTIONS = 16
 #: What the server says in an answer 500 although its configuration is at fault, so that "later" won't help.
 _FINAL_500 = (
     "could not fetch the CA certificate",
@@ -244,23 +243,29 @@ class _Answer:
 
 
 class _Server:
-    """One HTTP request at a time; from any thread."""
+    """HTTP; from any thread."""
 
     def __init__(self, settings: VaultSettings) -> None:
-        session = requests.Session()
+        """
+        Raises:
+            SettingsError: A file of the settings can't be used.
+        """
+        self._settings = settings
+        self._url = settings.url.rstrip("/")
+        self._seconds = settings.timeout.total_seconds()
+        self._secrets: set[str] = set()
+        # Sessions and TLS contexts are not for several threads at once, so each request has one for itself.
+        self._idle = deque([self._new_adapter()])
+
+    def _new_adapter(self) -> RawAdapter:
+        settings, session = self._settings, requests.Session()
         # No proxy, no ~/.netrc, no CA bundle from the environment of whoever starts us. hvac's Client would
         # read VAULT_* as well; its adapter does not.
         session.trust_env = False
         session.stream = True  # or a body of any size is read before we see it
-        tls = tls_context(settings.ca_file, settings.client_cert, settings.client_key)
-        session.mount("https://", TlsAdapter(tls, pool_maxsize=_MOST_CONNECTIONS))
-        session.mount("http://", HTTPAdapter(pool_maxsize=_MOST_CONNECTIONS))
-        self._session = session
-        self._url = settings.url.rstrip("/")
-        self._seconds = settings.timeout.total_seconds()
-        self._secrets: set[str] = set()
+        session.mount("https://", TlsAdapter(tls_context(settings.ca_file, settings.client_cert, settings.client_key)))
         # Without a token: each request brings its own, and no thread changes another one's.
-        self._adapter = RawAdapter(
+        return RawAdapter(
             base_uri=self._url,
             token="",
             timeout=self._seconds,
@@ -323,6 +328,8 @@ class _Server:
             raise BackendUnavailableError(f"vault: {where}: {_cause(e)}") from e
         except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError) as e:
             raise BackendUnavailableError(f"vault: {where}: the answer broke off: {_cause(e)}") from e
+        except SettingsError as e:  # a file went away since the first connection
+            raise BackendRefusedError(f"vault: {where}: {e}") from e
         except (OSError, ValueError) as e:
             # Includes requests' InvalidHeader, whose text holds the header's value.
             raise BackendRefusedError(f"vault: {where}: the request could not be made: {type(e).__name__}") from None
@@ -330,16 +337,24 @@ class _Server:
 
     def close(self) -> None:
         """Close the connections."""
-        self._session.close()
+        while self._idle:
+            self._idle.pop().close()
 
     def _exchange(self, method: str, path: str, **request: object) -> tuple[requests.Response, bytes]:
-        response = self._adapter.request(method, path, **request)
         try:
-            return response, body_of(response)
-        except (requests.exceptions.ConnectionError, requests.exceptions.ChunkedEncodingError):
-            if response.ok:
-                raise
-            return response, b""  # the reason is lost, the status says enough
+            adapter = self._idle.pop()
+        except IndexError:
+            adapter = self._new_adapter()
+        try:
+            response = adapter.request(method, path, **request)
+            try:
+                return response, body_of(response)
+            except (requests.exceptions.ConnectionError, requests.exceptions.ChunkedEncodingError):
+                if response.ok:
+                    raise
+                return response, b""  # the reason is lost, the status says enough
+        finally:
+            self._idle.append(adapter)
 
     def _answer(self, response: requests.Response, content: bytes, where: str) -> _Answer:
         try:

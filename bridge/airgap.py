@@ -239,6 +239,8 @@ def import_answers(
     with begun(settings, now, progress, wait) as (run, as_found):
         walk = Walk(run)
         node = walk.earlier(as_found)
+        if not walk.may_go_on:
+            return walk.with_earlier(Result(outcomes=())), node, []
         found = _Found()
         for path in paths:
             is_directory = path.is_dir()

@@ -519,7 +519,7 @@ def retire(store: Store, settings: Settings, node: Node, now: datetime) -> list[
     Delete the backups that nobody needs; its lock is held.
 
     A backup goes when `keep` newer ones exist or when it is older than `keep_for`; but never the newest, and never
-    the newest that could be put back now. Keys are unlinked, not overwritten: a journaling file system or an SSD
+    the newest that could be put back now, nor any while an installation is not proven. Keys are unlinked, not overwritten: a journaling file system or an SSD
     writes elsewhere.
 
     Returns:
@@ -532,7 +532,7 @@ def retire(store: Store, settings: Settings, node: Node, now: datetime) -> list[
         for newer, backup in enumerate(found)
         if newer > 0 and (newer >= keep.keep or now - backup.created > keep.keep_for)
     ]
-    if not old:
+    if not old or store.unproven.exists():
         return []
     last_good = next((backup for backup in found if not problems_of(backup, settings, node, now)), None)
     deleted = []

@@ -37,9 +37,10 @@ from bridge.desk import Desk, Job, RefusedByPolicyError
 from bridge.desk_journal import Journal
 from bridge.desk_policy import Policy, parse
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
+from bridge.expiry import is_due
 from bridge.files import lock, write_atomically
 from bridge.reading import UnreadableError, read
-from bridge.settings import DEFAULT_FILE, Settings
+from bridge.settings import DEFAULT_FILE, RenewalSettings, Settings
 from bridge.specs import SPECS
 from bridge.store import Store
 
@@ -100,8 +101,22 @@ def _run(desk: Desk, settings: Settings, policy: Policy, options: Options, now: 
         observer = stack.enter_context(_observer(work))
         desk.run(work.jobs, journal, record, observer)
     if not observer.seen and not work.codes:
+        _assert_inbox(options.source, _archive(policy, options))
         typer.echo(f"{options.source}: no request bundles")
     return Exit.worst([*work.codes, *observer.codes])
+
+
+def _assert_inbox(source: Path, archive: Path) -> None:
+    """
+    Raises:
+        BridgeError: What has no bundle has CSRs in directories below it.
+    """
+    if any(not path.is_relative_to(archive) for path in csr_directory.find(source)):
+        raise BridgeError(f"{source}: wanted to know whose CSRs these are", hint="say it with --node and --cluster")
+
+
+def _archive(policy: Policy, options: Options) -> Path:
+    return options.archive or policy.desk.archive or options.source / "done"
 
 
 def _sweep(outbox: Path | None) -> None:
@@ -155,8 +170,7 @@ def _jobs(desk: Desk, settings: Settings, policy: Policy, options: Options, now:
         raise BridgeError(f"{source}: wanted another directory for the answers", hint="name it with -o")
     if not options.out.is_dir():
         raise BridgeError(f"{options.out}: wanted a directory for the answers, found none")
-    archive = options.archive or policy.desk.archive or source / "done"
-    return _inbox(_Places(source, options.out, archive, tuple(settings.authorities)), now)
+    return _inbox(_Places(source, options.out, _archive(policy, options), tuple(settings.authorities)), now)
 
 
 def _one_bundle(path: Path, out: Path) -> _Work:
@@ -208,7 +222,7 @@ def _csrs(desk: Desk, settings: Settings, options: Options, now: datetime) -> _W
         created=now.replace(microsecond=0),
     )
     target = options.out or options.source
-    asked, earlier = digest(found.bundle), _beside(found, target)
+    asked, earlier = digest(found.bundle), _beside(found, target, settings.renewal, now)
 
     def deliver(answer: AnswerBundle) -> str:
         issued = {name: one for name, one in answer.answers.items() if isinstance(one, Issued)}
@@ -219,13 +233,16 @@ def _csrs(desk: Desk, settings: Settings, options: Options, now: datetime) -> _W
     return _Work(jobs=iter([job]), total=1)
 
 
-def _beside(found: csr_directory.CsrDirectory, target: Path) -> dict[str, Issued]:
-    """Certificates that are where an earlier run has delivered its own; whether they fit is seen later."""
+def _beside(
+    found: csr_directory.CsrDirectory, target: Path, renewal: RenewalSettings, now: datetime
+) -> dict[str, Issued]:
+    """Certificates that are where an earlier run has delivered its own, and are not due; whether they fit is seen later."""
     earlier = {}
     for name, relative in found.files.items():
         with contextlib.suppress(UnreadableError, ValueError):
             leaf, *intermediates = load_pem_certificates(read(target / relative.with_suffix(".crt")) or b"")
-            earlier[name] = Issued(leaf=leaf, intermediates=tuple(intermediates))
+            if not is_due((leaf, *intermediates), renewal.before, renewal.validity, now):
+                earlier[name] = Issued(leaf=leaf, intermediates=tuple(intermediates))
     return earlier
 
 
@@ -331,6 +348,8 @@ def _put_away(path: Path, status: os.stat_result, target: Path) -> None:
 def _dry_run(desk: Desk, settings: Settings, policy: Policy, options: Options, now: Callable[[], datetime]) -> int:
     """Judge everything, write and sign nothing."""
     work, codes = _jobs(desk, settings, policy, options, now), []
+    if not work.total:
+        _assert_inbox(options.source, _archive(policy, options))
     for job in work.jobs:
         desk.judged(job)
         good = [request.name for request in job.to_sign]

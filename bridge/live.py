@@ -8,11 +8,10 @@ everything that had been restarted runs on them.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -65,70 +64,73 @@ class Settled:
     errors: tuple[BridgeError, ...] = ()
     rolled_back: RolledBackError | None = None  #: One of the errors.
     about: Mapping[str, Occasion] = dataclasses.field(default_factory=dict)  #: For hooks; by the run that installed.
+    may_go_on: bool = True  #: False: stopped by a signal, or not all the way back yet; nothing more is to be installed.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Installation:
-    """What one run has installed, and what did not work before it, either."""
+class _Unproven:
+    """A certificate that was installed, perhaps by several runs, before anybody has seen it in use."""
 
-    run_id: str
-    serials: Mapping[str, str]  #: By kubeadm's name.
-    before: frozenset[tuple[str, str]] = frozenset()  #: Checks that failed, as in `_key`.
+    name: str  #: kubeadm's.
+    runs: Mapping[str, str]  #: What they installed, or were about to: the run by the serial.
+    backup_of: str  #: The first of them, whose backup has what was in use.
+    before: frozenset[str] = frozenset()  #: Checks that failed before it, as in `Finding.what`.
 
-    def live_on(self, node: Node) -> _Installation:
-        """Only what is still there: the rest was not installed, or was replaced by another one."""
-        live = {i.spec.name: serial_hex(i.certificates[0]) for i in node.items if i.certificates}
-        serials = {name: serial for name, serial in self.serials.items() if live.get(name) == serial}
-        return dataclasses.replace(self, serials=serials)
+    @property
+    def newest_run(self) -> str:
+        """Whose certificate it is, as far as that is known."""
+        return list(self.runs.values())[-1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Owed:
     """What is not proven."""
 
-    installations: tuple[_Installation, ...]  #: The oldest first.
+    certificates: tuple[_Unproven, ...]
     going_back: str = ""  #: Why all of it goes back; empty: it does not.
-    touched: tuple[Component, ...] = ()  #: Restarted on what goes back.
+    touched: tuple[Component, ...] = ()  #: Restarted on what goes back, and not on the old files yet.
 
     @property
     def names(self) -> list[str]:
-        """Of all certificates, each once."""
-        return list(dict.fromkeys(name for one in self.installations for name in one.serials))
+        """Of the certificates."""
+        return [one.name for one in self.certificates]
+
+    def live_on(self, node: Node) -> _Owed:
+        """Without what is not there: it was not installed, or was replaced by somebody else."""
+        live = {i.spec.name: serial_hex(i.certificates[0]) for i in node.items if i.certificates}
+        return dataclasses.replace(self, certificates=tuple(c for c in self.certificates if live.get(c.name) in c.runs))
 
     def is_new(self, finding: Finding) -> bool:
-        """Whether it worked before the installation that it is about."""
-        return not any(finding.certificate in one.serials and _key(finding) in one.before for one in self.installations)
+        """Whether it worked before the installation."""
+        return not any(finding.certificate == one.name and finding.what in one.before for one in self.certificates)
+
+
+_FAILED = ("refused", "no-answer")
 
 
 def owe(run: Run, outcomes: Sequence[Outcome]) -> None:
     """
     Before the installation of these, where components are restarted (`restart.method` is not "none").
 
+    What an earlier run has installed and nobody has proven is no reason to forget what was in use before that.
+
     Raises:
         BridgeError: It can't be remembered; then nothing must be installed.
     """
-    node, earlier = run.read_node(), _read(run.store)
-    owed = tuple(one.live_on(node) for one in earlier.installations) if earlier is not None else ()
-    unproven = {name for one in owed for name in one.serials}  # that it does not work may be its fault
-    found = prove.look(node, run.settings, run.now()).wrong
-    ours = _Installation(
-        run_id=run.record.run_id,
-        serials={o.name: serial_hex(o.new) for o in outcomes if o.new is not None},
-        before=frozenset(_key(f) for f in found if f.state in _FAILED and f.certificate not in unproven),
-    )
-    _write(run.store, _Owed(installations=(*owed, ours)))
-
-
-_FAILED = ("refused", "no-answer")
-
-
-def _key(finding: Finding) -> tuple[str, str]:
-    return finding.certificate, finding.what
+    node, owed = run.read_node(), _read(run.store)
+    earlier = {one.name: one for one in owed.live_on(node).certificates} if owed is not None else {}
+    failed = [f for f in prove.look(node, run.settings, run.now()).wrong if f.state in _FAILED]
+    run_id = run.record.run_id
+    for name, serial in ((o.name, serial_hex(o.new)) for o in outcomes if o.new is not None):
+        before = frozenset(f.what for f in failed if f.certificate == name)
+        one = earlier.pop(name, _Unproven(name=name, runs={}, backup_of=run_id, before=before))
+        earlier[name] = dataclasses.replace(one, runs={**one.runs, serial: run_id})
+    _write(run.store, _Owed(certificates=tuple(earlier.values())))
 
 
 def settle(run: Run, node: Node) -> Settled:
     """
-    Restart, prove, and go back if need be; what this or an earlier run has installed.
+    Restart, prove, and go back if need be; what this or earlier runs have installed.
 
     Args:
         run: Its lock is held.
@@ -142,20 +144,37 @@ def settle(run: Run, node: Node) -> Settled:
         return Settled()
     if owed.going_back:
         return _go_back(run, owed)
-    live = tuple(one for each in owed.installations if (one := each.live_on(node)).serials)
-    if not live:
+    owed = owed.live_on(node)
+    if not owed.certificates:
         _forget(run.store)
         return Settled()
-    owed = _Owed(installations=live)
+    return _prove(run, node, owed)
+
+
+def _prove(run: Run, node: Node, owed: _Owed) -> Settled:
     restarted = _restart(run, node, owed.names)
-    if any(isinstance(one.error, StoppedError) for one in restarted):  # it may still be starting
-        return _settled(run, owed, restarted, None, _errors(restarted))
-    report, more = _proven(run, owed, restarted)
-    return _judged(run, owed, [*restarted, *more], report)
+    report: Report | None = None
+    if not _is_stopped(restarted):
+        report, more = _look(run, owed, restarted)
+        restarted += more
+    if report is None or _is_stopped(restarted):
+        return _settled(run, owed, _errors(restarted), restarted)
+    return _judged(run, owed, restarted, report)
+
+
+def _is_stopped(restarted: Sequence[Restarted]) -> bool:
+    """By a signal: what was restarted may still be starting, and its proof would tell nothing."""
+    return any(isinstance(one.error, StoppedError) for one in restarted)
 
 
 def _settled(
-    run: Run, owed: _Owed, restarted: Sequence[Restarted], proven: int | None, errors: Sequence[BridgeError]
+    run: Run,
+    owed: _Owed,
+    errors: Sequence[BridgeError],
+    restarted: Sequence[Restarted] = (),
+    proven: int | None = None,
+    *,
+    may_go_on: bool = True,
 ) -> Settled:
     rolled_back = next((error for error in errors if isinstance(error, RolledBackError)), None)
     return Settled(
@@ -163,7 +182,8 @@ def _settled(
         proven=proven,
         errors=tuple(errors),
         rolled_back=rolled_back,
-        about=dict(_occasions(run, owed, errors, is_back=rolled_back is not None)),
+        about=_occasions(run, owed, errors, is_back=rolled_back is not None),
+        may_go_on=may_go_on and not _is_stopped(restarted),
     )
 
 
@@ -175,20 +195,21 @@ def _judged(run: Run, owed: _Owed, restarted: Sequence[Restarted], report: Repor
     wrong = [f for f in found if owed.is_new(f) and not (f.state == "stale" and f.component in postponed)]
     proven = len(report.findings) - len(report.wrong)
     if postponed and not failures and not any(f.state in _FAILED for f in wrong):
-        return _settled(run, owed, restarted, proven, [*postponed.values()])
+        return _settled(run, owed, [*postponed.values()], restarted, proven)
     if not failures and not wrong:
         _forget(run.store)
         text = f"installed, and as before the renewal this does not work: {_sentence(found)}"
         errors = [NotLiveError(text, hint="`ca-bridge prove` shows each check")] if found else []
-        return _settled(run, owed, restarted, proven, errors)
+        return _settled(run, owed, errors, restarted, proven)
     why = "; ".join([*map(str, failures), *([_sentence(wrong)] if wrong else [])])
     if not failures and all(finding.state == "unknown" for finding in wrong):
-        return _settled(run, owed, restarted, proven, [UnprovenError(f"installed, and not proven: {why}")])
+        return _settled(run, owed, [UnprovenError(f"installed, and not proven: {why}")], restarted, proven)
     if run.settings.restart.on_failure == "keep":
-        return _settled(run, owed, restarted, proven, [NotLiveError(f"installed, and not in use: {why}")])
+        return _settled(run, owed, [NotLiveError(f"installed, and not in use: {why}")], restarted, proven)
     log.error("the new certificates do not work, so the old ones are put back: %s", why)
-    back = _going_back(owed, {finding.certificate for finding in wrong}, why, restarted)
-    return dataclasses.replace(_go_back(run, back), restarted=tuple(restarted), proven=proven)
+    touched = tuple(one.component for one in restarted if one.touched)
+    back = _go_back(run, dataclasses.replace(owed, going_back=why, touched=touched))
+    return dataclasses.replace(back, restarted=tuple(restarted), proven=proven)
 
 
 def _errors(restarted: Sequence[Restarted]) -> list[BridgeError]:
@@ -223,7 +244,7 @@ def _restarted(run: Run, node: Node, components: Sequence[Component], *, going_b
     )
 
 
-def _proven(run: Run, owed: _Owed, restarted: Sequence[Restarted]) -> tuple[Report, list[Restarted]]:
+def _look(run: Run, owed: _Owed, restarted: Sequence[Restarted]) -> tuple[Report, list[Restarted]]:
     """
     Look until all is well; what was trusted to reload and did not is restarted after all.
 
@@ -254,65 +275,58 @@ def _sentence(findings: Sequence[Finding]) -> str:
 # --- the way back ----------------------------------------------------------------------------------------------------
 
 
-def _going_back(owed: _Owed, wrong: Collection[str], why: str, restarted: Sequence[Restarted]) -> _Owed:
-    """The first installation with something wrong, and what came after it; all, if a restart alone tells."""
-    guilty = [number for number, one in enumerate(owed.installations) if wrong & one.serials.keys()]
-    return _Owed(
-        installations=owed.installations[min(guilty, default=0) :],
-        going_back=why,
-        touched=tuple(one.component for one in restarted if one.touched),
-    )
-
-
 def _go_back(run: Run, owed: _Owed) -> Settled:
     """Put the old files back, and what was restarted back on them; or go on with it where a run was cut off."""
+    live = owed.live_on(run.read_node())
+    owed = live if live.certificates else owed  # what was replaced meanwhile stays; else all of it is back already
+    has_begun = False
     try:
+        backup = _backup(run, live) if live.certificates else None
         _write(run.store, owed)
-        done = list(_put_back(run, owed))
+        has_begun = True
+        if backup is not None:
+            # all of it was in use a minute ago, whatever a new certificate would have to be
+            backups.put_back(
+                backup, run.settings, run.store, run.record, run.read_node(), run.now(), lambda one: not one.is_damage
+            )
     except BridgeError as e:
-        with contextlib.suppress(BridgeError):  # then the next run tries this again, which does no harm
-            _write(run.store, dataclasses.replace(owed, going_back="", touched=()))
-        error = NotLiveError(f"installed, and not in use: {owed.going_back}; it was not rolled back: {e}")
-        return _settled(run, owed, (), None, [error])
+        text = f"installed, and not in use: {owed.going_back}; it was not rolled back: {e}"
+        return _settled(run, owed, [NotLiveError(text)], may_go_on=not has_begun)
     restarted = _restart_back(run, owed)
-    left = tuple(one.component for one in restarted if isinstance(one.error, PostponedError))
+    left = tuple(one.component for one in restarted if isinstance(one.error, PostponedError) or not one.touched)
     if left:
         _write(run.store, dataclasses.replace(owed, touched=left))
         after = f"the next run goes on: {'; '.join(map(str, _errors(restarted)))}"
     else:
         _forget(run.store)
         after = _on_the_old_set(run, owed, restarted)
-    where = f" to {', '.join(one.backup.backup_id for one in done)}" if done else ""
-    return _settled(
-        run, owed, restarted, None, [RolledBackError(f"rolled back{where}, since {owed.going_back}; {after}")]
-    )
+    where = f" to {backup.backup_id}" if backup is not None else ""
+    error = RolledBackError(f"rolled back{where}, since {owed.going_back}; {after}")
+    return _settled(run, owed, [error], restarted, may_go_on=not left)
 
 
-def _put_back(run: Run, owed: _Owed) -> Iterator[backups.Rollback]:
+def _backup(run: Run, owed: _Owed) -> backups.Backup:
     """
-    The newest first; what is back already stays as it is.
+    What was in use, from the backups of one or several runs.
 
     Raises:
-        BridgeError: It can't be put back.
+        BridgeError: It can't be put back; nothing was touched.
     """
-    for one in reversed(owed.installations):
-        node, now = run.read_node(), run.now()
-        if not one.live_on(node).serials:
-            continue
-        backup = _backup_of(run.store, one.run_id)
-        if backup is None:
-            raise BridgeError(f"wanted the backup of run {one.run_id}, found none")
-        expired = [o.name for o in backups.outcomes_of(backup, node) if o.new and o.new.not_valid_after_utc <= now]
-        if expired:
-            raise BridgeError(f"the old certificates have expired: {', '.join(expired)}")
-        # all of it was in use a minute ago, whatever a new certificate would have to be
-        yield backups.put_back(
-            backup, run.settings, run.store, run.record, node, now, lambda problem: not problem.is_damage
-        )
-
-
-def _backup_of(store: Store, run_id: str) -> backups.Backup | None:
-    return next((one for one in backups.read_all(store)[0] if one.run_id == run_id), None)
+    node, now = run.read_node(), run.now()
+    found = {one.run_id: one for one in backups.read_all(run.store)[0]}
+    missing = {one.backup_of for one in owed.certificates} - found.keys()
+    if missing:
+        raise BridgeError(f"wanted the backup of run {', '.join(sorted(missing))}, found none")
+    sources = list({one.backup_of: found[one.backup_of] for one in owed.certificates}.values())
+    files = [f for one in owed.certificates for f in found[one.backup_of].files if f.certificate == one.name]
+    backup = dataclasses.replace(sources[0], backup_id=", ".join(one.backup_id for one in sources), files=tuple(files))
+    damage = [str(one) for one in backups.problems_of(backup, run.settings, node, now) if one.is_damage]
+    if damage:
+        raise BridgeError("; ".join(damage))
+    expired = [o.name for o in backups.outcomes_of(backup, node) if o.new and o.new.not_valid_after_utc <= now]
+    if expired:
+        raise BridgeError(f"the old certificates have expired: {', '.join(expired)}")
+    return backup
 
 
 def _restart_back(run: Run, owed: _Owed) -> list[Restarted]:
@@ -336,27 +350,31 @@ def _on_the_old_set(run: Run, owed: _Owed, restarted: Sequence[Restarted]) -> st
 # --- what hooks are told ---------------------------------------------------------------------------------------------
 
 
-def _occasions(
-    run: Run, owed: _Owed, errors: Sequence[BridgeError], *, is_back: bool
-) -> Iterator[tuple[str, Occasion]]:
+def _occasions(run: Run, owed: _Owed, errors: Sequence[BridgeError], *, is_back: bool) -> dict[str, Occasion]:
+    """By the run that installed."""
     items = {item.spec.name: item for item in run.read_node().items}
-    for one in owed.installations:
-        backup = _backup_of(run.store, one.run_id)
-        serials = {} if is_back else dict(one.serials)
-        olds = {entry["name"]: entry["old_serial"] for entry in backup.certificates} if backup is not None else {}
-        paths = [p for name in serials for p in (items[name].certificate_path, items[name].key_path) if p is not None]
-        yield (
-            one.run_id,
-            Occasion(
-                names=tuple(one.serials),
-                old_serials={name: olds[name] for name in serials if olds.get(name)},
-                new_serials=serials,
-                files=tuple(map(str, paths)),
-                backup_id=backup.backup_id if backup is not None else None,
-                exit_code=Exit.worst([error.exit_code for error in errors]),
-                errors=tuple(map(str, errors)),
-            ),
+    replaced = {one.run_id: one for one in backups.read_all(run.store)[0]}
+    found = {}
+    for run_id in dict.fromkeys(one.newest_run for one in owed.certificates):
+        ours = [one for one in owed.certificates if one.newest_run == run_id]
+        new = {} if is_back else {one.name: serial_hex(items[one.name].certificates[0]) for one in ours}
+        old = {one.name: _old_serial(replaced.get(one.backup_of), one.name) for one in ours if one.name in new}
+        paths = [p for name in new for p in (items[name].certificate_path, items[name].key_path) if p is not None]
+        found[run_id] = Occasion(
+            names=tuple(one.name for one in ours),
+            old_serials={name: serial for name, serial in old.items() if serial},
+            new_serials=new,
+            files=tuple(map(str, paths)),
+            backup_id=replaced[run_id].backup_id if run_id in replaced else None,
+            exit_code=Exit.worst([error.exit_code for error in errors]),
+            errors=tuple(map(str, errors)),
         )
+    return found
+
+
+def _old_serial(backup: backups.Backup | None, name: str) -> str:
+    entries = backup.certificates if backup is not None else ()
+    return next((entry["old_serial"] or "" for entry in entries if entry["name"] == name), "")
 
 
 # --- what is owed ----------------------------------------------------------------------------------------------------
@@ -367,7 +385,7 @@ def _read(store: Store) -> _Owed | None:
     try:
         document = json.loads(store.unproven.read_bytes())
         return _Owed(
-            installations=tuple(map(_installation, document["installations"])),
+            certificates=tuple(map(_unproven, document["certificates"])),
             going_back=str(document["going_back"]),
             touched=tuple(map(Component, document["touched"])),
         )
@@ -380,23 +398,19 @@ def _read(store: Store) -> _Owed | None:
         return None
 
 
-def _installation(entry: Mapping[str, Any]) -> _Installation:
-    return _Installation(
-        run_id=str(entry["run"]),
-        serials={str(name): str(serial) for name, serial in entry["serials"].items()},
-        before=frozenset((str(certificate), str(what)) for certificate, what in entry["before"]),
+def _unproven(entry: Mapping[str, Any]) -> _Unproven:
+    return _Unproven(
+        name=SPECS[entry["name"]].name,
+        runs={str(serial): str(run_id) for serial, run_id in entry["runs"].items()},
+        backup_of=str(entry["backup_of"]),
+        before=frozenset(map(str, entry["before"])),
     )
 
 
 def _write(store: Store, owed: _Owed) -> None:
-    document = {
-        "installations": [
-            {"run": one.run_id, "serials": dict(one.serials), "before": sorted(one.before)}
-            for one in owed.installations
-        ],
-        "going_back": owed.going_back,
-        "touched": [component.value for component in owed.touched],
-    }
+    certificates = [{**dataclasses.asdict(one), "before": sorted(one.before)} for one in owed.certificates]
+    document: dict[str, object] = {"certificates": certificates, "going_back": owed.going_back}
+    document["touched"] = [component.value for component in owed.touched]
     try:
         write_atomically(store.unproven, json.dumps(document, indent=1).encode() + b"\n")
     except OSError as e:

@@ -83,6 +83,8 @@ def _prepare(item: Item, settings: Settings, made: OpenRequest | None) -> Prepar
 
 def take_up(item: Item, made: OpenRequest) -> Prepared | Outcome:
     """An open request whose answer is there, whatever kind of key would be made today."""
+    if item.obstacle is not None:
+        return outcome_of(item, item.obstacle)
     try:
         live, was = _live(item)
     except BridgeError as e:

@@ -59,6 +59,8 @@ def run(
     with begun(settings, now, progress, wait) as (ours, found):
         walk = Walk(ours, restarts=restarts)
         node = walk.earlier(found)
+        if not walk.may_go_on:
+            return walk.with_earlier(Result(outcomes=())), node, Selection(items=(), failed=(), skipped=())
         waiting = [one.name for one in ours.requests if one.reference]
         selection = select(node, settings, names, now(), waiting)
         if not names:

@@ -21,6 +21,8 @@ class Walk:
     def __init__(self, run: Run, *, restarts: bool = True) -> None:
         self._run = run
         self._restarts = restarts
+        #: False after `earlier`: what earlier runs owe was stopped in the middle, and nothing more is to be installed.
+        self.may_go_on = True
         self._errors: list[BridgeError] = []
         self._items: Selection = Selection(items=(), failed=(), skipped=())
         self.around = Around(run.settings, run.store, run.record, run.now)
@@ -33,6 +35,7 @@ class Walk:
         from bridge import live  # noqa: PLC0415 (40 ms; only where components are restarted)
 
         settled = live.settle(self._run, node)
+        self.may_go_on = settled.may_go_on
         self._errors += [*settled.errors, *self.around.settled(settled.about)]
         return self._run.read_node()
 

@@ -572,6 +572,21 @@ def test_an_answer_whose_file_cannot_be_replaced_is_kept_out_and_taken_later(nod
     assert not node.open()
 
 
+def test_an_answer_whose_files_are_another_ones_too_is_kept_out(node: Node, desk: Desk) -> None:
+    """A symlink came meanwhile: with the key replaced, the other certificate would be without its own."""
+    node.export("etcd-server", "etcd-peer", FRONT)
+    answer, before = sign(desk, node), node.live()
+    key = node.pki.pki_dir / "etcd/peer.key"
+    key.unlink()
+    key.symlink_to("server.key")
+    run = node.run("import", answer, "-o", "json")
+    assert run.returncode == 1
+    result = json.loads(run.stdout)
+    assert [one["name"] for one in result["renewed"]] == [FRONT]
+    assert "wanted a file of its own" in run.stderr
+    assert {name for name, one in node.live().items() if one != before[name]} == {FRONT}
+
+
 def test_all_or_nothing(node: Node) -> None:
     """One wrong certificate holds the other back; it is kept, and installed when the right one comes."""
     node.export("apiserver", FRONT)

@@ -973,6 +973,44 @@ def test_a_flat_directory_of_csrs(tmp_path: Path, pki: Pki, pairs: Pairs) -> Non
         assert leaf.public_key() == asked.public_key()
 
 
+def test_what_is_due_is_signed_again_for_the_same_csr(tmp_path: Path, pki: Pki, pairs: Pairs) -> None:
+    """As next year, when kubeadm's CSRs still lie there."""
+    desk_ = make_desk(tmp_path / "desk", pki, policy=RULES)
+    settings = desk_.config.read_text()
+    (tmp_path / "csrs").mkdir()
+    (tmp_path / "csrs/apiserver.csr").write_bytes(new_csr(pairs["apiserver"][0]).public_bytes(Encoding.PEM))
+    command: list[str | Path] = [
+        "sign",
+        tmp_path / "csrs",
+        "--node",
+        "cp-1",
+        "--cluster",
+        "kubernetes",
+        *waived(["apiserver"]),
+    ]
+    counts = []
+    for text in ('[renewal]\nvalidity = "20d"\nbefore = "10d"\n', "", ""):
+        desk_.config.write_text(f"{settings}\n{text}")
+        assert desk_.run(*command).returncode == 0
+        counts.append(len(desk_.issued()))
+
+    assert counts == [1, 2, 2]
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_csrs_that_are_taken_for_an_inbox_are_told(
+    tmp_path: Path, desk_: Desk, pairs: Pairs, options: list[str]
+) -> None:
+    """Never exit 0 because somebody forgot whose they are."""
+    (tmp_path / "csrs/pki").mkdir(parents=True)
+    (tmp_path / "csrs/pki/apiserver.csr").write_bytes(new_csr(pairs["apiserver"][0]).public_bytes(Encoding.PEM))
+
+    run = desk_.run("sign", tmp_path / "csrs", "-o", desk_.outbox, *options)
+
+    assert run.returncode == Exit.FAILED
+    assert "--node and --cluster" in run.stderr
+
+
 def test_a_directory_with_other_csrs_is_refused_as_a_whole(tmp_path: Path, desk_: Desk, pairs: Pairs) -> None:
     """All that is odd is named at once."""
     csrs = tmp_path / "csrs"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -71,7 +72,11 @@ class Site:
 
     def renew(self, *names: str, restarts: bool = True) -> Result:
         """One run."""
-        return renew.run(self.settings, names, lambda: datetime.now(UTC), Quiet(), restarts=restarts)[0]
+        return renew.run(self.settings, names, self.clock, Quiet(), restarts=restarts)[0]
+
+    def clock(self) -> datetime:
+        """The node's."""
+        return datetime.now(UTC)
 
     def files(self) -> dict[str, bytes]:
         """All kubeconfigs and the PKI."""
@@ -261,19 +266,116 @@ def test_what_could_not_be_restarted_back_is_restarted_by_a_later_run(
     assert (site.restarted, site.is_owed) == (["kube-controller-manager"] * 2, False)
 
 
-@pytest.mark.parametrize("wrong", [MANAGER, SCHEDULER])
-def test_of_several_runs_the_first_that_is_wrong_goes_back_and_what_came_after_it(site: Site, wrong: str) -> None:
-    """Each from its own backup."""
+def unproven(site: Site, *names: str) -> list[dict[str, bytes]]:
+    """One run a name whose restarts are put off; the files before, and after each."""
     steps = [site.files()]
     site.obstacle = NeighbourError("another node is not well")
-    for name in (MANAGER, SCHEDULER):
+    for name in names:
         assert site.renew(name).exit_code == Exit.UNAVAILABLE
         steps.append(site.files())
-    site.obstacle, site.states = None, {wrong: "refused"}
+    site.obstacle = None
+    return steps
+
+
+@pytest.mark.parametrize("names", [(MANAGER, SCHEDULER), (MANAGER, MANAGER), (MANAGER, SCHEDULER, MANAGER)])
+@pytest.mark.parametrize("wrong", [MANAGER, SCHEDULER])
+def test_what_several_runs_installed_goes_back_to_what_was_in_use(
+    site: Site, names: tuple[str, ...], wrong: str
+) -> None:
+    """Not to what an earlier one of them installed, and nobody has seen in use, either."""
+    before, *_ = unproven(site, *names)
+    site.states = {wrong: "refused"}
     result = site.renew()
-    assert result.exit_code == Exit.ROLLED_BACK
-    assert site.files() == steps[0 if wrong == MANAGER else 1]
+    assert result.exit_code == (Exit.ROLLED_BACK if wrong in names else 0)
+    assert (site.files() == before) is (wrong in names)
     assert not site.is_owed
+    runs = {line.split()[2] for line in site.told}
+    last = {line.split()[2] for line in site.told if line.split()[1] == str(result.exit_code)}
+    assert len(runs) == len(names)
+    assert len(last) == len(set(names))  # the first of two for the same certificate has nothing live any more
+
+
+@pytest.mark.parametrize("harm", ["gone", "damaged", "expired"])
+def test_if_one_set_cant_go_back_none_does(site: Site, monkeypatch: pytest.MonkeyPatch, harm: str) -> None:
+    """All is looked at before the first file moves; and the next run proves again."""
+    *_, new = unproven(site, MANAGER, SCHEDULER)
+    first = min((site.directory / "state/backups").iterdir())
+    if harm == "gone":
+        shutil.rmtree(first)
+    elif harm == "damaged":
+        next(path for path in first.iterdir() if path.name != backups.MANIFEST).write_text("x")
+    else:
+        later = datetime.now(UTC) + timedelta(days=400)
+        monkeypatch.setattr(site, "clock", lambda: later)
+    site.states = {MANAGER: "refused"}
+    result = site.renew("apiserver") if harm != "expired" else site.renew()
+    assert Exit.NOT_LIVE in {error.exit_code for error in result.errors}
+    assert "it was not rolled back" in str(result.errors[0])
+    assert all(site.files()[path] == new[path] for path in new if path.endswith((MANAGER, SCHEDULER)))
+    assert site.is_owed
+    site.states = {}
+    monkeypatch.setattr(site, "clock", lambda: datetime.now(UTC))
+    assert site.renew().exit_code == 0
+    assert not site.is_owed
+
+
+def test_backups_are_kept_until_all_is_proven(site: Site) -> None:
+    """However few are to be kept."""
+    site.settings = dataclasses.replace(site.settings, backups=dataclasses.replace(site.settings.backups, keep=1))
+    before, *_ = unproven(site, MANAGER, SCHEDULER)
+    site.states = {MANAGER: "refused"}
+    assert site.renew().exit_code == Exit.ROLLED_BACK
+    assert site.files() == before
+    site.states = {}
+    assert site.renew("apiserver").exit_code == 0
+    assert len(list((site.directory / "state/backups").iterdir())) <= 2
+
+
+def test_what_was_renewed_meanwhile_stays(site: Site) -> None:
+    """By `--no-restart`, or by somebody else: it is not what is wrong."""
+    before, *_ = unproven(site, MANAGER, SCHEDULER)
+    assert site.renew(MANAGER, restarts=False).exit_code == 0
+    newer = site.files()
+    site.states = {SCHEDULER: "refused"}
+    assert site.renew().exit_code == Exit.ROLLED_BACK
+    [manager, scheduler] = [next(p for p in before if p.endswith(name)) for name in (MANAGER, SCHEDULER)]
+    assert (site.files()[manager], site.files()[scheduler]) == (newer[manager], before[scheduler])
+
+
+def test_a_restart_back_that_fails_keeps_no_other_one_away(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was not tried because of it is restarted by the next run."""
+    before = site.files()
+    failing(site, monkeypatch, MANAGER)
+    commands = dict(site.settings.restart.commands)
+    count = f"sh -c 'echo kube-controller-manager >>{site.directory}/restarts; test $(wc -l <{site.directory}/restarts) = 1'"
+    site.change(commands={**commands, "kube-controller-manager": count})
+    assert site.renew(MANAGER, SCHEDULER).exit_code == Exit.ROLLED_BACK
+    assert (site.files() == before, site.is_owed) == (True, True)
+    site.change(commands=commands)
+    assert site.renew().exit_code == Exit.ROLLED_BACK
+    assert site.restarted[-1] == "kube-scheduler"
+    assert not site.is_owed
+
+
+def test_nothing_is_installed_before_all_is_back(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what is owed would be forgotten, or be about two things."""
+    failing(site, monkeypatch, MANAGER)
+    with monkeypatch.context() as patch:
+        first = restarting.restart_all
+
+        def restart_all(*args: object, **given: object) -> list[restarting.Restarted]:
+            site.obstacle = NeighbourError("another node is not well") if given.get("going_back") else None
+            return first(*args, **given)  # type: ignore[arg-type]
+
+        patch.setattr("bridge.live.restart_all", restart_all)
+        assert site.renew(MANAGER).exit_code == Exit.ROLLED_BACK
+        old = site.files()
+        assert site.renew("apiserver").exit_code == Exit.ROLLED_BACK
+    assert (site.files(), site.is_owed, site.restarted) == (old, True, ["kube-controller-manager"])
+    site.obstacle = None
+    assert site.renew().exit_code == Exit.ROLLED_BACK
+    assert (site.is_owed, site.restarted) == (False, ["kube-controller-manager"] * 2)
+    assert site.renew("apiserver").exit_code == 0
 
 
 def test_a_failure_that_is_kept_is_told_until_it_is_gone(site: Site) -> None:
@@ -320,7 +422,7 @@ def test_what_could_not_be_seen_before_is_no_excuse(site: Site) -> None:
 def test_a_file_that_nobody_can_read_holds_nothing_up(site: Site, caplog: pytest.LogCaptureFixture) -> None:
     """It is said, and forgotten."""
     site.renew(MANAGER)
-    (site.directory / "state/unproven.json").write_text('{"installations": [3]}')
+    (site.directory / "state/unproven.json").write_text('{"certificates": [3]}')
     assert site.renew().exit_code == 0
     assert "wanted what was installed and not proven" in caplog.text
     assert not site.is_owed

@@ -1006,7 +1006,14 @@ def test_sorts_errors_by_whether_trying_again_helps(
 
 @pytest.mark.parametrize(
     ("value", "seconds"),
-    [("7", 7), ("Sun, 06 Nov 1994 08:49:37 GMT", 0), ("soon", None), ("-1", None), ("9" * 400, None)],
+    [
+        ("7", 7),
+        ("Sun, 06 Nov 1994 08:49:37 GMT", 0),
+        ("soon", None),
+        ("-1", None),
+        ("9" * 400, None),
+        (f"Mon, 01 Jan {'9' * 20} 00:00:00 GMT", None),
+    ],
 )
 def test_understands_retry_after(apiserver: SignRequest, tmp_path: Path, value: str, seconds: float | None) -> None:
     """Retry-After counts where it is a sensible number of seconds, or a date."""
