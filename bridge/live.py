@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -64,7 +64,7 @@ class Settled:
     errors: tuple[BridgeError, ...] = ()
     rolled_back: RolledBackError | None = None  #: One of the errors.
     about: Mapping[str, Occasion] = dataclasses.field(default_factory=dict)  #: For hooks; by the run that installed.
-    may_go_on: bool = True  #: False: stopped by a signal, or not all the way back yet; nothing more is to be installed.
+    may_go_on: bool = True  #: False: stopped by a signal, or in the middle of the way back; nothing is to be installed.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +88,7 @@ class _Owed:
 
     certificates: tuple[_Unproven, ...]
     going_back: str = ""  #: Why all of it goes back; empty: it does not.
-    touched: tuple[Component, ...] = ()  #: Restarted on what goes back, and not on the old files yet.
+    to_restart: tuple[Component, ...] = ()  #: Restarted on what goes back, or went, and not on the old files yet.
 
     @property
     def names(self) -> list[str]:
@@ -112,7 +112,8 @@ def owe(run: Run, outcomes: Sequence[Outcome]) -> None:
     """
     Before the installation of these, where components are restarted (`restart.method` is not "none").
 
-    What an earlier run has installed and nobody has proven is no reason to forget what was in use before that.
+    What an earlier run has installed and nobody has proven is no reason to forget what was in use before that; nor is
+    what is still to be restarted forgotten.
 
     Raises:
         BridgeError: It can't be remembered; then nothing must be installed.
@@ -125,7 +126,8 @@ def owe(run: Run, outcomes: Sequence[Outcome]) -> None:
         before = frozenset(f.what for f in failed if f.certificate == name)
         one = earlier.pop(name, _Unproven(name=name, runs={}, backup_of=run_id, before=before))
         earlier[name] = dataclasses.replace(one, runs={**one.runs, serial: run_id})
-    _write(run.store, _Owed(certificates=tuple(earlier.values())))
+    to_restart = owed.to_restart if owed is not None else ()
+    _write(run.store, _Owed(certificates=tuple(earlier.values()), to_restart=to_restart))
 
 
 def settle(run: Run, node: Node) -> Settled:
@@ -145,14 +147,14 @@ def settle(run: Run, node: Node) -> Settled:
     if owed.going_back:
         return _go_back(run, owed)
     owed = owed.live_on(node)
-    if not owed.certificates:
+    if not owed.certificates and not owed.to_restart:
         _forget(run.store)
         return Settled()
     return _prove(run, node, owed)
 
 
 def _prove(run: Run, node: Node, owed: _Owed) -> Settled:
-    restarted = _restart(run, node, owed.names)
+    restarted = _restart(run, node, owed)
     report: Report | None = None
     if not _is_stopped(restarted):
         report, more = _look(run, owed, restarted)
@@ -208,7 +210,7 @@ def _judged(run: Run, owed: _Owed, restarted: Sequence[Restarted], report: Repor
         return _settled(run, owed, [NotLiveError(f"installed, and not in use: {why}")], restarted, proven)
     log.error("the new certificates do not work, so the old ones are put back: %s", why)
     touched = tuple(one.component for one in restarted if one.touched)
-    back = _go_back(run, dataclasses.replace(owed, going_back=why, touched=touched))
+    back = _go_back(run, dataclasses.replace(owed, going_back=why, to_restart=touched))
     return dataclasses.replace(back, restarted=tuple(restarted), proven=proven)
 
 
@@ -219,15 +221,17 @@ def _errors(restarted: Sequence[Restarted]) -> list[BridgeError]:
 # --- restart and proof -----------------------------------------------------------------------------------------------
 
 
-def _restart(run: Run, node: Node, names: Collection[str]) -> list[Restarted]:
+def _restart(run: Run, node: Node, owed: _Owed) -> list[Restarted]:
     """First those that are known not to reload, as the settings say; if only what is needed, as proof shows it."""
     wanted = run.settings.restart.components
-    specs = [SPECS[name] for name in names]
+    specs = [SPECS[name] for name in owed.names]
     components = restart.stale(specs, version_of(node, run.settings), wanted)
-    if wanted.which == "needed" and components and node.manifests:
-        stale = prove.look(node, run.settings, run.now()).stale
-        components = [c for c in components if c in stale or c is Component.KUBELET]
-    return _restarted(run, node, components)
+    left = list(owed.to_restart)
+    if node.manifests and (left or (components and wanted.which == "needed")):
+        stale = [*prove.look(node, run.settings, run.now()).stale, Component.KUBELET]
+        left = [c for c in left if c in stale]
+        components = [c for c in components if c in stale or wanted.which != "needed"]
+    return _restarted(run, node, [*components, *(c for c in left if c not in components)])
 
 
 def _restarted(run: Run, node: Node, components: Sequence[Component], *, going_back: bool = False) -> list[Restarted]:
@@ -292,17 +296,18 @@ def _go_back(run: Run, owed: _Owed) -> Settled:
     except BridgeError as e:
         text = f"installed, and not in use: {owed.going_back}; it was not rolled back: {e}"
         return _settled(run, owed, [NotLiveError(text)], may_go_on=not has_begun)
-    restarted = _restart_back(run, owed)
-    left = tuple(one.component for one in restarted if isinstance(one.error, PostponedError) or not one.touched)
+    wanted, restarted = _restart_back(run, owed)
+    done = {one.component for one in restarted if one.touched and not isinstance(one.error, PostponedError)}
+    left = tuple(component for component in wanted if component not in done)
     if left:
-        _write(run.store, dataclasses.replace(owed, touched=left))
+        _write(run.store, dataclasses.replace(owed, to_restart=left))
         after = f"the next run goes on: {'; '.join(map(str, _errors(restarted)))}"
     else:
         _forget(run.store)
         after = _on_the_old_set(run, owed, restarted)
     where = f" to {backup.backup_id}" if backup is not None else ""
     error = RolledBackError(f"rolled back{where}, since {owed.going_back}; {after}")
-    return _settled(run, owed, [error], restarted, may_go_on=not left)
+    return _settled(run, owed, [error], restarted)
 
 
 def _backup(run: Run, owed: _Owed) -> backups.Backup:
@@ -329,12 +334,12 @@ def _backup(run: Run, owed: _Owed) -> backups.Backup:
     return backup
 
 
-def _restart_back(run: Run, owed: _Owed) -> list[Restarted]:
-    """Everything that had been restarted, and what took the new files up by itself and did not let go."""
+def _restart_back(run: Run, owed: _Owed) -> tuple[list[Component], list[Restarted]]:
+    """Everything that had been restarted, and what took the new files up by itself and did not let go; what became of it."""
     node = run.read_node()
     stale = prove.look(node, run.settings, run.now()).stale if node.manifests else []
-    components = [c for c in restart.ORDER if c in owed.touched or c in stale]
-    return _restarted(run, node, components, going_back=True)
+    components = [c for c in restart.ORDER if c in owed.to_restart or c in stale]
+    return components, _restarted(run, node, components, going_back=True)
 
 
 def _on_the_old_set(run: Run, owed: _Owed, restarted: Sequence[Restarted]) -> str:
@@ -387,7 +392,7 @@ def _read(store: Store) -> _Owed | None:
         return _Owed(
             certificates=tuple(map(_unproven, document["certificates"])),
             going_back=str(document["going_back"]),
-            touched=tuple(map(Component, document["touched"])),
+            to_restart=tuple(map(Component, document["to_restart"])),
         )
     except FileNotFoundError:
         return None
@@ -410,7 +415,7 @@ def _unproven(entry: Mapping[str, Any]) -> _Unproven:
 def _write(store: Store, owed: _Owed) -> None:
     certificates = [{**dataclasses.asdict(one), "before": sorted(one.before)} for one in owed.certificates]
     document: dict[str, object] = {"certificates": certificates, "going_back": owed.going_back}
-    document["touched"] = [component.value for component in owed.touched]
+    document["to_restart"] = [component.value for component in owed.to_restart]
     try:
         write_atomically(store.unproven, json.dumps(document, indent=1).encode() + b"\n")
     except OSError as e:
