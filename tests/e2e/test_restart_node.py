@@ -225,6 +225,7 @@ def test_a_kubelet_takes_its_certificate_from_its_kubeconfig_again(site: Site) -
     copy = site.node.root / "var/lib/kubelet/pki/kubelet-client-current.pem"
     other = copy.with_name("kubelet-client-2020-01-01-00-00-00.pem")
     other.write_bytes(scheduler)
+    os.utime(other, (0, 0))  # it was there before kubelet.conf
     copy.unlink()
     copy.symlink_to(Path("/var/lib/kubelet/pki", other.name))
     before = nodes.containers(site.node)
