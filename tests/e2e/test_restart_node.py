@@ -162,7 +162,7 @@ def test_what_reads_its_file_once_is_restarted_and_no_client_notices(site: Site)
 @pytest.mark.parametrize("component", [*CONTROLLERS, Component.ETCD, Component.APISERVER])
 def test_a_run_killed_in_the_middle_leaves_nothing_away(site: Site, component: Component) -> None:
     """SIGKILL while the manifest is out; `recover` puts the same file back, and everything becomes healthy."""
-    files, before = site.files(), nodes.containers(site.node)
+    files = site.files()
     manifest = site.node.kubeconfig_dir / "manifests" / manifests.path_of(component, Path("/")).name
     process = subprocess.Popen(
         site.command("restart", component.value), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -179,8 +179,7 @@ def test_a_run_killed_in_the_middle_leaves_nothing_away(site: Site, component: C
         site.run("recover")
     assert site.files() == files
     assert not site.journal.exists()
-    site.wait_until_well()
-    assert nodes.containers(site.node)[component] != before[component]
+    site.wait_until_well()  # a kubelet that had not seen yet that it was away has restarted nothing
 
 
 def test_all_are_restarted_in_order_and_come_back(site: Site) -> None:
