@@ -8,11 +8,13 @@ everything that had been restarted runs on them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, ClassVar
 
 from bridge import backups, prove, restart
@@ -21,11 +23,12 @@ from bridge.errors import BridgeError, Exit, PostponedError
 from bridge.files import sync_directory, write_atomically
 from bridge.finish import version_of
 from bridge.hooks import Occasion
-from bridge.inventory import Node
+from bridge.inventory import Item, Node
 from bridge.prove import Finding, Report
-from bridge.restarting import Restarted, restart_all
+from bridge.restarting import Restarted, restart_all, restarted_since
 from bridge.runs import Run
 from bridge.selection import Outcome
+from bridge.settings import Components
 from bridge.specs import SPECS, Component
 from bridge.static_pods import StoppedError
 from bridge.store import Store
@@ -98,7 +101,19 @@ class _Owed:
     def live_on(self, node: Node) -> _Owed:
         """Without what is not there: it was not installed, or was replaced by somebody else."""
         live = {i.spec.name: serial_hex(i.certificates[0]) for i in node.items if i.certificates}
-        return dataclasses.replace(self, certificates=tuple(c for c in self.certificates if live.get(c.name) in c.runs))
+        odd = {item.spec.name for item in self.unreadable_on(node)}
+        ours = tuple(one for one in self.certificates if live.get(one.name) in one.runs or one.name in odd)
+        return dataclasses.replace(self, certificates=ours)
+
+    def unreadable_on(self, node: Node) -> list[Item]:
+        """What may come back."""
+        return [
+            item
+            for item in node.items
+            if item.spec.name in self.names
+            and item.state != "present"
+            and not (item.state == "missing" and item.spec.optional)
+        ]
 
     def is_new(self, finding: Finding) -> bool:
         """Whether it worked before the installation."""
@@ -142,8 +157,10 @@ def settle(run: Run, node: Node) -> Settled:
     if owed is None:
         return Settled()
     if run.settings.restart.method == "none":
-        _forget(run.store)
-        return Settled()
+        return _left_to_people(run, node, owed)
+    if odd := owed.unreadable_on(node):
+        troubles = "; ".join(f"{item.spec.name}: {item.trouble}" for item in odd)
+        return _settled(run, owed, [UnprovenError(f"installed, and not proven: {troubles}")])
     if owed.going_back:
         return _go_back(run, owed)
     owed = owed.live_on(node)
@@ -151,6 +168,23 @@ def settle(run: Run, node: Node) -> Settled:
         _forget(run.store)
         return Settled()
     return _prove(run, node, owed)
+
+
+def _left_to_people(run: Run, node: Node, owed: _Owed) -> Settled:
+    """The settings are others now: what was still to be done is said once."""
+    _forget(run.store)
+    live = owed.live_on(node)
+    users = restart.stale([SPECS[name] for name in live.names], version_of(node, run.settings), Components("needed"))
+    components = [c for c in restart.ORDER if c in users or c in owed.to_restart]
+    if not components and not (owed.going_back and live.certificates):
+        return Settled()
+    names = ", ".join(component.value for component in components)
+    text = f'installed by an earlier run, and with restart.method = "none" not proven; to be restarted: {names}'
+    if owed.going_back and live.certificates:
+        text = f"{text}; and it was to go back, since {owed.going_back}"
+    manifests = run.settings.node.kubeconfig_dir / "manifests"
+    hint = "; ".join(restart.how(component, manifests) for component in components) or NotLiveError.hint
+    return _settled(run, owed, [NotLiveError(text, hint=hint)])
 
 
 def _prove(run: Run, node: Node, owed: _Owed) -> Settled:
@@ -195,9 +229,16 @@ def _judged(run: Run, owed: _Owed, restarted: Sequence[Restarted], report: Repor
     failures = [error for error in _errors(restarted) if not isinstance(error, PostponedError)]
     found = [f for f in report.wrong if f.certificate in owed.names]
     wrong = [f for f in found if owed.is_new(f) and not (f.state == "stale" and f.component in postponed)]
+    listed = run.settings.restart.components.listed
+    others = [f for f in wrong if f.state == "stale" and listed and f.component not in listed]
+    wrong = [f for f in wrong if f not in others]
     proven = len(report.findings) - len(report.wrong)
     if postponed and not failures and not any(f.state in _FAILED for f in wrong):
         return _settled(run, owed, [*postponed.values()], restarted, proven)
+    if not failures and not wrong and others:
+        text = f"installed, and not in use by what restart.components does not list: {_sentence(others)}"
+        hint = "restart it (`ca-bridge restart NAME`), or list it"
+        return _settled(run, owed, [NotLiveError(text, hint=hint)], restarted, proven)
     if not failures and not wrong:
         _forget(run.store)
         text = f"installed, and as before the renewal this does not work: {_sentence(found)}"
@@ -209,8 +250,7 @@ def _judged(run: Run, owed: _Owed, restarted: Sequence[Restarted], report: Repor
     if run.settings.restart.on_failure == "keep":
         return _settled(run, owed, [NotLiveError(f"installed, and not in use: {why}")], restarted, proven)
     log.error("the new certificates do not work, so the old ones are put back: %s", why)
-    touched = tuple(one.component for one in restarted if one.touched)
-    back = _go_back(run, dataclasses.replace(owed, going_back=why, to_restart=touched))
+    back = _go_back(run, dataclasses.replace(owed, going_back=why))
     return dataclasses.replace(back, restarted=tuple(restarted), proven=proven)
 
 
@@ -222,16 +262,31 @@ def _errors(restarted: Sequence[Restarted]) -> list[BridgeError]:
 
 
 def _restart(run: Run, node: Node, owed: _Owed) -> list[Restarted]:
-    """First those that are known not to reload, as the settings say; if only what is needed, as proof shows it."""
-    wanted = run.settings.restart.components
-    specs = [SPECS[name] for name in owed.names]
-    components = restart.stale(specs, version_of(node, run.settings), wanted)
-    left = list(owed.to_restart)
-    if node.manifests and (left or (components and wanted.which == "needed")):
-        stale = [*prove.look(node, run.settings, run.now()).stale, Component.KUBELET]
-        left = [c for c in left if c in stale]
-        components = [c for c in components if c in stale or wanted.which != "needed"]
-    return _restarted(run, node, [*components, *(c for c in left if c not in components)])
+    """
+    First those that are known not to reload, as the settings say; if only what is needed, as proof shows it.
+
+    What an earlier run has installed is not restarted for once more: of its users those that proof shows, and where
+    there is none, those that were not restarted since.
+    """
+    wanted, version = run.settings.restart.components, version_of(node, run.settings)
+    ours = [SPECS[one.name] for one in owed.certificates if one.newest_run == run.record.run_id]
+    others = [SPECS[one.name] for one in owed.certificates if one.newest_run != run.record.run_id]
+    new, old = restart.stale(ours, version, wanted), {*restart.stale(others, version, wanted), *owed.to_restart}
+    stale: list[Component] = []
+    if node.manifests and (old or (new and wanted.which == "needed")):
+        stale = prove.look(node, run.settings, run.now()).stale
+        if wanted.which == "needed":
+            new = [c for c in new if c in stale or c is Component.KUBELET]
+    done = restarted_since(run.store, _since(run, owed, newest=True))
+    unseen = [c for c in old if c not in done and (c is Component.KUBELET or not node.manifests)]
+    return _restarted(run, node, [c for c in restart.ORDER if c in new or (c in old and (c in stale or c in unseen))])
+
+
+def _since(run: Run, owed: _Owed, *, newest: bool) -> datetime:
+    """When the newest, or the first, of the installations began; the beginning of time where no backup tells."""
+    wanted = {one.newest_run if newest else one.backup_of for one in owed.certificates}
+    created = [one.created for one in backups.read_all(run.store)[0] if one.run_id in wanted]
+    return (max if newest else min)(created, default=datetime.min.replace(tzinfo=UTC))
 
 
 def _restarted(run: Run, node: Node, components: Sequence[Component], *, going_back: bool = False) -> list[Restarted]:
@@ -283,6 +338,9 @@ def _go_back(run: Run, owed: _Owed) -> Settled:
     """Put the old files back, and what was restarted back on them; or go on with it where a run was cut off."""
     live = owed.live_on(run.read_node())
     owed = live if live.certificates else owed  # what was replaced meanwhile stays; else all of it is back already
+    if live.certificates:
+        on_new = restarted_since(run.store, _since(run, owed, newest=False))
+        owed = dataclasses.replace(owed, to_restart=tuple(dict.fromkeys([*owed.to_restart, *on_new])))
     has_begun = False
     try:
         backup = _backup(run, live) if live.certificates else None
@@ -297,14 +355,16 @@ def _go_back(run: Run, owed: _Owed) -> Settled:
         text = f"installed, and not in use: {owed.going_back}; it was not rolled back: {e}"
         return _settled(run, owed, [NotLiveError(text)], may_go_on=not has_begun)
     wanted, restarted = _restart_back(run, owed)
-    done = {one.component for one in restarted if one.touched and not isinstance(one.error, PostponedError)}
+    done = {one.component for one in restarted if one.error is None}
     left = tuple(component for component in wanted if component not in done)
-    if left:
+    with contextlib.suppress(BridgeError):  # then the next run restarts more than it needs to
         _write(run.store, dataclasses.replace(owed, to_restart=left))
+    if all(isinstance(one.error, PostponedError) for one in restarted if one.component in left) and left:
         after = f"the next run goes on: {'; '.join(map(str, _errors(restarted)))}"
     else:
-        _forget(run.store)
         after = _on_the_old_set(run, owed, restarted)
+    if not left:
+        _forget(run.store)
     where = f" to {backup.backup_id}" if backup is not None else ""
     error = RolledBackError(f"rolled back{where}, since {owed.going_back}; {after}")
     return _settled(run, owed, [error], restarted)
@@ -362,7 +422,8 @@ def _occasions(run: Run, owed: _Owed, errors: Sequence[BridgeError], *, is_back:
     found = {}
     for run_id in dict.fromkeys(one.newest_run for one in owed.certificates):
         ours = [one for one in owed.certificates if one.newest_run == run_id]
-        new = {} if is_back else {one.name: serial_hex(items[one.name].certificates[0]) for one in ours}
+        live = [] if is_back else [one.name for one in ours if one.name in items and items[one.name].certificates]
+        new = {name: serial_hex(items[name].certificates[0]) for name in live}
         old = {one.name: _old_serial(replaced.get(one.backup_of), one.name) for one in ours if one.name in new}
         paths = [p for name in new for p in (items[name].certificate_path, items[name].key_path) if p is not None]
         found[run_id] = Occasion(

@@ -63,7 +63,6 @@ class Restarted:
     """What became of one component."""
 
     component: Component
-    touched: bool = False  #: Whether its restart was begun.
     seconds: float | None = None  #: Until it was healthy; None: it was not restarted, or is not healthy.
     error: BridgeError | None = None
 
@@ -162,14 +161,14 @@ def _restart(component: Component, node: Node, settings: Settings, store: Store,
     try:
         _by_method(component, node, settings, store, tell)
     except BridgeError as e:
-        return Restarted(component=component, touched=True, error=e)
+        return Restarted(component=component, error=e)
     except OSError as e:
         place = f"{e.filename}: " if e.filename else ""
         hint = "mend the file system, then run `ca-bridge recover`"
-        return Restarted(component=component, touched=True, error=RestartError(f"{place}{e.strerror}", hint=hint))
+        return Restarted(component=component, error=RestartError(f"{place}{e.strerror}", hint=hint))
     seconds = time.monotonic() - begin
     tell(f"{component.value}: healthy after {seconds:.1f} s")
-    return Restarted(component=component, touched=True, seconds=seconds)
+    return Restarted(component=component, seconds=seconds)
 
 
 def _not_tried(component: Component, failed: Restarted) -> BridgeError:
@@ -204,6 +203,12 @@ def _too_soon(component: Component, settings: Settings, store: Store) -> Restart
     return Restarted(component=component, error=error)
 
 
+def restarted_since(store: Store, moment: datetime) -> list[Component]:
+    """The components whose restart was begun then or later, in order."""
+    times = _times(store)
+    return [c for c in restart.ORDER if c.value in times and times[c.value] >= moment]
+
+
 def _times(store: Store) -> dict[str, datetime]:
     """When each component was restarted; a file that nobody can read says that none was."""
     try:
@@ -215,7 +220,7 @@ def _times(store: Store) -> dict[str, datetime]:
 def _remember(component: Component, store: Store) -> None:
     """Before it happens: a run that is killed over and over does not restart over and over."""
     times = {**_times(store), component.value: datetime.now(UTC)}
-    texts = {name: time_.isoformat(timespec="seconds") for name, time_ in times.items()}
+    texts = {name: time_.isoformat() for name, time_ in times.items()}
     write_atomically(store.restarted, json.dumps(texts).encode() + b"\n")
 
 

@@ -24,7 +24,7 @@ from bridge.finish import Result
 from bridge.lease import LeaseHeldError
 from bridge.probes import State
 from bridge.prove import Finding, Report
-from bridge.settings import Settings
+from bridge.settings import Components, Settings
 from bridge.specs import SPECS, Component
 from bridge.static_pods import StoppedError
 from tests.kit.pki import Pki, handmade_pki
@@ -378,6 +378,93 @@ def test_what_is_still_to_be_restarted_back_keeps_no_renewal_away(site: Site, mo
     assert site.renew().exit_code == 0
     assert site.restarted[1:] == ["kube-apiserver", "kube-controller-manager"]
     assert (site.is_owed, site.files()) == (False, new)
+
+
+def test_a_stale_component_that_is_not_listed_is_told_and_no_reason_to_go_back(site: Site) -> None:
+    """It is the operator's, who has listed the others; and it is told until it is restarted."""
+    site.change(components=Components("listed", (Component.SCHEDULER,)))
+    old = site.files()
+
+    def restart_all(*args: object, **given: object) -> list[restarting.Restarted]:
+        site.states = {MANAGER: "stale"}
+        return first(*args, **given)  # type: ignore[arg-type]
+
+    first = restarting.restart_all
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bridge.live.restart_all", restart_all)
+        result = site.renew(MANAGER, SCHEDULER)
+    assert (result.exit_code, site.files() == old, site.is_owed) == (Exit.NOT_LIVE, False, True)
+    assert "restart.components does not list" in str(result.errors[0])
+    assert site.renew().exit_code == Exit.NOT_LIVE
+    assert site.restarted == ["kube-scheduler"]
+    site.states = {}
+    assert site.renew().exit_code == 0
+
+
+def test_what_runs_on_the_new_certificates_is_not_restarted_again_while_another_one_waits(site: Site) -> None:
+    """Each later run looks again; it restarts what it has to."""
+    site.change(on_failure="keep", components=Components("all"))
+    site.states = {MANAGER: "unknown"}
+    assert [site.renew(*names).exit_code for names in ((MANAGER,), (), ())] == [Exit.FAILED] * 3
+    assert site.restarted == ["kube-controller-manager"]
+
+
+def test_a_restart_back_that_fails_is_tried_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the component would run on what is not on disk any more, and nobody would say so."""
+    before = site.files()
+    failing(site, monkeypatch, MANAGER)
+    commands = dict(site.settings.restart.commands)
+    site.change(commands={**commands, "kube-controller-manager": f"mkdir {site.directory}/once"})
+    assert site.renew(MANAGER).exit_code == Exit.ROLLED_BACK
+    assert (site.files() == before, site.is_owed) == (True, True)
+    site.change(commands=commands)
+    assert site.renew().exit_code == Exit.ROLLED_BACK
+    assert (site.restarted, site.is_owed) == (["kube-controller-manager"], False)
+
+
+def test_what_earlier_runs_had_restarted_is_restarted_back_too(site: Site) -> None:
+    """Without manifests nothing but our own memory tells."""
+    first = restarting.restart_all
+
+    def restart_all(_: list[Component], *args: object, **given: object) -> list[restarting.Restarted]:
+        first([Component.CONTROLLER_MANAGER], *args, **given)  # type: ignore[arg-type]
+        raise KilledError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bridge.live.restart_all", restart_all)
+        with pytest.raises(KilledError):
+            site.renew(MANAGER, SCHEDULER)
+    site.states = {SCHEDULER: "refused"}
+    assert site.renew().exit_code == Exit.ROLLED_BACK
+    assert site.restarted == [
+        *("kube-controller-manager", "kube-scheduler"),  # the second by the run that finds out
+        *("kube-controller-manager", "kube-scheduler"),
+    ]
+
+
+def test_a_file_that_is_away_for_a_while_ends_nothing(site: Site) -> None:
+    """It is said, and what is owed is done when it is back."""
+    unproven(site, MANAGER)
+    path = site.node.kubeconfig_dir / MANAGER
+    data = path.read_bytes()
+    path.write_text("kind: Config\n")
+    result = site.renew()
+    assert "installed, and not proven: controller-manager.conf" in str(result.errors[0])
+    assert (result.exit_code, site.is_owed, site.restarted) == (Exit.FAILED, True, [])
+    path.write_bytes(data)
+    assert site.renew().exit_code == 0
+    assert (site.is_owed, site.restarted) == (False, ["kube-controller-manager"])
+
+
+def test_settings_that_leave_restarts_to_people_say_what_is_left(site: Site) -> None:
+    """Once, by exit 7; in the middle of a way back, too."""
+    unproven(site, MANAGER)
+    site.change(method="none")
+    result = site.renew()
+    assert result.exit_code == Exit.NOT_LIVE
+    assert "to be restarted: kube-controller-manager" in str(result.errors[0])
+    assert "kube-controller-manager" in result.errors[0].hint
+    assert site.renew().exit_code == 0
 
 
 def test_a_failure_that_is_kept_is_told_until_it_is_gone(site: Site) -> None:
