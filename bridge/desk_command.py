@@ -112,7 +112,11 @@ def _assert_inbox(source: Path, archive: Path) -> None:
         BridgeError: What has no bundle has CSRs in directories below it.
     """
     if any(not path.is_relative_to(archive) for path in csr_directory.find(source)):
-        raise BridgeError(f"{source}: wanted to know whose CSRs these are", hint="say it with --node and --cluster")
+        raise _whose(source)
+
+
+def _whose(source: Path) -> BridgeError:
+    return BridgeError(f"{source}: wanted to know whose CSRs these are", hint="say it with --node and --cluster")
 
 
 def _archive(policy: Policy, options: Options) -> Path:
@@ -211,9 +215,7 @@ def _csrs(desk: Desk, settings: Settings, options: Options, now: datetime) -> _W
         BridgeError: No node and cluster were named, or not all files are kubeadm's.
     """
     if not options.node or not options.cluster:
-        raise BridgeError(
-            f"{options.source}: wanted to know whose CSRs these are", hint="say it with --node and --cluster"
-        )
+        raise _whose(options.source)
     found = csr_directory.load(
         options.source,
         node=options.node,

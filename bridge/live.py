@@ -178,7 +178,7 @@ def _left_to_people(run: Run, node: Node, owed: _Owed) -> Settled:
     components = [c for c in restart.ORDER if c in users or c in owed.to_restart]
     if not components and not (owed.going_back and live.certificates):
         return Settled()
-    names = ", ".join(component.value for component in components)
+    names = ", ".join(component.value for component in components) or "nothing"
     text = f'installed by an earlier run, and with restart.method = "none" not proven; to be restarted: {names}'
     if owed.going_back and live.certificates:
         text = f"{text}; and it was to go back, since {owed.going_back}"
@@ -277,7 +277,7 @@ def _restart(run: Run, node: Node, owed: _Owed) -> list[Restarted]:
         stale = prove.look(node, run.settings, run.now()).stale
         if wanted.which == "needed":
             new = [c for c in new if c in stale or c is Component.KUBELET]
-    done = restarted_since(run.store, _since(run, owed, newest=True))
+    done = restarted_since(run.store, _since(run, owed, newest=True)) if old else []
     unseen = [c for c in old if c not in done and (c is Component.KUBELET or not node.manifests)]
     return _restarted(run, node, [c for c in restart.ORDER if c in new or (c in old and (c in stale or c in unseen))])
 

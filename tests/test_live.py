@@ -78,6 +78,11 @@ class Site:
         """The node's."""
         return datetime.now(UTC)
 
+    def hold_the_way_back(self, is_back: bool) -> None:
+        """Another node is not well from the first restart of it on."""
+        if is_back:
+            self.obstacle = NeighbourError("another node is not well")
+
     def files(self) -> dict[str, bytes]:
         """All kubeconfigs and the PKI."""
         return {str(path): path.read_bytes() for path in self.node.kubeconfig_dir.rglob("*") if path.is_file()}
@@ -185,7 +190,6 @@ def test_a_second_restart_too_soon_is_no_failure(site: Site) -> None:
 def test_what_does_not_work_although_another_waits_goes_back(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what was restarted is restarted back."""
     old = site.files()
-    monkeypatch.setattr(site, "turn", site.turn)
 
     @contextlib.contextmanager
     def turn(_: object, settings: Settings, *__: object, **___: object) -> Iterator[Callable[[Component], None]]:
@@ -203,6 +207,20 @@ def test_what_does_not_work_although_another_waits_goes_back(site: Site, monkeyp
     assert (result.exit_code, site.files(), site.is_owed) == (Exit.ROLLED_BACK, old, False)
     assert site.restarted == ["kube-controller-manager"] * 2
     assert all(one.cluster.neighbours != "ignore" for one in site.turns)
+
+
+@contextlib.contextmanager
+def before_restarts(act: Callable[[bool], None]) -> Iterator[None]:
+    """Something happens right before components are restarted; it is told whether that is the way back."""
+    first = restarting.restart_all
+
+    def restart_all(*args: object, **given: object) -> list[restarting.Restarted]:
+        act(bool(given.get("going_back")))
+        return first(*args, **given)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bridge.live.restart_all", restart_all)
+        yield
 
 
 def failing(site: Site, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
@@ -250,14 +268,7 @@ def test_what_could_not_be_restarted_back_is_restarted_by_a_later_run(
 ) -> None:
     """Another node may not be well at that moment; forced, the cluster could lose its quorum."""
     failing(site, monkeypatch, MANAGER)
-    first = restarting.restart_all
-
-    def restart_all(*args: object, **given: object) -> list[restarting.Restarted]:
-        site.obstacle = NeighbourError("another node is not well") if given.get("going_back") else None
-        return first(*args, **given)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr("bridge.live.restart_all", restart_all)
+    with before_restarts(site.hold_the_way_back):
         result = site.renew(MANAGER)
     assert (result.exit_code, site.restarted, site.is_owed) == (Exit.ROLLED_BACK, ["kube-controller-manager"], True)
     assert "another node is not well" in str(result.outcomes[0].error)
@@ -360,14 +371,7 @@ def test_a_restart_back_that_fails_keeps_no_other_one_away(site: Site, monkeypat
 def test_what_is_still_to_be_restarted_back_keeps_no_renewal_away(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another node may be away for good; nor does the renewal forget what is to be restarted."""
     failing(site, monkeypatch, MANAGER)
-    with monkeypatch.context() as patch:
-        first = restarting.restart_all
-
-        def restart_all(*args: object, **given: object) -> list[restarting.Restarted]:
-            site.obstacle = NeighbourError("another node is not well") if given.get("going_back") else site.obstacle
-            return first(*args, **given)  # type: ignore[arg-type]
-
-        patch.setattr("bridge.live.restart_all", restart_all)
+    with before_restarts(site.hold_the_way_back):
         assert site.renew(MANAGER).exit_code == Exit.ROLLED_BACK
         old = site.files()
         monkeypatch.setattr(prove, "look", site.look)
@@ -384,14 +388,7 @@ def test_a_stale_component_that_is_not_listed_is_told_and_no_reason_to_go_back(s
     """It is the operator's, who has listed the others; and it is told until it is restarted."""
     site.change(components=Components("listed", (Component.SCHEDULER,)))
     old = site.files()
-
-    def restart_all(*args: object, **given: object) -> list[restarting.Restarted]:
-        site.states = {MANAGER: "stale"}
-        return first(*args, **given)  # type: ignore[arg-type]
-
-    first = restarting.restart_all
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bridge.live.restart_all", restart_all)
+    with before_restarts(lambda _: site.states.update({MANAGER: "stale"})):
         result = site.renew(MANAGER, SCHEDULER)
     assert (result.exit_code, site.files() == old, site.is_owed) == (Exit.NOT_LIVE, False, True)
     assert "restart.components does not list" in str(result.errors[0])
@@ -495,14 +492,7 @@ def test_without_restarts_nothing_is_restarted_or_proven(site: Site) -> None:
 def test_what_could_not_be_seen_before_is_no_excuse(site: Site) -> None:
     """A check that was unknown, and is refused now, has failed by this renewal, as far as anybody knows."""
     old, site.states = site.files(), {MANAGER: "unknown"}
-
-    def restart_all(*args: object, **given: object) -> list[restarting.Restarted]:
-        site.states = {MANAGER: "refused"}
-        return first(*args, **given)  # type: ignore[arg-type]
-
-    first = restarting.restart_all
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bridge.live.restart_all", restart_all)
+    with before_restarts(lambda _: site.states.update({MANAGER: "refused"})):
         result = site.renew(MANAGER)
     assert (result.exit_code, site.files()) == (Exit.ROLLED_BACK, old)
     assert "the old ones do not work, either" in str(result.outcomes[0].error)
