@@ -10,17 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import cached_property
 from string import Formatter
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from cryptography import x509
 
 from bridge.errors import BackendError, SettingsProblem, Violation
 from bridge.secret import Secret as Secret  # noqa: PLC0414 (backends import it from here)
 from bridge.secret import SecretUnavailableError as SecretUnavailableError  # noqa: PLC0414
-from bridge.specs import SPECS, CertificateSpec
+from bridge.specs import SPECS, Authority, CertificateSpec
 
 #: Entry-point group; each entry point is a `BackendType`.
 ENTRY_POINT_GROUP = "kubeadm_ca_bridge.backends"
@@ -206,6 +206,61 @@ class Spends(Protocol):
 
 
 @runtime_checkable
+class Recalls(Protocol):
+    """Optional: find what the CA signed for a run that was killed before it could take the answer."""
+
+    def recall(self, requests: Sequence[SignRequest], since: datetime) -> Sequence[Issued | None]:
+        """
+        Look for certificates with exactly these keys and usages.
+
+        Args:
+            requests: As they were sent.
+            since: Nothing older is looked at; aware.
+
+        Returns:
+            One answer a request, in their order; None: it will be asked for again.
+
+        Raises:
+            BackendRefusedError: The CA does not accept us.
+            BackendUnavailableError: No answer.
+        """
+        ...
+
+
+@runtime_checkable
+class Revokes(Protocol):
+    """Optional: revoke a certificate that was superseded."""
+
+    def revoke(self, certificate: x509.Certificate) -> None:
+        """
+        Have the CA revoke a certificate of its own (RFC 5280 §5.3.1, reason `superseded`); revoked already is no error.
+
+        Raises:
+            BackendRefusedError: The CA said no, or does not know the certificate.
+            BackendUnavailableError: No answer.
+        """
+        ...
+
+
+@runtime_checkable
+class TellsRevoked(Protocol):
+    """Optional: say whether a certificate of this CA was revoked."""
+
+    def is_revoked(self, certificate: x509.Certificate) -> bool:
+        """
+        Look the certificate up by its serial number.
+
+        Returns:
+            True if the CA has it as revoked; False also for a certificate that the CA does not know.
+
+        Raises:
+            BackendRefusedError: The CA does not accept us, or can't say.
+            BackendUnavailableError: No answer.
+        """
+        ...
+
+
+@runtime_checkable
 class Closes(Protocol):
     """Optional: give back at the end what the backend took (sessions, tokens that it made)."""
 
@@ -230,6 +285,46 @@ class BackendType(Protocol):
 
         Raises:
             SettingsError: A file that the settings name can't be used.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetupRequest:
+    """What `ca-bridge setup TYPE` knows about one authority, when it asks a backend type for what the CA needs."""
+
+    authority: Authority
+    certificates: Mapping[str, x509.Certificate]  #: The authority's live ones by kubeadm's name; never empty.
+    validity: timedelta  #: Wanted (`renewal.validity`).
+    node: str  #: `node.name`.
+    cluster: str  #: `node.cluster`.
+    #: The keys of the authority's backend as they stand in the settings, without `type`; may be none or incomplete.
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetupFile:
+    """One text for the CA's administrator."""
+
+    name: str  #: A file name without a directory, such as `ca.cnf`; the only one of its authority's.
+    text: str
+    executable: bool = False  #: A script.
+
+
+@runtime_checkable
+class SetsUp(Protocol):
+    """
+    Optional, for a backend *type* (a class method): what the CA's administrator needs for exactly these certificates.
+
+    `ca-bridge setup TYPE` prints it, or writes it into a directory; no network, no instance of the backend.
+    """
+
+    def setup(self, wanted: SetupRequest) -> Sequence[SetupFile]:
+        """
+        Make roles, profiles, configuration or commands, commented, with the places that the settings name.
+
+        Raises:
+            BridgeError: The certificates can't be had from such a CA; says which and why.
         """
         ...
 

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from cryptography import x509
 
@@ -30,7 +30,7 @@ from bridge.bundle import (
     sign_request,
 )
 from bridge.certificates import load_pem_certificates
-from bridge.contract import Backend, Collects, Issued, ListsIssuers, Pending, SignRequest, SignsMany
+from bridge.contract import Backend, Collects, Issued, ListsIssuers, Pending, Recalls, SignRequest, SignsMany
 from bridge.desk_journal import Asked, Journal
 from bridge.desk_policy import Policy, Verdict, judge
 from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, VerificationError, WaitingError
@@ -64,24 +64,6 @@ class NotOursError(BridgeError):
 
     exit_code = Exit.REFUSED
     hint = "carry the request to the other desk, too, or add an [authority.NAME] table to the settings"
-
-
-@runtime_checkable
-class Recalls(Protocol):
-    """Optional for a backend: find what it signed for a run that was killed before it could take the answer."""
-
-    def recall(self, requests: Sequence[SignRequest], since: datetime) -> Sequence[Issued | None]:
-        """
-        Look for certificates with exactly these keys and usages.
-
-        Returns:
-            One answer a request, in their order; None: it will be asked for again.
-
-        Raises:
-            BackendRefusedError: The CA does not accept us.
-            BackendUnavailableError: No answer.
-        """
-        ...
 
 
 @dataclass(kw_only=True, eq=False)

@@ -38,7 +38,7 @@ from bridge.bundle import (
     sign_request,
 )
 from bridge.certificates import pem
-from bridge.contract import Issued, Pending
+from bridge.contract import Issued, Pending, Recalls
 from bridge.csr import PrivateKey
 from bridge.desk_journal import Asked, Journal, key_of
 from bridge.errors import Exit
@@ -660,7 +660,7 @@ def _run_killed(desk_: Desk, tmp_path: Path, module: str, function: str, *, befo
 def test_what_was_signed_is_found_by_key_and_usages(desk_: Desk, pairs: Pairs) -> None:
     """Not for another CSR, not for other usages, and not from before."""
     backend = plugins.configured(load(desk_.config), ["ca"])["ca"].open()
-    assert isinstance(backend, desk.Recalls)
+    assert isinstance(backend, Recalls)
     bundle = make_bundle(some(pairs, "apiserver", "admin.conf"))
     requests = [sign_request(one, bundle) for one in bundle.requests]
     begin = datetime.now(UTC)
