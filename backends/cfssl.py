@@ -38,7 +38,16 @@ from backends.https import (
     tls_context,
     within,
 )
-from bridge.contract import BackendSettings, Issued, Secret, SecretUnavailableError, Selector, SignRequest
+from bridge.contract import (
+    BackendSettings,
+    Issued,
+    Secret,
+    SecretUnavailableError,
+    Selector,
+    SetupFile,
+    SetupRequest,
+    SignRequest,
+)
 from bridge.errors import BackendRefusedError, BackendUnavailableError, SettingsError, SettingsProblem, Violation
 from bridge.specs import EKU, CertificateSpec
 
@@ -127,6 +136,13 @@ class CfsslBackend:
         self._label = {"label": settings.label} if settings.label else {}
         self._server = _Server(settings)
         self._intermediates: tuple[x509.Certificate, ...] | None = None  # None: not asked for yet
+
+    @classmethod
+    def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
+        """See `backends.cfssl_setup`."""
+        from backends import cfssl_setup  # noqa: PLC0415 (nobody else needs it)
+
+        return cfssl_setup.setup(wanted)
 
     @classmethod
     def from_settings(cls, settings: BackendSettings) -> CfsslBackend:

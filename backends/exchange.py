@@ -14,7 +14,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Self
 
-from bridge.bundle import (
+from bridge.contract import BackendSettings, Issued, Pending, SignRequest
+from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsProblem, Violation
+from bridge.pki.bundle import (
     AnswerBundle,
     BundleError,
     IncompleteBundleError,
@@ -28,11 +30,9 @@ from bridge.bundle import (
     request_file_name,
     short_fingerprint,
 )
-from bridge.contract import BackendSettings, Issued, Pending, SignRequest
-from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsProblem, Violation
-from bridge.files import write_atomically
-from bridge.reading import UnreadableError, read
 from bridge.specs import CertificateSpec
+from bridge.system.files import write_atomically
+from bridge.system.safe_read import UnreadableError, read
 
 #: Requests hold nothing secret, and who carries them is usually another user.
 REQUEST_MODE = 0o644

@@ -34,7 +34,7 @@ from backends.openssl_config import Config, ConfigDoubtError, parse_config
 from backends.openssl_index import Database, Snapshot, file_name
 from backends.openssl_key import SCHEME, KeyFile, Pkcs11Settings, PrivateKey, TokenKey, key_problems, shown
 from backends.openssl_process import Failure, Openssl, Outcome
-from bridge.contract import BackendSettings, Issued, Secret, SignRequest
+from bridge.contract import BackendSettings, Issued, Secret, SetupFile, SetupRequest, SignRequest
 from bridge.errors import (
     BackendError,
     BackendRefusedError,
@@ -174,6 +174,13 @@ class OpensslBackend:
             limit=settings.timeout,
             key=self._key,
         )
+
+    @classmethod
+    def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
+        """See `backends.openssl_setup`."""
+        from backends import openssl_setup  # noqa: PLC0415 (nobody else needs it)
+
+        return openssl_setup.setup(wanted)
 
     @classmethod
     def from_settings(cls, settings: BackendSettings) -> OpensslBackend:

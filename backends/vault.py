@@ -37,7 +37,16 @@ from backends.https import (
     tls_context,
     within,
 )
-from bridge.contract import BackendSettings, Issued, Secret, SecretUnavailableError, Selector, SignRequest
+from bridge.contract import (
+    BackendSettings,
+    Issued,
+    Secret,
+    SecretUnavailableError,
+    Selector,
+    SetupFile,
+    SetupRequest,
+    SignRequest,
+)
 from bridge.errors import (
     BackendError,
     BackendRefusedError,
@@ -595,6 +604,13 @@ class VaultBackend:
         self._settings = settings
         self._access = _Access.of(self, settings)
         self._server, self._tokens = self._access.server, self._access.tokens
+
+    @classmethod
+    def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
+        """See `backends.vault_setup`."""
+        from backends import vault_setup  # noqa: PLC0415 (nobody else needs it)
+
+        return vault_setup.setup(wanted)
 
     @classmethod
     def from_settings(cls, settings: BackendSettings) -> VaultBackend:

@@ -1,1 +1,18 @@
-"""ca-bridge: renews a kubeadm control plane's certificates through a CA that lives elsewhere."""
+"""
+ca-bridge: renews a kubeadm control plane's certificates through a CA that lives elsewhere.
+
+The map, from the ground up; each floor imports only what is below it (`tests/test_walls.py` keeps the table):
+
+- the doors, public and stable: `contract`, `errors`, `secret`, `specs`; on top of all floors `entry` and `testing`
+- `pki`: certificates, CSRs, bundles and the checks on them; no I/O, no clock
+- `system`: files, processes, HTTPS, waiting, what goes to standard error
+- `settings`: the settings file
+- `node`: what is on this machine
+- `state`: what we remember and replace
+- `signing`: asking CAs, and being asked (the desk)
+- `control_plane`: looking at components and restarting them
+- `renewal`: the main job
+- `cli`: commands, and all that is printed
+
+Backends are no part of it: they are found by entry point, and see the doors alone.
+"""

@@ -3,7 +3,7 @@ The contract with a backend: what a way to a CA must do, and what it may do.
 
 A backend talks to its CA and does nothing else.
 It is never given a private key of the node, writes no file on the node, and need not check what came
-back: `bridge.verify` does that, for all backends alike.
+back: `bridge.pki.verify` does that, for all backends alike.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from bridge.specs import SPECS, Authority, CertificateSpec
 
 #: Entry-point group; each entry point is a `BackendType`.
 ENTRY_POINT_GROUP = "kubeadm_ca_bridge.backends"
+#: `node.cluster` where the settings name none.
+DEFAULT_CLUSTER = "kubernetes"
 USAGES = ("server", "client", "peer")
 
 
@@ -34,7 +36,7 @@ class Continuity:
     batch: str  #: Of the requests that are sent together; 32 hex digits.
     node: str
     cluster: str
-    proof: bytes | None  #: See `bridge.bundle`; None: the old key can't be read.
+    proof: bytes | None  #: See `bridge.pki.bundle`; None: the old key can't be read.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,7 +300,7 @@ class SetupRequest:
     validity: timedelta  #: Wanted (`renewal.validity`).
     node: str  #: `node.name`.
     cluster: str  #: `node.cluster`.
-    #: The keys of the authority's backend as they stand in the settings, without `type`; may be none or incomplete.
+    #: By field of `settings_type`, as far as the settings have them for this authority; required ones may be missing.
     settings: Mapping[str, Any]
 
 

@@ -23,12 +23,12 @@ _PLACES = ("--config", "--pki-dir", "--kubeconfig-dir", "--state-dir")
 
 
 def main() -> NoReturn:
-    """Say that nothing is due, or hand over to `bridge.cli`."""
+    """Say that nothing is due, or hand over to `bridge.cli.app`."""
     gc.disable()  # importing makes many objects and no garbage: looking for it takes a twentieth of a cron run
     sentence = nothing_to_do(sys.argv[1:])
     if sentence is not None:
         _end(0, f"{sentence}\n")
-    from bridge.cli import app  # noqa: PLC0415 (see above)
+    from bridge.cli.app import app  # noqa: PLC0415 (see above)
 
     gc.freeze()
     gc.enable()
@@ -61,11 +61,11 @@ def nothing_to_do(arguments: Sequence[str]) -> str | None:
     places = _places(arguments)
     if places is None:
         return None
-    from bridge import inventory  # noqa: PLC0415 (see above)
     from bridge.errors import BridgeError  # noqa: PLC0415
-    from bridge.selection import nothing_due, select  # noqa: PLC0415
-    from bridge.settings import load, overridden  # noqa: PLC0415
-    from bridge.store import Store  # noqa: PLC0415
+    from bridge.node import inventory  # noqa: PLC0415 (see above)
+    from bridge.renewal.selection import nothing_due, select  # noqa: PLC0415
+    from bridge.settings.load import load, overridden  # noqa: PLC0415
+    from bridge.state.store import Store  # noqa: PLC0415
 
     named = os.environ.get("CA_BRIDGE_CONFIG")
     try:

@@ -30,7 +30,6 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from bridge import csr, verify
 from bridge.contract import (
     Backend,
     Carries,
@@ -46,8 +45,9 @@ from bridge.contract import (
     SignsMany,
 )
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError
+from bridge.node.sample_pki import Cluster, ThrowawayCA, ca_certificate, leaf_certificate
+from bridge.pki import csr, verify
 from bridge.specs import SPECS, CertificateSpec, KeyAlgorithm
-from bridge.throwaway import Cluster, ThrowawayCA, ca_certificate, leaf_certificate
 
 #: Optional abilities by the name that `BackendConformance.unsupported` takes.
 ABILITIES = {

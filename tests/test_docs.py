@@ -12,11 +12,12 @@ from typing import Any, get_args, get_type_hints
 import pytest
 from typer.testing import CliRunner
 
-from bridge import plugins
-from bridge.cli import app
+from bridge.cli.app import app
 from bridge.contract import BackendSettings, Secret
 from bridge.errors import Exit
-from bridge.settings import AuthoritySettings, parse
+from bridge.settings.load import parse
+from bridge.settings.tables import AuthoritySettings
+from bridge.signing import registry
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -53,13 +54,13 @@ def test_the_settings_in_the_readme_are_complete() -> None:
     assert len(texts) == 4
     for text in texts:
         settings = parse(text)
-        assert set(plugins.configured(settings, settings.authorities)) == {"ca", "etcd-ca", "front-proxy-ca"}
+        assert set(registry.configured(settings, settings.authorities)) == {"ca", "etcd-ca", "front-proxy-ca"}
 
 
 def test_the_example_settings_load_as_they_are() -> None:
     """`ca-bridge settings init` writes this file."""
     settings = parse(EXAMPLE.read_text(encoding="utf-8"))
-    assert set(plugins.configured(settings, settings.authorities)) == {"ca", "etcd-ca", "front-proxy-ca"}
+    assert set(registry.configured(settings, settings.authorities)) == {"ca", "etcd-ca", "front-proxy-ca"}
 
 
 def _uncommented(lines: Iterator[str]) -> Iterator[str]:
@@ -72,7 +73,7 @@ def test_every_key_in_the_example_exists_and_shows_its_default() -> None:
     text = "\n".join(_uncommented(iter(EXAMPLE.read_text(encoding="utf-8").splitlines())))
     assert len(tomllib.loads(text)["backend"]) == 4
     settings = parse(text.replace('kubernetes_version = "1.37"', "").replace('name = "cp-1"', ""))
-    plugins.configured(settings, settings.authorities)
+    registry.configured(settings, settings.authorities)
     empty = parse("")
     settings = dataclasses.replace(settings, restart=dataclasses.replace(settings.restart, commands={}))
     for table in ("node", "renewal", "restart", "hooks", "cluster", "audit", "backups"):
@@ -103,7 +104,7 @@ def test_every_key_is_in_the_example() -> None:
     common = set(_keys(BackendSettings))
     assert common <= words["vault"]
     for name in ("vault", "cfssl", "openssl", "exchange"):
-        keys = set(_keys(plugins.installed()[name].load().settings_type))
+        keys = set(_keys(registry.installed()[name].load().settings_type))
         assert len(keys - common) >= 2
         assert keys - common <= words[name]
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from tests.counts import Tried
-from tests.e2e.cas import Bridge, add_cfssl, add_openssl, add_vault
 from tests.kit import openbao
+from tests.kit.cas import Bridge, add_cfssl, add_openssl, add_vault
 from tests.kit.openbao import OpenBao
 from tests.kit.pki import handmade_pki
 

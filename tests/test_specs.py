@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bridge.certificates import extended_key_usages, load_pem_certificates
-from bridge.kubeconfig import parse
-from bridge.manifests import load
+from bridge.node.kubeconfig import parse
+from bridge.node.manifests import load
+from bridge.pki.certificates import extended_key_usages, load_pem_certificates
 from bridge.specs import AUTHORITIES, SPECS, CertificateSpec
 from tests.kit.pki import KubeadmPki, kubeadm_pki
 

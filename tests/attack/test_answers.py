@@ -16,19 +16,19 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key, pkcs7
 
-from bridge import csr, inventory
-from bridge.certificates import pem
 from bridge.contract import Issued, SignRequest
+from bridge.node import inventory
+from bridge.pki import csr
+from bridge.pki.certificates import pem
 from bridge.specs import SPECS, KeyAlgorithm
-from tests.attack import forger
-from tests.attack.forger import Raw
-from tests.attack.hostile import DAY, HOSTILE, LEFT, Desk
-from tests.attack.measured import MOST_MEGABYTES, run_measured
-from tests.attack.pairs import assert_pairs
 from tests.counts import Tried
-from tests.e2e.cas import Bridge, live_certificates
-from tests.kit import cfssl, opensslca
+from tests.kit import cfssl, forger, opensslca
+from tests.kit.cas import Bridge, live_certificates
+from tests.kit.forger import Raw
+from tests.kit.hostile import DAY, HOSTILE, LEFT, Desk
 from tests.kit.issuing import Signer
+from tests.kit.measured import MOST_MEGABYTES, run_measured
+from tests.kit.pairs import assert_pairs
 from tests.kit.pki import Pki, handmade_pki
 
 YEAR = 365 * DAY

@@ -16,9 +16,8 @@ from typing import Any, Self
 
 import pytest
 
-from bridge import inventory
-from bridge.files import Attributes
-from bridge.install import (
+from bridge.node import inventory
+from bridge.state.install import (
     CERTIFICATE_MASK,
     KEY_MASK,
     KUBECONFIG_MASK,
@@ -28,9 +27,10 @@ from bridge.install import (
     install,
     recover,
 )
-from bridge.store import Store
-from tests.attack.pairs import assert_pairs
+from bridge.state.store import Store
+from bridge.system.files import Attributes
 from tests.counts import Tried
+from tests.kit.pairs import assert_pairs
 from tests.kit.pki import Pki, handmade_pki
 
 #: What the installer asks of the system, Path's methods included; reading goes through `io.open`.

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from bridge.specs import AUTHORITIES
-from tests.attack.measured import MOST_MEGABYTES, run_measured
 from tests.counts import Tried
-from tests.e2e.cas import Bridge
 from tests.kit import opensslca
+from tests.kit.cas import Bridge
+from tests.kit.measured import MOST_MEGABYTES, run_measured
 from tests.kit.pki import handmade_pki
 
 LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from bridge.specs import AUTHORITIES
-from tests.attack.pairs import assert_pairs
 from tests.counts import Tried
-from tests.e2e.cas import Bridge
 from tests.kit import opensslca
+from tests.kit.cas import Bridge
+from tests.kit.pairs import assert_pairs
 from tests.kit.pki import handmade_pki
 
 #: How many; set CA_BRIDGE_KILLS to try more.

@@ -28,12 +28,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import NameOID
 
+from backends import cfssl_setup
 from backends.cfssl import CfsslBackend, CfsslSettings
-from bridge import csr, setup_cfssl
 from bridge.contract import Secret, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, SettingsError, Violation
-from bridge.plugins import configured
-from bridge.settings import parse
+from bridge.pki import csr
+from bridge.settings.load import parse
+from bridge.signing.registry import configured
 from bridge.specs import AUTHORITIES, CA, ETCD_CA, FRONT_PROXY_CA, SPECS, Authority, CertificateSpec
 from bridge.testing import BackendConformance, TestCA, sign_request
 from tests.kit import cfssl as kit
@@ -215,7 +216,7 @@ class TestMultirootca(Conformance):
     def keys(cls, ca: TestCA, live: Live, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         """Settings for a server of the class."""
         directory = tmp_path_factory.mktemp("multirootca")
-        config = setup_cfssl.signing_config(ETCD_CA, live, VALIDITY, directory)
+        config = cfssl_setup.signing_config(ETCD_CA, live, VALIDITY, directory)
         kit.write_hmac_keys(config)
         other = TestCA.make("other", "ecdsa-p256")
         theirs: dict[str, Any] = {"cert_pem": other.certificate_pem, "key_pem": other.key_pem}
@@ -924,7 +925,7 @@ def test_no_secret_is_told(double: kit.Double, to_double: CfsslBackend, caplog: 
 @pytest.mark.kube("cfssl")
 def test_only_what_is_needed_is_open(closed: dict[str, Any], tmp_path: Path) -> None:
     """The printed list switches off all that signs without a key or asks other hosts; a server without it has them."""
-    names = [*setup_cfssl.DISABLED.removesuffix(",/").split(","), ""]
+    names = [*cfssl_setup.DISABLED.removesuffix(",/").split(","), ""]
 
     def statuses(url: str) -> dict[str, int]:
         paths = {name: f"{kit.API}/{name}" if name else "/" for name in names}
@@ -950,8 +951,8 @@ def test_the_printed_script(authority: Authority, tmp_path: Path, make: Make) ->
         "bridge-clients-ca.crt": tls.ca.read_bytes(),
     }.items():
         (tmp_path / name).write_bytes(data)
-    text = setup_cfssl.text(authority, _LIVE, VALIDITY, tmp_path)
-    default = setup_cfssl.PORTS[authority.name]
+    text = cfssl_setup.text(authority, _LIVE, VALIDITY, tmp_path)
+    default = cfssl_setup.PORTS[authority.name]
 
     def command(port: int) -> list[str]:
         path = f"PATH={programs.require('cfssl').parent}:{os.environ['PATH']}"
@@ -969,7 +970,7 @@ def test_the_printed_script(authority: Authority, tmp_path: Path, make: Make) ->
 @pytest.mark.parametrize("authority", AUTHORITIES.values(), ids=AUTHORITIES)
 def test_the_printed_settings(authority: Authority) -> None:
     """The node's part of the text is settings that the bridge takes, for the keys that the script makes."""
-    text = setup_cfssl.text(authority, _LIVE, VALIDITY)
+    text = cfssl_setup.text(authority, _LIVE, VALIDITY)
     lines = text.partition("# In the node's settings:\n")[2].partition("\n\n")[0].splitlines()
     parsed = parse("\n".join(line.removeprefix("#") for line in lines))
     read = configured(parsed, [authority.name])[authority.name]
@@ -981,9 +982,9 @@ def test_the_printed_settings(authority: Authority) -> None:
 
 def test_the_configuration_is_for_certificates_that_are_there() -> None:
     """Without a certificate of the authority there is nothing to configure."""
-    assert setup_cfssl.signing_config(FRONT_PROXY_CA, _LIVE, VALIDITY)
+    assert cfssl_setup.signing_config(FRONT_PROXY_CA, _LIVE, VALIDITY)
     with pytest.raises(ValueError, match="front-proxy-ca"):
-        setup_cfssl.signing_config(FRONT_PROXY_CA, {"apiserver": _LIVE["apiserver"]}, VALIDITY)
+        cfssl_setup.signing_config(FRONT_PROXY_CA, {"apiserver": _LIVE["apiserver"]}, VALIDITY)
 
 
 @pytest.mark.parametrize(
@@ -992,7 +993,7 @@ def test_the_configuration_is_for_certificates_that_are_there() -> None:
 )
 def test_the_configurations_validity(validity: timedelta, text: str) -> None:
     """It is in hours and minutes, since Go's durations know no days."""
-    config: Any = setup_cfssl.signing_config(FRONT_PROXY_CA, _LIVE, validity)
+    config: Any = cfssl_setup.signing_config(FRONT_PROXY_CA, _LIVE, validity)
     assert config["signing"]["profiles"]["client"]["expiry"] == text
 
 

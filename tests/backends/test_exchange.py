@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 
 from backends.exchange import ExchangeBackend, ExchangeSettings
-from bridge import bundle, plugins
-from bridge.bundle import AnswerBundle
 from bridge.contract import Continuity, Issued, Pending, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, SettingsError
-from bridge.settings import load, parse
+from bridge.pki import bundle
+from bridge.pki.bundle import AnswerBundle
+from bridge.settings.load import load, parse
+from bridge.signing import registry
 from bridge.specs import AUTHORITIES, SPECS
 from bridge.testing import BackendConformance, TestCA, sign_request
 from tests.kit import programs
@@ -370,7 +371,7 @@ def test_one_directory_can_not_be_both(tmp_path: Path) -> None:
 
     settings = parse(text, tmp_path / "config.toml")
     with pytest.raises(SettingsError, match="another directory than the outbox"):
-        plugins.configured(settings, settings.authorities)
+        registry.configured(settings, settings.authorities)
 
 
 EXAMPLE = Path(__file__).parents[2] / "config/exchange"
@@ -379,7 +380,7 @@ EXAMPLE = Path(__file__).parents[2] / "config/exchange"
 def test_the_example_can_be_used() -> None:
     """All authorities are asked through the door, two months ahead."""
     settings = load(EXAMPLE / "config.toml")
-    configured = plugins.configured(settings, settings.authorities)
+    configured = registry.configured(settings, settings.authorities)
     assert list(configured) == list(AUTHORITIES)
     for one in configured.values():
         assert one.settings == ExchangeSettings(

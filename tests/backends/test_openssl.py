@@ -31,12 +31,13 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
+from backends import openssl_setup
 from backends.openssl import OpensslBackend, OpensslSettings
 from backends.openssl_config import ConfigDoubtError, parse_config
 from backends.openssl_index import Database, IndexDamagedError, parse_index
-from bridge import setup_openssl
 from bridge.contract import Issued, Secret, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsError
+from bridge.node import sample_pki
 from bridge.specs import AUTHORITIES, EKU, SPECS, CertificateSpec
 from bridge.testing import BackendConformance, TestCA, sign_request, tampered
 from tests.kit.opensslca import make_ca_directory
@@ -45,7 +46,7 @@ CA = TestCA.make()
 SERVER, CLIENT, PEER = SPECS["apiserver"], SPECS["admin.conf"], SPECS["etcd-server"]
 PASSPHRASE = "correct horse"
 REAL = shutil.which("openssl")
-ROOT = Path(setup_openssl.__file__).parents[1]  #: For other processes to import from.
+ROOT = Path(openssl_setup.__file__).parents[1]  #: For other processes to import from.
 CERTIFICATE = re.compile(r"([0-9A-F]{2})+\.pem")
 LIVE = {name: CA.leaf(spec) for name, spec in SPECS.items()}
 
@@ -1571,8 +1572,8 @@ def test_takes_files_from_anywhere(directory: Path, tmp_path: Path) -> None:
 def test_the_printed_config_signs_by_hand(tmp_path: Path) -> None:
     """The commands in the printed openssl.cnf, run as they stand, give certificates with the right usages."""
     directory = tmp_path / "desk"
-    text = setup_openssl.config_text(AUTHORITIES["etcd-ca"], LIVE, timedelta(days=90), directory)
-    setup_openssl.create_directory(directory, CA.certificate_pem, CA.key_pem)
+    text = openssl_setup.config_text(AUTHORITIES["etcd-ca"], LIVE, timedelta(days=90), directory)
+    sample_pki.create_openssl_directory(directory, CA.certificate_pem, CA.key_pem)
     directory.joinpath("openssl.cnf").write_text(text)
     commands = re.findall(r"^#   for (.*):\n#     (flock .*) \\\n#       (.*)$", text, re.MULTILINE)
     seen = set()
@@ -1593,8 +1594,8 @@ def test_the_printed_config_signs_by_hand(tmp_path: Path) -> None:
 
 def test_forgetting_the_section_fails_by_hand(tmp_path: Path) -> None:
     """With the printed openssl.cnf a command without -extensions signs nothing; the twin is the test above."""
-    directory = setup_openssl.create_directory(tmp_path / "desk", CA.certificate_pem, CA.key_pem)
-    text = setup_openssl.config_text(AUTHORITIES["ca"], LIVE, timedelta(days=90), directory)
+    directory = sample_pki.create_openssl_directory(tmp_path / "desk", CA.certificate_pem, CA.key_pem)
+    text = openssl_setup.config_text(AUTHORITIES["ca"], LIVE, timedelta(days=90), directory)
     directory.joinpath("openssl.cnf").write_text(text)
     tmp_path.joinpath("x.csr").write_bytes(renewal().csr_pem)
     command = ["openssl", "ca", "-config", str(directory / "openssl.cnf"), "-batch", "-in", str(tmp_path / "x.csr")]
@@ -1609,7 +1610,7 @@ def test_the_example_configs_are_what_setup_prints() -> None:
         / "openssl"
     )
     for name, authority in AUTHORITIES.items():
-        text = setup_openssl.config_text(authority, LIVE, timedelta(days=365))
+        text = openssl_setup.config_text(authority, LIVE, timedelta(days=365))
         assert folder.joinpath(f"{name}.cnf").read_text() == text
 
 
@@ -1618,20 +1619,20 @@ def test_prints_for_one_authority_and_plain_paths_only() -> None:
     validity = timedelta(days=90)
     only = {"front-proxy-client": LIVE["front-proxy-client"]}
     with pytest.raises(ValueError, match="etcd-ca"):
-        setup_openssl.config_text(AUTHORITIES["etcd-ca"], only, validity)
+        openssl_setup.config_text(AUTHORITIES["etcd-ca"], only, validity)
     with pytest.raises(ValueError, match="path"):
-        setup_openssl.config_text(AUTHORITIES["front-proxy-ca"], only, validity, PurePath("/srv/$HOME"))
-    text = setup_openssl.config_text(AUTHORITIES["front-proxy-ca"], only, validity)
+        openssl_setup.config_text(AUTHORITIES["front-proxy-ca"], only, validity, PurePath("/srv/$HOME"))
+    text = openssl_setup.config_text(AUTHORITIES["front-proxy-ca"], only, validity)
     assert re.findall(r"^\[(server|client|peer)\]$", text, re.MULTILINE) == ["client"]
 
 
 def test_a_new_directory_is_private_and_overwrites_nothing(tmp_path: Path) -> None:
     """Key and directory are for their owner alone; a second call changes nothing."""
-    directory = setup_openssl.create_directory(tmp_path / "a" / "ca", CA.certificate_pem, CA.key_pem, PASSPHRASE)
+    directory = sample_pki.create_openssl_directory(tmp_path / "a" / "ca", CA.certificate_pem, CA.key_pem, PASSPHRASE)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (directory, directory / "ca.key")}
     assert modes == {"ca": 0o700, "ca.key": 0o600}
     assert b"ENCRYPTED" in directory.joinpath("ca.key").read_bytes()
     before = content(directory)
     with pytest.raises(FileExistsError):
-        setup_openssl.create_directory(directory, CA.certificate_pem, CA.key_pem)
+        sample_pki.create_openssl_directory(directory, CA.certificate_pem, CA.key_pem)
     assert content(directory) == before

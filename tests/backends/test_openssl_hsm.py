@@ -16,15 +16,15 @@ from cryptography import x509
 from backends.openssl import OpensslBackend, OpensslSettings
 from backends.openssl_index import parse_index
 from backends.openssl_key import _LOGINS, Pkcs11Settings
-from bridge import plugins
 from bridge.contract import Issued, Secret, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsError
-from bridge.settings import parse
+from bridge.settings.load import parse
+from bridge.signing import registry
 from bridge.specs import AUTHORITIES, SPECS, CertificateSpec
 from bridge.testing import BackendConformance, TestCA, sign_request, tampered
 from tests.backends.test_openssl import program
-from tests.e2e.cas import Bridge
 from tests.kit import softhsm
+from tests.kit.cas import Bridge
 from tests.kit.opensslca import make_ca_directory
 from tests.kit.pki import handmade_pki
 from tests.kit.softhsm import PIN, Method, Token
@@ -377,7 +377,7 @@ def test_a_site_config_may_name_a_token(directory: Path, token: Token, method: M
 def test_the_example_settings_load() -> None:
     """`config/openssl/hsm.toml` can be used as it is: three CAs with three keys in one token."""
     settings = parse(EXAMPLE.read_text(encoding="utf-8"))
-    backends = plugins.configured(settings, settings.authorities)
+    backends = registry.configured(settings, settings.authorities)
     assert set(backends) == set(AUTHORITIES)
 
 

@@ -30,8 +30,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from backends import vault_setup
 from backends.vault import VaultAuth, VaultBackend, VaultSettings
-from bridge import csr, inventory, setup_vault, verify
 from bridge.contract import Secret, Selector, SignRequest
 from bridge.errors import (
     BackendError,
@@ -41,10 +41,12 @@ from bridge.errors import (
     VerificationError,
     Violation,
 )
+from bridge.node import inventory
+from bridge.pki import csr, verify
 from bridge.specs import AUTHORITIES, SPECS, KeyAlgorithm
 from bridge.testing import BackendConformance, TestCA, sign_request
-from tests.e2e.cas import Bridge, live_certificates
 from tests.kit import openbao
+from tests.kit.cas import Bridge, live_certificates
 from tests.kit.loopback import LoopbackServer
 from tests.kit.pki import Pki, handmade_pki
 
@@ -78,7 +80,7 @@ def live(ca: TestCA) -> dict[str, x509.Certificate]:
 def pki(bao: openbao.OpenBao, ca: TestCA, live: dict[str, x509.Certificate]) -> openbao.OpenBao:
     """The server with that CA in engine `pki`, the printed roles, and the printed policy as `node`."""
     bao.add_ca("pki", ca.certificate_pem, ca.key_pem)
-    bao.add_policy("node", setup_vault.policy("pki", bao.add_kubeadm_roles("pki", live)))
+    bao.add_policy("node", vault_setup.policy("pki", bao.add_kubeadm_roles("pki", live)))
     return bao
 
 
@@ -142,7 +144,7 @@ def tls_bao(tls: Tls, ca: TestCA, live: dict[str, x509.Certificate]) -> Iterator
     """A server with TLS, which can be sealed; engine `pki` as above, and method `cert` for the client's CA."""
     with openbao.tls_server(*tls.server, tls.trust) as server:
         server.add_ca("pki", ca.certificate_pem, ca.key_pem)
-        server.add_policy("node", setup_vault.policy("pki", server.add_kubeadm_roles("pki", live)))
+        server.add_policy("node", vault_setup.policy("pki", server.add_kubeadm_roles("pki", live)))
         server.enable_auth("cert")
         server.write("auth/cert/certs/node", certificate=tls.trust.read_text(), token_policies=["node"])
         yield server
@@ -578,7 +580,7 @@ def test_keeps_the_token_that_a_certificate_hangs_on(
     pki.write("pki/roles/leased", **{**role, "generate_lease": True})
     before = pki.accessors()
     with vault(pki.url, approle(pki, tmp_path, "node", "leased"), roles={"apiserver": "leased"}) as backend:
-        pki.add_policy("leased", setup_vault.policy("pki", ["leased"]))
+        pki.add_policy("leased", vault_setup.policy("pki", ["leased"]))
         leaf = backend.sign(apiserver).leaf
     serial = ":".join(f"{byte:02x}" for byte in leaf.serial_number.to_bytes(20).lstrip(b"\0"))
     assert len(pki.accessors() - before) == 1
@@ -624,7 +626,7 @@ def test_signs_verbatim_what_was_asked(
     algorithm: KeyAlgorithm,
 ) -> None:
     """Mode sign-verbatim needs no role, and gives kubeadm's usages to every type of key."""
-    pki.add_policy("verbatim", setup_vault.policy("pki", [], mode="sign-verbatim"))
+    pki.add_policy("verbatim", vault_setup.policy("pki", [], mode="sign-verbatim"))
     auth = token_file(tmp_path, pki.token("verbatim", no_default_policy=True))
     with vault(pki.url, auth, mode="sign-verbatim") as backend:
         assert backend.check(list(SPECS.values())) == {}
@@ -648,7 +650,7 @@ def test_chooses_an_issuer_by_name(
     bao.write(f"many/issuer/{issuer}", issuer_name="second", usage=usage)
     roles = bao.add_kubeadm_roles("many", live)
     for mode in ("sign", "sign-verbatim"):
-        bao.add_policy("many", setup_vault.policy("many", roles, issuer="second", mode=mode))
+        bao.add_policy("many", vault_setup.policy("many", roles, issuer="second", mode=mode))
         auth = token_file(tmp_path, bao.token("many", no_default_policy=True))
         with vault(bao.url, auth, mount="many", issuer="second", mode=mode) as backend:
             verify.check(backend.sign(apiserver), apiserver, expectation(second.certificate))
@@ -701,7 +703,7 @@ def test_works_in_a_namespace(
     """Login, signing and revoking all happen in the namespace; another one is refused."""
     team = bao.in_namespace("team1")
     team.add_ca("pki", ca.certificate_pem, ca.key_pem)
-    team.add_policy("node", setup_vault.policy("pki", team.add_kubeadm_roles("pki", live)))
+    team.add_policy("node", vault_setup.policy("pki", team.add_kubeadm_roles("pki", live)))
     auth, before = approle(team, tmp_path, "node"), team.accessors()
     with vault(bao.url, auth, namespace="team1") as backend:
         verify.check(backend.sign(apiserver), apiserver, expectation(ca.certificate))
@@ -798,7 +800,7 @@ def test_check_finds_roles_that_drop_names(pki: openbao.OpenBao, tmp_path: Path)
 
 def test_check_finds_missing_roles_and_rights(pki: openbao.OpenBao, tmp_path: Path) -> None:
     """A role that is not there and a path that the policy does not allow are two different findings."""
-    pki.add_policy("one", setup_vault.policy("pki", ["none"]))
+    pki.add_policy("one", vault_setup.policy("pki", ["none"]))
     with vault(pki.url, token_file(tmp_path, pki.token("one")), roles={"apiserver": "none"}) as backend:
         found = backend.check([APISERVER, ADMIN])
     assert found == {
@@ -811,7 +813,7 @@ def test_check_is_silent_about_what_it_may_not_see(
     pki: openbao.OpenBao, apiserver: SignRequest, tmp_path: Path
 ) -> None:
     """A token that may sign and do nothing else passes, since nothing is known to be wrong."""
-    stanza = setup_vault.policy("pki", ["kubeadm-apiserver"], read_roles=False).split("# Whoever")[0]
+    stanza = vault_setup.policy("pki", ["kubeadm-apiserver"], read_roles=False).split("# Whoever")[0]
     pki.add_policy("bare", stanza)
     with vault(pki.url, token_file(tmp_path, pki.token("bare", no_default_policy=True))) as backend:
         assert backend.check([APISERVER]) == {}
@@ -1293,9 +1295,9 @@ def test_the_printed_script_makes_all_that_signing_needs(
     """An administrator who runs the script twice, with the real command line program, has roles and policy that work."""
     bao.add_ca("scripted", ca.certificate_pem, ca.key_pem)
     some = {name: live[name] for name in ("apiserver", "admin.conf", "scheduler.conf")}
-    roles = setup_vault.roles(some, timedelta(days=90))
-    policy = setup_vault.policy("scripted", roles)
-    text = setup_vault.commands("scripted", roles, policy_name="a node's", policy_text=policy)
+    roles = vault_setup.roles(some, timedelta(days=90))
+    policy = vault_setup.policy("scripted", roles)
+    text = vault_setup.commands("scripted", roles, policy_name="a node's", policy_text=policy)
     program = openbao.program()
     assert program is not None
     environment = {"PATH": f"{program.parent}:{os.defpath}", "HOME": str(tmp_path)}
@@ -1311,8 +1313,8 @@ def test_the_printed_script_makes_all_that_signing_needs(
 
 def test_the_printed_script_says_what_it_lacks(live: dict[str, x509.Certificate], tmp_path: Path) -> None:
     """Without a command line program the script fails and writes nothing."""
-    roles = setup_vault.roles(live, DAYS_30)
-    text = setup_vault.commands("pki", roles, policy_name="node", policy_text="")
+    roles = vault_setup.roles(live, DAYS_30)
+    text = vault_setup.commands("pki", roles, policy_name="node", policy_text="")
     run = subprocess.run(
         ["/bin/sh"], input=text, text=True, check=False, env={"PATH": str(tmp_path)}, capture_output=True
     )
@@ -1373,19 +1375,19 @@ def test_no_role_for_what_a_role_cannot_give(
     ca: TestCA, subject: list[tuple[x509.ObjectIdentifier, str]], names: list[x509.GeneralName]
 ) -> None:
     """A certificate that no role gives is an error, rather than a role for another one."""
-    with pytest.raises(setup_vault.NoRoleError):
-        setup_vault.roles({"apiserver": odd_certificate(ca, subject, *names)}, DAYS_30)
-    assert setup_vault.roles({"apiserver": odd_certificate(ca, [CN])}, DAYS_30)
+    with pytest.raises(vault_setup.NoRoleError):
+        vault_setup.roles({"apiserver": odd_certificate(ca, subject, *names)}, DAYS_30)
+    assert vault_setup.roles({"apiserver": odd_certificate(ca, [CN])}, DAYS_30)
 
 
 def test_two_certificates_share_a_role_only_if_they_are_alike(live: dict[str, x509.Certificate]) -> None:
     """etcd's two certificates may have one role; two identities may not."""
     chosen = Selector("kubeadm-{name}", {"peer": "etcd-member", "client": "client"})
     etcd = {name: live[name] for name in ("etcd-server", "etcd-peer")}
-    assert list(setup_vault.roles(etcd, DAYS_30, chosen)) == ["etcd-member"]
+    assert list(vault_setup.roles(etcd, DAYS_30, chosen)) == ["etcd-member"]
     clients = {name: live[name] for name in ("admin.conf", "scheduler.conf")}
-    with pytest.raises(setup_vault.NoRoleError):
-        setup_vault.roles(clients, DAYS_30, chosen)
+    with pytest.raises(vault_setup.NoRoleError):
+        vault_setup.roles(clients, DAYS_30, chosen)
 
 
 @pytest.mark.parametrize(("validity", "text"), [(timedelta(days=365), "8760h"), (timedelta(seconds=90), "90s")])
@@ -1393,7 +1395,7 @@ def test_a_role_gives_no_longer_than_is_asked(
     live: dict[str, x509.Certificate], validity: timedelta, text: str
 ) -> None:
     """A role's lifetime and its maximum are the settings' validity."""
-    (role,) = setup_vault.roles({"apiserver": live["apiserver"]}, validity).values()
+    (role,) = vault_setup.roles({"apiserver": live["apiserver"]}, validity).values()
     assert (role["ttl"], role["max_ttl"]) == (text, text)
 
 
@@ -1419,15 +1421,15 @@ def certificates_below(node: Pki, authority: str) -> dict[str, x509.Certificate]
 def test_the_example_scripts_are_what_is_printed(node: Pki, authority: str) -> None:
     """The scripts in config/vault are those of the example node, to the byte."""
     mount = MOUNTS[authority]
-    engine, certificates = setup_vault.Engine(mount=mount), certificates_below(node, authority)
-    printed = setup_vault.text(engine, certificates, timedelta(days=365), f"ca-bridge-cp-1-{authority}")
+    engine, certificates = vault_setup.Engine(mount=mount), certificates_below(node, authority)
+    printed = vault_setup.text(engine, certificates, timedelta(days=365), f"ca-bridge-cp-1-{authority}")
     assert (CONFIG / f"{mount}.sh").read_text() == printed
 
 
 def test_the_printed_script_knows_the_backends_settings() -> None:
     """What it reads of them is named as there, and has the same defaults."""
     there = {field.name: field for field in dataclasses.fields(VaultSettings)}
-    for field in dataclasses.fields(setup_vault.Engine):
+    for field in dataclasses.fields(vault_setup.Engine):
         theirs = there[field.name]
         assert (field.type, field.default, field.default_factory) == (
             theirs.type,
@@ -1473,7 +1475,7 @@ def bridge(bao: openbao.OpenBao, tmp_path: Path) -> Bridge:
         mount = f"{authority}-{name}"
         bao.add_ca(mount, *bridge.pki.ca_pem(authority))
         bao.add_policy(
-            mount, setup_vault.policy(mount, bao.add_kubeadm_roles(mount, certificates_below(bridge.pki, authority)))
+            mount, vault_setup.policy(mount, bao.add_kubeadm_roles(mount, certificates_below(bridge.pki, authority)))
         )
         bridge.add(f"authority.{authority}", {"backend": "corp", "mount": mount})
     bridge.add("backend.corp", {"type": "vault", "url": bao.url, "timeout": "5s", "retry_for": "2s"})

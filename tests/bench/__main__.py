@@ -25,8 +25,8 @@ from pathlib import Path
 from bridge.specs import AUTHORITIES
 from tests.bench import fleet
 from tests.bench.fleet import seconds
-from tests.e2e.cas import Bridge, add_vault
 from tests.kit import openbao
+from tests.kit.cas import Bridge, add_vault
 from tests.kit.pki import KubeadmPki, kubeadm_pki
 
 _MEMORY_LIMIT = 400.0  # MB

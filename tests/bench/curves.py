@@ -26,14 +26,15 @@ from pathlib import Path
 from cryptography import x509
 
 from backends.openssl import OpensslBackend, OpensslSettings
-from bridge import csr, plugins
 from bridge.contract import Backend, Issued, SignRequest
-from bridge.settings import load
+from bridge.pki import csr
+from bridge.settings.load import load
+from bridge.signing import registry
 from bridge.specs import SPECS
 from bridge.testing import TestCA
 from tests.bench.fleet import VALIDITY, grow_index, seconds, sign_bare
-from tests.e2e.cas import Bridge, add_cfssl, add_vault, live_certificates
 from tests.kit import openbao
+from tests.kit.cas import Bridge, add_cfssl, add_vault, live_certificates
 from tests.kit.opensslca import make_ca_directory
 from tests.kit.pki import handmade_pki
 
@@ -103,9 +104,9 @@ def served(directory: Path, count: int, concurrency: Sequence[int]) -> Iterator[
         add_vault(vault, stack.enter_context(openbao.dev_server()), "ca", "bench")
         for server, bridge in (("cfssl", signer), ("OpenBao", vault)):
             for threads in concurrency:
-                backend = plugins.configured(load(bridge.config), ["ca"])["ca"].open()
+                backend = registry.configured(load(bridge.config), ["ca"])["ca"].open()
                 yield Served(server=server, concurrency=threads, csrs=count, ours=_together(backend, requests, threads))
-                plugins.close(backend)
+                registry.close(backend)
 
 
 def _together(backend: Backend, requests: Sequence[SignRequest], threads: int) -> float:

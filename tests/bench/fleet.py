@@ -21,11 +21,12 @@ from pathlib import Path
 
 from cryptography import x509
 
-from bridge import bundle, csr, setup_openssl
+from backends import openssl_setup
 from bridge.contract import Continuity, SignRequest
+from bridge.node.sample_pki import Cluster, leaf_certificate
+from bridge.pki import bundle, csr
 from bridge.specs import AUTHORITIES, SPECS
 from bridge.testing import TestCA
-from bridge.throwaway import Cluster, leaf_certificate
 from tests.kit.opensslca import make_ca_directory
 
 #: What a node of this fleet asks for: ten certificates, of all three authorities and all usage classes.
@@ -131,7 +132,7 @@ def sign_bare(directory: Path, ca: TestCA, live: dict[str, x509.Certificate], cs
     shutil.rmtree(directory, ignore_errors=True)
     make_ca_directory(directory, ca.certificate_pem, ca.key_pem)
     grow_index(directory, rows)
-    config = setup_openssl.config_text(AUTHORITIES["ca"], live, VALIDITY, directory)
+    config = openssl_setup.config_text(AUTHORITIES["ca"], live, VALIDITY, directory)
     directory.joinpath("openssl.cnf").write_text(config)
     names = [f"{number}.csr" for number in range(len(csrs))]
     for name, data in zip(names, csrs, strict=True):

@@ -22,17 +22,17 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
-from bridge import bundle, csr
-from bridge.bundle import AnswerBundle, BundledRequest, RequestBundle
 from bridge.contract import Issued, SignRequest
-from bridge.csr import PrivateKey
+from bridge.pki import bundle, csr
+from bridge.pki.bundle import AnswerBundle, BundledRequest, RequestBundle
+from bridge.pki.csr import PrivateKey
 from bridge.specs import AUTHORITIES, EKU, SPECS
-from tests.attack.pairs import assert_pairs
 from tests.kit import softhsm
 from tests.kit.airgap import Node, at_a_terminal
 from tests.kit.bundles import new_csr
 from tests.kit.desks import Desk, make_desk
 from tests.kit.issuing import Signer
+from tests.kit.pairs import assert_pairs
 from tests.kit.pki import KubeadmPki, handmade_pki, kubeadm_pki
 
 APPROVAL = b"[yes: sign / no: refuse / later] "

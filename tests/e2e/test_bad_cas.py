@@ -15,8 +15,8 @@ import pytest
 
 from bridge.specs import AUTHORITIES
 from bridge.testing import TestCA
-from tests.e2e.cas import Bridge, add_cfssl, add_openssl, add_vault, live_certificates
 from tests.kit import openbao
+from tests.kit.cas import Bridge, add_cfssl, add_openssl, add_vault, live_certificates
 from tests.kit.openbao import OpenBao
 from tests.kit.pki import Pki, handmade_pki
 
@@ -108,9 +108,9 @@ def test_a_role_that_gives_something_else_is_refused(
 
 def add_policy_without_reading(bao: OpenBao, mount: str, role: str) -> None:
     """The policy of the mount, without the right to look at roles."""
-    from bridge import setup_vault
+    from backends import vault_setup
 
-    bao.add_policy(mount, setup_vault.policy(mount, [role], read_roles=False))
+    bao.add_policy(mount, vault_setup.policy(mount, [role], read_roles=False))
 
 
 def test_another_ca_is_refused_before_it_signs(bridge: Bridge, bao: OpenBao, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """
 Three real control-plane nodes with three etcd members: no restart takes a second one down, and no two restart at once.
 
-The rules in all their cases, and what no real server gives on demand, are in `tests/test_cluster.py`.
+The rules in all their cases, and what no real server gives on demand, are in `tests/control_plane/test_neighbours.py`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from typing import Any
 
 import pytest
 
-from bridge import https, inventory, kubeapi
+from bridge.control_plane import kube_api
 from bridge.errors import Exit
+from bridge.node import inventory
 from bridge.specs import Component
-from tests.e2e.nodes import wait_for
+from bridge.system import https
 from tests.kit import programs
 from tests.kit.node import Node
+from tests.kit.nodes import wait_for
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]
 
@@ -39,14 +41,16 @@ DURATION_SECONDS = 15
 PROGRAM = """
 import json, os, subprocess, sys, time
 from pathlib import Path
-from bridge import cluster, inventory, settings
+from bridge.control_plane import neighbours
+from bridge.node import inventory
+from bridge.settings import load
 from bridge.errors import BridgeError
 from bridge.specs import Component
 
 verb, rules, name, components = sys.argv[1], sys.argv[2], sys.argv[3], [Component(word) for word in sys.argv[4:]]
 component = components[0]
 text = f"[node]\\nname = '{name}'\\nstate_dir = '/nowhere'\\n[cluster]\\nlease_duration = '15s'\\n{rules}\\n"
-settings = settings.parse(text)
+settings = load.parse(text)
 node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
 
 def tell(**what):
@@ -56,14 +60,14 @@ def note(text):
     tell(event="note", text=text)
 
 def own_is_well():
-    own = [one for one in cluster.look(node, settings).instances if one.own and one.component is component]
+    own = [one for one in neighbours.look(node, settings).instances if one.own and one.component is component]
     return all(one.state == "healthy" for one in own)
 
 def restart():
     manifest = Path(f"/etc/kubernetes/manifests/{component.value}.yaml")
     os.rename(manifest, f"/etc/kubernetes/{manifest.name}")
     try:
-        while cluster.look(node, settings).own_is_down(component) is False:
+        while neighbours.look(node, settings).own_is_down(component) is False:
             time.sleep(0.2)
         pods = ["crictl", "-c", "/etc/kubernetes/crictl.yaml", "pods", "-q", "--state", "ready", "--name", component.value]
         while subprocess.run(pods, capture_output=True, check=True).stdout:
@@ -76,7 +80,7 @@ def restart():
 
 try:
     if verb == "look":
-        found = cluster.look(node, settings)
+        found = neighbours.look(node, settings)
         tell(
             instances=[[one.component.value, one.name, one.own, one.state, one.reason] for one in found.instances],
             alarms=found.alarms,
@@ -85,9 +89,9 @@ try:
         )
     elif verb == "may":
         for component in components:
-            cluster.assert_may_restart(component, node, settings, note=note)
+            neighbours.assert_may_restart(component, node, settings, note=note)
     else:
-        with cluster.turn(node, settings, f"run-{os.getpid()}", note=note) as may_restart:
+        with neighbours.turn(node, settings, f"run-{os.getpid()}", note=note) as may_restart:
             tell(event="begin")
             if verb == "restart":
                 may_restart(component)
@@ -346,15 +350,15 @@ def answers(node: Node) -> bool:
         (node.pki_dir / "etcd" / file).read_bytes()
         for file in ("ca.crt", "healthcheck-client.crt", "healthcheck-client.key")
     )
-    client = kubeapi.Client(name="healthcheck", trust_pem=anchor, certificate_pem=certificate, key_pem=key)
+    client = kube_api.Client(name="healthcheck", trust_pem=anchor, certificate_pem=certificate, key_pem=key)
     with contextlib.suppress(https.HttpsError):
-        return kubeapi.ask(kubeapi.Server(f"https://{node.ip}:2379"), client, "/health").status == HTTPStatus.OK
+        return kube_api.ask(kube_api.Server(f"https://{node.ip}:2379"), client, "/health").status == HTTPStatus.OK
     return False
 
 
 def writes(node: Node, change: str) -> bool:
     """Whether this node's API server takes a write."""
-    client = kubeapi.connect(inventory.read(node.pki_dir, node.kubeconfig_dir), node.kubeconfig_dir).clients[0]
+    client = kube_api.connect(inventory.read(node.pki_dir, node.kubeconfig_dir), node.kubeconfig_dir).clients[0]
     with contextlib.suppress(https.HttpsError):
         answer = https.request(
             f"https://{node.ip}:6443/api/v1/namespaces/default/configmaps/watched",

@@ -23,15 +23,15 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from bridge.attempts import MANY
 from bridge.errors import Exit
+from bridge.renewal.attempts import MANY
 from bridge.specs import AUTHORITIES, SPECS, Component
 from tests.counts import Tried
-from tests.e2e import nodes
-from tests.e2e.cas import add_vault, live_certificates
-from tests.e2e.doors import Door, door
-from tests.e2e.nodes import LiveBridge, NodePki
+from tests.kit import nodes
+from tests.kit.cas import add_vault, live_certificates
+from tests.kit.doors import Door, door
 from tests.kit.node import Node
+from tests.kit.nodes import LiveBridge, NodePki
 from tests.kit.openbao import OpenBao
 from tests.kit.pki import Pki
 

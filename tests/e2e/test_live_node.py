@@ -18,15 +18,15 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from bridge.certificates import fingerprint, load_pem_certificates
+from bridge.pki.certificates import fingerprint, load_pem_certificates
 from bridge.specs import AUTHORITIES, SPECS, Component
 from tests.counts import Tried
-from tests.e2e import nodes
-from tests.e2e.cas import add_vault, live_certificates
-from tests.e2e.doors import door
-from tests.e2e.looking import Audit, traffic
-from tests.e2e.nodes import LiveBridge, NodePki, wait_for
+from tests.kit import nodes
+from tests.kit.cas import add_vault, live_certificates
+from tests.kit.doors import door
+from tests.kit.looking import Audit, traffic
 from tests.kit.node import Node
+from tests.kit.nodes import LiveBridge, NodePki, wait_for
 from tests.kit.openbao import OpenBao
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]

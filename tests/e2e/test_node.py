@@ -20,13 +20,13 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from bridge.certificates import fingerprint, serial
+from bridge.pki.certificates import fingerprint, serial
 from bridge.specs import AUTHORITIES, SPECS, Component
-from tests.e2e import looking, nodes
-from tests.e2e.cas import add_cfssl, add_openssl, add_vault, live_certificates
-from tests.e2e.looking import API_PORT, ETCD_PEER_PORT, ETCD_PORT, Audit, Extension, Traffic, served, traffic
-from tests.e2e.nodes import NodeBridge, NodePki, wait_for
+from tests.kit import looking, nodes
+from tests.kit.cas import add_cfssl, add_openssl, add_vault, live_certificates
+from tests.kit.looking import API_PORT, ETCD_PEER_PORT, ETCD_PORT, Audit, Extension, Traffic, served, traffic
 from tests.kit.node import Node
+from tests.kit.nodes import NodeBridge, NodePki, wait_for
 from tests.kit.openbao import OpenBao
 
 pytestmark = [pytest.mark.node, pytest.mark.kube("cfssl"), pytest.mark.slow]

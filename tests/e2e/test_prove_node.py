@@ -18,13 +18,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-from bridge.certificates import load_pem_certificates, serial_hex
+from bridge.pki.certificates import load_pem_certificates, serial_hex
 from bridge.specs import SPECS, Component
-from tests.e2e import nodes
-from tests.e2e.nodes import wait_for
-from tests.kit import issuing
+from tests.kit import issuing, nodes
 from tests.kit.issuing import Signer
 from tests.kit.node import Node
+from tests.kit.nodes import wait_for
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]
 

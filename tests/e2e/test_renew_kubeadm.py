@@ -13,12 +13,12 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from bridge import kubeconfig
-from bridge.certificates import attributes, extended_key_usages, san_counts, serial
-from bridge.csr import algorithm_name
+from bridge.node import kubeconfig
+from bridge.pki.certificates import attributes, extended_key_usages, san_counts, serial
+from bridge.pki.csr import algorithm_name
+from bridge.pki.verify import BACKDATING
 from bridge.specs import AUTHORITIES, SPECS
-from bridge.verify import BACKDATING
-from tests.e2e.cas import Bridge, Kind, bridge_with, live_certificates
+from tests.kit.cas import Bridge, Kind, bridge_with, live_certificates
 from tests.kit.openbao import OpenBao
 from tests.kit.pki import KubeadmAlgorithm, KubeadmPki, KubeadmVersion, kubeadm_pki
 

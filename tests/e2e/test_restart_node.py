@@ -21,13 +21,14 @@ from pathlib import Path
 
 import pytest
 
-from bridge import kubeconfig, manifests, restart
+from bridge.control_plane import restart_plan
+from bridge.node import kubeconfig, manifests
 from bridge.specs import Component
-from tests.e2e import looking, nodes
-from tests.e2e.looking import API_PORT, client, connection
-from tests.e2e.nodes import wait_for
+from tests.kit import looking, nodes
 from tests.kit import node as kit
+from tests.kit.looking import API_PORT, client, connection
 from tests.kit.node import Node
+from tests.kit.nodes import wait_for
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]
 
@@ -70,9 +71,9 @@ class Site:
     def wait_until_well(self) -> None:
         """Each component says so, from where ca-bridge sees it."""
         look = (
-            "import sys; from pathlib import Path; from bridge import health, inventory, restart;"
+            "import sys; from pathlib import Path; from bridge.control_plane import health, restart_plan; from bridge.node import inventory;"
             "k = Path('/etc/kubernetes'); n = inventory.read(k / 'pki', k);"
-            "sys.exit(any(health.trouble(c, n, k / 'pki', k) for c in restart.ORDER))"
+            "sys.exit(any(health.trouble(c, n, k / 'pki', k) for c in restart_plan.ORDER))"
         )
         python = ("env", "-C", "/", sys.executable, "-c", look)
         wait_for("a healthy control plane", lambda: self.node.exec(*python, check=False).returncode == 0, seconds=330)
@@ -190,7 +191,7 @@ def test_all_are_restarted_in_order_and_come_back(site: Site) -> None:
     print(
         f"restarted: { {c.value: s for c, s in took.items()} }; without answer: {[round(gap, 1) for gap in seen.gaps]}"
     )
-    assert tuple(took) == restart.ORDER[:4]
+    assert tuple(took) == restart_plan.ORDER[:4]
     after = nodes.containers(site.node)
     assert [component for component in before if before[component] == after[component]] == []
     assert took[Component.ETCD] < 34

@@ -24,19 +24,19 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from bridge.certificates import pem
-from bridge.csr import key_pem
 from bridge.errors import Exit
+from bridge.pki.certificates import pem
+from bridge.pki.csr import key_pem
 from bridge.specs import AUTHORITIES, Component
 from tests.counts import Tried
-from tests.e2e.cas import add_vault, live_certificates
-from tests.e2e.doors import door
-from tests.e2e.looking import API_PORT, ETCD_PORT, TRAFFIC, ask, client, connection
-from tests.e2e.nodes import LiveBridge, NodePki, make_ready, wait_for
 from tests.kit import node as kit
 from tests.kit import opensslca
+from tests.kit.cas import add_vault, live_certificates
+from tests.kit.doors import door
 from tests.kit.issuing import Signer
+from tests.kit.looking import API_PORT, ETCD_PORT, TRAFFIC, ask, client, connection
 from tests.kit.node import Node
+from tests.kit.nodes import LiveBridge, NodePki, make_ready, wait_for
 from tests.kit.openbao import OpenBao
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]

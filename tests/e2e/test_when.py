@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from bridge.certificates import serial_hex
+from bridge.pki.certificates import serial_hex
 from bridge.specs import AUTHORITIES
-from tests.attack.pairs import assert_pairs
-from tests.e2e.cas import Bridge, add_openssl, live_certificates
+from tests.kit.cas import Bridge, add_openssl, live_certificates
+from tests.kit.pairs import assert_pairs
 from tests.kit.pki import handmade_pki
 
 DAY = timedelta(days=1)

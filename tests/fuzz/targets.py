@@ -19,13 +19,15 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from bridge import bundle, csr, kubeconfig, manifests, settings, verify
-from bridge.certificates import load_pem_certificates, pem
 from bridge.contract import Continuity, Issued, SignRequest
 from bridge.errors import BridgeError, SettingsError, VerificationError
+from bridge.node import kubeconfig, manifests
+from bridge.node.yamltree import YamlError
+from bridge.pki import bundle, csr, verify
+from bridge.pki.certificates import load_pem_certificates, pem
+from bridge.settings import load
 from bridge.specs import SPECS, Component
 from bridge.testing import TestCA
-from bridge.yamltree import YamlError
 from tests.kit.issuing import NOW, Signer
 
 CONFIG = Path(__file__).parents[2] / "config/config.toml"
@@ -68,7 +70,7 @@ def answer() -> x509.Certificate:
 def settings_or_error(data: bytes) -> None:
     """Settings, or all that is wrong with them."""
     try:
-        settings.parse(data.decode("utf-8", "replace"))
+        load.parse(data.decode("utf-8", "replace"))
     except SettingsError as e:
         assert e.problems
 

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from backends.cfssl import CfsslBackend, CfsslSettings
 from backends.vault import VaultAuth, VaultBackend, VaultSettings
-from bridge import audit
-from bridge.certificates import pem
 from bridge.contract import Backend, Issued, Secret
 from bridge.errors import BackendError
-from bridge.settings import AuditSettings
-from bridge.store import Store
+from bridge.pki.certificates import pem
+from bridge.settings.tables import AuditSettings
+from bridge.state import audit
+from bridge.state.store import Store
 from tests.counts import Tried
 from tests.fuzz.targets import answer, asked, root, targets
 from tests.kit.loopback import LoopbackServer

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from cryptography import x509
 
-from bridge import bundle
-from bridge.bundle import RequestBundle
-from bridge.pending import OpenRequest, OpenRequests
+from bridge.pki import bundle
+from bridge.pki.bundle import RequestBundle
 from bridge.specs import AUTHORITIES
-from bridge.store import Store
-from tests.e2e.cas import Bridge, live_certificates
+from bridge.state.requests import OpenRequest, OpenRequests
+from bridge.state.store import Store
+from tests.kit.cas import Bridge, live_certificates
 from tests.kit.pki import NODE, Pki
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from cryptography import x509
 
-from bridge.certificates import pem
 from bridge.contract import SignRequest
+from bridge.pki.certificates import pem
 from bridge.specs import SPECS
 from tests.kit.issuing import Signer
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from bridge import csr, inventory, kubeconfig
-from bridge.bundle import BundledRequest, RequestBundle, sign_proof
-from bridge.csr import PrivateKey
+from bridge.node import inventory, kubeconfig
+from bridge.pki import csr
+from bridge.pki.bundle import BundledRequest, RequestBundle, sign_proof
+from bridge.pki.csr import PrivateKey
 from bridge.specs import SPECS
 from tests.kit.pki import NODE, Pki
 

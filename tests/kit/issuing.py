@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import pkcs7
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
 from bridge.contract import Issued, SignRequest
-from bridge.csr import PrivateKey, generate_key
+from bridge.pki.csr import PrivateKey, generate_key
 
 NOW = datetime(2026, 11, 25, 12, tzinfo=UTC)
 

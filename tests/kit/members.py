@@ -16,12 +16,14 @@ from pathlib import Path
 
 import yaml
 
-from bridge import https, inventory, settings, throwaway
-from bridge.csr import generate_key, key_pem
-from bridge.inventory import Node
-from bridge.settings import Settings
+from bridge.node import inventory, sample_pki
+from bridge.node.inventory import Node
+from bridge.node.sample_pki import ThrowawayCA
+from bridge.pki.csr import generate_key, key_pem
+from bridge.settings import load
+from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, ETCD_CA, SPECS, Component
-from bridge.throwaway import ThrowawayCA
+from bridge.system import https
 from tests.kit import programs
 
 _START_SECONDS = 60
@@ -54,7 +56,7 @@ class Place:
 
     def settings(self, rules: str = "") -> Settings:
         """The program's, with these lines in `[cluster]`."""
-        return settings.parse(
+        return load.parse(
             f'[node]\nname = "{self.name}"\npki_dir = "{self.pki_dir}"\nkubeconfig_dir = "{self.kubeconfig_dir}"\n'
             f'state_dir = "{self.directory}/state"\n[cluster]\n{rules}\n'
         )
@@ -154,11 +156,11 @@ def make(directory: Path, count: int, *, client_port: int, peer_port: int, api_p
     peers: list[str] = []
     for number in range(1, count + 1):
         address = f"127.0.0.{number}"
-        cluster = throwaway.Cluster(node=f"cp-{number}", address=address, endpoint=f"127.0.0.1:{api_port}")
+        cluster = sample_pki.Cluster(node=f"cp-{number}", address=address, endpoint=f"127.0.0.1:{api_port}")
         home = directory / cluster.node
         place = Place(name=cluster.node, address=address, directory=home, cas=places[0].cas if places else {})
         if not places:
-            place.cas = throwaway.make(
+            place.cas = sample_pki.make(
                 place.kubeconfig_dir, now=begin, not_after=end, key="ecdsa-p256", cluster=cluster
             )
         else:
@@ -177,18 +179,18 @@ def make(directory: Path, count: int, *, client_port: int, peer_port: int, api_p
     return Cluster(places=places, client_port=client_port, api_port=api_port, pems=pems)
 
 
-def _write_node(place: Place, cluster: throwaway.Cluster, begin: datetime, end: datetime) -> None:
+def _write_node(place: Place, cluster: sample_pki.Cluster, begin: datetime, end: datetime) -> None:
     for name, ca in place.cas.items():
-        throwaway._write(place.pki_dir / AUTHORITIES[name].certificate_file, ca.certificate_pem, 0o644)
+        sample_pki._write(place.pki_dir / AUTHORITIES[name].certificate_file, ca.certificate_pem, 0o644)
     for name, spec in SPECS.items():
         ca, key = place.cas[spec.authority.name], generate_key("ecdsa-p256")
-        leaf = throwaway.leaf_certificate(spec, key, ca, cluster, not_before=begin, not_after=end)
+        leaf = sample_pki.leaf_certificate(spec, key, ca, cluster, not_before=begin, not_after=end)
         if spec.kubeconfig:
-            data = throwaway._kubeconfig(name, leaf, key, ca, cluster)
-            throwaway._write(place.kubeconfig_dir / spec.base, data, 0o600)
+            data = sample_pki._kubeconfig(name, leaf, key, ca, cluster)
+            sample_pki._write(place.kubeconfig_dir / spec.base, data, 0o600)
         else:
-            throwaway._write(place.pki_dir / f"{spec.base}.crt", throwaway._pem(leaf), 0o644)
-            throwaway._write(place.pki_dir / f"{spec.base}.key", key_pem(key), 0o600)
+            sample_pki._write(place.pki_dir / f"{spec.base}.crt", sample_pki._pem(leaf), 0o644)
+            sample_pki._write(place.pki_dir / f"{spec.base}.key", key_pem(key), 0o600)
 
 
 def _write_manifests(place: Place, peers: list[str], client_port: int, peer_port: int, api_port: int) -> None:

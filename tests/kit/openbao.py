@@ -28,7 +28,7 @@ from typing import Any, Literal
 import requests
 from cryptography import x509
 
-from bridge import setup_vault
+from backends import vault_setup
 
 _ROOT_TOKEN = "root-token-of-a-test"
 _START_SECONDS = 30
@@ -128,7 +128,7 @@ class OpenBao:
         self, mount: str, certificates: Mapping[str, x509.Certificate], validity: timedelta = timedelta(days=365)
     ) -> list[str]:
         """One role for each certificate (by kubeadm's name), as `ca-bridge setup vault` has it; the roles' names."""
-        roles = setup_vault.roles(certificates, validity)
+        roles = vault_setup.roles(certificates, validity)
         self.add_roles(mount, roles)
         return list(roles)
 

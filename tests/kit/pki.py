@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
-from bridge import throwaway
+from bridge.node import sample_pki
 from bridge.specs import AUTHORITIES, KeyAlgorithm
 from tests.kit import programs
 
@@ -169,8 +169,8 @@ def handmade_pki(
     """
     now = now or datetime.now(UTC)
     pki = Pki(root=directory, external=external)
-    cluster = throwaway.Cluster(node=node, address=ADDRESS, endpoint=ENDPOINT, extra_sans=extra_sans)
-    cas = throwaway.make(
+    cluster = sample_pki.Cluster(node=node, address=ADDRESS, endpoint=ENDPOINT, extra_sans=extra_sans)
+    cas = sample_pki.make(
         pki.kubeconfig_dir,
         now=now,
         not_after=not_after or now + timedelta(days=365),
@@ -178,7 +178,7 @@ def handmade_pki(
         key=key,
         cluster=cluster,
     )
-    throwaway.write_cas(cas, pki.ca_dir)
+    sample_pki.write_cas(cas, pki.ca_dir)
     return pki
 
 

@@ -1,0 +1,138 @@
+"""
+What a CA desk needs to sign with `openssl ca`: a directory for a CA, and an openssl.cnf for signing by hand.
+
+The backend itself needs the directory alone; it never reads an openssl.cnf for anything but where the files are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from pathlib import PurePath
+
+from cryptography import x509
+
+from bridge.contract import SetupFile, SetupRequest
+from bridge.specs import EKU, SPECS, Authority
+
+DIRECTORY = PurePath("/srv/kubernetes-ca")  #: Below it a directory an authority.
+_PLAIN_PATH = re.compile(r"/[A-Za-z0-9._/+:@-]+")  # else `$`, `#`, quotes and backslashes mean something to openssl
+
+_TEXT = """\
+# openssl.cnf for signing by hand with the key of {authority}.
+#
+# The directory, once:
+#   mkdir -p -m 0700 {directory} {directory}/newcerts
+#   touch {directory}/index.txt
+#   echo 'unique_subject = no' > {directory}/index.txt.attr
+# and into it this file as openssl.cnf, the CA's certificate as ca.crt and its key as ca.key (mode 0600).
+#
+# Each CSR, before it is signed: "verify OK", the subject, and no requested extension but Subject Alternative Name.
+#   openssl req -in NAME.csr -noout -verify -text
+#
+# Signing:
+{commands}
+#
+# openssl ca exits with 0 even when it issued nothing, for instance because a CSR's signature is bad: then NAME.crt is
+# empty. It has no lock of its own, and two at once lose rows of the database: hence flock, on the same file that
+# ca-bridge locks. Never let -out name a certificate that is in use: it is emptied before the new one is certain.
+#
+# ca-bridge signs with the same directory by itself; in its settings:
+#   [authority.{authority}]
+#   backend = "desk"
+#   dir = "{directory}"
+#   [backend.desk]
+#   type = "openssl"
+#   passphrase_file = "/etc/ca-bridge/passphrase"     # if ca.key is encrypted
+
+[ca]
+default_ca = desk
+# Only in this section: elsewhere openssl ignores it, and then drops and reorders parts of the subject.
+preserve = yes
+
+[desk]
+database = {directory}/index.txt
+new_certs_dir = {directory}/newcerts
+certificate = {directory}/ca.crt
+private_key = {directory}/ca.key
+rand_serial = yes
+# With yes a certificate could not be renewed while the old one is valid; index.txt.attr has to say so too.
+unique_subject = no
+default_md = sha256
+default_days = {days}
+policy = policy
+email_in_dn = yes
+# The SANs from the CSR; the sections below have everything else, so that a CSR can't bring it.
+copy_extensions = copy
+# There is no such section, so that forgetting -extensions fails; else a CSR could become a CA.
+x509_extensions = extensions_must_be_given
+
+[policy]
+organizationName = optional
+commonName = supplied
+{sections}"""
+_COMMAND = """\
+#   for {names}:
+#     flock {directory}/.ca-bridge.lock openssl ca -config {directory}/openssl.cnf \\
+#       -batch -notext -extensions {usage} -in NAME.csr -out NAME.crt"""
+_SECTION = """
+[{usage}]
+basicConstraints = critical,CA:FALSE
+keyUsage = critical,digitalSignature,keyEncipherment
+extendedKeyUsage = {ekus}
+subjectKeyIdentifier = hash
+authorityKeyIdentifier = keyid,issuer
+"""
+
+
+def setup(wanted: SetupRequest) -> list[SetupFile]:
+    """An openssl.cnf for the authority's directory: the one that the settings name, or else one below `DIRECTORY`."""
+    directory = wanted.settings.get("dir")
+    text = config_text(wanted.authority, wanted.certificates, wanted.validity, directory)
+    return [SetupFile(name=f"{wanted.authority.name}.cnf", text=text)]
+
+
+def config_text(
+    authority: Authority,
+    certificates: Mapping[str, x509.Certificate],
+    validity: timedelta,
+    directory: PurePath | None = None,
+) -> str:
+    """
+    An openssl.cnf with instructions, for a CA desk that signs one authority's CSRs by hand.
+
+    Args:
+        authority: Whose certificates.
+        certificates: The live ones by kubeadm's name; those of other authorities are left out.
+        validity: Of the certificates, in whole days.
+        directory: Of the CA on its own host; by default one below `DIRECTORY`.
+
+    Raises:
+        ValueError: None of the certificates is this authority's, or the directory's name has special characters.
+    """
+    directory = directory or DIRECTORY / authority.name
+    if not _PLAIN_PATH.fullmatch(str(directory)):
+        raise ValueError(f"wanted an absolute path of plain characters, found {str(directory)!r}")
+    groups = list(_by_usage(authority, certificates))
+    if not groups:
+        raise ValueError(f"no certificate of {authority.name} to sign again")
+    return _TEXT.format(
+        authority=authority.name,
+        directory=directory,
+        days=max(1, validity // timedelta(days=1)),
+        commands="\n".join(
+            _COMMAND.format(directory=directory, usage=usage, names=", ".join(group)) for usage, _, group in groups
+        ),
+        sections="".join(_SECTION.format(usage=usage, ekus=ekus) for usage, ekus, _ in groups),
+    )
+
+
+def _by_usage(
+    authority: Authority, certificates: Mapping[str, x509.Certificate]
+) -> Iterator[tuple[str, str, list[str]]]:
+    """Usage class, its EKUs as openssl spells them, and the names of the certificates."""
+    specs = [SPECS[name] for name in certificates if SPECS[name].authority == authority]
+    for usage in sorted({spec.usage for spec in specs}):
+        group = [spec for spec in specs if spec.usage == usage]
+        yield usage, ",".join(eku.label for eku in EKU if eku in group[0].ekus), [spec.name for spec in group]

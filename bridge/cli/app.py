@@ -1,0 +1,628 @@
+"""
+The command line: parse, call one function, print, exit.
+
+Results go to standard output, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from bridge.errors import BridgeError, SettingsError, SettingsProblem
+from bridge.pki.durations import parse_duration
+from bridge.settings.load import DEFAULT_FILE, load, overridden
+from bridge.settings.tables import Settings
+from bridge.system import console
+from bridge.system.console import LogFormat
+
+# Rich tracebacks can print local variables, and ours hold tokens and keys.
+app = typer.Typer(
+    name="ca-bridge",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,  # plain help, the same in a README, a log and a terminal
+    help="Renew the certificates of a kubeadm control plane whose CA keys are not on its disks.",
+)
+settings_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Write, show and check the settings file.")
+app.add_typer(settings_app, name="settings")
+audit_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Show and verify the record of what was done."
+)
+app.add_typer(audit_app, name="audit")
+pending_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Show and cancel the requests that a CA has not answered yet."
+)
+app.add_typer(pending_app, name="pending")
+
+
+@dataclass(frozen=True, slots=True)
+class Common:
+    """The options that every command has."""
+
+    config: Path | None
+    pki_dir: Path | None
+    kubeconfig_dir: Path | None
+    state_dir: Path | None
+
+    def settings(self) -> Settings:
+        """
+        The settings file with the options over it.
+
+        Raises:
+            SettingsError: The file can't be used.
+        """
+        return overridden(load(self.config), self.pki_dir, self.kubeconfig_dir, self.state_dir)
+
+
+def _common_options(
+    config: Annotated[
+        Path | None,
+        typer.Option(envvar="CA_BRIDGE_CONFIG", help="Settings file. [default: /etc/ca-bridge/config.toml]"),
+    ] = None,
+    pki_dir: Annotated[Path | None, typer.Option(help="Overrides node.pki_dir.")] = None,
+    kubeconfig_dir: Annotated[Path | None, typer.Option(help="Overrides node.kubeconfig_dir.")] = None,
+    state_dir: Annotated[Path | None, typer.Option(help="Overrides node.state_dir.")] = None,
+    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, show_default=False, help="More messages.")] = 0,
+    log_format: Annotated[LogFormat, typer.Option(help="Of the messages on standard error.")] = LogFormat.TEXT,
+) -> Common:
+    console.set_up(verbose, log_format)
+    return Common(config, pki_dir, kubeconfig_dir, state_dir)
+
+
+def command(to: typer.Typer, name: str) -> Callable[[Callable[..., None]], None]:
+    """Register a command: its first parameter is a `Common`, its errors become messages and exit codes."""
+
+    def register(function: Callable[..., None]) -> None:
+        ours = inspect.signature(_common_options, eval_str=True).parameters
+        theirs = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+
+        @functools.wraps(function)
+        def run(**arguments: Any) -> None:
+            common = _common_options(**{key: arguments.pop(key) for key in ours})
+            with _Errors():
+                function(common, **arguments)
+
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*theirs, *ours.values())]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        to.command(name)(run)
+
+    return register
+
+
+#: Exceptions that end a command as they should.
+_TYPERS_OWN = (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError)
+
+
+class _Errors:
+    """What becomes of an exception: a message on standard error and the promised exit code."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, BridgeError):
+            _fail(error)
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            place = f"{error.filename}: " if error.filename else ""
+            _fail(BridgeError(f"{place}{error.strerror or type(error).__name__}"))
+        if isinstance(error, Exception) and not isinstance(error, _TYPERS_OWN):
+            _bug(error)
+
+
+def _fail(error: BridgeError) -> NoReturn:
+    console.print_error(error)
+    raise typer.Exit(error.exit_code)
+
+
+def _bug(error: Exception) -> NoReturn:
+    """Where, and of which kind; never its text, which might hold a secret."""
+    frames = [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
+    console.log.debug("traceback: %s", " < ".join(reversed(frames)))
+    bug = BridgeError(
+        f"internal error: {type(error).__name__} at {frames[-1]}", hint="a bug: report it with what -v prints"
+    )
+    _fail(bug)
+
+
+def utc_now() -> datetime:
+    """The node's clock."""
+    return datetime.now(UTC)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version  # noqa: PLC0415 (18 ms, for this option alone)
+
+        typer.echo(f"ca-bridge {version('kubeadm-ca-bridge')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None: ...
+
+
+class ExpirationOutput(StrEnum):
+    """Formats of `check-expiration`."""
+
+    TABLE = "table"
+    JSON = "json"
+    YAML = "yaml"
+    PROMETHEUS = "prometheus"
+    NAGIOS = "nagios"
+
+
+class Output(StrEnum):
+    """Formats of a run's result."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+def _duration(text: str) -> timedelta:
+    try:
+        return parse_duration(text)
+    except ValueError as e:
+        raise typer.BadParameter(f"wanted {e}, found {text!r}") from None
+
+
+@command(app, "check-expiration")
+def check_expiration(
+    common: Common,
+    output: Annotated[ExpirationOutput, typer.Option("--output", "-o", help="Format.")] = ExpirationOutput.TABLE,
+    within: Annotated[
+        timedelta | None,
+        typer.Option(parser=_duration, metavar="DURATION", help='Exit with 3 if one expires within, such as "30d".'),
+    ] = None,
+) -> None:
+    """
+    Show when the control plane's certificates expire, as `kubeadm certs check-expiration` does.
+
+    From files alone: no API server is asked, no key is read, nothing is written.
+    """
+    from bridge.cli.expiration import check_expiration as check  # noqa: PLC0415 (each command loads what it needs)
+
+    node = common.settings().node
+    text, troubles, code = check(node.pki_dir, node.kubeconfig_dir, utc_now(), within, output.value)
+    typer.echo(text, nl=False)
+    for trouble in troubles:
+        console.log.error("%s", trouble)
+    raise typer.Exit(code)
+
+
+Names = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[NAME…|all]", help="kubeadm's names, or all. [default: what is due]", show_default=False),
+]
+WaitOption = Annotated[
+    timedelta | None,
+    typer.Option(parser=_duration, metavar="DURATION", help='How long to wait for another run to end, such as "60s".'),
+]
+OutputOption = Annotated[Output, typer.Option("--output", "-o", help="Format of the result.")]
+
+
+@command(app, "renew")
+def renew(
+    common: Common,
+    names: Names = None,
+    csr_only: Annotated[bool, typer.Option("--csr-only", help="Only write keys and CSRs, to --csr-dir.")] = False,
+    csr_dir: Annotated[Path | None, typer.Option(help="Where --csr-only writes NAME.key and NAME.csr.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done; the same as `plan`.")] = False,
+    all_or_nothing: Annotated[
+        bool, typer.Option("--all-or-nothing", help="Install nothing if one certificate fails.")
+    ] = False,
+    no_restart: Annotated[
+        bool, typer.Option("--no-restart", help="Whatever the settings say, only say what to restart.")
+    ] = False,
+    wait: WaitOption = None,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """
+    Renew what is due (the cron job's command), or the named certificates now.
+
+    Each answer of the CA is proven before anything on disk moves; keys and certificates are replaced in one step
+    that survives a crash.
+    """
+    from bridge.cli import commands  # noqa: PLC0415
+
+    if (csr_dir is not None) != csr_only:
+        raise typer.BadParameter("--csr-only and --csr-dir are given together")
+    if csr_only and (dry_run or all_or_nothing or no_restart):
+        raise typer.BadParameter("--csr-only can't be combined with --dry-run, --all-or-nothing and --no-restart")
+    if wait is not None and (csr_only or dry_run):
+        raise typer.BadParameter("--wait can't be combined with --csr-only and --dry-run, which take no lock")
+    settings = common.settings()
+    if csr_dir is not None:
+        code = commands.write_csrs(settings, names or [], csr_dir.absolute(), utc_now())
+    elif dry_run:
+        code = commands.plan(settings, names or [], utc_now(), as_json=output is Output.JSON)
+    else:
+        code = commands.renew(
+            settings,
+            names or [],
+            utc_now,
+            as_json=output is Output.JSON,
+            all_or_nothing=all_or_nothing,
+            restarts=not no_restart,
+            wait=wait or timedelta(),
+        )
+    raise typer.Exit(code)
+
+
+@command(app, "plan")
+def plan(common: Common, names: Names = None, output: OutputOption = Output.TEXT) -> None:
+    """
+    Show what `renew` would ask, replace and restart.
+
+    No network, nothing written. Exits with 3 if there is something to do.
+    """
+    from bridge.cli import commands  # noqa: PLC0415
+
+    raise typer.Exit(commands.plan(common.settings(), names or [], utc_now(), as_json=output is Output.JSON))
+
+
+@command(app, "recover")
+def recover(common: Common) -> None:
+    """Finish or undo what a crash left, and say which; every command that writes does the same first."""
+    from bridge.cli import commands  # noqa: PLC0415
+
+    commands.recover(common.settings())
+
+
+@command(app, "backups")
+def list_backups(common: Common, output: OutputOption = Output.TEXT) -> None:
+    """List the backups, the newest first: when, by whom, which certificates and serial numbers."""
+    from bridge.cli import commands  # noqa: PLC0415
+
+    raise typer.Exit(commands.list_backups(common.settings(), as_json=output is Output.JSON))
+
+
+@command(app, "rollback")
+def rollback(
+    common: Common,
+    backup_id: Annotated[
+        str | None, typer.Argument(metavar="[ID]", help="Of `backups`. [default: the newest]", show_default=False)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Whatever is wrong but for damage and another CA.")] = False,
+    wait: WaitOption = None,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """
+    Put a backup's files back, whole, in one step that survives a crash.
+
+    Refused unless each file is as it was backed up, each key belongs to its certificate, and each certificate is as a
+    new one would have to be: CA, dates, usages, subject, SANs; with --force the CA alone counts of these. What is
+    replaced is backed up: a second rollback undoes the first.
+    """
+    from bridge.cli import commands  # noqa: PLC0415
+
+    as_json = output is Output.JSON
+    commands.rollback(common.settings(), backup_id, utc_now, force=force, wait=wait or timedelta(), as_json=as_json)
+
+
+@command(app, "restart")
+def restart(
+    common: Common,
+    components: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[COMPONENT…|all]",
+            help="etcd, kube-apiserver, kube-controller-manager, kube-scheduler, kubelet; all: the first four. "
+            "[default: as restart.components says]",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also with an unhealthy neighbour, and shortly after another restart.")
+    ] = False,
+    wait: WaitOption = None,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """
+    Restart what still runs on old certificates, one component at a time, each only when its neighbours are well.
+
+    As restart.method in the settings says; with "none" it prints what to do and exits with 7.
+    """
+    from bridge.control_plane import restarts  # noqa: PLC0415
+
+    as_json = output is Output.JSON
+    settings = common.settings()
+    code = restarts.run(settings, components or [], utc_now, force=force, wait=wait or timedelta(), as_json=as_json)
+    raise typer.Exit(code)
+
+
+@command(app, "export")
+def export(
+    common: Common,
+    path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The file to write.", show_default=False)],
+    names: Names = None,
+    wait: WaitOption = None,
+) -> None:
+    """
+    Write what is due into one file, which is carried to a CA desk; the new keys stay here.
+
+    While a request waits, exporting it again gives the same key and CSR. Expired certificates can be renewed so, too.
+    """
+    from bridge.cli import commands  # noqa: PLC0415
+
+    raise typer.Exit(commands.export(common.settings(), path, names or [], utc_now, wait=wait or timedelta()))
+
+
+@command(app, "inspect")
+def inspect_bundle(
+    common: Common,
+    path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A request or an answer.", show_default=False)],
+) -> None:
+    """
+    Show a bundle to a person who has to approve it: what is asked, what it replaces, and who proves to ask.
+
+    The fingerprint is for the phone: both sides see the same one, unless the bundle was changed on its way.
+    """
+    from bridge.renewal import airgap  # noqa: PLC0415
+
+    raise typer.Exit(airgap.inspect(common.settings(), path, utc_now()))
+
+
+@command(app, "import")
+def import_answers(
+    common: Common,
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE|DIR…",
+            help="Answer bundles, or certificates in PEM, DER or PKCS#7, whatever they are called.",
+            show_default=False,
+        ),
+    ],
+    all_or_nothing: Annotated[
+        bool, typer.Option("--all-or-nothing", help="Install nothing if one certificate fails.")
+    ] = False,
+    wait: WaitOption = None,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """
+    Take what a CA desk answered: match it by public key, prove it, and install it as `renew` does.
+
+    Exit 4 while other requests still wait.
+    """
+    from bridge.cli import commands  # noqa: PLC0415
+
+    code = commands.import_answers(
+        common.settings(),
+        paths,
+        utc_now,
+        as_json=output is Output.JSON,
+        all_or_nothing=all_or_nothing,
+        wait=wait or timedelta(),
+    )
+    raise typer.Exit(code)
+
+
+@command(pending_app, "list")
+def pending_list(common: Common, output: OutputOption = Output.TEXT) -> None:
+    """Show the open requests: how old, how long there is time, who has them, and the fingerprint to name them by."""
+    from bridge.renewal import airgap  # noqa: PLC0415
+
+    airgap.pending_list(common.settings(), utc_now(), as_json=output is Output.JSON)
+
+
+@command(pending_app, "cancel")
+def pending_cancel(
+    common: Common,
+    names: Annotated[list[str], typer.Argument(metavar="NAME…|all", help="kubeadm's names.", show_default=False)],
+    wait: WaitOption = None,
+) -> None:
+    """Forget requests and remove their keys; an answer to them is refused from then on."""
+    from bridge.cli import commands  # noqa: PLC0415
+
+    raise typer.Exit(commands.pending_cancel(common.settings(), names, utc_now, wait=wait or timedelta()))
+
+
+@command(app, "sign")
+def sign(
+    common: Common,
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="BUNDLE|DIR",
+            help="A request bundle, a directory of them, or one of kubeadm's CSRs.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="ANSWER|DIR", help="Where answers go. [default: beside a bundle or the CSRs]"
+        ),
+    ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="What may be signed. [default: desk-policy.toml beside the settings]")
+    ] = None,
+    archive: Annotated[
+        Path | None, typer.Option(help="For the done bundles of a directory. [default: desk.archive, or done in it]")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be signed and refused; sign nothing.")
+    ] = False,
+    approve: Annotated[
+        bool, typer.Option("--approve", help="Show each bundle on the terminal, and ask whether to sign it.")
+    ] = False,
+    without_proof: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Do without a continuity proof for this certificate; may be repeated."),
+    ] = None,
+    node: Annotated[str, typer.Option(help="Whose CSRs a directory has.", show_default=False)] = "",
+    cluster: Annotated[str, typer.Option(help="Of which cluster.", show_default=False)] = "",
+    wait: WaitOption = None,
+) -> None:
+    """
+    Sign at the CA desk what the policy allows: request bundles of nodes, or kubeadm's CSRs.
+
+    With a directory, the CA host's cron job: half-copied bundles are left alone, done ones archived, and what an
+    interrupted run has had signed is not signed again. A refusal goes back to its node in the answer.
+    """
+    from bridge.signing import desk_files  # noqa: PLC0415
+
+    options = desk_files.Options(
+        source=source.absolute(),
+        out=out.absolute() if out is not None else None,
+        policy=policy.absolute() if policy is not None else None,
+        archive=archive.absolute() if archive is not None else None,
+        dry_run=dry_run,
+        approve=approve,
+        without_proof=frozenset(without_proof or ()),
+        node=node,
+        cluster=cluster,
+        wait=wait or timedelta(),
+    )
+    raise typer.Exit(desk_files.sign(common.settings(), options, utc_now))
+
+
+@command(app, "prove")
+def prove(
+    common: Common,
+    wait: Annotated[
+        timedelta | None,
+        typer.Option(parser=_duration, metavar="DURATION", help='How long to look until all is well, such as "60s".'),
+    ] = None,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """
+    Show what each component really serves and uses, and whether its client certificates are accepted.
+
+    On a control-plane node; nothing is written or restarted. Exits with 7 if a component is on an old certificate,
+    one is refused, or something does not answer.
+    """
+    from bridge.control_plane import proof as prove_module  # noqa: PLC0415
+
+    as_json = output is Output.JSON
+    raise typer.Exit(prove_module.run(common.settings(), utc_now, wait or timedelta(), as_json=as_json))
+
+
+@command(app, "doctor")
+def doctor(common: Common) -> None:
+    """
+    Check that everything is ready for the next renewal.
+
+    Files, clock, settings, and for each authority: is its backend there, the right CA, with exactly our usages?
+    Asks the CAs, spends no signature, writes nothing.
+    """
+    from bridge.cli import doctor as doctor_module  # noqa: PLC0415
+
+    raise typer.Exit(doctor_module.run(common.settings(), utc_now()))
+
+
+@command(app, "setup")
+def setup(
+    common: Common,
+    ca: Annotated[
+        str, typer.Argument(metavar="TYPE", help="The backend's type: vault, cfssl, openssl …", show_default=False)
+    ],
+    authority: Annotated[
+        str | None, typer.Option(help="Only this one of ca, etcd-ca, front-proxy-ca.", show_default=False)
+    ] = None,
+) -> None:
+    """
+    Print what the CA's administrator needs, exactly for this node's certificates.
+
+    Vault: roles and policy; cfssl: signing profiles; openssl: openssl.cnf.
+    """
+    from bridge.cli import commands  # noqa: PLC0415
+
+    typer.echo("\n".join(file.text for file in commands.setup(common.settings(), ca, authority)), nl=False)
+
+
+@command(app, "demo")
+def demo(
+    _: Common,
+    directory: Annotated[
+        Path | None, typer.Option(help="Keep everything there, to look at. [default: a temporary directory]")
+    ] = None,
+) -> None:
+    """
+    Show the main job on a throwaway PKI: no root, no cluster, no network.
+
+    A PKI in kubeadm's shape without CA keys, an `openssl ca` directory as the company's CA, before and after.
+    """
+    from bridge.cli import demo as demo_module  # noqa: PLC0415
+
+    raise typer.Exit(demo_module.run(directory, utc_now()))
+
+
+@command(settings_app, "init")
+def settings_init(
+    common: Common,
+    file: Annotated[Path | None, typer.Argument(help="[default: --config, or /etc/ca-bridge/config.toml]")] = None,
+) -> None:
+    """Write a commented settings file; never over an older one."""
+    from bridge.cli import commands  # noqa: PLC0415
+
+    typer.echo(f"wrote {commands.settings_init(file or common.config)}")
+
+
+@command(settings_app, "show")
+def settings_show(common: Common) -> None:
+    """Show the settings in force, defaults included; secrets are only named."""
+    from bridge.cli import commands  # noqa: PLC0415
+
+    typer.echo(commands.settings_show(common.settings()), nl=False)
+
+
+@command(settings_app, "check")
+def settings_check(common: Common) -> None:
+    """Check the whole settings file, backends' tables included; asks no CA."""
+    from bridge.signing import registry  # noqa: PLC0415
+
+    settings = common.settings()
+    if settings.source.file is None:
+        problem = SettingsProblem("", "a settings file", "none: the defaults are in force", DEFAULT_FILE)
+        raise SettingsError([problem], hint="`ca-bridge settings init` writes a commented file")
+    registry.configured(settings, settings.authorities)
+    typer.echo(f"{settings.source.file}: nothing wrong")
+
+
+@command(audit_app, "show")
+def audit_show(
+    common: Common,
+    since: Annotated[
+        timedelta | None,
+        typer.Option(parser=_duration, metavar="DURATION", help='Only what is younger, such as "7d".'),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Only of this certificate.", show_default=False)] = None,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """
+    Show what was asked, issued, refused and installed, when and by whom.
+
+    From the record in the state directory, oldest first; `audit verify` says whether it is whole.
+    """
+    from bridge.cli import commands  # noqa: PLC0415
+
+    begin = utc_now() - since if since is not None else None
+    commands.audit_show(common.settings(), begin, name, as_json=output is Output.JSON)
+
+
+@command(audit_app, "verify")
+def audit_verify(common: Common) -> None:
+    """
+    Find changed, missing, inserted, moved and cut lines of the record.
+
+    Exits with 1 if there are any. It can't find that all of the record was written anew; compare with a copy for that.
+    """
+    from bridge.cli import commands  # noqa: PLC0415
+
+    raise typer.Exit(commands.audit_verify(common.settings()))

@@ -1,0 +1,214 @@
+"""`check-expiration`: kubeadm's two tables and structure, what kubeadm can't show, and forms for monitoring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from bridge.errors import Exit
+from bridge.node import inventory
+from bridge.node.expiry_report import Report, Row, report
+from bridge.pki.certificates import fingerprint, name_text, serial_hex
+from bridge.pki.expiry import first_end, residual, rfc3339
+
+#: Grows when a key changes its meaning or goes; new keys do not count.
+SCHEMA_VERSION = 1
+
+# Nagios Plugin API: exit codes and words.
+_NAGIOS = ("OK", "WARNING", "CRITICAL")
+
+# Go's Format("Jan 02, 2006 15:04 MST"); strftime's month names follow the locale.
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+_HEADER = ("CERTIFICATE", "EXPIRES", "RESIDUAL TIME", "CERTIFICATE AUTHORITY", "EXTERNALLY MANAGED")
+_AUTHORITY_HEADER = ("CERTIFICATE AUTHORITY", "EXPIRES", "RESIDUAL TIME", "EXTERNALLY MANAGED")
+_EXTRA_HEADER = ("NOT LISTED BY KUBEADM", *_HEADER[1:], "FILE")
+
+
+def check_expiration(
+    pki_dir: Path, kubeconfig_dir: Path, now: datetime, within: timedelta | None, output: str
+) -> tuple[str, list[str], int]:
+    """
+    The command: read the node, say what there is.
+
+    Args:
+        pki_dir: kubeadm's certificatesDir.
+        kubeconfig_dir: Where the kubeconfigs and manifests are.
+        now: Aware, UTC.
+        within: What ends sooner is due, and what has ended.
+        output: `table`, `json`, `yaml`, `prometheus` or `nagios`.
+
+    Returns:
+        Standard output, lines for standard error, and the exit code: 1 when a file is there and can't be used, else
+        3 when one is due, else 0. For `nagios` it is the plugin's status.
+    """
+    found = report(inventory.read(pki_dir, kubeconfig_dir), now, within)
+    if output == "nagios":
+        line, status = as_nagios(found, within)
+        return f"{line}\n", list(found.troubles), status
+    forms: Mapping[str, Callable[[Report], str]] = {
+        "table": table,
+        "json": as_json,
+        "yaml": as_yaml,
+        "prometheus": as_prometheus,
+    }
+    code = Exit.FAILED if found.troubles else Exit.DUE if found.due else Exit.DONE
+    return forms[output](found), list(found.troubles), code
+
+
+def table(found: Report) -> str:
+    """kubeadm 1.37's two tables, then one of what kubeadm has no row for, if there is any."""
+    tables = [
+        _align([_HEADER, *(_cells(row, row.authority or "") for row in found.certificates)]),
+        _align([_AUTHORITY_HEADER, *(_cells(row) for row in found.authorities)]),
+    ]
+    if found.extra:
+        tables.append(_align([_EXTRA_HEADER, *((*_cells(row, row.authority or ""), row.path) for row in found.extra)]))
+    return "\n".join(tables)
+
+
+def _cells(row: Row, *authority: str) -> tuple[str, ...]:
+    """A row's cells; a certificate's with its CA, a CA's without."""
+    if row.certificate is None or row.state != "present":
+        mark = {"missing": "!MISSING!", "broken": "!INVALID!", "unreadable": "!UNREADABLE!"}[row.state]
+        return (f"{mark} {row.name}", "", "", *("" for _ in authority), "")
+    end = row.certificate.not_valid_after_utc
+    expires = f"{_MONTHS[end.month - 1]} {end:%d}, {end.year:04d} {end:%H:%M} UTC"
+    external = f"{'yes' if row.external else 'no':<8}"
+    return (row.name, expires, residual(row.seconds_left or 0), *authority, external)
+
+
+def _align(rows: Sequence[Sequence[str]]) -> str:
+    """As Go's `tabwriter.NewWriter(writer, 10, 4, 3, ' ', 0)`: the last cell of a row is not padded."""
+    widths = [max(10, 3 + max(map(len, column))) for column in zip(*rows, strict=True)][:-1]
+    lines = ("".join(map(str.ljust, row, widths)) + row[-1] for row in rows)
+    return "".join(f"{line}\n" for line in lines)
+
+
+def as_json(found: Report) -> str:
+    """kubeadm's structure (output.kubeadm.k8s.io/v1alpha3) in its order and indentation, and more keys."""
+    import json  # noqa: PLC0415 (7 ms that the table has no use for)
+
+    return json.dumps(_structure(found), indent=4, ensure_ascii=False) + "\n"
+
+
+def as_yaml(found: Report) -> str:
+    """The same in YAML, with sorted keys as kubeadm's."""
+    import yaml  # noqa: PLC0415 (loaded by the reading side already, but as a tree only)
+
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    text = yaml.dump(_structure(found), Dumper=dumper, sort_keys=True, allow_unicode=True, width=10_000)
+    return str(text)
+
+
+def _structure(found: Report) -> dict[str, Any]:
+    return {
+        "kind": "CertificateExpirationInfo",
+        "apiVersion": "output.kubeadm.k8s.io/v1alpha3",
+        "certificates": [_entry(row) for row in found.certificates],
+        "certificateAuthorities": [_entry(row) for row in found.authorities],
+        "extraCertificates": [_entry(row) for row in found.extra],
+        "schemaVersion": SCHEMA_VERSION,
+    }
+
+
+def _entry(row: Row) -> dict[str, Any]:
+    """kubeadm's keys first, in kubeadm's order, then ours."""
+    certificate = row.certificate
+    entry: dict[str, Any] = {
+        "name": row.name,
+        "expirationDate": rfc3339(certificate.not_valid_after_utc) if certificate else None,
+        "residualTime": row.seconds_left or 0,
+        "externallyManaged": row.external and row.state != "missing",
+        # kubeadm leaves it out where it has nothing to say
+        **({"caName": row.authority} if row.authority and row.state != "missing" else {}),
+        "missing": row.state == "missing",
+        "state": row.state,
+        "due": row.due,
+        "path": row.path,
+        "trouble": row.trouble,
+    }
+    if certificate:
+        entry |= {
+            "notBefore": rfc3339(certificate.not_valid_before_utc),
+            "serialNumber": serial_hex(certificate),
+            "subject": name_text(certificate.subject),
+            "issuer": name_text(certificate.issuer),
+            "sha256": fingerprint(certificate),
+        }
+    return entry
+
+
+def as_prometheus(found: Report) -> str:
+    """Prometheus' text format, for the textfile collector; times are seconds since 1970."""
+    leaves = [*found.certificates, *(row for row in found.extra if row.authority)]
+    cas = [*found.authorities, *(row for row in found.extra if not row.authority)]
+    return "".join(
+        (
+            _metric(
+                "ca_bridge_certificate_not_after_seconds",
+                "End of a certificate's validity, or of its intermediate's if that is sooner.",
+                ((_labels(row), _timestamp(row)) for row in leaves if row.certificate),
+            ),
+            _metric(
+                "ca_bridge_authority_not_after_seconds",
+                "End of a CA certificate's validity.",
+                ((_labels(row), _timestamp(row)) for row in cas if row.certificate),
+            ),
+            _metric(
+                "ca_bridge_certificate_usable",
+                "Whether the file is there and can be read.",
+                ((_labels(row), int(row.state == "present")) for row in (*leaves, *cas) if not _absent(row)),
+            ),
+        )
+    )
+
+
+def _metric(name: str, text: str, samples: Iterable[tuple[str, int]]) -> str:
+    lines = [f"{name}{{{labels}}} {value}\n" for labels, value in samples]
+    return f"# HELP {name} {text}\n# TYPE {name} gauge\n" + "".join(lines) if lines else ""
+
+
+def _labels(row: Row) -> str:
+    labels = {"name": row.name, "authority": row.authority or row.name, "path": row.path}
+    return ",".join(f'{key}="{_escape(value)}"' for key, value in labels.items())
+
+
+def _escape(value: str) -> str:
+    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+def _timestamp(row: Row) -> int:
+    return int(first_end(row.chain).timestamp())
+
+
+def _absent(row: Row) -> bool:
+    """Missing, as it may be."""
+    return row.state == "missing" and row.optional
+
+
+def as_nagios(found: Report, within: timedelta | None) -> tuple[str, int]:
+    """
+    One line and a status: 2 for what has ended, is missing, broken or unreadable, 1 for what is due, else 0.
+
+    Args:
+        found: With the same `within`.
+        within: For the words only.
+    """
+    rows = [row for row in found.rows if not _absent(row)]
+    bad = [f"{row.name} {row.state}" for row in rows if row.state != "present"]
+    ended = [f"{row.name} expired" for row in rows if row.expired]
+    due = [f"{row.name} ends in {residual(row.chain_seconds_left or 0)}" for row in rows if row.due and not row.expired]
+    status = 2 if bad or ended or found.troubles else 1 if due else 0
+    what = ", ".join([*ended, *bad, *due]) or _good(rows, within)
+    return f"CERTIFICATES {_NAGIOS[status]} - {what}", status
+
+
+def _good(rows: Sequence[Row], within: timedelta | None) -> str:
+    left = {row.name: row.chain_seconds_left for row in rows if row.chain_seconds_left is not None}
+    if not left:
+        return "no certificates"
+    first = min(left, key=lambda name: left[name])
+    limit = f" (limit {residual(int(within.total_seconds()))})" if within is not None else ""
+    return f"{len(left)} certificates, {first} ends first, in {residual(left[first])}{limit}"

@@ -1,0 +1,489 @@
+"""
+What there is to be seen of each component of a node, from the flags of its static-pod manifests: what it shows, who
+accepts its client certificates, and whether it is younger than a file that it reads once.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from http import HTTPStatus
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+from cryptography import x509
+from cryptography.x509.oid import NameOID
+
+from bridge.control_plane.probes import (
+    TIMEOUT_SECONDS,
+    Check,
+    Client,
+    RefusedError,
+    Serving,
+    Verdict,
+    accepted,
+    first,
+    leaf,
+    words,
+)
+from bridge.control_plane.restart_plan import FIRST_MEASURED, KUBELET_COPY
+from bridge.node import ages, endpoints, kubeconfig, manifests, processes
+from bridge.node.ages import contents
+from bridge.node.endpoints import Flags, Place, Server
+from bridge.node.inventory import Item, Node
+from bridge.node.kubelet import KUBELET_CONFIG
+from bridge.node.yamltree import document, split_bom
+from bridge.pki.certificates import attributes, serial_hex
+from bridge.settings.tables import Settings
+from bridge.specs import CA, ETCD_CA, SPECS, Authority, Component
+from bridge.system import https, safe_read
+from bridge.system.https import HttpsError, UnreachableError
+
+_CLIENT_URLS = ("--listen-client-urls", endpoints.ETCD_HTTP_ONLY)
+
+#: Whom we pretend to be with the front-proxy client certificate; nobody in the cluster.
+_SOMEBODY = "ca-bridge-prove"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What is in the same place on every node."""
+
+    proc: Path = processes.PROC
+    kubelet_config: Path = KUBELET_CONFIG
+    kubelet_copy: Path = KUBELET_COPY
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """What all checks of one look share."""
+
+    node: Node
+    settings: Settings
+    now: datetime
+    machine: Machine
+
+    def flags(self, component: Component) -> Flags:
+        """Empty without a manifest."""
+        manifest = self.node.manifests.get(component)
+        return {} if manifest is None else manifest.flags
+
+    def item(self, name: str) -> Item | None:
+        """A certificate that is there and can be read."""
+        return next((i for i in self.node.items if i.spec.name == name and i.state == "present"), None)
+
+    def anchor(self, authority: Authority) -> Path | None:
+        """Its CA's file."""
+        return next((state.path for state in self.node.authorities if state.authority == authority), None)
+
+    @property
+    def reloads(self) -> bool:
+        """Whether it is known what components of this version read again by themselves."""
+        wanted = self.settings.node.kubernetes_version
+        version = self.node.kubernetes_version if wanted is None else (wanted.major, wanted.minor)
+        return version is not None and version >= FIRST_MEASURED
+
+
+def of(look: Look) -> Iterator[Check]:
+    """Of each component what it serves, then what it is a client with; then people's."""
+    yield from _absent(look)
+    yield from _unusable(look)
+    for component, make in (
+        (Component.ETCD, _etcd),
+        (Component.APISERVER, _apiserver),
+        (Component.CONTROLLER_MANAGER, functools.partial(_controller, component=Component.CONTROLLER_MANAGER)),
+        (Component.SCHEDULER, functools.partial(_controller, component=Component.SCHEDULER)),
+        (Component.KUBELET, _kubelet),
+        (None, _people),
+    ):
+        try:
+            yield from make(look)
+        except ValueError as e:  # a flag that nobody could use
+            judge = functools.partial(Verdict, "unknown", f"its manifest: {e}")
+            yield Check(component=component, certificate="", what="is configured", judge=judge)
+
+
+def _absent(look: Look) -> Iterator[Check]:
+    """Components whose certificates are here, and whose manifest is not."""
+    for component in manifests.COMPONENTS:
+        names = [spec.name for spec in SPECS.values() if spec.component is component and look.item(spec.name)]
+        if names and component not in look.node.manifests:
+            path = manifests.path_of(component, look.settings.node.kubeconfig_dir)
+            trouble = next((t for t in look.node.troubles if t.startswith(f"{component.value}: ")), "")
+            detail = trouble.partition(": ")[2] or f"wanted its manifest {path}, found none"
+            judge = functools.partial(Verdict, "no-answer", detail)
+            yield Check(component=component, certificate=names[0], what="runs", judge=judge)
+
+
+def _unusable(look: Look) -> Iterator[Check]:
+    """Kubeconfigs, and what no component uses, that are there and can't be used: nothing else would name them."""
+    for item in look.node.items:
+        if item.trouble and (item.spec.kubeconfig or item.spec.component is None):
+            judge = functools.partial(Verdict, "unknown", item.trouble)
+            yield Check(component=item.spec.component, certificate=item.spec.name, what="can be read", judge=judge)
+
+
+# --- since when ------------------------------------------------------------------------------------------------------
+
+
+def _read_once(look: Look, component: Component, path: Path) -> Verdict:
+    """Of a file that a component reads at its start, and never again."""
+    age = ages.compare(component, path, look.machine.proc)
+    if age.older is None:
+        return Verdict("unknown", age.detail)
+    return Verdict("stale" if age.older else "current", age.detail)
+
+
+def _read_at_connections(look: Look, component: Component, path: Path) -> Verdict:
+    """Of a file that is right, and that a component reads whenever it makes a connection, if its version is known to."""
+    age = ages.compare(component, path, look.machine.proc)
+    if age.older is False:
+        return Verdict("current", age.detail)
+    if look.reloads:
+        return Verdict("next-connection", age.detail)
+    if age.older is None:
+        return Verdict("unknown", age.detail)
+    return Verdict("stale", f"{age.detail}; this version is not known to read it again")
+
+
+# --- etcd ------------------------------------------------------------------------------------------------------------
+
+
+def _etcd(look: Look) -> Iterator[Check]:
+    flags = look.flags(Component.ETCD)
+    anchor = look.anchor(ETCD_CA)
+    for name, listen, advertised, prefix in (
+        ("etcd-server", _CLIENT_URLS, "--advertise-client-urls", ""),
+        ("etcd-peer", ("--listen-peer-urls",), "--initial-advertise-peer-urls", "peer-"),
+    ):
+        if f"--{prefix}cert-file" not in flags:
+            continue
+        serving = Serving(
+            component=Component.ETCD,
+            certificate=name,
+            file=endpoints.wanted_file(flags, f"--{prefix}cert-file"),
+            key_file=endpoints.wanted_file(flags, f"--{prefix}key-file"),
+            trust_file=endpoints.file(flags, f"--{prefix}trusted-ca-file") or anchor,
+            name=endpoints.host(flags, advertised),
+            mutual=True,
+        )
+        places = endpoints.listening(flags, listen, advertised)
+        yield from (serving.at(place, look.now) for place in places)
+        judge = functools.partial(_etcd_peer if prefix else _etcd_as_client, look, serving)
+        what = f"is accepted by {'its peers' if prefix else 'etcd'}"
+        if places:
+            yield Check(component=Component.ETCD, certificate=name, what=what, judge=judge)
+
+
+def _own_etcd(flags: Flags) -> list[Server]:
+    """Where etcd answers in HTTP on this node."""
+    listen = endpoints.ETCD_HTTP_ONLY if endpoints.ETCD_HTTP_ONLY in flags else _CLIENT_URLS[0]
+    places = endpoints.listening(flags, (listen,), "--advertise-client-urls")
+    name = endpoints.host(flags, "--advertise-client-urls")
+    return [Server(f"https://{place}", name) for place in places]
+
+
+def _linearizable_read(client: Client, servers: Sequence[Server]) -> str:
+    """
+    What `etcdctl endpoint health` does: a read that needs a quorum.
+
+    Raises:
+        HttpsError, RefusedError: Not accepted, or no answer.
+    """
+    body = json.dumps({"key": base64.b64encode(b"health").decode()}).encode()
+    return accepted(client.ask(servers, "/v3/kv/range", method="POST", body=body))
+
+
+def _etcd_as_client(look: Look, serving: Serving) -> Verdict:
+    """etcd is a client of itself with the certificate that it serves (etcd-io/etcd#9785)."""
+    return Verdict("current", _linearizable_read(serving.as_client(), _own_etcd(look.flags(Component.ETCD))))
+
+
+def _etcd_peer(look: Look, serving: Serving) -> Verdict:
+    """
+    Its peers, itself among them, take the certificate.
+
+    A peer compares the SANs with the address that a client comes from, and ends the connection without a word if
+    they differ; so one that shows its own certificate and then gives no answer has refused ours.
+
+    Raises:
+        HttpsError, RefusedError: One does not, or no peer answers.
+    """
+    client, silent, answered = serving.as_client(), [], []
+    for server in _members(look):
+        try:
+            client.ask([server], "/members")
+            answered.append(server.url)
+        except UnreachableError as e:
+            if _shows_a_certificate(server):
+                raise RefusedError(f"{server.url} ends the connection once it has seen it: {e}") from None
+            silent.append(str(e))
+    if not answered:
+        raise UnreachableError("; ".join(silent))
+    return Verdict("current", "; ".join([f"accepted by {', '.join(answered)}", *silent]))
+
+
+def _members(look: Look) -> list[Server]:
+    """
+    The members of the etcd cluster, by their peers' addresses.
+
+    Raises:
+        HttpsError: etcd does not answer.
+        UnreachableError: It answers something else.
+    """
+    flags = look.flags(Component.ETCD)
+    trust = endpoints.file(flags, "--trusted-ca-file") or look.anchor(ETCD_CA)
+    client = Client.of(endpoints.wanted_file(flags, "--cert-file"), endpoints.wanted_file(flags, "--key-file"), trust)
+    answers = client.ask(_own_etcd(flags), "/v3/cluster/member/list", method="POST", body=b"{}")
+    answer = next(iter(answers.values()))
+    try:
+        urls = [url for member in json.loads(answer.body)["members"] for url in member["peerURLs"]]
+    except (ValueError, LookupError, TypeError):
+        raise UnreachableError(f"wanted etcd's members, found HTTP {answer.status}: {words(answer)}") from None
+    return [Server(url.rstrip("/")) for url in urls if url.startswith("https://")]
+
+
+def _shows_a_certificate(server: Server) -> bool:
+    try:
+        https.served(*server.place, timeout_seconds=TIMEOUT_SECONDS)
+    except HttpsError:
+        return False
+    return True
+
+
+# --- the API server --------------------------------------------------------------------------------------------------
+
+
+def _apiserver(look: Look) -> Iterator[Check]:
+    flags = look.flags(Component.APISERVER)
+    if "--tls-cert-file" in flags:
+        serving = Serving(
+            component=Component.APISERVER,
+            certificate="apiserver",
+            file=endpoints.wanted_file(flags, "--tls-cert-file"),
+            key_file=endpoints.wanted_file(flags, "--tls-private-key-file"),
+            trust_file=look.anchor(CA) if endpoints.name(flags) else None,
+            name=endpoints.name(flags),
+        )
+        for place in endpoints.bound(Component.APISERVER, flags):
+            yield serving.at(place, look.now)
+    for name, key_flag, trust_flag, what, ask in (
+        ("apiserver-etcd-client", "--etcd-keyfile", "--etcd-cafile", "is accepted by etcd", _ask_etcd),
+        ("apiserver-kubelet-client", "--kubelet-client-key", "--kubelet-certificate-authority",
+         "is accepted by the kubelet", _ask_kubelet),
+        ("front-proxy-client", "--proxy-client-key-file", "", "is accepted as a front proxy", _ask_as_front_proxy),
+    ):  # fmt: skip
+        certificate = endpoints.file(flags, SPECS[name].flags[0])
+        if certificate is not None:
+            pair = (certificate, endpoints.wanted_file(flags, key_flag), endpoints.file(flags, trust_flag))
+            judge = functools.partial(_apiserver_as_client, look, *pair, ask)
+            yield Check(component=Component.APISERVER, certificate=name, what=what, judge=judge)
+
+
+def _apiserver_as_client(
+    look: Look, certificate: Path, key: Path, trust: Path | None, ask: Callable[[Look, Client], str]
+) -> Verdict:
+    by = ask(look, Client.of(certificate, key, trust))
+    verdict = _read_at_connections(look, Component.APISERVER, certificate)
+    return Verdict(verdict.state, f"{by}; {verdict.detail}")
+
+
+def _api(look: Look, name: str | None = None) -> list[Server]:
+    """The API server of this node; none without its manifest."""
+    flags = look.flags(Component.APISERVER)
+    places = endpoints.bound(Component.APISERVER, flags) if flags else []
+    return [Server(f"https://{place}", name or endpoints.name(flags)) for place in places[-1:]]
+
+
+def _ask_etcd(look: Look, client: Client) -> str:
+    """The servers that it has, or the etcd of this node where those don't speak HTTP."""
+    etcd, urls = look.flags(Component.ETCD), endpoints.urls(look.flags(Component.APISERVER), "--etcd-servers")
+    return _linearizable_read(
+        client, _own_etcd(etcd) if endpoints.ETCD_HTTP_ONLY in etcd else [Server(url) for url in urls]
+    )
+
+
+def _ask_kubelet(look: Look, client: Client) -> str:
+    """
+    For a line of a log, as `kubectl logs` does; that there is no such pod is an answer, too.
+
+    A kubelet that has allowed it to this certificate goes on to do so for five minutes (its `cacheAuthorizedTTL`).
+    """
+    server = Server(f"https://{_kubelet_place(look)}")
+    path = f"/containerLogs/kube-system/kube-apiserver-{look.settings.node.node_name}/kube-apiserver?tailLines=1"
+    return accepted(client.ask([server], path))
+
+
+def _kubelet_place(look: Look) -> Place:
+    """
+    By the kubelet's configuration, without which it has its defaults.
+
+    Raises:
+        UnreadableError, ValueError: The configuration can't be read.
+    """
+    data = safe_read.read(look.machine.kubelet_config)
+    root = None if data is None else document(split_bom(data)[1])
+    found = {key: "" if root is None or (node := root.get(key)) is None else node.text() for key in ("address", "port")}
+    own = look.flags(Component.APISERVER).get("--advertise-address", "127.0.0.1")
+    return Place(
+        own if endpoints.is_any(found["address"]) else found["address"],
+        int(found["port"] or endpoints.PORTS[Component.KUBELET]),
+    )
+
+
+def _ask_as_front_proxy(look: Look, client: Client) -> str:
+    """
+    For somebody, with the headers of an aggregated API's server; and see for whom the API server takes us.
+
+    It names that user in its review (from 1.28 on) as well as in a refusal of one.
+    """
+    flags = look.flags(Component.APISERVER)
+    trust = look.anchor(CA)
+    known = dataclasses.replace(client, trust_pem=None if trust is None else contents(trust))
+    user = flags.get("--requestheader-username-headers", "X-Remote-User").split(",")[0]
+    review = {"apiVersion": "authentication.k8s.io/v1", "kind": "SelfSubjectReview"}
+    path, body = "/apis/authentication.k8s.io/v1/selfsubjectreviews", json.dumps(review).encode()
+    answers = known.ask(_api(look), path, method="POST", body=body, headers={user: _SOMEBODY})
+    ((url, answer),) = answers.items()
+    if answer.status == HTTPStatus.UNAUTHORIZED or _SOMEBODY.encode() not in answer.body:
+        raise RefusedError(f"{url} does not take it for a front proxy: HTTP {answer.status}: {words(answer)}")
+    return f"accepted by {url}"
+
+
+# --- those that read a kubeconfig ------------------------------------------------------------------------------------
+
+
+def _controller(look: Look, component: Component) -> Iterator[Check]:
+    """The controller manager or the scheduler."""
+    flags = look.flags(component)
+    file = endpoints.file(flags, "--tls-cert-file")
+    for place in endpoints.bound(component, flags) if flags else ():
+        if file is None:
+            judge = functools.partial(_self_made, place)
+            yield Check(component=component, certificate="(its own)", what=f"serves {place}", judge=judge)
+        else:
+            key = endpoints.wanted_file(flags, "--tls-private-key-file")
+            serving = Serving(component=component, certificate=str(file), file=file, key_file=key)
+            yield serving.at(place, look.now)
+    if flags:
+        yield from _kubeconfig(look, name := f"{component.value.removeprefix('kube-')}.conf")
+        for path in _read_at_start(look, name, flags):
+            judge = functools.partial(_read_once, look, component, path)
+            yield Check(component=component, certificate=name, what=f"has read {path}", judge=judge)
+
+
+def _read_at_start(look: Look, name: str, flags: Flags) -> list[Path]:
+    """The kubeconfigs, and the certificate file if one refers to it; usually they are the same one."""
+    item = look.item(name)
+    named = [endpoints.file(flags, flag) for flag in SPECS[name].flags]
+    referred = None if item is None or item.embedded else item.certificate_path
+    return list(dict.fromkeys(path for path in (*named, referred) if path is not None))
+
+
+def _self_made(place: Place) -> Verdict:
+    shown = https.served(*place, timeout_seconds=TIMEOUT_SECONDS)
+    return Verdict("not-ours", f"made by the program at its start, serial {serial_hex(shown)}: no --tls-cert-file")
+
+
+def _kubelet(look: Look) -> Iterator[Check]:
+    item = look.item("kubelet.conf")
+    if item is None:
+        return
+    yield from _kubeconfig(look, item.spec.name)
+    what, name = f"has read {item.certificate_path}", item.spec.name
+    judge = functools.partial(_kubelet_pair, look, item)
+    yield Check(component=Component.KUBELET, certificate=name, what=what, judge=judge)
+
+
+def _kubelet_pair(look: Look, item: Item) -> Verdict:
+    """
+    What a kubelet uses: its own copy if there is one, else kubelet.conf.
+
+    With `rotateCertificates` it copies the pair of kubelet.conf at its first start, and never looks there again; what
+    it wrote later than kubelet.conf has come from a signer in the cluster.
+    """
+    if not item.managed:
+        return Verdict("not-ours", f"{item.certificate_path} is rotated by the kubelet itself")
+    ours, copy = item.certificates[0], look.machine.kubelet_copy
+    if safe_read.read(copy) is not None and (used := leaf(copy)) != ours:
+        if is_rotated(copy, used, item.certificate_path, ours):
+            return Verdict("not-ours", f"uses {copy}, which is younger, and rotated by the kubelet itself")
+        detail = f"uses its copy {copy}, serial {serial_hex(used)}; {item.certificate_path} has {serial_hex(ours)}"
+        return Verdict("stale", f"{detail}: the copy must go before the restart")
+    return _read_once(look, Component.KUBELET, item.certificate_path)
+
+
+def is_rotated(copy: Path, used: x509.Certificate, kubelet_conf: Path, ours: x509.Certificate) -> bool:
+    """Whether a kubelet's copy is younger than kubelet.conf and what that embeds, and so from a signer in the cluster."""
+    is_later = copy.stat().st_mtime > kubelet_conf.stat().st_ctime
+    return is_later and used.not_valid_before_utc > ours.not_valid_before_utc
+
+
+def _kubeconfig(look: Look, name: str) -> Iterator[Check]:
+    """A kubeconfig's client certificate, asked for what its owner can't do without."""
+    item = look.item(name)
+    if item is not None and look.flags(Component.APISERVER):
+        judge = functools.partial(_ask_api, look, item)
+        what = "is accepted by the API server"
+        yield Check(component=item.spec.component, certificate=name, what=what, judge=judge)
+
+
+def _ask_api(look: Look, item: Item) -> Verdict:
+    """
+    Ask this node's API server; its certificate has to be good for the name that the kubeconfig has for its server.
+
+    Raises:
+        HttpsError, RefusedError: Not accepted, or no answer.
+    """
+    path = look.settings.node.kubeconfig_dir / item.spec.base
+    data = contents(path)
+    parsed = kubeconfig.parse(data)
+    name = parsed.tls_server_name or urlsplit(parsed.server).hostname
+    client = Client(
+        certificate_pem=parsed.certificate_data or contents(item.certificate_path),
+        key_pem=kubeconfig.key_data(data) or contents(path.parent / (parsed.key_file or "")),
+        trust_pem=parsed.ca_data or contents(path.parent / parsed.ca_file if parsed.ca_file else item.anchor_path),
+    )
+    end = first(path, client.certificate_pem).not_valid_after_utc
+    by = [accepted(client.ask(_api(look, name), need)) for need in _needs(look, item)]
+    return Verdict("current", f"{by[0]}, until {ages.text(end)}")
+
+
+def _needs(look: Look, item: Item) -> list[str]:
+    """What the owner of a kubeconfig reads all the time: its lease, and what it works on; the two come by two roles."""
+    component = item.spec.component
+    if component is None:
+        return ["/api/v1/namespaces/kube-system"]
+    if component is Component.KUBELET:
+        user = dict(attributes(item.certificates[0].subject)).get(NameOID.COMMON_NAME.dotted_string, "")
+        node = user.removeprefix("system:node:")
+        return [_lease("kube-node-lease", node), f"/api/v1/nodes/{quote(node)}"]
+    flags = look.flags(component)
+    namespace = flags.get("--leader-elect-resource-namespace", "kube-system")
+    return [_lease(namespace, flags.get("--leader-elect-resource-name", component.value)), "/api/v1/nodes?limit=1"]
+
+
+def _lease(namespace: str, name: str) -> str:
+    return f"/apis/coordination.k8s.io/v1/namespaces/{quote(namespace)}/leases/{quote(name)}"
+
+
+# --- people ----------------------------------------------------------------------------------------------------------
+
+
+def _people(look: Look) -> Iterator[Check]:
+    """Certificates that no component uses."""
+    item, servers = look.item("etcd-healthcheck-client"), _own_etcd(look.flags(Component.ETCD))
+    if item is not None and item.key_path is not None and servers:
+        judge = functools.partial(_asks_etcd, item.certificate_path, item.key_path, item.anchor_path, servers)
+        yield Check(component=None, certificate=item.spec.name, what="is accepted by etcd", judge=judge)
+    for name in ("admin.conf", "super-admin.conf"):
+        yield from _kubeconfig(look, name)
+
+
+def _asks_etcd(certificate: Path, key: Path, trust: Path, servers: Sequence[Server]) -> Verdict:
+    return Verdict("current", _linearizable_read(Client.of(certificate, key, trust), servers))

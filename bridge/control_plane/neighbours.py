@@ -1,0 +1,552 @@
+"""
+The other control-plane nodes, as far as this one can see them: their etcd members and their API servers.
+
+A restart on this node must not take a second one down. What is not well on this node itself is no obstacle: a node
+whose API server is down because its certificate expired must be able to be repaired; nor is an API that can't be asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from http import HTTPStatus
+from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
+
+from bridge.control_plane import kube_api, lease
+from bridge.control_plane.kube_api import Api, Client, NoAnswerError, Server
+from bridge.errors import PostponedError
+from bridge.node import endpoints
+from bridge.node.inventory import Node
+from bridge.pki.durations import duration_text
+from bridge.settings.tables import ClusterSettings, Settings
+from bridge.specs import Component
+from bridge.system import https, safe_read
+from bridge.system.safe_read import UnreadableError
+
+State = Literal["healthy", "unhealthy", "unknown"]
+
+_LOOK_SECONDS = 2.0
+#: etcd's take a second or two; on a slow disk they fail, and are held again.
+_ELECTION_SECONDS = 15.0
+
+#: Each is signed by etcd's CA and good for a client; the first is there for this.
+_ETCD_CLIENTS = ("etcd-healthcheck-client", "apiserver-etcd-client", "etcd-server")
+
+_CONTROL_PLANE_NODES = "/api/v1/nodes?labelSelector=node-role.kubernetes.io/control-plane"
+_ENDPOINTS = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices?labelSelector=kubernetes.io%2Fservice-name%3Dkubernetes"
+
+# Not by the alarm request, which is a proposal to the whole cluster; a member tells those that it knows of.
+_ALARM = re.compile(r"memberID:(\d+)\s+alarm:(\w+)")
+# Alarms are told apart from a member that does not work.
+_HEALTH = "/health?exclude=NOSPACE&exclude=CORRUPT"
+
+
+class NeighbourError(PostponedError):
+    """A restart would take a second control-plane node down."""
+
+    hint = 'run again when they are well; `neighbours = "ignore"` in [cluster] restarts all the same'
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instance:
+    """An etcd member or an API server."""
+
+    component: Component  #: ETCD or APISERVER.
+    name: str  #: Its node's, or else its address.
+    url: str  #: Empty when it has not told any.
+    own: bool  #: On this node.
+    state: State
+    reason: str = ""  #: Of a state that is not healthy.
+    voter: bool = True  #: Counts for etcd's quorum.
+    answers: bool = True  #: False: nothing comes from it.
+
+    def __str__(self) -> str:
+        return f"{self.component.value} of {self.name} ({self.url or 'no address yet'}): {self.reason or self.state}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Neighbours:
+    """What could be seen."""
+
+    instances: tuple[Instance, ...]  #: Those of this node among them.
+    alarms: tuple[str, ...] = ()  #: Of etcd, whoever raised them.
+    unseen: Mapping[Component, str]  #: ETCD, APISERVER: why it is not known who the others are.
+
+    @property
+    def others(self) -> list[Instance]:
+        """Those of other nodes."""
+        return [one for one in self.instances if not one.own]
+
+    def own_is_down(self, component: Component) -> bool:
+        """
+        Whether this node's gives no answer, or is an etcd member without a quorum, so that a restart takes nothing away.
+
+        It may be so for a moment: see `_after_an_election`.
+        """
+        return any(
+            one.own
+            and one.component is component
+            and (not one.answers or (component is Component.ETCD and one.state == "unhealthy"))
+            for one in self.instances
+        )
+
+    @property
+    def quorum_without_own(self) -> bool | None:
+        """Whether etcd has its quorum while this node's member restarts; None: not known."""
+        voters = [one for one in self.instances if one.component is Component.ETCD and one.voter]
+        if Component.ETCD in self.unseen or not voters:
+            return None
+        healthy = sum(not one.own and one.state == "healthy" for one in voters)
+        return healthy > len(voters) // 2
+
+
+def obstacles(neighbours: Neighbours, component: Component) -> list[str]:
+    """
+    What speaks against a restart of a component that works; pure.
+
+    An etcd cluster of one or two members loses its quorum at every restart: that alone is no obstacle, since waiting
+    does not help. The kubelet may always be restarted: pods go on without it.
+    """
+    if component is Component.KUBELET:
+        return []
+    found = [*(str(one) for one in neighbours.others if one.state == "unhealthy"), *neighbours.alarms]
+    if component is Component.ETCD:
+        found += [str(one) for one in neighbours.others if one.component is component and one.state == "unknown"]
+        if component in neighbours.unseen:
+            found.append(f"etcd's other members are not known: {neighbours.unseen[component]}")
+    return found
+
+
+def not_seen(neighbours: Neighbours, component: Component) -> list[str]:
+    """What could not be looked at and holds nothing up, for the operator; pure."""
+    quiet = {Component.ETCD} if component is Component.ETCD else set()  # an obstacle then
+    found = [str(one) for one in neighbours.others if one.state == "unknown" and one.component not in quiet]
+    return found + [
+        f"{kind.value} of other nodes: {reason}" for kind, reason in neighbours.unseen.items() if kind not in quiet
+    ]
+
+
+def assert_may_restart(component: Component, node: Node, settings: Settings, *, note: Callable[[str], None]) -> None:
+    """
+    Look at the other control-plane nodes, and wait for them as the settings say.
+
+    Args:
+        component: What is to be restarted.
+        node: As it was when all manifests were in place.
+        settings: `[cluster]`, and where files are.
+        note: Is told, in a sentence, what the operator should know.
+
+    Raises:
+        NeighbourError: One of them is not well.
+    """
+    rules = settings.cluster
+    if rules.neighbours == "ignore" or component is Component.KUBELET:
+        return
+    neighbours, found = _after_waiting(component, node, settings, note)
+    for text in not_seen(neighbours, component):
+        note(f"could not be looked at: {text}")
+    if found and neighbours.own_is_down(component):
+        note(f"{component.value} is down on this node, and is restarted in spite of {'; '.join(found)}")
+    elif found:
+        raise NeighbourError(_refusal(component, neighbours, found, rules))
+
+
+def _after_waiting(
+    component: Component, node: Node, settings: Settings, note: Callable[[str], None]
+) -> tuple[Neighbours, list[str]]:
+    """Until nothing speaks against it or the time is over; one that is down on this node waits for nobody."""
+    rules = settings.cluster
+    wait = rules.neighbour_wait.total_seconds() if rules.neighbours == "wait" else 0.0
+    end, told = time.monotonic() + wait, False
+    while True:
+        neighbours = look(node, settings)
+        found = obstacles(neighbours, component)
+        if found and neighbours.own_is_down(component):
+            neighbours, found = _after_an_election(component, node, settings)
+        if not found or neighbours.own_is_down(component) or time.monotonic() >= end:
+            return neighbours, found
+        if not told:
+            note(f"{component.value}: waiting up to {duration_text(rules.neighbour_wait)} for {'; '.join(found)}")
+            told = True
+        time.sleep(_LOOK_SECONDS)
+
+
+def _after_an_election(component: Component, node: Node, settings: Settings) -> tuple[Neighbours, list[str]]:
+    """
+    Look again until this node's is well, or has been down for as long as etcd may need for a new leader.
+
+    A member whose leader has just died has no answer, or none that is good, and is needed all the more.
+    """
+    end = time.monotonic() + _ELECTION_SECONDS
+    while True:
+        time.sleep(_LOOK_SECONDS)
+        neighbours = look(node, settings)
+        found = obstacles(neighbours, component)
+        if not found or not neighbours.own_is_down(component) or time.monotonic() >= end:
+            return neighbours, found
+
+
+def _refusal(component: Component, neighbours: Neighbours, found: Sequence[str], rules: ClusterSettings) -> str:
+    waited = f" within {duration_text(rules.neighbour_wait)}" if rules.neighbours == "wait" else ""
+    loses = component is Component.ETCD and neighbours.quorum_without_own is False
+    quorum = "; etcd would be without its quorum" if loses else ""
+    return (
+        f"{component.value}: wanted all other control-plane nodes well before its restart{waited}, "
+        f"found {'; '.join(found)}{quorum}"
+    )
+
+
+@contextlib.contextmanager
+def turn(
+    node: Node, settings: Settings, run_id: str, *, note: Callable[[str], None]
+) -> Iterator[Callable[[Component], None]]:
+    """
+    Have this node's turn among the control-plane nodes while the block runs.
+
+    Args:
+        node: As it was when all manifests were in place.
+        settings: `[cluster]`, and where files are.
+        run_id: This run's.
+        note: Is told, in a sentence, what the operator should know.
+
+    Returns:
+        To be called with a component before each restart. It raises LeaseHeldError when another node has got the
+        turn, and NeighbourError as `assert_may_restart` does.
+
+    Raises:
+        LeaseHeldError: It is another node's turn.
+    """
+    rules = settings.cluster
+    if not rules.lease:
+        yield lambda component: assert_may_restart(component, node, settings, note=note)
+        return
+    api = connect(node, settings)
+    with contextlib.suppress(NoAnswerError):  # the lease says so
+        api.add([Server(url) for _, url in _api_servers(api, node)])
+    # No two nodes share an API server, but hosts may share a name, and then settings that were copied.
+    place = urlsplit(kube_api.local_url(node) or "").netloc
+    holder = f"{settings.node.node_name}_{place}_{run_id}"
+    with lease.hold(
+        api, rules.lease_name, holder, duration=rules.lease_duration, wait=rules.lease_wait, note=note
+    ) as held:
+
+        def may_restart(component: Component) -> None:
+            held.assert_held()
+            assert_may_restart(component, node, settings, note=note)
+
+        yield may_restart
+
+
+def look(node: Node, settings: Settings) -> Neighbours:
+    """
+    Look at the control plane from this node; never fails because of what it finds.
+
+    Args:
+        node: As it was when all manifests were in place.
+        settings: Where files are, and the node's name.
+    """
+    etcd = _look_at_etcd(node) if node.local_etcd and Component.ETCD in node.manifests else _Seen()
+    api = kube_api.connect(node, settings.node.kubeconfig_dir)
+    api.add([Server(url) for url in _beside_etcd(etcd.instances, node)])
+    servers = _look_at_api(api, node, settings.node.node_name)
+    return Neighbours(
+        instances=(*etcd.instances, *servers.instances),
+        alarms=etcd.alarms,
+        unseen={
+            kind: seen.trouble
+            for kind, seen in ((Component.ETCD, etcd), (Component.APISERVER, servers))
+            if seen.trouble
+        },
+    )
+
+
+def connect(node: Node, settings: Settings) -> Api:
+    """
+    The cluster's API: this node's server, admin.conf's, and those beside etcd's members.
+
+    Args:
+        node: As it was when all manifests were in place.
+        settings: Where files are.
+    """
+    api = kube_api.connect(node, settings.node.kubeconfig_dir)
+    if node.local_etcd and Component.ETCD in node.manifests:
+        api.add([Server(url) for url in _beside_etcd(_look_at_etcd(node).instances, node)])
+    return api
+
+
+def _beside_etcd(members: Iterable[Instance], node: Node) -> list[str]:
+    """Where kubeadm has an API server for each member."""
+    hosts = [urlsplit(member.url).hostname for member in members if not member.own]
+    return [kube_api.url_of(host, kube_api.port(node)) for host in hosts if host]
+
+
+class _Seen(NamedTuple):
+    """What could be seen of one kind."""
+
+    instances: tuple[Instance, ...] = ()
+    alarms: tuple[str, ...] = ()
+    trouble: str = ""  #: Why the others are not known.
+
+
+# --- etcd ------------------------------------------------------------------------------------------------------------
+
+
+class _Etcd:
+    """A client of etcd's JSON gateway."""
+
+    def __init__(self, node: Node) -> None:
+        self._clients: list[Client] = []
+        self._troubles: list[str] = []
+        for item in node.items:
+            if item.spec.name in _ETCD_CLIENTS and item.key_path is not None:
+                try:
+                    pems = [_needed(path) for path in (item.anchor_path, item.certificate_path, item.key_path)]
+                except UnreadableError as e:
+                    self._troubles.append(f"{item.spec.name}: {e}")
+                    continue
+                anchor, certificate, key = pems
+                client = Client(name=item.spec.name, trust_pem=anchor, certificate_pem=certificate, key_pem=key)
+                self._clients.append(client)
+        self._clients.sort(key=lambda client: _ETCD_CLIENTS.index(client.name))
+
+    def ask(self, url: str, path: str, body: bytes | None = None) -> https.Answer:
+        """
+        As the first of our clients that it takes.
+
+        Raises:
+            HttpsError: No answer.
+        """
+        refused: https.HttpsError = https.ClientRefusedError("; ".join(self._troubles) or "no certificate for etcd")
+        for client in self._clients:
+            try:
+                return kube_api.ask(Server(url), client, path, method="GET" if body is None else "POST", body=body)
+            except https.ClientRefusedError as e:
+                refused = https.ClientRefusedError(f"{client.name}: {e}")
+        raise refused
+
+    def call(self, url: str, path: str) -> dict[str, Any]:
+        """
+        The answer to a request without parameters.
+
+        Raises:
+            HttpsError: None.
+        """
+        answer = self.ask(url, path, b"{}")
+        if answer.status != HTTPStatus.OK:
+            raise https.UnreachableError(f"wanted an answer of {path}, found HTTP {answer.status}")
+        return kube_api.document(answer.body)
+
+
+def _needed(path: Any) -> bytes:
+    data = safe_read.read(path)
+    if data is None:
+        raise UnreadableError(f"wanted {path}, found nothing there")
+    return data
+
+
+def _look_at_etcd(node: Node) -> _Seen:
+    etcd = _Etcd(node)
+    flags = node.manifests[Component.ETCD].flags
+    own_url = endpoints.etcd_url(flags)
+    own = _member_state(
+        etcd, Instance(component=Component.ETCD, name=flags.get("--name", ""), url=own_url, own=True, state="unknown")
+    )
+    try:
+        listed, own_id, alarms = _members(etcd, flags, own)
+    except https.HttpsError as e:
+        return _Seen(instances=(own,), trouble=str(e))
+    others = [_as_instance(member) for member in listed if not _is_own(member, own_id, flags)]
+    if endpoints.ETCD_HTTP_ONLY in flags:  # then the URLs that members tell are for gRPC alone
+        others = [replace(one, url=one.url and _beside(one.url, own_url)) for one in others]
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        states = list(pool.map(lambda one: _member_state(etcd, one), others))
+    names = {str(member.get("ID")): member.get("name") or member.get("ID") for member in listed}
+    own = replace(own, voter=not any(m.get("isLearner") for m in listed if _is_own(m, own_id, flags)))
+    return _Seen(
+        instances=(own, *states),
+        alarms=tuple(f"etcd of {names.get(who, who)}: alarm {what}" for who, what in alarms),
+    )
+
+
+def _members(
+    etcd: _Etcd, flags: Mapping[str, str], own: Instance
+) -> tuple[list[Mapping[str, Any]], str, list[tuple[str, str]]]:
+    """
+    The list of members, our own member's id ("" when it does not answer), and alarms as (id, alarm).
+
+    Of another member when our own is down: those that the manifest names, which are those that were there when this
+    one joined.
+
+    Raises:
+        HttpsError: Of the last one that was asked.
+    """
+    urls = [own.url, *(_beside(url, own.url) for url in _initial_peers(flags))]
+    for url in dict.fromkeys(urls):
+        try:
+            listed = list(kube_api.items(etcd.call(url, "/v3/cluster/member/list"), "members"))
+            status = etcd.call(url, "/v3/maintenance/status")
+        except https.HttpsError as e:
+            last = type(e)(f"{url}: {e}")
+            continue
+        header = status.get("header")
+        own_id = str(header.get("member_id", "")) if url == own.url and isinstance(header, dict) else ""
+        return listed, own_id, _ALARM.findall(" ".join(map(str, status.get("errors") or [])))
+    raise last
+
+
+def _initial_peers(flags: Mapping[str, str]) -> list[str]:
+    pairs = (pair.partition("=") for pair in flags.get("--initial-cluster", "").split(","))
+    return [url for name, _, url in pairs if url and name != flags.get("--name")]
+
+
+def _beside(url: str, own_url: str) -> str:
+    """Where the member with this URL has the port of ours, if it has the same."""
+    return kube_api.url_of(urlsplit(url).hostname or "", urlsplit(own_url).port or 2379)
+
+
+def _is_own(member: Mapping[str, Any], own_id: str, flags: Mapping[str, str]) -> bool:
+    if own_id:
+        return str(member.get("ID")) == own_id
+    return member.get("name") == flags.get("--name")
+
+
+def _as_instance(member: Mapping[str, Any]) -> Instance:
+    clients, peers = ([str(url) for url in member.get(key) or []] for key in ("clientURLs", "peerURLs"))
+    host = next((urlsplit(url).hostname or "" for url in (*clients, *peers)), "")
+    learner = member.get("isLearner") is True
+    instance = Instance(
+        component=Component.ETCD,
+        name=str(member.get("name") or host),
+        url=clients[0] if clients else "",
+        own=False,
+        state="unknown",
+        voter=not learner,
+    )
+    if not clients:
+        return replace(instance, state="unhealthy", reason="a member that has not started yet")
+    if learner:
+        return replace(instance, state="unhealthy", reason="a learner that has not caught up yet")
+    return instance
+
+
+def _member_state(etcd: _Etcd, member: Instance) -> Instance:
+    """With its state; a member is well when it can read through the quorum."""
+    if member.state != "unknown":
+        return member
+    try:
+        answer = etcd.ask(member.url, _HEALTH)
+    except https.HttpsError as e:
+        return _without_answer(member, e)
+    if answer.status == HTTPStatus.OK:
+        return replace(member, state="healthy")
+    try:
+        reason = str(kube_api.document(answer.body).get("reason") or "")
+    except https.HttpsError:
+        reason = ""
+    return replace(member, state="unhealthy", reason=reason.lower() or f"HTTP {answer.status}")
+
+
+def _without_answer(instance: Instance, error: https.HttpsError) -> Instance:
+    """A server that turns our certificate away may be well."""
+    state: State = "unknown" if isinstance(error, https.ClientRefusedError) else "unhealthy"
+    return replace(instance, state=state, reason=str(error), answers=state == "unknown")
+
+
+# --- API servers -----------------------------------------------------------------------------------------------------
+
+
+def _look_at_api(api: Api, node: Node, node_name: str) -> _Seen:
+    own_url = kube_api.local_url(node)
+    instances = []
+    if own_url is not None:
+        instances.append(_api_server(node_name, own_url, own=True))
+    trouble = ""
+    try:
+        found = _api_servers(api, node)
+    except NoAnswerError as e:
+        trouble = str(e)
+    else:
+        instances += [_api_server(name, url, own=False) for name, url in found if name != node_name and url != own_url]
+    if not api.clients:
+        return _Seen(trouble=trouble)
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        return _Seen(instances=tuple(pool.map(lambda one: _ready(api, one), instances)), trouble=trouble)
+
+
+def _api_server(name: str, url: str, *, own: bool) -> Instance:
+    return Instance(component=Component.APISERVER, name=name, url=url, own=own, state="unknown")
+
+
+def _api_servers(api: Api, node: Node) -> list[tuple[str, str]]:
+    """
+    The names and URLs of the cluster's API servers, this node's among them.
+
+    An API server that is down is no endpoint any more; so each control-plane node should have one.
+
+    Raises:
+        NoAnswerError: Nobody to ask.
+    """
+    nodes = _asked(api, _CONTROL_PLANE_NODES)
+    # Not before 1.21, where nodes must do.
+    slices = _asked(api, _ENDPOINTS, missing=True)
+    endpoints = {
+        address: str(one.get("port"))
+        for piece in kube_api.items(slices, "items")
+        for one in kube_api.items(piece, "ports")
+        for endpoint in kube_api.items(piece, "endpoints")
+        for address in endpoint.get("addresses") or []
+    }
+    found = []
+    for one in kube_api.items(nodes, "items"):
+        name, addresses = _name_and_addresses(one)
+        here = [address for address in addresses if address in endpoints] or addresses[:1]
+        found += [(name, kube_api.url_of(address, endpoints.pop(address, kube_api.port(node)))) for address in here]
+    return found + [(address, kube_api.url_of(address, port)) for address, port in endpoints.items()]
+
+
+def _asked(api: Api, path: str, *, missing: bool = False) -> Mapping[str, Any]:
+    reply = api.ask("GET", path)
+    if missing and reply.status == HTTPStatus.NOT_FOUND:
+        return {}
+    if reply.status != HTTPStatus.OK:
+        raise NoAnswerError(f"wanted {path.partition('?')[0]}, found HTTP {reply.status}")
+    return reply.document
+
+
+def _name_and_addresses(node: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """A Node object's, its internal addresses first."""
+    metadata = node.get("metadata")
+    addresses = sorted(kube_api.items(node, "status", "addresses"), key=lambda one: one.get("type") != "InternalIP")
+    return str(metadata.get("name") if isinstance(metadata, dict) else ""), [
+        str(one.get("address")) for one in addresses if one.get("type") != "Hostname"
+    ]
+
+
+def _ready(api: Api, instance: Instance) -> Instance:
+    """With its state: its own word at /readyz."""
+    refused = instance
+    for client in api.clients:
+        try:
+            answer = kube_api.ask(Server(instance.url), client, "/readyz")
+        except https.ClientRefusedError as e:
+            refused = _without_answer(instance, e)
+            continue
+        except https.HttpsError as e:
+            return _without_answer(instance, e)
+        if answer.status == HTTPStatus.OK:
+            return replace(instance, state="healthy")
+        if answer.status not in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
+            return replace(instance, state="unhealthy", reason=_not_ready(answer))
+        refused = replace(instance, reason=f"it turns {client.name} away (HTTP {answer.status})")
+    return refused
+
+
+def _not_ready(answer: https.Answer) -> str:
+    """The checks that failed, as in `[-]etcd failed: reason withheld`."""
+    failed = re.findall(r"^\[-\](\S+)", answer.body.decode(errors="replace"), re.MULTILINE)
+    return f"not ready: {', '.join(failed)}" if failed else f"HTTP {answer.status}"

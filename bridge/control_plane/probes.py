@@ -1,0 +1,237 @@
+"""
+Looking at a server from outside: the certificate that it shows, and whether it takes those of its clients.
+
+A check judges by itself; what stands in its way is a verdict, too.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from cryptography import x509
+
+from bridge.errors import BridgeError
+from bridge.node import ages
+from bridge.node.ages import contents
+from bridge.node.endpoints import Place, Server
+from bridge.pki.certificates import load_pem_certificates, serial_hex
+from bridge.specs import Component
+from bridge.system import https
+from bridge.system.https import ClientRefusedError, HttpsError, UnreachableError, UntrustedError
+from bridge.system.safe_read import UnreadableError
+
+#: For each request; a component that is well answers within milliseconds.
+TIMEOUT_SECONDS = 5
+
+#: next-connection: right, and in use from the component's next connection on. not-ours: nothing that we renew.
+#: unknown: it could not be looked at.
+State = Literal["current", "next-connection", "not-ours", "stale", "refused", "no-answer", "unknown"]
+
+_MOST_WORDS = 300
+
+
+# --- one check -------------------------------------------------------------------------------------------------------
+
+
+class Verdict(NamedTuple):
+    """What a check has found."""
+
+    state: State
+    detail: str
+
+
+class RefusedError(BridgeError):
+    """Somebody does not take a certificate."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """A finding, but for its result."""
+
+    component: Component | None
+    certificate: str
+    what: str
+    judge: Callable[[], Verdict]  #: May raise what `run` knows.
+
+    def run(self) -> Verdict:
+        """Judge; whatever stands in the way is a verdict, too."""
+        try:
+            return self.judge()
+        except (RefusedError, UntrustedError, ClientRefusedError) as e:
+            return Verdict("refused", str(e))
+        except HttpsError as e:
+            return Verdict("no-answer", str(e))
+        except (BridgeError, UnreadableError, ValueError) as e:  # a file that is there and can't be used
+            return Verdict("unknown", str(e))
+        except OSError as e:
+            return Verdict("unknown", f"{e.filename}: {e.strerror}")
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def leaf(path: Path) -> x509.Certificate:
+    """
+    The first certificate of a file or kubeconfig.
+
+    Raises:
+        UnreadableError, ValueError: As `contents`; also when there is none.
+    """
+    return first(path, contents(path))
+
+
+def first(path: Path, data: bytes) -> x509.Certificate:
+    """
+    As `leaf`, of what was read already.
+
+    Raises:
+        ValueError: There is none.
+    """
+    try:
+        return load_pem_certificates(data)[0]
+    except ValueError as e:
+        raise ValueError(f"{path}: wanted a certificate, found {e}") from None
+
+
+def _outside_dates(certificate: x509.Certificate, now: datetime) -> str:
+    """Why it is not valid now; empty: it is."""
+    if now > certificate.not_valid_after_utc:
+        return f"expired at {ages.text(certificate.not_valid_after_utc)}"
+    if now < certificate.not_valid_before_utc:
+        return f"not valid before {ages.text(certificate.not_valid_before_utc)}"
+    return ""
+
+
+# --- what is served --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """A certificate that a component shows at some places."""
+
+    component: Component
+    certificate: str
+    file: Path
+    key_file: Path
+    trust_file: Path | None = None  #: Whom its clients trust; None: not known here.
+    name: str | None = None  #: By which clients know it; None: by the address.
+    mutual: bool = False  #: The server wants client certificates, and this one is one, too.
+
+    def at(self, place: Place, now: datetime) -> Check:
+        """What is shown at one of them."""
+        return Check(
+            component=self.component,
+            certificate=self.certificate,
+            what=f"serves {place}",
+            judge=functools.partial(self._judge, place, now),
+        )
+
+    def as_client(self) -> Client:
+        """The same pair in a client's hand."""
+        return Client.of(self.file, self.key_file, self.trust_file)
+
+    def _judge(self, place: Place, now: datetime) -> Verdict:
+        pem, key = contents(self.file), contents(self.key_file)
+        ours = first(self.file, pem)
+        try:
+            https.context(None, pem, key)
+        except ClientRefusedError as e:  # a component goes on with the old pair, and would not survive a restart
+            raise RefusedError(f"{self.file}, {self.key_file}: {e}") from None
+        pair: dict[str, Any] = {"certificate_pem": pem, "key_pem": key} if self.mutual else {}
+        shown = https.served(*place, **pair, timeout_seconds=TIMEOUT_SECONDS)
+        if shown != ours:
+            return Verdict("stale", f"shows serial {serial_hex(shown)}, {self.file} has {serial_hex(ours)}")
+        if reason := _outside_dates(ours, now):
+            return Verdict("refused", f"serial {serial_hex(ours)}: {reason}")
+        if self.trust_file is not None:
+            trust, name = contents(self.trust_file), self.name or place.host
+            https.served(*place, trust_pem=trust, server_name=name, **pair, timeout_seconds=TIMEOUT_SECONDS)
+        return Verdict("current", f"serial {serial_hex(ours)}, until {ages.text(ours.not_valid_after_utc)}")
+
+
+# --- clients ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Client:
+    """A pair, and whom its owner trusts."""
+
+    certificate_pem: bytes
+    key_pem: bytes = field(repr=False)
+    trust_pem: bytes | None  #: None: anybody, as an API server does with kubelets.
+
+    @classmethod
+    def of(cls, certificate: Path, key: Path, trust: Path | None) -> Client:
+        """From files."""
+        return cls(
+            certificate_pem=contents(certificate),
+            key_pem=contents(key),
+            trust_pem=None if trust is None else contents(trust),
+        )
+
+    def ask(self, servers: Sequence[Server], path: str, **request: Any) -> dict[str, https.Answer]:
+        """
+        Ask all of them; by URL the answers of those that have one.
+
+        Raises:
+            HttpsError: One does not take the certificate or shows a wrong one, or none answers.
+        """
+        answers, silent = {}, []
+        for server in servers:
+            try:
+                answers[server.url] = self._ask(server, path, request)
+            except UnreachableError as e:
+                silent.append(str(e))
+        if not answers:
+            raise UnreachableError("; ".join(silent) or "no server is known")
+        return answers
+
+    def _ask(self, server: Server, path: str, request: Mapping[str, Any]) -> https.Answer:
+        try:
+            answer = https.request(
+                f"{server.url}{path}",
+                server_name=server.name,
+                trust_pem=self.trust_pem,
+                certificate_pem=self.certificate_pem,
+                key_pem=self.key_pem,
+                timeout_seconds=TIMEOUT_SECONDS,
+                **request,
+            )
+        except HttpsError as e:
+            raise type(e)(f"{server.url}: {e}") from None
+        if answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR or answer.status == HTTPStatus.TOO_MANY_REQUESTS:
+            raise UnreachableError(f"{server.url}: wanted an answer, found HTTP {answer.status}: {words(answer)}")
+        return answer
+
+
+def words(answer: https.Answer) -> str:
+    """What a server says about its answer: Kubernetes' Status, etcd's error, or text."""
+    text = answer.body[:_MOST_WORDS].decode(errors="replace").strip()
+    try:
+        told = json.loads(answer.body)
+    except (ValueError, RecursionError):
+        return text
+    message = told.get("message") if isinstance(told, dict) else None
+    return message[:_MOST_WORDS] if isinstance(message, str) else text
+
+
+def accepted(answers: Mapping[str, https.Answer]) -> str:
+    """
+    Who has accepted it; that there is no such thing as was asked for is an answer, too.
+
+    Raises:
+        RefusedError: A server does not know the client, or knows it and does not let it do what it is for.
+    """
+    for url, answer in answers.items():
+        if answer.status == HTTPStatus.UNAUTHORIZED:
+            raise RefusedError(f"{url} does not know this client (HTTP 401)")
+        if answer.status == HTTPStatus.FORBIDDEN:
+            raise RefusedError(f"{url} accepts it, but does not allow what it is for: {words(answer)}")
+    return f"accepted by {', '.join(answers)}"

@@ -1,0 +1,186 @@
+"""
+What each component really serves and uses, seen from outside: handshakes, authenticated requests, the process table.
+
+Addresses, ports and paths are those of the static-pod manifests, with a program's own default where a flag is not
+there. Writes nothing, restarts nothing; private keys are read, since who proves that a certificate is accepted needs
+its key, and stay in memory. Each look is a new connection: what a component does with the ones that it has is not
+seen, and is what `next-connection` means.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+import typer
+
+from bridge.control_plane import checks
+from bridge.control_plane.checks import Machine
+from bridge.control_plane.probes import Check, State
+from bridge.control_plane.restart_plan import ORDER
+from bridge.errors import BridgeError, Exit
+from bridge.node import inventory
+from bridge.node.inventory import Node
+from bridge.settings.tables import Settings
+from bridge.specs import Component
+from bridge.system.console import columns, printable
+
+SCHEMA_VERSION = 1
+
+_AT_ONCE = 8
+_PAUSE_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that a component serves, uses or accepts."""
+
+    component: Component | None  #: Whose certificate it is; None: people's.
+    certificate: str  #: kubeadm's name, or the file's where kubeadm has none.
+    what: str
+    state: State
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """All that was found."""
+
+    findings: tuple[Finding, ...]  #: Empty: there was nothing to look at.
+
+    @property
+    def stale(self) -> list[Component]:
+        """What must be restarted, in the order for that."""
+        found = {finding.component for finding in self.findings if finding.state == "stale"}
+        return [component for component in ORDER if component in found]
+
+    @property
+    def wrong(self) -> list[Finding]:
+        """What keeps the exit code from 0."""
+        return [finding for finding in self.findings if finding.state in _CODES]
+
+    @property
+    def exit_code(self) -> int:
+        """7 if one is stale, refused or silent; 1 if nothing, or not everything, could be looked at."""
+        return Exit.worst([_CODES[finding.state] for finding in self.wrong]) if self.findings else Exit.FAILED
+
+    def table(self) -> str:
+        """For people."""
+        rows = [
+            (_label(f.component), printable(f.certificate), printable(f.what), f.state, printable(f.detail))
+            for f in self.findings
+        ]
+        header = ("COMPONENT", "CERTIFICATE", "WHAT", "STATE", "DETAIL")
+        return "".join(f"{line}\n" for line in columns([header, *rows]))
+
+    def as_json(self) -> str:
+        """For programs."""
+        structure = {
+            "schemaVersion": SCHEMA_VERSION,
+            "exitCode": self.exit_code,
+            "stale": [component.value for component in self.stale],
+            "findings": [
+                {
+                    "component": None if finding.component is None else finding.component.value,
+                    "certificate": finding.certificate,
+                    "what": finding.what,
+                    "state": finding.state,
+                    "detail": finding.detail,
+                }
+                for finding in self.findings
+            ],
+        }
+        return json.dumps(structure, indent=4) + "\n"
+
+
+_CODES: Mapping[State, int] = {
+    "stale": Exit.NOT_LIVE,
+    "refused": Exit.NOT_LIVE,
+    "no-answer": Exit.NOT_LIVE,
+    "unknown": Exit.FAILED,
+}
+
+
+def _label(component: Component | None) -> str:
+    return "people" if component is None else component.value
+
+
+def look(node: Node, settings: Settings, now: datetime, machine: Machine | None = None) -> Report:
+    """
+    Look at all that runs on a node; takes as long as its slowest answer.
+
+    What is wrong is a finding, and no error.
+
+    Args:
+        node: Without any static pod there is nothing to look at.
+        settings: Node's name and version.
+        now: Aware, UTC.
+        machine: Other places than the usual ones.
+    """
+    given = checks.Look(node=node, settings=settings, now=now, machine=machine or Machine())
+    made = list(checks.of(given)) if node.manifests else []
+    with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
+        return Report(findings=tuple(pool.map(_finding, made)))
+
+
+def _finding(check: Check) -> Finding:
+    verdict = check.run()
+    return Finding(
+        component=check.component,
+        certificate=check.certificate,
+        what=check.what,
+        state=verdict.state,
+        detail=verdict.detail,
+    )
+
+
+def within(
+    read: Callable[[], Node],
+    settings: Settings,
+    now: Callable[[], datetime],
+    limit: timedelta,
+    machine: Machine | None = None,
+    *,
+    counts: Callable[[Finding], bool] = lambda _: True,
+) -> Report:
+    """
+    Look until nothing that counts is wrong or the time is over; the last look, with what does not count.
+
+    Components take a moment for new files, and longer to answer after their start.
+
+    Args:
+        read: The node as it is now.
+        settings: As in `look`.
+        now: The clock.
+        limit: From now on; one look is made in any case.
+        machine: As in `look`.
+        counts: Of what is wrong, what is worth the wait: not what was so before, say.
+    """
+    deadline = time.monotonic() + limit.total_seconds()
+    while True:
+        found = look(read(), settings, now(), machine)
+        if not any(map(counts, found.wrong)) or time.monotonic() >= deadline:
+            return found
+        time.sleep(_PAUSE_SECONDS)
+
+
+def run(settings: Settings, now: Callable[[], datetime], wait: timedelta, *, as_json: bool) -> int:
+    """
+    The command: look, print, and return the exit code.
+
+    Raises:
+        BridgeError: There is nothing to look at.
+    """
+    node = settings.node
+    found = within(lambda: inventory.read(node.pki_dir, node.kubeconfig_dir), settings, now, wait)
+    if not found.findings:
+        raise BridgeError(
+            f"nothing could be proven: wanted static-pod manifests in {node.kubeconfig_dir / 'manifests'}, found none",
+            hint="run it on a control-plane node; --kubeconfig-dir tells where its manifests are",
+        )
+    typer.echo(found.as_json() if as_json else found.table(), nl=False)
+    return found.exit_code

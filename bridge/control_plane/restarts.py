@@ -1,0 +1,488 @@
+"""
+Restart components one at a time, each only when its neighbours are well.
+
+Which ones, and in which order, is decided in `bridge.control_plane.restart_plan`; whether they run on their new certificates afterwards is
+for `bridge.control_plane.proof` to see.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import typer
+from cryptography import x509
+
+from bridge.control_plane import checks, health, neighbours, proof, restart_plan, static_pods
+from bridge.control_plane.static_pods import Pod, Tell
+from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, SettingsProblem
+from bridge.node import inventory, kubeconfig, manifests, pods
+from bridge.node.inventory import Node
+from bridge.node.kubeconfig import KubeconfigError
+from bridge.pki.certificates import load_pem_certificates
+from bridge.pki.durations import duration_text
+from bridge.settings.tables import Settings
+from bridge.specs import Component
+from bridge.state import audit, session
+from bridge.state.parked_manifest import RestartError
+from bridge.state.store import Store
+from bridge.system import run_command
+from bridge.system.console import columns, log, print_error
+from bridge.system.files import write_atomically
+from bridge.system.safe_read import UnreadableError, read
+
+SCHEMA_VERSION = 1
+
+_POLL_SECONDS = 0.5
+
+
+class NotNowError(PostponedError):
+    """A component is not to be touched now."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restarted:
+    """What became of one component."""
+
+    component: Component
+    seconds: float | None = None  #: Until it was healthy; None: it was not restarted, or is not healthy.
+    error: BridgeError | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """0 when it is back."""
+        return self.error.exit_code if self.error is not None else Exit.DONE
+
+
+def restart_all(
+    components: Sequence[Component],
+    node: Node,
+    settings: Settings,
+    store: Store,
+    *,
+    tell: Tell,
+    record: audit.Record,
+    force: bool = False,
+    going_back: bool = False,
+) -> list[Restarted]:
+    """
+    Restart these, one at a time, by the settings' method.
+
+    The first one that does not come back ends it: with two of them away nothing would be left to compare with.
+
+    Args:
+        components: In any order.
+        node: Read after `static_pods.recover`.
+        settings: `restart.method` is not none.
+        store: Its lock is held.
+        tell: Is told each step.
+        record: Gets a line for each of them.
+        force: Also with an unhealthy neighbour, here or on another node, and shortly after another restart.
+        going_back: The same, but for other nodes: what does not work here is what is to be mended, and must not cost
+            the cluster a second node.
+
+    Returns:
+        One for each of them, in the order in which they were restarted; and one for each other component that was not
+        restarted and is not healthy at the end.
+    """
+    ordered = [component for component in restart_plan.ORDER if component in components]
+    at_once = force or going_back
+    too_soon = [] if at_once else [one for component in ordered if (one := _too_soon(component, settings, store))]
+    ordered = [component for component in ordered if component not in {one.component for one in too_soon}]
+    done: list[Restarted] = []
+    try:
+        if ordered:
+            with _turn(node, settings, record, tell, force=force) as may_restart:
+                for one in _one_by_one(ordered, node, settings, store, tell, may_restart, at_once=at_once):
+                    record.add(audit.RESTARTED, one.component.value, error=one.error)
+                    record.write_or_warn()  # a crash in the next one takes nothing from the record
+                    done.append(one)
+    except BridgeError as e:  # it is not our turn
+        done += [Restarted(component=component, error=e) for component in ordered[len(done) :]]
+    return [*too_soon, *done]
+
+
+def _one_by_one(
+    ordered: Sequence[Component],
+    node: Node,
+    settings: Settings,
+    store: Store,
+    tell: Tell,
+    may_restart: Callable[[Component], None],
+    *,
+    at_once: bool,
+) -> Iterator[Restarted]:
+    for number, component in enumerate(ordered):
+        to_come = ordered[number + 1 :]
+        try:
+            if not at_once:
+                _wait_for_neighbours(component, to_come, node, settings, tell)
+            may_restart(component)
+        except BridgeError as e:
+            one = Restarted(component=component, error=e)
+        else:
+            one = _restart(component, node, settings, store, tell)
+        yield one
+        if one.error is not None:
+            yield from (Restarted(component=left, error=_not_tried(left, one)) for left in to_come)
+            return
+    yield from _harmed(ordered, node, settings)
+
+
+def _turn(
+    node: Node, settings: Settings, record: audit.Record, tell: Tell, *, force: bool
+) -> contextlib.AbstractContextManager[Callable[[Component], None]]:
+    """Forced, a node still waits for its turn, but looks at nobody."""
+    if force:
+        settings = dataclasses.replace(settings, cluster=dataclasses.replace(settings.cluster, neighbours="ignore"))
+    return neighbours.turn(node, settings, record.run_id, note=tell)
+
+
+def _restart(component: Component, node: Node, settings: Settings, store: Store, tell: Tell) -> Restarted:
+    begin = time.monotonic()
+    try:
+        _by_method(component, node, settings, store, tell)
+    except BridgeError as e:
+        return Restarted(component=component, error=e)
+    except OSError as e:
+        place = f"{e.filename}: " if e.filename else ""
+        hint = "mend the file system, then run `ca-bridge recover`"
+        return Restarted(component=component, error=RestartError(f"{place}{e.strerror}", hint=hint))
+    seconds = time.monotonic() - begin
+    tell(f"{component.value}: healthy after {seconds:.1f} s")
+    return Restarted(component=component, seconds=seconds)
+
+
+def _not_tried(component: Component, failed: Restarted) -> BridgeError:
+    kind = NotNowError if isinstance(failed.error, PostponedError) else RestartError
+    hint = f"mend {failed.component.value}, then run `ca-bridge restart`"
+    return kind(f"{component.value}: not restarted, since {failed.component.value} was not", hint=hint)
+
+
+def _harmed(restarted: Sequence[Component], node: Node, settings: Settings) -> list[Restarted]:
+    """The others, which may have lost their leases or connections meanwhile: they get the same time to find back."""
+    rest = [component for component in _present(node) if component not in restarted]
+    found = _wait(lambda: _unhealthy(rest, node, settings), settings.restart.timeout)
+    return [
+        Restarted(component=component, error=RestartError(f"not restarted, and not healthy afterwards: {text}"))
+        for component, text in found.items()
+    ]
+
+
+# --- is this the moment? ---------------------------------------------------------------------------------------------
+
+
+def _too_soon(component: Component, settings: Settings, store: Store) -> Restarted | None:
+    last, interval = _times(store).get(component.value), settings.restart.min_interval
+    now = datetime.now(UTC)
+    if last is None or not last <= now < last + interval:
+        return None
+    error = NotNowError(
+        f"{component.value}: wanted {duration_text(interval)} since its last restart (restart.min_interval), found "
+        f"{int((now - last).total_seconds())} s",
+        hint=f"run again after {last + interval:%H:%M:%S} UTC, or with --force",
+    )
+    return Restarted(component=component, error=error)
+
+
+def restarted_since(store: Store, moment: datetime) -> list[Component]:
+    """The components whose restart was begun then or later, in order."""
+    times = _times(store)
+    return [c for c in restart_plan.ORDER if c.value in times and times[c.value] >= moment]
+
+
+def _times(store: Store) -> dict[str, datetime]:
+    """When each component was restarted; a file that nobody can read says that none was."""
+    try:
+        return {name: datetime.fromisoformat(text) for name, text in json.loads(store.restarted.read_bytes()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _remember(component: Component, store: Store) -> None:
+    """Before it happens: a run that is killed over and over does not restart over and over."""
+    times = {**_times(store), component.value: datetime.now(UTC)}
+    texts = {name: time_.isoformat() for name, time_ in times.items()}
+    write_atomically(store.restarted, json.dumps(texts).encode() + b"\n")
+
+
+def _wait_for_neighbours(
+    component: Component, to_come: Sequence[Component], node: Node, settings: Settings, tell: Tell
+) -> None:
+    """
+    Never take a component away while another one of this node is down, but for those whose own restart is to come.
+
+    Raises:
+        NotNowError: One is not healthy, and did not become so in time.
+    """
+    beside = [other for other in _present(node) if other is not component and other not in to_come]
+    found = _unhealthy(beside, node, settings)
+    if not found:
+        return
+    tell(f"{component.value}: waits for its neighbours: {_sentence(found)}")
+    found = _wait(lambda: _unhealthy(beside, node, settings), settings.restart.timeout)
+    if found:
+        raise NotNowError(
+            f"{component.value}: wanted healthy neighbours before its restart, found {_sentence(found)}",
+            hint="mend them, then run `ca-bridge restart`; --force restarts nevertheless",
+        )
+
+
+def _sentence(found: Mapping[Component, str]) -> str:
+    return "; ".join(f"{component.value}: {text}" for component, text in found.items())
+
+
+def _present(node: Node) -> list[Component]:
+    """Those that run on this node."""
+    return [c for c in restart_plan.ORDER if c in node.manifests or c is Component.KUBELET]
+
+
+def _unhealthy(components: Sequence[Component], node: Node, settings: Settings) -> dict[Component, str]:
+    places = settings.node.pki_dir, settings.node.kubeconfig_dir
+    found = {component: health.trouble(component, node, *places) for component in components}
+    return {component: text for component, text in found.items() if text is not None}
+
+
+# --- the ways --------------------------------------------------------------------------------------------------------
+
+
+def _by_method(component: Component, node: Node, settings: Settings, store: Store, tell: Tell) -> None:
+    """
+    Raises:
+        RestartError, StoppedError: It is not as it should be.
+        OSError: As `static_pods.restart` and `take_copy`.
+    """
+    if settings.restart.method == "none":
+        raise ValueError("wanted a method to restart components with")
+    if component is Component.KUBELET or settings.restart.method == "command":
+        words = _command(component, settings)
+        _remember(component, store)
+        if component is Component.KUBELET:
+            take_copy(settings.node.kubeconfig_dir, restart_plan.KUBELET_COPY, store, tell)
+        _run_command(component, words, settings, tell)
+        _wait_until_healthy(component, node, settings)
+    else:
+        pod = _pod(component, node, settings)
+        _remember(component, store)
+        static_pods.restart(pod, store, settings.restart.timeout, tell)
+
+
+def _pod(component: Component, node: Node, settings: Settings) -> Pod:
+    path = manifests.path_of(component, settings.node.kubeconfig_dir)
+    if component not in node.manifests:
+        hint = "a component that is no static pod has its command in [restart.commands]"
+        raise RestartError(f"{component.value}: wanted its manifest {path}, found none that can be read", hint=hint)
+    instances, settle = pods.instances(component)
+    return Pod(
+        component=component,
+        manifest=path,
+        instances=instances,
+        trouble=lambda: health.trouble(component, node, settings.node.pki_dir, settings.node.kubeconfig_dir),
+        settle=settle,
+        is_needed_by_api=component is Component.ETCD,
+    )
+
+
+def _command(component: Component, settings: Settings) -> list[str]:
+    """
+    The settings', for a kubelet else systemd's.
+
+    Raises:
+        RestartError: Neither.
+    """
+    found = settings.restart.command(component) or (_systemctl() if component is Component.KUBELET else [])
+    if not found:
+        advice = restart_plan.how(component, settings.node.kubeconfig_dir / "manifests")
+        raise RestartError(
+            f"{component.value}: wanted its command in [restart.commands], found none", hint=f"by hand: {advice}"
+        )
+    return found
+
+
+def _wait_until_healthy(component: Component, node: Node, settings: Settings) -> None:
+    """For a component that has no manifest here its command's exit code is all there is."""
+    if component not in _present(node):
+        return
+    found = _wait(lambda: _unhealthy([component], node, settings), settings.restart.timeout)
+    if found:
+        within = duration_text(settings.restart.timeout)
+        raise RestartError(f"{component.value}: wanted it to be healthy within {within}, found: {found[component]}")
+
+
+def _run_command(component: Component, words: Sequence[str], settings: Settings, tell: Tell) -> None:
+    """
+    Run a component's command; its last words are told.
+
+    Raises:
+        RestartError: It failed, or took too long (then it is killed, with its children).
+    """
+    name = component.value
+    tell(f"{name}: runs {words[0]}")
+    output = run_command.Output(lambda line: tell(f"{name}: {line}"))
+    ended = run_command.run(words, {"CA_BRIDGE_COMPONENT": name}, settings.restart.timeout, output)
+    if ended.failure:
+        raise RestartError(
+            f"{name}: wanted to have it restarted, {words[0]} {ended.failure}", hint="see [restart.commands]"
+        )
+
+
+# --- the kubelet -----------------------------------------------------------------------------------------------------
+
+
+def _systemctl() -> list[str]:
+    """Empty where systemd does not run, or has no kubelet."""
+    program = shutil.which("systemctl")
+    if program is None or not Path("/run/systemd/system").is_dir():  # sd_booted(3)
+        return []
+    known = subprocess.run([program, "cat", "kubelet.service"], capture_output=True, check=False)
+    return [program, "restart", "kubelet.service"] if known.returncode == 0 else []
+
+
+def take_copy(kubeconfig_dir: Path, copy: Path, store: Store, tell: Tell) -> None:
+    """
+    Take a kubelet's copy of another certificate than kubelet.conf embeds; it would count more (measured on 1.37).
+
+    A kubelet.conf that refers to files is the kubelet's own affair, and so is a younger copy. What is taken is kept in the state directory, the
+    last one only; the file that a symlink leads to stays where the kubelet keeps its older ones.
+
+    Args:
+        kubeconfig_dir: Where kubelet.conf is.
+        copy: `restart.KUBELET_COPY`.
+        store: Its lock is held.
+        tell: Is told if one was taken.
+
+    Raises:
+        RestartError: kubelet.conf can't be read.
+        OSError: The copy can't be taken.
+    """
+    path = kubeconfig_dir / "kubelet.conf"
+    try:
+        data = read(path)
+        embedded = kubeconfig.parse(data).certificate_data if data is not None else None
+        wanted = load_pem_certificates(embedded)[0] if embedded else None
+    except (UnreadableError, KubeconfigError, ValueError) as e:
+        raise RestartError(f"{path}: wanted the kubelet's kubeconfig, found: {e}") from e
+    try:
+        content = copy.read_bytes()
+    except FileNotFoundError:
+        return
+    if wanted is None or _may_stay(copy, content, path, wanted):
+        return
+    write_atomically(store.kubelet_copy, content)
+    copy.unlink()
+    tell(f"kubelet: took {copy}, its copy of another certificate; it is in {store.kubelet_copy}")
+
+
+def _may_stay(copy: Path, content: bytes, kubelet_conf: Path, wanted: x509.Certificate) -> bool:
+    try:
+        used = load_pem_certificates(content)[0]
+    except ValueError:
+        return False
+    return used == wanted or checks.is_rotated(copy, used, kubelet_conf, wanted)
+
+
+def _wait(look: Callable[[], dict[Component, str]], timeout: timedelta) -> dict[Component, str]:
+    """What is still found when the time is over; nothing as soon as nothing is."""
+    deadline = time.monotonic() + timeout.total_seconds()
+    while (found := look()) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+    return found
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def run(
+    settings: Settings,
+    names: Sequence[str],
+    now: Callable[[], datetime],
+    *,
+    force: bool,
+    wait: timedelta,
+    as_json: bool,
+) -> int:
+    """
+    `restart`: restart what proof shows to be on an old certificate, or what is named, and print what came of it.
+
+    Raises:
+        SettingsError: No component has such a name.
+        LockedError: Another run works on this node.
+    """
+    named = _components(names)
+    with session.alone(settings, wait, lambda found: log.warning("%s", found)) as (store, record):
+        node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
+        components = named or _by_settings(node, settings, now())
+        if settings.restart.method == "none":
+            return _advise(components, settings, as_json=as_json)
+        done = restart_all(
+            components, node, settings, store, tell=lambda text: log.info("%s", text), record=record, force=force
+        )
+    _print(done, as_json=as_json)
+    return Exit.worst([one.exit_code for one in done])
+
+
+def _components(names: Sequence[str]) -> list[Component]:
+    known = {component.value: component for component in Component}
+    if "all" in names:
+        return list(manifests.COMPONENTS)
+    wrong = [name for name in names if name not in known]
+    if wrong:
+        wanted = f"all, or some of {', '.join(known)}"
+        raise SettingsError([SettingsProblem("restart", wanted, repr(name)) for name in wrong])
+    return [known[name] for name in names]
+
+
+def _by_settings(node: Node, settings: Settings, now: datetime) -> list[Component]:
+    wanted = settings.restart.components
+    if wanted.which == "needed":
+        return proof.look(node, settings, now).stale
+    return [component for component in wanted.listed or manifests.COMPONENTS if component in _present(node)]
+
+
+def _advise(components: Sequence[Component], settings: Settings, *, as_json: bool) -> int:
+    """Nothing is restarted, and what is wanted still runs as before: never exit 0."""
+    directory = settings.node.kubeconfig_dir / "manifests"
+    advice = {component.value: restart_plan.how(component, directory) for component in components}
+    code = Exit.NOT_LIVE if advice else Exit.DONE
+    if as_json:
+        typer.echo(json.dumps({"schemaVersion": SCHEMA_VERSION, "exitCode": code, "advice": advice}, indent=4))
+    elif advice:
+        typer.echo('With restart.method = "none" this is yours to do, one at a time:')
+        typer.echo("\n".join(f"  {sentence}" for sentence in advice.values()))
+    else:
+        typer.echo(_NOTHING)
+    return code
+
+
+_NOTHING = "nothing to restart: every component runs on the certificates that are installed"
+
+
+def _print(done: Sequence[Restarted], *, as_json: bool) -> None:
+    if as_json:
+        entries = [
+            {
+                "component": one.component.value,
+                "seconds": None if one.seconds is None else round(one.seconds, 1),
+                "exitCode": one.exit_code,
+                "error": one.error.reason if one.error is not None else None,
+            }
+            for one in done
+        ]
+        code = Exit.worst([one.exit_code for one in done])
+        typer.echo(json.dumps({"schemaVersion": SCHEMA_VERSION, "exitCode": code, "restarted": entries}, indent=4))
+    elif done:
+        rows = [(one.component.value, f"restarted, healthy after {one.seconds:.1f} s") for one in done if one.seconds]
+        typer.echo("\n".join(columns(rows)) if rows else "nothing was restarted")
+    else:
+        typer.echo(_NOTHING)
+    for one in done:
+        if one.error is not None:
+            print_error(one.error)

@@ -1,0 +1,175 @@
+"""
+Restart a static pod as its kubelet likes it: manifest out, wait until the pod is forgotten, manifest back, wait for health.
+
+A kubelet that has forgotten a pod deletes its mirror in the API. When that API server has no etcd meanwhile, the request
+hangs, and the kubelet does nothing else for 34 s, over and over: five times were seen. A quorum elsewhere does not help,
+since kubeadm lets a control plane's kubelet ask its own API server, and that its own etcd (measured on 1.37: 145 s with
+three members). So etcd's manifest comes back while the pod still ends, and etcd is back after 10 s.
+
+The journal is written before the manifest leaves its directory, so that whatever ends this process, `recover` brings
+the manifest back. Not here: whether this is a good moment (`bridge.control_plane.restarts`), and what health is (`bridge.control_plane.health`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import ClassVar
+
+from bridge.errors import Exit, PostponedError
+from bridge.pki.durations import duration_text
+from bridge.specs import Component
+from bridge.state.parked_manifest import RestartError, aside, close, enter, is_there, journal_of, put_back, sync
+from bridge.state.store import Store
+
+Tell = Callable[[str], None]
+
+_POLL_SECONDS = 0.2
+
+
+class StoppedError(PostponedError):
+    """A signal ended the run in the middle of a restart; the manifest is back."""
+
+    exit_code: ClassVar[int] = Exit.NOT_LIVE
+    hint = "run again: the next `ca-bridge renew` or `ca-bridge restart` goes on"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pod:
+    """A static pod, and who looks at it."""
+
+    component: Component
+    manifest: Path
+    instances: Callable[[], frozenset[str]]  #: What of it runs: names for people, different after a restart.
+    trouble: Callable[[], str | None]  #: Why it is not healthy; None: it is.
+    settle: timedelta  #: How long a kubelet needs after its end to forget it; too early back costs 10 to 25 s.
+    is_needed_by_api: bool = False  #: The API server that the kubelet asks can't write without it: see above.
+
+
+def restart(pod: Pod, store: Store, timeout: timedelta, tell: Tell) -> None:
+    """
+    Restart it, and wait until it is healthy.
+
+    Args:
+        pod: Its manifest is there.
+        store: Its lock is held, and `recover` was called.
+        timeout: For it to end, and again for it to come back.
+        tell: Is told each step.
+
+    Raises:
+        RestartError: It did not end, or not come back, in time; the manifest is in its place.
+        StoppedError: By a signal; the manifest is in its place.
+        OSError: The manifest could not be moved out; or not back, then the journal stays for `recover`.
+    """
+    name, journal, before = pod.component.value, journal_of(pod.component, pod.manifest), pod.instances()
+    with _signals_wait() as check:
+        try:
+            try:
+                enter(store, journal, "leaving")
+                tell(f"{name}: its manifest moves to {aside(pod.manifest)}")
+                pod.manifest.rename(aside(pod.manifest))
+                sync(pod.manifest)
+                enter(store, journal, "out")
+                if pod.is_needed_by_api:
+                    _wait(pod.component, "to begin to end", lambda: _begun(pod, before), timeout, check)
+                    _settle(_UNDER_WAY, check)
+                else:
+                    _wait(pod.component, "to end", lambda: _named(pod.instances()), timeout, check)
+                    _settle(pod.settle, check)
+            finally:
+                put_back(store, journal)
+            enter(store, journal, "back")
+            tell(f"{name}: its manifest is back")
+            _wait(pod.component, "to end", lambda: _named(before & pod.instances()), timeout, check)
+            _wait(pod.component, "to be healthy", pod.trouble, timeout, check)
+        finally:
+            if is_there(pod.manifest):
+                close(store)
+
+
+# --- the manifest and the journal ------------------------------------------------------------------------------------
+
+
+# --- waiting ---------------------------------------------------------------------------------------------------------
+
+
+def _wait(
+    component: Component,
+    what: str,
+    look: Callable[[], str | None],
+    timeout: timedelta,
+    check: Callable[[], None],
+) -> None:
+    """
+    Look until nothing is found.
+
+    Raises:
+        RestartError: Something still was when the time was over.
+        StoppedError: From `check`.
+    """
+    deadline = time.monotonic() + timeout.total_seconds()
+    while (found := look()) is not None:
+        check()
+        if time.monotonic() > deadline:
+            raise RestartError(
+                f"{component.value}: wanted it {what} within {duration_text(timeout)}, found: {found}",
+                hint="its manifest is in its place; the logs of the kubelet and of the container tell more",
+            )
+        time.sleep(_POLL_SECONDS)
+
+
+def _begun(pod: Pod, before: frozenset[str]) -> str | None:
+    """None as soon as the kubelet has seen that the manifest is out."""
+    is_over = pod.trouble() is not None or not before & pod.instances()
+    return None if is_over else "it goes on as if nothing had happened"
+
+
+def _named(instances: frozenset[str]) -> str | None:
+    return ", ".join(sorted(instances)) or None
+
+
+#: The kubelet has got everything under way by then, and etcd takes 7 s to end.
+_UNDER_WAY = timedelta(seconds=2)
+
+
+def _settle(time_: timedelta, check: Callable[[], None]) -> None:
+    deadline = time.monotonic() + time_.total_seconds()
+    while (left := deadline - time.monotonic()) > 0:
+        check()
+        time.sleep(min(left, _POLL_SECONDS))
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[Callable[[], None]]:
+    """
+    Let what ends a run (systemd, a lost terminal, Ctrl-C) leave time to put the manifest back.
+
+    What is given raises a StoppedError after the first signal; it is called where that does no harm. Signals belong
+    to the main thread; in another one nothing changes, and `recover` does the rest.
+    """
+    caught: list[int] = []
+
+    def check() -> None:
+        if caught:
+            raise StoppedError(f"stopped by {signal.Signals(caught[0]).name} in the middle of a restart")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield check
+        return
+    ours = [one for one in _ENDING if signal.getsignal(one) is not signal.SIG_IGN]  # as nohup has it
+    before = {one: signal.signal(one, lambda number, _: caught.append(number)) for one in ours}
+    try:
+        yield check
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+    check()
+
+
+_ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)

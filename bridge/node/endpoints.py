@@ -1,0 +1,135 @@
+"""Where a component listens and what it reads, from the flags of its static-pod manifest (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from bridge.specs import Component
+
+#: The programs' own, where the flag is absent.
+PORTS = {
+    Component.APISERVER: 6443,
+    Component.CONTROLLER_MANAGER: 10257,
+    Component.SCHEDULER: 10259,
+    Component.KUBELET: 10250,
+}
+HTTPS = 443
+#: Some give gRPC, which we don't speak, ports of its own (etcd-io/etcd#15402): then `--listen-client-urls` has no HTTP.
+ETCD_HTTP_ONLY = "--listen-client-http-urls"
+
+Flags = Mapping[str, str]
+
+
+class Place(NamedTuple):
+    """Host or address, and port."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class Server(NamedTuple):
+    """Whom to ask."""
+
+    url: str  #: Without a path.
+    name: str | None = None  #: In its certificate, where that is not the URL's host.
+
+    @property
+    def place(self) -> Place:
+        """Where it is."""
+        parts = urlsplit(self.url)
+        return Place(parts.hostname or "", parts.port or HTTPS)
+
+
+def bound(component: Component, flags: Flags) -> list[Place]:
+    """
+    Where a Kubernetes component listens, none for one that does not.
+
+    Of one that listens on all addresses: loopback, and the API server's the one that it advertises, which comes last.
+
+    Raises:
+        ValueError: A port that is none.
+    """
+    host, port = flags.get("--bind-address", ""), int(flags.get("--secure-port", PORTS[component]))
+    hosts = [loopback(host), flags.get("--advertise-address")] if is_any(host) else [host]
+    return [Place(one, port) for one in dict.fromkeys(hosts) if one and port]
+
+
+def name(flags: Flags) -> str | None:
+    """By which address an API server's certificate knows it on its own node; None: the flags don't tell."""
+    host = flags.get("--bind-address", "")
+    return flags.get("--advertise-address") or (None if is_any(host) else host)
+
+
+def listening(flags: Flags, names: Sequence[str], advertised: str) -> list[Place]:
+    """
+    Where etcd listens with TLS.
+
+    Args:
+        flags: Its own.
+        names: The flags with the URLs.
+        advertised: The flag with the URL that stands for all addresses.
+    """
+    places = []
+    for place in (Server(url).place for one in names for url in urls(flags, one)):
+        hosts = [loopback(place.host), host(flags, advertised)] if is_any(place.host) else [place.host]
+        places += [Place(found, place.port) for found in hosts if found]
+    return list(dict.fromkeys(places))
+
+
+def urls(flags: Flags, flag: str) -> list[str]:
+    """Those with TLS."""
+    return [url.rstrip("/") for url in flags.get(flag, "").split(",") if url.startswith("https://")]
+
+
+def etcd_url(flags: Flags) -> str:
+    """Where this node's etcd answers in HTTP, with TLS or without; on loopback if it is there, too, which no firewall is before."""
+    found = [url for url in flags.get(ETCD_HTTP_ONLY, flags.get("--listen-client-urls", "")).split(",") if url]
+    found.sort(key=lambda url: urlsplit(url).hostname not in {"127.0.0.1", "::1", "localhost"})
+    url = (found or ["https://127.0.0.1:2379"])[0].strip().rstrip("/")
+    return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+
+
+def host(flags: Flags, flag: str) -> str | None:
+    """The host of a flag's first URL with TLS."""
+    return next((urlsplit(url).hostname for url in urls(flags, flag)), None)
+
+
+def file(flags: Flags, flag: str) -> Path | None:
+    """A path: kubeadm mounts each where it is on the host, and containers start in /."""
+    return Path("/", flags[flag]) if flags.get(flag) else None
+
+
+def wanted_file(flags: Flags, flag: str) -> Path:
+    """
+    As `file`.
+
+    Raises:
+        ValueError: There is no such flag.
+    """
+    found = file(flags, flag)
+    if found is None:
+        raise ValueError(f"wanted {flag}, found none")
+    return found
+
+
+def is_any(address: str) -> bool:
+    """Whether who listens there listens on all of the machine's addresses."""
+    return address in ("0.0.0.0", "::", "")  # noqa: S104 (looked for, not bound)
+
+
+def loopback(address: str) -> str:
+    """Of the same family."""
+    return "::1" if ":" in address else "127.0.0.1"
+
+
+def reachable(address: str) -> str:
+    """Where to ask one that listens there, on loopback if that is on all addresses; an IPv6 address has its brackets."""
+    bare = address.strip("[]")
+    bare = loopback(bare) if is_any(bare) else bare
+    return f"[{bare}]" if ":" in bare else bare

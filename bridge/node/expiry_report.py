@@ -1,0 +1,129 @@
+"""When a node's certificates end: the rows of `check-expiration`. No clock: the time is an argument."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from cryptography import x509
+
+from bridge.node.inventory import AuthorityState, Item, Node, State
+from bridge.pki.expiry import first_end, seconds_left
+
+# What we don't renew, the kubelet does, when 70 to 90 % of the lifetime are over (client-go,
+# util/certificate/certificate_manager.go): only with less than this left it is late.
+_ROTATION_IS_LATE = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One certificate of the report."""
+
+    name: str
+    path: str
+    state: State
+    trouble: str | None
+    chain: Sequence[x509.Certificate]  #: The certificate and its intermediates; empty unless it is present.
+    seconds_left: int | None  #: The certificate's, as kubeadm has it.
+    chain_seconds_left: int | None  #: Of the one that ends first.
+    authority: str | None  #: None for a CA itself.
+    external: bool  #: Its CA's key is not on the node.
+    due: bool  #: Ends within the time asked for, or has ended; False when nothing was asked for.
+    optional: bool = False  #: A healthy node may be without it.
+
+    @property
+    def certificate(self) -> x509.Certificate | None:
+        """The first of the file."""
+        return self.chain[0] if self.chain else None
+
+    @property
+    def expired(self) -> bool:
+        """Whether it, or an intermediate that it needs, has ended."""
+        return self.chain_seconds_left is not None and self.chain_seconds_left < 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """All rows, in the order of the output."""
+
+    certificates: Sequence[Row]  #: As kubeadm lists them.
+    authorities: Sequence[Row]  #: As kubeadm lists them.
+    extra: Sequence[Row]  #: What kubeadm does not list.
+    troubles: Sequence[str]  #: One line each: files that are there and can't be used.
+
+    @property
+    def rows(self) -> list[Row]:
+        """All of them."""
+        return [*self.certificates, *self.authorities, *self.extra]
+
+    @property
+    def due(self) -> bool:
+        """Whether one is due."""
+        return any(row.due for row in self.rows)
+
+
+def report(node: Node, now: datetime, within: timedelta | None) -> Report:
+    """
+    What there is to say about the expiry of a node's certificates, its CAs included.
+
+    Args:
+        node: What is on the node.
+        now: Aware, UTC.
+        within: What ends sooner is due, as is what has ended; None: nothing is.
+    """
+    rows = [(item, _item_row(item, now, within)) for item in node.items]
+    return Report(
+        certificates=[row for item, row in rows if item.listed],
+        authorities=[_authority_row(state, now, within) for state in node.authorities if state.listed],
+        extra=[row for item, row in rows if not item.listed and not (item.state == "missing" and row.optional)]
+        + [_authority_row(state, now, within) for state in node.authorities if not state.listed],
+        troubles=node.troubles,
+    )
+
+
+def _item_row(item: Item, now: datetime, within: timedelta | None) -> Row:
+    return Row(
+        name=item.spec.name,
+        path=str(item.certificate_path),
+        state=item.state,
+        trouble=item.trouble,
+        chain=item.certificates,
+        seconds_left=_left(item.certificates, now),
+        chain_seconds_left=_chain_left(item.certificates, now),
+        authority=item.spec.authority.name,
+        external=item.authority_external,
+        due=_ends_within(item.certificates, now, within, late_share=1 if item.managed else _ROTATION_IS_LATE),
+        optional=item.spec.optional,
+    )
+
+
+def _authority_row(state: AuthorityState, now: datetime, within: timedelta | None) -> Row:
+    return Row(
+        name=state.authority.name,
+        path=str(state.path),
+        state=state.state,
+        trouble=state.trouble,
+        chain=state.certificates[:1],
+        seconds_left=_left(state.certificates, now),
+        chain_seconds_left=_left(state.certificates, now),
+        authority=None,
+        external=state.key == "external",
+        due=_ends_within(state.certificates[:1], now, within, late_share=1),
+    )
+
+
+def _left(certificates: Sequence[x509.Certificate], now: datetime) -> int | None:
+    return seconds_left(certificates[0].not_valid_after_utc, now) if certificates else None
+
+
+def _chain_left(chain: Sequence[x509.Certificate], now: datetime) -> int | None:
+    return seconds_left(first_end(chain), now) if chain else None
+
+
+def _ends_within(chain: Sequence[x509.Certificate], now: datetime, within: timedelta | None, late_share: float) -> bool:
+    if within is None or not chain:
+        return False
+    end = first_end(chain)
+    lifetime = end - chain[0].not_valid_before_utc
+    return end < now or end - now < min(within, lifetime * late_share)

@@ -1,0 +1,346 @@
+"""
+What is on the node, from files alone.
+
+Reads, and writes nothing; opens no key file and parses no key; asks no API server.
+It names what is wrong and goes on: one broken file hides no other (kubeadm lists nothing then).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from cryptography import x509
+
+from bridge.errors import BridgeError
+from bridge.node import manifests
+from bridge.node.kubeconfig import Kubeconfig, KubeconfigError
+from bridge.node.kubeconfig import parse as parse_kubeconfig
+from bridge.node.manifests import Manifest
+from bridge.pki.certificates import is_ca, load_pem_certificates
+from bridge.specs import AUTHORITIES, ETCD_CA, SPECS, Authority, CertificateSpec, Component
+from bridge.system.safe_read import UnreadableError
+from bridge.system.safe_read import read as read_file
+
+State = Literal["present", "missing", "broken", "unreadable"]
+KeyState = Literal["local", "external", "missing"]
+
+_ETCD_CLIENT = SPECS["apiserver-etcd-client"]
+_KUBELET = SPECS["kubelet.conf"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One leaf certificate that the node has, or should have."""
+
+    spec: CertificateSpec
+    authority_external: bool  #: Its CA's certificate is here and its key is not.
+    certificate_path: Path  #: The file that holds it: .crt, kubeconfig, or what the kubeconfig refers to.
+    key_path: Path | None  #: None: embedded in the kubeconfig. Not opened, and may not exist.
+    embedded: bool  #: Certificate and key are data in a kubeconfig.
+    anchor_path: Path  #: The CA file that it must lead to.
+    certificates: tuple[x509.Certificate, ...]  #: As in the file, the leaf first; empty unless present.
+    state: State
+    trouble: str | None  #: "wanted …, found …" when broken or unreadable.
+    managed: bool  #: Ours to renew; else somebody rotates it, or its CA is not known here.
+    listed: bool  #: kubeadm has a row for it.
+    obstacle: BridgeError | None = None  #: Why its files can't be replaced; it can be read and used nevertheless.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuthorityState:
+    """One CA, as far as the node has it."""
+
+    authority: Authority
+    path: Path
+    certificates: tuple[x509.Certificate, ...]  #: All in the file; kubeadm takes the first for the root.
+    key: KeyState
+    state: State
+    trouble: str | None  #: As `Item.trouble`.
+    listed: bool  #: kubeadm has a row for it.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """All that the files tell."""
+
+    items: tuple[Item, ...]  #: In the order of `SPECS`.
+    authorities: tuple[AuthorityState, ...]  #: In the order of `AUTHORITIES`.
+    manifests: Mapping[Component, Manifest]
+    local_etcd: bool
+    troubles: tuple[str, ...]  #: One line for each file that is there and can't be used.
+
+    @property
+    def kubernetes_version(self) -> tuple[int, int] | None:
+        """The API server's, by its image's tag."""
+        apiserver = self.manifests.get(Component.APISERVER)
+        return None if apiserver is None else apiserver.version
+
+
+class _Found(NamedTuple):
+    """What a place that should hold certificates holds."""
+
+    state: State
+    certificates: tuple[x509.Certificate, ...] = ()
+    trouble: str | None = None
+    obstacle: BridgeError | None = None
+
+
+class SharedFileError(BridgeError):
+    """Two certificates, or a certificate and its key, are in one file."""
+
+    hint = "give each a file of its own (a copy instead of a symlink), and tell whatever reads it"
+
+
+def read(pki_dir: Path, kubeconfig_dir: Path) -> Node:
+    """
+    Look at a node; never fails because of what is on it.
+
+    Args:
+        pki_dir: kubeadm's certificatesDir.
+        kubeconfig_dir: Where kubeconfigs and the directory of static-pod manifests are.
+    """
+    found, troubles = _manifests(kubeconfig_dir)
+    local_etcd = _has_local_etcd(found, pki_dir, kubeconfig_dir)
+    apiserver_flags = {} if local_etcd else found[Component.APISERVER].flags
+    authorities = _authorities(pki_dir, apiserver_flags, local_etcd=local_etcd)
+    by_name = {state.authority.name: state for state in authorities}
+    items = []
+    for spec in SPECS.values():
+        authority = by_name.get(spec.authority.name)
+        if authority is None:
+            continue
+        if spec.kubeconfig:
+            items.append(_kubeconfig_item(spec, authority, kubeconfig_dir / spec.base))
+        elif spec.authority != ETCD_CA or local_etcd:
+            items.append(_file_item(spec, authority, pki_dir / f"{spec.base}.crt", pki_dir / f"{spec.base}.key"))
+        elif spec == _ETCD_CLIENT:
+            items.append(_external_etcd_client(authority, apiserver_flags))
+    return Node(
+        items=_with_shared_files(items),
+        authorities=authorities,
+        manifests=found,
+        local_etcd=local_etcd,
+        troubles=(
+            *_no_directory(pki_dir),
+            *(f"{item.spec.name}: {item.trouble}" for item in items if item.trouble),
+            *(f"{state.authority.name}: {state.trouble}" for state in authorities if state.trouble),
+            *troubles,
+        ),
+    )
+
+
+def _with_shared_files(items: Sequence[Item]) -> tuple[Item, ...]:
+    """Each file is replaced once: those of ours that share one are told, as one would get the other's new content."""
+    users: dict[str, list[str]] = defaultdict(list)
+    for item in items:
+        if item.managed and item.state == "present":
+            for path in (item.certificate_path, item.key_path):
+                if path is not None:
+                    users[_real(path)].append(item.spec.name)
+    obstacles: dict[str, BridgeError] = {}
+    for file, names in users.items():
+        for name in names if len(names) > 1 else ():
+            others = ", ".join(other for other in dict.fromkeys(names) if other != name)
+            wanted, found = ("a file of its own", f"the same as {others}'s") if others else ("two files", "one")
+            text = f"wanted {wanted} for certificate and key, found {found}: {file}"
+            obstacles[name] = SharedFileError(text)
+    return tuple(dataclasses.replace(item, obstacle=obstacles.get(item.spec.name, item.obstacle)) for item in items)
+
+
+def _real(path: Path) -> str:
+    try:
+        return os.path.realpath(path)  # unlike `Path.resolve` it bears a loop of symlinks
+    except ValueError:  # a NUL in a flag
+        return str(path)
+
+
+def _no_directory(pki_dir: Path) -> tuple[str, ...]:
+    """A wrong path is no node where everything happens to be missing: a probe must not be content with it."""
+    try:
+        found = pki_dir.is_dir()
+    except OSError:  # each file in it says why
+        found = True
+    return () if found else (f"{pki_dir}: wanted the directory of kubeadm's certificates, found none",)
+
+
+def _manifests(kubeconfig_dir: Path) -> tuple[dict[Component, Manifest], list[str]]:
+    found, troubles = {}, []
+    for component in manifests.COMPONENTS:
+        try:
+            manifest = manifests.load(component, kubeconfig_dir)
+        except ValueError as e:
+            troubles.append(f"{component.value}: {e}")
+        else:
+            if manifest is not None:
+                found[component] = manifest
+    return found, troubles
+
+
+def _has_local_etcd(found: Mapping[Component, Manifest], pki_dir: Path, kubeconfig_dir: Path) -> bool:
+    """
+    Whether etcd runs on this node; without an API server that could tell otherwise it is said to, as kubeadm does.
+
+    kubeadm itself asks the cluster, and when that is down falls back to a local etcd for all, with rows for
+    certificates that were never there.
+    """
+    traces = (
+        manifests.path_of(Component.ETCD, kubeconfig_dir),
+        *(pki_dir / f"{SPECS[name].base}.crt" for name in ("etcd-server", "etcd-peer")),
+    )
+    return Component.APISERVER not in found or any(_exists(path) for path in traces)
+
+
+def _exists(path: Path) -> bool:
+    """As Go's `!os.IsNotExist(err)`: a dangling symlink does not exist, what we may not look at does."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _authorities(pki_dir: Path, apiserver_flags: Mapping[str, str], *, local_etcd: bool) -> tuple[AuthorityState, ...]:
+    """The CAs that the node has to do with; an external etcd's only if the API server uses TLS with it."""
+    states = []
+    for authority in AUTHORITIES.values():
+        if authority != ETCD_CA or local_etcd:
+            path, key = pki_dir / authority.certificate_file, pki_dir / authority.key_file
+            states.append(_authority(authority, path, key, listed=True))
+        elif "--etcd-certfile" in apiserver_flags:
+            path = _host_path(apiserver_flags.get("--etcd-cafile", ""))
+            states.append(_authority(authority, path, None, listed=False))
+    return tuple(states)
+
+
+def _authority(authority: Authority, path: Path, key_path: Path | None, *, listed: bool) -> AuthorityState:
+    found = _certificates_in(path)
+    state, trouble = found.state, found.trouble
+    if found.certificates and not is_ca(found.certificates[0]):
+        state, trouble = "broken", f"wanted a CA certificate in {path}, found one that is not a CA"
+    key: KeyState = "external" if found.certificates else "missing"
+    if key_path is not None and _exists(key_path):
+        key = "local"
+    return AuthorityState(
+        authority=authority,
+        path=path,
+        certificates=found.certificates,
+        key=key,
+        state=state,
+        trouble=trouble,
+        listed=listed,
+    )
+
+
+def _host_path(flag: str) -> Path:
+    """A path in a component's flag: kubeadm mounts it where it is on the host, and containers start in /."""
+    return Path("/", flag)
+
+
+def _certificates_in(path: Path) -> _Found:
+    try:
+        data = read_file(path)
+        if data is None:
+            return _Found(state="missing")
+        return _Found(state="present", certificates=tuple(load_pem_certificates(data)))
+    except UnreadableError as e:
+        return _Found(state="unreadable", trouble=f"wanted a certificate in {path}, found: {e}")
+    except ValueError as e:
+        return _Found(state="broken", trouble=f"wanted a certificate in {path}, found {e}")
+
+
+def _file_item(spec: CertificateSpec, authority: AuthorityState, certificate_path: Path, key_path: Path) -> Item:
+    return _item(spec, authority, _certificates_in(certificate_path), certificate_path, key_path)
+
+
+def _external_etcd_client(authority: AuthorityState, apiserver_flags: Mapping[str, str]) -> Item:
+    """The API server's client certificate for an etcd that is elsewhere; kubeadm neither lists nor renews it."""
+    path = _host_path(apiserver_flags["--etcd-certfile"])
+    key_path = _host_path(apiserver_flags.get("--etcd-keyfile", ""))
+    managed = authority.state == "present" and "--etcd-keyfile" in apiserver_flags
+    return _item(_ETCD_CLIENT, authority, _certificates_in(path), path, key_path, managed=managed, listed=False)
+
+
+def _kubeconfig_item(spec: CertificateSpec, authority: AuthorityState, path: Path) -> Item:
+    try:
+        data = read_file(path)
+        parsed = None if data is None else parse_kubeconfig(data)
+    except UnreadableError as e:
+        found = _Found(state="unreadable", trouble=f"wanted the kubeconfig {path}, found: {e}")
+    except KubeconfigError as e:
+        found = _Found(state="broken", trouble=f"{path}: {e}")
+    else:
+        if parsed is None:
+            return _item(spec, authority, _Found(state="missing"), path, None, listed=spec.listed)
+        if parsed.certificate_data is None and parsed.certificate_file and parsed.key_file and not parsed.key_present:
+            return _referring_item(spec, authority, path, parsed.certificate_file, parsed.key_file)
+        found = _embedded(path, parsed)
+    return _item(spec, authority, found, path, None, listed=spec.listed)
+
+
+def _embedded(path: Path, parsed: Kubeconfig) -> _Found:
+    """The certificate that a kubeconfig holds together with its key."""
+    where = f"for user {parsed.user!r} of {path}"
+    if parsed.certificate_data is None and not parsed.certificate_file:
+        return _Found(state="broken", trouble=f"wanted a client certificate {where}, found none")
+    if parsed.certificate_data is None or not parsed.key_present:
+        certificate = "certificate data" if parsed.certificate_data else "a certificate file"
+        key = "key data" if parsed.key_present else "a key file" if parsed.key_file else "no key"
+        wanted = f"wanted certificate and key both as data or both as files {where}"
+        return _Found(state="broken", trouble=f"{wanted}, found {certificate} and {key}")
+    try:
+        certificates = tuple(load_pem_certificates(parsed.certificate_data))
+    except ValueError as e:
+        return _Found(state="broken", trouble=f"wanted a client certificate {where}, found {e}")
+    obstacle = KubeconfigError(parsed.not_editable).of(path) if parsed.not_editable is not None else None
+    return _Found(state="present", certificates=certificates, obstacle=obstacle)
+
+
+def _referring_item(
+    spec: CertificateSpec, authority: AuthorityState, path: Path, certificate_file: str, key_file: str
+) -> Item:
+    """
+    Of a kubeconfig that refers to files, which kubeadm refuses to look at.
+
+    A kubelet's is written by the kubelet itself as it rotates, certificate and key in one file.
+    """
+    certificate_path, key_path = path.parent / certificate_file, path.parent / key_file
+    found = _certificates_in(certificate_path)
+    if found.state == "missing":
+        trouble = f"wanted the certificate {certificate_path} that {path} refers to, found nothing"
+        found = _Found(state="broken", trouble=trouble)
+    managed = spec != _KUBELET
+    return _item(spec, authority, found, certificate_path, key_path, managed=managed, listed=spec.listed)
+
+
+def _item(
+    spec: CertificateSpec,
+    authority: AuthorityState,
+    found: _Found,
+    certificate_path: Path,
+    key_path: Path | None,
+    *,
+    managed: bool = True,
+    listed: bool = True,
+) -> Item:
+    return Item(
+        spec=spec,
+        authority_external=authority.key == "external",
+        certificate_path=certificate_path,
+        key_path=key_path,
+        embedded=key_path is None,
+        anchor_path=authority.path,
+        certificates=found.certificates,
+        state=found.state,
+        trouble=found.trouble,
+        managed=managed,
+        listed=listed,
+        obstacle=found.obstacle,
+    )

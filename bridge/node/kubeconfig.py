@@ -1,0 +1,244 @@
+"""
+Kubeconfigs: what a renewal has to know of one, and the edit that changes two values and no other byte.
+
+What is read is what kubeadm reads (cmd/kubeadm/app/phases/certs/renewal/readwriter.go): the user of the current
+context, not the first one. Written again is nothing: kubeadm loses comments, order and unknown fields.
+No file here, and a key only in `key_data`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import yaml
+
+from bridge.errors import BridgeError
+from bridge.node.yamltree import Node, YamlError, document, events, split_bom
+
+_CERTIFICATE = "client-certificate-data"
+_KEY = "client-key-data"
+
+_Result = TypeVar("_Result")
+
+
+class KubeconfigError(BridgeError):
+    """A kubeconfig that can't be read, or can't be edited without touching more than the two values."""
+
+    hint = "`kubectl --kubeconfig FILE config view --raw --flatten` prints the same content in its plain form"
+
+    def of(self, path: Path) -> KubeconfigError:
+        """The same with the file's name."""
+        return KubeconfigError(f"{path}: {self}", hint=self.hint.replace("FILE", str(path)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kubeconfig:
+    """What the current context of a kubeconfig leads to; no key in it."""
+
+    user: str
+    server: str  #: Empty when there is none.
+    tls_server_name: str | None
+    ca_data: bytes | None  #: PEM; it wins over `ca_file`.
+    ca_file: str | None  #: As it stands there, relative to the kubeconfig's directory.
+    certificate_data: bytes | None  #: PEM; it wins over `certificate_file`.
+    certificate_file: str | None
+    key_present: bool  #: Embedded; it wins over `key_file`.
+    key_file: str | None
+    not_editable: str | None = None  #: Why `with_credentials` would refuse.
+
+
+def parse(data: bytes) -> Kubeconfig:
+    """
+    Read a kubeconfig.
+
+    Not checked: whether what is embedded is PEM, whether there is a client certificate at all, files it refers to.
+
+    Raises:
+        KubeconfigError: Not a kubeconfig, or its current context leads nowhere.
+    """
+    return _reading(lambda: _parse(document(split_bom(data)[1])))
+
+
+def key_data(data: bytes) -> bytes | None:
+    """
+    The private key (PEM) that is embedded for the current context's user.
+
+    Raises:
+        KubeconfigError: As `parse`; also when it is not base64.
+    """
+    return _reading(lambda: _data(_Entries.of(document(split_bom(data)[1])).user, _KEY))
+
+
+def with_credentials(data: bytes, certificate_pem: bytes, key_pem: bytes) -> bytes:
+    """
+    The same kubeconfig with another certificate and key embedded for the current context's user.
+
+    Each value keeps its style (plain, quoted or block); a block or folded value becomes one line of it.
+    Every other byte stays, and the result was parsed again and compared.
+
+    Raises:
+        KubeconfigError: As `parse`; also when nothing is embedded to be replaced, or the two values can't be changed
+            without a change somewhere else.
+    """
+    parse(data)
+    bom, text = _reading(lambda: split_bom(data))
+    values = _reading(lambda: _editable_values(document(text)))
+    pems = {_CERTIFICATE: certificate_pem, _KEY: key_pem}
+    encoded = {key: base64.b64encode(pem).decode() for key, pem in pems.items()}
+    edited = text
+    for key, node in sorted(values.items(), key=lambda entry: entry[1].place.start, reverse=True):
+        start, end = _content(text, node)
+        edited = edited[:start] + encoded[key] + edited[end:]
+    _reading(
+        lambda: _assert_only_these_changed(text, edited, {values[key].place.start: encoded[key] for key in values})
+    )
+    result = (bom + edited).encode()
+    if parse(result).certificate_data != certificate_pem or key_data(result) != key_pem:
+        raise KubeconfigError("wanted the new certificate and key in the edited kubeconfig, found something else")
+    return result
+
+
+def _reading(read: Callable[[], _Result]) -> _Result:
+    """The YAML layer's errors as ours; raised outside of `except`, since a traceback could lead to the text."""
+    try:
+        return read()
+    except YamlError as e:
+        problem = str(e)
+    raise KubeconfigError(problem)
+
+
+class _Entries(NamedTuple):
+    """The nodes that the current context leads to."""
+
+    user_name: str
+    cluster: Node
+    user: Node
+    path: tuple[Node, ...]  #: All nodes from the root to the user's mapping, as they stand there (aliases too).
+
+    @classmethod
+    def of(cls, root: Node) -> _Entries:
+        context = _named(root, "contexts", _text(root, "current-context"), "context")[-1]
+        user_name = _text(context, "user")
+        path = _named(root, "users", user_name, "user")
+        return cls(
+            user_name=user_name,
+            cluster=_named(root, "clusters", _text(context, "cluster"), "cluster")[-1],
+            user=path[-1],
+            path=(root, *path),
+        )
+
+
+def _named(root: Node, listing: str, name: str, key: str) -> tuple[Node, Node, Node]:
+    """The list, its one entry of that name, and what the entry holds below `key`."""
+    sequence = root.get(listing)
+    entries = [] if sequence is None else [entry for entry in sequence.items() if _text(entry, "name") == name]
+    if sequence is None or len(entries) != 1:
+        raise YamlError(f"wanted one entry named {name!r} in {listing}, found {len(entries) or 'none'}")
+    found = entries[0].get(key)
+    if found is None:
+        raise YamlError(f"line {entries[0].place.line}: wanted {key} in this entry of {listing}, found none")
+    return sequence, entries[0], found
+
+
+def _parse(root: Node) -> Kubeconfig:
+    entries = _Entries.of(root)
+    cluster, user = entries.cluster, entries.user
+    return Kubeconfig(
+        user=entries.user_name,
+        server=_text(cluster, "server"),
+        tls_server_name=_text(cluster, "tls-server-name") or None,
+        ca_data=_data(cluster, "certificate-authority-data"),
+        ca_file=_text(cluster, "certificate-authority") or None,
+        certificate_data=_data(user, _CERTIFICATE),
+        certificate_file=_text(user, "client-certificate") or None,
+        key_present=_text(user, _KEY) != "",
+        key_file=_text(user, "client-key") or None,
+        not_editable=_not_editable(root),
+    )
+
+
+def _not_editable(root: Node) -> str | None:
+    try:
+        _editable_values(root)
+    except YamlError as e:
+        return str(e)
+    return None
+
+
+def _text(mapping: Node, key: str) -> str:
+    """Empty when there is no such key."""
+    node = mapping.get(key)
+    return "" if node is None else node.text()
+
+
+def _data(mapping: Node, key: str) -> bytes | None:
+    """The bytes of a base64 value, None when it is empty or not there."""
+    text = _text(mapping, key)
+    try:
+        # Go's decoder ignores line breaks and nothing else.
+        return base64.b64decode(text.replace("\n", "").replace("\r", ""), validate=True) or None
+    except (binascii.Error, ValueError):
+        pass
+    raise YamlError(f"line {mapping.place.line}: wanted base64 in {key}, found something else")
+
+
+def _editable_values(root: Node) -> dict[str, Node]:
+    """The nodes of the two values; no other place of the document depends on them."""
+    entries = _Entries.of(root)
+    values = {key: entries.user.get(key) for key in (_CERTIFICATE, _KEY)}
+    found = {key: node for key, node in values.items() if node is not None and _text(entries.user, key)}
+    missing = [key for key in values if key not in found]
+    if missing:
+        raise YamlError(f"wanted an embedded {' and '.join(missing)} to replace, found none")
+    for node in (*entries.path, *found.values()):
+        if node.kind == "alias" or node.anchor:
+            raise YamlError(f"line {node.place.line}: wanted a value of its own, found an anchor or alias (& or *)")
+        if node.tag:
+            raise YamlError(f"line {node.place.line}: wanted a value without a tag, found one (!)")
+    return found
+
+
+def _content(text: str, node: Node) -> tuple[int, int]:
+    """Where a scalar's content begins and ends, without quotes, block header, indentation and last line break."""
+    start, end = node.place.start, node.place.end
+    if node.style in ("'", '"'):
+        return start + 1, end - 1
+    if node.style in ("|", ">"):
+        header_end = start + len(text[start:end].splitlines(keepends=True)[0])
+        content = text[header_end:end]
+        return end - len(content.lstrip()), header_end + len(content.rstrip())
+    return start, end
+
+
+def _assert_only_these_changed(before: str, after: str, changed: dict[int, str]) -> None:
+    """
+    The edited text says the same as before, but for the scalars that began at these places.
+
+    Raises:
+        YamlError: It does not.
+    """
+    wanted = [_meaning(event, changed) for event in events(before)]
+    if wanted != [_meaning(event, {}) for event in events(after)]:
+        raise YamlError("wanted two values of the kubeconfig to change, found that others would too")
+
+
+def _meaning(event: yaml.Event, changed: dict[int, str]) -> tuple[object, ...]:
+    """What an event says; a scalar that begins at one of the places in `changed` says what stands there."""
+    how = tuple(getattr(event, name, None) for name in ("anchor", "tag", "style", "flow_style", "implicit"))
+    if not isinstance(event, yaml.ScalarEvent):
+        return (type(event), *how)
+    value = changed.get(event.start_mark.index) if event.start_mark else None
+    if value is None:
+        return (type(event), *how, event.value)
+    # The line breaks round a block's content are not part of what is replaced.
+    old = event.value if event.style in ("|", ">") else ""
+    return (
+        type(event),
+        *how,
+        "\n" * (len(old) - len(old.lstrip("\n"))) + value + "\n" * (len(old) - len(old.rstrip("\n"))),
+    )

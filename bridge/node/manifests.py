@@ -1,0 +1,93 @@
+"""Static-pod manifests, as far as they tell which files a component uses and which version it has."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+from bridge.node.yamltree import Node, YamlError, document, split_bom
+from bridge.specs import Component
+from bridge.system.safe_read import UnreadableError, read
+
+#: kubeadm's; in the order in which its documentation restarts them.
+COMPONENTS = (Component.ETCD, Component.APISERVER, Component.CONTROLLER_MANAGER, Component.SCHEDULER)
+
+_TAG = re.compile(r":v?(\d{1,4})\.(\d{1,4})(?!\d)[^:/]*$")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """One static pod, of which the component's container counts."""
+
+    flags: Mapping[str, str]  #: With two dashes; "true" for a flag without a value; of several the last one.
+    #: By the image's tag (etcd has its own numbers); None when there is no such tag.
+    version: tuple[int, int] | None
+
+
+def path_of(component: Component, kubeconfig_dir: Path) -> Path:
+    """Where kubeadm keeps the component's manifest."""
+    return kubeconfig_dir / "manifests" / f"{component.value}.yaml"
+
+
+def load(component: Component, kubeconfig_dir: Path) -> Manifest | None:
+    """
+    The component's manifest, None when there is none.
+
+    Raises:
+        ValueError: It is there and can't be used; the text says why.
+    """
+    path = path_of(component, kubeconfig_dir)
+    try:
+        data = read(path)
+        return None if data is None else parse(component, data)
+    except UnreadableError as e:
+        raise ValueError(f"wanted the manifest {path}, found: {e}") from e
+    except YamlError as e:
+        raise ValueError(f"{path}: {e}") from None
+
+
+def parse(component: Component, data: bytes) -> Manifest:
+    """
+    Read a manifest.
+
+    Raises:
+        YamlError: Not a manifest with a container.
+    """
+    container = _container(document(split_bom(data)[1]), component.value)
+    words = [word.text() for key in ("command", "args") for word in _items(container.get(key))]
+    tag = _TAG.search(_text(container.get("image")).partition("@")[0])
+    return Manifest(flags=_flags(words), version=(int(tag[1]), int(tag[2])) if tag else None)
+
+
+def _container(root: Node, name: str) -> Node:
+    """The container with the component's name, else the first."""
+    spec = root.get("spec")
+    containers = [] if spec is None else _items(spec.get("containers"))
+    if not containers:
+        raise YamlError("wanted a pod with a container, found none")
+    return next((one for one in containers if _text(one.get("name")) == name), containers[0])
+
+
+def _items(node: Node | None) -> list[Node]:
+    return [] if node is None else node.items()
+
+
+def _text(node: Node | None) -> str:
+    return "" if node is None else node.text()
+
+
+def _flags(words: list[str]) -> dict[str, str]:
+    """
+    `--name=value` and `--name value`.
+
+    etcd takes one dash as well (Go's flag package); a single letter after it is a shorthand and is left out.
+    """
+    flags = {}
+    for word, following in zip_longest(words, words[1:], fillvalue="-"):
+        name, equals, value = word.lstrip("-").partition("=")
+        if word.startswith("--" if len(name) == 1 else "-") and name:
+            flags[f"--{name}"] = value if equals else "true" if following.startswith("-") else following
+    return flags

@@ -1,0 +1,373 @@
+"""
+A throwaway PKI in the shape that `kubeadm init phase certs all` and `init phase kubeconfig all` of 1.37 give it.
+
+For demonstrations and tests: names, files, modes, extensions and their order, string types and dates are kubeadm's
+(cmd/kubeadm/app/util/pkiutil/pki_helpers.go and phases/kubeconfig/kubeconfig.go); the cluster never existed.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import ipaddress
+import os
+import secrets
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+
+# No public name lets one choose PrintableString, and a CA's subject is compared byte by byte (RFC 5280 §7.1 as
+# crypto/x509 of Go does it).
+from cryptography.x509.name import _ASN1Type
+from cryptography.x509.oid import NameOID
+
+from bridge.pki.csr import PrivateKey, algorithm_name, generate_key, key_pem
+from bridge.specs import AUTHORITIES, SPECS, CertificateSpec, KeyAlgorithm
+
+_BACKDATED = timedelta(minutes=5)
+_CA_LIFETIME = timedelta(days=3650)
+_SERVICE_ADDRESS = "10.96.0.1"  # the first address of the default service subnet
+
+#: CN of each authority.
+_CA_NAMES = {"ca": "kubernetes", "etcd-ca": "etcd-ca", "front-proxy-ca": "front-proxy-ca"}
+#: CN and O of each certificate; `{node}` is the node's name.
+_SUBJECTS: Mapping[str, tuple[str, str | None]] = {
+    "admin.conf": ("kubernetes-admin", "kubeadm:cluster-admins"),
+    "apiserver": ("kube-apiserver", None),
+    "apiserver-etcd-client": ("kube-apiserver-etcd-client", None),
+    "apiserver-kubelet-client": ("kube-apiserver-kubelet-client", None),
+    "controller-manager.conf": ("system:kube-controller-manager", None),
+    "etcd-healthcheck-client": ("kube-etcd-healthcheck-client", None),
+    "etcd-peer": ("{node}", None),
+    "etcd-server": ("{node}", None),
+    "front-proxy-client": ("front-proxy-client", None),
+    "kubelet.conf": ("system:node:{node}", "system:nodes"),
+    "scheduler.conf": ("system:kube-scheduler", None),
+    "super-admin.conf": ("kubernetes-super-admin", "system:masters"),
+}
+#: The kubeconfigs of what runs on the node itself.
+_LOCAL = {"controller-manager.conf", "kubelet.conf", "scheduler.conf"}
+
+_KUBECONFIG = """\
+apiVersion: v1
+clusters:
+- cluster:
+    certificate-authority-data: {ca}
+    server: https://{server}
+  name: kubernetes
+contexts:
+- context:
+    cluster: kubernetes
+    user: {user}
+  name: {user}@kubernetes
+current-context: {user}@kubernetes
+kind: Config
+users:
+- name: {user}
+  user:
+    client-certificate-data: {certificate}
+    client-key-data: {key}
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """What kubeadm would be told of the cluster and of this node."""
+
+    node: str = "cp-1"
+    address: str = "192.0.2.10"  #: The advertise address.
+    endpoint: str = "api.example.com:6443"  #: `controlPlaneEndpoint`: host and port.
+    extra_sans: tuple[str, ...] = ()  #: `apiServer.certSANs`: names (wildcards too) and addresses.
+
+    @property
+    def local(self) -> str:
+        """Address and port of this node's API server."""
+        return f"[{self.address}]:6443" if ":" in self.address else f"{self.address}:6443"
+
+    def sans(self, name: str) -> list[str]:
+        """SANs of the certificate with this name, in no order; most have none."""
+        if name == "apiserver":
+            service = [
+                "kubernetes",
+                "kubernetes.default",
+                "kubernetes.default.svc",
+                "kubernetes.default.svc.cluster.local",
+            ]
+            host = urlsplit(f"//{self.endpoint}").hostname or ""
+            return [self.node, *service, _SERVICE_ADDRESS, self.address, host, *self.extra_sans]
+        if name in {"etcd-server", "etcd-peer"}:
+            return [self.node, "localhost", self.address, "127.0.0.1", "::1"]
+        return []
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThrowawayCA:
+    """One of the three CAs, with the key that is not on the node."""
+
+    certificate: x509.Certificate
+    key: PrivateKey = field(repr=False)
+
+    @property
+    def certificate_pem(self) -> bytes:
+        """One block."""
+        return _pem(self.certificate)
+
+    @property
+    def key_pem(self) -> bytes:
+        """PKCS#1 or SEC1, unencrypted."""
+        return key_pem(self.key)
+
+
+def make(
+    directory: Path,
+    *,
+    now: datetime,
+    not_after: datetime,
+    key: KeyAlgorithm = "rsa-2048",
+    ca_not_after: datetime | None = None,
+    cluster: Cluster | None = None,
+) -> dict[str, ThrowawayCA]:
+    """
+    Write `pki/` and the kubeconfigs into a directory, without the CAs' keys.
+
+    Args:
+        directory: Takes the place of `/etc/kubernetes`; there may be other files in it, but none of ours.
+        now: When kubeadm would have run (aware); files are valid from five minutes before.
+        not_after: Of every certificate but the CAs'; may be in the past.
+        key: Of every key, the CAs' and the service accounts' too.
+        ca_not_after: Ten years after `now` unless given.
+        cluster: Names and addresses, unless the usual ones will do.
+
+    Returns:
+        The CAs by name (`ca`, `etcd-ca`, `front-proxy-ca`); only here are their keys.
+
+    Raises:
+        FileExistsError: One of the files is there already.
+    """
+    cluster = cluster or Cluster()
+    not_before = now.replace(microsecond=0) - _BACKDATED
+    keys = _generate_keys([*AUTHORITIES, *SPECS, "sa"], key)
+    cas = {
+        name: ThrowawayCA(
+            certificate=ca_certificate(_CA_NAMES[name], keys[name], not_before, ca_not_after or now + _CA_LIFETIME),
+            key=keys[name],
+        )
+        for name in AUTHORITIES
+    }
+    pki = directory / "pki"
+    for name, ca in cas.items():
+        _write(pki / AUTHORITIES[name].certificate_file, ca.certificate_pem, 0o644)
+    for name, spec in SPECS.items():
+        ca = cas[spec.authority.name]
+        leaf = leaf_certificate(spec, keys[name], ca, cluster, not_before=not_before, not_after=not_after)
+        if spec.kubeconfig:
+            _write(directory / spec.base, _kubeconfig(name, leaf, keys[name], ca, cluster), 0o600)
+        else:
+            _write(pki / f"{spec.base}.crt", _pem(leaf), 0o644)
+            _write(pki / f"{spec.base}.key", key_pem(keys[name]), 0o600)
+    _write(pki / "sa.key", key_pem(keys["sa"]), 0o600)
+    _write(pki / "sa.pub", _public_pem(keys["sa"]), 0o600)
+    return cas
+
+
+def write_cas(cas: Mapping[str, ThrowawayCA], directory: Path) -> None:
+    """
+    Write CA certificates and keys into a directory, as kubeadm lays them out below `pki/`.
+
+    A certificate file that is there already stays: in kubeadm's own directory only the keys are missing.
+
+    Raises:
+        FileExistsError: A key is there already.
+    """
+    for name, ca in cas.items():
+        certificate_file = directory / AUTHORITIES[name].certificate_file
+        if not certificate_file.exists():
+            _write(certificate_file, ca.certificate_pem, 0o644)
+        _write(directory / AUTHORITIES[name].key_file, ca.key_pem, 0o600)
+
+
+def _generate_keys(names: Iterable[str], algorithm: KeyAlgorithm) -> dict[str, PrivateKey]:
+    names = list(names)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(names, pool.map(lambda _: generate_key(algorithm), names), strict=True))
+
+
+def ca_certificate(cn: str, key: PrivateKey, not_before: datetime, not_after: datetime) -> x509.Certificate:
+    """A self-signed CA as kubeadm makes it: a CN alone, KeyUsage without cRLSign."""
+    subject = _name(cn, None)
+    ca_usage = _key_usage(certificate_signing=True)
+    builder = (
+        _builder(subject, subject, key, not_before, not_after)
+        .add_extension(ca_usage, critical=True)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .add_extension(_subject_key_identifier(key), critical=False)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(cn)]), critical=False)
+    )
+    return builder.sign(key, _hash(key))
+
+
+def leaf_certificate(
+    spec: CertificateSpec,
+    key: PrivateKey,
+    ca: ThrowawayCA,
+    cluster: Cluster,
+    *,
+    not_before: datetime,
+    not_after: datetime,
+) -> x509.Certificate:
+    """The certificate that kubeadm would make for this spec."""
+    cn, o = _SUBJECTS[spec.name]
+    subject = _name(cn.format(node=cluster.node), o)
+    # Of a certificate in a kubeconfig kubeadm still takes the CA's own beginning, however long ago.
+    begin = ca.certificate.not_valid_before_utc if spec.kubeconfig else not_before
+    identifier = ca.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    builder = (
+        _builder(subject, ca.certificate.subject, key, begin, not_after)
+        .add_extension(_key_usage(certificate_signing=False), critical=True)
+        .add_extension(
+            x509.ExtendedKeyUsage(sorted((x509.ObjectIdentifier(eku.value) for eku in spec.ekus), key=str)),
+            critical=False,
+        )
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier),
+            critical=False,
+        )
+    )
+    if sans := cluster.sans(spec.name):
+        builder = builder.add_extension(_subject_alternative_name(sans), critical=False)
+    return builder.sign(ca.key, _hash(ca.key))
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: PrivateKey, not_before: datetime, not_after: datetime
+) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(secrets.randbelow(2**63 - 1) + 1)
+        .not_valid_before(not_before)
+        .not_valid_after(not_after)
+    )
+
+
+def _name(cn: str, o: str | None) -> x509.Name:
+    attributes = [(NameOID.ORGANIZATION_NAME, o)] if o else []
+    attributes.append((NameOID.COMMON_NAME, cn))
+    return x509.Name([x509.NameAttribute(oid, value, _ASN1Type.PrintableString) for oid, value in attributes])
+
+
+def _key_usage(*, certificate_signing: bool) -> x509.KeyUsage:
+    """As kubeadm: keyEncipherment for every type of key, and no cRLSign for a CA."""
+    return x509.KeyUsage(
+        digital_signature=True,
+        key_encipherment=True,
+        key_cert_sign=certificate_signing,
+        content_commitment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        crl_sign=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _subject_key_identifier(key: PrivateKey) -> x509.SubjectKeyIdentifier:
+    """From SHA-256 (RFC 7093 §2), as Go does since 1.25; `from_public_key` would take SHA-1."""
+    public = key.public_key()
+    if isinstance(public, rsa.RSAPublicKey):
+        bits = public.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.PKCS1)
+    else:
+        bits = public.public_bytes(serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint)
+    return x509.SubjectKeyIdentifier(hashlib.sha256(bits).digest()[:20])
+
+
+def _subject_alternative_name(values: Iterable[str]) -> x509.SubjectAlternativeName:
+    """DNS names sorted byte by byte, then addresses in their order, each once."""
+    names, addresses = set(), []
+    for value in values:
+        try:
+            addresses.append(ipaddress.ip_address(value))
+        except ValueError:
+            names.add(value)
+    return x509.SubjectAlternativeName(
+        [*map(x509.DNSName, sorted(names)), *map(x509.IPAddress, dict.fromkeys(addresses))]
+    )
+
+
+def _hash(key: PrivateKey) -> hashes.SHA256 | hashes.SHA384:
+    """As Go chooses for a CA key of that type."""
+    return hashes.SHA384() if algorithm_name(key.public_key()) == "ecdsa-p384" else hashes.SHA256()
+
+
+def _kubeconfig(name: str, leaf: x509.Certificate, key: PrivateKey, ca: ThrowawayCA, cluster: Cluster) -> bytes:
+    data = {"ca": ca.certificate_pem, "certificate": _pem(leaf), "key": key_pem(key)}
+    return _KUBECONFIG.format(
+        server=cluster.local if name in _LOCAL else cluster.endpoint,
+        user=_SUBJECTS[name][0].format(node=cluster.node),
+        **{placeholder: base64.b64encode(pem).decode() for placeholder, pem in data.items()},
+    ).encode()
+
+
+def _pem(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def _public_pem(key: PrivateKey) -> bytes:
+    return key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def _write(path: Path, data: bytes, mode: int) -> None:
+    """A new file that never had a looser mode; the caller's umask counts, as it does for kubeadm."""
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    path.touch(mode=mode, exist_ok=False)
+    path.write_bytes(data)
+
+
+_ATTRIBUTES = "unique_subject = no\n"
+
+
+def create_openssl_directory(
+    directory: Path, certificate_pem: bytes, key_pem: bytes, passphrase: str | None = None
+) -> Path:
+    """
+    Make the directory of an `openssl ca`: `ca.crt`, `ca.key`, `index.txt`, `index.txt.attr`, `newcerts`.
+
+    Args:
+        directory: May be there already, but none of the five.
+        certificate_pem: The CA's certificate, then its chain.
+        key_pem: Unencrypted.
+        passphrase: The key is encrypted with it (PKCS#8) when given.
+
+    Returns:
+        The directory.
+
+    Raises:
+        FileExistsError: One of the five is there.
+        ValueError: No key in `key_pem`.
+    """
+    encryption = BestAvailableEncryption(passphrase.encode()) if passphrase else NoEncryption()
+    key = load_pem_private_key(key_pem, None).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    directory.joinpath("newcerts").mkdir(mode=0o700)
+    _write(directory / "ca.crt", certificate_pem, 0o644)
+    _write(directory / "ca.key", key, 0o600)
+    _write(directory / "index.txt", b"", 0o644)
+    _write(directory / "index.txt.attr", _ATTRIBUTES.encode(), 0o644)
+    return directory

@@ -1,0 +1,133 @@
+"""
+Keys and CSRs for a renewal, made from the live certificate alone (pure: no file, no network, no clock).
+
+What `kubeadm certs renew --csr-only` did up to 1.22; current kubeadm makes CSRs only from its configuration.
+Unlike kubeadm, which takes over CN, O, DNS names and IP addresses, nothing of the subject and of the SANs is left behind.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
+
+from bridge.errors import BridgeError
+from bridge.pki.certificates import UNREADABLE, attributes, name_text, san_counts
+from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
+
+PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
+
+_CURVES: dict[str, ec.EllipticCurve] = {"ecdsa-p256": ec.SECP256R1(), "ecdsa-p384": ec.SECP384R1()}
+
+
+class CannotCarryError(BridgeError):
+    """Something of the live certificate can't be put into a CSR."""
+
+
+def algorithm_name(key: CertificatePublicKeyTypes) -> str:
+    """Such as `rsa-2048` or `ecdsa-p256`; for keys that kubeadm does not make another name that tells them."""
+    if isinstance(key, rsa.RSAPublicKey):
+        return f"rsa-{key.key_size}"
+    if isinstance(key, ec.EllipticCurvePublicKey):
+        return next(
+            (name for name, curve in _CURVES.items() if curve.name == key.curve.name), f"ecdsa-{key.curve.name}"
+        )
+    return type(key).__name__.removesuffix("PublicKey").lower()
+
+
+def key_algorithm(certificate: x509.Certificate, wanted: KeyAlgorithm | Literal["same"]) -> KeyAlgorithm:
+    """
+    The algorithm of the new key.
+
+    Args:
+        certificate: The live one; "same" is its public key's, so no private key needs to be read.
+        wanted: The setting `renewal.key`.
+
+    Raises:
+        CannotCarryError: "same", and kubeadm's components are not known to take such a key, or it can't be read.
+    """
+    if wanted != "same":
+        return wanted
+    try:
+        found = algorithm_name(certificate.public_key())
+    except UNREADABLE as e:
+        found = f"one that can't be read ({e})"
+    for algorithm in KEY_ALGORITHMS:
+        if algorithm == found:
+            return algorithm
+    raise CannotCarryError(
+        f"key: wanted one of {', '.join(KEY_ALGORITHMS)}, found {found} in the live certificate",
+        hint='set renewal.key to one of them instead of "same"',
+    )
+
+
+def generate_key(algorithm: KeyAlgorithm) -> PrivateKey:
+    """A new private key; OpenSSL lets other threads run meanwhile."""
+    if algorithm in _CURVES:
+        return ec.generate_private_key(_CURVES[algorithm])
+    return rsa.generate_private_key(public_exponent=65537, key_size=int(algorithm.removeprefix("rsa-")))
+
+
+def key_pem(key: PrivateKey) -> bytes:
+    """PKCS#1 or SEC1, unencrypted, as kubeadm writes it."""
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
+    )
+
+
+def build(certificate: x509.Certificate, key: PrivateKey) -> bytes:
+    """
+    A CSR with the subject and the SANs of the live certificate, as PEM.
+
+    The certificate may have expired. Its usages are not taken over: they come from the spec table, and reach
+    the CA by the CA's own means. Nor are extensions that its CA added (key identifiers, policies, CRL addresses).
+
+    Raises:
+        CannotCarryError: The subject or a SAN can't be carried; the text names it.
+    """
+    builder = x509.CertificateSigningRequestBuilder().subject_name(_subject(certificate))
+    san = _san(certificate)
+    if san is not None:
+        # RFC 5280 §4.2.1.6: critical only where the subject is empty
+        builder = builder.add_extension(san, critical=not certificate.subject)
+    elif not certificate.subject:
+        raise CannotCarryError("subject: wanted a subject or a SAN, found neither in the live certificate")
+    csr = builder.sign(key, _hash(key))
+    _assert_same(certificate, csr)
+    return csr.public_bytes(serialization.Encoding.PEM)
+
+
+def _subject(certificate: x509.Certificate) -> x509.Name:
+    try:
+        return certificate.subject
+    except UNREADABLE as e:
+        raise CannotCarryError(f"subject: wanted attributes that can be read, found: {e}") from None
+
+
+def _san(certificate: x509.Certificate) -> x509.SubjectAlternativeName | None:
+    try:
+        return certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return None
+    except UNREADABLE as e:
+        raise CannotCarryError(f"SAN: wanted names of a type that a CSR can be made with, found: {e}") from None
+
+
+def _hash(key: PrivateKey) -> hashes.SHA256 | hashes.SHA384:
+    """As kubeadm: SHA-256, but SHA-384 for P-384."""
+    is_p384 = isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, ec.SECP384R1)
+    return hashes.SHA384() if is_p384 else hashes.SHA256()
+
+
+def _assert_same(certificate: x509.Certificate, csr: x509.CertificateSigningRequest) -> None:
+    """Nothing is lost on the way, whatever the encoder makes of odd string types."""
+    if attributes(csr.subject) != attributes(certificate.subject):
+        raise CannotCarryError(
+            f"subject: wanted {name_text(certificate.subject)}, a CSR can only say {name_text(csr.subject)}"
+        )
+    if san_counts(csr) != san_counts(certificate):
+        lost = san_counts(certificate) - san_counts(csr)
+        raise CannotCarryError(f"SAN: wanted {', '.join(f'{t}:{v}' for t, v in lost)}, a CSR can't say it")

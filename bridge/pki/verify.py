@@ -1,0 +1,446 @@
+"""
+Proof that a CA's answer is exactly what was asked for (pure: no file, no network, no clock).
+
+kubeadm checks little more than the chain (its init accepts an apiserver.crt with an empty subject, no SAN and a foreign
+key), so every property that makes a certificate work is checked here, and all that is wrong is told at once.
+Not checked: revocation (no component of the control plane looks at it) and the key identifiers (Go's path
+building does without them).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509 import verification
+from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
+
+from bridge.contract import Issued, SignRequest
+from bridge.errors import VerificationError, Violation
+from bridge.pki.certificates import (
+    UNREADABLE,
+    attributes,
+    extended_key_usages,
+    extension,
+    fingerprint,
+    name_text,
+    oid_label,
+    san_counts,
+    serial,
+)
+from bridge.pki.csr import algorithm_name
+from bridge.specs import EKU
+
+#: How far a CA's clock may be ahead of the node's; the installation waits for the difference.
+CLOCK_SKEW = timedelta(minutes=1)
+
+#: How much earlier than the replaced certificate's the new end may be: CAs count the validity from a beginning that
+#: they backdate (cfssl by 5 minutes unless told otherwise), and a certificate that was made just now may be renewed, too.
+BACKDATING = timedelta(hours=1)
+
+#: CAs backdate by minutes, few by hours; what begins longer ago was made then, or a clock is wrong.
+LONGEST_BACKDATING = timedelta(days=2)
+
+MIN_RSA_BITS = 2048
+_STRONG_CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
+_TIME = "%Y-%m-%d %H:%M:%S"
+_WEAK_HASHES = (hashes.MD5, hashes.SHA1)
+# crypto/x509 of Go handles these; any other critical one makes the whole certificate invalid (RFC 5280 §4.2)
+_KNOWN_EXTENSIONS = {
+    ExtensionOID.KEY_USAGE,
+    ExtensionOID.EXTENDED_KEY_USAGE,
+    ExtensionOID.BASIC_CONSTRAINTS,
+    ExtensionOID.SUBJECT_ALTERNATIVE_NAME,
+    ExtensionOID.SUBJECT_KEY_IDENTIFIER,
+    ExtensionOID.AUTHORITY_KEY_IDENTIFIER,
+    ExtensionOID.CERTIFICATE_POLICIES,
+    ExtensionOID.CRL_DISTRIBUTION_POINTS,
+    ExtensionOID.AUTHORITY_INFORMATION_ACCESS,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expectation:
+    """What the node demands of every certificate below one authority."""
+
+    #: All certificates of the CA file. Only the first is a trust anchor for kubeadm (1.21 and newer, measured on 1.37).
+    anchors: tuple[x509.Certificate, ...]
+    anchor_name: str  #: For messages, such as `etcd/ca.crt`.
+    now: datetime  #: Aware, UTC.
+    min_validity: timedelta
+    intermediates_allowed: bool = True  #: False below kubeadm 1.21, which reads one certificate a file.
+    #: (OID, value) of subject attributes that this CA always adds; a named exception in the settings.
+    extra_subject: frozenset[tuple[str, str]] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verified:
+    """A leaf that passed, and the intermediates that its file needs after it, each certifying the one before it."""
+
+    leaf: x509.Certificate
+    intermediates: tuple[x509.Certificate, ...]
+
+
+def check(issued: Issued, request: SignRequest, expected: Expectation) -> Verified:
+    """
+    Compare a CA's answer with the request that we made, never with anything that the CA sent along.
+
+    Raises:
+        VerificationError: With every violation.
+    """
+    violations = list(_unreadable(issued))
+    path: tuple[x509.Certificate, ...] = ()
+    if not violations:
+        violations = list(_violations(issued, request, expected))
+        path, broken = _chain(issued, expected)
+        violations += broken
+    if violations:
+        raise VerificationError(request.spec.name, violations)
+    return Verified(leaf=issued.leaf, intermediates=path)
+
+
+#: What the library reads only when it is asked for.
+_PARTS: dict[str, Callable[[x509.Certificate], object]] = {
+    "subject": lambda certificate: certificate.subject,
+    "issuer": lambda certificate: certificate.issuer,
+    "notBefore": lambda certificate: certificate.not_valid_before_utc,
+    "notAfter": lambda certificate: certificate.not_valid_after_utc,
+    "public key": lambda certificate: certificate.public_key(),
+    "extensions": lambda certificate: certificate.extensions,
+}
+
+
+def _unreadable(issued: Issued) -> Iterator[Violation]:
+    """Parts that nobody can judge; without them no other check makes sense."""
+    for certificate in (issued.leaf, *issued.intermediates):
+        for part, read in _PARTS.items():
+            try:
+                read(certificate)
+            except UNREADABLE as e:
+                got = str(e) if certificate is issued.leaf else f"an intermediate's that can't: {e}"
+                yield Violation(subject=part, want="one that can be read", got=got)
+
+
+def _violations(issued: Issued, request: SignRequest, expected: Expectation) -> Iterator[Violation]:
+    """All that is wrong with the leaf by itself; the chain is apart."""
+    leaf, csr = issued.leaf, request.csr
+    yield from _public_key(leaf, csr)
+    yield from _subject(leaf, csr, expected.extra_subject)
+    yield from _form(leaf)
+    yield from _dates(leaf, request, expected)
+    yield from _sans(leaf, csr)
+    yield from _ekus(leaf, request)
+    yield from _key_usage(leaf)
+    yield from _not_a_ca(leaf)
+    yield from _critical(leaf)
+
+
+def _public_key(leaf: x509.Certificate, csr: x509.CertificateSigningRequest) -> Iterator[Violation]:
+    """The key is the request's, compared as encoded (RFC 5280 §4.1.2.7), and strong enough."""
+    key = leaf.public_key()
+    if isinstance(key, rsa.RSAPublicKey) and key.key_size < MIN_RSA_BITS:
+        yield Violation(subject="key size", want=f"RSA of at least {MIN_RSA_BITS} bits", got=f"{key.key_size} bits")
+    if isinstance(key, ec.EllipticCurvePublicKey) and not isinstance(key.curve, _STRONG_CURVES):
+        yield Violation(subject="curve", want="P-256, P-384 or P-521", got=key.curve.name)
+    encoding = (serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    if key.public_bytes(*encoding) != csr.public_key().public_bytes(*encoding):
+        yield Violation(subject="public key", want="the key of the CSR", got=f"another {algorithm_name(key)} key")
+
+
+def _subject(
+    leaf: x509.Certificate, csr: x509.CertificateSigningRequest, extra: frozenset[tuple[str, str]]
+) -> Iterator[Violation]:
+    """
+    The same attributes with the same values; order and grouping into RDNs may differ.
+
+    CAs written in Go rebuild the name, and Kubernetes reads only CN and the O values; Vault's roles drop O
+    without a word, which makes a valid certificate for somebody else.
+    """
+    asked, answered = attributes(csr.subject), attributes(leaf.subject)
+    if asked == answered:
+        return
+    want, got = Counter(asked), Counter(answered)
+    if {*(got - want), *(set(want) - set(got))} - extra:
+        yield Violation(
+            subject="subject", want=name_text(csr.subject) or "(empty)", got=name_text(leaf.subject) or "(empty)"
+        )
+
+
+def _sans(leaf: x509.Certificate, csr: x509.CertificateSigningRequest) -> Iterator[Violation]:
+    """The same names by type (an IP address as DNS name is another name), none of them more often than asked."""
+    want, got = san_counts(csr), san_counts(leaf)
+    if got - want or set(want) - set(got):
+        yield Violation(subject="SAN", want=_san_text(want), got=_san_text(got))
+
+
+def _san_text(names: Counter[tuple[str, str]]) -> str:
+    return ", ".join(f"{kind}:{value}" for kind, value in sorted(names.elements())) or "none"
+
+
+def _ekus(leaf: x509.Certificate, request: SignRequest) -> Iterator[Violation]:
+    """
+    The EKUs are the spec's: none missing, none to spare.
+
+    Path validation would pass both a certificate without the extension, which is then good for any purpose
+    (RFC 5280 §4.2.1.12), and one with more EKUs than asked for.
+    """
+    want = frozenset(eku.value for eku in request.spec.ekus)
+    got = extended_key_usages(leaf)
+    if got != want:
+        yield Violation(
+            subject="EKU", want=_eku_text(want), got=_eku_text(got) if got is not None else "no EKU extension"
+        )
+
+
+def _eku_text(oids: Iterable[str]) -> str:
+    labels = {eku.value: eku.label for eku in EKU} | {
+        ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE.dotted_string: "anyExtendedKeyUsage"
+    }
+    return ", ".join(sorted(labels.get(oid) or oid_label(oid) for oid in oids)) or "none"
+
+
+def _key_usage(leaf: x509.Certificate) -> Iterator[Violation]:
+    """Signing for TLS 1.3 and ECDHE, encipherment for RSA key exchange as kubeadm sets it, no right of a CA."""
+    usage = extension(leaf, x509.KeyUsage)
+    is_rsa = isinstance(leaf.public_key(), rsa.RSAPublicKey)
+    want = "digitalSignature, keyEncipherment" if is_rsa else "digitalSignature"
+    if usage is None:
+        yield Violation(subject="KeyUsage", want=want, got="no KeyUsage extension")
+    elif not usage.digital_signature or (is_rsa and not usage.key_encipherment):
+        yield Violation(subject="KeyUsage", want=want, got=_key_usage_text(usage))
+    elif usage.key_cert_sign or usage.crl_sign:
+        yield Violation(subject="KeyUsage", want=f"{want} without keyCertSign and cRLSign", got=_key_usage_text(usage))
+
+
+def _key_usage_text(usage: x509.KeyUsage) -> str:
+    names = {
+        "digitalSignature": usage.digital_signature,
+        "contentCommitment": usage.content_commitment,
+        "keyEncipherment": usage.key_encipherment,
+        "dataEncipherment": usage.data_encipherment,
+        "keyAgreement": usage.key_agreement,
+        "keyCertSign": usage.key_cert_sign,
+        "cRLSign": usage.crl_sign,
+    }
+    return ", ".join(name for name, is_set in names.items() if is_set) or "none"
+
+
+def _not_a_ca(leaf: x509.Certificate) -> Iterator[Violation]:
+    """BasicConstraints may be absent (kubeadm up to 1.20 wrote none), but never say CA:TRUE."""
+    constraints = extension(leaf, x509.BasicConstraints)
+    if constraints is not None and constraints.ca:
+        yield Violation(subject="BasicConstraints", want="CA:FALSE", got="CA:TRUE")
+
+
+def _critical(leaf: x509.Certificate) -> Iterator[Violation]:
+    """Go refuses a certificate with a critical extension that it does not handle (RFC 5280 §4.2)."""
+    unknown = [e.oid for e in leaf.extensions if e.critical and e.oid not in _KNOWN_EXTENSIONS]
+    if unknown:
+        names = ", ".join(oid_label(oid.dotted_string) for oid in unknown)
+        yield Violation(subject="critical extension", want="none that Kubernetes does not know", got=names)
+
+
+def _form(leaf: x509.Certificate) -> Iterator[Violation]:
+    """Version 3, a positive serial number (RFC 5280 §4.1.2.2), no signature by SHA-1 or MD5 (Go refuses both)."""
+    if leaf.version is not x509.Version.v3:
+        yield Violation(subject="version", want="v3", got=leaf.version.name)
+    if serial(leaf) <= 0:
+        yield Violation(subject="serial number", want="a positive number", got=str(serial(leaf)))
+    try:
+        algorithm = leaf.signature_hash_algorithm
+    except UnsupportedAlgorithm:
+        yield Violation(
+            subject="signature", want="SHA-256 or stronger", got=oid_label(leaf.signature_algorithm_oid.dotted_string)
+        )
+        return
+    if isinstance(algorithm, _WEAK_HASHES):
+        yield Violation(subject="signature", want="SHA-256 or stronger", got=algorithm.name)
+
+
+def _is_weakly_signed(certificate: x509.Certificate) -> bool:
+    try:
+        return isinstance(certificate.signature_hash_algorithm, _WEAK_HASHES)
+    except UnsupportedAlgorithm:
+        return True
+
+
+def _dates(leaf: x509.Certificate, request: SignRequest, expected: Expectation) -> Iterator[Violation]:
+    """
+    Valid now and long enough, later than what it replaces, and not longer than its CA.
+
+    An answer that begins long ago, and is of no use for its end, may tell that the node's clock is ahead.
+    """
+    begin, end, now = leaf.not_valid_before_utc, leaf.not_valid_after_utc, expected.now
+    is_old = now - begin > LONGEST_BACKDATING
+    clock = f" (it begins at {begin:{_TIME}} UTC, and {_which_clock(now)})" if is_old else ""
+    if begin > now + CLOCK_SKEW:
+        yield Violation(subject="notBefore", want="not in the future", got=f"{begin:{_TIME}} UTC ({_which_clock(now)})")
+    if end <= now:
+        yield Violation(subject="notAfter", want="in the future", got=f"{end:{_TIME}} UTC{clock}")
+    elif end - now < expected.min_validity:
+        want = f"at least {_days(expected.min_validity)} of validity"
+        yield Violation(subject="notAfter", want=want, got=f"{_days(end - now)}, until {end:{_TIME}} UTC{clock}")
+    old = request.replaces
+    if old is not None and end <= old.not_valid_after_utc - BACKDATING:
+        want = f"not before the replaced certificate's {old.not_valid_after_utc:{_TIME}} UTC"
+        yield Violation(subject="notAfter", want=want, got=f"{end:{_TIME}} UTC")
+    if expected.anchors and end > expected.anchors[0].not_valid_after_utc:
+        want = f"not after its CA's {expected.anchors[0].not_valid_after_utc:{_TIME}} UTC"
+        yield Violation(subject="notAfter", want=want, got=f"{end:{_TIME}} UTC")
+
+
+def _which_clock(now: datetime) -> str:
+    return f"this node's clock says {now:{_TIME}} UTC; is one of the two wrong?"
+
+
+def _days(duration: timedelta) -> str:
+    if duration >= timedelta(days=2):
+        return f"{duration.days}d"
+    return (
+        f"{int(duration.total_seconds() // 3600)}h"
+        if duration >= timedelta(hours=2)
+        else f"{int(duration.total_seconds())}s"
+    )
+
+
+def _chain(issued: Issued, expected: Expectation) -> tuple[tuple[x509.Certificate, ...], list[Violation]]:
+    """
+    A path from the leaf to the node's trust anchor, with path lengths and name constraints (RFC 5280 §6).
+
+    Returns:
+        The intermediates of the path, and what is wrong.
+    """
+    if not expected.anchors:
+        return (), [Violation(subject="chain", want=f"a CA certificate in {expected.anchor_name}", got="none")]
+    anchor = expected.anchors[0]
+    # the leaf's own dates are judged apart
+    leaf = issued.leaf
+    time = min(max(expected.now, leaf.not_valid_before_utc), leaf.not_valid_after_utc)
+    try:
+        path = verified_path(leaf, _longest_first(issued.intermediates), anchor, time)
+    except verification.VerificationError as e:
+        return (), [_chain_violation(issued, expected, time, str(e))]
+    intermediates = tuple(path[1:-1])
+    return intermediates, list(_path_violations(leaf, intermediates, anchor, expected))
+
+
+def _longest_first(intermediates: Sequence[x509.Certificate]) -> list[x509.Certificate]:
+    """Of an intermediate and the one that follows it, both sent along, the path takes the first that fits."""
+    return sorted(intermediates, key=lambda certificate: certificate.not_valid_after_utc, reverse=True)
+
+
+def _path_violations(
+    leaf: x509.Certificate,
+    intermediates: Sequence[x509.Certificate],
+    anchor: x509.Certificate,
+    expected: Expectation,
+) -> Iterator[Violation]:
+    """What path validation at one time does not see: issuers that may not sign, or that end before the leaf."""
+    for issuer in intermediates:
+        if leaf.not_valid_after_utc > issuer.not_valid_after_utc:
+            want = f"not after its intermediate {name_text(issuer.subject)}'s {issuer.not_valid_after_utc:{_TIME}} UTC"
+            yield Violation(subject="notAfter", want=want, got=f"{leaf.not_valid_after_utc:{_TIME}} UTC")
+    for issuer in (*intermediates, anchor):
+        usage = extension(issuer, x509.KeyUsage)
+        if usage is not None and not usage.key_cert_sign:
+            who = f"{name_text(issuer.subject)} with keyUsage {_key_usage_text(usage)}"
+            yield Violation(subject="chain", want="issuers that may sign certificates", got=who)
+    if intermediates and not expected.intermediates_allowed:
+        yield Violation(
+            subject="chain",
+            want=f"a leaf signed by {expected.anchor_name} itself (kubeadm below 1.21 reads one certificate a file)",
+            got=f"one signed through {name_text(intermediates[0].subject)}",
+        )
+
+
+def _chain_violation(issued: Issued, expected: Expectation, time: datetime, reason: str) -> Violation:
+    """Why there is no path, in the words that lead to the cause."""
+    leaf, anchor, name = issued.leaf, expected.anchors[0], expected.anchor_name
+    want = f"a path to {name} ({name_text(anchor.subject)}, SHA-256 {fingerprint(anchor)[:16]}…)"
+    if not is_valid_at(anchor, expected.now):
+        got = f"{name} is valid only {validity_text(anchor, expected.now)}"
+        return Violation(subject="chain", want=want, got=got)
+    for other in expected.anchors[1:]:
+        if _leads_to(issued, other, time):
+            got = f"a path to another certificate of the same file ({name_text(other.subject)}); kubeadm takes only the first"
+            return Violation(subject="chain", want=want, got=got)
+    candidates = [c for c in (*issued.intermediates, anchor) if c.subject == leaf.issuer]
+    if not candidates:
+        return Violation(
+            subject="issuer", want=want, got=f"issuer {name_text(leaf.issuer)}, and no certificate of that name"
+        )
+    if not _is_weakly_signed(leaf):  # of a weak signature the library can't tell whose it is
+        signers = [candidate for candidate in candidates if _signed_by(leaf, candidate)]
+        if not signers:
+            return Violation(subject="issuer", want=want, got=f"another key under the name {name_text(leaf.issuer)}")
+        if anchor not in signers and all(signer.subject == signer.issuer for signer in signers):
+            got = f"another root ({name_text(signers[0].subject)}, SHA-256 {fingerprint(signers[0])[:16]}…)"
+            return Violation(subject="issuer", want=want, got=got)
+    return Violation(
+        subject="chain",
+        want=want,
+        got=reason.removeprefix("validation failed: ").removeprefix("candidates exhausted: "),
+    )
+
+
+def is_valid_at(certificate: x509.Certificate, time: datetime) -> bool:
+    """By its dates alone."""
+    return certificate.not_valid_before_utc <= time <= certificate.not_valid_after_utc
+
+
+def validity_text(certificate: x509.Certificate, now: datetime) -> str:
+    """For messages about one that is not valid now, whose fault that ever is."""
+    dates = f"{certificate.not_valid_before_utc:%Y-%m-%d} to {certificate.not_valid_after_utc:%Y-%m-%d}"
+    return f"from {dates} ({_which_clock(now)})"
+
+
+def _leads_to(issued: Issued, anchor: x509.Certificate, time: datetime) -> bool:
+    try:
+        verified_path(issued.leaf, issued.intermediates, anchor, time)
+    except verification.VerificationError:
+        return False
+    return True
+
+
+def _signed_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except Exception:  # noqa: BLE001 (whatever the reason is, this issuer did not sign it)
+        return False
+    return True
+
+
+# An anchor needs basicConstraints (Go demands it too); all other extensions are judged by the checks above,
+# since the library's own policies are those of the public web: a SAN everywhere, an AKI, no wildcard CAs
+_ANY_EXTENSIONS = verification.ExtensionPolicy.permit_all()
+_CA_EXTENSIONS = _ANY_EXTENSIONS.require_present(x509.BasicConstraints, verification.Criticality.AGNOSTIC, None)
+
+
+def verified_path(
+    leaf: x509.Certificate, intermediates: Sequence[x509.Certificate], anchor: x509.Certificate, time: datetime
+) -> list[x509.Certificate]:
+    """
+    The path from the leaf to the anchor, both included.
+
+    Checks signatures and their algorithms, names, dates, CA:TRUE, path lengths and name constraints of every
+    issuer; not their KeyUsage.
+
+    Raises:
+        verification.VerificationError: There is none.
+    """
+    if leaf == anchor:
+        return [leaf]
+    verifier = (
+        verification.PolicyBuilder()
+        .store(verification.Store([anchor]))
+        .time(time)
+        .extension_policies(ca_policy=_CA_EXTENSIONS, ee_policy=_ANY_EXTENSIONS)
+        .build_client_verifier()
+    )
+    return verifier.verify(leaf, list(intermediates)).chain

@@ -1,0 +1,503 @@
+"""
+The node's side of the air-gapped walk: `export`, `inspect`, `import`, `pending list`, `pending cancel`.
+
+Keys stay in the state directory; a bundle has no place for one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, ClassVar
+
+import typer
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from bridge.contract import Issued
+from bridge.errors import BackendRefusedError, BridgeError, Exit, WaitingError
+from bridge.node.inventory import Node
+from bridge.pki import bundle
+from bridge.pki.bundle import AnswerBundle, BundleError, Refusal, RequestBundle
+from bridge.pki.certificates import UNREADABLE, fingerprint, is_ca, load_pem_certificates, name_text, serial_hex
+from bridge.pki.expiry import minute, residual, rfc3339, seconds_left
+from bridge.pki.loose_certificates import certificates_in, is_for, newest
+from bridge.renewal.issuance import Answer
+from bridge.renewal.prepare import Prepared, prepare, take_up, with_continuity
+from bridge.renewal.selection import ALL, Selection, assert_known, outcome_of, select
+from bridge.renewal.transaction import Walk
+from bridge.renewal.verify_and_install import Result, expectations, finish, open_request, record_failed
+from bridge.settings.tables import Settings
+from bridge.specs import AUTHORITIES
+from bridge.state import audit, backups
+from bridge.state.outcome import Outcome
+from bridge.state.requests import OpenRequest, OpenRequests
+from bridge.state.session import Run, begun
+from bridge.state.store import Store
+from bridge.system.console import Progress, columns, log, print_error, printable, under_headings
+from bridge.system.files import write_atomically
+from bridge.system.safe_read import UnreadableError, read
+
+SCHEMA_VERSION = 1
+#: For what a bundle may do; nothing in it is secret.
+BUNDLE_MODE = 0o644
+
+
+class NotOursError(BridgeError):
+    """An answer to nothing that is asked here."""
+
+    exit_code: ClassVar[int] = Exit.REFUSED
+
+
+# --- export ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """What `export` made."""
+
+    bundle: RequestBundle | None  #: None: there was nothing to ask for.
+    again: tuple[str, ...]  #: Names whose keys and CSRs an earlier run made.
+    failed: tuple[Outcome, ...]
+    skipped: tuple[str, ...]  #: Sentences for the operator.
+
+
+def export(
+    settings: Settings,
+    path: Path,
+    names: Collection[str],
+    now: Callable[[], datetime],
+    progress: Progress,
+    wait: timedelta = timedelta(),
+) -> tuple[Exported, Node]:
+    """
+    Keys into the state directory, requests into a bundle; a request that waits is exported again as it is.
+
+    Raises:
+        LockedError: Another run works on this node.
+        BridgeError: The bundle can't be written. The requests are kept, and exporting again gives the same.
+    """
+    _assert_free(path)
+    with begun(settings, now, progress, wait) as (run, node):
+        selection = select(node, settings, names, now())
+        made = prepare(selection.items, settings, run.requests.by_name())
+        prepared = [one for one in made if isinstance(one, Prepared)]
+        failed = (*selection.failed, *(one for one in made if isinstance(one, Outcome)))
+        record_failed(run.record, failed)
+        if not prepared:
+            return Exported(bundle=None, again=(), failed=failed, skipped=selection.skipped), node
+        for one in prepared:
+            if one.open is None and (old := run.requests.get(one.name)) is not None and old.is_waiting:
+                progress.note(f"{one.name}: not the key and CSR of before: renewal.key asks for another kind of key")
+        prepared = with_continuity(prepared, settings)
+        requests = bundle.bundle_of([one.request for one in prepared], now())
+        data, digest = bundle.dumps(requests), bundle.digest(requests)
+        for one in prepared:
+            request = open_request(run, one)
+            carried = tuple(dict.fromkeys((*request.bundles, digest)))
+            run.requests.put(dataclasses.replace(request, request=one.request, bundles=carried))
+            run.record.know(one.name, one.request, f"bundle {bundle.short_fingerprint(requests)}", None)
+            run.record.add(audit.ASKED, one.name, authority=one.authority)
+        run.requests.save()
+        run.record.write()
+        try:
+            write_atomically(path, data, BUNDLE_MODE)
+        except OSError as e:
+            raise BridgeError(
+                f"{path}: wanted to write the bundle, found: {e.strerror}",
+                hint="export again, to another place: the keys and CSRs are kept",
+            ) from e
+        again = tuple(one.name for one in prepared if one.open is not None)
+        return Exported(bundle=requests, again=again, failed=failed, skipped=selection.skipped), node
+
+
+def _assert_free(path: Path) -> None:
+    """An older request bundle may be overwritten, nothing else."""
+    try:
+        data = read(path)
+        if data is None and not path.is_dir():
+            return
+        bundle.loads_request(data or b"")
+    except (BundleError, UnreadableError) as e:
+        raise BridgeError(
+            f"{path}: wanted no file, or a request bundle of before, found something else", hint="name another file"
+        ) from e
+
+
+def print_exported(done: Exported, path: Path, now: datetime) -> None:
+    """What was asked for, and what to do with the file."""
+    if done.bundle is None:
+        return
+    rows = []
+    for request in done.bundle.requests:
+        end = request.replaces.not_valid_after_utc if request.replaces is not None else None
+        state = _end(end, now)
+        again = "as before" if request.name in done.again else "new key"
+        proof = "with proof" if request.proof is not None else "WITHOUT PROOF: the old key can't be used"
+        rows.append((request.name, f"by {request.authority}", state, again, proof))
+    typer.echo("\n".join(columns(rows)))
+    typer.echo(
+        f"\n{path} holds {bundle.count(len(rows), 'request')}; fingerprint {bundle.short_fingerprint(done.bundle)}"
+    )
+    typer.echo("carry it to the CA desk (`ca-bridge sign`), and the answer back (`ca-bridge import ANSWER`)")
+
+
+def _end(end: datetime | None, now: datetime) -> str:
+    if end is None:
+        return ""
+    left = seconds_left(end, now)
+    return f"expires {minute(end)} ({residual(left)})" if left > 0 else f"EXPIRED {minute(end)}"
+
+
+# --- inspect ---------------------------------------------------------------------------------------------------------
+
+
+def inspect(settings: Settings, path: Path, now: datetime) -> int:
+    """
+    Print a bundle for a person who approves it; 5 if a continuity proof does not hold.
+
+    Raises:
+        BridgeError: It can't be read, or has been changed.
+    """
+    found = _bundle(path)
+    cas = {name: certificates for name in AUTHORITIES if (certificates := _ca(settings, name))}
+    typer.echo(bundle.describe(found, now, cas or None), nl=False)
+    if isinstance(found, RequestBundle) and any(
+        bundle.proof_problem(one, found) or bundle.usages_problem(one) for one in found.requests
+    ):
+        return Exit.REFUSED
+    return Exit.DONE
+
+
+def _bundle(path: Path) -> RequestBundle | AnswerBundle:
+    try:
+        data = read(path)
+    except UnreadableError as e:
+        raise BridgeError(f"{path}: wanted a bundle, found: {e}") from None
+    if data is None:
+        raise BridgeError(f"{path}: wanted a bundle, found nothing")
+    try:
+        return bundle.loads(data)
+    except BundleError as e:
+        raise BridgeError(f"{path}: {e}", hint=e.hint) from None
+
+
+def _ca(settings: Settings, name: str) -> list[x509.Certificate]:
+    """As far as they are here: at a desk there may be none."""
+    try:
+        return load_pem_certificates(read(settings.node.pki_dir / AUTHORITIES[name].certificate_file) or b"")
+    except (UnreadableError, ValueError):
+        return []
+
+
+# --- import ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class _Found:
+    """What the carried files hold for the requests that are open."""
+
+    answers: dict[str, Answer] = field(default_factory=dict)  #: By certificate name.
+    sources: dict[str, str] = field(default_factory=dict)  #: Likewise: the file.
+    strange: list[BridgeError] = field(default_factory=list)  #: Answers to something else.
+    loose: dict[Path, list[x509.Certificate]] = field(default_factory=dict)
+
+    def take(self, name: str, answer: Answer, path: Path) -> None:
+        """Of several answers to one request a certificate counts before a refusal, and of certificates the latest."""
+        if name not in self.answers or _begin(self.answers[name]) <= _begin(answer):
+            self.answers[name], self.sources[name] = answer, printable(path)
+
+
+def _begin(answer: Answer) -> datetime:
+    return answer.leaf.not_valid_before_utc if isinstance(answer, Issued) else datetime.min.replace(tzinfo=UTC)
+
+
+def import_answers(
+    settings: Settings,
+    paths: Sequence[Path],
+    now: Callable[[], datetime],
+    progress: Progress,
+    *,
+    all_or_nothing: bool = False,
+    wait: timedelta = timedelta(),
+) -> tuple[Result, Node, list[BridgeError]]:
+    """
+    Match certificates to open requests by public key, prove them, and install them as `renew` does.
+
+    Returns:
+        What became of them, the node, and what was refused as no answer to anything here.
+
+    Raises:
+        BridgeError: A file that was named can't be read, or holds no certificate.
+        LockedError: Another run works on this node.
+        InstallError: Nothing was replaced.
+    """
+    with begun(settings, now, progress, wait) as (run, as_found):
+        walk = Walk(run)
+        node = walk.earlier(as_found)
+        if not walk.may_go_on:
+            return walk.with_earlier(Result(outcomes=())), node, []
+        found = _Found()
+        for path in paths:
+            is_directory = path.is_dir()
+            for file in _files_in(path) if is_directory else [path]:
+                _read_answer(run, file, found, skip=is_directory)
+        _match_loose(run.requests, found)
+        for error in found.strange:
+            run.record.add(audit.REFUSED, error=error)
+        result = _finish_import(run, node, found, walk, all_or_nothing=all_or_nothing)
+        if result.backup_id is not None:
+            backups.retire(run.store, settings, node, now())
+        left = tuple(_still_waiting(node, run.requests, result))
+        return dataclasses.replace(result, outcomes=(*result.outcomes, *left)), node, found.strange
+
+
+def _files_in(directory: Path) -> list[Path]:
+    try:
+        return sorted(path for path in directory.iterdir() if path.is_file() and not path.name.startswith("."))
+    except OSError as e:
+        raise BridgeError(f"{directory}: wanted to look for answers there, found: {e.strerror}") from None
+
+
+def _still_waiting(node: Node, requests: OpenRequests, result: Result) -> Iterator[Outcome]:
+    told = {outcome.name for outcome in result.outcomes}
+    by_name = {item.spec.name: item for item in node.items}
+    for one in requests:
+        item = by_name.get(one.name)
+        if one.is_waiting and one.name not in told and item is not None:
+            yield outcome_of(item, WaitingError("no answer to it was among these"), one.backend)
+
+
+def _read_answer(run: Run, path: Path, found: _Found, *, skip: bool) -> None:
+    """
+    Args:
+        run: Its open requests are what answers may be for.
+        path: A file.
+        found: Gets what is in it.
+        skip: A file that is no answer is only mentioned, since nobody named it; not one that was changed.
+    """
+    try:
+        data = read(path)
+        if data is None:
+            raise UnreadableError("no such file")  # noqa: TRY301 (as what can't be read)
+        if data.lstrip().startswith(b"{"):
+            _take_bundle(run, path, bundle.loads_answer(data), found)
+        else:
+            found.loose[path] = certificates_in(data)
+    except BundleError as e:
+        error = NotOursError(f"{path}: {e}", hint=e.hint)
+        if not skip:
+            raise error from None
+        if e.found == bundle.REQUEST_SCHEMA:
+            log.info("%s: passed over: it is the request", path)
+        else:
+            found.strange.append(error)
+    except (UnreadableError, ValueError) as e:
+        if not skip:
+            raise BridgeError(
+                f"{path}: wanted an answer bundle, or certificates in PEM, DER or PKCS#7, found: {e}"
+            ) from None
+        log.info("%s: passed over: %s", path, e)
+
+
+def _take_bundle(run: Run, path: Path, answer: AnswerBundle, found: _Found) -> None:
+    node = run.settings.node
+    if (answer.node, answer.cluster) != (node.node_name, node.cluster):
+        found.strange.append(
+            NotOursError(
+                f"{path}: wanted an answer to node {node.node_name} of cluster {node.cluster}, "
+                f"found one to node {answer.node} of cluster {answer.cluster}"
+            )
+        )
+        return
+    asked = [one for one in run.requests if answer.request_digest in (*one.bundles, one.reference)]
+    if not asked:
+        found.strange.append(
+            NotOursError(
+                f"{path}: wanted an answer to a request that waits here, found one to the bundle with the fingerprint "
+                f"{bundle.short(answer.request_digest)}, which was cancelled, is done, or is older",
+                hint="`ca-bridge pending list` shows what waits; export again if that is nothing",
+            )
+        )
+    for one in asked:
+        given = answer.answers.get(one.name)
+        if isinstance(given, Refusal):
+            found.take(one.name, BackendRefusedError(f"refused by {answer.signer}: {given.reason}"), path)
+        elif given is not None:
+            found.take(one.name, given, path)
+
+
+def _match_loose(requests: OpenRequests, found: _Found) -> None:
+    """By public key; what is neither a CA's nor of a request that waits is refused by name."""
+    everything = [(path, certificate) for path, ones in found.loose.items() for certificate in ones]
+    matched: set[bytes] = set()
+    for one in requests:
+        matching = [(path, certificate) for path, certificate in everything if is_for(certificate, one.request.csr)]
+        if not matching:
+            continue
+        others = [certificate for _, certificate in everything if is_ca(certificate)]
+        answer = newest([certificate for _, certificate in matching], others)
+        found.take(one.name, answer, next(path for path, certificate in matching if certificate == answer.leaf))
+        matched |= {certificate.fingerprint(_SHA256) for _, certificate in matching}
+    for path, certificate in everything:
+        if certificate.fingerprint(_SHA256) not in matched and not is_ca(certificate):
+            found.strange.append(
+                NotOursError(
+                    f"{path}: wanted the certificate of a request that waits here, found {_about(certificate)} for another key",
+                    hint="it answers a cancelled or older request, or another node's",
+                )
+            )
+
+
+_SHA256 = hashes.SHA256()
+
+
+def _about(certificate: x509.Certificate) -> str:
+    try:
+        return f"{name_text(certificate.subject)}, serial {serial_hex(certificate)},"
+    except UNREADABLE:
+        return f"SHA-256 {fingerprint(certificate)[:16]}…"
+
+
+def _finish_import(run: Run, node: Node, found: _Found, walk: Walk, *, all_or_nothing: bool) -> Result:
+    by_name = {item.spec.name: item for item in node.items}
+    items = tuple(by_name[name] for name in found.answers if name in by_name)
+    if not items:
+        return walk.with_earlier(Result(outcomes=()))
+    prepared, failed = [], []
+    for item in items:
+        made = run.requests.get(item.spec.name)
+        one = take_up(item, made) if made is not None else None
+        if isinstance(one, Prepared):
+            prepared.append(one)
+            run.record.know(one.name, one.request, _label(found.sources[one.name]), None)
+            _record_answer(run, one, found.answers[one.name])
+        elif one is not None:
+            failed.append(one)
+    expected, unproved = expectations(node, run.settings, [one.item for one in prepared], run.now())
+    unproven = {outcome.name for outcome in unproved}
+
+    def work() -> Result:
+        return finish(
+            run,
+            [one for one in prepared if one.name not in unproven],
+            found.answers,
+            expected,
+            labels={name: _label(source) for name, source in found.sources.items()},
+            earlier=[*failed, *unproved],
+            all_or_nothing=all_or_nothing,
+            by_hand=True,
+            before=walk.before,
+        )
+
+    return walk.whole(Selection(items=items, failed=(), skipped=()), work)
+
+
+def _label(source: str) -> str:
+    return f"import of {source}"
+
+
+def _record_answer(run: Run, one: Prepared, answer: Answer) -> None:
+    if isinstance(answer, Issued):
+        run.record.add(audit.ISSUED, one.name, authority=one.authority, new=answer.leaf)
+
+
+# --- pending ---------------------------------------------------------------------------------------------------------
+
+
+def pending_list(settings: Settings, now: datetime, *, as_json: bool) -> None:
+    """What is open: since when, until when there is time, who has it, and what to tell them."""
+    requests = sorted(OpenRequests(Store(settings.node.state_dir)), key=lambda one: (one.deadline or now, one.name))
+    if as_json:
+        entries = [_pending_json(one, now) for one in requests]
+        typer.echo(json.dumps({"schemaVersion": SCHEMA_VERSION, "pending": entries}, indent=4))
+    elif requests:
+        rows = [(_whereabouts(one), _pending_row(one, now)) for one in requests]
+        typer.echo("\n".join(under_headings(rows)))
+    else:
+        typer.echo("nothing is pending")
+
+
+def _pending_row(one: OpenRequest, now: datetime) -> tuple[str, ...]:
+    end = one.deadline
+    left = _end(end, now)
+    age = f"asked {residual(max(int((now - one.created).total_seconds()), 0))} ago"
+    return one.name, age, left, f"fingerprint {_fingerprint(one)}"
+
+
+def _whereabouts(one: OpenRequest) -> str:
+    if one.answer is not None:
+        return "answered and proven; the next run installs it"
+    if one.reference:
+        return printable(f"{one.backend}: {one.note}" if one.note else f"{one.backend} has it")
+    return "a person has it" if one.bundles else "not asked yet; the next run asks"
+
+
+def _fingerprint(one: OpenRequest) -> str:
+    """Of the bundle in which it was carried out last; else of the CSR."""
+    digest = one.bundles[-1] if one.bundles else one.reference
+    return bundle.short(digest) if _is_digest(digest) else f"{_csr_sha256(one)[:16]}…"
+
+
+def _is_digest(text: str) -> bool:
+    return len(text) == 64 and all(c in "0123456789abcdef" for c in text)  # noqa: PLR2004 (SHA-256 in hex)
+
+
+def _csr_sha256(one: OpenRequest) -> str:
+    return hashlib.sha256(one.request.csr.public_bytes(Encoding.DER)).hexdigest()
+
+
+def _pending_json(one: OpenRequest, now: datetime) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "authority": one.request.spec.authority.name,
+        "created": rfc3339(one.created),
+        "deadline": rfc3339(one.deadline) if one.deadline is not None else None,
+        "secondsLeft": seconds_left(one.deadline, now) if one.deadline is not None else None,
+        "fingerprint": _fingerprint(one),
+        "csrSha256": _csr_sha256(one),
+        "backend": one.backend,
+        "reference": one.reference,
+        "note": one.note,
+        "bundles": list(one.bundles),
+        "state": "answered" if one.answer is not None else "waiting" if one.is_waiting else "prepared",
+    }
+
+
+def pending_cancel(
+    settings: Settings, names: Collection[str], now: Callable[[], datetime], progress: Progress, wait: timedelta
+) -> int:
+    """
+    Forget requests and their keys; an answer to them is refused from now on. 1 if one that was named is not there.
+
+    Raises:
+        SettingsError: A name that is none.
+        LockedError: Another run works on this node.
+    """
+    assert_known(names)
+    with begun(settings, now, progress, wait) as (run, _):
+        there = [one.name for one in run.requests]
+        cancelled: list[OpenRequest] = []
+        for name in there if ALL in names else [name for name in there if name in names]:
+            made = run.requests.drop(name)
+            if made is not None:
+                run.record.know(name, made.request, made.backend or "bundle", None)
+                run.record.add(audit.CANCELLED, name, authority=made.request.spec.authority.name)
+                cancelled.append(made)
+        run.record.write()
+        run.requests.save()
+    for one in cancelled:
+        typer.echo(f"{one.name}: cancelled; its key is removed, and an answer to it will be refused")
+        if one.reference:
+            log.warning("%s: %s still has the request, and may sign it", one.name, one.backend)
+    missing = [name for name in names if name != ALL and name not in there]
+    hint = "`ca-bridge pending list` shows those that are"
+    for name in missing:
+        print_error(BridgeError("wanted a request that is open, found none", hint=hint), name)
+    return Exit.FAILED if missing else Exit.DONE

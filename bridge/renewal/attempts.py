@@ -1,0 +1,205 @@
+"""
+How often in a row a CA's renewals failed, and when the next try is: nobody's CA is asked every hour for what it refuses.
+
+Per authority, so that one dead CA does not stop the others. After three failed runs a person is needed, and said to be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from bridge.errors import BridgeError, Exit
+from bridge.pki.expiry import first_end, minute
+from bridge.renewal.selection import Selection, outcome_of
+from bridge.state.store import Store
+from bridge.system.files import sync_directory, write_atomically
+
+log = logging.getLogger("ca-bridge")
+
+#: So many failed runs in a row need a person.
+MANY = 3
+FIRST_PAUSE = timedelta(hours=1)
+LONGEST_PAUSE = timedelta(hours=24)
+#: With a certificate that has expired the cluster waits for the CA, not the other way round.
+EXPIRED_PAUSE = timedelta(minutes=5)
+
+_LONGEST_REASON = 500
+
+
+class HeldOffError(BridgeError):
+    """A CA was not asked, since it was asked in vain too often; the exit code is that of the last failure."""
+
+    hint = "mend the cause; `ca-bridge renew NAME` or `ca-bridge renew all` asks at once, and success ends the pauses"
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # type: ignore[misc]  # this one's, where others have their class's
+
+
+class NeedsAPersonError(BridgeError):
+    """A CA's renewals failed again and again; the exit code is that of the last failure."""
+
+    hint = "mend the cause; without names, `renew` asks this CA less and less often until it succeeds"
+
+    def __init__(self, authority: str, failures: Failures) -> None:
+        super().__init__(f"{authority}: {failures}; a person has to look at it")
+        self.authority = authority
+        self.exit_code = failures.exit_code  # type: ignore[misc]  # as above
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failures:
+    """Of one authority, in a row."""
+
+    count: int
+    since: datetime  #: The first.
+    last: datetime
+    exit_code: int  #: Of the last.
+    reason: str  #: Of the last.
+
+    @property
+    def needs_a_person(self) -> bool:
+        """Whether trying again will hardly help."""
+        return self.count >= MANY
+
+    def __str__(self) -> str:
+        runs = f"{self.count} runs in a row have" if self.count != 1 else "1 run has"
+        return f"{runs} failed since {minute(self.since)}"
+
+
+def next_try(failures: Failures, expires: datetime) -> datetime:
+    """
+    When the CA may be asked again (pure).
+
+    From the third failure on an hour later, then twice as long each time, a day at most; and after half of the time
+    that a certificate has left at most, so that it never expires between two tries.
+
+    Args:
+        failures: So far.
+        expires: Of the certificate that expires first of those that are due.
+    """
+    if not failures.needs_a_person:
+        return failures.last
+    # 2 ** 10 hours are more than the longest pause
+    pause = min(FIRST_PAUSE * (1 << min(failures.count - MANY, 10)), LONGEST_PAUSE)
+    left = expires - failures.last
+    return failures.last + min(pause, left / 2 if left > timedelta() else EXPIRED_PAUSE)
+
+
+class Attempts:
+    """The file; its lock is held by whoever changes it."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.authorities = _read(store)
+
+    def held(self, selection: Selection, now: datetime) -> Selection:
+        """
+        The selection without what is not asked for yet; that has failed, with the exit code of the last try.
+
+        For runs that nobody looks at; whoever names certificates, or sits at a terminal, wants to try now.
+        """
+        pauses = {name: pause for name in self.authorities if (pause := self._pause(name, selection, now)) is not None}
+        held = [
+            outcome_of(i, pauses[i.spec.authority.name]) for i in selection.items if i.spec.authority.name in pauses
+        ]
+        items = tuple(item for item in selection.items if item.spec.authority.name not in pauses)
+        return dataclasses.replace(selection, items=items, failed=(*selection.failed, *held))
+
+    def _pause(self, name: str, selection: Selection, now: datetime) -> HeldOffError | None:
+        ends = [first_end(i.certificates) for i in selection.items if i.spec.authority.name == name]
+        failures = self.authorities[name]
+        # a last try that is still to come was dated by a clock that has been put back since: no reason to wait
+        if not ends or not failures.last <= now < (until := next_try(failures, min(ends))):
+            return None
+        text = f"{name}: {failures}, the next try is at {minute(until)}; the last failure: {failures.reason}"
+        return HeldOffError(text, failures.exit_code)
+
+    def note(self, asked: Collection[str], failed: Mapping[str, BridgeError], now: datetime) -> list[NeedsAPersonError]:
+        """
+        Count a run, safe on disk when this returns.
+
+        Args:
+            asked: The authorities for which it tried to renew something. Those without a failure have succeeded.
+            failed: The worst error of an authority; what only waits, or was held back or off, is none.
+            now: Aware, UTC.
+
+        Returns:
+            One for each authority that failed now and needs a person.
+
+        Raises:
+            OSError: It can't be written.
+        """
+        before = dict(self.authorities)
+        for name in asked:
+            if name in failed:
+                self.authorities[name] = _one_more(before.get(name), failed[name], now)
+            else:
+                self.authorities.pop(name, None)
+        if self.authorities != before:
+            self._save()
+        return [
+            NeedsAPersonError(name, one)
+            for name, one in self.authorities.items()
+            if name in failed and one.needs_a_person
+        ]
+
+    def _save(self) -> None:
+        path = self._store.attempts
+        if self.authorities:
+            entries = {name: _to_json(one) for name, one in self.authorities.items()}
+            write_atomically(path, json.dumps({"version": 1, "authorities": entries}, indent=1).encode() + b"\n")
+        else:
+            path.unlink(missing_ok=True)
+            sync_directory(path.parent)
+
+
+def _one_more(before: Failures | None, error: BridgeError, now: datetime) -> Failures:
+    return Failures(
+        count=before.count + 1 if before is not None else 1,
+        since=before.since if before is not None else now,
+        last=now,
+        exit_code=error.exit_code,
+        reason=error.reason[:_LONGEST_REASON],
+    )
+
+
+def _read(store: Store) -> dict[str, Failures]:
+    """A file that can't be read counts as none: the worst that follows is one more try."""
+    try:
+        entries = json.loads(store.attempts.read_bytes())["authorities"]
+        return {str(name): _from_json(entry) for name, entry in entries.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        log.warning("%s: wanted the failed runs so far, found something else (%s)", store.attempts, type(e).__name__)
+        return {}
+
+
+def _to_json(one: Failures) -> dict[str, Any]:
+    return {
+        "count": one.count,
+        "since": one.since.isoformat(),
+        "last": one.last.isoformat(),
+        "exitCode": one.exit_code,
+        "reason": one.reason,
+    }
+
+
+def _from_json(entry: Mapping[str, Any]) -> Failures:
+    failures = Failures(
+        count=int(entry["count"]),
+        since=datetime.fromisoformat(entry["since"]),
+        last=datetime.fromisoformat(entry["last"]),
+        exit_code=int(entry["exitCode"]),
+        reason=str(entry["reason"]),
+    )
+    if None in (failures.since.tzinfo, failures.last.tzinfo) or failures.exit_code not in Exit.PRECEDENCE[:-1]:
+        raise ValueError("not written by this program")
+    return failures

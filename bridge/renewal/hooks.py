@@ -1,0 +1,342 @@
+"""
+Commands of the operator around a renewal: told by their environment what happened, limited in time, never forgotten.
+
+What is owed is in a file of the state directory before it is run, and leaves it when it has succeeded: one that fails,
+or is cut off together with us, is run again by the next run. It may therefore run twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bridge.errors import BridgeError, Exit
+from bridge.node.inventory import Item, Node
+from bridge.pki.certificates import serial_hex
+from bridge.settings.tables import Commands, Settings
+from bridge.state.outcome import Outcome
+from bridge.state.store import Store
+from bridge.system.console import printable
+from bridge.system.files import sync_directory, write_atomically
+from bridge.system.run_command import Ended, Output, run
+
+log = logging.getLogger("ca-bridge")
+
+BEFORE, AFTER_INSTALL, SUCCESS, FAILURE = "before", "after_install", "success", "failure"
+
+#: With which a `before` hook says "not now" (EX_TEMPFAIL of sysexits.h).
+NOT_NOW = 75
+
+_MOST_OWED = 20
+_LONGEST_ERRORS = 4000
+
+_AGAIN = "the next `ca-bridge renew` runs it again, until it succeeds or is no longer in the settings"
+
+
+class HookError(BridgeError):
+    """A hook failed; the exit code says what that means for the run."""
+
+    def __init__(self, message: str, exit_code: int, *, hint: str = _AGAIN) -> None:
+        super().__init__(message, hint=hint)
+        self.exit_code = exit_code  # type: ignore[misc]  # this one's, where others have their class's
+
+
+class NotNowError(HookError):
+    """A `before` hook said "not now"."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Occasion:
+    """What a hook is told; nothing in it is a secret."""
+
+    names: tuple[str, ...]  #: What the run is about.
+    old_serials: Mapping[str, str] = field(default_factory=dict)  #: Of what was renewed, in hexadecimal, by name.
+    new_serials: Mapping[str, str] = field(default_factory=dict)
+    files: tuple[str, ...] = ()  #: Those with a new content.
+    backup_id: str | None = None
+    exit_code: int | None = None  #: None: the run is not over.
+    errors: tuple[str, ...] = ()  #: Sentences.
+
+    @classmethod
+    def of(
+        cls,
+        items: Iterable[Item],
+        outcomes: Iterable[Outcome] = (),
+        *,
+        backup_id: str | None = None,
+        exit_code: int | None = None,
+        errors: Iterable[BridgeError] = (),
+    ) -> Occasion:
+        """
+        Args:
+            items: What was to be renewed.
+            outcomes: What became of it, so far.
+            backup_id: The old files.
+            exit_code: The run's.
+            errors: Those that are about the run as a whole.
+        """
+        outcomes = list(outcomes)
+        names = tuple(dict.fromkeys([*(i.spec.name for i in items), *(o.name for o in outcomes)]))
+        renewed = {o.name: o.new for o in outcomes if o.new is not None}
+        paths = [path for i in items if i.spec.name in renewed for path in (i.certificate_path, i.key_path)]
+        return cls(
+            names=names,
+            old_serials={o.name: serial_hex(o.old) for o in outcomes if o.new is not None and o.old is not None},
+            new_serials={name: serial_hex(certificate) for name, certificate in renewed.items()},
+            files=tuple(str(path) for path in paths if path is not None),
+            backup_id=backup_id,
+            exit_code=exit_code,
+            errors=(
+                *(f"{o.name}: {o.error.reason}" for o in outcomes if o.error is not None),
+                *map(str, errors),
+            ),
+        )
+
+    def environment(self) -> dict[str, str]:
+        """Lists have one entry a line; what is not known yet is empty."""
+        return {
+            "CA_BRIDGE_NAMES": "\n".join(self.names),
+            "CA_BRIDGE_RENEWED": "\n".join(self.new_serials),
+            "CA_BRIDGE_OLD_SERIALS": _pairs(self.old_serials),
+            "CA_BRIDGE_NEW_SERIALS": _pairs(self.new_serials),
+            "CA_BRIDGE_FILES": "\n".join(self.files),
+            "CA_BRIDGE_BACKUP_ID": self.backup_id or "",
+            "CA_BRIDGE_EXIT_CODE": "" if self.exit_code is None else str(self.exit_code),
+            "CA_BRIDGE_ERRORS": _printable("\n".join(self.errors))[:_LONGEST_ERRORS],
+        }
+
+
+def _pairs(serials: Mapping[str, str]) -> str:
+    return "\n".join(f"{name}={serial}" for name, serial in serials.items())
+
+
+def _printable(text: str) -> str:
+    """A CA's words may be in it."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Owed:
+    """Hooks of one event that did not all succeed yet."""
+
+    event: str
+    run_id: str
+    environment: Mapping[str, str]
+    #: New certificates; they are live, or the hooks are about what is no longer so.
+    serials: Mapping[str, str]
+    done: tuple[str, ...] = ()  #: Commands that succeeded.
+    tries: int = 0
+
+
+class Hooks:
+    """Those of one run; the node's lock is held."""
+
+    def __init__(self, settings: Settings, store: Store, run_id: str) -> None:
+        self._settings = settings
+        self._store = store
+        self._run_id = run_id
+
+    def before(self, occasion: Occasion) -> None:
+        """
+        Before anything is asked.
+
+        Raises:
+            HookError: One failed; the renewal must not begin.
+        """
+        environment = self._environment(BEFORE, occasion) | {"CA_BRIDGE_TRY": "1"}
+        for words in self._settings.hooks.before.words():
+            ended = self._run(BEFORE, words, environment)
+            if ended.code == NOT_NOW:
+                text = f'hook before: {words[0]} says "not now" (code {NOT_NOW}); nothing was asked'
+                raise NotNowError(text, Exit.UNAVAILABLE, hint="run again later")
+            if ended.failure:
+                text = f"hook before: {words[0]} {ended.failure}; nothing was asked"
+                raise HookError(text, Exit.FAILED, hint="mend it, or take it out of [hooks]")
+
+    def installing(self, occasion: Occasion) -> None:
+        """
+        What `installed` will run is owed from now on, if the new certificates are ever live.
+
+        Raises:
+            HookError: It can't be remembered; then nothing must be installed.
+        """
+        if self._commands(AFTER_INSTALL).texts:
+            try:
+                self._remember(self._owed(AFTER_INSTALL, occasion))
+            except OSError as e:
+                text = f"{self._store.hooks}: wanted to remember the hooks after the installation, found: {e.strerror}"
+                raise HookError(text, Exit.FAILED, hint="make room, or mend the state directory") from e
+
+    def installed(self, occasion: Occasion) -> list[HookError]:
+        """After the installation, before any restart."""
+        return self._all_of(AFTER_INSTALL, occasion)
+
+    def finished(self, occasion: Occasion) -> list[HookError]:
+        """At the end of a run that had something to do; what only waits is neither success nor failure."""
+        if occasion.exit_code in (Exit.DONE, Exit.WAITING):
+            return self._all_of(SUCCESS, occasion) if occasion.new_serials else []
+        return self._all_of(FAILURE, occasion)
+
+    def again(self, node: Node) -> list[HookError]:
+        """
+        First in a run: what is owed by earlier ones.
+
+        Args:
+            node: As it is; hooks about certificates of which none is live any more are dropped.
+        """
+        try:
+            every = _read(self._store)
+        except HookError as e:
+            return [e]
+        live = {i.spec.name: serial_hex(i.certificates[0]) for i in node.items if i.certificates}
+        errors = []
+        for owed in every:
+            why = self._not_needed(owed, live)
+            if why:
+                log.info("hook %s of run %s is not run again: %s", owed.event, owed.run_id, why)
+                self._forget(owed)
+            else:
+                errors += self._deliver(owed, Exit.FAILED if owed.event == FAILURE else Exit.NOT_LIVE)
+        return errors
+
+    def _not_needed(self, owed: Owed, live: Mapping[str, str]) -> str:
+        if not any(text not in owed.done for text in self._commands(owed.event).texts):
+            return "it is no longer in the settings"
+        if owed.serials and not any(live.get(name) == serial for name, serial in owed.serials.items()):
+            return "its certificates are not in use"
+        return ""
+
+    # --- one event ---------------------------------------------------------------------------------------------------
+
+    def _all_of(self, event: str, occasion: Occasion) -> list[HookError]:
+        if not self._commands(event).texts:
+            return []
+        failed_anyway = occasion.exit_code if event == FAILURE else None
+        return self._deliver(self._owed(event, occasion), failed_anyway or Exit.NOT_LIVE)
+
+    def _owed(self, event: str, occasion: Occasion) -> Owed:
+        return Owed(
+            event=event,
+            run_id=self._run_id,
+            environment=self._environment(event, occasion),
+            serials=occasion.new_serials if event != FAILURE else {},
+        )
+
+    def _deliver(self, owed: Owed, exit_code: int) -> list[HookError]:
+        owed = dataclasses.replace(owed, tries=owed.tries + 1)
+        environment = {**owed.environment, "CA_BRIDGE_TRY": str(owed.tries)}
+        failures, trouble = [], self._kept(owed)
+        commands = self._commands(owed.event)
+        for text, words in zip(commands.texts, commands.words(), strict=True):
+            if text in owed.done:
+                continue
+            ended = self._run(owed.event, words, environment)
+            if ended.failure:
+                failures.append(f"{words[0]} {ended.failure}")
+            else:
+                owed = dataclasses.replace(owed, done=(*owed.done, text))
+                trouble = self._kept(owed)
+        if not failures:
+            trouble = self._kept(owed, is_over=True)
+        if trouble:
+            failures.append(trouble)
+        if not failures:
+            return []
+        return [HookError(f"hook {owed.event} of run {owed.run_id}: {'; '.join(failures)}", exit_code)]
+
+    def _commands(self, event: str) -> Commands:
+        commands: Commands = getattr(self._settings.hooks, event)
+        return commands
+
+    def _environment(self, event: str, occasion: Occasion) -> dict[str, str]:
+        node = self._settings.node
+        return {
+            "CA_BRIDGE_EVENT": event,
+            "CA_BRIDGE_RUN_ID": self._run_id,
+            "CA_BRIDGE_NODE": node.node_name,
+            "CA_BRIDGE_CLUSTER": node.cluster,
+            "CA_BRIDGE_STATE_DIR": str(node.state_dir),
+            "CA_BRIDGE_PKI_DIR": str(node.pki_dir),
+            "CA_BRIDGE_KUBECONFIG_DIR": str(node.kubeconfig_dir),
+            **occasion.environment(),
+        }
+
+    def _run(self, event: str, words: Sequence[str], environment: Mapping[str, str]) -> Ended:
+        output = Output(lambda line: log.info("hook %s: %s", event, line))
+        ended = run(words, environment, self._settings.hooks.timeout, output)
+        if output.left_out:
+            log.warning("hook %s: %s: %d more bytes of output are not shown", event, words[0], output.left_out)
+        return ended
+
+    # --- what is owed ------------------------------------------------------------------------------------------------
+
+    def _kept(self, owed: Owed, *, is_over: bool = False) -> str:
+        """Why not; a hook is run though it can't be run again."""
+        try:
+            self._forget(owed) if is_over else self._remember(owed)
+        except OSError as e:
+            return f"{self._store.hooks} could not be written ({e.strerror}), so that it may not be run again, or once more"
+        return ""
+
+    def _remember(self, owed: Owed) -> None:
+        others = [one for one in self._others(owed) if not (one.event == owed.event == FAILURE)]  # the newest will do
+        for one in others[: -(_MOST_OWED - 1)]:
+            log.warning("hook %s of run %s is given up: too many others have failed since", one.event, one.run_id)
+        _write(self._store, [*others[-(_MOST_OWED - 1) :], owed])
+
+    def _forget(self, owed: Owed) -> None:
+        _write(self._store, self._others(owed))
+
+    def _others(self, owed: Owed) -> list[Owed]:
+        with contextlib.suppress(HookError):  # `again` has set it aside, and said so
+            return [one for one in _read(self._store) if (one.event, one.run_id) != (owed.event, owed.run_id)]
+        return []
+
+
+def _read(store: Store) -> list[Owed]:
+    """
+    Raises:
+        HookError: It is no such file; it has another name from now on.
+    """
+    try:
+        return [_from_json(entry) for entry in json.loads(store.hooks.read_bytes())["owed"]]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        reason = e.strerror if isinstance(e, OSError) else type(e).__name__
+        aside = store.hooks.with_suffix(".damaged")
+        with contextlib.suppress(OSError):
+            store.hooks.rename(aside)
+        raise HookError(
+            f"{store.hooks}: wanted the hooks that are to be run again, found something else ({reason})",
+            Exit.FAILED,
+            hint=f"what was in it is in {aside} now; run by hand what your hooks would have done",
+        ) from None
+
+
+def _write(store: Store, every: Sequence[Owed]) -> None:
+    if every:
+        entries = [dataclasses.asdict(one) for one in every]
+        write_atomically(store.hooks, json.dumps({"version": 1, "owed": entries}, indent=1).encode() + b"\n")
+    else:
+        store.hooks.unlink(missing_ok=True)
+        sync_directory(store.directory)
+
+
+def _from_json(entry: Mapping[str, Any]) -> Owed:
+    owed = Owed(
+        event=entry["event"],
+        run_id=str(entry["run_id"]),
+        environment={str(name): str(value) for name, value in entry["environment"].items()},
+        serials={str(name): str(serial) for name, serial in entry["serials"].items()},
+        done=tuple(map(str, entry["done"])),
+        tries=int(entry["tries"]),
+    )
+    if owed.event not in (AFTER_INSTALL, SUCCESS, FAILURE):
+        raise ValueError("not written by this program")
+    return owed

@@ -1,0 +1,191 @@
+"""Keys and CSRs of a renewal, from the live certificates; a request that is open already is taken up again."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from bridge.contract import Continuity, SignRequest
+from bridge.errors import BridgeError
+from bridge.node import kubeconfig
+from bridge.node.inventory import Item
+from bridge.node.kubeconfig import KubeconfigError
+from bridge.pki import bundle, csr
+from bridge.pki.certificates import load_pem_certificates
+from bridge.renewal.selection import RESTORE, MissingCertificateError, outcome_of
+from bridge.settings.tables import Settings
+from bridge.state.install import digest
+from bridge.state.outcome import Outcome
+from bridge.state.requests import OpenRequest
+from bridge.system.files import DIRECTORY_MODE, Attributes, sync_directory, write_staged
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A certificate on its way; holds the new key."""
+
+    item: Item
+    request: SignRequest
+    key_pem: bytes = field(repr=False)
+    was: Mapping[Path, str | None]  #: Digests of the files that are to be replaced.
+    open: OpenRequest | None = None  #: It was made by an earlier run.
+
+    @property
+    def name(self) -> str:
+        """kubeadm's name of the certificate."""
+        return self.item.spec.name
+
+    @property
+    def authority(self) -> str:
+        """Its CA's name."""
+        return self.item.spec.authority.name
+
+
+def prepare(
+    items: Sequence[Item], settings: Settings, requests: Mapping[str, OpenRequest] | None = None
+) -> list[Prepared | Outcome]:
+    """
+    Keys and CSRs from the live certificates, on all cores; what can't be made fails alone.
+
+    Args:
+        items: What to renew.
+        settings: `renewal.key` and `renewal.validity`.
+        requests: Open ones by name, to go on with.
+
+    Returns:
+        In the order of the items.
+    """
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return list(pool.map(lambda item: _prepare(item, settings, (requests or {}).get(item.spec.name)), items))
+
+
+def _prepare(item: Item, settings: Settings, made: OpenRequest | None) -> Prepared | Outcome:
+    try:
+        live, was = _live(item)
+        algorithm = csr.key_algorithm(live, settings.renewal.key)
+        if made is not None and _fits(made, live, algorithm):
+            return Prepared(item=item, request=made.request, key_pem=made.key_pem, was=was, open=made)
+        key = csr.generate_key(algorithm)
+        request = SignRequest(
+            spec=item.spec, csr_pem=csr.build(live, key), validity=settings.renewal.validity, replaces=live
+        )
+    except BridgeError as e:
+        return outcome_of(item, e)
+    return Prepared(item=item, request=request, key_pem=csr.key_pem(key), was=was)
+
+
+def take_up(item: Item, made: OpenRequest) -> Prepared | Outcome:
+    """An open request whose answer is there, whatever kind of key would be made today."""
+    if item.obstacle is not None:
+        return outcome_of(item, item.obstacle)
+    try:
+        live, was = _live(item)
+    except BridgeError as e:
+        return outcome_of(item, e)
+    if made.request.replaces != live:
+        return outcome_of(item, MissingCertificateError("its certificate was replaced since it was asked for"))
+    return Prepared(item=item, request=made.request, key_pem=made.key_pem, was=was, open=made)
+
+
+def with_continuity(prepared: Sequence[Prepared], settings: Settings) -> list[Prepared]:
+    """
+    The same, where each request says who asks, and proves it with the key of the certificate that it replaces.
+
+    All are of one batch; requests that are of one already stay as they are, since they may have been handed over, unless
+    the settings name the node or cluster otherwise now, or a proof that was missing can be made.
+    """
+    batches = {one.request.continuity.batch if one.request.continuity else "" for one in prepared}
+    if len(batches) == 1 and all(_still_says_it(one, settings) for one in prepared):
+        return list(prepared)
+    batch = secrets.token_hex(16)
+    return [
+        dataclasses.replace(one, request=dataclasses.replace(one.request, continuity=_continuity(one, settings, batch)))
+        for one in prepared
+    ]
+
+
+def _still_says_it(one: Prepared, settings: Settings) -> bool:
+    said = one.request.continuity
+    if said is None or (said.node, said.cluster) != (settings.node.node_name, settings.node.cluster):
+        return False
+    return said.proof is not None or _continuity(one, settings, said.batch).proof is None
+
+
+def _continuity(one: Prepared, settings: Settings, batch: str) -> Continuity:
+    who = {"batch": batch, "node": settings.node.node_name, "cluster": settings.node.cluster}
+    try:
+        old = one.item.key_path.read_bytes() if one.item.key_path is not None else _embedded_key(one.item)
+        proof = bundle.sign_proof(load_pem_private_key(old, None), one.request.csr, name=one.name, **who)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm):  # missing, broken, encrypted, of an odd type
+        proof = None
+    return Continuity(proof=proof, **who)
+
+
+def _embedded_key(item: Item) -> bytes:
+    return kubeconfig.key_data(item.certificate_path.read_bytes()) or b""
+
+
+def _fits(made: OpenRequest, live: x509.Certificate, algorithm: str) -> bool:
+    """It is for the certificate that is there now, with a key as it would be made now."""
+    return made.request.replaces == live and csr.algorithm_name(made.request.csr.public_key()) == algorithm
+
+
+def _live(item: Item) -> tuple[x509.Certificate, dict[Path, str | None]]:
+    """The certificate on disk now, and the digests of all files of its pair, read at the same time."""
+    paths = [item.certificate_path] if item.key_path is None else [item.key_path, item.certificate_path]
+    contents = {path: _read(path) for path in paths}
+    data = contents[item.certificate_path]
+    try:
+        certificate_data = kubeconfig.parse(data or b"").certificate_data if item.embedded else data
+        live = load_pem_certificates(certificate_data or b"")[0]
+    except KubeconfigError as e:
+        raise e.of(item.certificate_path) from None
+    except ValueError as e:
+        raise MissingCertificateError(f"{item.certificate_path}: wanted a certificate, found {e}", hint=RESTORE) from e
+    return live, {path: None if content is None else digest(content) for path, content in contents.items()}
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None  # a key without which its certificate can still be renewed
+    except OSError as e:
+        raise MissingCertificateError(f"{path}: wanted to read it, found: {e.strerror}") from e
+
+
+def write_csrs(prepared: Sequence[Prepared], directory: Path) -> None:
+    """
+    `NAME.csr` and `NAME.key`, flat and 0600, as `kubeadm certs renew --csr-only` wrote them up to 1.22.
+
+    Unlike it, never over an older file: that key may belong to a CSR that a CA is about to sign.
+
+    Raises:
+        BridgeError: A file is there already, or can't be written; then none of ours is left.
+    """
+    written: list[Path] = []
+    try:
+        if not directory.is_dir():
+            directory.mkdir(mode=DIRECTORY_MODE, parents=True)
+        for one in prepared:
+            for suffix, data in ((".key", one.key_pem), (".csr", one.request.csr_pem)):
+                path = directory / f"{one.name}{suffix}"
+                write_staged(path, data, Attributes.private())
+                written.append(path)
+        sync_directory(directory)
+    except OSError as e:
+        for path in written:
+            path.unlink()
+        found = f"{e.filename}: {e.strerror}" if e.filename else e.strerror
+        raise BridgeError(
+            f"wanted to write keys and CSRs to {directory}, found {found}", hint="choose an empty --csr-dir"
+        ) from e

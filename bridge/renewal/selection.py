@@ -1,0 +1,126 @@
+"""What a run has to renew, and what it should and can't: the names asked for, or what is due."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import datetime
+
+from bridge.errors import BridgeError, SettingsError, SettingsProblem
+from bridge.node.inventory import Item, Node
+from bridge.pki import expiry
+from bridge.settings.tables import Settings
+from bridge.specs import SPECS, CertificateSpec, Component
+from bridge.state.outcome import Outcome
+
+#: As in `kubeadm certs renew all`.
+ALL = "all"
+#: The hint for what is missing or broken.
+RESTORE = "put a good copy back (an expired one will do), then run again"
+
+
+class MissingCertificateError(BridgeError):
+    """There is no live certificate that a renewal could be made from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """What a run has to do."""
+
+    items: tuple[Item, ...]  #: To renew.
+    failed: tuple[Outcome, ...]  #: Should be renewed, and can't be.
+    skipped: tuple[str, ...]  #: Sentences for the operator.
+
+
+def select(
+    node: Node,
+    settings: Settings,
+    names: Collection[str],
+    now: datetime,
+    waiting: Collection[str] = (),
+    *,
+    csrs_only: bool = False,
+) -> Selection:
+    """
+    Choose what to renew.
+
+    Args:
+        node: What is there.
+        settings: `renewal.before` and `renewal.validity` say what is due.
+        names: kubeadm's names, or "all"; empty: what is due.
+        now: Aware, UTC.
+        waiting: Names for which an answer is to be fetched, due or not.
+        csrs_only: No file is to be replaced, so that none need be fit for it.
+
+    Raises:
+        SettingsError: A name that is none, or that is not ours to renew.
+    """
+    assert_known(names)
+    by_name = {item.spec.name: item for item in node.items}
+    asked = list(by_name) if not names or ALL in names else [name for name in by_name if name in names]
+    items, failed, skipped = [], [], []
+    for name in [*asked, *sorted(set(names) - {ALL} - set(asked))]:
+        item = by_name.get(name)
+        by_hand = name in names
+        if item is None or (item.state == "missing" and (by_hand or not item.spec.optional)):
+            failed.append(_absent(SPECS[name], item, node))
+        elif item.state == "missing":
+            skipped.append(f"{name} is not on this node, as is usual for it")
+        elif item.spec.component is Component.KUBELET and not item.managed:
+            skipped.append(f"{name} refers to {item.certificate_path}, which the kubelet renews by itself")
+        elif item.state != "present":
+            failed.append(outcome_of(item, MissingCertificateError(item.trouble or "", hint=RESTORE)))
+        elif names or name in waiting or _is_due(item, settings, now):
+            obstacle = None if csrs_only else item.obstacle
+            error = obstacle if item.managed else _unknown_authority(item)
+            if error is None:
+                items.append(item)
+            else:
+                failed.append(outcome_of(item, error))
+    return Selection(items=tuple(items), failed=tuple(failed), skipped=tuple(skipped))
+
+
+def assert_known(names: Collection[str]) -> None:
+    """
+    Raises:
+        SettingsError: One of the names is none of a certificate.
+    """
+    unknown = [name for name in names if name != ALL and name not in SPECS]
+    if unknown:
+        wanted = f"names of certificates ({', '.join(SPECS)}) or {ALL}"
+        raise SettingsError([SettingsProblem("", wanted, ", ".join(map(repr, unknown)))])
+
+
+def _is_due(item: Item, settings: Settings, now: datetime) -> bool:
+    return expiry.is_due(item.certificates, settings.renewal.before, settings.renewal.validity, now)
+
+
+def _unknown_authority(item: Item) -> BridgeError:
+    text = f"wanted to read the CA file {item.anchor_path} that kube-apiserver's --etcd-cafile names, found that it can't be"
+    return MissingCertificateError(text, hint="without it nothing that signs for it can be proven; put it back")
+
+
+def _absent(spec: CertificateSpec, item: Item | None, node: Node) -> Outcome:
+    if item is None:
+        reason = "no local etcd here" if not node.local_etcd else "not on this node"
+        error = MissingCertificateError(f"wanted a certificate to renew, found none: {reason}")
+    else:
+        place = item.certificate_path
+        error = MissingCertificateError(f"wanted a certificate to renew in {place}, found nothing", hint=RESTORE)
+    return Outcome(name=spec.name, authority=spec.authority.name, error=error)
+
+
+def outcome_of(item: Item, error: BridgeError, backend: str = "") -> Outcome:
+    """That of a certificate that could not be renewed."""
+    old = item.certificates[0] if item.certificates else None
+    return Outcome(name=item.spec.name, authority=item.spec.authority.name, old=old, error=error, backend=backend)
+
+
+def nothing_due(node: Node, settings: Settings, now: datetime) -> str:
+    """A sentence for a run that has nothing to do."""
+    present = [item for item in node.items if item.state == "present" and item.managed]
+    if not present:
+        return "nothing is due: no certificates here"
+    first = min(present, key=lambda item: expiry.first_end(item.certificates))
+    left = expiry.residual(expiry.seconds_left(expiry.first_end(first.certificates), now))
+    return f"nothing is due: {first.spec.name} is the first to expire, in {left} (renewal.before = {settings.renewal.before})"

@@ -1,0 +1,156 @@
+"""
+The settings file, from the file to `Settings`.
+
+Backends' tables are kept raw here and read by `bridge.signing.registry` into the backend's own dataclass, so that a command
+that asks no CA loads no backend.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import stat
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bridge.errors import SettingsError, SettingsProblem
+from bridge.settings.reader import Reader, Source, _found
+from bridge.settings.tables import (
+    AuditSettings,
+    AuthoritySettings,
+    BackupSettings,
+    ClusterSettings,
+    HookSettings,
+    NodeSettings,
+    RenewalSettings,
+    RestartSettings,
+    Settings,
+)
+from bridge.specs import AUTHORITIES
+
+DEFAULT_FILE = Path("/etc/ca-bridge/config.toml")
+MAX_BYTES = 1 << 20
+
+
+def load(file: Path | None) -> Settings:
+    """
+    Read the settings.
+
+    Args:
+        file: None: the default file if it is there, else the defaults.
+
+    Raises:
+        SettingsError: With every problem of the tables that are not a backend's.
+    """
+    if file is None and not DEFAULT_FILE.exists():
+        return Settings(source=Source(None, ""))
+    path = file or DEFAULT_FILE
+    return parse(_read(path), path)
+
+
+def overridden(
+    settings: Settings, pki_dir: Path | None, kubeconfig_dir: Path | None, state_dir: Path | None
+) -> Settings:
+    """The settings with the command line's places over them; relative ones are below the working directory."""
+    node = dataclasses.replace(
+        settings.node,
+        pki_dir=(pki_dir or settings.node.pki_dir).absolute(),
+        kubeconfig_dir=(kubeconfig_dir or settings.node.kubeconfig_dir).absolute(),
+        state_dir=(state_dir or settings.node.state_dir).absolute(),
+    )
+    return dataclasses.replace(settings, node=node)
+
+
+def _read(path: Path) -> str:
+    """The text of the settings file, which nobody but its owner may write: it names programs that root runs."""
+    try:
+        with path.open("rb") as opened:
+            mode = os.fstat(opened.fileno()).st_mode
+            data = opened.read(MAX_BYTES + 1)
+    except OSError as e:
+        hint = "`ca-bridge settings init` writes a commented one"
+        problem = SettingsProblem("", "a settings file", f"{e.strerror}", path)
+        raise SettingsError([problem], hint=hint) from None
+    if stat.S_IMODE(mode) & 0o022 and os.geteuid() == 0:
+        found = f"mode {stat.S_IMODE(mode):04o}"
+        problem = SettingsProblem("", "a file that only its owner can write", found, path)
+        raise SettingsError([problem], hint=f"chmod go-w {path}")
+    if len(data) > MAX_BYTES:
+        raise SettingsError([SettingsProblem("", f"at most {MAX_BYTES} bytes", "more", path)])
+    try:
+        return data.decode()
+    except UnicodeDecodeError as e:
+        raise SettingsError([SettingsProblem("", "UTF-8 text", f"byte {e.start} is not", path)]) from None
+
+
+def parse(text: str, file: Path | None = None) -> Settings:
+    """
+    Settings from TOML text.
+
+    Raises:
+        SettingsError: With every problem of the tables that are not a backend's.
+    """
+    try:
+        document = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as e:
+        raise SettingsError([SettingsProblem("", "TOML", _without_value(e), file)]) from None
+    source = Source(file, text)
+    reader = Reader(source)
+    tables = reader.tables(
+        document, ("node", "renewal", "restart", "hooks", "cluster", "audit", "backups", "backend", "authority")
+    )
+    authorities, authority_tables = _authorities(reader, tables["authority"], tables["backend"])
+    settings = Settings(
+        source=source,
+        node=reader.read(NodeSettings, tables["node"], ("node",)) or NodeSettings(),
+        renewal=reader.read(RenewalSettings, tables["renewal"], ("renewal",)) or RenewalSettings(),
+        restart=reader.read(RestartSettings, tables["restart"], ("restart",)) or RestartSettings(),
+        hooks=reader.read(HookSettings, tables["hooks"], ("hooks",)) or HookSettings(),
+        cluster=reader.read(ClusterSettings, tables["cluster"], ("cluster",)) or ClusterSettings(),
+        audit=reader.read(AuditSettings, tables["audit"], ("audit",)) or AuditSettings(),
+        backups=reader.read(BackupSettings, tables["backups"], ("backups",)) or BackupSettings(),
+        backends=_backends(reader, tables["backend"]),
+        authorities=authorities,
+        authority_tables=authority_tables,
+    )
+    reader.raise_problems()
+    return settings
+
+
+def _without_value(error: Exception) -> str:
+    """The parser's reason; it quotes single characters at most, never a value."""
+    return "nesting without end" if isinstance(error, RecursionError) else str(error)
+
+
+def _backends(reader: Reader, table: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    for name, backend in table.items():
+        if not isinstance(backend, dict):
+            reader.add(("backend", name), "a table", _found(backend))
+        elif not isinstance(backend.get("type"), str):
+            reader.add(("backend", name, "type"), 'a text such as "vault"', _found(backend.get("type")))
+    return {name: backend for name, backend in table.items() if isinstance(backend, dict)}
+
+
+def _authorities(
+    reader: Reader, table: Mapping[str, Any], backends: Mapping[str, Any]
+) -> tuple[dict[str, AuthoritySettings], dict[str, Mapping[str, Any]]]:
+    ours = {f.name for f in dataclasses.fields(AuthoritySettings)}
+    read: dict[str, AuthoritySettings] = {}
+    rest: dict[str, Mapping[str, Any]] = {}
+    for name, authority in table.items():
+        key = ("authority", name)
+        if name not in AUTHORITIES:
+            reader.add(key, f"one of {', '.join(AUTHORITIES)}", repr(name))
+        elif not isinstance(authority, dict):
+            reader.add(key, "a table", _found(authority))
+        else:
+            own = {k: v for k, v in authority.items() if k in ours}
+            settings = reader.read(AuthoritySettings, own, key)
+            if settings is not None and settings.backend not in backends:
+                known = ", ".join(backends) or "a backend, but there is no [backend.NAME] table"
+                reader.add((*key, "backend"), f"the name of a backend: {known}", repr(settings.backend))
+            if settings is not None:
+                read[name], rest[name] = settings, {k: v for k, v in authority.items() if k not in ours}
+    return read, rest

@@ -1,0 +1,295 @@
+"""
+Reading a table of TOML into a dataclass: strict, typed, all problems at once, each with its line.
+
+A dataclass is the schema: its fields are the keys, their types say what is taken (see `contract.BackendSettings`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from bridge.errors import SettingsError, SettingsProblem
+from bridge.pki.durations import parse_duration
+from bridge.secret import Secret
+
+T = TypeVar("T")
+
+
+Key = tuple[str, ...]
+
+
+_LONGEST_FOUND = 60
+
+
+_SECRET_KINDS = ("file", "env", "credential")
+
+
+class Source:
+    """A TOML text that can tell the line of a key."""
+
+    def __init__(self, file: Path | None, text: str) -> None:
+        self.file = file
+        self._lines = text.splitlines(keepends=True)
+
+    def line(self, key: Key) -> int | None:
+        """
+        The line (from 1) where a key or table is defined, or that of the nearest table above it.
+
+        TOML's parser keeps no positions: this is the first line with which the text begins to hold the key.
+        """
+        while key:
+            line = self._first_line_with(key)
+            if line is not None:
+                return line
+            key = key[:-1]
+        return None
+
+    def _first_line_with(self, key: Key) -> int | None:
+        start = 0  # where the statement that is being read began
+        for number in range(len(self._lines)):
+            try:
+                document: Any = tomllib.loads("".join(self._lines[: number + 1]))
+            except tomllib.TOMLDecodeError:
+                continue  # within a value of several lines
+            if _holds(document, key):
+                blank = (
+                    i for i in range(start, number + 1) if self._lines[i].strip() and self._lines[i].strip()[0] != "#"
+                )
+                return next(blank, number) + 1
+            start = number + 1
+        return None
+
+    def problem(self, key: Key, wanted: str, found: str) -> SettingsProblem:
+        """A problem with the file's name and the key's line in it."""
+        return SettingsProblem(".".join(key), wanted, found, self.file, self.line(key))
+
+
+def _holds(document: Any, key: Key) -> bool:
+    for part in key:
+        if not isinstance(document, dict) or part not in document:
+            return False
+        document = document[part]
+    return True
+
+
+class Reader:
+    """Reads tables into dataclasses and collects all problems."""
+
+    def __init__(self, source: Source, locate: Callable[[Key], Key] = lambda key: key) -> None:
+        """
+        Args:
+            source: For file and line.
+            locate: From a key as it is read to the key as it is in the file (they differ in merged tables).
+        """
+        self._source = source
+        self._locate = locate
+        self.problems: list[SettingsProblem] = []
+
+    def add(self, key: Key, wanted: str, found: str) -> None:
+        """Note one problem, once."""
+        problem = self._source.problem(self._locate(key), wanted, found)
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+    def raise_problems(self) -> None:
+        """
+        Raises:
+            SettingsError: If there is any.
+        """
+        if self.problems:
+            raise SettingsError(self.problems)
+
+    def tables(self, document: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Mapping[str, Any]]:
+        """The top-level tables; a missing one is empty, an unknown one a problem."""
+        for name, value in document.items():
+            if name not in names:
+                self.add((name,), f"one of {', '.join(names)}", _name_found(name, names))
+            elif not isinstance(value, dict):
+                self.add((name,), "a table", _found(value))
+        return {name: value if isinstance(value := document.get(name), dict) else {} for name in names}
+
+    def read(self, schema: type[T], table: Mapping[str, Any], prefix: Key, *, partial: bool = False) -> T | None:
+        """
+        An instance of the dataclass `schema`, or None when something was wrong.
+
+        Args:
+            schema: Its fields without a default are required.
+            table: As TOML gave it.
+            prefix: Where the table is.
+            partial: Required keys may be missing (then the result is None); what is there is still checked.
+        """
+        before = len(self.problems)
+        values = self.values(schema, table, prefix)
+        missing = [
+            f.name for f in dataclasses.fields(typing.cast(Any, schema)) if _is_required(f) and f.name not in values
+        ]
+        if not partial:
+            hints = typing.get_type_hints(schema)
+            for name in missing:
+                self.add((*prefix, _keys_of(name, hints[name])[0]), _wanted(hints[name]), "nothing")
+        if missing or len(self.problems) > before:
+            return None
+        return self._made(schema, values, prefix)
+
+    def values(self, schema: type[Any], table: Mapping[str, Any], prefix: Key) -> dict[str, Any]:
+        """The values of the keys that are there, by field; a value that can't be read is None, and a problem."""
+        hints, known = typing.get_type_hints(schema), set()
+        values: dict[str, Any] = {}
+        for f in dataclasses.fields(schema):
+            keys = _keys_of(f.name, hints[f.name])
+            known |= set(keys)
+            present = [key for key in keys if key in table]
+            if _bare(hints[f.name]) is Secret and f.name in table:
+                known.add(f.name)
+                self.add((*prefix, f.name), f"{' or '.join(keys)}: secrets are never written here", "a value")
+                values[f.name] = None
+            elif len(present) > 1:
+                self.add((*prefix, present[1]), f"one of {', '.join(keys)}", f"{' and '.join(present)}")
+                values[f.name] = None
+            elif present:
+                values[f.name] = self._value(hints[f.name], table[present[0]], (*prefix, present[0]))
+        for name in table:
+            if name not in known:
+                self.add((*prefix, name), f"one of {', '.join(sorted(known))}", _name_found(name, known))
+        return values
+
+    def _made(self, schema: type[T], values: Mapping[str, Any], prefix: Key) -> T | None:
+        instance = schema(**values)
+        found = list(getattr(instance, "problems", lambda: ())())
+        for problem in found:
+            self.add((*prefix, *problem.key.split(".")) if problem.key else prefix, problem.wanted, problem.found)
+        return None if found else instance
+
+    def _value(self, hint: Any, value: Any, key: Key) -> Any:
+        hint = _bare(hint)
+        if dataclasses.is_dataclass(hint) and not hasattr(hint, "from_setting") and hint is not Secret:
+            if isinstance(value, dict):
+                return self.read(typing.cast(type[Any], hint), value, key)
+            self.add(key, "a table", _found(value))
+            return None
+        if typing.get_origin(hint) is dict:
+            return self._texts(value, key)
+        try:
+            return _scalar(hint, value, key)
+        except ValueError as e:
+            # in the place of a secret's place the secret itself may stand
+            self.add(key, str(e), "something else" if hint is Secret else _found(value))
+            return None
+
+    def _texts(self, value: Any, key: Key) -> dict[str, str]:
+        if not isinstance(value, dict):
+            self.add(key, "a table of texts", _found(value))
+            return {}
+        for name, text in value.items():
+            if not isinstance(text, str):
+                self.add((*key, name), "a text", _found(text))
+        return value
+
+
+def _is_required(f: dataclasses.Field[Any]) -> bool:
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+
+
+def _bare(hint: Any) -> Any:
+    """The type of a field without its `| None`."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        rest = [part for part in typing.get_args(hint) if part is not type(None)]
+        return rest[0] if len(rest) == 1 else _merged_literal(rest)
+    return hint
+
+
+def _merged_literal(parts: list[Any]) -> Any:
+    return Literal[tuple(choice for part in parts for choice in typing.get_args(part))]
+
+
+def _keys_of(name: str, hint: Any) -> list[str]:
+    return [f"{name}_{kind}" for kind in _SECRET_KINDS] if _bare(hint) is Secret else [name]
+
+
+def _wanted(hint: Any) -> str:
+    """What a missing key should be, in words."""
+    bare = _bare(hint)
+    if typing.get_origin(bare) is Literal:
+        return f"one of {', '.join(map(repr, typing.get_args(bare)))}"
+    return {Path: "an absolute path", timedelta: "a duration", Secret: "where the secret is"}.get(bare, "a value")
+
+
+def _scalar(hint: Any, value: Any, key: Key) -> Any:
+    """
+    A value of this type.
+
+    Raises:
+        ValueError: Its text is what was wanted.
+    """
+    if hasattr(hint, "from_setting"):
+        return hint.from_setting(value)
+    if hint is timedelta:
+        return parse_duration(value)
+    if hint is bool or hint is int:
+        return _of_type(hint, value)
+    if typing.get_origin(hint) is tuple:
+        return _texts_tuple(value)
+    if typing.get_origin(hint) is Literal:
+        return _choice(hint, value)
+    return _text(hint, value, key)
+
+
+def _of_type(hint: type, value: Any) -> Any:
+    if type(value) is not hint:  # True is an int, too
+        raise ValueError("true or false" if hint is bool else "a whole number")
+    return value
+
+
+def _texts_tuple(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError("a list of texts")
+    return tuple(value)
+
+
+def _choice(hint: Any, value: Any) -> Any:
+    if value not in typing.get_args(hint):
+        raise ValueError(_wanted(hint))
+    return value
+
+
+def _text(hint: Any, value: Any, key: Key) -> Any:
+    """A text, a path, or where a secret is."""
+    if not isinstance(value, str) or not value:
+        raise ValueError("a text")
+    if hint is Secret:
+        kind = key[-1].rpartition("_")[2]
+        if kind == "env" and not re.fullmatch(r"[A-Za-z_{][A-Za-z0-9_{}]*", value):  # it may be a pattern with {usage}
+            raise ValueError("the name of an environment variable")
+        return Secret(kind, str(_absolute(value)) if kind == "file" else value)
+    return _absolute(value) if hint is Path else value
+
+
+def _absolute(value: str) -> Path:
+    if not value.startswith("/") or "\0" in value:
+        raise ValueError("an absolute path")
+    return Path(value)
+
+
+def _found(value: object) -> str:
+    """What was found, short; `nothing` for a missing key."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, dict):
+        return "a table"
+    text = repr(value)
+    return text if len(text) <= _LONGEST_FOUND else f"{text[:_LONGEST_FOUND]}…"
+
+
+def _name_found(name: str, known: typing.Iterable[str]) -> str:
+    import difflib  # noqa: PLC0415 (5 ms, for a wrong name alone)
+
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"{name!r} (did you mean {close[0]!r}?)" if close else repr(name)

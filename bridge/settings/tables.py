@@ -1,0 +1,299 @@
+"""The tables of the settings file, as dataclasses: keys, defaults, and what types alone can't say."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+from bridge.contract import DEFAULT_CLUSTER
+from bridge.errors import SettingsProblem
+from bridge.pki.durations import Before, duration_text
+from bridge.settings.reader import Source, _name_found
+from bridge.settings.windows import Jitter, Windows
+from bridge.settings.zones import Zone
+from bridge.specs import Component, KeyAlgorithm
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A Kubernetes version, as far as the program's behaviour depends on it."""
+
+    major: int
+    minor: int
+
+    @classmethod
+    def from_setting(cls, value: object) -> Version:
+        """Such as `"1.37"` or `"v1.37.2"`."""
+        match = re.fullmatch(r"v?(\d+)\.(\d+)(\.\d+)?", value) if isinstance(value, str) else None
+        if match is None:
+            raise ValueError('a Kubernetes version such as "1.37"')
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.major}.{self.minor}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeSettings:
+    """Table `[node]`."""
+
+    pki_dir: Path = Path("/etc/kubernetes/pki")
+    kubeconfig_dir: Path = Path("/etc/kubernetes")
+    state_dir: Path = Path("/var/lib/ca-bridge")
+    #: Of the kubeadm that manages the node; without it the image tags of the static pods tell.
+    kubernetes_version: Version | None = None
+    name: str = ""  #: As in the cluster; empty: the host's name in small letters, as kubeadm takes it.
+    cluster: str = DEFAULT_CLUSTER  #: For people and the policy of a CA desk; kubeadm's clusterName.
+
+    @property
+    def node_name(self) -> str:
+        """As set, or the host's."""
+        return self.name or os.uname().nodename.strip().lower()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenewalSettings:
+    """Table `[renewal]`."""
+
+    before: Before = Before(remaining=timedelta(days=30))  # noqa: RUF009 (frozen)
+    validity: timedelta = timedelta(days=365)
+    min_validity: timedelta = timedelta(days=7)
+    key: KeyAlgorithm | Literal["same"] = "same"
+    window: Windows = field(default_factory=Windows)  #: When what is due may be renewed; see `windows.may_act`.
+    window_zone: Zone = field(default_factory=Zone)
+    jitter: Jitter = field(default_factory=Jitter)  #: See `schedule.delay`.
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """Durations that contradict each other."""
+        if self.min_validity > self.validity:
+            yield SettingsProblem("min_validity", "at most renewal.validity", duration_text(self.min_validity))
+        if self.before.remaining is not None and self.before.remaining >= self.validity:
+            wanted = "less than renewal.validity, or each run would renew again"
+            yield SettingsProblem("before", wanted, duration_text(self.before.remaining))
+
+
+@dataclass(frozen=True, slots=True)
+class Components:
+    """Which components are restarted after a renewal."""
+
+    #: needed: those that go on with an old certificate; all: every user of a new one; listed: these of them.
+    which: Literal["needed", "all", "listed"]
+    listed: tuple[Component, ...] = ()
+
+    @classmethod
+    def from_setting(cls, value: object) -> Components:
+        """`"needed"`, `"all"`, or a list of components."""
+        if value == "needed" or value == "all":  # noqa: PLR1714 (mypy narrows these)
+            return cls(value)
+        known = {component.value: component for component in Component}
+        if not isinstance(value, list) or not value or not all(isinstance(one, str) and one in known for one in value):
+            raise ValueError(f"'needed', 'all', or a list of {', '.join(known)}")
+        return cls("listed", tuple(known[one] for one in value))
+
+    def __str__(self) -> str:
+        return ", ".join(component.value for component in self.listed) or self.which
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestartSettings:
+    """Table `[restart]`."""
+
+    #: none: whoever reads the message restarts; static-pods: manifests are moved away and back; command: see below.
+    method: Literal["none", "static-pods", "command"] = "none"
+    components: Components = Components("needed")
+    #: By component, split into words as a shell does it; the kubelet's counts with static-pods, too.
+    commands: dict[str, str] = field(default_factory=dict)
+    #: For a component to end, for it to come back, and for a command. A kubelet may hold back for 5 minutes what has
+    #: crashed, as those do that lose the API server for long.
+    timeout: timedelta = timedelta(minutes=6)
+    min_interval: timedelta = timedelta(minutes=10)  #: Between two restarts of the same component.
+    on_failure: Literal["rollback", "keep"] = "rollback"
+    prove_for: timedelta = timedelta(minutes=1)  #: How long proof of a renewal may take.
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """Commands of nobody, without words, or missing."""
+        known = [component.value for component in Component]
+        for name, command in self.commands.items():
+            if name not in known:
+                yield SettingsProblem(f"commands.{name}", f"one of {', '.join(known)}", _name_found(name, known))
+            elif not _words(command):
+                yield SettingsProblem(f"commands.{name}", "a command", repr(command))
+        if self.method == "command" and not self.commands:
+            yield SettingsProblem("commands", 'a command for each component, for method = "command"', "none")
+
+    def command(self, component: Component) -> list[str]:
+        """The words of a component's command; none if it has none."""
+        return _words(self.commands.get(component.value, ""))
+
+
+@dataclass(frozen=True, slots=True)
+class Commands:
+    """Programs with their arguments."""
+
+    texts: tuple[str, ...] = ()  #: Each split into words as a shell does it; no shell runs it.
+
+    @classmethod
+    def from_setting(cls, value: object) -> Commands:
+        """A command, or a list of them."""
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not all(isinstance(text, str) and _words(text) for text in texts):
+            raise ValueError("a command such as \"/usr/local/bin/tell 'control plane'\", or a list of them")
+        return cls(tuple(texts))
+
+    def __str__(self) -> str:
+        return "; ".join(self.texts)
+
+    def words(self) -> list[list[str]]:
+        """Of each command."""
+        return list(map(_words, self.texts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HookSettings:
+    """Table `[hooks]`; see `hooks`."""
+
+    timeout: timedelta = timedelta(minutes=1)  #: For each command.
+    before: Commands = Commands()
+    after_install: Commands = Commands()
+    success: Commands = Commands()
+    failure: Commands = Commands()
+
+
+def _words(command: str) -> list[str]:
+    """None for what a shell would not take, either."""
+    try:
+        return shlex.split(command)
+    except ValueError:
+        return []
+
+
+#: It is renewed three times in that, each of which may take some seconds; and others wait that long for a dead node.
+_SHORTEST_LEASE, _LONGEST_LEASE = timedelta(seconds=15), timedelta(hours=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterSettings:
+    """Table `[cluster]`: the other control-plane nodes, before a component is restarted; see `bridge.control_plane.neighbours`."""
+
+    #: When another's etcd member or API server is not well: wait for it, then refuse; refuse at once; don't look.
+    neighbours: Literal["wait", "refuse", "ignore"] = "wait"
+    neighbour_wait: timedelta = timedelta(minutes=5)
+    lease: bool = True  #: One node after the other; see `bridge.control_plane.lease`.
+    lease_name: str = "ca-bridge"  #: In kube-system.
+    lease_duration: timedelta = timedelta(minutes=2)  #: More than a restart of etcd or an API server takes.
+    lease_wait: timedelta = timedelta(minutes=15)
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """What the API or the clock would not take."""
+        if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", self.lease_name):
+            wanted = "at most 63 small letters, digits and hyphens, a letter or digit first and last"
+            yield SettingsProblem("lease_name", wanted, repr(self.lease_name))
+        if not _SHORTEST_LEASE <= self.lease_duration <= _LONGEST_LEASE:
+            wanted = f"{duration_text(_SHORTEST_LEASE)} to {duration_text(_LONGEST_LEASE)}"
+            yield SettingsProblem("lease_duration", wanted, duration_text(self.lease_duration))
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A number of bytes."""
+
+    count: int
+
+    @classmethod
+    def from_setting(cls, value: object) -> Size:
+        """Such as `"10MiB"`."""
+        match = re.fullmatch(r"([1-9][0-9]{0,6})(KiB|MiB|GiB)", value) if isinstance(value, str) else None
+        if match is None:
+            raise ValueError('a size such as "512KiB" or "10MiB"')
+        return cls(int(match[1]) * _SIZE_UNITS[match[2]])
+
+    def __str__(self) -> str:
+        unit = next(name for name, size in reversed(_SIZE_UNITS.items()) if self.count % size == 0)
+        return f"{self.count // _SIZE_UNITS[unit]}{unit}"
+
+
+_SIZE_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditSettings:
+    """Table `[audit]`."""
+
+    rotate_at: Size = Size(10 << 20)
+    syslog: bool = False  #: A copy of each line to /dev/log, which journald reads, too.
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackupSettings:
+    """Table `[backups]`; see `backups.retire`."""
+
+    keep: int = 10
+    keep_for: timedelta = timedelta(days=400)  #: Longer than a certificate lives, usually.
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """The newest is always kept."""
+        if self.keep < 1:
+            yield SettingsProblem("keep", "at least 1", str(self.keep))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuthoritySettings:
+    """Table `[authority.NAME]`; its other keys go to the backend."""
+
+    backend: str
+    #: Subject attributes that this CA adds to every certificate, such as `OU=Platform`; a named exception.
+    allow_extra_subject: tuple[str, ...] = ()
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """Identities can't be excepted."""
+        for text in self.allow_extra_subject:
+            name = text.partition("=")[0]
+            if name not in EXTRA_SUBJECT_OIDS or "=" not in text:
+                wanted = f"NAME=VALUE with NAME one of {', '.join(EXTRA_SUBJECT_OIDS)} (CN and O say who somebody is)"
+                yield SettingsProblem("allow_extra_subject", wanted, repr(text))
+
+    @property
+    def extra_subject(self) -> frozenset[tuple[str, str]]:
+        """As (OID, value)."""
+        pairs = (text.partition("=") for text in self.allow_extra_subject)
+        return frozenset((EXTRA_SUBJECT_OIDS[name], value) for name, _, value in pairs)
+
+
+#: Kubernetes reads CN (user) and O (groups) only, so that these attributes can't change what somebody may do.
+EXTRA_SUBJECT_OIDS = {
+    "OU": "2.5.4.11",
+    "C": "2.5.4.6",
+    "ST": "2.5.4.8",
+    "L": "2.5.4.7",
+    "STREET": "2.5.4.9",
+    "DC": "0.9.2342.19200300.100.1.25",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All of the file; backends' tables are raw."""
+
+    source: Source
+    node: NodeSettings = field(default_factory=NodeSettings)
+    renewal: RenewalSettings = field(default_factory=RenewalSettings)
+    restart: RestartSettings = field(default_factory=RestartSettings)
+    hooks: HookSettings = field(default_factory=HookSettings)
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    audit: AuditSettings = field(default_factory=AuditSettings)
+    backups: BackupSettings = field(default_factory=BackupSettings)
+    backends: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    authorities: Mapping[str, AuthoritySettings] = field(default_factory=dict)
+    #: By authority: the keys of its table that are the backend's.
+    authority_tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def extra_subject(self, authority: str) -> frozenset[tuple[str, str]]:
+        """The subject attributes, as (OID, value), that this authority's certificates may have or lack."""
+        ours = self.authorities.get(authority)
+        return ours.extra_subject if ours is not None else frozenset()

@@ -1,0 +1,200 @@
+"""When a due certificate may be renewed: windows of the week, and when they give way. Pure: time and zone are arguments."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta, tzinfo
+
+from bridge.pki.durations import duration_text, parse_duration
+
+DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+DAY_MINUTES = 24 * 60
+
+_WANTED = 'a list of windows such as "Sat-Sun 02:00-06:00", "Wed 22:00-02:00" or "03:00-05:00" (every day)'
+_HOURS = re.compile(r"([0-9]{1,2}):([0-9]{2})-([0-9]{1,2}):([0-9]{2})")
+
+#: Whatever the windows are, a certificate does not wait any more when less is left: a nightly timer then has two tries.
+LAST_DAYS = timedelta(days=2)
+#: A weekly window that one spring day lacks comes a week later, and we look for two of them.
+_LOOK_AHEAD_DAYS = 23
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Hours of some days of the week, by the clock on the wall."""
+
+    days: frozenset[int]  #: On which it begins; Monday is 0.
+    begin: int  #: Minutes from midnight.
+    end: int  #: The same; past midnight it is more than a day's.
+
+    @classmethod
+    def parse(cls, text: str) -> Window:
+        """
+        Such as `"Sat-Sun 02:00-06:00"`, `"Mon,Wed 22:00-02:00"` or `"03:00-05:00"`.
+
+        Raises:
+            ValueError: Its text is what was wanted.
+        """
+        days, _, hours = text.strip().rpartition(" ")
+        match = _HOURS.fullmatch(hours)
+        if match is None:
+            raise ValueError(_WANTED)
+        begin_hour, begin_minute, end_hour, end_minute = map(int, match.groups())
+        begin, end = begin_hour * 60 + begin_minute, end_hour * 60 + end_minute
+        if max(begin_minute, end_minute) > 59 or begin >= DAY_MINUTES or end > DAY_MINUTES or begin == end:  # noqa: PLR2004
+            raise ValueError(f"{_WANTED}, from 00:00 to 24:00 and not empty")
+        return cls(_days(days), begin, end if end > begin else end + DAY_MINUTES)
+
+    def __str__(self) -> str:
+        days = "" if len(self.days) == len(DAYS) else ",".join(DAYS[day] for day in sorted(self.days)) + " "
+        end = self.end if self.end <= DAY_MINUTES else self.end - DAY_MINUTES
+        return f"{days}{_clock(self.begin)}-{_clock(end)}"
+
+
+def _clock(minutes: int) -> str:
+    return f"{minutes // 60:02}:{minutes % 60:02}"
+
+
+def _days(text: str) -> frozenset[int]:
+    """`Mon`, `Sat-Sun`, `Fri-Mon`, several with commas; none: every day."""
+    if not text:
+        return frozenset(range(len(DAYS)))
+    found: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if first not in DAYS or (dash and last not in DAYS):
+            raise ValueError(f"{_WANTED}, with days {', '.join(DAYS)}")
+        begin, end = DAYS.index(first), DAYS.index(last or first)
+        found |= {(begin + i) % len(DAYS) for i in range((end - begin) % len(DAYS) + 1)}
+    return frozenset(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """All of them; none: any time will do."""
+
+    windows: tuple[Window, ...] = ()
+
+    @classmethod
+    def from_setting(cls, value: object) -> Windows:
+        """
+        A list of texts (see `Window.parse`), or one.
+
+        Raises:
+            ValueError: Its text is what was wanted.
+        """
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list):
+            raise ValueError(_WANTED)  # noqa: TRY004 (the settings' way to say what was wanted)
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(_WANTED)
+        return cls(tuple(map(Window.parse, texts)))
+
+    def __bool__(self) -> bool:
+        return bool(self.windows)
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.windows))
+
+
+@dataclass(frozen=True, slots=True)
+class Jitter:
+    """A delay of less than this, so that not all nodes come at once."""
+
+    most: timedelta = timedelta()
+
+    @classmethod
+    def from_setting(cls, value: object) -> Jitter:
+        """A duration, or `"0s"`."""
+        return cls() if value == "0s" else cls(parse_duration(value))
+
+    def __str__(self) -> str:
+        return duration_text(self.most)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """Whether a due certificate may be renewed now."""
+
+    act: bool
+    reason: str  #: A clause for the operator.
+    until: datetime | None = None  #: When the window that is open ends.
+
+
+def may_act(now: datetime, windows: Windows, zone: tzinfo, expires: datetime) -> Decision:
+    """
+    Whether it is time, with a certificate that expires then.
+
+    It waits for its window only while two whole ones are left before it expires, so that one of them may fail, and
+    `LAST_DAYS`. After that every run may act.
+
+    Args:
+        now: Aware.
+        windows: None of them: any time will do.
+        zone: Whose clock they follow.
+        expires: Of the certificate that expires first.
+    """
+    if not windows:
+        return Decision(act=True, reason="renewal.window is not set")
+    coming = spans(now, windows, zone)
+    begin, end = coming[0]
+    if begin <= now:
+        return Decision(act=True, reason=f"the window is open until {local_text(end, zone)}", until=end)
+    reason = f"the next window begins at {local_text(begin, zone)}"
+    if expires <= max(coming[1][1], now + LAST_DAYS):
+        reason = f"{reason}, too late to wait for: a certificate expires at {local_text(expires, zone)}"
+        return Decision(act=True, reason=reason)
+    return Decision(act=False, reason=reason)
+
+
+def ever_waits(now: datetime, windows: Windows, zone: tzinfo, before: timedelta) -> bool:
+    """Whether a certificate that is due so long before its end may wait for one of the windows to come."""
+    moments = (begin - timedelta(seconds=1) for begin, _ in spans(now, windows, zone))
+    return any(not may_act(moment, windows, zone, moment + before).act for moment in moments)
+
+
+def local_text(moment: datetime, zone: tzinfo) -> str:
+    """For the operator, by the clock on the wall."""
+    try:
+        return f"{moment.astimezone(zone):%a %Y-%m-%d %H:%M %Z}"
+    except OverflowError:  # year 9999 (RFC 5280 §4.1.2.5 uses its end for "never")
+        return f"{moment:%Y-%m-%d}"
+
+
+def spans(now: datetime, windows: Windows, zone: tzinfo) -> list[tuple[datetime, datetime]]:
+    """
+    The times in which a window is open and that are not over, in order; those that meet are one.
+
+    Of windows that leave a gap in the week there are at least two.
+
+    A window that the clock skips altogether in spring is not there on that day. In autumn it is open from the first
+    time that the clock shows its beginning to the first time that it shows its end.
+    """
+    today = now.astimezone(zone).date()
+    found = sorted(
+        span
+        for offset in range(-2, _LOOK_AHEAD_DAYS)
+        for span in _on(today + timedelta(days=offset), windows.windows, zone)
+        if span[0] < span[1]
+    )
+    merged: list[tuple[datetime, datetime]] = []
+    for begin, end in found:
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        else:
+            merged.append((begin, end))
+    return [span for span in merged if span[1] > now]
+
+
+def _on(day: date, windows: Sequence[Window], zone: tzinfo) -> Iterator[tuple[datetime, datetime]]:
+    for window in windows:
+        if day.weekday() in window.days:
+            yield _moment(day, window.begin, zone), _moment(day, window.end, zone)
+
+
+def _moment(day: date, minutes: int, zone: tzinfo) -> datetime:
+    days, rest = divmod(minutes, DAY_MINUTES)
+    local = datetime.combine(day + timedelta(days=days), time(rest // 60, rest % 60), tzinfo=zone)
+    return local.astimezone(UTC)  # a time that the clock skips is one hour later (PEP 495, fold=0)

@@ -1,0 +1,178 @@
+"""
+Directories of CSRs as kubeadm writes them, at a CA desk.
+
+`kubeadm certs renew --csr-only` (up to 1.22) writes `NAME.csr` side by side; `kubeadm certs generate-csr` writes
+`pki/BASE.csr`, and `NAME.conf.csr` beside a kubeconfig that has a key and lacks both certificates.
+Neither says for which node it is, nor proves anything.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import yaml
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
+
+from bridge.contract import Issued
+from bridge.errors import BridgeError
+from bridge.pki.bundle import BundledRequest, RequestBundle
+from bridge.pki.certificates import pem
+from bridge.specs import SPECS, CertificateSpec
+from bridge.system.files import SECRET_MODE, write_atomically
+from bridge.system.safe_read import UnreadableError, read
+
+_SUFFIX = ".csr"
+_CERTIFICATE_MODE = 0o644
+#: By what kubeadm calls its file, flat and nested.
+_BY_FILE = {spec.base: spec for spec in SPECS.values()} | SPECS
+
+
+class CsrDirectoryError(BridgeError):
+    """What is in the directory can't be taken for kubeadm's CSRs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CsrDirectory:
+    """What was found."""
+
+    directory: Path
+    bundle: RequestBundle  #: The same requests every time, so that an interrupted run goes on.
+    files: Mapping[str, Path]  #: The CSRs by certificate name, relative to the directory.
+
+
+def find(directory: Path) -> list[Path]:
+    """All CSR files in a directory and below it."""
+    return sorted(path for path in directory.rglob(f"*{_SUFFIX}") if not path.name.startswith("."))
+
+
+def load(directory: Path, *, node: str, cluster: str, validity: timedelta, created: datetime) -> CsrDirectory:
+    """
+    Read a directory's CSRs.
+
+    Raises:
+        CsrDirectoryError: With every file that can't be read, is none of kubeadm's, or is there twice.
+    """
+    files: dict[str, Path] = {}
+    requests, problems = [], []
+    for path in find(directory):
+        relative = path.relative_to(directory)
+        spec = _spec(relative)
+        try:
+            if spec is None:
+                raise CsrDirectoryError(f"wanted one of kubeadm's names, such as apiserver{_SUFFIX}")  # noqa: TRY301
+            if spec.name in files:
+                raise CsrDirectoryError(f"wanted one CSR for {spec.name}, found {files[spec.name]} too")  # noqa: TRY301
+            requests.append(_request(spec, path, validity))
+            files[spec.name] = relative
+        except CsrDirectoryError as e:
+            problems.append(f"{path}: {e}")
+    if problems or not requests:
+        raise CsrDirectoryError(
+            "\n".join(problems) or f"{directory}: wanted CSRs, found none",
+            hint="move away what is not to be signed" if problems else "",
+        )
+    bundle = RequestBundle(
+        batch=_batch(requests), node=node, cluster=cluster, created=created, requests=tuple(requests)
+    )
+    return CsrDirectory(directory=directory, bundle=bundle, files=files)
+
+
+def _spec(relative: Path) -> CertificateSpec | None:
+    name = relative.as_posix().removesuffix(_SUFFIX)
+    return _BY_FILE.get(name.removeprefix("pki/"))
+
+
+def _request(spec: CertificateSpec, path: Path, validity: timedelta) -> BundledRequest:
+    """
+    Raises:
+        CsrDirectoryError: The file can't be read, or holds more than a CSR.
+    """
+    try:
+        data = read(path)
+        if data is None or data.count(b"-----BEGIN ") != 1:
+            raise CsrDirectoryError("wanted one PEM block with a CSR")
+        csr = x509.load_pem_x509_csr(data)
+    except (UnreadableError, ValueError, x509.InvalidVersion) as e:
+        raise CsrDirectoryError(f"wanted one PEM block with a CSR, found: {e}") from e
+    return BundledRequest(
+        name=spec.name,
+        authority=spec.authority.name,
+        ekus=spec.ekus,
+        validity=validity,
+        csr=csr,
+        replaces=None,
+        proof=None,
+    )
+
+
+def _batch(requests: Sequence[BundledRequest]) -> str:
+    ders = b"".join(sha256(request.csr.public_bytes(Encoding.DER)).digest() for request in requests)
+    return sha256(ders).hexdigest()[:32]
+
+
+def deliver(found: CsrDirectory, target: Path, answers: Mapping[str, Issued], ca: x509.Certificate | None) -> None:
+    """
+    Write `….crt` as the CSRs are laid out, and complete the kubeconfigs that are beside them.
+
+    Args:
+        found: The CSRs.
+        target: May be their own directory.
+        answers: By certificate name.
+        ca: The cluster's, for the kubeconfigs.
+
+    Raises:
+        CsrDirectoryError: A kubeconfig can't be completed.
+        OSError: Something can't be written.
+    """
+    for name, issued in answers.items():
+        relative = found.files[name]
+        chain = b"".join(map(pem, (issued.leaf, *issued.intermediates)))
+        path = target / relative.with_suffix(".crt")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, chain, _CERTIFICATE_MODE)
+        config = found.directory / relative.with_suffix("")  # admin.conf.csr belongs to admin.conf
+        if SPECS[name].kubeconfig and ca is not None and config.is_file():
+            write_atomically(
+                target / config.relative_to(found.directory), _completed(config, issued, chain, ca), SECRET_MODE
+            )
+
+
+def _completed(path: Path, issued: Issued, chain: bytes, ca: x509.Certificate) -> bytes:
+    """
+    The kubeconfig with the client's certificate and the CA's, laid out as kubeadm does it.
+
+    Raises:
+        CsrDirectoryError: It is none that `generate-csr` makes, or its key is another one's.
+    """
+    wanted = "wanted a kubeconfig with one cluster and one user, as `kubeadm certs generate-csr` writes it"
+    try:
+        config: Any = yaml.safe_load(read(path) or b"")
+        [cluster], [user] = config["clusters"], config["users"]
+        key = load_pem_private_key(base64.b64decode(user["user"]["client-key-data"]), None)
+        cluster["cluster"]["certificate-authority-data"] = base64.b64encode(pem(ca)).decode()
+        user["user"]["client-certificate-data"] = base64.b64encode(chain).decode()
+    # outside of `except`, since a traceback could lead to the key
+    except (
+        UnreadableError,
+        yaml.YAMLError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+        UnsupportedAlgorithm,
+    ) as e:
+        key, found = None, type(e).__name__
+    if key is None:
+        raise CsrDirectoryError(f"{path}: {wanted}, found something else ({found})")
+    if key.public_key() != issued.leaf.public_key():
+        raise CsrDirectoryError(f"{path}: wanted the key of {path.name}{_SUFFIX} in it, found another one")
+    text: str = yaml.safe_dump(config, default_flow_style=False, width=1 << 20)
+    return text.encode()

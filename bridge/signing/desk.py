@@ -1,0 +1,474 @@
+"""
+The CA desk: request bundles in, answer bundles out, by a policy.
+
+Bundles are read a window at a time, so that memory does not grow with their number. The requests of a window are put
+together by authority, and each CA gets them as one lot: `openssl ca` runs once a usage class, not once a node. While it
+runs, the next window is read and judged. What a CA answers is in the journal before anything else happens to it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property
+from typing import Protocol
+
+from cryptography import x509
+
+from bridge.contract import Backend, Collects, Issued, ListsIssuers, Pending, Recalls, SignRequest, SignsMany
+from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, VerificationError, WaitingError
+from bridge.pki import verify
+from bridge.pki.bundle import (
+    AnswerBundle,
+    BundledRequest,
+    Refusal,
+    RequestBundle,
+    describe,
+    refusal,
+    sign_request,
+)
+from bridge.pki.certificates import load_pem_certificates
+from bridge.pki.verify import Expectation
+from bridge.settings.tables import Settings
+from bridge.signing import preflight, registry
+from bridge.signing.desk_journal import Asked, Journal
+from bridge.signing.desk_policy import Policy, Verdict, judge
+from bridge.specs import AUTHORITIES, SPECS
+from bridge.state import audit
+
+#: Requests that are read ahead and signed together: few at first, so that a CA is at work soon, and twice as many each
+#: time, so that `openssl ca`'s own start and its rewriting of a long index become a small part. Three windows are in
+#: memory at a time.
+_FIRST_WINDOW, _LARGEST_WINDOW = 250, 2000
+#: Writing an answer is mostly waiting for the disk.
+_DELIVERIES = 4
+#: Of a backend that signs one by one: of how many at a time is written down that they are being asked for.
+_SLICE = 100
+
+SIGNED = "signed for others"  #: Event of the record.
+
+Answer = Issued | Refusal
+
+
+class RefusedByPolicyError(BridgeError):
+    """A request that the desk's policy does not allow, or a person did not approve."""
+
+    exit_code = Exit.REFUSED
+    hint = "the answer says so to the node; the policy file says what is allowed"
+
+
+class NotOursError(BridgeError):
+    """A request for a CA that this desk has not."""
+
+    exit_code = Exit.REFUSED
+    hint = "carry the request to the other desk, too, or add an [authority.NAME] table to the settings"
+
+
+@dataclass(kw_only=True, eq=False)
+class Job:
+    """One request bundle on its way through the desk."""
+
+    bundle: RequestBundle
+    digest: str  #: The bundle's.
+    label: str  #: For messages, such as the bundle's file.
+    deliver: Callable[[AnswerBundle], str]  #: Brings the answer to where it belongs, and says where that is.
+    earlier: Mapping[str, Issued] = field(default_factory=dict)  #: Of an answer that is there already.
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    answers: dict[str, Answer] = field(default_factory=dict)
+    troubles: dict[str, BridgeError] = field(default_factory=dict)  #: Why there is no answer yet.
+    approved_by: str = ""
+
+    @cached_property
+    def requests(self) -> dict[str, SignRequest]:
+        """As a backend is asked, by name."""
+        return {request.name: sign_request(request, self.bundle) for request in self.bundle.requests}
+
+    @property
+    def to_sign(self) -> list[BundledRequest]:
+        """What has no answer and no trouble."""
+        return [one for one in self.bundle.requests if one.name not in self.answers and one.name not in self.troubles]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all is answered that this desk can answer."""
+        return bool(self.answers) and all(isinstance(error, NotOursError) for error in self.troubles.values())
+
+
+class Observer(Protocol):
+    """Who looks on; called from one thread."""
+
+    def answered(self, job: Job, where: str) -> None:
+        """A bundle is done; `where` is empty if it is not."""
+
+
+class Approver(Protocol):
+    """A person."""
+
+    def __call__(self, job: Job, text: str) -> tuple[bool | None, str]:
+        """Whether to sign this bundle (None: later), and who says so, or why not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _CA:
+    """One authority's CA at this desk."""
+
+    configured: registry.Configured
+    backend: Backend | None
+    outage: registry.Outage
+    #: With which the origin of what is replaced is told.
+    certificates: tuple[x509.Certificate, ...] = ()
+    anchors: tuple[x509.Certificate, ...] = ()
+    wrong: Mapping[str, BridgeError] = field(default_factory=dict)  #: By certificate name.
+    trouble: BridgeError | None = None  #: It can't be used at all.
+
+
+class Desk:
+    """One run."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        policy: Policy,
+        now: Callable[[], datetime],
+        *,
+        without_proof: frozenset[str] = frozenset(),
+        approve: Approver | None = None,
+    ) -> None:
+        """
+        Raises:
+            SettingsError: Of backends' tables; all problems at once.
+        """
+        self._settings = settings
+        self._policy = policy
+        self._now = now
+        self._without_proof = without_proof
+        self._approve = approve
+        self._configured = registry.configured(settings, settings.authorities)
+        self._cas: dict[str, _CA] = {}
+
+    # --- before anything is signed ------------------------------------------------------------------------------------
+
+    def judged(self, job: Job) -> Job:
+        """Answer with a refusal what may not be signed; what can't be told yet is a trouble."""
+        for request in job.bundle.requests:
+            trouble = self._trouble(request)
+            if trouble is not None:
+                job.troubles[request.name] = trouble
+                continue
+            ca = self._cas[request.authority]
+            verdict = judge(request, job.bundle, self._policy, ca.certificates, self._now(), self._without_proof)
+            job.verdicts[request.name] = verdict
+            if verdict.problems:
+                job.answers[request.name] = refusal("; ".join(verdict.problems))
+        if self._approve is not None and job.to_sign:
+            self._ask_person(self._approve, job)
+        return job
+
+    def _trouble(self, request: BundledRequest) -> BridgeError | None:
+        if request.authority not in self._configured:
+            return NotOursError(
+                f"wanted a request for {' or '.join(self._configured)}, found one for {request.authority}"
+            )
+        if request.authority not in self._cas:
+            self._cas[request.authority] = self._open(request.authority)
+        ca = self._cas[request.authority]
+        return ca.trouble or ca.wrong.get(request.name)
+
+    def _open(self, authority: str) -> _CA:
+        """Reach a CA, and ask what can be asked before a signature is spent."""
+        configured = self._configured[authority]
+        outage = registry.Outage(configured.settings.retry_for)
+        backend: Backend | None = None
+        try:
+            backend = opened = configured.open()
+            issuers = tuple(outage.ask(opened.issuers)) if isinstance(opened, ListsIssuers) else ()
+            anchors = self._anchors(configured, issuers)
+            specs = [spec for spec in SPECS.values() if spec.authority.name == authority]
+            expected = self._expectation(authority, anchors)
+            wrong = outage.ask(lambda: preflight.preflight(opened, specs, expected))
+        except BridgeError as e:
+            return _CA(configured=configured, backend=backend, outage=outage, trouble=e)
+        # not what is above the one that signs: a company's root has signed for others, too
+        certificates = tuple(dict.fromkeys((*anchors, *issuers[:1])))
+        return _CA(
+            configured=configured,
+            backend=backend,
+            outage=outage,
+            certificates=certificates,
+            anchors=anchors,
+            wrong=wrong,
+        )
+
+    def _anchors(
+        self, configured: registry.Configured, issuers: tuple[x509.Certificate, ...]
+    ) -> tuple[x509.Certificate, ...]:
+        """
+        Those of `desk.ca_dir`, or else the certificate that signs.
+
+        Raises:
+            BridgeError: There is none.
+        """
+        directory = self._policy.desk.ca_dir
+        if directory is None:
+            if not issuers:
+                raise BridgeError(
+                    f"{configured.label}: wanted the CA's certificate, found no way to ask for it",
+                    hint="the policy's desk.ca_dir can have it",
+                )
+            return issuers[:1]
+        path = directory / AUTHORITIES[configured.authority].certificate_file
+        try:
+            return tuple(load_pem_certificates(path.read_bytes()))
+        except (OSError, ValueError) as e:
+            found = e.strerror if isinstance(e, OSError) else e
+            raise BridgeError(f"{path}: wanted the cluster's CA certificate, found: {found}") from e
+
+    def _expectation(self, authority: str, anchors: tuple[x509.Certificate, ...]) -> Expectation:
+        return Expectation(
+            anchors=anchors,
+            anchor_name=AUTHORITIES[authority].certificate_file,
+            now=self._now(),
+            min_validity=self._settings.renewal.min_validity,
+            extra_subject=self._settings.authorities[authority].extra_subject,
+        )
+
+    def anchor(self, authority: str) -> x509.Certificate | None:
+        """The cluster's CA certificate, once its CA was asked."""
+        ca = self._cas.get(authority)
+        return ca.anchors[0] if ca is not None and ca.anchors else None
+
+    def _ask_person(self, approve: Approver, job: Job) -> None:
+        cas = {name: ca.certificates for name, ca in self._cas.items()}
+        refused = [f"{name}: the policy refuses it: {answer.reason}"
+                   for name, answer in job.answers.items() if isinstance(answer, Refusal)]  # fmt: skip
+        allowed, words = approve(job, "\n".join([describe(job.bundle, self._now(), cas), *refused]))
+        if allowed is None:
+            later = WaitingError(f"{words} has not decided yet", hint="run it again with --approve")
+            job.troubles |= {request.name: later for request in job.bundle.requests}
+        elif allowed:
+            job.approved_by = words
+        else:
+            job.answers |= {request.name: refusal(f"not approved: {words}") for request in job.to_sign}
+
+    # --- signing ------------------------------------------------------------------------------------------------------
+
+    def run(self, jobs: Iterable[Job], journal: Journal, record: audit.Record, observer: Observer) -> None:
+        """
+        Sign what may be signed, and deliver the answers; a job's own errors are its troubles.
+
+        Raises:
+            AuditError: The record could not be written; what was signed is in the journal, and was not delivered.
+            JournalError: It could not be written.
+        """
+        with ThreadPoolExecutor(1) as signing:
+            last: tuple[list[Job], Future[None]] | None = None
+            for window in _windows(self.judged(job) for job in jobs):
+                future = signing.submit(self._sign, window, journal)
+                if last is not None:
+                    self._finish(*last, journal, record, observer)
+                last = window, future
+            if last is not None:
+                self._finish(*last, journal, record, observer)
+        journal.tidy()
+
+    def close(self) -> None:
+        """Give back what the backends took."""
+        for ca in self._cas.values():
+            if ca.backend is not None:
+                registry.close(ca.backend)
+
+    def _sign(self, window: Sequence[Job], journal: Journal) -> None:
+        """All CAs at the same time, each with the requests of all bundles of the window."""
+        lots: dict[str, list[tuple[Job, SignRequest]]] = defaultdict(list)
+        for job in window:
+            for request in job.to_sign:
+                earlier = job.earlier.get(request.name)
+                if earlier is not None and self._violations(job.requests[request.name], earlier) is None:
+                    job.answers[request.name] = earlier
+                else:
+                    lots[request.authority].append((job, job.requests[request.name]))
+        with ThreadPoolExecutor(len(AUTHORITIES)) as pool:
+            list(pool.map(lambda lot: self._sign_lot(self._cas[lot[0]], lot[1], journal), lots.items()))
+
+    def _sign_lot(self, ca: _CA, lot: Sequence[tuple[Job, SignRequest]], journal: Journal) -> None:
+        backend = ca.backend
+        if backend is None:
+            raise AssertionError("a CA that can't be opened has a trouble, and is asked nothing")
+        open_, asked = [], []
+        for job, request in lot:
+            known = journal.get(request)
+            if known is None:
+                open_.append((job, request))
+            elif isinstance(known, Asked):
+                asked.append((job, request, known.since))
+            elif isinstance(known, Pending):
+                _note(job, request, _collected(ca, backend, request, known), journal)
+            elif self._violations(request, known) is None:
+                _note(job, request, known, None)
+            else:
+                open_.append((job, request))  # it has lain there for long
+        open_ += _recalled(ca, backend, asked, journal)
+        size = len(open_) if isinstance(backend, SignsMany) else _SLICE
+        for start in range(0, len(open_), size or 1):
+            part = open_[start : start + size]
+            journal.add((request, Asked(self._now())) for _, request in part)
+            answers = registry.sign_all(
+                backend, [request for _, request in part], ca.outage, lambda some: _keep(some, journal)
+            )
+            for (job, request), answer in zip(part, answers, strict=True):
+                _note(job, request, answer, None)
+
+    def _finish(
+        self, window: Sequence[Job], signed: Future[None], journal: Journal, record: audit.Record, observer: Observer
+    ) -> None:
+        """Verify, record, deliver; in this order, so that nothing leaves unrecorded."""
+        signed.result()
+        for job in window:
+            self._verify(job)
+            self._record(job, record)
+        record.write()
+        with ThreadPoolExecutor(_DELIVERIES) as pool:
+            for job, where in zip(window, pool.map(self._deliver, window), strict=True):
+                if where:
+                    journal.forget(job.requests.values())
+                observer.answered(job, where)
+
+    def _deliver(self, job: Job) -> str:
+        """Where the answer is; empty when there is none yet."""
+        if not job.is_complete:
+            return ""
+        try:
+            return job.deliver(self._answer_bundle(job))
+        except (OSError, BridgeError) as e:
+            error = e if isinstance(e, BridgeError) else BridgeError(f"{e.filename or 'the answer'}: {e.strerror}")
+            job.troubles |= dict.fromkeys(job.answers, error)
+            return ""
+
+    def _verify(self, job: Job) -> None:
+        """What a CA signed wrongly is not sent; the node would refuse it, too."""
+        for request in job.bundle.requests:
+            answer = job.answers.get(request.name)
+            error = self._violations(job.requests[request.name], answer) if isinstance(answer, Issued) else None
+            if error is not None:
+                job.answers[request.name] = refusal(f"the desk's CA signed something else: {error.reason}")
+
+    def _violations(self, request: SignRequest, issued: Issued) -> VerificationError | None:
+        authority = request.spec.authority.name
+        try:
+            verify.check(issued, request, self._expectation(authority, self._cas[authority].anchors))
+        except VerificationError as e:
+            return e
+        return None
+
+    def _record(self, job: Job, record: audit.Record) -> None:
+        about = f"node {job.bundle.node}, cluster {job.bundle.cluster}, request {job.digest[:16]}"
+        about += f", approved by {job.approved_by}" if job.approved_by else ""
+        for request in job.bundle.requests:
+            answer, trouble = job.answers.get(request.name), job.troubles.get(request.name)
+            configured = self._configured.get(request.authority)
+            record.know(request.name, job.requests[request.name], configured.label if configured else "", None)
+            verdict = job.verdicts.get(request.name)
+            unproven = "" if verdict is not None and verdict.proven else ", without a continuity proof"
+            common = {"authority": request.authority, "old": request.replaces}
+            if isinstance(answer, Issued):
+                record.add(SIGNED, request.name, new=answer.leaf, result=f"{about}{unproven}", **common)  # type: ignore[arg-type]
+            elif isinstance(answer, Refusal):
+                error = RefusedByPolicyError(f"{about}: {answer.reason}")
+                record.add(audit.REFUSED, request.name, error=error, **common)  # type: ignore[arg-type]
+            elif trouble is not None and not isinstance(trouble, WaitingError | NotOursError):
+                kind = BackendUnavailableError if trouble.exit_code == Exit.UNAVAILABLE else BridgeError
+                record.add(audit.event_of(trouble), request.name, error=kind(f"{about}: {trouble.reason}"), **common)  # type: ignore[arg-type]
+
+    def _answer_bundle(self, job: Job) -> AnswerBundle:
+        labels = {self._configured[request.authority].label for request in job.bundle.requests
+                  if isinstance(job.answers.get(request.name), Issued)}  # fmt: skip
+        name = self._policy.desk.name or os.uname().nodename
+        approved = f", approved by {job.approved_by}" if job.approved_by else ""
+        return AnswerBundle(
+            request_digest=job.digest,
+            batch=job.bundle.batch,
+            node=job.bundle.node,
+            cluster=job.bundle.cluster,
+            signer=f"{name}: {', '.join(sorted(labels)) or 'nothing signed'}{approved}",
+            signed=self._now().replace(microsecond=0),
+            answers={
+                request.name: job.answers[request.name]
+                for request in job.bundle.requests
+                if request.name in job.answers
+            },
+        )
+
+
+def _windows(jobs: Iterable[Job]) -> Iterator[list[Job]]:
+    window: list[Job] = []
+    size, enough = 0, _FIRST_WINDOW
+    for job in jobs:
+        window.append(job)
+        size += len(job.bundle.requests)
+        if size >= enough:
+            yield window
+            window, size, enough = [], 0, min(2 * enough, _LARGEST_WINDOW)
+    if window:
+        yield window
+
+
+def _recalled(
+    ca: _CA, backend: Backend, asked: Sequence[tuple[Job, SignRequest, datetime]], journal: Journal
+) -> list[tuple[Job, SignRequest]]:
+    """
+    Find what a killed run has had signed.
+
+    Returns:
+        What was not found, or can't be looked for, and so has to be asked for again.
+    """
+    if not asked or not isinstance(backend, Recalls):
+        return [(job, request) for job, request, _ in asked]
+    requests, since = [request for _, request, _ in asked], min(moment for _, _, moment in asked)
+    try:
+        found = ca.outage.ask(lambda: backend.recall(requests, since))
+    except BackendError as e:
+        for job, request, _ in asked:
+            job.troubles[request.spec.name] = e
+        return []
+    rest = []
+    for (job, request, _), issued in zip(asked, found, strict=True):
+        if issued is None:
+            rest.append((job, request))
+        else:
+            _note(job, request, issued, journal)
+    return rest
+
+
+def _collected(ca: _CA, backend: Backend, request: SignRequest, known: Pending) -> Issued | Pending | BackendError:
+    if not isinstance(backend, Collects):
+        raise BridgeError(f'{ca.configured.label}: answered "later", and can\'t be asked later: a bug in it')
+    try:
+        return ca.outage.ask(lambda: backend.collect(request, known.reference))
+    except BackendError as e:
+        return e
+
+
+def _keep(answered: Sequence[registry.Answered], journal: Journal) -> None:
+    """At once: what was signed for a run that is killed before it knows may have to be signed again."""
+    good = [(request, answer) for request, answer in answered if isinstance(answer, Issued | Pending)]
+    if good:
+        journal.add(good)
+
+
+def _note(job: Job, request: SignRequest, answer: Issued | Pending | BackendError, journal: Journal | None) -> None:
+    """An answer's place in its job: what may be different next time is a trouble, and is asked for again."""
+    name = request.spec.name
+    if isinstance(answer, Issued | Pending) and journal is not None:
+        journal.add([(request, answer)])
+    if isinstance(answer, Issued):
+        job.answers[name] = answer
+    elif isinstance(answer, Pending):
+        job.troubles[name] = WaitingError(answer.note or "the CA answers later")
+    elif isinstance(answer, BackendUnavailableError) or answer.is_for_all:
+        job.troubles[name] = answer
+    else:
+        job.answers[name] = refusal(f"the CA refused: {answer.reason}")

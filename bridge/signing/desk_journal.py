@@ -1,0 +1,179 @@
+"""
+The desk's journal: what CAs were asked, and answered, and is not delivered yet, so that a run that was killed signs
+nothing twice.
+
+One line of JSON a request, another its answer, with an fsync for each lot. Answers stay on disk; memory holds only where each one is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Self
+
+from bridge.contract import Issued, Pending, SignRequest
+from bridge.errors import BridgeError
+from bridge.pki.certificates import load_pem_certificates, pem
+from bridge.system.files import SECRET_MODE, sync_directory
+
+#: What is older was delivered by a run that was killed before it could forget it, or its bundle is gone.
+_KEPT = timedelta(days=90)
+
+
+class JournalError(BridgeError):
+    """The journal can't be used."""
+
+    hint = "make room, or mend the state directory, then run again"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A CA was asked, and nobody lived to write down what it said."""
+
+    since: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    offset: int
+    length: int
+
+
+class Journal:
+    """The file; the desk's lock is held by whoever has it open, several threads of it may add."""
+
+    def __init__(self, path: Path, now: datetime) -> None:
+        """
+        Raises:
+            OSError: It can't be opened.
+        """
+        self._path = path
+        self._now = now
+        self._places: dict[str, _Place] = {}
+        self._lock = threading.Lock()
+        is_new = not path.exists()
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, SECRET_MODE)
+        self._end = 0
+        with path.open("rb") as lines:
+            for line in lines:
+                entry = _read(line)
+                if entry is None:
+                    break  # a crash cut it; nothing is behind it
+                key, added = entry
+                self._places[key] = _Place(self._end, len(line))
+                self._end += len(line)
+                if added is not None and now - added > _KEPT:
+                    del self._places[key]
+        os.ftruncate(self._file, self._end)
+        if is_new:
+            sync_directory(path.parent)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+    def get(self, request: SignRequest) -> Issued | Pending | Asked | None:
+        """What a CA has said to exactly this request, as far as that is known; the latest counts."""
+        place = self._places.get(key_of(request))
+        if place is None:
+            return None
+        entry: dict[str, Any] = json.loads(os.pread(self._file, place.length, place.offset))
+        if "asked" in entry:
+            return Asked(since=datetime.fromisoformat(entry["asked"]))
+        if "reference" in entry:
+            return Pending(reference=entry["reference"], note=entry["note"])
+        leaf, *intermediates = load_pem_certificates("".join(entry["chain"]).encode())
+        return Issued(leaf=leaf, intermediates=tuple(intermediates))
+
+    def add(self, answers: Iterable[tuple[SignRequest, Issued | Pending | Asked]]) -> None:
+        """
+        Safe on disk when this returns.
+
+        Raises:
+            JournalError: It could not be written; then these answers are known to the CA alone.
+        """
+        lines = [_line(request, answer, self._now) for request, answer in answers]
+        with self._lock:
+            self._write(b"".join(line for _, line in lines))
+            for key, line in lines:
+                self._places[key] = _Place(self._end, len(line))
+                self._end += len(line)
+
+    def _write(self, data: bytes) -> None:
+        try:
+            _write_all(self._file, data, self._end)
+            os.fsync(self._file)
+        except OSError as e:
+            raise JournalError(f"{self._path}: wanted to keep the CA's answers there, found: {e.strerror}") from e
+
+    def forget(self, requests: Iterable[SignRequest]) -> None:
+        """Their answers were delivered; on disk after `tidy`."""
+        for request in requests:
+            self._places.pop(key_of(request), None)
+
+    def tidy(self) -> None:
+        """Keep on disk only what is still to be delivered, as a rule nothing."""
+        if not self._places:
+            self._end = 0
+            os.ftruncate(self._file, 0)
+        elif sum(place.length for place in self._places.values()) < self._end:
+            self._compact()
+
+    def _compact(self) -> None:
+        temporary = self._path.with_name(f".{self._path.name}.new")
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        new, end, places = os.open(temporary, flags, SECRET_MODE), 0, {}
+        for key, place in self._places.items():
+            _write_all(new, os.pread(self._file, place.length, place.offset), end)
+            places[key] = _Place(end, place.length)
+            end += place.length
+        os.fsync(new)
+        temporary.rename(self._path)
+        sync_directory(self._path.parent)
+        os.close(self._file)
+        self._file, self._end, self._places = new, end, places
+
+
+def _write_all(file: int, data: bytes, offset: int) -> None:
+    written = 0
+    while written < len(data):
+        written += os.pwrite(file, data[written:], offset + written)
+
+
+def key_of(request: SignRequest) -> str:
+    """Of the CSR and what it is wanted for."""
+    about = json.dumps([request.spec.name, request.spec.authority.name, request.validity.total_seconds()])
+    return sha256(about.encode() + b"\0" + request.csr_pem).hexdigest()
+
+
+def _line(request: SignRequest, answer: Issued | Pending | Asked, now: datetime) -> tuple[str, bytes]:
+    key = key_of(request)
+    entry: dict[str, Any] = {"key": key}
+    if isinstance(answer, Asked):
+        entry["asked"] = answer.since.isoformat()
+    elif isinstance(answer, Pending):
+        entry |= {"reference": answer.reference, "note": answer.note}
+    else:
+        entry["added"] = now.isoformat()
+        entry["chain"] = [pem(certificate).decode() for certificate in (answer.leaf, *answer.intermediates)]
+    return key, json.dumps(entry).encode() + b"\n"
+
+
+def _read(line: bytes) -> tuple[str, datetime | None] | None:
+    """Its key, and when it was added, unless somebody is to answer it yet; None: not a whole line of ours."""
+    try:
+        entry = json.loads(line)
+        added = entry.get("added") or entry.get("asked")
+        key = str(entry["key"])
+        moment = datetime.fromisoformat(added) if added else None
+    except (ValueError, TypeError, AttributeError, KeyError):
+        return None
+    return (key, moment) if line.endswith(b"\n") else None

@@ -1,0 +1,357 @@
+"""
+What a CA desk signs, and for whom: the policy file, and the judgement of a request by it (pure: no I/O, no clock).
+
+Strict like the settings file. A list in it replaces a default, and the default is never more than what the certificate
+that is replaced has, or, where nothing proves that, what kubeadm itself asks for.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.x509.oid import ExtensionOID, NameOID
+
+from bridge.errors import SettingsError, SettingsProblem
+from bridge.pki.bundle import BundledRequest, RequestBundle, origin_problem, proof_problem, usages_problem
+from bridge.pki.certificates import attributes, san_counts
+from bridge.pki.csr import algorithm_name
+from bridge.pki.durations import duration_text
+from bridge.settings.reader import Reader, Source
+from bridge.specs import EKU, KEY_ALGORITHMS, SPECS
+
+MASTERS = "system:masters"  #: Kubernetes lets its members do everything, and no RBAC rule can take that back.
+
+_CN, _O = NameOID.COMMON_NAME.dotted_string, NameOID.ORGANIZATION_NAME.dotted_string
+
+#: kubeadm's CN of each certificate, and the groups (O) that one of its versions gave it besides `system:masters`.
+_SUBJECTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "admin.conf": ("kubernetes-admin", ("kubeadm:cluster-admins",)),
+    "apiserver": ("kube-apiserver", ()),
+    "apiserver-etcd-client": ("kube-apiserver-etcd-client", ()),
+    "apiserver-kubelet-client": ("kube-apiserver-kubelet-client", ("kubeadm:cluster-admins",)),
+    "controller-manager.conf": ("system:kube-controller-manager", ()),
+    "etcd-healthcheck-client": ("kube-etcd-healthcheck-client", ()),
+    "etcd-peer": ("{node}", ()),
+    "etcd-server": ("{node}", ()),
+    "front-proxy-client": ("front-proxy-client", ()),
+    "kubelet.conf": ("system:node:{node}", ("system:nodes",)),
+    "scheduler.conf": ("system:kube-scheduler", ()),
+    "super-admin.conf": ("kubernetes-super-admin", ()),
+}
+_ETCD_SANS = ("{node}", "localhost", "127.0.0.1", "::1")
+#: Names that kubeadm gives on every node; addresses are the site's.
+_SANS: Mapping[str, tuple[str, ...]] = {
+    "apiserver": (
+        "{node}",
+        *("kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"),
+    ),
+    "etcd-peer": _ETCD_SANS,
+    "etcd-server": _ETCD_SANS,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeskSettings:
+    """Table `[desk]`."""
+
+    name: str = ""  #: In every answer; empty: the host's name.
+    #: The cluster's CA certificates, laid out as below /etc/kubernetes/pki; without it the backends tell theirs.
+    ca_dir: Path | None = None
+    archive: Path | None = None  #: For bundles that are done; without it `done` in the inbox.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allow:
+    """Table `[allow]`: what goes for all certificates."""
+
+    clusters: tuple[str, ...]  #: Names, `*` and `?` as in a shell.
+    nodes: tuple[str, ...]
+    names: tuple[str, ...] = tuple(SPECS)
+    keys: tuple[str, ...] = KEY_ALGORITHMS
+    max_validity: timedelta = timedelta(days=365)
+    masters: tuple[str, ...] = ()  #: Certificates that may be in the group `system:masters`.
+    proof: Literal["required", "optional"] = "required"
+    proof_after_expiry: timedelta = timedelta(days=90)  #: How long a proof by an expired certificate counts.
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """Names that are none, and lists that allow nothing."""
+        for key in ("clusters", "nodes", "names", "keys"):
+            if not getattr(self, key):
+                yield SettingsProblem(key, "at least one", "none")
+        for key in ("names", "masters"):
+            yield from _unknown(key, getattr(self, key), tuple(SPECS))
+        yield from _unknown("keys", self.keys, KEY_ALGORITHMS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertificateRules:
+    """Table `[certificate.NAME]`: what one certificate may say; `{node}` stands for the node's name."""
+
+    #: Whole subjects, such as `O=system:nodes,CN=system:node:{node}`.
+    subjects: tuple[str, ...] | None = None
+    groups: tuple[str, ...] | None = None  #: O values.
+    #: A name or address; `.example.com`: whatever is below; `10.0.0.0/8`: the addresses in it.
+    sans: tuple[str, ...] | None = None
+    keys: tuple[str, ...] | None = None
+    max_validity: timedelta | None = None
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """What can't be read, and what would go round `allow.masters`."""
+        if self.subjects is not None and self.groups is not None:
+            yield SettingsProblem("groups", "either subjects or groups", "both")
+        for text in self.subjects or ():
+            subject = _subject(text, "x")
+            if subject is None:
+                yield SettingsProblem("subjects", "subjects such as O=system:nodes,CN=system:node:{node}", repr(text))
+            elif (_O, MASTERS) in subject:
+                yield SettingsProblem("subjects", f"allow.masters to let somebody be in {MASTERS}", repr(text))
+        if MASTERS in (self.groups or ()):
+            yield SettingsProblem("groups", "allow.masters for that", MASTERS)
+        for text in self.sans or ():
+            if _san_rule(text.replace("{node}", "x")) is None:
+                yield SettingsProblem("sans", "a name, .suffix, address or network (10.0.0.0/8)", repr(text))
+        yield from _unknown("keys", self.keys or (), KEY_ALGORITHMS)
+
+
+def _unknown(key: str, values: Sequence[str], known: Sequence[str]) -> Iterator[SettingsProblem]:
+    for value in values:
+        if value not in known:
+            yield SettingsProblem(key, f"some of {', '.join(known)}", repr(value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """The file."""
+
+    allow: Allow
+    desk: DeskSettings = field(default_factory=DeskSettings)
+    certificates: Mapping[str, CertificateRules] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What the policy says to one request."""
+
+    problems: tuple[str, ...]  #: None: it may be signed.
+    proven: bool  #: The proof holds, by this CA's certificate of the same name and usages.
+
+
+def parse(text: str, file: Path | None = None) -> Policy:
+    """
+    A policy from TOML text.
+
+    Raises:
+        SettingsError: With every problem.
+    """
+    try:
+        document = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as e:
+        found = "nesting without end" if isinstance(e, RecursionError) else str(e)
+        raise SettingsError([SettingsProblem("", "TOML", found, file)]) from None
+    reader = Reader(Source(file, text))
+    tables = reader.tables(document, ("desk", "allow", "certificate"))
+    allow = reader.read(Allow, tables["allow"], ("allow",))
+    desk = reader.read(DeskSettings, tables["desk"], ("desk",))
+    certificates = _certificates(reader, tables["certificate"])
+    reader.raise_problems()
+    if allow is None or desk is None:
+        raise AssertionError("a table that could not be read is a problem")
+    return Policy(allow=allow, desk=desk, certificates=certificates)
+
+
+def _certificates(reader: Reader, tables: Mapping[str, Any]) -> dict[str, CertificateRules]:
+    rules = {}
+    for name, table in tables.items():
+        if name not in SPECS:
+            reader.add(("certificate", name), f"one of {', '.join(SPECS)}", repr(name))
+        elif not isinstance(table, dict):
+            reader.add(("certificate", name), "a table", repr(table))
+        elif (read := reader.read(CertificateRules, table, ("certificate", name))) is not None:
+            rules[name] = read
+    return rules
+
+
+# --- judgement --------------------------------------------------------------------------------------------------------
+
+
+def judge(
+    request: BundledRequest,
+    bundle: RequestBundle,
+    policy: Policy,
+    cas: Sequence[x509.Certificate],
+    now: datetime,
+    without_proof: frozenset[str] = frozenset(),
+) -> Verdict:
+    """
+    All that speaks against a request.
+
+    Args:
+        request: One of the bundle's.
+        bundle: For node, cluster and batch.
+        policy: The desk's.
+        cas: The authority's certificates: the cluster's CA, and what signs for it.
+        now: The desk's time.
+        without_proof: Names for which a person does without.
+    """
+    unproven, can_be_waived = _proof_trouble(request, bundle, policy, cas, now)
+    problems = [*_who(bundle, policy.allow)]
+    waived = policy.allow.proof == "optional" or request.name in without_proof
+    if unproven and not (waived and can_be_waived):
+        problems.append(f"proof: {unproven}")
+    try:
+        problems += _what(request, bundle, policy, proven=not unproven)
+    except (ValueError, UnsupportedAlgorithm, x509.UnsupportedGeneralNameType, x509.DuplicateExtension) as e:
+        problems.append(f"CSR: wanted one that can be read, found: {e}")
+    return Verdict(problems=tuple(problems), proven=not unproven)
+
+
+def _who(bundle: RequestBundle, allow: Allow) -> Iterator[str]:
+    for what, found, patterns in (("cluster", bundle.cluster, allow.clusters), ("node", bundle.node, allow.nodes)):
+        if not any(fnmatchcase(found, pattern) for pattern in patterns):
+            yield f"{what}: wanted {_or(patterns)}, found {found}"
+
+
+def _proof_trouble(
+    request: BundledRequest, bundle: RequestBundle, policy: Policy, cas: Sequence[x509.Certificate], now: datetime
+) -> tuple[str | None, bool]:
+    """What the proof lacks, and whether a person may do without it: not if it is somebody else's, who tried."""
+    trouble = proof_problem(request, bundle) or origin_problem(request, cas)
+    if trouble or request.replaces is None:
+        return trouble, request.proof is None
+    end, longest = request.replaces.not_valid_after_utc, policy.allow.proof_after_expiry
+    if now - end > longest:
+        limit = f"ended at most {duration_text(longest)} ago (allow.proof_after_expiry)"
+        return f"wanted one by a certificate that {limit}, found {end:%Y-%m-%d}", True
+    return usages_problem(request), True
+
+
+def _what(request: BundledRequest, bundle: RequestBundle, policy: Policy, *, proven: bool) -> Iterator[str]:
+    spec, rules = SPECS[request.name], policy.certificates.get(request.name, CertificateRules())
+    if request.name not in policy.allow.names:
+        yield f"name: wanted {_or(policy.allow.names)}, found {request.name}"
+    if request.authority != spec.authority.name:
+        yield f"authority: wanted {spec.authority.name} for {request.name}, found {request.authority}"
+    if request.ekus != spec.ekus:
+        yield f"EKU: wanted {_ekus(spec.ekus)}, found {_ekus(request.ekus)}"
+    longest = rules.max_validity or policy.allow.max_validity
+    if request.validity > longest:
+        yield f"validity: wanted at most {duration_text(longest)}, found {duration_text(request.validity)}"
+    key, keys = algorithm_name(request.csr.public_key()), rules.keys or policy.allow.keys
+    if key not in keys:
+        yield f"key: wanted {_or(keys)}, found {key}"
+    if not request.csr.is_signature_valid:
+        yield "CSR: wanted one that is signed with its own key, found another signature"
+    others = [
+        one.oid.dotted_string for one in request.csr.extensions if one.oid != ExtensionOID.SUBJECT_ALTERNATIVE_NAME
+    ]
+    if others:
+        yield f"CSR: wanted one that asks for SANs and nothing else, found {', '.join(others)} too"
+    yield from _subject_problems(request, rules, policy.allow, bundle.node, proven=proven)
+    yield from _san_problems(request, rules, bundle.node, proven=proven)
+
+
+def _subject_problems(
+    request: BundledRequest, rules: CertificateRules, allow: Allow, node: str, *, proven: bool
+) -> Iterator[str]:
+    found = attributes(request.csr.subject)
+    old = attributes(request.replaces.subject) if proven and request.replaces is not None else None
+    if (_O, MASTERS) in found:
+        yield from _masters_problem(old, may_be=request.name in allow.masters)
+    rest = sorted(item for item in found if item != (_O, MASTERS))
+    if rules.subjects is not None:
+        if not any(rest == _subject(text, node) for text in rules.subjects):
+            yield f"subject: wanted {_or([text.replace('{node}', node) for text in rules.subjects])}, found {_text(rest)}"
+        return
+    cn, groups = _SUBJECTS[request.name]
+    wanted = cn.replace("{node}", node)
+    names = [value for oid, value in found if oid == _CN]
+    if names != [wanted]:
+        yield f"CN: wanted {wanted}, found {', '.join(names) or 'none'}"
+    if rules.groups is not None:
+        groups = rules.groups
+    elif old is not None:
+        groups = tuple(value for oid, value in old if oid == _O)
+    for oid, value in rest:
+        if oid == _O and value not in groups:
+            yield f"group: wanted {_or(groups)}, found {value}"
+        elif oid not in (_CN, _O) and (oid, value) not in (old or ()):
+            yield f"subject: wanted CN and O{' and what the replaced certificate has' if old else ''}, found {oid}={value}"
+
+
+def _masters_problem(old: Sequence[tuple[str, str]] | None, *, may_be: bool) -> Iterator[str]:
+    if not may_be:
+        yield f"group: wanted none that is {MASTERS} (allow.masters names who may be), found it"
+    elif old is not None and (_O, MASTERS) not in old:
+        yield f"group: wanted none that is {MASTERS}, as in the replaced certificate, found it"
+
+
+def _san_problems(request: BundledRequest, rules: CertificateRules, node: str, *, proven: bool) -> Iterator[str]:
+    old = san_counts(request.replaces) if proven and request.replaces is not None else None
+    allowed = rules.sans if rules.sans is not None else _SANS.get(request.name, ())
+    texts = [text.replace("{node}", node) for text in allowed]
+    for kind, value in sorted(san_counts(request.csr)):
+        if rules.sans is None and old is not None:
+            if (kind, value) not in old:
+                yield f"SAN: wanted those of the replaced certificate, found {kind}:{value}"
+        elif not any(_matches(kind, value, text) for text in texts):
+            yield f"SAN: wanted {_or(texts)}, found {kind}:{value}"
+
+
+def _matches(kind: str, value: str, text: str) -> bool:
+    rule = _san_rule(text)
+    if isinstance(rule, ipaddress.IPv4Network | ipaddress.IPv6Network):
+        address = _address(value) if kind == "IP" else None
+        return address is not None and address in rule
+    if rule is None or kind != "DNS":
+        return False
+    # as in a resolver, where case makes no difference
+    name, wanted = value.lower(), rule.lower()
+    return name.endswith(wanted) and len(name) > len(wanted) if wanted.startswith(".") else name == wanted
+
+
+def _address(value: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(value)
+    except ValueError:
+        return None  # a network, as in name constraints: no host has it
+
+
+def _san_rule(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | str | None:
+    """A network (of one address, perhaps), a name, a suffix; None: none of them."""
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError:
+        plain = text.removeprefix(".").removeprefix("*.")
+        is_name = plain and all(part and part.replace("-", "").replace("_", "").isalnum() for part in plain.split("."))
+        looks_like_address = all(part.isdigit() for part in plain.split("."))
+        return text if is_name and plain.isascii() and not looks_like_address else None
+
+
+def _subject(text: str, node: str) -> list[tuple[str, str]] | None:
+    """Its attributes in alphabetical order; None when it can't be read."""
+    try:
+        return sorted(attributes(x509.Name.from_rfc4514_string(text.replace("{node}", node))))
+    except ValueError:
+        return None
+
+
+def _text(items: Sequence[tuple[str, str]]) -> str:
+    labels = {_CN: "CN", _O: "O"}
+    return ",".join(f"{labels.get(oid, oid)}={value}" for oid, value in items) or "(empty)"
+
+
+def _or(texts: Sequence[str]) -> str:
+    return " or ".join(texts) or "none"
+
+
+def _ekus(ekus: frozenset[EKU]) -> str:
+    return ", ".join(sorted(eku.label for eku in ekus))

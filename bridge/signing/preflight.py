@@ -1,0 +1,64 @@
+"""What can be known of a CA before a signature is spent: that it is the right one, and what it would sign."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+from cryptography import x509
+from cryptography.x509.verification import VerificationError as NoPathError
+
+from bridge.contract import Backend, Checks, ListsIssuers
+from bridge.errors import BackendRefusedError, VerificationError, Violation
+from bridge.pki import verify
+from bridge.pki.certificates import fingerprint, name_text
+from bridge.specs import CertificateSpec
+
+
+class RefusedByCheckError(BackendRefusedError):
+    """The CA would sign something else than what we need; nothing was asked of it."""
+
+
+def preflight(
+    backend: Backend, specs: Sequence[CertificateSpec], expected: verify.Expectation
+) -> dict[str, RefusedByCheckError]:
+    """
+    What can be known before a signature is spent: the right CA, and the right usages for each certificate.
+
+    Args:
+        backend: Is asked.
+        specs: The certificates; for none only the CA is looked at.
+        expected: What they have to be.
+
+    Returns:
+        By certificate name, only what would go wrong.
+
+    Raises:
+        BackendRefusedError: It is another CA, or does not accept us.
+        BackendUnavailableError: No answer.
+    """
+    if isinstance(backend, ListsIssuers):
+        _assert_right_ca(backend.issuers(), expected)
+    found = backend.check(specs) if specs and isinstance(backend, Checks) else {}
+    return {name: RefusedByCheckError(_violations_text(violations), hint=VerificationError.hint)
+            for name, violations in found.items() if violations}  # fmt: skip
+
+
+def _violations_text(violations: Sequence[Violation]) -> str:
+    return "; ".join(map(str, violations))
+
+
+def _assert_right_ca(issuers: Sequence[x509.Certificate], expected: verify.Expectation) -> None:
+    anchor = expected.anchors[0]
+    with contextlib.suppress(NoPathError, IndexError):
+        verify.verified_path(issuers[0], issuers[1:], anchor, expected.now)
+        return
+    got = f"{name_text(issuers[0].subject)}, SHA-256 {fingerprint(issuers[0])[:16]}…" if issuers else "no certificate"
+    hint = "the mount, label, URL or directory of this authority may be another one's"
+    if issuers and not verify.is_valid_at(issuers[0], expected.now):
+        got += f", valid only {verify.validity_text(issuers[0], expected.now)}"
+        hint = "a CA certificate that is not valid now signs nothing of use: have it renewed, or the clock put right"
+    raise BackendRefusedError(
+        f"wanted the CA of {expected.anchor_name} ({name_text(anchor.subject)}, SHA-256 {fingerprint(anchor)[:16]}…), got {got}",
+        hint=hint,
+    )

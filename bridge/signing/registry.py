@@ -1,0 +1,350 @@
+"""Backends: found by entry point, read from the settings, asked with one retry policy."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeVar, cast
+
+from bridge.contract import (
+    ENTRY_POINT_GROUP,
+    Backend,
+    BackendSettings,
+    BackendType,
+    Closes,
+    Issued,
+    Pending,
+    SetsUp,
+    SignRequest,
+    SignsMany,
+)
+from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, SettingsError, SettingsProblem
+from bridge.settings.reader import Key, Reader
+from bridge.settings.tables import Settings
+
+#: Requests to one CA at a time; more do not make OpenBao or cfssl any faster (their own CPU is the limit).
+PARALLEL_REQUESTS = 4
+
+_FIRST_WAIT_SECONDS = 0.5
+_LONGEST_WAIT_SECONDS = 15.0
+
+T = TypeVar("T")
+
+Answered = tuple[SignRequest, Issued | Pending | BackendError]
+
+
+class DuplicatePluginError(BridgeError):
+    """Two installed distributions bring a backend of the same name."""
+
+    exit_code = Exit.USAGE
+
+
+class BrokenPluginError(BridgeError):
+    """An installed distribution names a backend that can't be imported."""
+
+    hint = "reinstall the distribution with all that it needs, for the Python that runs ca-bridge"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configured:
+    """A backend as one authority uses it; nothing was asked yet."""
+
+    authority: str
+    name: str  #: Of the `[backend.NAME]` table.
+    type_name: str
+    settings: BackendSettings
+    backend_type: BackendType
+
+    @property
+    def label(self) -> str:
+        """For messages, such as `corp (vault)`."""
+        return f"{self.name} ({self.type_name})"
+
+    def open(self) -> Backend:
+        """
+        Raises:
+            SettingsError: A file that the settings name can't be used.
+        """
+        return self.backend_type.from_settings(self.settings)
+
+
+def installed() -> dict[str, EntryPoint]:
+    """
+    The installed backend types by name.
+
+    Raises:
+        DuplicatePluginError: One name, two distributions: which one would sign is not left to chance.
+    """
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        other = found.setdefault(entry.name, entry)
+        if _distribution(other) != _distribution(entry) or other.value != entry.value:
+            raise DuplicatePluginError(
+                f"backend type {entry.name}: wanted it from one distribution, "
+                f"found it in {_distribution(other)} and {_distribution(entry)}",
+                hint="uninstall one of the two",
+            )
+    return found
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else "an unknown distribution"
+
+
+def configured(settings: Settings, authorities: Iterable[str]) -> dict[str, Configured]:
+    """
+    The backends of these authorities by authority; all tables of backends are read, used or not.
+
+    Raises:
+        SettingsError: With every problem of every backend's table; or an authority has no backend.
+        DuplicatePluginError: See `installed`.
+        BrokenPluginError: A type that the settings name can't be imported.
+    """
+    types, result = _types(settings), {}
+    problems = []
+    for authority, ours in settings.authorities.items():
+        keys, reader = merged(settings, authority)
+        backend_type = types[ours.backend]
+        read = reader.read(backend_type.settings_type, keys, ("authority", authority))
+        problems += [problem for problem in reader.problems if problem not in problems]
+        if read is not None:
+            type_name = str(settings.backends[ours.backend]["type"])
+            result[authority] = Configured(
+                authority=authority, name=ours.backend, type_name=type_name, settings=read, backend_type=backend_type
+            )
+    problems += _unused(settings, types)
+    missing = [settings.source.problem(("authority", a), "a table with the CA's backend", "none")
+               for a in authorities if a not in settings.authorities]  # fmt: skip
+    if problems or missing:
+        hint = "`ca-bridge settings init` writes a commented file" if settings.source.file is None else ""
+        raise SettingsError(problems + missing, hint=hint)
+    return {authority: result[authority] for authority in authorities}
+
+
+def _types(settings: Settings) -> dict[str, BackendType]:
+    """The type of each `[backend.NAME]` table."""
+    found, types, reader = installed(), {}, Reader(settings.source)
+    for name, table in settings.backends.items():
+        type_name = str(table["type"])
+        if type_name in found:
+            types[name] = _loaded(found[type_name])
+        else:
+            known = ", ".join(sorted(found)) or "none is"
+            reader.add(("backend", name, "type"), f"an installed backend type: {known}", repr(type_name))
+    reader.raise_problems()
+    return types
+
+
+def _loaded(entry: EntryPoint) -> BackendType:
+    """
+    Raises:
+        BrokenPluginError: It can't be imported, whatever the reason is.
+    """
+    try:
+        return cast(BackendType, entry.load())
+    except Exception as e:
+        raise BrokenPluginError(
+            f"backend type {entry.name}: wanted to import {entry.value} of {_distribution(entry)}, "
+            f"found {type(e).__name__}: {e}"
+        ) from e
+
+
+def that_sets_up(type_name: str) -> SetsUp:
+    """
+    An installed backend type that can say what its CA's administrator needs.
+
+    Raises:
+        SettingsError: There is none of that name, or it can't say.
+        DuplicatePluginError: See `installed`.
+        BrokenPluginError: It can't be imported.
+    """
+    found = installed()
+    backend_type = _loaded(found[type_name]) if type_name in found else None
+    if isinstance(backend_type, SetsUp):
+        return backend_type
+    able = [name for name, entry in sorted(found.items()) if isinstance(_loaded(entry), SetsUp)]
+    raise SettingsError([SettingsProblem("TYPE", f"one of {', '.join(able)}", repr(type_name))])
+
+
+def keys_so_far(settings: Settings, authority: str, type_name: str) -> dict[str, Any]:
+    """
+    The values that the settings have for an authority's backend, by field; none if it has none of this type.
+
+    Raises:
+        SettingsError: A key can't be read.
+    """
+    ours = settings.authorities.get(authority)
+    if ours is None or settings.backends[ours.backend].get("type") != type_name:
+        return {}
+    table, reader = merged(settings, authority)
+    values = reader.values(_loaded(installed()[type_name]).settings_type, table, ("authority", authority))
+    reader.raise_problems()
+    return values
+
+
+def located(error: SettingsError, settings: Settings, authority: str) -> SettingsError:
+    """A backend's error about its own keys, with the file and the lines of those keys."""
+    if authority not in settings.authorities:
+        return error
+    _, reader = merged(settings, authority)
+    for problem in error.problems:
+        reader.add(("authority", authority, *problem.key.split(".")), problem.wanted, problem.found)
+    return SettingsError(reader.problems)
+
+
+def _unused(settings: Settings, types: Mapping[str, BackendType]) -> list[Any]:
+    """Problems of backends that no authority names; what they lack an authority may bring."""
+    used, reader = {a.backend for a in settings.authorities.values()}, Reader(settings.source)
+    for name in settings.backends.keys() - used:
+        table = {k: v for k, v in settings.backends[name].items() if k != "type"}
+        reader.read(types[name].settings_type, table, ("backend", name), partial=True)
+    return reader.problems
+
+
+def merged(settings: Settings, authority: str) -> tuple[dict[str, Any], Reader]:
+    """The keys of an authority's backend as they stand in the settings, and who knows the line of each."""
+    backend, over = settings.authorities[authority].backend, settings.authority_tables[authority]
+    table = {key: value for key, value in settings.backends[backend].items() if key != "type"}
+    return merge(table, over), Reader(settings.source, _locator(authority, backend, over))
+
+
+def merge(table: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`table` with the keys of `over` added or replaced; tables within tables likewise."""
+    merged = dict(table)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _locator(authority: str, backend: str, over: Mapping[str, Any]) -> Callable[[Key], Key]:
+    """Where a key of the merged table is in the file: in the authority's table if it is there, else in the backend's."""
+
+    def locate(key: Key) -> Key:
+        below: Any = over
+        for part in key[2:]:
+            if not isinstance(below, dict) or part not in below:
+                return ("backend", backend, *key[2:])
+            below = below[part]
+        return ("authority", authority, *key[2:])
+
+    return locate
+
+
+class Outage:
+    """
+    How long a CA may be unavailable in one run: `retry_for` after its first failure in a row, for all requests together.
+
+    Retries never make a new key; a second certificate for one key is harmless.
+    """
+
+    def __init__(self, retry_for: timedelta) -> None:
+        self._retry_for_seconds = retry_for.total_seconds()
+        self._lock = threading.Lock()
+        self._since: float | None = None
+        self._gave_up: BackendUnavailableError | None = None
+
+    def ask(self, question: Callable[[], T]) -> T:
+        """
+        Ask, and ask again while the CA is unavailable.
+
+        Raises:
+            BackendUnavailableError: It stayed so.
+            BackendRefusedError: At once.
+        """
+        from tenacity import Retrying, retry_if_exception_type  # noqa: PLC0415 (25 ms; only where a CA is asked)
+
+        if self._gave_up is not None:  # the other requests of this run do not wait for the same answer
+            raise BackendUnavailableError(str(self._gave_up), hint=self._gave_up.hint)
+        policy = Retrying(
+            retry=retry_if_exception_type(BackendUnavailableError),
+            stop=lambda state: self._is_over(state.upcoming_sleep),
+            wait=lambda state: _wait(state.attempt_number, state.outcome.exception() if state.outcome else None),
+            reraise=True,
+        )
+        try:
+            return cast(T, policy(self._once, question))
+        except BackendUnavailableError as e:
+            self._gave_up = e
+            raise
+
+    def _once(self, question: Callable[[], T]) -> T:
+        try:
+            answer = question()
+        except BackendUnavailableError:
+            with self._lock:
+                self._since = self._since or time.monotonic()
+            raise
+        with self._lock:
+            self._since = None
+        return answer
+
+    def _is_over(self, upcoming_sleep_seconds: float) -> bool:
+        with self._lock:
+            if self._since is None:
+                return False
+            return time.monotonic() - self._since + upcoming_sleep_seconds > self._retry_for_seconds
+
+
+def _wait(attempt: int, error: BaseException | None) -> float:
+    """Seconds: the CA's own wish (Retry-After) if it is longer than ours, which doubles."""
+    ours = min(_FIRST_WAIT_SECONDS * 2.0 ** (attempt - 1), _LONGEST_WAIT_SECONDS)
+    wish = error.retry_after_seconds if isinstance(error, BackendUnavailableError) else None
+    return max(ours, wish or 0.0)
+
+
+def sign_all(
+    backend: Backend, requests: Sequence[SignRequest], outage: Outage, done: Callable[[Sequence[Answered]], None]
+) -> Sequence[Issued | Pending | BackendError]:
+    """
+    One answer a request, in their order.
+
+    Args:
+        backend: Is asked.
+        requests: All of one CA.
+        outage: For how long to ask.
+        done: Gets the answers as they come, from several threads.
+
+    Raises:
+        Nothing of a backend's own: an error is an answer. (A bug in a backend comes through, and what `done` raises.)
+    """
+    if isinstance(backend, SignsMany):
+        answers = _sign_many(backend, requests, outage)
+        done(list(zip(requests, answers, strict=True)))
+        return answers
+
+    def sign(request: SignRequest) -> Issued | Pending | BackendError:
+        answer: Issued | Pending | BackendError
+        try:
+            answer = outage.ask(lambda: backend.sign(request))
+        except BackendError as e:
+            answer = e
+        done([(request, answer)])
+        return answer
+
+    with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
+        return list(pool.map(sign, requests))
+
+
+def _sign_many(
+    backend: SignsMany, requests: Sequence[SignRequest], outage: Outage
+) -> Sequence[Issued | Pending | BackendError]:
+    try:
+        answers = outage.ask(lambda: backend.sign_many(requests))
+    except BackendError as e:
+        e.is_for_all = True
+        return [e] * len(requests)
+    if len(answers) != len(requests):
+        raise BridgeError(f"wanted {len(requests)} answers of the backend, got {len(answers)}: a bug in it")
+    return answers
+
+
+def close(backend: Backend) -> None:
+    """Let a backend give back what it took."""
+    if isinstance(backend, Closes):
+        backend.close()

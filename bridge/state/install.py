@@ -1,0 +1,383 @@
+"""
+Replace a set of files in one recoverable step.
+
+Stage beside each target, back up by copy, write the journal (the commit point), swap by rename, remove the journal.
+A crash before the journal leaves all old, a crash after it all new, once `recover` has run; every command that
+writes runs it first.
+Not checked here: what the files hold (`bridge.pki.verify` did).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from bridge.errors import BridgeError
+from bridge.state.store import Store
+from bridge.system.files import Attributes, is_frozen, sync_directory, write_atomically, write_staged
+
+log = logging.getLogger("ca-bridge")
+
+STAGED_PREFIX = ".ca-bridge-"
+
+# kubeadm keeps whatever mode it finds; a private key is for its owner alone, a kubeconfig (which holds one) may be
+# shared with a group of administrators
+KEY_MASK = 0o600
+KUBECONFIG_MASK = 0o660
+CERTIFICATE_MASK = 0o777
+
+
+class InstallError(BridgeError):
+    """The files could not be replaced; what is on disk now is in the text."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replacement:
+    """One file that gets new content."""
+
+    certificate: str  #: kubeadm's name of the certificate that it belongs to.
+    path: Path  #: A symlink is followed, and stays.
+    data: bytes | None  #: None: the file goes away.
+    mode_mask: int  #: The most that the new file's mode may allow.
+    #: SHA-256 of what the file held when the CSR was made; None: there was no file.
+    was: str | None
+    #: How it is made where there is no file; None: for its owner alone.
+    attributes: Attributes | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A replacement with its real path, where its new content waits, and how its old file was."""
+
+    replacement: Replacement
+    path: Path
+    staged: Path
+    attributes: Attributes | None  #: None: there is no file yet.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovery:
+    """What `recover` found and did."""
+
+    run_id: str
+    direction: str  #: `forward` or `back`.
+    paths: tuple[str, ...]
+    certificates: tuple[str, ...]  #: kubeadm's names of those that the files belong to.
+
+    def __str__(self) -> str:
+        verb = "finished" if self.direction == "forward" else "undid"
+        which = f"{len(self.paths)} files of {', '.join(self.certificates)}"
+        return f"{verb} the installation of run {self.run_id}, which was interrupted: {which}"
+
+
+def digest(data: bytes) -> str:
+    """SHA-256 in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def install(store: Store, replacements: Sequence[Replacement], run_id: str, about: Mapping[str, Any]) -> str:
+    """
+    Replace all files or none.
+
+    Args:
+        store: Prepared; its lock is held.
+        replacements: At least one.
+        run_id: Unique.
+        about: For the backup's manifest: why, which certificates, serial numbers.
+
+    Returns:
+        The backup's ID.
+
+    Raises:
+        InstallError: Nothing was replaced, or all was put back; or, if even that failed, the journal stays for `recover`.
+    """
+    targets = [_target(replacement, run_id) for replacement in replacements]
+    try:
+        _write_json(store.staging, {"run_id": run_id, "staged": [str(target.staged) for target in targets]})
+        for target in targets:
+            _stage(target)
+        backup_id = _back_up(store, targets, run_id, about)
+        _assert_unchanged(targets)
+        for directory in {target.path.parent for target in targets}:
+            sync_directory(directory)
+    except (OSError, InstallError) as e:
+        _leave_all_old(store, e)
+    journal = _journal(targets, run_id, backup_id)
+    try:
+        _write_json(store.journal, journal)
+    except OSError as e:
+        if not store.journal.exists():
+            _leave_all_old(store, e)
+        _give_up(store, journal, e)
+    try:
+        _forward(journal)
+    except (OSError, InstallError) as e:
+        _give_up(store, journal, e)
+    _close_at_last(store, "all files were replaced")
+    return backup_id
+
+
+def recover(store: Store) -> Recovery | None:
+    """
+    Finish what a crash left: forward if every new file is there, else back to the backup.
+
+    Returns:
+        What was done; None if there was nothing to do.
+
+    Raises:
+        InstallError: Neither way works, and the journal stays; or something that was left can't be removed.
+    """
+    try:
+        return _recover(store)
+    except OSError as e:
+        raise InstallError(
+            f"what an interrupted run left can't be cleared away: {_reason(e)}",
+            hint="mend the file system, then run `ca-bridge recover`",
+        ) from e
+
+
+def _recover(store: Store) -> Recovery | None:
+    for half_written in store.half_written():
+        half_written.unlink()
+    if not store.journal.exists():
+        _forget_staged(store)
+        _forget_partial_backups(store)
+        return None
+    journal = _read_json(store.journal)
+    direction = journal["direction"]
+    if direction == "forward":
+        try:
+            _forward(journal)
+        except (OSError, InstallError):
+            direction = "back"
+    if direction == "back":
+        try:
+            _back(store, journal)
+        except (OSError, InstallError) as e:
+            raise InstallError(
+                f"an interrupted installation can neither be finished nor undone: {_reason(e)}",
+                hint=f"the old files are in {store.backups / journal['backup']}, the journal is {store.journal}",
+            ) from e
+    _close(store)
+    paths = tuple(target["path"] for target in journal["targets"])
+    names = tuple(dict.fromkeys(target["certificate"] for target in journal["targets"]))
+    return Recovery(run_id=journal["run_id"], direction=direction, paths=paths, certificates=names)
+
+
+def _target(replacement: Replacement, run_id: str) -> Target:
+    path = replacement.path
+    try:
+        # the PKI directory is mounted into pods, and an operator's symlinks have their reasons: both stay
+        real = path.resolve(strict=True) if path.exists() else path.parent.resolve(strict=True) / path.name
+        attributes = Attributes.of(real).narrowed(replacement.mode_mask) if real.exists() else None
+    except OSError as e:
+        raise InstallError(f"nothing was replaced: {_reason(e)}") from e
+    if real.is_symlink():
+        raise InstallError(
+            f"nothing was replaced: {path}: wanted a file, found a symlink that leads nowhere",
+            hint="mount or mend what it leads to, or remove it",
+        )
+    if real.exists() and not real.is_file():
+        raise InstallError(f"nothing was replaced: {path}: wanted a file, found something else")
+    for frozen in filter(is_frozen, (real, real.parent)):
+        raise InstallError(
+            f"nothing was replaced: {frozen}: wanted to replace it, found it immutable or append-only",
+            hint=f"chattr -i -a {frozen}, after a look at who set it",
+        )
+    return Target(
+        replacement=replacement,
+        path=real,
+        staged=real.parent / f"{STAGED_PREFIX}{run_id}-{real.name}",
+        attributes=attributes,
+    )
+
+
+def _stage(target: Target) -> None:
+    """Beside the target, so that rename(2) is atomic and the file system the same."""
+    fresh = Attributes.private()
+    replacement = target.replacement
+    given = replacement.attributes.narrowed(replacement.mode_mask) if replacement.attributes is not None else fresh
+    if replacement.data is not None:
+        write_staged(target.staged, replacement.data, target.attributes or given)
+
+
+def _assert_unchanged(targets: Sequence[Target]) -> None:
+    """Nobody (kubeadm, an operator) replaced a file since its CSR was made."""
+    for target in targets:
+        now = digest(target.path.read_bytes()) if target.path.exists() else None
+        if now != target.replacement.was:
+            raise InstallError(
+                f"{target.path}: wanted the file that the CSR was made from, found another content",
+                hint="something else writes to the PKI; find it, then run again",
+            )
+
+
+def _back_up(store: Store, targets: Sequence[Target], run_id: str, about: Mapping[str, Any]) -> str:
+    """By copy, since kubeadm rewrites files in place and a hard link would change with them; the manifest comes last."""
+    created = datetime.now(UTC)
+    backup_id = f"{created:%Y%m%dT%H%M%SZ}-{run_id}"
+    directory = store.backups / backup_id
+    directory.mkdir(mode=0o700)
+    files = []
+    for number, target in enumerate(targets):
+        entry: dict[str, Any] = {
+            "certificate": target.replacement.certificate,
+            "path": str(target.path),
+            "backup": None,
+        }
+        if target.attributes is not None:
+            data, name = target.path.read_bytes(), f"{number:02}-{target.path.name}"
+            write_staged(directory / name, data, Attributes.private())
+            entry |= {
+                "backup": name,
+                "sha256": digest(data),
+                "attributes": attributes_json(Attributes.of(target.path)),
+            }
+        files.append(entry)
+    manifest = {
+        "id": backup_id,
+        "created": created.isoformat(timespec="microseconds"),
+        "run_id": run_id,
+        **about,
+        "files": files,
+    }
+    _write_json(directory / "manifest.json", manifest)
+    sync_directory(store.backups)
+    return backup_id
+
+
+def _journal(targets: Sequence[Target], run_id: str, backup_id: str) -> dict[str, Any]:
+    entries = []
+    for target in targets:
+        data = target.replacement.data
+        wanted = digest(data) if data is not None else None
+        name = target.replacement.certificate
+        entries.append({"certificate": name, "path": str(target.path), "staged": str(target.staged), "sha256": wanted})
+    return {"version": 1, "run_id": run_id, "backup": backup_id, "direction": "forward", "targets": entries}
+
+
+def _forward(journal: Mapping[str, Any]) -> None:
+    """Each new file is either in place already, or waits beside it; may be repeated."""
+    for target in journal["targets"]:
+        path, staged = Path(target["path"]), Path(target["staged"])
+        if target["sha256"] is None:
+            path.unlink(missing_ok=True)
+        elif staged.exists() and digest(staged.read_bytes()) == target["sha256"]:
+            staged.rename(path)
+        elif not path.exists() or digest(path.read_bytes()) != target["sha256"]:
+            raise InstallError(f"{path}: wanted its new content here or in {staged}, found neither")
+    for directory in {Path(target["path"]).parent for target in journal["targets"]}:
+        sync_directory(directory)
+
+
+def _back(store: Store, journal: dict[str, Any]) -> None:
+    """Put the backup in place; may be repeated."""
+    if journal["direction"] != "back":
+        journal["direction"] = "back"
+        _write_json(store.journal, journal)
+    directory = store.backups / journal["backup"]
+    files = {entry["path"]: entry for entry in _read_json(directory / "manifest.json")["files"]}
+    for target in journal["targets"]:
+        path, staged, entry = Path(target["path"]), Path(target["staged"]), files[target["path"]]
+        staged.unlink(missing_ok=True)
+        if entry["backup"] is None:
+            path.unlink(missing_ok=True)
+        elif not path.exists() or digest(path.read_bytes()) != entry["sha256"]:
+            write_staged(staged, (directory / entry["backup"]).read_bytes(), attributes_from(entry["attributes"]))
+            staged.rename(path)
+        sync_directory(path.parent)
+
+
+def _leave_all_old(store: Store, error: Exception) -> NoReturn:
+    """Before the commit point, there is nothing but what was staged to take away."""
+    try:
+        _forget_staged(store)
+        _forget_partial_backups(store)
+    except (OSError, InstallError) as e:
+        log.warning("new files that were not installed could not be removed (%s); the next run does", _reason(e))
+    raise InstallError(f"nothing was replaced: {_reason(error)}", hint=getattr(error, "hint", "")) from error
+
+
+def _give_up(store: Store, journal: dict[str, Any], error: Exception) -> NoReturn:
+    """A swap that can't go forward goes back at once."""
+    try:
+        _back(store, journal)
+    except (OSError, InstallError) as e:
+        raise InstallError(
+            f"the files could not be replaced ({_reason(error)}), nor put back ({_reason(e)})",
+            hint="mend the file system, then run `ca-bridge recover`",
+        ) from error
+    _close_at_last(store, "all was put back")
+    raise InstallError(f"all was put back: {_reason(error)}") from error
+
+
+def _close_at_last(store: Store, done: str) -> None:
+    """The files are as they shall be: a journal that can't be removed is for the next run, which finds nothing to do."""
+    try:
+        _close(store)
+    except OSError as e:
+        log.warning("%s, but the journal could not be removed (%s); the next run does", done, _reason(e))
+
+
+def _close(store: Store) -> None:
+    store.journal.unlink(missing_ok=True)
+    store.staging.unlink(missing_ok=True)
+    sync_directory(store.directory)
+
+
+def _forget_staged(store: Store) -> None:
+    """Staged files without a journal never count."""
+    if not store.staging.exists():
+        return
+    for name in _read_json(store.staging)["staged"]:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            Path(name).lstat()  # a read-only file system would refuse even to remove what is not there
+            Path(name).unlink()
+    store.staging.unlink()
+
+
+def _forget_partial_backups(store: Store) -> None:
+    """A backup without a manifest was not finished, and nothing was replaced after it."""
+    for directory in store.backup_directories():
+        if not (directory / "manifest.json").exists() and not directory.is_symlink():
+            shutil.rmtree(directory)
+
+
+def attributes_json(attributes: Attributes) -> dict[str, Any]:
+    """For a journal or manifest."""
+    extended = {name: value.hex() for name, value in attributes.extended.items()}
+    return {"mode": attributes.mode, "uid": attributes.uid, "gid": attributes.gid, "extended": extended}
+
+
+def attributes_from(value: Mapping[str, Any]) -> Attributes:
+    """As a backup's manifest has them."""
+    extended = {name: bytes.fromhex(text) for name, text in value["extended"].items()}
+    return Attributes(mode=value["mode"], uid=value["uid"], gid=value["gid"], extended=extended)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    write_atomically(path, json.dumps(value, indent=1).encode() + b"\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as e:
+        raise InstallError(f"{path}: wanted our own record, found: {_reason(e)}") from e
+    if not isinstance(value, dict):
+        raise InstallError(f"{path}: wanted our own record, found something else")
+    return value
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)

@@ -1,0 +1,150 @@
+"""A manifest that a restart has moved out of its directory: the journal of it, and the way back after a crash."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from bridge.errors import BridgeError, Exit
+from bridge.specs import Component
+from bridge.state.install import STAGED_PREFIX, attributes_from, attributes_json, digest
+from bridge.state.store import Store
+from bridge.system.files import Attributes, sync_directory, write_atomically, write_staged
+
+#: leaving: the manifest may still be in its place; out: it is not; back: it is there again, but nobody has seen the
+#: component in good health.
+State = Literal["leaving", "out", "back"]
+
+
+class RestartError(BridgeError):
+    """A component was not restarted, or did not come back."""
+
+    exit_code: ClassVar[int] = Exit.NOT_LIVE
+
+
+def aside(manifest: Path) -> Path:
+    """
+    Where a manifest waits: on the same file system, and where no kubelet looks.
+
+    A kubelet takes every file of its directory for a manifest, whatever its name ends with.
+    """
+    return manifest.parent.resolve().parent / f"{STAGED_PREFIX}{manifest.name}"
+
+
+def recover(store: Store) -> str | None:
+    """
+    Put back the manifest that an interrupted restart has moved away.
+
+    Args:
+        store: Its lock is held.
+
+    Returns:
+        What was found and done; None if there was nothing to do.
+
+    Raises:
+        RestartError: The journal can't be read.
+        OSError: The manifest can't be put back; the journal stays.
+    """
+    if not store.restart.exists():
+        return None
+    journal = _read(store)
+    done = put_back(store, journal)
+    close(store)
+    name, state = journal["component"], journal["state"]
+    if done is not None:
+        return f"{name}: an interrupted restart had moved its manifest away: {done}"
+    if state == "leaving":
+        return f"{name}: an interrupted restart had not begun; its manifest is in its place"
+    return f"{name}: a restart was interrupted before {name} was seen healthy; its manifest is in its place"
+
+
+def journal_of(component: Component, manifest: Path) -> dict[str, Any]:
+    """With the whole manifest, so that it comes back even if somebody takes the file that was moved away."""
+    try:
+        content, attributes = manifest.read_bytes(), Attributes.of(manifest)
+    except OSError as e:
+        raise RestartError(f"{manifest}: wanted the manifest of {component.value}, found: {e.strerror}") from e
+    return {
+        "version": 1,
+        "component": component.value,
+        "manifest": str(manifest),
+        "aside": str(aside(manifest)),
+        "content": base64.b64encode(content).decode(),
+        "attributes": attributes_json(attributes),
+    }
+
+
+def enter(store: Store, journal: dict[str, Any], state: State) -> None:
+    """Write down how far a restart has come."""
+    journal["state"] = state
+    write_atomically(store.restart, json.dumps(journal).encode() + b"\n")
+
+
+def _read(store: Store) -> dict[str, Any]:
+    try:
+        journal: dict[str, Any] = json.loads(store.restart.read_bytes())
+        if {"component", "manifest", "aside", "content", "attributes", "state"} <= journal.keys():
+            return journal
+        reason = "something else"
+    except (OSError, ValueError, AttributeError) as e:
+        reason = f"{e}"
+    raise RestartError(
+        f"{store.restart}: wanted our own journal of a restart, found {reason}",
+        hint=f"see that each manifest is in its place (and none is called {STAGED_PREFIX}….yaml), then remove it",
+    )
+
+
+def put_back(store: Store, journal: dict[str, Any]) -> str | None:
+    """
+    See that a manifest is in its place; may be repeated.
+
+    Somebody else's new manifest (kubeadm's, an operator's) stays; then ours goes to the state directory.
+
+    Returns:
+        What had to be done; None: it was in its place, and nowhere else.
+    """
+    manifest, waiting = Path(journal["manifest"]), Path(journal["aside"])
+    content, done = base64.b64decode(journal["content"]), None
+    if not is_there(manifest):
+        if not _is_whole(waiting, content):
+            waiting.unlink(missing_ok=True)
+            write_staged(waiting, content, attributes_from(journal["attributes"]))
+        waiting.rename(manifest)
+        done = f"{manifest} is back"
+    elif is_there(waiting):
+        if manifest.read_bytes() != content:
+            kept = store.directory / f"{manifest.stem}-{digest(content)[:8]}.yaml"
+            write_atomically(kept, content)
+            done = f"there is a new {manifest}, which stays; the old one is {kept}"
+        waiting.unlink()
+    sync(manifest)
+    return done
+
+
+def _is_whole(waiting: Path, content: bytes) -> bool:
+    """Whether it is more than the rest of a `recover` that was itself interrupted."""
+    if waiting.is_symlink():
+        return True
+    try:
+        return waiting.exists() and waiting.read_bytes() == content
+    except OSError:  # a file that can't be read may still be moved
+        return True
+
+
+def is_there(path: Path) -> bool:
+    """A symlink is moved as such, and may lead nowhere while it is away."""
+    return path.exists() or path.is_symlink()
+
+
+def sync(manifest: Path) -> None:
+    """Make a manifest's move outlive a power cut."""
+    for directory in (manifest.parent, aside(manifest).parent):
+        sync_directory(directory)
+
+
+def close(store: Store) -> None:
+    """Remove the journal: the manifest is in its place."""
+    store.restart.unlink(missing_ok=True)
+    sync_directory(store.directory)

@@ -1,0 +1,193 @@
+"""
+Requests whose certificates are not installed yet: new keys, their CSRs, and what the CA has said so far.
+
+All in one file of the state directory, 0600. A key is there before a CA that answers later is asked, and an answer that
+passed is there before it is installed, so that no interruption makes a run ask for the same certificate twice.
+"""
+
+from __future__ import annotations
+
+import json
+from base64 import b64decode, b64encode
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from cryptography import x509
+
+from bridge.contract import Continuity, Issued, SignRequest
+from bridge.errors import BridgeError
+from bridge.pki.certificates import load_pem_certificates, pem
+from bridge.specs import SPECS
+from bridge.state.store import Store
+from bridge.system.files import sync_directory, write_atomically
+
+#: A later format has another key.
+_KEY = "requestsV1"
+
+
+class RequestsError(BridgeError):
+    """The file with the open requests can't be used."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenRequest:
+    """One request, and the key that stays here."""
+
+    request: SignRequest
+    key_pem: bytes = field(repr=False)
+    created: datetime
+    run_id: str
+    #: Label of the backend whose CA has the request; empty: none has.
+    backend: str = ""
+    reference: str = ""  #: With which the backend collects the answer.
+    note: str = ""  #: The backend's, for the operator.
+    answer: Issued | None = None  #: Passed, and is not installed.
+    #: SHA-256 of the bundles in which it was carried out of the node.
+    bundles: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """kubeadm's name of the certificate."""
+        return self.request.spec.name
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether somebody has it who has not answered."""
+        return bool(self.reference or self.bundles) and self.answer is None
+
+    @property
+    def deadline(self) -> datetime | None:
+        """When the certificate that it replaces ends."""
+        return self.request.replaces.not_valid_after_utc if self.request.replaces is not None else None
+
+
+class OpenRequests:
+    """The file; its lock is held by whoever changes it."""
+
+    def __init__(self, store: Store) -> None:
+        """
+        Raises:
+            RequestsError: The file is there and can't be used.
+        """
+        self._store = store
+        self._requests = _read(store)
+        self._saved = dict(self._requests)
+
+    def __iter__(self) -> Iterator[OpenRequest]:
+        return iter(list(self._requests.values()))
+
+    def by_name(self) -> dict[str, OpenRequest]:
+        """All of them."""
+        return dict(self._requests)
+
+    def get(self, name: str) -> OpenRequest | None:
+        """That of a certificate."""
+        return self._requests.get(name)
+
+    def put(self, request: OpenRequest) -> None:
+        """Add or replace; on disk after `save`."""
+        self._requests[request.name] = request
+
+    def drop(self, name: str) -> OpenRequest | None:
+        """Forget a request and its key; on disk after `save`."""
+        return self._requests.pop(name, None)
+
+    def save(self) -> None:
+        """
+        Make it safe on disk, if anything changed.
+
+        A key that was dropped is overwritten by nothing: a journaling file system or an SSD writes elsewhere.
+
+        Raises:
+            RequestsError: It can't be written.
+        """
+        if self._requests == self._saved:
+            return
+        path = self._store.requests
+        try:
+            if self._requests:
+                entries = [_to_json(request) for request in self._requests.values()]
+                write_atomically(path, json.dumps({_KEY: entries}, indent=1).encode() + b"\n")
+            else:
+                path.unlink()
+                sync_directory(path.parent)
+        except OSError as e:
+            raise RequestsError(
+                f"{path}: wanted to keep the new keys there until they are installed, found: {e.strerror}",
+                hint="make room, or mend the state directory, then run again",
+            ) from e
+        self._saved = dict(self._requests)
+
+
+def _read(store: Store) -> dict[str, OpenRequest]:
+    try:
+        document = json.loads(store.requests.read_bytes())
+        return {request.name: request for request in map(_from_json, document[_KEY])}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, x509.InvalidVersion) as e:
+        reason = e.strerror if isinstance(e, OSError) else type(e).__name__
+        raise RequestsError(
+            f"{store.requests}: wanted the requests that were made and not finished, found something else ({reason})",
+            hint="restore it if a CA has requests of this node; else move it away, and new keys are made",
+        ) from None
+
+
+def _to_json(one: OpenRequest) -> dict[str, Any]:
+    request, who = one.request, one.request.continuity
+    return {
+        "name": request.spec.name,
+        "created": one.created.isoformat(),
+        "run": one.run_id,
+        "key": one.key_pem.decode(),
+        "csr": request.csr_pem.decode(),
+        "validitySeconds": int(request.validity.total_seconds()),
+        "replaces": pem(request.replaces).decode() if request.replaces is not None else None,
+        "continuity": None
+        if who is None
+        else {
+            "batch": who.batch,
+            "node": who.node,
+            "cluster": who.cluster,
+            "proof": b64encode(who.proof).decode() if who.proof is not None else None,
+        },
+        "backend": one.backend,
+        "reference": one.reference,
+        "note": one.note,
+        "answer": [pem(certificate).decode() for certificate in (one.answer.leaf, *one.answer.intermediates)]
+        if one.answer is not None
+        else None,
+        "bundles": list(one.bundles),
+    }
+
+
+def _from_json(entry: Mapping[str, Any]) -> OpenRequest:
+    who, answer = entry["continuity"], entry["answer"]
+    request = SignRequest(
+        spec=SPECS[entry["name"]],
+        csr_pem=entry["csr"].encode(),
+        validity=timedelta(seconds=entry["validitySeconds"]),
+        replaces=load_pem_certificates(entry["replaces"].encode())[0] if entry["replaces"] is not None else None,
+        continuity=None
+        if who is None
+        else Continuity(
+            batch=who["batch"],
+            node=who["node"],
+            cluster=who["cluster"],
+            proof=b64decode(who["proof"]) if who["proof"] is not None else None,
+        ),
+    )
+    chain = load_pem_certificates("".join(answer).encode()) if answer is not None else None
+    return OpenRequest(
+        request=request,
+        key_pem=entry["key"].encode(),
+        created=datetime.fromisoformat(entry["created"]),
+        run_id=entry["run"],
+        backend=entry["backend"],
+        reference=entry["reference"],
+        note=entry["note"],
+        answer=Issued(leaf=chain[0], intermediates=tuple(chain[1:])) if chain is not None else None,
+        bundles=tuple(entry["bundles"]),
+    )

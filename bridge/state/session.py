@@ -1,0 +1,111 @@
+"""How each run that writes begins: alone, on a node that no earlier run left half done, and with a record."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from bridge.node import inventory
+from bridge.node.inventory import Node
+from bridge.pki.expiry import minute
+from bridge.settings.tables import Settings
+from bridge.state import audit, install, parked_manifest
+from bridge.state.install import Recovery
+from bridge.state.requests import OpenRequests
+from bridge.state.store import Store
+from bridge.system.console import Progress
+from bridge.system.files import lock
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What the steps of one run share."""
+
+    settings: Settings
+    store: Store  #: Its lock is held.
+    requests: OpenRequests
+    record: audit.Record
+    progress: Progress
+    now: Callable[[], datetime]
+
+    def read_node(self) -> Node:
+        """What is on the node at this moment."""
+        return inventory.read(self.settings.node.pki_dir, self.settings.node.kubeconfig_dir)
+
+
+@contextlib.contextmanager
+def alone(
+    settings: Settings, wait: timedelta, tell: Callable[[Recovery | str], None]
+) -> Iterator[tuple[Store, audit.Record]]:
+    """
+    Hold the state directory's lock; what an interrupted run left is finished or undone first.
+
+    Args:
+        settings: Where things are.
+        wait: So long for another run to end.
+        tell: Is told what was found and done.
+
+    Raises:
+        LockedError: Another run works on this node.
+        InstallError: What was left can neither be finished nor undone.
+        RestartError: The journal of an interrupted restart can't be read.
+        BridgeError: The state directory is not ours alone.
+        OSError: The state directory can't be written, or a manifest not be put back.
+    """
+    store = Store(settings.node.state_dir)
+    store.prepare()
+    with lock(store.lock, shlex.join(sys.argv), wait), audit.Record(store, settings.audit) as record:
+        # a component that is away comes first: nothing that is wrong with files may keep it away
+        for step in (parked_manifest.recover, install.recover):
+            recovery = step(store)
+            if recovery is not None:
+                tell(recovery)
+                record.add(audit.RECOVERED, result=str(recovery))
+        yield store, record
+
+
+@contextlib.contextmanager
+def begun(
+    settings: Settings, now: Callable[[], datetime], progress: Progress, wait: timedelta
+) -> Iterator[tuple[Run, Node]]:
+    """
+    The same for a run that deals with requests; those whose certificates were replaced meanwhile are forgotten.
+
+    Raises:
+        LockedError, InstallError, RestartError, BridgeError, OSError: As `alone`.
+        RequestsError: The open requests can't be read.
+    """
+    with alone(settings, wait, lambda found: progress.note(str(found))) as (store, record):
+        run = Run(
+            settings=settings, store=store, requests=OpenRequests(store), record=record, progress=progress, now=now
+        )
+        node = run.read_node()
+        _forget_outdated(run, node)
+        yield run, node
+
+
+def _forget_outdated(run: Run, node: Node) -> None:
+    """What can't be read now may come back."""
+    live = {item.spec.name: item.certificates[0] for item in node.items if item.state == "present"}
+    for one in run.requests:
+        certificate = live.get(one.name)
+        if certificate is None or certificate == one.request.replaces:
+            continue
+        if one.is_waiting:
+            give_up(run, one.name, "its certificate was replaced meanwhile")
+        run.requests.drop(one.name)
+    run.requests.save()
+
+
+def give_up(run: Run, name: str, why: str) -> None:
+    """Forget a request that somebody has, and say so; safe on disk after the requests' `save`."""
+    made = run.requests.drop(name)
+    if made is not None:
+        text = f"forgot the request of {minute(made.created)}: {why}"
+        run.progress.note(f"{name}: {text}")
+        run.record.know(name, made.request, made.backend, None)
+        run.record.add(audit.CANCELLED, name, authority=made.request.spec.authority.name, result=text)

@@ -1,0 +1,64 @@
+"""Where things are in the state directory."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+#: What comes and goes under names of its own: the cut end of a record, and a manifest that another one took the place of.
+_NUMBERED = r"audit\.torn-\d+-[0-9a-f]{8}|[a-z-]+-[0-9a-f]{8}\.yaml"
+_BACKUP = r"\d{8}T\d{6}Z-[0-9a-z]+(-[0-9a-z]+)?"
+
+
+class Store:
+    """The state directory: journal, staging list, backups and record."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self.directory = state_dir
+        self.journal = state_dir / "journal.json"
+        self.staging = state_dir / "staging.json"
+        self.backups = state_dir / "backups"
+        self.lock = state_dir / "lock"
+        self.requests = state_dir / "requests.json"  #: Keys whose certificates are not installed yet.
+        self.restart = state_dir / "restart.json"  #: Which manifest is out of its directory.
+        self.restarted = state_dir / "restarted.json"  #: When each component was last restarted.
+        self.kubelet_copy = state_dir / "kubelet-client-current.pem"  #: The last one that was taken from the kubelet.
+        self.unproven = state_dir / "unproven.json"  #: What was installed, and not yet seen in use.
+        self.hooks = state_dir / "hooks.json"  #: Hooks that did not succeed yet.
+        self.attempts = state_dir / "attempts.json"  #: How often in a row a CA's renewals failed.
+        self.audit = state_dir / "audit.jsonl"
+        self.audit_head = state_dir / "audit.head"  #: The newest line's number and digest.
+
+    def prepare(self) -> None:
+        """
+        Make the directories.
+
+        Raises:
+            BridgeError: They are there, and not ours alone.
+            OSError: They can't be made.
+        """
+        from bridge.system.files import private_directory  # noqa: PLC0415 (a look at the store needs none of it)
+
+        private_directory(self.directory)
+        private_directory(self.backups)
+
+    def half_written(self) -> list[Path]:
+        """What `files.write_atomically` leaves when its process is killed; other names with a dot are not ours."""
+        names = [re.escape(path.name) for path in vars(self).values() if path.parent == self.directory]
+        ours = re.compile(rf"\.({'|'.join([*names, _NUMBERED])})\.[a-z0-9_]{{8}}")  # as `tempfile` makes them
+        return [path for path in self.directory.glob(".*") if ours.fullmatch(path.name) and path.is_file()]
+
+    def backup_directories(self) -> list[Path]:
+        """
+        Finished or not; what else somebody keeps beside them is not ours.
+
+        Raises:
+            OSError: They can't be looked at.
+        """
+        found = self.backups.iterdir() if self.backups.is_dir() else ()
+        return [path for path in found if re.fullmatch(_BACKUP, path.name) and path.is_dir()]
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether a run was cut off while it installed or restarted, so that `recover` has something to do."""
+        return any(path.exists() for path in (self.journal, self.staging, self.restart))

@@ -1,0 +1,87 @@
+"""What goes to standard error: messages, as text or JSON lines. Results are printed by the commands themselves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Protocol
+
+from bridge.errors import BridgeError
+
+log = logging.getLogger("ca-bridge")
+
+
+class LogFormat(StrEnum):
+    """How messages are written."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+def print_error(error: BridgeError, about: str = "") -> None:
+    """`error: …` and `hint: …` on standard error; through the log when that is JSON."""
+    prefix = f"{about}: " if about else ""
+    for line in (error.reason if about else str(error)).splitlines():
+        log.error("%s%s", prefix, line)
+    if error.hint:
+        log.error("%s", error.hint, extra={"is_hint": True})
+
+
+def printable(value: object) -> str:
+    """A CA's words or the names of carried files may be in it, and must not steer a terminal."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(value))
+
+
+class _TextFormat(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        level = "hint" if getattr(record, "is_hint", False) else record.levelname.lower()
+        text = printable(record.getMessage())
+        return text if record.levelno == logging.INFO else f"{level}: {text}"
+
+
+class _JsonFormat(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        level = "hint" if getattr(record, "is_hint", False) else record.levelname.lower()
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        return json.dumps({"time": time, "level": level, "message": record.getMessage()})
+
+
+def set_up(verbose: int, log_format: LogFormat) -> None:
+    """Our own messages only: what libraries log at a high level may hold headers."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonFormat() if log_format is LogFormat.JSON else _TextFormat())
+    log.handlers = [handler]
+    log.propagate = False
+    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def under_headings(rows: Sequence[tuple[str, Sequence[str]]]) -> Iterator[str]:
+    """Rows, each with a sentence; a sentence of several rows stands once, above them."""
+    cells = list(columns([row for _, row in rows]))
+    for heading in dict.fromkeys(heading for heading, _ in rows):
+        yield f"{heading}:"
+        yield from (f"  {line}" for line, (about, _) in zip(cells, rows, strict=True) if about == heading)
+
+
+def columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines with the cells of each column below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+class Progress(Protocol):
+    """Who looks on; called from several threads."""
+
+    def signing(self, backend: str, names: Sequence[str]) -> None:
+        """These certificates are being asked for."""
+
+    def signed(self, name: str) -> None:
+        """The CA has answered for one, with a certificate or not."""
+
+    def note(self, text: str) -> None:
+        """Something that the operator should know."""

@@ -1,0 +1,567 @@
+"""The command line: results on standard output, messages on standard error, promised exit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import pty
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from bridge import entry
+from bridge.cli import commands
+from bridge.cli.app import app
+from bridge.errors import BridgeError
+from bridge.pki.certificates import load_pem_certificates
+from bridge.settings.load import parse
+from bridge.settings.zones import Zone
+from bridge.signing import registry
+from bridge.state.install import KEY_MASK, Replacement, install
+from bridge.state.store import Store
+from bridge.system.files import lock
+from tests.kit import opensslca
+from tests.kit.pki import Pki, handmade_pki
+
+PLANTED = "planted-s3cret"
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Pki:
+    """A node whose certificates end in 20 days."""
+    return handmade_pki(tmp_path / "node", not_after=datetime.now(UTC) + timedelta(days=20))
+
+
+@pytest.fixture
+def config(node: Pki, tmp_path: Path) -> Path:
+    """Settings with an `openssl ca` directory for each authority."""
+    passphrase = tmp_path / "passphrase"
+    passphrase.write_text(f"{PLANTED}\n")
+    lines = [
+        f'[node]\npki_dir = "{node.pki_dir}"\nkubeconfig_dir = "{node.kubeconfig_dir}"\nstate_dir = "{tmp_path}/state"'
+    ]
+    lines.append(f'[backend.desk]\ntype = "openssl"\npassphrase_file = "{passphrase}"')
+    for name in ("ca", "etcd-ca", "front-proxy-ca"):
+        directory = opensslca.make_ca_directory(tmp_path / "cas" / name, *node.ca_pem(name), passphrase=PLANTED)
+        lines.append(f'[authority.{name}]\nbackend = "desk"\ndir = "{directory}"')
+    file = tmp_path / "config.toml"
+    file.write_text("\n".join([*lines, ""]))
+    file.chmod(0o644)
+    return file
+
+
+@pytest.fixture
+def run(config: Path) -> Iterator[Run]:
+    """Run a command with these settings; nothing that it says may hold the passphrase."""
+    said: list[str] = []
+
+    def run(*args: str) -> Result:
+        result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*args, "--config", str(config)])
+        said.append(result.output)
+        return result
+
+    yield run
+    assert PLANTED not in "".join(said)
+
+
+def leaf_serial(node: Pki, base: str = "apiserver") -> int:
+    return load_pem_certificates((node.pki_dir / f"{base}.crt").read_bytes())[0].serial_number
+
+
+def test_renew_renews_what_is_due_and_then_nothing(run: Run, node: Pki) -> None:
+    """One line a certificate; the second run has nothing to do."""
+    before = leaf_serial(node)
+    first = run("renew", "-v")
+    assert first.exit_code == 0, first.stderr
+    assert leaf_serial(node) != before
+    lines = [line for line in first.stdout.splitlines() if " serial " in line]
+    assert len(lines) == 12
+    assert all("until " in line and "issuer " in line and "by desk (openssl)" in line for line in lines)
+    after = leaf_serial(node)
+    second = run("renew")
+    assert (second.exit_code, second.stderr) == (0, "")
+    assert leaf_serial(node) == after
+
+
+def test_the_result_as_json(run: Run, node: Pki) -> None:
+    """All of it is on standard output, with a schema version."""
+    result = json.loads(run("renew", "apiserver", "kubelet.conf", "-o", "json").stdout)
+    assert result["schemaVersion"] == commands.SCHEMA_VERSION
+    assert [entry["name"] for entry in result["renewed"]] == ["apiserver", "kubelet.conf"]
+    assert result["renewed"][0]["serialNumber"] == f"{leaf_serial(node):X}".zfill(
+        len(result["renewed"][0]["serialNumber"])
+    )
+    assert result["restart"] == ["kube-apiserver", "kubelet"]
+    assert result["exitCode"] == 0
+
+
+def test_plan_says_what_renew_would_do_and_does_nothing(run: Run, node: Pki, tmp_path: Path) -> None:
+    """Exit 3 when something is due; `renew --dry-run` is the same."""
+    before = leaf_serial(node)
+    texts = [run(*args) for args in (("plan",), ("renew", "--dry-run"))]
+    assert {text.exit_code for text in texts} == {3}
+    assert texts[0].stdout == texts[1].stdout
+    assert "ask desk" in texts[0].stdout
+    assert json.loads(run("plan", "apiserver", "-o", "json").stdout)["renew"][0]["name"] == "apiserver"
+    assert leaf_serial(node) == before
+    assert not (tmp_path / "state").exists()
+    run("renew")
+    assert run("plan").exit_code == 0
+
+
+def test_a_missing_certificate_is_named_and_the_others_are_renewed(run: Run, node: Pki) -> None:
+    """Exit 1, since what is missing can't be renewed; super-admin.conf may be missing."""
+    (node.kubeconfig_dir / "super-admin.conf").unlink()
+    assert run("renew").exit_code == 0
+    (node.pki_dir / "apiserver.crt").unlink()
+    result = run("renew", "all", "-o", "json")
+    assert result.exit_code == 1
+    assert "apiserver" in result.stderr
+    assert "hint: " in result.stderr
+    assert len(json.loads(result.stdout)["renewed"]) == 10
+    assert run("renew", "super-admin.conf").exit_code == 1
+
+
+def test_a_broken_certificate_is_an_error_in_every_run(run: Run, node: Pki) -> None:
+    """Also when nothing else is due: it is not silently left behind."""
+    assert run("renew").exit_code == 0
+    path = node.pki_dir / "etcd/peer.crt"
+    good = path.read_bytes()
+    path.write_bytes(b"garbage")
+    result = run("renew")
+    assert result.exit_code == 1
+    assert "etcd-peer" in result.stderr
+    assert "Traceback" not in result.output
+    path.write_bytes(good)
+    assert run("renew").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("renew", "nonsense"),
+        ("renew", "--csr-only"),
+        ("renew", "--csr-dir", "/tmp/x"),
+        ("renew", "--csr-only", "--csr-dir", "/tmp/x", "--dry-run"),
+        ("setup", "vault", "--authority", "nonsense"),
+        ("check-expiration", "--within", "3"),
+        ("check-expiration", "-o", "xml"),
+        ("nonsense",),
+    ],
+)
+def test_usage_errors_are_2(run: Run, args: tuple[str, ...]) -> None:
+    """With a word on what was wanted."""
+    result = run(*args)
+    assert result.exit_code == 2
+    assert "wanted" in result.stderr or "Usage:" in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_a_settings_error_is_2_with_file_and_line(run: Run, config: Path) -> None:
+    """Before anything is asked or made."""
+    config.write_text(config.read_text() + '[renewal]\nvalidity = "soon"\n')
+    line = len(config.read_text().splitlines())
+    for command in ("renew", "plan", "doctor", "check-expiration"):
+        result = run(command)
+        assert result.exit_code == 2
+        assert f"{config}:{line}: renewal.validity: wanted" in result.stderr
+
+
+def test_a_backends_settings_error_is_2(run: Run, config: Path) -> None:
+    """Told by `settings check`, and by a renewal before it does anything."""
+    assert run("settings", "check").exit_code == 0
+    config.write_text(config.read_text().replace("passphrase_file", "passfrase_file"))
+    for args in (("settings", "check"), ("renew",), ("doctor",)):
+        result = run(*args)
+        assert result.exit_code == 2
+        assert "passfrase_file" in result.output
+
+
+def test_no_settings_file_is_said_to_be_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`settings check` has nothing to check: exit 2, with what was wanted and where."""
+    monkeypatch.setattr("bridge.settings.load.DEFAULT_FILE", tmp_path / "config.toml")
+    result = CliRunner().invoke(app, ["settings", "check"])
+    assert result.exit_code == 2
+    assert "wanted a settings file, found none" in result.stderr
+
+
+def test_a_held_lock_is_9_and_names_the_holder(run: Run, tmp_path: Path) -> None:
+    """Nothing was done; when it is free the same command works."""
+    store = Store(tmp_path / "state")
+    store.prepare()
+    with lock(store.lock, "ca-bridge renew all"):
+        result = run("renew")
+    assert result.exit_code == 9
+    assert "ca-bridge renew all" in result.stderr
+    assert run("renew").exit_code == 0
+
+
+def test_an_interrupted_installation_is_finished_first(run: Run, node: Pki, tmp_path: Path) -> None:
+    """`recover` does it alone; a plain `renew` notices it although nothing is due."""
+    assert run("recover").exit_code == 0
+    assert run("renew").exit_code == 0
+    store = Store(tmp_path / "state")
+    target = node.pki_dir / "sa.pub"
+
+    def interrupt() -> None:
+        file = Replacement(certificate="x", path=target, data=b"new", mode_mask=KEY_MASK, was=digest_of(target))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("bridge.state.install._forward", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                install(store, [file], "run1", {})
+
+    interrupt()
+    result = run("recover")
+    assert (result.exit_code, target.read_bytes()) == (0, b"new")
+    assert "run1" in result.stdout
+    target.write_bytes(b"old")
+    for backup in store.backups.glob("*-run1"):
+        backup.rename(backup.with_name("older"))
+    interrupt()
+    assert entry.nothing_to_do(["renew", "--config", str(tmp_path / "config.toml")]) is None
+    assert run("renew").exit_code == 0
+    assert target.read_bytes() == b"new"
+
+
+def digest_of(path: Path) -> str:
+    from bridge.state.install import digest
+
+    return digest(path.read_bytes())
+
+
+def test_doctor_is_content_with_a_good_node(run: Run) -> None:
+    """Exit 0; what is due is a warning, each CA answers."""
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("answers, and is the right CA") == 3
+    assert "error" not in result.stdout
+
+
+def test_doctor_finds_a_node_by_another_name(run: Run, config: Path) -> None:
+    """kubelet.conf says what the cluster calls it; a warning, since renewal works nevertheless."""
+    text = config.read_text()
+    for name, warned in (("cp-1", False), ("cp-7", True)):
+        config.write_text(text.replace("[node]", f'[node]\nname = "{name}"'))
+        result = run("doctor")
+        assert result.exit_code == 0, result.output
+        assert ("which is cp-1, found cp-7" in result.stdout) == warned
+
+
+def test_doctor_finds_what_is_wrong(run: Run, node: Pki, config: Path) -> None:
+    """Another CA, a broken file, a key for all to read, a CA key on the disk: all at once."""
+    text = config.read_text()
+    config.write_text(text.replace("cas/ca", "cas/etcd-ca"))
+    (node.pki_dir / "front-proxy-client.crt").write_bytes(b"garbage")
+    (node.pki_dir / "apiserver.key").chmod(0o644)
+    (node.pki_dir / "front-proxy-ca.key").write_text("x")
+    result = run("doctor")
+    assert result.exit_code == 1
+    for part in ("wanted the CA of", "front-proxy-client", "mode 0644", "its key is on this disk"):
+        assert part in result.stdout
+
+
+@pytest.mark.parametrize("left", ["journal", "staging", "restart"])
+def test_doctor_finds_what_was_interrupted(run: Run, tmp_path: Path, left: str) -> None:
+    """An installation, or a restart that may have left a component's manifest away."""
+    sentence = "an installation or restart is under way, or was interrupted"
+    store = Store(tmp_path / "state")
+    store.prepare()
+    assert sentence not in run("doctor").stdout
+    getattr(store, left).write_text("{}")
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    assert sentence in result.stdout
+
+
+@pytest.mark.parametrize("ca", ["vault", "cfssl", "openssl"])
+def test_setup_prints_what_the_cas_administrator_needs(run: Run, ca: str) -> None:
+    """For one authority or for all; it needs no settings of a backend."""
+    everything, one = run("setup", ca), run("setup", ca, "--authority", "etcd-ca")
+    assert (everything.exit_code, one.exit_code) == (0, 0)
+    assert one.stdout in everything.stdout
+    assert "kube-apiserver-etcd-client" in one.stdout or ca == "openssl"
+
+
+def vault(config: Path, keys: str) -> None:
+    """The settings so far of a node below a Vault: one authority, whose table has these keys."""
+    node = config.read_text().partition("[backend")[0].partition("[authority")[0]
+    config.write_text(f'{node}\n[backend.corp]\ntype = "vault"\n[authority.ca]\nbackend = "corp"\n{keys}\n')
+
+
+def test_each_nodes_script_for_vault_writes_a_policy_of_its_own(run: Run, config: Path) -> None:
+    """Or the one that was run last would take the other node's rights away."""
+    text = config.read_text()
+    policies = set()
+    for names in ('name = "cp-1"', 'name = "cp-2"', 'name = "cp-1"\ncluster = "blue"'):
+        config.write_text(text.replace("[node]", f"[node]\n{names}"))
+        policies |= set(re.findall("policy write (.*) - <<", run("setup", "vault", "--authority", "etcd-ca").stdout))
+    assert policies == {"ca-bridge-cp-1-etcd-ca", "ca-bridge-cp-2-etcd-ca", "ca-bridge-blue-cp-1-etcd-ca"}
+
+
+def test_the_script_for_vault_follows_the_settings(run: Run, config: Path) -> None:
+    """What is not set yet may be missing; without roles there are none to write."""
+    vault(config, 'mount = "corp-pki"\nrole = "cp-1-{name}"')
+    assert "corp-pki/roles/cp-1-apiserver " in run("setup", "vault", "--authority", "ca").stdout
+    vault(config, 'mount = "corp-pki"\nmode = "sign-verbatim"')
+    result = run("setup", "vault", "--authority", "ca")
+    assert (result.exit_code, "/roles/" in result.stdout) == (0, False)
+    assert 'path "corp-pki/sign-verbatim"' in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("keys", "wanted"),
+    [
+        ('role = "{node}-{name}"', "role: wanted a text that may hold {name} and {usage}"),
+        ('roles = "cp-1"', "roles: wanted a table of texts"),
+        ('mode = "verbatim"', "mode: wanted one of 'sign', 'sign-verbatim'"),
+    ],
+)
+def test_the_script_for_vault_is_not_made_from_settings_that_are_wrong(
+    run: Run, config: Path, keys: str, wanted: str
+) -> None:
+    """The place is named, as for every command."""
+    vault(config, keys)
+    result = run("setup", "vault", "--authority", "ca")
+    line = config.read_text().splitlines().index(keys) + 1
+    assert result.exit_code == 2
+    assert f"{config}:{line}: authority.ca.{wanted}" in result.stderr
+
+
+def test_settings_init_writes_the_example_once(tmp_path: Path, run: Run) -> None:
+    """Never over an older file."""
+    path = tmp_path / "etc/ca-bridge/config.toml"
+    assert run("settings", "init", str(path)).exit_code == 0
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    path.write_text("mine")
+    result = run("settings", "init", str(path))
+    assert (result.exit_code, path.read_text()) == (1, "mine")
+
+
+def test_settings_show_names_secrets_and_shows_defaults(run: Run) -> None:
+    """What is in force; where the secret is, and not what."""
+    result = run("settings", "show")
+    assert result.exit_code == 0
+    assert 'before = "30d"' in result.stdout
+    assert "passphrase_file" in result.stdout
+
+
+ODD_SETTINGS = """
+[node]
+kubernetes_version = "v1.37.2"
+name = "cp-1"
+[renewal]
+before = "33%"
+window = ["Sat-Sun 02:00-06:00", "Mon,Wed 22:00-02:00"]
+window_zone = "Europe/Berlin"
+[restart]
+components = ["kube-scheduler", "kube-controller-manager"]
+[restart.commands]
+kubelet = "rc-service kubelet restart"
+[hooks]
+before = ["tell 'control plane'", "/usr/local/bin/\\"quoted\\""]
+success = "tell"
+[backend."a.b"]
+type = "vault"
+url = "https://vault.corp.example:8200"
+[backend."a.b".auth]
+method = "approle"
+role_id_file = "/etc/ca-bridge/role-id"
+secret_id_env = "SECRET_ID"
+[backend."a.b".roles]
+"admin.conf" = "cluster-admin"
+[backend.desk]
+type = "openssl"
+[backend.signer]
+type = "cfssl"
+url = "https://cfssl.corp.example:8881"
+endpoint = "sign"
+[authority.front-proxy-ca]
+backend = "signer"
+[authority.ca]
+backend = "a.b"
+allow_extra_subject = ["OU=Platform", "C=DE"]
+[authority.etcd-ca]
+backend = "desk"
+dir = "/srv/ca"
+digest = "sha384"
+"""
+
+
+EXAMPLES = [commands.example(), commands.example().parent / "exchange/config.toml"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", ODD_SETTINGS, *(path.read_text() for path in EXAMPLES)], ids=["none", "odd", "example", "exchange"]
+)
+def test_settings_show_prints_settings_that_mean_the_same(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exceptions to the subject included; the node's name and the time zone as they are taken."""
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    given = parse(text)
+    shown = parse(commands.settings_show(given))
+    assert registry.configured(shown, shown.authorities) == registry.configured(given, given.authorities)
+    taken = dataclasses.replace(
+        shown, source=given.source, backends=given.backends, authority_tables=given.authority_tables
+    )
+    node = dataclasses.replace(given.node, name=given.node.node_name)
+    renewal = dataclasses.replace(given.renewal, window_zone=Zone("Europe/Berlin"))
+    assert taken == dataclasses.replace(given, node=node, renewal=renewal)
+
+
+def test_messages_as_json_lines(run: Run) -> None:
+    """For a log collector; results stay as they are."""
+    result = run("renew", "nonsense", "--log-format", "json")
+    [line] = [json.loads(line) for line in result.stderr.splitlines()]
+    assert line["level"] == "error"
+    assert datetime.fromisoformat(line["time"]).tzinfo is not None
+
+
+def test_a_bug_is_told_without_its_text(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unexpected exception may quote a secret; kind and place are enough for a report."""
+
+    def bug(*_: object) -> None:
+        raise RuntimeError(PLANTED)
+
+    monkeypatch.setattr(registry, "configured", bug)
+    result = run("renew", "-v")
+    assert result.exit_code == 1
+    assert "internal error: RuntimeError at " in result.stderr
+
+
+def test_control_characters_never_reach_the_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CA's words may be in a message."""
+
+    def refuse(*_: object) -> None:
+        raise BridgeError("no \x1b[2J\x07")
+
+    monkeypatch.setattr(registry, "configured", refuse)
+    result = run("renew")
+    assert "\x1b" not in result.stderr
+    assert "error: no " in result.stderr
+
+
+def test_a_plain_renew_with_nothing_due_loads_no_command_line(run: Run, config: Path) -> None:
+    """Anything else than `renew` with places goes the usual way."""
+    plain = ["renew", "--config", str(config)]
+    assert entry.nothing_to_do(plain) is None  # all is due
+    assert run("renew").exit_code == 0
+    assert (entry.nothing_to_do(plain) or "").startswith("nothing is due: ")
+    for other in ([], ["renew", "all"], ["renew", "-v"], ["plan"], ["renew", "--config"], ["renew", "--within", "3d"]):
+        assert entry.nothing_to_do([*other, "--config", str(config)]) is None
+
+
+@pytest.mark.parametrize("args", [(), ("-v",)], ids=["fast path", "command line"])
+def test_a_result_that_cannot_be_written_is_an_error(run: Run, config: Path, args: tuple[str, ...]) -> None:
+    """On a full disk: exit 1 and a line that says so; where standard output is closed nobody wants to know."""
+    assert run("renew").exit_code == 0
+    command = shlex.join([sys.executable, "-c", "from bridge.entry import main; main()"])
+    command = f"exec {command} {shlex.join(['renew', '--config', str(config), *args])}"
+    full, closed = (
+        subprocess.run(["sh", "-c", f"{command} {where}"], capture_output=True, text=True, check=False)
+        for where in (">/dev/full", ">&-")
+    )
+    assert full.returncode == 1
+    assert re.fullmatch(r"error: .*No space left on device\n", full.stderr)
+    assert closed.returncode == 0
+    assert "Traceback" not in closed.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user; run the tests as root")
+def test_nothing_due_for_a_user_who_may_not_look(run: Run, node: Pki, config: Path, tmp_path: Path) -> None:
+    """Into the state directory: an error of ours, and no traceback."""
+    assert run("renew").exit_code == 0
+    with tempfile.TemporaryDirectory() as directory:
+        shutil.copytree(node.root, f"{directory}/node")
+        shutil.copytree(tmp_path / "state", f"{directory}/state")
+        for path in [Path(directory), *Path(directory, "node").rglob("*")]:
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        text = config.read_text().replace(str(node.root), f"{directory}/node")
+        theirs = Path(directory, "config.toml")
+        theirs.write_text(text.replace(str(tmp_path / "state"), f"{directory}/state"))
+        plain = ["renew", "--config", str(theirs)]
+        assert (entry.nothing_to_do(plain) or "").startswith("nothing is due: ")
+        os.seteuid(65534)
+        try:
+            assert entry.nothing_to_do(plain) is None
+            result = CliRunner().invoke(app, plain)
+        finally:
+            os.seteuid(0)
+        assert result.exit_code == 1
+        assert result.stderr.startswith(f"error: {directory}/state: wanted a directory of user 65534")
+
+
+def test_progress_on_a_terminal(config: Path) -> None:
+    """A bar for each CA while it is asked, the same lines at the end, and no escape sequence in the result."""
+    command = [str(Path(sys.executable).with_name("ca-bridge")), "renew", "all", "--config", str(config)]
+    parent, child = pty.openpty()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=child, stdin=subprocess.DEVNULL) as process:
+        os.close(child)
+        shown = b"".join(iter(lambda: _read(parent), b""))
+        assert process.stdout is not None
+        result = process.stdout.read()
+    os.close(parent)
+    assert process.returncode == 0, shown
+    assert b"asking desk (openssl)" in shown
+    assert b"\x1b[" in shown
+    assert b"12 renewed" in result
+    assert b"\x1b" not in result
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # Linux's way to say that the other end is closed
+        return b""
+
+
+def test_a_full_disk_is_named(run: Run, monkeypatch: pytest.MonkeyPatch, node: Pki, tmp_path: Path) -> None:
+    """Which file could not be written, nothing replaced, no half backup left; with room the same command works."""
+    before = leaf_serial(node)
+
+    fsync = os.fsync
+
+    def full(descriptor: int) -> None:
+        if ".ca-bridge-" in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        result = run("renew", "apiserver")
+    assert result.exit_code == 1
+    assert re.search(r"error: .*/.*: No space left on device", result.stderr)
+    assert leaf_serial(node) == before
+    assert not list((tmp_path / "state/backups").iterdir())
+    assert run("renew", "apiserver").exit_code == 0
+
+
+def test_a_wrong_directory_is_not_a_healthy_node(run: Run, tmp_path: Path) -> None:
+    """kubeadm lists everything as missing and is content; a probe that looks at the wrong place must not be."""
+    result = run("check-expiration", "--pki-dir", str(tmp_path / "nowhere"))
+    assert result.exit_code == 1
+    assert "!MISSING! apiserver" in result.stdout
+    assert str(tmp_path / "nowhere") in result.stderr
+    assert run("check-expiration").exit_code == 0
+
+
+def test_the_demo_shows_the_main_job(tmp_path: Path) -> None:
+    """Due before, renewed after, every usage as it should be."""
+    result = CliRunner().invoke(app, ["demo", "--directory", str(tmp_path / "demo")])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("as it should be") == 12
+    assert "WRONG" not in result.stdout
+    again = CliRunner().invoke(app, ["demo", "--directory", str(tmp_path / "demo")])
+    assert again.exit_code == 1

@@ -1,0 +1,174 @@
+"""`prove` and real etcd members on loopback: who accepts whose certificates, with and without a quorum."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+
+from bridge.control_plane import proof
+from bridge.control_plane.proof import Finding
+from bridge.pki.certificates import load_pem_certificates
+from bridge.specs import Component
+from tests.kit import issuing, members
+from tests.kit.issuing import Signer
+from tests.kit.members import Cluster, Place
+
+pytestmark = pytest.mark.kube("etcd")
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(contextlib.closing(socket.socket())) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def made(directory: Path, count: int) -> Cluster:
+    client_port, peer_port, api_port = free_ports(3)
+    return members.make(directory, count, client_port=client_port, peer_port=peer_port, api_port=api_port)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with members.running(made(tmp_path_factory.mktemp("cluster"), 3)) as running:
+        yield running
+
+
+@pytest.fixture
+def cluster(three: Cluster) -> Iterator[Cluster]:
+    """Three members that are well, and are made so again."""
+    yield three
+    three.mend()
+
+
+def etcd(place: Place) -> dict[str, Finding]:
+    """What is found about etcd, and about its people's client, by certificate and what."""
+    report = proof.look(place.node, place.settings(), datetime.now(UTC))
+    return {
+        f"{finding.certificate} {finding.what}": finding
+        for finding in report.findings
+        if finding.component is Component.ETCD or finding.certificate == "etcd-healthcheck-client"
+    }
+
+
+def states(place: Place) -> dict[str, str]:
+    return {what: finding.state for what, finding in etcd(place).items()}
+
+
+def test_all_is_well(cluster: Cluster) -> None:
+    """What a member serves, what it and others are clients with; and who takes its peer certificate, by name."""
+    place = cluster.places[0]
+    found = etcd(place)
+    assert set(states(place).values()) == {"current"}
+    assert len(found) == 5
+    peers = found["etcd-peer is accepted by its peers"].detail
+    assert all(f"https://{one.address}:" in peers for one in cluster.places)
+
+
+def test_a_peer_that_is_away_is_no_fault_of_this_node(cluster: Cluster) -> None:
+    """It is told, and nothing else."""
+    cluster.places[2].kill_etcd()
+    deadline = time.monotonic() + 15  # the others may have to find a new leader first
+    found = etcd(cluster.places[0])
+    while any(finding.state != "current" for finding in found.values()):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.2)
+        found = etcd(cluster.places[0])
+    assert f"https://{cluster.places[2].address}:" in found["etcd-peer is accepted by its peers"].detail
+    assert "connection refused" in found["etcd-peer is accepted by its peers"].detail
+
+
+def test_without_a_quorum_etcd_does_not_answer(cluster: Cluster) -> None:
+    """It still shows its certificate, which is its file's."""
+    for place in cluster.places[1:]:
+        place.kill_etcd()
+    found = states(cluster.places[0])
+    assert {state for what, state in found.items() if " serves " in what} == {"current"}
+    assert found["etcd-server is accepted by etcd"] == "no-answer"
+    assert found["etcd-healthcheck-client is accepted by etcd"] == "no-answer"
+
+
+@pytest.mark.parametrize("base", ["peer", "server"])
+def test_a_new_certificate_is_served_at_once(cluster: Cluster, base: str) -> None:
+    """As etcd does; whatever it shows is compared with the file as it is now."""
+    place = cluster.places[0]
+    with replaced(place, base):
+        assert set(states(place).values()) == {"current"}
+
+
+def test_a_name_that_peers_refuse(cluster: Cluster) -> None:
+    """They compare the certificate's names with the address that its owner comes from, and end the connection."""
+    place = cluster.places[1]  # on loopback everybody comes from the first one's address
+    with replaced(place, "peer", sans=[x509.IPAddress(ipaddress.ip_address(place.address))]):
+        found = etcd(place)
+    assert found[f"etcd-peer serves {_peer_place(found)}"].state == "current"
+    assert found["etcd-peer is accepted by its peers"].state == "refused"
+    assert "ends the connection once it has seen it" in found["etcd-peer is accepted by its peers"].detail
+
+
+def _peer_place(found: dict[str, Finding]) -> str:
+    (served,) = (what for what in found if what.startswith("etcd-peer serves "))
+    return served.removeprefix("etcd-peer serves ")
+
+
+def test_a_peer_that_does_not_show_its_own_name_is_refused(cluster: Cluster) -> None:
+    """Who comes to it wants the address that it advertises in its certificate."""
+    place = cluster.places[0]
+    with replaced(place, "peer", sans=[x509.DNSName("elsewhere.example.com")]):
+        found = etcd(place)
+    assert found["etcd-peer is accepted by its peers"].state == "refused"
+    assert found[f"etcd-peer serves {_peer_place(found)}"].state == "refused"
+
+
+def test_a_client_of_another_ca_is_refused(cluster: Cluster) -> None:
+    """By TLS itself."""
+    place = cluster.places[0]
+    healthcheck = place.pki_dir / "etcd/healthcheck-client"
+    before = {suffix: healthcheck.with_suffix(suffix).read_bytes() for suffix in (".crt", ".key")}
+    for suffix in before:
+        healthcheck.with_suffix(suffix).write_bytes((place.pki_dir / f"front-proxy-client{suffix}").read_bytes())
+    try:
+        found = states(place)
+    finally:
+        for suffix, content in before.items():
+            healthcheck.with_suffix(suffix).write_bytes(content)
+    assert {what for what, state in found.items() if state != "current"} == {
+        "etcd-healthcheck-client is accepted by etcd"
+    }
+    assert found["etcd-healthcheck-client is accepted by etcd"] == "refused"
+
+
+def test_http_has_ports_of_its_own(tmp_path: Path) -> None:
+    """Then these are asked; the certificate is looked at on all of them."""
+    files = made(tmp_path, 1)
+    (place,) = files.places
+    http_port = free_ports(1)[0]
+    place.add_etcd_flags(listen_client_http_urls=f"https://{place.address}:{http_port}")
+    grpc_port, files.client_port = files.client_port, http_port
+    with members.running(files):
+        found = states(place)
+    assert set(found.values()) == {"current"}
+    assert {f"etcd-server serves {place.address}:{port}" for port in (grpc_port, http_port)} <= found.keys()
+
+
+@contextlib.contextmanager
+def replaced(place: Place, base: str, *, sans: Sequence[x509.GeneralName] | None = None) -> Iterator[None]:
+    """Another certificate for the same key, for a while."""
+    path = place.pki_dir / "etcd" / f"{base}.crt"
+    before = path.read_bytes()
+    ca = place.cas["etcd-ca"]
+    signer = Signer(certificate=ca.certificate, key=ca.key)
+    path.write_bytes(issuing.signed_again(load_pem_certificates(before)[0], signer, sans=sans))
+    try:
+        yield
+    finally:
+        path.write_bytes(before)

@@ -1,0 +1,391 @@
+"""A static pod's manifest goes out and comes back, whatever happens in between."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from bridge.control_plane import static_pods
+from bridge.control_plane.static_pods import Pod, StoppedError, restart
+from bridge.errors import BridgeError, Exit
+from bridge.specs import Component
+from bridge.state.parked_manifest import RestartError, aside, recover
+from bridge.state.store import Store
+from bridge.system.files import Attributes
+from tests.attack.test_faults import Act, Tripwire, failing, kill
+
+CONTENT = b"apiVersion: v1\nkind: Pod\n# with a comment\nmetadata: {name: kube-scheduler}\n"
+TIMEOUT = timedelta(seconds=30)
+
+
+@dataclass(kw_only=True)
+class Site:
+    """A manifests directory, and a pod that follows it as a kubelet would."""
+
+    root: Path
+    attributes: Attributes
+    told: list[str] = field(default_factory=list)
+    #: Called at each look at what still runs while the manifest is out, and at its health.
+    at_remains: Callable[[], str | None] = lambda: None
+    at_trouble: Callable[[], str | None] = lambda: None
+
+    @classmethod
+    def make(cls, root: Path) -> Site:
+        """With another owner (as root), an odd mode and an attribute of its own."""
+        manifest = root / "kubernetes/manifests/kube-scheduler.yaml"
+        manifest.parent.mkdir(parents=True)
+        manifest.write_bytes(CONTENT)
+        manifest.chmod(0o640)
+        os.setxattr(manifest, "user.note", b"kept")
+        if os.geteuid() == 0:
+            os.chown(manifest, 12345, 54321)
+        (manifest.parent / "etcd.yaml").write_bytes(b"another\n")
+        Store(root / "state").prepare()
+        return cls(root=root, attributes=Attributes.of(manifest))
+
+    @property
+    def manifest(self) -> Path:
+        """Where it belongs."""
+        return self.root / "kubernetes/manifests/kube-scheduler.yaml"
+
+    @property
+    def store(self) -> Store:
+        """Its state directory."""
+        return Store(self.root / "state")
+
+    def restart(self, timeout: timedelta = TIMEOUT) -> None:
+        """As the program does it."""
+        pod = Pod(
+            component=Component.SCHEDULER,
+            manifest=self.manifest,
+            instances=self.instances,
+            trouble=self.at_trouble,
+            settle=timedelta(),
+        )
+        restart(pod, self.store, timeout, self.told.append)
+
+    def instances(self) -> frozenset[str]:
+        """The first one while the manifest has not been out; another one when it is back."""
+        if self.manifest.exists():
+            return frozenset({"old" if not self.store.is_interrupted else "new"})
+        found = self.at_remains()
+        return frozenset({found} if found else ())
+
+    def assert_whole(self, about: object = None) -> None:
+        """The manifest is as it was, and nothing else is left."""
+        assert self.manifest.read_bytes() == CONTENT, about
+        assert Attributes.of(self.manifest) == self.attributes, about
+        assert self.names() == ["etcd.yaml", "kube-scheduler.yaml"], about
+        assert [path.name for path in (self.root / "kubernetes").iterdir()] == ["manifests"], about
+        assert not self.store.is_interrupted, about
+        assert [path.name for path in self.store.directory.iterdir()] == ["backups"], about
+
+    def names(self) -> list[str]:
+        """What a kubelet sees."""
+        return sorted(path.name for path in self.manifest.parent.iterdir())
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    """One to play with."""
+    return Site.make(tmp_path / "site")
+
+
+def looks(*found: str | None) -> Callable[[], str | None]:
+    """Finds these, one at each look."""
+    waiting = list(found)
+    return lambda: waiting.pop(0)
+
+
+# --- a whole restart -------------------------------------------------------------------------------------------------
+
+
+def test_the_manifest_is_away_until_the_pod_is_gone_and_then_back(site: Site) -> None:
+    """It is moved, not copied; the kubelet's directory never holds another file; the journal always knows."""
+    inode, seen = site.manifest.stat().st_ino, []
+
+    def look(who: str, answers: Callable[[], str | None]) -> Callable[[], str | None]:
+        def looking() -> str | None:
+            journal = json.loads(site.store.restart.read_bytes())["state"]
+            seen.append((who, site.names(), aside(site.manifest).exists(), journal, site.store.is_interrupted))
+            return answers()
+
+        return looking
+
+    site.at_remains = look("remains", looks("a pod", None))
+    site.at_trouble = look("trouble", looks("not ready", "not ready", None))
+    site.restart()
+    away = ("remains", ["etcd.yaml"], True, "out", True)
+    back = ("trouble", ["etcd.yaml", "kube-scheduler.yaml"], False, "back", True)
+    assert seen == [away, away, back, back, back]
+    assert site.manifest.stat().st_ino == inode
+    assert len(site.told) == 2
+    site.assert_whole()
+    assert recover(site.store) is None
+
+
+def test_what_the_api_needs_comes_back_while_it_ends(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As soon as the kubelet has seen it; then the old instance has to end all the same, and a new one to be healthy."""
+    monkeypatch.setattr(static_pods, "_UNDER_WAY", timedelta())
+    troubles, running, seen = ["refused", "starting"], ["old", "old", "old", "", "new", "new"], []
+
+    def instances() -> frozenset[str]:
+        seen.append((running[0], site.manifest.exists()))
+        return frozenset(filter(None, [running.pop(0)]))
+
+    def trouble() -> str | None:
+        healthy = running[:1] == ["old"] and not site.manifest.exists() and len(running) == 5  # not yet noticed
+        return None if healthy or not troubles else troubles.pop(0)
+
+    restart(
+        Pod(
+            component=Component.ETCD,
+            manifest=site.manifest,
+            instances=instances,
+            trouble=trouble,
+            settle=timedelta(hours=1),
+            is_needed_by_api=True,
+        ),
+        site.store,
+        TIMEOUT,
+        site.told.append,
+    )
+    assert seen == [("old", True), ("old", False), ("old", True), ("", True)]
+    site.assert_whole()
+
+
+def test_the_manifest_waits_beside_the_real_directory(site: Site, tmp_path: Path) -> None:
+    """Where the manifests directory is a symlink, its own file system is that of what it leads to."""
+    elsewhere = tmp_path / "elsewhere/static"
+    shutil.move(site.manifest.parent, elsewhere)
+    site.manifest.parent.symlink_to(elsewhere)
+    seen = []
+    site.at_remains = lambda: seen.append(sorted(path.name for path in elsewhere.parent.iterdir()))
+    site.restart()
+    assert seen == [[".ca-bridge-kube-scheduler.yaml", "static"]]
+    assert elsewhere.joinpath("kube-scheduler.yaml").read_bytes() == CONTENT
+
+
+def test_a_symlinked_manifest_stays_one(site: Site) -> None:
+    """Also a relative one, which leads nowhere while it is away."""
+    real = site.manifest.parent / "../real.yaml"
+    site.manifest.rename(real)
+    site.manifest.symlink_to("../real.yaml")
+    site.restart()
+    assert site.manifest.readlink() == Path("../real.yaml")
+    assert site.manifest.read_bytes() == CONTENT
+    assert not aside(site.manifest).is_symlink()
+
+
+def test_a_pod_that_does_not_end_gets_its_manifest_back(site: Site) -> None:
+    """After the time limit; what was found is told, and the exit code says that it is not live."""
+    site.at_remains = lambda: "a running pod"
+    with pytest.raises(RestartError, match="found: a running pod") as e:
+        site.restart(timedelta(seconds=0.3))
+    assert e.value.exit_code == Exit.NOT_LIVE
+    site.assert_whole()
+
+
+def test_a_component_that_does_not_come_back_is_told(site: Site) -> None:
+    """With its own words; the manifest is in its place, and no journal claims otherwise."""
+    site.at_trouble = lambda: "HTTP status 500: [-]etcd failed"
+    with pytest.raises(RestartError, match=r"\[-\]etcd failed"):
+        site.restart(timedelta(seconds=0.3))
+    site.assert_whole()
+
+
+def test_without_a_manifest_nothing_is_done(site: Site) -> None:
+    """It is an error before anything moves."""
+    site.manifest.unlink()
+    with pytest.raises(RestartError, match="No such file"):
+        site.restart()
+    assert not site.store.is_interrupted
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("when", ["at_remains", "at_trouble"])
+def test_a_signal_ends_the_run_after_the_manifest_is_back(site: Site, number: signal.Signals, when: str) -> None:
+    """systemd, Ctrl-C and a lost terminal may end a run at any time, twice if they like."""
+    before = signal.getsignal(number)
+
+    def look() -> str:
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+        return "busy"
+
+    setattr(site, when, look)
+    with pytest.raises(StoppedError, match=number.name):
+        site.restart()
+    assert signal.getsignal(number) is before
+    site.assert_whole()
+
+
+def test_what_nohup_keeps_away_stays_away(site: Site) -> None:
+    """A terminal that is closed ends nothing that was started with nohup."""
+    looks = iter(["busy", "busy"])
+
+    def look() -> str | None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return next(looks, None)
+
+    site.at_trouble = look
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        site.restart()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    site.assert_whole()
+
+
+# --- a crash ---------------------------------------------------------------------------------------------------------
+
+
+def attempt(work: Callable[[], object], at: int, act: Act) -> tuple[int, int]:
+    """
+    Do something in a child, with something happening at one system call.
+
+    Returns:
+        Its exit code (0 done, 5 an error was reported, negative: the signal), and how many calls it made.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        write, leave = os.write, os._exit
+        tripwire, code = Tripwire(at, act), 70
+        try:
+            work()
+            code = 0
+        except (BridgeError, OSError):
+            code = 5
+        finally:
+            write(writer, json.dumps(tripwire.count).encode())
+            leave(code)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        said = pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), int(said or b"0")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    """In memory, where it can be."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as directory:
+        yield Path(directory)
+
+
+@pytest.fixture
+def calls(place: Path) -> int:
+    """How many system calls a whole restart makes."""
+    site = Site.make(place / "whole")
+    code, count = attempt(site.restart, 0, kill)
+    assert code == 0
+    site.assert_whole()
+    assert count > 20
+    return count
+
+
+def clean(store: Store) -> str | None:
+    """As every command that writes begins."""
+    for half_written in store.half_written():
+        half_written.unlink()
+    return recover(store)
+
+
+def test_a_kill_at_every_call(calls: int, place: Path) -> None:
+    """After `recover` the manifest is in its place: same bytes, mode, owner and attributes, and nothing left over."""
+    was_away = 0
+    for at in range(1, calls + 1):
+        site = Site.make(place / str(at))
+        assert attempt(site.restart, at, kill)[0] == -signal.SIGKILL, at
+        away, journal = not site.manifest.exists(), site.store.restart.exists()
+        assert journal or not away, at
+        said = clean(site.store)
+        assert (said is not None) == journal, at
+        assert ("is back" in (said or "")) == away, at
+        site.assert_whole(at)
+        was_away += away
+    assert was_away > 5
+
+
+@pytest.mark.parametrize("code", ["ENOSPC", "EIO", "EACCES"])
+def test_an_error_of_every_call(calls: int, place: Path, code: str) -> None:
+    """It is reported, or did not matter; the manifest is in its place, unless the very way back is barred."""
+    left = 0
+    for at in range(1, calls + 1):
+        site = Site.make(place / str(at))
+        result, _ = attempt(site.restart, at, failing(getattr(errno, code)))
+        assert result in (0, 5), at
+        assert site.manifest.exists() or site.store.restart.exists(), at
+        left += not site.manifest.exists()
+        clean(site.store)
+        site.assert_whole(at)
+    assert left <= 1
+
+
+def interrupted(root: Path) -> Site:
+    """Killed while the manifest was out."""
+    site = Site.make(root)
+    site.at_remains = kill
+    assert attempt(site.restart, 0, kill)[0] == -signal.SIGKILL
+    assert site.names() == ["etcd.yaml"]
+    return site
+
+
+def test_a_manifest_that_is_nowhere_comes_back_from_the_journal(place: Path) -> None:
+    """Whoever removed it; a kill at each call of that leaves it to the next try."""
+    site = interrupted(place / "whole")
+    aside(site.manifest).unlink()
+    code, count = attempt(lambda: recover(site.store), 0, kill)
+    assert code == 0
+    site.assert_whole()
+    for at in range(1, count + 1):
+        site = interrupted(place / str(at))
+        aside(site.manifest).unlink()
+        assert attempt(lambda: recover(site.store), at, kill)[0] == -signal.SIGKILL, at  # noqa: B023
+        clean(site.store)
+        site.assert_whole(at)
+
+
+def test_somebody_elses_new_manifest_stays(place: Path) -> None:
+    """kubeadm upgrade may have written one while ours was away; the old one is kept, where no kubelet looks."""
+    site = interrupted(place / "site")
+    site.manifest.write_bytes(b"newer\n")
+    said = recover(site.store)
+    assert said is not None
+    assert site.manifest.read_bytes() == b"newer\n"
+    assert not aside(site.manifest).exists()
+    [kept] = site.store.directory.glob("kube-scheduler-*.yaml")
+    assert str(kept) in said
+    assert kept.read_bytes() == CONTENT
+    assert not site.store.is_interrupted
+
+
+def test_a_crash_before_or_after_is_told_apart(site: Site) -> None:
+    """What had not begun, and what nobody has seen healthy."""
+    site.at_trouble = kill
+    attempt(site.restart, 0, kill)
+    assert "before kube-scheduler was seen healthy" in (recover(site.store) or "")
+    site.assert_whole()
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"component": "etcd"}', "\0"])
+def test_a_journal_that_is_none_is_told(site: Site, text: str) -> None:
+    """It is not thrown away: a manifest may be out."""
+    site.store.restart.write_text(text)
+    with pytest.raises(RestartError) as e:
+        recover(site.store)
+    assert str(site.store.restart) in str(e.value)
+    assert e.value.hint
+    assert site.store.is_interrupted

@@ -1,0 +1,318 @@
+"""
+Answers of a CA that are wrong in one way, each with a twin that is right.
+
+One table for two suites: `tests/test_verify.py` shows each certificate to the checks alone, `test_answers.py` has
+each sent to the whole program.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID, ObjectIdentifier
+
+from bridge.contract import Issued, SignRequest
+from bridge.pki import csr
+from bridge.pki.verify import BACKDATING, CLOCK_SKEW
+from bridge.specs import KeyAlgorithm
+from tests.kit.issuing import CLIENT, SERVER, Signer, cn, name, usage
+
+ANY_EKU, CODE_SIGNING = "2.5.29.37.0", "1.3.6.1.5.5.7.3.3"
+ORG, OU, CN = NameOID.ORGANIZATION_NAME, NameOID.ORGANIZATIONAL_UNIT_NAME, NameOID.COMMON_NAME
+DAY = timedelta(days=1)
+#: What the node demands at least.
+MIN_VALIDITY = 7 * DAY
+#: When the certificate ends that is replaced.
+LEFT = 20 * DAY
+
+
+@dataclass(frozen=True, kw_only=True)
+class Desk:
+    """A CA that was asked for one certificate."""
+
+    root: Signer
+    request: SignRequest
+    now: datetime
+
+    def issue(self, *, by: Signer | None = None, **changes: Any) -> Issued:
+        """What was asked for, but for the changes (see `Signer.issue`)."""
+        dates = {"begin": self.now - timedelta(minutes=5), "end": self.now + 365 * DAY}
+        return (by or self.root).issue(self.request, **(dates | changes))
+
+    def through(self, *intermediates: Signer, by: Signer | None = None) -> Issued:
+        """Signed by the first of the intermediates, or by another signer, with all of them sent along."""
+        return self.issue(by=by or intermediates[0], intermediates=intermediates)
+
+    def ca(self, subject: str = "mid", **changes: Any) -> Signer:
+        """A CA below the root, but for the changes (see `Signer.make`)."""
+        return Signer.make(subject, **({"parent": self.root, **dates(self.now)} | changes))
+
+    def sans(self, *added: x509.GeneralName, without: str = "") -> list[x509.GeneralName]:
+        """The request's, but for these."""
+        extension = self.request.csr.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        return [*(n for n in extension if str(n.value) != without), *added]
+
+    def weakly_signed(self, algorithm: str) -> Issued:
+        """By openssl, since the library makes no such signatures any more."""
+        extensions = "keyUsage=critical,digitalSignature,keyEncipherment\nextendedKeyUsage=serverAuth\nbasicConstraints=CA:FALSE\n"
+        with tempfile.TemporaryDirectory() as directory:
+            folder = Path(directory)
+            (folder / "ca.crt").write_bytes(self.root.certificate.public_bytes(Encoding.PEM))
+            (folder / "ca.key").write_bytes(csr.key_pem(self.root.key))
+            (folder / "leaf.csr").write_bytes(self.request.csr_pem)
+            (folder / "leaf.cnf").write_text(extensions)
+            fixed = ["-in", "leaf.csr", "-CA", "ca.crt", "-CAkey", "ca.key", "-extfile", "leaf.cnf", "-days", "365"]
+            command = ["openssl", "x509", "-req", *fixed, "-copy_extensions", "copy", f"-{algorithm}"]
+            pem = subprocess.run(command, cwd=folder, check=True, capture_output=True).stdout
+        return Issued(leaf=x509.load_pem_x509_certificate(pem))
+
+
+def dates(now: datetime) -> dict[str, Any]:
+    """A CA's."""
+    return {"begin": now - 100 * DAY, "end": now + 3000 * DAY}
+
+
+def plain_root(now: datetime) -> Signer:
+    """A CA in kubeadm's shape."""
+    return Signer.make(**dates(now))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One fault."""
+
+    subjects: frozenset[str]  #: What exactly the violations name.
+    wrong: Callable[[Desk], Issued]
+    right: Callable[[Desk], Issued]  #: The twin, as like it as may be.
+    name: str  #: Of the certificate that is asked for.
+    algorithm: KeyAlgorithm
+    root: Callable[[datetime], Signer]
+
+
+def case(
+    subjects: str,
+    wrong: Callable[[Desk], Issued],
+    right: Callable[[Desk], Issued] = Desk.issue,
+    *,
+    name: str = "apiserver",
+    algorithm: KeyAlgorithm = "ecdsa-p256",
+    root: Callable[[datetime], Signer] = plain_root,
+) -> Case:
+    """The usual case is the API server's certificate below a root without peculiarities."""
+    return Case(
+        subjects=frozenset(subjects.split(", ")), wrong=wrong, right=right, name=name, algorithm=algorithm, root=root
+    )
+
+
+def changed(subjects: str, name: str = "apiserver", **changes: Any) -> Case:
+    """The right certificate but for these."""
+    return case(subjects, lambda desk: desk.issue(**changes), name=name)
+
+
+def with_sans(*added: x509.GeneralName, without: str = "") -> Case:
+    """The right certificate but for these SANs; the twin has the same ones in another order."""
+    return case(
+        "SAN",
+        lambda desk: desk.issue(sans=desk.sans(*added, without=without)),
+        lambda desk: desk.issue(sans=desk.sans()[::-1]),
+    )
+
+
+def below(subjects: str = "chain", **changes: Any) -> Case:
+    """Signed by an intermediate that is wrong; the twin's is right."""
+    return case(
+        subjects, lambda desk: desk.through(desk.ca(**changes)), lambda desk: desk.through(desk.ca(path_length=0))
+    )
+
+
+def weak(algorithm: str) -> Case:
+    """A signature by a hash of old; the twin's is by SHA-384."""
+    return case(
+        "signature, chain",
+        lambda desk: desk.weakly_signed(algorithm),
+        lambda desk: desk.weakly_signed("sha384"),
+        root=lambda now: Signer.make(key=csr.generate_key("rsa-2048"), **dates(now)),
+    )
+
+
+def constrained(permitted: str | None = None, excluded: str | None = None) -> x509.NameConstraints:
+    """Name constraints: DNS names that are allowed, addresses that are not."""
+    return x509.NameConstraints(
+        [x509.DNSName(permitted)] if permitted else None,
+        [x509.IPAddress(ipaddress.ip_network(excluded))] if excluded else None,
+    )
+
+
+def an_odd_key(curve: ec.EllipticCurve | None = None) -> Any:
+    """A public key that no CSR of ours has."""
+    private = (
+        ec.generate_private_key(curve) if curve else rsa.generate_private_key(public_exponent=65537, key_size=1024)
+    )
+    return private.public_key()
+
+
+def the_leaf_of_another(desk: Desk) -> Issued:
+    """What was asked for the scheduler, in the answer for the controller manager."""
+    other = csr.generate_key("ecdsa-p256").public_key()
+    return desk.issue(subject=cn("system:kube-scheduler"), public_key=other)
+
+
+def two_levels(desk: Desk, *, path_length: int | None) -> Issued:
+    """Two intermediates below the root."""
+    upper = desk.ca("upper", path_length=path_length)
+    lower = desk.ca("lower", parent=upper)
+    return desk.through(lower, upper)
+
+
+def crossed(desk: Desk, *, known: bool) -> Issued:
+    """A new CA that was certified by an older one: by the node's, or by somebody else's of the same name."""
+    older = desk.root if known else plain_root(desk.now)
+    return desk.through(desk.ca("new CA", parent=older))
+
+
+def as_dns(value: str) -> x509.GeneralName:
+    """Shorter."""
+    return x509.DNSName(value)
+
+
+ADMIN = name((ORG, "kubeadm:cluster-admins"), (CN, "kubernetes-admin"))
+UNKNOWN = x509.UnrecognizedExtension(ObjectIdentifier("1.2.3.4"), b"\x05\x00")
+CA_TRUE = x509.BasicConstraints(ca=True, path_length=None)
+CA_TRUE_0 = x509.BasicConstraints(ca=True, path_length=0)
+ADDRESS = "10.96.0.1"
+OTHER_ADDRESS = x509.IPAddress(ipaddress.ip_address("10.96.0.2"))
+
+HOSTILE: dict[str, Case] = {
+    # key
+    "another key": case("public key", lambda desk: desk.issue(public_key=an_odd_key(ec.SECP256R1()))),
+    "RSA-1024": case("public key, key size", lambda desk: desk.issue(public_key=an_odd_key())),
+    "P-224": case("public key, curve", lambda desk: desk.issue(public_key=an_odd_key(ec.SECP224R1()))),
+    "secp256k1": case("public key, curve", lambda desk: desk.issue(public_key=an_odd_key(ec.SECP256K1()))),
+    # subject
+    "another CN": changed("subject", subject=cn("kube-apiserver2")),
+    "CN in capitals": changed("subject", subject=cn("Kube-Apiserver")),
+    "no subject": changed("subject", subject=x509.Name([])),
+    "an O to spare": changed("subject", subject=name((ORG, "system:masters"), (CN, "kube-apiserver"))),
+    "CN twice": changed("subject", subject=name((CN, "kube-apiserver"), (CN, "kube-apiserver"))),
+    "the O lost": case(
+        "subject",
+        lambda desk: desk.issue(subject=cn("kubernetes-admin")),
+        lambda desk: desk.issue(subject=x509.Name(list(ADMIN)[::-1])),  # reordered is accepted
+        name="admin.conf",
+    ),
+    "an OU for the O": case(
+        "subject",
+        lambda desk: desk.issue(subject=name((OU, "kubeadm:cluster-admins"), (CN, "kubernetes-admin"))),
+        lambda desk: desk.issue(subject=x509.Name([x509.RelativeDistinguishedName(list(ADMIN))])),  # so is regrouped
+        name="admin.conf",
+    ),
+    "the leaf of another certificate of the run": case(
+        "public key, subject", the_leaf_of_another, name="controller-manager.conf"
+    ),
+    # SAN
+    "a SAN missing": with_sans(without="kubernetes"),
+    "no SAN at all": changed("SAN", sans=[]),
+    "a SAN to spare": with_sans(as_dns("evil.example.com")),
+    "a SAN twice": with_sans(as_dns("kubernetes")),
+    "a SAN in capitals": with_sans(as_dns("Kubernetes"), without="kubernetes"),
+    "an address as DNS name": with_sans(as_dns(ADDRESS), without=ADDRESS),
+    "a DNS name as URI": with_sans(x509.UniformResourceIdentifier("kubernetes"), without="kubernetes"),
+    "another address": with_sans(OTHER_ADDRESS, without=ADDRESS),
+    "a SAN where none was asked for": case(
+        "SAN", lambda desk: desk.issue(sans=[as_dns("kubernetes")]), name="admin.conf"
+    ),
+    # EKU
+    "an EKU to spare": changed("EKU", ekus=[SERVER, CLIENT]),
+    "an EKU missing": changed("EKU", name="etcd-server", ekus=[SERVER]),
+    "another EKU": changed("EKU", ekus=[CLIENT]),
+    "no EKU": changed("EKU", ekus=[]),
+    "any EKU": changed("EKU", ekus=[ANY_EKU]),
+    "any EKU beside the right one": changed("EKU", ekus=[SERVER, ANY_EKU]),
+    "code signing": changed("EKU", ekus=[SERVER, CODE_SIGNING]),
+    # KeyUsage
+    "no KeyUsage": changed("KeyUsage", no_key_usage=True),
+    "no digitalSignature": changed("KeyUsage", key_usage=usage(digital_signature=False)),
+    "no keyEncipherment for RSA": case(
+        "KeyUsage", lambda desk: desk.issue(key_usage=usage(key_encipherment=False)), algorithm="rsa-2048"
+    ),
+    "keyCertSign": case(
+        "KeyUsage",
+        lambda desk: desk.issue(key_usage=usage(key_cert_sign=True)),
+        lambda desk: desk.issue(key_usage=usage(key_encipherment=False)),  # an ECDSA key enciphers nothing
+    ),
+    "cRLSign": changed("KeyUsage", key_usage=usage(crl_sign=True)),
+    # CA, extensions, signature
+    "CA:TRUE": changed("BasicConstraints", basic_constraints=CA_TRUE),
+    "CA:TRUE with a path length": changed("BasicConstraints", basic_constraints=CA_TRUE_0),
+    "an unknown critical extension": case(
+        "critical extension, chain",
+        lambda desk: desk.issue(extra=UNKNOWN, extra_critical=True),
+        lambda desk: desk.issue(extra=UNKNOWN),
+    ),
+    "name constraints in a leaf": changed("critical extension, chain", extra=constrained("x"), extra_critical=True),
+    "SHA-1": weak("sha1"),
+    "MD5": weak("md5"),
+    # dates
+    "not yet valid": case(
+        "notBefore", lambda desk: desk.issue(begin=desk.now + 10 * CLOCK_SKEW), lambda desk: desk.issue(begin=desk.now)
+    ),
+    "expired": case("notAfter", lambda desk: desk.issue(begin=desk.now - 9 * DAY, end=desk.now - DAY)),
+    "shorter than min_validity": case("notAfter", lambda desk: desk.issue(end=desk.now + MIN_VALIDITY - CLOCK_SKEW)),
+    "ends before the replaced one": case(
+        "notAfter",
+        lambda desk: desk.issue(end=desk.now + LEFT - BACKDATING - CLOCK_SKEW),
+        lambda desk: desk.issue(end=desk.now + LEFT + CLOCK_SKEW),
+    ),
+    "longer than its CA": case(
+        "notAfter",
+        lambda desk: desk.issue(end=desk.root.certificate.not_valid_after_utc + timedelta(seconds=1)),
+        lambda desk: desk.issue(end=desk.root.certificate.not_valid_after_utc),
+    ),
+    "longer than its intermediate": case(
+        "notAfter",
+        lambda desk: desk.through(desk.ca(end=desk.now + 300 * DAY)),
+        lambda desk: desk.through(desk.ca(end=desk.now + 365 * DAY)),
+    ),
+    # issuer
+    "another CA": case("issuer", lambda desk: desk.issue(by=desk.ca("other", parent=None))),
+    "another key under the CA's name": case("issuer", lambda desk: desk.issue(by=desk.ca("kubernetes", parent=None))),
+    "the CA's key under another name": case("issuer", lambda desk: desk.issue(issuer=cn("other"))),
+    "cross-signed by another CA of the same name": case(
+        "chain", lambda desk: crossed(desk, known=False), lambda desk: crossed(desk, known=True)
+    ),
+    "an intermediate that was not sent": case(
+        "issuer", lambda desk: desk.issue(by=desk.ca()), lambda desk: desk.through(desk.ca())
+    ),
+    "a leaf as issuer": below(ca=False, subject="kube-apiserver"),
+    "an intermediate without keyCertSign": below(key_usage=usage(ca=False)),
+    "an expired intermediate": case(
+        "chain",
+        lambda desk: desk.through(desk.ca(end=desk.now - DAY)),
+        lambda desk: desk.through(desk.ca()),
+    ),
+    "another CA's intermediate": case(
+        "chain",
+        lambda desk: desk.through(desk.ca(parent=desk.ca("kubernetes", parent=None))),
+        lambda desk: desk.through(desk.ca()),
+    ),
+    "two levels where one is allowed": case(
+        "chain", lambda desk: two_levels(desk, path_length=0), lambda desk: two_levels(desk, path_length=1)
+    ),
+    "a level where the root allows none": case(
+        "chain",
+        lambda desk: desk.through(desk.ca()),
+        root=lambda now: Signer.make(path_length=0, **dates(now)),
+    ),
+    "names that the intermediate may not give": below(constraints=constrained("example.org")),
+    "an address that the intermediate may not give": below(constraints=constrained(excluded="10.96.0.0/12")),
+}  # fmt: skip

@@ -1,0 +1,180 @@
+"""A component is younger than a file that it read at its start, or it is not."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from bridge.node import ages
+from bridge.specs import Component
+from bridge.system.safe_read import UnreadableError
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "scheduler.conf"
+    path.write_text("old")
+    return path
+
+
+@contextlib.contextmanager
+def scheduler(file: Path, *, prefix: Sequence[str] = ()) -> Iterator[None]:
+    """A process that is called by a file's name, as a scheduler is, and does nothing."""
+    program = "import sys; print('up', flush=True); sys.stdin.read()"
+    # bash: a shell whose `exec` knows -a
+    command = [*prefix, "bash", "-c", 'exec -a kube-scheduler "$@"', "-", sys.executable, "-c", program]
+    with subprocess.Popen(
+        [*command, f"--kubeconfig={file}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as started:
+        assert started.stdout is not None
+        assert started.stdout.readline() == "up\n"
+        time.sleep(0.02)  # the process table counts in hundredths of a second
+        try:
+            yield
+        finally:
+            started.kill()
+
+
+def older(file: Path) -> bool | None:
+    return ages.compare(Component.SCHEDULER, file).older
+
+
+def test_a_process_that_started_later_is_younger(file: Path) -> None:
+    """And one that was there when the file was written again is older."""
+    time.sleep(0.02)
+    with scheduler(file):
+        assert older(file) is False
+        file.write_text("new")
+        assert older(file) is True
+    time.sleep(0.02)  # the start of a process is known to a hundredth of a second
+    with scheduler(file):
+        assert older(file) is False
+
+
+def test_times_that_are_set_back_deceive_nobody(file: Path) -> None:
+    """As `cp -p` and backups do; a rename counts, too."""
+    time.sleep(0.02)
+    with scheduler(file):
+        file.write_text("new")
+        os.utime(file, (0, 0))
+        assert older(file) is True
+    time.sleep(0.02)
+    waiting = file.with_name("waiting")
+    waiting.write_text("newer")
+    with scheduler(file):
+        waiting.rename(file)
+        assert older(file) is True
+
+
+@pytest.mark.parametrize("target", ["other.conf"])
+def test_a_symlink_that_leads_elsewhere_is_another_file(file: Path, target: str) -> None:
+    """Though what it leads to was there before."""
+    old, new = file.with_name("real.conf"), file.with_name(target)
+    file.rename(old)
+    new.write_text("new")
+    file.symlink_to(old)
+    time.sleep(0.02)
+    with scheduler(file):
+        assert older(file) is False
+        file.unlink()
+        file.symlink_to(new)
+        assert older(file) is True
+
+
+def test_other_programs_of_the_same_name_do_not_count(file: Path) -> None:
+    """A second scheduler has a kubeconfig of its own."""
+    other = file.with_name("other.conf")
+    with scheduler(other):
+        time.sleep(0.02)
+        file.write_text("new")
+        time.sleep(0.02)
+        with scheduler(file):
+            assert older(file) is False
+        assert older(file) is True  # it is all that there is
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a mount needs root; run the tests as root")
+def test_what_a_container_sees_counts_more_than_times(file: Path) -> None:
+    """A file that is mounted by itself stays the old one when another takes its place."""
+    directory, hold = file.parent / "etc", file.with_name("hold")
+    directory.mkdir()
+    hold.touch()
+    file = file.rename(directory / file.name)
+    time.sleep(0.02)
+    # on a directory of its own, as in a container: a mount on the very file would go as the file goes
+    steps = (
+        f"mount --bind {file} {hold}",
+        f"mount -t tmpfs none {directory}",
+        f"touch {file}",
+        f"mount --bind {hold} {file}",
+        'exec "$@"',
+    )
+    mounted = ("unshare", "--mount", "bash", "-c", " && ".join(steps), "-")
+    with scheduler(file, prefix=mounted):
+        assert older(file) is False
+        file.with_name("new").write_text("new")
+        file.with_name("new").rename(file)
+        age = ages.compare(Component.SCHEDULER, file)
+        assert age.older is True
+        assert age.detail.startswith("still sees")
+
+
+def test_without_a_process_the_container_runtime_is_asked(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """crictl's date of the oldest running container; without crictl nothing is known."""
+    proc = tmp_path / "proc"
+    (proc / "self/ns").mkdir(parents=True)
+    (proc / "self/ns/net").symlink_to("net:[1]")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def crictl(answer: str) -> ages.Age:
+        program = tmp_path / "crictl"
+        program.write_text(f"#!/bin/sh\necho '{answer}'\n")
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
+        return ages.compare(Component.SCHEDULER, file, proc)
+
+    def created(*when: datetime) -> str:
+        return json.dumps({"containers": [{"createdAt": str(int(one.timestamp() * 1e9))} for one in when]})
+
+    now = datetime.now(UTC)
+    assert crictl(created(now + timedelta(hours=1))).older is False
+    assert crictl(created(now + timedelta(hours=1), now - timedelta(hours=1))).older is True
+    assert crictl(created()).older is None
+    assert crictl("no JSON").older is None
+
+
+def test_a_file_from_the_future_tells_nothing(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever sets the clock back must not have everything restarted again and again."""
+
+    class Earlier(datetime):
+        @classmethod
+        def now(cls, tz: object = None) -> Earlier:
+            assert tz is UTC
+            return cls.fromtimestamp(file.stat().st_ctime - 3600, UTC)
+
+    monkeypatch.setattr(ages, "datetime", Earlier)
+    age = ages.compare(Component.SCHEDULER, file)
+    assert age.older is None
+    assert "in the future" in age.detail
+
+
+def test_no_file(file: Path, tmp_path: Path) -> None:
+    """A file that is not there, and one that is none, are errors."""
+    file.unlink()
+    with pytest.raises(ValueError, match="wanted a file, found none"):
+        ages.compare(Component.SCHEDULER, file)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with pytest.raises(UnreadableError, match="not a regular file"):
+        ages.compare(Component.SCHEDULER, fifo)

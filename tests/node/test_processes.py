@@ -1,0 +1,64 @@
+"""The process table tells who runs what on this node, and since when."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from bridge.node import processes
+
+#: So that no real one is found.
+PROGRAM = f"kube-scheduler-{os.getpid()}"
+
+
+@contextlib.contextmanager
+def process(*arguments: str, prefix: Sequence[str] = ()) -> Iterator[subprocess.Popen[str]]:
+    """A process that calls itself by the program's name, and has said that it runs."""
+    program = "import sys; print('up', flush=True); sys.stdin.read()"
+    # bash: a shell whose `exec` knows -a
+    command = [*prefix, "bash", "-c", 'exec -a "$0" "$@"', f"/usr/local/bin/{PROGRAM}", sys.executable, "-c", program]
+    with subprocess.Popen([*command, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as started:
+        assert started.stdout is not None
+        assert started.stdout.readline() == "up\n"
+        try:
+            yield started
+        finally:
+            started.kill()
+
+
+def test_finds_a_program_by_its_name() -> None:
+    """With its arguments, its start by the wall clock, and its own view of the files."""
+    begin = datetime.now(UTC)
+    assert processes.running(PROGRAM) == []
+    with process("--kubeconfig=/a b") as started:
+        end = datetime.now(UTC)
+        (found,) = processes.running(PROGRAM)
+        assert found.pid == started.pid
+        assert found.arguments[0] == f"/usr/local/bin/{PROGRAM}"
+        assert found.arguments[-1] == "--kubeconfig=/a b"
+        tick = timedelta(seconds=0.02)
+        assert begin - tick <= found.started <= end + tick
+        assert (found.root / "etc/hostname").exists() == Path("/etc/hostname").exists()
+    assert processes.running(PROGRAM) == []
+
+
+def test_the_oldest_comes_first() -> None:
+    """Of two that run the same, whoever still runs on an old file is the older."""
+    with process("first") as first, process("second") as second:
+        assert [found.pid for found in processes.running(PROGRAM)] == [first.pid, second.pid]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a network namespace needs root; run the tests as root")
+def test_another_nodes_processes_are_not_this_nodes() -> None:
+    """Several nodes may be on one machine, each in a network of its own."""
+    assert shutil.which("unshare")
+    with process("other", prefix=("unshare", "--net")), process("this") as ours:
+        assert [found.pid for found in processes.running(PROGRAM)] == [ours.pid]

@@ -1,0 +1,250 @@
+"""PEM as Kubernetes reads it, and certificates as plain values."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.x509.oid import NameOID, ObjectIdentifier
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bridge.pki.certificates import (
+    attributes,
+    extended_key_usages,
+    extension,
+    fingerprint,
+    is_ca,
+    load_der_certificate,
+    load_pem_certificates,
+    name_text,
+    pem,
+    san_counts,
+    san_entries,
+    serial,
+    serial_hex,
+)
+from bridge.pki.csr import key_pem
+from tests.kit.issuing import NOW, Signer, odd_certificates
+
+ROOT, OTHER = Signer.make("root"), Signer.make("other")
+A, B = pem(ROOT.certificate), pem(OTHER.certificate)
+KEY = key_pem(ROOT.key)
+ODD = odd_certificates(ROOT.certificate)
+
+
+def certificate(*extensions: x509.ExtensionType, subject: x509.Name | None = None, number: int = 1) -> x509.Certificate:
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject or x509.Name([]))
+        .issuer_name(ROOT.certificate.subject)
+        .public_key(ROOT.key.public_key())
+        .serial_number(number)
+        .not_valid_before(NOW)
+        .not_valid_after(NOW.replace(year=2030))
+    )
+    for one in extensions:
+        builder = builder.add_extension(one, critical=False)
+    return builder.sign(ROOT.key, hashes.SHA256())
+
+
+READABLE = {
+    "as written": A + B,
+    "CRLF": (A + B).replace(b"\n", b"\r\n"),
+    "text around": b"Certificate:\n    Data: \xff\n" + A + b"\nbetween\n" + B + b"\nafter",
+    "a byte order mark and a blank line": b"\xef\xbb\xbf\n" + A + B,
+    "keys between": KEY + A + KEY + B + KEY,
+    "a damaged key between": A + KEY.replace(b"M", b"*") + B,
+    "blanks at the ends of lines": (A + B).replace(b"\n", b" \t\n"),
+    "blank lines within": A.replace(b"\n", b"\n\n") + B,
+    "no line break at the end": A + B.rstrip(),
+    "one long line": A + re.sub(rb"(?<=[A-Za-z0-9+/])\n(?=[A-Za-z0-9+/=])", b"", B),
+    "a block with headers, which Go skips": A.replace(b"E-----\nM", b"E-----\nA: b\n\nM", 1) + A + B,
+    "a block of another type": A.replace(b"CERTIFICATE", b"TRUSTED CERTIFICATE") + A + B,
+}
+
+
+@pytest.mark.parametrize("data", READABLE.values(), ids=READABLE.keys())
+def test_reads(data: bytes) -> None:
+    """What Go's reader makes certificates of, in their order."""
+    assert load_pem_certificates(data) == [ROOT.certificate, OTHER.certificate]
+
+
+UNREADABLE = {
+    "nothing": b"",
+    "text": b"hello",
+    "a key": KEY,
+    "DER": ROOT.certificate.public_bytes(serialization.Encoding.DER),
+    "no end": A[:200],
+    "no end, and another": A[:200] + b"\n" + B,
+    "not base64": A.replace(b"M", b"*", 1),
+    "cut base64": re.sub(rb".\n-----END", b"\n-----END", A),
+    "not a certificate": b"-----BEGIN CERTIFICATE-----\naGVsbG8=\n-----END CERTIFICATE-----\n",
+    "an empty block": b"-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n",
+    "a good one and a damaged one": A + B.replace(b"M", b"*", 1),
+    "a damaged one and a good one": A.replace(b"MII", b"MIJ", 1) + B,
+}
+
+
+@pytest.mark.parametrize("data", UNREADABLE.values(), ids=UNREADABLE.keys())
+def test_refuses(data: bytes) -> None:
+    """No certificate, or a damaged one; a good one beside it does not hide that."""
+    assert load_pem_certificates(A) == [ROOT.certificate]
+    with pytest.raises(ValueError, match=r"\w"):
+        load_pem_certificates(data)
+
+
+def test_der_is_a_certificate_or_a_value_error() -> None:
+    """Also where the library has another word for it."""
+    assert load_der_certificate(UNREADABLE["DER"]) == ROOT.certificate
+    for data in (ODD["an unknown version"], A, b""):
+        with pytest.raises(ValueError, match=r"\w"):
+            load_der_certificate(data)
+
+
+@given(st.lists(st.tuples(st.integers(0, len(A + B)), st.integers(0, 40), st.binary(max_size=4)), max_size=3))
+def test_any_bytes_are_certificates_or_a_value_error(damages: list[tuple[int, int, bytes]]) -> None:
+    """Damage of any kind gives certificates or a ValueError, nothing else."""
+    data = A + B
+    for place, length, piece in damages:
+        data = data[:place] + piece + data[place + length :]
+    try:
+        found = load_pem_certificates(data)
+    except ValueError:
+        return
+    assert found
+
+
+def test_a_ca_of_old_kubeadm_is_read_without_a_warning(tmp_path: Path) -> None:
+    """Serial number 0 is in use for ten years; neither loading nor looking at it warns, in any thread."""
+    path = tmp_path / "ca.crt"
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-subj",
+        "/CN=kubernetes",
+        "-set_serial",
+        "0",
+    ]
+    subprocess.run([*command, "-keyout", tmp_path / "ca.key", "-out", path], check=True, capture_output=True)
+    script = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from bridge.pki.certificates import load_pem_certificates, serial, serial_hex
+data = open(sys.argv[1], "rb").read()
+with ThreadPoolExecutor(4) as pool:
+    print(*set(pool.map(lambda _: (serial(load_pem_certificates(data)[0]), serial_hex(load_pem_certificates(data)[0])), range(40))))
+"""
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-X", "dev", "-W", "ignore::ResourceWarning", "-c", script, path],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (run.stdout, run.stderr) == ("(0, '00')\n", "")
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(1, "01"), (0xF, "0F"), (0xABC, "0ABC"), (0x7FEDCBA987654321, "7FEDCBA987654321")]
+)
+def test_serial_numbers(tmp_path: Path, number: int, text: str) -> None:
+    """As openssl prints them."""
+    one = certificate(number=number)
+    path = tmp_path / "x.crt"
+    path.write_bytes(pem(one))
+    shown = subprocess.run(
+        ["openssl", "x509", "-in", path, "-noout", "-serial"], capture_output=True, text=True, check=True
+    )
+    assert (serial(one), serial_hex(one)) == (number, text)
+    assert shown.stdout == f"serial={text}\n"
+
+
+def test_pem_is_kubeadms() -> None:
+    """One block, 64 characters a line, LF, a line break at the end; and read again it is the same certificate."""
+    lines = A.decode().split("\n")
+    assert (lines[0], lines[-2], lines[-1]) == ("-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----", "")
+    assert {len(line) for line in lines[1:-3]} == {64}
+    assert load_pem_certificates(A) == [ROOT.certificate]
+    assert len(fingerprint(ROOT.certificate)) == 64
+
+
+def test_san_entries_of_every_type() -> None:
+    """By type; IP addresses normalised, names as they stand there."""
+    directory = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a,b")])
+    names: list[x509.GeneralName] = [
+        x509.DNSName("*.Example.com"),
+        x509.DNSName("*.Example.com"),
+        x509.IPAddress(ipaddress.ip_address("2001:db8:0::7")),
+        x509.IPAddress(ipaddress.ip_address("192.0.2.10")),
+        x509.RFC822Name("a@example.com"),
+        x509.UniformResourceIdentifier("spiffe://x/y"),
+        x509.DirectoryName(directory),
+        x509.RegisteredID(ObjectIdentifier("1.2.3.4")),
+        x509.OtherName(ObjectIdentifier("1.2.3"), b"\x0c\x01a"),
+    ]
+    one = certificate(x509.SubjectAlternativeName(names))
+    assert san_entries(one) == {
+        ("DNS", "*.Example.com"),
+        ("IP", "2001:db8::7"),
+        ("IP", "192.0.2.10"),
+        ("email", "a@example.com"),
+        ("URI", "spiffe://x/y"),
+        ("dirName", r"CN=a\,b"),
+        ("registeredID", "1.2.3.4"),
+        ("otherName", "1.2.3:0c0161"),
+    }
+    assert san_counts(one)["DNS", "*.Example.com"] == 2
+    assert san_entries(certificate()) == set()
+
+
+def test_extended_key_usages() -> None:
+    """No extension is not the same as none of them."""
+    assert extended_key_usages(certificate()) is None
+    one = certificate(x509.ExtendedKeyUsage([ObjectIdentifier("1.3.6.1.5.5.7.3.2"), ObjectIdentifier("1.2.3")]))
+    assert extended_key_usages(one) == frozenset({"1.3.6.1.5.5.7.3.2", "1.2.3"})
+
+
+def test_is_ca() -> None:
+    """Only with the extension, and only when it says so and can be read."""
+    assert is_ca(ROOT.certificate)
+    assert not is_ca(certificate())
+    assert not is_ca(certificate(x509.BasicConstraints(ca=False, path_length=None)))
+    assert not is_ca(load_der_certificate(ODD["an extension twice"]))
+
+
+def test_names() -> None:
+    """Every attribute in its order, several of a kind too; for people the last one first, with escapes."""
+    name = x509.Name(
+        [
+            x509.NameAttribute(NameOID.ORGANIZATION_NAME, "system:masters"),
+            x509.NameAttribute(NameOID.ORGANIZATION_NAME, "a+b"),
+            x509.NameAttribute(NameOID.COMMON_NAME, "kubernetes-admin"),
+        ]
+    )
+    one = certificate(subject=name)
+    assert attributes(one.subject) == [
+        ("2.5.4.10", "system:masters"),
+        ("2.5.4.10", "a+b"),
+        ("2.5.4.3", "kubernetes-admin"),
+    ]
+    assert name_text(one.subject) == r"CN=kubernetes-admin,O=a\+b,O=system:masters"
+    assert (attributes(x509.Name([])), name_text(x509.Name([]))) == ([], "")
+
+
+def test_damaged_extensions_are_a_value_error() -> None:
+    """Whatever the library calls it."""
+    good = x509.UnrecognizedExtension(ObjectIdentifier("1.2.3"), b"x")
+    bad = x509.UnrecognizedExtension(ObjectIdentifier("2.5.29.17"), b"\x30\x05nonsense")
+    assert extension(certificate(good), x509.SubjectAlternativeName) is None
+    with pytest.raises(ValueError, match=r"\w"):
+        san_entries(certificate(bad))

@@ -1,0 +1,329 @@
+"""What surrounds a renewal: is it time, who is told, who is counted; and that a run with hooks owed is not over at once."""
+
+from __future__ import annotations
+
+import json
+import socket
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from bridge.entry import nothing_to_do
+from bridge.errors import (
+    BackendRefusedError,
+    BackendUnavailableError,
+    BridgeError,
+    Exit,
+    SettingsError,
+    SettingsProblem,
+    WaitingError,
+)
+from bridge.node import inventory, sample_pki
+from bridge.node.inventory import Node
+from bridge.renewal.around import Around, by_authority, delay
+from bridge.renewal.attempts import Attempts, HeldOffError, NeedsAPersonError
+from bridge.renewal.hooks import HookError, NotNowError, Occasion
+from bridge.renewal.selection import Selection, outcome_of, select
+from bridge.renewal.verify_and_install import HeldBackError, Result
+from bridge.settings.load import overridden, parse
+from bridge.settings.tables import AuditSettings, Settings
+from bridge.state import audit
+from bridge.state.outcome import Outcome
+from bridge.state.store import Store
+
+NOW = datetime(2026, 11, 25, 12, tzinfo=UTC)
+HOUR, DAY = timedelta(hours=1), timedelta(days=1)
+DEAD = BackendUnavailableError("corp: wanted an answer, found none")
+REFUSED = BackendRefusedError("corp: no such role")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A node all of whose certificates have 20 days to live."""
+    directory = tmp_path_factory.mktemp("kubernetes")
+    sample_pki.make(directory, now=NOW, not_after=NOW + 20 * DAY, key="ecdsa-p256")
+    return directory
+
+
+@pytest.fixture
+def node(directory: Path) -> Node:
+    return inventory.read(directory / "pki", directory)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """An empty state directory."""
+    store = Store(tmp_path / "state")
+    store.prepare()
+    return store
+
+
+def settings(store: Store, directory: Path, text: str = "") -> Settings:
+    return overridden(parse(text), directory / "pki", directory, store.directory)
+
+
+def new_record(store: Store) -> audit.Record:
+    return audit.Record(store, AuditSettings())
+
+
+def around(
+    store: Store, directory: Path, text: str = "", now: datetime = NOW, record: audit.Record | None = None
+) -> Around:
+    """Of one more run."""
+    return Around(settings(store, directory, text), store, record or new_record(store), lambda: now)
+
+
+def due(store: Store, directory: Path, node: Node) -> Selection:
+    return select(node, settings(store, directory), (), NOW)
+
+
+def all_failed(selection: Selection, error: BridgeError) -> Result:
+    return Result(outcomes=tuple(outcome_of(item, error) for item in selection.items))
+
+
+def events(store: Store) -> list[str]:
+    return [json.loads(line)["event"] for line in store.audit.read_text().splitlines()]
+
+
+# --- is it time ------------------------------------------------------------------------------------------------------
+
+SATURDAY = '[renewal]\nwindow = "Sat 02:00-06:00"\nwindow_zone = "Europe/Berlin"\njitter = "1h"\n'
+
+
+def test_a_run_waits_for_its_window_on_a_terminal_too(store: Store, directory: Path, node: Node) -> None:
+    """Who wants it now names the certificates; then nothing here is asked."""
+    held = around(store, directory, SATURDAY).held(due(store, directory, node), is_terminal=True)
+    assert held.items == ()
+    assert {outcome.exit_code for outcome in held.failed} == {Exit.WAITING}
+
+
+def test_the_delay_is_for_runs_that_will_do_something(store: Store, directory: Path) -> None:
+    """Not outside the window, not on a terminal, not while a CA is left alone."""
+    both = settings(store, directory, SATURDAY)
+    always = settings(store, directory, '[renewal]\njitter = "1h"\n')
+    in_the_window = datetime(2026, 11, 28, 3, tzinfo=UTC)
+    assert delay(both, NOW, is_terminal=False) == timedelta()
+    assert timedelta() < delay(both, in_the_window, is_terminal=False) < HOUR
+    assert delay(both, in_the_window, is_terminal=True) == timedelta()
+    assert timedelta() < delay(always, NOW, is_terminal=False) < HOUR
+    for _ in range(3):
+        Attempts(store).note(
+            ["ca", "etcd-ca", "front-proxy-ca"], dict.fromkeys(("ca", "etcd-ca", "front-proxy-ca"), DEAD), NOW
+        )
+    assert delay(always, NOW, is_terminal=False) == timedelta()
+
+
+def test_delays_differ(store: Store, directory: Path) -> None:
+    """Or all nodes would come at once after all."""
+    one = settings(store, directory, '[renewal]\njitter = "1h"\n')
+    assert len({delay(one, NOW, is_terminal=False) for _ in range(5)}) == 5
+
+
+# --- failed runs -----------------------------------------------------------------------------------------------------
+
+
+def test_three_failed_runs_call_a_person_and_leave_the_ca_alone(store: Store, directory: Path, node: Node) -> None:
+    """Off a terminal; the record says so, and the exit code stays that of the failure."""
+    everything = due(store, directory, node)
+    for run in range(3):
+        with new_record(store) as record:
+            one = around(store, directory, now=NOW + run * HOUR, record=record)
+            assert one.held(everything, is_terminal=False) == everything
+            errors = one.after(everything, all_failed(everything, DEAD))
+        assert [type(error) for error in errors] == ([NeedsAPersonError] * 3 if run == 2 else [])
+    assert events(store) == [audit.NEEDS_A_PERSON] * 3
+    later = around(store, directory, now=NOW + 2 * HOUR + timedelta(minutes=59))
+    held = later.held(everything, is_terminal=False)
+    assert held.items == ()
+    assert {type(outcome.error) for outcome in held.failed} == {HeldOffError}
+    assert {outcome.exit_code for outcome in held.failed} == {Exit.UNAVAILABLE}
+    assert later.after(held, Result(outcomes=held.failed)) == []
+    assert {one.count for one in Attempts(store).authorities.values()} == {3}
+    assert later.held(everything, is_terminal=True) == everything
+    assert around(store, directory, now=NOW + 3 * HOUR).held(everything, is_terminal=False) == everything
+
+
+def test_a_run_that_could_not_count_says_so(
+    store: Store, directory: Path, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk."""
+
+    def full(path: Path, *_: object) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("bridge.renewal.attempts.write_atomically", full)
+    everything = due(store, directory, node)
+    [error] = around(store, directory).after(everything, all_failed(everything, DEAD))
+    assert "attempts.json" in str(error)
+    assert "No space left" in str(error)
+
+
+def outcomes(selection: Selection, **errors: BridgeError) -> Result:
+    """Renewed, but for those named."""
+    return Result(
+        outcomes=tuple(
+            outcome_of(item, errors[name])
+            if (name := item.spec.name.replace("-", "_")) in errors
+            else Outcome(name=item.spec.name, authority=item.spec.authority.name, new=item.certificates[0])
+            for item in selection.items
+        )
+    )
+
+
+ALL = ["ca", "etcd-ca", "front-proxy-ca"]
+
+
+@pytest.mark.parametrize(
+    ("errors", "of_the_run", "asked", "failed"),
+    [
+        pytest.param({}, [], ALL, {}, id="all renewed"),
+        pytest.param({"apiserver": DEAD}, [], ALL, {"ca": DEAD}, id="one of many of a CA"),
+        pytest.param(
+            {"apiserver": DEAD, "apiserver_kubelet_client": REFUSED}, [], ALL, {"ca": REFUSED}, id="the worse counts"
+        ),
+        pytest.param({"front_proxy_client": WaitingError("later")}, [], ["ca", "etcd-ca"], {}, id="waiting is neither"),
+        pytest.param(
+            {"front_proxy_client": HeldBackError("x"), "etcd_peer": DEAD},
+            [],
+            ["ca", "etcd-ca"],
+            {"etcd-ca": DEAD},
+            id="nor is what another CA holds back",
+        ),
+    ],
+)
+def test_authorities_have_failed_succeeded_or_neither(
+    errors: dict[str, BridgeError],
+    of_the_run: list[BridgeError],
+    asked: list[str],
+    failed: dict[str, BridgeError],
+    store: Store,
+    directory: Path,
+    node: Node,
+) -> None:
+    """By what became of their certificates."""
+    everything = due(store, directory, node)
+    found = by_authority(everything, outcomes(everything, **errors), of_the_run)
+    assert (sorted(found[0]), found[1]) == (asked, failed)
+
+
+def test_a_run_that_failed_as_a_whole_failed_for_all(store: Store, directory: Path, node: Node) -> None:
+    """Not installed, or rolled back: another try would restart the components once more for nothing."""
+    everything = due(store, directory, node)
+    wrong = BridgeError("rolled back")
+    for result in (outcomes(everything), Result(outcomes=())):
+        asked, failed = by_authority(everything, result, [wrong])
+        assert sorted(asked) == ALL
+        assert failed == dict.fromkeys(ALL, wrong)
+
+
+def test_what_could_not_be_tried_is_not_the_cas_fault(store: Store, directory: Path, node: Node) -> None:
+    """A missing certificate file says nothing about a CA."""
+    everything = due(store, directory, node)
+    missing = Selection(items=(), failed=all_failed(everything, BridgeError("missing")).outcomes, skipped=())
+    assert by_authority(missing, Result(outcomes=missing.failed), []) == ([], {})
+
+
+# --- hooks -----------------------------------------------------------------------------------------------------------
+
+
+def hook(event: str, script: str) -> str:
+    return f"[hooks]\n{event} = {json.dumps(f'sh -c {json.dumps(script)}')}\n"
+
+
+def test_a_failed_run_is_told_to_the_failure_hook(store: Store, directory: Path, node: Node, tmp_path: Path) -> None:
+    """With the code of the run and all reasons, those about the run as a whole, too."""
+    log = tmp_path / "log"
+    text = hook("failure", f"printenv CA_BRIDGE_EXIT_CODE CA_BRIDGE_ERRORS >{log}")
+    everything = due(store, directory, node)
+    one = around(store, directory, text)
+    assert (
+        one.after(everything, outcomes(everything, apiserver=REFUSED), [HookError("hook x failed", Exit.NOT_LIVE)])
+        == []
+    )
+    assert log.read_text().splitlines() == ["7", "apiserver: corp: no such role", "hook x failed"]
+
+
+def test_what_waits_is_told_to_nobody(store: Store, directory: Path, node: Node, tmp_path: Path) -> None:
+    """Each hour of the week."""
+    log = tmp_path / "log"
+    one = around(store, directory, hook("failure", f"touch {log}") + SATURDAY)
+    held = one.held(due(store, directory, node), is_terminal=False)
+    assert one.after(held, Result(outcomes=held.failed)) == []
+    assert not log.exists()
+
+
+def test_a_hook_that_says_not_now_is_no_failure(store: Store, directory: Path, node: Node, tmp_path: Path) -> None:
+    """Nobody is told and nothing counted; a hook that is broken is told."""
+    log = tmp_path / "log"
+    text = hook("failure", f"echo x >>{log}")
+    everything = due(store, directory, node)
+    not_now = NotNowError("hook before: says not now", Exit.UNAVAILABLE)
+    assert around(store, directory, text).after(everything, Result(outcomes=()), [not_now]) == []
+    assert not log.exists()
+    broken = HookError("hook before: broken", Exit.FAILED)
+    assert around(store, directory, text).after(everything, Result(outcomes=()), [broken]) == []
+    assert log.read_text() == "x\n"
+    assert not store.attempts.exists()
+
+
+def test_a_mistake_in_the_settings_is_no_failure_of_a_ca(store: Store, directory: Path, node: Node) -> None:
+    """The next run after it was mended asks at once."""
+    everything = due(store, directory, node)
+    mistake = SettingsError([SettingsProblem("backend.corp.url", "a URL", "nothing")])
+    for _ in range(3):
+        assert around(store, directory).after(everything, Result(outcomes=()), [mistake]) == []
+    assert not store.attempts.exists()
+
+
+def test_a_hook_that_failed_is_in_the_record(store: Store, directory: Path, node: Node) -> None:
+    """Before, after, and when it is run again."""
+    everything = due(store, directory, node)
+    with new_record(store) as record, pytest.raises(HookError):
+        around(store, directory, hook("before", "exit 1"), record=record).before(everything)
+    success = hook("success", "exit 1")
+    with new_record(store) as record:
+        assert len(around(store, directory, success, record=record).after(everything, outcomes(everything))) == 1
+    with new_record(store) as record:
+        assert len(around(store, directory, success, record=record).again(node)) == 1
+    assert events(store) == [audit.FAILED] * 3
+
+
+def test_a_run_with_hooks_owed_is_not_over_at_once(store: Store, tmp_path: Path) -> None:
+    """Though nothing is due."""
+    fresh = tmp_path / "kubernetes"
+    now = datetime.now(UTC)
+    sample_pki.make(fresh, now=now, not_after=now + 300 * DAY, key="ecdsa-p256")
+    config = tmp_path / "config.toml"
+    config.write_text('[hooks]\nsuccess = "false"\n')
+    places = {"--config": config, "--pki-dir": fresh / "pki", "--kubeconfig-dir": fresh, "--state-dir": store.directory}
+    arguments = ["renew", *(str(part) for pair in places.items() for part in pair)]
+    assert nothing_to_do(arguments) is not None
+    item = inventory.read(fresh / "pki", fresh).items[1]
+    done = Outcome(name=item.spec.name, authority="ca", new=item.certificates[0])
+    around(store, fresh, config.read_text()).hooks.finished(Occasion.of([item], [done], exit_code=0))
+    assert nothing_to_do(arguments) is None
+
+
+# --- syslog ----------------------------------------------------------------------------------------------------------
+
+
+def test_syslog_hears_loudly_that_a_person_is_needed(
+    store: Store, directory: Path, node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As critical, where all else is a notice."""
+    place = tmp_path / "log"
+    monkeypatch.setattr(audit, "SYSLOG", place)
+    Attempts(store).note(["ca"], {"ca": DEAD}, NOW)
+    Attempts(store).note(["ca"], {"ca": DEAD}, NOW)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server:
+        server.bind(str(place))
+        server.settimeout(5)
+        record = audit.Record(store, AuditSettings(syslog=True))
+        everything = due(store, directory, node)
+        Around(settings(store, directory), store, record, lambda: NOW).after(
+            everything, outcomes(everything, apiserver=DEAD)
+        )
+        record.add(audit.FAILED, error=DEAD)
+        record.write()
+        assert [server.recv(65536).partition(b">")[0] for _ in range(2)] == [b"<82", b"<85"]

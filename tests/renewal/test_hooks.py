@@ -1,0 +1,518 @@
+"""Hooks: real processes, what they are told, their time limit, and that none is forgotten."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from bridge.errors import BackendRefusedError, Exit, SettingsError
+from bridge.node import inventory, sample_pki
+from bridge.node.inventory import Node
+from bridge.pki.certificates import serial_hex
+from bridge.renewal.hooks import HookError, Hooks, NotNowError, Occasion
+from bridge.settings.load import overridden, parse
+from bridge.settings.tables import Commands, Settings
+from bridge.state.outcome import Outcome
+from bridge.state.store import Store
+from bridge.system.console import LogFormat, set_up
+from bridge.system.run_command import LONGEST_LINE, MOST_OUTPUT, Ended, Output, run
+
+NOW = datetime(2026, 11, 25, 12, tzinfo=UTC)
+LONG = timedelta(seconds=30)
+PATH = {"PATH": os.environ["PATH"]}
+
+Make = Callable[..., Hooks]
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Node:
+    """A node with certificates."""
+    directory = tmp_path_factory.mktemp("kubernetes")
+    sample_pki.make(directory, now=NOW, not_after=NOW + timedelta(days=20), key="ecdsa-p256")
+    return inventory.read(directory / "pki", directory)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """An empty state directory."""
+    store = Store(tmp_path / "state")
+    store.prepare()
+    return store
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    """Where the hooks of a test write what they see."""
+    return tmp_path / "log"
+
+
+@pytest.fixture
+def make(store: Store) -> Make:
+    """Hooks of a run with these lines in the settings."""
+
+    def make(*lines: str, run_id: str = "0badcafe") -> Hooks:
+        return Hooks(settings(store, *lines), store, run_id)
+
+    return make
+
+
+def settings(store: Store, *lines: str) -> Settings:
+    text = "\n".join(('[node]\nname = "cp1"\n[hooks]', *lines))
+    return overridden(parse(text), None, None, store.directory)
+
+
+def shell(script: str, event: str) -> str:
+    """A line of the settings: this script at this event."""
+    return f"{event} = {json.dumps([shlex.join(['sh', '-c', script])])}"
+
+
+def renewed(node: Node, name: str = "apiserver", **about: int | str) -> Occasion:
+    """As if what is on the node were the new certificate."""
+    [item] = [item for item in node.items if item.spec.name == name]
+    live = item.certificates[0]
+    outcome = Outcome(name=name, authority="ca", old=live, new=live)
+    return Occasion.of([item], [outcome], backup_id="20261125-1", exit_code=int(about.get("exit_code", 0)))
+
+
+def owed(store: Store) -> list[dict[str, object]]:
+    if not store.hooks.exists():
+        return []
+    entries: list[dict[str, object]] = json.loads(store.hooks.read_text())["owed"]
+    return entries
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_a_hook_is_a_command_or_a_list_of_them() -> None:
+    """In the words of a shell, which does not run them."""
+    hooks = parse("[hooks]\nbefore = \"/bin/a 'b c' d\"\nsuccess = ['x', 'y z']\ntimeout = '5s'\n").hooks
+    assert hooks.before.words() == [["/bin/a", "b c", "d"]]
+    assert hooks.success.words() == [["x"], ["y", "z"]]
+    assert hooks.failure == Commands()
+    assert hooks.timeout == timedelta(seconds=5)
+
+
+@pytest.mark.parametrize("value", ['""', '["a", ""]', "'a \"b'", "3", "[3]", '[["a"]]'])
+def test_what_is_no_command_is_a_settings_error(value: str) -> None:
+    """With its line."""
+    with pytest.raises(SettingsError) as e:
+        parse(f"[hooks]\nsuccess = {value}\n")
+    assert [(p.key, p.line) for p in e.value.problems] == [("hooks.success", 2)]
+
+
+# --- one command -----------------------------------------------------------------------------------------------------
+
+
+def test_a_command_is_told_line_by_line_with_its_errors() -> None:
+    """The last line needs no newline, and bytes that are no text are replaced."""
+    lines: list[str] = []
+    script = "echo one; echo two >&2; printf 'thr\\377'"
+    assert run(["sh", "-c", script], PATH, LONG, Output(lines.append)) == Ended(0)
+    assert lines == ["one", "two", "thr\N{REPLACEMENT CHARACTER}"]
+
+
+def test_a_command_has_no_input_and_no_terminal() -> None:
+    """One that asks is not answered, and does not wait."""
+    lines: list[str] = []
+    script = "cat; pwd; if : </dev/tty; then echo terminal; fi 2>/dev/null"
+    run(["sh", "-c", script], PATH, LONG, Output(lines.append))
+    assert lines == ["/"]
+
+
+@pytest.mark.parametrize(
+    ("words", "ended"),
+    [
+        (["sh", "-c", "exit 3"], Ended(3, "ended with code 3")),
+        (["sh", "-c", "kill -TERM $$"], Ended(-15, "was ended by signal 15")),
+        (["/nowhere/x"], Ended(None, "could not be started: No such file or directory")),
+        (["/etc"], Ended(None, "could not be started: Permission denied")),
+        (["a\0b"], Ended(None, "could not be started: embedded null byte")),
+    ],
+    ids=["code", "signal", "not there", "no program", "NUL"],
+)
+def test_a_failed_command_says_how(words: list[str], ended: Ended) -> None:
+    """In words for a sentence."""
+    assert run(words, PATH, LONG, Output(print)) == ended
+
+
+def test_at_its_time_limit_a_command_is_killed_with_all_that_it_started(tmp_path: Path) -> None:
+    """Grandchildren that ignore the friendly signals, too."""
+    pids = tmp_path / "pids"
+    script = f"trap '' TERM HUP; (trap '' TERM HUP; (echo $$ >>{pids}; exec sleep 60) & sh -c 'echo $$ >>{pids}; sleep 60') & echo $$ >>{pids}; wait"
+    started = time.monotonic()
+    ended = run(["sh", "-c", script], PATH, timedelta(seconds=1), Output(print))
+    assert ended == Ended(None, "was still running after 1 s, and was killed")
+    assert time.monotonic() - started < 10
+    deadline = time.monotonic() + 5
+    while any(is_running(int(pid)) for pid in pids.read_text().split()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(pids.read_text().split()) == 3
+    assert not [pid for pid in pids.read_text().split() if is_running(int(pid))]
+
+
+def test_a_command_that_closes_its_output_has_the_same_time_limit() -> None:
+    """There is nothing more to read then, and still something to wait for."""
+    ended = run(["sh", "-c", "exec >/dev/null 2>&1; sleep 60"], PATH, timedelta(seconds=0.5), Output(print))
+    assert ended.code is None
+
+
+def test_what_a_command_left_in_the_background_is_not_waited_for(tmp_path: Path) -> None:
+    """Though it holds the output open; and all that came before is told."""
+    lines: list[str] = []
+    pid = tmp_path / "pid"
+    started = time.monotonic()
+    assert run(["sh", "-c", f"sleep 60 & echo $! >{pid}; echo done"], PATH, LONG, Output(lines.append)) == Ended(0)
+    assert time.monotonic() - started < 10
+    assert lines == ["done"]
+    os.kill(int(pid.read_text()), signal.SIGKILL)
+
+
+def test_output_without_end_is_cut_and_does_not_stop_the_command() -> None:
+    """A few screens are told, the rest is counted."""
+    lines: list[str] = []
+    output = Output(lines.append)
+    total = 50 << 20
+    assert run(["head", "-c", str(total), "/dev/zero"], PATH, LONG, output) == Ended(0)
+    assert output.left_out == total - MOST_OUTPUT
+    assert [len(line) for line in lines] == [LONGEST_LINE + 1]
+
+
+# --- what a hook is told ---------------------------------------------------------------------------------------------
+
+
+def environment(log: Path) -> dict[str, str]:
+    entries = log.read_bytes().decode().split("\0")
+    return dict(entry.split("=", 1) for entry in entries if entry)
+
+
+def test_a_hook_is_told_what_was_renewed(make: Make, node: Node, store: Store, log: Path) -> None:
+    """By variables that the README documents."""
+    hooks = make(shell(f"env -0 >{log}", "success"))
+    assert hooks.finished(renewed(node)) == []
+    [item] = [item for item in node.items if item.spec.name == "apiserver"]
+    serial = serial_hex(item.certificates[0])
+    found = environment(log)
+    assert {name: value for name, value in found.items() if name.startswith("CA_BRIDGE_")} == {
+        "CA_BRIDGE_EVENT": "success",
+        "CA_BRIDGE_RUN_ID": "0badcafe",
+        "CA_BRIDGE_NODE": "cp1",
+        "CA_BRIDGE_CLUSTER": "kubernetes",
+        "CA_BRIDGE_STATE_DIR": str(store.directory),
+        "CA_BRIDGE_PKI_DIR": "/etc/kubernetes/pki",
+        "CA_BRIDGE_KUBECONFIG_DIR": "/etc/kubernetes",
+        "CA_BRIDGE_NAMES": "apiserver",
+        "CA_BRIDGE_RENEWED": "apiserver",
+        "CA_BRIDGE_OLD_SERIALS": f"apiserver={serial}",
+        "CA_BRIDGE_NEW_SERIALS": f"apiserver={serial}",
+        "CA_BRIDGE_FILES": f"{item.certificate_path}\n{item.key_path}",
+        "CA_BRIDGE_BACKUP_ID": "20261125-1",
+        "CA_BRIDGE_EXIT_CODE": "0",
+        "CA_BRIDGE_ERRORS": "",
+        "CA_BRIDGE_TRY": "1",
+    }
+
+
+def test_nothing_else_of_our_environment_is_told(
+    make: Make, node: Node, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token that came to us in a variable stays with us."""
+    monkeypatch.setenv("VAULT_TOKEN", "hvs.secret")
+    monkeypatch.setenv("HOME", "/root")
+    monkeypatch.delenv("LANG", raising=False)
+    make(shell(f"env -0 >{log}", "success")).finished(renewed(node))
+    theirs = {name for name in environment(log) if not name.startswith("CA_BRIDGE_")}
+    assert theirs - {"PWD", "SHLVL", "_", "OLDPWD"} == {"PATH", "HOME"}
+
+
+def test_a_failure_is_told_with_its_reasons(make: Make, node: Node, log: Path) -> None:
+    """The CA's words without what could steer a terminal, cut where they are long."""
+    error = BackendRefusedError("corp: no \x1b[31mrole" + "x" * 10_000)
+    outcome = Outcome(name="apiserver", authority="ca", error=error)
+    occasion = Occasion.of(node.items[:2], [outcome], exit_code=5, errors=[BackendRefusedError("all of it")])
+    make(shell(f"env -0 >{log}", "failure")).finished(occasion)
+    found = environment(log)
+    assert found["CA_BRIDGE_EVENT"] == "failure"
+    assert found["CA_BRIDGE_EXIT_CODE"] == "5"
+    assert found["CA_BRIDGE_NAMES"].split("\n")[:2] == [item.spec.name for item in node.items[:2]]
+    assert found["CA_BRIDGE_RENEWED"] == ""
+    assert found["CA_BRIDGE_ERRORS"].startswith("apiserver: corp: no \N{REPLACEMENT CHARACTER}[31mrole")
+    assert len(found["CA_BRIDGE_ERRORS"]) == 4000
+
+
+def test_the_output_of_a_hook_is_in_the_log(make: Make, node: Node, capsys: pytest.CaptureFixture[str]) -> None:
+    """On standard error, with the event before it; standard output is for results."""
+    set_up(0, LogFormat.TEXT)
+    make(shell("echo told; echo trouble >&2; head -c 100000 /dev/zero", "success")).finished(renewed(node))
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert lines[:2] == ["hook success: told", "hook success: trouble"]
+    assert (
+        lines[-1]
+        == f"warning: hook success: sh: {100_000 + len('told trouble ') - MOST_OUTPUT} more bytes of output are not shown"
+    )
+
+
+# --- which hooks run, and what a failure means -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "is_renewed", "event"),
+    [
+        (Exit.DONE, True, "success"),
+        (Exit.WAITING, True, "success"),
+        (Exit.DONE, False, ""),
+        (Exit.WAITING, False, ""),
+        (Exit.REFUSED, False, "failure"),
+        (Exit.REFUSED, True, "failure"),
+        (Exit.NOT_LIVE, True, "failure"),
+        (Exit.ROLLED_BACK, True, "failure"),
+    ],
+)
+def test_each_run_is_a_success_or_a_failure_or_waits(
+    code: int, is_renewed: bool, event: str, make: Make, node: Node, log: Path
+) -> None:
+    """By its exit code."""
+    log.touch()
+    hooks = make(shell(f"echo success >>{log}", "success"), shell(f"echo failure >>{log}", "failure"))
+    occasion = renewed(node, exit_code=code) if is_renewed else Occasion(names=("apiserver",), exit_code=code)
+    assert hooks.finished(occasion) == []
+    assert log.read_text().split() == ([event] if event else [])
+
+
+def test_a_before_hook_that_fails_stops_the_run(make: Make, log: Path, store: Store) -> None:
+    """The hooks behind it do not run; nothing is owed, since the next run begins with them anyway."""
+    hooks = make(f'before = ["sh -c \\"exit 2\\"", "touch {log}"]')
+    with pytest.raises(HookError) as e:
+        hooks.before(Occasion(names=("apiserver",)))
+    assert e.value.exit_code == Exit.FAILED
+    assert "hook before: sh ended with code 2" in str(e.value)
+    assert not log.exists()
+    assert not store.hooks.exists()
+
+
+def test_a_before_hook_can_say_not_now(make: Make) -> None:
+    """With the code that mailers use for "later"; the run's code is then that of "run again later"."""
+    with pytest.raises(NotNowError) as e:
+        make(shell("exit 75", "before")).before(Occasion(names=("apiserver",)))
+    assert e.value.exit_code == Exit.UNAVAILABLE
+
+
+def test_a_before_hook_that_agrees_lets_the_run_begin(make: Make, log: Path) -> None:
+    """It is told what is about to be renewed."""
+    make(shell(f'echo "$CA_BRIDGE_EVENT $CA_BRIDGE_NAMES$CA_BRIDGE_EXIT_CODE" >{log}', "before")).before(
+        Occasion(names=("apiserver",))
+    )
+    assert log.read_text() == "before apiserver\n"
+
+
+@pytest.mark.parametrize("event", ["after_install", "success"])
+def test_a_hook_that_fails_after_the_installation_asks_for_a_look(event: str, make: Make, node: Node) -> None:
+    """Exit code 7: what it does for the new certificates is not done."""
+    hooks = make(shell("exit 1", event))
+    [error] = hooks.installed(renewed(node)) if event == "after_install" else hooks.finished(renewed(node))
+    assert error.exit_code == Exit.NOT_LIVE
+    assert f"hook {event} of run 0badcafe: sh ended with code 1" in str(error)
+
+
+def test_a_failure_hook_that_fails_changes_no_exit_code(make: Make, node: Node) -> None:
+    """It is that of the failure."""
+    [error] = make(shell("exit 1", "failure")).finished(renewed(node, exit_code=Exit.REFUSED))
+    assert error.exit_code == Exit.REFUSED
+
+
+# --- run again -------------------------------------------------------------------------------------------------------
+
+
+def test_without_hooks_nothing_is_written(make: Make, node: Node, store: Store) -> None:
+    """As in most runs."""
+    hooks = make()
+    hooks.installing(renewed(node))
+    assert hooks.installed(renewed(node)) + hooks.finished(renewed(node)) + hooks.again(node) == []
+    assert not store.hooks.exists()
+
+
+def test_a_failed_hook_is_run_again_by_the_next_run_as_it_was(make: Make, node: Node, store: Store, log: Path) -> None:
+    """With the environment of its own run, and the number of the try; then it is forgotten."""
+    script = f'echo "$CA_BRIDGE_RUN_ID $CA_BRIDGE_TRY $CA_BRIDGE_NEW_SERIALS" >>{log}; test $CA_BRIDGE_TRY -gt 2'
+    line = shell(script, "success")
+    assert len(make(line, run_id="aaaaaaaa").finished(renewed(node))) == 1
+    assert stat.S_IMODE(store.hooks.stat().st_mode) == 0o600
+    [error] = make(line, run_id="bbbbbbbb").again(node)
+    assert error.exit_code == Exit.NOT_LIVE
+    assert "run aaaaaaaa" in str(error)
+    assert make(line, run_id="cccccccc").again(node) == []
+    assert not store.hooks.exists()
+    serial = renewed(node).new_serials["apiserver"]
+    assert log.read_text().splitlines() == [f"aaaaaaaa {n} apiserver={serial}" for n in (1, 2, 3)]
+
+
+def test_only_those_that_failed_run_again(make: Make, node: Node, log: Path) -> None:
+    """One failure does not keep the others from running, either."""
+    line = f'success = ["sh -c \\"echo 1 >>{log}\\"", "false", "sh -c \\"echo 3 >>{log}\\""]'
+    make(line).finished(renewed(node))
+    assert len(make(line).again(node)) == 1
+    assert log.read_text() == "1\n3\n"
+
+
+def test_a_hook_that_was_mended_in_the_settings_runs_in_the_place_of_the_old_one(
+    make: Make, node: Node, store: Store, log: Path
+) -> None:
+    """The settings say what is run, what is owed says what it is told."""
+    make('success = "/nowhere/tell"').finished(renewed(node))
+    assert make(shell(f"echo $CA_BRIDGE_TRY >{log}", "success")).again(node) == []
+    assert log.read_text() == "2\n"
+    assert not store.hooks.exists()
+
+
+def test_a_hook_that_was_taken_out_is_dropped(
+    make: Make, node: Node, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And it is said."""
+    set_up(0, LogFormat.TEXT)
+    make('success = "false"').finished(renewed(node))
+    assert make().again(node) == []
+    assert not store.hooks.exists()
+    assert "hook success of run 0badcafe is not run again" in capsys.readouterr().err
+
+
+def test_a_hook_about_certificates_that_are_not_in_use_is_dropped(make: Make, node: Node, store: Store) -> None:
+    """They were rolled back, or renewed once more, with hooks of their own."""
+    gone = Occasion(names=("apiserver",), new_serials={"apiserver": "00FF"}, exit_code=0)
+    make('success = "false"').finished(gone)
+    assert make('success = "false"').again(node) == []
+    assert not store.hooks.exists()
+
+
+def test_of_failures_the_newest_is_told_again(make: Make, node: Node, store: Store) -> None:
+    """A week of them is one message when the pager is back."""
+    for number in range(7):
+        make('failure = "false"', run_id=f"{number:08}").finished(Occasion(names=("apiserver",), exit_code=6))
+    assert [one["run_id"] for one in owed(store)] == ["00000006"]
+    [error] = make('failure = "false"').again(node)
+    assert error.exit_code == Exit.FAILED
+
+
+def test_what_is_owed_has_a_limit(make: Make, node: Node, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    """A hook that fails for years does not fill the disk; what is given up is named."""
+    set_up(0, LogFormat.TEXT)
+    for number in range(22):
+        make('success = "false"', run_id=f"{number:08}").finished(renewed(node))
+    assert [one["run_id"] for one in owed(store)] == [f"{number:08}" for number in range(2, 22)]
+    assert "hook success of run 00000001 is given up" in capsys.readouterr().err
+
+
+def test_a_crash_between_installation_and_hook_is_made_good(make: Make, node: Node, log: Path) -> None:
+    """What is owed was written before the installation."""
+    line = shell(f"echo $CA_BRIDGE_NAMES >{log}", "after_install")
+    make(line).installing(renewed(node))  # and then the machine goes down, with the new certificate in place
+    assert make(line, run_id="bbbbbbbb").again(node) == []
+    assert log.read_text() == "apiserver\n"
+
+
+def test_a_crash_before_the_installation_leaves_no_hook(make: Make, node: Node, store: Store, log: Path) -> None:
+    """The new certificates never came to life."""
+    line = shell(f"echo $CA_BRIDGE_NAMES >{log}", "after_install")
+    make(line).installing(Occasion(names=("apiserver",), new_serials={"apiserver": "00FF"}))
+    assert make(line, run_id="bbbbbbbb").again(node) == []
+    assert not log.exists()
+    assert not store.hooks.exists()
+
+
+def test_after_the_installation_the_hook_runs_once(make: Make, node: Node, store: Store, log: Path) -> None:
+    """What was written before is the same hook."""
+    hooks = make(shell(f"echo x >>{log}", "after_install"))
+    hooks.installing(renewed(node))
+    assert len(owed(store)) == 1
+    assert hooks.installed(renewed(node)) == []
+    assert hooks.again(node) == []
+    assert log.read_text() == "x\n"
+
+
+def test_a_hook_that_was_cut_off_by_kill_9_is_run_again(make: Make, node: Node, store: Store, log: Path) -> None:
+    """The program is killed while the hook runs, and the hook with it, as systemd does."""
+    line = shell(f"echo $CA_BRIDGE_TRY >>{log}; test $CA_BRIDGE_TRY -gt 1 || sleep 60", "success")
+    program = textwrap.dedent(
+        """
+        import sys
+        from pathlib import Path
+        from bridge.renewal.hooks import Hooks, Occasion
+        from bridge.settings.load import overridden, parse
+        from bridge.state.store import Store
+        state, text, serial = sys.argv[1:]
+        settings = overridden(parse(text), None, None, Path(state))
+        occasion = Occasion(names=("apiserver",), new_serials={"apiserver": serial}, exit_code=0)
+        Hooks(settings, Store(Path(state)), "aaaaaaaa").finished(occasion)
+        """
+    )
+    serial = renewed(node).new_serials["apiserver"]
+    process = subprocess.Popen([sys.executable, "-c", program, str(store.directory), f"[hooks]\n{line}", serial])
+    deadline = time.monotonic() + 30
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.wait()
+    for child in children:
+        os.killpg(int(child), signal.SIGKILL)
+    assert len(children) == 1
+    assert [(one["run_id"], one["tries"]) for one in owed(store)] == [("aaaaaaaa", 1)]
+    assert make(line, run_id="bbbbbbbb").again(node) == []
+    assert log.read_text() == "1\n2\n"
+    assert not store.hooks.exists()
+
+
+BEFORE_OWED = {"event": "before", "run_id": "x", "environment": {}, "serials": {}, "done": [], "tries": 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"owed": [{}]}', json.dumps({"owed": [BEFORE_OWED]})],
+    ids=["empty", "cut", "list", "no fields", "other event"],
+)
+def test_a_broken_file_is_set_aside_and_said(text: str, make: Make, node: Node, store: Store) -> None:
+    """The renewal goes on; a person looks at what was owed."""
+    store.hooks.write_text(text)
+    [error] = make('success = "true"').again(node)
+    assert error.exit_code == Exit.FAILED
+    assert store.hooks.with_suffix(".damaged").read_text() == text
+    assert make('success = "true"').again(node) == []
+
+
+def test_where_nothing_can_be_remembered_nothing_is_installed(
+    make: Make, node: Node, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the installation the hook is run all the same, and the failure said."""
+    log = store.directory / "ran"
+    hooks = make(shell(f"touch {log}; exit 1", "after_install"))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("bridge.renewal.hooks.write_atomically", full)
+    with pytest.raises(HookError) as e:
+        hooks.installing(renewed(node))
+    assert e.value.exit_code == Exit.FAILED
+    [error] = hooks.installed(renewed(node))
+    assert "No space left on device" in str(error)
+    assert log.exists()

@@ -1,0 +1,416 @@
+"""The installation, failed and killed at every system call in turn: all old or all new, and nothing left over."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bridge.errors import BridgeError
+from bridge.state.install import (
+    CERTIFICATE_MASK,
+    KEY_MASK,
+    KUBECONFIG_MASK,
+    InstallError,
+    Replacement,
+    digest,
+    install,
+    recover,
+)
+from bridge.state.store import Store
+from bridge.system.files import LockedError, lock
+
+#: What the installer asks of the system; Path's methods go through these too.
+CALLS = ("open", "fsync", "fchmod", "rename", "unlink", "mkdir")
+
+FILES = {"server.key": b"old key", "server.crt": b"old certificate", "admin.conf": b"old kubeconfig"}
+MASKS = {"server.key": KEY_MASK, "server.crt": CERTIFICATE_MASK, "admin.conf": KUBECONFIG_MASK}
+
+
+def new(content: bytes) -> bytes:
+    return content.replace(b"old", b"new")
+
+
+@pytest.fixture
+def pki(tmp_path: Path) -> Path:
+    """A directory with a pair and a kubeconfig."""
+    directory = tmp_path / "pki"
+    directory.mkdir()
+    for name, content in FILES.items():
+        (directory / name).write_bytes(content)
+        (directory / name).chmod(0o644 if name.endswith(".crt") else 0o600)
+    return directory
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """An empty state directory."""
+    store = Store(tmp_path / "state")
+    store.prepare()
+    return store
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("journal.json", "staging.json", "requests.json", "restart.json", "restarted.json", "unproven.json"),
+        *("hooks.json", "attempts.json", "audit.head", "audit.torn-7-01234567"),
+        *("kubelet-client-current.pem", "kube-apiserver-01234567.yaml"),
+    ],
+)
+def test_recover_removes_what_was_half_written(store: Store, name: str) -> None:
+    """Of a file that a killed process was writing; the file itself stays."""
+    (store.directory / "audit.head").write_text("kept")
+    (store.directory / f".{name}.abcdefgh").write_text("half")
+    recover(store)
+    assert [path.name for path in store.directory.iterdir() if path.is_file()] == ["audit.head"]
+
+
+def test_recover_leaves_alone_what_is_not_ours(store: Store) -> None:
+    """Whatever an operator keeps beside our files; a backup of ours that was not finished goes."""
+    files = [".vault-token", ".journal.json.swp", ".notes.abcdefgh", ".journal.json"]
+    for name in files:
+        (store.directory / name).write_text("kept")
+    directories = ["keep-2025", "lost+found"]
+    for name in (*directories, "20260101T000000Z-0123abcd", "20260101T000000Z-0123abcd-back"):
+        (store.backups / name).mkdir()
+    (store.backups / "20260101T000001Z-0123abcd").symlink_to("keep-2025")
+    recover(store)
+    assert {path.name for path in store.directory.iterdir()} == {*files, "backups"}
+    assert {path.name for path in store.backups.iterdir()} == {*directories, "20260101T000001Z-0123abcd"}
+
+
+def replacements(pki: Path) -> list[Replacement]:
+    return [
+        Replacement(certificate="x", path=pki / name, data=new(old), mode_mask=MASKS[name], was=digest(old))
+        for name, old in FILES.items()
+    ]
+
+
+def contents(pki: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in pki.iterdir()}
+
+
+NEW = {name: new(old) for name, old in FILES.items()}
+
+
+def run(pki: Path, store: Store) -> str:
+    return install(store, replacements(pki), "run1", {})
+
+
+def test_replaces_all_files_and_leaves_nothing_over(pki: Path, store: Store) -> None:
+    """New content under the old names, a backup with the old content, no journal."""
+    backup = run(pki, store)
+    assert contents(pki) == NEW
+    saved = {path.read_bytes() for path in (store.backups / backup).iterdir()}
+    assert saved >= set(FILES.values())
+    assert {path.name for path in store.directory.iterdir()} == {"backups"}
+
+
+def test_backups_are_for_their_owner_alone(pki: Path, store: Store) -> None:
+    """They hold keys."""
+    backup = store.backups / run(pki, store)
+    assert stat.S_IMODE(backup.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.stat().st_mode) for path in backup.iterdir()} == {0o600}
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+def test_modes_are_kept_whatever_the_umask(pki: Path, store: Store, umask: int) -> None:
+    """The mode is the replaced file's, but a key's is never looser than 0600."""
+    (pki / "server.key").chmod(0o644)
+    (pki / "server.crt").chmod(0o604)
+    (pki / "admin.conf").chmod(0o666)
+    before = os.umask(umask)
+    try:
+        run(pki, store)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in pki.iterdir()}
+    assert modes == {"server.key": 0o600, "server.crt": 0o604, "admin.conf": 0o660}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away; run the tests as root")
+def test_owners_are_kept(pki: Path, store: Store) -> None:
+    """A component that runs as its own user goes on reading its files."""
+    for path in pki.iterdir():
+        os.chown(path, 12345, 54321)
+    run(pki, store)
+    assert {(path.stat().st_uid, path.stat().st_gid) for path in pki.iterdir()} == {(12345, 54321)}
+
+
+def test_symlinks_stay_and_their_targets_are_replaced(pki: Path, store: Store, tmp_path: Path) -> None:
+    """As kubeadm writes through them."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (pki / "server.crt").rename(elsewhere / "real.crt")
+    (pki / "server.crt").symlink_to("../elsewhere/real.crt")
+    run(pki, store)
+    assert (pki / "server.crt").is_symlink()
+    assert (elsewhere / "real.crt").read_bytes() == NEW["server.crt"]
+    assert [path.name for path in elsewhere.iterdir()] == ["real.crt"]
+
+
+def test_a_missing_key_is_made_for_its_owner_alone(pki: Path, store: Store) -> None:
+    """A certificate without its key gets a new pair."""
+    (pki / "server.key").unlink()
+    files = [Replacement(certificate="x", path=pki / "server.key", data=b"k", mode_mask=KEY_MASK, was=None)]
+    install(store, files, "run1", {})
+    assert stat.S_IMODE((pki / "server.key").stat().st_mode) == 0o600
+
+
+def test_a_file_that_changed_since_its_csr_was_made_stops_everything(pki: Path, store: Store) -> None:
+    """Somebody else (kubeadm) renewed meanwhile: nothing is replaced."""
+    files = replacements(pki)
+    (pki / "server.crt").write_bytes(b"kubeadm's")
+    with pytest.raises(InstallError):
+        install(store, files, "run1", {})
+    assert contents(pki) == FILES | {"server.crt": b"kubeadm's"}
+
+
+def test_a_directory_in_the_place_of_a_file_stops_everything(pki: Path, store: Store) -> None:
+    """Nothing is replaced, nothing left over."""
+    (pki / "server.crt").unlink()
+    (pki / "server.crt").mkdir()
+    with pytest.raises(InstallError):
+        run(pki, store)
+    assert (pki / "server.key").read_bytes() == FILES["server.key"]
+
+
+class Tripwire:
+    """Counts system calls, and does something at the n-th."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int, act: Callable[[], None]) -> None:
+        self.count = 0
+        for name in CALLS:
+            monkeypatch.setattr(os, name, self._wrapped(getattr(os, name), at, act))
+
+    def _wrapped(self, call: Callable[..., Any], at: int, act: Callable[[], None]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            if self.count == at:
+                act()
+            return call(*args, **kwargs)
+
+        return wrapped
+
+
+def _calls_of_a_run() -> int:
+    """How many system calls of these kinds a whole installation makes; see the test that checks it."""
+    return 62
+
+
+POINTS = range(1, _calls_of_a_run() + 1)
+
+
+def test_every_point_is_tried(pki: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of points in the tests below is that of a real run."""
+    with monkeypatch.context() as patch:
+        tripwire = Tripwire(patch, 0, lambda: None)
+        run(pki, store)
+    assert tripwire.count == _calls_of_a_run()
+
+
+def _assert_whole(pki: Path, store: Store) -> None:
+    assert contents(pki) in (FILES, NEW)
+    assert {path.name for path in store.directory.iterdir()} <= {"backups"}
+    for backup in store.backups.iterdir():
+        assert (backup / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("point", POINTS)
+def test_an_error_at_any_point_leaves_all_old_or_all_new(
+    pki: Path, store: Store, monkeypatch: pytest.MonkeyPatch, point: int, code: int
+) -> None:
+    """The error is reported, and the files are as a whole run or none would leave them."""
+
+    def fail() -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        Tripwire(patch, point, fail)
+        try:
+            run(pki, store)
+        except InstallError:  # and nothing else, or nobody would tell which files are there
+            reported = True
+        else:
+            reported = False
+    assert reported or contents(pki) == NEW
+    recover(store)
+    _assert_whole(pki, store)
+
+
+def test_a_journal_that_stays_does_not_hide_that_all_was_put_back(
+    pki: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A swap fails, then the journal can't be removed; the next run has nothing to undo."""
+
+    def failing(call: Callable[..., Any], place: Path) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if str(place) in map(str, args):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return call(*args, **kwargs)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", failing(os.rename, pki / "admin.conf"))
+        patch.setattr(os, "unlink", failing(os.unlink, store.journal))
+        with pytest.raises(InstallError, match="all was put back"):
+            run(pki, store)
+    assert contents(pki) == FILES
+    assert store.is_interrupted
+    recover(store)
+    _assert_whole(pki, store)
+    assert contents(pki) == FILES
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_kill_at_any_point_leaves_all_old_or_all_new(
+    pki: Path, store: Store, monkeypatch: pytest.MonkeyPatch, point: int
+) -> None:
+    """After the next run's recovery."""
+    child = os.fork()
+    if child == 0:
+        Tripwire(monkeypatch, point, lambda: os._exit(9))
+        run(pki, store)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 9
+    committed, was_done = store.journal.exists(), contents(pki) == NEW
+    found = recover(store)
+    _assert_whole(pki, store)
+    assert committed == (found is not None)
+    assert (committed or was_done) == (contents(pki) == NEW)  # the journal is the commit point
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_kill_during_recovery_is_recovered_from(
+    pki: Path, store: Store, monkeypatch: pytest.MonkeyPatch, point: int
+) -> None:
+    """Recovery may itself be cut off at any point, forward and back."""
+    _interrupted(pki, store, monkeypatch)
+    (pki / ".ca-bridge-run1-admin.conf").unlink()  # so that it must go back
+    child = os.fork()
+    if child == 0:
+        Tripwire(monkeypatch, point, lambda: os._exit(9))
+        recover(store)
+        os._exit(0)
+    os.waitpid(child, 0)
+    recover(store)
+    assert contents(pki) == FILES
+    _assert_whole(pki, store)
+
+
+def _interrupted(pki: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installation that was killed just after its first file was swapped."""
+    child = os.fork()
+    if child == 0:
+        count = 0
+        rename = os.rename
+
+        def counting(source: Any, target: Any, **kwargs: Any) -> None:
+            nonlocal count
+            count += str(source).find(".ca-bridge-") >= 0
+            if count == 2:
+                os._exit(9)
+            rename(source, target, **kwargs)
+
+        monkeypatch.setattr(os, "rename", counting)
+        run(pki, store)
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert contents(pki) not in (FILES, NEW)
+
+
+def test_recovery_goes_forward_if_all_new_files_are_there(
+    pki: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And says what it did."""
+    _interrupted(pki, store, monkeypatch)
+    found = recover(store)
+    assert found is not None
+    assert found.direction == "forward"
+    assert contents(pki) == NEW
+    assert recover(store) is None
+
+
+def test_recovery_that_can_go_nowhere_keeps_the_journal(
+    pki: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is thrown away while files are apart."""
+    _interrupted(pki, store, monkeypatch)
+    (pki / ".ca-bridge-run1-admin.conf").unlink()
+    for saved in store.backups.glob("*/*key"):
+        saved.unlink()
+    with pytest.raises(InstallError):
+        recover(store)
+    assert store.journal.exists()
+
+
+@pytest.mark.parametrize("what", [".journal.json.abcdefgh", "20260101T000000Z-0123abcd"])
+def test_recovery_that_cannot_clear_away_says_what(store: Store, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """An error of ours, with the file's name; when the disk is well again the same call works."""
+    if what.startswith("."):
+        (store.directory / what).write_text("half")
+    else:
+        (store.backups / what).mkdir()
+
+    def fail(path: object, **_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", fail)
+        patch.setattr(os, "rmdir", fail)
+        with pytest.raises(InstallError, match=re.escape(what)):
+            recover(store)
+    assert recover(store) is None
+    assert [path.name for path in store.directory.rglob("*")] == ["backups"]
+
+
+@pytest.fixture
+def holder(store: Store) -> Iterator[None]:
+    """Another run."""
+    with lock(store.lock, "ca-bridge renew"):
+        yield
+
+
+def test_one_run_at_a_time(store: Store) -> None:
+    """The second is told who holds the lock; when the first has ended it is free."""
+    with lock(store.lock, "ca-bridge renew"), pytest.raises(LockedError) as e, lock(store.lock, "other"):
+        pass
+    assert f"process {os.getpid()} " in str(e.value)
+    with lock(store.lock, "other"):
+        pass
+
+
+def test_a_lock_that_cannot_tell_its_holder_is_a_lock(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk the command goes on, and the second one waits for a process that did not say who it is."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with lock(store.lock, "ca-bridge renew"):
+        pass
+    monkeypatch.setattr(os, "pwrite", full)
+    with lock(store.lock, "ca-bridge recover"), pytest.raises(LockedError) as e, lock(store.lock, "other"):
+        pass
+    assert "did not say who it is" in str(e.value)
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o770, 0o777])
+def test_a_state_directory_for_others_is_refused(tmp_path: Path, mode: int) -> None:
+    """It holds keys."""
+    directory = tmp_path / "state"
+    directory.mkdir()
+    directory.chmod(mode)
+    with pytest.raises(BridgeError):
+        Store(directory).prepare()
+    directory.chmod(0o700)
+    Store(directory).prepare()
