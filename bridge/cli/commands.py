@@ -38,6 +38,7 @@ from bridge.specs import AUTHORITIES, Component
 from bridge.state import audit, backups
 from bridge.state.install import InstallError, Recovery
 from bridge.state.outcome import Outcome
+from bridge.state.rollback import Rollback, put_back_and_retire
 from bridge.state.session import alone
 from bridge.state.store import Store
 from bridge.system.console import Progress, columns, log, print_error, printable, under_headings
@@ -474,7 +475,7 @@ def rollback(
     as_json: bool,
 ) -> None:
     """`rollback`: put a backup back, and say what to restart."""
-    done, node = backups.rollback(settings, backup_id, now, force=force, wait=wait)
+    done, node = put_back_and_retire(settings, backup_id, now, force=force, wait=wait)
     components = _stale(Result(outcomes=done.outcomes), node, settings)
     if as_json:
         typer.echo(json.dumps(_rollback_json(done, components), indent=4))
@@ -490,7 +491,7 @@ def rollback(
     _print_restart("These still run on what was replaced until they are restarted", components, settings)
 
 
-def _rollback_json(done: backups.Rollback, components: Sequence[Component]) -> dict[str, Any]:
+def _rollback_json(done: Rollback, components: Sequence[Component]) -> dict[str, Any]:
     return {
         "schemaVersion": SCHEMA_VERSION,
         "exitCode": Exit.DONE,

@@ -28,7 +28,7 @@ from bridge.renewal.hooks import Occasion
 from bridge.renewal.verify_and_install import version_of
 from bridge.settings.tables import Components
 from bridge.specs import SPECS, Component
-from bridge.state import backups
+from bridge.state import backup_check, backups, rollback
 from bridge.state.outcome import Outcome
 from bridge.state.session import Run
 from bridge.state.store import Store
@@ -356,7 +356,7 @@ def _go_back(run: Run, owed: _Owed) -> Settled:
         has_begun = True
         if backup is not None:
             # all of it was in use a minute ago, whatever a new certificate would have to be
-            backups.put_back(
+            rollback.put_back(
                 backup, run.settings, run.store, run.record, run.read_node(), run.now(), lambda one: not one.is_damage
             )
     except BridgeError as e:
@@ -393,10 +393,10 @@ def _backup(run: Run, owed: _Owed) -> backups.Backup:
     sources = list({one.backup_of: found[one.backup_of] for one in owed.certificates}.values())
     files = [f for one in owed.certificates for f in found[one.backup_of].files if f.certificate == one.name]
     backup = dataclasses.replace(sources[0], backup_id=", ".join(one.backup_id for one in sources), files=tuple(files))
-    damage = [str(one) for one in backups.problems_of(backup, run.settings, node, now) if one.is_damage]
+    damage = [str(one) for one in backup_check.problems_of(backup, run.settings, node, now) if one.is_damage]
     if damage:
         raise BridgeError("; ".join(damage))
-    expired = [o.name for o in backups.outcomes_of(backup, node) if o.new and o.new.not_valid_after_utc <= now]
+    expired = [o.name for o in rollback.outcomes_of(backup, node) if o.new and o.new.not_valid_after_utc <= now]
     if expired:
         raise BridgeError(f"the old certificates have expired: {', '.join(expired)}")
     return backup

@@ -35,7 +35,7 @@ from bridge.renewal.transaction import Walk
 from bridge.renewal.verify_and_install import Result, expectations, finish, open_request, record_failed
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES
-from bridge.state import audit, backups
+from bridge.state import audit, retention
 from bridge.state.outcome import Outcome
 from bridge.state.requests import OpenRequest, OpenRequests
 from bridge.state.session import Run, begun
@@ -253,7 +253,7 @@ def import_answers(
             run.record.add(audit.REFUSED, error=error)
         result = _finish_import(run, node, found, walk, all_or_nothing=all_or_nothing)
         if result.backup_id is not None:
-            backups.retire(run.store, settings, node, now())
+            retention.retire(run.store, settings, node, now())
         left = tuple(_still_waiting(node, run.requests, result))
         return dataclasses.replace(result, outcomes=(*result.outcomes, *left)), node, found.strange
 

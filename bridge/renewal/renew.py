@@ -30,7 +30,7 @@ from bridge.renewal.verify_and_install import Result, expectations, finish, held
 from bridge.settings.tables import Settings
 from bridge.signing import registry
 from bridge.specs import AUTHORITIES
-from bridge.state import audit, backups
+from bridge.state import audit, retention
 from bridge.state.outcome import Outcome
 from bridge.state.requests import OpenRequest
 from bridge.state.session import Run, begun, give_up
@@ -78,7 +78,7 @@ def run(
             record_failed(ours.record, [o for o in selection.failed if not isinstance(o.error, NotYetError)])
             result = walk.without_work(selection)
         if result.backup_id is not None:
-            backups.retire(ours.store, settings, node, now())
+            retention.retire(ours.store, settings, node, now())
         return result, node, selection
 
 

@@ -28,7 +28,7 @@ from bridge.renewal import renew
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Components, Settings
 from bridge.specs import SPECS, Component
-from bridge.state import backups
+from bridge.state import backups, rollback
 from tests.kit.pki import Pki, handmade_pki
 from tests.renewal.test_renew import Quiet, settings_for
 
@@ -252,7 +252,7 @@ def test_a_way_back_that_was_cut_off_is_gone_on_with(site: Site, monkeypatch: py
         if place == "before the restarts":
             patch.setattr("bridge.renewal.activation.restart_all", killed)
         else:
-            patch.setattr(backups, "put_back", killed)
+            patch.setattr(rollback, "put_back", killed)
         with pytest.raises(KilledError):
             site.renew(MANAGER)
     assert (site.files() == old) is (place == "before the restarts")

@@ -1,0 +1,185 @@
+"""
+Judge whether a backup is fit to be put back.
+
+It is checked as a new certificate is, against the live one's subject and SANs. The node ran on it before, though:
+what a component can start with may be forced, and only what it can't start with may not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+
+from bridge.contract import Issued, SignRequest
+from bridge.errors import BridgeError, VerificationError
+from bridge.node import kubeconfig
+from bridge.node.inventory import Item, Node
+from bridge.pki import csr, verify
+from bridge.pki.certificates import load_pem_certificates
+from bridge.settings.tables import Settings
+from bridge.state.backups import Backup, BackupError, File
+from bridge.state.install import (
+    digest,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One reason not to put a backup back."""
+
+    certificate: str  #: kubeadm's name.
+    wanted: str
+    found: str
+    subject: str = ""  #: What is wrong with the certificate itself, as `bridge.pki.verify` calls it.
+
+    @property
+    def is_damage(self) -> bool:
+        """Not something that the certificate says, but that it is not whole, not there, or apart from its key."""
+        return not self.subject
+
+    @property
+    def can_be_forced(self) -> bool:
+        """Whether the node could run on it nevertheless."""
+        return not self.is_damage and self.subject not in _NEVER_FORCED
+
+    def __str__(self) -> str:
+        about = f"{self.subject}: " if self.subject else ""
+        return f"{self.certificate}: {about}wanted {self.wanted}, found {self.found}"
+
+
+#: Nobody would trust it: another CA's, or the CA was changed.
+_NEVER_FORCED = ("chain", "issuer", "public key", "extensions", "critical extension")
+
+
+def problems_of(backup: Backup, settings: Settings, node: Node, now: datetime) -> list[Problem]:
+    """
+    All that speaks against putting it back.
+
+    Args:
+        backup: What to look at.
+        settings: The subject attributes that a certificate may have or lack are in there.
+        node: With the live certificates.
+        now: Aware, UTC.
+    """
+    items = {item.spec.name: item for item in node.items}
+    found: list[Problem] = []
+    for name in backup.names:
+        item = items.get(name)
+        if item is None:
+            wanted = "a certificate of this node"
+            found.append(Problem(certificate=name, wanted=wanted, found="a name that it does not have"))
+        else:
+            found += _problems(files_of(backup, name), item, now, settings.extra_subject(item.spec.authority.name))
+    return found
+
+
+def files_of(backup: Backup, name: str) -> list[File]:
+    """Those of one certificate."""
+    return [file for file in backup.files if file.certificate == name]
+
+
+def _problems(files: Sequence[File], item: Item, now: datetime, extra: frozenset[tuple[str, str]]) -> Iterator[Problem]:
+    """Of one certificate: its files, its pair, what is in it; later ones make no sense without the earlier."""
+    name = item.spec.name
+    found = [*_misplaced(name, files, item), *_damaged(name, files)]
+    if found:
+        yield from found
+    elif any(file.copy is not None for file in files):
+        try:
+            certificates, key_pem = pair_of(files, item)
+            key = _key_of(certificates[0], key_pem)
+        except (BridgeError, ValueError, TypeError, UnsupportedAlgorithm) as e:
+            reason = str(e) if isinstance(e, BridgeError) else "another key, or none that can be read"
+            yield Problem(certificate=name, wanted="a certificate and its private key", found=reason)
+            return
+        yield from _unproven(item, certificates, key, now, extra)
+
+
+def _misplaced(name: str, files: Sequence[File], item: Item) -> Iterator[Problem]:
+    """A backup is of this node's files, and writes no others."""
+    places = {path.resolve() for path in (item.key_path, item.certificate_path) if path is not None}
+    for file in files:
+        if file.path.resolve() not in places:
+            wanted = " or ".join(sorted(map(str, places)))
+            yield Problem(certificate=name, wanted=f"a file for {wanted}", found=f"one for {file.path}")
+
+
+def _damaged(name: str, files: Sequence[File]) -> Iterator[Problem]:
+    for file in files:
+        if file.copy is None:
+            continue
+        try:
+            now = digest(file.copy.read_bytes())
+        except OSError as e:
+            yield Problem(certificate=name, wanted=f"the file {file.copy}", found=e.strerror or "an error")
+        else:
+            if now != file.sha256:
+                wanted = f"{file.copy} with SHA-256 {str(file.sha256)[:16]}…"
+                yield Problem(certificate=name, wanted=wanted, found=f"{now[:16]}…")
+
+
+def pair_of(files: Sequence[File], item: Item) -> tuple[list[x509.Certificate], bytes]:
+    """
+    Certificates, the leaf first, and key (PEM).
+
+    Raises:
+        BridgeError, ValueError: They can't be read.
+    """
+    contents = {file.path.resolve(): file.copy.read_bytes() for file in files if file.copy is not None}
+    certificate_path = item.certificate_path.resolve()
+    key_path = item.key_path.resolve() if item.key_path is not None else certificate_path
+    missing = [str(path) for path in dict.fromkeys((certificate_path, key_path)) if path not in contents]
+    if missing:
+        raise BackupError(f"no {' and no '.join(missing)}")
+    if item.key_path is None:
+        parsed = kubeconfig.parse(contents[certificate_path])
+        key = kubeconfig.key_data(contents[certificate_path])
+        return load_pem_certificates(parsed.certificate_data or b""), key or b""
+    return load_pem_certificates(contents[certificate_path]), contents[key_path]
+
+
+def _key_of(certificate: x509.Certificate, key_pem: bytes) -> csr.PrivateKey:
+    encoding = (serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    key = serialization.load_pem_private_key(key_pem, None)
+    if key.public_key().public_bytes(*encoding) != certificate.public_key().public_bytes(*encoding):
+        raise ValueError
+    if not isinstance(key, csr.PrivateKey):
+        raise BackupError(f"a key that Kubernetes can't use ({type(key).__name__})")
+    return key
+
+
+def _unproven(
+    item: Item,
+    certificates: Sequence[x509.Certificate],
+    key: csr.PrivateKey,
+    now: datetime,
+    extra: frozenset[tuple[str, str]],
+) -> Iterator[Problem]:
+    """As an answer to a request that we would make now, but for how long it must be valid."""
+    name, leaf = item.spec.name, certificates[0]
+    live = item.certificates[0] if item.certificates else leaf
+    try:
+        expected = verify.Expectation(
+            anchors=tuple(load_pem_certificates(item.anchor_path.read_bytes())),
+            anchor_name=str(item.anchor_path),
+            now=now,
+            min_validity=timedelta(),
+            extra_subject=extra,
+        )
+    except (OSError, ValueError) as e:
+        reason = str(e.strerror if isinstance(e, OSError) else e)
+        yield Problem(certificate=name, wanted=f"the CA certificate {item.anchor_path}", found=reason)
+        return
+    try:
+        request = SignRequest(spec=item.spec, csr_pem=csr.build(live, key), validity=timedelta())
+        verify.check(Issued(leaf=leaf, intermediates=tuple(certificates[1:])), request, expected)
+    except csr.CannotCarryError as e:
+        yield Problem(certificate=name, subject="live certificate", wanted="one to compare it with", found=str(e))
+    except VerificationError as e:
+        for violation in e.violations:
+            yield Problem(certificate=name, subject=violation.subject, wanted=violation.want, found=violation.got)

@@ -1,0 +1,203 @@
+"""Put a backup back, if it is fit (`bridge.state.backup_check`), and back up what it replaces."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+
+from bridge.errors import BridgeError
+from bridge.node import inventory
+from bridge.node.inventory import Item, Node
+from bridge.pki.certificates import serial_hex
+from bridge.settings.tables import Settings
+from bridge.state import audit, retention
+from bridge.state.backup_check import Problem, files_of, pair_of, problems_of
+from bridge.state.backups import Backup, BackupError, File, find
+from bridge.state.install import (
+    CERTIFICATE_MASK,
+    KEY_MASK,
+    KUBECONFIG_MASK,
+    InstallError,
+    Replacement,
+    digest,
+    install,
+)
+from bridge.state.outcome import Outcome
+from bridge.state.session import alone
+from bridge.state.store import Store
+
+log = logging.getLogger("ca-bridge")
+
+
+class RollbackRefusedError(BridgeError):
+    """The backup is not fit to be put back; all that is wrong, one a line. Nothing was replaced."""
+
+    def __init__(self, backup_id: str, problems: Sequence[Problem]) -> None:
+        self.problems = list(problems)
+        hint = (
+            "choose another one of `ca-bridge backups`, or renew"
+            if any(not problem.can_be_forced for problem in problems)
+            else "--force puts it back nevertheless; components and clients may refuse what is wrong with it"
+        )
+        super().__init__("\n".join(f"backup {backup_id}: {problem}" for problem in problems), hint=hint)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollback:
+    """What was put back."""
+
+    backup: Backup
+    replaced_backup_id: str  #: The backup of what was there before.
+    outcomes: tuple[Outcome, ...]
+    removed: tuple[Path, ...]  #: Were not there when the backup was made.
+
+
+def put_back_and_retire(
+    settings: Settings,
+    backup_id: str | None,
+    now: Callable[[], datetime],
+    *,
+    force: bool,
+    wait: timedelta,
+) -> tuple[Rollback, Node]:
+    """
+    Put a backup's files back, all or none, and back up what they replace (so that a second rollback undoes the first).
+
+    Files that were not there when the backup was made are removed.
+
+    Args:
+        settings: Where everything is.
+        backup_id: None: the newest.
+        now: The node's clock.
+        force: Also certificates that are not as a new one would have to be, if the node could run on them.
+        wait: For the lock.
+
+    Raises:
+        LockedError: Another run works on this node.
+        BackupError: No such backup.
+        RollbackRefusedError: It is not fit.
+        AuditError: It can't be recorded; nothing was replaced.
+        InstallError: Nothing was replaced.
+    """
+    with alone(settings, wait, lambda found: log.warning("%s", found)) as (store, record):
+        node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
+
+        def may_pass(problem: Problem) -> bool:
+            return force and problem.can_be_forced
+
+        done = put_back(find(store, backup_id), settings, store, record, node, now(), may_pass)
+        retention.retire(store, settings, node, now())
+    return done, node
+
+
+def put_back(
+    backup: Backup,
+    settings: Settings,
+    store: Store,
+    record: audit.Record,
+    node: Node,
+    now: datetime,
+    may_pass: Callable[[Problem], bool],
+) -> Rollback:
+    """
+    The same for a run that holds the store's lock, and for what may pass of its problems.
+
+    Raises:
+        RollbackRefusedError, AuditError, InstallError: As `put_back_and_retire`.
+    """
+    problems = problems_of(backup, settings, node, now)
+    if not all(map(may_pass, problems)):
+        error = RollbackRefusedError(backup.backup_id, problems)
+        record.add(audit.REFUSED, error=error)
+        raise error
+    outcomes = outcomes_of(backup, node)
+    result = f"backup {backup.backup_id}"
+    for o in outcomes:
+        record.add(audit.VERIFIED, o.name, authority=o.authority, old=o.old, new=o.new, result=result)
+    record.write()  # nothing is put back that the record does not know
+    about = {
+        "command": shlex.join(sys.argv),
+        **audit.who(),
+        "rollback_to": backup.backup_id,
+        "certificates": [
+            {"name": o.name, "old_serial": _serial(o.old), "new_serial": _serial(o.new)} for o in outcomes
+        ],
+    }
+    try:
+        # a run may have installed something itself, and put several sets back
+        run_id = f"{record.run_id}-{backup.run_id.partition('-')[0]}"
+        replaced = install(store, [_replacement(file, node) for file in backup.files], run_id, about)
+    except InstallError as e:
+        for o in outcomes:
+            record.add(audit.FAILED, o.name, authority=o.authority, old=o.old, error=e)
+        raise
+    for o in outcomes:
+        record.add(audit.ROLLED_BACK, o.name, authority=o.authority, old=o.old, new=o.new, result=result)
+    record.write_or_warn()  # what comes after it may take minutes, and be killed
+    return Rollback(
+        backup=backup,
+        replaced_backup_id=replaced,
+        outcomes=tuple(outcomes),
+        removed=tuple(file.path for file in backup.files if file.copy is None),
+    )
+
+
+def _serial(certificate: x509.Certificate | None) -> str | None:
+    return serial_hex(certificate) if certificate is not None else None
+
+
+def outcomes_of(backup: Backup, node: Node) -> list[Outcome]:
+    """
+    What putting it back does, one a certificate; without a new one where its files are removed.
+
+    Raises:
+        BackupError: A copy is damaged.
+    """
+    outcomes = []
+    for item in node.items:
+        files = files_of(backup, item.spec.name)
+        if files:
+            is_there = any(file.copy is not None for file in files)
+            outcomes.append(
+                Outcome(
+                    name=item.spec.name,
+                    authority=item.spec.authority.name,
+                    old=item.certificates[0] if item.certificates else None,
+                    new=_leaf(backup, files, item) if is_there else None,
+                )
+            )
+    return outcomes
+
+
+def _leaf(backup: Backup, files: Sequence[File], item: Item) -> x509.Certificate:
+    try:
+        return pair_of(files, item)[0][0]
+    except (BridgeError, OSError, ValueError) as e:
+        reason = e.strerror if isinstance(e, OSError) else e
+        raise BackupError(
+            f"backup {backup.backup_id}: {item.spec.name}: wanted its certificate, found: {reason}",
+            backup_id=backup.backup_id,
+        ) from e
+
+
+def _replacement(file: File, node: Node) -> Replacement:
+    [item] = [item for item in node.items if item.spec.name == file.certificate]
+    if item.key_path is None:
+        mask = KUBECONFIG_MASK
+    else:
+        mask = KEY_MASK if file.path.resolve() == item.key_path.resolve() else CERTIFICATE_MASK
+    return Replacement(
+        certificate=file.certificate,
+        path=file.path,
+        data=file.copy.read_bytes() if file.copy is not None else None,
+        mode_mask=mask,
+        was=digest(file.path.read_bytes()) if file.path.exists() else None,
+        attributes=file.attributes,
+    )
