@@ -172,7 +172,7 @@ class ListsIssuers(Protocol):
 
     def issuers(self) -> list[x509.Certificate]:
         """
-        The certificate that signs, then its chain as far as the CA tells.
+        The certificate that signs, then its chain as far as the CA tells; empty: this CA does not tell.
 
         Raises:
             BackendRefusedError: The CA does not accept us, or has no certificate.

@@ -157,12 +157,15 @@ def backend_wall(source: str, module: str) -> Iterator[str]:
     """
     Of ours, a backend imports the contract, the specs, the errors, how HTTP is done, and the further files of its own CA.
 
-    A CA that is reached by files also needs the bundles' format and what reads and writes files safely.
+    A CA that is reached by files also needs the bundles' format and what reads and writes files safely; one whose
+    programs print certificates in any form needs what reads those.
     """
     family = "_".join(module.split("_")[:1])
     allowed = [f"bridge.{door}" for door in DOORS]
     if family == "backends.exchange":
         allowed += ["bridge.pki.bundle", "bridge.system.files", "bridge.system.safe_read"]
+    if family == "backends.exec":
+        allowed += ["bridge.pki.loose_certificates"]
     if module.endswith("_setup"):  # prints what a CA needs for certificates that it looks into
         allowed += ["bridge.pki.certificates"]
     for name in imports(source, module):

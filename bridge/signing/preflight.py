@@ -37,8 +37,8 @@ def preflight(
         BackendRefusedError: It is another CA, or does not accept us.
         BackendUnavailableError: No answer.
     """
-    if isinstance(backend, ListsIssuers):
-        _assert_right_ca(backend.issuers(), expected)
+    if isinstance(backend, ListsIssuers) and (issuers := backend.issuers()):
+        _assert_right_ca(issuers, expected)
     found = backend.check(specs) if specs and isinstance(backend, Checks) else {}
     return {name: RefusedByCheckError(_violations_text(violations), hint=VerificationError.hint)
             for name, violations in found.items() if violations}  # fmt: skip
@@ -50,12 +50,12 @@ def _violations_text(violations: Sequence[Violation]) -> str:
 
 def _assert_right_ca(issuers: Sequence[x509.Certificate], expected: verify.Expectation) -> None:
     anchor = expected.anchors[0]
-    with contextlib.suppress(NoPathError, IndexError):
+    with contextlib.suppress(NoPathError):
         verify.verified_path(issuers[0], issuers[1:], anchor, expected.now)
         return
-    got = f"{name_text(issuers[0].subject)}, SHA-256 {fingerprint(issuers[0])[:16]}…" if issuers else "no certificate"
+    got = f"{name_text(issuers[0].subject)}, SHA-256 {fingerprint(issuers[0])[:16]}…"
     hint = "the mount, label, URL or directory of this authority may be another one's"
-    if issuers and not verify.is_valid_at(issuers[0], expected.now):
+    if not verify.is_valid_at(issuers[0], expected.now):
         got += f", valid only {verify.validity_text(issuers[0], expected.now)}"
         hint = "a CA certificate that is not valid now signs nothing of use: have it renewed, or the clock put right"
     raise BackendRefusedError(

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from bridge.node import kubeconfig
-from bridge.pki.certificates import attributes, extended_key_usages, san_counts, serial
+from bridge.pki.certificates import attributes, san_counts
 from bridge.pki.csr import algorithm_name
-from bridge.pki.verify import BACKDATING
-from bridge.specs import AUTHORITIES, SPECS
-from tests.kit.cas import Bridge, Kind, bridge_with, live_certificates
+from bridge.specs import AUTHORITIES
+from tests.kit.cas import Bridge, Kind, bridge_with
 from tests.kit.openbao import OpenBao
 from tests.kit.pki import KubeadmAlgorithm, KubeadmPki, KubeadmVersion, kubeadm_pki
+from tests.kit.renewed import Snapshot, assert_renewed, digest
 
 pytestmark = pytest.mark.kube
 
@@ -40,81 +37,6 @@ PKIS: list[tuple[KubeadmVersion, KubeadmAlgorithm]] = [
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """What a renewal must keep."""
-
-    identities: dict[str, tuple[object, ...]]
-    modes: dict[str, tuple[int, int, int]]
-    others: dict[str, str]  #: Digests of the files that a renewal must not touch.
-
-    @classmethod
-    def of(cls, pki: KubeadmPki) -> Snapshot:
-        """The present state."""
-        files = [path for path in pki.kubeconfig_dir.rglob("*") if path.is_file()]
-        return cls(
-            identities={name: _identity(certificate) for name, certificate in live_certificates(pki).items()},
-            modes={str(p): (stat.S_IMODE(p.stat().st_mode), p.stat().st_uid, p.stat().st_gid) for p in files},
-            others={str(p): _digest(p) for p in files if _is_untouched(p, pki)},
-        )
-
-
-def _identity(certificate: x509.Certificate) -> tuple[object, ...]:
-    return (
-        sorted(attributes(certificate.subject)),
-        san_counts(certificate),
-        extended_key_usages(certificate),
-        algorithm_name(certificate.public_key()),
-    )
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _is_untouched(path: Path, pki: KubeadmPki) -> bool:
-    ours = {pki.kubeconfig_dir / spec.base for spec in SPECS.values() if spec.kubeconfig}
-    for spec in SPECS.values():
-        ours |= {pki.pki_dir / f"{spec.base}.crt", pki.pki_dir / f"{spec.base}.key"}
-    return path not in ours
-
-
-def _assert_pairs_match(pki: KubeadmPki) -> None:
-    """Each key belongs to its certificate."""
-    for name, certificate in live_certificates(pki).items():
-        spec = SPECS[name]
-        if spec.kubeconfig:
-            key_pem = kubeconfig.key_data((pki.kubeconfig_dir / spec.base).read_bytes())
-        else:
-            key_pem = (pki.pki_dir / f"{spec.base}.key").read_bytes()
-        assert key_pem is not None
-        assert load_pem_private_key(key_pem, None).public_key() == certificate.public_key()
-
-
-def _assert_kubeadm_accepts(pki: KubeadmPki) -> None:
-    """`init phase` in external-CA mode takes the tree as it is, and changes no byte."""
-    before = {path: _digest(path) for path in pki.kubeconfig_dir.rglob("*") if path.is_file()}
-    certs = pki.run_kubeadm("init", "phase", "certs", "all")
-    pki.run_kubeadm("init", "phase", "kubeconfig", "all")
-    assert certs.stdout.count("Using existing") >= 11
-    assert {path: _digest(path) for path in pki.kubeconfig_dir.rglob("*") if path.is_file()} == before
-
-
-def _assert_kubeadm_reads(pki: KubeadmPki, scratch: Path) -> None:
-    """`certs check-expiration` lists every certificate with its new date."""
-    seen = pki
-    if pki.version == "1.20":  # which can't do it without the CA keys (kubernetes/kubeadm#2618)
-        shutil.copytree(pki.root, scratch)
-        seen = KubeadmPki(root=scratch, external=False, version="1.20")
-        for authority in AUTHORITIES.values():
-            shutil.copy(pki.ca_dir / authority.key_file, seen.pki_dir / authority.key_file)
-    table = seen.run_kubeadm("certs", "check-expiration").stdout
-    for name, certificate in live_certificates(pki).items():
-        if name != "kubelet.conf":
-            row = next(line for line in table.splitlines() if line.startswith(f"{name} "))
-            assert f"{certificate.not_valid_after_utc:%b %d, %Y %H:%M UTC}" in row
-
-
 @pytest.fixture(scope="module", params=PKIS, ids=lambda value: f"{value[0]}-{value[1]}")
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> KubeadmPki:
     """A control plane's PKI by the real kubeadm, its CA keys elsewhere."""
@@ -127,21 +49,11 @@ def test_renews_everything(made: KubeadmPki, cas: str, tmp_path: Path, bao: Open
     """Subjects, SANs, usages, key types, modes, owners and all other files are as before; kubeadm takes the result."""
     pki = KubeadmPki(root=tmp_path / "node", external=True, version=made.version)
     shutil.copytree(made.root, pki.root)
-    before, old = Snapshot.of(pki), live_certificates(pki)
+    before = Snapshot.of(pki)
     with bridge_with(pki, tmp_path / f"{made.root.parent.name}-{cas}", CAS[cas], bao) as bridge:
         run = bridge.run("renew", "all")
     assert run.returncode == 0, run.stderr
-    new = live_certificates(pki)
-    assert Snapshot.of(pki) == before
-    assert set(new) == set(old)
-    assert not {serial(c) for c in new.values()} & {serial(c) for c in old.values()}
-    for name, certificate in new.items():
-        assert extended_key_usages(certificate) == frozenset(eku.value for eku in SPECS[name].ekus)
-        assert certificate.not_valid_after_utc > old[name].not_valid_after_utc - BACKDATING
-        assert certificate.public_key() != old[name].public_key()
-    _assert_pairs_match(pki)
-    _assert_kubeadm_accepts(pki)
-    _assert_kubeadm_reads(pki, tmp_path / "scratch")
+    assert_renewed(pki, before, tmp_path / "scratch")
 
 
 def test_csr_only_writes_what_kubeadm_1_20_wrote(tmp_path: Path) -> None:
@@ -149,7 +61,7 @@ def test_csr_only_writes_what_kubeadm_1_20_wrote(tmp_path: Path) -> None:
     pki = kubeadm_pki(tmp_path / "node", version="1.20", external=False)  # 1.20 needs ca.key for this
     theirs = pki.root / "theirs"
     pki.run_kubeadm("certs", "renew", "all", "--csr-only", "--csr-dir", "/theirs")
-    before = {path: _digest(path) for path in pki.kubeconfig_dir.rglob("*") if path.is_file()}
+    before = {path: digest(path) for path in pki.kubeconfig_dir.rglob("*") if path.is_file()}
     bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
     (pki.kubeconfig_dir / "kubelet.conf").unlink()  # which kubeadm leaves out
     before.pop(pki.kubeconfig_dir / "kubelet.conf")
@@ -171,7 +83,7 @@ def test_csr_only_writes_what_kubeadm_1_20_wrote(tmp_path: Path) -> None:
             path.with_suffix(".key").read_bytes().split(b"\n")[0]
             == (theirs / path.with_suffix(".key").name).read_bytes().split(b"\n")[0]
         )
-    assert {path: _digest(path) for path in pki.kubeconfig_dir.rglob("*") if path.is_file()} == before
+    assert {path: digest(path) for path in pki.kubeconfig_dir.rglob("*") if path.is_file()} == before
     assert not (bridge.directory / "state").exists()
 
 
@@ -191,12 +103,12 @@ def test_csr_only_never_overwrites_a_key(tmp_path: Path) -> None:
 def test_nothing_due_asks_nobody(tmp_path: Path) -> None:
     """Exit 0, no CA needed, no file changed; a day is due with a long enough `before`."""
     pki = kubeadm_pki(tmp_path / "node", algorithm="ECDSA-P256")
-    before = {path: _digest(path) for path in pki.kubeconfig_dir.rglob("*") if path.is_file()}
+    before = {path: digest(path) for path in pki.kubeconfig_dir.rglob("*") if path.is_file()}
     bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
     run = bridge.run("renew")
     assert (run.returncode, run.stderr) == (0, "")
     assert "nothing is due" in run.stdout
-    assert {path: _digest(path) for path in pki.kubeconfig_dir.rglob("*") if path.is_file()} == before
+    assert {path: digest(path) for path in pki.kubeconfig_dir.rglob("*") if path.is_file()} == before
     bridge.add("renewal", {"before": "370d", "validity": "400d"})
     assert bridge.run("renew").returncode == 2  # due, and nobody to ask: told before anything is asked
     assert bridge.run("plan").returncode == 3

@@ -1,0 +1,98 @@
+"""What a certmonger helper prints: certificates, cookies, and words for people (pure: bytes in)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from cryptography import x509
+
+from bridge.pki.loose_certificates import certificates_in
+
+_MOST_WORDS = 300  # characters; certmonger itself keeps the first line of a refusal
+_SECONDS = re.compile(r"[0-9]{1,9}")
+
+
+def certificates(output: bytes) -> list[x509.Certificate]:
+    """
+    All certificates of an answer: PEM, DER, PKCS#7 or certmonger's JSON (its doc/helpers.txt, "SUBMIT"); in its order.
+
+    Raises:
+        ValueError: None, or one that can't be read; the text says what was found.
+    """
+    if not output.strip():
+        raise ValueError("nothing")
+    if output.lstrip().startswith(b"{"):
+        return [found for text in _texts(output) for found in certificates_in(text.encode())]
+    return certificates_in(output)
+
+
+def _texts(output: bytes) -> list[str]:
+    try:
+        document = json.loads(output)
+        texts = list(_members(document))
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        raise ValueError('JSON without {"certificate": …, "chain": [{"certificate": …}]}') from None
+    if not all(isinstance(text, str) and text.isascii() for text in texts):
+        raise ValueError("JSON with a certificate that is no text")
+    return texts
+
+
+def _members(document: Any) -> Iterator[Any]:
+    yield document["certificate"]
+    for key in ("chain", "roots"):
+        yield from (one["certificate"] for one in document.get(key) or ())
+
+
+def cookie(output: bytes) -> str:
+    """
+    The cookie of a request that waits: opaque, one line without its end, or several without the blank ones.
+
+    Raises:
+        ValueError: It could not be given back in the environment.
+    """
+    try:
+        text = output.decode()
+    except UnicodeDecodeError:
+        raise ValueError("bytes that are no UTF-8") from None
+    if "\0" in text:
+        raise ValueError("a NUL character")
+    return "\n".join(line for line in text.split("\n") if line.strip())
+
+
+def delayed_cookie(output: bytes) -> tuple[int, str]:
+    """
+    Seconds to wait, and the cookie on the lines after them.
+
+    Raises:
+        ValueError: Something else.
+    """
+    first, _, rest = output.partition(b"\n")
+    seconds = first.decode("ascii", "replace").strip()
+    if not _SECONDS.fullmatch(seconds):
+        raise ValueError(f'"{words(first)}" in the place of the seconds' if seconds else "no line with the seconds")
+    found = cookie(rest)
+    if not found:
+        raise ValueError("no cookie after the seconds")
+    return int(seconds), found
+
+
+def words(data: bytes, *, keep_end: bool = False) -> str:
+    """
+    Text for the operator: on one line, nothing that steers a terminal, not without end.
+
+    Args:
+        data: As it was printed.
+        keep_end: Cut at the beginning, as the cause stands last in what goes to standard error.
+    """
+    text = " ".join("".join(c if c.isprintable() else " " for c in data.decode("utf-8", "replace")).split())
+    if len(text) <= _MOST_WORDS:
+        return text
+    return f"…{text[-_MOST_WORDS:]}" if keep_end else f"{text[:_MOST_WORDS]}…"
+
+
+def names(data: bytes) -> list[str]:
+    """Names that a helper lists: separated by commas or line ends, blank ones left out."""
+    return [name for part in re.split(r"[,\n]", data.decode("utf-8", "replace")) if (name := part.strip())]
