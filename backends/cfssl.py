@@ -83,7 +83,7 @@ class CfsslSettings(BackendSettings):
     def problems(self) -> Iterator[SettingsProblem]:
         """What contradicts itself, and what would send a request with its HMAC in the clear."""
         yield from _url_problems(self.url)
-        yield from Selector(self.profile, self.profiles).problems("profile", "profiles")
+        yield from Selector(self.profile, self.profiles, self.node).problems("profile", "profiles")
         for key, profile in {"profile": self.profile, **{f"profiles.{k}": v for k, v in self.profiles.items()}}.items():
             if not profile:  # an empty name means cfssl's default profile
                 yield SettingsProblem(key, "a profile's name", "an empty text")
@@ -132,7 +132,7 @@ class CfsslBackend:
 
     def __init__(self, settings: CfsslSettings) -> None:
         self._settings = settings
-        self._profile = Selector(settings.profile, settings.profiles)
+        self._profile = Selector(settings.profile, settings.profiles, settings.node)
         self._label = {"label": settings.label} if settings.label else {}
         self._server = _Server(settings)
         self._intermediates: tuple[x509.Certificate, ...] | None = None  # None: not asked for yet
@@ -208,6 +208,35 @@ class CfsslBackend:
         """
         return [self._remember(self._result(self._server.post("info", self._label), ""))]
 
+    def revoke(self, certificate: x509.Certificate) -> None:
+        """
+        Have the server's database mark a certificate of its own.
+
+        The server needs a database, and has to have `revoke` enabled: it asks for no key, so that whoever reaches the
+        server may revoke.
+
+        Raises:
+            BackendRefusedError: It is not enabled, or the database does not know the certificate.
+            BackendUnavailableError: No answer.
+        """
+        try:
+            known = certificate.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
+        except (x509.ExtensionNotFound, ValueError):
+            known = None
+        if known is None:
+            raise BackendRefusedError(
+                "cfssl: wanted an authority key identifier to revoke by, the certificate has none"
+            )
+        serial, authority = str(certificate.serial_number), known.hex()
+        body = {"serial": serial, "authority_key_id": authority, "reason": "superseded"}
+        reply = self._server.post("revoke", body)
+        if reply.message == _NOT_FOUND:
+            hint = "`revoke` is disabled there (as `ca-bridge setup cfssl` has it), or the server has no database"
+            raise BackendRefusedError(
+                f"cfssl: wanted to revoke {certificate.serial_number:x}, found no such endpoint", hint=hint
+            )
+        self._result(reply, "")
+
     def identity(self) -> str:
         """The client certificate's CN; an HMAC key has no name."""
         file = self._settings.client_cert
@@ -265,7 +294,7 @@ class CfsslBackend:
 
     def _key_place(self, spec: CertificateSpec) -> Secret | None:
         secret = self._settings.auth_key
-        return secret and Secret(secret.kind, Selector(secret.where)(spec))
+        return secret and Secret(secret.kind, Selector(secret.where, node=self._settings.node)(spec))
 
     def _result(self, reply: _Reply, profile: str) -> Mapping[str, Any]:
         """The one place where cfssl's errors become ours."""
@@ -290,6 +319,7 @@ NO_ENTRY = frozenset(
     | {"invalid profile", "bad label", "not authorised", "404 page not found"}
 )
 
+_NOT_FOUND = "404 page not found"
 _UNKNOWN_PROFILE = "does the server have profile {profile}? for an unknown one it uses its default profile"
 _NOT_CFSSL = "wanted an answer of cfssl, found something else"
 _WHICH_LABEL = "is {label} a label in the server's roots file? the reason is in its log, never in its answers"
@@ -305,7 +335,7 @@ HINTS: Mapping[str | int | None, str] = {
     "bad request": _WHICH_LABEL,
     "not authorised": "this machine's address is in none of the `nets` of the server's roots file",
     "Invalid CN": "the server's -mutual-tls-cn does not match the CN of client_cert",
-    "404 page not found": "is the url right, are `info` and the signing endpoint enabled, and is the CA loaded? "
+    _NOT_FOUND: "is the url right, are `info` and the signing endpoint enabled, and is the CA loaded? "
     "`cfssl serve` runs on without its CA or key, without /sign where every profile has an auth_key, and without /authsign where none has",
     "Client sent an HTTP request to an HTTPS server.": "url must begin with https://",
     _NOT_CFSSL: "is it a cfssl server that answers at this url?",
@@ -313,6 +343,7 @@ HINTS: Mapping[str | int | None, str] = {
     5100: _UNKNOWN_PROFILE,
     5300: "the CSR asks for what profile {profile} never gives, such as a CA certificate",
     5400: _UNKNOWN_PROFILE,
+    11200: "the server's database knows no such certificate",
     5500: "the CN or a SAN does not match the name_whitelist of profile {profile}",
 }
 

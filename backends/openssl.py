@@ -232,6 +232,23 @@ class OpensslBackend:
         leaves = [found.get(_key_and_usages(request)) for request in requests]
         return [Issued(leaf=leaf, intermediates=chain) if leaf is not None else None for leaf in leaves]
 
+    def revoke(self, certificate: x509.Certificate) -> None:
+        """
+        Mark a certificate of this CA in the index, with reason `superseded`; one that the index does not know is added.
+
+        Raises:
+            BackendRefusedError: Another CA signed it (openssl would not notice), or the CA's files can't be used.
+            BackendUnavailableError: The database is locked.
+        """
+        with _os_errors():
+            signers, database = self.issuers(), self._database()
+            if not _is_issued_by(certificate, signers[0]):
+                raise BackendRefusedError("wanted a certificate of this CA to revoke, found another CA's")
+            with database.locked(self._settings.timeout) as lock, self._folder(signers[0], database) as folder:
+                desk = _Desk(self._openssl, database, signers, folder, lock)
+                desk.recover()
+                desk.revoke(certificate)
+
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
         """
         Find out whether a run could begin: program, certificate, database, key.
@@ -332,14 +349,21 @@ class _Desk:
     def _orphans(self, index: Snapshot) -> list[Path]:
         """Ours alone, and not the expired ones: sites move such rows to an archive, and they do no harm."""
         orphans, now = self.database.orphans(index), datetime.now(UTC)
-        return [path for path, leaf in orphans if leaf.not_valid_after_utc > now and self._is_ours(leaf)]
+        signer = self.signers[0]
+        return [path for path, leaf in orphans if leaf.not_valid_after_utc > now and _is_issued_by(leaf, signer)]
 
-    def _is_ours(self, leaf: x509.Certificate) -> bool:
-        try:
-            leaf.verify_directly_issued_by(self.signers[0])
-        except (ValueError, TypeError, InvalidSignature):
-            return False
-        return True
+    def revoke(self, certificate: x509.Certificate) -> None:
+        """
+        Mark it in the index.
+
+        Raises:
+            BackendError: It is not marked.
+        """
+        self.database.back_up(self.database.read(self.seen))
+        self.folder.joinpath("superseded.crt").write_bytes(certificate.public_bytes(Encoding.PEM))
+        outcome = self._run("-revoke", "superseded.crt", "-crl_reason", "superseded")
+        if outcome.code != 0 and _ALREADY_REVOKED not in outcome.messages:
+            raise self.openssl.failure(outcome).error
 
     def sign(self, batches: Sequence[_Batch]) -> _Answers:
         """
@@ -450,6 +474,18 @@ class _Desk:
         fixed = ("-config", "openssl.cnf", "-name", "bridge", "-batch")
         # should we be killed, the process holds the lock until it has ended
         return self.openssl.run(self.folder, "ca", *fixed, *arguments, inherited=[self.lock], csrs=csrs)
+
+
+#: openssl's words for what needs no second time.
+_ALREADY_REVOKED = "Already revoked"
+
+
+def _is_issued_by(leaf: x509.Certificate, signer: x509.Certificate) -> bool:
+    try:
+        leaf.verify_directly_issued_by(signer)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
 
 
 def _not_issued(lost: Sequence[str]) -> BackendError:

@@ -11,8 +11,9 @@ import json
 import logging
 import re
 import ssl
+import textwrap
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -24,7 +25,9 @@ from weakref import WeakSet, WeakValueDictionary
 
 import requests
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 from hvac.adapters import RawAdapter
+from hvac.api.auth_methods import JWT, AppRole, Kubernetes, Userpass
 
 from backends.https import (
     TlsAdapter,
@@ -74,6 +77,12 @@ _SECRET_KEYS = frozenset({"token", "role_id", "secret_id", "jwt", "password"})
 _OPTIONAL_KEYS: Mapping[str, tuple[str, ...]] = {"approle": ("wrapped",), "cert": ("role",)}
 
 
+#: Which role a certificate is signed with.
+RoleOf = Callable[[CertificateSpec], str]
+#: By default: for certificates that all nodes have alike, and for those with a node's own names.
+DEFAULT_ROLE, _OWN_ROLE = "kubeadm-{name}", "kubeadm-{node}-{name}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class VaultAuth:
     """How to get a token: the settings' table `auth`."""
@@ -115,16 +124,17 @@ class VaultSettings(BackendSettings):
     ca_file: Path | None = None  #: PEM, for the server's certificate; None: the system's CAs.
     client_cert: Path | None = None
     client_key: Path | None = None
-    role: str = "kubeadm-{name}"  #: Pattern; in mode `sign`.
+    #: Pattern, in mode `sign`; None: `kubeadm-{name}`, and `kubeadm-{node}-{name}` where names differ by node.
+    role: str | None = None
     roles: dict[str, str] = field(default_factory=dict)  #: Exceptions, by certificate name or usage class.
     #: `sign-verbatim` takes no role: who may call it holds, in effect, the CA's key for leaf certificates.
     mode: Literal["sign", "sign-verbatim"] = "sign"
     auth: VaultAuth = field(default_factory=VaultAuth)
 
     @property
-    def select_role(self) -> Selector:
+    def select_role(self) -> RoleOf:
         """Which role a certificate is signed with."""
-        return Selector(self.role, self.roles)
+        return role_selector(self.role, self.roles, self.node)
 
     def problems(self) -> Iterator[SettingsProblem]:
         """What types can't say."""
@@ -134,10 +144,24 @@ class VaultSettings(BackendSettings):
         if (self.client_cert is None) != (self.client_key is None):
             missing, present = ("client_key", "client_cert") if self.client_cert else ("client_cert", "client_key")
             yield SettingsProblem(missing, f"a file, since {present} is set", "nothing")
-        yield from self.select_role.problems("role", "roles")
+        yield from Selector(self.role or DEFAULT_ROLE, self.roles).problems("role", "roles")
         yield from (replace(problem, key=f"auth.{problem.key}") for problem in self.auth.method_problems())
         if self.auth.method == "cert" and not (self.client_cert or self.client_key):
             yield SettingsProblem("client_cert", "a file, which auth.method cert needs", "nothing")
+
+
+def role_selector(pattern: str | None, exceptions: Mapping[str, str], node: str) -> RoleOf:
+    """
+    Choose roles by the settings; without a pattern `kubeadm-{name}`, and `kubeadm-{node}-{name}` where names differ.
+
+    Args:
+        pattern: The settings' `role`; None: not set.
+        exceptions: The settings' `roles`.
+        node: `node.name`; empty: all roles are one node's.
+    """
+    chosen = Selector(DEFAULT_ROLE if pattern is None else pattern, exceptions, node)
+    own = Selector(_OWN_ROLE, exceptions, node) if pattern is None and node else chosen
+    return lambda spec: (own if spec.by_node else chosen)(spec)
 
 
 def _url_problems(url: str) -> Iterator[SettingsProblem]:
@@ -164,6 +188,7 @@ _FINAL_500 = (
     "unable to find PKI issuer",
     "no default issuer",
     "failed to verify client's certificate",
+    "unable to verify signature on presented cert",
 )
 #: Fragments of the server's texts, and what to do about them.
 _HINTS = (
@@ -320,12 +345,29 @@ class _Server:
             BackendRefusedError: The TLS handshake failed, or the answer is not the server's.
             BackendUnavailableError: No answer.
         """
-        where = f"{method.upper()} {self._url}/v1/{path}"
         headers = {"X-Vault-Token": token} if token else {}
+        return self.call(
+            method, path, lambda adapter: adapter.request(method, f"/v1/{path}", headers=headers, json=body)
+        )
+
+    def call(
+        self, method: Literal["get", "post"], path: str, request: Callable[[RawAdapter], requests.Response]
+    ) -> _Answer:
+        """
+        Let hvac send one request, without repeating it.
+
+        Args:
+            method: Of the request, for messages.
+            path: Of the request, for messages.
+            request: Sends it by the adapter that it is given.
+
+        Raises:
+            BackendRefusedError: The TLS handshake failed, or the answer is not the server's.
+            BackendUnavailableError: No answer.
+        """
+        where = f"{method.upper()} {self._url}/v1/{path}"
         try:
-            response, content = within(
-                self._seconds, lambda: self._exchange(method, f"/v1/{path}", headers=headers, json=body)
-            )
+            response, content = within(self._seconds, lambda: self._exchange(request))
         except TimeoutError as e:
             message = f"vault: {where}: wanted an answer within {self._seconds:g} s, found none"
             raise BackendUnavailableError(message) from e
@@ -349,13 +391,13 @@ class _Server:
         while self._idle:
             self._idle.pop().close()
 
-    def _exchange(self, method: str, path: str, **request: object) -> tuple[requests.Response, bytes]:
+    def _exchange(self, request: Callable[[RawAdapter], requests.Response]) -> tuple[requests.Response, bytes]:
         try:
             adapter = self._idle.pop()
         except IndexError:
             adapter = self._new_adapter()
         try:
-            response = adapter.request(method, path, **request)
+            response = request(adapter)
             try:
                 return response, body_of(response)
             except (requests.exceptions.ConnectionError, requests.exceptions.ChunkedEncodingError):
@@ -432,7 +474,7 @@ class _Tokens:
     def __init__(self, server: _Server, auth: VaultAuth) -> None:
         self._server = server
         self._auth = auth
-        self._mount = _path(auth.mount or auth.method)
+        self._mount = (auth.mount or auth.method).strip("/")  # hvac quotes it
         self._lock = Lock()
         self._current: str | None = None
         self._made: list[str] = []
@@ -472,21 +514,31 @@ class _Tokens:
                 log.warning("token not revoked, it stays valid until it expires: %s", e)
 
     def _new(self) -> str:
-        auth, read = self._auth, self._server.read
+        auth, read, mount = self._auth, self._server.read, self._mount
         match auth.method:
             case "token":
                 return read(auth.token, token=True)
             case "approle":
-                return self._login({"role_id": read(auth.role_id), "secret_id": self._read_secret_id()})
+                role_id, secret_id = read(auth.role_id), self._read_secret_id()
+                return self._login(lambda a: AppRole(a).login(role_id, secret_id, mount_point=mount, use_token=False))
             case "cert":
-                return self._login({"name": auth.role} if auth.role else {})
-            case "kubernetes" | "jwt":
-                return self._login({"role": auth.role, "jwt": read(auth.jwt)})
+                # hvac's call wants the files again, where our connection has shown them already
+                body = {"name": auth.role} if auth.role else {}
+                return self._login(lambda a: a.login(f"/v1/auth/{quote(mount)}/login", json=body, use_token=False))
+            case "kubernetes":
+                token = read(auth.jwt)
+                return self._login(lambda a: Kubernetes(a).login(auth.role, token, mount_point=mount, use_token=False))
+            case "jwt":
+                token = read(auth.jwt)
+                return self._login(lambda a: JWT(a).jwt_login(auth.role, token, path=mount, use_token=False))
             case "userpass":
-                return self._login({"password": read(auth.password)}, f"/{quote(auth.username or '', safe='')}")
+                password, user = read(auth.password), quote(auth.username or "", safe="")
+                return self._login(
+                    lambda a: Userpass(a).login(user, password, mount_point=mount, use_token=False), f"/{user}"
+                )
 
-    def _login(self, body: Mapping[str, object], user: str = "") -> str:
-        answer = self._server.send("post", f"auth/{self._mount}/login{user}", body).or_raise()
+    def _login(self, request: Callable[[RawAdapter], requests.Response], user: str = "") -> str:
+        answer = self._server.call("post", f"auth/{quote(self._mount)}/login{user}", request).or_raise()
         login = _table(answer.body, "auth")
         token = login.get("client_token")
         if not isinstance(token, str) or not token:
@@ -520,6 +572,7 @@ class _Tokens:
         if not re.fullmatch(rf"auth/{re.escape(self._mount)}/role/[^/]+/(custom-)?secret-id", created):
             message = f"wanted a secret id of auth/{self._mount} wrapped in {source}, found what {created} answered"
             raise BackendRefusedError(f"vault: {self._server.presentable(message)}; it was not opened", hint=_ALARM)
+        # not by hvac's call, which puts the token into the body: OpenBao wants it in the header of who has no other
         answer = self._server.send("post", "sys/wrapping/unwrap", token=token)
         if answer.status == HTTPStatus.BAD_REQUEST:
             raise BackendRefusedError(
@@ -604,6 +657,7 @@ class VaultBackend:
         self._settings = settings
         self._access = _Access.of(self, settings)
         self._server, self._tokens = self._access.server, self._access.tokens
+        self._roles: dict[str, str] = {}  #: By certificate, after a look at the server.
 
     @classmethod
     def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
@@ -626,7 +680,7 @@ class VaultBackend:
 
     def sign(self, request: SignRequest) -> Issued:
         """Have one CSR signed; see `bridge.contract.Backend.sign`."""
-        answer = self._send("post", self._sign_path(request.spec), self._sign_body(request)).or_raise()
+        answer = self._send("post", self._sign_path(self._role(request.spec)), self._sign_body(request)).or_raise()
         for warning in _texts(answer.body.get("warnings")):
             # Such as a lifetime that was cut to the mount's maximum, which is no error to the server.
             log.warning("%s: %s", request.spec.name, self._server.presentable(warning))
@@ -644,8 +698,9 @@ class VaultBackend:
 
         Reading a role needs a right that signing does not; without it nothing is said about the role.
         """
-        rights = self._capabilities([self._sign_path(spec) for spec in specs])
-        found = {spec.name: [*self._right_violations(spec, rights), *self._role_violations(spec)] for spec in specs}
+        paths = [self._sign_path(role) for spec in specs for role in self._candidates(spec)]
+        rights = self._capabilities(paths)
+        found = {spec.name: self._violations(spec, rights) for spec in specs}
         return {name: violations for name, violations in found.items() if violations}
 
     def issuers(self) -> list[x509.Certificate]:
@@ -659,6 +714,20 @@ class VaultBackend:
         answer = self._server.send("get", f"{_path(self._settings.mount)}/{path}").or_raise()
         pem = [*_texts(answer.data.get("certificate")), *_texts(answer.data.get("ca_chain"))]
         return list(dict.fromkeys(_certificates(pem, answer.where)))
+
+    def revoke(self, certificate: x509.Certificate) -> None:
+        """Revoke one that this mount's CA signed, stored or not; the token needs `update` on the mount's `revoke`."""
+        pem = certificate.public_bytes(Encoding.PEM).decode("ascii")
+        self._send("post", f"{_path(self._settings.mount)}/revoke", {"certificate": pem}).or_raise()
+
+    def is_revoked(self, certificate: x509.Certificate) -> bool:
+        """Look it up by its number; no token is needed. What the mount has not stored it can't tell of."""
+        number = f"{certificate.serial_number:x}"
+        pairs = textwrap.wrap(number.zfill(len(number) + len(number) % 2), 2)
+        answer = self._server.send("get", f"{_path(self._settings.mount)}/cert/{'-'.join(pairs)}")
+        if answer.status == HTTPStatus.NOT_FOUND and not answer.reasons:
+            return False
+        return bool(answer.or_raise().data.get("revocation_time"))
 
     def identity(self) -> str:
         """The login's role or user and its entity; for a token that was given, what it may see of itself."""
@@ -691,11 +760,26 @@ class VaultBackend:
             raise BackendRefusedError(f"{answer.error()}; a new login failed: {e}", hint=e.hint) from e
         return answer if other == token else self._server.send(method, path, body, token=other)
 
-    def _sign_path(self, spec: CertificateSpec) -> str:
+    def _candidates(self, spec: CertificateSpec) -> list[str]:
+        """
+        Roles that may be the certificate's, the right one first.
+
+        Up to version 0.1 the default had no node in it; an installation of that time has roles of that name.
+        """
+        settings = self._settings
+        found = [settings.select_role(spec)]
+        if settings.role is None:
+            found.append(Selector(DEFAULT_ROLE, settings.roles)(spec))
+        return list(dict.fromkeys(found))
+
+    def _role(self, spec: CertificateSpec) -> str:
+        return self._roles.get(spec.name) or self._candidates(spec)[0]
+
+    def _sign_path(self, role: str) -> str:
         settings = self._settings
         prefix = f"issuer/{quote(settings.issuer, safe='')}/" if settings.issuer else ""
-        role = f"/{quote(settings.select_role(spec), safe='')}" if settings.mode == "sign" else ""
-        return f"{_path(settings.mount)}/{prefix}{settings.mode}{role}"
+        last = f"/{quote(role, safe='')}" if settings.mode == "sign" else ""
+        return f"{_path(settings.mount)}/{prefix}{settings.mode}{last}"
 
     def _sign_body(self, request: SignRequest) -> dict[str, object]:
         """No parameter more than needed: a policy may list those that are allowed."""
@@ -714,22 +798,34 @@ class VaultBackend:
         answer = self._send("post", "sys/capabilities-self", {"paths": sorted(set(paths))})
         return {} if answer.forbidden else answer.or_raise().data
 
-    def _right_violations(self, spec: CertificateSpec, rights: Mapping[str, object]) -> Iterator[Violation]:
-        path = self._sign_path(spec)
+    def _violations(self, spec: CertificateSpec, rights: Mapping[str, object]) -> list[Violation]:
+        """Those of the first role that is there and may be used; if none is, the right one's."""
+        found: list[list[Violation]] = []
+        for role in self._candidates(spec):
+            missing = [*self._right_violations(role, rights)]
+            looked = None if missing or self._settings.mode != "sign" else self._read_role(role)
+            if looked == {}:
+                missing = [Violation(subject="role", want=role, got="no role of this name")]
+            if not missing:
+                self._roles[spec.name] = role
+                return list(role_violations(looked, spec)) if looked is not None else []
+            found.append(missing)
+        return found[0]
+
+    def _right_violations(self, role: str, rights: Mapping[str, object]) -> Iterator[Violation]:
+        path = self._sign_path(role)
         got = _texts(rights.get(path, "update"))
         if not {"update", "root"} & set(got):
             yield Violation(subject="policy", want=f"update on {path}", got=", ".join(got))
 
-    def _role_violations(self, spec: CertificateSpec) -> list[Violation]:
-        if self._settings.mode != "sign":
-            return []
-        name = self._settings.select_role(spec)
+    def _read_role(self, name: str) -> Mapping[str, object] | None:
+        """The role; empty: there is none; None: we may not look."""
         answer = self._send("get", f"{_path(self._settings.mount)}/roles/{quote(name, safe='')}")
         if answer.forbidden:
-            return []
+            return None
         if answer.status == HTTPStatus.NOT_FOUND and not answer.reasons:
-            return [Violation(subject="role", want=name, got="no role of this name")]
-        return list(role_violations(answer.or_raise().data, spec))
+            return {}
+        return answer.or_raise().data
 
 
 #: The engine's names (Go's, without their prefix).

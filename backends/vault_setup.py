@@ -20,13 +20,11 @@ from typing import Literal
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
+from backends.vault import DEFAULT_ROLE, RoleOf, role_selector
 from bridge.contract import DEFAULT_CLUSTER, Selector, SetupFile, SetupRequest
 from bridge.errors import BridgeError, SettingsError
 from bridge.pki import certificates
 from bridge.specs import EKU, SPECS, CertificateSpec
-
-#: As the backend's settings have it by default.
-DEFAULT_ROLE = Selector("kubeadm-{name}")
 
 #: Field of a role for each subject attribute that it can give; all take lists.
 _SUBJECT_FIELDS = {
@@ -68,7 +66,7 @@ class Engine:
 
     mount: str = "pki"
     issuer: str | None = None
-    role: str = DEFAULT_ROLE.pattern
+    role: str | None = None
     roles: dict[str, str] = field(default_factory=dict)
     mode: Literal["sign", "sign-verbatim"] = "sign"
 
@@ -83,10 +81,10 @@ def setup(wanted: SetupRequest) -> list[SetupFile]:
     """
     known = {f.name for f in dataclasses.fields(Engine)}
     engine = Engine(**{key: value for key, value in wanted.settings.items() if key in known})
-    problems = list(Selector(engine.role, engine.roles).problems("role", "roles"))
+    problems = list(Selector(engine.role or DEFAULT_ROLE, engine.roles).problems("role", "roles"))
     if problems:
         raise SettingsError(problems)
-    script = text(engine, wanted.certificates, wanted.validity, _policy_name(wanted))
+    script = text(engine, wanted.certificates, wanted.validity, _policy_name(wanted), wanted.node)
     return [SetupFile(name=f"{wanted.authority.name}.sh", text=script, executable=True)]
 
 
@@ -96,14 +94,16 @@ def _policy_name(wanted: SetupRequest) -> str:
     return "-".join(["ca-bridge", *cluster, wanted.node, wanted.authority.name])
 
 
-def text(engine: Engine, items: Mapping[str, x509.Certificate], validity: timedelta, policy_name: str) -> str:
+def text(
+    engine: Engine, items: Mapping[str, x509.Certificate], validity: timedelta, policy_name: str, node: str = ""
+) -> str:
     """
     The script for one engine: the policy, and the roles, which mode `sign-verbatim` does not look at.
 
     Raises:
         NoRoleError: See `roles`.
     """
-    select = Selector(engine.role, engine.roles)
+    select = role_selector(engine.role, engine.roles, node)
     payloads = roles(items, validity, select) if engine.mode == "sign" else {}
     allowed = policy(engine.mount, payloads, issuer=engine.issuer, mode=engine.mode)
     return commands(engine.mount, payloads, policy_name=policy_name, policy_text=allowed)
@@ -116,7 +116,9 @@ class NoRoleError(BridgeError):
 
 
 def roles(
-    items: Mapping[str, x509.Certificate], validity: timedelta, select: Selector = DEFAULT_ROLE
+    items: Mapping[str, x509.Certificate],
+    validity: timedelta,
+    select: RoleOf = Selector(DEFAULT_ROLE),  # noqa: B008
 ) -> dict[str, dict[str, object]]:
     """
     One role for each certificate, with which nothing but its like can be had.
@@ -213,7 +215,7 @@ def policy(
     else:
         stanzas = [_SIGN.format(path=f"{prefix}/sign/{name}") for name in names]
         stanzas += [_READ.format(path=f"{mount}/roles/{name}") for name in names if read_roles]
-    return "\n".join([*stanzas, _SELF])
+    return "\n".join([*stanzas, _SELF, _REVOKE.format(path=f"{mount}/revoke")])
 
 
 _SIGN = """\
@@ -237,6 +239,12 @@ path "auth/token/revoke-self" {
 path "sys/capabilities-self" {
   capabilities = ["update"]
 }
+"""
+_REVOKE = """\
+# Only for `[renewal] revoke = "superseded"`; it can't be narrowed: whoever has it may revoke any certificate of the mount.
+# path "{path}" {{
+#   capabilities = ["update"]
+# }}
 """
 _VERBATIM = """\
 # Whoever has this right can have ANY certificate from this CA, system:masters included: no parameter that could be
@@ -267,8 +275,7 @@ _HEAD = """\
 #!/bin/sh
 # Roles and policy for ca-bridge, made from the certificates that are in use. Needs an administrator's token
 # (BAO_ADDR and BAO_TOKEN, or VAULT_ADDR and VAULT_TOKEN). Vault says of allowed_ip_sans_cidr, not_after_bound and
-# not_before_bound that it does not know them; there, any IP address passes. Nodes that share an engine need roles of
-# their own: role = "NODE-{name}" in the settings of each.
+# not_before_bound that it does not know them; there, any IP address passes.
 set -eu
 cli=$(command -v bao || command -v vault) || { echo "error: neither bao nor vault is in PATH" >&2; exit 1; }
 """

@@ -26,6 +26,8 @@ from bridge.specs import SPECS, Authority, CertificateSpec
 ENTRY_POINT_GROUP = "kubeadm_ca_bridge.backends"
 #: `node.cluster` where the settings name none.
 DEFAULT_CLUSTER = "kubernetes"
+#: In a settings field's metadata: its value comes from the bridge, and no key of the settings file has its name.
+GIVEN = "given"
 USAGES = ("server", "client", "peer")
 
 
@@ -341,6 +343,8 @@ class BackendSettings:
     dataclass for a table, and any of these `| None`. A field without a default is required.
     """
 
+    #: `node.name`, which the bridge fills in; no key of the backend's table.
+    node: str = field(default="", metadata={GIVEN: True})
     timeout: timedelta = timedelta(seconds=30)  #: For one request or process; a process that signs many may have more.
     retry_for: timedelta = timedelta(minutes=2)  #: How long "unavailable" is retried.
 
@@ -359,19 +363,20 @@ class Selector:
     """
     Which role or profile a certificate is signed with: a pattern, and exceptions to it.
 
-    The pattern may hold `{name}` (the certificate's name, dots and all) and `{usage}` (`server`, `client`
-    or `peer`); an exception is named by certificate, or else by usage class.
+    The pattern may hold `{name}` (the certificate's name, dots and all), `{usage}` (`server`, `client`
+    or `peer`) and `{node}` (`node.name`); an exception is named by certificate, or else by usage class.
     """
 
     pattern: str
     exceptions: Mapping[str, str] = field(default_factory=dict)
+    node: str = ""
 
     def __call__(self, spec: CertificateSpec) -> str:
         """The role's or profile's name."""
         for key in (spec.name, spec.usage):
             if key in self.exceptions:
                 return self.exceptions[key]
-        return self.pattern.format(name=spec.name, usage=spec.usage)
+        return self.pattern.format(name=spec.name, usage=spec.usage, node=self.node)
 
     def problems(self, key: str, exceptions_key: str) -> Iterator[SettingsProblem]:
         """What is wrong with the pattern (settings key `key`) and the exceptions (table `exceptions_key`)."""
@@ -379,8 +384,8 @@ class Selector:
             fields = {name for _, name, _, _ in Formatter().parse(self.pattern) if name is not None}
         except ValueError:
             fields = {self.pattern}
-        if not fields <= {"name", "usage"}:
-            yield SettingsProblem(key, "a text that may hold {name} and {usage}", repr(self.pattern))
+        if not fields <= {"name", "usage", "node"}:
+            yield SettingsProblem(key, "a text that may hold {name}, {usage} and {node}", repr(self.pattern))
         for name in self.exceptions:
             if name not in SPECS and name not in USAGES:
                 yield SettingsProblem(

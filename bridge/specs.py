@@ -85,6 +85,7 @@ class CertificateSpec:
     since: tuple[int, int] = (0, 0)  #: The Kubernetes version that brought it; (0, 0): always there.
     optional: bool = False  #: A healthy node may be without it.
     listed: bool = True  #: kubeadm lists and renews it.
+    by_node: bool = False  #: Its subject or SANs are one node's own; else all nodes' are alike.
     #: Read again by its component without a restart (measured on 1.37).
     reloaded: bool = True
 
@@ -121,6 +122,7 @@ SPECS = {
             base="apiserver",
             component=Component.APISERVER,
             flags=("--tls-cert-file",),
+            by_node=True,
         ),
         CertificateSpec(
             name="apiserver-etcd-client",
@@ -161,6 +163,7 @@ SPECS = {
             base="etcd/peer",
             component=Component.ETCD,
             flags=("--peer-cert-file",),
+            by_node=True,
         ),
         CertificateSpec(
             name="etcd-server",
@@ -169,6 +172,7 @@ SPECS = {
             base="etcd/server",
             component=Component.ETCD,
             flags=("--cert-file",),
+            by_node=True,
         ),
         CertificateSpec(
             name="front-proxy-client",
@@ -212,6 +216,7 @@ SPECS = {
             optional=True,
             listed=False,
             reloaded=False,
+            by_node=True,
         ),
     )
 }

@@ -16,7 +16,7 @@ from typing import Any
 import typer
 from cryptography import x509
 
-from bridge.contract import Secret, SetupFile, SetupRequest
+from bridge.contract import GIVEN, Secret, SetupFile, SetupRequest
 from bridge.control_plane import restart_plan
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem, WaitingError
 from bridge.node import inventory
@@ -590,7 +590,11 @@ def settings_show(settings: Settings) -> str:
 def _shown(values: Any, prefix: str = "") -> Iterator[str]:
     for field in dataclasses.fields(values):
         value, key = getattr(values, field.name), f"{prefix}{field.name}"
-        if value in (None, "", timedelta()):  # as if it were not set: none of them could be
+        if GIVEN in field.metadata or value in (
+            None,
+            "",
+            timedelta(),
+        ):  # no key; or as if it were not set: none of them could be
             continue
         if isinstance(value, Secret):
             yield f"{key}_{value.kind} = {json.dumps(value.where)}"

@@ -16,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from bridge.contract import GIVEN
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.durations import parse_duration
 from bridge.secret import Secret
@@ -116,7 +117,15 @@ class Reader:
                 self.add((name,), "a table", _found(value))
         return {name: value if isinstance(value := document.get(name), dict) else {} for name in names}
 
-    def read(self, schema: type[T], table: Mapping[str, Any], prefix: Key, *, partial: bool = False) -> T | None:
+    def read(
+        self,
+        schema: type[T],
+        table: Mapping[str, Any],
+        prefix: Key,
+        *,
+        partial: bool = False,
+        given: Mapping[str, Any] | None = None,
+    ) -> T | None:
         """
         An instance of the dataclass `schema`, or None when something was wrong.
 
@@ -125,6 +134,7 @@ class Reader:
             table: As TOML gave it.
             prefix: Where the table is.
             partial: Required keys may be missing (then the result is None); what is there is still checked.
+            given: Values of fields that are no keys (`contract.GIVEN`).
         """
         before = len(self.problems)
         values = self.values(schema, table, prefix)
@@ -137,13 +147,15 @@ class Reader:
                 self.add((*prefix, _keys_of(name, hints[name])[0]), _wanted(hints[name]), "nothing")
         if missing or len(self.problems) > before:
             return None
-        return self._made(schema, values, prefix)
+        return self._made(schema, {**values, **(given or {})}, prefix)
 
     def values(self, schema: type[Any], table: Mapping[str, Any], prefix: Key) -> dict[str, Any]:
         """The values of the keys that are there, by field; a value that can't be read is None, and a problem."""
         hints, known = typing.get_type_hints(schema), set()
         values: dict[str, Any] = {}
         for f in dataclasses.fields(schema):
+            if GIVEN in f.metadata:
+                continue
             keys = _keys_of(f.name, hints[f.name])
             known |= set(keys)
             present = [key for key in keys if key in table]

@@ -110,7 +110,7 @@ def configured(settings: Settings, authorities: Iterable[str]) -> dict[str, Conf
     for authority, ours in settings.authorities.items():
         keys, reader = merged(settings, authority)
         backend_type = types[ours.backend]
-        read = reader.read(backend_type.settings_type, keys, ("authority", authority))
+        read = reader.read(backend_type.settings_type, keys, ("authority", authority), given=_given(settings))
         problems += [problem for problem in reader.problems if problem not in problems]
         if read is not None:
             type_name = str(settings.backends[ours.backend]["type"])
@@ -124,6 +124,11 @@ def configured(settings: Settings, authorities: Iterable[str]) -> dict[str, Conf
         hint = "`ca-bridge settings init` writes a commented file" if settings.source.file is None else ""
         raise SettingsError(problems + missing, hint=hint)
     return {authority: result[authority] for authority in authorities}
+
+
+def _given(settings: Settings) -> dict[str, Any]:
+    """What every backend's settings hold that no key says."""
+    return {"node": settings.node.node_name}
 
 
 def _types(settings: Settings) -> dict[str, BackendType]:
@@ -202,7 +207,7 @@ def _unused(settings: Settings, types: Mapping[str, BackendType]) -> list[Any]:
     used, reader = {a.backend for a in settings.authorities.values()}, Reader(settings.source)
     for name in settings.backends.keys() - used:
         table = {k: v for k, v in settings.backends[name].items() if k != "type"}
-        reader.read(types[name].settings_type, table, ("backend", name), partial=True)
+        reader.read(types[name].settings_type, table, ("backend", name), partial=True, given=_given(settings))
     return reader.problems
 
 

@@ -1,8 +1,7 @@
 #!/bin/sh
 # Roles and policy for ca-bridge, made from the certificates that are in use. Needs an administrator's token
 # (BAO_ADDR and BAO_TOKEN, or VAULT_ADDR and VAULT_TOKEN). Vault says of allowed_ip_sans_cidr, not_after_bound and
-# not_before_bound that it does not know them; there, any IP address passes. Nodes that share an engine need roles of
-# their own: role = "NODE-{name}" in the settings of each.
+# not_before_bound that it does not know them; there, any IP address passes.
 set -eu
 cli=$(command -v bao || command -v vault) || { echo "error: neither bao nor vault is in PATH" >&2; exit 1; }
 
@@ -72,7 +71,7 @@ JSON
 }
 JSON
 
-"$cli" write pki-etcd/roles/kubeadm-etcd-peer - <<'JSON'
+"$cli" write pki-etcd/roles/kubeadm-cp-1-etcd-peer - <<'JSON'
 {
   "key_type": "any",
   "key_usage": ["DigitalSignature", "KeyEncipherment"],
@@ -105,7 +104,7 @@ JSON
 }
 JSON
 
-"$cli" write pki-etcd/roles/kubeadm-etcd-server - <<'JSON'
+"$cli" write pki-etcd/roles/kubeadm-cp-1-etcd-server - <<'JSON'
 {
   "key_type": "any",
   "key_usage": ["DigitalSignature", "KeyEncipherment"],
@@ -151,13 +150,13 @@ path "pki-etcd/sign/kubeadm-etcd-healthcheck-client" {
   required_parameters = ["csr", "exclude_cn_from_sans"]
 }
 
-path "pki-etcd/sign/kubeadm-etcd-peer" {
+path "pki-etcd/sign/kubeadm-cp-1-etcd-peer" {
   capabilities        = ["update"]
   allowed_parameters  = { "csr" = [] "ttl" = [] "exclude_cn_from_sans" = [true] }
   required_parameters = ["csr", "exclude_cn_from_sans"]
 }
 
-path "pki-etcd/sign/kubeadm-etcd-server" {
+path "pki-etcd/sign/kubeadm-cp-1-etcd-server" {
   capabilities        = ["update"]
   allowed_parameters  = { "csr" = [] "ttl" = [] "exclude_cn_from_sans" = [true] }
   required_parameters = ["csr", "exclude_cn_from_sans"]
@@ -171,11 +170,11 @@ path "pki-etcd/roles/kubeadm-etcd-healthcheck-client" {
   capabilities = ["read"]
 }
 
-path "pki-etcd/roles/kubeadm-etcd-peer" {
+path "pki-etcd/roles/kubeadm-cp-1-etcd-peer" {
   capabilities = ["read"]
 }
 
-path "pki-etcd/roles/kubeadm-etcd-server" {
+path "pki-etcd/roles/kubeadm-cp-1-etcd-server" {
   capabilities = ["read"]
 }
 
@@ -187,4 +186,9 @@ path "auth/token/revoke-self" {
 path "sys/capabilities-self" {
   capabilities = ["update"]
 }
+
+# Only for `[renewal] revoke = "superseded"`; it can't be narrowed: whoever has it may revoke any certificate of the mount.
+# path "pki-etcd/revoke" {
+#   capabilities = ["update"]
+# }
 HCL

@@ -1,8 +1,7 @@
 #!/bin/sh
 # Roles and policy for ca-bridge, made from the certificates that are in use. Needs an administrator's token
 # (BAO_ADDR and BAO_TOKEN, or VAULT_ADDR and VAULT_TOKEN). Vault says of allowed_ip_sans_cidr, not_after_bound and
-# not_before_bound that it does not know them; there, any IP address passes. Nodes that share an engine need roles of
-# their own: role = "NODE-{name}" in the settings of each.
+# not_before_bound that it does not know them; there, any IP address passes.
 set -eu
 cli=$(command -v bao || command -v vault) || { echo "error: neither bao nor vault is in PATH" >&2; exit 1; }
 
@@ -58,4 +57,9 @@ path "auth/token/revoke-self" {
 path "sys/capabilities-self" {
   capabilities = ["update"]
 }
+
+# Only for `[renewal] revoke = "superseded"`; it can't be narrowed: whoever has it may revoke any certificate of the mount.
+# path "pki-front-proxy/revoke" {
+#   capabilities = ["update"]
+# }
 HCL

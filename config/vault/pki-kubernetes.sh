@@ -1,8 +1,7 @@
 #!/bin/sh
 # Roles and policy for ca-bridge, made from the certificates that are in use. Needs an administrator's token
 # (BAO_ADDR and BAO_TOKEN, or VAULT_ADDR and VAULT_TOKEN). Vault says of allowed_ip_sans_cidr, not_after_bound and
-# not_before_bound that it does not know them; there, any IP address passes. Nodes that share an engine need roles of
-# their own: role = "NODE-{name}" in the settings of each.
+# not_before_bound that it does not know them; there, any IP address passes.
 set -eu
 cli=$(command -v bao || command -v vault) || { echo "error: neither bao nor vault is in PATH" >&2; exit 1; }
 
@@ -39,7 +38,7 @@ cli=$(command -v bao || command -v vault) || { echo "error: neither bao nor vaul
 }
 JSON
 
-"$cli" write pki-kubernetes/roles/kubeadm-apiserver - <<'JSON'
+"$cli" write pki-kubernetes/roles/kubeadm-cp-1-apiserver - <<'JSON'
 {
   "key_type": "any",
   "key_usage": ["DigitalSignature", "KeyEncipherment"],
@@ -204,7 +203,7 @@ JSON
 }
 JSON
 
-"$cli" write pki-kubernetes/roles/kubeadm-kubelet.conf - <<'JSON'
+"$cli" write pki-kubernetes/roles/kubeadm-cp-1-kubelet.conf - <<'JSON'
 {
   "key_type": "any",
   "key_usage": ["DigitalSignature", "KeyEncipherment"],
@@ -244,7 +243,7 @@ path "pki-kubernetes/sign/kubeadm-admin.conf" {
   required_parameters = ["csr", "exclude_cn_from_sans"]
 }
 
-path "pki-kubernetes/sign/kubeadm-apiserver" {
+path "pki-kubernetes/sign/kubeadm-cp-1-apiserver" {
   capabilities        = ["update"]
   allowed_parameters  = { "csr" = [] "ttl" = [] "exclude_cn_from_sans" = [true] }
   required_parameters = ["csr", "exclude_cn_from_sans"]
@@ -274,7 +273,7 @@ path "pki-kubernetes/sign/kubeadm-super-admin.conf" {
   required_parameters = ["csr", "exclude_cn_from_sans"]
 }
 
-path "pki-kubernetes/sign/kubeadm-kubelet.conf" {
+path "pki-kubernetes/sign/kubeadm-cp-1-kubelet.conf" {
   capabilities        = ["update"]
   allowed_parameters  = { "csr" = [] "ttl" = [] "exclude_cn_from_sans" = [true] }
   required_parameters = ["csr", "exclude_cn_from_sans"]
@@ -284,7 +283,7 @@ path "pki-kubernetes/roles/kubeadm-admin.conf" {
   capabilities = ["read"]
 }
 
-path "pki-kubernetes/roles/kubeadm-apiserver" {
+path "pki-kubernetes/roles/kubeadm-cp-1-apiserver" {
   capabilities = ["read"]
 }
 
@@ -304,7 +303,7 @@ path "pki-kubernetes/roles/kubeadm-super-admin.conf" {
   capabilities = ["read"]
 }
 
-path "pki-kubernetes/roles/kubeadm-kubelet.conf" {
+path "pki-kubernetes/roles/kubeadm-cp-1-kubelet.conf" {
   capabilities = ["read"]
 }
 
@@ -316,4 +315,9 @@ path "auth/token/revoke-self" {
 path "sys/capabilities-self" {
   capabilities = ["update"]
 }
+
+# Only for `[renewal] revoke = "superseded"`; it can't be narrowed: whoever has it may revoke any certificate of the mount.
+# path "pki-kubernetes/revoke" {
+#   capabilities = ["update"]
+# }
 HCL

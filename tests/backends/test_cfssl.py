@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import socket
+import sqlite3
 import ssl
 import subprocess
 import threading
@@ -1015,3 +1016,33 @@ def test_the_examples_in_config(tmp_path: Path, make: Make) -> None:
             assert backend.check(specs_of(authority)) == {}
             for spec in set(specs_of(authority)) - {APISERVER}:  # whose names are the site's own
                 assert backend.sign(request(spec)).leaf.subject == _LIVE[spec.name].subject
+
+
+# What is revoked
+
+
+@pytest.mark.kube("cfssl")
+def test_revokes_in_the_servers_database(tmp_path: Path, make: Make) -> None:
+    """Once or twice is the same; a certificate that the database does not know is refused."""
+    pems = _CA.certificate_pem, _CA.key_pem
+    config = open_config(SERVER_USAGES)
+    with kit.serve(tmp_path, *pems, config, disable="newcert", database=True) as url:
+        backend = make(url=url, endpoint="sign")
+        old, _ = (backend.sign(request(APISERVER)).leaf for _ in range(2))
+        backend.revoke(old)
+        backend.revoke(old)
+        with contextlib.closing(sqlite3.connect(tmp_path / "certs.db")) as database:
+            found = dict(database.execute("SELECT status, count(*) FROM certificates GROUP BY status"))
+        assert found == {"revoked": 1, "good": 1}
+        with pytest.raises(BackendRefusedError) as e:
+            backend.revoke(_LIVE["apiserver"])
+        assert "knows no such certificate" in e.value.hint
+
+
+@pytest.mark.kube("cfssl")
+def test_a_server_that_revokes_for_nobody(tmp_path: Path, make: Make) -> None:
+    """A server as `setup cfssl` has it refuses, and the hint says what is disabled."""
+    with serving(tmp_path, open_config(SERVER_USAGES), disable="newcert,revoke") as keys:
+        with pytest.raises(BackendRefusedError) as e:
+            make(**keys).revoke(_LIVE["apiserver"])
+        assert "`revoke` is disabled there" in e.value.hint

@@ -218,6 +218,38 @@ def age(directory: Path) -> None:
         os.utime(path, (time.time() - 60, time.time() - 60))
 
 
+# What is revoked
+
+
+def revoked(directory: Path) -> list[str]:
+    """Reasons of the rows that are revoked, by openssl's own file."""
+    lines = directory.joinpath("index.txt").read_text().splitlines()
+    return [line.split("\t")[2].partition(",")[2] for line in lines if line.startswith("R")]
+
+
+def test_revokes_what_was_superseded(directory: Path) -> None:
+    """Once or twice is the same, the others' rows stay, and a certificate that the index does not know is added."""
+    backend = opened(directory)
+    old, new = backend.sign(renewal()).leaf, backend.sign(renewal()).leaf
+    backend.revoke(old)
+    backend.revoke(old)
+    assert (revoked(directory), rows(directory)) == (["superseded"], [old.serial_number, new.serial_number])
+    backend.revoke(CA.leaf(SERVER))
+    assert revoked(directory) == ["superseded"] * 2
+
+
+def test_revokes_nothing_of_another_ca(directory: Path) -> None:
+    """openssl would add it, and revoke whatever has its number."""
+    backend = opened(directory)
+    leaf = backend.sign(renewal()).leaf
+    before = directory.joinpath("index.txt").read_bytes()
+    with pytest.raises(BackendRefusedError, match="another CA's"):
+        backend.revoke(TestCA.make("kubernetes").leaf(SERVER))
+    assert directory.joinpath("index.txt").read_bytes() == before
+    backend.revoke(leaf)
+    assert revoked(directory) == ["superseded"]
+
+
 # What is issued
 
 

@@ -31,7 +31,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from backends import vault_setup
-from backends.vault import VaultAuth, VaultBackend, VaultSettings
+from backends.vault import VaultAuth, VaultBackend, VaultSettings, role_selector
 from bridge.contract import Secret, Selector, SignRequest
 from bridge.errors import (
     BackendError,
@@ -1133,7 +1133,7 @@ TOKEN = VaultAuth(token=SECRET)
         ({"client_cert": Path("/c"), "client_key": Path("/k")}, []),
         ({"client_cert": Path("/c")}, ["client_key"]),
         ({"client_key": Path("/k")}, ["client_cert"]),
-        ({"role": "{node}"}, ["role"]),
+        ({"role": "{nod}"}, ["role"]),
         ({"roles": {"apiserver": "a", "client": "b"}}, []),
         ({"roles": {"api-server": "a"}}, ["roles.api-server"]),
         ({"auth": VaultAuth()}, ["auth.token_file"]),
@@ -1422,7 +1422,7 @@ def test_the_example_scripts_are_what_is_printed(node: Pki, authority: str) -> N
     """The scripts in config/vault are those of the example node, to the byte."""
     mount = MOUNTS[authority]
     engine, certificates = vault_setup.Engine(mount=mount), certificates_below(node, authority)
-    printed = vault_setup.text(engine, certificates, timedelta(days=365), f"ca-bridge-cp-1-{authority}")
+    printed = vault_setup.text(engine, certificates, timedelta(days=365), f"ca-bridge-cp-1-{authority}", "cp-1")
     assert (CONFIG / f"{mount}.sh").read_text() == printed
 
 
@@ -1456,11 +1456,66 @@ def test_the_administrators_commands_work(node: Pki, tmp_path: Path) -> None:
         auth = VaultAuth(method="approle", role_id=role_id, secret_id=secret_id)
         for authority, mount in MOUNTS.items():
             anchor = x509.load_pem_x509_certificate(node.ca_pem(authority)[0])
-            with vault(bao.url, auth, mount=mount) as backend:
+            with vault(bao.url, auth, mount=mount, node="cp-1") as backend:
                 for name, certificate in certificates_below(node, authority).items():
                     assert backend.check([SPECS[name]]) == {}
                     request = sign_request(certificate, SPECS[name], "ecdsa-p256", timedelta(days=365))
                     verify.check(backend.sign(request), request, expectation(anchor))
+
+
+# ------------------------------------------------------------------------- roles of several nodes
+
+
+def test_two_nodes_have_roles_of_their_own(node: Pki) -> None:
+    """What one node's script writes takes nothing of another node's; what all nodes have alike is one role."""
+    live = certificates_below(node, "ca")
+    first, second = (
+        vault_setup.roles(live, DAYS_30, role_selector(None, {}, name)).keys() for name in ("cp-1", "cp-2")
+    )
+    assert first - second == {"kubeadm-cp-1-apiserver", "kubeadm-cp-1-kubelet.conf"}
+    assert second - first == {"kubeadm-cp-2-apiserver", "kubeadm-cp-2-kubelet.conf"}
+    assert "kubeadm-admin.conf" in first & second
+
+
+def test_roles_of_the_old_names_go_on(pki: openbao.OpenBao, apiserver: SignRequest, tmp_path: Path, ca: TestCA) -> None:
+    """A server whose roles have no node in their names still signs; one that has both kinds uses the node's own."""
+    auth = approle(pki, tmp_path, "node")
+    with vault(pki.url, auth, node="cp-1") as backend:
+        assert backend.check([apiserver.spec]) == {}
+        verify.check(backend.sign(apiserver), apiserver, expectation(ca.certificate))
+    with vault(pki.url, auth, node="cp-1", role="kubeadm-{node}-{name}") as strict:
+        assert strict.check([apiserver.spec])["apiserver"][0].want == "update on pki/sign/kubeadm-cp-1-apiserver"
+    role = pki.read("pki/roles/kubeadm-apiserver")["data"]
+    pki.add_roles("pki", {"kubeadm-cp-1-apiserver": role | {"server_flag": False, "ext_key_usage": ["CodeSigning"]}})
+    pki.add_policy("both", vault_setup.policy("pki", ["kubeadm-apiserver", "kubeadm-cp-1-apiserver"]))
+    with vault(pki.url, token_file(tmp_path, pki.token("both")), node="cp-1") as backend:
+        assert [violation.subject for violation in backend.check([apiserver.spec])["apiserver"]] == ["EKU"]
+
+
+# ------------------------------------------------------------------------- revocation
+
+
+def test_revokes_what_its_mount_signed(pki: openbao.OpenBao, apiserver: SignRequest, tmp_path: Path) -> None:
+    """Once or twice is the same; the server then tells, and tells nothing of a certificate that it does not know."""
+    with vault(pki.url, token_file(tmp_path, pki.root_token)) as backend:
+        old, new = backend.sign(apiserver).leaf, backend.sign(apiserver).leaf
+        assert not backend.is_revoked(old)
+        backend.revoke(old)
+        backend.revoke(old)
+        assert (backend.is_revoked(old), backend.is_revoked(new)) == (True, False)
+        foreign = TestCA.make("foreign").leaf(apiserver.spec)
+        assert not backend.is_revoked(foreign)
+        with pytest.raises(BackendRefusedError, match="unable to verify signature"):
+            backend.revoke(foreign)
+
+
+def test_revokes_nothing_without_the_right(pki: openbao.OpenBao, apiserver: SignRequest, tmp_path: Path) -> None:
+    """The policy that `setup vault` prints gives no such right by itself."""
+    with vault(pki.url, approle(pki, tmp_path, "node")) as backend:
+        leaf = backend.sign(apiserver).leaf
+        with pytest.raises(BackendRefusedError, match="permission denied"):
+            backend.revoke(leaf)
+        assert not backend.is_revoked(leaf)
 
 
 # ------------------------------------------------------------------------- one login for three authorities

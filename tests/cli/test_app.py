@@ -325,7 +325,7 @@ def test_the_script_for_vault_follows_the_settings(run: Run, config: Path) -> No
 @pytest.mark.parametrize(
     ("keys", "wanted"),
     [
-        ('role = "{node}-{name}"', "role: wanted a text that may hold {name} and {usage}"),
+        ('role = "{nod}-{name}"', "role: wanted a text that may hold {name}, {usage} and {node}"),
         ('roles = "cp-1"', "roles: wanted a table of texts"),
         ('mode = "verbatim"', "mode: wanted one of 'sign', 'sign-verbatim'"),
     ],

@@ -11,6 +11,7 @@ import json
 import secrets
 import signal
 import socket
+import sqlite3
 import subprocess
 import threading
 import time
@@ -57,6 +58,7 @@ def serve(
     *,
     tls: Tls | None = None,
     disable: bool | str = True,
+    database: bool = False,
 ) -> contextlib.AbstractContextManager[str]:
     """
     A `cfssl serve` with one CA.
@@ -67,6 +69,7 @@ def serve(
         ca_key_pem: Its key, PKCS#1, SEC1 or PKCS#8.
         config: The signing configuration; None: cfssl's open default.
         tls: HTTPS with these files; None: plain HTTP.
+        database: What it signs is kept, in SQLite.
         disable: Only `authsign`, `info` and `health` are there; False: all; or the names of those that are not.
 
     Returns:
@@ -77,6 +80,11 @@ def serve(
     command += ["-ca", _write(directory / "ca.crt", ca_cert_pem), "-ca-key", _write(directory / "ca.key", ca_key_pem)]
     if config is not None:
         command += ["-config", _write(directory / "config.json", json.dumps(config, indent=1).encode())]
+    if database:
+        with contextlib.closing(sqlite3.connect(directory / "certs.db")) as made:
+            made.execute(_TABLE)
+        place = {"driver": "sqlite3", "data_source": str(directory / "certs.db")}
+        command += ["-db-config", _write(directory / "db.json", json.dumps(place).encode())]
     if disable:
         command += ["-disable", disable if isinstance(disable, str) else DISABLED]
     if tls:
@@ -85,6 +93,15 @@ def serve(
         command += ["-mutual-tls-ca", str(tls.ca)]
         command += ["-mutual-tls-cn", tls.client_cn] if tls.client_cn else []
     return running(lambda port: [*command, "-port", str(port)], directory, tls)
+
+
+#: As cfssl's own migrations make it (certdb/sqlite/migrations, 001 and 002).
+_TABLE = """
+CREATE TABLE certificates (
+  serial_number blob NOT NULL, authority_key_identifier blob NOT NULL, ca_label blob, status blob NOT NULL, reason int,
+  expiry timestamp, revoked_at timestamp, pem blob NOT NULL, issued_at timestamp, not_before timestamp, metadata text,
+  sans text, common_name text, PRIMARY KEY(serial_number, authority_key_identifier)
+)"""
 
 
 @contextlib.contextmanager
