@@ -196,6 +196,20 @@ def pure_wall(source: str, module: str) -> Iterator[str]:
             yield f".{node.attr}"
 
 
+#: What prints on standard output: the program's own end, and one module for all commands.
+PRINTERS = ("bridge.cli.printing", "bridge.entry")
+#: What speaks to somebody at a terminal, and may be loaded by commands alone.
+_TERMINAL = {"typer", "click", "rich"}
+
+
+def printing_wall(source: str, module: str) -> Iterator[str]:
+    """One place prints; the rooms below the commands know no terminal."""
+    if module not in PRINTERS:
+        yield from (name for name in names(source) if name in {"print", "typer.echo", "sys.stdout.write"})
+    if not within(module, "bridge.cli") and module not in PRINTERS:
+        yield from (name for name in imports(source, module) if name.split(".")[0] in _TERMINAL)
+
+
 def modules(package: str, *only: str) -> list[str]:
     """Names of our modules in a package; all of them, or these."""
     found = [module for module in sources() if within(module, package)]
@@ -244,6 +258,23 @@ def test_a_backend_sees_only_the_contract(module: str) -> None:
 def test_rules_do_no_io_and_read_no_clock(module: str) -> None:
     """Verification, expiry, CSRs and specs are functions of their arguments."""
     assert sorted(pure_wall(sources()[module], module)) == []
+
+
+@pytest.mark.parametrize("module", [one for one in modules("bridge") if one != "bridge.signing.desk_files"])
+def test_one_place_prints(module: str) -> None:
+    """What a message on standard output looks like is decided in one place; rooms return what they found."""
+    assert sorted(printing_wall(sources()[module], module)) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["print('x')", "import typer\ntyper.echo('x')", "import sys\nsys.stdout.write('x')", "import rich.console"],
+)
+def test_the_wall_round_printing_can_fail(source: str) -> None:
+    """Whoever prints by himself is noticed."""
+    assert list(printing_wall(source, "bridge.renewal.renew"))
+    assert not list(printing_wall("from bridge.cli.printing import say\nsay('x')", "bridge.cli.history"))
+    assert not list(printing_wall(source, "bridge.cli.printing"))
 
 
 def test_all_modules_are_looked_at() -> None:

@@ -1,5 +1,5 @@
 """
-The command line: parse, call one function, print. Only here something is printed for people.
+The command line: parse (`app`, `options`), call one function of the command's module, print (`printing`).
 
-No rule is here; `bridge.entry` alone imports this package.
+No rule is here; `bridge.entry` alone imports this package, and nothing below it prints on standard output.
 """

@@ -1,29 +1,30 @@
 """
-The command line: parse, call one function, print, exit.
+The command line: parse, call one function of the command's module, exit with what it returns.
 
-Results go to standard output, everything else to standard error.
+Each command loads what it needs, since a cron job waits for it; results go to standard output, everything else to
+standard error.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from enum import StrEnum
+from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
 
-from bridge.errors import BridgeError, SettingsError, SettingsProblem
-from bridge.pki.durations import parse_duration
-from bridge.settings.load import DEFAULT_FILE, load, overridden
-from bridge.settings.tables import Settings
-from bridge.system import console
-from bridge.system.console import LogFormat
+from bridge.cli.options import (
+    Common,
+    ExpirationOutput,
+    Names,
+    Output,
+    OutputOption,
+    WaitOption,
+    command,
+    duration,
+    utc_now,
+)
+from bridge.cli.printing import say
 
 # Rich tracebacks can print local variables, and ours hold tokens and keys.
 app = typer.Typer(
@@ -46,105 +47,11 @@ pending_app = typer.Typer(
 app.add_typer(pending_app, name="pending")
 
 
-@dataclass(frozen=True, slots=True)
-class Common:
-    """The options that every command has."""
-
-    config: Path | None
-    pki_dir: Path | None
-    kubeconfig_dir: Path | None
-    state_dir: Path | None
-
-    def settings(self) -> Settings:
-        """
-        The settings file with the options over it.
-
-        Raises:
-            SettingsError: The file can't be used.
-        """
-        return overridden(load(self.config), self.pki_dir, self.kubeconfig_dir, self.state_dir)
-
-
-def _common_options(
-    config: Annotated[
-        Path | None,
-        typer.Option(envvar="CA_BRIDGE_CONFIG", help="Settings file. [default: /etc/ca-bridge/config.toml]"),
-    ] = None,
-    pki_dir: Annotated[Path | None, typer.Option(help="Overrides node.pki_dir.")] = None,
-    kubeconfig_dir: Annotated[Path | None, typer.Option(help="Overrides node.kubeconfig_dir.")] = None,
-    state_dir: Annotated[Path | None, typer.Option(help="Overrides node.state_dir.")] = None,
-    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, show_default=False, help="More messages.")] = 0,
-    log_format: Annotated[LogFormat, typer.Option(help="Of the messages on standard error.")] = LogFormat.TEXT,
-) -> Common:
-    console.set_up(verbose, log_format)
-    return Common(config, pki_dir, kubeconfig_dir, state_dir)
-
-
-def command(to: typer.Typer, name: str) -> Callable[[Callable[..., None]], None]:
-    """Register a command: its first parameter is a `Common`, its errors become messages and exit codes."""
-
-    def register(function: Callable[..., None]) -> None:
-        ours = inspect.signature(_common_options, eval_str=True).parameters
-        theirs = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
-
-        @functools.wraps(function)
-        def run(**arguments: Any) -> None:
-            common = _common_options(**{key: arguments.pop(key) for key in ours})
-            with _Errors():
-                function(common, **arguments)
-
-        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*theirs, *ours.values())]
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in parameters}
-        to.command(name)(run)
-
-    return register
-
-
-#: Exceptions that end a command as they should.
-_TYPERS_OWN = (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError)
-
-
-class _Errors:
-    """What becomes of an exception: a message on standard error and the promised exit code."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, BridgeError):
-            _fail(error)
-        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-            place = f"{error.filename}: " if error.filename else ""
-            _fail(BridgeError(f"{place}{error.strerror or type(error).__name__}"))
-        if isinstance(error, Exception) and not isinstance(error, _TYPERS_OWN):
-            _bug(error)
-
-
-def _fail(error: BridgeError) -> NoReturn:
-    console.print_error(error)
-    raise typer.Exit(error.exit_code)
-
-
-def _bug(error: Exception) -> NoReturn:
-    """Where, and of which kind; never its text, which might hold a secret."""
-    frames = [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
-    console.log.debug("traceback: %s", " < ".join(reversed(frames)))
-    bug = BridgeError(
-        f"internal error: {type(error).__name__} at {frames[-1]}", hint="a bug: report it with what -v prints"
-    )
-    _fail(bug)
-
-
-def utc_now() -> datetime:
-    """The node's clock."""
-    return datetime.now(UTC)
-
-
 def _version(value: bool) -> None:
     if value:
         from importlib.metadata import version  # noqa: PLC0415 (18 ms, for this option alone)
 
-        typer.echo(f"ca-bridge {version('kubeadm-ca-bridge')}")
+        say(f"ca-bridge {version('kubeadm-ca-bridge')}")
         raise typer.Exit
 
 
@@ -156,37 +63,13 @@ def _main(
 ) -> None: ...
 
 
-class ExpirationOutput(StrEnum):
-    """Formats of `check-expiration`."""
-
-    TABLE = "table"
-    JSON = "json"
-    YAML = "yaml"
-    PROMETHEUS = "prometheus"
-    NAGIOS = "nagios"
-
-
-class Output(StrEnum):
-    """Formats of a run's result."""
-
-    TEXT = "text"
-    JSON = "json"
-
-
-def _duration(text: str) -> timedelta:
-    try:
-        return parse_duration(text)
-    except ValueError as e:
-        raise typer.BadParameter(f"wanted {e}, found {text!r}") from None
-
-
 @command(app, "check-expiration")
 def check_expiration(
     common: Common,
     output: Annotated[ExpirationOutput, typer.Option("--output", "-o", help="Format.")] = ExpirationOutput.TABLE,
     within: Annotated[
         timedelta | None,
-        typer.Option(parser=_duration, metavar="DURATION", help='Exit with 3 if one expires within, such as "30d".'),
+        typer.Option(parser=duration, metavar="DURATION", help='Exit with 3 if one expires within, such as "30d".'),
     ] = None,
 ) -> None:
     """
@@ -194,25 +77,9 @@ def check_expiration(
 
     From files alone: no API server is asked, no key is read, nothing is written.
     """
-    from bridge.cli.expiration import check_expiration as check  # noqa: PLC0415 (each command loads what it needs)
+    from bridge.cli import expiration  # noqa: PLC0415
 
-    node = common.settings().node
-    text, troubles, code = check(node.pki_dir, node.kubeconfig_dir, utc_now(), within, output.value)
-    typer.echo(text, nl=False)
-    for trouble in troubles:
-        console.log.error("%s", trouble)
-    raise typer.Exit(code)
-
-
-Names = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[NAME…|all]", help="kubeadm's names, or all. [default: what is due]", show_default=False),
-]
-WaitOption = Annotated[
-    timedelta | None,
-    typer.Option(parser=_duration, metavar="DURATION", help='How long to wait for another run to end, such as "60s".'),
-]
-OutputOption = Annotated[Output, typer.Option("--output", "-o", help="Format of the result.")]
+    raise typer.Exit(expiration.check_expiration(common.settings().node, utc_now(), within, output.value))
 
 
 @command(app, "renew")
@@ -237,7 +104,7 @@ def renew(
     Each answer of the CA is proven before anything on disk moves; keys and certificates are replaced in one step
     that survives a crash.
     """
-    from bridge.cli import commands  # noqa: PLC0415
+    from bridge.cli import renewals  # noqa: PLC0415
 
     if (csr_dir is not None) != csr_only:
         raise typer.BadParameter("--csr-only and --csr-dir are given together")
@@ -247,11 +114,11 @@ def renew(
         raise typer.BadParameter("--wait can't be combined with --csr-only and --dry-run, which take no lock")
     settings = common.settings()
     if csr_dir is not None:
-        code = commands.write_csrs(settings, names or [], csr_dir.absolute(), utc_now())
+        code = renewals.write_csrs(settings, names or [], csr_dir.absolute(), utc_now())
     elif dry_run:
-        code = commands.plan(settings, names or [], utc_now(), as_json=output is Output.JSON)
+        code = renewals.plan(settings, names or [], utc_now(), as_json=output is Output.JSON)
     else:
-        code = commands.renew(
+        code = renewals.renew(
             settings,
             names or [],
             utc_now,
@@ -270,25 +137,25 @@ def plan(common: Common, names: Names = None, output: OutputOption = Output.TEXT
 
     No network, nothing written. Exits with 3 if there is something to do.
     """
-    from bridge.cli import commands  # noqa: PLC0415
+    from bridge.cli import renewals  # noqa: PLC0415
 
-    raise typer.Exit(commands.plan(common.settings(), names or [], utc_now(), as_json=output is Output.JSON))
+    raise typer.Exit(renewals.plan(common.settings(), names or [], utc_now(), as_json=output is Output.JSON))
 
 
 @command(app, "recover")
 def recover(common: Common) -> None:
     """Finish or undo what a crash left, and say which; every command that writes does the same first."""
-    from bridge.cli import commands  # noqa: PLC0415
+    from bridge.cli import history  # noqa: PLC0415
 
-    commands.recover(common.settings())
+    history.recover(common.settings())
 
 
 @command(app, "backups")
 def list_backups(common: Common, output: OutputOption = Output.TEXT) -> None:
     """List the backups, the newest first: when, by whom, which certificates and serial numbers."""
-    from bridge.cli import commands  # noqa: PLC0415
+    from bridge.cli import history  # noqa: PLC0415
 
-    raise typer.Exit(commands.list_backups(common.settings(), as_json=output is Output.JSON))
+    raise typer.Exit(history.list_backups(common.settings(), as_json=output is Output.JSON))
 
 
 @command(app, "rollback")
@@ -308,10 +175,10 @@ def rollback(
     new one would have to be: CA, dates, usages, subject, SANs; with --force the CA alone counts of these. What is
     replaced is backed up: a second rollback undoes the first.
     """
-    from bridge.cli import commands  # noqa: PLC0415
+    from bridge.cli import history  # noqa: PLC0415
 
     as_json = output is Output.JSON
-    commands.rollback(common.settings(), backup_id, utc_now, force=force, wait=wait or timedelta(), as_json=as_json)
+    history.rollback(common.settings(), backup_id, utc_now, force=force, wait=wait or timedelta(), as_json=as_json)
 
 
 @command(app, "restart")
@@ -337,11 +204,11 @@ def restart(
 
     As restart.method in the settings says; with "none" it prints what to do and exits with 7.
     """
-    from bridge.control_plane import restarts  # noqa: PLC0415
+    from bridge.cli import components as module  # noqa: PLC0415
 
     as_json = output is Output.JSON
     settings = common.settings()
-    code = restarts.run(settings, components or [], utc_now, force=force, wait=wait or timedelta(), as_json=as_json)
+    code = module.restart(settings, components or [], utc_now, force=force, wait=wait or timedelta(), as_json=as_json)
     raise typer.Exit(code)
 
 
@@ -357,9 +224,9 @@ def export(
 
     While a request waits, exporting it again gives the same key and CSR. Expired certificates can be renewed so, too.
     """
-    from bridge.cli import commands  # noqa: PLC0415
+    from bridge.cli import carried  # noqa: PLC0415
 
-    raise typer.Exit(commands.export(common.settings(), path, names or [], utc_now, wait=wait or timedelta()))
+    raise typer.Exit(carried.export(common.settings(), path, names or [], utc_now, wait=wait or timedelta()))
 
 
 @command(app, "inspect")
@@ -372,9 +239,9 @@ def inspect_bundle(
 
     The fingerprint is for the phone: both sides see the same one, unless the bundle was changed on its way.
     """
-    from bridge.renewal import airgap  # noqa: PLC0415
+    from bridge.cli import carried  # noqa: PLC0415
 
-    raise typer.Exit(airgap.inspect(common.settings(), path, utc_now()))
+    raise typer.Exit(carried.inspect(common.settings(), path, utc_now()))
 
 
 @command(app, "import")
@@ -399,9 +266,9 @@ def import_answers(
 
     Exit 4 while other requests still wait.
     """
-    from bridge.cli import commands  # noqa: PLC0415
+    from bridge.cli import carried  # noqa: PLC0415
 
-    code = commands.import_answers(
+    code = carried.import_answers(
         common.settings(),
         paths,
         utc_now,
@@ -415,9 +282,9 @@ def import_answers(
 @command(pending_app, "list")
 def pending_list(common: Common, output: OutputOption = Output.TEXT) -> None:
     """Show the open requests: how old, how long there is time, who has them, and the fingerprint to name them by."""
-    from bridge.renewal import airgap  # noqa: PLC0415
+    from bridge.cli import carried  # noqa: PLC0415
 
-    airgap.pending_list(common.settings(), utc_now(), as_json=output is Output.JSON)
+    carried.pending_list(common.settings(), utc_now(), as_json=output is Output.JSON)
 
 
 @command(pending_app, "cancel")
@@ -427,9 +294,9 @@ def pending_cancel(
     wait: WaitOption = None,
 ) -> None:
     """Forget requests and remove their keys; an answer to them is refused from then on."""
-    from bridge.cli import commands  # noqa: PLC0415
+    from bridge.cli import carried  # noqa: PLC0415
 
-    raise typer.Exit(commands.pending_cancel(common.settings(), names, utc_now, wait=wait or timedelta()))
+    raise typer.Exit(carried.pending_cancel(common.settings(), names, utc_now, wait=wait or timedelta()))
 
 
 @command(app, "sign")
@@ -497,7 +364,7 @@ def prove(
     common: Common,
     wait: Annotated[
         timedelta | None,
-        typer.Option(parser=_duration, metavar="DURATION", help='How long to look until all is well, such as "60s".'),
+        typer.Option(parser=duration, metavar="DURATION", help='How long to look until all is well, such as "60s".'),
     ] = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
@@ -507,10 +374,10 @@ def prove(
     On a control-plane node; nothing is written or restarted. Exits with 7 if a component is on an old certificate,
     one is refused, or something does not answer.
     """
-    from bridge.control_plane import proof as prove_module  # noqa: PLC0415
+    from bridge.cli import components  # noqa: PLC0415
 
     as_json = output is Output.JSON
-    raise typer.Exit(prove_module.run(common.settings(), utc_now, wait or timedelta(), as_json=as_json))
+    raise typer.Exit(components.prove(common.settings(), utc_now, wait or timedelta(), as_json=as_json))
 
 
 @command(app, "doctor")
@@ -541,9 +408,9 @@ def setup(
 
     Vault: roles and policy; cfssl: signing profiles; openssl: openssl.cnf.
     """
-    from bridge.cli import commands  # noqa: PLC0415
+    from bridge.cli import setup as module  # noqa: PLC0415
 
-    typer.echo("\n".join(file.text for file in commands.setup(common.settings(), ca, authority)), nl=False)
+    module.setup(common.settings(), ca, authority)
 
 
 @command(app, "demo")
@@ -569,30 +436,25 @@ def settings_init(
     file: Annotated[Path | None, typer.Argument(help="[default: --config, or /etc/ca-bridge/config.toml]")] = None,
 ) -> None:
     """Write a commented settings file; never over an older one."""
-    from bridge.cli import commands  # noqa: PLC0415
+    from bridge.cli import setup as module  # noqa: PLC0415
 
-    typer.echo(f"wrote {commands.settings_init(file or common.config)}")
+    module.settings_init(file or common.config)
 
 
 @command(settings_app, "show")
 def settings_show(common: Common) -> None:
     """Show the settings in force, defaults included; secrets are only named."""
-    from bridge.cli import commands  # noqa: PLC0415
+    from bridge.cli import setup as module  # noqa: PLC0415
 
-    typer.echo(commands.settings_show(common.settings()), nl=False)
+    module.settings_show(common.settings())
 
 
 @command(settings_app, "check")
 def settings_check(common: Common) -> None:
     """Check the whole settings file, backends' tables included; asks no CA."""
-    from bridge.signing import registry  # noqa: PLC0415
+    from bridge.cli import setup as module  # noqa: PLC0415
 
-    settings = common.settings()
-    if settings.source.file is None:
-        problem = SettingsProblem("", "a settings file", "none: the defaults are in force", DEFAULT_FILE)
-        raise SettingsError([problem], hint="`ca-bridge settings init` writes a commented file")
-    registry.configured(settings, settings.authorities)
-    typer.echo(f"{settings.source.file}: nothing wrong")
+    module.settings_check(common.settings())
 
 
 @command(audit_app, "show")
@@ -600,7 +462,7 @@ def audit_show(
     common: Common,
     since: Annotated[
         timedelta | None,
-        typer.Option(parser=_duration, metavar="DURATION", help='Only what is younger, such as "7d".'),
+        typer.Option(parser=duration, metavar="DURATION", help='Only what is younger, such as "7d".'),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Only of this certificate.", show_default=False)] = None,
     output: OutputOption = Output.TEXT,
@@ -610,10 +472,10 @@ def audit_show(
 
     From the record in the state directory, oldest first; `audit verify` says whether it is whole.
     """
-    from bridge.cli import commands  # noqa: PLC0415
+    from bridge.cli import history  # noqa: PLC0415
 
     begin = utc_now() - since if since is not None else None
-    commands.audit_show(common.settings(), begin, name, as_json=output is Output.JSON)
+    history.audit_show(common.settings(), begin, name, as_json=output is Output.JSON)
 
 
 @command(audit_app, "verify")
@@ -623,6 +485,6 @@ def audit_verify(common: Common) -> None:
 
     Exits with 1 if there are any. It can't find that all of the record was written anew; compare with a copy for that.
     """
-    from bridge.cli import commands  # noqa: PLC0415
+    from bridge.cli import history  # noqa: PLC0415
 
-    raise typer.Exit(commands.audit_verify(common.settings()))
+    raise typer.Exit(history.audit_verify(common.settings()))

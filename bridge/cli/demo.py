@@ -9,17 +9,15 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 
-import typer
-
-from bridge.cli import commands, expiration
-from bridge.cli.app import utc_now
+from bridge.cli import expiration, renewals
+from bridge.cli.options import utc_now
+from bridge.cli.printing import say, say_table
 from bridge.errors import BridgeError, Exit
 from bridge.node import inventory, sample_pki
 from bridge.node.inventory import Item
 from bridge.pki.certificates import pem
 from bridge.settings.load import load
 from bridge.specs import EKU
-from bridge.system.console import columns
 
 _DAYS_LEFT = 20  # less than renewal.before, so that everything is due
 _PASSPHRASE = "correct horse battery staple"  # noqa: S105 (of a CA that lives for a minute)
@@ -57,7 +55,7 @@ def run(directory: Path | None, now: datetime) -> int:
         settings_file = _make(base, now)
         _show_expiration(kubernetes, now)
         _say(f"$ ca-bridge renew --config {settings_file}")
-        code = commands.renew(load(settings_file), [], utc_now, as_json=False, all_or_nothing=False)
+        code = renewals.renew(load(settings_file), [], utc_now, as_json=False, all_or_nothing=False)
         _show_expiration(kubernetes, utc_now())
         wrong = _prove_usages(kubernetes)
         return code or (Exit.FAILED if wrong else Exit.DONE)
@@ -94,13 +92,13 @@ def _make(base: Path, now: datetime) -> Path:
 
 
 def _say(text: str) -> None:
-    typer.echo(f"\n{text}")
+    say(f"\n{text}")
 
 
 def _show_expiration(kubernetes: Path, now: datetime) -> None:
     _say("$ ca-bridge check-expiration")
-    text, _, _ = expiration.check_expiration(kubernetes / "pki", kubernetes, now, None, "table")
-    typer.echo(text, nl=False)
+    text, _, _ = expiration.look(kubernetes / "pki", kubernetes, now, None, "table")
+    say(text)
 
 
 def _prove_usages(kubernetes: Path) -> int:
@@ -125,7 +123,7 @@ def _prove_usages(kubernetes: Path) -> int:
                 "as it should be" if right else "WRONG",
             )
         )
-    typer.echo("\n".join(columns(rows)))
+    say_table(rows)
     return wrong
 
 

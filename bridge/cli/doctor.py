@@ -16,8 +16,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
-import typer
-
+from bridge.cli.printing import say_table
 from bridge.contract import Spends
 from bridge.errors import BridgeError, Exit, SettingsError
 from bridge.node import inventory
@@ -31,7 +30,7 @@ from bridge.settings.windows import ever_waits
 from bridge.signing import preflight, registry
 from bridge.specs import Component
 from bridge.state.store import Store
-from bridge.system.console import columns, printable
+from bridge.system.console import printable
 
 Level = Literal["ok", "warning", "error"]
 
@@ -62,7 +61,7 @@ def run(settings: Settings, now: datetime) -> int:
         *_attempts(settings),
         *_backends(node, settings, now),
     ]
-    typer.echo("\n".join(columns([(f.level, f.about, f.text) for f in findings])))
+    say_table([(f.level, f.about, f.text) for f in findings])
     return Exit.worst([finding.exit_code for finding in findings])
 
 

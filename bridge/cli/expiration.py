@@ -7,11 +7,14 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from bridge.cli.printing import say
 from bridge.errors import Exit
 from bridge.node import inventory
 from bridge.node.expiry_report import Report, Row, report
 from bridge.pki.certificates import fingerprint, name_text, serial_hex
 from bridge.pki.expiry import first_end, residual, rfc3339
+from bridge.settings.tables import NodeSettings
+from bridge.system.console import log
 
 #: Grows when a key changes its meaning or goes; new keys do not count.
 SCHEMA_VERSION = 1
@@ -26,11 +29,20 @@ _AUTHORITY_HEADER = ("CERTIFICATE AUTHORITY", "EXPIRES", "RESIDUAL TIME", "EXTER
 _EXTRA_HEADER = ("NOT LISTED BY KUBEADM", *_HEADER[1:], "FILE")
 
 
-def check_expiration(
+def check_expiration(places: NodeSettings, now: datetime, within: timedelta | None, output: str) -> int:
+    """Print what `look` says, and return its exit code."""
+    text, troubles, code = look(places.pki_dir, places.kubeconfig_dir, now, within, output)
+    say(text)
+    for trouble in troubles:
+        log.error("%s", trouble)
+    return code
+
+
+def look(
     pki_dir: Path, kubeconfig_dir: Path, now: datetime, within: timedelta | None, output: str
 ) -> tuple[str, list[str], int]:
     """
-    The command: read the node, say what there is.
+    Read the node, and say what there is.
 
     Args:
         pki_dir: kubeadm's certificatesDir.

@@ -9,14 +9,11 @@ seen, and is what `next-connection` means.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-
-import typer
 
 from bridge.control_plane import checks
 from bridge.control_plane.checks import Machine
@@ -27,9 +24,6 @@ from bridge.node import inventory
 from bridge.node.inventory import Node
 from bridge.settings.tables import Settings
 from bridge.specs import Component
-from bridge.system.console import columns, printable
-
-SCHEMA_VERSION = 1
 
 _AT_ONCE = 8
 _PAUSE_SECONDS = 0.5
@@ -68,34 +62,6 @@ class Report:
         """7 if one is stale, refused or silent; 1 if nothing, or not everything, could be looked at."""
         return Exit.worst([_CODES[finding.state] for finding in self.wrong]) if self.findings else Exit.FAILED
 
-    def table(self) -> str:
-        """For people."""
-        rows = [
-            (_label(f.component), printable(f.certificate), printable(f.what), f.state, printable(f.detail))
-            for f in self.findings
-        ]
-        header = ("COMPONENT", "CERTIFICATE", "WHAT", "STATE", "DETAIL")
-        return "".join(f"{line}\n" for line in columns([header, *rows]))
-
-    def as_json(self) -> str:
-        """For programs."""
-        structure = {
-            "schemaVersion": SCHEMA_VERSION,
-            "exitCode": self.exit_code,
-            "stale": [component.value for component in self.stale],
-            "findings": [
-                {
-                    "component": None if finding.component is None else finding.component.value,
-                    "certificate": finding.certificate,
-                    "what": finding.what,
-                    "state": finding.state,
-                    "detail": finding.detail,
-                }
-                for finding in self.findings
-            ],
-        }
-        return json.dumps(structure, indent=4) + "\n"
-
 
 _CODES: Mapping[State, int] = {
     "stale": Exit.NOT_LIVE,
@@ -103,10 +69,6 @@ _CODES: Mapping[State, int] = {
     "no-answer": Exit.NOT_LIVE,
     "unknown": Exit.FAILED,
 }
-
-
-def _label(component: Component | None) -> str:
-    return "people" if component is None else component.value
 
 
 def look(node: Node, settings: Settings, now: datetime, machine: Machine | None = None) -> Report:
@@ -168,9 +130,9 @@ def within(
         time.sleep(_PAUSE_SECONDS)
 
 
-def run(settings: Settings, now: Callable[[], datetime], wait: timedelta, *, as_json: bool) -> int:
+def run(settings: Settings, now: Callable[[], datetime], wait: timedelta) -> Report:
     """
-    The command: look, print, and return the exit code.
+    Look at this node, for so long as something is wrong and the time is not over.
 
     Raises:
         BridgeError: There is nothing to look at.
@@ -182,5 +144,4 @@ def run(settings: Settings, now: Callable[[], datetime], wait: timedelta, *, as_
             f"nothing could be proven: wanted static-pod manifests in {node.kubeconfig_dir / 'manifests'}, found none",
             hint="run it on a control-plane node; --kubeconfig-dir tells where its manifests are",
         )
-    typer.echo(found.as_json() if as_json else found.table(), nl=False)
-    return found.exit_code
+    return found

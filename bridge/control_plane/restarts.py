@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import typer
 from cryptography import x509
 
 from bridge.control_plane import checks, health, neighbours, proof, restart_plan, static_pods
@@ -35,11 +34,9 @@ from bridge.state import audit, session
 from bridge.state.parked_manifest import RestartError
 from bridge.state.store import Store
 from bridge.system import run_command
-from bridge.system.console import columns, log, print_error
+from bridge.system.console import log
 from bridge.system.files import write_atomically
 from bridge.system.safe_read import UnreadableError, read
-
-SCHEMA_VERSION = 1
 
 _POLL_SECONDS = 0.5
 
@@ -400,17 +397,27 @@ def _wait(look: Callable[[], dict[Component, str]], timeout: timedelta) -> dict[
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What `ca-bridge restart` did."""
+
+    components: tuple[Component, ...]  #: That were to be restarted.
+    done: tuple[Restarted, ...] = ()
+    advised: bool = False  #: With `restart.method = "none"` nothing was restarted, and what is wanted runs as before.
+
+    @property
+    def exit_code(self) -> int:
+        """7 where somebody else has to restart."""
+        if self.advised and self.components:
+            return Exit.NOT_LIVE
+        return Exit.worst([one.exit_code for one in self.done])
+
+
 def run(
-    settings: Settings,
-    names: Sequence[str],
-    now: Callable[[], datetime],
-    *,
-    force: bool,
-    wait: timedelta,
-    as_json: bool,
-) -> int:
+    settings: Settings, names: Sequence[str], now: Callable[[], datetime], *, force: bool, wait: timedelta
+) -> Report:
     """
-    `restart`: restart what proof shows to be on an old certificate, or what is named, and print what came of it.
+    Restart what proof shows to be on an old certificate, or what is named.
 
     Raises:
         SettingsError: No component has such a name.
@@ -419,14 +426,13 @@ def run(
     named = _components(names)
     with session.alone(settings, wait, lambda found: log.warning("%s", found)) as (store, record):
         node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
-        components = named or _by_settings(node, settings, now())
+        components = tuple(named or _by_settings(node, settings, now()))
         if settings.restart.method == "none":
-            return _advise(components, settings, as_json=as_json)
+            return Report(components=components, advised=True)
         done = restart_all(
             components, node, settings, store, tell=lambda text: log.info("%s", text), record=record, force=force
         )
-    _print(done, as_json=as_json)
-    return Exit.worst([one.exit_code for one in done])
+        return Report(components=components, done=tuple(done))
 
 
 def _components(names: Sequence[str]) -> list[Component]:
@@ -445,44 +451,3 @@ def _by_settings(node: Node, settings: Settings, now: datetime) -> list[Componen
     if wanted.which == "needed":
         return proof.look(node, settings, now).stale
     return [component for component in wanted.listed or manifests.COMPONENTS if component in _present(node)]
-
-
-def _advise(components: Sequence[Component], settings: Settings, *, as_json: bool) -> int:
-    """Nothing is restarted, and what is wanted still runs as before: never exit 0."""
-    directory = settings.node.kubeconfig_dir / "manifests"
-    advice = {component.value: restart_plan.how(component, directory) for component in components}
-    code = Exit.NOT_LIVE if advice else Exit.DONE
-    if as_json:
-        typer.echo(json.dumps({"schemaVersion": SCHEMA_VERSION, "exitCode": code, "advice": advice}, indent=4))
-    elif advice:
-        typer.echo('With restart.method = "none" this is yours to do, one at a time:')
-        typer.echo("\n".join(f"  {sentence}" for sentence in advice.values()))
-    else:
-        typer.echo(_NOTHING)
-    return code
-
-
-_NOTHING = "nothing to restart: every component runs on the certificates that are installed"
-
-
-def _print(done: Sequence[Restarted], *, as_json: bool) -> None:
-    if as_json:
-        entries = [
-            {
-                "component": one.component.value,
-                "seconds": None if one.seconds is None else round(one.seconds, 1),
-                "exitCode": one.exit_code,
-                "error": one.error.reason if one.error is not None else None,
-            }
-            for one in done
-        ]
-        code = Exit.worst([one.exit_code for one in done])
-        typer.echo(json.dumps({"schemaVersion": SCHEMA_VERSION, "exitCode": code, "restarted": entries}, indent=4))
-    elif done:
-        rows = [(one.component.value, f"restarted, healthy after {one.seconds:.1f} s") for one in done if one.seconds]
-        typer.echo("\n".join(columns(rows)) if rows else "nothing was restarted")
-    else:
-        typer.echo(_NOTHING)
-    for one in done:
-        if one.error is not None:
-            print_error(one.error)

@@ -7,18 +7,14 @@ Keys stay in the state directory; a bundle has no place for one.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import typer
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.contract import Issued
 from bridge.errors import BackendRefusedError, BridgeError, Exit, WaitingError
@@ -26,7 +22,6 @@ from bridge.node.inventory import Node
 from bridge.pki import bundle
 from bridge.pki.bundle import AnswerBundle, BundleError, Refusal, RequestBundle
 from bridge.pki.certificates import UNREADABLE, fingerprint, is_ca, load_pem_certificates, name_text, serial_hex
-from bridge.pki.expiry import minute, residual, rfc3339, seconds_left
 from bridge.pki.loose_certificates import certificates_in, is_for, newest
 from bridge.renewal.issuance import Answer
 from bridge.renewal.prepare import Prepared, prepare, take_up, with_continuity
@@ -39,8 +34,7 @@ from bridge.state import audit, retention
 from bridge.state.outcome import Outcome
 from bridge.state.requests import OpenRequest, OpenRequests
 from bridge.state.session import Run, begun
-from bridge.state.store import Store
-from bridge.system.console import Progress, columns, log, print_error, printable, under_headings
+from bridge.system.console import Progress, log, printable
 from bridge.system.files import write_atomically
 from bridge.system.safe_read import UnreadableError, read
 
@@ -130,49 +124,24 @@ def _assert_free(path: Path) -> None:
         ) from e
 
 
-def print_exported(done: Exported, path: Path, now: datetime) -> None:
-    """What was asked for, and what to do with the file."""
-    if done.bundle is None:
-        return
-    rows = []
-    for request in done.bundle.requests:
-        end = request.replaces.not_valid_after_utc if request.replaces is not None else None
-        state = _end(end, now)
-        again = "as before" if request.name in done.again else "new key"
-        proof = "with proof" if request.proof is not None else "WITHOUT PROOF: the old key can't be used"
-        rows.append((request.name, f"by {request.authority}", state, again, proof))
-    typer.echo("\n".join(columns(rows)))
-    typer.echo(
-        f"\n{path} holds {bundle.count(len(rows), 'request')}; fingerprint {bundle.short_fingerprint(done.bundle)}"
-    )
-    typer.echo("carry it to the CA desk (`ca-bridge sign`), and the answer back (`ca-bridge import ANSWER`)")
-
-
-def _end(end: datetime | None, now: datetime) -> str:
-    if end is None:
-        return ""
-    left = seconds_left(end, now)
-    return f"expires {minute(end)} ({residual(left)})" if left > 0 else f"EXPIRED {minute(end)}"
-
-
 # --- inspect ---------------------------------------------------------------------------------------------------------
 
 
-def inspect(settings: Settings, path: Path, now: datetime) -> int:
+def inspect(settings: Settings, path: Path, now: datetime) -> tuple[str, int]:
     """
-    Print a bundle for a person who approves it; 5 if a continuity proof does not hold.
+    Describe a bundle for a person who approves it; 5 if a continuity proof does not hold.
 
     Raises:
         BridgeError: It can't be read, or has been changed.
     """
     found = _bundle(path)
     cas = {name: certificates for name in AUTHORITIES if (certificates := _ca(settings, name))}
-    typer.echo(bundle.describe(found, now, cas or None), nl=False)
+    text = bundle.describe(found, now, cas or None)
     if isinstance(found, RequestBundle) and any(
         bundle.proof_problem(one, found) or bundle.usages_problem(one) for one in found.requests
     ):
-        return Exit.REFUSED
-    return Exit.DONE
+        return text, Exit.REFUSED
+    return text, Exit.DONE
 
 
 def _bundle(path: Path) -> RequestBundle | AnswerBundle:
@@ -411,70 +380,19 @@ def _record_answer(run: Run, one: Prepared, answer: Answer) -> None:
 # --- pending ---------------------------------------------------------------------------------------------------------
 
 
-def pending_list(settings: Settings, now: datetime, *, as_json: bool) -> None:
-    """What is open: since when, until when there is time, who has it, and what to tell them."""
-    requests = sorted(OpenRequests(Store(settings.node.state_dir)), key=lambda one: (one.deadline or now, one.name))
-    if as_json:
-        entries = [_pending_json(one, now) for one in requests]
-        typer.echo(json.dumps({"schemaVersion": SCHEMA_VERSION, "pending": entries}, indent=4))
-    elif requests:
-        rows = [(_whereabouts(one), _pending_row(one, now)) for one in requests]
-        typer.echo("\n".join(under_headings(rows)))
-    else:
-        typer.echo("nothing is pending")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancelled:
+    """What `pending cancel` did."""
+
+    requests: tuple[OpenRequest, ...]
+    missing: tuple[str, ...]  #: Names of which no request is open.
 
 
-def _pending_row(one: OpenRequest, now: datetime) -> tuple[str, ...]:
-    end = one.deadline
-    left = _end(end, now)
-    age = f"asked {residual(max(int((now - one.created).total_seconds()), 0))} ago"
-    return one.name, age, left, f"fingerprint {_fingerprint(one)}"
-
-
-def _whereabouts(one: OpenRequest) -> str:
-    if one.answer is not None:
-        return "answered and proven; the next run installs it"
-    if one.reference:
-        return printable(f"{one.backend}: {one.note}" if one.note else f"{one.backend} has it")
-    return "a person has it" if one.bundles else "not asked yet; the next run asks"
-
-
-def _fingerprint(one: OpenRequest) -> str:
-    """Of the bundle in which it was carried out last; else of the CSR."""
-    digest = one.bundles[-1] if one.bundles else one.reference
-    return bundle.short(digest) if _is_digest(digest) else f"{_csr_sha256(one)[:16]}…"
-
-
-def _is_digest(text: str) -> bool:
-    return len(text) == 64 and all(c in "0123456789abcdef" for c in text)  # noqa: PLR2004 (SHA-256 in hex)
-
-
-def _csr_sha256(one: OpenRequest) -> str:
-    return hashlib.sha256(one.request.csr.public_bytes(Encoding.DER)).hexdigest()
-
-
-def _pending_json(one: OpenRequest, now: datetime) -> dict[str, Any]:
-    return {
-        "name": one.name,
-        "authority": one.request.spec.authority.name,
-        "created": rfc3339(one.created),
-        "deadline": rfc3339(one.deadline) if one.deadline is not None else None,
-        "secondsLeft": seconds_left(one.deadline, now) if one.deadline is not None else None,
-        "fingerprint": _fingerprint(one),
-        "csrSha256": _csr_sha256(one),
-        "backend": one.backend,
-        "reference": one.reference,
-        "note": one.note,
-        "bundles": list(one.bundles),
-        "state": "answered" if one.answer is not None else "waiting" if one.is_waiting else "prepared",
-    }
-
-
-def pending_cancel(
+def cancel(
     settings: Settings, names: Collection[str], now: Callable[[], datetime], progress: Progress, wait: timedelta
-) -> int:
+) -> Cancelled:
     """
-    Forget requests and their keys; an answer to them is refused from now on. 1 if one that was named is not there.
+    Forget requests and their keys; an answer to them is refused from now on.
 
     Raises:
         SettingsError: A name that is none.
@@ -492,12 +410,5 @@ def pending_cancel(
                 cancelled.append(made)
         run.record.write()
         run.requests.save()
-    for one in cancelled:
-        typer.echo(f"{one.name}: cancelled; its key is removed, and an answer to it will be refused")
-        if one.reference:
-            log.warning("%s: %s still has the request, and may sign it", one.name, one.backend)
-    missing = [name for name in names if name != ALL and name not in there]
-    hint = "`ca-bridge pending list` shows those that are"
-    for name in missing:
-        print_error(BridgeError("wanted a request that is open, found none", hint=hint), name)
-    return Exit.FAILED if missing else Exit.DONE
+    missing = tuple(name for name in names if name != ALL and name not in there)
+    return Cancelled(requests=tuple(cancelled), missing=missing)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Protocol
@@ -57,21 +57,6 @@ def set_up(verbose: int, log_format: LogFormat) -> None:
     log.handlers = [handler]
     log.propagate = False
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
-
-
-def under_headings(rows: Sequence[tuple[str, Sequence[str]]]) -> Iterator[str]:
-    """Rows, each with a sentence; a sentence of several rows stands once, above them."""
-    cells = list(columns([row for _, row in rows]))
-    for heading in dict.fromkeys(heading for heading, _ in rows):
-        yield f"{heading}:"
-        yield from (f"  {line}" for line, (about, _) in zip(cells, rows, strict=True) if about == heading)
-
-
-def columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Lines with the cells of each column below each other."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
 class Progress(Protocol):

@@ -22,7 +22,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from bridge import entry
-from bridge.cli import commands
+from bridge.cli import printing, setup
 from bridge.cli.app import app
 from bridge.errors import BridgeError
 from bridge.pki.certificates import load_pem_certificates
@@ -100,7 +100,7 @@ def test_renew_renews_what_is_due_and_then_nothing(run: Run, node: Pki) -> None:
 def test_the_result_as_json(run: Run, node: Pki) -> None:
     """All of it is on standard output, with a schema version."""
     result = json.loads(run("renew", "apiserver", "kubelet.conf", "-o", "json").stdout)
-    assert result["schemaVersion"] == commands.SCHEMA_VERSION
+    assert result["schemaVersion"] == printing.SCHEMA_VERSION
     assert [entry["name"] for entry in result["renewed"]] == ["apiserver", "kubelet.conf"]
     assert result["renewed"][0]["serialNumber"] == f"{leaf_serial(node):X}".zfill(
         len(result["renewed"][0]["serialNumber"])
@@ -401,7 +401,7 @@ digest = "sha384"
 """
 
 
-EXAMPLES = [commands.example(), commands.example().parent / "exchange/config.toml"]
+EXAMPLES = [setup.example(), setup.example().parent / "exchange/config.toml"]
 
 
 @pytest.mark.parametrize(
@@ -411,7 +411,7 @@ def test_settings_show_prints_settings_that_mean_the_same(text: str, monkeypatch
     """Exceptions to the subject included; the node's name and the time zone as they are taken."""
     monkeypatch.setenv("TZ", "Europe/Berlin")
     given = parse(text)
-    shown = parse(commands.settings_show(given))
+    shown = parse(setup.in_force(given))
     assert registry.configured(shown, shown.authorities) == registry.configured(given, given.authorities)
     taken = dataclasses.replace(
         shown, source=given.source, backends=given.backends, authority_tables=given.authority_tables

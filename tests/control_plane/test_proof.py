@@ -427,23 +427,6 @@ def test_stale_components_are_in_the_order_of_their_restart() -> None:
     assert Report(findings=(finding("refused"),)).stale == []
 
 
-def test_a_report_for_people_and_for_programs() -> None:
-    """A server's words don't steer the terminal."""
-    report = Report(findings=(finding("stale"), finding("current", None)))
-    lines = report.table().splitlines()
-    assert [line.split()[0] for line in lines] == ["COMPONENT", "etcd", "people"]
-    assert "\x1b" not in report.table()
-    told = json.loads(report.as_json())
-    assert (told["schemaVersion"], told["exitCode"], told["stale"]) == (1, 7, ["etcd"])
-    assert told["findings"][1] == {
-        "component": None,
-        "certificate": "a",
-        "what": "b",
-        "state": "current",
-        "detail": "c\x1b[31m",
-    }
-
-
 def test_looks_again_until_all_is_well_or_the_time_is_over(site: Site) -> None:
     """A component takes a moment to answer."""
     site.write(Component.ETCD, {}, "3.7.0-0")

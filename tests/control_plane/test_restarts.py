@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from bridge.control_plane import health, restart_plan, restarts
+from bridge.cli import components
+from bridge.control_plane import health, restart_plan
 from bridge.control_plane.restarts import NotNowError, Restarted, restart_all, take_copy
 from bridge.errors import Exit, SettingsError
 from bridge.node import inventory, kubelet, pods
@@ -625,7 +626,7 @@ def test_what_a_crash_left_away_comes_back(tmp_path: Path, command: tuple[str, .
 
 def test_the_program_restarts_and_says_so(plane: Plane, capsys: pytest.CaptureFixture[str]) -> None:
     """As a table and as JSON; what was not restarted is an error."""
-    run: Callable[..., int] = restarts.run
+    run: Callable[..., int] = components.restart
     common = {"force": False, "wait": timedelta()}
     assert run(plane.settings(), ["kube-scheduler"], lambda: datetime.now(UTC), as_json=False, **common) == Exit.DONE
     assert capsys.readouterr().out.startswith("kube-scheduler  restarted, healthy after ")

@@ -114,9 +114,9 @@ opened = []
 sys.addaudithook(lambda event, args: opened.append(args) if event == "open" else None)
 from datetime import UTC, datetime
 from pathlib import Path
-from bridge.cli.expiration import check_expiration
+from bridge.cli.expiration import look
 del opened[:]
-text, _, _ = check_expiration(Path(sys.argv[1]), Path(sys.argv[2]), datetime.now(UTC), None, "table")
+text, _, _ = look(Path(sys.argv[1]), Path(sys.argv[2]), datetime.now(UTC), None, "table")
 assert text.count("364d") >= 11, text
 for path, _, flags in opened:
     print(path, flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND), sep="\\0")

@@ -13,7 +13,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
-from bridge.cli import commands, doctor
+from bridge.cli import doctor, renewals
 from bridge.node import kubeconfig
 from bridge.pki.certificates import load_pem_certificates, pem, san_counts
 from bridge.pki.csr import CannotCarryError, generate_key, key_pem
@@ -275,7 +275,7 @@ def test_a_kubeconfig_that_cannot_be_edited_fails_alone(node: Pki, tmp_path: Pat
     path = node.kubeconfig_dir / "admin.conf"
     _with_anchor(path)
     settings = settings_for(node, tmp_path)
-    assert commands.plan(settings, (), now(), as_json=False) == 1
+    assert renewals.plan(settings, (), now(), as_json=False) == 1
     assert doctor.run(settings, now()) == 1
     result = renewed(settings)
     assert result.exit_code == 1
@@ -283,7 +283,7 @@ def test_a_kubeconfig_that_cannot_be_edited_fails_alone(node: Pki, tmp_path: Pat
     assert (failed.name, len(result.renewed)) == ("admin.conf", 11)
     assert str(failed.error).startswith(f"{path}: line ")
     assert events(tmp_path, "admin.conf") == ["failed"]
-    assert commands.write_csrs(settings, ["admin.conf"], tmp_path / "csrs", now()) == 0
+    assert renewals.write_csrs(settings, ["admin.conf"], tmp_path / "csrs", now()) == 0
 
 
 def test_a_kubeconfig_that_changes_while_the_ca_signs_fails_alone(

@@ -1,0 +1,150 @@
+"""`recover`, `backups`, `rollback`, `audit`: what was done here, and going back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from bridge.cli.printing import DATE, columns, say, say_json, say_table
+from bridge.cli.results import print_restart, stale
+from bridge.errors import Exit
+from bridge.pki.certificates import serial_hex
+from bridge.pki.expiry import rfc3339
+from bridge.renewal.verify_and_install import Result
+from bridge.settings.tables import Settings
+from bridge.specs import Component
+from bridge.state import audit, backups
+from bridge.state.install import Recovery
+from bridge.state.rollback import Rollback, put_back_and_retire
+from bridge.state.session import alone
+from bridge.state.store import Store
+from bridge.system.console import log, print_error, printable
+
+
+def recover(settings: Settings) -> None:
+    """`recover`: finish or undo what a crash left, and say which."""
+    if not settings.node.state_dir.is_dir():
+        say("nothing to recover: no run has been here")
+        return
+    found: list[Recovery | str] = []
+    with alone(settings, timedelta(), found.append):
+        say("\n".join(map(str, found)) if found else "nothing to recover")
+    for one in found:
+        for path in one.paths if isinstance(one, Recovery) else ():
+            say(f"  {path}")
+
+
+def list_backups(settings: Settings, *, as_json: bool) -> int:
+    """`backups`: what could be put back, the newest first; 1 if one can't be read."""
+    found, broken = backups.read_all(Store(settings.node.state_dir))
+    if as_json:
+        entries = [_backup_json(backup) for backup in found]
+        say_json({"backups": entries})
+    elif found:
+        say_table([row for backup in found for row in _backup_rows(backup)])
+    elif not broken:
+        say("no backups: nothing was replaced here")
+    for error in broken:
+        print_error(error)
+    return Exit.FAILED if broken else Exit.DONE
+
+
+def _backup_rows(backup: backups.Backup) -> Iterator[tuple[str, ...]]:
+    """A line for the backup, and one below it for each certificate."""
+    who = "@".join(part for part in (backup.user, backup.host) if part)
+    yield printable(backup.backup_id), f"{backup.created:{DATE}}", f"{printable(who)}: {printable(backup.command)}"
+    for one in backup.certificates:
+        serials = f"serial {one.get('old_serial') or 'none'}, replaced by {one.get('new_serial') or 'none'}"
+        yield f"  {printable(one.get('name'))}", "", printable(serials)
+
+
+def _backup_json(backup: backups.Backup) -> dict[str, Any]:
+    return {
+        "id": backup.backup_id,
+        "created": rfc3339(backup.created),
+        "run": backup.run_id,
+        "command": backup.command,
+        "user": backup.user,
+        "host": backup.host,
+        "certificates": [
+            {
+                "name": one.get("name"),
+                "serialNumber": one.get("old_serial"),
+                "replacedBySerialNumber": one.get("new_serial"),
+            }
+            for one in backup.certificates
+        ],
+        "files": [{"path": str(file.path), "wasThere": file.copy is not None} for file in backup.files],
+    }
+
+
+def rollback(
+    settings: Settings,
+    backup_id: str | None,
+    now: Callable[[], datetime],
+    *,
+    force: bool,
+    wait: timedelta,
+    as_json: bool,
+) -> None:
+    """`rollback`: put a backup back, and say what to restart."""
+    done, node = put_back_and_retire(settings, backup_id, now, force=force, wait=wait)
+    components = stale(Result(outcomes=done.outcomes), node, settings)
+    if as_json:
+        say_json(_rollback_json(done, components))
+        return
+    rows = [
+        (o.name, f"until {o.new.not_valid_after_utc:{DATE}}", f"serial {serial_hex(o.new)}")
+        for o in done.outcomes
+        if o.new is not None
+    ]
+    say("\n".join([*columns(rows), *(f"removed {path}, as it was not there then" for path in done.removed)]))
+    replaced = settings.node.state_dir / "backups" / done.replaced_backup_id
+    say(f"backup {done.backup.backup_id} was put back; what it replaced is in {replaced}")
+    print_restart("These still run on what was replaced until they are restarted", components, settings)
+
+
+def _rollback_json(done: Rollback, components: Sequence[Component]) -> dict[str, Any]:
+    return {
+        "exitCode": Exit.DONE,
+        "restored": done.backup.backup_id,
+        "backup": done.replaced_backup_id,
+        "certificates": [
+            {
+                "name": o.name,
+                "authority": o.authority,
+                "notAfter": rfc3339(o.new.not_valid_after_utc) if o.new else None,
+                "serialNumber": serial_hex(o.new) if o.new else None,
+                "previousSerialNumber": serial_hex(o.old) if o.old else None,
+            }
+            for o in done.outcomes
+        ],
+        "removed": [str(path) for path in done.removed],
+        "restart": [component.value for component in components],
+    }
+
+
+def audit_verify(settings: Settings) -> int:
+    """`audit verify`: 1 if anything is wrong with the chain."""
+    count, damages = audit.verify(Store(settings.node.state_dir))
+    for damage in damages:
+        log.error("%s", damage)
+    if damages:
+        log.error("compare with a copy that was made elsewhere (syslog, a backup)", extra={"is_hint": True})
+        return Exit.FAILED
+    say(f"{count} lines, each follows the one before it" if count else "no record yet: nothing was renewed here")
+    return Exit.DONE
+
+
+def audit_show(settings: Settings, since: datetime | None, name: str | None, *, as_json: bool) -> None:
+    """`audit show`: the record's events, oldest first."""
+    found = list(audit.events(Store(settings.node.state_dir), since, name))
+    if as_json:
+        say_json({"events": found})
+    elif found:
+        keys = ("time", "run", "user", "event", "name", "serialNumber", "backend", "result")
+        rows = [[printable(event.get(key, "")) for key in keys] for event in found]
+        say_table(rows)
+    else:
+        say("nothing recorded")

@@ -1,0 +1,129 @@
+"""`renew` and `plan`: what they print, and `renew --csr-only`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from bridge.cli.printing import DATE, say, say_json, say_table
+from bridge.cli.progress import progress_shown
+from bridge.cli.results import grouped, print_restart, report
+from bridge.control_plane import restart_plan
+from bridge.errors import Exit
+from bridge.node import inventory
+from bridge.node.inventory import Item
+from bridge.pki.expiry import first_end, residual, rfc3339, seconds_left
+from bridge.renewal import renew as renewal
+from bridge.renewal.prepare import Prepared, prepare
+from bridge.renewal.prepare import write_csrs as write_csr_files
+from bridge.renewal.selection import Selection, nothing_due, select
+from bridge.renewal.verify_and_install import version_of
+from bridge.settings.tables import Settings
+from bridge.specs import Component
+from bridge.state.install import InstallError
+from bridge.state.outcome import Outcome
+from bridge.state.store import Store
+from bridge.system.console import log, print_error
+
+
+def renew(
+    settings: Settings,
+    names: Collection[str],
+    now: Callable[[], datetime],
+    *,
+    as_json: bool,
+    all_or_nothing: bool,
+    restarts: bool = True,
+    wait: timedelta = timedelta(),
+) -> int:
+    """Renew, print the result, and return the exit code."""
+    with progress_shown() as progress:
+        result, node, selection = renewal.run(
+            settings, names, now, progress, all_or_nothing=all_or_nothing, restarts=restarts, wait=wait
+        )
+    for sentence in selection.skipped:
+        log.log(logging.INFO if names else logging.DEBUG, "%s", sentence)
+    report(result, node, selection, settings, now(), as_json=as_json, restarts=restarts)
+    return result.exit_code
+
+
+def write_csrs(settings: Settings, names: Collection[str], directory: Path, now: datetime) -> int:
+    """`renew --csr-only`: keys and CSRs into a directory, nothing else touched."""
+    if Store(settings.node.state_dir).journal.exists():
+        raise InstallError("an installation was interrupted", hint="run `ca-bridge recover`, then this again")
+    node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
+    selection = select(node, settings, names, now, csrs_only=True)
+    made = prepare(selection.items, settings)
+    prepared = [one for one in made if isinstance(one, Prepared)]
+    if prepared:
+        write_csr_files(prepared, directory)
+    rows = [(one.item.spec.name, str(directory / f"{one.item.spec.name}.csr"), f"for {one.item.spec.authority.name}")
+            for one in prepared]  # fmt: skip
+    failed = [*selection.failed, *(one for one in made if isinstance(one, Outcome))]
+    if rows:
+        say_table(rows)
+    elif not failed:
+        say(nothing_due(node, settings, now))
+    for name, error in grouped(failed):
+        print_error(error, name)
+    return Exit.worst([outcome.exit_code for outcome in failed])
+
+
+def plan(settings: Settings, names: Collection[str], now: datetime, *, as_json: bool) -> int:
+    """Print what `renew` would do; 3 if that is anything."""
+    node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
+    selection = select(node, settings, names, now)
+    specs = [item.spec for item in selection.items]
+    components = restart_plan.stale(specs, version_of(node, settings), settings.restart.components)
+    if as_json:
+        say_json(_plan_json(selection, settings, components))
+    elif selection.items:
+        say_table([_plan_row(item, settings, now) for item in selection.items])
+        print_restart("After that, these must be restarted to use the new ones", components, settings)
+    elif not selection.failed:
+        say(nothing_due(node, settings, now))
+    for name, error in grouped(selection.failed):
+        print_error(error, name)
+    failed = Exit.worst([outcome.exit_code for outcome in selection.failed])
+    return failed or (Exit.DUE if selection.items else Exit.DONE)
+
+
+def _plan_row(item: Item, settings: Settings, now: datetime) -> tuple[str, ...]:
+    end = first_end(item.certificates)
+    left = residual(seconds_left(end, now))
+    return (
+        item.spec.name,
+        f"expires {end:{DATE}} ({left})",
+        f"ask {_asked(item, settings)}",
+        f"replace {' and '.join([str(item.certificate_path), *([item.key_path.name] if item.key_path else [])])}",
+    )
+
+
+def _asked(item: Item, settings: Settings) -> str:
+    ours = settings.authorities.get(item.spec.authority.name)
+    return ours.backend if ours is not None else f"nobody: no [authority.{item.spec.authority.name}]"
+
+
+def _files(item: Item) -> list[Path]:
+    return [path for path in (item.key_path, item.certificate_path) if path is not None]
+
+
+def _plan_json(selection: Selection, settings: Settings, components: Sequence[Component]) -> dict[str, Any]:
+    return {
+        "renew": [
+            {
+                "name": item.spec.name,
+                "authority": item.spec.authority.name,
+                "backend": ours.backend if (ours := settings.authorities.get(item.spec.authority.name)) else None,
+                "notAfter": rfc3339(item.certificates[0].not_valid_after_utc),
+                "replace": [str(path) for path in _files(item)],
+            }
+            for item in selection.items
+        ],
+        "failed": [{"name": o.name, "error": str(o.error)} for o in selection.failed],
+        "skipped": list(selection.skipped),
+        "restart": [component.value for component in components],
+    }

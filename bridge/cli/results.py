@@ -1,0 +1,175 @@
+"""What came of a run, for people and for programs; `renew` and `import` tell it alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from bridge.cli.printing import DATE, say, say_json, say_table, under_headings
+from bridge.control_plane import restart_plan
+from bridge.errors import BridgeError, WaitingError
+from bridge.node.inventory import Node
+from bridge.pki.certificates import name_text, serial_hex
+from bridge.pki.expiry import residual, rfc3339, seconds_left
+from bridge.renewal.schedule import NotYetError
+from bridge.renewal.selection import Selection, nothing_due
+from bridge.renewal.verify_and_install import Result, version_of
+from bridge.settings.tables import Settings
+from bridge.specs import Component
+from bridge.state.outcome import Outcome
+from bridge.system.console import log, print_error, printable
+
+
+def report(
+    result: Result,
+    node: Node,
+    selection: Selection,
+    settings: Settings,
+    now: datetime,
+    *,
+    as_json: bool,
+    restarts: bool = True,
+) -> None:
+    """Print what was renewed, waits, failed, and is to be restarted."""
+    by_hand = not restarts or settings.restart.method == "none"
+    components = stale(result, node, settings) if by_hand else []
+    if as_json:
+        say_json(_result_json(result, selection, components))
+    else:
+        _print_result(result, node, settings, now)
+        print_restart("These still run on their old certificates until they are restarted", components, settings)
+        if result.restarted:
+            say(f"restarted: {', '.join(result.restarted)}")
+        if result.proven is not None:
+            say(f"proven: {result.proven} checks hold")
+    warn_of_waiting(result.waiting, now)
+    for run_error in result.errors:
+        print_error(run_error)
+    for about, error in grouped(result.failed):
+        print_error(error, about)
+
+
+def stale(result: Result, node: Node, settings: Settings) -> list[Component]:
+    """List what must be restarted to use what was replaced."""
+    specs = [item.spec for item in node.items if item.spec.name in {o.name for o in result.renewed}]
+    return restart_plan.stale(specs, version_of(node, settings), settings.restart.components)
+
+
+def _print_result(result: Result, node: Node, settings: Settings, now: datetime) -> None:
+    rows = [
+        (
+            o.name,
+            f"until {o.new.not_valid_after_utc:{DATE}}",
+            f"serial {serial_hex(o.new)}",
+            f"issuer {name_text(o.new.issuer)}",
+            f"by {o.backend}",
+        )
+        for o in result.renewed
+        if o.new is not None
+    ]
+    if rows:
+        say_table(rows)
+        say(f"{len(rows)} renewed; the old files are in {settings.node.state_dir / 'backups' / str(result.backup_id)}")
+    elif not result.failed and not result.waiting and not result.errors:
+        say(nothing_due(node, settings, now))
+    if result.waiting:
+        say("\n".join(under_headings([_waiting_row(outcome, now) for outcome in result.waiting])))
+
+
+def _waiting_row(outcome: Outcome, now: datetime) -> tuple[str, tuple[str, ...]]:
+    """What it waits for, and its cells."""
+    reason = printable(outcome.error.reason if outcome.error is not None else "")
+    end = outcome.old.not_valid_after_utc if outcome.old is not None else None
+    expires = f"expires {end:{DATE}} ({residual(seconds_left(end, now))})" if end is not None else ""
+    return f"{outcome.backend}: {reason}" if outcome.backend else reason, (outcome.name, "waiting", expires)
+
+
+#: A certificate that waits for its answer is warned of from here on, and cried out for from there on.
+NEAR = timedelta(days=7)
+VERY_NEAR = timedelta(days=2)
+
+
+def warn_of_waiting(waiting: Sequence[Outcome], now: datetime) -> None:
+    """The nearer the end of what is to be replaced, the louder."""
+    if not waiting:
+        return
+    ends = [o.old.not_valid_after_utc for o in waiting if o.old is not None]
+    left = min(ends, default=now) - now
+    if all(isinstance(outcome.error, NotYetError) for outcome in waiting):
+        what, hint = "for a window", NotYetError.hint
+    else:
+        what, hint = "for an answer", "`ca-bridge pending list` shows them; ask whoever has them"
+    certificates = f"{len(waiting)} certificates wait" if len(waiting) != 1 else "1 certificate waits"
+    text = f"{certificates} {what}; the first of them"
+    if left <= VERY_NEAR:
+        when = f"ENDS IN {residual(int(left.total_seconds()))}" if left > timedelta() else "HAS EXPIRED"
+        print_error(WaitingError(f"{text} {when}", hint=hint))
+    elif left <= NEAR:
+        log.warning("%s ends in %s", text, residual(int(left.total_seconds())))
+        log.warning("%s", hint, extra={"is_hint": True})
+
+
+def print_restart(why: str, components: Sequence[Component], settings: Settings) -> None:
+    """Say what to restart, and how."""
+    if components:
+        say(f"\n{why}, one at a time:")
+    for component in components:
+        say(f"  {restart_plan.how(component, settings.node.kubeconfig_dir / 'manifests')}")
+
+
+def grouped(failed: Sequence[Outcome]) -> Iterator[tuple[str, BridgeError]]:
+    """One message for all certificates that failed for the same reason at the same CA."""
+    groups: dict[tuple[str, str], list[Outcome]] = {}
+    for outcome in failed:
+        groups.setdefault((outcome.backend, outcome.error.reason if outcome.error else ""), []).append(outcome)
+    for (backend, _), outcomes in groups.items():
+        if outcomes[0].error is not None:
+            names = ", ".join(outcome.name for outcome in outcomes)
+            yield f"{names}: {backend}" if backend else names, outcomes[0].error
+
+
+def _result_json(result: Result, selection: Selection, components: Sequence[Component]) -> dict[str, Any]:
+    return {
+        "exitCode": result.exit_code,
+        "backup": result.backup_id,
+        "renewed": [
+            {
+                "name": o.name,
+                "authority": o.authority,
+                "backend": o.backend,
+                "notAfter": rfc3339(o.new.not_valid_after_utc),
+                "serialNumber": serial_hex(o.new),
+                "previousSerialNumber": serial_hex(o.old) if o.old is not None else None,
+                "issuer": name_text(o.new.issuer),
+            }
+            for o in result.renewed
+            if o.new is not None
+        ],
+        "failed": [
+            {
+                "name": o.name,
+                "authority": o.authority,
+                "backend": o.backend,
+                "exitCode": o.exit_code,
+                "error": o.error.reason if o.error is not None else "",
+                "hint": o.error.hint if o.error is not None else "",
+            }
+            for o in result.failed
+        ],
+        "waiting": [
+            {
+                "name": o.name,
+                "authority": o.authority,
+                "backend": o.backend,
+                "notAfter": rfc3339(o.old.not_valid_after_utc) if o.old is not None else None,
+                "note": o.error.reason if o.error is not None else "",
+            }
+            for o in result.waiting
+        ],
+        "skipped": list(selection.skipped),
+        "restart": [component.value for component in components],
+        "restarted": list(result.restarted),
+        "proven": result.proven,
+        "errors": [{"exitCode": e.exit_code, "error": str(e), "hint": e.hint} for e in result.errors],
+    }
