@@ -1,0 +1,413 @@
+"""
+What an answer of a CMP server means, and what `openssl cmp` says of it: pure rules.
+
+The program ends with 0 or 1 and nothing between, so what happened is in its messages. Each text that a rule looks for
+was measured with 3.0.19 and 3.5.9. What the server wrote stands among them, and is quoted as data: who may write it can
+choose between "refused" and "unavailable", and no more.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError
+
+# --- messages in DER -------------------------------------------------------------------------------------------------
+
+#: PKIBody's choice [26] (RFC 9810 §5.1.2), and the strings of a PKIFreeText.
+_POLL_REP, _UTF8_STRING = 0xBA, 0x0C
+_LONG_FORM = 0x80
+_MOST_LENGTH_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Poll:
+    """A server's "not yet" (RFC 9810 §5.3.22)."""
+
+    seconds: int  #: To wait before it is asked again.
+    reason: str = ""
+
+
+def body_of(message: bytes) -> tuple[int, bytes] | None:
+    """Tag and content of a PKIMessage's body; None: the message is not whole."""
+    try:
+        [(_, whole)] = _values(message)
+        parts = _values(whole)
+        next(parts)  # the header
+        return next(parts)
+    except (ValueError, StopIteration):
+        return None
+
+
+def poll_of(body: tuple[int, bytes]) -> Poll | None:
+    """What a pollRep says of the first certificate that it is about; None: the body is something else."""
+    tag, content = body
+    if tag != _POLL_REP:
+        return None
+    try:
+        _, answers = next(_values(content))
+        _, first = next(_values(answers))
+        _, (_, seconds), *texts = _values(first)
+        strings = [text for _, free in texts for kind, text in _values(free) if kind == _UTF8_STRING]
+    except (ValueError, StopIteration):
+        return None
+    reason = b"; ".join(strings).decode(errors="replace")
+    return Poll(seconds=int.from_bytes(seconds, "big", signed=True), reason=reason)
+
+
+def _values(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """
+    The DER values that stand one behind the other: tags (all of ours are below 31) and contents.
+
+    Raises:
+        ValueError: They do not end where the data does.
+    """
+    at = 0
+    while at < len(data):
+        tag, head = data[at], data[at + 1 : at + 2]
+        at += 2
+        length = head[0] if head else len(data)
+        if length & _LONG_FORM:
+            size = length & ~_LONG_FORM
+            if not 0 < size <= _MOST_LENGTH_BYTES:
+                raise ValueError("no DER length")
+            length = int.from_bytes(data[at : at + size], "big")
+            at += size
+        if at + length > len(data):
+            raise ValueError("cut off")
+        yield tag, data[at : at + length]
+        at += length
+
+
+# --- messages of the program -----------------------------------------------------------------------------------------
+
+_LONGEST_QUOTE = 200
+_LINES_TOLD = 2
+
+
+def quoted(text: str) -> str:
+    """What came from outside: on one line, without what steers a terminal, and not without end."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return repr(line if len(line) <= _LONGEST_QUOTE else f"{line[:_LONGEST_QUOTE]}…")
+
+
+#: `FUNCTION:FILE:LINE:CMP error: TEXT`, or without what comes before CMP.
+_PREFIX = re.compile(r"(?:[\w.]*:[^:\s]*:\d+:)?CMP (?P<level>error|warning|info): ?(?P<text>.*)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Log:
+    """What a run printed; lines that continue another one, such as a dump of a chain, are left out."""
+
+    errors: tuple[str, ...]
+    text: str  #: All lines of its log, and those outside of it (of standard error, which come first).
+
+    @classmethod
+    def of(cls, messages: str) -> Log:
+        """Standard error and output together."""
+        errors, lines = [], []
+        is_own = True
+        for line in messages.splitlines():
+            match = _PREFIX.match(line)
+            is_own = is_own and (match is None or match["level"] == "warning")
+            if match is None and is_own:
+                errors.append(line.strip())
+            elif match is not None and match["level"] == "error":
+                errors.append(match["text"])
+            if match is not None or is_own:
+                lines.append(match["text"] if match is not None else line.strip())
+        return cls(errors=tuple(errors), text="\n".join(lines))
+
+    @property
+    def has_waited(self) -> bool:
+        """The server has the request, and has not answered it when the run ended."""
+        ended = "total timeout" in self.text or "polling failed" in self.text
+        return "received 'waiting' PKIStatus" in self.text and ended and self.rejection is None
+
+    @property
+    def has_polled(self) -> bool:
+        """The server was asked for the answer to an earlier request."""
+        return "sending POLLREQ" in self.text
+
+    @property
+    def was_told_to_wait(self) -> bool:
+        """The server said "not yet" when it was asked for the answer."""
+        return "received polling response" in self.text
+
+    @property
+    def rejection(self) -> Rejection | None:
+        """The server's verdict, if the run ended with one."""
+        found = next((match for error in self.errors if (match := _VERDICT.match(error))), None)
+        if found is None:
+            return None
+        failures = re.search(r"PKIFailureInfo: ([\w, ]*)", found["status"])
+        # up to the last quotation mark, as the text may have some
+        text = re.search(r'StatusString: "(.*)"', found["status"]) or re.search(r'StatusString: "(.*)', found["status"])
+        return Rejection(
+            failures=frozenset(re.findall(r"\w+", failures[1])) if failures else frozenset(),
+            text=quoted(text[1]) if text else "",
+        )
+
+
+#: With `code=…` it is HTTP's. What is too long for the program is left out by it, up to the `;`.
+_VERDICT = re.compile(r"(?:received error|request rejected by server):(?!code=)(?P<status>.*)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejection:
+    """The server's own words (PKIStatusInfo, RFC 9810 §5.2.3)."""
+
+    failures: frozenset[str]  #: Names of PKIFailureInfo; none if it gave none.
+    text: str  #: Its statusString, quoted; empty if it gave none.
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, [", ".join(sorted(self.failures)), self.text])) or "it gave no reason"
+
+    @property
+    def may_pass(self) -> bool:
+        """Trying again may help."""
+        return bool(self.failures & _PASSING)
+
+    def error(self, place: str) -> BackendError:
+        """For the operator."""
+        kind = BackendUnavailableError if self.may_pass else BackendRefusedError
+        hint = next((hint for name, hint in _FAILURE_HINTS.items() if name in self.failures), "")
+        return kind(f"cmp: {place}: the server said no: {self}", hint=hint or "the server's log may say more")
+
+
+_PASSING = frozenset({"systemUnavail", "systemFailure", "timeNotAvailable"})
+_FAILURE_HINTS: Mapping[str, str] = {
+    "systemUnavail": "the server is not in service; run again later",
+    "systemFailure": "the server has a trouble of its own; run again later",
+    "timeNotAvailable": "the server has no time source; run again later",
+    "badMessageCheck": "the server does not take our protection: compare `reference` and the secret, or `client_cert` "
+    "and whom the server trusts, with what is registered there",
+    "signerNotTrusted": "the server does not trust the CA of `client_cert`",
+    "notAuthorized": "the server does not give this certificate to this client: is the node registered there, with "
+    "these names and for this path or profile?",
+    "badPOP": 'the server found the request\'s signature wrong, or takes no request without one: `mode = "cr"` needs '
+    "a client that the server trusts as an RA",
+    "certConfirmed": "the server issued the certificate and did not take our confirmation, so it may be revoked; it "
+    "was thrown away, and a new run asks for another one",
+    "badCertTemplate": "the server does not accept what is asked for: subject, names, usages or validity",
+    "unacceptedPolicy": "the server's policy does not allow what is asked for",
+    "unacceptedExtension": "the server does not allow an extension that is asked for, such as a name",
+    "badAlg": "the server does not take an algorithm of the request's: the key's, or that of its protection",
+    "badTime": "the server's clock and this machine's differ",
+    "badRequest": "the server does not do what it was asked for, or knows nothing of the request any more",
+    "wrongAuthority": "`recipient` is not the subject of a CA that the server serves",
+    "badRecipientNonce": "an answer was repeated, or two clients have the same transaction",
+    "transactionIdInUse": "the server has this transaction already; run again",
+    "badCertId": "the server does not know this certificate",
+    "duplicateCertReq": "the server does not sign a second time for the same key or names",
+    "unsupportedVersion": "the server speaks another version of CMP",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rule:
+    """A failure, recognised by what the program says of it."""
+
+    sign: str  #: A regular expression for the log.
+    found: str  #: What we tell; its fields are the groups of `sign`.
+    hint: str = ""
+    hint_tls: str = ""  #: What to do next where it was asked over TLS; empty: `hint`.
+    later: bool = False  #: Trying again may help.
+
+
+_TLS_CLIENT = "does the server want a TLS client certificate? (`tls_client_cert`; its complaint may be lost)"
+_NOT_CMP = "is it a CMP server that answers at this url and path? A proxy or a sign-in page may be in between"
+_PROTECTION = "somebody may be answering in the server's place"
+
+#: The first that fits counts; those of a transfer come first, as nothing of its answer was looked at.
+_RULES: Sequence[_Rule] = (
+    _Rule(
+        sign=r"error = 6[24]\b",
+        found="wanted a TLS certificate for the name in url, found another's",
+        hint="use the name for which the server has its certificate",
+    ),
+    _Rule(
+        sign=r"alert certificate required|alert (?:bad certificate|unknown ca|certificate unknown|handshake failure)",
+        found="the server does not take our TLS client certificate, or wants one",
+        hint="`tls_client_cert` and `tls_client_key`, from a CA that the server trusts",
+    ),
+    _Rule(
+        sign=r"error = \d+ \((?P<why>[^)\n]*)\)(?s:.*)certificate verify failed",
+        found="wanted a TLS server that tls_ca_file vouches for, found another ({why})",
+        hint="`tls_ca_file` must hold the CA of the server's TLS certificate",
+    ),
+    _Rule(
+        sign=r"wrong version number|packet length too long",
+        found="wanted TLS, found something else",
+        hint="does the server speak plain HTTP?",
+    ),
+    _Rule(
+        sign=r"Name or service not known|Temporary failure in name resolution|No address associated",
+        found="the host's name can't be resolved",
+        hint="compare the host in `url` with DNS",
+        later=True,
+    ),
+    _Rule(
+        sign=r"connect timeout|Connection refused|connect error|Network is unreachable|No route to host",
+        found="no connection",
+        hint="is the server running, and the host and port in `url` right?",
+        later=True,
+    ),
+    _Rule(
+        sign=r"code=(?P<code>5\d\d|429|408)\b",
+        found="the HTTP server answered with status {code}",
+        hint="run again later",
+        later=True,
+    ),
+    _Rule(
+        sign=r"code=404\b",
+        found="the server knows no such path (HTTP status 404)",
+        hint="`path` (or an exception in `paths`) must be that of a profile or alias that the server has",
+    ),
+    _Rule(
+        sign=r"code=(?P<code>401|403)\b",
+        found="the HTTP server does not let us in (status {code})",
+        hint="what stands before the CMP server wants to know who comes; only TLS client certificates can be shown",
+    ),
+    _Rule(
+        sign=r"code=(?P<code>3\d\d)\b|redirection",
+        found="the HTTP server sends us somewhere else, and requests are not sent there",
+        hint="write the place where the CMP server is into `url` and `path`",
+    ),
+    _Rule(sign=r"code=(?P<code>\d\d\d)\b", found="the HTTP server answered with status {code}", hint=_NOT_CMP),
+    _Rule(
+        sign=r"unexpected content type:expected=application/pkixcmp, actual=(?P<type>.*)",
+        found="wanted a CMP message, found {type}",
+        hint=_NOT_CMP,
+    ),
+    _Rule(
+        sign=r"max(?:imum)? resp(?:onse)? len|too long",
+        found="wanted a CMP message, found an answer without end",
+        hint=_NOT_CMP,
+    ),
+    _Rule(
+        sign=r"transfer timeout|read timeout|total timeout:request sent",
+        found="no answer in time",
+        hint="`timeout` is for one answer; a server that speaks TLS only, or plain HTTP only, may look like this as well",
+        later=True,
+    ),
+    _Rule(
+        sign=r"failed reading data|unexpected eof|Connection reset",
+        found="the connection ended before the answer was whole",
+        hint="does the server speak what `url` says, HTTP or HTTPS?",
+        hint_tls=_TLS_CLIENT,
+        later=True,
+    ),
+    _Rule(
+        sign=r"missing asn1 encoding|error parsing|inconsistent content length|error decoding|nested asn1 error",
+        found="wanted a CMP message, found something that is none",
+        hint=_NOT_CMP,
+    ),
+    _Rule(
+        sign=r"total timeout",
+        found="the answer came too late and was thrown away",
+        hint="a longer `timeout` may help",
+        later=True,
+    ),
+    _Rule(sign=r"transfer error", found="no answer", hint="run again later", hint_tls=_TLS_CLIENT, later=True),
+    _Rule(
+        sign=r"missing trust anchor",
+        found="the server signed its answer, and nothing here says whether it may",
+        hint="with a shared secret this is how a server says that `reference` or the secret is not what it has; "
+        "`trusted_file` with the CA of its certificate lets its reason be read",
+    ),
+    _Rule(
+        sign=r"missing protection",
+        found="wanted an answer with protection, found one without",
+        hint="servers may leave errors unprotected: `unprotected_errors = true` shows the reason, and lets who is on the way "
+        "forge one; a certificate is never taken from such an answer",
+    ),
+    _Rule(sign=r"wrong pbm value", found="the answer is protected by another secret than ours", hint=_PROTECTION),
+    _Rule(
+        sign=r"(?P<what>recipnonce|transactionid) unmatched",
+        found="wanted an answer to our request, found one to another ({what})",
+        hint=f"an answer was repeated, or {_PROTECTION}",
+    ),
+    _Rule(
+        sign=r"unexpected pvno",
+        found="wanted CMP version 2, found another",
+        hint="the server speaks another version of CMP",
+    ),
+    _Rule(
+        sign=r"unexpected sender|does not match expected sender",
+        found="wanted an answer of `sender`, found one of another",
+        hint="compare `sender` with the subject of the server's certificate, in the form /O=Corp/CN=RA",
+    ),
+    _Rule(
+        sign=r"failed to validate newly enrolled cert",
+        found="the certificate is not from the CA that it was wanted from",
+        hint="compare `path` and `recipient` with the CAs that the server has",
+    ),
+    _Rule(
+        sign=r"no extraCerts(?s:.*)no suitable sender cert",
+        found="the server did not send the certificate that it signs with",
+        hint="add it to `trusted_file`, or let the server send it",
+    ),
+    _Rule(
+        sign=r"msg signature verification failed",
+        found="the signature of the answer is wrong",
+        hint=_PROTECTION,
+    ),
+    _Rule(
+        sign=r"error = \d+ \((?P<why>[^)\n]*)\)(?s:.*)no suitable sender cert",
+        found="the answer is signed by somebody whom `trusted_file` does not vouch for ({why})",
+        hint="`trusted_file` must hold the CA of the server's CMP certificate (which needs the usage digitalSignature)",
+    ),
+    _Rule(
+        sign=r"no suitable sender cert",
+        found="no certificate that came with the answer, or is in `trusted_file`, is that of who signed it",
+        hint=_PROTECTION,
+    ),
+    _Rule(
+        sign=r"cert and key do not match",
+        found="wanted the key of `client_cert` in `client_key`, found another's",
+        hint="`client_cert` must begin with the certificate of the key",
+    ),
+    _Rule(
+        sign=r"does not match our enrollment key",
+        found="wanted a certificate for our key, found one for another",
+        hint="the server mixed up two requests, or is not to be trusted; the certificate was rejected there",
+    ),
+    _Rule(
+        sign=r"certificate not found",
+        found="the server granted the request, and sent no certificate",
+        hint="the server's log may say more",
+    ),
+    _Rule(
+        sign=r"[Uu]nable to load|[Cc]ould not (?:read|open|find)|cannot load|not (?:open|load)",
+        found="a file of the settings can't be used: {told}",
+        hint="PEM, not encrypted, and readable",
+    ),
+    _Rule(
+        sign=r"Unknown option: (?P<option>\S+)|Error parsing option",
+        found="this openssl does not know what it was asked to do: {told}",
+        hint="a newer one may; `openssl` in the settings can name it",
+    ),
+)
+
+
+def failure(log: Log, place: str) -> BackendError:
+    """
+    Why a run failed.
+
+    Args:
+        log: What it printed.
+        place: Whom it asked.
+    """
+    if rejection := log.rejection:
+        return rejection.error(place)
+    told = quoted("; ".join(log.errors[-_LINES_TOLD:])) if log.errors else "nothing that it told"
+    for rule in _RULES:
+        if match := re.search(rule.sign, log.text):
+            groups = {name: quoted(text).strip("'") for name, text in match.groupdict("").items()}
+            kind = BackendUnavailableError if rule.later else BackendRefusedError
+            hint = rule.hint_tls if rule.hint_tls and place.startswith("https:") else rule.hint
+            return kind(f"cmp: {place}: {rule.found.format(told=told, **groups)}", hint=hint)
+    return BackendRefusedError(f"cmp: {place}: openssl failed: {told}", hint="the server's log may say more")

@@ -1,0 +1,137 @@
+"""
+What the administrator of a CMP server needs: profiles, names and a client for exactly one node's certificates.
+
+Each product has its own words and screens for that, so it is a text to be read, and no script.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cryptography import x509
+
+from bridge.contract import Selector, SetupFile, SetupRequest
+from bridge.errors import SettingsError
+from bridge.pki.certificates import name_text, san_entries
+from bridge.specs import EKU, SPECS, CertificateSpec
+
+#: RFC 9811 §3.3; with `/p/` and a name behind it the server's profile of that name (RFC 9483 §6.1).
+WELL_KNOWN = ".well-known/cmp"
+
+Mode = Literal["p10cr", "cr"]
+
+
+def path_pattern(path: str | None, profile: str, mode: Mode) -> str:
+    """The settings' path, or else the server's profile of the usage class, unless something else says the usages."""
+    if path is not None:
+        return path
+    return WELL_KNOWN if mode == "cr" or profile else f"{WELL_KNOWN}/p/{{usage}}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """The fields of the backend's settings that the text depends on; all may still be missing."""
+
+    url: str = "http://RA-HOST:8080"
+    path: str | None = None
+    paths: dict[str, str] = field(default_factory=dict)
+    profile: str = ""
+    profiles: dict[str, str] = field(default_factory=dict)
+    reference: str = ""
+    mode: Mode = "p10cr"
+
+
+def setup(wanted: SetupRequest) -> list[SetupFile]:
+    """
+    A text for the administrator, with the paths, profiles and mode that the settings name.
+
+    Raises:
+        SettingsError: A pattern can't be filled in.
+    """
+    known = {one.name for one in dataclasses.fields(Server)}
+    server = Server(**{key: value for key, value in wanted.settings.items() if key in known})
+    path = Selector(path_pattern(server.path, server.profile, server.mode), server.paths, wanted.node)
+    profile = Selector(server.profile, server.profiles, wanted.node)
+    problems = [*path.problems("path", "paths"), *profile.problems("profile", "profiles")]
+    if problems:
+        raise SettingsError(problems)
+    places: dict[str, list[CertificateSpec]] = {}
+    for name in wanted.certificates:
+        spec = SPECS[name]
+        header = f", with profile {profile(spec)} in the message's header" if server.profile else ""
+        places.setdefault(f"{server.url.rstrip('/')}/{path(spec).lstrip('/')}{header}", []).append(spec)
+    text = _TEXT.format(
+        authority=wanted.authority.name,
+        node=wanted.node,
+        cluster=wanted.cluster,
+        reference=server.reference or wanted.node,
+        url=server.url,
+        profiles="\n".join(line for place, specs in places.items() for line in _profile(place, specs, wanted)),
+        request=_REQUESTS[server.mode],
+    )
+    return [SetupFile(name=f"{wanted.authority.name}.txt", text=text)]
+
+
+_TEXT = """\
+# What a CMP server (RFC 9810, RFC 9483) needs to sign for {authority} of node {node}, cluster {cluster}.
+
+# 1. Profiles (some products call them aliases), and the names that they may give. Each certificate has exactly the
+#    extended key usages of its profile, none more: a certificate without that extension is good for anything.
+{profiles}
+
+# 2. Requests
+{request}
+#    Implicit confirmation is asked for (RFC 9810 §5.1.1.1); without it each certificate is confirmed.
+#    A second request for the same key and names is one for a renewal that was interrupted, and is to be granted.
+#    Order of an officer's approval: answer `waiting`; the node asks again with pollReq until it is decided.
+#    Errors should be protected like other answers, or the node can't tell why it was refused.
+
+# 3. Who may ask: this node, for the names above and no others. One of the two:
+#    a) a shared secret, known as reference {reference} (guard it like a CA's key: with it anyone is the node):
+#         (umask 077; openssl rand -hex 32 > cmp.secret)
+#       the node gets it as /etc/ca-bridge/cmp.secret, mode 0600;
+#    b) a certificate of an agent (keyUsage digitalSignature) from a CA that the server trusts for this alone:
+#         (umask 077; openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes \\
+#           -keyout agent.key -subj /CN=ca-bridge-{node} -out agent.csr)
+
+# 4. In the node's settings:
+#   [authority.{authority}]
+#   backend = "cmp-{authority}"
+#   [backend.cmp-{authority}]
+#   type = "cmp"
+#   url = "{url}"
+#   reference = "{reference}"                             # a)
+#   secret_file = "/etc/ca-bridge/cmp.secret"
+#   client_cert = "/etc/ca-bridge/agent.crt"              # b), instead of the two above
+#   client_key = "/etc/ca-bridge/agent.key"
+#   trusted_file = "/etc/ca-bridge/cmp-ra-ca.crt"         # with b) needed: the CA of what the server signs answers with
+"""
+
+_REQUESTS: Mapping[Mode, str] = {
+    "p10cr": "#    p10cr: the CSR as it is, with subject and SANs; it asks for no usages, the profile gives them.",
+    "cr": "#    cr: subject, SANs, usages and validity in the template. The client has verified the proof of possession\n"
+    "#    (raVerified, RFC 4211 §4): the server has to trust it as an RA, for these names and usages alone.",
+}
+
+
+def _profile(place: str, specs: list[CertificateSpec], wanted: SetupRequest) -> Iterator[str]:
+    """One place that requests are sent to, and what is wanted of it."""
+    yield f"#\n#  {place}"
+    usages = sorted({", ".join(eku.label for eku in EKU if eku in spec.ekus) for spec in specs})
+    yield f"#    extendedKeyUsage: {' or, as the request says, '.join(usages)}"
+    yield "#    keyUsage: digitalSignature, keyEncipherment; not a CA; subject and SANs: the request's"
+    yield f"#    validity: {wanted.validity.days} days"
+    for spec in specs:
+        yield from _names(spec, wanted.certificates[spec.name])
+
+
+def _names(spec: CertificateSpec, certificate: x509.Certificate) -> Iterator[str]:
+    sans = ", ".join(f"{kind}:{value}" for kind, value in sorted(san_entries(certificate)))
+    text = f"{spec.name}: {name_text(certificate.subject)}; {f'SANs {sans}' if sans else 'no SANs'}"
+    yield from textwrap.wrap(
+        text, width=116, initial_indent="#      ", subsequent_indent="#        ", break_long_words=False
+    )

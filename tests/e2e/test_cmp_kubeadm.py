@@ -1,0 +1,134 @@
+"""PKIs that the real kubeadm made, renewed whole through a CMP registration authority, at once and over several runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bridge.specs import AUTHORITIES
+from tests.kit import cmp
+from tests.kit.cas import Bridge, live_certificates
+from tests.kit.pki import KubeadmPki, handmade_pki, kubeadm_pki
+from tests.kit.renewed import Snapshot, assert_renewed
+
+pytestmark = pytest.mark.kube("cmp-ra", "kubeadm")
+
+
+@pytest.fixture(scope="module")
+def ra(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cmp.RegistrationAuthority]:
+    """One for all tests; each adds its own CAs."""
+    with cmp.registration_authority(tmp_path_factory.mktemp("ra") / "ra") as server:
+        yield server
+
+
+@pytest.fixture
+def pki(tmp_path: Path) -> KubeadmPki:
+    """A control plane's PKI, its CA keys elsewhere."""
+    return kubeadm_pki(tmp_path / "node")
+
+
+def bridge_with(
+    pki: KubeadmPki, directory: Path, ra: cmp.RegistrationAuthority, behaviour: str = "", **keys: Any
+) -> Bridge:
+    """Settings with one CMP server for all three CAs, which are called after the test's directory."""
+    bridge = Bridge(pki=pki, directory=directory / "bridge")
+    bridge.add("backend.corp", {"type": "cmp", "url": "http://127.0.0.1:1", "timeout": "20s", "wait": "1s", **keys})
+    for authority in AUTHORITIES:
+        place = f"{directory.name}-{authority}".replace("_", "-")
+        ra.add_ca(place, *pki.ca_pem(authority), days=365)
+        bridge.add(f"authority.{authority}", {"backend": "corp", "url": ra.url(place, behaviour)})
+    return bridge
+
+
+def places(ra: cmp.RegistrationAuthority, directory: Path) -> list[str]:
+    """The names of a test's CAs."""
+    return [path.name for path in ra.directory.glob(f"{directory.name.replace('_', '-')}-*")]
+
+
+@pytest.mark.parametrize("way", ["secret", "signature", "template"])
+def test_renews_everything(pki: KubeadmPki, tmp_path: Path, ra: cmp.RegistrationAuthority, way: str) -> None:
+    """With a shared secret, with an agent's signature, and with templates for a server that trusts us as an RA."""
+    keys = ra.mac() if way == "secret" else ra.signature()
+    bridge = bridge_with(pki, tmp_path, ra, **keys, **({"mode": "cr"} if way == "template" else {}))
+    before = Snapshot.of(pki)
+    doctor = bridge.run("doctor")
+    assert "corp (cmp)" in doctor.stdout + doctor.stderr
+    assert not [line for name in places(ra, tmp_path) for line in ra.requests(name) if line["type"] != "21"]
+    run = bridge.run("renew", "all")
+    assert run.returncode == 0, run.stderr
+    assert_renewed(pki, before, tmp_path / "scratch")
+    wanted = {"2"} if way == "template" else {"4"}
+    assert {line["type"] for name in places(ra, tmp_path) for line in ra.requests(name)} - {"21"} == wanted
+
+
+@pytest.mark.parametrize("way", ["secret", "signature"])
+def test_an_officer_approves_between_runs(
+    pki: KubeadmPki, tmp_path: Path, ra: cmp.RegistrationAuthority, way: str
+) -> None:
+    """Ordered by the first run, asked for by the second, installed by the third: each certificate requested once."""
+    keys = ra.mac() if way == "secret" else ra.signature()
+    bridge = bridge_with(pki, tmp_path, ra, "wait", **keys)
+    before = Snapshot.of(pki)
+    for _ in range(2):
+        run = bridge.run("renew", "all")
+        assert run.returncode == 4, run.stderr
+        assert Snapshot.of(pki) == before
+        assert live_certificates(pki) == before.certificates
+    listed = bridge.run("pending", "list", "-o", "json")
+    assert "not approved yet" in listed.stdout
+    names = places(ra, tmp_path)
+    for name in names:
+        ra.approve(name)
+    run = bridge.run("renew", "all")
+    assert run.returncode == 0, run.stderr
+    assert_renewed(pki, before, tmp_path / "scratch")
+    ordered = [line for name in names for line in ra.requests(name) if line["type"] == "4"]
+    assert len(ordered) == len(before.certificates)
+    assert json.loads(bridge.run("pending", "list", "-o", "json").stdout)["pending"] == []
+
+
+def test_an_officer_refuses(tmp_path: Path, ra: cmp.RegistrationAuthority) -> None:
+    """The reason is told, nothing on disk moves, and the next run orders anew."""
+    pki = handmade_pki(tmp_path / "node")
+    bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
+    ra.add_ca("refusing", *pki.ca_pem("front-proxy-ca"), days=365)
+    bridge.add("backend.corp", {"type": "cmp", "url": ra.url("refusing", "wait"), "wait": "1s", **ra.mac()})
+    bridge.add("authority.front-proxy-ca", {"backend": "corp"})
+    before = live_certificates(pki)
+    assert bridge.run("renew", "front-proxy-client").returncode == 4
+    ra.refuse("refusing", "this node is retired")
+    run = bridge.run("renew", "front-proxy-client")
+    assert run.returncode == 5
+    assert "this node is retired" in run.stderr
+    assert live_certificates(pki) == before
+    (ra.directory / "refusing/refused").unlink()
+    assert bridge.run("renew", "front-proxy-client").returncode == 4
+    assert [line["type"] for line in ra.requests("refusing")].count("4") == 2
+
+
+def test_a_ca_that_dies_between_request_and_confirmation(tmp_path: Path) -> None:
+    """It has issued, and nobody has confirmed: nothing is installed, and the next run has a certificate of its own."""
+    pki = handmade_pki(tmp_path / "node")
+    bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
+    before = live_certificates(pki)["front-proxy-client"]
+    with cmp.registration_authority(tmp_path / "ra") as dying:
+        dying.add_ca("ca", *pki.ca_pem("front-proxy-ca"), days=365)
+        keys = {"type": "cmp", "url": dying.url("ca", "dies"), "timeout": "2s", "retry_for": "1s", **dying.mac()}
+        bridge.add("backend.corp", keys)
+        bridge.add("authority.front-proxy-ca", {"backend": "corp"})
+        run = bridge.run("renew", "front-proxy-client")
+        assert run.returncode == 6, run.stderr
+        assert dying.process.wait(10) == 1
+        assert [line["type"] for line in dying.requests("ca")] == ["21", "4", "24"]
+        assert live_certificates(pki)["front-proxy-client"] == before
+    with cmp.registration_authority(tmp_path / "ra", dying.port) as living:
+        bridge.tables[1] = bridge.tables[1].replace("/ca/dies", "/ca/explicit")
+        bridge.config.write_text("\n".join(bridge.tables))
+        run = bridge.run("renew", "front-proxy-client")
+        assert run.returncode == 0, run.stderr
+        assert living.lines("confirmation") == [{"accepted": ""}]
+    assert live_certificates(pki)["front-proxy-client"] != before
