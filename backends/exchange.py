@@ -46,6 +46,10 @@ class ExchangeSettings(BackendSettings):
     inbox: Path  #: Answer bundles are looked for here, whatever they are called before `.json`.
     retry_for: timedelta = timedelta()  #: A directory that is not there now is looked for by the next run.
 
+    def writes(self) -> Sequence[Path]:
+        """The outbox; the inbox is only read."""
+        return (self.outbox,)
+
     def problems(self) -> Iterator[SettingsProblem]:
         """One directory can't be both."""
         if self.outbox == self.inbox:

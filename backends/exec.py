@@ -74,7 +74,7 @@ class ExecSettings(BackendSettings):
             yield SettingsProblem("command", "a program's absolute path, then its arguments", found)
         if any("\0" in word for word in self.command):
             yield SettingsProblem("command", "texts without NUL characters", "one")
-        yield from Selector(self.profile, self.profiles).problems("profile", "profiles")
+        yield from Selector(self.profile, self.profiles, self.node).problems("profile", "profiles")
         for name, value in self.environment.items():
             yield from _variable_problems(name, value)
 
@@ -100,7 +100,7 @@ class ExecBackend:
     def __init__(self, settings: ExecSettings, account: Account) -> None:
         self._settings = settings
         self._account = account
-        self._profile = Selector(settings.profile, settings.profiles)
+        self._profile = Selector(settings.profile, settings.profiles, settings.node)
         self._program = Path(settings.command[0])
 
     @classmethod

@@ -64,7 +64,7 @@ def setup(wanted: SetupRequest) -> list[SetupFile]:
     Raises:
         SettingsError: `profile`, `profiles`, `environment` or `command` can't be used.
     """
-    profile = _selector(wanted.settings)
+    profile = _selector(wanted.settings, wanted.node)
     rows = [
         (name, profile(SPECS[name]), ekus_text(SPECS[name]), subject_text(certificate), sans_text(certificate))
         for name, certificate in wanted.certificates.items()
@@ -98,9 +98,9 @@ def _assignments(values: Mapping[str, str]) -> str:
     return " ".join(f"{name}={shlex.quote(value)}" for name, value in values.items())
 
 
-def _selector(settings: Mapping[str, Any]) -> Selector:
+def _selector(settings: Mapping[str, Any], node: str) -> Selector:
     pattern = settings.get("profile", "{usage}")
-    selector = Selector(pattern if isinstance(pattern, str) else "{", _texts(settings, "profiles"))
+    selector = Selector(pattern if isinstance(pattern, str) else "{", _texts(settings, "profiles"), node)
     problems = list(selector.problems("profile", "profiles"))
     if problems:
         raise SettingsError(problems)

@@ -122,6 +122,11 @@ class OpensslSettings(BackendSettings):
     openssl: str = "openssl"
     digest: Literal["sha256", "sha384", "sha512"] = "sha256"
 
+    def writes(self) -> Sequence[Path]:
+        """Where the database and the new certificates are; a site's openssl.cnf is not read for it."""
+        places = [self.dir, self.database and self.database.parent, self.new_certs_dir]
+        return [place for place in places if place is not None]
+
     def problems(self) -> Iterator[SettingsProblem]:
         """Files that are named twice or not at all, and a key that openssl could not find for sure."""
         yield from super().problems()

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property
+from pathlib import Path
 from string import Formatter
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -347,6 +348,10 @@ class BackendSettings:
     node: str = field(default="", metadata={GIVEN: True})
     timeout: timedelta = timedelta(seconds=30)  #: For one request or process; a process that signs many may have more.
     retry_for: timedelta = timedelta(minutes=2)  #: How long "unavailable" is retried.
+
+    def writes(self) -> Sequence[Path]:
+        """Directories on this machine that the backend writes into, which a unit's sandbox has to leave open."""
+        return ()
 
     def problems(self) -> Iterator[SettingsProblem]:
         """

@@ -365,6 +365,28 @@ def test_the_wall_of_the_rules_can_fail(source: str) -> None:
     )
 
 
+def wall_of_tests(source: str, module: str) -> Iterator[str]:
+    """A test file imports no other test file: what two share is in the kit."""
+    for name in imports(source, module):
+        if within(name, "tests") and any(part.startswith("test_") for part in name.split(".")[:-1]):
+            yield name
+
+
+TESTS = Path(__file__).parent
+
+
+@pytest.mark.parametrize("path", sorted(str(path.relative_to(TESTS)) for path in TESTS.rglob("*.py")))
+def test_no_test_imports_another_test_file(path: str) -> None:
+    """A room's tests can be read, moved and run by themselves."""
+    assert sorted(wall_of_tests((TESTS / path).read_text(), "tests.x")) == []
+
+
+def test_the_wall_between_test_files_can_fail() -> None:
+    """Whichever way it is imported; the kit and the counts are for all."""
+    assert list(wall_of_tests("from tests.renewal.test_renew import settings_for", "tests.x"))
+    assert not list(wall_of_tests("from tests.kit.renewing import Quiet\nfrom tests.counts import Tried", "tests.x"))
+
+
 def loaded(statement: str) -> set[str]:
     """Top-level names of the modules that a fresh interpreter has after the statement."""
     command = [sys.executable, "-c", f"{statement}\nimport sys\nprint(*sys.modules)"]

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
 
 import pytest
 
@@ -32,11 +30,7 @@ from bridge.system.files import Attributes
 from tests.counts import Tried
 from tests.kit.pairs import assert_pairs
 from tests.kit.pki import Pki, handmade_pki
-
-#: What the installer asks of the system, Path's methods included; reading goes through `io.open`.
-CALLS = ("open", "fsync", "fchmod", "fchown", "setxattr", "rename", "unlink", "mkdir")
-
-Act = Callable[[], None]
+from tests.kit.tripwire import Act, Tripwire, failing, kill
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,55 +68,6 @@ def renewal(tmp_path_factory: pytest.TempPathFactory) -> Renewal:
     for pki in (made.old, made.new):
         assert_pairs(pki)
     return made
-
-
-class Tripwire:
-    """Counts system calls in this process, and does something at the n-th."""
-
-    def __init__(self, at: int, act: Act) -> None:
-        self.count, self.at, self.act = 0, at, act
-        for name in CALLS:
-            setattr(os, name, self._counting(getattr(os, name)))
-        io.open = self._counting(io.open)
-        fdopen = os.fdopen
-        os.fdopen = lambda *args, **kwargs: Torn(fdopen(*args, **kwargs), self)  # type: ignore[assignment]
-
-    def step(self) -> None:
-        """One more call."""
-        self.count += 1
-        if self.count == self.at:
-            self.act()
-
-    def _counting(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def counting(*args: Any, **kwargs: Any) -> Any:
-            self.step()
-            return call(*args, **kwargs)
-
-        return counting
-
-
-class Torn:
-    """A file whose write(2) may be cut off in the middle."""
-
-    def __init__(self, file: Any, tripwire: Tripwire) -> None:
-        self._file, self._tripwire = file, tripwire
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def write(self, data: bytes) -> None:
-        """In two halves."""
-        for part in (data[: len(data) // 2], data[len(data) // 2 :]):
-            self._file.write(part)
-            self._file.flush()
-            self._tripwire.step()
-
-    def flush(self) -> None:
-        """To the system."""
-        self._file.flush()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,17 +136,6 @@ def attempt(node: Node, at: int, act: Act) -> tuple[int, int]:
     with os.fdopen(reader, "rb") as pipe:
         said = pipe.read()
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), int(said or b"0")
-
-
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def failing(code: int) -> Act:
-    def fail() -> None:
-        raise OSError(code, os.strerror(code))
-
-    return fail
 
 
 @pytest.fixture(autouse=True)

@@ -860,15 +860,17 @@ def test_an_answer_that_is_none(double: kit.Double, to_double: CfsslBackend, ans
 @pytest.mark.parametrize(
     ("value", "least", "most"),
     [
-        ("7", 7, 7),
-        (format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True), 3000, 3600),
-        ("Sun, 06 Nov 1994 08:49:37 GMT", 0, 0),
+        (lambda: "7", 7, 7),
+        (lambda: format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True), 3000, 3600),
+        (lambda: "Sun, 06 Nov 1994 08:49:37 GMT", 0, 0),
     ],
-    ids=["seconds", "date", "date that is over"],  # not the date itself: all workers must see the same names
+    ids=["seconds", "date", "date that is over"],
 )
-def test_retry_after(double: kit.Double, to_double: CfsslBackend, value: str, least: float, most: float) -> None:
+def test_retry_after(
+    double: kit.Double, to_double: CfsslBackend, value: Callable[[], str], least: float, most: float
+) -> None:
     """The server's wish for a pause is passed on, whether it is a number or a date."""
-    double.answers.append(kit.Answer(status=503, body=HTML, headers={"Retry-After": value}))
+    double.answers.append(kit.Answer(status=503, body=HTML, headers={"Retry-After": value()}))
     with pytest.raises(BackendUnavailableError) as e:
         to_double.sign(request(APISERVER))
     assert e.value.retry_after_seconds is not None

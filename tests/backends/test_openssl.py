@@ -40,12 +40,11 @@ from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableE
 from bridge.node import sample_pki
 from bridge.specs import AUTHORITIES, EKU, SPECS, CertificateSpec
 from bridge.testing import BackendConformance, TestCA, sign_request, tampered
-from tests.kit.opensslca import make_ca_directory
+from tests.kit.opensslca import REAL, make_ca_directory, program
 
 CA = TestCA.make()
 SERVER, CLIENT, PEER = SPECS["apiserver"], SPECS["admin.conf"], SPECS["etcd-server"]
 PASSPHRASE = "correct horse"
-REAL = shutil.which("openssl")
 ROOT = Path(openssl_setup.__file__).parents[1]  #: For other processes to import from.
 CERTIFICATE = re.compile(r"([0-9A-F]{2})+\.pem")
 LIVE = {name: CA.leaf(spec) for name, spec in SPECS.items()}
@@ -177,18 +176,6 @@ def handmade(subject: bytes, attributes: bytes = b"") -> SignRequest:
 def rdn(tag: int, value: bytes, oid: str = "550403") -> bytes:
     """One RDN; by default a CN."""
     return tlv(0x31, tlv(0x30, tlv(0x06, bytes.fromhex(oid)), tlv(tag, value)))
-
-
-def program(folder: Path, script: str) -> str:
-    """
-    An openssl that does something else around the real one, which it finds as `$REAL`.
-
-    It is started in the working folder: `database/` and `newcerts/` are the CA's.
-    """
-    path = folder / "openssl"
-    path.write_text(f"#!/bin/bash\nREAL={REAL}\n{textwrap.dedent(script)}\n")
-    path.chmod(0o755)
-    return str(path)
 
 
 def rows(directory: Path) -> list[int]:

@@ -22,10 +22,9 @@ from bridge.settings.load import parse
 from bridge.signing import registry
 from bridge.specs import AUTHORITIES, SPECS, CertificateSpec
 from bridge.testing import BackendConformance, TestCA, sign_request, tampered
-from tests.backends.test_openssl import program
 from tests.kit import softhsm
 from tests.kit.cas import Bridge
-from tests.kit.opensslca import make_ca_directory
+from tests.kit.opensslca import make_ca_directory, program
 from tests.kit.pki import handmade_pki
 from tests.kit.softhsm import PIN, Method, Token
 

@@ -29,11 +29,12 @@ from bridge.specs import SPECS, Component
 from bridge.state import audit
 from bridge.state.parked_manifest import RestartError
 from bridge.state.store import Store
-from tests.control_plane.test_static_pods import interrupted
 from tests.kit import cfssl
 from tests.kit.cas import Bridge
 from tests.kit.loopback import LoopbackServer
+from tests.kit.nodes import wait_for
 from tests.kit.pki import Pki, handmade_pki
+from tests.kit.static_pod import interrupted
 
 _PEM = Encoding.PEM
 
@@ -426,8 +427,16 @@ def test_a_command_that_does_not_end_is_killed_with_its_children(plane: Plane) -
     pid = plane.directory / "pid"
     [one] = plane.restart(SCHEDULER, settings=plane.settings(scheduler=f"sh -c 'sleep 300 & echo $! >{pid}; wait'"))
     assert "after 1 s, and was killed" in str(one.error)
-    status = Path(f"/proc/{pid.read_text().strip()}/stat")
-    assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"  # nobody has to fetch it
+    number = pid.read_text().strip()
+    wait_for("the end of its child", lambda: not lives(number))
+
+
+def lives(pid: str) -> bool:
+    """Whether a process runs on; one that nobody fetches is over, too."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_a_program_that_is_not_there_is_told(plane: Plane) -> None:

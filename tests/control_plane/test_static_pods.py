@@ -9,7 +9,6 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,82 +16,12 @@ import pytest
 
 from bridge.control_plane import static_pods
 from bridge.control_plane.static_pods import Pod, StoppedError, restart
-from bridge.errors import BridgeError, Exit
+from bridge.errors import Exit
 from bridge.specs import Component
 from bridge.state.parked_manifest import RestartError, aside, recover
 from bridge.state.store import Store
-from bridge.system.files import Attributes
-from tests.attack.test_faults import Act, Tripwire, failing, kill
-
-CONTENT = b"apiVersion: v1\nkind: Pod\n# with a comment\nmetadata: {name: kube-scheduler}\n"
-TIMEOUT = timedelta(seconds=30)
-
-
-@dataclass(kw_only=True)
-class Site:
-    """A manifests directory, and a pod that follows it as a kubelet would."""
-
-    root: Path
-    attributes: Attributes
-    told: list[str] = field(default_factory=list)
-    #: Called at each look at what still runs while the manifest is out, and at its health.
-    at_remains: Callable[[], str | None] = lambda: None
-    at_trouble: Callable[[], str | None] = lambda: None
-
-    @classmethod
-    def make(cls, root: Path) -> Site:
-        """With another owner (as root), an odd mode and an attribute of its own."""
-        manifest = root / "kubernetes/manifests/kube-scheduler.yaml"
-        manifest.parent.mkdir(parents=True)
-        manifest.write_bytes(CONTENT)
-        manifest.chmod(0o640)
-        os.setxattr(manifest, "user.note", b"kept")
-        if os.geteuid() == 0:
-            os.chown(manifest, 12345, 54321)
-        (manifest.parent / "etcd.yaml").write_bytes(b"another\n")
-        Store(root / "state").prepare()
-        return cls(root=root, attributes=Attributes.of(manifest))
-
-    @property
-    def manifest(self) -> Path:
-        """Where it belongs."""
-        return self.root / "kubernetes/manifests/kube-scheduler.yaml"
-
-    @property
-    def store(self) -> Store:
-        """Its state directory."""
-        return Store(self.root / "state")
-
-    def restart(self, timeout: timedelta = TIMEOUT) -> None:
-        """As the program does it."""
-        pod = Pod(
-            component=Component.SCHEDULER,
-            manifest=self.manifest,
-            instances=self.instances,
-            trouble=self.at_trouble,
-            settle=timedelta(),
-        )
-        restart(pod, self.store, timeout, self.told.append)
-
-    def instances(self) -> frozenset[str]:
-        """The first one while the manifest has not been out; another one when it is back."""
-        if self.manifest.exists():
-            return frozenset({"old" if not self.store.is_interrupted else "new"})
-        found = self.at_remains()
-        return frozenset({found} if found else ())
-
-    def assert_whole(self, about: object = None) -> None:
-        """The manifest is as it was, and nothing else is left."""
-        assert self.manifest.read_bytes() == CONTENT, about
-        assert Attributes.of(self.manifest) == self.attributes, about
-        assert self.names() == ["etcd.yaml", "kube-scheduler.yaml"], about
-        assert [path.name for path in (self.root / "kubernetes").iterdir()] == ["manifests"], about
-        assert not self.store.is_interrupted, about
-        assert [path.name for path in self.store.directory.iterdir()] == ["backups"], about
-
-    def names(self) -> list[str]:
-        """What a kubelet sees."""
-        return sorted(path.name for path in self.manifest.parent.iterdir())
+from tests.kit.static_pod import CONTENT, TIMEOUT, Site, attempt, interrupted
+from tests.kit.tripwire import failing, kill
 
 
 @pytest.fixture
@@ -251,32 +180,6 @@ def test_what_nohup_keeps_away_stays_away(site: Site) -> None:
 # --- a crash ---------------------------------------------------------------------------------------------------------
 
 
-def attempt(work: Callable[[], object], at: int, act: Act) -> tuple[int, int]:
-    """
-    Do something in a child, with something happening at one system call.
-
-    Returns:
-        Its exit code (0 done, 5 an error was reported, negative: the signal), and how many calls it made.
-    """
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        write, leave = os.write, os._exit
-        tripwire, code = Tripwire(at, act), 70
-        try:
-            work()
-            code = 0
-        except (BridgeError, OSError):
-            code = 5
-        finally:
-            write(writer, json.dumps(tripwire.count).encode())
-            leave(code)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        said = pipe.read()
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), int(said or b"0")
-
-
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Path]:
     """In memory, where it can be."""
@@ -332,15 +235,6 @@ def test_an_error_of_every_call(calls: int, place: Path, code: str) -> None:
         clean(site.store)
         site.assert_whole(at)
     assert left <= 1
-
-
-def interrupted(root: Path) -> Site:
-    """Killed while the manifest was out."""
-    site = Site.make(root)
-    site.at_remains = kill
-    assert attempt(site.restart, 0, kill)[0] == -signal.SIGKILL
-    assert site.names() == ["etcd.yaml"]
-    return site
 
 
 def test_a_manifest_that_is_nowhere_comes_back_from_the_journal(place: Path) -> None:

@@ -44,6 +44,12 @@ class Desk:
     request: SignRequest
     now: datetime
 
+    @property
+    def replaced_end(self) -> datetime:
+        """When the certificate ends that is replaced, whenever that was made."""
+        assert self.request.replaces is not None
+        return self.request.replaces.not_valid_after_utc
+
     def issue(self, *, by: Signer | None = None, **changes: Any) -> Issued:
         """What was asked for, but for the changes (see `Signer.issue`)."""
         dates = {"begin": self.now - timedelta(minutes=5), "end": self.now + 365 * DAY}
@@ -270,8 +276,8 @@ HOSTILE: dict[str, Case] = {
     "shorter than min_validity": case("notAfter", lambda desk: desk.issue(end=desk.now + MIN_VALIDITY - CLOCK_SKEW)),
     "ends before the replaced one": case(
         "notAfter",
-        lambda desk: desk.issue(end=desk.now + LEFT - BACKDATING - CLOCK_SKEW),
-        lambda desk: desk.issue(end=desk.now + LEFT + CLOCK_SKEW),
+        lambda desk: desk.issue(end=desk.replaced_end - BACKDATING - CLOCK_SKEW),
+        lambda desk: desk.issue(end=desk.replaced_end + CLOCK_SKEW),
     ),
     "longer than its CA": case(
         "notAfter",

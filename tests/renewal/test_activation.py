@@ -30,7 +30,7 @@ from bridge.settings.tables import Components, Settings
 from bridge.specs import SPECS, Component
 from bridge.state import backups, rollback
 from tests.kit.pki import Pki, handmade_pki
-from tests.renewal.test_renew import Quiet, settings_for
+from tests.kit.renewing import Quiet, settings_for
 
 MANAGER, SCHEDULER = "controller-manager.conf", "scheduler.conf"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -25,26 +24,9 @@ from bridge.settings.tables import Settings
 from bridge.state import audit
 from bridge.state.install import InstallError
 from bridge.state.store import Store
-from tests.kit import opensslca
 from tests.kit.issuing import Signer
 from tests.kit.pki import Pki, handmade_pki
-
-
-class Quiet:
-    """Nobody looks on."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def signing(self, backend: str, names: Sequence[str]) -> None:
-        """Not shown."""
-
-    def signed(self, name: str) -> None:
-        """Not shown."""
-
-    def note(self, text: str) -> None:
-        """Kept."""
-        self.notes.append(text)
+from tests.kit.renewing import Quiet, settings_for
 
 
 def now() -> datetime:
@@ -55,17 +37,6 @@ def now() -> datetime:
 def node(tmp_path: Path) -> Pki:
     """All its certificates are due."""
     return handmade_pki(tmp_path / "node", not_after=now() + timedelta(days=20))
-
-
-def settings_for(node: Pki, directory: Path, more: str = "", **cas: tuple[bytes, bytes]) -> Settings:
-    """`openssl ca` directories with the node's CAs, or with others."""
-    lines = [f'[node]\npki_dir = "{node.pki_dir}"\nkubeconfig_dir = "{node.kubeconfig_dir}"']
-    lines += [f'state_dir = "{directory}/state"', more, '[backend.desk]\ntype = "openssl"']
-    for name in ("ca", "etcd-ca", "front-proxy-ca"):
-        pem = cas.get(name.replace("-", "_"), node.ca_pem(name))
-        place = opensslca.make_ca_directory(directory / "cas" / name, *pem)
-        lines.append(f'[authority.{name}]\nbackend = "desk"\ndir = "{place}"')
-    return parse("\n".join(lines))
 
 
 def renewed(settings: Settings, *names: str) -> verify_and_install.Result:
