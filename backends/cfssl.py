@@ -48,7 +48,14 @@ from bridge.contract import (
     SetupRequest,
     SignRequest,
 )
-from bridge.errors import BackendRefusedError, BackendUnavailableError, SettingsError, SettingsProblem, Violation
+from bridge.errors import (
+    BackendRefusedError,
+    BackendUnavailableError,
+    SettingsError,
+    SettingsProblem,
+    Violation,
+    one_line,
+)
 from bridge.specs import EKU, CertificateSpec
 
 API = "/api/v1/cfssl"
@@ -460,7 +467,7 @@ def _parse(response: requests.Response, body: bytes, sent: Mapping[str, str]) ->
 def _one_line(text: str, hidden: Iterable[str | None]) -> str:
     for value in hidden:
         text = text.replace(value, "…") if value else text
-    return "".join(c if c.isprintable() else " " for c in text)[:200]
+    return one_line(text)
 
 
 class _Server:

@@ -9,6 +9,7 @@ from typing import Any
 
 from cryptography import x509
 
+from bridge.errors import one_line
 from bridge.pki.loose_certificates import certificates_in
 
 _MOST_WORDS = 300  # characters; certmonger itself keeps the first line of a refusal
@@ -87,10 +88,8 @@ def words(data: bytes, *, keep_end: bool = False) -> str:
         data: As it was printed.
         keep_end: Cut at the beginning, as the cause stands last in what goes to standard error.
     """
-    text = " ".join("".join(c if c.isprintable() else " " for c in data.decode("utf-8", "replace")).split())
-    if len(text) <= _MOST_WORDS:
-        return text
-    return f"…{text[-_MOST_WORDS:]}" if keep_end else f"{text[:_MOST_WORDS]}…"
+    text = data.decode("utf-8", "replace")
+    return one_line(text[::-1], _MOST_WORDS)[::-1] if keep_end else one_line(text, _MOST_WORDS)
 
 
 def names(data: bytes) -> list[str]:

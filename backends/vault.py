@@ -57,6 +57,7 @@ from bridge.errors import (
     SettingsError,
     SettingsProblem,
     Violation,
+    one_line,
 )
 from bridge.specs import EKU, CertificateSpec
 
@@ -430,8 +431,7 @@ class _Server:
         """A text of the server's as one line, not too long, without our secrets."""
         for secret in sorted(self._secrets, key=len, reverse=True):
             text = text.replace(secret, "(secret)")
-        line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-        return line if len(line) <= 300 else f"{line[:300]}…"  # noqa: PLR2004
+        return one_line(text)
 
 
 def _tls_error(e: requests.exceptions.SSLError, where: str) -> BackendError:

@@ -39,7 +39,7 @@ class Continuity:
     batch: str  #: Of the requests that are sent together; 32 hex digits.
     node: str
     cluster: str
-    proof: bytes | None  #: See `bridge.pki.bundle`; None: the old key can't be read.
+    proof: bytes | None  #: See `bridge.pki.continuity`; None: the old key can't be read.
 
 
 @dataclass(frozen=True, kw_only=True)

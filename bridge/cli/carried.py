@@ -16,7 +16,7 @@ from bridge.cli.printing import say, say_json, say_table, under_headings
 from bridge.cli.progress import progress_shown
 from bridge.cli.results import grouped, report
 from bridge.errors import BridgeError, Exit
-from bridge.pki import bundle
+from bridge.pki import bundle, bundle_text
 from bridge.pki.expiry import minute, residual, rfc3339, seconds_left
 from bridge.renewal import airgap
 from bridge.renewal.selection import Selection, nothing_due
@@ -157,7 +157,7 @@ def _print_exported(done: airgap.Exported, path: Path, now: datetime) -> None:
         proof = "with proof" if request.proof is not None else "WITHOUT PROOF: the old key can't be used"
         rows.append((request.name, f"by {request.authority}", state, again, proof))
     say_table(rows)
-    say(f"\n{path} holds {bundle.count(len(rows), 'request')}; fingerprint {bundle.short_fingerprint(done.bundle)}")
+    say(f"\n{path} holds {bundle_text.count(len(rows), 'request')}; fingerprint {bundle.short_fingerprint(done.bundle)}")
     say("carry it to the CA desk (`ca-bridge sign`), and the answer back (`ca-bridge import ANSWER`)")
 
 

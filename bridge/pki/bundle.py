@@ -14,35 +14,20 @@ from __future__ import annotations
 import json
 import re
 from base64 import b32encode, b64decode, b64encode
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from typing import Any, NoReturn, cast
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
-from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes, PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import NameOID
 
 from bridge.contract import Continuity, Issued, SignRequest
-from bridge.errors import BridgeError
+from bridge.errors import BridgeError, one_line
 from bridge.pki.certificates import (
-    UNREADABLE,
-    attributes,
-    extended_key_usages,
-    fingerprint,
-    name_text,
     pem,
-    san_counts,
-    serial_hex,
 )
-from bridge.pki.csr import algorithm_name
-from bridge.pki.durations import duration_text
-from bridge.pki.expiry import minute
 from bridge.specs import AUTHORITIES, EKU, SPECS
 
 REQUEST_SCHEMA = "ca-bridge/request-bundle"
@@ -59,8 +44,6 @@ _LONGEST_FOUND = 60
 _NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")  # it becomes part of file names
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
 _TIME_SHAPE = re.compile(r"[0-9]{4}(-[0-9]{2}){2}T[0-9]{2}(:[0-9]{2}){2}Z")
-#: Signed with the old key, so never the beginning of anything else that such a key signs.
-_PROOF_CONTEXT = b"ca-bridge continuity proof v1"
 
 
 class BundleError(BridgeError):
@@ -89,7 +72,7 @@ class BundledRequest:
     validity: timedelta  #: Wanted; whole seconds.
     csr: x509.CertificateSigningRequest
     replaces: x509.Certificate | None
-    proof: bytes | None  #: See `sign_proof`.
+    proof: bytes | None  #: See `bridge.pki.continuity`.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -393,7 +376,7 @@ class _Fields:
             raise BundleError(place.rstrip("."), "an object", _found(value))
         for key in value:
             if key not in keys:
-                raise BundleError(f"{place}{_plain(key)}", f"one of {', '.join(keys)}", _found(key))
+                raise BundleError(f"{place}{one_line(key)}", f"one of {', '.join(keys)}", _found(key))
         for key in keys:
             if key not in value:
                 raise BundleError(f"{place}{key}", "a value", "nothing")
@@ -558,7 +541,7 @@ def _csr(fields: _Fields) -> x509.CertificateSigningRequest:
     try:
         csr = x509.load_pem_x509_csr(_ascii(value))
     except (ValueError, x509.InvalidVersion) as e:
-        fields.fail("csr", wanted, _Words(f"something else ({_plain(str(e))})"))
+        fields.fail("csr", wanted, _Words(f"something else ({one_line(e)})"))
     if csr.public_bytes(Encoding.PEM).decode() != value:
         fields.fail("csr", wanted, _Words("more than that, or other line breaks"))
     return csr
@@ -569,7 +552,7 @@ def _certificate(value: object, place: str, or_else: str = "") -> x509.Certifica
     try:
         certificate = x509.load_pem_x509_certificate(_ascii(value))
     except (ValueError, x509.InvalidVersion) as e:
-        raise BundleError(place, wanted, f"something else ({_plain(str(e))})") from None
+        raise BundleError(place, wanted, f"something else ({one_line(e)})") from None
     if pem(certificate).decode() != value:
         raise BundleError(place, wanted, "more than that, or other line breaks")
     return certificate
@@ -601,250 +584,6 @@ def _found(value: object) -> str:
     return text if len(text) <= _LONGEST_FOUND else f"{text[:_LONGEST_FOUND]}…"
 
 
-def _plain(text: str) -> str:
-    """One printable line."""
-    line = "".join(character if character.isprintable() else " " for character in text)
-    return line if len(line) <= LONGEST_TEXT else f"{line[: LONGEST_TEXT - 1]}…"
-
-
 def refusal(reason: str) -> Refusal:
     """From any text."""
-    return Refusal(reason=_plain(reason.strip()) or "no reason was given")
-
-
-# --- the continuity proof ---------------------------------------------------------------------------------------------
-
-
-def sign_proof(
-    old_key: PrivateKeyTypes, csr: x509.CertificateSigningRequest, *, name: str, batch: str, node: str, cluster: str
-) -> bytes:
-    """
-    Prove with the key of the certificate that is replaced that its holder wants this CSR signed.
-
-    RSA-PSS, ECDSA or Ed25519, the first two with SHA-256. What is signed begins with words of its own, has each
-    part with its length before it, and names the batch, so that a proof is good for one request of one bundle.
-
-    Raises:
-        ValueError: A key of another type.
-    """
-    message = _proof_message(csr, name=name, batch=batch, node=node, cluster=cluster)
-    if isinstance(old_key, rsa.RSAPrivateKey):
-        return old_key.sign(message, _PSS, hashes.SHA256())
-    if isinstance(old_key, ec.EllipticCurvePrivateKey):
-        return old_key.sign(message, ec.ECDSA(hashes.SHA256()))
-    if isinstance(old_key, ed25519.Ed25519PrivateKey):
-        return old_key.sign(message)
-    raise ValueError(f"wanted an RSA, ECDSA or Ed25519 key, found {type(old_key).__name__}")
-
-
-def proof_problem(request: BundledRequest, bundle: RequestBundle) -> str | None:
-    """
-    Why the continuity proof does not hold; None when it does.
-
-    It says that whoever made the bundle has the key of `replaces`, and that the new certificate is for the same CN:
-    one of another name, be it by the same CA, proves nothing. Whether it is by the cluster's CA is `origin_problem`,
-    whether it has the usages `usages_problem`, and who may have the new one is the policy's.
-    """
-    if request.replaces is None:
-        return "wanted the certificate that is replaced, found none"
-    if request.proof is None:
-        return "wanted a continuity proof, found none"
-    message = _proof_message(
-        request.csr, name=request.name, batch=bundle.batch, node=bundle.node, cluster=bundle.cluster
-    )
-    try:
-        key = request.replaces.public_key()
-    except (ValueError, UnsupportedAlgorithm) as e:
-        return f"wanted a public key in the replaced certificate, found one that can't be read: {_plain(str(e))}"
-    try:
-        is_checked = _check_signature(key, request.proof, message)
-    except InvalidSignature:
-        return "wanted a continuity proof by the replaced certificate's key over this CSR, found another signature"
-    if not is_checked:
-        return f"wanted an RSA, ECDSA or Ed25519 key to prove with, found {algorithm_name(key)}"
-    return _other_holder(request.csr, request.replaces)
-
-
-def _other_holder(csr: x509.CertificateSigningRequest, replaces: x509.Certificate) -> str | None:
-    """Groups may have changed since, and what else the policy lets; the CN says who it is."""
-    try:
-        is_same = _who(csr) == _who(replaces)
-    except UNREADABLE as e:
-        return f"wanted one by a certificate whose subject can be read, found: {_plain(str(e))}"
-    return None if is_same else f"wanted one by the certificate of {_name(csr)}, found one by that of {_name(replaces)}"
-
-
-def _who(subject: x509.Certificate | x509.CertificateSigningRequest) -> list[tuple[str, str]]:
-    """The CN; the whole subject where there is none."""
-    parts = attributes(subject.subject)
-    return [part for part in parts if part[0] == NameOID.COMMON_NAME.dotted_string] or parts
-
-
-def _check_signature(key: CertificatePublicKeyTypes, signature: bytes, message: bytes) -> bool:
-    """False: of a type that proves nothing."""
-    if isinstance(key, rsa.RSAPublicKey):
-        key.verify(signature, message, _PSS, hashes.SHA256())
-    elif isinstance(key, ec.EllipticCurvePublicKey):
-        key.verify(signature, message, ec.ECDSA(hashes.SHA256()))
-    elif isinstance(key, ed25519.Ed25519PublicKey):
-        key.verify(signature, message)
-    else:
-        return False
-    return True
-
-
-_PSS = padding.PSS(padding.MGF1(hashes.SHA256()), hashes.SHA256.digest_size)
-
-
-def _proof_message(csr: x509.CertificateSigningRequest, *, name: str, batch: str, node: str, cluster: str) -> bytes:
-    csr_digest = sha256(csr.public_bytes(Encoding.DER)).digest()
-    parts = (_PROOF_CONTEXT, batch.encode(), node.encode(), cluster.encode(), name.encode(), csr_digest)
-    return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
-
-
-def usages_problem(request: BundledRequest) -> str | None:
-    """Why the replaced certificate does not prove a right to these usages; one without EKUs is good for any."""
-    if request.replaces is None:
-        return "wanted the certificate that is replaced, found none"
-    try:
-        found = extended_key_usages(request.replaces)
-    except UNREADABLE as e:
-        return f"wanted usages in the replaced certificate, found some that can't be read: {_plain(str(e))}"
-    lacking = sorted(eku.label for eku in SPECS[request.name].ekus if found is not None and eku.value not in found)
-    return (
-        f"wanted one by a certificate with the same usages, found one without {', '.join(lacking)}" if lacking else None
-    )
-
-
-def origin_problem(request: BundledRequest, cas: Sequence[x509.Certificate]) -> str | None:
-    """
-    Why the replaced certificate is none of this CA's; None when it is.
-
-    Issuer name and signature alone; it may have expired.
-
-    Args:
-        request: The request.
-        cas: Certificates of the authority: that of the cluster, and those that sign for it.
-    """
-    if request.replaces is None:
-        return "wanted the certificate that is replaced, found none"
-    if any(_is_issued_by(request.replaces, ca) for ca in cas):
-        return None
-    wanted = (
-        " or ".join(dict.fromkeys(name_text(ca.subject) for ca in cas)) or f"a CA certificate of {request.authority}"
-    )
-    return (
-        f"wanted a replaced certificate that {wanted} signed, found "
-        f"{_name(request.replaces)} by {_issuer(request.replaces)}, not signed by it"
-    )
-
-
-def _is_issued_by(certificate: x509.Certificate, ca: x509.Certificate) -> bool:
-    try:
-        certificate.verify_directly_issued_by(ca)
-    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
-        return False
-    return True
-
-
-# --- for people -------------------------------------------------------------------------------------------------------
-
-
-def describe(bundle: Bundle, now: datetime, cas: Mapping[str, Sequence[x509.Certificate]] | None = None) -> str:
-    """
-    What a person has to know who approves a bundle, or gets one back.
-
-    Args:
-        bundle: Of either kind.
-        now: For "expired".
-        cas: The CAs' certificates by authority, with which the origin of the replaced certificates can be told.
-    """
-    lines = list(_request_lines(bundle, now, cas) if isinstance(bundle, RequestBundle) else _answer_lines(bundle))
-    return "\n".join([*lines, "", f"fingerprint  {short_fingerprint(bundle)}", ""])
-
-
-def _request_lines(
-    bundle: RequestBundle, now: datetime, cas: Mapping[str, Sequence[x509.Certificate]] | None
-) -> Iterator[str]:
-    yield f"request of node {bundle.node}, cluster {bundle.cluster}, made {minute(bundle.created)}"
-    yield f"batch {bundle.batch}, {count(len(bundle.requests), 'certificate')}"
-    for request in bundle.requests:
-        usages = ", ".join(sorted(eku.label for eku in request.ekus))
-        yield ""
-        yield f"{request.name} by {request.authority}"
-        yield f"  asks for    {_name(request.csr)}"
-        yield f"  SANs        {_sans(request.csr)}"
-        yield f"  usages      {usages}, for {duration_text(request.validity)}"
-        yield f"  key         {_key(request.csr)}"
-        yield f"  replaces    {_replaced(request, now)}"
-        yield from _changes(request)
-        proof = proof_problem(request, bundle) or usages_problem(request)
-        yield f"  proof       {proof or 'holds: made with the key of the replaced certificate'}"
-        if cas is not None:
-            yield f"  origin      {origin_problem(request, cas.get(request.authority, ())) or 'signed by this CA'}"
-
-
-def _changes(request: BundledRequest) -> Iterator[str]:
-    """What makes this more than a renewal."""
-    if request.replaces is None:
-        return
-    if _name(request.csr) != _name(request.replaces):
-        yield f"  CHANGED     another subject than the replaced {_name(request.replaces)}"
-    if _sans(request.csr) != _sans(request.replaces):
-        yield f"  CHANGED     other SANs than the replaced {_sans(request.replaces)}"
-
-
-def _replaced(request: BundledRequest, now: datetime) -> str:
-    old = request.replaces
-    if old is None:
-        return "nothing"
-    end = old.not_valid_after_utc
-    state = "expired" if end <= now else "valid until"
-    return f"serial {serial_hex(old)}, SHA-256 {fingerprint(old)[:16]}…, {state} {minute(end)}"
-
-
-def _answer_lines(bundle: AnswerBundle) -> Iterator[str]:
-    yield f"answer to node {bundle.node}, cluster {bundle.cluster}, signed {minute(bundle.signed)} by {bundle.signer}"
-    yield f"batch {bundle.batch}, to the request with the digest {bundle.request_digest[:16]}…"
-    for name, answer in bundle.answers.items():
-        yield ""
-        yield name
-        if isinstance(answer, Refusal):
-            yield f"  refused     {answer.reason}"
-            continue
-        yield f"  certificate {_name(answer.leaf)}, serial {serial_hex(answer.leaf)}"
-        yield f"  valid       {minute(answer.leaf.not_valid_before_utc)} to {minute(answer.leaf.not_valid_after_utc)}"
-        yield f"  issuer      {_issuer(answer.leaf)}, {count(len(answer.intermediates), 'intermediate')}"
-
-
-def count(number: int, what: str) -> str:
-    """Such as `1 certificate`."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _name(subject: x509.Certificate | x509.CertificateSigningRequest) -> str:
-    try:
-        return _plain(name_text(subject.subject)) or "(no subject)"
-    except ValueError as e:
-        return f"(a subject that can't be read: {_plain(str(e))})"
-
-
-def _issuer(certificate: x509.Certificate) -> str:
-    try:
-        return _plain(name_text(certificate.issuer))
-    except ValueError as e:
-        return f"(an issuer that can't be read: {_plain(str(e))})"
-
-
-def _sans(subject: x509.Certificate | x509.CertificateSigningRequest) -> str:
-    try:
-        return ", ".join(_plain(f"{kind}:{value}") for kind, value in sorted(san_counts(subject).elements())) or "none"
-    except ValueError as e:
-        return f"(extensions that can't be read: {_plain(str(e))})"
-
-
-def _key(csr: x509.CertificateSigningRequest) -> str:
-    try:
-        return algorithm_name(csr.public_key())
-    except (ValueError, UnsupportedAlgorithm) as e:
-        return f"(one that can't be read: {_plain(str(e))})"
+    return Refusal(reason=one_line(reason, LONGEST_TEXT) or "no reason was given")

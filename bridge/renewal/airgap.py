@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import hashes
 from bridge.contract import Issued
 from bridge.errors import BackendRefusedError, BridgeError, Exit, WaitingError
 from bridge.node.inventory import Node
-from bridge.pki import bundle
+from bridge.pki import bundle, bundle_text, continuity
 from bridge.pki.bundle import AnswerBundle, BundleError, Refusal, RequestBundle
 from bridge.pki.certificates import UNREADABLE, fingerprint, is_ca, load_pem_certificates, name_text, serial_hex
 from bridge.pki.loose_certificates import certificates_in, is_for, newest
@@ -136,9 +136,9 @@ def inspect(settings: Settings, path: Path, now: datetime) -> tuple[str, int]:
     """
     found = _bundle(path)
     cas = {name: certificates for name in AUTHORITIES if (certificates := _ca(settings, name))}
-    text = bundle.describe(found, now, cas or None)
+    text = bundle_text.describe(found, now, cas or None)
     if isinstance(found, RequestBundle) and any(
-        bundle.proof_problem(one, found) or bundle.usages_problem(one) for one in found.requests
+        continuity.proof_problem(one, found) or continuity.usages_problem(one) for one in found.requests
     ):
         return text, Exit.REFUSED
     return text, Exit.DONE

@@ -19,7 +19,7 @@ from bridge.errors import BridgeError
 from bridge.node import kubeconfig
 from bridge.node.inventory import Item
 from bridge.node.kubeconfig import KubeconfigError
-from bridge.pki import bundle, csr
+from bridge.pki import continuity, csr
 from bridge.pki.certificates import load_pem_certificates
 from bridge.renewal.selection import RESTORE, MissingCertificateError, outcome_of
 from bridge.settings.tables import Settings
@@ -124,7 +124,7 @@ def _continuity(one: Prepared, settings: Settings, batch: str) -> Continuity:
     who = {"batch": batch, "node": settings.node.node_name, "cluster": settings.node.cluster}
     try:
         old = one.item.key_path.read_bytes() if one.item.key_path is not None else _embedded_key(one.item)
-        proof = bundle.sign_proof(load_pem_private_key(old, None), one.request.csr, name=one.name, **who)
+        proof = continuity.sign_proof(load_pem_private_key(old, None), one.request.csr, name=one.name, **who)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm):  # missing, broken, encrypted, of an odd type
         proof = None
     return Continuity(proof=proof, **who)

@@ -22,15 +22,8 @@ from cryptography import x509
 from bridge.contract import Backend, Collects, Issued, ListsIssuers, Pending, Recalls, SignRequest, SignsMany
 from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, VerificationError, WaitingError
 from bridge.pki import verify
-from bridge.pki.bundle import (
-    AnswerBundle,
-    BundledRequest,
-    Refusal,
-    RequestBundle,
-    describe,
-    refusal,
-    sign_request,
-)
+from bridge.pki.bundle import AnswerBundle, BundledRequest, Refusal, RequestBundle, refusal, sign_request
+from bridge.pki.bundle_text import describe
 from bridge.pki.certificates import load_pem_certificates
 from bridge.pki.verify import Expectation
 from bridge.settings.tables import Settings

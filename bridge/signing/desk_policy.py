@@ -21,8 +21,9 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.x509.oid import ExtensionOID, NameOID
 
 from bridge.errors import SettingsError, SettingsProblem
-from bridge.pki.bundle import BundledRequest, RequestBundle, origin_problem, proof_problem, usages_problem
+from bridge.pki.bundle import BundledRequest, RequestBundle
 from bridge.pki.certificates import attributes, san_counts
+from bridge.pki.continuity import origin_problem, proof_problem, usages_problem
 from bridge.pki.csr import algorithm_name
 from bridge.pki.durations import duration_text
 from bridge.settings.reader import Reader, Source

@@ -24,7 +24,7 @@ from cryptography import x509
 from backends import openssl_setup
 from bridge.contract import Continuity, SignRequest
 from bridge.node.sample_pki import Cluster, leaf_certificate
-from bridge.pki import bundle, csr
+from bridge.pki import bundle, continuity, csr
 from bridge.specs import AUTHORITIES, SPECS
 from bridge.testing import TestCA
 from tests.kit.opensslca import make_ca_directory
@@ -69,7 +69,7 @@ def _requests(node: str, cas: dict[str, TestCA]) -> list[SignRequest]:
         old = leaf_certificate(spec, old_key, ca, cluster, **dates)
         pem = csr.build(old, csr.generate_key("ecdsa-p256"))
         who = {"batch": batch, "node": node, "cluster": _CLUSTER}
-        proof = bundle.sign_proof(old_key, x509.load_pem_x509_csr(pem), name=name, **who)
+        proof = continuity.sign_proof(old_key, x509.load_pem_x509_csr(pem), name=name, **who)
         asker = Continuity(**who, proof=proof)
         requests.append(SignRequest(spec=spec, csr_pem=pem, validity=VALIDITY, replaces=old, continuity=asker))
     return requests

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from bridge.contract import Issued
 from bridge.node import sample_pki
 from bridge.pki import bundle as bundles
+from bridge.pki import continuity
 from bridge.pki.bundle import (
     MAX_BYTES,
     AnswerBundle,
@@ -33,19 +34,16 @@ from bridge.pki.bundle import (
     IncompleteBundleError,
     Refusal,
     RequestBundle,
-    describe,
     digest,
     dumps,
     loads,
     loads_answer,
     loads_request,
-    origin_problem,
-    proof_problem,
     short_fingerprint,
-    sign_proof,
     sign_request,
-    usages_problem,
 )
+from bridge.pki.bundle_text import describe
+from bridge.pki.continuity import origin_problem, proof_problem, sign_proof, usages_problem
 from bridge.pki.csr import PrivateKey, generate_key, key_pem
 from bridge.specs import AUTHORITIES, EKU
 from tests.kit.bundles import changed, make_bundle, new_csr, old_pairs
@@ -558,8 +556,8 @@ def test_parts_can_not_be_moved_from_one_to_the_next() -> None:
     """Each part is signed with its length: `ab` and `c` are not `a` and `bc`."""
     key = generate_key("ecdsa-p256")
     made = new_csr(_self_signed(key))
-    one = bundles._proof_message(made, name="x", batch="0" * 32, node="ab", cluster="c")
-    other = bundles._proof_message(made, name="x", batch="0" * 32, node="a", cluster="bc")
+    one = continuity._proof_message(made, name="x", batch="0" * 32, node="ab", cluster="c")
+    other = continuity._proof_message(made, name="x", batch="0" * 32, node="a", cluster="bc")
 
     assert one != other
 

@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from bridge.contract import Issued, SignRequest
 from bridge.errors import Exit
-from bridge.pki import bundle
+from bridge.pki import bundle, continuity
 from bridge.pki.bundle import AnswerBundle
 from bridge.pki.certificates import pem, serial_hex
 from bridge.pki.csr import PrivateKey
@@ -207,7 +207,7 @@ def test_a_request_joins_those_of_before(node: Node, desk: Desk) -> None:
     first = node.export("apiserver", to="first.json")
     both = node.export("apiserver", FRONT)
     assert both.requests[0].csr == first.requests[0].csr
-    assert not [problem for request in both.requests if (problem := bundle.proof_problem(request, both))]
+    assert not [problem for request in both.requests if (problem := continuity.proof_problem(request, both))]
     assert node.run("import", sign(desk, node, bundle_name="first.json")).returncode == 4
     assert list(node.open()) == [FRONT]
     assert node.run("import", sign(desk, node)).returncode == 0

@@ -37,10 +37,10 @@ from bridge.pki.bundle import (
     loads_answer,
     request_file_name,
     short_fingerprint,
-    sign_proof,
     sign_request,
 )
 from bridge.pki.certificates import pem
+from bridge.pki.continuity import sign_proof
 from bridge.pki.csr import PrivateKey
 from bridge.pki.verify import Expectation, check
 from bridge.settings.load import load

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from bridge.errors import SettingsError
 from bridge.node import sample_pki
-from bridge.pki.bundle import RequestBundle, sign_proof
+from bridge.pki.bundle import RequestBundle
+from bridge.pki.continuity import sign_proof
 from bridge.pki.csr import PrivateKey, generate_key
 from bridge.signing import desk_policy
 from bridge.signing.desk_policy import Policy, Verdict, judge, parse

@@ -1,0 +1,94 @@
+"""Bundles for people: what a desk's operator has to know before a signature, and a node's operator after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+
+from cryptography import x509
+
+from bridge.pki import shown
+from bridge.pki.bundle import (
+    AnswerBundle,
+    Bundle,
+    BundledRequest,
+    Refusal,
+    RequestBundle,
+    short_fingerprint,
+)
+from bridge.pki.certificates import fingerprint, serial_hex
+from bridge.pki.continuity import origin_problem, proof_problem, usages_problem
+from bridge.pki.durations import duration_text
+from bridge.pki.expiry import minute
+
+
+def describe(bundle: Bundle, now: datetime, cas: Mapping[str, Sequence[x509.Certificate]] | None = None) -> str:
+    """
+    What a person has to know who approves a bundle, or gets one back.
+
+    Args:
+        bundle: Of either kind.
+        now: For "expired".
+        cas: The CAs' certificates by authority, with which the origin of the replaced certificates can be told.
+    """
+    lines = list(_request_lines(bundle, now, cas) if isinstance(bundle, RequestBundle) else _answer_lines(bundle))
+    return "\n".join([*lines, "", f"fingerprint  {short_fingerprint(bundle)}", ""])
+
+
+def _request_lines(
+    bundle: RequestBundle, now: datetime, cas: Mapping[str, Sequence[x509.Certificate]] | None
+) -> Iterator[str]:
+    yield f"request of node {bundle.node}, cluster {bundle.cluster}, made {minute(bundle.created)}"
+    yield f"batch {bundle.batch}, {count(len(bundle.requests), 'certificate')}"
+    for request in bundle.requests:
+        usages = ", ".join(sorted(eku.label for eku in request.ekus))
+        yield ""
+        yield f"{request.name} by {request.authority}"
+        yield f"  asks for    {shown.name(request.csr)}"
+        yield f"  SANs        {shown.sans(request.csr)}"
+        yield f"  usages      {usages}, for {duration_text(request.validity)}"
+        yield f"  key         {shown.key(request.csr)}"
+        yield f"  replaces    {_replaced(request, now)}"
+        yield from _changes(request)
+        proof = proof_problem(request, bundle) or usages_problem(request)
+        yield f"  proof       {proof or 'holds: made with the key of the replaced certificate'}"
+        if cas is not None:
+            yield f"  origin      {origin_problem(request, cas.get(request.authority, ())) or 'signed by this CA'}"
+
+
+def _changes(request: BundledRequest) -> Iterator[str]:
+    """What makes this more than a renewal."""
+    if request.replaces is None:
+        return
+    if shown.name(request.csr) != shown.name(request.replaces):
+        yield f"  CHANGED     another subject than the replaced {shown.name(request.replaces)}"
+    if shown.sans(request.csr) != shown.sans(request.replaces):
+        yield f"  CHANGED     other SANs than the replaced {shown.sans(request.replaces)}"
+
+
+def _replaced(request: BundledRequest, now: datetime) -> str:
+    old = request.replaces
+    if old is None:
+        return "nothing"
+    end = old.not_valid_after_utc
+    state = "expired" if end <= now else "valid until"
+    return f"serial {serial_hex(old)}, SHA-256 {fingerprint(old)[:16]}…, {state} {minute(end)}"
+
+
+def _answer_lines(bundle: AnswerBundle) -> Iterator[str]:
+    yield f"answer to node {bundle.node}, cluster {bundle.cluster}, signed {minute(bundle.signed)} by {bundle.signer}"
+    yield f"batch {bundle.batch}, to the request with the digest {bundle.request_digest[:16]}…"
+    for name, answer in bundle.answers.items():
+        yield ""
+        yield name
+        if isinstance(answer, Refusal):
+            yield f"  refused     {answer.reason}"
+            continue
+        yield f"  certificate {shown.name(answer.leaf)}, serial {serial_hex(answer.leaf)}"
+        yield f"  valid       {minute(answer.leaf.not_valid_before_utc)} to {minute(answer.leaf.not_valid_after_utc)}"
+        yield f"  issuer      {shown.issuer(answer.leaf)}, {count(len(answer.intermediates), 'intermediate')}"
+
+
+def count(number: int, what: str) -> str:
+    """Such as `1 certificate`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,165 @@
+"""
+Continuity proofs: the holder of a certificate proves possession of its key when he asks for the next one.
+
+A bundle that anybody could have made becomes one that only this node can have made. Whether the desk wants a proof,
+and whose certificate it takes for one, is the policy's to say (`bridge.signing.desk_policy`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import sha256
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
+from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes, PrivateKeyTypes
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
+
+from bridge.errors import one_line
+from bridge.pki import shown
+from bridge.pki.bundle import BundledRequest, RequestBundle
+from bridge.pki.certificates import UNREADABLE, attributes, extended_key_usages, name_text
+from bridge.pki.csr import algorithm_name
+from bridge.specs import SPECS
+
+#: Signed with the old key, so never the beginning of anything else that such a key signs.
+_PROOF_CONTEXT = b"ca-bridge continuity proof v1"
+
+
+def sign_proof(
+    old_key: PrivateKeyTypes, csr: x509.CertificateSigningRequest, *, name: str, batch: str, node: str, cluster: str
+) -> bytes:
+    """
+    Prove with the key of the certificate that is replaced that its holder wants this CSR signed.
+
+    RSA-PSS, ECDSA or Ed25519, the first two with SHA-256. What is signed begins with words of its own, has each
+    part with its length before it, and names the batch, so that a proof is good for one request of one bundle.
+
+    Raises:
+        ValueError: A key of another type.
+    """
+    message = _proof_message(csr, name=name, batch=batch, node=node, cluster=cluster)
+    if isinstance(old_key, rsa.RSAPrivateKey):
+        return old_key.sign(message, _PSS, hashes.SHA256())
+    if isinstance(old_key, ec.EllipticCurvePrivateKey):
+        return old_key.sign(message, ec.ECDSA(hashes.SHA256()))
+    if isinstance(old_key, ed25519.Ed25519PrivateKey):
+        return old_key.sign(message)
+    raise ValueError(f"wanted an RSA, ECDSA or Ed25519 key, found {type(old_key).__name__}")
+
+
+def proof_problem(request: BundledRequest, bundle: RequestBundle) -> str | None:
+    """
+    Why the continuity proof does not hold; None when it does.
+
+    It says that whoever made the bundle has the key of `replaces`, and that the new certificate is for the same CN:
+    one of another name, be it by the same CA, proves nothing. Whether it is by the cluster's CA is `origin_problem`,
+    whether it has the usages `usages_problem`, and who may have the new one is the policy's.
+    """
+    if request.replaces is None:
+        return "wanted the certificate that is replaced, found none"
+    if request.proof is None:
+        return "wanted a continuity proof, found none"
+    message = _proof_message(
+        request.csr, name=request.name, batch=bundle.batch, node=bundle.node, cluster=bundle.cluster
+    )
+    try:
+        key = request.replaces.public_key()
+    except (ValueError, UnsupportedAlgorithm) as e:
+        return f"wanted a public key in the replaced certificate, found one that can't be read: {one_line(e)}"
+    try:
+        is_checked = _check_signature(key, request.proof, message)
+    except InvalidSignature:
+        return "wanted a continuity proof by the replaced certificate's key over this CSR, found another signature"
+    if not is_checked:
+        return f"wanted an RSA, ECDSA or Ed25519 key to prove with, found {algorithm_name(key)}"
+    return _other_holder(request.csr, request.replaces)
+
+
+def _other_holder(csr: x509.CertificateSigningRequest, replaces: x509.Certificate) -> str | None:
+    """Groups may have changed since, and what else the policy lets; the CN says who it is."""
+    try:
+        is_same = _who(csr) == _who(replaces)
+    except UNREADABLE as e:
+        return f"wanted one by a certificate whose subject can be read, found: {one_line(e)}"
+    return (
+        None
+        if is_same
+        else f"wanted one by the certificate of {shown.name(csr)}, found one by that of {shown.name(replaces)}"
+    )
+
+
+def _who(subject: x509.Certificate | x509.CertificateSigningRequest) -> list[tuple[str, str]]:
+    """The CN; the whole subject where there is none."""
+    parts = attributes(subject.subject)
+    return [part for part in parts if part[0] == NameOID.COMMON_NAME.dotted_string] or parts
+
+
+def _check_signature(key: CertificatePublicKeyTypes, signature: bytes, message: bytes) -> bool:
+    """False: of a type that proves nothing."""
+    if isinstance(key, rsa.RSAPublicKey):
+        key.verify(signature, message, _PSS, hashes.SHA256())
+    elif isinstance(key, ec.EllipticCurvePublicKey):
+        key.verify(signature, message, ec.ECDSA(hashes.SHA256()))
+    elif isinstance(key, ed25519.Ed25519PublicKey):
+        key.verify(signature, message)
+    else:
+        return False
+    return True
+
+
+_PSS = padding.PSS(padding.MGF1(hashes.SHA256()), hashes.SHA256.digest_size)
+
+
+def _proof_message(csr: x509.CertificateSigningRequest, *, name: str, batch: str, node: str, cluster: str) -> bytes:
+    csr_digest = sha256(csr.public_bytes(Encoding.DER)).digest()
+    parts = (_PROOF_CONTEXT, batch.encode(), node.encode(), cluster.encode(), name.encode(), csr_digest)
+    return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+
+
+def usages_problem(request: BundledRequest) -> str | None:
+    """Why the replaced certificate does not prove a right to these usages; one without EKUs is good for any."""
+    if request.replaces is None:
+        return "wanted the certificate that is replaced, found none"
+    try:
+        found = extended_key_usages(request.replaces)
+    except UNREADABLE as e:
+        return f"wanted usages in the replaced certificate, found some that can't be read: {one_line(e)}"
+    lacking = sorted(eku.label for eku in SPECS[request.name].ekus if found is not None and eku.value not in found)
+    return (
+        f"wanted one by a certificate with the same usages, found one without {', '.join(lacking)}" if lacking else None
+    )
+
+
+def origin_problem(request: BundledRequest, cas: Sequence[x509.Certificate]) -> str | None:
+    """
+    Why the replaced certificate is none of this CA's; None when it is.
+
+    Issuer name and signature alone; it may have expired.
+
+    Args:
+        request: The request.
+        cas: Certificates of the authority: that of the cluster, and those that sign for it.
+    """
+    if request.replaces is None:
+        return "wanted the certificate that is replaced, found none"
+    if any(_is_issued_by(request.replaces, ca) for ca in cas):
+        return None
+    wanted = (
+        " or ".join(dict.fromkeys(name_text(ca.subject) for ca in cas)) or f"a CA certificate of {request.authority}"
+    )
+    return (
+        f"wanted a replaced certificate that {wanted} signed, found "
+        f"{shown.name(request.replaces)} by {shown.issuer(request.replaces)}, not signed by it"
+    )
+
+
+def _is_issued_by(certificate: x509.Certificate, ca: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(ca)
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+        return False
+    return True

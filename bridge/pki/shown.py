@@ -1,0 +1,47 @@
+"""Names, SANs and keys of certificates and CSRs as one printable line, also where they can't be read."""
+
+from __future__ import annotations
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+
+from bridge.errors import one_line
+from bridge.pki.certificates import (
+    name_text,
+    san_counts,
+)
+from bridge.pki.csr import algorithm_name
+
+
+def name(subject: x509.Certificate | x509.CertificateSigningRequest) -> str:
+    """The subject."""
+    try:
+        return one_line(name_text(subject.subject)) or "(no subject)"
+    except ValueError as e:
+        return f"(a subject that can't be read: {one_line(e)})"
+
+
+def issuer(certificate: x509.Certificate) -> str:
+    """The issuer's name."""
+    try:
+        return one_line(name_text(certificate.issuer))
+    except ValueError as e:
+        return f"(an issuer that can't be read: {one_line(e)})"
+
+
+def sans(subject: x509.Certificate | x509.CertificateSigningRequest) -> str:
+    """All SANs, in alphabetical order."""
+    try:
+        return (
+            ", ".join(one_line(f"{kind}:{value}") for kind, value in sorted(san_counts(subject).elements())) or "none"
+        )
+    except ValueError as e:
+        return f"(extensions that can't be read: {one_line(e)})"
+
+
+def key(csr: x509.CertificateSigningRequest) -> str:
+    """The key's algorithm and size."""
+    try:
+        return algorithm_name(csr.public_key())
+    except (ValueError, UnsupportedAlgorithm) as e:
+        return f"(one that can't be read: {one_line(e)})"
