@@ -54,9 +54,9 @@ from bridge.errors import (
     SettingsError,
     SettingsProblem,
     Violation,
-    one_line,
 )
 from bridge.specs import EKU, CertificateSpec
+from bridge.words import one_line
 
 API = "/api/v1/cfssl"
 #: cfssl takes any key, an empty one too; RFC 2104 §3 discourages less than the hash's 32 bytes.

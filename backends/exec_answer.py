@@ -9,8 +9,8 @@ from typing import Any
 
 from cryptography import x509
 
-from bridge.errors import one_line
 from bridge.pki.loose_certificates import certificates_in
+from bridge.words import one_line
 
 _MOST_WORDS = 300  # characters; certmonger itself keeps the first line of a refusal
 _SECONDS = re.compile(r"[0-9]{1,9}")

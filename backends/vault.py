@@ -57,9 +57,9 @@ from bridge.errors import (
     SettingsError,
     SettingsProblem,
     Violation,
-    one_line,
 )
 from bridge.specs import EKU, CertificateSpec
+from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge.vault")
 

@@ -7,22 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-#: Printable as Unicode has it, and yet blank on a screen: padding with them draws lines of one's own.
-_BLANKS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
-_LONGEST_LINE = 300
-
-
-def one_line(value: object, longest: int = _LONGEST_LINE) -> str:
-    """
-    What comes from outside (a CA's words, a name in a CSR or a carried file), as it may be shown.
-
-    On one line, so that it draws no line of its own; blanks collapsed; nothing that steers a terminal; cut.
-    Secrets in it are the caller's to hide first.
-    """
-    text = "".join(c if c.isprintable() and c not in _BLANKS else " " for c in str(value))
-    line = " ".join(text.split())
-    return line if len(line) <= longest else f"{line[: longest - 1]}…"
-
 
 class Exit:
     """Exit codes; a promise to callers (README, "Exit codes")."""

@@ -24,11 +24,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.contract import Continuity, Issued, SignRequest
-from bridge.errors import BridgeError, one_line
+from bridge.errors import BridgeError
 from bridge.pki.certificates import (
     pem,
 )
 from bridge.specs import AUTHORITIES, EKU, SPECS
+from bridge.words import one_line
 
 REQUEST_SCHEMA = "ca-bridge/request-bundle"
 ANSWER_SCHEMA = "ca-bridge/answer-bundle"

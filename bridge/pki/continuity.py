@@ -18,12 +18,12 @@ from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKey
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-from bridge.errors import one_line
 from bridge.pki import shown
 from bridge.pki.bundle import BundledRequest, RequestBundle
 from bridge.pki.certificates import UNREADABLE, attributes, extended_key_usages, name_text
 from bridge.pki.csr import algorithm_name
 from bridge.specs import SPECS
+from bridge.words import one_line
 
 #: Signed with the old key, so never the beginning of anything else that such a key signs.
 _PROOF_CONTEXT = b"ca-bridge continuity proof v1"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 
-from bridge.errors import one_line
 from bridge.pki.certificates import (
     name_text,
     san_counts,
 )
 from bridge.pki.csr import algorithm_name
+from bridge.words import one_line
 
 
 def name(subject: x509.Certificate | x509.CertificateSigningRequest) -> str:
