@@ -157,7 +157,9 @@ def _print_exported(done: airgap.Exported, path: Path, now: datetime) -> None:
         proof = "with proof" if request.proof is not None else "WITHOUT PROOF: the old key can't be used"
         rows.append((request.name, f"by {request.authority}", state, again, proof))
     say_table(rows)
-    say(f"\n{path} holds {bundle_text.count(len(rows), 'request')}; fingerprint {bundle.short_fingerprint(done.bundle)}")
+    say(
+        f"\n{path} holds {bundle_text.count(len(rows), 'request')}; fingerprint {bundle.short_fingerprint(done.bundle)}"
+    )
     say("carry it to the CA desk (`ca-bridge sign`), and the answer back (`ca-bridge import ANSWER`)")
 
 

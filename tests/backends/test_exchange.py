@@ -384,7 +384,10 @@ def test_the_example_can_be_used() -> None:
     assert list(configured) == list(AUTHORITIES)
     for one in configured.values():
         assert one.settings == ExchangeSettings(
-            outbox=Path("/srv/exchange/outbox"), inbox=Path("/srv/exchange/inbox"), retry_for=timedelta()
+            node=one.settings.node,
+            outbox=Path("/srv/exchange/outbox"),
+            inbox=Path("/srv/exchange/inbox"),
+            retry_for=timedelta(),
         )
     assert settings.renewal.before.remaining == timedelta(days=60)
 
