@@ -267,6 +267,7 @@ class ExecBackend:
             "CA_BRIDGE_EKUS": ekus_text(request.spec),
             "CA_BRIDGE_VALIDITY_SECONDS": f"{seconds:.0f}",
             "CA_BRIDGE_DAYS": str(days),
+            **({"CA_BRIDGE_NODE": self._settings.node} if self._settings.node else {}),
             **({"CA_BRIDGE_REPLACES": _pem(request.replaces)} if request.replaces else {}),
         }
 

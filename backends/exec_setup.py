@@ -50,7 +50,7 @@ status=0
 env -i {environment} HOME="$HOME" \\
   CERTMONGER_OPERATION="${{2:-SUBMIT}}" CERTMONGER_CSR="$(cat "$work/csr")" CERTMONGER_CA_PROFILE="$profile" \\
   CERTMONGER_CA_NICKNAME={authority} CA_BRIDGE_AUTHORITY={authority} CA_BRIDGE_CERTIFICATE="$1" \\
-  CA_BRIDGE_USAGE="$usage" CA_BRIDGE_EKUS="$ekus" CA_BRIDGE_DAYS={days} CA_BRIDGE_VALIDITY_SECONDS={seconds} \\
+  CA_BRIDGE_NODE={quoted_node} CA_BRIDGE_USAGE="$usage" CA_BRIDGE_EKUS="$ekus" CA_BRIDGE_DAYS={days} CA_BRIDGE_VALIDITY_SECONDS={seconds} \\
   {command} || status=$?
 echo "status $status" >&2
 exit "$status"
@@ -78,6 +78,7 @@ def setup(wanted: SetupRequest) -> list[SetupFile]:
     text = _TEXT.format(
         node=wanted.node,
         cluster=wanted.cluster,
+        quoted_node=shlex.quote(wanted.node),
         authority=wanted.authority.name,
         table=table,
         cases="\n".join(_case(*row) for row in rows),

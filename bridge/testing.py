@@ -18,46 +18,23 @@ Needs pytest; nothing of the program itself imports this module.
 from __future__ import annotations
 
 import functools
-import secrets
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import ClassVar
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
 
-from bridge.contract import (
-    Backend,
-    Carries,
-    Checks,
-    Closes,
-    Collects,
-    Continuity,
-    Identifies,
-    Issued,
-    ListsIssuers,
-    Pending,
-    SignRequest,
-    SignsMany,
-)
-from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError
+from bridge.contract import Backend, ListsIssuers
 from bridge.node.sample_pki import Cluster, ThrowawayCA, ca_certificate, leaf_certificate
 from bridge.pki import csr, verify
+from bridge.signing import conformance
+from bridge.signing.conformance import ABILITIES as ABILITIES  # noqa: PLC0414 (authors of backends import these from here)
+from bridge.signing.conformance import Trial
+from bridge.signing.conformance import sign_request as sign_request  # noqa: PLC0414
+from bridge.signing.conformance import tampered as tampered  # noqa: PLC0414
 from bridge.specs import SPECS, CertificateSpec, KeyAlgorithm
-
-#: Optional abilities by the name that `BackendConformance.unsupported` takes.
-ABILITIES = {
-    "sign_many": SignsMany,
-    "collect": Collects,
-    "check": Checks,
-    "issuers": ListsIssuers,
-    "identity": Identifies,
-    "close": Closes,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,42 +58,6 @@ class TestCA(ThrowawayCA):
 
 
 _CLUSTER = Cluster(extra_sans=("*.wild.example.com", "2001:db8::7"))
-
-
-def sign_request(
-    live: x509.Certificate, spec: CertificateSpec, algorithm: KeyAlgorithm, validity: timedelta
-) -> SignRequest:
-    """A request to renew a live certificate with a new key, which is thrown away."""
-    pem = csr.build(live, csr.generate_key(algorithm))
-    return SignRequest(spec=spec, csr_pem=pem, validity=validity, replaces=live)
-
-
-def signed(backend: Backend, request: SignRequest, patience: timedelta = timedelta()) -> Issued:
-    """The certificate, be it at once or so much later."""
-    request = _carried(backend, [request])[0]
-    return _awaited(backend, request, backend.sign(request), patience)
-
-
-def _carried(backend: Backend, requests: Sequence[SignRequest]) -> list[SignRequest]:
-    """One batch; without a proof, as the live certificates' keys are nowhere."""
-    if not isinstance(backend, Carries):
-        return list(requests)
-    who = Continuity(batch=secrets.token_hex(16), node=_CLUSTER.node, cluster="kubernetes", proof=None)
-    return [replace(request, continuity=who) for request in requests]
-
-
-def _awaited(
-    backend: Backend, request: SignRequest, answer: Issued | Pending | BackendError, patience: timedelta
-) -> Issued:
-    if isinstance(answer, BackendError):
-        raise answer
-    end = time.monotonic() + patience.total_seconds()
-    while isinstance(answer, Pending):
-        assert isinstance(backend, Collects), "answers later, and can't be asked later"
-        assert time.monotonic() < end, f"still pending: {answer.note}"
-        time.sleep(0.05)
-        answer = backend.collect(request, answer.reference)
-    return answer
 
 
 class BackendConformance:
@@ -154,102 +95,78 @@ class BackendConformance:
             anchors=(ca.certificate,), anchor_name="ca.crt", now=datetime.now(UTC), min_validity=timedelta(days=7)
         )
 
-    @pytest.mark.parametrize("algorithm", ["rsa-2048", "ecdsa-p256", "ecdsa-p384"])
-    def test_signs_exactly_what_was_asked(
-        self,
-        backend: Backend,
-        live: dict[str, x509.Certificate],
-        expected: verify.Expectation,
-        algorithm: KeyAlgorithm,
-    ) -> None:
+    @pytest.fixture
+    def trial(self, backend: Backend, live: dict[str, x509.Certificate], expected: verify.Expectation) -> Trial:
+        """The backend, and what it is asked."""
+        asked = {spec.name: live[spec.name] for spec in self.specs}
+        return Trial(backend=backend, live=asked, expected=expected, validity=self.validity, patience=self.patience)
+
+    @pytest.mark.parametrize("algorithm", conformance.ALGORITHMS)
+    def test_signs_exactly_what_was_asked(self, trial: Trial, algorithm: KeyAlgorithm) -> None:
         """Each kubeadm certificate comes back with its own subject, SANs and usages, whatever the key's type."""
-        for spec in self.specs:
-            request = sign_request(live[spec.name], spec, algorithm, self.validity)
-            verify.check(signed(backend, request, self.patience), request, expected)
+        conformance.signs_exactly_what_was_asked(trial, algorithm)
 
-    def test_gives_the_validity_that_was_asked_for(self, backend: Backend, live: dict[str, x509.Certificate]) -> None:
+    def test_gives_the_validity_that_was_asked_for(self, trial: Trial) -> None:
         """The certificate ends when the asked validity does, to the hour."""
-        request = sign_request(live[self.specs[0].name], self.specs[0], "ecdsa-p256", self.validity)
-        end = signed(backend, request, self.patience).leaf.not_valid_after_utc
-        assert abs(end - (datetime.now(UTC) + self.validity)) < timedelta(hours=1)
+        conformance.gives_the_validity_that_was_asked_for(trial)
 
-    def test_signs_the_same_csr_again(self, backend: Backend, live: dict[str, x509.Certificate]) -> None:
-        """A repeated request is a new certificate for the same key, so that a lost answer can be asked for again."""
-        request = sign_request(live[self.specs[0].name], self.specs[0], "ecdsa-p256", self.validity)
-        first, second = (signed(backend, request, self.patience).leaf for _ in range(2))
-        assert first.public_key() == second.public_key()
-        assert first.serial_number != second.serial_number
+    def test_signs_the_same_csr_again(self, trial: Trial) -> None:
+        """A repeated request is answered for the same key, so that a lost answer can be asked for again."""
+        conformance.signs_the_same_csr_again(trial)
 
-    def test_signs_from_several_threads(
-        self, backend: Backend, live: dict[str, x509.Certificate], expected: verify.Expectation
-    ) -> None:
+    def test_signs_from_several_threads(self, trial: Trial) -> None:
         """Answers are not mixed up between threads."""
-        requests = [sign_request(live[spec.name], spec, "ecdsa-p256", self.validity) for spec in self.specs]
-        with ThreadPoolExecutor(4) as pool:
-            answers = pool.map(lambda request: signed(backend, request, self.patience), requests)
-            for request, issued in zip(requests, answers, strict=True):
-                verify.check(issued, request, expected)
+        conformance.signs_from_several_threads(trial)
 
-    def test_refuses_a_csr_with_a_bad_signature(self, backend: Backend, live: dict[str, x509.Certificate]) -> None:
+    def test_refuses_a_csr_with_a_bad_signature(self, trial: Trial) -> None:
         """A CSR whose holder does not hold the key is refused; its untouched twin is signed."""
-        good = sign_request(live[self.specs[0].name], self.specs[0], "ecdsa-p256", self.validity)
-        signed(backend, good, self.patience)
-        with pytest.raises(BackendRefusedError):
-            signed(backend, tampered(good), self.patience)
+        conformance.refuses_a_csr_with_a_bad_signature(trial)
 
-    def test_a_dead_ca_is_unavailable(self, dead_backend: Backend, live: dict[str, x509.Certificate]) -> None:
+    def test_a_dead_ca_is_unavailable(
+        self, dead_backend: Backend, live: dict[str, x509.Certificate], expected: verify.Expectation
+    ) -> None:
         """No answer is "try again", not "no"."""
-        request = sign_request(live[self.specs[0].name], self.specs[0], "ecdsa-p256", self.validity)
-        with pytest.raises(BackendUnavailableError):
-            signed(dead_backend, request)
+        asked = {self.specs[0].name: live[self.specs[0].name]}
+        dead = Trial(backend=dead_backend, live=asked, expected=expected, validity=self.validity)
+        conformance.a_dead_ca_is_unavailable(dead)
 
     def test_abilities_are_as_declared(self, backend: Backend) -> None:
         """An ability is there or declared unsupported, never both."""
-        found = {name for name, protocol in ABILITIES.items() if isinstance(backend, protocol)}
-        assert found == set(ABILITIES) - self.unsupported
+        assert set(conformance.abilities(backend)) == set(ABILITIES) - self.unsupported
 
-    def test_signs_many_in_the_order_asked(
-        self, backend: Backend, live: dict[str, x509.Certificate], expected: verify.Expectation
-    ) -> None:
+    def test_signs_many_in_the_order_asked(self, trial: Trial) -> None:
         """A batch is answered in its order, and one bad CSR in it fails alone."""
-        if not isinstance(backend, SignsMany):
-            pytest.xfail("signs one by one")
-        requests = [sign_request(live[spec.name], spec, "ecdsa-p256", self.validity) for spec in self.specs]
-        requests = _carried(backend, [tampered(requests[0]), *requests[1:]])
-        bad, *answers = backend.sign_many(requests)
-        for request, answer in zip(requests[1:], answers, strict=True):
-            verify.check(_awaited(backend, request, answer, self.patience), request, expected)
-        with pytest.raises(BackendRefusedError):
-            _awaited(backend, requests[0], bad, self.patience)
+        with _Unsupported():
+            conformance.signs_many_in_the_order_asked(trial)
 
-    def test_check_finds_nothing_wrong(self, backend: Backend) -> None:
+    def test_check_finds_nothing_wrong(self, trial: Trial) -> None:
         """The preflight is silent about a CA that signs as it should."""
-        if not isinstance(backend, Checks):
-            pytest.xfail("has no preflight")
-        assert backend.check(list(self.specs)) == {}
+        with _Unsupported():
+            conformance.preflight_finds_nothing_wrong(trial)
 
-    def test_issuers_start_with_the_one_that_signs(self, backend: Backend, ca: TestCA) -> None:
-        """The first of the CA's certificates is the issuer of what it signs."""
-        if not isinstance(backend, ListsIssuers):
-            pytest.xfail("can't tell the CA's certificates")
-        assert backend.issuers()[0] == ca.certificate
+    def test_issuers_start_with_the_one_that_signs(self, trial: Trial, ca: TestCA) -> None:
+        """The first of the CA's certificates is the issuer of what it signs, and the node's anchor."""
+        with _Unsupported():
+            conformance.issuers_start_with_the_one_that_signs(trial)
+            assert isinstance(trial.backend, ListsIssuers)
+            assert trial.backend.issuers()[0] == ca.certificate
 
-    def test_close_can_be_called_twice(self, backend: Backend) -> None:
+    def test_close_can_be_called_twice(self, trial: Trial) -> None:
         """Giving back what was given back does no harm."""
-        if not isinstance(backend, Closes):
-            pytest.xfail("has nothing to give back")
-        backend.close()
-        backend.close()
+        with _Unsupported():
+            conformance.close_can_be_called_twice(trial)
+
+
+class _Unsupported:
+    """An ability that the backend does not have is an expected failure."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, conformance.NotSupportedError):
+            pytest.xfail(str(error))
 
 
 @functools.cache
 def _shared_ca() -> TestCA:
     return TestCA.make()
-
-
-def tampered(request: SignRequest) -> SignRequest:
-    """The same request with a CSR whose signature is wrong."""
-    der = bytearray(request.csr.public_bytes(serialization.Encoding.DER))
-    der[-1] ^= 1
-    pem = x509.load_der_x509_csr(bytes(der)).public_bytes(serialization.Encoding.PEM)
-    return SignRequest(spec=request.spec, csr_pem=pem, validity=request.validity, replaces=request.replaces)

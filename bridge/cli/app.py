@@ -45,6 +45,8 @@ pending_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Show and cancel the requests that a CA has not answered yet."
 )
 app.add_typer(pending_app, name="pending")
+backend_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Try a CA that the settings name.")
+app.add_typer(backend_app, name="backend")
 
 
 def _version(value: bool) -> None:
@@ -488,3 +490,26 @@ def audit_verify(common: Common) -> None:
     from bridge.cli import history  # noqa: PLC0415
 
     raise typer.Exit(history.audit_verify(common.settings()))
+
+
+@command(backend_app, "test")
+def backend_test(
+    common: Common,
+    authority: Annotated[str, typer.Argument(help="Whose: ca, etcd-ca or front-proxy-ca.", show_default=False)],
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME…]", help="Only these. [default: all of the authority]", show_default=False),
+    ] = None,
+    wait: Annotated[
+        timedelta | None,
+        typer.Option(parser=duration, metavar="DURATION", help='For a CA that answers later, such as "10m".'),
+    ] = None,
+) -> None:
+    """
+    Run the suite that every backend passes against an authority's backend; the node is left as it is.
+
+    Asks for real certificates with the node's names, a dozen or more a name, for keys that are thrown away.
+    """
+    from bridge.cli import trial  # noqa: PLC0415
+
+    raise typer.Exit(trial.run(common.settings(), authority, names or [], wait or timedelta(), utc_now()))

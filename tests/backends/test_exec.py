@@ -127,7 +127,7 @@ def test_a_program_is_told_exactly_this(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("LD_LIBRARY_PATH", "/never")
     request = replace(REQUEST, validity=timedelta(days=89, hours=1))
     spki = request.csr.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
-    found = told(tmp_path, request, environment={"SITE": "x"}, profiles={"server": "web"}, timeout_seconds=9)
+    found = told(tmp_path, request, environment={"SITE": "x"}, profile="{node}-{usage}", node="cp-7", timeout_seconds=9)
     assert set(found.pop("CERTMONGER_REQ_HOSTNAME").split("\n")) >= {"kubernetes", "*.wild.example.com"}
     assert set(found.pop("CERTMONGER_REQ_IP_ADDRESS").split("\n")) >= {"10.96.0.1", "2001:db8::7"}
     assert found.pop("HOME").startswith("/")
@@ -136,13 +136,14 @@ def test_a_program_is_told_exactly_this(tmp_path: Path, monkeypatch: pytest.Monk
         "SITE": "x",
         "CERTMONGER_OPERATION": "SUBMIT",
         "CERTMONGER_CSR": request.csr_pem.decode(),
-        "CERTMONGER_CA_PROFILE": "web",
+        "CERTMONGER_CA_PROFILE": "cp-7-server",
         "CERTMONGER_CA_NICKNAME": "ca",
         "CERTMONGER_REQ_SUBJECT": "CN=kube-apiserver",
         "CERTMONGER_SPKI": "".join(spki.splitlines()[1:-1]),
         "CERTMONGER_KEY_TYPE": "EC",
         "CA_BRIDGE_AUTHORITY": "ca",
         "CA_BRIDGE_CERTIFICATE": "apiserver",
+        "CA_BRIDGE_NODE": "cp-7",
         "CA_BRIDGE_USAGE": "server",
         "CA_BRIDGE_EKUS": "serverAuth",
         "CA_BRIDGE_VALIDITY_SECONDS": str(89 * 86400 + 3600),
@@ -657,7 +658,7 @@ def problems(table: str) -> list[str]:
         ('command = ["helper", "-v"]', "a program's absolute path, then its arguments / 'helper'"),
         ('command = "/bin/helper -v"', "command: a list of texts"),
         ('command = ["/bin/x", "a\\u0000b"]', "texts without NUL characters"),
-        ('command = ["/bin/x"]\nprofile = "{node}"', "{name} and {usage}"),
+        ('command = ["/bin/x"]\nprofile = "{host}"', "{name}, {usage} and {node}"),
         ('command = ["/bin/x"]\nprofiles = {web = "x"}', "profiles.web"),
         ('command = ["/bin/x"]\nenvironment = {CERTMONGER_CSR = "x"}', "does not set itself"),
         ('command = ["/bin/x"]\nenvironment = {CA_BRIDGE_DAYS = "9"}', "does not set itself"),
@@ -716,7 +717,7 @@ def test_setup_prints_what_asks_the_program_by_hand(tmp_path: Path, authority: s
     ("values", "key"),
     [
         ({"command": "/bin/x"}, "command"),
-        ({"profile": "{node}"}, "profile"),
+        ({"profile": "{host}"}, "profile"),
         ({"profile": 7}, "profile"),
         ({"environment": {"X": 7}}, "environment"),
     ],

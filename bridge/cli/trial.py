@@ -1,0 +1,173 @@
+"""
+The suite that every backend passes, run against a backend as it is configured (`ca-bridge backend test`).
+
+The node is read, and nothing on it is written: keys are made in memory, and thrown away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
+
+from cryptography import x509
+
+from bridge.cli.printing import say
+from bridge.contract import Backend, ListsIssuers
+from bridge.errors import (
+    BackendUnavailableError,
+    BridgeError,
+    Exit,
+    SettingsError,
+    SettingsProblem,
+    WaitingError,
+)
+from bridge.node import inventory
+from bridge.node.inventory import Node
+from bridge.node.sample_pki import Cluster, ThrowawayCA, ca_certificate, leaf_certificate
+from bridge.pki import csr, verify
+from bridge.settings.tables import Settings
+from bridge.signing import registry
+from bridge.signing.conformance import (
+    ABILITIES,
+    CHECKS,
+    FURTHER_ABILITIES,
+    Check,
+    NotSupportedError,
+    Trial,
+    abilities,
+)
+from bridge.specs import AUTHORITIES, SPECS
+from bridge.system.console import printable
+
+_SAMPLE_LIFETIME = timedelta(days=1)
+
+
+def run(settings: Settings, authority: str, names: Sequence[str], patience: timedelta, now: datetime) -> int:
+    """
+    Print what each check found; the exit code is that of the worst.
+
+    Args:
+        settings: Name the backend.
+        authority: Whose.
+        names: Certificates to ask for; none: all of the authority's.
+        patience: How long to wait for each answer.
+        now: Aware, UTC.
+
+    Raises:
+        SettingsError: No such authority or certificate, or no backend for it.
+        BridgeError: There is no CA certificate to compare with.
+    """
+    _assert_known(authority, names)
+    configured = registry.configured(settings, [authority])[authority]
+    node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
+    backend = configured.open()
+    try:
+        live, sample = _certificates(node, authority, names, now)
+        trial = Trial(
+            backend=backend,
+            live=live,
+            expected=_expectation(node, settings, authority, backend, now),
+            validity=settings.renewal.validity,
+            patience=patience,
+            node=settings.node.node_name,
+            cluster=settings.node.cluster,
+        )
+        say(_heading(configured.label, authority, trial, sample=sample))
+        codes = []
+        for line, code in _results(trial):
+            say(printable(line))
+            codes.append(code)
+        say(f"{len(trial.issued)} certificates were signed, for keys that are nowhere any more")
+    finally:
+        registry.close(backend)
+    return Exit.worst(codes)
+
+
+def _assert_known(authority: str, names: Sequence[str]) -> None:
+    if authority not in AUTHORITIES:
+        raise SettingsError([SettingsProblem("AUTHORITY", f"one of {', '.join(AUTHORITIES)}", repr(authority))])
+    ours = [name for name, spec in SPECS.items() if spec.authority.name == authority]
+    wrong = [SettingsProblem("NAME", f"one of {', '.join(ours)}", repr(name)) for name in names if name not in ours]
+    if wrong:
+        raise SettingsError(wrong)
+
+
+def _certificates(
+    node: Node, authority: str, names: Sequence[str], now: datetime
+) -> tuple[Mapping[str, x509.Certificate], bool]:
+    """What to ask for, by name, and whether it is made up: where the node has none, or not the one that is named."""
+    live = {item.spec.name: item.certificates[0] for item in node.items
+            if item.spec.authority.name == authority and item.managed and item.state == "present"}  # fmt: skip
+    if live and set(names) <= live.keys():
+        return {name: live[name] for name in live if not names or name in names}, False
+    key = csr.generate_key("ecdsa-p256")
+    begin, end = now - _SAMPLE_LIFETIME, now + _SAMPLE_LIFETIME
+    ca = ThrowawayCA(certificate=ca_certificate("sample", key, begin, end), key=key)
+    wanted = [SPECS[name] for name in names] or [spec for spec in SPECS.values() if spec.authority.name == authority]
+    return {
+        spec.name: leaf_certificate(spec, key, ca, Cluster(), not_before=begin, not_after=end) for spec in wanted
+    }, True
+
+
+def _expectation(node: Node, settings: Settings, authority: str, backend: Backend, now: datetime) -> verify.Expectation:
+    """The node's own CA certificate is the anchor; where there is none, what the backend says is the CA's."""
+    state = next((one for one in node.authorities if one.authority.name == authority), None)
+    anchors, name = (state.certificates, str(state.path)) if state is not None else ((), "")
+    if not anchors and isinstance(backend, ListsIssuers):
+        anchors, name = tuple(backend.issuers()[-1:]), "the CA's own word"
+    if not anchors:
+        raise BridgeError(
+            f"wanted the certificate of {authority} to compare with, found none on this node, and the backend tells none",
+            hint="--pki-dir tells where ca.crt, etcd/ca.crt and front-proxy-ca.crt are",
+        )
+    return verify.Expectation(
+        anchors=anchors,
+        anchor_name=name,
+        now=now,
+        min_validity=settings.renewal.min_validity,
+        extra_subject=settings.extra_subject(authority),
+    )
+
+
+def _heading(label: str, authority: str, trial: Trial, *, sample: bool) -> str:
+    able = ", ".join(abilities(trial.backend, ABILITIES | FURTHER_ABILITIES)) or "nothing"
+    whose = "names that are made up" if sample else "this node's names"
+    return printable(
+        f"{label} for {authority}, compared with {trial.expected.anchor_name}; "
+        f"{whose}: {', '.join(trial.live)}; beside signing it has: {able}"
+    )
+
+
+def _results(trial: Trial) -> Iterator[tuple[str, int]]:
+    """A line and an exit code for each check; after an answer that does not come nothing more is asked for."""
+    over = ""
+    for check in CHECKS:
+        if over and check is not CHECKS[-1]:
+            yield _line("not tried", check, over), Exit.DONE
+            continue
+        line, code = _result(check, trial)
+        if code in {Exit.WAITING, Exit.UNAVAILABLE}:
+            over = "the CA has not answered" if code == Exit.WAITING else "the CA is not available"
+        yield line, code
+
+
+def _result(check: Check, trial: Trial) -> tuple[str, int]:
+    try:
+        check.run(trial)
+    except NotSupportedError as e:
+        return _line("can't", check, str(e)), Exit.DONE
+    except (WaitingError, BackendUnavailableError) as e:
+        return _line("no answer", check, _words(e)), e.exit_code
+    except BridgeError as e:
+        if not check.must:
+            return _line("differs", check, f"{e}; a CA may do so"), Exit.DONE
+        return _line("FAILED", check, _words(e)), e.exit_code
+    return _line("ok", check), Exit.DONE
+
+
+def _words(error: BridgeError) -> str:
+    return f"{error}{f' ({error.hint})' if error.hint else ''}"
+
+
+def _line(word: str, check: Check, text: str = "") -> str:
+    return f"{word:<10} {check.name}{f': {text}' if text else ''}"
