@@ -73,7 +73,7 @@ def signing_config(
 def setup(wanted: SetupRequest) -> list[SetupFile]:
     """A script for the authority's server; what the server is called is for its administrator to say."""
     script = text(wanted.authority, wanted.certificates, wanted.validity)
-    return [SetupFile(name=f"{wanted.authority.name}.sh", text=script, executable=True)]
+    return [SetupFile(name=f"{wanted.authority.name}.sh", text=script, executable=True, alone=True)]
 
 
 def text(

@@ -90,7 +90,7 @@ def setup(wanted: SetupRequest) -> list[SetupFile]:
     """An openssl.cnf for the authority's directory: the one that the settings name, or else one below `DIRECTORY`."""
     directory = wanted.settings.get("dir")
     text = config_text(wanted.authority, wanted.certificates, wanted.validity, directory)
-    return [SetupFile(name=f"{wanted.authority.name}.cnf", text=text)]
+    return [SetupFile(name=f"{wanted.authority.name}.cnf", text=text, alone=True)]
 
 
 def config_text(

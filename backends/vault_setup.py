@@ -85,7 +85,7 @@ def setup(wanted: SetupRequest) -> list[SetupFile]:
     if problems:
         raise SettingsError(problems)
     script = text(engine, wanted.certificates, wanted.validity, _policy_name(wanted), wanted.node)
-    return [SetupFile(name=f"{wanted.authority.name}.sh", text=script, executable=True)]
+    return [SetupFile(name=f"{wanted.authority.name}.sh", text=script, executable=True, by_node=True)]
 
 
 def _policy_name(wanted: SetupRequest) -> str:

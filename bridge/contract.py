@@ -314,6 +314,8 @@ class SetupFile:
     name: str  #: A file name without a directory, such as `ca.cnf`; the only one of its authority's.
     text: str
     executable: bool = False  #: A script.
+    alone: bool = False  #: Nothing may follow it in one stream.
+    by_node: bool = False  #: The same file for another node stands beside it, and takes nothing of it.
 
 
 @runtime_checkable

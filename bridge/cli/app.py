@@ -398,21 +398,44 @@ def doctor(common: Common) -> None:
 @command(app, "setup")
 def setup(
     common: Common,
-    ca: Annotated[
-        str, typer.Argument(metavar="TYPE", help="The backend's type: vault, cfssl, openssl …", show_default=False)
+    kind: Annotated[
+        str,
+        typer.Argument(
+            metavar="TYPE", help="A backend's type (vault, cfssl, openssl …), or systemd or cron.", show_default=False
+        ),
     ],
     authority: Annotated[
         str | None, typer.Option(help="Only this one of ca, etcd-ca, front-proxy-ca.", show_default=False)
     ] = None,
+    nodes: Annotated[
+        Path | None, typer.Option(help="For all nodes of this list: a line `NAME ADDRESS …` each.", show_default=False)
+    ] = None,
+    directory: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write files into this directory.", show_default=False)
+    ] = None,
+    enable: Annotated[
+        bool, typer.Option("--enable", help="systemd, cron: write the files where they belong, and start them.")
+    ] = False,
+    inbox: Annotated[
+        Path | None, typer.Option(help="systemd, cron: for a CA desk that signs what is in here …", show_default=False)
+    ] = None,
+    outbox: Annotated[Path | None, typer.Option(help="… and puts the answers here.", show_default=False)] = None,
+    user: Annotated[str, typer.Option(help="systemd, cron: the desk's user.")] = "ca",
 ) -> None:
     """
-    Print what the CA's administrator needs, exactly for this node's certificates.
+    Print or write what the CA's administrator needs, exactly for this node's certificates.
 
-    Vault: roles and policy; cfssl: signing profiles; openssl: openssl.cnf.
+    Vault: roles and policy; cfssl: signing profiles; openssl: an openssl.cnf for each CA.
+    `setup systemd` and `setup cron` make the jobs of this node, or of a CA desk, with the paths that are true here.
     """
+    from bridge.cli import jobs  # noqa: PLC0415
     from bridge.cli import setup as module  # noqa: PLC0415
 
-    module.setup(common.settings(), ca, authority)
+    if kind in jobs.KINDS:
+        module.setup_jobs(common.settings(), kind, jobs.desk_of(inbox, outbox, user), directory, enable=enable)
+        return
+    options = module.SetupOptions(authority=authority, nodes=nodes, directory=directory)
+    module.setup(common.settings(), kind, options)
 
 
 @command(app, "demo")

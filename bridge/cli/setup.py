@@ -5,23 +5,27 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from cryptography import x509
 
+from bridge.cli import jobs
 from bridge.cli.printing import say
-from bridge.contract import GIVEN, Secret, SetupFile, SetupRequest
+from bridge.contract import GIVEN, Secret, SetsUp, SetupFile, SetupRequest
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.node import inventory
 from bridge.pki.durations import duration_text
+from bridge.pki.node_names import parse_nodes, renamed
 from bridge.settings.load import DEFAULT_FILE
 from bridge.settings.tables import Commands, Components, Settings
 from bridge.settings.windows import Windows
 from bridge.signing import registry
 from bridge.specs import AUTHORITIES
+from bridge.system import jobs as system_jobs
 
 
 def settings_init(file: Path | None) -> None:
@@ -119,52 +123,182 @@ def _plain(value: Any) -> Any:
             return str(value)
 
 
-def setup(settings: Settings, type_name: str, authority: str | None) -> None:
-    """`setup`: print what the administrator of a CA needs."""
-    say("\n".join(file.text for file in files_for(settings, type_name, authority)))
+@dataclass(frozen=True, kw_only=True)
+class SetupOptions:
+    """What `setup` is asked for."""
+
+    authority: str | None  #: Only this one; None: all that the node has certificates of.
+    nodes: Path | None  #: A list of nodes; None: this node's alone.
+    directory: Path | None  #: Where the files go; None: to standard output.
 
 
-def files_for(settings: Settings, type_name: str, authority: str | None) -> list[SetupFile]:
+def setup(settings: Settings, type_name: str, options: SetupOptions) -> None:
     """
-    What the administrator of a CA needs for this node's certificates.
-
-    Args:
-        settings: Where the node's files are, and how its backends are configured so far.
-        type_name: A backend's type.
-        authority: Only this one; None: all that the node has certificates of.
+    `setup`: print what the administrator of a CA needs, or write it.
 
     Raises:
         SettingsError: No such authority, or no such type that could tell.
+        BridgeError: The certificates can't be had from such a CA, or a file can't be written.
+    """
+    files = files_for(settings, type_name, options)
+    if options.directory is not None:
+        say_written(write_files(files, options.directory))
+        return
+    if len(files) > 1 and any(file.alone for file in files):
+        names = ", ".join(file.name for file in files)
+        raise SettingsError(
+            [SettingsProblem("--authority", "one of them, since one can't follow another on standard output", names)],
+            hint="`-o DIR` writes each into a file of its own",
+        )
+    say("\n".join(file.text for file in files))
+
+
+def write_files(files: Sequence[SetupFile], directory: Path) -> list[Path]:
+    """
+    Write each into a directory, which is made if it is not there; never over an older file.
+
+    Raises:
+        BridgeError: A file is there, or can't be written.
+    """
+    written = []
+    for file in files:
+        path = directory / file.name
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with path.open("x", encoding="utf-8") as opened:
+                path.chmod(0o755 if file.executable else 0o644)
+                opened.write(file.text)
+        except OSError as e:
+            raise BridgeError(f"{path}: wanted to write it, found: {e.strerror}", hint="name an empty directory") from e
+        written.append(path)
+    return written
+
+
+def files_for(settings: Settings, type_name: str, options: SetupOptions) -> list[SetupFile]:
+    """
+    What the administrator of a CA needs for this node's certificates, or for those of several nodes.
+
+    Raises:
+        SettingsError: No such authority, no such type that could tell, or a list of nodes that can't be read.
         BridgeError: The certificates can't be had from such a CA.
     """
-    if authority is not None and authority not in AUTHORITIES:
-        problem = SettingsProblem("--authority", f"one of {', '.join(AUTHORITIES)}", repr(authority))
+    if options.authority is not None and options.authority not in AUTHORITIES:
+        problem = SettingsProblem("--authority", f"one of {', '.join(AUTHORITIES)}", repr(options.authority))
         raise SettingsError([problem])
     backend_type = registry.that_sets_up(type_name)
-    node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
-    files: list[SetupFile] = []
-    for name in [authority] if authority else AUTHORITIES:
-        items = {i.spec.name: i.certificates[0] for i in node.items
-                 if i.spec.authority.name == name and i.managed and i.state == "present"}  # fmt: skip
-        if items:
-            request = _setup_request(settings, type_name, name, items)
-            try:
-                files += backend_type.setup(request)
-            except SettingsError as e:
-                raise registry.located(e, settings, name) from None
-    if not files:
+    live = _live_certificates(settings, options.authority)
+    if not live:
         raise BridgeError("wanted live certificates to make it from, found none", hint="--pki-dir tells where they are")
-    return files
+    own = settings.node.node_name
+    nodes = _nodes(options.nodes, own) if options.nodes is not None else {own: {}}
+    return _joined(
+        {
+            node: [
+                file
+                for name, items in live.items()
+                for file in _asked(backend_type, settings, _request(settings, type_name, name, node, items, names))
+            ]
+            for node, names in nodes.items()
+        }
+    )
 
 
-def _setup_request(
-    settings: Settings, type_name: str, authority: str, items: Mapping[str, x509.Certificate]
+def _live_certificates(settings: Settings, authority: str | None) -> dict[str, dict[str, x509.Certificate]]:
+    """By authority and name; no authority without any."""
+    items = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir).items
+    found: dict[str, dict[str, x509.Certificate]] = {}
+    for item in items:
+        name = item.spec.authority.name
+        if authority in (None, name) and item.managed and item.state == "present":
+            found.setdefault(name, {})[item.spec.name] = item.certificates[0]
+    return {name: found[name] for name in AUTHORITIES if name in found}
+
+
+def _nodes(file: Path, own: str) -> dict[str, dict[str, str]]:
+    """By node: its name and addresses by this node's."""
+    try:
+        listed = parse_nodes(file.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise SettingsError([SettingsProblem("--nodes", "a list of nodes", f"{file}: {e.strerror}")]) from None
+    except ValueError as e:
+        raise SettingsError(
+            [SettingsProblem("--nodes", "a line `NAME ADDRESS …` for each node", f"{file}: {e}")]
+        ) from None
+    if own not in listed:
+        raise SettingsError(
+            [
+                SettingsProblem(
+                    "--nodes", f"this node in it, too ({own}), by which the others' names are told", ", ".join(listed)
+                )
+            ],
+            hint="node.name in the settings says what this node is called",
+        )
+    ours = [own, *listed[own]]
+    return {name: dict(zip(ours, [name, *addresses], strict=True)) for name, addresses in listed.items()}
+
+
+def _asked(backend_type: SetsUp, settings: Settings, request: SetupRequest) -> Sequence[SetupFile]:
+    try:
+        return backend_type.setup(request)
+    except SettingsError as e:
+        raise registry.located(e, settings, request.authority.name) from None
+
+
+def _joined(by_node: Mapping[str, Sequence[SetupFile]]) -> list[SetupFile]:
+    """One node's files as they are; of several nodes each one's, but only once what is the same for all."""
+    (first, *others) = by_node.values()
+    if not others or all(list(files) == list(first) for files in others):
+        return list(first)
+    if not all(file.by_node for files in by_node.values() for file in files):
+        raise BridgeError(
+            "wanted files for several nodes, found a CA whose set-up is one for all nodes",
+            hint="leave --nodes out, and widen in the result what names one node",
+        )
+    return [replace(file, name=f"{node}-{file.name}") for node, files in by_node.items() for file in files]
+
+
+def _request(
+    settings: Settings,
+    type_name: str,
+    authority: str,
+    node: str,
+    items: Mapping[str, x509.Certificate],
+    names: Mapping[str, str],
 ) -> SetupRequest:
+    is_other = any(here != there for here, there in names.items())
     return SetupRequest(
         authority=AUTHORITIES[authority],
-        certificates=items,
+        certificates={name: renamed(one, names) for name, one in items.items()} if is_other else items,
         validity=settings.renewal.validity,
-        node=settings.node.node_name,
+        node=node,
         cluster=settings.node.cluster,
         settings=registry.keys_so_far(settings, authority, type_name),
     )
+
+
+# --- jobs for systemd and cron ---------------------------------------------------------------------------------------
+
+
+def setup_jobs(
+    settings: Settings, kind: jobs.Kind, desk: jobs.Desk | None, directory: Path | None, *, enable: bool
+) -> None:
+    """
+    `setup systemd` and `setup cron`: print the files, or write and enable them.
+
+    Raises:
+        BridgeError: A file can't be made or written, or systemd says no.
+    """
+    made = jobs.make(settings, kind, desk, example().parent)
+    if not enable and directory is None:
+        say("\n".join(f"# {job.path}\n{job.text}" for job in made))
+        return
+    say_written(system_jobs.write(made, directory))
+    if enable and kind == "systemd":
+        units = jobs.to_enable(made)
+        system_jobs.enable(units)
+        say(f"enabled {', '.join(units)}")
+
+
+def say_written(paths: Sequence[Path]) -> None:
+    """One line a file."""
+    say("\n".join(f"wrote {path}" for path in paths))

@@ -289,11 +289,51 @@ def test_doctor_finds_what_was_interrupted(run: Run, tmp_path: Path, left: str) 
 
 @pytest.mark.parametrize("ca", ["vault", "cfssl", "openssl"])
 def test_setup_prints_what_the_cas_administrator_needs(run: Run, ca: str) -> None:
-    """For one authority or for all; it needs no settings of a backend."""
-    everything, one = run("setup", ca), run("setup", ca, "--authority", "etcd-ca")
-    assert (everything.exit_code, one.exit_code) == (0, 0)
-    assert one.stdout in everything.stdout
+    """For one authority; it needs no settings of a backend."""
+    one = run("setup", ca, "--authority", "etcd-ca")
+    assert one.exit_code == 0
     assert "kube-apiserver-etcd-client" in one.stdout or ca == "openssl"
+
+
+def test_scripts_for_vault_may_follow_each_other(run: Run) -> None:
+    """So that all of them can go to one shell; what can't follow another file is refused, with the way out."""
+    everything, one = run("setup", "vault"), run("setup", "vault", "--authority", "etcd-ca")
+    assert everything.exit_code == 0
+    assert one.stdout in everything.stdout
+    for ca in ("openssl", "cfssl"):
+        refused = run("setup", ca)
+        assert (refused.exit_code, refused.stdout) == (2, "")
+        assert "-o DIR" in refused.stderr
+
+
+def test_setup_writes_a_file_for_each_ca(run: Run, tmp_path: Path) -> None:
+    """With the directory that the settings name for each; never over an older file."""
+    result = run("setup", "openssl", "-o", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.stderr
+    files = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
+    assert files.keys() == {"ca.cnf", "etcd-ca.cnf", "front-proxy-ca.cnf"}
+    assert all(f"database = {tmp_path}/cas/{name.removesuffix('.cnf')}/index.txt" in files[name] for name in files)
+    assert run("setup", "openssl", "-o", str(tmp_path / "out")).exit_code == 1
+
+
+def test_setup_of_many_nodes_from_one_list(run: Run, config: Path, tmp_path: Path) -> None:
+    """Each node has scripts with its own names in its own roles, and this node's are as without a list."""
+    config.write_text(config.read_text().replace("[node]", '[node]\nname = "cp-1"'))
+    nodes = tmp_path / "nodes"
+    nodes.write_text("# control plane\ncp-1 192.0.2.10\ncp-2 192.0.2.12\n")
+    result = run("setup", "vault", "--nodes", str(nodes), "-o", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.stderr
+    second = (tmp_path / "out/cp-2-ca.sh").read_text()
+    assert "kubeadm-cp-2-apiserver" in second
+    assert "192.0.2.12" in second
+    assert "cp-1" not in second
+    assert "192.0.2.10" not in second
+    assert (tmp_path / "out/cp-1-ca.sh").read_text() == run("setup", "vault", "--authority", "ca").stdout
+    assert run("setup", "cfssl", "--nodes", str(nodes), "-o", str(tmp_path / "one-server")).exit_code == 1
+    nodes.write_text("cp-7 192.0.2.17\n")
+    refused = run("setup", "vault", "--nodes", str(nodes))
+    assert refused.exit_code == 2
+    assert "this node in it, too (cp-1)" in refused.stderr
 
 
 def vault(config: Path, keys: str) -> None:

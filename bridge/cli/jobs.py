@@ -1,0 +1,129 @@
+"""`setup systemd` and `setup cron`: units and crontabs with the paths that are true on this machine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from bridge.errors import SettingsError, SettingsProblem
+from bridge.settings.load import DEFAULT_FILE
+from bridge.settings.tables import NodeSettings, Settings
+from bridge.signing import registry
+from bridge.system import jobs
+from bridge.system.jobs import Job, Places
+
+Kind = Literal["systemd", "cron"]
+KINDS: tuple[Kind, ...] = ("systemd", "cron")
+
+#: The shipped files, by what they are for; where the paths are that a desk's files have.
+_NODE = {
+    "systemd": ("systemd/ca-bridge.service", "systemd/ca-bridge.timer", "systemd/ca-bridge-recover.service"),
+    "cron": ("cron/ca-bridge",),
+}
+_DESK = {
+    "systemd": ("desk/ca-bridge-desk.service", "desk/ca-bridge-desk.timer"),
+    "cron": ("desk/crontab",),
+}
+_DESK_INBOX, _DESK_OUTBOX = "/srv/desk/inbox", "/srv/desk/outbox"
+_DESK_CRONTAB = "ca-bridge-desk"
+#: A kubelet may keep a copy of its old certificate there, which a restart takes away.
+_KUBELET_PKI = Path("/var/lib/kubelet/pki")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Desk:
+    """A CA desk's job."""
+
+    inbox: Path
+    outbox: Path
+    user: str  #: Whose the CA is.
+
+
+def desk_of(inbox: Path | None, outbox: Path | None, user: str) -> Desk | None:
+    """
+    A desk, if its directories are named.
+
+    Raises:
+        SettingsError: One of them is.
+    """
+    if inbox is None and outbox is None:
+        return None
+    if inbox is None or outbox is None:
+        missing, given = ("--inbox", "--outbox") if inbox is None else ("--outbox", "--inbox")
+        raise SettingsError([SettingsProblem(missing, f"a directory, since {given} is given", "nothing")])
+    return Desk(inbox=inbox, outbox=outbox, user=user)
+
+
+def make(settings: Settings, kind: Kind, desk: Desk | None, shipped: Path) -> list[Job]:
+    """
+    The files of a node's job, or of a desk's.
+
+    Args:
+        settings: Where the files are that the job works on.
+        kind: For systemd or cron.
+        desk: None: a node's.
+        shipped: The directory of the files that are installed with the program.
+
+    Raises:
+        SettingsError: A directory is not absolute, or the backends' tables can't be read.
+        BridgeError: The shipped files or the program are not there.
+    """
+    places = _places(settings, desk)
+    make_one = jobs.unit if kind == "systemd" else jobs.crontab
+    names = (_DESK if desk else _NODE)[kind]
+    return [make_one(_installed_name(name), (shipped / name).read_text(encoding="utf-8"), places) for name in names]
+
+
+def to_enable(made: Sequence[Job]) -> list[str]:
+    """The units that are to be enabled: those that something wants at boot."""
+    return [job.path.name for job in made if re.search(r"^WantedBy=", job.text, re.MULTILINE)]
+
+
+def _installed_name(name: str) -> str:
+    """A file in /etc/cron.d is read only if it has no dot in its name (cron(8))."""
+    return _DESK_CRONTAB if name == "desk/crontab" else Path(name).name
+
+
+def _places(settings: Settings, desk: Desk | None) -> Places:
+    file = settings.source.file
+    options = ["--config", str(file.absolute())] if file is not None and file != DEFAULT_FILE else []
+    node, usual = settings.node, NodeSettings()
+    paths = {str(usual.kubeconfig_dir): str(node.kubeconfig_dir), str(usual.state_dir): str(node.state_dir)}
+    writable, maybe = [node.kubeconfig_dir, node.pki_dir], [_KUBELET_PKI]
+    if desk is not None:
+        _assert_absolute(inbox=desk.inbox, outbox=desk.outbox)
+        paths |= {_DESK_INBOX: str(desk.inbox), _DESK_OUTBOX: str(desk.outbox)}
+        writable, maybe = [desk.inbox, desk.outbox], []
+    writable.append(node.state_dir)
+    for configured in registry.configured(settings, settings.authorities).values():
+        writable += configured.settings.writes()
+    return Places(
+        program=jobs.this_program(),
+        options=options,
+        paths=paths,
+        user=desk.user if desk else "root",
+        writable=_outermost(writable),
+        maybe_writable=maybe,
+    )
+
+
+def _outermost(paths: Sequence[Path]) -> list[Path]:
+    """Without those that lie in another one."""
+    return [
+        path
+        for path in dict.fromkeys(paths)
+        if not any(path != other and path.is_relative_to(other) for other in paths)
+    ]
+
+
+def _assert_absolute(**directories: Path) -> None:
+    problems = [
+        SettingsProblem(f"--{name}", "an absolute path", repr(str(path)))
+        for name, path in directories.items()
+        if not path.is_absolute()
+    ]
+    if problems:
+        raise SettingsError(problems)

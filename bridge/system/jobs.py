@@ -1,0 +1,171 @@
+"""
+Jobs for systemd and cron: the shipped units and crontabs, with the paths that are true on this machine.
+
+Which jobs there are is known from the files below `config/`; what they run is not known here.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bridge.errors import BridgeError
+from bridge.system.files import write_atomically
+
+#: Where the shipped files have the program.
+_SHIPPED_PROGRAM = "/usr/local/bin/ca-bridge"
+UNIT_DIRECTORY = Path("/etc/systemd/system")
+CRON_DIRECTORY = Path("/etc/cron.d")
+_MODE = 0o644
+_SYSTEMCTL_SECONDS = 60
+
+
+class JobError(BridgeError):
+    """A job can't be written or enabled."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One file of a job."""
+
+    path: Path  #: Where it has to be.
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """What is true on this machine."""
+
+    program: Path  #: Absolute.
+    options: Sequence[str]  #: Of each command, such as `--config FILE`; none where the default is meant.
+    #: In the shipped files and here, by the shipped path.
+    paths: Mapping[str, str]
+    user: str  #: Who runs the job.
+    writable: Sequence[Path]  #: Directories that the job writes into.
+    maybe_writable: Sequence[Path] = ()  #: Likewise, and they may be missing.
+
+
+def this_program() -> Path:
+    """
+    Where the program is that runs now, as cron and systemd have to call it.
+
+    Raises:
+        JobError: It was not started as an installed program.
+    """
+    called = Path(sys.argv[0])
+    found = called if called.is_absolute() else Path(shutil.which(sys.argv[0]) or called).absolute()
+    if found.name == "ca-bridge" and found.is_file():
+        return found
+    beside = Path(sys.executable).with_name("ca-bridge")
+    if beside.is_file():
+        return beside
+    raise JobError(
+        f"wanted the installed program ca-bridge, found {called}", hint="install it, then call it by its name"
+    )
+
+
+def unit(name: str, shipped: str, places: Places) -> Job:
+    """
+    A systemd unit.
+
+    Args:
+        name: The unit's.
+        shipped: Its text as it is shipped.
+        places: What is true here.
+    """
+    text = _placed(shipped, places, _systemd_word).replace(_WHERE, "")
+    writable = [*map(str, places.writable), *(f"-{path}" for path in places.maybe_writable)]
+    text = _WRITABLE.sub(lambda _: f"ReadWritePaths={' '.join(map(_systemd_word, writable))}", text)
+    if places.paths.get(_STATE, _STATE) != _STATE:
+        text = _STATE_LINES.sub("", text)
+    return Job(path=UNIT_DIRECTORY / name, text=_USER.sub(f"User={places.user}", text))
+
+
+_STATE = "/var/lib/ca-bridge"
+_STATE_LINES = re.compile(r"^StateDirectory(Mode)?=.*\n", re.MULTILINE)
+_WRITABLE = re.compile(r"^ReadWritePaths=.*$", re.MULTILINE)
+_USER = re.compile(r"^User=.*$", re.MULTILINE)
+#: For whoever copies a shipped file by hand.
+_WHERE = "# Where it was installed: `command -v ca-bridge` tells.\n"
+_CRON_LINE = re.compile(r"^((?:\S+\s+){5})(\S+)(\s+)(?=/)", re.MULTILINE)
+
+
+def crontab(name: str, shipped: str, places: Places) -> Job:
+    """A file for /etc/cron.d; as `unit`."""
+    text = _placed(shipped, places, _cron_word)
+    return Job(path=CRON_DIRECTORY / name, text=_CRON_LINE.sub(rf"\g<1>{places.user}\g<3>", text))
+
+
+def _placed(shipped: str, places: Places, word: Callable[[str], str]) -> str:
+    """Longest paths first, so that none is taken for the beginning of another; comments stay."""
+    known = {there: word(here) for there, here in places.paths.items()}
+    paths = "|".join(rf"{re.escape(path)}(?![\w.-])" for path in sorted(known, key=len, reverse=True)) or "(?!)"
+    program, options = word(str(places.program)), "".join(f" {word(option)}" for option in places.options)
+
+    def line(text: str) -> str:
+        text = re.sub(paths, lambda found: known[found[0]], text)
+        return re.sub(rf"{_SHIPPED_PROGRAM} (\w+)", lambda found: f"{program} {found[1]}{options}", text)
+
+    return "".join(text if text.startswith("#") else line(text) for text in shipped.splitlines(keepends=True))
+
+
+def _systemd_word(text: str) -> str:
+    """As a word of a unit (systemd.syntax(7), "Quoting"; systemd.unit(5), "Specifiers")."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    return f'"{escaped}"' if re.search(r"[\s'\";]", text) else escaped
+
+
+def _cron_word(text: str) -> str:
+    """As a word of a command in a crontab, where a bare % ends the command (crontab(5))."""
+    return shlex.quote(text).replace("%", "\\%")
+
+
+def write(jobs: Sequence[Job], directory: Path | None) -> list[Path]:
+    """
+    Write the files, each at once and whole.
+
+    Args:
+        jobs: What to write.
+        directory: Into this one instead of where they have to be; made if it is not there.
+
+    Raises:
+        JobError: A file can't be written.
+    """
+    written = []
+    for job in jobs:
+        path = directory / job.path.name if directory is not None else job.path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, job.text.encode(), _MODE)
+        except OSError as e:
+            hint = "run as root (sudo), or name a directory with -o" if isinstance(e, PermissionError) else None
+            raise JobError(f"{path}: wanted to write it, found: {e.strerror}", hint=hint) from e
+        written.append(path)
+    return written
+
+
+def enable(units: Sequence[str]) -> None:
+    """
+    Make systemd read its units again, and start and enable these.
+
+    Raises:
+        JobError: systemd says no, or is not there.
+    """
+    for arguments in (["daemon-reload"], ["enable", "--now", *units]):
+        try:
+            run = subprocess.run(
+                ["systemctl", *arguments], capture_output=True, text=True, check=False, timeout=_SYSTEMCTL_SECONDS
+            )
+        except (OSError, subprocess.TimeoutExpired) as e:
+            raise JobError(
+                f"wanted `systemctl {arguments[0]}`, found: {e}", hint="`setup cron` needs no systemd"
+            ) from e
+        if run.returncode != 0:
+            told = " ".join(run.stderr.split()) or f"exit code {run.returncode}"
+            raise JobError(f"wanted `systemctl {' '.join(arguments)}`, found: {told}")

@@ -1,0 +1,146 @@
+"""Jobs for systemd and cron run what is installed here, with the places that are true here."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bridge.errors import BridgeError
+from bridge.system import jobs
+from bridge.system.jobs import Places
+from tests.kit.pki import Pki, handmade_pki
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = Path(sys.executable).with_name("ca-bridge")
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Pki:
+    """A node whose certificates are good for a year."""
+    return handmade_pki(tmp_path / "a node", external=True)
+
+
+@pytest.fixture
+def config(node: Pki, tmp_path: Path) -> Path:
+    """Settings at an odd place, with a CA behind a door."""
+    file = tmp_path / "50% off/config.toml"
+    file.parent.mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "in").mkdir()
+    door = f'[backend.door]\ntype = "exchange"\noutbox = "{tmp_path}/out"\ninbox = "{tmp_path}/in"\n'
+    places = f'pki_dir = "{node.pki_dir}"\nkubeconfig_dir = "{node.kubeconfig_dir}"\nstate_dir = "{tmp_path}/state"'
+    file.write_text(f'[node]\n{places}\n{door}[authority.ca]\nbackend = "door"\n')
+    return file
+
+
+def setup(config: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`ca-bridge setup …` as it is installed here."""
+    command = [str(PROGRAM), "setup", *arguments, "--config", str(config)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def cron_command(text: str) -> str:
+    """The job's command as cron gives it to the shell (crontab(5): % is a line break unless it is escaped)."""
+    (line,) = [one for one in text.splitlines() if re.match(r"[0-9*]", one)]
+    command = line.split(maxsplit=6)[6]
+    assert not re.search(r"(?<!\\)%", command)
+    return command.replace("\\%", "%")
+
+
+def test_the_crontab_runs_as_cron_runs_it(config: Path) -> None:
+    """With cron's bare environment, from an install that is in nobody's PATH."""
+    text = setup(config, "cron").stdout
+    run = subprocess.run(
+        ["/bin/sh", "-c", cron_command(text)],
+        env={"PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "nothing is due" in run.stdout
+    bare = (ROOT / "config/cron/ca-bridge").read_text()
+    missing = subprocess.run(["/bin/sh", "-c", cron_command(bare)], env={"PATH": "/usr/bin:/bin"}, check=False)
+    assert missing.returncode == 127 or Path("/usr/local/bin/ca-bridge").exists()
+
+
+def test_crontabs_are_written_where_they_are_told(config: Path, tmp_path: Path) -> None:
+    """Readable for all, not for others to write, and without a dot in the name, which cron would pass over."""
+    assert setup(config, "cron", "-o", str(tmp_path / "cron.d")).returncode == 0
+    desk = setup(
+        config, "cron", "-o", str(tmp_path / "cron.d"), "--inbox", "/srv/i", "--outbox", "/srv/o", "--user", "cas"
+    )
+    assert desk.returncode == 0, desk.stderr
+    files = {path.name: path for path in (tmp_path / "cron.d").iterdir()}
+    assert files.keys() == {"ca-bridge", "ca-bridge-desk"}
+    assert {path.stat().st_mode & 0o777 for path in files.values()} == {0o644}
+    line = files["ca-bridge-desk"].read_text().splitlines()[-1].split()
+    assert line[5] == "cas"
+    assert " ".join(line).endswith("/srv/i -o /srv/o --wait 4m >/dev/null")
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze; install systemd")
+@pytest.mark.parametrize(
+    "desk", [[], ["--inbox", "/srv/i", "--outbox", "/srv/o", "--user", "root"]], ids=["node", "desk"]
+)
+def test_systemd_takes_the_units(config: Path, tmp_path: Path, desk: list[str]) -> None:
+    """And no word is said about any line of them; what a backend writes into is open to them, and nothing else."""
+    directory = tmp_path / "units"
+    made = setup(config, "systemd", "-o", str(directory), *desk)
+    assert made.returncode == 0, made.stderr
+    for path in directory.iterdir():
+        run = subprocess.run(
+            ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(path)],
+            capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+        assert (run.returncode, run.stdout + run.stderr) == (0, "")
+    (service,) = (path for path in directory.glob("*.service") if "recover" not in path.name)
+    text = service.read_text()
+    writable = re.search(r"^ReadWritePaths=(.*)$", text, re.MULTILINE)
+    assert writable is not None
+    assert str(tmp_path / "out") in writable[1]
+    assert not re.search(r"[= -]/etc/kubernetes", text)
+    assert "/usr/local/bin" not in text
+    assert "50%% off" in text
+
+
+def test_half_a_desk_and_a_relative_place_are_refused(config: Path) -> None:
+    """Before anything is printed."""
+    for arguments in (["--inbox", "/srv/i"], ["--inbox", "i", "--outbox", "/srv/o"]):
+        run = setup(config, "systemd", *arguments)
+        assert (run.returncode, run.stdout) == (2, "")
+
+
+def test_what_can_not_be_enabled_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """systemd's own words, or that there is none; the twin succeeds."""
+    systemctl = tmp_path / "systemctl"
+    for script, wrong in (("echo 'unit is masked' >&2; exit 1", "unit is masked"), ("exit 0", None)):
+        systemctl.write_text(f"#!/bin/sh\n{script}\n")
+        systemctl.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.defpath}")
+        if wrong is None:
+            jobs.enable(["ca-bridge.timer"])
+            continue
+        with pytest.raises(BridgeError, match=wrong):
+            jobs.enable(["ca-bridge.timer"])
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(BridgeError) as e:
+        jobs.enable(["ca-bridge.timer"])
+    assert "setup cron" in e.value.hint
+
+
+def test_words_of_units_are_words() -> None:
+    """Blanks, quotes, percent and dollar signs of a path mean nothing to systemd."""
+    places = Places(
+        program=Path('/opt/a b/"x"/$y/ca-bridge'), options=(), paths={}, user="root", writable=[Path("/srv/50%")]
+    )
+    text = jobs.unit(
+        "x.service", "[Service]\nExecStart=/usr/local/bin/ca-bridge renew\nReadWritePaths=/a\n", places
+    ).text
+    assert text == '[Service]\nExecStart="/opt/a b/\\"x\\"/$$y/ca-bridge" renew\nReadWritePaths=/srv/50%%\n'
