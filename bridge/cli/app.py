@@ -423,7 +423,9 @@ def setup(
     user: Annotated[str, typer.Option(help="systemd, cron: the desk's user.")] = "ca",
 ) -> None:
     """
-    Print or write what the CA's administrator needs, exactly for this node's certificates.
+    Print what a CA's administrator needs, or a job for cron.
+
+    For a CA: exactly for this node's certificates.
 
     Vault: roles and policy; cfssl: signing profiles; openssl: an openssl.cnf for each CA.
     `setup systemd` and `setup cron` make the jobs of this node, or of a CA desk, with the paths that are true here.
