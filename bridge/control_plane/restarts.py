@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import shutil
 import subprocess
 import time
@@ -37,6 +36,7 @@ from bridge.system import run_command
 from bridge.system.console import log
 from bridge.system.files import write_atomically
 from bridge.system.safe_read import UnreadableError, read
+from bridge.system.state_file import OnDamage, StateFile
 
 _POLL_SECONDS = 0.5
 
@@ -197,18 +197,24 @@ def restarted_since(store: Store, moment: datetime) -> list[Component]:
 
 
 def _times(store: Store) -> dict[str, datetime]:
-    """When each component was restarted; a file that nobody can read says that none was."""
-    try:
-        return {name: datetime.fromisoformat(text) for name, text in json.loads(store.restarted.read_bytes()).items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
+    return times_file(store).read() or {}
+
+
+def times_file(store: Store) -> StateFile[dict[str, datetime]]:
+    """When each component was restarted; without it none counts as restarted."""
+    return StateFile(
+        path=store.restarted,
+        what="when each component was last restarted",
+        parse=lambda document: {name: datetime.fromisoformat(text) for name, text in document.items()},
+        keys=frozenset(component.value for component in Component),
+        on_damage=OnDamage.START_OVER,
+    )
 
 
 def _remember(component: Component, store: Store) -> None:
     """Before it happens: a run that is killed over and over does not restart over and over."""
     times = {**_times(store), component.value: datetime.now(UTC)}
-    texts = {name: time_.isoformat() for name, time_ in times.items()}
-    write_atomically(store.restarted, json.dumps(texts).encode() + b"\n")
+    times_file(store).replace({name: time_.isoformat() for name, time_ in times.items()})
 
 
 def _wait_for_neighbours(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from bridge.state import backup_check, backups, rollback
 from bridge.state.outcome import Outcome
 from bridge.state.session import Run
 from bridge.state.store import Store
-from bridge.system.files import sync_directory, write_atomically
+from bridge.system.state_file import OnDamage, StateError, StateFile
 
 log = logging.getLogger("ca-bridge")
 
@@ -134,7 +133,7 @@ def owe(run: Run, outcomes: Sequence[Outcome]) -> None:
     Raises:
         BridgeError: It can't be remembered; then nothing must be installed.
     """
-    node, owed = run.read_node(), _read(run.store)
+    node, owed = run.read_node(), unproven_file(run.store).read()
     earlier = {one.name: one for one in owed.live_on(node).certificates} if owed is not None else {}
     failed = [f for f in proof.look(node, run.settings, run.now()).wrong if f.state in _FAILED]
     run_id = run.record.run_id
@@ -154,9 +153,14 @@ def settle(run: Run, node: Node) -> Settled:
         run: Its lock is held.
         node: As it is now.
     """
-    owed = _read(run.store)
-    if owed is None:
-        return Settled()
+    try:
+        owed = unproven_file(run.store).read()
+    except StateError as e:
+        return Settled(errors=(e,), may_go_on=False)
+    return _settle_owed(run, node, owed) if owed is not None else Settled()
+
+
+def _settle_owed(run: Run, node: Node, owed: _Owed) -> Settled:
     if run.settings.restart.method == "none":
         return _left_to_people(run, node, owed)
     if odd := owed.unreadable_on(node):
@@ -166,14 +170,14 @@ def settle(run: Run, node: Node) -> Settled:
         return _go_back(run, owed)
     owed = owed.live_on(node)
     if not owed.certificates and not owed.to_restart:
-        _forget(run.store)
+        unproven_file(run.store).remove()
         return Settled()
     return _prove(run, node, owed)
 
 
 def _left_to_people(run: Run, node: Node, owed: _Owed) -> Settled:
     """The settings are others now: what was still to be done is said once."""
-    _forget(run.store)
+    unproven_file(run.store).remove()
     live = owed.live_on(node)
     users = restart_plan.stale(
         [SPECS[name] for name in live.names], version_of(node, run.settings), Components("needed")
@@ -243,7 +247,7 @@ def _judged(run: Run, owed: _Owed, restarted: Sequence[Restarted], report: Repor
         hint = "restart it (`ca-bridge restart NAME`), or list it"
         return _settled(run, owed, [NotLiveError(text, hint=hint)], restarted, proven)
     if not failures and not wrong:
-        _forget(run.store)
+        unproven_file(run.store).remove()
         text = f"installed, and as before the renewal this does not work: {_sentence(found)}"
         errors = [NotLiveError(text, hint="`ca-bridge prove` shows each check")] if found else []
         return _settled(run, owed, errors, restarted, proven)
@@ -372,7 +376,7 @@ def _go_back(run: Run, owed: _Owed) -> Settled:
     else:
         after = _on_the_old_set(run, owed, restarted)
     if not left:
-        _forget(run.store)
+        unproven_file(run.store).remove()
     where = f" to {backup.backup_id}" if backup is not None else ""
     error = RolledBackError(f"rolled back{where}, since {owed.going_back}; {after}")
     return _settled(run, owed, [error], restarted)
@@ -454,22 +458,25 @@ def _old_serial(backup: backups.Backup | None, name: str) -> str:
 # --- what is owed ----------------------------------------------------------------------------------------------------
 
 
-def _read(store: Store) -> _Owed | None:
-    """A file that nobody can read says nothing."""
-    try:
-        document = json.loads(store.unproven.read_bytes())
-        return _Owed(
-            certificates=tuple(map(_unproven, document["certificates"])),
-            going_back=str(document["going_back"]),
-            to_restart=tuple(map(Component, document["to_restart"])),
-        )
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        log.warning("%s: wanted what was installed and not proven, found %s", store.unproven, type(e).__name__)
-        log.warning("%s", "`ca-bridge prove` shows whether all is in use", extra={"is_hint": True})
-        _forget(store)
-        return None
+def unproven_file(store: Store) -> StateFile[_Owed]:
+    """What was installed and is not proven; a damaged one may owe a restart, or the way back."""
+    return StateFile(
+        path=store.unproven,
+        what="what was installed and not proven",
+        parse=_owed,
+        keys=frozenset({"certificates", "going_back", "to_restart"}),
+        on_damage=OnDamage.REFUSE,
+        afterwards="`ca-bridge prove` shows whether all is in use, and `ca-bridge restart` restarts what is not",
+        exit_code=Exit.NOT_LIVE,
+    )
+
+
+def _owed(document: Mapping[str, Any]) -> _Owed:
+    return _Owed(
+        certificates=tuple(map(_unproven, document["certificates"])),
+        going_back=str(document["going_back"]),
+        to_restart=tuple(map(Component, document["to_restart"])),
+    )
 
 
 def _unproven(entry: Mapping[str, Any]) -> _Unproven:
@@ -485,15 +492,4 @@ def _write(store: Store, owed: _Owed) -> None:
     certificates = [{**dataclasses.asdict(one), "before": sorted(one.before)} for one in owed.certificates]
     document: dict[str, object] = {"certificates": certificates, "going_back": owed.going_back}
     document["to_restart"] = [component.value for component in owed.to_restart]
-    try:
-        write_atomically(store.unproven, json.dumps(document, indent=1).encode() + b"\n")
-    except OSError as e:
-        raise BridgeError(
-            f"{store.unproven}: wanted to remember what is to be proven, found: {e.strerror}; nothing was replaced",
-            hint="make room, or mend the state directory",
-        ) from e
-
-
-def _forget(store: Store) -> None:
-    store.unproven.unlink(missing_ok=True)
-    sync_directory(store.directory)
+    unproven_file(store).replace(document)

@@ -17,6 +17,7 @@ from bridge.renewal.verify_and_install import HeldBackError, Result
 from bridge.settings.tables import Settings
 from bridge.state import audit
 from bridge.state.store import Store
+from bridge.system.state_file import StateError
 
 
 def delay(settings: Settings, now: datetime, *, is_terminal: bool) -> timedelta:
@@ -118,9 +119,8 @@ class Around:
         asked, failed = by_authority(selection, result, of_the_run)
         try:
             people = self._attempts.note(asked, failed, self._now())
-        except OSError as e:
-            text = f"{e.filename}: wanted to count the runs that failed, found: {e.strerror}"
-            return [BridgeError(text, hint="make room, or mend the state directory")]
+        except StateError as e:
+            return [e]
         for error in people:
             self._record.add(audit.NEEDS_A_PERSON, authority=error.authority, error=error)
         return [*people]

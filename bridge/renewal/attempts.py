@@ -7,8 +7,6 @@ Per authority, so that one dead CA does not stop the others. After three failed 
 from __future__ import annotations
 
 import dataclasses
-import json
-import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -18,9 +16,7 @@ from bridge.errors import BridgeError, Exit
 from bridge.pki.expiry import first_end, minute
 from bridge.renewal.selection import Selection, outcome_of
 from bridge.state.store import Store
-from bridge.system.files import sync_directory, write_atomically
-
-log = logging.getLogger("ca-bridge")
+from bridge.system.state_file import OnDamage, StateFile
 
 #: So many failed runs in a row need a person.
 MANY = 3
@@ -96,8 +92,12 @@ class Attempts:
     """The file; its lock is held by whoever changes it."""
 
     def __init__(self, store: Store) -> None:
-        self._store = store
-        self.authorities = _read(store)
+        """
+        Raises:
+            StateUnreadableError: The file is there and can't be read at this moment.
+        """
+        self._file = attempts_file(store)
+        self.authorities = self._file.read() or {}
 
     def held(self, selection: Selection, now: datetime) -> Selection:
         """
@@ -134,7 +134,7 @@ class Attempts:
             One for each authority that failed now and needs a person.
 
         Raises:
-            OSError: It can't be written.
+            StateError: It can't be written.
         """
         before = dict(self.authorities)
         for name in asked:
@@ -151,13 +151,11 @@ class Attempts:
         ]
 
     def _save(self) -> None:
-        path = self._store.attempts
         if self.authorities:
             entries = {name: _to_json(one) for name, one in self.authorities.items()}
-            write_atomically(path, json.dumps({"version": 1, "authorities": entries}, indent=1).encode() + b"\n")
+            self._file.replace({"version": 1, "authorities": entries})
         else:
-            path.unlink(missing_ok=True)
-            sync_directory(path.parent)
+            self._file.remove()
 
 
 def _one_more(before: Failures | None, error: BridgeError, now: datetime) -> Failures:
@@ -170,16 +168,15 @@ def _one_more(before: Failures | None, error: BridgeError, now: datetime) -> Fai
     )
 
 
-def _read(store: Store) -> dict[str, Failures]:
-    """A file that can't be read counts as none: the worst that follows is one more try."""
-    try:
-        entries = json.loads(store.attempts.read_bytes())["authorities"]
-        return {str(name): _from_json(entry) for name, entry in entries.items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        log.warning("%s: wanted the failed runs so far, found something else (%s)", store.attempts, type(e).__name__)
-        return {}
+def attempts_file(store: Store) -> StateFile[dict[str, Failures]]:
+    """The failed runs so far, by authority; a damaged one counts as none: the worst that follows is one more try."""
+    return StateFile(
+        path=store.attempts,
+        what="the failed runs so far",
+        parse=lambda document: {str(name): _from_json(entry) for name, entry in document["authorities"].items()},
+        keys=frozenset({"version", "authorities"}),
+        on_damage=OnDamage.START_OVER,
+    )
 
 
 def _to_json(one: Failures) -> dict[str, Any]:

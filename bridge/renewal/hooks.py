@@ -7,9 +7,7 @@ or is cut off together with us, is run again by the next run. It may therefore r
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +20,8 @@ from bridge.settings.tables import Commands, Settings
 from bridge.state.outcome import Outcome
 from bridge.state.store import Store
 from bridge.system.console import printable
-from bridge.system.files import sync_directory, write_atomically
 from bridge.system.run_command import Ended, Output, run
+from bridge.system.state_file import OnDamage, StateError, StateFile
 
 log = logging.getLogger("ca-bridge")
 
@@ -138,7 +136,7 @@ class Hooks:
 
     def __init__(self, settings: Settings, store: Store, run_id: str) -> None:
         self._settings = settings
-        self._store = store
+        self._file = hooks_file(store)
         self._run_id = run_id
 
     def before(self, occasion: Occasion) -> None:
@@ -168,9 +166,8 @@ class Hooks:
         if self._commands(AFTER_INSTALL).texts:
             try:
                 self._remember(self._owed(AFTER_INSTALL, occasion))
-            except OSError as e:
-                text = f"{self._store.hooks}: wanted to remember the hooks after the installation, found: {e.strerror}"
-                raise HookError(text, Exit.FAILED, hint="make room, or mend the state directory") from e
+            except StateError as e:
+                raise HookError(str(e), Exit.FAILED, hint=e.hint) from e
 
     def installed(self, occasion: Occasion) -> list[HookError]:
         """After the installation, before any restart."""
@@ -190,9 +187,9 @@ class Hooks:
             node: As it is; hooks about certificates of which none is live any more are dropped.
         """
         try:
-            every = _read(self._store)
-        except HookError as e:
-            return [e]
+            every = self._file.read() or []
+        except StateError as e:
+            return [HookError(str(e), Exit.FAILED, hint=e.hint)]
         live = {i.spec.name: serial_hex(i.certificates[0]) for i in node.items if i.certificates}
         errors = []
         for owed in every:
@@ -279,53 +276,40 @@ class Hooks:
         """Why not; a hook is run though it can't be run again."""
         try:
             self._forget(owed) if is_over else self._remember(owed)
-        except OSError as e:
-            return f"{self._store.hooks} could not be written ({e.strerror}), so that it may not be run again, or once more"
+        except StateError as e:
+            return f"it may not be run again, or once more: {e}"
         return ""
 
     def _remember(self, owed: Owed) -> None:
         others = [one for one in self._others(owed) if not (one.event == owed.event == FAILURE)]  # the newest will do
         for one in others[: -(_MOST_OWED - 1)]:
             log.warning("hook %s of run %s is given up: too many others have failed since", one.event, one.run_id)
-        _write(self._store, [*others[-(_MOST_OWED - 1) :], owed])
+        self._write([*others[-(_MOST_OWED - 1) :], owed])
 
     def _forget(self, owed: Owed) -> None:
-        _write(self._store, self._others(owed))
+        self._write(self._others(owed))
 
     def _others(self, owed: Owed) -> list[Owed]:
-        with contextlib.suppress(HookError):  # `again` has set it aside, and said so
-            return [one for one in _read(self._store) if (one.event, one.run_id) != (owed.event, owed.run_id)]
-        return []
+        every = self._file.read() or []
+        return [one for one in every if (one.event, one.run_id) != (owed.event, owed.run_id)]
+
+    def _write(self, every: Sequence[Owed]) -> None:
+        if every:
+            self._file.replace({"version": 1, "owed": [dataclasses.asdict(one) for one in every]})
+        else:
+            self._file.remove()
 
 
-def _read(store: Store) -> list[Owed]:
-    """
-    Raises:
-        HookError: It is no such file; it has another name from now on.
-    """
-    try:
-        return [_from_json(entry) for entry in json.loads(store.hooks.read_bytes())["owed"]]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        reason = e.strerror if isinstance(e, OSError) else type(e).__name__
-        aside = store.hooks.with_suffix(".damaged")
-        with contextlib.suppress(OSError):
-            store.hooks.rename(aside)
-        raise HookError(
-            f"{store.hooks}: wanted the hooks that are to be run again, found something else ({reason})",
-            Exit.FAILED,
-            hint=f"what was in it is in {aside} now; run by hand what your hooks would have done",
-        ) from None
-
-
-def _write(store: Store, every: Sequence[Owed]) -> None:
-    if every:
-        entries = [dataclasses.asdict(one) for one in every]
-        write_atomically(store.hooks, json.dumps({"version": 1, "owed": entries}, indent=1).encode() + b"\n")
-    else:
-        store.hooks.unlink(missing_ok=True)
-        sync_directory(store.directory)
+def hooks_file(store: Store) -> StateFile[list[Owed]]:
+    """The hooks that are to be run again; a renewal goes on without them, and a damaged one is said once."""
+    return StateFile(
+        path=store.hooks,
+        what="the hooks that are to be run again",
+        parse=lambda document: [_from_json(entry) for entry in document["owed"]],
+        keys=frozenset({"version", "owed"}),
+        on_damage=OnDamage.SET_ASIDE,
+        afterwards="run by hand what your hooks would have done",
+    )
 
 
 def _from_json(entry: Mapping[str, Any]) -> Owed:

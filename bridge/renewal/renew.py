@@ -55,7 +55,7 @@ def run(
     Raises:
         LockedError: Another run works on this node.
         SettingsError: Nothing was asked.
-        RequestsError: The open requests can't be read or kept; nothing was replaced.
+        StateError: The open requests can't be read or kept; nothing was replaced.
         InstallError: Nothing was replaced.
     """
     is_terminal = any(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))

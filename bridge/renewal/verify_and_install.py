@@ -37,8 +37,9 @@ from bridge.state.install import (
     install,
 )
 from bridge.state.outcome import Outcome
-from bridge.state.requests import OpenRequest, OpenRequests, RequestsError
+from bridge.state.requests import OpenRequest, OpenRequests
 from bridge.state.session import Run
+from bridge.system.state_file import StateError
 
 #: Below this version kubeadm reads one certificate a file (measured on 1.20; chains since 1.21).
 FIRST_WITH_CHAINS = (1, 21)
@@ -178,7 +179,7 @@ def finish(
     Raises:
         AuditError: Nothing was replaced.
         InstallError: Nothing was replaced.
-        RequestsError: Nothing was replaced.
+        StateError: Nothing was replaced.
     """
     passed: list[tuple[Prepared, verify.Verified]] = []
     files: list[Replacement] = []
@@ -249,7 +250,7 @@ def _install(
     run.record.write_or_warn()  # restart and proof may take minutes, and be killed
     try:
         run.requests.save()
-    except RequestsError as e:
+    except StateError as e:
         run.progress.note(f"{e}; all is installed, and the next run forgets what is kept there")
     return backup_id
 

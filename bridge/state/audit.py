@@ -36,6 +36,7 @@ from bridge.settings.tables import AuditSettings
 from bridge.state.store import Store
 from bridge.system.console import print_error
 from bridge.system.files import SECRET_MODE, sync_directory, write_atomically
+from bridge.system.state_file import OnDamage, StateDamagedError, StateError, StateFile
 
 log = logging.getLogger("ca-bridge")
 
@@ -188,6 +189,8 @@ class Record:
         except OSError as e:
             place = e.filename or self._store.audit
             raise AuditError(f"{place}: the record could not be written: {e.strerror}") from e
+        except StateError as e:
+            raise AuditError(f"the record could not be written: {e}") from e
         if self._settings.syslog:
             _tell_syslog(written)
 
@@ -217,7 +220,7 @@ def _append(store: Store, events: Sequence[Mapping[str, Any]], rotate_at_bytes: 
         The lines.
 
     Raises:
-        OSError: None of them was added.
+        OSError, StateError: None of them was added.
     """
     if not store.audit_head.exists() and not files(store):
         _write_head(store, START)  # before the first line, so that a missing head always means something
@@ -292,7 +295,17 @@ def _write_at_once(descriptor: int, data: bytes) -> None:
 
 
 def _write_head(store: Store, link: Link) -> None:
-    write_atomically(store.audit_head, json.dumps({"sequence": link.sequence, "sha256": link.sha256}).encode() + b"\n")
+    _head_file(store).replace({"sequence": link.sequence, "sha256": link.sha256})
+
+
+def _head_file(store: Store) -> StateFile[Link]:
+    return StateFile(
+        path=store.audit_head,
+        what="the newest line's number and digest",
+        parse=lambda document: Link(int(document["sequence"]), str(document["sha256"])),
+        keys=frozenset({"sequence", "sha256"}),
+        on_damage=OnDamage.REFUSE,  # here by a line of the record, which goes on after its last good one
+    )
 
 
 def _rotate(store: Store, last: Link) -> None:
@@ -363,13 +376,16 @@ def _continued(store: Store, last: Link) -> tuple[Link, list[str]]:
 def _head(store: Store) -> Link:
     """
     Raises:
-        ValueError: There is none that could be read.
+        ValueError: There is none, or a damaged one.
+        StateUnreadableError: It can't be read at this moment.
     """
     try:
-        value = json.loads(store.audit_head.read_bytes())
-        return Link(int(value["sequence"]), str(value["sha256"]))
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
-        raise ValueError(f"wanted the newest line's number in {store.audit_head.name}, found none") from None
+        head = _head_file(store).read()
+    except StateDamagedError:
+        head = None
+    if head is None:
+        raise ValueError(f"wanted the newest line's number in {store.audit_head.name}, found none")
+    return head
 
 
 def _head_if_any(store: Store) -> Link | None:

@@ -6,7 +6,6 @@ A backup is what an installation replaced (`bridge.state.install` makes it): cop
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,17 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from bridge.errors import BridgeError
-from bridge.state.install import (
-    attributes_from,
-)
+from bridge.state.install import attributes_from, manifest_file
 from bridge.state.store import Store
 from bridge.system.files import Attributes
+from bridge.system.state_file import StateError
 
 log = logging.getLogger("ca-bridge")
-
-MANIFEST = "manifest.json"
-#: What a manifest without them could not be listed or put back.
-_NEEDED = {"id": str, "created": str, "run_id": str, "files": list}
 
 #: An ID begins with the time at which it was made, in whole seconds.
 _STAMP = len("20260101T000000Z")
@@ -95,24 +89,26 @@ def read_all(store: Store) -> tuple[list[Backup], list[BackupError]]:
         return [], [BackupError(f"{store.backups}: wanted to look for backups, found: {e.strerror}")]
     for directory in directories:
         try:
-            found.append(_read(directory))
-        except FileNotFoundError:
-            continue  # not finished, or being deleted
-        except OSError as e:
-            text = f"{directory / MANIFEST}: wanted a manifest, found: {e.strerror}"
-            broken.append(BackupError(text, backup_id=directory.name))
-        except BackupError as e:
+            backup = _read(directory)
+        except (BackupError, StateError) as e:
             broken.append(BackupError(str(e), backup_id=directory.name))
+        else:
+            found += [backup] if backup is not None else []
     return sorted(found, key=lambda backup: (backup.created, backup.backup_id), reverse=True), broken
 
 
-def _read(directory: Path) -> Backup:
-    path = directory / MANIFEST
-    data = path.read_bytes()
+def _read(directory: Path) -> Backup | None:
+    """
+    Read one; None: it is not finished, or being deleted.
+
+    Raises:
+        StateError, BackupError: Its manifest can't be read, or is none.
+    """
+    manifest_ = manifest_file(directory)
+    manifest = manifest_.read()
+    if manifest is None:
+        return None
     try:
-        manifest = json.loads(data)
-        if not all(isinstance(manifest[key], kind) for key, kind in _NEEDED.items()):
-            raise BackupError(f"{path}: wanted a manifest, found keys of other types")
         return Backup(
             backup_id=directory.name,
             directory=directory,
@@ -125,7 +121,7 @@ def _read(directory: Path) -> Backup:
             files=tuple(File.of(entry, directory) for entry in manifest["files"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise BackupError(f"{path}: wanted a manifest, found something else ({type(e).__name__})") from e
+        raise BackupError(f"{manifest_.path}: wanted a manifest, found something else ({type(e).__name__})") from e
 
 
 def find(store: Store, backup_id: str | None) -> Backup:

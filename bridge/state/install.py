@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,8 @@ from typing import Any, NoReturn
 
 from bridge.errors import BridgeError
 from bridge.state.store import Store
-from bridge.system.files import Attributes, is_frozen, sync_directory, write_atomically, write_staged
+from bridge.system.files import Attributes, is_frozen, sync_directory, write_staged
+from bridge.system.state_file import OnDamage, StateError, StateFile
 
 log = logging.getLogger("ca-bridge")
 
@@ -33,6 +33,12 @@ STAGED_PREFIX = ".ca-bridge-"
 KEY_MASK = 0o600
 KUBECONFIG_MASK = 0o660
 CERTIFICATE_MASK = 0o777
+
+
+MANIFEST = "manifest.json"
+_PAIRS = (
+    "`ca-bridge doctor` shows whether each key belongs to its certificate, and `ca-bridge rollback` puts files back"
+)
 
 
 class InstallError(BridgeError):
@@ -101,19 +107,19 @@ def install(store: Store, replacements: Sequence[Replacement], run_id: str, abou
     """
     targets = [_target(replacement, run_id) for replacement in replacements]
     try:
-        _write_json(store.staging, {"run_id": run_id, "staged": [str(target.staged) for target in targets]})
+        staging_file(store).replace({"run_id": run_id, "staged": [str(target.staged) for target in targets]})
         for target in targets:
             _stage(target)
         backup_id = _back_up(store, targets, run_id, about)
         _assert_unchanged(targets)
         for directory in {target.path.parent for target in targets}:
             sync_directory(directory)
-    except (OSError, InstallError) as e:
+    except (OSError, InstallError, StateError) as e:
         _leave_all_old(store, e)
     journal = _journal(targets, run_id, backup_id)
     try:
-        _write_json(store.journal, journal)
-    except OSError as e:
+        journal_file(store).replace(journal)
+    except StateError as e:
         if not store.journal.exists():
             _leave_all_old(store, e)
         _give_up(store, journal, e)
@@ -134,6 +140,7 @@ def recover(store: Store) -> Recovery | None:
 
     Raises:
         InstallError: Neither way works, and the journal stays; or something that was left can't be removed.
+        StateError: The journal, or the list of what was staged, can't be read or is damaged; nothing was touched.
     """
     try:
         return _recover(store)
@@ -145,13 +152,14 @@ def recover(store: Store) -> Recovery | None:
 
 
 def _recover(store: Store) -> Recovery | None:
+    journal = journal_file(store).read()
+    staged = staging_file(store).read()
     for half_written in store.half_written():
         half_written.unlink()
-    if not store.journal.exists():
-        _forget_staged(store)
+    if journal is None:
+        _forget_staged(store, staged)
         _forget_partial_backups(store)
         return None
-    journal = _read_json(store.journal)
     direction = journal["direction"]
     if direction == "forward":
         try:
@@ -161,7 +169,7 @@ def _recover(store: Store) -> Recovery | None:
     if direction == "back":
         try:
             _back(store, journal)
-        except (OSError, InstallError) as e:
+        except (OSError, InstallError, StateError) as e:
             raise InstallError(
                 f"an interrupted installation can neither be finished nor undone: {_reason(e)}",
                 hint=f"the old files are in {store.backups / journal['backup']}, the journal is {store.journal}",
@@ -195,9 +203,13 @@ def _target(replacement: Replacement, run_id: str) -> Target:
     return Target(
         replacement=replacement,
         path=real,
-        staged=real.parent / f"{STAGED_PREFIX}{run_id}-{real.name}",
+        staged=_staged(real, run_id),
         attributes=attributes,
     )
+
+
+def _staged(path: Path, run_id: str) -> Path:
+    return path.parent / f"{STAGED_PREFIX}{run_id}-{path.name}"
 
 
 def _stage(target: Target) -> None:
@@ -249,7 +261,7 @@ def _back_up(store: Store, targets: Sequence[Target], run_id: str, about: Mappin
         **about,
         "files": files,
     }
-    _write_json(directory / "manifest.json", manifest)
+    manifest_file(directory).replace(manifest)
     sync_directory(store.backups)
     return backup_id
 
@@ -282,9 +294,14 @@ def _back(store: Store, journal: dict[str, Any]) -> None:
     """Put the backup in place; may be repeated."""
     if journal["direction"] != "back":
         journal["direction"] = "back"
-        _write_json(store.journal, journal)
+        journal_file(store).replace(journal)
     directory = store.backups / journal["backup"]
-    files = {entry["path"]: entry for entry in _read_json(directory / "manifest.json")["files"]}
+    manifest = manifest_file(directory).read()
+    if manifest is None:
+        raise InstallError(f"{directory / MANIFEST}: wanted the backup's manifest, found none")
+    files = {entry["path"]: entry for entry in manifest["files"]}
+    if unknown := {target["path"] for target in journal["targets"]} - files.keys():
+        raise InstallError(f"{directory}: wanted a backup of {', '.join(sorted(unknown))}, found none")
     for target in journal["targets"]:
         path, staged, entry = Path(target["path"]), Path(target["staged"]), files[target["path"]]
         staged.unlink(missing_ok=True)
@@ -299,9 +316,9 @@ def _back(store: Store, journal: dict[str, Any]) -> None:
 def _leave_all_old(store: Store, error: Exception) -> NoReturn:
     """Before the commit point, there is nothing but what was staged to take away."""
     try:
-        _forget_staged(store)
+        _forget_staged(store, staging_file(store).read())
         _forget_partial_backups(store)
-    except (OSError, InstallError) as e:
+    except (OSError, StateError) as e:
         log.warning("new files that were not installed could not be removed (%s); the next run does", _reason(e))
     raise InstallError(f"nothing was replaced: {_reason(error)}", hint=getattr(error, "hint", "")) from error
 
@@ -310,7 +327,7 @@ def _give_up(store: Store, journal: dict[str, Any], error: Exception) -> NoRetur
     """A swap that can't go forward goes back at once."""
     try:
         _back(store, journal)
-    except (OSError, InstallError) as e:
+    except (OSError, InstallError, StateError) as e:
         raise InstallError(
             f"the files could not be replaced ({_reason(error)}), nor put back ({_reason(e)})",
             hint="mend the file system, then run `ca-bridge recover`",
@@ -323,31 +340,30 @@ def _close_at_last(store: Store, done: str) -> None:
     """The files are as they shall be: a journal that can't be removed is for the next run, which finds nothing to do."""
     try:
         _close(store)
-    except OSError as e:
+    except StateError as e:
         log.warning("%s, but the journal could not be removed (%s); the next run does", done, _reason(e))
 
 
 def _close(store: Store) -> None:
-    store.journal.unlink(missing_ok=True)
-    store.staging.unlink(missing_ok=True)
-    sync_directory(store.directory)
+    journal_file(store).remove()
+    staging_file(store).remove()
 
 
-def _forget_staged(store: Store) -> None:
-    """Staged files without a journal never count."""
-    if not store.staging.exists():
+def _forget_staged(store: Store, staged: Sequence[Path] | None) -> None:
+    """Staged files without a journal never count; None: there is no list of any."""
+    if staged is None:
         return
-    for name in _read_json(store.staging)["staged"]:
+    for path in staged:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            Path(name).lstat()  # a read-only file system would refuse even to remove what is not there
-            Path(name).unlink()
+            path.lstat()  # a read-only file system would refuse even to remove what is not there
+            path.unlink()
     store.staging.unlink()
 
 
 def _forget_partial_backups(store: Store) -> None:
     """A backup without a manifest was not finished, and nothing was replaced after it."""
     for directory in store.backup_directories():
-        if not (directory / "manifest.json").exists() and not directory.is_symlink():
+        if not (directory / MANIFEST).exists() and not directory.is_symlink():
             shutil.rmtree(directory)
 
 
@@ -363,18 +379,81 @@ def attributes_from(value: Mapping[str, Any]) -> Attributes:
     return Attributes(mode=value["mode"], uid=value["uid"], gid=value["gid"], extended=extended)
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_atomically(path, json.dumps(value, indent=1).encode() + b"\n")
+# --- what is on disk about it ----------------------------------------------------------------------------------------
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as e:
-        raise InstallError(f"{path}: wanted our own record, found: {_reason(e)}") from e
-    if not isinstance(value, dict):
-        raise InstallError(f"{path}: wanted our own record, found something else")
-    return value
+def journal_file(store: Store) -> StateFile[dict[str, Any]]:
+    """The journal: while it is there, an installation has neither happened nor not."""
+    return StateFile(
+        path=store.journal,
+        what="our journal of an installation",
+        parse=_journal_of,
+        keys=frozenset({"version", "run_id", "backup", "direction", "targets"}),
+        on_damage=OnDamage.REFUSE,
+        afterwards=_PAIRS,
+    )
+
+
+def _journal_of(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Each path stands there twice, so that damage to one is noticed in journals without a digest, too."""
+    if document["direction"] not in ("forward", "back") or not _names(document, "run_id", "backup"):
+        raise ValueError("not written by this program")
+    for target in document["targets"]:
+        path = Path(target["path"])
+        ours = target["staged"] == str(_staged(path, document["run_id"])) and path.is_absolute()
+        if not ours or not isinstance(target["certificate"], str) or not isinstance(target["sha256"], str | None):
+            raise ValueError("not written by this program")
+    return dict(document)
+
+
+def staging_file(store: Store) -> StateFile[tuple[Path, ...]]:
+    """The list of what an installation has staged, or was about to; it may all go while there is no journal."""
+    return StateFile(
+        path=store.staging,
+        what="the list of files that were staged",
+        parse=_staged_of,
+        keys=frozenset({"run_id", "staged"}),
+        on_damage=OnDamage.REFUSE,
+        afterwards=f"remove what begins with {STAGED_PREFIX} in the directories with certificates and kubeconfigs",
+    )
+
+
+def _staged_of(document: Mapping[str, Any]) -> tuple[Path, ...]:
+    paths = tuple(map(Path, document["staged"]))
+    prefix = f"{STAGED_PREFIX}{document['run_id']}-"
+    if not all(path.is_absolute() and path.name.startswith(prefix) for path in paths):
+        raise ValueError("not written by this program")
+    return paths
+
+
+def manifest_file(directory: Path) -> StateFile[dict[str, Any]]:
+    """A backup's manifest; a directory without one is no backup."""
+    return StateFile(
+        path=directory / MANIFEST,
+        what="a backup's manifest",
+        parse=_manifest_of,
+        keys=frozenset(
+            {"id", "created", "run_id", "command", "user", "host", "login", "certificates", "rollback_to", "files"}
+        ),
+        on_damage=OnDamage.REFUSE,
+        afterwards="`ca-bridge backups` lists the others",
+    )
+
+
+def _manifest_of(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest without them could not be listed or put back."""
+    if not _names(document, "id", "created", "run_id") or not isinstance(document["files"], list):
+        raise ValueError("not written by this program")
+    for entry in document["files"]:
+        kept = entry["backup"] is None or _names(entry, "backup", "sha256")
+        if not kept or not _names(entry, "certificate", "path"):
+            raise ValueError("not written by this program")
+    return dict(document)
+
+
+def _names(document: Mapping[str, Any], *keys: str) -> bool:
+    """Whether all of these have a text."""
+    return all(isinstance(document[key], str) for key in keys)
 
 
 def _reason(error: Exception) -> str:

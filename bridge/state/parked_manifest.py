@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -12,6 +12,7 @@ from bridge.specs import Component
 from bridge.state.install import STAGED_PREFIX, attributes_from, attributes_json, digest
 from bridge.state.store import Store
 from bridge.system.files import Attributes, sync_directory, write_atomically, write_staged
+from bridge.system.state_file import OnDamage, StateFile
 
 #: leaving: the manifest may still be in its place; out: it is not; back: it is there again, but nobody has seen the
 #: component in good health.
@@ -44,12 +45,12 @@ def recover(store: Store) -> str | None:
         What was found and done; None if there was nothing to do.
 
     Raises:
-        RestartError: The journal can't be read.
+        StateError: The journal can't be read, or is damaged.
         OSError: The manifest can't be put back; the journal stays.
     """
-    if not store.restart.exists():
+    journal = restart_file(store).read()
+    if journal is None:
         return None
-    journal = _read(store)
     done = put_back(store, journal)
     close(store)
     name, state = journal["component"], journal["state"]
@@ -79,21 +80,32 @@ def journal_of(component: Component, manifest: Path) -> dict[str, Any]:
 def enter(store: Store, journal: dict[str, Any], state: State) -> None:
     """Write down how far a restart has come."""
     journal["state"] = state
-    write_atomically(store.restart, json.dumps(journal).encode() + b"\n")
+    restart_file(store).replace(journal)
 
 
-def _read(store: Store) -> dict[str, Any]:
-    try:
-        journal: dict[str, Any] = json.loads(store.restart.read_bytes())
-        if {"component", "manifest", "aside", "content", "attributes", "state"} <= journal.keys():
-            return journal
-        reason = "something else"
-    except (OSError, ValueError, AttributeError) as e:
-        reason = f"{e}"
-    raise RestartError(
-        f"{store.restart}: wanted our own journal of a restart, found {reason}",
-        hint=f"see that each manifest is in its place (and none is called {STAGED_PREFIX}….yaml), then remove it",
+def restart_file(store: Store) -> StateFile[dict[str, Any]]:
+    """The journal of a restart: while it is there, a component's manifest may be out of its directory."""
+    return StateFile(
+        path=store.restart,
+        what="our own journal of a restart",
+        parse=_journal_of,
+        keys=frozenset({"version", "component", "manifest", "aside", "content", "attributes", "state"}),
+        on_damage=OnDamage.REFUSE,
+        afterwards=f"see that each manifest is in its place: one that is not may be called {STAGED_PREFIX}….yaml, "
+        "in the directory above",
+        exit_code=Exit.NOT_LIVE,
     )
+
+
+def _journal_of(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest's name stands there twice, so that damage to one is noticed in journals without a digest, too."""
+    Component(document["component"])
+    base64.b64decode(document["content"], validate=True)
+    attributes_from(document["attributes"])
+    manifest, waiting = Path(document["manifest"]), Path(document["aside"])
+    if waiting.name != f"{STAGED_PREFIX}{manifest.name}" or document["state"] not in ("leaving", "out", "back"):
+        raise ValueError("not written by this program")
+    return dict(document)
 
 
 def put_back(store: Store, journal: dict[str, Any]) -> str | None:
@@ -146,5 +158,4 @@ def sync(manifest: Path) -> None:
 
 def close(store: Store) -> None:
     """Remove the journal: the manifest is in its place."""
-    store.restart.unlink(missing_ok=True)
-    sync_directory(store.directory)
+    restart_file(store).remove()

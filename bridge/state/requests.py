@@ -7,28 +7,20 @@ passed is there before it is installed, so that no interruption makes a run ask 
 
 from __future__ import annotations
 
-import json
 from base64 import b64decode, b64encode
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from cryptography import x509
-
 from bridge.contract import Continuity, Issued, SignRequest
-from bridge.errors import BridgeError
 from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.specs import SPECS
 from bridge.state.store import Store
-from bridge.system.files import sync_directory, write_atomically
+from bridge.system.state_file import OnDamage, StateFile
 
 #: A later format has another key.
 _KEY = "requestsV1"
-
-
-class RequestsError(BridgeError):
-    """The file with the open requests can't be used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,10 +61,10 @@ class OpenRequests:
     def __init__(self, store: Store) -> None:
         """
         Raises:
-            RequestsError: The file is there and can't be used.
+            StateError: The file is there and can't be used.
         """
-        self._store = store
-        self._requests = _read(store)
+        self._file = requests_file(store)
+        self._requests = self._file.read() or {}
         self._saved = dict(self._requests)
 
     def __iter__(self) -> Iterator[OpenRequest]:
@@ -101,38 +93,27 @@ class OpenRequests:
         A key that was dropped is overwritten by nothing: a journaling file system or an SSD writes elsewhere.
 
         Raises:
-            RequestsError: It can't be written.
+            StateError: It can't be written.
         """
         if self._requests == self._saved:
             return
-        path = self._store.requests
-        try:
-            if self._requests:
-                entries = [_to_json(request) for request in self._requests.values()]
-                write_atomically(path, json.dumps({_KEY: entries}, indent=1).encode() + b"\n")
-            else:
-                path.unlink()
-                sync_directory(path.parent)
-        except OSError as e:
-            raise RequestsError(
-                f"{path}: wanted to keep the new keys there until they are installed, found: {e.strerror}",
-                hint="make room, or mend the state directory, then run again",
-            ) from e
+        if self._requests:
+            self._file.replace({_KEY: [_to_json(request) for request in self._requests.values()]})
+        else:
+            self._file.remove()
         self._saved = dict(self._requests)
 
 
-def _read(store: Store) -> dict[str, OpenRequest]:
-    try:
-        document = json.loads(store.requests.read_bytes())
-        return {request.name: request for request in map(_from_json, document[_KEY])}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, x509.InvalidVersion) as e:
-        reason = e.strerror if isinstance(e, OSError) else type(e).__name__
-        raise RequestsError(
-            f"{store.requests}: wanted the requests that were made and not finished, found something else ({reason})",
-            hint="restore it if a CA has requests of this node; else move it away, and new keys are made",
-        ) from None
+def requests_file(store: Store) -> StateFile[dict[str, OpenRequest]]:
+    """The requests that are not finished, with their keys, by name."""
+    return StateFile(
+        path=store.requests,
+        what="the requests that were made and not finished, with their keys",
+        parse=lambda document: {request.name: request for request in map(_from_json, document[_KEY])},
+        keys=frozenset({_KEY}),
+        on_damage=OnDamage.REFUSE,
+        afterwards="new keys are made then; what a CA has signed for the old ones is worth nothing without them",
+    )
 
 
 def _to_json(one: OpenRequest) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from datetime import datetime
 from bridge.node.inventory import Node
 from bridge.settings.tables import Settings
 from bridge.state.backup_check import problems_of
-from bridge.state.backups import MANIFEST, Backup, read_all
+from bridge.state.backups import Backup, read_all
+from bridge.state.install import MANIFEST
 from bridge.state.store import Store
 from bridge.system.files import sync_directory
 

@@ -52,7 +52,7 @@ def alone(
     Raises:
         LockedError: Another run works on this node.
         InstallError: What was left can neither be finished nor undone.
-        RestartError: The journal of an interrupted restart can't be read.
+        StateError: The journal of an interrupted installation or restart can't be read, or is damaged.
         BridgeError: The state directory is not ours alone.
         OSError: The state directory can't be written, or a manifest not be put back.
     """
@@ -76,8 +76,7 @@ def begun(
     The same for a run that deals with requests; those whose certificates were replaced meanwhile are forgotten.
 
     Raises:
-        LockedError, InstallError, RestartError, BridgeError, OSError: As `alone`.
-        RequestsError: The open requests can't be read.
+        LockedError, InstallError, StateError, BridgeError, OSError: As `alone`; or the open requests can't be read.
     """
     with alone(settings, wait, lambda found: progress.note(str(found))) as (store, record):
         run = Run(

@@ -20,6 +20,7 @@ from bridge.errors import Exit
 from bridge.specs import Component
 from bridge.state.parked_manifest import RestartError, aside, recover
 from bridge.state.store import Store
+from bridge.system.state_file import StateDamagedError
 from tests.kit.static_pod import CONTENT, TIMEOUT, Site, attempt, interrupted
 from tests.kit.tripwire import failing, kill
 
@@ -278,8 +279,8 @@ def test_a_crash_before_or_after_is_told_apart(site: Site) -> None:
 def test_a_journal_that_is_none_is_told(site: Site, text: str) -> None:
     """It is not thrown away: a manifest may be out."""
     site.store.restart.write_text(text)
-    with pytest.raises(RestartError) as e:
+    with pytest.raises(StateDamagedError) as e:
         recover(site.store)
     assert str(site.store.restart) in str(e.value)
-    assert e.value.hint
+    assert (e.value.exit_code, "--set-aside" in e.value.hint) == (Exit.NOT_LIVE, True)
     assert site.store.is_interrupted

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -28,7 +30,8 @@ from bridge.renewal import renew
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Components, Settings
 from bridge.specs import SPECS, Component
-from bridge.state import backups, rollback
+from bridge.state import rollback
+from bridge.state.install import MANIFEST
 from tests.kit.pki import Pki, handmade_pki
 from tests.kit.renewing import Quiet, settings_for
 
@@ -316,7 +319,7 @@ def test_if_one_set_cant_go_back_none_does(site: Site, monkeypatch: pytest.Monke
     if harm == "gone":
         shutil.rmtree(first)
     elif harm == "damaged":
-        next(path for path in first.iterdir() if path.name != backups.MANIFEST).write_text("x")
+        next(path for path in first.iterdir() if path.name != MANIFEST).write_text("x")
     else:
         later = datetime.now(UTC) + timedelta(days=400)
         monkeypatch.setattr(site, "clock", lambda: later)
@@ -500,10 +503,43 @@ def test_what_could_not_be_seen_before_is_no_excuse(site: Site) -> None:
     assert "the old ones do not work, either" in str(result.outcomes[0].error)
 
 
-def test_a_file_that_nobody_can_read_holds_nothing_up(site: Site, caplog: pytest.LogCaptureFixture) -> None:
-    """It is said, and forgotten."""
+def owing(site: Site) -> Path:
+    """A site where an installation is not proven, since nothing may be restarted now; where that is written down."""
+    site.obstacle = NeighbourError("another node is not well")
     site.renew(MANAGER)
-    (site.directory / "state/unproven.json").write_text('{"certificates": [3]}')
+    site.obstacle = None
+    path = site.directory / "state/unproven.json"
+    assert path.exists()
+    return path
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"certificates": [3]}', None], ids=["empty", "cut", "other", "bit flip"])
+def test_a_damaged_file_never_means_that_nothing_is_owed(site: Site, text: str | None) -> None:
+    """Exit 7 on each run, nothing is installed over it, and what it says is kept."""
+    path = owing(site)
+    damaged = path.read_text().replace("going_back", "going_bacj") if text is None else text
+    path.write_text(damaged)
+    before = site.files()
+    for _ in range(2):
+        result = site.renew(SCHEDULER)
+        assert result.exit_code == Exit.NOT_LIVE
+        assert "--set-aside" in result.errors[0].hint
+    assert (path.read_text(), site.files()) == (damaged, before)
+
+
+def test_a_passing_read_error_deletes_nothing_that_is_owed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit 7 while the disk can't read it; the next run that can does what is owed."""
+    path, read = owing(site), Path.read_bytes
+
+    def broken(one: Path) -> bytes:
+        if one == path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(one))
+        return read(one)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", broken)
+        result = site.renew()
+    assert (result.exit_code, site.restarted) == (Exit.NOT_LIVE, [])
+    assert "Input/output error" in str(result.errors[0])
     assert site.renew().exit_code == 0
-    assert "wanted what was installed and not proven" in caplog.text
-    assert not site.is_owed
+    assert (site.restarted, site.is_owed) == (["kube-controller-manager"], False)

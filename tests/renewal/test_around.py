@@ -152,7 +152,7 @@ def test_a_run_that_could_not_count_says_so(
     def full(path: Path, *_: object) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("bridge.renewal.attempts.write_atomically", full)
+    monkeypatch.setattr("bridge.system.state_file.write_atomically", full)
     everything = due(store, directory, node)
     [error] = around(store, directory).after(everything, all_failed(everything, DEAD))
     assert "attempts.json" in str(error)

@@ -495,7 +495,9 @@ def test_a_broken_file_is_set_aside_and_said(text: str, make: Make, node: Node, 
     store.hooks.write_text(text)
     [error] = make('success = "true"').again(node)
     assert error.exit_code == Exit.FAILED
-    assert store.hooks.with_suffix(".damaged").read_text() == text
+    [kept] = store.directory.glob("hooks.json.damaged-*")
+    assert kept.read_text() == text
+    assert str(kept) in error.hint
     assert make('success = "true"').again(node) == []
 
 
@@ -509,7 +511,7 @@ def test_where_nothing_can_be_remembered_nothing_is_installed(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bridge.renewal.hooks.write_atomically", full)
+    monkeypatch.setattr("bridge.system.state_file.write_atomically", full)
     with pytest.raises(HookError) as e:
         hooks.installing(renewed(node))
     assert e.value.exit_code == Exit.FAILED

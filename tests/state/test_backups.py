@@ -35,8 +35,9 @@ from bridge.settings import load
 from bridge.settings.tables import BackupSettings
 from bridge.state import backup_check, backups, retention, rollback
 from bridge.state.audit import events
-from bridge.state.install import KEY_MASK, Replacement, digest, install, recover
+from bridge.state.install import KEY_MASK, MANIFEST, Replacement, digest, install, manifest_file, recover
 from bridge.state.store import Store
+from bridge.system.state_file import sealed
 from tests.kit import issuing, opensslca
 from tests.kit.issuing import CLIENT, SERVER, Signer, cn
 from tests.kit.pki import Pki, handmade_pki
@@ -133,7 +134,7 @@ def test_lists_when_who_why_and_which(run: Run, node: Pki) -> None:
 def test_a_backup_that_cannot_be_read_is_named(run: Run, store: Store) -> None:
     """Exit 1, and the others are listed."""
     bad, good = renewed(run, "apiserver"), renewed(run, "apiserver")
-    (store.backups / bad / backups.MANIFEST).write_text("{}")
+    (store.backups / bad / MANIFEST).write_text("{}")
     result = run("backups")
     assert result.exit_code == 1
     assert good in result.stdout
@@ -145,15 +146,17 @@ def test_what_is_strange_among_the_backups_keeps_no_renewal_from_its_report(run:
     bad, good = renewed(run, "apiserver"), renewed(run, "apiserver")
     (store.backups / "notes.txt").write_text("mine")
     shutil.copytree(store.backups / good, store.backups / "keep-2025")
-    (store.backups / bad / backups.MANIFEST).unlink()
-    (store.backups / bad / backups.MANIFEST).mkdir()
+    (store.backups / bad / MANIFEST).unlink()
+    (store.backups / bad / MANIFEST).mkdir()
     assert renewed(run, "apiserver")
     result = run("backups")
     assert result.exit_code == 1
     assert good in result.stdout
     assert "keep-2025" not in result.output
     assert "notes.txt" not in result.output
-    assert f"{store.backups / bad / backups.MANIFEST}: wanted a manifest, found: " in result.stderr
+    assert (
+        f"{store.backups / bad / MANIFEST}: wanted to read a backup's manifest, found: Is a directory" in result.stderr
+    )
 
 
 def test_a_directory_of_backups_that_cannot_be_read_is_named(
@@ -234,9 +237,9 @@ def test_an_older_backup_is_not_taken_for_the_newest(run: Run, store: Store, nod
     good, newest = renewed(run, "apiserver"), renewed(run, "apiserver")
     older = "20200101T000000Z-01234567"
     shutil.copytree(store.backups / newest, store.backups / older)
-    (store.backups / older / backups.MANIFEST).write_text("{}")
+    (store.backups / older / MANIFEST).write_text("{}")
     assert backups.find(store, None).backup_id == newest
-    (store.backups / newest / backups.MANIFEST).write_text("{}")
+    (store.backups / newest / MANIFEST).write_text("{}")
     before = files(node)
     for args in ((), (newest,)):
         result = run("rollback", *args)
@@ -262,28 +265,35 @@ def test_what_a_damaged_backup_would_do_is_an_error_of_ours(
         rollback.outcomes_of(made, found)
 
 
+def _manifest(store: Store, backup_id: str) -> tuple[Path, dict[str, Any]]:
+    file = manifest_file(store.backups / backup_id)
+    found = file.read()
+    assert found is not None
+    return file.path, found
+
+
 def _another_key(store: Store, backup_id: str) -> None:
     """The key of another pair, with a manifest that knows it."""
-    path = store.backups / backup_id / backups.MANIFEST
-    manifest = json.loads(path.read_text())
+    path, manifest = _manifest(store, backup_id)
     key, other = (
         next(entry for entry in manifest["files"] if entry["path"].endswith(name))
         for name in ("/apiserver.key", "/front-proxy-client.key")
     )
     key |= {"backup": other["backup"], "sha256": other["sha256"]}
-    path.write_text(json.dumps(manifest))
+    path.write_bytes(sealed(manifest))
 
 
 def _another_place(store: Store, backup_id: str) -> None:
-    path = store.backups / backup_id / backups.MANIFEST
-    path.write_text(path.read_text().replace("/apiserver.crt", "/sa.pub"))
+    path, manifest = _manifest(store, backup_id)
+    for entry in manifest["files"]:
+        entry["path"] = entry["path"].replace("/apiserver.crt", "/sa.pub")
+    path.write_bytes(sealed(manifest))
 
 
 def _without_a_key(store: Store, backup_id: str) -> None:
-    path = store.backups / backup_id / backups.MANIFEST
-    manifest = json.loads(path.read_text())
+    path, manifest = _manifest(store, backup_id)
     next(entry for entry in manifest["files"] if entry["path"].endswith("/apiserver.key"))["backup"] = None
-    path.write_text(json.dumps(manifest))
+    path.write_bytes(sealed(manifest))
 
 
 def _saved(store: Store, backup_id: str) -> Path:
@@ -527,8 +537,8 @@ def test_recover_says_what_it_found_and_did(run: Run, store: Store, node: Pki, m
 
 def dated(store: Store, backup_id: str, created: datetime) -> None:
     """As if it had been made then."""
-    path = store.backups / backup_id / backups.MANIFEST
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"created": created.isoformat()}))
+    path, manifest = _manifest(store, backup_id)
+    path.write_bytes(sealed({**manifest, "created": created.isoformat()}))
 
 
 def retired(store: Store, node: Pki, keep: int = 10, config: Path | None = None) -> list[str]:

@@ -16,8 +16,9 @@ import pytest
 
 from bridge.pki.certificates import pem, serial_hex
 from bridge.specs import AUTHORITIES
-from bridge.state.requests import OpenRequests, RequestsError
+from bridge.state.requests import OpenRequests
 from bridge.state.store import Store
+from bridge.system.state_file import StateError
 from tests.kit import approval, opensslca
 from tests.kit.cas import Bridge, live_certificates
 from tests.kit.issuing import Signer
@@ -301,7 +302,7 @@ def test_a_file_of_requests_that_is_none(tmp_path: Path, text: str) -> None:
     """An error that names it, and no key is made anew over those that may be waited for."""
     store = Store(tmp_path)
     store.requests.write_text(text, encoding="latin-1")
-    with pytest.raises(RequestsError, match=r"requests\.json"):
+    with pytest.raises(StateError, match=r"requests\.json"):
         OpenRequests(store)
 
 

@@ -1,0 +1,210 @@
+"""
+One small JSON document that outlives a run: read, validated, replaced whole, removed.
+
+Each carries a digest of itself, so that a flipped bit is noticed; those of versions that wrote none are still read.
+What a damaged one means is said by name (`OnDamage`). One that can't be read at this moment (the disk, permissions) is
+neither damaged nor absent, whatever its policy: it is an error, and stays as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from cryptography import x509
+
+from bridge.errors import BridgeError, Exit
+from bridge.system.files import sync_directory, write_atomically
+
+log = logging.getLogger("ca-bridge")
+
+T = TypeVar("T")
+
+_DIGEST = "digest"
+
+#: How parsing says that a document is not what it should be.
+_NOT_OURS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, x509.InvalidVersion)
+
+
+class OnDamage(Enum):
+    """What a file means whose content is not what we wrote."""
+
+    REFUSE = "no run goes on over it: something is owed, and only an operator may have it set aside"
+    SET_ASIDE = "it is said once, and kept under another name; from then on there is none"
+    START_OVER = "nothing is owed in it: a warning, and it counts as none"
+
+
+class StateError(BridgeError):
+    """A state file can't be used, or not be written."""
+
+    hint = "make room, or mend the state directory, then run again"
+
+    def __init__(self, message: str, *, hint: str | None = None, exit_code: int = Exit.FAILED) -> None:
+        super().__init__(message, hint=hint)
+        self.exit_code = exit_code  # type: ignore[misc]  # this file's, where others have their class's
+
+
+class StateUnreadableError(StateError):
+    """It is there and can't be read at this moment."""
+
+    hint = "mend the disk or the permissions, then run again; it stays as it is until then"
+
+
+class StateDamagedError(StateError):
+    """Its content is not what we wrote."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateFile(Generic[T]):
+    """One file; whoever changes it holds the lock of its directory."""
+
+    path: Path
+    what: str  #: That is in it, for messages, such as `the requests that are not finished`.
+    #: From the document, without its digest. A ValueError, KeyError, TypeError or AttributeError says that it is none.
+    parse: Callable[[Mapping[str, Any]], T]
+    #: The document's own. One without a digest that has others was not written by an earlier version, but damaged.
+    keys: frozenset[str]
+    on_damage: OnDamage
+    afterwards: str = ""  #: What to do when a damaged one is out of the way, for the hint.
+    exit_code: int = Exit.FAILED  #: Of what can't be read.
+
+    def read(self) -> T | None:
+        """
+        Read its content; None: there is none, or it counts as none.
+
+        Raises:
+            StateUnreadableError: It can't be read at this moment.
+            StateDamagedError: Unless its policy is to start over.
+        """
+        try:
+            return self._judged()
+        except StateDamagedError as e:
+            if self.on_damage is OnDamage.START_OVER:
+                log.warning("%s; it counts as none", e)
+                return None
+            if self.on_damage is OnDamage.SET_ASIDE:
+                with contextlib.suppress(StateError):  # then it is told again next time
+                    e.hint = f"what was in it is in {self.set_aside()} now; {self.afterwards}"
+            raise
+
+    def damage(self) -> StateDamagedError | None:
+        """
+        Find what is wrong with its content, changing nothing.
+
+        Raises:
+            StateUnreadableError: It can't be read at this moment.
+        """
+        try:
+            self._judged()
+        except StateDamagedError as e:
+            return e
+        return None
+
+    def _judged(self) -> T | None:
+        data = self._bytes()
+        if data is None:
+            return None
+        try:
+            return self.parse(unsealed(data, self.keys))
+        except _NOT_OURS as e:
+            reason = str(e) if isinstance(e, _DigestError) else type(e).__name__
+            raise StateDamagedError(
+                f"{self.path}: wanted {self.what}, found something else ({reason})",
+                hint=f"`ca-bridge recover --set-aside` moves it out of the way, and keeps everything else; "
+                f"{self.afterwards}",
+                exit_code=self.exit_code,
+            ) from None
+
+    def _bytes(self) -> bytes | None:
+        try:
+            return self.path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as e:
+            text = f"{self.path}: wanted to read {self.what}, found: {e.strerror}"
+            raise StateUnreadableError(text, exit_code=self.exit_code) from e
+
+    def replace(self, document: Mapping[str, Any]) -> None:
+        """
+        Write another content, safe on disk when this returns.
+
+        Raises:
+            StateError: The old content is still there, or (if even that can't be told) the new one.
+        """
+        try:
+            write_atomically(self.path, sealed(document))
+        except OSError as e:
+            raise StateError(f"{self.path}: wanted to write down {self.what}, found: {e.strerror}") from e
+
+    def remove(self) -> None:
+        """
+        Remove it for good; there may be none.
+
+        Raises:
+            StateError: It is still there, or may be after a power cut.
+        """
+        try:
+            self.path.unlink(missing_ok=True)
+            sync_directory(self.path.parent)
+        except OSError as e:
+            raise StateError(f"{self.path}: wanted to remove it, found: {e.strerror}") from e
+
+    def set_aside(self) -> Path:
+        """
+        Give it another name, beside it, and return that; nothing is lost.
+
+        Raises:
+            StateError: It still has its name.
+        """
+        data = self._bytes() or b""
+        kept = self.path.with_name(f"{self.path.name}.damaged-{hashlib.sha256(data).hexdigest()[:8]}")
+        try:
+            self.path.rename(kept)
+            sync_directory(kept.parent)
+        except OSError as e:
+            raise StateError(f"{self.path}: wanted to rename it to {kept.name}, found: {e.strerror}") from e
+        return kept
+
+
+class _DigestError(ValueError):
+    """The text says which digest."""
+
+
+def sealed(document: Mapping[str, Any]) -> bytes:
+    """Write a document out, with a digest of all of it."""
+    return json.dumps({_DIGEST: _digest(document), **document}, indent=1).encode() + b"\n"
+
+
+def unsealed(data: bytes, keys: frozenset[str]) -> dict[str, Any]:
+    """
+    Read what `sealed` has written, or a version that wrote no digest.
+
+    Args:
+        data: All of it.
+        keys: All that a document may have.
+
+    Raises:
+        ValueError: Something else.
+        RecursionError: Nesting without end.
+    """
+    document = json.loads(data)
+    if not isinstance(document, dict):
+        raise _DigestError(f"wanted a JSON object, found {type(document).__name__}")
+    wanted = document.pop(_DIGEST, None)
+    if wanted is None and not document.keys() <= keys:
+        raise _DigestError("neither a digest nor an earlier version's keys")
+    if wanted is not None and wanted != (found := _digest(document)):
+        raise _DigestError(f"digest: wanted {str(wanted)[:16]!r}…, found {found[:16]}…")
+    return document
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    """SHA-256 in hex of the document's content and order, not of how it is spaced."""
+    return hashlib.sha256(json.dumps(document, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,163 @@
+"""State files: what is damaged is noticed and handled as its policy says; what can't be read now is never forgotten."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bridge.errors import Exit
+from bridge.system.state_file import (
+    OnDamage,
+    StateDamagedError,
+    StateError,
+    StateFile,
+    StateUnreadableError,
+    sealed,
+    unsealed,
+)
+
+KEYS = frozenset({"names", "count"})
+DOCUMENT = {"names": ["apiserver", "etcd-server"], "count": 3}
+
+
+def names(document: Mapping[str, Any]) -> list[str]:
+    """As a real file's `parse` does."""
+    return [str(name) for name in document["names"]]
+
+
+def file(path: Path, policy: OnDamage = OnDamage.REFUSE, exit_code: int = Exit.FAILED) -> StateFile[list[str]]:
+    """One with two keys."""
+    return StateFile(
+        path=path,
+        what="the names",
+        parse=names,
+        keys=KEYS,
+        on_damage=policy,
+        afterwards="look around",
+        exit_code=exit_code,
+    )
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "names.json"
+
+
+def test_what_was_written_is_read_until_it_is_removed(path: Path) -> None:
+    """For its owner alone, and none is no error."""
+    one = file(path)
+    assert one.read() is None
+    one.replace(DOCUMENT)
+    assert one.read() == DOCUMENT["names"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert one.damage() is None
+    one.remove()
+    one.remove()
+    assert one.read() is None
+
+
+def test_an_earlier_version_wrote_no_digest(path: Path) -> None:
+    """Its files are read, as long as they have no keys but its own."""
+    path.write_text(json.dumps(DOCUMENT))
+    assert file(path).read() == DOCUMENT["names"]
+    path.write_text(json.dumps({**DOCUMENT, "digesu": "0" * 64}))
+    with pytest.raises(StateDamagedError):
+        file(path).read()
+
+
+def test_every_flipped_bit_is_noticed(path: Path) -> None:
+    """What is read is what was written, or nothing; spaces between values are no content."""
+    whole = sealed(DOCUMENT)
+    noticed = 0
+    for bit in range(len(whole) * 8):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        try:
+            found = file(path).read()
+        except StateDamagedError:
+            noticed += 1
+        else:
+            assert found == DOCUMENT["names"]
+            assert whole[bit // 8 : bit // 8 + 1].isspace(), bytes(data)
+    assert noticed > 7 * len(whole)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", "\0", '{"names": 3}', "{}", "[" * 5000])
+@pytest.mark.parametrize("policy", OnDamage)
+def test_damage_is_what_its_policy_says(
+    path: Path, text: str, policy: OnDamage, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Never silent; and only what owes nothing counts as none at once."""
+    path.write_text(text)
+    one = file(path, policy, Exit.NOT_LIVE)
+    if policy is OnDamage.START_OVER:
+        with caplog.at_level(logging.WARNING, logger="ca-bridge"):
+            assert one.read() is None
+        assert "wanted the names" in caplog.text
+        assert path.read_text() == text
+        return
+    with pytest.raises(StateDamagedError, match="wanted the names, found something else") as e:
+        one.read()
+    assert e.value.exit_code == Exit.NOT_LIVE
+    assert e.value.hint.endswith("look around")
+    if policy is OnDamage.REFUSE:
+        assert path.read_text() == text
+        assert isinstance(one.damage(), StateDamagedError)
+    else:
+        assert one.read() is None
+        [kept] = path.parent.iterdir()
+        assert kept.read_text() == text
+        assert str(kept) in e.value.hint
+
+
+@pytest.mark.parametrize("policy", OnDamage)
+def test_what_cannot_be_read_now_is_neither_damaged_nor_none(
+    path: Path, policy: OnDamage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its policy is it stays, and is read when the disk can read it again."""
+    one = file(path, policy)
+    one.replace(DOCUMENT)
+
+    def broken(_: Path) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", broken)
+        for read in (one.read, one.damage, one.set_aside):
+            with pytest.raises(StateUnreadableError, match="Input/output error"):
+                read()
+    assert one.read() == DOCUMENT["names"]
+    assert [path] == list(path.parent.iterdir())
+
+
+def test_what_cannot_be_written_leaves_the_old_content(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk is an error that names the file."""
+    one = file(path)
+    one.replace(DOCUMENT)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StateError, match=f"{path}: .* No space left"):
+            one.replace({"names": [], "count": 0})
+    assert one.read() == DOCUMENT["names"]
+
+
+def test_a_digest_is_of_the_order_too() -> None:
+    """What came last may mean the newest."""
+    swapped = dict(reversed(DOCUMENT.items()))
+    assert unsealed(sealed(swapped), KEYS) == DOCUMENT
+    mixed = json.loads(sealed(DOCUMENT)) | {"digest": json.loads(sealed(swapped))["digest"]}
+    with pytest.raises(ValueError, match="digest"):
+        unsealed(json.dumps(mixed).encode(), KEYS)
