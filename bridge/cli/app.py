@@ -145,11 +145,16 @@ def plan(common: Common, names: Names = None, output: OutputOption = Output.TEXT
 
 
 @command(app, "recover")
-def recover(common: Common) -> None:
+def recover(
+    common: Common,
+    set_aside: Annotated[
+        bool, typer.Option("--set-aside", help="First give damaged state files another name, and say what they owe.")
+    ] = False,
+) -> None:
     """Finish or undo what a crash left, and say which; every command that writes does the same first."""
     from bridge.cli import history  # noqa: PLC0415
 
-    history.recover(common.settings())
+    history.recover(common.settings(), set_aside=set_aside)
 
 
 @command(app, "backups")

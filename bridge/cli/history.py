@@ -22,11 +22,17 @@ from bridge.state.store import Store
 from bridge.system.console import log, print_error, printable
 
 
-def recover(settings: Settings) -> None:
+def recover(settings: Settings, *, set_aside: bool) -> None:
     """`recover`: finish or undo what a crash left, and say which."""
     if not settings.node.state_dir.is_dir():
         say("nothing to recover: no run has been here")
         return
+    from bridge.renewal import damage  # noqa: PLC0415 (loads all that restarts)
+
+    for moved in damage.set_aside(settings) if set_aside else ():
+        say(f"{moved.why}; it is {moved.kept} now")
+        for sentence in filter(None, moved.afterwards):
+            say(f"  {sentence}")
     found: list[Recovery | str] = []
     with alone(settings, timedelta(), found.append):
         say("\n".join(map(str, found)) if found else "nothing to recover")

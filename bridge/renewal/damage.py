@@ -1,0 +1,79 @@
+"""Damaged state files: which there are, and the way on for an operator who has read what they owe."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bridge.control_plane.restarts import times_file
+from bridge.renewal.activation import unproven_file
+from bridge.renewal.attempts import attempts_file
+from bridge.renewal.hooks import hooks_file
+from bridge.settings.tables import Settings
+from bridge.state import audit, backups
+from bridge.state.install import journal_file, staging_file
+from bridge.state.parked_manifest import restart_file
+from bridge.state.requests import requests_file
+from bridge.state.store import Store
+from bridge.system.files import lock
+from bridge.system.state_file import StateError, StateFile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetAside:
+    """One file that is out of the way."""
+
+    path: Path  #: Where it was.
+    kept: Path  #: Where it is.
+    why: str
+    afterwards: tuple[str, ...]  #: What is to be looked at now, a sentence each.
+
+
+def state_files(store: Store) -> list[StateFile[Any]]:
+    """All that a damage may stop; the audit log's head is none of them, since the log goes on by itself."""
+    makers = (restart_file, journal_file, staging_file, requests_file, unproven_file, hooks_file)
+    return [*(make(store) for make in makers), attempts_file(store), times_file(store)]
+
+
+def set_aside(settings: Settings) -> list[SetAside]:
+    """
+    Give every damaged state file another name; nothing else is touched, and all of it is in the audit log.
+
+    A journal's list of staged files goes with it, whole or not, so that no run removes what belongs to it.
+
+    Raises:
+        LockedError: Another run works on this node.
+        BridgeError: The state directory is not ours alone, or a file can't be read or renamed.
+        OSError: The state directory can't be written.
+    """
+    store = Store(settings.node.state_dir)
+    store.prepare()
+    with lock(store.lock, shlex.join(sys.argv)), audit.Record(store, settings.audit) as record:
+        damaged = [(file, str(error)) for file in state_files(store) if (error := file.damage()) is not None]
+        paths = [file.path for file, _ in damaged]
+        if store.journal in paths and store.staging not in paths and store.staging.exists():
+            damaged.append((staging_file(store), "it belongs to the journal"))
+        moved = []
+        for file, why in damaged:
+            about = _of_the_interrupted(store) if file.path == store.journal else ()
+            kept = file.set_aside()
+            record.add(audit.DAMAGED, result=f"{file.path.name} is {kept.name} now: {why}")
+            moved.append(SetAside(path=file.path, kept=kept, why=why, afterwards=(file.afterwards, *about)))
+    return moved
+
+
+def _of_the_interrupted(store: Store) -> tuple[str, ...]:
+    """What belongs to an installation whose journal is damaged, as far as the list of staged files tells."""
+    try:
+        staged = staging_file(store).read() or ()
+    except StateError:
+        return ()
+    there = [path for path in staged if path.exists()]
+    made = [one for one in backups.read_all(store)[0] if any(f"-{one.run_id}-" in path.name for path in staged)]
+    return (
+        *(f"{path} was staged and not installed; it stays" for path in there),
+        *(f"the old files of that run are in the backup {one.backup_id}" for one in made),
+    )
