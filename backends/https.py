@@ -7,17 +7,22 @@ No rules of any CA are here; only what would be the same in each file beside thi
 from __future__ import annotations
 
 import re
+import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from datetime import datetime
+from datetime import datetime, timedelta
 from email.utils import parsedate_to_datetime
 from ipaddress import ip_address
 from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import requests
+from cryptography import x509
+from cryptography.x509.oid import NameOID
 from requests.adapters import HTTPAdapter
 
 from bridge.errors import SettingsError, SettingsProblem
@@ -28,8 +33,24 @@ MAX_ANSWER_BYTES = 1 << 20
 T = TypeVar("T")
 
 
+#: A connection's end that may have any cause.
+CUT_OFF = (ssl.SSLEOFError, ConnectionResetError, BrokenPipeError)
+
+
 class TooMuchError(Exception):
     """An answer without end."""
+
+
+class TlsRefusedError(Exception):
+    """One side of a TLS connection did not accept the other; the text is OpenSSL's."""
+
+
+class NoAnswerError(Exception):
+    """No whole answer, for a reason that may pass; the text is the innermost cause's."""
+
+    def __init__(self, text: str, *, cut_off: bool = False) -> None:
+        super().__init__(text)
+        self.cut_off = cut_off  #: The other side ended the connection, and did not say why.
 
 
 def is_loopback(host: str) -> bool:
@@ -87,6 +108,33 @@ def retry_after_seconds(response: requests.Response, now: datetime) -> float | N
         return max(0.0, (parsedate_to_datetime(value) - now).total_seconds())
     except (ValueError, TypeError, OverflowError):  # TypeError: a date without a time zone
         return None
+
+
+def one_line(text: str, hidden: Iterable[str | None] = ()) -> str:
+    """
+    What a server says, for a message: collapsed, printable, at most 200 characters.
+
+    Args:
+        text: The server's.
+        hidden: What we sent and do not repeat, should the server do so.
+    """
+    for value in hidden:
+        text = text.replace(value, "…") if value else text
+    return " ".join("".join(c if c.isprintable() else " " for c in text[:4000]).split())[:200]
+
+
+def common_name(client_cert: Path) -> str:
+    """
+    Whom a client certificate names, such as `CN=node-1`.
+
+    Raises:
+        ValueError: The file holds no certificate that can be read.
+    """
+    try:
+        subject = x509.load_pem_x509_certificate(client_cert.read_bytes()).subject
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{client_cert}: wanted the client certificate, found {type(e).__name__}") from e
+    return " ".join(f"CN={name.value!s}" for name in subject.get_attributes_for_oid(NameOID.COMMON_NAME))
 
 
 def causes(e: BaseException | None) -> Iterator[BaseException]:
@@ -161,3 +209,108 @@ class TlsAdapter(HTTPAdapter):
 
     def cert_verify(self, conn: Any, url: object, verify: object, cert: object) -> None:
         """Nothing to add to the context."""
+
+
+class Sessions:
+    """
+    Requests with a limit of time and size, without the environment's proxies and CAs; for several threads.
+
+    Sessions and TLS contexts are not for several threads at once, so each request has one for itself.
+    """
+
+    def __init__(self, timeout: timedelta, tls: Callable[[], ssl.SSLContext] | None) -> None:
+        """
+        Args:
+            timeout: For one request with its whole answer.
+            tls: Makes a context; None: plain HTTP.
+        """
+        self._seconds = timeout.total_seconds()
+        self._tls = tls
+        self._idle: deque[requests.Session] = deque()
+
+    def send(self, method: str, url: str, **options: Any) -> tuple[requests.Response, bytes]:
+        """
+        Send one request; a redirect is an answer like any other.
+
+        Args:
+            method: `GET` or `POST`.
+            url: Whole.
+            options: Of `requests.Session.request`, such as `json`, `data`, `headers` and `auth`.
+
+        Returns:
+            The answer and its body.
+
+        Raises:
+            TlsRefusedError: One side did not accept the other.
+            NoAnswerError: No whole answer in time.
+            TooMuchError: An answer without end.
+            SettingsError: A TLS file can't be used any more.
+            requests.RequestException: What can't be sent, or is no HTTP.
+        """
+        try:
+            return within(self._seconds, lambda: self._exchange(method, url, options))
+        except TimeoutError as e:
+            raise NoAnswerError(f"no answer within {self._seconds:g} s") from e
+        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as e:
+            cause = innermost(e)
+            if isinstance(cause, CUT_OFF) and self._tls:
+                cause = _alert(url, self._tls, min(self._seconds, 5.0)) or cause
+            if isinstance(cause, ssl.SSLError) and not isinstance(cause, CUT_OFF):
+                raise TlsRefusedError(one_line(str(cause))) from e
+            raise NoAnswerError(one_line(str(cause)), cut_off=isinstance(cause, CUT_OFF)) from e
+
+    def close(self) -> None:
+        """Close the connections that are not in use."""
+        while self._idle:
+            self._idle.pop().close()
+
+    def _exchange(self, method: str, url: str, options: dict[str, Any]) -> tuple[requests.Response, bytes]:
+        try:
+            session = self._idle.pop()
+        except IndexError:
+            session = self._new_session()
+        try:
+            with session.request(
+                method,
+                url,
+                # not left to the session, where REQUESTS_CA_BUNDLE would come first
+                verify=True,
+                allow_redirects=False,  # would go on as a GET, and take a password along
+                timeout=self._seconds,
+                stream=True,
+                **options,
+            ) as response:
+                body = body_of(response)
+        except BaseException:
+            session.close()
+            raise
+        self._idle.append(session)
+        return response, body
+
+    def _new_session(self) -> requests.Session:
+        session = requests.Session()
+        session.trust_env = False  # no proxies, no .netrc, no REQUESTS_CA_BUNDLE
+        session.headers["Accept-Encoding"] = "identity"
+        if self._tls:
+            session.mount("https://", TlsAdapter(self._tls()))
+        return session
+
+
+def _alert(url: str, tls: Callable[[], ssl.SSLContext], seconds: float) -> ssl.SSLError | None:
+    """
+    Why the server cut us off, if it has something against us.
+
+    Its verdict on our certificate comes after a handshake of TLS 1.3 (RFC 8446 §4.4.2.4), and who is writing
+    by then mostly finds a closed connection; who only listens hears the alert.
+    """
+    parts = urlsplit(url)
+    address = (parts.hostname or "", parts.port or 443)
+    try:
+        with (
+            socket.create_connection(address, timeout=seconds) as plain,
+            tls().wrap_socket(plain, server_hostname=address[0]) as listening,
+        ):
+            listening.recv(1)
+    except (OSError, SettingsError) as e:
+        return e if isinstance(e, ssl.SSLError) and not isinstance(e, CUT_OFF) else None
+    return None
