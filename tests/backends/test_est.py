@@ -24,10 +24,10 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from backends.est import EstBackend
 from backends.est_settings import EstSettings
-from bridge import verify
 from bridge.contract import Issued, Pending, Secret, SetsUp, SetupRequest, SignRequest
-from bridge.csr import generate_key
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsError, VerificationError
+from bridge.pki import verify
+from bridge.pki.csr import generate_key
 from bridge.specs import AUTHORITIES, SPECS, CertificateSpec, KeyAlgorithm
 from bridge.testing import BackendConformance, TestCA, sign_request
 from tests.kit import est as kit

@@ -29,9 +29,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
 
-from bridge.certificates import pem
 from bridge.contract import SignRequest
-from bridge.csr import generate_key, key_pem
+from bridge.pki.certificates import pem
+from bridge.pki.csr import generate_key, key_pem
 from bridge.specs import SPECS, CertificateSpec
 from tests.kit import programs
 from tests.kit.cfssl import free_port
