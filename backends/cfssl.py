@@ -14,9 +14,7 @@ import hmac
 import json
 import re
 import secrets
-import socket
 import ssl
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -26,17 +24,18 @@ from urllib.parse import urlsplit
 
 import requests
 from cryptography import x509
-from cryptography.x509.oid import NameOID
 
 from backends.https import (
-    TlsAdapter,
+    NoAnswerError,
+    Sessions,
+    TlsRefusedError,
     TooMuchError,
-    body_of,
+    common_name,
     innermost,
     is_loopback,
     retry_after_seconds,
     tls_context,
-    within,
+    without,
 )
 from bridge.contract import (
     BackendSettings,
@@ -250,10 +249,9 @@ class CfsslBackend:
         if file is None:
             return ""
         try:
-            subject = x509.load_pem_x509_certificate(file.read_bytes()).subject
-        except (OSError, ValueError) as e:
-            raise BackendRefusedError(f"cfssl: {file}: wanted the client certificate, found {type(e).__name__}") from e
-        return " ".join(f"CN={name.value!s}" for name in subject.get_attributes_for_oid(NameOID.COMMON_NAME))
+            return common_name(file)
+        except ValueError as e:
+            raise BackendRefusedError(f"cfssl: {e}") from e
 
     def close(self) -> None:
         """Close the connections."""
@@ -459,25 +457,17 @@ def _parse(response: requests.Response, body: bytes, sent: Mapping[str, str]) ->
     return _Reply(
         status=response.status_code,
         code=code if isinstance(code, int) else None,
-        message=_one_line(str(first.get("message", "no reason given")), [sent.get("token"), sent.get("request")]),
+        message=one_line(without(str(first.get("message", "no reason given")), [sent.get("token"), sent.get("request")])),
         retry_after_seconds=later,
     )
 
 
-def _one_line(text: str, hidden: Iterable[str | None]) -> str:
-    for value in hidden:
-        text = text.replace(value, "…") if value else text
-    return one_line(text)
-
-
 class _Server:
-    """HTTP with a time limit, a size limit, and no thought for the environment's proxies and CAs."""
+    """HTTP to the server, and what keeps an answer from us as an error of ours."""
 
     def __init__(self, settings: CfsslSettings) -> None:
         self._settings = settings
-        self._seconds = settings.timeout.total_seconds()
-        # Sessions and TLS contexts are not for several threads at once, so each request has one for itself.
-        self._idle: deque[requests.Session] = deque()
+        self._sessions = Sessions(settings.timeout, settings.tls_context if settings.tls else None)
 
     def post(self, endpoint: str, body: Mapping[str, str]) -> _Reply:
         """
@@ -489,82 +479,23 @@ class _Server:
         """
         url = f"{self._settings.url.rstrip('/')}{API}/{endpoint}"
         try:
-            return within(self._seconds, lambda: self._exchange(url, body))
+            response, answer = self._sessions.send("POST", url, json=body)
         except TooMuchError as e:
             raise BackendRefusedError(f"cfssl: {e}", hint=HINTS[_NOT_CFSSL]) from e
-        except TimeoutError as e:
-            raise BackendUnavailableError(f"cfssl: {url}: no answer within {self._seconds:g} s") from e
-        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as e:
-            cause = innermost(e)
-            if isinstance(cause, _CUT_OFF) and self._settings.tls:
-                cause = self._alert() or cause
-            if isinstance(cause, ssl.SSLError) and not isinstance(cause, _CUT_OFF):
-                raise BackendRefusedError(f"cfssl: {url}: TLS: {cause}", hint=_tls_hint(str(cause))) from e
+        except TlsRefusedError as e:
+            raise BackendRefusedError(f"cfssl: {url}: TLS: {e}", hint=_tls_hint(str(e))) from e
+        except NoAnswerError as e:
             hint = "" if self._settings.tls else "does the server speak TLS? url says http://"
-            raise BackendUnavailableError(f"cfssl: {url}: {cause}", hint=hint) from e
+            raise BackendUnavailableError(f"cfssl: {url}: {e}", hint=hint) from e
+        except SettingsError as e:  # the files were good when we began
+            raise BackendRefusedError(f"cfssl: {e}") from e
         except requests.RequestException as e:
             raise BackendRefusedError(f"cfssl: {url}: {innermost(e)}") from e
-
-    def _alert(self) -> ssl.SSLError | None:
-        """
-        Why the server cut us off, if it has something against us.
-
-        Its verdict on our certificate comes after a handshake of TLS 1.3 (RFC 8446 §4.4.2.4), and who is writing
-        by then mostly finds a closed connection; who only listens hears the alert.
-        """
-        parts, seconds = urlsplit(self._settings.url), min(self._seconds, 5.0)
-        address = (parts.hostname or "", parts.port or 443)
-        try:
-            with (
-                socket.create_connection(address, timeout=seconds) as plain,
-                self._settings.tls_context().wrap_socket(plain, server_hostname=address[0]) as tls,
-            ):
-                tls.recv(1)
-        except (OSError, SettingsError) as e:
-            return e if isinstance(e, ssl.SSLError) and not isinstance(e, _CUT_OFF) else None
-        return None
-
-    def _exchange(self, url: str, body: Mapping[str, str]) -> _Reply:
-        try:
-            session = self._idle.pop()
-        except IndexError:
-            session = self._new_session()
-        try:
-            with session.post(
-                url,
-                json=body,
-                # not left to the session, where REQUESTS_CA_BUNDLE would come first
-                verify=True,
-                allow_redirects=False,  # would go on as a GET
-                timeout=self._seconds,
-                stream=True,
-            ) as response:
-                reply = _parse(response, body_of(response), body)
-        except BaseException:
-            session.close()
-            raise
-        self._idle.append(session)
-        return reply
-
-    def _new_session(self) -> requests.Session:
-        session = requests.Session()
-        session.trust_env = False  # no proxies, no .netrc, no REQUESTS_CA_BUNDLE
-        session.headers["Accept-Encoding"] = "identity"
-        if self._settings.tls:
-            try:
-                session.mount("https://", TlsAdapter(self._settings.tls_context()))
-            except SettingsError as e:  # the files were good when we began
-                raise BackendRefusedError(f"cfssl: {e}") from e
-        return session
+        return _parse(response, answer, body)
 
     def close(self) -> None:
         """Close the connections that are not in use."""
-        while self._idle:
-            self._idle.pop().close()
-
-
-#: A connection's end that may have any cause.
-_CUT_OFF = (ssl.SSLEOFError, ConnectionResetError, BrokenPipeError)
+        self._sessions.close()
 
 
 def _tls_hint(reason: str) -> str:

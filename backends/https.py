@@ -110,17 +110,11 @@ def retry_after_seconds(response: requests.Response, now: datetime) -> float | N
         return None
 
 
-def one_line(text: str, hidden: Iterable[str | None] = ()) -> str:
-    """
-    What a server says, for a message: collapsed, printable, at most 200 characters.
-
-    Args:
-        text: The server's.
-        hidden: What we sent and do not repeat, should the server do so.
-    """
+def without(text: str, hidden: Iterable[str | None]) -> str:
+    """What a server says, without what we sent and do not repeat, should the server do so."""
     for value in hidden:
         text = text.replace(value, "…") if value else text
-    return " ".join("".join(c if c.isprintable() else " " for c in text[:4000]).split())[:200]
+    return text
 
 
 def common_name(client_cert: Path) -> str:
