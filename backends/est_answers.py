@@ -8,6 +8,7 @@ certificate is has to be told by keys and signatures.
 from __future__ import annotations
 
 import base64
+import functools
 import re
 from collections.abc import Sequence
 
@@ -87,6 +88,7 @@ def _is_root(certificate: x509.Certificate) -> bool:
     return _certifies(certificate, certificate)
 
 
+@functools.lru_cache(maxsize=256)  # the CA's own are asked about again with every leaf
 def _certifies(issuer: x509.Certificate, certificate: x509.Certificate) -> bool:
     if issuer.subject != certificate.issuer:
         return False

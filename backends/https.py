@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 import socket
 import ssl
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -16,7 +18,6 @@ from datetime import datetime, timedelta
 from email.utils import parsedate_to_datetime
 from ipaddress import ip_address
 from pathlib import Path
-from threading import Thread
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -24,6 +25,9 @@ import requests
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 from requests.adapters import HTTPAdapter
+from requests.exceptions import ChunkedEncodingError
+from urllib3.connection import HTTPSConnection
+from urllib3.connectionpool import HTTPSConnectionPool
 
 from bridge.errors import SettingsError, SettingsProblem
 
@@ -79,7 +83,7 @@ def within(seconds: float, work: Callable[[], T]) -> T:
         except BaseException as e:  # noqa: BLE001 (it is raised on the other side)
             future.set_exception(e)
 
-    Thread(target=run, daemon=True).start()
+    threading.Thread(target=run, daemon=True).start()
     return future.result(timeout=seconds)
 
 
@@ -205,6 +209,56 @@ class TlsAdapter(HTTPAdapter):
         """Nothing to add to the context."""
 
 
+_limit = threading.local()  #: Of the request that this thread makes: `end`, of the monotonic clock.
+
+
+def _seconds_left() -> float:
+    """
+    Raises:
+        TimeoutError: None.
+    """
+    left: float = _limit.end - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+class _TimedSocket(ssl.SSLSocket):
+    """TLS whose reading and writing ends with the request's time, however slowly bytes drip."""
+
+    def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
+        self.settimeout(_seconds_left())
+        return super().recv_into(buffer, nbytes, flags)
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        self.settimeout(_seconds_left())
+        return super().send(data, flags)
+
+
+class _TimedConnection(HTTPSConnection):
+    """To a name that may have many addresses, and a resolver that may be slow; neither can be told a limit."""
+
+    def connect(self) -> None:
+        within(_seconds_left(), super().connect)
+
+
+class _TimedPool(HTTPSConnectionPool):
+    ConnectionCls = _TimedConnection
+
+
+class _TimedAdapter(TlsAdapter):
+    """
+    Limits the time of a request without a thread for each, which would cost as much as the request.
+
+    Its sockets serve the thread that has called `Sessions.send`.
+    """
+
+    def __init__(self, tls: ssl.SSLContext) -> None:
+        tls.sslsocket_class = _TimedSocket
+        super().__init__(tls)
+        self.poolmanager.pool_classes_by_scheme = {"https": _TimedPool}
+
+
 class Sessions:
     """
     Requests with a limit of time and size, without the environment's proxies and CAs; for several threads.
@@ -242,11 +296,11 @@ class Sessions:
             requests.RequestException: What can't be sent, or is no HTTP.
         """
         try:
-            return within(self._seconds, lambda: self._exchange(method, url, options))
-        except TimeoutError as e:
-            raise NoAnswerError(f"no answer within {self._seconds:g} s") from e
-        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as e:
+            return self._timed(lambda: self._exchange(method, url, options))
+        except (TimeoutError, requests.ConnectionError, requests.Timeout, ChunkedEncodingError) as e:
             cause = innermost(e)
+            if isinstance(cause, TimeoutError):
+                raise NoAnswerError(f"no answer within {self._seconds:g} s") from e
             if isinstance(cause, CUT_OFF) and self._tls:
                 cause = _alert(url, self._tls, min(self._seconds, 5.0)) or cause
             if isinstance(cause, ssl.SSLError) and not isinstance(cause, CUT_OFF):
@@ -257,6 +311,12 @@ class Sessions:
         """Close the connections that are not in use."""
         while self._idle:
             self._idle.pop().close()
+
+    def _timed(self, exchange: Callable[[], T]) -> T:
+        if self._tls is None:  # whose sockets are not ours; only on this machine
+            return within(self._seconds, exchange)
+        _limit.end = time.monotonic() + self._seconds
+        return exchange()
 
     def _exchange(self, method: str, url: str, options: dict[str, Any]) -> tuple[requests.Response, bytes]:
         try:
@@ -286,7 +346,7 @@ class Sessions:
         session.trust_env = False  # no proxies, no .netrc, no REQUESTS_CA_BUNDLE
         session.headers["Accept-Encoding"] = "identity"
         if self._tls:
-            session.mount("https://", TlsAdapter(self._tls()))
+            session.mount("https://", _TimedAdapter(self._tls()))
         return session
 
 

@@ -161,11 +161,11 @@ def table(rows: list[Row]) -> str:
     return "\n".join([*lines, "", f"Medians of {fewest} rounds or more, both by turns, on {machine}.", ""])
 
 
-def write_readme(text: str) -> None:
-    """Between the two marks."""
-    old = README.read_text(encoding="utf-8")
-    between = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)
-    README.write_text(between.sub(lambda _: f"{START}\n\n{text}\n{END}", old), encoding="utf-8")
+def write_between(file: Path, start: str, text: str) -> None:
+    """Into a document, between the mark `start` and `END`."""
+    old = file.read_text(encoding="utf-8")
+    between = re.compile(f"{re.escape(start)}.*?{re.escape(END)}", re.DOTALL)
+    file.write_text(between.sub(lambda _: f"{start}\n\n{text}\n{END}", old), encoding="utf-8")
 
 
 def main() -> None:
@@ -182,7 +182,7 @@ def main() -> None:
     print(text)
     (HERE / "results.md").write_text(text, encoding="utf-8")
     if options.readme:
-        write_readme(text)
+        write_between(README, START, text)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,107 @@
+"""
+What a backend costs beside the bare request or program in a loop: the same CSRs, the same server, by turns.
+
+`python -m tests.bench.backends [NAME…] [--requests N] [--rounds N] [--docs]` prints a table for each backend; with
+`--docs` it is written into the backend's page `docs/NAME.md`, whose numbers come from nowhere else.
+Needs the programs of `tests/kit/binaries.sh`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from http import HTTPStatus
+from pathlib import Path
+
+import requests
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
+
+from backends.est import EstBackend
+from backends.est_settings import EstSettings
+from bridge.contract import Backend, Issued, SignRequest
+from bridge.specs import SPECS
+from bridge.testing import TestCA, sign_request
+from tests.bench.__main__ import Row, paired, table, write_between
+from tests.kit import est
+
+DOCS = Path(__file__).parents[2] / "docs"
+LIMIT = 1.3
+VALIDITY = timedelta(days=90)
+
+
+def requests_for(ca: TestCA, name: str, count: int) -> list[SignRequest]:
+    """Renewals of one certificate, each with a key (P-256) of its own."""
+    live = ca.leaf(SPECS[name])
+    return [sign_request(live, SPECS[name], "ecdsa-p256", VALIDITY) for _ in range(count)]
+
+
+def signed_by(backend: Backend, wanted: Sequence[SignRequest]) -> None:
+    """One after the other; what is no certificate is no measurement."""
+    for request in wanted:
+        answer = backend.sign(request)
+        if not isinstance(answer, Issued):
+            raise SystemExit(f"wanted a certificate, found {answer!r}")
+
+
+def measure_est(directory: Path, count: int, rounds: int) -> Row:
+    """GlobalSign's estserver with an agent's certificate; connection, handshake and `cacerts` are in each round."""
+    ca, tls = TestCA.make(algorithm="ecdsa-p256"), est.make_tls(directory / "tls")
+    agent, wanted = tls.agent("agent"), requests_for(ca, "etcd-peer", count)
+    with est.estserver(directory / "est", (ca.certificate_pem, ca.key_pem), tls) as url:
+
+        def ours() -> None:
+            settings = EstSettings(
+                url=url, ca_file=tls.ca, client_cert=agent["client_cert"], client_key=agent["client_key"]
+            )
+            with contextlib.closing(EstBackend.from_settings(settings)) as backend:
+                signed_by(backend, wanted)
+
+        def bare() -> None:
+            with requests.Session() as session:
+                session.trust_env, session.verify = False, str(tls.ca)
+                session.cert = (str(agent["client_cert"]), str(agent["client_key"]))
+                for request in wanted:
+                    _post(session, url, request)
+
+        against = "`requests` in a loop, one connection"
+        return paired(f"{count} certificates P-256 through `est`", against, ours, bare, rounds, LIMIT)
+
+
+def _post(session: requests.Session, url: str, request: SignRequest) -> x509.Certificate:
+    """One enrolment, as in a script: its certificate is taken as it comes."""
+    headers = {"Content-Type": "application/pkcs10", "Content-Transfer-Encoding": "base64"}
+    body = base64.b64encode(request.csr.public_bytes(Encoding.DER))
+    answer = session.post(f"{url}{est.ROOT}/simpleenroll", data=body, headers=headers, timeout=30)
+    if answer.status_code != HTTPStatus.OK:
+        raise SystemExit(f"wanted a certificate, found HTTP {answer.status_code}")
+    return pkcs7.load_der_pkcs7_certificates(base64.b64decode(answer.content))[0]
+
+
+#: By the backend's type, which is also its page's name.
+MEASURES: dict[str, Callable[[Path, int, int], Row]] = {"est": measure_est}
+
+
+def main(arguments: Sequence[str] | None = None, docs: Path = DOCS) -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.backends")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MEASURES)}; all without one")
+    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--docs", action="store_true")
+    options = parser.parse_args(arguments)
+    for name in options.names or MEASURES:
+        with tempfile.TemporaryDirectory() as directory:
+            text = table([MEASURES[name](Path(directory), options.requests, options.rounds)])
+        print(text)
+        if options.docs:
+            command = f"python -m tests.bench.backends {name} --docs"
+            write_between(docs / f"{name}.md", f"<!-- numbers: written by `{command}` -->", text)
+
+
+if __name__ == "__main__":
+    main()
