@@ -39,7 +39,7 @@ class EstBackend:
 
     def __init__(self, settings: EstSettings) -> None:
         self._settings = settings
-        self._label = Selector(settings.label, settings.labels)
+        self._label = Selector(settings.label, settings.labels, settings.node)
         self._server = Server(settings)
         self._cas: dict[str, Sequence[x509.Certificate]] = {}  #: By label, once a run.
 

@@ -12,11 +12,10 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from cryptography import x509
-
 from backends.est_settings import operation_url
 from backends.https import one_line
 from bridge.contract import Selector, SetupFile, SetupRequest
+from bridge.pki.certificates import name_text, san_entries
 from bridge.specs import EKU, SPECS, CertificateSpec
 
 _EXAMPLE_URL = "https://est.corp.example"
@@ -63,7 +62,7 @@ def _selector(wanted: SetupRequest) -> Selector:
     """As the settings have it so far; without a label one a usage class, so that each gives its own EKUs."""
     pattern, exceptions = wanted.settings.get("label"), wanted.settings.get("labels")
     named = {str(k): str(v) for k, v in exceptions.items()} if isinstance(exceptions, Mapping) else {}
-    return Selector(str(pattern or f"{wanted.authority.name}-{{usage}}"), named)
+    return Selector(str(pattern or f"{wanted.authority.name}-{{usage}}"), named, wanted.node)
 
 
 def _label_lines(label: str, specs: Sequence[CertificateSpec], wanted: SetupRequest) -> Iterator[str]:
@@ -78,18 +77,9 @@ def _label_lines(label: str, specs: Sequence[CertificateSpec], wanted: SetupRequ
     for spec in specs:
         yield f"  {spec.name}"
         certificate = wanted.certificates[spec.name]
-        yield f"    subject           {one_line(certificate.subject.rfc4514_string())}"
-        yield from (f"    SAN               {name}" for name in _sans(certificate))
+        yield f"    subject           {one_line(name_text(certificate.subject))}"
+        yield from (f"    SAN               {kind} {one_line(name)}" for kind, name in sorted(san_entries(certificate)))
     yield ""
-
-
-def _sans(certificate: x509.Certificate) -> Iterator[str]:
-    try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        return
-    for name in names:
-        yield one_line(f"{type(name).__name__} {name.value}")
 
 
 def _settings_lines(wanted: SetupRequest, url: str, label: Selector) -> Iterator[str]:

@@ -27,6 +27,7 @@ from backends.est_settings import EstSettings
 from bridge.contract import Issued, Pending, Secret, SetsUp, SetupRequest, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsError, VerificationError
 from bridge.pki import verify
+from bridge.pki.certificates import name_text, san_entries
 from bridge.pki.csr import generate_key
 from bridge.specs import AUTHORITIES, SPECS, CertificateSpec, KeyAlgorithm
 from bridge.testing import BackendConformance, TestCA, sign_request
@@ -972,7 +973,8 @@ def test_setup_names_every_certificate_below_its_label(authority: str) -> None:
     assert file.name == f"est-{authority}.txt"
     for name, certificate in wanted.certificates.items():
         assert f"\n  {name}\n" in file.text
-        assert certificate.subject.rfc4514_string() in file.text
+        assert name_text(certificate.subject) in file.text
+        assert all(f" {value}\n" in file.text for _, value in san_entries(certificate))
     assert {line for line in file.text.splitlines() if line.startswith("Label ")} == {
         f"Label {authority}-{SPECS[name].usage}" for name in wanted.certificates
     }

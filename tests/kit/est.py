@@ -236,6 +236,9 @@ class Double:
     client_cn: str | None  #: Who may enrol by a client certificate; None: everybody.
     #: To enrolments, in this order, or what makes one of the CSR; without one it signs.
     answers: list[Answer | Callable[[x509.CertificateSigningRequest], Answer]] = field(default_factory=list)
+    always: Callable[[x509.CertificateSigningRequest], Answer] | None = (
+        None  #: To every other enrolment, if there is one.
+    )
     cacerts: list[Answer] = field(default_factory=list)  #: To `cacerts`, in this order; without one the right one.
     csrs: list[bytes] = field(default_factory=list)  #: What enrolments asked for, as DER.
     asked: list[str] = field(default_factory=list)  #: `LABEL OPERATION` of all requests.
@@ -270,6 +273,8 @@ class Double:
         if self.answers:
             answer = self.answers.pop(0)
             return answer if isinstance(answer, Answer) else answer(csr)
+        if self.always is not None:
+            return self.always(csr)
         return Answer.certificates(self.labels[label].issue(csr, self.validity))
 
     def _refusal(self, label: str, headers: Mapping[str, str], client_cn: str | None) -> Answer | None:
