@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import os
+import re
 import socket
 import ssl
 import subprocess
@@ -29,6 +31,8 @@ from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableE
 from bridge.pki import verify
 from bridge.pki.certificates import name_text, san_entries
 from bridge.pki.csr import generate_key
+from bridge.settings.load import parse
+from bridge.signing import registry
 from bridge.specs import AUTHORITIES, SPECS, CertificateSpec, KeyAlgorithm
 from bridge.testing import BackendConformance, TestCA, sign_request
 from tests.kit import est as kit
@@ -43,6 +47,7 @@ VALIDITY = timedelta(days=30)
 ESTSERVER_VALIDITY = timedelta(days=90)  # of its mock CA, always
 APISERVER, ADMIN, PEER = SPECS["apiserver"], SPECS["admin.conf"], SPECS["etcd-peer"]
 ETCD_MEMBERS = (SPECS["etcd-peer"], SPECS["etcd-server"])
+EXAMPLE = Path(__file__).resolve().parents[2] / "config/est/config.toml"
 PASSWORD = "correct horse battery staple"
 
 _CA = TestCA.make("kubernetes", "ecdsa-p256")
@@ -839,7 +844,7 @@ def test_a_server_that_speaks_no_tls(make: Make) -> None:
     ("differences", "hint"),
     [
         ({"sans": ["127.0.0.2"]}, "SANs of the server's TLS certificate"),
-        ({"end": datetime.now(UTC) - timedelta(minutes=5)}, "has to be renewed"),
+        ({"left": timedelta(minutes=-5)}, "has to be renewed"),
     ],
     ids=["another address", "expired"],
 )
@@ -942,6 +947,20 @@ def test_tls_files_are_looked_at_when_the_backend_is_made(tmp_path: Path) -> Non
     with pytest.raises(SettingsError) as e:
         EstBackend.from_settings(EstSettings(**SETTINGS, **missing))
     assert [problem.key for problem in e.value.problems] == ["ca_file", "client_cert"]
+
+
+def test_the_example_has_every_key() -> None:
+    """It is loaded as it stands, and with its comments taken away; and all keys of the type are in it."""
+    text = EXAMPLE.read_text(encoding="utf-8")
+    whole = re.sub(r"^# (?=[\w\[\"])(?=.*(=|\]$))", "", text, flags=re.MULTILINE)
+    for one in (text, whole):
+        settings = parse(one)
+        read = registry.configured(settings, settings.authorities)
+        assert {configured.type_name for configured in read.values()} == {"est"}
+        assert list(read) == list(AUTHORITIES)
+    words = set(re.findall(r"\w+", whole))
+    assert {field.name for field in dataclasses.fields(EstSettings)} - {"node"} <= words | {"password"}
+    assert "password_file" in words
 
 
 # ------------------------------------------------------------------------------------------------------------------ setup

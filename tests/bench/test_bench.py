@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench import __main__ as bench
-from tests.bench import curves, fleet
+from tests.bench import backends, curves, fleet
 
 
 def test_the_desks_rows(tmp_path: Path) -> None:
@@ -35,3 +35,17 @@ def test_the_curves(tmp_path: Path) -> None:
     assert [(one["rows"], one["csrs"]) for one in values["openssl"]] == [(0, 1), (0, 3), (5, 1), (5, 3)]
     assert [one["server"] for one in values["servers"]] == ["cfssl", "OpenBao"]
     assert tmp_path.joinpath("curves.md").read_text().count("\n| ") == 9
+
+
+@pytest.mark.kube("estserver")
+def test_the_backends(tmp_path: Path) -> None:
+    """Each beside the bare request, printed and written into its page between the marks alone."""
+    for name in backends.MEASURES:
+        page = tmp_path / f"{name}.md"
+        page.write_text((backends.DOCS / f"{name}.md").read_text())
+        before = page.read_text()
+        backends.main([name, "--requests", "2", "--rounds", "1", "--docs"], tmp_path)
+        start, end = (mark in page.read_text() for mark in ("<!-- numbers", bench.END))
+        assert (start, end) == (True, True)
+        assert page.read_text().startswith(before[: before.index("<!-- numbers")])
+        assert "2 certificates" in page.read_text()

@@ -67,14 +67,14 @@ class Tls:
         return {"client_cert": certificate, "client_key": key}
 
 
-def make_tls(directory: Path, *, sans: Sequence[str] = ("127.0.0.1",), end: datetime | None = None) -> Tls:
+def make_tls(directory: Path, *, sans: Sequence[str] = ("127.0.0.1",), left: timedelta = timedelta(days=1)) -> Tls:
     """
     A CA for TLS, and a server's certificate.
 
     Args:
         directory: For the files; made if it is not there.
         sans: Addresses of the server.
-        end: Of the server's certificate; a day from now unless given.
+        left: Of the server's certificate's time; negative: it has expired.
     """
     directory.mkdir(parents=True, exist_ok=True)
     signer = Signer.make(
@@ -82,8 +82,8 @@ def make_tls(directory: Path, *, sans: Sequence[str] = ("127.0.0.1",), end: date
     )
     (directory / "tls-ca.crt").write_bytes(pem(signer.certificate))
     names = [x509.IPAddress(ip_address(address)) for address in sans]
-    more = {"end": end} if end else {}
-    certificate, key = _identity(directory / "server", signer, "est", sans=names, ekus=[SERVER], **more)
+    end = datetime.now(UTC) + left
+    certificate, key = _identity(directory / "server", signer, "est", sans=names, ekus=[SERVER], end=end)
     return Tls(signer=signer, directory=directory, ca=directory / "tls-ca.crt", server_cert=certificate, server_key=key)
 
 
