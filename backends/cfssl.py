@@ -457,7 +457,9 @@ def _parse(response: requests.Response, body: bytes, sent: Mapping[str, str]) ->
     return _Reply(
         status=response.status_code,
         code=code if isinstance(code, int) else None,
-        message=one_line(without(str(first.get("message", "no reason given")), [sent.get("token"), sent.get("request")])),
+        message=one_line(
+            without(str(first.get("message", "no reason given")), [sent.get("token"), sent.get("request")])
+        ),
         retry_after_seconds=later,
     )
 

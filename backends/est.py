@@ -23,10 +23,11 @@ from backends import est_setup
 from backends.est_answers import certificates, intermediates_of, issuing_first, leaf_of
 from backends.est_server import Answer, Server
 from backends.est_settings import EstSettings
-from backends.https import common_name, one_line
+from backends.https import common_name
 from bridge.contract import BackendSettings, Issued, Pending, Selector, SetupFile, SetupRequest, SignRequest
 from bridge.errors import BackendRefusedError, Violation
 from bridge.specs import SPECS, CertificateSpec
+from bridge.words import one_line
 
 #: A longer wish to wait, or a clock that was put back, must not keep us from asking until the certificate has expired.
 LONGEST_WISH = timedelta(days=1)

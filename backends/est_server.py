@@ -24,11 +24,12 @@ from backends.https import (
     TlsRefusedError,
     TooMuchError,
     innermost,
-    one_line,
     retry_after_seconds,
+    without,
 )
 from bridge.contract import SecretUnavailableError
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsError
+from bridge.words import one_line
 
 #: What every server takes: one line of base64, and both headers, though RFC 8951 §3.1 wants no encoding to be named.
 HEADERS = {
@@ -147,12 +148,13 @@ def _text(response: requests.Response, body: bytes, hidden: Iterable[str | None]
         body: The answer's.
         hidden: What we sent, and do not repeat.
     """
-    kind, text = response.headers.get("Content-Type", ""), body.decode("utf-8", "replace")
+    kind = response.headers.get("Content-Type", "")
+    text = without(body.decode("utf-8", "replace"), hidden)
     if "html" in kind or text.lstrip()[:1] == "<":
         title = re.search(r"<title[^>]*>([^<]{,500})", text[:20000], re.IGNORECASE)
-        return f"a web page, {one_line(title[1], hidden)!r}" if title else "a web page"
+        return f"a web page, {one_line(title[1])!r}" if title else "a web page"
     readable = kind.startswith("text/") or "json" in kind
-    return one_line(text, hidden) if readable else ""
+    return one_line(text) if readable else ""
 
 
 #: Statuses that may pass: a limit of requests or of time, a CA that fails behind the server, proxies (RFC 9110 §15.5

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from backends.est_settings import operation_url
-from backends.https import one_line
 from bridge.contract import Selector, SetupFile, SetupRequest
 from bridge.pki.certificates import name_text, san_entries
 from bridge.specs import EKU, SPECS, CertificateSpec
+from bridge.words import one_line
 
 _EXAMPLE_URL = "https://est.corp.example"
 _DAY_SECONDS = 86400

@@ -30,6 +30,7 @@ from urllib3.connection import HTTPSConnection
 from urllib3.connectionpool import HTTPSConnectionPool
 
 from bridge.errors import SettingsError, SettingsProblem
+from bridge.words import one_line
 
 #: A signed certificate with its chain is a few kB, one with thousands of SANs far below this.
 MAX_ANSWER_BYTES = 1 << 20
