@@ -6,8 +6,8 @@ import base64
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
@@ -47,8 +47,18 @@ class Answer:
     status: int
     headers: Mapping[str, str]
     body: bytes
-    text: str  #: What a person may read of it, without a secret.
     retry_after_seconds: float | None
+    hidden: Sequence[str | None] = field(repr=False)  #: What we sent and do not repeat.
+
+    @functools.cached_property
+    def text(self) -> str:
+        """What a person may read of it, without a secret: a text's beginning, or a page's title."""
+        kind = self.headers.get("Content-Type", "")
+        text = without(self.body.decode("utf-8", "replace"), self.hidden)
+        if "html" in kind or text.lstrip()[:1] == "<":
+            title = re.search(r"<title[^>]*>([^<]{,500})", text[:20000], re.IGNORECASE)
+            return f"a web page, {one_line(title[1])!r}" if title else "a web page"
+        return one_line(text) if kind.startswith("text/") or "json" in kind else ""
 
 
 class Server:
@@ -105,14 +115,13 @@ class Server:
         auth = password and HTTPBasicAuth(self._settings.username.encode(), password.encode())
         send = functools.partial(self._sessions.send, method, url, headers=headers, data=data, auth=auth)
         response, body = self._told(url, send)
-        hidden = [password, base64.b64encode(f"{self._settings.username}:{password}".encode()).decode()]
         return Answer(
             where=url,
             status=response.status_code,
             headers=response.headers,
             body=body,
-            text=_text(response, body, hidden),
             retry_after_seconds=retry_after_seconds(response, datetime.now(UTC)),
+            hidden=[password, base64.b64encode(f"{self._settings.username}:{password}".encode()).decode()],
         )
 
     def _told(self, url: str, ask: Callable[[], tuple[requests.Response, bytes]]) -> tuple[requests.Response, bytes]:
@@ -137,24 +146,6 @@ class Server:
             return self._settings.password.read() if self._settings.password else None
         except SecretUnavailableError as e:
             raise BackendRefusedError(f"est: password: {e}", hint="put it there, or mend password_file") from e
-
-
-def _text(response: requests.Response, body: bytes, hidden: Iterable[str | None]) -> str:
-    """
-    What a person may read of an answer: a text's beginning, or a page's title.
-
-    Args:
-        response: For its type.
-        body: The answer's.
-        hidden: What we sent, and do not repeat.
-    """
-    kind = response.headers.get("Content-Type", "")
-    text = without(body.decode("utf-8", "replace"), hidden)
-    if "html" in kind or text.lstrip()[:1] == "<":
-        title = re.search(r"<title[^>]*>([^<]{,500})", text[:20000], re.IGNORECASE)
-        return f"a web page, {one_line(title[1])!r}" if title else "a web page"
-    readable = kind.startswith("text/") or "json" in kind
-    return one_line(text) if readable else ""
 
 
 #: Statuses that may pass: a limit of requests or of time, a CA that fails behind the server, proxies (RFC 9110 §15.5
