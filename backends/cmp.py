@@ -264,7 +264,7 @@ class CmpBackend:
         if ran.code == 0 or (log.rejection is not None and log.rejection.failures <= {"badRequest"}):
             return None
         error = failure(log, url)
-        if "code=404" in log.text:
+        if log.is_no_such_path:
             return Violation(subject=f"path {urlsplit(url).path}", want="a CMP service", got="HTTP status 404")
         raise error
 

@@ -137,6 +137,11 @@ class Log:
         return "received polling response" in self.text
 
     @property
+    def is_no_such_path(self) -> bool:
+        """The HTTP server knows no such place."""
+        return re.search(r"code[= ]404\b", self.text) is not None
+
+    @property
     def rejection(self) -> Rejection | None:
         """The server's verdict, if the run ended with one."""
         found = next((match for error in self.errors if (match := _VERDICT.match(error))), None)
@@ -256,29 +261,29 @@ _RULES: Sequence[_Rule] = (
         later=True,
     ),
     _Rule(
-        sign=r"code=(?P<code>5\d\d|429|408)\b",
+        sign=r"code[= ](?P<code>5\d\d|429|408)\b",
         found="the HTTP server answered with status {code}",
         hint="run again later",
         later=True,
     ),
     _Rule(
-        sign=r"code=404\b",
+        sign=r"code[= ]404\b",
         found="the server knows no such path (HTTP status 404)",
         hint="`path` (or an exception in `paths`) must be that of a profile or alias that the server has",
     ),
     _Rule(
-        sign=r"code=(?P<code>401|403)\b",
+        sign=r"code[= ](?P<code>401|403)\b",
         found="the HTTP server does not let us in (status {code})",
         hint="what stands before the CMP server wants to know who comes; only TLS client certificates can be shown",
     ),
     _Rule(
-        sign=r"code=(?P<code>3\d\d)\b|redirection",
+        sign=r"code[= ](?P<code>3\d\d)\b|redirection",
         found="the HTTP server sends us somewhere else, and requests are not sent there",
         hint="write the place where the CMP server is into `url` and `path`",
     ),
-    _Rule(sign=r"code=(?P<code>\d\d\d)\b", found="the HTTP server answered with status {code}", hint=_NOT_CMP),
+    _Rule(sign=r"code[= ](?P<code>[13-9]\d\d)\b", found="the HTTP server answered with status {code}", hint=_NOT_CMP),
     _Rule(
-        sign=r"unexpected content type:expected=application/pkixcmp, actual=(?P<type>.*)",
+        sign=r"(?:unexpected content type:expected=application/pkixcmp, actual=|http code 2\d\d with Content-Type: )(?P<type>.*)",
         found="wanted a CMP message, found {type}",
         hint=_NOT_CMP,
     ),

@@ -25,6 +25,7 @@ import java.util.regex.Pattern;
 import org.bouncycastle.asn1.ASN1Integer;
 import org.bouncycastle.asn1.ASN1ObjectIdentifier;
 import org.bouncycastle.asn1.ASN1OctetString;
+import org.bouncycastle.asn1.ASN1Sequence;
 import org.bouncycastle.asn1.ASN1UTF8String;
 import org.bouncycastle.asn1.DERSequence;
 import org.bouncycastle.asn1.cmp.*;
@@ -356,7 +357,7 @@ public final class CmpRa {
     static String profile(Place place, PKIHeader header) {
         if (place.profile != null || header == null) return place.profile;
         InfoTypeAndValue named = info(header, CERT_PROFILE);
-        return named == null ? null : ASN1UTF8String.getInstance(((DERSequence) named.getInfoValue()).getObjectAt(0)).getString();
+        return named == null ? null : ASN1UTF8String.getInstance(ASN1Sequence.getInstance(named.getInfoValue()).getObjectAt(0)).getString();
     }
 
     static void copy(Extensions from, ASN1ObjectIdentifier type, X509v3CertificateBuilder to) throws IOException {
