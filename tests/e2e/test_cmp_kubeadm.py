@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,27 @@ def test_a_ca_that_dies_between_request_and_confirmation(tmp_path: Path) -> None
         assert run.returncode == 0, run.stderr
         assert living.lines("confirmation") == [{"accepted": ""}]
     assert live_certificates(pki)["front-proxy-client"] != before
+
+
+@pytest.mark.parametrize("behaviour", ["", "reject", "wait", "badmac", "nosuchca"])
+def test_the_secret_is_nowhere(tmp_path: Path, ra: cmp.RegistrationAuthority, behaviour: str) -> None:
+    """Neither in what is printed at the highest verbosity, in both log formats, nor in the state directory."""
+    pki = handmade_pki(tmp_path / "node", not_after=datetime.now(UTC) + timedelta(days=20))
+    bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
+    place = f"quiet-{behaviour}"
+    ra.add_ca(place, *pki.ca_pem("etcd-ca"), days=365)
+    url = ra.url("nosuch" if behaviour == "nosuchca" else place, behaviour.removesuffix("nosuchca"))
+    keys = {"type": "cmp", "url": url, "timeout": "5s", "retry_for": "1s", "wait": "1s"}
+    bridge.add("backend.corp", {**keys, **ra.mac(), "secret_file": bridge.secret("cmp.secret", cmp.SECRET)})
+    bridge.add("authority.etcd-ca", {"backend": "corp"})
+    printed = ""
+    for log_format in ("text", "json"):
+        names = ("etcd-server", "etcd-peer", "etcd-healthcheck-client", "apiserver-etcd-client")
+        for command in (("renew", *names), ("doctor",), ("settings", "show")):
+            run = bridge.run(*command, "-v", "-v", "--log-format", log_format)
+            printed += run.stdout + run.stderr
+    kept = [path for path in (bridge.directory / "state").rglob("*") if path.is_file()]
+    assert kept
+    assert "etcd-peer" in printed
+    assert cmp.SECRET not in printed
+    assert not [path for path in kept if cmp.SECRET.encode() in path.read_bytes()]
