@@ -36,9 +36,11 @@ def certificates_in(data: bytes) -> list[x509.Certificate]:
 
 def _of_pkcs7(load: Callable[[bytes], list[x509.Certificate]], data: bytes) -> list[x509.Certificate]:
     try:
-        return load(data)
+        found = load(data)
+        _ = [(one.subject, one.issuer) for one in found]  # which are read only now
     except UNREADABLE:
         raise ValueError("no certificate in PEM, DER or PKCS#7") from None
+    return found
 
 
 def is_for(certificate: x509.Certificate, csr: x509.CertificateSigningRequest) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -12,12 +13,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, pkcs7
 
+from backends import exec_answer
 from backends.exec import ENVIRONMENT, ExecBackend, ExecSettings
 from bridge.contract import Issued, Pending, SetupRequest, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsError
@@ -29,7 +32,7 @@ from bridge.testing import BackendConformance, TestCA, sign_request
 from tests.kit import exec_programs
 from tests.kit.cas import Bridge, live_certificates
 from tests.kit.exec_programs import program
-from tests.kit.issuing import Signer
+from tests.kit.issuing import Signer, odd_certificates
 from tests.kit.pki import handmade_pki
 
 CA = TestCA.make()
@@ -240,6 +243,7 @@ def test_takes_a_single_certificate_in_der(tmp_path: Path) -> None:
 
 #: An enveloped PKCS#7, as scep-submit returns it: for the node's key, which no backend has.
 ENVELOPED = b"-----BEGIN PKCS7-----\nMBEGCSqGSIb3DQEHA6AEMAICAQA=\n-----END PKCS7-----\n"
+ODD = odd_certificates(CA.certificate)
 NO_CERTIFICATES: dict[str, tuple[Callable[[], bytes], str]] = {
     "nothing": (lambda: b"", "found nothing"),
     "blank lines": (lambda: b"\n \n", "found nothing"),
@@ -272,6 +276,34 @@ def test_status_0_without_our_certificate_is_refused(tmp_path: Path, form: str) 
     with pytest.raises(BackendRefusedError, match=re.escape(found)) as e:
         printing(tmp_path, output()).sign(REQUEST)
     assert "wanted a certificate for the CSR's key" in str(e.value)
+
+
+def test_spoilt_answers_are_refused_or_taken() -> None:
+    """Whatever is damaged, the answer is ours, a certificate for another key, or an error of ours."""
+    random = Random(12)  # noqa: S311 (the same each time)
+    leaf = answer_of()
+    for form in FORMS.values():
+        good = form(leaf, CA.certificate)
+        for _ in range(60):
+            spoilt = bytearray(good)
+            for _ in range(random.choice((1, 1, 5))):
+                spoilt[random.randrange(len(spoilt))] = random.randrange(256)
+            with contextlib.suppress(ValueError):
+                found = exec_answer.certificates(bytes(spoilt[: random.choice((len(spoilt), random.randrange(9999)))]))
+                assert all(one.subject is not None for one in found)
+            with contextlib.suppress(ValueError):
+                assert "\0" not in exec_answer.cookie(bytes(spoilt))
+            assert exec_answer.words(bytes(spoilt)).isprintable()
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_odd_certificates_are_an_error_of_ours(tmp_path: Path, what: str) -> None:
+    """Kinds that the library refuses in its own ways, when they are loaded or later."""
+    backend = printing(tmp_path, ODD[what])
+    with pytest.raises(BackendRefusedError):
+        backend.sign(REQUEST)
+    with contextlib.suppress(BackendRefusedError):
+        assert len(backend.issuers()) == 1
 
 
 # --- what is to come later ------------------------------------------------------------------------------------------
@@ -377,8 +409,8 @@ WRONG: dict[str, tuple[str, type[BackendError], str, str]] = {
     "endless output": ("yes", BackendRefusedError, "printed more than 1 MiB", ""),
     "endless words": ("yes >&2", BackendRefusedError, "printed more than 1 MiB", ""),
     "output that is too long": ("head -c 1048577 /dev/zero", BackendRefusedError, "printed more than 1 MiB", ""),
-    "no end": ("echo working; sleep 3600", BackendUnavailableError, 'still running after 1 s, and was killed, printed: "working"', "`timeout`"),
-    "no end, with signals ignored": ("trap '' HUP INT TERM; while :; do sleep 1; done", BackendUnavailableError, "still running after 1 s", "`timeout`"),
+    "no end": ("echo working; sleep 3600", BackendUnavailableError, 'still running after 3 s, and was killed, printed: "working"', "`timeout`"),
+    "no end, with signals ignored": ("trap '' HUP INT TERM; while :; do sleep 1; done", BackendUnavailableError, "still running after 3 s", "`timeout`"),
     "an unknown interpreter": ("#!/no/such/interpreter\n", BackendRefusedError, "No such file or directory", ""),
 }  # fmt: skip
 
@@ -389,7 +421,7 @@ def test_each_failure_says_what_the_program_did(tmp_path: Path, case: str) -> No
     text, kind, message, hint = WRONG[case]
     script = program(tmp_path / "wrong", text)
     with pytest.raises(kind, match=re.escape(message)) as e:
-        opened(script, timeout_seconds=1 if "no end" in case else 20).sign(REQUEST)
+        opened(script, timeout_seconds=3 if "no end" in case else 20).sign(REQUEST)
     assert str(e.value).startswith(f"exec: {script}: ")
     assert hint in e.value.hint
 
@@ -430,7 +462,7 @@ def test_nothing_that_it_started_outlives_it(tmp_path: Path, ending: str) -> Non
     """Whether it ends by itself or at its time limit, its children are killed, though they ignore signals."""
     child = f"(trap '' HUP INT TERM; echo $$ >/dev/null; exec sleep 3600) & echo $! >\"{tmp_path}/child\"; {ending}"
     with pytest.raises(BackendUnavailableError):
-        opened(program(tmp_path / "parent", child), timeout_seconds=1).sign(REQUEST)
+        opened(program(tmp_path / "parent", child), timeout_seconds=3).sign(REQUEST)
     pid = int((tmp_path / "child").read_text())
     try:
         assert _ends(pid)
@@ -637,6 +669,104 @@ def test_what_certmongers_helpers_say_when_they_can_not(tmp_path: Path) -> None:
         real("scep-submit", "-u", "http://127.0.0.1:1/").sign(REQUEST)
     found = real("ipa-submit").check(SERVERS)
     assert "CERTMONGER_REQ_PRINCIPAL" in str(found["apiserver"])
+
+
+# --- through the program --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> Bridge:
+    """A node whose front proxy's certificate ends soon, and a script that signs for its CA."""
+    pki = handmade_pki(tmp_path / "node", not_after=datetime.now(UTC) + timedelta(days=10))
+    script = exec_programs.site_ca(tmp_path / "ca", *pki.ca_pem("front-proxy-ca"))
+    bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
+    values = {"type": "exec", "command": [str(script)], "timeout": "5s", "retry_for": "1s"}
+    bridge.add("backend.site", values)
+    bridge.add("authority.front-proxy-ca", {"backend": "site"})
+    return bridge
+
+
+#: What is written in the place of what the script does, the exit code, and what is said.
+HOSTILE = {
+    "other usages": ("=%s\\n' \"$CA_BRIDGE_EKUS\"", "=serverAuth,clientAuth\\n'", 5, "EKU: wanted clientAuth, got clientAuth, serverAuth"),
+    "no usages": ("extendedKeyUsage=%s\\n' \"$CA_BRIDGE_EKUS\"", "\\n'", 5, "EKU: wanted clientAuth, got"),
+    "a CA": ("CA:FALSE", "CA:TRUE", 5, "BasicConstraints: wanted CA:FALSE, got CA:TRUE"),
+    "for a day": ('"$CA_BRIDGE_DAYS"', "1", 5, "notAfter: wanted at least 7d"),
+    "signed with SHA-1": ("-set_serial", "-sha1 -set_serial", 5, "SHA"),
+    "other names": ("CA:FALSE\\n", "CA:FALSE\\nsubjectAltName=DNS:evil\\n", 5, "SAN: wanted none, got DNS:evil"),
+    "another key": ('openssl x509 -req -in "$work/csr"', "openssl req -new -newkey rsa:2048 -nodes -keyout /dev/null -subj /CN=front-proxy-client 2>/dev/null | openssl x509 -req", 5, "for other keys"),
+    "cut off": ("|| exit 2\ncat ca.crt", "2>/dev/null | head -c 400; exit 0", 5, "has no end"),
+    "without end": ("openssl x509 -req", "yes; openssl x509 -req", 5, "printed more than 1 MiB"),
+    "late": ("openssl x509 -req", "sleep 3600; openssl x509 -req", 6, "still running after 5 s"),
+    "later, for ever": ("openssl x509 -req", "echo soon; exit 1; openssl x509 -req", 4, 'its cookie: "soon"'),
+    "down": ("openssl x509 -req", "exit 3; openssl x509 -req", 6, "the CA can't be reached"),
+    "broken": ("openssl x509 -req", "false || exit; openssl x509 -req", 6, "there is no cookie"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_hostile_answer_moves_nothing(one: Bridge, what: str) -> None:
+    """The run ends as it should, says why, and leaves the node as it was; with the right script the same command renews."""
+    old, new, code, message = HOSTILE[what]
+    script, before = Path(one.directory.parent, "ca/site-ca"), live_certificates(one.pki)
+    right = script.read_text()
+    assert old in right
+    script.write_text(right.replace(old, new))
+    run = one.run("renew", "front-proxy-client")
+    assert (run.returncode, message in run.stdout + run.stderr) == (code, True), run.stdout + run.stderr
+    assert live_certificates(one.pki) == before
+    script.write_text(right)
+    if what == "later, for ever":
+        assert one.run("pending", "cancel", "front-proxy-client").returncode == 0
+    run = one.run("renew", "front-proxy-client")
+    assert run.returncode == 0, run.stderr
+    assert live_certificates(one.pki)["front-proxy-client"] != before["front-proxy-client"]
+
+
+def test_the_signature_of_another_ca_moves_nothing(one: Bridge, tmp_path: Path) -> None:
+    """The program's word for its CA is compared before, and the chain after it has signed."""
+    script, before = Path(one.directory.parent, "ca/site-ca"), live_certificates(one.pki)
+    other = exec_programs.site_ca(tmp_path / "other", *one.pki.ca_pem("etcd-ca"))
+    for text in (
+        other.read_text(),
+        other.read_text().replace('FETCH-ROOTS) echo "site CA"; cat ca.crt;', "FETCH-ROOTS) exit 6;"),
+    ):
+        script.write_text(text)
+        run = one.run("renew", "front-proxy-client")
+        assert run.returncode == 5
+        assert "CN=etcd-ca" in run.stderr
+        assert live_certificates(one.pki) == before
+
+
+def test_a_killed_run_does_not_ask_twice(one: Bridge, tmp_path: Path) -> None:
+    """A run that is killed between the order and the cookie asks again with the same CSR, by which a script knows it."""
+    desk = tmp_path / "desk"
+    asks = exec_programs.person(desk)
+    script = Path(one.directory.parent, "ca/site-ca")
+    script.write_text(asks.read_text().replace('echo "ticket', 'kill -9 "$PPID"\necho "ticket'))
+    assert one.run("renew", "front-proxy-client").returncode == -signal.SIGKILL
+    [ticket] = desk.glob("*.csr")
+    asked = ticket.read_bytes()
+    script.write_text(asks.read_text())
+    run = one.run("renew", "front-proxy-client")
+    assert run.returncode == 4, run.stderr
+    assert [(path, path.read_bytes()) for path in desk.glob("*.csr")] == [(ticket, asked)]
+
+
+def test_doctor_finds_what_is_wrong_with_a_program(one: Bridge) -> None:
+    """Before it is needed: the twin is well, then others can write to it, then it is gone."""
+    script = Path(one.directory.parent, "ca/site-ca")
+    for authority in ("ca", "etcd-ca"):
+        one.add(f"authority.{authority}", {"backend": "site"})
+
+    def backend_line() -> str:
+        return next(line for line in one.run("doctor").stdout.splitlines() if "backend of front-proxy-ca" in line)
+
+    assert backend_line().startswith("ok")
+    script.chmod(0o777)
+    assert f"wanted {script} to be writable by its owner alone, found mode 0777" in backend_line()
+    script.unlink()
+    assert "wanted a program, found: No such file or directory" in backend_line()
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
