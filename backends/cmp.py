@@ -38,6 +38,7 @@ from bridge.contract import (
     SignRequest,
 )
 from bridge.errors import (
+    BackendError,
     BackendRefusedError,
     BackendUnavailableError,
     SettingsError,
@@ -255,7 +256,7 @@ class CmpBackend:
         log = Log.of(ran.messages)
         is_done = log.rejection is not None and "certRevoked" in log.rejection.failures
         if ran.code != 0 and not is_done:
-            raise failure(log, self._url(spec))
+            raise _error(ran, self._url(spec))
 
     def _greet(self, url: str, profile: str) -> Violation | None:
         words = ["-cmd", "genm", *self._addressed(url, profile)]
@@ -263,10 +264,9 @@ class CmpBackend:
         log = Log.of(ran.messages)
         if ran.code == 0 or (log.rejection is not None and log.rejection.failures <= {"badRequest"}):
             return None
-        error = failure(log, url)
         if log.is_no_such_path:
             return Violation(subject=f"path {urlsplit(url).path}", want="a CMP service", got="HTTP status 404")
-        raise error
+        raise _error(ran, url)
 
     def _enrol(self, request: SignRequest, given: dict[str, bytes]) -> Ran:
         """Send the request, or go on with the transaction of the answer that is `given`."""
@@ -428,7 +428,11 @@ def _issued(ran: Ran) -> Issued:
     """
     Raises:
         BackendRefusedError: What came is no certificate, though openssl took it for one.
+        BackendUnavailableError: It could not be written whole; openssl ends with 0 all the same.
     """
+    if b"-----END CERTIFICATE-----" not in ran.leaf_pem:
+        wanted = "cmp: wanted the certificate in a file of openssl's, found a part of it or none"
+        raise BackendUnavailableError(wanted, hint="is the disk with the temporary files full?")
     try:
         [leaf] = x509.load_pem_x509_certificates(ran.leaf_pem)
         others = x509.load_pem_x509_certificates(ran.others_pem) if ran.others_pem else []
@@ -436,6 +440,13 @@ def _issued(ran: Ran) -> Issued:
     except (ValueError, TypeError, x509.InvalidVersion) as e:
         raise BackendRefusedError(f"cmp: wanted one certificate, found something else ({type(e).__name__})") from e
     return Issued(leaf=leaf, intermediates=tuple(one for one in others if one != leaf))
+
+
+def _error(ran: Ran, url: str) -> BackendError:
+    """Why what can't wait was not done."""
+    if ran.poll is not None:  # since 3.3 a server may put off anything
+        return BackendUnavailableError(f"cmp: {url}: {_note(ran)}")
+    return failure(Log.of(ran.messages), url)
 
 
 def _pending(ran: Ran) -> Pending:

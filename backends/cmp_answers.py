@@ -85,6 +85,7 @@ def _values(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 _LONGEST_QUOTE = 200
 _LINES_TOLD = 2
+_LONGEST_LINE = 2000  #: The longest of the program's own, a rejection with its text, has 1200 characters.
 
 
 def quoted(text: str) -> str:
@@ -109,7 +110,8 @@ class Log:
         """Standard error and output together."""
         errors, lines = [], []
         is_own = True
-        for line in messages.splitlines():
+        for whole in messages.splitlines():
+            line = whole[:_LONGEST_LINE]
             match = _PREFIX.match(line)
             is_own = is_own and (match is None or match["level"] == "warning")
             if match is None and is_own:

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -91,36 +91,34 @@ class Program:
 
         Raises:
             BackendRefusedError: There is no such program.
-            BackendUnavailableError: It did not end in time, or was killed by someone.
+            BackendUnavailableError: It did not end in time, or was killed by someone; or the disk is full.
         """
         seconds, wait = _whole_seconds(self.timeout), _whole_seconds(self.wait)
         # An answer that comes after the total is thrown away, issued or not: so it is beyond all that is wanted.
         total = 2 * seconds + wait
         names = [f"{number}.der" for number in range(wait + 2)]
         limits = ["-msg_timeout", str(seconds), "-total_timeout", str(total), "-rspout", ",".join(names)]
-        with tempfile.TemporaryDirectory(prefix="ca-bridge-cmp-") as directory, _pipe(secret) as pipe:
-            folder = Path(directory)
-            for name, data in given.items():
-                (folder / name).write_bytes(data)
-            told_by = [] if pipe is None else ["-secret", f"fd:{pipe}"]
-            process = self._started(["cmp", *words, *limits, *told_by], folder, () if pipe is None else (pipe,))
-            watch = _Watch([folder / name for name in names], self.wait)
-            limit = timedelta(seconds=total + seconds) + _GRACE
-            output, code = _watched(process, limit, watch.is_enough)
-            if code is None and watch.poll is None:
-                raise BackendUnavailableError(
-                    f"cmp: wanted openssl to end within {limit.total_seconds():g} s, found it still running; it was stopped"
-                )
-            if code is not None and code < 0:
-                raise BackendUnavailableError(f"cmp: openssl was ended by signal {-code}")
-            return Ran(
-                code=code,
-                messages=output.decode(errors="replace"),
-                answers=tuple(answer for name in names if (answer := _read(folder / name))),
-                leaf_pem=_read(folder / _CERTIFICATE),
-                others_pem=_read(folder / _EXTRA) + _read(folder / _CA_CERTIFICATES),
-                poll=watch.poll if code is None else None,
+        limit = timedelta(seconds=total + seconds) + _GRACE
+        try:
+            with tempfile.TemporaryDirectory(prefix="ca-bridge-cmp-") as directory, _pipe(secret) as pipe:
+                folder = Path(directory)
+                for name, data in given.items():
+                    (folder / name).write_bytes(data)
+                told_by = [] if pipe is None else ["-secret", f"fd:{pipe}"]
+                process = self._started(["cmp", *words, *limits, *told_by], folder, () if pipe is None else (pipe,))
+                watch = _Watch([folder / name for name in names], self.wait)
+                output, code = _watched(process, limit, watch.is_enough)
+                ran = _left(folder, names, output, code)
+        except OSError as e:
+            wanted = f"cmp: wanted a few files in {tempfile.gettempdir()}, found: {e.strerror}"
+            raise BackendUnavailableError(wanted, hint="make room there") from e
+        if code is None and watch.poll is None:
+            raise BackendUnavailableError(
+                f"cmp: wanted openssl to end within {limit.total_seconds():g} s, found it still running; it was stopped"
             )
+        if code is not None and code < 0:
+            raise BackendUnavailableError(f"cmp: openssl was ended by signal {-code}")
+        return replace(ran, poll=watch.poll if code is None else None)
 
     def _started(self, words: Sequence[str], folder: Path, inherited: Sequence[int]) -> subprocess.Popen[bytes]:
         try:
@@ -147,6 +145,17 @@ class Program:
 
 #: Where the certificates go that came.
 ENROLMENT = ("-certout", _CERTIFICATE, "-extracertsout", _EXTRA, "-cacertsout", _CA_CERTIFICATES)
+
+
+def _left(folder: Path, names: Sequence[str], output: bytes, code: int | None) -> Ran:
+    """What a process left in its directory."""
+    return Ran(
+        code=code,
+        messages=output.decode(errors="replace"),
+        answers=tuple(answer for name in names if (answer := _read(folder / name))),
+        leaf_pem=_read(folder / _CERTIFICATE),
+        others_pem=_read(folder / _EXTRA) + _read(folder / _CA_CERTIFICATES),
+    )
 
 
 class _Watch:

@@ -727,6 +727,26 @@ def test_the_header_names_the_profile(ra: kit.RegistrationAuthority, mac: dict[s
         assert len(ra.requests("ca")) == count
 
 
+def test_no_room_for_files_is_unavailable(
+    ra: kit.RegistrationAuthority, mac: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both where nothing can be written, and where openssl could not write the certificate, which it does not tell."""
+    full = tmp_path / "full-openssl"
+    full.write_text(
+        '#!/bin/sh\nfor word; do shift; [ "$word" != leaf.pem ] || word=/dev/full; set -- "$@" "$word"; done\nexec openssl "$@"\n'
+    )
+    full.chmod(0o755)
+    count = len(ra.requests("ca"))
+    with pytest.raises(BackendUnavailableError) as e:
+        make(url=ra.url("ca"), openssl=str(full), **mac).sign(request())
+    assert "full" in e.value.hint
+    assert len(ra.requests("ca")) == count + 1
+    monkeypatch.setattr("tempfile.tempdir", "/nosuch")
+    with pytest.raises(BackendUnavailableError, match="/nosuch"):
+        make(url=ra.url("ca"), **mac).sign(request())
+    assert len(ra.requests("ca")) == count + 1
+
+
 def test_a_program_that_does_not_end_is_stopped(
     mac: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

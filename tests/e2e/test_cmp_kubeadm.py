@@ -135,6 +135,45 @@ def test_a_ca_that_dies_between_request_and_confirmation(tmp_path: Path) -> None
     assert live_certificates(pki)["front-proxy-client"] != before
 
 
+#: What answers, and the exit code.
+HOSTILE: dict[str, tuple[str, cmp.Reply | None, int]] = {
+    "another key": ("wrongkey", None, 5),
+    "another subject": ("wrongsubject", None, 5),
+    "another usage": ("wrongusage", None, 5),
+    "another secret": ("badmac", None, 5),
+    "no protection": ("raw", None, 5),
+    "no certificate": ("nocert", None, 5),
+    "late": ("", cmp.Reply(after_seconds=60), 6),
+    "cut off": ("", cmp.Reply(body=b"0\x82\x13\x84abc", length=5000), 6),
+    "endless": ("", cmp.Reply(body=b"0\x84\x7f\xff\xff\xff" + b"\0" * 9_994, endless=True), 5),
+    "a sign-in page": ("", cmp.Reply(content_type="text/html", body=b"<html>"), 5),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_server_moves_nothing(tmp_path: Path, ra: cmp.RegistrationAuthority, case: str) -> None:
+    """Exit code and message say what it was; the files are as before, and its right twin renews them afterwards."""
+    behaviour, reply, code = HOSTILE[case]
+    pki = handmade_pki(tmp_path / "node")
+    place = case.replace(" ", "-")
+    ra.add_ca(place, *pki.ca_pem("front-proxy-ca"), days=365)
+    bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
+    files = {path: path.read_bytes() for path in pki.kubeconfig_dir.rglob("*") if path.is_file()}
+    with cmp.front(ra.url(place).removesuffix(f"/{place}"), instead=reply) as front:
+        url = "/".join(filter(None, [front.url, place, behaviour]))
+        keys = {"type": "cmp", "url": url, "timeout": "1s", "retry_for": "1s", **ra.mac()}
+        bridge.add("backend.corp", keys)
+        bridge.add("authority.front-proxy-ca", {"backend": "corp"})
+        run = bridge.run("renew", "front-proxy-client")
+        assert run.returncode == code, run.stderr
+        assert "front-proxy-client" in run.stderr + run.stdout
+        assert {path: path.read_bytes() for path in pki.kubeconfig_dir.rglob("*") if path.is_file()} == files
+    bridge.tables[1] = bridge.tables[1].replace(url, ra.url(place)).replace('"1s"', '"20s"')
+    bridge.config.write_text("\n".join(bridge.tables))
+    run = bridge.run("renew", "front-proxy-client")
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.parametrize("behaviour", ["", "reject", "wait", "badmac", "nosuchca"])
 def test_the_secret_is_nowhere(tmp_path: Path, ra: cmp.RegistrationAuthority, behaviour: str) -> None:
     """Neither in what is printed at the highest verbosity, in both log formats, nor in the state directory."""
