@@ -26,7 +26,7 @@ def certificates(body: bytes) -> list[x509.Certificate]:
     """
     Those of an answer, in its order.
 
-    Servers send base64 in lines or in one (RFC 8951 §3.1), some PEM, some the bare DER; Content-Type and
+    Servers send base64 in lines or in one (RFC 8951 §3.1), some PEM, some bare DER or BER; Content-Type and
     Content-Transfer-Encoding tell them apart only where they are right.
 
     Raises:

@@ -23,6 +23,8 @@ warnings.filterwarnings(
 
 # Long node names make a CN of more than the 64 characters of RFC 5280's upper bound; Kubernetes does not mind.
 warnings.filterwarnings("ignore", message="Attribute's length must be", category=UserWarning)
+# Servers and Windows write PKCS#7 in BER (RFC 5652 §10.1 allows it), which is read all the same.
+warnings.filterwarnings("ignore", message="PKCS#7 certificates could not be parsed as DER", category=UserWarning)
 
 _BEGIN = re.compile(rb"^-----BEGIN CERTIFICATE-----[ \t]*\r?$", re.MULTILINE)
 _END = b"-----END CERTIFICATE-----"

@@ -347,6 +347,14 @@ class TestRealServer:
 # ---------------------------------------------------------------------------------------------------------------- answers
 
 
+def ber(bag: bytes) -> bytes:
+    """The same PKCS#7 as BER (RFC 5652 §10.1): its two outermost lengths are left open, as streaming writers have them."""
+    oid = bytes.fromhex("06092a864886f70d010702")
+    begin = bag.index(oid) + len(oid)
+    inner = bag[bag.index(b"\x30", begin) :]
+    return b"\x30\x80" + oid + b"\xa0\x80" + inner + bytes(4)
+
+
 def encoded(*found: x509.Certificate) -> dict[str, Answer]:
     """The same certificates in each form in which servers send them, labelled right, wrong or not at all."""
     der = kit.bag(*found)
@@ -363,6 +371,7 @@ def encoded(*found: x509.Certificate) -> dict[str, Answer]:
         "DER, labelled as such": Answer(body=der, headers={"Content-Type": "application/pkcs7-mime"}),
         "base64, labelled binary": Answer(body=wrapped, headers={"Content-Transfer-Encoding": "binary"}),
         "base64, labelled as text": Answer(body=wrapped, headers={"Content-Type": "text/plain"}),
+        "BER, lengths left open": Answer(body=ber(der)),
         "PEM": Answer(body=pem, headers={"Content-Type": "application/x-pem-file"}),
         "PEM, CRLF": Answer(body=pem.replace(b"\n", b"\r\n")),
     }
@@ -728,6 +737,32 @@ def test_a_server_that_wants_a_client_certificate(tls: kit.Tls, make: Make) -> N
     assert "client_cert and client_key" in e.hint
 
 
+def test_a_client_certificate_that_is_wanted_later(tls: kit.Tls, make: Make) -> None:
+    """A server that asks for it after the handshake of TLS 1.3, for some URLs only, is shown it, too."""
+    shown: list[Any] = []
+
+    def talk(there: socket.socket) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tls.server_cert, tls.server_key)
+        context.load_verify_locations(tls.ca)
+        context.verify_mode, context.post_handshake_auth = ssl.CERT_REQUIRED, True
+        with context.wrap_socket(there, server_side=True) as secure:
+            secure.recv(1 << 16)
+            shown.append(secure.getpeercert())
+            secure.verify_client_post_handshake()
+            secure.do_handshake()
+            secure.settimeout(1)
+            with contextlib.suppress(TimeoutError):  # the client says nothing more, but that its certificate is read
+                secure.recv(1)
+            shown.append((secure.getpeercert() or {}).get("subject"))
+            body = kit.bag(_CA.certificate)
+            secure.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+
+    with talking(talk) as port:
+        assert make(f"https://127.0.0.1:{port}", **tls.agent("agent")).issuers() == [_CA.certificate]
+    assert shown == [None, ((("commonName", "agent"),),)]
+
+
 def test_identity_of_nobody(ours: EstBackend) -> None:
     """A server that is open to everybody knows us by no name."""
     assert ours.identity() == ""
@@ -830,6 +865,16 @@ def test_servers_that_do_not_answer(
         assert time.monotonic() - began < 30
     assert type(e) is kind
     assert says in str(e)
+
+
+def test_a_server_that_never_shakes_hands(make: Make) -> None:
+    """The limit of time holds for the way to an answer, too."""
+    with talking(lambda _: time.sleep(20)) as port:
+        began = time.monotonic()
+        e = failure(make(f"https://127.0.0.1:{port}", timeout=timedelta(seconds=1)).issuers)
+        assert time.monotonic() - began < 15
+    assert isinstance(e, BackendUnavailableError)
+    assert "no answer within 1 s" in str(e)
 
 
 def test_a_server_that_speaks_no_tls(make: Make) -> None:

@@ -10,15 +10,16 @@ import contextlib
 import dataclasses
 import functools
 import json
-from base64 import b64encode
+from base64 import b64encode, encodebytes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
 
+from backends import est_answers
 from bridge.contract import Continuity, Issued, SignRequest
 from bridge.errors import BridgeError, SettingsError, VerificationError
 from bridge.node import kubeconfig, manifests
@@ -113,6 +114,19 @@ def answer_or_refused(data: bytes) -> None:
         assert data == answer().public_bytes(Encoding.DER)
 
 
+def est_answer_or_error(data: bytes) -> None:
+    """An EST server's certificates, of which the leaf and the chain can be told; or a ValueError."""
+    try:
+        found = est_answers.certificates(data)
+    except ValueError:
+        return
+    leaf = est_answers.leaf_of(found, asked().csr)
+    assert leaf is None or leaf.public_key() == asked().csr.public_key()
+    for one in found:
+        assert set(est_answers.intermediates_of(one, found)) <= set(found)
+    assert set(est_answers.issuing_first(found)) == set(found)
+
+
 def manifest_or_error(data: bytes) -> None:
     """A static pod, or an error."""
     with contextlib.suppress(YamlError):
@@ -150,11 +164,13 @@ def targets() -> dict[str, Target]:
     """By name."""
     leaf = pem(answer())
     config = _kubeconfig(leaf)
+    bag = pkcs7.serialize_certificates([answer(), root().certificate], Encoding.DER)
     return {
         "settings": Target(seeds=[CONFIG.read_bytes(), _uncommented(CONFIG.read_bytes())], holds=settings_or_error),
         "kubeconfig": Target(seeds=[config, config.replace(b"\n", b"\r\n")], holds=kubeconfig_or_error),
         "certificates": Target(seeds=[leaf, leaf + pem(root().certificate)], holds=certificates_or_error),
         "answer": Target(seeds=[answer().public_bytes(Encoding.DER)], holds=answer_or_refused),
+        "est answer": Target(seeds=[bag, encodebytes(bag), b64encode(bag)], holds=est_answer_or_error),
         "manifest": Target(seeds=[MANIFEST], holds=manifest_or_error),
         "bundle": Target(seeds=[bundle.dumps(bundle.bundle_of([asked()], NOW))], holds=bundle_or_error),
     }
