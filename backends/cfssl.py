@@ -54,7 +54,7 @@ from bridge.errors import (
     SettingsProblem,
     Violation,
 )
-from bridge.specs import EKU, CertificateSpec
+from bridge.specs import EKU, SPECS, CertificateSpec
 from bridge.words import one_line
 
 API = "/api/v1/cfssl"
@@ -85,6 +85,13 @@ class CfsslSettings(BackendSettings):
     def tls_context(self) -> ssl.SSLContext:
         """For one thread; see `backends.https.tls_context`."""
         return tls_context(self.ca_file, self.client_cert, self.client_key)
+
+    def private_files(self) -> Iterator[Path]:
+        """The HMAC keys, one a profile if their place is a pattern."""
+        yield from super().private_files()
+        if self.auth_key is not None and self.auth_key.kind == "file":
+            place = Selector(self.auth_key.where, node=self.node)
+            yield from dict.fromkeys(Path(place(spec)) for spec in SPECS.values())
 
     def problems(self) -> Iterator[SettingsProblem]:
         """What contradicts itself, and what would send a request with its HMAC in the clear."""

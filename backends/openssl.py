@@ -127,6 +127,14 @@ class OpensslSettings(BackendSettings):
         places = [self.dir, self.database and self.database.parent, self.new_certs_dir]
         return [place for place in places if place is not None]
 
+    def private_files(self) -> Iterator[Path]:
+        """The CA's key, where it is a file."""
+        yield from super().private_files()
+        with suppress(SettingsError):  # told when the backend is made
+            key = (_site_files(self) if self.config else _files(self)).private_key
+            if not key.startswith(SCHEME):
+                yield Path(key)
+
     def problems(self) -> Iterator[SettingsProblem]:
         """Files that are named twice or not at all, and a key that openssl could not find for sure."""
         yield from super().problems()

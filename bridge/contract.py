@@ -9,7 +9,7 @@ back: `bridge.pki.verify` does that, for all backends alike.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from cryptography import x509
 from bridge.errors import BackendError, SettingsProblem, Violation
 from bridge.secret import Secret as Secret  # noqa: PLC0414 (backends import it from here)
 from bridge.secret import SecretUnavailableError as SecretUnavailableError  # noqa: PLC0414
-from bridge.specs import SPECS, Authority, CertificateSpec
+from bridge.specs import SPECS, Authority, CertificateSpec, KeyAlgorithm
 
 #: Entry-point group; each entry point is a `BackendType`.
 ENTRY_POINT_GROUP = "kubeadm_ca_bridge.backends"
@@ -165,6 +165,51 @@ class Checks(Protocol):
         Raises:
             BackendRefusedError: The CA does not accept us.
             BackendUnavailableError: No answer.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """A certificate as a renewal would ask for it, without a key and a CSR."""
+
+    spec: CertificateSpec
+    certificate: x509.Certificate  #: The live one: its subject and SANs are asked for again.
+    key: KeyAlgorithm  #: Of the key that would be made.
+    validity: timedelta  #: That would be asked for.
+    at_least: timedelta  #: An answer that lives shorter would be refused.
+
+
+@runtime_checkable
+class ChecksWhole(Protocol):
+    """Optional, beside `Checks`: find out, without spending a signature, whether `sign` would refuse, or be refused."""
+
+    def check_whole(self, wanted: Sequence[Wanted]) -> dict[str, list[Violation]]:
+        """
+        Compare names, groups, SANs, kinds of keys and lifetimes with the profile, role or section that would sign.
+
+        For `ca-bridge doctor`; what `check` finds need not be found again.
+
+        Returns:
+            The violations by certificate name; a name without any is left out.
+            What the CA does not let us see is no violation.
+
+        Raises:
+            BackendRefusedError: The CA does not accept us.
+            BackendUnavailableError: No answer.
+        """
+        ...
+
+
+@runtime_checkable
+class TellsTime(Protocol):
+    """Optional: how the CA's clock and ours differ."""
+
+    def clock_ahead(self) -> timedelta | None:
+        """
+        How far the CA's clock was ahead of this machine's at its latest answer (RFC 9110 §6.6.1), negative if behind.
+
+        Called after another question; it asks nothing itself. None: there was no answer with a date.
         """
         ...
 
@@ -355,6 +400,14 @@ class BackendSettings:
         """Directories on this machine that the backend writes into, which a unit's sandbox has to leave open."""
         return ()
 
+    def private_files(self) -> Iterator[Path]:
+        """
+        Files of these settings that nobody but their owner may read, for `ca-bridge doctor`, which opens none.
+
+        By default those of secrets, and of paths in a field whose name ends with `key`; a backend adds what it has besides.
+        """
+        yield from _secret_files(self)
+
     def problems(self) -> Iterator[SettingsProblem]:
         """
         What types alone can't say, such as keys that exclude each other.
@@ -363,6 +416,17 @@ class BackendSettings:
             Problems with a key relative to the backend's table, such as `auth.method`.
         """
         yield from ()
+
+
+def _secret_files(settings: Any) -> Iterator[Path]:
+    for one in fields(settings):
+        value = getattr(settings, one.name)
+        if isinstance(value, Secret) and value.kind == "file" and "{" not in value.where:
+            yield Path(value.where)
+        elif isinstance(value, Path) and one.name.endswith("key"):
+            yield value
+        elif is_dataclass(value) and not isinstance(value, (type, Secret)):
+            yield from _secret_files(value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -388,16 +388,17 @@ def prove(
 
 
 @command(app, "doctor")
-def doctor(common: Common) -> None:
+def doctor(common: Common, output: OutputOption = Output.TEXT) -> None:
     """
     Check that everything is ready for the next renewal.
 
-    Files, clock, settings, and for each authority: is its backend there, the right CA, with exactly our usages?
-    Asks the CAs, spends no signature, writes nothing.
+    Also, that what is installed would survive a restart. Files, keys, owners, manifests, clock, room, secrets, and for each authority: is its backend there, the right CA, and
+    would it sign exactly this? At a CA desk: its policy, CAs and keys. Asks the CAs, spends no signature, writes nothing.
+    Exits with 1 for an error, with 3 for a warning.
     """
     from bridge.cli import doctor as doctor_module  # noqa: PLC0415
 
-    raise typer.Exit(doctor_module.run(common.settings(), utc_now()))
+    raise typer.Exit(doctor_module.run(common.settings(), utc_now(), as_json=output is Output.JSON))
 
 
 @command(app, "setup")

@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from bridge.errors import BridgeError
+from bridge.node import names
 from bridge.pki.durations import parse_duration
 from bridge.settings.load import load, overridden
 from bridge.settings.tables import Settings
@@ -33,12 +34,13 @@ class Common:
 
     def settings(self) -> Settings:
         """
-        The settings file with the options over it.
+        The settings file with the options over it; the node's name, if nothing sets it, is that of its certificates.
 
         Raises:
             SettingsError: The file can't be used.
         """
-        return overridden(load(self.config), self.pki_dir, self.kubeconfig_dir, self.state_dir)
+        settings = overridden(load(self.config), self.pki_dir, self.kubeconfig_dir, self.state_dir)
+        return names.with_name(settings)
 
 
 def _common_options(

@@ -76,6 +76,12 @@ class Node:
     troubles: tuple[str, ...]  #: One line for each file that is there and can't be used.
 
     @property
+    def is_here(self) -> bool:
+        """Whether there is anything of a control plane at all."""
+        states = [*(item.state for item in self.items), *(one.state for one in self.authorities)]
+        return bool(self.manifests) or any(state != "missing" for state in states)
+
+    @property
     def kubernetes_version(self) -> tuple[int, int] | None:
         """The API server's, by its image's tag."""
         apiserver = self.manifests.get(Component.APISERVER)
@@ -89,6 +95,15 @@ class _Found(NamedTuple):
     certificates: tuple[x509.Certificate, ...] = ()
     trouble: str | None = None
     obstacle: BridgeError | None = None
+
+
+class NoNodeError(BridgeError):
+    """Nothing of a control plane is here."""
+
+    hint = "run it on a control-plane node; --pki-dir and --kubeconfig-dir tell where its files are"
+
+    def __init__(self, pki_dir: Path) -> None:
+        super().__init__(f"no control plane here: wanted kubeadm's certificates in {pki_dir}, found none")
 
 
 class SharedFileError(BridgeError):

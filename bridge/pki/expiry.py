@@ -52,6 +52,15 @@ def residual(seconds: int) -> str:
     raise AssertionError("the last form has no limit")
 
 
+def left_text(end: datetime, now: datetime) -> str:
+    """What people say of it, such as `364d left` or `expired 35 days ago`."""
+    seconds = seconds_left(end, now)
+    if seconds >= 0 and end > now:
+        return f"{residual(seconds)} left"
+    days = -seconds // DAY
+    return f"expired {days} days ago" if days > 1 else f"expired {residual(-seconds)} ago"
+
+
 # (below how many seconds, unit and its letter, unit and letter of the rest that is shown too; 0: none)
 _FORMS: tuple[tuple[int | None, int, str, int, str], ...] = (
     (2 * MINUTE, 1, "s", 0, ""),

@@ -48,7 +48,7 @@ class NodeSettings:
     state_dir: Path = Path("/var/lib/ca-bridge")
     #: Of the kubeadm that manages the node; without it the image tags of the static pods tell.
     kubernetes_version: Version | None = None
-    name: str = ""  #: As in the cluster; empty: the host's name in small letters, as kubeadm takes it.
+    name: str = ""  #: As in the cluster; empty: see `bridge.node.names`, or else the host's in small letters, as kubeadm takes it.
     cluster: str = DEFAULT_CLUSTER  #: For people and the policy of a CA desk; kubeadm's clusterName.
 
     @property

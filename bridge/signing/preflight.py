@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cryptography import x509
 from cryptography.x509.verification import VerificationError as NoPathError
 
-from bridge.contract import Backend, Checks, ListsIssuers
+from bridge.contract import Backend, Checks, ChecksWhole, ListsIssuers, Wanted
 from bridge.errors import BackendRefusedError, VerificationError, Violation
 from bridge.pki import verify
 from bridge.pki.certificates import fingerprint, name_text
@@ -20,7 +20,7 @@ class RefusedByCheckError(BackendRefusedError):
 
 
 def preflight(
-    backend: Backend, specs: Sequence[CertificateSpec], expected: verify.Expectation
+    backend: Backend, specs: Sequence[CertificateSpec], expected: verify.Expectation | None
 ) -> dict[str, RefusedByCheckError]:
     """
     What can be known before a signature is spent: the right CA, and the right usages for each certificate.
@@ -28,7 +28,7 @@ def preflight(
     Args:
         backend: Is asked.
         specs: The certificates; for none only the CA is looked at.
-        expected: What they have to be.
+        expected: What they have to be; None: nobody knows which CA it has to be.
 
     Returns:
         By certificate name, only what would go wrong.
@@ -37,9 +37,23 @@ def preflight(
         BackendRefusedError: It is another CA, or does not accept us.
         BackendUnavailableError: No answer.
     """
-    if isinstance(backend, ListsIssuers) and (issuers := backend.issuers()):
+    if expected is not None and isinstance(backend, ListsIssuers) and (issuers := backend.issuers()):
         _assert_right_ca(issuers, expected)
-    found = backend.check(specs) if specs and isinstance(backend, Checks) else {}
+    return _errors(backend.check(specs) if specs and isinstance(backend, Checks) else {})
+
+
+def whole(backend: ChecksWhole, wanted: Sequence[Wanted]) -> dict[str, RefusedByCheckError]:
+    """
+    What a CA would refuse, or answer in vain, by all that it lets us see of a profile or role.
+
+    Raises:
+        BackendRefusedError: It does not accept us.
+        BackendUnavailableError: No answer.
+    """
+    return _errors(backend.check_whole(wanted))
+
+
+def _errors(found: Mapping[str, Sequence[Violation]]) -> dict[str, RefusedByCheckError]:
     return {name: RefusedByCheckError(_violations_text(violations), hint=VerificationError.hint)
             for name, violations in found.items() if violations}  # fmt: skip
 

@@ -232,11 +232,50 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
-def _holder(descriptor: int) -> str:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """Who holds a lock, as far as its file tells."""
+
+    pid: int | None = None
+    command: str = ""
+    since: datetime | None = None
+
+    def __str__(self) -> str:
+        if self.pid is None or self.since is None:
+            return "a process that did not say who it is"
+        age = int((datetime.now(UTC) - self.since).total_seconds())
+        return f"process {self.pid} for {age} s: {self.command}"
+
+
+def held_by(path: Path) -> Holder | None:
+    """
+    Who holds a lock; None: nobody does, or it was never taken.
+
+    Raises:
+        BridgeError: The lock's file can't be opened.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        raise BridgeError(f"{path}: wanted to see who holds the lock, found: {e.strerror}") from e
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _holder(descriptor)
+    else:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def _holder(descriptor: int) -> Holder:
     for _ in range(10):
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            holder = json.loads(os.pread(descriptor, 4096, 0))
-            age = int((datetime.now(UTC) - datetime.fromisoformat(holder["since"])).total_seconds())
-            return f"process {holder['pid']} for {age} s: {holder['command']}"
+            found = json.loads(os.pread(descriptor, 4096, 0))
+            since = datetime.fromisoformat(found["since"])
+            if since.tzinfo is not None:
+                return Holder(pid=int(found["pid"]), command=str(found["command"]), since=since)
         time.sleep(0.01)  # the holder has just got it, and not yet said who it is
-    return "a process that did not say who it is"
+    return Holder()

@@ -249,7 +249,7 @@ def test_doctor_sees_windows_hooks_and_failed_runs(bridge: Bridge) -> None:
     bridge.tables[-2] = '[renewal]\nbefore = "7d"\nwindow = "Sat 02:00-06:00"\n'
     bridge.add("audit", {"syslog": False})
     after = bridge.run("doctor")
-    assert after.returncode == 0, after.stdout
+    assert after.returncode == 3, after.stdout
     assert re.search(r"warning +hooks +some of an earlier run", after.stdout)
     assert re.search(r"warning +backend of etcd-ca +1 run has failed", after.stdout)
     assert re.search(r"warning +renewal.window +wanted renewal.before longer", after.stdout)

@@ -33,7 +33,8 @@ class State:
     leases: dict[str, dict[str, Any]] = field(default_factory=dict)
     nodes: list[tuple[str, str]] = field(default_factory=list)  #: Name and address of the control-plane nodes.
     endpoints: list[str] = field(default_factory=list)  #: Addresses.
-    port: int = 0
+    port: int = 0  #: 0: any that is free, which is written here.
+    config: str = ""  #: ClusterConfiguration of the ConfigMap kubeadm-config; empty: there is none.
     version: int = 0
     mutex: threading.Lock = field(default_factory=threading.Lock)
     requests: list[tuple[str, str, str]] = field(default_factory=list)  #: Method, path, the client's CN.
@@ -81,6 +82,8 @@ class _Handler(BaseHTTPRequestHandler):
             endpoints = [{"addresses": [address], "conditions": {"ready": True}} for address in self.state.endpoints]
             piece = {"ports": [{"name": "https", "port": self.state.port}], "endpoints": endpoints}
             self._send(200, {"kind": "EndpointSliceList", "items": [piece]})
+        elif parts.path == "/api/v1/namespaces/kube-system/configmaps/kubeadm-config" and self.state.config:
+            self._send(200, {"kind": "ConfigMap", "data": {"ClusterConfiguration": self.state.config}})
         else:
             found = self.state.leases.get(self._name())
             self._send(*((200, found) if found else _status(404)))
@@ -193,6 +196,7 @@ def serving(place: Place, state: State) -> Iterator[list[str]]:
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_cert_chain(place.pki_dir / "apiserver.crt", place.pki_dir / "apiserver.key")
     with LoopbackServer((place.address, state.port), handler) as server:
+        state.port = server.server_port
         server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()

@@ -1,0 +1,204 @@
+"""The CAs: each is asked what can be asked without spending a signature."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import NamedTuple
+
+from bridge.contract import Backend, ChecksWhole, ListsIssuers, Spends, TellsTime, Wanted
+from bridge.diagnosis.findings import Finding, Level, from_error
+from bridge.diagnosis.installed import private_file
+from bridge.errors import BackendError, BackendUnavailableError, BridgeError, SettingsError
+from bridge.node.inventory import Item, Node
+from bridge.pki import csr, verify
+from bridge.pki.durations import duration_text
+from bridge.renewal import verify_and_install
+from bridge.renewal.attempts import Attempts
+from bridge.settings.tables import Settings
+from bridge.settings.windows import ever_waits
+from bridge.signing import preflight, registry
+from bridge.specs import CertificateSpec
+from bridge.state.store import Store
+from bridge.words import one_line
+
+#: Certificates that a CA's clock dates a little ahead are refused from here on (`verify.CLOCK_SKEW`).
+_CLOCK_IS_WRONG = timedelta(minutes=5)
+
+
+class Question(NamedTuple):
+    """What one authority's CA is asked about."""
+
+    specs: Sequence[CertificateSpec]
+    wanted: Sequence[Wanted]  #: The same with what a renewal would ask for; empty where nobody knows that.
+    expected: verify.Expectation | None  #: None: the CA's own certificate is the only one that is known.
+
+
+def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
+    """All CAs of this node's certificates."""
+    yield from _windows(settings, now)
+    yield from failures(settings)
+    items = [item for item in node.items if item.managed and item.state == "present"]
+    names = dict.fromkeys(item.spec.authority.name for item in items)
+    if not settings.authorities:
+        yield _by_hand(settings)
+        return
+    demands, _ = verify_and_install.expectations(node, settings, items, now)
+    questions = {name: _question([i for i in items if i.spec.authority.name == name], demands[name], settings)
+                 for name in names if name in demands}  # fmt: skip
+    yield from ask_all(settings, names, questions)
+
+
+def _by_hand(settings: Settings) -> Finding:
+    place = settings.source.file or "no settings file"
+    text = (
+        f"by hand: no [authority.NAME] ({place}), so that nobody was asked; `ca-bridge export` writes requests for a "
+        "CA desk, `ca-bridge import` takes its answers"
+    )
+    return Finding(level="ok", check="by-hand", about="CAs", text=text)
+
+
+def _question(items: Sequence[Item], expected: verify.Expectation, settings: Settings) -> Question:
+    wanted = []
+    for item in items:
+        with contextlib.suppress(csr.CannotCarryError):  # a renewal tells that by itself
+            wanted.append(_wanted(item, expected, settings))
+    return Question(specs=[item.spec for item in items], wanted=wanted, expected=expected)
+
+
+def _wanted(item: Item, expected: verify.Expectation, settings: Settings) -> Wanted:
+    live, renewal = item.certificates[0], settings.renewal
+    left = live.not_valid_after_utc - verify.BACKDATING - expected.now
+    return Wanted(
+        spec=item.spec,
+        certificate=live,
+        key=csr.key_algorithm(live, renewal.key),
+        validity=renewal.validity,
+        at_least=min(max(renewal.min_validity, left), renewal.validity),
+    )
+
+
+# --- asking ----------------------------------------------------------------------------------------------------------
+
+
+def ask_all(settings: Settings, names: Mapping[str, None], questions: Mapping[str, Question]) -> Iterator[Finding]:
+    """
+    Each authority's CA; one that does not answer is not asked again for another of its authorities.
+
+    Args:
+        settings: With the backends.
+        names: All authorities that must have a backend.
+        questions: By authority, of those that can be asked about.
+    """
+    try:
+        backends = registry.configured(settings, names)
+    except SettingsError as e:
+        for problem in e.problems:
+            yield Finding(level="error", check="settings", about="settings", text=str(problem), hint=e.hint)
+        return
+    silent: dict[str, BackendUnavailableError] = {}
+    with contextlib.ExitStack() as opened:  # until all were asked, since they may share a login
+        for name, configured in backends.items():
+            yield from _secrets(configured)
+            if configured.name in silent:
+                yield _refused(configured, silent[configured.name])
+            elif name in questions:
+                try:
+                    yield from _ask(configured, questions[name], opened)
+                except BackendUnavailableError as e:
+                    silent[configured.name] = e
+                    yield _refused(configured, e)
+                except BridgeError as e:
+                    yield _refused(configured, e)
+
+
+def _about(configured: registry.Configured) -> str:
+    return f"backend of {configured.authority}"
+
+
+def _refused(configured: registry.Configured, error: BridgeError) -> Finding:
+    """The clock is the likelier cause of a TLS certificate that is not valid *yet*, whatever the backend makes of it."""
+    found = from_error("backend", _about(configured), error)
+    if "not yet valid" in found.text or "not valid until" in found.text:
+        hint = "is this node's clock behind? then put it right; else the server's certificate begins in the future"
+        return Finding(level="error", check="clock", about=found.about, text=found.text, hint=hint)
+    return found
+
+
+def _secrets(configured: registry.Configured) -> Iterator[Finding]:
+    for path in configured.settings.private_files():
+        yield from private_file(path, str(path))
+
+
+def _ask(configured: registry.Configured, question: Question, opened: contextlib.ExitStack) -> Iterator[Finding]:
+    backend = configured.open()
+    opened.callback(registry.close, backend)
+    spends = backend.spends() if isinstance(backend, Spends) else ""
+    specs, wanted = ([], []) if spends else (question.specs, question.wanted)
+    wrong = _preflight(backend, specs, wanted, question.expected)
+    for name, error in wrong.items():
+        yield from_error("what-the-ca-would-sign", name, error)
+    yield from _clock(backend, configured)
+    if not wrong:
+        yield Finding(level="ok", check="backend", about=_about(configured), text=_answers(configured, backend, spends))
+
+
+def _preflight(
+    backend: Backend, specs: Sequence[CertificateSpec], wanted: Sequence[Wanted], expected: verify.Expectation | None
+) -> Mapping[str, BackendError]:
+    found = dict(preflight.preflight(backend, specs, expected))
+    if isinstance(backend, ChecksWhole) and wanted:
+        for name, error in preflight.whole(backend, wanted).items():
+            found.setdefault(name, error)
+    return found
+
+
+def _answers(configured: registry.Configured, backend: Backend, spends: str) -> str:
+    rest = f"; not looked at: the login and what it may do, which would use up {spends}" if spends else ""
+    if not isinstance(backend, ListsIssuers):
+        return (
+            f"{configured.label} can be used; nobody was asked: which CA signs, and what it would sign, is known when "
+            f"it has answered{rest}"
+        )
+    return f"{configured.label} answers, and is the right CA{rest}"
+
+
+def _clock(backend: Backend, configured: registry.Configured) -> Iterator[Finding]:
+    """Of the CA and of this node: a certificate that begins in the future is refused, one by a late clock ends early."""
+    ahead = backend.clock_ahead() if isinstance(backend, TellsTime) else None
+    if ahead is None or abs(ahead) <= verify.CLOCK_SKEW:
+        return
+    word = "ahead of" if ahead > timedelta() else "behind"
+    amount = duration_text(timedelta(seconds=round(abs(ahead).total_seconds())))
+    text = f"wanted the CA's clock and this node's to agree, found the CA's {amount} {word} this node's"
+    level: Level = "error" if abs(ahead) > _CLOCK_IS_WRONG else "warning"
+    hint = "put right whichever is wrong (`timedatectl`, `chronyc tracking`)"
+    yield Finding(level=level, check="clock", about=_about(configured), text=text, hint=hint)
+
+
+# --- what earlier runs found, and when the next may act ----------------------------------------------------------------
+
+
+def failures(settings: Settings) -> Iterator[Finding]:
+    """CAs whose renewals failed, in a row."""
+    for name, found in Attempts(Store(settings.node.state_dir)).authorities.items():
+        text = f"{found}; the last failure: {found.reason}"
+        yield Finding(level="warning", check="failed-runs", about=f"backend of {name}", text=one_line(text))
+
+
+def _windows(settings: Settings, now: datetime) -> Iterator[Finding]:
+    renewal, about = settings.renewal, "renewal.window"
+    if not renewal.window:
+        return
+    try:
+        zone = renewal.window_zone.resolve()
+    except SettingsError as e:
+        yield from_error("window", about, e)
+        return
+    text = f"{renewal.window} ({zone})"
+    if ever_waits(now, renewal.window, zone, renewal.before.of(renewal.validity)):
+        yield Finding(level="ok", check="window", about=about, text=f"{text}; the timer must fire within it")
+    else:
+        text = f"wanted renewal.before longer than two windows take, found {renewal.before}: nothing waits for {text}"
+        yield Finding(level="warning", check="window", about=about, text=text)

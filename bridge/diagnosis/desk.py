@@ -1,0 +1,91 @@
+"""At a CA desk there is no node: what counts is the policy, the CAs' files and keys, and what is not delivered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+from cryptography import x509
+
+from bridge.contract import ListsIssuers
+from bridge.diagnosis import authorities, installed, machine
+from bridge.diagnosis.findings import Finding
+from bridge.errors import BridgeError, SettingsError
+from bridge.pki import verify
+from bridge.pki.certificates import load_pem_certificates
+from bridge.settings.load import DEFAULT_FILE
+from bridge.settings.tables import Settings
+from bridge.signing import desk_policy, registry
+from bridge.signing.desk_policy import Policy
+from bridge.specs import AUTHORITIES, SPECS
+from bridge.system.safe_read import UnreadableError, read
+
+
+def policy_file(settings: Settings) -> Path:
+    """Where a desk's policy is, if this is one; as `sign` looks for it."""
+    return (settings.source.file or DEFAULT_FILE).with_name("desk-policy.toml")
+
+
+def look(settings: Settings, now: datetime) -> Iterator[Finding]:
+    """All of it."""
+    file = policy_file(settings)
+    policy = None
+    try:
+        policy = desk_policy.parse((read(file) or b"").decode(), file)
+        yield Finding(level="ok", check="desk-policy", about=str(file), text="nothing wrong")
+    except SettingsError as e:
+        for problem in e.problems:
+            yield Finding(level="error", check="desk-policy", about=str(file), text=str(problem), hint=e.hint)
+    except (UnreadableError, ValueError) as e:
+        yield Finding(level="error", check="desk-policy", about=str(file), text=f"wanted the desk's policy, found: {e}")
+    yield from installed.open_directories([file.parent])
+    yield from machine.room(settings, node=False)
+    yield from machine.state_directory(settings.node.state_dir)
+    yield from machine.lock(settings.node.state_dir, now)
+    if not settings.authorities:
+        text = "wanted an [authority.NAME] for each CA that signs here, found none"
+        yield Finding(level="error", check="settings", about="settings", text=text)
+    names = dict.fromkeys(settings.authorities)
+    questions = {name: _question(name, policy, settings, now) for name in names}
+    yield from authorities.ask_all(settings, names, questions)
+    yield from _cas(settings, now)
+
+
+def _question(name: str, policy: Policy | None, settings: Settings, now: datetime) -> authorities.Question:
+    specs = [spec for spec in SPECS.values() if spec.authority.name == name]
+    anchors = _anchors(policy, name)
+    expected = verify.Expectation(
+        anchors=anchors,
+        anchor_name=f"desk.ca_dir's {AUTHORITIES[name].certificate_file}",
+        now=now,
+        min_validity=settings.renewal.min_validity,
+    )
+    return authorities.Question(specs=specs, wanted=[], expected=expected if anchors else None)
+
+
+def _anchors(policy: Policy | None, name: str) -> tuple[x509.Certificate, ...]:
+    """The cluster's, as the policy names them; none: the backends tell their own."""
+    if policy is None or policy.desk.ca_dir is None:
+        return ()
+    try:
+        return tuple(load_pem_certificates(read(policy.desk.ca_dir / AUTHORITIES[name].certificate_file) or b""))
+    except (UnreadableError, ValueError):
+        return ()
+
+
+def _cas(settings: Settings, now: datetime) -> Iterator[Finding]:
+    """How long the CAs' own certificates are good, by their own word."""
+    try:
+        backends = registry.configured(settings, settings.authorities)
+    except SettingsError:
+        return  # told before
+    for name, configured in backends.items():
+        try:
+            backend = configured.open()
+            issuers = backend.issuers() if isinstance(backend, ListsIssuers) else []
+            registry.close(backend)
+        except BridgeError:
+            continue  # told before
+        for certificate in issuers[:1]:
+            yield installed.ca_end(certificate, f"CA {name}", now)

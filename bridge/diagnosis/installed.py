@@ -1,0 +1,361 @@
+"""What is installed: would each component start with it, and is it what a renewal may be made from?"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import pwd
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+from cryptography.x509.verification import VerificationError as NoPathError
+
+from bridge.diagnosis.findings import Finding, from_error
+from bridge.errors import BridgeError
+from bridge.node import kubeconfig
+from bridge.node.inventory import AuthorityState, Item, Node
+from bridge.node.kubeconfig import Kubeconfig, KubeconfigError
+from bridge.pki import expiry, verify
+from bridge.pki.certificates import UNREADABLE, load_pem_certificates, name_text, san_entries
+from bridge.settings.tables import Settings
+from bridge.specs import SPECS, Component
+from bridge.system.safe_read import UnreadableError, read
+from bridge.words import one_line
+
+#: A CA that ends sooner can't give certificates of the usual length for long.
+CA_ENDS_SOON = timedelta(days=365)
+#: What has been due for more than this share of the time before its end was passed over by several nights.
+_OVERDUE_SHARE = 0.5
+#: kubeadm's users for components that run without root (feature gate RootlessControlPlane).
+_ROOTLESS = "kubeadm-"
+
+_RESTORE = "put the right one back, from a backup (`ca-bridge backups`) or another copy"
+
+
+def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
+    """All that the files tell."""
+    yield from _node_name(node, settings)
+    anchors = {state.authority.name: state.certificates for state in node.authorities}
+    for item in node.items:
+        yield from _item(item, settings, now)
+        if item.state == "present":
+            yield from _pair(item)
+            yield from _chain(item, node.authorities)
+            if item.spec.kubeconfig:
+                yield from _cluster(item, anchors.get(item.spec.authority.name, ()), node, settings)
+    for state in node.authorities:
+        yield from _authority(state, now)
+    yield from _places(node, settings)
+
+
+def _node_name(node: Node, settings: Settings) -> Iterator[Finding]:
+    """What the cluster calls it is in these certificates: hooks, bundles and a desk's policy go by that."""
+    ours = settings.node.node_name
+    names = {_name_in(item) for item in node.items if item.certificates} - {""}
+    if names and ours not in names:
+        found = ", ".join(sorted(names))
+        text = f"wanted the node's name in the cluster, which is {one_line(found)}, found {one_line(ours)}"
+        yield Finding(level="warning", check="node-name", about="node.name", text=text, hint="set node.name")
+
+
+def _name_in(item: Item) -> str:
+    """Empty when it has none, or can't be read."""
+    try:
+        subject = name_text(item.certificates[0].subject)
+    except UNREADABLE:
+        return ""
+    if item.spec.component is Component.KUBELET:
+        return subject.partition("CN=system:node:")[2].partition(",")[0]
+    is_nodes = item.spec.name in ("etcd-server", "etcd-peer")
+    return subject.partition("CN=")[2].partition(",")[0] if is_nodes else ""
+
+
+# --- one certificate -------------------------------------------------------------------------------------------------
+
+
+def _item(item: Item, settings: Settings, now: datetime) -> Iterator[Finding]:
+    name = item.spec.name
+    if item.state == "present":
+        yield _end(item, settings, now)
+        if item.obstacle is not None:
+            yield from_error("not-replaceable", name, item.obstacle)
+    elif item.state == "missing" and item.spec.optional:
+        yield Finding(level="ok", check="certificate", about=name, text="not on this node, as is usual for it")
+    else:
+        text = item.trouble or f"wanted a certificate in {item.certificate_path}, found nothing"
+        yield Finding(level="error", check=f"certificate-{item.state}", about=name, text=text, hint=_RESTORE)
+
+
+def _end(item: Item, settings: Settings, now: datetime) -> Finding:
+    """How long it is good; what is due is nothing to worry about, unless nobody renews it."""
+    name, end = item.spec.name, expiry.first_end(item.certificates)
+    begin = item.certificates[0].not_valid_before_utc
+    if begin > now + verify.CLOCK_SKEW:
+        text = f"valid only from {expiry.minute(begin)}, and this node's clock says {expiry.minute(now)}"
+        return Finding(level="error", check="clock", about=name, text=text, hint="put the clock right")
+    if end <= now:
+        hint = (
+            "`ca-bridge renew` takes expired certificates too" if item.managed else "why did the kubelet not rotate it?"
+        )
+        return Finding(level="error", check="expired", about=name, text=expiry.left_text(end, now), hint=hint)
+    if not item.managed:
+        text = f"{expiry.left_text(end, now)}; rotated by the kubelet itself"
+        return Finding(level="ok", check="certificate", about=name, text=text)
+    before = settings.renewal.before.of(min(end - begin, settings.renewal.validity))
+    if end - now < before * _OVERDUE_SHARE:
+        text = f"{expiry.left_text(end, now)}, and due since {expiry.minute(end - before)}"
+        hint = "does the timer or cron job run? `ca-bridge renew` does it now"
+        return Finding(level="warning", check="overdue", about=name, text=text, hint=hint)
+    due = ", due" if end - now < before else ""
+    return Finding(level="ok", check="certificate", about=name, text=f"{expiry.left_text(end, now)}{due}")
+
+
+# --- its key ---------------------------------------------------------------------------------------------------------
+
+
+def _pair(item: Item) -> Iterator[Finding]:
+    """The key is there, belongs to the certificate, and is for nobody else."""
+    path = item.key_path or item.certificate_path
+    name = item.spec.name
+    try:
+        data = read(path)
+        pem = kubeconfig.key_data(data or b"") if item.embedded else data
+    except UnreadableError as e:
+        yield Finding(level="error", check="key-unreadable", about=name, text=f"wanted its key in {path}, found: {e}")
+        return
+    except KubeconfigError as e:
+        yield Finding(level="error", check="key-unreadable", about=name, text=f"{path}: {e}", hint=_RESTORE)
+        return
+    if pem is None:
+        text = f"wanted its key in {path}, found nothing"
+        yield Finding(level="error", check="key-missing", about=name, text=text, hint="renew it: that makes a new key")
+        return
+    yield from _belongs(item, pem, path)
+    yield from private_file(path, name)
+
+
+def _belongs(item: Item, pem: bytes, path: Path) -> Iterator[Finding]:
+    name = item.spec.name
+    try:
+        ours = _spki(load_pem_private_key(pem, None).public_key()) == _spki(item.certificates[0].public_key())
+    except (ValueError, TypeError, UnsupportedAlgorithm):  # TypeError: encrypted
+        text = f"wanted a private key without a passphrase in {path}, found something else"
+        yield Finding(level="error", check="key-unreadable", about=name, text=text, hint=_RESTORE)
+        return
+    if not ours:
+        text = f"wanted the key of {item.certificate_path} in {path}, found another certificate's"
+        hint = f"renew {name}, which makes a new pair, before its component restarts; or put the right key back"
+        yield Finding(level="error", check="key-of-another-certificate", about=name, text=text, hint=hint)
+
+
+def _spki(key: object) -> bytes:
+    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)  # type: ignore[attr-defined,no-any-return]
+
+
+def private_file(path: Path, about: str) -> Iterator[Finding]:
+    """A file with a secret in it is root's or ours, and closed to all others."""
+    try:
+        status = path.stat()
+    except OSError:
+        return  # whoever needs it says so
+    mode = stat.S_IMODE(status.st_mode)
+    if mode & 0o007 or (mode & 0o070 and status.st_gid not in {0, os.getegid()}):
+        text = f"wanted {path} for its owner alone, found mode {mode:04o}"
+        hint = f"chmod 600 {path}; whoever may have read it has the secret"
+        yield Finding(level="error", check="open-secret", about=about, text=text, hint=hint)
+    yield from owned(path, status.st_uid, about)
+
+
+def owned(path: Path, uid: int, about: str) -> Iterator[Finding]:
+    """Whoever owns a file may change and read it, whatever its mode is."""
+    if uid in {0, os.geteuid()} or _user(uid).startswith(_ROOTLESS):
+        return
+    text = f"wanted {path} to belong to root, found user {_user(uid)}"
+    yield Finding(level="error", check="owner", about=about, text=text, hint=f"chown root {path}")
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+# --- its CA ----------------------------------------------------------------------------------------------------------
+
+
+def _chain(item: Item, authorities: Sequence[AuthorityState]) -> Iterator[Finding]:
+    """It leads to a CA of its CA file, by the intermediates that its own file has."""
+    anchors = next((state.certificates for state in authorities if state.authority == item.spec.authority), ())
+    leaf, *intermediates = item.certificates
+    if not anchors or any(_leads_to(leaf, intermediates, anchor) for anchor in anchors):
+        return
+    name, issuer = item.spec.name, _issuer(item.certificates[-1])
+    wanted = f"wanted a certificate of the CA in {item.anchor_path} ({_subject(anchors[0])})"
+    known = {_subject(ca): state.authority.name for state in authorities for ca in state.certificates}
+    if issuer in known:
+        other = "another CA of the same name" if issuer == _subject(anchors[0]) else f"one of {known[issuer]}"
+        text = f"{wanted}, found {other}"
+        yield Finding(level="error", check="pair-of-another-ca", about=name, text=text, hint=_RESTORE)
+    else:
+        text = f"{wanted}, found one of {one_line(issuer)}, whose certificate is not in {item.certificate_path}"
+        hint = "the intermediate belongs behind the certificate in its file; or is it of another cluster? renew it"
+        yield Finding(level="error", check="missing-intermediate", about=name, text=text, hint=hint)
+
+
+def _leads_to(leaf: x509.Certificate, intermediates: Sequence[x509.Certificate], anchor: x509.Certificate) -> bool:
+    """At some time: dates are judged apart."""
+    chain = (leaf, *intermediates, anchor)
+    time = min(one.not_valid_after_utc for one in chain)
+    time = max(time - timedelta(seconds=1), *(one.not_valid_before_utc for one in chain))
+    try:
+        verify.verified_path(leaf, intermediates, anchor, time)
+    except (NoPathError, *UNREADABLE):
+        return False
+    return True
+
+
+def _subject(certificate: x509.Certificate) -> str:
+    try:
+        return one_line(name_text(certificate.subject))
+    except UNREADABLE:
+        return "a name that can't be read"
+
+
+def _issuer(certificate: x509.Certificate) -> str:
+    try:
+        return one_line(name_text(certificate.issuer))
+    except UNREADABLE:
+        return "a name that can't be read"
+
+
+def _authority(state: AuthorityState, now: datetime) -> Iterator[Finding]:
+    about = f"CA {state.authority.name}"
+    if state.state != "present":
+        text = state.trouble or f"wanted a CA certificate in {state.path}, found nothing"
+        yield Finding(level="error", check="ca-missing", about=about, text=text, hint=_RESTORE)
+        return
+    yield ca_end(state.certificates[0], about, now, f", key {state.key}")
+    if state.key == "local":
+        text = "its key is on this disk; whoever reads it can be anybody in the cluster"
+        hint = "move it to where certificates are signed"
+        yield Finding(level="warning", check="ca-key-on-disk", about=about, text=text, hint=hint)
+
+
+def ca_end(certificate: x509.Certificate, about: str, now: datetime, more: str = "") -> Finding:
+    """How long a CA's certificate is good."""
+    end = certificate.not_valid_after_utc
+    if end <= now:
+        text = f"{expiry.left_text(end, now)}: nothing that it signs is valid"
+        return Finding(level="error", check="ca-expired", about=about, text=text)
+    if end - now < CA_ENDS_SOON:
+        text = f"{expiry.left_text(end, now)}; no certificate may outlive it"
+        hint = "plan the CA's own renewal; kubeadm does none"
+        return Finding(level="warning", check="ca-ends-soon", about=about, text=text, hint=hint)
+    return Finding(level="ok", check="ca", about=about, text=f"{expiry.left_text(end, now)}{more}")
+
+
+# --- a kubeconfig's cluster ------------------------------------------------------------------------------------------
+
+
+def _cluster(item: Item, anchors: Sequence[x509.Certificate], node: Node, settings: Settings) -> Iterator[Finding]:
+    """The API server that it leads to is this cluster's, and is trusted."""
+    path = settings.node.kubeconfig_dir / item.spec.base
+    try:
+        parsed = kubeconfig.parse(read(path) or b"")
+        trusted = _trusted(parsed, path)
+    except (BridgeError, UnreadableError, ValueError) as e:
+        text = f"wanted the CA of its API server in {path}, found: {e}"
+        yield Finding(level="error", check="kubeconfig-ca", about=item.spec.name, text=text, hint=_RESTORE)
+        return
+    if anchors and trusted is not None and anchors[0] not in trusted:
+        yield _foreign_ca(item, anchors, trusted)
+    yield from _server(item, parsed, node)
+
+
+def _foreign_ca(item: Item, anchors: Sequence[x509.Certificate], trusted: Sequence[x509.Certificate]) -> Finding:
+    wanted = f"wanted the CA of {item.anchor_path} to be trusted"
+    hint = "the kubeconfig's certificate-authority-data is to be the content of that file"
+    if any(anchor in trusted for anchor in anchors):
+        text = f"{wanted}, found only an older one of it"
+        return Finding(level="warning", check="kubeconfig-old-ca", about=item.spec.name, text=text, hint=hint)
+    found = ", ".join(map(_subject, trusted)) or "none"
+    text = f"{wanted}, found another CA ({found})"
+    return Finding(level="error", check="kubeconfig-ca", about=item.spec.name, text=text, hint=hint)
+
+
+def _trusted(parsed: Kubeconfig, path: Path) -> list[x509.Certificate] | None:
+    """None: it leaves that to the system."""
+    data = parsed.ca_data
+    if data is None and parsed.ca_file:
+        data = read(path.parent / parsed.ca_file)
+        if data is None:
+            raise ValueError(f"no file {parsed.ca_file}")
+    return load_pem_certificates(data) if data else None
+
+
+def _server(item: Item, parsed: Kubeconfig, node: Node) -> Iterator[Finding]:
+    """The host is one that this node's API server has in its certificate; a load balancer's name is there, too."""
+    host = parsed.tls_server_name or _host(parsed.server)
+    serving = next(
+        (one.certificates[0] for one in node.items if one.spec == SPECS["apiserver"] and one.certificates), None
+    )
+    if serving is None or not host or is_named(serving, host):
+        return
+    text = f"wanted a server that is among the SANs of apiserver, found {one_line(parsed.server)}"
+    hint = "is it another cluster's? else the API server's certificate lacks that name"
+    yield Finding(level="warning", check="kubeconfig-server", about=item.spec.name, text=text, hint=hint)
+
+
+def _host(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
+def is_named(certificate: x509.Certificate, host: str) -> bool:
+    """Whether a host name or address is among a certificate's SANs (RFC 6125 §6.4: a wildcard stands for one label)."""
+    try:
+        address = str(ipaddress.ip_address(host.strip("[]")))
+    except ValueError:
+        address = ""
+    try:
+        entries = san_entries(certificate)
+    except UNREADABLE:
+        return False
+    if address:
+        return ("IP", address) in entries
+    names = {value.lower() for kind, value in entries if kind == "DNS"}
+    return host.lower() in names or f"*.{host.lower().partition('.')[2]}" in names
+
+
+# --- the directories -------------------------------------------------------------------------------------------------
+
+
+def _places(node: Node, settings: Settings) -> Iterator[Finding]:
+    """Whoever may write to a directory may put files of his own in the place of ours."""
+    places = [settings.node.pki_dir, settings.node.kubeconfig_dir]
+    places += [item.certificate_path.parent for item in node.items if item.state == "present"]
+    yield from open_directories(places)
+
+
+def open_directories(places: Iterable[Path]) -> Iterator[Finding]:
+    """Directories that others than root and us may write to."""
+    for path in dict.fromkeys(places):
+        try:
+            status = path.stat()
+        except OSError:
+            continue
+        mode = stat.S_IMODE(status.st_mode)
+        if mode & 0o022:
+            text = f"wanted a directory that only its owner may write to, found mode {mode:04o}"
+            hint = f"chmod go-w {path}"
+            yield Finding(level="error", check="open-directory", about=str(path), text=text, hint=hint)
+        yield from owned(path, status.st_uid, str(path))

@@ -1,0 +1,163 @@
+"""What a renewal needs of the machine: room, the state directory, the lock, and no copies that nobody renews."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+
+from bridge.diagnosis.findings import Finding, Level, from_error
+from bridge.errors import BridgeError
+from bridge.node import kubeconfig
+from bridge.node.inventory import Item, Node
+from bridge.node.kubeconfig import KubeconfigError
+from bridge.pki.certificates import load_pem_certificates, serial_hex
+from bridge.settings.tables import Settings
+from bridge.state.store import Store
+from bridge.system import files
+from bridge.system.safe_read import UnreadableError, read
+from bridge.words import one_line
+
+#: A renewal of all twelve takes 0.3 MiB: new files beside the old ones, a backup, requests, a record.
+_TOO_LITTLE, _LITTLE = 1 << 20, 16 << 20
+_TOO_FEW_INODES, _FEW_INODES = 64, 512
+#: A run that waits for neighbours, a lease and restarts may take that long.
+_HUNG_AFTER = timedelta(hours=1)
+
+
+def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
+    """All of it."""
+    yield from room(settings)
+    yield from state_directory(settings.node.state_dir)
+    yield from lock(settings.node.state_dir, now)
+    yield from _copies(node, _homes())
+
+
+# --- room ------------------------------------------------------------------------------------------------------------
+
+
+def room(settings: Settings, *, node: bool = True) -> Iterator[Finding]:
+    """Bytes and inodes, on each file system that is written to."""
+    places = [settings.node.state_dir, *([settings.node.pki_dir, settings.node.kubeconfig_dir] if node else [])]
+    seen: set[int] = set()
+    for place in map(_existing, places):
+        device = place.stat().st_dev
+        if device not in seen:
+            seen.add(device)
+            yield from _room(place)
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the directory in which it will be made."""
+    return next(one for one in (path, *path.parents) if one.is_dir())
+
+
+def _room(place: Path) -> Iterator[Finding]:
+    found = os.statvfs(place)
+    for_us = os.geteuid() == 0  # the last few per cent are root's
+    free = found.f_frsize * (found.f_bfree if for_us else found.f_bavail)
+    about = f"file system of {place}"
+    if free < _LITTLE:
+        text = f"wanted {_LITTLE >> 20} MiB for a renewal, its backup and some time to come, found {free >> 10} KiB"
+        level: Level = "error" if free < _TOO_LITTLE else "warning"
+        yield Finding(level=level, check="disk-space", about=about, text=text, hint="make room there")
+    inodes = found.f_ffree if for_us else found.f_favail
+    if found.f_files and inodes < _FEW_INODES:  # some file systems make them as they need them, and say 0
+        text = f"wanted {_FEW_INODES} inodes for new files, found {inodes}"
+        level = "error" if inodes < _TOO_FEW_INODES else "warning"
+        yield Finding(level=level, check="inodes", about=about, text=text, hint="remove small files there")
+
+
+# --- the state directory ---------------------------------------------------------------------------------------------
+
+
+def state_directory(path: Path) -> Iterator[Finding]:
+    """Ours alone, and nothing half done in it."""
+    about = "state directory"
+    if Store(path).is_interrupted:
+        text = "an installation or restart is under way, or was interrupted; the next run, or `recover`, finishes it"
+        yield Finding(level="warning", check="interrupted", about=about, text=text)
+    if not path.is_dir():
+        yield Finding(level="ok", check="state-directory", about=about, text=f"{path} is made by the first renewal")
+        return
+    status = path.stat()
+    mode = stat.S_IMODE(status.st_mode)
+    if status.st_uid != os.geteuid() or mode & 0o077:
+        text = f"wanted {path} to be ours with mode 0700, found owner {status.st_uid} and mode {mode:04o}"
+        hint = f"chown {os.geteuid()} {path} && chmod 700 {path}, after a look at who else uses it"
+        yield Finding(level="error", check="state-directory", about=about, text=text, hint=hint)
+    else:
+        yield Finding(level="ok", check="state-directory", about=about, text=str(path))
+
+
+def lock(state_dir: Path, now: datetime) -> Iterator[Finding]:
+    """A run that never ends keeps all others away."""
+    try:
+        holder = files.held_by(Store(state_dir).lock)
+    except BridgeError as e:
+        yield from_error("lock", "lock", e)
+        return
+    if holder is None:
+        return
+    since = holder.since
+    if since is None or now - since > _HUNG_AFTER:
+        text = f"wanted a run to end within an hour, found {one_line(holder)}"
+        hint = "see what it waits for (`ps`, its log), then end it; the next run goes on where it stopped"
+        yield Finding(level="warning", check="hung-run", about="lock", text=text, hint=hint)
+    else:
+        yield Finding(level="ok", check="lock", about="lock", text=f"a run is under way: {one_line(holder)}")
+
+
+# --- copies of admin.conf --------------------------------------------------------------------------------------------
+
+
+def _homes() -> list[Path]:
+    """Of those who may have followed kubeadm's advice to copy admin.conf."""
+    found = [Path("/root"), Path("~").expanduser()]
+    with contextlib.suppress(OSError):
+        found += sorted(path for path in Path("/home").iterdir() if path.is_dir())
+    return list(dict.fromkeys(found))
+
+
+def _copies(node: Node, homes: Sequence[Path]) -> Iterator[Finding]:
+    """Nobody renews a copy: it is as old as the day on which it was made."""
+    admins = {item.spec.name: item for item in node.items if item.spec.component is None and item.embedded}
+    live = {item.certificates[0]: name for name, item in admins.items() if item.certificates}
+    if not live:
+        return
+    for home in homes:
+        path = home / ".kube/config"
+        certificate = _client_certificate(path)
+        if certificate is None:
+            continue
+        if certificate in live:
+            text = f"a copy of {live[certificate]}, which is to be copied again after each renewal"
+            yield Finding(level="ok", check="admin-copy", about=str(path), text=text)
+        elif name := _name_of_old(certificate, admins):
+            text = f"wanted a copy of {name} as it is now, found an older one (serial {serial_hex(certificate)})"
+            hint = f"copy {admins[name].certificate_path} there again"
+            yield Finding(level="warning", check="admin-copy-old", about=str(path), text=text, hint=hint)
+
+
+def _client_certificate(path: Path) -> x509.Certificate | None:
+    """None, too, for what is no kubeconfig with a certificate in it: it is not ours to judge."""
+    try:
+        data = read(path)
+        pem = None if data is None else kubeconfig.parse(data).certificate_data
+        return load_pem_certificates(pem)[0] if pem else None
+    except (KubeconfigError, UnreadableError, ValueError):
+        return None
+
+
+def _name_of_old(certificate: x509.Certificate, admins: dict[str, Item]) -> str:
+    """Whose earlier certificate it is: the same subject, and the same CA's name."""
+    for name, item in admins.items():
+        for live in item.certificates[:1]:
+            if (live.subject, live.issuer) == (certificate.subject, certificate.issuer):
+                return name
+    return ""

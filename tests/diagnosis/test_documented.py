@@ -1,0 +1,44 @@
+"""docs/doctor.md names the checks that there are."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import bridge.diagnosis
+
+DOCUMENT = Path(__file__).parents[2] / "docs/doctor.md"
+#: Of lines that say what is in order, or what was not looked at.
+_ALWAYS_OK = {"ca", "certificate", "manifests", "kubeadm-config", "admin-copy", "by-hand"}
+_STATES = {f"certificate-{state}" for state in ("missing", "broken", "unreadable")}
+
+
+def checks_in(source: str) -> set[str]:
+    """The names that findings are given."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "id", "")
+            values = [word.value for word in node.keywords if word.arg == "check"]
+            values += node.args[:1] if name == "from_error" else node.args[-1:] if name == "_missing_names" else []
+            found |= {str(value.value) for value in values if isinstance(value, ast.Constant)}
+    return found
+
+
+def test_the_document_has_each_check_and_no_other() -> None:
+    """Programs match by these names, so that one that comes or goes is a change for users."""
+    directory = Path(bridge.diagnosis.__file__ or "").parent
+    there = set().union(*(checks_in(path.read_text()) for path in directory.glob("*.py"))) | _STATES
+    rows = [line.split("|")[1] for line in DOCUMENT.read_text().splitlines() if line.startswith("| `")]
+    told = set(re.findall(r"`([a-z-]+)`", " ".join(rows)))
+    assert told | {"desk-policy"} == there - _ALWAYS_OK
+
+
+def test_the_comparison_can_fail() -> None:
+    """A name in the code is seen in both ways in which a finding is made."""
+    assert checks_in("Finding(check='a')\nfrom_error('b', 'x', e)\n_missing_names(n, 'c', h, w, 'd')") == {
+        "a",
+        "b",
+        "d",
+    }

@@ -1,0 +1,478 @@
+"""Planted faults of a node: `doctor` finds each by name, and none on a healthy one that the real kubeadm made."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from bridge.diagnosis import findings
+from bridge.diagnosis.examination import examine
+from bridge.diagnosis.findings import Finding
+from bridge.node import kubeconfig, sample_pki
+from bridge.pki.certificates import pem
+from bridge.pki.csr import generate_key
+from bridge.settings.load import load
+from bridge.state.store import Store
+from bridge.system.files import lock
+from tests.kit import apiserver
+from tests.kit.cas import Bridge, add_openssl
+from tests.kit.members import Place
+from tests.kit.pki import NODE, Pki, kubeadm_pki
+
+pytestmark = pytest.mark.kube
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A control plane of the real kubeadm: certificates, kubeconfigs, manifests."""
+    pki = kubeadm_pki(tmp_path_factory.mktemp("made"), algorithm="ECDSA-P256")
+    pki.run_kubeadm("init", "phase", "control-plane", "all")
+    pki.run_kubeadm("init", "phase", "etcd", "local")
+    return pki.root
+
+
+@dataclass(kw_only=True)
+class Site:
+    """A copy of it, on which each test plants a fault of its own."""
+
+    pki: Pki
+    home: Path
+    bridge: Bridge
+    later: timedelta = field(default=timedelta())
+
+    @property
+    def kubernetes(self) -> Path:
+        """What is /etc/kubernetes on a node."""
+        return self.pki.kubeconfig_dir
+
+    def manifest(self, component: str) -> Path:
+        """A static pod's."""
+        return self.kubernetes / "manifests" / f"{component}.yaml"
+
+    def edit(self, path: Path, old: str, new: str) -> None:
+        """Change a file."""
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+
+    def look(self) -> list[Finding]:
+        """All findings."""
+        return list(examine(load(self.bridge.config), datetime.now(UTC) + self.later))
+
+    def wrong(self) -> set[tuple[str, str, str]]:
+        """What is not in order: level, name of the check, subject."""
+        return {(one.level, one.check, one.about) for one in self.look() if one.level != "ok"}
+
+
+@pytest.fixture
+def site(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+    root = tmp_path / "node"
+    shutil.copytree(made, root, symlinks=True)
+    pki = Pki(root=root, external=True)
+    for path in pki.kubeconfig_dir.glob("manifests/*.yaml"):
+        path.write_text(path.read_text().replace("/etc/kubernetes", str(pki.kubeconfig_dir)))
+    home = tmp_path / "home"
+    (home / ".kube").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    bridge = Bridge(pki=pki, directory=tmp_path / "bridge", tables=[])
+    bridge.tables[0] += f'name = "{NODE}"\n'
+    bridge.add("audit", {"syslog": False})
+    return Site(pki=pki, home=home, bridge=bridge)
+
+
+def with_cas(site: Site) -> None:
+    """Three `openssl ca` directories."""
+    for authority in ("ca", "etcd-ca", "front-proxy-ca"):
+        add_openssl(site.bridge, authority)
+
+
+def test_nothing_is_wrong_with_a_healthy_node(site: Site) -> None:
+    """Neither before the first renewal nor after it; the program says so, and exits with 0."""
+    with_cas(site)
+    shutil.copy(site.kubernetes / "admin.conf", site.home / ".kube/config")
+
+    assert site.wrong() == set()
+    first = site.bridge.run("doctor")
+    assert (first.returncode, first.stdout.splitlines()[-1]) == (0, "nothing is wrong"), first.stdout
+    (site.home / ".kube/config").unlink()
+    assert site.bridge.run("renew", "all").returncode == 0
+    assert site.wrong() == set()
+
+
+# --- what is installed -----------------------------------------------------------------------------------------------
+
+
+def other_key(site: Site) -> None:
+    shutil.copy(site.pki.pki_dir / "apiserver-etcd-client.key", site.pki.pki_dir / "apiserver.key")
+
+
+def other_embedded_key(site: Site) -> None:
+    path, other = site.kubernetes / "admin.conf", (site.kubernetes / "scheduler.conf").read_bytes()
+    mine, key = kubeconfig.parse(path.read_bytes()).certificate_data, kubeconfig.key_data(other)
+    path.write_bytes(kubeconfig.with_credentials(path.read_bytes(), mine or b"", key or b""))
+
+
+def no_key(site: Site) -> None:
+    (site.pki.pki_dir / "etcd/peer.key").unlink()
+
+
+def garbled_key(site: Site) -> None:
+    (site.pki.pki_dir / "etcd/peer.key").write_text("-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n")
+
+
+def open_key(site: Site) -> None:
+    (site.pki.pki_dir / "apiserver.key").chmod(0o644)
+
+
+def foreign_owner(site: Site) -> None:
+    os.chown(site.kubernetes / "admin.conf", 12345, 0)
+
+
+def foreign_owner_of_a_key(site: Site) -> None:
+    os.chown(site.pki.pki_dir / "etcd/server.key", 12345, 0)
+
+
+def open_directory(site: Site) -> None:
+    site.pki.pki_dir.chmod(0o777)
+
+
+def pair_of_another_cluster(site: Site) -> None:
+    other = site.pki.root.parent / "other"
+    sample_pki.make(other, now=datetime.now(UTC), not_after=datetime.now(UTC) + timedelta(days=300), key="ecdsa-p256")
+    for name in ("apiserver.crt", "apiserver.key"):
+        shutil.copy(other / "pki" / name, site.pki.pki_dir / name)
+
+
+def pair_of_another_ca(site: Site) -> None:
+    for suffix in (".crt", ".key"):
+        shutil.copy(
+            site.pki.pki_dir / f"front-proxy-client{suffix}", site.pki.pki_dir / f"apiserver-kubelet-client{suffix}"
+        )
+
+
+def no_intermediate(site: Site) -> None:
+    """A root takes the CA's place, and the CA becomes an intermediate that is in no file."""
+    now = datetime.now(UTC)
+    root = sample_pki.ca_certificate(
+        "company root", generate_key("ecdsa-p256"), now - timedelta(1), now + timedelta(4000)
+    )
+    (site.pki.pki_dir / "front-proxy-ca.crt").write_bytes(pem(root))
+
+
+def ca_of_another_cluster_in_a_kubeconfig(site: Site) -> None:
+    path = site.kubernetes / "scheduler.conf"
+    parsed = kubeconfig.parse(path.read_bytes())
+    mine = base64.b64encode(parsed.ca_data or b"").decode()
+    other = base64.b64encode((site.pki.pki_dir / "etcd/ca.crt").read_bytes()).decode()
+    site.edit(path, mine, other)
+
+
+def another_server_in_a_kubeconfig(site: Site) -> None:
+    path = site.kubernetes / "controller-manager.conf"
+    site.edit(path, kubeconfig.parse(path.read_bytes()).server, "https://api.elsewhere.example:6443")
+
+
+def garbled_certificate(site: Site) -> None:
+    (site.pki.pki_dir / "front-proxy-client.crt").write_bytes(b"garbage")
+
+
+def no_certificate(site: Site) -> None:
+    (site.pki.pki_dir / "front-proxy-client.crt").unlink()
+
+
+def shared_file(site: Site) -> None:
+    path = site.kubernetes / "super-admin.conf"
+    path.unlink()
+    path.symlink_to("admin.conf")
+
+
+def everything_expired(site: Site) -> None:
+    site.later = timedelta(days=400)
+
+
+def nobody_renews(site: Site) -> None:
+    site.later = timedelta(days=355)
+
+
+def ca_ends(site: Site) -> None:
+    site.later = timedelta(days=3300)
+
+
+def ca_has_ended(site: Site) -> None:
+    site.later = timedelta(days=4000)
+
+
+def clock_behind(site: Site) -> None:
+    site.later = -timedelta(days=2)
+
+
+def ca_key_on_the_disk(site: Site) -> None:
+    (site.pki.pki_dir / "front-proxy-ca.key").write_text("x")
+
+
+def no_ca(site: Site) -> None:
+    (site.pki.pki_dir / "front-proxy-ca.crt").unlink()
+
+
+def node_by_another_name(site: Site) -> None:
+    site.edit(site.bridge.config, f'"{NODE}"', '"cp-7"')
+
+
+# --- who uses it -----------------------------------------------------------------------------------------------------
+
+
+def manifest_names_another_file(site: Site) -> None:
+    site.edit(site.manifest("kube-apiserver"), f"{site.pki.pki_dir}/apiserver.crt", "/etc/other/apiserver.crt")
+
+
+def manifest_names_another_key(site: Site) -> None:
+    site.edit(
+        site.manifest("etcd"), f"--key-file={site.pki.pki_dir}/etcd/server.key", "--key-file=/etc/other/server.key"
+    )
+
+
+def manifest_trusts_another_ca(site: Site) -> None:
+    manifest = site.manifest("kube-apiserver")
+    site.edit(
+        manifest, f"--client-ca-file={site.pki.pki_dir}/ca.crt", f"--client-ca-file={site.pki.pki_dir}/etcd/ca.crt"
+    )
+
+
+def new_address(site: Site) -> None:
+    site.edit(site.manifest("kube-apiserver"), "--advertise-address=192.0.2.10", "--advertise-address=192.0.2.77")
+
+
+def new_address_of_etcd(site: Site) -> None:
+    site.edit(
+        site.manifest("etcd"),
+        "--initial-advertise-peer-urls=https://192.0.2.10",
+        "--initial-advertise-peer-urls=https://192.0.2.77",
+    )
+
+
+def no_command_for_the_kubelet(site: Site) -> None:
+    site.bridge.add("restart", {"method": "static-pods", "components": "all"})
+
+
+def restart_command_that_is_not_there(site: Site) -> None:
+    site.bridge.add("restart", {"method": "static-pods", "components": "all"})
+    site.bridge.add("restart.commands", {"kubelet": "/nowhere/restart kubelet"})
+
+
+def hook_that_is_not_there(site: Site) -> None:
+    site.bridge.add("hooks", {"success": "/nowhere/tell"})
+
+
+# --- the machine -----------------------------------------------------------------------------------------------------
+
+
+def interrupted(site: Site) -> None:
+    store = Store(site.bridge.directory / "state")
+    store.prepare()
+    store.journal.write_text("{}")
+
+
+def open_state_directory(site: Site) -> None:
+    (site.bridge.directory / "state").mkdir(mode=0o755)
+
+
+def old_copy_of_admin_conf(site: Site) -> None:
+    shutil.copy(site.kubernetes / "admin.conf", site.home / ".kube/config")
+    with_cas(site)
+    assert site.bridge.run("renew", "admin.conf").returncode == 0
+
+
+def failed_runs(site: Site) -> None:
+    with_cas(site)
+    (site.bridge.directory / "desk/etcd-ca/ca.key").rename(site.bridge.directory / "aside")
+    assert site.bridge.run("renew", "etcd-peer").returncode == 5
+    (site.bridge.directory / "aside").rename(site.bridge.directory / "desk/etcd-ca/ca.key")
+
+
+def open_passphrase(site: Site) -> None:
+    with_cas(site)
+    (site.bridge.directory / "ca.passphrase").chmod(0o644)
+
+
+def open_ca_key(site: Site) -> None:
+    with_cas(site)
+    (site.bridge.directory / "desk/ca/ca.key").chmod(0o644)
+
+
+def another_ca(site: Site) -> None:
+    with_cas(site)
+    site.edit(site.bridge.config, "desk/front-proxy-ca", "desk/etcd-ca")
+
+
+def settings_with_a_typo(site: Site) -> None:
+    with_cas(site)
+    site.edit(site.bridge.config, "passphrase_file", "passfrase_file")
+
+
+#: The fault, and what is found: level, check and subject.
+FAULTS: list[tuple[Callable[[Site], None], str, str, str]] = [
+    (other_key, "error", "key-of-another-certificate", "apiserver"),
+    (other_embedded_key, "error", "key-of-another-certificate", "admin.conf"),
+    (no_key, "error", "key-missing", "etcd-peer"),
+    (garbled_key, "error", "key-unreadable", "etcd-peer"),
+    (open_key, "error", "open-secret", "apiserver"),
+    (foreign_owner, "error", "owner", "admin.conf"),
+    (foreign_owner_of_a_key, "error", "owner", "etcd-server"),
+    (open_directory, "error", "open-directory", "{pki}"),
+    (pair_of_another_cluster, "error", "pair-of-another-ca", "apiserver"),
+    (pair_of_another_ca, "error", "pair-of-another-ca", "apiserver-kubelet-client"),
+    (no_intermediate, "error", "missing-intermediate", "front-proxy-client"),
+    (ca_of_another_cluster_in_a_kubeconfig, "error", "kubeconfig-ca", "scheduler.conf"),
+    (another_server_in_a_kubeconfig, "warning", "kubeconfig-server", "controller-manager.conf"),
+    (garbled_certificate, "error", "certificate-broken", "front-proxy-client"),
+    (no_certificate, "error", "certificate-missing", "front-proxy-client"),
+    (shared_file, "error", "not-replaceable", "super-admin.conf"),
+    (everything_expired, "error", "expired", "etcd-server"),
+    (nobody_renews, "warning", "overdue", "apiserver"),
+    (ca_ends, "warning", "ca-ends-soon", "CA ca"),
+    (ca_has_ended, "error", "ca-expired", "CA etcd-ca"),
+    (clock_behind, "error", "clock", "apiserver"),
+    (ca_key_on_the_disk, "warning", "ca-key-on-disk", "CA front-proxy-ca"),
+    (no_ca, "error", "ca-missing", "CA front-proxy-ca"),
+    (node_by_another_name, "warning", "node-name", "node.name"),
+    (manifest_names_another_file, "error", "manifest-names-another-file", "apiserver"),
+    (manifest_names_another_key, "error", "manifest-names-another-file", "etcd-server"),
+    (manifest_trusts_another_ca, "error", "manifest-ca", "kube-apiserver"),
+    (new_address, "warning", "sans-of-manifest", "apiserver"),
+    (new_address_of_etcd, "warning", "sans-of-manifest", "etcd-peer"),
+    (no_command_for_the_kubelet, "error", "restart-command", "restart.commands.kubelet"),
+    (restart_command_that_is_not_there, "error", "restart-command", "restart.commands.kubelet"),
+    (hook_that_is_not_there, "warning", "hook", "hook success"),
+    (interrupted, "warning", "interrupted", "state directory"),
+    (open_state_directory, "error", "state-directory", "state directory"),
+    (old_copy_of_admin_conf, "warning", "admin-copy-old", "{home}/.kube/config"),
+    (failed_runs, "warning", "failed-runs", "backend of etcd-ca"),
+    (open_passphrase, "error", "open-secret", "{bridge}/ca.passphrase"),
+    (open_ca_key, "error", "open-secret", "{bridge}/desk/ca/ca.key"),
+    (another_ca, "error", "backend", "backend of front-proxy-ca"),
+    (settings_with_a_typo, "error", "settings", "settings"),
+]
+
+
+@pytest.mark.parametrize(("plant", "level", "check", "about"), FAULTS, ids=[fault[0].__name__ for fault in FAULTS])
+def test_finds_a_planted_fault_by_name(
+    site: Site, plant: Callable[[Site], None], level: str, check: str, about: str
+) -> None:
+    """A healthy node becomes one with exactly this fault, or with what follows from it."""
+    assert site.wrong() == set()
+
+    plant(site)
+
+    places = {"pki": site.pki.pki_dir, "home": site.home, "bridge": site.bridge.directory}
+    assert (level, check, about.format_map(places)) in site.wrong()
+
+
+# --- what takes more than a file ---------------------------------------------------------------------------------------
+
+
+def test_finds_a_run_that_hangs(site: Site) -> None:
+    """One that holds the lock for hours; a run that has just begun is none, and who is gone holds nothing."""
+    store = Store(site.bridge.directory / "state")
+    store.prepare()
+    with lock(store.lock, "ca-bridge renew"):
+        assert site.wrong() == set()
+        assert "a run is under way" in site.bridge.run("doctor").stdout
+        holder = json.loads(store.lock.read_text()) | {"since": "2026-01-01T00:00:00+00:00"}
+        store.lock.write_text(json.dumps(holder))
+        assert site.wrong() == {("warning", "hung-run", "lock")}
+    assert site.wrong() == set()
+
+
+@pytest.mark.parametrize(("options", "check"), [("size=512k", "disk-space"), ("size=64m,nr_inodes=30", "inodes")])
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system; run as root")
+def test_finds_a_full_file_system(site: Site, options: str, check: str) -> None:
+    """Before a CA is asked, not after it has signed."""
+    state = site.bridge.directory / "state"
+    state.mkdir(mode=0o700)
+    program = Path(sys.executable).with_name("ca-bridge")
+    script = f"mount -t tmpfs -o mode=0700,{options} tmpfs {state} && exec {program} doctor -o json --config {site.bridge.config}"
+    run = subprocess.run(["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, check=False)
+    found = json.loads(run.stdout)
+    assert (run.returncode, found["exitCode"]) == (1, 1), run.stderr
+    assert [(one["level"], one["check"], one["about"]) for one in found["findings"] if one["level"] != "ok"] == [
+        ("error", check, [f"file system of {state}"])
+    ]
+
+
+@pytest.mark.parametrize("san", ["new.example.com", "zz.example.com"])
+def test_compares_the_sans_with_kubeadm_config(site: Site, san: str) -> None:
+    """What the cluster's own configuration would put into the certificate; where no API server answers that is said."""
+    assert "not compared" in site.bridge.run("doctor").stdout
+    place = Place(name=NODE, address="127.0.0.1", directory=site.pki.root / "etc", cas={})
+    config = f"apiServer:\n  certSANs: [{san}]\ncontrolPlaneEndpoint: api.example.com:6443\n"
+    state = apiserver.State(config=config)
+    with apiserver.serving(place, state):
+        site.edit(site.manifest("kube-apiserver"), "--secure-port=6443", f"--secure-port={state.port}")
+        wrong = site.wrong()
+    assert wrong == ({("warning", "sans-of-kubeadm-config", "apiserver")} if san == "new.example.com" else set())
+
+
+def test_one_cause_is_told_once(site: Site) -> None:
+    """For all certificates and CAs that it concerns; exit 3 for warnings, 1 for an error, as text and as JSON."""
+    for path in site.pki.pki_dir.glob("*.key"):
+        path.chmod(0o640)
+        os.chown(path, -1, 12345)
+    site.bridge.add("hooks", {"success": "/nowhere/tell", "failure": "/nowhere/tell"})
+    run = site.bridge.run("doctor", "-o", "json")
+    told = json.loads(run.stdout)
+    assert (run.returncode, told["schemaVersion"], told["exitCode"]) == (1, 1, 1)
+    wrong = {one["check"]: one for one in told["findings"] if one["level"] != "ok"}
+    assert wrong["hook"]["about"] == ["hook success", "hook failure"]
+    assert [one["level"] for one in told["findings"]] == sorted(
+        (one["level"] for one in told["findings"]), key=findings.LEVELS.index
+    )
+    text = site.bridge.run("doctor")
+    assert text.stdout.count("/nowhere/tell") == 1
+    for path in site.pki.pki_dir.glob("*.key"):
+        path.chmod(0o600)
+    assert site.bridge.run("doctor").returncode == 3
+
+
+def test_without_a_backend_nobody_was_asked(site: Site) -> None:
+    """Which is how requests are carried by hand, and nothing is wrong with that; with one table the others are missing."""
+    run = site.bridge.run("doctor")
+    assert (run.returncode, "by hand" in run.stdout, "nobody was asked" in run.stdout) == (0, True, True)
+    add_openssl(site.bridge, "ca")
+    assert ("error", "settings", "settings") in site.wrong()
+
+
+def test_an_exchange_is_not_said_to_be_the_right_ca(site: Site) -> None:
+    """Its directories are there; what a CA makes of it is known when it has answered."""
+    boxes = {name: site.bridge.directory / name for name in ("outbox", "inbox")}
+    site.bridge.add("backend.door", {"type": "exchange", **{name: str(path) for name, path in boxes.items()}})
+    for authority in ("ca", "etcd-ca", "front-proxy-ca"):
+        site.bridge.add(f"authority.{authority}", {"backend": "door"})
+    missing = site.bridge.run("doctor")
+    assert missing.returncode == 1
+    assert missing.stdout.count("found no directory") == 1
+    for path in boxes.values():
+        path.mkdir()
+    run = site.bridge.run("doctor")
+    assert run.returncode == 0, run.stdout
+    assert run.stdout.count("door (exchange) can be used; nobody was asked") == 1
+    assert "the right CA" not in run.stdout
+
+
+def test_on_a_machine_that_is_no_node_one_sentence_is_enough(tmp_path: Path) -> None:
+    """Not one for each certificate that is not there."""
+    bridge = Bridge(pki=Pki(root=tmp_path / "empty", external=True), directory=tmp_path / "bridge")
+    run = bridge.run("doctor")
+    assert run.returncode == 1
+    assert run.stdout.count("wanted") == 1
+    assert "no control plane here" in run.stdout
+    assert "--pki-dir" in run.stdout
