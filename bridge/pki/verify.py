@@ -3,6 +3,7 @@ Proof that a CA's answer is exactly what was asked for (pure: no file, no networ
 
 kubeadm checks little more than the chain (its init accepts an apiserver.crt with an empty subject, no SAN and a foreign
 key), so every property that makes a certificate work is checked here, and all that is wrong is told at once.
+What Kubernetes' own library can't read or verify is refused, too (`bridge.pki.go_x509`).
 Not checked: revocation (no component of the control plane looks at it) and the key identifiers (Go's path
 building does without them).
 """
@@ -19,10 +20,11 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509 import verification
-from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from bridge.contract import Issued, SignRequest
 from bridge.errors import VerificationError, Violation
+from bridge.pki import go_x509
 from bridge.pki.certificates import (
     UNREADABLE,
     attributes,
@@ -51,18 +53,6 @@ MIN_RSA_BITS = 2048
 _STRONG_CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
 _TIME = "%Y-%m-%d %H:%M:%S"
 _WEAK_HASHES = (hashes.MD5, hashes.SHA1)
-# crypto/x509 of Go handles these; any other critical one makes the whole certificate invalid (RFC 5280 §4.2)
-_KNOWN_EXTENSIONS = {
-    ExtensionOID.KEY_USAGE,
-    ExtensionOID.EXTENDED_KEY_USAGE,
-    ExtensionOID.BASIC_CONSTRAINTS,
-    ExtensionOID.SUBJECT_ALTERNATIVE_NAME,
-    ExtensionOID.SUBJECT_KEY_IDENTIFIER,
-    ExtensionOID.AUTHORITY_KEY_IDENTIFIER,
-    ExtensionOID.CERTIFICATE_POLICIES,
-    ExtensionOID.CRL_DISTRIBUTION_POINTS,
-    ExtensionOID.AUTHORITY_INFORMATION_ACCESS,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,11 +84,11 @@ def check(issued: Issued, request: SignRequest, expected: Expectation) -> Verifi
     Raises:
         VerificationError: With every violation.
     """
-    violations = list(_unreadable(issued))
+    violations = [*_unreadable(issued), *_unreadable_anchor(expected)]
     path: tuple[x509.Certificate, ...] = ()
     if not violations:
         violations = list(_violations(issued, request, expected))
-        path, broken = _chain(issued, expected)
+        path, broken = _chain(issued, expected, request.spec.ekus)
         violations += broken
     if violations:
         raise VerificationError(request.spec.name, violations)
@@ -118,13 +108,28 @@ _PARTS: dict[str, Callable[[x509.Certificate], object]] = {
 
 def _unreadable(issued: Issued) -> Iterator[Violation]:
     """Parts that nobody can judge; without them no other check makes sense."""
-    for certificate in (issued.leaf, *issued.intermediates):
-        for part, read in _PARTS.items():
-            try:
-                read(certificate)
-            except UNREADABLE as e:
-                got = str(e) if certificate is issued.leaf else f"an intermediate's that can't: {e}"
-                yield Violation(subject=part, want="one that can be read", got=got)
+    for part, why in _parts_unreadable(issued.leaf):
+        yield Violation(subject=part, want="one that can be read", got=why)
+    for intermediate in issued.intermediates:
+        for part, why in _parts_unreadable(intermediate):
+            yield Violation(subject=part, want="one that can be read", got=f"an intermediate's that can't: {why}")
+
+
+def _unreadable_anchor(expected: Expectation) -> Iterator[Violation]:
+    """The same of the node's own CA certificate."""
+    for anchor in expected.anchors[:1]:
+        for part, why in _parts_unreadable(anchor):
+            want = f"a CA certificate in {expected.anchor_name} that can be read"
+            yield Violation(subject="chain", want=want, got=f"one whose {part} can't: {why}")
+
+
+def _parts_unreadable(certificate: x509.Certificate) -> Iterator[tuple[str, str]]:
+    """The names of the parts, and why."""
+    for part, read in _PARTS.items():
+        try:
+            read(certificate)
+        except UNREADABLE as e:
+            yield part, str(e)
 
 
 def _violations(issued: Issued, request: SignRequest, expected: Expectation) -> Iterator[Violation]:
@@ -138,7 +143,7 @@ def _violations(issued: Issued, request: SignRequest, expected: Expectation) -> 
     yield from _ekus(leaf, request)
     yield from _key_usage(leaf)
     yield from _not_a_ca(leaf)
-    yield from _critical(leaf)
+    yield from go_x509.form(leaf, leaf=True)
 
 
 def _public_key(leaf: x509.Certificate, csr: x509.CertificateSigningRequest) -> Iterator[Violation]:
@@ -238,14 +243,6 @@ def _not_a_ca(leaf: x509.Certificate) -> Iterator[Violation]:
         yield Violation(subject="BasicConstraints", want="CA:FALSE", got="CA:TRUE")
 
 
-def _critical(leaf: x509.Certificate) -> Iterator[Violation]:
-    """Go refuses a certificate with a critical extension that it does not handle (RFC 5280 §4.2)."""
-    unknown = [e.oid for e in leaf.extensions if e.critical and e.oid not in _KNOWN_EXTENSIONS]
-    if unknown:
-        names = ", ".join(oid_label(oid.dotted_string) for oid in unknown)
-        yield Violation(subject="critical extension", want="none that Kubernetes does not know", got=names)
-
-
 def _form(leaf: x509.Certificate) -> Iterator[Violation]:
     """Version 3, a positive serial number (RFC 5280 §4.1.2.2), no signature by SHA-1 or MD5 (Go refuses both)."""
     if leaf.version is not x509.Version.v3:
@@ -309,7 +306,9 @@ def _days(duration: timedelta) -> str:
     )
 
 
-def _chain(issued: Issued, expected: Expectation) -> tuple[tuple[x509.Certificate, ...], list[Violation]]:
+def _chain(
+    issued: Issued, expected: Expectation, ekus: Iterable[EKU]
+) -> tuple[tuple[x509.Certificate, ...], list[Violation]]:
     """
     A path from the leaf to the node's trust anchor, with path lengths and name constraints (RFC 5280 §6).
 
@@ -327,7 +326,11 @@ def _chain(issued: Issued, expected: Expectation) -> tuple[tuple[x509.Certificat
     except verification.VerificationError as e:
         return (), [_chain_violation(issued, expected, time, str(e))]
     intermediates = tuple(path[1:-1])
-    return intermediates, list(_path_violations(leaf, intermediates, anchor, expected))
+    violations = [
+        *_path_violations(leaf, intermediates, anchor, expected),
+        *go_x509.path(leaf, intermediates, anchor, ekus),
+    ]
+    return intermediates, violations
 
 
 def _longest_first(intermediates: Sequence[x509.Certificate]) -> list[x509.Certificate]:

@@ -115,7 +115,7 @@ def attack(bridge: Bridge, request: pytest.FixtureRequest) -> Iterator[Attack]:
         bridge.add("renewal", {"key": algorithm})
         bridge.add("backend.corp", {"type": "vault", "url": ca.url, "timeout": "20s", "retry_for": "1s"})
         bridge.add("backend.corp.auth", {"method": "token", "token_file": bridge.secret("token", forger.TOKEN)})
-        bridge.add(f"authority.{authority.name}", {"backend": "corp", "mount": forger.MOUNT})
+        bridge.add(f"authority.{authority.name}", {"backend": "corp", "mount": forger.MOUNT, "role": "kubeadm-{name}"})
         yield Attack(bridge=bridge, forger=ca, root=root)
 
 

@@ -193,6 +193,8 @@ def as_dns(value: str) -> x509.GeneralName:
 
 ADMIN = name((ORG, "kubeadm:cluster-admins"), (CN, "kubernetes-admin"))
 UNKNOWN = x509.UnrecognizedExtension(ObjectIdentifier("1.2.3.4"), b"\x05\x00")
+KEY_ID = x509.SubjectKeyIdentifier(b"12345678")
+POLICY = x509.PolicyInformation(ObjectIdentifier("1.2.3"), None)
 CA_TRUE = x509.BasicConstraints(ca=True, path_length=None)
 CA_TRUE_0 = x509.BasicConstraints(ca=True, path_length=0)
 ADDRESS = "10.96.0.1"
@@ -265,7 +267,13 @@ HOSTILE: dict[str, Case] = {
         lambda desk: desk.issue(extra=UNKNOWN, extra_critical=True),
         lambda desk: desk.issue(extra=UNKNOWN),
     ),
-    "name constraints in a leaf": changed("critical extension, chain", extra=constrained("x"), extra_critical=True),
+    "name constraints in a leaf": changed("extension, chain", extra=constrained("x"), extra_critical=True),
+    "a critical key identifier": case(
+        "critical extension",
+        lambda desk: desk.issue(extra=KEY_ID, extra_critical=True),
+        lambda desk: desk.issue(extra=KEY_ID),
+    ),
+    "a certificate policy twice": changed("certificate policies", extra=x509.CertificatePolicies([POLICY, POLICY])),
     "SHA-1": weak("sha1"),
     "MD5": weak("md5"),
     # dates
@@ -319,6 +327,8 @@ HOSTILE: dict[str, Case] = {
         lambda desk: desk.through(desk.ca()),
         root=lambda now: Signer.make(path_length=0, **dates(now)),
     ),
+    "an intermediate for clients alone": below(extra=x509.ExtendedKeyUsage([ObjectIdentifier(CLIENT)])),
+    "an intermediate with a critical key identifier": below(extra=KEY_ID, extra_critical=True),
     "names that the intermediate may not give": below(constraints=constrained("example.org")),
     "an address that the intermediate may not give": below(constraints=constrained(excluded="10.96.0.0/12")),
 }  # fmt: skip

@@ -58,6 +58,8 @@ class Signer:
         path_length: int | None = None,
         key_usage: x509.KeyUsage | None = None,
         constraints: x509.NameConstraints | None = None,
+        extra: x509.ExtensionType | None = None,
+        extra_critical: bool = False,
         begin: datetime = NOW - timedelta(days=100),
         end: datetime = NOW + timedelta(days=3000),
         hash_algorithm: hashes.SHA256 | hashes.SHA384 | None = None,
@@ -79,6 +81,8 @@ class Signer:
         )
         if constraints is not None:
             builder = builder.add_extension(constraints, critical=True)
+        if extra is not None:
+            builder = builder.add_extension(extra, critical=extra_critical)
         certificate = builder.sign(issuer.key if parent else own, hash_algorithm or hashes.SHA256())
         return cls(certificate=certificate, key=own)
 

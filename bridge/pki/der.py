@@ -1,0 +1,82 @@
+"""Reading DER where the library gives values and the bytes count (X.690 §8 and §10). Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+#: Tags, with the bit for "constructed" where the type has it.
+BOOLEAN, INTEGER, BIT_STRING, OCTET_STRING, OID, SEQUENCE, SET = 0x01, 0x02, 0x03, 0x04, 0x06, 0x30, 0x31
+
+_CONSTRUCTED = 0x20
+_CONTEXT = 0x80
+_LONG_TAG = 0x1F
+
+
+def context(number: int, *, constructed: bool = False) -> int:
+    """The tag `[number]`."""
+    return _CONTEXT | number | (_CONSTRUCTED if constructed else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Element:
+    """One value: tag, length, content."""
+
+    tag: int
+    content: bytes
+    encoded: bytes  #: All three.
+
+    def children(self) -> list[Element]:
+        """
+        The values inside.
+
+        Raises:
+            ValueError: It is no DER.
+        """
+        return list(elements(self.content))
+
+
+def elements(data: bytes) -> Iterator[Element]:
+    """
+    Values that follow each other.
+
+    Raises:
+        ValueError: It is no DER; also for tags of more than one byte, which X.509 has nowhere.
+    """
+    position = 0
+    while position < len(data):
+        begin = position
+        tag = data[position]
+        length, position = _length(data, position + 1)
+        end = position + length
+        if tag & _LONG_TAG == _LONG_TAG or end > len(data):
+            raise ValueError("not DER")
+        yield Element(tag, data[position:end], data[begin:end])
+        position = end
+
+
+def _length(data: bytes, position: int) -> tuple[int, int]:
+    """A length in its shortest form, and where the content begins."""
+    if position >= len(data):
+        raise ValueError("not DER")
+    first = data[position]
+    if first < 0x80:  # noqa: PLR2004 (X.690 §8.1.3.4: the short form)
+        return first, position + 1
+    end = position + 1 + (first & 0x7F)
+    value = int.from_bytes(data[position + 1 : end])
+    if end > len(data) or value.bit_length() <= 8 * ((first & 0x7F) - 1) or value < 0x80:  # noqa: PLR2004
+        raise ValueError("not DER")
+    return value, end
+
+
+def one(data: bytes, tag: int) -> Element:
+    """
+    The one value that the bytes are.
+
+    Raises:
+        ValueError: It is another, or it is not alone.
+    """
+    found = list(elements(data))
+    if len(found) != 1 or found[0].tag != tag:
+        raise ValueError("not DER of the type that was expected")
+    return found[0]

@@ -1,0 +1,467 @@
+"""
+What Go's crypto/x509 and crypto/tls refuse to read or to verify: all components of Kubernetes use them (pure).
+
+The library that we verify paths with takes more than Go in places; what only it takes would be installed, and no
+component would start with it. The rules are those of Go 1.26 (`parser.go`, `verify.go`, `constraints.go`).
+Where Go's rule is long and no CA needs it, ours is shorter and stricter: `docs/verification.md` lists those.
+A differential test asks Go itself about thousands of mutated answers (`tests/attack/test_judge.py`).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
+
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
+
+from bridge.errors import Violation
+from bridge.pki import der, shown
+from bridge.pki.certificates import UNREADABLE, extension, oid_label, serial
+from bridge.specs import EKU
+from bridge.words import one_line
+
+#: crypto/tls makes no connection with a longer key in any certificate that is sent.
+MAX_RSA_BITS = 8192
+
+#: crypto/tls reads no certificate message of more than 256 KiB; certificates of this kind have 1 to 2 KiB.
+MAX_CHAIN_BYTES = 64 * 1024
+
+ANY_EKU = ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE.dotted_string
+_ANY_POLICY = "2.5.29.32.0"
+
+#: Extensions that are for CAs alone (RFC 5280 §4.2.1.5, §4.2.1.10, §4.2.1.11, §4.2.1.14).
+_CA_ONLY = (
+    ExtensionOID.NAME_CONSTRAINTS,
+    ExtensionOID.POLICY_MAPPINGS,
+    ExtensionOID.POLICY_CONSTRAINTS,
+    ExtensionOID.INHIBIT_ANY_POLICY,
+)
+#: Critical ones that make Go refuse to read the certificate (RFC 5280 §4.2.1.1, §4.2.1.2, §4.2.2.1).
+_NEVER_CRITICAL = (
+    ExtensionOID.SUBJECT_KEY_IDENTIFIER,
+    ExtensionOID.AUTHORITY_KEY_IDENTIFIER,
+    ExtensionOID.AUTHORITY_INFORMATION_ACCESS,
+)
+#: Critical ones that Go handles; any other makes the whole certificate invalid (RFC 5280 §4.2).
+_HANDLED = {
+    ExtensionOID.KEY_USAGE,
+    ExtensionOID.EXTENDED_KEY_USAGE,
+    ExtensionOID.BASIC_CONSTRAINTS,
+    ExtensionOID.SUBJECT_ALTERNATIVE_NAME,
+    ExtensionOID.CERTIFICATE_POLICIES,
+    ExtensionOID.CRL_DISTRIBUTION_POINTS,
+    *_CA_ONLY,
+}
+#: Those of SANs and of name constraints that Go handles.
+_NAMES = (x509.DNSName, x509.IPAddress, x509.RFC822Name, x509.UniformResourceIdentifier)
+
+_UTF8, _NUMERIC, _PRINTABLE, _T61, _IA5, _BMP = 0x0C, 0x12, 0x13, 0x14, 0x16, 0x1E
+#: A leaf's values say who it is for, and are read alike by everybody in these types alone.
+_LEAF_STRINGS = (_UTF8, _PRINTABLE, _IA5)
+_STRING_NAMES = {
+    _NUMERIC: "NumericString",
+    _T61: "T61String",
+    0x1A: "VisibleString",
+    0x1C: "UniversalString",
+    _BMP: "BMPString",
+    der.OCTET_STRING: "OCTET STRING",
+    der.BIT_STRING: "BIT STRING",
+}
+_PRINTABLE_VALUE = re.compile(rb"[A-Za-z0-9 '()+,\-./:=?*&]*")
+_NUMERIC_VALUE = re.compile(rb"[0-9 ]*")
+#: A host name as Go takes it where constraints are compared; `domainNameValid` in its parser.go.
+_DOMAIN = re.compile(r"(?:[!-\-/-~]{1,63}\.)*[!-\-/-~]{1,63}")
+#: A URI that Go reads: a scheme, and a host of a plain name or address where there is one.
+_URI = re.compile(r"[a-z][a-z0-9+.-]*:(?://[\w-]+(?:\.[\w-]+)*(?:/[\w/.~:@-]*)?|[\w.~:@-][\w/.~:@-]*)", re.ASCII)
+
+
+# --- one certificate by itself ----------------------------------------------------------------------------------------
+
+
+def form(certificate: x509.Certificate, *, leaf: bool) -> Iterator[Violation]:
+    """
+    What Go can't read in one certificate, or can't handle.
+
+    Args:
+        certificate: Of which all parts can be read (`bridge.pki.certificates.UNREADABLE` otherwise).
+        leaf: Its names say who it is for, and it is no CA; False for intermediates and the anchor.
+    """
+    try:
+        fields = _fields(certificate)
+        yield from _identifiers(certificate, fields, leaf=leaf)
+        yield from _strings(fields, leaf=leaf)
+        yield from _encodings(certificate, fields)
+        yield from _extensions(certificate, leaf=leaf)
+    except ValueError as e:
+        yield Violation(subject="form", want="DER that Kubernetes can read", got=str(e))
+
+
+def _fields(certificate: x509.Certificate) -> list[der.Element]:
+    """serialNumber, signature, issuer, validity, subject, subjectPublicKeyInfo, … (RFC 5280 §4.1)."""
+    found = der.one(certificate.tbs_certificate_bytes, der.SEQUENCE).children()
+    return [field for field in found if field.tag != der.context(0, constructed=True)]
+
+
+def _identifiers(certificate: x509.Certificate, fields: Sequence[der.Element], *, leaf: bool) -> Iterator[Violation]:
+    """
+    Serial numbers are not negative; both names of the signature's algorithm are the same bytes.
+
+    A leaf's serial number is judged with the rest of its form, and must not be 0 either; kubeadm's old CAs have 0.
+    """
+    _small_oid(fields[1].children()[0].content)
+    if not leaf and serial(certificate) < 0:
+        yield Violation(subject="serial number", want="a positive number", got=str(serial(certificate)))
+    outer = der.one(certificate.public_bytes(serialization.Encoding.DER), der.SEQUENCE).children()[1]
+    if outer.encoded != fields[1].encoded:
+        yield Violation(subject="signature", want="one algorithm", got="two that differ")
+
+
+def _strings(fields: Sequence[der.Element], *, leaf: bool) -> Iterator[Violation]:
+    """Each attribute of issuer and subject is of a string type that Go reads, and holds what the type allows."""
+    for label, name, is_leaf in (("issuer", fields[2], False), ("subject", fields[4], leaf)):
+        for rdn in name.children():
+            for attribute in rdn.children():
+                kind, value = attribute.children()
+                _small_oid(kind.content)
+                if not _is_readable(value, leaf=is_leaf):
+                    got = _STRING_NAMES.get(value.tag, f"type {value.tag}" if value.tag not in _LEAF_STRINGS else "")
+                    want = "UTF8String, PrintableString or IA5String" if is_leaf else "a string type that Go reads"
+                    yield Violation(subject=label, want=want, got=got or "a value that its string type does not allow")
+
+
+def _is_readable(value: der.Element, *, leaf: bool) -> bool:
+    if leaf and value.tag not in _LEAF_STRINGS:
+        return False
+    allowed = _ALLOWED.get(value.tag)
+    return allowed is not None and allowed(value.content)
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _is_bmp(content: bytes) -> bool:
+    """UCS-2 without surrogates and what is no character; a zero at the end is cut."""
+    points = [int.from_bytes(content[i : i + 2]) for i in range(0, len(content), 2)]
+    odd = (range(0xD800, 0xE000), range(0xFDD0, 0xFDF0), range(0xFFFE, 0x10000))
+    return len(content) % 2 == 0 and not any(point in some for point in points for some in odd)
+
+
+#: By string type: what its content may be.
+_ALLOWED: dict[int, Callable[[bytes], bool]] = {
+    _UTF8: _is_utf8,
+    _PRINTABLE: lambda content: _PRINTABLE_VALUE.fullmatch(content) is not None,
+    _IA5: bytes.isascii,
+    _NUMERIC: lambda content: _NUMERIC_VALUE.fullmatch(content) is not None,
+    _T61: lambda _: True,
+    _BMP: _is_bmp,
+}
+
+
+def _encodings(certificate: x509.Certificate, fields: Sequence[der.Element]) -> Iterator[Violation]:
+    """
+    The public key is encoded as its type's standard has it (RFC 3279 §2.3), and times are as RFC 5280 §4.1.2.5 has them.
+
+    Go reads no compressed point, no curve by its parameters, no RSA key without NULL, no key that is for PSS alone.
+    """
+    key = certificate.public_key()
+    plain = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    if fields[5].encoded != plain:
+        yield Violation(subject="public key", want="one in its usual encoding", got="one that Go can't read")
+    if isinstance(key, rsa.RSAPublicKey):
+        exponent = key.public_numbers().e
+        if key.key_size > MAX_RSA_BITS:
+            yield Violation(subject="key size", want=f"RSA of at most {MAX_RSA_BITS} bits", got=f"{key.key_size} bits")
+        if exponent % 2 == 0 or not 1 < exponent < 1 << 31:
+            yield Violation(subject="public key", want="an odd exponent below 2^31", got=f"{exponent:#x}"[:40])
+
+
+def _small_oid(content: bytes) -> None:
+    """
+    Go reads no OID with a number of more than 31 bits (such as those made of UUIDs) in names, extensions and EKUs.
+
+    Raises:
+        ValueError: It is one.
+    """
+    number = 0
+    for byte in content:
+        number = number << 7 | byte & 0x7F
+        if number >= 1 << 31:
+            raise ValueError("an object identifier with a number of more than 31 bits")
+        if not byte & 0x80:
+            number = 0
+
+
+def _extensions(certificate: x509.Certificate, *, leaf: bool) -> Iterator[Violation]:
+    for each in certificate.extensions:
+        if each.critical:
+            yield from _critical(each)
+        if leaf and each.oid in _CA_ONLY:
+            yield Violation(subject="extension", want="none that is for CAs", got=_label(each.oid))
+        match each.value:
+            case x509.SubjectAlternativeName():
+                yield from _sans(each.value, critical=each.critical)
+            case x509.NameConstraints():
+                yield from _constraints(each.value, critical=each.critical)
+            case x509.CRLDistributionPoints():
+                yield from _crl_points(each.value)
+            case x509.CertificatePolicies():
+                yield from _certificate_policies(each.value)
+    for each in _raw_extensions(certificate):
+        _small_oid(each[0])
+        if each[0] in _RAW_CHECKS:
+            _RAW_CHECKS[each[0]](each[1])
+
+
+def _raw_extensions(certificate: x509.Certificate) -> Iterator[tuple[bytes, bytes]]:
+    """OID and value of each, as encoded."""
+    for field in _fields(certificate):
+        if field.tag == der.context(3, constructed=True):
+            for each in der.one(field.content, der.SEQUENCE).children():
+                parts = each.children()
+                yield parts[0].content, parts[-1].content
+
+
+def _critical(each: x509.Extension[x509.ExtensionType]) -> Iterator[Violation]:
+    """Go refuses some that are critical against the RFC, and all that it does not handle."""
+    if each.oid in _NEVER_CRITICAL:
+        yield Violation(subject="critical extension", want=f"{_label(each.oid)} not critical", got="it is")
+    elif each.oid not in _HANDLED:
+        yield Violation(subject="critical extension", want="none that Kubernetes does not know", got=_label(each.oid))
+
+
+def _label(oid: x509.ObjectIdentifier) -> str:
+    return oid_label(oid.dotted_string)
+
+
+def _sans(names: x509.SubjectAlternativeName, *, critical: bool) -> Iterator[Violation]:
+    """A critical SAN of which Go handles no name is an extension that it does not know; URIs and addresses must be such."""
+    if critical and not any(isinstance(name, _NAMES) for name in names):
+        yield Violation(subject="SAN", want="a name that Kubernetes knows, since it is critical", got="none")
+    for name in names:
+        if isinstance(name, x509.UniformResourceIdentifier) and not _URI.fullmatch(name.value):
+            yield Violation(subject="SAN", want="a URI with a plain host name", got=one_line(repr(name.value), 80))
+        if isinstance(name, x509.IPAddress) and isinstance(name.value, ipaddress.IPv4Network | ipaddress.IPv6Network):
+            yield Violation(subject="SAN", want="IP addresses", got=f"a network, {name.value}")
+
+
+def _constraints(constraints: x509.NameConstraints, *, critical: bool) -> Iterator[Violation]:
+    """Kinds of names that Go handles, each with a value that it can read."""
+    subtrees = [*(constraints.permitted_subtrees or ()), *(constraints.excluded_subtrees or ())]
+    for base in subtrees:
+        if not isinstance(base, _NAMES):
+            if critical:
+                got = f"{type(base).__name__}"
+                yield Violation(subject="name constraints", want="DNS, IP, email and URI names alone", got=got)
+        elif not _is_constraint(base):
+            yield Violation(
+                subject="name constraints", want="names that Go can compare", got=one_line(repr(base.value), 80)
+            )
+
+
+def _is_constraint(base: x509.GeneralName) -> bool:
+    if isinstance(base, x509.IPAddress):
+        return isinstance(base.value, ipaddress.IPv4Network | ipaddress.IPv6Network)
+    value = str(base.value)
+    if isinstance(base, x509.UniformResourceIdentifier) and _is_address(value):
+        return False
+    return value == "" or _DOMAIN.fullmatch(value.removeprefix(".")) is not None
+
+
+def _is_address(value: str) -> bool:
+    try:
+        ipaddress.ip_address(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _crl_points(points: x509.CRLDistributionPoints) -> Iterator[Violation]:
+    """Go reads no distribution point that is named relative to its issuer (RFC 5280 §4.2.1.13)."""
+    if any(point.relative_name is not None for point in points):
+        yield Violation(subject="CRL distribution points", want="full names", got="one relative to its issuer")
+
+
+def _certificate_policies(policies: x509.CertificatePolicies) -> Iterator[Violation]:
+    """Each once (RFC 5280 §4.2.1.4)."""
+    twice = [oid for oid, count in Counter(policy.policy_identifier for policy in policies).items() if count > 1]
+    if twice:
+        yield Violation(subject="certificate policies", want="each once", got=f"{_label(twice[0])} twice")
+
+
+def _assert_mappings(value: bytes) -> None:
+    """policyMappings are pairs of OIDs; the library does not read them (RFC 5280 §4.2.1.5)."""
+    for pair in der.one(value, der.SEQUENCE).children():
+        tags = [part.tag for part in der.one(pair.encoded, der.SEQUENCE).children()]
+        if tags != [der.OID, der.OID]:
+            raise ValueError("policyMappings that are no pairs of policies")
+
+
+def _assert_small_oids(value: bytes) -> None:
+    """The OIDs of EKUs, and of access methods."""
+    for each in der.one(value, der.SEQUENCE).children():
+        _small_oid((each if each.tag == der.OID else each.children()[0]).content)
+
+
+_MAPPINGS = bytes([0x55, 0x1D, 33])
+_RAW_CHECKS: dict[bytes, Callable[[bytes], None]] = {
+    _MAPPINGS: _assert_mappings,
+    bytes([0x55, 0x1D, 37]): _assert_small_oids,
+    bytes.fromhex("2b06010505070101"): _assert_small_oids,
+}
+
+
+# --- a path -----------------------------------------------------------------------------------------------------------
+
+
+def path(
+    leaf: x509.Certificate,
+    intermediates: Sequence[x509.Certificate],
+    anchor: x509.Certificate,
+    ekus: Iterable[EKU],
+) -> Iterator[Violation]:
+    """
+    What Go does not follow in a path that the library has built.
+
+    Args:
+        leaf: What is to be installed.
+        intermediates: Each certifies the one before it.
+        anchor: Certifies the last one.
+        ekus: Each is needed by itself: etcd's certificates are a server's and a client's.
+    """
+    for issuer in (*intermediates, anchor):
+        who = "the CA" if issuer is anchor else f"intermediate {shown.name(issuer)}"
+        for violation in form(issuer, leaf=False):
+            want = f"{violation.subject} with {violation.want} in each issuer"
+            yield Violation(subject="chain", want=want, got=f"{violation.got} in {who}")
+        yield from _covers(issuer, who, ekus)
+    whole = (leaf, *intermediates, anchor)
+    try:
+        yield from _links(whole)
+        yield from _policies((leaf, *intermediates))
+        yield from _constrained(whole)
+    except UNREADABLE as e:
+        yield Violation(subject="chain", want="issuers that can be read", got=str(e))
+
+
+def _covers(issuer: x509.Certificate, who: str, ekus: Iterable[EKU]) -> Iterator[Violation]:
+    """An issuer that lists EKUs allows no other below it, anchors included (`checkChainForKeyUsage` in verify.go)."""
+    listed = extension(issuer, x509.ExtendedKeyUsage)
+    if listed is None:
+        return
+    found = {usage.dotted_string for usage in listed}
+    lacking = sorted(eku.label for eku in ekus if eku.value not in found)
+    if lacking and ANY_EKU not in found:
+        got = f"{who} with EKU {', '.join(sorted(map(oid_label, found)))} alone"
+        yield Violation(subject="chain", want=f"issuers whose EKU covers {' and '.join(lacking)}", got=got)
+
+
+def _links(whole: Sequence[x509.Certificate]) -> Iterator[Violation]:
+    """Names are the same bytes, path lengths count every issuer, none is there twice, and all fit into a message."""
+    for child, issuer in pairwise(whole):
+        if _fields(child)[2] != _fields(issuer)[4]:
+            yield Violation(subject="chain", want="issuer names that are encoded alike", got=shown.issuer(child))
+    for below, issuer in enumerate(whole[1:]):
+        constraints = extension(issuer, x509.BasicConstraints)
+        if constraints and constraints.path_length is not None and below > constraints.path_length:
+            got = f"{below} below {shown.name(issuer)}"
+            yield Violation(subject="chain", want=f"at most {constraints.path_length} intermediates", got=got)
+    if len({(_fields(each)[4].encoded, _fields(each)[5].encoded) for each in whole}) < len(whole):
+        yield Violation(subject="chain", want="each CA once", got="two certificates of one name and key")
+    size = sum(len(each.public_bytes(serialization.Encoding.DER)) for each in whole[:-1])
+    if size > MAX_CHAIN_BYTES:
+        yield Violation(subject="chain", want=f"at most {MAX_CHAIN_BYTES} bytes", got=f"{size} bytes")
+
+
+def _policies(sent: Sequence[x509.Certificate]) -> Iterator[Violation]:
+    """
+    Where an issuer demands policies, one is in all certificates below the anchor, without a mapping.
+
+    RFC 5280 §6.1 allows more (anyPolicy, mapped policies); who demands policies names them.
+    """
+    mapped = [each for each in sent if _mappings(each)]
+    demanded = [each for each in sent if _demands_policy(each)]
+    if any(_ANY_POLICY_DER in pair for each in mapped for pair in _mappings(each)):
+        yield Violation(subject="chain", want="no policy mapped from or to anyPolicy", got=shown.name(mapped[0]))
+    if not demanded:
+        return
+    common = set.intersection(*map(_policy_oids, sent)) - {_ANY_POLICY}
+    if mapped or not common:
+        got = f"none, and policyConstraints in {shown.name(demanded[0])}"
+        yield Violation(subject="chain", want="one certificate policy in the whole path, not mapped", got=got)
+
+
+_ANY_POLICY_DER = bytes([0x55, 0x1D, 32, 0])
+
+
+def _mappings(certificate: x509.Certificate) -> list[tuple[bytes, bytes]]:
+    values = [value for oid, value in _raw_extensions(certificate) if oid == _MAPPINGS]
+    pairs = [pair.children() for value in values for pair in der.one(value, der.SEQUENCE).children()]
+    return [(issuer.content, subject.content) for issuer, subject in pairs]
+
+
+def _demands_policy(certificate: x509.Certificate) -> bool:
+    constraints = extension(certificate, x509.PolicyConstraints)
+    return constraints is not None and constraints.require_explicit_policy is not None
+
+
+def _policy_oids(certificate: x509.Certificate) -> set[str]:
+    policies = extension(certificate, x509.CertificatePolicies)
+    return {policy.policy_identifier.dotted_string for policy in policies or ()}
+
+
+# --- name constraints -------------------------------------------------------------------------------------------------
+
+
+def _constrained(whole: Sequence[x509.Certificate]) -> Iterator[Violation]:
+    """
+    The SANs of all certificates below a constrained issuer are within its constraints (RFC 5280 §4.2.1.10).
+
+    Go holds those of self-issued certificates to them, too, and refuses names that it can't compare.
+    """
+    for index, issuer in enumerate(whole):
+        constraints = extension(issuer, x509.NameConstraints)
+        if constraints is None:
+            continue
+        for below in whole[:index]:
+            for name in extension(below, x509.SubjectAlternativeName) or ():
+                if isinstance(name, _NAMES) and not _is_within(name, constraints):
+                    got = one_line(repr(name.value), 80)
+                    want = f"names within the constraints of {shown.name(issuer)}"
+                    yield Violation(subject="chain", want=want, got=got)
+
+
+def _is_within(name: x509.GeneralName, constraints: x509.NameConstraints) -> bool:
+    if isinstance(name, x509.RFC822Name | x509.UniformResourceIdentifier):
+        return False  # kubeadm makes none; comparing them is Go's alone
+    if isinstance(name, x509.DNSName) and not _DOMAIN.fullmatch(name.value):
+        return False
+    permitted = [base for base in constraints.permitted_subtrees or () if type(base) is type(name)]
+    excluded = [base for base in constraints.excluded_subtrees or () if type(base) is type(name)]
+    if any(_matches(name, base) or _is_wildcard_of(name, base) for base in excluded):
+        return False
+    return not permitted or any(_matches(name, base) for base in permitted)
+
+
+def _matches(name: x509.GeneralName, base: x509.GeneralName) -> bool:
+    if isinstance(name, x509.IPAddress):
+        return isinstance(base.value, ipaddress.IPv4Network | ipaddress.IPv6Network) and name.value in base.value
+    value, end = str(name.value).lower(), str(base.value).lower()
+    return end in ("", value) or value.endswith(end if end.startswith(".") else f".{end}")
+
+
+def _is_wildcard_of(name: x509.GeneralName, base: x509.GeneralName) -> bool:
+    """Whether a wildcard covers the excluded name."""
+    if not isinstance(name, x509.DNSName) or not name.value.startswith("*"):
+        return False
+    return str(base.value).lower().partition(".")[2] == name.value.lower().partition(".")[2]

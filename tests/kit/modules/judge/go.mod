@@ -1,0 +1,3 @@
+module ca-bridge/judge
+
+go 1.26.0
