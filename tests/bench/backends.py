@@ -3,7 +3,7 @@ What a backend costs beside the bare request or program in a loop: the same CSRs
 
 `python -m tests.bench.backends [NAME…] [--requests N] [--rounds N] [--docs]` prints a table for each backend; with
 `--docs` it is written into the backend's page `docs/NAME.md`, whose numbers come from nowhere else.
-Needs the programs of `tests/kit/binaries.sh`.
+Needs the programs of `tests/kit/binaries.sh`; for `exec` the Debian package certmonger.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -23,11 +24,12 @@ from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
 
 from backends.est import EstBackend
 from backends.est_settings import EstSettings
+from backends.exec import ExecBackend, ExecSettings
 from bridge.contract import Backend, Issued, SignRequest
 from bridge.specs import SPECS
 from bridge.testing import TestCA, sign_request
 from tests.bench.__main__ import Row, paired, table, write_between
-from tests.kit import est
+from tests.kit import est, exec_programs
 
 DOCS = Path(__file__).parents[2] / "docs"
 LIMIT = 1.3
@@ -82,8 +84,28 @@ def _post(session: requests.Session, url: str, request: SignRequest) -> x509.Cer
     return pkcs7.load_der_pkcs7_certificates(base64.b64decode(answer.content))[0]
 
 
+def measure_exec(directory: Path, count: int, rounds: int) -> Row:
+    """certmonger's local-submit as it is, which signs without usages: one process a certificate on both sides."""
+    ca = TestCA.make()
+    exec_programs.local_submit_ca(directory / "ca", ca.certificate_pem, ca.key_pem)
+    command = (str(exec_programs.require_helper("local-submit")), "-d", str(directory / "ca"))
+    wanted = requests_for(ca, "etcd-peer", count)
+
+    def ours() -> None:
+        signed_by(ExecBackend.from_settings(ExecSettings(command=command)), wanted)
+
+    def bare() -> None:
+        for request in wanted:
+            told = {"CERTMONGER_OPERATION": "SUBMIT", "CERTMONGER_CSR": request.csr_pem.decode()}
+            run = subprocess.run(command, env=told, stdin=subprocess.DEVNULL, capture_output=True, check=True)
+            x509.load_pem_x509_certificate(run.stdout)
+
+    against = "the program in a loop, by `subprocess.run`"
+    return paired(f"{count} certificates P-256 through `exec` and `local-submit`", against, ours, bare, rounds, LIMIT)
+
+
 #: By the backend's type, which is also its page's name.
-MEASURES: dict[str, Callable[[Path, int, int], Row]] = {"est": measure_est}
+MEASURES: dict[str, Callable[[Path, int, int], Row]] = {"est": measure_est, "exec": measure_exec}
 
 
 def main(arguments: Sequence[str] | None = None, docs: Path = DOCS) -> None:

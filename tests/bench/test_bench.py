@@ -9,6 +9,7 @@ import pytest
 
 from tests.bench import __main__ as bench
 from tests.bench import backends, curves, fleet
+from tests.kit import exec_programs
 
 
 def test_the_desks_rows(tmp_path: Path) -> None:
@@ -37,6 +38,7 @@ def test_the_curves(tmp_path: Path) -> None:
     assert tmp_path.joinpath("curves.md").read_text().count("\n| ") == 9
 
 
+@pytest.mark.skipif(exec_programs.helper("local-submit") is None, reason="install the Debian package certmonger")
 @pytest.mark.kube("estserver")
 def test_the_backends(tmp_path: Path) -> None:
     """Each beside the bare request, printed and written into its page between the marks alone."""

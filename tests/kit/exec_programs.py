@@ -127,12 +127,23 @@ def helper(name: str) -> Path | None:
     return next((there for directory in HELPER_DIRECTORIES if (there := directory / name).exists()), None)
 
 
+def require_helper(name: str) -> Path:
+    """
+    One of certmonger's own.
+
+    Raises:
+        FileNotFoundError: Not installed; the text names what brings it.
+    """
+    found = helper(name)
+    if found is None:
+        raise FileNotFoundError(f"{name} not found; install the Debian package certmonger")
+    return found
+
+
 def local_submit_with_usages(path: Path, directory: Path) -> Path:
     """certmonger's local-submit, with its CA in a directory, behind a script that puts the usages into the CSR."""
-    real = helper("local-submit")
-    if real is None:
-        raise FileNotFoundError("local-submit not found; install the Debian package certmonger")
-    text = _WITH_USAGES.format(python=sys.executable, helper=str(real), directory=str(directory))
+    real = str(require_helper("local-submit"))
+    text = _WITH_USAGES.format(python=sys.executable, helper=real, directory=str(directory))
     return program(path, text)
 
 
