@@ -99,10 +99,10 @@ class EstBackend:
             hint = "`ca-bridge pending cancel` makes room for a new request"
             raise BackendRefusedError("est: wanted the reference of this CSR, found another one's", hint=hint)
         now = datetime.now(UTC)
-        moment = datetime.fromtimestamp(int(wish), UTC) if wish.isdecimal() else now
-        if now < moment <= now + LONGEST_WISH:
-            note = f"the server wishes not to be asked before {_moment_text(moment)}"
-            return Pending(reference=reference, note=note)
+        left = int(wish) - now.timestamp() if wish.isdecimal() else 0
+        if 0 < left <= LONGEST_WISH.total_seconds():
+            moment = _moment_text(now + timedelta(seconds=left))
+            return Pending(reference=reference, note=f"the server wishes not to be asked before {moment}")
         return self.sign(request)
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:

@@ -60,6 +60,10 @@ class Answer:
             return f"a web page, {one_line(title[1])!r}" if title else "a web page"
         return one_line(text) if kind.startswith("text/") or "json" in kind else ""
 
+    def header(self, name: str) -> str:
+        """A header as it may be shown; empty: there is none."""
+        return one_line(without(self.headers.get(name, ""), self.hidden))
+
 
 class Server:
     """The operations of EST, and the one place where the server's errors become ours."""
@@ -92,10 +96,10 @@ class Server:
     def _hint(self, answer: Answer) -> str:
         settings = self._settings
         if 300 <= answer.status < 400:  # noqa: PLR2004 (RFC 9110 §15.4)
-            to = one_line(answer.headers.get("Location", "nowhere"))
+            to = answer.header("Location") or "nowhere"
             return f"redirects are not followed; if you trust it, give url the beginning of {to}"
         if answer.status == HTTPStatus.UNAUTHORIZED:
-            return _unauthorized_hint(answer.headers.get("WWW-Authenticate", ""), settings.username)
+            return _unauthorized_hint(answer.header("WWW-Authenticate"), settings.username)
         if answer.status == HTTPStatus.BAD_REQUEST and "host not allowed" in answer.text:
             return "the host in url is not one of those that the server answers for"
         return HINTS.get(answer.status, "the server's log may say more").format(who=_who(settings))
@@ -198,7 +202,8 @@ def _who(settings: EstSettings) -> str:
 def _unauthorized_hint(challenge: str, username: str) -> str:
     schemes = {part.strip().split(" ")[0].lower() for part in challenge.split(",")}
     if challenge and "basic" not in schemes:
-        return f"the server wants {one_line(challenge.split(' ', maxsplit=1)[0])}; only Basic and client certificates are spoken here"
+        scheme = challenge.split(" ", maxsplit=1)[0]
+        return f"the server wants {scheme}; only Basic and client certificates are spoken here"
     if username:
         return "the server does not know username, or it has another password"
     return "the server wants username and password_file, or a client certificate"
