@@ -227,3 +227,13 @@ def test_setup_prints_what_the_server_needs(pki: KubeadmPki, tls: est.Tls, tmp_p
         assert f"Label {label}\n" in run.stdout
     for name in live_certificates(pki):
         assert f"\n  {name}\n" in run.stdout
+
+
+@pytest.mark.kube
+def test_the_suite_passes_as_it_is_configured(pki: KubeadmPki, tls: est.Tls, tmp_path: Path) -> None:
+    """`backend test` finds nothing wrong with an authority of the double."""
+    with est_double(pki, tls) as played:
+        bridge = bridge_with(pki, tmp_path / "double", tls, {"ca": played.url}, **with_user(tmp_path / "double"))
+        run = bridge.run("backend", "test", "ca")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert played.csrs
