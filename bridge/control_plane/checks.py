@@ -19,14 +19,15 @@ from urllib.parse import quote, urlsplit
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
+from bridge.control_plane.client import TIMEOUT_SECONDS, Client
+from bridge.control_plane.etcd import Etcd, Member
 from bridge.control_plane.probes import (
-    TIMEOUT_SECONDS,
     Check,
-    Client,
     RefusedError,
     Serving,
     Verdict,
     accepted,
+    ask_all,
     first,
     leaf,
     words,
@@ -196,7 +197,7 @@ def _linearizable_read(client: Client, servers: Sequence[Server]) -> str:
         HttpsError, RefusedError: Not accepted, or no answer.
     """
     body = json.dumps({"key": base64.b64encode(b"health").decode()}).encode()
-    return accepted(client.ask(servers, "/v3/kv/range", method="POST", body=body))
+    return accepted(ask_all(client, servers, "/v3/kv/range", method="POST", body=body))
 
 
 def _etcd_as_client(look: Look, serving: Serving) -> Verdict:
@@ -217,7 +218,7 @@ def _etcd_peer(look: Look, serving: Serving) -> Verdict:
     client, silent, answered = serving.as_client(), [], []
     for server in _members(look):
         try:
-            client.ask([server], "/members")
+            ask_all(client, [server], "/members")
             answered.append(server.url)
         except UnreachableError as e:
             if _shows_a_certificate(server):
@@ -239,13 +240,19 @@ def _members(look: Look) -> list[Server]:
     flags = look.flags(Component.ETCD)
     trust = endpoints.file(flags, "--trusted-ca-file") or look.anchor(ETCD_CA)
     client = Client.of(endpoints.wanted_file(flags, "--cert-file"), endpoints.wanted_file(flags, "--key-file"), trust)
-    answers = client.ask(_own_etcd(flags), "/v3/cluster/member/list", method="POST", body=b"{}")
-    answer = next(iter(answers.values()))
-    try:
-        urls = [url for member in json.loads(answer.body)["members"] for url in member["peerURLs"]]
-    except (ValueError, LookupError, TypeError):
-        raise UnreachableError(f"wanted etcd's members, found HTTP {answer.status}: {words(answer)}") from None
+    found = _first_answer(_own_etcd(flags), Etcd([client]).members)
+    urls = [url for member in found for url in member.peer_urls]
     return [Server(url.rstrip("/")) for url in urls if url.startswith("https://")]
+
+
+def _first_answer(servers: Sequence[Server], ask: Callable[[Server], list[Member]]) -> list[Member]:
+    silent = []
+    for server in servers:
+        try:
+            return ask(server)
+        except UnreachableError as e:
+            silent.append(f"{server.url}: {e}")
+    raise UnreachableError("; ".join(silent) or "no server is known")
 
 
 def _shows_a_certificate(server: Server) -> bool:
@@ -316,7 +323,7 @@ def _ask_kubelet(look: Look, client: Client) -> str:
     """
     server = Server(f"https://{_kubelet_place(look)}")
     path = f"/containerLogs/kube-system/kube-apiserver-{look.settings.node.node_name}/kube-apiserver?tailLines=1"
-    return accepted(client.ask([server], path))
+    return accepted(ask_all(client, [server], path))
 
 
 def _kubelet_place(look: Look) -> Place:
@@ -348,7 +355,7 @@ def _ask_as_front_proxy(look: Look, client: Client) -> str:
     user = flags.get("--requestheader-username-headers", "X-Remote-User").split(",")[0]
     review = {"apiVersion": "authentication.k8s.io/v1", "kind": "SelfSubjectReview"}
     path, body = "/apis/authentication.k8s.io/v1/selfsubjectreviews", json.dumps(review).encode()
-    answers = known.ask(_api(look), path, method="POST", body=body, headers={user: _SOMEBODY})
+    answers = ask_all(known, _api(look), path, method="POST", body=body, headers={user: _SOMEBODY})
     ((url, answer),) = answers.items()
     if answer.status == HTTPStatus.UNAUTHORIZED or _SOMEBODY.encode() not in answer.body:
         raise RefusedError(f"{url} does not take it for a front proxy: HTTP {answer.status}: {words(answer)}")
@@ -444,13 +451,15 @@ def _ask_api(look: Look, item: Item) -> Verdict:
     data = contents(path)
     parsed = kubeconfig.parse(data)
     name = parsed.tls_server_name or urlsplit(parsed.server).hostname
+    certificate = parsed.certificate_data or contents(item.certificate_path)
     client = Client(
-        certificate_pem=parsed.certificate_data or contents(item.certificate_path),
+        name=path.name,
+        certificate_pem=certificate,
         key_pem=kubeconfig.key_data(data) or contents(path.parent / (parsed.key_file or "")),
         trust_pem=parsed.ca_data or contents(path.parent / parsed.ca_file if parsed.ca_file else item.anchor_path),
     )
-    end = first(path, client.certificate_pem).not_valid_after_utc
-    by = [accepted(client.ask(_api(look, name), need)) for need in _needs(look, item)]
+    end = first(path, certificate).not_valid_after_utc
+    by = [accepted(ask_all(client, _api(look, name), need)) for need in _needs(look, item)]
     return Verdict("current", f"{by[0]}, until {ages.text(end)}")
 
 

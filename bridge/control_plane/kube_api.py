@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
+from bridge.control_plane.client import Client, document
 from bridge.errors import BridgeError, Exit
 from bridge.node import endpoints, kubeconfig
+from bridge.node.endpoints import Server
 from bridge.node.inventory import Node
 from bridge.node.kubeconfig import Kubeconfig, KubeconfigError
 from bridge.specs import Component
 from bridge.system import https, safe_read
 from bridge.system.safe_read import UnreadableError
-
-TIMEOUT_SECONDS = 5
 
 #: Whose rights are tried, in this order; the second's do not depend on RBAC.
 _KUBECONFIGS = ("admin.conf", "super-admin.conf")
@@ -37,24 +37,6 @@ class NoAnswerError(BridgeError):
     """No API server had an answer that can be used; the text says why, server by server."""
 
     exit_code: ClassVar[int] = Exit.UNAVAILABLE
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Client:
-    """A client certificate, its key, and whom to trust."""
-
-    name: str  #: Of the file it comes from.
-    trust_pem: bytes
-    certificate_pem: bytes
-    key_pem: bytes = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    """An API server, or what stands before several."""
-
-    url: str  #: Without a path.
-    server_name: str | None = None  #: In its certificate, where that is not the URL's host.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,47 +116,12 @@ def _ask(server: Server, client: Client, method: str, path: str, body: Mapping[s
     Raises:
         HttpsError: No answer, or one that is about the server itself.
     """
-    answer = ask(server, client, path, method=method, body=None if body is None else json.dumps(body).encode())
+    answer = client.ask(server, path, method=method, body=None if body is None else json.dumps(body).encode())
     if answer.status in _NOT_THIS_CLIENT:
         return None
     if answer.status in _NOT_NOW or answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         raise https.UnreachableError(f"wanted an answer, found HTTP {answer.status}")
     return Reply(status=answer.status, document=document(answer.body))
-
-
-def ask(server: Server, client: Client, path: str, *, method: str = "GET", body: bytes | None = None) -> https.Answer:
-    """
-    Ask one server as one client; any status is an answer.
-
-    Raises:
-        HttpsError: None.
-    """
-    return https.request(
-        f"{server.url}{path}",
-        trust_pem=client.trust_pem,
-        certificate_pem=client.certificate_pem,
-        key_pem=client.key_pem,
-        server_name=server.server_name,
-        method=method,
-        body=body,
-        timeout_seconds=TIMEOUT_SECONDS,
-    )
-
-
-def document(body: bytes) -> dict[str, Any]:
-    """
-    An object in JSON.
-
-    Raises:
-        UnreachableError: Something else.
-    """
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise https.UnreachableError("wanted an object in JSON, found something else")
-    return found
 
 
 def connect(node: Node, kubeconfig_dir: Path) -> Api:
@@ -252,11 +199,3 @@ def _bytes(path: Path, data: bytes | None, file: str | None, what: str) -> bytes
     if not found:
         raise ValueError(f"wanted {what}, found none")
     return found
-
-
-def items(of: Mapping[str, Any], *keys: str) -> Iterator[Mapping[str, Any]]:
-    """The objects in a list that is some levels below; whatever is not in that shape is left out."""
-    found: Any = of
-    for key in keys:
-        found = found.get(key) if isinstance(found, dict) else None
-    return (one for one in found if isinstance(one, dict)) if isinstance(found, list) else iter(())

@@ -18,15 +18,17 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from bridge.control_plane import kube_api, lease
-from bridge.control_plane.kube_api import Api, Client, NoAnswerError, Server
+from bridge.control_plane.client import items
+from bridge.control_plane.etcd import Etcd, Member
+from bridge.control_plane.kube_api import Api, NoAnswerError
 from bridge.errors import PostponedError
 from bridge.node import endpoints
+from bridge.node.endpoints import Server
 from bridge.node.inventory import Node
 from bridge.pki.durations import duration_text
 from bridge.settings.tables import ClusterSettings, Settings
 from bridge.specs import Component
-from bridge.system import https, safe_read
-from bridge.system.safe_read import UnreadableError
+from bridge.system import https
 
 State = Literal["healthy", "unhealthy", "unknown"]
 
@@ -34,16 +36,8 @@ _LOOK_SECONDS = 2.0
 #: etcd's take a second or two; on a slow disk they fail, and are held again.
 _ELECTION_SECONDS = 15.0
 
-#: Each is signed by etcd's CA and good for a client; the first is there for this.
-_ETCD_CLIENTS = ("etcd-healthcheck-client", "apiserver-etcd-client", "etcd-server")
-
 _CONTROL_PLANE_NODES = "/api/v1/nodes?labelSelector=node-role.kubernetes.io/control-plane"
 _ENDPOINTS = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices?labelSelector=kubernetes.io%2Fservice-name%3Dkubernetes"
-
-# Not by the alarm request, which is a proposal to the whole cluster; a member tells those that it knows of.
-_ALARM = re.compile(r"memberID:(\d+)\s+alarm:(\w+)")
-# Alarms are told apart from a member that does not work.
-_HEALTH = "/health?exclude=NOSPACE&exclude=CORRUPT"
 
 
 class NeighbourError(PostponedError):
@@ -296,61 +290,8 @@ class _Seen(NamedTuple):
 # --- etcd ------------------------------------------------------------------------------------------------------------
 
 
-class _Etcd:
-    """A client of etcd's JSON gateway."""
-
-    def __init__(self, node: Node) -> None:
-        self._clients: list[Client] = []
-        self._troubles: list[str] = []
-        for item in node.items:
-            if item.spec.name in _ETCD_CLIENTS and item.key_path is not None:
-                try:
-                    pems = [_needed(path) for path in (item.anchor_path, item.certificate_path, item.key_path)]
-                except UnreadableError as e:
-                    self._troubles.append(f"{item.spec.name}: {e}")
-                    continue
-                anchor, certificate, key = pems
-                client = Client(name=item.spec.name, trust_pem=anchor, certificate_pem=certificate, key_pem=key)
-                self._clients.append(client)
-        self._clients.sort(key=lambda client: _ETCD_CLIENTS.index(client.name))
-
-    def ask(self, url: str, path: str, body: bytes | None = None) -> https.Answer:
-        """
-        As the first of our clients that it takes.
-
-        Raises:
-            HttpsError: No answer.
-        """
-        refused: https.HttpsError = https.ClientRefusedError("; ".join(self._troubles) or "no certificate for etcd")
-        for client in self._clients:
-            try:
-                return kube_api.ask(Server(url), client, path, method="GET" if body is None else "POST", body=body)
-            except https.ClientRefusedError as e:
-                refused = https.ClientRefusedError(f"{client.name}: {e}")
-        raise refused
-
-    def call(self, url: str, path: str) -> dict[str, Any]:
-        """
-        The answer to a request without parameters.
-
-        Raises:
-            HttpsError: None.
-        """
-        answer = self.ask(url, path, b"{}")
-        if answer.status != HTTPStatus.OK:
-            raise https.UnreachableError(f"wanted an answer of {path}, found HTTP {answer.status}")
-        return kube_api.document(answer.body)
-
-
-def _needed(path: Any) -> bytes:
-    data = safe_read.read(path)
-    if data is None:
-        raise UnreadableError(f"wanted {path}, found nothing there")
-    return data
-
-
 def _look_at_etcd(node: Node) -> _Seen:
-    etcd = _Etcd(node)
+    etcd = Etcd.of(node)
     flags = node.manifests[Component.ETCD].flags
     own_url = endpoints.etcd_url(flags)
     own = _member_state(
@@ -365,8 +306,8 @@ def _look_at_etcd(node: Node) -> _Seen:
         others = [replace(one, url=one.url and _beside(one.url, own_url)) for one in others]
     with ThreadPoolExecutor(max_workers=8) as pool:
         states = list(pool.map(lambda one: _member_state(etcd, one), others))
-    names = {str(member.get("ID")): member.get("name") or member.get("ID") for member in listed}
-    own = replace(own, voter=not any(m.get("isLearner") for m in listed if _is_own(m, own_id, flags)))
+    names = {member.id: member.name or member.id for member in listed}
+    own = replace(own, voter=not any(member.learner for member in listed if _is_own(member, own_id, flags)))
     return _Seen(
         instances=(own, *states),
         alarms=tuple(f"etcd of {names.get(who, who)}: alarm {what}" for who, what in alarms),
@@ -374,10 +315,10 @@ def _look_at_etcd(node: Node) -> _Seen:
 
 
 def _members(
-    etcd: _Etcd, flags: Mapping[str, str], own: Instance
-) -> tuple[list[Mapping[str, Any]], str, list[tuple[str, str]]]:
+    etcd: Etcd, flags: Mapping[str, str], own: Instance
+) -> tuple[list[Member], str, tuple[tuple[str, str], ...]]:
     """
-    The list of members, our own member's id ("" when it does not answer), and alarms as (id, alarm).
+    The members, our own member's id ("" when it does not answer), and alarms as (id, alarm).
 
     Of another member when our own is down: those that the manifest names, which are those that were there when this
     one joined.
@@ -388,14 +329,11 @@ def _members(
     urls = [own.url, *(_beside(url, own.url) for url in _initial_peers(flags))]
     for url in dict.fromkeys(urls):
         try:
-            listed = list(kube_api.items(etcd.call(url, "/v3/cluster/member/list"), "members"))
-            status = etcd.call(url, "/v3/maintenance/status")
+            listed, status = etcd.members(Server(url)), etcd.status(Server(url))
         except https.HttpsError as e:
             last = type(e)(f"{url}: {e}")
             continue
-        header = status.get("header")
-        own_id = str(header.get("member_id", "")) if url == own.url and isinstance(header, dict) else ""
-        return listed, own_id, _ALARM.findall(" ".join(map(str, status.get("errors") or [])))
+        return listed, status.id if url == own.url else "", status.alarms
     raise last
 
 
@@ -409,46 +347,40 @@ def _beside(url: str, own_url: str) -> str:
     return kube_api.url_of(urlsplit(url).hostname or "", urlsplit(own_url).port or 2379)
 
 
-def _is_own(member: Mapping[str, Any], own_id: str, flags: Mapping[str, str]) -> bool:
-    if own_id:
-        return str(member.get("ID")) == own_id
-    return member.get("name") == flags.get("--name")
+def _is_own(member: Member, own_id: str, flags: Mapping[str, str]) -> bool:
+    return member.id == own_id if own_id else member.name == flags.get("--name")
 
 
-def _as_instance(member: Mapping[str, Any]) -> Instance:
-    clients, peers = ([str(url) for url in member.get(key) or []] for key in ("clientURLs", "peerURLs"))
-    host = next((urlsplit(url).hostname or "" for url in (*clients, *peers)), "")
-    learner = member.get("isLearner") is True
+def _as_instance(member: Member) -> Instance:
+    host = next((urlsplit(url).hostname or "" for url in (*member.client_urls, *member.peer_urls)), "")
     instance = Instance(
         component=Component.ETCD,
-        name=str(member.get("name") or host),
-        url=clients[0] if clients else "",
+        name=member.name or host,
+        url=member.client_urls[0] if member.client_urls else "",
         own=False,
         state="unknown",
-        voter=not learner,
+        voter=not member.learner,
     )
-    if not clients:
+    if not member.client_urls:
         return replace(instance, state="unhealthy", reason="a member that has not started yet")
-    if learner:
+    if member.learner:
         return replace(instance, state="unhealthy", reason="a learner that has not caught up yet")
     return instance
 
 
-def _member_state(etcd: _Etcd, member: Instance) -> Instance:
-    """With its state; a member is well when it can read through the quorum."""
+def _member_state(etcd: Etcd, member: Instance) -> Instance:
+    """With its state; a member is well when it can read through the quorum. Alarms are told apart from that."""
     if member.state != "unknown":
         return member
     try:
-        answer = etcd.ask(member.url, _HEALTH)
+        reason = etcd.trouble(Server(member.url), alarms=False)
     except https.HttpsError as e:
         return _without_answer(member, e)
-    if answer.status == HTTPStatus.OK:
-        return replace(member, state="healthy")
-    try:
-        reason = str(kube_api.document(answer.body).get("reason") or "")
-    except https.HttpsError:
-        reason = ""
-    return replace(member, state="unhealthy", reason=reason.lower() or f"HTTP {answer.status}")
+    return (
+        replace(member, state="healthy")
+        if reason is None
+        else replace(member, state="unhealthy", reason=reason.lower())
+    )
 
 
 def _without_answer(instance: Instance, error: https.HttpsError) -> Instance:
@@ -496,13 +428,13 @@ def _api_servers(api: Api, node: Node) -> list[tuple[str, str]]:
     slices = _asked(api, _ENDPOINTS, missing=True)
     endpoints = {
         address: str(one.get("port"))
-        for piece in kube_api.items(slices, "items")
-        for one in kube_api.items(piece, "ports")
-        for endpoint in kube_api.items(piece, "endpoints")
+        for piece in items(slices, "items")
+        for one in items(piece, "ports")
+        for endpoint in items(piece, "endpoints")
         for address in endpoint.get("addresses") or []
     }
     found = []
-    for one in kube_api.items(nodes, "items"):
+    for one in items(nodes, "items"):
         name, addresses = _name_and_addresses(one)
         here = [address for address in addresses if address in endpoints] or addresses[:1]
         found += [(name, kube_api.url_of(address, endpoints.pop(address, kube_api.port(node)))) for address in here]
@@ -521,7 +453,7 @@ def _asked(api: Api, path: str, *, missing: bool = False) -> Mapping[str, Any]:
 def _name_and_addresses(node: Mapping[str, Any]) -> tuple[str, list[str]]:
     """A Node object's, its internal addresses first."""
     metadata = node.get("metadata")
-    addresses = sorted(kube_api.items(node, "status", "addresses"), key=lambda one: one.get("type") != "InternalIP")
+    addresses = sorted(items(node, "status", "addresses"), key=lambda one: one.get("type") != "InternalIP")
     return str(metadata.get("name") if isinstance(metadata, dict) else ""), [
         str(one.get("address")) for one in addresses if one.get("type") != "Hostname"
     ]
@@ -532,7 +464,7 @@ def _ready(api: Api, instance: Instance) -> Instance:
     refused = instance
     for client in api.clients:
         try:
-            answer = kube_api.ask(Server(instance.url), client, "/readyz")
+            answer = client.ask(Server(instance.url), "/readyz")
         except https.ClientRefusedError as e:
             refused = _without_answer(instance, e)
             continue

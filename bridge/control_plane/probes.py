@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from cryptography import x509
 
+from bridge.control_plane.client import TIMEOUT_SECONDS, Client
 from bridge.errors import BridgeError
 from bridge.node import ages
 from bridge.node.ages import contents
@@ -26,9 +27,6 @@ from bridge.specs import Component
 from bridge.system import https
 from bridge.system.https import ClientRefusedError, HttpsError, UnreachableError, UntrustedError
 from bridge.system.safe_read import UnreadableError
-
-#: For each request; a component that is well answers within milliseconds.
-TIMEOUT_SECONDS = 5
 
 #: next-connection: right, and in use from the component's next connection on. not-ours: nothing that we renew.
 #: unknown: it could not be looked at.
@@ -159,56 +157,38 @@ class Serving:
 # --- clients ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Client:
-    """A pair, and whom its owner trusts."""
+def ask_all(client: Client, servers: Sequence[Server], path: str, **request: Any) -> dict[str, https.Answer]:
+    """
+    Ask all of them; by URL the answers of those that have one.
 
-    certificate_pem: bytes
-    key_pem: bytes = field(repr=False)
-    trust_pem: bytes | None  #: None: anybody, as an API server does with kubelets.
+    Args:
+        client: Who asks.
+        servers: Whom.
+        path: With its query.
+        request: As `https.request` has it.
 
-    @classmethod
-    def of(cls, certificate: Path, key: Path, trust: Path | None) -> Client:
-        """From files."""
-        return cls(
-            certificate_pem=contents(certificate),
-            key_pem=contents(key),
-            trust_pem=None if trust is None else contents(trust),
-        )
-
-    def ask(self, servers: Sequence[Server], path: str, **request: Any) -> dict[str, https.Answer]:
-        """
-        Ask all of them; by URL the answers of those that have one.
-
-        Raises:
-            HttpsError: One does not take the certificate or shows a wrong one, or none answers.
-        """
-        answers, silent = {}, []
-        for server in servers:
-            try:
-                answers[server.url] = self._ask(server, path, request)
-            except UnreachableError as e:
-                silent.append(str(e))
-        if not answers:
-            raise UnreachableError("; ".join(silent) or "no server is known")
-        return answers
-
-    def _ask(self, server: Server, path: str, request: Mapping[str, Any]) -> https.Answer:
+    Raises:
+        HttpsError: One does not take the certificate or shows a wrong one, or none answers.
+    """
+    answers, silent = {}, []
+    for server in servers:
         try:
-            answer = https.request(
-                f"{server.url}{path}",
-                server_name=server.name,
-                trust_pem=self.trust_pem,
-                certificate_pem=self.certificate_pem,
-                key_pem=self.key_pem,
-                timeout_seconds=TIMEOUT_SECONDS,
-                **request,
-            )
-        except HttpsError as e:
-            raise type(e)(f"{server.url}: {e}") from None
-        if answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR or answer.status == HTTPStatus.TOO_MANY_REQUESTS:
-            raise UnreachableError(f"{server.url}: wanted an answer, found HTTP {answer.status}: {words(answer)}")
-        return answer
+            answers[server.url] = _ask(client, server, path, request)
+        except UnreachableError as e:
+            silent.append(str(e))
+    if not answers:
+        raise UnreachableError("; ".join(silent) or "no server is known")
+    return answers
+
+
+def _ask(client: Client, server: Server, path: str, request: Mapping[str, Any]) -> https.Answer:
+    try:
+        answer = client.ask(server, path, **request)
+    except HttpsError as e:
+        raise type(e)(f"{server.url}: {e}") from None
+    if answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR or answer.status == HTTPStatus.TOO_MANY_REQUESTS:
+        raise UnreachableError(f"{server.url}: wanted an answer, found HTTP {answer.status}: {words(answer)}")
+    return answer
 
 
 def words(answer: https.Answer) -> str:

@@ -249,8 +249,7 @@ def _present(node: Node) -> list[Component]:
 
 
 def _unhealthy(components: Sequence[Component], node: Node, settings: Settings) -> dict[Component, str]:
-    places = settings.node.pki_dir, settings.node.kubeconfig_dir
-    found = {component: health.trouble(component, node, *places) for component in components}
+    found = {component: health.trouble(component, node, settings.node.kubeconfig_dir) for component in components}
     return {component: text for component, text in found.items() if text is not None}
 
 
@@ -288,7 +287,7 @@ def _pod(component: Component, node: Node, settings: Settings) -> Pod:
         component=component,
         manifest=path,
         instances=instances,
-        trouble=lambda: health.trouble(component, node, settings.node.pki_dir, settings.node.kubeconfig_dir),
+        trouble=lambda: health.trouble(component, node, settings.node.kubeconfig_dir),
         settle=settle,
         is_needed_by_api=component is Component.ETCD,
     )

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from bridge.node import processes
+from bridge.node import crictl, processes
 from bridge.specs import Component
 from bridge.system import safe_read
 from bridge.system.safe_read import UnreadableError
-
-_CRICTL_SECONDS = 10
 
 
 class Age(NamedTuple):
@@ -91,10 +88,9 @@ def _sees_another(process: processes.Process, path: Path, data: bytes) -> bool:
 
 def _container_made(component: Component) -> datetime | None:
     """When the runtime made the oldest running container of a component; None: it can't tell."""
-    command = ["crictl", "ps", "--state", "running", "--name", f"^{component.value}$", "--output", "json"]
     try:
-        run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_CRICTL_SECONDS)
-        nanoseconds = [int(container["createdAt"]) for container in json.loads(run.stdout)["containers"]]
+        found = crictl.ask("ps", "--state", "running", "--name", f"^{component.value}$")
+        nanoseconds = [int(container["createdAt"]) for container in found["containers"]]
     except (OSError, subprocess.SubprocessError, ValueError, LookupError, TypeError):
         return None  # no crictl, no runtime, or another one's answer
     return datetime.fromtimestamp(min(nanoseconds) / 1e9, UTC) if nanoseconds else None

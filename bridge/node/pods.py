@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import shutil
 import subprocess
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from bridge.node import processes
-from bridge.node.kubelet import Kubelet
+from bridge.node import crictl, processes
 from bridge.specs import Component
 
 #: How long a kubelet needs to forget a pod (measured on 1.37; too early back costs 10 to 25 s) after its sandbox has
 #: ended, and after its process has: the sandbox ends later.
 SANDBOX_SETTLES = timedelta(seconds=3)
 PROCESS_SETTLES = timedelta(seconds=5)
-
-_CRICTL_SECONDS = 10
 
 Instances = Callable[[], frozenset[str]]
 
@@ -28,16 +23,12 @@ def instances(component: Component) -> tuple[Instances, timedelta]:
     """
     Who tells what runs of a component's static pod, and how long a kubelet takes to forget it after nothing does.
 
-    crictl, where it is there and answers; it is pointed at the runtime that the kubelet's configuration names.
+    crictl, where it is there and answers.
     """
-    program = shutil.which("crictl")
-    if program is not None:
-        endpoint = Kubelet.load().runtime_endpoint
-        command = [program, *(["--runtime-endpoint", endpoint] if endpoint else []), "pods", "--state", "ready"]
-        try:
-            return _Runtime(command, component), SANDBOX_SETTLES
-        except (OSError, ValueError, subprocess.SubprocessError):
-            pass  # the process table knows as well, if later
+    try:
+        return _Runtime(component), SANDBOX_SETTLES
+    except (OSError, ValueError, subprocess.SubprocessError):  # the process table knows as well, if later
+        pass
     return lambda: _in_process_table(component), PROCESS_SETTLES
 
 
@@ -47,22 +38,22 @@ def instances(component: Component) -> tuple[Instances, timedelta]:
 class _Runtime:
     """What crictl says; while it says nothing, what it said before. Where kubeadm's pod is, none that is called alike."""
 
-    def __init__(self, command: list[str], component: Component) -> None:
+    def __init__(self, component: Component) -> None:
         """
         Raises:
             OSError, ValueError, SubprocessError: The runtime can't be asked.
         """
-        self._command, self._component = command, component
-        self._last = _sandboxes(command, component)
+        self._component = component
+        self._last = _sandboxes(component)
         self._is_labelled = any(self._last.values())
 
     def __call__(self) -> frozenset[str]:
         with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
-            self._last = _sandboxes(self._command, self._component)
+            self._last = _sandboxes(self._component)
         return frozenset(pod for pod, labelled in self._last.items() if labelled or not self._is_labelled)
 
 
-def _sandboxes(command: list[str], component: Component) -> dict[str, bool]:
+def _sandboxes(component: Component) -> dict[str, bool]:
     """
     The running pods that a kubelet made of a manifest file, and that may be the component's by their name.
 
@@ -72,16 +63,7 @@ def _sandboxes(command: list[str], component: Component) -> dict[str, bool]:
     Raises:
         OSError, ValueError, SubprocessError: The runtime can't be asked.
     """
-    run = subprocess.run(
-        [*command, "-o", "json"],
-        capture_output=True,
-        check=True,
-        timeout=_CRICTL_SECONDS,
-        stdin=subprocess.DEVNULL,
-    )
-    found: Any = json.loads(run.stdout)
-    if not isinstance(found, dict):
-        raise ValueError("something else")  # noqa: TRY004 (of a program, not of a caller)
+    found = crictl.ask("pods", "--state", "ready")
     try:
         ours = [one for one in found.get("items") or () if _may_be_of(one, component)]
         return {f"pod {one['id'][:13]}": _label(one) is not None for one in ours}

@@ -26,6 +26,7 @@ from bridge.control_plane import kube_api, lease, neighbours
 from bridge.control_plane.lease import Lease, LeaseHeldError
 from bridge.control_plane.neighbours import Instance, NeighbourError, Neighbours, State
 from bridge.errors import Exit, SettingsError
+from bridge.node.endpoints import Server
 from bridge.node.inventory import Node
 from bridge.settings.load import parse
 from bridge.settings.tables import Settings
@@ -300,7 +301,7 @@ def test_takes_another_certificate_when_the_first_is_gone(three: Cluster, tmp_pa
     (copy.pki_dir / "etcd/server.key").unlink()
     others = neighbours.look(copy.node, copy.settings())
     assert etcd_of(others) == [(own.name, True, "unknown")]
-    with pytest.raises(NeighbourError, match=r"etcd's other members are not known.*etcd-server: wanted .*server\.key"):
+    with pytest.raises(NeighbourError, match=r"etcd's other members are not known.*etcd-server: .*server\.key: wanted"):
         may_restart(copy)
     assert any("etcd of other nodes" in note for note in may_restart(copy, Component.SCHEDULER))
 
@@ -477,7 +478,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def api(servers: Servers, *places: Place) -> kube_api.Api:
     """Of these servers, in this order."""
     known = kube_api.connect(servers.places[0].node, servers.places[0].kubeconfig_dir)
-    return kube_api.Api(known.clients, [kube_api.Server(f"https://{p.address}:{servers.state.port}") for p in places])
+    return kube_api.Api(known.clients, [Server(f"https://{p.address}:{servers.state.port}") for p in places])
 
 
 def hold(

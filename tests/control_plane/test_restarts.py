@@ -104,7 +104,7 @@ class Plane:
 
     def trouble(self, component: Component) -> str | None:
         """What the program sees."""
-        return health.trouble(component, self.node, self.pki.pki_dir, self.pki.kubeconfig_dir)
+        return health.trouble(component, self.node, self.pki.kubeconfig_dir)
 
 
 FLAGS = {

@@ -24,8 +24,10 @@ from typing import Any
 import pytest
 
 from bridge.control_plane import kube_api
+from bridge.control_plane.client import Client
 from bridge.errors import Exit
 from bridge.node import inventory
+from bridge.node.endpoints import Server
 from bridge.specs import Component
 from bridge.system import https
 from tests.kit import programs
@@ -350,9 +352,9 @@ def answers(node: Node) -> bool:
         (node.pki_dir / "etcd" / file).read_bytes()
         for file in ("ca.crt", "healthcheck-client.crt", "healthcheck-client.key")
     )
-    client = kube_api.Client(name="healthcheck", trust_pem=anchor, certificate_pem=certificate, key_pem=key)
+    client = Client(name="healthcheck", trust_pem=anchor, certificate_pem=certificate, key_pem=key)
     with contextlib.suppress(https.HttpsError):
-        return kube_api.ask(kube_api.Server(f"https://{node.ip}:2379"), client, "/health").status == HTTPStatus.OK
+        return client.ask(Server(f"https://{node.ip}:2379"), "/health").status == HTTPStatus.OK
     return False
 
 

@@ -73,7 +73,7 @@ class Site:
         look = (
             "import sys; from pathlib import Path; from bridge.control_plane import health, restart_plan; from bridge.node import inventory;"
             "k = Path('/etc/kubernetes'); n = inventory.read(k / 'pki', k);"
-            "sys.exit(any(health.trouble(c, n, k / 'pki', k) for c in restart_plan.ORDER))"
+            "sys.exit(any(health.trouble(c, n, k) for c in restart_plan.ORDER))"
         )
         python = ("env", "-C", "/", sys.executable, "-c", look)
         wait_for("a healthy control plane", lambda: self.node.exec(*python, check=False).returncode == 0, seconds=330)

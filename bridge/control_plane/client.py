@@ -1,0 +1,91 @@
+"""A client certificate in our hand, for the Kubernetes API, etcd and the kubelet alike; keys stay in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bridge.node.ages import contents
+from bridge.node.endpoints import Server
+from bridge.system import https
+
+#: For each request; a component that is well answers within milliseconds.
+TIMEOUT_SECONDS = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Client:
+    """A client certificate, its key, and whom to trust."""
+
+    name: str  #: Of the file it comes from.
+    certificate_pem: bytes | None  #: None: nobody in particular.
+    key_pem: bytes | None = field(repr=False)
+    trust_pem: bytes | None  #: None: anybody, as an API server does with kubelets.
+
+    @classmethod
+    def of(cls, certificate: Path, key: Path, trust: Path | None) -> Client:
+        """
+        Read one from files.
+
+        Raises:
+            UnreadableError, ValueError: A file can't be read, or is not there.
+        """
+        return cls(
+            name=certificate.name,
+            certificate_pem=contents(certificate),
+            key_pem=contents(key),
+            trust_pem=None if trust is None else contents(trust),
+        )
+
+    def ask(self, server: Server, path: str, **request: Any) -> https.Answer:
+        """
+        Ask one server; any status is an answer.
+
+        Args:
+            server: Without a path.
+            path: With its query.
+            request: As `https.request` has it.
+
+        Raises:
+            HttpsError: None.
+        """
+        return https.request(
+            f"{server.url}{path}",
+            server_name=server.name,
+            trust_pem=self.trust_pem,
+            certificate_pem=self.certificate_pem,
+            key_pem=self.key_pem,
+            timeout_seconds=TIMEOUT_SECONDS,
+            **request,
+        )
+
+
+#: Without a certificate, and asking whoever answers.
+NOBODY = Client(name="nobody", certificate_pem=None, key_pem=None, trust_pem=None)
+
+
+def document(body: bytes) -> dict[str, Any]:
+    """
+    An object in JSON.
+
+    Raises:
+        UnreachableError: Something else.
+    """
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise https.UnreachableError("wanted an object in JSON, found something else")
+    return found
+
+
+def items(of: Mapping[str, Any], *keys: str) -> Iterator[Mapping[str, Any]]:
+    """The objects in a list that is some levels below; whatever is not in that shape is left out."""
+    found: Any = of
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return (one for one in found if isinstance(one, dict)) if isinstance(found, list) else iter(())

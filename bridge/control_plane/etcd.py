@@ -1,0 +1,154 @@
+"""
+etcd by its JSON gateway: who its members are, which alarms there are, and whether a member is well.
+
+https://etcd.io/docs/v3.6/dev-guide/api_grpc_gateway/ and https://etcd.io/docs/v3.6/op-guide/monitoring/
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from bridge.control_plane.client import NOBODY, Client, document, items
+from bridge.node.endpoints import Server
+from bridge.node.inventory import Node
+from bridge.system import https
+from bridge.system.safe_read import UnreadableError
+
+#: Each is signed by etcd's CA and good for a client; the first is there for this.
+_CLIENTS = ("etcd-healthcheck-client", "apiserver-etcd-client", "etcd-server")
+
+# Not by the alarm request, which is a proposal to the whole cluster; a member tells those that it knows of.
+_ALARM = re.compile(r"memberID:(\d+)\s+alarm:(\w+)")
+_WITHOUT_ALARMS = "?exclude=NOSPACE&exclude=CORRUPT"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """What the cluster tells of one member."""
+
+    id: str
+    name: str  #: Empty: it has not started yet.
+    client_urls: tuple[str, ...]
+    peer_urls: tuple[str, ...]
+    learner: bool  #: Has no vote.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """What a member tells of itself."""
+
+    id: str  #: Empty: it does not tell.
+    alarms: tuple[tuple[str, str], ...]  #: A member's id, and which alarm.
+
+
+class Etcd:
+    """Whom we can be to etcd."""
+
+    def __init__(self, clients: Sequence[Client], troubles: Sequence[str] = ()) -> None:
+        """
+        Args:
+            clients: In the order in which they are tried.
+            troubles: Why there are no more than these.
+        """
+        self._clients, self._troubles = tuple(clients), tuple(troubles)
+
+    @classmethod
+    def of(cls, node: Node, *, trusting: bool = False) -> Etcd:
+        """
+        With the node's client certificates that can be read.
+
+        Args:
+            node: Its items say where they are.
+            trusting: Whoever answers is believed, such as an etcd whose own certificate has expired.
+        """
+        clients, troubles = [], []
+        for item in node.items:
+            if item.spec.name in _CLIENTS and item.key_path is not None:
+                trust = None if trusting else item.anchor_path
+                try:
+                    clients.append((item.spec.name, Client.of(item.certificate_path, item.key_path, trust)))
+                except (UnreadableError, ValueError) as e:
+                    troubles.append(f"{item.spec.name}: {e}")
+        clients.sort(key=lambda one: _CLIENTS.index(one[0]))
+        return cls([client for _, client in clients], troubles)
+
+    def ask(self, server: Server, path: str, body: bytes | None = None) -> https.Answer:
+        """
+        Ask as the first of our clients that it takes; without TLS as nobody in particular.
+
+        Raises:
+            HttpsError: No answer.
+        """
+        request: dict[str, Any] = {"method": "GET" if body is None else "POST", "body": body}
+        if not server.url.startswith("https:"):
+            return NOBODY.ask(server, path, **request)
+        refused = "; ".join(self._troubles) or "no certificate for etcd"
+        for client in self._clients:
+            try:
+                return client.ask(server, path, **request)
+            except https.ClientRefusedError as e:
+                refused = f"{client.name}: {e}"
+        raise https.ClientRefusedError(refused)
+
+    def members(self, server: Server) -> list[Member]:
+        """
+        The members that this one knows.
+
+        Raises:
+            HttpsError: No answer, or another one.
+        """
+        return [_member(one) for one in items(self._call(server, "/v3/cluster/member/list"), "members")]
+
+    def status(self, server: Server) -> Status:
+        """
+        What a member tells of itself.
+
+        Raises:
+            HttpsError: No answer, or another one.
+        """
+        found = self._call(server, "/v3/maintenance/status")
+        header = found.get("header")
+        alarms = _ALARM.findall(" ".join(map(str, found.get("errors") or [])))
+        return Status(id=str(header.get("member_id", "")) if isinstance(header, dict) else "", alarms=tuple(alarms))
+
+    def trouble(self, server: Server, *, alarms: bool) -> str | None:
+        """
+        Why a member is not well, by its own word; None: it has a leader, and can read through the quorum.
+
+        Args:
+            server: The member.
+            alarms: An alarm is trouble, too.
+
+        Raises:
+            HttpsError: No answer.
+        """
+        answer = self.ask(server, f"/health{'' if alarms else _WITHOUT_ALARMS}")
+        try:
+            told = document(answer.body)
+        except https.HttpsError as e:
+            return f"HTTP status {answer.status}" if answer.status != HTTPStatus.OK else str(e)
+        if answer.status == HTTPStatus.OK and told.get("health") == "true":
+            return None
+        return str(told.get("reason") or "") or "not healthy"
+
+    def _call(self, server: Server, path: str) -> dict[str, Any]:
+        """The answer to a request without parameters."""
+        answer = self.ask(server, path, b"{}")
+        if answer.status != HTTPStatus.OK:
+            raise https.UnreachableError(f"wanted an answer of {path}, found HTTP {answer.status}")
+        return document(answer.body)
+
+
+def _member(told: Mapping[str, Any]) -> Member:
+    clients, peers = (tuple(str(url) for url in told.get(key) or ()) for key in ("clientURLs", "peerURLs"))
+    return Member(
+        id=str(told.get("ID") or ""),
+        name=str(told.get("name") or ""),
+        client_urls=clients,
+        peer_urls=peers,
+        learner=told.get("isLearner") is True,
+    )
