@@ -12,6 +12,7 @@ from bridge.diagnosis.findings import Finding
 from bridge.diagnosis.installed import is_named
 from bridge.errors import BridgeError
 from bridge.node import endpoints, manifests
+from bridge.node.endpoints import Server
 from bridge.node.inventory import Item, Node
 from bridge.node.yamltree import Node as Tree
 from bridge.node.yamltree import YamlError, document
@@ -148,7 +149,7 @@ def _cluster_names(node: Node, settings: Settings) -> Iterator[Finding]:
     try:
         name = endpoints.name(manifest.flags)
         places = endpoints.bound(Component.APISERVER, manifest.flags)
-        servers = [kube_api.Server(f"https://{place}", name) for place in places[:1]]
+        servers = [Server(f"https://{place}", name) for place in places[:1]]
         known = kube_api.connect(node, settings.node.kubeconfig_dir)
         reply = kube_api.Api(known.clients, servers).ask("GET", _CONFIG_MAP)
         data = reply.document.get("data")
