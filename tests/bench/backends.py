@@ -22,14 +22,15 @@ import requests
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
 
+from backends.cmp import CmpBackend, CmpSettings
 from backends.est import EstBackend
 from backends.est_settings import EstSettings
 from backends.exec import ExecBackend, ExecSettings
-from bridge.contract import Backend, Issued, SignRequest
+from bridge.contract import Backend, Issued, Secret, SignRequest
 from bridge.specs import SPECS
 from bridge.testing import TestCA, sign_request
 from tests.bench.__main__ import Row, paired, table, write_between
-from tests.kit import est, exec_programs
+from tests.kit import cmp, est, exec_programs
 
 DOCS = Path(__file__).parents[2] / "docs"
 LIMIT = 1.3
@@ -104,8 +105,40 @@ def measure_exec(directory: Path, count: int, rounds: int) -> Row:
     return paired(f"{count} certificates P-256 through `exec` and `local-submit`", against, ours, bare, rounds, LIMIT)
 
 
+#: What a script does beside `openssl cmp`: nothing.
+_LOOP = """\
+for csr in "$1"/*.csr; do
+  openssl cmp -config '' -batch -cmd p10cr -csr "$csr" -server "$2/.well-known/cmp/p/peer" -ref "$3" -secret "file:$4" \\
+    -recipient "$5" -implicit_confirm -certout "$1/out.pem" >/dev/null 2>&1 || exit 1
+done
+"""
+
+
+def measure_cmp(directory: Path, count: int, rounds: int) -> Row:
+    """The kit's registration authority with a shared secret; a process a certificate on either side."""
+    ca, recipient = TestCA.make(algorithm="ecdsa-p256"), "/CN=kubernetes"
+    wanted = requests_for(ca, "etcd-peer", count)
+    for number, request in enumerate(wanted):
+        (directory / f"{number}.csr").write_bytes(request.csr_pem)
+    with cmp.registration_authority(directory / "ra") as ra:
+        ra.add_ca("ca", ca.certificate_pem, ca.key_pem)
+        url, secret = ra.url("ca"), ra.directory / "node.secret"
+        settings = CmpSettings(
+            url=url, reference=cmp.REFERENCE, secret=Secret("file", str(secret)), recipient=recipient
+        )
+        words = ["sh", "-c", _LOOP, "sh", str(directory), url, cmp.REFERENCE, str(secret), recipient]
+        return paired(
+            f"{count} certificates P-256 through `cmp`",
+            "`openssl cmp` in a shell's loop",
+            lambda: signed_by(CmpBackend.from_settings(settings), wanted),
+            lambda: subprocess.run(words, check=True),
+            rounds,
+            LIMIT,
+        )
+
+
 #: By the backend's type, which is also its page's name.
-MEASURES: dict[str, Callable[[Path, int, int], Row]] = {"est": measure_est, "exec": measure_exec}
+MEASURES: dict[str, Callable[[Path, int, int], Row]] = {"cmp": measure_cmp, "est": measure_est, "exec": measure_exec}
 
 
 def main(arguments: Sequence[str] | None = None, docs: Path = DOCS) -> None:

@@ -39,7 +39,7 @@ def test_the_curves(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(exec_programs.helper("local-submit") is None, reason="install the Debian package certmonger")
-@pytest.mark.kube("estserver")
+@pytest.mark.kube("cmp-ra", "estserver")
 def test_the_backends(tmp_path: Path) -> None:
     """Each beside the bare request, printed and written into its page between the marks alone."""
     for name in backends.MEASURES:
