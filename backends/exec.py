@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -46,7 +46,9 @@ ENVIRONMENT: Mapping[str, str] = {
     "LC_ALL": "C.UTF-8",
 }
 #: Variables that say what is asked for.
-_OURS = re.compile(r"CA_BRIDGE_\w+|CERTMONGER_(?:OPERATION|CSR|CA_PROFILE|CA_NICKNAME|CA_COOKIE|REQ_\w+|SPKI|KEY_TYPE)")
+_OURS = re.compile(
+    r"CA_BRIDGE_\w+|CERTMONGER_(?:OPERATION|CSR|CA_PROFILE|CA_NICKNAME|CA_COOKIE|SPKI|KEY_TYPE|REQ_(?:SUBJECT|HOSTNAME|IP_ADDRESS|EMAIL))"
+)
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 #: Names of variables that hold a secret, and not the place of one.
 _SECRET = re.compile(r"(?:PASSW|PASSPHRASE|SECRET|TOKEN)(?!\w*_(?:FILE|PATH|DIR|URL|URI|ARN)$)", re.IGNORECASE)
@@ -55,6 +57,12 @@ NEVER_GIVEN = frozenset(
     {"CERTMONGER_REQ_PRINCIPAL", "CERTMONGER_SPKAC", "CERTMONGER_PKCSREQ", "CERTMONGER_PKCSREQ_REKEY"}
     | {"CERTMONGER_GETCERTINITIAL", "CERTMONGER_GETCERTINITIAL_REKEY", "CERTMONGER_SCEP_RA_CERTIFICATE"}
 )
+
+
+#: certmonger's exit statuses (its src/submit-e.h).
+_ISSUED, _WAIT, _UNREACHABLE, _NOT_CONFIGURED, _WAIT_SECONDS, _UNKNOWN_OPERATION = 0, 1, 3, 4, 5, 6
+#: Of what need not be told: also a refusal, such as dogtag-submit's of a list of profiles that is not for everybody.
+_TELLS_NOT = (2, _UNKNOWN_OPERATION)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,8 +173,8 @@ class ExecBackend:
         """
         authority = _authority_variables(specs[0]) if specs else {}
         self._told("IDENTIFY", authority)
-        profiles = self._told("GET-SUPPORTED-TEMPLATES", authority)
-        needed = self._told("GET-NEW-REQUEST-REQUIREMENTS", authority)
+        profiles = self._told("GET-SUPPORTED-TEMPLATES", authority, silent=_TELLS_NOT)
+        needed = self._told("GET-NEW-REQUEST-REQUIREMENTS", authority, silent=_TELLS_NOT)
         lacking = sorted(NEVER_GIVEN & set(exec_answer.names(needed or b"")) - self._settings.environment.keys())
         found = {
             spec.name: [
@@ -188,7 +196,7 @@ class ExecBackend:
             BackendRefusedError: It can't be run, or what it printed is no certificate.
             BackendUnavailableError: It could not reach its CA, or did not end in time.
         """
-        printed = self._told("FETCH-ROOTS", {})
+        printed = self._told("FETCH-ROOTS", {}, silent=_TELLS_NOT)
         if printed is None:
             return []
         try:
@@ -219,12 +227,14 @@ class ExecBackend:
         shown = exec_answer.words(cookie.encode())
         return Pending(reference=cookie, note=f'{self._program} waits{when}; its cookie: "{shown}"{_aside(ended)}')
 
-    def _told(self, operation: str, variables: Mapping[str, str]) -> bytes | None:
-        """What it printed; None: it does not know the operation."""
+    def _told(
+        self, operation: str, variables: Mapping[str, str], silent: Collection[int] = (_UNKNOWN_OPERATION,)
+    ) -> bytes | None:
+        """What it printed; None: it ended with one of the statuses that say that it does not tell."""
         ended = self._run(operation, variables)
         if ended.code == _ISSUED:
             return ended.output
-        if ended.code == _UNKNOWN_OPERATION:
+        if ended.code in silent:
             return None
         error = self._error(ended)
         if ended.code not in {_UNREACHABLE, _NOT_CONFIGURED}:
@@ -286,8 +296,6 @@ class ExecBackend:
         return self._refused(text, hint)
 
 
-#: certmonger's exit statuses (its src/submit-e.h).
-_ISSUED, _WAIT, _UNREACHABLE, _NOT_CONFIGURED, _WAIT_SECONDS, _UNKNOWN_OPERATION = 0, 1, 3, 4, 5, 6
 _WANTED = {
     _ISSUED: "status 0: wanted a certificate for the CSR's key on standard output",
     _WAIT: "status 1: wanted a cookie on standard output",

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from cryptography import x509
 
 from bridge.cli.printing import say
-from bridge.contract import Backend, ListsIssuers
+from bridge.contract import Backend, ListsIssuers, Spends
 from bridge.errors import (
     BackendUnavailableError,
     BridgeError,
@@ -55,13 +55,14 @@ def run(settings: Settings, authority: str, names: Sequence[str], patience: time
 
     Raises:
         SettingsError: No such authority or certificate, or no backend for it.
-        BridgeError: There is no CA certificate to compare with.
+        BridgeError: There is no CA certificate to compare with, or the test would use up a credential.
     """
     _assert_known(authority, names)
     configured = registry.configured(settings, [authority])[authority]
     node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
     backend = configured.open()
     try:
+        _assert_nothing_is_spent(backend, configured.label)
         live, sample = _certificates(node, authority, names, now)
         trial = Trial(
             backend=backend,
@@ -81,6 +82,14 @@ def run(settings: Settings, authority: str, names: Sequence[str], patience: time
     finally:
         registry.close(backend)
     return Exit.worst(codes)
+
+
+def _assert_nothing_is_spent(backend: Backend, label: str) -> None:
+    if isinstance(backend, Spends) and (credential := backend.spends()):
+        raise BridgeError(
+            f"{label}: wanted credentials that can be used again, found {credential}",
+            hint="the next renewal needs it; put another one there for the test",
+        )
 
 
 def _assert_known(authority: str, names: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pwd
 import re
 import signal
 import subprocess
@@ -29,7 +30,7 @@ from bridge.settings.load import parse
 from bridge.signing import registry
 from bridge.specs import AUTHORITIES, SPECS
 from bridge.testing import BackendConformance, TestCA, sign_request
-from tests.kit import exec_programs
+from tests.kit import dogtag, exec_programs
 from tests.kit.cas import Bridge, live_certificates
 from tests.kit.exec_programs import program
 from tests.kit.issuing import Signer, odd_certificates
@@ -187,11 +188,16 @@ def test_a_program_has_nothing_to_read_and_a_session_of_its_own(tmp_path: Path) 
     assert int(descriptors) <= 4  # the three, and the shell's own of its script
 
 
+def enterable(directory: Path) -> None:
+    """For other users than the one that runs the tests: pytest's directories are for that one alone."""
+    for place in (directory, directory.parent, directory.parent.parent):
+        place.chmod(0o755)
+
+
 @AS_ROOT
 def test_a_program_runs_as_the_settings_user(tmp_path: Path) -> None:
     """With that user's number, groups and home, and no other's; a twin without `user` runs as we do."""
-    for directory in (tmp_path, *tmp_path.parents[:-2]):
-        directory.chmod(0o755)  # or nobody could not enter
+    enterable(tmp_path)
     script = program(tmp_path / "tell", 'echo "$(id -u):$(id -G):$HOME"; exit 1')
     as_nobody = subprocess.run(["id", "-G", "nobody"], capture_output=True, text=True, check=True).stdout.strip()
     for user, expected in (("nobody", f"65534:{as_nobody}:/nonexistent"), ("", "0:0:/root")):
@@ -532,6 +538,11 @@ def test_a_program_of_another_user_is_not_run(tmp_path: Path) -> None:
     refused(link, f"wanted {link} to belong to root or to who runs it, found user 12345", f"chown root {link}")
     os.chown(script, 12345, 12345)
     refused(script, f"wanted {script} to belong to root or to who runs it, found user 12345")
+    nobody = pwd.getpwnam("nobody")
+    os.chown(script, nobody.pw_uid, nobody.pw_gid)
+    enterable(tmp_path)
+    with pytest.raises(BackendUnavailableError):
+        opened(script, user="nobody").sign(REQUEST)
 
 
 def test_a_link_to_a_program_that_others_can_change_is_not_run(tmp_path: Path) -> None:
@@ -598,6 +609,20 @@ def test_variables_that_nobody_sets_are_found(tmp_path: Path) -> None:
     found = backend.check(SERVERS)
     assert list(found) == ["apiserver", "etcd-peer"]
     assert "CERTMONGER_REQ_PRINCIPAL" in str(found["apiserver"][0])
+    named = opened(tmp_path / "asked", environment={"CERTMONGER_REQ_PRINCIPAL": "host/cp-1@CORP.EXAMPLE"})
+    assert named.check(SERVERS) == {}
+
+
+def test_what_need_not_be_told_may_be_refused(tmp_path: Path) -> None:
+    """A list of profiles that is not for everybody is no violation; a CA that is down is no answer."""
+    refuses = asked_before(tmp_path, GET_SUPPORTED_TEMPLATES="exit 2", FETCH_ROOTS="exit 2")
+    assert refuses.check(SERVERS) == {}
+    assert refuses.issuers() == []
+    down = asked_before(tmp_path, GET_SUPPORTED_TEMPLATES="exit 3", FETCH_ROOTS="exit 3")
+    with pytest.raises(BackendUnavailableError):
+        down.check(SERVERS)
+    with pytest.raises(BackendUnavailableError):
+        down.issuers()
 
 
 @pytest.mark.parametrize(
@@ -667,8 +692,35 @@ def test_what_certmongers_helpers_say_when_they_can_not(tmp_path: Path) -> None:
         real("dogtag-submit", "-E", "http://127.0.0.1:1/ca/ee/ca", "-T", "caServerCert").sign(REQUEST)
     with pytest.raises(BackendRefusedError, match="No RA certificate"):
         real("scep-submit", "-u", "http://127.0.0.1:1/").sign(REQUEST)
+    with pytest.raises(BackendRefusedError, match="not configured"):
+        real("ipa-submit").sign(REQUEST)
     found = real("ipa-submit").check(SERVERS)
     assert "CERTMONGER_REQ_PRINCIPAL" in str(found["apiserver"])
+
+
+@CERTMONGER
+def test_dogtag_submit_with_a_server() -> None:
+    """The profile chooses the usages; a deferred request is polled by its number; a refusal has the server's words."""
+    with dogtag.serving(SIGNER) as server:
+        backend = real("dogtag-submit", "-E", server.url)
+        server.answers("apiserver")
+        answer = backend.sign(REQUEST)
+        assert isinstance(answer, Issued)
+        assert extended_key_usages(answer.leaf) == frozenset(eku.value for eku in REQUEST.spec.ekus)
+        server.answers("defer")
+        later = backend.sign(REQUEST)
+        assert isinstance(later, Pending)
+        assert later.reference == "state=check&requestId=7"
+        with pytest.raises(BackendRefusedError):  # there is no such page for the answer here
+            backend.collect(REQUEST, later.reference)
+        assert server.asked[-1] == "/ca/ee/ca/checkRequest?requestId=7&xml=true"
+        server.answers("reject")
+        with pytest.raises(BackendRefusedError, match="Request Rejected - subject not allowed"):
+            backend.sign(REQUEST)
+        server.answers("html")
+        with pytest.raises(BackendRefusedError, match=r"status 2 \(refused\), printed nothing"):
+            backend.sign(REQUEST)
+        assert backend.check(SERVERS) == {}
 
 
 # --- through the program --------------------------------------------------------------------------------------------
