@@ -7,7 +7,6 @@ No rules of any CA are here; only what would be the same in each file beside thi
 from __future__ import annotations
 
 import re
-import socket
 import ssl
 import threading
 import time
@@ -30,6 +29,7 @@ from urllib3.connection import HTTPSConnection
 from urllib3.connectionpool import HTTPSConnectionPool
 
 from bridge.errors import SettingsError, SettingsProblem
+from bridge.system.https import alert
 from bridge.words import one_line
 
 #: A signed certificate with its chain is a few kB, one with thousands of SANs far below this.
@@ -40,6 +40,10 @@ T = TypeVar("T")
 
 #: A connection's end that may have any cause.
 CUT_OFF = (ssl.SSLEOFError, ConnectionResetError, BrokenPipeError)
+
+
+#: For the second look at a connection that broke.
+_ALERT_SECONDS = 5.0
 
 
 class TooMuchError(Exception):
@@ -303,10 +307,18 @@ class Sessions:
             if isinstance(cause, TimeoutError):
                 raise NoAnswerError(f"no answer within {self._seconds:g} s") from e
             if isinstance(cause, CUT_OFF) and self._tls:
-                cause = _alert(url, self._tls, min(self._seconds, 5.0)) or cause
+                cause = self._alert(url, self._tls) or cause
             if isinstance(cause, ssl.SSLError) and not isinstance(cause, CUT_OFF):
                 raise TlsRefusedError(one_line(str(cause))) from e
             raise NoAnswerError(one_line(str(cause)), cut_off=isinstance(cause, CUT_OFF)) from e
+
+    def _alert(self, url: str, tls: Callable[[], ssl.SSLContext]) -> ssl.SSLError | None:
+        parts = urlsplit(url)
+        try:
+            context = tls()
+        except SettingsError:  # a file can't be used any more; the next request says so
+            return None
+        return alert(parts.hostname or "", parts.port or 443, context, None, min(self._seconds, _ALERT_SECONDS))
 
     def close(self) -> None:
         """Close the connections that are not in use."""
@@ -349,23 +361,3 @@ class Sessions:
         if self._tls:
             session.mount("https://", _TimedAdapter(self._tls()))
         return session
-
-
-def _alert(url: str, tls: Callable[[], ssl.SSLContext], seconds: float) -> ssl.SSLError | None:
-    """
-    Why the server cut us off, if it has something against us.
-
-    Its verdict on our certificate comes after a handshake of TLS 1.3 (RFC 8446 §4.4.2.4), and who is writing
-    by then mostly finds a closed connection; who only listens hears the alert.
-    """
-    parts = urlsplit(url)
-    address = (parts.hostname or "", parts.port or 443)
-    try:
-        with (
-            socket.create_connection(address, timeout=seconds) as plain,
-            tls().wrap_socket(plain, server_hostname=address[0]) as listening,
-        ):
-            listening.recv(1)
-    except (OSError, SettingsError) as e:
-        return e if isinstance(e, ssl.SSLError) and not isinstance(e, CUT_OFF) else None
-    return None

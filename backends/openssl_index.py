@@ -9,7 +9,6 @@ So the lock, the checks before and after a run, the backup and the way back are 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import logging
 import os
 import re
@@ -25,6 +24,7 @@ from cryptography import x509
 
 from backends.openssl_config import ConfigDoubtError, parse_config
 from bridge.errors import BackendRefusedError, BackendUnavailableError
+from bridge.system.files import take_lock
 
 #: For operators, too: `flock DIR/.ca-bridge.lock openssl ca …`
 LOCK_NAME = ".ca-bridge.lock"
@@ -35,7 +35,6 @@ _BACKUPS_KEPT = 3
 # Between its two renames an `openssl ca` that was started by hand, without our lock, leaves for
 # microseconds what a killed one leaves for ever.
 _SETTLE_SECONDS = 1.0
-_POLL_SECONDS = 0.05
 _TICK_SECONDS = 2.0  # file systems' clocks may be that coarse
 _MANY_FILES = 32
 # Type, expiry, revocation date and reason, serial, file name (always "unknown"), subject. What `openssl ca`
@@ -141,13 +140,10 @@ class Database:
             ) from e
         try:
             _adopt(lock, self._pattern())
-            end = time.monotonic() + limit.total_seconds()
-            while not _try_lock(lock):
-                if time.monotonic() >= end:
-                    raise BackendUnavailableError(
-                        f"wanted the lock {path} within {limit.total_seconds():g} s, found it held by another process"
-                    )
-                time.sleep(_POLL_SECONDS)
+            if not take_lock(lock, limit):
+                raise BackendUnavailableError(
+                    f"wanted the lock {path} within {limit.total_seconds():g} s, found it held by another process"
+                )
             yield lock
         finally:
             os.close(lock)
@@ -411,14 +407,6 @@ def _new_serials(before: Snapshot, after: bytes) -> list[int]:
     if lost:
         raise IndexDamagedError(f"wanted all old rows, found {len(lost)} missing")
     return [serial for serial in found if serial not in before.serials]
-
-
-def _try_lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _read_if_there(path: Path, at_most: int = -1) -> bytes | None:

@@ -22,6 +22,7 @@ from typing import Any
 from bridge.control_plane.kube_api import Api, NoAnswerError
 from bridge.errors import PostponedError
 from bridge.pki.durations import duration_text
+from bridge.system.waiting import wait_until
 
 _API_VERSION = "coordination.k8s.io/v1"
 _COLLECTION = f"/apis/{_API_VERSION}/namespaces/kube-system/leases"
@@ -113,29 +114,47 @@ class Lease:
         Raises:
             LeaseHeldError: It did not become free in time.
         """
-        begin = time.monotonic()
-        patience = 0.0 if self._goes_without else _BLINK_SECONDS
-        holder = ""  # once seen it stays an obstacle, answer or not: it may be our API server that is being restarted
-        while True:
-            try:
-                found = self._try()
-            except NoAnswerError as e:
-                if not holder and time.monotonic() >= begin + patience:
-                    if not self._goes_without:
-                        self._note(f"no lease was taken, other nodes may restart at the same time: {e}")
-                    self._goes_without = True
-                    return
-            else:
-                if found is None:
-                    self._keep()
-                    return
-                if found.holder != holder:
-                    self._note(f"waiting for the lease {self._name}, which {found.holder} has")
-                holder = found.holder
-            if holder and time.monotonic() >= begin + self._wait.total_seconds():
-                waited = duration_text(self._wait)
-                raise LeaseHeldError(f"wanted the lease {self._name} within {waited}, found that {holder} has it")
-            time.sleep(_LOOK_SECONDS)
+        patience = timedelta(seconds=0 if self._goes_without else _BLINK_SECONDS)
+        found = wait_until(
+            self._tried, lambda seen: not isinstance(seen, NoAnswerError), patience, pause_seconds=_LOOK_SECONDS
+        )
+        if isinstance(found, NoAnswerError):
+            if not self._goes_without:
+                self._note(f"no lease was taken, other nodes may restart at the same time: {found}")
+            self._goes_without = True
+            return
+        if found is not None:
+            self._outlast(found)
+        self._keep()
+
+    def _outlast(self, held: _Record) -> None:
+        """
+        Wait for a holder that was seen; it stays an obstacle, answer or not: our own API server may be restarted.
+
+        Raises:
+            LeaseHeldError: It still is one.
+        """
+        holders = [held.holder]
+        self._note(f"waiting for the lease {self._name}, which {held.holder} has")
+
+        def tell(seen: _Record | NoAnswerError | None) -> None:
+            if isinstance(seen, _Record) and seen.holder != holders[-1]:
+                holders.append(seen.holder)
+                self._note(f"waiting for the lease {self._name}, which {seen.holder} has")
+
+        found = wait_until(
+            self._tried, lambda seen: seen is None, self._wait, pause_seconds=_LOOK_SECONDS, between=tell
+        )
+        if found is not None:
+            waited = duration_text(self._wait)
+            raise LeaseHeldError(f"wanted the lease {self._name} within {waited}, found that {holders[-1]} has it")
+
+    def _tried(self) -> _Record | NoAnswerError | None:
+        """What `_try` returns or raises."""
+        try:
+            return self._try()
+        except NoAnswerError as e:
+            return e
 
     def _try(self) -> _Record | None:
         """

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from http import HTTPStatus
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
@@ -29,6 +29,7 @@ from bridge.pki.durations import duration_text
 from bridge.settings.tables import ClusterSettings, Settings
 from bridge.specs import Component
 from bridge.system import https
+from bridge.system.waiting import wait_until
 
 State = Literal["healthy", "unhealthy", "unknown"]
 
@@ -154,35 +155,39 @@ def _after_waiting(
     component: Component, node: Node, settings: Settings, note: Callable[[str], None]
 ) -> tuple[Neighbours, list[str]]:
     """Until nothing speaks against it or the time is over; one that is down on this node waits for nobody."""
-    rules = settings.cluster
-    wait = rules.neighbour_wait.total_seconds() if rules.neighbours == "wait" else 0.0
-    end, told = time.monotonic() + wait, False
-    while True:
-        neighbours = look(node, settings)
-        found = obstacles(neighbours, component)
-        if found and neighbours.own_is_down(component):
-            neighbours, found = _after_an_election(component, node, settings)
-        if not found or neighbours.own_is_down(component) or time.monotonic() >= end:
-            return neighbours, found
-        if not told:
-            note(f"{component.value}: waiting up to {duration_text(rules.neighbour_wait)} for {'; '.join(found)}")
-            told = True
-        time.sleep(_LOOK_SECONDS)
+    rules, told = settings.cluster, list[str]()
+
+    def tell(seen: tuple[Neighbours, list[str]]) -> None:
+        if rules.neighbours == "wait" and not told:
+            told.append(f"waiting up to {duration_text(rules.neighbour_wait)} for {'; '.join(seen[1])}")
+            note(f"{component.value}: {told[0]}")
+
+    return wait_until(
+        lambda: _after_an_election(component, node, settings),
+        lambda seen: not seen[1] or seen[0].own_is_down(component),
+        rules.neighbour_wait if rules.neighbours == "wait" else timedelta(),
+        pause_seconds=_LOOK_SECONDS,
+        between=tell,
+    )
 
 
 def _after_an_election(component: Component, node: Node, settings: Settings) -> tuple[Neighbours, list[str]]:
     """
-    Look again until this node's is well, or has been down for as long as etcd may need for a new leader.
+    Look; where this node's is down as well, until it is well or was down for as long as etcd may need for a new leader.
 
     A member whose leader has just died has no answer, or none that is good, and is needed all the more.
     """
-    end = time.monotonic() + _ELECTION_SECONDS
-    while True:
-        time.sleep(_LOOK_SECONDS)
+
+    def seen() -> tuple[Neighbours, list[str]]:
         neighbours = look(node, settings)
-        found = obstacles(neighbours, component)
-        if not found or not neighbours.own_is_down(component) or time.monotonic() >= end:
-            return neighbours, found
+        return neighbours, obstacles(neighbours, component)
+
+    return wait_until(
+        seen,
+        lambda seen: not seen[1] or not seen[0].own_is_down(component),
+        timedelta(seconds=_ELECTION_SECONDS),
+        pause_seconds=_LOOK_SECONDS,
+    )
 
 
 def _refusal(component: Component, neighbours: Neighbours, found: Sequence[str], rules: ClusterSettings) -> str:

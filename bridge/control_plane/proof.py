@@ -9,7 +9,6 @@ seen, and is what `next-connection` means.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from bridge.node import inventory
 from bridge.node.inventory import Node
 from bridge.settings.tables import Settings
 from bridge.specs import Component
+from bridge.system.waiting import wait_until
 
 _AT_ONCE = 8
 _PAUSE_SECONDS = 0.5
@@ -122,12 +122,12 @@ def within(
         machine: As in `look`.
         counts: Of what is wrong, what is worth the wait: not what was so before, say.
     """
-    deadline = time.monotonic() + limit.total_seconds()
-    while True:
-        found = look(read(), settings, now(), machine)
-        if not any(map(counts, found.wrong)) or time.monotonic() >= deadline:
-            return found
-        time.sleep(_PAUSE_SECONDS)
+    return wait_until(
+        lambda: look(read(), settings, now(), machine),
+        lambda found: not any(map(counts, found.wrong)),
+        limit,
+        pause_seconds=_PAUSE_SECONDS,
+    )
 
 
 def run(settings: Settings, now: Callable[[], datetime], wait: timedelta) -> Report:

@@ -37,6 +37,7 @@ from bridge.system.console import log
 from bridge.system.files import write_atomically
 from bridge.system.safe_read import UnreadableError, read
 from bridge.system.state_file import OnDamage, StateFile
+from bridge.system.waiting import wait_until
 
 _POLL_SECONDS = 0.5
 
@@ -393,10 +394,7 @@ def _may_stay(copy: Path, content: bytes, kubelet_conf: Path, wanted: x509.Certi
 
 def _wait(look: Callable[[], dict[Component, str]], timeout: timedelta) -> dict[Component, str]:
     """What is still found when the time is over; nothing as soon as nothing is."""
-    deadline = time.monotonic() + timeout.total_seconds()
-    while (found := look()) and time.monotonic() < deadline:
-        time.sleep(_POLL_SECONDS)
-    return found
+    return wait_until(look, lambda found: not found, timeout, pause_seconds=_POLL_SECONDS)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,6 +26,7 @@ from bridge.pki.durations import duration_text
 from bridge.specs import Component
 from bridge.state.parked_manifest import RestartError, aside, close, enter, is_there, journal_of, put_back, sync
 from bridge.state.store import Store
+from bridge.system.waiting import wait_until
 
 Tell = Callable[[str], None]
 
@@ -113,15 +113,14 @@ def _wait(
         RestartError: Something still was when the time was over.
         StoppedError: From `check`.
     """
-    deadline = time.monotonic() + timeout.total_seconds()
-    while (found := look()) is not None:
-        check()
-        if time.monotonic() > deadline:
-            raise RestartError(
-                f"{component.value}: wanted it {what} within {duration_text(timeout)}, found: {found}",
-                hint="its manifest is in its place; the logs of the kubelet and of the container tell more",
-            )
-        time.sleep(_POLL_SECONDS)
+    found = wait_until(
+        look, lambda found: found is None, timeout, pause_seconds=_POLL_SECONDS, between=lambda _: check()
+    )
+    if found is not None:
+        raise RestartError(
+            f"{component.value}: wanted it {what} within {duration_text(timeout)}, found: {found}",
+            hint="its manifest is in its place; the logs of the kubelet and of the container tell more",
+        )
 
 
 def _begun(pod: Pod, before: frozenset[str]) -> str | None:
@@ -139,10 +138,7 @@ _UNDER_WAY = timedelta(seconds=2)
 
 
 def _settle(time_: timedelta, check: Callable[[], None]) -> None:
-    deadline = time.monotonic() + time_.total_seconds()
-    while (left := deadline - time.monotonic()) > 0:
-        check()
-        time.sleep(min(left, _POLL_SECONDS))
+    wait_until(check, lambda _: False, time_, pause_seconds=_POLL_SECONDS)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import secrets
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -47,6 +46,7 @@ from bridge.errors import (
 from bridge.pki import csr, verify
 from bridge.signing import preflight
 from bridge.specs import SPECS, CertificateSpec, KeyAlgorithm
+from bridge.system.waiting import wait_until
 
 #: Optional abilities by the name of their method; those that a suite of a backend's declares.
 ABILITIES = {
@@ -132,15 +132,24 @@ class Trial:
         """
         if isinstance(answer, BackendError):
             raise answer
-        end = time.monotonic() + self.patience.total_seconds()
-        while isinstance(answer, Pending):
-            if not isinstance(self.backend, Collects):
-                raise NotConformingError('wanted a backend that can be asked later, as it answers "later"; found none')
-            if time.monotonic() >= end:
-                raise WaitingError(f"still waiting: {answer.note or answer.reference}", hint="wait for it: --wait 10m")
-            time.sleep(_PAUSE_SECONDS)
-            answer = self.backend.collect(request, answer.reference)
+        if isinstance(answer, Pending):
+            answer = self._collected(request, answer)
         self.issued.append(answer.leaf)
+        return answer
+
+    def _collected(self, request: SignRequest, waiting: Pending) -> Issued:
+        backend, references = self.backend, [waiting.reference]
+        if not isinstance(backend, Collects):
+            raise NotConformingError('wanted a backend that can be asked later, as it answers "later"; found none')
+        answer = wait_until(
+            lambda: backend.collect(request, references[-1]),
+            lambda answer: isinstance(answer, Issued),
+            self.patience,
+            pause_seconds=_PAUSE_SECONDS,
+            between=lambda answer: references.append(answer.reference) if isinstance(answer, Pending) else None,
+        )
+        if isinstance(answer, Pending):
+            raise WaitingError(f"still waiting: {answer.note or answer.reference}", hint="wait for it: --wait 10m")
         return answer
 
 

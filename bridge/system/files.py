@@ -10,7 +10,6 @@ import json
 import os
 import stat
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from bridge.errors import BridgeError, Exit
+from bridge.system.waiting import wait_until
 
 DIRECTORY_MODE = 0o700
 SECRET_MODE = 0o600
@@ -202,14 +202,10 @@ def lock(path: Path, command: str, wait: timedelta = timedelta()) -> Iterator[No
     Raises:
         LockedError: Somebody holds it; it says who, and since when.
     """
-    deadline = time.monotonic() + wait.total_seconds()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, SECRET_MODE)
     try:
-        while not _try_lock(descriptor):
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise LockedError(f"wanted the lock {path}, found it held by {_holder(descriptor)}")
-            time.sleep(min(left, _LOCK_POLL_SECONDS))
+        if not take_lock(descriptor, wait):
+            raise LockedError(f"wanted the lock {path}, found it held by {_holder(descriptor)}")
         since = datetime.now(UTC).isoformat(timespec="seconds")
         with contextlib.suppress(OSError):  # on a full disk only the others know less
             os.ftruncate(descriptor, 0)
@@ -223,8 +219,21 @@ def lock(path: Path, command: str, wait: timedelta = timedelta()) -> Iterator[No
 _LOCK_POLL_SECONDS = 0.1
 
 
+def take_lock(descriptor: int, wait: timedelta) -> bool:
+    """
+    Take the flock(2) of an open file, which ends with the last process that has the file open.
+
+    Args:
+        descriptor: Of the file.
+        wait: How long for somebody else to give it back.
+
+    Returns:
+        Whether it is ours now.
+    """
+    return wait_until(lambda: _try_lock(descriptor), bool, wait, pause_seconds=_LOCK_POLL_SECONDS)
+
+
 def _try_lock(descriptor: int) -> bool:
-    """Whether it is ours now."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -271,11 +280,21 @@ def held_by(path: Path) -> Holder | None:
 
 
 def _holder(descriptor: int) -> Holder:
-    for _ in range(10):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            found = json.loads(os.pread(descriptor, 4096, 0))
-            since = datetime.fromisoformat(found["since"])
-            if since.tzinfo is not None:
-                return Holder(pid=int(found["pid"]), command=str(found["command"]), since=since)
-        time.sleep(0.01)  # the holder has just got it, and not yet said who it is
-    return Holder()
+    # a holder that has just got it has not said who it is yet
+    limit = timedelta(seconds=_SAYING_SECONDS)
+    told = wait_until(lambda: _told(descriptor), lambda one: one is not None, limit, pause_seconds=_SAYING_SECONDS / 10)
+    return told or Holder()
+
+
+def _told(descriptor: int) -> Holder | None:
+    """Who holds it, by its own words; None: nobody said."""
+    try:
+        found = json.loads(os.pread(descriptor, 4096, 0))
+        since = datetime.fromisoformat(found["since"])
+        holder = Holder(pid=int(found["pid"]), command=str(found["command"]), since=since)
+    except (ValueError, KeyError, TypeError):
+        return None
+    return holder if since.tzinfo is not None else None
+
+
+_SAYING_SECONDS = 0.1

@@ -101,7 +101,9 @@ def request(
     except UnreachableError:
         if tls is None or certificate_pem is None:
             raise
-        _raise_alert(host, port, tls, server_name, timeout_seconds)
+        refused = alert(host, port, tls, server_name, min(timeout_seconds, 1))
+        if refused is not None and isinstance(ours := _as_ours(refused), ClientRefusedError):
+            raise ours from None
         raise
 
 
@@ -251,21 +253,32 @@ def _as_ours(error: Exception) -> HttpsError:
     return UnreachableError(f"wanted an answer in HTTP, found {type(error).__name__}")
 
 
-def _raise_alert(host: str, port: int, tls: ssl.SSLContext, server_name: str | None, timeout_seconds: float) -> None:
+def alert(host: str, port: int, tls: ssl.SSLContext, server_name: str | None, seconds: float) -> ssl.SSLError | None:
     """
-    Look again for the alert that a broken connection may have swallowed.
+    Listen for the alert that a broken connection may have swallowed: why the server turned us away, if it did.
 
     In TLS 1.3 a server judges the client after its own handshake has ended (RFC 8446 §4.4.2.4). If it closes while
     our request is unread, the kernel resets the connection and throws the alert away; so this time nothing is sent.
 
-    Raises:
-        ClientRefusedError: There it is.
+    Args:
+        host: Name or address.
+        port: TCP.
+        tls: As the connection that broke.
+        server_name: For SNI and in the server's certificate; None: the host.
+        seconds: For all of it.
     """
-    with (
-        contextlib.suppress(UnreachableError),
-        _connected(host, port, tls, server_name, min(timeout_seconds, 1)) as opened,
-    ):
-        opened.recv(1)
+    try:
+        with (
+            socket.create_connection((host, port), seconds) as raw,
+            _ends(raw, threading.Event(), seconds),
+            tls.wrap_socket(raw, server_hostname=server_name or host) as listening,
+        ):
+            listening.recv(1)
+    except ssl.SSLError as e:
+        return None if isinstance(e, ssl.SSLEOFError | ssl.SSLZeroReturnError) else e
+    except (OSError, ValueError):
+        return None
+    return None
 
 
 def _host(url: str) -> str:

@@ -1,0 +1,92 @@
+"""Waiting: one look in any case, a last one when the time is over, and none after it was enough."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+
+import pytest
+
+from bridge.system.waiting import wait_until
+
+
+class Clock:
+    """The machine's, which goes on only while somebody sleeps or looks."""
+
+    def __init__(self, look_seconds: float = 0.0) -> None:
+        self.now = 100.0
+        self.pauses: list[float] = []
+        self.looks: list[float] = []
+        self._look_seconds = look_seconds
+
+    def sleep(self, seconds: float) -> None:
+        """As `time.sleep`."""
+        self.pauses.append(seconds)
+        self.now += seconds
+
+    def look(self) -> int:
+        """Count looks."""
+        self.looks.append(self.now - 100.0)
+        self.now += self._look_seconds
+        return len(self.looks)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(time, "sleep", clock.sleep)
+    return clock
+
+
+def waited(clock: Clock, enough: int, limit: float) -> tuple[int, list[int]]:
+    between: list[int] = []
+    seen = wait_until(
+        clock.look,
+        lambda seen: seen >= enough,
+        timedelta(seconds=limit),
+        pause_seconds=2.0,
+        between=between.append,
+    )
+    return seen, between
+
+
+@pytest.mark.parametrize(
+    ("enough", "limit", "looks"),
+    [
+        (1, 5, [0]),
+        (1, 0, [0]),
+        (9, 0, [0]),
+        (3, 5, [0, 2, 4]),
+        (9, 5, [0, 2, 4, 5]),
+        (9, 4, [0, 2, 4]),
+    ],
+)
+def test_looks_until_it_is_enough_or_the_time_is_over(
+    clock: Clock, enough: int, limit: float, looks: list[float]
+) -> None:
+    """The last look is returned; what was not enough is told each time."""
+    seen, between = waited(clock, enough, limit)
+    assert clock.looks == looks
+    assert seen == len(looks)
+    assert between == [one for one in range(1, seen + 1) if one < enough]
+
+
+def test_what_is_raised_ends_the_wait(clock: Clock) -> None:
+    """By the look as well as between looks."""
+
+    def fail(*_: object) -> int:
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        wait_until(fail, bool, timedelta(seconds=9), pause_seconds=1)
+    with pytest.raises(KeyError):
+        wait_until(clock.look, lambda _: False, timedelta(seconds=9), pause_seconds=1, between=fail)
+    assert clock.pauses == []
+
+
+def test_a_look_that_takes_long_is_the_last(clock: Clock) -> None:
+    """Nobody sleeps after the time is over."""
+    clock.__init__(look_seconds=7.0)  # type: ignore[misc]
+    assert waited(clock, 9, 5) == (1, [1])
+    assert clock.pauses == []
