@@ -52,6 +52,10 @@ _LARGEST_FILE = 1 << 20
 log = logging.getLogger(__name__)
 
 
+#: A row of a certificate that was revoked, and its serial number.
+_REVOKED = re.compile(rb"^R\t[^\t\n]*\t[^\t\n]*\t([0-9A-Fa-f]+)\t", re.MULTILINE)
+
+
 class IndexDamagedError(Exception):
     """An index that `openssl ca` would refuse, or would silently lose rows of."""
 
@@ -104,7 +108,7 @@ class Database:
     """
     An index file and the folder of the certificates in it.
 
-    Every method but `locked`, `check` and `read` wants the lock to be held.
+    Every method but `locked`, `check`, `read` and `revoked` wants the lock to be held.
     """
 
     index: Path  #: A real path: `openssl ca` replaces a symbolic link by a file.
@@ -176,6 +180,20 @@ class Database:
                 hint=f"openssl ca would refuse it or lose rows of it; mend it, or put back a copy that is right"
                 f" (ours are {self.index.name}{_BACKUP}*)",
             ) from e
+
+    def revoked(self) -> frozenset[int]:
+        """
+        The serial numbers that are revoked; also while another run signs.
+
+        Raises:
+            BackendRefusedError: The index can't be read.
+        """
+        if not self.index.exists():
+            time.sleep(_SETTLE_SECONDS)
+        try:
+            return frozenset(int(serial, 16) for serial in _REVOKED.findall(self.index.read_bytes()))
+        except OSError as e:
+            raise BackendRefusedError(f"wanted to read the CA's database {self.index}, found: {e.strerror}") from e
 
     def _check_emptiness(self) -> None:
         """An index that lost all in a power cut looks like one of a new CA, and `openssl ca` takes it for one."""

@@ -327,7 +327,7 @@ def sign(
         Path | None, typer.Option(help="What may be signed. [default: desk-policy.toml beside the settings]")
     ] = None,
     archive: Annotated[
-        Path | None, typer.Option(help="For the done bundles of a directory. [default: desk.archive, or done in it]")
+        Path | None, typer.Option(help="For the bundles that are done. [default: desk.archive, or the state directory]")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be signed and refused; sign nothing.")
@@ -349,21 +349,20 @@ def sign(
     With a directory, the CA host's cron job: half-copied bundles are left alone, done ones archived, and what an
     interrupted run has had signed is not signed again. A refusal goes back to its node in the answer.
     """
-    from bridge.signing import desk_files  # noqa: PLC0415
+    from bridge.cli import desk  # noqa: PLC0415
+    from bridge.signing.desk_files import Options  # noqa: PLC0415
 
-    options = desk_files.Options(
+    options = Options(
         source=source.absolute(),
         out=out.absolute() if out is not None else None,
         policy=policy.absolute() if policy is not None else None,
         archive=archive.absolute() if archive is not None else None,
-        dry_run=dry_run,
-        approve=approve,
         without_proof=frozenset(without_proof or ()),
         node=node,
         cluster=cluster,
-        wait=wait or timedelta(),
     )
-    raise typer.Exit(desk_files.sign(common.settings(), options, utc_now))
+    code = desk.sign(common.settings(), options, utc_now, dry_run=dry_run, approve=approve, wait=wait or timedelta())
+    raise typer.Exit(code)
 
 
 @command(app, "prove")

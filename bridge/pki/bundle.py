@@ -25,9 +25,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.contract import Continuity, Issued, SignRequest
 from bridge.errors import BridgeError
-from bridge.pki.certificates import (
-    pem,
-)
+from bridge.pki.certificates import UNREADABLE, extended_key_usages, name_text, pem, san_counts, serial_hex
+from bridge.pki.expiry import minute
 from bridge.specs import AUTHORITIES, EKU, SPECS
 from bridge.words import one_line
 
@@ -545,6 +544,8 @@ def _csr(fields: _Fields) -> x509.CertificateSigningRequest:
         fields.fail("csr", wanted, _Words(f"something else ({one_line(e)})"))
     if csr.public_bytes(Encoding.PEM).decode() != value:
         fields.fail("csr", wanted, _Words("more than that, or other line breaks"))
+    if (damage := _damage(csr)) is not None:
+        fields.fail("csr", "a CSR that can be read", _Words(damage))
     return csr
 
 
@@ -556,7 +557,30 @@ def _certificate(value: object, place: str, or_else: str = "") -> x509.Certifica
         raise BundleError(place, wanted, f"something else ({one_line(e)})") from None
     if pem(certificate).decode() != value:
         raise BundleError(place, wanted, "more than that, or other line breaks")
+    if (damage := _damage(certificate)) is not None:
+        raise BundleError(place, "a certificate that can be read", damage)
     return certificate
+
+
+def _damage(one: x509.Certificate | x509.CertificateSigningRequest) -> str | None:
+    """
+    What of it can't be read; None: nothing.
+
+    The library reads names, keys, dates and extensions when they are asked for, and each has its own way to fail: it is
+    found out here, once, and not by whoever judges, shows or records the request.
+    """
+    try:
+        _ = name_text(one.subject), one.public_key(), san_counts(one), extended_key_usages(one)
+        if isinstance(one, x509.Certificate):
+            _ = (
+                name_text(one.issuer),
+                serial_hex(one),
+                minute(one.not_valid_before_utc),
+                minute(one.not_valid_after_utc),
+            )
+    except (*UNREADABLE, OverflowError) as e:
+        return f"{type(e).__name__}: {one_line(e)}"
+    return None
 
 
 def _ascii(value: object) -> bytes:

@@ -72,7 +72,7 @@ def proof_problem(request: BundledRequest, bundle: RequestBundle) -> str | None:
         return f"wanted a public key in the replaced certificate, found one that can't be read: {one_line(e)}"
     try:
         is_checked = _check_signature(key, request.proof, message)
-    except InvalidSignature:
+    except (InvalidSignature, ValueError):  # ValueError: an RSA key that is too small to have made any
         return "wanted a continuity proof by the replaced certificate's key over this CSR, found another signature"
     if not is_checked:
         return f"wanted an RSA, ECDSA or Ed25519 key to prove with, found {algorithm_name(key)}"

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 
-from bridge.pki.certificates import (
-    name_text,
-    san_counts,
-)
+from bridge.pki.certificates import UNREADABLE, name_text, san_counts
 from bridge.pki.csr import algorithm_name
 from bridge.words import one_line
 
@@ -17,7 +13,7 @@ def name(subject: x509.Certificate | x509.CertificateSigningRequest) -> str:
     """The subject."""
     try:
         return one_line(name_text(subject.subject)) or "(no subject)"
-    except ValueError as e:
+    except UNREADABLE as e:
         return f"(a subject that can't be read: {one_line(e)})"
 
 
@@ -25,7 +21,7 @@ def issuer(certificate: x509.Certificate) -> str:
     """The issuer's name."""
     try:
         return one_line(name_text(certificate.issuer))
-    except ValueError as e:
+    except UNREADABLE as e:
         return f"(an issuer that can't be read: {one_line(e)})"
 
 
@@ -35,7 +31,7 @@ def sans(subject: x509.Certificate | x509.CertificateSigningRequest) -> str:
         return (
             ", ".join(one_line(f"{kind}:{value}") for kind, value in sorted(san_counts(subject).elements())) or "none"
         )
-    except ValueError as e:
+    except UNREADABLE as e:
         return f"(extensions that can't be read: {one_line(e)})"
 
 
@@ -43,5 +39,5 @@ def key(csr: x509.CertificateSigningRequest) -> str:
     """The key's algorithm and size."""
     try:
         return algorithm_name(csr.public_key())
-    except (ValueError, UnsupportedAlgorithm) as e:
+    except UNREADABLE as e:
         return f"(one that can't be read: {one_line(e)})"

@@ -19,15 +19,27 @@ from typing import Protocol
 
 from cryptography import x509
 
-from bridge.contract import Backend, Collects, Issued, ListsIssuers, Pending, Recalls, SignRequest, SignsMany
+from bridge.contract import (
+    Backend,
+    Collects,
+    Issued,
+    ListsIssuers,
+    Pending,
+    Recalls,
+    SignRequest,
+    SignsMany,
+    TellsRevoked,
+)
 from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, VerificationError, WaitingError
 from bridge.pki import verify
 from bridge.pki.bundle import AnswerBundle, BundledRequest, Refusal, RequestBundle, refusal, sign_request
 from bridge.pki.bundle_text import describe
-from bridge.pki.certificates import load_pem_certificates
+from bridge.pki.certificates import load_pem_certificates, serial_hex
+from bridge.pki.expiry import minute
 from bridge.pki.verify import Expectation
 from bridge.settings.tables import Settings
 from bridge.signing import preflight, registry
+from bridge.signing.desk_archive import Answered
 from bridge.signing.desk_journal import Asked, Journal
 from bridge.signing.desk_policy import Policy, Verdict, judge
 from bridge.specs import AUTHORITIES, SPECS
@@ -70,6 +82,8 @@ class Job:
     label: str  #: For messages, such as the bundle's file.
     deliver: Callable[[AnswerBundle], str]  #: Brings the answer to where it belongs, and says where that is.
     earlier: Mapping[str, Issued] = field(default_factory=dict)  #: Of an answer that is there already.
+    answered: Mapping[str, Answered] = field(default_factory=dict)  #: Signed before; no second time.
+    again: set[str] = field(default_factory=set)  #: Names whose answer is an earlier run's.
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     answers: dict[str, Answer] = field(default_factory=dict)
     troubles: dict[str, BridgeError] = field(default_factory=dict)  #: Why there is no answer yet.
@@ -152,14 +166,41 @@ class Desk:
             if trouble is not None:
                 job.troubles[request.name] = trouble
                 continue
-            ca = self._cas[request.authority]
-            verdict = judge(request, job.bundle, self._policy, ca.certificates, self._now(), self._without_proof)
-            job.verdicts[request.name] = verdict
-            if verdict.problems:
-                job.answers[request.name] = refusal("; ".join(verdict.problems))
+            self._judge(job, request, self._cas[request.authority])
         if self._approve is not None and job.to_sign:
             self._ask_person(self._approve, job)
         return job
+
+    def _judge(self, job: Job, request: BundledRequest, ca: _CA) -> None:
+        try:
+            verdict = judge(request, job.bundle, self._policy, ca.certificates, self._now(), self._without_proof)
+        except Exception as e:  # noqa: BLE001 (whatever is wrong with a request: the others are to be signed)
+            verdict = Verdict(
+                problems=(f"wanted a request that can be judged, found {type(e).__name__}: {e}",), proven=False
+            )
+        job.verdicts[request.name] = verdict
+        problems = [*verdict.problems]
+        try:
+            if not problems and verdict.proven:
+                problems += _revoked(ca, request)
+        except BackendError as e:
+            job.troubles[request.name] = e
+            return
+        if problems:
+            job.answers[request.name] = refusal("; ".join(problems))
+        elif request.name in job.answered:
+            job.answers[request.name] = self._answer_again(job, request, job.answered[request.name])
+
+    def _answer_again(self, job: Job, request: BundledRequest, answered: Answered) -> Answer:
+        """The certificate that was signed for this CSR; there is no second one, or an old bundle would be worth one."""
+        issued = answered.issued
+        if issued is not None and self._violations(job.requests[request.name], issued) is None:
+            job.again.add(request.name)
+            return issued
+        return refusal(
+            f"wanted a request that was not answered before, found one whose certificate was signed {minute(answered.signed)}"
+            " and is no good any more: `ca-bridge pending cancel` at the node, then a new request"
+        )
 
     def _trouble(self, request: BundledRequest) -> BridgeError | None:
         if request.authority not in self._configured:
@@ -282,6 +323,7 @@ class Desk:
                 earlier = job.earlier.get(request.name)
                 if earlier is not None and self._violations(job.requests[request.name], earlier) is None:
                     job.answers[request.name] = earlier
+                    job.again.add(request.name)
                 else:
                     lots[request.authority].append((job, job.requests[request.name]))
         with ThreadPoolExecutor(len(AUTHORITIES)) as pool:
@@ -366,9 +408,10 @@ class Desk:
             record.know(request.name, job.requests[request.name], configured.label if configured else "", None)
             verdict = job.verdicts.get(request.name)
             unproven = "" if verdict is not None and verdict.proven else ", without a continuity proof"
+            again = ", signed before" if request.name in job.again else ""
             common = {"authority": request.authority, "old": request.replaces}
             if isinstance(answer, Issued):
-                record.add(SIGNED, request.name, new=answer.leaf, result=f"{about}{unproven}", **common)  # type: ignore[arg-type]
+                record.add(SIGNED, request.name, new=answer.leaf, result=f"{about}{unproven}{again}", **common)  # type: ignore[arg-type]
             elif isinstance(answer, Refusal):
                 error = RefusedByPolicyError(f"{about}: {answer.reason}")
                 record.add(audit.REFUSED, request.name, error=error, **common)  # type: ignore[arg-type]
@@ -407,6 +450,19 @@ def _windows(jobs: Iterable[Job]) -> Iterator[list[Job]]:
             window, size, enough = [], 0, min(2 * enough, _LARGEST_WINDOW)
     if window:
         yield window
+
+
+def _revoked(ca: _CA, request: BundledRequest) -> list[str]:
+    """
+    Why the proof is worth nothing: its certificate's key is known to have been lost, or its holder to be gone.
+
+    Raises:
+        BackendError: The CA can tell, and does not now.
+    """
+    backend, old = ca.backend, request.replaces
+    if old is None or not isinstance(backend, TellsRevoked) or not ca.outage.ask(lambda: backend.is_revoked(old)):
+        return []
+    return [f"proof: wanted one by a certificate that is not revoked, found that of serial {serial_hex(old)}, which is"]
 
 
 def _recalled(

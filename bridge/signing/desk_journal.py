@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from hashlib import sha256
@@ -20,7 +20,9 @@ from typing import Any, Self
 from bridge.contract import Issued, Pending, SignRequest
 from bridge.errors import BridgeError
 from bridge.pki.certificates import load_pem_certificates, pem
+from bridge.system.console import log
 from bridge.system.files import SECRET_MODE, sync_directory
+from bridge.words import one_line
 
 #: What is older was delivered by a run that was killed before it could forget it, or its bundle is gone.
 _KEPT = timedelta(days=90)
@@ -62,14 +64,16 @@ class Journal:
         self._end = 0
         with path.open("rb") as lines:
             for line in lines:
-                entry = _read(line)
-                if entry is None:
+                if not line.endswith(b"\n"):
                     break  # a crash cut it; nothing is behind it
-                key, added = entry
-                self._places[key] = _Place(self._end, len(line))
+                entry = _read(line)
+                if entry is None:  # its request is asked for again, and the others' answers stay
+                    log.warning("%s: passed over a damaged line, at byte %d", path, self._end)
+                elif entry[1] is not None and now - entry[1] > _KEPT:
+                    self._places.pop(entry[0], None)
+                else:
+                    self._places[entry[0]] = _Place(self._end, len(line))
                 self._end += len(line)
-                if added is not None and now - added > _KEPT:
-                    del self._places[key]
         os.ftruncate(self._file, self._end)
         if is_new:
             sync_directory(path.parent)
@@ -85,13 +89,11 @@ class Journal:
         place = self._places.get(key_of(request))
         if place is None:
             return None
-        entry: dict[str, Any] = json.loads(os.pread(self._file, place.length, place.offset))
-        if "asked" in entry:
-            return Asked(since=datetime.fromisoformat(entry["asked"]))
-        if "reference" in entry:
-            return Pending(reference=entry["reference"], note=entry["note"])
-        leaf, *intermediates = load_pem_certificates("".join(entry["chain"]).encode())
-        return Issued(leaf=leaf, intermediates=tuple(intermediates))
+        try:
+            return _answer(json.loads(os.pread(self._file, place.length, place.offset)))
+        except (ValueError, TypeError, KeyError, AttributeError) as e:
+            log.warning("%s: passed over a damaged entry, at byte %d: %s", self._path, place.offset, one_line(e))
+            return None  # not known: it is asked for again
 
     def add(self, answers: Iterable[tuple[SignRequest, Issued | Pending | Asked]]) -> None:
         """
@@ -167,13 +169,28 @@ def _line(request: SignRequest, answer: Issued | Pending | Asked, now: datetime)
     return key, json.dumps(entry).encode() + b"\n"
 
 
+def _answer(entry: Mapping[str, Any]) -> Issued | Pending | Asked:
+    """
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: It is none of ours.
+    """
+    if "asked" in entry:
+        return Asked(since=datetime.fromisoformat(entry["asked"]))
+    if "reference" in entry:
+        return Pending(reference=str(entry["reference"]), note=str(entry["note"]))
+    leaf, *intermediates = load_pem_certificates("".join(entry["chain"]).encode())
+    return Issued(leaf=leaf, intermediates=tuple(intermediates))
+
+
 def _read(line: bytes) -> tuple[str, datetime | None] | None:
-    """Its key, and when it was added, unless somebody is to answer it yet; None: not a whole line of ours."""
+    """Its key, and when it was added, unless somebody is to answer it yet; None: not a line of ours."""
     try:
         entry = json.loads(line)
         added = entry.get("added") or entry.get("asked")
         key = str(entry["key"])
         moment = datetime.fromisoformat(added) if added else None
+        if moment is not None and moment.tzinfo is None:
+            return None
     except (ValueError, TypeError, AttributeError, KeyError):
         return None
-    return (key, moment) if line.endswith(b"\n") else None
+    return key, moment

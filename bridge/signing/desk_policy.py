@@ -67,7 +67,7 @@ class DeskSettings:
     name: str = ""  #: In every answer; empty: the host's name.
     #: The cluster's CA certificates, laid out as below /etc/kubernetes/pki; without it the backends tell theirs.
     ca_dir: Path | None = None
-    archive: Path | None = None  #: For bundles that are done; without it `done` in the inbox.
+    archive: Path | None = None  #: For bundles that are done; without it in the state directory.
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
-"""Reading a node's files, whatever stands in their place."""
+"""Reading files, whatever stands in their place."""
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -22,18 +23,40 @@ def read(path: Path) -> bytes | None:
         UnreadableError: No permission, not a regular file, too large, or the disk's trouble.
     """
     try:
-        with open(path, "rb", opener=_open) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return _read(path, 0)[0]
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+
+
+def read_once(path: Path) -> tuple[bytes, os.stat_result]:
+    """
+    Content and status of a file in a directory that others can write to: opened once, and no link is followed.
+
+    Whoever judges it has to keep these bytes: under the same name there may be another file by now.
+
+    Raises:
+        FileNotFoundError: Nothing is there (any more).
+        UnreadableError: As `read`; also for a link or a directory.
+    """
+    try:
+        return _read(path, os.O_NOFOLLOW)
+    except (NotADirectoryError, IsADirectoryError) as e:
+        raise UnreadableError("not a regular file") from e
+
+
+def _read(path: Path, flags: int) -> tuple[bytes, os.stat_result]:
+    try:
+        # without O_NONBLOCK a named pipe would keep us for ever
+        with open(path, "rb", opener=lambda name, mode: os.open(name, mode | os.O_NONBLOCK | flags)) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise UnreadableError("not a regular file")
             data = file.read(MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        return None
+        raise
     except OSError as e:
-        raise UnreadableError(e.strerror or str(e)) from e
+        found = "a symbolic link" if e.errno == errno.ELOOP and flags else e.strerror or str(e)
+        raise UnreadableError(found) from e
     if len(data) > MAX_BYTES:
         raise UnreadableError(f"more than {MAX_BYTES} bytes")
-    return data
-
-
-def _open(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # or a named pipe would keep us for ever
+    return data, status

@@ -225,6 +225,24 @@ def test_revokes_what_was_superseded(directory: Path) -> None:
     assert revoked(directory) == ["superseded"] * 2
 
 
+def test_tells_what_is_revoked(directory: Path) -> None:
+    """By serial number and the CA's name: another CA's of the same number is not, nor one that it does not know."""
+    backend = opened(directory)
+    old, new = backend.sign(renewal()).leaf, backend.sign(renewal()).leaf
+    assert not backend.is_revoked(old)
+
+    backend.revoke(old)
+
+    another = x509.CertificateBuilder(
+        TestCA.make("another").certificate.subject, old.subject, CA.leaf(SERVER).public_key(), old.serial_number,
+        old.not_valid_before_utc, old.not_valid_after_utc,
+    ).sign(ec.generate_private_key(ec.SECP256R1()), hashes.SHA256())  # fmt: skip
+    assert [backend.is_revoked(one) for one in (old, new, CA.leaf(SERVER), another)] == [True, False, False, False]
+    (directory / "index.txt").unlink()
+    with pytest.raises(BackendRefusedError, match=r"index\.txt"):
+        opened(directory).is_revoked(old)
+
+
 def test_revokes_nothing_of_another_ca(directory: Path) -> None:
     """openssl would add it, and revoke whatever has its number."""
     backend = opened(directory)

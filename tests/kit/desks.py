@@ -53,6 +53,11 @@ class Desk:
         return self.directory / "outbox"
 
     @property
+    def archive(self) -> Path:
+        """For requests that are done."""
+        return self.state / "desk-done"
+
+    @property
     def state(self) -> Path:
         """The state directory."""
         return self.directory / "state"

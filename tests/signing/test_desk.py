@@ -23,6 +23,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
+from bridge.cli import desk as cli_desk
 from bridge.contract import Issued, Pending, Recalls
 from bridge.errors import Exit
 from bridge.node import kubeconfig, sample_pki
@@ -44,7 +45,7 @@ from bridge.pki.continuity import sign_proof
 from bridge.pki.csr import PrivateKey
 from bridge.pki.verify import Expectation, check
 from bridge.settings.load import load
-from bridge.signing import csr_directory, desk, desk_files, registry
+from bridge.signing import csr_directory, desk, registry
 from bridge.signing.desk_journal import Asked, Journal, key_of
 from bridge.specs import AUTHORITIES, SPECS
 from bridge.system.files import lock
@@ -248,8 +249,8 @@ def test_an_inbox_is_answered_and_archived(desk_: Desk, pki: Pki, pairs: Pairs) 
         assert_good(by_batch[bundle.batch], bundle, pki)
     assert len([line for line in desk_.runs() if line.startswith("ca ")]) == 3
     assert not any(b"PRIVATE KEY" in path.read_bytes() for path in desk_.outbox.iterdir())
-    assert [path.name for path in desk_.inbox.iterdir()] == ["done"]
-    assert {path.name for path in (desk_.inbox / "done").iterdir()} == {path.name for path in paths}
+    assert list(desk_.inbox.iterdir()) == []
+    assert {path.name for path in desk_.archive.iterdir()} == {path.name for path in paths}
     again = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
     assert (again.returncode, again.stdout) == (0, f"{desk_.inbox}: no request bundles\n")
     assert len(desk_.issued()) == 15
@@ -286,7 +287,7 @@ def test_a_bundle_that_is_there_twice_is_signed_once(desk_: Desk, pairs: Pairs) 
 
     assert [run.returncode for run in runs] == [0, 0]
     assert "the same bundle once more" in runs[0].stderr
-    assert [left.name for left in desk_.inbox.iterdir()] == ["done"]
+    assert list(desk_.inbox.iterdir()) == []
     assert len(desk_.issued()) == 1
 
 
@@ -590,7 +591,8 @@ def test_an_answer_that_has_become_old_is_not_given_again(desk_: Desk, pki: Pki,
         ("registry", "sign_all", False),  # signed, and not written down
         ("desk", "Desk._verify", True),  # signed and written down
         ("desk_files", "write_atomically", False),  # one answer is there
-        ("desk_files", "_put_away", False),  # one is done
+        ("desk_archive", "Archive._remember", False),  # one is remembered
+        ("desk_files", "_remove", False),  # one is done
     ],
 )
 def test_a_killed_run_is_taken_up_again(
@@ -609,7 +611,7 @@ def test_a_killed_run_is_taken_up_again(
     for bundle in bundles:
         assert_good(by_batch[bundle.batch], bundle, pki)
     assert len(desk_.issued()) == 6
-    assert [path.name for path in desk_.inbox.iterdir()] == ["done"]
+    assert list(desk_.inbox.iterdir()) == []
     assert desk_.run("audit", "verify").returncode == 0
 
 
@@ -1145,7 +1147,7 @@ def test_the_example_crontab_is_quiet(desk_: Desk, pairs: Pairs) -> None:
 
 def test_progress_tells_the_rate_and_what_is_left() -> None:
     """From the bundles so far."""
-    observer = desk_files._Observer(total=1000)
+    observer = cli_desk._Observer(1000, [])
     observer.seen, observer._certificates, observer._begin = 250, 2500, 100.0
 
     assert observer._text(150.0) == "250 of 1000 bundles, 2500 certificates (50/s), about 0:02:30 left"

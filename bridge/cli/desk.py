@@ -1,0 +1,194 @@
+"""`sign`: what the desk's operator sees, and is asked."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+from typing import Any
+
+from bridge.cli.printing import say
+from bridge.contract import Issued
+from bridge.errors import BridgeError, Exit
+from bridge.pki.bundle import Refusal
+from bridge.settings.tables import Settings
+from bridge.signing.desk import Desk, Job, RefusedByPolicyError
+from bridge.signing.desk_files import Options, Session, load_policy
+from bridge.state import audit
+from bridge.system.console import log, print_error, printable
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def sign(
+    settings: Settings, options: Options, now: Callable[[], datetime], *, dry_run: bool, approve: bool, wait: timedelta
+) -> int:
+    """
+    Sign, or say what would be signed, and return the exit code.
+
+    Raises:
+        BridgeError: Nothing could be begun; everything later is said as it happens, and in the exit code.
+    """
+    options.assert_usable()
+    policy = load_policy(settings, options.policy)
+    approver = _Terminal().approve if approve and not dry_run else None
+    codes: list[int] = []
+
+    def passed_over(path: str, error: BridgeError) -> None:
+        codes.append(error.exit_code)
+        print_error(error, path)
+
+    desk = Desk(settings, policy, now, without_proof=options.without_proof, approve=approver)
+    session = Session(settings, policy, options, now, passed_over)
+    with contextlib.closing(desk):
+        if dry_run:
+            codes += _dry_run(desk, session)
+        elif not session.run(desk, wait, lambda total: _observer(total, codes)):
+            say(f"{options.source}: no request bundles")
+    return Exit.worst(codes)
+
+
+def _dry_run(desk: Desk, session: Session) -> list[int]:
+    """Judge everything, write and sign nothing."""
+    codes = []
+    for job in session.work(desk).jobs:
+        desk.judged(job)
+        good = [request.name for request in job.to_sign]
+        if good:
+            say(f"{_who(job)}: would sign {', '.join(good)}")
+        if job.again:
+            say(f"{_who(job)}: signed before, and not again: {', '.join(sorted(job.again))}")
+        codes += _tell_troubles(job)
+    return codes
+
+
+def _who(job: Job) -> str:
+    return f"{job.bundle.node} ({job.bundle.cluster})"
+
+
+def _tell_troubles(job: Job) -> list[int]:
+    """Each reason once, with the names that it is for."""
+    reasons: dict[tuple[str, int, str], list[str]] = {}
+    errors: dict[str, BridgeError] = {
+        **{name: RefusedByPolicyError(one.reason) for name, one in job.answers.items() if isinstance(one, Refusal)},
+        **job.troubles,
+    }
+    for name, error in errors.items():
+        reasons.setdefault((error.reason, error.exit_code, error.hint), []).append(name)
+    for names in reasons.values():
+        error = errors[names[0]]
+        said = "refused: " if isinstance(error, RefusedByPolicyError) else ""
+        print_error(error, f"{job.label}: {', '.join(names)}: {said}".removesuffix(": "))
+    return [error.exit_code for error in errors.values()]
+
+
+class _Observer:
+    """Lines for what is done; where that takes long, the rate and the time that is left."""
+
+    def __init__(self, total: int, codes: list[int]) -> None:
+        self._codes = codes  #: Gets what is to be in the exit code.
+        self.seen = 0
+        self._total = total
+        self._certificates = 0
+        self._begin = self._last = time.monotonic()
+
+    def answered(self, job: Job, where: str) -> None:
+        self.seen += 1
+        signed = sum(isinstance(answer, Issued) for answer in job.answers.values())
+        self._certificates += signed
+        if where:
+            say(f"{_who(job)}: {_counts(signed - len(job.again), len(job.again), len(job.answers) - signed)}: {where}")
+        self._codes += set(_tell_troubles(job))
+        self._progress()
+
+    def _progress(self) -> None:
+        moment = time.monotonic()
+        if moment - self._last >= _SECONDS_BETWEEN_LINES:
+            self._last = moment
+            log.info("%s", self._text(moment))
+
+    def _text(self, moment: float) -> str:
+        passed = moment - self._begin
+        rate = self._certificates / passed if passed else 0.0
+        text = f"{self.seen} of {self._total} bundles, {self._certificates} certificates ({rate:.0f}/s)"
+        if self._total and self.seen:
+            left_seconds = (self._total - self.seen) * passed / self.seen
+            text += f", about {timedelta(seconds=round(left_seconds))} left"
+        return text
+
+
+def _counts(signed: int, again: int, refused: int) -> str:
+    parts = [f"{signed} signed"] if signed or not again else []
+    parts += [f"{again} signed before, the same certificates again"] if again else []
+    parts += [f"{refused} refused"] if refused else []
+    return ", ".join(parts)
+
+
+class _BarObserver(_Observer):
+    """The same as a bar, on a terminal."""
+
+    def __init__(self, total: int, codes: list[int], bars: Any) -> None:
+        super().__init__(total, codes)
+        self._bars = bars
+        self._task = bars.add_task("signing", total=total)
+
+    def _progress(self) -> None:
+        self._bars.update(self._task, completed=self.seen, description=self._text(time.monotonic()))
+
+
+@contextlib.contextmanager
+def _observer(total: int, codes: list[int]) -> Iterator[_Observer]:
+    if not (sys.stderr.isatty() and total > 1):
+        yield _Observer(total, codes)
+        return
+    from rich.console import Console  # noqa: PLC0415 (60 ms; only on a terminal)
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn  # noqa: PLC0415
+
+    columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        yield _BarObserver(total, codes, bars)
+
+
+class _Terminal:
+    """The person at the desk, at the terminal that this process belongs to, wherever its input and output go."""
+
+    def __init__(self) -> None:
+        """
+        Raises:
+            BridgeError: There is no terminal.
+        """
+        try:
+            self._out = open("/dev/tty", "w", encoding="utf-8", errors="replace")  # noqa: PTH123, SIM115 (for the whole run)
+            self._in = open("/dev/tty", encoding="utf-8", errors="replace")  # noqa: PTH123, SIM115
+        except OSError as e:
+            hint = "cron has none; without --approve the policy alone decides"
+            raise BridgeError(f"wanted a terminal to ask on, found: {e.strerror}", hint=hint) from None
+
+    def approve(self, job: Job, text: str) -> tuple[bool | None, str]:
+        """As `desk.Approver`."""
+        names = ", ".join(request.name for request in job.to_sign)
+        self._say(f"\n{printable(job.label)}\n{text}\n")
+        while True:
+            self._say(f"sign {names}? [yes: sign / no: refuse / later] ")
+            answer = self._in.readline()
+            if answer.strip().lower() in {"yes", "y"}:
+                return True, _person()
+            if answer.strip().lower() in {"no", "n"}:
+                self._say("reason, for the node: ")
+                return False, f"{self._in.readline().strip() or 'no reason was given'} ({_person()})"
+            if not answer or answer.strip().lower() in {"later", "l"}:
+                return None, _person()
+            self._say("wanted yes, no or later\n")
+
+    def _say(self, text: str) -> None:
+        self._out.write(text)
+        self._out.flush()
+
+
+def _person() -> str:
+    """Who logged in, before sudo."""
+    doer = audit.who()
+    return doer.get("login") or os.environ.get("SUDO_USER") or doer["user"]

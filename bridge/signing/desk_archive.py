@@ -1,0 +1,131 @@
+"""
+The desk's archive: the request bundles that are done, and what was answered to each request.
+
+A request is signed once. Whoever hands it in again, in whatever bundle, gets the same certificate again; so a bundle
+that somebody has kept is good for nothing new. What was signed is found by the CSR, in the state directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from bridge.contract import Issued
+from bridge.errors import BridgeError
+from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, RequestBundle, file_names, loads_answer
+from bridge.state.store import Store
+from bridge.system.files import DIRECTORY_MODE, SECRET_MODE, private_directory, sync_directory, write_atomically
+from bridge.system.safe_read import UnreadableError, read_once
+
+_ARCHIVE = "desk-done"
+_ANSWERS = "desk-answered"
+_DONE_MODE = 0o644  #: Nothing in a bundle is secret; the directory says who may look.
+_OTHERS_CAN_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+class ArchiveError(BridgeError):
+    """The archive is no place for what must stay as it is."""
+
+    hint = "a directory of this user's own, that nobody else can write to; without desk.archive it is in the state directory"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """A request that was signed before."""
+
+    signed: datetime
+    issued: Issued | None  #: None: what was answered can't be read any more.
+
+
+def archive_directory(store: Store) -> Path:
+    """Where it is unless the policy says otherwise: what nobody else can reach."""
+    return store.directory / _ARCHIVE
+
+
+class Archive:
+    """Both directories; the desk's lock is held by whoever writes to them, several threads of it may."""
+
+    def __init__(self, directory: Path, state_dir: Path) -> None:
+        self.directory = directory
+        self._answers = state_dir / _ANSWERS
+
+    def prepare(self) -> None:
+        """
+        Make the directories.
+
+        Raises:
+            ArchiveError: The archive is a link, somebody else's, or others can write to it.
+            OSError: They can't be made.
+        """
+        private_directory(self._answers)
+        self.directory.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+        status = self.directory.lstat()
+        if stat.S_ISLNK(status.st_mode):
+            found = "a symbolic link"
+        elif status.st_uid != os.geteuid() or status.st_mode & _OTHERS_CAN_WRITE:
+            found = f"owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}"
+        else:
+            return
+        wanted = f"an archive of user {os.geteuid()}'s own, that nobody else can write to"
+        raise ArchiveError(f"{self.directory}: wanted {wanted}, found {found}")
+
+    def answers(self, bundle: RequestBundle) -> Mapping[str, Answered]:
+        """What was signed before for the same CSRs, by certificate name."""
+        return {request.name: found for request in bundle.requests if (found := self._answered(request)) is not None}
+
+    def _answered(self, request: BundledRequest) -> Answered | None:
+        path = self._path(request)
+        try:
+            data, status = read_once(path)
+        except FileNotFoundError:
+            return None
+        except UnreadableError as e:
+            raise ArchiveError(f"{path}: wanted what was answered, found: {e}") from e
+        with contextlib.suppress(BundleError):
+            answer = loads_answer(data)
+            issued = answer.answers.get(request.name)
+            if isinstance(issued, Issued):
+                return Answered(signed=answer.signed, issued=issued)
+        return Answered(signed=datetime.fromtimestamp(status.st_mtime, UTC), issued=None)
+
+    def keep(self, bundle: RequestBundle, digest: str, data: bytes, answer: AnswerBundle, written: bytes) -> None:
+        """
+        Put a bundle away as it was judged, and remember what was signed.
+
+        Args:
+            bundle: The request.
+            digest: Its.
+            data: The bytes that it was read from.
+            answer: To it.
+            written: The same, as delivered.
+
+        Raises:
+            OSError: It can't be written; the request may be handed in again.
+        """
+        self._remember(bundle, answer, written)
+        write_atomically(self.directory / file_names(bundle.node, digest)[0], data, _DONE_MODE)
+
+    def _remember(self, bundle: RequestBundle, answer: AnswerBundle, written: bytes) -> None:
+        """One file under a name for each CSR: names cost next to nothing, and are looked up by the thousand."""
+        new = [path for request in bundle.requests if isinstance(answer.answers.get(request.name), Issued)
+               and not (path := self._path(request)).exists()]  # fmt: skip
+        if not new:
+            return
+        first, *others = new
+        write_atomically(first, written, SECRET_MODE)
+        for path in others:
+            with contextlib.suppress(FileExistsError):  # the same CSR in another bundle of this run
+                os.link(first, path)
+        sync_directory(self._answers)
+
+    def _path(self, request: BundledRequest) -> Path:
+        csr_digest = sha256(request.csr.public_bytes(Encoding.DER)).hexdigest()
+        return self._answers / f"{request.name}-{csr_digest}.json"

@@ -1,0 +1,268 @@
+"""Whoever may write into the desk's inbox: he gets no file of the desk's, makes none elsewhere, and stops nobody."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from bridge.contract import Issued
+from bridge.errors import Exit
+from bridge.pki.bundle import RequestBundle, digest, dumps, loads_answer, request_file_name
+from bridge.pki.certificates import serial_hex
+from bridge.settings.load import load
+from bridge.signing.desk import Desk as Run
+from bridge.signing.desk import Job
+from bridge.signing.desk_files import Options, Session, load_policy
+from tests.counts import Tried
+from tests.kit import forged
+from tests.kit.bundles import make_bundle, old_pairs
+from tests.kit.desks import Desk, make_desk
+from tests.kit.pki import Pki, handmade_pki
+
+#: Bundles that are forged, and a good one beside so many of them.
+FORGED, BESIDE = 600, 60
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+    return handmade_pki(tmp_path_factory.mktemp("pki"))
+
+
+@pytest.fixture
+def desk_(tmp_path: Path, pki: Pki) -> Desk:
+    return make_desk(tmp_path / "desk", pki)
+
+
+@pytest.fixture
+def bundle(pki: Pki) -> RequestBundle:
+    return make_bundle(old_pairs(pki, ["apiserver"]))
+
+
+def put(desk_: Desk, bundle: RequestBundle) -> Path:
+    path = desk_.inbox / request_file_name(bundle)
+    path.write_bytes(dumps(bundle))
+    return path
+
+
+def sign(desk_: Desk) -> int:
+    return desk_.run("sign", desk_.inbox, "-o", desk_.outbox).returncode
+
+
+class _Nobody:
+    def answered(self, job: Job, where: str) -> None:
+        """Not told."""
+
+
+def run_with(desk_: Desk, meanwhile: Callable[[], None]) -> None:
+    """One run in this process; something happens in the inbox after a bundle was judged, and before it is signed."""
+    settings, now = load(desk_.config), lambda: datetime.now(UTC)
+
+    def approve(job: Job, text: str) -> tuple[bool | None, str]:
+        del job, text
+        meanwhile()
+        return True, "me"
+
+    policy = load_policy(settings, None)
+    desk = Run(settings, policy, now, approve=approve)
+
+    def passed_over(path: str, error: Exception) -> None:
+        raise AssertionError(path) from error
+
+    session = Session(settings, policy, Options(source=desk_.inbox, out=desk_.outbox), now, passed_over)
+    with contextlib.closing(desk):
+        assert session.run(desk, timedelta(), lambda _: contextlib.nullcontext(_Nobody())) == 1
+
+
+def contents(directory: Path) -> Iterator[bytes]:
+    for path in directory.rglob("*"):
+        if path.is_file():
+            yield path.read_bytes()
+
+
+def test_a_link_in_the_archive_s_place_gets_nothing(desk_: Desk, bundle: RequestBundle, tmp_path: Path) -> None:
+    """Nothing is written through `done` in the inbox, whatever it leads to."""
+    (tmp_path / "his").mkdir()
+    (desk_.inbox / "done").symlink_to(tmp_path / "his")
+    put(desk_, bundle)
+
+    assert sign(desk_) == Exit.FAILED  # the link is told
+    assert list((tmp_path / "his").iterdir()) == []
+    assert [path.name for path in desk_.archive.iterdir()] == [request_file_name(bundle)]
+
+
+@pytest.mark.parametrize("how", ["link", "writable", "foreign"])
+def test_an_archive_that_others_can_change_is_refused(
+    desk_: Desk, bundle: RequestBundle, tmp_path: Path, how: str
+) -> None:
+    """Before anything is signed; a directory of the desk's own is taken."""
+    archive, elsewhere = tmp_path / "archive", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    if how == "link":
+        archive.symlink_to(elsewhere)
+    else:
+        archive.mkdir()
+        archive.chmod(0o777 if how == "writable" else 0o755)
+    if how == "foreign":
+        if os.geteuid() != 0:
+            pytest.skip("only root can give a directory away")
+        os.chown(archive, 65534, 65534)
+    put(desk_, bundle)
+
+    run = desk_.run("sign", desk_.inbox, "-o", desk_.outbox, "--archive", archive)
+    assert run.returncode == Exit.FAILED
+    assert "that nobody else can write to" in run.stderr
+    assert (desk_.issued(), list(elsewhere.iterdir())) == ([], [])
+    assert desk_.run("sign", desk_.inbox, "-o", desk_.outbox, "--archive", elsewhere).returncode == 0
+
+
+@pytest.mark.parametrize("how", ["link", "file"])
+def test_what_was_judged_is_archived(desk_: Desk, bundle: RequestBundle, tmp_path: Path, how: str) -> None:
+    """Not what lies under the bundle's name by then, be it a link to the CA's key or another bundle."""
+    path, secret = put(desk_, bundle), tmp_path / "ca.key"
+    secret.write_bytes(b"the CA's key")
+
+    def swap() -> None:
+        path.unlink()
+        if how == "link":
+            path.symlink_to(secret)
+        else:
+            path.write_bytes(b"another file")
+
+    run_with(desk_, swap)
+
+    [kept] = desk_.archive.iterdir()
+    assert kept.read_bytes() == dumps(bundle)
+    assert not any(b"the CA's key" in data for data in (*contents(desk_.outbox), *contents(desk_.archive)))
+    assert path.is_symlink() or path.read_bytes() == b"another file"
+
+
+def test_an_archived_request_is_the_desk_s_own(desk_: Desk, bundle: RequestBundle) -> None:
+    """A file that its sender still has open, or has another name for, is not the one in the archive."""
+    path = put(desk_, bundle)
+    os.link(path, desk_.directory / "his other name")
+
+    with path.open("r+b") as his:
+        assert sign(desk_) == 0
+        his.write(b"rewritten")
+
+    [kept] = desk_.archive.iterdir()
+    assert kept.read_bytes() == dumps(bundle)
+    assert (kept.stat().st_uid, kept.stat().st_nlink) == (os.geteuid(), 1)
+
+
+def test_forged_bundles_hold_up_nobody(desk_: Desk, pki: Pki, tried: Tried) -> None:
+    """Each good bundle is signed by the run that finds it among forged ones, whatever those are."""
+    pairs, chance = old_pairs(pki, ["apiserver", "scheduler.conf"]), random.Random(910)  # noqa: S311 (the same ones in each run)
+    bad = list(forged.crafted(make_bundle(pairs)))
+    bad += forged.mutated(make_bundle(pairs), FORGED - len(bad), chance)
+    assert len(set(bad)) > 500  # a mutation may hit on the same value again
+    for start in range(0, len(bad), BESIDE):
+        for number, data in enumerate(bad[start : start + BESIDE]):
+            (desk_.inbox / f"{number:03}.json").write_bytes(data)
+        good = make_bundle(old_pairs(pki, ["apiserver"]))
+        put(desk_, good)
+
+        run = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
+
+        assert "Traceback" not in run.stderr
+        assert "internal error" not in run.stderr
+        assert f"cp-1 (kubernetes): 1 signed: {desk_.outbox}" in run.stdout, run.stderr
+        answers = [loads_answer(path.read_bytes()) for path in desk_.outbox.iterdir()]
+        assert digest(good) in {answer.request_digest for answer in answers}
+        for path in desk_.inbox.iterdir():
+            path.unlink()
+    tried("bundles that were forged, for a desk", FORGED)
+
+
+def test_odd_things_in_the_outbox_hold_up_nobody(desk_: Desk, bundle: RequestBundle, tmp_path: Path) -> None:
+    """What looks like the rest of a killed run is removed if it is a file, and else left alone."""
+    put(desk_, bundle)
+    (desk_.outbox / ".x.answer.json.y").mkdir()
+    (desk_.outbox / ".z.answer.json.link").symlink_to(tmp_path / "nowhere")
+    (desk_.outbox / ".half.answer.json.a1b2").write_bytes(b"{")
+
+    assert sign(desk_) == 0
+    names = {path.name for path in desk_.outbox.iterdir()}
+    assert names > {".x.answer.json.y", ".z.answer.json.link"}
+    assert ".half.answer.json.a1b2" not in names
+
+
+def test_a_damaged_line_in_the_journal_holds_up_nobody(desk_: Desk, bundle: RequestBundle) -> None:
+    """It is as if it had not been written; what stands before and behind it counts."""
+    desk_.state.mkdir(mode=0o700)
+    journal = desk_.state / "desk-answers.jsonl"
+    lines = [b'{"key": "a", "added": "2099-01-01T00:00:00+00:00", "chain": ["x"]}', b"\xff\xfe", b"[]", b'{"key": 1}']
+    journal.write_bytes(b"\n".join([*lines, b'{"key": "b", "asked": "2099-01-01T00:00:00+00:00"}', b""]))
+    put(desk_, bundle)
+
+    assert sign(desk_) == 0
+    assert len(desk_.issued()) == 1
+
+
+def test_a_request_is_signed_once(desk_: Desk, pki: Pki) -> None:
+    """Handed in again, in its bundle or in another one, it gets the certificate of before, and the desk says so."""
+    pairs = old_pairs(pki, ["apiserver", "scheduler.conf"])
+    bundle = make_bundle(pairs)
+    put(desk_, bundle)
+    assert sign(desk_) == 0
+    [first] = desk_.outbox.iterdir()
+    answer = loads_answer(first.read_bytes())
+    first.unlink()
+
+    put(desk_, bundle)
+    again = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
+    part = replace(bundle, requests=bundle.requests[:1], created=bundle.created + timedelta(days=1))
+    (desk_.directory / "part.json").write_bytes(dumps(part))
+    other = desk_.run("sign", desk_.directory / "part.json", "-o", desk_.directory / "part.answer.json")
+
+    assert (again.returncode, other.returncode) == (0, 0), other.stderr
+    assert "2 signed before, the same certificates again: " in again.stdout
+    assert "1 signed before, the same certificates again: " in other.stdout
+    assert loads_answer(first.read_bytes()).answers == answer.answers
+    given = loads_answer((desk_.directory / "part.answer.json").read_bytes()).answers
+    assert given == {"apiserver": answer.answers["apiserver"]}
+    assert len(desk_.issued()) == 2
+
+
+def test_what_was_answered_and_is_lost_is_not_signed_again(desk_: Desk, bundle: RequestBundle) -> None:
+    """Also not when the desk's own copy of the answer was damaged: the node is told to make a new request."""
+    put(desk_, bundle)
+    assert sign(desk_) == 0
+    [kept] = (desk_.state / "desk-answered").iterdir()
+    kept.write_bytes(b"{")
+    next(desk_.outbox.iterdir()).unlink()
+
+    put(desk_, bundle)
+    run = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
+
+    assert run.returncode == Exit.REFUSED
+    assert "wanted a request that was not answered before" in run.stderr
+    assert len(desk_.issued()) == 1
+
+
+def test_a_proof_by_a_revoked_certificate_is_refused(desk_: Desk, pki: Pki) -> None:
+    """The CA's own index says so, and nobody can do without that; the other certificates are signed."""
+    bundle = make_bundle(old_pairs(pki, ["apiserver", "scheduler.conf"]))
+    old = bundle.requests[0].replaces
+    assert old is not None
+    row = f"R\t301231235959Z\t261101000000Z,keyCompromise\t{serial_hex(old)}\tunknown\t/CN=kube-apiserver\n"
+    (desk_.ca("ca") / "index.txt").write_text(row)
+    put(desk_, bundle)
+
+    run = desk_.run("sign", desk_.inbox, "-o", desk_.outbox, "--without-proof", "apiserver")
+
+    assert run.returncode == Exit.REFUSED
+    assert (
+        f"apiserver: refused: proof: wanted one by a certificate that is not revoked, found that of serial {serial_hex(old)}"
+        in run.stderr
+    )
+    [path] = desk_.outbox.iterdir()
+    assert isinstance(loads_answer(path.read_bytes()).answers["scheduler.conf"], Issued)
+    assert len(desk_.issued()) == 2  # the revoked one's row, and one signature
