@@ -17,7 +17,7 @@ import secrets
 import ssl
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
@@ -46,6 +46,7 @@ from bridge.contract import (
     SetupFile,
     SetupRequest,
     SignRequest,
+    Wanted,
 )
 from bridge.errors import (
     BackendRefusedError,
@@ -211,6 +212,23 @@ class CfsslBackend:
             found[spec.name] = usages or no_entry(profile, self._key_place(spec))
         return {name: violations for name, violations in found.items() if violations}
 
+    def check_whole(self, wanted: Sequence[Wanted]) -> dict[str, list[Violation]]:
+        """Compare the lifetimes that the profiles give; all else is copied from the CSR."""
+        offer = functools.cache(self._offer)
+        found = {}
+        for one in wanted:
+            profile = self._profile(one.spec)
+            gives = _go_duration(offer(profile).expiry)
+            if gives is not None and gives < one.at_least:
+                want = f"at least {one.at_least.days}d, or its answer is refused"
+                violation = Violation(subject=f"profile {profile}: expiry", want=want, got=offer(profile).expiry)
+                found[one.spec.name] = [violation]
+        return found
+
+    def clock_ahead(self) -> timedelta | None:
+        """By the header `Date` of the latest answer."""
+        return self._server.clock_ahead
+
     def issuers(self) -> list[x509.Certificate]:
         """
         The CA's certificate; the chain above it is not to be had.
@@ -368,6 +386,15 @@ class _Offer:
     expiry: str
 
 
+def _go_duration(text: str) -> timedelta | None:
+    """As Go writes one (`8760h0m0s`), in its larger units; None for anything else."""
+    parts = re.fullmatch(r"(?:([0-9]{1,8})h)?(?:([0-9]{1,8})m)?(?:([0-9]{1,8})(?:\.[0-9]+)?s)?", text)
+    if parts is None or not text:
+        return None
+    hours, minutes, seconds = (int(part or 0) for part in parts.groups())
+    return timedelta(hours=hours, minutes=minutes, seconds=seconds)
+
+
 def _usage_violations(
     spec: CertificateSpec, profile: str, offer: _Offer, default: Callable[[], _Offer]
 ) -> list[Violation]:
@@ -477,6 +504,11 @@ class _Server:
     def __init__(self, settings: CfsslSettings) -> None:
         self._settings = settings
         self._sessions = Sessions(settings.timeout, settings.tls_context if settings.tls else None)
+
+    @property
+    def clock_ahead(self) -> timedelta | None:
+        """The server's, at its latest answer."""
+        return self._sessions.clock_ahead
 
     def post(self, endpoint: str, body: Mapping[str, str]) -> _Reply:
         """

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from ipaddress import ip_address
 from pathlib import Path
@@ -116,6 +116,14 @@ def retry_after_seconds(response: requests.Response, now: datetime) -> float | N
     try:
         return max(0.0, (parsedate_to_datetime(value) - now).total_seconds())
     except (ValueError, TypeError, OverflowError):  # TypeError: a date without a time zone
+        return None
+
+
+def clock_ahead(response: requests.Response, now: datetime) -> timedelta | None:
+    """How far the server's clock is ahead of ours (RFC 9110 §6.6.1, whole seconds); None: it does not say."""
+    try:
+        return parsedate_to_datetime(response.headers.get("Date", "")) - now
+    except (ValueError, TypeError, OverflowError):
         return None
 
 
@@ -280,6 +288,7 @@ class Sessions:
         self._seconds = timeout.total_seconds()
         self._tls = tls
         self._idle: deque[requests.Session] = deque()
+        self.clock_ahead: timedelta | None = None  #: The server's, at its latest answer.
 
     def send(self, method: str, url: str, **options: Any) -> tuple[requests.Response, bytes]:
         """
@@ -347,6 +356,7 @@ class Sessions:
                 stream=True,
                 **options,
             ) as response:
+                self.clock_ahead = clock_ahead(response, datetime.now(UTC))
                 body = body_of(response)
         except BaseException:
             session.close()

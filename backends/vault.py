@@ -15,7 +15,7 @@ import textwrap
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
 from threading import Lock
@@ -29,11 +29,13 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from hvac.adapters import RawAdapter
 from hvac.api.auth_methods import JWT, AppRole, Kubernetes, Userpass
 
+from backends import vault_role
 from backends.https import (
     TlsAdapter,
     TooMuchError,
     body_of,
     causes,
+    clock_ahead,
     innermost,
     is_loopback,
     retry_after_seconds,
@@ -49,6 +51,7 @@ from bridge.contract import (
     SetupFile,
     SetupRequest,
     SignRequest,
+    Wanted,
 )
 from bridge.errors import (
     BackendError,
@@ -291,6 +294,7 @@ class _Server:
         self._secrets: set[str] = set()
         # Sessions and TLS contexts are not for several threads at once, so each request has one for itself.
         self._idle = deque([self._new_adapter()])
+        self.clock_ahead: timedelta | None = None  #: The server's, at its latest answer.
 
     def _new_adapter(self) -> RawAdapter:
         settings, session = self._settings, requests.Session()
@@ -416,6 +420,7 @@ class _Server:
             plain = b"Client sent an HTTP request to an HTTPS server"
             body = {"errors": [plain.decode()]} if content.startswith(plain) else {}
         body = body if isinstance(body, dict) else {}
+        self.clock_ahead = clock_ahead(response, datetime.now(UTC))
         reasons = tuple(_texts(body.get("errors")))
         return _Answer(
             where=where,
@@ -702,6 +707,24 @@ class VaultBackend:
         rights = self._capabilities(paths)
         found = {spec.name: self._violations(spec, rights) for spec in specs}
         return {name: violations for name, violations in found.items() if violations}
+
+    def check_whole(self, wanted: Sequence[Wanted]) -> dict[str, list[Violation]]:
+        """Compare each role with the certificate, where the token may read it; `sign-verbatim` has none."""
+        if self._settings.mode != "sign":
+            return {}
+        found = {}
+        for one in wanted:
+            role = self._role(one.spec)
+            looked = self._read_role(role)
+            violations = list(vault_role.unlike(looked, one)) if looked else []
+            if violations:
+                place = f"role {role} of {self._settings.mount.strip('/')}"
+                found[one.spec.name] = [replace(v, subject=f"{place}: {v.subject}") for v in violations]
+        return found
+
+    def clock_ahead(self) -> timedelta | None:
+        """By the header `Date` of the latest answer."""
+        return self._server.clock_ahead
 
     def issuers(self) -> list[x509.Certificate]:
         """

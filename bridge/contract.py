@@ -178,6 +178,8 @@ class Wanted:
     key: KeyAlgorithm  #: Of the key that would be made.
     validity: timedelta  #: That would be asked for.
     at_least: timedelta  #: An answer that lives shorter would be refused.
+    #: (OID, value) of subject attributes that this CA may add or leave out (`allow_extra_subject`).
+    extra_subject: frozenset[tuple[str, str]] = frozenset()
 
 
 @runtime_checkable

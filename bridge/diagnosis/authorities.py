@@ -76,6 +76,7 @@ def _wanted(item: Item, expected: verify.Expectation, settings: Settings) -> Wan
         key=csr.key_algorithm(live, renewal.key),
         validity=renewal.validity,
         at_least=min(max(renewal.min_validity, left), renewal.validity),
+        extra_subject=expected.extra_subject,
     )
 
 
@@ -170,7 +171,7 @@ def _clock(backend: Backend, configured: registry.Configured) -> Iterator[Findin
     if ahead is None or abs(ahead) <= verify.CLOCK_SKEW:
         return
     word = "ahead of" if ahead > timedelta() else "behind"
-    amount = duration_text(timedelta(seconds=round(abs(ahead).total_seconds())))
+    amount = duration_text(timedelta(minutes=round(abs(ahead) / timedelta(minutes=1))))
     text = f"wanted the CA's clock and this node's to agree, found the CA's {amount} {word} this node's"
     level: Level = "error" if abs(ahead) > _CLOCK_IS_WRONG else "warning"
     hint = "put right whichever is wrong (`timedatectl`, `chronyc tracking`)"
