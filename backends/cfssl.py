@@ -77,6 +77,8 @@ class CfsslSettings(BackendSettings):
     #: The HMAC key in hexadecimal; its place is a pattern as well, for a server with one key a profile.
     auth_key: Secret | None = None
     endpoint: Literal["authsign", "sign"] = "authsign"
+    #: http:// also to another machine: whoever is on the way may read all, record it, and send it again.
+    plain_http: bool = False
 
     @property
     def tls(self) -> bool:
@@ -96,7 +98,7 @@ class CfsslSettings(BackendSettings):
 
     def problems(self) -> Iterator[SettingsProblem]:
         """What contradicts itself, and what would send a request with its HMAC in the clear."""
-        yield from _url_problems(self.url)
+        yield from _url_problems(self.url, plain_http=self.plain_http)
         yield from Selector(self.profile, self.profiles, self.node).problems("profile", "profiles")
         for key, profile in {"profile": self.profile, **{f"profiles.{k}": v for k, v in self.profiles.items()}}.items():
             if not profile:  # an empty name means cfssl's default profile
@@ -122,7 +124,7 @@ class CfsslSettings(BackendSettings):
             yield SettingsProblem("url", "https:// (as ca_file or client_cert is given)", "http://")
 
 
-def _url_problems(url: str) -> Iterator[SettingsProblem]:
+def _url_problems(url: str, *, plain_http: bool) -> Iterator[SettingsProblem]:
     try:
         parts = urlsplit(url)
         scheme, host, _ = parts.scheme, parts.hostname or "", parts.port
@@ -133,9 +135,12 @@ def _url_problems(url: str) -> Iterator[SettingsProblem]:
         yield SettingsProblem("url", "no user name or password in it: secrets are never written here", "one")
     elif scheme not in {"http", "https"} or not host or parts.query or parts.fragment or API in parts.path:
         yield SettingsProblem("url", f"https://HOST[:PORT], without {API} and what follows it", repr(url))
-    elif scheme == "http" and not is_loopback(host):
+    elif scheme == "http" and not plain_http and not is_loopback(host):
         # The HMAC covers neither time nor nonce, so a recorded body is good until the key changes.
-        wanted = "https:// (over plain HTTP a request can be recorded and sent again, for ever new certificates)"
+        wanted = (
+            "https://, or plain_http = true (over plain HTTP a request can be recorded and sent again, for ever new "
+            "certificates)"
+        )
         yield SettingsProblem("url", wanted, f"http:// to {host}, which is not this machine")
 
 

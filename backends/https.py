@@ -183,7 +183,7 @@ def tls_context(ca_file: Path | None, client_cert: Path | None, client_key: Path
         if ca_file:
             context.load_verify_locations(ca_file)
         else:
-            context.load_default_certs()
+            load_system_cas(context)
     except OSError as e:
         problems.append(SettingsProblem("ca_file", "a file with PEM certificates", f"{ca_file}: {e.strerror}"))
     if client_cert and client_key:
@@ -197,6 +197,21 @@ def tls_context(ca_file: Path | None, client_cert: Path | None, client_key: Path
     if problems:
         raise SettingsError(problems)
     return context
+
+
+def load_system_cas(context: ssl.SSLContext) -> None:
+    """
+    Trust the system's CAs: those of the places that OpenSSL was built with.
+
+    Not `load_default_certs`, where SSL_CERT_FILE and SSL_CERT_DIR come first: the environment has no say in whom a
+    token is sent to.
+    """
+    built_in = ssl.get_default_verify_paths()
+    file, directory = Path(built_in.openssl_cafile), Path(built_in.openssl_capath)
+    if file.is_file():
+        context.load_verify_locations(cafile=file)
+    if directory.is_dir():
+        context.load_verify_locations(capath=directory)
 
 
 class TlsAdapter(HTTPAdapter):

@@ -128,6 +128,8 @@ class VaultSettings(BackendSettings):
     ca_file: Path | None = None  #: PEM, for the server's certificate; None: the system's CAs.
     client_cert: Path | None = None
     client_key: Path | None = None
+    #: http:// also to another machine: whoever is on the way has our token then.
+    plain_http: bool = False
     #: Pattern, in mode `sign`; None: `kubeadm-{name}`, and `kubeadm-{node}-{name}` where names differ by node.
     role: str | None = None
     roles: dict[str, str] = field(default_factory=dict)  #: Exceptions, by certificate name or usage class.
@@ -142,7 +144,7 @@ class VaultSettings(BackendSettings):
 
     def problems(self) -> Iterator[SettingsProblem]:
         """What types can't say."""
-        yield from _url_problems(self.url)
+        yield from _url_problems(self.url, plain_http=self.plain_http)
         if not self.mount.strip("/"):
             yield SettingsProblem("mount", "the path of a PKI secrets engine", repr(self.mount))
         if (self.client_cert is None) != (self.client_key is None):
@@ -168,7 +170,7 @@ def role_selector(pattern: str | None, exceptions: Mapping[str, str], node: str)
     return lambda spec: (own if spec.by_node else chosen)(spec)
 
 
-def _url_problems(url: str) -> Iterator[SettingsProblem]:
+def _url_problems(url: str, *, plain_http: bool) -> Iterator[SettingsProblem]:
     """The token travels in a header of every request, so in clear it may only go to this machine."""
     try:
         parts = urlsplit(url)
@@ -180,8 +182,9 @@ def _url_problems(url: str) -> Iterator[SettingsProblem]:
         yield SettingsProblem("url", "a URL without user and password", "one with them")
     elif parts.scheme not in {"http", "https"} or not parts.hostname or parts.query or parts.fragment:
         yield SettingsProblem("url", "https://HOST[:PORT]", repr(url))
-    elif parts.scheme == "http" and not is_loopback(parts.hostname):
-        yield SettingsProblem("url", "https://, since a token would go over the network in clear", repr(url))
+    elif parts.scheme == "http" and not plain_http and not is_loopback(parts.hostname):
+        wanted = "https://, or plain_http = true, with which a token goes over the network in clear"
+        yield SettingsProblem("url", wanted, repr(url))
 
 
 # ------------------------------------------------------------------------------------------ the wire

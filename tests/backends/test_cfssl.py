@@ -288,6 +288,7 @@ SETTINGS = {"url": "https://ca.example.com:8881", "auth_key": Secret("file", "/k
         {"url": "http://127.0.0.1:8881"},
         {"url": "http://[::1]:8881"},
         {"url": "http://localhost"},
+        {"url": "http://ca.example.com:8881", "plain_http": True},
         {"auth_key": Secret("file", "/keys/{usage}.hex"), "profile": "kubeadm-{name}"},
         {"auth_key": Secret("env", "KEY"), "profiles": {"etcd-peer": "etcd", "client": "users"}},
         {"auth_key": None, "endpoint": "sign"},
@@ -664,6 +665,10 @@ class TestTls:
         with pytest.raises(BackendRefusedError):
             make(**keys).issuers()
         monkeypatch.setenv("SSL_CERT_FILE", str(mutual["ca_file"]))
+        with pytest.raises(BackendRefusedError):  # the environment has no say in it
+            make(**keys).issuers()
+        built_in = ssl.get_default_verify_paths()._replace(openssl_cafile=str(mutual["ca_file"]))
+        monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: built_in)
         assert make(**keys).issuers() == [_CA.certificate]
 
     def test_the_environment_has_no_effect(

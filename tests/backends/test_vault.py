@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import socket
+import ssl
 import subprocess
 import threading
 import time
@@ -911,7 +912,12 @@ def test_an_untrusted_server_is_refused(
     for settings in ({}, {"ca_file": tmp_path / "other.crt"}):
         with vault(tls_bao.url, auth, **settings) as backend:
             assert "ca_file" in refusal(backend, apiserver).hint
-    monkeypatch.setenv("SSL_CERT_FILE", str(tls.trust))  # where OpenSSL is told to look for the system's CAs
+    monkeypatch.setenv("SSL_CERT_FILE", str(tls.trust))  # decides for others whom they trust
+    assert len(ssl.create_default_context().get_ca_certs()) == 1
+    with vault(tls_bao.url, auth) as backend:
+        assert "ca_file" in refusal(backend, apiserver).hint
+    built_in = ssl.get_default_verify_paths()._replace(openssl_cafile=str(tls.trust))
+    monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: built_in)
     with vault(tls_bao.url, auth) as backend:
         backend.sign(apiserver)
 
@@ -1124,6 +1130,7 @@ TOKEN = VaultAuth(token=SECRET)
         ({"url": "http://[::1]"}, []),
         ({"url": "http://localhost:8200"}, []),
         ({"url": "http://vault.example"}, ["url"]),
+        ({"url": "http://vault.example", "plain_http": True}, []),
         ({"url": "http://127.0.0.1.example"}, ["url"]),
         ({"url": "vault.example:8200"}, ["url"]),
         ({"url": "https://vault.example:port"}, ["url"]),
