@@ -81,6 +81,7 @@ _TEXT = """\
 
 # 1. Profiles (some products call them aliases), and the names that they may give. Each certificate has exactly the
 #    extended key usages of its profile, none more: a certificate without that extension is good for anything.
+#    The cluster has three CAs; where one server has them all, each has paths of its own (`path` in the settings).
 {profiles}
 
 # 2. Requests

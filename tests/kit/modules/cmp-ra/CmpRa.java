@@ -59,12 +59,12 @@ import org.bouncycastle.pkcs.PKCS10CertificationRequest;
  * A CMP registration authority (RFC 9810, RFC 9483) for tests: cmp-ra DIR, on a free port of loopback.
  *
  * <p>DIR holds ra.crt with its chain and ra.key (answers are signed with it), clients-ca.crt (of those that may sign
- * requests), secrets/REFERENCE (of those that have a shared secret), and a directory for each CA with ca.crt, ca.key and,
- * unless it is 30, the certificates' validity in the file `days`. A CA may be added while it runs.
+ * requests), secrets/REFERENCE (of those that have a shared secret), and a directory for each CA with ca.crt, ca.key
+ * and, unless it is 30, the certificates' validity in the file `days`. A CA may be added while it runs.
  *
- * <p>POST /CA[/BEHAVIOUR]/.well-known/cmp[/p/PROFILE]; PROFILE is server, client or peer, and without one the extended key
- * usages are those of the request's template. Without BEHAVIOUR it does what the RFCs say, and refuses a request that does
- * not; each behaviour departs from that in one way, see `Behaviour`.
+ * <p>POST /CA[/BEHAVIOUR]/.well-known/cmp[/p/PROFILE]; PROFILE is server, client or peer, and without one the extended
+ * key usages are those of the request's template. Without BEHAVIOUR it does what the RFCs say, and refuses a request
+ * that does not; each behaviour departs from that in one way, see `Behaviour`.
  */
 public final class CmpRa {
     /** What it does otherwise than it should; the name in small letters is the one in the URL. */
@@ -76,7 +76,8 @@ public final class CmpRa {
         /** Answers "waiting", and then knows nothing of it. */ FORGET,
         REJECT,
         /** The same in a message without protection. */ RAWREJECT,
-        /** A rejection with a text that is long, has line ends, and the sequences that steer a terminal. */ LOUD,
+        /** A rejection with a text that has line ends, words of the client's own, and what steers a terminal. */ LOUD,
+        /** A rejection with a text of 20 kB. */ LONG,
         /** An error message: closed for maintenance. */ ERROR,
         /** The same without protection. */ RAWERROR,
         /** A certificate in a message without protection. */ RAW,
@@ -245,7 +246,8 @@ public final class CmpRa {
     PKIBody confirm(CertConfirmContent content, Behaviour behaviour) {
         if (behaviour == Behaviour.DIES) Runtime.getRuntime().halt(1);
         PKIStatusInfo status = content.toCertStatusArray()[0].getStatusInfo();
-        System.out.println("confirmation " + (status == null || status.getStatus().intValue() == PKIStatus.GRANTED ? "accepted" : "refused"));
+        boolean accepted = status == null || status.getStatus().intValue() == PKIStatus.GRANTED;
+        System.out.println("confirmation " + (accepted ? "accepted" : "refused"));
         System.out.flush();
         return behaviour == Behaviour.NOCONF
             ? error("confirmed too late", PKIFailureInfo.certConfirmed)
@@ -258,12 +260,11 @@ public final class CmpRa {
         if (place.behaviour == Behaviour.REJECT || place.behaviour == Behaviour.RAWREJECT) {
             return rep(id, rejection("names not registered for this node", PKIFailureInfo.notAuthorized), null);
         }
-        if (place.behaviour == Behaviour.LOUD) {
-            return rep(id, rejection("\u001b[2Jno\nCMP error: transfer error\n" + "x".repeat(20_000), PKIFailureInfo.notAuthorized), null);
+        if (place.behaviour == Behaviour.LOUD || place.behaviour == Behaviour.LONG) {
+            String text = place.behaviour == Behaviour.LONG ? "x".repeat(20_000) : "\u001b[2Jno\nCMP error: transfer error\n";
+            return rep(id, rejection(text, PKIFailureInfo.notAuthorized), null);
         }
-        Wanted wanted = pkcs10
-            ? wanted(new PKCS10CertificationRequest(CertificationRequest.getInstance(in.getContent())))
-            : wanted(CertReqMessages.getInstance(in.getContent()));
+        Wanted wanted = wanted(in);
         if (wanted == null) return error("bad proof of possession", PKIFailureInfo.badPOP);
         if (place.behaviour.waits()) {
             // signed when it is approved: who is not asked again has issued nothing
@@ -286,15 +287,16 @@ public final class CmpRa {
         if (order == null) return error("no such transaction", PKIFailureInfo.badRequest);
         ASN1Integer id = request.getCertReqIds()[0][0];
         Path refused = place.directory.resolve("refused");
-        if (Files.exists(refused)) return rep(id, rejection(Files.readString(refused).strip(), PKIFailureInfo.notAuthorized), null);
+        if (Files.exists(refused)) {
+            return rep(id, rejection(Files.readString(refused).strip(), PKIFailureInfo.notAuthorized), null);
+        }
         if (!Files.exists(place.directory.resolve("approved"))) {
             ASN1Integer checkAfter = new ASN1Integer(place.behaviour == Behaviour.WAITLONG ? 3600 : 1);
-            return new PKIBody(PKIBody.TYPE_POLL_REP, new PollRepContent(id, checkAfter, new PKIFreeText("not approved yet")));
+            PKIFreeText reason = new PKIFreeText("not approved yet");
+            return new PKIBody(PKIBody.TYPE_POLL_REP, new PollRepContent(id, checkAfter, reason));
         }
         waiting.remove(transaction);
-        return order.getType() == PKIBody.TYPE_P10_CERT_REQ
-            ? granted(id, wanted(new PKCS10CertificationRequest(CertificationRequest.getInstance(order.getContent()))), null, place)
-            : granted(id, wanted(CertReqMessages.getInstance(order.getContent())), null, place);
+        return granted(id, wanted(order), null, place);
     }
 
     PKIBody revoke(RevReqContent content, Place place) {
@@ -313,6 +315,12 @@ public final class CmpRa {
 
     /** What a certificate is asked for. */
     record Wanted(X500Name subject, SubjectPublicKeyInfo key, Extensions extensions, Date notAfter) {}
+
+    static Wanted wanted(PKIBody body) throws Exception {
+        return body.getType() == PKIBody.TYPE_P10_CERT_REQ
+            ? wanted(new PKCS10CertificationRequest(CertificationRequest.getInstance(body.getContent())))
+            : wanted(CertReqMessages.getInstance(body.getContent()));
+    }
 
     /** Null: its holder has not proved to hold the key. */
     static Wanted wanted(PKCS10CertificationRequest csr) throws Exception {
@@ -345,8 +353,9 @@ public final class CmpRa {
         builder.addExtension(Extension.keyUsage, true, new KeyUsage(KeyUsage.digitalSignature | KeyUsage.keyEncipherment));
         builder.addExtension(Extension.authorityKeyIdentifier, false, identifiers.createAuthorityKeyIdentifier(ca));
         String profile = place.behaviour == Behaviour.WRONGUSAGE ? "peer" : profile(place, header);
-        if (profile != null) builder.addExtension(Extension.extendedKeyUsage, false, new ExtendedKeyUsage(PROFILES.get(profile)));
-        else copy(wanted.extensions, Extension.extendedKeyUsage, builder);
+        if (profile != null) {
+            builder.addExtension(Extension.extendedKeyUsage, false, new ExtendedKeyUsage(PROFILES.get(profile)));
+        } else copy(wanted.extensions, Extension.extendedKeyUsage, builder);
         copy(wanted.extensions, Extension.subjectAlternativeName, builder);
         X509CertificateHolder leaf = builder.build(signer(key(place.directory.resolve("ca.key"))));
         issued.add(leaf.getSerialNumber());
@@ -357,7 +366,8 @@ public final class CmpRa {
     static String profile(Place place, PKIHeader header) {
         if (place.profile != null || header == null) return place.profile;
         InfoTypeAndValue named = info(header, CERT_PROFILE);
-        return named == null ? null : ASN1UTF8String.getInstance(ASN1Sequence.getInstance(named.getInfoValue()).getObjectAt(0)).getString();
+        if (named == null) return null;
+        return ASN1UTF8String.getInstance(ASN1Sequence.getInstance(named.getInfoValue()).getObjectAt(0)).getString();
     }
 
     static void copy(Extensions from, ASN1ObjectIdentifier type, X509v3CertificateBuilder to) throws IOException {
@@ -374,7 +384,8 @@ public final class CmpRa {
         byte[] nonce = to.getSenderNonce().getOctets().clone();
         if (behaviour == Behaviour.TID) transaction[0] ^= 1;
         if (behaviour == Behaviour.NONCE) nonce[0] ^= 1;
-        GeneralName sender = new GeneralName(reference != null ? X500Name.getInstance(new DERSequence()) : chain.get(0).getSubject());
+        X500Name nobody = X500Name.getInstance(new DERSequence());
+        GeneralName sender = new GeneralName(reference != null ? nobody : chain.get(0).getSubject());
         int version = behaviour == Behaviour.OLDVERSION ? PKIHeader.CMP_1999 : to.getPvno().intValueExact();
         Date time = Date.from(Instant.now().plus(behaviour == Behaviour.SKEW ? Duration.ofDays(1) : Duration.ZERO));
         if (behaviour.unprotected()) {
@@ -403,8 +414,11 @@ public final class CmpRa {
     }
 
     static PKIBody rep(ASN1Integer id, PKIStatusInfo status, X509CertificateHolder leaf) {
-        CertifiedKeyPair pair = leaf == null ? null : new CertifiedKeyPair(new CertOrEncCert(new CMPCertificate(leaf.toASN1Structure())));
-        return new PKIBody(PKIBody.TYPE_CERT_REP, new CertRepMessage(null, new CertResponse[] {new CertResponse(id, status, pair, null)}));
+        CertifiedKeyPair pair = leaf == null
+            ? null
+            : new CertifiedKeyPair(new CertOrEncCert(new CMPCertificate(leaf.toASN1Structure())));
+        CertResponse[] responses = {new CertResponse(id, status, pair, null)};
+        return new PKIBody(PKIBody.TYPE_CERT_REP, new CertRepMessage(null, responses));
     }
 
     static PKIStatusInfo rejection(String text, int failure) {
@@ -412,8 +426,8 @@ public final class CmpRa {
     }
 
     static PKIBody error(String text, int failure) {
-        ErrorMsgContent content = new ErrorMsgContent(rejection(text, failure), new ASN1Integer(7), new PKIFreeText("see the log"));
-        return new PKIBody(PKIBody.TYPE_ERROR, content);
+        PKIFreeText details = new PKIFreeText("see the log");
+        return new PKIBody(PKIBody.TYPE_ERROR, new ErrorMsgContent(rejection(text, failure), new ASN1Integer(7), details));
     }
 
     static ContentVerifierProvider verifier(SubjectPublicKeyInfo key) throws Exception {
@@ -421,7 +435,8 @@ public final class CmpRa {
     }
 
     static ContentSigner signer(PrivateKey key) throws Exception {
-        return new JcaContentSignerBuilder(key.getAlgorithm().startsWith("EC") ? "SHA256withECDSA" : "SHA256withRSA").build(key);
+        String algorithm = key.getAlgorithm().startsWith("EC") ? "SHA256withECDSA" : "SHA256withRSA";
+        return new JcaContentSignerBuilder(algorithm).build(key);
     }
 
     static List<X509CertificateHolder> certificates(Path file) throws IOException {
@@ -435,7 +450,8 @@ public final class CmpRa {
     static PrivateKey key(Path file) throws IOException {
         try (Reader text = Files.newBufferedReader(file); PEMParser parser = new PEMParser(text)) {
             Object one = parser.readObject();
-            return new JcaPEMKeyConverter().getPrivateKey(one instanceof PEMKeyPair pair ? pair.getPrivateKeyInfo() : (PrivateKeyInfo) one);
+            PrivateKeyInfo info = one instanceof PEMKeyPair pair ? pair.getPrivateKeyInfo() : (PrivateKeyInfo) one;
+            return new JcaPEMKeyConverter().getPrivateKey(info);
         }
     }
 }
