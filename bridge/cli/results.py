@@ -12,7 +12,7 @@ from bridge.errors import BridgeError, WaitingError
 from bridge.node.inventory import Node
 from bridge.pki.certificates import name_text, serial_hex
 from bridge.pki.expiry import residual, rfc3339, seconds_left
-from bridge.renewal.schedule import NotYetError
+from bridge.renewal.gate import NotYetError
 from bridge.renewal.selection import Selection, nothing_due
 from bridge.renewal.verify_and_install import Result, version_of
 from bridge.settings.tables import Settings

@@ -15,7 +15,7 @@ from bridge.node.inventory import Item, Node
 from bridge.pki import csr, verify
 from bridge.pki.durations import duration_text
 from bridge.renewal import verify_and_install
-from bridge.renewal.attempts import Attempts
+from bridge.renewal.gate import Attempts
 from bridge.settings.tables import Settings
 from bridge.settings.windows import ever_waits
 from bridge.signing import preflight, registry

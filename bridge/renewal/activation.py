@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, ClassVar
@@ -24,6 +24,7 @@ from bridge.errors import BridgeError, Exit, PostponedError
 from bridge.node.inventory import Item, Node
 from bridge.pki.certificates import serial_hex
 from bridge.renewal.hooks import Occasion
+from bridge.renewal.ruling import Meaning, Ruling, meaning, rule
 from bridge.renewal.verify_and_install import version_of
 from bridge.settings.tables import Components
 from bridge.specs import SPECS, Component
@@ -234,26 +235,54 @@ def _judged(run: Run, owed: _Owed, restarted: Sequence[Restarted], report: Repor
     """What is wrong with other certificates is none of this installation's doing, nor what was so before it."""
     postponed = {one.component: one.error for one in restarted if isinstance(one.error, PostponedError)}
     failures = [error for error in _errors(restarted) if not isinstance(error, PostponedError)]
-    found = [f for f in report.wrong if f.certificate in owed.names]
-    wrong = [f for f in found if owed.is_new(f) and not (f.state == "stale" and f.component in postponed)]
-    listed = run.settings.restart.components.listed
-    others = [f for f in wrong if f.state == "stale" and listed and f.component not in listed]
-    wrong = [f for f in wrong if f not in others]
+    seen = _meanings(run, owed, postponed, report)
+    ruling = rule(seen.keys(), postponed=bool(postponed), failed=bool(failures))
     proven = len(report.findings) - len(report.wrong)
-    if postponed and not failures and not any(f.state in _FAILED for f in wrong):
-        return _settled(run, owed, [*postponed.values()], restarted, proven)
-    if not failures and not wrong and others:
-        text = f"installed, and not in use by what restart.components does not list: {_sentence(others)}"
-        hint = "restart it (`ca-bridge restart NAME`), or list it"
-        return _settled(run, owed, [NotLiveError(text, hint=hint)], restarted, proven)
-    if not failures and not wrong:
+    if ruling is Ruling.FAILED:
+        decisive = [f for m in (Meaning.BROKEN, Meaning.NOT_IN_USE, Meaning.UNSEEN) for f in seen.get(m, [])]
+        why = "; ".join([*map(str, failures), *([_sentence(decisive)] if decisive else [])])
+        return _failed(run, owed, restarted, proven, why)
+    if ruling is Ruling.PROVEN:
         unproven_file(run.store).remove()
-        text = f"installed, and as before the renewal this does not work: {_sentence(found)}"
-        errors = [NotLiveError(text, hint="`ca-bridge prove` shows each check")] if found else []
-        return _settled(run, owed, errors, restarted, proven)
-    why = "; ".join([*map(str, failures), *([_sentence(wrong)] if wrong else [])])
-    if not failures and all(finding.state == "unknown" for finding in wrong):
-        return _settled(run, owed, [UnprovenError(f"installed, and not proven: {why}")], restarted, proven)
+    return _settled(run, owed, _said_of(ruling, seen, [*postponed.values()]), restarted, proven)
+
+
+def _meanings(run: Run, owed: _Owed, postponed: Collection[Component], report: Report) -> dict[Meaning, list[Finding]]:
+    """All that is wrong with our certificates, by what it says of the installation."""
+    wanted = run.settings.restart.components
+    seen: dict[Meaning, list[Finding]] = {}
+    for finding in report.wrong:
+        found = meaning(
+            finding.state,
+            postponed=finding.component in postponed,
+            listed=not wanted.listed or finding.component in wanted.listed,
+            new=owed.is_new(finding),
+        )
+        if found is not None and finding.certificate in owed.names:
+            seen.setdefault(found, []).append(finding)
+    return seen
+
+
+def _said_of(
+    ruling: Ruling, seen: Mapping[Meaning, Sequence[Finding]], postponed: Sequence[BridgeError]
+) -> list[BridgeError]:
+    """What stays, and what is left to do."""
+    if ruling is Ruling.POSTPONED:
+        return [*postponed]
+    if ruling is Ruling.UNPROVEN:
+        return [UnprovenError(f"installed, and not proven: {_sentence(seen[Meaning.UNSEEN])}")]
+    if ruling is Ruling.LEFT:
+        text = (
+            f"installed, and not in use by what restart.components does not list: {_sentence(seen[Meaning.NOT_LISTED])}"
+        )
+        return [NotLiveError(text, hint="restart it (`ca-bridge restart NAME`), or list it")]
+    if as_before := seen.get(Meaning.AS_BEFORE):
+        text = f"installed, and as before the renewal this does not work: {_sentence(as_before)}"
+        return [NotLiveError(text, hint="`ca-bridge prove` shows each check")]
+    return []
+
+
+def _failed(run: Run, owed: _Owed, restarted: Sequence[Restarted], proven: int, why: str) -> Settled:
     if run.settings.restart.on_failure == "keep":
         return _settled(run, owed, [NotLiveError(f"installed, and not in use: {why}")], restarted, proven)
     log.error("the new certificates do not work, so the old ones are put back: %s", why)

@@ -18,16 +18,16 @@ from cryptography.hazmat.primitives import hashes
 
 from bridge.contract import Issued
 from bridge.errors import BackendRefusedError, BridgeError, Exit, WaitingError
-from bridge.node.inventory import Node
+from bridge.node.inventory import Item, Node
 from bridge.pki import bundle, bundle_text, continuity
 from bridge.pki.bundle import AnswerBundle, BundleError, Refusal, RequestBundle
 from bridge.pki.certificates import UNREADABLE, fingerprint, is_ca, load_pem_certificates, name_text, serial_hex
 from bridge.pki.loose_certificates import certificates_in, is_for, newest
-from bridge.renewal.issuance import Answer
-from bridge.renewal.prepare import Prepared, prepare, take_up, with_continuity
+from bridge.renewal.issuance import Answer, Answered
+from bridge.renewal.prepare import Prepared, open_request, prepare, take_up, with_continuity
 from bridge.renewal.selection import ALL, Selection, assert_known, outcome_of, select
-from bridge.renewal.transaction import Walk
-from bridge.renewal.verify_and_install import Result, expectations, finish, open_request, record_failed
+from bridge.renewal.transaction import Transaction
+from bridge.renewal.verify_and_install import Result, expectations, record_failed, remember, verify_all
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES
 from bridge.state import audit, retention
@@ -208,10 +208,10 @@ def import_answers(
         InstallError: Nothing was replaced.
     """
     with begun(settings, now, progress, wait) as (run, as_found):
-        walk = Walk(run)
-        node = walk.earlier(as_found)
-        if not walk.may_go_on:
-            return walk.with_earlier(Result(outcomes=())), node, []
+        transaction = Transaction(run)
+        node = transaction.settle_earlier(as_found)
+        if not transaction.may_go_on:
+            return transaction.with_earlier(Result(outcomes=())), node, []
         found = _Found()
         for path in paths:
             is_directory = path.is_dir()
@@ -220,7 +220,7 @@ def import_answers(
         _match_loose(run.requests, found)
         for error in found.strange:
             run.record.add(audit.REFUSED, error=error)
-        result = _finish_import(run, node, found, walk, all_or_nothing=all_or_nothing)
+        result = _finish_import(run, node, found, transaction, all_or_nothing=all_or_nothing)
         if result.backup_id is not None:
             retention.retire(run.store, settings, node, now())
         left = tuple(_still_waiting(node, run.requests, result))
@@ -334,11 +334,21 @@ def _about(certificate: x509.Certificate) -> str:
         return f"SHA-256 {fingerprint(certificate)[:16]}…"
 
 
-def _finish_import(run: Run, node: Node, found: _Found, walk: Walk, *, all_or_nothing: bool) -> Result:
+def _finish_import(run: Run, node: Node, found: _Found, transaction: Transaction, *, all_or_nothing: bool) -> Result:
     by_name = {item.spec.name: item for item in node.items}
     items = tuple(by_name[name] for name in found.answers if name in by_name)
     if not items:
-        return walk.with_earlier(Result(outcomes=()))
+        return transaction.with_earlier(Result(outcomes=()))
+    selection = Selection(items=items, failed=(), skipped=())
+    with transaction.about(selection):
+        answered, failed = _answered(run, node, items, found)
+        proven, failed = verify_all(run, answered, failed)
+        remember(run, answered, proven, by_hand=True)
+        result = transaction.install(selection, proven, failed, all_or_nothing=all_or_nothing)
+    return transaction.conclude(selection, transaction.activate(selection, result))
+
+
+def _answered(run: Run, node: Node, items: Sequence[Item], found: _Found) -> tuple[list[Answered], list[Outcome]]:
     prepared, failed = [], []
     for item in items:
         made = run.requests.get(item.spec.name)
@@ -351,21 +361,17 @@ def _finish_import(run: Run, node: Node, found: _Found, walk: Walk, *, all_or_no
             failed.append(one)
     expected, unproved = expectations(node, run.settings, [one.item for one in prepared], run.now())
     unproven = {outcome.name for outcome in unproved}
-
-    def work() -> Result:
-        return finish(
-            run,
-            [one for one in prepared if one.name not in unproven],
-            found.answers,
-            expected,
-            labels={name: _label(source) for name, source in found.sources.items()},
-            earlier=[*failed, *unproved],
-            all_or_nothing=all_or_nothing,
-            by_hand=True,
-            before=walk.before,
+    answered = [
+        Answered(
+            prepared=one,
+            expected=expected[one.authority],
+            label=_label(found.sources[one.name]),
+            answer=found.answers[one.name],
         )
-
-    return walk.whole(Selection(items=items, failed=(), skipped=()), work)
+        for one in prepared
+        if one.name not in unproven
+    ]
+    return answered, [*failed, *unproved]
 
 
 def _label(source: str) -> str:

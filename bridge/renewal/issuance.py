@@ -1,21 +1,29 @@
-"""The CAs of a run: reach each, ask what can be asked before a signature is spent, then for the certificates."""
+"""
+The CAs of a run: reach each, ask what can be asked before a signature is spent, then for the certificates.
+
+That a CA is asked is in the record before, and what it answered after.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from bridge.contract import Backend, Collects, Identifies, Issued, Pending
+from bridge.contract import Backend, Carries, Collects, Identifies, Issued, Pending
 from bridge.errors import BackendError, BridgeError
 from bridge.node.inventory import Item
 from bridge.pki import verify
-from bridge.renewal.prepare import Prepared
+from bridge.renewal.prepare import Prepared, open_request, with_continuity
+from bridge.settings.tables import Settings
 from bridge.signing import registry
 from bridge.signing.preflight import preflight
 from bridge.specs import AUTHORITIES
+from bridge.state import audit
+from bridge.state.session import Run, give_up
 from bridge.system.console import Progress
 
 Answer = Issued | Pending | BridgeError
@@ -32,7 +40,78 @@ class Reached:
     identity: str | None = None  #: Who we are to it, if it tells.
 
 
-def reach(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """One certificate, what it has to be, and what was said about it."""
+
+    prepared: Prepared
+    expected: verify.Expectation
+    label: str  #: Who answered.
+    answer: Answer
+
+
+@contextlib.contextmanager
+def reaching(
+    settings: Settings, items: Sequence[Item], expected: Mapping[str, verify.Expectation], progress: Progress
+) -> Iterator[Callable[[], Mapping[str, Reached]]]:
+    """
+    Log in to all CAs at the same time, and ask what can be asked before a signature is spent.
+
+    Args:
+        settings: Who signs for which authority.
+        items: What will be asked for.
+        expected: What it has to be, by authority.
+        progress: Is told.
+
+    Yields:
+        A function that waits for the CAs, which goes on meanwhile; by authority. All of them are let go at the end.
+
+    Raises:
+        SettingsError: Nobody was asked.
+    """
+    backends = registry.configured(settings, dict.fromkeys(item.spec.authority.name for item in items))
+
+    def reach_lot(names: Sequence[str]) -> dict[str, Reached]:
+        found: dict[str, Reached] = {}
+        opened: Backend | None = None
+        for name in names:
+            ours = [item for item in items if item.spec.authority.name == name]
+            found[name] = _reach(backends[name], ours, expected[name], progress, opened)
+            opened = found[name].backend
+        return found
+
+    with ThreadPoolExecutor(len(AUTHORITIES)) as pool:
+        lots = [pool.submit(reach_lot, lot) for lot in _sharing(backends)]
+
+        def reached() -> dict[str, Reached]:
+            return {name: ca for lot in lots for name, ca in lot.result().items()}
+
+        try:
+            yield reached
+        finally:
+            for ca in reached().values():
+                if ca.backend is not None:
+                    registry.close(ca.backend)
+
+
+def _sharing(backends: Mapping[str, registry.Configured]) -> list[list[str]]:
+    """Authorities whose requests are carried the same way are together: one file goes out, not one each."""
+    lots: list[list[str]] = []
+    for name, ours in backends.items():
+        for lot in lots:
+            if _are_carried_alike(backends[lot[0]], ours):
+                lot.append(name)
+                break
+        else:
+            lots.append([name])
+    return lots
+
+
+def _are_carried_alike(one: registry.Configured, other: registry.Configured) -> bool:
+    return hasattr(one.backend_type, "carries") and one.name == other.name and one.settings == other.settings
+
+
+def _reach(
     configured: registry.Configured,
     items: Sequence[Item],
     expected: verify.Expectation,
@@ -71,18 +150,81 @@ def _identity(backend: Backend) -> str | None:
     return None
 
 
-def sign(prepared: Sequence[Prepared], reached: Mapping[str, Reached], progress: Progress) -> dict[str, Answer]:
+def issue(
+    run: Run,
+    prepared: Sequence[Prepared],
+    reached: Mapping[str, Reached],
+    expected: Mapping[str, verify.Expectation],
+) -> list[Answered]:
     """
     Ask each CA for its certificates, or for the answers that it owes, all CAs at the same time.
 
     Args:
+        run: Its record is told; requests to a CA that answers later are kept before it is asked.
         prepared: What to ask for.
-        reached: By authority; a backend that several have is asked once, for all of theirs.
-        progress: Is told.
+        reached: The CAs by authority.
+        expected: What the answers have to be, by authority.
 
-    Returns:
-        By certificate name.
+    Raises:
+        StateError: The open requests can't be kept; nobody was asked.
+        AuditError: That it is asked can't be recorded; nobody was asked.
     """
+    prepared = _opened(run, prepared, reached)
+    for one in prepared:
+        ca = reached[one.authority]
+        run.record.know(one.name, one.request, ca.label, ca.identity)
+        if ca.backend is not None and one.name not in ca.wrong and not _owes(ca, one):
+            run.record.add(audit.ASKED, one.name, authority=one.authority)
+    run.record.write()
+    answers = _answers(prepared, reached, run.progress)
+    for one in prepared:
+        if isinstance(answer := answers[one.name], Issued):
+            run.record.add(audit.ISSUED, one.name, authority=one.authority, new=answer.leaf)
+    return [
+        Answered(
+            prepared=one,
+            expected=expected[one.authority],
+            label=reached[one.authority].label,
+            answer=answers[one.name],
+        )
+        for one in prepared
+    ]
+
+
+def _opened(run: Run, prepared: Sequence[Prepared], reached: Mapping[str, Reached]) -> list[Prepared]:
+    """For a CA that answers later: who asks is in the request, and its key on disk before that CA is asked."""
+    opened = {one.name: one for one in prepared}
+    to_carry: dict[tuple[int, str], list[Prepared]] = defaultdict(list)
+    for one in prepared:
+        ca = reached[one.authority]
+        if _owes(ca, one):
+            continue
+        _drop_unfit(run, one)
+        if isinstance(ca.backend, Carries):
+            made_before = one.request.continuity.batch if one.request.continuity else ""
+            to_carry[id(ca.backend), made_before].append(one)
+    for ours in to_carry.values():
+        opened |= {one.name: one for one in with_continuity(ours, run.settings)}
+    for one in opened.values():
+        ca = reached[one.authority]
+        if isinstance(ca.backend, Collects) and not _owes(ca, one):
+            made = open_request(run, one)
+            run.requests.put(dataclasses.replace(made, request=one.request, backend=ca.label, reference="", note=""))
+    run.requests.save()
+    return list(opened.values())
+
+
+def _drop_unfit(run: Run, one: Prepared) -> None:
+    """`prepare` made a new key, since an open request is not what would be asked for now."""
+    made = run.requests.get(one.name)
+    if made is not None and one.open is None:
+        if made.is_waiting:
+            give_up(run, one.name, "renewal.key asks for another kind of key")
+        run.requests.drop(one.name)
+
+
+def _answers(prepared: Sequence[Prepared], reached: Mapping[str, Reached], progress: Progress) -> dict[str, Answer]:
+    """By certificate name; a backend that several authorities have is asked once, for all of theirs."""
     lots: dict[int, list[Prepared]] = defaultdict(list)
     for one in prepared:
         lots[id(reached[one.authority].backend)].append(one)
@@ -96,7 +238,7 @@ def sign(prepared: Sequence[Prepared], reached: Mapping[str, Reached], progress:
 def _ask(reached: Mapping[str, Reached], prepared: Sequence[Prepared], progress: Progress) -> dict[str, Answer]:
     """Those of one backend; none is asked for what its preflight refused."""
     ca = reached[prepared[0].authority]
-    owed = [one for one in prepared if ca.backend is not None and owes(ca, one)]
+    owed = [one for one in prepared if ca.backend is not None and _owes(ca, one)]
     answers: dict[str, Answer] = {one.name: _collected(ca, one, progress) for one in owed}
     for one in prepared:
         if one.name not in answers and one.name in (wrong := reached[one.authority].wrong):
@@ -113,7 +255,7 @@ def _ask(reached: Mapping[str, Reached], prepared: Sequence[Prepared], progress:
     return answers
 
 
-def owes(reached: Reached, one: Prepared) -> bool:
+def _owes(reached: Reached, one: Prepared) -> bool:
     """Whether this CA has the request from an earlier run."""
     return one.open is not None and bool(one.open.reference) and one.open.backend == reached.label
 

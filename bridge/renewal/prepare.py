@@ -26,6 +26,7 @@ from bridge.settings.tables import Settings
 from bridge.state.install import digest
 from bridge.state.outcome import Outcome
 from bridge.state.requests import OpenRequest
+from bridge.state.session import Run
 from bridge.system.files import DIRECTORY_MODE, Attributes, sync_directory, write_staged
 
 
@@ -81,6 +82,13 @@ def _prepare(item: Item, settings: Settings, made: OpenRequest | None) -> Prepar
     except BridgeError as e:
         return outcome_of(item, e)
     return Prepared(item=item, request=request, key_pem=csr.key_pem(key), was=was)
+
+
+def open_request(run: Run, one: Prepared) -> OpenRequest:
+    """To keep what was prepared."""
+    return one.open or OpenRequest(
+        request=one.request, key_pem=one.key_pem, created=run.now(), run_id=run.record.run_id
+    )
 
 
 def take_up(item: Item, made: OpenRequest) -> Prepared | Outcome:

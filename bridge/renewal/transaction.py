@@ -1,43 +1,70 @@
-"""What is done before, around and after the installation of answers, wherever they came from: `renew` and `import`."""
+"""
+What surrounds the installation of answers, wherever they came from: `renew`, `import` and `install`.
+
+Before it the hooks and what earlier runs owe; after it restart, proof, the way back, the count of runs that failed, and
+the hooks that are told.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from bridge.errors import BridgeError
+from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, WaitingError
 from bridge.node.inventory import Node
-from bridge.renewal.around import Around
-from bridge.renewal.hooks import Occasion
-from bridge.renewal.selection import Selection
-from bridge.renewal.verify_and_install import Result
+from bridge.renewal.gate import Attempts
+from bridge.renewal.hooks import HookError, Hooks, NotNowError, Occasion
+from bridge.renewal.selection import Selection, outcome_of
+from bridge.renewal.verify_and_install import (
+    HeldBackError,
+    Proven,
+    Result,
+    await_validity,
+    hold_back,
+    install_all,
+    record_failed,
+)
+from bridge.state import audit
 from bridge.state.outcome import Outcome
 from bridge.state.session import Run
 from bridge.system.console import print_error
+from bridge.system.state_file import StateError
+
+if TYPE_CHECKING:  # 40 ms
+    from bridge.renewal.activation import Settled
 
 
-class Walk:
-    """Of one run: hooks, restart, proof, the way back, and the count of runs that failed."""
+class Transaction:
+    """
+    One run's, in the order of its methods; the node's lock is held.
+
+    `settle_earlier`, then either `nothing_to_install`, or `about` with the work up to `install` in it, `activate` and
+    `conclude`.
+    """
 
     def __init__(self, run: Run, *, restarts: bool = True) -> None:
         self._run = run
         self._restarts = restarts
-        #: False after `earlier`: what earlier runs owe was stopped in the middle, and nothing more is to be installed.
+        self._errors: list[BridgeError] = []  # about earlier runs
+        self._hooks = Hooks(run.settings, run.store, run.record.run_id)
+        #: False after `settle_earlier`: it was stopped in the middle, and nothing more is to be installed.
         self.may_go_on = True
-        self._errors: list[BridgeError] = []
-        self._items: Selection = Selection(items=(), failed=(), skipped=())
-        self.around = Around(run.settings, run.store, run.record, run.now)
+        self.attempts = Attempts(run.store)
 
-    def earlier(self, node: Node) -> Node:
-        """First in a run: the hooks and the proof that earlier ones owe; the node as it is after that."""
-        self._errors += self.around.again(node)
+    # --- before ------------------------------------------------------------------------------------------------------
+
+    def settle_earlier(self, node: Node) -> Node:
+        """First in a run, due or not: the hooks and the proof that earlier ones owe; the node as it is after that."""
+        self._errors += self._told(self._hooks.again(node))
         if not self._is_owed:
             return node
         from bridge.renewal import activation  # noqa: PLC0415 (40 ms; only where components are restarted)
 
         settled = activation.settle(self._run, node)
         self.may_go_on = settled.may_go_on
-        self._errors += [*settled.errors, *self.around.settled(settled.about)]
+        self._errors += [*settled.errors, *self._told_of_earlier(settled.about)]
         return self._run.read_node()
 
     @property
@@ -45,56 +72,81 @@ class Walk:
         """Whether something is to be restarted and proven, by this run."""
         return self._restarts and self._run.store.unproven.exists()
 
-    def with_earlier(self, result: Result) -> Result:
-        """The result with what was wrong with earlier runs."""
-        return dataclasses.replace(result, errors=(*self._errors, *result.errors))
-
-    def without_work(self, selection: Selection) -> Result:
-        """For a run that can do nothing, or has nothing to do."""
-        result = Result(outcomes=selection.failed)
-        errors = self.around.after(selection, result) if selection.failed else []
-        return self.with_earlier(dataclasses.replace(result, errors=tuple(errors)))
-
-    def whole(self, selection: Selection, work: Callable[[], Result]) -> Result:
+    @contextlib.contextmanager
+    def about(self, selection: Selection) -> Iterator[None]:
         """
-        Everything about these certificates.
+        Hooks before the work on these certificates; if it ends with an error, that is counted and told.
+
+        Raises:
+            HookError: No CA must be asked.
+            BridgeError: The work's; nothing was replaced.
+        """
+        try:
+            self._run_before_hooks(selection)
+            yield
+        except BridgeError as e:
+            for error in self._told_at_the_end(selection, Result(outcomes=selection.failed), [e]):
+                print_error(error)
+            raise
+
+    def _run_before_hooks(self, selection: Selection) -> None:
+        try:
+            self._hooks.before(Occasion.of(selection.items))
+        except HookError as e:
+            self._run.record.add(audit.FAILED, error=e)
+            raise
+
+    # --- the installation --------------------------------------------------------------------------------------------
+
+    def install(
+        self, selection: Selection, proven: Sequence[Proven], failed: Sequence[Outcome], *, all_or_nothing: bool
+    ) -> Result:
+        """
+        Install what passed, in one step; what is owed after it is on disk before it.
 
         Args:
-            selection: What they are.
-            work: Asks, proves and installs, and calls `before` right before the installation.
+            selection: What the run is about.
+            proven: What passed, and is remembered.
+            failed: What did not, for whatever reason.
+            all_or_nothing: Nothing, if anything failed.
 
         Raises:
             BridgeError: Nothing was replaced.
         """
-        self._items = selection
+        if failed and all_or_nothing:
+            return hold_back(self._run, [one.prepared for one in proven], failed)
+        if not proven:
+            return Result(outcomes=tuple(failed))
+        done = [one.outcome for one in proven]
+        await_validity([one.verified.leaf for one in proven])
+        self._run.record.write()  # nothing is installed that the record does not know
         try:
-            self.around.before(selection)
-            result = work()
+            self._owe(selection, done)
+            backup_id = install_all(self._run, proven)
         except BridgeError as e:
-            for error in self.around.after(selection, Result(outcomes=selection.failed), [e]):
-                print_error(error)
+            record_failed(self._run.record, [outcome_of(one.prepared.item, e) for one in proven])
             raise
-        if result.backup_id is not None:
-            result = self._installed(result)
-        more = self.around.after(selection, result, result.errors)
-        return self.with_earlier(dataclasses.replace(result, errors=(*result.errors, *more)))
+        return Result(outcomes=(*done, *failed), backup_id=backup_id)
 
-    def before(self, outcomes: Sequence[Outcome]) -> None:
+    def _owe(self, selection: Selection, done: Sequence[Outcome]) -> None:
         """
-        Right before the installation of these: what is owed after it is on disk.
+        Hooks, restart and proof.
 
         Raises:
-            BridgeError: It is not; nothing must be installed.
+            BridgeError: It can't be remembered; nothing must be installed.
         """
-        self.around.hooks.installing(Occasion.of(self._items.items, outcomes))
+        self._hooks.installing(Occasion.of(selection.items, done))
         if self._restarts and self._run.settings.restart.method != "none":
             from bridge.renewal import activation  # noqa: PLC0415 (see above)
 
-            activation.owe(self._run, outcomes)
+            activation.owe(self._run, done)
 
-    def _installed(self, result: Result) -> Result:
-        occasion = Occasion.of(self._items.items, result.outcomes, backup_id=result.backup_id)
-        result = dataclasses.replace(result, errors=(*result.errors, *self.around.hooks.installed(occasion)))
+    def activate(self, selection: Selection, result: Result) -> Result:
+        """Hooks after the installation; restart, proof, and the way back if need be."""
+        if result.backup_id is None:
+            return result
+        occasion = Occasion.of(selection.items, result.outcomes, backup_id=result.backup_id)
+        result = dataclasses.replace(result, errors=(*result.errors, *self._hooks.installed(occasion)))
         if not self._is_owed:
             return result
         from bridge.renewal import activation  # noqa: PLC0415 (see above)
@@ -102,19 +154,118 @@ class Walk:
         settled = activation.settle(self._run, self._run.read_node())
         if not self._is_owed:  # else the hooks of earlier installations were told already
             others = {run_id: one for run_id, one in settled.about.items() if run_id != self._run.record.run_id}
-            self._errors += self.around.settled(others)
-        outcomes = result.outcomes
-        errors = settled.errors
-        if settled.rolled_back is not None:
-            back = settled.rolled_back
-            outcomes = tuple(dataclasses.replace(o, new=None, error=back) if o.new else o for o in outcomes)
-            errors = tuple(error for error in errors if error is not back)
-        return dataclasses.replace(
-            result,
-            outcomes=outcomes,
-            errors=(*result.errors, *errors),
-            restarted=tuple(
-                f"{one.component.value} in {one.seconds:.1f} s" for one in settled.restarted if one.seconds
-            ),
-            proven=settled.proven,
+            self._errors += self._told_of_earlier(others)
+        return _with_settled(result, settled)
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    def nothing_to_install(self, selection: Selection) -> Result:
+        """The result of a run that can do nothing, or has nothing to do."""
+        result = Result(outcomes=selection.failed)
+        return self.conclude(selection, result) if selection.failed else self.with_earlier(result)
+
+    def conclude(self, selection: Selection, result: Result) -> Result:
+        """
+        At the end of a run that had something to do, whatever it was: count it, tell who must know, run its hooks.
+
+        Returns:
+            The result with what more there is to say, about earlier runs, too.
+        """
+        more = self._told_at_the_end(selection, result, result.errors)
+        return self.with_earlier(dataclasses.replace(result, errors=(*result.errors, *more)))
+
+    def with_earlier(self, result: Result) -> Result:
+        """The result with what was wrong with earlier runs."""
+        return dataclasses.replace(result, errors=(*self._errors, *result.errors))
+
+    def _told_at_the_end(
+        self, selection: Selection, result: Result, errors: Sequence[BridgeError]
+    ) -> list[BridgeError]:
+        """
+        Args:
+            selection: What was to be renewed; what was held has failed in it.
+            result: What became of it.
+            errors: About the run as a whole: not installed, not live, rolled back, hooks after the installation.
+
+        Returns:
+            What more there is to say; its exit codes are the run's, too.
+        """
+        if any(isinstance(error, NotNowError) for error in errors):
+            return []  # neither success nor failure
+        more: list[BridgeError] = list(self._counted(selection, result, errors))
+        code = Exit.worst([result.exit_code, *(error.exit_code for error in (*errors, *more))])
+        occasion = Occasion.of(
+            selection.items, result.outcomes, backup_id=result.backup_id, exit_code=code, errors=(*errors, *more)
         )
+        return [*more, *self._told(self._hooks.finished(occasion))]
+
+    def _told_of_earlier(self, about: Mapping[str, Occasion]) -> list[HookError]:
+        """
+        When it is known what became of an earlier run's installation, or that it still is not: its hooks.
+
+        Args:
+            about: By the run that installed.
+        """
+        run = self._run
+        every = [Hooks(run.settings, run.store, run_id).finished(one) for run_id, one in about.items()]
+        return self._told([error for errors in every for error in errors])
+
+    def _counted(self, selection: Selection, result: Result, errors: Sequence[BridgeError]) -> list[BridgeError]:
+        # no CA had a part in those
+        of_the_run = [e for e in errors if not isinstance(e, HookError | SettingsError | PostponedError)]
+        asked, failed = by_authority(selection, result, of_the_run)
+        try:
+            people = self.attempts.note(asked, failed, self._run.now())
+        except StateError as e:
+            return [e]
+        for error in people:
+            self._run.record.add(audit.NEEDS_A_PERSON, authority=error.authority, error=error)
+        return [*people]
+
+    def _told(self, errors: list[HookError]) -> list[HookError]:
+        for error in errors:
+            self._run.record.add(audit.FAILED, error=error)
+        return errors
+
+
+def _with_settled(result: Result, settled: Settled) -> Result:
+    outcomes, errors = result.outcomes, settled.errors
+    if (back := settled.rolled_back) is not None:
+        outcomes = tuple(dataclasses.replace(o, new=None, error=back) if o.new else o for o in outcomes)
+        errors = tuple(error for error in errors if error is not back)
+    return dataclasses.replace(
+        result,
+        outcomes=outcomes,
+        errors=(*result.errors, *errors),
+        restarted=tuple(f"{one.component.value} in {one.seconds:.1f} s" for one in settled.restarted if one.seconds),
+        proven=settled.proven,
+    )
+
+
+def by_authority(
+    selection: Selection, result: Result, errors: Sequence[BridgeError]
+) -> tuple[list[str], dict[str, BridgeError]]:
+    """
+    Which authorities this run says something about, and the worst error of those that failed (pure).
+
+    One whose answers are only waited for, or were held back because of another's, has neither failed nor succeeded.
+    """
+    by_name = {outcome.name: outcome for outcome in result.outcomes}
+    asked: list[str] = []
+    failed: dict[str, BridgeError] = {}
+    for item in selection.items:
+        outcome, authority = by_name.get(item.spec.name), item.spec.authority.name
+        own = outcome.error if outcome is not None else None
+        if (outcome is None and not errors) or isinstance(own, WaitingError | HeldBackError):
+            continue
+        asked.append(authority)
+        for error in (own, *errors):
+            if error is not None:
+                failed[authority] = _worse(failed.get(authority), error)
+    return list(dict.fromkeys(asked)), failed
+
+
+def _worse(one: BridgeError | None, other: BridgeError) -> BridgeError:
+    if one is None or Exit.worst([one.exit_code, other.exit_code]) != one.exit_code:
+        return other
+    return one

@@ -1,7 +1,7 @@
 """
 The end of a renewal: prove every answer, keep what passed, install it in one step.
 
-Used by `renew`, whose answers come from CAs, and by `import`, whose answers come in files.
+The steps are shared by `renew`, whose answers come from CAs, and by `import`, whose answers come in files.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import shlex
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -23,8 +23,8 @@ from bridge.node.inventory import Item, Node
 from bridge.pki import verify
 from bridge.pki.certificates import load_pem_certificates, pem, serial_hex
 from bridge.pki.expiry import first_end, is_due, residual, seconds_left
-from bridge.renewal.issuance import Answer
-from bridge.renewal.prepare import Prepared
+from bridge.renewal.issuance import Answered
+from bridge.renewal.prepare import Prepared, open_request
 from bridge.renewal.selection import MissingCertificateError, outcome_of
 from bridge.settings.tables import Settings
 from bridge.signing.preflight import RefusedByCheckError
@@ -147,131 +147,99 @@ def replacements(one: Prepared, verified: verify.Verified) -> Iterator[Replaceme
     )
 
 
-def finish(
-    run: Run,
-    prepared: Sequence[Prepared],
-    answers: Mapping[str, Answer],
-    expected: Mapping[str, verify.Expectation],
-    *,
-    labels: Mapping[str, str],
-    earlier: Sequence[Outcome],
-    all_or_nothing: bool,
-    by_hand: bool = False,
-    before: Callable[[Sequence[Outcome]], None] | None = None,
-) -> Result:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proven:
+    """A certificate whose answer passed, and the files that it will be in."""
+
+    prepared: Prepared
+    label: str  #: Who answered.
+    verified: verify.Verified
+    files: tuple[Replacement, ...]
+
+    @property
+    def name(self) -> str:
+        """kubeadm's name of the certificate."""
+        return self.prepared.name
+
+    @property
+    def chain(self) -> tuple[x509.Certificate, ...]:
+        """The leaf and its intermediates."""
+        return (self.verified.leaf, *self.verified.intermediates)
+
+    @property
+    def outcome(self) -> Outcome:
+        """That of its installation."""
+        one = self.prepared
+        return Outcome(
+            name=one.name,
+            authority=one.authority,
+            old=one.request.replaces,
+            new=self.verified.leaf,
+            backend=self.label,
+        )
+
+
+def verify_all(
+    run: Run, answered: Sequence[Answered], earlier: Sequence[Outcome] = ()
+) -> tuple[list[Proven], list[Outcome]]:
     """
-    Prove every answer, then install those that passed in one step.
+    Prove every answer, at this moment: signing may have taken a while.
+
+    Args:
+        run: Its record is told.
+        answered: Who said what.
+        earlier: What failed before it could be asked for.
+
+    Returns:
+        What passed; and what did not, with what failed earlier.
+    """
+    now, proven, failed = run.now(), [], list(earlier)
+    for one in answered:
+        try:
+            verified = _verified(one, now)
+            files = tuple(replacements(one.prepared, verified))
+        except BridgeError as e:
+            failed.append(outcome_of(one.prepared.item, e, one.label))
+        else:
+            proven.append(Proven(prepared=one.prepared, label=one.label, verified=verified, files=files))
+    for passed in proven:
+        run.record.add(audit.VERIFIED, passed.name, authority=passed.prepared.authority, new=passed.verified.leaf)
+    record_failed(run.record, failed)
+    return proven, failed
+
+
+def _verified(one: Answered, now: datetime) -> verify.Verified:
+    if isinstance(one.answer, BridgeError):
+        raise one.answer
+    if isinstance(one.answer, Pending):
+        raise WaitingError(one.answer.note or "the CA has the request, and has not answered yet")
+    return verify.check(one.answer, one.prepared.request, dataclasses.replace(one.expected, now=now))
+
+
+def remember(run: Run, answered: Sequence[Answered], proven: Sequence[Proven], *, by_hand: bool = False) -> None:
+    """
+    Keep what passed and what is still to come, and forget what came to nothing.
 
     What passed is in the state directory before anything is replaced, so that a run after an interruption asks no CA
     for it again.
 
     Args:
-        run: Its record is told; all of it is written before anything is replaced.
-        prepared: What was asked for.
-        answers: By certificate name.
-        expected: By authority.
-        labels: Who answered, by certificate name.
-        earlier: What failed before it could be asked for.
-        all_or_nothing: Install nothing if anything failed.
+        run: Whose open requests these are.
+        answered: Who said what.
+        proven: What of it passed.
         by_hand: A person brought the answers; with a wrong one among them a request is not over.
-        before: Is told what is about to be installed, and may stop it by an error.
 
     Raises:
-        AuditError: Nothing was replaced.
-        InstallError: Nothing was replaced.
-        StateError: Nothing was replaced.
+        StateError: They can't be kept; nothing was replaced.
     """
-    passed: list[tuple[Prepared, verify.Verified]] = []
-    files: list[Replacement] = []
-    failed = list(earlier)
-    for one in prepared:
-        try:
-            verified = _proven(one, answers[one.name], expected[one.authority])
-            files += list(replacements(one, verified))
-        except BridgeError as e:
-            failed.append(outcome_of(one.item, e, labels[one.name]))
-        else:
-            passed.append((one, verified))
-    _record_proofs(run.record, passed, failed)
-    _keep(run, prepared, answers, {one.name for one, _ in passed}, labels, by_hand=by_hand)
-    if failed and all_or_nothing:
-        held = held_back([one for one, _ in passed], failed)
-        record_failed(run.record, held)
-        return Result(outcomes=(*failed, *held))
-    if not passed:
-        return Result(outcomes=tuple(failed))
-    done = [
-        Outcome(
-            name=one.name,
-            authority=one.authority,
-            old=one.request.replaces,
-            new=verified.leaf,
-            backend=labels[one.name],
-        )
-        for one, verified in passed
-    ]
-    backup_id = _install(run, passed, files, lambda: before(done) if before is not None else None)
-    _note_short_lives(run, passed)
-    return Result(outcomes=(*done, *failed), backup_id=backup_id)
-
-
-def _note_short_lives(run: Run, passed: Sequence[tuple[Prepared, verify.Verified]]) -> None:
-    """A CA that gives less than `renewal.before` lets every run renew all again, and each succeeds."""
-    renewal, now = run.settings.renewal, run.now()
-    short: dict[str, list[str]] = {}
-    for one, verified in passed:
-        chain = (verified.leaf, *verified.intermediates)
-        if is_due(chain, renewal.before, renewal.validity, now):
-            short.setdefault(residual(seconds_left(first_end(chain), now)), []).append(one.name)
-    for lifetime, names in short.items():
-        run.progress.note(
-            f"{', '.join(names)}: wanted a lifetime of more than renewal.before ({renewal.before}), got {lifetime}: "
-            f'every run renews again; have the CA give more (its profile or role), or set before = "33%"'
-        )
-
-
-def _install(
-    run: Run,
-    passed: Sequence[tuple[Prepared, verify.Verified]],
-    files: Sequence[Replacement],
-    before: Callable[[], None],
-) -> str:
-    _wait_until_valid([verified.leaf for _, verified in passed])
-    run.record.write()  # nothing is installed that the record does not know
-    try:
-        before()
-        backup_id = install(run.store, files, run.record.run_id, _about(passed))
-    except BridgeError as e:
-        record_failed(run.record, [outcome_of(one.item, e) for one, _ in passed])
-        raise
-    for one, verified in passed:
-        run.record.add(audit.INSTALLED, one.name, authority=one.authority, new=verified.leaf)
-        run.requests.drop(one.name)
-    run.record.write_or_warn()  # restart and proof may take minutes, and be killed
-    try:
-        run.requests.save()
-    except StateError as e:
-        run.progress.note(f"{e}; all is installed, and the next run forgets what is kept there")
-    return backup_id
-
-
-def _keep(
-    run: Run,
-    prepared: Sequence[Prepared],
-    answers: Mapping[str, Answer],
-    passed: Collection[str],
-    labels: Mapping[str, str],
-    *,
-    by_hand: bool,
-) -> None:
-    """Remember what passed and what is still to come, and forget what came to nothing."""
-    for one in prepared:
-        answer, kept = answers[one.name], run.requests.get(one.name)
-        made = kept or open_request(run, one)
-        made = dataclasses.replace(made, request=one.request, backend=labels[one.name])
+    passed = {one.name for one in proven}
+    for one in answered:
+        name, answer, kept = one.prepared.name, one.answer, run.requests.get(one.prepared.name)
+        made = kept or open_request(run, one.prepared)
+        made = dataclasses.replace(made, request=one.prepared.request, backend=one.label)
         if isinstance(answer, Pending):
             run.requests.put(dataclasses.replace(made, reference=answer.reference, note=answer.note))
-        elif isinstance(answer, Issued) and one.name in passed:
+        elif isinstance(answer, Issued) and name in passed:
             run.requests.put(dataclasses.replace(made, answer=answer))
         elif kept is not None and not by_hand and not isinstance(answer, _NOT_ASKED):
             _forget(run.requests, kept)
@@ -288,21 +256,6 @@ def _forget(requests: OpenRequests, kept: OpenRequest) -> None:
         requests.put(dataclasses.replace(kept, reference="", note=""))
     else:
         requests.drop(kept.name)
-
-
-def open_request(run: Run, one: Prepared) -> OpenRequest:
-    """To keep what was prepared."""
-    return one.open or OpenRequest(
-        request=one.request, key_pem=one.key_pem, created=run.now(), run_id=run.record.run_id
-    )
-
-
-def _record_proofs(
-    record: audit.Record, passed: Sequence[tuple[Prepared, verify.Verified]], failed: Sequence[Outcome]
-) -> None:
-    for one, verified in passed:
-        record.add(audit.VERIFIED, one.name, authority=one.authority, new=verified.leaf)
-    record_failed(record, failed)
 
 
 def record_failed(record: audit.Record, failed: Sequence[Outcome]) -> None:
@@ -326,38 +279,73 @@ class HeldBackWaitingError(WaitingError):
     hint = ""
 
 
-def held_back(prepared: Sequence[Prepared], failed: Sequence[Outcome]) -> list[Outcome]:
-    """For `--all-or-nothing`."""
+def hold_back(run: Run, good: Sequence[Prepared], failed: Sequence[Outcome]) -> Result:
+    """For `--all-or-nothing`: what is good is not installed, since others failed."""
     error: BridgeError
     if all(isinstance(outcome.error, WaitingError) for outcome in failed):
         error = HeldBackWaitingError("kept until the others are answered, since --all-or-nothing was given")
     else:
         error = HeldBackError("not installed, since others failed and --all-or-nothing was given")
-    return [outcome_of(one.item, error) for one in prepared]
+    held = [outcome_of(one.item, error) for one in good]
+    record_failed(run.record, held)
+    return Result(outcomes=(*failed, *held))
 
 
-def _proven(one: Prepared, answer: Answer, expected: verify.Expectation) -> verify.Verified:
-    if isinstance(answer, BridgeError):
-        raise answer
-    if isinstance(answer, Pending):
-        raise WaitingError(answer.note or "the CA has the request, and has not answered yet")
-    return verify.check(answer, one.request, expected)
+# --- installation ----------------------------------------------------------------------------------------------------
 
 
-def _wait_until_valid(leaves: Sequence[x509.Certificate]) -> None:
+def await_validity(leaves: Sequence[x509.Certificate]) -> None:
     """A CA's clock may be some seconds ahead (`verify.CLOCK_SKEW` at most): nothing is installed before it is valid."""
     begin = max(leaf.not_valid_before_utc for leaf in leaves).timestamp()
     time.sleep(max(0.0, min(begin - time.time(), verify.CLOCK_SKEW.total_seconds())))
 
 
-def _about(passed: Sequence[tuple[Prepared, verify.Verified]]) -> dict[str, object]:
+def install_all(run: Run, proven: Sequence[Proven]) -> str:
+    """
+    Install in one step, and forget the requests.
+
+    Returns:
+        The backup's number.
+
+    Raises:
+        InstallError: Nothing was replaced.
+    """
+    files = [file for one in proven for file in one.files]
+    backup_id = install(run.store, files, run.record.run_id, _about(proven))
+    for one in proven:
+        run.record.add(audit.INSTALLED, one.name, authority=one.prepared.authority, new=one.verified.leaf)
+        run.requests.drop(one.name)
+    run.record.write_or_warn()  # restart and proof may take minutes, and be killed
+    try:
+        run.requests.save()
+    except StateError as e:
+        run.progress.note(f"{e}; all is installed, and the next run forgets what is kept there")
+    _note_short_lives(run, proven)
+    return backup_id
+
+
+def _about(proven: Sequence[Proven]) -> dict[str, object]:
     """For the backup's manifest."""
     certificates = [
         {
             "name": one.name,
-            "old_serial": serial_hex(one.request.replaces) if one.request.replaces else None,
-            "new_serial": serial_hex(verified.leaf),
+            "old_serial": serial_hex(old) if (old := one.prepared.request.replaces) else None,
+            "new_serial": serial_hex(one.verified.leaf),
         }
-        for one, verified in passed
+        for one in proven
     ]
     return {"command": shlex.join(sys.argv), **audit.who(), "certificates": certificates}
+
+
+def _note_short_lives(run: Run, proven: Sequence[Proven]) -> None:
+    """A CA that gives less than `renewal.before` lets every run renew all again, and each succeeds."""
+    renewal, now = run.settings.renewal, run.now()
+    short: dict[str, list[str]] = {}
+    for one in proven:
+        if is_due(one.chain, renewal.before, renewal.validity, now):
+            short.setdefault(residual(seconds_left(first_end(one.chain), now)), []).append(one.name)
+    for lifetime, names in short.items():
+        run.progress.note(
+            f"{', '.join(names)}: wanted a lifetime of more than renewal.before ({renewal.before}), got {lifetime}: "
+            f'every run renews again; have the CA give more (its profile or role), or set before = "33%"'
+        )

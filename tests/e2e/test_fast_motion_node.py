@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from bridge.errors import Exit
-from bridge.renewal.attempts import MANY
+from bridge.renewal.gate import MANY
 from bridge.specs import AUTHORITIES, SPECS, Component
 from tests.counts import Tried
 from tests.kit import nodes

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from bridge.errors import Exit, SettingsError
 from bridge.node.inventory import Item
-from bridge.renewal.schedule import NotYetError, delay, held
+from bridge.renewal.gate import NotYetError, hold_for_window, jitter
 from bridge.renewal.selection import Selection
 from bridge.settings import zones
 from bridge.settings.load import parse
@@ -316,7 +316,7 @@ WEDNESDAY = at("2026-11-25 12:00")
 
 def test_what_is_due_and_waits_for_its_window_is_not_done() -> None:
     """Exit code 4, and the message names the zone, the next window and the way around."""
-    selection = held(due(apiserver=WEDNESDAY + 29 * DAY), SATURDAYS, WEDNESDAY)
+    selection = hold_for_window(due(apiserver=WEDNESDAY + 29 * DAY), SATURDAYS, WEDNESDAY)
     assert selection.items == ()
     [outcome] = selection.failed
     assert outcome.exit_code == Exit.WAITING
@@ -328,25 +328,25 @@ def test_what_is_due_and_waits_for_its_window_is_not_done() -> None:
 def test_what_can_not_wait_takes_the_rest_with_it() -> None:
     """One interruption, not two."""
     both = due(apiserver=WEDNESDAY + 5 * DAY, **{"front-proxy-client": WEDNESDAY + 29 * DAY})
-    assert held(both, SATURDAYS, WEDNESDAY) == both
+    assert hold_for_window(both, SATURDAYS, WEDNESDAY) == both
 
 
 @pytest.mark.parametrize("now", [at("2026-11-28 03:00"), at("2026-11-28 01:00")])
 def test_within_the_window_what_is_due_is_renewed(now: datetime) -> None:
     """Both moments are in it, by the clock of Berlin."""
     one = due(apiserver=WEDNESDAY + 29 * DAY)
-    assert held(one, SATURDAYS, now) == one
+    assert hold_for_window(one, SATURDAYS, now) == one
 
 
 def test_nothing_due_waits_for_nothing() -> None:
     """Whatever failed by itself stays."""
     nothing = Selection(items=(), failed=(), skipped=("x",))
-    assert held(nothing, SATURDAYS, WEDNESDAY) == nothing
+    assert hold_for_window(nothing, SATURDAYS, WEDNESDAY) == nothing
 
 
 def jittered(end: datetime, now: datetime, *, window: Windows | None = None, is_terminal: bool = False) -> timedelta:
     settings = RenewalSettings(jitter=Jitter(2 * HOUR), window=window or Windows(), window_zone=Zone("Europe/Berlin"))
-    return delay(due(apiserver=end), settings, now, is_terminal=is_terminal, share=0.5)
+    return jitter(due(apiserver=end), settings, now, is_terminal=is_terminal, share=0.5)
 
 
 @pytest.mark.parametrize(
@@ -368,8 +368,8 @@ def test_nobody_at_a_terminal_is_kept_waiting() -> None:
     """Nor is a run that has nothing to do, or no jitter set."""
     assert jittered(WEDNESDAY + 30 * DAY, WEDNESDAY, is_terminal=True) == timedelta()
     settings = RenewalSettings(jitter=Jitter(HOUR))
-    assert delay(due(), settings, WEDNESDAY, is_terminal=False, share=0.5) == timedelta()
-    assert delay(due(apiserver=WEDNESDAY + 9 * DAY), RenewalSettings(), WEDNESDAY, is_terminal=False, share=0.5) == (
+    assert jitter(due(), settings, WEDNESDAY, is_terminal=False, share=0.5) == timedelta()
+    assert jitter(due(apiserver=WEDNESDAY + 9 * DAY), RenewalSettings(), WEDNESDAY, is_terminal=False, share=0.5) == (
         timedelta()
     )
 

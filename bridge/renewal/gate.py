@@ -1,20 +1,26 @@
 """
-How often in a row a CA's renewals failed, and when the next try is: nobody's CA is asked every hour for what it refuses.
+Whether a run without names may act now: its window, and CAs that were asked in vain too often.
 
-Per authority, so that one dead CA does not stop the others. After three failed runs a person is needed, and said to be.
+Not outside its windows, not at the same second as all other nodes. How often in a row a CA's renewals failed is counted
+per authority, so that one dead CA does not stop the others, and nobody's CA is asked every hour for what it refuses;
+after three failed runs a person is needed, and said to be.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from bridge.errors import BridgeError, Exit
+from bridge.errors import BridgeError, Exit, WaitingError
+from bridge.node import inventory
 from bridge.pki.expiry import first_end, minute
-from bridge.renewal.selection import Selection, outcome_of
+from bridge.renewal.selection import Selection, outcome_of, select
+from bridge.settings.tables import RenewalSettings, Settings
+from bridge.settings.windows import Decision, may_act
 from bridge.state.store import Store
 from bridge.system.state_file import OnDamage, StateFile
 
@@ -26,6 +32,110 @@ LONGEST_PAUSE = timedelta(hours=24)
 EXPIRED_PAUSE = timedelta(minutes=5)
 
 _LONGEST_REASON = 500
+
+
+def delay(settings: Settings, now: datetime, *, is_terminal: bool) -> timedelta:
+    """
+    How long a run without names waits before it takes the lock: `renewal.jitter`, where something will be renewed.
+
+    Raises:
+        SettingsError: There are windows, and the machine's time zone is none that it knows.
+    """
+    if is_terminal or not settings.renewal.jitter.most:
+        return timedelta()
+    node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
+    due = hold(select(node, settings, (), now), settings, Attempts(Store(settings.node.state_dir)), now)
+    share = secrets.SystemRandom().random()
+    return jitter(due, settings.renewal, now, is_terminal=is_terminal, share=share)
+
+
+def hold(selection: Selection, settings: Settings, attempts: Attempts | None, now: datetime) -> Selection:
+    """
+    For a run without names: without what waits for its window, or for a CA that was asked in vain too often.
+
+    Args:
+        selection: What is due.
+        settings: Its windows.
+        attempts: Those so far; None: somebody is at the terminal, who may ask as often as they like.
+        now: Aware, UTC.
+
+    Raises:
+        SettingsError: As `delay`.
+    """
+    selection = hold_for_window(selection, settings.renewal, now)
+    return selection if attempts is None else attempts.held(selection, now)
+
+
+# --- windows ---------------------------------------------------------------------------------------------------------
+
+
+class NotYetError(WaitingError):
+    """It is due, and waits for its window; nobody has been asked."""
+
+    hint = "the first run within the window renews it; `ca-bridge renew NAME` and `ca-bridge renew all` do not wait"
+
+
+def decide(selection: Selection, settings: RenewalSettings, now: datetime) -> Decision:
+    """
+    Whether what is due may be renewed now.
+
+    What must not wait takes the rest with it: one interruption instead of several.
+
+    Raises:
+        SettingsError: There are windows, and the machine's time zone is none that it knows.
+    """
+    if not settings.window or not selection.items:
+        return Decision(act=True, reason="renewal.window is not set, or nothing is due")
+    return may_act(now, settings.window, settings.window_zone.resolve(), _first_end(selection))
+
+
+def hold_for_window(selection: Selection, settings: RenewalSettings, now: datetime) -> Selection:
+    """
+    The selection, or one without items: all that is due then waits for the next window.
+
+    Raises:
+        SettingsError: As `decide`.
+    """
+    decision = decide(selection, settings, now)
+    if decision.act:
+        return selection
+    error = NotYetError(f"due; {decision.reason} ({settings.window}, {settings.window_zone})")
+    waiting = tuple(outcome_of(item, error) for item in selection.items)
+    return dataclasses.replace(selection, items=(), failed=(*selection.failed, *waiting))
+
+
+def jitter(
+    selection: Selection, settings: RenewalSettings, now: datetime, *, is_terminal: bool, share: float
+) -> timedelta:
+    """
+    How long to wait before a run takes the lock.
+
+    Never past the window that is open, nor longer than half of the time that a certificate has left.
+
+    Args:
+        selection: What is due and will be renewed now.
+        settings: `jitter` is the longest delay.
+        now: Aware, UTC.
+        is_terminal: Somebody waits for it: no delay.
+        share: By chance, from 0 to below 1.
+
+    Raises:
+        SettingsError: As `decide`.
+    """
+    if is_terminal or not selection.items or not settings.jitter.most:
+        return timedelta()
+    limits = [settings.jitter.most, (_first_end(selection) - now) / 2]
+    until = decide(selection, settings, now).until
+    if until is not None:
+        limits.append(until - now)
+    return max(min(limits), timedelta()) * share
+
+
+def _first_end(selection: Selection) -> datetime:
+    return min(first_end(item.certificates) for item in selection.items)
+
+
+# --- failed runs ------------------------------------------------------------------------------------------------------
 
 
 class HeldOffError(BridgeError):

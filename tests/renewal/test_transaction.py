@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import socket
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -21,16 +23,19 @@ from bridge.errors import (
 )
 from bridge.node import inventory, sample_pki
 from bridge.node.inventory import Node
-from bridge.renewal.around import Around, by_authority, delay
-from bridge.renewal.attempts import Attempts, HeldOffError, NeedsAPersonError
-from bridge.renewal.hooks import HookError, NotNowError, Occasion
+from bridge.renewal.gate import Attempts, HeldOffError, NeedsAPersonError, delay, hold
+from bridge.renewal.hooks import HookError, Hooks, NotNowError, Occasion
 from bridge.renewal.selection import Selection, outcome_of, select
+from bridge.renewal.transaction import Transaction, by_authority
 from bridge.renewal.verify_and_install import HeldBackError, Result
 from bridge.settings.load import overridden, parse
 from bridge.settings.tables import AuditSettings, Settings
 from bridge.state import audit
 from bridge.state.outcome import Outcome
+from bridge.state.requests import OpenRequests
+from bridge.state.session import Run
 from bridge.state.store import Store
+from tests.kit.renewing import Quiet
 
 NOW = datetime(2026, 11, 25, 12, tzinfo=UTC)
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
@@ -67,11 +72,39 @@ def new_record(store: Store) -> audit.Record:
     return audit.Record(store, AuditSettings())
 
 
-def around(
+def transaction(
     store: Store, directory: Path, text: str = "", now: datetime = NOW, record: audit.Record | None = None
-) -> Around:
+) -> Transaction:
     """Of one more run."""
-    return Around(settings(store, directory, text), store, record or new_record(store), lambda: now)
+    run = Run(
+        settings=settings(store, directory, text),
+        store=store,
+        requests=OpenRequests(store),
+        record=record or new_record(store),
+        progress=Quiet(),
+        now=lambda: now,
+    )
+    return Transaction(run)
+
+
+def held(
+    store: Store,
+    directory: Path,
+    selection: Selection,
+    text: str = "",
+    now: datetime = NOW,
+    *,
+    is_terminal: bool = False,
+) -> Selection:
+    """What is left of it at the gate of one more run."""
+    return hold(selection, settings(store, directory, text), None if is_terminal else Attempts(store), now)
+
+
+def concluded(
+    one: Transaction, selection: Selection, result: Result, errors: Sequence[BridgeError] = ()
+) -> list[BridgeError]:
+    """What more there is to say at the end of a run with these errors."""
+    return list(one.conclude(selection, dataclasses.replace(result, errors=tuple(errors))).errors)[len(errors) :]
 
 
 def due(store: Store, directory: Path, node: Node) -> Selection:
@@ -93,9 +126,9 @@ SATURDAY = '[renewal]\nwindow = "Sat 02:00-06:00"\nwindow_zone = "Europe/Berlin"
 
 def test_a_run_waits_for_its_window_on_a_terminal_too(store: Store, directory: Path, node: Node) -> None:
     """Who wants it now names the certificates; then nothing here is asked."""
-    held = around(store, directory, SATURDAY).held(due(store, directory, node), is_terminal=True)
-    assert held.items == ()
-    assert {outcome.exit_code for outcome in held.failed} == {Exit.WAITING}
+    left = held(store, directory, due(store, directory, node), SATURDAY, is_terminal=True)
+    assert left.items == ()
+    assert {outcome.exit_code for outcome in left.failed} == {Exit.WAITING}
 
 
 def test_the_delay_is_for_runs_that_will_do_something(store: Store, directory: Path) -> None:
@@ -128,20 +161,21 @@ def test_three_failed_runs_call_a_person_and_leave_the_ca_alone(store: Store, di
     everything = due(store, directory, node)
     for run in range(3):
         with new_record(store) as record:
-            one = around(store, directory, now=NOW + run * HOUR, record=record)
-            assert one.held(everything, is_terminal=False) == everything
-            errors = one.after(everything, all_failed(everything, DEAD))
+            now = NOW + run * HOUR
+            assert held(store, directory, everything, now=now) == everything
+            one = transaction(store, directory, now=now, record=record)
+            errors = concluded(one, everything, all_failed(everything, DEAD))
         assert [type(error) for error in errors] == ([NeedsAPersonError] * 3 if run == 2 else [])
     assert events(store) == [audit.NEEDS_A_PERSON] * 3
-    later = around(store, directory, now=NOW + 2 * HOUR + timedelta(minutes=59))
-    held = later.held(everything, is_terminal=False)
-    assert held.items == ()
-    assert {type(outcome.error) for outcome in held.failed} == {HeldOffError}
-    assert {outcome.exit_code for outcome in held.failed} == {Exit.UNAVAILABLE}
-    assert later.after(held, Result(outcomes=held.failed)) == []
+    later = NOW + 2 * HOUR + timedelta(minutes=59)
+    left = held(store, directory, everything, now=later)
+    assert left.items == ()
+    assert {type(outcome.error) for outcome in left.failed} == {HeldOffError}
+    assert {outcome.exit_code for outcome in left.failed} == {Exit.UNAVAILABLE}
+    assert concluded(transaction(store, directory, now=later), left, Result(outcomes=left.failed)) == []
     assert {one.count for one in Attempts(store).authorities.values()} == {3}
-    assert later.held(everything, is_terminal=True) == everything
-    assert around(store, directory, now=NOW + 3 * HOUR).held(everything, is_terminal=False) == everything
+    assert held(store, directory, everything, now=later, is_terminal=True) == everything
+    assert held(store, directory, everything, now=NOW + 3 * HOUR) == everything
 
 
 def test_a_run_that_could_not_count_says_so(
@@ -154,7 +188,7 @@ def test_a_run_that_could_not_count_says_so(
 
     monkeypatch.setattr("bridge.system.state_file.write_atomically", full)
     everything = due(store, directory, node)
-    [error] = around(store, directory).after(everything, all_failed(everything, DEAD))
+    [error] = concluded(transaction(store, directory), everything, all_failed(everything, DEAD))
     assert "attempts.json" in str(error)
     assert "No space left" in str(error)
 
@@ -236,20 +270,18 @@ def test_a_failed_run_is_told_to_the_failure_hook(store: Store, directory: Path,
     log = tmp_path / "log"
     text = hook("failure", f"printenv CA_BRIDGE_EXIT_CODE CA_BRIDGE_ERRORS >{log}")
     everything = due(store, directory, node)
-    one = around(store, directory, text)
-    assert (
-        one.after(everything, outcomes(everything, apiserver=REFUSED), [HookError("hook x failed", Exit.NOT_LIVE)])
-        == []
-    )
+    failed = HookError("hook x failed", Exit.NOT_LIVE)
+    one = transaction(store, directory, text)
+    assert concluded(one, everything, outcomes(everything, apiserver=REFUSED), [failed]) == []
     assert log.read_text().splitlines() == ["7", "apiserver: corp: no such role", "hook x failed"]
 
 
 def test_what_waits_is_told_to_nobody(store: Store, directory: Path, node: Node, tmp_path: Path) -> None:
     """Each hour of the week."""
     log = tmp_path / "log"
-    one = around(store, directory, hook("failure", f"touch {log}") + SATURDAY)
-    held = one.held(due(store, directory, node), is_terminal=False)
-    assert one.after(held, Result(outcomes=held.failed)) == []
+    text = hook("failure", f"touch {log}") + SATURDAY
+    left = held(store, directory, due(store, directory, node), text)
+    assert concluded(transaction(store, directory, text), left, Result(outcomes=left.failed)) == []
     assert not log.exists()
 
 
@@ -259,10 +291,10 @@ def test_a_hook_that_says_not_now_is_no_failure(store: Store, directory: Path, n
     text = hook("failure", f"echo x >>{log}")
     everything = due(store, directory, node)
     not_now = NotNowError("hook before: says not now", Exit.UNAVAILABLE)
-    assert around(store, directory, text).after(everything, Result(outcomes=()), [not_now]) == []
+    assert concluded(transaction(store, directory, text), everything, Result(outcomes=()), [not_now]) == []
     assert not log.exists()
     broken = HookError("hook before: broken", Exit.FAILED)
-    assert around(store, directory, text).after(everything, Result(outcomes=()), [broken]) == []
+    assert concluded(transaction(store, directory, text), everything, Result(outcomes=()), [broken]) == []
     assert log.read_text() == "x\n"
     assert not store.attempts.exists()
 
@@ -272,20 +304,25 @@ def test_a_mistake_in_the_settings_is_no_failure_of_a_ca(store: Store, directory
     everything = due(store, directory, node)
     mistake = SettingsError([SettingsProblem("backend.corp.url", "a URL", "nothing")])
     for _ in range(3):
-        assert around(store, directory).after(everything, Result(outcomes=()), [mistake]) == []
+        assert concluded(transaction(store, directory), everything, Result(outcomes=()), [mistake]) == []
     assert not store.attempts.exists()
 
 
 def test_a_hook_that_failed_is_in_the_record(store: Store, directory: Path, node: Node) -> None:
     """Before, after, and when it is run again."""
     everything = due(store, directory, node)
-    with new_record(store) as record, pytest.raises(HookError):
-        around(store, directory, hook("before", "exit 1"), record=record).before(everything)
+    with new_record(store) as record:
+        one = transaction(store, directory, hook("before", "exit 1"), record=record)
+        with pytest.raises(HookError), one.about(everything):
+            pytest.fail("the work began")
     success = hook("success", "exit 1")
     with new_record(store) as record:
-        assert len(around(store, directory, success, record=record).after(everything, outcomes(everything))) == 1
+        one = transaction(store, directory, success, record=record)
+        assert len(concluded(one, everything, outcomes(everything))) == 1
     with new_record(store) as record:
-        assert len(around(store, directory, success, record=record).again(node)) == 1
+        one = transaction(store, directory, success, record=record)
+        one.settle_earlier(node)
+        assert len(one.with_earlier(Result(outcomes=())).errors) == 1
     assert events(store) == [audit.FAILED] * 3
 
 
@@ -301,7 +338,7 @@ def test_a_run_with_hooks_owed_is_not_over_at_once(store: Store, tmp_path: Path)
     assert nothing_to_do(arguments) is not None
     item = inventory.read(fresh / "pki", fresh).items[1]
     done = Outcome(name=item.spec.name, authority="ca", new=item.certificates[0])
-    around(store, fresh, config.read_text()).hooks.finished(Occasion.of([item], [done], exit_code=0))
+    Hooks(settings(store, fresh, config.read_text()), store, "a run").finished(Occasion.of([item], [done], exit_code=0))
     assert nothing_to_do(arguments) is None
 
 
@@ -321,9 +358,7 @@ def test_syslog_hears_loudly_that_a_person_is_needed(
         server.settimeout(5)
         record = audit.Record(store, AuditSettings(syslog=True))
         everything = due(store, directory, node)
-        Around(settings(store, directory), store, record, lambda: NOW).after(
-            everything, outcomes(everything, apiserver=DEAD)
-        )
+        concluded(transaction(store, directory, record=record), everything, outcomes(everything, apiserver=DEAD))
         record.add(audit.FAILED, error=DEAD)
         record.write()
         assert [server.recv(65536).partition(b">")[0] for _ in range(2)] == [b"<82", b"<85"]

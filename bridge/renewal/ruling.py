@@ -1,0 +1,75 @@
+"""What becomes of an installation: two tables, from what was seen of the new certificates and of the restarts (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from enum import Enum
+
+from bridge.control_plane.probes import State
+
+
+class Meaning(Enum):
+    """What one finding about a certificate says of its installation."""
+
+    AS_BEFORE = "it was so before the installation"
+    LATER = "its component's restart is postponed"
+    NOT_LISTED = "the settings leave its component's restart to the operator"
+    UNSEEN = "it can't be seen now"
+    NOT_IN_USE = "its component runs on the old one"
+    BROKEN = "it does not work"
+
+
+class Ruling(Enum):
+    """What becomes of the installation as a whole."""
+
+    PROVEN = "it stays, and nothing is owed"
+    POSTPONED = "it stays, and the next run goes on"
+    LEFT = "it stays, and the operator restarts the rest"
+    UNPROVEN = "it stays, and the next run looks again"
+    FAILED = "it goes back, or stays, as restart.on_failure says"
+
+
+_ANY = (True, False)
+
+#: The state that was seen; whether the component's restart is postponed; whether the settings list the component, or
+#: have no list; whether it was not so before. A state in no row is well.
+_MEANINGS: tuple[tuple[tuple[State, ...], tuple[bool, ...], tuple[bool, ...], bool, Meaning], ...] = (
+    (("stale", "refused", "no-answer", "unknown"), _ANY, _ANY, False, Meaning.AS_BEFORE),
+    (("stale",), (True,), _ANY, True, Meaning.LATER),
+    (("stale",), (False,), (False,), True, Meaning.NOT_LISTED),
+    (("stale",), (False,), (True,), True, Meaning.NOT_IN_USE),
+    (("refused", "no-answer"), _ANY, _ANY, True, Meaning.BROKEN),
+    (("unknown",), _ANY, _ANY, True, Meaning.UNSEEN),
+)
+
+
+def meaning(state: State, *, postponed: bool, listed: bool, new: bool) -> Meaning | None:
+    """Read the row of one finding; None: all is well."""
+    for states, postponements, listings, news, result in _MEANINGS:
+        if state in states and postponed in postponements and listed in listings and new == news:
+            return result
+    return None
+
+
+#: The first row of which any meaning was found.
+_RULINGS = (
+    ({Meaning.BROKEN, Meaning.NOT_IN_USE}, Ruling.FAILED),
+    ({Meaning.UNSEEN}, Ruling.UNPROVEN),
+    ({Meaning.NOT_LISTED}, Ruling.LEFT),
+)
+
+
+def rule(meanings: Collection[Meaning], *, postponed: bool, failed: bool) -> Ruling:
+    """
+    Decide what becomes of the installation.
+
+    Args:
+        meanings: Of all findings about its certificates.
+        postponed: A restart is.
+        failed: A restart did, otherwise than by being postponed.
+    """
+    if failed:
+        return Ruling.FAILED
+    if postponed and Meaning.BROKEN not in meanings:
+        return Ruling.POSTPONED
+    return next((ruling for found, ruling in _RULINGS if found & set(meanings)), Ruling.PROVEN)
