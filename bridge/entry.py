@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import os
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from bridge.errors import Exit
+
+if TYPE_CHECKING:
+    from bridge.node.inventory import Item
+    from bridge.specs import KeyAlgorithm
 
 #: What may stand beside `renew`; anything else is for the command line proper.
 _PLACES = ("--config", "--pki-dir", "--kubeconfig-dir", "--state-dir")
@@ -56,11 +61,13 @@ def nothing_to_do(arguments: Sequence[str]) -> str | None:
     """
     What `renew` would print if nothing is due and nothing else is to be said; None in every other case.
 
-    Whatever is odd (an argument, the settings, a file, an interrupted installation) is not judged here.
+    Whatever is odd (an argument, the settings, a file, an interrupted installation) is not judged here. Where something
+    will be renewed, its keys are begun.
     """
-    places = _places(arguments)
-    if places is None:
+    plain = _plain_renew(arguments)
+    if plain is None:
         return None
+    names, places = plain
     from bridge.errors import BridgeError  # noqa: PLC0415
     from bridge.node import inventory  # noqa: PLC0415 (see above)
     from bridge.renewal.selection import nothing_due, select  # noqa: PLC0415
@@ -71,25 +78,41 @@ def nothing_to_do(arguments: Sequence[str]) -> str | None:
     try:
         config = places["--config"] or (Path(named) if named else None)
         settings = overridden(load(config), *(places[name] for name in _PLACES[1:]))
+        node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
+        store, now = Store(settings.node.state_dir), datetime.now(UTC)
+        selection = select(node, settings, names, now)
     except BridgeError:
         return None
-    store, now = Store(settings.node.state_dir), datetime.now(UTC)
-    node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
-    selection = select(node, settings, (), now)
     try:
         is_something_left = store.is_interrupted or any(map(Path.exists, (store.requests, store.hooks, store.unproven)))
+        is_held = not names and (
+            bool(settings.renewal.window or settings.renewal.jitter.most) or store.attempts.exists()
+        )
     except OSError:  # nobody else may look into the state directory
         return None
-    if selection.items or selection.failed or is_something_left:
+    if selection.items and not is_something_left and not is_held:
+        _begin_keys(selection.items, settings.renewal.key)
+    if names or selection.items or selection.failed or is_something_left:
         return None
     return nothing_due(node, settings, now)
 
 
-def _places(arguments: Sequence[str]) -> dict[str, Path | None] | None:
-    """The options of a plain `renew`; None when it is not one."""
-    if not arguments or arguments[0] != "renew" or len(arguments) % 2 == 0:
+def _begin_keys(items: Sequence[Item], wanted: KeyAlgorithm | Literal["same"]) -> None:
+    from bridge.errors import BridgeError  # noqa: PLC0415
+    from bridge.pki.csr import key_algorithm  # noqa: PLC0415 (only where something is renewed)
+    from bridge.renewal import new_keys  # noqa: PLC0415
+
+    with contextlib.suppress(BridgeError):  # the renewal says it
+        new_keys.begin([key_algorithm(item.certificates[0], wanted) for item in items])
+
+
+def _plain_renew(arguments: Sequence[str]) -> tuple[list[str], dict[str, Path | None]] | None:
+    """The names and options of a plain `renew`; None when it is not one."""
+    if not arguments or arguments[0] != "renew":
         return None
-    given = dict(zip(arguments[1::2], arguments[2::2], strict=True))
-    if not given.keys() <= set(_PLACES) or not all(given.values()):
+    names = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments[1:]))
+    options = arguments[1 + len(names) :]
+    given = dict(zip(options[::2], options[1::2], strict=False))
+    if len(options) % 2 or not given.keys() <= set(_PLACES) or not all(given.values()):
         return None
-    return {name: Path(given[name]) if name in given else None for name in _PLACES}
+    return names, {name: Path(given[name]) if name in given else None for name in _PLACES}

@@ -10,19 +10,20 @@ import contextlib
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
-from bridge.contract import Backend, Carries, Collects, Identifies, Issued, Pending
+from bridge.contract import Backend, Carries, Collects, Identifies, Issued, Pending, SignsMany
 from bridge.errors import BackendError, BridgeError
 from bridge.node.inventory import Item
 from bridge.pki import verify
-from bridge.renewal.prepare import Prepared, open_request, with_continuity
+from bridge.renewal.prepare import Making, Prepared, open_request, with_continuity
 from bridge.settings.tables import Settings
 from bridge.signing import registry
 from bridge.signing.preflight import preflight
 from bridge.specs import AUTHORITIES
 from bridge.state import audit
+from bridge.state.outcome import Outcome
 from bridge.state.session import Run, give_up
 from bridge.system.console import Progress
 
@@ -148,6 +149,37 @@ def _identity(backend: Backend) -> str | None:
     with contextlib.suppress(BackendError):
         return (backend.identity() or None) if isinstance(backend, Identifies) else None
     return None
+
+
+def issue_all(
+    run: Run,
+    making: Making,
+    reached: Mapping[str, Reached],
+    expected: Mapping[str, verify.Expectation],
+) -> tuple[list[Answered], list[Outcome]]:
+    """
+    Issue each certificate as soon as its key is there; a CA that takes all at once, or answers later, gets all at once.
+
+    Args:
+        run: See `issue`.
+        making: The keys and CSRs on their way.
+        reached: See `issue`.
+        expected: See `issue`.
+
+    Returns:
+        In the order of `making`: the answers, and what could not be made.
+    """
+    at_once = any(isinstance(ca.backend, SignsMany | Collects | Carries) for ca in reached.values())
+    left, answered = set(making), {}
+    while left:
+        done, left = wait(left, return_when=ALL_COMPLETED if at_once else FIRST_COMPLETED)
+        made = [one for each in making if each in done and isinstance(one := each.result(), Prepared)]
+        answered.update({one.prepared.name: one for one in issue(run, made, reached, expected)})
+    every = [one.result() for one in making]
+    return (
+        [answered[one.name] for one in every if isinstance(one, Prepared)],
+        [one for one in every if isinstance(one, Outcome)],
+    )
 
 
 def issue(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import secrets
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from bridge.node.inventory import Item
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki import continuity, csr
 from bridge.pki.certificates import load_pem_certificates
+from bridge.renewal import new_keys
 from bridge.renewal.selection import RESTORE, MissingCertificateError, outcome_of
 from bridge.settings.tables import Settings
 from bridge.state.install import digest
@@ -51,22 +53,35 @@ class Prepared:
         return self.item.spec.authority.name
 
 
-def prepare(
-    items: Sequence[Item], settings: Settings, requests: Mapping[str, OpenRequest] | None = None
-) -> list[Prepared | Outcome]:
+Making = Sequence[Future[Prepared | Outcome]]
+
+
+@contextlib.contextmanager
+def preparing(items: Sequence[Item], settings: Settings, requests: Mapping[str, OpenRequest]) -> Iterator[Making]:
     """
-    Keys and CSRs from the live certificates, on all cores; what can't be made fails alone.
+    Make keys and CSRs from the live certificates, on all cores, beside other work; what can't be made fails alone.
 
     Args:
         items: What to renew.
         settings: `renewal.key` and `renewal.validity`.
         requests: Open ones by name, to go on with.
 
-    Returns:
-        In the order of the items.
+    Yields:
+        In the order of the items; what is not begun when the other work ends is not made.
     """
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return list(pool.map(lambda item: _prepare(item, settings, (requests or {}).get(item.spec.name)), items))
+    pool = ThreadPoolExecutor(os.cpu_count() or 1)
+    try:
+        yield [pool.submit(_prepare, item, settings, requests.get(item.spec.name)) for item in items]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def prepare(
+    items: Sequence[Item], settings: Settings, requests: Mapping[str, OpenRequest] | None = None
+) -> list[Prepared | Outcome]:
+    """The same, waiting for it."""
+    with preparing(items, settings, requests or {}) as making:
+        return [one.result() for one in making]
 
 
 def _prepare(item: Item, settings: Settings, made: OpenRequest | None) -> Prepared | Outcome:
@@ -75,7 +90,7 @@ def _prepare(item: Item, settings: Settings, made: OpenRequest | None) -> Prepar
         algorithm = csr.key_algorithm(live, settings.renewal.key)
         if made is not None and _fits(made, live, algorithm):
             return Prepared(item=item, request=made.request, key_pem=made.key_pem, was=was, open=made)
-        key = csr.generate_key(algorithm)
+        key = new_keys.take(algorithm)
         request = SignRequest(
             spec=item.spec, csr_pem=csr.build(live, key), validity=settings.renewal.validity, replaces=live
         )

@@ -19,8 +19,8 @@ from bridge.pki import expiry, verify
 from bridge.pki.durations import duration_text
 from bridge.renewal import gate
 from bridge.renewal.gate import NotYetError
-from bridge.renewal.issuance import Answered, issue, reaching
-from bridge.renewal.prepare import Prepared, prepare
+from bridge.renewal.issuance import Answered, issue_all, reaching
+from bridge.renewal.prepare import Prepared, prepare, preparing
 from bridge.renewal.selection import Selection, outcome_of, select
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, hold_back, record_failed, remember, verify_all
@@ -84,25 +84,42 @@ def _sleep(delay: timedelta, progress: Progress) -> None:
 def _renew(run: Run, transaction: Transaction, selection: Selection, node: Node, *, all_or_nothing: bool) -> Result:
     """From keys to components that run on them."""
     with transaction.about(selection):
-        expected, unproved = expectations(node, run.settings, selection.items, run.now())
-        items = [item for item in selection.items if item.spec.authority.name in expected]
-        kept = _kept(run, items, expected)
-        to_ask, carried = _to_ask(run, items, kept)
-        earlier = [*selection.failed, *unproved, *carried]
-        with reaching(run.settings, to_ask, expected, run.progress) as reached:
-            made = prepare(to_ask, run.settings, run.requests.by_name())  # takes as long as all the rest
-            prepared = [one for one in made if isinstance(one, Prepared)]
-            earlier += [one for one in made if isinstance(one, Outcome)]
-            is_held = all_or_nothing and bool(earlier)
-            answered = [] if is_held else [*kept, *issue(run, prepared, reached(), expected)]
-        if is_held:
-            record_failed(run.record, earlier)
-            result = hold_back(run, [*(one.prepared for one in kept), *prepared], earlier)
+        answered, failed, unasked = _prepare_and_issue(run, selection, node, all_or_nothing=all_or_nothing)
+        proven, failed = verify_all(run, answered, failed)
+        remember(run, answered, proven)
+        if unasked:
+            result = hold_back(run, unasked, failed)
         else:
-            proven, failed = verify_all(run, answered, earlier)
-            remember(run, answered, proven)
             result = transaction.install(selection, proven, failed, all_or_nothing=all_or_nothing)
     return transaction.conclude(selection, transaction.activate(selection, result))
+
+
+def _prepare_and_issue(
+    run: Run, selection: Selection, node: Node, *, all_or_nothing: bool
+) -> tuple[list[Answered], list[Outcome], list[Prepared]]:
+    """
+    Make keys, which takes as long as all the rest, and beside that reach the CAs and ask them.
+
+    Returns:
+        The answers; what failed; and what nobody was asked for, since something had failed and it is all or nothing.
+    """
+    expected, unproved = expectations(node, run.settings, selection.items, run.now())
+    items = [item for item in selection.items if item.spec.authority.name in expected]
+    kept = _kept(run, items, expected)
+    to_ask, carried = _to_ask(run, items, kept)
+    earlier = [*selection.failed, *unproved, *carried]
+    with (
+        preparing(to_ask, run.settings, run.requests.by_name()) as making,
+        reaching(run.settings, to_ask, expected, run.progress) as reached,
+    ):
+        if all_or_nothing:
+            made = [one.result() for one in making]
+            earlier += [one for one in made if isinstance(one, Outcome)]
+            if earlier:
+                unasked = [*(one.prepared for one in kept), *(one for one in made if isinstance(one, Prepared))]
+                return [], earlier, unasked
+        asked, unmade = issue_all(run, making, reached(), expected)
+    return [*kept, *asked], [*earlier, *unmade], []
 
 
 def _kept(run: Run, items: Sequence[Item], expected: Mapping[str, verify.Expectation]) -> list[Answered]:

@@ -220,14 +220,14 @@ def test_a_file_that_changes_while_the_ca_signs_is_not_overwritten(
     """Somebody renewed it by hand meanwhile: nothing is replaced, and that is said."""
     path = node.pki_dir / "apiserver.crt"
     theirs = path.read_bytes() + b"\n"
-    real = issuance.issue
+    real = issuance.issue_all
 
     def meanwhile(*args: object) -> object:
         answers = real(*args)  # type: ignore[arg-type]
         path.write_bytes(theirs)
         return answers
 
-    monkeypatch.setattr("bridge.renewal.renew.issue", meanwhile)
+    monkeypatch.setattr("bridge.renewal.renew.issue_all", meanwhile)
     with pytest.raises(InstallError):
         renewed(settings_for(node, tmp_path), "apiserver", "scheduler.conf")
     assert path.read_bytes() == theirs
@@ -261,7 +261,7 @@ def test_a_kubeconfig_that_changes_while_the_ca_signs_fails_alone(
     node: Pki, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that it can't be edited any more, or is away."""
-    real = issuance.issue
+    real = issuance.issue_all
 
     def meanwhile(*args: object) -> object:
         answers = real(*args)  # type: ignore[arg-type]
@@ -269,7 +269,7 @@ def test_a_kubeconfig_that_changes_while_the_ca_signs_fails_alone(
         (node.kubeconfig_dir / "scheduler.conf").unlink()
         return answers
 
-    monkeypatch.setattr("bridge.renewal.renew.issue", meanwhile)
+    monkeypatch.setattr("bridge.renewal.renew.issue_all", meanwhile)
     result = renewed(settings_for(node, tmp_path))
     assert [outcome.name for outcome in result.failed] == ["admin.conf", "scheduler.conf"]
     assert (result.exit_code, len(result.renewed)) == (1, 10)
