@@ -46,6 +46,10 @@ class NotNowError(PostponedError):
     """A component is not to be touched now."""
 
 
+class ImpossibleError(RestartError):
+    """There is no way to restart a component from here; that says nothing about what is installed."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restarted:
     """What became of one component."""
@@ -93,8 +97,10 @@ def restart_all(
     """
     ordered = [component for component in restart_plan.ORDER if component in components]
     at_once = force or going_back
-    too_soon = [] if at_once else [one for component in ordered if (one := _too_soon(component, settings, store))]
-    ordered = [component for component in ordered if component not in {one.component for one in too_soon}]
+    out = [Restarted(component=c, error=e) for c in ordered if (e := obstacle(c, node, settings)) is not None]
+    ordered = [component for component in ordered if component not in {one.component for one in out}]
+    out += [] if at_once else [one for component in ordered if (one := _too_soon(component, settings, store))]
+    ordered = [component for component in ordered if component not in {one.component for one in out}]
     done: list[Restarted] = []
     try:
         if ordered:
@@ -105,7 +111,7 @@ def restart_all(
                     done.append(one)
     except BridgeError as e:  # it is not our turn
         done += [Restarted(component=component, error=e) for component in ordered[len(done) :]]
-    return [*too_soon, *done]
+    return [*out, *done]
 
 
 def _one_by_one(
@@ -278,15 +284,26 @@ def _by_method(component: Component, node: Node, settings: Settings, store: Stor
         static_pods.restart(pod, store, settings.restart.timeout, tell)
 
 
-def _pod(component: Component, node: Node, settings: Settings) -> Pod:
-    path = manifests.path_of(component, settings.node.kubeconfig_dir)
-    if component not in node.manifests:
+def obstacle(component: Component, node: Node, settings: Settings) -> ImpossibleError | None:
+    """Say why a component can't be restarted by the settings' method, if so."""
+    if component is not Component.KUBELET and settings.restart.method == "static-pods":
+        if component in node.manifests:
+            return None
+        path = manifests.path_of(component, settings.node.kubeconfig_dir)
         hint = "a component that is no static pod has its command in [restart.commands]"
-        raise RestartError(f"{component.value}: wanted its manifest {path}, found none that can be read", hint=hint)
+        return ImpossibleError(f"{component.value}: wanted its manifest {path}, found none that can be read", hint=hint)
+    if _command(component, settings):
+        return None
+    advice = restart_plan.how(component, settings.node.kubeconfig_dir / "manifests")
+    text = f"{component.value}: wanted its command in [restart.commands], found none"
+    return ImpossibleError(text, hint=f"name one, or by hand: {advice}")
+
+
+def _pod(component: Component, node: Node, settings: Settings) -> Pod:
     instances, settle = pods.instances(component)
     return Pod(
         component=component,
-        manifest=path,
+        manifest=manifests.path_of(component, settings.node.kubeconfig_dir),
         instances=instances,
         trouble=lambda: health.trouble(component, node, settings.node.kubeconfig_dir),
         settle=settle,
@@ -295,19 +312,8 @@ def _pod(component: Component, node: Node, settings: Settings) -> Pod:
 
 
 def _command(component: Component, settings: Settings) -> list[str]:
-    """
-    The settings', for a kubelet else systemd's.
-
-    Raises:
-        RestartError: Neither.
-    """
-    found = settings.restart.command(component) or (_systemctl() if component is Component.KUBELET else [])
-    if not found:
-        advice = restart_plan.how(component, settings.node.kubeconfig_dir / "manifests")
-        raise RestartError(
-            f"{component.value}: wanted its command in [restart.commands], found none", hint=f"by hand: {advice}"
-        )
-    return found
+    """Words: the settings', for a kubelet else systemd's; none where there is neither."""
+    return settings.restart.command(component) or (_systemctl() if component is Component.KUBELET else [])
 
 
 def _wait_until_healthy(component: Component, node: Node, settings: Settings) -> None:

@@ -17,15 +17,16 @@ from bridge.node import kubeconfig
 from bridge.node.inventory import Item, Node
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki.certificates import load_pem_certificates, serial_hex
+from bridge.renewal.readiness import BYTES_NEEDED, INODES_NEEDED
 from bridge.settings.tables import Settings
 from bridge.state.store import Store
 from bridge.system import files
+from bridge.system.room import Room, rooms
 from bridge.system.safe_read import UnreadableError, read
 from bridge.words import one_line
 
-#: A renewal of all twelve takes 0.3 MiB: new files beside the old ones, a backup, requests, a record.
-_TOO_LITTLE, _LITTLE = 1 << 20, 16 << 20
-_TOO_FEW_INODES, _FEW_INODES = 64, 512
+#: Below these it is a matter of time.
+_LITTLE, _FEW_INODES = 16 << 20, 512
 #: A run that waits for neighbours, a lease and restarts may take that long.
 _HUNG_AFTER = timedelta(hours=1)
 
@@ -44,32 +45,21 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
 def room(settings: Settings, *, node: bool = True) -> Iterator[Finding]:
     """Bytes and inodes, on each file system that is written to."""
     places = [settings.node.state_dir, *([settings.node.pki_dir, settings.node.kubeconfig_dir] if node else [])]
-    seen: set[int] = set()
-    for place in map(_existing, places):
-        device = place.stat().st_dev
-        if device not in seen:
-            seen.add(device)
-            yield from _room(place)
+    for one in rooms(places):
+        yield from _room(one)
 
 
-def _existing(path: Path) -> Path:
-    """The path, or the directory in which it will be made."""
-    return next(one for one in (path, *path.parents) if one.is_dir())
-
-
-def _room(place: Path) -> Iterator[Finding]:
-    found = os.statvfs(place)
-    for_us = os.geteuid() == 0  # the last few per cent are root's
-    free = found.f_frsize * (found.f_bfree if for_us else found.f_bavail)
-    about = f"file system of {place}"
-    if free < _LITTLE:
-        text = f"wanted {_LITTLE >> 20} MiB for a renewal, its backup and some time to come, found {free >> 10} KiB"
-        level: Level = "error" if free < _TOO_LITTLE else "warning"
+def _room(room: Room) -> Iterator[Finding]:
+    about = f"file system of {room.place}"
+    if room.free < _LITTLE:
+        text = (
+            f"wanted {_LITTLE >> 20} MiB for a renewal, its backup and some time to come, found {room.free >> 10} KiB"
+        )
+        level: Level = "error" if room.free < BYTES_NEEDED else "warning"
         yield Finding(level=level, check="disk-space", about=about, text=text, hint="make room there")
-    inodes = found.f_ffree if for_us else found.f_favail
-    if found.f_files and inodes < _FEW_INODES:  # some file systems make them as they need them, and say 0
-        text = f"wanted {_FEW_INODES} inodes for new files, found {inodes}"
-        level = "error" if inodes < _TOO_FEW_INODES else "warning"
+    if room.inodes is not None and room.inodes < _FEW_INODES:
+        text = f"wanted {_FEW_INODES} inodes for new files, found {room.inodes}"
+        level = "error" if room.inodes < INODES_NEEDED else "warning"
         yield Finding(level=level, check="inodes", about=about, text=text, hint="remove small files there")
 
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from bridge.control_plane import proof, restart_plan
 from bridge.control_plane.proof import Finding, Report
-from bridge.control_plane.restarts import Restarted, restart_all, restarted_since
+from bridge.control_plane.restarts import ImpossibleError, Restarted, restart_all, restarted_since
 from bridge.control_plane.static_pods import StoppedError
 from bridge.errors import BridgeError, Exit, PostponedError
 from bridge.node.inventory import Item, Node
@@ -234,9 +234,10 @@ def _settled(
 def _judged(run: Run, owed: _Owed, restarted: Sequence[Restarted], report: Report) -> Settled:
     """What is wrong with other certificates is none of this installation's doing, nor what was so before it."""
     postponed = {one.component: one.error for one in restarted if isinstance(one.error, PostponedError)}
-    failures = [error for error in _errors(restarted) if not isinstance(error, PostponedError)]
-    seen = _meanings(run, owed, postponed, report)
-    ruling = rule(seen.keys(), postponed=bool(postponed), failed=bool(failures))
+    impossible = _impossible(owed, restarted, report)
+    failures = [e for e in _errors(restarted) if not isinstance(e, PostponedError | ImpossibleError)]
+    seen = _meanings(run, owed, postponed, impossible, report)
+    ruling = rule(seen.keys(), postponed=bool(postponed), failed=bool(failures), impossible=bool(impossible))
     proven = len(report.findings) - len(report.wrong)
     if ruling is Ruling.FAILED:
         decisive = [f for m in (Meaning.BROKEN, Meaning.NOT_IN_USE, Meaning.UNSEEN) for f in seen.get(m, [])]
@@ -244,18 +245,39 @@ def _judged(run: Run, owed: _Owed, restarted: Sequence[Restarted], report: Repor
         return _failed(run, owed, restarted, proven, why)
     if ruling is Ruling.PROVEN:
         unproven_file(run.store).remove()
-    return _settled(run, owed, _said_of(ruling, seen, [*postponed.values()]), restarted, proven)
+    said = [*postponed.values()] if ruling is Ruling.POSTPONED else _said_of(ruling, seen, [*impossible.values()])
+    return _settled(run, owed, said, restarted, proven)
 
 
-def _meanings(run: Run, owed: _Owed, postponed: Collection[Component], report: Report) -> dict[Meaning, list[Finding]]:
+def _impossible(owed: _Owed, restarted: Sequence[Restarted], report: Report) -> dict[Component | None, ImpossibleError]:
+    """What nobody can restart from here, unless it is seen to have been restarted by hand."""
+    states: dict[Component | None, set[str]] = {}
+    for finding in report.findings:
+        if finding.certificate in owed.names:
+            states.setdefault(finding.component, set()).add(finding.state)
+    return {
+        one.component: one.error
+        for one in restarted
+        if isinstance(one.error, ImpossibleError)
+        and not states.get(one.component, {"unknown"}) <= {"current", "next-connection"}
+    }
+
+
+def _meanings(
+    run: Run,
+    owed: _Owed,
+    postponed: Collection[Component],
+    impossible: Collection[Component | None],
+    report: Report,
+) -> dict[Meaning, list[Finding]]:
     """All that is wrong with our certificates, by what it says of the installation."""
-    wanted = run.settings.restart.components
+    listed = run.settings.restart.components.listed
     seen: dict[Meaning, list[Finding]] = {}
     for finding in report.wrong:
         found = meaning(
             finding.state,
             postponed=finding.component in postponed,
-            listed=not wanted.listed or finding.component in wanted.listed,
+            ours=(not listed or finding.component in listed) and finding.component not in impossible,
             new=owed.is_new(finding),
         )
         if found is not None and finding.certificate in owed.names:
@@ -264,17 +286,15 @@ def _meanings(run: Run, owed: _Owed, postponed: Collection[Component], report: R
 
 
 def _said_of(
-    ruling: Ruling, seen: Mapping[Meaning, Sequence[Finding]], postponed: Sequence[BridgeError]
+    ruling: Ruling, seen: Mapping[Meaning, Sequence[Finding]], impossible: Sequence[ImpossibleError]
 ) -> list[BridgeError]:
     """What stays, and what is left to do."""
-    if ruling is Ruling.POSTPONED:
-        return [*postponed]
     if ruling is Ruling.UNPROVEN:
         return [UnprovenError(f"installed, and not proven: {_sentence(seen[Meaning.UNSEEN])}")]
+    if ruling is Ruling.LEFT and impossible:
+        return [NotLiveError(f"installed, and still to be restarted: {e}", hint=e.hint) for e in impossible]
     if ruling is Ruling.LEFT:
-        text = (
-            f"installed, and not in use by what restart.components does not list: {_sentence(seen[Meaning.NOT_LISTED])}"
-        )
+        text = f"installed, and not in use by what restart.components does not list: {_sentence(seen[Meaning.LEFT])}"
         return [NotLiveError(text, hint="restart it (`ca-bridge restart NAME`), or list it")]
     if as_before := seen.get(Meaning.AS_BEFORE):
         text = f"installed, and as before the renewal this does not work: {_sentence(as_before)}"
@@ -353,13 +373,16 @@ def _look(run: Run, owed: _Owed, restarted: Sequence[Restarted]) -> tuple[Report
     names, done = owed.names, {one.component for one in restarted}
     if any(isinstance(one.error, PostponedError) for one in restarted):
         return _looked(run, lambda f: f.certificate in names and f.state in _FAILED and owed.is_new(f)), []
-    report = _looked(run, lambda f: f.certificate in names)
+    stuck = {one.component for one in restarted if isinstance(one.error, ImpossibleError)}
+    report = _looked(run, lambda f: f.certificate in names and not (f.state == "stale" and f.component in stuck))
     late = [f.component for f in report.wrong if f.state == "stale" and f.certificate in names and f.component]
     more = [component for component in restart_plan.ORDER if component in late and component not in done]
     if not more or run.settings.restart.components.which == "listed":
         return report, []
     again = _restarted(run, run.read_node(), more)
-    return _looked(run, lambda f: f.certificate in names), again
+    stuck |= {one.component for one in again if isinstance(one.error, ImpossibleError)}
+    report = _looked(run, lambda f: f.certificate in names and not (f.state == "stale" and f.component in stuck))
+    return report, again
 
 
 def _looked(run: Run, counts: Callable[[Finding], bool]) -> Report:

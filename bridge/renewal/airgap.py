@@ -25,6 +25,7 @@ from bridge.pki.certificates import UNREADABLE, fingerprint, is_ca, load_pem_cer
 from bridge.pki.loose_certificates import certificates_in, is_for, newest
 from bridge.renewal.issuance import Answer, Answered
 from bridge.renewal.prepare import Prepared, open_request, prepare, take_up, with_continuity
+from bridge.renewal.readiness import assert_room
 from bridge.renewal.selection import ALL, Selection, assert_known, outcome_of, select
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, record_failed, remember, verify_all
@@ -341,6 +342,7 @@ def _finish_import(run: Run, node: Node, found: _Found, transaction: Transaction
         return transaction.with_earlier(Result(outcomes=()))
     selection = Selection(items=items, failed=(), skipped=())
     with transaction.about(selection):
+        assert_room(run.settings)
         answered, failed = _answered(run, node, items, found)
         proven, failed = verify_all(run, answered, failed)
         remember(run, answered, proven, by_hand=True)

@@ -21,6 +21,7 @@ from bridge.renewal import gate
 from bridge.renewal.gate import NotYetError
 from bridge.renewal.issuance import Answered, issue_all, reaching
 from bridge.renewal.prepare import Prepared, prepare, preparing
+from bridge.renewal.readiness import assert_room, without_restart
 from bridge.renewal.selection import Selection, outcome_of, select
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, hold_back, record_failed, remember, verify_all
@@ -84,7 +85,9 @@ def _sleep(delay: timedelta, progress: Progress) -> None:
 def _renew(run: Run, transaction: Transaction, selection: Selection, node: Node, *, all_or_nothing: bool) -> Result:
     """From keys to components that run on them."""
     with transaction.about(selection):
-        answered, failed, unasked = _prepare_and_issue(run, selection, node, all_or_nothing=all_or_nothing)
+        assert_room(run.settings)
+        stuck = without_restart(node, run.settings, selection.items) if transaction.restarts else []
+        answered, failed, unasked = _prepare_and_issue(run, selection, stuck, node, all_or_nothing=all_or_nothing)
         proven, failed = verify_all(run, answered, failed)
         remember(run, answered, proven)
         if unasked:
@@ -95,19 +98,27 @@ def _renew(run: Run, transaction: Transaction, selection: Selection, node: Node,
 
 
 def _prepare_and_issue(
-    run: Run, selection: Selection, node: Node, *, all_or_nothing: bool
+    run: Run, selection: Selection, stuck: Sequence[Outcome], node: Node, *, all_or_nothing: bool
 ) -> tuple[list[Answered], list[Outcome], list[Prepared]]:
     """
     Make keys, which takes as long as all the rest, and beside that reach the CAs and ask them.
+
+    Args:
+        run: This one.
+        selection: What it is about.
+        stuck: What of it can't be used after all.
+        node: As it is.
+        all_or_nothing: Ask nobody if something has failed.
 
     Returns:
         The answers; what failed; and what nobody was asked for, since something had failed and it is all or nothing.
     """
     expected, unproved = expectations(node, run.settings, selection.items, run.now())
-    items = [item for item in selection.items if item.spec.authority.name in expected]
+    without = {outcome.name for outcome in stuck}
+    items = [i for i in selection.items if i.spec.authority.name in expected and i.spec.name not in without]
     kept = _kept(run, items, expected)
     to_ask, carried = _to_ask(run, items, kept)
-    earlier = [*selection.failed, *unproved, *carried]
+    earlier = [*selection.failed, *stuck, *(o for o in unproved if o.name not in without), *carried]
     with (
         preparing(to_ask, run.settings, run.requests.by_name()) as making,
         reaching(run.settings, to_ask, expected, run.progress) as reached,

@@ -13,7 +13,7 @@ class Meaning(Enum):
 
     AS_BEFORE = "it was so before the installation"
     LATER = "its component's restart is postponed"
-    NOT_LISTED = "the settings leave its component's restart to the operator"
+    LEFT = "its component's restart is left to the operator"
     UNSEEN = "it can't be seen now"
     NOT_IN_USE = "its component runs on the old one"
     BROKEN = "it does not work"
@@ -31,22 +31,22 @@ class Ruling(Enum):
 
 _ANY = (True, False)
 
-#: The state that was seen; whether the component's restart is postponed; whether the settings list the component, or
-#: have no list; whether it was not so before. A state in no row is well.
+#: The state that was seen; whether the component's restart is postponed; whether it is ours to restart (the settings
+#: list it, or have no list, and there is a way); whether it was not so before. A state in no row is well.
 _MEANINGS: tuple[tuple[tuple[State, ...], tuple[bool, ...], tuple[bool, ...], bool, Meaning], ...] = (
     (("stale", "refused", "no-answer", "unknown"), _ANY, _ANY, False, Meaning.AS_BEFORE),
     (("stale",), (True,), _ANY, True, Meaning.LATER),
-    (("stale",), (False,), (False,), True, Meaning.NOT_LISTED),
+    (("stale",), (False,), (False,), True, Meaning.LEFT),
     (("stale",), (False,), (True,), True, Meaning.NOT_IN_USE),
     (("refused", "no-answer"), _ANY, _ANY, True, Meaning.BROKEN),
     (("unknown",), _ANY, _ANY, True, Meaning.UNSEEN),
 )
 
 
-def meaning(state: State, *, postponed: bool, listed: bool, new: bool) -> Meaning | None:
+def meaning(state: State, *, postponed: bool, ours: bool, new: bool) -> Meaning | None:
     """Read the row of one finding; None: all is well."""
-    for states, postponements, listings, news, result in _MEANINGS:
-        if state in states and postponed in postponements and listed in listings and new == news:
+    for states, postponements, owners, news, result in _MEANINGS:
+        if state in states and postponed in postponements and ours in owners and new == news:
             return result
     return None
 
@@ -55,21 +55,24 @@ def meaning(state: State, *, postponed: bool, listed: bool, new: bool) -> Meanin
 _RULINGS = (
     ({Meaning.BROKEN, Meaning.NOT_IN_USE}, Ruling.FAILED),
     ({Meaning.UNSEEN}, Ruling.UNPROVEN),
-    ({Meaning.NOT_LISTED}, Ruling.LEFT),
+    ({Meaning.LEFT}, Ruling.LEFT),
 )
 
 
-def rule(meanings: Collection[Meaning], *, postponed: bool, failed: bool) -> Ruling:
+def rule(meanings: Collection[Meaning], *, postponed: bool, failed: bool, impossible: bool = False) -> Ruling:
     """
     Decide what becomes of the installation.
 
     Args:
         meanings: Of all findings about its certificates.
         postponed: A restart is.
-        failed: A restart did, otherwise than by being postponed.
+        failed: A restart did, otherwise than by being postponed or impossible.
+        impossible: There is no way to restart a component from here; that is no proof that its certificates are bad.
     """
     if failed:
         return Ruling.FAILED
     if postponed and Meaning.BROKEN not in meanings:
         return Ruling.POSTPONED
+    if impossible and not {Meaning.BROKEN, Meaning.NOT_IN_USE} & set(meanings):
+        return Ruling.LEFT
     return next((ruling for found, ruling in _RULINGS if found & set(meanings)), Ruling.PROVEN)

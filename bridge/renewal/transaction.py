@@ -16,6 +16,7 @@ from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, Wait
 from bridge.node.inventory import Node
 from bridge.renewal.gate import Attempts
 from bridge.renewal.hooks import HookError, Hooks, NotNowError, Occasion
+from bridge.renewal.readiness import NotReadyError
 from bridge.renewal.selection import Selection, outcome_of
 from bridge.renewal.verify_and_install import (
     HeldBackError,
@@ -46,7 +47,7 @@ class Transaction:
 
     def __init__(self, run: Run, *, restarts: bool = True) -> None:
         self._run = run
-        self._restarts = restarts
+        self.restarts = restarts
         self._errors: list[BridgeError] = []  # about earlier runs
         self._hooks = Hooks(run.settings, run.store, run.record.run_id)
         #: False after `settle_earlier`: it was stopped in the middle, and nothing more is to be installed.
@@ -70,7 +71,7 @@ class Transaction:
     @property
     def _is_owed(self) -> bool:
         """Whether something is to be restarted and proven, by this run."""
-        return self._restarts and self._run.store.unproven.exists()
+        return self.restarts and self._run.store.unproven.exists()
 
     @contextlib.contextmanager
     def about(self, selection: Selection) -> Iterator[None]:
@@ -136,7 +137,7 @@ class Transaction:
             BridgeError: It can't be remembered; nothing must be installed.
         """
         self._hooks.installing(Occasion.of(selection.items, done))
-        if self._restarts and self._run.settings.restart.method != "none":
+        if self.restarts and self._run.settings.restart.method != "none":
             from bridge.renewal import activation  # noqa: PLC0415 (see above)
 
             activation.owe(self._run, done)
@@ -212,7 +213,9 @@ class Transaction:
 
     def _counted(self, selection: Selection, result: Result, errors: Sequence[BridgeError]) -> list[BridgeError]:
         # no CA had a part in those
-        of_the_run = [e for e in errors if not isinstance(e, HookError | SettingsError | PostponedError)]
+        of_the_run = [
+            e for e in errors if not isinstance(e, HookError | SettingsError | PostponedError | NotReadyError)
+        ]
         asked, failed = by_authority(selection, result, of_the_run)
         try:
             people = self.attempts.note(asked, failed, self._run.now())
@@ -256,7 +259,7 @@ def by_authority(
     for item in selection.items:
         outcome, authority = by_name.get(item.spec.name), item.spec.authority.name
         own = outcome.error if outcome is not None else None
-        if (outcome is None and not errors) or isinstance(own, WaitingError | HeldBackError):
+        if (outcome is None and not errors) or isinstance(own, WaitingError | HeldBackError | NotReadyError):
             continue
         asked.append(authority)
         for error in (own, *errors):

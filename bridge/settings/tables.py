@@ -67,7 +67,7 @@ class RenewalSettings:
     key: KeyAlgorithm | Literal["same"] = "same"
     window: Windows = field(default_factory=Windows)  #: When what is due may be renewed; see `windows.may_act`.
     window_zone: Zone = field(default_factory=Zone)
-    jitter: Jitter = field(default_factory=Jitter)  #: See `schedule.delay`.
+    jitter: Jitter = field(default_factory=Jitter)  #: See `gate.delay`.
 
     def problems(self) -> Iterator[SettingsProblem]:
         """Durations that contradict each other."""

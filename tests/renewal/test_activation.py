@@ -177,6 +177,42 @@ def test_what_can_not_be_restarted_now_stays_and_is_restarted_by_a_later_run(
     assert failed[2] == done[2]  # of the run that renewed
 
 
+def test_a_restart_that_is_impossible_leaves_the_certificates_where_they_are(site: Site) -> None:
+    """Exit 7 says what is left, run after run, until it is restarted by hand or there is a way."""
+    site.obstacle, site.states = NeighbourError("another node is not well"), {MANAGER: "stale", SCHEDULER: "stale"}
+    assert site.renew(MANAGER, SCHEDULER).exit_code == Exit.UNAVAILABLE
+    new, site.obstacle, commands = site.files(), None, site.settings.restart.commands
+    site.change(commands={name: text for name, text in commands.items() if name != "kube-controller-manager"})
+    site.states = {MANAGER: "stale"}
+    for _ in range(2):
+        result = site.renew()
+        assert (result.exit_code, site.files(), site.is_owed) == (Exit.NOT_LIVE, new, True)
+        [error] = [error for error in result.errors if error.exit_code == Exit.NOT_LIVE]
+        assert "kube-controller-manager: wanted its command" in str(error)
+    assert site.restarted == ["kube-scheduler"]
+    site.states = {}
+    assert (site.renew().exit_code, site.is_owed) == (0, False)
+
+
+def test_what_is_refused_goes_back_though_another_restart_is_impossible(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The certificates themselves are bad."""
+    old = site.files()
+    site.obstacle = NeighbourError("another node is not well")
+    site.renew(MANAGER)
+    site.obstacle = None
+    site.change(commands={"kube-scheduler": "true"})
+    monkeypatch.setattr(proof, "look", lambda *_: _with(site, MANAGER, "current" if site.files() == old else "refused"))
+    assert site.renew().exit_code == Exit.ROLLED_BACK
+    assert site.files() == old
+
+
+def _with(site: Site, name: str, state: State) -> Report:
+    site.states = {name: state}
+    return site.look()
+
+
 def test_a_second_restart_too_soon_is_no_failure(site: Site) -> None:
     """Nor is what failed before the renewal a reason to go back because of it."""
     site.change(min_interval=timedelta(hours=1))

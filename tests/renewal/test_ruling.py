@@ -15,29 +15,29 @@ YES_OR_NO = (False, True)
 
 
 @pytest.mark.parametrize(
-    ("state", "postponed", "listed", "new", "expected"),
+    ("state", "postponed", "ours", "new", "expected"),
     [
         ("stale", False, True, True, Meaning.NOT_IN_USE),
         ("stale", True, True, True, Meaning.LATER),
         ("stale", True, False, True, Meaning.LATER),
-        ("stale", False, False, True, Meaning.NOT_LISTED),
+        ("stale", False, False, True, Meaning.LEFT),
         ("refused", True, False, True, Meaning.BROKEN),
         ("no-answer", True, False, True, Meaning.BROKEN),
         ("unknown", True, False, True, Meaning.UNSEEN),
     ],
 )
-def test_a_finding_means(state: State, postponed: bool, listed: bool, new: bool, expected: Meaning) -> None:
+def test_a_finding_means(state: State, postponed: bool, ours: bool, new: bool, expected: Meaning) -> None:
     """A restart that is postponed, or left to the operator, excuses an old certificate, not one that does not work."""
-    assert meaning(state, postponed=postponed, listed=listed, new=new) is expected
+    assert meaning(state, postponed=postponed, ours=ours, new=new) is expected
 
 
 def test_each_wrong_finding_has_one_row_and_a_good_one_none() -> None:
     """Whatever the restarts are; and what was so before the installation is never held against it."""
-    for postponed, listed, new in product(YES_OR_NO, repeat=3):
+    for postponed, ours, new in product(YES_OR_NO, repeat=3):
         for state in WELL:
-            assert meaning(state, postponed=postponed, listed=listed, new=new) is None
+            assert meaning(state, postponed=postponed, ours=ours, new=new) is None
         for state in WRONG:
-            found = meaning(state, postponed=postponed, listed=listed, new=new)
+            found = meaning(state, postponed=postponed, ours=ours, new=new)
             assert (found is Meaning.AS_BEFORE) is (not new)
             assert found is not None
 
@@ -47,8 +47,8 @@ def test_each_wrong_finding_has_one_row_and_a_good_one_none() -> None:
     [
         ([], False, False, Ruling.PROVEN),
         ([Meaning.AS_BEFORE], False, False, Ruling.PROVEN),
-        ([Meaning.AS_BEFORE, Meaning.NOT_LISTED], False, False, Ruling.LEFT),
-        ([Meaning.NOT_LISTED, Meaning.UNSEEN], False, False, Ruling.UNPROVEN),
+        ([Meaning.AS_BEFORE, Meaning.LEFT], False, False, Ruling.LEFT),
+        ([Meaning.LEFT, Meaning.UNSEEN], False, False, Ruling.UNPROVEN),
         ([Meaning.UNSEEN, Meaning.NOT_IN_USE], False, False, Ruling.FAILED),
         ([Meaning.BROKEN], False, False, Ruling.FAILED),
         ([], False, True, Ruling.FAILED),
@@ -60,6 +60,22 @@ def test_each_wrong_finding_has_one_row_and_a_good_one_none() -> None:
 def test_an_installation_becomes(meanings: list[Meaning], postponed: bool, failed: bool, expected: Ruling) -> None:
     """The worst that was seen decides; what is postponed waits, unless something does not work."""
     assert rule(meanings, postponed=postponed, failed=failed) is expected
+
+
+@pytest.mark.parametrize(
+    ("meanings", "expected"),
+    [
+        ([], Ruling.LEFT),
+        ([Meaning.UNSEEN, Meaning.AS_BEFORE], Ruling.LEFT),
+        ([Meaning.LEFT], Ruling.LEFT),
+        ([Meaning.NOT_IN_USE], Ruling.FAILED),
+        ([Meaning.BROKEN], Ruling.FAILED),
+    ],
+)
+def test_a_restart_that_is_impossible_is_no_proof(meanings: list[Meaning], expected: Ruling) -> None:
+    """The certificates stay, unless something else says that they are bad."""
+    assert rule(meanings, postponed=False, failed=False, impossible=True) is expected
+    assert rule(meanings, postponed=False, failed=True, impossible=True) is Ruling.FAILED
 
 
 def test_nothing_that_does_not_work_ever_stays_unsaid() -> None:

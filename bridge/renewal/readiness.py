@@ -1,0 +1,84 @@
+"""What would fail after a CA has signed is found before it is asked: room for the files, and ways to restart components."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from bridge.control_plane import restart_plan, restarts
+from bridge.errors import BridgeError, Exit
+from bridge.node.inventory import Item, Node
+from bridge.renewal.selection import outcome_of
+from bridge.renewal.verify_and_install import version_of
+from bridge.settings.tables import Settings
+from bridge.state.outcome import Outcome
+from bridge.system.room import Room, rooms
+
+#: A renewal of all twelve takes 0.3 MiB: new files beside the old ones, a backup, requests, a record.
+BYTES_NEEDED, INODES_NEEDED = 1 << 20, 64
+
+
+class NotReadyError(BridgeError):
+    """Something on this node is to be mended first; no CA has a part in it, and none was asked."""
+
+
+class NoRoomError(NotReadyError):
+    """The new files, or the copies of the old ones, would not fit."""
+
+    hint = "make room there, then run again; no CA was asked"
+
+
+class NoWayToRestartError(NotReadyError):
+    """The new certificate could not be taken into use."""
+
+    exit_code: ClassVar[int] = Exit.USAGE
+
+
+def assert_room(settings: Settings) -> None:
+    """
+    Look at the disks of the state, PKI and kubeconfig directories.
+
+    Raises:
+        NoRoomError: One of them has too little.
+    """
+    node = settings.node
+    found = [_too_little(room) for room in rooms((node.state_dir, node.pki_dir, node.kubeconfig_dir))]
+    if problems := [text for text in found if text]:
+        raise NoRoomError("; ".join(problems))
+
+
+def _too_little(room: Room) -> str:
+    if room.free < BYTES_NEEDED:
+        return (
+            f"file system of {room.place}: wanted {BYTES_NEEDED >> 10} KiB for a renewal, found {room.free >> 10} KiB"
+        )
+    if room.inodes is not None and room.inodes < INODES_NEEDED:
+        return f"file system of {room.place}: wanted {INODES_NEEDED} inodes for a renewal, found {room.inodes}"
+    return ""
+
+
+def without_restart(node: Node, settings: Settings, items: Sequence[Item]) -> list[Outcome]:
+    """
+    Find the certificates whose components can't be restarted, though they have to be.
+
+    Args:
+        node: As it is.
+        settings: `restart.method` and the commands.
+        items: What is to be renewed.
+    """
+    if settings.restart.method == "none":
+        return []
+    version = version_of(node, settings)
+    users = restart_plan.stale([item.spec for item in items], version, settings.restart.components)
+    obstacles = {c: _no_way(e) for c in users if (e := restarts.obstacle(c, node, settings)) is not None}
+    return [
+        outcome_of(item, obstacles[component])
+        for item in items
+        if (component := item.spec.component) in obstacles
+        and component in restart_plan.stale([item.spec], version, settings.restart.components)
+    ]
+
+
+def _no_way(error: BridgeError) -> NoWayToRestartError:
+    hint = f"{error.hint}; or `ca-bridge renew --no-restart` installs it, and says what to restart"
+    return NoWayToRestartError(f"not asked for, since its component could not be restarted: {error}", hint=hint)
