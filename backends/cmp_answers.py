@@ -19,6 +19,7 @@ from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableE
 #: PKIBody's choice [26] (RFC 9810 §5.1.2), and the strings of a PKIFreeText.
 _POLL_REP, _UTF8_STRING = 0xBA, 0x0C
 _LONG_FORM = 0x80
+_MOST_SECONDS = 10**9  #: Thirty years; a server may write an integer of any size.
 _MOST_LENGTH_BYTES = 4
 
 
@@ -54,7 +55,7 @@ def poll_of(body: tuple[int, bytes]) -> Poll | None:
     except (ValueError, StopIteration):
         return None
     reason = b"; ".join(strings).decode(errors="replace")
-    return Poll(seconds=int.from_bytes(seconds, "big", signed=True), reason=reason)
+    return Poll(seconds=min(int.from_bytes(seconds, "big", signed=True), _MOST_SECONDS), reason=reason)
 
 
 def _values(data: bytes) -> Iterator[tuple[int, bytes]]:

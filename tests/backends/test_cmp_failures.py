@@ -441,4 +441,13 @@ def test_a_message_is_read_as_far_as_is_needed() -> None:
     for length in range(len(POLL_REP)):
         assert body_of(POLL_REP[:length]) is None
     assert poll_of((0xA3, body[1])) is None
+    assert poll_of((0xBA, bytes.fromhex("3082010b 30820107 0201ff 02820100") + b"\x7f" * 256)) == Poll(seconds=10**9)
     assert poll_of((0xBA, b"\x30\x80\x00\x00")) is None
+
+
+def test_a_message_that_was_spoilt_is_no_trouble() -> None:
+    """Each byte of a pollRep with each of its values: another message, another number, or none, and no error."""
+    for at in range(len(POLL_REP)):
+        for value in range(256):
+            body = body_of(POLL_REP[:at] + bytes([value]) + POLL_REP[at + 1 :])
+            assert body is None or poll_of(body) is None or isinstance(poll_of(body), Poll)
