@@ -365,6 +365,41 @@ def sign(
     raise typer.Exit(code)
 
 
+@command(app, "install")
+def install(
+    common: Common,
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Keys, and certificates beside them.", show_default=False)
+    ],
+    all_or_nothing: Annotated[
+        bool, typer.Option("--all-or-nothing", help="Install nothing if one certificate fails.")
+    ] = False,
+    no_restart: Annotated[
+        bool, typer.Option("--no-restart", help="Whatever the settings say, only say what to restart.")
+    ] = False,
+    wait: WaitOption = None,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """
+    Install keys of `renew --csr-only` or `kubeadm certs generate-csr`, and certificates that were signed by any means.
+
+    Keys have kubeadm's names, flat or nested; certificates are found by public key, in PEM, DER or PKCS#7. Each is
+    proven and installed as by `renew`: it has to be what the live one is. Exit 4 while a key has no certificate.
+    """
+    from bridge.cli import renewals  # noqa: PLC0415
+
+    code = renewals.install(
+        common.settings(),
+        directory.absolute(),
+        utc_now,
+        as_json=output is Output.JSON,
+        all_or_nothing=all_or_nothing,
+        restarts=not no_restart,
+        wait=wait or timedelta(),
+    )
+    raise typer.Exit(code)
+
+
 @command(app, "prove")
 def prove(
     common: Common,

@@ -16,6 +16,7 @@ from bridge.errors import Exit
 from bridge.node import inventory
 from bridge.node.inventory import Item
 from bridge.pki.expiry import first_end, residual, rfc3339, seconds_left
+from bridge.renewal import install_directory
 from bridge.renewal import renew as renewal
 from bridge.renewal.prepare import Prepared, prepare
 from bridge.renewal.prepare import write_csrs as write_csr_files
@@ -47,6 +48,27 @@ def renew(
     for sentence in selection.skipped:
         log.log(logging.INFO if names else logging.DEBUG, "%s", sentence)
     report(result, node, selection, settings, now(), as_json=as_json, restarts=restarts)
+    return result.exit_code
+
+
+def install(
+    settings: Settings,
+    directory: Path,
+    now: Callable[[], datetime],
+    *,
+    as_json: bool,
+    all_or_nothing: bool,
+    restarts: bool,
+    wait: timedelta,
+) -> int:
+    """`install`: a directory of keys and certificates; return the exit code."""
+    with progress_shown() as progress:
+        result, node, selection = install_directory.run(
+            settings, directory, now, progress, all_or_nothing=all_or_nothing, restarts=restarts, wait=wait
+        )
+    report(result, node, selection, settings, now(), as_json=as_json, restarts=restarts)
+    if result.renewed:
+        log.warning("%s: what was installed from there is no longer needed: remove the keys", directory)
     return result.exit_code
 
 

@@ -86,7 +86,7 @@ def prepare(
 
 def _prepare(item: Item, settings: Settings, made: OpenRequest | None) -> Prepared | Outcome:
     try:
-        live, was = _live(item)
+        live, was = live_pair(item)
         algorithm = csr.key_algorithm(live, settings.renewal.key)
         if made is not None and _fits(made, live, algorithm):
             return Prepared(item=item, request=made.request, key_pem=made.key_pem, was=was, open=made)
@@ -111,7 +111,7 @@ def take_up(item: Item, made: OpenRequest) -> Prepared | Outcome:
     if item.obstacle is not None:
         return outcome_of(item, item.obstacle)
     try:
-        live, was = _live(item)
+        live, was = live_pair(item)
     except BridgeError as e:
         return outcome_of(item, e)
     if made.request.replaces != live:
@@ -162,8 +162,13 @@ def _fits(made: OpenRequest, live: x509.Certificate, algorithm: str) -> bool:
     return made.request.replaces == live and csr.algorithm_name(made.request.csr.public_key()) == algorithm
 
 
-def _live(item: Item) -> tuple[x509.Certificate, dict[Path, str | None]]:
-    """The certificate on disk now, and the digests of all files of its pair, read at the same time."""
+def live_pair(item: Item) -> tuple[x509.Certificate, dict[Path, str | None]]:
+    """
+    Read the certificate on disk now, and the digests of all files of its pair, at the same time.
+
+    Raises:
+        BridgeError: It can't be read.
+    """
     paths = [item.certificate_path] if item.key_path is None else [item.key_path, item.certificate_path]
     contents = {path: _read(path) for path in paths}
     data = contents[item.certificate_path]

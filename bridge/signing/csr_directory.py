@@ -64,7 +64,7 @@ def load(directory: Path, *, node: str, cluster: str, validity: timedelta, creat
     requests, problems = [], []
     for path in find(directory):
         relative = path.relative_to(directory)
-        spec = _spec(relative)
+        spec = spec_of(relative)
         try:
             if spec is None:
                 raise CsrDirectoryError(f"wanted one of kubeadm's names, such as apiserver{_SUFFIX}")  # noqa: TRY301
@@ -85,9 +85,10 @@ def load(directory: Path, *, node: str, cluster: str, validity: timedelta, creat
     return CsrDirectory(directory=directory, bundle=bundle, files=files)
 
 
-def _spec(relative: Path) -> CertificateSpec | None:
-    name = relative.as_posix().removesuffix(_SUFFIX)
-    return _BY_FILE.get(name.removeprefix("pki/"))
+def spec_of(relative: Path, suffix: str = _SUFFIX) -> CertificateSpec | None:
+    """Which certificate a file below kubeadm's directory belongs to, by its name, flat or nested; None: to none."""
+    name = relative.as_posix()
+    return _BY_FILE.get(name.removesuffix(suffix).removeprefix("pki/")) if name.endswith(suffix) else None
 
 
 def _request(spec: CertificateSpec, path: Path, validity: timedelta) -> BundledRequest:
