@@ -73,6 +73,18 @@ def check_expiration(
         timedelta | None,
         typer.Option(parser=duration, metavar="DURATION", help='Exit with 3 if one expires within, such as "30d".'),
     ] = None,
+    warning: Annotated[
+        timedelta | None,
+        typer.Option(
+            "--warning", "-w", parser=duration, metavar="DURATION", help="Of nagios. [default: renewal.before]"
+        ),
+    ] = None,
+    critical: Annotated[
+        timedelta | None,
+        typer.Option(
+            "--critical", "-c", parser=duration, metavar="DURATION", help="Of nagios. [default: a third of it]"
+        ),
+    ] = None,
 ) -> None:
     """
     Show when the control plane's certificates expire, as `kubeadm certs check-expiration` does.
@@ -81,7 +93,10 @@ def check_expiration(
     """
     from bridge.cli import expiration  # noqa: PLC0415
 
-    raise typer.Exit(expiration.check_expiration(common.settings().node, utc_now(), within, output.value))
+    if (warning or critical) and output is not ExpirationOutput.NAGIOS:
+        raise typer.BadParameter("-w and -c are for -o nagios; for exit code 3 there is --within")
+    limit = warning or within
+    raise typer.Exit(expiration.check_expiration(common.settings(), utc_now(), output.value, limit, critical))
 
 
 @command(app, "renew")

@@ -12,12 +12,12 @@ from typing import Any
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from bridge.cli.printing import say, say_json, say_table, under_headings
+from bridge.cli.printing import end_text, say, say_json, say_table, under_headings
 from bridge.cli.progress import progress_shown
 from bridge.cli.results import grouped, report
 from bridge.errors import BridgeError, Exit
 from bridge.pki import bundle, bundle_text
-from bridge.pki.expiry import minute, residual, rfc3339, seconds_left
+from bridge.pki.expiry import residual, rfc3339, seconds_left
 from bridge.renewal import airgap
 from bridge.renewal.selection import Selection, nothing_due
 from bridge.settings.tables import Settings
@@ -166,5 +166,4 @@ def _print_exported(done: airgap.Exported, path: Path, now: datetime) -> None:
 def _end(end: datetime | None, now: datetime) -> str:
     if end is None:
         return ""
-    left = seconds_left(end, now)
-    return f"expires {minute(end)} ({residual(left)})" if left > 0 else f"EXPIRED {minute(end)}"
+    return end_text(end, now)

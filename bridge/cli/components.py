@@ -27,6 +27,8 @@ def restart(
         _print_advice(report, settings, as_json=as_json)
     else:
         _print_restarted(report, as_json=as_json)
+    if report.unknown is not None:
+        print_error(report.unknown)
     return report.exit_code
 
 
@@ -37,27 +39,31 @@ def _print_advice(report: restarts.Report, settings: Settings, *, as_json: bool)
     directory = settings.node.kubeconfig_dir / "manifests"
     advice = {component.value: restart_plan.how(component, directory) for component in report.components}
     if as_json:
-        say_json({"exitCode": report.exit_code, "advice": advice})
+        say_json({"exitCode": report.exit_code, "advice": advice, **_unknown(report)})
     elif advice:
         say('With restart.method = "none" this is yours to do, one at a time:')
         say("\n".join(f"  {sentence}" for sentence in advice.values()))
-    else:
+    elif report.unknown is None:
         say(_NOTHING)
 
 
 def _print_restarted(report: restarts.Report, *, as_json: bool) -> None:
     if as_json:
-        say_json({"exitCode": report.exit_code, "restarted": [_entry(one) for one in report.done]})
+        say_json({"exitCode": report.exit_code, "restarted": [_entry(one) for one in report.done], **_unknown(report)})
     elif report.done:
         rows = [
             (one.component.value, f"restarted, healthy after {one.seconds:.1f} s") for one in report.done if one.seconds
         ]
         say_table(rows or [["nothing was restarted"]])
-    else:
+    elif report.unknown is None:
         say(_NOTHING)
     for one in report.done:
         if one.error is not None:
             print_error(one.error)
+
+
+def _unknown(report: restarts.Report) -> dict[str, object]:
+    return {"unknown": None if report.unknown is None else report.unknown.reason}
 
 
 def _entry(one: restarts.Restarted) -> dict[str, object]:

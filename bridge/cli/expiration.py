@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from bridge.cli import nagios
 from bridge.cli.printing import say
 from bridge.errors import Exit
 from bridge.node import inventory
 from bridge.node.expiry_report import Report, Row, report
 from bridge.pki.certificates import fingerprint, name_text, serial_hex
 from bridge.pki.expiry import first_end, residual, rfc3339
-from bridge.settings.tables import NodeSettings
+from bridge.settings.tables import Settings
+from bridge.specs import AUTHORITIES
+from bridge.state.store import Store
 from bridge.system.console import log
+
+if TYPE_CHECKING:
+    from bridge.renewal.gate import Failures
 
 #: Grows when a key changes its meaning or goes; new keys do not count.
 SCHEMA_VERSION = 1
-
-# Nagios Plugin API: exit codes and words.
-_NAGIOS = ("OK", "WARNING", "CRITICAL")
 
 # Go's Format("Jan 02, 2006 15:04 MST"); strftime's month names follow the locale.
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
@@ -29,17 +33,57 @@ _AUTHORITY_HEADER = ("CERTIFICATE AUTHORITY", "EXPIRES", "RESIDUAL TIME", "EXTER
 _EXTRA_HEADER = ("NOT LISTED BY KUBEADM", *_HEADER[1:], "FILE")
 
 
-def check_expiration(places: NodeSettings, now: datetime, within: timedelta | None, output: str) -> int:
-    """Print what `look` says, and return its exit code."""
-    text, troubles, code = look(places.pki_dir, places.kubeconfig_dir, now, within, output)
+def check_expiration(
+    settings: Settings,
+    now: datetime,
+    output: str,
+    within: timedelta | None = None,
+    critical: timedelta | None = None,
+) -> int:
+    """
+    Print what is there, and return the exit code.
+
+    Args:
+        settings: Where the node's files are.
+        now: Aware, UTC.
+        output: `table`, `json`, `yaml`, `prometheus` or `nagios`.
+        within: What ends sooner is due; for `nagios` the limit of a warning.
+        critical: For `nagios` alone.
+    """
+    if output == "nagios":
+        limits = nagios.Limits.of(settings, within, critical)
+        text, troubles, code = nagios.check(settings, now, limits, _failures(settings))
+    else:
+        node = settings.node
+        failures = _failures(settings) if output == "prometheus" else None
+        text, troubles, code = look(node.pki_dir, node.kubeconfig_dir, now, within, output, failures)
     say(text)
     for trouble in troubles:
         log.error("%s", trouble)
     return code
 
 
+def _failures(settings: Settings) -> Mapping[str, Failures] | None:
+    """None: this user may not see them."""
+    from bridge.renewal.gate import Attempts  # noqa: PLC0415 (for monitors alone)
+
+    directory = settings.node.state_dir
+    try:
+        directory.lstat()
+    except FileNotFoundError:
+        return {}
+    except OSError:
+        return None
+    return Attempts(Store(directory)).authorities if os.access(directory, os.R_OK | os.X_OK) else None
+
+
 def look(
-    pki_dir: Path, kubeconfig_dir: Path, now: datetime, within: timedelta | None, output: str
+    pki_dir: Path,
+    kubeconfig_dir: Path,
+    now: datetime,
+    within: timedelta | None,
+    output: str,
+    failures: Mapping[str, Failures] | None = None,
 ) -> tuple[str, list[str], int]:
     """
     Read the node, and say what there is.
@@ -49,21 +93,19 @@ def look(
         kubeconfig_dir: Where the kubeconfigs and manifests are.
         now: Aware, UTC.
         within: What ends sooner is due, and what has ended.
-        output: `table`, `json`, `yaml`, `prometheus` or `nagios`.
+        output: `table`, `json`, `yaml` or `prometheus`.
+        failures: For `prometheus`: runs that failed, by CA; None: nobody knows.
 
     Returns:
         Standard output, lines for standard error, and the exit code: 1 when a file is there and can't be used, else
-        3 when one is due, else 0. For `nagios` it is the plugin's status.
+        3 when one is due, else 0.
     """
-    found = report(inventory.read(pki_dir, kubeconfig_dir), now, within)
-    if output == "nagios":
-        line, status = as_nagios(found, within)
-        return f"{line}\n", list(found.troubles), status
+    found = report(inventory.read(pki_dir, kubeconfig_dir), now, None if within is None else lambda _: within)
     forms: Mapping[str, Callable[[Report], str]] = {
         "table": table,
         "json": as_json,
         "yaml": as_yaml,
-        "prometheus": as_prometheus,
+        "prometheus": lambda one: as_prometheus(one, failures),
     }
     code = Exit.FAILED if found.troubles else Exit.DUE if found.due else Exit.DONE
     return forms[output](found), list(found.troubles), code
@@ -152,8 +194,15 @@ def _entry(row: Row) -> dict[str, Any]:
     return entry
 
 
-def as_prometheus(found: Report) -> str:
-    """Prometheus' text format, for the textfile collector; times are seconds since 1970."""
+def as_prometheus(found: Report, failures: Mapping[str, Failures] | None = None) -> str:
+    """
+    Prometheus' text format, for the textfile collector; times are seconds since 1970.
+
+    Args:
+        found: The rows.
+        failures: Runs that failed, by CA; None: nobody knows.
+    """
+    counts = [] if failures is None else [(name, getattr(failures.get(name), "count", 0)) for name in AUTHORITIES]
     leaves = [*found.certificates, *(row for row in found.extra if row.authority)]
     cas = [*found.authorities, *(row for row in found.extra if not row.authority)]
     return "".join(
@@ -172,6 +221,11 @@ def as_prometheus(found: Report) -> str:
                 "ca_bridge_certificate_usable",
                 "Whether the file is there and can be read.",
                 ((_labels(row), int(row.state == "present")) for row in (*leaves, *cas) if not _absent(row)),
+            ),
+            _metric(
+                "ca_bridge_failed_runs",
+                "Runs in a row that could not renew at this CA.",
+                ((f'authority="{name}"', count) for name, count in counts),
             ),
         )
     )
@@ -198,29 +252,3 @@ def _timestamp(row: Row) -> int:
 def _absent(row: Row) -> bool:
     """Missing, as it may be."""
     return row.state == "missing" and row.optional
-
-
-def as_nagios(found: Report, within: timedelta | None) -> tuple[str, int]:
-    """
-    One line and a status: 2 for what has ended, is missing, broken or unreadable, 1 for what is due, else 0.
-
-    Args:
-        found: With the same `within`.
-        within: For the words only.
-    """
-    rows = [row for row in found.rows if not _absent(row)]
-    bad = [f"{row.name} {row.state}" for row in rows if row.state != "present"]
-    ended = [f"{row.name} expired" for row in rows if row.expired]
-    due = [f"{row.name} ends in {residual(row.chain_seconds_left or 0)}" for row in rows if row.due and not row.expired]
-    status = 2 if bad or ended or found.troubles else 1 if due else 0
-    what = ", ".join([*ended, *bad, *due]) or _good(rows, within)
-    return f"CERTIFICATES {_NAGIOS[status]} - {what}", status
-
-
-def _good(rows: Sequence[Row], within: timedelta | None) -> str:
-    left = {row.name: row.chain_seconds_left for row in rows if row.chain_seconds_left is not None}
-    if not left:
-        return "no certificates"
-    first = min(left, key=lambda name: left[name])
-    limit = f" (limit {residual(int(within.total_seconds()))})" if within is not None else ""
-    return f"{len(left)} certificates, {first} ends first, in {residual(left[first])}{limit}"

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from bridge.cli.printing import DATE, columns, say, say_json, say_table
+from bridge.cli.printing import columns, say, say_json, say_table
 from bridge.cli.results import print_restart, stale
 from bridge.errors import Exit
 from bridge.pki.certificates import serial_hex
-from bridge.pki.expiry import rfc3339
+from bridge.pki.expiry import minute, rfc3339
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Settings
 from bridge.specs import Component
@@ -59,7 +59,7 @@ def list_backups(settings: Settings, *, as_json: bool) -> int:
 def _backup_rows(backup: backups.Backup) -> Iterator[tuple[str, ...]]:
     """A line for the backup, and one below it for each certificate."""
     who = "@".join(part for part in (backup.user, backup.host) if part)
-    yield printable(backup.backup_id), f"{backup.created:{DATE}}", f"{printable(who)}: {printable(backup.command)}"
+    yield printable(backup.backup_id), f"{minute(backup.created)}", f"{printable(who)}: {printable(backup.command)}"
     for one in backup.certificates:
         serials = f"serial {one.get('old_serial') or 'none'}, replaced by {one.get('new_serial') or 'none'}"
         yield f"  {printable(one.get('name'))}", "", printable(serials)
@@ -101,7 +101,7 @@ def rollback(
         say_json(_rollback_json(done, components))
         return
     rows = [
-        (o.name, f"until {o.new.not_valid_after_utc:{DATE}}", f"serial {serial_hex(o.new)}")
+        (o.name, f"until {minute(o.new.not_valid_after_utc)}", f"serial {serial_hex(o.new)}")
         for o in done.outcomes
         if o.new is not None
     ]

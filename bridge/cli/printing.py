@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from typing import Any
+
+from bridge.pki.expiry import left_text, minute
 
 #: Of what `-o json` prints; grows when a key changes its meaning or goes.
 SCHEMA_VERSION = 1
-#: Dates for people; for programs see `bridge.pki.expiry.rfc3339`.
-DATE = "%b %d, %Y %H:%M UTC"
+
+
+def end_text(end: datetime, now: datetime) -> str:
+    """When a certificate ends, and how long that is from now; dates for people are `minute`, for programs `rfc3339`."""
+    return f"{'expires' if end > now else 'expired'} {minute(end)} ({left_text(end, now)})"
 
 
 def say(text: str) -> None:

@@ -8,14 +8,14 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from bridge.cli.printing import DATE, say, say_json, say_table
+from bridge.cli.printing import end_text, say, say_json, say_table
 from bridge.cli.progress import progress_shown
 from bridge.cli.results import grouped, print_restart, report
 from bridge.control_plane import restart_plan
 from bridge.errors import Exit
 from bridge.node import inventory
 from bridge.node.inventory import Item
-from bridge.pki.expiry import first_end, residual, rfc3339, seconds_left
+from bridge.pki.expiry import first_end, rfc3339
 from bridge.renewal import install_directory
 from bridge.renewal import renew as renewal
 from bridge.renewal.prepare import Prepared, prepare
@@ -115,10 +115,9 @@ def plan(settings: Settings, names: Collection[str], now: datetime, *, as_json: 
 
 def _plan_row(item: Item, settings: Settings, now: datetime) -> tuple[str, ...]:
     end = first_end(item.certificates)
-    left = residual(seconds_left(end, now))
     return (
         item.spec.name,
-        f"expires {end:{DATE}} ({left})",
+        end_text(end, now),
         f"ask {_asked(item, settings)}",
         f"replace {' and '.join([str(item.certificate_path), *([item.key_path.name] if item.key_path else [])])}",
     )

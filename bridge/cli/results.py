@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from bridge.cli.printing import DATE, say, say_json, say_table, under_headings
+from bridge.cli.printing import end_text, say, say_json, say_table, under_headings
 from bridge.control_plane import restart_plan
 from bridge.errors import BridgeError, WaitingError
 from bridge.node.inventory import Node
 from bridge.pki.certificates import name_text, serial_hex
-from bridge.pki.expiry import residual, rfc3339, seconds_left
+from bridge.pki.expiry import minute, residual, rfc3339
 from bridge.renewal.gate import NotYetError
 from bridge.renewal.selection import Selection, nothing_due
 from bridge.renewal.verify_and_install import Result, version_of
@@ -60,7 +60,7 @@ def _print_result(result: Result, node: Node, settings: Settings, now: datetime)
     rows = [
         (
             o.name,
-            f"until {o.new.not_valid_after_utc:{DATE}}",
+            f"until {minute(o.new.not_valid_after_utc)}",
             f"serial {serial_hex(o.new)}",
             f"issuer {name_text(o.new.issuer)}",
             f"by {o.backend}",
@@ -81,7 +81,7 @@ def _waiting_row(outcome: Outcome, now: datetime) -> tuple[str, tuple[str, ...]]
     """What it waits for, and its cells."""
     reason = printable(outcome.error.reason if outcome.error is not None else "")
     end = outcome.old.not_valid_after_utc if outcome.old is not None else None
-    expires = f"expires {end:{DATE}} ({residual(seconds_left(end, now))})" if end is not None else ""
+    expires = end_text(end, now) if end is not None else ""
     return f"{outcome.backend}: {reason}" if outcome.backend else reason, (outcome.name, "waiting", expires)
 
 

@@ -413,13 +413,27 @@ class Report:
     components: tuple[Component, ...]  #: That were to be restarted.
     done: tuple[Restarted, ...] = ()
     advised: bool = False  #: With `restart.method = "none"` nothing was restarted, and what is wanted runs as before.
+    unknown: BridgeError | None = None  #: What components run on can't be known, or not of all of them.
 
     @property
     def exit_code(self) -> int:
-        """7 where somebody else has to restart."""
+        """7 where somebody else has to restart, and the error's of what can't be known."""
+        codes = [one.exit_code for one in self.done]
         if self.advised and self.components:
-            return Exit.NOT_LIVE
-        return Exit.worst([one.exit_code for one in self.done])
+            codes.append(Exit.NOT_LIVE)
+        if self.unknown is not None:
+            codes.append(self.unknown.exit_code)
+        return Exit.worst(codes)
+
+
+class UnknownError(BridgeError):
+    """Nobody can say on which certificates a component runs."""
+
+    hint = "`ca-bridge prove` shows what was looked at; `ca-bridge restart COMPONENT` restarts without a look"
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # type: ignore[misc]  # that of the look, where others have their class's
 
 
 def run(
@@ -435,13 +449,13 @@ def run(
     named = _components(names)
     with session.alone(settings, wait, lambda found: log.warning("%s", found)) as (store, record):
         node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
-        components = tuple(named or _by_settings(node, settings, now()))
+        components, unknown = (named, None) if named else _by_settings(node, settings, now())
         if settings.restart.method == "none":
-            return Report(components=components, advised=True)
+            return Report(components=tuple(components), advised=True, unknown=unknown)
         done = restart_all(
             components, node, settings, store, tell=lambda text: log.info("%s", text), record=record, force=force
         )
-        return Report(components=components, done=tuple(done))
+        return Report(components=tuple(components), done=tuple(done), unknown=unknown)
 
 
 def _components(names: Sequence[str]) -> list[Component]:
@@ -455,8 +469,17 @@ def _components(names: Sequence[str]) -> list[Component]:
     return [known[name] for name in names]
 
 
-def _by_settings(node: Node, settings: Settings, now: datetime) -> list[Component]:
+def _by_settings(node: Node, settings: Settings, now: datetime) -> tuple[list[Component], UnknownError | None]:
+    """The components to restart, and why that may not be all of them."""
     wanted = settings.restart.components
-    if wanted.which == "needed":
-        return proof.look(node, settings, now).stale
-    return [component for component in wanted.listed or manifests.COMPONENTS if component in _present(node)]
+    if not node.manifests:
+        place = settings.node.kubeconfig_dir / "manifests"
+        text = f"nothing is known of what runs here: wanted static-pod manifests in {place}, found none"
+        return [], UnknownError(text, Exit.FAILED)
+    if wanted.which != "needed":
+        return [one for one in wanted.listed or manifests.COMPONENTS if one in _present(node)], None
+    found = proof.look(node, settings, now)
+    unseen = [one for one in found.findings if one.state in ("unknown", "no-answer")]
+    names = dict.fromkeys("people" if one.component is None else one.component.value for one in unseen)
+    text = f"wanted to see on which certificates all components run, found no answer from {', '.join(names)}"
+    return found.stale, UnknownError(text, found.exit_code) if unseen else None

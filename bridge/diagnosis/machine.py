@@ -17,7 +17,7 @@ from bridge.node import kubeconfig
 from bridge.node.inventory import Item, Node
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki.certificates import load_pem_certificates, serial_hex
-from bridge.renewal.readiness import BYTES_NEEDED, INODES_NEEDED
+from bridge.renewal import readiness
 from bridge.settings.tables import Settings
 from bridge.state.store import Store
 from bridge.system import files
@@ -49,17 +49,17 @@ def room(settings: Settings, *, node: bool = True) -> Iterator[Finding]:
         yield from _room(one)
 
 
-def _room(room: Room) -> Iterator[Finding]:
-    about = f"file system of {room.place}"
-    if room.free < _LITTLE:
+def _room(found: Room) -> Iterator[Finding]:
+    about = f"file system of {found.place}"
+    if found.free < _LITTLE:
         text = (
-            f"wanted {_LITTLE >> 20} MiB for a renewal, its backup and some time to come, found {room.free >> 10} KiB"
+            f"wanted {_LITTLE >> 20} MiB for a renewal, its backup and some time to come, found {found.free >> 10} KiB"
         )
-        level: Level = "error" if room.free < BYTES_NEEDED else "warning"
+        level: Level = "error" if found.free < readiness.BYTES_NEEDED else "warning"
         yield Finding(level=level, check="disk-space", about=about, text=text, hint="make room there")
-    if room.inodes is not None and room.inodes < _FEW_INODES:
-        text = f"wanted {_FEW_INODES} inodes for new files, found {room.inodes}"
-        level = "error" if room.inodes < INODES_NEEDED else "warning"
+    if found.inodes is not None and found.inodes < _FEW_INODES:
+        text = f"wanted {_FEW_INODES} inodes for new files, found {found.inodes}"
+        level = "error" if found.inodes < readiness.INODES_NEEDED else "warning"
         yield Finding(level=level, check="inodes", about=about, text=text, hint="remove small files there")
 
 

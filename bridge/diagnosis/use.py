@@ -7,11 +7,11 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from bridge.control_plane import kube_api, restart_plan
-from bridge.diagnosis.findings import Finding
+from bridge.control_plane import kube_api, restart_plan, restarts
+from bridge.diagnosis.findings import Finding, from_error
 from bridge.diagnosis.installed import is_named
 from bridge.errors import BridgeError
-from bridge.node import endpoints, manifests
+from bridge.node import endpoints
 from bridge.node.endpoints import Server
 from bridge.node.inventory import Item, Node
 from bridge.node.yamltree import Node as Tree
@@ -197,13 +197,11 @@ def _restarts(node: Node, settings: Settings) -> Iterator[Finding]:
         return
     specs = [item.spec for item in node.items if item.managed and item.state == "present"]
     for component in restart_plan.stale(specs, version_of(node, settings), restart.components):
-        needs_command = restart.method == "command" or component not in manifests.COMPONENTS
         key, words = f"restart.commands.{component.value}", restart.command(component)
-        if needs_command and not words:
-            text = f'wanted a command for method = "{restart.method}", found none'
-            hint = f"set {key}, or leave {component.value} out of restart.components"
-            yield Finding(level="error", check="restart-command", about=key, text=text, hint=hint)
-        elif needs_command and shutil.which(words[0]) is None:
+        error = restarts.obstacle(component, node, settings)
+        if error is not None:
+            yield from_error("restart-command", key, error)
+        elif words and shutil.which(words[0]) is None:
             text = f"wanted a program {words[0]!r}, found none that can be run"
             yield Finding(level="error", check="restart-command", about=key, text=text)
 

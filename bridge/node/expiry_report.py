@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -14,6 +14,9 @@ from bridge.pki.expiry import first_end, seconds_left
 # What we don't renew, the kubelet does, when 70 to 90 % of the lifetime are over (client-go,
 # util/certificate/certificate_manager.go): only with less than this left it is late.
 _ROTATION_IS_LATE = 0.1
+
+#: How long before its end a certificate is due, by its lifetime.
+Limit = Callable[[timedelta], timedelta]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +33,7 @@ class Row:
     authority: str | None  #: None for a CA itself.
     external: bool  #: Its CA's key is not on the node.
     due: bool  #: Ends within the time asked for, or has ended; False when nothing was asked for.
+    limit: timedelta | None  #: With less than this left it is due; None: nothing was asked for.
     optional: bool = False  #: A healthy node may be without it.
 
     @property
@@ -63,7 +67,7 @@ class Report:
         return any(row.due for row in self.rows)
 
 
-def report(node: Node, now: datetime, within: timedelta | None) -> Report:
+def report(node: Node, now: datetime, within: Limit | None) -> Report:
     """
     What there is to say about the expiry of a node's certificates, its CAs included.
 
@@ -82,7 +86,8 @@ def report(node: Node, now: datetime, within: timedelta | None) -> Report:
     )
 
 
-def _item_row(item: Item, now: datetime, within: timedelta | None) -> Row:
+def _item_row(item: Item, now: datetime, within: Limit | None) -> Row:
+    limit = _limit(item.certificates, within, late_share=1 if item.managed else _ROTATION_IS_LATE)
     return Row(
         name=item.spec.name,
         path=str(item.certificate_path),
@@ -93,12 +98,14 @@ def _item_row(item: Item, now: datetime, within: timedelta | None) -> Row:
         chain_seconds_left=_chain_left(item.certificates, now),
         authority=item.spec.authority.name,
         external=item.authority_external,
-        due=_ends_within(item.certificates, now, within, late_share=1 if item.managed else _ROTATION_IS_LATE),
+        due=_is_due(item.certificates, now, limit),
+        limit=limit,
         optional=item.spec.optional,
     )
 
 
-def _authority_row(state: AuthorityState, now: datetime, within: timedelta | None) -> Row:
+def _authority_row(state: AuthorityState, now: datetime, within: Limit | None) -> Row:
+    limit = _limit(state.certificates[:1], within, late_share=1)
     return Row(
         name=state.authority.name,
         path=str(state.path),
@@ -109,7 +116,8 @@ def _authority_row(state: AuthorityState, now: datetime, within: timedelta | Non
         chain_seconds_left=_left(state.certificates, now),
         authority=None,
         external=state.key == "external",
-        due=_ends_within(state.certificates[:1], now, within, late_share=1),
+        due=_is_due(state.certificates[:1], now, limit),
+        limit=limit,
     )
 
 
@@ -121,9 +129,15 @@ def _chain_left(chain: Sequence[x509.Certificate], now: datetime) -> int | None:
     return seconds_left(first_end(chain), now) if chain else None
 
 
-def _ends_within(chain: Sequence[x509.Certificate], now: datetime, within: timedelta | None, late_share: float) -> bool:
+def _limit(chain: Sequence[x509.Certificate], within: Limit | None, late_share: float) -> timedelta | None:
     if within is None or not chain:
+        return None
+    lifetime = first_end(chain) - chain[0].not_valid_before_utc
+    return min(within(lifetime), lifetime * late_share)
+
+
+def _is_due(chain: Sequence[x509.Certificate], now: datetime, limit: timedelta | None) -> bool:
+    if limit is None:
         return False
     end = first_end(chain)
-    lifetime = end - chain[0].not_valid_before_utc
-    return end < now or end - now < min(within, lifetime * late_share)
+    return end < now or end - now < limit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,8 @@ from bridge.cli import components
 from bridge.control_plane import proof
 from bridge.control_plane.probes import State
 from bridge.specs import Component
+from tests.kit.cas import Bridge
+from tests.kit.pki import handmade_pki
 
 
 def finding(state: State, component: Component | None = Component.ETCD) -> proof.Finding:
@@ -36,3 +39,20 @@ def test_a_report_for_people_and_for_programs(capsys: pytest.CaptureFixture[str]
         "state": "current",
         "detail": "c\x1b[31m",
     }
+
+
+def test_restart_does_not_claim_what_nobody_can_know(tmp_path: Path) -> None:
+    """Without static pods, or with a component that does not answer: exit 1 or 7, and never "every component"."""
+    bridge = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge")
+    run = bridge.run("restart")
+    assert (run.returncode, run.stdout) == (1, "")
+    assert "wanted static-pod manifests" in run.stderr
+    manifests = bridge.pki.kubeconfig_dir / "manifests"
+    manifests.mkdir()
+    flags = ["--bind-address=127.0.0.1", "--secure-port=1", f"--kubeconfig={bridge.pki.kubeconfig_dir}/scheduler.conf"]
+    container = {"name": "kube-scheduler", "image": "x/kube-scheduler:v1.37.2", "command": ["kube-scheduler", *flags]}
+    (manifests / "kube-scheduler.yaml").write_text(json.dumps({"spec": {"containers": [container]}}))
+    told = json.loads(bridge.run("restart", "-o", "json").stdout)
+    assert told["exitCode"] in (1, 7)
+    assert "kube-scheduler" in told["unknown"]
+    assert "every component" not in bridge.run("restart").stdout

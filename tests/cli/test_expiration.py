@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from bridge.cli.expiration import as_nagios, as_prometheus, look, table
+from bridge.cli.expiration import as_prometheus, look, table
 from bridge.node import inventory
 from bridge.node.expiry_report import Report, report
 from tests.kit import pki as kit
@@ -23,7 +23,7 @@ from tests.kit.pki import KubeadmPki, Pki, handmade_pki, kubeadm_pki
 NOW = datetime(2026, 11, 25, 12, tzinfo=UTC)
 DAY = timedelta(days=1)
 
-OURS = ("table", "json", "yaml", "prometheus", "nagios")
+OURS = ("table", "json", "yaml", "prometheus")
 
 
 def with_config(pki: Pki) -> KubeadmPki:
@@ -337,7 +337,8 @@ def test_a_ca_that_ends_is_due(tmp_path: Path) -> None:
 
 
 def found_report(pki: Pki, within: timedelta | None = None, now: datetime = NOW) -> Report:
-    return report(inventory.read(pki.pki_dir, pki.kubeconfig_dir), now, within)
+    limit = None if within is None else lambda _: within
+    return report(inventory.read(pki.pki_dir, pki.kubeconfig_dir), now, limit)
 
 
 def test_a_rotating_kubelet_is_due_when_it_is_late(damaged: Pki) -> None:
@@ -364,9 +365,6 @@ def test_an_intermediate_that_ends_is_due(damaged: Pki) -> None:
 
     due = [row for row in found_report(damaged, within=10 * DAY).rows if row.due]
     assert [(row.name, row.seconds_left) for row in due] == [("apiserver", 20 * 86400)]
-    monitored = as_nagios(found_report(damaged, within=10 * DAY), 10 * DAY)
-    assert monitored == ("CERTIFICATES WARNING - apiserver ends in 5d", 1)
-    assert as_nagios(found_report(damaged, now=NOW + 6 * DAY), None) == ("CERTIFICATES CRITICAL - apiserver expired", 2)
     [line] = [
         line for line in ours(damaged, "prometheus", now=NOW).splitlines() if 'after_seconds{name="apiserver"' in line
     ]
@@ -431,43 +429,13 @@ def test_prometheus_labels_are_escaped(node: Pki, tmp_path: Path) -> None:
     assert re.fullmatch(r'((#.*|\w+\{(\w+="([^"\\\n]|\\["\\n])*",?)*\} \d+)\n)*', text)
 
 
-@pytest.mark.parametrize(
-    ("damage", "within", "status", "says"),
-    [
-        pytest.param(None, None, 0, "14 certificates", id="fine"),
-        pytest.param(None, 21 * DAY, 1, "apiserver ends in 20d", id="due"),
-        pytest.param("pki/apiserver.crt", None, 2, "apiserver missing", id="missing"),
-        pytest.param("super-admin.conf", None, 0, "13 certificates", id="missing, as it may be"),
-    ],
-)
-def test_nagios(damaged: Pki, damage: str | None, within: timedelta | None, status: int, says: str) -> None:
-    """One line and the plugin's status."""
-    (damaged.kubeconfig_dir / "kubelet.conf").unlink()
-    if damage:
-        (damaged.kubeconfig_dir / damage).unlink()
-    text, troubles, code = look(damaged.pki_dir, damaged.kubeconfig_dir, NOW, within, "nagios")
-    assert (code, troubles, text.count("\n")) == (status, [], 1)
-    assert says in text
-    assert text.startswith(f"CERTIFICATES {('OK', 'WARNING', 'CRITICAL')[status]} - ")
-
-
-def test_nagios_is_critical_about_what_has_ended_or_is_broken(damaged: Pki) -> None:
-    """Both are named, without a limit being asked for."""
-    assert as_nagios(found_report(damaged), None)[1] == 0
-    (damaged.pki_dir / "apiserver.crt").write_text("")
-    line, status = as_nagios(found_report(damaged, now=NOW + 21 * DAY), None)
-    assert status == 2
-    assert "apiserver broken" in line
-    assert "etcd-peer expired" in line
-
-
 def test_every_format_takes_every_state(damaged: Pki) -> None:
     """Nothing that can be wrong keeps a format from being written."""
     for path in [*damaged.pki_dir.rglob("*.crt"), *damaged.kubeconfig_dir.glob("*.conf")]:
         path.write_text("nothing")
     for output in OURS:
         text, troubles, code = look(damaged.pki_dir, damaged.kubeconfig_dir, NOW, 30 * DAY, output)
-        assert (bool(text), len(troubles), code) == (True, 15, 2 if output == "nagios" else 1)
+        assert (bool(text), len(troubles), code) == (True, 15, 1)
     assert table(found_report(damaged)).count("!INVALID!") == 15
 
 

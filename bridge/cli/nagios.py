@@ -1,0 +1,107 @@
+"""
+`check-expiration -o nagios`: a line for people, performance data, and a status.
+
+https://nagios-plugins.org/doc/guidelines.html (status codes, thresholds and performance data)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
+
+from bridge.node import inventory
+from bridge.node.expiry_report import Limit, Report, Row, report
+from bridge.pki.expiry import residual
+from bridge.settings.tables import Settings
+
+if TYPE_CHECKING:
+    from bridge.renewal.gate import Failures
+
+_WORDS = ("OK", "WARNING", "CRITICAL")
+#: What is still not renewed with this share of `renewal.before` left was passed over by many nights.
+_CRITICAL_SHARE = 1 / 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How long before its end a certificate is worth a status."""
+
+    warning: Limit
+    critical: Limit
+
+    @classmethod
+    def of(cls, settings: Settings, warning: timedelta | None, critical: timedelta | None) -> Limits:
+        """As asked for, or else when `renew` would renew it, and a third of that."""
+
+        def by_settings(lifetime: timedelta) -> timedelta:
+            return settings.renewal.before.of(min(lifetime, settings.renewal.validity))
+
+        def early(lifetime: timedelta) -> timedelta:
+            return by_settings(lifetime) if warning is None else warning
+
+        def late(lifetime: timedelta) -> timedelta:
+            return early(lifetime) * _CRITICAL_SHARE if critical is None else critical
+
+        return cls(warning=early, critical=late)
+
+
+def check(
+    settings: Settings, now: datetime, limits: Limits, failures: Mapping[str, Failures] | None
+) -> tuple[str, list[str], int]:
+    """
+    Look at a node.
+
+    Args:
+        settings: Where the node's files are.
+        now: Aware, UTC.
+        limits: Of its certificates.
+        failures: Runs that failed, by CA; None: that can't be seen by this user.
+
+    Returns:
+        The line, lines for standard error, and the plugin's status.
+    """
+    node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
+    early, late = report(node, now, limits.warning), report(node, now, limits.critical)
+    critical, warning = _critical(late), _warning(early, late, failures)
+    status = 2 if critical or early.troubles else 1 if warning else 0
+    what = ", ".join([*critical, *warning]) or _good(early)
+    unseen = "" if failures is not None else " (failed runs are for root to see)"
+    data = " ".join(_performance(one, other) for one, other in zip(early.rows, late.rows, strict=True) if one.chain)
+    return f"CERTIFICATES {_WORDS[status]} - {what}{unseen}{' | ' if data else ''}{data}", list(early.troubles), status
+
+
+def _critical(late: Report) -> list[str]:
+    rows = [row for row in late.rows if not (row.state == "missing" and row.optional)]
+    return [
+        *(f"{row.name} expired" for row in rows if row.expired),
+        *(f"{row.name} {row.state}" for row in rows if row.state != "present"),
+        *(_ends(row) for row in rows if row.due and not row.expired),
+    ]
+
+
+def _warning(early: Report, late: Report, failures: Mapping[str, Failures] | None) -> list[str]:
+    told = {row.name for row in late.rows if row.due}
+    return [
+        *(_ends(row) for row in early.rows if row.due and row.name not in told),
+        *(f"{name}: {found}" for name, found in (failures or {}).items()),
+    ]
+
+
+def _ends(row: Row) -> str:
+    return f"{row.name} ends in {residual(row.chain_seconds_left or 0)}"
+
+
+def _good(found: Report) -> str:
+    left: Sequence[Row] = [row for row in found.rows if row.chain_seconds_left is not None]
+    if not left:
+        return "no certificates"
+    first = min(left, key=lambda row: row.chain_seconds_left or 0)
+    return f"{len(left)} certificates, {first.name} ends first, in {residual(first.chain_seconds_left or 0)}"
+
+
+def _performance(early: Row, late: Row) -> str:
+    """Seconds left; below a threshold it alerts, which is a range that ends in a colon."""
+    limits = ";".join("" if row.limit is None else f"{int(row.limit.total_seconds())}:" for row in (early, late))
+    return f"'{early.name}'={early.chain_seconds_left}s;{limits}"

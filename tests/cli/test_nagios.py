@@ -1,0 +1,131 @@
+"""What a monitor is told: thresholds from the settings or from options, performance data, and failed runs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from bridge.cli import nagios
+from bridge.renewal.gate import Failures
+from bridge.settings.load import overridden, parse
+from tests.kit.cas import Bridge, add_openssl
+from tests.kit.pki import Pki, handmade_pki
+
+DAY = timedelta(days=1)
+NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Pki:
+    """One whose certificates end in 20 days, without a kubelet.conf."""
+    pki = handmade_pki(tmp_path / "node", now=NOW - 345 * DAY, not_after=NOW + 20 * DAY)
+    (pki.kubeconfig_dir / "kubelet.conf").unlink()
+    return pki
+
+
+def check(
+    node: Pki,
+    text: str = "",
+    warning: timedelta | None = None,
+    critical: timedelta | None = None,
+    now: datetime = NOW,
+    failures: Mapping[str, Failures] | None = None,
+) -> tuple[str, int]:
+    """The words before the performance data, and the status."""
+    settings = overridden(parse(text), node.pki_dir, node.kubeconfig_dir, node.root / "state")
+    limits = nagios.Limits.of(settings, warning, critical)
+    line, _, status = nagios.check(settings, now, limits, failures if failures is not None else {})
+    return line.partition(" | ")[0], status
+
+
+@pytest.mark.parametrize(("days_left", "status"), [(40, 0), (31, 0), (29, 1), (11, 1), (9, 2), (1, 2), (-1, 2)])
+def test_the_settings_say_when_it_is_late(node: Pki, days_left: int, status: int) -> None:
+    """Without any option: a warning where `renew` would renew, critical with a third of that left."""
+    assert check(node, now=NOW + (20 - days_left) * DAY)[1] == status
+    assert check(node, '[renewal]\nbefore = "33%"\nvalidity = "90d"', now=NOW + (20 - days_left) * DAY)[1] == status
+
+
+@pytest.mark.parametrize(
+    ("warning", "critical", "status"), [(15, None, 0), (21, None, 1), (70, None, 2), (21, 1, 1), (None, 21, 2)]
+)
+def test_options_count_more(node: Pki, warning: int | None, critical: int | None, status: int) -> None:
+    """-w and -c, and a third of -w where -c is not given."""
+    early, late = (None if days is None else days * DAY for days in (warning, critical))
+    assert check(node, "", early, late)[1] == status
+
+
+@pytest.mark.parametrize(
+    ("damage", "status", "says"),
+    [
+        pytest.param(None, 0, "14 certificates, ", id="fine"),
+        pytest.param("pki/apiserver.crt", 2, "apiserver missing", id="missing"),
+        pytest.param("super-admin.conf", 0, "13 certificates, ", id="missing, as it may be"),
+    ],
+)
+def test_what_is_missing(node: Pki, damage: str | None, status: int, says: str) -> None:
+    """One line and the plugin's status."""
+    if damage:
+        (node.kubeconfig_dir / damage).unlink()
+    text, found = check(node, "", DAY)
+    assert (found, says in text, text.count("\n")) == (status, True, 0)
+    assert text.startswith(f"CERTIFICATES {('OK', 'WARNING', 'CRITICAL')[status]} - ")
+
+
+def test_what_has_ended_or_is_broken_is_named(node: Pki) -> None:
+    """Both, and an intermediate that ends counts as its leaf."""
+    (node.pki_dir / "apiserver.crt").write_text("")
+    text, status = check(node, now=NOW + 21 * DAY)
+    assert (status, "apiserver broken" in text, "etcd-peer expired" in text) == (2, True, True)
+    short = handmade_pki(node.root / "short", now=NOW, not_after=NOW + 5 * DAY)
+    path = node.pki_dir / "etcd/peer.crt"
+    path.write_bytes(path.read_bytes() + (short.pki_dir / "apiserver.crt").read_bytes())
+    (node.pki_dir / "apiserver.crt").write_bytes((short.pki_dir / "apiserver.crt").read_bytes())
+    assert "etcd-peer ends in 5d" in check(node, "", 10 * DAY, DAY)[0]
+
+
+def test_performance_data_can_be_drawn(node: Pki) -> None:
+    """Seconds left of each, with both limits as ranges that alert below them."""
+    settings = overridden(parse(""), node.pki_dir, node.kubeconfig_dir, node.root / "state")
+    line, _, _ = nagios.check(settings, NOW, nagios.Limits.of(settings, None, None), {})
+    values = line.partition(" | ")[2].split(" ")
+    assert f"'apiserver'={20 * 86400}s;{30 * 86400}:;{10 * 86400}:" in values
+    assert len(values) == 14
+    assert all(re.fullmatch(r"'[a-z.-]+'=-?\d+s;\d+:;\d+:", value) for value in values)
+
+
+def test_failed_runs_are_a_warning(tmp_path: Path) -> None:
+    """By the program itself: also while no certificate is near its end; and in Prometheus' format, with zeros."""
+    bridge = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge")
+    for authority in ("ca", "etcd-ca", "front-proxy-ca"):
+        add_openssl(bridge, authority)
+    good = bridge.run("check-expiration", "-o", "nagios")
+    assert (good.returncode, good.stdout[:17]) == (0, "CERTIFICATES OK -")
+    key = bridge.directory / "desk/etcd-ca/ca.key"
+    key.rename(key.with_suffix(".away"))
+    assert bridge.run("renew", "etcd-peer").returncode == 5
+    late = bridge.run("check-expiration", "-o", "nagios")
+    assert late.returncode == 1
+    assert late.stdout.startswith("CERTIFICATES WARNING - etcd-ca: 1 run has failed since ")
+    metrics = bridge.run("check-expiration", "-o", "prometheus").stdout
+    assert 'ca_bridge_failed_runs{authority="etcd-ca"} 1' in metrics
+    assert 'ca_bridge_failed_runs{authority="ca"} 0' in metrics
+
+
+def test_who_may_not_see_failed_runs_says_so(node: Pki) -> None:
+    """A monitor without root still sees the certificates, and is told what it does not see."""
+    settings = overridden(parse(""), node.pki_dir, node.kubeconfig_dir, node.root / "state")
+    line, _, status = nagios.check(settings, NOW, nagios.Limits.of(settings, DAY, None), None)
+    assert (status, "failed runs are for root to see" in line) == (0, True)
+
+
+@pytest.mark.parametrize("arguments", [("-w", "3d"), ("-c", "3d", "-o", "json")])
+def test_thresholds_are_for_nagios_alone(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """Elsewhere they would be silently of no use."""
+    bridge = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge")
+    run: subprocess.CompletedProcess[str] = bridge.run("check-expiration", *arguments)
+    assert (run.returncode, "-o nagios" in run.stderr) == (2, True)
