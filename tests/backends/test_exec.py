@@ -40,6 +40,7 @@ CA = TestCA.make()
 SIGNER = Signer(certificate=CA.certificate, key=CA.key)
 LIVE = CA.leaf(SPECS["apiserver"])
 REQUEST = sign_request(LIVE, SPECS["apiserver"], "ecdsa-p256", timedelta(days=365))
+PAGE = Path(__file__).parents[2] / "docs/exec.md"
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user; run the tests as root")
 CERTMONGER = pytest.mark.skipif(
     exec_programs.helper("local-submit") is None, reason="install the Debian package certmonger"
@@ -773,6 +774,47 @@ def test_a_hostile_answer_moves_nothing(one: Bridge, what: str) -> None:
     run = one.run("renew", "front-proxy-client")
     assert run.returncode == 0, run.stderr
     assert live_certificates(one.pki)["front-proxy-client"] != before["front-proxy-client"]
+
+
+def examples(language: str) -> list[str]:
+    """Code in the page for operators."""
+    return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_pages_worked_example_works(one: Bridge) -> None:
+    """As it is printed, but for the CA's directory: the suite passes, and a renewal."""
+    script = Path(one.directory.parent, "ca/site-ca")
+    [text] = [text for text in examples("sh") if text.startswith("#!/bin/sh")]
+    script.write_text(text.replace("/srv/ca", str(script.parent)))
+    for arguments in (("backend", "test", "front-proxy-ca"), ("renew", "front-proxy-client")):
+        run = one.run(*arguments)
+        assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_the_pages_person_answers_later(one: Bridge, tmp_path: Path) -> None:
+    """As it is printed, but for the desk's directory: a ticket, and its answer a run later."""
+    script, desk = Path(one.directory.parent, "ca/site-ca"), tmp_path / "desk"
+    signs = program(tmp_path / "signs", script.read_text())
+    desk.mkdir()
+    [text] = [text for text in examples("sh") if "the PKI team" in text]
+    script.write_text(f"#!/bin/sh\n{text.replace('/srv/desk', str(desk))}")
+    run = one.run("renew", "front-proxy-client")
+    assert (run.returncode, "waits for the PKI team" in run.stdout) == (4, True)
+    [ticket] = desk.glob("*.csr")
+    asked = {"CERTMONGER_OPERATION": "SUBMIT", "CERTMONGER_CSR": ticket.read_text()}
+    asked |= {"CA_BRIDGE_EKUS": "clientAuth", "CA_BRIDGE_DAYS": "90", "PATH": ENVIRONMENT["PATH"]}
+    answer = subprocess.run([signs], env=asked, capture_output=True, check=True).stdout
+    ticket.with_suffix(".crt").write_bytes(answer)
+    assert one.run("renew", "front-proxy-client").returncode == 0
+
+
+def test_the_page_has_every_key_and_variable(tmp_path: Path) -> None:
+    """What the settings take, and what a program is told."""
+    text = PAGE.read_text(encoding="utf-8")
+    for key in set(vars(ExecSettings(command=("/bin/x",)))) - {"node", "profiles"}:
+        assert f"| `{key}` |" in text
+    for name in told(tmp_path, REQUEST, node="cp-1"):
+        assert name in text or f"`_{name.removeprefix('CERTMONGER_REQ_')}`" in text
 
 
 def test_the_signature_of_another_ca_moves_nothing(one: Bridge, tmp_path: Path) -> None:
