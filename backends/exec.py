@@ -52,8 +52,8 @@ _OURS = re.compile(
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 #: Names of variables that hold a secret, and not the place of one.
 _SECRET = re.compile(r"(?:PASSW|PASSPHRASE|SECRET|TOKEN)(?!\w*_(?:FILE|PATH|DIR|URL|URI|ARN)$)", re.IGNORECASE)
-#: What is never given to a helper, though certmonger may: they need the node's private key, or a Kerberos principal.
-NEVER_GIVEN = frozenset(
+#: What certmonger may give, and we have nothing to make it from: it takes the node's private key, or a Kerberos principal.
+NOT_OURS_TO_GIVE = frozenset(
     {"CERTMONGER_REQ_PRINCIPAL", "CERTMONGER_SPKAC", "CERTMONGER_PKCSREQ", "CERTMONGER_PKCSREQ_REKEY"}
     | {"CERTMONGER_GETCERTINITIAL", "CERTMONGER_GETCERTINITIAL_REKEY", "CERTMONGER_SCEP_RA_CERTIFICATE"}
 )
@@ -175,7 +175,7 @@ class ExecBackend:
         self._told("IDENTIFY", authority)
         profiles = self._told("GET-SUPPORTED-TEMPLATES", authority, silent=_TELLS_NOT)
         needed = self._told("GET-NEW-REQUEST-REQUIREMENTS", authority, silent=_TELLS_NOT)
-        lacking = sorted(NEVER_GIVEN & set(exec_answer.names(needed or b"")) - self._settings.environment.keys())
+        lacking = sorted(NOT_OURS_TO_GIVE & set(exec_answer.names(needed or b"")) - self._settings.environment.keys())
         found = {
             spec.name: [
                 *_profile_violations(self._profile(spec), exec_answer.names(profiles or b"")),
@@ -197,10 +197,10 @@ class ExecBackend:
             BackendUnavailableError: It could not reach its CA, or did not end in time.
         """
         printed = self._told("FETCH-ROOTS", {}, silent=_TELLS_NOT)
-        if printed is None:
+        if not (printed or b"").strip():
             return []
         try:
-            found = exec_answer.certificates(printed)
+            found = exec_answer.certificates(printed or b"")
         except ValueError as e:
             raise self._refused(f"FETCH-ROOTS: wanted the CA's certificates, found {e}") from e
         # roots come first in this operation, and the one that signs is wanted first

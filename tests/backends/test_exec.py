@@ -619,6 +619,7 @@ def test_what_need_not_be_told_may_be_refused(tmp_path: Path) -> None:
     refuses = asked_before(tmp_path, GET_SUPPORTED_TEMPLATES="exit 2", FETCH_ROOTS="exit 2")
     assert refuses.check(SERVERS) == {}
     assert refuses.issuers() == []
+    assert asked_before(tmp_path, FETCH_ROOTS="echo").issuers() == []
     down = asked_before(tmp_path, GET_SUPPORTED_TEMPLATES="exit 3", FETCH_ROOTS="exit 3")
     with pytest.raises(BackendUnavailableError):
         down.check(SERVERS)
