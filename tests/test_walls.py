@@ -265,7 +265,7 @@ def test_rules_do_no_io_and_read_no_clock(module: str) -> None:
     assert sorted(pure_wall(sources()[module], module)) == []
 
 
-@pytest.mark.parametrize("module", [one for one in modules("bridge") if one != "bridge.signing.desk_files"])
+@pytest.mark.parametrize("module", modules("bridge"))
 def test_one_place_prints(module: str) -> None:
     """What a message on standard output looks like is decided in one place; rooms return what they found."""
     assert sorted(printing_wall(sources()[module], module)) == []

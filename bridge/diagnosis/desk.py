@@ -16,7 +16,7 @@ from bridge.pki import verify
 from bridge.pki.certificates import load_pem_certificates
 from bridge.settings.load import DEFAULT_FILE
 from bridge.settings.tables import Settings
-from bridge.signing import desk_policy, registry
+from bridge.signing import desk_files, registry
 from bridge.signing.desk_policy import Policy
 from bridge.specs import AUTHORITIES, SPECS
 from bridge.system.safe_read import UnreadableError, read
@@ -24,7 +24,7 @@ from bridge.system.safe_read import UnreadableError, read
 
 def policy_file(settings: Settings) -> Path:
     """Where a desk's policy is, if this is one; as `sign` looks for it."""
-    return (settings.source.file or DEFAULT_FILE).with_name("desk-policy.toml")
+    return (settings.source.file or DEFAULT_FILE).with_name(desk_files.POLICY_NAME)
 
 
 def look(settings: Settings, now: datetime) -> Iterator[Finding]:
@@ -32,14 +32,13 @@ def look(settings: Settings, now: datetime) -> Iterator[Finding]:
     file = policy_file(settings)
     policy = None
     try:
-        policy = desk_policy.parse((read(file) or b"").decode(), file)
+        policy = desk_files.load_policy(settings, None)
         yield Finding(level="ok", check="desk-policy", about=str(file), text="nothing wrong")
     except SettingsError as e:
         for problem in e.problems:
             yield Finding(level="error", check="desk-policy", about=str(file), text=str(problem), hint=e.hint)
-    except (UnreadableError, ValueError) as e:
-        yield Finding(level="error", check="desk-policy", about=str(file), text=f"wanted the desk's policy, found: {e}")
-    yield from installed.open_directories([file.parent])
+    archive = policy.desk.archive if policy is not None else None
+    yield from installed.open_directories([file.parent, *([archive] if archive is not None else [])])
     yield from machine.room(settings, node=False)
     yield from machine.state_directory(settings.node.state_dir)
     yield from machine.lock(settings.node.state_dir, now)

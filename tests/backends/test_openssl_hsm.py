@@ -24,6 +24,7 @@ from bridge.specs import AUTHORITIES, SPECS, CertificateSpec
 from bridge.testing import BackendConformance, TestCA, sign_request, tampered
 from tests.kit import softhsm
 from tests.kit.cas import Bridge
+from tests.kit.desks import POLICY
 from tests.kit.opensslca import make_ca_directory, program
 from tests.kit.pki import handmade_pki
 from tests.kit.softhsm import PIN, Method, Token
@@ -407,7 +408,13 @@ def test_renews_a_node_through_a_token(method: Method, tmp_path: Path) -> None:
     assert PIN not in run.stdout + run.stderr
     doctor = bridge.run("doctor")
     assert doctor.returncode == 0, doctor.stdout
+    (bridge.directory / "desk-policy.toml").write_text(POLICY)
+    at_a_desk = ("doctor", "--pki-dir", str(tmp_path / "none"), "--kubeconfig-dir", str(tmp_path / "none"))
+    desk = bridge.run(*at_a_desk)
+    assert (desk.returncode, "answers, and is the right CA" in desk.stdout) == (0, True), desk.stdout
     Path(table.pin.where).write_text("9999-wrong\n")
+    locked = bridge.run(*at_a_desk)
+    assert (locked.returncode, "failed login" in locked.stdout) == (1, True), locked.stdout
     refused = bridge.run("renew", "all")
     assert refused.returncode == 5
     assert "failed login" in refused.stderr
