@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 import tomllib
@@ -134,12 +135,84 @@ def test_the_exit_codes_in_the_readme_are_the_programs() -> None:
     assert f"the first of {order} counts" in README.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("path", ["README.md", "CHANGELOG.md", "tests/README.md"])
+@pytest.mark.parametrize("path", ["README.md", "CHANGELOG.md", "tests/README.md", "docs/security.md"])
 def test_one_sentence_a_line(path: str) -> None:
     """As prose is written here, so that a change is seen sentence by sentence."""
     text = re.sub(r"```.*?```", "", (ROOT / path).read_text(encoding="utf-8"), flags=re.DOTALL)
     prose = [line for line in text.splitlines() if not line.startswith(("|", "- ", "#", "<"))]
     assert not [line for line in prose if re.search(r"[a-z]\. [A-Z]", line)]
+
+
+DOCUMENTS = sorted([ROOT / "CONTRIBUTING.md", README, ROOT / "tests/README.md", *(ROOT / "docs").glob("*.md")])
+
+
+def names_in(path: Path) -> set[str]:
+    """A file's tests, as pytest names them: `test_…`, and `Test…::test_…`."""
+
+    def found(body: list[ast.stmt], within: str) -> Iterator[str]:
+        for one in body:
+            if isinstance(one, ast.ClassDef):
+                yield from found(one.body, f"{within}{one.name}::")
+            elif isinstance(one, ast.FunctionDef) and one.name.startswith("test"):
+                yield f"{within}{one.name}"
+
+    return set(found(ast.parse(path.read_text(encoding="utf-8")).body, ""))
+
+
+def named_in_vain(text: str) -> set[str]:
+    """What a document names of `tests/….py::…` and is not there."""
+    named = set(re.findall(r"`(tests/[\w/]+\.py)::([\w:]+)`", text))
+    return {
+        f"{path}::{test}" for path, test in named if not (ROOT / path).is_file() or test not in names_in(ROOT / path)
+    }
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name if path.parent != ROOT else f"/{path.name}")
+def test_each_test_that_a_document_names_exists(path: Path) -> None:
+    """A sentence about security is worth as much as the test that shows it."""
+    assert named_in_vain(path.read_text(encoding="utf-8")) == set()
+
+
+def test_a_test_that_is_not_there_is_found() -> None:
+    """By its file, its class or its own name; the security model names many that are there."""
+    for gone in ("tests/gone.py::test_x", "tests/test_docs.py::test_gone", "tests/test_docs.py::TestGone::test_x"):
+        assert named_in_vain(f"shown by `{gone}`, once") == {gone}
+    assert (ROOT / "docs/security.md").read_text(encoding="utf-8").count(".py::test_") > 40
+
+
+def links_in(text: str) -> set[tuple[str, str]]:
+    """Path and anchor of each link that leads to a file of the project."""
+    return {(path, anchor) for path, anchor in re.findall(r"\]\(([^)#:]*)#?([^):]*)\)", text) if path or anchor}
+
+
+def anchors_of(text: str) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(path: Path, text: str) -> set[tuple[str, str]]:
+    """Those that lead to no file, or to no heading of it."""
+
+    def leads(target: str, anchor: str) -> bool:
+        file = path.parent / target if target else path
+        here = text if not target else file.read_text(encoding="utf-8") if file.is_file() else ""
+        return file.exists() and (not anchor or anchor in anchors_of(here))
+
+    return {(target, anchor) for target, anchor in links_in(text) if not leads(target, anchor)}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name if path.parent != ROOT else f"/{path.name}")
+def test_links_lead_somewhere(path: Path) -> None:
+    """To a file of the project, and to a heading in it; a twin leads nowhere."""
+    assert broken_links(path, path.read_text(encoding="utf-8")) == set()
+    assert broken_links(path, "# A\n[x](#b), [y](gone.md), [z](#a)") == {("", "b"), ("gone.md", "")}
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    """A page that nobody finds is not there."""
+    linked = {target for target, _ in links_in(README.read_text(encoding="utf-8"))}
+    assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} <= linked
 
 
 def main() -> None:
