@@ -86,7 +86,7 @@ class CertificateSpec:
     optional: bool = False  #: A healthy node may be without it.
     listed: bool = True  #: kubeadm lists and renews it.
     by_node: bool = False  #: Its subject or SANs are one node's own; else all nodes' are alike.
-    #: Read again by its component without a restart (measured on 1.37).
+    #: Read again by its component without a restart, from the versions on that `control_plane.restart_plan` knows.
     reloaded: bool = True
 
     @property

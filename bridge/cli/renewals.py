@@ -21,7 +21,6 @@ from bridge.renewal import renew as renewal
 from bridge.renewal.prepare import Prepared, prepare
 from bridge.renewal.prepare import write_csrs as write_csr_files
 from bridge.renewal.selection import Selection, nothing_due, select
-from bridge.renewal.verify_and_install import version_of
 from bridge.settings.tables import Settings
 from bridge.specs import Component
 from bridge.state.install import InstallError
@@ -99,7 +98,9 @@ def plan(settings: Settings, names: Collection[str], now: datetime, *, as_json: 
     node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
     selection = select(node, settings, names, now)
     specs = [item.spec for item in selection.items]
-    components = restart_plan.stale(specs, version_of(node, settings), settings.restart.components)
+    components = restart_plan.stale(
+        specs, restart_plan.reloading(node, settings.node.kubernetes_version), settings.restart.components
+    )
     if as_json:
         say_json(_plan_json(selection, settings, components))
     elif selection.items:

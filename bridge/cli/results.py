@@ -14,7 +14,7 @@ from bridge.pki.certificates import name_text, serial_hex
 from bridge.pki.expiry import minute, residual, rfc3339
 from bridge.renewal.gate import NotYetError
 from bridge.renewal.selection import Selection, nothing_due
-from bridge.renewal.verify_and_install import Result, version_of
+from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Settings
 from bridge.specs import Component
 from bridge.state.outcome import Outcome
@@ -53,7 +53,9 @@ def report(
 def stale(result: Result, node: Node, settings: Settings) -> list[Component]:
     """List what must be restarted to use what was replaced."""
     specs = [item.spec for item in node.items if item.spec.name in {o.name for o in result.renewed}]
-    return restart_plan.stale(specs, version_of(node, settings), settings.restart.components)
+    return restart_plan.stale(
+        specs, restart_plan.reloading(node, settings.node.kubernetes_version), settings.restart.components
+    )
 
 
 def _print_result(result: Result, node: Node, settings: Settings, now: datetime) -> None:

@@ -32,7 +32,7 @@ from bridge.control_plane.probes import (
     leaf,
     words,
 )
-from bridge.control_plane.restart_plan import FIRST_MEASURED, KUBELET_COPY
+from bridge.control_plane.restart_plan import KUBELET_COPY, reloading
 from bridge.node import ages, endpoints, kubeconfig, manifests, processes
 from bridge.node.ages import contents
 from bridge.node.endpoints import Flags, Place, Server
@@ -83,11 +83,9 @@ class Look:
         return next((state.path for state in self.node.authorities if state.authority == authority), None)
 
     @property
-    def reloads(self) -> bool:
-        """Whether it is known what components of this version read again by themselves."""
-        wanted = self.settings.node.kubernetes_version
-        version = self.node.kubernetes_version if wanted is None else (wanted.major, wanted.minor)
-        return version is not None and version >= FIRST_MEASURED
+    def reloads(self) -> frozenset[Component]:
+        """Those that are known to read their certificates again by themselves."""
+        return reloading(self.node, self.settings.node.kubernetes_version)
 
 
 def of(look: Look) -> Iterator[Check]:
@@ -145,7 +143,7 @@ def _read_at_connections(look: Look, component: Component, path: Path) -> Verdic
     age = ages.compare(component, path, look.machine.proc)
     if age.older is False:
         return Verdict("current", age.detail)
-    if look.reloads:
+    if component in look.reloads:
         return Verdict("next-connection", age.detail)
     if age.older is None:
         return Verdict("unknown", age.detail)

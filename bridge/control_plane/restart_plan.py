@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from bridge.node.inventory import Node
 from bridge.node.manifests import COMPONENTS
-from bridge.settings.tables import Components
+from bridge.settings.tables import Components, Version
 from bridge.specs import CertificateSpec, Component
 
-#: From here on it was measured what reloads by itself (kubeadm nodes with running components); an older component is
-#: taken to need a restart, as kubeadm's documentation says for every version.
-FIRST_MEASURED = (1, 37)
+#: From these versions on a component was seen to read its certificates again by itself, past the end of the old ones
+#: (kubeadm nodes of 1.34.4 with etcd 3.6 and 1.37.2 with etcd 3.7); an older one is taken to need a restart, as
+#: kubeadm's documentation says for every version.
+FIRST_RELOADING = {Component.ETCD: (3, 6), Component.APISERVER: (1, 34)}
 
 #: Where a kubelet with `rotateCertificates` keeps the pair that it found in kubelet.conf at its first start
 #: (client-go's certificate store; measured on 1.37 with an external CA).
@@ -21,20 +23,37 @@ KUBELET_COPY = Path("/var/lib/kubelet/pki/kubelet-client-current.pem")
 ORDER = (*COMPONENTS, Component.KUBELET)
 
 
+def reloading(node: Node, setting: Version | None) -> frozenset[Component]:
+    """
+    The components that are known to read their certificates again, each by its own version.
+
+    An upgrade replaces them one by one, and kubeadm before all of them.
+
+    Args:
+        node: Its manifests' image tags tell the versions; a component without such a tag is not among them.
+        setting: `node.kubernetes_version`: counts more than the API server's tag, and says nothing of etcd.
+    """
+    versions = {component: manifest.version for component, manifest in node.manifests.items()}
+    if setting is not None:
+        versions[Component.APISERVER] = (setting.major, setting.minor)
+    known = {component: version for component, version in versions.items() if version is not None}
+    return frozenset(one for one, first in FIRST_RELOADING.items() if one in known and known[one] >= first)
+
+
 def stale(
-    renewed: Iterable[CertificateSpec], version: tuple[int, int] | None, components: Components
+    renewed: Iterable[CertificateSpec], reloads: Collection[Component], components: Components
 ) -> list[Component]:
     """
     The components to restart, in order.
 
     Args:
         renewed: What was installed.
-        version: Kubernetes' on this node; None: unknown.
+        reloads: As `reloading` tells.
         components: "needed": those that go on using an old certificate; "all": every user of a new one; of them only
             those that are listed, if any are.
     """
-    reloads = components.which == "needed" and version is not None and version >= FIRST_MEASURED
-    users = {spec.component for spec in renewed if spec.component is not None and not (reloads and spec.reloaded)}
+    trusted = reloads if components.which == "needed" else ()
+    users = {spec.component for spec in renewed if not (spec.reloaded and spec.component in trusted)}
     return [component for component in ORDER if component in users and component in (components.listed or ORDER)]
 
 

@@ -18,7 +18,6 @@ from bridge.node.yamltree import Node as Tree
 from bridge.node.yamltree import YamlError, document
 from bridge.pki.certificates import load_pem_certificates
 from bridge.renewal import hooks
-from bridge.renewal.verify_and_install import version_of
 from bridge.settings.tables import Settings
 from bridge.specs import Component
 from bridge.state.store import Store
@@ -196,7 +195,9 @@ def _restarts(node: Node, settings: Settings) -> Iterator[Finding]:
     if restart.method == "none":
         return
     specs = [item.spec for item in node.items if item.managed and item.state == "present"]
-    for component in restart_plan.stale(specs, version_of(node, settings), restart.components):
+    for component in restart_plan.stale(
+        specs, restart_plan.reloading(node, settings.node.kubernetes_version), restart.components
+    ):
         key, words = f"restart.commands.{component.value}", restart.command(component)
         error = restarts.obstacle(component, node, settings)
         if error is not None:

@@ -25,7 +25,6 @@ from bridge.node.inventory import Item, Node
 from bridge.pki.certificates import serial_hex
 from bridge.renewal.hooks import Occasion
 from bridge.renewal.ruling import Meaning, Ruling, meaning, rule
-from bridge.renewal.verify_and_install import version_of
 from bridge.settings.tables import Components
 from bridge.specs import SPECS, Component
 from bridge.state import backup_check, backups, rollback
@@ -180,9 +179,8 @@ def _left_to_people(run: Run, node: Node, owed: _Owed) -> Settled:
     """The settings are others now: what was still to be done is said once."""
     unproven_file(run.store).remove()
     live = owed.live_on(node)
-    users = restart_plan.stale(
-        [SPECS[name] for name in live.names], version_of(node, run.settings), Components("needed")
-    )
+    reloads = restart_plan.reloading(node, run.settings.node.kubernetes_version)
+    users = restart_plan.stale([SPECS[name] for name in live.names], reloads, Components("needed"))
     components = [c for c in restart_plan.ORDER if c in users or c in owed.to_restart]
     if not components and not (owed.going_back and live.certificates):
         return Settled()
@@ -324,12 +322,13 @@ def _restart(run: Run, node: Node, owed: _Owed) -> list[Restarted]:
     What an earlier run has installed is not restarted for once more: of its users those that proof shows, and where
     there is none, those that were not restarted since.
     """
-    wanted, version = run.settings.restart.components, version_of(node, run.settings)
+    wanted = run.settings.restart.components
+    reloads = restart_plan.reloading(node, run.settings.node.kubernetes_version)
     ours = [SPECS[one.name] for one in owed.certificates if one.newest_run == run.record.run_id]
     others = [SPECS[one.name] for one in owed.certificates if one.newest_run != run.record.run_id]
     new, old = (
-        restart_plan.stale(ours, version, wanted),
-        {*restart_plan.stale(others, version, wanted), *owed.to_restart},
+        restart_plan.stale(ours, reloads, wanted),
+        {*restart_plan.stale(others, reloads, wanted), *owed.to_restart},
     )
     stale: list[Component] = []
     if node.manifests and (old or (new and wanted.which == "needed")):

@@ -9,7 +9,6 @@ from bridge.control_plane import restart_plan, restarts
 from bridge.errors import BridgeError, Exit
 from bridge.node.inventory import Item, Node
 from bridge.renewal.selection import outcome_of
-from bridge.renewal.verify_and_install import version_of
 from bridge.settings.tables import Settings
 from bridge.state.outcome import Outcome
 from bridge.system.room import Room, rooms
@@ -68,14 +67,14 @@ def without_restart(node: Node, settings: Settings, items: Sequence[Item]) -> li
     """
     if settings.restart.method == "none":
         return []
-    version = version_of(node, settings)
-    users = restart_plan.stale([item.spec for item in items], version, settings.restart.components)
+    reloads = restart_plan.reloading(node, settings.node.kubernetes_version)
+    users = restart_plan.stale([item.spec for item in items], reloads, settings.restart.components)
     obstacles = {c: _no_way(e) for c in users if (e := restarts.obstacle(c, node, settings)) is not None}
     return [
         outcome_of(item, obstacles[component])
         for item in items
         if (component := item.spec.component) in obstacles
-        and component in restart_plan.stale([item.spec], version, settings.restart.components)
+        and component in restart_plan.stale([item.spec], reloads, settings.restart.components)
     ]
 
 

@@ -300,9 +300,10 @@ def test_a_front_proxy_is_taken_for_the_user_that_it_names(
     [
         ("v1.37.2", None, "next-connection"),
         ("v1.38.0", None, "next-connection"),
-        ("v1.36.3", None, "unknown"),
+        ("v1.34.0", None, "next-connection"),
+        ("v1.33.9", None, "unknown"),
         ("latest", None, "unknown"),
-        ("v1.37.2", Version(1, 36), "unknown"),
+        ("v1.37.2", Version(1, 33), "unknown"),
         ("latest", Version(1, 37), "next-connection"),
     ],
 )

@@ -24,7 +24,7 @@ from bridge.errors import Exit, SettingsError
 from bridge.node import inventory, kubelet, pods
 from bridge.node.inventory import Node
 from bridge.settings.load import parse
-from bridge.settings.tables import Components, Settings
+from bridge.settings.tables import Components, Settings, Version
 from bridge.specs import SPECS, Component
 from bridge.state import audit
 from bridge.state.parked_manifest import RestartError
@@ -119,7 +119,7 @@ kind: Pod
 spec:
   containers:
   - name: {name}
-    image: registry.k8s.io/{name}:v1.37.2
+    image: registry.k8s.io/{name}:{tag}
     command:
     - {name}
     - {flags}
@@ -169,7 +169,8 @@ def plane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plane]:
     with contextlib.ExitStack() as stack:
         for component, flags in FLAGS.items():
             port = stack.enter_context(serving(plane, component, None if component is ETCD else tls))
-            text = MANIFEST.format(name=component.value, flags=flags.format(port=port))
+            tag = "3.7.3-0" if component is ETCD else "v1.37.2"
+            text = MANIFEST.format(name=component.value, tag=tag, flags=flags.format(port=port))
             (directory / f"{component.value}.yaml").write_text(text)
         port = stack.enter_context(serving(plane, KUBELET, None))
         config = tmp_path / "kubelet.yaml"
@@ -219,20 +220,57 @@ def test_settings_that_make_no_sense(text: str, key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("components", "version", "wanted"),
+    ("components", "reloads", "wanted"),
     [
-        (Components("needed"), (1, 37), [MANAGER, SCHEDULER, KUBELET]),
-        (Components("needed"), (1, 36), list(restart_plan.ORDER)),
-        (Components("needed"), None, list(restart_plan.ORDER)),
-        (Components("all"), (1, 37), list(restart_plan.ORDER)),
-        (Components("listed", (SCHEDULER, ETCD)), (1, 37), [ETCD, SCHEDULER]),
+        (Components("needed"), {ETCD, APISERVER}, [MANAGER, SCHEDULER, KUBELET]),
+        (Components("needed"), {APISERVER}, [ETCD, MANAGER, SCHEDULER, KUBELET]),
+        (Components("needed"), {ETCD}, [APISERVER, MANAGER, SCHEDULER, KUBELET]),
+        (Components("needed"), set(), list(restart_plan.ORDER)),
+        (Components("all"), {ETCD, APISERVER}, list(restart_plan.ORDER)),
+        (Components("listed", (SCHEDULER, ETCD)), {ETCD, APISERVER}, [ETCD, SCHEDULER]),
     ],
 )
-def test_who_still_runs_on_old_files(
-    components: Components, version: tuple[int, int] | None, wanted: list[Component]
-) -> None:
+def test_who_still_runs_on_old_files(components: Components, reloads: set[Component], wanted: list[Component]) -> None:
     """After a renewal of everything; in the order of restarts."""
-    assert restart_plan.stale(SPECS.values(), version, components) == wanted
+    assert restart_plan.stale(SPECS.values(), reloads, components) == wanted
+
+
+@pytest.mark.parametrize(
+    ("apiserver", "setting", "apiserver_reloads"),
+    [
+        ("v1.33.9", None, False),
+        ("v1.34.0", None, True),
+        ("v1.37.2", None, True),
+        ("v2.0.0", None, True),
+        ("latest", None, False),
+        (None, None, False),
+        ("v1.33.9", Version(1, 34), True),
+        ("v1.37.2", Version(1, 33), False),
+        ("latest", Version(1, 37), True),
+        (None, Version(1, 34), True),
+    ],
+)
+@pytest.mark.parametrize(
+    ("etcd", "etcd_reloads"),
+    [("3.5.24-0", False), ("3.6.5-0", True), ("3.7.3-0", True), ("latest", False), (None, False)],
+)
+def test_each_is_trusted_to_reload_by_its_own_version(
+    tmp_path: Path,
+    apiserver: str | None,
+    setting: Version | None,
+    apiserver_reloads: bool,
+    etcd: str | None,
+    etcd_reloads: bool,
+) -> None:
+    """By its own image's tag, and the API server by the setting first; no other component's version says anything."""
+    manifests = tmp_path / "manifests"
+    manifests.mkdir()
+    for component, tag in ((APISERVER, apiserver), (ETCD, etcd), (MANAGER, "v1.37.2"), (SCHEDULER, "v1.37.2")):
+        if tag is not None:
+            text = MANIFEST.format(name=component.value, tag=tag, flags="--v=2")
+            (manifests / f"{component.value}.yaml").write_text(text)
+    found = restart_plan.reloading(inventory.read(tmp_path / "pki", tmp_path), setting)
+    assert found == {one for one, reloads in ((APISERVER, apiserver_reloads), (ETCD, etcd_reloads)) if reloads}
 
 
 # --- health ----------------------------------------------------------------------------------------------------------
@@ -293,7 +331,7 @@ def test_an_api_server_that_knows_no_strangers_is_asked_with_a_certificate(
 def test_who_is_away_is_not_healthy(plane: Plane) -> None:
     """No connection is an answer, too."""
     manifest = plane.pki.kubeconfig_dir / "manifests/kube-scheduler.yaml"
-    manifest.write_text(MANIFEST.format(name="kube-scheduler", flags="--secure-port=1"))
+    manifest.write_text(MANIFEST.format(name="kube-scheduler", tag="v1.37.2", flags="--secure-port=1"))
     assert "connection refused" in (plane.trouble(SCHEDULER) or "")
 
 

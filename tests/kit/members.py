@@ -219,9 +219,12 @@ def _write_manifests(place: Place, peers: list[str], client_port: int, peer_port
         "election-timeout": 2000,
     }
     apiserver = {"advertise-address": address, "secure-port": api_port}
-    for component, flags in ((Component.ETCD, etcd), (Component.APISERVER, apiserver)):
+    for component, tag, flags in (
+        (Component.ETCD, "3.7.3-0", etcd),
+        (Component.APISERVER, "v1.37.2", apiserver),
+    ):
         command = [component.value, *(f"--{name}={value}" for name, value in flags.items())]
-        container = {"name": component.value, "image": f"{component.value}:v1.37.2", "command": command}
+        container = {"name": component.value, "image": f"{component.value}:{tag}", "command": command}
         path = place.kubeconfig_dir / "manifests" / f"{component.value}.yaml"
         path.parent.mkdir(exist_ok=True)
         path.write_text(yaml.safe_dump({"spec": {"containers": [container]}}))
