@@ -84,7 +84,9 @@ def nothing_to_do(arguments: Sequence[str]) -> str | None:
     except BridgeError:
         return None
     try:
-        is_something_left = store.is_interrupted or any(map(Path.exists, (store.requests, store.hooks, store.unproven)))
+        is_something_left = store.is_interrupted or any(
+            map(Path.exists, (store.requests, store.hooks, store.unproven, store.revocations))
+        )
         is_held = not names and (
             bool(settings.renewal.window or settings.renewal.jitter.most) or store.attempts.exists()
         )

@@ -12,6 +12,7 @@ from bridge.control_plane.restarts import times_file
 from bridge.renewal.activation import unproven_file
 from bridge.renewal.gate import attempts_file
 from bridge.renewal.hooks import hooks_file
+from bridge.renewal.revocation import revocations_file
 from bridge.settings.tables import Settings
 from bridge.state import audit, backups
 from bridge.state.install import journal_file, staging_file
@@ -34,7 +35,7 @@ class SetAside:
 
 def state_files(store: Store) -> list[StateFile[Any]]:
     """All that a damage may stop; the audit log's head is none of them, since the log goes on by itself."""
-    makers = (restart_file, journal_file, staging_file, requests_file, unproven_file, hooks_file)
+    makers = (restart_file, journal_file, staging_file, requests_file, unproven_file, hooks_file, revocations_file)
     return [*(make(store) for make in makers), attempts_file(store), times_file(store)]
 
 

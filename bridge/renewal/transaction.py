@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 
 from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, WaitingError
 from bridge.node.inventory import Node
+from bridge.renewal import revocation
 from bridge.renewal.gate import Attempts
 from bridge.renewal.hooks import HookError, Hooks, NotNowError, Occasion
 from bridge.renewal.readiness import NotReadyError
+from bridge.renewal.revocation import RevocationError
 from bridge.renewal.selection import Selection, outcome_of
 from bridge.renewal.verify_and_install import (
     HeldBackError,
@@ -131,11 +133,12 @@ class Transaction:
 
     def _owe(self, selection: Selection, done: Sequence[Outcome]) -> None:
         """
-        Hooks, restart and proof.
+        Revocation, hooks, restart and proof.
 
         Raises:
             BridgeError: It can't be remembered; nothing must be installed.
         """
+        revocation.owe(self._run, done)
         self._hooks.installing(Occasion.of(selection.items, done))
         if self.restarts and self._run.settings.restart.method != "none":
             from bridge.renewal import activation  # noqa: PLC0415 (see above)
@@ -162,8 +165,12 @@ class Transaction:
 
     def nothing_to_install(self, selection: Selection) -> Result:
         """The result of a run that can do nothing, or has nothing to do."""
-        result = Result(outcomes=selection.failed)
-        return self.conclude(selection, result) if selection.failed else self.with_earlier(result)
+        result = self._with_revocations(Result(outcomes=selection.failed))
+        return (
+            self._told_and_counted(selection, result)
+            if selection.failed or result.errors
+            else self.with_earlier(result)
+        )
 
     def conclude(self, selection: Selection, result: Result) -> Result:
         """
@@ -172,6 +179,16 @@ class Transaction:
         Returns:
             The result with what more there is to say, about earlier runs, too.
         """
+        return self._told_and_counted(selection, self._with_revocations(result))
+
+    def _with_revocations(self, result: Result) -> Result:
+        """What was superseded, by this run or by earlier ones, is revoked when it is time."""
+        if not self._run.store.revocations.exists():
+            return result
+        errors = revocation.settle(self._run, self._run.read_node())
+        return dataclasses.replace(result, errors=(*result.errors, *errors))
+
+    def _told_and_counted(self, selection: Selection, result: Result) -> Result:
         more = self._told_at_the_end(selection, result, result.errors)
         return self.with_earlier(dataclasses.replace(result, errors=(*result.errors, *more)))
 
@@ -214,7 +231,9 @@ class Transaction:
     def _counted(self, selection: Selection, result: Result, errors: Sequence[BridgeError]) -> list[BridgeError]:
         # no CA had a part in those
         of_the_run = [
-            e for e in errors if not isinstance(e, HookError | SettingsError | PostponedError | NotReadyError)
+            e
+            for e in errors
+            if not isinstance(e, HookError | SettingsError | PostponedError | NotReadyError | RevocationError)
         ]
         asked, failed = by_authority(selection, result, of_the_run)
         try:

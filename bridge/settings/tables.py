@@ -68,6 +68,9 @@ class RenewalSettings:
     window: Windows = field(default_factory=Windows)  #: When what is due may be renewed; see `windows.may_act`.
     window_zone: Zone = field(default_factory=Zone)
     jitter: Jitter = field(default_factory=Jitter)  #: See `gate.delay`.
+    #: superseded: what was replaced is revoked, where the CA's backend can; see `bridge.renewal.revocation`.
+    revoke: Literal["never", "superseded"] = "never"
+    revoke_after: timedelta = timedelta(days=1)  #: After the installation; time enough to go back.
 
     def problems(self) -> Iterator[SettingsProblem]:
         """Durations that contradict each other."""

@@ -54,6 +54,8 @@ PENDING, CANCELLED = "pending", "cancelled"
 NEEDS_A_PERSON = "needs-a-person"
 #: The record itself was not as it was left.
 DAMAGED = "damaged"
+#: Its `previousSerialNumber` is the one that was revoked.
+REVOKED = "revoked"
 
 _LONGEST_RESULT = 2000
 _TAIL_BYTES = 1 << 16

@@ -1,0 +1,224 @@
+"""
+Superseded certificates are revoked, where the settings say so: `[renewal] revoke = "superseded"`.
+
+That it is owed is on disk before the new ones are installed, and stays there until it is done: when the new ones are in
+use and proven, and the delay is over. A certificate that is in use again, or has ended, is left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from cryptography import x509
+
+from bridge.contract import Revokes
+from bridge.errors import BackendUnavailableError, BridgeError
+from bridge.node.inventory import Node
+from bridge.pki.certificates import load_pem_certificates, pem, serial_hex
+from bridge.signing import registry
+from bridge.specs import SPECS
+from bridge.state import audit
+from bridge.state.outcome import Outcome
+from bridge.state.session import Run
+from bridge.state.store import Store
+from bridge.system.state_file import OnDamage, StateError, StateFile
+
+
+class RevocationError(BridgeError):
+    """A superseded certificate is not revoked; the exit code is its cause's. What was installed is in use."""
+
+    def __init__(self, message: str, cause: BridgeError, *, hint: str) -> None:
+        super().__init__(message, hint=hint)
+        self.exit_code = cause.exit_code  # type: ignore[misc]  # this one's, where others have their class's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Superseded:
+    """A certificate that is to be revoked."""
+
+    name: str  #: kubeadm's.
+    certificate: x509.Certificate
+    due: datetime  #: Not earlier.
+
+    @property
+    def authority(self) -> str:
+        """Whose it is."""
+        return SPECS[self.name].authority.name
+
+    def __str__(self) -> str:
+        return f"{self.name}, serial {serial_hex(self.certificate)}"
+
+
+def revocations_file(store: Store) -> StateFile[tuple[Superseded, ...]]:
+    """The certificates that are still to be revoked."""
+    return StateFile(
+        path=store.revocations,
+        what="the certificates that are to be revoked",
+        parse=lambda document: tuple(map(_from_json, document["superseded"])),
+        keys=frozenset({"superseded"}),
+        on_damage=OnDamage.SET_ASIDE,
+        afterwards="the audit log has the serial numbers of what was replaced: revoke those at the CA",
+    )
+
+
+def _from_json(entry: Mapping[str, Any]) -> Superseded:
+    [certificate] = load_pem_certificates(str(entry["certificate"]).encode())
+    due = datetime.fromisoformat(entry["due"])
+    if due.tzinfo is None:
+        raise ValueError("not written by this program")
+    return Superseded(name=SPECS[entry["name"]].name, certificate=certificate, due=due)
+
+
+def _save(store: Store, every: Sequence[Superseded]) -> None:
+    file = revocations_file(store)
+    if not every:
+        file.remove()
+        return
+    entries = [{"name": o.name, "certificate": pem(o.certificate).decode(), "due": o.due.isoformat()} for o in every]
+    file.replace({"superseded": entries})
+
+
+# --- before the installation -----------------------------------------------------------------------------------------
+
+
+def owe(run: Run, done: Sequence[Outcome]) -> None:
+    """
+    Remember what is to be revoked, if these are ever installed and in use.
+
+    Raises:
+        StateError: It can't be remembered; nothing must be installed.
+        SettingsError: A backend's table can't be used.
+    """
+    renewal = run.settings.renewal
+    if renewal.revoke == "never":
+        return
+    earlier = revocations_file(run.store).read() or ()
+    known = {one.certificate for one in earlier}
+    able = _able(run, {outcome.authority for outcome in done})
+    new = [
+        Superseded(name=outcome.name, certificate=outcome.old, due=run.now() + renewal.revoke_after)
+        for outcome in done
+        if outcome.old is not None and outcome.old not in known and outcome.authority in able
+    ]
+    if new:
+        _save(run.store, [*earlier, *new])
+
+
+def _able(run: Run, authorities: Iterable[str]) -> set[str]:
+    """Those whose CA can be told to revoke; of the others it is said."""
+    have = [name for name in sorted(authorities) if name in run.settings.authorities]
+    configured = registry.configured(run.settings, have)
+    able = {name for name in have if hasattr(configured[name].backend_type, "revoke")}
+    for name in sorted(set(authorities) - able):
+        who = configured[name].label if name in configured else f"nobody signs for {name} here, who"
+        run.progress.note(f"renewal.revoke: {who} can't revoke: what is superseded of {name} is valid until it ends")
+    return able
+
+
+# --- at the end of a run ---------------------------------------------------------------------------------------------
+
+
+def settle(run: Run, node: Node) -> list[BridgeError]:
+    """
+    Revoke what is due, and keep what is not, or can't be revoked now.
+
+    Args:
+        run: Its lock is held.
+        node: As it is now.
+    """
+    try:
+        every = revocations_file(run.store).read() or ()
+        if not every:
+            return []
+        if run.settings.renewal.revoke == "never":
+            run.progress.note(f'renewal.revoke is "never" now, so that these are not revoked: {_names(every)}')
+            _save(run.store, ())
+            return []
+        left = [one for one in every if not _is_pointless(one, node, run.now())]
+        due = _proven([one for one in left if one.due <= run.now()], run, node)
+        done, errors = _revoke_all(run, due)
+        _save(run.store, [one for one in left if one not in done])
+    except StateError as e:
+        return [e]
+    else:
+        return errors
+
+
+def _names(every: Iterable[Superseded]) -> str:
+    return "; ".join(map(str, every))
+
+
+def _is_pointless(one: Superseded, node: Node, now: datetime) -> bool:
+    """It is (or is again) the one in use, or nobody accepts it any more."""
+    live = {item.spec.name: item.certificates[0] for item in node.items if item.certificates}
+    return live.get(one.name) == one.certificate or one.certificate.not_valid_after_utc <= now
+
+
+def _proven(due: Sequence[Superseded], run: Run, node: Node) -> list[Superseded]:
+    """Those in whose place another one is in use, as far as anybody can see."""
+    if not due:
+        return []
+    from bridge.control_plane import proof  # noqa: PLC0415 (40 ms; only where something is revoked)
+    from bridge.renewal.activation import unproven_file  # noqa: PLC0415
+
+    owed = unproven_file(run.store).read()
+    there = {item.spec.name for item in node.items if item.state == "present"}
+    wrong = {finding.certificate for finding in proof.look(node, run.settings, run.now()).wrong}
+    unsure = wrong | (set(owed.names) if owed is not None else set())
+    return [one for one in due if one.name in there and one.name not in unsure]
+
+
+def _revoke_all(run: Run, due: Sequence[Superseded]) -> tuple[list[Superseded], list[BridgeError]]:
+    """What is over, one way or the other; and what is to be said."""
+    done: list[Superseded] = []
+    errors: list[BridgeError] = []
+    for authority in dict.fromkeys(one.authority for one in due):
+        ours = [one for one in due if one.authority == authority]
+        try:
+            over, more = _revoke(run, authority, ours)
+        except BridgeError as e:
+            over, more = [], [_not_now(ours, e)]
+        done += over
+        errors += more
+    for error in errors:
+        run.record.add(audit.FAILED, error=error)
+    return done, errors
+
+
+def _not_now(ours: Sequence[Superseded], cause: BridgeError) -> RevocationError:
+    hint = 'the next run tries again; `[renewal] revoke = "never"` ends that'
+    return RevocationError(f"not revoked: {_names(ours)}: {cause}", cause, hint=hint)
+
+
+def _revoke(run: Run, authority: str, ours: Sequence[Superseded]) -> tuple[list[Superseded], list[BridgeError]]:
+    """
+    Raises:
+        BridgeError: The backend can't be used now.
+    """
+    configured = registry.configured(run.settings, [authority])[authority]
+    outage = registry.Outage(configured.settings.retry_for)
+    backend = configured.open()
+    done: list[Superseded] = []
+    errors: list[BridgeError] = []
+    try:
+        if not isinstance(backend, Revokes):
+            run.progress.note(f"renewal.revoke: {configured.label} can't revoke: {_names(ours)}")
+            return list(ours), []
+        for one in ours:
+            try:
+                outage.ask(lambda one=one: backend.revoke(one.certificate))  # type: ignore[misc]
+            except BackendUnavailableError as e:
+                errors.append(_not_now([one], e))
+                continue
+            except BridgeError as e:
+                hint = "it is not tried again: another CA's, or one that this CA does not know, can be revoked by hand"
+                errors.append(RevocationError(f"not revoked: {one}: {configured.label}: {e}", e, hint=hint))
+            else:
+                run.record.add(audit.REVOKED, one.name, authority=authority, old=one.certificate)
+            done.append(one)
+    finally:
+        registry.close(backend)
+    return done, errors
