@@ -96,7 +96,7 @@ def assert_kubeadm_reads(pki: KubeadmPki, scratch: Path) -> None:
     for name, certificate in live_certificates(pki).items():
         if name != "kubelet.conf":
             row = next(line for line in table.splitlines() if line.startswith(f"{name} "))
-            assert f"{certificate.not_valid_after_utc:%Y-%m-%d %H:%M UTC}" in row
+            assert f"{certificate.not_valid_after_utc:%b %d, %Y %H:%M UTC}" in row  # as kubeadm prints it
 
 
 def assert_renewed(pki: KubeadmPki, before: Snapshot, scratch: Path) -> None:
