@@ -25,6 +25,7 @@ from cryptography import x509
 from backends.openssl_config import ConfigDoubtError, parse_config
 from bridge.errors import BackendRefusedError, BackendUnavailableError
 from bridge.system.files import take_lock
+from bridge.system.ownership import Exposure, exposure
 
 #: For operators, too: `flock DIR/.ca-bridge.lock openssl ca …`
 LOCK_NAME = ".ca-bridge.lock"
@@ -143,7 +144,10 @@ class Database:
                 hint="run as the CA's own user, which must be able to write in the database's folder",
             ) from e
         try:
-            _adopt(lock, self._pattern())
+            with suppress(PermissionError):  # else it is the CA's own user's already, or can't be given to them
+                os.fchown(lock, self._pattern().st_uid, self._pattern().st_gid)
+            with suppress(PermissionError):
+                os.fchmod(lock, 0o600)  # whoever may open it may hold it for ever
             if not take_lock(lock, limit):
                 raise BackendUnavailableError(
                     f"wanted the lock {path} within {limit.total_seconds():g} s, found it held by another process"
@@ -225,6 +229,8 @@ class Database:
         for folder in (self.index.parent, self.new_certs_dir):
             if not folder.is_dir():
                 raise BackendRefusedError(f"wanted the folder {folder}, found none")
+            if (found := exposure(folder)) is not None:
+                raise BackendRefusedError(f"the CA's folder: {found}", hint=_owner_hint(folder, found))
             if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
                 raise BackendRefusedError(
                     f"wanted a folder that we can write in, found {folder}",
@@ -404,6 +410,11 @@ class Database:
             with suppress(FileNotFoundError):
                 return path.stat()
         raise BackendRefusedError(f"wanted the folder {self.index.parent}, found none")
+
+
+def _owner_hint(folder: Path, found: Exposure) -> str:
+    owner = folder.stat().st_uid
+    return found.hint if owner in {0, os.geteuid()} else f"run it as the CA's own user {owner}, or {found.hint}"
 
 
 def _serials(data: bytes, earlier: Snapshot | None) -> frozenset[int]:

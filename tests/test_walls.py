@@ -30,7 +30,7 @@ FLOORS: dict[str, set[str]] = {
     "doors": set(),
     "pki": _GROUND,
     "system": _GROUND | {"pki"},
-    "settings": _GROUND | {"pki"},
+    "settings": _GROUND | {"pki", "system"},
     "node": _GROUND | {"pki", "system", "settings"},
     "state": _LOOKS,
     "signing": _KEEPS - {"node"},
@@ -164,7 +164,7 @@ def backend_wall(source: str, module: str) -> Iterator[str]:
     family = "_".join(module.split("_")[:1])
     allowed = [f"bridge.{door}" for door in DOORS]
     if family == "backends.openssl":  # a database of files, with a lock like ours
-        allowed += ["bridge.system.files"]
+        allowed += ["bridge.system.files", "bridge.system.ownership"]
     if module == "backends.https":  # a second look at a connection that broke, and the system's CAs
         allowed += ["bridge.system.https"]
     if family == "backends.exchange":

@@ -25,6 +25,7 @@ from bridge.pki import expiry, verify
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates, name_text, san_entries
 from bridge.settings.tables import Settings
 from bridge.specs import SPECS, Component
+from bridge.system.ownership import open_secret
 from bridge.system.safe_read import UnreadableError, read
 from bridge.words import one_line
 
@@ -161,15 +162,13 @@ def _spki(key: object) -> bytes:
 def private_file(path: Path, about: str) -> Iterator[Finding]:
     """A file with a secret in it is root's or ours, and closed to all others."""
     try:
-        status = path.stat()
+        found, owner = open_secret(path), path.stat().st_uid
     except OSError:
         return  # whoever needs it says so
-    mode = stat.S_IMODE(status.st_mode)
-    if mode & 0o007 or (mode & 0o070 and status.st_gid not in {0, os.getegid()}):
-        text = f"wanted {path} for its owner alone, found mode {mode:04o}"
-        hint = f"chmod 600 {path}; whoever may have read it has the secret"
-        yield Finding(level="error", check="open-secret", about=about, text=text, hint=hint)
-    yield from owned(path, status.st_uid, about)
+    if found is not None:
+        text = f"wanted {path} for its owner alone, found {found.found}"
+        yield Finding(level="error", check="open-secret", about=about, text=text, hint=found.hint)
+    yield from owned(path, owner, about)
 
 
 def owned(path: Path, uid: int, about: str) -> Iterator[Finding]:

@@ -25,7 +25,8 @@ from bridge.specs import AUTHORITIES
 from bridge.state import audit
 from bridge.state.outcome import Outcome
 from bridge.state.session import Run, give_up
-from bridge.system.console import Progress
+from bridge.system.console import Progress, log
+from bridge.system.ownership import open_secret
 
 Answer = Issued | Pending | BridgeError
 
@@ -135,6 +136,8 @@ def _reach(
     backend = opened
     wrong: Mapping[str, BridgeError] = {}
     identity = None
+    if opened is None:
+        _warn_of_open_secrets(configured)
     try:
         backend = ours = opened or configured.open()
         wrong = outage.ask(lambda: preflight(ours, [item.spec for item in items], expected))
@@ -142,6 +145,16 @@ def _reach(
     except BridgeError as e:
         wrong = dict.fromkeys(names, e)
     return Reached(label=configured.label, backend=backend, outage=outage, wrong=wrong, identity=identity)
+
+
+def _warn_of_open_secrets(configured: registry.Configured) -> None:
+    """Here they are a warning, since a renewal must not wait for them; for `doctor` they are an error."""
+    for path in configured.settings.private_files():
+        with contextlib.suppress(OSError):  # whoever needs it says so
+            found = open_secret(path)
+            if found is not None:
+                log.warning("%s: %s", configured.label, found)
+                log.warning("%s", found.hint, extra={"is_hint": True})
 
 
 def _identity(backend: Backend) -> str | None:

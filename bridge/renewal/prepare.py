@@ -30,6 +30,7 @@ from bridge.state.outcome import Outcome
 from bridge.state.requests import OpenRequest
 from bridge.state.session import Run
 from bridge.system.files import DIRECTORY_MODE, Attributes, sync_directory, write_staged
+from bridge.system.ownership import foreign_link
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +163,10 @@ def _fits(made: OpenRequest, live: x509.Certificate, algorithm: str) -> bool:
     return made.request.replaces == live and csr.algorithm_name(made.request.csr.public_key()) == algorithm
 
 
+#: At the end of the first line, whatever kind of key it is (RFC 7468 §10, §11, and the older ones).
+_PRIVATE_KEY = b"PRIVATE KEY-----"
+
+
 def live_pair(item: Item) -> tuple[x509.Certificate, dict[Path, str | None]]:
     """
     Read the certificate on disk now, and the digests of all files of its pair, at the same time.
@@ -170,8 +175,17 @@ def live_pair(item: Item) -> tuple[x509.Certificate, dict[Path, str | None]]:
         BridgeError: It can't be read.
     """
     paths = [item.certificate_path] if item.key_path is None else [item.key_path, item.certificate_path]
+    for path in paths:
+        if (foreign := foreign_link(path)) is not None:
+            raise BridgeError(str(foreign), hint=foreign.hint)
     contents = {path: _read(path) for path in paths}
     data = contents[item.certificate_path]
+    old_key = contents.get(item.key_path) if item.key_path is not None else None
+    if old_key and _PRIVATE_KEY not in old_key:
+        raise BridgeError(
+            f"{item.key_path}: wanted the old private key in PEM, which is replaced, found something else",
+            hint="look at what it is and where it leads; when it is moved away, a new key is put there",
+        )
     try:
         certificate_data = kubeconfig.parse(data or b"").certificate_data if item.embedded else data
         live = load_pem_certificates(certificate_data or b"")[0]

@@ -8,8 +8,6 @@ that asks no CA loads no backend.
 from __future__ import annotations
 
 import dataclasses
-import os
-import stat
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +27,7 @@ from bridge.settings.tables import (
     Settings,
 )
 from bridge.specs import AUTHORITIES
+from bridge.system.ownership import exposure
 
 DEFAULT_FILE = Path("/etc/ca-bridge/config.toml")
 MAX_BYTES = 1 << 20
@@ -64,25 +63,34 @@ def overridden(
 
 
 def _read(path: Path) -> str:
-    """The text of the settings file, which nobody but its owner may write: it names programs that root runs."""
+    """The text of the settings file, which nobody else may have a hand in: it names programs that root runs."""
     try:
+        assert_ours(path)
         with path.open("rb") as opened:
-            mode = os.fstat(opened.fileno()).st_mode
             data = opened.read(MAX_BYTES + 1)
     except OSError as e:
         hint = "`ca-bridge settings init` writes a commented one"
         problem = SettingsProblem("", "a settings file", f"{e.strerror}", path)
         raise SettingsError([problem], hint=hint) from None
-    if stat.S_IMODE(mode) & 0o022 and os.geteuid() == 0:
-        found = f"mode {stat.S_IMODE(mode):04o}"
-        problem = SettingsProblem("", "a file that only its owner can write", found, path)
-        raise SettingsError([problem], hint=f"chmod go-w {path}")
     if len(data) > MAX_BYTES:
         raise SettingsError([SettingsProblem("", f"at most {MAX_BYTES} bytes", "more", path)])
     try:
         return data.decode()
     except UnicodeDecodeError as e:
         raise SettingsError([SettingsProblem("", "UTF-8 text", f"byte {e.start} is not", path)]) from None
+
+
+def assert_ours(path: Path) -> None:
+    """
+    Make sure that nobody but root and the effective user can change a file that says what is run or signed.
+
+    Raises:
+        SettingsError: The file or a directory on the way is somebody else's, or others can write to it.
+        OSError: It can't be looked at.
+    """
+    found = exposure(path)
+    if found is not None:
+        raise SettingsError([SettingsProblem("", found.wanted, found.found, found.path)], hint=found.hint)
 
 
 def parse(text: str, file: Path | None = None) -> Settings:

@@ -30,7 +30,7 @@ from bridge.pki.bundle import (
 )
 from bridge.pki.certificates import load_pem_certificates
 from bridge.pki.expiry import is_due
-from bridge.settings.load import DEFAULT_FILE
+from bridge.settings.load import DEFAULT_FILE, assert_ours
 from bridge.settings.tables import RenewalSettings, Settings
 from bridge.signing import csr_directory
 from bridge.signing.desk import Desk, Job, Observer
@@ -88,9 +88,11 @@ def load_policy(settings: Settings, path: Path | None) -> Policy:
     """
     path = path or (settings.source.file or DEFAULT_FILE).with_name(POLICY_NAME)
     try:
+        assert_ours(path)
         data = read(path)
-    except UnreadableError as e:
-        raise SettingsError([SettingsProblem("", "a policy file", str(e), path)]) from None
+    except (OSError, UnreadableError) as e:
+        found = str(e.strerror if isinstance(e, OSError) else e)
+        raise SettingsError([SettingsProblem("", "a policy file", found, path)]) from None
     if data is None:
         hint = "config/desk/desk-policy.toml, which is installed with the program, is one to begin with"
         raise SettingsError([SettingsProblem("", "a policy file", "none", path)], hint=hint)

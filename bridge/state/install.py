@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 from bridge.errors import BridgeError
 from bridge.state.store import Store
 from bridge.system.files import Attributes, is_frozen, sync_directory, write_staged
+from bridge.system.ownership import foreign_link
 from bridge.system.state_file import OnDamage, StateError, StateFile
 
 log = logging.getLogger("ca-bridge")
@@ -183,6 +184,8 @@ def _recover(store: Store) -> Recovery | None:
 def _target(replacement: Replacement, run_id: str) -> Target:
     path = replacement.path
     try:
+        if (foreign := foreign_link(path)) is not None:
+            raise InstallError(f"nothing was replaced: {foreign}", hint=foreign.hint)
         # the PKI directory is mounted into pods, and an operator's symlinks have their reasons: both stay
         real = path.resolve(strict=True) if path.exists() else path.parent.resolve(strict=True) / path.name
         attributes = Attributes.of(real).narrowed(replacement.mode_mask) if real.exists() else None

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from bridge.errors import BridgeError, Exit
+from bridge.system.ownership import exposure
 from bridge.system.waiting import wait_until
 
 DIRECTORY_MODE = 0o700
@@ -164,12 +165,14 @@ def private_directory(path: Path) -> None:
     Make a directory for our eyes only, or accept one that is.
 
     Raises:
-        BridgeError: It is somebody else's, or others can write to it.
+        BridgeError: It is somebody else's, or others can write to it or to a directory on the way.
         OSError: It can't be made.
     """
     if not path.is_dir():
         path.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
         path.chmod(DIRECTORY_MODE)
+    if (found := exposure(path.parent)) is not None:
+        raise BridgeError(f"{path} can't hold keys: {found}", hint=found.hint)
     status = path.stat()
     if status.st_uid != os.geteuid() or status.st_mode & 0o077:
         owner = f"owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}"

@@ -1,0 +1,122 @@
+"""Who else may change what a path leads to: owners, modes and links of all that is on the way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bridge.system.ownership import exposure, foreign_link, open_secret
+
+SOMEBODY = 12345
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives files away")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A file two directories down."""
+    path = tmp_path / "etc/site/config.toml"
+    path.parent.mkdir(parents=True)
+    for directory in (path.parent, path.parent.parent):
+        directory.chmod(0o755)
+    path.touch(mode=0o644)
+    return path
+
+
+def test_what_is_ours_alone_is_exposed_to_nobody(place: Path) -> None:
+    """Also where it is missing, and below /tmp, which is everybody's with the sticky bit."""
+    assert exposure(place) is None
+    assert exposure(place.with_name("none")) is None
+    place.parent.chmod(0o1777)
+    assert exposure(place) is None
+
+
+@pytest.mark.parametrize("up", [0, 1, 2])
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o757])
+def test_what_others_can_write_to_is_named(place: Path, up: int, mode: int) -> None:
+    """The file, and each directory on the way to it, with what to do."""
+    one = [place, *place.parents][up]
+    one.chmod(mode)
+    found = exposure(place)
+    assert found is not None
+    assert (found.path, found.found) == (one, f"mode {mode:04o}")
+    assert str(one) in found.hint
+
+
+@needs_root
+@pytest.mark.parametrize("up", [0, 1, 2])
+def test_what_is_somebody_elses_is_named(place: Path, up: int) -> None:
+    """Whatever its mode is: an owner can change that."""
+    one = [place, *place.parents][up]
+    os.chown(one, SOMEBODY, 0)
+    found = exposure(place)
+    assert found is not None
+    assert (found.path, found.found) == (one, f"user {SOMEBODY}")
+
+
+@needs_root
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda link, _: os.lchown(link, SOMEBODY, 0), id="the link"),
+        pytest.param(lambda _, target: os.chown(target, SOMEBODY, 0), id="its target"),
+        pytest.param(lambda _, target: os.chown(target.parent, SOMEBODY, 0), id="the target's directory"),
+    ],
+)
+def test_links_are_followed(place: Path, tmp_path: Path, spoil: Callable[[Path, Path], None]) -> None:
+    """Each of them, and everything on the way to what it leads to."""
+    target = tmp_path / "real/config.toml"
+    target.parent.mkdir()
+    target.touch(mode=0o600)
+    place.unlink()
+    place.symlink_to("../../real/config.toml")
+    assert exposure(place) is None
+    assert foreign_link(place) is None
+    spoil(place, target)
+    assert exposure(place) is not None
+
+
+def test_links_without_end_lead_nowhere(tmp_path: Path) -> None:
+    """As the kernel sees it."""
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    assert exposure(tmp_path / "a") is None
+    with pytest.raises(OSError, match="symbolic links"):
+        (tmp_path / "a").read_bytes()
+
+
+@needs_root
+def test_a_link_counts_where_others_can_put_one(place: Path, tmp_path: Path) -> None:
+    """In a directory of somebody else's, or one that others can write to; a file there is no link."""
+    target = tmp_path / "target"
+    target.touch(mode=0o600)
+    os.chown(place.parent, SOMEBODY, 0)
+    assert foreign_link(place) is None
+    place.unlink()
+    place.symlink_to(target)
+    found = foreign_link(place)
+    assert found is not None
+    assert found.path == place
+    os.chown(place.parent, 0, 0)
+    assert foreign_link(place) is None
+    place.parent.chmod(0o777)
+    assert foreign_link(place) is not None
+
+
+@pytest.mark.parametrize(("mode", "is_open"), [(0o600, False), (0o400, False), (0o604, True), (0o644, True)])
+def test_a_secret_is_for_its_owner(place: Path, mode: int, is_open: bool) -> None:
+    """Others may not even read it."""
+    place.chmod(mode)
+    assert (open_secret(place) is not None) is is_open
+
+
+@needs_root
+def test_a_group_of_others_is_others(place: Path) -> None:
+    """Root's own group is not."""
+    place.chmod(0o640)
+    assert open_secret(place) is None
+    os.chown(place, 0, SOMEBODY)
+    assert open_secret(place) is not None
