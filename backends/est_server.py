@@ -149,7 +149,7 @@ class Server:
         try:
             return self._settings.password.read() if self._settings.password else None
         except SecretUnavailableError as e:
-            raise BackendRefusedError(f"est: password: {e}", hint="put it there, or mend password_file") from e
+            raise BackendRefusedError(f"est: password: {e}", hint="put it there, or fix password_file") from e
 
 
 #: Statuses that may pass: a limit of requests or of time, a CA that fails behind the server, proxies (RFC 9110 §15.5

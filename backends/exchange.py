@@ -78,7 +78,7 @@ class ExchangeBackend:
             directory: Path = getattr(self._settings, key)
             if not directory.is_dir():
                 raise BackendUnavailableError(
-                    f"{directory}: wanted the {key}, found no directory", hint="mount or make it, or mend the settings"
+                    f"{directory}: wanted the {key}, found no directory", hint="mount or make it, or fix the settings"
                 )
         return {}
 
@@ -114,7 +114,7 @@ class ExchangeBackend:
             write_atomically(path, dumps(bundle), REQUEST_MODE)
         except OSError as e:
             raise BackendUnavailableError(
-                f"{path}: wanted to write the request bundle, found: {e.strerror}", hint="mend the outbox"
+                f"{path}: wanted to write the request bundle, found: {e.strerror}", hint="fix the outbox"
             ) from e
         except BundleError as e:
             raise BackendRefusedError(f"no bundle can be made of these requests: {e}") from e
@@ -181,7 +181,7 @@ class ExchangeBackend:
             return sorted(path for path in directory.iterdir() if path.suffix == ".json" and path.name[0] != ".")
         except OSError as e:
             raise BackendUnavailableError(
-                f"{directory}: wanted to look for bundles there, found: {e.strerror}", hint="mount or mend it"
+                f"{directory}: wanted to look for bundles there, found: {e.strerror}", hint="mount or fix it"
             ) from e
 
 

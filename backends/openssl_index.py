@@ -181,7 +181,7 @@ class Database:
         except IndexDamagedError as e:
             raise BackendRefusedError(
                 f"the CA's database {self.index}: {e}",
-                hint=f"openssl ca would refuse it or lose rows of it; mend it, or put back a copy that is right"
+                hint=f"openssl ca would refuse it or lose rows of it; fix it, or put back a copy that is right"
                 f" (ours are {self.index.name}{_BACKUP}*)",
             ) from e
 

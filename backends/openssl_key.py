@@ -295,7 +295,7 @@ class TokenKey:
     def _no_login(self, why: str) -> BackendRefusedError:
         return BackendRefusedError(
             f"wanted the PIN of {self} in {self.secret}, the token found it {why}",
-            hint="each run with a wrong PIN is a failed login, and a token locks itself after a few: mend it first",
+            hint="each run with a wrong PIN is a failed login, and a token locks itself after a few: fix it first",
         )
 
     def _no_key(self, messages: str) -> BackendRefusedError:

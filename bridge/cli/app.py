@@ -37,12 +37,10 @@ app = typer.Typer(
 )
 settings_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Write, show and check the settings file.")
 app.add_typer(settings_app, name="settings")
-audit_app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Show and verify the record of what was done."
-)
+audit_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Show and verify the audit log.")
 app.add_typer(audit_app, name="audit")
 pending_app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Show and cancel the requests that a CA has not answered yet."
+    no_args_is_help=True, rich_markup_mode=None, help="Show and cancel requests that a CA has not answered yet."
 )
 app.add_typer(pending_app, name="pending")
 backend_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Try a CA that the settings name.")
@@ -71,25 +69,27 @@ def check_expiration(
     output: Annotated[ExpirationOutput, typer.Option("--output", "-o", help="Format.")] = ExpirationOutput.TABLE,
     within: Annotated[
         timedelta | None,
-        typer.Option(parser=duration, metavar="DURATION", help='Exit with 3 if one expires within, such as "30d".'),
+        typer.Option(
+            parser=duration, metavar="DURATION", help='Exit with 3 if one expires within this time, such as "30d".'
+        ),
     ] = None,
     warning: Annotated[
         timedelta | None,
         typer.Option(
-            "--warning", "-w", parser=duration, metavar="DURATION", help="Of nagios. [default: renewal.before]"
+            "--warning", "-w", parser=duration, metavar="DURATION", help="For -o nagios. [default: renewal.before]"
         ),
     ] = None,
     critical: Annotated[
         timedelta | None,
         typer.Option(
-            "--critical", "-c", parser=duration, metavar="DURATION", help="Of nagios. [default: a third of it]"
+            "--critical", "-c", parser=duration, metavar="DURATION", help="For -o nagios. [default: a third of it]"
         ),
     ] = None,
 ) -> None:
     """
     Show when the control plane's certificates expire, as `kubeadm certs check-expiration` does.
 
-    From files alone: no API server is asked, no key is read, nothing is written.
+    It reads files only: it asks no API server, reads no key and writes nothing.
     """
     from bridge.cli import expiration  # noqa: PLC0415
 
@@ -110,7 +110,7 @@ def renew(
         bool, typer.Option("--all-or-nothing", help="Install nothing if one certificate fails.")
     ] = False,
     no_restart: Annotated[
-        bool, typer.Option("--no-restart", help="Whatever the settings say, only say what to restart.")
+        bool, typer.Option("--no-restart", help="Restart nothing, whatever the settings say; name what to restart.")
     ] = False,
     wait: WaitOption = None,
     output: OutputOption = Output.TEXT,
@@ -152,7 +152,7 @@ def plan(common: Common, names: Names = None, output: OutputOption = Output.TEXT
     """
     Show what `renew` would ask, replace and restart.
 
-    No network, nothing written. Exits with 3 if there is something to do.
+    It uses no network and writes nothing. Exits with 3 if there is something to do.
     """
     from bridge.cli import renewals  # noqa: PLC0415
 
@@ -163,10 +163,10 @@ def plan(common: Common, names: Names = None, output: OutputOption = Output.TEXT
 def recover(
     common: Common,
     set_aside: Annotated[
-        bool, typer.Option("--set-aside", help="First give damaged state files another name, and say what they owe.")
+        bool, typer.Option("--set-aside", help="First rename damaged state files, and say what they may leave undone.")
     ] = False,
 ) -> None:
-    """Finish or undo what a crash left, and say which; every command that writes does the same first."""
+    """Finish or undo what a crash interrupted; every command that writes does the same first."""
     from bridge.cli import history  # noqa: PLC0415
 
     history.recover(common.settings(), set_aside=set_aside)
@@ -174,7 +174,7 @@ def recover(
 
 @command(app, "backups")
 def list_backups(common: Common, output: OutputOption = Output.TEXT) -> None:
-    """List the backups, the newest first: when, by whom, which certificates and serial numbers."""
+    """List the backups, newest first: when, by whom, which certificates and serial numbers."""
     from bridge.cli import history  # noqa: PLC0415
 
     raise typer.Exit(history.list_backups(common.settings(), as_json=output is Output.JSON))
@@ -184,18 +184,20 @@ def list_backups(common: Common, output: OutputOption = Output.TEXT) -> None:
 def rollback(
     common: Common,
     backup_id: Annotated[
-        str | None, typer.Argument(metavar="[ID]", help="Of `backups`. [default: the newest]", show_default=False)
+        str | None, typer.Argument(metavar="[ID]", help="As in `backups`. [default: the newest]", show_default=False)
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Whatever is wrong but for damage and another CA.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also what would not pass as new; never damage or another CA.")
+    ] = False,
     wait: WaitOption = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """
-    Put a backup's files back, whole, in one step that survives a crash.
+    Put a backup's files back in one step that survives a crash.
 
-    Refused unless each file is as it was backed up, each key belongs to its certificate, and each certificate is as a
-    new one would have to be: CA, dates, usages, subject, SANs; with --force the CA alone counts of these. What is
-    replaced is backed up: a second rollback undoes the first.
+    Refused unless each file is as it was backed up, each key belongs to its certificate, and each certificate would
+    pass as a new one: CA, dates, usages, subject, SANs; with --force only the CA counts of these. What is replaced is
+    backed up: a second rollback undoes the first.
     """
     from bridge.cli import history  # noqa: PLC0415
 
@@ -216,15 +218,15 @@ def restart(
         ),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Also with an unhealthy neighbour, and shortly after another restart.")
+        bool, typer.Option("--force", help="Also while another node is unhealthy, or shortly after another restart.")
     ] = False,
     wait: WaitOption = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """
-    Restart what still runs on old certificates, one component at a time, each only when its neighbours are well.
+    Restart what still runs on old certificates, one component at a time, each only while the other nodes are healthy.
 
-    As restart.method in the settings says; with "none" it prints what to do and exits with 7.
+    It does so as restart.method in the settings says; with "none" it prints what to do and exits with 7.
     """
     from bridge.cli import components as module  # noqa: PLC0415
 
@@ -242,9 +244,9 @@ def export(
     wait: WaitOption = None,
 ) -> None:
     """
-    Write what is due into one file, which is carried to a CA desk; the new keys stay here.
+    Write requests for what is due into one file for a CA desk; the new keys stay on this node.
 
-    While a request waits, exporting it again gives the same key and CSR. Expired certificates can be renewed so, too.
+    While a request waits, exporting it again gives the same key and CSR. It also renews expired certificates.
     """
     from bridge.cli import carried  # noqa: PLC0415
 
@@ -257,9 +259,9 @@ def inspect_bundle(
     path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A request or an answer.", show_default=False)],
 ) -> None:
     """
-    Show a bundle to a person who has to approve it: what is asked, what it replaces, and who proves to ask.
+    Show a bundle to the operator who approves it: what is asked, what it replaces, and whose proof it has.
 
-    The fingerprint is for the phone: both sides see the same one, unless the bundle was changed on its way.
+    Compare the fingerprint over the phone: both sides see the same one unless the bundle was changed on its way.
     """
     from bridge.cli import carried  # noqa: PLC0415
 
@@ -273,7 +275,7 @@ def import_answers(
         list[Path],
         typer.Argument(
             metavar="FILE|DIR…",
-            help="Answer bundles, or certificates in PEM, DER or PKCS#7, whatever they are called.",
+            help="Answer bundles, or certificates in PEM, DER or PKCS#7, under any file name.",
             show_default=False,
         ),
     ],
@@ -284,9 +286,9 @@ def import_answers(
     output: OutputOption = Output.TEXT,
 ) -> None:
     """
-    Take what a CA desk answered: match it by public key, prove it, and install it as `renew` does.
+    Install a CA desk's answers: match each by its public key, prove it, and install it as `renew` does.
 
-    Exit 4 while other requests still wait.
+    Exits with 4 while other requests still wait.
     """
     from bridge.cli import carried  # noqa: PLC0415
 
@@ -303,7 +305,7 @@ def import_answers(
 
 @command(pending_app, "list")
 def pending_list(common: Common, output: OutputOption = Output.TEXT) -> None:
-    """Show the open requests: how old, how long there is time, who has them, and the fingerprint to name them by."""
+    """Show the open requests: their age, the time left, who has them, and their fingerprints."""
     from bridge.cli import carried  # noqa: PLC0415
 
     carried.pending_list(common.settings(), utc_now(), as_json=output is Output.JSON)
@@ -315,7 +317,7 @@ def pending_cancel(
     names: Annotated[list[str], typer.Argument(metavar="NAME…|all", help="kubeadm's names.", show_default=False)],
     wait: WaitOption = None,
 ) -> None:
-    """Forget requests and remove their keys; an answer to them is refused from then on."""
+    """Forget requests and remove their keys; a later answer to them is refused."""
     from bridge.cli import carried  # noqa: PLC0415
 
     raise typer.Exit(carried.pending_cancel(common.settings(), names, utc_now, wait=wait or timedelta()))
@@ -342,7 +344,7 @@ def sign(
         Path | None, typer.Option(help="What may be signed. [default: desk-policy.toml beside the settings]")
     ] = None,
     archive: Annotated[
-        Path | None, typer.Option(help="For the bundles that are done. [default: desk.archive, or the state directory]")
+        Path | None, typer.Option(help="Where answered bundles go. [default: desk.archive, or the state directory]")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be signed and refused; sign nothing.")
@@ -352,17 +354,17 @@ def sign(
     ] = False,
     without_proof: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Do without a continuity proof for this certificate; may be repeated."),
+        typer.Option(metavar="NAME", help="Require no continuity proof for this certificate; may be repeated."),
     ] = None,
-    node: Annotated[str, typer.Option(help="Whose CSRs a directory has.", show_default=False)] = "",
-    cluster: Annotated[str, typer.Option(help="Of which cluster.", show_default=False)] = "",
+    node: Annotated[str, typer.Option(help="The node whose CSRs the directory holds.", show_default=False)] = "",
+    cluster: Annotated[str, typer.Option(help="The cluster of that node.", show_default=False)] = "",
     wait: WaitOption = None,
 ) -> None:
     """
-    Sign at the CA desk what the policy allows: request bundles of nodes, or kubeadm's CSRs.
+    Sign what the policy allows, at the CA desk: request bundles of nodes, or kubeadm's CSRs.
 
-    With a directory, the CA host's cron job: half-copied bundles are left alone, done ones archived, and what an
-    interrupted run has had signed is not signed again. A refusal goes back to its node in the answer.
+    With a directory it is the CA host's cron job: it leaves half-copied bundles alone, archives answered ones, and
+    does not sign again what an interrupted run had signed. A refusal goes back to its node in the answer.
     """
     from bridge.cli import desk  # noqa: PLC0415
     from bridge.signing.desk_files import Options  # noqa: PLC0415
@@ -390,7 +392,7 @@ def install(
         bool, typer.Option("--all-or-nothing", help="Install nothing if one certificate fails.")
     ] = False,
     no_restart: Annotated[
-        bool, typer.Option("--no-restart", help="Whatever the settings say, only say what to restart.")
+        bool, typer.Option("--no-restart", help="Restart nothing, whatever the settings say; name what to restart.")
     ] = False,
     wait: WaitOption = None,
     output: OutputOption = Output.TEXT,
@@ -399,7 +401,8 @@ def install(
     Install keys of `renew --csr-only` or `kubeadm certs generate-csr`, and certificates that were signed by any means.
 
     Keys have kubeadm's names, flat or nested; certificates are found by public key, in PEM, DER or PKCS#7. Each is
-    proven and installed as by `renew`: it has to be what the live one is. Exit 4 while a key has no certificate.
+    proven and installed as by `renew`, and must have the identity of the one that it replaces. Exits with 4 while a
+    key has no certificate.
     """
     from bridge.cli import renewals  # noqa: PLC0415
 
@@ -420,15 +423,17 @@ def prove(
     common: Common,
     wait: Annotated[
         timedelta | None,
-        typer.Option(parser=duration, metavar="DURATION", help='How long to look until all is well, such as "60s".'),
+        typer.Option(
+            parser=duration, metavar="DURATION", help='How long to wait until everything works, such as "60s".'
+        ),
     ] = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """
     Show what each component really serves and uses, and whether its client certificates are accepted.
 
-    On a control-plane node; nothing is written or restarted. Exits with 7 if a component is on an old certificate,
-    one is refused, or something does not answer.
+    Run it on a control-plane node; it writes and restarts nothing. Exits with 7 if a component runs on an old
+    certificate, one is refused, or something does not answer.
     """
     from bridge.cli import components  # noqa: PLC0415
 
@@ -441,9 +446,10 @@ def doctor(common: Common, output: OutputOption = Output.TEXT) -> None:
     """
     Check that everything is ready for the next renewal.
 
-    Also, that what is installed would survive a restart. Files, keys, owners, manifests, clock, room, secrets, and for each authority: is its backend there, the right CA, and
-    would it sign exactly this? At a CA desk: its policy, CAs and keys. Asks the CAs, spends no signature, writes nothing.
-    Exits with 1 for an error, with 3 for a warning.
+    It checks files, keys, owners, manifests, clock, room and secrets, whether what is installed would survive a
+    restart, and for each authority whether its backend answers, is the right CA, and would sign exactly this. At a CA
+    desk it checks policy, CAs and keys. It asks the CAs, has nothing signed and writes nothing. Exits with 1 for an
+    error, with 3 for a warning.
     """
     from bridge.cli import doctor as doctor_module  # noqa: PLC0415
 
@@ -463,7 +469,8 @@ def setup(
         str | None, typer.Option(help="Only this one of ca, etcd-ca, front-proxy-ca.", show_default=False)
     ] = None,
     nodes: Annotated[
-        Path | None, typer.Option(help="For all nodes of this list: a line `NAME ADDRESS …` each.", show_default=False)
+        Path | None,
+        typer.Option(help="For all nodes of this list, one per line: `NAME ADDRESS …`.", show_default=False),
     ] = None,
     directory: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write files into this directory.", show_default=False)
@@ -480,10 +487,9 @@ def setup(
     """
     Print what a CA's administrator needs, or a job for cron.
 
-    For a CA: exactly for this node's certificates.
-
-    Vault: roles and policy; cfssl: signing profiles; openssl: an openssl.cnf for each CA.
-    `setup systemd` and `setup cron` make the jobs of this node, or of a CA desk, with the paths that are true here.
+    For a CA it is made for exactly this node's certificates. Vault: roles and a policy; cfssl: signing profiles;
+    openssl: an openssl.cnf for each CA; cmp, est and exec: what the CA has to give. `setup systemd` and
+    `setup cron` make the jobs of this node, or of a CA desk, with this machine's paths.
     """
     from bridge.cli import jobs  # noqa: PLC0415
     from bridge.cli import setup as module  # noqa: PLC0415
@@ -499,7 +505,7 @@ def setup(
 def demo(
     _: Common,
     directory: Annotated[
-        Path | None, typer.Option(help="Keep everything there, to look at. [default: a temporary directory]")
+        Path | None, typer.Option(help="Keep everything in this directory. [default: a temporary one]")
     ] = None,
 ) -> None:
     """
@@ -517,7 +523,7 @@ def settings_init(
     common: Common,
     file: Annotated[Path | None, typer.Argument(help="[default: --config, or /etc/ca-bridge/config.toml]")] = None,
 ) -> None:
-    """Write a commented settings file; never over an older one."""
+    """Write a commented settings file; an older one is never overwritten."""
     from bridge.cli import setup as module  # noqa: PLC0415
 
     module.settings_init(file or common.config)
@@ -525,7 +531,7 @@ def settings_init(
 
 @command(settings_app, "show")
 def settings_show(common: Common) -> None:
-    """Show the settings in force, defaults included; secrets are only named."""
+    """Show the settings in force, defaults included; a secret's value is never shown."""
     from bridge.cli import setup as module  # noqa: PLC0415
 
     module.settings_show(common.settings())
@@ -544,15 +550,15 @@ def audit_show(
     common: Common,
     since: Annotated[
         timedelta | None,
-        typer.Option(parser=duration, metavar="DURATION", help='Only what is younger, such as "7d".'),
+        typer.Option(parser=duration, metavar="DURATION", help='Only events younger than this, such as "7d".'),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Only of this certificate.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Option(help="Only events of this certificate.", show_default=False)] = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """
     Show what was asked, issued, refused and installed, when and by whom.
 
-    From the record in the state directory, oldest first; `audit verify` says whether it is whole.
+    It prints the audit log in the state directory, oldest event first; `audit verify` checks it.
     """
     from bridge.cli import history  # noqa: PLC0415
 
@@ -563,9 +569,9 @@ def audit_show(
 @command(audit_app, "verify")
 def audit_verify(common: Common) -> None:
     """
-    Find changed, missing, inserted, moved and cut lines of the record.
+    Find changed, missing, inserted, moved and cut lines of the audit log.
 
-    Exits with 1 if there are any. It can't find that all of the record was written anew; compare with a copy for that.
+    Exits with 1 if there are any. A log that was written anew as a whole can only be found by a copy elsewhere.
     """
     from bridge.cli import history  # noqa: PLC0415
 
@@ -575,7 +581,7 @@ def audit_verify(common: Common) -> None:
 @command(backend_app, "test")
 def backend_test(
     common: Common,
-    authority: Annotated[str, typer.Argument(help="Whose: ca, etcd-ca or front-proxy-ca.", show_default=False)],
+    authority: Annotated[str, typer.Argument(help="ca, etcd-ca or front-proxy-ca.", show_default=False)],
     names: Annotated[
         list[str] | None,
         typer.Argument(metavar="[NAME…]", help="Only these. [default: all of the authority]", show_default=False),
@@ -586,9 +592,9 @@ def backend_test(
     ] = None,
 ) -> None:
     """
-    Run the suite that every backend passes against an authority's backend; the node is left as it is.
+    Run the suite that every backend passes against an authority's backend; the node stays as it is.
 
-    Asks for real certificates with the node's names, a dozen or more a name, for keys that are thrown away.
+    It asks for real certificates with the node's names, a dozen or more per name, for keys that it throws away.
     """
     from bridge.cli import trial  # noqa: PLC0415
 

@@ -111,7 +111,7 @@ def _whereabouts(one: OpenRequest) -> str:
         return "answered and proven; the next run installs it"
     if one.reference:
         return printable(f"{one.backend}: {one.note}" if one.note else f"{one.backend} has it")
-    return "a person has it" if one.bundles else "not asked yet; the next run asks"
+    return "an operator has it" if one.bundles else "not asked yet; the next run asks"
 
 
 def _fingerprint(one: OpenRequest) -> str:

@@ -139,7 +139,7 @@ def audit_verify(settings: Settings) -> int:
     if damages:
         log.error("compare with a copy that was made elsewhere (syslog, a backup)", extra={"is_hint": True})
         return Exit.FAILED
-    say(f"{count} lines, each follows the one before it" if count else "no record yet: nothing was renewed here")
+    say(f"{count} lines, each follows the one before it" if count else "no audit log yet: nothing was renewed here")
     return Exit.DONE
 
 

@@ -52,7 +52,7 @@ def _common_options(
     kubeconfig_dir: Annotated[Path | None, typer.Option(help="Overrides node.kubeconfig_dir.")] = None,
     state_dir: Annotated[Path | None, typer.Option(help="Overrides node.state_dir.")] = None,
     verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, show_default=False, help="More messages.")] = 0,
-    log_format: Annotated[LogFormat, typer.Option(help="Of the messages on standard error.")] = LogFormat.TEXT,
+    log_format: Annotated[LogFormat, typer.Option(help="Format of messages on standard error.")] = LogFormat.TEXT,
 ) -> Common:
     console.set_up(verbose, log_format)
     return Common(config, pki_dir, kubeconfig_dir, state_dir)

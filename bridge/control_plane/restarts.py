@@ -158,7 +158,7 @@ def _restart(component: Component, node: Node, settings: Settings, store: Store,
         return Restarted(component=component, error=e)
     except OSError as e:
         place = f"{e.filename}: " if e.filename else ""
-        hint = "mend the file system, then run `ca-bridge recover`"
+        hint = "fix the file system, then run `ca-bridge recover`"
         return Restarted(component=component, error=RestartError(f"{place}{e.strerror}", hint=hint))
     seconds = time.monotonic() - begin
     tell(f"{component.value}: healthy after {seconds:.1f} s")
@@ -167,7 +167,7 @@ def _restart(component: Component, node: Node, settings: Settings, store: Store,
 
 def _not_tried(component: Component, failed: Restarted) -> BridgeError:
     kind = NotNowError if isinstance(failed.error, PostponedError) else RestartError
-    hint = f"mend {failed.component.value}, then run `ca-bridge restart`"
+    hint = f"fix {failed.component.value}, then run `ca-bridge restart`"
     return kind(f"{component.value}: not restarted, since {failed.component.value} was not", hint=hint)
 
 
@@ -242,7 +242,7 @@ def _wait_for_neighbours(
     if found:
         raise NotNowError(
             f"{component.value}: wanted healthy neighbours before its restart, found {_sentence(found)}",
-            hint="mend them, then run `ca-bridge restart`; --force restarts nevertheless",
+            hint="fix them, then run `ca-bridge restart`; --force restarts nevertheless",
         )
 
 

@@ -141,7 +141,7 @@ def _first_end(selection: Selection) -> datetime:
 class HeldOffError(BridgeError):
     """A CA was not asked, since it was asked in vain too often; the exit code is that of the last failure."""
 
-    hint = "mend the cause; `ca-bridge renew NAME` or `ca-bridge renew all` asks at once, and success ends the pauses"
+    hint = "fix the cause; `ca-bridge renew NAME` or `ca-bridge renew all` asks at once, and success ends the pauses"
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -151,10 +151,10 @@ class HeldOffError(BridgeError):
 class NeedsAPersonError(BridgeError):
     """A CA's renewals failed again and again; the exit code is that of the last failure."""
 
-    hint = "mend the cause; without names, `renew` asks this CA less and less often until it succeeds"
+    hint = "fix the cause; without names, `renew` asks this CA less and less often until it succeeds"
 
     def __init__(self, authority: str, failures: Failures) -> None:
-        super().__init__(f"{authority}: {failures}; a person has to look at it")
+        super().__init__(f"{authority}: {failures}; an operator has to look at it")
         self.authority = authority
         self.exit_code = failures.exit_code  # type: ignore[misc]  # as above
 

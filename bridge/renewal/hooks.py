@@ -154,7 +154,7 @@ class Hooks:
                 raise NotNowError(text, Exit.UNAVAILABLE, hint="run again later")
             if ended.failure:
                 text = f"hook before: {words[0]} {ended.failure}; nothing was asked"
-                raise HookError(text, Exit.FAILED, hint="mend it, or take it out of [hooks]")
+                raise HookError(text, Exit.FAILED, hint="fix it, or take it out of [hooks]")
 
     def installing(self, occasion: Occasion) -> None:
         """

@@ -164,7 +164,7 @@ def _to_ask(run: Run, items: Sequence[Item], kept: Sequence[Answered]) -> tuple[
         if item.spec.name in have:
             continue
         if made is not None and made.bundles and item.spec.authority.name not in run.settings.authorities:
-            error = WaitingError("a person has the request", hint="`ca-bridge import` takes the answer")
+            error = WaitingError("an operator has the request", hint="`ca-bridge import` takes the answer")
             carried.append(outcome_of(item, error))
         else:
             rest.append(item)

@@ -31,7 +31,7 @@ _KEPT = timedelta(days=90)
 class JournalError(BridgeError):
     """The journal can't be used."""
 
-    hint = "make room, or mend the state directory, then run again"
+    hint = "make room, or fix the state directory, then run again"
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,13 +67,13 @@ _SYSLOG_PRIORITY = 10 * 8 + 5
 _SYSLOG_LOUD = {NEEDS_A_PERSON: 10 * 8 + 2, DAMAGED: 10 * 8 + 2}
 
 
-_REPAIR = "make room, or mend the state directory, and keep this message: it is all that is recorded"
+_REPAIR = "make room, or fix the state directory, and keep this message: the audit log does not have it"
 
 
 class AuditError(BridgeError):
     """The record could not be written."""
 
-    hint = "without a record nothing is installed; make room, or mend the state directory, then run again"
+    hint = "nothing is installed that the audit log can't have; make room, or fix the state directory, then run again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,9 +190,9 @@ class Record:
             written = _append(self._store, waiting, self._settings.rotate_at.count)
         except OSError as e:
             place = e.filename or self._store.audit
-            raise AuditError(f"{place}: the record could not be written: {e.strerror}") from e
+            raise AuditError(f"{place}: the audit log could not be written: {e.strerror}") from e
         except StateError as e:
-            raise AuditError(f"the record could not be written: {e}") from e
+            raise AuditError(f"the audit log could not be written: {e}") from e
         if self._settings.syslog:
             _tell_syslog(written)
 
@@ -208,7 +208,7 @@ class Record:
         try:
             self.write()
         except AuditError as e:
-            print_error(AuditError(f"{e}; the record of run {self.run_id} lacks: {', '.join(lost)}", hint=_REPAIR))
+            print_error(AuditError(f"{e}; the audit log lacks of run {self.run_id}: {', '.join(lost)}", hint=_REPAIR))
 
 
 # --- appending -------------------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def _append(store: Store, events: Sequence[Mapping[str, Any]], rotate_at_bytes: 
 
 
 def _damage(event: Mapping[str, Any], text: str) -> dict[str, Any]:
-    log.warning("the record was damaged: %s", text)
+    log.warning("the audit log was damaged: %s", text)
     return {"run": event["run"], "time": event["time"], "event": DAMAGED, "result": text, "exitCode": Exit.FAILED}
 
 
@@ -426,7 +426,7 @@ def _tell_syslog(lines: Sequence[bytes]) -> None:
                 priority = _SYSLOG_LOUD.get(json.loads(line)["event"], _SYSLOG_PRIORITY)
                 log_socket.send(f"<{priority}>ca-bridge[{os.getpid()}]: ".encode() + line.rstrip(b"\n"))
     except OSError as e:
-        log.warning("%s: syslog did not get the record: %s", SYSLOG, e.strerror or type(e).__name__)
+        log.warning("%s: syslog did not get the line: %s", SYSLOG, e.strerror or type(e).__name__)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -450,7 +450,7 @@ _SENTENCES = {
     "changed": "{lines} was changed, or the link to it after it",
     "missing": "{lines}: wanted here, found missing",
     "out of order": "{lines} was inserted, repeated or moved",
-    "broken": "{lines} of this file is no line of the record (after a crash the next run sets a last one aside)",
+    "broken": "{lines} of this file is no line of the audit log (after a crash the next run sets a last one aside)",
     "cut": "{lines}: written once, found missing at the end",
     "no head": "wanted the newest line's number, found none",
 }

@@ -148,7 +148,7 @@ def recover(store: Store) -> Recovery | None:
     except OSError as e:
         raise InstallError(
             f"what an interrupted run left can't be cleared away: {_reason(e)}",
-            hint="mend the file system, then run `ca-bridge recover`",
+            hint="fix the file system, then run `ca-bridge recover`",
         ) from e
 
 
@@ -194,7 +194,7 @@ def _target(replacement: Replacement, run_id: str) -> Target:
     if real.is_symlink():
         raise InstallError(
             f"nothing was replaced: {path}: wanted a file, found a symlink that leads nowhere",
-            hint="mount or mend what it leads to, or remove it",
+            hint="mount or fix what it leads to, or remove it",
         )
     if real.exists() and not real.is_file():
         raise InstallError(f"nothing was replaced: {path}: wanted a file, found something else")
@@ -333,7 +333,7 @@ def _give_up(store: Store, journal: dict[str, Any], error: Exception) -> NoRetur
     except (OSError, InstallError, StateError) as e:
         raise InstallError(
             f"the files could not be replaced ({_reason(error)}), nor put back ({_reason(e)})",
-            hint="mend the file system, then run `ca-bridge recover`",
+            hint="fix the file system, then run `ca-bridge recover`",
         ) from error
     _close_at_last(store, "all was put back")
     raise InstallError(f"all was put back: {_reason(error)}") from error

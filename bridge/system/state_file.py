@@ -44,7 +44,7 @@ class OnDamage(Enum):
 class StateError(BridgeError):
     """A state file can't be used, or not be written."""
 
-    hint = "make room, or mend the state directory, then run again"
+    hint = "make room, or fix the state directory, then run again"
 
     def __init__(self, message: str, *, hint: str | None = None, exit_code: int = Exit.FAILED) -> None:
         super().__init__(message, hint=hint)
@@ -54,7 +54,7 @@ class StateError(BridgeError):
 class StateUnreadableError(StateError):
     """It is there and can't be read at this moment."""
 
-    hint = "mend the disk or the permissions, then run again; it stays as it is until then"
+    hint = "fix the disk or the permissions, then run again; it stays as it is until then"
 
 
 class StateDamagedError(StateError):

@@ -784,7 +784,7 @@ def test_the_list_of_what_is_open(node: Node) -> None:
     assert not node.state.exists()
     exported = node.export("apiserver", FRONT)
     text = node.run("pending", "list").stdout
-    assert text.startswith("a person has it:\n  apiserver ")
+    assert text.startswith("an operator has it:\n  apiserver ")
     assert text.count("asked ") == 2
     found = json.loads(node.run("pending", "list", "-o", "json").stdout)
     assert found["schemaVersion"] == 1
@@ -853,7 +853,7 @@ def test_cron_waits_for_what_a_person_has(tmp_path: Path, left: int, stderr: str
     before = (node.state / "requests.json").read_bytes()
     run = node.run("renew")
     assert run.returncode == 4
-    assert run.stdout.startswith("a person has the request:\n")
+    assert run.stdout.startswith("an operator has the request:\n")
     assert run.stdout.count(" waiting ") == 12
     assert (stderr in run.stderr and "wait for an answer" in run.stderr) if stderr else run.stderr == ""
     assert (node.state / "requests.json").read_bytes() == before
