@@ -15,7 +15,7 @@ SCHEMA_VERSION = 1
 
 def end_text(end: datetime, now: datetime) -> str:
     """When a certificate ends, and how long that is from now; dates for people are `minute`, for programs `rfc3339`."""
-    return f"{'expires' if end > now else 'expired'} {minute(end)} ({left_text(end, now)})"
+    return f"{'expires' if end > now else 'expired'} {minute(end)} ({left_text(end, now).removeprefix('expired ')})"
 
 
 def say(text: str) -> None:
