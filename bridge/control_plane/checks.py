@@ -9,6 +9,7 @@ import base64
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -412,15 +413,33 @@ def _kubelet_pair(look: Look, item: Item) -> Verdict:
     With `rotateCertificates` it copies the pair of kubelet.conf at its first start, and never looks there again; what
     it wrote later than kubelet.conf has come from a signer in the cluster.
     """
-    if not item.managed:
+    if not item.managed or (item.rotates and _was_written_by_a_kubelet(item.certificate_path)):
         return Verdict("not-ours", f"{item.certificate_path} is rotated by the kubelet itself")
     ours, copy = item.certificates[0], look.machine.kubelet_copy
-    if safe_read.read(copy) is not None and (used := leaf(copy)) != ours:
+    if item.embedded and safe_read.read(copy) is not None and (used := leaf(copy)) != ours:
         if is_rotated(copy, used, item.certificate_path, ours):
             return Verdict("not-ours", f"uses {copy}, which is younger, and rotated by the kubelet itself")
         detail = f"uses its copy {copy}, serial {serial_hex(used)}; {item.certificate_path} has {serial_hex(ours)}"
         return Verdict("stale", f"{detail}: the copy must go before the restart")
     return _read_once(look, Component.KUBELET, item.certificate_path)
+
+
+_DATED = re.compile(r"kubelet-client-(\d{4}(?:-\d\d){5})\.pem")
+
+
+def _was_written_by_a_kubelet(path: Path) -> bool:
+    """A kubelet names the file after the local time at which it writes it; what we replace keeps its name."""
+    real = path.resolve()
+    name = _DATED.fullmatch(real.name)
+    if name is None:
+        return False
+    written = datetime.fromtimestamp(real.stat().st_mtime)  # noqa: DTZ006 (as the name has it)
+    named = datetime.strptime(name[1], "%Y-%m-%d-%H-%M-%S")  # noqa: DTZ007
+    return abs((written - named).total_seconds()) <= _WRITING_SECONDS
+
+
+#: Between the naming of a file and the end of its writing.
+_WRITING_SECONDS = 2.0
 
 
 def is_rotated(copy: Path, used: x509.Certificate, kubelet_conf: Path, ours: x509.Certificate) -> bool:

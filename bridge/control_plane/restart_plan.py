@@ -65,8 +65,8 @@ def how(component: Component, manifests: Path) -> str:
     """
     if component is Component.KUBELET:
         return (
-            f"kubelet: remove {KUBELET_COPY} (if it is there; the kubelet's copy of its old certificate, which it takes "
-            "before kubelet.conf), then systemctl restart kubelet"
+            f"kubelet: if kubelet.conf holds its certificate itself, remove {KUBELET_COPY} (the kubelet's copy of its old "
+            "certificate, which it takes before kubelet.conf); then systemctl restart kubelet"
         )
     manifest = manifests / f"{component.value}.yaml"
     advice = (

@@ -21,7 +21,7 @@ from bridge.errors import BridgeError
 from bridge.node import kubeconfig
 from bridge.node.inventory import AuthorityState, Item, Node
 from bridge.node.kubeconfig import Kubeconfig, KubeconfigError
-from bridge.pki import expiry, verify
+from bridge.pki import csr, expiry, verify
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates, name_text, san_entries
 from bridge.settings.tables import Settings
 from bridge.specs import SPECS, Component
@@ -105,9 +105,13 @@ def _end(item: Item, settings: Settings, now: datetime) -> Finding:
             "`ca-bridge renew` takes expired certificates too" if item.managed else "why did the kubelet not rotate it?"
         )
         return Finding(level="error", check="expired", about=name, text=expiry.left_text(end, now), hint=hint)
-    if not item.managed:
+    if item.rotates and not expiry.is_rotation_late(item.certificates, now):
         text = f"{expiry.left_text(end, now)}; rotated by the kubelet itself"
         return Finding(level="ok", check="certificate", about=name, text=text)
+    if not item.managed:
+        text = f"{expiry.left_text(end, now)}, and the kubelet should have rotated it"
+        hint = "does a signer in the cluster answer the kubelet's requests (kubectl get csr)?"
+        return Finding(level="warning", check="rotation", about=name, text=text, hint=hint)
     before = settings.renewal.before.of(min(end - begin, settings.renewal.validity))
     if end - now < before * _OVERDUE_SHARE:
         text = f"{expiry.left_text(end, now)}, and due since {expiry.minute(end - before)}"
@@ -144,7 +148,9 @@ def _pair(item: Item) -> Iterator[Finding]:
 def _belongs(item: Item, pem: bytes, path: Path) -> Iterator[Finding]:
     name = item.spec.name
     try:
-        ours = _spki(load_pem_private_key(pem, None).public_key()) == _spki(item.certificates[0].public_key())
+        ours = _spki(load_pem_private_key(csr.key_block(pem), None).public_key()) == _spki(
+            item.certificates[0].public_key()
+        )
     except (ValueError, TypeError, UnsupportedAlgorithm):  # TypeError: encrypted
         text = f"wanted a private key without a passphrase in {path}, found something else"
         yield Finding(level="error", check="key-unreadable", about=name, text=text, hint=_RESTORE)

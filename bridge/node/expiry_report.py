@@ -9,11 +9,7 @@ from datetime import datetime, timedelta
 from cryptography import x509
 
 from bridge.node.inventory import AuthorityState, Item, Node, State
-from bridge.pki.expiry import first_end, seconds_left
-
-# What we don't renew, the kubelet does, when 70 to 90 % of the lifetime are over (client-go,
-# util/certificate/certificate_manager.go): only with less than this left it is late.
-_ROTATION_IS_LATE = 0.1
+from bridge.pki.expiry import ROTATION_IS_LATE, first_end, seconds_left
 
 #: How long before its end a certificate is due, by its lifetime.
 Limit = Callable[[timedelta], timedelta]
@@ -87,7 +83,7 @@ def report(node: Node, now: datetime, within: Limit | None) -> Report:
 
 
 def _item_row(item: Item, now: datetime, within: Limit | None) -> Row:
-    limit = _limit(item.certificates, within, late_share=1 if item.managed else _ROTATION_IS_LATE)
+    limit = _limit(item.certificates, within, late_share=ROTATION_IS_LATE if item.rotates else 1)
     return Row(
         name=item.spec.name,
         path=str(item.certificate_path),

@@ -49,7 +49,13 @@ class Item:
     trouble: str | None  #: "wanted …, found …" when broken or unreadable.
     managed: bool  #: Ours to renew; else somebody rotates it, or its CA is not known here.
     listed: bool  #: kubeadm has a row for it.
+    rotates: bool = False  #: The kubelet renews it by itself, where a signer in the cluster answers.
     obstacle: BridgeError | None = None  #: Why its files can't be replaced; it can be read and used nevertheless.
+
+    @property
+    def in_one_file(self) -> bool:
+        """Certificate and key are PEM blocks of one file, as a kubelet keeps them."""
+        return self.rotates and self.key_path is not None and _real(self.key_path) == _real(self.certificate_path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +161,7 @@ def _with_shared_files(items: Sequence[Item]) -> tuple[Item, ...]:
     users: dict[str, list[str]] = defaultdict(list)
     for item in items:
         if item.managed and item.state == "present":
-            for path in (item.certificate_path, item.key_path):
+            for path in (item.certificate_path, None if item.in_one_file else item.key_path):
                 if path is not None:
                     users[_real(path)].append(item.spec.name)
     obstacles: dict[str, BridgeError] = {}
@@ -324,15 +330,19 @@ def _referring_item(
     """
     Of a kubeconfig that refers to files, which kubeadm refuses to look at.
 
-    A kubelet's is written by the kubelet itself as it rotates, certificate and key in one file.
+    A kubelet's is written by the kubelet itself as it rotates, certificate and key in one file. With the CA's key
+    elsewhere no signer of the cluster's own answers it (kubeadm's kubelet-finalize makes such a kubelet.conf all the
+    same), so that it is ours.
     """
     certificate_path, key_path = path.parent / certificate_file, path.parent / key_file
     found = _certificates_in(certificate_path)
     if found.state == "missing":
         trouble = f"wanted the certificate {certificate_path} that {path} refers to, found nothing"
         found = _Found(state="broken", trouble=trouble)
-    managed = spec != _KUBELET
-    return _item(spec, authority, found, certificate_path, key_path, managed=managed, listed=spec.listed)
+    rotates = spec == _KUBELET
+    managed = not rotates or authority.key == "external"
+    item = _item(spec, authority, found, certificate_path, key_path, managed=managed, listed=spec.listed)
+    return dataclasses.replace(item, rotates=rotates)
 
 
 def _item(

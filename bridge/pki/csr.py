@@ -7,6 +7,7 @@ Unlike kubeadm, which takes over CN, O, DNS names and IP addresses, nothing of t
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from cryptography import x509
@@ -69,6 +70,12 @@ def generate_key(algorithm: KeyAlgorithm) -> PrivateKey:
     if algorithm in _CURVES:
         return ec.generate_private_key(_CURVES[algorithm])
     return rsa.generate_private_key(public_exponent=65537, key_size=int(algorithm.removeprefix("rsa-")))
+
+
+def key_block(pem: bytes) -> bytes:
+    """The first private key of a PEM text, which may hold certificates before it; the text itself if it holds none."""
+    found = re.search(rb"-----BEGIN ([A-Z ]*PRIVATE KEY)-----.*?-----END \1-----", pem, re.DOTALL)
+    return found[0] + b"\n" if found else pem
 
 
 def key_pem(key: PrivateKey) -> bytes:

@@ -80,6 +80,23 @@ def first_end(chain: Sequence[x509.Certificate]) -> datetime:
     return min(certificate.not_valid_after_utc for certificate in chain)
 
 
+# A kubelet asks for a new one when 70 to 90 % of the lifetime are over (client-go,
+# util/certificate/certificate_manager.go): only with less than this left it is late.
+ROTATION_IS_LATE = 0.1
+
+
+def is_rotation_late(chain: Sequence[x509.Certificate], now: datetime) -> bool:
+    """
+    Whether a kubelet that renews its certificate by itself should have done so.
+
+    Args:
+        chain: The leaf, then its intermediates.
+        now: Aware, UTC.
+    """
+    end = first_end(chain)
+    return end - now < (end - chain[0].not_valid_before_utc) * ROTATION_IS_LATE
+
+
 def is_due(chain: Sequence[x509.Certificate], before: Before, validity: timedelta, now: datetime) -> bool:
     """
     Whether a certificate should be renewed: less than `before` is left, or it has expired.

@@ -148,7 +148,9 @@ def _continuity(one: Prepared, settings: Settings, batch: str) -> Continuity:
     who = {"batch": batch, "node": settings.node.node_name, "cluster": settings.node.cluster}
     try:
         old = one.item.key_path.read_bytes() if one.item.key_path is not None else _embedded_key(one.item)
-        proof = continuity.sign_proof(load_pem_private_key(old, None), one.request.csr, name=one.name, **who)
+        proof = continuity.sign_proof(
+            load_pem_private_key(csr.key_block(old), None), one.request.csr, name=one.name, **who
+        )
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm):  # missing, broken, encrypted, of an odd type
         proof = None
     return Continuity(proof=proof, **who)

@@ -135,6 +135,10 @@ def replacements(one: Prepared, verified: verify.Verified) -> Iterator[Replaceme
             raise MissingCertificateError(f"{path}: wanted to read it, found: {e.strerror}") from e
         yield Replacement(certificate=name, path=path, data=data, mode_mask=KUBECONFIG_MASK, was=one.was[path])
         return
+    if item.in_one_file:
+        path = item.certificate_path
+        yield Replacement(certificate=name, path=path, data=chain + one.key_pem, mode_mask=KEY_MASK, was=one.was[path])
+        return
     yield Replacement(
         certificate=name, path=item.key_path, data=one.key_pem, mode_mask=KEY_MASK, was=one.was[item.key_path]
     )

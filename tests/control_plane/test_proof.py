@@ -352,14 +352,18 @@ def test_a_kubelets_copy_counts_more_than_its_kubeconfig(site: Site) -> None:
 
 def test_a_kubelet_that_rotates_by_itself_is_left_alone(site: Site) -> None:
     """Its kubeconfig refers to the file that it rotates."""
-    path, pem = site.directory / "kubelet.conf", site.directory / "kubelet-client-current.pem"
+    written = datetime.now() - timedelta(hours=1)  # noqa: DTZ005 (a kubelet names its files by local time)
+    path, pem = site.directory / "kubelet.conf", site.directory / f"kubelet-client-{written:%Y-%m-%d-%H-%M-%S}.pem"
     lines = path.read_text().splitlines()
     rotated = [line for line in lines if "client-" not in line]
     path.write_text("\n".join([*rotated, f"    client-certificate: {pem}", f"    client-key: {pem}", ""]))
     pair = [(site.pki / f"apiserver-kubelet-client{suffix}").read_bytes() for suffix in (".crt", ".key")]
     pem.write_bytes(b"".join(pair))
+    os.utime(pem, (written.timestamp(), written.timestamp()))
     findings = [f for f in site.look().findings if f.certificate == "kubelet.conf"]
     assert [f.state for f in findings] == ["current", "not-ours"]
+    pem.touch()  # somebody else has written to it
+    assert site.finding("kubelet.conf", f"has read {pem}").state == "unknown"  # no kubelet here
 
 
 # --- the report ------------------------------------------------------------------------------------------------------

@@ -72,9 +72,10 @@ def restart():
         while neighbours.look(node, settings).own_is_down(component) is False:
             time.sleep(0.2)
         pods = ["crictl", "-c", "/etc/kubernetes/crictl.yaml", "pods", "-q", "--state", "ready", "--name", component.value]
-        while subprocess.run(pods, capture_output=True, check=True).stdout:
+        # etcd's manifest comes back while its pod still ends, or the kubelet may hang for minutes (see static_pods)
+        while component is not Component.ETCD and subprocess.run(pods, capture_output=True, check=True).stdout:
             time.sleep(0.2)
-        time.sleep(3)
+        time.sleep(2 if component is Component.ETCD else 3)
     finally:
         os.rename(f"/etc/kubernetes/{manifest.name}", manifest)
     while not own_is_well():

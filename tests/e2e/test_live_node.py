@@ -10,24 +10,30 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from bridge.pki.certificates import fingerprint, load_pem_certificates
 from bridge.specs import AUTHORITIES, SPECS, Component
 from tests.counts import Tried
-from tests.kit import nodes
+from tests.kit import nodes, programs
 from tests.kit.cas import add_vault, live_certificates
 from tests.kit.doors import door
+from tests.kit.issuing import Signer, signed_again
 from tests.kit.looking import Audit, traffic
 from tests.kit.node import Node
 from tests.kit.nodes import LiveBridge, NodePki, wait_for
 from tests.kit.openbao import OpenBao
+from tests.kit.pki import finalize
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]
 
@@ -251,3 +257,31 @@ def test_the_kubelet_is_restarted_on_its_new_certificate(site: Site) -> None:
         return bool(found) and load_pem_certificates(found)[0] == new
 
     wait_for("the kubelet's new copy", copied, seconds=60)
+
+
+def test_a_kubelet_that_an_expired_certificate_keeps_down_is_repaired_by_renew_alone(site: Site) -> None:
+    """Its kubelet.conf refers to the kubelet's own file, as kubeadm leaves it, and that has ended: no start succeeds."""
+    pki, node = site.bridge.pki, site.node
+    certificate, key = pki.ca_pem("ca")
+    signer = Signer(certificate=x509.load_pem_x509_certificate(certificate), key=load_pem_private_key(key, None))  # type: ignore[arg-type]
+    old = live_certificates(pki)["kubelet.conf"]
+    current = finalize(pki, signed_again(old, signer, end=datetime.now(UTC) - timedelta(minutes=1)))
+    restart = Path(site.bridge.kubelet_command())
+    node.exec(restart)
+    processes = ("pgrep", "-f", f"^kubelet .*--hostname-override={node.name} ")
+    wait_for("the kubelet's end", lambda: node.exec(*processes, check=False).returncode == 1, seconds=60)
+    # what systemd does: again and again; a kubelet that lives is left alone
+    arguments = site.bridge.directory / "kubelet.args"
+    again = f"while sleep 1; do xargs -d '\\n' -a {arguments} </dev/null >>{node.root.parent}/kubelet.log 2>&1; done"
+    loop = subprocess.Popen([programs.KIT / "node.sh", "exec", node.name, "sh", "-c", again], start_new_session=True)
+    try:
+        with setting(site.bridge, str(restart), "true"):
+            run = site.bridge.run("renew")
+        print(run.stdout, run.stderr)
+        assert run.returncode == 0, run.stderr
+        assert current.is_symlink()
+        wait_for("a node that is Ready", lambda: nodes.is_ready(node), seconds=120)
+        assert site.bridge.run("prove", "--wait", "60s").returncode == 0
+    finally:
+        os.killpg(loop.pid, signal.SIGTERM)
+        loop.wait()

@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
-from bridge.node import sample_pki
+from bridge.node import kubeconfig, sample_pki
 from bridge.specs import AUTHORITIES, KeyAlgorithm
 from tests.kit import programs
 
@@ -212,3 +212,30 @@ def _move_ca_keys(pki: Pki) -> None:
         certificate.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(pki.pki_dir / files.certificate_file, certificate)
         shutil.move(pki.pki_dir / files.key_file, key)
+
+
+def finalize(pki: Pki, certificate: bytes | None = None) -> Path:
+    """
+    Do what kubeadm's kubelet-finalize leaves: a dated file with the pair, a symlink to it, and a kubelet.conf with its name.
+
+    Args:
+        pki: Its kubelet.conf holds certificate and key.
+        certificate: PEM, for the same key, instead of the one in kubelet.conf.
+
+    Returns:
+        The symlink, seen from here.
+    """
+    path = pki.kubeconfig_dir / "kubelet.conf"
+    data = path.read_bytes()
+    pair = certificate or kubeconfig.parse(data).certificate_data, kubeconfig.key_data(data)
+    directory = pki.root / "var/lib/kubelet/pki"
+    directory.mkdir(parents=True, exist_ok=True)
+    dated, current = directory / "kubelet-client-2026-01-02-03-04-05.pem", directory / "kubelet-client-current.pem"
+    dated.touch(mode=0o600)
+    dated.write_bytes(b"".join(part or b"" for part in pair))
+    current.unlink(missing_ok=True)
+    current.symlink_to(dated.name)
+    place = os.path.relpath(current, pki.kubeconfig_dir)  # the same on the node, whatever its root is from here
+    lines = [line for line in data.decode().splitlines() if "client-" not in line]
+    path.write_text("\n".join([*lines, f"    client-certificate: {place}", f"    client-key: {place}", ""]))
+    return current

@@ -432,7 +432,7 @@ def test_data_wins_over_files(pki: Pki) -> None:
 
 
 def test_a_kubelet_that_rotates_its_certificate(pki: Pki) -> None:
-    """Certificate and key are one file of the kubelet's; we read its certificate and leave it alone."""
+    """Certificate and key are one file of the kubelet's: ours to renew where the CA's key is elsewhere, else its own."""
     leaf = item(pki, "kubelet.conf").certificates[0]
     current = pki.root / "kubelet-client-current.pem"
     key = (pki.pki_dir / "apiserver.key").read_bytes()
@@ -441,8 +441,11 @@ def test_a_kubelet_that_rotates_its_certificate(pki: Pki) -> None:
 
     found = item(pki, "kubelet.conf")
     assert (found.state, found.certificates) == ("present", (leaf,))
-    assert (found.managed, found.listed, found.embedded) == (False, False, False)
+    assert (found.managed, found.rotates, found.listed, found.embedded) == (True, True, False, False)
+    assert (found.in_one_file, found.obstacle) == (True, None)
     assert found.certificate_path == found.key_path == current
+    (pki.pki_dir / "ca.key").write_bytes(key)
+    assert (item(pki, "kubelet.conf").managed, item(pki, "kubelet.conf").rotates) == (False, True)
 
 
 def test_the_current_context_decides(pki: Pki) -> None:
