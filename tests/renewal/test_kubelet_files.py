@@ -29,11 +29,11 @@ def make(tmp_path: Path) -> Bridge:
 def test_it_is_renewed_where_the_kubelet_reads_it(make: Bridge) -> None:
     """Leaf and key in one file, for its owner alone; the symlink and kubelet.conf stay; the kubelet is to be restarted."""
     current = finalize(make.pki)
-    dated, kubeconfig = current.readlink(), (make.pki.kubeconfig_dir / "kubelet.conf").read_bytes()
+    dated, kubeconfig = current.resolve(), (make.pki.kubeconfig_dir / "kubelet.conf").read_bytes()
     old = load_pem_certificates(current.read_bytes())[0]
     run = make.run("renew", "kubelet.conf", "-o", "json")
     assert run.returncode == 0, run.stderr
-    assert (current.readlink(), (make.pki.kubeconfig_dir / "kubelet.conf").read_bytes()) == (dated, kubeconfig)
+    assert (current.resolve(), (make.pki.kubeconfig_dir / "kubelet.conf").read_bytes()) == (dated, kubeconfig)
     assert (dated.stat().st_mode & 0o777, dated.is_symlink()) == (0o600, False)
     text = current.read_bytes()
     new = load_pem_certificates(text)[0]
