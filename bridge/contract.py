@@ -40,6 +40,8 @@ class Continuity:
     node: str
     cluster: str
     proof: bytes | None  #: See `bridge.pki.continuity`; None: the old key can't be read.
+    #: When, in whole seconds, UTC; None: an earlier version of the program asked, whose proof covers no time.
+    asked: datetime | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

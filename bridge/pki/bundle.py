@@ -32,7 +32,9 @@ from bridge.words import one_line
 
 REQUEST_SCHEMA = "ca-bridge/request-bundle"
 ANSWER_SCHEMA = "ca-bridge/answer-bundle"
-VERSION = 1
+#: 2: the continuity proofs cover the validity and the time, too. What today's nodes have sent out is 1, and goes on.
+REQUEST_VERSIONS = (1, 2)
+ANSWER_VERSION = 1
 
 #: The requests of one node, a dozen with long chains, are a tenth of it.
 MAX_BYTES = 1 << 20
@@ -84,6 +86,7 @@ class RequestBundle:
     cluster: str
     created: datetime  #: UTC, whole seconds.
     requests: tuple[BundledRequest, ...]  #: Each name once.
+    version: int = REQUEST_VERSIONS[-1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,18 +123,25 @@ def bundle_of(requests: Sequence[SignRequest], created: datetime) -> RequestBund
     """
     Requests of one batch, each with its `continuity`.
 
+    Args:
+        requests: At least one.
+        created: For those whose continuity tells no time: an earlier version of the program has made it.
+
     Raises:
         ValueError: None, or of several batches; a bug of the caller's.
     """
-    batches = {(who.batch, who.node, who.cluster) for request in requests if (who := request.continuity) is not None}
+    batches = {
+        (who.batch, who.node, who.cluster, who.asked) for request in requests if (who := request.continuity) is not None
+    }
     if len(batches) != 1 or any(request.continuity is None for request in requests):
         raise ValueError(f"wanted requests of one batch, found {len(batches)}")
-    [(batch, node, cluster)] = batches
+    [(batch, node, cluster, asked)] = batches
     return RequestBundle(
         batch=batch,
         node=node,
         cluster=cluster,
-        created=created.astimezone(UTC).replace(microsecond=0),
+        created=(asked or created).astimezone(UTC).replace(microsecond=0),
+        version=1 if asked is None else 2,
         requests=tuple(
             BundledRequest(
                 name=request.spec.name,
@@ -154,7 +164,13 @@ def sign_request(request: BundledRequest, bundle: RequestBundle) -> SignRequest:
         csr_pem=request.csr.public_bytes(Encoding.PEM),
         validity=request.validity,
         replaces=request.replaces,
-        continuity=Continuity(batch=bundle.batch, node=bundle.node, cluster=bundle.cluster, proof=request.proof),
+        continuity=Continuity(
+            batch=bundle.batch,
+            node=bundle.node,
+            cluster=bundle.cluster,
+            proof=request.proof,
+            asked=bundle.created if bundle.version > 1 else None,
+        ),
     )
     vars(asked)["csr"] = request.csr  # parsed already, and so are its extensions
     return asked
@@ -244,7 +260,7 @@ def _document(bundle: Bundle) -> dict[str, Any]:
     if isinstance(bundle, RequestBundle):
         return {
             "schema": REQUEST_SCHEMA,
-            "version": VERSION,
+            "version": bundle.version,
             "batch": bundle.batch,
             "node": bundle.node,
             "cluster": bundle.cluster,
@@ -253,7 +269,7 @@ def _document(bundle: Bundle) -> dict[str, Any]:
         }
     return {
         "schema": ANSWER_SCHEMA,
-        "version": VERSION,
+        "version": ANSWER_VERSION,
         "requestDigest": bundle.request_digest,
         "batch": bundle.batch,
         "node": bundle.node,
@@ -448,8 +464,8 @@ def _read_request_bundle(document: Mapping[str, Any]) -> RequestBundle:
     fields = _Fields.of(
         document, "", ("schema", "version", "batch", "node", "cluster", "created", "requests", "digest")
     )
-    fields.choice("version", [VERSION])
     bundle = RequestBundle(
+        version=fields.choice("version", REQUEST_VERSIONS),
         batch=_batch(fields),
         node=_node(fields),
         cluster=fields.text("cluster", LONGEST_NAME),
@@ -480,7 +496,7 @@ def _read_request(value: object, place: str) -> BundledRequest:
 def _read_answer_bundle(document: Mapping[str, Any]) -> AnswerBundle:
     keys = ("schema", "version", "requestDigest", "batch", "node", "cluster", "signer", "signed", "answers", "digest")
     fields = _Fields.of(document, "", keys)
-    fields.choice("version", [VERSION])
+    fields.choice("version", [ANSWER_VERSION])
     answers = fields.items("answers", _read_answer)
     _assert_once(fields, "answers", [name for name, _ in answers])
     bundle = AnswerBundle(

@@ -9,6 +9,7 @@ from cryptography import x509
 
 from bridge.pki import shown
 from bridge.pki.bundle import (
+    LONGEST_TEXT,
     AnswerBundle,
     Bundle,
     BundledRequest,
@@ -20,25 +21,27 @@ from bridge.pki.certificates import fingerprint, serial_hex
 from bridge.pki.continuity import origin_problem, proof_problem, usages_problem
 from bridge.pki.durations import duration_text
 from bridge.pki.expiry import minute
+from bridge.words import one_line
 
 
-def describe(bundle: Bundle, now: datetime, cas: Mapping[str, Sequence[x509.Certificate]] | None = None) -> str:
+def describe(bundle: Bundle, now: datetime, cas: Mapping[str, Sequence[x509.Certificate]]) -> str:
     """
     What a person has to know who approves a bundle, or gets one back.
 
     Args:
         bundle: Of either kind.
         now: For "expired".
-        cas: The CAs' certificates by authority, with which the origin of the replaced certificates can be told.
+        cas: The CAs' certificates by authority, with which the origin of the replaced certificates can be told; of an
+            authority that is missing it can't.
     """
     lines = list(_request_lines(bundle, now, cas) if isinstance(bundle, RequestBundle) else _answer_lines(bundle))
     return "\n".join([*lines, "", f"fingerprint  {short_fingerprint(bundle)}", ""])
 
 
 def _request_lines(
-    bundle: RequestBundle, now: datetime, cas: Mapping[str, Sequence[x509.Certificate]] | None
+    bundle: RequestBundle, now: datetime, cas: Mapping[str, Sequence[x509.Certificate]]
 ) -> Iterator[str]:
-    yield f"request of node {bundle.node}, cluster {bundle.cluster}, made {minute(bundle.created)}"
+    yield f"request of node {bundle.node}, cluster {one_line(bundle.cluster)}, made {minute(bundle.created)}"
     yield f"batch {bundle.batch}, {count(len(bundle.requests), 'certificate')}"
     for request in bundle.requests:
         usages = ", ".join(sorted(eku.label for eku in request.ekus))
@@ -52,8 +55,13 @@ def _request_lines(
         yield from _changes(request)
         proof = proof_problem(request, bundle) or usages_problem(request)
         yield f"  proof       {proof or 'holds: made with the key of the replaced certificate'}"
-        if cas is not None:
-            yield f"  origin      {origin_problem(request, cas.get(request.authority, ())) or 'signed by this CA'}"
+        yield f"  origin      {_origin(request, cas)}"
+
+
+def _origin(request: BundledRequest, cas: Mapping[str, Sequence[x509.Certificate]]) -> str:
+    if request.authority not in cas:
+        return f"NOT CHECKED: no certificate of {request.authority} is here, so the proof may be another CA's"
+    return origin_problem(request, cas[request.authority]) or "signed by this CA"
 
 
 def _changes(request: BundledRequest) -> Iterator[str]:
@@ -76,13 +84,13 @@ def _replaced(request: BundledRequest, now: datetime) -> str:
 
 
 def _answer_lines(bundle: AnswerBundle) -> Iterator[str]:
-    yield f"answer to node {bundle.node}, cluster {bundle.cluster}, signed {minute(bundle.signed)} by {bundle.signer}"
+    yield f"answer to node {bundle.node}, cluster {one_line(bundle.cluster)}, signed {minute(bundle.signed)} by {one_line(bundle.signer)}"
     yield f"batch {bundle.batch}, to the request with the digest {bundle.request_digest[:16]}…"
     for name, answer in bundle.answers.items():
         yield ""
         yield name
         if isinstance(answer, Refusal):
-            yield f"  refused     {answer.reason}"
+            yield f"  refused     {one_line(answer.reason, LONGEST_TEXT)}"
             continue
         yield f"  certificate {shown.name(answer.leaf)}, serial {serial_hex(answer.leaf)}"
         yield f"  valid       {minute(answer.leaf.not_valid_before_utc)} to {minute(answer.leaf.not_valid_after_utc)}"

@@ -8,6 +8,8 @@ and whose certificate it takes for one, is the policy's to say (`bridge.signing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from hashlib import sha256
 
 from cryptography import x509
@@ -22,15 +24,32 @@ from bridge.pki import shown
 from bridge.pki.bundle import BundledRequest, RequestBundle
 from bridge.pki.certificates import UNREADABLE, attributes, extended_key_usages, name_text
 from bridge.pki.csr import algorithm_name
+from bridge.pki.expiry import rfc3339
 from bridge.specs import SPECS
 from bridge.words import one_line
 
 #: Signed with the old key, so never the beginning of anything else that such a key signs.
-_PROOF_CONTEXT = b"ca-bridge continuity proof v1"
+_PROOF_CONTEXT_1 = b"ca-bridge continuity proof v1"
+_PROOF_CONTEXT_2 = b"ca-bridge continuity proof v2"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What a proof of version 2 covers besides the CSR and who asks."""
+
+    validity: timedelta  #: Asked for; whole seconds.
+    created: datetime  #: The bundle's, so that nobody else can make it look younger.
 
 
 def sign_proof(
-    old_key: PrivateKeyTypes, csr: x509.CertificateSigningRequest, *, name: str, batch: str, node: str, cluster: str
+    old_key: PrivateKeyTypes,
+    csr: x509.CertificateSigningRequest,
+    *,
+    name: str,
+    batch: str,
+    node: str,
+    cluster: str,
+    terms: Terms | None,
 ) -> bytes:
     """
     Prove with the key of the certificate that is replaced that its holder wants this CSR signed.
@@ -38,10 +57,19 @@ def sign_proof(
     RSA-PSS, ECDSA or Ed25519, the first two with SHA-256. What is signed begins with words of its own, has each
     part with its length before it, and names the batch, so that a proof is good for one request of one bundle.
 
+    Args:
+        old_key: Of the certificate that is replaced.
+        csr: For the new one.
+        name: kubeadm's name of the certificate.
+        batch: The bundle's.
+        node: Likewise.
+        cluster: Likewise.
+        terms: None: a proof of version 1, for a bundle of that version.
+
     Raises:
         ValueError: A key of another type.
     """
-    message = _proof_message(csr, name=name, batch=batch, node=node, cluster=cluster)
+    message = _proof_message(csr, (batch, node, cluster, name), terms)
     if isinstance(old_key, rsa.RSAPrivateKey):
         return old_key.sign(message, _PSS, hashes.SHA256())
     if isinstance(old_key, ec.EllipticCurvePrivateKey):
@@ -63,9 +91,8 @@ def proof_problem(request: BundledRequest, bundle: RequestBundle) -> str | None:
         return "wanted the certificate that is replaced, found none"
     if request.proof is None:
         return "wanted a continuity proof, found none"
-    message = _proof_message(
-        request.csr, name=request.name, batch=bundle.batch, node=bundle.node, cluster=bundle.cluster
-    )
+    terms = Terms(validity=request.validity, created=bundle.created) if bundle.version > 1 else None
+    message = _proof_message(request.csr, (bundle.batch, bundle.node, bundle.cluster, request.name), terms)
     try:
         key = request.replaces.public_key()
     except (ValueError, UnsupportedAlgorithm) as e:
@@ -114,9 +141,12 @@ def _check_signature(key: CertificatePublicKeyTypes, signature: bytes, message: 
 _PSS = padding.PSS(padding.MGF1(hashes.SHA256()), hashes.SHA256.digest_size)
 
 
-def _proof_message(csr: x509.CertificateSigningRequest, *, name: str, batch: str, node: str, cluster: str) -> bytes:
+def _proof_message(csr: x509.CertificateSigningRequest, who: Sequence[str], terms: Terms | None) -> bytes:
     csr_digest = sha256(csr.public_bytes(Encoding.DER)).digest()
-    parts = (_PROOF_CONTEXT, batch.encode(), node.encode(), cluster.encode(), name.encode(), csr_digest)
+    parts = [_PROOF_CONTEXT_1 if terms is None else _PROOF_CONTEXT_2, *(part.encode() for part in who), csr_digest]
+    if terms is not None:
+        seconds = int(terms.validity.total_seconds())
+        parts += [str(seconds).encode(), rfc3339(terms.created).encode()]
     return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
 
 

@@ -8,6 +8,8 @@ from bridge.pki.certificates import UNREADABLE, name_text, san_counts
 from bridge.pki.csr import algorithm_name
 from bridge.words import one_line
 
+_MOST_SANS = 100
+
 
 def name(subject: x509.Certificate | x509.CertificateSigningRequest) -> str:
     """The subject."""
@@ -26,13 +28,13 @@ def issuer(certificate: x509.Certificate) -> str:
 
 
 def sans(subject: x509.Certificate | x509.CertificateSigningRequest) -> str:
-    """All SANs, in alphabetical order."""
+    """The SANs in alphabetical order; of more than a policy allows, as many."""
     try:
-        return (
-            ", ".join(one_line(f"{kind}:{value}") for kind, value in sorted(san_counts(subject).elements())) or "none"
-        )
+        texts = [one_line(f"{kind}:{value}") for kind, value in sorted(san_counts(subject).elements())]
     except UNREADABLE as e:
         return f"(extensions that can't be read: {one_line(e)})"
+    more = [f"and {len(texts) - _MOST_SANS} more"] if len(texts) > _MOST_SANS else []
+    return ", ".join([*texts[:_MOST_SANS], *more]) or "none"
 
 
 def key(csr: x509.CertificateSigningRequest) -> str:

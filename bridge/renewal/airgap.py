@@ -7,7 +7,7 @@ Keys stay in the state directory; a bundle has no place for one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,8 +20,8 @@ from bridge.contract import Issued
 from bridge.errors import BackendRefusedError, BridgeError, Exit, WaitingError
 from bridge.node.inventory import Item, Node
 from bridge.pki import bundle, bundle_text, continuity
-from bridge.pki.bundle import AnswerBundle, BundleError, Refusal, RequestBundle
-from bridge.pki.certificates import UNREADABLE, fingerprint, is_ca, load_pem_certificates, name_text, serial_hex
+from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, Refusal, RequestBundle
+from bridge.pki.certificates import UNREADABLE, fingerprint, is_ca, name_text, serial_hex
 from bridge.pki.loose_certificates import certificates_in, is_for, newest
 from bridge.renewal.issuance import Answer, Answered
 from bridge.renewal.prepare import Prepared, open_request, prepare, take_up, with_continuity
@@ -30,7 +30,7 @@ from bridge.renewal.selection import ALL, Selection, assert_known, outcome_of, s
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, record_failed, remember, verify_all
 from bridge.settings.tables import Settings
-from bridge.specs import AUTHORITIES
+from bridge.signing.origins import known_cas
 from bridge.state import audit, retention
 from bridge.state.outcome import Outcome
 from bridge.state.requests import OpenRequest, OpenRequests
@@ -90,7 +90,7 @@ def export(
         for one in prepared:
             if one.open is None and (old := run.requests.get(one.name)) is not None and old.is_waiting:
                 progress.note(f"{one.name}: not the key and CSR of before: renewal.key asks for another kind of key")
-        prepared = with_continuity(prepared, settings)
+        prepared = with_continuity(prepared, settings, now())
         requests = bundle.bundle_of([one.request for one in prepared], now())
         data, digest = bundle.dumps(requests), bundle.digest(requests)
         for one in prepared:
@@ -130,19 +130,22 @@ def _assert_free(path: Path) -> None:
 
 def inspect(settings: Settings, path: Path, now: datetime) -> tuple[str, int]:
     """
-    Describe a bundle for a person who approves it; 5 if a continuity proof does not hold.
+    Describe a bundle for a person who approves it; 5 if a continuity proof does not hold, or is another CA's.
 
     Raises:
         BridgeError: It can't be read, or has been changed.
     """
-    found = _bundle(path)
-    cas = {name: certificates for name in AUTHORITIES if (certificates := _ca(settings, name))}
-    text = bundle_text.describe(found, now, cas or None)
-    if isinstance(found, RequestBundle) and any(
-        continuity.proof_problem(one, found) or continuity.usages_problem(one) for one in found.requests
-    ):
+    found, cas = _bundle(path), known_cas(settings)
+    text = bundle_text.describe(found, now, cas)
+    if isinstance(found, RequestBundle) and any(_doubt(one, found, cas) for one in found.requests):
         return text, Exit.REFUSED
     return text, Exit.DONE
+
+
+def _doubt(one: BundledRequest, whole: RequestBundle, cas: Mapping[str, Sequence[x509.Certificate]]) -> str | None:
+    """Why the proof is worth nothing, as far as that can be told here."""
+    problem = continuity.proof_problem(one, whole) or continuity.usages_problem(one)
+    return problem or (continuity.origin_problem(one, cas[one.authority]) if one.authority in cas else None)
 
 
 def _bundle(path: Path) -> RequestBundle | AnswerBundle:
@@ -156,14 +159,6 @@ def _bundle(path: Path) -> RequestBundle | AnswerBundle:
         return bundle.loads(data)
     except BundleError as e:
         raise BridgeError(f"{path}: {e}", hint=e.hint) from None
-
-
-def _ca(settings: Settings, name: str) -> list[x509.Certificate]:
-    """As far as they are here: at a desk there may be none."""
-    try:
-        return load_pem_certificates(read(settings.node.pki_dir / AUTHORITIES[name].certificate_file) or b"")
-    except (UnreadableError, ValueError):
-        return []
 
 
 # --- import ----------------------------------------------------------------------------------------------------------

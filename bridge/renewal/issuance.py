@@ -249,7 +249,7 @@ def _opened(run: Run, prepared: Sequence[Prepared], reached: Mapping[str, Reache
             made_before = one.request.continuity.batch if one.request.continuity else ""
             to_carry[id(ca.backend), made_before].append(one)
     for ours in to_carry.values():
-        opened |= {one.name: one for one in with_continuity(ours, run.settings)}
+        opened |= {one.name: one for one in with_continuity(ours, run.settings, run.now())}
     for one in opened.values():
         ca = reached[one.authority]
         if isinstance(ca.backend, Collects) and not _owes(ca, one):

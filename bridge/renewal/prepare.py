@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
@@ -31,6 +32,9 @@ from bridge.state.requests import OpenRequest
 from bridge.state.session import Run
 from bridge.system.files import DIRECTORY_MODE, Attributes, sync_directory, write_staged
 from bridge.system.ownership import foreign_link
+
+#: A desk takes no request that is older than its policy's `max_age` (30 days by default).
+_PROOF_ANEW = timedelta(days=7)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,40 +124,44 @@ def take_up(item: Item, made: OpenRequest) -> Prepared | Outcome:
     return Prepared(item=item, request=made.request, key_pem=made.key_pem, was=was, open=made)
 
 
-def with_continuity(prepared: Sequence[Prepared], settings: Settings) -> list[Prepared]:
+def with_continuity(prepared: Sequence[Prepared], settings: Settings, now: datetime) -> list[Prepared]:
     """
     The same, where each request says who asks, and proves it with the key of the certificate that it replaces.
 
     All are of one batch; requests that are of one already stay as they are, since they may have been handed over, unless
-    the settings name the node or cluster otherwise now, or a proof that was missing can be made.
+    the settings name the node or cluster otherwise now, a proof that was missing can be made, or it has become old.
     """
-    batches = {one.request.continuity.batch if one.request.continuity else "" for one in prepared}
-    if len(batches) == 1 and all(_still_says_it(one, settings) for one in prepared):
+    said = {(who.batch, who.asked) if (who := one.request.continuity) is not None else None for one in prepared}
+    if len(said) == 1 and all(_still_says_it(one, settings, now) for one in prepared):
         return list(prepared)
-    batch = secrets.token_hex(16)
-    return [
-        dataclasses.replace(one, request=dataclasses.replace(one.request, continuity=_continuity(one, settings, batch)))
-        for one in prepared
-    ]
+    batch, asked = secrets.token_hex(16), now.replace(microsecond=0)
+    return [_saying(one, _continuity(one, settings, batch, asked)) for one in prepared]
 
 
-def _still_says_it(one: Prepared, settings: Settings) -> bool:
+def _saying(one: Prepared, who: Continuity) -> Prepared:
+    return dataclasses.replace(one, request=dataclasses.replace(one.request, continuity=who))
+
+
+def _still_says_it(one: Prepared, settings: Settings, now: datetime) -> bool:
     said = one.request.continuity
-    if said is None or (said.node, said.cluster) != (settings.node.node_name, settings.node.cluster):
+    if said is None or said.asked is None or now - said.asked > _PROOF_ANEW:
         return False
-    return said.proof is not None or _continuity(one, settings, said.batch).proof is None
+    if (said.node, said.cluster) != (settings.node.node_name, settings.node.cluster):
+        return False
+    return said.proof is not None or _continuity(one, settings, said.batch, said.asked).proof is None
 
 
-def _continuity(one: Prepared, settings: Settings, batch: str) -> Continuity:
+def _continuity(one: Prepared, settings: Settings, batch: str, asked: datetime) -> Continuity:
     who = {"batch": batch, "node": settings.node.node_name, "cluster": settings.node.cluster}
+    terms = continuity.Terms(validity=one.request.validity, created=asked)
     try:
         old = one.item.key_path.read_bytes() if one.item.key_path is not None else _embedded_key(one.item)
         proof = continuity.sign_proof(
-            load_pem_private_key(csr.key_block(old), None), one.request.csr, name=one.name, **who
+            load_pem_private_key(csr.key_block(old), None), one.request.csr, name=one.name, terms=terms, **who
         )
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm):  # missing, broken, encrypted, of an odd type
         proof = None
-    return Continuity(proof=proof, **who)
+    return Continuity(proof=proof, asked=asked, **who)
 
 
 def _embedded_key(item: Item) -> bytes:

@@ -79,6 +79,11 @@ class Options:
             raise BridgeError(f"{self.source}: wanted a bundle, or a directory of bundles or CSRs, found nothing")
 
 
+def policy_path(settings: Settings) -> Path:
+    """Where the policy is unless the command line says otherwise."""
+    return (settings.source.file or DEFAULT_FILE).with_name(POLICY_NAME)
+
+
 def load_policy(settings: Settings, path: Path | None) -> Policy:
     """
     The policy file that was named, or the one beside the settings.
@@ -86,7 +91,7 @@ def load_policy(settings: Settings, path: Path | None) -> Policy:
     Raises:
         SettingsError: There is none, it can't be read, or not everything in it is right.
     """
-    path = path or (settings.source.file or DEFAULT_FILE).with_name(POLICY_NAME)
+    path = path or policy_path(settings)
     try:
         assert_ours(path)
         data = read(path)

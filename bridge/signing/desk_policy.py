@@ -8,8 +8,10 @@ that is replaced has, or, where nothing proves that, what kubeadm itself asks fo
 from __future__ import annotations
 
 import ipaddress
+import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
@@ -26,8 +28,17 @@ from bridge.pki.certificates import attributes, san_counts
 from bridge.pki.continuity import origin_problem, proof_problem, usages_problem
 from bridge.pki.csr import algorithm_name
 from bridge.pki.durations import duration_text
+from bridge.pki.expiry import minute
 from bridge.settings.reader import Reader, Source
 from bridge.specs import EKU, KEY_ALGORITHMS, SPECS
+from bridge.words import one_line
+
+_CLOCKS_DIFFER = timedelta(days=1)
+#: More than any control-plane node has; a replaced certificate may have more.
+_MOST_SANS = 100
+_MOST_SHOWN, _LONGEST_SHOWN = 5, 100
+_LONGEST_HOST_NAME = 253
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 MASTERS = "system:masters"  #: Kubernetes lets its members do everything, and no RBAC rule can take that back.
 
@@ -82,6 +93,7 @@ class Allow:
     masters: tuple[str, ...] = ()  #: Certificates that may be in the group `system:masters`.
     proof: Literal["required", "optional"] = "required"
     proof_after_expiry: timedelta = timedelta(days=90)  #: How long a proof by an expired certificate counts.
+    max_age: timedelta = timedelta(days=30)  #: Of a request bundle.
 
     def problems(self) -> Iterator[SettingsProblem]:
         """Names that are none, and lists that allow nothing."""
@@ -204,14 +216,14 @@ def judge(
         without_proof: Names for which a person does without.
     """
     unproven, can_be_waived = _proof_trouble(request, bundle, policy, cas, now)
-    problems = [*_who(bundle, policy.allow)]
+    problems = [*_who(bundle, policy.allow), *_age(bundle, policy.allow, now)]
     waived = policy.allow.proof == "optional" or request.name in without_proof
     if unproven and not (waived and can_be_waived):
         problems.append(f"proof: {unproven}")
     try:
         problems += _what(request, bundle, policy, proven=not unproven)
     except (ValueError, UnsupportedAlgorithm, x509.UnsupportedGeneralNameType, x509.DuplicateExtension) as e:
-        problems.append(f"CSR: wanted one that can be read, found: {e}")
+        problems.append(f"CSR: wanted one that can be read, found: {one_line(e)}")
     return Verdict(problems=tuple(problems), proven=not unproven)
 
 
@@ -219,6 +231,15 @@ def _who(bundle: RequestBundle, allow: Allow) -> Iterator[str]:
     for what, found, patterns in (("cluster", bundle.cluster, allow.clusters), ("node", bundle.node, allow.nodes)):
         if not any(fnmatchcase(found, pattern) for pattern in patterns):
             yield f"{what}: wanted {_or(patterns)}, found {found}"
+
+
+def _age(bundle: RequestBundle, allow: Allow, now: datetime) -> Iterator[str]:
+    """What somebody has kept for long is good for nothing; a clock may be wrong by a day."""
+    if now - bundle.created > allow.max_age:
+        limit = f"made at most {duration_text(allow.max_age)} ago (allow.max_age)"
+        yield f"age: wanted a request {limit}, found one of {bundle.created:%Y-%m-%d}; export it again"
+    elif bundle.created - now > _CLOCKS_DIFFER:
+        yield f"age: wanted a request that is not from the future, found one of {minute(bundle.created)}"
 
 
 def _proof_trouble(
@@ -270,22 +291,23 @@ def _subject_problems(
     rest = sorted(item for item in found if item != (_O, MASTERS))
     if rules.subjects is not None:
         if not any(rest == _subject(text, node) for text in rules.subjects):
-            yield f"subject: wanted {_or([text.replace('{node}', node) for text in rules.subjects])}, found {_text(rest)}"
+            yield f"subject: wanted {_or([text.replace('{node}', node) for text in rules.subjects])}, found {one_line(_text(rest))}"
         return
     cn, groups = _SUBJECTS[request.name]
     wanted = cn.replace("{node}", node)
     names = [value for oid, value in found if oid == _CN]
     if names != [wanted]:
-        yield f"CN: wanted {wanted}, found {', '.join(names) or 'none'}"
+        where = f" ({node} is node.name in the node's settings)" if wanted != cn else ""
+        yield f"CN: wanted {wanted}, found {_some(names) or 'none'}{where}"
     if rules.groups is not None:
         groups = rules.groups
     elif old is not None:
         groups = tuple(value for oid, value in old if oid == _O)
     for oid, value in rest:
         if oid == _O and value not in groups:
-            yield f"group: wanted {_or(groups)}, found {value}"
+            yield f"group: wanted {_or(groups)}, found {one_line(value, _LONGEST_SHOWN)}"
         elif oid not in (_CN, _O) and (oid, value) not in (old or ()):
-            yield f"subject: wanted CN and O{' and what the replaced certificate has' if old else ''}, found {oid}={value}"
+            yield f"subject: wanted CN and O{' and what the replaced certificate has' if old else ''}, found {oid}={one_line(value, _LONGEST_SHOWN)}"
 
 
 def _masters_problem(old: Sequence[tuple[str, str]] | None, *, may_be: bool) -> Iterator[str]:
@@ -299,12 +321,29 @@ def _san_problems(request: BundledRequest, rules: CertificateRules, node: str, *
     old = san_counts(request.replaces) if proven and request.replaces is not None else None
     allowed = rules.sans if rules.sans is not None else _SANS.get(request.name, ())
     texts = [text.replace("{node}", node) for text in allowed]
-    for kind, value in sorted(san_counts(request.csr)):
-        if rules.sans is None and old is not None:
-            if (kind, value) not in old:
-                yield f"SAN: wanted those of the replaced certificate, found {kind}:{value}"
-        elif not any(_matches(kind, value, text) for text in texts):
-            yield f"SAN: wanted {_or(texts)}, found {kind}:{value}"
+    found = san_counts(request.csr)
+    if rules.sans is None and old is not None:
+        wanted, others = "those of the replaced certificate", found.keys() - old.keys()
+    else:
+        wanted = _or(texts)
+        others = {entry for entry in found if not any(_matches(*entry, text) for text in texts)}
+    if others:
+        yield f"SAN: wanted {wanted}, found {_some(f'{kind}:{value}' for kind, value in sorted(others))}"
+    had: Counter[tuple[str, str]] = old or Counter()
+    more = [f"{kind}:{value} {times} times" for (kind, value), times in sorted(found.items())
+            if times > max(had[kind, value], 1)]  # fmt: skip
+    if more:
+        yield f"SAN: wanted each once, found {_some(more)}"
+    most = max(_MOST_SANS, had.total())
+    if found.total() > most:
+        yield f"SAN: wanted at most {most}, found {found.total()}"
+
+
+def _some(texts: Iterable[str]) -> str:
+    """A few of them: a refusal is for people."""
+    shown = [one_line(text, _LONGEST_SHOWN) for text in texts]
+    more = f" and {len(shown) - _MOST_SHOWN} more" if len(shown) > _MOST_SHOWN else ""
+    return f"{', '.join(shown[:_MOST_SHOWN])}{more}"
 
 
 def _matches(kind: str, value: str, text: str) -> bool:
@@ -316,7 +355,20 @@ def _matches(kind: str, value: str, text: str) -> bool:
         return False
     # as in a resolver, where case makes no difference
     name, wanted = value.lower(), rule.lower()
-    return name.endswith(wanted) and len(name) > len(wanted) if wanted.startswith(".") else name == wanted
+    if not wanted.startswith("."):
+        return name == wanted
+    # a wildcard stands for whole hosts, and is for a rule to name: `*.example.com`
+    return name.endswith(wanted) and _is_host_name(name)
+
+
+def _is_host_name(name: str) -> bool:
+    """
+    Labels of letters, digits and hyphens with a dot between them (RFC 1123 §2.1, RFC 1035 §2.3.4).
+
+    What is below a suffix is somebody else's choice: NUL, a blank, a second name behind a comma, a URL or `..` would go
+    into a certificate otherwise, and be read there by whatever program.
+    """
+    return len(name) <= _LONGEST_HOST_NAME and all(map(_LABEL.fullmatch, name.split(".")))
 
 
 def _address(value: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

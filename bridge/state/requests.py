@@ -133,6 +133,7 @@ def _to_json(one: OpenRequest) -> dict[str, Any]:
             "node": who.node,
             "cluster": who.cluster,
             "proof": b64encode(who.proof).decode() if who.proof is not None else None,
+            "asked": who.asked.isoformat() if who.asked is not None else None,
         },
         "backend": one.backend,
         "reference": one.reference,
@@ -158,6 +159,8 @@ def _from_json(entry: Mapping[str, Any]) -> OpenRequest:
             node=who["node"],
             cluster=who["cluster"],
             proof=b64decode(who["proof"]) if who["proof"] is not None else None,
+            # an earlier version of the program has not written it
+            asked=datetime.fromisoformat(who["asked"]) if who.get("asked") is not None else None,
         ),
     )
     chain = load_pem_certificates("".join(answer).encode()) if answer is not None else None

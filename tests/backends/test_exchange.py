@@ -42,7 +42,7 @@ masters = ["super-admin.conf"]
 proof = "optional"
 
 [certificate.apiserver]
-sans = ["{node}", "kubernetes", "kubernetes.default", ".default.svc", "kubernetes.default.svc", ".svc.cluster.local", ".example.com", "0.0.0.0/0", "::/0"]
+sans = ["{node}", "kubernetes", "kubernetes.default", ".default.svc", "kubernetes.default.svc", ".svc.cluster.local", ".example.com", "*.wild.example.com", "0.0.0.0/0", "::/0"]
 
 [certificate.etcd-server]
 sans = ["{node}", "localhost", "0.0.0.0/0", "::/0"]

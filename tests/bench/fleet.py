@@ -60,7 +60,7 @@ def make_fleet(nodes: int) -> Fleet:
 
 
 def _requests(node: str, cas: dict[str, TestCA]) -> list[SignRequest]:
-    batch, now = secrets.token_hex(16), datetime.now(UTC)
+    batch, now = secrets.token_hex(16), datetime.now(UTC).replace(microsecond=0)
     requests = []
     for name in NAMES:
         spec, old_key = SPECS[name], csr.generate_key("ecdsa-p256")
@@ -68,9 +68,17 @@ def _requests(node: str, cas: dict[str, TestCA]) -> list[SignRequest]:
         dates = {"not_before": now - timedelta(hours=12), "not_after": now + timedelta(days=1)}
         old = leaf_certificate(spec, old_key, ca, cluster, **dates)
         pem = csr.build(old, csr.generate_key("ecdsa-p256"))
-        who = {"batch": batch, "node": node, "cluster": _CLUSTER}
-        proof = continuity.sign_proof(old_key, x509.load_pem_x509_csr(pem), name=name, **who)
-        asker = Continuity(**who, proof=proof)
+        terms = continuity.Terms(validity=VALIDITY, created=now)
+        proof = continuity.sign_proof(
+            old_key,
+            x509.load_pem_x509_csr(pem),
+            name=name,
+            batch=batch,
+            node=node,
+            cluster=_CLUSTER,
+            terms=terms,
+        )
+        asker = Continuity(batch=batch, node=node, cluster=_CLUSTER, proof=proof, asked=now)
         requests.append(SignRequest(spec=spec, csr_pem=pem, validity=VALIDITY, replaces=old, continuity=asker))
     return requests
 

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from bridge.node import inventory, kubeconfig
 from bridge.pki import csr
 from bridge.pki.bundle import BundledRequest, RequestBundle
-from bridge.pki.continuity import sign_proof
+from bridge.pki.continuity import Terms, sign_proof
 from bridge.pki.csr import PrivateKey
 from bridge.specs import SPECS
 from tests.kit.pki import NODE, Pki
@@ -51,9 +51,11 @@ def make_bundle(
     cluster: str = "kubernetes",
     build: Callable[[x509.Certificate], x509.CertificateSigningRequest] = new_csr,
     validity: timedelta = VALIDITY,
+    created: datetime | None = None,
+    version: int = 2,
 ) -> RequestBundle:
     """The renewal of these certificates, each with its proof."""
-    batch = secrets.token_hex(16)
+    batch, created = secrets.token_hex(16), created or datetime.now(UTC).replace(microsecond=0)
     requests = []
     for name, (old, key) in pairs.items():
         made = build(old)
@@ -65,11 +67,28 @@ def make_bundle(
             validity=validity,
             csr=made,
             replaces=old,
-            proof=sign_proof(key, made, name=name, batch=batch, node=node, cluster=cluster),
+            proof=sign_proof(
+                key,
+                made,
+                name=name,
+                batch=batch,
+                node=node,
+                cluster=cluster,
+                terms=Terms(validity=validity, created=created) if version > 1 else None,
+            ),
         )
         requests.append(request)
-    created = datetime.now(UTC).replace(microsecond=0)
-    return RequestBundle(batch=batch, node=node, cluster=cluster, created=created, requests=tuple(requests))
+    return RequestBundle(
+        batch=batch, node=node, cluster=cluster, created=created, requests=tuple(requests), version=version
+    )
+
+
+def proven(bundle: RequestBundle, which: str, key: PrivateKey, csr: x509.CertificateSigningRequest) -> RequestBundle:
+    """The bundle with another CSR in one of its requests, and a proof for it."""
+    [request] = [one for one in bundle.requests if one.name == which]
+    terms = Terms(validity=request.validity, created=bundle.created)
+    who = {"name": which, "batch": bundle.batch, "node": bundle.node, "cluster": bundle.cluster}
+    return changed(bundle, which, csr=csr, proof=sign_proof(key, csr, terms=terms, **who))
 
 
 def changed(bundle: RequestBundle, which: str, /, **values: object) -> RequestBundle:

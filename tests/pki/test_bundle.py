@@ -230,7 +230,7 @@ def test_no_type_of_a_bundle_can_hold_a_key(kind: type) -> None:
 
     leaves = {one for one in types_within(kind) if isinstance(one, type) and not dataclasses.is_dataclass(one)}
     assert leaves <= {
-        str, bytes, datetime, timedelta, tuple, frozenset, type(None), EKU,
+        str, int, bytes, datetime, timedelta, tuple, frozenset, type(None), EKU,
         x509.Certificate, x509.CertificateSigningRequest,
     }  # fmt: skip
     assert bytes_fields == {"proof"}
@@ -376,7 +376,7 @@ def test_missing_unknown_and_double_keys_are_named(either: Bundle) -> None:
 def test_another_schema_or_version_is_named(either: Bundle) -> None:
     """A bundle of tomorrow is not half understood."""
     assert error_of(with_new_digest({**document(either), "schema": "ca-bridge/other"})).field == "schema"
-    assert error_of(with_new_digest({**document(either), "version": 2})).field == "version"
+    assert error_of(with_new_digest({**document(either), "version": 3})).field == "version"
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[1", b"\xff\xfe", b"hello", b"\0" * 100])
@@ -500,13 +500,24 @@ def test_a_key_of_another_type_proves_nothing(pairs: Pairs) -> None:
     """It is refused on both sides, by name."""
     key = dsa.generate_private_key(2048)
     with pytest.raises(ValueError, match="DSA"):
-        sign_proof(key, new_csr(pairs["apiserver"][0]), name="apiserver", batch="0" * 32, node="a", cluster="b")
+        sign_proof(
+            key, new_csr(pairs["apiserver"][0]), name="apiserver", batch="0" * 32, node="a", cluster="b", terms=None
+        )
 
 
-@pytest.mark.parametrize("values", [{"batch": "0" * 32}, {"node": "cp-9"}, {"cluster": "other"}])
-def test_a_proof_is_good_for_its_own_bundle_only(request_bundle: RequestBundle, values: dict[str, str]) -> None:
-    """Another batch, node or cluster takes another proof."""
-    moved = replace(request_bundle, **values)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"batch": "0" * 32},
+        {"node": "cp-9"},
+        {"cluster": "other"},
+        {"created": NOW.replace(microsecond=0) + timedelta(days=1)},
+        {"version": 1},
+    ],
+)
+def test_a_proof_is_good_for_its_own_bundle_only(request_bundle: RequestBundle, values: dict[str, Any]) -> None:
+    """Another batch, node, cluster or time takes another proof, and a bundle of the first version can't have it."""
+    moved = replace(request_bundle, **values)
 
     assert all(proof_problem(one, request_bundle) is None for one in request_bundle.requests)
     assert all("another signature" in str(proof_problem(one, moved)) for one in moved.requests)
@@ -518,11 +529,25 @@ def test_a_proof_is_good_for_its_own_request_only(request_bundle: RequestBundle,
         {"csr": new_csr(pairs["apiserver"][0])},
         {"name": "admin.conf"},
         {"replaces": pairs["etcd-server"][0]},
+        {"validity": timedelta(days=3650)},
     ]
     for values in others:
         broken = changed(request_bundle, "apiserver", **values)
         request = next(one for one in broken.requests if one not in request_bundle.requests)
         assert "another signature" in str(proof_problem(request, broken)), values
+
+
+def test_what_earlier_versions_have_sent_out_is_still_good(pairs: Pairs) -> None:
+    """A bundle of the first version is read and written as it was, and its proofs hold."""
+    earlier = make_bundle(pairs, version=1)
+    data = bundles.dumps(earlier)
+
+    assert b'"version": 1' in data
+    assert bundles.loads_request(data) == earlier
+    assert bundles.dumps(bundles.loads_request(data)) == data
+    assert all(proof_problem(one, earlier) is None for one in earlier.requests)
+    later = replace(earlier, version=2)
+    assert all("another signature" in str(proof_problem(one, later)) for one in later.requests)
 
 
 def test_a_proof_by_another_holder_is_named(pairs: Pairs) -> None:
@@ -531,7 +556,7 @@ def test_a_proof_by_another_holder_is_named(pairs: Pairs) -> None:
     wrong = "wanted one by the certificate of CN=system:kube-scheduler, found one by that of"
 
     assert f"{wrong} CN=kube-apiserver" in str(proof_problem(other.requests[0], other))
-    assert f"proof       {wrong}" in describe(other, NOW)
+    assert f"proof       {wrong}" in describe(other, NOW, {})
 
 
 def test_other_usages_than_the_replaced_certificates_are_named(pairs: Pairs) -> None:
@@ -540,7 +565,7 @@ def test_other_usages_than_the_replaced_certificates_are_named(pairs: Pairs) -> 
 
     wrong = "wanted one by a certificate with the same usages, found one without clientAuth"
     assert [usages_problem(one) for one in more.requests] == [wrong, None]
-    assert f"proof       {wrong}" in describe(more, NOW)
+    assert f"proof       {wrong}" in describe(more, NOW, {})
 
 
 def test_no_proof_and_nothing_to_prove_with_are_named(request_bundle: RequestBundle) -> None:
@@ -556,8 +581,8 @@ def test_parts_can_not_be_moved_from_one_to_the_next() -> None:
     """Each part is signed with its length: `ab` and `c` are not `a` and `bc`."""
     key = generate_key("ecdsa-p256")
     made = new_csr(_self_signed(key))
-    one = continuity._proof_message(made, name="x", batch="0" * 32, node="ab", cluster="c")
-    other = continuity._proof_message(made, name="x", batch="0" * 32, node="a", cluster="bc")
+    one = continuity._proof_message(made, ("0" * 32, "ab", "c", "x"), None)
+    other = continuity._proof_message(made, ("0" * 32, "a", "bc", "x"), None)
 
     assert one != other
 
@@ -614,7 +639,7 @@ def test_a_person_sees_what_is_asked_and_what_is_odd(request_bundle: RequestBund
     assert short_fingerprint(request_bundle) in text
 
     odd = changed(request_bundle, "scheduler.conf", csr=new_csr(pairs["apiserver"][0]))
-    seen = describe(odd, NOW + timedelta(days=4000))
+    seen = describe(odd, NOW + timedelta(days=4000), {})
     assert seen.count("CHANGED") == 2
     assert "another signature" in seen
     assert "expired" in seen
@@ -622,7 +647,7 @@ def test_a_person_sees_what_is_asked_and_what_is_odd(request_bundle: RequestBund
 
 def test_a_person_sees_what_came_back(answer_bundle: AnswerBundle) -> None:
     """Certificates, refusals with their reason, and who signed."""
-    text = describe(answer_bundle, NOW)
+    text = describe(answer_bundle, NOW, {})
 
     for wanted in (*NAMES, "not today", "desk (openssl)", "1 intermediate", short_fingerprint(answer_bundle)):
         assert wanted in text

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -23,13 +24,14 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
     pkcs7,
 )
+from cryptography.x509.oid import NameOID
 
 from bridge.contract import Issued, SignRequest
 from bridge.errors import Exit
 from bridge.pki import bundle, continuity
 from bridge.pki.bundle import AnswerBundle
 from bridge.pki.certificates import pem, serial_hex
-from bridge.pki.csr import PrivateKey
+from bridge.pki.csr import PrivateKey, generate_key
 from bridge.specs import AUTHORITIES, SPECS
 from tests.kit.airgap import Node
 from tests.kit.bundles import changed, make_bundle, new_csr, old_pairs
@@ -388,6 +390,40 @@ def test_a_proof_by_another_certificate_is_shown_as_such(node: Node) -> None:
     assert (named.returncode, used.returncode) == (5, 5)
     assert "found one by that of CN=system:kube-scheduler" in named.stdout
     assert "found one without clientAuth" in used.stdout
+
+
+def test_a_proof_by_a_foreign_ca_is_shown_as_such(node: Node, desk: Desk, tmp_path: Path) -> None:
+    """A CA of the same name proves nothing, on the node and at the desk (exit 5); where no CA is known, it says so."""
+    foreign = make_bundle(old_pairs(handmade_pki(tmp_path / "foreign"), ["super-admin.conf"]))
+    path = node.carried / "bundle.json"
+    path.write_bytes(bundle.dumps(foreign))
+
+    here, there = node.run("inspect", path), desk.run("inspect", path)
+    desk.policy.unlink()
+    nowhere = desk.run("inspect", path)
+
+    assert (here.returncode, there.returncode) == (5, 5)
+    for seen in (here, there):
+        assert "found CN=kubernetes-super-admin,O=system:masters by CN=kubernetes, not signed by it" in seen.stdout
+    assert nowhere.returncode == 0
+    assert "origin      NOT CHECKED: no certificate of ca is here" in nowhere.stdout
+
+
+@pytest.mark.filterwarnings("ignore:Attribute's length")
+def test_names_draw_no_lines(node: Node) -> None:
+    """Blanks of any kind and control characters in a name are one blank, and a long name is cut."""
+    padded = "kube-apiserver" + " \u3164\u2800" * 40 + "proof       holds: made with the key"
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{padded}\x1b[2J" + "x" * 1000, _validate=False)])
+    csr = x509.CertificateSigningRequestBuilder().subject_name(name).sign(generate_key("ecdsa-p256"), hashes.SHA256())
+    path = node.carried / "bundle.json"
+    path.write_bytes(bundle.dumps(make_bundle(old_pairs(node.pki, ["apiserver"]), build=lambda _: csr)))
+
+    shown = node.run("inspect", path)
+
+    [line] = [line for line in shown.stdout.splitlines() if "asks for" in line]
+    assert line.startswith("  asks for    CN=kube-apiserver proof holds: made with the key [2Jxxx")
+    assert len(line) < 320
+    assert "\x1b" not in shown.stdout
 
 
 def test_what_is_no_bundle_is_not_shown(node: Node) -> None:

@@ -41,7 +41,6 @@ from bridge.pki.bundle import (
     sign_request,
 )
 from bridge.pki.certificates import pem
-from bridge.pki.continuity import sign_proof
 from bridge.pki.csr import PrivateKey
 from bridge.pki.verify import Expectation, check
 from bridge.settings.load import load
@@ -50,7 +49,7 @@ from bridge.signing.desk_journal import Asked, Journal, key_of
 from bridge.specs import AUTHORITIES, SPECS
 from bridge.system.files import lock
 from tests.kit import approval, cfssl, opensslca, programs
-from tests.kit.bundles import VALIDITY, changed, make_bundle, new_csr, old_pairs
+from tests.kit.bundles import VALIDITY, changed, make_bundle, new_csr, old_pairs, proven
 from tests.kit.desks import PASSPHRASE, POLICY, Desk, make_desk
 from tests.kit.issuing import Signer
 from tests.kit.pki import ADDRESS, ENDPOINT, EXTRA_SANS, NODE, Pki, handmade_pki, kubeadm_pki
@@ -331,9 +330,7 @@ def test_one_bad_csr_fails_alone(desk_: Desk, pki: Pki, pairs: Pairs) -> None:
     der[-1] ^= 1  # its signature
     broken = x509.load_der_x509_csr(bytes(der))
     bad = bundles[2]
-    who = {"name": "apiserver", "batch": bad.batch, "node": bad.node, "cluster": bad.cluster}
-    bad = changed(bad, "apiserver", csr=broken, proof=sign_proof(pairs["apiserver"][1], broken, **who))
-    bundles[2] = bad
+    bad = bundles[2] = proven(bad, "apiserver", pairs["apiserver"][1], broken)
     for bundle in bundles:
         put(desk_, bundle)
 
