@@ -8,17 +8,13 @@ from typing import ClassVar
 from bridge.control_plane import restart_plan, restarts
 from bridge.errors import BridgeError, Exit
 from bridge.node.inventory import Item, Node
-from bridge.renewal.selection import outcome_of
+from bridge.renewal.selection import NotReadyError, outcome_of
 from bridge.settings.tables import Settings
 from bridge.state.outcome import Outcome
 from bridge.system.room import Room, rooms
 
 #: A renewal of all twelve takes 0.3 MiB: new files beside the old ones, a backup, requests, a record.
 BYTES_NEEDED, INODES_NEEDED = 1 << 20, 64
-
-
-class NotReadyError(BridgeError):
-    """Something on this node is to be mended first; no CA has a part in it, and none was asked."""
 
 
 class NoRoomError(NotReadyError):

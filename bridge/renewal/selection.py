@@ -23,6 +23,10 @@ class MissingCertificateError(BridgeError):
     """There is no live certificate that a renewal could be made from."""
 
 
+class NotReadyError(BridgeError):
+    """Something on this node is to be mended first; no CA has a part in it, and none was asked."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
     """What a run has to do."""

@@ -17,9 +17,8 @@ from bridge.node.inventory import Node
 from bridge.renewal import revocation
 from bridge.renewal.gate import Attempts
 from bridge.renewal.hooks import HookError, Hooks, NotNowError, Occasion
-from bridge.renewal.readiness import NotReadyError
 from bridge.renewal.revocation import RevocationError
-from bridge.renewal.selection import Selection, outcome_of
+from bridge.renewal.selection import NotReadyError, Selection, outcome_of
 from bridge.renewal.verify_and_install import (
     HeldBackError,
     Proven,

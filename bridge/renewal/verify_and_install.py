@@ -23,11 +23,13 @@ from bridge.node.inventory import Item, Node
 from bridge.pki import verify
 from bridge.pki.certificates import load_pem_certificates, pem, serial_hex
 from bridge.pki.expiry import first_end, is_due, residual, seconds_left
+from bridge.renewal.ca_rotation import half_rotated
 from bridge.renewal.issuance import Answered
 from bridge.renewal.prepare import Prepared, open_request
 from bridge.renewal.selection import MissingCertificateError, outcome_of
 from bridge.settings.tables import Settings
 from bridge.signing.preflight import RefusedByCheckError
+from bridge.specs import CA
 from bridge.state import audit
 from bridge.state.install import (
     CERTIFICATE_MASK,
@@ -79,12 +81,16 @@ class Result:
 def expectations(
     node: Node, settings: Settings, items: Sequence[Item], now: datetime
 ) -> tuple[dict[str, verify.Expectation], list[Outcome]]:
-    """What the node demands, by authority; and the certificates whose CA file can't be read."""
+    """What the node demands, by authority; and the certificates whose CA file can't be read, or is half replaced."""
     version = version_of(node, settings)
+    half = half_rotated(node, settings.node.kubeconfig_dir)
     demands: dict[str, verify.Expectation] = {}
     failed = []
     for item in items:
         name = item.spec.authority.name
+        if half is not None and name == CA.name:
+            failed.append(outcome_of(item, half))
+            continue
         try:
             demands[name] = verify.Expectation(
                 anchors=_anchors(item),

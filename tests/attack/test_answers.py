@@ -110,7 +110,7 @@ def attack(bridge: Bridge, request: pytest.FixtureRequest) -> Iterator[Attack]:
     name, algorithm, make_root = getattr(request, "param", ("apiserver", "ecdsa-p256", None))
     authority = SPECS[name].authority
     root = make_root(datetime.now(UTC)) if make_root else signer_of(bridge.pki, authority.name)
-    (bridge.pki.pki_dir / authority.certificate_file).write_bytes(pem(root.certificate))
+    bridge.pki.trust(authority.name, pem(root.certificate))
     with forger.forger(root.certificate, lambda _: Raw(b"")) as ca:
         bridge.add("renewal", {"key": algorithm})
         bridge.add("backend.corp", {"type": "vault", "url": ca.url, "timeout": "20s", "retry_for": "1s"})
@@ -217,11 +217,10 @@ def test_the_node_s_ca_may_be_an_intermediate(attack: Attack, tried: Tried) -> N
     """It is the anchor itself; it and what is above it, sent along, come into no file."""
     above = attack.root
     middle = Signer.make("kubernetes", parent=above, begin=attack.now - DAY, end=attack.now + 900 * DAY)
-    anchor = attack.bridge.pki.pki_dir / "ca.crt"
     attack.answer(lambda desk: desk.issue(by=middle, intermediates=(middle, above)))
     attack.installed("apiserver")  # below the root: the intermediate is needed
     assert chain_of(attack.bridge, "apiserver")[1:] == [middle.certificate]
-    anchor.write_bytes(pem(middle.certificate))
+    attack.bridge.pki.trust("ca", pem(middle.certificate))
     attack.forger.ca = middle.certificate
     attack.answer(lambda desk: desk.issue(by=above, intermediates=()))
     attack.refused("apiserver")  # signed above the anchor: not by the node's CA
@@ -447,14 +446,14 @@ def test_a_clock_from_before_the_ca(attack: Attack, tried: Tried) -> None:
     begin = attack.now + YEAR
     young = Signer.make(begin=begin, end=begin + 10 * YEAR, key=attack.root.key)
     anchor = attack.bridge.pki.pki_dir / "ca.crt"
-    anchor.write_bytes(pem(young.certificate))
+    attack.bridge.pki.trust("ca", pem(young.certificate))
     attack.forger.ca = young.certificate
     attack.answer(lambda desk: Desk(root=young, request=desk.request, now=begin).issue())
     said = attack.refused("apiserver")
     assert f"this node's clock says {datetime.now(UTC):%Y-%m-%d}" in said
     assert str(anchor) in said
     attack.forger.ca = attack.root.certificate
-    anchor.write_bytes(pem(attack.root.certificate))
+    attack.bridge.pki.trust("ca", pem(attack.root.certificate))
     attack.answer(Desk.issue)
     attack.installed("apiserver")
     tried("clocks that are wrong", 1)

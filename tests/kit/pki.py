@@ -7,7 +7,9 @@ and beside `etc` a directory `ca-keys` with what an external CA would hold.
 
 from __future__ import annotations
 
+import base64
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -77,6 +79,19 @@ class Pki:
         """Certificate and key of `ca`, `etcd-ca` or `front-proxy-ca`."""
         certificate, key = self.ca_files(authority)
         return certificate.read_bytes(), key.read_bytes()
+
+    def trust(self, authority: str, certificate_pem: bytes) -> None:
+        """Have another CA, or some, in the authority's file, and in every kubeconfig if it is theirs."""
+        path = self.pki_dir / AUTHORITIES[authority].certificate_file
+        path.write_bytes(certificate_pem)
+        if authority == "ca":
+            self.trust_in_kubeconfigs(certificate_pem)
+
+    def trust_in_kubeconfigs(self, certificate_pem: bytes) -> None:
+        """Their `certificate-authority-data`."""
+        data = base64.b64encode(certificate_pem).decode()
+        for config in self.kubeconfig_dir.glob("*.conf"):
+            config.write_text(re.sub(r"(certificate-authority-data: ).*", rf"\g<1>{data}", config.read_text()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -147,7 +147,7 @@ def test_a_kubelet_that_rotates_its_own_certificate_is_left_alone(node: Pki, tmp
 def _behind_an_intermediate(node: Pki, left: timedelta = timedelta(days=800)) -> tuple[bytes, bytes, Signer]:
     """The node's `ca` becomes a root, and what signs an intermediate of it."""
     root = Signer.make("corporate root", begin=now() - timedelta(days=1), end=now() + timedelta(days=900))
-    (node.pki_dir / "ca.crt").write_bytes(root.certificate.public_bytes(Encoding.PEM))
+    node.trust("ca", pem(root.certificate))
     middle = Signer.make("k8s", parent=root, begin=now() - timedelta(days=9), end=now() + left)
     chain = middle.certificate.public_bytes(Encoding.PEM) + root.certificate.public_bytes(Encoding.PEM)
     return chain, key_pem(middle.key), middle
@@ -155,8 +155,8 @@ def _behind_an_intermediate(node: Pki, left: timedelta = timedelta(days=800)) ->
 
 def test_an_intermediate_is_kept_after_the_leaf(node: Pki, tmp_path: Path) -> None:
     """In certificate files and in kubeconfigs, without the root."""
-    *pem, middle = _behind_an_intermediate(node)
-    result = renewed(settings_for(node, tmp_path, ca=(pem[0], pem[1])))
+    chain, key, middle = _behind_an_intermediate(node)
+    result = renewed(settings_for(node, tmp_path, ca=(chain, key)))
     assert result.exit_code == 0
     in_file = load_pem_certificates((node.pki_dir / "apiserver.crt").read_bytes())
     assert in_file[1:] == [middle.certificate]

@@ -45,7 +45,7 @@ def with_approval(bridge: Bridge, directory: Path, authorities: Iterator[str] | 
     bridge.add("backend.people", {"type": "approval", "dir": str(desk)})
     for authority in authorities:
         bridge.add(f"authority.{authority}", {"backend": "people"})
-        (bridge.pki.pki_dir / AUTHORITIES[authority].certificate_file).write_bytes(pem(signer.certificate))
+        bridge.pki.trust(authority, pem(signer.certificate))
     return approval.Approver(directory=desk, signer=signer)
 
 
