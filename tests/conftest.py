@@ -109,6 +109,12 @@ def tried(record_property: Callable[[str, object], None]) -> counts.Tried:
     return tell
 
 
+@pytest.fixture
+def told(tried: counts.Tried) -> None:
+    """Each test with it is a failure of a CA, or in its place, whose message and hint are looked at."""
+    tried("failures with the message and hint that an operator reads", 1)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A run that counts otherwise than the README says fails, unless it is there to correct it."""

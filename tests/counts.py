@@ -26,7 +26,15 @@ TESTS = Path(__file__).parent
 FILE, README = TESTS / "counts.json", TESTS / "README.md"
 #: Where a run leaves what it counted.
 WRITE_TO = "CA_BRIDGE_COUNTS"
-SUITES = ("tests/attack", "tests/fuzz", "tests/pki/test_verify.py", "tests/test_secrets.py")
+SUITES = (
+    "tests/attack",
+    "tests/backends/test_cmp_failures.py",
+    "tests/backends/test_est.py",
+    "tests/backends/test_exec.py",
+    "tests/fuzz",
+    "tests/pki/test_verify.py",
+    "tests/test_secrets.py",
+)
 BEGIN, END = "<!-- counts: `python -m tests.counts` writes them, each run compares them -->", "<!-- end of counts -->"
 
 _EXACT, _ABOUT = "tried: ", "tried, about: "

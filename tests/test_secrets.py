@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from tests.counts import Tried
-from tests.kit import openbao
+from tests.kit import cmp, est, exec_programs, openbao
 from tests.kit.cas import Bridge, add_cfssl, add_openssl, add_vault
+from tests.kit.issuing import Signer
 from tests.kit.openbao import OpenBao
 from tests.kit.pki import handmade_pki
 
@@ -47,7 +48,7 @@ MORE = (
     ("backups", *LOUD),
     ("rollback", *LOUD),
     ("audit", "verify", *LOUD),
-    *(("setup", ca, "--authority", "ca", *LOUD) for ca in ("vault", "cfssl", "openssl")),
+    *(("setup", ca, "--authority", "ca", *LOUD) for ca in ("vault", "cfssl", "openssl", "exec", "cmp", "est")),
 )
 
 
@@ -85,6 +86,11 @@ def edit(bridge: Bridge, old: str, new: str) -> None:
     text = bridge.config.read_text()
     assert old in text
     bridge.config.write_text(text.replace(old, new))
+
+
+def without(bridge: Bridge, authority: str) -> None:
+    """Take its tables out of the settings, to put others there."""
+    bridge.tables = [table for table in bridge.tables if authority not in table.partition("]")[0]]
 
 
 def planted(bridge: Bridge) -> set[str]:
@@ -202,12 +208,72 @@ def test_in_what_is_carried_and_looked_at(bridge: Bridge, tmp_path: Path) -> Non
 @pytest.mark.kube("cfssl")
 def test_in_success_and_refusal_with_cfssl(bridge: Bridge) -> None:
     """Its HMAC keys; then with wrong ones."""
-    bridge.tables = [table for table in bridge.tables if "etcd-ca" not in table.partition("]")[0]]
+    without(bridge, "etcd-ca")
     with add_cfssl(bridge, "etcd-ca"):
         assert set(assert_nothing_shown(bridge, *RENEWALS, *LOOKS)) == {0}
         for path in bridge.directory.rglob("*.hex"):
             path.write_text("0f" * 32)
         assert assert_nothing_shown(bridge, *RENEWALS, *LOOKS)[:3] == [5, 5, 1]
+
+
+_WITH_A_TOKEN = """\
+case $CERTMONGER_OPERATION in
+  IDENTIFY) echo "site CA"; exit 0 ;;
+  SUBMIT) ;;
+  *) exit 6 ;;
+esac
+if [ "$(cat "$SITE_TOKEN_FILE")" != "{token}" ]; then
+  echo "the token of $CA_BRIDGE_CERTIFICATE is not known" >&2
+  exit 2
+fi
+exec "{program}"
+"""
+
+
+def test_in_success_and_refusal_with_a_program(bridge: Bridge) -> None:
+    """The token that its environment leads to; then with a wrong one."""
+    without(bridge, "etcd-ca")
+    real = exec_programs.site_ca(bridge.directory / "site", *bridge.pki.ca_pem("etcd-ca"))
+    text = _WITH_A_TOKEN.format(token="a planted token", program=real)
+    program = exec_programs.program(bridge.directory / "site/with-a-token", text)
+    bridge.add("backend.site", {"type": "exec", "command": [str(program)]})
+    bridge.add("backend.site.environment", {"SITE_TOKEN_FILE": bridge.secret("site.planted", "a planted token")})
+    bridge.add("authority.etcd-ca", {"backend": "site"})
+    assert assert_nothing_shown(bridge, *RENEWALS, *LOOKS)[:2] == [0, 0]
+    bridge.secret("site.planted", "another planted token")
+    assert assert_nothing_shown(bridge, *RENEWALS, *LOOKS)[:2] == [5, 5]
+
+
+@pytest.mark.kube("cmp-ra")
+def test_in_success_and_refusal_with_cmp(bridge: Bridge) -> None:
+    """The shared secret, and openssl's messages about it; then with a wrong one."""
+    without(bridge, "etcd-ca")
+    with cmp.registration_authority(bridge.directory / "ra") as ra:
+        ra.add_ca("etcd", *bridge.pki.ca_pem("etcd-ca"), days=365)
+        secret = bridge.secret("cmp.planted", cmp.SECRET)
+        table = {"type": "cmp", "url": ra.url("etcd"), "reference": cmp.REFERENCE, "secret_file": secret}
+        bridge.add("backend.corp", {**table, "timeout": "20s", "wait": "1s", "retry_for": "1s"})
+        bridge.add("authority.etcd-ca", {"backend": "corp"})
+        assert assert_nothing_shown(bridge, *RENEWALS, *LOOKS)[:2] == [0, 0]
+        bridge.secret("cmp.planted", "another planted phrase")
+        assert assert_nothing_shown(bridge, *RENEWALS, *LOOKS)[:2] == [5, 5]
+
+
+def test_in_success_and_refusal_with_est(bridge: Bridge) -> None:
+    """The password and the agent's key; then with a wrong password."""
+    without(bridge, "etcd-ca")
+    tls, ca = est.make_tls(bridge.directory / "tls"), Signer.load(*bridge.pki.ca_pem("etcd-ca"))
+    labels = {usage: est.Label(signer=ca, spec=spec) for usage, spec in est.EXAMPLES.items()}
+    users, validity = {"cp-1": "a planted password"}, timedelta(days=365)
+    with est.double(labels, tls, users=users, client_cn="agent", validity=validity) as played:
+        agent = {key: str(path) for key, path in tls.agent("agent").items()}
+        password = bridge.secret("est.planted", users["cp-1"])
+        table = {"type": "est", "url": played.url, "label": "{usage}", "ca_file": str(tls.ca), **agent}
+        bridge.add("backend.enrol", {**table, "username": "cp-1", "password_file": password, "retry_for": "1s"})
+        bridge.add("authority.etcd-ca", {"backend": "enrol"})
+        assert assert_nothing_shown(bridge, *RENEWALS, *LOOKS)[:2] == [0, 0]
+        bridge.secret("est.planted", "another planted password")
+        assert assert_nothing_shown(bridge, *RENEWALS, *LOOKS)[:2] == [5, 5]
 
 
 def wrong_secret_id(bridge: Bridge) -> None:

@@ -445,6 +445,7 @@ GARBAGE: Mapping[str, Answer] = {
 
 
 @pytest.mark.parametrize("case", GARBAGE)
+@pytest.mark.usefixtures("told")
 def test_what_is_no_pkcs7_is_refused(double: kit.Double, ours: EstBackend, case: str) -> None:
     """With what was found instead, as far as a person can read it."""
     double.answers.append(GARBAGE[case])
@@ -515,6 +516,7 @@ STATUSES: Mapping[str, tuple[Answer, type[BackendError], str, str]] = {
 
 
 @pytest.mark.parametrize("case", STATUSES)
+@pytest.mark.usefixtures("told")
 def test_statuses(double: kit.Double, ours: EstBackend, case: str) -> None:
     """Each is an error that says whether asking again may help, in the server's words, with what to do next."""
     answer, kind, says, hint = STATUSES[case]

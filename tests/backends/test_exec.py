@@ -423,6 +423,7 @@ WRONG: dict[str, tuple[str, type[BackendError], str, str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
+@pytest.mark.usefixtures("told")
 def test_each_failure_says_what_the_program_did(tmp_path: Path, case: str) -> None:
     """Status, everything it printed, and what to do; only what may pass is tried again."""
     text, kind, message, hint = WRONG[case]

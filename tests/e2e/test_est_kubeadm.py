@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.contract import SignRequest
 from bridge.specs import AUTHORITIES, SPECS
@@ -38,20 +38,12 @@ def tls(tmp_path: Path) -> est.Tls:
     return est.make_tls(tmp_path / "tls")
 
 
-def signer(pki: KubeadmPki, authority: str) -> Signer:
-    """One of the node's three CAs."""
-    certificate, key = pki.ca_pem(authority)
-    loaded = load_pem_private_key(key, None)
-    assert isinstance(loaded, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey)
-    return Signer(certificate=x509.load_pem_x509_certificate(certificate), key=loaded)
-
-
 @contextmanager
 def est_double(pki: KubeadmPki, tls: est.Tls) -> Iterator[est.Double]:
     """A server of all three CAs: a label an authority and usage class, of two segments, for one agent and one user."""
     labels: dict[str, est.Label] = {}
     for authority in AUTHORITIES:
-        ca = signer(pki, authority)
+        ca = Signer.load(*pki.ca_pem(authority))
         labels |= {f"{authority}/{usage}": est.Label(signer=ca, spec=spec) for usage, spec in est.EXAMPLES.items()}
     with est.double(labels, tls, validity=VALIDITY, users={"cp-1": PASSWORD}, client_cn="agent") as played:
         yield played
@@ -186,7 +178,7 @@ HOSTILE: dict[str, tuple[Hostile, int, str]] = {
 def test_a_hostile_server_moves_nothing(pki: KubeadmPki, tls: est.Tls, tmp_path: Path, case: str) -> None:
     """What it answers is told by name and with its exit code, no file is touched; the right answer then is installed."""
     answer, code, says = HOSTILE[case]
-    ca, before = signer(pki, "ca"), live_certificates(pki)
+    ca, before = Signer.load(*pki.ca_pem("ca")), live_certificates(pki)
     with est_double(pki, tls) as played:
         bridge = bridge_with(pki, tmp_path / "double", tls, {"ca": played.url}, **with_user(tmp_path / "double"))
         played.always = functools.partial(answer, ca)

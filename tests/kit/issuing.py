@@ -86,6 +86,13 @@ class Signer:
         certificate = builder.sign(issuer.key if parent else own, hash_algorithm or hashes.SHA256())
         return cls(certificate=certificate, key=own)
 
+    @classmethod
+    def load(cls, certificate_pem: bytes, key_pem: bytes) -> Signer:
+        """One that there is."""
+        key = serialization.load_pem_private_key(key_pem, None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey)
+        return cls(certificate=x509.load_pem_x509_certificate(certificate_pem), key=key)
+
     def issue(
         self,
         request: SignRequest,
