@@ -51,6 +51,7 @@ from bridge.contract import (
 from bridge.errors import (
     BackendRefusedError,
     BackendUnavailableError,
+    LocalFileError,
     SettingsError,
     SettingsProblem,
     Violation,
@@ -442,7 +443,7 @@ def _read_key(place: Secret) -> bytes:
     try:
         text = place.read()
     except SecretUnavailableError as e:
-        raise BackendRefusedError(f"cfssl: HMAC key: {e}") from e
+        raise LocalFileError(f"cfssl: HMAC key: {e}") from e
     hint = "a good one: openssl rand -hex 32 (the server must have the same)"
     if not re.fullmatch("([0-9a-fA-F]{2})+", text):
         found = f"{len(text)} characters that are not"
@@ -531,7 +532,7 @@ class _Server:
         except TlsRefusedError as e:
             raise BackendRefusedError(f"cfssl: {url}: TLS: {e}", hint=_tls_hint(str(e))) from e
         except NoAnswerError as e:
-            hint = "" if self._settings.tls else "does the server speak TLS? url says http://"
+            hint = e.hint or ("" if self._settings.tls else "does the server speak TLS? url says http://")
             raise BackendUnavailableError(f"cfssl: {url}: {e}", hint=hint) from e
         except SettingsError as e:  # the files were good when we began
             raise BackendRefusedError(f"cfssl: {e}") from e

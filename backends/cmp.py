@@ -41,6 +41,7 @@ from bridge.errors import (
     BackendError,
     BackendRefusedError,
     BackendUnavailableError,
+    LocalFileError,
     SettingsError,
     SettingsProblem,
     Violation,
@@ -338,7 +339,7 @@ class CmpBackend:
         try:
             text = place.read()
         except SecretUnavailableError as e:
-            raise BackendRefusedError(f"cmp: shared secret: {e}") from e
+            raise LocalFileError(f"cmp: shared secret: {e}") from e
         secret = text.encode()
         if not text.isprintable() or not MIN_SECRET_BYTES <= len(secret) <= MAX_SECRET_BYTES:
             wanted = f"{MIN_SECRET_BYTES} to {MAX_SECRET_BYTES} bytes of printable text on one line"

@@ -28,7 +28,7 @@ from backends.https import (
     without,
 )
 from bridge.contract import SecretUnavailableError
-from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsError
+from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError, SettingsError
 from bridge.words import one_line
 
 #: What every server takes: one line of base64, and both headers, though RFC 8951 §3.1 wants no encoding to be named.
@@ -137,7 +137,7 @@ class Server:
                 f"est: {url}: TLS: {e}", hint=_tls_hint(str(e), self._settings, datetime.now(UTC))
             ) from e
         except NoAnswerError as e:
-            raise BackendUnavailableError(f"est: {url}: {e}", hint=_CUT_OFF_HINT if e.cut_off else None) from e
+            raise BackendUnavailableError(f"est: {url}: {e}", hint=_CUT_OFF_HINT if e.cut_off else e.hint) from e
         except TooMuchError as e:
             raise BackendRefusedError(f"est: {url}: {e}", hint=_NOT_EST) from e
         except SettingsError as e:  # the files were good when we began
@@ -149,7 +149,7 @@ class Server:
         try:
             return self._settings.password.read() if self._settings.password else None
         except SecretUnavailableError as e:
-            raise BackendRefusedError(f"est: password: {e}", hint="put it there, or fix password_file") from e
+            raise LocalFileError(f"est: password: {e}", hint="put it there, or fix password_file") from e
 
 
 #: Statuses that may pass: a limit of requests or of time, a CA that fails behind the server, proxies (RFC 9110 §15.5

@@ -7,6 +7,7 @@ No rules of any CA are here; only what would be the same in each file beside thi
 from __future__ import annotations
 
 import re
+import socket
 import ssl
 import threading
 import time
@@ -57,9 +58,10 @@ class TlsRefusedError(Exception):
 class NoAnswerError(Exception):
     """No whole answer, for a reason that may pass; the text is the innermost cause's."""
 
-    def __init__(self, text: str, *, cut_off: bool = False) -> None:
+    def __init__(self, text: str, *, cut_off: bool = False, hint: str = "") -> None:
         super().__init__(text)
         self.cut_off = cut_off  #: The other side ended the connection, and did not say why.
+        self.hint = hint  #: What to look at, where the cause tells; may be empty.
 
 
 def is_loopback(host: str) -> bool:
@@ -160,6 +162,18 @@ def innermost(e: BaseException) -> BaseException:
     """The cause that says it shortest; those above it quote the whole request line."""
     *_, last = causes(e)
     return last
+
+
+def hint_of(error: BaseException) -> str:
+    """What to look at when there was no connection; empty where the cause may be anything."""
+    for cause in causes(error):
+        if isinstance(cause, ConnectionRefusedError):
+            return "nobody listens there: is the server up, and is the port in `url` right?"
+        if isinstance(cause, socket.gaierror):
+            return (
+                "the name could not be looked up: is the host in `url` right, and does this machine's resolver know it?"
+            )
+    return ""
 
 
 def tls_context(ca_file: Path | None, client_cert: Path | None, client_key: Path | None) -> ssl.SSLContext:
@@ -334,7 +348,7 @@ class Sessions:
                 cause = self._alert(url, self._tls) or cause
             if isinstance(cause, ssl.SSLError) and not isinstance(cause, CUT_OFF):
                 raise TlsRefusedError(one_line(str(cause))) from e
-            raise NoAnswerError(one_line(str(cause)), cut_off=isinstance(cause, CUT_OFF)) from e
+            raise NoAnswerError(one_line(str(cause)), cut_off=isinstance(cause, CUT_OFF), hint=hint_of(e)) from e
 
     def _alert(self, url: str, tls: Callable[[], ssl.SSLContext]) -> ssl.SSLError | None:
         parts = urlsplit(url)

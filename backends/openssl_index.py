@@ -23,7 +23,7 @@ from pathlib import Path
 from cryptography import x509
 
 from backends.openssl_config import ConfigDoubtError, parse_config
-from bridge.errors import BackendRefusedError, BackendUnavailableError
+from bridge.errors import BackendRefusedError, BackendUnavailableError, LocalFileError
 from bridge.system.files import take_lock
 from bridge.system.ownership import Exposure, exposure
 
@@ -139,7 +139,7 @@ class Database:
         try:
             lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as e:
-            raise BackendRefusedError(
+            raise LocalFileError(
                 f"wanted to lock {path}, found: {e.strerror}",
                 hint="run as the CA's own user, which must be able to write in the database's folder",
             ) from e
@@ -172,12 +172,12 @@ class Database:
                 self._check_emptiness()
             return Snapshot(data, _serials(data, earlier), self.index.stat())
         except FileNotFoundError as e:
-            raise BackendRefusedError(
+            raise LocalFileError(
                 f"wanted the CA's database {self.index}, found no such file",
                 hint="if this CA has signed nothing yet, an empty file is right",
             ) from e
         except OSError as e:
-            raise BackendRefusedError(f"wanted to read the CA's database {self.index}, found: {e.strerror}") from e
+            raise LocalFileError(f"wanted to read the CA's database {self.index}, found: {e.strerror}") from e
         except IndexDamagedError as e:
             raise BackendRefusedError(
                 f"the CA's database {self.index}: {e}",
@@ -197,7 +197,7 @@ class Database:
         try:
             return frozenset(int(serial, 16) for serial in _REVOKED.findall(self.index.read_bytes()))
         except OSError as e:
-            raise BackendRefusedError(f"wanted to read the CA's database {self.index}, found: {e.strerror}") from e
+            raise LocalFileError(f"wanted to read the CA's database {self.index}, found: {e.strerror}") from e
 
     def _check_emptiness(self) -> None:
         """An index that lost all in a power cut looks like one of a new CA, and `openssl ca` takes it for one."""
@@ -228,11 +228,11 @@ class Database:
         """
         for folder in (self.index.parent, self.new_certs_dir):
             if not folder.is_dir():
-                raise BackendRefusedError(f"wanted the folder {folder}, found none")
+                raise LocalFileError(f"wanted the folder {folder}, found none")
             if (found := exposure(folder)) is not None:
-                raise BackendRefusedError(f"the CA's folder: {found}", hint=_owner_hint(folder, found))
+                raise LocalFileError(f"the CA's folder: {found}", hint=_owner_hint(folder, found))
             if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-                raise BackendRefusedError(
+                raise LocalFileError(
                     f"wanted a folder that we can write in, found {folder}",
                     hint="run as the CA's own user; openssl ca replaces files by renaming, so it must write the folder",
                 )
@@ -447,7 +447,7 @@ def _read_if_there(path: Path, at_most: int = -1) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as e:
-        raise BackendRefusedError(f"wanted to read {path}, found: {e.strerror}") from e
+        raise LocalFileError(f"wanted to read {path}, found: {e.strerror}") from e
 
 
 def _parse_if_whole(data: bytes | None) -> x509.Certificate | None:

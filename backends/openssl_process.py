@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 from backends.openssl_key import PrivateKey
 from bridge.contract import SecretUnavailableError
-from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError
+from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError
 
 #: So many an openssl signs within the settings' `timeout`, be its HSM slow or its host busy.
 CSRS_A_LIMIT = 100
@@ -135,7 +135,7 @@ class Openssl:
         try:
             secret = self.key.secret.read().encode()
         except SecretUnavailableError as e:
-            raise BackendRefusedError(str(e)) from e
+            raise LocalFileError(str(e)) from e
         if b"\n" in secret or len(secret) > _LONGEST_PASSPHRASE:
             raise BackendRefusedError(
                 f"wanted a {self.key.secret_name} of one line and at most {_LONGEST_PASSPHRASE} bytes"

@@ -36,6 +36,7 @@ from backends.https import (
     body_of,
     causes,
     clock_ahead,
+    hint_of,
     innermost,
     is_loopback,
     retry_after_seconds,
@@ -57,6 +58,7 @@ from bridge.errors import (
     BackendError,
     BackendRefusedError,
     BackendUnavailableError,
+    LocalFileError,
     SettingsError,
     SettingsProblem,
     Violation,
@@ -338,7 +340,7 @@ class _Server:
         try:
             value = secret.read()
         except SecretUnavailableError as e:
-            raise BackendRefusedError(f"vault: {e}", hint="put the secret there, readable for this process") from e
+            raise LocalFileError(f"vault: {e}", hint="put the secret there, readable for this process") from e
         if token and not re.fullmatch(r"[!-~]+", value):
             raise BackendRefusedError(f"vault: wanted a token in {secret}, found more than one word of ASCII text")
         return self.hide(value)
@@ -384,7 +386,7 @@ class _Server:
         except requests.exceptions.SSLError as e:
             raise _tls_error(e, where) from e
         except (requests.exceptions.Timeout, requests.exceptions.ConnectionError) as e:
-            raise BackendUnavailableError(f"vault: {where}: {_cause(e)}") from e
+            raise BackendUnavailableError(f"vault: {where}: {_cause(e)}", hint=hint_of(e)) from e
         except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError) as e:
             raise BackendUnavailableError(f"vault: {where}: the answer broke off: {_cause(e)}") from e
         except SettingsError as e:  # a file went away since the first connection

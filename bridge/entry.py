@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from bridge.node.inventory import Item
     from bridge.specs import KeyAlgorithm
 
+_INTERRUPTED = 130  # as shells have it: 128 and SIGINT
+
 #: What may stand beside `renew`; anything else is for the command line proper.
 _PLACES = ("--config", "--pki-dir", "--kubeconfig-dir", "--state-dir")
 
@@ -30,10 +32,21 @@ _PLACES = ("--config", "--pki-dir", "--kubeconfig-dir", "--state-dir")
 def main() -> NoReturn:
     """Say that nothing is due, or hand over to `bridge.cli.app`."""
     gc.disable()  # importing makes many objects and no garbage: looking for it takes a twentieth of a cron run
+    try:
+        _run()
+    except KeyboardInterrupt:  # before a command has begun
+        os.write(2, b"error: interrupted, nothing was replaced\n")
+        os._exit(_INTERRUPTED)
+
+
+def _run() -> NoReturn:
     sentence = nothing_to_do(sys.argv[1:])
     if sentence is not None:
         _end(0, f"{sentence}\n")
     from bridge.cli.app import app  # noqa: PLC0415 (see above)
+    from bridge.system import interruption  # noqa: PLC0415
+
+    interruption.listen()
 
     gc.freeze()
     gc.enable()

@@ -130,6 +130,12 @@ class BackendRefusedError(BackendError):
     exit_code = Exit.REFUSED
 
 
+class LocalFileError(BackendRefusedError):
+    """A file on this machine that a backend needs is not there, or can't be used; no CA was asked."""
+
+    exit_code = Exit.USAGE
+
+
 class BackendUnavailableError(BackendError):
     """No answer, or "later"; trying the same again may help."""
 

@@ -19,7 +19,8 @@ from bridge.node import names
 from bridge.pki.durations import parse_duration
 from bridge.settings.load import load, overridden
 from bridge.settings.tables import Settings
-from bridge.system import console
+from bridge.state.store import replaced_here
+from bridge.system import console, interruption
 from bridge.system.console import LogFormat
 
 
@@ -86,11 +87,14 @@ _TYPERS_OWN = (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError)
 class _Errors:
     """What becomes of an exception: a message on standard error and the promised exit code."""
 
-    def __enter__(self) -> None: ...
+    def __enter__(self) -> None:
+        replaced_here.clear()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, BridgeError):
             _fail(error)
+        if isinstance(error, KeyboardInterrupt):
+            _interrupted(error)
         if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             place = f"{error.filename}: " if error.filename else ""
             _fail(BridgeError(f"{place}{error.strerror or type(error).__name__}"))
@@ -101,6 +105,18 @@ class _Errors:
 def _fail(error: BridgeError) -> NoReturn:
     console.print_error(error)
     raise typer.Exit(error.exit_code)
+
+
+def _interrupted(error: KeyboardInterrupt) -> NoReturn:
+    """Say at once whether anything was replaced."""
+    if replaced_here:
+        text = f"interrupted after files were replaced; the old ones are in the backup {replaced_here[-1]}"
+        console.print_error(
+            BridgeError(text, hint="`ca-bridge renew` goes on with what is owed: restarts, proof, hooks")
+        )
+    else:
+        console.print_error(BridgeError("interrupted, nothing was replaced"))
+    raise typer.Exit(interruption.exit_code(error))
 
 
 def _bug(error: Exception) -> NoReturn:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, wait
 from dataclasses import dataclass
 
 from bridge.contract import Backend, Carries, Collects, Identifies, Issued, Pending, SignsMany
@@ -26,6 +26,7 @@ from bridge.state import audit
 from bridge.state.outcome import Outcome
 from bridge.state.session import Run, give_up
 from bridge.system.console import Progress, log
+from bridge.system.interruption import workers
 from bridge.system.ownership import open_secret
 
 Answer = Issued | Pending | BridgeError
@@ -82,7 +83,7 @@ def reaching(
             opened = found[name].backend
         return found
 
-    with ThreadPoolExecutor(len(AUTHORITIES)) as pool:
+    with workers(len(AUTHORITIES)) as pool:
         lots = [pool.submit(reach_lot, lot) for lot in _sharing(backends)]
 
         def reached() -> dict[str, Reached]:
@@ -90,10 +91,18 @@ def reaching(
 
         try:
             yield reached
-        finally:
-            for ca in reached().values():
-                if ca.backend is not None:
-                    registry.close(ca.backend)
+        except KeyboardInterrupt:  # waits for no CA
+            raise
+        except BaseException:
+            _let_go(reached())
+            raise
+        _let_go(reached())
+
+
+def _let_go(reached: Mapping[str, Reached]) -> None:
+    for ca in reached.values():
+        if ca.backend is not None:
+            registry.close(ca.backend)
 
 
 def _sharing(backends: Mapping[str, registry.Configured]) -> list[list[str]]:
@@ -132,7 +141,7 @@ def _reach(
     """
     names = [item.spec.name for item in items]
     progress.signing(configured.label, names)
-    outage = registry.Outage(configured.settings.retry_for)
+    outage = registry.Outage(configured.settings.retry_for, configured.label, progress.note)
     backend = opened
     wrong: Mapping[str, BridgeError] = {}
     identity = None
@@ -274,7 +283,7 @@ def _answers(prepared: Sequence[Prepared], reached: Mapping[str, Reached], progr
     for one in prepared:
         lots[id(reached[one.authority].backend)].append(one)
     answers: dict[str, Answer] = {}
-    with ThreadPoolExecutor(len(AUTHORITIES)) as pool:
+    with workers(len(AUTHORITIES)) as pool:
         for part in pool.map(lambda lot: _ask(reached, lot, progress), lots.values()):
             answers |= part
     return answers

@@ -199,7 +199,7 @@ def _revoke(run: Run, authority: str, ours: Sequence[Superseded]) -> tuple[list[
         BridgeError: The backend can't be used now.
     """
     configured = registry.configured(run.settings, [authority])[authority]
-    outage = registry.Outage(configured.settings.retry_for)
+    outage = registry.Outage(configured.settings.retry_for, configured.label)
     backend = configured.open()
     done: list[Superseded] = []
     errors: list[BridgeError] = []

@@ -215,7 +215,7 @@ class Desk:
     def _open(self, authority: str) -> _CA:
         """Reach a CA, and ask what can be asked before a signature is spent."""
         configured = self._configured[authority]
-        outage = registry.Outage(configured.settings.retry_for)
+        outage = registry.Outage(configured.settings.retry_for, configured.label)
         backend: Backend | None = None
         try:
             backend = opened = configured.open()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar, cast
 
@@ -26,6 +25,8 @@ from bridge.contract import (
 from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.settings.reader import Key, Reader
 from bridge.settings.tables import Settings
+from bridge.system.console import log
+from bridge.system.interruption import workers
 
 #: Requests to one CA at a time; more do not make OpenBao or cfssl any faster (their own CPU is the limit).
 PARALLEL_REQUESTS = 4
@@ -248,10 +249,21 @@ class Outage:
     Retries never make a new key; a second certificate for one key is harmless.
     """
 
-    def __init__(self, retry_for: timedelta) -> None:
+    def __init__(
+        self, retry_for: timedelta, label: str = "", tell: Callable[[str], None] = lambda text: log.info("%s", text)
+    ) -> None:
+        """
+        Args:
+            retry_for: `retry_for` of the settings.
+            label: Who is asked, for messages.
+            tell: Is told once in an outage why, and until when, the CA is asked again; each try more is for `-v`.
+        """
         self._retry_for_seconds = retry_for.total_seconds()
+        self._label = label
+        self._tell = tell
         self._lock = threading.Lock()
         self._since: float | None = None
+        self._told_since: float | None = None
         self._gave_up: BackendUnavailableError | None = None
 
     def ask(self, question: Callable[[], T]) -> T:
@@ -270,6 +282,9 @@ class Outage:
             retry=retry_if_exception_type(BackendUnavailableError),
             stop=lambda state: self._is_over(state.upcoming_sleep),
             wait=lambda state: _wait(state.attempt_number, state.outcome.exception() if state.outcome else None),
+            before_sleep=lambda state: self._told(
+                state.upcoming_sleep, state.outcome.exception() if state.outcome else None
+            ),
             reraise=True,
         )
         try:
@@ -288,6 +303,17 @@ class Outage:
         with self._lock:
             self._since = None
         return answer
+
+    def _told(self, upcoming_sleep_seconds: float, error: BaseException | None) -> None:
+        with self._lock:
+            since, is_new = self._since, self._told_since != self._since
+            self._told_since = since
+        left = self._retry_for_seconds - (time.monotonic() - since if since is not None else 0.0)
+        until = datetime.now(UTC) + timedelta(seconds=max(0.0, left))
+        about = f"{self._label}: {error}" if self._label else f"{error}"
+        if is_new:
+            self._tell(f"{about}; asked again until {until:%H:%M:%S} UTC (retry_for)")
+        log.debug("%s; asked again in %.1f s, until %s UTC", about, upcoming_sleep_seconds, f"{until:%H:%M:%S}")
 
     def _is_over(self, upcoming_sleep_seconds: float) -> bool:
         with self._lock:
@@ -332,7 +358,7 @@ def sign_all(
         done([(request, answer)])
         return answer
 
-    with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
+    with workers(PARALLEL_REQUESTS) as pool:
         return list(pool.map(sign, requests))
 
 

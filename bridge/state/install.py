@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bridge.errors import BridgeError
-from bridge.state.store import Store
+from bridge.state.store import Store, replaced_here
 from bridge.system.files import Attributes, is_frozen, sync_directory, write_staged
 from bridge.system.ownership import foreign_link
 from bridge.system.state_file import OnDamage, StateError, StateFile
@@ -124,6 +124,7 @@ def install(store: Store, replacements: Sequence[Replacement], run_id: str, abou
         if not store.journal.exists():
             _leave_all_old(store, e)
         _give_up(store, journal, e)
+    replaced_here.append(backup_id)
     try:
         _forward(journal)
     except (OSError, InstallError) as e:
@@ -336,6 +337,7 @@ def _give_up(store: Store, journal: dict[str, Any], error: Exception) -> NoRetur
             hint="fix the file system, then run `ca-bridge recover`",
         ) from error
     _close_at_last(store, "all was put back")
+    replaced_here.clear()
     raise InstallError(f"all was put back: {_reason(error)}") from error
 
 

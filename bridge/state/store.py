@@ -10,6 +10,11 @@ _NUMBERED = r"audit\.torn-\d+-[0-9a-f]{8}|[a-z-]+-[0-9a-f]{8}\.yaml"
 _BACKUP = r"\d{8}T\d{6}Z-[0-9a-z]+(-[0-9a-z]+)?"
 
 
+#: IDs of the backups of what this process has replaced, the newest last; for the last words of a run that is
+#: interrupted, wherever that happens.
+replaced_here: list[str] = []
+
+
 class Store:
     """The state directory: journal, staging list, backups and record."""
 

@@ -98,7 +98,7 @@ def test_a_ca_directory_of_others_is_not_written_to(node: Pki, tmp_path: Path, f
     else:
         one.chmod(0o777)
     result = renew.run(settings, (SERVER,), lambda: datetime.now(UTC), Quiet())[0]
-    assert result.exit_code == Exit.REFUSED
+    assert result.exit_code == Exit.USAGE
     assert "the CA's folder" in str(result.outcomes[0].error)
 
 

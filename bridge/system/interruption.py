@@ -1,0 +1,52 @@
+"""A run that is interrupted: by Ctrl-C (SIGINT), or by systemd or kill(1) (SIGTERM)."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
+
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM, which ends a run as Ctrl-C does: whoever puts something right on the way out can do it."""
+
+
+def listen() -> None:
+    """Have SIGTERM raise a TerminatedError in the main thread, unless whoever started us has it ignored."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminated)
+
+
+def _terminated(*_: object) -> NoReturn:
+    raise TerminatedError
+
+
+def exit_code(error: KeyboardInterrupt) -> int:
+    """128 and the signal's number, as shells have it: 130 or 143."""
+    return 128 + (signal.SIGTERM if isinstance(error, TerminatedError) else signal.SIGINT)
+
+
+@contextlib.contextmanager
+def workers(count: int) -> Iterator[ThreadPoolExecutor]:
+    """
+    Threads that are waited for, unless the run is interrupted: then they are left to themselves.
+
+    One may be waiting for a CA's answer, or to ask again. The process ends right after, and they with it; what becomes
+    of what they do is what becomes of it when a process is killed.
+    """
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 (every command loads this module)
+
+    pool = ThreadPoolExecutor(count)
+    try:
+        yield pool
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    except BaseException:
+        pool.shutdown()
+        raise
+    pool.shutdown()

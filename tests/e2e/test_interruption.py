@@ -1,0 +1,169 @@
+"""A run that is interrupted ends at once, and says whether anything was replaced; a retry says what it waits for."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from tests.kit import opensslca
+from tests.kit.cas import Bridge
+from tests.kit.pki import handmade_pki
+
+
+@pytest.fixture
+def bridge(tmp_path: Path) -> Bridge:
+    """All is due, and Vault's address is for a test to say."""
+    pki = handmade_pki(tmp_path / "node", not_after=datetime.now(UTC) + timedelta(days=20))
+    return Bridge(pki=pki, directory=tmp_path / "bridge")
+
+
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """Nobody listens there."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """Somebody listens there and says nothing."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        yield listening.getsockname()[1]
+
+
+def with_vault(bridge: Bridge, url: str, **more: object) -> None:
+    token = bridge.secret("token", "hvs.x")
+    bridge.add("backend.corp", {"type": "vault", "url": url, **more})
+    bridge.add("backend.corp.auth", {"token_file": token})
+    for name in ("ca", "etcd-ca", "front-proxy-ca"):
+        bridge.add(f"authority.{name}", {"backend": "corp"})
+
+
+def started(bridge: Bridge, *words: str) -> subprocess.Popen[str]:
+    program = str(Path(sys.executable).with_name("ca-bridge"))
+    return subprocess.Popen(
+        [program, *words, "--config", str(bridge.config)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def told(run: subprocess.Popen[str], wanted: str) -> list[str]:
+    """What it has said until it says this."""
+    assert run.stderr is not None
+    lines = []
+    for line in run.stderr:
+        lines.append(line)
+        if wanted in line:
+            return lines
+    raise AssertionError("".join(lines))
+
+
+def files(bridge: Bridge) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in bridge.pki.kubeconfig_dir.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_asks_again_ends_at_once(bridge: Bridge, closed_port: int, number: int, code: int) -> None:
+    """Within seconds where it would have asked for an hour; with what was replaced, and the code of the signal."""
+    with_vault(bridge, f"http://127.0.0.1:{closed_port}", retry_for="1h")
+    before = files(bridge)
+    with started(bridge, "renew", "-v") as run:
+        told(run, "asked again in 8.0 s")
+        begin = time.monotonic()
+        os.kill(run.pid, number)
+        _, rest = run.communicate(timeout=60)
+    assert run.returncode == code
+    assert time.monotonic() - begin < 5
+    assert rest.endswith("error: interrupted, nothing was replaced\n")
+    assert files(bridge) == before
+    assert bridge.run("audit", "verify").returncode == 0
+
+
+def test_a_run_that_waits_for_an_answer_ends_at_once(bridge: Bridge, silent_port: int) -> None:
+    """Threads that ask are left to themselves."""
+    with_vault(bridge, f"http://127.0.0.1:{silent_port}", timeout="10m", retry_for="1h")
+    with started(bridge, "renew", "apiserver") as run, socket.socket() as other:
+        other.settimeout(0.1)
+        deadline = time.monotonic() + 60
+        while not _is_asking(run.pid, silent_port) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        begin = time.monotonic()
+        os.kill(run.pid, signal.SIGINT)
+        _, rest = run.communicate(timeout=60)
+    assert (run.returncode, time.monotonic() - begin < 5) == (130, True)
+    assert "interrupted, nothing was replaced" in rest
+
+
+def _is_asking(_: int, port: int) -> bool:
+    """Whether somebody has a connection to the port (proc(5), net/tcp; state 01)."""
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    return any(line.split()[2].endswith(f":{port:04X}") and line.split()[3] == "01" for line in lines)
+
+
+def test_what_is_replaced_already_is_said(bridge: Bridge, tmp_path: Path) -> None:
+    """Interrupted in a hook after the installation: which backup has the old files, and how it goes on."""
+    script = tmp_path / "hook.sh"
+    script.write_text(f"#!/bin/sh\ntouch {tmp_path}/begun\nexec sleep 600\n")
+    script.chmod(0o755)
+    bridge.add("hooks", {"after_install": str(script)})
+    bridge.add("backend.desk", {"type": "openssl"})
+    for name in ("ca", "etcd-ca", "front-proxy-ca"):
+        place = opensslca.make_ca_directory(tmp_path / "cas" / name, *bridge.pki.ca_pem(name))
+        bridge.add(f"authority.{name}", {"backend": "desk", "dir": str(place)})
+    with started(bridge, "renew", "apiserver") as run:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "begun").exists() and time.monotonic() < deadline and run.poll() is None:
+            time.sleep(0.05)
+        os.kill(run.pid, signal.SIGTERM)
+        _, rest = run.communicate(timeout=60)
+    [backup] = (bridge.directory / "state/backups").iterdir()
+    assert run.returncode == 143, rest
+    assert f"interrupted after files were replaced; the old ones are in the backup {backup.name}" in rest
+
+
+def test_a_retry_says_why_and_until_when(bridge: Bridge, closed_port: int) -> None:
+    """Once, without being asked; and what may be wrong, when it gives up."""
+    with_vault(bridge, f"http://127.0.0.1:{closed_port}", retry_for="3s")
+    run = bridge.run("renew", "apiserver")
+    assert run.returncode == 6
+    [line] = [line for line in run.stderr.splitlines() if "asked again" in line]
+    assert re.search(r"corp \(vault\): .*refused.*; asked again until \d\d:\d\d:\d\d UTC \(retry_for\)", line)
+    assert "is the server up, and is the port in `url` right?" in run.stdout + run.stderr
+
+
+def test_a_name_that_nobody_knows_is_said(bridge: Bridge) -> None:
+    """With what to look at."""
+    with_vault(bridge, "https://no-such-host.invalid", retry_for="1s")
+    run = bridge.run("renew", "apiserver")
+    assert run.returncode == 6
+    assert "is the host in `url` right" in run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("lost", ["newcerts", "passphrase"])
+def test_a_file_of_this_machine_is_a_usage_error(bridge: Bridge, tmp_path: Path, lost: str) -> None:
+    """Exit 2, not that a CA has refused something: nobody was asked."""
+    place = opensslca.make_ca_directory(tmp_path / "ca", *bridge.pki.ca_pem("ca"), passphrase="x" * 20)
+    bridge.add("backend.desk", {"type": "openssl", "dir": str(place)})
+    bridge.add("authority.ca", {"backend": "desk", "passphrase_file": bridge.secret("passphrase", "x" * 20)})
+    bridge.add("restart", {"method": "none"})
+    assert bridge.run("renew", "admin.conf").returncode == 0
+    if lost == "newcerts":
+        shutil.rmtree(place / lost)
+    else:
+        (bridge.directory / lost).unlink()
+    run = bridge.run("renew", "admin.conf")
+    assert run.returncode == 2
+    assert lost in run.stdout + run.stderr
