@@ -87,7 +87,7 @@ def _item(item: Item, settings: Settings, now: datetime) -> Iterator[Finding]:
         if item.obstacle is not None:
             yield from_error("not-replaceable", name, item.obstacle)
     elif item.state == "missing" and item.spec.optional:
-        yield Finding(level="ok", check="certificate", about=name, text="not on this node, as is usual for it")
+        yield Finding(level="ok", check="certificate", about=name, text="not on this node, which is normal for it")
     else:
         text = item.trouble or f"wanted a certificate in {item.certificate_path}, found nothing"
         yield Finding(level="error", check=f"certificate-{item.state}", about=name, text=text, hint=_RESTORE)

@@ -69,7 +69,7 @@ def select(
         if item is None or (item.state == "missing" and (by_hand or not item.spec.optional)):
             failed.append(_absent(SPECS[name], item, node))
         elif item.state == "missing":
-            skipped.append(f"{name} is not on this node, as is usual for it")
+            skipped.append(f"{name} is not on this node, which is normal for it")
         elif item.spec.component is Component.KUBELET and not item.managed:
             skipped.append(f"{name} refers to {item.certificate_path}, which the kubelet renews by itself")
         elif item.state != "present":
