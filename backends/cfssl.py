@@ -26,6 +26,7 @@ import requests
 from cryptography import x509
 
 from backends.https import (
+    CLOCK_HINT,
     NoAnswerError,
     Sessions,
     TlsRefusedError,
@@ -33,6 +34,7 @@ from backends.https import (
     common_name,
     innermost,
     is_loopback,
+    is_too_early,
     retry_after_seconds,
     tls_context,
     without,
@@ -230,6 +232,11 @@ class CfsslBackend:
                 violation = Violation(subject=f"profile {profile}: expiry", want=want, got=offer(profile).expiry)
                 found[one.spec.name] = [violation]
         return found
+
+    def advice(self, spec: CertificateSpec) -> str:
+        """The profile, and the key that lets us in."""
+        setup = f"`ca-bridge setup cfssl --authority {spec.authority.name}`"
+        return f"compare profile {self._profile(spec)}, and the HMAC key if that is refused, with what {setup} prints"
 
     def clock_ahead(self) -> timedelta | None:
         """By the header `Date` of the latest answer."""
@@ -546,6 +553,8 @@ class _Server:
 
 
 def _tls_hint(reason: str) -> str:
+    if is_too_early(reason):
+        return CLOCK_HINT
     if "CERTIFICATE_VERIFY_FAILED" in reason:
         return "ca_file must hold the CA of the server's TLS certificate, and its SANs the name in url"
     if "WRONG_VERSION_NUMBER" in reason or "RECORD_LAYER_FAILURE" in reason:

@@ -129,6 +129,15 @@ def clock_ahead(response: requests.Response, now: datetime) -> timedelta | None:
         return None
 
 
+#: Of a server whose certificate is not valid yet.
+CLOCK_HINT = "is this node's clock behind? then put it right; else the server's certificate begins in the future"
+
+
+def is_too_early(reason: str) -> bool:
+    """Whether OpenSSL refused a certificate that is not valid *yet* (X509_V_ERR_CERT_NOT_YET_VALID)."""
+    return "not yet valid" in reason
+
+
 def without(text: str, hidden: Iterable[str | None]) -> str:
     """What a server says, without what we sent and do not repeat, should the server do so."""
     for value in hidden:

@@ -31,6 +31,7 @@ from hvac.api.auth_methods import JWT, AppRole, Kubernetes, Userpass
 
 from backends import vault_role
 from backends.https import (
+    CLOCK_HINT,
     TlsAdapter,
     TooMuchError,
     body_of,
@@ -39,6 +40,7 @@ from backends.https import (
     hint_of,
     innermost,
     is_loopback,
+    is_too_early,
     retry_after_seconds,
     tls_context,
     within,
@@ -450,7 +452,7 @@ def _tls_error(e: requests.exceptions.SSLError, where: str) -> BackendError:
     if any(isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError) for cause in causes(e)):
         return BackendUnavailableError(message)
     hint = "does ca_file hold the CA of the server's certificate, and is the host in url one of its names?"
-    return BackendRefusedError(message, hint=hint)
+    return BackendRefusedError(message, hint=CLOCK_HINT if is_too_early(message) else hint)
 
 
 def _cause(e: BaseException) -> str:
@@ -726,6 +728,14 @@ class VaultBackend:
                 place = f"role {role} of {self._settings.mount.strip('/')}"
                 found[one.spec.name] = [replace(v, subject=f"{place}: {v.subject}") for v in violations]
         return found
+
+    def advice(self, spec: CertificateSpec) -> str:
+        """The role, or the engine where there is none."""
+        mount = self._settings.mount.strip("/")
+        setup = f"`ca-bridge setup vault --authority {spec.authority.name}`"
+        if self._settings.mode != "sign":
+            return f"see what sign-verbatim of {mount} makes of it, and the policy that {setup} prints"
+        return f"compare role {self._role(spec)} of {mount}, and the token's policy, with what {setup} prints"
 
     def clock_ahead(self) -> timedelta | None:
         """By the header `Date` of the latest answer."""

@@ -206,6 +206,19 @@ class ChecksWhole(Protocol):
 
 
 @runtime_checkable
+class Advises(Protocol):
+    """Optional: what to look at where a certificate is, or would be, another one than was asked for."""
+
+    def advice(self, spec: CertificateSpec) -> str:
+        """
+        Name the role, profile or section that signs it, and how it should be, for an error's hint; asks nothing.
+
+        Such as: compare role kubeadm-apiserver of pki with what `ca-bridge setup vault --authority ca` prints.
+        """
+        ...
+
+
+@runtime_checkable
 class TellsTime(Protocol):
     """Optional: how the CA's clock and ours differ."""
 

@@ -124,7 +124,8 @@ def renew(
     from bridge.cli import renewals  # noqa: PLC0415
 
     if (csr_dir is not None) != csr_only:
-        raise typer.BadParameter("--csr-only and --csr-dir are given together")
+        given, missing = ("--csr-only", "--csr-dir DIR") if csr_only else ("--csr-dir", "--csr-only")
+        raise typer.BadParameter(f"{given} needs {missing} beside it")
     if csr_only and (dry_run or all_or_nothing or no_restart):
         raise typer.BadParameter("--csr-only can't be combined with --dry-run, --all-or-nothing and --no-restart")
     if wait is not None and (csr_only or dry_run):

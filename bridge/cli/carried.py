@@ -19,7 +19,7 @@ from bridge.errors import BridgeError, Exit
 from bridge.pki import bundle, bundle_text
 from bridge.pki.expiry import residual, rfc3339, seconds_left
 from bridge.renewal import airgap
-from bridge.renewal.selection import Selection, nothing_due
+from bridge.renewal.selection import ALL, Selection, nothing_due
 from bridge.settings.tables import Settings
 from bridge.state.requests import OpenRequest, OpenRequests
 from bridge.state.store import Store
@@ -56,7 +56,7 @@ def export(
     with progress_shown() as progress:
         done, node = airgap.export(settings, path, names, now, progress, wait)
     for sentence in done.skipped:
-        log.log(logging.INFO if names else logging.DEBUG, "%s", sentence)
+        log.log(logging.DEBUG if not names or ALL in names else logging.INFO, "%s", sentence)
     _print_exported(done, path, now())
     if done.bundle is None and not done.failed:
         say(nothing_due(node, settings, now()))

@@ -8,18 +8,19 @@ from typing import Any
 
 from bridge.cli.printing import columns, say, say_json, say_table
 from bridge.cli.results import print_restart, stale
-from bridge.errors import Exit
+from bridge.errors import Exit, SettingsError, SettingsProblem
 from bridge.pki.certificates import serial_hex
 from bridge.pki.expiry import minute, rfc3339
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Settings
-from bridge.specs import Component
+from bridge.specs import SPECS, Component
 from bridge.state import audit, backups
 from bridge.state.install import Recovery
 from bridge.state.rollback import Rollback, put_back_and_retire
 from bridge.state.session import alone
 from bridge.state.store import Store
 from bridge.system.console import log, print_error, printable
+from bridge.words import name_found
 
 
 def recover(settings: Settings, *, set_aside: bool) -> None:
@@ -144,7 +145,16 @@ def audit_verify(settings: Settings) -> int:
 
 
 def audit_show(settings: Settings, since: datetime | None, name: str | None, *, as_json: bool) -> None:
-    """`audit show`: the record's events, oldest first."""
+    """
+    `audit show`: the record's events, oldest first.
+
+    Raises:
+        SettingsError: No event can have such a name.
+    """
+    known = [*SPECS, *(component.value for component in Component)]
+    if name is not None and name not in known:
+        wanted = f"the name of a certificate or component ({', '.join(known)})"
+        raise SettingsError([SettingsProblem("--name", wanted, name_found(name, known))])
     found = list(audit.events(Store(settings.node.state_dir), since, name))
     if as_json:
         say_json({"events": found})

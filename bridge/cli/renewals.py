@@ -20,7 +20,7 @@ from bridge.renewal import install_directory
 from bridge.renewal import renew as renewal
 from bridge.renewal.prepare import Prepared, prepare
 from bridge.renewal.prepare import write_csrs as write_csr_files
-from bridge.renewal.selection import Selection, nothing_due, select
+from bridge.renewal.selection import ALL, Selection, nothing_due, select
 from bridge.settings.tables import Settings
 from bridge.specs import Component
 from bridge.state.install import InstallError
@@ -45,7 +45,7 @@ def renew(
             settings, names, now, progress, all_or_nothing=all_or_nothing, restarts=restarts, wait=wait
         )
     for sentence in selection.skipped:
-        log.log(logging.INFO if names else logging.DEBUG, "%s", sentence)
+        log.log(logging.DEBUG if not names or ALL in names else logging.INFO, "%s", sentence)
     report(result, node, selection, settings, now(), as_json=as_json, restarts=restarts)
     return result.exit_code
 

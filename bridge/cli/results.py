@@ -18,7 +18,7 @@ from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Settings
 from bridge.specs import Component
 from bridge.state.outcome import Outcome
-from bridge.system.console import log, print_error, printable
+from bridge.system.console import hint_of, log, print_error, printable
 
 
 def report(
@@ -128,7 +128,13 @@ def grouped(failed: Sequence[Outcome]) -> Iterator[tuple[str, BridgeError]]:
     for (backend, _), outcomes in groups.items():
         if outcomes[0].error is not None:
             names = ", ".join(outcome.name for outcome in outcomes)
-            yield f"{names}: {backend}" if backend else names, outcomes[0].error
+            yield f"{names}: {_who(backend, outcomes[0].error)}" if backend else names, outcomes[0].error
+
+
+def _who(backend: str, error: BridgeError) -> str:
+    """Such as `corp (vault)`; without the type where the error begins with that."""
+    name, _, kind = backend.rpartition(" (")
+    return name if name and error.reason.startswith(f"{kind.removesuffix(')')}: ") else backend
 
 
 def _result_json(result: Result, selection: Selection, components: Sequence[Component]) -> dict[str, Any]:
@@ -155,7 +161,7 @@ def _result_json(result: Result, selection: Selection, components: Sequence[Comp
                 "backend": o.backend,
                 "exitCode": o.exit_code,
                 "error": o.error.reason if o.error is not None else "",
-                "hint": o.error.hint if o.error is not None else "",
+                "hint": hint_of(o.error) if o.error is not None else "",
             }
             for o in result.failed
         ],
@@ -173,5 +179,5 @@ def _result_json(result: Result, selection: Selection, components: Sequence[Comp
         "restart": [component.value for component in components],
         "restarted": list(result.restarted),
         "proven": result.proven,
-        "errors": [{"exitCode": e.exit_code, "error": str(e), "hint": e.hint} for e in result.errors],
+        "errors": [{"exitCode": e.exit_code, "error": str(e), "hint": hint_of(e)} for e in result.errors],
     }

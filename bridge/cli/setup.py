@@ -26,6 +26,7 @@ from bridge.settings.windows import Windows
 from bridge.signing import registry
 from bridge.specs import AUTHORITIES
 from bridge.system import jobs as system_jobs
+from bridge.words import name_found
 
 
 def settings_init(file: Path | None) -> None:
@@ -183,7 +184,9 @@ def files_for(settings: Settings, type_name: str, options: SetupOptions) -> list
         BridgeError: The certificates can't be had from such a CA.
     """
     if options.authority is not None and options.authority not in AUTHORITIES:
-        problem = SettingsProblem("--authority", f"one of {', '.join(AUTHORITIES)}", repr(options.authority))
+        problem = SettingsProblem(
+            "--authority", f"one of {', '.join(AUTHORITIES)}", name_found(options.authority, AUTHORITIES)
+        )
         raise SettingsError([problem])
     backend_type = registry.that_sets_up(type_name)
     live = _live_certificates(settings, options.authority)

@@ -38,6 +38,7 @@ from bridge.system.files import write_atomically
 from bridge.system.safe_read import UnreadableError, read
 from bridge.system.state_file import OnDamage, StateFile
 from bridge.system.waiting import wait_until
+from bridge.words import name_found
 
 _POLL_SECONDS = 0.5
 
@@ -465,7 +466,7 @@ def _components(names: Sequence[str]) -> list[Component]:
     wrong = [name for name in names if name not in known]
     if wrong:
         wanted = f"all, or some of {', '.join(known)}"
-        raise SettingsError([SettingsProblem("restart", wanted, repr(name)) for name in wrong])
+        raise SettingsError([SettingsProblem("restart", wanted, name_found(name, known)) for name in wrong])
     return [known[name] for name in names]
 
 

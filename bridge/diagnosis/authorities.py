@@ -121,9 +121,8 @@ def _about(configured: registry.Configured) -> str:
 def _refused(configured: registry.Configured, error: BridgeError) -> Finding:
     """The clock is the likelier cause of a TLS certificate that is not valid *yet*, whatever the backend makes of it."""
     found = from_error("backend", _about(configured), error)
-    if "not yet valid" in found.text or "not valid until" in found.text:
-        hint = "is this node's clock behind? then put it right; else the server's certificate begins in the future"
-        return Finding(level="error", check="clock", about=found.about, text=found.text, hint=hint)
+    if "not yet valid" in found.text:
+        return Finding(level="error", check="clock", about=found.about, text=found.text, hint=found.hint)
     return found
 
 

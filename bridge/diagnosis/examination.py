@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 
 from bridge.diagnosis import authorities, desk, installed, machine, use
-from bridge.diagnosis.findings import Finding
+from bridge.diagnosis.findings import Finding, from_error
+from bridge.errors import BridgeError
 from bridge.node import inventory
 from bridge.settings.tables import Settings
 
@@ -20,12 +21,24 @@ def examine(settings: Settings, now: datetime) -> Iterator[Finding]:
     node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
     is_desk = desk.policy_file(settings).is_file()
     if node.is_here:
-        yield from installed.look(node, settings, now)
-        yield from use.look(node, settings)
-        yield from machine.look(node, settings, now)
-        yield from authorities.look(node, settings, now)
+        yield from _whole(lambda: installed.look(node, settings, now))
+        yield from _whole(lambda: use.look(node, settings))
+        yield from _whole(lambda: machine.look(node, settings, now))
+        yield from _whole(lambda: authorities.look(node, settings, now))
     elif not is_desk:
         error = inventory.NoNodeError(settings.node.pki_dir)
         yield Finding(level="error", check="no-node", about="node", text=str(error), hint=error.hint)
     if is_desk:
-        yield from desk.look(settings, now)
+        yield from _whole(lambda: desk.look(settings, now))
+
+
+def _whole(look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """What can't be looked at ends its part of the examination, and no other."""
+    try:
+        yield from look()
+    except OSError as e:
+        place = str(e.filename or "this machine")
+        text = f"wanted to look at it, found: {e.strerror}"
+        yield Finding(level="error", check="unreadable", about=place, text=text)
+    except BridgeError as e:
+        yield from_error("unreadable", "state directory", e)

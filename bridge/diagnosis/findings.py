@@ -1,4 +1,4 @@
-"""What a check says, and how findings with one cause become one (pure)."""
+"""What a check says, and how findings with one cause become one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bridge.errors import BridgeError, Exit
+from bridge.system.console import ROOT_HINT, lacks_rights
 
 Level = Literal["error", "warning", "ok"]
 LEVELS: tuple[Level, ...] = ("error", "warning", "ok")
@@ -47,16 +48,17 @@ def causes(findings: Iterable[Finding]) -> list[Cause]:
     """Group by level (the worst first), check, hint and text; URLs in a text make no difference."""
     groups: dict[tuple[Level, str, str, str], list[Finding]] = {}
     for one in findings:
-        groups.setdefault((one.level, one.check, one.hint, _URL.sub("URL", one.text)), []).append(one)
+        hint = ROOT_HINT if lacks_rights(one.text) else one.hint
+        groups.setdefault((one.level, one.check, hint, _URL.sub("URL", one.text)), []).append(one)
     found = [
         Cause(
             level=ones[0].level,
             check=ones[0].check,
             about=tuple(dict.fromkeys(one.about for one in ones)),
             text=ones[0].text,
-            hint=ones[0].hint,
+            hint=hint,
         )
-        for ones in groups.values()
+        for (_, _, hint, _), ones in groups.items()
     ]
     return sorted(found, key=lambda one: LEVELS.index(one.level))
 

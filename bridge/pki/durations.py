@@ -17,18 +17,21 @@ def parse_duration(value: object) -> timedelta:
         ValueError: Its text is what was wanted.
     """
     wanted = 'a duration such as "30d", "12h" or "30s"'
-    if not isinstance(value, str) or not re.fullmatch(r"([0-9]{1,7}[wdhms])+", value):
+    if not isinstance(value, str) or not re.fullmatch(r"([0-9]{1,12}[wdhms])+", value):
         raise ValueError(wanted)
     parts = re.findall(r"([0-9]+)([wdhms])", value)
-    duration = sum((timedelta(**{_UNITS[unit]: int(number)}) for number, unit in parts), timedelta())
+    try:
+        duration = sum((timedelta(**{_UNITS[unit]: int(number)}) for number, unit in parts), timedelta())
+    except OverflowError:
+        duration = timedelta.max
     if not timedelta() < duration <= timedelta(days=36500):
         raise ValueError(f"{wanted}, more than nothing and at most 100 years")
     return duration
 
 
 def duration_text(duration: timedelta) -> str:
-    """As a setting would say it, in the largest unit that fits."""
-    for unit, name in reversed(_UNITS.items()):
+    """As a setting would say it, in the largest unit that fits; in days rather than weeks."""
+    for unit, name in reversed([one for one in _UNITS.items() if one[0] != "w"]):
         whole, rest = divmod(duration, timedelta(**{name: 1}))
         if not rest and whole:
             return f"{whole}{unit}"

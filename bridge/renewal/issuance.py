@@ -14,13 +14,13 @@ from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, wait
 from dataclasses import dataclass
 
 from bridge.contract import Backend, Carries, Collects, Identifies, Issued, Pending, SignsMany
-from bridge.errors import BackendError, BridgeError
+from bridge.errors import BackendError, BridgeError, VerificationError
 from bridge.node.inventory import Item
 from bridge.pki import verify
 from bridge.renewal.prepare import Making, Prepared, open_request, with_continuity
 from bridge.settings.tables import Settings
 from bridge.signing import registry
-from bridge.signing.preflight import preflight
+from bridge.signing.preflight import advice, preflight
 from bridge.specs import AUTHORITIES
 from bridge.state import audit
 from bridge.state.outcome import Outcome
@@ -51,6 +51,7 @@ class Answered:
     expected: verify.Expectation
     label: str  #: Who answered.
     answer: Answer
+    advice: str = VerificationError.hint  #: Where to look if it is not what was asked for.
 
 
 @contextlib.contextmanager
@@ -240,6 +241,7 @@ def issue(
             expected=expected[one.authority],
             label=reached[one.authority].label,
             answer=answers[one.name],
+            advice=advice(reached[one.authority].backend, one.item.spec),
         )
         for one in prepared
     ]

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
-from bridge.node.inventory import Item, Node
+from bridge.node.inventory import Item, Node, NoNodeError
 from bridge.pki import expiry
 from bridge.settings.tables import Settings
 from bridge.specs import SPECS, CertificateSpec, Component
 from bridge.state.outcome import Outcome
+from bridge.words import name_found
 
 #: As in `kubeadm certs renew all`.
 ALL = "all"
@@ -58,8 +59,11 @@ def select(
 
     Raises:
         SettingsError: A name that is none, or that is not ours to renew.
+        NoNodeError: Nothing of a control plane is here.
     """
     assert_known(names)
+    if not node.is_here:
+        raise NoNodeError(settings.node.pki_dir)
     by_name = {item.spec.name: item for item in node.items}
     asked = list(by_name) if not names or ALL in names else [name for name in by_name if name in names]
     items, failed, skipped = [], [], []
@@ -92,7 +96,8 @@ def assert_known(names: Collection[str]) -> None:
     unknown = [name for name in names if name != ALL and name not in SPECS]
     if unknown:
         wanted = f"names of certificates ({', '.join(SPECS)}) or {ALL}"
-        raise SettingsError([SettingsProblem("", wanted, ", ".join(map(repr, unknown)))])
+        found = ", ".join(name_found(name, [*SPECS, ALL]) for name in unknown)
+        raise SettingsError([SettingsProblem("", wanted, found)])
 
 
 def _is_due(item: Item, settings: Settings, now: datetime) -> bool:

@@ -17,7 +17,7 @@ from datetime import datetime
 from cryptography import x509
 
 from bridge.contract import Issued, Pending
-from bridge.errors import BackendUnavailableError, BridgeError, Exit, SettingsError, WaitingError
+from bridge.errors import BackendUnavailableError, BridgeError, Exit, SettingsError, VerificationError, WaitingError
 from bridge.node import kubeconfig
 from bridge.node.inventory import Item, Node
 from bridge.pki import verify
@@ -223,7 +223,11 @@ def _verified(one: Answered, now: datetime) -> verify.Verified:
         raise one.answer
     if isinstance(one.answer, Pending):
         raise WaitingError(one.answer.note or "the CA has the request, and has not answered yet")
-    return verify.check(one.answer, one.prepared.request, dataclasses.replace(one.expected, now=now))
+    try:
+        return verify.check(one.answer, one.prepared.request, dataclasses.replace(one.expected, now=now))
+    except VerificationError as e:
+        e.hint = one.advice
+        raise
 
 
 def remember(run: Run, answered: Sequence[Answered], proven: Sequence[Proven], *, by_hand: bool = False) -> None:

@@ -28,6 +28,7 @@ from bridge.settings.tables import (
 )
 from bridge.specs import AUTHORITIES
 from bridge.system.ownership import exposure
+from bridge.words import name_found
 
 DEFAULT_FILE = Path("/etc/ca-bridge/config.toml")
 MAX_BYTES = 1 << 20
@@ -150,7 +151,7 @@ def _authorities(
     for name, authority in table.items():
         key = ("authority", name)
         if name not in AUTHORITIES:
-            reader.add(key, f"one of {', '.join(AUTHORITIES)}", repr(name))
+            reader.add(key, f"one of {', '.join(AUTHORITIES)}", name_found(name, AUTHORITIES))
         elif not isinstance(authority, dict):
             reader.add(key, "a table", _found(authority))
         else:

@@ -20,6 +20,7 @@ from bridge.contract import GIVEN
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.durations import parse_duration
 from bridge.secret import Secret
+from bridge.words import name_found
 
 T = TypeVar("T")
 
@@ -112,7 +113,7 @@ class Reader:
         """The top-level tables; a missing one is empty, an unknown one a problem."""
         for name, value in document.items():
             if name not in names:
-                self.add((name,), f"one of {', '.join(names)}", _name_found(name, names))
+                self.add((name,), f"one of {', '.join(names)}", name_found(name, names))
             elif not isinstance(value, dict):
                 self.add((name,), "a table", _found(value))
         return {name: value if isinstance(value := document.get(name), dict) else {} for name in names}
@@ -170,7 +171,7 @@ class Reader:
                 values[f.name] = self._value(hints[f.name], table[present[0]], (*prefix, present[0]))
         for name in table:
             if name not in known:
-                self.add((*prefix, name), f"one of {', '.join(sorted(known))}", _name_found(name, known))
+                self.add((*prefix, name), f"one of {', '.join(sorted(known))}", name_found(name, known))
         return values
 
     def _made(self, schema: type[T], values: Mapping[str, Any], prefix: Key) -> T | None:
@@ -298,10 +299,3 @@ def _found(value: object) -> str:
         return "a table"
     text = repr(value)
     return text if len(text) <= _LONGEST_FOUND else f"{text[:_LONGEST_FOUND]}…"
-
-
-def _name_found(name: str, known: typing.Iterable[str]) -> str:
-    import difflib  # noqa: PLC0415 (5 ms, for a wrong name alone)
-
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"{name!r} (did you mean {close[0]!r}?)" if close else repr(name)

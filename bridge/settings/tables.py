@@ -14,10 +14,11 @@ from typing import Any, Literal
 from bridge.contract import DEFAULT_CLUSTER
 from bridge.errors import SettingsProblem
 from bridge.pki.durations import Before, duration_text
-from bridge.settings.reader import Source, _name_found
+from bridge.settings.reader import Source
 from bridge.settings.windows import Jitter, Windows
 from bridge.settings.zones import Zone
 from bridge.specs import Component, KeyAlgorithm
+from bridge.words import name_found
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,7 @@ class RestartSettings:
         known = [component.value for component in Component]
         for name, command in self.commands.items():
             if name not in known:
-                yield SettingsProblem(f"commands.{name}", f"one of {', '.join(known)}", _name_found(name, known))
+                yield SettingsProblem(f"commands.{name}", f"one of {', '.join(known)}", name_found(name, known))
             elif not _words(command):
                 yield SettingsProblem(f"commands.{name}", "a command", repr(command))
         if self.method == "command" and not self.commands:

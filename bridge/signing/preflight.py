@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from cryptography import x509
 from cryptography.x509.verification import VerificationError as NoPathError
 
-from bridge.contract import Backend, Checks, ChecksWhole, ListsIssuers, Wanted
+from bridge.contract import Advises, Backend, Checks, ChecksWhole, ListsIssuers, Wanted
 from bridge.errors import BackendRefusedError, VerificationError, Violation
 from bridge.pki import verify
 from bridge.pki.certificates import fingerprint, name_text
-from bridge.specs import CertificateSpec
+from bridge.specs import SPECS, CertificateSpec
 
 
 class RefusedByCheckError(BackendRefusedError):
@@ -39,7 +39,7 @@ def preflight(
     """
     if expected is not None and isinstance(backend, ListsIssuers) and (issuers := backend.issuers()):
         _assert_right_ca(issuers, expected)
-    return _errors(backend.check(specs) if specs and isinstance(backend, Checks) else {})
+    return _errors(backend, backend.check(specs) if specs and isinstance(backend, Checks) else {})
 
 
 def whole(backend: ChecksWhole, wanted: Sequence[Wanted]) -> dict[str, RefusedByCheckError]:
@@ -50,12 +50,17 @@ def whole(backend: ChecksWhole, wanted: Sequence[Wanted]) -> dict[str, RefusedBy
         BackendRefusedError: It does not accept us.
         BackendUnavailableError: No answer.
     """
-    return _errors(backend.check_whole(wanted))
+    return _errors(backend, backend.check_whole(wanted))
 
 
-def _errors(found: Mapping[str, Sequence[Violation]]) -> dict[str, RefusedByCheckError]:
-    return {name: RefusedByCheckError(_violations_text(violations), hint=VerificationError.hint)
+def _errors(backend: object, found: Mapping[str, Sequence[Violation]]) -> dict[str, RefusedByCheckError]:
+    return {name: RefusedByCheckError(_violations_text(violations), hint=advice(backend, SPECS[name]))
             for name, violations in found.items() if violations}  # fmt: skip
+
+
+def advice(backend: object, spec: CertificateSpec) -> str:
+    """Hint at what is to be looked at where a certificate is not what was asked for."""
+    return backend.advice(spec) if isinstance(backend, Advises) else VerificationError.hint
 
 
 def _violations_text(violations: Sequence[Violation]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -13,6 +15,7 @@ from typing import Protocol
 from bridge.errors import BridgeError
 
 log = logging.getLogger("ca-bridge")
+ROOT_HINT = "run it as root (sudo)"
 
 
 class LogFormat(StrEnum):
@@ -27,8 +30,18 @@ def print_error(error: BridgeError, about: str = "") -> None:
     prefix = f"{about}: " if about else ""
     for line in (error.reason if about else str(error)).splitlines():
         log.error("%s%s", prefix, line)
-    if error.hint:
-        log.error("%s", error.hint, extra={"is_hint": True})
+    if hint := hint_of(error):
+        log.error("%s", hint, extra={"is_hint": True})
+
+
+def hint_of(error: BridgeError) -> str:
+    """What to do next; where rights are what is missing, to have them, whatever else may be wrong."""
+    return ROOT_HINT if lacks_rights(error.reason) else error.hint
+
+
+def lacks_rights(text: str) -> bool:
+    """Whether the system says no to a user who is not root."""
+    return os.geteuid() != 0 and any(os.strerror(code) in text for code in (errno.EACCES, errno.EPERM))
 
 
 def printable(value: object) -> str:

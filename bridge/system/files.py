@@ -187,7 +187,7 @@ class LockedError(BridgeError):
     """Another run works on this node."""
 
     exit_code: ClassVar[int] = Exit.LOCKED
-    hint = "run again when it has ended"
+    hint = "run again when it has ended, or with --wait 10m; `ca-bridge doctor` says whether it hangs"
 
 
 @contextlib.contextmanager

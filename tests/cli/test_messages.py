@@ -1,0 +1,135 @@
+"""What is said to somebody who made a mistake, or lacks rights, or is on the wrong machine: what to do next."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bridge.cli.app import app
+from bridge.cli.results import grouped
+from bridge.errors import BackendRefusedError, BridgeError
+from bridge.pki.durations import duration_text, parse_duration
+from bridge.state.outcome import Outcome
+from bridge.system.console import ROOT_HINT, hint_of
+from tests.kit.cas import Bridge, add_openssl
+from tests.kit.pki import Pki, handmade_pki
+
+
+@pytest.fixture
+def bridge(tmp_path: Path) -> Bridge:
+    """A node with its CAs."""
+    made = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge")
+    for authority in ("ca", "etcd-ca", "front-proxy-ca"):
+        add_openssl(made, authority)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (("renew", "apiservr"), "apiserver"),
+        (("plan", "admin.con"), "admin.conf"),
+        (("audit", "show", "--name", "apiservr"), "apiserver"),
+        (("restart", "kube-schduler"), "kube-scheduler"),
+        (("setup", "vault", "--authority", "etcd"), "etcd-ca"),
+        (("pending", "cancel", "etcd-pear"), "etcd-peer"),
+    ],
+)
+def test_a_name_that_is_none_is_told_what_may_be_meant(bridge: Bridge, arguments: tuple[str, ...], meant: str) -> None:
+    """Exit 2, and the names that there are."""
+    run = bridge.run(*arguments)
+    assert run.returncode == 2, run.stdout
+    assert f"(did you mean {meant!r}?)" in run.stderr
+
+
+def test_an_authority_that_is_none_is_told_what_may_be_meant(bridge: Bridge) -> None:
+    """In the settings, with the line."""
+    bridge.config.write_text(bridge.config.read_text().replace("[authority.etcd-ca]", "[authority.etcd]"))
+    run = bridge.run("plan")
+    assert (run.returncode, "(did you mean 'etcd-ca'?)" in run.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(("--csr-only",), "--csr-only needs --csr-dir DIR"), (("--csr-dir", "x"), "--csr-dir needs --csr-only")],
+)
+def test_the_option_that_is_missing_is_named(bridge: Bridge, arguments: tuple[str, ...], says: str) -> None:
+    """Not that both are given together, when one is not."""
+    run = bridge.run("renew", *arguments)
+    assert (run.returncode, says in " ".join(run.stderr.split())) == (2, True), run.stderr
+
+
+@pytest.mark.parametrize("command", [("renew",), ("renew", "all"), ("plan",), ("export", "bundle.json")])
+def test_on_a_machine_that_is_no_node_one_sentence_is_enough(tmp_path: Path, command: tuple[str, ...]) -> None:
+    """With the options that tell where a node's files are, and not once for each certificate."""
+    bridge = Bridge(pki=Pki(root=tmp_path / "empty", external=True), directory=tmp_path / "bridge")
+    words = [str(tmp_path / word) if word.endswith(".json") else word for word in command]
+    run = bridge.run(*words)
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr.startswith("error: no control plane here: wanted kubeadm's certificates in ")
+    assert "--pki-dir" in run.stderr
+    assert run.stderr.count("\n") == 2
+
+
+@contextlib.contextmanager
+def another_user() -> Iterator[None]:
+    """Of this process, for a while."""
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user; run as root")
+@pytest.mark.parametrize("command", [("plan",), ("pending", "list"), ("backups",), ("audit", "show"), ("doctor",)])
+def test_who_lacks_rights_is_told_to_be_root(bridge: Bridge, command: tuple[str, ...]) -> None:
+    """Not to put good copies back, and not to move anything away."""
+    runner, arguments = CliRunner(), [*command, "--config", str(bridge.config)]
+    assert bridge.run("renew", "apiserver").returncode == 0
+    assert runner.invoke(app, arguments).exit_code == 0  # and all that it needs is loaded
+    for path in [*bridge.directory.parents][:4]:
+        if path.is_relative_to("/tmp") and path != Path("/tmp"):
+            path.chmod(0o755)
+    with another_user():
+        result = runner.invoke(app, arguments)
+    assert result.exit_code == 1, result.output
+    assert f"hint: {ROOT_HINT}" in result.output
+    for wrong in ("put a good copy back", "move it away", "lists what there is", "internal error"):
+        assert wrong not in result.output
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user; run as root")
+def test_the_hint_to_be_root_is_for_those_who_are_not() -> None:
+    """To root the system says no for another reason, which the error's own hint is about."""
+    error = BridgeError(f"x: {os.strerror(errno.EACCES)}", hint="chattr -i")
+    assert hint_of(error) == "chattr -i"
+    with another_user():
+        assert hint_of(error) == ROOT_HINT
+        assert hint_of(BridgeError("x: no such file", hint="make it")) == "make it"
+
+
+def test_a_backends_type_is_said_once() -> None:
+    """`corp: vault: GET …`, and not `corp (vault): vault: GET …`."""
+    outcome = Outcome(name="apiserver", authority="ca", backend="corp (vault)", error=BackendRefusedError("vault: no"))
+    other = Outcome(name="etcd-peer", authority="etcd-ca", backend="desk (openssl)", error=BackendRefusedError("no"))
+    assert [about for about, _ in grouped([outcome, other])] == ["apiserver: corp", "etcd-peer: desk (openssl)"]
+
+
+def test_durations_are_read_back_as_they_were_written() -> None:
+    """364 days are not 52 weeks to whoever wrote days; a long number of seconds is a number."""
+    assert [duration_text(parse_duration(text)) for text in ("364d", "7d", "36h", "90s")] == [
+        "364d",
+        "7d",
+        "36h",
+        "90s",
+    ]
+    assert parse_duration("10000000s").total_seconds() == 10_000_000
+    with pytest.raises(ValueError, match="at most 100 years"):
+        parse_duration("999999999999w")
