@@ -22,10 +22,15 @@ from bridge.errors import BridgeError
 from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.system.console import log
 from bridge.system.files import SECRET_MODE, sync_directory
+from bridge.system.state_file import sealed_line, unsealed
 from bridge.words import one_line
 
 #: What is older was delivered by a run that was killed before it could forget it, or its bundle is gone.
 _KEPT = timedelta(days=90)
+
+
+#: All that a line may have.
+_KEYS = frozenset({"key", "asked", "added", "reference", "note", "chain"})
 
 
 class JournalError(BridgeError):
@@ -90,7 +95,7 @@ class Journal:
         if place is None:
             return None
         try:
-            return _answer(json.loads(os.pread(self._file, place.length, place.offset)))
+            return _answer(unsealed(os.pread(self._file, place.length, place.offset), _KEYS))
         except (ValueError, TypeError, KeyError, AttributeError) as e:
             log.warning("%s: passed over a damaged entry, at byte %d: %s", self._path, place.offset, one_line(e))
             return None  # not known: it is asked for again
@@ -166,7 +171,7 @@ def _line(request: SignRequest, answer: Issued | Pending | Asked, now: datetime)
     else:
         entry["added"] = now.isoformat()
         entry["chain"] = [pem(certificate).decode() for certificate in (answer.leaf, *answer.intermediates)]
-    return key, json.dumps(entry).encode() + b"\n"
+    return key, sealed_line(entry)
 
 
 def _answer(entry: Mapping[str, Any]) -> Issued | Pending | Asked:
@@ -185,12 +190,12 @@ def _answer(entry: Mapping[str, Any]) -> Issued | Pending | Asked:
 def _read(line: bytes) -> tuple[str, datetime | None] | None:
     """Its key, and when it was added, unless somebody is to answer it yet; None: not a line of ours."""
     try:
-        entry = json.loads(line)
+        entry = unsealed(line, _KEYS)
         added = entry.get("added") or entry.get("asked")
         key = str(entry["key"])
         moment = datetime.fromisoformat(added) if added else None
         if moment is not None and moment.tzinfo is None:
             return None
-    except (ValueError, TypeError, AttributeError, KeyError):
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
         return None
     return key, moment

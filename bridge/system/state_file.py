@@ -182,9 +182,14 @@ def sealed(document: Mapping[str, Any]) -> bytes:
     return json.dumps({_DIGEST: _digest(document), **document}, indent=1).encode() + b"\n"
 
 
+def sealed_line(document: Mapping[str, Any]) -> bytes:
+    """Write a document out as one line of a file that has many, with a digest of it."""
+    return json.dumps({_DIGEST: _digest(document), **document}).encode() + b"\n"
+
+
 def unsealed(data: bytes, keys: frozenset[str]) -> dict[str, Any]:
     """
-    Read what `sealed` has written, or a version that wrote no digest.
+    Read what `sealed` or `sealed_line` has written, or a version that wrote no digest.
 
     Args:
         data: All of it.

@@ -674,6 +674,31 @@ def test_what_was_signed_is_found_by_key_and_usages(desk_: Desk, pairs: Pairs) -
     assert list(backend.recall(requests, begin + timedelta(minutes=1))) == [None, None]
 
 
+def test_a_flipped_bit_in_the_journal_is_noticed(tmp_path: Path, pairs: Pairs) -> None:
+    """The line is as if it had not been written; one of an earlier version, without a digest, is still read."""
+    bundle = make_bundle(some(pairs, "apiserver"))
+    [first] = (sign_request(request, bundle) for request in bundle.requests)
+    path, now = tmp_path / "journal", datetime.now(UTC)
+    waiting = Pending(reference="R-1", note="at the CA")
+    with Journal(path, now) as journal:
+        journal.add([(first, waiting)])
+    whole = path.read_bytes()
+    for place in range(0, len(whole) - 1, 5):
+        data = bytearray(whole)
+        data[place] ^= 1
+        path.write_bytes(data)
+        with Journal(path, now) as journal:
+            assert journal.get(first) in (None, waiting)
+    assert whole.count(b"R-1") == 1
+    path.write_bytes(whole.replace(b"R-1", b"R-2"))
+    with Journal(path, now) as journal:
+        assert journal.get(first) is None
+    earlier = {name: value for name, value in json.loads(whole).items() if name != "digest"}
+    path.write_bytes(json.dumps(earlier).encode() + b"\n")
+    with Journal(path, now) as journal:
+        assert journal.get(first) == waiting
+
+
 def test_the_journal_survives_a_torn_line(tmp_path: Path, pairs: Pairs) -> None:
     """What was whole is there, what was cut is forgotten and written anew."""
     bundle = make_bundle(some(pairs, "apiserver", "etcd-server"))

@@ -45,7 +45,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         if path.is_file() and b"@ROOT@" in (data := path.read_bytes()):
             path.write_bytes(data.replace(b"@ROOT@", str(tmp_path).encode()))
     config = tmp_path / "config.toml"
-    config.write_text(config.read_text().replace("[restart]", '[restart]\nmin_interval = "1s"'))
+    text = config.read_text().replace("[restart]", '[restart]\nmin_interval = "1s"')
+    config.write_text(text.replace("[restart.commands]", '[restart.commands]\nkube-apiserver = "true"'))
     for directory in ("state", "state/backups"):
         (tmp_path / directory).chmod(0o700)
     approval.install_plugin(tmp_path / "site")
@@ -94,7 +95,7 @@ def test_it_goes_on_where_it_was(root: Path, node: Pki, run: Run) -> None:
     assert_pairs(node)
 
     answer(root, node)
-    second = run("renew", "--no-restart")
+    second = run("renew")
     assert second.exit_code == 0, second.output
     after = live_certificates(node)
     assert {name for name in after if after[name] != before[name]} == {PENDING, CUT_OFF}
