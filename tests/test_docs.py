@@ -135,15 +135,25 @@ def test_the_exit_codes_in_the_readme_are_the_programs() -> None:
     assert f"the first of {order} counts" in README.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("path", ["README.md", "CHANGELOG.md", "tests/README.md", "docs/security.md"])
-def test_one_sentence_a_line(path: str) -> None:
+DOCUMENTS = sorted(
+    [
+        *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "README.md")),
+        *(path for folder in ("config", "docs", "tests") for path in (ROOT / folder).rglob("*.md")),
+    ]
+)
+
+
+def by_path(path: Path) -> str:
+    """A test's name."""
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=by_path)
+def test_one_sentence_a_line(path: Path) -> None:
     """As prose is written here, so that a change is seen sentence by sentence."""
-    text = re.sub(r"```.*?```", "", (ROOT / path).read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
     prose = [line for line in text.splitlines() if not line.startswith(("|", "- ", "#", "<"))]
     assert not [line for line in prose if re.search(r"[a-z]\. [A-Z]", line)]
-
-
-DOCUMENTS = sorted([ROOT / "CONTRIBUTING.md", README, ROOT / "tests/README.md", *(ROOT / "docs").glob("*.md")])
 
 
 def names_in(path: Path) -> set[str]:
@@ -167,7 +177,7 @@ def named_in_vain(text: str) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name if path.parent != ROOT else f"/{path.name}")
+@pytest.mark.parametrize("path", DOCUMENTS, ids=by_path)
 def test_each_test_that_a_document_names_exists(path: Path) -> None:
     """A sentence about security is worth as much as the test that shows it."""
     assert named_in_vain(path.read_text(encoding="utf-8")) == set()
@@ -202,7 +212,7 @@ def broken_links(path: Path, text: str) -> set[tuple[str, str]]:
     return {(target, anchor) for target, anchor in links_in(text) if not leads(target, anchor)}
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name if path.parent != ROOT else f"/{path.name}")
+@pytest.mark.parametrize("path", DOCUMENTS, ids=by_path)
 def test_links_lead_somewhere(path: Path) -> None:
     """To a file of the project, and to a heading in it; a twin leads nowhere."""
     assert broken_links(path, path.read_text(encoding="utf-8")) == set()
