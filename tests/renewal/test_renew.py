@@ -133,10 +133,11 @@ def test_a_kubeconfig_with_file_references_is_renewed_in_those_files(node: Pki, 
 
 
 def test_a_kubelet_that_rotates_its_own_certificate_is_left_alone(node: Pki, tmp_path: Path) -> None:
-    """With file references in kubelet.conf; with embedded data it is renewed."""
+    """With file references in kubelet.conf, and a CA in the cluster; with embedded data it is renewed."""
     settings = settings_for(node, tmp_path)
     assert [o.name for o in renewed(settings, "kubelet.conf").renewed] == ["kubelet.conf"]
     certificate, _ = _into_files(node, "kubelet.conf")
+    (node.pki_dir / "ca.key").write_bytes(node.ca_pem("ca")[1])
     before = certificate.read_bytes()
     result, _, selection = renew.run(settings, ["kubelet.conf"], now, Quiet())
     assert (result.exit_code, result.outcomes) == (0, ())
