@@ -85,6 +85,7 @@ def nothing_to_do(arguments: Sequence[str]) -> str | None:
     from bridge.node import inventory  # noqa: PLC0415 (see above)
     from bridge.renewal.selection import nothing_due, select  # noqa: PLC0415
     from bridge.settings.load import load, overridden  # noqa: PLC0415
+    from bridge.state.checked_settings import is_checked  # noqa: PLC0415
     from bridge.state.store import Store  # noqa: PLC0415
 
     named = os.environ.get("CA_BRIDGE_CONFIG")
@@ -107,6 +108,8 @@ def nothing_to_do(arguments: Sequence[str]) -> str | None:
         return None
     if selection.items and not is_something_left and not is_held:
         _begin_keys(selection.items, settings.renewal.key)
+    if not is_checked(settings, store):
+        return None
     if names or selection.items or selection.failed or is_something_left:
         return None
     return nothing_due(node, settings, now)

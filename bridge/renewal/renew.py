@@ -26,7 +26,8 @@ from bridge.renewal.selection import Selection, outcome_of, select
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, hold_back, record_failed, remember, verify_all
 from bridge.settings.tables import Settings
-from bridge.state import retention
+from bridge.signing import registry
+from bridge.state import checked_settings, retention
 from bridge.state.outcome import Outcome
 from bridge.state.requests import OpenRequest
 from bridge.state.session import Run, begun
@@ -68,7 +69,9 @@ def run(
             selection = gate.hold(selection, settings, None if is_terminal else transaction.attempts, now())
         if selection.items:
             result = _renew(ours, transaction, selection, node, all_or_nothing=all_or_nothing)
+            checked_settings.remember(settings, ours.store)  # all tables were read to find the CAs
         else:
+            _check(settings, ours)
             record_failed(ours.record, [o for o in selection.failed if not isinstance(o.error, NotYetError)])
             result = transaction.nothing_to_install(selection)
         if result.backup_id is not None:
@@ -80,6 +83,17 @@ def _sleep(delay: timedelta, progress: Progress) -> None:
     if delay:
         progress.note(f"waits {duration_text(timedelta(seconds=int(delay.total_seconds())))} (renewal.jitter)")
         time.sleep(delay.total_seconds())
+
+
+def _check(settings: Settings, run: Run) -> None:
+    """
+    Read every backend's table, though nobody is to be asked: a mistake is told on the day that it is made.
+
+    Raises:
+        SettingsError: A table can't be used.
+    """
+    registry.configured(settings, settings.authorities)
+    checked_settings.remember(settings, run.store)
 
 
 def _renew(run: Run, transaction: Transaction, selection: Selection, node: Node, *, all_or_nothing: bool) -> Result:

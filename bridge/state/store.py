@@ -31,6 +31,7 @@ class Store:
         self.unproven = state_dir / "unproven.json"  #: What was installed, and not yet seen in use.
         self.hooks = state_dir / "hooks.json"  #: Hooks that did not succeed yet.
         self.revocations = state_dir / "revocations.json"  #: Superseded certificates that are to be revoked.
+        self.checked_settings = state_dir / "settings.checked"  #: Which settings file needs no further check.
         self.attempts = state_dir / "attempts.json"  #: How often in a row a CA's renewals failed.
         self.audit = state_dir / "audit.jsonl"
         self.audit_head = state_dir / "audit.head"  #: The newest line's number and digest.

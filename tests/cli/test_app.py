@@ -26,9 +26,10 @@ from bridge.cli import printing, setup
 from bridge.cli.app import app
 from bridge.errors import BridgeError
 from bridge.pki.certificates import load_pem_certificates
-from bridge.settings.load import parse
+from bridge.settings.load import load, parse
 from bridge.settings.zones import Zone
 from bridge.signing import registry
+from bridge.state import checked_settings
 from bridge.state.install import KEY_MASK, Replacement, install
 from bridge.state.store import Store
 from bridge.system.files import lock
@@ -533,6 +534,7 @@ def test_nothing_due_for_a_user_who_may_not_look(run: Run, node: Pki, config: Pa
         theirs = Path(directory, "config.toml")
         theirs.write_text(text.replace(str(tmp_path / "state"), f"{directory}/state"))
         plain = ["renew", "--config", str(theirs)]
+        checked_settings.remember(load(theirs), Store(Path(directory, "state")))
         assert (entry.nothing_to_do(plain) or "").startswith("nothing is due: ")
         os.seteuid(65534)
         try:

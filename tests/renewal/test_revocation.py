@@ -18,9 +18,10 @@ from bridge.node import inventory
 from bridge.renewal import renew, verify_and_install
 from bridge.renewal.revocation import revocations_file
 from bridge.renewal.verify_and_install import Result
+from bridge.settings.load import load
 from bridge.settings.tables import Settings
 from bridge.specs import SPECS
-from bridge.state import audit, rollback
+from bridge.state import audit, checked_settings, rollback
 from bridge.state.install import InstallError
 from bridge.state.store import Store
 from tests.kit.pki import Pki, handmade_pki
@@ -167,6 +168,9 @@ def test_a_run_with_revocations_owed_is_not_over_at_once(node: Pki, settings: Se
         f'[node]\npki_dir = "{node.pki_dir}"\nkubeconfig_dir = "{node.kubeconfig_dir}"\nstate_dir = "{tmp_path}/state"\n'
     )
     arguments = ["renew", "--config", str(config)]
+    store = Store(tmp_path / "state")
+    store.prepare()
+    checked_settings.remember(load(config), store)
     assert nothing_to_do(arguments) is not None
     run(settings, "apiserver")
     assert nothing_to_do(arguments) is None
