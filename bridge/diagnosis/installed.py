@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import os
 import pwd
-import stat
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -25,7 +24,7 @@ from bridge.pki import csr, expiry, verify
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates, name_text, san_entries
 from bridge.settings.tables import Settings
 from bridge.specs import SPECS, Component
-from bridge.system.ownership import open_secret
+from bridge.system.ownership import exposure, open_secret
 from bridge.system.safe_read import UnreadableError, read
 from bridge.words import one_line
 
@@ -166,23 +165,34 @@ def _spki(key: object) -> bytes:
 
 
 def private_file(path: Path, about: str) -> Iterator[Finding]:
-    """A file with a secret in it is root's or ours, and closed to all others."""
+    """A file with a secret in it is root's or ours, on a way that nobody else can change, and closed to all others."""
     try:
-        found, owner = open_secret(path), path.stat().st_uid
+        opened = open_secret(path)
     except OSError:
         return  # whoever needs it says so
-    if found is not None:
-        text = f"wanted {path} for its owner alone, found {found.found}"
-        yield Finding(level="error", check="open-secret", about=about, text=text, hint=found.hint)
-    yield from owned(path, owner, about)
+    if opened is not None:
+        yield Finding(level="error", check="open-secret", about=about, text=str(opened), hint=opened.hint)
+    yield from _exposed(path, about)
 
 
-def owned(path: Path, uid: int, about: str) -> Iterator[Finding]:
-    """Whoever owns a file may change and read it, whatever its mode is."""
-    if uid in {0, os.geteuid()} or _user(uid).startswith(_ROOTLESS):
+def open_directories(places: Iterable[Path]) -> Iterator[Finding]:
+    """Whoever may write to a directory, or to one above it, may put files of his own in the place of ours."""
+    for path in dict.fromkeys(places):
+        yield from _exposed(path, str(path))
+
+
+def _exposed(path: Path, about: str) -> Iterator[Finding]:
+    found = exposure(path)
+    if found is None:
         return
-    text = f"wanted {path} to belong to root, found user {_user(uid)}"
-    yield Finding(level="error", check="owner", about=about, text=text, hint=f"chown root {path}")
+    owner = found.path.lstat().st_uid
+    if _user(owner).startswith(_ROOTLESS):
+        return
+    subject, text = about if found.path == path else str(found.path), str(found)
+    if owner in {0, os.geteuid()}:
+        yield Finding(level="error", check="open-directory", about=subject, text=text, hint=found.hint)
+    else:
+        yield Finding(level="error", check="owner", about=subject, text=text, hint=found.hint)
 
 
 def _user(uid: int) -> str:
@@ -349,18 +359,3 @@ def _places(node: Node, settings: Settings) -> Iterator[Finding]:
     places = [settings.node.pki_dir, settings.node.kubeconfig_dir]
     places += [item.certificate_path.parent for item in node.items if item.state == "present"]
     yield from open_directories(places)
-
-
-def open_directories(places: Iterable[Path]) -> Iterator[Finding]:
-    """Directories that others than root and us may write to."""
-    for path in dict.fromkeys(places):
-        try:
-            status = path.stat()
-        except OSError:
-            continue
-        mode = stat.S_IMODE(status.st_mode)
-        if mode & 0o022:
-            text = f"wanted a directory that only its owner may write to, found mode {mode:04o}"
-            hint = f"chmod go-w {path}"
-            yield Finding(level="error", check="open-directory", about=str(path), text=text, hint=hint)
-        yield from owned(path, status.st_uid, str(path))
