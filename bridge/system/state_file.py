@@ -183,8 +183,9 @@ def sealed(document: Mapping[str, Any]) -> bytes:
 
 
 def sealed_line(document: Mapping[str, Any]) -> bytes:
-    """Write a document out as one line of a file that has many, with a digest of it."""
-    return json.dumps({_DIGEST: _digest(document), **document}).encode() + b"\n"
+    """Write a document that is not empty out as one line of a file that has thousands, with a digest of it."""
+    text = json.dumps(document)
+    return f'{{"{_DIGEST}": "{_sha256(text)}", {text[1:]}\n'.encode()
 
 
 def unsealed(data: bytes, keys: frozenset[str]) -> dict[str, Any]:
@@ -212,4 +213,8 @@ def unsealed(data: bytes, keys: frozenset[str]) -> dict[str, Any]:
 
 def _digest(document: Mapping[str, Any]) -> str:
     """SHA-256 in hex of the document's content and order, not of how it is spaced."""
-    return hashlib.sha256(json.dumps(document, separators=(",", ":")).encode()).hexdigest()
+    return _sha256(json.dumps(document))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

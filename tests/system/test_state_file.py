@@ -21,6 +21,7 @@ from bridge.system.state_file import (
     StateFile,
     StateUnreadableError,
     sealed,
+    sealed_line,
     unsealed,
 )
 
@@ -152,6 +153,15 @@ def test_what_cannot_be_written_leaves_the_old_content(path: Path, monkeypatch: 
         with pytest.raises(StateError, match=f"{path}: .* No space left"):
             one.replace({"names": [], "count": 0})
     assert one.read() == DOCUMENT["names"]
+
+
+def test_a_line_is_the_same_on_one_line() -> None:
+    """For files with thousands of documents."""
+    line = sealed_line(DOCUMENT)
+    assert line.count(b"\n") == 1
+    assert line.endswith(b"\n")
+    assert json.loads(line) == json.loads(sealed(DOCUMENT))
+    assert unsealed(line, KEYS) == DOCUMENT
 
 
 def test_a_digest_is_of_the_order_too() -> None:
