@@ -126,18 +126,13 @@ class ExchangeBackend:
         answers, notes = self._inbox(reference)
         ours = self._outbox(request.continuity.node) if request.continuity is not None else ()
         sent = [(path, there) for path, there in ours if digest(there) == reference]
-        answered = {name for answer in answers for name in answer.answers}
-        for path, bundle in sent:
-            if answered >= {one.name for one in bundle.requests}:  # or another desk has yet to fetch it
-                with contextlib.suppress(OSError):  # it is in nobody's way
-                    path.unlink(missing_ok=True)
-        for answer in sorted(answers, key=lambda one: one.signed, reverse=True):
-            given = answer.answers.get(request.spec.name)
-            if given is None:
-                continue
-            if isinstance(given, Refusal):
-                raise BackendRefusedError(f"{answer.signer} refused: {given.reason}")
-            return given
+        given = _given(answers, request)
+        certificates = [one for _, one in given if isinstance(one, Issued)]
+        if certificates:  # whatever refusals lie beside them
+            return certificates[0]
+        for answer, refused in given:
+            if isinstance(refused, Refusal):
+                raise BackendRefusedError(f"{answer.signer} refused: {refused.reason}")
         if answers:
             notes = [f"the answer of {answers[0].signer} leaves it out", *notes]
         elif sent:
@@ -145,6 +140,18 @@ class ExchangeBackend:
         else:
             notes = ["the request bundle has left the outbox, and no answer is in the inbox", *notes]
         return Pending(reference=reference, note="; ".join(notes))
+
+    def candidates(self, request: SignRequest, reference: str) -> Sequence[Issued]:
+        """Certificates in all answer bundles to the request bundle with this digest, the latest first."""
+        return [one for _, one in _given(self._inbox(reference)[0], request) if isinstance(one, Issued)]
+
+    def accepted(self, request: SignRequest, reference: str) -> None:
+        """Take the request bundle out of the outbox once all of it is answered, or another desk has yet to fetch it."""
+        with contextlib.suppress(OSError, BackendUnavailableError):  # it is in nobody's way
+            answered = {name for answer in self._inbox(reference)[0] for name in answer.answers}
+            for path, bundle in self._outbox(request.continuity.node if request.continuity is not None else ""):
+                if digest(bundle) == reference and answered >= {one.name for one in bundle.requests}:
+                    path.unlink(missing_ok=True)
 
     def _outbox(self, node: str) -> Iterator[tuple[Path, RequestBundle]]:
         """Request bundles of a node that were not fetched yet."""
@@ -183,6 +190,12 @@ class ExchangeBackend:
             raise BackendUnavailableError(
                 f"{directory}: wanted to look for bundles there, found: {e.strerror}", hint="mount or fix it"
             ) from e
+
+
+def _given(answers: Sequence[AnswerBundle], request: SignRequest) -> list[tuple[AnswerBundle, Issued | Refusal]]:
+    """What each of them says to a request, the latest first; when it was signed is its sender's word, too."""
+    latest = sorted(answers, key=lambda one: one.signed, reverse=True)
+    return [(answer, one) for answer in latest if (one := answer.answers.get(request.spec.name)) is not None]
 
 
 def _answer_or_reason(path: Path) -> AnswerBundle | str:

@@ -142,6 +142,32 @@ class Collects(Protocol):
 
 
 @runtime_checkable
+class CollectsAll(Protocol):
+    """
+    Optional, beside `collect`: answers lie where others can put some, too, so that the bridge has to try them all.
+
+    What `collect` of such a backend says is nobody's word: no refusal and no wrong certificate ends a request.
+    """
+
+    def candidates(self, request: SignRequest, reference: str) -> Sequence[Issued]:
+        """
+        All certificates that are said to be the answer, the likeliest first.
+
+        Args:
+            request: As it was sent.
+            reference: Of the latest `Pending`.
+
+        Raises:
+            BackendUnavailableError: The place can't be looked at.
+        """
+        ...
+
+    def accepted(self, request: SignRequest, reference: str) -> None:
+        """One of the candidates passed: what lies there to ask for it may be put away. Never raises."""
+        ...
+
+
+@runtime_checkable
 class Carries(Protocol):
     """
     Optional: requests reach the CA by hand, so that each has to say, and prove, who asks: `SignRequest.continuity`.

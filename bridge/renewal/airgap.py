@@ -17,13 +17,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
 from bridge.contract import Issued
-from bridge.errors import BackendRefusedError, BridgeError, Exit, WaitingError
+from bridge.errors import BackendRefusedError, BridgeError, Exit, VerificationError, WaitingError
 from bridge.node.inventory import Item, Node
-from bridge.pki import bundle, bundle_text, continuity
+from bridge.pki import bundle, bundle_text, continuity, verify
 from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, Refusal, RequestBundle
 from bridge.pki.certificates import UNREADABLE, fingerprint, is_ca, name_text, serial_hex
-from bridge.pki.loose_certificates import certificates_in, is_for, newest
-from bridge.renewal.issuance import Answer, Answered
+from bridge.pki.loose_certificates import certificates_in, is_for
+from bridge.renewal.issuance import Answered
 from bridge.renewal.prepare import Prepared, open_request, prepare, take_up, with_continuity
 from bridge.renewal.readiness import assert_room
 from bridge.renewal.selection import ALL, Selection, assert_known, outcome_of, select
@@ -164,23 +164,51 @@ def _bundle(path: Path) -> RequestBundle | AnswerBundle:
 # --- import ----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Candidate:
+    """What one file says to one request."""
+
+    answer: Issued | BridgeError
+    source: str  #: The file.
+
+    @property
+    def begin(self) -> datetime:
+        """Of the certificate."""
+        if isinstance(self.answer, Issued):
+            return self.answer.leaf.not_valid_before_utc
+        return datetime.min.replace(tzinfo=UTC)
+
+
 @dataclass(kw_only=True)
 class _Found:
     """What the carried files hold for the requests that are open."""
 
-    answers: dict[str, Answer] = field(default_factory=dict)  #: By certificate name.
-    sources: dict[str, str] = field(default_factory=dict)  #: Likewise: the file.
+    candidates: dict[str, list[_Candidate]] = field(default_factory=dict)  #: By certificate name.
     strange: list[BridgeError] = field(default_factory=list)  #: Answers to something else.
     loose: dict[Path, list[x509.Certificate]] = field(default_factory=dict)
 
-    def take(self, name: str, answer: Answer, path: Path) -> None:
-        """Of several answers to one request a certificate counts before a refusal, and of certificates the latest."""
-        if name not in self.answers or _begin(self.answers[name]) <= _begin(answer):
-            self.answers[name], self.sources[name] = answer, printable(path)
+    def take(self, name: str, answer: Issued | BridgeError, path: Path) -> None:
+        """Which of several counts is found out when all are there."""
+        self.candidates.setdefault(name, []).append(_Candidate(answer=answer, source=printable(path)))
+
+    def best(self, one: Prepared, expected: verify.Expectation) -> _Candidate:
+        """
+        The latest certificate that passes; else the latest, which says what is wrong; else a refusal.
+
+        Whoever can add a file to those that are carried may try to hide the genuine answer behind a decoy.
+        """
+        latest = sorted(self.candidates[one.name], key=lambda candidate: candidate.begin, reverse=True)
+        return next((candidate for candidate in latest if _passes(candidate, one, expected)), latest[0])
 
 
-def _begin(answer: Answer) -> datetime:
-    return answer.leaf.not_valid_before_utc if isinstance(answer, Issued) else datetime.min.replace(tzinfo=UTC)
+def _passes(candidate: _Candidate, one: Prepared, expected: verify.Expectation) -> bool:
+    if not isinstance(candidate.answer, Issued):
+        return False
+    try:
+        verify.check(candidate.answer, one.request, expected)
+    except VerificationError:
+        return False
+    return True
 
 
 def import_answers(
@@ -254,7 +282,7 @@ def _read_answer(run: Run, path: Path, found: _Found, *, skip: bool) -> None:
         if data.lstrip().startswith(b"{"):
             _take_bundle(run, path, bundle.loads_answer(data), found)
         else:
-            found.loose[path] = certificates_in(data)
+            found.loose[path] = [one for one in certificates_in(data) if _has_dates(one, path, found)]
     except BundleError as e:
         error = NotOursError(f"{path}: {e}", hint=e.hint)
         if not skip:
@@ -269,6 +297,16 @@ def _read_answer(run: Run, path: Path, found: _Found, *, skip: bool) -> None:
                 f"{path}: wanted an answer bundle, or certificates in PEM, DER or PKCS#7, found: {e}"
             ) from None
         log.info("%s: passed over: %s", path, e)
+
+
+def _has_dates(certificate: x509.Certificate, path: Path, found: _Found) -> bool:
+    """The library reads them when they are asked for; a date in year 0 is none."""
+    try:
+        _ = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    except UNREADABLE as e:
+        found.strange.append(NotOursError(f"{path}: wanted a certificate with dates, found: {e}"))
+        return False
+    return True
 
 
 def _take_bundle(run: Run, path: Path, answer: AnswerBundle, found: _Found) -> None:
@@ -304,11 +342,9 @@ def _match_loose(requests: OpenRequests, found: _Found) -> None:
     matched: set[bytes] = set()
     for one in requests:
         matching = [(path, certificate) for path, certificate in everything if is_for(certificate, one.request.csr)]
-        if not matching:
-            continue
         others = [certificate for _, certificate in everything if is_ca(certificate)]
-        answer = newest([certificate for _, certificate in matching], others)
-        found.take(one.name, answer, next(path for path, certificate in matching if certificate == answer.leaf))
+        for path, certificate in matching:
+            found.take(one.name, Issued(leaf=certificate, intermediates=tuple(others)), path)
         matched |= {certificate.fingerprint(_SHA256) for _, certificate in matching}
     for path, certificate in everything:
         if certificate.fingerprint(_SHA256) not in matched and not is_ca(certificate):
@@ -332,7 +368,7 @@ def _about(certificate: x509.Certificate) -> str:
 
 def _finish_import(run: Run, node: Node, found: _Found, transaction: Transaction, *, all_or_nothing: bool) -> Result:
     by_name = {item.spec.name: item for item in node.items}
-    items = tuple(by_name[name] for name in found.answers if name in by_name)
+    items = tuple(by_name[name] for name in found.candidates if name in by_name)
     if not items:
         return transaction.with_earlier(Result(outcomes=()))
     selection = Selection(items=items, failed=(), skipped=())
@@ -352,32 +388,28 @@ def _answered(run: Run, node: Node, items: Sequence[Item], found: _Found) -> tup
         one = take_up(item, made) if made is not None else None
         if isinstance(one, Prepared):
             prepared.append(one)
-            run.record.know(one.name, one.request, _label(found.sources[one.name]), None)
-            _record_answer(run, one, found.answers[one.name])
         elif one is not None:
             failed.append(one)
     expected, unproved = expectations(node, run.settings, [one.item for one in prepared], run.now())
     unproven = {outcome.name for outcome in unproved}
     answered = [
-        Answered(
-            prepared=one,
-            expected=expected[one.authority],
-            label=_label(found.sources[one.name]),
-            answer=found.answers[one.name],
-        )
+        _answered_by(run, one, found.best(one, expected[one.authority]), expected[one.authority])
         for one in prepared
         if one.name not in unproven
     ]
     return answered, [*failed, *unproved]
 
 
+def _answered_by(run: Run, one: Prepared, best: _Candidate, expected: verify.Expectation) -> Answered:
+    label = _label(best.source)
+    run.record.know(one.name, one.request, label, None)
+    if isinstance(best.answer, Issued):
+        run.record.add(audit.ISSUED, one.name, authority=one.authority, new=best.answer.leaf)
+    return Answered(prepared=one, expected=expected, label=label, answer=best.answer)
+
+
 def _label(source: str) -> str:
     return f"import of {source}"
-
-
-def _record_answer(run: Run, one: Prepared, answer: Answer) -> None:
-    if isinstance(answer, Issued):
-        run.record.add(audit.ISSUED, one.name, authority=one.authority, new=answer.leaf)
 
 
 # --- pending ---------------------------------------------------------------------------------------------------------

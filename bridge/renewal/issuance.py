@@ -20,6 +20,7 @@ from bridge.pki import verify
 from bridge.renewal.prepare import Making, Prepared, open_request, with_continuity
 from bridge.settings.tables import Settings
 from bridge.signing import registry
+from bridge.signing.hearsay import collected
 from bridge.signing.preflight import advice, preflight
 from bridge.specs import AUTHORITIES
 from bridge.state import audit
@@ -231,7 +232,7 @@ def issue(
         if ca.backend is not None and one.name not in ca.wrong and not _owes(ca, one):
             run.record.add(audit.ASKED, one.name, authority=one.authority)
     run.record.write()
-    answers = _answers(prepared, reached, run.progress)
+    answers = _answers(prepared, reached, expected, run.progress)
     for one in prepared:
         if isinstance(answer := answers[one.name], Issued):
             run.record.add(audit.ISSUED, one.name, authority=one.authority, new=answer.leaf)
@@ -279,23 +280,33 @@ def _drop_unfit(run: Run, one: Prepared) -> None:
         run.requests.drop(one.name)
 
 
-def _answers(prepared: Sequence[Prepared], reached: Mapping[str, Reached], progress: Progress) -> dict[str, Answer]:
+def _answers(
+    prepared: Sequence[Prepared],
+    reached: Mapping[str, Reached],
+    expected: Mapping[str, verify.Expectation],
+    progress: Progress,
+) -> dict[str, Answer]:
     """By certificate name; a backend that several authorities have is asked once, for all of theirs."""
     lots: dict[int, list[Prepared]] = defaultdict(list)
     for one in prepared:
         lots[id(reached[one.authority].backend)].append(one)
     answers: dict[str, Answer] = {}
     with workers(len(AUTHORITIES)) as pool:
-        for part in pool.map(lambda lot: _ask(reached, lot, progress), lots.values()):
+        for part in pool.map(lambda lot: _ask(reached, expected, lot, progress), lots.values()):
             answers |= part
     return answers
 
 
-def _ask(reached: Mapping[str, Reached], prepared: Sequence[Prepared], progress: Progress) -> dict[str, Answer]:
+def _ask(
+    reached: Mapping[str, Reached],
+    expected: Mapping[str, verify.Expectation],
+    prepared: Sequence[Prepared],
+    progress: Progress,
+) -> dict[str, Answer]:
     """Those of one backend; none is asked for what its preflight refused."""
     ca = reached[prepared[0].authority]
     owed = [one for one in prepared if ca.backend is not None and _owes(ca, one)]
-    answers: dict[str, Answer] = {one.name: _collected(ca, one, progress) for one in owed}
+    answers: dict[str, Answer] = {one.name: _collected(ca, one, expected[one.authority], progress) for one in owed}
     for one in prepared:
         if one.name not in answers and one.name in (wrong := reached[one.authority].wrong):
             answers[one.name] = wrong[one.name]
@@ -316,12 +327,12 @@ def _owes(reached: Reached, one: Prepared) -> bool:
     return one.open is not None and bool(one.open.reference) and one.open.backend == reached.label
 
 
-def _collected(reached: Reached, one: Prepared, progress: Progress) -> Answer:
+def _collected(reached: Reached, one: Prepared, expected: verify.Expectation, progress: Progress) -> Answer:
     backend, made = reached.backend, one.open
     if made is None or not isinstance(backend, Collects):
         raise BridgeError(f'{reached.label}: answered {one.name} with "later", and can\'t be asked later: a bug in it')
     try:
-        return reached.outage.ask(lambda: backend.collect(made.request, made.reference))
+        return reached.outage.ask(lambda: collected(backend, made.request, made.reference, expected))
     except BackendError as e:
         return e
     finally:

@@ -28,6 +28,7 @@ from bridge.renewal.issuance import Answered
 from bridge.renewal.prepare import Prepared, open_request
 from bridge.renewal.selection import MissingCertificateError, outcome_of
 from bridge.settings.tables import Settings
+from bridge.signing.hearsay import HearsayError
 from bridge.signing.preflight import RefusedByCheckError
 from bridge.specs import CA
 from bridge.state import audit
@@ -260,8 +261,8 @@ def remember(run: Run, answered: Sequence[Answered], proven: Sequence[Proven], *
     run.requests.save()
 
 
-#: The CA has not said no to the request itself.
-_NOT_ASKED = (BackendUnavailableError, RefusedByCheckError, SettingsError)
+#: The CA has not said no to the request itself, as far as we know.
+_NOT_ASKED = (BackendUnavailableError, HearsayError, RefusedByCheckError, SettingsError)
 
 
 def _forget(requests: OpenRequests, kept: OpenRequest) -> None:

@@ -42,6 +42,7 @@ from bridge.signing import preflight, registry
 from bridge.signing.desk_archive import Answered
 from bridge.signing.desk_journal import Asked, Journal
 from bridge.signing.desk_policy import Policy, Verdict, judge
+from bridge.signing.hearsay import HearsayError, collected
 from bridge.specs import AUTHORITIES, SPECS
 from bridge.state import audit
 
@@ -341,7 +342,8 @@ class Desk:
             elif isinstance(known, Asked):
                 asked.append((job, request, known.since))
             elif isinstance(known, Pending):
-                _note(job, request, _collected(ca, backend, request, known), journal)
+                expected = self._expectation(request.spec.authority.name, ca.anchors)
+                _note(job, request, _collected(ca, backend, request, known, expected), journal)
             elif self._violations(request, known) is None:
                 _note(job, request, known, None)
             else:
@@ -492,11 +494,13 @@ def _recalled(
     return rest
 
 
-def _collected(ca: _CA, backend: Backend, request: SignRequest, known: Pending) -> Issued | Pending | BackendError:
+def _collected(
+    ca: _CA, backend: Backend, request: SignRequest, known: Pending, expected: Expectation
+) -> Issued | Pending | BackendError:
     if not isinstance(backend, Collects):
         raise BridgeError(f'{ca.configured.label}: answered "later", and can\'t be asked later: a bug in it')
     try:
-        return ca.outage.ask(lambda: backend.collect(request, known.reference))
+        return ca.outage.ask(lambda: collected(backend, request, known.reference, expected))
     except BackendError as e:
         return e
 
@@ -517,7 +521,7 @@ def _note(job: Job, request: SignRequest, answer: Issued | Pending | BackendErro
         job.answers[name] = answer
     elif isinstance(answer, Pending):
         job.troubles[name] = WaitingError(answer.note or "the CA answers later")
-    elif isinstance(answer, BackendUnavailableError) or answer.is_for_all:
+    elif isinstance(answer, BackendUnavailableError | HearsayError) or answer.is_for_all:
         job.troubles[name] = answer
     else:
         job.answers[name] = refusal(f"the CA refused: {answer.reason}")

@@ -174,6 +174,7 @@ def test_the_answer_is_taken_whatever_it_is_called(tmp_path: Path) -> None:
     path = put(tmp_path, "from the CA (2).json", answer_to(tmp_path, {"apiserver": issued}))
     assert opened(tmp_path).collect(request, reference) == issued
     assert backend.collect(request, reference) == issued
+    backend.accepted(request, reference)
     assert not list((tmp_path / "outbox").iterdir())
     assert path.exists()
 
@@ -228,6 +229,21 @@ def test_the_newest_of_several_answers(tmp_path: Path) -> None:
     assert backend.collect(request, reference) == last
 
 
+def test_a_certificate_counts_before_a_refusal(tmp_path: Path) -> None:
+    """However late that is dated; all certificates are candidates, the latest first."""
+    backend, request = opened(tmp_path), asked()
+    reference = pending(backend.sign(request)).reference
+    first, last = issue(request), issue(request)
+    whole = answer_to(tmp_path, {"apiserver": first})
+    put(tmp_path, "a.json", whole)
+    put(tmp_path, "b.json", dataclasses.replace(whole, answers={"apiserver": last}, signed=whole.signed + timedelta(1)))
+    refused = {"apiserver": bundle.refusal("no such node")}
+    put(tmp_path, "c.json", dataclasses.replace(whole, answers=refused, signed=whole.signed + timedelta(9999)))
+
+    assert backend.collect(request, reference) == last
+    assert backend.candidates(request, reference) == [last, first]
+
+
 def test_an_answer_that_leaves_it_out_is_named(tmp_path: Path) -> None:
     """A desk that has one of the CAs only."""
     backend, request = opened(tmp_path), asked()
@@ -271,11 +287,14 @@ def test_a_request_stays_in_the_outbox_until_all_of_it_is_answered(tmp_path: Pat
     reference = {pending(one).reference for one in backend.sign_many(requests)}.pop()
     first, second = (answer_to(tmp_path, {one.spec.name: issue(one)}) for one in requests)
     put(tmp_path, "a.json", first)
-    assert backend.collect(requests[0], reference) == first.answers["apiserver"]
+    assert backend.candidates(requests[0], reference) == [first.answers["apiserver"]]
+    backend.accepted(requests[0], reference)
     assert "leaves it out" in pending(backend.collect(requests[1], reference)).note
     assert len(list((tmp_path / "outbox").iterdir())) == 1
     put(tmp_path, "b.json", second)
-    assert backend.collect(requests[1], reference) == second.answers["front-proxy-client"]
+    assert backend.candidates(requests[1], reference) == [second.answers["front-proxy-client"]]
+    assert len(list((tmp_path / "outbox").iterdir())) == 1  # nobody has looked at them yet
+    backend.accepted(requests[1], reference)
     assert not list((tmp_path / "outbox").iterdir())
 
 

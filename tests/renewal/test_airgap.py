@@ -37,6 +37,7 @@ from tests.kit.airgap import Node
 from tests.kit.bundles import changed, make_bundle, new_csr, old_pairs
 from tests.kit.cas import add_openssl
 from tests.kit.desks import Desk, make_desk
+from tests.kit.forged import validity, with_field
 from tests.kit.issuing import Signer, odd_certificates
 from tests.kit.pairs import assert_pairs
 from tests.kit.pki import NODE, Pki, handmade_pki
@@ -916,3 +917,86 @@ def test_nothing_is_due_while_a_person_has_it(tmp_path: Path) -> None:
     node.export("apiserver")
     assert node.run("renew").returncode == 0
     assert list(node.open()) == ["apiserver"]
+
+
+# --- who can add a file to those that are carried ---------------------------------------------------------------------
+
+
+def forged(request: bundle.RequestBundle, answers: dict[str, Issued | bundle.Refusal]) -> AnswerBundle:
+    """Dated far in the future, by nobody."""
+    return AnswerBundle(
+        request_digest=bundle.digest(request),
+        batch=request.batch,
+        node=request.node,
+        cluster=request.cluster,
+        signer="desk-1",
+        signed=datetime(2099, 1, 1, tzinfo=UTC),
+        answers=answers,
+    )
+
+
+def decoy(request: bundle.BundledRequest, whole: bundle.RequestBundle) -> Issued:
+    """A certificate for the key that was asked for, younger than the genuine one, by another CA of the same name."""
+    begin = now() + timedelta(minutes=3)
+    asked = bundle.sign_request(request, whole)
+    return Signer.make("kubernetes").issue(asked, begin=begin, end=begin + timedelta(days=365))
+
+
+def test_a_forged_answer_does_not_hide_the_genuine_one(node: Node, desk: Desk) -> None:
+    """In an exchange's inbox: alone, a forged refusal or certificate ends no request; beside it the genuine answer wins."""
+    outbox, inbox = node.add_exchange()
+    assert node.run("renew", "apiserver").returncode == 4
+    [sent] = outbox.iterdir()
+    request, key = bundle.loads_request(sent.read_bytes()), node.open()["apiserver"].key_pem
+    (inbox / "no.json").write_bytes(bundle.dumps(forged(request, {"apiserver": bundle.refusal("go away")})))
+    refused = node.run("renew", "apiserver")
+    (inbox / "yes.json").write_bytes(bundle.dumps(forged(request, {"apiserver": decoy(request.requests[0], request)})))
+    wrong = node.run("renew", "apiserver")
+
+    assert (refused.returncode, wrong.returncode) == (5, 5)
+    assert "desk-1 refused: go away" in refused.stderr
+    assert "anybody may have written that, so the request and its key are kept" in refused.stderr
+    assert node.open()["apiserver"].key_pem == key
+    assert sent.exists()
+    assert desk.run("sign", outbox, "-o", inbox).returncode == 0
+    good = node.run("renew", "apiserver")
+    assert good.returncode == 0, good.stderr
+    assert node.live()["apiserver"].public_key() == request.requests[0].csr.public_key()
+    assert_pairs(node.pki)
+
+
+@pytest.mark.parametrize("how", ["bundle", "loose"])
+def test_a_decoy_among_carried_files_hides_nothing(node: Node, desk: Desk, how: str) -> None:
+    """`import` tries each certificate for the key, and takes the one that passes; without it nothing is installed."""
+    request = node.export("apiserver")
+    false = decoy(request.requests[0], request)
+    place = node.carried / "stick"
+    place.mkdir()
+    if how == "bundle":
+        (place / "zz.json").write_bytes(bundle.dumps(forged(request, {"apiserver": false})))
+    else:
+        (place / "zz.crt").write_bytes(pem(false.leaf))
+    alone = node.run("import", place)
+    (place / "answer.json").write_bytes(sign(desk, node).read_bytes())
+
+    assert alone.returncode == 5
+    assert list(node.open()) == ["apiserver"]
+    good = node.run("import", place)
+    assert good.returncode == 0, good.stderr
+    assert node.live()["apiserver"].public_key() == request.requests[0].csr.public_key()
+
+
+def test_a_date_in_year_0_is_no_internal_error(node: Node, desk: Desk) -> None:
+    """The certificate is refused by name, and the good one beside it is installed."""
+    request = node.export("apiserver")
+    place = node.carried / "stick"
+    place.mkdir()
+    odd = with_field(node.live()["apiserver"], 4, validity(b"00000101000000Z", b"20991231235959Z"))
+    (place / "odd.crt").write_text(odd)
+    (place / "answer.json").write_bytes(sign(desk, node).read_bytes())
+
+    run = node.run("import", place)
+
+    assert run.returncode == 5
+    assert "odd.crt: wanted a certificate with dates" in run.stderr
+    assert node.live()["apiserver"].public_key() == request.requests[0].csr.public_key()

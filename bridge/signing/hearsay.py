@@ -1,0 +1,53 @@
+"""Answers that lie where others can put some, too: which one is genuine, and what the rest are worth."""
+
+from __future__ import annotations
+
+from bridge.contract import Collects, CollectsAll, Issued, Pending, SignRequest
+from bridge.errors import BackendRefusedError, VerificationError
+from bridge.pki import verify
+
+
+class HearsayError(BackendRefusedError):
+    """A refusal, or a certificate that does not pass, that anybody may have put there: it ends no request."""
+
+    hint = (
+        "anybody may have written that, so the request and its key are kept, and a good answer is still installed; "
+        "`ca-bridge pending cancel NAME` gives them up"
+    )
+
+
+def collected(
+    backend: Collects, request: SignRequest, reference: str, expected: verify.Expectation
+) -> Issued | Pending:
+    """
+    The CA's answer; of several, the first that passes.
+
+    Args:
+        backend: Is asked.
+        request: As it was sent.
+        reference: Of the latest `Pending`.
+        expected: What a certificate has to be; only for a backend that `CollectsAll`, otherwise it is not checked here.
+
+    Raises:
+        HearsayError: None of several passes, or all there is is a refusal.
+        BackendRefusedError: See `Collects`.
+        BackendUnavailableError: See `Collects`.
+    """
+    if not isinstance(backend, CollectsAll):
+        return backend.collect(request, reference)
+    wrong: list[VerificationError] = []
+    for issued in backend.candidates(request, reference):
+        try:
+            verify.check(issued, request, expected)
+        except VerificationError as e:
+            wrong.append(e)
+        else:
+            backend.accepted(request, reference)
+            return issued
+    if wrong:
+        more = f" ({len(wrong)} certificates, none of which passes)" if len(wrong) > 1 else ""
+        raise HearsayError(f"{wrong[0].reason}{more}")
+    try:
+        return backend.collect(request, reference)
+    except BackendRefusedError as e:
+        raise HearsayError(str(e)) from e
