@@ -67,6 +67,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, bao: OpenBao) -> Iterator[Sit
         for authority in AUTHORITIES:
             add_vault(bridge, bao, authority, NAME)
         bridge.add("restart", {"method": "static-pods", "components": "needed", "min_interval": "1s"})
+        bridge.add("restart.commands", {"kubelet": bridge.kubelet_command()})
         bridge.add("cluster", {"lease": True})
         port = urlsplit(bao.url).port
         assert port is not None
@@ -244,7 +245,6 @@ xargs -d '\\n' -a /run/kubelet.args setsid >>{log} 2>&1 </dev/null &
 
 def test_the_kubelet_is_restarted_on_its_new_certificate(site: Site) -> None:
     """kubelet.conf with embedded data, by the settings' command; its copy of the old one is taken away."""
-    site.bridge.add("restart.commands", {"kubelet": site.bridge.kubelet_command()})
     run = site.bridge.run("renew", "kubelet.conf")
     assert run.returncode == 0, run.stderr
     assert "kubelet in " in run.stdout
@@ -265,16 +265,25 @@ def test_a_kubelet_that_an_expired_certificate_keeps_down_is_repaired_by_renew_a
     certificate, key = pki.ca_pem("ca")
     signer = Signer(certificate=x509.load_pem_x509_certificate(certificate), key=load_pem_private_key(key, None))  # type: ignore[arg-type]
     old = live_certificates(pki)["kubelet.conf"]
-    current = finalize(pki, signed_again(old, signer, end=datetime.now(UTC) - timedelta(minutes=1)))
     restart = Path(site.bridge.kubelet_command())
-    node.exec(restart)
-    processes = ("pgrep", "-f", f"^kubelet .*--hostname-override={node.name} ")
-    wait_for("the kubelet's end", lambda: node.exec(*processes, check=False).returncode == 1, seconds=60)
-    # what systemd does: again and again; a kubelet that lives is left alone
-    arguments = site.bridge.directory / "kubelet.args"
-    again = f"while sleep 1; do xargs -d '\\n' -a {arguments} </dev/null >>{node.root.parent}/kubelet.log 2>&1; done"
+    node.exec(restart)  # which also writes its arguments down
+    arguments, log = site.bridge.directory / "kubelet.args", node.root.parent / "kubelet.log"
+    with arguments.open("a") as file:  # as kubeadm's unit has it; with an expired certificate it ends for want of it
+        file.write("--bootstrap-kubeconfig=/etc/kubernetes/bootstrap-kubelet.conf\n")
+    current = finalize(pki, signed_again(old, signer, end=datetime.now(UTC) - timedelta(minutes=1)))
+    running = f"^kubelet .*--hostname-override={node.name} "
+    wait_for("the kubelet that was started", lambda: not node.exec("pgrep", "-f", running, check=False).returncode)
+    node.exec("pkill", "-f", running)
+    # what systemd does: again and again
+    again = f"while sleep 1; do xargs -d '\\n' -a {arguments} env </dev/null >>{log} 2>&1; done"
+    before = log.stat().st_size
     loop = subprocess.Popen([programs.KIT / "node.sh", "exec", node.name, "sh", "-c", again], start_new_session=True)
+
+    def is_down() -> bool:
+        return b"unable to load bootstrap kubeconfig" in log.read_bytes()[before:]
+
     try:
+        wait_for("a kubelet that can not start", is_down, seconds=60)
         with setting(site.bridge, str(restart), "true"):
             run = site.bridge.run("renew")
         print(run.stdout, run.stderr)
