@@ -267,12 +267,12 @@ def test_a_kubelet_that_an_expired_certificate_keeps_down_is_repaired_by_renew_a
     old = live_certificates(pki)["kubelet.conf"]
     restart = Path(site.bridge.kubelet_command())
     node.exec(restart)  # which also writes its arguments down
+    running = f"^kubelet .*--hostname-override={node.name} "
+    wait_for("the kubelet that was started", lambda: not node.exec("pgrep", "-f", running, check=False).returncode)
     arguments, log = site.bridge.directory / "kubelet.args", node.root.parent / "kubelet.log"
     with arguments.open("a") as file:  # as kubeadm's unit has it; with an expired certificate it ends for want of it
         file.write("--bootstrap-kubeconfig=/etc/kubernetes/bootstrap-kubelet.conf\n")
     current = finalize(pki, signed_again(old, signer, end=datetime.now(UTC) - timedelta(minutes=1)))
-    running = f"^kubelet .*--hostname-override={node.name} "
-    wait_for("the kubelet that was started", lambda: not node.exec("pgrep", "-f", running, check=False).returncode)
     node.exec("pkill", "-f", running)
     # what systemd does: again and again
     again = f"while sleep 1; do xargs -d '\\n' -a {arguments} env </dev/null >>{log} 2>&1; done"
