@@ -66,6 +66,11 @@ FRONT_PROXY_CA = Authority(name="front-proxy-ca", base="front-proxy-ca")
 AUTHORITIES = {authority.name: authority for authority in (CA, ETCD_CA, FRONT_PROXY_CA)}
 
 
+_NO_GROUP: frozenset[str] = frozenset()
+_MASTERS = frozenset({"system:masters"})
+_ADMINS = frozenset({"kubeadm:cluster-admins"})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CertificateSpec:
     """
@@ -78,7 +83,9 @@ class CertificateSpec:
     name: str  #: As in `kubeadm certs check-expiration`.
     authority: Authority
     ekus: frozenset[EKU]  #: Exactly these.
+    common_names: tuple[str, ...]  #: Who it is for; `{node}` stands for the node's name.
     base: str  #: `{base}.crt` and `{base}.key` below `pki_dir`; for a kubeconfig its name in `kubeconfig_dir`.
+    groups: tuple[frozenset[str], ...] = (_NO_GROUP,)  #: Its O values, by kubeadm's versions: all of one, or fewer.
     kubeconfig: bool = False  #: The pair is embedded in a kubeconfig.
     component: Component | None = None  #: The process that reads it; None: people and kubeadm itself.
     flags: tuple[str, ...] = ()  #: The component's flags that name the certificate (or kubeconfig) file.
@@ -112,6 +119,8 @@ SPECS = {
             name="admin.conf",
             authority=CA,
             ekus=_CLIENT,
+            common_names=("kubernetes-admin",),
+            groups=(_ADMINS, _MASTERS),
             base="admin.conf",
             kubeconfig=True,
         ),
@@ -119,6 +128,7 @@ SPECS = {
             name="apiserver",
             authority=CA,
             ekus=_SERVER,
+            common_names=("kube-apiserver",),
             base="apiserver",
             component=Component.APISERVER,
             flags=("--tls-cert-file",),
@@ -128,6 +138,8 @@ SPECS = {
             name="apiserver-etcd-client",
             authority=ETCD_CA,
             ekus=_CLIENT,
+            common_names=("kube-apiserver-etcd-client",),
+            groups=(_NO_GROUP, _MASTERS),
             base="apiserver-etcd-client",
             component=Component.APISERVER,
             flags=("--etcd-certfile",),
@@ -136,6 +148,8 @@ SPECS = {
             name="apiserver-kubelet-client",
             authority=CA,
             ekus=_CLIENT,
+            common_names=("kube-apiserver-kubelet-client",),
+            groups=(_NO_GROUP, _ADMINS | _MASTERS),
             base="apiserver-kubelet-client",
             component=Component.APISERVER,
             flags=("--kubelet-client-certificate",),
@@ -144,6 +158,7 @@ SPECS = {
             name="controller-manager.conf",
             authority=CA,
             ekus=_CLIENT,
+            common_names=("system:kube-controller-manager",),
             base="controller-manager.conf",
             kubeconfig=True,
             component=Component.CONTROLLER_MANAGER,
@@ -154,12 +169,15 @@ SPECS = {
             name="etcd-healthcheck-client",
             authority=ETCD_CA,
             ekus=_CLIENT,
+            common_names=("kube-etcd-healthcheck-client",),
+            groups=(_NO_GROUP, _MASTERS),
             base="etcd/healthcheck-client",
         ),
         CertificateSpec(
             name="etcd-peer",
             authority=ETCD_CA,
             ekus=_PEER,
+            common_names=("{node}", "kube-etcd-peer"),
             base="etcd/peer",
             component=Component.ETCD,
             flags=("--peer-cert-file",),
@@ -169,6 +187,7 @@ SPECS = {
             name="etcd-server",
             authority=ETCD_CA,
             ekus=_PEER,
+            common_names=("{node}", "kube-etcd"),
             base="etcd/server",
             component=Component.ETCD,
             flags=("--cert-file",),
@@ -178,6 +197,7 @@ SPECS = {
             name="front-proxy-client",
             authority=FRONT_PROXY_CA,
             ekus=_CLIENT,
+            common_names=("front-proxy-client",),
             base="front-proxy-client",
             component=Component.APISERVER,
             flags=("--proxy-client-cert-file",),
@@ -186,6 +206,7 @@ SPECS = {
             name="scheduler.conf",
             authority=CA,
             ekus=_CLIENT,
+            common_names=("system:kube-scheduler",),
             base="scheduler.conf",
             kubeconfig=True,
             component=Component.SCHEDULER,
@@ -198,6 +219,8 @@ SPECS = {
             name="super-admin.conf",
             authority=CA,
             ekus=_CLIENT,
+            common_names=("kubernetes-super-admin",),
+            groups=(_MASTERS,),
             base="super-admin.conf",
             kubeconfig=True,
             since=(1, 29),
@@ -209,6 +232,8 @@ SPECS = {
             name="kubelet.conf",
             authority=CA,
             ekus=_CLIENT,
+            common_names=("system:node:{node}",),
+            groups=(frozenset({"system:nodes"}),),
             base="kubelet.conf",
             kubeconfig=True,
             component=Component.KUBELET,

@@ -313,7 +313,7 @@ def another_ca(bridge: Bridge) -> None:
 
 def key_for_another_ca(bridge: Bridge) -> None:
     """What it signs no longer leads to the node's CA."""
-    (bridge.pki.pki_dir / "etcd/ca.crt").write_bytes((bridge.pki.pki_dir / "ca.crt").read_bytes())
+    bridge.pki.trust("etcd-ca", (bridge.pki.pki_dir / "ca.crt").read_bytes())
 
 
 def plant(bridge: Bridge, value: str) -> str:

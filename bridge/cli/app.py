@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from bridge.cli.options import (
+    AnyIdentityOption,
     Common,
     ExpirationOutput,
     Names,
@@ -112,6 +113,7 @@ def renew(
     no_restart: Annotated[
         bool, typer.Option("--no-restart", help="Restart nothing, whatever the settings say; name what to restart.")
     ] = False,
+    any_identity: AnyIdentityOption = None,
     wait: WaitOption = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
@@ -132,9 +134,11 @@ def renew(
         raise typer.BadParameter("--wait can't be combined with --csr-only and --dry-run, which take no lock")
     settings = common.settings()
     if csr_dir is not None:
-        code = renewals.write_csrs(settings, names or [], csr_dir.absolute(), utc_now())
+        code = renewals.write_csrs(settings, names or [], csr_dir.absolute(), utc_now(), any_identity or [])
     elif dry_run:
-        code = renewals.plan(settings, names or [], utc_now(), as_json=output is Output.JSON)
+        code = renewals.plan(
+            settings, names or [], utc_now(), as_json=output is Output.JSON, any_identity=any_identity or []
+        )
     else:
         code = renewals.renew(
             settings,
@@ -144,12 +148,18 @@ def renew(
             all_or_nothing=all_or_nothing,
             restarts=not no_restart,
             wait=wait or timedelta(),
+            any_identity=any_identity or [],
         )
     raise typer.Exit(code)
 
 
 @command(app, "plan")
-def plan(common: Common, names: Names = None, output: OutputOption = Output.TEXT) -> None:
+def plan(
+    common: Common,
+    names: Names = None,
+    any_identity: AnyIdentityOption = None,
+    output: OutputOption = Output.TEXT,
+) -> None:
     """
     Show what `renew` would ask, replace and restart.
 
@@ -157,7 +167,9 @@ def plan(common: Common, names: Names = None, output: OutputOption = Output.TEXT
     """
     from bridge.cli import renewals  # noqa: PLC0415
 
-    raise typer.Exit(renewals.plan(common.settings(), names or [], utc_now(), as_json=output is Output.JSON))
+    as_json = output is Output.JSON
+    code = renewals.plan(common.settings(), names or [], utc_now(), as_json=as_json, any_identity=any_identity or [])
+    raise typer.Exit(code)
 
 
 @command(app, "recover")
@@ -242,6 +254,7 @@ def export(
     common: Common,
     path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The file to write.", show_default=False)],
     names: Names = None,
+    any_identity: AnyIdentityOption = None,
     wait: WaitOption = None,
 ) -> None:
     """
@@ -251,7 +264,15 @@ def export(
     """
     from bridge.cli import carried  # noqa: PLC0415
 
-    raise typer.Exit(carried.export(common.settings(), path, names or [], utc_now, wait=wait or timedelta()))
+    code = carried.export(
+        common.settings(),
+        path,
+        names or [],
+        utc_now,
+        wait=wait or timedelta(),
+        any_identity=any_identity or [],
+    )
+    raise typer.Exit(code)
 
 
 @command(app, "inspect")

@@ -50,11 +50,17 @@ def import_answers(
 
 
 def export(
-    settings: Settings, path: Path, names: Collection[str], now: Callable[[], datetime], *, wait: timedelta
+    settings: Settings,
+    path: Path,
+    names: Collection[str],
+    now: Callable[[], datetime],
+    *,
+    wait: timedelta,
+    any_identity: Collection[str],
 ) -> int:
     """`export`: a bundle for a CA desk; return the exit code."""
     with progress_shown() as progress:
-        done, node = airgap.export(settings, path, names, now, progress, wait)
+        done, node = airgap.export(settings, path, names, now, progress, wait, any_identity)
     for sentence in done.skipped:
         log.log(logging.DEBUG if not names or ALL in names else logging.INFO, "%s", sentence)
     _print_exported(done, path, now())

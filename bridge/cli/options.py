@@ -168,6 +168,14 @@ Names = Annotated[
     list[str] | None,
     typer.Argument(metavar="[NAME…|all]", help="kubeadm's names, or all. [default: what is due]", show_default=False),
 ]
+AnyIdentityOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="Renew the named certificate as it is, though the live one is of another CA, or not for whom it should be. "
+        "May be given more than once.",
+    ),
+]
 WaitOption = Annotated[
     timedelta | None,
     typer.Option(parser=duration, metavar="DURATION", help='How long to wait for another run to end, such as "60s".'),

@@ -38,11 +38,19 @@ def renew(
     all_or_nothing: bool,
     restarts: bool = True,
     wait: timedelta = timedelta(),
+    any_identity: Collection[str] = (),
 ) -> int:
     """Renew, print the result, and return the exit code."""
     with progress_shown() as progress:
         result, node, selection = renewal.run(
-            settings, names, now, progress, all_or_nothing=all_or_nothing, restarts=restarts, wait=wait
+            settings,
+            names,
+            now,
+            progress,
+            all_or_nothing=all_or_nothing,
+            restarts=restarts,
+            wait=wait,
+            any_identity=any_identity,
         )
     for sentence in selection.skipped:
         log.log(logging.DEBUG if not names or ALL in names else logging.INFO, "%s", sentence)
@@ -71,12 +79,16 @@ def install(
     return result.exit_code
 
 
-def write_csrs(settings: Settings, names: Collection[str], directory: Path, now: datetime) -> int:
+def write_csrs(
+    settings: Settings, names: Collection[str], directory: Path, now: datetime, any_identity: Collection[str] = ()
+) -> int:
     """`renew --csr-only`: keys and CSRs into a directory, nothing else touched."""
     if Store(settings.node.state_dir).journal.exists():
         raise InstallError("an installation was interrupted", hint="run `ca-bridge recover`, then this again")
     node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
-    selection = select(node, settings, names, now, csrs_only=True)
+    selection = select(node, settings, names, now, csrs_only=True, any_identity=any_identity)
+    for sentence in selection.waived:
+        log.warning("%s", sentence)
     made = prepare(selection.items, settings)
     prepared = [one for one in made if isinstance(one, Prepared)]
     if prepared:
@@ -93,10 +105,14 @@ def write_csrs(settings: Settings, names: Collection[str], directory: Path, now:
     return Exit.worst([outcome.exit_code for outcome in failed])
 
 
-def plan(settings: Settings, names: Collection[str], now: datetime, *, as_json: bool) -> int:
+def plan(
+    settings: Settings, names: Collection[str], now: datetime, *, as_json: bool, any_identity: Collection[str] = ()
+) -> int:
     """Print what `renew` would do; 3 if that is anything."""
     node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
-    selection = select(node, settings, names, now)
+    selection = select(node, settings, names, now, any_identity=any_identity)
+    for sentence in selection.waived:
+        log.warning("%s", sentence)
     specs = [item.spec for item in selection.items]
     components = restart_plan.stale(
         specs, restart_plan.reloading(node, settings.node.kubernetes_version), settings.restart.components

@@ -22,6 +22,7 @@ from bridge.node.inventory import AuthorityState, Item, Node
 from bridge.node.kubeconfig import Kubeconfig, KubeconfigError
 from bridge.pki import csr, expiry, verify
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates, name_text, san_entries
+from bridge.renewal.selection import ForeignIdentityError, foreign_identity
 from bridge.settings.tables import Settings
 from bridge.specs import SPECS, Component
 from bridge.system.ownership import exposure, open_secret
@@ -83,6 +84,7 @@ def _item(item: Item, settings: Settings, now: datetime) -> Iterator[Finding]:
     name = item.spec.name
     if item.state == "present":
         yield _end(item, settings, now)
+        yield from _identity(item, settings)
         if item.obstacle is not None:
             yield from_error("not-replaceable", name, item.obstacle)
     elif item.state == "missing" and item.spec.optional:
@@ -90,6 +92,13 @@ def _item(item: Item, settings: Settings, now: datetime) -> Iterator[Finding]:
     else:
         text = item.trouble or f"wanted a certificate in {item.certificate_path}, found nothing"
         yield Finding(level="error", check=f"certificate-{item.state}", about=name, text=text, hint=_RESTORE)
+
+
+def _identity(item: Item, settings: Settings) -> Iterator[Finding]:
+    """For whom it is; which CA it leads to is told apart."""
+    error = foreign_identity(item, settings) if item.managed else None
+    if isinstance(error, ForeignIdentityError) and any(each.subject != "issuer" for each in error.violations):
+        yield from_error("identity", item.spec.name, error)
 
 
 def _end(item: Item, settings: Settings, now: datetime) -> Finding:

@@ -70,6 +70,7 @@ def export(
     now: Callable[[], datetime],
     progress: Progress,
     wait: timedelta = timedelta(),
+    any_identity: Collection[str] = (),
 ) -> tuple[Exported, Node]:
     """
     Keys into the state directory, requests into a bundle; a request that waits is exported again as it is.
@@ -80,7 +81,10 @@ def export(
     """
     _assert_free(path)
     with begun(settings, now, progress, wait) as (run, node):
-        selection = select(node, settings, names, now())
+        asked_for = {one.name: one.request.replaces for one in run.requests}
+        selection = select(node, settings, names, now(), any_identity=any_identity, asked_for=asked_for)
+        for sentence in selection.waived:
+            progress.note(sentence)
         made = prepare(selection.items, settings, run.requests.by_name())
         prepared = [one for one in made if isinstance(one, Prepared)]
         failed = (*selection.failed, *(one for one in made if isinstance(one, Outcome)))

@@ -92,6 +92,8 @@ def prepare(
 def _prepare(item: Item, settings: Settings, made: OpenRequest | None) -> Prepared | Outcome:
     try:
         live, was = live_pair(item)
+        if (live,) != item.certificates[:1]:  # only what was looked at gives its identity to the next one
+            raise MissingCertificateError("its certificate was replaced while this run began", hint="run again")
         algorithm = csr.key_algorithm(live, settings.renewal.key)
         if made is not None and _fits(made, live, algorithm):
             return Prepared(item=item, request=made.request, key_pem=made.key_pem, was=was, open=made)

@@ -43,10 +43,12 @@ def run(
     all_or_nothing: bool = False,
     restarts: bool = True,
     wait: timedelta = timedelta(),
+    any_identity: Collection[str] = (),
 ) -> tuple[Result, Node, Selection]:
     """
     Renew; wait so long for another run to end.
 
+    Of the names in `any_identity` the live certificates are renewed whoever they are for.
     Without `restarts` nothing is restarted and proven, and what earlier runs owe of that is left to later ones.
 
     Raises:
@@ -64,7 +66,10 @@ def run(
         if not transaction.may_go_on:
             return transaction.with_earlier(Result(outcomes=())), node, Selection(items=(), failed=(), skipped=())
         waiting = [one.name for one in ours.requests if one.reference]
-        selection = select(node, settings, names, now(), waiting)
+        asked_for = {one.name: one.request.replaces for one in ours.requests}
+        selection = select(node, settings, names, now(), waiting, any_identity=any_identity, asked_for=asked_for)
+        for sentence in selection.waived:
+            progress.note(sentence)
         if not names:
             selection = gate.hold(selection, settings, None if is_terminal else transaction.attempts, now())
         if selection.items:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from bridge.errors import BridgeError, SettingsError, SettingsProblem
+from cryptography import x509
+
+from bridge.errors import BridgeError, SettingsError, SettingsProblem, Violation
 from bridge.node.inventory import Item, Node, NoNodeError
-from bridge.pki import expiry
+from bridge.pki import expiry, identity
+from bridge.pki.certificates import load_pem_certificates
 from bridge.settings.tables import Settings
 from bridge.specs import SPECS, CertificateSpec, Component
 from bridge.state.outcome import Outcome
@@ -18,6 +21,20 @@ from bridge.words import name_found
 ALL = "all"
 #: The hint for what is missing or broken.
 RESTORE = "put a good copy back (an expired one will do), then run again"
+
+
+class ForeignIdentityError(BridgeError):
+    """The live certificate is not what its name says, and the next one would get its subject and SANs."""
+
+    def __init__(self, item: Item, violations: Sequence[Violation]) -> None:
+        self.violations = tuple(violations)
+        super().__init__(
+            f"{item.certificate_path}: the next certificate gets the identity of this one, and it is not {item.spec.name}'s: "
+            f"{'; '.join(map(str, violations))}",
+            hint=f"find out who put it there, and put the right one back (an expired one will do); "
+            f"after a change of the CA put the old CA's certificate behind the new one in {item.anchor_path}; "
+            f"`--any-identity {item.spec.name}` renews it as it is",
+        )
 
 
 class MissingCertificateError(BridgeError):
@@ -35,6 +52,7 @@ class Selection:
     items: tuple[Item, ...]  #: To renew.
     failed: tuple[Outcome, ...]  #: Should be renewed, and can't be.
     skipped: tuple[str, ...]  #: Sentences for the operator.
+    waived: tuple[str, ...] = ()  #: The same, about identities that are renewed as they are.
 
 
 def select(
@@ -45,6 +63,8 @@ def select(
     waiting: Collection[str] = (),
     *,
     csrs_only: bool = False,
+    any_identity: Collection[str] = (),
+    asked_for: Mapping[str, x509.Certificate | None] | None = None,
 ) -> Selection:
     """
     Choose what to renew.
@@ -56,17 +76,19 @@ def select(
         now: Aware, UTC.
         waiting: Names for which an answer is to be fetched, due or not.
         csrs_only: No file is to be replaced, so that none need be fit for it.
+        any_identity: Names whose live certificates are renewed whoever they are for.
+        asked_for: The live certificates, by name, for which a request is open: they were judged when it was made.
 
     Raises:
         SettingsError: A name that is none, or that is not ours to renew.
         NoNodeError: Nothing of a control plane is here.
     """
-    assert_known(names)
+    assert_known([*names, *any_identity])
     if not node.is_here:
         raise NoNodeError(settings.node.pki_dir)
     by_name = {item.spec.name: item for item in node.items}
     asked = list(by_name) if not names or ALL in names else [name for name in by_name if name in names]
-    items, failed, skipped = [], [], []
+    items, failed, skipped, waived = [], [], [], []
     for name in [*asked, *sorted(set(names) - {ALL} - set(asked))]:
         item = by_name.get(name)
         by_hand = name in names
@@ -81,11 +103,47 @@ def select(
         elif names or name in waiting or _is_due(item, settings, now):
             obstacle = None if csrs_only else item.obstacle
             error = obstacle if item.managed else _unknown_authority(item)
+            if error is None and (asked_for or {}).get(name) != item.certificates[0]:
+                error = foreign_identity(item, settings)
+            if name in any_identity and isinstance(error, ForeignIdentityError):
+                waived.append(
+                    f"{name} is renewed as it is, as --any-identity says: {'; '.join(map(str, error.violations))}"
+                )
+                error = None
             if error is None:
                 items.append(item)
             else:
                 failed.append(outcome_of(item, error))
-    return Selection(items=tuple(items), failed=tuple(failed), skipped=tuple(skipped))
+    return Selection(items=tuple(items), failed=tuple(failed), skipped=tuple(skipped), waived=tuple(waived))
+
+
+def foreign_identity(item: Item, settings: Settings) -> BridgeError | None:
+    """Why a live certificate's identity must not be given to the next one; also where nobody can tell."""
+    authority = item.spec.authority.name
+    try:
+        anchors = anchors_of(item)
+    except MissingCertificateError as e:
+        return e
+    extra = settings.extra_subject(authority)
+    violations = identity.check(item.spec, item.certificates, anchors, str(item.anchor_path), extra)
+    return ForeignIdentityError(item, violations) if violations else None
+
+
+def anchors_of(item: Item) -> tuple[x509.Certificate, ...]:
+    """
+    All certificates of the CA file that it must lead to.
+
+    Raises:
+        MissingCertificateError: It can't be read.
+    """
+    try:
+        return tuple(load_pem_certificates(item.anchor_path.read_bytes()))
+    except (OSError, ValueError) as e:
+        reason = e.strerror if isinstance(e, OSError) else e
+        raise MissingCertificateError(
+            f"{item.anchor_path}: wanted the CA certificate that {item.spec.name} must lead to, found: {reason}",
+            hint="put the CA certificate back",
+        ) from e
 
 
 def assert_known(names: Collection[str]) -> None:

@@ -21,12 +21,12 @@ from bridge.errors import BackendUnavailableError, BridgeError, Exit, SettingsEr
 from bridge.node import kubeconfig
 from bridge.node.inventory import Item, Node
 from bridge.pki import verify
-from bridge.pki.certificates import load_pem_certificates, pem, serial_hex
+from bridge.pki.certificates import pem, serial_hex
 from bridge.pki.expiry import first_end, is_due, residual, seconds_left
 from bridge.renewal.ca_rotation import half_rotated
 from bridge.renewal.issuance import Answered
 from bridge.renewal.prepare import Prepared, open_request
-from bridge.renewal.selection import MissingCertificateError, outcome_of
+from bridge.renewal.selection import MissingCertificateError, anchors_of, outcome_of
 from bridge.settings.tables import Settings
 from bridge.signing.hearsay import HearsayError
 from bridge.signing.preflight import RefusedByCheckError
@@ -94,7 +94,7 @@ def expectations(
             continue
         try:
             demands[name] = verify.Expectation(
-                anchors=_anchors(item),
+                anchors=anchors_of(item),
                 anchor_name=str(item.anchor_path),
                 now=now,
                 min_validity=settings.renewal.min_validity,
@@ -110,17 +110,6 @@ def version_of(node: Node, settings: Settings) -> tuple[int, int] | None:
     """Kubernetes' version on this node; the settings count more than the image tags."""
     version = settings.node.kubernetes_version
     return node.kubernetes_version if version is None else (version.major, version.minor)
-
-
-def _anchors(item: Item) -> tuple[x509.Certificate, ...]:
-    try:
-        return tuple(load_pem_certificates(item.anchor_path.read_bytes()))
-    except (OSError, ValueError) as e:
-        reason = e.strerror if isinstance(e, OSError) else e
-        raise MissingCertificateError(
-            f"{item.anchor_path}: wanted the CA certificate that {item.spec.name} must lead to, found: {reason}",
-            hint="put the CA certificate back",
-        ) from e
 
 
 def replacements(one: Prepared, verified: verify.Verified) -> Iterator[Replacement]:

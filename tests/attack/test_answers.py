@@ -235,7 +235,7 @@ def test_the_node_s_ca_file_may_be_a_bundle(attack: Attack, tried: Tried) -> Non
     coming = attack.root
     going = Signer.make("kubernetes going", begin=attack.now - 100 * DAY, end=attack.now + 900 * DAY)
     anchor = attack.bridge.pki.pki_dir / "ca.crt"
-    anchor.write_bytes(pem(coming.certificate) + pem(going.certificate))
+    attack.bridge.pki.trust("ca", pem(coming.certificate) + pem(going.certificate))
     attack.answer(lambda desk: desk.issue(by=going))
     said = attack.refused("apiserver")
     assert "another certificate of the same file (CN=kubernetes going); kubeadm takes only the first" in said

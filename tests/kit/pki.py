@@ -81,9 +81,13 @@ class Pki:
         return certificate.read_bytes(), key.read_bytes()
 
     def trust(self, authority: str, certificate_pem: bytes) -> None:
-        """Have another CA, or some, in the authority's file, and in every kubeconfig if it is theirs."""
+        """
+        Have another CA, or some, first in the authority's file, and in every kubeconfig if it is theirs.
+
+        Behind it in the file stays the old one, to which the live certificates lead.
+        """
         path = self.pki_dir / AUTHORITIES[authority].certificate_file
-        path.write_bytes(certificate_pem)
+        path.write_bytes(certificate_pem + path.read_bytes())
         if authority == "ca":
             self.trust_in_kubeconfigs(certificate_pem)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,7 +19,7 @@ from bridge.pki.certificates import load_pem_certificates, pem, san_counts
 from bridge.pki.csr import CannotCarryError, generate_key, key_pem
 from bridge.pki.durations import Before
 from bridge.renewal import issuance, renew, verify_and_install
-from bridge.renewal.selection import nothing_due, select
+from bridge.renewal.selection import ForeignIdentityError, nothing_due, select
 from bridge.settings.load import parse
 from bridge.settings.tables import Settings
 from bridge.state import audit
@@ -39,8 +40,8 @@ def node(tmp_path: Path) -> Pki:
     return handmade_pki(tmp_path / "node", not_after=now() + timedelta(days=20))
 
 
-def renewed(settings: Settings, *names: str) -> verify_and_install.Result:
-    return renew.run(settings, names, now, Quiet())[0]
+def renewed(settings: Settings, *names: str, any_identity: Collection[str] = ()) -> verify_and_install.Result:
+    return renew.run(settings, names, now, Quiet(), any_identity=any_identity)[0]
 
 
 def leaf(path: Path) -> x509.Certificate:
@@ -290,7 +291,8 @@ def test_certificates_that_share_a_file_fail_alone(node: Pki, tmp_path: Path) ->
     assert (result.exit_code, len(result.renewed)) == (1, 10)
     path.unlink()
     path.write_bytes((node.kubeconfig_dir / "admin.conf").read_bytes())
-    assert [outcome.name for outcome in renewed(settings).renewed] == ["admin.conf", "super-admin.conf"]
+    again = renewed(settings, any_identity=("super-admin.conf",))
+    assert [outcome.name for outcome in again.renewed] == ["admin.conf", "super-admin.conf"]
 
 
 def test_an_external_etcds_client_in_one_file_with_its_key_fails_alone(
@@ -323,10 +325,13 @@ def test_a_live_certificate_whose_key_cannot_be_read_fails_alone(node: Pki, tmp_
     der = leaf(path).public_bytes(Encoding.DER)
     oid = bytes.fromhex("06082a8648ce3d030107")  # P-256, in the key
     path.write_bytes(pem(x509.load_der_x509_certificate(der.replace(oid, oid[:-1] + b"\x7f"))))
-    result = renewed(settings_for(node, tmp_path), "apiserver", "scheduler.conf")
+    settings = settings_for(node, tmp_path)
+    result = renewed(settings, "apiserver", "scheduler.conf", any_identity=("apiserver",))
     assert [outcome.name for outcome in result.renewed] == ["scheduler.conf"]
     [failed] = result.failed
     assert (failed.name, type(failed.error)) == ("apiserver", CannotCarryError)
+    [failed] = renewed(settings, "apiserver").failed
+    assert (failed.name, type(failed.error)) == ("apiserver", ForeignIdentityError)
 
 
 @pytest.mark.parametrize(

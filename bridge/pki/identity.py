@@ -1,0 +1,112 @@
+"""
+Whether a live certificate is what its name says: the next one gets its subject and SANs (pure).
+
+A certificate that somebody else put in its place would otherwise be renewed as it is: a self-made one with CN=root in
+etcd's file, or one in `system:masters` in the scheduler's kubeconfig. Dates do not count: an expired certificate, one
+below an expired CA and one below an earlier certificate of the same CA are good input.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.x509.oid import NameOID
+
+from bridge.errors import Violation
+from bridge.pki import shown
+from bridge.pki.certificates import UNREADABLE, attributes, is_ca, san_entries
+from bridge.specs import CertificateSpec
+from bridge.words import one_line
+
+#: Longer chains are nobody's (and a circle would have no end).
+_MOST_INTERMEDIATES = 8
+_CN, _O = NameOID.COMMON_NAME.dotted_string, NameOID.ORGANIZATION_NAME.dotted_string
+#: A node's name in the cluster (RFC 1123 subdomain, which is what Kubernetes takes).
+_NODE = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
+
+
+def check(
+    spec: CertificateSpec,
+    certificates: Sequence[x509.Certificate],
+    anchors: Sequence[x509.Certificate],
+    anchor_name: str,
+    extra: frozenset[tuple[str, str]] = frozenset(),
+) -> list[Violation]:
+    """
+    What speaks against a live certificate.
+
+    Args:
+        spec: What it should be.
+        certificates: As in its file: the leaf, then intermediates.
+        anchors: All certificates of the node's CA file.
+        anchor_name: That file, for messages.
+        extra: Subject attributes that this CA always adds, as (OID, value).
+    """
+    leaf = certificates[0]
+    try:
+        return [*_issuer(certificates, anchors, anchor_name), *_user(spec, leaf), *_groups(spec, leaf, extra)]
+    except UNREADABLE as e:
+        return [Violation(subject="subject", want="one that can be read", got=one_line(e))]
+
+
+def _issuer(
+    certificates: Sequence[x509.Certificate], anchors: Sequence[x509.Certificate], anchor_name: str
+) -> Iterator[Violation]:
+    leaf, *rest = certificates
+    if not _leads_to(leaf, rest, anchors):
+        yield Violation(
+            subject="issuer",
+            want=f"a signature of a CA in {anchor_name}, expired or not",
+            got=f"one of {shown.issuer(leaf)}" if leaf.issuer != leaf.subject else "a self-signed certificate",
+        )
+
+
+def _leads_to(
+    leaf: x509.Certificate, intermediates: Sequence[x509.Certificate], anchors: Sequence[x509.Certificate]
+) -> bool:
+    current = leaf
+    for _ in range(_MOST_INTERMEDIATES + 1):
+        if any(_signed(current, anchor) for anchor in anchors):
+            return True
+        above = [each for each in intermediates if each != current and is_ca(each) and _signed(current, each)]
+        if not above:
+            return False
+        current = above[0]
+    return False
+
+
+def _signed(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except (*UNREADABLE, InvalidSignature):
+        return False
+    return True
+
+
+def _user(spec: CertificateSpec, leaf: x509.Certificate) -> Iterator[Violation]:
+    """Kubernetes takes the CN for the user, and etcd does where it knows users."""
+    found = [value for oid, value in attributes(leaf.subject) if oid == _CN]
+    if len(found) != 1 or not any(_is_user(found[0], wanted, leaf) for wanted in spec.common_names):
+        want = " or ".join(spec.common_names).replace("{node}", "the node's name")
+        yield Violation(subject="CN", want=want, got=one_line(", ".join(found)) or "none")
+
+
+def _is_user(found: str, wanted: str, leaf: x509.Certificate) -> bool:
+    """A node's name alone is one of the certificate's DNS names, where kubeadm puts it; `root` and such are not."""
+    begin, placeholder, end = wanted.partition("{node}")
+    if not placeholder:
+        return found == wanted
+    node = found.removeprefix(begin).removesuffix(end)
+    is_named = bool(begin) or ("DNS", node) in san_entries(leaf)
+    return found == f"{begin}{node}{end}" and _NODE.fullmatch(node) is not None and is_named
+
+
+def _groups(spec: CertificateSpec, leaf: x509.Certificate, extra: frozenset[tuple[str, str]]) -> Iterator[Violation]:
+    """Kubernetes takes each O for a group; kubeadm's versions differ in them."""
+    found = frozenset(value for oid, value in attributes(leaf.subject) if oid == _O and (oid, value) not in extra)
+    if not any(found <= allowed for allowed in spec.groups):
+        want = " or ".join(", ".join(sorted(allowed)) or "none" for allowed in spec.groups)
+        yield Violation(subject="O", want=want, got=one_line(", ".join(sorted(found))))
