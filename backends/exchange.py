@@ -61,6 +61,7 @@ class ExchangeBackend:
 
     settings_type = ExchangeSettings
     carries = True
+    asks_validity = True
 
     def __init__(self, settings: ExchangeSettings) -> None:
         self._settings = settings

@@ -179,6 +179,7 @@ class OpensslBackend:
     """Signs with `openssl ca` on this host."""
 
     settings_type: ClassVar[type[BackendSettings]] = OpensslSettings
+    asks_validity = True
 
     def __init__(self, settings: OpensslSettings, files: CAFiles) -> None:
         self._settings = settings

@@ -664,6 +664,7 @@ class VaultBackend:
     """Has certificates signed by a PKI secrets engine."""
 
     settings_type: ClassVar[type[BackendSettings]] = VaultSettings
+    asks_validity = True
 
     def __init__(self, settings: VaultSettings) -> None:
         self._settings = settings

@@ -168,6 +168,13 @@ class CollectsAll(Protocol):
 
 
 @runtime_checkable
+class AsksValidity(Protocol):
+    """Optional: the validity of a request reaches the CA, and none gives more; elsewhere a profile decides."""
+
+    asks_validity: bool
+
+
+@runtime_checkable
 class Carries(Protocol):
     """
     Optional: requests reach the CA by hand, so that each has to say, and prove, who asks: `SignRequest.continuity`.

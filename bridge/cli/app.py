@@ -416,6 +416,7 @@ def install(
     no_restart: Annotated[
         bool, typer.Option("--no-restart", help="Restart nothing, whatever the settings say; name what to restart.")
     ] = False,
+    any_identity: AnyIdentityOption = None,
     wait: WaitOption = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
@@ -436,6 +437,7 @@ def install(
         all_or_nothing=all_or_nothing,
         restarts=not no_restart,
         wait=wait or timedelta(),
+        any_identity=any_identity or [],
     )
     raise typer.Exit(code)
 

@@ -15,9 +15,11 @@ from bridge.control_plane import restart_plan
 from bridge.errors import Exit
 from bridge.node import inventory
 from bridge.node.inventory import Item
-from bridge.pki.expiry import first_end, rfc3339
+from bridge.pki.durations import duration_text
+from bridge.pki.expiry import first_end, minute, rfc3339
 from bridge.renewal import install_directory
 from bridge.renewal import renew as renewal
+from bridge.renewal.issuance import shortened
 from bridge.renewal.prepare import Prepared, prepare
 from bridge.renewal.prepare import write_csrs as write_csr_files
 from bridge.renewal.selection import ALL, Selection, nothing_due, select
@@ -67,11 +69,19 @@ def install(
     all_or_nothing: bool,
     restarts: bool,
     wait: timedelta,
+    any_identity: Collection[str],
 ) -> int:
     """`install`: a directory of keys and certificates; return the exit code."""
     with progress_shown() as progress:
         result, node, selection = install_directory.run(
-            settings, directory, now, progress, all_or_nothing=all_or_nothing, restarts=restarts, wait=wait
+            settings,
+            directory,
+            now,
+            progress,
+            all_or_nothing=all_or_nothing,
+            restarts=restarts,
+            wait=wait,
+            any_identity=any_identity,
         )
     report(result, node, selection, settings, now(), as_json=as_json, restarts=restarts)
     if result.renewed:
@@ -113,12 +123,15 @@ def plan(
     selection = select(node, settings, names, now, any_identity=any_identity)
     for sentence in selection.waived:
         log.warning("%s", sentence)
+    shorter = [item.spec.name for item in selection.items if shortened(item, settings, now)]
+    if shorter:
+        log.warning("%s", _shorter_text(shorter, settings, now))
     specs = [item.spec for item in selection.items]
     components = restart_plan.stale(
         specs, restart_plan.reloading(node, settings.node.kubernetes_version), settings.restart.components
     )
     if as_json:
-        say_json(_plan_json(selection, settings, components))
+        say_json(_plan_json(selection, settings, components, shorter))
     elif selection.items:
         say_table([_plan_row(item, settings, now) for item in selection.items])
         print_restart("After that, these must be restarted to use the new ones", components, settings)
@@ -128,6 +141,16 @@ def plan(
         print_error(error, name)
     failed = Exit.worst([outcome.exit_code for outcome in selection.failed])
     return failed or (Exit.DUE if selection.items else Exit.DONE)
+
+
+def _shorter_text(names: Sequence[str], settings: Settings, now: datetime) -> str:
+    """What becomes of answers that end before the live certificates do."""
+    validity, shorter = settings.renewal.validity, settings.renewal.shorter
+    becomes = "is taken" if shorter == "allow" else 'is refused; set shorter = "allow" in [renewal] if it is meant'
+    return (
+        f"{', '.join(names)}: renewal.validity = {duration_text(validity)} ends {minute(now + validity)}, "
+        f"before the live certificate does: such an answer {becomes}"
+    )
 
 
 def _plan_row(item: Item, settings: Settings, now: datetime) -> tuple[str, ...]:
@@ -149,7 +172,9 @@ def _files(item: Item) -> list[Path]:
     return [path for path in (item.key_path, item.certificate_path) if path is not None]
 
 
-def _plan_json(selection: Selection, settings: Settings, components: Sequence[Component]) -> dict[str, Any]:
+def _plan_json(
+    selection: Selection, settings: Settings, components: Sequence[Component], shorter: Sequence[str]
+) -> dict[str, Any]:
     return {
         "renew": [
             {
@@ -161,6 +186,7 @@ def _plan_json(selection: Selection, settings: Settings, components: Sequence[Co
             }
             for item in selection.items
         ],
+        "shorter": list(shorter),
         "failed": [{"name": o.name, "error": str(o.error)} for o in selection.failed],
         "skipped": list(selection.skipped),
         "restart": [component.value for component in components],

@@ -64,6 +64,7 @@ class Expectation:
     anchor_name: str  #: For messages, such as `etcd/ca.crt`.
     now: datetime  #: Aware, UTC.
     min_validity: timedelta
+    shorter_allowed: bool = False  #: It may end before the certificate that it replaces.
     intermediates_allowed: bool = True  #: False below kubeadm 1.21, which reads one certificate a file.
     #: (OID, value) of subject attributes that this CA always adds; a named exception in the settings.
     extra_subject: frozenset[tuple[str, str]] = frozenset()
@@ -284,12 +285,18 @@ def _dates(leaf: x509.Certificate, request: SignRequest, expected: Expectation) 
         want = f"at least {_days(expected.min_validity)} of validity"
         yield Violation(subject="notAfter", want=want, got=f"{_days(end - now)}, until {end:{_TIME}} UTC{clock}")
     old = request.replaces
-    if old is not None and end <= old.not_valid_after_utc - BACKDATING:
+    if old is not None and not expected.shorter_allowed and is_shorter(end, old):
         want = f"not before the replaced certificate's {old.not_valid_after_utc:{_TIME}} UTC"
-        yield Violation(subject="notAfter", want=want, got=f"{end:{_TIME}} UTC")
+        got = f'{end:{_TIME}} UTC (shorter = "allow" in [renewal] takes it, if the CA is meant to give less)'
+        yield Violation(subject="notAfter", want=want, got=got)
     if expected.anchors and end > expected.anchors[0].not_valid_after_utc:
         want = f"not after its CA's {expected.anchors[0].not_valid_after_utc:{_TIME}} UTC"
         yield Violation(subject="notAfter", want=want, got=f"{end:{_TIME}} UTC")
+
+
+def is_shorter(end: datetime, old: x509.Certificate) -> bool:
+    """Whether a certificate with this end would end before the one that it replaces, backdating apart."""
+    return end <= old.not_valid_after_utc - BACKDATING
 
 
 def _which_clock(now: datetime) -> str:

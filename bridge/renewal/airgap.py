@@ -23,7 +23,7 @@ from bridge.pki import bundle, bundle_text, continuity, verify
 from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, Refusal, RequestBundle
 from bridge.pki.certificates import UNREADABLE, fingerprint, is_ca, name_text, serial_hex
 from bridge.pki.loose_certificates import certificates_in, is_for
-from bridge.renewal.issuance import Answered
+from bridge.renewal.issuance import Answered, refused_as_shorter
 from bridge.renewal.prepare import Prepared, open_request, prepare, take_up, with_continuity
 from bridge.renewal.readiness import assert_room
 from bridge.renewal.selection import ALL, Selection, assert_known, outcome_of, select
@@ -85,7 +85,13 @@ def export(
         selection = select(node, settings, names, now(), any_identity=any_identity, asked_for=asked_for)
         for sentence in selection.waived:
             progress.note(sentence)
-        made = prepare(selection.items, settings, run.requests.by_name())
+        shorter = refused_as_shorter(selection.items, settings, now())
+        made = [
+            *prepare(
+                [one for one in selection.items if one.spec.name not in shorter], settings, run.requests.by_name()
+            ),
+            *(outcome_of(one, shorter[one.spec.name]) for one in selection.items if one.spec.name in shorter),
+        ]
         prepared = [one for one in made if isinstance(one, Prepared)]
         failed = (*selection.failed, *(one for one in made if isinstance(one, Outcome)))
         record_failed(run.record, failed)

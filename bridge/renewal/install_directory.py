@@ -8,7 +8,7 @@ called. What a certificate has to be comes from the live one that it replaces, n
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -81,6 +81,7 @@ def run(
     all_or_nothing: bool = False,
     restarts: bool = True,
     wait: timedelta = timedelta(),
+    any_identity: Collection[str] = (),
 ) -> tuple[Result, Node, Selection]:
     """
     Prove a directory's certificates as any CA's answer, and install them with their keys.
@@ -96,7 +97,9 @@ def run(
         node = transaction.settle_earlier(found)
         if not transaction.may_go_on:
             return transaction.with_earlier(Result(outcomes=())), node, Selection(items=(), failed=(), skipped=())
-        selection = select(node, settings, contents.keys, now())
+        selection = select(node, settings, contents.keys, now(), any_identity=any_identity)
+        for sentence in selection.waived:
+            progress.note(sentence)
         if selection.items:
             result = _install(ours, transaction, selection, node, contents, all_or_nothing=all_or_nothing)
         else:

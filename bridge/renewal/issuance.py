@@ -12,11 +12,16 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, wait
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 
-from bridge.contract import Backend, Carries, Collects, Identifies, Issued, Pending, SignsMany
-from bridge.errors import BackendError, BridgeError, VerificationError
+from cryptography import x509
+
+from bridge.contract import AsksValidity, Backend, Carries, Collects, Identifies, Issued, Pending, SignsMany
+from bridge.errors import BackendError, BridgeError, Exit, VerificationError
 from bridge.node.inventory import Item
 from bridge.pki import verify
+from bridge.pki.durations import duration_text
+from bridge.pki.expiry import minute
 from bridge.renewal.prepare import Making, Prepared, open_request, with_continuity
 from bridge.settings.tables import Settings
 from bridge.signing import registry
@@ -55,6 +60,34 @@ class Answered:
     advice: str = VerificationError.hint  #: Where to look if it is not what was asked for.
 
 
+class ShorterError(BridgeError):
+    """Our own settings ask for a certificate that would end before the one that it replaces; nobody was asked."""
+
+    exit_code = Exit.USAGE
+    hint = 'set shorter = "allow" in [renewal] if that is meant, or a longer validity'
+
+    def __init__(self, validity: timedelta, end: datetime, old: x509.Certificate) -> None:
+        super().__init__(
+            f"wanted a certificate that does not end before the live one, {minute(old.not_valid_after_utc)}, "
+            f"found renewal.validity = {duration_text(validity)}, which ends {minute(end)}"
+        )
+
+
+def shortened(item: Item, settings: Settings, now: datetime) -> ShorterError | None:
+    """What speaks against asking for a validity that ends before the live certificate does."""
+    end = now + settings.renewal.validity
+    if not item.certificates or not verify.is_shorter(end, item.certificates[0]):
+        return None
+    return ShorterError(settings.renewal.validity, end, item.certificates[0])
+
+
+def refused_as_shorter(items: Sequence[Item], settings: Settings, now: datetime) -> dict[str, ShorterError]:
+    """By certificate name; none where the settings allow it."""
+    if settings.renewal.shorter == "allow":
+        return {}
+    return {item.spec.name: error for item in items if (error := shortened(item, settings, now)) is not None}
+
+
 @contextlib.contextmanager
 def reaching(
     settings: Settings, items: Sequence[Item], expected: Mapping[str, verify.Expectation], progress: Progress
@@ -82,6 +115,7 @@ def reaching(
         for name in names:
             ours = [item for item in items if item.spec.authority.name == name]
             found[name] = _reach(backends[name], ours, expected[name], progress, opened)
+            found[name] = _without_shorter(found[name], ours, settings, expected[name].now)
             opened = found[name].backend
         return found
 
@@ -166,6 +200,13 @@ def _warn_of_open_secrets(configured: registry.Configured) -> None:
             if found is not None:
                 log.warning("%s: %s", configured.label, found)
                 log.warning("%s", found.hint, extra={"is_hint": True})
+
+
+def _without_shorter(ca: Reached, items: Sequence[Item], settings: Settings, now: datetime) -> Reached:
+    """Where a CA gives no more than is asked for, an answer that would be refused for that is not asked for."""
+    if not isinstance(ca.backend, AsksValidity):
+        return ca
+    return dataclasses.replace(ca, wrong={**refused_as_shorter(items, settings, now), **ca.wrong})
 
 
 def _identity(backend: Backend) -> str | None:

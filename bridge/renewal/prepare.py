@@ -92,8 +92,6 @@ def prepare(
 def _prepare(item: Item, settings: Settings, made: OpenRequest | None) -> Prepared | Outcome:
     try:
         live, was = live_pair(item)
-        if (live,) != item.certificates[:1]:  # only what was looked at gives its identity to the next one
-            raise MissingCertificateError("its certificate was replaced while this run began", hint="run again")
         algorithm = csr.key_algorithm(live, settings.renewal.key)
         if made is not None and _fits(made, live, algorithm):
             return Prepared(item=item, request=made.request, key_pem=made.key_pem, was=was, open=made)
@@ -184,7 +182,7 @@ def live_pair(item: Item) -> tuple[x509.Certificate, dict[Path, str | None]]:
     Read the certificate on disk now, and the digests of all files of its pair, at the same time.
 
     Raises:
-        BridgeError: It can't be read.
+        BridgeError: It can't be read, or is not the one that was looked at (it gives its identity to the next one).
     """
     paths = [item.certificate_path] if item.key_path is None else [item.key_path, item.certificate_path]
     for path in paths:
@@ -205,6 +203,8 @@ def live_pair(item: Item) -> tuple[x509.Certificate, dict[Path, str | None]]:
         raise e.of(item.certificate_path) from None
     except ValueError as e:
         raise MissingCertificateError(f"{item.certificate_path}: wanted a certificate, found {e}", hint=RESTORE) from e
+    if (live,) != item.certificates[:1]:
+        raise MissingCertificateError("its certificate was replaced while this run began", hint="run again")
     return live, {path: None if content is None else digest(content) for path, content in contents.items()}
 
 

@@ -22,9 +22,10 @@ from bridge.node import kubeconfig
 from bridge.node.inventory import Item, Node
 from bridge.pki import verify
 from bridge.pki.certificates import pem, serial_hex
-from bridge.pki.expiry import first_end, is_due, residual, seconds_left
+from bridge.pki.durations import duration_text
+from bridge.pki.expiry import first_end, is_due, minute, residual, seconds_left
 from bridge.renewal.ca_rotation import half_rotated
-from bridge.renewal.issuance import Answered
+from bridge.renewal.issuance import Answered, ShorterError
 from bridge.renewal.prepare import Prepared, open_request
 from bridge.renewal.selection import MissingCertificateError, anchors_of, outcome_of
 from bridge.settings.tables import Settings
@@ -98,6 +99,7 @@ def expectations(
                 anchor_name=str(item.anchor_path),
                 now=now,
                 min_validity=settings.renewal.min_validity,
+                shorter_allowed=settings.renewal.shorter == "allow",
                 intermediates_allowed=version is None or version >= FIRST_WITH_CHAINS,
                 extra_subject=settings.extra_subject(name),
             )
@@ -154,6 +156,7 @@ class Proven:
     prepared: Prepared
     label: str  #: Who answered.
     verified: verify.Verified
+    ca_end: datetime  #: When the first of its issuers ends.
     files: tuple[Replacement, ...]
 
     @property
@@ -201,9 +204,12 @@ def verify_all(
         except BridgeError as e:
             failed.append(outcome_of(one.prepared.item, e, one.label))
         else:
-            proven.append(Proven(prepared=one.prepared, label=one.label, verified=verified, files=files))
+            issuers = (*verified.intermediates, *one.expected.anchors[:1])
+            ca_end = min(issuer.not_valid_after_utc for issuer in issuers)
+            proven.append(Proven(prepared=one.prepared, label=one.label, verified=verified, ca_end=ca_end, files=files))
     for passed in proven:
-        run.record.add(audit.VERIFIED, passed.name, authority=passed.prepared.authority, new=passed.verified.leaf)
+        new, authority = passed.verified.leaf, passed.prepared.authority
+        run.record.add(audit.VERIFIED, passed.name, authority=authority, new=new, result=_shorter(passed) or "ok")
     record_failed(run.record, failed)
     return proven, failed
 
@@ -251,7 +257,7 @@ def remember(run: Run, answered: Sequence[Answered], proven: Sequence[Proven], *
 
 
 #: The CA has not said no to the request itself, as far as we know.
-_NOT_ASKED = (BackendUnavailableError, HearsayError, RefusedByCheckError, SettingsError)
+_NOT_ASKED = (BackendUnavailableError, HearsayError, RefusedByCheckError, SettingsError, ShorterError)
 
 
 def _forget(requests: OpenRequests, kept: OpenRequest) -> None:
@@ -325,6 +331,7 @@ def install_all(run: Run, proven: Sequence[Proven]) -> str:
     except StateError as e:
         run.progress.note(f"{e}; all is installed, and the next run forgets what is kept there")
     _note_short_lives(run, proven)
+    _note_cut_short(run, proven)
     return backup_id
 
 
@@ -339,6 +346,30 @@ def _about(proven: Sequence[Proven]) -> dict[str, object]:
         for one in proven
     ]
     return {"command": shlex.join(sys.argv), **audit.who(), "certificates": certificates}
+
+
+def _shorter(one: Proven) -> str:
+    """A sentence about a certificate that ends before the one that it replaces; empty: it does not."""
+    old, new = one.prepared.request.replaces, one.verified.leaf.not_valid_after_utc
+    if old is None or not verify.is_shorter(new, old):
+        return ""
+    return f'ends {minute(new)} instead of {minute(old.not_valid_after_utc)} (renewal.shorter = "allow")'
+
+
+def _note_cut_short(run: Run, proven: Sequence[Proven]) -> None:
+    """A CA gives nothing that lasts longer than itself: whoever asked for more has to know, and renew the CA."""
+    cut: dict[datetime, list[str]] = {}
+    for one in proven:
+        end, asked = one.verified.leaf.not_valid_after_utc, run.now() + one.prepared.request.validity
+        if end < asked - verify.LONGEST_BACKDATING and one.ca_end - end < verify.LONGEST_BACKDATING:
+            cut.setdefault(one.ca_end, []).append(one.name)
+        if sentence := _shorter(one):
+            run.progress.note(f"{one.name}: {sentence}")
+    for end, names in cut.items():
+        run.progress.note(
+            f"{', '.join(names)}: cut short, since the CA itself ends {minute(end)} (asked for: renewal.validity = "
+            f"{duration_text(run.settings.renewal.validity)}); renew the CA's certificate"
+        )
 
 
 def _note_short_lives(run: Run, proven: Sequence[Proven]) -> None:

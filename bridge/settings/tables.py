@@ -65,6 +65,8 @@ class RenewalSettings:
     before: Before = Before(remaining=timedelta(days=30))  # noqa: RUF009 (frozen)
     validity: timedelta = timedelta(days=365)
     min_validity: timedelta = timedelta(days=7)
+    #: What becomes of an answer that ends before the certificate that it replaces.
+    shorter: Literal["refuse", "allow"] = "refuse"
     key: KeyAlgorithm | Literal["same"] = "same"
     window: Windows = field(default_factory=Windows)  #: When what is due may be renewed; see `windows.may_act`.
     window_zone: Zone = field(default_factory=Zone)

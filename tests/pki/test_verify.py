@@ -131,6 +131,20 @@ def test_refuses_a_certificate_that_ends_before_the_one_it_replaces() -> None:
     assert [v.subject for v in e.value.violations] == ["notAfter"]
 
 
+def test_a_shorter_lifetime_passes_where_it_is_allowed() -> None:
+    """It lasts at least `min_validity` nevertheless; elsewhere the message names the setting."""
+    old = root().issue(request()).leaf
+    asked, allowed = replace(request(), replaces=old), replace(expectation(), shorter_allowed=True)
+    month = root().issue(asked, end=NOW + timedelta(days=30))
+    check(month, asked, allowed)
+    with pytest.raises(VerificationError) as e:
+        check(month, asked, expectation())
+    assert 'shorter = "allow" in [renewal]' in e.value.reason
+    with pytest.raises(VerificationError) as e:
+        check(root().issue(asked, end=NOW + timedelta(days=6)), asked, allowed)
+    assert [v.subject for v in e.value.violations] == ["notAfter"]
+
+
 def test_an_attribute_that_the_settings_name_may_be_added() -> None:
     """A named exception holds for exactly that value."""
     subject = name((NameOID.ORGANIZATIONAL_UNIT_NAME, "Platform"), (NameOID.COMMON_NAME, "kube-apiserver"))
