@@ -101,10 +101,7 @@ def select(
         elif item.state != "present":
             failed.append(outcome_of(item, MissingCertificateError(item.trouble or "", hint=RESTORE)))
         elif names or name in waiting or _is_due(item, settings, now):
-            obstacle = None if csrs_only else item.obstacle
-            error = obstacle if item.managed else _unknown_authority(item)
-            if error is None and (asked_for or {}).get(name) != item.certificates[0]:
-                error = foreign_identity(item, settings)
+            error = _against(item, settings, (asked_for or {}).get(name), csrs_only=csrs_only)
             if name in any_identity and isinstance(error, ForeignIdentityError):
                 waived.append(
                     f"{name} is renewed as it is, as --any-identity says: {'; '.join(map(str, error.violations))}"
@@ -115,6 +112,15 @@ def select(
             else:
                 failed.append(outcome_of(item, error))
     return Selection(items=tuple(items), failed=tuple(failed), skipped=tuple(skipped), waived=tuple(waived))
+
+
+def _against(item: Item, settings: Settings, judged: x509.Certificate | None, *, csrs_only: bool) -> BridgeError | None:
+    """Why it can't be renewed; `judged` is a live certificate that was looked at before."""
+    if not item.managed:
+        return _unknown_authority(item)
+    if item.obstacle is not None and not csrs_only:
+        return item.obstacle
+    return None if judged == item.certificates[0] else foreign_identity(item, settings)
 
 
 def foreign_identity(item: Item, settings: Settings) -> BridgeError | None:

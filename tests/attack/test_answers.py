@@ -234,7 +234,6 @@ def test_the_node_s_ca_file_may_be_a_bundle(attack: Attack, tried: Tried) -> Non
     """Its first certificate counts, as for kubeadm; a leaf of the second is refused, and the message says which it was."""
     coming = attack.root
     going = Signer.make("kubernetes going", begin=attack.now - 100 * DAY, end=attack.now + 900 * DAY)
-    anchor = attack.bridge.pki.pki_dir / "ca.crt"
     attack.bridge.pki.trust("ca", pem(coming.certificate) + pem(going.certificate))
     attack.answer(lambda desk: desk.issue(by=going))
     said = attack.refused("apiserver")
