@@ -14,7 +14,6 @@ from bridge.diagnosis.findings import Finding
 from bridge.errors import BridgeError, SettingsError
 from bridge.pki import verify
 from bridge.pki.certificates import load_pem_certificates
-from bridge.settings.load import DEFAULT_FILE
 from bridge.settings.tables import Settings
 from bridge.signing import desk_files, registry
 from bridge.signing.desk_policy import Policy
@@ -24,7 +23,7 @@ from bridge.system.safe_read import UnreadableError, read
 
 def policy_file(settings: Settings) -> Path:
     """Where a desk's policy is, if this is one; as `sign` looks for it."""
-    return (settings.source.file or DEFAULT_FILE).with_name(desk_files.POLICY_NAME)
+    return desk_files.policy_path(settings)
 
 
 def look(settings: Settings, now: datetime) -> Iterator[Finding]:

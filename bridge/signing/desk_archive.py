@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,12 +22,12 @@ from bridge.errors import BridgeError
 from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, RequestBundle, file_names, loads_answer
 from bridge.state.store import Store
 from bridge.system.files import DIRECTORY_MODE, SECRET_MODE, private_directory, sync_directory, write_atomically
+from bridge.system.ownership import exposure
 from bridge.system.safe_read import UnreadableError, read_once
 
 _ARCHIVE = "desk-done"
 _ANSWERS = "desk-answered"
 _DONE_MODE = 0o644  #: Nothing in a bundle is secret; the directory says who may look.
-_OTHERS_CAN_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class ArchiveError(BridgeError):
@@ -67,11 +66,10 @@ class Archive:
         """
         private_directory(self._answers)
         self.directory.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
-        status = self.directory.lstat()
-        if stat.S_ISLNK(status.st_mode):
+        if self.directory.is_symlink():
             found = "a symbolic link"
-        elif status.st_uid != os.geteuid() or status.st_mode & _OTHERS_CAN_WRITE:
-            found = f"owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}"
+        elif (exposed := exposure(self.directory)) is not None:
+            found = exposed.found if exposed.path == self.directory else f"{exposed.path} with {exposed.found}"
         else:
             return
         wanted = f"an archive of user {os.geteuid()}'s own, that nobody else can write to"

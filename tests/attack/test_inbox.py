@@ -97,7 +97,7 @@ def test_a_link_in_the_archive_s_place_gets_nothing(desk_: Desk, bundle: Request
     assert [path.name for path in desk_.archive.iterdir()] == [request_file_name(bundle)]
 
 
-@pytest.mark.parametrize("how", ["link", "writable", "foreign"])
+@pytest.mark.parametrize("how", ["link", "writable", "foreign", "below"])
 def test_an_archive_that_others_can_change_is_refused(
     desk_: Desk, bundle: RequestBundle, tmp_path: Path, how: str
 ) -> None:
@@ -107,8 +107,11 @@ def test_an_archive_that_others_can_change_is_refused(
     if how == "link":
         archive.symlink_to(elsewhere)
     else:
-        archive.mkdir()
+        archive = archive / "below" if how == "below" else archive
+        archive.mkdir(parents=True)
         archive.chmod(0o777 if how == "writable" else 0o755)
+    if how == "below":
+        archive.parent.chmod(0o777)
     if how == "foreign":
         if os.geteuid() != 0:
             pytest.skip("only root can give a directory away")
