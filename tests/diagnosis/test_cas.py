@@ -6,12 +6,17 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bridge.diagnosis.examination import examine
+from bridge.diagnosis.findings import causes
+from bridge.node.names import with_name
+from bridge.settings.load import load
 from tests.kit import openbao
 from tests.kit.cas import Bridge, add_cfssl, add_openssl, add_vault
 from tests.kit.loopback import LoopbackServer
@@ -37,9 +42,9 @@ def bridge(bao: openbao.OpenBao, tmp_path_factory: pytest.TempPathFactory) -> Br
 
 
 def wrong(bridge: Bridge) -> list[tuple[str, str, list[str], str]]:
-    """Of `doctor -o json`: level, check, subjects and text of what is not in order."""
-    told = json.loads(bridge.run("doctor", "-o", "json").stdout)
-    return [(one["level"], one["check"], one["about"], one["text"]) for one in told["findings"] if one["level"] != "ok"]
+    """Level, check, subjects and text of what is not in order."""
+    found = causes(examine(with_name(load(bridge.config)), datetime.now(UTC)))
+    return [(one.level, one.check, list(one.about), one.text) for one in found if one.level != "ok"]
 
 
 #: The role's certificate, what an administrator changes, and how the finding begins.
