@@ -13,6 +13,7 @@ import ipaddress
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 from cryptography import x509
@@ -58,6 +59,8 @@ _HANDLED = {
     ExtensionOID.CRL_DISTRIBUTION_POINTS,
     *_CA_ONLY,
 }
+#: A desk looks at thousands of certificates by the same few issuers, and at each of them more than once in a row.
+_REMEMBERED = 64
 #: Those of SANs and of name constraints that Go handles.
 _NAMES = (x509.DNSName, x509.IPAddress, x509.RFC822Name, x509.UniformResourceIdentifier)
 
@@ -102,10 +105,16 @@ def form(certificate: x509.Certificate, *, leaf: bool) -> Iterator[Violation]:
         yield Violation(subject="form", want="DER that Kubernetes can read", got=str(e))
 
 
-def _fields(certificate: x509.Certificate) -> list[der.Element]:
+@lru_cache(maxsize=_REMEMBERED)
+def _fields(certificate: x509.Certificate) -> tuple[der.Element, ...]:
     """serialNumber, signature, issuer, validity, subject, subjectPublicKeyInfo, … (RFC 5280 §4.1)."""
     found = der.one(certificate.tbs_certificate_bytes, der.SEQUENCE).children()
-    return [field for field in found if field.tag != der.context(0, constructed=True)]
+    return tuple(field for field in found if field.tag != der.context(0, constructed=True))
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _issuer_form(issuer: x509.Certificate) -> tuple[Violation, ...]:
+    return tuple(form(issuer, leaf=False))
 
 
 def _identifiers(certificate: x509.Certificate, fields: Sequence[der.Element], *, leaf: bool) -> Iterator[Violation]:
@@ -341,7 +350,7 @@ def path(
     """
     for issuer in (*intermediates, anchor):
         who = "the CA" if issuer is anchor else f"intermediate {shown.name(issuer)}"
-        for violation in form(issuer, leaf=False):
+        for violation in _issuer_form(issuer):
             want = f"{violation.subject} with {violation.want} in each issuer"
             yield Violation(subject="chain", want=want, got=f"{violation.got} in {who}")
         yield from _covers(issuer, who, ekus)
