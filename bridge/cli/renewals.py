@@ -17,7 +17,6 @@ from bridge.node import inventory
 from bridge.node.inventory import Item
 from bridge.pki.durations import duration_text
 from bridge.pki.expiry import first_end, minute, rfc3339
-from bridge.renewal import install_directory
 from bridge.renewal import renew as renewal
 from bridge.renewal.issuance import shortened
 from bridge.renewal.prepare import Prepared, prepare
@@ -72,6 +71,8 @@ def install(
     any_identity: Collection[str],
 ) -> int:
     """`install`: a directory of keys and certificates; return the exit code."""
+    from bridge.renewal import install_directory  # noqa: PLC0415 (20 ms, which `renew` needs not)
+
     with progress_shown() as progress:
         result, node, selection = install_directory.run(
             settings,

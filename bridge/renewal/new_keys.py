@@ -6,11 +6,13 @@ Making them takes as long as all the rest of a renewal, and needs nothing else o
 
 from __future__ import annotations
 
+import contextlib
 import os
+import queue
 import threading
 from collections import defaultdict, deque
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 from bridge.pki import csr
 from bridge.pki.csr import PrivateKey
@@ -18,15 +20,38 @@ from bridge.specs import KeyAlgorithm
 
 _lock = threading.Lock()
 _begun: defaultdict[KeyAlgorithm, deque[Future[PrivateKey]]] = defaultdict(deque)
+_to_make: queue.SimpleQueue[tuple[KeyAlgorithm, Future[PrivateKey]]] = queue.SimpleQueue()
 
 
 def begin(algorithms: Iterable[KeyAlgorithm]) -> None:
-    """Begin to make one key for each; a process that ends does not wait for them."""
-    pool = ThreadPoolExecutor(os.cpu_count() or 1)
-    with _lock:
-        for algorithm in algorithms:
-            _begun[algorithm].append(pool.submit(csr.generate_key, algorithm))
-    pool.shutdown(wait=False)
+    """Begin to make one key for each, on all cores but one, which the rest of the run needs until it waits for them."""
+    for algorithm in algorithms:
+        future: Future[PrivateKey] = Future()
+        with _lock:
+            _begun[algorithm].append(future)
+        _to_make.put((algorithm, future))
+    for _ in range(max(1, (os.cpu_count() or 1) - 1)):
+        _start()
+
+
+def hurry() -> None:
+    """Use the last core, too: nothing else is left to do until they are made."""
+    if not _to_make.empty():
+        _start()
+
+
+def _start() -> None:
+    threading.Thread(target=_make_all, daemon=True).start()  # a process that ends does not wait for them
+
+
+def _make_all() -> None:
+    with contextlib.suppress(queue.Empty):
+        while True:
+            algorithm, future = _to_make.get_nowait()
+            try:
+                future.set_result(csr.generate_key(algorithm))
+            except BaseException as e:  # noqa: BLE001 (whoever takes the key gets it)
+                future.set_exception(e)
 
 
 def take(algorithm: KeyAlgorithm) -> PrivateKey:

@@ -21,7 +21,7 @@ from bridge.errors import BridgeError
 from bridge.node import kubeconfig
 from bridge.node.inventory import Item
 from bridge.node.kubeconfig import KubeconfigError
-from bridge.pki import continuity, csr
+from bridge.pki import csr
 from bridge.pki.certificates import load_pem_certificates
 from bridge.renewal import new_keys
 from bridge.renewal.selection import RESTORE, MissingCertificateError, outcome_of
@@ -152,6 +152,8 @@ def _still_says_it(one: Prepared, settings: Settings, now: datetime) -> bool:
 
 
 def _continuity(one: Prepared, settings: Settings, batch: str, asked: datetime) -> Continuity:
+    from bridge.pki import continuity  # noqa: PLC0415 (15 ms; only where requests are carried)
+
     who = {"batch": batch, "node": settings.node.node_name, "cluster": settings.node.cluster}
     terms = continuity.Terms(validity=one.request.validity, created=asked)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from bridge.control_plane import restart_plan, restarts
+from bridge.control_plane import restart_plan
 from bridge.errors import BridgeError, Exit
 from bridge.node.inventory import Item, Node
 from bridge.renewal.selection import NotReadyError, outcome_of
@@ -63,6 +63,8 @@ def without_restart(node: Node, settings: Settings, items: Sequence[Item]) -> li
     """
     if settings.restart.method == "none":
         return []
+    from bridge.control_plane import restarts  # noqa: PLC0415 (40 ms; only where components are restarted)
+
     reloads = restart_plan.reloading(node, settings.node.kubernetes_version)
     users = restart_plan.stale([item.spec for item in items], reloads, settings.restart.components)
     obstacles = {c: _no_way(e) for c in users if (e := restarts.obstacle(c, node, settings)) is not None}

@@ -17,7 +17,7 @@ from bridge.errors import VerificationError, WaitingError
 from bridge.node.inventory import Item, Node
 from bridge.pki import expiry, verify
 from bridge.pki.durations import duration_text
-from bridge.renewal import gate
+from bridge.renewal import gate, new_keys
 from bridge.renewal.gate import NotYetError
 from bridge.renewal.issuance import Answered, issue_all, reaching
 from bridge.renewal.prepare import Prepared, prepare, preparing
@@ -148,7 +148,9 @@ def _prepare_and_issue(
             if earlier:
                 unasked = [*(one.prepared for one in kept), *(one for one in made if isinstance(one, Prepared))]
                 return [], earlier, unasked
-        asked, unmade = issue_all(run, making, reached(), expected)
+        cas = reached()
+        new_keys.hurry()
+        asked, unmade = issue_all(run, making, cas, expected)
     return [*kept, *asked], [*earlier, *unmade], []
 
 
