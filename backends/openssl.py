@@ -34,7 +34,7 @@ from cryptography.x509.oid import NameOID
 from backends.openssl_config import Config, ConfigDoubtError, parse_config
 from backends.openssl_index import Database, Snapshot, file_name
 from backends.openssl_key import SCHEME, KeyFile, Pkcs11Settings, PrivateKey, TokenKey, key_problems, shown
-from backends.openssl_process import Failure, Openssl, Outcome
+from backends.openssl_process import Failure, Openssl, ProcessEnd
 from bridge.contract import BackendSettings, Issued, Secret, SetupFile, SetupRequest, SignRequest
 from bridge.errors import (
     BackendError,
@@ -460,7 +460,9 @@ class _Desk:
         self.readings.append(beside.submit(self._read, orders, serials, self.fatal))
         return None
 
-    def _run_recorded(self, usage: Usage, validity: timedelta, orders: Sequence[_Order]) -> tuple[Outcome, list[int]]:
+    def _run_recorded(
+        self, usage: Usage, validity: timedelta, orders: Sequence[_Order]
+    ) -> tuple[ProcessEnd, list[int]]:
         """How a run ended, and the serial numbers that it added to the database."""
         before = self.seen = self.database.read(self.seen)
         self.database.check_space(len(before.data), len(orders))
@@ -504,7 +506,7 @@ class _Desk:
         end = min(now + validity, signer.not_valid_after_utc)
         return ["-startdate", _asn1_time(begin), "-enddate", _asn1_time(end)]
 
-    def _run(self, *arguments: str, csrs: int = 0) -> Outcome:
+    def _run(self, *arguments: str, csrs: int = 0) -> ProcessEnd:
         fixed = ("-config", "openssl.cnf", "-name", "bridge", "-batch")
         # should we be killed, the process holds the lock until it has ended
         return self.openssl.run(self.folder, "ca", *fixed, *arguments, inherited=[self.lock], csrs=csrs)

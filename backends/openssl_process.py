@@ -39,7 +39,7 @@ _DISK_FULL = re.compile(r"No space left|Disk quota", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class ProcessEnd:
     """What a process left; `code` is None when it was stopped at its time limit."""
 
     code: int | None
@@ -94,7 +94,9 @@ class Openssl:
         key = load_pem_public_key(outcome.output)
         return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
-    def run(self, folder: Path, command: str, *arguments: str, inherited: Iterable[int] = (), csrs: int = 0) -> Outcome:
+    def run(
+        self, folder: Path, command: str, *arguments: str, inherited: Iterable[int] = (), csrs: int = 0
+    ) -> ProcessEnd:
         """
         Run a command that uses the private key, with no terminal to ask on and none of our environment.
 
@@ -151,7 +153,7 @@ class Openssl:
         environment: Mapping[str, str],
         inherited: Iterable[int],
         limit: timedelta,
-    ) -> Outcome:
+    ) -> ProcessEnd:
         program = shutil.which(self.program)
         if not program:
             raise BackendRefusedError(
@@ -175,9 +177,9 @@ class Openssl:
             output = _output(process, limit)
             messages.seek(0)
             told = messages.read().decode(errors="replace")
-        return Outcome(None, limit=limit) if output is None else Outcome(process.returncode, output, told)
+        return ProcessEnd(None, limit=limit) if output is None else ProcessEnd(process.returncode, output, told)
 
-    def failure(self, outcome: Outcome) -> Failure:
+    def failure(self, outcome: ProcessEnd) -> Failure:
         """Why it failed, as far as its messages tell; they decide nothing else."""
         error = self._stopped(outcome) or self._without_key(outcome.messages) or _killed(outcome)
         if error:
@@ -185,7 +187,7 @@ class Openssl:
         told = self._told(outcome.messages)
         return Failure(BackendRefusedError(f"openssl ended with code {outcome.code}: {told}"), for_all=False)
 
-    def _stopped(self, outcome: Outcome) -> BackendUnavailableError | None:
+    def _stopped(self, outcome: ProcessEnd) -> BackendUnavailableError | None:
         if outcome.code is None:
             limit = outcome.limit.total_seconds()
             return BackendUnavailableError(
@@ -236,7 +238,7 @@ def _output(process: subprocess.Popen[bytes], limit: timedelta) -> bytes | None:
             raise
 
 
-def _killed(outcome: Outcome) -> BackendUnavailableError | None:
+def _killed(outcome: ProcessEnd) -> BackendUnavailableError | None:
     if outcome.code is not None and outcome.code < 0:
         return BackendUnavailableError(f"openssl was ended by signal {-outcome.code}")
     return None

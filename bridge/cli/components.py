@@ -22,7 +22,7 @@ def restart(
     as_json: bool,
 ) -> int:
     """`restart`: print what came of it, and return the exit code."""
-    report = restarts.run(settings, names, now, force=force, wait=wait)
+    report = restarts.restart_stale(settings, names, now, force=force, wait=wait)
     if report.advised:
         _print_advice(report, settings, as_json=as_json)
     else:
@@ -35,7 +35,7 @@ def restart(
 _NOTHING = "nothing to restart: every component runs on the certificates that are installed"
 
 
-def _print_advice(report: restarts.Report, settings: Settings, *, as_json: bool) -> None:
+def _print_advice(report: restarts.RestartReport, settings: Settings, *, as_json: bool) -> None:
     directory = settings.node.kubeconfig_dir / "manifests"
     advice = {component.value: restart_plan.how(component, directory) for component in report.components}
     if as_json:
@@ -47,7 +47,7 @@ def _print_advice(report: restarts.Report, settings: Settings, *, as_json: bool)
         say(_NOTHING)
 
 
-def _print_restarted(report: restarts.Report, *, as_json: bool) -> None:
+def _print_restarted(report: restarts.RestartReport, *, as_json: bool) -> None:
     if as_json:
         say_json({"exitCode": report.exit_code, "restarted": [_entry(one) for one in report.done], **_unknown(report)})
     elif report.done:
@@ -62,7 +62,7 @@ def _print_restarted(report: restarts.Report, *, as_json: bool) -> None:
             print_error(one.error)
 
 
-def _unknown(report: restarts.Report) -> dict[str, object]:
+def _unknown(report: restarts.RestartReport) -> dict[str, object]:
     return {"unknown": None if report.unknown is None else report.unknown.reason}
 
 
@@ -77,12 +77,12 @@ def _entry(one: restarts.Restarted) -> dict[str, object]:
 
 def prove(settings: Settings, now: Callable[[], datetime], wait: timedelta, *, as_json: bool) -> int:
     """`prove`: print what was found, and return the exit code."""
-    found = proof.run(settings, now, wait)
+    found = proof.prove(settings, now, wait)
     print_proof(found, as_json=as_json)
     return found.exit_code
 
 
-def print_proof(found: proof.Report, *, as_json: bool) -> None:
+def print_proof(found: proof.ProofReport, *, as_json: bool) -> None:
     """All findings, for people or for programs."""
     if as_json:
         say_json(_proof_json(found))
@@ -91,7 +91,7 @@ def print_proof(found: proof.Report, *, as_json: bool) -> None:
         say_table([header, *map(_proof_row, found.findings)])
 
 
-def _proof_row(found: proof.Finding) -> tuple[str, ...]:
+def _proof_row(found: proof.ProofFinding) -> tuple[str, ...]:
     texts = (_user(found.component), found.certificate, found.what, found.state, found.detail)
     return tuple(map(printable, texts))
 
@@ -100,7 +100,7 @@ def _user(component: Component | None) -> str:
     return "people" if component is None else component.value
 
 
-def _proof_json(found: proof.Report) -> dict[str, object]:
+def _proof_json(found: proof.ProofReport) -> dict[str, object]:
     return {
         "exitCode": found.exit_code,
         "stale": [component.value for component in found.stale],

@@ -12,7 +12,7 @@ from bridge.cli import nagios
 from bridge.cli.printing import say
 from bridge.errors import Exit
 from bridge.node import inventory
-from bridge.node.expiry_report import Report, Row, report
+from bridge.node.expiry_report import ExpiryReport, Row, report
 from bridge.pki.certificates import fingerprint, name_text, serial_hex
 from bridge.pki.expiry import first_end, residual, rfc3339
 from bridge.settings.tables import Settings
@@ -101,7 +101,7 @@ def look(
         3 when one is due, else 0.
     """
     found = report(inventory.read(pki_dir, kubeconfig_dir), now, None if within is None else lambda _: within)
-    forms: Mapping[str, Callable[[Report], str]] = {
+    forms: Mapping[str, Callable[[ExpiryReport], str]] = {
         "table": table,
         "json": as_json,
         "yaml": as_yaml,
@@ -111,7 +111,7 @@ def look(
     return forms[output](found), list(found.troubles), code
 
 
-def table(found: Report) -> str:
+def table(found: ExpiryReport) -> str:
     """kubeadm 1.37's two tables, then one of what kubeadm has no row for, if there is any."""
     tables = [
         _align([_HEADER, *(_cells(row, row.authority or "") for row in found.certificates)]),
@@ -140,14 +140,14 @@ def _align(rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def as_json(found: Report) -> str:
+def as_json(found: ExpiryReport) -> str:
     """kubeadm's structure (output.kubeadm.k8s.io/v1alpha3) in its order and indentation, and more keys."""
     import json  # noqa: PLC0415 (7 ms that the table has no use for)
 
     return json.dumps(_structure(found), indent=4, ensure_ascii=False) + "\n"
 
 
-def as_yaml(found: Report) -> str:
+def as_yaml(found: ExpiryReport) -> str:
     """The same in YAML, with sorted keys as kubeadm's."""
     import yaml  # noqa: PLC0415 (loaded by the reading side already, but as a tree only)
 
@@ -156,7 +156,7 @@ def as_yaml(found: Report) -> str:
     return str(text)
 
 
-def _structure(found: Report) -> dict[str, Any]:
+def _structure(found: ExpiryReport) -> dict[str, Any]:
     return {
         "kind": "CertificateExpirationInfo",
         "apiVersion": "output.kubeadm.k8s.io/v1alpha3",
@@ -194,7 +194,7 @@ def _entry(row: Row) -> dict[str, Any]:
     return entry
 
 
-def as_prometheus(found: Report, failures: Mapping[str, Failures] | None = None) -> str:
+def as_prometheus(found: ExpiryReport, failures: Mapping[str, Failures] | None = None) -> str:
     """
     Prometheus' text format, for the textfile collector; times are seconds since 1970.
 

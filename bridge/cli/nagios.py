@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from bridge.node import inventory
-from bridge.node.expiry_report import Limit, Report, Row, report
+from bridge.node.expiry_report import ExpiryReport, Limit, Row, report
 from bridge.pki.expiry import residual
 from bridge.settings.tables import Settings
 
@@ -72,7 +72,7 @@ def check(
     return f"CERTIFICATES {_WORDS[status]} - {what}{unseen}{' | ' if data else ''}{data}", list(early.troubles), status
 
 
-def _critical(late: Report) -> list[str]:
+def _critical(late: ExpiryReport) -> list[str]:
     rows = [row for row in late.rows if not (row.state == "missing" and row.optional)]
     return [
         *(f"{row.name} expired" for row in rows if row.expired),
@@ -81,7 +81,7 @@ def _critical(late: Report) -> list[str]:
     ]
 
 
-def _warning(early: Report, late: Report, failures: Mapping[str, Failures] | None) -> list[str]:
+def _warning(early: ExpiryReport, late: ExpiryReport, failures: Mapping[str, Failures] | None) -> list[str]:
     told = {row.name for row in late.rows if row.due}
     return [
         *(_ends(row) for row in early.rows if row.due and row.name not in told),
@@ -93,7 +93,7 @@ def _ends(row: Row) -> str:
     return f"{row.name} ends in {residual(row.chain_seconds_left or 0)}"
 
 
-def _good(found: Report) -> str:
+def _good(found: ExpiryReport) -> str:
     left: Sequence[Row] = [row for row in found.rows if row.chain_seconds_left is not None]
     if not left:
         return "no certificates"

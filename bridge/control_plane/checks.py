@@ -36,7 +36,7 @@ from bridge.control_plane.probes import (
 from bridge.control_plane.restart_plan import KUBELET_COPY, reloading
 from bridge.node import ages, endpoints, kubeconfig, manifests, processes
 from bridge.node.ages import contents
-from bridge.node.endpoints import Flags, Place, Server
+from bridge.node.endpoints import Address, Flags, Server
 from bridge.node.inventory import Item, Node
 from bridge.node.kubelet import KUBELET_CONFIG
 from bridge.node.yamltree import document, split_bom
@@ -325,7 +325,7 @@ def _ask_kubelet(look: Look, client: Client) -> str:
     return accepted(ask_all(client, [server], path))
 
 
-def _kubelet_place(look: Look) -> Place:
+def _kubelet_place(look: Look) -> Address:
     """
     By the kubelet's configuration, without which it has its defaults.
 
@@ -336,7 +336,7 @@ def _kubelet_place(look: Look) -> Place:
     root = None if data is None else document(split_bom(data)[1])
     found = {key: "" if root is None or (node := root.get(key)) is None else node.text() for key in ("address", "port")}
     own = look.flags(Component.APISERVER).get("--advertise-address", "127.0.0.1")
-    return Place(
+    return Address(
         own if endpoints.is_any(found["address"]) else found["address"],
         int(found["port"] or endpoints.PORTS[Component.KUBELET]),
     )
@@ -391,7 +391,7 @@ def _read_at_start(look: Look, name: str, flags: Flags) -> list[Path]:
     return list(dict.fromkeys(path for path in (*named, referred) if path is not None))
 
 
-def _self_made(place: Place) -> Verdict:
+def _self_made(place: Address) -> Verdict:
     shown = https.served(*place, timeout_seconds=TIMEOUT_SECONDS)
     return Verdict("not-ours", f"made by the program at its start, serial {serial_hex(shown)}: no --tls-cert-file")
 

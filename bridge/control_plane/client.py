@@ -40,7 +40,7 @@ class Client:
             trust_pem=None if trust is None else contents(trust),
         )
 
-    def ask(self, server: Server, path: str, **request: Any) -> https.Answer:
+    def ask(self, server: Server, path: str, **request: Any) -> https.HttpAnswer:
         """
         Ask one server; any status is an answer.
 

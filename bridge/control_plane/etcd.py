@@ -76,7 +76,7 @@ class Etcd:
         clients.sort(key=lambda one: _CLIENTS.index(one[0]))
         return cls([client for _, client in clients], troubles)
 
-    def ask(self, server: Server, path: str, body: bytes | None = None) -> https.Answer:
+    def ask(self, server: Server, path: str, body: bytes | None = None) -> https.HttpAnswer:
         """
         Ask as the first of our clients that it takes; without TLS as nobody in particular.
 

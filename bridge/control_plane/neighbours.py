@@ -31,7 +31,7 @@ from bridge.specs import Component
 from bridge.system import https
 from bridge.system.waiting import wait_until
 
-State = Literal["healthy", "unhealthy", "unknown"]
+InstanceState = Literal["healthy", "unhealthy", "unknown"]
 
 _LOOK_SECONDS = 2.0
 #: etcd's take a second or two; on a slow disk they fail, and are held again.
@@ -55,7 +55,7 @@ class Instance:
     name: str  #: Its node's, or else its address.
     url: str  #: Empty when it has not told any.
     own: bool  #: On this node.
-    state: State
+    state: InstanceState
     reason: str = ""  #: Of a state that is not healthy.
     voter: bool = True  #: Counts for etcd's quorum.
     answers: bool = True  #: False: nothing comes from it.
@@ -390,7 +390,7 @@ def _member_state(etcd: Etcd, member: Instance) -> Instance:
 
 def _without_answer(instance: Instance, error: https.HttpsError) -> Instance:
     """A server that turns our certificate away may be well."""
-    state: State = "unknown" if isinstance(error, https.ClientRefusedError) else "unhealthy"
+    state: InstanceState = "unknown" if isinstance(error, https.ClientRefusedError) else "unhealthy"
     return replace(instance, state=state, reason=str(error), answers=state == "unknown")
 
 
@@ -483,7 +483,7 @@ def _ready(api: Api, instance: Instance) -> Instance:
     return refused
 
 
-def _not_ready(answer: https.Answer) -> str:
+def _not_ready(answer: https.HttpAnswer) -> str:
     """The checks that failed, as in `[-]etcd failed: reason withheld`."""
     failed = re.findall(r"^\[-\](\S+)", answer.body.decode(errors="replace"), re.MULTILINE)
     return f"not ready: {', '.join(failed)}" if failed else f"HTTP {answer.status}"

@@ -21,7 +21,7 @@ from bridge.control_plane.client import TIMEOUT_SECONDS, Client
 from bridge.errors import BridgeError
 from bridge.node import ages
 from bridge.node.ages import contents
-from bridge.node.endpoints import Place, Server
+from bridge.node.endpoints import Address, Server
 from bridge.pki.certificates import load_pem_certificates, serial_hex
 from bridge.specs import Component
 from bridge.system import https
@@ -30,7 +30,7 @@ from bridge.system.safe_read import UnreadableError
 
 #: next-connection: right, and in use from the component's next connection on. not-ours: nothing that we renew.
 #: unknown: it could not be looked at.
-State = Literal["current", "next-connection", "not-ours", "stale", "refused", "no-answer", "unknown"]
+ProofState = Literal["current", "next-connection", "not-ours", "stale", "refused", "no-answer", "unknown"]
 
 _MOST_WORDS = 300
 
@@ -41,7 +41,7 @@ _MOST_WORDS = 300
 class Verdict(NamedTuple):
     """What a check has found."""
 
-    state: State
+    state: ProofState
     detail: str
 
 
@@ -122,7 +122,7 @@ class Serving:
     name: str | None = None  #: By which clients know it; None: by the address.
     mutual: bool = False  #: The server wants client certificates, and this one is one, too.
 
-    def at(self, place: Place, now: datetime) -> Check:
+    def at(self, place: Address, now: datetime) -> Check:
         """What is shown at one of them."""
         return Check(
             component=self.component,
@@ -135,7 +135,7 @@ class Serving:
         """The same pair in a client's hand."""
         return Client.of(self.file, self.key_file, self.trust_file)
 
-    def _judge(self, place: Place, now: datetime) -> Verdict:
+    def _judge(self, place: Address, now: datetime) -> Verdict:
         pem, key = contents(self.file), contents(self.key_file)
         ours = first(self.file, pem)
         try:
@@ -157,7 +157,7 @@ class Serving:
 # --- clients ---------------------------------------------------------------------------------------------------------
 
 
-def ask_all(client: Client, servers: Sequence[Server], path: str, **request: Any) -> dict[str, https.Answer]:
+def ask_all(client: Client, servers: Sequence[Server], path: str, **request: Any) -> dict[str, https.HttpAnswer]:
     """
     Ask all of them; by URL the answers of those that have one.
 
@@ -181,7 +181,7 @@ def ask_all(client: Client, servers: Sequence[Server], path: str, **request: Any
     return answers
 
 
-def _ask(client: Client, server: Server, path: str, request: Mapping[str, Any]) -> https.Answer:
+def _ask(client: Client, server: Server, path: str, request: Mapping[str, Any]) -> https.HttpAnswer:
     try:
         answer = client.ask(server, path, **request)
     except HttpsError as e:
@@ -191,7 +191,7 @@ def _ask(client: Client, server: Server, path: str, request: Mapping[str, Any]) 
     return answer
 
 
-def words(answer: https.Answer) -> str:
+def words(answer: https.HttpAnswer) -> str:
     """What a server says about its answer: Kubernetes' Status, etcd's error, or text."""
     text = answer.body[:_MOST_WORDS].decode(errors="replace").strip()
     try:
@@ -202,7 +202,7 @@ def words(answer: https.Answer) -> str:
     return message[:_MOST_WORDS] if isinstance(message, str) else text
 
 
-def accepted(answers: Mapping[str, https.Answer]) -> str:
+def accepted(answers: Mapping[str, https.HttpAnswer]) -> str:
     """
     Who has accepted it; that there is no such thing as was asked for is an answer, too.
 

@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 
 from bridge.control_plane import checks
 from bridge.control_plane.checks import Machine
-from bridge.control_plane.probes import Check, State
+from bridge.control_plane.probes import Check, ProofState
 from bridge.control_plane.restart_plan import ORDER
 from bridge.errors import BridgeError, Exit
 from bridge.node import inventory
@@ -30,21 +30,21 @@ _PAUSE_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class ProofFinding:
     """One thing that a component serves, uses or accepts."""
 
     component: Component | None  #: Whose certificate it is; None: people's.
     certificate: str  #: kubeadm's name, or the file's where kubeadm has none.
     what: str
-    state: State
+    state: ProofState
     detail: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class ProofReport:
     """All that was found."""
 
-    findings: tuple[Finding, ...]  #: Empty: there was nothing to look at.
+    findings: tuple[ProofFinding, ...]  #: Empty: there was nothing to look at.
 
     @property
     def stale(self) -> list[Component]:
@@ -53,7 +53,7 @@ class Report:
         return [component for component in ORDER if component in found]
 
     @property
-    def wrong(self) -> list[Finding]:
+    def wrong(self) -> list[ProofFinding]:
         """What keeps the exit code from 0."""
         return [finding for finding in self.findings if finding.state in _CODES]
 
@@ -63,7 +63,7 @@ class Report:
         return Exit.worst([_CODES[finding.state] for finding in self.wrong]) if self.findings else Exit.FAILED
 
 
-_CODES: Mapping[State, int] = {
+_CODES: Mapping[ProofState, int] = {
     "stale": Exit.NOT_LIVE,
     "refused": Exit.NOT_LIVE,
     "no-answer": Exit.NOT_LIVE,
@@ -71,7 +71,7 @@ _CODES: Mapping[State, int] = {
 }
 
 
-def look(node: Node, settings: Settings, now: datetime, machine: Machine | None = None) -> Report:
+def look(node: Node, settings: Settings, now: datetime, machine: Machine | None = None) -> ProofReport:
     """
     Look at all that runs on a node; takes as long as its slowest answer.
 
@@ -86,12 +86,12 @@ def look(node: Node, settings: Settings, now: datetime, machine: Machine | None 
     given = checks.Look(node=node, settings=settings, now=now, machine=machine or Machine())
     made = list(checks.of(given)) if node.manifests else []
     with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
-        return Report(findings=tuple(pool.map(_finding, made)))
+        return ProofReport(findings=tuple(pool.map(_finding, made)))
 
 
-def _finding(check: Check) -> Finding:
+def _finding(check: Check) -> ProofFinding:
     verdict = check.run()
-    return Finding(
+    return ProofFinding(
         component=check.component,
         certificate=check.certificate,
         what=check.what,
@@ -107,8 +107,8 @@ def within(
     limit: timedelta,
     machine: Machine | None = None,
     *,
-    counts: Callable[[Finding], bool] = lambda _: True,
-) -> Report:
+    counts: Callable[[ProofFinding], bool] = lambda _: True,
+) -> ProofReport:
     """
     Look until nothing that counts is wrong or the time is over; the last look, with what does not count.
 
@@ -130,7 +130,7 @@ def within(
     )
 
 
-def run(settings: Settings, now: Callable[[], datetime], wait: timedelta) -> Report:
+def prove(settings: Settings, now: Callable[[], datetime], wait: timedelta) -> ProofReport:
     """
     Look at this node, for so long as something is wrong and the time is not over.
 

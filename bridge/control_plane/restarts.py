@@ -43,7 +43,7 @@ from bridge.words import name_found
 _POLL_SECONDS = 0.5
 
 
-class NotNowError(PostponedError):
+class RestartPostponedError(PostponedError):
     """A component is not to be touched now."""
 
 
@@ -167,7 +167,7 @@ def _restart(component: Component, node: Node, settings: Settings, store: Store,
 
 
 def _not_tried(component: Component, failed: Restarted) -> BridgeError:
-    kind = NotNowError if isinstance(failed.error, PostponedError) else RestartError
+    kind = RestartPostponedError if isinstance(failed.error, PostponedError) else RestartError
     hint = f"fix {failed.component.value}, then run `ca-bridge restart`"
     return kind(f"{component.value}: not restarted, since {failed.component.value} was not", hint=hint)
 
@@ -190,7 +190,7 @@ def _too_soon(component: Component, settings: Settings, store: Store) -> Restart
     now = datetime.now(UTC)
     if last is None or not last <= now < last + interval:
         return None
-    error = NotNowError(
+    error = RestartPostponedError(
         f"{component.value}: wanted {duration_text(interval)} since its last restart (restart.min_interval), found "
         f"{int((now - last).total_seconds())} s",
         hint=f"run again after {last + interval:%H:%M:%S} UTC, or with --force",
@@ -241,7 +241,7 @@ def _wait_for_neighbours(
     tell(f"{component.value}: waits for its neighbours: {_sentence(found)}")
     found = _wait(lambda: _unhealthy(beside, node, settings), settings.restart.timeout)
     if found:
-        raise NotNowError(
+        raise RestartPostponedError(
             f"{component.value}: wanted healthy neighbours before its restart, found {_sentence(found)}",
             hint="fix them, then run `ca-bridge restart`; --force restarts nevertheless",
         )
@@ -408,7 +408,7 @@ def _wait(look: Callable[[], dict[Component, str]], timeout: timedelta) -> dict[
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class RestartReport:
     """What `ca-bridge restart` did."""
 
     components: tuple[Component, ...]  #: That were to be restarted.
@@ -437,9 +437,9 @@ class UnknownError(BridgeError):
         self.exit_code = exit_code  # type: ignore[misc]  # that of the look, where others have their class's
 
 
-def run(
+def restart_stale(
     settings: Settings, names: Sequence[str], now: Callable[[], datetime], *, force: bool, wait: timedelta
-) -> Report:
+) -> RestartReport:
     """
     Restart what proof shows to be on an old certificate, or what is named.
 
@@ -452,11 +452,11 @@ def run(
         node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
         components, unknown = (named, None) if named else _by_settings(node, settings, now())
         if settings.restart.method == "none":
-            return Report(components=tuple(components), advised=True, unknown=unknown)
+            return RestartReport(components=tuple(components), advised=True, unknown=unknown)
         done = restart_all(
             components, node, settings, store, tell=lambda text: log.info("%s", text), record=record, force=force
         )
-        return Report(components=tuple(components), done=tuple(done), unknown=unknown)
+        return RestartReport(components=tuple(components), done=tuple(done), unknown=unknown)
 
 
 def _components(names: Sequence[str]) -> list[Component]:

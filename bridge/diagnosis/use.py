@@ -14,8 +14,8 @@ from bridge.errors import BridgeError
 from bridge.node import endpoints
 from bridge.node.endpoints import Server
 from bridge.node.inventory import Item, Node
-from bridge.node.yamltree import Node as Tree
 from bridge.node.yamltree import YamlError, document
+from bridge.node.yamltree import YamlNode as Tree
 from bridge.pki.certificates import load_pem_certificates
 from bridge.renewal import hooks
 from bridge.settings.tables import Settings

@@ -23,7 +23,7 @@ ETCD_HTTP_ONLY = "--listen-client-http-urls"
 Flags = Mapping[str, str]
 
 
-class Place(NamedTuple):
+class Address(NamedTuple):
     """Host or address, and port."""
 
     host: str
@@ -40,13 +40,13 @@ class Server(NamedTuple):
     name: str | None = None  #: In its certificate, where that is not the URL's host.
 
     @property
-    def place(self) -> Place:
+    def place(self) -> Address:
         """Where it is."""
         parts = urlsplit(self.url)
-        return Place(parts.hostname or "", parts.port or HTTPS)
+        return Address(parts.hostname or "", parts.port or HTTPS)
 
 
-def bound(component: Component, flags: Flags) -> list[Place]:
+def bound(component: Component, flags: Flags) -> list[Address]:
     """
     Where a Kubernetes component listens, none for one that does not.
 
@@ -57,7 +57,7 @@ def bound(component: Component, flags: Flags) -> list[Place]:
     """
     host, port = flags.get("--bind-address", ""), int(flags.get("--secure-port", PORTS[component]))
     hosts = [loopback(host), flags.get("--advertise-address")] if is_any(host) else [host]
-    return [Place(one, port) for one in dict.fromkeys(hosts) if one and port]
+    return [Address(one, port) for one in dict.fromkeys(hosts) if one and port]
 
 
 def name(flags: Flags) -> str | None:
@@ -66,7 +66,7 @@ def name(flags: Flags) -> str | None:
     return flags.get("--advertise-address") or (None if is_any(host) else host)
 
 
-def listening(flags: Flags, names: Sequence[str], advertised: str) -> list[Place]:
+def listening(flags: Flags, names: Sequence[str], advertised: str) -> list[Address]:
     """
     Where etcd listens with TLS.
 
@@ -78,7 +78,7 @@ def listening(flags: Flags, names: Sequence[str], advertised: str) -> list[Place
     places = []
     for place in (Server(url).place for one in names for url in urls(flags, one)):
         hosts = [loopback(place.host), host(flags, advertised)] if is_any(place.host) else [place.host]
-        places += [Place(found, place.port) for found in hosts if found]
+        places += [Address(found, place.port) for found in hosts if found]
     return list(dict.fromkeys(places))
 
 

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 
 from cryptography import x509
 
-from bridge.node.inventory import AuthorityState, Item, Node, State
+from bridge.node.inventory import AuthorityState, FileState, Item, Node
 from bridge.pki.expiry import ROTATION_IS_LATE, first_end, seconds_left
 
 #: How long before its end a certificate is due, by its lifetime.
@@ -21,7 +21,7 @@ class Row:
 
     name: str
     path: str
-    state: State
+    state: FileState
     trouble: str | None
     chain: Sequence[x509.Certificate]  #: The certificate and its intermediates; empty unless it is present.
     seconds_left: int | None  #: The certificate's, as kubeadm has it.
@@ -44,7 +44,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class ExpiryReport:
     """All rows, in the order of the output."""
 
     certificates: Sequence[Row]  #: As kubeadm lists them.
@@ -63,7 +63,7 @@ class Report:
         return any(row.due for row in self.rows)
 
 
-def report(node: Node, now: datetime, within: Limit | None) -> Report:
+def report(node: Node, now: datetime, within: Limit | None) -> ExpiryReport:
     """
     What there is to say about the expiry of a node's certificates, its CAs included.
 
@@ -73,7 +73,7 @@ def report(node: Node, now: datetime, within: Limit | None) -> Report:
         within: What ends sooner is due, as is what has ended; None: nothing is.
     """
     rows = [(item, _item_row(item, now, within)) for item in node.items]
-    return Report(
+    return ExpiryReport(
         certificates=[row for item, row in rows if item.listed],
         authorities=[_authority_row(state, now, within) for state in node.authorities if state.listed],
         extra=[row for item, row in rows if not item.listed and not (item.state == "missing" and row.optional)]

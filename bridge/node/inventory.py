@@ -27,7 +27,7 @@ from bridge.specs import AUTHORITIES, ETCD_CA, SPECS, Authority, CertificateSpec
 from bridge.system.safe_read import UnreadableError
 from bridge.system.safe_read import read as read_file
 
-State = Literal["present", "missing", "broken", "unreadable"]
+FileState = Literal["present", "missing", "broken", "unreadable"]
 KeyState = Literal["local", "external", "missing"]
 
 _ETCD_CLIENT = SPECS["apiserver-etcd-client"]
@@ -45,7 +45,7 @@ class Item:
     embedded: bool  #: Certificate and key are data in a kubeconfig.
     anchor_path: Path  #: The CA file that it must lead to.
     certificates: tuple[x509.Certificate, ...]  #: As in the file, the leaf first; empty unless present.
-    state: State
+    state: FileState
     trouble: str | None  #: "wanted …, found …" when broken or unreadable.
     managed: bool  #: Ours to renew; else somebody rotates it, or its CA is not known here.
     listed: bool  #: kubeadm has a row for it.
@@ -66,7 +66,7 @@ class AuthorityState:
     path: Path
     certificates: tuple[x509.Certificate, ...]  #: All in the file; kubeadm takes the first for the root.
     key: KeyState
-    state: State
+    state: FileState
     trouble: str | None  #: As `Item.trouble`.
     listed: bool  #: kubeadm has a row for it.
 
@@ -97,7 +97,7 @@ class Node:
 class _Found(NamedTuple):
     """What a place that should hold certificates holds."""
 
-    state: State
+    state: FileState
     certificates: tuple[x509.Certificate, ...] = ()
     trouble: str | None = None
     obstacle: BridgeError | None = None

@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeVar
 import yaml
 
 from bridge.errors import BridgeError
-from bridge.node.yamltree import Node, YamlError, document, events, split_bom
+from bridge.node.yamltree import YamlError, YamlNode, document, events, split_bom
 
 _CERTIFICATE = "client-certificate-data"
 _KEY = "client-key-data"
@@ -116,12 +116,12 @@ class _Entries(NamedTuple):
     """The nodes that the current context leads to."""
 
     user_name: str
-    cluster: Node
-    user: Node
-    path: tuple[Node, ...]  #: All nodes from the root to the user's mapping, as they stand there (aliases too).
+    cluster: YamlNode
+    user: YamlNode
+    path: tuple[YamlNode, ...]  #: All nodes from the root to the user's mapping, as they stand there (aliases too).
 
     @classmethod
-    def of(cls, root: Node) -> _Entries:
+    def of(cls, root: YamlNode) -> _Entries:
         context = _named(root, "contexts", _text(root, "current-context"), "context")[-1]
         user_name = _text(context, "user")
         path = _named(root, "users", user_name, "user")
@@ -133,7 +133,7 @@ class _Entries(NamedTuple):
         )
 
 
-def _named(root: Node, listing: str, name: str, key: str) -> tuple[Node, Node, Node]:
+def _named(root: YamlNode, listing: str, name: str, key: str) -> tuple[YamlNode, YamlNode, YamlNode]:
     """The list, its one entry of that name, and what the entry holds below `key`."""
     sequence = root.get(listing)
     entries = [] if sequence is None else [entry for entry in sequence.items() if _text(entry, "name") == name]
@@ -145,7 +145,7 @@ def _named(root: Node, listing: str, name: str, key: str) -> tuple[Node, Node, N
     return sequence, entries[0], found
 
 
-def _parse(root: Node) -> Kubeconfig:
+def _parse(root: YamlNode) -> Kubeconfig:
     entries = _Entries.of(root)
     cluster, user = entries.cluster, entries.user
     return Kubeconfig(
@@ -162,7 +162,7 @@ def _parse(root: Node) -> Kubeconfig:
     )
 
 
-def _not_editable(root: Node) -> str | None:
+def _not_editable(root: YamlNode) -> str | None:
     try:
         _editable_values(root)
     except YamlError as e:
@@ -170,13 +170,13 @@ def _not_editable(root: Node) -> str | None:
     return None
 
 
-def _text(mapping: Node, key: str) -> str:
+def _text(mapping: YamlNode, key: str) -> str:
     """Empty when there is no such key."""
     node = mapping.get(key)
     return "" if node is None else node.text()
 
 
-def _data(mapping: Node, key: str) -> bytes | None:
+def _data(mapping: YamlNode, key: str) -> bytes | None:
     """The bytes of a base64 value, None when it is empty or not there."""
     text = _text(mapping, key)
     try:
@@ -187,7 +187,7 @@ def _data(mapping: Node, key: str) -> bytes | None:
     raise YamlError(f"line {mapping.place.line}: wanted base64 in {key}, found something else")
 
 
-def _editable_values(root: Node) -> dict[str, Node]:
+def _editable_values(root: YamlNode) -> dict[str, YamlNode]:
     """The nodes of the two values; no other place of the document depends on them."""
     entries = _Entries.of(root)
     values = {key: entries.user.get(key) for key in (_CERTIFICATE, _KEY)}
@@ -203,7 +203,7 @@ def _editable_values(root: Node) -> dict[str, Node]:
     return found
 
 
-def _content(text: str, node: Node) -> tuple[int, int]:
+def _content(text: str, node: YamlNode) -> tuple[int, int]:
     """Where a scalar's content begins and ends, without quotes, block header, indentation and last line break."""
     start, end = node.place.start, node.place.end
     if node.style in ("'", '"'):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from bridge.node.yamltree import Node, YamlError, document, split_bom
+from bridge.node.yamltree import YamlError, YamlNode, document, split_bom
 from bridge.specs import Component
 from bridge.system.safe_read import UnreadableError, read
 
@@ -62,7 +62,7 @@ def parse(component: Component, data: bytes) -> Manifest:
     return Manifest(flags=_flags(words), version=(int(tag[1]), int(tag[2])) if tag else None)
 
 
-def _container(root: Node, name: str) -> Node:
+def _container(root: YamlNode, name: str) -> YamlNode:
     """The container with the component's name, else the first."""
     spec = root.get("spec")
     containers = [] if spec is None else _items(spec.get("containers"))
@@ -71,11 +71,11 @@ def _container(root: Node, name: str) -> Node:
     return next((one for one in containers if _text(one.get("name")) == name), containers[0])
 
 
-def _items(node: Node | None) -> list[Node]:
+def _items(node: YamlNode | None) -> list[YamlNode]:
     return [] if node is None else node.items()
 
 
-def _text(node: Node | None) -> str:
+def _text(node: YamlNode | None) -> str:
     return "" if node is None else node.text()
 
 

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import yaml
 
 #: The kubeconfigs and manifests of kubeadm are below 20 kB.
-MAX_BYTES = 1 << 20
+MAX_YAML_BYTES = 1 << 20
 #: Theirs is below 12; libyaml ends at 100 or 1000 by itself, the parser in Python does not.
 MAX_DEPTH = 64
 
@@ -28,7 +28,7 @@ class YamlError(ValueError):
     """Not the YAML that was wanted; the text holds a place, never a value."""
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """Where a value stands; `start` and `end` count characters of the text without a byte order mark."""
 
     line: int  #: From 1.
@@ -37,20 +37,20 @@ class Place(NamedTuple):
 
 
 @dataclass(slots=True)
-class Node:
+class YamlNode:
     """One value of the document."""
 
     kind: Literal["scalar", "mapping", "sequence", "alias"]
-    place: Place
+    place: Position
     value: str = field(default="", repr=False)  #: Of a scalar; it may be a private key.
     style: str = ""  #: Of a scalar: empty when plain, else its first character.
     tag: str | None = None
     anchor: str | None = None
-    children: list[Node] = field(default_factory=list, repr=False)  #: Of a mapping: key, value, key, value, …
-    target: Node | None = field(default=None, repr=False)  #: Of an alias.
+    children: list[YamlNode] = field(default_factory=list, repr=False)  #: Of a mapping: key, value, key, value, …
+    target: YamlNode | None = field(default=None, repr=False)  #: Of an alias.
 
     @property
-    def resolved(self) -> Node:
+    def resolved(self) -> YamlNode:
         """The node itself, or what the alias stands for."""
         return self.target if self.target is not None else self
 
@@ -74,7 +74,7 @@ class Node:
             raise YamlError(f"line {self.place.line}: wanted a text, found a value with a tag")
         return "" if node.null else node.value
 
-    def items(self) -> list[Node]:
+    def items(self) -> list[YamlNode]:
         """
         The entries of a sequence, none for null.
 
@@ -88,7 +88,7 @@ class Node:
             raise YamlError(f"line {self.place.line}: wanted a list, found a {node.kind}")
         return node.children
 
-    def get(self, key: str) -> Node | None:
+    def get(self, key: str) -> YamlNode | None:
         """
         The value below `key` of a mapping, None when there is none or all is null.
 
@@ -115,8 +115,8 @@ def split_bom(data: bytes) -> tuple[str, str]:
     Raises:
         YamlError: Too large, or not UTF-8.
     """
-    if len(data) > MAX_BYTES:
-        raise YamlError(f"wanted at most {MAX_BYTES} bytes, found {len(data)}")
+    if len(data) > MAX_YAML_BYTES:
+        raise YamlError(f"wanted at most {MAX_YAML_BYTES} bytes, found {len(data)}")
     try:
         text = data.decode()
     except UnicodeDecodeError as e:
@@ -160,16 +160,16 @@ def _limited(parsed: Iterator[yaml.Event]) -> Iterator[yaml.Event]:
         yield event
 
 
-def document(text: str) -> Node:
+def document(text: str) -> YamlNode:
     """
     The root of the only document in `text`.
 
     Raises:
         YamlError: Not one document of sound YAML.
     """
-    root = Node("sequence", Place(1, 0, 0))
+    root = YamlNode("sequence", Position(1, 0, 0))
     stack = [root]
-    anchors: dict[str, Node] = {}
+    anchors: dict[str, YamlNode] = {}
     for event in events(text):
         if isinstance(event, yaml.CollectionEndEvent):
             stack.pop()
@@ -183,16 +183,16 @@ def document(text: str) -> Node:
     return root.children[0]
 
 
-def _node(event: yaml.NodeEvent, anchors: dict[str, Node]) -> Node:
+def _node(event: yaml.NodeEvent, anchors: dict[str, YamlNode]) -> YamlNode:
     place = _place(event)
     if isinstance(event, yaml.ScalarEvent):
         style = event.style or ""
-        node = Node("scalar", place, value=event.value, style=style, tag=event.tag, anchor=event.anchor)
+        node = YamlNode("scalar", place, value=event.value, style=style, tag=event.tag, anchor=event.anchor)
     elif isinstance(event, yaml.CollectionStartEvent):
         kind: Literal["mapping", "sequence"] = "mapping" if isinstance(event, yaml.MappingStartEvent) else "sequence"
-        node = Node(kind, place, tag=event.tag, anchor=event.anchor)
+        node = YamlNode(kind, place, tag=event.tag, anchor=event.anchor)
     elif event.anchor in anchors:
-        return Node("alias", place, target=anchors[event.anchor])
+        return YamlNode("alias", place, target=anchors[event.anchor])
     else:
         raise YamlError(f"line {place.line}: wanted an alias of an anchor above it, found no such anchor")
     if event.anchor:
@@ -200,7 +200,7 @@ def _node(event: yaml.NodeEvent, anchors: dict[str, Node]) -> Node:
     return node
 
 
-def _place(event: yaml.Event) -> Place:
+def _place(event: yaml.Event) -> Position:
     start, end = event.start_mark, event.end_mark
     assert start is not None and end is not None  # noqa: S101, PT018 - both parsers set them, the stubs don't know
-    return Place(start.line + 1, start.index, end.index)
+    return Position(start.line + 1, start.index, end.index)

@@ -37,7 +37,7 @@ REQUEST_VERSIONS = (1, 2)
 ANSWER_VERSION = 1
 
 #: The requests of one node, a dozen with long chains, are a tenth of it.
-MAX_BYTES = 1 << 20
+MAX_BUNDLE_BYTES = 1 << 20
 LONGEST_TEXT = 2000
 LONGEST_NAME = 253  #: As Kubernetes has it for a node's.
 _LONGEST_VALIDITY = timedelta(days=36500)
@@ -349,8 +349,8 @@ def loads_answer(data: bytes) -> AnswerBundle:
 
 
 def _parse(data: bytes) -> dict[str, Any]:
-    if len(data) > MAX_BYTES:
-        raise BundleError("", f"at most {MAX_BYTES} bytes", f"{len(data)}")
+    if len(data) > MAX_BUNDLE_BYTES:
+        raise BundleError("", f"at most {MAX_BUNDLE_BYTES} bytes", f"{len(data)}")
     try:
         document = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except RecursionError:

@@ -17,13 +17,13 @@ from datetime import UTC, datetime
 from typing import Any, ClassVar
 
 from bridge.control_plane import proof, restart_plan
-from bridge.control_plane.proof import Finding, Report
+from bridge.control_plane.proof import ProofFinding, ProofReport
 from bridge.control_plane.restarts import ImpossibleError, Restarted, restart_all, restarted_since
 from bridge.control_plane.static_pods import StoppedError
 from bridge.errors import BridgeError, Exit, PostponedError
 from bridge.node.inventory import Item, Node
 from bridge.pki.certificates import serial_hex
-from bridge.renewal.hooks import Occasion
+from bridge.renewal.hooks import HookEvent
 from bridge.renewal.ruling import Meaning, Ruling, meaning, rule
 from bridge.settings.tables import Components
 from bridge.specs import SPECS, Component
@@ -66,7 +66,7 @@ class Settled:
     proven: int | None = None  #: Checks that hold, of the last look; None: nobody looked.
     errors: tuple[BridgeError, ...] = ()
     rolled_back: RolledBackError | None = None  #: One of the errors.
-    about: Mapping[str, Occasion] = dataclasses.field(default_factory=dict)  #: For hooks; by the run that installed.
+    about: Mapping[str, HookEvent] = dataclasses.field(default_factory=dict)  #: For hooks; by the run that installed.
     may_go_on: bool = True  #: False: stopped by a signal, or in the middle of the way back; nothing is to be installed.
 
 
@@ -115,7 +115,7 @@ class _Owed:
             and not (item.state == "missing" and item.spec.optional)
         ]
 
-    def is_new(self, finding: Finding) -> bool:
+    def is_new(self, finding: ProofFinding) -> bool:
         """Whether it worked before the installation."""
         return not any(finding.certificate == one.name and finding.what in one.before for one in self.certificates)
 
@@ -195,7 +195,7 @@ def _left_to_people(run: Run, node: Node, owed: _Owed) -> Settled:
 
 def _prove(run: Run, node: Node, owed: _Owed) -> Settled:
     restarted = _restart(run, node, owed)
-    report: Report | None = None
+    report: ProofReport | None = None
     if not _is_stopped(restarted):
         report, more = _look(run, owed, restarted)
         restarted += more
@@ -229,7 +229,7 @@ def _settled(
     )
 
 
-def _judged(run: Run, owed: _Owed, restarted: Sequence[Restarted], report: Report) -> Settled:
+def _judged(run: Run, owed: _Owed, restarted: Sequence[Restarted], report: ProofReport) -> Settled:
     """What is wrong with other certificates is none of this installation's doing, nor what was so before it."""
     postponed = {one.component: one.error for one in restarted if isinstance(one.error, PostponedError)}
     impossible = _impossible(owed, restarted, report)
@@ -247,7 +247,9 @@ def _judged(run: Run, owed: _Owed, restarted: Sequence[Restarted], report: Repor
     return _settled(run, owed, said, restarted, proven)
 
 
-def _impossible(owed: _Owed, restarted: Sequence[Restarted], report: Report) -> dict[Component | None, ImpossibleError]:
+def _impossible(
+    owed: _Owed, restarted: Sequence[Restarted], report: ProofReport
+) -> dict[Component | None, ImpossibleError]:
     """What nobody can restart from here, unless it is seen to have been restarted by hand."""
     states: dict[Component | None, set[str]] = {}
     for finding in report.findings:
@@ -266,11 +268,11 @@ def _meanings(
     owed: _Owed,
     postponed: Collection[Component],
     impossible: Collection[Component | None],
-    report: Report,
-) -> dict[Meaning, list[Finding]]:
+    report: ProofReport,
+) -> dict[Meaning, list[ProofFinding]]:
     """All that is wrong with our certificates, by what it says of the installation."""
     listed = run.settings.restart.components.listed
-    seen: dict[Meaning, list[Finding]] = {}
+    seen: dict[Meaning, list[ProofFinding]] = {}
     for finding in report.wrong:
         found = meaning(
             finding.state,
@@ -284,7 +286,7 @@ def _meanings(
 
 
 def _said_of(
-    ruling: Ruling, seen: Mapping[Meaning, Sequence[Finding]], impossible: Sequence[ImpossibleError]
+    ruling: Ruling, seen: Mapping[Meaning, Sequence[ProofFinding]], impossible: Sequence[ImpossibleError]
 ) -> list[BridgeError]:
     """What stays, and what is left to do."""
     if ruling is Ruling.UNPROVEN:
@@ -363,7 +365,7 @@ def _restarted(run: Run, node: Node, components: Sequence[Component], *, going_b
     )
 
 
-def _look(run: Run, owed: _Owed, restarted: Sequence[Restarted]) -> tuple[Report, list[Restarted]]:
+def _look(run: Run, owed: _Owed, restarted: Sequence[Restarted]) -> tuple[ProofReport, list[Restarted]]:
     """
     Look until all is well; what was trusted to reload and did not is restarted after all.
 
@@ -384,11 +386,11 @@ def _look(run: Run, owed: _Owed, restarted: Sequence[Restarted]) -> tuple[Report
     return report, again
 
 
-def _looked(run: Run, counts: Callable[[Finding], bool]) -> Report:
+def _looked(run: Run, counts: Callable[[ProofFinding], bool]) -> ProofReport:
     return proof.within(run.read_node, run.settings, run.now, run.settings.restart.prove_for, counts=counts)
 
 
-def _sentence(findings: Sequence[Finding]) -> str:
+def _sentence(findings: Sequence[ProofFinding]) -> str:
     parts = [f"{f.certificate}: {f.what}: {f.state}: {f.detail}" for f in findings[:_MOST_SHOWN]]
     more = len(findings) - _MOST_SHOWN
     return "; ".join([*parts, *([f"and {more} more"] if more > 0 else [])])
@@ -478,7 +480,7 @@ def _on_the_old_set(run: Run, owed: _Owed, restarted: Sequence[Restarted]) -> st
 # --- what hooks are told ---------------------------------------------------------------------------------------------
 
 
-def _occasions(run: Run, owed: _Owed, errors: Sequence[BridgeError], *, is_back: bool) -> dict[str, Occasion]:
+def _occasions(run: Run, owed: _Owed, errors: Sequence[BridgeError], *, is_back: bool) -> dict[str, HookEvent]:
     """By the run that installed."""
     items = {item.spec.name: item for item in run.read_node().items}
     replaced = {one.run_id: one for one in backups.read_all(run.store)[0]}
@@ -489,7 +491,7 @@ def _occasions(run: Run, owed: _Owed, errors: Sequence[BridgeError], *, is_back:
         new = {name: serial_hex(items[name].certificates[0]) for name in live}
         old = {one.name: _old_serial(replaced.get(one.backup_of), one.name) for one in ours if one.name in new}
         paths = [p for name in new for p in (items[name].certificate_path, items[name].key_path) if p is not None]
-        found[run_id] = Occasion(
+        found[run_id] = HookEvent(
             names=tuple(one.name for one in ours),
             old_serials={name: serial for name, serial in old.items() if serial},
             new_serials=new,

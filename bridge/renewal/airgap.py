@@ -44,7 +44,7 @@ SCHEMA_VERSION = 1
 BUNDLE_MODE = 0o644
 
 
-class NotOursError(BridgeError):
+class NotAskedForError(BridgeError):
     """An answer to nothing that is asked here."""
 
     exit_code: ClassVar[int] = Exit.REFUSED
@@ -294,7 +294,7 @@ def _read_answer(run: Run, path: Path, found: _Found, *, skip: bool) -> None:
         else:
             found.loose[path] = [one for one in certificates_in(data) if _has_dates(one, path, found)]
     except BundleError as e:
-        error = NotOursError(f"{path}: {e}", hint=e.hint)
+        error = NotAskedForError(f"{path}: {e}", hint=e.hint)
         if not skip:
             raise error from None
         if e.found == bundle.REQUEST_SCHEMA:
@@ -314,7 +314,7 @@ def _has_dates(certificate: x509.Certificate, path: Path, found: _Found) -> bool
     try:
         _ = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     except UNREADABLE as e:
-        found.strange.append(NotOursError(f"{path}: wanted a certificate with dates, found: {e}"))
+        found.strange.append(NotAskedForError(f"{path}: wanted a certificate with dates, found: {e}"))
         return False
     return True
 
@@ -323,7 +323,7 @@ def _take_bundle(run: Run, path: Path, answer: AnswerBundle, found: _Found) -> N
     node = run.settings.node
     if (answer.node, answer.cluster) != (node.node_name, node.cluster):
         found.strange.append(
-            NotOursError(
+            NotAskedForError(
                 f"{path}: wanted an answer to node {node.node_name} of cluster {node.cluster}, "
                 f"found one to node {answer.node} of cluster {answer.cluster}"
             )
@@ -332,7 +332,7 @@ def _take_bundle(run: Run, path: Path, answer: AnswerBundle, found: _Found) -> N
     asked = [one for one in run.requests if answer.request_digest in (*one.bundles, one.reference)]
     if not asked:
         found.strange.append(
-            NotOursError(
+            NotAskedForError(
                 f"{path}: wanted an answer to a request that waits here, found one to the bundle with the fingerprint "
                 f"{bundle.short(answer.request_digest)}, which was cancelled, is done, or is older",
                 hint="`ca-bridge pending list` shows what waits; export again if that is nothing",
@@ -359,7 +359,7 @@ def _match_loose(requests: OpenRequests, found: _Found) -> None:
     for path, certificate in everything:
         if certificate.fingerprint(_SHA256) not in matched and not is_ca(certificate):
             found.strange.append(
-                NotOursError(
+                NotAskedForError(
                     f"{path}: wanted the certificate of a request that waits here, found {_about(certificate)} for another key",
                     hint="it answers a cancelled or older request, or another node's",
                 )

@@ -44,12 +44,12 @@ class HookError(BridgeError):
         self.exit_code = exit_code  # type: ignore[misc]  # this one's, where others have their class's
 
 
-class NotNowError(HookError):
+class NotNowByHookError(HookError):
     """A `before` hook said "not now"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Occasion:
+class HookEvent:
     """What a hook is told; nothing in it is a secret."""
 
     names: tuple[str, ...]  #: What the run is about.
@@ -69,7 +69,7 @@ class Occasion:
         backup_id: str | None = None,
         exit_code: int | None = None,
         errors: Iterable[BridgeError] = (),
-    ) -> Occasion:
+    ) -> HookEvent:
         """
         Args:
             items: What was to be renewed.
@@ -139,7 +139,7 @@ class Hooks:
         self._file = hooks_file(store)
         self._run_id = run_id
 
-    def before(self, occasion: Occasion) -> None:
+    def before(self, occasion: HookEvent) -> None:
         """
         Before anything is asked.
 
@@ -151,12 +151,12 @@ class Hooks:
             ended = self._run(BEFORE, words, environment)
             if ended.code == NOT_NOW:
                 text = f'hook before: {words[0]} says "not now" (code {NOT_NOW}); nothing was asked'
-                raise NotNowError(text, Exit.UNAVAILABLE, hint="run again later")
+                raise NotNowByHookError(text, Exit.UNAVAILABLE, hint="run again later")
             if ended.failure:
                 text = f"hook before: {words[0]} {ended.failure}; nothing was asked"
                 raise HookError(text, Exit.FAILED, hint="fix it, or take it out of [hooks]")
 
-    def installing(self, occasion: Occasion) -> None:
+    def installing(self, occasion: HookEvent) -> None:
         """
         What `installed` will run is owed from now on, if the new certificates are ever live.
 
@@ -169,11 +169,11 @@ class Hooks:
             except StateError as e:
                 raise HookError(str(e), Exit.FAILED, hint=e.hint) from e
 
-    def installed(self, occasion: Occasion) -> list[HookError]:
+    def installed(self, occasion: HookEvent) -> list[HookError]:
         """After the installation, before any restart."""
         return self._all_of(AFTER_INSTALL, occasion)
 
-    def finished(self, occasion: Occasion) -> list[HookError]:
+    def finished(self, occasion: HookEvent) -> list[HookError]:
         """At the end of a run that had something to do; what only waits is neither success nor failure."""
         if occasion.exit_code in (Exit.DONE, Exit.WAITING):
             return self._all_of(SUCCESS, occasion) if occasion.new_serials else []
@@ -210,13 +210,13 @@ class Hooks:
 
     # --- one event ---------------------------------------------------------------------------------------------------
 
-    def _all_of(self, event: str, occasion: Occasion) -> list[HookError]:
+    def _all_of(self, event: str, occasion: HookEvent) -> list[HookError]:
         if not self._commands(event).texts:
             return []
         failed_anyway = occasion.exit_code if event == FAILURE else None
         return self._deliver(self._owed(event, occasion), failed_anyway or Exit.NOT_LIVE)
 
-    def _owed(self, event: str, occasion: Occasion) -> Owed:
+    def _owed(self, event: str, occasion: HookEvent) -> Owed:
         return Owed(
             event=event,
             run_id=self._run_id,
@@ -250,7 +250,7 @@ class Hooks:
         commands: Commands = getattr(self._settings.hooks, event)
         return commands
 
-    def _environment(self, event: str, occasion: Occasion) -> dict[str, str]:
+    def _environment(self, event: str, occasion: HookEvent) -> dict[str, str]:
         node = self._settings.node
         return {
             "CA_BRIDGE_EVENT": event,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from enum import Enum
 
-from bridge.control_plane.probes import State
+from bridge.control_plane.probes import ProofState
 
 
 class Meaning(Enum):
@@ -33,7 +33,7 @@ _ANY = (True, False)
 
 #: The state that was seen; whether the component's restart is postponed; whether it is ours to restart (the settings
 #: list it, or have no list, and there is a way); whether it was not so before. A state in no row is well.
-_MEANINGS: tuple[tuple[tuple[State, ...], tuple[bool, ...], tuple[bool, ...], bool, Meaning], ...] = (
+_MEANINGS: tuple[tuple[tuple[ProofState, ...], tuple[bool, ...], tuple[bool, ...], bool, Meaning], ...] = (
     (("stale", "refused", "no-answer", "unknown"), _ANY, _ANY, False, Meaning.AS_BEFORE),
     (("stale",), (True,), _ANY, True, Meaning.LATER),
     (("stale",), (False,), (False,), True, Meaning.LEFT),
@@ -43,7 +43,7 @@ _MEANINGS: tuple[tuple[tuple[State, ...], tuple[bool, ...], tuple[bool, ...], bo
 )
 
 
-def meaning(state: State, *, postponed: bool, ours: bool, new: bool) -> Meaning | None:
+def meaning(state: ProofState, *, postponed: bool, ours: bool, new: bool) -> Meaning | None:
     """Read the row of one finding; None: all is well."""
     for states, postponements, owners, news, result in _MEANINGS:
         if state in states and postponed in postponements and ours in owners and new == news:

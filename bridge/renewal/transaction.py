@@ -16,7 +16,7 @@ from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, Wait
 from bridge.node.inventory import Node
 from bridge.renewal import revocation
 from bridge.renewal.gate import Attempts
-from bridge.renewal.hooks import HookError, Hooks, NotNowError, Occasion
+from bridge.renewal.hooks import HookError, HookEvent, Hooks, NotNowByHookError
 from bridge.renewal.revocation import RevocationError
 from bridge.renewal.selection import NotReadyError, Selection, outcome_of
 from bridge.renewal.verify_and_install import (
@@ -93,7 +93,7 @@ class Transaction:
 
     def _run_before_hooks(self, selection: Selection) -> None:
         try:
-            self._hooks.before(Occasion.of(selection.items))
+            self._hooks.before(HookEvent.of(selection.items))
         except HookError as e:
             self._run.record.add(audit.FAILED, error=e)
             raise
@@ -138,7 +138,7 @@ class Transaction:
             BridgeError: It can't be remembered; nothing must be installed.
         """
         revocation.owe(self._run, done)
-        self._hooks.installing(Occasion.of(selection.items, done))
+        self._hooks.installing(HookEvent.of(selection.items, done))
         if self.restarts and self._run.settings.restart.method != "none":
             from bridge.renewal import activation  # noqa: PLC0415 (see above)
 
@@ -148,7 +148,7 @@ class Transaction:
         """Hooks after the installation; restart, proof, and the way back if need be."""
         if result.backup_id is None:
             return result
-        occasion = Occasion.of(selection.items, result.outcomes, backup_id=result.backup_id)
+        occasion = HookEvent.of(selection.items, result.outcomes, backup_id=result.backup_id)
         result = dataclasses.replace(result, errors=(*result.errors, *self._hooks.installed(occasion)))
         if not self._is_owed:
             return result
@@ -207,16 +207,16 @@ class Transaction:
         Returns:
             What more there is to say; its exit codes are the run's, too.
         """
-        if any(isinstance(error, NotNowError) for error in errors):
+        if any(isinstance(error, NotNowByHookError) for error in errors):
             return []  # neither success nor failure
         more: list[BridgeError] = list(self._counted(selection, result, errors))
         code = Exit.worst([result.exit_code, *(error.exit_code for error in (*errors, *more))])
-        occasion = Occasion.of(
+        occasion = HookEvent.of(
             selection.items, result.outcomes, backup_id=result.backup_id, exit_code=code, errors=(*errors, *more)
         )
         return [*more, *self._told(self._hooks.finished(occasion))]
 
-    def _told_of_earlier(self, about: Mapping[str, Occasion]) -> list[HookError]:
+    def _told_of_earlier(self, about: Mapping[str, HookEvent]) -> list[HookError]:
         """
         When it is known what became of an earlier run's installation, or that it still is not: its hooks.
 

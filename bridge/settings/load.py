@@ -31,7 +31,7 @@ from bridge.system.ownership import exposure
 from bridge.words import name_found
 
 DEFAULT_FILE = Path("/etc/ca-bridge/config.toml")
-MAX_BYTES = 1 << 20
+MAX_SETTINGS_BYTES = 1 << 20
 
 
 def load(file: Path | None) -> Settings:
@@ -68,13 +68,13 @@ def _read(path: Path) -> str:
     try:
         assert_ours(path)
         with path.open("rb") as opened:
-            data = opened.read(MAX_BYTES + 1)
+            data = opened.read(MAX_SETTINGS_BYTES + 1)
     except OSError as e:
         hint = "`ca-bridge settings init` writes a commented one"
         problem = SettingsProblem("", "a settings file", f"{e.strerror}", path)
         raise SettingsError([problem], hint=hint) from None
-    if len(data) > MAX_BYTES:
-        raise SettingsError([SettingsProblem("", f"at most {MAX_BYTES} bytes", "more", path)])
+    if len(data) > MAX_SETTINGS_BYTES:
+        raise SettingsError([SettingsProblem("", f"at most {MAX_SETTINGS_BYTES} bytes", "more", path)])
     try:
         return data.decode()
     except UnicodeDecodeError as e:

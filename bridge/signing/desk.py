@@ -41,7 +41,7 @@ from bridge.settings.tables import Settings
 from bridge.signing import preflight, registry
 from bridge.signing.desk_archive import Answered
 from bridge.signing.desk_journal import Asked, Journal
-from bridge.signing.desk_policy import Policy, Verdict, judge
+from bridge.signing.desk_policy import Policy, PolicyVerdict, judge
 from bridge.signing.hearsay import HearsayError, collected
 from bridge.specs import AUTHORITIES, SPECS
 from bridge.state import audit
@@ -57,7 +57,7 @@ _SLICE = 100
 
 SIGNED = "signed for others"  #: Event of the record.
 
-Answer = Issued | Refusal
+DeskAnswer = Issued | Refusal
 
 
 class RefusedByPolicyError(BridgeError):
@@ -67,7 +67,7 @@ class RefusedByPolicyError(BridgeError):
     hint = "the answer says so to the node; the policy file says what is allowed"
 
 
-class NotOursError(BridgeError):
+class OtherDeskError(BridgeError):
     """A request for a CA that this desk has not."""
 
     exit_code = Exit.REFUSED
@@ -85,8 +85,8 @@ class Job:
     earlier: Mapping[str, Issued] = field(default_factory=dict)  #: Of an answer that is there already.
     answered: Mapping[str, Answered] = field(default_factory=dict)  #: Signed before; no second time.
     again: set[str] = field(default_factory=set)  #: Names whose answer is an earlier run's.
-    verdicts: dict[str, Verdict] = field(default_factory=dict)
-    answers: dict[str, Answer] = field(default_factory=dict)
+    verdicts: dict[str, PolicyVerdict] = field(default_factory=dict)
+    answers: dict[str, DeskAnswer] = field(default_factory=dict)
     troubles: dict[str, BridgeError] = field(default_factory=dict)  #: Why there is no answer yet.
     approved_by: str = ""
 
@@ -103,7 +103,7 @@ class Job:
     @property
     def is_complete(self) -> bool:
         """Whether all is answered that this desk can answer."""
-        return bool(self.answers) and all(isinstance(error, NotOursError) for error in self.troubles.values())
+        return bool(self.answers) and all(isinstance(error, OtherDeskError) for error in self.troubles.values())
 
 
 class Observer(Protocol):
@@ -176,7 +176,7 @@ class Desk:
         try:
             verdict = judge(request, job.bundle, self._policy, ca.certificates, self._now(), self._without_proof)
         except Exception as e:  # noqa: BLE001 (whatever is wrong with a request: the others are to be signed)
-            verdict = Verdict(
+            verdict = PolicyVerdict(
                 problems=(f"wanted a request that can be judged, found {type(e).__name__}: {e}",), proven=False
             )
         job.verdicts[request.name] = verdict
@@ -192,7 +192,7 @@ class Desk:
         elif request.name in job.answered:
             job.answers[request.name] = self._answer_again(job, request, job.answered[request.name])
 
-    def _answer_again(self, job: Job, request: BundledRequest, answered: Answered) -> Answer:
+    def _answer_again(self, job: Job, request: BundledRequest, answered: Answered) -> DeskAnswer:
         """The certificate that was signed for this CSR; there is no second one, or an old bundle would be worth one."""
         issued = answered.issued
         if issued is not None and self._violations(job.requests[request.name], issued) is None:
@@ -205,7 +205,7 @@ class Desk:
 
     def _trouble(self, request: BundledRequest) -> BridgeError | None:
         if request.authority not in self._configured:
-            return NotOursError(
+            return OtherDeskError(
                 f"wanted a request for {' or '.join(self._configured)}, found one for {request.authority}"
             )
         if request.authority not in self._cas:
@@ -417,7 +417,7 @@ class Desk:
             elif isinstance(answer, Refusal):
                 error = RefusedByPolicyError(f"{about}: {answer.reason}")
                 record.add(audit.REFUSED, request.name, error=error, **common)  # type: ignore[arg-type]
-            elif trouble is not None and not isinstance(trouble, WaitingError | NotOursError):
+            elif trouble is not None and not isinstance(trouble, WaitingError | OtherDeskError):
                 kind = BackendUnavailableError if trouble.exit_code == Exit.UNAVAILABLE else BridgeError
                 record.add(audit.event_of(trouble), request.name, error=kind(f"{about}: {trouble.reason}"), **common)  # type: ignore[arg-type]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from bridge.contract import Issued
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.pki.bundle import (
-    MAX_BYTES,
+    MAX_BUNDLE_BYTES,
     AnswerBundle,
     Bundle,
     BundleError,
@@ -233,7 +233,7 @@ class Session:
         except FileNotFoundError:
             return None  # taken back
         except UnreadableError as e:
-            raise BridgeError(f"wanted a file of at most {MAX_BYTES} bytes with a bundle, found: {e}") from None
+            raise BridgeError(f"wanted a file of at most {MAX_BUNDLE_BYTES} bytes with a bundle, found: {e}") from None
         except IncompleteBundleError as e:
             if self._now().timestamp() - status.st_mtime > STALE.total_seconds():
                 raise BridgeError(f"not whole since {STALE}: {e}", hint=e.hint) from None

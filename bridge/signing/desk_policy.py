@@ -151,7 +151,7 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class PolicyVerdict:
     """What the policy says to one request."""
 
     problems: tuple[str, ...]  #: None: it may be signed.
@@ -203,7 +203,7 @@ def judge(
     cas: Sequence[x509.Certificate],
     now: datetime,
     without_proof: frozenset[str] = frozenset(),
-) -> Verdict:
+) -> PolicyVerdict:
     """
     All that speaks against a request.
 
@@ -224,7 +224,7 @@ def judge(
         problems += _what(request, bundle, policy, proven=not unproven)
     except (ValueError, UnsupportedAlgorithm, x509.UnsupportedGeneralNameType, x509.DuplicateExtension) as e:
         problems.append(f"CSR: wanted one that can be read, found: {one_line(e)}")
-    return Verdict(problems=tuple(problems), proven=not unproven)
+    return PolicyVerdict(problems=tuple(problems), proven=not unproven)
 
 
 def _who(bundle: RequestBundle, allow: Allow) -> Iterator[str]:

@@ -16,7 +16,7 @@ from bridge.system.state_file import OnDamage, StateFile
 
 #: leaving: the manifest may still be in its place; out: it is not; back: it is there again, but nobody has seen the
 #: component in good health.
-State = Literal["leaving", "out", "back"]
+ParkingState = Literal["leaving", "out", "back"]
 
 
 class RestartError(BridgeError):
@@ -77,7 +77,7 @@ def journal_of(component: Component, manifest: Path) -> dict[str, Any]:
     }
 
 
-def enter(store: Store, journal: dict[str, Any], state: State) -> None:
+def enter(store: Store, journal: dict[str, Any], state: ParkingState) -> None:
     """Write down how far a restart has come."""
     journal["state"] = state
     restart_file(store).replace(journal)

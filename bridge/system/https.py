@@ -24,7 +24,7 @@ from bridge.errors import BridgeError, Exit
 from bridge.pki.certificates import load_pem_certificates
 
 #: Answers to a probe are far below.
-MAX_BYTES = 1 << 20
+MAX_ANSWER_BYTES = 1 << 20
 
 #: Alerts (RFC 8446 §6) with which a server turns a client certificate away, as OpenSSL spells them.
 _TURNED_AWAY = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED", "DECRYPT_ERROR")
@@ -49,11 +49,11 @@ class ClientRefusedError(HttpsError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class HttpAnswer:
     """What a server answered."""
 
     status: int
-    body: bytes  #: At most `MAX_BYTES` of it.
+    body: bytes  #: At most `MAX_ANSWER_BYTES` of it.
 
 
 def request(
@@ -67,7 +67,7 @@ def request(
     body: bytes | None = None,
     headers: Mapping[str, str] | None = None,
     timeout_seconds: float,
-) -> Answer:
+) -> HttpAnswer:
     """
     Ask once; any status is an answer.
 
@@ -97,7 +97,7 @@ def request(
             connection.sock = opened
             connection.request(method, target, body, given)
             response = connection.getresponse()
-            return Answer(status=response.status, body=_body(response))
+            return HttpAnswer(status=response.status, body=_body(response))
     except UnreachableError:
         if tls is None or certificate_pem is None:
             raise
@@ -109,13 +109,13 @@ def request(
 
 def _body(response: http.client.HTTPResponse) -> bytes:
     """
-    The body, or its first `MAX_BYTES`.
+    The body, or its first `MAX_ANSWER_BYTES`.
 
     Raises:
         IncompleteRead: It ended before the length that was told.
     """
-    body = response.read(MAX_BYTES)
-    if response.length and len(body) < MAX_BYTES:
+    body = response.read(MAX_ANSWER_BYTES)
+    if response.length and len(body) < MAX_ANSWER_BYTES:
         raise http.client.IncompleteRead(body, response.length)
     return body
 

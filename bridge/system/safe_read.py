@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 
 #: Certificates, kubeconfigs and manifests are far below.
-MAX_BYTES = 1 << 20
+MAX_FILE_BYTES = 1 << 20
 
 
 class UnreadableError(Exception):
@@ -51,12 +51,12 @@ def _read(path: Path, flags: int) -> tuple[bytes, os.stat_result]:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise UnreadableError("not a regular file")
-            data = file.read(MAX_BYTES + 1)
+            data = file.read(MAX_FILE_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise
     except OSError as e:
         found = "a symbolic link" if e.errno == errno.ELOOP and flags else e.strerror or str(e)
         raise UnreadableError(found) from e
-    if len(data) > MAX_BYTES:
-        raise UnreadableError(f"more than {MAX_BYTES} bytes")
+    if len(data) > MAX_FILE_BYTES:
+        raise UnreadableError(f"more than {MAX_FILE_BYTES} bytes")
     return data, status

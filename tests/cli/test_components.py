@@ -9,20 +9,20 @@ import pytest
 
 from bridge.cli import components
 from bridge.control_plane import proof
-from bridge.control_plane.probes import State
+from bridge.control_plane.probes import ProofState
 from bridge.specs import Component
 from tests.kit.cas import Bridge
 from tests.kit.pki import handmade_pki
 
 
-def finding(state: State, component: Component | None = Component.ETCD) -> proof.Finding:
+def finding(state: ProofState, component: Component | None = Component.ETCD) -> proof.ProofFinding:
     """One of a server whose words would steer a terminal."""
-    return proof.Finding(component=component, certificate="a", what="b", state=state, detail="c\x1b[31m")
+    return proof.ProofFinding(component=component, certificate="a", what="b", state=state, detail="c\x1b[31m")
 
 
 def test_a_report_for_people_and_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
     """A server's words don't steer the terminal."""
-    report = proof.Report(findings=(finding("stale"), finding("current", None)))
+    report = proof.ProofReport(findings=(finding("stale"), finding("current", None)))
 
     components.print_proof(report, as_json=False)
     table = capsys.readouterr().out

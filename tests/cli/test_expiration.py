@@ -16,7 +16,7 @@ import yaml
 
 from bridge.cli.expiration import as_prometheus, look, table
 from bridge.node import inventory
-from bridge.node.expiry_report import Report, report
+from bridge.node.expiry_report import ExpiryReport, report
 from tests.kit import pki as kit
 from tests.kit.pki import KubeadmPki, Pki, handmade_pki, kubeadm_pki
 
@@ -336,7 +336,7 @@ def test_a_ca_that_ends_is_due(tmp_path: Path) -> None:
     assert not found_report(pki, within=50 * DAY).due
 
 
-def found_report(pki: Pki, within: timedelta | None = None, now: datetime = NOW) -> Report:
+def found_report(pki: Pki, within: timedelta | None = None, now: datetime = NOW) -> ExpiryReport:
     limit = None if within is None else lambda _: within
     return report(inventory.read(pki.pki_dir, pki.kubeconfig_dir), now, limit)
 

@@ -24,7 +24,7 @@ import pytest
 
 from bridge.control_plane import kube_api, lease, neighbours
 from bridge.control_plane.lease import Lease, LeaseHeldError
-from bridge.control_plane.neighbours import Instance, NeighbourError, Neighbours, State
+from bridge.control_plane.neighbours import Instance, InstanceState, NeighbourError, Neighbours
 from bridge.errors import Exit, SettingsError
 from bridge.node.endpoints import Server
 from bridge.node.inventory import Node
@@ -60,7 +60,7 @@ def silent(_: str) -> None:
 
 
 def instance(
-    component: Component, state: State = "healthy", *, own: bool = False, voter: bool = True, name: str = "cp-2"
+    component: Component, state: InstanceState = "healthy", *, own: bool = False, voter: bool = True, name: str = "cp-2"
 ) -> Instance:
     return Instance(component=component, name=name, url="https://192.0.2.2", own=own, state=state, voter=voter)
 
@@ -133,7 +133,7 @@ def three(shared: Cluster) -> Iterator[Cluster]:
     shared.mend()
 
 
-def eventually(ask: Callable[[], https.Answer]) -> https.Answer:
+def eventually(ask: Callable[[], https.HttpAnswer]) -> https.HttpAnswer:
     """Members that have just come back are not trusted with changes for five seconds."""
     end = time.monotonic() + 30
     while (answer := ask()).status != 200 and time.monotonic() < end:
@@ -142,7 +142,7 @@ def eventually(ask: Callable[[], https.Answer]) -> https.Answer:
     return answer
 
 
-def etcd_of(others: Neighbours) -> list[tuple[str, bool, State]]:
+def etcd_of(others: Neighbours) -> list[tuple[str, bool, InstanceState]]:
     return sorted((one.name, one.own, one.state) for one in others.instances if one.component is ETCD)
 
 
@@ -365,7 +365,7 @@ class Servers:
             stack.close()
         self._up.clear()
 
-    def look(self, place: Place) -> dict[str, tuple[State, str]]:
+    def look(self, place: Place) -> dict[str, tuple[InstanceState, str]]:
         """What a node sees of them: state and reason by name."""
         others = neighbours.look(place.node, place.settings())
         return {one.name: (one.state, one.reason) for one in others.instances if one.component is APISERVER}

@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 from bridge.cli.app import app
 from bridge.control_plane import proof
 from bridge.control_plane.checks import Machine
-from bridge.control_plane.probes import State
-from bridge.control_plane.proof import Finding, Report
+from bridge.control_plane.probes import ProofState
+from bridge.control_plane.proof import ProofFinding, ProofReport
 from bridge.node import inventory, sample_pki
 from bridge.settings.load import overridden, parse
 from bridge.settings.tables import Settings, Version
@@ -79,7 +79,7 @@ class Site:
             **self.flags,
         }
 
-    def look(self) -> Report:
+    def look(self) -> ProofReport:
         """With the API server's manifest alone, unless others were written."""
         self.write(Component.APISERVER, self.api_flags(), self.version)
         settings = overridden(parse(""), self.pki, self.directory, self.directory / "state")
@@ -95,7 +95,7 @@ class Site:
         )
         return proof.look(inventory.read(self.pki, self.directory), settings, self.now, machine)
 
-    def finding(self, certificate: str, what: str = "") -> Finding:
+    def finding(self, certificate: str, what: str = "") -> ProofFinding:
         """The one finding about a certificate."""
         findings = self.look().findings
         (found,) = (f for f in findings if f.certificate == certificate and f.what.startswith(what))
@@ -405,8 +405,8 @@ def test_without_static_pods_there_is_nothing_to_prove(site: Site) -> None:
     assert "nothing could be proven" in run.stderr
 
 
-def finding(state: State, component: Component | None = Component.ETCD) -> Finding:
-    return Finding(component=component, certificate="a", what="b", state=state, detail="c\x1b[31m")
+def finding(state: ProofState, component: Component | None = Component.ETCD) -> ProofFinding:
+    return ProofFinding(component=component, certificate="a", what="b", state=state, detail="c\x1b[31m")
 
 
 @pytest.mark.parametrize(
@@ -420,16 +420,16 @@ def finding(state: State, component: Component | None = Component.ETCD) -> Findi
         (("no-answer",), 7),
     ],
 )
-def test_exit_codes(states: tuple[State, ...], code: int) -> None:
+def test_exit_codes(states: tuple[ProofState, ...], code: int) -> None:
     """7 for what keeps a component from working on its new certificate, 1 for what could not be seen."""
-    assert Report(findings=tuple(map(finding, states))).exit_code == code
+    assert ProofReport(findings=tuple(map(finding, states))).exit_code == code
 
 
 def test_stale_components_are_in_the_order_of_their_restart() -> None:
     """etcd first, the kubelet last, each once."""
-    report = Report(findings=tuple(finding("stale", component) for component in (*reversed(Component), None)))
+    report = ProofReport(findings=tuple(finding("stale", component) for component in (*reversed(Component), None)))
     assert report.stale == list(Component)
-    assert Report(findings=(finding("refused"),)).stale == []
+    assert ProofReport(findings=(finding("refused"),)).stale == []
 
 
 def test_looks_again_until_all_is_well_or_the_time_is_over(site: Site) -> None:
@@ -447,7 +447,7 @@ def test_looks_again_until_all_is_well_or_the_time_is_over(site: Site) -> None:
             site.status = 200
         return inventory.read(site.pki, site.directory)
 
-    def within(seconds: float, *, counts: Callable[[Finding], bool] = lambda _: True) -> Report:
+    def within(seconds: float, *, counts: Callable[[ProofFinding], bool] = lambda _: True) -> ProofReport:
         return proof.within(read, settings, lambda: site.now, timedelta(seconds=seconds), counts=counts)
 
     assert within(0).exit_code == 7

@@ -14,7 +14,7 @@ import pytest
 from cryptography import x509
 
 from bridge.control_plane import proof
-from bridge.control_plane.proof import Finding
+from bridge.control_plane.proof import ProofFinding
 from bridge.pki.certificates import load_pem_certificates
 from bridge.specs import Component
 from tests.kit import issuing, members
@@ -50,7 +50,7 @@ def cluster(three: Cluster) -> Iterator[Cluster]:
     three.mend()
 
 
-def etcd(place: Place) -> dict[str, Finding]:
+def etcd(place: Place) -> dict[str, ProofFinding]:
     """What is found about etcd, and about its people's client, by certificate and what."""
     report = proof.look(place.node, place.settings(), datetime.now(UTC))
     return {
@@ -115,7 +115,7 @@ def test_a_name_that_peers_refuse(cluster: Cluster) -> None:
     assert "ends the connection once it has seen it" in found["etcd-peer is accepted by its peers"].detail
 
 
-def _peer_place(found: dict[str, Finding]) -> str:
+def _peer_place(found: dict[str, ProofFinding]) -> str:
     (served,) = (what for what in found if what.startswith("etcd-peer serves "))
     return served.removeprefix("etcd-peer serves ")
 

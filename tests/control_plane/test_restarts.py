@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.cli import components
 from bridge.control_plane import health, restart_plan
-from bridge.control_plane.restarts import NotNowError, Restarted, restart_all, take_copy
+from bridge.control_plane.restarts import Restarted, RestartPostponedError, restart_all, take_copy
 from bridge.errors import Exit, SettingsError
 from bridge.node import inventory, kubelet, pods
 from bridge.node.inventory import Node
@@ -383,10 +383,10 @@ def test_not_with_an_unhealthy_neighbour_unless_forced(plane: Plane) -> None:
     plane.status[APISERVER] = 500
     plane.body[APISERVER] = b"[-]etcd failed"
     first, second = plane.restart(MANAGER, SCHEDULER)
-    assert isinstance(first.error, NotNowError)
+    assert isinstance(first.error, RestartPostponedError)
     assert "kube-apiserver: https://127.0.0.1" in str(first.error)
     assert "[-]etcd failed" in str(first.error)
-    assert isinstance(second.error, NotNowError)
+    assert isinstance(second.error, RestartPostponedError)
     assert plane.ran == []
     forced = plane.restart(MANAGER, force=True)
     assert [(one.component, one.exit_code) for one in forced] == [(MANAGER, 0), (APISERVER, Exit.NOT_LIVE)]

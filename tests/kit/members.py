@@ -93,7 +93,7 @@ class Cluster:
     api_port: int
     pems: dict[str, bytes] = field(repr=False)
 
-    def etcd(self, place: Place, path: str, body: bytes = b"{}") -> https.Answer:
+    def etcd(self, place: Place, path: str, body: bytes = b"{}") -> https.HttpAnswer:
         """Ask a member as kubeadm's healthcheck client."""
         url = f"https://{place.address}:{self.client_port}{path}"
         return self._ask(url, "POST", body)
@@ -128,7 +128,7 @@ class Cluster:
         for place in self.places:
             self.wait_until_healthy(place)
 
-    def _ask(self, url: str, method: str = "GET", body: bytes | None = None) -> https.Answer:
+    def _ask(self, url: str, method: str = "GET", body: bytes | None = None) -> https.HttpAnswer:
         return https.request(
             url,
             method=method,

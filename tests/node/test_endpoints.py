@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bridge.node import endpoints
-from bridge.node.endpoints import Place, Server
+from bridge.node.endpoints import Address, Server
 from bridge.specs import Component
 
 ALL = "0.0.0.0"  # noqa: S104 (nothing is bound here)
@@ -67,10 +67,10 @@ def test_the_name_of_an_api_server() -> None:
 
 def test_places_and_servers() -> None:
     """IPv6 addresses have brackets in URLs, and none elsewhere."""
-    assert str(Place("::1", 2379)) == "[::1]:2379"
-    assert str(Place("127.0.0.1", 2379)) == "127.0.0.1:2379"
-    assert Server("https://[::1]:2379").place == Place("::1", 2379)
-    assert Server("https://etcd.example.com").place == Place("etcd.example.com", 443)
+    assert str(Address("::1", 2379)) == "[::1]:2379"
+    assert str(Address("127.0.0.1", 2379)) == "127.0.0.1:2379"
+    assert Server("https://[::1]:2379").place == Address("::1", 2379)
+    assert Server("https://etcd.example.com").place == Address("etcd.example.com", 443)
 
 
 def test_files() -> None:

@@ -20,7 +20,7 @@ from bridge.node.manifests import parse as parse_manifest
 from bridge.node.yamltree import YamlError
 from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.specs import SPECS, Component
-from bridge.system.safe_read import MAX_BYTES
+from bridge.system.safe_read import MAX_FILE_BYTES
 from tests.kit.pki import Pki, handmade_pki
 
 KUBECONFIGS = [name for name, spec in SPECS.items() if spec.kubeconfig]
@@ -229,7 +229,7 @@ def _pipe(path: Path) -> None:
 
 
 def _huge(path: Path) -> None:
-    path.write_bytes(path.read_bytes() + b"\n" * MAX_BYTES)
+    path.write_bytes(path.read_bytes() + b"\n" * MAX_FILE_BYTES)
 
 
 def _empty(path: Path) -> None:

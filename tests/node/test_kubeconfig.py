@@ -156,7 +156,7 @@ UNREADABLE: dict[str, str | bytes] = {
     "binary by a tag": PLAIN.replace(b64(CERTIFICATE), f"!!binary {b64(CERTIFICATE)}"),
     "a certificate that is a list": PLAIN.replace(b64(CERTIFICATE), "[a]"),
     "an alias of nothing": PLAIN.replace(b64(CERTIFICATE), "*nothing"),
-    "too large": PLAIN + "#" * yamltree.MAX_BYTES,
+    "too large": PLAIN + "#" * yamltree.MAX_YAML_BYTES,
     "nested too deeply": PLAIN + "x: " + "[" * 70 + "]" * 70 + "\n",
     "nested without an end": PLAIN + "x: " + "[" * 100_000,
 }

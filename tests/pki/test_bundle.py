@@ -26,7 +26,7 @@ from bridge.node import sample_pki
 from bridge.pki import bundle as bundles
 from bridge.pki import continuity
 from bridge.pki.bundle import (
-    MAX_BYTES,
+    MAX_BUNDLE_BYTES,
     AnswerBundle,
     Bundle,
     BundledRequest,
@@ -405,7 +405,7 @@ def test_what_is_no_bundle_is_refused(data: bytes) -> None:
 
 def test_a_bundle_has_a_size_limit(either: Bundle) -> None:
     """It is known before the first byte is read."""
-    assert "at most" in error_of(dumps(either) + b" " * MAX_BYTES).wanted
+    assert "at most" in error_of(dumps(either) + b" " * MAX_BUNDLE_BYTES).wanted
 
 
 def test_a_name_asked_for_twice_is_refused(request_bundle: RequestBundle) -> None:

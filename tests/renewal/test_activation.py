@@ -22,8 +22,8 @@ import pytest
 from bridge.control_plane import health, neighbours, proof, restarts
 from bridge.control_plane.lease import LeaseHeldError
 from bridge.control_plane.neighbours import NeighbourError
-from bridge.control_plane.probes import State
-from bridge.control_plane.proof import Finding, Report
+from bridge.control_plane.probes import ProofState
+from bridge.control_plane.proof import ProofFinding, ProofReport
 from bridge.control_plane.static_pods import StoppedError
 from bridge.errors import BridgeError, Exit
 from bridge.renewal import renew
@@ -49,18 +49,20 @@ class Site:
     node: Pki
     directory: Path
     settings: Settings
-    states: dict[str, State] = field(default_factory=dict)  #: By certificate; all others are current.
+    states: dict[str, ProofState] = field(default_factory=dict)  #: By certificate; all others are current.
     obstacle: BridgeError | None = None  #: To each restart.
     turns: list[Settings] = field(default_factory=list)
 
-    def look(self, *_: object) -> Report:
+    def look(self, *_: object) -> ProofReport:
         """As `prove.look`."""
         findings = [
-            Finding(component=spec.component, certificate=name, what="works", state=state, detail="says the script")
+            ProofFinding(
+                component=spec.component, certificate=name, what="works", state=state, detail="says the script"
+            )
             for name, spec in SPECS.items()
             if (state := self.states.get(name, "current"))
         ]
-        return Report(findings=tuple(findings))
+        return ProofReport(findings=tuple(findings))
 
     @contextlib.contextmanager
     def turn(self, _: object, settings: Settings, *__: object, **___: object) -> Iterator[Callable[[Component], None]]:
@@ -208,7 +210,7 @@ def test_what_is_refused_goes_back_though_another_restart_is_impossible(
     assert site.files() == old
 
 
-def _with(site: Site, name: str, state: State) -> Report:
+def _with(site: Site, name: str, state: ProofState) -> ProofReport:
     site.states = {name: state}
     return site.look()
 
@@ -268,7 +270,7 @@ def failing(site: Site, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """From the installation of the next ones on they are refused; nothing is wrong with the old ones."""
     old = site.files()
 
-    def look(*_: object) -> Report:
+    def look(*_: object) -> ProofReport:
         site.states = dict.fromkeys(names, "current" if site.files() == old else "refused")
         return site.look()
 

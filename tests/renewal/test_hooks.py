@@ -21,7 +21,7 @@ from bridge.errors import BackendRefusedError, Exit, SettingsError
 from bridge.node import inventory, sample_pki
 from bridge.node.inventory import Node
 from bridge.pki.certificates import serial_hex
-from bridge.renewal.hooks import HookError, Hooks, NotNowError, Occasion
+from bridge.renewal.hooks import HookError, HookEvent, Hooks, NotNowByHookError
 from bridge.settings.load import overridden, parse
 from bridge.settings.tables import Commands, Settings
 from bridge.state.outcome import Outcome
@@ -78,12 +78,12 @@ def shell(script: str, event: str) -> str:
     return f"{event} = {json.dumps([shlex.join(['sh', '-c', script])])}"
 
 
-def renewed(node: Node, name: str = "apiserver", **about: int | str) -> Occasion:
+def renewed(node: Node, name: str = "apiserver", **about: int | str) -> HookEvent:
     """As if what is on the node were the new certificate."""
     [item] = [item for item in node.items if item.spec.name == name]
     live = item.certificates[0]
     outcome = Outcome(name=name, authority="ca", old=live, new=live)
-    return Occasion.of([item], [outcome], backup_id="20261125-1", exit_code=int(about.get("exit_code", 0)))
+    return HookEvent.of([item], [outcome], backup_id="20261125-1", exit_code=int(about.get("exit_code", 0)))
 
 
 def owed(store: Store) -> list[dict[str, object]]:
@@ -248,7 +248,7 @@ def test_a_failure_is_told_with_its_reasons(make: Make, node: Node, log: Path) -
     """The CA's words without what could steer a terminal, cut where they are long."""
     error = BackendRefusedError("corp: no \x1b[31mrole" + "x" * 10_000)
     outcome = Outcome(name="apiserver", authority="ca", error=error)
-    occasion = Occasion.of(node.items[:2], [outcome], exit_code=5, errors=[BackendRefusedError("all of it")])
+    occasion = HookEvent.of(node.items[:2], [outcome], exit_code=5, errors=[BackendRefusedError("all of it")])
     make(shell(f"env -0 >{log}", "failure")).finished(occasion)
     found = environment(log)
     assert found["CA_BRIDGE_EVENT"] == "failure"
@@ -295,7 +295,7 @@ def test_each_run_is_a_success_or_a_failure_or_waits(
     """By its exit code."""
     log.touch()
     hooks = make(shell(f"echo success >>{log}", "success"), shell(f"echo failure >>{log}", "failure"))
-    occasion = renewed(node, exit_code=code) if is_renewed else Occasion(names=("apiserver",), exit_code=code)
+    occasion = renewed(node, exit_code=code) if is_renewed else HookEvent(names=("apiserver",), exit_code=code)
     assert hooks.finished(occasion) == []
     assert log.read_text().split() == ([event] if event else [])
 
@@ -304,7 +304,7 @@ def test_a_before_hook_that_fails_stops_the_run(make: Make, log: Path, store: St
     """The hooks behind it do not run; nothing is owed, since the next run begins with them anyway."""
     hooks = make(f'before = ["sh -c \\"exit 2\\"", "touch {log}"]')
     with pytest.raises(HookError) as e:
-        hooks.before(Occasion(names=("apiserver",)))
+        hooks.before(HookEvent(names=("apiserver",)))
     assert e.value.exit_code == Exit.FAILED
     assert "hook before: sh ended with code 2" in str(e.value)
     assert not log.exists()
@@ -313,15 +313,15 @@ def test_a_before_hook_that_fails_stops_the_run(make: Make, log: Path, store: St
 
 def test_a_before_hook_can_say_not_now(make: Make) -> None:
     """With the code that mailers use for "later"; the run's code is then that of "run again later"."""
-    with pytest.raises(NotNowError) as e:
-        make(shell("exit 75", "before")).before(Occasion(names=("apiserver",)))
+    with pytest.raises(NotNowByHookError) as e:
+        make(shell("exit 75", "before")).before(HookEvent(names=("apiserver",)))
     assert e.value.exit_code == Exit.UNAVAILABLE
 
 
 def test_a_before_hook_that_agrees_lets_the_run_begin(make: Make, log: Path) -> None:
     """It is told what is about to be renewed."""
     make(shell(f'echo "$CA_BRIDGE_EVENT $CA_BRIDGE_NAMES$CA_BRIDGE_EXIT_CODE" >{log}', "before")).before(
-        Occasion(names=("apiserver",))
+        HookEvent(names=("apiserver",))
     )
     assert log.read_text() == "before apiserver\n"
 
@@ -398,7 +398,7 @@ def test_a_hook_that_was_taken_out_is_dropped(
 
 def test_a_hook_about_certificates_that_are_not_in_use_is_dropped(make: Make, node: Node, store: Store) -> None:
     """They were rolled back, or renewed once more, with hooks of their own."""
-    gone = Occasion(names=("apiserver",), new_serials={"apiserver": "00FF"}, exit_code=0)
+    gone = HookEvent(names=("apiserver",), new_serials={"apiserver": "00FF"}, exit_code=0)
     make('success = "false"').finished(gone)
     assert make('success = "false"').again(node) == []
     assert not store.hooks.exists()
@@ -407,7 +407,7 @@ def test_a_hook_about_certificates_that_are_not_in_use_is_dropped(make: Make, no
 def test_of_failures_the_newest_is_told_again(make: Make, node: Node, store: Store) -> None:
     """A week of them is one message when the pager is back."""
     for number in range(7):
-        make('failure = "false"', run_id=f"{number:08}").finished(Occasion(names=("apiserver",), exit_code=6))
+        make('failure = "false"', run_id=f"{number:08}").finished(HookEvent(names=("apiserver",), exit_code=6))
     assert [one["run_id"] for one in owed(store)] == ["00000006"]
     [error] = make('failure = "false"').again(node)
     assert error.exit_code == Exit.FAILED
@@ -433,7 +433,7 @@ def test_a_crash_between_installation_and_hook_is_made_good(make: Make, node: No
 def test_a_crash_before_the_installation_leaves_no_hook(make: Make, node: Node, store: Store, log: Path) -> None:
     """The new certificates never came to life."""
     line = shell(f"echo $CA_BRIDGE_NAMES >{log}", "after_install")
-    make(line).installing(Occasion(names=("apiserver",), new_serials={"apiserver": "00FF"}))
+    make(line).installing(HookEvent(names=("apiserver",), new_serials={"apiserver": "00FF"}))
     assert make(line, run_id="bbbbbbbb").again(node) == []
     assert not log.exists()
     assert not store.hooks.exists()
@@ -456,12 +456,12 @@ def test_a_hook_that_was_cut_off_by_kill_9_is_run_again(make: Make, node: Node, 
         """
         import sys
         from pathlib import Path
-        from bridge.renewal.hooks import Hooks, Occasion
+        from bridge.renewal.hooks import Hooks, HookEvent
         from bridge.settings.load import overridden, parse
         from bridge.state.store import Store
         state, text, serial = sys.argv[1:]
         settings = overridden(parse(text), None, None, Path(state))
-        occasion = Occasion(names=("apiserver",), new_serials={"apiserver": serial}, exit_code=0)
+        occasion = HookEvent(names=("apiserver",), new_serials={"apiserver": serial}, exit_code=0)
         Hooks(settings, Store(Path(state)), "aaaaaaaa").finished(occasion)
         """
     )

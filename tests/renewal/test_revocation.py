@@ -10,8 +10,8 @@ import pytest
 
 from backends.openssl import OpensslBackend
 from bridge.control_plane import proof
-from bridge.control_plane.probes import State
-from bridge.control_plane.proof import Finding, Report
+from bridge.control_plane.probes import ProofState
+from bridge.control_plane.proof import ProofFinding, ProofReport
 from bridge.entry import nothing_to_do
 from bridge.errors import BackendRefusedError, BackendUnavailableError, BridgeError, Exit
 from bridge.node import inventory
@@ -117,14 +117,16 @@ def test_what_was_never_installed_supersedes_nothing(
 
 @pytest.mark.parametrize("state", ["stale", "refused", "no-answer", "unknown"])
 def test_nothing_is_revoked_before_the_new_one_is_proven(
-    node: Pki, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: State
+    node: Pki, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: ProofState
 ) -> None:
     """A component may still run on it; when all is well it is revoked."""
     old = serial(node, "apiserver")
     run(settings, "apiserver")
-    wrong = Finding(component=SPECS["apiserver"].component, certificate="apiserver", what="x", state=state, detail="y")
+    wrong = ProofFinding(
+        component=SPECS["apiserver"].component, certificate="apiserver", what="x", state=state, detail="y"
+    )
     with monkeypatch.context() as patch:
-        patch.setattr(proof, "look", lambda *_: Report(findings=(wrong,)))
+        patch.setattr(proof, "look", lambda *_: ProofReport(findings=(wrong,)))
         assert run(settings, later=2 * DAY).exit_code == 0
     assert (owed(settings), revoked(tmp_path)) == (["apiserver"], set())
     run(settings, later=2 * DAY)

@@ -6,11 +6,11 @@ from itertools import chain, combinations, product
 
 import pytest
 
-from bridge.control_plane.probes import State
+from bridge.control_plane.probes import ProofState
 from bridge.renewal.ruling import Meaning, Ruling, meaning, rule
 
-WELL: tuple[State, ...] = ("current", "next-connection", "not-ours")
-WRONG: tuple[State, ...] = ("stale", "refused", "no-answer", "unknown")
+WELL: tuple[ProofState, ...] = ("current", "next-connection", "not-ours")
+WRONG: tuple[ProofState, ...] = ("stale", "refused", "no-answer", "unknown")
 YES_OR_NO = (False, True)
 
 
@@ -26,7 +26,7 @@ YES_OR_NO = (False, True)
         ("unknown", True, False, True, Meaning.UNSEEN),
     ],
 )
-def test_a_finding_means(state: State, postponed: bool, ours: bool, new: bool, expected: Meaning) -> None:
+def test_a_finding_means(state: ProofState, postponed: bool, ours: bool, new: bool, expected: Meaning) -> None:
     """A restart that is postponed, or left to the operator, excuses an old certificate, not one that does not work."""
     assert meaning(state, postponed=postponed, ours=ours, new=new) is expected
 

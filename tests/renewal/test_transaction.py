@@ -24,7 +24,7 @@ from bridge.errors import (
 from bridge.node import inventory, sample_pki
 from bridge.node.inventory import Node
 from bridge.renewal.gate import Attempts, HeldOffError, NeedsAPersonError, delay, hold
-from bridge.renewal.hooks import HookError, Hooks, NotNowError, Occasion
+from bridge.renewal.hooks import HookError, HookEvent, Hooks, NotNowByHookError
 from bridge.renewal.selection import Selection, outcome_of, select
 from bridge.renewal.transaction import Transaction, by_authority
 from bridge.renewal.verify_and_install import HeldBackError, Result
@@ -290,7 +290,7 @@ def test_a_hook_that_says_not_now_is_no_failure(store: Store, directory: Path, n
     log = tmp_path / "log"
     text = hook("failure", f"echo x >>{log}")
     everything = due(store, directory, node)
-    not_now = NotNowError("hook before: says not now", Exit.UNAVAILABLE)
+    not_now = NotNowByHookError("hook before: says not now", Exit.UNAVAILABLE)
     assert concluded(transaction(store, directory, text), everything, Result(outcomes=()), [not_now]) == []
     assert not log.exists()
     broken = HookError("hook before: broken", Exit.FAILED)
@@ -339,7 +339,9 @@ def test_a_run_with_hooks_owed_is_not_over_at_once(store: Store, tmp_path: Path)
     assert nothing_to_do(arguments) is not None
     item = inventory.read(fresh / "pki", fresh).items[1]
     done = Outcome(name=item.spec.name, authority="ca", new=item.certificates[0])
-    Hooks(settings(store, fresh, config.read_text()), store, "a run").finished(Occasion.of([item], [done], exit_code=0))
+    Hooks(settings(store, fresh, config.read_text()), store, "a run").finished(
+        HookEvent.of([item], [done], exit_code=0)
+    )
     assert nothing_to_do(arguments) is None
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.durations import Before, parse_duration
-from bridge.settings.load import MAX_BYTES, load, parse
+from bridge.settings.load import MAX_SETTINGS_BYTES, load, parse
 
 FILE = Path("/etc/ca-bridge/config.toml")
 
@@ -151,10 +151,10 @@ def test_a_named_settings_file_must_be_there(tmp_path: Path) -> None:
 def test_a_huge_settings_file_is_refused(tmp_path: Path) -> None:
     """Memory is bounded."""
     file = tmp_path / "config.toml"
-    file.write_text("#" * (MAX_BYTES + 1))
+    file.write_text("#" * (MAX_SETTINGS_BYTES + 1))
     with pytest.raises(SettingsError):
         load(file)
-    file.write_text("#" * MAX_BYTES)
+    file.write_text("#" * MAX_SETTINGS_BYTES)
     load(file)
 
 

@@ -18,7 +18,7 @@ from bridge.node import sample_pki
 from bridge.pki.bundle import RequestBundle
 from bridge.pki.csr import PrivateKey, generate_key
 from bridge.signing import desk_policy
-from bridge.signing.desk_policy import Policy, Verdict, judge, parse
+from bridge.signing.desk_policy import Policy, PolicyVerdict, judge, parse
 from bridge.specs import AUTHORITIES, EKU, SPECS
 from tests.kit.bundles import changed, make_bundle, new_csr, old_pairs, proven
 from tests.kit.pki import ADDRESS, Pki, handmade_pki
@@ -139,7 +139,7 @@ def test_a_person_can_do_without_a_proof_that_is_too_old(
     waived = frozenset({"scheduler.conf"})
 
     assert "allow.proof_after_expiry" in judged(bundle, "scheduler.conf", now=now)
-    assert judge(request, bundle, parse(MASTERS), [cas["ca"]], now, waived) == Verdict(problems=(), proven=False)
+    assert judge(request, bundle, parse(MASTERS), [cas["ca"]], now, waived) == PolicyVerdict(problems=(), proven=False)
 
 
 # --- what is not ------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives import serialization
 from bridge.node import sample_pki
 from bridge.pki.certificates import load_pem_certificates, serial
 from bridge.system import https
-from bridge.system.https import Answer, ClientRefusedError, UnreachableError, UntrustedError
+from bridge.system.https import ClientRefusedError, HttpAnswer, UnreachableError, UntrustedError
 from tests.kit.loopback import LoopbackServer
 
 
@@ -52,7 +52,7 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(length)
         said = f"{self.command} {self.path} {self.headers['Host']} {self.headers['X-One']} ".encode() + body
         if self.path == "/large":
-            said = b"x" * (https.MAX_BYTES + 1)
+            said = b"x" * (https.MAX_ANSWER_BYTES + 1)
         self.send_response(418)
         self.send_header("Content-Length", str(len(said) + (self.path == "/half")))
         self.end_headers()
@@ -112,7 +112,7 @@ def leaf(pki: Path, base: str) -> x509.Certificate:
     return load_pem_certificates((pki / f"{base}.crt").read_bytes())[0]
 
 
-def ask(port: int, pki: Path, path: str = "/", *, seconds: float = 5, **more: Any) -> Answer:
+def ask(port: int, pki: Path, path: str = "/", *, seconds: float = 5, **more: Any) -> HttpAnswer:
     """Ask the server on loopback, and trust the cluster's CA."""
     arguments = {"trust_pem": (pki / "ca.crt").read_bytes(), "timeout_seconds": seconds, **more}
     return https.request(f"https://127.0.0.1:{port}{path}", **arguments)
@@ -129,7 +129,7 @@ def test_gives_the_whole_answer(pki: Path) -> None:
 def test_reads_no_more_than_it_must(pki: Path) -> None:
     """A body without end does not fill the memory."""
     with server(pki) as port:
-        assert len(ask(port, pki, "/large").body) == https.MAX_BYTES
+        assert len(ask(port, pki, "/large").body) == https.MAX_ANSWER_BYTES
 
 
 def test_shows_its_client_certificate(pki: Path) -> None:
