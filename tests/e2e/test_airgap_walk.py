@@ -234,7 +234,7 @@ def test_by_cron_on_both_sides(walk: Walk) -> None:
     assert [sorted(walk.node.events(event)) for event in ("asked", "installed")] == [names, names]
     assert not list(outbox.iterdir())
     assert not list(walk.desk.inbox.glob("*.json"))
-    assert len(list((walk.desk.inbox / "done").iterdir())) == 1
+    assert len(list(walk.desk.archive.iterdir())) == 1
     assert walk.bridge("renew").returncode == 0
 
 
@@ -288,7 +288,7 @@ REQUEST_FIELDS: dict[str, tuple[Change, str]] = {
     "batch": (_whole(batch="0" * 32), PROOF),
     "node": (_whole(node="cp-2"), PROOF),
     "cluster": (_whole(cluster="other"), "cluster: wanted kubernetes, found other"),
-    "created": (_whole(created=datetime(2030, 1, 1, tzinfo=UTC)), ""),
+    "created": (_whole(created=datetime(2030, 1, 1, tzinfo=UTC)), PROOF),
     "requests: one more": (_own_request, PROOF),
     "requests: one less": (lambda given: dataclasses.replace(given, requests=given.requests[1:]), ""),
     "requests: order": (lambda given: dataclasses.replace(given, requests=given.requests[::-1]), ""),
@@ -296,7 +296,7 @@ REQUEST_FIELDS: dict[str, tuple[Change, str]] = {
     "authority": (_first(authority="etcd-ca"), "authority: wanted ca for apiserver, found etcd-ca"),
     "ekus": (_first(ekus=frozenset(EKU)), "EKU: wanted serverAuth, found clientAuth, serverAuth"),
     "validitySeconds, too long": (_first(validity=timedelta(days=3650)), "validity: wanted at most 365d, found 3650d"),
-    "validitySeconds, shorter": (_first(validity=timedelta(days=200)), ""),
+    "validitySeconds, shorter": (_first(validity=timedelta(days=200)), PROOF),
     "csr": (_other_csr, PROOF),
     "replaces": (_other_replaced, PROOF),
     "replaces: nothing": (_first(replaces=None), "wanted the certificate that is replaced, found none"),
