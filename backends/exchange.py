@@ -9,19 +9,29 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Self
 
-from bridge.contract import BackendSettings, Issued, Pending, SignRequest
-from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsProblem, Violation
+from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
+
+from bridge.contract import GIVEN, BackendSettings, Issued, Pending, SignRequest
+from bridge.errors import (
+    BackendError,
+    BackendRefusedError,
+    BackendUnavailableError,
+    SettingsError,
+    SettingsProblem,
+    Violation,
+)
 from bridge.pki.bundle import (
     AnswerBundle,
     BundleError,
     IncompleteBundleError,
     Refusal,
     RequestBundle,
+    answer_message,
     bundle_of,
     digest,
     dumps,
@@ -30,6 +40,7 @@ from bridge.pki.bundle import (
     request_file_name,
     short_fingerprint,
 )
+from bridge.pki.signatures import is_by, public_key
 from bridge.specs import CertificateSpec
 from bridge.system.files import write_atomically
 from bridge.system.safe_read import UnreadableError, read
@@ -44,6 +55,8 @@ class ExchangeSettings(BackendSettings):
 
     outbox: Path  #: Request bundles are written here.
     inbox: Path  #: Answer bundles are looked for here, whatever they are called before `.json`.
+    #: `node.desk_key`, which the bridge fills in: only answers that are signed by this key count.
+    signed_by: Path | None = field(default=None, metadata={GIVEN: True})
     retry_for: timedelta = timedelta()  #: A directory that is not there now is looked for by the next run.
 
     def writes(self) -> Sequence[Path]:
@@ -65,11 +78,19 @@ class ExchangeBackend:
 
     def __init__(self, settings: ExchangeSettings) -> None:
         self._settings = settings
+        self._desk_key = None if settings.signed_by is None else _public_key(settings.signed_by)
+        #: An answer is the desk's own word, and not that of whoever can write into the inbox.
+        self.authenticated = self._desk_key is not None
         self._read: dict[Path, tuple[tuple[int, int, int], AnswerBundle | str]] = {}
 
     @classmethod
     def from_settings(cls, settings: ExchangeSettings) -> Self:
-        """Make the backend; no directory is looked at yet."""
+        """
+        Make the backend; no directory is looked at yet.
+
+        Raises:
+            SettingsError: The desk's key can't be used.
+        """
         return cls(settings)
 
     def check(self, specs: Sequence[CertificateSpec]) -> Mapping[str, Sequence[Violation]]:
@@ -180,8 +201,15 @@ class ExchangeBackend:
             return None  # taken away meanwhile
         version = (status.st_ino, status.st_size, status.st_mtime_ns)
         if (known := self._read.get(path)) is None or known[0] != version:
-            known = self._read[path] = version, _answer_or_reason(path)
+            known = self._read[path] = version, self._authentic(path, _answer_or_reason(path))
         return known[1]
+
+    def _authentic(self, path: Path, answer: AnswerBundle | str) -> AnswerBundle | str:
+        """Unsigned, or signed by somebody else, it is none."""
+        if isinstance(answer, str) or self._desk_key is None:
+            return answer
+        is_signed = answer.signature is not None and is_by(self._desk_key, answer.signature, answer_message(answer))
+        return answer if is_signed else f"{path} is passed over: it is not signed by the desk's key (node.desk_key)"
 
     @staticmethod
     def _files(directory: Path) -> list[Path]:
@@ -197,6 +225,14 @@ def _given(answers: Sequence[AnswerBundle], request: SignRequest) -> list[tuple[
     """What each of them says to a request, the latest first; when it was signed is its sender's word, too."""
     latest = sorted(answers, key=lambda one: one.signed, reverse=True)
     return [(answer, one) for answer in latest if (one := answer.answers.get(request.spec.name)) is not None]
+
+
+def _public_key(path: Path) -> PublicKeyTypes:
+    try:
+        return public_key(read(path) or b"")
+    except (UnreadableError, ValueError) as e:
+        wanted = str(e) if isinstance(e, ValueError) else "a certificate or a public key in PEM"
+        raise SettingsError([SettingsProblem("signed_by", wanted, f"something else in {path}")]) from None
 
 
 def _answer_or_reason(path: Path) -> AnswerBundle | str:

@@ -146,8 +146,11 @@ class CollectsAll(Protocol):
     """
     Optional, beside `collect`: answers lie where others can put some, too, so that the bridge has to try them all.
 
-    What `collect` of such a backend says is nobody's word: no refusal and no wrong certificate ends a request.
+    What `collect` of such a backend says is nobody's word: no refusal and no wrong certificate ends a request, unless
+    answers are authenticated.
     """
+
+    authenticated: bool  #: Only the CA's own answers are looked at.
 
     def candidates(self, request: SignRequest, reference: str) -> Sequence[Issued]:
         """

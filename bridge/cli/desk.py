@@ -16,7 +16,7 @@ from bridge.errors import BridgeError, Exit
 from bridge.pki.bundle import Refusal
 from bridge.settings.tables import Settings
 from bridge.signing.desk import Desk, Job, RefusedByPolicyError
-from bridge.signing.desk_files import Options, Session, load_policy
+from bridge.signing.desk_files import Options, Session, load_answer_key, load_policy
 from bridge.state import audit
 from bridge.system.console import log, print_error, printable
 
@@ -41,7 +41,8 @@ def sign(
         codes.append(error.exit_code)
         print_error(error, path)
 
-    desk = Desk(settings, policy, now, without_proof=options.without_proof, approve=approver)
+    key = load_answer_key(policy)
+    desk = Desk(settings, policy, now, without_proof=options.without_proof, approve=approver, answer_key=key)
     session = Session(settings, policy, options, now, passed_over)
     with contextlib.closing(desk):
         if dry_run:

@@ -111,6 +111,7 @@ class AnswerBundle:
     signer: str  #: For people: which desk, which backend, who approved it.
     signed: datetime  #: UTC, whole seconds.
     answers: Mapping[str, Issued | Refusal]
+    signature: bytes | None = None  #: The desk's, over `answer_message`; None: the desk signs no answers.
 
 
 Bundle = RequestBundle | AnswerBundle
@@ -205,7 +206,9 @@ def dumps(bundle: Bundle) -> bytes:
     """
     document = _document(bundle)
     _assert_readable(document)  # what one side can't read, the other does not write
-    return json.dumps({**document, "digest": _digest(document)}, indent=1).encode() + b"\n"
+    signature = bundle.signature if isinstance(bundle, AnswerBundle) else None
+    more = {} if signature is None else {"signature": b64encode(signature).decode()}
+    return json.dumps({**document, "digest": _digest(document), **more}, indent=1).encode() + b"\n"
 
 
 def _assert_readable(document: Mapping[str, Any]) -> None:
@@ -232,6 +235,11 @@ def _assert_readable(document: Mapping[str, Any]) -> None:
 def digest(bundle: Bundle) -> str:
     """SHA-256 (hex) over its values; white space between them does not count."""
     return _digest(_document(bundle))
+
+
+def answer_message(bundle: AnswerBundle) -> bytes:
+    """What a desk signs: words of its own, and the digest over all that the answer says."""
+    return b"ca-bridge answer bundle 1\n" + digest(bundle).encode()
 
 
 def short_fingerprint(bundle: Bundle) -> str:
@@ -495,7 +503,7 @@ def _read_request(value: object, place: str) -> BundledRequest:
 
 def _read_answer_bundle(document: Mapping[str, Any]) -> AnswerBundle:
     keys = ("schema", "version", "requestDigest", "batch", "node", "cluster", "signer", "signed", "answers", "digest")
-    fields = _Fields.of(document, "", keys)
+    fields = _Fields.of(document, "", (*keys, "signature") if "signature" in document else keys)
     fields.choice("version", [ANSWER_VERSION])
     answers = fields.items("answers", _read_answer)
     _assert_once(fields, "answers", [name for name, _ in answers])
@@ -507,6 +515,7 @@ def _read_answer_bundle(document: Mapping[str, Any]) -> AnswerBundle:
         signer=fields.text("signer"),
         signed=fields.time("signed"),
         answers=dict(answers),
+        signature=fields.encoded("signature") if "signature" in document else None,
     )
     _assert_digest(fields)
     return bundle
@@ -614,7 +623,7 @@ def _assert_once(fields: _Fields, key: str, names: Sequence[str]) -> None:
 def _assert_digest(fields: _Fields) -> None:
     """Over the values as they stand there: they were read, and so are as `dumps` writes them."""
     given = fields.shaped("digest", _DIGEST, "64 hex digits")
-    wanted = _digest({key: value for key, value in fields.values.items() if key != "digest"})
+    wanted = _digest({key: value for key, value in fields.values.items() if key not in ("digest", "signature")})
     if given != wanted:
         raise BundleError("digest", f"{wanted}, which is that of what it holds", given)
 

@@ -14,13 +14,11 @@ from hashlib import sha256
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
-from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes, PrivateKeyTypes
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-from bridge.pki import shown
+from bridge.pki import shown, signatures
 from bridge.pki.bundle import BundledRequest, RequestBundle
 from bridge.pki.certificates import UNREADABLE, attributes, extended_key_usages, name_text
 from bridge.pki.csr import algorithm_name
@@ -54,7 +52,7 @@ def sign_proof(
     """
     Prove with the key of the certificate that is replaced that its holder wants this CSR signed.
 
-    RSA-PSS, ECDSA or Ed25519, the first two with SHA-256. What is signed begins with words of its own, has each
+    As `signatures.sign`. What is signed begins with words of its own, has each
     part with its length before it, and names the batch, so that a proof is good for one request of one bundle.
 
     Args:
@@ -70,13 +68,7 @@ def sign_proof(
         ValueError: A key of another type.
     """
     message = _proof_message(csr, (batch, node, cluster, name), terms)
-    if isinstance(old_key, rsa.RSAPrivateKey):
-        return old_key.sign(message, _PSS, hashes.SHA256())
-    if isinstance(old_key, ec.EllipticCurvePrivateKey):
-        return old_key.sign(message, ec.ECDSA(hashes.SHA256()))
-    if isinstance(old_key, ed25519.Ed25519PrivateKey):
-        return old_key.sign(message)
-    raise ValueError(f"wanted an RSA, ECDSA or Ed25519 key, found {type(old_key).__name__}")
+    return signatures.sign(old_key, message)
 
 
 def proof_problem(request: BundledRequest, bundle: RequestBundle) -> str | None:
@@ -98,7 +90,7 @@ def proof_problem(request: BundledRequest, bundle: RequestBundle) -> str | None:
     except (ValueError, UnsupportedAlgorithm) as e:
         return f"wanted a public key in the replaced certificate, found one that can't be read: {one_line(e)}"
     try:
-        is_checked = _check_signature(key, request.proof, message)
+        is_checked = signatures.check(key, request.proof, message)
     except (InvalidSignature, ValueError):  # ValueError: an RSA key that is too small to have made any
         return "wanted a continuity proof by the replaced certificate's key over this CSR, found another signature"
     if not is_checked:
@@ -123,22 +115,6 @@ def _who(subject: x509.Certificate | x509.CertificateSigningRequest) -> list[tup
     """The CN; the whole subject where there is none."""
     parts = attributes(subject.subject)
     return [part for part in parts if part[0] == NameOID.COMMON_NAME.dotted_string] or parts
-
-
-def _check_signature(key: CertificatePublicKeyTypes, signature: bytes, message: bytes) -> bool:
-    """False: of a type that proves nothing."""
-    if isinstance(key, rsa.RSAPublicKey):
-        key.verify(signature, message, _PSS, hashes.SHA256())
-    elif isinstance(key, ec.EllipticCurvePublicKey):
-        key.verify(signature, message, ec.ECDSA(hashes.SHA256()))
-    elif isinstance(key, ed25519.Ed25519PublicKey):
-        key.verify(signature, message)
-    else:
-        return False
-    return True
-
-
-_PSS = padding.PSS(padding.MGF1(hashes.SHA256()), hashes.SHA256.digest_size)
 
 
 def _proof_message(csr: x509.CertificateSigningRequest, who: Sequence[str], terms: Terms | None) -> bytes:

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import hashes
 from bridge.contract import Issued
 from bridge.errors import BackendRefusedError, BridgeError, Exit, VerificationError, WaitingError
 from bridge.node.inventory import Item, Node
-from bridge.pki import bundle, bundle_text, continuity, verify
+from bridge.pki import bundle, bundle_text, continuity, signatures, verify
 from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, Refusal, RequestBundle
 from bridge.pki.certificates import UNREADABLE, fingerprint, is_ca, name_text, serial_hex
 from bridge.pki.loose_certificates import certificates_in, is_for
@@ -290,7 +290,17 @@ def _read_answer(run: Run, path: Path, found: _Found, *, skip: bool) -> None:
         if data is None:
             raise UnreadableError("no such file")  # noqa: TRY301 (as what can't be read)
         if data.lstrip().startswith(b"{"):
-            _take_bundle(run, path, bundle.loads_answer(data), found)
+            answer = bundle.loads_answer(data)
+            if _is_authentic(run, answer):
+                _take_bundle(run, path, answer, found)
+            else:
+                found.strange.append(
+                    UnsignedError(f"{path}: wanted an answer that the desk has signed, found none of its signature")
+                )
+        elif run.settings.node.desk_key is not None:
+            found.strange.append(
+                UnsignedError(f"{path}: wanted an answer that the desk has signed, found loose certificates")
+            )
         else:
             found.loose[path] = [one for one in certificates_in(data) if _has_dates(one, path, found)]
     except BundleError as e:
@@ -307,6 +317,27 @@ def _read_answer(run: Run, path: Path, found: _Found, *, skip: bool) -> None:
                 f"{path}: wanted an answer bundle, or certificates in PEM, DER or PKCS#7, found: {e}"
             ) from None
         log.info("%s: passed over: %s", path, e)
+
+
+class UnsignedError(BridgeError):
+    """The settings name the desk's key, and somebody else made the answer."""
+
+    exit_code = Exit.REFUSED
+    hint = "have the desk sign its answers (answer_key in its policy); node.desk_key in the settings names whose signature counts"
+
+
+def _is_authentic(run: Run, answer: AnswerBundle) -> bool:
+    """
+    Whether the desk has signed it, where the settings name its key.
+
+    Raises:
+        UnreadableError, ValueError: That key can't be read.
+    """
+    path = run.settings.node.desk_key
+    if path is None:
+        return True
+    key = signatures.public_key(read(path) or b"")
+    return answer.signature is not None and signatures.is_by(key, answer.signature, bundle.answer_message(answer))
 
 
 def _has_dates(certificate: x509.Certificate, path: Path, found: _Found) -> bool:

@@ -47,7 +47,21 @@ def load(file: Path | None) -> Settings:
     if file is None and not DEFAULT_FILE.exists():
         return Settings(source=Source(None, ""))
     path = file or DEFAULT_FILE
-    return parse(_read(path), path)
+    settings = parse(_read(path), path)
+    if settings.node.desk_key is not None:
+        _assert_desk_key(settings, settings.node.desk_key)
+    return settings
+
+
+def _assert_desk_key(settings: Settings, path: Path) -> None:
+    """Whoever can change the file decides which answers count."""
+    try:
+        assert_ours(path)
+    except OSError as e:
+        problem = settings.source.problem(
+            ("node", "desk_key"), "the desk's certificate or public key", f"{path}: {e.strerror}"
+        )
+        raise SettingsError([problem]) from None
 
 
 def overridden(

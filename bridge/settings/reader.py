@@ -148,7 +148,9 @@ class Reader:
                 self.add((*prefix, _keys_of(name, hints[name])[0]), _wanted(hints[name]), "nothing")
         if missing or len(self.problems) > before:
             return None
-        return self._made(schema, {**values, **(given or {})}, prefix)
+        wanted = {f.name for f in dataclasses.fields(typing.cast(Any, schema)) if GIVEN in f.metadata}
+        ours = {name: value for name, value in (given or {}).items() if name in wanted}
+        return self._made(schema, {**values, **ours}, prefix)
 
     def values(self, schema: type[Any], table: Mapping[str, Any], prefix: Key) -> dict[str, Any]:
         """The values of the keys that are there, by field; a value that can't be read is None, and a problem."""

@@ -52,6 +52,9 @@ class NodeSettings:
     name: str = ""  #: As in the cluster; empty: see `bridge.node.names`, or else the host's in small letters, as kubeadm takes it.
     cluster: str = DEFAULT_CLUSTER  #: For people and the policy of a CA desk; kubeadm's clusterName.
 
+    #: A certificate or public key in PEM: answer bundles count only with a signature by this key of the desk.
+    desk_key: Path | None = None
+
     @property
     def node_name(self) -> str:
         """As set, or the host's."""

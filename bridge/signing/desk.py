@@ -12,12 +12,13 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from typing import Protocol
 
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 from bridge.contract import (
     Backend,
@@ -31,8 +32,16 @@ from bridge.contract import (
     TellsRevoked,
 )
 from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, VerificationError, WaitingError
-from bridge.pki import verify
-from bridge.pki.bundle import AnswerBundle, BundledRequest, Refusal, RequestBundle, refusal, sign_request
+from bridge.pki import signatures, verify
+from bridge.pki.bundle import (
+    AnswerBundle,
+    BundledRequest,
+    Refusal,
+    RequestBundle,
+    answer_message,
+    refusal,
+    sign_request,
+)
 from bridge.pki.bundle_text import describe
 from bridge.pki.certificates import load_pem_certificates, serial_hex
 from bridge.pki.expiry import minute
@@ -145,8 +154,17 @@ class Desk:
         *,
         without_proof: frozenset[str] = frozenset(),
         approve: Approver | None = None,
+        answer_key: PrivateKeyTypes | None = None,
     ) -> None:
         """
+        Args:
+            settings: Backends and authorities.
+            policy: What may be signed.
+            now: The clock.
+            without_proof: Names that need no continuity proof.
+            approve: Asks an operator.
+            answer_key: Signs the answers.
+
         Raises:
             SettingsError: Of backends' tables; all problems at once.
         """
@@ -155,6 +173,7 @@ class Desk:
         self._now = now
         self._without_proof = without_proof
         self._approve = approve
+        self._answer_key = answer_key
         self._configured = registry.configured(settings, settings.authorities)
         self._cas: dict[str, _CA] = {}
 
@@ -426,7 +445,7 @@ class Desk:
                   if isinstance(job.answers.get(request.name), Issued)}  # fmt: skip
         name = self._policy.desk.name or os.uname().nodename
         approved = f", approved by {job.approved_by}" if job.approved_by else ""
-        return AnswerBundle(
+        answer = AnswerBundle(
             request_digest=job.digest,
             batch=job.bundle.batch,
             node=job.bundle.node,
@@ -439,6 +458,9 @@ class Desk:
                 if request.name in job.answers
             },
         )
+        if self._answer_key is None:
+            return answer
+        return replace(answer, signature=signatures.sign(self._answer_key, answer_message(answer)))
 
 
 def _windows(jobs: Iterable[Job]) -> Iterator[list[Job]]:

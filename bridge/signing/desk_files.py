@@ -12,8 +12,13 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
 from bridge.contract import Issued
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
+from bridge.pki import signatures
 from bridge.pki.bundle import (
     MAX_BUNDLE_BYTES,
     AnswerBundle,
@@ -42,6 +47,7 @@ from bridge.state import audit
 from bridge.state.store import Store
 from bridge.system.console import log
 from bridge.system.files import lock, write_atomically
+from bridge.system.ownership import open_secret
 from bridge.system.safe_read import UnreadableError, read, read_once
 from bridge.words import one_line
 
@@ -105,6 +111,36 @@ def load_policy(settings: Settings, path: Path | None) -> Policy:
         return parse(data.decode(), path)
     except UnicodeDecodeError as e:
         raise SettingsError([SettingsProblem("", "UTF-8 text", f"byte {e.start} is not", path)]) from None
+
+
+def load_answer_key(policy: Policy) -> PrivateKeyTypes | None:
+    """
+    The key that the policy names for the desk's answers.
+
+    Raises:
+        SettingsError: It can't be used, or others can read it.
+    """
+    path = policy.desk.answer_key
+    if path is None:
+        return None
+    try:
+        exposed = open_secret(path)
+    except OSError as e:
+        wanted = "the private key that answers are signed with"
+        raise SettingsError([SettingsProblem("desk.answer_key", wanted, str(e.strerror), path)]) from None
+    if exposed is not None:
+        problem = SettingsProblem("desk.answer_key", exposed.wanted, exposed.found, exposed.path)
+        raise SettingsError([problem], hint=exposed.hint)
+    try:
+        data = read(path)
+        found = "nothing" if data is None else "something else"
+        key = load_pem_private_key(data or b"", None)
+        signatures.sign(key, b"")
+    except (UnreadableError, ValueError, TypeError, UnsupportedAlgorithm) as e:
+        found = str(e) if isinstance(e, UnreadableError) else found
+        wanted = "an RSA, ECDSA or Ed25519 private key in PEM, not encrypted"
+        raise SettingsError([SettingsProblem("desk.answer_key", wanted, found, path)]) from None
+    return key
 
 
 @dataclass(kw_only=True)

@@ -78,6 +78,8 @@ class DeskSettings:
     name: str = ""  #: In every answer; empty: the host's name.
     #: The cluster's CA certificates, laid out as below /etc/kubernetes/pki; without it the backends tell theirs.
     ca_dir: Path | None = None
+    #: A private key in PEM, not encrypted, that answers are signed with; None: they are not signed.
+    answer_key: Path | None = None
     archive: Path | None = None  #: For bundles that are done; without it in the state directory.
 
 

@@ -50,4 +50,6 @@ def collected(
     try:
         return backend.collect(request, reference)
     except BackendRefusedError as e:
+        if backend.authenticated:
+            raise
         raise HearsayError(str(e)) from e

@@ -129,7 +129,7 @@ def configured(settings: Settings, authorities: Iterable[str]) -> dict[str, Conf
 
 def _given(settings: Settings) -> dict[str, Any]:
     """What every backend's settings hold that no key says."""
-    return {"node": settings.node.node_name}
+    return {"node": settings.node.node_name, "signed_by": settings.node.desk_key}
 
 
 def _types(settings: Settings) -> dict[str, BackendType]:
