@@ -142,9 +142,9 @@ def test_after_a_renewal_the_two_that_read_once_are_stale(node: Node) -> None:
 
 
 def test_a_version_that_is_not_known_to_reload_must_be_restarted(node: Node, tmp_path: Path) -> None:
-    """After the renewal above, the API server's own client certificates are stale on what says it is 1.36."""
+    """After the renewal above, the API server's own client certificates are stale on what says it is 1.33."""
     settings = tmp_path / "config.toml"
-    settings.write_text('[node]\nkubernetes_version = "1.36"\n')
+    settings.write_text('[node]\nkubernetes_version = "1.33"\n')
     code, findings, stale = prove(node, "--config", str(settings))
     assert (code, stale) == (7, ["kube-apiserver"])
     assert wrong(findings) == {(name, "stale") for name in API_CLIENTS}
