@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -22,6 +23,12 @@ from tests import counts
 from tests.kit import programs
 
 NO_SKIP = "CA_BRIDGE_NO_SKIP"
+
+
+def pytest_configure() -> None:
+    """Whoever starts the tests in the background of a shell lets them, and all that they start, ignore SIGINT."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

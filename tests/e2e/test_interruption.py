@@ -21,14 +21,6 @@ from tests.kit.cas import Bridge
 from tests.kit.pki import handmade_pki
 
 
-@pytest.fixture(autouse=True)
-def interruptible() -> Iterator[None]:
-    """Whoever starts the tests in the background of a shell lets them, and all that they start, ignore SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.fixture
 def bridge(tmp_path: Path) -> Bridge:
     """All is due, and Vault's address is for a test to say."""

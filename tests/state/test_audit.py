@@ -541,13 +541,17 @@ def test_show_filters_by_age_and_certificate(run: Run, store: Store) -> None:
     """As a table or as JSON."""
     append(store, 2)
     old = store.audit.read_bytes().splitlines(keepends=True)
-    line = json.loads(old[0]) | {"time": (datetime.now(UTC) - timedelta(days=9)).isoformat()}
-    store.audit.write_bytes(json.dumps(line).encode() + b"\n" + old[1])
-    assert shown(run) == ["certificate-0", "certificate-1"]
-    assert shown(run, "--since", "7d") == ["certificate-1"]
-    assert shown(run, "--since", "10d", "--name", "certificate-0") == ["certificate-0"]
-    assert len(run("audit", "show", "--name", "certificate-0").stdout.splitlines()) == 1
-    assert run("audit", "show", "--name", "nobody").stdout == "nothing recorded\n"
+    lines = [
+        json.loads(old[0]) | {"name": "apiserver", "time": (datetime.now(UTC) - timedelta(days=9)).isoformat()},
+        json.loads(old[1]) | {"name": "admin.conf"},
+    ]
+    store.audit.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert shown(run) == ["apiserver", "admin.conf"]
+    assert shown(run, "--since", "7d") == ["admin.conf"]
+    assert shown(run, "--since", "10d", "--name", "apiserver") == ["apiserver"]
+    assert len(run("audit", "show", "--name", "apiserver").stdout.splitlines()) == 1
+    assert run("audit", "show", "--name", "etcd-peer").stdout == "nothing recorded\n"
+    assert "did you mean" in run("audit", "show", "--name", "apiservr").stderr
 
 
 def test_show_passes_no_control_character(run: Run, store: Store) -> None:
