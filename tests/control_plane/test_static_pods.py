@@ -146,6 +146,7 @@ def test_without_a_manifest_nothing_is_done(site: Site) -> None:
 @pytest.mark.parametrize("when", ["at_remains", "at_trouble"])
 def test_a_signal_ends_the_run_after_the_manifest_is_back(site: Site, number: signal.Signals, when: str) -> None:
     """systemd, Ctrl-C and a lost terminal may end a run at any time, twice if they like."""
+    outside = signal.signal(number, signal.SIG_DFL)  # the tests themselves may have been started with nohup
     before = signal.getsignal(number)
 
     def look() -> str:
@@ -154,9 +155,12 @@ def test_a_signal_ends_the_run_after_the_manifest_is_back(site: Site, number: si
         return "busy"
 
     setattr(site, when, look)
-    with pytest.raises(StoppedError, match=number.name):
-        site.restart()
-    assert signal.getsignal(number) is before
+    try:
+        with pytest.raises(StoppedError, match=number.name):
+            site.restart()
+        assert signal.getsignal(number) is before
+    finally:
+        signal.signal(number, outside)
     site.assert_whole()
 
 
