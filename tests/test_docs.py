@@ -1,4 +1,4 @@
-"""README, examples and change log say what is true: usage, settings, exit codes."""
+"""Documents and examples say what is true: commands, settings, exit codes, links."""
 
 from __future__ import annotations
 
@@ -11,49 +11,56 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
-from typer.testing import CliRunner
 
-from bridge.cli.app import app
+from bridge.cli.guide import EXAMPLES, TASKS
 from bridge.contract import GIVEN, BackendSettings, Secret
 from bridge.errors import Exit
 from bridge.settings.load import parse
 from bridge.settings.tables import AuthoritySettings
 from bridge.signing import registry
+from tests.kit.commands import NAME, commands, help_of, lines_in, why_not
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 EXAMPLE = ROOT / "config/config.toml"
 
-START, END = "<!-- usage: `python -m tests.test_docs` writes it, a test compares it -->", "<!-- end of usage -->"
-COMMANDS = ((), ("check-expiration",), ("renew",))
+#: `python -m tests.test_docs` writes what is generated; tests compare it.
+COMMANDS = ROOT / "docs/commands.md"
 
 
-def usage() -> str:
-    """The help texts, as an 80 columns wide terminal shows them."""
-    runner = CliRunner(env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
-    texts = []
-    for command in COMMANDS:
-        result = runner.invoke(app, [*command, "--help"], prog_name="ca-bridge")
-        texts.append(f"$ {' '.join(('ca-bridge', *command, '--help'))}\n{result.output.strip()}")
-    return "```\n" + "\n\n".join(texts) + "\n```"
+def commands_page() -> str:
+    """Every command's help."""
+    head = (
+        "# Commands\n\n<!-- written by `python -m tests.test_docs` -->\n\n"
+        "What each command prints with `-h`; [exit-codes.md](exit-codes.md) says how each may end."
+    )
+    parts = [f"## {' '.join((NAME, *one.words))}\n\n```\n{help_of(one.words)}\n```" for one in commands()]
+    return "\n\n".join((head, *parts)) + "\n"
 
 
-def test_the_usage_in_the_readme_is_the_programs() -> None:
-    """An option that is not in the README, or no longer in the program, fails here."""
-    between = README.read_text(encoding="utf-8").split(START)[1].split(END)[0]
-    assert between.strip() == usage()
+def test_the_commands_page_is_what_the_program_says() -> None:
+    """An option that is not on the page, or no longer in the program, fails here."""
+    assert COMMANDS.read_text(encoding="utf-8") == commands_page(), "run: python -m tests.test_docs"
 
 
-def settings_in_the_readme() -> list[str]:
-    """Its TOML blocks."""
-    return re.findall(r"```toml\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def test_each_command_has_a_task_and_an_example() -> None:
+    """In `bridge/cli/guide.py`, which names no others; each example can be typed."""
+    names = {one.name: hasattr(one.context.command, "commands") for one in commands() if one.words}
+    tasks = [name for ours in TASKS.values() for name in ours]
+    assert sorted(tasks) == sorted(name for name in names if " " not in name)
+    assert set(EXAMPLES) == {name for name, is_group in names.items() if not is_group}
+    for name, examples in EXAMPLES.items():
+        for line, _ in examples:
+            assert line.startswith(f"{NAME} {name}")
+            assert why_not(line) is None
 
 
-def test_the_settings_in_the_readme_are_complete() -> None:
-    """Each quick start can be pasted as it is."""
-    texts = settings_in_the_readme()
-    assert len(texts) == 4
-    for text in texts:
+def test_a_page_of_quick_start_can_be_pasted() -> None:
+    """The settings on it are complete."""
+    pages = [*(ROOT / "docs").glob("quickstart-*.md"), ROOT / "docs/air-gap.md"]
+    assert len(pages) == 4
+    for page in pages:
+        [text] = re.findall(r"```toml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
         settings = parse(text)
         assert set(registry.configured(settings, settings.authorities)) == {"ca", "etcd-ca", "front-proxy-ca"}
 
@@ -118,24 +125,24 @@ def settings_in_sentences(text: str) -> set[str]:
     return set(re.findall(r"`(?:\[\w+\] )?(\w+) = [^`]+`", text))
 
 
-@pytest.mark.parametrize("path", ["README.md", "CHANGELOG.md"])
-def test_a_setting_that_a_sentence_names_is_in_the_examples(path: str) -> None:
+def test_a_setting_that_a_sentence_names_is_in_the_examples() -> None:
     """The examples are loaded by tests; a sentence is not."""
     examples = "\n".join(found.read_text(encoding="utf-8") for found in (ROOT / "config").rglob("*.toml"))
     known = set(re.findall(r"^\W*(\w+) = ", examples, re.MULTILINE))
-    named = settings_in_sentences((ROOT / path).read_text(encoding="utf-8"))
-    assert len(named) >= 3
-    assert named <= known
+    for path in DOCUMENTS:
+        assert settings_in_sentences(path.read_text(encoding="utf-8")) <= known, path
+    assert len(settings_in_sentences((ROOT / "docs/after-the-installation.md").read_text(encoding="utf-8"))) >= 4
     assert not settings_in_sentences('say `[backend] kye = "x"`') <= known
 
 
-def test_the_exit_codes_in_the_readme_are_the_programs() -> None:
+def test_the_exit_codes_on_their_page_are_the_programs() -> None:
     """A code is a promise."""
-    rows = re.findall(r"^\| ([0-9]) \| ", README.read_text(encoding="utf-8"), re.MULTILINE)
+    page = (ROOT / "docs/exit-codes.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([0-9]) \| ", page, re.MULTILINE)
     promised = {value for name, value in vars(Exit).items() if name.isupper() and isinstance(value, int)}
     assert {int(row) for row in rows} == promised
     order = ", ".join(map(str, Exit.PRECEDENCE))
-    assert f"the first of {order} counts" in README.read_text(encoding="utf-8")
+    assert f"the first of {order} counts" in page
 
 
 DOCUMENTS = sorted(
@@ -222,17 +229,38 @@ def test_links_lead_somewhere(path: Path) -> None:
     assert broken_links(path, "# A\n[x](#b), [y](gone.md), [z](#a)") == {("", "b"), ("gone.md", "")}
 
 
-def test_the_readme_leads_to_every_page() -> None:
-    """A page that nobody finds is not there."""
-    linked = {target for target, _ in links_in(README.read_text(encoding="utf-8"))}
-    assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} <= linked
+def test_the_index_leads_to_every_page() -> None:
+    """A page that nobody finds is not there; the README leads to the index, and to some pages at once."""
+    index = {target for target, _ in links_in((ROOT / "docs/README.md").read_text(encoding="utf-8"))}
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"} <= index
+    assert "docs/README.md" in {target for target, _ in links_in(README.read_text(encoding="utf-8"))}
+
+
+def test_the_readme_fits_on_three_screens() -> None:
+    """As long as it does, people read it."""
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 110
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=by_path)
+def test_each_command_line_can_be_typed(path: Path) -> None:
+    """The command is there, and has the options that the document gives it."""
+    found = {line: why_not(line) for line in lines_in(path.read_text(encoding="utf-8"))}
+    assert {line: why for line, why in found.items() if why} == {}
+
+
+def test_a_command_line_that_can_t_be_typed_is_found() -> None:
+    """In a block for a shell, with a path or without, and within a sentence."""
+    text = "Say `ca-bridge rnew`, then:\n```sh\nsudo /opt/x/bin/ca-bridge renew --hurry  # now\nca-bridge plan | cat\n```\n"
+    lines = lines_in(text)
+    assert len(lines) == 3
+    assert [line for line in lines if why_not(line) is None] == ["ca-bridge plan"]
+    assert why_not("ca-bridge audit shw") == "no command shw"
+    assert why_not("ca-bridge export") is not None or why_not("ca-bridge renew --wait") is not None
 
 
 def main() -> None:
-    """Write the usage into the README."""
-    text = README.read_text(encoding="utf-8")
-    head, rest = text.split(START)
-    README.write_text(f"{head}{START}\n\n{usage()}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    """Write what is generated."""
+    COMMANDS.write_text(commands_page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

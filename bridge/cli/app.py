@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from bridge.cli.help import Group
 from bridge.cli.options import (
     AnyIdentityOption,
     Common,
@@ -30,22 +31,28 @@ from bridge.cli.printing import say
 # Rich tracebacks can print local variables, and ours hold tokens and keys.
 app = typer.Typer(
     name="ca-bridge",
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
-    rich_markup_mode=None,  # plain help, the same in a README, a log and a terminal
+    rich_markup_mode=None,  # plain help, the same in a document, a log and a terminal
     help="Renew the certificates of a kubeadm control plane whose CA keys are not on its disks.",
+    epilog="`ca-bridge COMMAND -h` shows a command's options and examples. `ca-bridge doctor` says what is missing.",
 )
-settings_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Write, show and check the settings file.")
-app.add_typer(settings_app, name="settings")
-audit_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Show and verify the audit log.")
-app.add_typer(audit_app, name="audit")
-pending_app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Show and cancel requests that a CA has not answered yet."
-)
-app.add_typer(pending_app, name="pending")
-backend_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Try a CA that the settings name.")
-app.add_typer(backend_app, name="backend")
+
+
+def _group(name: str, sentence: str) -> typer.Typer:
+    """Commands that share their first word."""
+    group = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None, help=sentence)
+    app.add_typer(group, name=name)
+    return group
+
+
+settings_app = _group("settings", "Write, show and check the settings file.")
+audit_app = _group("audit", "Show and verify the audit log.")
+pending_app = _group("pending", "Show and cancel requests that a CA has not answered yet.")
+backend_app = _group("backend", "Try a CA that the settings name.")
 
 
 def _version(value: bool) -> None:

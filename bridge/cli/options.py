@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from bridge.cli.help import Command
 from bridge.errors import BridgeError
 from bridge.node import names
 from bridge.pki.durations import parse_duration
@@ -75,7 +76,7 @@ def command(to: typer.Typer, name: str) -> Callable[[Callable[..., None]], None]
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*theirs, *ours.values())]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
-        to.command(name)(run)
+        to.command(name, cls=Command)(run)
 
     return register
 

@@ -1,8 +1,8 @@
 """
 The program's speed as ratios, each measured in one run against something real beside it.
 
-`python -m tests.bench [--rounds N] [--nodes N] [--readme]` prints a table and writes it to `tests/bench/results.md`;
-with `--readme` also into README.md, whose numbers come from nowhere else.
+`python -m tests.bench [--rounds N] [--nodes N] [--docs]` prints a table and writes it to `tests/bench/results.md`;
+with `--docs` also into docs/numbers.md, whose numbers come from nowhere else.
 Needs root (kubeadm's `--rootfs` is a chroot) and the programs of `tests/kit/binaries.sh`; run it with the Python of
 `.cache/venv-test`, which `scripts/test` made: what else is installed beside the program costs it start-up time.
 """
@@ -31,8 +31,8 @@ from tests.kit.pki import KubeadmPki, kubeadm_pki
 
 _MEMORY_LIMIT = 400.0  # MB
 HERE = Path(__file__).parent
-README = HERE.parents[1] / "README.md"
-START, END = "<!-- numbers: written by `python -m tests.bench --readme` -->", "<!-- end of numbers -->"
+NUMBERS = HERE.parents[1] / "docs/numbers.md"
+START, END = "<!-- numbers: written by `python -m tests.bench --docs` -->", "<!-- end of numbers -->"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--nodes", type=int, default=1000, help="of the fleet, ten certificates each")
-    parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--docs", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         # the desk's rows take half a minute a round, and differ less
@@ -181,8 +181,8 @@ def main() -> None:
         text = table([*measure(Path(directory), options.rounds), *desk])
     print(text)
     (HERE / "results.md").write_text(text, encoding="utf-8")
-    if options.readme:
-        write_between(README, START, text)
+    if options.docs:
+        write_between(NUMBERS, START, text)
 
 
 if __name__ == "__main__":

@@ -206,7 +206,7 @@ def environment(log: Path) -> dict[str, str]:
 
 
 def test_a_hook_is_told_what_was_renewed(make: Make, node: Node, store: Store, log: Path) -> None:
-    """By variables that the README documents."""
+    """By the variables that docs/after-the-installation.md has."""
     hooks = make(shell(f"env -0 >{log}", "success"))
     assert hooks.finished(renewed(node)) == []
     [item] = [item for item in node.items if item.spec.name == "apiserver"]

@@ -1,0 +1,100 @@
+"""
+What help says beyond the commands' own words: which task a command is for, and examples of it.
+
+The only place for both; the pages of `docs/commands.md` and the manual are made of them, too. A test tries each
+example on the command line.
+"""
+
+from __future__ import annotations
+
+#: Headings of `ca-bridge --help`, and the commands below each, in the order of an operator's day.
+TASKS: dict[str, tuple[str, ...]] = {
+    "Look, and change nothing": ("check-expiration", "plan", "prove", "doctor"),
+    "Renew": ("renew", "restart", "install"),
+    "Carry requests to a CA, and its answers back": ("export", "inspect", "sign", "import", "pending"),
+    "Go back, and clean up after a crash": ("backups", "rollback", "recover"),
+    "Set up": ("settings", "setup", "backend", "demo"),
+    "Keep the record": ("audit",),
+}
+
+#: By command: lines to type, each with what it does.
+EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
+    "check-expiration": (
+        ("ca-bridge check-expiration", "Show the two tables that kubeadm shows."),
+        ("ca-bridge check-expiration --within 14d", "Exit with 3 if something expires within two weeks."),
+        ("ca-bridge check-expiration -o nagios -w 30d -c 7d", "One line for Nagios or Icinga."),
+    ),
+    "renew": (
+        ("ca-bridge renew", "Renew what is due: the command for cron."),
+        ("ca-bridge renew apiserver etcd-server", "Renew these two now, due or not."),
+        ("ca-bridge renew all --no-restart", "Renew everything, and restart nothing."),
+        ("ca-bridge renew all --csr-only --csr-dir /root/csrs", "Only write keys and CSRs."),
+    ),
+    "plan": (
+        ("ca-bridge plan", "Show what the next `ca-bridge renew` would do."),
+        ("ca-bridge plan all -o json", "Show what `ca-bridge renew all` would do, for a program."),
+    ),
+    "recover": (
+        ("ca-bridge recover", "Finish or undo an interrupted installation."),
+        ("ca-bridge recover --set-aside", "Put damaged state files aside first."),
+    ),
+    "backups": (("ca-bridge backups", "Show what a rollback could put back."),),
+    "rollback": (
+        ("ca-bridge rollback", "Put the newest backup back."),
+        ("ca-bridge rollback 20260304T050607.123456Z", "Put this one back; `ca-bridge backups` lists them."),
+    ),
+    "restart": (
+        ("ca-bridge restart", "Restart what still runs on an old certificate."),
+        ("ca-bridge restart kube-scheduler", "Restart this component."),
+    ),
+    "export": (
+        ("ca-bridge export /media/stick/cp-1.request.json", "Write requests for what is due."),
+        ("ca-bridge export /media/stick/cp-1.request.json all", "Write requests for everything."),
+    ),
+    "inspect": (("ca-bridge inspect cp-1.request.json", "Show what is asked, and its fingerprint."),),
+    "import": (
+        ("ca-bridge import /media/stick/cp-1.answer.json", "Install the answers of a CA desk."),
+        ("ca-bridge import /media/stick/certificates", "Install certificates that came as files."),
+    ),
+    "pending list": (("ca-bridge pending list", "Show what waits, and for how long."),),
+    "pending cancel": (
+        ("ca-bridge pending cancel apiserver", "Forget this request; the next run makes a new one."),
+        ("ca-bridge pending cancel all", "Forget every open request."),
+    ),
+    "sign": (
+        ("ca-bridge sign cp-1.request.json -o cp-1.answer.json --approve", "Sign one bundle, and ask first."),
+        ("ca-bridge sign /srv/desk/inbox -o /srv/desk/outbox", "Answer an inbox: the CA host's job for cron."),
+        ("ca-bridge sign /srv/desk/inbox -o /srv/desk/outbox --dry-run", "Say what would be signed or refused."),
+    ),
+    "install": (("ca-bridge install /root/csrs", "Install keys and the certificates beside them."),),
+    "prove": (
+        ("ca-bridge prove", "Show what each component serves and uses."),
+        ("ca-bridge prove --wait 2m", "Wait up to two minutes until everything works."),
+    ),
+    "doctor": (
+        ("ca-bridge doctor", "Find what would make the next renewal fail."),
+        ("ca-bridge doctor -o json", "The same for a program."),
+    ),
+    "setup": (
+        ("ca-bridge setup vault", "Print roles and a policy for this node's certificates."),
+        ("ca-bridge setup openssl -o /root/for-the-ca", "Write an openssl.cnf for each CA into a directory."),
+        ("ca-bridge setup systemd --enable", "Install and start a timer for `ca-bridge renew`."),
+        ("ca-bridge setup cron --enable", "Write a file for /etc/cron.d instead."),
+    ),
+    "demo": (
+        ("ca-bridge demo", "Show the main job in a temporary directory."),
+        ("ca-bridge demo --directory /tmp/ca-bridge-demo", "Keep the directory, to go on with it."),
+    ),
+    "settings init": (
+        ("ca-bridge settings init", "Write /etc/ca-bridge/config.toml."),
+        ("ca-bridge settings init /tmp/config.toml", "Write it elsewhere, to read it first."),
+    ),
+    "settings show": (("ca-bridge settings show", "Show every key, with its value."),),
+    "settings check": (("ca-bridge settings check", "Find every error in the file."),),
+    "audit show": (
+        ("ca-bridge audit show --since 30d", "Show the last month."),
+        ("ca-bridge audit show --name apiserver -o json", "Show what concerns one certificate."),
+    ),
+    "audit verify": (("ca-bridge audit verify", "Exit with 1 if a line was changed, removed or inserted."),),
+    "backend test": (("ca-bridge backend test ca", "Have real certificates signed by this authority's CA."),),
+}
