@@ -12,6 +12,7 @@ The map, from the ground up; each floor imports only what is below it (`tests/te
 - `signing`: asking CAs, and being asked (the desk)
 - `control_plane`: looking at components and restarting them
 - `renewal`: the main job
+- `monitoring`: what monitors are told, and how the last runs ended
 - `diagnosis`: whether the next renewal, and a restart, would succeed (`doctor`)
 - `cli`: commands, and all that is printed
 

@@ -110,7 +110,8 @@ def nothing_to_do(arguments: Sequence[str]) -> str | None:
         _begin_keys(selection.items, settings.renewal.key)
     if not is_checked(settings, store):
         return None
-    if names or selection.items or selection.failed or is_something_left:
+    is_told = settings.metrics.file is not None  # each run is
+    if names or selection.items or selection.failed or is_something_left or is_told:
         return None
     return nothing_due(node, settings, now)
 

@@ -36,8 +36,9 @@ FLOORS: dict[str, set[str]] = {
     "signing": _KEEPS - {"node"},
     "control_plane": _KEEPS,
     "renewal": _KEEPS | {"signing", "control_plane"},
+    "monitoring": _KEEPS | {"renewal"},
     "diagnosis": _KEEPS | {"signing", "control_plane", "renewal"},
-    "cli": _KEEPS | {"signing", "control_plane", "renewal", "diagnosis"},
+    "cli": _KEEPS | {"signing", "control_plane", "renewal", "monitoring", "diagnosis"},
 }
 #: No I/O and no clock in these: a package, or a module of another one.
 PURE = ("pki", "specs", "words", "settings.windows")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,14 +13,15 @@ from bridge.cli.printing import say
 from bridge.errors import Exit
 from bridge.node import inventory
 from bridge.node.expiry_report import ExpiryReport, Row, report
+from bridge.node.inventory import Node
 from bridge.pki.certificates import fingerprint, name_text, serial_hex
-from bridge.pki.expiry import first_end, residual, rfc3339
-from bridge.settings.tables import Settings
-from bridge.specs import AUTHORITIES
+from bridge.pki.expiry import residual, rfc3339
+from bridge.settings.tables import RenewalSettings, Settings
 from bridge.state.store import Store
 from bridge.system.console import log
 
 if TYPE_CHECKING:
+    from bridge.monitoring.exposition import Known
     from bridge.renewal.gate import Failures
 
 #: Grows when a key changes its meaning or goes; new keys do not count.
@@ -55,8 +56,10 @@ def check_expiration(
         text, troubles, code = nagios.check(settings, now, limits, _failures(settings))
     else:
         node = settings.node
-        failures = _failures(settings) if output == "prometheus" else None
-        text, troubles, code = look(node.pki_dir, node.kubeconfig_dir, now, within, output, failures)
+        seen = _known(settings) if output == "prometheus" else None
+        text, troubles, code = look(
+            node.pki_dir, node.kubeconfig_dir, now, within, output, renewal=settings.renewal, known=seen
+        )
     say(text)
     for trouble in troubles:
         log.error("%s", trouble)
@@ -77,13 +80,21 @@ def _failures(settings: Settings) -> Mapping[str, Failures] | None:
     return Attempts(Store(directory)).authorities if os.access(directory, os.R_OK | os.X_OK) else None
 
 
+def _known(settings: Settings) -> Known | None:
+    from bridge.monitoring import metrics  # noqa: PLC0415 (for monitors alone)
+
+    return metrics.known_here(settings)
+
+
 def look(
     pki_dir: Path,
     kubeconfig_dir: Path,
     now: datetime,
     within: timedelta | None,
     output: str,
-    failures: Mapping[str, Failures] | None = None,
+    *,
+    renewal: RenewalSettings | None = None,
+    known: Known | None = None,
 ) -> tuple[str, list[str], int]:
     """
     Read the node, and say what there is.
@@ -94,21 +105,29 @@ def look(
         now: Aware, UTC.
         within: What ends sooner is due, and what has ended.
         output: `table`, `json`, `yaml` or `prometheus`.
-        failures: For `prometheus`: runs that failed, by CA; None: nobody knows.
+        renewal: For `prometheus`: says what is due; the defaults without it.
+        known: For `prometheus`: what only root may see; None: this user may not.
 
     Returns:
         Standard output, lines for standard error, and the exit code: 1 when a file is there and can't be used, else
         3 when one is due, else 0.
     """
-    found = report(inventory.read(pki_dir, kubeconfig_dir), now, None if within is None else lambda _: within)
+    node = inventory.read(pki_dir, kubeconfig_dir)
+    found = report(node, now, None if within is None else lambda _: within)
     forms: Mapping[str, Callable[[ExpiryReport], str]] = {
         "table": table,
         "json": as_json,
         "yaml": as_yaml,
-        "prometheus": lambda one: as_prometheus(one, failures),
+        "prometheus": lambda one: _as_prometheus(one, node, renewal or RenewalSettings(), known),
     }
     code = Exit.FAILED if found.troubles else Exit.DUE if found.due else Exit.DONE
     return forms[output](found), list(found.troubles), code
+
+
+def _as_prometheus(found: ExpiryReport, node: Node, renewal: RenewalSettings, known: Known | None) -> str:
+    from bridge.monitoring import exposition  # noqa: PLC0415 (for monitors alone)
+
+    return exposition.text(found, exposition.due_times(node, renewal), known)
 
 
 def table(found: ExpiryReport) -> str:
@@ -192,63 +211,3 @@ def _entry(row: Row) -> dict[str, Any]:
             "sha256": fingerprint(certificate),
         }
     return entry
-
-
-def as_prometheus(found: ExpiryReport, failures: Mapping[str, Failures] | None = None) -> str:
-    """
-    Prometheus' text format, for the textfile collector; times are seconds since 1970.
-
-    Args:
-        found: The rows.
-        failures: Runs that failed, by CA; None: nobody knows.
-    """
-    counts = [] if failures is None else [(name, getattr(failures.get(name), "count", 0)) for name in AUTHORITIES]
-    leaves = [*found.certificates, *(row for row in found.extra if row.authority)]
-    cas = [*found.authorities, *(row for row in found.extra if not row.authority)]
-    return "".join(
-        (
-            _metric(
-                "ca_bridge_certificate_not_after_seconds",
-                "End of a certificate's validity, or of its intermediate's if that is sooner.",
-                ((_labels(row), _timestamp(row)) for row in leaves if row.certificate),
-            ),
-            _metric(
-                "ca_bridge_authority_not_after_seconds",
-                "End of a CA certificate's validity.",
-                ((_labels(row), _timestamp(row)) for row in cas if row.certificate),
-            ),
-            _metric(
-                "ca_bridge_certificate_usable",
-                "Whether the file is there and can be read.",
-                ((_labels(row), int(row.state == "present")) for row in (*leaves, *cas) if not _absent(row)),
-            ),
-            _metric(
-                "ca_bridge_failed_runs",
-                "Runs in a row that could not renew at this CA.",
-                ((f'authority="{name}"', count) for name, count in counts),
-            ),
-        )
-    )
-
-
-def _metric(name: str, text: str, samples: Iterable[tuple[str, int]]) -> str:
-    lines = [f"{name}{{{labels}}} {value}\n" for labels, value in samples]
-    return f"# HELP {name} {text}\n# TYPE {name} gauge\n" + "".join(lines) if lines else ""
-
-
-def _labels(row: Row) -> str:
-    labels = {"name": row.name, "authority": row.authority or row.name, "path": row.path}
-    return ",".join(f'{key}="{_escape(value)}"' for key, value in labels.items())
-
-
-def _escape(value: str) -> str:
-    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-
-
-def _timestamp(row: Row) -> int:
-    return int(first_end(row.chain).timestamp())
-
-
-def _absent(row: Row) -> bool:
-    """Missing, as it may be."""
-    return row.state == "missing" and row.optional

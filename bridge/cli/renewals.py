@@ -13,6 +13,7 @@ from bridge.cli.progress import progress_shown
 from bridge.cli.results import grouped, print_restart, report
 from bridge.control_plane import restart_plan
 from bridge.errors import Exit
+from bridge.monitoring import metrics
 from bridge.node import inventory
 from bridge.node.inventory import Item
 from bridge.pki.durations import duration_text
@@ -41,22 +42,24 @@ def renew(
     wait: timedelta = timedelta(),
     any_identity: Collection[str] = (),
 ) -> int:
-    """Renew, print the result, and return the exit code."""
-    with progress_shown() as progress:
-        result, node, selection = renewal.run(
-            settings,
-            names,
-            now,
-            progress,
-            all_or_nothing=all_or_nothing,
-            restarts=restarts,
-            wait=wait,
-            any_identity=any_identity,
-        )
-    for sentence in selection.skipped:
-        log.log(logging.DEBUG if not names or ALL in names else logging.INFO, "%s", sentence)
-    report(result, node, selection, settings, now(), as_json=as_json, restarts=restarts)
-    return result.exit_code
+    """Renew, print the result, and return the exit code; monitors are told how it ended, whatever that was."""
+    with metrics.written(settings, now) as told:
+        with progress_shown() as progress:
+            result, node, selection = renewal.run(
+                settings,
+                names,
+                now,
+                progress,
+                all_or_nothing=all_or_nothing,
+                restarts=restarts,
+                wait=wait,
+                any_identity=any_identity,
+            )
+        for sentence in selection.skipped:
+            log.log(logging.DEBUG if not names or ALL in names else logging.INFO, "%s", sentence)
+        report(result, node, selection, settings, now(), as_json=as_json, restarts=restarts)
+        told.exit_code = result.exit_code
+    return told.exit_code
 
 
 def install(

@@ -97,6 +97,22 @@ def is_rotation_late(chain: Sequence[x509.Certificate], now: datetime) -> bool:
     return end - now < (end - chain[0].not_valid_before_utc) * ROTATION_IS_LATE
 
 
+def due_from(chain: Sequence[x509.Certificate], before: Before, validity: timedelta, *, rotates: bool) -> datetime:
+    """
+    From when on a certificate should be renewed.
+
+    Args:
+        chain: The leaf, then its intermediates.
+        before: As for `is_due`.
+        validity: As for `is_due`.
+        rotates: A kubelet renews it by itself, and is to be helped only when it is late.
+    """
+    end = first_end(chain)
+    lifetime = end - chain[0].not_valid_before_utc
+    due = end - before.of(min(lifetime, validity))
+    return max(due, end - lifetime * ROTATION_IS_LATE) if rotates else due
+
+
 def is_due(chain: Sequence[x509.Certificate], before: Before, validity: timedelta, now: datetime) -> bool:
     """
     Whether a certificate should be renewed: less than `before` is left, or it has expired.

@@ -21,6 +21,7 @@ from bridge.settings.tables import (
     BackupSettings,
     ClusterSettings,
     HookSettings,
+    MetricsSettings,
     NodeSettings,
     RenewalSettings,
     RestartSettings,
@@ -123,7 +124,8 @@ def parse(text: str, file: Path | None = None) -> Settings:
     source = Source(file, text)
     reader = Reader(source)
     tables = reader.tables(
-        document, ("node", "renewal", "restart", "hooks", "cluster", "audit", "backups", "backend", "authority")
+        document,
+        ("node", "renewal", "restart", "hooks", "cluster", "audit", "backups", "metrics", "backend", "authority"),
     )
     authorities, authority_tables = _authorities(reader, tables["authority"], tables["backend"])
     settings = Settings(
@@ -135,6 +137,7 @@ def parse(text: str, file: Path | None = None) -> Settings:
         cluster=reader.read(ClusterSettings, tables["cluster"], ("cluster",)) or ClusterSettings(),
         audit=reader.read(AuditSettings, tables["audit"], ("audit",)) or AuditSettings(),
         backups=reader.read(BackupSettings, tables["backups"], ("backups",)) or BackupSettings(),
+        metrics=reader.read(MetricsSettings, tables["metrics"], ("metrics",)) or MetricsSettings(),
         backends=_backends(reader, tables["backend"]),
         authorities=authorities,
         authority_tables=authority_tables,

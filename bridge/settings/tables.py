@@ -239,6 +239,18 @@ class AuditSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MetricsSettings:
+    """Table `[metrics]`; see `bridge.monitoring`."""
+
+    file: Path | None = None  #: For node_exporter's textfile collector, which reads names that end with .prom.
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """What the collector would not read."""
+        if self.file is not None and (self.file.suffix != ".prom" or ".." in self.file.parts):
+            yield SettingsProblem("file", "a path that ends with .prom, without ..", repr(str(self.file)))
+
+
+@dataclass(frozen=True, kw_only=True)
 class BackupSettings:
     """Table `[backups]`; see `backups.retire`."""
 
@@ -297,6 +309,7 @@ class Settings:
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     audit: AuditSettings = field(default_factory=AuditSettings)
     backups: BackupSettings = field(default_factory=BackupSettings)
+    metrics: MetricsSettings = field(default_factory=MetricsSettings)
     backends: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     authorities: Mapping[str, AuthoritySettings] = field(default_factory=dict)
     #: By authority: the keys of its table that are the backend's.

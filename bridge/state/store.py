@@ -33,6 +33,8 @@ class Store:
         self.revocations = state_dir / "revocations.json"  #: Superseded certificates that are to be revoked.
         self.checked_settings = state_dir / "settings.checked"  #: Which settings file needs no further check.
         self.attempts = state_dir / "attempts.json"  #: How often in a row a CA's renewals failed.
+        self.history = state_dir / "history.json"  #: How the last runs ended, for monitors.
+        self.history_lock = state_dir / "history.lock"
         self.audit = state_dir / "audit.jsonl"
         self.audit_head = state_dir / "audit.head"  #: The newest line's number and digest.
 

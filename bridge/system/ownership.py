@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 #: As the kernel counts them (path_resolution(7)).
-_MOST_LINKS = 40
+MOST_LINKS = 40
 _ALL_IDS = ["0", "0", "4294967295"]
 
 
@@ -36,7 +36,7 @@ def exposure(path: Path) -> Exposure | None:
     Raises:
         OSError: It can't be looked at.
     """
-    trusted = _trusted()
+    trusted = trusted_users()
     return next(filter(None, (_exposed(one, status, trusted) for one, status in _way(path))), None)
 
 
@@ -52,7 +52,7 @@ def foreign_link(path: Path) -> Exposure | None:
             continue
         directory = one.parent.resolve()
         found = exposure(directory)
-        if found is not None or status.st_uid not in _trusted():
+        if found is not None or status.st_uid not in trusted_users():
             reason = f"a link in {found.path if found else directory}, where others can put one"
             return Exposure(
                 path=one,
@@ -102,7 +102,7 @@ def _exposed(path: Path, status: os.stat_result, trusted: set[int]) -> Exposure 
     )
 
 
-def _trusted() -> set[int]:
+def trusted_users() -> set[int]:
     """
     Those whose files are as good as ours.
 
@@ -134,7 +134,7 @@ def _way(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
             here = one
             continue
         links += 1
-        if links > _MOST_LINKS:
+        if links > MOST_LINKS:
             return  # nobody can open it
         target = one.readlink()
         here, rest = (Path("/") if target.is_absolute() else here), [*target.parts, *rest]

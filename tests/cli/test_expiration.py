@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from bridge.cli.expiration import as_prometheus, look, table
+from bridge.cli.expiration import look, table
+from bridge.monitoring import exposition
 from bridge.node import inventory
 from bridge.node.expiry_report import ExpiryReport, report
 from tests.kit import pki as kit
@@ -416,7 +417,7 @@ def test_prometheus(damaged: Pki) -> None:
     assert [line.rpartition(" ")[2] for line in lines if "usable{" in line].count("0") == 1
     assert sum(line.startswith("ca_bridge_certificate_not_after_seconds{") for line in lines) == 10
     assert sum(line.startswith("ca_bridge_authority_not_after_seconds{") for line in lines) == 3
-    assert sum(line.startswith("# TYPE ") for line in lines) == 3
+    assert sum(line.startswith("# TYPE ") for line in lines) == 4
 
 
 def test_prometheus_labels_are_escaped(node: Pki, tmp_path: Path) -> None:
@@ -424,7 +425,7 @@ def test_prometheus_labels_are_escaped(node: Pki, tmp_path: Path) -> None:
     strange = tmp_path / 'a"b\\c\nd'
     shutil.copytree(node.root, strange)
     pki = Pki(root=strange, external=True)
-    text = as_prometheus(found_report(pki))
+    text = exposition.text(found_report(pki), {}, None)
     assert r"a\"b\\c\nd" in text
     assert re.fullmatch(r'((#.*|\w+\{(\w+="([^"\\\n]|\\["\\n])*",?)*\} \d+)\n)*', text)
 

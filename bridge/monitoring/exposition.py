@@ -1,0 +1,152 @@
+"""
+Prometheus' text format: each metric's name and meaning, for the metrics file and `check-expiration -o prometheus`.
+
+Times are seconds since 1970, and never ages: a file's content stays as it is while time goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from bridge.monitoring.history import History
+from bridge.node.expiry_report import ExpiryReport, Row
+from bridge.node.inventory import Item, Node
+from bridge.pki.expiry import due_from, first_end
+from bridge.renewal.gate import Failures
+from bridge.settings.tables import RenewalSettings
+from bridge.specs import AUTHORITIES, Component
+from bridge.state.requests import OpenRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What is in the state directory, which only root may read."""
+
+    failures: Mapping[str, Failures]  #: Runs in a row that failed, by authority.
+    pending: tuple[OpenRequest, ...]  #: That somebody has, and has not answered.
+    history: History | None  #: None: no run has told yet.
+
+
+def due_times(node: Node, renewal: RenewalSettings) -> dict[str, datetime]:
+    """
+    From when on `renew` renews each certificate, by name; none for what it leaves to the kubelet (pure).
+
+    Args:
+        node: What is there.
+        renewal: `before` and `validity` say when it is due.
+    """
+    return {
+        item.spec.name: due_from(item.certificates, renewal.before, renewal.validity, rotates=item.rotates)
+        for item in node.items
+        if item.state == "present" and _is_ours(item)
+    }
+
+
+def _is_ours(item: Item) -> bool:
+    return item.managed or item.spec.component is not Component.KUBELET
+
+
+def text(found: ExpiryReport, due: Mapping[str, datetime], known: Known | None) -> str:
+    """
+    All metrics.
+
+    Args:
+        found: The rows.
+        due: From when on each certificate is due, by name.
+        known: None: this user may not see it.
+    """
+    leaves = [*found.certificates, *(row for row in found.extra if row.authority)]
+    cas = [*found.authorities, *(row for row in found.extra if not row.authority)]
+    parts = [
+        _metric(
+            "ca_bridge_certificate_not_after_seconds",
+            "End of a certificate's validity, or of its intermediate's if that is sooner.",
+            ((_labels(row), _end(row)) for row in leaves if row.certificate),
+        ),
+        _metric(
+            "ca_bridge_certificate_due_seconds",
+            "From when on renew renews a certificate.",
+            ((_labels(row), _timestamp(due[row.name])) for row in leaves if row.name in due),
+        ),
+        _metric(
+            "ca_bridge_authority_not_after_seconds",
+            "End of a CA certificate's validity.",
+            ((_labels(row), _end(row)) for row in cas if row.certificate),
+        ),
+        _metric(
+            "ca_bridge_certificate_usable",
+            "Whether the file is there and can be read.",
+            ((_labels(row), int(row.state == "present")) for row in (*leaves, *cas) if not _absent(row)),
+        ),
+        *([] if known is None else _of_state(known)),
+    ]
+    return "".join(parts)
+
+
+def _of_state(known: Known) -> Iterable[str]:
+    counts = [(name, known.failures[name].count if name in known.failures else 0) for name in AUTHORITIES]
+    yield _metric(
+        "ca_bridge_failed_runs",
+        "Runs in a row that could not renew at this CA.",
+        ((f'authority="{name}"', count) for name, count in counts),
+    )
+    yield _metric(
+        "ca_bridge_certificate_pending_since_seconds",
+        "When a request was made that a CA has and has not answered.",
+        (
+            (f'name="{one.name}",authority="{one.request.spec.authority.name}"', _timestamp(one.created))
+            for one in known.pending
+        ),
+    )
+    if known.history is not None:
+        yield from _of_runs(known.history)
+
+
+def _of_runs(history: History) -> Iterable[str]:
+    yield _metric("ca_bridge_last_run_seconds", "When renew last ended.", [("", _timestamp(history.ended))])
+    if history.succeeded is not None:
+        yield _metric(
+            "ca_bridge_last_success_seconds",
+            "When renew last ended with exit code 0.",
+            [("", _timestamp(history.succeeded))],
+        )
+    yield _metric("ca_bridge_last_run_exit_code", "Exit code of the last renew.", [("", history.exit_code)])
+    yield _metric(
+        "ca_bridge_last_run_duration_seconds",
+        "How long the last renew took, the delay of renewal.jitter included.",
+        [("", round(history.seconds, 3))],
+    )
+    yield _metric(
+        "ca_bridge_consecutive_failures",
+        "Runs of renew in a row that failed; those that only wait do not count.",
+        [("", history.failures)],
+    )
+
+
+def _metric(name: str, help_text: str, samples: Iterable[tuple[str, float]]) -> str:
+    lines = [f"{name}{{{labels}}} {value}\n" if labels else f"{name} {value}\n" for labels, value in samples]
+    return f"# HELP {name} {help_text}\n# TYPE {name} gauge\n" + "".join(lines) if lines else ""
+
+
+def _labels(row: Row) -> str:
+    labels = {"name": row.name, "authority": row.authority or row.name, "path": row.path}
+    return ",".join(f'{key}="{_escape(value)}"' for key, value in labels.items())
+
+
+def _escape(value: str) -> str:
+    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+def _end(row: Row) -> int:
+    return _timestamp(first_end(row.chain))
+
+
+def _timestamp(time: datetime) -> int:
+    return (time - datetime(1970, 1, 1, tzinfo=time.tzinfo)) // timedelta(seconds=1)
+
+
+def _absent(row: Row) -> bool:
+    """Missing, as it may be."""
+    return row.state == "missing" and row.optional

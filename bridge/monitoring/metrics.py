@@ -1,0 +1,164 @@
+"""The metrics file: at the end of each `renew`, however that ends, what node_exporter's textfile collector reads."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from bridge.errors import BridgeError, Exit
+from bridge.monitoring import exposition, history
+from bridge.monitoring.exposition import Known
+from bridge.node import inventory
+from bridge.node.expiry_report import report
+from bridge.renewal.gate import attempts_file
+from bridge.settings.tables import Settings
+from bridge.state.requests import requests_file
+from bridge.state.store import Store
+from bridge.system import interruption
+from bridge.system.console import print_error
+from bridge.system.files import lock, write_atomically
+from bridge.system.foreign import ForeignLinkError, opened
+from bridge.system.state_file import StateError
+
+MODE = 0o644
+#: For another run that ends at the same moment.
+_WAIT = timedelta(seconds=10)
+
+
+class MetricsError(BridgeError):
+    """The metrics could not be written; what the run did is not touched by that."""
+
+    hint = "fix [metrics] file in the settings, or the directory that it names; the next run writes it"
+
+
+@dataclass(slots=True)
+class Told:
+    """What the monitor is told of a run."""
+
+    exit_code: int = Exit.DONE
+
+
+@contextlib.contextmanager
+def written(settings: Settings, now: Callable[[], datetime]) -> Iterator[Told]:
+    """
+    Write the file when the run in it ends, with a result or an error; without `[metrics] file`, nothing.
+
+    A file that can't be written is told, and makes a success a failure (exit code 1).
+
+    Yields:
+        Where the run puts its exit code, and finds the one that it ends with.
+    """
+    told, start = Told(), time.monotonic()
+    try:
+        yield told
+    except BaseException as e:
+        told.exit_code = _code_of(e)
+        _write_or_tell(settings, now, told, start)
+        raise
+    _write_or_tell(settings, now, told, start)
+
+
+def _code_of(error: BaseException) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        return interruption.exit_code(error)
+    return error.exit_code if isinstance(error, BridgeError) else Exit.FAILED
+
+
+def _write_or_tell(settings: Settings, now: Callable[[], datetime], told: Told, start: float) -> None:
+    if settings.metrics.file is None:
+        return
+    try:
+        write(settings, settings.metrics.file, told.exit_code, now(), time.monotonic() - start)
+    except BridgeError as e:
+        print_error(e)
+        if told.exit_code in Exit.PRECEDENCE:
+            told.exit_code = Exit.worst([told.exit_code, e.exit_code])
+
+
+def write(settings: Settings, file: Path, exit_code: int, now: datetime, seconds: float) -> None:
+    """
+    Count a run, and write the metrics.
+
+    Args:
+        settings: The node's.
+        file: Where to; its directory may be the monitor's own.
+        exit_code: The run's.
+        now: Aware, UTC.
+        seconds: How long the run took.
+
+    Raises:
+        MetricsError: It can't be written.
+    """
+    store = Store(settings.node.state_dir)
+    try:
+        store.prepare()
+        # a run that found another one at work ends while that goes on: the node's lock is not the one to take
+        with lock(store.history_lock, "renew", _WAIT):
+            runs = history.history_file(store)
+            after = history.after(runs.read(), exit_code, now, seconds)
+            runs.replace(history.to_json(after))
+            _put(file, of_node(settings, now, known(store)).encode())
+    except OSError as e:
+        raise MetricsError(f"{file}: wanted to write the metrics, found: {e.strerror}") from e
+    except ForeignLinkError as e:
+        raise MetricsError(f"{file}: wanted to write the metrics; {e}") from e
+    except BridgeError as e:
+        raise MetricsError(f"{file}: wanted to write the metrics, found: {e}") from e
+
+
+def of_node(settings: Settings, now: datetime, seen: Known | None) -> str:
+    """All metrics of the node as it is at this moment."""
+    node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
+    return exposition.text(report(node, now, None), exposition.due_times(node, settings.renewal), seen)
+
+
+def known(store: Store) -> Known:
+    """
+    What the state directory tells; its lock need not be held, since each file is replaced whole.
+
+    Raises:
+        StateError: A file is damaged, or can't be read.
+    """
+    requests = requests_file(store).read() or {}
+    return Known(
+        failures=attempts_file(store).read() or {},
+        pending=tuple(one for one in requests.values() if one.is_waiting),
+        history=history.history_file(store).read(),
+    )
+
+
+def known_here(settings: Settings) -> Known | None:
+    """The same; None: this user may not see it, or it is damaged (which `doctor` and `renew` tell)."""
+    directory = settings.node.state_dir
+    try:
+        directory.lstat()
+    except FileNotFoundError:
+        return Known(failures={}, pending=(), history=None)
+    except OSError:
+        return None
+    if not os.access(directory, os.R_OK | os.X_OK):
+        return None
+    try:
+        return known(Store(directory))
+    except StateError:
+        return None
+
+
+def _put(file: Path, data: bytes) -> None:
+    """
+    Replace the file in one step; what a killed run left beside it goes.
+
+    The directory may belong to whoever reads the file: nothing in it is opened, and no link is followed.
+    """
+    with opened(file) as place:
+        ours = re.compile(rf"\.{re.escape(place.name)}\.[a-z0-9_]{{8}}")  # as `tempfile` makes them
+        for one in place.path.parent.iterdir():
+            if ours.fullmatch(one.name):
+                one.unlink()
+        write_atomically(place.path, data, MODE)
