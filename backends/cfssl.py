@@ -71,16 +71,17 @@ class CfsslSettings(BackendSettings):
     """Keys of a backend of type `cfssl`."""
 
     url: str  #: The server's, without `/api/v1/cfssl`; a path before that (a reverse proxy's) is kept.
-    label: str = ""  #: Which CA of a multirootca; `cfssl serve` ignores it.
-    ca_file: Path | None = None  #: Trusted for the server's TLS certificate; None: the system's CAs.
-    client_cert: Path | None = None
-    client_key: Path | None = None
-    profile: str = "{usage}"  #: A pattern, see `Selector`.
-    profiles: dict[str, str] = field(default_factory=dict)
+    label: str = ""  #: Which CA of a multirootca; none for `cfssl serve`.
+    ca_file: Path | None = None  #: In PEM, for the server's TLS certificate; without it the system's CAs.
+    client_cert: Path | None = None  #: For mutual TLS.
+    client_key: Path | None = None  #: Its key.
+    #: A pattern: `{name}` is the certificate, `{usage}` its usage class (server, client, peer), `{node}` the node.
+    profile: str = "{usage}"
+    profiles: dict[str, str] = field(default_factory=dict)  #: Exceptions to `profile`, by certificate or usage class.
     #: The HMAC key in hexadecimal; its place is a pattern as well, for a server with one key a profile.
     auth_key: Secret | None = None
-    endpoint: Literal["authsign", "sign"] = "authsign"
-    #: http:// also to another machine: whoever is on the way may read all, record it, and send it again.
+    endpoint: Literal["authsign", "sign"] = "authsign"  #: `"sign"` only for a server without keys.
+    #: `http://` also to another machine: whoever is on the way may read all, record it, and send it again.
     plain_http: bool = False
 
     @property

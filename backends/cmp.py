@@ -61,24 +61,27 @@ class CmpSettings(BackendSettings):
     """Keys of a backend of type `cmp`; `timeout` is for one request and its answer."""
 
     url: str  #: Scheme, host and port; a path before `path` is kept.
-    path: str | None = None  #: A pattern, see `Selector`; None: see `path_pattern`.
-    paths: dict[str, str] = field(default_factory=dict)
-    profile: str = ""  #: A pattern for the name in the message's header (openssl 3.3 and newer); empty: none.
-    profiles: dict[str, str] = field(default_factory=dict)
+    #: A pattern: `{name}` is the certificate, `{usage}` its usage class (server, client, peer), `{node}` the node.
+    #: Without it `.well-known/cmp/p/{usage}`, or `.well-known/cmp` with a `profile` or in mode `cr`.
+    path: str | None = None
+    paths: dict[str, str] = field(default_factory=dict)  #: Exceptions to `path`, by certificate or usage class.
+    profile: str = ""  #: A pattern for the name in the message's header (openssl 3.3 and newer).
+    profiles: dict[str, str] = field(default_factory=dict)  #: Exceptions to `profile`, by certificate or usage class.
     recipient: str = ""  #: The CA's subject, such as `/O=Corp/CN=kubernetes`.
     reference: str = ""  #: Who we are to the server, with a shared secret.
-    secret: Secret | None = None
-    client_cert: Path | None = None  #: Signs requests; with its chain.
-    client_key: Path | None = None
+    secret: Secret | None = None  #: The shared secret.
+    client_cert: Path | None = None  #: Signs requests, in place of a shared secret; with its chain.
+    client_key: Path | None = None  #: Its key.
     trusted_file: Path | None = None  #: CAs of the certificate that the server signs its answers with.
     sender: str = ""  #: The only subject of that certificate that is accepted.
-    tls_ca_file: Path | None = None  #: Trusted for the server's TLS certificate.
-    tls_client_cert: Path | None = None
-    tls_client_key: Path | None = None
+    tls_ca_file: Path | None = None  #: In PEM, for the server's TLS certificate.
+    tls_client_cert: Path | None = None  #: For mutual TLS.
+    tls_client_key: Path | None = None  #: Its key.
+    #: `"cr"`: usages in a template, for a server that trusts this node as a registration authority.
     mode: cmp_setup.Mode = "p10cr"
     wait: timedelta = timedelta(seconds=5)  #: How long a server that says "not yet" is asked again in the same run.
     unprotected_errors: bool = False  #: Believe errors and rejections that anybody on the way may have written.
-    openssl: str = "openssl"
+    openssl: str = "openssl"  #: The program; 3.0 or newer.
 
     @property
     def path_pattern(self) -> str:

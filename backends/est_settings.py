@@ -23,13 +23,15 @@ class EstSettings(BackendSettings):
     """Keys of a backend of type `est`."""
 
     url: str  #: The server's, without `/.well-known/est`; a path before that (a reverse proxy's) is kept.
-    label: str = ""  #: A pattern, see `Selector`; may have several segments; empty: the server's default.
-    labels: dict[str, str] = field(default_factory=dict)
-    ca_file: Path | None = None  #: Trusted for the server's TLS certificate; None: the system's CAs.
+    #: A pattern, of several segments if need be: `{name}` is the certificate, `{usage}` its usage class (server,
+    #: client, peer), `{node}` the node. Without it the server's default.
+    label: str = ""
+    labels: dict[str, str] = field(default_factory=dict)  #: Exceptions to `label`, by certificate or usage class.
+    ca_file: Path | None = None  #: In PEM, for the server's TLS certificate; without it the system's CAs.
     client_cert: Path | None = None  #: An agent's, with its chain; not a certificate of the control plane.
-    client_key: Path | None = None
-    username: str = ""
-    password: Secret | None = None
+    client_key: Path | None = None  #: Its key.
+    username: str = ""  #: In place of a client certificate, or as well.
+    password: Secret | None = None  #: Of `username`.
 
     def tls_context(self) -> ssl.SSLContext:
         """For one thread; see `backends.https.tls_context`."""

@@ -70,10 +70,13 @@ class ExecSettings(BackendSettings):
     """Keys of a backend of type `exec`."""
 
     command: tuple[str, ...]  #: The program's path and its arguments; no shell reads them.
-    profile: str = "{usage}"  #: A pattern, see `Selector`; the program has it as CERTMONGER_CA_PROFILE.
-    profiles: dict[str, str] = field(default_factory=dict)
-    environment: dict[str, str] = field(default_factory=dict)  #: Added to `ENVIRONMENT`; places of secrets, no secrets.
-    user: str = ""  #: Runs the program, with this user's groups; empty: who runs ca-bridge.
+    #: A pattern: `{name}` is the certificate, `{usage}` its usage class (server, client, peer), `{node}` the node. The
+    #: program has it as CERTMONGER_CA_PROFILE.
+    profile: str = "{usage}"
+    profiles: dict[str, str] = field(default_factory=dict)  #: Exceptions to `profile`, by certificate or usage class.
+    #: More variables for the program: places of secrets, and no secrets.
+    environment: dict[str, str] = field(default_factory=dict)
+    user: str = ""  #: Runs the program, with this user's groups; without it who runs ca-bridge.
 
     def problems(self) -> Iterator[SettingsProblem]:
         """A program that can't be one, and variables that are ours or would hold a secret."""

@@ -112,17 +112,17 @@ log = logging.getLogger(__name__)
 class OpensslSettings(BackendSettings):
     """Where the CA's files are: below `dir`, one by one, or as a site's openssl.cnf has them."""
 
-    dir: Path | None = None  #: Has what is not named: `ca.crt`, `ca.key`, `index.txt` and `newcerts`.
-    certificate: Path | None = None  #: The one that signs, then its chain.
-    private_key: str | None = None  #: A file, or a pkcs11: URI.
-    database: Path | None = None
-    new_certs_dir: Path | None = None
-    config: Path | None = None
-    section: str | None = None  #: Of `config`; otherwise the one that its `default_ca` names.
-    passphrase: Secret | None = None
+    dir: Path | None = None  #: Has what is not named below: `ca.crt`, `ca.key`, `index.txt` and `newcerts`.
+    certificate: Path | None = None  #: The CA's certificate, then its chain.
+    private_key: str | None = None  #: A file, or a `pkcs11:` URI.
+    database: Path | None = None  #: The index of what was signed.
+    new_certs_dir: Path | None = None  #: Where openssl puts a copy of each certificate.
+    config: Path | None = None  #: A site's openssl.cnf, from which only these four places are taken.
+    section: str | None = None  #: Of `config`; without it the one that its `default_ca` names.
+    passphrase: Secret | None = None  #: Of the CA's key.
     pkcs11: Pkcs11Settings | None = None  #: For a key in a token.
-    openssl: str = "openssl"
-    digest: Literal["sha256", "sha384", "sha512"] = "sha256"
+    openssl: str = "openssl"  #: The program.
+    digest: Literal["sha256", "sha384", "sha512"] = "sha256"  #: Of the signature.
 
     def writes(self) -> Sequence[Path]:
         """Where the database and the new certificates are; a site's openssl.cnf is not read for it."""

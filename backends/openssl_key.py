@@ -178,10 +178,12 @@ class KeyFile:
 class Pkcs11Settings:
     """How openssl reaches the token; the key's URI is the backend's `private_key`."""
 
+    #: What openssl reaches the token by: its engine `pkcs11`, or a provider (OpenSSL 3).
     method: Literal["engine", "provider"]
     module: Path  #: The token's PKCS#11 library, as its vendor names it.
-    pin: Secret
-    environment: dict[str, str] = field(default_factory=dict)  #: What the module wants, such as SOFTHSM2_CONF.
+    pin: Secret  #: Of the token's user; a token locks itself after a few wrong ones.
+    #: What the library wants, such as SOFTHSM2_CONF; it gets nothing else.
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

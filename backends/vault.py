@@ -95,16 +95,18 @@ DEFAULT_ROLE, _OWN_ROLE = "kubeadm-{name}", "kubeadm-{node}-{name}"
 class VaultAuth:
     """How to get a token: the settings' table `auth`."""
 
+    #: How the node logs in; the keys below belong to one method each.
     method: Literal["token", "approle", "cert", "kubernetes", "jwt", "userpass"] = "token"
-    mount: str | None = None  #: Where the method is mounted; by default under its own name.
-    token: Secret | None = None
-    role_id: Secret | None = None
-    secret_id: Secret | None = None
+    mount: str | None = None  #: Where the method is mounted; without it under its own name.
+    token: Secret | None = None  #: For method `token`.
+    role_id: Secret | None = None  #: For method `approle`.
+    secret_id: Secret | None = None  #: For method `approle`.
     wrapped: bool = False  #: `secret_id` is a response-wrapping token that holds the secret id.
-    role: str | None = None  #: Of methods `kubernetes` and `jwt`, and by choice of `cert`.
+    role: str | None = None  #: For methods `kubernetes` and `jwt`, and by choice for `cert`.
+    #: For methods `kubernetes` and `jwt`: the token of the service account, or of whoever vouches for the node.
     jwt: Secret | None = None
-    username: str | None = None
-    password: Secret | None = None
+    username: str | None = None  #: For method `userpass`.
+    password: Secret | None = None  #: For method `userpass`.
 
     def method_problems(self) -> Iterator[SettingsProblem]:
         """Keys that the method lacks, and keys of other methods; with their names in this table."""
@@ -125,19 +127,19 @@ class VaultAuth:
 class VaultSettings(BackendSettings):
     """The keys of a backend of type `vault`."""
 
-    url: str  #: https://, or http:// on the loopback interface.
-    namespace: str | None = None
-    mount: str = "pki"
-    issuer: str | None = None  #: An issuer's name or id; None: the one that the role or the mount chooses.
-    ca_file: Path | None = None  #: PEM, for the server's certificate; None: the system's CAs.
-    client_cert: Path | None = None
-    client_key: Path | None = None
-    #: http:// also to another machine: whoever is on the way has our token then.
-    plain_http: bool = False
-    #: Pattern, in mode `sign`; None: `kubeadm-{name}`, and `kubeadm-{node}-{name}` where names differ by node.
+    url: str  #: The server's; `https://`, or `http://` on the loopback interface.
+    namespace: str | None = None  #: Of Vault Enterprise or OpenBao.
+    mount: str = "pki"  #: Where the CA's PKI engine is; usually another one for each authority.
+    issuer: str | None = None  #: The issuer's name or id; without it the one that the role or the mount chooses.
+    ca_file: Path | None = None  #: In PEM, for the server's own certificate; without it the system's CAs.
+    client_cert: Path | None = None  #: For mutual TLS, and for method `cert`.
+    client_key: Path | None = None  #: Its key.
+    plain_http: bool = False  #: `http://` also to another machine: whoever is on the way has our token then.
+    #: A pattern, for mode `sign`: `{name}` is the certificate, `{usage}` its usage class (server, client, peer),
+    #: `{node}` the node. Without it `kubeadm-{name}`, and `kubeadm-{node}-{name}` where names differ by node.
     role: str | None = None
-    roles: dict[str, str] = field(default_factory=dict)  #: Exceptions, by certificate name or usage class.
-    #: `sign-verbatim` takes no role: who may call it holds, in effect, the CA's key for leaf certificates.
+    roles: dict[str, str] = field(default_factory=dict)  #: Exceptions to `role`, by certificate or usage class.
+    #: `"sign-verbatim"` takes no role: who may call it holds, in effect, the CA's key for leaf certificates.
     mode: Literal["sign", "sign-verbatim"] = "sign"
     auth: VaultAuth = field(default_factory=VaultAuth)
 

@@ -18,6 +18,7 @@ from bridge.errors import Exit
 from bridge.settings.load import parse
 from bridge.settings.tables import AuthoritySettings
 from bridge.signing import registry
+from tests.kit import settings_page
 from tests.kit.commands import NAME, commands, help_of, lines_in, why_not
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +26,7 @@ README = ROOT / "README.md"
 EXAMPLE = ROOT / "config/config.toml"
 
 #: `python -m tests.test_docs` writes what is generated; tests compare it.
-COMMANDS = ROOT / "docs/commands.md"
+COMMANDS, SETTINGS = ROOT / "docs/commands.md", ROOT / "docs/settings.md"
 
 
 def commands_page() -> str:
@@ -41,6 +42,14 @@ def commands_page() -> str:
 def test_the_commands_page_is_what_the_program_says() -> None:
     """An option that is not on the page, or no longer in the program, fails here."""
     assert COMMANDS.read_text(encoding="utf-8") == commands_page(), "run: python -m tests.test_docs"
+
+
+def test_the_settings_page_is_what_the_program_reads() -> None:
+    """A key that is not on the page, or that says nothing of itself, fails here."""
+    assert SETTINGS.read_text(encoding="utf-8") == settings_page.page(), "run: python -m tests.test_docs"
+    keys = [row for _, _, rows in settings_page.tables() for row in rows]
+    assert len(keys) > 100
+    assert [row[0] for row in keys if not row[-1].endswith(".")] == []
 
 
 def test_each_command_has_a_task_and_an_example() -> None:
@@ -261,6 +270,7 @@ def test_a_command_line_that_can_t_be_typed_is_found() -> None:
 def main() -> None:
     """Write what is generated."""
     COMMANDS.write_text(commands_page(), encoding="utf-8")
+    SETTINGS.write_text(settings_page.page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

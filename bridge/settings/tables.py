@@ -44,13 +44,15 @@ class Version:
 class NodeSettings:
     """Table `[node]`."""
 
-    pki_dir: Path = Path("/etc/kubernetes/pki")
-    kubeconfig_dir: Path = Path("/etc/kubernetes")
-    state_dir: Path = Path("/var/lib/ca-bridge")
-    #: Of the kubeadm that manages the node; without it the image tags of the static pods tell.
+    pki_dir: Path = Path("/etc/kubernetes/pki")  #: Where kubeadm keeps certificates and keys.
+    kubeconfig_dir: Path = Path("/etc/kubernetes")  #: Where kubeadm keeps its kubeconfigs.
+    state_dir: Path = Path("/var/lib/ca-bridge")  #: Backups (they hold keys), journal, lock, audit log; root's alone.
+    #: Of the API server, where the image tags of the static pods don't tell it.
     kubernetes_version: Version | None = None
-    name: str = ""  #: As in the cluster; empty: see `bridge.node.names`, or else the host's in small letters, as kubeadm takes it.
-    cluster: str = DEFAULT_CLUSTER  #: For people and the policy of a CA desk; kubeadm's clusterName.
+    #: The node's name in the cluster; without it what its certificates say, or else the host's in small letters.
+    name: str = ""
+    #: For people, and for the policy of a CA desk: kubeadm's clusterName, or what you call the cluster.
+    cluster: str = DEFAULT_CLUSTER
 
     #: A certificate or public key in PEM: answer bundles count only with a signature by this key of the desk.
     desk_key: Path | None = None
@@ -65,18 +67,22 @@ class NodeSettings:
 class RenewalSettings:
     """Table `[renewal]`."""
 
+    #: A certificate is due when less than this is left; a share counts from its whole lifetime.
     before: Before = Before(remaining=timedelta(days=30))  # noqa: RUF009 (frozen)
-    validity: timedelta = timedelta(days=365)
-    min_validity: timedelta = timedelta(days=7)
+    validity: timedelta = timedelta(days=365)  #: What is asked for; a CA may give less.
+    min_validity: timedelta = timedelta(days=7)  #: An answer that is shorter than this is refused.
     #: What becomes of an answer that ends before the certificate that it replaces.
     shorter: Literal["refuse", "allow"] = "refuse"
-    key: KeyAlgorithm | Literal["same"] = "same"
-    window: Windows = field(default_factory=Windows)  #: When what is due may be renewed; see `windows.may_act`.
-    window_zone: Zone = field(default_factory=Zone)
-    jitter: Jitter = field(default_factory=Jitter)  #: See `gate.delay`.
-    #: superseded: what was replaced is revoked, where the CA's backend can; see `bridge.renewal.revocation`.
+    key: KeyAlgorithm | Literal["same"] = "same"  #: Of each new key; `"same"` is the kind and size of the old one.
+    #: When `renew` without names may act; no window counts when a certificate would expire before two more windows are
+    #: over.
+    window: Windows = field(default_factory=Windows)
+    window_zone: Zone = field(default_factory=Zone)  #: The time zone of `window`; without it the machine's own.
+    jitter: Jitter = field(default_factory=Jitter)  #: A run without a terminal waits at random for less than this.
+    #: `"superseded"`: the CA revokes what was replaced, where its backend can.
     revoke: Literal["never", "superseded"] = "never"
-    revoke_after: timedelta = timedelta(days=1)  #: After the installation; time enough to go back.
+    #: How long after the installation, at the earliest; time enough to go back.
+    revoke_after: timedelta = timedelta(days=1)
 
     def problems(self) -> Iterator[SettingsProblem]:
         """Durations that contradict each other."""
@@ -113,17 +119,21 @@ class Components:
 class RestartSettings:
     """Table `[restart]`."""
 
-    #: none: whoever reads the message restarts; static-pods: manifests are moved away and back; command: see below.
+    #: `"none"`: ca-bridge says what to restart; `"static-pods"`: it moves manifests away and back; `"command"`: it
+    #: runs `commands`.
     method: Literal["none", "static-pods", "command"] = "none"
+    #: What is restarted after a renewal: what still runs on an old certificate, every user of a new one, or those of a
+    #: list.
     components: Components = Components("needed")
-    #: By component, split into words as a shell does it; the kubelet's counts with static-pods, too.
+    #: By component; with `"static-pods"` the kubelet's counts, too.
     commands: dict[str, str] = field(default_factory=dict)
-    #: For a component to end, for it to come back, and for a command. A kubelet may hold back for 5 minutes what has
-    #: crashed, as those do that lose the API server for long.
+    #: For a component to end, for it to come back, and for a command; a kubelet may hold back for 5 minutes what has
+    #: crashed.
     timeout: timedelta = timedelta(minutes=6)
     min_interval: timedelta = timedelta(minutes=10)  #: Between two restarts of the same component.
+    #: When the control plane does not work with the new certificates.
     on_failure: Literal["rollback", "keep"] = "rollback"
-    prove_for: timedelta = timedelta(minutes=1)  #: How long proof of a renewal may take.
+    prove_for: timedelta = timedelta(minutes=1)  #: How long the proof that everything works may take.
 
     def problems(self) -> Iterator[SettingsProblem]:
         """Commands of nobody, without words, or missing."""
@@ -167,11 +177,12 @@ class Commands:
 class HookSettings:
     """Table `[hooks]`; see `hooks`."""
 
-    timeout: timedelta = timedelta(minutes=1)  #: For each command.
+    timeout: timedelta = timedelta(minutes=1)  #: For each command; then it is killed with all that it started.
+    #: Before a CA is asked; its failure stops the renewal, and exit status 75 means "not now".
     before: Commands = Commands()
-    after_install: Commands = Commands()
-    success: Commands = Commands()
-    failure: Commands = Commands()
+    after_install: Commands = Commands()  #: When new files are in place.
+    success: Commands = Commands()  #: When everything works on the new certificates.
+    failure: Commands = Commands()  #: When something was not renewed, or does not run on the new certificates.
 
 
 def _words(command: str) -> list[str]:
@@ -190,13 +201,15 @@ _SHORTEST_LEASE, _LONGEST_LEASE = timedelta(seconds=15), timedelta(hours=1)
 class ClusterSettings:
     """Table `[cluster]`: the other control-plane nodes, before a component is restarted; see `bridge.control_plane.neighbours`."""
 
-    #: When another's etcd member or API server is not well: wait for it, then refuse; refuse at once; don't look.
+    #: When another node's etcd member or API server is not well: wait for it, then refuse; refuse at once; don't look.
     neighbours: Literal["wait", "refuse", "ignore"] = "wait"
-    neighbour_wait: timedelta = timedelta(minutes=5)
-    lease: bool = True  #: One node after the other; see `bridge.control_plane.lease`.
-    lease_name: str = "ca-bridge"  #: In kube-system.
-    lease_duration: timedelta = timedelta(minutes=2)  #: More than a restart of etcd or an API server takes.
-    lease_wait: timedelta = timedelta(minutes=15)
+    neighbour_wait: timedelta = timedelta(minutes=5)  #: How long to wait for it.
+    lease: bool = True  #: One node after the other, by a lease in kube-system.
+    lease_name: str = "ca-bridge"  #: The lease's name.
+    #: After this time others may take the lease of a node that died; more than a restart of etcd or an API server
+    #: takes.
+    lease_duration: timedelta = timedelta(minutes=2)
+    lease_wait: timedelta = timedelta(minutes=15)  #: How long to wait for the node that holds it.
 
     def problems(self) -> Iterator[SettingsProblem]:
         """What the API or the clock would not take."""
@@ -234,7 +247,7 @@ _SIZE_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 class AuditSettings:
     """Table `[audit]`."""
 
-    rotate_at: Size = Size(10 << 20)
+    rotate_at: Size = Size(10 << 20)  #: A larger `audit.jsonl` is kept as `audit-NUMBER.jsonl`.
     syslog: bool = False  #: A copy of each line to /dev/log, which journald reads, too.
 
 
@@ -254,8 +267,10 @@ class MetricsSettings:
 class BackupSettings:
     """Table `[backups]`; see `backups.retire`."""
 
+    #: Backups beyond this number are deleted after an installation, but never the newest, nor the newest that could be
+    #: put back.
     keep: int = 10
-    keep_for: timedelta = timedelta(days=400)  #: Longer than a certificate lives, usually.
+    keep_for: timedelta = timedelta(days=400)  #: So are older ones; longer than a certificate lives, usually.
 
     def problems(self) -> Iterator[SettingsProblem]:
         """The newest is always kept."""
@@ -267,8 +282,8 @@ class BackupSettings:
 class AuthoritySettings:
     """Table `[authority.NAME]`; its other keys go to the backend."""
 
-    backend: str
-    #: Subject attributes that this CA adds to every certificate, such as `OU=Platform`; a named exception.
+    backend: str  #: The name of a `[backend.NAME]` table.
+    #: Subject attributes that this CA adds to every certificate, such as `"OU=Platform"`; CN and O can't be excepted.
     allow_extra_subject: tuple[str, ...] = ()
 
     def problems(self) -> Iterator[SettingsProblem]:

@@ -80,7 +80,7 @@ class Windows:
     @classmethod
     def from_setting(cls, value: object) -> Windows:
         """
-        A list of texts (see `Window.parse`), or one.
+        A time such as `"Sat-Sun 02:00-06:00"` (see `Window.parse`), or a list of them.
 
         Raises:
             ValueError: Its text is what was wanted.

@@ -1,0 +1,142 @@
+"""The reference of the settings: keys, types, defaults and meanings as the dataclasses of the tables have them."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import json
+import textwrap
+import types
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from bridge.contract import GIVEN, BackendSettings, Secret
+from bridge.pki.durations import duration_text
+from bridge.settings.load import parse
+from bridge.settings.tables import AuthoritySettings
+from bridge.signing import registry
+
+
+def meanings(schema: type[Any]) -> dict[str, str]:
+    """By field: what its comment `#:` beside or above it says."""
+    found = {}
+    for one in reversed([one for one in schema.__mro__ if dataclasses.is_dataclass(one)]):
+        text = textwrap.dedent(inspect.getsource(one))
+        [tree] = ast.parse(text).body
+        assert isinstance(tree, ast.ClassDef)
+        for node in tree.body:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                found[node.target.id] = _comment(text.splitlines(), node.lineno - 1)
+    return found
+
+
+def _comment(lines: list[str], number: int) -> str:
+    beside = lines[number].partition("  #: ")[2]
+    above: list[str] = []
+    while not beside and lines[number - 1].strip().startswith("#: "):
+        number -= 1
+        above.insert(0, lines[number].strip().removeprefix("#: "))
+    return beside or " ".join(above)
+
+
+_SIMPLE = {str: "text", bool: "`true` or `false`", int: "a number", Path: "a path", timedelta: "a duration"}
+
+
+def takes(kind: Any) -> str:
+    """What may be written for a type, in words or as TOML."""
+    if isinstance(kind, types.UnionType) or get_origin(kind) is Union:
+        return ", ".join(takes(one) for one in get_args(kind) if one is not types.NoneType)
+    if get_origin(kind) is Literal:
+        return ", ".join(f"`{json.dumps(one)}`" for one in get_args(kind))
+    if hasattr(kind, "from_setting"):
+        sentence = (
+            (inspect.getdoc(kind.from_setting) or "").split("\n\n")[0].rstrip(".").replace(" (see `Window.parse`)", "")
+        )
+        return f"{sentence[0].lower()}{sentence[1:]}"
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        return ", ".join(f"`{json.dumps(str(one))}`" for one in kind)
+    return _SIMPLE.get(kind) or {tuple: "a list of texts", dict: "a table of texts"}[get_origin(kind)]
+
+
+def default(field: dataclasses.Field[Any]) -> str:
+    """As TOML; in words where there is none."""
+    value = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    if value is dataclasses.MISSING:
+        return "required"
+    if isinstance(value, (bool, int)):
+        return f"`{json.dumps(value)}`"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type) and not any(dataclasses.astuple(value)):
+        return "none"  # and not what it becomes on this machine
+    text = duration_text(value) if isinstance(value, timedelta) else str(value or "")
+    return f"`{json.dumps(text)}`" if text else "none"
+
+
+def rows(schema: type[Any], prefix: str = "", *, without: frozenset[str] = frozenset()) -> Iterator[tuple[str, ...]]:
+    """Key, what it takes, its default, and its meaning."""
+    hints, said = get_type_hints(schema), meanings(schema)
+    for field in dataclasses.fields(schema):
+        name, kind = f"{prefix}{field.name}", hints[field.name]
+        inner = [one for one in (kind, *get_args(kind)) if dataclasses.is_dataclass(one) and isinstance(one, type)]
+        table = next((one for one in inner if not hasattr(one, "from_setting")), None)
+        if GIVEN in field.metadata or field.name in without:
+            continue
+        if table is Secret:
+            yield f"`{name}_file`, `…_env`, `…_credential`", "a secret", default(field), said[field.name]
+        elif table:
+            yield from rows(table, f"{name}.")
+        else:
+            yield f"`{name}`", takes(kind), default(field), said[field.name]
+
+
+def _table(found: Iterable[tuple[str, ...]]) -> str:
+    lines = [("key", "takes", "default", "meaning"), ("---",) * 4, *found]
+    return "\n".join(f"| {' | '.join(cell.replace('|', f'{chr(92)}|') for cell in row)} |" for row in lines)
+
+
+def tables() -> Iterator[tuple[str, str, list[tuple[str, ...]]]]:
+    """Heading, sentences and rows of each table."""
+    empty = parse("")
+    for field in dataclasses.fields(empty):
+        schema = type(getattr(empty, field.name))
+        if dataclasses.is_dataclass(schema):
+            yield f"`[{field.name}]`", "", list(rows(schema))
+    yield "`[authority.NAME]`", _AUTHORITY, list(rows(AuthoritySettings))
+    yield "`[backend.NAME]`", _BACKEND, list(rows(BackendSettings))
+    common = frozenset(field.name for field in dataclasses.fields(BackendSettings))
+    for name, entry in sorted(registry.installed().items()):
+        yield f'`type = "{name}"`', "", list(rows(entry.load().settings_type, without=common))
+
+
+def page() -> str:
+    """All of it, in Markdown."""
+    parts = ("\n\n".join(filter(None, (f"## {heading}", text, _table(found)))) for heading, text, found in tables())
+    return "\n\n".join((_HEAD, *parts)) + "\n"
+
+
+_HEAD = """\
+# Settings
+
+<!-- written by `python -m tests.test_docs` -->
+
+The settings file is `/etc/ca-bridge/config.toml`, or what `--config` or `CA_BRIDGE_CONFIG` names.
+`ca-bridge settings init` writes one with comments, `ca-bridge settings check` finds every error in it, and `ca-bridge settings show` prints what is in force.
+`config/config.toml` and the files below `config/` are examples with all of them; a CA desk's policy is `config/desk/desk-policy.toml`.
+
+A duration is a number with a unit, such as `"90s"`, `"12h"` or `"30d"`.
+A path is absolute.
+A command is split into words as a shell does it, and run without a shell.
+A secret is never a value in the file: `KEY_file` names a file with it, `KEY_env` a variable, `KEY_credential` a credential that systemd has loaded."""
+
+_AUTHORITY = """\
+One table for each of `ca`, `etcd-ca` and `front-proxy-ca`.
+Its other keys go to the backend, over those of the backend's own table."""
+
+_BACKEND = """\
+One table for each CA service, under any name; `type` says which kind it is.
+Every kind has these keys besides its own."""
