@@ -7,6 +7,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import TypeVar
 
 from cryptography import x509
@@ -25,6 +26,9 @@ warnings.filterwarnings(
 warnings.filterwarnings("ignore", message="Attribute's length must be", category=UserWarning)
 # Servers and Windows write PKCS#7 in BER (RFC 5652 §10.1 allows it), which is read all the same.
 warnings.filterwarnings("ignore", message="PKCS#7 certificates could not be parsed as DER", category=UserWarning)
+
+#: Of whom SANs are remembered: who judges a request asks for them several times in a row.
+_REMEMBERED = 64
 
 _BEGIN = re.compile(rb"^-----BEGIN CERTIFICATE-----[ \t]*\r?$", re.MULTILINE)
 _END = b"-----END CERTIFICATE-----"
@@ -161,7 +165,12 @@ def san_counts(subject: x509.Certificate | x509.CertificateSigningRequest) -> Co
     Raises:
         ValueError: The extensions can't be read.
     """
-    return Counter(map(_san_entry, extension(subject, x509.SubjectAlternativeName) or ()))
+    return Counter(_sans(subject))
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _sans(subject: x509.Certificate | x509.CertificateSigningRequest) -> tuple[tuple[str, str], ...]:
+    return tuple(map(_san_entry, extension(subject, x509.SubjectAlternativeName) or ()))
 
 
 _SAN_TYPES: dict[type[x509.GeneralName], str] = {

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 #: Tags, with the bit for "constructed" where the type has it.
 BOOLEAN, INTEGER, BIT_STRING, OCTET_STRING, OID, SEQUENCE, SET = 0x01, 0x02, 0x03, 0x04, 0x06, 0x30, 0x31
@@ -18,9 +17,8 @@ def context(number: int, *, constructed: bool = False) -> int:
     return _CONTEXT | number | (_CONSTRUCTED if constructed else 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Element:
-    """One value: tag, length, content."""
+class Element(NamedTuple):
+    """One value: tag, length, content; a desk reads millions of them."""
 
     tag: int
     content: bytes
@@ -33,26 +31,27 @@ class Element:
         Raises:
             ValueError: It is no DER.
         """
-        return list(elements(self.content))
+        return elements(self.content)
 
 
-def elements(data: bytes) -> Iterator[Element]:
+def elements(data: bytes) -> list[Element]:
     """
     Values that follow each other.
 
     Raises:
         ValueError: It is no DER; also for tags of more than one byte, which X.509 has nowhere.
     """
-    position = 0
-    while position < len(data):
+    found, position, size = [], 0, len(data)
+    while position < size:
         begin = position
         tag = data[position]
         length, position = _length(data, position + 1)
         end = position + length
-        if tag & _LONG_TAG == _LONG_TAG or end > len(data):
+        if tag & _LONG_TAG == _LONG_TAG or end > size:
             raise ValueError("not DER")
-        yield Element(tag, data[position:end], data[begin:end])
+        found.append(Element(tag, data[position:end], data[begin:end]))
         position = end
+    return found
 
 
 def _length(data: bytes, position: int) -> tuple[int, int]:
@@ -76,7 +75,7 @@ def one(data: bytes, tag: int) -> Element:
     Raises:
         ValueError: It is another, or it is not alone.
     """
-    found = list(elements(data))
+    found = elements(data)
     if len(found) != 1 or found[0].tag != tag:
         raise ValueError("not DER of the type that was expected")
     return found[0]

@@ -232,13 +232,12 @@ def _extensions(certificate: x509.Certificate, *, leaf: bool) -> Iterator[Violat
             _RAW_CHECKS[each[0]](each[1])
 
 
-def _raw_extensions(certificate: x509.Certificate) -> Iterator[tuple[bytes, bytes]]:
+@lru_cache(maxsize=_REMEMBERED)
+def _raw_extensions(certificate: x509.Certificate) -> tuple[tuple[bytes, bytes], ...]:
     """OID and value of each, as encoded."""
-    for field in _fields(certificate):
-        if field.tag == der.context(3, constructed=True):
-            for each in der.one(field.content, der.SEQUENCE).children():
-                parts = each.children()
-                yield parts[0].content, parts[-1].content
+    listed = [field for field in _fields(certificate) if field.tag == der.context(3, constructed=True)]
+    each = [one.children() for field in listed for one in der.one(field.content, der.SEQUENCE).children()]
+    return tuple((parts[0].content, parts[-1].content) for parts in each)
 
 
 def _critical(each: x509.Extension[x509.ExtensionType]) -> Iterator[Violation]:

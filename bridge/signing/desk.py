@@ -9,16 +9,18 @@ runs, the next window is read and judged. What a CA answers is in the journal be
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
+from itertools import count, groupby, islice
 from typing import Protocol
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.contract import (
     Backend,
@@ -51,6 +53,7 @@ from bridge.signing import preflight, registry
 from bridge.signing.desk_archive import Answered
 from bridge.signing.desk_journal import Asked, Journal
 from bridge.signing.desk_policy import Policy, PolicyVerdict, judge
+from bridge.signing.desk_workers import CHUNK, AnsweredBundle, Judgement, Workers, compared, judged
 from bridge.signing.hearsay import HearsayError, collected
 from bridge.specs import AUTHORITIES, SPECS
 from bridge.state import audit
@@ -58,7 +61,9 @@ from bridge.state import audit
 #: Requests that are read ahead and signed together: few at first, so that a CA is at work soon, and twice as many each
 #: time, so that `openssl ca`'s own start and its rewriting of a long index become a small part. Three windows are in
 #: memory at a time.
-_FIRST_WINDOW, _LARGEST_WINDOW = 250, 2000
+_FIRST_WINDOW, _LARGEST_WINDOW = 250, 1000
+#: Lots of bundles that are at the workers while the next are read.
+_CHUNKS_AHEAD = 8
 #: Writing an answer is mostly waiting for the disk.
 _DELIVERIES = 4
 #: Of a backend that signs one by one: of how many at a time is written down that they are being asked for.
@@ -91,6 +96,10 @@ class Job:
     digest: str  #: The bundle's.
     label: str  #: For messages, such as the bundle's file.
     deliver: Callable[[AnswerBundle], str]  #: Brings the answer to where it belongs, and says where that is.
+    data: bytes = b""  #: The bundle as it was read; empty: it came as something else.
+    number: int = 0  #: In the order in which they were read.
+    chunk: int = 0  #: With which it was at the workers.
+    foreseen: Mapping[str, PolicyVerdict] = field(default_factory=dict)  #: What a worker has judged.
     earlier: Mapping[str, Issued] = field(default_factory=dict)  #: Of an answer that is there already.
     answered: Mapping[str, Answered] = field(default_factory=dict)  #: Signed before; no second time.
     again: set[str] = field(default_factory=set)  #: Names whose answer is an earlier run's.
@@ -174,6 +183,7 @@ class Desk:
         self._without_proof = without_proof
         self._approve = approve
         self._answer_key = answer_key
+        self._workers: Workers | None = None
         self._configured = registry.configured(settings, settings.authorities)
         self._cas: dict[str, _CA] = {}
 
@@ -191,9 +201,35 @@ class Desk:
             self._ask_person(self._approve, job)
         return job
 
+    def _foreseen(self, jobs: Iterable[Job]) -> Iterator[Job]:
+        """The same, in their order, while workers judge those that come next."""
+        if not self._workers:
+            yield from jobs
+            return
+        ahead: deque[tuple[list[Job], Future[list[dict[str, PolicyVerdict]] | None]]] = deque()
+        numbers = count()
+        for chunk_number, chunk in enumerate(_chunks(jobs)):
+            for job in chunk:
+                job.number, job.chunk = next(numbers), chunk_number
+            cas = {name: tuple(map(_der, self._cas[name].certificates)) for name in self._opened(chunk)}
+            by = Judgement(policy=self._policy, cas=cas, now=self._now(), without_proof=self._without_proof)
+            bundles = {job.number: job.data for job in chunk}
+            ahead.append((chunk, self._workers.submit(chunk_number, judged, bundles, by)))
+            if len(ahead) > _CHUNKS_AHEAD:
+                yield from _with_verdicts(*ahead.popleft())
+        while ahead:
+            yield from _with_verdicts(*ahead.popleft())
+
+    def _opened(self, jobs: Iterable[Job]) -> set[str]:
+        """Authorities whose CA can be used."""
+        requests = [request for job in jobs for request in job.bundle.requests]
+        return {request.authority for request in requests if self._trouble(request) is None}
+
     def _judge(self, job: Job, request: BundledRequest, ca: _CA) -> None:
         try:
-            verdict = judge(request, job.bundle, self._policy, ca.certificates, self._now(), self._without_proof)
+            verdict = job.foreseen.get(request.name) or judge(
+                request, job.bundle, self._policy, ca.certificates, self._now(), self._without_proof
+            )
         except Exception as e:  # noqa: BLE001 (whatever is wrong with a request: the others are to be signed)
             verdict = PolicyVerdict(
                 problems=(f"wanted a request that can be judged, found {type(e).__name__}: {e}",), proven=False
@@ -310,17 +346,32 @@ class Desk:
 
     # --- signing ------------------------------------------------------------------------------------------------------
 
-    def run(self, jobs: Iterable[Job], journal: Journal, record: audit.Record, observer: Observer) -> None:
+    def run(
+        self,
+        jobs: Iterable[Job],
+        journal: Journal,
+        record: audit.Record,
+        observer: Observer,
+        workers: Workers | None = None,
+    ) -> None:
         """
         Sign what may be signed, and deliver the answers; a job's own errors are its troubles.
+
+        Args:
+            jobs: With their bytes, if there are workers.
+            journal: What was asked and answered.
+            record: The audit record.
+            observer: Who looks on.
+            workers: Judge and compare ahead of it; None: it does all of it by itself.
 
         Raises:
             AuditError: The record could not be written; what was signed is in the journal, and was not delivered.
             JournalError: It could not be written.
         """
+        self._workers = workers
         with ThreadPoolExecutor(1) as signing:
             last: tuple[list[Job], Future[None]] | None = None
-            for window in _windows(self.judged(job) for job in jobs):
+            for window in _windows(map(self.judged, self._foreseen(jobs))):
                 future = signing.submit(self._sign, window, journal)
                 if last is not None:
                     self._finish(*last, journal, record, observer)
@@ -383,8 +434,8 @@ class Desk:
     ) -> None:
         """Verify, record, deliver; in this order, so that nothing leaves unrecorded."""
         signed.result()
-        for job in window:
-            self._verify(job)
+        for job, reasons in self._compared(window):
+            self._verify(job, reasons)
             self._record(job, record)
         record.write()
         with ThreadPoolExecutor(_DELIVERIES) as pool:
@@ -404,13 +455,35 @@ class Desk:
             job.troubles |= dict.fromkeys(job.answers, error)
             return ""
 
-    def _verify(self, job: Job) -> None:
+    def _compared(self, window: Sequence[Job]) -> Iterator[tuple[Job, Mapping[str, str]]]:
+        """Each job, with what workers found by comparing its answers with its requests."""
+        if not self._workers:
+            yield from ((job, {}) for job in window)
+            return
+        names = {request.authority for job in window for request in job.bundle.requests} & self._cas.keys()
+        by = {name: self._sendable(name) for name in names}
+        chunks = [(number, list(some)) for number, some in groupby(window, lambda job: job.chunk)]
+        answers = [self._workers.submit(number, compared, list(map(_answered, some)), by) for number, some in chunks]
+        for (_, some), answer in zip(chunks, answers, strict=True):
+            found = answer.result() or [{} for _ in some]
+            yield from zip(some, found, strict=True)
+
+    def _sendable(self, authority: str) -> tuple[Expectation, tuple[bytes, ...]]:
+        anchors = self._cas[authority].anchors
+        return replace(self._expectation(authority, anchors), anchors=()), tuple(map(_der, anchors))
+
+    def _verify(self, job: Job, reasons: Mapping[str, str]) -> None:
         """What a CA signed wrongly is not sent; the node would refuse it, too."""
         for request in job.bundle.requests:
             answer = job.answers.get(request.name)
-            error = self._violations(job.requests[request.name], answer) if isinstance(answer, Issued) else None
-            if error is not None:
-                job.answers[request.name] = refusal(f"the desk's CA signed something else: {error.reason}")
+            if not isinstance(answer, Issued):
+                continue
+            reason = reasons.get(request.name)
+            if reason is None:
+                error = self._violations(job.requests[request.name], answer)
+                reason = error.reason if error is not None else ""
+            if reason:
+                job.answers[request.name] = refusal(f"the desk's CA signed something else: {reason}")
 
     def _violations(self, request: SignRequest, issued: Issued) -> VerificationError | None:
         authority = request.spec.authority.name
@@ -461,6 +534,31 @@ class Desk:
         if self._answer_key is None:
             return answer
         return replace(answer, signature=signatures.sign(self._answer_key, answer_message(answer)))
+
+
+def _chunks(jobs: Iterable[Job]) -> Iterator[list[Job]]:
+    every = iter(jobs)
+    while chunk := list(islice(every, CHUNK)):
+        yield chunk
+
+
+def _with_verdicts(chunk: Sequence[Job], verdicts: Future[list[dict[str, PolicyVerdict]] | None]) -> Sequence[Job]:
+    for job, foreseen in zip(chunk, verdicts.result() or [{} for _ in chunk], strict=True):
+        job.foreseen = foreseen
+    return chunk
+
+
+def _answered(job: Job) -> AnsweredBundle:
+    chains = {
+        name: tuple(map(_der, (answer.leaf, *answer.intermediates)))
+        for name, answer in job.answers.items()
+        if isinstance(answer, Issued)
+    }
+    return AnsweredBundle(number=job.number, data=job.data, chains=chains)
+
+
+def _der(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(Encoding.DER)
 
 
 def _windows(jobs: Iterable[Job]) -> Iterator[list[Job]]:

@@ -42,6 +42,7 @@ from bridge.signing.desk import Desk, Job, Observer
 from bridge.signing.desk_archive import Archive, archive_directory
 from bridge.signing.desk_journal import Journal
 from bridge.signing.desk_policy import Policy, parse
+from bridge.signing.desk_workers import WORTHWHILE, Workers
 from bridge.specs import SPECS
 from bridge.state import audit
 from bridge.state.store import Store
@@ -194,7 +195,9 @@ class Session:
             work = self.work(desk)
             self._archive.prepare()
             _sweep(self._options.out)
-            desk.run(work.jobs, journal, record, stack.enter_context(observed(work.total)))
+            workers = Workers(None if work.total >= WORTHWHILE else 0)
+            stack.callback(workers.close)
+            desk.run(work.jobs, journal, record, stack.enter_context(observed(work.total)), workers)
         return work.total
 
     def work(self, desk: Desk) -> Work:
@@ -298,6 +301,7 @@ class Session:
 
         return Job(
             bundle=bundle,
+            data=data,
             digest=asked,
             label=one_line(path),
             deliver=deliver,
