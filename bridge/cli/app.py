@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from bridge.cli.changes import AddSanOption, AdoptOption, DropSanOption, KubeadmConfigOption, RekeyOption
 from bridge.cli.help import Group
 from bridge.cli.options import (
     AnyIdentityOption,
@@ -121,6 +122,11 @@ def renew(
         bool, typer.Option("--no-restart", help="Restart nothing, whatever the settings say; name what to restart.")
     ] = False,
     any_identity: AnyIdentityOption = None,
+    add_san: AddSanOption = None,
+    drop_san: DropSanOption = None,
+    adopt_defaults: AdoptOption = False,
+    kubeadm_config: KubeadmConfigOption = None,
+    rekey: RekeyOption = False,
     wait: WaitOption = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
@@ -128,9 +134,16 @@ def renew(
     Renew what is due (the cron job's command), or the named certificates now.
 
     Each answer of the CA is proven before anything on disk moves; keys and certificates are replaced in one step
-    that survives a crash.
+    that survives a crash. A named certificate that is missing is made, from kubeadm-config or --kubeadm-config.
     """
-    from bridge.cli import renewals  # noqa: PLC0415
+    from bridge.cli import changes, renewals  # noqa: PLC0415
+
+    wanted = changes.read(add_san, drop_san, adopt=adopt_defaults, config=kubeadm_config, rekey=rekey)
+    names = changes.names_of(names, wanted)
+    if csr_only and (wanted.is_any or kubeadm_config):
+        raise typer.BadParameter(
+            "--csr-only can't be combined with changes and --kubeadm-config: `export` asks for them"
+        )
 
     if (csr_dir is not None) != csr_only:
         given, missing = ("--csr-only", "--csr-dir DIR") if csr_only else ("--csr-dir", "--csr-only")
@@ -141,21 +154,27 @@ def renew(
         raise typer.BadParameter("--wait can't be combined with --csr-only and --dry-run, which take no lock")
     settings = common.settings()
     if csr_dir is not None:
-        code = renewals.write_csrs(settings, names or [], csr_dir.absolute(), utc_now(), any_identity or [])
+        code = renewals.write_csrs(settings, names, csr_dir.absolute(), utc_now(), any_identity or [])
     elif dry_run:
         code = renewals.plan(
-            settings, names or [], utc_now(), as_json=output is Output.JSON, any_identity=any_identity or []
+            settings,
+            names,
+            utc_now(),
+            as_json=output is Output.JSON,
+            any_identity=any_identity or [],
+            changes=wanted,
         )
     else:
         code = renewals.renew(
             settings,
-            names or [],
+            names,
             utc_now,
             as_json=output is Output.JSON,
             all_or_nothing=all_or_nothing,
             restarts=not no_restart,
             wait=wait or timedelta(),
             any_identity=any_identity or [],
+            changes=wanted,
         )
     raise typer.Exit(code)
 
@@ -165,17 +184,29 @@ def plan(
     common: Common,
     names: Names = None,
     any_identity: AnyIdentityOption = None,
+    add_san: AddSanOption = None,
+    drop_san: DropSanOption = None,
+    adopt_defaults: AdoptOption = False,
+    kubeadm_config: KubeadmConfigOption = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """
     Show what `renew` would ask, replace and restart.
 
-    It uses no network and writes nothing. Exits with 3 if there is something to do.
+    It asks no CA and writes nothing; the cluster's API is asked only about a named certificate that is missing, and for
+    --adopt-defaults. Exits with 3 if there is something to do.
     """
-    from bridge.cli import renewals  # noqa: PLC0415
+    from bridge.cli import changes, renewals  # noqa: PLC0415
 
-    as_json = output is Output.JSON
-    code = renewals.plan(common.settings(), names or [], utc_now(), as_json=as_json, any_identity=any_identity or [])
+    wanted = changes.read(add_san, drop_san, adopt=adopt_defaults, config=kubeadm_config)
+    code = renewals.plan(
+        common.settings(),
+        changes.names_of(names, wanted),
+        utc_now(),
+        as_json=output is Output.JSON,
+        any_identity=any_identity or [],
+        changes=wanted,
+    )
     raise typer.Exit(code)
 
 
@@ -262,22 +293,30 @@ def export(
     path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The file to write.", show_default=False)],
     names: Names = None,
     any_identity: AnyIdentityOption = None,
+    add_san: AddSanOption = None,
+    drop_san: DropSanOption = None,
+    adopt_defaults: AdoptOption = False,
+    kubeadm_config: KubeadmConfigOption = None,
     wait: WaitOption = None,
 ) -> None:
     """
     Write requests for what is due into one file for a CA desk; the new keys stay on this node.
 
-    While a request waits, exporting it again gives the same key and CSR. It also renews expired certificates.
+    While a request waits, exporting it again gives the same key and CSR. It also renews expired certificates, and asks
+    for a named one that is missing; the desk's policy decides about that, and about changes.
     """
-    from bridge.cli import carried  # noqa: PLC0415
+    from bridge.cli import carried, changes  # noqa: PLC0415
+
+    wanted = changes.read(add_san, drop_san, adopt=adopt_defaults, config=kubeadm_config)
 
     code = carried.export(
         common.settings(),
         path,
-        names or [],
+        changes.names_of(names, wanted),
         utc_now,
         wait=wait or timedelta(),
         any_identity=any_identity or [],
+        changes=wanted,
     )
     raise typer.Exit(code)
 

@@ -20,6 +20,7 @@ from bridge.pki import bundle, bundle_text
 from bridge.pki.expiry import residual, rfc3339, seconds_left
 from bridge.renewal import airgap
 from bridge.renewal.selection import ALL, Selection, nothing_due
+from bridge.renewal.wish import NO_CHANGES, Changes
 from bridge.settings.tables import Settings
 from bridge.state.requests import OpenRequest, OpenRequests
 from bridge.state.store import Store
@@ -57,10 +58,11 @@ def export(
     *,
     wait: timedelta,
     any_identity: Collection[str],
+    changes: Changes = NO_CHANGES,
 ) -> int:
     """`export`: a bundle for a CA desk; return the exit code."""
     with progress_shown() as progress:
-        done, node = airgap.export(settings, path, names, now, progress, wait, any_identity)
+        done, node = airgap.export(settings, path, names, now, progress, wait, any_identity, changes)
     for sentence in done.skipped:
         log.log(logging.DEBUG if not names or ALL in names else logging.INFO, "%s", sentence)
     _print_exported(done, path, now())

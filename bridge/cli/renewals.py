@@ -23,6 +23,8 @@ from bridge.renewal.issuance import shortened
 from bridge.renewal.prepare import Prepared, prepare
 from bridge.renewal.prepare import write_csrs as write_csr_files
 from bridge.renewal.selection import ALL, Selection, nothing_due, select
+from bridge.renewal.wish import NO_CHANGES, Changes
+from bridge.renewal.wishes import decide
 from bridge.settings.tables import Settings
 from bridge.specs import Component
 from bridge.state.install import InstallError
@@ -41,6 +43,7 @@ def renew(
     restarts: bool = True,
     wait: timedelta = timedelta(),
     any_identity: Collection[str] = (),
+    changes: Changes = NO_CHANGES,
 ) -> int:
     """Renew, print the result, and return the exit code; monitors are told how it ended, whatever that was."""
     with metrics.written(settings, now) as told:
@@ -54,6 +57,7 @@ def renew(
                 restarts=restarts,
                 wait=wait,
                 any_identity=any_identity,
+                changes=changes,
             )
         for sentence in selection.skipped:
             log.log(logging.DEBUG if not names or ALL in names else logging.INFO, "%s", sentence)
@@ -120,12 +124,19 @@ def write_csrs(
 
 
 def plan(
-    settings: Settings, names: Collection[str], now: datetime, *, as_json: bool, any_identity: Collection[str] = ()
+    settings: Settings,
+    names: Collection[str],
+    now: datetime,
+    *,
+    as_json: bool,
+    any_identity: Collection[str] = (),
+    changes: Changes = NO_CHANGES,
 ) -> int:
     """Print what `renew` would do; 3 if that is anything."""
     node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
-    selection = select(node, settings, names, now, any_identity=any_identity)
-    for sentence in selection.waived:
+    wishes = decide(node, settings, names, changes) if names else None
+    selection = select(node, settings, names, now, any_identity=any_identity, wishes=wishes)
+    for sentence in selection.told:
         log.warning("%s", sentence)
     shorter = [item.spec.name for item in selection.items if shortened(item, settings, now)]
     if shorter:
@@ -158,12 +169,12 @@ def _shorter_text(names: Sequence[str], settings: Settings, now: datetime) -> st
 
 
 def _plan_row(item: Item, settings: Settings, now: datetime) -> tuple[str, ...]:
-    end = first_end(item.certificates)
+    verb = "replace" if item.certificates else "make"
     return (
         item.spec.name,
-        end_text(end, now),
+        end_text(first_end(item.certificates), now) if item.certificates else "not on this node",
         f"ask {_asked(item, settings)}",
-        f"replace {' and '.join([str(item.certificate_path), *([item.key_path.name] if item.key_path else [])])}",
+        f"{verb} {' and '.join([str(item.certificate_path), *([item.key_path.name] if item.key_path else [])])}",
     )
 
 
@@ -185,8 +196,9 @@ def _plan_json(
                 "name": item.spec.name,
                 "authority": item.spec.authority.name,
                 "backend": ours.backend if (ours := settings.authorities.get(item.spec.authority.name)) else None,
-                "notAfter": rfc3339(item.certificates[0].not_valid_after_utc),
+                "notAfter": rfc3339(item.certificates[0].not_valid_after_utc) if item.certificates else None,
                 "replace": [str(path) for path in _files(item)],
+                "changes": list(selection.wishes[item.spec.name].told) if item.spec.name in selection.wishes else [],
             }
             for item in selection.items
         ],

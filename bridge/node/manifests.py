@@ -15,7 +15,7 @@ from bridge.system.safe_read import UnreadableError, read
 #: kubeadm's; in the order in which its documentation restarts them.
 COMPONENTS = (Component.ETCD, Component.APISERVER, Component.CONTROLLER_MANAGER, Component.SCHEDULER)
 
-_TAG = re.compile(r":v?(\d{1,4})\.(\d{1,4})(?!\d)[^:/]*$")
+_TAG = re.compile(r":(v?(\d{1,4})\.(\d{1,4})(?!\d)[^:/]*)$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +25,7 @@ class Manifest:
     flags: Mapping[str, str]  #: With two dashes; "true" for a flag without a value; of several the last one.
     #: By the image's tag (etcd has its own numbers); None when there is no such tag.
     version: tuple[int, int] | None
+    tag: str = ""  #: The image's; empty when it has none.
 
 
 def path_of(component: Component, kubeconfig_dir: Path) -> Path:
@@ -59,7 +60,7 @@ def parse(component: Component, data: bytes) -> Manifest:
     container = _container(document(split_bom(data)[1]), component.value)
     words = [word.text() for key in ("command", "args") for word in _items(container.get(key))]
     tag = _TAG.search(_text(container.get("image")).partition("@")[0])
-    return Manifest(flags=_flags(words), version=(int(tag[1]), int(tag[2])) if tag else None)
+    return Manifest(flags=_flags(words), version=(int(tag[2]), int(tag[3])) if tag else None, tag=tag[1] if tag else "")
 
 
 def _container(root: YamlNode, name: str) -> YamlNode:

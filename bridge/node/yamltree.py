@@ -17,6 +17,8 @@ import yaml
 MAX_YAML_BYTES = 1 << 20
 #: Theirs is below 12; libyaml ends at 100 or 1000 by itself, the parser in Python does not.
 MAX_DEPTH = 64
+#: A kubeadm configuration file has five kinds of them.
+MAX_DOCUMENTS = 20
 
 _BOM = "\ufeff"
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is not in every build
@@ -127,16 +129,16 @@ def split_bom(data: bytes) -> tuple[str, str]:
     raise YamlError(f"wanted UTF-8 text, found another byte at offset {place}")
 
 
-def events(text: str) -> Iterator[yaml.Event]:
+def events(text: str, most: int = 1) -> Iterator[yaml.Event]:
     """
     PyYAML's events.
 
     Raises:
-        YamlError: Not YAML, nested too deeply, or more than one document.
+        YamlError: Not YAML, nested too deeply, or more documents than `most`.
     """
     place = ""
     try:
-        yield from _limited(yaml.parse(text, Loader=_LOADER))
+        yield from _limited(yaml.parse(text, Loader=_LOADER), most)
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -148,15 +150,16 @@ def events(text: str) -> Iterator[yaml.Event]:
     raise YamlError(f"{place}wanted YAML, found a syntax error")
 
 
-def _limited(parsed: Iterator[yaml.Event]) -> Iterator[yaml.Event]:
+def _limited(parsed: Iterator[yaml.Event], most: int) -> Iterator[yaml.Event]:
     depth = documents = 0
     for event in parsed:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         documents += isinstance(event, yaml.DocumentStartEvent)
         if depth > MAX_DEPTH:
             raise YamlError(f"line {_place(event).line}: wanted at most {MAX_DEPTH} levels, found more")
-        if documents > 1:
-            raise YamlError(f"line {_place(event).line}: wanted one document, found another")
+        if documents > most:
+            wanted = "one document" if most == 1 else f"at most {most} documents"
+            raise YamlError(f"line {_place(event).line}: wanted {wanted}, found another")
         yield event
 
 
@@ -167,11 +170,23 @@ def document(text: str) -> YamlNode:
     Raises:
         YamlError: Not one document of sound YAML.
     """
+    return documents(text, most=1)[0]
+
+
+def documents(text: str, most: int = MAX_DOCUMENTS) -> list[YamlNode]:
+    """
+    The roots of all documents in `text`, at least one.
+
+    Raises:
+        YamlError: Not sound YAML, no document, or more than `most`.
+    """
     root = YamlNode("sequence", Position(1, 0, 0))
     stack = [root]
     anchors: dict[str, YamlNode] = {}
-    for event in events(text):
-        if isinstance(event, yaml.CollectionEndEvent):
+    for event in events(text, most):
+        if isinstance(event, yaml.DocumentStartEvent):
+            anchors = {}  # an alias leads to its own document (YAML 1.2 §3.2.2.2)
+        elif isinstance(event, yaml.CollectionEndEvent):
             stack.pop()
         elif isinstance(event, yaml.NodeEvent):
             node = _node(event, anchors)
@@ -180,7 +195,7 @@ def document(text: str) -> YamlNode:
                 stack.append(node)
     if not root.children:
         raise YamlError("wanted a YAML document, found nothing")
-    return root.children[0]
+    return root.children
 
 
 def _node(event: yaml.NodeEvent, anchors: dict[str, YamlNode]) -> YamlNode:

@@ -170,7 +170,7 @@ def san_counts(subject: x509.Certificate | x509.CertificateSigningRequest) -> Co
 
 @lru_cache(maxsize=_REMEMBERED)
 def _sans(subject: x509.Certificate | x509.CertificateSigningRequest) -> tuple[tuple[str, str], ...]:
-    return tuple(map(_san_entry, extension(subject, x509.SubjectAlternativeName) or ()))
+    return tuple(map(san_entry, extension(subject, x509.SubjectAlternativeName) or ()))
 
 
 _SAN_TYPES: dict[type[x509.GeneralName], str] = {
@@ -184,7 +184,8 @@ _SAN_TYPES: dict[type[x509.GeneralName], str] = {
 }
 
 
-def _san_entry(name: x509.GeneralName) -> tuple[str, str]:
+def san_entry(name: x509.GeneralName) -> tuple[str, str]:
+    """One SAN as (type, value), as in `san_entries`."""
     match name:
         case x509.DirectoryName():
             value = name_text(name.value)

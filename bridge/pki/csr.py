@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKey
 
 from bridge.errors import BridgeError
 from bridge.pki.certificates import UNREADABLE, attributes, name_text, san_counts
+from bridge.pki.naming import Naming
 from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
 
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
@@ -56,13 +57,18 @@ def key_algorithm(certificate: x509.Certificate, wanted: KeyAlgorithm | Literal[
         found = algorithm_name(certificate.public_key())
     except UNREADABLE as e:
         found = f"one that can't be read ({e})"
-    for algorithm in KEY_ALGORITHMS:
-        if algorithm == found:
-            return algorithm
+    if (known := next((one for one in KEY_ALGORITHMS if one == found), None)) is not None:
+        return known
     raise CannotCarryError(
         f"key: wanted one of {', '.join(KEY_ALGORITHMS)}, found {found} in the live certificate",
         hint='set renewal.key to one of them instead of "same"',
     )
+
+
+def known_algorithm(key: CertificatePublicKeyTypes) -> KeyAlgorithm | None:
+    """One that kubeadm makes; None: another kind of key."""
+    found = algorithm_name(key)
+    return next((one for one in KEY_ALGORITHMS if one == found), None)
 
 
 def generate_key(algorithm: KeyAlgorithm) -> PrivateKey:
@@ -95,16 +101,43 @@ def build(certificate: x509.Certificate, key: PrivateKey) -> bytes:
     Raises:
         CannotCarryError: The subject or a SAN can't be carried; the text names it.
     """
-    builder = x509.CertificateSigningRequestBuilder().subject_name(_subject(certificate))
-    san = _san(certificate)
-    if san is not None:
-        # RFC 5280 §4.2.1.6: critical only where the subject is empty
-        builder = builder.add_extension(san, critical=not certificate.subject)
-    elif not certificate.subject:
-        raise CannotCarryError("subject: wanted a subject or a SAN, found neither in the live certificate")
-    csr = builder.sign(key, _hash(key))
+    csr = _signed(naming_of(certificate), key)
     _assert_same(certificate, csr)
     return csr.public_bytes(serialization.Encoding.PEM)
+
+
+def build_for(naming: Naming, key: PrivateKey) -> bytes:
+    """
+    A CSR that says exactly this, as PEM.
+
+    Raises:
+        CannotCarryError: It can't say it.
+    """
+    csr = _signed(naming, key)
+    if not naming.is_of(csr):
+        raise CannotCarryError(f"subject, SAN: wanted {naming.text}, a CSR can't say it")
+    return csr.public_bytes(serialization.Encoding.PEM)
+
+
+def naming_of(certificate: x509.Certificate) -> Naming:
+    """
+    Who a certificate is for.
+
+    Raises:
+        CannotCarryError: The subject or a SAN can't be carried; the text names it.
+    """
+    subject, san = _subject(certificate), _san(certificate)
+    if san is None and not subject:
+        raise CannotCarryError("subject: wanted a subject or a SAN, found neither in the live certificate")
+    return Naming(subject=subject, sans=tuple(san or ()))
+
+
+def _signed(naming: Naming, key: PrivateKey) -> x509.CertificateSigningRequest:
+    builder = x509.CertificateSigningRequestBuilder().subject_name(naming.subject)
+    if naming.sans:
+        # RFC 5280 §4.2.1.6: critical only where the subject is empty
+        builder = builder.add_extension(x509.SubjectAlternativeName(naming.sans), critical=not naming.subject)
+    return builder.sign(key, _hash(key))
 
 
 def _subject(certificate: x509.Certificate) -> x509.Name:

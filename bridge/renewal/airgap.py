@@ -29,6 +29,8 @@ from bridge.renewal.readiness import assert_room
 from bridge.renewal.selection import ALL, Selection, assert_known, outcome_of, select
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, record_failed, remember, verify_all
+from bridge.renewal.wish import NO_CHANGES, Changes
+from bridge.renewal.wishes import decide
 from bridge.settings.tables import Settings
 from bridge.signing.origins import known_cas
 from bridge.state import audit, retention
@@ -71,6 +73,7 @@ def export(
     progress: Progress,
     wait: timedelta = timedelta(),
     any_identity: Collection[str] = (),
+    changes: Changes = NO_CHANGES,
 ) -> tuple[Exported, Node]:
     """
     Keys into the state directory, requests into a bundle; a request that waits is exported again as it is.
@@ -82,13 +85,17 @@ def export(
     _assert_free(path)
     with begun(settings, now, progress, wait) as (run, node):
         asked_for = {one.name: one.request.replaces for one in run.requests}
-        selection = select(node, settings, names, now(), any_identity=any_identity, asked_for=asked_for)
-        for sentence in selection.waived:
+        wishes = decide(node, settings, names, changes) if names else None
+        selection = select(node, settings, names, now(), any_identity=any_identity, asked_for=asked_for, wishes=wishes)
+        for sentence in selection.told:
             progress.note(sentence)
         shorter = refused_as_shorter(selection.items, settings, now())
         made = [
             *prepare(
-                [one for one in selection.items if one.spec.name not in shorter], settings, run.requests.by_name()
+                [one for one in selection.items if one.spec.name not in shorter],
+                settings,
+                run.requests.by_name(),
+                selection.wishes,
             ),
             *(outcome_of(one, shorter[one.spec.name]) for one in selection.items if one.spec.name in shorter),
         ]
@@ -99,7 +106,9 @@ def export(
             return Exported(bundle=None, again=(), failed=failed, skipped=selection.skipped), node
         for one in prepared:
             if one.open is None and (old := run.requests.get(one.name)) is not None and old.is_waiting:
-                progress.note(f"{one.name}: not the key and CSR of before: renewal.key asks for another kind of key")
+                progress.note(
+                    f"{one.name}: not the key and CSR of before: another kind of key (renewal.key), or other names, are wanted now"
+                )
         prepared = with_continuity(prepared, settings, now())
         requests = bundle.bundle_of([one.request for one in prepared], now())
         data, digest = bundle.dumps(requests), bundle.digest(requests)

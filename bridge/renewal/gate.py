@@ -12,7 +12,7 @@ import dataclasses
 import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from bridge.errors import BridgeError, Exit, WaitingError
@@ -132,7 +132,11 @@ def jitter(
 
 
 def _first_end(selection: Selection) -> datetime:
-    return min(first_end(item.certificates) for item in selection.items)
+    """One that is missing, and was asked for by an operator, waits for no window: as if it had ended long ago."""
+    return min(first_end(item.certificates) if item.certificates else _LONG_AGO for item in selection.items)
+
+
+_LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
 
 
 # --- failed runs ------------------------------------------------------------------------------------------------------
@@ -223,7 +227,8 @@ class Attempts:
         return dataclasses.replace(selection, items=items, failed=(*selection.failed, *held))
 
     def _pause(self, name: str, selection: Selection, now: datetime) -> HeldOffError | None:
-        ends = [first_end(i.certificates) for i in selection.items if i.spec.authority.name == name]
+        ours = [item for item in selection.items if item.spec.authority.name == name]
+        ends = [first_end(item.certificates) for item in ours if item.certificates]
         failures = self.authorities[name]
         # a last try that is still to come was dated by a clock that has been put back since: no reason to wait
         if not ends or not failures.last <= now < (until := next_try(failures, min(ends))):

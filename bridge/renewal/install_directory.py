@@ -28,7 +28,7 @@ from bridge.pki.certificates import is_ca
 from bridge.pki.csr import PrivateKey
 from bridge.pki.loose_certificates import certificates_in, is_for
 from bridge.renewal.issuance import Answered
-from bridge.renewal.prepare import Prepared, live_pair
+from bridge.renewal.prepare import Prepared, live_pair, present
 from bridge.renewal.readiness import assert_room
 from bridge.renewal.selection import Selection, outcome_of, select
 from bridge.renewal.transaction import Transaction
@@ -154,7 +154,7 @@ def _of(item: Item, settings: Settings, expected: verify.Expectation, contents: 
     key = contents.keys[item.spec.name]
     live, was = live_pair(item)
     request = SignRequest(
-        spec=item.spec, csr_pem=csr.build(live, key), validity=settings.renewal.validity, replaces=live
+        spec=item.spec, csr_pem=csr.build(present(item, live), key), validity=settings.renewal.validity, replaces=live
     )
     candidates = list(_candidates(request, contents))
     if not candidates:

@@ -317,7 +317,7 @@ def _drop_unfit(run: Run, one: Prepared) -> None:
     made = run.requests.get(one.name)
     if made is not None and one.open is None:
         if made.is_waiting:
-            give_up(run, one.name, "renewal.key asks for another kind of key")
+            give_up(run, one.name, "another kind of key, or other names, are wanted now")
         run.requests.drop(one.name)
 
 

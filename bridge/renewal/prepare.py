@@ -19,13 +19,16 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from bridge.contract import Continuity, SignRequest
 from bridge.errors import BridgeError
 from bridge.node import kubeconfig
+from bridge.node.fresh_kubeconfig import FreshKubeconfig
 from bridge.node.inventory import Item
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki import csr
 from bridge.pki.certificates import load_pem_certificates
 from bridge.renewal import new_keys
 from bridge.renewal.selection import RESTORE, MissingCertificateError, outcome_of
+from bridge.renewal.wish import Wish
 from bridge.settings.tables import Settings
+from bridge.specs import KeyAlgorithm
 from bridge.state.install import digest
 from bridge.state.outcome import Outcome
 from bridge.state.requests import OpenRequest
@@ -35,6 +38,7 @@ from bridge.system.ownership import foreign_link
 
 #: A desk takes no request that is older than its policy's `max_age` (30 days by default).
 _PROOF_ANEW = timedelta(days=7)
+_USUAL_KEY: KeyAlgorithm = "rsa-2048"  # kubeadm's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +50,7 @@ class Prepared:
     key_pem: bytes = field(repr=False)
     was: Mapping[Path, str | None]  #: Digests of the files that are to be replaced.
     open: OpenRequest | None = None  #: It was made by an earlier run.
+    kubeconfig: FreshKubeconfig | None = None  #: The whole file, where there is none.
 
     @property
     def name(self) -> str:
@@ -62,7 +67,12 @@ Making = Sequence[Future[Prepared | Outcome]]
 
 
 @contextlib.contextmanager
-def preparing(items: Sequence[Item], settings: Settings, requests: Mapping[str, OpenRequest]) -> Iterator[Making]:
+def preparing(
+    items: Sequence[Item],
+    settings: Settings,
+    requests: Mapping[str, OpenRequest],
+    wishes: Mapping[str, Wish] | None = None,
+) -> Iterator[Making]:
     """
     Make keys and CSRs from the live certificates, on all cores, beside other work; what can't be made fails alone.
 
@@ -70,44 +80,76 @@ def preparing(items: Sequence[Item], settings: Settings, requests: Mapping[str, 
         items: What to renew.
         settings: `renewal.key` and `renewal.validity`.
         requests: Open ones by name, to go on with.
+        wishes: What is to be said instead of what the live certificates say, by name.
 
     Yields:
         In the order of the items; what is not begun when the other work ends is not made.
     """
     pool = ThreadPoolExecutor(os.cpu_count() or 1)
     try:
-        yield [pool.submit(_prepare, item, settings, requests.get(item.spec.name)) for item in items]
+        wished = wishes or {}
+        names = [item.spec.name for item in items]
+        yield [
+            pool.submit(_prepare, item, settings, requests.get(name), wished.get(name))
+            for item, name in zip(items, names, strict=True)
+        ]
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def prepare(
-    items: Sequence[Item], settings: Settings, requests: Mapping[str, OpenRequest] | None = None
+    items: Sequence[Item],
+    settings: Settings,
+    requests: Mapping[str, OpenRequest] | None = None,
+    wishes: Mapping[str, Wish] | None = None,
 ) -> list[Prepared | Outcome]:
     """The same, waiting for it."""
-    with preparing(items, settings, requests or {}) as making:
+    with preparing(items, settings, requests or {}, wishes) as making:
         return [one.result() for one in making]
 
 
-def _prepare(item: Item, settings: Settings, made: OpenRequest | None) -> Prepared | Outcome:
+def _prepare(item: Item, settings: Settings, made: OpenRequest | None, wish: Wish | None) -> Prepared | Outcome:
     try:
         live, was = live_pair(item)
-        algorithm = csr.key_algorithm(live, settings.renewal.key)
-        if made is not None and _fits(made, live, algorithm):
-            return Prepared(item=item, request=made.request, key_pem=made.key_pem, was=was, open=made)
+        algorithm = _key_algorithm(live, settings, made, wish)
+        if made is not None and _fits(made, live, algorithm, wish):
+            return _of_open(item, made, was)
         key = new_keys.take(algorithm)
-        request = SignRequest(
-            spec=item.spec, csr_pem=csr.build(live, key), validity=settings.renewal.validity, replaces=live
-        )
+        csr_pem = csr.build_for(wish.naming, key) if wish is not None else csr.build(present(item, live), key)
+        request = SignRequest(spec=item.spec, csr_pem=csr_pem, validity=settings.renewal.validity, replaces=live)
     except BridgeError as e:
         return outcome_of(item, e)
-    return Prepared(item=item, request=request, key_pem=csr.key_pem(key), was=was)
+    fresh = wish.kubeconfig if wish is not None else None
+    return Prepared(item=item, request=request, key_pem=csr.key_pem(key), was=was, kubeconfig=fresh)
+
+
+def _key_algorithm(
+    live: x509.Certificate | None, settings: Settings, made: OpenRequest | None, wish: Wish | None
+) -> KeyAlgorithm:
+    """Of the new key: the settings', else the live certificate's, else kubeadm's configuration's."""
+    if live is not None:
+        return csr.key_algorithm(live, settings.renewal.key)
+    if settings.renewal.key != "same":
+        return settings.renewal.key
+    if made is not None and (wish is None or wish.key is None):
+        return csr.known_algorithm(made.request.csr.public_key()) or _USUAL_KEY
+    return wish.key if wish is not None and wish.key is not None else _USUAL_KEY
+
+
+def _of_open(item: Item, made: OpenRequest, was: Mapping[Path, str | None]) -> Prepared:
+    return Prepared(
+        item=item, request=made.request, key_pem=made.key_pem, was=was, open=made, kubeconfig=made.kubeconfig
+    )
 
 
 def open_request(run: Run, one: Prepared) -> OpenRequest:
     """To keep what was prepared."""
     return one.open or OpenRequest(
-        request=one.request, key_pem=one.key_pem, created=run.now(), run_id=run.record.run_id
+        request=one.request,
+        key_pem=one.key_pem,
+        created=run.now(),
+        run_id=run.record.run_id,
+        kubeconfig=one.kubeconfig,
     )
 
 
@@ -121,7 +163,7 @@ def take_up(item: Item, made: OpenRequest) -> Prepared | Outcome:
         return outcome_of(item, e)
     if made.request.replaces != live:
         return outcome_of(item, MissingCertificateError("its certificate was replaced since it was asked for"))
-    return Prepared(item=item, request=made.request, key_pem=made.key_pem, was=was, open=made)
+    return _of_open(item, made, was)
 
 
 def with_continuity(prepared: Sequence[Prepared], settings: Settings, now: datetime) -> list[Prepared]:
@@ -170,18 +212,26 @@ def _embedded_key(item: Item) -> bytes:
     return kubeconfig.key_data(item.certificate_path.read_bytes()) or b""
 
 
-def _fits(made: OpenRequest, live: x509.Certificate, algorithm: str) -> bool:
-    """It is for the certificate that is there now, with a key as it would be made now."""
-    return made.request.replaces == live and csr.algorithm_name(made.request.csr.public_key()) == algorithm
+def _fits(made: OpenRequest, live: x509.Certificate | None, algorithm: str, wish: Wish | None) -> bool:
+    """
+    It is for the certificate that is there now, with a key as it would be made now, and says what is wanted now.
+
+    Without a wish it may say something else than the live certificate: an operator wanted that when it was made.
+    """
+    says_it = wish is None or wish.naming.is_of(made.request.csr)
+    is_alike = csr.algorithm_name(made.request.csr.public_key()) == algorithm
+    return made.request.replaces == live and is_alike and says_it
 
 
 #: At the end of the first line, whatever kind of key it is (RFC 7468 §10, §11, and the older ones).
 _PRIVATE_KEY = b"PRIVATE KEY-----"
 
 
-def live_pair(item: Item) -> tuple[x509.Certificate, dict[Path, str | None]]:
+def live_pair(item: Item) -> tuple[x509.Certificate | None, dict[Path, str | None]]:
     """
     Read the certificate on disk now, and the digests of all files of its pair, at the same time.
+
+    None: there was none when the node was looked at, and there still is none.
 
     Raises:
         BridgeError: It can't be read, or is not the one that was looked at (it gives its identity to the next one).
@@ -198,6 +248,10 @@ def live_pair(item: Item) -> tuple[x509.Certificate, dict[Path, str | None]]:
             f"{item.key_path}: wanted the old private key in PEM, which is replaced, found something else",
             hint="look at what it is and where it leads; when it is moved away, a new key is put there",
         )
+    if item.state == "missing":
+        if data is not None:
+            raise MissingCertificateError(f"{item.certificate_path} was made while this run began", hint="run again")
+        return None, {path: None if content is None else digest(content) for path, content in contents.items()}
     try:
         certificate_data = kubeconfig.parse(data or b"").certificate_data if item.embedded else data
         live = load_pem_certificates(certificate_data or b"")[0]
@@ -208,6 +262,17 @@ def live_pair(item: Item) -> tuple[x509.Certificate, dict[Path, str | None]]:
     if (live,) != item.certificates[:1]:
         raise MissingCertificateError("its certificate was replaced while this run began", hint="run again")
     return live, {path: None if content is None else digest(content) for path, content in contents.items()}
+
+
+def present(item: Item, live: x509.Certificate | None) -> x509.Certificate:
+    """
+    Raises:
+        MissingCertificateError: There is none.
+    """
+    if live is None:
+        text = f"wanted a certificate to renew in {item.certificate_path}, found nothing"
+        raise MissingCertificateError(text, hint=RESTORE)
+    return live
 
 
 def _read(path: Path) -> bytes | None:

@@ -25,6 +25,8 @@ from bridge.renewal.readiness import assert_room, without_restart
 from bridge.renewal.selection import Selection, outcome_of, select
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, hold_back, record_failed, remember, verify_all
+from bridge.renewal.wish import NO_CHANGES, Changes
+from bridge.renewal.wishes import decide
 from bridge.settings.tables import Settings
 from bridge.signing import registry
 from bridge.state import checked_settings, retention
@@ -44,9 +46,12 @@ def run(
     restarts: bool = True,
     wait: timedelta = timedelta(),
     any_identity: Collection[str] = (),
+    changes: Changes = NO_CHANGES,
 ) -> tuple[Result, Node, Selection]:
     """
     Renew; wait so long for another run to end.
+
+    Named certificates that are missing are made, and `changes` are made to those that are there.
 
     Of the names in `any_identity` the live certificates are renewed whoever they are for.
     Without `restarts` nothing is restarted and proven, and what earlier runs owe of that is left to later ones.
@@ -67,8 +72,17 @@ def run(
             return transaction.with_earlier(Result(outcomes=())), node, Selection(items=(), failed=(), skipped=())
         waiting = [one.name for one in ours.requests if one.reference]
         asked_for = {one.name: one.request.replaces for one in ours.requests}
-        selection = select(node, settings, names, now(), waiting, any_identity=any_identity, asked_for=asked_for)
-        for sentence in selection.waived:
+        selection = select(
+            node,
+            settings,
+            names,
+            now(),
+            waiting,
+            any_identity=any_identity,
+            asked_for=asked_for,
+            wishes=decide(node, settings, names, changes) if names else None,
+        )
+        for sentence in selection.told:
             progress.note(sentence)
         if not names:
             selection = gate.hold(selection, settings, None if is_terminal else transaction.attempts, now())
@@ -135,11 +149,11 @@ def _prepare_and_issue(
     expected, unproved = expectations(node, run.settings, selection.items, run.now())
     without = {outcome.name for outcome in stuck}
     items = [i for i in selection.items if i.spec.authority.name in expected and i.spec.name not in without]
-    kept = _kept(run, items, expected)
+    kept = _kept(run, items, selection, expected)
     to_ask, carried = _to_ask(run, items, kept)
     earlier = [*selection.failed, *stuck, *(o for o in unproved if o.name not in without), *carried]
     with (
-        preparing(to_ask, run.settings, run.requests.by_name()) as making,
+        preparing(to_ask, run.settings, run.requests.by_name(), selection.wishes) as making,
         reaching(run.settings, to_ask, expected, run.progress) as reached,
     ):
         if all_or_nothing:
@@ -154,10 +168,12 @@ def _prepare_and_issue(
     return [*kept, *asked], [*earlier, *unmade], []
 
 
-def _kept(run: Run, items: Sequence[Item], expected: Mapping[str, verify.Expectation]) -> list[Answered]:
+def _kept(
+    run: Run, items: Sequence[Item], selection: Selection, expected: Mapping[str, verify.Expectation]
+) -> list[Answered]:
     """What an earlier run proved and did not install: nobody is asked for it again."""
     answered = {one.name: one for one in run.requests if one.answer is not None}
-    had = prepare([item for item in items if item.spec.name in answered], run.settings, answered)
+    had = prepare([item for item in items if item.spec.name in answered], run.settings, answered, selection.wishes)
     kept = []
     for one in had:
         made, wanted = one.open if isinstance(one, Prepared) else None, expected[one.authority]

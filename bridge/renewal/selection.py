@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import filterfalse
 
 from cryptography import x509
 
@@ -12,6 +13,7 @@ from bridge.errors import BridgeError, SettingsError, SettingsProblem, Violation
 from bridge.node.inventory import Item, Node, NoNodeError
 from bridge.pki import expiry, identity
 from bridge.pki.certificates import load_pem_certificates
+from bridge.renewal.wish import Wish, Wishes
 from bridge.settings.tables import Settings
 from bridge.specs import SPECS, CertificateSpec, Component
 from bridge.state.outcome import Outcome
@@ -53,6 +55,14 @@ class Selection:
     failed: tuple[Outcome, ...]  #: Should be renewed, and can't be.
     skipped: tuple[str, ...]  #: Sentences for the operator.
     waived: tuple[str, ...] = ()  #: The same, about identities that are renewed as they are.
+    #: By certificate name, where the next one is not to say what the live one says, or there is no live one.
+    wishes: Mapping[str, Wish] = field(default_factory=dict)
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """For the operator before anything is asked: what is done on an operator's word."""
+        names = [item.spec.name for item in self.items]
+        return (*self.waived, *(text for name in names if name in self.wishes for text in self.wishes[name].told))
 
 
 def select(
@@ -65,6 +75,7 @@ def select(
     csrs_only: bool = False,
     any_identity: Collection[str] = (),
     asked_for: Mapping[str, x509.Certificate | None] | None = None,
+    wishes: Wishes | None = None,
 ) -> Selection:
     """
     Choose what to renew.
@@ -77,7 +88,9 @@ def select(
         waiting: Names for which an answer is to be fetched, due or not.
         csrs_only: No file is to be replaced, so that none need be fit for it.
         any_identity: Names whose live certificates are renewed whoever they are for.
-        asked_for: The live certificates, by name, for which a request is open: they were judged when it was made.
+        asked_for: The live certificates, by name, for which a request is open: they were judged when it was made; None
+            is the value where there was none.
+        wishes: What `wishes.decide` found for them, by name.
 
     Raises:
         SettingsError: A name that is none, or that is not ours to renew.
@@ -87,9 +100,12 @@ def select(
     if not node.is_here:
         raise NoNodeError(settings.node.pki_dir)
     by_name = {item.spec.name: item for item in node.items}
+    wished, open_requests = wishes or {}, asked_for or {}
     asked = list(by_name) if not names or ALL in names else [name for name in by_name if name in names]
-    items, failed, skipped, waived = [], [], [], []
-    for name in [*asked, *sorted(set(names) - {ALL} - set(asked))]:
+    items, failed = _by_wish([by_name[name] for name in asked], wished, open_requests)
+    settled = {*(item.spec.name for item in items), *(outcome.name for outcome in failed)}
+    skipped, waived = [], []
+    for name in filterfalse(settled.__contains__, [*asked, *sorted(set(names) - {ALL} - set(asked))]):
         item = by_name.get(name)
         by_hand = name in names
         if item is None or (item.state == "missing" and (by_hand or not item.spec.optional)):
@@ -101,7 +117,7 @@ def select(
         elif item.state != "present":
             failed.append(outcome_of(item, MissingCertificateError(item.trouble or "", hint=RESTORE)))
         elif names or name in waiting or _is_due(item, settings, now):
-            error = _against(item, settings, (asked_for or {}).get(name), csrs_only=csrs_only)
+            error = _against(item, settings, open_requests.get(name), csrs_only=csrs_only)
             if name in any_identity and isinstance(error, ForeignIdentityError):
                 waived.append(
                     f"{name} is renewed as it is, as --any-identity says: {'; '.join(map(str, error.violations))}"
@@ -111,7 +127,36 @@ def select(
                 items.append(item)
             else:
                 failed.append(outcome_of(item, error))
-    return Selection(items=tuple(items), failed=tuple(failed), skipped=tuple(skipped), waived=tuple(waived))
+    return Selection(
+        items=tuple(items),
+        failed=tuple(failed),
+        skipped=tuple(skipped),
+        waived=tuple(waived),
+        wishes={name: wish for name, wish in wished.items() if not isinstance(wish, BridgeError)},
+    )
+
+
+def _by_wish(
+    items: Sequence[Item], wishes: Wishes, open_requests: Mapping[str, x509.Certificate | None]
+) -> tuple[list[Item], list[Outcome]]:
+    """
+    Those that are decided by an operator's word, now or when they were asked for.
+
+    Returns:
+        Missing ones that are to be made; and what can't be as it was wanted.
+    """
+    made, failed = [], []
+    for item in items:
+        name, wish = item.spec.name, wishes.get(item.spec.name)
+        if isinstance(wish, BridgeError):
+            failed.append(outcome_of(item, wish))
+        elif item.state == "missing" and (wish is not None or (name in open_requests and open_requests[name] is None)):
+            try:
+                anchors_of(item)
+                made.append(item)
+            except MissingCertificateError as e:
+                failed.append(outcome_of(item, e))
+    return made, failed
 
 
 def _against(item: Item, settings: Settings, judged: x509.Certificate | None, *, csrs_only: bool) -> BridgeError | None:
@@ -182,7 +227,10 @@ def _absent(spec: CertificateSpec, item: Item | None, node: Node) -> Outcome:
         error = MissingCertificateError(f"wanted a certificate to renew, found none: {reason}")
     else:
         place = item.certificate_path
-        error = MissingCertificateError(f"wanted a certificate to renew in {place}, found nothing", hint=RESTORE)
+        hint = f"{RESTORE}; or `ca-bridge renew {spec.name}` makes it anew from kubeadm's configuration"
+        error = MissingCertificateError(
+            f"wanted a certificate to renew in {place}, found nothing", hint=hint if spec.listed else RESTORE
+        )
     return Outcome(name=spec.name, authority=spec.authority.name, error=error)
 
 

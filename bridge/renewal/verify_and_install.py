@@ -43,10 +43,13 @@ from bridge.state.install import (
 from bridge.state.outcome import Outcome
 from bridge.state.requests import OpenRequest, OpenRequests
 from bridge.state.session import Run
+from bridge.system.files import Attributes
 from bridge.system.state_file import StateError
 
 #: Below this version kubeadm reads one certificate a file (measured on 1.20; chains since 1.21).
 FIRST_WITH_CHAINS = (1, 21)
+#: kubeadm's, where there is no file yet.
+_NEW_CERTIFICATE_MODE = 0o644
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +128,10 @@ def replacements(one: Prepared, verified: verify.Verified) -> Iterator[Replaceme
     item, name = one.item, one.name
     if item.key_path is None:
         path = item.certificate_path
+        if one.kubeconfig is not None:
+            data = one.kubeconfig.text(chain, one.key_pem)
+            yield Replacement(certificate=name, path=path, data=data, mode_mask=KUBECONFIG_MASK, was=one.was[path])
+            return
         try:
             data = kubeconfig.with_credentials(path.read_bytes(), chain, one.key_pem)
         except kubeconfig.KubeconfigError as e:
@@ -146,6 +153,7 @@ def replacements(one: Prepared, verified: verify.Verified) -> Iterator[Replaceme
         data=chain,
         mode_mask=CERTIFICATE_MASK,
         was=one.was[item.certificate_path],
+        attributes=dataclasses.replace(Attributes.private(), mode=_NEW_CERTIFICATE_MODE),
     )
 
 

@@ -14,6 +14,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from bridge.contract import Continuity, Issued, SignRequest
+from bridge.node.fresh_kubeconfig import FreshKubeconfig
 from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.specs import SPECS
 from bridge.state.store import Store
@@ -38,6 +39,7 @@ class OpenRequest:
     answer: Issued | None = None  #: Passed, and is not installed.
     #: SHA-256 of the bundles in which it was carried out of the node.
     bundles: tuple[str, ...] = ()
+    kubeconfig: FreshKubeconfig | None = None  #: The file that it belongs in, where there was none.
 
     @property
     def name(self) -> str:
@@ -142,7 +144,18 @@ def _to_json(one: OpenRequest) -> dict[str, Any]:
         if one.answer is not None
         else None,
         "bundles": list(one.bundles),
+        **({"kubeconfig": _kubeconfig_json(one.kubeconfig)} if one.kubeconfig is not None else {}),
     }
+
+
+def _kubeconfig_json(one: FreshKubeconfig) -> dict[str, str]:
+    return {"server": one.server, "cluster": one.cluster, "user": one.user, "ca": one.ca_pem.decode()}
+
+
+def _kubeconfig(entry: Mapping[str, str]) -> FreshKubeconfig:
+    return FreshKubeconfig(
+        server=entry["server"], cluster=entry["cluster"], user=entry["user"], ca_pem=entry["ca"].encode()
+    )
 
 
 def _from_json(entry: Mapping[str, Any]) -> OpenRequest:
@@ -174,4 +187,6 @@ def _from_json(entry: Mapping[str, Any]) -> OpenRequest:
         note=entry["note"],
         answer=Issued(leaf=chain[0], intermediates=tuple(chain[1:])) if chain is not None else None,
         bundles=tuple(entry["bundles"]),
+        # only of a kubeconfig that is made anew
+        kubeconfig=_kubeconfig(entry["kubeconfig"]) if "kubeconfig" in entry else None,
     )

@@ -24,6 +24,7 @@ from tests.kit.loopback import LoopbackServer
 from tests.kit.members import Place
 
 LEASES = "/apis/coordination.k8s.io/v1/namespaces/kube-system/leases"
+BINDINGS = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/"
 
 
 @dataclass(kw_only=True)
@@ -35,6 +36,7 @@ class State:
     endpoints: list[str] = field(default_factory=list)  #: Addresses.
     port: int = 0  #: 0: any that is free, which is written here.
     config: str = ""  #: ClusterConfiguration of the ConfigMap kubeadm-config; empty: there is none.
+    bindings: dict[str, tuple[str, str, str]] = field(default_factory=dict)  #: Role, kind and name of the subject.
     version: int = 0
     mutex: threading.Lock = field(default_factory=threading.Lock)
     requests: list[tuple[str, str, str]] = field(default_factory=list)  #: Method, path, the client's CN.
@@ -84,6 +86,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, {"kind": "EndpointSliceList", "items": [piece]})
         elif parts.path == "/api/v1/namespaces/kube-system/configmaps/kubeadm-config" and self.state.config:
             self._send(200, {"kind": "ConfigMap", "data": {"ClusterConfiguration": self.state.config}})
+        elif parts.path.startswith(BINDINGS):
+            bound = self.state.bindings.get(parts.path.removeprefix(BINDINGS))
+            self._send(*((200, _binding(*bound)) if bound else _status(404)))
         else:
             found = self.state.leases.get(self._name())
             self._send(*((200, found) if found else _status(404)))
@@ -175,6 +180,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _status(code: int) -> tuple[int, dict[str, Any]]:
     return code, {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code}
+
+
+def _binding(role: str, kind: str, name: str) -> dict[str, Any]:
+    return {"kind": "ClusterRoleBinding", "roleRef": {"kind": "ClusterRole", "name": role},
+            "subjects": [{"kind": kind, "name": name}]}  # fmt: skip
 
 
 def _node(name: str, address: str) -> dict[str, Any]:

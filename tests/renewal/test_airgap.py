@@ -224,7 +224,7 @@ def test_another_kind_of_key_is_a_new_request(node: Node) -> None:
     node.bridge.add("renewal", {"key": "ecdsa-p384"})
     run = node.run("export", node.carried / "bundle.json", "apiserver")
     assert run.returncode == 0
-    assert "renewal.key asks for another kind of key" in run.stderr
+    assert "another kind of key (renewal.key)" in run.stderr
     assert "new key" in run.stdout
     second = bundle.loads_request((node.carried / "bundle.json").read_bytes())
     assert second.requests[0].csr != first.requests[0].csr

@@ -1,0 +1,86 @@
+"""Where kubeadm's configuration is had from: a file that the operator names, or else the cluster itself."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from pathlib import Path
+
+from bridge.control_plane import kube_api
+from bridge.control_plane.kube_api import Api, NoAnswerError
+from bridge.errors import BridgeError
+from bridge.node import kubeadm_config
+from bridge.node.inventory import Node
+from bridge.node.kubeadm_config import CLUSTER_CONFIGURATION, CONFIG_MAP, KubeadmConfig, KubeadmConfigError
+from bridge.settings.tables import Settings
+from bridge.system.safe_read import UnreadableError, read
+
+_FILE_HINT = "name the file that `kubeadm init --config` had; without --kubeadm-config the cluster is asked"
+
+
+class NoSourceError(BridgeError):
+    """Neither a file nor the cluster tells kubeadm's configuration."""
+
+    hint = (
+        "name kubeadm's configuration with --kubeadm-config FILE; or put a good copy of the certificate back (an expired "
+        "one will do), or have the API server answer (kubectl get -n kube-system cm kubeadm-config)"
+    )
+
+
+class Source:
+    """Asked once, and only if somebody wants to know."""
+
+    def __init__(self, node: Node, settings: Settings, file: Path | None) -> None:
+        self._node, self._settings, self._file = node, settings, file
+        self._api: Api | None = None
+        self._config: KubeadmConfig | None = None
+
+    @property
+    def text(self) -> str:
+        """For messages."""
+        return str(self._file) if self._file is not None else "the cluster's ConfigMap kube-system/kubeadm-config"
+
+    @property
+    def api(self) -> Api:
+        """The cluster's, whether it answers or not."""
+        if self._api is None:
+            self._api = kube_api.connect(self._node, self._settings.node.kubeconfig_dir)
+        return self._api
+
+    def config(self) -> KubeadmConfig:
+        """
+        Read it.
+
+        Raises:
+            NoSourceError: There is none.
+            KubeadmConfigError: It can't be used.
+        """
+        if self._config is None:
+            self._config = self._of_file(self._file) if self._file is not None else self._of_cluster()
+        return self._config
+
+    def _of_file(self, file: Path) -> KubeadmConfig:
+        try:
+            data = read(file)
+        except UnreadableError as e:
+            raise NoSourceError(f"{file}: wanted kubeadm's configuration, found: {e}", hint=_FILE_HINT) from None
+        if data is None:
+            raise NoSourceError(f"{file}: wanted kubeadm's configuration, found no file", hint=_FILE_HINT)
+        return _parsed(data, str(file))
+
+    def _of_cluster(self) -> KubeadmConfig:
+        try:
+            reply = self.api.ask("GET", CONFIG_MAP)
+        except NoAnswerError as e:
+            raise NoSourceError(f"wanted {self.text}, found {e}") from None
+        data = reply.document.get("data")
+        text = data.get(CLUSTER_CONFIGURATION) if isinstance(data, dict) else None
+        if reply.status != HTTPStatus.OK or not isinstance(text, str):
+            raise NoSourceError(f"wanted {self.text}, found none there (HTTP {reply.status})")
+        return _parsed(text.encode(), self.text)
+
+
+def _parsed(data: bytes, where: str) -> KubeadmConfig:
+    try:
+        return kubeadm_config.parse(data)
+    except KubeadmConfigError as e:
+        raise KubeadmConfigError(f"{where}: {e}", hint=e.hint) from None

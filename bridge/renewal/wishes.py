@@ -1,0 +1,291 @@
+"""
+What a certificate is to say where that is not what the live one says: there is none, or an operator wants a change.
+
+A missing certificate's names come from kubeadm-config or from kubeadm's configuration file and from this node's own
+manifests, and each is told with its source; where a fact is missing, nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from cryptography import x509
+
+from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
+from bridge.node import endpoints, kubeconfig
+from bridge.node.fresh_kubeconfig import FreshKubeconfig
+from bridge.node.inventory import Item, Node
+from bridge.node.kubeadm_config import KubeadmConfig
+from bridge.pki import csr, kubeadm_names
+from bridge.pki.certificates import attributes, pem, san_entry
+from bridge.pki.kubeadm_names import Facts, NoFactError, Release
+from bridge.pki.naming import Naming
+from bridge.renewal import bindings, cluster_config
+from bridge.renewal.selection import ALL, anchors_of, assert_known
+from bridge.renewal.wish import Changes, Wish, Wishes
+from bridge.settings.tables import Settings
+from bridge.specs import SPECS, CertificateSpec, Component
+from bridge.system.safe_read import UnreadableError, read
+
+#: Of the kubeconfigs of what runs on this node, which talk to its own API server.
+_LOCAL = {"controller-manager.conf", "scheduler.conf"}
+_SERVING = ("apiserver", "etcd-server", "etcd-peer")
+
+
+class CannotMakeError(BridgeError):
+    """A missing certificate that nobody can say the names of."""
+
+    hint = (
+        "name kubeadm's configuration of this node with --kubeadm-config FILE, or put a good copy of the certificate "
+        "back (an expired one will do)"
+    )
+
+
+class CannotChangeError(BridgeError):
+    """A change that would do harm, or makes no sense here; nobody was asked."""
+
+    exit_code = Exit.USAGE
+
+
+def decide(node: Node, settings: Settings, names: Collection[str], changes: Changes) -> Wishes:
+    """
+    What the next certificates are to say, where that is not what the live ones say.
+
+    Only for a missing certificate that is named, and for `adopt_defaults`, the cluster's API is asked, unless a
+    configuration file is given.
+
+    Args:
+        node: What is there.
+        settings: The node's name, the version if they set it, the places.
+        names: As the operator gave them; a missing certificate is made only if it is named.
+        changes: What is wanted.
+
+    Raises:
+        SettingsError: A name that is none; a change of one that is not among `names`; no names where they are needed.
+    """
+    assert_known([*names, *changes.add, *changes.drop])
+    _assert_named(names, changes)
+    source = cluster_config.Source(node, settings, changes.kubeadm_config)
+    wishes: dict[str, Wish | BridgeError] = {}
+    for item in node.items:
+        name = item.spec.name
+        try:
+            if item.state == "missing" and name in names:
+                wishes[name] = _made(item, node, settings, changes, source)
+            elif item.certificates and (name in names or ALL in names):
+                wish = _changed(item, node, settings, changes, source)
+                if wish is not None:
+                    wishes[name] = wish
+        except BridgeError as e:
+            wishes[name] = e
+    return wishes
+
+
+def _assert_named(names: Collection[str], changes: Changes) -> None:
+    wanted = [*changes.add, *changes.drop]
+    if ALL not in names and (others := sorted({name for name in wanted if name not in names})):
+        raise SettingsError(
+            [SettingsProblem("", f"{', '.join(others)} among the names, since its SANs are to change", "other names")]
+        )
+    if changes.adopt_defaults and not names:
+        raise SettingsError([SettingsProblem("--adopt-defaults", "names of certificates, or all", "none")])
+    for name in wanted:
+        if name not in _SERVING:
+            found = f"{name}, which is a client certificate"
+            raise SettingsError([SettingsProblem("", f"SANs for one of {', '.join(_SERVING)}", found)])
+
+
+# --- a missing one ---------------------------------------------------------------------------------------------------
+
+
+def _made(item: Item, node: Node, settings: Settings, changes: Changes, source: cluster_config.Source) -> Wish:
+    """
+    Raises:
+        BridgeError: There is no source, it lacks a fact, or it is about another node.
+    """
+    spec = item.spec
+    if not spec.listed:
+        raise CannotMakeError(
+            f"wanted {item.certificate_path}, found nothing; the kubelet's is made with the node, not by a renewal",
+            hint="`ca-bridge bootstrap` makes a node's files; or put a good copy back",
+        )
+    if not item.certificate_path.parent.is_dir():
+        raise CannotMakeError(
+            f"wanted to make {item.certificate_path}, found no directory {item.certificate_path.parent}"
+        )
+    try:
+        config = source.config()
+        facts, found = _facts(config, node, settings, source)
+        naming = kubeadm_names.naming(spec, facts)
+        add, drop = changes.add.get(spec.name, ()), changes.drop.get(spec.name, ())
+        naming = _with_sans(item, naming, add, drop, needed(node, settings).get(spec.name, {}))
+        _assert_known_to(facts.release, spec)
+        fresh = _fresh(item, config, node, facts) if spec.kubeconfig else None
+    except NoFactError as e:
+        raise CannotMakeError(
+            f"wanted to make {item.certificate_path} anew, found no way to say its names: {e}"
+        ) from None
+    told = [
+        f"{spec.name} is not on this node; it is made anew from {source.text}: {naming.text}",
+        f"{spec.name}: names as of Kubernetes {facts.release or '(any)'}, {found}",
+        *([f"{spec.name}: it leads to {fresh.server}"] if fresh is not None else []),
+        *bindings.assert_bound(source, naming, spec, strictly=False),
+    ]
+    return Wish(naming=naming, told=tuple(told), key=config.key, kubeconfig=fresh)
+
+
+def _assert_known_to(release: Release | None, spec: CertificateSpec) -> None:
+    if release is not None and (release.major, release.minor) < spec.since:
+        raise NoFactError(f"{spec.name} is known from Kubernetes {Release(*spec.since)} on, found {release}")
+
+
+def _facts(config: KubeadmConfig, node: Node, settings: Settings, source: cluster_config.Source) -> tuple[Facts, str]:
+    """What the names are made of, and a sentence about where the node's own part comes from."""
+    manifest = node.manifests.get(Component.APISERVER)
+    here = settings.node.name
+    address = (endpoints.name(manifest.flags) or "") if manifest is not None else ""
+    for what, told, ours in (("node", config.node, here), ("advertise address", config.address, address)):
+        if told and ours and told != ours:
+            raise CannotMakeError(
+                f"{source.text} is for {what} {told}, and this is {ours}",
+                hint="name the configuration of this node, or leave the node's part (InitConfiguration) out of it",
+            )
+    whence = [f"node {here or config.node} of {'its certificates or the settings' if here else source.text}"]
+    if address or config.address:
+        whence.append(f"address {address or config.address} of {'kube-apiserver.yaml' if address else source.text}")
+    facts = Facts(
+        release=config.release or release_of(node),
+        node=here or config.node,
+        address=address or config.address,
+        service_address=config.service_address,
+        endpoint_host=config.endpoint_host,
+        dns_domain=config.dns_domain,
+        api_sans=config.api_sans,
+        etcd_server_sans=config.etcd_server_sans,
+        etcd_peer_sans=config.etcd_peer_sans,
+    )
+    return facts, ", ".join(whence)
+
+
+def release_of(node: Node) -> Release | None:
+    """The API server's, by its image's tag."""
+    manifest = node.manifests.get(Component.APISERVER)
+    return None if manifest is None else kubeadm_names.parse_release(manifest.tag)
+
+
+def _fresh(item: Item, config: KubeadmConfig, node: Node, facts: Facts) -> FreshKubeconfig:
+    manifest = node.manifests.get(Component.APISERVER)
+    port = config.bind_port or (manifest.flags.get("--secure-port", "") if manifest is not None else "") or "6443"
+    local = ""
+    if facts.address:
+        local = f"https://{f'[{facts.address}]' if ':' in facts.address else facts.address}:{port}"
+    server = local if item.spec.name in _LOCAL else config.endpoint_url or local
+    if not server:
+        raise NoFactError("wanted the API server's address, found none")
+    user = item.spec.common_names[0]
+    # one certificate, as kubeadm: the first, which is the one that signs
+    ca_pem = pem(anchors_of(item)[0])
+    return FreshKubeconfig(server=server, cluster=config.cluster_name, user=user, ca_pem=ca_pem)
+
+
+# --- a change of a live one ------------------------------------------------------------------------------------------
+
+
+def _changed(
+    item: Item, node: Node, settings: Settings, changes: Changes, source: cluster_config.Source
+) -> Wish | None:
+    """None: the next one says what this one says."""
+    name, told = item.spec.name, []
+    was = naming = csr.naming_of(item.certificates[0])
+    add, drop = changes.add.get(name, ()), changes.drop.get(name, ())
+    if add or drop:
+        naming = _with_sans(item, naming, add, drop, needed(node, settings).get(name, {}))
+        more = [f"with {':'.join(san_entry(san))}" for san in naming.sans if san not in was.sans]
+        less = [f"without {':'.join(san_entry(san))}" for san in was.sans if san not in naming.sans]
+        told.append(f"{name}: SANs as in the live certificate, {', '.join([*more, *less]) or 'since nothing changes'}")
+    if changes.adopt_defaults:
+        subject = kubeadm_names.subject(item.spec, _version_and_node(node, settings, source, changes))
+        if sorted(attributes(subject)) == sorted(attributes(naming.subject)):
+            told.append(f"{name}: its subject is kubeadm's of today")
+        else:
+            naming = dataclasses.replace(naming, subject=subject)
+            told.append(f"{name}: subject {naming_text(subject)} instead of {naming_text(was.subject)}")
+            told += bindings.assert_bound(source, naming, item.spec, strictly=True)
+    if not told:
+        return None
+    return Wish(naming=naming, told=tuple(told))
+
+
+def naming_text(subject: x509.Name) -> str:
+    """For people."""
+    return Naming(subject=subject).text
+
+
+def _version_and_node(node: Node, settings: Settings, source: cluster_config.Source, changes: Changes) -> Facts:
+    release = release_of(node) if changes.kubeadm_config is None else source.config().release
+    if release is None and (set_one := settings.node.kubernetes_version) is not None:
+        release = Release(set_one.major, set_one.minor)
+    return Facts(release=release, node=settings.node.name)
+
+
+def _with_sans(
+    item: Item,
+    naming: Naming,
+    add: Sequence[x509.GeneralName],
+    drop: Sequence[x509.GeneralName],
+    needed_here: Mapping[str, str],
+) -> Naming:
+    absent = [san for san in drop if san not in naming.sans]
+    if absent:
+        raise CannotChangeError(
+            f"--drop-san: wanted SANs of {item.certificate_path}, found that it has no {kubeadm_names.text_of(absent)}",
+            hint=f"it has {kubeadm_names.text_of(naming.sans)}",
+        )
+    used = [f"{value} ({needed_here[value]})" for san in drop if (value := str(san.value)) in needed_here]
+    if used:
+        raise CannotChangeError(
+            f"--drop-san: wanted names that nobody on this node needs, found {', '.join(used)}",
+            hint="change who needs it first; without the name they would not trust the certificate",
+        )
+    both = [san for san in add if san in drop]
+    if both:
+        raise CannotChangeError(f"wanted each SAN added or dropped, found {kubeadm_names.text_of(both)} in both")
+    sans = tuple(san for san in naming.sans if san not in drop)
+    return dataclasses.replace(naming, sans=tuple(dict.fromkeys((*sans, *add))))
+
+
+def needed(node: Node, settings: Settings) -> dict[str, dict[str, str]]:
+    """
+    The names and addresses by which this node's own files reach its servers, by certificate name, with who says so.
+
+    Read from manifests and kubeconfigs alone; the kubeconfigs' servers may be another node's or a load balancer's,
+    which are names of this API server, too.
+    """
+    found: dict[str, dict[str, str]] = {name: {} for name in _SERVING}
+    api, etcd = (node.manifests.get(one) for one in (Component.APISERVER, Component.ETCD))
+    if api is not None:
+        if (name := endpoints.name(api.flags)) is not None:
+            found["apiserver"][name] = "kube-apiserver.yaml: --advertise-address"
+        for url in endpoints.urls(api.flags, "--etcd-servers") if node.local_etcd else ():
+            found["etcd-server"][endpoints.Server(url).place.host] = "kube-apiserver.yaml: --etcd-servers"
+    for certificate, flag in (
+        ("etcd-server", "--advertise-client-urls"),
+        ("etcd-peer", "--initial-advertise-peer-urls"),
+    ):
+        host = endpoints.host(etcd.flags, flag) if etcd is not None else None
+        if host is not None:
+            found[certificate][host] = f"etcd.yaml: {flag}"
+    for spec in SPECS.values():
+        if spec.kubeconfig and (host := _server_of(settings.node.kubeconfig_dir / spec.base)):
+            found["apiserver"].setdefault(host, f"the server of {spec.base}")
+    return found
+
+
+def _server_of(path: Path) -> str:
+    try:
+        parsed = kubeconfig.parse(read(path) or b"")
+        return parsed.tls_server_name or endpoints.Server(parsed.server).place.host
+    except (kubeconfig.KubeconfigError, UnreadableError, ValueError):
+        return ""  # the inventory tells what is wrong with it
