@@ -10,20 +10,22 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from bridge.contract import SignRequest
 from bridge.node import kubeconfig
-from bridge.pki.certificates import attributes, load_pem_certificates, san_entries
+from bridge.pki.certificates import attributes, pem, san_entries
 from bridge.specs import SPECS
 from tests.kit import apiserver, approval
 from tests.kit.cas import Bridge, add_openssl, live_certificates
 from tests.kit.issuing import Signer
 from tests.kit.members import Place
-from tests.kit.pki import NODE, KubeadmPki, Pki, kubeadm_pki
+from tests.kit.pki import NODE, KubeadmPki, kubeadm_pki
 
 pytestmark = pytest.mark.kube
 
@@ -239,53 +241,72 @@ def test_cron_makes_nothing_that_nobody_has_named(site: Site) -> None:
     assert site.renew("kubelet.conf", *site.config).returncode == 1
 
 
+@dataclass(kw_only=True)
+class Slow:
+    """The same node with people as its CA."""
+
+    bridge: Bridge
+    approver: approval.Approver
+    plugin: Path
+
+    @classmethod
+    def make(cls, site: Site, directory: Path) -> Slow:
+        plugin, desk = directory / "site", directory / "desk"
+        desk.mkdir()
+        approval.install_plugin(plugin)
+        bridge = Bridge(pki=site.pki, directory=directory / "slow")
+        bridge.add("backend.people", {"type": "approval", "dir": str(desk)})
+        bridge.add("authority.ca", {"backend": "people"})
+        approver = approval.Approver(directory=desk, signer=Signer.load(*site.pki.ca_pem("ca")))
+        return cls(bridge=bridge, approver=approver, plugin=plugin)
+
+    def renew(self, *args: str) -> subprocess.CompletedProcess[str]:
+        command = [
+            str(Path(sys.executable).with_name("ca-bridge")),
+            "renew",
+            *args,
+            "--config",
+            str(self.bridge.config),
+        ]
+        environment = approval.environment(self.plugin)
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
+
+
 def test_a_ca_that_answers_later(site: Site, tmp_path: Path) -> None:
     """The next cron run collects it, without the configuration, and the kubeconfig is made whole then."""
-    plugin, desk = tmp_path / "site", tmp_path / "desk"
-    desk.mkdir()
-    approval.install_plugin(plugin)
-    signer = Signer.load(*site.pki.ca_pem("ca"))
-    approver = approval.Approver(directory=desk, signer=signer)
-    bridge = Bridge(pki=site.pki, directory=tmp_path / "slow")
-    bridge.add("backend.people", {"type": "approval", "dir": str(desk)})
-    bridge.add("authority.ca", {"backend": "people"})
+    slow = Slow.make(site, tmp_path)
     texts = without_data(site.path("scheduler.conf"))
     site.path("scheduler.conf").unlink()
-    program = [str(Path(sys.executable).with_name("ca-bridge"))]
-
-    def run(*args: str) -> subprocess.CompletedProcess[str]:
-        command = [*program, "renew", *args, "--config", str(bridge.config)]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=False, env=approval.environment(plugin), timeout=60
-        )
-
-    assert run("scheduler.conf", *site.config).returncode == 4
-    assert run().returncode == 4
-    assert len(approver.asked()) == 1
-    approver.approve("scheduler.conf")
-    done = run()
+    assert slow.renew("scheduler.conf", *site.config).returncode == 4
+    assert slow.renew().returncode == 4
+    assert len(slow.approver.asked()) == 1
+    slow.approver.approve("scheduler.conf")
+    done = slow.renew()
     assert done.returncode == 0, done.stderr
     assert without_data(site.path("scheduler.conf")) == texts
     assert_private(site.path("scheduler.conf"), live_certificates(site.pki)["scheduler.conf"])
-    assert json.loads((bridge.directory / "state/audit.jsonl").read_text().splitlines()[-1])["event"] == "installed"
-
-
-def test_an_answer_that_says_something_else_is_refused(site: Site, tmp_path: Path) -> None:
-    """What is made is compared with what was asked for, as every renewal."""
-    site.remove("apiserver")
-    wrong = tmp_path / "wrong.cnf"
-    wrong.write_text("[x]\nkeyUsage=critical,digitalSignature\nextendedKeyUsage=serverAuth\nsubjectAltName=DNS:evil\n")
-    pki: Pki = site.pki
-    ca, key = pki.ca_files("ca")
-    script = tmp_path / "sign"
-    script.write_text(
-        f'#!/bin/sh\nprintf "%s\\n" "$CERTMONGER_CSR" | openssl x509 -req -CA {ca} -CAkey {key} -extfile {wrong} '
-        "-extensions x -days 365 -set_serial 77\n"
+    assert (
+        json.loads((slow.bridge.directory / "state/audit.jsonl").read_text().splitlines()[-1])["event"] == "installed"
     )
-    script.chmod(0o755)
-    bridge = Bridge(pki=pki, directory=tmp_path / "evil")
-    bridge.add("backend.evil", {"type": "exec", "command": [str(script)]})
-    bridge.add("authority.ca", {"backend": "evil"})
-    run = bridge.run("renew", "apiserver", *site.config)
-    assert (run.returncode, "SAN" in run.stderr, site.path("apiserver").exists()) == (5, True, False)
-    assert load_pem_certificates(ca.read_bytes())
+
+
+@pytest.mark.parametrize("name", ["evil.example.com", "wanted.example.com"])
+def test_an_answer_that_says_something_else_is_refused(site: Site, tmp_path: Path, name: str) -> None:
+    """What is made is compared with what was asked for, as every renewal; the right twin is installed."""
+    slow = Slow.make(site, tmp_path)
+    site.remove("apiserver")
+    wanted = [*site.config, "--add-san", "apiserver=wanted.example.com"]
+    assert slow.renew("apiserver", *wanted).returncode == 4
+    path = slow.approver.requests()["apiserver"]
+    request = SignRequest(spec=SPECS["apiserver"], csr_pem=path.read_bytes(), validity=timedelta(days=365))
+    asked = request.csr.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    sans = [x509.DNSName(name) if san == x509.DNSName("wanted.example.com") else san for san in asked]
+    now = datetime.now(UTC)
+    issued = slow.approver.signer.issue(
+        request, sans=sans, begin=now - timedelta(minutes=5), end=now + timedelta(days=9)
+    )
+    path.with_suffix(".crt").write_bytes(pem(issued.leaf))
+    run = slow.renew()
+    is_right = name == "wanted.example.com"
+    assert (run.returncode, site.path("apiserver").exists()) == ((0, True) if is_right else (5, False)), run.stderr
+    assert ("SAN: wanted" in run.stderr) is not is_right
