@@ -29,6 +29,8 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("ca-bridge renew apiserver etcd-server", "Renew these two now, due or not."),
         ("ca-bridge renew all --no-restart", "Renew everything, and restart nothing."),
         ("ca-bridge renew all --csr-only --csr-dir /root/csrs", "Only write keys and CSRs."),
+        ("ca-bridge renew apiserver --kubeadm-config kubeadm.yaml", "Make a missing one from kubeadm's file."),
+        ("ca-bridge renew --add-san apiserver=api2.example.com", "Give the API server one more name."),
     ),
     "plan": (
         ("ca-bridge plan", "Show what the next `ca-bridge renew` would do."),

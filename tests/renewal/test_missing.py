@@ -251,6 +251,7 @@ class Slow:
 
     @classmethod
     def make(cls, site: Site, directory: Path) -> Slow:
+        """With the cluster's own CA."""
         plugin, desk = directory / "site", directory / "desk"
         desk.mkdir()
         approval.install_plugin(plugin)
@@ -261,6 +262,7 @@ class Slow:
         return cls(bridge=bridge, approver=approver, plugin=plugin)
 
     def renew(self, *args: str) -> subprocess.CompletedProcess[str]:
+        """The installed program."""
         command = [
             str(Path(sys.executable).with_name("ca-bridge")),
             "renew",
