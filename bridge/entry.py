@@ -99,7 +99,7 @@ def nothing_to_do(arguments: Sequence[str]) -> str | None:
         return None
     try:
         is_something_left = store.is_interrupted or any(
-            map(Path.exists, (store.requests, store.hooks, store.unproven, store.revocations))
+            map(Path.exists, (store.requests, store.hooks, store.unproven, store.revocations, store.copies))
         )
         is_held = not names and (
             bool(settings.renewal.window or settings.renewal.jitter.most) or store.attempts.exists()

@@ -220,7 +220,7 @@ def recover(
     """Finish or undo what a crash interrupted; every command that writes does the same first."""
     from bridge.cli import history  # noqa: PLC0415
 
-    history.recover(common.settings(), set_aside=set_aside)
+    raise typer.Exit(history.recover(common.settings(), set_aside=set_aside))
 
 
 @command(app, "backups")
@@ -253,7 +253,9 @@ def rollback(
     from bridge.cli import history  # noqa: PLC0415
 
     as_json = output is Output.JSON
-    history.rollback(common.settings(), backup_id, utc_now, force=force, wait=wait or timedelta(), as_json=as_json)
+    settings = common.settings()
+    code = history.rollback(settings, backup_id, utc_now, force=force, wait=wait or timedelta(), as_json=as_json)
+    raise typer.Exit(code)
 
 
 @command(app, "restart")

@@ -8,26 +8,26 @@ from typing import Any
 
 from bridge.cli.printing import columns, say, say_json, say_table
 from bridge.cli.results import print_restart, stale
-from bridge.errors import Exit, SettingsError, SettingsProblem
+from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.pki.certificates import serial_hex
 from bridge.pki.expiry import minute, rfc3339
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Settings
 from bridge.specs import SPECS, Component
-from bridge.state import audit, backups
+from bridge.state import audit, backups, copies
 from bridge.state.install import Recovery
 from bridge.state.rollback import Rollback, put_back_and_retire
 from bridge.state.session import alone
 from bridge.state.store import Store
-from bridge.system.console import log, print_error, printable
+from bridge.system.console import hint_of, log, print_error, printable
 from bridge.words import name_found
 
 
-def recover(settings: Settings, *, set_aside: bool) -> None:
-    """`recover`: finish or undo what a crash left, and say which."""
+def recover(settings: Settings, *, set_aside: bool) -> int:
+    """`recover`: finish or undo what a crash left, and say which; 7 if a copy of a kubeconfig stays behind."""
     if not settings.node.state_dir.is_dir():
         say("nothing to recover: no run has been here")
-        return
+        return Exit.DONE
     from bridge.renewal import damage  # noqa: PLC0415 (loads all that restarts)
 
     for moved in damage.set_aside(settings) if set_aside else ():
@@ -35,11 +35,20 @@ def recover(settings: Settings, *, set_aside: bool) -> None:
         for sentence in filter(None, moved.afterwards):
             say(f"  {sentence}")
     found: list[Recovery | str] = []
-    with alone(settings, timedelta(), found.append):
+    with alone(settings, timedelta(), found.append) as (store, record):
+        late = copies.settle(settings, store, record)
         say("\n".join(map(str, found)) if found else "nothing to recover")
     for one in found:
         for path in one.paths if isinstance(one, Recovery) else ():
             say(f"  {path}")
+    return _told(late)
+
+
+def _told(late: Sequence[BridgeError]) -> int:
+    """About copies that could not be refreshed."""
+    for error in late:
+        print_error(error)
+    return Exit.worst([error.exit_code for error in late])
 
 
 def list_backups(settings: Settings, *, as_json: bool) -> int:
@@ -94,13 +103,13 @@ def rollback(
     force: bool,
     wait: timedelta,
     as_json: bool,
-) -> None:
-    """`rollback`: put a backup back, and say what to restart."""
+) -> int:
+    """`rollback`: put a backup back, and say what to restart; 7 if a copy of a kubeconfig stays behind."""
     done, node = put_back_and_retire(settings, backup_id, now, force=force, wait=wait)
     components = stale(Result(outcomes=done.outcomes), node, settings)
     if as_json:
         say_json(_rollback_json(done, components))
-        return
+        return _told(done.late)
     rows = [
         (o.name, f"until {minute(o.new.not_valid_after_utc)}", f"serial {serial_hex(o.new)}")
         for o in done.outcomes
@@ -110,11 +119,12 @@ def rollback(
     replaced = settings.node.state_dir / "backups" / done.replaced_backup_id
     say(f"backup {done.backup.backup_id} was put back; what it replaced is in {replaced}")
     print_restart("These still run on what was replaced until they are restarted", components, settings)
+    return _told(done.late)
 
 
 def _rollback_json(done: Rollback, components: Sequence[Component]) -> dict[str, Any]:
     return {
-        "exitCode": Exit.DONE,
+        "exitCode": Exit.worst([error.exit_code for error in done.late]),
         "restored": done.backup.backup_id,
         "backup": done.replaced_backup_id,
         "certificates": [
@@ -127,6 +137,7 @@ def _rollback_json(done: Rollback, components: Sequence[Component]) -> dict[str,
             }
             for o in done.outcomes
         ],
+        "errors": [{"exitCode": e.exit_code, "error": str(e), "hint": hint_of(e)} for e in done.late],
         "removed": [str(path) for path in done.removed],
         "restart": [component.value for component in components],
     }

@@ -98,6 +98,8 @@ def _places(settings: Settings, desk: Desk | None) -> Places:
         paths |= {_DESK_INBOX: str(desk.inbox), _DESK_OUTBOX: str(desk.outbox)}
         writable, maybe = [desk.inbox, desk.outbox], []
     writable.append(node.state_dir)
+    maybe += [path.parent for path in settings.copies.files.paths]
+    maybe += [settings.metrics.file.parent] if settings.metrics.file is not None else []
     for configured in registry.configured(settings, settings.authorities).values():
         writable += configured.settings.writes()
     return Places(

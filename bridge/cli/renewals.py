@@ -27,6 +27,8 @@ from bridge.renewal.wish import NO_CHANGES, Changes
 from bridge.renewal.wishes import decide
 from bridge.settings.tables import Settings
 from bridge.specs import Component
+from bridge.state import copies
+from bridge.state.copies import Copy
 from bridge.state.install import InstallError
 from bridge.state.outcome import Outcome
 from bridge.state.store import Store
@@ -145,15 +147,21 @@ def plan(
     components = restart_plan.stale(
         specs, restart_plan.reloading(node, settings.node.kubernetes_version), settings.restart.components
     )
+    replaced = {item.spec.name for item in selection.items}
+    refreshed = [one for one in copies.look(settings, node) if one.error is not None or replaced & set(one.names)]
     if as_json:
-        say_json(_plan_json(selection, settings, components, shorter))
+        say_json({**_plan_json(selection, settings, components, shorter), "copies": list(map(_copy_json, refreshed))})
     elif selection.items:
         say_table([_plan_row(item, settings, now) for item in selection.items])
+        say_table([_copy_row(one) for one in refreshed if one.error is None])
         print_restart("After that, these must be restarted to use the new ones", components, settings)
     elif not selection.failed:
         say(nothing_due(node, settings, now))
     for name, error in grouped(selection.failed):
         print_error(error, name)
+    for copy in refreshed:
+        if copy.error is not None:
+            log.warning("%s", copy.error)
     failed = Exit.worst([outcome.exit_code for outcome in selection.failed])
     return failed or (Exit.DUE if selection.items else Exit.DONE)
 
@@ -176,6 +184,18 @@ def _plan_row(item: Item, settings: Settings, now: datetime) -> tuple[str, ...]:
         f"ask {_asked(item, settings)}",
         f"{verb} {' and '.join([str(item.certificate_path), *([item.key_path.name] if item.key_path else [])])}",
     )
+
+
+def _copy_row(copy: Copy) -> tuple[str, ...]:
+    return (f"copy of {', '.join(copy.names)}", f"refresh {copy.path}")
+
+
+def _copy_json(copy: Copy) -> dict[str, Any]:
+    return {
+        "path": str(copy.path),
+        "of": list(copy.names),
+        "error": str(copy.error) if copy.error is not None else None,
+    }
 
 
 def _asked(item: Item, settings: Settings) -> str:

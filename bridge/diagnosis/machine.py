@@ -19,6 +19,7 @@ from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki.certificates import load_pem_certificates, serial_hex
 from bridge.renewal import readiness
 from bridge.settings.tables import Settings
+from bridge.state import copies
 from bridge.state.store import Store
 from bridge.system import files
 from bridge.system.room import Room, rooms
@@ -36,7 +37,8 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     yield from room(settings)
     yield from state_directory(settings.node.state_dir)
     yield from lock(settings.node.state_dir, now)
-    yield from _copies(node, _homes())
+    yield from _listed_copies(node, settings)
+    yield from _copies(node, [home for home in _homes() if home / ".kube/config" not in settings.copies.files.paths])
 
 
 # --- room ------------------------------------------------------------------------------------------------------------
@@ -126,12 +128,35 @@ def _copies(node: Node, homes: Sequence[Path]) -> Iterator[Finding]:
         if certificate is None:
             continue
         if certificate in live:
-            text = f"a copy of {live[certificate]}, which is to be copied again after each renewal"
+            text = (
+                f"a copy of {live[certificate]}, which is to be copied again after each renewal, "
+                "or listed in copies.files"
+            )
             yield Finding(level="ok", check="admin-copy", about=str(path), text=text)
         elif name := _name_of_old(certificate, admins):
             text = f"wanted a copy of {name} as it is now, found an older one (serial {serial_hex(certificate)})"
             hint = f"copy {admins[name].certificate_path} there again"
             yield Finding(level="warning", check="admin-copy-old", about=str(path), text=text, hint=hint)
+
+
+def _listed_copies(node: Node, settings: Settings) -> Iterator[Finding]:
+    """Those of copies.files, which a renewal refreshes."""
+    for copy in copies.look(settings, node):
+        about = str(copy.path)
+        if copy.error is not None:
+            reason = str(copy.error).removeprefix(f"{copy.path}: ")
+            hint = "mend it, or take it out of copies.files"
+            yield Finding(level="error", check="copy", about=about, text=one_line(reason), hint=hint)
+        elif not copy.is_there:
+            text, hint = "wanted a copy of a kubeconfig, found nothing", "put it there, or take it out of copies.files"
+            yield Finding(level="warning", check="copy", about=about, text=text, hint=hint)
+        elif not copy.names:
+            text = "wanted the client certificate of one of the node's kubeconfigs, found none as it is now"
+            hint = "copy it there again: a renewal refreshes what holds the certificate that it replaces"
+            yield Finding(level="warning", check="copy", about=about, text=text, hint=hint)
+        else:
+            text = f"holds the certificate of {', '.join(copy.names)}, and is refreshed with it"
+            yield Finding(level="ok", check="copy", about=about, text=text)
 
 
 def _client_certificate(path: Path) -> x509.Certificate | None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -74,6 +74,44 @@ def key_data(data: bytes) -> bytes | None:
     return _reading(lambda: _data(_Entries.of(document(split_bom(data)[1])).user, _KEY))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddedUser:
+    """An entry of `users` with a certificate and a key in it."""
+
+    number: int  #: Its place among all entries, from 0.
+    name: str
+    certificate_pem: bytes
+    key_pem: bytes = field(repr=False)
+
+
+def embedded_users(data: bytes) -> list[EmbeddedUser]:
+    """
+    Find the users with embedded credentials, whether a context leads to them or not.
+
+    Raises:
+        KubeconfigError: Not a kubeconfig.
+    """
+    return _reading(lambda: list(_embedded_users(document(split_bom(data)[1]))))
+
+
+def with_users(data: bytes, pairs: Mapping[int, tuple[bytes, bytes]]) -> bytes:
+    """
+    The same kubeconfig with other certificates and keys (PEM) embedded for these users, by their number.
+
+    As `with_credentials`; which context is the current one does not count.
+
+    Raises:
+        KubeconfigError: As `with_credentials`.
+    """
+    bom, text = _reading(lambda: split_bom(data))
+    nodes = _reading(lambda: _values_of_users(document(text), pairs))
+    result = (bom + _reading(lambda: _edited(text, nodes))).encode()
+    found = {one.number: (one.certificate_pem, one.key_pem) for one in embedded_users(result)}
+    if any(found.get(number) != pair for number, pair in pairs.items()):
+        raise KubeconfigError("wanted the new certificate and key in the edited kubeconfig, found something else")
+    return result
+
+
 def with_credentials(data: bytes, certificate_pem: bytes, key_pem: bytes) -> bytes:
     """
     The same kubeconfig with another certificate and key embedded for the current context's user.
@@ -89,18 +127,27 @@ def with_credentials(data: bytes, certificate_pem: bytes, key_pem: bytes) -> byt
     bom, text = _reading(lambda: split_bom(data))
     values = _reading(lambda: _editable_values(document(text)))
     pems = {_CERTIFICATE: certificate_pem, _KEY: key_pem}
-    encoded = {key: base64.b64encode(pem).decode() for key, pem in pems.items()}
-    edited = text
-    for key, node in sorted(values.items(), key=lambda entry: entry[1].place.start, reverse=True):
-        start, end = _content(text, node)
-        edited = edited[:start] + encoded[key] + edited[end:]
-    _reading(
-        lambda: _assert_only_these_changed(text, edited, {values[key].place.start: encoded[key] for key in values})
-    )
+    edited = _reading(lambda: _edited(text, [(values[key], pems[key]) for key in values]))
     result = (bom + edited).encode()
     if parse(result).certificate_data != certificate_pem or key_data(result) != key_pem:
         raise KubeconfigError("wanted the new certificate and key in the edited kubeconfig, found something else")
     return result
+
+
+def _edited(text: str, values: Sequence[tuple[YamlNode, bytes]]) -> str:
+    """
+    The text with other data in these scalars.
+
+    Raises:
+        YamlError: Something else would change, too.
+    """
+    edited = text
+    encoded = {node.place.start: base64.b64encode(data).decode() for node, data in values}
+    for node, _ in sorted(values, key=lambda value: value[0].place.start, reverse=True):
+        start, end = _content(text, node)
+        edited = edited[:start] + encoded[node.place.start] + edited[end:]
+    _assert_only_these_changed(text, edited, encoded)
+    return edited
 
 
 def _reading(read: Callable[[], _Result]) -> _Result:
@@ -187,15 +234,47 @@ def _data(mapping: YamlNode, key: str) -> bytes | None:
     raise YamlError(f"line {mapping.place.line}: wanted base64 in {key}, found something else")
 
 
+def _users(root: YamlNode) -> list[tuple[str, tuple[YamlNode, ...]]]:
+    """The name of each entry of `users`, and the nodes from the root to the user's mapping."""
+    sequence = root.get("users")
+    found: list[tuple[str, tuple[YamlNode, ...]]] = []
+    for entry in sequence.items() if sequence is not None else ():
+        user = entry.get("user")
+        if sequence is not None:
+            found.append((_text(entry, "name"), (root, sequence, entry, user) if user is not None else ()))
+    return found
+
+
+def _embedded_users(root: YamlNode) -> Iterator[EmbeddedUser]:
+    for number, (name, path) in enumerate(_users(root)):
+        certificate, key = (_data(path[-1], one) if path else None for one in (_CERTIFICATE, _KEY))
+        if certificate and key:
+            yield EmbeddedUser(number=number, name=name, certificate_pem=certificate, key_pem=key)
+
+
+def _values_of_users(root: YamlNode, pairs: Mapping[int, tuple[bytes, bytes]]) -> list[tuple[YamlNode, bytes]]:
+    users = _users(root)
+    return [
+        (node, data)
+        for number, pair in pairs.items()
+        for node, data in zip(_editable(users[number][1]).values(), pair, strict=True)
+    ]
+
+
 def _editable_values(root: YamlNode) -> dict[str, YamlNode]:
     """The nodes of the two values; no other place of the document depends on them."""
-    entries = _Entries.of(root)
-    values = {key: entries.user.get(key) for key in (_CERTIFICATE, _KEY)}
-    found = {key: node for key, node in values.items() if node is not None and _text(entries.user, key)}
+    return _editable(_Entries.of(root).path)
+
+
+def _editable(path: Sequence[YamlNode]) -> dict[str, YamlNode]:
+    """The same for the user to whose mapping the nodes lead."""
+    user = path[-1]
+    values = {key: user.get(key) for key in (_CERTIFICATE, _KEY)}
+    found = {key: node for key, node in values.items() if node is not None and _text(user, key)}
     missing = [key for key in values if key not in found]
     if missing:
         raise YamlError(f"wanted an embedded {' and '.join(missing)} to replace, found none")
-    for node in (*entries.path, *found.values()):
+    for node in (*path, *found.values()):
         if node.kind == "alias" or node.anchor:
             raise YamlError(f"line {node.place.line}: wanted a value of its own, found an anchor or alias (& or *)")
         if node.tag:

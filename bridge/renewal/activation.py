@@ -407,15 +407,17 @@ def _go_back(run: Run, owed: _Owed) -> Settled:
         on_new = restarted_since(run.store, _since(run, owed, newest=False))
         owed = dataclasses.replace(owed, to_restart=tuple(dict.fromkeys([*owed.to_restart, *on_new])))
     has_begun = False
+    late: Sequence[BridgeError] = ()
     try:
         backup = _backup(run, live) if live.certificates else None
         _write(run.store, owed)
         has_begun = True
         if backup is not None:
             # all of it was in use a minute ago, whatever a new certificate would have to be
-            rollback.put_back(
+            done_back = rollback.put_back(
                 backup, run.settings, run.store, run.record, run.read_node(), run.now(), lambda one: not one.is_damage
             )
+            late = done_back.late
     except BridgeError as e:
         text = f"installed, and not in use: {owed.going_back}; it was not rolled back: {e}"
         return _settled(run, owed, [NotLiveError(text)], may_go_on=not has_begun)
@@ -432,7 +434,7 @@ def _go_back(run: Run, owed: _Owed) -> Settled:
         unproven_file(run.store).remove()
     where = f" to {backup.backup_id}" if backup is not None else ""
     error = RolledBackError(f"rolled back{where}, since {owed.going_back}; {after}")
-    return _settled(run, owed, [error], restarted)
+    return _settled(run, owed, [error, *late], restarted)
 
 
 def _backup(run: Run, owed: _Owed) -> backups.Backup:

@@ -15,6 +15,7 @@ from bridge.renewal.hooks import hooks_file
 from bridge.renewal.revocation import revocations_file
 from bridge.settings.tables import Settings
 from bridge.state import audit, backups
+from bridge.state.copies import owed_file
 from bridge.state.install import journal_file, staging_file
 from bridge.state.parked_manifest import restart_file
 from bridge.state.requests import requests_file
@@ -36,7 +37,7 @@ class SetAside:
 def state_files(store: Store) -> list[StateFile[Any]]:
     """All that a damage may stop; the audit log's head is none of them, since the log goes on by itself."""
     makers = (restart_file, journal_file, staging_file, requests_file, unproven_file, hooks_file, revocations_file)
-    return [*(make(store) for make in makers), attempts_file(store), times_file(store)]
+    return [*(make(store) for make in makers), owed_file(store), attempts_file(store), times_file(store)]
 
 
 def set_aside(settings: Settings) -> list[SetAside]:

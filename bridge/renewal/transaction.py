@@ -28,7 +28,8 @@ from bridge.renewal.verify_and_install import (
     install_all,
     record_failed,
 )
-from bridge.state import audit
+from bridge.state import audit, copies
+from bridge.state.copies import CopyError
 from bridge.state.outcome import Outcome
 from bridge.state.session import Run
 from bridge.system.console import print_error
@@ -58,7 +59,8 @@ class Transaction:
     # --- before ------------------------------------------------------------------------------------------------------
 
     def settle_earlier(self, node: Node) -> Node:
-        """First in a run, due or not: the hooks and the proof that earlier ones owe; the node as it is after that."""
+        """First in a run, due or not: copies, hooks and proof that earlier ones owe; the node as it is after that."""
+        self._errors += copies.settle(self._run.settings, self._run.store, self._run.record)
         self._errors += self._told(self._hooks.again(node))
         if not self._is_owed:
             return node
@@ -132,12 +134,14 @@ class Transaction:
 
     def _owe(self, selection: Selection, done: Sequence[Outcome]) -> None:
         """
-        Revocation, hooks, restart and proof.
+        Revocation, copies, hooks, restart and proof.
 
         Raises:
             BridgeError: It can't be remembered; nothing must be installed.
         """
         revocation.owe(self._run, done)
+        replaced = {one.name: one.old for one in done}
+        copies.owe(self._run.settings, self._run.store, self._run.read_node(), replaced)
         self._hooks.installing(HookEvent.of(selection.items, done))
         if self.restarts and self._run.settings.restart.method != "none":
             from bridge.renewal import activation  # noqa: PLC0415 (see above)
@@ -145,11 +149,12 @@ class Transaction:
             activation.owe(self._run, done)
 
     def activate(self, selection: Selection, result: Result) -> Result:
-        """Hooks after the installation; restart, proof, and the way back if need be."""
+        """Copies, and hooks after the installation; restart, proof, and the way back if need be."""
         if result.backup_id is None:
             return result
+        late = copies.settle(self._run.settings, self._run.store, self._run.record)
         occasion = HookEvent.of(selection.items, result.outcomes, backup_id=result.backup_id)
-        result = dataclasses.replace(result, errors=(*result.errors, *self._hooks.installed(occasion)))
+        result = dataclasses.replace(result, errors=(*result.errors, *late, *self._hooks.installed(occasion)))
         if not self._is_owed:
             return result
         from bridge.renewal import activation  # noqa: PLC0415 (see above)
@@ -232,7 +237,9 @@ class Transaction:
         of_the_run = [
             e
             for e in errors
-            if not isinstance(e, HookError | SettingsError | PostponedError | NotReadyError | RevocationError)
+            if not isinstance(
+                e, HookError | SettingsError | PostponedError | NotReadyError | RevocationError | CopyError
+            )
         ]
         asked, failed = by_authority(selection, result, of_the_run)
         try:

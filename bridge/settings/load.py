@@ -20,6 +20,7 @@ from bridge.settings.tables import (
     AuthoritySettings,
     BackupSettings,
     ClusterSettings,
+    CopiesSettings,
     HookSettings,
     MetricsSettings,
     NodeSettings,
@@ -125,7 +126,19 @@ def parse(text: str, file: Path | None = None) -> Settings:
     reader = Reader(source)
     tables = reader.tables(
         document,
-        ("node", "renewal", "restart", "hooks", "cluster", "audit", "backups", "metrics", "backend", "authority"),
+        (
+            "node",
+            "renewal",
+            "restart",
+            "hooks",
+            "cluster",
+            "audit",
+            "backups",
+            "copies",
+            "metrics",
+            "backend",
+            "authority",
+        ),
     )
     authorities, authority_tables = _authorities(reader, tables["authority"], tables["backend"])
     settings = Settings(
@@ -137,6 +150,7 @@ def parse(text: str, file: Path | None = None) -> Settings:
         cluster=reader.read(ClusterSettings, tables["cluster"], ("cluster",)) or ClusterSettings(),
         audit=reader.read(AuditSettings, tables["audit"], ("audit",)) or AuditSettings(),
         backups=reader.read(BackupSettings, tables["backups"], ("backups",)) or BackupSettings(),
+        copies=reader.read(CopiesSettings, tables["copies"], ("copies",)) or CopiesSettings(),
         metrics=reader.read(MetricsSettings, tables["metrics"], ("metrics",)) or MetricsSettings(),
         backends=_backends(reader, tables["backend"]),
         authorities=authorities,

@@ -251,6 +251,36 @@ class AuditSettings:
     syslog: bool = False  #: A copy of each line to /dev/log, which journald reads, too.
 
 
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """Absolute paths, each once."""
+
+    paths: tuple[Path, ...] = ()
+
+    @classmethod
+    def from_setting(cls, value: object) -> Paths:
+        """A list of texts."""
+        texts = value if isinstance(value, list) else [None]
+        paths = tuple(Path(text) for text in texts if isinstance(text, str) and text.startswith("/"))
+        if len(paths) != len(texts) or len(set(paths)) != len(paths) or any(_is_odd(path) for path in paths):
+            raise ValueError('a list of absolute paths without .., each once, such as ["/root/.kube/config"]')
+        return cls(paths)
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.paths)) or "none"
+
+
+def _is_odd(path: Path) -> bool:
+    return ".." in path.parts or "\0" in str(path) or path == Path("/")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopiesSettings:
+    """Table `[copies]`; see `bridge.state.copies`."""
+
+    files: Paths = Paths()  #: Kubeconfigs with the client certificate of one of the node's own.
+
+
 @dataclass(frozen=True, kw_only=True)
 class MetricsSettings:
     """Table `[metrics]`; see `bridge.monitoring`."""
@@ -324,6 +354,7 @@ class Settings:
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     audit: AuditSettings = field(default_factory=AuditSettings)
     backups: BackupSettings = field(default_factory=BackupSettings)
+    copies: CopiesSettings = field(default_factory=CopiesSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
     backends: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     authorities: Mapping[str, AuthoritySettings] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from bridge.node import inventory
 from bridge.node.inventory import Item, Node
 from bridge.pki.certificates import serial_hex
 from bridge.settings.tables import Settings
-from bridge.state import audit, retention
+from bridge.state import audit, copies, retention
 from bridge.state.backup_check import Problem, files_of, pair_of, problems_of
 from bridge.state.backups import Backup, BackupError, File, find
 from bridge.state.install import (
@@ -32,6 +32,7 @@ from bridge.state.install import (
 from bridge.state.outcome import Outcome
 from bridge.state.session import alone
 from bridge.state.store import Store
+from bridge.system.state_file import StateError
 
 log = logging.getLogger("ca-bridge")
 
@@ -57,6 +58,7 @@ class Rollback:
     replaced_backup_id: str  #: The backup of what was there before.
     outcomes: tuple[Outcome, ...]
     removed: tuple[Path, ...]  #: Were not there when the backup was made.
+    late: tuple[BridgeError, ...] = ()  #: About copies that still hold what was replaced.
 
 
 def put_back_and_retire(
@@ -84,7 +86,7 @@ def put_back_and_retire(
         BackupError: No such backup.
         RollbackRefusedError: It is not fit.
         AuditError: It can't be recorded; nothing was replaced.
-        InstallError: Nothing was replaced.
+        InstallError, StateError: Nothing was replaced.
     """
     with alone(settings, wait, lambda found: log.warning("%s", found)) as (store, record):
         node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
@@ -110,7 +112,7 @@ def put_back(
     The same for a run that holds the store's lock, and for what may pass of its problems.
 
     Raises:
-        RollbackRefusedError, AuditError, InstallError: As `put_back_and_retire`.
+        RollbackRefusedError, AuditError, InstallError, StateError: As `put_back_and_retire`.
     """
     problems = problems_of(backup, settings, node, now)
     if not all(map(may_pass, problems)):
@@ -131,21 +133,24 @@ def put_back(
         ],
     }
     try:
+        copies.owe(settings, store, node, {o.name: o.old for o in outcomes})
         # a run may have installed something itself, and put several sets back
         run_id = f"{record.run_id}-{backup.run_id.partition('-')[0]}"
         replaced = install(store, [_replacement(file, node) for file in backup.files], run_id, about)
-    except InstallError as e:
+    except (InstallError, StateError) as e:
         for o in outcomes:
             record.add(audit.FAILED, o.name, authority=o.authority, old=o.old, error=e)
         raise
     for o in outcomes:
         record.add(audit.ROLLED_BACK, o.name, authority=o.authority, old=o.old, new=o.new, result=result)
+    late = copies.settle(settings, store, record)
     record.write_or_warn()  # what comes after it may take minutes, and be killed
     return Rollback(
         backup=backup,
         replaced_backup_id=replaced,
         outcomes=tuple(outcomes),
         removed=tuple(file.path for file in backup.files if file.copy is None),
+        late=tuple(late),
     )
 
 

@@ -32,6 +32,7 @@ class Store:
         self.hooks = state_dir / "hooks.json"  #: Hooks that did not succeed yet.
         self.revocations = state_dir / "revocations.json"  #: Superseded certificates that are to be revoked.
         self.checked_settings = state_dir / "settings.checked"  #: Which settings file needs no further check.
+        self.copies = state_dir / "copies.json"  #: What copies of kubeconfigs may still hold.
         self.attempts = state_dir / "attempts.json"  #: How often in a row a CA's renewals failed.
         self.history = state_dir / "history.json"  #: How the last runs ended, for monitors.
         self.history_lock = state_dir / "history.lock"

@@ -1,0 +1,319 @@
+"""
+Copies of the node's kubeconfigs that the settings name: they get the new client certificate and key, too.
+
+What the copies may still hold is on disk before anything is installed, and goes when each of them has what is live now:
+however a run ends, the next one goes on, and after a rollback they go back. So they have no part in the journal of an
+installation, and nobody who owns one can hold that up.
+
+A copy may lie in somebody's home: it is opened once, on a way that only its owner and root can change, and gets a new
+key only where it holds the old certificate together with its key, so that nobody is given what he did not have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from bridge.errors import BridgeError, Exit
+from bridge.node import inventory, kubeconfig
+from bridge.node.inventory import Node
+from bridge.node.kubeconfig import EmbeddedUser, KubeconfigError
+from bridge.pki.certificates import UNREADABLE, fingerprint, load_pem_certificates
+from bridge.settings.tables import Settings
+from bridge.state import audit
+from bridge.state.install import KUBECONFIG_MASK, STAGED_PREFIX
+from bridge.state.store import Store
+from bridge.system.files import Attributes, sync_directory, write_staged
+from bridge.system.foreign import ForeignLinkError, Place, opened
+from bridge.system.ownership import trusted_users
+from bridge.system.safe_read import UnreadableError, read
+from bridge.system.state_file import OnDamage, StateError, StateFile
+
+log = logging.getLogger("ca-bridge")
+
+_STAGED = f"{STAGED_PREFIX}copy-"
+_AGAIN = "mend it, or take it out of copies.files; the next `ca-bridge renew` tries again"
+
+
+class CopyError(BridgeError):
+    """A copy could not be refreshed: whoever uses it goes on with the old certificate."""
+
+    exit_code = Exit.NOT_LIVE
+    hint = _AGAIN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copy:
+    """A copy, as it was found."""
+
+    path: Path
+    names: tuple[str, ...] = ()  #: kubeadm's names of the kubeconfigs whose live certificate it holds.
+    is_there: bool = True
+    error: CopyError | None = None  #: Why it could not be refreshed.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Live:
+    """What a kubeconfig of the node holds now."""
+
+    certificate: x509.Certificate
+    pair: tuple[bytes, bytes]  #: Certificate and key in PEM, as embedded there.
+
+
+# --- what is owed ------------------------------------------------------------------------------------------------------
+
+
+def owe(settings: Settings, store: Store, node: Node, replaced: Mapping[str, x509.Certificate | None]) -> None:
+    """
+    Before an installation: whatever becomes of it, the copies are to hold what is live after it.
+
+    Args:
+        settings: `copies.files`.
+        store: Its lock is held.
+        node: Which certificates are in kubeconfigs.
+        replaced: What is about to be replaced, by kubeadm's name.
+
+    Raises:
+        StateError: It can't be remembered; nothing must be installed.
+    """
+    if not settings.copies.files.paths:
+        return
+    file = owed_file(store)
+    owed = dict(file.read() or {})
+    for item in node.items:
+        old = replaced.get(item.spec.name)
+        if item.embedded and old is not None:
+            owed[item.spec.name] = tuple(dict.fromkeys([*owed.get(item.spec.name, ()), fingerprint(old)]))
+    if owed:
+        file.replace({"version": 1, "certificates": {name: list(found) for name, found in owed.items()}})
+
+
+def owed_file(store: Store) -> StateFile[dict[str, tuple[str, ...]]]:
+    """Which certificates the copies may still hold: SHA-256, by kubeadm's name of the kubeconfig."""
+    return StateFile(
+        path=store.copies,
+        what="which certificates copies of kubeconfigs may still hold",
+        parse=_owed_of,
+        keys=frozenset({"version", "certificates"}),
+        on_damage=OnDamage.SET_ASIDE,
+        afterwards="`ca-bridge doctor` says which copies are old",
+    )
+
+
+def _owed_of(document: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    owed = {str(name): tuple(found) for name, found in document["certificates"].items()}
+    if not all(isinstance(one, str) for found in owed.values() for one in found):
+        raise ValueError("not written by this program")
+    return owed
+
+
+# --- paying it ---------------------------------------------------------------------------------------------------------
+
+
+def settle(settings: Settings, store: Store, record: audit.Record) -> list[BridgeError]:
+    """
+    Refresh every copy that holds what was replaced; one that can't be does not stop the others, and stays owed.
+
+    Args:
+        settings: `copies.files`; what is no longer among them is left alone.
+        store: Its lock is held.
+        record: Is told.
+
+    Returns:
+        What could not be done.
+    """
+    if not store.copies.exists():
+        return []
+    file = owed_file(store)
+    try:
+        owed = file.read() or {}
+    except StateError as e:
+        return [e]
+    errors: list[BridgeError] = []
+    live, unread = _live(inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir), owed)
+    for path in settings.copies.files.paths:
+        try:
+            for name in _refreshed(path, live, owed):
+                log.info("%s: has the new certificate of %s, too", path, name)
+                record.add(audit.COPIED, name, new=live[name].certificate, result=str(path))
+        except CopyError as e:
+            errors.append(e)
+            record.add(audit.FAILED, error=e)
+    errors += unread
+    if not errors:
+        with contextlib.suppress(StateError):  # then the next run finds nothing to do
+            file.remove()
+    return errors
+
+
+def _live(node: Node, names: Mapping[str, object]) -> tuple[dict[str, _Live], list[CopyError]]:
+    """Of the kubeconfigs with these names; and those that can't be read now."""
+    live: dict[str, _Live] = {}
+    errors = []
+    for item in node.items:
+        name, path = item.spec.name, item.certificate_path
+        if name not in names or not item.embedded:
+            continue
+        try:
+            data = read(path) or b""
+            pair = (kubeconfig.parse(data).certificate_data or b"", kubeconfig.key_data(data) or b"")
+            live[name] = _Live(certificate=load_pem_certificates(pair[0])[0], pair=pair)
+        except (KubeconfigError, UnreadableError, ValueError) as e:
+            errors.append(CopyError(f"{path}: wanted what its copies are to hold, found: {e}"))
+    return live, errors
+
+
+def _refreshed(path: Path, live: Mapping[str, _Live], owed: Mapping[str, Sequence[str]]) -> list[str]:
+    """
+    Refresh one copy, if it holds what was replaced.
+
+    Returns:
+        kubeadm's names of what it has got.
+
+    Raises:
+        CopyError: It is as it was.
+    """
+    with _reasons(path):
+        try:
+            with opened(path) as place, _judged(place) as found:
+                return _replaced(place, found, live, owed)
+        except FileNotFoundError:
+            log.warning("%s: wanted a copy of a kubeconfig (copies.files), found nothing there", path)
+            return []
+
+
+def _replaced(place: Place, found: _Found, live: Mapping[str, _Live], owed: Mapping[str, Sequence[str]]) -> list[str]:
+    old: dict[str, str] = {}
+    for name, fingerprints in owed.items():
+        if name in live:
+            old |= dict.fromkeys(set(fingerprints) - {fingerprint(live[name].certificate)}, name)
+    users = {user.number: old[held] for user, held in _held(found.data) if held in old}
+    if not users:
+        return []
+    changed = kubeconfig.with_users(found.data, {number: live[name].pair for number, name in users.items()})
+    staged = place.path.with_name(f"{_STAGED}{place.name}")
+    staged.unlink(missing_ok=True)  # of a run that was killed
+    write_staged(staged, changed, found.attributes.narrowed(KUBECONFIG_MASK))
+    try:
+        found.assert_still(place)
+        staged.rename(place.path)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
+    sync_directory(place.path.parent)
+    return list(dict.fromkeys(users.values()))
+
+
+def _held(data: bytes) -> Iterator[tuple[EmbeddedUser, str]]:
+    """
+    Each user with a certificate and the key of that certificate, and the certificate's fingerprint.
+
+    A certificate is no secret: who has it without its key gets no new one.
+    """
+    for user in kubeconfig.embedded_users(data):
+        with contextlib.suppress(*UNREADABLE, UnsupportedAlgorithm):  # no user of ours
+            certificate = load_pem_certificates(user.certificate_pem)[0]
+            if load_pem_private_key(user.key_pem, None).public_key() == certificate.public_key():
+                yield user, fingerprint(certificate)
+
+
+# --- looking -----------------------------------------------------------------------------------------------------------
+
+
+def look(settings: Settings, node: Node) -> list[Copy]:
+    """Each copy as it is now, and what would speak against refreshing it; nothing is written."""
+    live, _ = _live(node, {item.spec.name: None for item in node.items})
+    names = {fingerprint(one.certificate): name for name, one in live.items()}
+    found = []
+    for path in settings.copies.files.paths:
+        try:
+            found.append(_look(path, names))
+        except CopyError as e:
+            found.append(Copy(path=path, error=e))
+    return found
+
+
+def _look(path: Path, names: Mapping[str, str]) -> Copy:
+    with _reasons(path):
+        try:
+            with opened(path) as place, _judged(place) as found:
+                held = [names[one] for _, one in _held(found.data) if one in names]
+                return Copy(path=path, names=tuple(dict.fromkeys(held)))
+        except FileNotFoundError:
+            return Copy(path=path, is_there=False)
+
+
+# --- the file ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """The file that was opened."""
+
+    data: bytes
+    attributes: Attributes
+    status: os.stat_result
+
+    def assert_still(self, place: Place) -> None:
+        """
+        Make sure that what has the name now is the file that was read, and was not written to since.
+
+        Raises:
+            UnreadableError: It is not.
+            OSError: Nothing has the name.
+        """
+        if _version(place.path.lstat()) != _version(self.status):
+            raise UnreadableError("it was changed while it was refreshed, and is as its owner has left it")
+
+
+def _version(status: os.stat_result) -> tuple[int, ...]:
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@contextlib.contextmanager
+def _judged(place: Place) -> Iterator[_Found]:
+    """
+    Open it once, and no link; what is returned is of the file that was judged.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+        UnreadableError: It can't be read, or others than its owner and root have a hand in it.
+    """
+    descriptor = os.open(place.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status, path = os.fstat(descriptor), Path(f"/proc/self/fd/{descriptor}")
+        if not stat.S_ISREG(status.st_mode):
+            raise UnreadableError("not a regular file")
+        if status.st_nlink != 1:
+            raise UnreadableError(f"a file with {status.st_nlink} names (hard links)")
+        if place.shared:
+            raise UnreadableError(f"others than its owner may write to the directory {place.shared}")
+        strangers = (place.owners | {status.st_uid}) - trusted_users()
+        if len(strangers) > 1:
+            raise UnreadableError(f"the users {', '.join(map(str, sorted(strangers)))} have a hand in it")
+        yield _Found(data=read(path) or b"", attributes=Attributes.of(path), status=status)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _reasons(path: Path) -> Iterator[None]:
+    """What is wrong with a copy, as an error with its name."""
+    try:
+        yield
+    except KubeconfigError as e:
+        raise CopyError(f"{path}: {e}") from None
+    except (UnreadableError, ForeignLinkError) as e:
+        raise CopyError(f"{path}: wanted a copy of a kubeconfig that only its owner can change, found: {e}") from None
+    except OSError as e:
+        raise CopyError(f"{path}: wanted to refresh this copy, found: {e.strerror}") from e
