@@ -278,7 +278,7 @@ def _is_odd(path: Path) -> bool:
 class CopiesSettings:
     """Table `[copies]`; see `bridge.state.copies`."""
 
-    files: Paths = Paths()  #: Kubeconfigs with the client certificate of one of the node's own.
+    files: Paths = Paths()  #: Kubeconfigs with the client certificate of one of the node's own; refreshed with it.
 
 
 @dataclass(frozen=True, kw_only=True)
