@@ -245,3 +245,27 @@ SPECS = {
         ),
     )
 }
+
+
+#: What others ask for at the gateway, by our names; the certificates API's signers of the cluster's CA
+#: (https://kubernetes.io/docs/reference/access-authn-authz/certificate-signing-requests/#kubernetes-signers).
+KUBELET_CLIENT = CertificateSpec(
+    name="kubelet-client",
+    authority=CA,
+    ekus=_CLIENT,
+    common_names=("system:node:{node}",),
+    groups=(frozenset({"system:nodes"}),),
+    base="",
+    component=Component.KUBELET,
+)
+KUBELET_SERVING = CertificateSpec(
+    name="kubelet-serving",
+    authority=CA,
+    ekus=_SERVER,
+    common_names=("system:node:{node}",),
+    groups=(frozenset({"system:nodes"}),),
+    base="",
+    component=Component.KUBELET,
+)
+USER = CertificateSpec(name="user", authority=CA, ekus=_CLIENT, common_names=(), base="")
+GATEWAY_SPECS = {spec.name: spec for spec in (KUBELET_CLIENT, KUBELET_SERVING, USER)}

@@ -38,10 +38,14 @@ FLOORS: dict[str, set[str]] = {
     "renewal": _KEEPS | {"signing", "control_plane"},
     "monitoring": _KEEPS | {"renewal"},
     "diagnosis": _KEEPS | {"signing", "control_plane", "renewal"},
-    "cli": _KEEPS | {"signing", "control_plane", "renewal", "monitoring", "diagnosis"},
+    "kubernetes": _KEEPS | {"signing"},
+    "cli": _KEEPS | {"signing", "control_plane", "renewal", "monitoring", "diagnosis", "kubernetes"},
 }
 #: No I/O and no clock in these: a package, or a module of another one.
-PURE = ("pki", "specs", "words", "settings.windows")
+PURE = (
+    *("pki", "specs", "words", "settings.windows"),
+    *("signing.rules", "signing.signer_policy", "kubernetes.objects", "kubernetes.rates"),
+)
 
 IMPURE_MODULES = {
     *(

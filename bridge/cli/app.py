@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from bridge.cli import gateway
 from bridge.cli.changes import AddSanOption, AdoptOption, DropSanOption, KubeadmConfigOption, RekeyOption
 from bridge.cli.help import Group
 from bridge.cli.options import (
@@ -671,3 +672,6 @@ def backend_test(
     from bridge.cli import trial  # noqa: PLC0415
 
     raise typer.Exit(trial.run(common.settings(), authority, names or [], wait or timedelta(), utc_now()))
+
+
+gateway.register(app)

@@ -12,6 +12,7 @@ TASKS: dict[str, tuple[str, ...]] = {
     "Look, and change nothing": ("check-expiration", "plan", "prove", "doctor"),
     "Renew": ("renew", "restart", "install"),
     "Carry requests to a CA, and its answers back": ("export", "inspect", "sign", "import", "pending"),
+    "Sign for the cluster": ("gateway",),
     "Go back, and clean up after a crash": ("backups", "rollback", "recover"),
     "Set up": ("settings", "setup", "backend", "demo"),
     "Keep the record": ("audit",),
@@ -76,6 +77,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "doctor": (
         ("ca-bridge doctor", "Find what would make the next renewal fail."),
         ("ca-bridge doctor -o json", "The same for a program."),
+    ),
+    "gateway": (
+        ("ca-bridge gateway --check", "Find out whether it could work; nothing is signed."),
+        ("ca-bridge gateway --log-format json", "Work until SIGTERM: the command of a unit or a pod."),
     ),
     "setup": (
         ("ca-bridge setup vault", "Print roles and a policy for this node's certificates."),

@@ -49,6 +49,7 @@ class Kubeconfig:
     certificate_file: str | None
     key_present: bool  #: Embedded; it wins over `key_file`.
     key_file: str | None
+    token_file: str | None = None  #: Instead of a client certificate.
     not_editable: str | None = None  #: Why `with_credentials` would refuse.
 
 
@@ -205,6 +206,7 @@ def _parse(root: YamlNode) -> Kubeconfig:
         certificate_file=_text(user, "client-certificate") or None,
         key_present=_text(user, _KEY) != "",
         key_file=_text(user, "client-key") or None,
+        token_file=_text(user, "tokenFile") or None,
         not_editable=_not_editable(root),
     )
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.errors import SettingsError, SettingsProblem
+from bridge.settings.gateway import GatewaySettings
 from bridge.settings.reader import Reader, Source, _found
 from bridge.settings.tables import (
     AuditSettings,
@@ -136,6 +137,7 @@ def parse(text: str, file: Path | None = None) -> Settings:
             "backups",
             "copies",
             "metrics",
+            "gateway",
             "backend",
             "authority",
         ),
@@ -152,6 +154,7 @@ def parse(text: str, file: Path | None = None) -> Settings:
         backups=reader.read(BackupSettings, tables["backups"], ("backups",)) or BackupSettings(),
         copies=reader.read(CopiesSettings, tables["copies"], ("copies",)) or CopiesSettings(),
         metrics=reader.read(MetricsSettings, tables["metrics"], ("metrics",)) or MetricsSettings(),
+        gateway=reader.read(GatewaySettings, tables["gateway"], ("gateway",)) or GatewaySettings(),
         backends=_backends(reader, tables["backend"]),
         authorities=authorities,
         authority_tables=authority_tables,

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from bridge.contract import DEFAULT_CLUSTER
 from bridge.errors import SettingsProblem
 from bridge.pki.durations import Before, duration_text
+from bridge.settings.gateway import GatewaySettings
 from bridge.settings.reader import Source
 from bridge.settings.windows import Jitter, Windows
 from bridge.settings.zones import Zone
@@ -356,6 +357,7 @@ class Settings:
     backups: BackupSettings = field(default_factory=BackupSettings)
     copies: CopiesSettings = field(default_factory=CopiesSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
+    gateway: GatewaySettings = field(default_factory=GatewaySettings)
     backends: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     authorities: Mapping[str, AuthoritySettings] = field(default_factory=dict)
     #: By authority: the keys of its table that are the backend's.

@@ -7,11 +7,10 @@ that is replaced has, or, where nothing proves that, what kubeadm itself asks fo
 
 from __future__ import annotations
 
-import ipaddress
-import re
+import dataclasses
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
@@ -20,7 +19,7 @@ from typing import Any, Literal
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.x509.oid import ExtensionOID, NameOID
+from cryptography.x509.oid import ExtensionOID
 
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.bundle import BundledRequest, RequestBundle
@@ -30,20 +29,25 @@ from bridge.pki.csr import algorithm_name
 from bridge.pki.durations import duration_text
 from bridge.pki.expiry import minute
 from bridge.settings.reader import Reader, Source
+from bridge.signing.rules import (
+    CN_OID,
+    LONGEST_SHOWN,
+    MASTERS,
+    O_OID,
+    matches,
+    one_of,
+    san_rule,
+    some,
+    subject_of,
+    subject_text,
+)
+from bridge.signing.signer_rules import SignerRules, read_signers
 from bridge.specs import EKU, KEY_ALGORITHMS, SPECS
 from bridge.words import one_line
 
 _CLOCKS_DIFFER = timedelta(days=1)
 #: More than any control-plane node has; a replaced certificate may have more.
 _MOST_SANS = 100
-_MOST_SHOWN, _LONGEST_SHOWN = 5, 100
-_LONGEST_HOST_NAME = 253
-_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-
-MASTERS = "system:masters"  #: Kubernetes lets its members do everything, and no RBAC rule can take that back.
-
-_CN, _O = NameOID.COMMON_NAME.dotted_string, NameOID.ORGANIZATION_NAME.dotted_string
-
 #: kubeadm's CN of each certificate, and the groups (O) that one of its versions gave it besides `system:masters`.
 _SUBJECTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "admin.conf": ("kubernetes-admin", ("kubeadm:cluster-admins",)),
@@ -124,15 +128,15 @@ class CertificateRules:
         if self.subjects is not None and self.groups is not None:
             yield SettingsProblem("groups", "either subjects or groups", "both")
         for text in self.subjects or ():
-            subject = _subject(text, "x")
+            subject = subject_of(text, "x")
             if subject is None:
                 yield SettingsProblem("subjects", "subjects such as O=system:nodes,CN=system:node:{node}", repr(text))
-            elif (_O, MASTERS) in subject:
+            elif (O_OID, MASTERS) in subject:
                 yield SettingsProblem("subjects", f"allow.masters to let somebody be in {MASTERS}", repr(text))
         if MASTERS in (self.groups or ()):
             yield SettingsProblem("groups", "allow.masters for that", MASTERS)
         for text in self.sans or ():
-            if _san_rule(text.replace("{node}", "x")) is None:
+            if san_rule(text.replace("{node}", "x")) is None:
                 yield SettingsProblem("sans", "a name, .suffix, address or network (10.0.0.0/8)", repr(text))
         yield from _unknown("keys", self.keys or (), KEY_ALGORITHMS)
 
@@ -150,6 +154,7 @@ class Policy:
     allow: Allow
     desk: DeskSettings = field(default_factory=DeskSettings)
     certificates: Mapping[str, CertificateRules] = field(default_factory=dict)
+    signers: Mapping[str, SignerRules] = field(default_factory=dict)  #: By the certificates API's name.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,14 +178,15 @@ def parse(text: str, file: Path | None = None) -> Policy:
         found = "nesting without end" if isinstance(e, RecursionError) else str(e)
         raise SettingsError([SettingsProblem("", "TOML", found, file)]) from None
     reader = Reader(Source(file, text))
-    tables = reader.tables(document, ("desk", "allow", "certificate"))
+    tables = reader.tables(document, ("desk", "allow", "certificate", "signer"))
     allow = reader.read(Allow, tables["allow"], ("allow",))
     desk = reader.read(DeskSettings, tables["desk"], ("desk",))
     certificates = _certificates(reader, tables["certificate"])
+    signers = read_signers(reader, tables["signer"])
     reader.raise_problems()
     if allow is None or desk is None:
         raise AssertionError("a table that could not be read is a problem")
-    return Policy(allow=allow, desk=desk, certificates=certificates)
+    return Policy(allow=allow, desk=desk, certificates=certificates, signers=signers)
 
 
 def _certificates(reader: Reader, tables: Mapping[str, Any]) -> dict[str, CertificateRules]:
@@ -232,7 +238,7 @@ def judge(
 def _who(bundle: RequestBundle, allow: Allow) -> Iterator[str]:
     for what, found, patterns in (("cluster", bundle.cluster, allow.clusters), ("node", bundle.node, allow.nodes)):
         if not any(fnmatchcase(found, pattern) for pattern in patterns):
-            yield f"{what}: wanted {_or(patterns)}, found {found}"
+            yield f"{what}: wanted {one_of(patterns)}, found {found}"
 
 
 def _age(bundle: RequestBundle, allow: Allow, now: datetime) -> Iterator[str]:
@@ -261,7 +267,7 @@ def _proof_trouble(
 def _what(request: BundledRequest, bundle: RequestBundle, policy: Policy, *, proven: bool) -> Iterator[str]:
     spec, rules = SPECS[request.name], policy.certificates.get(request.name, CertificateRules())
     if request.name not in policy.allow.names:
-        yield f"name: wanted {_or(policy.allow.names)}, found {request.name}"
+        yield f"name: wanted {one_of(policy.allow.names)}, found {request.name}"
     if request.authority != spec.authority.name:
         yield f"authority: wanted {spec.authority.name} for {request.name}, found {request.authority}"
     if request.ekus != spec.ekus:
@@ -271,7 +277,7 @@ def _what(request: BundledRequest, bundle: RequestBundle, policy: Policy, *, pro
         yield f"validity: wanted at most {duration_text(longest)}, found {duration_text(request.validity)}"
     key, keys = algorithm_name(request.csr.public_key()), rules.keys or policy.allow.keys
     if key not in keys:
-        yield f"key: wanted {_or(keys)}, found {key}"
+        yield f"key: wanted {one_of(keys)}, found {key}"
     if not request.csr.is_signature_valid:
         yield "CSR: wanted one that is signed with its own key, found another signature"
     others = [
@@ -279,133 +285,100 @@ def _what(request: BundledRequest, bundle: RequestBundle, policy: Policy, *, pro
     ]
     if others:
         yield f"CSR: wanted one that asks for SANs and nothing else, found {', '.join(others)} too"
-    yield from _subject_problems(request, rules, policy.allow, bundle.node, proven=proven)
-    yield from _san_problems(request, rules, bundle.node, proven=proven)
+    old = request.replaces if proven else None
+    yield from _subject_problems(request.name, request.csr, rules, policy.allow, bundle.node, old)
+    yield from _san_problems(request.name, request.csr, rules, bundle.node, old)
+
+
+def name_problems(
+    name: str, csr: x509.CertificateSigningRequest, policy: Policy, node: str, own_sans: Sequence[str]
+) -> Iterator[str]:
+    """
+    What speaks against the names in a CSR that no replaced certificate and no proof stand beside.
+
+    Args:
+        name: kubeadm's name of the certificate.
+        csr: Of which all parts can be read.
+        policy: `[certificate.NAME]` and `[allow]` of it.
+        node: Whose certificate it is.
+        own_sans: Names and addresses that are known to be the node's, besides what the policy has.
+    """
+    rules = policy.certificates.get(name, CertificateRules())
+    yield from _subject_problems(name, csr, rules, policy.allow, node, None)
+    if name in _SANS or rules.sans is not None:
+        more = dataclasses.replace(rules, sans=(*(rules.sans if rules.sans is not None else _SANS[name]), *own_sans))
+        yield from _san_problems(name, csr, more, node, None)
+    else:
+        yield from _san_problems(name, csr, rules, node, None)
 
 
 def _subject_problems(
-    request: BundledRequest, rules: CertificateRules, allow: Allow, node: str, *, proven: bool
+    name: str,
+    csr: x509.CertificateSigningRequest,
+    rules: CertificateRules,
+    allow: Allow,
+    node: str,
+    replaced: x509.Certificate | None,
 ) -> Iterator[str]:
-    found = attributes(request.csr.subject)
-    old = attributes(request.replaces.subject) if proven and request.replaces is not None else None
-    if (_O, MASTERS) in found:
-        yield from _masters_problem(old, may_be=request.name in allow.masters)
-    rest = sorted(item for item in found if item != (_O, MASTERS))
+    found = attributes(csr.subject)
+    old = attributes(replaced.subject) if replaced is not None else None
+    if (O_OID, MASTERS) in found:
+        yield from _masters_problem(old, may_be=name in allow.masters)
+    rest = sorted(item for item in found if item != (O_OID, MASTERS))
     if rules.subjects is not None:
-        if not any(rest == _subject(text, node) for text in rules.subjects):
-            yield f"subject: wanted {_or([text.replace('{node}', node) for text in rules.subjects])}, found {one_line(_text(rest))}"
+        if not any(rest == subject_of(text, node) for text in rules.subjects):
+            yield f"subject: wanted {one_of([text.replace('{node}', node) for text in rules.subjects])}, found {one_line(subject_text(rest))}"
         return
-    cn, groups = _SUBJECTS[request.name]
+    cn, groups = _SUBJECTS[name]
     wanted = cn.replace("{node}", node)
-    names = [value for oid, value in found if oid == _CN]
+    names = [value for oid, value in found if oid == CN_OID]
     if names != [wanted]:
         where = f" ({node} is node.name in the node's settings)" if wanted != cn else ""
-        yield f"CN: wanted {wanted}, found {_some(names) or 'none'}{where}"
+        yield f"CN: wanted {wanted}, found {some(names) or 'none'}{where}"
     if rules.groups is not None:
         groups = rules.groups
     elif old is not None:
-        groups = tuple(value for oid, value in old if oid == _O)
+        groups = tuple(value for oid, value in old if oid == O_OID)
     for oid, value in rest:
-        if oid == _O and value not in groups:
-            yield f"group: wanted {_or(groups)}, found {one_line(value, _LONGEST_SHOWN)}"
-        elif oid not in (_CN, _O) and (oid, value) not in (old or ()):
-            yield f"subject: wanted CN and O{' and what the replaced certificate has' if old else ''}, found {oid}={one_line(value, _LONGEST_SHOWN)}"
+        if oid == O_OID and value not in groups:
+            yield f"group: wanted {one_of(groups)}, found {one_line(value, LONGEST_SHOWN)}"
+        elif oid not in (CN_OID, O_OID) and (oid, value) not in (old or ()):
+            yield f"subject: wanted CN and O{' and what the replaced certificate has' if old else ''}, found {oid}={one_line(value, LONGEST_SHOWN)}"
 
 
 def _masters_problem(old: Sequence[tuple[str, str]] | None, *, may_be: bool) -> Iterator[str]:
     if not may_be:
         yield f"group: wanted none that is {MASTERS} (allow.masters names who may be), found it"
-    elif old is not None and (_O, MASTERS) not in old:
+    elif old is not None and (O_OID, MASTERS) not in old:
         yield f"group: wanted none that is {MASTERS}, as in the replaced certificate, found it"
 
 
-def _san_problems(request: BundledRequest, rules: CertificateRules, node: str, *, proven: bool) -> Iterator[str]:
-    old = san_counts(request.replaces) if proven and request.replaces is not None else None
-    allowed = rules.sans if rules.sans is not None else _SANS.get(request.name, ())
+def _san_problems(
+    name: str,
+    csr: x509.CertificateSigningRequest,
+    rules: CertificateRules,
+    node: str,
+    replaced: x509.Certificate | None,
+) -> Iterator[str]:
+    old = san_counts(replaced) if replaced is not None else None
+    allowed = rules.sans if rules.sans is not None else _SANS.get(name, ())
     texts = [text.replace("{node}", node) for text in allowed]
-    found = san_counts(request.csr)
+    found = san_counts(csr)
     if rules.sans is None and old is not None:
         wanted, others = "those of the replaced certificate", found.keys() - old.keys()
     else:
-        wanted = _or(texts)
-        others = {entry for entry in found if not any(_matches(*entry, text) for text in texts)}
+        wanted = one_of(texts)
+        others = {entry for entry in found if not any(matches(*entry, text) for text in texts)}
     if others:
-        yield f"SAN: wanted {wanted}, found {_some(f'{kind}:{value}' for kind, value in sorted(others))}"
+        yield f"SAN: wanted {wanted}, found {some(f'{kind}:{value}' for kind, value in sorted(others))}"
     had: Counter[tuple[str, str]] = old or Counter()
     more = [f"{kind}:{value} {times} times" for (kind, value), times in sorted(found.items())
             if times > max(had[kind, value], 1)]  # fmt: skip
     if more:
-        yield f"SAN: wanted each once, found {_some(more)}"
+        yield f"SAN: wanted each once, found {some(more)}"
     most = max(_MOST_SANS, had.total())
     if found.total() > most:
         yield f"SAN: wanted at most {most}, found {found.total()}"
-
-
-def _some(texts: Iterable[str]) -> str:
-    """A few of them: a refusal is for people."""
-    shown = [one_line(text, _LONGEST_SHOWN) for text in texts]
-    more = f" and {len(shown) - _MOST_SHOWN} more" if len(shown) > _MOST_SHOWN else ""
-    return f"{', '.join(shown[:_MOST_SHOWN])}{more}"
-
-
-def _matches(kind: str, value: str, text: str) -> bool:
-    rule = _san_rule(text)
-    if isinstance(rule, ipaddress.IPv4Network | ipaddress.IPv6Network):
-        address = _address(value) if kind == "IP" else None
-        return address is not None and address in rule
-    if rule is None or kind != "DNS":
-        return False
-    # as in a resolver, where case makes no difference
-    name, wanted = value.lower(), rule.lower()
-    if not wanted.startswith("."):
-        return name == wanted
-    # a wildcard stands for whole hosts, and is for a rule to name: `*.example.com`
-    return name.endswith(wanted) and _is_host_name(name)
-
-
-def _is_host_name(name: str) -> bool:
-    """
-    Labels of letters, digits and hyphens with a dot between them (RFC 1123 §2.1, RFC 1035 §2.3.4).
-
-    What is below a suffix is somebody else's choice: NUL, a blank, a second name behind a comma, a URL or `..` would go
-    into a certificate otherwise, and be read there by whatever program.
-    """
-    return len(name) <= _LONGEST_HOST_NAME and all(map(_LABEL.fullmatch, name.split(".")))
-
-
-def _address(value: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        return ipaddress.ip_address(value)
-    except ValueError:
-        return None  # a network, as in name constraints: no host has it
-
-
-def _san_rule(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | str | None:
-    """A network (of one address, perhaps), a name, a suffix; None: none of them."""
-    try:
-        return ipaddress.ip_network(text)
-    except ValueError:
-        plain = text.removeprefix(".").removeprefix("*.")
-        is_name = plain and all(part and part.replace("-", "").replace("_", "").isalnum() for part in plain.split("."))
-        looks_like_address = all(part.isdigit() for part in plain.split("."))
-        return text if is_name and plain.isascii() and not looks_like_address else None
-
-
-def _subject(text: str, node: str) -> list[tuple[str, str]] | None:
-    """Its attributes in alphabetical order; None when it can't be read."""
-    try:
-        return sorted(attributes(x509.Name.from_rfc4514_string(text.replace("{node}", node))))
-    except ValueError:
-        return None
-
-
-def _text(items: Sequence[tuple[str, str]]) -> str:
-    labels = {_CN: "CN", _O: "O"}
-    return ",".join(f"{labels.get(oid, oid)}={value}" for oid, value in items) or "(empty)"
-
-
-def _or(texts: Sequence[str]) -> str:
-    return " or ".join(texts) or "none"
 
 
 def _ekus(ekus: frozenset[EKU]) -> str:

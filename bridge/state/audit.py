@@ -149,6 +149,7 @@ class Record:
         new: x509.Certificate | None = None,
         error: BridgeError | None = None,
         result: str = "ok",
+        more: Mapping[str, str] | None = None,
     ) -> None:
         """
         One more line, not written yet.
@@ -161,6 +162,7 @@ class Record:
             new: The one in its place.
             error: Why not; its text and exit code are recorded.
             result: Otherwise.
+            more: Further keys, such as who asked.
         """
         line = {
             "run": self.run_id,
@@ -169,6 +171,7 @@ class Record:
             "name": name,
             "authority": authority,
             **self._known.get(name or "", {}),
+            **(more or {}),
             "result": (error.reason if error is not None else result)[:_LONGEST_RESULT],
             "exitCode": error.exit_code if error is not None else Exit.DONE,
         }

@@ -56,11 +56,16 @@ class _TextFormat(logging.Formatter):
         return text if record.levelno == logging.INFO else f"{level}: {text}"
 
 
+#: What a message may say it is about (`extra` of the log call), as keys of its line.
+_ABOUT = ("request", "signer", "requester", "outcome")
+
+
 class _JsonFormat(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         level = "hint" if getattr(record, "is_hint", False) else record.levelname.lower()
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        return json.dumps({"time": time, "level": level, "message": record.getMessage()})
+        about = {key: value for key in _ABOUT if (value := getattr(record, key, None)) is not None}
+        return json.dumps({"time": time, "level": level, **about, "message": record.getMessage()})
 
 
 def set_up(verbose: int, log_format: LogFormat) -> None:

@@ -1,0 +1,102 @@
+"""The record of the gateway: lines of many threads, written and made safe together, keyed by the object's uid."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cryptography import x509
+
+from bridge.errors import BridgeError
+from bridge.kubernetes.objects import SigningRequest
+from bridge.settings.tables import AuditSettings
+from bridge.specs import CertificateSpec
+from bridge.state.audit import AuditError, Record
+from bridge.state.store import Store
+from bridge.system.combining import Combined
+from bridge.words import one_line
+
+_MOST_TOGETHER = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One event of one request."""
+
+    event: str
+    spec: CertificateSpec
+    more: Mapping[str, str]
+    new: x509.Certificate | None = None
+    error: BridgeError | None = None
+    result: str = "ok"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class About:
+    """What each line about a request says."""
+
+    spec: CertificateSpec
+    more: Mapping[str, str]
+
+    @classmethod
+    def of(cls, one: SigningRequest, spec: CertificateSpec, backend: str = "", identity: str = "") -> About:
+        """Of an object; names in it are the requester's choice."""
+        found = {
+            "request": one.uid,
+            "object": one_line(one.name),
+            "signer": one.request.signer,
+            "requester": one_line(one.request.username),
+            "csrSha256": hashlib.sha256(one.request.pem).hexdigest(),
+            "backend": backend,
+            "identity": identity,
+        }
+        return cls(spec=spec, more={key: value for key, value in found.items() if value})
+
+    def line(self, event: str, **values: Any) -> Line:
+        """One event."""
+        return Line(event=event, spec=self.spec, more=self.more, **values)
+
+
+@dataclass(eq=False)
+class Ledger:
+    """From any thread."""
+
+    store: Store  #: Its lock is held.
+    settings: AuditSettings
+    trouble: str = ""  #: Why the latest lines were not written.
+    _record: Record = field(init=False)
+    _together: Combined[Line, None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._record = Record(self.store, self.settings)
+        self._together = Combined(self._write, _MOST_TOGETHER)
+
+    def write(self, line: Line) -> None:
+        """
+        Write a line, which is safe on disk when this returns.
+
+        Raises:
+            AuditError: It is not.
+        """
+        self._together(line)
+
+    def _write(self, lines: Sequence[Line]) -> list[None]:
+        for line in lines:
+            self._record.add(
+                line.event,
+                line.spec.name,
+                authority=line.spec.authority.name,
+                new=line.new,
+                error=line.error,
+                result=line.result,
+                more=line.more,
+            )
+        try:
+            self._record.write()
+        except AuditError as e:
+            self.trouble = str(e)
+            raise
+        self.trouble = ""
+        return [None] * len(lines)

@@ -1,0 +1,210 @@
+"""Requests that wait: new ones in their order, others when their time has come; the newest of a node is the only one."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+import time
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from bridge.kubernetes.objects import SigningRequest
+from bridge.pki.verify import Verified
+
+#: A flood waits in the API server, not here; it comes again with the next round of the watch.
+MOST_BYTES = 24 << 20
+MOST_JOBS = 20_000
+_MOST_REMEMBERED = 20_000
+
+Newest = tuple[datetime, int]
+
+
+@dataclass(eq=False, kw_only=True)
+class Job:
+    """One object, and how far we are with it."""
+
+    one: SigningRequest
+    key: str  #: Of those with the same only the newest counts; empty: it stands alone.
+    arrived: float  #: Monotonic.
+    begun: bool = False  #: It was counted by the rates.
+    attempts: int = 0
+    said: str = ""  #: The last reason why it was left, which is said once.
+    verified: Verified | None = None  #: The CA's answer, not written yet.
+    removed: bool = field(default=False)
+
+
+class Queue:
+    """From any thread."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._jobs: dict[str, Job] = {}  # by uid: waiting or delayed
+        self._ready: deque[Job] = deque()
+        self._delayed: list[tuple[float, int, Job]] = []
+        self._order = itertools.count()
+        self._working: dict[str, Job] = {}
+        self._later: dict[str, SigningRequest] = {}  # a newer version of what is being worked at
+        self._newest: OrderedDict[str, tuple[Newest, str]] = OrderedDict()
+        self._bytes = 0
+        self._closed = False
+        self.overflowed = False
+
+    def put(self, one: SigningRequest, key: str) -> list[str]:
+        """
+        One that is new or has changed.
+
+        Returns:
+            The uids of older ones of the same key, which count no longer.
+        """
+        with self._changed:
+            if one.uid in self._working:
+                self._later[one.uid] = one
+                return []
+            superseded = self._supersede(one, key)
+            if superseded is None:
+                return []
+            known = self._jobs.get(one.uid)
+            if known is not None:
+                if known.one.version != one.version:
+                    known.one = one
+                    self._soon(known)
+                return superseded
+            if self._bytes + one.size > MOST_BYTES or len(self._jobs) >= MOST_JOBS:
+                self.overflowed = True
+                return superseded
+            job = Job(one=one, key=key, arrived=time.monotonic())
+            self._jobs[one.uid] = job
+            self._bytes += one.size
+            self._ready.append(job)
+            self._changed.notify()
+            return superseded
+
+    def _supersede(self, one: SigningRequest, key: str) -> list[str] | None:
+        """The uids that this one takes the place of; None: a newer one is known."""
+        if not key:
+            return []
+        known = self._newest.get(key)
+        if known is not None and known[1] != one.uid and known[0] > one.age_key:
+            return None
+        if known is None or known[1] != one.uid:
+            self._newest[key] = (one.age_key, one.uid)
+            self._newest.move_to_end(key)
+            if len(self._newest) > _MOST_REMEMBERED:
+                self._newest.popitem(last=False)
+        if known is None or known[1] == one.uid:
+            return []
+        self._remove(known[1])
+        return [known[1]]
+
+    def is_newest(self, job: Job) -> bool:
+        """Whether no newer one of its key has come."""
+        with self._changed:
+            known = self._newest.get(job.key)
+            return not job.key or known is None or known[1] == job.one.uid
+
+    def remove(self, uid: str) -> None:
+        """It is settled, or gone."""
+        with self._changed:
+            self._later.pop(uid, None)
+            self._remove(uid)
+
+    def _remove(self, uid: str) -> None:
+        job = self._jobs.pop(uid, None)
+        if job is not None:
+            job.removed = True
+            self._bytes -= job.one.size
+
+    def _soon(self, job: Job) -> None:
+        """A delayed one is looked at now; its old place in the heap leads to nothing."""
+        fresh = Job(
+            one=job.one, key=job.key, arrived=job.arrived, begun=job.begun, attempts=job.attempts, said=job.said,
+            verified=job.verified,
+        )  # fmt: skip
+        job.removed = True
+        self._jobs[job.one.uid] = fresh
+        self._ready.append(fresh)
+        self._changed.notify()
+
+    def take(self, seconds: float) -> Job | None:
+        """The next one, for which `done` or `delay` has to be called; None: none in that time, or it is over."""
+        deadline = time.monotonic() + seconds
+        with self._changed:
+            while True:
+                now = time.monotonic()
+                while self._delayed and (self._delayed[0][0] <= now or self._delayed[0][2].removed):
+                    job = heapq.heappop(self._delayed)[2]
+                    if not job.removed:
+                        self._ready.append(job)
+                while self._ready:
+                    job = self._ready.popleft()
+                    if not job.removed:
+                        self._working[job.one.uid] = job
+                        del self._jobs[job.one.uid]
+                        self._bytes -= job.one.size
+                        return job
+                if self._closed or now >= deadline:
+                    return None
+                upcoming = self._delayed[0][0] if self._delayed else deadline
+                self._changed.wait(max(0.0, min(deadline, upcoming) - now))
+
+    def done(self, job: Job) -> None:
+        """Nothing more is to be done with it, unless it has changed meanwhile."""
+        with self._changed:
+            del self._working[job.one.uid]
+            later = self._later.pop(job.one.uid, None)
+        if later is not None and not later.is_settled and later.version != job.one.version:
+            self.put(later, job.key)
+
+    def delay(self, job: Job, seconds: float) -> None:
+        """It is looked at again after this time, or when it changes."""
+        with self._changed:
+            del self._working[job.one.uid]
+            later = self._later.pop(job.one.uid, None)
+            if later is not None and later.is_settled:
+                return
+            has_changed = later is not None and later.version != job.one.version
+            if has_changed and later is not None:
+                job.one = later
+            if self._closed:
+                return
+            self._jobs[job.one.uid] = job
+            self._bytes += job.one.size
+            if has_changed:
+                self._ready.append(job)
+            else:
+                heapq.heappush(self._delayed, (time.monotonic() + seconds, next(self._order), job))
+            self._changed.notify()
+
+    def wake(self) -> None:
+        """What waits for its time is looked at now: something has changed."""
+        with self._changed:
+            self._ready.extend(job for _, _, job in self._delayed if not job.removed)
+            self._delayed.clear()
+            self._changed.notify_all()
+
+    def forget(self) -> None:
+        """Another replica works from here on."""
+        with self._changed:
+            for job in self._jobs.values():
+                job.removed = True
+            self._jobs.clear()
+            self._ready.clear()
+            self._delayed.clear()
+            self._newest.clear()
+            self._later.clear()
+            self._bytes = 0
+            self.overflowed = False
+
+    def close(self) -> None:
+        """Nothing new is taken."""
+        with self._changed:
+            self._closed = True
+            self._ready.clear()
+            self._changed.notify_all()
+
+    def counts(self) -> tuple[int, int]:
+        """Waiting, and being worked at."""
+        with self._changed:
+            return len(self._jobs), len(self._working)

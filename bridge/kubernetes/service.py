@@ -1,0 +1,264 @@
+"""The gateway as a service: who works, the threads, what can be asked about it, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+from http import HTTPStatus
+from pathlib import Path
+
+from bridge.errors import BackendError, BridgeError, Exit, SettingsError, SettingsProblem
+from bridge.kubernetes import authorities, status
+from bridge.kubernetes.api import Api, ApiDownError
+from bridge.kubernetes.gateway import Desk, specs_of
+from bridge.kubernetes.known_nodes import Known
+from bridge.kubernetes.leader import Alone, Leader
+from bridge.kubernetes.ledger import Ledger
+from bridge.kubernetes.metrics import Metrics
+from bridge.kubernetes.objects import COLLECTION
+from bridge.kubernetes.tickets import Tickets
+from bridge.kubernetes.watch import SILENCE_SECONDS, Watch
+from bridge.settings.tables import Settings
+from bridge.state.store import Store
+from bridge.system.files import lock
+
+log = logging.getLogger("ca-bridge")
+
+#: So many more threads wait where a CA signs many in one go: what waits is what it gets together.
+_THREADS_OF_MANY = 32
+_TICK_SECONDS = 0.5
+#: What is at the CA is given this long when the gateway is to end; systemd and the kubelet give 30 s and more.
+_DRAIN_SECONDS = 25.0
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 15.0
+
+
+class ApiRefusesError(BridgeError):
+    """The API server answers, and not us."""
+
+    exit_code = Exit.UNAVAILABLE
+    hint = "docs/gateway.md names the rights that the gateway needs"
+
+
+class Service:
+    """All of it."""
+
+    def __init__(self, settings: Settings, now: Callable[[], datetime]) -> None:
+        """
+        Raises:
+            SettingsError: Policy, inventory, the CAs' certificates, credentials or backends can't be used.
+        """
+        ours = settings.gateway
+        self.settings = settings
+        self.known = Known(ours)
+        self.signers = tuple(sorted(self.known.policy.signers))
+        if not self.signers:
+            wanted = 'a table for a signer, such as [signer."kubernetes.io/kubelet-serving"]'
+            raise SettingsError([SettingsProblem("signer", wanted, "none", ours.policy)])
+        self.specs = specs_of(iter(self.signers))
+        self.api = Api(ours.kubeconfig)
+        self.authorities = authorities.opened(settings, self.specs)
+        self.metrics = Metrics(self.signers)
+        self.identity = ours.identity or f"{os.uname().nodename}_{secrets.token_hex(4)}"
+        self.holder: Leader | Alone = Alone()
+        if ours.lease:
+            self.holder = Leader(self.api, ours.lease_namespace, ours.lease_name, self.identity, ours.lease_duration)
+        self._now = now
+        self._ending = False
+        self._stop = threading.Event()
+        self._watch: Watch | None = None
+        self._api_trouble = "the API server was not asked yet"
+        self._alive = time.monotonic()
+
+    def check(self) -> Iterator[str]:
+        """
+        Ask the API server and the CAs, and sign nothing; what is wrong, in sentences.
+
+        Raises:
+            ApiDownError, ApiRefusesError: The API server does not answer, or not us.
+            BackendError: A CA does not.
+        """
+        for path, what in (
+            (f"{COLLECTION}?limit=1", "list certificatesigningrequests"),
+            ("/api/v1/nodes/ca-bridge-check", "get nodes"),
+        ):
+            reply = self.api.ask("GET", path)
+            if reply.status not in {HTTPStatus.OK, HTTPStatus.NOT_FOUND}:
+                raise ApiRefusesError(f"{self.api.server}: wanted to {what}, found HTTP {reply.status} {reply.message}")
+        for authority in self.authorities.values():
+            yield from authority.check([spec for spec in self.specs if spec.authority.name == authority.name])
+
+    # --- running ----------------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Begin nothing new, and end; for a signal handler, too."""
+        self._ending = True  # an Event's lock may be held by the thread that the signal came to
+
+    def run(self, started: Callable[[int | None], None]) -> None:
+        """
+        Work until `stop`.
+
+        Args:
+            started: Is told the port of the status pages, if there are any.
+
+        Raises:
+            LockedError: Another gateway has the state directory.
+            BridgeError: The state directory or the address can't be used.
+        """
+        store = Store(_state_dir(self.settings))
+        store.prepare()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(lock(store.lock, shlex.join(sys.argv), timedelta()))
+            port = None
+            address = self.settings.gateway.address
+            if self.settings.gateway.serve_status and address is not None:
+                port = stack.enter_context(status.serving(address, self._pages()))
+            self._ledger = Ledger(store, self.settings.audit)
+            self.desk = Desk(
+                settings=self.settings, api=self.api, known=self.known, authorities=self.authorities,
+                ledger=self._ledger, tickets=Tickets(store), metrics=self.metrics, holder=self.holder, now=self._now,
+            )  # fmt: skip
+            self._look_at_cas()
+            self.holder.start()
+            threads = [threading.Thread(target=self._work, name=f"worker-{n}", daemon=True) for n in range(self._count)]
+            threads.append(threading.Thread(target=self._watch_on, name="watch", daemon=True))
+            for thread in threads:
+                thread.start()
+            started(port)
+            self._tick_until_stopped()
+            self._drain(threads)
+
+    @property
+    def _count(self) -> int:
+        many = any(one.signs_many for one in self.authorities.values())
+        return max(self.settings.gateway.concurrency, _THREADS_OF_MANY if many else 0)
+
+    def _look_at_cas(self) -> None:
+        """What `--check` would say; a CA that is away now is waited for."""
+        for authority in self.authorities.values():
+            ours = [spec for spec in self.specs if spec.authority.name == authority.name]
+            try:
+                for text in authority.check(ours):
+                    log.warning("%s", text)
+            except BackendError as e:
+                log.warning("%s: %s", authority.label, e)
+
+    def _work(self) -> None:
+        while not self._stop.is_set():
+            self.desk.work(_TICK_SECONDS)
+
+    def _watch_on(self) -> None:
+        pause = _FIRST_PAUSE_SECONDS
+        while not self._stop.is_set():
+            if not self.holder.wait(_TICK_SECONDS):
+                self._alive = time.monotonic()
+                continue
+            watch = self._watch = Watch(self.api, self.signers)
+            try:
+                watch.run(self.desk.changed, self.desk.gone, self._is_alive)
+                pause = _FIRST_PAUSE_SECONDS
+            except ApiDownError as e:
+                if not self._api_trouble:
+                    log.warning("%s; it is begun anew", e)
+                self._api_trouble = str(e)
+                self._stop.wait(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+            finally:
+                if watch.left_out:
+                    log.warning("%d objects with one of our signers' names were too large to be read", watch.left_out)
+                    self.metrics.count(self.signers[0], "too-large", watch.left_out)
+            if not self.holder.is_ours():
+                self.desk.queue.forget()
+
+    def _is_alive(self) -> None:
+        self._alive = time.monotonic()
+        if self._api_trouble:
+            log.info("watching %s", self.api.server)
+            self._api_trouble = ""
+
+    def _tick_until_stopped(self) -> None:
+        changes = self.known.changes
+        while not self._ending:
+            time.sleep(_TICK_SECONDS / 2)
+            _ = self.known.policy, self.known.register  # read again if they have changed
+            if self.known.changes != changes:
+                changes = self.known.changes
+                self._warn_of_new_signers()
+                self.desk.queue.wake()
+            waiting, _working = self.desk.queue.counts()
+            lost = not self.holder.is_ours()
+            if self._watch is not None and (lost or (self.desk.queue.overflowed and waiting < _ROOM)):
+                self.desk.queue.overflowed = False
+                self._watch.end()
+
+    def _warn_of_new_signers(self) -> None:
+        if new := sorted(set(self.known.policy.signers) - set(self.signers)):
+            log.warning("the policy has new signers: %s; restart the gateway for them", ", ".join(new))
+
+    def _drain(self, threads: list[threading.Thread]) -> None:
+        log.info("ending: nothing new is begun")
+        self._stop.set()
+        self.desk.queue.close()
+        if self._watch is not None:
+            self._watch.end()
+        deadline = time.monotonic() + _DRAIN_SECONDS
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        self.holder.release()
+        for authority in self.authorities.values():
+            authority.close()
+        left = self.desk.queue.counts()[1]
+        log.info("ended%s", f"; {left} requests were left in the middle" if left else "")
+
+    # --- what can be asked about it -----------------------------------------------------------------------------------
+
+    def _pages(self) -> dict[str, status.Page]:
+        return {"/metrics": self._metrics_page, "/healthz": self._healthz, "/readyz": self._readyz}
+
+    def _metrics_page(self) -> tuple[int, str]:
+        desk = getattr(self, "desk", None)
+        if desk is not None:
+            waiting, working = desk.queue.counts()
+            gauges = {
+                ("queue", '{state="waiting"}'): waiting,
+                ("queue", '{state="working"}'): working,
+                ("queue", '{state="at-ca"}'): len(desk.tickets.all()),
+                ("leader", ""): self.holder.is_ours(),
+                ("api_up", ""): not self._api_trouble,
+                ("inventory_good", ""): not self.known.trouble,
+            }
+            self.metrics.gauges.update({key: float(value) for key, value in gauges.items()})
+        return HTTPStatus.OK, self.metrics.text()
+
+    def _healthz(self) -> tuple[int, str]:
+        silence = time.monotonic() - self._alive
+        if silence > 2 * SILENCE_SECONDS and not self._api_trouble:
+            return HTTPStatus.SERVICE_UNAVAILABLE, f"nothing was heard from the watch for {silence:.0f} s\n"
+        return HTTPStatus.OK, "ok\n"
+
+    def _readyz(self) -> tuple[int, str]:
+        ledger = getattr(self, "_ledger", None)
+        troubles = [self.known.trouble, ledger.trouble if ledger is not None else "it is starting"]
+        if self.holder.is_ours():
+            troubles.append(self._api_trouble)
+        elif isinstance(self.holder, Leader) and time.monotonic() - self.holder.last_answer > SILENCE_SECONDS:
+            troubles.append("the API server does not answer")
+        found = [one for one in troubles if one]
+        if found:
+            return HTTPStatus.SERVICE_UNAVAILABLE, "".join(f"{one}\n" for one in found)
+        return HTTPStatus.OK, "ok: this replica works\n" if self.holder.is_ours() else "ok: standing by\n"
+
+
+#: Below so many waiting ones a flood is looked at again.
+_ROOM = 500
+
+
+def _state_dir(settings: Settings) -> Path:
+    return settings.gateway.state_dir or settings.node.state_dir / "gateway"

@@ -1,0 +1,147 @@
+"""
+A CSR that a stranger made, read so that everybody who reads it later reads the same (pure).
+
+Go and OpenSSL pass over much of what PKCS#10 may hold: text and further blocks round the first one, a second CN (of
+which Go takes the last, and others the first), several values in one RDN, string types that few read, attributes beside
+the requested extensions, trailing bytes. Nothing that a kubelet or a person needs is among it, so all of it is refused.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import ExtensionOID, NameOID
+
+from bridge.pki import der
+from bridge.pki.certificates import UNREADABLE, attributes, san_counts
+from bridge.pki.csr import algorithm_name
+
+#: A kubelet's request has less than 1 kB, one with an RSA-4096 key and 64 names less than 5.
+MAX_PEM_BYTES = 16 << 10
+MAX_SANS = 64
+
+_BLOCK = re.compile(
+    rb"\s*-----BEGIN CERTIFICATE REQUEST-----[ \t]*\r?\n([A-Za-z0-9+/=\r\n \t]+)-----END CERTIFICATE REQUEST-----\s*"
+)
+#: PKCS#9 extensionRequest (RFC 2985 §5.4.2).
+_EXTENSION_REQUEST = "1.2.840.113549.1.9.14"
+_UTF8, _PRINTABLE = 0x0C, 0x13
+_PRINTABLE_VALUE = re.compile(rb"[A-Za-z0-9 '()+,\-./:=?]*")
+#: crypto/tls makes no use of a larger one; a small one is weak with some paddings.
+_EXPONENTS = range(65537, 1 << 31, 2)
+
+_CN, _O = NameOID.COMMON_NAME.dotted_string, NameOID.ORGANIZATION_NAME.dotted_string
+
+
+class OddRequestError(ValueError):
+    """The text says what is odd about it, in our own words and with nothing of the request in it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What a CSR says, and its one encoding."""
+
+    csr: x509.CertificateSigningRequest
+    pem: bytes  #: Made again from the DER: one block, nothing round it.
+    subject: tuple[tuple[str, str], ...]  #: (dotted OID, value), sorted.
+    sans: frozenset[tuple[str, str]]  #: (type, value), as `certificates.san_entries`.
+    key: str  #: Such as `ecdsa-p256`.
+
+    @property
+    def cn(self) -> str:
+        """The one CN; empty if there is none."""
+        return next((value for oid, value in self.subject if oid == _CN), "")
+
+    @property
+    def organizations(self) -> tuple[str, ...]:
+        """The O values."""
+        return tuple(value for oid, value in self.subject if oid == _O)
+
+
+def read(pem: bytes) -> Asked:
+    """
+    Read a CSR that has nothing odd about it.
+
+    Raises:
+        OddRequestError: It has.
+    """
+    encoded = _der(pem)
+    try:
+        csr = x509.load_der_x509_csr(encoded)
+        subject, sans = _subject(csr), _sans(csr)
+        key = _key(csr)
+        is_signed = csr.is_signature_valid
+    except OddRequestError:
+        raise
+    except (*UNREADABLE, UnicodeError, OverflowError):
+        raise OddRequestError("a part of the CSR can't be read") from None
+    except Exception:  # noqa: BLE001 (whatever a library makes of bytes of a stranger, it is no CSR to sign)
+        raise OddRequestError("a part of the CSR can't be read") from None
+    if not is_signed:
+        raise OddRequestError("the CSR is not signed with its own key")
+    if csr.public_bytes(Encoding.DER) != encoded:
+        raise OddRequestError("the CSR is not in DER")
+    return Asked(csr=csr, pem=csr.public_bytes(Encoding.PEM), subject=subject, sans=sans, key=key)
+
+
+def _der(pem: bytes) -> bytes:
+    if len(pem) > MAX_PEM_BYTES:
+        raise OddRequestError(f"the CSR has more than {MAX_PEM_BYTES >> 10} KiB")
+    match = _BLOCK.fullmatch(pem)
+    if match is None:
+        raise OddRequestError("the request is not one PEM block of a CSR, and nothing else")
+    try:
+        encoded = base64.b64decode(b"".join(match[1].split()), validate=True)
+        der.one(encoded, der.SEQUENCE)
+    except (binascii.Error, ValueError):
+        raise OddRequestError("the CSR is not in DER") from None
+    return encoded
+
+
+def _subject(csr: x509.CertificateSigningRequest) -> tuple[tuple[str, str], ...]:
+    """Single values of string types that all read alike, at most one CN (RFC 5280 §4.1.2.4)."""
+    name = der.one(csr.tbs_certrequest_bytes, der.SEQUENCE).children()[1]
+    for rdn in name.children():
+        values = rdn.children()
+        if len(values) != 1:
+            raise OddRequestError("the subject has several values in one RDN")
+        _, value = values[0].children()
+        if value.tag not in (_UTF8, _PRINTABLE):
+            raise OddRequestError("the subject has a value that is neither PrintableString nor UTF8String")
+        if value.tag == _PRINTABLE and not _PRINTABLE_VALUE.fullmatch(value.content):
+            raise OddRequestError("the subject has a value that its string type does not allow")
+        if not value.content or not value.content.decode("utf-8").isprintable():
+            raise OddRequestError("the subject has a value that is empty or can't be printed")
+    found = attributes(csr.subject)
+    if sum(oid == _CN for oid, _ in found) > 1:
+        raise OddRequestError("the subject has more than one CN")
+    return tuple(sorted(found))
+
+
+def _sans(csr: x509.CertificateSigningRequest) -> frozenset[tuple[str, str]]:
+    """SANs, each once, and no other extension or attribute."""
+    asked = [attribute.oid.dotted_string for attribute in csr.attributes]
+    if any(oid != _EXTENSION_REQUEST for oid in asked) or len(asked) > 1:
+        raise OddRequestError("the CSR has attributes besides the requested extensions")
+    if any(one.oid != ExtensionOID.SUBJECT_ALTERNATIVE_NAME for one in csr.extensions):
+        raise OddRequestError("the CSR asks for extensions besides SANs")
+    found: Counter[tuple[str, str]] = san_counts(csr)
+    if found.total() > MAX_SANS:
+        raise OddRequestError(f"the CSR has more than {MAX_SANS} SANs")
+    if found.total() > len(found):
+        raise OddRequestError("the CSR has a SAN twice")
+    return frozenset(found)
+
+
+def _key(csr: x509.CertificateSigningRequest) -> str:
+    key = csr.public_key()
+    if isinstance(key, rsa.RSAPublicKey) and key.public_numbers().e not in _EXPONENTS:
+        raise OddRequestError("the CSR's key has an odd exponent")
+    return algorithm_name(key)
