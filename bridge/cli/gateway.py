@@ -27,10 +27,7 @@ def register(app: typer.Typer) -> None:
     """Add the command."""
 
     @command(app, "gateway")
-    def gateway(common: Common, check: if TYPE_CHECKING:
-    from bridge.kubernetes.service import Service
-
-CheckOption = False) -> None:
+    def gateway(common: Common, check: CheckOption = False) -> None:
         """
         Sign what kubelets and users ask for by the certificates API, as far as the policy allows.
 

@@ -60,7 +60,7 @@ log = logging.getLogger("ca-bridge")
 _NODE_SECONDS = 1.0
 _MOST_NODES = 5_000
 #: What is left alone is looked at again after this, doubled each time; sooner if something changes.
-_FIRST_LOOK_SECONDS, _LONGEST_LOOK_SECONDS = 5.0, 300.0
+_FIRST_LOOK_SECONDS, _LONGEST_LOOK_SECONDS = 1.0, 300.0
 _AFTER_REFUSAL_SECONDS = 60.0
 _TURNS = 5  # each 409 means that somebody else has written
 
@@ -284,7 +284,7 @@ class Desk:
         if reply.status == HTTPStatus.OK:
             state = NodeState(exists=True, ready=objects.is_ready(reply.document))
         elif reply.status == HTTPStatus.NOT_FOUND:
-            state = NodeState(exists=False)
+            return NodeState(exists=False)  # it may register any moment, and asks for its serving certificate then
         else:
             raise ApiDownError(f"wanted to look at node {name}, found HTTP {reply.status} {reply.message}")
         with self._mutex:

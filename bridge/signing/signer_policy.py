@@ -131,8 +131,6 @@ def judge(request: Request, world: World) -> Verdict:
     rules, spec = world.policy.signers.get(request.signer), spec_of(request.signer)
     if rules is None or spec is None:
         return Later("the policy has no table for this signer")
-    if not any(fnmatchcase(world.cluster, one) for one in world.policy.allow.clusters):
-        return Later(f"the policy's allow.clusters does not have this cluster, {world.cluster}")
     asked = _read(request.pem)
     if isinstance(asked, OddRequestError):
         return Hostile(str(asked))
@@ -143,9 +141,17 @@ def judge(request: Request, world: World) -> Verdict:
     if not isinstance(who, str):
         return who
     validity = _validity(request, spec, rules, world)
+    if (trouble := _trouble_here(validity, world)) is not None:
+        return trouble
+    return Allowed(spec=spec, asked=asked, validity=validity, name=who)
+
+
+def _trouble_here(validity: timedelta, world: World) -> Later | None:
+    if not any(fnmatchcase(world.cluster, one) for one in world.policy.allow.clusters):
+        return Later(f"the policy's allow.clusters does not have this cluster, {world.cluster}")
     if validity < world.min_validity:
         return Later(f"the CA's certificate ends at {world.ca_end:%Y-%m-%d %H:%M}")
-    return Allowed(spec=spec, asked=asked, validity=validity, name=who)
+    return None
 
 
 def _form_problem(request: Request, asked: Asked, spec: CertificateSpec, keys: tuple[str, ...]) -> Hostile | None:

@@ -19,6 +19,7 @@ from bridge.pki.bundle import RequestBundle
 from bridge.pki.csr import PrivateKey, generate_key
 from bridge.signing import desk_policy
 from bridge.signing.desk_policy import Policy, PolicyVerdict, judge, parse
+from bridge.signing.rules import MASTERS as MASTERS_GROUP
 from bridge.specs import AUTHORITIES, EKU, SPECS
 from tests.kit.bundles import changed, make_bundle, new_csr, old_pairs, proven
 from tests.kit.pki import ADDRESS, Pki, handmade_pki
@@ -653,4 +654,4 @@ def test_kubeadms_subjects_are_those_of_the_throwaway_pki() -> None:
     for name, (cn, group) in sample_pki._SUBJECTS.items():
         wanted_cn, groups = desk_policy._SUBJECTS[name]
         assert wanted_cn == cn
-        assert group in (None, desk_policy.MASTERS, *groups)
+        assert group in (None, MASTERS_GROUP, *groups)
