@@ -24,26 +24,28 @@ _MOST_THREADS = 64
 class GatewaySettings:
     """Table `[gateway]`."""
 
-    policy: Path = Path("/etc/ca-bridge/gateway-policy.toml")
-    inventory: Path = Path("/etc/ca-bridge/inventory.toml")
-    #: Asked with a node's name for one that the file does not have; absolute, without further arguments.
+    policy: Path = Path("/etc/ca-bridge/gateway-policy.toml")  #: Who may have what: a desk's policy with signers.
+    inventory: Path = Path("/etc/ca-bridge/inventory.toml")  #: The nodes, and their names and addresses.
+    #: A program that is asked with a node's name, and nothing else, for one that the inventory does not have.
     inventory_command: Path | None = None
-    reverse_dns: bool = False  #: An address that leads to the node's name and back is the node's.
-    kubeconfig: Path | None = None  #: None: the service account of the pod.
-    state_dir: Path | None = None  #: None: `gateway` below node.state_dir.
-    listen: str = "127.0.0.1:9880"  #: Of /metrics, /healthz and /readyz.
-    serve_status: bool = True
-    lease: bool = True
-    lease_namespace: str = "kube-system"
-    lease_name: str = "ca-bridge-gateway"
-    lease_duration: timedelta = timedelta(seconds=10)
-    identity: str = ""  #: In the lease; empty: the host's name and a random part.
-    concurrency: int = 8
+    reverse_dns: bool = False  #: An address that leads to the node's name and back is the node's, too.
+    kubeconfig: Path | None = None  #: How the API server is reached; without one by the service account of the pod.
+    state_dir: Path | None = None  #: For the audit log and tickets; without one `gateway` below `node.state_dir`.
+    listen: str = "127.0.0.1:9880"  #: Address and port of `/metrics`, `/healthz` and `/readyz`.
+    serve_status: bool = True  #: Whether there are these pages.
+    lease: bool = True  #: One of several replicas works; without it there must be only one.
+    lease_namespace: str = "kube-system"  #: Where the lease is.
+    lease_name: str = "ca-bridge-gateway"  #: What the lease is called.
+    lease_duration: timedelta = timedelta(
+        seconds=10
+    )  #: After which another replica may take a lease that is not renewed.
+    identity: str = ""  #: In the lease; without one the host's name and a random part.
+    concurrency: int = 8  #: Requests that are answered at the same time.
     requester_rate: int = 120  #: New requests a minute by one user.
     node_rate: int = 12  #: New requests a minute for one node's name.
-    collect_every: timedelta = timedelta(seconds=30)
-    pending_for: timedelta = timedelta(hours=24)
-    min_validity: timedelta = timedelta(minutes=5)
+    collect_every: timedelta = timedelta(seconds=30)  #: How often a CA that answers later is asked.
+    pending_for: timedelta = timedelta(hours=24)  #: After which a request that the CA has not answered fails.
+    min_validity: timedelta = timedelta(minutes=5)  #: Certificates that end sooner are not written.
 
     def problems(self) -> Iterator[SettingsProblem]:
         """What the API, the clock or this machine would not take."""

@@ -132,7 +132,8 @@ class ClusterApi:
             session = requests.Session()
             session.trust_env = False
             session.verify = str(self.pki_dir / "ca.crt")
-            session.cert = tuple(map(str, self.credentials(user, *groups)))
+            certificate, key = self.credentials(user, *groups)
+            session.cert = (str(certificate), str(key))
             found = self._clients[user, *groups] = Client(url=self.url, session=session)
         return found
 
