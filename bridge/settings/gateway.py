@@ -36,9 +36,7 @@ class GatewaySettings:
     lease: bool = True  #: One of several replicas works; without it there must be only one.
     lease_namespace: str = "kube-system"  #: Where the lease is.
     lease_name: str = "ca-bridge-gateway"  #: What the lease is called.
-    lease_duration: timedelta = timedelta(
-        seconds=10
-    )  #: After which another replica may take a lease that is not renewed.
+    lease_duration: timedelta = timedelta(seconds=10)  #: After which another replica takes a lease over.
     identity: str = ""  #: In the lease; without one the host's name and a random part.
     concurrency: int = 8  #: Requests that are answered at the same time.
     requester_rate: int = 120  #: New requests a minute by one user.
