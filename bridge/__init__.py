@@ -15,6 +15,7 @@ The map, from the ground up; each floor imports only what is below it (`tests/te
 - `monitoring`: what monitors are told, and how the last runs ended
 - `diagnosis`: whether the next renewal, and a restart, would succeed (`doctor`)
 - `kubernetes`: the gateway, our door for the certificates API
+- `bootstrap`: day 0, what a new node needs before kubeadm makes it one
 - `cli`: commands, and all that is printed
 
 Backends are no part of it: they are found by entry point, and see the doors alone.

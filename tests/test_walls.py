@@ -39,7 +39,8 @@ FLOORS: dict[str, set[str]] = {
     "monitoring": _KEEPS | {"renewal"},
     "diagnosis": _KEEPS | {"signing", "control_plane", "renewal"},
     "kubernetes": _KEEPS | {"signing"},
-    "cli": _KEEPS | {"signing", "control_plane", "renewal", "monitoring", "diagnosis", "kubernetes"},
+    "bootstrap": _KEEPS | {"signing", "renewal"},
+    "cli": _KEEPS | {"signing", "control_plane", "renewal", "monitoring", "diagnosis", "kubernetes", "bootstrap"},
 }
 #: No I/O and no clock in these: a package, or a module of another one.
 PURE = (

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from bridge.cli import gateway
+from bridge.cli import bootstrap, gateway
 from bridge.cli.changes import AddSanOption, AdoptOption, DropSanOption, KubeadmConfigOption, RekeyOption
 from bridge.cli.help import Group
 from bridge.cli.options import (
@@ -55,6 +55,7 @@ settings_app = _group("settings", "Write, show and check the settings file.")
 audit_app = _group("audit", "Show and verify the audit log.")
 pending_app = _group("pending", "Show and cancel requests that a CA has not answered yet.")
 backend_app = _group("backend", "Try a CA that the settings name.")
+app.add_typer(bootstrap.app, name="bootstrap")
 
 
 def _version(value: bool) -> None:

@@ -14,6 +14,7 @@ TASKS: dict[str, tuple[str, ...]] = {
     "Carry requests to a CA, and its answers back": ("export", "inspect", "sign", "import", "pending"),
     "Sign for the cluster": ("gateway",),
     "Go back, and clean up after a crash": ("backups", "rollback", "recover"),
+    "Make a new node": ("bootstrap",),
     "Set up": ("settings", "setup", "backend", "demo"),
     "Keep the record": ("audit",),
 }
@@ -92,6 +93,14 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("ca-bridge demo", "Show the main job in a temporary directory."),
         ("ca-bridge demo --directory /tmp/ca-bridge-demo", "Keep the directory, to go on with it."),
     ),
+    "bootstrap init": (
+        ("ca-bridge bootstrap init --kubeadm-config cluster.yaml", "Get a machine ready for `kubeadm init`."),
+        (
+            "ca-bridge bootstrap init --kubeadm-config cluster.yaml --request cp-1.request.json",
+            "Write requests for a CA desk instead of asking a CA.",
+        ),
+    ),
+    "bootstrap check": (("ca-bridge bootstrap check", "Look at all that `kubeadm init` needs."),),
     "settings init": (
         ("ca-bridge settings init", "Write /etc/ca-bridge/config.toml."),
         ("ca-bridge settings init /tmp/config.toml", "Write it elsewhere, to read it first."),

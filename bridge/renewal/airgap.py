@@ -82,7 +82,7 @@ def export(
         LockedError: Another run works on this node.
         BridgeError: The bundle can't be written. The requests are kept, and exporting again gives the same.
     """
-    _assert_free(path)
+    assert_free(path)
     with begun(settings, now, progress, wait) as (run, node):
         asked_for = {one.name: one.request.replaces for one in run.requests}
         wishes = decide(node, settings, names, changes) if names else None
@@ -109,29 +109,43 @@ def export(
                 progress.note(
                     f"{one.name}: not the key and CSR of before: another kind of key (renewal.key), or other names, are wanted now"
                 )
-        prepared = with_continuity(prepared, settings, now())
-        requests = bundle.bundle_of([one.request for one in prepared], now())
-        data, digest = bundle.dumps(requests), bundle.digest(requests)
-        for one in prepared:
-            request = open_request(run, one)
-            carried = tuple(dict.fromkeys((*request.bundles, digest)))
-            run.requests.put(dataclasses.replace(request, request=one.request, bundles=carried))
-            run.record.know(one.name, one.request, f"bundle {bundle.short_fingerprint(requests)}", None)
-            run.record.add(audit.ASKED, one.name, authority=one.authority)
-        run.requests.save()
-        run.record.write()
-        try:
-            write_atomically(path, data, BUNDLE_MODE)
-        except OSError as e:
-            raise BridgeError(
-                f"{path}: wanted to write the bundle, found: {e.strerror}",
-                hint="export again, to another place: the keys and CSRs are kept",
-            ) from e
+        requests, prepared = carry(run, prepared, path)
         again = tuple(one.name for one in prepared if one.open is not None)
         return Exported(bundle=requests, again=again, failed=failed, skipped=selection.skipped), node
 
 
-def _assert_free(path: Path) -> None:
+def carry(run: Run, prepared: Sequence[Prepared], path: Path) -> tuple[RequestBundle, list[Prepared]]:
+    """
+    Write requests into a bundle for somebody to carry away; they and their keys are safe on disk before.
+
+    Returns:
+        The bundle, and the requests as they are in it.
+
+    Raises:
+        BridgeError: The bundle can't be written; the requests are kept.
+    """
+    prepared = with_continuity(prepared, run.settings, run.now())
+    requests = bundle.bundle_of([one.request for one in prepared], run.now())
+    data, digest = bundle.dumps(requests), bundle.digest(requests)
+    for one in prepared:
+        request = open_request(run, one)
+        carried = tuple(dict.fromkeys((*request.bundles, digest)))
+        run.requests.put(dataclasses.replace(request, request=one.request, bundles=carried))
+        run.record.know(one.name, one.request, f"bundle {bundle.short_fingerprint(requests)}", None)
+        run.record.add(audit.ASKED, one.name, authority=one.authority)
+    run.requests.save()
+    run.record.write()
+    try:
+        write_atomically(path, data, BUNDLE_MODE)
+    except OSError as e:
+        raise BridgeError(
+            f"{path}: wanted to write the bundle, found: {e.strerror}",
+            hint="export again, to another place: the keys and CSRs are kept",
+        ) from e
+    return requests, prepared
+
+
+def assert_free(path: Path) -> None:
     """An older request bundle may be overwritten, nothing else."""
     try:
         data = read(path)
@@ -184,7 +198,7 @@ def _bundle(path: Path) -> RequestBundle | AnswerBundle:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Candidate:
+class Candidate:
     """What one file says to one request."""
 
     answer: Issued | BridgeError
@@ -199,18 +213,18 @@ class _Candidate:
 
 
 @dataclass(kw_only=True)
-class _Found:
+class Found:
     """What the carried files hold for the requests that are open."""
 
-    candidates: dict[str, list[_Candidate]] = field(default_factory=dict)  #: By certificate name.
+    candidates: dict[str, list[Candidate]] = field(default_factory=dict)  #: By certificate name.
     strange: list[BridgeError] = field(default_factory=list)  #: Answers to something else.
     loose: dict[Path, list[x509.Certificate]] = field(default_factory=dict)
 
     def take(self, name: str, answer: Issued | BridgeError, path: Path) -> None:
         """Which of several counts is found out when all are there."""
-        self.candidates.setdefault(name, []).append(_Candidate(answer=answer, source=printable(path)))
+        self.candidates.setdefault(name, []).append(Candidate(answer=answer, source=printable(path)))
 
-    def best(self, one: Prepared, expected: verify.Expectation) -> _Candidate:
+    def best(self, one: Prepared, expected: verify.Expectation) -> Candidate:
         """
         The latest certificate that passes; else the latest, which says what is wrong; else a refusal.
 
@@ -220,7 +234,7 @@ class _Found:
         return next((candidate for candidate in latest if _passes(candidate, one, expected)), latest[0])
 
 
-def _passes(candidate: _Candidate, one: Prepared, expected: verify.Expectation) -> bool:
+def _passes(candidate: Candidate, one: Prepared, expected: verify.Expectation) -> bool:
     if not isinstance(candidate.answer, Issued):
         return False
     try:
@@ -255,19 +269,30 @@ def import_answers(
         node = transaction.settle_earlier(as_found)
         if not transaction.may_go_on:
             return transaction.with_earlier(Result(outcomes=())), node, []
-        found = _Found()
-        for path in paths:
-            is_directory = path.is_dir()
-            for file in _files_in(path) if is_directory else [path]:
-                _read_answer(run, file, found, skip=is_directory)
-        _match_loose(run.requests, found)
-        for error in found.strange:
-            run.record.add(audit.REFUSED, error=error)
+        found = answers_in(run, paths)
         result = _finish_import(run, node, found, transaction, all_or_nothing=all_or_nothing)
         if result.backup_id is not None:
             retention.retire(run.store, settings, node, now())
         left = tuple(_still_waiting(node, run.requests, result))
         return dataclasses.replace(result, outcomes=(*result.outcomes, *left)), node, found.strange
+
+
+def answers_in(run: Run, paths: Sequence[Path]) -> Found:
+    """
+    What carried files hold for the requests that are open; what is no answer to any of them is recorded.
+
+    Raises:
+        BridgeError: A file that was named can't be read, or holds no certificate.
+    """
+    found = Found()
+    for path in paths:
+        is_directory = path.is_dir()
+        for file in _files_in(path) if is_directory else [path]:
+            _read_answer(run, file, found, skip=is_directory)
+    _match_loose(run.requests, found)
+    for error in found.strange:
+        run.record.add(audit.REFUSED, error=error)
+    return found
 
 
 def _files_in(directory: Path) -> list[Path]:
@@ -286,7 +311,7 @@ def _still_waiting(node: Node, requests: OpenRequests, result: Result) -> Iterat
             yield outcome_of(item, WaitingError("no answer to it was among these"), one.backend)
 
 
-def _read_answer(run: Run, path: Path, found: _Found, *, skip: bool) -> None:
+def _read_answer(run: Run, path: Path, found: Found, *, skip: bool) -> None:
     """
     Args:
         run: Its open requests are what answers may be for.
@@ -349,7 +374,7 @@ def _is_authentic(run: Run, answer: AnswerBundle) -> bool:
     return answer.signature is not None and signatures.is_by(key, answer.signature, bundle.answer_message(answer))
 
 
-def _has_dates(certificate: x509.Certificate, path: Path, found: _Found) -> bool:
+def _has_dates(certificate: x509.Certificate, path: Path, found: Found) -> bool:
     """The library reads them when they are asked for; a date in year 0 is none."""
     try:
         _ = certificate.not_valid_before_utc, certificate.not_valid_after_utc
@@ -359,7 +384,7 @@ def _has_dates(certificate: x509.Certificate, path: Path, found: _Found) -> bool
     return True
 
 
-def _take_bundle(run: Run, path: Path, answer: AnswerBundle, found: _Found) -> None:
+def _take_bundle(run: Run, path: Path, answer: AnswerBundle, found: Found) -> None:
     node = run.settings.node
     if (answer.node, answer.cluster) != (node.node_name, node.cluster):
         found.strange.append(
@@ -386,7 +411,7 @@ def _take_bundle(run: Run, path: Path, answer: AnswerBundle, found: _Found) -> N
             found.take(one.name, given, path)
 
 
-def _match_loose(requests: OpenRequests, found: _Found) -> None:
+def _match_loose(requests: OpenRequests, found: Found) -> None:
     """By public key; what is neither a CA's nor of a request that waits is refused by name."""
     everything = [(path, certificate) for path, ones in found.loose.items() for certificate in ones]
     matched: set[bytes] = set()
@@ -416,7 +441,7 @@ def _about(certificate: x509.Certificate) -> str:
         return f"SHA-256 {fingerprint(certificate)[:16]}…"
 
 
-def _finish_import(run: Run, node: Node, found: _Found, transaction: Transaction, *, all_or_nothing: bool) -> Result:
+def _finish_import(run: Run, node: Node, found: Found, transaction: Transaction, *, all_or_nothing: bool) -> Result:
     by_name = {item.spec.name: item for item in node.items}
     items = tuple(by_name[name] for name in found.candidates if name in by_name)
     if not items:
@@ -431,7 +456,7 @@ def _finish_import(run: Run, node: Node, found: _Found, transaction: Transaction
     return transaction.conclude(selection, transaction.activate(selection, result))
 
 
-def _answered(run: Run, node: Node, items: Sequence[Item], found: _Found) -> tuple[list[Answered], list[Outcome]]:
+def _answered(run: Run, node: Node, items: Sequence[Item], found: Found) -> tuple[list[Answered], list[Outcome]]:
     prepared, failed = [], []
     for item in items:
         made = run.requests.get(item.spec.name)
@@ -443,14 +468,15 @@ def _answered(run: Run, node: Node, items: Sequence[Item], found: _Found) -> tup
     expected, unproved = expectations(node, run.settings, [one.item for one in prepared], run.now())
     unproven = {outcome.name for outcome in unproved}
     answered = [
-        _answered_by(run, one, found.best(one, expected[one.authority]), expected[one.authority])
+        answered_by(run, one, found.best(one, expected[one.authority]), expected[one.authority])
         for one in prepared
         if one.name not in unproven
     ]
     return answered, [*failed, *unproved]
 
 
-def _answered_by(run: Run, one: Prepared, best: _Candidate, expected: verify.Expectation) -> Answered:
+def answered_by(run: Run, one: Prepared, best: Candidate, expected: verify.Expectation) -> Answered:
+    """The best of what was said to a request, as if its CA had said it."""
     label = _label(best.source)
     run.record.know(one.name, one.request, label, None)
     if isinstance(best.answer, Issued):

@@ -10,7 +10,7 @@ import dataclasses
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -191,7 +191,10 @@ class Proven:
 
 
 def verify_all(
-    run: Run, answered: Sequence[Answered], earlier: Sequence[Outcome] = ()
+    run: Run,
+    answered: Sequence[Answered],
+    earlier: Sequence[Outcome] = (),
+    files_of: Callable[[Prepared, verify.Verified], Iterable[Replacement]] = replacements,
 ) -> tuple[list[Proven], list[Outcome]]:
     """
     Prove every answer, at this moment: signing may have taken a while.
@@ -200,6 +203,7 @@ def verify_all(
         run: Its record is told.
         answered: Who said what.
         earlier: What failed before it could be asked for.
+        files_of: What becomes of the node's files.
 
     Returns:
         What passed; and what did not, with what failed earlier.
@@ -208,7 +212,7 @@ def verify_all(
     for one in answered:
         try:
             verified = _verified(one, now)
-            files = tuple(replacements(one.prepared, verified))
+            files = tuple(files_of(one.prepared, verified))
         except BridgeError as e:
             failed.append(outcome_of(one.prepared.item, e, one.label))
         else:

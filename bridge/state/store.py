@@ -37,6 +37,7 @@ class Store:
         self.history = state_dir / "history.json"  #: How the last runs ended, for monitors.
         self.history_lock = state_dir / "history.lock"
         self.tickets = state_dir / "tickets.json"  #: What the gateway's CA answers later.
+        self.bootstrap = state_dir / "bootstrap.json"  #: What a new node's requests are for.
         self.audit = state_dir / "audit.jsonl"
         self.audit_head = state_dir / "audit.head"  #: The newest line's number and digest.
 

@@ -1,0 +1,157 @@
+"""The CA certificates of a new node: from files, or from the CAs themselves; never a key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from bridge.bootstrap.places import Places, Role, authorities_of, ca_keys
+from bridge.contract import ListsIssuers
+from bridge.errors import BridgeError, Exit
+from bridge.pki.certificates import UNREADABLE, fingerprint, is_ca, load_pem_certificates, name_text, pem
+from bridge.pki.expiry import minute
+from bridge.settings.tables import Settings
+from bridge.signing import registry
+from bridge.specs import Authority
+from bridge.system.safe_read import UnreadableError, read
+
+Certificates = Mapping[str, tuple[x509.Certificate, ...]]
+
+
+class AuthorityError(BridgeError):
+    """A CA certificate that no cluster can be made with."""
+
+    exit_code = Exit.USAGE
+    hint = "--ca-dir DIR holds ca.crt, front-proxy-ca.crt and etcd/ca.crt, each with the certificate that signs first"
+
+
+class CaKeyError(BridgeError):
+    """A CA's private key is on the node."""
+
+    exit_code = Exit.REFUSED
+    hint = "kubeadm would sign with it: find out who put it there, and take it away (shred -u) before anything else"
+
+
+def gather(
+    settings: Settings, places: Places, role: Role, ca_dir: Path | None, carried: Certificates, now: datetime
+) -> Certificates:
+    """
+    By authority, as its file will hold them: the one that signs first.
+
+    Args:
+        settings: Their backends are asked for what no file tells.
+        places: A certificate that is in place must be the same.
+        role: Which CAs it has to do with.
+        ca_dir: Laid out as below /etc/kubernetes/pki; None: none was named.
+        carried: From an order of an administrator's machine.
+        now: Aware, UTC.
+
+    Raises:
+        AuthorityError: One is missing, is no CA's, has ended, or serves for two authorities.
+        CaKeyError: The key of one is on this node.
+        BackendError: A CA that has to be asked does not tell.
+    """
+    for path in ca_keys(places):
+        raise CaKeyError(f"{path}: wanted no CA's private key on a node, found one")
+    found: dict[str, tuple[x509.Certificate, ...]] = {}
+    for authority in authorities_of(role):
+        named = carried.get(authority.name) or (_in_file(ca_dir / authority.certificate_file) if ca_dir else ())
+        live = _in_file(places.authority(authority))
+        if named and live and named[0] != live[0]:
+            raise AuthorityError(
+                f"{places.authority(authority)}: wanted {_about(named[0])}, found {_about(live[0])}",
+                hint="one of the two is another cluster's",
+            )
+        ours = tuple(named or live) or _of_backend(settings, authority)
+        _assert_usable(ours, authority, now)
+        found[authority.name] = ours
+    _assert_apart(found)
+    return found
+
+
+def _in_file(path: Path) -> tuple[x509.Certificate, ...]:
+    """None where there is no file."""
+    try:
+        data = read(path)
+    except UnreadableError as e:
+        raise AuthorityError(f"{path}: wanted a CA certificate, found: {e}") from None
+    if data is None:
+        return ()
+    if b"PRIVATE KEY-----" in data:
+        raise CaKeyError(f"{path}: wanted a CA's certificate alone, found a private key beside it")
+    try:
+        return tuple(load_pem_certificates(data))
+    except ValueError as e:
+        raise AuthorityError(f"{path}: wanted a CA certificate, found {e}") from None
+
+
+def _of_backend(settings: Settings, authority: Authority) -> tuple[x509.Certificate, ...]:
+    """The one that signs, which is what kubeadm takes for the root."""
+    if authority.name not in settings.authorities:
+        return ()
+    configured = registry.configured(settings, [authority.name])[authority.name]
+    backend = configured.open()
+    try:
+        outage = registry.Outage(configured.settings.retry_for, configured.label)
+        return tuple(outage.ask(backend.issuers)[:1]) if isinstance(backend, ListsIssuers) else ()
+    finally:
+        registry.close(backend)
+
+
+def _assert_usable(certificates: tuple[x509.Certificate, ...], authority: Authority, now: datetime) -> None:
+    if not certificates:
+        raise AuthorityError(
+            f"{authority.name}: wanted the CA's certificate, found none in a file, and no backend that tells it"
+        )
+    if (found := trouble(certificates, now)) is not None:
+        raise AuthorityError(f"{authority.name}: {found}")
+
+
+def trouble(certificates: tuple[x509.Certificate, ...], now: datetime) -> str | None:
+    """What is wrong with the one that signs."""
+    first = certificates[0]
+    try:
+        if not is_ca(first):
+            return f"wanted a CA's certificate, found {_about(first)}, which is none"
+        if not first.not_valid_before_utc <= now < first.not_valid_after_utc:
+            begin, end = minute(first.not_valid_before_utc), minute(first.not_valid_after_utc)
+            return f"wanted a CA that is valid now, found {_about(first)}, valid from {begin} until {end}"
+        first.public_key()
+    except UNREADABLE as e:
+        return f"wanted a CA's certificate that can be read, found: {e}"
+    return None
+
+
+def shared_key(found: Certificates) -> tuple[str, str] | None:
+    """Two authorities with the same key."""
+    keys: dict[bytes, str] = {}
+    for name, certificates in found.items():
+        spki = certificates[0].public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        other = keys.setdefault(spki, name)
+        if other != name:
+            return other, name
+    return None
+
+
+def _assert_apart(found: Certificates) -> None:
+    """With one CA for two, whoever has a client certificate of the cluster may be the front proxy, or read etcd."""
+    twice = shared_key(found)
+    if twice is not None:
+        raise AuthorityError(
+            f"{' and '.join(twice)}: wanted a CA each, found the same key for both",
+            hint="any certificate of one would count for the other: with front-proxy-ca it may name any user, "
+            "with etcd-ca it may read and write everything",
+        )
+
+
+def text(certificates: tuple[x509.Certificate, ...]) -> bytes:
+    """As kubeadm writes it."""
+    return b"".join(map(pem, certificates))
+
+
+def _about(certificate: x509.Certificate) -> str:
+    return f"{name_text(certificate.subject)} (SHA-256 {fingerprint(certificate)[:16]}…)"

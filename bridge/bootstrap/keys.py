@@ -1,0 +1,240 @@
+"""
+Keys and CSRs of a new node, which never leave it.
+
+For a control-plane node by kubeadm's own `certs generate-csr`, so that names and SANs are those of the version that
+will run; for a worker, which that command does not know, by us. A service account key is nobody's but ours to make:
+kubeadm in external-CA mode says that it uses the existing ones without a look.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+from cryptography.x509.oid import NameOID
+
+from bridge.bootstrap.kubeadm_config import Configuration
+from bridge.bootstrap.places import KUBELET_CONF, Role, specs_of
+from bridge.errors import BridgeError, Exit
+from bridge.node import kubeconfig
+from bridge.node.kubeconfig import KubeconfigError
+from bridge.pki import csr
+from bridge.specs import KEY_ALGORITHMS, SPECS, CertificateSpec, KeyAlgorithm
+from bridge.system.files import Attributes, write_staged
+from bridge.system.run_command import Output, run
+from bridge.system.safe_read import UnreadableError, read
+
+#: A dozen RSA keys of 4096 bits on a slow machine.
+_LIMIT = timedelta(minutes=5)
+_SCRATCH = "generate-csr-"
+_USER = "system:node:"
+
+
+class KubeadmError(BridgeError):
+    """kubeadm could not be run, or made something else than we need."""
+
+    hint = "the kubeadm of the version that will run has to be in PATH, or named with --kubeadm"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """One key and its CSR."""
+
+    csr_pem: bytes
+    key_pem: bytes = field(repr=False)
+    #: Server of the kubeconfig that it belongs to; empty for others.
+    server: str = ""
+
+
+def clear(state_dir: Path) -> None:
+    """Remove what an interrupted run of kubeadm has left; its keys were asked for by nobody."""
+    for path in state_dir.glob(f"{_SCRATCH}*"):
+        shutil.rmtree(path)
+
+
+def by_kubeadm(program: str, config: Configuration, role: Role, state_dir: Path) -> dict[str, Made]:
+    """
+    Have kubeadm make all of a control-plane node's.
+
+    Args:
+        program: kubeadm.
+        config: Of the node; usable.
+        role: Not a worker.
+        state_dir: Ours alone; keys are there until they are read.
+
+    Raises:
+        KubeadmError: It is another version's, or did not make what it should.
+    """
+    _assert_version(program, config)
+    with _scratch(state_dir) as scratch:
+        file, pki, kubeconfigs = scratch / "kubeadm.yaml", scratch / "pki", scratch / "kubeconfigs"
+        write_staged(file, config.text().encode(), Attributes.private())
+        _run(
+            [
+                *(program, "certs", "generate-csr", "--config", str(file)),
+                *("--cert-dir", str(pki), "--kubeconfig-dir", str(kubeconfigs)),
+            ]
+        )
+        return {spec.name: _made(spec, pki, kubeconfigs) for spec in specs_of(role) if _is_kubeadms(spec)}
+
+
+def _is_kubeadms(spec: CertificateSpec) -> bool:
+    return spec.listed or spec.name == KUBELET_CONF
+
+
+@contextlib.contextmanager
+def _scratch(state_dir: Path) -> Iterator[Path]:
+    directory = Path(tempfile.mkdtemp(dir=state_dir, prefix=_SCRATCH))  # 0700
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory)
+
+
+def _run(words: Sequence[str]) -> list[str]:
+    lines: list[str] = []
+    ended = run(words, {}, _LIMIT, Output(lines.append))
+    if ended.failure:
+        said = next((line for line in reversed(lines) if line.strip()), "nothing")
+        raise KubeadmError(f"{' '.join(words[:3])} {ended.failure}; it said: {said}")
+    return lines
+
+
+def _assert_version(program: str, config: Configuration) -> None:
+    """Which subject a certificate gets depends on kubeadm's version."""
+    lines = _run([program, "version", "-o", "short"])
+    found = next((line.strip() for line in lines if re.match(r"v\d", line.strip())), "")
+    if _minor(found) != _minor(config.version):
+        raise KubeadmError(
+            f"{program}: wanted the kubeadm of kubernetesVersion {config.version}, found {found or 'no version'}"
+        )
+
+
+def _minor(version: str) -> list[str]:
+    return version.removeprefix("v").split(".")[:2]
+
+
+def _made(spec: CertificateSpec, pki: Path, kubeconfigs: Path) -> Made:
+    if not spec.kubeconfig:
+        return Made(csr_pem=_read(pki / f"{spec.base}.csr"), key_pem=_read(pki / f"{spec.base}.key"))
+    text = _read(kubeconfigs / spec.base)
+    try:
+        key, server = kubeconfig.key_data(text), kubeconfig.parse(text).server
+    except KubeconfigError as e:
+        raise KubeadmError(f"wanted {spec.base} of kubeadm, found: {e}") from None
+    if not key or not server:
+        raise KubeadmError(
+            f"wanted a key and a server in {spec.base} of kubeadm, found {'no server' if key else 'no key'}"
+        )
+    return Made(csr_pem=_read(kubeconfigs / f"{spec.base}.csr"), key_pem=key, server=server)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        data = read(path)
+    except UnreadableError as e:
+        raise KubeadmError(f"wanted {path.name} of kubeadm, found: {e}") from None
+    if data is None:
+        raise KubeadmError(f"wanted {path.name} of kubeadm, found none")
+    return data
+
+
+# --- by us ------------------------------------------------------------------------------------------------------------
+
+
+def kubelet_client(node: str, server: str, algorithm: KeyAlgorithm) -> Made:
+    """A worker's: what `generate-csr` makes for a control-plane node's kubelet."""
+    key = csr.generate_key(algorithm)
+    return Made(csr_pem=_csr(node, (), key), key_pem=csr.key_pem(key), server=server)
+
+
+def kubelet_serving(node: str, addresses: Sequence[str], algorithm: KeyAlgorithm) -> Made:
+    """
+    For the kubelet's own port: name and addresses by which the API server and metrics-server reach it.
+
+    Subject as Kubernetes' signer kubernetes.io/kubelet-serving has it.
+    """
+    key = csr.generate_key(algorithm)
+    sans = (x509.DNSName(node), *(x509.IPAddress(ipaddress.ip_address(one)) for one in addresses))
+    return Made(csr_pem=_csr(node, sans, key), key_pem=csr.key_pem(key))
+
+
+def _csr(node: str, sans: Sequence[x509.GeneralName], key: csr.PrivateKey) -> bytes:
+    subject = x509.Name(
+        [
+            x509.NameAttribute(NameOID.ORGANIZATION_NAME, "system:nodes"),
+            x509.NameAttribute(NameOID.COMMON_NAME, f"{_USER}{node}"),
+        ]
+    )
+    builder = x509.CertificateSigningRequestBuilder().subject_name(subject)
+    if sans:
+        builder = builder.add_extension(x509.SubjectAlternativeName(sans), critical=False)
+    return builder.sign(key, _hash(key)).public_bytes(Encoding.PEM)
+
+
+def _hash(key: csr.PrivateKey) -> hashes.SHA256 | hashes.SHA384:
+    """As kubeadm: SHA-256, but SHA-384 for P-384."""
+    is_p384 = csr.algorithm_name(key.public_key()) == "ecdsa-p384"
+    return hashes.SHA384() if is_p384 else hashes.SHA256()
+
+
+def service_account(algorithm: KeyAlgorithm) -> tuple[bytes, bytes]:
+    """`sa.key` and `sa.pub`, as kubeadm would write them."""
+    key = csr.generate_key(algorithm)
+    return csr.key_pem(key), public_pem(key)
+
+
+def public_pem(key: csr.PrivateKey) -> bytes:
+    """As in `sa.pub`."""
+    return key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
+def algorithm_of(made: Mapping[str, Made]) -> KeyAlgorithm:
+    """
+    Of the keys that kubeadm has made, for those that it does not make.
+
+    Raises:
+        KubeadmError: None that we know.
+    """
+    first = next(iter(made.values()))
+    found = csr.algorithm_name(x509.load_pem_x509_csr(first.csr_pem).public_key())
+    for algorithm in KEY_ALGORITHMS:
+        if algorithm == found:
+            return algorithm
+    raise KubeadmError(f"wanted keys of {', '.join(KEY_ALGORITHMS)}, found {found}")
+
+
+def assert_fits(made: Mapping[str, Made], node: str) -> None:
+    """
+    Look whether each CSR is of its key, and for whom its name says.
+
+    Raises:
+        KubeadmError: One is not.
+    """
+    for name, one in made.items():
+        request = x509.load_pem_x509_csr(one.csr_pem)
+        key = load_pem_private_key(one.key_pem, None).public_key()
+        encoding = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        if key.public_bytes(*encoding) != request.public_key().public_bytes(*encoding):
+            raise KubeadmError(f"{name}: wanted a CSR of its key, found another key's")
+        names = [str(each.value) for each in request.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+        wanted = [text.replace("{node}", node) for text in SPECS[name].common_names]
+        if len(names) != 1 or names[0] not in wanted:
+            raise KubeadmError(f"{name}: wanted a CSR for {' or '.join(wanted)}, found one for {', '.join(names)}")
+
+
+class ForeignSaError(BridgeError):
+    """`sa.key` and `sa.pub` are not what kube-apiserver could start with."""
+
+    exit_code = Exit.USAGE
+    hint = "copy both from another control-plane node: tokens that it has signed count only with the same pair"

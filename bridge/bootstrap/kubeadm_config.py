@@ -1,0 +1,270 @@
+"""
+kubeadm's configuration file, as far as a new node's certificates depend on it (pure: bytes in, values out).
+
+Several YAML documents; what is not needed here is left as it is, and kubeadm judges it.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from bridge.errors import BridgeError, Exit
+
+_API = "kubeadm.k8s.io/"
+_MOST_BYTES = 1 << 18
+_MOST_DOCUMENTS = 20
+#: What a node's name may be (RFC 1123 subdomain).
+_NODE = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
+_VERSION = re.compile(r"v?1\.\d+\.\d+([-+].*)?")
+
+
+class KubeadmConfigError(BridgeError):
+    """The configuration is not one that a cluster without CA keys can be made from."""
+
+    exit_code = Exit.USAGE
+    hint = "`kubeadm config print init-defaults` shows the form; docs/day-0.md says which fields matter"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configuration:
+    """What the file says."""
+
+    documents: tuple[Mapping[str, Any], ...]
+
+    def of_kind(self, kind: str) -> Mapping[str, Any] | None:
+        """The document of this kind, if there is one."""
+        return next((one for one in self.documents if one.get("kind") == kind), None)
+
+    @property
+    def cluster(self) -> Mapping[str, Any]:
+        """The ClusterConfiguration; empty if there is none."""
+        return self.of_kind("ClusterConfiguration") or {}
+
+    @property
+    def name(self) -> str:
+        """The node's; empty: the file leaves it to the host."""
+        return _text(_below(self._node, "nodeRegistration"), "name")
+
+    @property
+    def socket(self) -> str:
+        """The container runtime's; empty: the default."""
+        return _text(_below(self._node, "nodeRegistration"), "criSocket")
+
+    @property
+    def address(self) -> str:
+        """The API server's advertise address; empty: that of the default route."""
+        return _text(self._endpoint, "advertiseAddress")
+
+    @property
+    def port(self) -> int:
+        """The API server's on this node."""
+        port = self._endpoint.get("bindPort", 6443)
+        return port if isinstance(port, int) else 6443
+
+    @property
+    def endpoint(self) -> str:
+        """The control plane's, for all nodes: host and port; empty: none."""
+        found = _text(self.cluster, "controlPlaneEndpoint")
+        return found if not found or re.search(r":\d+$", found) else f"{found}:6443"
+
+    @property
+    def version(self) -> str:
+        """Kubernetes', such as `v1.37.2`; empty: whatever kubeadm finds in the internet."""
+        return _text(self.cluster, "kubernetesVersion")
+
+    @property
+    def etcd_directory(self) -> str:
+        """Of its data; empty: the default."""
+        return _text(_below(_below(self.cluster, "etcd"), "local"), "dataDir")
+
+    @property
+    def _node(self) -> Mapping[str, Any]:
+        return self.of_kind("InitConfiguration") or self.of_kind("JoinConfiguration") or {}
+
+    @property
+    def _endpoint(self) -> Mapping[str, Any]:
+        node = self._node
+        return _below(_below(node, "controlPlane") if "controlPlane" in node else node, "localAPIEndpoint")
+
+    def text(self) -> str:
+        """As YAML documents."""
+        return "---\n".join(yaml.safe_dump(dict(one), sort_keys=False) for one in self.documents)
+
+
+def parse(data: bytes) -> Configuration:
+    """
+    Read a file.
+
+    Raises:
+        KubeadmConfigError: It is none of kubeadm's.
+    """
+    if len(data) > _MOST_BYTES:
+        raise KubeadmConfigError(f"wanted kubeadm's configuration, found {len(data)} bytes")
+    problem = ""
+    documents: list[Any] = []
+    try:
+        documents = [one for one in yaml.safe_load_all(data.decode()) if one is not None]
+    except yaml.MarkedYAMLError as e:
+        problem = f"a syntax error in line {e.problem_mark.line + 1 if e.problem_mark else '?'}"
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError):
+        problem = "something that is no YAML"
+    if problem:
+        raise KubeadmConfigError(f"wanted kubeadm's configuration in YAML, found {problem}")
+    if len(documents) > _MOST_DOCUMENTS or not all(isinstance(one, dict) for one in documents):
+        raise KubeadmConfigError("wanted YAML documents that are mappings, found something else")
+    found = Configuration(documents=tuple(documents))
+    kinds = [str(one.get("kind")) for one in documents]
+    twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
+    if twice:
+        raise KubeadmConfigError(f"wanted each kind once, found {twice[0]} {kinds.count(twice[0])} times")
+    if not any(str(one.get("apiVersion", "")).startswith(_API) for one in documents):
+        raise KubeadmConfigError(f"wanted documents of apiVersion {_API}…, found {', '.join(kinds) or 'none'}")
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """The few facts that decide all names; an empty one is not given."""
+
+    name: str = ""
+    address: str = ""
+    endpoint: str = ""
+    version: str = ""
+    socket: str = ""
+    service_subnet: str = ""
+    dns_domain: str = ""
+    key: str = ""  #: kubeadm's `encryptionAlgorithm`.
+    sans: Sequence[str] = ()
+
+    def given(self) -> list[str]:
+        """Names of those that are."""
+        return [name for name in self.__slots__ if getattr(self, name)]
+
+
+#: For nodes in a cluster without a signer: a running kubelet takes a new certificate by itself only with `false`.
+_KUBELET = {
+    "apiVersion": "kubelet.config.k8s.io/v1beta1",
+    "kind": "KubeletConfiguration",
+    "rotateCertificates": False,
+}
+
+
+def from_facts(facts: Facts) -> Configuration:
+    """What `kubeadm init` is given where there is no file."""
+    registration = {"name": facts.name, "criSocket": facts.socket}
+    networking = {"serviceSubnet": facts.service_subnet, "dnsDomain": facts.dns_domain}
+    cluster = {
+        "apiVersion": "kubeadm.k8s.io/v1beta4",
+        "kind": "ClusterConfiguration",
+        "kubernetesVersion": facts.version,
+        "controlPlaneEndpoint": facts.endpoint,
+        "networking": {key: value for key, value in networking.items() if value},
+        "apiServer": {"certSANs": list(facts.sans)} if facts.sans else {},
+        "encryptionAlgorithm": facts.key,
+    }
+    node = {
+        "apiVersion": "kubeadm.k8s.io/v1beta4",
+        "kind": "InitConfiguration",
+        "localAPIEndpoint": {"advertiseAddress": facts.address},
+        "nodeRegistration": {key: value for key, value in registration.items() if value},
+    }
+    return Configuration(documents=(node, {key: value for key, value in cluster.items() if value}, _KUBELET))
+
+
+def for_node(cluster: Configuration, facts: Facts) -> Configuration:
+    """The cluster's configuration with the part of another control-plane node, for `certs generate-csr`."""
+    registration = {"name": facts.name, "criSocket": facts.socket or cluster.socket}
+    api = str(cluster.cluster.get("apiVersion", "kubeadm.k8s.io/v1beta4"))
+    node = {
+        "apiVersion": api,
+        "kind": "InitConfiguration",
+        "localAPIEndpoint": {"advertiseAddress": facts.address, "bindPort": cluster.port},
+        "nodeRegistration": {key: value for key, value in registration.items() if value},
+    }
+    return Configuration(documents=(node, cluster.cluster))
+
+
+def join_configuration(config: Configuration, discovery: str, *, control_plane: bool) -> Configuration:
+    """
+    What `kubeadm join` is given: discovery by a file, no bootstrap token, no hash of a CA.
+
+    Args:
+        config: The node's, as by `for_node`.
+        discovery: A kubeconfig on the node, with credentials.
+        control_plane: Not a worker.
+    """
+    api = str(config.cluster.get("apiVersion", "kubeadm.k8s.io/v1beta4"))
+    registration = {"name": config.name, "criSocket": config.socket}
+    document: dict[str, Any] = {
+        "apiVersion": api,
+        "kind": "JoinConfiguration",
+        "discovery": {"file": {"kubeConfigPath": discovery}},
+        "nodeRegistration": {key: value for key, value in registration.items() if value},
+    }
+    if control_plane:
+        endpoint = {"advertiseAddress": config.address, "bindPort": config.port}
+        document["controlPlane"] = {"localAPIEndpoint": endpoint}
+    return Configuration(documents=(document,))
+
+
+def assert_usable(config: Configuration, pki_dir: str, *, further: bool) -> None:
+    """
+    What kubeadm would find out too late, or would look for in the internet.
+
+    Args:
+        config: Of a control-plane node.
+        pki_dir: Where our settings put certificates.
+        further: For a node beside another one.
+
+    Raises:
+        KubeadmConfigError: The first thing that is wrong.
+    """
+    name, address = config.name, config.address
+    if not name or not _NODE.fullmatch(name):
+        raise KubeadmConfigError(
+            f"nodeRegistration.name: wanted the node's name in small letters, found {name or 'none'}"
+        )
+    if not _is_address(address):
+        raise KubeadmConfigError(f"localAPIEndpoint.advertiseAddress: wanted an IP address, found {address or 'none'}")
+    if not _VERSION.fullmatch(config.version):
+        raise KubeadmConfigError(
+            f"kubernetesVersion: wanted a version such as v1.37.2, found {config.version or 'none'}",
+            hint="without it kubeadm asks the internet for one",
+        )
+    if further and not config.endpoint:
+        raise KubeadmConfigError(
+            "controlPlaneEndpoint: wanted the control plane's stable address, found none",
+            hint="kubeadm refuses a second control-plane node without it; a later change needs new certificates",
+        )
+    if "external" in _below(config.cluster, "etcd"):
+        raise KubeadmConfigError(
+            "etcd.external: wanted an etcd that runs on the control-plane nodes, found an external one",
+            hint="make its certificates with its own tools, then run kubeadm as its documentation says",
+        )
+    found = _text(config.cluster, "certificatesDir")
+    if found and found.rstrip("/") != pki_dir:
+        raise KubeadmConfigError(f"certificatesDir: wanted node.pki_dir of the settings, {pki_dir}, found {found}")
+
+
+def _is_address(text: str) -> bool:
+    try:
+        return not ipaddress.ip_address(text).is_unspecified
+    except ValueError:
+        return False
+
+
+def _below(mapping: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Empty unless there is a mapping; kubeadm complains of what is none."""
+    found = mapping.get(key)
+    return found if isinstance(found, dict) else {}
+
+
+def _text(mapping: Mapping[str, Any], key: str) -> str:
+    found = mapping.get(key)
+    return found if isinstance(found, str) else ""

@@ -1,0 +1,108 @@
+"""Where the files of day 0 go, and what of a cluster is there already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from bridge.specs import AUTHORITIES, SPECS, Authority, CertificateSpec
+
+#: init: the first control-plane node; control-plane: a further one; worker: a node without a control plane.
+Role = Literal["init", "control-plane", "worker"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+KUBELET_CONF = "kubelet.conf"
+SUPER_ADMIN = "super-admin.conf"
+SERVING = "kubelet-server"
+KUBELET_DIRECTORY = Path("/var/lib/kubelet")
+ETCD_DIRECTORY = Path("/var/lib/etcd")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """kubeadm's directories and the kubelet's."""
+
+    pki: Path
+    kubeconfigs: Path
+    kubelet: Path = KUBELET_DIRECTORY
+    etcd: Path = ETCD_DIRECTORY
+
+    @property
+    def kubelet_pki(self) -> Path:
+        """Where a kubelet keeps its certificates."""
+        return self.kubelet / "pki"
+
+    @property
+    def kubelet_current(self) -> Path:
+        """The link to the kubelet's client certificate and key."""
+        return self.kubelet_pki / "kubelet-client-current.pem"
+
+    @property
+    def serving(self) -> tuple[Path, Path]:
+        """Key and certificate of the kubelet's own port; it makes a pair only if it can't read these."""
+        return self.kubelet_pki / "kubelet.key", self.kubelet_pki / "kubelet.crt"
+
+    @property
+    def sa_key(self) -> Path:
+        """What service account tokens are signed with; the same on all control-plane nodes, for ever."""
+        return self.pki / "sa.key"
+
+    @property
+    def sa_public(self) -> Path:
+        """Its public key."""
+        return self.pki / "sa.pub"
+
+    @property
+    def kubeadm_config(self) -> Path:
+        """For `kubeadm init`, and on a further node for what it says of the cluster."""
+        return self.kubeconfigs / "kubeadm.yaml"
+
+    @property
+    def join_config(self) -> Path:
+        """For `kubeadm join`."""
+        return self.kubeconfigs / "join.yaml"
+
+    def authority(self, authority: Authority) -> Path:
+        """A CA's certificate."""
+        return self.pki / authority.certificate_file
+
+    def pair(self, spec: CertificateSpec) -> tuple[Path, Path]:
+        """Key and certificate of one that is no kubeconfig's."""
+        return self.pki / f"{spec.base}.key", self.pki / f"{spec.base}.crt"
+
+    def directories(self, role: Role) -> list[Path]:
+        """Those that hold the files, parents first."""
+        ours = [self.kubeconfigs, self.kubelet_pki]
+        return [*ours, self.pki, self.pki / "etcd"] if role != "worker" else ours
+
+
+def specs_of(role: Role) -> list[CertificateSpec]:
+    """The certificates that a new node of this kind needs."""
+    if role == "worker":
+        return [SPECS[name] for name in (KUBELET_CONF, SERVING) if name in SPECS]
+    return [one for one in SPECS.values() if role == "init" or one.name != SUPER_ADMIN]
+
+
+def authorities_of(role: Role) -> list[Authority]:
+    """The CAs whose certificates it needs."""
+    return [AUTHORITIES["ca"]] if role == "worker" else list(AUTHORITIES.values())
+
+
+def traces_of_cluster(places: Places) -> Iterator[Path]:
+    """What a node has that is part of a cluster, or was: kubeadm or a kubelet has been at work."""
+    manifests = places.kubeconfigs / "manifests"
+    if manifests.is_dir():
+        yield from sorted(manifests.glob("*.yaml"))
+    for path in (places.etcd / "member", places.kubelet / "config.yaml", places.kubelet / "kubeadm-flags.env"):
+        if path.exists():
+            yield path
+
+
+def ca_keys(places: Places) -> Iterator[Path]:
+    """Private keys of CAs, which are to be on no node."""
+    for authority in AUTHORITIES.values():
+        path = places.pki / authority.key_file
+        if path.exists() or path.is_symlink():
+            yield path

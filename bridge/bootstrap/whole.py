@@ -1,0 +1,240 @@
+"""
+Whether everything is there that kubeadm needs, and is right: a superset of what kubeadm itself looks at.
+
+kubeadm misses a missing `sa.key` or `etcd/server.key` and fails minutes later with an unrelated text, makes a CA of its
+own where a CA certificate is missing, and never compares a key with its certificate or a name with its configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_pem_private_key,
+    load_pem_public_key,
+)
+from cryptography.x509.oid import NameOID
+
+from bridge.bootstrap.authorities import shared_key, trouble
+from bridge.bootstrap.files import Read
+from bridge.bootstrap.kubeadm_config import Configuration
+from bridge.bootstrap.places import KUBELET_CONF, SERVING, Places, Role, authorities_of, ca_keys, specs_of
+from bridge.contract import Issued, SignRequest
+from bridge.errors import VerificationError
+from bridge.node import kubeconfig
+from bridge.node.kubeconfig import Kubeconfig, KubeconfigError
+from bridge.pki import csr, identity, verify
+from bridge.pki.certificates import UNREADABLE, load_pem_certificates, san_entries
+from bridge.pki.csr import PrivateKey
+from bridge.specs import CA, CertificateSpec
+
+_SPKI = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+_NO_KEY = (ValueError, TypeError, UnsupportedAlgorithm)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """One look at a node's files."""
+
+    places: Places
+    role: Role
+    read: Read  #: None: there is no such file.
+    now: datetime
+    node: str = ""  #: Empty: whatever the certificates say.
+    config: Configuration | None = None  #: What kubeadm will be given, if that is known.
+    extra_subject: frozenset[tuple[str, str]] = frozenset()
+
+    def problems(self) -> list[str]:
+        """All that is missing or wrong, each as `PATH: wanted …, found …`; none: kubeadm may start."""
+        found = [f"{path}: wanted no CA's private key on a node, found one" for path in ca_keys(self.places)]
+        anchors: dict[str, tuple[x509.Certificate, ...]] = {}
+        found += self._authorities(anchors)
+        for spec in specs_of(self.role):
+            found += self._certificate(spec, anchors.get(spec.authority.name, ()))
+        if self.role != "worker":
+            found += self._service_account()
+        return found
+
+    def missing(self) -> list[Path]:
+        """Files that are not there."""
+        return [path for path in self.files() if self.read(path) is None]
+
+    def files(self) -> list[Path]:
+        """All that a complete node has, but for kubeadm's configuration."""
+        places = self.places
+        ours: list[Path] = []
+        if self.role != "worker":
+            ours += [places.authority(one) for one in authorities_of(self.role)]
+            ours += [places.sa_key, places.sa_public]
+        for spec in specs_of(self.role):
+            ours += self.files_of(spec)
+        return ours
+
+    def files_of(self, spec: CertificateSpec) -> list[Path]:
+        """Of one certificate."""
+        places = self.places
+        if spec.name == KUBELET_CONF:
+            return [places.kubeconfigs / spec.base, places.kubelet_current]
+        if spec.name == SERVING:
+            return list(places.serving)
+        return [places.kubeconfigs / spec.base] if spec.kubeconfig else list(places.pair(spec))
+
+    # --- CAs ----------------------------------------------------------------------------------------------------------
+
+    def _authorities(self, anchors: dict[str, tuple[x509.Certificate, ...]]) -> Iterator[str]:
+        if self.role == "worker":
+            yield from self._workers_ca(anchors)
+            return
+        for authority in authorities_of(self.role):
+            path = self.places.authority(authority)
+            data = self.read(path)
+            if data is None:
+                yield f"{path}: wanted the CA's certificate (kubeadm would make a CA of its own), found none"
+                continue
+            try:
+                certificates = tuple(load_pem_certificates(data))
+            except ValueError as e:
+                yield f"{path}: wanted the CA's certificate, found {e}"
+                continue
+            if (found := trouble(certificates, self.now)) is not None:
+                yield f"{path}: {found}"
+                continue
+            anchors[authority.name] = certificates
+        if (twice := shared_key(anchors)) is not None:
+            yield f"{' and '.join(twice)}: wanted a CA each, found the same key for both"
+
+    def _workers_ca(self, anchors: dict[str, tuple[x509.Certificate, ...]]) -> Iterator[str]:
+        path = self.places.authority(CA)
+        if self.read(path) is not None:
+            yield f"{path}: wanted no file (kubeadm writes it from kubelet.conf), found one"
+        data = self.read(self.places.kubeconfigs / KUBELET_CONF)
+        if data is None:
+            return  # told as what is missing
+        try:
+            anchors[CA.name] = tuple(load_pem_certificates(kubeconfig.parse(data).ca_data or b""))
+        except (KubeconfigError, ValueError):
+            yield f"{self.places.kubeconfigs / KUBELET_CONF}: wanted the CA's certificate in it, found none"
+
+    # --- certificates -------------------------------------------------------------------------------------------------
+
+    def _certificate(self, spec: CertificateSpec, anchors: tuple[x509.Certificate, ...]) -> Iterator[str]:
+        missing = [path for path in self.files_of(spec) if self.read(path) is None]
+        for path in missing:
+            yield f"{path}: wanted a file, found none"
+        if missing or not anchors:
+            return
+        path, *_ = self.files_of(spec)
+        try:
+            certificates, key_pem = self._pair(spec)
+            if spec.kubeconfig:
+                yield from self._kubeconfig(spec, path, anchors[0])
+            key = load_pem_private_key(csr.key_block(key_pem), None)
+            if not isinstance(key, PrivateKey):
+                raise TypeError("a key that Kubernetes can't use")
+            if key.public_key().public_bytes(*_SPKI) != certificates[0].public_key().public_bytes(*_SPKI):
+                yield f"{path}: wanted the key of its certificate, found another one"
+                return
+            yield from self._judged(spec, path, certificates, key, anchors)
+        except KubeconfigError as e:
+            yield f"{path}: {e}"
+        except (*UNREADABLE, *_NO_KEY) as e:
+            yield f"{path}: wanted a certificate and its key, found {type(e).__name__}: one that can't be read"
+
+    def _pair(self, spec: CertificateSpec) -> tuple[list[x509.Certificate], bytes]:
+        first, *rest = self.files_of(spec)
+        if spec.name == KUBELET_CONF:
+            data = self.read(rest[0]) or b""
+            return load_pem_certificates(data), data
+        data = self.read(first) or b""
+        if spec.kubeconfig:
+            return load_pem_certificates(kubeconfig.parse(data).certificate_data or b""), kubeconfig.key_data(
+                data
+            ) or b""
+        return load_pem_certificates(self.read(rest[0]) or b""), data
+
+    def _kubeconfig(self, spec: CertificateSpec, path: Path, anchor: x509.Certificate) -> Iterator[str]:
+        parsed = kubeconfig.parse(self.read(path) or b"")
+        if not parsed.ca_data or load_pem_certificates(parsed.ca_data)[0] != anchor:
+            yield f"{path}: wanted the certificate of ca.crt in it, found another one or none"
+        if not parsed.server:
+            yield f"{path}: wanted the API server's address in it, found none"
+        if spec.name == KUBELET_CONF:
+            yield from self._reference(path, parsed)
+
+    def _reference(self, path: Path, parsed: Kubeconfig) -> Iterator[str]:
+        """Data in it beside a .pem would be two places to renew, and be fatal once they have ended."""
+        current = str(self.places.kubelet_current)
+        if parsed.certificate_data or (parsed.certificate_file, parsed.key_file) != (current, current):
+            yield f"{path}: wanted {current} as client-certificate and client-key, found something else"
+
+    def _judged(
+        self,
+        spec: CertificateSpec,
+        path: Path,
+        certificates: list[x509.Certificate],
+        key: PrivateKey,
+        anchors: tuple[x509.Certificate, ...],
+    ) -> Iterator[str]:
+        """As an answer to a request that we would make now."""
+        leaf, name = certificates[0], spec.authority.certificate_file
+        for violation in identity.check(spec, certificates, anchors, name, self.extra_subject):
+            yield f"{path}: {violation}"
+        expected = verify.Expectation(
+            anchors=anchors,
+            anchor_name=name,
+            now=self.now,
+            min_validity=timedelta(),
+            extra_subject=self.extra_subject,
+        )
+        try:
+            request = SignRequest(spec=spec, csr_pem=csr.build(leaf, key), validity=timedelta())
+            verify.check(Issued(leaf=leaf, intermediates=tuple(certificates[1:])), request, expected)
+        except csr.CannotCarryError as e:
+            yield f"{path}: {e}"
+        except VerificationError as e:
+            for violation in e.violations:
+                yield f"{path}: {violation}"
+        yield from self._names(spec, path, leaf)
+
+    def _names(self, spec: CertificateSpec, path: Path, leaf: x509.Certificate) -> Iterator[str]:
+        """Name and address of the node: nothing compares them with what `kubeadm join` is given."""
+        if not spec.by_node or not self.node:
+            return
+        if spec.name == KUBELET_CONF:
+            found = [str(one.value) for one in leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+            if found != [f"system:node:{self.node}"]:
+                yield f"{path}: wanted CN system:node:{self.node}, found {', '.join(found)}"
+            return
+        wanted = {("DNS", self.node)}
+        if self.config is not None:
+            wanted |= {("IP", self.config.address)}
+        if lacking := wanted - san_entries(leaf):
+            yield f"{path}: wanted {', '.join(f'{kind}:{value}' for kind, value in sorted(lacking))} among the SANs, found none"
+
+    # --- service accounts ---------------------------------------------------------------------------------------------
+
+    def _service_account(self) -> Iterator[str]:
+        """kubeadm in external-CA mode prints `Using existing sa keys` without a look."""
+        key, public = self.read(self.places.sa_key), self.read(self.places.sa_public)
+        for path, data in ((self.places.sa_key, key), (self.places.sa_public, public)):
+            if data is None:
+                yield f"{path}: wanted the service account key (kubeadm does not look for it), found none"
+        if key is not None and public is not None and not is_sa_pair(key, public):
+            yield f"{self.places.sa_public}: wanted the public key of sa.key, found another one"
+
+
+def is_sa_pair(key: bytes, public: bytes) -> bool:
+    """Whether kube-apiserver can sign tokens with the one and check them with the other."""
+    try:
+        loaded = load_pem_private_key(key, None)
+        there = load_pem_public_key(public)
+    except _NO_KEY:
+        return False
+    return isinstance(loaded, PrivateKey) and loaded.public_key().public_bytes(*_SPKI) == there.public_bytes(*_SPKI)

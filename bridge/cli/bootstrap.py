@@ -1,0 +1,144 @@
+"""`bootstrap`: the command line of day 0; what it does and prints is in `bridge.cli.new_node`."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bridge.bootstrap.places import Role
+from bridge.cli.help import Group
+from bridge.cli.options import Common, WaitOption, command, utc_now
+
+app = typer.Typer(
+    cls=Group,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Make all that a new node needs before `kubeadm init` or `kubeadm join`, without a CA key on it.",
+)
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--kubeadm-config",
+        metavar="FILE",
+        help="kubeadm's configuration file; else the facts below.",
+        show_default=False,
+    ),
+]
+NameOption = Annotated[str, typer.Option(help="The node's name in the cluster.", show_default=False)]
+AddressOption = Annotated[str, typer.Option(help="The node's own IP address.", show_default=False)]
+EndpointOption = Annotated[
+    str, typer.Option(help="HOST[:PORT] by which all reach the control plane.", show_default=False)
+]
+VersionOption = Annotated[str, typer.Option(help="Such as v1.37.2.", show_default=False)]
+SocketOption = Annotated[str, typer.Option(help="The container runtime's. [default: kubeadm's]", show_default=False)]
+CaDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="CA certificates, laid out as below /etc/kubernetes/pki. [default: the backends tell theirs]",
+        show_default=False,
+    ),
+]
+KubeadmOption = Annotated[str, typer.Option(help="The kubeadm of the version that will run.")]
+KubeletOption = Annotated[Path, typer.Option(metavar="DIR", help="The kubelet's directory.")]
+KeepOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="Keep copies there, keys included, which survive `kubeadm reset`.", show_default=False
+    ),
+]
+RequestOption = Annotated[
+    Path | None,
+    typer.Option(metavar="BUNDLE", help="Write the requests there for a CA desk, and ask no CA.", show_default=False),
+]
+AnswerOption = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FILE", help="What a desk has answered; may be repeated.", show_default=False),
+]
+AnewOption = Annotated[bool, typer.Option("--anew", help="Forget keys and requests that an earlier run has made.")]
+_KUBELET = Path("/var/lib/kubelet")
+
+
+@command(app, "init")
+def init(
+    common: Common,
+    kubeadm_config: ConfigOption = None,
+    name: NameOption = "",
+    advertise_address: AddressOption = "",
+    control_plane_endpoint: EndpointOption = "",
+    kubernetes_version: VersionOption = "",
+    service_subnet: Annotated[str, typer.Option(help="[default: kubeadm's]", show_default=False)] = "",
+    dns_domain: Annotated[str, typer.Option(help="[default: kubeadm's]", show_default=False)] = "",
+    cert_san: Annotated[
+        list[str] | None, typer.Option(help="One more name or address of the API server; may be repeated.")
+    ] = None,
+    key: Annotated[
+        str, typer.Option(help="kubeadm's encryptionAlgorithm, such as ECDSA-P256.", show_default=False)
+    ] = "",
+    cri_socket: SocketOption = "",
+    ca_dir: CaDirOption = None,
+    kubeadm: KubeadmOption = "kubeadm",
+    kubelet_dir: KubeletOption = _KUBELET,
+    keep: KeepOption = None,
+    request: RequestOption = None,
+    answer: AnswerOption = None,
+    anew: AnewOption = False,
+    wait: WaitOption = None,
+) -> None:
+    """
+    Put everything in place for an unattended `kubeadm init` on the first control-plane node.
+
+    Keys and CSRs by kubeadm's own generate-csr, signed by the CAs of the settings or by a desk, proven, and put in place
+    in one step. Run it again after an interruption, or when a desk has answered: exit code 4 says that it waits.
+    """
+    from bridge.bootstrap.kubeadm_config import Facts  # noqa: PLC0415
+    from bridge.cli import new_node  # noqa: PLC0415
+
+    facts = Facts(
+        name=name,
+        address=advertise_address,
+        endpoint=control_plane_endpoint,
+        version=kubernetes_version,
+        socket=cri_socket,
+        service_subnet=service_subnet,
+        dns_domain=dns_domain,
+        key=key,
+        sans=tuple(cert_san or ()),
+    )
+    options = new_node.Options(
+        facts=facts,
+        config=kubeadm_config,
+        ca_dir=ca_dir,
+        kubeadm=kubeadm,
+        kubelet=kubelet_dir,
+        keep=keep,
+        request=request,
+        answers=tuple(answer or ()),
+        anew=anew,
+        wait=wait or timedelta(),
+    )
+    raise typer.Exit(new_node.init(common.settings(), options, utc_now))
+
+
+@command(app, "check")
+def check(
+    common: Common,
+    control_plane: Annotated[bool, typer.Option("--control-plane", help="A node that is to join one.")] = False,
+    worker: Annotated[bool, typer.Option("--worker", help="A node without a control plane.")] = False,
+    kubelet_dir: KubeletOption = _KUBELET,
+) -> None:
+    """
+    Look at all files that `kubeadm init` or `kubeadm join` needs, as kubeadm does not: each pair, name, CA and date.
+
+    Changes nothing. Exits with 5 if something is missing or wrong.
+    """
+    from bridge.cli import new_node  # noqa: PLC0415
+
+    if control_plane and worker:
+        raise typer.BadParameter("either --control-plane or --worker")
+    role: Role = "control-plane" if control_plane else "worker" if worker else "init"
+    raise typer.Exit(new_node.check(common.settings(), role, kubelet_dir, utc_now()))

@@ -1,0 +1,517 @@
+"""`bootstrap init` with the real kubeadm and `openssl ca`: what is made, and what kubeadm says to it."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import stat
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import yaml
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from bridge.bootstrap.places import ROLES, specs_of
+from bridge.bootstrap.whole import Look
+from bridge.node import kubeconfig
+from bridge.pki.certificates import load_pem_certificates, san_entries
+from bridge.pki.csr import generate_key, key_pem
+from bridge.specs import AUTHORITIES
+from tests.kit import programs
+from tests.kit.desks import make_desk
+from tests.kit.new_node import ADDRESS, CONFIG, ENDPOINT, NAME, NewNode
+from tests.kit.pki import handmade_pki
+
+POLICY = f"""\
+[allow]
+clusters = ["kubernetes"]
+nodes = ["{NAME}"]
+masters = ["super-admin.conf"]
+proof = "optional"
+
+[certificate.apiserver]
+sans = ["{{node}}", "kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local",
+  "10.96.0.1", "{ADDRESS}", ".example.com", "203.0.113.7"]
+[certificate.etcd-server]
+sans = ["{{node}}", "localhost", "127.0.0.1", "::1", "{ADDRESS}"]
+[certificate.etcd-peer]
+sans = ["{{node}}", "localhost", "127.0.0.1", "::1", "{ADDRESS}"]
+"""
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> NewNode:
+    """A machine and its CAs."""
+    return NewNode.make(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> NewNode:
+    """One that is ready for `kubeadm init`; nobody changes it."""
+    node = NewNode.make(tmp_path_factory.mktemp("ready"))
+    run = node.init()
+    assert run.returncode == 0, run.stderr
+    return node
+
+
+@pytest.fixture
+def copy(ready: NewNode, tmp_path: Path) -> NewNode:
+    """Another machine with the same files, whose CAs are away."""
+    node = NewNode.make(tmp_path, cas=ready.cas, backend=False)
+    shutil.rmtree(node.root)
+    shutil.copytree(ready.root, node.root, symlinks=True)
+    link = node.places.kubelet_current
+    target = link.parent / link.readlink().name
+    link.unlink()
+    link.symlink_to(target)
+    conf = node.places.kubeconfigs / "kubelet.conf"
+    conf.write_text(conf.read_text().replace(str(ready.root), str(node.root)))
+    return node
+
+
+def look(node: NewNode) -> Look:
+    def read(path: Path) -> bytes | None:
+        return path.read_bytes() if path.exists() else None
+
+    return Look(places=node.places, role="init", read=read, now=datetime.now(UTC), node=NAME)
+
+
+def test_all_is_there_and_kubeadm_makes_nothing(ready: NewNode) -> None:
+    """kubeadm's two phases that make certificates and kubeconfigs find all 24 files, and write none."""
+    before = ready.files()
+    phases = [ready.phase("certs", "all"), ready.phase("kubeconfig", "all")]
+
+    assert [run.returncode for run in phases] == [0, 0], phases[0].stderr + phases[1].stderr
+    said = "".join(run.stdout for run in phases)
+    assert "Generating" not in said
+    assert said.count("Using existing") == 3 + 7 + 1  # CAs, pairs, the service account key
+    assert said.count("Using user provided") == 5
+    assert ready.files() == before
+    kubernetes = [path for path in before if path.startswith("etc/kubernetes/") and not path.endswith("kubeadm.yaml")]
+    assert len(kubernetes) == 24
+    assert not list(ready.root.rglob("ca.key"))
+
+
+def test_that_kubeadm_makes_nothing_can_fail(copy: NewNode) -> None:
+    """Without a CA's certificate kubeadm makes a CA of its own, key and all."""
+    (copy.places.pki / "ca.crt").unlink()
+    run = copy.phase("certs", "all")
+
+    assert 'Generating "ca" certificate and key' in run.stdout
+    assert (copy.places.pki / "ca.key").exists()
+
+
+def test_keys_are_for_their_owner_alone(ready: NewNode) -> None:
+    """What holds a private key has mode 0600, and is nowhere else."""
+    secret = [path for path in ready.root.rglob("*") if path.is_file() and b"PRIVATE KEY" in path.read_bytes()]
+    secret += ready.places.kubeconfigs.glob("*.conf")
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in secret}
+
+    assert len(secret) >= 7 + 1 + 1 + 5
+    assert modes == {0o600}
+    left = [path for path in ready.state.rglob("*") if path.is_file() and b"PRIVATE KEY" in path.read_bytes()]
+    assert left == []
+
+
+def test_servers_are_the_right_ones(ready: NewNode) -> None:
+    """Local components speak to their own API server, the kubelet too; people to the control plane's endpoint."""
+    local, everywhere = f"https://{ADDRESS}:6443", f"https://{ENDPOINT}"
+    wanted = {
+        "admin.conf": everywhere,
+        "super-admin.conf": everywhere,
+        "kubelet.conf": local,
+        "controller-manager.conf": local,
+        "scheduler.conf": local,
+    }
+    found = {name: kubeconfig.parse((ready.places.kubeconfigs / name).read_bytes()).server for name in wanted}
+
+    assert found == wanted
+
+
+def test_the_kubelet_has_one_certificate_by_reference(ready: NewNode) -> None:
+    """kubelet.conf refers to the .pem behind an absolute link, in the layout that a kubelet keeps itself."""
+    parsed = kubeconfig.parse((ready.places.kubeconfigs / "kubelet.conf").read_bytes())
+    current = ready.places.kubelet_current
+
+    assert parsed.certificate_data is None
+    assert parsed.certificate_file == parsed.key_file == str(current)
+    target = current.readlink()
+    assert target.is_absolute()
+    assert re.fullmatch(r"kubelet-client-\d{4}(-\d\d){5}\.pem", target.name)
+    data = current.read_bytes()
+    key = load_pem_private_key(data[data.index(b"-----BEGIN EC") :], None)
+    assert key.public_key() == load_pem_certificates(data)[0].public_key()
+
+
+def test_super_admin_is_short_lived(ready: NewNode) -> None:
+    """It is needed for seconds, and is beyond RBAC: about the shortest lifetime that the settings take is asked for."""
+    data = kubeconfig.parse((ready.places.kubeconfigs / "super-admin.conf").read_bytes()).certificate_data
+    end = load_pem_certificates(data or b"")[0].not_valid_after_utc
+
+    assert end - datetime.now(UTC) < timedelta(days=8, hours=1)
+
+
+def test_names_are_those_of_the_configuration(ready: NewNode) -> None:
+    """SANs come from kubeadm's own reading of its configuration."""
+    leaf = load_pem_certificates((ready.places.pki / "apiserver.crt").read_bytes())[0]
+
+    assert {("DNS", "spare.example.com"), ("IP", "203.0.113.7"), ("IP", ADDRESS), ("DNS", NAME)} <= san_entries(leaf)
+
+
+def test_a_second_run_changes_nothing(ready: NewNode) -> None:
+    """It looks at the whole, and says so."""
+    before = ready.files()
+    run = ready.init()
+
+    assert run.returncode == 0, run.stderr
+    assert "nothing to do" in run.stdout
+    assert ready.files() == before
+
+
+# --- what kubeadm does not look for -----------------------------------------------------------------------------------
+
+
+def drop(name: str) -> Callable[[NewNode], None]:
+    return lambda node: (node.places.kubeconfigs / name).unlink()
+
+
+def foreign_key(node: NewNode) -> None:
+    path = node.places.pki / "etcd/server.key"
+    path.write_bytes(key_pem(generate_key("ecdsa-p256")))
+
+
+def foreign_sa(node: NewNode) -> None:
+    node.places.sa_key.write_bytes(key_pem(generate_key("ecdsa-p256")))
+
+
+def old_style_kubelet(node: NewNode) -> None:
+    """Data in kubelet.conf, beside the .pem: both would have to be renewed."""
+    path = node.places.kubeconfigs / "kubelet.conf"
+    document = yaml.safe_load(path.read_text())
+    admin = yaml.safe_load((node.places.kubeconfigs / "admin.conf").read_text())
+    document["users"][0]["user"] = admin["users"][0]["user"]
+    path.write_text(yaml.safe_dump(document))
+
+
+def no_pem(node: NewNode) -> None:
+    node.places.kubelet_current.readlink().unlink()
+
+
+TRAPS: dict[str, tuple[Callable[[NewNode], None], str]] = {
+    "sa.key": (drop("pki/sa.key"), "sa.key: wanted the service account key"),
+    "sa.pub": (drop("pki/sa.pub"), "sa.pub: wanted the service account key"),
+    "etcd/server.key": (drop("pki/etcd/server.key"), "etcd/server.key: wanted a file, found none"),
+    "ca.crt": (drop("pki/ca.crt"), "ca.crt: wanted the CA's certificate (kubeadm would make a CA of its own)"),
+    "front-proxy-ca.crt": (drop("pki/front-proxy-ca.crt"), "front-proxy-ca.crt: wanted the CA's certificate"),
+    "etcd/ca.crt": (drop("pki/etcd/ca.crt"), "etcd/ca.crt: wanted the CA's certificate"),
+    "kubelet.conf": (drop("kubelet.conf"), "kubelet.conf: wanted a file"),
+    "the kubelet's .pem": (no_pem, "kubelet-client-current.pem: wanted a file"),
+    "a foreign key": (foreign_key, "etcd/server.key: wanted the key of its certificate"),
+    "a foreign sa.key": (foreign_sa, "sa.pub: wanted the public key of sa.key"),
+    "kubelet.conf with data": (old_style_kubelet, "kubelet.conf: wanted "),
+}
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_what_kubeadm_would_find_too_late_is_found(copy: NewNode, trap: str) -> None:
+    """`bootstrap check` names what is missing or wrong, and `init` does not go on over it."""
+    before = copy.run("check")
+    spring, wanted = TRAPS[trap]
+    spring(copy)
+    check, init = copy.run("check"), copy.init()
+
+    assert before.returncode == 0, before.stderr
+    assert check.returncode == 5, check.stdout
+    assert wanted in check.stderr
+    assert init.returncode == 5
+    assert wanted in init.stderr
+
+
+@pytest.mark.parametrize("name", ["sa.key", "etcd/server.key"])
+def test_kubeadm_does_not_notice(copy: NewNode, name: str) -> None:
+    """Why we look: kubeadm's own checks and phases pass without these."""
+    (copy.places.pki / name).unlink()
+
+    assert copy.phase("certs", "all").returncode == 0
+    assert copy.phase("kubeconfig", "all").returncode == 0
+
+
+def test_a_ca_key_on_the_node_is_refused(node: NewNode) -> None:
+    """kubeadm would sign with it."""
+    node.places.pki.mkdir()
+    shutil.copy(node.cas.ca_files("ca")[1], node.places.pki / "ca.key")
+    run = node.init()
+
+    assert run.returncode == 5
+    assert "wanted no CA's private key on a node" in run.stderr
+
+
+def test_a_ca_key_beside_its_certificate_is_not_copied(node: NewNode) -> None:
+    """A file of `--ca-dir` that holds a private key is refused, and nothing of it gets onto the node."""
+    place = node.directory / "given"
+    (place / "etcd").mkdir(parents=True)
+    for name, authority in AUTHORITIES.items():
+        (place / authority.certificate_file).write_bytes(b"".join(node.cas.ca_pem(name)))
+    run = node.init("--ca-dir", place)
+
+    assert run.returncode == 5
+    assert "found a private key beside it" in run.stderr
+    assert node.files() == {}
+
+
+def test_one_ca_for_two_authorities_is_refused(node: NewNode) -> None:
+    """Whoever has a client certificate of the cluster could name any user, or read etcd."""
+    place = node.directory / "given"
+    (place / "etcd").mkdir(parents=True)
+    for authority in AUTHORITIES.values():
+        shutil.copy(node.cas.ca_files("ca")[0], place / authority.certificate_file)
+    run = node.init("--ca-dir", place)
+
+    assert run.returncode == 2
+    assert "wanted a CA each" in run.stderr
+    assert node.files() == {}
+
+
+def test_another_clusters_ca_in_place_is_refused(node: NewNode) -> None:
+    """The CA that signs has to be the one whose certificate lies there; nobody is asked."""
+    node.places.pki.mkdir()
+    other = handmade_pki(node.directory / "other")
+    shutil.copy(other.ca_files("ca")[0], node.places.pki / "ca.crt")
+    run = node.init()
+
+    assert run.returncode == 5, run.stderr
+    assert "wanted the CA of" in run.stderr
+    assert not (node.places.kubeconfigs / "admin.conf").exists()
+
+
+@pytest.mark.parametrize(
+    "trace", ["etc/kubernetes/manifests/etcd.yaml", "var/lib/etcd/member/snap", "var/lib/kubelet/config.yaml"]
+)
+def test_a_node_of_a_cluster_is_refused(node: NewNode, trace: str) -> None:
+    """Where a cluster is, or was, nothing is made."""
+    path = node.root / trace
+    path.parent.mkdir(parents=True)
+    path.touch()
+    run = node.init(config=f"{CONFIG}etcd: {{local: {{dataDir: {node.places.etcd}}}}}\n")
+
+    assert run.returncode == 1, run.stdout
+    assert "wanted a node without a cluster" in run.stderr
+    assert len(node.files()) == 1
+
+
+def test_single_leftovers_are_refused(node: NewNode) -> None:
+    """One file of somebody's is no set."""
+    path = node.places.kubeconfigs / "admin.conf"
+    path.touch()
+    run = node.init()
+
+    assert run.returncode == 2
+    assert "admin.conf" in run.stderr
+    assert list(node.files()) == ["etc/kubernetes/admin.conf"]
+
+
+BAD_CONFIGS = {
+    "no version": (CONFIG.replace("kubernetesVersion: v1.37.2\n", ""), "kubernetesVersion: wanted a version"),
+    "another version's kubeadm": (
+        CONFIG.replace("v1.37.2", "v1.36.0"),
+        "wanted the kubeadm of kubernetesVersion v1.36.0",
+    ),
+    "no name": (CONFIG.replace(f"name: {NAME}, ", ""), "nodeRegistration.name"),
+    "no address": (CONFIG.replace(ADDRESS, "192.0.2.256"), "advertiseAddress"),
+    "another directory": (CONFIG + "certificatesDir: /srv/pki\n", "certificatesDir"),
+    "external etcd": (CONFIG + "etcd: {external: {endpoints: [https://192.0.2.1:2379]}}\n", "etcd.external"),
+    "no YAML": ("{", "syntax error"),
+    "something else": ("a: 1", "apiVersion"),
+    "what kubeadm refuses": (CONFIG.replace("ECDSA-P256", "DSA-1"), "kubeadm certs generate-csr"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_a_configuration_that_can_not_be_used(node: NewNode, case: str) -> None:
+    """It is told before anybody is asked, and nothing is put in place."""
+    text, wanted = BAD_CONFIGS[case]
+    run = node.init(config=text)
+
+    assert run.returncode in (1, 2), run.stderr
+    assert wanted in run.stderr
+    assert "internal error" not in run.stderr
+    assert node.files() == {}
+
+
+def test_the_few_facts_are_enough(node: NewNode) -> None:
+    """Without a file one is made of the flags, and kubeadm takes it."""
+    run = node.run(
+        *("init", "--name", NAME, "--advertise-address", ADDRESS, "--control-plane-endpoint", "api.example.com"),
+        *("--kubernetes-version", "v1.37.2", "--key", "ECDSA-P256", "--cert-san", "more.example.com"),
+        *("--cri-socket", "unix:///run/none.sock"),
+    )
+
+    assert run.returncode == 0, run.stderr
+    phases = [node.phase("certs", "all"), node.phase("kubeconfig", "all")]
+    assert [one.returncode for one in phases] == [0, 0], phases
+    documents = list(yaml.safe_load_all((node.places.kubeconfigs / "kubeadm.yaml").read_text()))
+    kubelet = next(one for one in documents if one["kind"] == "KubeletConfiguration")
+    assert kubelet["rotateCertificates"] is False
+    leaf = load_pem_certificates((node.places.pki / "apiserver.crt").read_bytes())[0]
+    assert ("DNS", "more.example.com") in san_entries(leaf)
+
+
+# --- interruptions, desks, copies -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_it_goes_on_after_kill_9(node: NewNode) -> None:
+    """Whenever it is killed, the node has nothing or all of it after the next run begins; the last run ends well."""
+    seed = int.from_bytes(os.urandom(4))
+    print(f"seed {seed}")
+    dice = random.Random(seed)  # noqa: S311 (times to kill at)
+    killed = 0
+    for number in range(12):
+        node_dir = node.directory / f"n{number}"
+        one = NewNode.make(node_dir, cas=node.cas)
+        killed += interrupted(one, dice)
+        again = one.init()
+        assert again.returncode == 0, (number, again.stderr)
+        assert look(one).problems() == [], number
+        assert not [
+            path for path in one.state.iterdir() if path.name.startswith(("generate-csr-", "requests", "bootstrap"))
+        ]
+    assert killed > 6
+
+
+def interrupted(node: NewNode, dice: random.Random) -> bool:
+    environment = {**os.environ, "PATH": f"{programs.directory()}:{os.environ['PATH']}"}
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(
+        node.command("init", "--kubeadm-config", node.config()),
+        stdin=quiet,
+        stdout=quiet,
+        stderr=quiet,
+        env=environment,
+    )
+    awaited = dice.choice(["", "bootstrap.json", "staging.json", "journal.json"])
+    while awaited and not (node.state / awaited).exists() and process.poll() is None:
+        time.sleep(0.0002)
+    time.sleep(dice.uniform(0, 1.0 if not awaited else 0.02))
+    process.kill()
+    return process.wait() < 0
+
+
+def test_copies_survive_a_reset(node: NewNode) -> None:
+    """After `kubeadm reset` has deleted all, keys included, the same files are put back, and no CA is asked."""
+    keep = node.directory / "kept"
+    first = node.init("--keep", keep)
+    before = node.files()
+    node.wipe()
+    shutil.rmtree(node.directory / "signers")
+    again = node.init("--keep", keep)
+
+    assert first.returncode == 0, first.stderr
+    assert again.returncode == 0, again.stderr
+    assert "from the copies that were kept" in again.stdout
+    assert node.files() == before
+    assert stat.S_IMODE(next(keep.iterdir()).stat().st_mode) == 0o600
+    assert look(node).problems() == []
+
+
+def test_copies_of_another_configuration_are_not_used(node: NewNode) -> None:
+    """They would have other names."""
+    keep = node.directory / "kept"
+    assert node.init("--keep", keep).returncode == 0
+    node.wipe()
+    (node.places.kubeconfigs / "kubeadm.yaml").unlink()
+    run = node.init("--keep", keep, config=CONFIG.replace("spare", "other"))
+
+    assert run.returncode == 2
+    assert "those of another configuration" in run.stderr
+
+
+def test_through_a_desk_by_hand(tmp_path: Path) -> None:
+    """A bundle out, an answer in: it waits with 4, asks for the same again, and goes on with the answer."""
+    node = NewNode.make(tmp_path / "node", backend=False)
+    desk = make_desk(tmp_path / "desk", node.cas, policy=POLICY)
+    certificates = tmp_path / "certificates"
+    (certificates / "etcd").mkdir(parents=True)
+    for name, authority in AUTHORITIES.items():
+        shutil.copy(node.cas.ca_files(name)[0], certificates / authority.certificate_file)
+    given = ("--ca-dir", str(certificates))
+    request, answer = tmp_path / "request.json", tmp_path / "answer.json"
+    waits = node.init(*given, "--request", request)
+    still = node.init(*given)
+    between = node.files()
+    signed = desk.run("sign", request, "-o", answer)
+    done = node.init(*given, "--answer", answer)
+
+    assert waits.returncode == 4, waits.stderr
+    assert still.returncode == 4, still.stderr
+    assert between == {}
+    assert signed.returncode == 0, signed.stderr
+    assert done.returncode == 0, done.stderr
+    assert look(node).problems() == []
+
+
+def test_a_desk_that_asks_for_proof_refuses(tmp_path: Path) -> None:
+    """There is no replaced certificate on day 0: a policy has to say that it does without, and for which nodes."""
+    node = NewNode.make(tmp_path / "node")
+    desk = make_desk(tmp_path / "desk", node.cas, policy=POLICY.replace('proof = "optional"\n', ""))
+    others = make_desk(tmp_path / "others", node.cas, policy=POLICY.replace(NAME, "cp-9"))
+    request = tmp_path / "request.json"
+    assert node.init("--request", request).returncode == 4
+
+    assert desk.run("sign", request, "-o", tmp_path / "a1").returncode == 5
+    assert others.run("sign", request, "-o", tmp_path / "a2").returncode == 5
+    done = node.init("--answer", tmp_path / "a1")
+    assert done.returncode == 5, done.stdout
+    assert not (node.places.kubeconfigs / "admin.conf").exists()
+
+
+def test_through_an_exchange(tmp_path: Path) -> None:
+    """The same from cron: an outbox and an inbox, the same command until it ends with 0."""
+    node = NewNode.make(tmp_path / "node", backend=False)
+    desk = make_desk(tmp_path / "desk", node.cas, policy=POLICY)
+    node.bridge.add("backend.door", {"type": "exchange", "outbox": str(desk.inbox), "inbox": str(desk.outbox)})
+    for name, authority in AUTHORITIES.items():
+        node.bridge.add(f"authority.{name}", {"backend": "door"})
+        path = node.places.pki / authority.certificate_file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(node.cas.ca_files(name)[0], path)
+    waits = node.init()
+    bundles = sorted(desk.inbox.iterdir())
+    still = node.init()
+    assert sorted(desk.inbox.iterdir()) == bundles
+    assert len(bundles) == 1
+    signed = desk.run("sign", desk.inbox, "-o", desk.outbox)
+    done = node.init()
+
+    assert (waits.returncode, still.returncode) == (4, 4), waits.stderr + still.stderr
+    assert signed.returncode == 0, signed.stderr
+    assert done.returncode == 0, done.stderr
+    assert look(node).problems() == []
+
+
+def test_another_wish_does_not_throw_away_what_waits(tmp_path: Path) -> None:
+    """A desk may be about to sign; only --anew forgets its request."""
+    node = NewNode.make(tmp_path / "node")
+    assert node.init("--request", tmp_path / "one.json").returncode == 4
+    other = CONFIG.replace("spare", "other")
+    run = node.init(config=other)
+    anew = node.init("--anew", config=other)
+
+    assert run.returncode == 2
+    assert "--anew" in run.stderr
+    assert anew.returncode == 0, anew.stderr
+
+
+def test_each_role_has_its_certificates() -> None:
+    """super-admin.conf is the first node's alone, and a worker has its kubelet's."""
+    names = {role: {spec.name for spec in specs_of(role)} for role in ROLES}
+
+    assert names["init"] - names["control-plane"] == {"super-admin.conf"}
+    assert "kubelet.conf" in names["worker"]
+    assert names["worker"] <= names["control-plane"]

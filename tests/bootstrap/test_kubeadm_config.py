@@ -1,0 +1,107 @@
+"""kubeadm's configuration, as far as we read it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bridge.bootstrap.kubeadm_config import (
+    Facts,
+    KubeadmConfigError,
+    for_node,
+    from_facts,
+    join_configuration,
+    parse,
+)
+from tests.kit.new_node import ADDRESS, CONFIG, ENDPOINT, NAME
+
+FACTS = Facts(name="cp-2", address="192.0.2.11")
+
+
+def test_what_decides_names_is_read() -> None:
+    """From the node's document and the cluster's."""
+    found = parse(CONFIG.encode())
+
+    assert (found.name, found.address, found.endpoint, found.version) == (NAME, ADDRESS, ENDPOINT, "v1.37.2")
+    assert (found.socket, found.port) == ("unix:///run/none.sock", 6443)
+
+
+def test_an_endpoint_without_a_port_has_kubeadms() -> None:
+    """As kubeadm reads it."""
+    assert parse(CONFIG.replace(":6443", "").encode()).endpoint == "api.example.com:6443"
+
+
+def test_it_survives_being_written() -> None:
+    """What `kubeadm` gets is what was read."""
+    found = parse(CONFIG.encode())
+
+    assert parse(found.text().encode()) == found
+
+
+def test_another_node_has_the_same_cluster() -> None:
+    """Only the node's part is another one's."""
+    first = parse(CONFIG.encode())
+    other = for_node(first, FACTS)
+
+    assert other.cluster == first.cluster
+    assert (other.name, other.address, other.socket) == ("cp-2", "192.0.2.11", first.socket)
+
+
+@pytest.mark.parametrize("control_plane", [True, False])
+def test_joining_needs_no_token(*, control_plane: bool) -> None:
+    """Discovery is by a file; nothing in it is secret."""
+    node = for_node(parse(CONFIG.encode()), FACTS)
+    [document] = join_configuration(node, "/etc/kubernetes/admin.conf", control_plane=control_plane).documents
+
+    assert document["discovery"] == {"file": {"kubeConfigPath": "/etc/kubernetes/admin.conf"}}
+    assert ("controlPlane" in document) == control_plane
+    assert "token" not in str(document).lower()
+
+
+def test_facts_make_a_configuration() -> None:
+    """What is not given is kubeadm's default."""
+    facts = Facts(name="a", address="192.0.2.1", endpoint="api:6443", version="v1.37.2", sans=("b.example.com",))
+    found = parse(from_facts(facts).text().encode())
+
+    assert (found.name, found.address, found.endpoint) == ("a", "192.0.2.1", "api:6443")
+    assert found.cluster["apiServer"] == {"certSANs": ["b.example.com"]}
+    assert "networking" not in found.cluster
+
+
+@given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
+def test_whatever_is_in_it(data: bytes) -> None:
+    """It is read, or it is kubeadm's no configuration; never another error."""
+    try:
+        parse(data)
+    except KubeadmConfigError as e:
+        assert "wanted" in str(e)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+        lambda one: (
+            st.lists(one, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(
+                    ["nodeRegistration", "localAPIEndpoint", "controlPlane", "name", "etcd", "local", "kind"]
+                ),
+                one,
+                max_size=4,
+            )
+        ),
+    )
+)
+def test_values_of_odd_types_are_none(value: object) -> None:
+    """What is no mapping or no text where one is wanted counts as not given."""
+    import json
+
+    node = {"apiVersion": "kubeadm.k8s.io/v1beta4", "kind": "InitConfiguration"}
+    cluster = {"apiVersion": "kubeadm.k8s.io/v1beta4", "kind": "ClusterConfiguration"}
+    more = (
+        value if isinstance(value, dict) else {"nodeRegistration": value, "etcd": value, "controlPlaneEndpoint": value}
+    )
+    found = parse("\n---\n".join(json.dumps({**more, **one}) for one in (node, cluster)).encode())
+
+    assert all(isinstance(one, str) for one in (found.name, found.address, found.endpoint, found.etcd_directory))
