@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 
-from bridge.cli.printing import say, say_json, say_table
+from bridge.cli.printing import say, say_json, say_sentence, say_table
 from bridge.control_plane import proof, restart_plan, restarts
 from bridge.settings.tables import Settings
 from bridge.specs import Component
@@ -42,7 +42,8 @@ def _print_advice(report: restarts.RestartReport, settings: Settings, *, as_json
         say_json({"exitCode": report.exit_code, "advice": advice, **_unknown(report)})
     elif advice:
         say('With restart.method = "none" this is yours to do, one at a time:')
-        say("\n".join(f"  {sentence}" for sentence in advice.values()))
+        for sentence in advice.values():
+            say_sentence(sentence, "  ")
     elif report.unknown is None:
         say(_NOTHING)
 

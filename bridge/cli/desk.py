@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
-from typing import Any
 
 from bridge.cli.printing import say
 from bridge.contract import Issued
@@ -19,6 +18,7 @@ from bridge.signing.desk import Desk, Job, RefusedByPolicyError
 from bridge.signing.desk_files import Options, Session, load_answer_key, load_policy
 from bridge.state import audit
 from bridge.system.console import log, print_error, printable
+from bridge.system.status import Doing, doing, is_lively
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -128,29 +128,24 @@ def _counts(signed: int, again: int, refused: int) -> str:
     return ", ".join(parts)
 
 
-class _BarObserver(_Observer):
-    """The same as a bar, on a terminal."""
+class _LineObserver(_Observer):
+    """The same as a line that moves, on a terminal."""
 
-    def __init__(self, total: int, codes: list[int], bars: Any) -> None:
+    def __init__(self, total: int, codes: list[int], line: Doing) -> None:
         super().__init__(total, codes)
-        self._bars = bars
-        self._task = bars.add_task("signing", total=total)
+        self._line = line
 
     def _progress(self) -> None:
-        self._bars.update(self._task, completed=self.seen, description=self._text(time.monotonic()))
+        self._line.text = f"signing: {self._text(time.monotonic())}"
 
 
 @contextlib.contextmanager
 def _observer(total: int, codes: list[int]) -> Iterator[_Observer]:
-    if not (sys.stderr.isatty() and total > 1):
+    if not (is_lively(sys.stderr) and total > 1):
         yield _Observer(total, codes)
         return
-    from rich.console import Console  # noqa: PLC0415 (60 ms; only on a terminal)
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn  # noqa: PLC0415
-
-    columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        yield _BarObserver(total, codes, bars)
+    with doing("signing") as line:
+        yield _LineObserver(total, codes, line)
 
 
 class _Terminal:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 
-from bridge.cli.printing import say, say_json
+from bridge.cli.printing import say, say_json, say_sentence, width_here
 from bridge.diagnosis import findings
 from bridge.diagnosis.examination import examine
 from bridge.diagnosis.findings import LEVELS, Cause
 from bridge.settings.tables import Settings
+from bridge.system.status import doing
 
 _ABOUT_WIDTH = 26  #: As `backend of front-proxy-ca`.
 
 
 def run(settings: Settings, now: datetime, *, as_json: bool = False) -> int:
     """Print the report; 1 if there is an error, 3 if there is a warning, else 0."""
-    causes = findings.causes(examine(settings, now))
+    with doing("looking at this node, and asking the CAs", is_plain=False):
+        causes = findings.causes(examine(settings, now))
     code = findings.exit_code(causes)
     if as_json:
         say_json({"exitCode": code, "findings": [_entry(cause) for cause in causes]})
     else:
         for cause in causes:
-            say("\n".join(_lines(cause)))
+            _say_cause(cause)
         say(_count(causes))
     return code
 
@@ -37,17 +39,23 @@ def _entry(cause: Cause) -> dict[str, object]:
     }
 
 
-def _lines(cause: Cause) -> Iterator[str]:
-    """The sentence stands beside its subject, or below several."""
+def _say_cause(cause: Cause) -> None:
+    """The sentence stands beside its subject, or below several; below it, where it is long."""
     level, about = cause.level.ljust(len("warning")), ", ".join(cause.about)
     margin = " " * (len(level) + 2)
     if len(about) > _ABOUT_WIDTH:
-        yield f"{level}  {about}:"
-        yield f"{margin}{cause.text}"
+        say_sentence(f"{level}  {about}:")
+        say_sentence(cause.text, margin)
     else:
-        yield f"{level}  {about.ljust(_ABOUT_WIDTH)}  {cause.text}"
+        line = f"{level}  {about.ljust(_ABOUT_WIDTH)}  {cause.text}"
+        width = width_here()
+        if width is None or len(line) <= width:
+            say(line)
+        else:
+            say(f"{level}  {about}")
+            say_sentence(cause.text, margin)
     if cause.hint:
-        yield f"{margin}hint: {cause.hint}"
+        say_sentence(f"hint: {cause.hint}", margin)
 
 
 def _count(causes: Sequence[Cause]) -> str:

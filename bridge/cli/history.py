@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from bridge.cli.printing import columns, say, say_json, say_table
+from bridge.cli.printing import columns, say, say_json, say_sentence, say_table
 from bridge.cli.results import print_restart, stale
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.pki.certificates import serial_hex
@@ -117,7 +117,7 @@ def rollback(
     ]
     say("\n".join([*columns(rows), *(f"removed {path}, as it was not there then" for path in done.removed)]))
     replaced = settings.node.state_dir / "backups" / done.replaced_backup_id
-    say(f"backup {done.backup.backup_id} was put back; what it replaced is in {replaced}")
+    say_sentence(f"backup {done.backup.backup_id} was put back; what it replaced is in {replaced}")
     print_restart("These still run on what was replaced until they are restarted", components, settings)
     return _told(done.late)
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
 from bridge.pki.expiry import left_text, minute
+from bridge.system import status
 
 #: Of what `-o json` prints; grows when a key changes its meaning or goes.
 SCHEMA_VERSION = 1
@@ -22,7 +26,20 @@ def say(text: str) -> None:
     """Print lines; the last one needs no line break, and no text is no line."""
     import typer  # noqa: PLC0415 (what makes the text can be had without a command line)
 
+    status.clear()
     typer.echo(text.removesuffix("\n"), nl=bool(text))
+
+
+def say_sentence(text: str, indent: str = "") -> None:
+    """Print prose; where it is wider than what shows it, its lines end between words, which stay whole."""
+    width = width_here()
+    if width is None or len(indent) + len(text) <= width:
+        say(f"{indent}{text}")
+        return
+    import textwrap  # noqa: PLC0415 (for people alone)
+
+    wrapper = textwrap.TextWrapper(width, indent, f"{indent}  ", break_long_words=False, break_on_hyphens=False)
+    say(wrapper.fill(text))
 
 
 def say_table(rows: Sequence[Sequence[str]]) -> None:
@@ -31,21 +48,64 @@ def say_table(rows: Sequence[Sequence[str]]) -> None:
         say("\n".join(columns(rows)))
 
 
+def width_here() -> int | None:
+    """How wide what reads standard output is; None for a file or a pipe, in which every row is one line."""
+    named = os.environ.get("COLUMNS", "")
+    if named.isdecimal() and int(named):
+        return int(named)
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
 def say_json(structure: dict[str, Any]) -> None:
     """Print a structure for programs."""
     say(json.dumps({"schemaVersion": SCHEMA_VERSION, **structure}, indent=4))
 
 
-def columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Lines with the cells of each column below each other."""
+_GAP = "  "
+_CONTINUED = "    "
+
+
+def columns(rows: Sequence[Sequence[str]], width: int | None = None) -> Iterator[str]:
+    """
+    Lines with the cells of each column below each other: the one look of all tables.
+
+    Where a row is wider than what it is shown on, the columns that don't fit go on below it, a bit to the right.
+
+    Args:
+        rows: Each with as many cells.
+        width: Of what shows them; without it as `width_here` finds.
+    """
+    for lines in _rows(rows, width or width_here()):
+        yield from lines
+
+
+def _rows(rows: Sequence[Sequence[str]], width: int | None) -> Iterator[list[str]]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    parts = _parts(widths, width)
     for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        cells = [cell.ljust(wide) for cell, wide in zip(row, widths, strict=True)]
+        texts = [_GAP.join(cells[column] for column in part).rstrip() for part in parts]
+        yield [texts[0], *(f"{_CONTINUED}{text}" for text in texts[1:] if text)]
+
+
+def _parts(widths: Sequence[int], most: int | None) -> list[list[int]]:
+    """Which columns share a line: as many as fit, and at least one."""
+    parts: list[list[int]] = [[]]
+    used = 0
+    for column, width in enumerate(widths):
+        if most is not None and parts[-1] and used + len(_GAP) + width > most:
+            parts.append([])
+            used = len(_CONTINUED)
+        used += width + (len(_GAP) if parts[-1] else 0)
+        parts[-1].append(column)
+    return parts
 
 
 def under_headings(rows: Sequence[tuple[str, Sequence[str]]]) -> Iterator[str]:
     """Rows, each with a sentence; a sentence of several rows stands once, above them."""
-    cells = list(columns([row for _, row in rows]))
+    width = width_here()
+    cells = list(_rows([row for _, row in rows], width - 2 if width else None))
     for heading in dict.fromkeys(heading for heading, _ in rows):
         yield f"{heading}:"
-        yield from (f"  {line}" for line, (about, _) in zip(cells, rows, strict=True) if about == heading)
+        for (about, _), lines in zip(rows, cells, strict=True):
+            yield from (f"  {line}" for line in lines if about == heading)

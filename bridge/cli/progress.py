@@ -1,60 +1,52 @@
-"""Who looks on while a CA is asked: lines for cron, a bar for a terminal."""
+"""Who looks on while a CA is asked: a line on a terminal, plain lines for cron."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from bridge.system.console import Progress, log
+from bridge.system.status import Doing, doing
 
 
-class _PlainProgress:
-    """Lines on standard error, which cron mails: only what somebody has to know."""
+class _Shown:
+    """What is asked and answered, in words; shown where it takes long."""
+
+    def __init__(self, line: Doing) -> None:
+        self._line = line
+        self._lock = threading.Lock()
+        self._asked: dict[str, list[str]] = {}  #: By backend: who has not answered yet.
+        self._total = 0
 
     def signing(self, backend: str, names: Sequence[str]) -> None:
         log.debug("asking %s for %s", backend, ", ".join(names))
+        with self._lock:
+            self._asked.setdefault(backend, []).extend(names)
+            self._total += len(names)
+            self._line.text = self._text()
 
     def signed(self, name: str) -> None:
         log.debug("%s was answered", name)
+        with self._lock:
+            for names in self._asked.values():
+                if name in names:
+                    names.remove(name)
+            self._line.text = self._text()
 
     def note(self, text: str) -> None:
         log.warning("%s", text)
 
-
-class _TerminalProgress(_PlainProgress):
-    """A bar for each CA; made at the first question, since most runs have none."""
-
-    def __init__(self, stack: contextlib.ExitStack) -> None:
-        self._stack = stack
-        self._lock = threading.Lock()
-        self._bars: Any = None
-        self._tasks: dict[str, Any] = {}
-
-    def signing(self, backend: str, names: Sequence[str]) -> None:
-        with self._lock:
-            if self._bars is None:
-                self._bars = self._stack.enter_context(_bars())
-            task = self._bars.add_task(f"asking {backend}", total=len(names), detail="")
-            self._tasks.update(dict.fromkeys(names, task))
-
-    def signed(self, name: str) -> None:
-        with self._lock:
-            self._bars.update(self._tasks[name], advance=1, detail=name)
-
-
-def _bars() -> Any:
-    from rich.console import Console  # noqa: PLC0415 (60 ms; only on a terminal, when a CA is asked)
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn  # noqa: PLC0415
-
-    layout = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*layout, TextColumn("{task.fields[detail]}"), console=Console(stderr=True), transient=True)
+    def _text(self) -> str:
+        waiting = {backend: names for backend, names in self._asked.items() if names}
+        left = sum(map(len, waiting.values()))
+        if not waiting:
+            return f"all {self._total} requests are answered; verifying and installing"
+        return f"asking {' and '.join(waiting)}: {self._total - left} of {self._total} requests are answered"
 
 
 @contextlib.contextmanager
 def progress_shown() -> Iterator[Progress]:
-    """What fits standard error; a bar is gone in the end."""
-    with contextlib.ExitStack() as stack:
-        yield _TerminalProgress(stack) if sys.stderr.isatty() else _PlainProgress()
+    """What fits standard error; a line on a terminal is gone in the end."""
+    with doing("making new keys and requests", is_plain=False) as line:
+        yield _Shown(line)

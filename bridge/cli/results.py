@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from bridge.cli.printing import end_text, say, say_json, say_table, under_headings
+from bridge.cli.printing import end_text, say, say_json, say_sentence, say_table, under_headings
 from bridge.control_plane import restart_plan
 from bridge.errors import BridgeError, WaitingError
 from bridge.node.inventory import Node
@@ -72,7 +72,9 @@ def _print_result(result: Result, node: Node, settings: Settings, now: datetime)
     ]
     if rows:
         say_table(rows)
-        say(f"{len(rows)} renewed; the old files are in {settings.node.state_dir / 'backups' / str(result.backup_id)}")
+        say_sentence(
+            f"{len(rows)} renewed; the old files are in {settings.node.state_dir / 'backups' / str(result.backup_id)}"
+        )
     elif not result.failed and not result.waiting and not result.errors:
         say(nothing_due(node, settings, now))
     if result.waiting:
@@ -117,7 +119,7 @@ def print_restart(why: str, components: Sequence[Component], settings: Settings)
     if components:
         say(f"\n{why}, one at a time:")
     for component in components:
-        say(f"  {restart_plan.how(component, settings.node.kubeconfig_dir / 'manifests')}")
+        say_sentence(restart_plan.how(component, settings.node.kubeconfig_dir / "manifests"), "  ")
 
 
 def grouped(failed: Sequence[Outcome]) -> Iterator[tuple[str, BridgeError]]:

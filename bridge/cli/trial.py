@@ -38,6 +38,7 @@ from bridge.signing.conformance import (
 )
 from bridge.specs import AUTHORITIES, SPECS
 from bridge.system.console import printable
+from bridge.system.status import doing
 
 _SAMPLE_LIFETIME = timedelta(days=1)
 
@@ -154,7 +155,8 @@ def _results(trial: Trial) -> Iterator[tuple[str, int]]:
         if over and check is not CHECKS[-1]:
             yield _line("not tried", check, over), Exit.DONE
             continue
-        line, code = _result(check, trial)
+        with doing(check.name, is_plain=False):
+            line, code = _result(check, trial)
         if code in {Exit.WAITING, Exit.UNAVAILABLE}:
             over = "the CA has not answered" if code == Exit.WAITING else "the CA is not available"
         yield line, code

@@ -22,6 +22,7 @@ from typing import Any
 from bridge.control_plane.kube_api import Api, NoAnswerError
 from bridge.errors import PostponedError
 from bridge.pki.durations import duration_text
+from bridge.system.status import doing
 from bridge.system.waiting import wait_until
 
 _API_VERSION = "coordination.k8s.io/v1"
@@ -142,9 +143,10 @@ class Lease:
                 holders.append(seen.holder)
                 self._note(f"waiting for the lease {self._name}, which {seen.holder} has")
 
-        found = wait_until(
-            self._tried, lambda seen: seen is None, self._wait, pause_seconds=_LOOK_SECONDS, between=tell
-        )
+        with doing(f"waiting for the lease {self._name}", is_plain=False):
+            found = wait_until(
+                self._tried, lambda seen: seen is None, self._wait, pause_seconds=_LOOK_SECONDS, between=tell
+            )
         if found is not None:
             waited = duration_text(self._wait)
             raise LeaseHeldError(f"wanted the lease {self._name} within {waited}, found that {holders[-1]} has it")

@@ -29,6 +29,7 @@ from bridge.pki.durations import duration_text
 from bridge.settings.tables import ClusterSettings, Settings
 from bridge.specs import Component
 from bridge.system import https
+from bridge.system.status import doing
 from bridge.system.waiting import wait_until
 
 InstanceState = Literal["healthy", "unhealthy", "unknown"]
@@ -162,13 +163,14 @@ def _after_waiting(
             told.append(f"waiting up to {duration_text(rules.neighbour_wait)} for {'; '.join(seen[1])}")
             note(f"{component.value}: {told[0]}")
 
-    return wait_until(
-        lambda: _after_an_election(component, node, settings),
-        lambda seen: not seen[1] or seen[0].own_is_down(component),
-        rules.neighbour_wait if rules.neighbours == "wait" else timedelta(),
-        pause_seconds=_LOOK_SECONDS,
-        between=tell,
-    )
+    with doing(f"{component.value}: looking whether the other nodes are well", is_plain=False):
+        return wait_until(
+            lambda: _after_an_election(component, node, settings),
+            lambda seen: not seen[1] or seen[0].own_is_down(component),
+            rules.neighbour_wait if rules.neighbours == "wait" else timedelta(),
+            pause_seconds=_LOOK_SECONDS,
+            between=tell,
+        )
 
 
 def _after_an_election(component: Component, node: Node, settings: Settings) -> tuple[Neighbours, list[str]]:

@@ -23,6 +23,7 @@ from bridge.node import inventory
 from bridge.node.inventory import Node
 from bridge.settings.tables import Settings
 from bridge.specs import Component
+from bridge.system.status import doing
 from bridge.system.waiting import wait_until
 
 _AT_ONCE = 8
@@ -122,12 +123,13 @@ def within(
         machine: As in `look`.
         counts: Of what is wrong, what is worth the wait: not what was so before, say.
     """
-    return wait_until(
-        lambda: look(read(), settings, now(), machine),
-        lambda found: not any(map(counts, found.wrong)),
-        limit,
-        pause_seconds=_PAUSE_SECONDS,
-    )
+    with doing("proving that every component works on its certificates"):
+        return wait_until(
+            lambda: look(read(), settings, now(), machine),
+            lambda found: not any(map(counts, found.wrong)),
+            limit,
+            pause_seconds=_PAUSE_SECONDS,
+        )
 
 
 def prove(settings: Settings, now: Callable[[], datetime], wait: timedelta) -> ProofReport:

@@ -37,6 +37,7 @@ from bridge.system.console import log
 from bridge.system.files import write_atomically
 from bridge.system.safe_read import UnreadableError, read
 from bridge.system.state_file import OnDamage, StateFile
+from bridge.system.status import doing
 from bridge.system.waiting import wait_until
 from bridge.words import name_found
 
@@ -272,6 +273,11 @@ def _by_method(component: Component, node: Node, settings: Settings, store: Stor
     """
     if settings.restart.method == "none":
         raise ValueError("wanted a method to restart components with")
+    with doing(f"restarting {component.value}"):
+        _by_its_method(component, node, settings, store, tell)
+
+
+def _by_its_method(component: Component, node: Node, settings: Settings, store: Store, tell: Tell) -> None:
     if component is Component.KUBELET or settings.restart.method == "command":
         words = _command(component, settings)
         _remember(component, store)

@@ -6,13 +6,15 @@ import errno
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, TextIO
 
 from bridge.errors import BridgeError
+from bridge.system import status
 
 log = logging.getLogger("ca-bridge")
 ROOT_HINT = "run it as root (sudo)"
@@ -56,6 +58,32 @@ class _TextFormat(logging.Formatter):
         return text if record.levelno == logging.INFO else f"{level}: {text}"
 
 
+#: Of the first word of a message, on a terminal that has colours.
+_COLOURS = {"error": "\x1b[1;31m", "warning": "\x1b[33m", "hint": "\x1b[36m"}
+
+
+class _TerminalFormat(_TextFormat):
+    """Lines that end between words (paths can be copied), and a colour for what kind of message it is."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        import textwrap  # noqa: PLC0415 (for people alone)
+
+        width = shutil.get_terminal_size().columns
+        words = super().format(record)
+        text = "\n  ".join(textwrap.wrap(words, width - 2, break_long_words=False, break_on_hyphens=False))
+        level, colon, rest = text.partition(":")
+        colour = _COLOURS.get(level) if status.is_coloured(sys.stderr) and record.levelno != logging.INFO else None
+        return f"{colour}{level}:\x1b[0m{rest}" if colour else f"{level}{colon}{rest}"
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    """A message has a line of its own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        status.clear()
+        super().emit(record)
+
+
 #: What a message may say it is about (`extra` of the log call), as keys of its line.
 _ABOUT = ("request", "signer", "requester", "outcome")
 
@@ -70,8 +98,9 @@ class _JsonFormat(logging.Formatter):
 
 def set_up(verbose: int, log_format: LogFormat) -> None:
     """Our own messages only: what libraries log at a high level may hold headers."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonFormat() if log_format is LogFormat.JSON else _TextFormat())
+    handler = _Handler(sys.stderr)
+    text_format = _TerminalFormat if status.is_lively(sys.stderr) else _TextFormat
+    handler.setFormatter(_JsonFormat() if log_format is LogFormat.JSON else text_format())
     log.handlers = [handler]
     log.propagate = False
     log.setLevel(logging.DEBUG if verbose else logging.INFO)

@@ -18,6 +18,7 @@ from typing import ClassVar
 
 from bridge.errors import BridgeError, Exit
 from bridge.system.ownership import exposure
+from bridge.system.status import doing
 from bridge.system.waiting import wait_until
 
 DIRECTORY_MODE = 0o700
@@ -233,7 +234,8 @@ def take_lock(descriptor: int, wait: timedelta) -> bool:
     Returns:
         Whether it is ours now.
     """
-    return wait_until(lambda: _try_lock(descriptor), bool, wait, pause_seconds=_LOCK_POLL_SECONDS)
+    with doing("waiting for another run to end", is_plain=False):
+        return wait_until(lambda: _try_lock(descriptor), bool, wait, pause_seconds=_LOCK_POLL_SECONDS)
 
 
 def _try_lock(descriptor: int) -> bool:

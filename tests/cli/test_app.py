@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import json
 import os
-import pty
 import re
 import shlex
 import shutil
@@ -544,30 +543,6 @@ def test_nothing_due_for_a_user_who_may_not_look(run: Run, node: Pki, config: Pa
             os.seteuid(0)
         assert result.exit_code == 1
         assert result.stderr.startswith(f"error: {directory}/state: wanted a directory of user 65534")
-
-
-def test_progress_on_a_terminal(config: Path) -> None:
-    """A bar for each CA while it is asked, the same lines at the end, and no escape sequence in the result."""
-    command = [str(Path(sys.executable).with_name("ca-bridge")), "renew", "all", "--config", str(config)]
-    parent, child = pty.openpty()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=child, stdin=subprocess.DEVNULL) as process:
-        os.close(child)
-        shown = b"".join(iter(lambda: _read(parent), b""))
-        assert process.stdout is not None
-        result = process.stdout.read()
-    os.close(parent)
-    assert process.returncode == 0, shown
-    assert b"asking desk (openssl)" in shown
-    assert b"\x1b[" in shown
-    assert b"12 renewed" in result
-    assert b"\x1b" not in result
-
-
-def _read(terminal: int) -> bytes:
-    try:
-        return os.read(terminal, 4096)
-    except OSError:  # Linux's way to say that the other end is closed
-        return b""
 
 
 def test_a_full_disk_is_named(run: Run, monkeypatch: pytest.MonkeyPatch, node: Pki, tmp_path: Path) -> None:

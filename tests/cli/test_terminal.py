@@ -1,0 +1,112 @@
+"""What people see on a terminal: progress, colours where they are wanted, tables that fit."""
+
+from __future__ import annotations
+
+import re
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from bridge.cli import printing
+from tests.kit import opensslca, terminals
+from tests.kit.pki import Pki, handmade_pki
+
+PROGRAM = str(Path(sys.executable).with_name("ca-bridge"))
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Pki:
+    """A node whose certificates end in 20 days."""
+    return handmade_pki(tmp_path / "node", not_after=datetime.now(UTC) + timedelta(days=20))
+
+
+@pytest.fixture
+def config(node: Pki, tmp_path: Path) -> Path:
+    """Settings with an `openssl ca` directory for each authority, and an openssl that takes its time."""
+    slow = tmp_path / "openssl"
+    slow.write_text('#!/bin/sh\nsleep 1.5\nexec openssl "$@"\n')
+    slow.chmod(0o755)
+    lines = [
+        f'[node]\npki_dir = "{node.pki_dir}"\nkubeconfig_dir = "{node.kubeconfig_dir}"\nstate_dir = "{tmp_path}/state"'
+    ]
+    lines.append(f'[backend.desk]\ntype = "openssl"\nopenssl = "{slow}"')
+    for name in ("ca", "etcd-ca", "front-proxy-ca"):
+        directory = opensslca.make_ca_directory(tmp_path / "cas" / name, *node.ca_pem(name))
+        lines.append(f'[authority.{name}]\nbackend = "desk"\ndir = "{directory}"')
+    file = tmp_path / "config.toml"
+    file.write_text("\n".join([*lines, ""]))
+    file.chmod(0o644)
+    return file
+
+
+def renewed(config: Path, term: str) -> terminals.Shown:
+    """One certificate, with the terminal for messages alone."""
+    command = [PROGRAM, "renew", "front-proxy-client", "--config", str(config)]
+    shown = terminals.run(command, {"TERM": term}, messages_only=True)
+    assert shown.exit_code == 0, shown
+    assert "1 renewed" in shown.output
+    assert "\x1b" not in shown.output
+    return shown
+
+
+def test_progress_where_it_takes_long(config: Path) -> None:
+    """A line that says who is asked, and is gone in the end; none on a terminal that can't write over a line."""
+    shown = renewed(config, "xterm")
+    assert "asking desk (openssl): 0 of 1 requests are answered … " in shown.terminal
+    assert shown.text == ""
+    assert "\x1b" not in renewed(config, "dumb").terminal
+
+
+_SLOW = """
+import time
+from bridge.system import console, status
+console.set_up(0, console.LogFormat.TEXT)
+with status.doing("restarting etcd", is_plain={plain}):
+    time.sleep(2.8)
+    console.log.warning("a message")
+"""
+
+
+def test_one_line_where_nobody_looks() -> None:
+    """In a journal what takes long is told once, unless most runs do it; on a terminal it is written over."""
+    for plain, wanted in ((True, "restarting etcd …\nwarning: a message\n"), (False, "warning: a message\n")):
+        code = _SLOW.format(plain=plain)
+        assert terminals.run([sys.executable, "-c", code], {"TERM": "dumb"}).text == wanted
+    shown = terminals.run([sys.executable, "-c", code])
+    assert re.search(r"\r\x1b\[K[|/\\-] restarting etcd … 2 s", shown.terminal)
+    assert shown.text == "warning: a message\n"
+
+
+def test_colours_where_they_are_seen_and_wanted() -> None:
+    """The first word of a message; not with NO_COLOR, nor on a terminal that has none."""
+    command = [PROGRAM, "plan", "--config", "/nowhere/config.toml"]
+    assert "\x1b[1;31merror:\x1b[0m /nowhere" in terminals.run(command).terminal
+    for environment in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
+        shown = terminals.run(command, environment)
+        assert "\x1b" not in shown.terminal
+        assert shown.text.startswith("error: /nowhere")
+
+
+ROWS = [("apiserver", "expires soon", "a" * 30), ("etcd-server", "", "b" * 30)]
+
+
+def test_a_table_fits_where_it_is_shown() -> None:
+    """What has no room goes on below; with room, and in a file, each row is a line."""
+    wide = ["apiserver    expires soon  " + "a" * 30, "etcd-server                " + "b" * 30]
+    assert list(printing.columns(ROWS, 57)) == wide
+    assert list(printing.columns(ROWS)) == wide
+    narrow = list(printing.columns(ROWS, 56))
+    assert narrow == ["apiserver    expires soon", f"    {'a' * 30}", "etcd-server", f"    {'b' * 30}"]
+    assert list(printing.columns(ROWS, 20))[0:2] == ["apiserver", "    expires soon"]
+
+
+def test_the_plan_fits_into_80_columns(config: Path) -> None:
+    """No line of it is cut in two by the terminal."""
+    shown = terminals.run([PROGRAM, "plan", "--config", str(config)], columns=120)
+    paths = [line for line in shown.text.splitlines() if line.startswith("    replace ")]
+    assert len(paths) == 12
+    shown = terminals.run([PROGRAM, "plan", "--config", str(config)])
+    wide = {line.strip() for line in shown.text.splitlines() if len(line) > 80}
+    assert [line for line in wide if " " in line.removeprefix("replace ").partition(" and ")[0]] == []

@@ -1,0 +1,68 @@
+"""What a command shows on a terminal: a pseudo-terminal for its output, or for its messages alone."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import termios
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What came of a command."""
+
+    exit_code: int
+    terminal: str  #: All that was written to it, escape sequences included.
+    output: str  #: Standard output, where that is no terminal.
+
+    @property
+    def text(self) -> str:
+        """What a person reads: without colours, and without what was written over."""
+        text = re.sub(r"[^\n]*\r(?!\n)(\x1b\[K)?", "", self.terminal.replace("\r\n", "\n"))
+        return re.sub(r"\x1b\[[0-9;]*[a-zA-Z]", "", text)
+
+
+def run(
+    command: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    *,
+    columns: int = 80,
+    messages_only: bool = False,
+) -> Shown:
+    """
+    Run it to its end.
+
+    Args:
+        command: The program and its arguments.
+        environment: On top of this process's; TERM is xterm unless it is there.
+        columns: Of the terminal.
+        messages_only: Standard error is the terminal, and standard output a pipe.
+    """
+    parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    plain = {key: value for key, value in os.environ.items() if key not in {"COLUMNS", "NO_COLOR"}}
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE if messages_only else child,
+        stderr=child,
+        env={**plain, "TERM": "xterm", **(environment or {})},
+    ) as process:
+        os.close(child)
+        shown = b"".join(iter(lambda: _read(parent), b""))
+        output = process.stdout.read() if process.stdout is not None else b""
+    os.close(parent)
+    return Shown(process.returncode, shown.decode(), output.decode())
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # Linux's way to say that the other end is closed
+        return b""
