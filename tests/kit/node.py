@@ -7,12 +7,15 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from tests.kit import programs
 
 _SCRIPT = programs.KIT / "node.sh"
 _START_SECONDS = 300  # far more than the 15 of an idle machine; node.sh has its own, smaller limits
+
+
+Form = Literal["reference", "data", "token"]
 
 
 def directory() -> Path:
@@ -32,7 +35,7 @@ class Node:
     ip: str
 
     @classmethod
-    def up(cls, name: str, ip: str, *, ca_dir: Path | None = None, cluster: str = "") -> Node:
+    def up(cls, name: str, ip: str, *, ca_dir: Path | None = None, cluster: str = "", kubelet: str = "") -> Node:
         """
         Start the first control-plane node of a cluster.
 
@@ -41,11 +44,13 @@ class Node:
             ip: In 198.18.77.0/24, but not .1.
             ca_dir: Where the three CA keys go, with copies of the CA certificates: external-CA mode.
             cluster: More lines for kubeadm's ClusterConfiguration, such as `certificateValidityPeriod: 1h`.
+            kubelet: More lines for the cluster's KubeletConfiguration, such as `serverTLSBootstrap: true`.
 
         Raises:
             AssertionError: It did not come up; nothing of it is left but the words of its logs.
         """
-        return cls._start(cls(name=name, ip=ip), "up", *([str(ca_dir)] if ca_dir else []), cluster=cluster)
+        more = {"KUBEADM_KUBELET": kubelet}
+        return cls._start(cls(name=name, ip=ip), "up", *([str(ca_dir)] if ca_dir else []), cluster=cluster, **more)
 
     @classmethod
     def join(cls, name: str, ip: str, other: Node, *, cluster: str = "") -> Node:
@@ -58,9 +63,37 @@ class Node:
         return cls._start(cls(name=name, ip=ip), "join", other.name, cluster=cluster)
 
     @classmethod
-    def _start(cls, node: Node, verb: str, *args: str, cluster: str) -> Node:
+    def worker(cls, name: str, ip: str, other: Node, *, form: Form = "reference", minutes: int | None = None) -> Node:
+        """
+        Start a worker of another node's cluster, by `kubeadm join`.
+
+        Args:
+            name: As in `up`.
+            ip: As in `up`.
+            other: A control-plane node.
+            form: How its kubelet gets its client certificate; with a token somebody has to sign meanwhile.
+            minutes: Lifetime of a pre-signed one; a year if not given.
+
+        Raises:
+            AssertionError: As `up`.
+        """
+        more = {} if minutes is None else {"KUBELET_MINUTES": str(minutes)}
+        return cls._start(cls(name=name, ip=ip), "worker", other.name, form, cluster="", **more)
+
+    @classmethod
+    def host(cls, name: str, ip: str) -> Node:
+        """
+        Start a machine before kubeadm: a container runtime, a network, and a service that starts a kubelet.
+
+        Raises:
+            AssertionError: As `up`.
+        """
+        return cls._start(cls(name=name, ip=ip), "host", cluster="")
+
+    @classmethod
+    def _start(cls, node: Node, verb: str, *args: str, cluster: str, **more: str) -> Node:
         command = [str(_SCRIPT), verb, node.name, node.ip, *args]
-        environment = {**os.environ, "KUBEADM_CLUSTER": cluster}
+        environment = {**os.environ, "KUBEADM_CLUSTER": cluster, **more}
         try:
             run = subprocess.run(
                 command, env=environment, capture_output=True, text=True, check=False, timeout=_START_SECONDS

@@ -7,6 +7,13 @@
 #                                  certificates, before the control plane is made: external-CA mode
 #   node.sh join NAME IP OTHER     one more control-plane node, an etcd member too, beside node OTHER, with its CA
 #                                  certificates; its own certificates are signed with the keys of OTHER's CA_DIR
+#   node.sh host NAME IP           a machine before kubeadm: container runtime, network, and a service that starts the
+#                                  kubelet as systemd does (systemctl.sh, which kubeadm finds)
+#   node.sh worker NAME IP OTHER [FORM]
+#                                  a worker of node OTHER's cluster, by `kubeadm join`. FORM tells how it gets its name:
+#                                    reference  a kubelet.conf that refers to a pre-signed .pem (the default)
+#                                    data       a kubelet.conf that holds the pre-signed certificate
+#                                    token      a bootstrap token; somebody has to sign within 5 minutes
 #   node.sh exec NAME CMD...       run CMD as on the node
 #   node.sh down NAME              stop it and remove all of it, also when it never came up or is not there
 #
@@ -14,6 +21,8 @@
 #   KUBE_BIN_DIR      the kit's programs (binaries.sh), default /opt/k8s
 #   KUBE_NODE_DIR     what nodes keep on disk, default /var/lib/kube-nodes; NAME/*.log tells what went wrong
 #   KUBEADM_CLUSTER   more lines for kubeadm's ClusterConfiguration (certificateValidityPeriod: 1h, …)
+#   KUBEADM_KUBELET   more lines for the cluster's KubeletConfiguration (serverTLSBootstrap: true, …)
+#   KUBELET_MINUTES   lifetime of a worker's pre-signed certificate, default 525600 (a year)
 #
 # Run as root. Addresses are of 198.18.77.0/24 (a range for benchmarks, RFC 2544) on a bridge that exists only here;
 # .1 is the bridge. The container images stay in KUBE_NODE_DIR for the next node; everything else goes with the node.
@@ -34,7 +43,7 @@ export PATH="$bin:$PATH"
 
 usage() { sed -n '/^#   node.sh/,/^#$/s/^# \{0,3\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 
-enter() { nsenter -t "$(cat "$node/pid")" -m -n -- "$@"; }
+enter() { PATH="$node/bin:$PATH" nsenter -t "$(cat "$node/pid")" -m -n -- "$@"; }
 
 # daemon PROGRAM ARG...: started on the node, in a session of its own, so that a Ctrl-C at the terminal passes it by.
 daemon() { setsid nsenter -t "$(cat "$node/pid")" -m -n -- "$@" >"$node/$1.log" 2>&1 </dev/null & }
@@ -141,7 +150,7 @@ make_namespaces() { # a process that holds the mount namespace, and all mounts o
   within 10 "its namespaces" test -e "$node/pid"
 }
 
-start_containerd() {
+start_containerd() { # start_containerd IMAGE_ARCHIVE...
   local socket=$node/run/containerd.sock archive
   mkdir -p "$node/run"
   containerd config default | sed -E \
@@ -151,23 +160,25 @@ start_containerd() {
     -e "s#'/run/containerd/containerd.sock#'$socket#g" >"$node/containerd.toml"
   daemon containerd -c "$node/containerd.toml"
   within 30 "its container runtime" ctr -a "$socket" version
-  for archive in "$images"/*.tar; do
+  for archive; do
     ctr -a "$socket" -n k8s.io images import "$archive" >>"$node/import.log" 2>&1 || die "$name: no image from $archive" "see $node/import.log"
   done
   echo "runtime-endpoint: unix://$socket" >"$kubernetes/crictl.yaml" # crictl -c /etc/kubernetes/crictl.yaml
 }
 
-make_host() { # make_host IP: the node before kubeadm
-  local root
+make_host() { # make_host IP [IMAGE...]: the node before kubeadm, with these images or all
+  local root ip=$1 archives; shift
   [[ ! -e "$node" && ! -e "/run/netns/$name" ]] || die "$name: wanted a new name, found a node of that name" "node.sh down $name"
   make_images
   mkdir -p "$node"
   # A node has its own cgroup root, since a kubelet removes what it does not know from its root.
   for root in $(cgroup_roots); do mkdir -p "$root/$name"; done
-  locked make_network "$1"
+  locked make_network "$ip"
   locked make_mount_points
   make_namespaces
-  start_containerd
+  archives=("$images"/*.tar)
+  [ $# = 0 ] || mapfile -t archives < <(printf "$images/%s.tar\n" "$@")
+  start_containerd "${archives[@]}"
 }
 
 # --- kubeadm ---
@@ -193,6 +204,7 @@ failCgroupV1: false
 failSwapOn: false
 fileCheckFrequency: 20s
 evictionHard: {imagefs.available: "1%", nodefs.available: "1%", memory.available: 50Mi}
+${KUBEADM_KUBELET:-}
 YAML
 }
 
@@ -278,6 +290,101 @@ join() { # join IP OTHER
   echo "$name is up at https://$ip:6443"
 }
 
+# --- workers ---
+
+host() { # host IP [IMAGE...]
+  [ -n "${1:-}" ] || usage
+  make_host "$@"
+  mkdir -p "$node/bin"
+  cp "$here/systemctl.sh" "$node/bin/systemctl"
+  setsid nsenter -t "$(cat "$node/pid")" -m -n -- "$node/bin/systemctl" keep >"$node/service.log" 2>&1 </dev/null &
+}
+
+sign_kubelet() { # sign_kubelet CA_DIR: made/kubelet.crt and .key, in the name of this node
+  local made=$node/made
+  mkdir -p "$made"
+  openssl ecparam -name prime256v1 -genkey -noout -out "$made/kubelet.key" 2>>"$node/openssl.log"
+  # `openssl ca` and not `x509 -req`, which knows no shorter lifetime than a day
+  printf '%s\n' '[ca]' 'default_ca = d' '[d]' "new_certs_dir = $made" "database = $made/index" "rand_serial = yes" \
+    'default_md = sha256' 'policy = p' 'x509_extensions = e' '[p]' 'organizationName = supplied' 'commonName = supplied' \
+    '[e]' 'basicConstraints = critical,CA:FALSE' 'keyUsage = critical,digitalSignature' 'extendedKeyUsage = clientAuth' \
+    'authorityKeyIdentifier = keyid' >"$made/ca.cnf"
+  : >"$made/index"
+  openssl req -new -key "$made/kubelet.key" -subj "/O=system:nodes/CN=system:node:$name" -out "$made/kubelet.csr"
+  openssl ca -batch -notext -config "$made/ca.cnf" -cert "$1/ca.crt" -keyfile "$1/ca.key" -in "$made/kubelet.csr" \
+    -startdate "$(date -u -d '-1 minute' +%Y%m%d%H%M%SZ)" \
+    -enddate "$(date -u -d "+${KUBELET_MINUTES:-525600} minutes" +%Y%m%d%H%M%SZ)" \
+    -out "$made/kubelet.crt" >>"$node/openssl.log" 2>&1 || die "$name: no certificate for its kubelet" "see $node/openssl.log"
+}
+
+write_kubelet_conf() { # write_kubelet_conf SERVER CA_CRT data|reference
+  local made=$node/made pki=/var/lib/kubelet/pki there user pem
+  if [ "$3" = data ]; then
+    user="client-certificate-data: $(base64 -w0 "$made/kubelet.crt"), client-key-data: $(base64 -w0 "$made/kubelet.key")"
+  else
+    there=$node/root$pki pem=kubelet-client-$(date +%Y-%m-%d-%H-%M-%S).pem
+    mkdir -p "$there"
+    (umask 077 && cat "$made/kubelet.crt" "$made/kubelet.key" >"$there/$pem")
+    ln -s "$pki/$pem" "$there/kubelet-client-current.pem"
+    user="client-certificate: $pki/kubelet-client-current.pem, client-key: $pki/kubelet-client-current.pem"
+  fi
+  (umask 077 && cat >"$kubernetes/kubelet.conf") <<YAML
+apiVersion: v1
+kind: Config
+clusters:
+- name: kubernetes
+  cluster: {server: "$1", certificate-authority-data: $(base64 -w0 "$2")}
+contexts:
+- name: system:node:$name@kubernetes
+  context: {cluster: kubernetes, user: "system:node:$name"}
+current-context: system:node:$name@kubernetes
+users:
+- name: system:node:$name
+  user: {$user}
+YAML
+}
+
+write_join() { # write_join IP DISCOVERY: the patch, since the cluster's configuration names the first node's cgroup
+  mkdir -p "$node/patches"
+  echo "{cgroupRoot: /$name}" >"$node/patches/kubeletconfiguration+merge.yaml"
+  cat >"$kubernetes/join.yaml" <<YAML
+apiVersion: kubeadm.k8s.io/v1beta4
+kind: JoinConfiguration
+discovery: {$2}
+nodeRegistration:
+  name: $name
+  criSocket: "unix://$node/run/containerd.sock"
+  kubeletExtraArgs: [{name: node-ip, value: $1}]
+patches: {directory: $node/patches}
+YAML
+}
+
+worker() { # worker IP OTHER [FORM]
+  local ip=${1:-} other=${2:-} form=${3:-reference} first ca_dir token
+  [ $# -ge 2 ] && [[ $form =~ ^(reference|data|token)$ ]] || usage
+  other=$base/$other
+  [ -e "$other/pid" ] || die "$name: wanted a node to join, found none in $other"
+  first=$(sed -n 's/.*advertiseAddress: \(.*\)}.*/\1/p' "$other/root/etc/kubernetes/kubeadm.yaml")
+  host "$ip" pause etcd # etcd's is one that a pod can run
+  if [ "$form" = token ]; then
+    token=$(PATH="$bin:$PATH" nsenter -t "$(cat "$other/pid")" -m -n -- kubeadm token create 2>>"$node/kubeadm.log")
+    write_join "$ip" "bootstrapToken: {token: $token, apiServerEndpoint: '$first:6443', unsafeSkipCAVerification: true}"
+  else
+    ca_dir=$other/root/etc/kubernetes/pki
+    [ ! -e "$other/ca_dir" ] || ca_dir=$(cat "$other/ca_dir")
+    sign_kubelet "$ca_dir"
+    write_kubelet_conf "https://$first:6443" "$ca_dir/ca.crt" "$form"
+    write_join "$ip" "file: {kubeConfigPath: /etc/kubernetes/kubelet.conf}"
+  fi
+  # All errors of preflight: the file that is there on purpose, and whatever this machine lacks beside a real one.
+  enter kubeadm join --config /etc/kubernetes/join.yaml --ignore-preflight-errors=all >>"$node/kubeadm.log" 2>&1 || {
+    tail -n 3 "$node/kubeadm.log" >&2
+    die "$name: kubeadm join failed" "see $node/kubeadm.log and $node/kubelet.log"
+  }
+  [ "$form" = token ] || rm -rf "$node/made"
+  echo "$name is a worker at $ip"
+}
+
 # --- the end ---
 
 pids() { # all processes of the node: those in its network, and those in its cgroups
@@ -348,9 +455,9 @@ main() {
   export KUBECACHEDIR=$node/kubectl-cache
   [ "$(id -u)" = 0 ] || die "wanted root, which may make namespaces, found uid $(id -u)"
   case $verb in
-    up | join)
+    up | join | host | worker)
       [ -x "$bin/kubeadm" ] || die "wanted the kit's programs, found no $bin/kubeadm" "run tests/kit/binaries.sh"
-      need runc=runc ip=iproute2 gcc=gcc nsenter=util-linux python3=python3
+      need runc=runc ip=iproute2 gcc=gcc nsenter=util-linux python3=python3 openssl=openssl
       [ -e /usr/include/stdio.h ] || install_packages libc6-dev
       version=$(kubeadm version -o short)
       images=$base/images-$version
