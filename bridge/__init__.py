@@ -13,6 +13,7 @@ The map, from the ground up; each floor imports only what is below it (`tests/te
 - `control_plane`: looking at components and restarting them
 - `renewal`: the main job
 - `monitoring`: what monitors are told, and how the last runs ended
+- `users`: kubeconfigs for people and machines, signed through the same backends
 - `diagnosis`: whether the next renewal, and a restart, would succeed (`doctor`)
 - `kubernetes`: the gateway, our door for the certificates API
 - `bootstrap`: day 0, what a new node needs before kubeadm makes it one

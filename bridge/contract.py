@@ -21,7 +21,7 @@ from cryptography import x509
 from bridge.errors import BackendError, SettingsProblem, Violation
 from bridge.secret import Secret as Secret  # noqa: PLC0414 (backends import it from here)
 from bridge.secret import SecretUnavailableError as SecretUnavailableError  # noqa: PLC0414
-from bridge.specs import GATEWAY_SPECS, SPECS, Authority, CertificateSpec, KeyAlgorithm
+from bridge.specs import GATEWAY_SPECS, SPECS, USER, Authority, CertificateSpec, KeyAlgorithm
 
 #: Entry-point group; each entry point is a `BackendType`.
 ENTRY_POINT_GROUP = "kubeadm_ca_bridge.backends"
@@ -511,7 +511,7 @@ class Selector:
         if not fields <= {"name", "usage", "node"}:
             yield SettingsProblem(key, "a text that may hold {name}, {usage} and {node}", repr(self.pattern))
         for name in self.exceptions:
-            if name not in SPECS and name not in GATEWAY_SPECS and name not in USAGES:
+            if name not in {*SPECS, *GATEWAY_SPECS, USER.name, *USAGES}:
                 yield SettingsProblem(
                     f"{exceptions_key}.{name}", f"a certificate's name or one of {', '.join(USAGES)}", repr(name)
                 )

@@ -111,6 +111,18 @@ _CLIENT = frozenset({EKU.CLIENT_AUTH})
 _PEER = frozenset({EKU.SERVER_AUTH, EKU.CLIENT_AUTH})
 _KUBECONFIG_FLAGS = ("--kubeconfig", "--authentication-kubeconfig", "--authorization-kubeconfig")
 
+#: A client certificate for a person or a machine, in a kubeconfig of its own; on no node, and none of kubeadm's.
+USER = CertificateSpec(
+    name="user",
+    authority=CA,
+    ekus=_CLIENT,
+    common_names=(),
+    base="user",
+    kubeconfig=True,
+    optional=True,
+    listed=False,
+)
+
 #: In kubeadm's order (by name, byte-wise), then what kubeadm does not list.
 SPECS = {
     spec.name: spec

@@ -37,10 +37,11 @@ FLOORS: dict[str, set[str]] = {
     "control_plane": _KEEPS,
     "renewal": _KEEPS | {"signing", "control_plane"},
     "monitoring": _KEEPS | {"renewal"},
+    "users": _KEEPS | {"signing"},
     "diagnosis": _KEEPS | {"signing", "control_plane", "renewal"},
     "kubernetes": _KEEPS | {"signing"},
     "bootstrap": _KEEPS | {"signing", "renewal"},
-    "cli": _KEEPS | {"signing", "control_plane", "renewal", "monitoring", "diagnosis", "kubernetes", "bootstrap"},
+    "cli": _KEEPS | {"signing", "control_plane", "renewal", "monitoring", "diagnosis", "kubernetes", "bootstrap", "users"},
 }
 #: No I/O and no clock in these: a package, or a module of another one.
 PURE = (

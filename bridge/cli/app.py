@@ -29,6 +29,7 @@ from bridge.cli.options import (
     utc_now,
 )
 from bridge.cli.printing import say
+from bridge.cli.users import kubeconfig_app
 
 # Rich tracebacks can print local variables, and ours hold tokens and keys.
 app = typer.Typer(
@@ -56,6 +57,7 @@ audit_app = _group("audit", "Show and verify the audit log.")
 pending_app = _group("pending", "Show and cancel requests that a CA has not answered yet.")
 backend_app = _group("backend", "Try a CA that the settings name.")
 app.add_typer(bootstrap.app, name="bootstrap")
+app.add_typer(kubeconfig_app, name="kubeconfig")
 
 
 def _version(value: bool) -> None:

@@ -15,12 +15,23 @@ TASKS: dict[str, tuple[str, ...]] = {
     "Sign for the cluster": ("gateway",),
     "Go back, and clean up after a crash": ("backups", "rollback", "recover"),
     "Make a new node": ("bootstrap",),
+    "Let people and machines in": ("kubeconfig",),
     "Set up": ("settings", "setup", "backend", "demo"),
     "Keep the record": ("audit",),
 }
 
 #: By command: lines to type, each with what it does.
 EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
+    "kubeconfig request": (
+        ("ca-bridge kubeconfig request bob --group dev --group ops", "Make bob.key and bob.csr, on bob's machine."),
+    ),
+    "kubeconfig user": (
+        ("ca-bridge kubeconfig user bob --group dev --group ops --csr bob.csr", "Make bob.conf from bob's request."),
+        (
+            "ca-bridge kubeconfig user backup --validity 1h -o /etc/backup/kubeconfig",
+            "One for a machine, its key made here.",
+        ),
+    ),
     "check-expiration": (
         ("ca-bridge check-expiration", "Show the two tables that kubeadm shows."),
         ("ca-bridge check-expiration --within 14d", "Exit with 3 if something expires within two weeks."),

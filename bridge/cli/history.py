@@ -13,7 +13,7 @@ from bridge.pki.certificates import serial_hex
 from bridge.pki.expiry import minute, rfc3339
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Settings
-from bridge.specs import SPECS, Component
+from bridge.specs import SPECS, USER, Component
 from bridge.state import audit, backups, copies
 from bridge.state.install import Recovery
 from bridge.state.rollback import Rollback, put_back_and_retire
@@ -163,8 +163,8 @@ def audit_show(settings: Settings, since: datetime | None, name: str | None, *, 
         SettingsError: No event can have such a name.
     """
     known = [*SPECS, *(component.value for component in Component)]
-    if name is not None and name not in known:
-        wanted = f"the name of a certificate or component ({', '.join(known)})"
+    if name is not None and name not in known and not name.startswith(f"{USER.name} "):
+        wanted = f"the name of a certificate or component ({', '.join(known)}), or `{USER.name} NAME`"
         raise SettingsError([SettingsProblem("--name", wanted, name_found(name, known))])
     found = list(audit.events(Store(settings.node.state_dir), since, name))
     if as_json:

@@ -19,13 +19,14 @@ class FreshKubeconfig:
     user: str
     ca_pem: bytes
 
-    def text(self, certificate_pem: bytes, key_pem: bytes | None) -> bytes:
+    def text(self, certificate_pem: bytes, key_pem: bytes | None, key_file: str = "") -> bytes:
         """
         The file.
 
         Args:
             certificate_pem: The leaf, and what must follow it.
-            key_pem: None: the user has it, and adds it.
+            key_pem: None: the user has it.
+            key_file: Its file then, seen from the kubeconfig's directory.
 
         Raises:
             KubeconfigError: It can't be read back as it was meant; a bug.
@@ -34,6 +35,8 @@ class FreshKubeconfig:
         user = {"client-certificate-data": _base64(certificate_pem)}
         if key_pem is not None:
             user["client-key-data"] = _base64(key_pem)
+        elif key_file:
+            user["client-key"] = key_file
         document = {
             "apiVersion": "v1",
             "clusters": [

@@ -20,6 +20,7 @@ from bridge.state.install import journal_file, staging_file
 from bridge.state.parked_manifest import restart_file
 from bridge.state.requests import requests_file
 from bridge.state.store import Store
+from bridge.state.users import waiting_file
 from bridge.system.files import lock
 from bridge.system.state_file import StateError, StateFile
 
@@ -36,7 +37,16 @@ class SetAside:
 
 def state_files(store: Store) -> list[StateFile[Any]]:
     """All that a damage may stop; the audit log's head is none of them, since the log goes on by itself."""
-    makers = (restart_file, journal_file, staging_file, requests_file, unproven_file, hooks_file, revocations_file)
+    makers = (
+        restart_file,
+        journal_file,
+        staging_file,
+        requests_file,
+        unproven_file,
+        hooks_file,
+        revocations_file,
+        waiting_file,
+    )
     return [*(make(store) for make in makers), owed_file(store), attempts_file(store), times_file(store)]
 
 

@@ -28,6 +28,7 @@ from bridge.settings.tables import (
     RenewalSettings,
     RestartSettings,
     Settings,
+    UserSettings,
 )
 from bridge.specs import AUTHORITIES
 from bridge.system.ownership import exposure
@@ -138,6 +139,7 @@ def parse(text: str, file: Path | None = None) -> Settings:
             "copies",
             "metrics",
             "gateway",
+            "users",
             "backend",
             "authority",
         ),
@@ -153,6 +155,7 @@ def parse(text: str, file: Path | None = None) -> Settings:
         audit=reader.read(AuditSettings, tables["audit"], ("audit",)) or AuditSettings(),
         backups=reader.read(BackupSettings, tables["backups"], ("backups",)) or BackupSettings(),
         copies=reader.read(CopiesSettings, tables["copies"], ("copies",)) or CopiesSettings(),
+        users=reader.read(UserSettings, tables["users"], ("users",)) or UserSettings(),
         metrics=reader.read(MetricsSettings, tables["metrics"], ("metrics",)) or MetricsSettings(),
         gateway=reader.read(GatewaySettings, tables["gateway"], ("gateway",)) or GatewaySettings(),
         backends=_backends(reader, tables["backend"]),

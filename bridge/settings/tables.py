@@ -295,6 +295,23 @@ class MetricsSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UserSettings:
+    """Table `[users]`: what `kubeconfig user` may have signed; see `bridge.users.policy`."""
+
+    validity: timedelta = timedelta(hours=8)  #: What is asked for, unless the command says otherwise.
+    max_validity: timedelta = timedelta(hours=24)  #: The most that the command may ask for, and that a CA may give.
+    groups: tuple[str, ...] = ("*",)  #: Groups that may be asked for, `*` and `?` as in a shell.
+    #: Names and groups that are Kubernetes' or kubeadm's own (`system:…`, `kubeadm:…`), and are refused unless they are
+    #: here.
+    allow: tuple[str, ...] = ()
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """Durations that contradict each other."""
+        if self.validity > self.max_validity:
+            yield SettingsProblem("validity", "at most users.max_validity", duration_text(self.validity))
+
+
+@dataclass(frozen=True, kw_only=True)
 class BackupSettings:
     """Table `[backups]`; see `backups.retire`."""
 
@@ -358,6 +375,7 @@ class Settings:
     copies: CopiesSettings = field(default_factory=CopiesSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
     gateway: GatewaySettings = field(default_factory=GatewaySettings)
+    users: UserSettings = field(default_factory=UserSettings)
     backends: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     authorities: Mapping[str, AuthoritySettings] = field(default_factory=dict)
     #: By authority: the keys of its table that are the backend's.

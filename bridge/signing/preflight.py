@@ -12,7 +12,7 @@ from bridge.contract import Advises, Backend, Checks, ChecksWhole, ListsIssuers,
 from bridge.errors import BackendRefusedError, VerificationError, Violation
 from bridge.pki import verify
 from bridge.pki.certificates import fingerprint, name_text
-from bridge.specs import SPECS, CertificateSpec
+from bridge.specs import CertificateSpec
 
 
 class RefusedByCheckError(BackendRefusedError):
@@ -39,7 +39,7 @@ def preflight(
     """
     if expected is not None and isinstance(backend, ListsIssuers) and (issuers := backend.issuers()):
         _assert_right_ca(issuers, expected)
-    return _errors(backend, backend.check(specs) if specs and isinstance(backend, Checks) else {})
+    return _errors(backend, specs, backend.check(specs) if specs and isinstance(backend, Checks) else {})
 
 
 def whole(backend: ChecksWhole, wanted: Sequence[Wanted]) -> dict[str, RefusedByCheckError]:
@@ -50,11 +50,14 @@ def whole(backend: ChecksWhole, wanted: Sequence[Wanted]) -> dict[str, RefusedBy
         BackendRefusedError: It does not accept us.
         BackendUnavailableError: No answer.
     """
-    return _errors(backend, backend.check_whole(wanted))
+    return _errors(backend, [one.spec for one in wanted], backend.check_whole(wanted))
 
 
-def _errors(backend: object, found: Mapping[str, Sequence[Violation]]) -> dict[str, RefusedByCheckError]:
-    return {name: RefusedByCheckError(_violations_text(violations), hint=advice(backend, SPECS[name]))
+def _errors(
+    backend: object, specs: Sequence[CertificateSpec], found: Mapping[str, Sequence[Violation]]
+) -> dict[str, RefusedByCheckError]:
+    by_name = {spec.name: spec for spec in specs}
+    return {name: RefusedByCheckError(_violations_text(violations), hint=advice(backend, by_name[name]))
             for name, violations in found.items() if violations}  # fmt: skip
 
 

@@ -38,6 +38,7 @@ class Store:
         self.history_lock = state_dir / "history.lock"
         self.tickets = state_dir / "tickets.json"  #: What the gateway's CA answers later.
         self.bootstrap = state_dir / "bootstrap.json"  #: What a new node's requests are for.
+        self.users = state_dir / "users.json"  #: Users' requests that a CA has not answered yet.
         self.audit = state_dir / "audit.jsonl"
         self.audit_head = state_dir / "audit.head"  #: The newest line's number and digest.
 

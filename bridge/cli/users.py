@@ -1,0 +1,137 @@
+"""`kubeconfig request` and `kubeconfig user`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bridge.cli.help import Group
+from bridge.cli.options import Common, WaitOption, command, duration, utc_now
+from bridge.cli.printing import say
+from bridge.errors import SettingsError, SettingsProblem
+from bridge.pki.expiry import minute
+from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
+from bridge.users.policy import User
+
+if TYPE_CHECKING:
+    from bridge.users.issue import Done, Order
+
+kubeconfig_app = typer.Typer(
+    cls=Group, no_args_is_help=True, rich_markup_mode=None, help="Make kubeconfigs for people and machines."
+)
+
+_Name = Annotated[str, typer.Argument(metavar="NAME", help="Kubernetes' user name (CN).", show_default=False)]
+_Groups = Annotated[
+    list[str] | None, typer.Option("--group", help="A group (O); may be given more than once.", show_default=False)
+]
+_Key = Annotated[str, typer.Option("--key", metavar="KIND", help=f"Of the new key: {', '.join(KEY_ALGORITHMS)}.")]
+
+
+@command(kubeconfig_app, "request")
+def request(
+    _: Common,
+    name: _Name,
+    group: _Groups = None,
+    directory: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Where NAME.key and NAME.csr go.")
+    ] = Path(),
+    key: _Key = "ecdsa-p256",
+) -> None:
+    """
+    Make a private key and a CSR, where the person is.
+
+    The key (NAME.key, for its owner alone) stays here; NAME.csr goes to whoever runs `ca-bridge kubeconfig user`. It
+    needs no settings, no root and no cluster.
+    """
+    from bridge.users import csr_file  # noqa: PLC0415
+
+    key_path, csr_path = csr_file.write_request(_user(name, group), directory.absolute(), _algorithm(key))
+    say(f"{key_path}  the private key: keep it, show it to nobody")
+    say(f"{csr_path}  the request: hand it in; the kubeconfig that comes back goes beside the key")
+
+
+@command(kubeconfig_app, "user")
+def user(
+    common: Common,
+    name: _Name,
+    group: _Groups = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="The kubeconfig. [default: NAME.conf]", show_default=False),
+    ] = None,
+    csr: Annotated[
+        Path | None,
+        typer.Option("--csr", metavar="FILE", help="The person's CSR. [default: a key is made here, for a machine]"),
+    ] = None,
+    key_file: Annotated[
+        str,
+        typer.Option(
+            "--key-file",
+            metavar="FILE",
+            help="With --csr: where the person has the key, seen from the kubeconfig. [default: beside it, as the CSR]",
+            show_default=False,
+        ),
+    ] = "",
+    validity: Annotated[
+        timedelta | None,
+        typer.Option(parser=duration, metavar="DURATION", help='Such as "4h". [default: users.validity, 8h]'),
+    ] = None,
+    server: Annotated[
+        str, typer.Option(metavar="URL", help="The API server. [default: as in admin.conf]", show_default=False)
+    ] = "",
+    ca: Annotated[
+        Path | None, typer.Option("--ca", metavar="FILE", help="The cluster's CA. [default: ca.crt of node.pki_dir]")
+    ] = None,
+    key: _Key = "ecdsa-p256",
+    wait: WaitOption = None,
+) -> None:
+    """
+    Have a short-lived client certificate signed, and write a kubeconfig with it.
+
+    With --csr the private key is not here: the kubeconfig names its file. Without, a key is made and put into the
+    kubeconfig, which is for its owner alone. [users] in the settings says which names, groups and lifetimes may be. A CA
+    that answers later exits with 4; the same command takes the answer.
+    """
+    from bridge.cli.progress import progress_shown  # noqa: PLC0415
+    from bridge.users import issue  # noqa: PLC0415
+
+    if key_file and csr is None:
+        raise typer.BadParameter("--key-file needs --csr: without it the key is in the kubeconfig")
+    order = issue.Order(
+        user=_user(name, group),
+        out=(out or Path(f"{name}.conf")).absolute(),
+        csr=csr.absolute() if csr is not None else None,
+        key_file=key_file,
+        key=_algorithm(key),
+        validity=validity,
+        server=server,
+        ca_file=ca.absolute() if ca is not None else None,
+    )
+    with progress_shown() as progress:
+        done = issue.issue(common.settings(), order, utc_now, progress, wait or timedelta())
+    for line in _told(order, done):
+        say(line)
+
+
+def _told(order: Order, done: Done) -> Sequence[str]:
+    groups = ", ".join(order.user.groups) or "no group"
+    return [
+        f"{order.out}  {order.user.name} in {groups}, until {minute(done.leaf.not_valid_after_utc)}",
+        f"  for {done.server}, signed by {done.backend}",
+        *([f"  the private key belongs beside it: {done.key_file}"] if done.key_file else []),
+    ]
+
+
+def _user(name: str, groups: Sequence[str] | None) -> User:
+    return User(name=name, groups=tuple(dict.fromkeys(groups or ())))
+
+
+def _algorithm(text: str) -> KeyAlgorithm:
+    for algorithm in KEY_ALGORITHMS:
+        if algorithm == text:
+            return algorithm
+    raise SettingsError([SettingsProblem("--key", f"one of {', '.join(KEY_ALGORITHMS)}", repr(text))])

@@ -1,0 +1,126 @@
+"""A user's key and CSR: made where the user is, and judged where they are signed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.x509.oid import NameOID
+
+from bridge.errors import BridgeError, Exit
+from bridge.pki import csr
+from bridge.pki.certificates import UNREADABLE, attributes
+from bridge.pki.csr import PrivateKey
+from bridge.pki.naming import Naming, subject_of
+from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
+from bridge.system.files import Attributes, sync_directory, write_staged
+from bridge.system.safe_read import UnreadableError, read
+from bridge.users.policy import User
+from bridge.words import one_line
+
+#: Kubernetes takes it everywhere, and it is short enough to be made at once.
+DEFAULT_KEY: KeyAlgorithm = "ecdsa-p256"
+_CSR_MODE = 0o644
+_PEM = re.compile(rb"-----BEGIN ((?:NEW )?CERTIFICATE REQUEST)-----.*?-----END \1-----", re.DOTALL)
+_CN, _O = NameOID.COMMON_NAME.dotted_string, NameOID.ORGANIZATION_NAME.dotted_string
+
+
+class CsrRefusedError(BridgeError):
+    """A CSR that asks for something else than the command that names it."""
+
+    exit_code = Exit.REFUSED
+    hint = "`ca-bridge kubeconfig request NAME --group GROUP` makes one where the person is"
+
+
+def naming_of(user: User) -> Naming:
+    """As `kubeadm kubeconfig user` would have it: all groups, then the name; no SAN."""
+    return Naming(subject=subject_of(user.name, user.groups))
+
+
+def make(user: User, key: PrivateKey) -> bytes:
+    """A CSR in PEM."""
+    return csr.build_for(naming_of(user), key)
+
+
+def write_request(user: User, directory: Path, algorithm: KeyAlgorithm = DEFAULT_KEY) -> tuple[Path, Path]:
+    """
+    Make a key and a CSR for it, `NAME.key` (0600) and `NAME.csr`; never over an older file.
+
+    Raises:
+        BridgeError: One of them is there already, or can't be written; then neither is left.
+    """
+    stem = re.sub(r"[^A-Za-z0-9._@+-]", "_", user.name)
+    key = csr.generate_key(algorithm)
+    files = [(directory / f"{stem}.key", csr.key_pem(key), Attributes.private().mode)]
+    files.append((directory / f"{stem}.csr", make(user, key), _CSR_MODE))
+    written: list[Path] = []
+    try:
+        for path, data, mode in files:
+            private = Attributes.private()
+            write_staged(path, data, Attributes(mode=mode, uid=private.uid, gid=private.gid, extended={}))
+            written.append(path)
+        sync_directory(directory)
+    except OSError as e:
+        for path in written:
+            path.unlink()
+        raise BridgeError(
+            f"{e.filename or directory}: wanted to write a key and a CSR, found: {e.strerror}",
+            hint="move the older ones away, or name another directory with -o",
+        ) from None
+    return files[0][0], files[1][0]
+
+
+def load(path: Path, user: User) -> bytes:
+    """
+    Read a CSR that was made elsewhere, and judge it by what the operator has said of the user.
+
+    Returns:
+        It alone, as PEM.
+
+    Raises:
+        CsrRefusedError: Not a CSR; not signed by its own key; or it asks for anything else than this user.
+    """
+    try:
+        data = read(path)
+    except UnreadableError as e:
+        raise CsrRefusedError(f"{path}: wanted a CSR, found: {e}") from None
+    blocks = [match[0] for match in _PEM.finditer(data or b"")]
+    if len(blocks) != 1:
+        found = "no file" if data is None else f"{len(blocks)} of them"
+        raise CsrRefusedError(f"{path}: wanted one CSR in PEM, found {found}")
+    try:
+        request = x509.load_pem_x509_csr(blocks[0])
+        problems = _problems(request, user)
+    except (*UNREADABLE, UnsupportedAlgorithm) as e:
+        problems = [f"wanted a CSR that can be read, found: {one_line(e)}"]
+    if problems:
+        raise CsrRefusedError(f"{path}: {'; '.join(problems)}")
+    return blocks[0] + b"\n"
+
+
+def _problems(request: x509.CertificateSigningRequest, user: User) -> list[str]:
+    problems = []
+    found = attributes(request.subject)
+    names = [value for oid, value in found if oid == _CN]
+    groups = [value for oid, value in found if oid == _O]
+    if names != [user.name]:
+        problems.append(f"CN: wanted {user.name}, found {_words(names)}")
+    if sorted(groups) != sorted(user.groups):
+        problems.append(f"O: wanted {_words(user.groups)} (--group), found {_words(groups)}")
+    if others := [oid for oid, _ in found if oid not in (_CN, _O)]:
+        problems.append(f"subject: wanted CN and O alone, found {_words(others)} too")
+    if asked := [extension.oid.dotted_string for extension in request.extensions]:
+        problems.append(f"extensions: wanted none, found {_words(asked)}")
+    if csr.known_algorithm(request.public_key()) is None:
+        problems.append(
+            f"key: wanted one of {', '.join(KEY_ALGORITHMS)}, found {csr.algorithm_name(request.public_key())}"
+        )
+    if not request.is_signature_valid:
+        problems.append("wanted a CSR that is signed with its own key, found another signature")
+    return problems
+
+
+def _words(texts: tuple[str, ...] | list[str]) -> str:
+    return ", ".join(one_line(text, 80) for text in texts[:5]) or "none"

@@ -1,0 +1,343 @@
+"""
+One user's certificate: judged by the settings, asked for, proven, and put into a kubeconfig of its own.
+
+Proven as everything else is (`bridge.pki.verify`), and besides that it must not live longer than `users.max_validity`,
+whatever the CA's profile gives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from cryptography import x509
+
+from bridge.contract import Carries, Collects, Identifies, Issued, Pending
+from bridge.errors import (
+    BackendError,
+    BackendUnavailableError,
+    BridgeError,
+    Exit,
+    SettingsError,
+    SettingsProblem,
+    VerificationError,
+    Violation,
+    WaitingError,
+)
+from bridge.node import kubeconfig
+from bridge.node.fresh_kubeconfig import FreshKubeconfig
+from bridge.pki import csr, verify
+from bridge.pki.certificates import load_pem_certificates, pem
+from bridge.pki.durations import duration_text
+from bridge.pki.expiry import minute
+from bridge.settings.tables import Settings
+from bridge.signing import registry
+from bridge.signing.hearsay import collected
+from bridge.signing.preflight import advice, preflight
+from bridge.specs import CA, USER, KeyAlgorithm
+from bridge.state import audit
+from bridge.state.session import alone
+from bridge.state.store import Store
+from bridge.state.users import OpenUser, save, waiting_file
+from bridge.system.console import Progress
+from bridge.system.files import write_atomically
+from bridge.system.ownership import foreign_link
+from bridge.system.safe_read import UnreadableError, read
+from bridge.users import csr_file
+from bridge.users.policy import User, assert_allowed
+
+#: CAs count the validity from a beginning that they backdate.
+_SLACK = verify.BACKDATING
+_LEAST_SHARE = 2
+
+
+class NoDeskError(BridgeError):
+    """Requests for users are not carried in bundles."""
+
+    exit_code = Exit.USAGE
+    hint = "run this command at the desk, with the person's CSR (--csr) and --server, and carry the kubeconfig back"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What an operator wants."""
+
+    user: User
+    out: Path  #: Where the kubeconfig goes.
+    csr: Path | None = None  #: The user's; None: a key is made here.
+    key_file: str = ""  #: Where the user has the key, seen from the kubeconfig; empty: beside it, under the CSR's name.
+    key: KeyAlgorithm = csr_file.DEFAULT_KEY  #: Of a key that is made here.
+    validity: timedelta | None = None  #: None: `users.validity`.
+    server: str = ""  #: The API server's URL; empty: as in the node's admin.conf.
+    ca_file: Path | None = None  #: The cluster's CA; None: the node's.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """What came of it."""
+
+    leaf: x509.Certificate
+    server: str
+    backend: str
+    key_file: str  #: Where the kubeconfig looks for the key; empty: it is in it.
+
+
+def issue(
+    settings: Settings, order: Order, now: Callable[[], datetime], progress: Progress, wait: timedelta = timedelta()
+) -> Done:
+    """
+    Have the certificate signed, or collect an answer that is owed, and write the kubeconfig.
+
+    Raises:
+        NotAllowedError, CsrRefusedError: Nobody was asked.
+        WaitingError: The CA has the request; the same command collects the answer.
+        BackendError, VerificationError: No kubeconfig was written.
+        LockedError, StateError, AuditError: As for every run that writes.
+    """
+    rules = settings.users
+    validity = order.validity or rules.validity
+    assert_allowed(order.user, validity, rules)
+    given = csr_file.load(order.csr, order.user) if order.csr is not None else None
+    _assert_may_write(order)
+    anchors, anchor_name = _anchors(settings, order)
+    server = _server(settings, order)
+    configured = registry.configured(settings, [CA.name])[CA.name]
+    expected = verify.Expectation(
+        anchors=anchors,
+        anchor_name=anchor_name,
+        now=now(),
+        min_validity=validity / _LEAST_SHARE,
+        extra_subject=settings.extra_subject(CA.name),
+    )
+    with alone(settings, wait, lambda found: progress.note(str(found))) as (store, record):
+        one = _taken_up(store, record, order, given, validity, configured.label, now())
+        with contextlib.closing(_Asked(configured, one, record, store, progress)) as asked:
+            verified = asked.verified(expected, now, rules.max_validity)
+        record.add(audit.VERIFIED, _name(order.user.name), authority=CA.name, new=verified.leaf)
+        record.write()
+        _write(order, server, anchors[0], settings.node.cluster, verified, one)
+        record.add(
+            audit.INSTALLED, _name(order.user.name), authority=CA.name, new=verified.leaf, result=f"in {order.out}"
+        )
+        _forget(store, order.user.name)
+    key_file = "" if one.key_pem is not None else _key_file(order)
+    return Done(leaf=verified.leaf, server=server, backend=configured.label, key_file=key_file)
+
+
+def _name(user: str) -> str:
+    """For the record."""
+    return f"{USER.name} {user}"
+
+
+# --- what is known before anybody is asked ---------------------------------------------------------------------------
+
+
+def _assert_may_write(order: Order) -> None:
+    """An older kubeconfig of the same user is replaced, nothing else."""
+    path = order.out
+    if (foreign := foreign_link(path)) is not None:
+        raise BridgeError(str(foreign), hint=foreign.hint)
+    if not path.parent.is_dir():
+        raise BridgeError(f"{path.parent}: wanted the directory for the kubeconfig, found none")
+    try:
+        data = read(path)
+        if data is None and not path.exists():
+            return
+        found = kubeconfig.parse(data or b"").user
+    except (UnreadableError, kubeconfig.KubeconfigError):
+        found = None
+    if found != order.user.name:
+        raise BridgeError(
+            f"{path}: wanted no file, or an older kubeconfig of {order.user.name}, found something else",
+            hint="name another file with -o",
+        )
+
+
+def _anchors(settings: Settings, order: Order) -> tuple[tuple[x509.Certificate, ...], str]:
+    path = order.ca_file or settings.node.pki_dir / CA.certificate_file
+    try:
+        data = read(path)
+        found = load_pem_certificates(data) if data is not None else []
+        why = "no file"
+    except (UnreadableError, ValueError) as e:
+        found, why = [], str(e)
+    if not found:
+        raise BridgeError(
+            f"{path}: wanted the cluster's CA certificate, found: {why}",
+            hint="name it with --ca FILE, away from a node",
+        )
+    return tuple(found), str(path)
+
+
+def _server(settings: Settings, order: Order) -> str:
+    if order.server:
+        parts = urlsplit(order.server)
+        if parts.scheme != "https" or not parts.hostname:
+            found = repr(order.server)
+            raise SettingsError([SettingsProblem("--server", "a URL such as https://api.example.com:6443", found)])
+        return order.server
+    path = settings.node.kubeconfig_dir / "admin.conf"
+    try:
+        server = kubeconfig.parse(read(path) or b"").server
+    except (UnreadableError, kubeconfig.KubeconfigError):
+        server = ""
+    if not server:
+        raise BridgeError(
+            f"{path}: wanted the API server's URL in it, found none", hint="name it: --server https://HOST:6443"
+        )
+    return server
+
+
+def _taken_up(
+    store: Store,
+    record: audit.Record,
+    order: Order,
+    given: bytes | None,
+    validity: timedelta,
+    label: str,
+    now: datetime,
+) -> OpenUser:
+    """The request that waits for this user, if it is the one that would be made now; else a new one."""
+    open_ones = waiting_file(store).read() or {}
+    made = open_ones.get(order.user.name)
+    if made is not None:
+        is_same = (made.name, made.groups, made.backend) == (
+            order.user.name,
+            order.user.groups,
+            label,
+        ) and made.csr_pem == (given or made.csr_pem)
+        if is_same and (given is None) is (made.key_pem is not None):
+            return made
+        record.add(audit.CANCELLED, _name(order.user.name), authority=CA.name, result="something else is asked for now")
+    key = csr.generate_key(order.key) if given is None else None
+    return OpenUser(
+        name=order.user.name,
+        groups=order.user.groups,
+        csr_pem=given or csr_file.make(order.user, _made(key)),
+        key_pem=csr.key_pem(key) if key is not None else None,
+        validity=validity,
+        created=now,
+        backend=label,
+    )
+
+
+def _made(key: csr.PrivateKey | None) -> csr.PrivateKey:
+    if key is None:
+        raise AssertionError("without a CSR a key was made")
+    return key
+
+
+def _forget(store: Store, name: str) -> None:
+    open_ones = waiting_file(store).read() or {}
+    if open_ones.pop(name, None) is not None:
+        save(store, open_ones)
+
+
+# --- the CA ----------------------------------------------------------------------------------------------------------
+
+
+class _Asked:
+    """The CA, asked for one user."""
+
+    def __init__(
+        self, configured: registry.Configured, one: OpenUser, record: audit.Record, store: Store, progress: Progress
+    ) -> None:
+        self._one, self._record, self._store = one, record, store
+        self._outage = registry.Outage(configured.settings.retry_for, configured.label, progress.note)
+        self._backend = configured.open()
+        if isinstance(self._backend, Carries):
+            raise NoDeskError(f"{configured.label}: wanted a CA that signs for users at once or later, found a desk")
+
+    def close(self) -> None:
+        """Let the backend give back what it took."""
+        registry.close(self._backend)
+
+    def verified(
+        self, expected: verify.Expectation, now: Callable[[], datetime], max_validity: timedelta
+    ) -> verify.Verified:
+        """
+        Its answer, proven.
+
+        Raises:
+            WaitingError: There is none yet; it is remembered.
+            BackendError, VerificationError: It says no, or something else.
+        """
+        name, one = _name(self._one.name), self._one
+        try:
+            answer = self._answer(expected)
+            if isinstance(answer, Pending):
+                self._remember(dataclasses.replace(one, reference=answer.reference))
+                raise WaitingError(
+                    f"{name}: {answer.note or 'the CA has the request, and has not answered yet'}",
+                    hint="the same command again takes the answer; nothing is asked twice",
+                )
+            self._record.add(audit.ISSUED, name, authority=CA.name, new=answer.leaf)
+            verified = _checked(answer, one, dataclasses.replace(expected, now=now()), max_validity)
+        except BridgeError as e:
+            if isinstance(e, VerificationError):
+                e.hint = advice(self._backend, USER)
+            if not isinstance(e, WaitingError | BackendUnavailableError):
+                _forget(self._store, one.name)  # its CA said no, or signed something else
+            self._record.add(audit.event_of(e), name, authority=CA.name, error=e)
+            raise
+        return verified
+
+    def _answer(self, expected: verify.Expectation) -> Issued | Pending:
+        one, backend = self._one, self._backend
+        identity = None
+        if one.reference and isinstance(backend, Collects):
+            return self._outage.ask(lambda: collected(backend, one.request, one.reference, expected))
+        wrong = self._outage.ask(lambda: preflight(backend, [USER], expected))
+        if wrong:
+            raise wrong[USER.name]
+        with contextlib.suppress(BackendError):  # for the record alone
+            identity = (backend.identity() or None) if isinstance(backend, Identifies) else None
+        self._record.know(_name(one.name), one.request, one.backend, identity)
+        self._record.add(audit.ASKED, _name(one.name), authority=CA.name)
+        self._record.write()  # nobody is asked for what the record can't have
+        if isinstance(backend, Collects):
+            self._remember(one)  # a key that may be signed for is on disk before
+        [answer] = registry.sign_all(backend, [one.request], self._outage, lambda _: None)
+        if isinstance(answer, BackendError):
+            raise answer
+        return answer
+
+    def _remember(self, one: OpenUser) -> None:
+        save(self._store, {**(waiting_file(self._store).read() or {}), one.name: one})
+
+
+def _checked(answer: Issued, one: OpenUser, expected: verify.Expectation, max_validity: timedelta) -> verify.Verified:
+    verified = verify.check(answer, one.request, expected)
+    end, latest = verified.leaf.not_valid_after_utc, expected.now + max_validity + _SLACK
+    if end > latest:
+        want = f"at most {duration_text(max_validity)} (users.max_validity), until {minute(latest)}"
+        raise VerificationError(USER.name, [Violation(subject="notAfter", want=want, got=minute(end))])
+    return verified
+
+
+# --- the kubeconfig --------------------------------------------------------------------------------------------------
+
+
+def _key_file(order: Order) -> str:
+    return order.key_file or (order.csr.with_suffix(".key").name if order.csr is not None else "")
+
+
+def _write(
+    order: Order, server: str, ca: x509.Certificate, cluster: str, verified: verify.Verified, one: OpenUser
+) -> None:
+    """0600 from the first byte, whether there is a key in it or not."""
+    fresh = FreshKubeconfig(server=server, cluster=cluster, user=order.user.name, ca_pem=pem(ca))
+    chain = b"".join(pem(certificate) for certificate in (verified.leaf, *verified.intermediates))
+    text = fresh.text(chain, one.key_pem, "" if one.key_pem is not None else _key_file(order))
+    try:
+        write_atomically(order.out, text)
+    except OSError as e:
+        raise BridgeError(
+            f"{order.out}: wanted to write the kubeconfig, found: {e.strerror}",
+            hint="run the same command again, with a place that can be written to",
+        ) from None

