@@ -41,7 +41,8 @@ FLOORS: dict[str, set[str]] = {
     "diagnosis": _KEEPS | {"signing", "control_plane", "renewal"},
     "kubernetes": _KEEPS | {"signing"},
     "bootstrap": _KEEPS | {"signing", "renewal"},
-    "cli": _KEEPS | {"signing", "control_plane", "renewal", "monitoring", "diagnosis", "kubernetes", "bootstrap", "users"},
+    "cli": _KEEPS
+    | {"signing", "control_plane", "renewal", "monitoring", "diagnosis", "kubernetes", "bootstrap", "users"},
 }
 #: No I/O and no clock in these: a package, or a module of another one.
 PURE = (
