@@ -87,7 +87,7 @@ def test_a_person_keeps_the_key(bridge: Bridge, tmp_path: Path) -> None:
     parsed, leaf = kubeconfig.parse((home / "bob.conf").read_bytes()), leaf_of(home / "bob.conf")
     assert (parsed.user, parsed.server, parsed.key_file) == ("bob", "https://api.example.com:6443", "bob.key")
     assert says(leaf) == ("bob", {"dev", "ops"})
-    assert extended_key_usages(leaf) == {CLIENT}
+    assert extended_key_usages(leaf) == frozenset({CLIENT})
     assert timedelta(hours=7) < leaf.not_valid_after_utc - datetime.now(UTC) <= HOURS_8
     (home / "leaf.pem").write_bytes(parsed.certificate_data or b"")
     ssl.create_default_context().load_cert_chain(home / "leaf.pem", home / "bob.key")  # raises unless they are a pair
