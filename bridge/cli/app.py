@@ -125,6 +125,16 @@ def renew(
     no_restart: Annotated[
         bool, typer.Option("--no-restart", help="Restart nothing, whatever the settings say; name what to restart.")
     ] = False,
+    rehearse: Annotated[
+        bool,
+        typer.Option("--rehearse", help="Have everything, or the names, signed and proven, and throw it away."),
+    ] = False,
+    ahead: Annotated[
+        timedelta | None,
+        typer.Option(
+            parser=duration, metavar="DURATION", help='With --rehearse: only what will be due so soon, such as "2d".'
+        ),
+    ] = None,
     any_identity: AnyIdentityOption = None,
     add_san: AddSanOption = None,
     drop_san: DropSanOption = None,
@@ -156,8 +166,27 @@ def renew(
         raise typer.BadParameter("--csr-only can't be combined with --dry-run, --all-or-nothing and --no-restart")
     if wait is not None and (csr_only or dry_run):
         raise typer.BadParameter("--wait can't be combined with --csr-only and --dry-run, which take no lock")
+    if rehearse and (csr_only or dry_run or all_or_nothing or no_restart):
+        raise typer.BadParameter(
+            "--rehearse can't be combined with --csr-only, --dry-run, --all-or-nothing and --no-restart"
+        )
+    if ahead is not None and not rehearse:
+        raise typer.BadParameter("--ahead needs --rehearse beside it")
     settings = common.settings()
-    if csr_dir is not None:
+    if rehearse:
+        from bridge.cli import rehearsal  # noqa: PLC0415
+
+        code = rehearsal.rehearse(
+            settings,
+            names,
+            utc_now,
+            as_json=output is Output.JSON,
+            ahead=ahead,
+            wait=wait or timedelta(),
+            any_identity=any_identity or [],
+            changes=wanted,
+        )
+    elif csr_dir is not None:
         code = renewals.write_csrs(settings, names, csr_dir.absolute(), utc_now(), any_identity or [])
     elif dry_run:
         code = renewals.plan(

@@ -41,6 +41,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("ca-bridge renew", "Renew what is due: the command for cron."),
         ("ca-bridge renew apiserver etcd-server", "Renew these two now, due or not."),
         ("ca-bridge renew all --no-restart", "Renew everything, and restart nothing."),
+        ("ca-bridge renew --rehearse --ahead 2d", "Rehearse what is due tomorrow: sign, prove, throw away."),
         ("ca-bridge renew all --csr-only --csr-dir /root/csrs", "Only write keys and CSRs."),
         ("ca-bridge renew apiserver --kubeadm-config kubeadm.yaml", "Make a missing one from kubeadm's file."),
         ("ca-bridge renew --add-san apiserver=api2.example.com", "Give the API server one more name."),

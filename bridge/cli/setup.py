@@ -21,6 +21,7 @@ from bridge.node import inventory
 from bridge.pki.durations import duration_text
 from bridge.pki.node_names import parse_nodes, renamed
 from bridge.settings.load import DEFAULT_FILE
+from bridge.settings.rehearsal import for_rehearsal
 from bridge.settings.tables import Commands, Components, Settings
 from bridge.settings.windows import Windows
 from bridge.signing import registry
@@ -69,6 +70,8 @@ def settings_check(settings: Settings) -> None:
         problem = SettingsProblem("", "a settings file", "none: the defaults are in force", DEFAULT_FILE)
         raise SettingsError([problem], hint="`ca-bridge settings init` writes a commented file")
     registry.configured(settings, settings.authorities)
+    if any(ours.rehearsal for ours in settings.authorities.values()):
+        registry.configured(for_rehearsal(settings), settings.authorities)
     say(f"{settings.source.file}: nothing wrong")
 
 

@@ -105,6 +105,19 @@ def _of_state(known: Known) -> Iterable[str]:
 
 
 def _of_runs(history: History) -> Iterable[str]:
+    if history.rehearsed is not None:
+        yield _metric(
+            "ca_bridge_last_rehearsal_seconds",
+            "When renew --rehearse last ended.",
+            [("", _timestamp(history.rehearsed))],
+        )
+        yield _metric(
+            "ca_bridge_last_rehearsal_exit_code",
+            "Exit code of the last renew --rehearse.",
+            [("", history.rehearsal_exit_code)],
+        )
+    if history.ended is None:
+        return
     yield _metric("ca_bridge_last_run_seconds", "When renew last ended.", [("", _timestamp(history.ended))])
     if history.succeeded is not None:
         yield _metric(

@@ -18,13 +18,15 @@ _NEITHER = (Exit.WAITING, Exit.LOCKED)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
-    """Of `renew` on this node."""
+    """Of `renew` on this node; a rehearsal is no run."""
 
-    ended: datetime  #: The last run.
-    exit_code: int  #: Of the last run.
-    seconds: float  #: That it took.
-    succeeded: datetime | None  #: The end of the last one with exit code 0; None: there was none.
-    failures: int  #: Runs in a row that failed; those that only waited, or found another one at work, do not count.
+    ended: datetime | None = None  #: The last run; None: there was none.
+    exit_code: int = Exit.DONE  #: Of the last run.
+    seconds: float = 0  #: That it took.
+    succeeded: datetime | None = None  #: The end of the last one with exit code 0; None: there was none.
+    failures: int = 0  #: Runs in a row that failed; those that only waited, or found another one at work, do not count.
+    rehearsed: datetime | None = None  #: The end of the last rehearsal.
+    rehearsal_exit_code: int = Exit.DONE  #: Of the last rehearsal.
 
 
 def after(before: History | None, exit_code: int, ended: datetime, seconds: float) -> History:
@@ -37,13 +39,15 @@ def after(before: History | None, exit_code: int, ended: datetime, seconds: floa
         ended: Aware, UTC.
         seconds: From its start to its end.
     """
-    failures = before.failures if before is not None else 0
-    run = History(ended=ended, exit_code=exit_code, seconds=seconds, succeeded=None, failures=failures + 1)
+    run = dataclasses.replace(before or History(), ended=ended, exit_code=exit_code, seconds=seconds)
     if exit_code == Exit.DONE:
         return dataclasses.replace(run, succeeded=ended, failures=0)
-    if exit_code in _NEITHER:
-        run = dataclasses.replace(run, failures=failures)
-    return dataclasses.replace(run, succeeded=before.succeeded if before is not None else None)
+    return run if exit_code in _NEITHER else dataclasses.replace(run, failures=run.failures + 1)
+
+
+def after_rehearsal(before: History | None, exit_code: int, ended: datetime) -> History:
+    """The history with one more rehearsal (pure)."""
+    return dataclasses.replace(before or History(), rehearsed=ended, rehearsal_exit_code=exit_code)
 
 
 def history_file(store: Store) -> StateFile[History]:
@@ -52,33 +56,36 @@ def history_file(store: Store) -> StateFile[History]:
         path=store.history,
         what="how the last runs ended",
         parse=_from_json,
-        keys=frozenset({"version", "ended", "exitCode", "seconds", "succeeded", "failures"}),
+        keys=frozenset({"version", *_TIMES, "exitCode", "seconds", "failures", "rehearsalExitCode"}),
         on_damage=OnDamage.START_OVER,
     )
 
 
+_TIMES = ("ended", "succeeded", "rehearsed")
+
+
 def to_json(one: History) -> dict[str, Any]:
     """For the file."""
+    times = {name: getattr(one, name) for name in _TIMES}
     return {
         "version": 1,
-        "ended": one.ended.isoformat(),
+        **{name: time.isoformat() if time is not None else None for name, time in times.items()},
         "exitCode": one.exit_code,
         "seconds": one.seconds,
-        "succeeded": one.succeeded.isoformat() if one.succeeded is not None else None,
         "failures": one.failures,
+        "rehearsalExitCode": one.rehearsal_exit_code,
     }
 
 
 def _from_json(document: Mapping[str, Any]) -> History:
-    succeeded = document["succeeded"]
+    times = {name: datetime.fromisoformat(text) for name in _TIMES if (text := document[name]) is not None}
     history = History(
-        ended=datetime.fromisoformat(document["ended"]),
+        **times,
         exit_code=int(document["exitCode"]),
         seconds=float(document["seconds"]),
-        succeeded=datetime.fromisoformat(succeeded) if succeeded is not None else None,
         failures=int(document["failures"]),
+        rehearsal_exit_code=int(document["rehearsalExitCode"]),
     )
-    times = [time for time in (history.ended, history.succeeded) if time is not None]
-    if any(time.tzinfo is None for time in times) or not history.seconds >= 0 or history.failures < 0:
+    if any(time.tzinfo is None for time in times.values()) or not history.seconds >= 0 or history.failures < 0:
         raise ValueError("not written by this program")
     return history

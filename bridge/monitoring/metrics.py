@@ -14,6 +14,7 @@ from pathlib import Path
 from bridge.errors import BridgeError, Exit
 from bridge.monitoring import exposition, history
 from bridge.monitoring.exposition import Known
+from bridge.monitoring.history import History, after, after_rehearsal
 from bridge.node import inventory
 from bridge.node.expiry_report import report
 from bridge.renewal.gate import attempts_file
@@ -45,9 +46,11 @@ class Told:
 
 
 @contextlib.contextmanager
-def written(settings: Settings, now: Callable[[], datetime]) -> Iterator[Told]:
+def written(settings: Settings, now: Callable[[], datetime], *, rehearsal: bool = False) -> Iterator[Told]:
     """
     Write the file when the run in it ends, with a result or an error; without `[metrics] file`, nothing.
+
+    A rehearsal counts by itself.
 
     A file that can't be written is told, and makes a success a failure (exit code 1).
 
@@ -59,9 +62,9 @@ def written(settings: Settings, now: Callable[[], datetime]) -> Iterator[Told]:
         yield told
     except BaseException as e:
         told.exit_code = _code_of(e)
-        _write_or_tell(settings, now, told, start)
+        _write_or_tell(settings, now, told, start, rehearsal=rehearsal)
         raise
-    _write_or_tell(settings, now, told, start)
+    _write_or_tell(settings, now, told, start, rehearsal=rehearsal)
 
 
 def _code_of(error: BaseException) -> int:
@@ -70,27 +73,32 @@ def _code_of(error: BaseException) -> int:
     return error.exit_code if isinstance(error, BridgeError) else Exit.FAILED
 
 
-def _write_or_tell(settings: Settings, now: Callable[[], datetime], told: Told, start: float) -> None:
+def _write_or_tell(
+    settings: Settings, now: Callable[[], datetime], told: Told, start: float, *, rehearsal: bool
+) -> None:
     if settings.metrics.file is None:
         return
+    ended, seconds = now(), time.monotonic() - start
     try:
-        write(settings, settings.metrics.file, told.exit_code, now(), time.monotonic() - start)
+        if rehearsal:
+            write(settings, settings.metrics.file, lambda before: after_rehearsal(before, told.exit_code, ended), ended)
+        else:
+            write(settings, settings.metrics.file, lambda before: after(before, told.exit_code, ended, seconds), ended)
     except BridgeError as e:
         print_error(e)
         if told.exit_code in Exit.PRECEDENCE:
             told.exit_code = Exit.worst([told.exit_code, e.exit_code])
 
 
-def write(settings: Settings, file: Path, exit_code: int, now: datetime, seconds: float) -> None:
+def write(settings: Settings, file: Path, count: Callable[[History | None], History], now: datetime) -> None:
     """
     Count a run, and write the metrics.
 
     Args:
         settings: The node's.
         file: Where to; its directory may be the monitor's own.
-        exit_code: The run's.
+        count: The history with the run, from the one without it.
         now: Aware, UTC.
-        seconds: How long the run took.
 
     Raises:
         MetricsError: It can't be written.
@@ -101,8 +109,7 @@ def write(settings: Settings, file: Path, exit_code: int, now: datetime, seconds
         # a run that found another one at work ends while that goes on: the node's lock is not the one to take
         with lock(store.history_lock, "renew", _WAIT):
             runs = history.history_file(store)
-            after = history.after(runs.read(), exit_code, now, seconds)
-            runs.replace(history.to_json(after))
+            runs.replace(history.to_json(count(runs.read())))
             _put(file, of_node(settings, now, known(store)).encode())
     except OSError as e:
         raise MetricsError(f"{file}: wanted to write the metrics, found: {e.strerror}") from e

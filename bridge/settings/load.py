@@ -198,6 +198,9 @@ def _authorities(
             if settings is not None and settings.backend not in backends:
                 known = ", ".join(backends) or "a backend, but there is no [backend.NAME] table"
                 reader.add((*key, "backend"), f"the name of a backend: {known}", repr(settings.backend))
+            other = settings.rehearsal.get("backend") if settings is not None else None
+            if other is not None and other not in backends:
+                reader.add((*key, "rehearsal", "backend"), f"the name of a backend: {', '.join(backends)}", repr(other))
             if settings is not None:
                 read[name], rest[name] = settings, {k: v for k, v in authority.items() if k not in ours}
     return read, rest

@@ -333,9 +333,13 @@ class AuthoritySettings:
     backend: str  #: The name of a `[backend.NAME]` table.
     #: Subject attributes that this CA adds to every certificate, such as `"OU=Platform"`; CN and O can't be excepted.
     allow_extra_subject: tuple[str, ...] = ()
+    #: For `renew --rehearse`: another `backend`, another `anchor`, or keys of the backend that count more, such as `role`.
+    rehearsal: dict[str, str] = field(default_factory=dict)
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Identities can't be excepted."""
+        """Identities can't be excepted, and a scratch CA's certificate is found wherever the program runs."""
+        if not self.rehearsal.get("anchor", "/").startswith("/"):
+            yield SettingsProblem("rehearsal.anchor", "an absolute path", repr(self.rehearsal["anchor"]))
         for text in self.allow_extra_subject:
             name = text.partition("=")[0]
             if name not in EXTRA_SUBJECT_OIDS or "=" not in text:

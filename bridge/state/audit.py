@@ -48,6 +48,8 @@ SYSLOG = Path("/dev/log")
 ASKED, ISSUED, VERIFIED, INSTALLED = "asked", "issued", "verified", "installed"
 REFUSED, UNAVAILABLE, FAILED = "refused", "unavailable", "failed"
 RECOVERED, ROLLED_BACK, RESTARTED = "recovered", "rolled-back", "restarted"
+#: Asked for, signed and proven, and not installed.
+REHEARSED = "rehearsed"
 #: A copy of a kubeconfig, `result`, has got what was installed.
 COPIED = "copied"
 #: A CA has the request and answers later; a request that is given up.

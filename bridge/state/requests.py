@@ -106,6 +106,16 @@ class OpenRequests:
         self._saved = dict(self._requests)
 
 
+class Unkept(OpenRequests):
+    """Of a run whose requests and keys are thrown away: in memory alone."""
+
+    def __init__(self) -> None:
+        self._requests = {}
+
+    def save(self) -> None:
+        """Nothing is written."""
+
+
 def requests_file(store: Store) -> StateFile[dict[str, OpenRequest]]:
     """The requests that are not finished, with their keys, by name."""
     return StateFile(

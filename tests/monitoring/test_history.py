@@ -65,9 +65,9 @@ def test_it_outlives_a_run(tmp_path: Path) -> None:
         b"",
         b"[]",
         b'{"version": 1}',
-        b'{"version": 1, "ended": "2026-11-25", "exitCode": 0, "seconds": 1, "succeeded": null, "failures": 0}',
-        b'{"version":1,"ended":"2026-11-25T00:00:00+00:00","exitCode":0,"seconds":NaN,"succeeded":null,"failures":0}',
-        b'{"version":1,"ended":"2026-11-25T00:00:00+00:00","exitCode":0,"seconds":1,"succeeded":null,"failures":-1}',
+        b'{"version": 1, "ended": "2026-11-25", "exitCode": 0, "seconds": 1, "succeeded": null, "rehearsed": null, "rehearsalExitCode": 0, "failures": 0}',
+        b'{"version":1,"ended":"2026-11-25T00:00:00+00:00","exitCode":0,"seconds":NaN,"succeeded":null,"rehearsed":null,"rehearsalExitCode":0,"failures":0}',
+        b'{"version":1,"ended":"2026-11-25T00:00:00+00:00","exitCode":0,"seconds":1,"succeeded":null,"rehearsed":null,"rehearsalExitCode":0,"failures":-1}',
     ],
 )
 def test_a_damaged_one_counts_as_none(tmp_path: Path, content: bytes) -> None:
@@ -75,6 +75,6 @@ def test_a_damaged_one_counts_as_none(tmp_path: Path, content: bytes) -> None:
     store = Store(tmp_path)
     store.history.write_bytes(content)
     assert history_file(store).read() is None
-    good = b'{"version":1,"ended":"2026-11-25T00:00:00+00:00","exitCode":0,"seconds":1,"succeeded":null,"failures":0}'
+    good = b'{"version":1,"ended":"2026-11-25T00:00:00+00:00","exitCode":0,"seconds":1,"succeeded":null,"rehearsed":null,"rehearsalExitCode":0,"failures":0}'
     store.history.write_bytes(good)
     assert history_file(store).read() is not None

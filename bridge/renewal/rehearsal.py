@@ -1,0 +1,296 @@
+"""
+A rehearsal: everything is asked, signed and verified as a renewal would, and thrown away.
+
+Keys stay in memory, no file of the node is replaced, no request is kept; what was signed is revoked where the CA's
+backend can do that. What it can't find out: whether components work with the new certificates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+
+from bridge.contract import Carries, Issued, Pending, Recalls, Revokes, Spends
+from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, WaitingError
+from bridge.node.inventory import Item, Node
+from bridge.pki import verify
+from bridge.pki.certificates import load_pem_certificates, serial_hex
+from bridge.pki.durations import duration_text
+from bridge.pki.expiry import due_from
+from bridge.renewal import new_keys
+from bridge.renewal.issuance import Answered, Reached, issue_all, reaching
+from bridge.renewal.prepare import preparing
+from bridge.renewal.readiness import assert_room, without_restart
+from bridge.renewal.revocation import RevocationError
+from bridge.renewal.selection import ALL, MissingCertificateError, Selection, outcome_of, select
+from bridge.renewal.verify_and_install import expectations, verify_all
+from bridge.renewal.wish import NO_CHANGES, Changes
+from bridge.renewal.wishes import decide
+from bridge.settings.rehearsal import anchor, for_rehearsal, is_scratch
+from bridge.settings.tables import Settings
+from bridge.signing import registry
+from bridge.specs import AUTHORITIES
+from bridge.state import audit
+from bridge.state.outcome import Outcome
+from bridge.state.requests import Unkept
+from bridge.state.session import Run, begun
+from bridge.system.console import Progress
+
+
+class NoRehearsalError(BridgeError):
+    """A CA that can't be asked for something that is thrown away."""
+
+    exit_code = Exit.USAGE
+    hint = (
+        "name another backend or role for it in [authority.NAME.rehearsal], or rehearse the other certificates by name"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsed:
+    """A certificate that was signed, passed, and is of no use to anybody."""
+
+    outcome: Outcome
+    leaf: x509.Certificate
+    revoked: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsal:
+    """What a renewal would have come to."""
+
+    passed: tuple[Rehearsed, ...] = ()
+    failed: tuple[Outcome, ...] = ()
+    errors: tuple[BridgeError, ...] = ()  #: About what was signed and is not revoked.
+    skipped: tuple[str, ...] = ()  #: Sentences.
+
+    @property
+    def exit_code(self) -> int:
+        """As a renewal's."""
+        return Exit.worst([*(one.exit_code for one in self.failed), *(one.exit_code for one in self.errors)])
+
+
+def run(
+    settings: Settings,
+    names: Collection[str],
+    now: Callable[[], datetime],
+    progress: Progress,
+    *,
+    ahead: timedelta | None = None,
+    wait: timedelta = timedelta(),
+    any_identity: Collection[str] = (),
+    changes: Changes = NO_CHANGES,
+) -> Rehearsal:
+    """
+    Rehearse the renewal of these.
+
+    Args:
+        settings: As for a renewal; `[authority.NAME.rehearsal]` counts.
+        names: kubeadm's names or "all"; none: all.
+        now: The node's clock.
+        progress: Is told.
+        ahead: Only what will be due within this time, or is due.
+        wait: So long for another run to end.
+        any_identity: As for a renewal.
+        changes: As for a renewal.
+
+    Raises:
+        LockedError: Another run works on this node.
+        SettingsError: Nothing was asked.
+        AuditError: It can't be recorded; nothing was asked.
+        BridgeError: The state directory is not ours alone, or has no room for a renewal.
+    """
+    asked = names or [ALL]
+    with begun(settings, now, progress, wait) as (ours, node):
+        wishes = decide(node, settings, asked, changes)
+        selection = select(node, settings, asked, now(), any_identity=any_identity, wishes=wishes)
+        for sentence in selection.told:
+            progress.note(sentence)
+        selection = _without_open(_within(selection, settings, now(), ahead), ours)
+        ours.record.add(audit.REHEARSED, result="begins: nothing of this run is installed")
+        rehearsing = dataclasses.replace(ours, settings=for_rehearsal(settings), requests=Unkept())
+        return _rehearsed(rehearsing, settings, selection, node)
+
+
+def _within(selection: Selection, settings: Settings, now: datetime, ahead: timedelta | None) -> Selection:
+    """What is far from being due is no matter for today."""
+    if ahead is None:
+        return selection
+    renewal = settings.renewal
+
+    def is_near(item: Item) -> bool:
+        return not item.certificates or now + ahead >= due_from(
+            item.certificates, renewal.before, renewal.validity, rotates=item.rotates
+        )
+
+    items = tuple(item for item in selection.items if is_near(item))
+    skipped = selection.skipped if items else (*selection.skipped, f"nothing is due within {duration_text(ahead)}")
+    return dataclasses.replace(selection, items=items, skipped=skipped)
+
+
+def _without_open(selection: Selection, run: Run) -> Selection:
+    """What a CA has already been asked for in earnest is not asked for twice."""
+    waiting = {one.name for one in run.requests if one.is_waiting}
+    told = tuple(
+        f"{item.spec.name} is not rehearsed: a CA has a request for it already"
+        for item in selection.items
+        if item.spec.name in waiting
+    )
+    items = tuple(item for item in selection.items if item.spec.name not in waiting)
+    return dataclasses.replace(selection, items=items, skipped=(*selection.skipped, *told))
+
+
+def _rehearsed(run: Run, settings: Settings, selection: Selection, node: Node) -> Rehearsal:
+    assert_room(run.settings)
+    expected, unproved = expectations(node, run.settings, selection.items, run.now())
+    expected = {name: _expected(one, settings, name) for name, one in expected.items()}
+    impossible = dict(_impossible(run.settings, expected))
+    failed = list({o.name: o for o in [*unproved, *without_restart(node, run.settings, selection.items)]}.values())
+    failed += [outcome_of(i, impossible[i.spec.authority.name]) for i in selection.items
+               if i.spec.authority.name in impossible and i.spec.name not in {o.name for o in failed}]  # fmt: skip
+    without = {outcome.name for outcome in failed}
+    items = [item for item in selection.items if item.spec.name not in without]
+    with (
+        preparing(items, run.settings, {}, selection.wishes) as making,
+        reaching(run.settings, items, expected, run.progress) as reached,
+    ):
+        cas = reached()
+        new_keys.hurry()
+        answered, unmade = issue_all(run, making, cas, expected)
+        proven, failed = verify_all(run, answered, [*selection.failed, *failed, *unmade])
+        revoked, errors = _thrown_away(run, answered, cas)
+    passed = [
+        Rehearsed(outcome=one.outcome, leaf=one.verified.leaf, revoked=one.verified.leaf in revoked) for one in proven
+    ]
+    for one in passed:
+        result = "passed, and revoked" if one.revoked else "passed, and thrown away; not revoked"
+        run.record.add(audit.REHEARSED, one.outcome.name, authority=one.outcome.authority, new=one.leaf, result=result)
+    return Rehearsal(
+        passed=tuple(passed),
+        failed=tuple(map(_told, failed)),
+        errors=tuple(errors),
+        skipped=selection.skipped,
+    )
+
+
+def _expected(one: verify.Expectation, settings: Settings, authority: str) -> verify.Expectation:
+    """
+    A scratch role may give a short life, and a scratch CA be another one.
+
+    Raises:
+        BridgeError: That CA's certificate can't be read.
+    """
+    if not is_scratch(settings, authority):
+        return one
+    one = dataclasses.replace(one, min_validity=timedelta(), shorter_allowed=True)
+    path = anchor(settings, authority)
+    return one if path is None else dataclasses.replace(one, anchors=_anchors(path), anchor_name=str(path))
+
+
+def _anchors(path: Path) -> tuple[x509.Certificate, ...]:
+    try:
+        return tuple(load_pem_certificates(path.read_bytes()))
+    except (OSError, ValueError) as e:
+        reason = e.strerror if isinstance(e, OSError) else e
+        raise MissingCertificateError(
+            f"{path}: wanted the CA certificate of a rehearsal (anchor), found: {reason}", hint="put it there"
+        ) from e
+
+
+def _impossible(settings: Settings, authorities: Collection[str]) -> Iterator[tuple[str, BridgeError]]:
+    """CAs that are not asked: by authority, why; nothing is asked to find out."""
+    known = [name for name in authorities if name in settings.authorities]
+    for name, configured in registry.configured(settings, known).items():
+        try:
+            backend = configured.open()
+        except BridgeError:
+            continue  # told where it is asked
+        try:
+            if isinstance(backend, Carries):
+                yield name, NoRehearsalError(f"{configured.label}: people carry its requests, and would for nothing")
+            elif isinstance(backend, Spends) and (spent := backend.spends()):
+                yield name, NoRehearsalError(f"{configured.label}: a rehearsal would use up {spent}")
+        finally:
+            registry.close(backend)
+
+
+def _told(outcome: Outcome) -> Outcome:
+    """Of a CA that answers later: the answer is worth nothing any more."""
+    if not isinstance(outcome.error, WaitingError):
+        return outcome
+    error = WaitingError(
+        f"the CA took the request, and has not answered yet ({outcome.error.reason}); its key is thrown away",
+        hint="so far it would work; whoever approves requests at the CA may refuse this one",
+    )
+    return dataclasses.replace(outcome, error=error)
+
+
+# --- what was signed ---------------------------------------------------------------------------------------------------
+
+
+def _thrown_away(
+    run: Run, answered: Sequence[Answered], reached: Mapping[str, Reached]
+) -> tuple[set[x509.Certificate], list[BridgeError]]:
+    """Have revoked whatever was signed for our keys, whether it passed or not."""
+    revoked: set[x509.Certificate] = set()
+    errors: list[BridgeError] = []
+    unable: dict[str, list[str]] = {}
+    for authority in AUTHORITIES:
+        ca = reached.get(authority)
+        signed = _signed([one for one in answered if one.prepared.authority == authority], ca, run.now())
+        for name, leaf in signed:
+            if ca is None or not isinstance(backend := ca.backend, Revokes):
+                unable.setdefault(ca.label if ca is not None else authority, []).append(name)
+                continue
+            try:
+                ca.outage.ask(lambda leaf=leaf, backend=backend: backend.revoke(leaf))
+            except BackendError as e:
+                error = _not_revoked(name, leaf, ca.label, e)
+                run.record.add(audit.FAILED, name, authority=authority, new=leaf, error=error)
+                if isinstance(e, BackendUnavailableError):
+                    errors.append(error)
+                else:
+                    run.progress.note(str(error))
+            else:
+                revoked.add(leaf)
+                run.record.add(audit.REVOKED, name, authority=authority, old=leaf)
+    for label, names in unable.items():
+        run.progress.note(
+            f"{label} can't revoke: what it signed for {', '.join(names)} is valid, without a key to use it"
+        )
+    return revoked, errors
+
+
+def _not_revoked(name: str, leaf: x509.Certificate, label: str, cause: BackendError) -> RevocationError:
+    hint = "its key is gone; revoke it at the CA if your rules ask for that"
+    return RevocationError(f"not revoked: {name}, serial {serial_hex(leaf)}: {label}: {cause}", cause, hint=hint)
+
+
+def _signed(answered: Sequence[Answered], ca: Reached | None, now: datetime) -> list[tuple[str, x509.Certificate]]:
+    """
+    What is to be revoked: certificates for our new keys, and no other that a CA may have sent instead.
+
+    What was signed, though its answer was lost, a CA may be able to find.
+    """
+    found = [(one, one.answer.leaf) for one in answered if isinstance(one.answer, Issued)]
+    lost = [one for one in answered if isinstance(one.answer, Pending | BackendError)]
+    if lost and ca is not None and isinstance(backend := ca.backend, Recalls):
+        since = now - timedelta(days=1)
+        try:
+            recalled = backend.recall([one.prepared.request for one in lost], since)
+        except BackendError:
+            recalled = ()  # as lost as before
+        found += [(one, answer.leaf) for one, answer in zip(lost, recalled, strict=False) if answer is not None]
+    return [(one.prepared.name, leaf) for one, leaf in found if _is_ours(one, leaf)]
+
+
+def _is_ours(one: Answered, leaf: x509.Certificate) -> bool:
+    try:
+        return leaf.public_key() == one.prepared.request.csr.public_key()
+    except (ValueError, TypeError):
+        return False
