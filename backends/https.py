@@ -30,7 +30,7 @@ from urllib3.connection import HTTPSConnection
 from urllib3.connectionpool import HTTPSConnectionPool
 
 from bridge.errors import SettingsError, SettingsProblem
-from bridge.system.https import alert
+from bridge.system.https import HttpsError, alert, context
 from bridge.words import one_line
 
 #: A signed certificate with its chain is a few kB, one with thousands of SANs far below this.
@@ -220,6 +220,27 @@ def tls_context(ca_file: Path | None, client_cert: Path | None, client_key: Path
     if problems:
         raise SettingsError(problems)
     return context
+
+
+def context_of(trust_pem: bytes, certificate_pem: bytes | None, key_pem: bytes | None) -> ssl.SSLContext:
+    """
+    The same from what is in memory; the key gets onto no disk.
+
+    Args:
+        trust_pem: Trusted for the server's certificate, and nothing else is.
+        certificate_pem: With its chain.
+        key_pem: Not encrypted.
+
+    Raises:
+        ValueError: Something of it can't be used.
+    """
+    try:
+        made = context(trust_pem, certificate_pem, key_pem)
+    except HttpsError as e:
+        raise ValueError(str(e)) from None
+    made.minimum_version = ssl.TLSVersion.TLSv1_2
+    made.hostname_checks_common_name = False
+    return made
 
 
 def load_system_cas(context: ssl.SSLContext) -> None:

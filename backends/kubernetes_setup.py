@@ -1,0 +1,196 @@
+"""
+What the administrator of the cluster that signs needs: an account for the node, a role for whoever approves, a policy.
+
+RBAC can't tell requests apart: whoever may create one may name any signer in it, and any subject. So a
+ValidatingAdmissionPolicy keeps these signer names to this cluster's accounts, and the page lists what is right to approve.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from bridge.contract import Selector, SetupFile, SetupRequest
+from bridge.errors import BridgeError
+from bridge.pki.certificates import name_text, san_entries
+from bridge.specs import EKU, SPECS
+from bridge.words import one_line
+
+NAMESPACE = "ca-bridge"
+_ISSUERS = "issuers.cert-manager.io/"
+_PATTERN = "ca-bridge.example.com/{name}"
+
+
+def files(wanted: SetupRequest) -> Sequence[SetupFile]:
+    """
+    Manifests with comments, for `kubectl apply`.
+
+    Raises:
+        BridgeError: The signer's name can't be made from what the settings say so far.
+    """
+    selector = _selector(wanted)
+    wrong = list(selector.problems("signer", "signers"))
+    if wrong:
+        raise BridgeError("; ".join(map(str, wrong)), hint="fix signer in the settings")
+    signers = {name: selector(SPECS[name]) for name in wanted.certificates}
+    text = "---\n".join(part for part in (
+        "".join(f"# {line}".rstrip() + "\n" for line in _head(wanted, signers)),
+        _account(wanted),
+        _reference(wanted, sorted(set(signers.values()))),
+        _approver(wanted, sorted(set(signers.values()))),
+        _admission(wanted, sorted(set(signers.values()))),
+    ) if part)  # fmt: skip
+    return [SetupFile(name=f"kubernetes-{wanted.authority.name}.yaml", text=text, by_node=True)]
+
+
+def _selector(wanted: SetupRequest) -> Selector:
+    """As the settings have it so far."""
+    pattern, exceptions = wanted.settings.get("signer"), wanted.settings.get("signers")
+    named = {str(k): str(v) for k, v in exceptions.items()} if isinstance(exceptions, Mapping) else {}
+    return Selector(str(pattern or _PATTERN), named, wanted.node)
+
+
+def account(node: str) -> str:
+    """The node's service account; a name as Kubernetes has it, whatever the node is called."""
+    plain = re.sub(r"[^a-z0-9-]+", "-", node.lower()).strip("-")[:52].strip("-")
+    return f"ca-bridge-{plain}"
+
+
+def _head(wanted: SetupRequest, signers: Mapping[str, str]) -> Iterator[str]:
+    yield f"Requests of node {wanted.node} (cluster {wanted.cluster}) for authority {wanted.authority.name}, signed by THIS cluster."
+    yield "Apply it here, where the CertificateSigningRequest objects will be: kubectl apply -f FILE"
+    yield ""
+    yield "What will be asked for, and may be approved:"
+    seconds = int(wanted.validity.total_seconds())
+    for name, certificate in wanted.certificates.items():
+        usages = ", ".join(eku.label for eku in EKU if eku in SPECS[name].ekus)
+        yield f"  {name}: {signers[name]}"
+        yield f"    subject {one_line(name_text(certificate.subject))}; {usages}; expirationSeconds {seconds}"
+        sans = [f"{kind} {one_line(value)}" for kind, value in sorted(san_entries(certificate))]
+        yield from (f"    SAN {san}" for san in sans)
+    yield ""
+    yield "A token for the node (an API server may allow less; put it there with mode 0600), and its settings:"
+    yield f"  kubectl -n {NAMESPACE} create token {account(wanted.node)} --duration=8760h > token"
+    yield "  [backend.cluster]"
+    yield '  type = "kubernetes"'
+    yield f"  url = {_quoted(wanted.settings.get('url') or 'https://signing-cluster.example.com:6443')}"
+    yield '  ca_file = "/etc/ca-bridge/signing-cluster-ca.crt"'
+    yield '  token_file = "/etc/ca-bridge/signing-cluster-token"'
+    yield f"  [authority.{wanted.authority.name}]"
+    yield '  backend = "cluster"'
+    yield f"  signer = {_quoted(_selector(wanted).pattern)}"
+    yield ""
+    yield "Approve by hand, once you have read the CSR:"
+    yield "  kubectl get csr ca-bridge-NAME -o jsonpath={.spec.request} | base64 -d | openssl req -noout -text"
+    yield "  kubectl certificate approve ca-bridge-NAME"
+
+
+def _account(wanted: SetupRequest) -> str:
+    name = account(wanted.node)
+    return f"""\
+apiVersion: v1
+kind: Namespace
+metadata: {{name: {NAMESPACE}}}
+---
+apiVersion: v1
+kind: ServiceAccount
+metadata: {{name: {name}, namespace: {NAMESPACE}}}
+automountServiceAccountToken: false
+---
+# delete: answered requests are removed; without it kube-controller-manager does so an hour later (set delete = false).
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {{name: ca-bridge-requester}}
+rules:
+- {{apiGroups: [certificates.k8s.io], resources: [certificatesigningrequests], verbs: [create, get, delete]}}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {{name: {name}}}
+roleRef: {{apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: ca-bridge-requester}}
+subjects: [{{kind: ServiceAccount, name: {name}, namespace: {NAMESPACE}}}]
+"""
+
+
+def _reference(wanted: SetupRequest, signers: Sequence[str]) -> str:
+    """cert-manager signs with an Issuer of a namespace only for who may `reference` it."""
+    issuers = [signer.removeprefix(_ISSUERS).partition(".") for signer in signers if signer.startswith(_ISSUERS)]
+    by_namespace: dict[str, list[str]] = {}
+    for namespace, _, issuer in issuers:
+        by_namespace.setdefault(namespace, []).append(issuer)
+    name = account(wanted.node)
+    return "---\n".join(
+        f"""\
+apiVersion: rbac.authorization.k8s.io/v1
+kind: Role
+metadata: {{name: {name}-{wanted.authority.name}, namespace: {namespace}}}
+rules:
+- {{apiGroups: [cert-manager.io], resources: [signers], verbs: [reference], resourceNames: {_flow(names)}}}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata: {{name: {name}-{wanted.authority.name}, namespace: {namespace}}}
+roleRef: {{apiGroup: rbac.authorization.k8s.io, kind: Role, name: {name}-{wanted.authority.name}}}
+subjects: [{{kind: ServiceAccount, name: {name}, namespace: {NAMESPACE}}}]
+"""
+        for namespace, names in by_namespace.items()
+    )
+
+
+def _approver(wanted: SetupRequest, signers: Sequence[str]) -> str:
+    return f"""\
+# For whoever approves; bind it to a person or a program, never to the account above.
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {{name: ca-bridge-approver-{wanted.authority.name}}}
+rules:
+- {{apiGroups: [certificates.k8s.io], resources: [certificatesigningrequests], verbs: [get, list, watch]}}
+- {{apiGroups: [certificates.k8s.io], resources: [certificatesigningrequests/approval], verbs: [update, patch]}}
+- apiGroups: [certificates.k8s.io]
+  resources: [signers]
+  verbs: [approve]
+  resourceNames: {_flow(signers)}
+"""
+
+
+def _admission(wanted: SetupRequest, signers: Sequence[str]) -> str:
+    """Not for Kubernetes' own signers, which others of that cluster use as well."""
+    ours = [signer for signer in signers if not signer.partition("/")[0].endswith("kubernetes.io")]
+    if not ours:
+        return ""
+    name = f"ca-bridge-requests-{wanted.authority.name}"
+    prefix = f"system:serviceaccount:{NAMESPACE}:ca-bridge-"
+    return f"""\
+# Only the accounts of nodes may ask these signers; and for no longer than was agreed.
+apiVersion: admissionregistration.k8s.io/v1
+kind: ValidatingAdmissionPolicy
+metadata: {{name: {name}}}
+spec:
+  failurePolicy: Fail
+  matchConstraints:
+    resourceRules:
+    - {{apiGroups: [certificates.k8s.io], apiVersions: [v1], resources: [certificatesigningrequests], operations: [CREATE]}}
+  matchConditions:
+  - {{name: signer, expression: {_quoted(f"object.spec.signerName in {json.dumps(ours)}")}}}
+  validations:
+  - expression: {_quoted(f"request.userInfo.username.startsWith('{prefix}')")}
+    message: only accounts of nodes may ask this signer
+  - expression: {_quoted(f"has(object.spec.expirationSeconds) && object.spec.expirationSeconds <= {int(wanted.validity.total_seconds())}")}
+    message: the request is for longer than was agreed
+---
+apiVersion: admissionregistration.k8s.io/v1
+kind: ValidatingAdmissionPolicyBinding
+metadata: {{name: {name}}}
+spec: {{policyName: {name}, validationActions: [Deny]}}
+"""
+
+
+def _flow(names: Sequence[str]) -> str:
+    return json.dumps(list(names))
+
+
+def _quoted(text: Any) -> str:
+    """A string of TOML and of YAML."""
+    return json.dumps(str(text), ensure_ascii=False)
