@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from bridge.errors import BridgeError, Exit
+from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
 
 _API = "kubeadm.k8s.io/"
 _MOST_BYTES = 1 << 18
@@ -178,7 +179,7 @@ def from_facts(facts: Facts) -> Configuration:
 
 
 def for_node(cluster: Configuration, facts: Facts) -> Configuration:
-    """The cluster's configuration with the part of another control-plane node, for `certs generate-csr`."""
+    """The cluster's configuration with the part of another node; for `certs generate-csr` on a control plane."""
     registration = {"name": facts.name, "criSocket": facts.socket or cluster.socket}
     api = str(cluster.cluster.get("apiVersion", "kubeadm.k8s.io/v1beta4"))
     node = {
@@ -187,29 +188,49 @@ def for_node(cluster: Configuration, facts: Facts) -> Configuration:
         "localAPIEndpoint": {"advertiseAddress": facts.address, "bindPort": cluster.port},
         "nodeRegistration": {key: value for key, value in registration.items() if value},
     }
-    return Configuration(documents=(node, cluster.cluster))
+    return Configuration(documents=(node, *shared(cluster).documents))
 
 
-def join_configuration(config: Configuration, discovery: str, *, control_plane: bool) -> Configuration:
+def shared(config: Configuration) -> Configuration:
+    """What is the same for all nodes; the rest says who one of them is."""
+    ours = ("ClusterConfiguration", "KubeletConfiguration", "KubeProxyConfiguration")
+    return Configuration(documents=tuple(one for one in config.documents if one.get("kind") in ours))
+
+
+def key_algorithm(config: Configuration) -> KeyAlgorithm:
+    """Of all keys, as kubeadm has it; its default where none is said."""
+    found = _text(config.cluster, "encryptionAlgorithm").lower()
+    return next((one for one in KEY_ALGORITHMS if one == found), "rsa-2048")
+
+
+def join_configuration(
+    config: Configuration, discovery: str, ignored: str, *, control_plane: bool, base: Mapping[str, Any] | None = None
+) -> Configuration:
     """
     What `kubeadm join` is given: discovery by a file, no bootstrap token, no hash of a CA.
 
     Args:
         config: The node's, as by `for_node`.
         discovery: A kubeconfig on the node, with credentials.
+        ignored: A preflight error that is none: a file that is there on purpose.
         control_plane: Not a worker.
+        base: The operator's JoinConfiguration, of which all else stays (taints, flags of the kubelet, patches).
     """
-    api = str(config.cluster.get("apiVersion", "kubeadm.k8s.io/v1beta4"))
-    registration = {"name": config.name, "criSocket": config.socket}
-    document: dict[str, Any] = {
-        "apiVersion": api,
-        "kind": "JoinConfiguration",
-        "discovery": {"file": {"kubeConfigPath": discovery}},
-        "nodeRegistration": {key: value for key, value in registration.items() if value},
+    document = dict(base or {"apiVersion": str(config.cluster.get("apiVersion")), "kind": "JoinConfiguration"})
+    registration = dict(_below(document, "nodeRegistration"))
+    also = registration.get("ignorePreflightErrors")
+    registration |= {
+        "name": config.name,
+        "ignorePreflightErrors": [*(also if isinstance(also, list) else ()), ignored],
+        **({"criSocket": config.socket} if config.socket else {}),
     }
+    document |= {"discovery": {"file": {"kubeConfigPath": discovery}}, "nodeRegistration": registration}
+    document.pop("controlPlane", None)
     if control_plane:
-        endpoint = {"advertiseAddress": config.address, "bindPort": config.port}
-        document["controlPlane"] = {"localAPIEndpoint": endpoint}
+        document["controlPlane"] = {
+            **_below(base or {}, "controlPlane"),
+            "localAPIEndpoint": {"advertiseAddress": config.address, "bindPort": config.port},
+        }
     return Configuration(documents=(document,))
 
 

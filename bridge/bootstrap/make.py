@@ -207,6 +207,7 @@ class _Making:
         cas = authorities.gather(
             self._run.settings, self._places, self._wish.role, self._wish.ca_dir, self._wish.carried, self._run.now()
         )
+        self._assert_sa()
         begun_before = self._begin()
         prepared = [self._prepared(SPECS[name], self._run.requests.by_name()[name]) for name in begun_before.names]
         answered, failed = self._answered(prepared, self._expected(cas))
@@ -419,25 +420,42 @@ class _Making:
         )
 
     def _service_account(self, composer: Composer, begun_before: Unfinished) -> Iterator[Replacement]:
-        if self._wish.role == "worker":
-            return
-        there = live(self._places.sa_key), live(self._places.sa_public)
-        given = self._wish.sa or (begun_before.sa_key.encode(), begun_before.sa_public.encode())
-        if there[0] is not None and there[1] is not None:
-            if self._wish.sa is not None and there != self._wish.sa:
-                raise ForeignSaError(
-                    f"{self._places.sa_key}: wanted the other nodes' service account key, found another one"
-                )
-            if not is_sa_pair(there[0], there[1]):
-                raise ForeignSaError(f"{self._places.sa_public}: wanted the public key of sa.key, found another one")
-            return
-        if any(there):
+        if self._wish.role != "worker":
+            made = begun_before.sa_key.encode(), begun_before.sa_public.encode()
+            yield from composer.service_account(*(self._sa_there() or self._wish.sa or made))
+
+    def _sa_there(self) -> tuple[bytes, bytes] | None:
+        """
+        The pair that is in place already.
+
+        Raises:
+            ForeignSaError: It is half a pair, or not the other nodes'.
+        """
+        key, public = live(self._places.sa_key), live(self._places.sa_public)
+        if key is None and public is None:
+            return None
+        if key is None or public is None:
             raise ForeignSaError(
                 f"{self._places.sa_key}: wanted sa.key and sa.pub, or none of them, found one of the two"
             )
-        if not is_sa_pair(*given):
-            raise ForeignSaError("wanted sa.key and sa.pub of another control-plane node, found no pair of keys")
-        yield from composer.service_account(*given)
+        if not is_sa_pair(key, public):
+            raise ForeignSaError(f"{self._places.sa_public}: wanted the public key of sa.key, found another one")
+        if self._wish.sa is not None and key != self._wish.sa[0]:
+            raise ForeignSaError(
+                f"{self._places.sa_key}: wanted the other nodes' service account key, found another one"
+            )
+        return key, public
+
+    def _assert_sa(self) -> None:
+        """Before anybody is asked: a further node can't make one."""
+        if self._wish.role == "worker" or self._sa_there() is not None:
+            return
+        if self._wish.role == "control-plane" and self._wish.sa is None:
+            raise ForeignSaError(
+                "wanted the service account key of another control-plane node, found none",
+                hint="--shared - with what `ca-bridge bootstrap share` prints there, or sa.key and sa.pub copied to "
+                f"{self._places.pki} (mode 0600) over a safe channel",
+            )
 
     def _put_in_place(self, files: Sequence[Replacement], kubelet_pem: Path) -> None:
         """Judge the whole as it will be; copy it if that is wished; then all of it in one step."""

@@ -60,6 +60,10 @@ AnswerOption = Annotated[
     typer.Option(metavar="FILE", help="What a desk has answered; may be repeated.", show_default=False),
 ]
 AnewOption = Annotated[bool, typer.Option("--anew", help="Forget keys and requests that an earlier run has made.")]
+OrderOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="What `bootstrap orders` wrote for this node.", show_default=False),
+]
 _KUBELET = Path("/var/lib/kubelet")
 
 
@@ -67,6 +71,7 @@ _KUBELET = Path("/var/lib/kubelet")
 def init(
     common: Common,
     kubeadm_config: ConfigOption = None,
+    order: OrderOption = None,
     name: NameOption = "",
     advertise_address: AddressOption = "",
     control_plane_endpoint: EndpointOption = "",
@@ -112,6 +117,7 @@ def init(
     options = new_node.Options(
         facts=facts,
         config=kubeadm_config,
+        order=order,
         ca_dir=ca_dir,
         kubeadm=kubeadm,
         kubelet=kubelet_dir,
@@ -122,6 +128,107 @@ def init(
         wait=wait or timedelta(),
     )
     raise typer.Exit(new_node.init(common.settings(), options, utc_now))
+
+
+@command(app, "join")
+def join(
+    common: Common,
+    control_plane: Annotated[bool, typer.Option("--control-plane", help="A further control-plane node.")] = False,
+    worker: Annotated[bool, typer.Option("--worker", help="A node without a control plane.")] = False,
+    order: OrderOption = None,
+    shared: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE|-",
+            help="What `bootstrap share` on another node printed; -: standard input.",
+            show_default=False,
+        ),
+    ] = None,
+    kubeadm_config: ConfigOption = None,
+    name: NameOption = "",
+    advertise_address: AddressOption = "",
+    cri_socket: SocketOption = "",
+    ca_dir: CaDirOption = None,
+    kubeadm: KubeadmOption = "kubeadm",
+    kubelet_dir: KubeletOption = _KUBELET,
+    keep: KeepOption = None,
+    request: RequestOption = None,
+    answer: AnswerOption = None,
+    anew: AnewOption = False,
+    wait: WaitOption = None,
+) -> None:
+    """
+    Put everything in place for an unattended `kubeadm join`, without a bootstrap token.
+
+    A control-plane node needs what another one shares (its service account key among it); a worker needs the cluster's
+    configuration. Prints the command to run next. Exit code 4 says that it waits for an answer.
+    """
+    from bridge.bootstrap.kubeadm_config import Facts  # noqa: PLC0415
+    from bridge.cli import new_node  # noqa: PLC0415
+
+    options = new_node.Options(
+        facts=Facts(name=name, address=advertise_address, socket=cri_socket),
+        config=kubeadm_config,
+        order=order,
+        given=shared,
+        ca_dir=ca_dir,
+        kubeadm=kubeadm,
+        kubelet=kubelet_dir,
+        keep=keep,
+        request=request,
+        answers=tuple(answer or ()),
+        anew=anew,
+        wait=wait or timedelta(),
+    )
+    raise typer.Exit(new_node.join(common.settings(), options, _role(control_plane, worker), utc_now))
+
+
+def _role(control_plane: bool, worker: bool) -> Role | None:
+    if control_plane and worker:
+        raise typer.BadParameter("either --control-plane or --worker")
+    return "control-plane" if control_plane else "worker" if worker else None
+
+
+@command(app, "share")
+def share(
+    common: Common,
+    worker: Annotated[bool, typer.Option("--worker", help="For a worker: without the service account key.")] = False,
+    kubeadm_config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="[default: kubeadm.yaml beside the kubeconfigs]", show_default=False),
+    ] = None,
+) -> None:
+    """
+    Print what a further node needs from this control-plane node: CA certificates, configuration, service account key.
+
+    For a pipe: `ssh cp-1 ca-bridge bootstrap share | ssh cp-2 ca-bridge bootstrap join --control-plane --shared - …`.
+    The key is as powerful as a CA: whoever has it can be any service account.
+    """
+    from bridge.cli import new_node  # noqa: PLC0415
+
+    new_node.share(common.settings(), kubeadm_config, utc_now(), worker=worker)
+
+
+@command(app, "orders")
+def orders(
+    common: Common,
+    nodes: Annotated[Path, typer.Option(metavar="FILE", help="`ROLE NAME ADDRESS …` a line.", show_default=False)],
+    kubeadm_config: Annotated[
+        Path, typer.Option(metavar="FILE", help="With the ClusterConfiguration.", show_default=False)
+    ],
+    directory: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Where they go.", show_default=False)
+    ],
+    ca_dir: CaDirOption = None,
+) -> None:
+    """
+    Prepare a list of nodes on an administrator's machine: an order for each, with nothing secret in it.
+
+    ROLE is init, control-plane or worker; the first ADDRESS is the node's own. Keys are made on the nodes.
+    """
+    from bridge.cli import new_node  # noqa: PLC0415
+
+    new_node.write_orders(common.settings(), nodes, kubeadm_config, ca_dir, directory, utc_now())
 
 
 @command(app, "check")
@@ -138,7 +245,5 @@ def check(
     """
     from bridge.cli import new_node  # noqa: PLC0415
 
-    if control_plane and worker:
-        raise typer.BadParameter("either --control-plane or --worker")
-    role: Role = "control-plane" if control_plane else "worker" if worker else "init"
+    role = _role(control_plane, worker) or "init"
     raise typer.Exit(new_node.check(common.settings(), role, kubelet_dir, utc_now()))

@@ -112,6 +112,20 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "Write requests for a CA desk instead of asking a CA.",
         ),
     ),
+    "bootstrap join": (
+        (
+            "ca-bridge bootstrap join --control-plane --shared - --name cp-2 --advertise-address 192.0.2.11",
+            "Get a machine ready for `kubeadm join`; what another node shares comes through a pipe.",
+        ),
+        ("ca-bridge bootstrap join --order w-1.order.json", "The same for what an administrator has ordered."),
+    ),
+    "bootstrap share": (("ca-bridge bootstrap share --worker", "Print what a worker needs; no secret is in it."),),
+    "bootstrap orders": (
+        (
+            "ca-bridge bootstrap orders --nodes nodes.txt --kubeadm-config cluster.yaml -o orders",
+            "Prepare all nodes of a list.",
+        ),
+    ),
     "bootstrap check": (("ca-bridge bootstrap check", "Look at all that `kubeadm init` needs."),),
     "settings init": (
         ("ca-bridge settings init", "Write /etc/ca-bridge/config.toml."),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from bridge.bootstrap import make as day_zero
-from bridge.bootstrap.kubeadm_config import Configuration, Facts, KubeadmConfigError, from_facts, parse
+from bridge.bootstrap import sharing, wishes
+from bridge.bootstrap.kubeadm_config import Facts
 from bridge.bootstrap.make import Bootstrapped, NotWholeError, Wish
-from bridge.bootstrap.places import ETCD_DIRECTORY, Places, Role
+from bridge.bootstrap.places import Role
+from bridge.bootstrap.sharing import read_order
+from bridge.bootstrap.wishes import Said
 from bridge.cli.printing import say, say_table
 from bridge.cli.progress import progress_shown
 from bridge.cli.results import grouped
@@ -18,58 +22,118 @@ from bridge.errors import Exit, SettingsError, SettingsProblem, WaitingError
 from bridge.pki.expiry import minute
 from bridge.settings.tables import Settings
 from bridge.system.console import print_error
-from bridge.system.safe_read import UnreadableError, read
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The command line."""
+    """What both commands have on the command line; see `wishes.Said`."""
 
     facts: Facts
-    config: Path | None
-    ca_dir: Path | None
-    kubeadm: str
-    kubelet: Path
-    keep: Path | None
-    request: Path | None
-    answers: tuple[Path, ...]
-    anew: bool
-    wait: timedelta
+    config: Path | None = None
+    order: Path | None = None
+    given: Path | None = None
+    ca_dir: Path | None = None
+    kubeadm: str = "kubeadm"
+    kubelet: Path | None = None
+    keep: Path | None = None
+    request: Path | None = None
+    answers: tuple[Path, ...] = ()
+    anew: bool = False
+    wait: timedelta = timedelta()
+
+    def said(self) -> Said:
+        """
+        With the files read that are carried.
+
+        Raises:
+            SettingsError: Two say the same.
+            OrderError: One can't be read.
+        """
+        return Said(
+            facts=self.facts,
+            config=self.config,
+            order=read_order(self.order) if self.order is not None else None,
+            given=read_order(self.given) if self.given is not None else None,
+            ca_dir=self.ca_dir,
+            kubeadm=self.kubeadm,
+            kubelet=self.kubelet,
+            keep=self.keep,
+            request=self.request,
+            answers=self.answers,
+            anew=self.anew,
+        )
+
+
+def _both(one: str, other: str) -> SettingsError:
+    return SettingsError([SettingsProblem(one, f"either {one} or {other}", "both")])
 
 
 def init(settings: Settings, options: Options, now: Callable[[], datetime]) -> int:
     """`bootstrap init`: return the exit code."""
-    config, data = _configuration(options)
-    places = _places(settings, options, config)
-    given = options.config is not None and options.config.absolute() == places.kubeadm_config
-    wish = Wish(
-        role="init",
-        places=places,
-        config=config,
-        kubeadm=options.kubeadm,
-        files={} if given else {places.kubeadm_config: data},
-        addresses=(config.address,),
-        ca_dir=options.ca_dir,
-        keep=options.keep,
-        request=options.request,
-        answers=options.answers,
-        anew=options.anew,
-    )
-    with progress_shown() as progress:
-        done = day_zero.make(settings, wish, now, progress, options.wait)
-    _report(done)
+    if options.config is not None and options.order is not None:
+        raise _both("--kubeadm-config", "--order")
+    if options.facts.given() and (options.config or options.order):
+        raise _both("--kubeadm-config or --order", f"the facts themselves ({_flags(options.facts)})")
+    wish = wishes.of_init(settings, options.said())
+    done = _made(settings, wish, now, options.wait)
     if done.is_complete:
         _next_of_init(wish)
     return done.exit_code
 
 
+def join(settings: Settings, options: Options, role: Role | None, now: Callable[[], datetime]) -> int:
+    """`bootstrap join`: return the exit code."""
+    wish = wishes.of_join(settings, options.said(), role)
+    done = _made(settings, wish, now, options.wait)
+    if done.is_complete:
+        _next_of_join(wish)
+    return done.exit_code
+
+
+def _made(settings: Settings, wish: Wish, now: Callable[[], datetime], wait: timedelta) -> Bootstrapped:
+    with progress_shown() as progress:
+        done = day_zero.make(settings, wish, now, progress, wait)
+    _report(done)
+    return done
+
+
+def share(settings: Settings, config: Path | None, now: datetime, *, worker: bool) -> None:
+    """`bootstrap share`: what a further node needs, on standard output, which must be no terminal."""
+    places = wishes.places_of(settings, None)
+    data = sharing.share(settings, places, config or places.kubeadm_config, now, worker=worker)
+    if sys.stdout.isatty() and not worker:
+        raise sharing.SharingError(
+            "wanted a pipe or a file of your own for the service account key, found a terminal",
+            hint="ssh cp-1 ca-bridge bootstrap share | ssh cp-2 ca-bridge bootstrap join --control-plane --shared - …",
+        )
+    say(data.decode())
+
+
+def write_orders(
+    settings: Settings, nodes: Path, config: Path, ca_dir: Path | None, directory: Path, now: datetime
+) -> None:
+    """`bootstrap orders`: one a node, and what is to be done with each."""
+    places = wishes.places_of(settings, None)
+    made = sharing.write_orders(settings, places, nodes, config, ca_dir, directory, now)
+    say_table([(node.name, node.role, str(path)) for node, path in made])
+    first = next((node.name for node, _ in made if node.role == "init"), "a control-plane node")
+    say("\ncarry each to its node, and run there (its keys are made there, and stay):")
+    commands = {
+        "init": "ca-bridge bootstrap init --order NAME.order.json",
+        "control-plane": f"ca-bridge bootstrap join --order NAME.order.json --shared -     (from {first}: `ca-bridge bootstrap share`)",
+        "worker": "ca-bridge bootstrap join --order NAME.order.json",
+    }
+    for role in dict.fromkeys(node.role for node, _ in made):
+        say(f"  {role}: {commands[role]}")
+
+
 def check(settings: Settings, role: Role, kubelet: Path, now: datetime) -> int:
     """`bootstrap check`: return the exit code."""
-    places = Places(pki=settings.node.pki_dir, kubeconfigs=settings.node.kubeconfig_dir, kubelet=kubelet)
-    is_there = role != "worker" and places.kubeadm_config.exists()
-    config = read_configuration(places.kubeadm_config)[0] if is_there else None
+    places = wishes.places_of(settings, kubelet)
+    path = places.kubeadm_config if role == "init" else places.join_config
+    config = wishes.read_configuration(path)[0] if path.exists() else None
     node = config.name if config is not None else settings.node.name
-    problems = day_zero.check(settings, places, role, node, config, now)
+    problems = day_zero.check(settings, places, role, node, config if role != "worker" else None, now)
     if problems:
         raise NotWholeError("\n".join(problems))
     program = "init" if role == "init" else "join"
@@ -77,46 +141,9 @@ def check(settings: Settings, role: Role, kubelet: Path, now: datetime) -> int:
     return Exit.DONE
 
 
-def _configuration(options: Options) -> tuple[Configuration, bytes]:
-    """The file, or one made from the facts."""
-    if options.config is None:
-        made = from_facts(options.facts)
-        return made, made.text().encode()
-    if given := options.facts.given():
-        flags = {"address": "advertise-address", "endpoint": "control-plane-endpoint", "version": "kubernetes-version"}
-        names = ", ".join(f"--{flags.get(name, name.replace('_', '-'))}" for name in given)
-        raise SettingsError(
-            [SettingsProblem("--kubeadm-config", "either a file or the facts themselves", f"{names}, too")]
-        )
-    return read_configuration(options.config)
-
-
-def read_configuration(path: Path) -> tuple[Configuration, bytes]:
-    """
-    Read kubeadm's configuration file.
-
-    Raises:
-        KubeadmConfigError: It can't be read, or is none.
-    """
-    try:
-        data = read(path)
-    except UnreadableError as e:
-        raise KubeadmConfigError(f"{path}: wanted kubeadm's configuration, found: {e}") from None
-    if data is None:
-        raise KubeadmConfigError(f"{path}: wanted kubeadm's configuration, found no file")
-    try:
-        return parse(data), data
-    except KubeadmConfigError as e:
-        raise KubeadmConfigError(f"{path}: {e}", hint=e.hint) from None
-
-
-def _places(settings: Settings, options: Options, config: Configuration) -> Places:
-    return Places(
-        pki=settings.node.pki_dir,
-        kubeconfigs=settings.node.kubeconfig_dir,
-        kubelet=options.kubelet,
-        etcd=Path(config.etcd_directory or ETCD_DIRECTORY),
-    )
+def _flags(facts: Facts) -> str:
+    flags = {"address": "advertise-address", "endpoint": "control-plane-endpoint", "version": "kubernetes-version"}
+    return ", ".join(f"--{flags.get(name, name.replace('_', '-'))}" for name in facts.given())
 
 
 def _report(done: Bootstrapped) -> None:
@@ -152,3 +179,8 @@ def _next_of_init(wish: Wish) -> None:
         f"then, since kubeadm needs it for seconds, and it is beyond all RBAC rules:\n"
         f"  rm {super_admin}"
     )
+
+
+def _next_of_join(wish: Wish) -> None:
+    """It needs no token and no flag: both are in the file."""
+    say(f"\nnext, on this node:\n  kubeadm join --config {wish.places.join_config}")

@@ -52,10 +52,14 @@ def test_another_node_has_the_same_cluster() -> None:
 def test_joining_needs_no_token(*, control_plane: bool) -> None:
     """Discovery is by a file; nothing in it is secret."""
     node = for_node(parse(CONFIG.encode()), FACTS)
-    [document] = join_configuration(node, "/etc/kubernetes/admin.conf", control_plane=control_plane).documents
+    base = {"kind": "JoinConfiguration", "nodeRegistration": {"taints": [], "ignorePreflightErrors": ["Swap"]}}
+    found = join_configuration(node, "/etc/kubernetes/admin.conf", "File", control_plane=control_plane, base=base)
+    [document] = found.documents
 
     assert document["discovery"] == {"file": {"kubeConfigPath": "/etc/kubernetes/admin.conf"}}
     assert ("controlPlane" in document) == control_plane
+    assert document["nodeRegistration"]["ignorePreflightErrors"] == ["Swap", "File"]
+    assert document["nodeRegistration"]["taints"] == []
     assert "token" not in str(document).lower()
 
 

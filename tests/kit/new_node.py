@@ -98,18 +98,18 @@ class NewNode:
     def command(self, *args: str | Path) -> list[str]:
         """To run `ca-bridge bootstrap`."""
         program = Path(sys.executable).with_name("ca-bridge")
-        ours = ["--kubelet-dir", self.places.kubelet, "--config", self.bridge.config]
-        return [str(one) for one in (program, "bootstrap", *args, *ours)]
+        kubelet = ["--kubelet-dir", self.places.kubelet] if args[0] in ("init", "join", "check") else []
+        return [str(one) for one in (program, "bootstrap", *args, *kubelet, "--config", self.bridge.config)]
 
-    def run(self, *args: str | Path) -> subprocess.CompletedProcess[str]:
-        """Run it."""
+    def run(self, *args: str | Path, given: bytes = b"") -> subprocess.CompletedProcess[str]:
+        """Run it, with this on its standard input."""
         environment = {**os.environ, "LC_ALL": "C.UTF-8", "PATH": f"{programs.directory()}:{os.environ['PATH']}"}
         return subprocess.run(
             self.command(*args),
             capture_output=True,
             text=True,
             check=False,
-            stdin=subprocess.DEVNULL,
+            input=given.decode(),
             timeout=120,
             env=environment,
         )

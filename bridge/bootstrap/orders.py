@@ -1,0 +1,203 @@
+"""
+What is carried to a new node: its cluster's configuration and CA certificates, and who it is to be (pure: bytes, values).
+
+An order comes from an administrator's machine and holds nothing secret; what a control-plane node shares with the next
+one may hold the service account key, and goes through a pipe. There is no field for a CA's key, or for a node's.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cryptography import x509
+
+from bridge.bootstrap import kubeadm_config
+from bridge.bootstrap.authorities import text as ca_text
+from bridge.bootstrap.kubeadm_config import Configuration, KubeadmConfigError
+from bridge.bootstrap.places import ROLES, Role
+from bridge.bootstrap.whole import is_sa_pair
+from bridge.errors import BridgeError, Exit
+from bridge.pki.certificates import load_pem_certificates
+from bridge.specs import AUTHORITIES
+
+_SCHEMA, _VERSION = "ca-bridge/new-node", 1
+_MOST_BYTES = 1 << 20
+_KEYS = frozenset({"schema", "version", "cluster", "authorities", "node", "serviceAccount"})
+_NODE = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
+
+
+class OrderError(BridgeError):
+    """It can't be read, or says what no order may say."""
+
+    exit_code = Exit.USAGE
+    hint = "`ca-bridge bootstrap orders` and `ca-bridge bootstrap share` write them; carry it again, unchanged"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewNode:
+    """Who it is to be."""
+
+    role: Role
+    name: str
+    addresses: tuple[str, ...]  #: The first is the node's own; all are in its kubelet's serving certificate.
+    socket: str = ""  #: The container runtime's; empty: kubeadm's default.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What is carried."""
+
+    cluster: Configuration  #: The ClusterConfiguration, and others that are the same for all nodes.
+    authorities: Mapping[str, tuple[x509.Certificate, ...]]
+    node: NewNode | None = None  #: None: whoever gets it says who it is.
+    sa: tuple[bytes, bytes] | None = field(default=None, repr=False)  #: sa.key and sa.pub.
+
+
+def dumps(order: Order) -> bytes:
+    """As a file."""
+    document: dict[str, Any] = {
+        "schema": _SCHEMA,
+        "version": _VERSION,
+        "cluster": order.cluster.text(),
+        "authorities": {name: ca_text(certificates).decode() for name, certificates in order.authorities.items()},
+    }
+    if order.node is not None:
+        node = order.node
+        document["node"] = {
+            "role": node.role,
+            "name": node.name,
+            "addresses": list(node.addresses),
+            "criSocket": node.socket,
+        }
+    if order.sa is not None:
+        document["serviceAccount"] = {"key": order.sa[0].decode(), "public": order.sa[1].decode()}
+    return json.dumps(document, indent=1).encode() + b"\n"
+
+
+def loads(data: bytes) -> Order:
+    """
+    Read one; every field is judged.
+
+    Raises:
+        OrderError: It is none. Its text holds nothing of the content.
+    """
+    if len(data) > _MOST_BYTES:
+        raise OrderError(f"wanted an order, found {len(data)} bytes")
+    try:
+        document = json.loads(data.decode("utf-8"), object_pairs_hook=_once)
+    except (ValueError, RecursionError):
+        document = None  # not raised here, since a traceback could lead to the text, which may hold a key
+    if not isinstance(document, dict) or document.get("schema") != _SCHEMA or document.get("version") != _VERSION:
+        raise OrderError(f"wanted a JSON document of schema {_SCHEMA}, version {_VERSION}, found something else")
+    if unknown := document.keys() - _KEYS:
+        raise OrderError(f"wanted the fields {', '.join(sorted(_KEYS))}, found {len(unknown)} more")
+    return Order(
+        cluster=_cluster(document.get("cluster")),
+        authorities=_authorities(document.get("authorities")),
+        node=_node(document["node"]) if "node" in document else None,
+        sa=_sa(document["serviceAccount"]) if "serviceAccount" in document else None,
+    )
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two values for one key, two readers may each take another."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError
+    return values
+
+
+def _cluster(value: object) -> Configuration:
+    if not isinstance(value, str):
+        raise OrderError("cluster: wanted kubeadm's configuration as text, found something else")
+    try:
+        found = kubeadm_config.parse(value.encode())
+    except KubeadmConfigError as e:
+        raise OrderError(f"cluster: {e}") from None
+    if not found.cluster:
+        raise OrderError("cluster: wanted a ClusterConfiguration, found none")
+    return found
+
+
+def _authorities(value: object) -> dict[str, tuple[x509.Certificate, ...]]:
+    if not isinstance(value, dict) or not value.keys() <= AUTHORITIES.keys():
+        raise OrderError(f"authorities: wanted certificates of {', '.join(AUTHORITIES)}, found something else")
+    found = {}
+    for name, text in value.items():
+        if not isinstance(text, str) or "PRIVATE KEY" in text:
+            raise OrderError(f"authorities.{name}: wanted certificates in PEM and nothing else, found something else")
+        try:
+            found[name] = tuple(load_pem_certificates(text.encode()))
+        except ValueError as e:
+            raise OrderError(f"authorities.{name}: wanted certificates in PEM, found {e}") from None
+    return found
+
+
+def _node(value: object) -> NewNode:
+    if not isinstance(value, dict) or value.keys() != {"role", "name", "addresses", "criSocket"}:
+        raise OrderError("node: wanted role, name, addresses and criSocket, found something else")
+    addresses, socket = value["addresses"], value["criSocket"]
+    if not isinstance(addresses, list) or not isinstance(socket, str) or not socket.isprintable():
+        raise OrderError("node: wanted a list of addresses and a socket, found something else")
+    return new_node(str(value["role"]), str(value["name"]), [str(one) for one in addresses], socket)
+
+
+def new_node(role: str, name: str, addresses: Sequence[str], socket: str = "") -> NewNode:
+    """
+    Judge who a node is to be.
+
+    Raises:
+        OrderError: A role that is none, or what can't be a name or an address.
+    """
+    if role not in ROLES:
+        raise OrderError(f"role: wanted one of {', '.join(ROLES)}, found {role[:40]!r}")
+    if not _NODE.fullmatch(name):
+        raise OrderError(f"name: wanted a node's name in small letters, found {name[:80]!r}")
+    if not addresses:
+        raise OrderError(f"{name}: wanted its IP address, found none")
+    for one in addresses:
+        try:
+            ipaddress.ip_address(one)
+        except ValueError:
+            raise OrderError(f"{name}: wanted an IP address, found {one[:80]!r}") from None
+    return NewNode(role=role, name=name, addresses=tuple(addresses), socket=socket)
+
+
+def _sa(value: object) -> tuple[bytes, bytes]:
+    texts = (value.get("key"), value.get("public")) if isinstance(value, dict) else (None, None)
+    pair = tuple(text.encode() for text in texts if isinstance(text, str))
+    if len(pair) != len(texts) or not is_sa_pair(pair[0], pair[1]):
+        raise OrderError("serviceAccount: wanted a key and its public key in PEM, found something else")
+    return pair[0], pair[1]
+
+
+def parse_nodes(text: str) -> list[NewNode]:
+    """
+    A list of nodes: `ROLE NAME ADDRESS …` a line, `#` begins a comment.
+
+    Raises:
+        OrderError: With the number of the line.
+    """
+    found: list[NewNode] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        role, name, *addresses = [*words, *[""] * (2 - len(words))]
+        try:
+            one = new_node(role, name, addresses)
+        except OrderError as e:
+            raise OrderError(f"line {number}: {e}", hint="a line is `ROLE NAME ADDRESS …`") from None
+        if any(one.name == other.name for other in found):
+            raise OrderError(f"line {number}: wanted each name once, found {one.name} again")
+        if one.role == "init" and any(other.role == "init" for other in found):
+            raise OrderError(f"line {number}: wanted one node for `kubeadm init`, found another one")
+        found.append(one)
+    if not found:
+        raise OrderError("wanted a list of nodes, found none", hint="a line is `ROLE NAME ADDRESS …`")
+    return found

@@ -1,0 +1,221 @@
+"""What is to be made, from what the operator says: files, facts, an order, and what another node shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cryptography import x509
+
+from bridge.bootstrap.kubeadm_config import (
+    Configuration,
+    Facts,
+    KubeadmConfigError,
+    for_node,
+    from_facts,
+    join_configuration,
+    key_algorithm,
+    parse,
+    shared,
+)
+from bridge.bootstrap.make import Wish
+from bridge.bootstrap.orders import NewNode, Order, OrderError, new_node
+from bridge.bootstrap.places import ETCD_DIRECTORY, KUBELET_CONF, Places, Role
+from bridge.settings.tables import Settings
+from bridge.system.safe_read import UnreadableError, read
+
+_ADMIN = "admin.conf"
+#: Of `kubeadm join`: the pre-signed kubelet.conf, which makes a bootstrap token needless.
+_IGNORED = "FileAvailable--etc-kubernetes-kubelet.conf"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """What the operator says."""
+
+    facts: Facts = Facts()  # noqa: RUF009 (frozen)
+    config: Path | None = None  #: kubeadm's configuration.
+    order: Order | None = None
+    given: Order | None = field(default=None, repr=False)  #: What another node shares.
+    ca_dir: Path | None = None
+    kubeadm: str = "kubeadm"
+    kubelet: Path | None = None
+    keep: Path | None = None
+    request: Path | None = None
+    answers: tuple[Path, ...] = ()
+    anew: bool = False
+
+
+def of_init(settings: Settings, said: Said) -> Wish:
+    """
+    The first control-plane node.
+
+    Raises:
+        KubeadmConfigError, OrderError: What is said can't be used.
+    """
+    node, data = None, b""
+    if said.order is not None:
+        node = _ordered(said.order, ("init",))
+        config = for_node(said.order.cluster, _facts(node))
+        data = config.text().encode()
+    elif said.config is not None:
+        config, data = read_configuration(said.config)
+    else:
+        config = from_facts(said.facts)
+        data = config.text().encode()
+    places = _places(settings, said, config)
+    is_in_place = said.config is not None and said.config.absolute() == places.kubeadm_config
+    files = {} if is_in_place else {places.kubeadm_config: data}
+    addresses = node.addresses if node is not None else (config.address,)
+    return _wish("init", said, places, config, files, addresses)
+
+
+def of_join(settings: Settings, said: Said, role: Role | None) -> Wish:
+    """
+    A further node.
+
+    Args:
+        settings: Where its files are.
+        said: By the operator.
+        role: None: the order says it.
+
+    Raises:
+        KubeadmConfigError, OrderError: What is said can't be used.
+    """
+    cluster, own = _cluster(said)
+    node = _joining(said, own, role)
+    config = for_node(cluster, _facts(node))
+    if node.role == "worker" and not config.endpoint:
+        raise KubeadmConfigError(
+            "controlPlaneEndpoint: wanted the address by which a worker reaches the control plane, found none",
+            hint="it is in the ClusterConfiguration of the first node",
+        )
+    places = _places(settings, said, config)
+    is_worker = node.role == "worker"
+    discovery = places.kubeconfigs / (KUBELET_CONF if is_worker else _ADMIN)
+    base = read_configuration(said.config)[0].of_kind("JoinConfiguration") if said.config is not None else None
+    joining = join_configuration(config, str(discovery), _IGNORED, control_plane=not is_worker, base=base)
+    files = {places.join_config: joining.text().encode()}
+    if not is_worker:
+        files[places.kubeadm_config] = config.text().encode()
+    return _wish(node.role, said, places, config, files, node.addresses)
+
+
+def _wish(
+    role: Role,
+    said: Said,
+    places: Places,
+    config: Configuration,
+    files: Mapping[Path, bytes],
+    addresses: tuple[str, ...],
+) -> Wish:
+    return Wish(
+        role=role,
+        places=places,
+        config=config,
+        kubeadm=said.kubeadm,
+        files=files,
+        addresses=addresses,
+        server=f"https://{config.endpoint}" if role == "worker" else "",
+        ca_dir=said.ca_dir,
+        carried=_carried(said),
+        sa=said.given.sa if said.given is not None else None,
+        algorithm=key_algorithm(config),
+        keep=said.keep,
+        request=said.request,
+        answers=said.answers,
+        anew=said.anew,
+    )
+
+
+def _cluster(said: Said) -> tuple[Configuration, Configuration]:
+    """The cluster's, the same from all who tell it; and what is said of this node beside it."""
+    own = read_configuration(said.config)[0] if said.config is not None else Configuration(documents=())
+    told = [one.cluster for one in (said.order, said.given) if one is not None]
+    told += [own] if own.cluster else []
+    if not told:
+        raise KubeadmConfigError(
+            "wanted the cluster's ClusterConfiguration, found none",
+            hint="`ca-bridge bootstrap share` on a control-plane node gives it, or --kubeadm-config names its file",
+        )
+    if any(one.cluster != told[0].cluster for one in told):
+        raise OrderError(
+            "cluster: wanted the same ClusterConfiguration from all sources, found another one",
+            hint="one of the files is another cluster's, or older",
+        )
+    return told[0], own
+
+
+def _joining(said: Said, own: Configuration, role: Role | None) -> NewNode:
+    if said.order is not None and said.order.node is not None:
+        found = _ordered(said.order, (role,) if role else ("control-plane", "worker"))
+        if said.facts.given():
+            raise OrderError("wanted either an order or the facts themselves, found both", hint="leave the flags out")
+        return found
+    if role is None:
+        raise OrderError("wanted --control-plane, --worker, or an order that says which, found none of them", hint="")
+    facts = said.facts
+    address = facts.address or own.address
+    return new_node(role, facts.name or own.name, [address] if address else [], facts.socket or own.socket)
+
+
+def _ordered(order: Order, roles: tuple[Role, ...]) -> NewNode:
+    node = order.node
+    if node is None or node.role not in roles:
+        found = f"one for {node.name} as {node.role}" if node is not None else "one without a node"
+        raise OrderError(f"wanted an order for a node as {' or '.join(roles)}, found {found}", hint="")
+    return node
+
+
+def _carried(said: Said) -> dict[str, tuple[x509.Certificate, ...]]:
+    """CA certificates of the order and of another node, which must be the same."""
+    found: dict[str, tuple[x509.Certificate, ...]] = {}
+    for one in (said.order, said.given):
+        for name, certificates in one.authorities.items() if one is not None else ():
+            if found.setdefault(name, certificates)[0] != certificates[0]:
+                raise OrderError(
+                    f"authorities.{name}: wanted the same CA in the order and from the other node, found two",
+                    hint="one of the two is another cluster's",
+                )
+    return found
+
+
+def _facts(node: NewNode) -> Facts:
+    return Facts(name=node.name, address=node.addresses[0], socket=node.socket)
+
+
+def _places(settings: Settings, said: Said, config: Configuration) -> Places:
+    return places_of(settings, said.kubelet, Path(config.etcd_directory or ETCD_DIRECTORY))
+
+
+def places_of(settings: Settings, kubelet: Path | None, etcd: Path = ETCD_DIRECTORY) -> Places:
+    """By the settings."""
+    node = settings.node
+    usual = Places(pki=node.pki_dir, kubeconfigs=node.kubeconfig_dir)
+    return Places(pki=node.pki_dir, kubeconfigs=node.kubeconfig_dir, kubelet=kubelet or usual.kubelet, etcd=etcd)
+
+
+def read_configuration(path: Path) -> tuple[Configuration, bytes]:
+    """
+    Read kubeadm's configuration file.
+
+    Raises:
+        KubeadmConfigError: It can't be read, or is none.
+    """
+    try:
+        data = read(path)
+    except UnreadableError as e:
+        raise KubeadmConfigError(f"{path}: wanted kubeadm's configuration, found: {e}") from None
+    if data is None:
+        raise KubeadmConfigError(f"{path}: wanted kubeadm's configuration, found no file")
+    try:
+        return parse(data), data
+    except KubeadmConfigError as e:
+        raise KubeadmConfigError(f"{path}: {e}", hint=e.hint) from None
+
+
+def order_for(cluster: Configuration, authorities: Mapping[str, tuple[x509.Certificate, ...]], node: NewNode) -> Order:
+    """What an administrator's machine sends to a node; nothing in it is secret."""
+    ours = {name: found for name, found in authorities.items() if node.role != "worker" or name == "ca"}
+    return Order(cluster=shared(cluster), authorities=ours, node=node)

@@ -1,0 +1,298 @@
+"""`bootstrap join`, `share` and `orders`: files of further nodes, as far as they can be judged without a cluster."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bridge.bootstrap import orders
+from bridge.bootstrap.kubeadm_config import parse
+from bridge.bootstrap.orders import Order, OrderError, new_node
+from bridge.bootstrap.places import Role
+from bridge.bootstrap.whole import Look
+from bridge.node import kubeconfig
+from bridge.pki.certificates import load_pem_certificates, san_entries
+from bridge.specs import AUTHORITIES
+from tests.kit.new_node import CONFIG, ENDPOINT, NewNode
+from tests.kit.pki import handmade_pki
+
+SECOND = ("--name", "cp-2", "--advertise-address", "192.0.2.11")
+WORKER = ("--name", "w-1", "--advertise-address", "192.0.2.21")
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> NewNode:
+    """A control-plane node, ready for `kubeadm init`."""
+    node = NewNode.make(tmp_path_factory.mktemp("first"))
+    run = node.init()
+    assert run.returncode == 0, run.stderr
+    return node
+
+
+@pytest.fixture(scope="module")
+def shared(first: NewNode) -> bytes:
+    """What it gives to the next one."""
+    run = first.run("share")
+    assert run.returncode == 0, run.stderr
+    return run.stdout.encode()
+
+
+@pytest.fixture
+def other(first: NewNode, tmp_path: Path) -> NewNode:
+    """Another machine, which asks the same CAs."""
+    return NewNode.make(tmp_path, cas=first.cas)
+
+
+def problems(node: NewNode, role: Role, name: str) -> list[str]:
+    def read(path: Path) -> bytes | None:
+        return path.read_bytes() if path.exists() else None
+
+    return Look(places=node.places, role=role, read=read, now=datetime.now(UTC), node=name).problems()
+
+
+def join_yaml(node: NewNode) -> dict[str, object]:
+    found: dict[str, object] = yaml.safe_load(node.places.join_config.read_text())
+    return found
+
+
+def test_a_further_control_plane(first: NewNode, other: NewNode, shared: bytes) -> None:
+    """Its own names, the first one's CAs and service account key, a pre-signed kubelet, and no super-admin.conf."""
+    run = other.run("join", "--control-plane", "--shared", "-", *SECOND, given=shared)
+
+    assert run.returncode == 0, run.stderr
+    assert problems(other, "control-plane", "cp-2") == []
+    assert other.places.sa_key.read_bytes() == first.places.sa_key.read_bytes()
+    assert not (other.places.kubeconfigs / "super-admin.conf").exists()
+    leaf = load_pem_certificates((other.places.pki / "apiserver.crt").read_bytes())[0]
+    assert {("DNS", "cp-2"), ("IP", "192.0.2.11"), ("DNS", "spare.example.com")} <= san_entries(leaf)
+    assert ("DNS", "cp-1") not in san_entries(leaf)
+    document = join_yaml(other)
+    assert document["discovery"] == {"file": {"kubeConfigPath": str(other.places.kubeconfigs / "admin.conf")}}
+    assert document["nodeRegistration"]["ignorePreflightErrors"] == ["FileAvailable--etc-kubernetes-kubelet.conf"]  # type: ignore[index]
+    assert "kubeadm join --config" in run.stdout
+    assert (
+        kubeconfig.parse((other.places.kubeconfigs / "kubelet.conf").read_bytes()).server == "https://192.0.2.11:6443"
+    )
+    key = first.places.sa_key.read_text().splitlines()[1]
+    assert key not in run.stdout + run.stderr
+
+
+def test_a_worker(first: NewNode, other: NewNode) -> None:
+    """Its kubelet's files and join.yaml, and nothing else: kubeadm writes ca.crt itself, and refuses one that is there."""
+    given = first.run("share", "--worker")
+    run = other.run("join", "--worker", "--shared", "-", *WORKER, given=given.stdout.encode())
+
+    assert "PRIVATE KEY" not in given.stdout
+    assert run.returncode == 0, run.stderr
+    assert problems(other, "worker", "w-1") == []
+    names = {
+        path
+        for path in other.files()
+        if "kubelet-client-2" not in path and not path.endswith(("kubelet.crt", "kubelet.key"))
+    }
+    assert names == {
+        "etc/kubernetes/join.yaml",
+        "etc/kubernetes/kubelet.conf",
+        "var/lib/kubelet/pki/kubelet-client-current.pem",
+    }
+    parsed = kubeconfig.parse((other.places.kubeconfigs / "kubelet.conf").read_bytes())
+    assert parsed.server == f"https://{ENDPOINT}"
+    assert parsed.ca_data is not None
+    assert "controlPlane" not in join_yaml(other)
+    assert other.run("check", "--worker").returncode == 0
+
+
+def test_a_second_run_changes_nothing(other: NewNode, shared: bytes) -> None:
+    """It says that all is there."""
+    first = other.run("join", "--control-plane", "--shared", "-", *SECOND, given=shared)
+    before = other.files()
+    again = other.run("join", "--control-plane", "--shared", "-", *SECOND, given=shared)
+
+    assert (first.returncode, again.returncode) == (0, 0), first.stderr + again.stderr
+    assert "nothing to do" in again.stdout
+    assert other.files() == before
+
+
+def test_the_operators_own_join_configuration_stays(other: NewNode, shared: bytes) -> None:
+    """Taints, flags and patches are theirs; discovery is ours."""
+    mine = other.config(
+        "apiVersion: kubeadm.k8s.io/v1beta4\nkind: JoinConfiguration\n"
+        "discovery: {bootstrapToken: {token: abcdef.0123456789abcdef}}\n"
+        "nodeRegistration: {name: cp-2, taints: [], kubeletExtraArgs: [{name: node-ip, value: 192.0.2.11}]}\n"
+        "controlPlane: {localAPIEndpoint: {advertiseAddress: 192.0.2.11}}\n"
+    )
+    run = other.run("join", "--control-plane", "--shared", "-", "--kubeadm-config", mine, given=shared)
+
+    assert run.returncode == 0, run.stderr
+    document = join_yaml(other)
+    assert document["nodeRegistration"]["kubeletExtraArgs"] == [{"name": "node-ip", "value": "192.0.2.11"}]  # type: ignore[index]
+    assert "token" not in str(document["discovery"])
+
+
+def test_without_a_service_account_key_nobody_is_asked(first: NewNode, other: NewNode) -> None:
+    """The same pair on every control-plane node, for ever: a new one would make all tokens worthless."""
+    given = first.run("share", "--worker").stdout.encode()
+    run = other.run("join", "--control-plane", "--shared", "-", *SECOND, "--ca-dir", first.places.pki, given=given)
+
+    assert run.returncode == 2
+    assert "wanted the service account key" in run.stderr
+    assert other.files() == {}
+    assert all("V\t" not in (other.directory / "signers" / name / "index.txt").read_text() for name in AUTHORITIES)
+
+
+def test_a_shared_file_that_others_can_read_is_refused(other: NewNode, shared: bytes) -> None:
+    """Whoever reads it can be any service account."""
+    path = other.directory / "shared.json"
+    path.write_bytes(shared)
+    path.chmod(0o644)
+    refused = other.run("join", "--control-plane", "--shared", path, *SECOND)
+    path.chmod(0o600)
+    taken = other.run("join", "--control-plane", "--shared", path, *SECOND)
+
+    assert refused.returncode == 2
+    assert "shared.json" in refused.stderr
+    assert taken.returncode == 0, taken.stderr
+
+
+def test_another_clusters_key_is_refused(first: NewNode, other: NewNode, shared: bytes) -> None:
+    """What is in place has to be the pair that the other nodes have."""
+    stranger = json.loads(shared)
+    key, public = first.places.sa_key, first.places.sa_public
+    other.places.pki.mkdir()
+    shutil.copy(key, other.places.sa_key)
+    shutil.copy(public, other.places.sa_public)
+    again = NewNode.make(other.directory / "x", cas=first.cas)
+    assert again.init(config=CONFIG).returncode == 0
+    stranger["serviceAccount"] = json.loads(again.run("share").stdout)["serviceAccount"]
+    run = other.run("join", "--control-plane", "--shared", "-", *SECOND, given=json.dumps(stranger).encode())
+
+    assert run.returncode == 2
+    assert "another one" in run.stderr
+
+
+def test_another_clusters_order_is_refused(first: NewNode, other: NewNode, shared: bytes) -> None:
+    """An order and what the other node shares have to be of one cluster."""
+    cas = {name: tuple(load_pem_certificates(handmade_pki(other.directory / "y").ca_pem("ca")[0])) for name in ("ca",)}
+    order = Order(
+        cluster=orders.loads(shared).cluster, authorities=cas, node=new_node("control-plane", "cp-2", ["192.0.2.11"])
+    )
+    path = other.directory / "order.json"
+    path.write_bytes(orders.dumps(order))
+    run = other.run("join", "--order", path, "--shared", "-", given=shared)
+
+    assert run.returncode == 2
+    assert "wanted the same CA" in run.stderr
+    assert other.files() == {}
+    assert first.places.sa_key.exists()
+
+
+def test_orders_for_a_list_of_nodes(first: NewNode, tmp_path: Path, shared: bytes) -> None:
+    """One command prepares all; an order holds no key, and each node makes its own from it."""
+    office = NewNode.make(tmp_path / "office", backend=False)
+    nodes = tmp_path / "nodes.txt"
+    nodes.write_text(
+        "init cp-1 192.0.2.10\ncontrol-plane cp-2 192.0.2.11\nworker w-1 192.0.2.21 2001:db8::21  # rack 2\n"
+    )
+    given = tmp_path / "orders"
+    cas = tmp_path / "cas"
+    (cas / "etcd").mkdir(parents=True)
+    for name, authority in AUTHORITIES.items():
+        shutil.copy(first.cas.ca_files(name)[0], cas / authority.certificate_file)
+    options = ("--nodes", nodes, "--kubeadm-config", office.config(), "--ca-dir", cas, "-o", given)
+    made = office.run("orders", *options)
+    again = office.run("orders", *options)
+
+    assert made.returncode == 0, made.stderr
+    assert again.returncode == 0, again.stderr
+    files = {path.name: path.read_text() for path in given.iterdir()}
+    assert set(files) == {"cp-1.order.json", "cp-2.order.json", "w-1.order.json"}
+    assert "PRIVATE KEY" not in "".join(files.values())
+    assert set(json.loads(files["w-1.order.json"])["authorities"]) == {"ca"}
+    for name, command in (
+        ("cp-1", ("init",)),
+        ("cp-2", ("join", "--shared", "-")),
+        ("w-1", ("join",)),
+    ):
+        node = NewNode.make(tmp_path / name, cas=first.cas)
+        run = node.run(*command, "--order", given / f"{name}.order.json", given=shared)
+        assert run.returncode == 0, (name, run.stderr)
+        role: Role = "init" if name == "cp-1" else "control-plane" if name == "cp-2" else "worker"
+        assert problems(node, role, name) == []
+
+
+def test_an_order_is_for_one_role(first: NewNode, other: NewNode, shared: bytes) -> None:
+    """A worker's order makes no control plane, and no order for a further node a first one."""
+    cluster = orders.loads(shared)
+    path = other.directory / "order.json"
+    path.write_bytes(
+        orders.dumps(Order(cluster=cluster.cluster, authorities={}, node=new_node("worker", "w-1", ["192.0.2.21"])))
+    )
+    runs = [other.run("init", "--order", path), other.run("join", "--control-plane", "--order", path)]
+
+    assert [run.returncode for run in runs] == [2, 2]
+    assert all("wanted an order for a node as" in run.stderr for run in runs)
+    assert first.places.sa_key.exists()
+
+
+BAD_LISTS = {
+    "a role that is none": "boss cp-1 192.0.2.1",
+    "no address": "worker w-1",
+    "no name": "worker",
+    "a name in capitals": "worker W1 192.0.2.1",
+    "an address that is none": "worker w-1 192.0.2.300",
+    "a name twice": "worker w-1 192.0.2.1\nworker w-1 192.0.2.2",
+    "two first nodes": "init a 192.0.2.1\ninit b 192.0.2.2",
+    "nothing": "# nobody\n",
+}
+
+
+@pytest.mark.parametrize("case", BAD_LISTS)
+def test_a_list_that_is_none(case: str) -> None:
+    """The line is named."""
+    with pytest.raises(OrderError) as caught:
+        orders.parse_nodes(BAD_LISTS[case])
+    assert "line" in str(caught.value) or case == "nothing"
+
+
+@given(
+    st.binary(max_size=100)
+    | st.dictionaries(
+        st.sampled_from(["schema", "version", "cluster", "authorities", "node", "serviceAccount", "x"]),
+        st.sampled_from(["ca-bridge/new-node", 1, None, {}, [], "a: 1", {"ca": "x"}, CONFIG]),
+    ).map(lambda one: json.dumps(one).encode())
+)
+def test_whatever_is_carried(data: bytes) -> None:
+    """It is an order, or it is refused in words of ours."""
+    try:
+        orders.loads(data)
+    except OrderError as e:
+        assert "wanted" in str(e)
+
+
+def test_an_order_survives_being_carried(shared: bytes) -> None:
+    """What is read is what was written."""
+    order = orders.loads(shared)
+
+    assert order.sa is not None
+    assert orders.loads(orders.dumps(order)) == order
+    assert order.cluster.cluster == parse(CONFIG.encode()).cluster
+
+
+def test_a_key_is_not_printed_on_a_terminal(first: NewNode) -> None:
+    """Scrollback and screen recordings are no place for it."""
+    run = subprocess.run(
+        ["script", "-qec", " ".join(first.command("share")), "/dev/null"], capture_output=True, text=True, check=False
+    )
+
+    assert "wanted a pipe or a file of your own" in run.stdout
+    assert "PRIVATE KEY" not in run.stdout
+    assert stat.S_IMODE(first.places.sa_key.stat().st_mode) == 0o600
