@@ -51,7 +51,13 @@ def settings_init(file: Path | None) -> None:
 def example() -> Path:
     """The commented example that is installed with the program."""
     name = "config.toml"
-    for directory in (Path(sys.prefix, "share", "kubeadm-ca-bridge"), Path(__file__).parents[2] / "config"):
+    here, share = Path(__file__), "share/kubeadm-ca-bridge"
+    # In the tree of a release, in a virtual environment, in a clone.
+    for directory in (
+        here.parents[min(4, len(here.parents) - 1)] / share,
+        Path(sys.prefix, share),
+        here.parents[2] / "config",
+    ):
         if (directory / name).is_file():
             return directory / name
     raise BridgeError(

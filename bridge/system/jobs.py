@@ -19,7 +19,7 @@ from bridge.errors import BridgeError
 from bridge.system.files import write_atomically
 
 #: Where the shipped files have the program.
-_SHIPPED_PROGRAM = "/usr/local/bin/ca-bridge"
+_SHIPPED_PROGRAM = "/usr/bin/ca-bridge"
 UNIT_DIRECTORY = Path("/etc/systemd/system")
 CRON_DIRECTORY = Path("/etc/cron.d")
 _MODE = 0o644

@@ -415,7 +415,7 @@ def test_the_crontab_runs_what_there_is() -> None:
     """One line that is no comment, of six fields and a command that the program knows."""
     lines = [line for line in (EXAMPLE / "crontab").read_text().splitlines() if re.match(r"[\d*]", line)]
     assert [line.split(maxsplit=6)[5:] for line in lines] == [
-        ["root", "/usr/local/bin/ca-bridge renew >> /var/log/ca-bridge-renew.log"]
+        ["root", "/usr/bin/ca-bridge renew >> /var/log/ca-bridge-renew.log"]
     ]
 
 

@@ -412,7 +412,7 @@ def test_systemd_takes_the_units(name: str, tmp_path: Path) -> None:
     program = shutil.which("true")
     assert program is not None
     for path in UNITS.iterdir():
-        text = path.read_text(encoding="utf-8").replace("/usr/local/bin/ca-bridge", program)
+        text = path.read_text(encoding="utf-8").replace("/usr/bin/ca-bridge", program)
         (tmp_path / path.name).write_text(text, encoding="utf-8")
     run = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(tmp_path / name)],
@@ -428,6 +428,6 @@ def test_cron_starts_a_bare_renew() -> None:
     """As root, with all it says mailed, as it is the only one who is told what is left to do."""
     text = (ROOT / "config/cron/ca-bridge").read_text(encoding="utf-8")
     jobs = [line for line in text.splitlines() if line and not line.startswith("#") and not re.match(r"\w+=", line)]
-    assert [job.split()[5:] for job in jobs] == [["root", "/usr/local/bin/ca-bridge", "renew"]]
+    assert [job.split()[5:] for job in jobs] == [["root", "/usr/bin/ca-bridge", "renew"]]
     assert re.fullmatch(r"\d+ \d+ \* \* \*", " ".join(jobs[0].split()[:5]))
     assert text.endswith("\n")  # or cron ignores the last line

@@ -1145,7 +1145,7 @@ def test_the_example_units_are_units(unit: str) -> None:
         run = subprocess.run([analyze, "verify", path], capture_output=True, text=True, check=False)
         assert "Unknown" not in run.stderr
     text = path.read_text()
-    assert "ExecStart=/usr/local/bin/ca-bridge sign /srv/desk/inbox -o /srv/desk/outbox" in text or "OnCalendar" in text
+    assert "ExecStart=/usr/bin/ca-bridge sign /srv/desk/inbox -o /srv/desk/outbox" in text or "OnCalendar" in text
 
 
 def test_the_example_crontab_is_quiet(desk_: Desk, pairs: Pairs) -> None:
@@ -1153,7 +1153,7 @@ def test_the_example_crontab_is_quiet(desk_: Desk, pairs: Pairs) -> None:
     text = (Path(__file__).parents[2] / "config/desk/crontab").read_text().splitlines()[-1]
     command = text.split(maxsplit=6)[6].replace("/srv/desk", str(desk_.directory))
     program, *_, config = desk_.command()
-    command = command.replace("/usr/local/bin/ca-bridge sign", f"{program} sign --config {config}")
+    command = command.replace("/usr/bin/ca-bridge sign", f"{program} sign --config {config}")
 
     def mailed() -> str:
         run = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)

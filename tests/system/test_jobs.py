@@ -67,7 +67,7 @@ def test_the_crontab_runs_as_cron_runs_it(config: Path) -> None:
     assert "nothing is due" in run.stdout
     bare = (ROOT / "config/cron/ca-bridge").read_text()
     missing = subprocess.run(["/bin/sh", "-c", cron_command(bare)], env={"PATH": "/usr/bin:/bin"}, check=False)
-    assert missing.returncode == 127 or Path("/usr/local/bin/ca-bridge").exists()
+    assert missing.returncode == 127 or Path("/usr/bin/ca-bridge").exists()
 
 
 def test_crontabs_are_written_where_they_are_told(config: Path, tmp_path: Path) -> None:
@@ -140,7 +140,5 @@ def test_words_of_units_are_words() -> None:
     places = Places(
         program=Path('/opt/a b/"x"/$y/ca-bridge'), options=(), paths={}, user="root", writable=[Path("/srv/50%")]
     )
-    text = jobs.unit(
-        "x.service", "[Service]\nExecStart=/usr/local/bin/ca-bridge renew\nReadWritePaths=/a\n", places
-    ).text
+    text = jobs.unit("x.service", "[Service]\nExecStart=/usr/bin/ca-bridge renew\nReadWritePaths=/a\n", places).text
     assert text == '[Service]\nExecStart="/opt/a b/\\"x\\"/$$y/ca-bridge" renew\nReadWritePaths=/srv/50%%\n'

@@ -1,0 +1,227 @@
+"""
+Installing, which is also upgrading: a new tree beside the old one, proven, and then one link replaced.
+
+Whoever still runs the old program goes on with the old tree, which stays until the next upgrade. Settings and state are
+read by the new program before it takes over, and are never written.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from release.installer import machine, places, units
+from release.installer.errors import InstallError
+from release.installer.payload import Manifest, Payload, changed
+
+#: Imports all that the program may ever import, so that what a machine lacks is found now, and not at night.
+_PROOF = """
+import importlib, pkgutil, sys
+sys.path[:0] = sys.argv[1:]
+import backends, bridge, cryptography, hvac, requests, rich, tenacity, typer, yaml
+for package in (bridge, backends):
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        if module.name not in ("bridge.testing", "bridge.__main__"):  # which need pytest, and would run
+            importlib.import_module(module.name)
+"""
+#: Their hundreds of modules are for colouring source code, which nothing here does.
+_NOT_COMPILED = r"/pygments/(lexers|styles|formatters)/"
+
+
+def install(payload: Payload, *, enable: bool, despite_settings: bool) -> None:
+    """
+    Install or upgrade.
+
+    Args:
+        payload: What.
+        enable: Have the nightly timer run.
+        despite_settings: Also where the new program says that the settings are wrong.
+
+    Raises:
+        InstallError: It can't be done; the program that was there is still in force.
+    """
+    machine.assert_fits(payload.manifest)
+    machine.assert_root()
+    for place in (places.TOP, places.COMMAND.parent, places.UNITS):
+        machine.assert_roots_own(place)
+    _assert_command_is_free()
+    os.umask(0o022)
+    places.VERSIONS.mkdir(parents=True, exist_ok=True)
+    with locked():
+        before = current()
+        tree = _unpacked(payload)
+        try:
+            _assert_settings_load(tree, despite_settings=despite_settings)
+        except BaseException:
+            _remove_old({before})
+            raise
+        os.sync()
+        _switch(tree)
+        units.install(tree)
+        _adopt_environment()
+        _remove_old({tree, before})
+    if enable:
+        units.enable()
+    _tell(payload.manifest, before, enabled=enable)
+
+
+def current() -> Path | None:
+    """The tree that is in force."""
+    return places.CURRENT.resolve() if places.CURRENT.exists() else None
+
+
+@contextmanager
+def locked() -> Iterator[None]:
+    """
+    Nobody else installs or removes meanwhile.
+
+    Raises:
+        InstallError: Somebody does.
+    """
+    descriptor = os.open(places.VERSIONS, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as e:
+        raise InstallError("wanted to be the only installer at work, found another", "wait until it has ended") from e
+    finally:
+        os.close(descriptor)
+
+
+def _assert_command_is_free() -> None:
+    command = places.COMMAND
+    if places.is_ours(command) or not os.path.lexists(command):
+        return
+    found = f"a link to {command.readlink()}" if command.is_symlink() else "another program"
+    raise InstallError(
+        f"{command}: wanted nothing or our own link, found {found}",
+        "where a package brought it, remove that first (apt remove ca-bridge, dnf remove ca-bridge): settings and state stay",
+    )
+
+
+def _unpacked(payload: Payload) -> Path:
+    """The new tree, whole and proven; what was begun and not ended earlier is removed."""
+    target = places.VERSIONS / payload.manifest.directory
+    for left in places.VERSIONS.glob(".new-*"):
+        shutil.rmtree(left)
+    if (target / "manifest.json").is_file() and not changed(target):
+        _prove(target)
+        return target
+    made = Path(tempfile.mkdtemp(prefix=".new-", dir=places.VERSIONS))
+    try:
+        payload.unpack(made)
+        _compile(made, target)
+        _prove(made)
+        made.chmod(0o755)
+        if target.exists():  # and damaged: whoever runs it now keeps what it has loaded
+            shutil.rmtree(target)
+        made.rename(target)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+    return target
+
+
+def _libraries(tree: Path) -> list[str]:
+    return [str(tree / "lib/any"), str(tree / f"lib/cp{sys.version_info.major}{sys.version_info.minor}")]
+
+
+def _compile(made: Path, target: Path) -> None:
+    """Bytecode for this Python, with the paths that it will have: without it each run takes seconds."""
+    options = ["-q", "-j", "0", "-x", _NOT_COMPILED, "-s", str(made), "-p", str(target)]
+    command = [sys.executable, "-I", "-S", "-m", "compileall", *options, *_libraries(made)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise InstallError(f"compiling: {done.stdout.strip()[-500:]}{done.stderr.strip()[-500:]}")
+
+
+def _prove(tree: Path) -> None:
+    """
+    The program starts here, and finds all that it may need of Python's own library.
+
+    Raises:
+        InstallError: It does not.
+    """
+    command = [sys.executable, "-I", "-S", "-c", _PROOF, *_libraries(tree)]
+    imported = subprocess.run(command, check=False, capture_output=True, text=True)
+    for done in (imported, _run(tree, "--version")):
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+            hint = "" if "Module" not in said else "Python's own library is not whole; Debian: apt install python3"
+            raise InstallError(f"wanted the new program to start, found: {said}", hint)
+
+
+def _assert_settings_load(tree: Path, *, despite_settings: bool) -> None:
+    if not places.SETTINGS.exists():
+        return
+    done = _run(tree, "settings", "check")
+    if done.returncode:
+        said = done.stderr.strip()
+        if not despite_settings:
+            raise InstallError(
+                f"{places.SETTINGS}: wanted settings that the new version accepts, found:\n{said}",
+                "correct them (plug-ins go into /opt/ca-bridge/plugins), or use --despite-settings",
+            )
+        print(f"warning: the new version says of the settings:\n{said}", file=sys.stderr)
+
+
+def _run(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "HOME": "/"}
+    program = str(tree / "bin/ca-bridge")
+    return subprocess.run([program, *arguments], env=environment, check=False, capture_output=True, text=True)
+
+
+def _switch(tree: Path) -> None:
+    places.replace_link(places.CURRENT, f"versions/{tree.name}")  # from here on the new one is in force
+    places.replace_link(places.UNINSTALL, "current/bin/uninstall")
+    places.replace_link(places.COMMAND, str(places.CURRENT / "bin/ca-bridge"))
+
+
+def _adopt_environment() -> None:
+    """
+    A virtual environment in our place, as earlier versions were installed: jobs that name its program get the new one.
+
+    The rest of it stays: it may hold what the operator has added.
+    """
+    if (places.TOP / "pyvenv.cfg").is_file():
+        places.replace_link(places.TOP / "bin/ca-bridge", "../current/bin/ca-bridge")
+
+
+def _remove_old(keep: set[Path | None]) -> None:
+    for tree in places.VERSIONS.iterdir():
+        if tree not in keep:
+            shutil.rmtree(tree)
+
+
+def _tell(manifest: Manifest, before: Path | None, *, enabled: bool) -> None:
+    was = Manifest.parse((before / "manifest.json").read_bytes()).version if before else ""
+    upgraded = f"upgraded ca-bridge from {was} to {manifest.version}"
+    print(upgraded if was else f"installed ca-bridge {manifest.version}", f"in {places.TOP}")
+    print(f"command:  {places.COMMAND}")
+    print(f"units:    {places.UNITS}/ca-bridge*")
+    if (places.TOP / "pyvenv.cfg").is_file():
+        print(
+            f"kept:     the virtual environment in {places.TOP}; {places.TOP}/bin/ca-bridge leads to the new program now"
+        )
+    for path, program in units.hidden():
+        print(f"note:     {path} is used in place of ours; it starts {program}")
+    _tell_others()
+    if not places.SETTINGS.exists():
+        print("next:     ca-bridge settings init; ca-bridge doctor")
+    if not enabled and not (places.OWN_UNITS / "timers.target.wants/ca-bridge.timer").is_symlink():
+        print(f"next:     systemctl enable --now {' '.join(units.NIGHTLY)}")
+
+
+def _tell_others() -> None:
+    """Programs of this name that some paths find before ours."""
+    for directory in ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/root/.local/bin"):
+        other = Path(directory, "ca-bridge")
+        if other.exists() and not places.is_ours(other) and not places.COMMAND.samefile(other):
+            print(f"note:     {other} is another installation, and a shell may find it first")

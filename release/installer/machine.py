@@ -1,0 +1,88 @@
+"""Whether the program would run on this machine, and whether we may install here."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import stat
+import sys
+from pathlib import Path
+
+from release.installer.errors import InstallError
+from release.installer.payload import Manifest
+
+_NAMES = {"amd64": "x86_64", "arm64": "aarch64"}
+
+
+def glibc() -> tuple[int, int] | None:
+    """The system's; None where there is another C library, as on Alpine."""
+    try:
+        text = os.confstr("CS_GNU_LIBC_VERSION") or ""
+    except (ValueError, OSError):
+        return None
+    match = re.fullmatch(r"glibc (\d+)\.(\d+).*", text)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def architecture() -> str:
+    """As wheels name it."""
+    machine = platform.machine().lower()
+    return _NAMES.get(machine, machine)
+
+
+def assert_fits(manifest: Manifest) -> None:
+    """
+    The processor, the C library and Python are such as the program was compiled for.
+
+    Raises:
+        InstallError: One is not.
+    """
+    if architecture() != manifest.platform:
+        raise InstallError(
+            f"wanted a machine with {manifest.platform}, for which this file is, found {architecture()}",
+            f"take the file whose name ends in {architecture()}.run",
+        )
+    found, wanted = glibc(), ".".join(map(str, manifest.glibc))
+    if found is None or found < manifest.glibc:
+        name = "another C library" if found is None else "glibc " + ".".join(map(str, found))
+        raise InstallError(
+            f"wanted glibc {wanted} or newer, found {name}",
+            "Debian 12, Ubuntu 24.04 and RHEL 8, and what is newer, have it",
+        )
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if version not in manifest.pythons:
+        raise InstallError(f"wanted Python {', '.join(manifest.pythons)}, found {version} ({sys.executable})")
+
+
+def assert_root() -> None:
+    """
+    We may write where the program goes.
+
+    Raises:
+        InstallError: We are not root.
+    """
+    if os.geteuid() != 0:
+        raise InstallError(f"wanted root, found user {os.geteuid()}", "run it with sudo")
+
+
+def assert_roots_own(path: Path) -> None:
+    """
+    Nobody but root can change what a path leads to; what is not there yet is nobody's.
+
+    Raises:
+        InstallError: Somebody else owns a directory on the way, or may write to it.
+    """
+    real = Path(os.path.realpath(path))
+    for one in [*reversed(real.parents), real]:
+        try:
+            status = one.lstat()
+        except FileNotFoundError:
+            return
+        mode = stat.S_IMODE(status.st_mode)
+        if status.st_uid or mode & 0o022:
+            raise InstallError(
+                f"{one}: wanted a directory of root's that only root can write to, "
+                f"found user {status.st_uid} and mode {mode:04o}",
+                f"whoever can write there would decide what root runs: chown root {one}; chmod go-w {one}",
+            )

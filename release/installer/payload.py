@@ -1,0 +1,104 @@
+"""The tree inside the offline file, each file proven by the manifest's digest before it is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from release.installer.errors import InstallError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """`manifest.json` of a tree."""
+
+    version: str
+    platform: str  #: Such as `x86_64`.
+    glibc: tuple[int, int]  #: The oldest that will do.
+    pythons: list[str]  #: Such as `3.11`.
+    executable: frozenset[str]
+    files: dict[str, str]  #: SHA-256 digest by path.
+    digest: str  #: SHA-256 of the manifest itself.
+
+    @property
+    def directory(self) -> str:
+        """The tree's name below `versions`: other bytes have another name."""
+        return f"{self.version}-{self.digest[:8]}"
+
+    @classmethod
+    def parse(cls, data: bytes) -> Manifest:
+        """The manifest from its bytes."""
+        raw = json.loads(data)
+        return cls(
+            version=raw["version"],
+            platform=raw["platform"],
+            glibc=(raw["glibc"][0], raw["glibc"][1]),
+            pythons=raw["pythons"],
+            executable=frozenset(raw["executable"]),
+            files=raw["files"],
+            digest=hashlib.sha256(data).hexdigest(),
+        )
+
+
+class Payload:
+    """The archive that this program was started from."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._archive = zipfile.ZipFile(path)
+            self._manifest = self._archive.read("tree/manifest.json")
+        except (OSError, KeyError, zipfile.BadZipFile) as e:
+            raise InstallError(f"{path}: wanted a whole file, found: {e}", "copy it again, and check its digest") from e
+        self.manifest = Manifest.parse(self._manifest)
+
+    def unpack(self, directory: Path) -> None:
+        """
+        Write the whole tree into an empty directory.
+
+        Raises:
+            InstallError: A file is not as the manifest has it, or can't be written.
+        """
+        for path, digest in self.manifest.files.items():
+            target = directory / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _write(target, self._proven(path, digest), executable=path in self.manifest.executable)
+        _write(directory / "manifest.json", self._manifest, executable=False)
+
+    def _proven(self, path: str, digest: str) -> bytes:
+        try:
+            data = self._archive.read(f"tree/{path}")
+        except (KeyError, zipfile.BadZipFile, zlib.error, OSError, EOFError) as e:
+            raise _damaged(path, str(e)) from e
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise _damaged(path, "another digest")
+        return data
+
+
+def _damaged(path: str, found: str) -> InstallError:
+    hint = "copy it again, and check its digest and signature"
+    return InstallError(f"{sys.argv[0]}: wanted {path} as the manifest has it, found: {found}", hint)
+
+
+def changed(tree: Path) -> list[str]:
+    """The files of an installed tree that are missing, or not as its own manifest has them."""
+    manifest = Manifest.parse((tree / "manifest.json").read_bytes())
+    return [path for path, digest in manifest.files.items() if _digest(tree / path) != digest]
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return "missing"
+
+
+def _write(path: Path, data: bytes, *, executable: bool) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o755 if executable else 0o644)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)

@@ -1,0 +1,54 @@
+"""Where everything goes, and what is the operator's."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+TOP = Path("/opt/ca-bridge")
+VERSIONS = TOP / "versions"
+CURRENT = TOP / "current"  #: A link to one of the versions; replacing it is the upgrade.
+UNINSTALL = TOP / "uninstall"
+
+#: In $PATH for cron (/usr/bin:/bin), for sudo on Debian, and for sudo on RHEL, which leaves /usr/local out.
+COMMAND = Path("/usr/bin/ca-bridge")
+
+#: For units that an administrator installs (systemd.unit(5)): /etc/systemd/system comes before, packages after it.
+UNITS = Path("/usr/local/lib/systemd/system")
+OWN_UNITS = Path("/etc/systemd/system")
+
+SETTINGS = Path("/etc/ca-bridge/config.toml")
+
+#: The operator's, or made by the program for the operator; only `--purge` removes it, and asks before.
+KEPT = {
+    Path("/etc/ca-bridge"): "settings, and what they name",
+    Path("/var/lib/ca-bridge"): "state: audit log, backups with keys, requests that wait",
+    TOP / "plugins": "plug-ins that were added",
+}
+
+
+def replace_link(link: Path, target: str) -> None:
+    """Make a link, or have one lead elsewhere, in one step."""
+    if link.is_symlink() and str(link.readlink()) == target:
+        return
+    temporary = link.with_name(f".{link.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.replace(link)
+
+
+def write(path: Path, data: bytes) -> bool:
+    """Write a file that everybody may read, the old content or the new; returns whether it was another before."""
+    if path.is_file() and not path.is_symlink() and path.read_bytes() == data:
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(data)
+    temporary.chmod(0o644)
+    temporary.replace(path)
+    return True
+
+
+def is_ours(link: Path) -> bool:
+    """Whether a link leads into our tree, also to something that is gone."""
+    return link.is_symlink() and Path(os.path.realpath(link)).is_relative_to(os.path.realpath(TOP))

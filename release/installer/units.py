@@ -1,0 +1,85 @@
+"""systemd units: written, made known, enabled, and taken away again. Without a running systemd only the files change."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from release.installer import places
+from release.installer.errors import InstallError
+
+#: By which renewals run; `--enable` enables them.
+NIGHTLY = ("ca-bridge.timer", "ca-bridge-recover.service")
+
+
+def shipped(tree: Path) -> dict[str, bytes]:
+    """Content of each unit of the tree, by name."""
+    share = tree / "share/kubeadm-ca-bridge"
+    found = sorted(path for name in ("systemd", "desk") for path in (share / name).glob("ca-bridge*.*"))
+    return {path.name: path.read_bytes() for path in found if path.suffix in {".service", ".timer"}}
+
+
+def install(tree: Path) -> None:
+    """Write the tree's units, and take away those of an earlier version that are no more."""
+    wanted = shipped(tree)
+    for name, data in wanted.items():
+        places.write(places.UNITS / name, data)
+    for path in installed():
+        if path.name not in wanted:
+            path.unlink()
+    if is_running():
+        _systemctl("daemon-reload")
+
+
+def enable() -> None:
+    """Have them run: from the next boot on, and now where there is a systemd."""
+    _systemctl("enable", *NIGHTLY)
+    if is_running():
+        _systemctl("start", "ca-bridge.timer")
+
+
+def remove() -> None:
+    """Stop, disable and remove all of ours; a renewal that is at work ends by itself first."""
+    found = installed()
+    if found and shutil.which("systemctl"):
+        names = [path.name for path in found]
+        timers = [name for name in names if name.endswith(".timer")]
+        if is_running() and timers:
+            _systemctl("stop", *timers)
+        _systemctl("disable", "--quiet", *names)
+    for path in found:
+        path.unlink()
+    for directory in (places.UNITS, places.UNITS.parent):  # made for them, as a rule
+        if directory.is_dir() and not any(directory.iterdir()):
+            directory.rmdir()
+    if found and is_running():
+        _systemctl("daemon-reload")
+
+
+def installed() -> list[Path]:
+    """The unit files that we have written."""
+    return sorted(path for path in places.UNITS.glob("ca-bridge*.*") if path.suffix in {".service", ".timer"})
+
+
+def hidden() -> Iterator[tuple[Path, str]]:
+    """The operator's own unit files, which systemd takes in place of ours, and the program that each starts."""
+    for path in sorted(places.OWN_UNITS.glob("ca-bridge*.service")):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        starts = [line.partition("=")[2].split() for line in lines if line.startswith("ExecStart=")]
+        yield path, next((words[0] for words in starts if words), "nothing")
+
+
+def is_running() -> bool:
+    """Whether systemd is this system's init (sd_booted(3))."""
+    return Path("/run/systemd/system").is_dir()
+
+
+def _systemctl(*arguments: str) -> None:
+    if not shutil.which("systemctl"):
+        raise InstallError("wanted systemctl, found none", "`ca-bridge setup cron --enable` has cron run it")
+    done = subprocess.run(["systemctl", *arguments], check=False, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip() or f"exit code {done.returncode}"
+        raise InstallError(f"systemctl {' '.join(arguments)}: {said}")

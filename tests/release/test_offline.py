@@ -1,0 +1,247 @@
+"""The offline file, in bare Debians without a network: installed, upgraded, refused, removed."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kit import releases
+from tests.kit.trees import Tree
+
+FILE = "/root/ca-bridge.run"
+INSTALL = f"sh {FILE} install"
+#: As cron starts a job.
+AS_CRON = "env -i PATH=/usr/bin:/bin HOME=/root sh -c"
+
+
+def bring(tree: Tree, file: Path) -> None:
+    """Carry the file to the machine."""
+    tree.put(FILE, file.read_bytes())
+
+
+def ours(tree: Tree) -> set[str]:
+    """What is changed on the machine, without what was carried there."""
+    return {path for path in tree.changed() if not path.startswith(("/root/", "/tmp/"))}
+
+
+def test_installs_runs_and_goes_without_a_network(tree: Tree, offline: Path) -> None:
+    """On a bare Debian: no interface, no pip, no venv; the demo renews, and after the uninstall nothing is left."""
+    bring(tree, offline)
+    assert tree.run("ls /sys/class/net 2>/dev/null; grep -c : /proc/net/dev").stdout.split() == ["1"]  # lo
+    assert tree.run("python3 -c 'import ensurepip'", check=False).returncode != 0
+
+    said = tree.run(INSTALL).stdout
+    assert "installed ca-bridge" in said
+    assert "systemctl enable --now ca-bridge.timer" in said
+    assert tree.run(f"{AS_CRON} 'ca-bridge --version'").stdout.startswith("ca-bridge ")
+    demo = tree.run("cd / && ca-bridge demo").stdout
+    assert "12 renewed" in demo
+    assert tree.run(f"sh {FILE} check").stdout.endswith("(all files are as they were installed)\n")
+
+    assert tree.run("/opt/ca-bridge/uninstall").stdout == "removed the program, its command and its units\n"
+    assert ours(tree) == set()
+    assert tree.run("ls -A /opt; ls -A /usr/local/lib").stdout == tree.run("ls -A /usr/local/lib").stdout
+
+
+def test_settings_and_plug_ins_are_found_beside_the_program(bookworm: Tree, offline: Path) -> None:
+    """`settings init` copies the tree's example; a plug-in's directory that others can write to is refused."""
+    bring(bookworm, offline)
+    bookworm.run(f"{INSTALL} && ca-bridge settings init")
+    assert bookworm.run("cat /etc/ca-bridge/config.toml").stdout == (releases.ROOT / "config/config.toml").read_text()
+
+    info = "/opt/ca-bridge/plugins/corp-1.dist-info"
+    bookworm.run(
+        f"mkdir -p {info}; printf '[kubeadm_ca_bridge.backends]\\ncorp = corp:Corp\\n' >{info}/entry_points.txt"
+    )
+    bookworm.put("/etc/ca-bridge/config.toml", b'[backend.x]\ntype = "nobody"\n[authority.ca]\nbackend = "x"\n')
+    assert "corp" in bookworm.run("ca-bridge settings check", check=False).stderr
+    bookworm.run("chmod o+w /opt/ca-bridge/plugins")
+    refused = bookworm.run("ca-bridge settings check", check=False)
+    assert (refused.returncode, "only root can write to" in refused.stderr) == (1, True)
+
+
+def test_an_upgrade_keeps_settings_state_and_the_version_before(bookworm: Tree, offline: Path, shared: Path) -> None:
+    """The new tree comes beside the old one; a second upgrade removes the first tree; bytes of the operator's stay."""
+    bring(bookworm, offline)
+    bookworm.run(f"{INSTALL} && ca-bridge settings init && mkdir -m 700 /var/lib/ca-bridge")
+    bookworm.put("/var/lib/ca-bridge/audit.log", b"what was done\n", 0o600)
+    first = bookworm.run("readlink /opt/ca-bridge/current").stdout
+    digests = bookworm.run("sha256sum /etc/ca-bridge/* /var/lib/ca-bridge/*; stat -c '%a %Y %n' /var/lib/ca-bridge/*")
+
+    bring(bookworm, releases.offline(shared / "release-later", SOURCE_DATE_EPOCH="2000000000"))
+    assert "upgraded ca-bridge from" in bookworm.run(INSTALL).stdout
+    assert bookworm.run("readlink /opt/ca-bridge/current").stdout != first
+    assert len(bookworm.run("ls /opt/ca-bridge/versions").stdout.split()) == 2
+    bring(bookworm, offline)
+    bookworm.run(INSTALL)  # and back: nothing to unpack, and the link is replaced
+    assert bookworm.run("readlink /opt/ca-bridge/current").stdout == first
+    again = bookworm.run("sha256sum /etc/ca-bridge/* /var/lib/ca-bridge/*; stat -c '%a %Y %n' /var/lib/ca-bridge/*")
+    assert again.stdout == digests.stdout
+
+    said = bookworm.run("/opt/ca-bridge/uninstall").stdout
+    assert "kept:     /etc/ca-bridge (" in said
+    assert ours(bookworm) == {"/etc/ca-bridge/config.toml", "/var/lib/ca-bridge/audit.log"}
+
+
+def test_takes_over_from_a_virtual_environment(bookworm: Tree, offline: Path, tmp_path: Path) -> None:
+    """As the README had it before: jobs that name the environment's program get the new one, and the rest of it stays."""
+    wheels, site = releases.ROOT / f".cache/wheels/{releases.PLATFORM}", tmp_path / "site"
+    (project,) = (releases.ROOT / ".cache/wheels/project").glob("*.whl")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(site)]
+    fits = ("none-any", "cp311-cp311", "abi3")
+    chosen = [str(path) for path in wheels.glob("*.whl") if any(tag in path.name for tag in fits)]
+    subprocess.run([*pip, *chosen, str(project)], check=True)
+    bookworm.run("python3 -m venv --without-pip /opt/ca-bridge")
+    shutil.rmtree(site / "bin")
+    bookworm.put_directory(site, "/opt/ca-bridge/lib/python3.11/site-packages")
+    bookworm.put_directory(site / "share", "/opt/ca-bridge/share")
+    start = b"#!/opt/ca-bridge/bin/python\nfrom bridge.entry import main\nmain()\n"
+    bookworm.put("/opt/ca-bridge/bin/ca-bridge", start, 0o755)
+    bookworm.run(
+        "mkdir /etc/ca-bridge; ln -s /opt/ca-bridge/bin/ca-bridge /usr/local/bin; /usr/local/bin/ca-bridge settings init"
+    )
+    bookworm.run("/usr/local/bin/ca-bridge setup systemd -o /etc/systemd/system")
+    before = bookworm.run("sha256sum /etc/ca-bridge/* /etc/systemd/system/ca-bridge*").stdout
+    bring(bookworm, offline)
+
+    said = bookworm.run(INSTALL).stdout
+    assert "kept:     the virtual environment" in said
+    assert "/etc/systemd/system/ca-bridge.service is used in place of ours" in said
+    old_name = "/opt/ca-bridge/bin/ca-bridge"
+    assert "/versions/" in bookworm.run(f"readlink -f {old_name}").stdout
+    assert bookworm.run(f"{old_name} --version && ca-bridge --version").stdout.count("ca-bridge ") == 2
+    assert bookworm.run("sha256sum /etc/ca-bridge/* /etc/systemd/system/ca-bridge*").stdout == before
+
+
+@pytest.mark.parametrize(
+    ("first", "wanted"),
+    [
+        ("rm /usr/bin/python3*", "wanted one of Python 3.13 3.12 3.11"),
+        (
+            "rm /usr/bin/python3*; printf '#!/bin/sh\\necho Python 3.9.2' >/usr/bin/python3; chmod +x /usr/bin/python3",
+            "found: /usr/bin/python3 (Python 3.9.2)",
+        ),
+        ("rm -r /usr/lib/python3.11/ssl.py /usr/lib/python3.11/xml", "wanted the new program to start"),
+        (f"truncate -s -100 {FILE}", "wanted a whole and unchanged file"),
+        ("chmod o+w /opt", "only root can write to, found user 0 and mode 0757"),
+        ("chown 1000 /usr/local", "found user 1000 and mode"),
+        ("echo x >/usr/bin/ca-bridge", "/usr/bin/ca-bridge: wanted nothing or our own link, found another program"),
+        (
+            "mkdir /etc/ca-bridge; echo 'x = 1' >/etc/ca-bridge/config.toml",
+            "wanted settings that the new version accepts",
+        ),
+    ],
+    ids=["no Python", "an old Python", "half a Python", "half a file", "open", "foreign", "taken", "settings"],
+)
+def test_refuses_and_leaves_nothing(bookworm: Tree, offline: Path, first: str, wanted: str) -> None:
+    """Each with its sentence and what to do; the machine stays as it was, and the same file installs on another."""
+    bring(bookworm, offline)
+    bookworm.run(first)
+    before = ours(bookworm)
+    refused = bookworm.run(INSTALL, check=False)
+    assert refused.returncode == 1
+    assert wanted in refused.stderr
+    assert "\nhint: " in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert ours(bookworm) - before == set()
+    assert bookworm.run("ls /usr/bin/ca-bridge", check=False).stdout.strip() in {"", "/usr/bin/ca-bridge"}
+
+
+def test_refuses_another_processor(bookworm: Tree, offline: Path) -> None:
+    """And says which file is the right one."""
+    bring(bookworm, offline)
+    refused = bookworm.run(f"setarch i686 {INSTALL}", check=False)
+    assert "wanted a machine with x86_64, for which this file is, found i686" in refused.stderr
+    assert refused.returncode == 1
+
+
+def test_refuses_a_changed_byte(bookworm: Tree, offline: Path) -> None:
+    """Wherever in the archive it is; whoever changes the digest at its head as well meets those of the manifest."""
+    data = bytearray(offline.read_bytes())
+    data[len(data) // 2] ^= 1
+    bookworm.put(FILE, bytes(data))
+    refused = bookworm.run(INSTALL, check=False)
+    assert "wanted a whole and unchanged file, found another digest\nhint: copy it again" in refused.stderr
+    assert ours(bookworm) == set()
+
+    head, end, archive = bytes(data).partition(b"\nexit 1\nPK")
+    was = hashlib.sha256(b"PK" + offline.read_bytes().partition(end)[2]).hexdigest()
+    now = hashlib.sha256(b"PK" + archive).hexdigest()
+    bookworm.put(FILE, head.replace(was.encode(), now.encode()) + end + archive)
+    refused = bookworm.run(INSTALL, check=False)
+    assert "as the manifest has it, found" in refused.stderr
+    assert "check its digest and signature" in refused.stderr
+    assert not any("/usr/bin" in path or "/lib/" in path for path in ours(bookworm))
+
+
+def test_another_user_may_look_and_not_install(bookworm: Tree, offline: Path) -> None:
+    """`check` is for everybody, `install` for root."""
+    bookworm.put("/tmp/f", offline.read_bytes())
+    nobody = "setpriv --reuid 65534 --clear-groups sh /tmp/f"
+    assert "runs here" in bookworm.run(f"{nobody} check").stdout
+    refused = bookworm.run(f"{nobody} install", check=False)
+    assert (refused.returncode, refused.stderr) == (1, "error: wanted root, found user 65534\nhint: run it with sudo\n")
+
+
+def test_a_killed_installation_is_done_by_the_next(bookworm: Tree, offline: Path) -> None:
+    """The old program stays in force, and what the killed one had unpacked is removed."""
+    bring(bookworm, offline)
+    bookworm.run(
+        f"{INSTALL} & while [ ! -e /opt/ca-bridge/versions/.new-*/lib ]; do :; done; kill -9 $!; pkill -9 python3",
+        check=False,
+    )
+    assert "/usr/bin/ca-bridge" not in ours(bookworm)
+    assert any("/.new-" in path for path in ours(bookworm))
+    bookworm.run(f"{INSTALL} && ca-bridge --version")
+    assert not any("/.new-" in path for path in ours(bookworm))
+
+
+def test_an_interrupted_renewal_is_not_left_behind(bookworm: Tree, offline: Path) -> None:
+    """Without the program nobody would finish it."""
+    bring(bookworm, offline)
+    bookworm.run(f"{INSTALL}; mkdir -m 700 /var/lib/ca-bridge")
+    bookworm.put("/var/lib/ca-bridge/journal.json", b"{}", 0o600)
+    refused = bookworm.run("/opt/ca-bridge/uninstall", check=False)
+    assert (refused.returncode, "ca-bridge recover" in refused.stderr) == (1, True)
+    bookworm.run("ca-bridge --version && rm /var/lib/ca-bridge/journal.json && /opt/ca-bridge/uninstall")
+
+
+def test_purge_asks_for_each(bookworm: Tree, offline: Path) -> None:
+    """Where nobody can be asked nothing happens; else what was named with yes goes, and the rest stays."""
+    bring(bookworm, offline)
+    bookworm.run(f"{INSTALL} && ca-bridge settings init && mkdir -m 700 /var/lib/ca-bridge")
+    assert "wanted a terminal" in bookworm.run("/opt/ca-bridge/uninstall --purge", check=False).stderr
+    bookworm.run("ca-bridge --version")
+    answers = b"n\ny\n"
+    terminal = (
+        "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(['/opt/ca-bridge/uninstall', '--purge'])))"
+    )
+    said = bookworm.run(f'mount -t devpts devpts /dev/pts; python3 -c "{terminal}"', stdin=answers).stdout
+    assert "remove /etc/ca-bridge (settings, and what they name)? [y/N]" in said
+    assert (
+        bookworm.run("ls -d /etc/ca-bridge /var/lib/ca-bridge /opt/ca-bridge", check=False).stdout == "/etc/ca-bridge\n"
+    )
+
+
+def test_the_same_commit_gives_the_same_bytes(offline: Path, tmp_path: Path) -> None:
+    """In another directory, from clean; another time of the commit gives others."""
+    clone = tmp_path / "a/clone"
+    subprocess.run(["git", "clone", "--quiet", str(releases.ROOT), str(clone)], check=True)
+    for path in subprocess.run(
+        ["git", "-C", str(releases.ROOT), "ls-files", "--others", "--modified", "--exclude-standard"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split():
+        if (releases.ROOT / path).is_file():
+            (clone / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(releases.ROOT / path, clone / path)
+    shutil.copytree(releases.ROOT / f".cache/wheels/{releases.PLATFORM}", clone / f".cache/wheels/{releases.PLATFORM}")
+    command = ["scripts/offline", "--platform", releases.PLATFORM, "--output", str(tmp_path)]
+    subprocess.run(command, cwd=clone, check=True, capture_output=True)
+    assert (tmp_path / offline.name).read_bytes() == offline.read_bytes()
