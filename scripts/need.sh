@@ -60,3 +60,52 @@ install_project() {
   "${pip[@]}" wheel --no-deps --no-build-isolation --wheel-dir "$1/wheel" .
   "${pip[@]}" install --no-deps --force-reinstall "$1"/wheel/*.whl
 }
+
+# progress TOTAL: reads what pip says, and tells which package of how many it is at: on one line of a terminal, or every
+# fifth package on a line of its own.
+progress() {
+  local total=$1 line count=0
+  while read -r line; do
+    case $line in
+      Collecting\ *) count=$((count + 1)); line=${line#Collecting }; line=${line%% *} ;;
+      Installing\ *) line="unpacking them" ;;
+      *) continue ;;
+    esac
+    if [ -t 2 ] && [ "${TERM:-dumb}" != dumb ]; then
+      printf '\r\033[K  %d of %d: %s' "$count" "$total" "${line%%==*}" >&2
+    elif [ $((count % 5)) = 0 ] || [ "$count" = "$total" ]; then
+      printf '  %d of %d: %s\n' "$count" "$total" "${line%%==*}" >&2
+    fi
+  done
+  if [ -t 2 ] && [ "${TERM:-dumb}" != dumb ]; then printf '\r\033[K' >&2; fi
+}
+
+# pip_of PYTHON: prints the path of the pip that its venv module would copy into each environment; nothing if there is none.
+pip_of() {
+  "$1" -c '
+import ensurepip, pathlib
+places = [pathlib.Path(ensurepip.__file__).parent / "_bundled", pathlib.Path("/usr/share/python-wheels")]
+print(next((wheel / "pip" for place in places for wheel in sorted(place.glob("pip-*.whl"))), ""))'
+}
+
+# make_lean_venv DIR LOCK...: the project, and what the lock files name for this platform, in an environment without pip
+# of its own and without compiled bytecode, told step by step; made anew when the lock files or the project change.
+make_lean_venv() {
+  local directory=$1 python pip stamp total begin=$SECONDS; shift
+  python=$(find_python)
+  stamp="$directory $("$python" --version) $(cat "$@" pyproject.toml | sha256sum) $(find bridge backends config -type f ! -name '*.pyc' -print0 | sort -z | xargs -0 cat | sha256sum)"
+  [ "$(cat "$directory/stamp" 2>/dev/null)" != "$stamp" ] || return 0
+  pip=$(pip_of "$python")
+  rm -rf "$directory"
+  echo "first run: everything goes into ${directory#"$PWD/"}, nothing else is touched" >&2
+  echo "1/3 an environment with $("$python" --version)" >&2
+  if [ -n "$pip" ]; then "$python" -m venv --without-pip "$directory"; else "$python" -m venv "$directory"; pip="-m pip"; fi
+  local run=("$directory/bin/python" ${pip:+$pip} --disable-pip-version-check)
+  total=$(cat "$@" | grep -c '^[A-Za-z0-9._-]*==[^;]*$\|^[A-Za-z0-9._-]*==.*PyPy')
+  echo "2/3 $total Python packages, each checked by its hash" >&2
+  "${run[@]}" install --no-compile --progress-bar off --require-hashes --no-deps "${@/#/--requirement=}" | progress "$total"
+  echo "3/3 ca-bridge itself" >&2
+  "${run[@]}" --quiet install --no-compile --no-deps --no-build-isolation .
+  echo "$stamp" >"$directory/stamp"
+  echo "ready after $((SECONDS - begin)) s" >&2
+}

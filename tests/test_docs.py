@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -265,6 +266,16 @@ def test_a_command_line_that_can_t_be_typed_is_found() -> None:
     assert [line for line in lines if why_not(line) is None] == ["ca-bridge plan"]
     assert why_not("ca-bridge audit shw") == "no command shw"
     assert why_not("ca-bridge export") is not None or why_not("ca-bridge renew --wait") is not None
+
+
+def test_the_picture_of_a_session_shows_commands_that_are_there() -> None:
+    """It is what the demo really showed: `python -m tests.kit.picture` draws it."""
+    picture = ET.parse(ROOT / "docs/session.svg")  # noqa: S314 (our own file)
+    lines = ["".join(text.itertext()).strip() for text in picture.iter()]
+    typed = [line.removeprefix("$ ") for line in lines if line.startswith("$ ca-bridge")]
+    assert len(typed) > 3
+    assert [why for line in typed if (why := why_not(line))] == []
+    assert any("refused" in line for line in lines)
 
 
 def main() -> None:

@@ -616,7 +616,8 @@ def demo(
     """
     Show the main job on a throwaway PKI: no root, no cluster, no network.
 
-    A PKI in kubeadm's shape without CA keys, an `openssl ca` directory as the company's CA, before and after.
+    A plan, a renewal, a bad certificate that is refused, a run that is killed and the next one that ends what it
+    began, a rollback, and the record of all of it, with an `openssl ca` directory as the company's CA.
     """
     from bridge.cli import demo as demo_module  # noqa: PLC0415
 

@@ -1,136 +1,239 @@
-"""The main job on a throwaway PKI: no root, no cluster, no network."""
+"""
+`demo`: the main job on a throwaway PKI, in a minute and 80 columns; no root, no cluster, no network.
+
+Each command in it is run for real, as a process of its own; what is shown of it is what it said, shortened.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import os
+import signal
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
-from datetime import datetime, timedelta
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
-from bridge.cli import expiration, renewals
-from bridge.cli.options import utc_now
-from bridge.cli.printing import say, say_table
-from bridge.errors import BridgeError, Exit
-from bridge.node import inventory, sample_pki
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from bridge.cli import demo_place
+from bridge.cli.demo_place import DAYS_LEFT, Place
+from bridge.cli.printing import say, say_sentence
+from bridge.errors import Exit
+from bridge.node import inventory, kubeconfig
 from bridge.node.inventory import Item
 from bridge.pki.certificates import pem
-from bridge.settings.load import load
 from bridge.specs import EKU
+from bridge.system.status import doing, is_coloured
 
-_DAYS_LEFT = 20  # less than renewal.before, so that everything is due
-_PASSPHRASE = "correct horse battery staple"  # noqa: S105 (of a CA that lives for a minute)
+_WIDTH = 80
+_ENDLESS = 1000
+_INDENT = "  "
+_RENAMED = 7  # of some twenty files, when the run is killed
 
-_SETTINGS = """\
-[node]
-pki_dir = "{kubernetes}/pki"
-kubeconfig_dir = "{kubernetes}"
-state_dir = "{state}"
-
-[backend.desk]
-type = "openssl"
-passphrase_file = "{passphrase}"
-
-[authority.ca]
-backend = "desk"
-dir = "{cas}/ca"
-
-[authority.etcd-ca]
-backend = "desk"
-dir = "{cas}/etcd-ca"
-
-[authority.front-proxy-ca]
-backend = "desk"
-dir = "{cas}/front-proxy-ca"
-"""
+_NEXT = (
+    ("ca-bridge settings init", "on a control-plane node: the settings, with comments"),
+    ("ca-bridge setup vault", "what the CA's administrator needs; or cfssl, openssl, cmp, est, exec"),
+    ("ca-bridge doctor", "is everything ready? has nothing signed"),
+    ("ca-bridge renew", "the command for cron; `ca-bridge setup systemd --enable` makes a timer"),
+)
 
 
 def run(directory: Path | None, now: datetime) -> int:
-    """Make the PKI, show it, renew it, show it again and prove the usages; the exit code is the renewal's."""
-    with _directory(directory) as base:
-        kubernetes = base / "kubernetes"
-        _say(f"A control plane in kubeadm's shape, made 345 days ago, in {kubernetes}; its CA keys are not there.")
-        _say(f"The company's CA: three `openssl ca` directories with encrypted keys in {base / 'corporate-ca'}.")
-        settings_file = _make(base, now)
-        _show_expiration(kubernetes, now)
-        _say(f"$ ca-bridge renew --config {settings_file}")
-        code = renewals.renew(load(settings_file), [], utc_now, as_json=False, all_or_nothing=False)
-        _show_expiration(kubernetes, utc_now())
-        wrong = _prove_usages(kubernetes)
-        return code or (Exit.FAILED if wrong else Exit.DONE)
+    """Play it; 1 if something did not come out as it is told here."""
+    with demo_place.directory_for(directory) as base:
+        with doing("making a control plane and a CA", is_plain=False):
+            place = demo_place.make(base, now)
+        story = _Story(place, is_temporary=directory is None)
+        story.play()
+        return Exit.FAILED if story.wrong else Exit.DONE
 
 
-@contextlib.contextmanager
-def _directory(directory: Path | None) -> Iterator[Path]:
-    if directory is None:
-        with tempfile.TemporaryDirectory(prefix="ca-bridge-demo-") as temporary:
-            yield Path(temporary)
-        return
-    if directory.exists() and any(directory.iterdir()):
-        raise BridgeError(f"{directory}: wanted an empty directory, found files in it", hint="name a new one")
-    directory.mkdir(parents=True, exist_ok=True)
-    yield directory.absolute()
+@dataclass(frozen=True)
+class _Ended:
+    """What came of a command."""
+
+    code: int
+    lines: list[str]
 
 
-def _make(base: Path, now: datetime) -> Path:
-    kubernetes = base / "kubernetes"
-    made, not_after = now - timedelta(days=365 - _DAYS_LEFT), now + timedelta(days=_DAYS_LEFT)
-    cas = sample_pki.make(kubernetes, now=made, not_after=not_after)
-    passphrase = base / "passphrase"
-    passphrase.touch(mode=0o600)
-    passphrase.write_text(_PASSPHRASE + "\n", encoding="utf-8")
-    for name, ca in cas.items():
-        sample_pki.create_openssl_directory(base / "corporate-ca" / name, ca.certificate_pem, ca.key_pem, _PASSPHRASE)
-    settings = _SETTINGS.format(
-        kubernetes=kubernetes, state=base / "state", passphrase=passphrase, cas=base / "corporate-ca"
-    )
-    file = base / "config.toml"
-    file.touch(mode=0o644)
-    file.write_text(settings, encoding="utf-8")
-    return file
+class _Story:
+    """What is shown, in its order."""
 
+    def __init__(self, place: Place, *, is_temporary: bool) -> None:
+        self._place = place
+        self._is_temporary = is_temporary
+        self.wrong: list[str] = []
+        self._step = 0
 
-def _say(text: str) -> None:
-    say(f"\n{text}")
+    def play(self) -> None:
+        """All of it."""
+        say(_styled("ca-bridge: certificates of a kubeadm control plane whose CA keys are elsewhere", "1"))
+        say(f"Everything is in {self._place.base}; nothing else is touched.")
+        self._plan()
+        self._renewal()
+        self._refusal()
+        before = self._place.contents()
+        self._crash()
+        self._way_back(before)
+        self._record()
+        self._next()
 
+    def _plan(self) -> None:
+        self._headline(f"The certificates end in {DAYS_LEFT} days, and no CA key is on the node.")
+        ended = self._command("ca-bridge plan", 4, 0)
+        self._expect(ended.code == Exit.DUE, "12 certificates are due")
 
-def _show_expiration(kubernetes: Path, now: datetime) -> None:
-    _say("$ ca-bridge check-expiration")
-    text, _, _ = expiration.look(kubernetes / "pki", kubernetes, now, None, "table")
-    say(text)
+    def _renewal(self) -> None:
+        self._headline("New keys, signed by the company's CA; proven, then installed in one step.")
+        before = self._place.contents()
+        ended = self._command("ca-bridge renew", 3, 2, until="These still run")
+        count = sum(before[path] != content for path, content in self._place.contents().items())
+        self._expect(ended.code == Exit.DONE and count > len(_node(self._place)), f"{count} files were replaced")
+        good = sum(map(_is_good, _node(self._place)))
+        self._expect(good == len(_node(self._place)), f"`openssl verify -purpose` agrees: {good} have their usages")
 
+    def _refusal(self) -> None:
+        self._headline("A careless CA gives the API server a client's certificate: refused.")
+        before = self._place.contents()
+        ended = self._command("ca-bridge renew apiserver --config careless.toml", 4, 0)
+        same = self._place.contents() == before
+        self._expect(ended.code == Exit.REFUSED and same, f"exit code {ended.code}; no file was changed")
 
-def _prove_usages(kubernetes: Path) -> int:
-    """
-    Have `openssl verify` say for which purposes each new certificate is good: those of the spec, and no other.
+    def _crash(self) -> None:
+        self._headline("A run is killed while it replaces files; the next one ends what it began.")
+        ended = self._command("ca-bridge renew all", 0, 0, renamed=str(_RENAMED))
+        self._expect(ended.code == -signal.SIGKILL, f"kill -9 after {_RENAMED} files: the node has old and new ones")
+        ended = self._command("ca-bridge recover", 2, 0)
+        paired = sum(map(_is_pair, _node(self._place)))
+        told = f"every key belongs to its certificate: {paired} of {len(_node(self._place))}"
+        self._expect(ended.code == Exit.DONE and paired == len(_node(self._place)), told)
 
-    Returns:
-        How many are wrong.
-    """
-    _say("What `openssl verify -purpose` says of each new certificate, with the node's own CA file:")
-    node = inventory.read(kubernetes / "pki", kubernetes)
-    rows, wrong = [], 0
-    for item in node.items:
-        wanted = {EKU.SERVER_AUTH: "sslserver", EKU.CLIENT_AUTH: "sslclient"}
-        found = {eku: _is_good_for(item, purpose) for eku, purpose in wanted.items()}
-        right = {eku for eku, good in found.items() if good} == item.spec.ekus
-        wrong += not right
-        rows.append(
-            (
-                item.spec.name,
-                *(f"{eku.label} {'yes' if good else 'no'}" for eku, good in found.items()),
-                "as it should be" if right else "WRONG",
+    def _way_back(self, before: dict[Path, bytes]) -> None:
+        self._headline("Going back is one command, and is itself backed up.")
+        ended = self._command("ca-bridge rollback", 2, 2, until="These still run")
+        same = self._place.contents() == before
+        self._expect(ended.code == Exit.DONE and same, "every file is as it was before that run")
+
+    def _record(self) -> None:
+        self._headline("The record has all of it, and shows when somebody changes it.")
+        self._command("ca-bridge audit show --name apiserver", 3, 2, is_cut=True)
+        ended = self._command("ca-bridge audit verify", 1, 0)
+        self._expect(ended.code == Exit.DONE, "the chain of the record holds")
+
+    def _next(self) -> None:
+        say(_styled("\nNext", "1"))
+        if self._is_temporary:
+            say(f"{_INDENT}This place is removed now; `ca-bridge demo --directory DIR` keeps it.")
+        for line, text in _NEXT:
+            say(f"{_INDENT}{_styled(f'$ {line}', '36')}")
+            say_sentence(text, f"{_INDENT}    ")
+
+    def _headline(self, text: str) -> None:
+        self._step += 1
+        say(f"\n{_styled(str(self._step), '1;34')} {_styled(text, '1')}")
+
+    def _command(
+        self, typed: str, head: int, tail: int, *, until: str = "", is_cut: bool = False, renamed: str = "all"
+    ) -> _Ended:
+        """
+        Run it, and show its first and last lines.
+
+        Args:
+            typed: As a person would type it.
+            head: How many of the first lines are shown.
+            tail: How many of the last lines.
+            until: The line that begins with this, and those below it, are not shown.
+            is_cut: Lines that are too long end with an ellipsis; else they go on below.
+            renamed: How many files it may put into their places before it is killed.
+        """
+        say(f"{_INDENT}{_styled(f'$ {typed}', '36')}")
+        with doing(f"running {typed}", is_plain=False):
+            ended = self._run(
+                [renamed, str(self._place.kubernetes), *typed.split()[1:]], _ENDLESS if is_cut else _WIDTH - 2
             )
+        told = ended.lines
+        if until:
+            told = told[: next((number for number, line in enumerate(told) if line.startswith(until)), len(told))]
+        told = [line for line in told if line]
+        last = told[len(told) - tail :] if tail else []
+        hidden = len(told) - head - len(last)
+        shown = _cut if is_cut else _wrapped
+        for line in told[:head] if hidden > 0 else told:
+            say(_toned(shown(line)))
+        if hidden > 0 and (head or tail):
+            say(_styled(f"{_INDENT}… {hidden} more lines", "2"))
+            for line in last:
+                say(_toned(shown(line)))
+        return ended
+
+    def _run(self, words: Sequence[str], columns: int) -> _Ended:
+        environment = {**os.environ, "CA_BRIDGE_CONFIG": str(self._place.settings), "COLUMNS": str(columns)}
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "bridge.cli.demo_run", *words],
+            cwd=self._place.base,
+            env=environment,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
-    say_table(rows)
-    return wrong
+        return _Ended(done.returncode, done.stdout.splitlines())
+
+    def _expect(self, is_so: bool, text: str) -> None:
+        """Say it, or that it is not so."""
+        if not is_so:
+            self.wrong.append(text)
+        say(f"{_INDENT}{_styled('✓', '1;32') if is_so else _styled('✗ NOT SO:', '1;31')} {text}")
+
+
+def _styled(text: str, code: str) -> str:
+    return f"\x1b[{code}m{text}\x1b[0m" if is_coloured(sys.stdout) else text
+
+
+def _wrapped(line: str) -> str:
+    wrapper = textwrap.TextWrapper(
+        _WIDTH, _INDENT, f"{_INDENT}  ", break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+    )
+    return wrapper.fill(line) if len(line) > _WIDTH - len(_INDENT) else f"{_INDENT}{line}"
+
+
+def _cut(line: str) -> str:
+    room = _WIDTH - len(_INDENT)
+    return f"{_INDENT}{line}" if len(line) <= room else f"{_INDENT}{line[: room - 1]}…"
+
+
+def _toned(line: str) -> str:
+    """Messages stand out as they do on a terminal."""
+    level, colon, text = line.partition(":")
+    colour = {"error": "31", "hint": "36", "warning": "33"}.get(level.strip())
+    return f"{_styled(level + colon, colour)}{text}" if colour and colon else line
+
+
+def _node(place: Place) -> Sequence[Item]:
+    return inventory.read(place.kubernetes / "pki", place.kubernetes).items
+
+
+def _is_pair(item: Item) -> bool:
+    """Whether key and certificate of an item belong together."""
+    path = item.key_path
+    pem_key = path.read_bytes() if path is not None else kubeconfig.key_data(item.certificate_path.read_bytes())
+    return load_pem_private_key(pem_key or b"", None).public_key() == item.certificates[0].public_key()
+
+
+def _is_good(item: Item) -> bool:
+    """Whether `openssl verify` says that it is good for the usages of its spec, and for no other."""
+    wanted = {EKU.SERVER_AUTH: "sslserver", EKU.CLIENT_AUTH: "sslclient"}
+    return {eku for eku, purpose in wanted.items() if _is_good_for(item, purpose)} == item.spec.ekus
 
 
 def _is_good_for(item: Item, purpose: str) -> bool:
-    leaf = item.certificates[0]
     command = ["openssl", "verify", "-CAfile", str(item.anchor_path), "-purpose", purpose]
     with tempfile.NamedTemporaryFile(suffix=".pem") as file:
-        file.write(pem(leaf))
+        file.write(pem(item.certificates[0]))
         file.flush()
         return subprocess.run([*command, file.name], check=False, capture_output=True).returncode == 0

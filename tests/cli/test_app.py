@@ -21,7 +21,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from bridge import entry
-from bridge.cli import printing, setup
+from bridge.cli import demo, printing, setup
 from bridge.cli.app import app
 from bridge.errors import BridgeError
 from bridge.pki.certificates import load_pem_certificates
@@ -575,11 +575,15 @@ def test_a_wrong_directory_is_not_a_healthy_node(run: Run, tmp_path: Path) -> No
     assert run("check-expiration").exit_code == 0
 
 
-def test_the_demo_shows_the_main_job(tmp_path: Path) -> None:
-    """Due before, renewed after, every usage as it should be."""
+def test_the_demo_shows_the_main_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step comes out as it says, and a step that does not is told; what is there is never overwritten."""
     result = CliRunner().invoke(app, ["demo", "--directory", str(tmp_path / "demo")])
     assert result.exit_code == 0, result.output
-    assert result.stdout.count("as it should be") == 12
-    assert "WRONG" not in result.stdout
+    assert result.stdout.count("\N{CHECK MARK}") == 8
+    assert "NOT SO" not in result.stdout
     again = CliRunner().invoke(app, ["demo", "--directory", str(tmp_path / "demo")])
     assert again.exit_code == 1
+    monkeypatch.setattr(demo, "_is_good", lambda _: False)
+    result = CliRunner().invoke(app, ["demo", "--directory", str(tmp_path / "other")])
+    assert result.exit_code == 1
+    assert "NOT SO: `openssl verify -purpose` agrees: 0" in result.stdout

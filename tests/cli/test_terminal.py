@@ -110,3 +110,14 @@ def test_the_plan_fits_into_80_columns(config: Path) -> None:
     shown = terminals.run([PROGRAM, "plan", "--config", str(config)])
     wide = {line.strip() for line in shown.text.splitlines() if len(line) > 80}
     assert [line for line in wide if " " in line.removeprefix("replace ").partition(" and ")[0]] == []
+
+
+def test_the_demo_on_80_columns() -> None:
+    """Short, coloured where that is wanted, and no line is cut in two by the terminal."""
+    shown = terminals.run([PROGRAM, "demo"])
+    lines = shown.text.splitlines()
+    assert shown.exit_code == 0, shown.text
+    assert "\x1b[1;32m" in shown.terminal
+    assert [line for line in lines if len(line) > 80] == []
+    assert 50 < len(lines) < 90
+    assert "Next" in lines

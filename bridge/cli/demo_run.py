@@ -1,0 +1,34 @@
+"""
+`python -m bridge.cli.demo_run COUNT DIRECTORY ARGUMENT…`: the program, as `demo` starts it.
+
+COUNT is `all`, or how many files below DIRECTORY it may put into their places before SIGKILL ends it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from bridge.entry import main
+
+
+def _kill_after(count: int, directory: str) -> None:
+    left = count
+
+    def look(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal left
+        if event == "os.rename" and str(arguments[1]).startswith(f"{directory}/"):
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+
+    sys.addaudithook(look)
+
+
+if __name__ == "__main__":
+    _, may_rename, below, *arguments = sys.argv
+    if may_rename != "all":
+        _kill_after(int(may_rename), below)
+    sys.argv = ["ca-bridge", *arguments]
+    main()
