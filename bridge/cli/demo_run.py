@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 
-from bridge.entry import main
+from bridge.cli.app import app
 
 
 def _kill_after(count: int, directory: str) -> None:
@@ -31,4 +31,4 @@ if __name__ == "__main__":
     if may_rename != "all":
         _kill_after(int(may_rename), below)
     sys.argv = ["ca-bridge", *arguments]
-    main()
+    app()
