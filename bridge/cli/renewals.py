@@ -12,6 +12,8 @@ from bridge.cli.printing import end_text, say, say_json, say_table
 from bridge.cli.progress import progress_shown
 from bridge.cli.results import grouped, print_restart, report
 from bridge.control_plane import restart_plan
+from bridge.diagnosis import drift
+from bridge.diagnosis.findings import Finding
 from bridge.errors import Exit
 from bridge.monitoring import metrics
 from bridge.node import inventory
@@ -136,10 +138,14 @@ def plan(
 ) -> int:
     """Print what `renew` would do; 3 if that is anything."""
     node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
-    wishes = decide(node, settings, names, changes) if names else None
+    wishes = decide(node, settings, names, changes) if names or changes.is_any else None
     selection = select(node, settings, names, now, any_identity=any_identity, wishes=wishes)
     for sentence in selection.told:
         log.warning("%s", sentence)
+    drifted = list(drift.of_files(node, settings))
+    for found in drifted:
+        log.warning("%s: %s", found.about, found.text)
+        log.warning("%s", found.hint, extra={"is_hint": True})
     shorter = [item.spec.name for item in selection.items if shortened(item, settings, now)]
     if shorter:
         log.warning("%s", _shorter_text(shorter, settings, now))
@@ -150,7 +156,8 @@ def plan(
     replaced = {item.spec.name for item in selection.items}
     refreshed = [one for one in copies.look(settings, node) if one.error is not None or replaced & set(one.names)]
     if as_json:
-        say_json({**_plan_json(selection, settings, components, shorter), "copies": list(map(_copy_json, refreshed))})
+        more = {"copies": list(map(_copy_json, refreshed)), "drift": list(map(_drift_json, drifted))}
+        say_json({**_plan_json(selection, settings, components, shorter), **more})
     elif selection.items:
         say_table([_plan_row(item, settings, now) for item in selection.items])
         say_table([_copy_row(one) for one in refreshed if one.error is None])
@@ -164,6 +171,10 @@ def plan(
             log.warning("%s", copy.error)
     failed = Exit.worst([outcome.exit_code for outcome in selection.failed])
     return failed or (Exit.DUE if selection.items else Exit.DONE)
+
+
+def _drift_json(one: Finding) -> dict[str, str]:
+    return {"check": one.check, "about": one.about, "text": one.text, "hint": one.hint}
 
 
 def _shorter_text(names: Sequence[str], settings: Settings, now: datetime) -> str:

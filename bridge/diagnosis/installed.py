@@ -300,7 +300,7 @@ def _cluster(item: Item, anchors: Sequence[x509.Certificate], node: Node, settin
         return
     if anchors and trusted is not None and anchors[0] not in trusted:
         yield _foreign_ca(item, anchors, trusted)
-    yield from _server(item, parsed, node)
+    yield from server(item, parsed, node)
 
 
 def _foreign_ca(item: Item, anchors: Sequence[x509.Certificate], trusted: Sequence[x509.Certificate]) -> Finding:
@@ -324,7 +324,7 @@ def _trusted(parsed: Kubeconfig, path: Path) -> list[x509.Certificate] | None:
     return load_pem_certificates(data) if data else None
 
 
-def _server(item: Item, parsed: Kubeconfig, node: Node) -> Iterator[Finding]:
+def server(item: Item, parsed: Kubeconfig, node: Node) -> Iterator[Finding]:
     """The host is one that this node's API server has in its certificate; a load balancer's name is there, too."""
     host = parsed.tls_server_name or _host(parsed.server)
     serving = next(
@@ -333,7 +333,7 @@ def _server(item: Item, parsed: Kubeconfig, node: Node) -> Iterator[Finding]:
     if serving is None or not host or is_named(serving, host):
         return
     text = f"wanted a server that is among the SANs of apiserver, found {one_line(parsed.server)}"
-    hint = "is it another cluster's? else the API server's certificate lacks that name"
+    hint = f"is it another cluster's? else: ca-bridge renew --add-san apiserver={one_line(host)}"
     yield Finding(level="warning", check="kubeconfig-server", about=item.spec.name, text=text, hint=hint)
 
 

@@ -1,4 +1,4 @@
-"""Who uses what is installed: the static pods' files and addresses, and the commands that restart them."""
+"""Who uses what is installed: the static pods' files, and the commands that restart them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,11 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from bridge.control_plane import kube_api, restart_plan, restarts
+from bridge.control_plane import restart_plan, restarts
+from bridge.diagnosis import drift
 from bridge.diagnosis.findings import Finding, from_error
-from bridge.diagnosis.installed import is_named
-from bridge.errors import BridgeError
 from bridge.node import endpoints
-from bridge.node.endpoints import Server
 from bridge.node.inventory import Item, Node
-from bridge.node.yamltree import YamlError, document
-from bridge.node.yamltree import YamlNode as Tree
 from bridge.pki.certificates import load_pem_certificates
 from bridge.renewal import hooks
 from bridge.settings.tables import Settings
@@ -42,7 +38,6 @@ _CA_FLAGS: Mapping[Component, Mapping[str, str]] = {
     Component.ETCD: {"--trusted-ca-file": "etcd-ca", "--peer-trusted-ca-file": "etcd-ca"},
     Component.CONTROLLER_MANAGER: {"--client-ca-file": "ca", "--root-ca-file": "ca"},
 }
-_CONFIG_MAP = "/api/v1/namespaces/kube-system/configmaps/kubeadm-config"
 
 
 def look(node: Node, settings: Settings) -> Iterator[Finding]:
@@ -54,8 +49,7 @@ def look(node: Node, settings: Settings) -> Iterator[Finding]:
         if item.state == "present" and item.managed:
             yield from _files(item, node, settings)
     yield from _authorities(node)
-    yield from _addresses(node)
-    yield from _cluster_names(node, settings)
+    yield from drift.look(node, settings)
     yield from _restarts(node, settings)
     yield from _hooks(settings)
 
@@ -107,83 +101,6 @@ def _certificates(path: Path) -> list[object] | str:
         return [*load_pem_certificates(data)] if data is not None else "no file"
     except (UnreadableError, ValueError) as e:
         return str(e)
-
-
-# --- addresses -------------------------------------------------------------------------------------------------------
-
-
-def _addresses(node: Node) -> Iterator[Finding]:
-    """Where a component says that it can be reached, its certificate has the address."""
-    api, etcd = (node.manifests.get(one) for one in (Component.APISERVER, Component.ETCD))
-    wanted: dict[str, list[str | None]] = {}
-    if api is not None:
-        wanted["apiserver"] = [endpoints.name(api.flags)]
-    if etcd is not None:
-        wanted["etcd-server"] = [endpoints.host(etcd.flags, "--advertise-client-urls")]
-        wanted["etcd-peer"] = [endpoints.host(etcd.flags, "--initial-advertise-peer-urls")]
-    for name, hosts in wanted.items():
-        text = "of its manifest"
-        yield from _missing_names(node, name, [host for host in hosts if host], text, "sans-of-manifest")
-
-
-def _missing_names(node: Node, name: str, hosts: list[str], whose: str, check: str) -> Iterator[Finding]:
-    certificate = next(
-        (item.certificates[0] for item in node.items if item.spec.name == name and item.certificates), None
-    )
-    missing = [host for host in hosts if certificate is not None and not is_named(certificate, host)]
-    if missing:
-        text = f"wanted the addresses {whose} among its SANs, found no {', '.join(dict.fromkeys(missing))}"
-        hint = (
-            "a renewal copies the SANs as they are: make it once with `kubeadm init phase certs`, or have a CSR with "
-            "all names signed"
-        )
-        yield Finding(level="warning", check=check, about=name, text=text, hint=hint)
-
-
-def _cluster_names(node: Node, settings: Settings) -> Iterator[Finding]:
-    """kubeadm-config, where this node's API server answers, names what kubeadm would put into the certificates."""
-    manifest = node.manifests.get(Component.APISERVER)
-    if manifest is None:
-        return
-    try:
-        name = endpoints.name(manifest.flags)
-        places = endpoints.bound(Component.APISERVER, manifest.flags)
-        servers = [Server(f"https://{place}", name) for place in places[:1]]
-        known = kube_api.connect(node, settings.node.kubeconfig_dir)
-        reply = kube_api.Api(known.clients, servers).ask("GET", _CONFIG_MAP)
-        data = reply.document.get("data")
-        text = data.get("ClusterConfiguration") if isinstance(data, dict) else None
-        names = _names_in(document(text)) if isinstance(text, str) else {}
-    except (BridgeError, YamlError, ValueError) as e:
-        text = f"not compared with the SANs: {e}"
-        yield Finding(level="ok", check="kubeadm-config", about="kubeadm-config", text=text)
-        return
-    for certificate, hosts in names.items():
-        yield from _missing_names(node, certificate, hosts, "of kubeadm-config", "sans-of-kubeadm-config")
-
-
-def _names_in(root: Tree) -> dict[str, list[str]]:
-    endpoint = _text(root, "controlPlaneEndpoint")
-    return {
-        "apiserver": [
-            *_texts(root, "apiServer", "certSANs"),
-            *([endpoint.rpartition(":")[0] or endpoint] if endpoint else []),
-        ],
-        "etcd-server": _texts(root, "etcd", "local", "serverCertSANs"),
-        "etcd-peer": _texts(root, "etcd", "local", "peerCertSANs"),
-    }
-
-
-def _text(root: Tree, key: str) -> str:
-    found = root.get(key)
-    return "" if found is None else found.text()
-
-
-def _texts(root: Tree, *keys: str) -> list[str]:
-    found: Tree | None = root
-    for key in keys:
-        found = None if found is None else found.get(key)
-    return [] if found is None else [one.text() for one in found.items()]
 
 
 # --- restarts and hooks ----------------------------------------------------------------------------------------------

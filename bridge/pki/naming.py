@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cryptography import x509
@@ -46,6 +46,11 @@ def subject_of(common_name: str, groups: Sequence[str] = ()) -> x509.Name:
     organizations = [x509.NameAttribute(NameOID.ORGANIZATION_NAME, group) for group in groups]
     rdns = [x509.RelativeDistinguishedName(organizations)] if organizations else []
     return x509.Name([*rdns, x509.RelativeDistinguishedName([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])])
+
+
+def names_of(sans: Iterable[x509.GeneralName]) -> set[tuple[str, str]]:
+    """As `certificates.san_entries`."""
+    return set(map(san_entry, sans))
 
 
 def general_name(text: str) -> x509.GeneralName:

@@ -85,7 +85,7 @@ def export(
     assert_free(path)
     with begun(settings, now, progress, wait) as (run, node):
         asked_for = {one.name: one.request.replaces for one in run.requests}
-        wishes = decide(node, settings, names, changes) if names else None
+        wishes = decide(node, settings, names, changes) if names or changes.is_any else None
         selection = select(node, settings, names, now(), any_identity=any_identity, asked_for=asked_for, wishes=wishes)
         for sentence in selection.told:
             progress.note(sentence)

@@ -80,7 +80,7 @@ def run(
             waiting,
             any_identity=any_identity,
             asked_for=asked_for,
-            wishes=decide(node, settings, names, changes) if names else None,
+            wishes=decide(node, settings, names, changes) if names or changes.is_any else None,
         )
         for sentence in selection.told:
             progress.note(sentence)

@@ -414,7 +414,8 @@ def test_compares_the_sans_with_kubeadm_config(site: Site, san: str) -> None:
     """What the cluster's own configuration would put into the certificate; where no API server answers that is said."""
     assert "not compared" in site.bridge.run("doctor").stdout
     place = Place(name=NODE, address="127.0.0.1", directory=site.pki.root / "etc", cas={})
-    config = f"apiServer:\n  certSANs: [{san}]\ncontrolPlaneEndpoint: api.example.com:6443\n"
+    config = "apiVersion: kubeadm.k8s.io/v1beta4\nkind: ClusterConfiguration\nkubernetesVersion: v1.37.2\n"
+    config += f"apiServer:\n  certSANs: [{san}]\ncontrolPlaneEndpoint: api.example.com:6443\n"
     state = apiserver.State(config=config)
     with apiserver.serving(place, state):
         site.edit(site.manifest("kube-apiserver"), "--secure-port=6443", f"--secure-port={state.port}")
