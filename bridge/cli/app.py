@@ -567,7 +567,9 @@ def setup(
     kind: Annotated[
         str,
         typer.Argument(
-            metavar="TYPE", help="A backend's type (vault, cfssl, openssl …), or systemd or cron.", show_default=False
+            metavar="TYPE",
+            help="A backend's type (vault, cfssl, openssl …), kubernetes, systemd or cron.",
+            show_default=False,
         ),
     ],
     authority: Annotated[
@@ -594,11 +596,15 @@ def setup(
 
     For a CA it is made for exactly this node's certificates. Vault: roles and a policy; cfssl: signing profiles;
     openssl: an openssl.cnf for each CA; cmp, est and exec: what the CA has to give. `setup systemd` and
-    `setup cron` make the jobs of this node, or of a CA desk, with this machine's paths.
+    `setup cron` make the jobs of this node, or of a CA desk, with this machine's paths. `setup kubernetes` makes the
+    gateway's manifests for this cluster; with `--authority`, what a cluster needs that signs for this one.
     """
     from bridge.cli import jobs  # noqa: PLC0415
     from bridge.cli import setup as module  # noqa: PLC0415
 
+    if kind == "kubernetes" and authority is None:
+        module.setup_gateway(common.settings(), directory)
+        return
     if kind in jobs.KINDS:
         module.setup_jobs(common.settings(), kind, jobs.desk_of(inbox, outbox, user), directory, enable=enable)
         return

@@ -91,17 +91,18 @@ def in_force(settings: Settings) -> str:
     lines = [f"# from {settings.source.file or 'defaults alone: no settings file'}"]
     named = dataclasses.replace(settings, node=dataclasses.replace(settings.node, name=settings.node.node_name))
     for name in ("node", "renewal", "restart", "cluster", "hooks", "audit", "backups", "gateway"):
-        lines += ["", f"[{name}]", *_shown(getattr(named, name))]
+        lines += ["", f"[{name}]", *shown(getattr(named, name))]
     backends = registry.configured(settings, settings.authorities)
     for name, type_name in {one.name: one.type_name for one in backends.values()}.items():
         lines += ["", f"[backend.{json.dumps(name)}]", f"type = {json.dumps(type_name)}"]
     for authority, configured in backends.items():
-        lines += ["", f"[authority.{authority}]", *_shown(settings.authorities[authority])]
-        lines += _shown(configured.settings)
+        lines += ["", f"[authority.{authority}]", *shown(settings.authorities[authority])]
+        lines += shown(configured.settings)
     return "\n".join(lines) + "\n"
 
 
-def _shown(values: Any, prefix: str = "") -> Iterator[str]:
+def shown(values: Any, prefix: str = "") -> Iterator[str]:
+    """A table's keys in force, as lines of TOML."""
     for field in dataclasses.fields(values):
         value, key = getattr(values, field.name), f"{prefix}{field.name}"
         if GIVEN in field.metadata or value in (None, "", timedelta()):  # no key; or as if it were not set
@@ -109,7 +110,7 @@ def _shown(values: Any, prefix: str = "") -> Iterator[str]:
         if isinstance(value, Secret):
             yield f"{key}_{value.kind} = {json.dumps(value.where)}"
         elif dataclasses.is_dataclass(value) and not hasattr(value, "from_setting"):
-            yield from _shown(value, f"{key}.")
+            yield from shown(value, f"{key}.")
         elif isinstance(value, Mapping):
             yield from (f"{key}.{json.dumps(name)} = {json.dumps(text)}" for name, text in value.items())
         else:
@@ -289,6 +290,23 @@ def _request(
 
 
 # --- jobs for systemd and cron ---------------------------------------------------------------------------------------
+
+
+def setup_gateway(settings: Settings, directory: Path | None) -> None:
+    """
+    `setup kubernetes` without an authority: print the gateway's manifests, or write them.
+
+    Raises:
+        SettingsError: Settings, policy or inventory can't be used.
+        BridgeError: The shipped files are not there, or a file can't be written.
+    """
+    from bridge.cli import manifests  # noqa: PLC0415 (the gateway's policy, which nothing else here needs)
+
+    files = manifests.make(settings, example().parent)
+    if directory is not None:
+        say_written(write_files(files, directory))
+        return
+    say(manifests.text_of(files))
 
 
 def setup_jobs(

@@ -14,6 +14,8 @@ import pytest
 import yaml
 from cryptography import x509
 
+from bridge.settings.load import parse
+from bridge.signing import desk_policy, registry
 from bridge.system.waiting import wait_until
 from tests.kit import kube_api
 from tests.kit.cluster_api import CSRS
@@ -310,7 +312,11 @@ def test_its_settings_are_whole_but_for_their_places() -> None:
     sources = deployment["spec"]["template"]["spec"]["volumes"][0]["projected"]["sources"]
     brought = {item["path"] for one in sources for kind in one.values() for item in kind.get("items", [])}
     text = config["data"]["config.toml"]
-    for path in ("files/secret-id", "files/vault-ca.crt"):
+    settings = parse(text)
+    assert set(registry.configured(settings, settings.authorities)) == {"ca"}
+    policy = desk_policy.parse(config["data"]["gateway-policy.toml"])
+    assert set(policy.signers) == {CLIENT, SERVING, USER}
+    for path in ("files/role-id", "files/secret-id", "files/vault-ca.crt"):
         assert f"/etc/ca-bridge/{path}" in text
         assert path in brought
     assert "trust/ca.crt" in brought

@@ -1,0 +1,234 @@
+"""`setup kubernetes`: the gateway's manifests, with this cluster's signers, settings, policy and inventory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bridge.cli.setup import shown
+from bridge.contract import GIVEN, Secret, SetupFile
+from bridge.errors import BridgeError, SettingsError, SettingsProblem
+from bridge.kubernetes.known_nodes import Known
+from bridge.settings.tables import Settings
+from bridge.signing import registry
+from bridge.signing.signer_rules import KUBERNETES_SIGNERS, Grant, SignerRules, spec_of
+
+NAMESPACE = "ca-bridge"
+#: Where the pod has the files that its settings name; and the trust anchors, of which kubeadm's ca.crt is in each namespace.
+FILES, TRUST = Path("/etc/ca-bridge/files"), Path("/etc/ca-bridge/trust")
+#: As the shipped files have them.
+_SHIPPED_SIGNERS = json.dumps(list(KUBERNETES_SIGNERS))
+_SHIPPED_ITEMS = (
+    "items: [{key: role-id, path: files/role-id}, {key: secret-id, path: files/secret-id}, "
+    "{key: vault-ca.crt, path: files/vault-ca.crt}]"
+)
+_MONTH_SECONDS = 2592000
+
+
+def make(settings: Settings, shipped: Path) -> list[SetupFile]:
+    """
+    The shipped manifests, made this cluster's as far as the settings tell.
+
+    Without a settings file they are what is shipped; without a policy or an inventory that part is.
+
+    Args:
+        settings: This node's, with `[gateway]` and the CA's tables.
+        shipped: The directory of the files that are installed with the program.
+
+    Raises:
+        SettingsError: Settings, policy or inventory can't be used.
+        BridgeError: The shipped files are not there.
+    """
+    texts = {path.name: path.read_text(encoding="utf-8") for path in sorted((shipped / "kubernetes").glob("*.yaml"))}
+    if not texts:
+        raise BridgeError("wanted the manifests that are installed with the program, found none", hint="reinstall it")
+    if settings.gateway.policy.exists() and settings.gateway.inventory.exists():
+        signers = Known(settings.gateway).policy.signers
+        texts = {name: _with_signers(text, signers) for name, text in texts.items()}
+        for key, path in (
+            ("gateway-policy.toml", settings.gateway.policy),
+            ("inventory.toml", settings.gateway.inventory),
+        ):
+            texts["30-config.yaml"] = _with_block(texts["30-config.yaml"], key, path.read_text(encoding="utf-8"))
+        texts["20-admission.yaml"] += "".join(_askers(signers))
+    if settings.authorities:
+        config, files = _config(settings)
+        files |= _anchors(settings)
+        texts["30-config.yaml"] = _with_files(_with_block(texts["30-config.yaml"], "config.toml", config), files)
+        items = ", ".join(f"{{key: {name}, path: {_place(name)}}}" for name in files)
+        texts["40-deployment.yaml"] = _replaced(texts["40-deployment.yaml"], _SHIPPED_ITEMS, f"items: [{items}]")
+    return [SetupFile(name=name, text=text) for name, text in texts.items()]
+
+
+def _replaced(text: str, old: str, new: str) -> str:
+    if old not in text:
+        raise BridgeError(f"wanted {old!r} in the shipped manifests, found it changed", hint="reinstall the program")
+    return text.replace(old, new)
+
+
+def _with_signers(text: str, signers: Mapping[str, SignerRules]) -> str:
+    """Exactly the policy's; what people approve is not kept for the gateway."""
+    ours = [name for name, rules in signers.items() if rules.approval != "required"]
+    head = f"  - name: approved_here\n    expression: 'object.spec.signerName in {_SHIPPED_SIGNERS}'"
+    text = text.replace(head, head.replace(_SHIPPED_SIGNERS, json.dumps(ours)))
+    return text.replace(_SHIPPED_SIGNERS, json.dumps(list(signers)))
+
+
+def _with_block(text: str, key: str, content: str) -> str:
+    """Another value for a key of the ConfigMap."""
+    block = "".join(f"    {line}".rstrip() + "\n" for line in content.rstrip("\n").splitlines())
+    changed, count = re.subn(
+        rf"^  {re.escape(key)}: \|\n(?:    .*\n|\n)+", lambda _: f"  {key}: |\n{block}", text, flags=re.MULTILINE
+    )
+    if count != 1:
+        raise BridgeError(
+            f"wanted {key} once in the shipped manifests, found it {count} times", hint="reinstall the program"
+        )
+    return changed
+
+
+def _askers(signers: Mapping[str, SignerRules]) -> Iterator[str]:
+    """For signers of one's own: whom the policy grants them, the API server asks as well."""
+    for name, rules in signers.items():
+        if name in KUBERNETES_SIGNERS:
+            continue
+        spec = spec_of(name)
+        policy = f"ca-bridge-gateway-{re.sub('[^a-z0-9]+', '-', spec.name if spec else name)}"
+        who = " || ".join(_condition(grant) for _, grant in rules.grants) or "false"
+        yield f"""\
+---
+apiVersion: admissionregistration.k8s.io/v1
+kind: ValidatingAdmissionPolicy
+metadata: {{name: {policy}}}
+spec:
+  failurePolicy: Fail
+  matchConstraints:
+    resourceRules:
+    - {{apiGroups: [certificates.k8s.io], apiVersions: [v1], resources: [certificatesigningrequests], operations: [CREATE]}}
+  matchConditions:
+  - {{name: signer, expression: {json.dumps(f"object.spec.signerName == {json.dumps(name)}")}}}
+  validations:
+  - expression: {json.dumps(who)}
+    message: nobody has granted you this signer
+    reason: Forbidden
+  - expression: '!has(object.spec.expirationSeconds) || object.spec.expirationSeconds <= {_MONTH_SECONDS}'
+    message: the request is for longer than 30 days
+    reason: Invalid
+---
+apiVersion: admissionregistration.k8s.io/v1
+kind: ValidatingAdmissionPolicyBinding
+metadata: {{name: {policy}}}
+spec: {{policyName: {policy}, validationActions: [Deny]}}
+"""
+
+
+def _condition(grant: Grant) -> str:
+    """In CEL; `{node}` is whatever follows, which the gateway then looks at."""
+    parts = [f"request.userInfo.groups.exists(g, g in {json.dumps(grant.groups)})"] if grant.groups else []
+    for user in grant.users:
+        before, pattern, after = user.partition("{node}")
+        if not pattern:
+            parts.append(f"request.userInfo.username == {json.dumps(user)}")
+        else:
+            name = "request.userInfo.username"
+            parts.append(f"({name}.startsWith({json.dumps(before)}) && {name}.endsWith({json.dumps(after)}))")
+    return " || ".join(parts)
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def _config(settings: Settings) -> tuple[str, dict[str, Path]]:
+    """The pod's settings file, and the files that it names, by name."""
+    files: dict[str, Path] = {}
+    gateway = dataclasses.replace(
+        settings.gateway, kubeconfig=None, state_dir=None, lease_namespace=NAMESPACE,
+        policy=Path("/etc/ca-bridge/gateway-policy.toml"), inventory=Path("/etc/ca-bridge/inventory.toml"),
+    )  # fmt: skip
+    lines = ["[node]", 'name = "gateway"', f"cluster = {json.dumps(settings.node.cluster)}",
+             f'pki_dir = "{TRUST}"', 'state_dir = "/var/lib/ca-bridge"', "", "[gateway]", *_changed(gateway)]  # fmt: skip
+    backends = registry.configured(settings, settings.authorities)
+    for name, type_name in {one.name: one.type_name for one in backends.values()}.items():
+        lines += ["", f"[backend.{json.dumps(name)}]", f"type = {json.dumps(type_name)}"]
+    for authority, configured in backends.items():
+        lines += ["", f"[authority.{authority}]", f"backend = {json.dumps(configured.name)}"]
+        lines += shown(_moved(configured.settings, files))
+    return "\n".join(lines) + "\n", files
+
+
+def _changed(table: Any) -> Iterator[str]:
+    """Only what is not the default."""
+    usual = {field.name: field.default for field in dataclasses.fields(table)}
+    for line in shown(table):
+        key = line.partition(" = ")[0]
+        if getattr(table, key, None) != usual.get(key):
+            yield line
+
+
+def _moved(table: Any, files: dict[str, Path]) -> Any:
+    """
+    The same with the places that its files have in the pod.
+
+    Raises:
+        SettingsError: A secret is in no file, or two files have one name.
+    """
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(table):
+        value = getattr(table, field.name)
+        if GIVEN in field.metadata:
+            continue
+        if isinstance(value, Secret):
+            if value.kind != "file":
+                wanted = "a secret in a file, which can go into the pod's Secret"
+                raise SettingsError([SettingsProblem(field.name, wanted, f"one in {value}")])
+            changes[field.name] = Secret("file", str(_added(Path(value.where), files)))
+        elif isinstance(value, Path):
+            changes[field.name] = _added(value, files)
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type) and not hasattr(value, "from_setting"):
+            changes[field.name] = _moved(value, files)
+    return dataclasses.replace(table, **changes) if changes else table
+
+
+def _added(path: Path, files: dict[str, Path]) -> Path:
+    name = re.sub(r"[^-._a-zA-Z0-9]", "-", path.name)
+    if files.setdefault(name, path) != path:
+        found = f"{files[name]} and {path}"
+        raise SettingsError([SettingsProblem("", "files with different names, for one directory of the pod", found)])
+    return FILES / name
+
+
+def _anchors(settings: Settings) -> dict[str, Path]:
+    """Of other authorities than the cluster's, whose certificate every namespace has."""
+    names = {"etcd-ca": "etcd-ca.crt", "front-proxy-ca": "front-proxy-ca.crt"}
+    places = {
+        "etcd-ca": settings.node.pki_dir / "etcd/ca.crt",
+        "front-proxy-ca": settings.node.pki_dir / "front-proxy-ca.crt",
+    }
+    return {names[name]: places[name] for name in settings.authorities if name in names}
+
+
+def _place(name: str) -> str:
+    """Below /etc/ca-bridge."""
+    anchors = {"etcd-ca.crt": "trust/etcd/ca.crt", "front-proxy-ca.crt": "trust/front-proxy-ca.crt"}
+    return anchors.get(name, f"files/{name}")
+
+
+def _with_files(text: str, files: Mapping[str, Path]) -> str:
+    """The example of a Secret becomes the command that makes it: no secret is printed."""
+    head, mark, _ = text.partition("---\n# What must stay secret")
+    if not mark:
+        raise BridgeError(
+            "wanted the example of a Secret in the shipped manifests, found none", hint="reinstall the program"
+        )
+    given = " ".join(shlex.quote(f"--from-file={name}={path}") for name, path in files.items())
+    return f"{head}# The files that config.toml names; made once, and again when one of them changes:\n#   kubectl -n {NAMESPACE} create secret generic ca-bridge-gateway {given}\n"
+
+
+def text_of(files: Sequence[SetupFile]) -> str:
+    """All of them for one `kubectl apply -f -`."""
+    return "---\n".join(file.text for file in files)
