@@ -19,7 +19,7 @@ from bridge.errors import Exit
 from bridge.settings.load import parse
 from bridge.settings.tables import AuthoritySettings
 from bridge.signing import registry
-from tests.kit import settings_page
+from tests.kit import manual, settings_page
 from tests.kit.commands import NAME, commands, help_of, lines_in, why_not
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +51,12 @@ def test_the_settings_page_is_what_the_program_reads() -> None:
     keys = [row for _, _, rows in settings_page.tables() for row in rows]
     assert len(keys) > 100
     assert [row[0] for row in keys if not row[-1].endswith(".")] == []
+
+
+def test_the_manual_is_what_the_program_says() -> None:
+    """A page for each command, and none of what is gone."""
+    there = {path.name: path.read_text(encoding="utf-8") for path in manual.DIRECTORY.glob("*")}
+    assert there == manual.pages(), "run: python -m tests.test_docs"
 
 
 def test_each_command_has_a_task_and_an_example() -> None:
@@ -282,6 +288,7 @@ def main() -> None:
     """Write what is generated."""
     COMMANDS.write_text(commands_page(), encoding="utf-8")
     SETTINGS.write_text(settings_page.page(), encoding="utf-8")
+    manual.write()
 
 
 if __name__ == "__main__":

@@ -49,20 +49,26 @@ def tree(directory: Path, pattern: str) -> dict[str, bytes]:
     }
 
 
+def in_share() -> dict[str, bytes]:
+    """What is installed below `share/`, and not in a package."""
+    config = {
+        f"share/{NAME}/{PurePosixPath(path).relative_to('config')}": content
+        for path, content in tree(ROOT / "config", "*").items()
+    }
+    return config | tree(ROOT / "share", "*")
+
+
 def test_holds_the_program_and_its_data_and_nothing_else(wheel: Path) -> None:
     """Two packages, what belongs below `share/`, and the metadata; byte for byte what is in the tree."""
-    share = f"{NAME.replace('-', '_')}-{metadata.version(NAME)}.data/data/share/{NAME}"
-    config = {
-        f"{share}/{PurePosixPath(path).relative_to('config')}": data
-        for path, data in tree(ROOT / "config", "*").items()
-    }
-    expected = tree(ROOT / "bridge", "*.py") | tree(ROOT / "backends", "*.py") | config
+    data = f"{NAME.replace('-', '_')}-{metadata.version(NAME)}.data/data"
+    shared = {f"{data}/{path}": content for path, content in in_share().items()}
+    expected = tree(ROOT / "bridge", "*.py") | tree(ROOT / "backends", "*.py") | shared
 
     found = contents(wheel)
     information = {path for path in found if ".dist-info/" in path}
 
     assert {path: found[path] for path in found.keys() - information} == expected
-    assert {PurePosixPath(path).parts[0] for path in expected} == {"bridge", "backends", share.partition("/")[0]}
+    assert {PurePosixPath(path).parts[0] for path in expected} == {"bridge", "backends", data.partition("/")[0]}
     assert {path.partition("/")[2] for path in information} == {
         *("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
     }
@@ -194,10 +200,8 @@ def test_works_on_its_own(environment: Path, tmp_path: Path) -> None:
 
 
 def test_brings_its_data(environment: Path) -> None:
-    """What `config/` holds is below `share/` of the environment."""
-    share = environment / "share" / NAME
-
-    installed = {str(path.relative_to(share)): path.read_bytes() for path in share.rglob("*") if path.is_file()}
-
-    assert installed
-    assert installed == {path.removeprefix("config/"): data for path, data in tree(ROOT / "config", "*").items()}
+    """What `config/` and `share/` hold is below `share/` of the environment: examples, completion, the manual."""
+    share = environment / "share"
+    installed = {str(path.relative_to(environment)): path.read_bytes() for path in share.rglob("*") if path.is_file()}
+    assert {f"share/{NAME}/config.toml", "share/man/man1/ca-bridge.1"} <= installed.keys()
+    assert installed == in_share()

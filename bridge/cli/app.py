@@ -630,6 +630,17 @@ def demo(
     raise typer.Exit(demo_module.run(directory, utc_now()))
 
 
+@app.command("complete", hidden=True)
+def complete(words: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+    """Say what a shell may offer for the last word, each with its meaning after a tab."""
+    from bridge.cli import completion  # noqa: PLC0415
+    from bridge.system.console import printable  # noqa: PLC0415
+
+    program = typer.main.get_command(app)
+    offers = completion.offers(program, words or [""])
+    say("\n".join(f"{printable(word)}\t{meaning}" for word, meaning in offers))
+
+
 @command(settings_app, "init")
 def settings_init(
     common: Common,

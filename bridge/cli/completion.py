@@ -1,0 +1,184 @@
+"""
+`complete`: what a shell may offer for the word that is being typed; the scripts below `share/` ask it.
+
+It loads nothing heavy, asks nobody, and whatever is wrong with settings or state is no reason to offer less than the
+rest. Nothing offered means: the shell's own names of files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bridge.cli.help import first_sentence
+from bridge.errors import BridgeError
+from bridge.settings.load import load, overridden
+from bridge.settings.tables import Settings
+from bridge.specs import AUTHORITIES, SPECS, Component
+
+#: A word, and what it means; the meaning may be empty.
+Offer = tuple[str, str]
+
+
+def offers(program: Any, words: Sequence[str]) -> list[Offer]:
+    """
+    What the last of the words may become.
+
+    Args:
+        program: typer's command.
+        words: What was typed after the program's name; the last one may be empty.
+    """
+    *typed, last = [word for word in words if word != "="] or [""]
+    command, rest = _command(program, typed)
+    option, is_joined, begun = last.partition("=")
+    if is_joined and option.startswith("--"):
+        rest, last = [*rest, option], begun
+    found = list(_found(command, rest, last, typed))
+    return [offer for offer in dict.fromkeys(found) if offer[0].startswith(last)]
+
+
+def _command(program: Any, typed: Sequence[str]) -> tuple[Any, list[str]]:
+    """The command that the words name, and the words after its name."""
+    command, rest = program, list(typed)
+    while hasattr(command, "commands") and rest:
+        name = rest.pop(0)
+        command = command.commands.get(name, command)
+    return command, rest
+
+
+def _found(command: Any, rest: Sequence[str], last: str, typed: Sequence[str]) -> Iterator[Offer]:
+    options = {name: one for one in command.params if one.param_type_name == "option" for name in one.opts}
+    asked = options.get(rest[-1]) if rest and "--" not in rest else None
+    if asked is not None and _takes_value(asked):
+        yield from _values(command, asked, typed)
+    elif last.startswith("-") and "--" not in rest:
+        yield from _options(command, rest)
+    elif hasattr(command, "commands"):
+        for name, one in command.commands.items():
+            if not one.hidden:
+                yield name, first_sentence(one.help or "")
+    else:
+        yield from _arguments(command, rest, options, typed)
+
+
+def _takes_value(option: Any) -> bool:
+    return not option.is_flag and not option.count
+
+
+def _options(command: Any, rest: Sequence[str]) -> Iterator[Offer]:
+    for one in command.params:
+        if one.param_type_name == "option" and not one.hidden and (one.multiple or not set(one.opts) & set(rest)):
+            yield max(one.opts, key=len), first_sentence(one.help or "")
+    yield "--help", "Show this message and exit."
+
+
+def _arguments(command: Any, rest: Sequence[str], options: dict[str, Any], typed: Sequence[str]) -> Iterator[Offer]:
+    """Of the argument whose turn it is; what was named already is not offered again."""
+    given: list[str] = []
+    is_value = False
+    for word in rest:
+        if not is_value and not (word.startswith("-") and "--" not in rest):
+            given.append(word)
+        is_value = word in options and _takes_value(options[word])
+    arguments = [one for one in command.params if one.param_type_name == "argument"]
+    left = len(given)
+    for one in arguments:
+        if one.nargs == -1 or left < one.nargs:
+            yield from (offer for offer in _values(command, one, typed) if offer[0] not in given)
+            return
+        left -= one.nargs
+
+
+def _values(command: Any, parameter: Any, typed: Sequence[str]) -> Iterator[Offer]:
+    for choice in getattr(parameter.type, "choices", None) or ():
+        yield str(choice), ""
+    find = VALUES.get((command.name, parameter.name)) or VALUES.get(("", parameter.name))
+    if find is not None:
+        yield from find(lambda: _settings(typed))
+
+
+def _settings(typed: Sequence[str]) -> Settings:
+    """
+    Those that the command would have.
+
+    Raises:
+        BridgeError: They can't be used.
+    """
+    named = dict(itertools.pairwise(typed))
+    places = [named.get(option) for option in ("--config", "--pki-dir", "--kubeconfig-dir", "--state-dir")]
+    config, *others = [Path(place) if place else None for place in places]
+    here = os.environ.get("CA_BRIDGE_CONFIG")
+    return overridden(load(config or (Path(here) if here else None)), *others)
+
+
+Find = Callable[[Callable[[], Settings]], Iterator[Offer]]
+
+
+def _certificates(_: object) -> Iterator[Offer]:
+    for name, spec in SPECS.items():
+        yield name, f"signed by {spec.authority.name}"
+
+
+def _certificates_or_all(_: object) -> Iterator[Offer]:
+    yield "all", "every certificate"
+    yield from _certificates(_)
+
+
+def _components(_: object) -> Iterator[Offer]:
+    yield "all", "etcd and the three components of the control plane"
+    yield from ((component.value, "") for component in Component)
+
+
+def _subjects(_: object) -> Iterator[Offer]:
+    yield from _certificates(_)
+    yield from ((component.value, "a component") for component in Component)
+
+
+def _authorities(_: object) -> Iterator[Offer]:
+    yield from ((name, f"signs {_count(name)} certificates") for name in AUTHORITIES)
+
+
+def _count(authority: str) -> int:
+    return sum(spec.authority.name == authority for spec in SPECS.values())
+
+
+def _kinds(_: object) -> Iterator[Offer]:
+    from bridge.signing import registry  # noqa: PLC0415
+
+    yield from ((name, "a backend") for name in sorted(registry.installed()))
+    yield "systemd", "a timer for `ca-bridge renew`, or for a CA desk"
+    yield "cron", "the same for cron"
+
+
+def _backups(settings: Callable[[], Settings]) -> Iterator[Offer]:
+    with contextlib.suppress(BridgeError, OSError):
+        names = (path.name for path in (settings().node.state_dir / "backups").iterdir())
+        yield from ((name, "") for name in sorted(names, reverse=True) if not name.startswith("."))
+
+
+def _pending(settings: Callable[[], Settings]) -> Iterator[Offer]:
+    from bridge.state.requests import OpenRequests  # noqa: PLC0415
+    from bridge.state.store import Store  # noqa: PLC0415
+
+    yield "all", "every open request"
+    with contextlib.suppress(BridgeError, OSError):
+        yield from ((one.name, "waits for its answer") for one in OpenRequests(Store(settings().node.state_dir)))
+
+
+#: By command and parameter, or by parameter alone.
+VALUES: dict[tuple[str, str], Find] = {
+    ("", "names"): _certificates_or_all,
+    ("", "any_identity"): _certificates,
+    ("", "without_proof"): _certificates,
+    ("", "authority"): _authorities,
+    ("", "components"): _components,
+    ("", "backup_id"): _backups,
+    ("", "kind"): _kinds,
+    ("show", "name"): _subjects,
+    ("cancel", "names"): _pending,
+    ("test", "names"): _certificates,
+}
