@@ -13,6 +13,7 @@ import hashlib
 import logging
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -20,6 +21,8 @@ from http import HTTPStatus
 from typing import Protocol
 from urllib.parse import quote
 from uuid import UUID
+
+from cryptography import x509
 
 from bridge.contract import Continuity, Issued, Pending, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, BridgeError, VerificationError
@@ -47,8 +50,8 @@ from bridge.signing.signer_policy import (
     judge,
     node_of,
 )
-from bridge.signing.signer_rules import spec_of
-from bridge.specs import CertificateSpec
+from bridge.signing.signer_rules import NODE_USER, spec_of
+from bridge.specs import GATEWAY_SPECS, CertificateSpec
 from bridge.state import audit
 from bridge.state.audit import AuditError
 from bridge.system.state_file import StateError
@@ -59,6 +62,7 @@ log = logging.getLogger("ca-bridge")
 #: A Node object that was looked at so long ago is as good as one of now.
 _NODE_SECONDS = 1.0
 _MOST_NODES = 5_000
+_MOST_OURS = 10_000
 #: What is left alone is looked at again after this, doubled each time; sooner if something changes.
 _FIRST_LOOK_SECONDS, _LONGEST_LOOK_SECONDS = 1.0, 300.0
 _AFTER_REFUSAL_SECONDS = 60.0
@@ -107,6 +111,7 @@ class Desk:
         ours = self.settings.gateway
         self._requesters, self._nodes_rate = Rate(ours.requester_rate), Rate(ours.node_rate)
         self._nodes: dict[str, tuple[NodeState, float]] = {}
+        self._ours: OrderedDict[str, None] = OrderedDict()  # uids whose certificates we wrote
         self._identities = {name: one.identity() for name, one in self.authorities.items()}
 
     # --- what the watch tells ---------------------------------------------------------------------------------------
@@ -115,26 +120,17 @@ class Desk:
         """An object that is there, or has changed."""
         if one.is_settled:
             self.queue.remove(one.uid)
-            self._saw(one)
+            if one.certificate and one.uid not in self._ours:
+                self._saw(one)
             return
-        key = self._key(one)
-        for uid in self.queue.put(one, key):
+        for uid in self.queue.put(one, lambda new: node_of(new.request)):
             self._give_up(uid, "a newer request of the same node has come")
-
-    def _key(self, one: SigningRequest) -> str:
-        """Of a node's requests only the newest is read by the kubelet; others of the same name may be somebody else's."""
-        node = node_of(one.request)
-        return f"{one.request.signer}\n{one.request.username}\n{node}" if node is not None else ""
 
     def _saw(self, one: SigningRequest) -> None:
         """A certificate that is there: when it ends."""
-        if not one.certificate:
-            return
         with contextlib.suppress(ValueError, BridgeError):
             leaf = load_pem_certificates(objects.decoded(one.certificate))[0]
-            spec = spec_of(one.request.signer)
-            self.metrics.saw(one.request.signer, node_of(one.request) or objects.cn_of(leaf) or (spec.name if spec else ""),
-                             leaf.not_valid_after_utc)  # fmt: skip
+            self.metrics.saw(one.request.signer, _name_in(one, leaf), leaf.not_valid_after_utc)
 
     def gone(self, uid: str) -> None:
         """An object was deleted."""
@@ -208,7 +204,7 @@ class Desk:
         ticket = self.tickets.get(job.one.uid)
         if not job.begun and ticket is None and (wait := self._rated(job)):
             raise _LeftError("left", "too many requests of this user, or for this node", wait)
-        verdict = self._judged(job.one)
+        verdict = self._judged(job)
         if isinstance(verdict, Hostile):
             self._deny(job, verdict.reason)
             return None
@@ -222,7 +218,7 @@ class Desk:
 
     def _rated(self, job: Job) -> float:
         """Seconds to wait; 0: it was counted, and goes on."""
-        node, user, now = node_of(job.one.request), job.one.request.username, time.monotonic()
+        node, user, now = job.node, job.one.request.username, time.monotonic()
         with self._mutex:
             wait = self._requesters.wait_seconds(user, now)
             if node is not None:
@@ -237,18 +233,18 @@ class Desk:
 
     # --- judging ----------------------------------------------------------------------------------------------------
 
-    def _judged(self, one: SigningRequest) -> Verdict:
+    def _judged(self, job: Job) -> Verdict:
         """
         By what is true now.
 
         Raises:
             ApiDownError: The Node object can't be looked at.
         """
-        known, spec = self.known, spec_of(one.request.signer)
+        known, one, node = self.known, job.one, job.node
+        spec = spec_of(one.request.signer)
         if spec is None or spec.authority.name not in self.authorities:
             return Later("the policy had no table for this signer when the gateway was started; restart it")
         entry = state = None
-        node = node_of(one.request)
         if node is not None:
             try:
                 entry = known.entry(node)
@@ -256,7 +252,8 @@ class Desk:
                 return Later(str(e))
             if entry is not None:
                 entry = known.with_dns(node, entry, addresses_of(one.request))
-                state = self._node_state(node)
+                # a token's node is not there, as a rule; one that asks for itself may have registered this moment
+                state = self._node_state(node, itself=one.request.username == f"{NODE_USER}{node}")
         world = World(
             policy=known.policy,
             cluster=self.settings.node.cluster,
@@ -274,17 +271,17 @@ class Desk:
             return Later("nobody has approved it yet (approval = required)")
         return verdict
 
-    def _node_state(self, name: str) -> NodeState:
+    def _node_state(self, name: str, *, itself: bool) -> NodeState:
         now = time.monotonic()
         with self._mutex:
             known = self._nodes.get(name)
-            if known is not None and now - known[1] < _NODE_SECONDS:
+            if known is not None and now - known[1] < _NODE_SECONDS and (known[0].exists or not itself):
                 return known[0]
         reply = self.api.ask("GET", f"/api/v1/nodes/{quote(name, safe='')}")
         if reply.status == HTTPStatus.OK:
             state = NodeState(exists=True, ready=objects.is_ready(reply.document))
         elif reply.status == HTTPStatus.NOT_FOUND:
-            return NodeState(exists=False)  # it may register any moment, and asks for its serving certificate then
+            state = NodeState(exists=False)
         else:
             raise ApiDownError(f"wanted to look at node {name}, found HTTP {reply.status} {reply.message}")
         with self._mutex:
@@ -496,7 +493,7 @@ class Desk:
             raise _LeftError("left", "another replica works", 0.5)
         if not self.queue.is_newest(job):
             raise _GoneError("a newer request of the same node has come")
-        verdict = self._judged(job.one)
+        verdict = self._judged(job)
         if isinstance(verdict, Hostile):
             self._deny(job, verdict.reason)
             raise _GoneError("it was allowed when it was signed, and is not any more")
@@ -510,13 +507,16 @@ class Desk:
             raise _LeftError("left", "the object has another CSR by now", 1.0)
 
     def _written(self, job: Job, found: Verified, authority: AuthorityOfSigners) -> None:
-        signer, spec = job.one.request.signer, spec_of(job.one.request.signer)
-        name = node_of(job.one.request) or objects.cn_of(found.leaf) or (spec.name if spec else "")
+        signer, name = job.one.request.signer, _name_in(job.one, found.leaf)
+        with self._mutex:
+            self._ours[job.one.uid] = None
+            if len(self._ours) > _MOST_OURS:
+                self._ours.popitem(last=False)
         seconds = time.monotonic() - job.arrived
         self.metrics.signed(signer, name, found.leaf.not_valid_after_utc, seconds, self.now())
         text = f"signed {one_line(name)}, until {found.leaf.not_valid_after_utc:%Y-%m-%d %H:%M:%S} UTC"
         log.info("%s", text, extra=_about(job, "signed"))
-        self._record_quietly(self._about(job.one, authority), audit.INSTALLED, None, found)
+        self.ledger.note(self._about(job.one, authority).line(audit.INSTALLED, new=found.leaf))
         self._drop_ticket(job.one.uid)
 
     # --- objects ----------------------------------------------------------------------------------------------------
@@ -585,12 +585,10 @@ class Desk:
             return About.of(one, spec)
         return About.of(one, spec, authority.label, self._identities[authority.name])
 
-    def _record_quietly(
-        self, about: About, event: str, error: BackendError | VerificationError | None, found: Verified | None = None
-    ) -> None:
+    def _record_quietly(self, about: About, event: str, error: BackendError | VerificationError) -> None:
         """What has happened already; if it can't be recorded, that is said, and `/readyz` fails."""
         try:
-            self.ledger.write(about.line(event, error=error, new=found.leaf if found is not None else None))
+            self.ledger.write(about.line(event, error=error))
         except AuditError as e:
             log.error("%s; the audit log lacks: %s", e, event, extra={"request": about.more["request"]})  # noqa: TRY400
 
@@ -605,6 +603,14 @@ class _NotAllowedError(BridgeError):
     """For the record: the policy's reason."""
 
     exit_code = BackendRefusedError.exit_code
+
+
+def _name_in(one: SigningRequest, leaf: x509.Certificate) -> str:
+    """A node's or user's name, or kubeadm's of a certificate."""
+    spec = spec_of(one.request.signer)
+    if spec is not None and spec.name not in GATEWAY_SPECS:
+        return spec.name
+    return objects.cn_of(leaf).removeprefix(NODE_USER)
 
 
 def _batch(uid: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,7 +68,9 @@ class Ledger:
     settings: AuditSettings
     trouble: str = ""  #: Why the latest lines were not written.
     _record: Record = field(init=False)
-    _together: Combined[Line, None] = field(init=False)
+    _together: Combined[Line | None, None] = field(init=False)
+    _noted: list[Line] = field(default_factory=list)
+    _mutex: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self._record = Record(self.store, self.settings)
@@ -82,8 +85,25 @@ class Ledger:
         """
         self._together(line)
 
-    def _write(self, lines: Sequence[Line]) -> list[None]:
-        for line in lines:
+    def note(self, line: Line) -> None:
+        """Write a line with the next that is written, or at the next `flush`: what it tells has happened already."""
+        with self._mutex:
+            self._noted.append(line)
+
+    def flush(self) -> None:
+        """
+        Write what was noted.
+
+        Raises:
+            AuditError: It could not be written.
+        """
+        if self._noted:
+            self._together(None)
+
+    def _write(self, lines: Sequence[Line | None]) -> list[None]:
+        with self._mutex:
+            noted, self._noted = self._noted, []
+        for line in [*noted, *filter(None, lines)]:
             self._record.add(
                 line.event,
                 line.spec.name,

@@ -7,6 +7,7 @@ import itertools
 import threading
 import time
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -26,13 +27,23 @@ class Job:
     """One object, and how far we are with it."""
 
     one: SigningRequest
-    key: str  #: Of those with the same only the newest counts; empty: it stands alone.
+    node: str | None  #: Whose certificate it asks for; None: no node's.
     arrived: float  #: Monotonic.
     begun: bool = False  #: It was counted by the rates.
     attempts: int = 0
     said: str = ""  #: The last reason why it was left, which is said once.
     verified: Verified | None = None  #: The CA's answer, not written yet.
     removed: bool = field(default=False)
+
+    @property
+    def key(self) -> str:
+        """Of those with the same only the newest counts; empty: it stands alone."""
+        return key_of(self.one, self.node)
+
+
+def key_of(one: SigningRequest, node: str | None) -> str:
+    """Of a node's requests only the newest is read by the kubelet; others of the same name may be somebody else's."""
+    return f"{one.request.signer}\n{one.request.username}\n{node}" if node is not None else ""
 
 
 class Queue:
@@ -51,9 +62,13 @@ class Queue:
         self._closed = False
         self.overflowed = False
 
-    def put(self, one: SigningRequest, key: str) -> list[str]:
+    def put(self, one: SigningRequest, node_of: Callable[[SigningRequest], str | None]) -> list[str]:
         """
         One that is new or has changed.
+
+        Args:
+            one: The object.
+            node_of: Whose certificate it asks for; looked at once.
 
         Returns:
             The uids of older ones of the same key, which count no longer.
@@ -62,19 +77,21 @@ class Queue:
             if one.uid in self._working:
                 self._later[one.uid] = one
                 return []
-            superseded = self._supersede(one, key)
-            if superseded is None:
-                return []
             known = self._jobs.get(one.uid)
             if known is not None:
                 if known.one.version != one.version:
                     known.one = one
                     self._soon(known)
-                return superseded
+                return []
+        node = node_of(one)  # without the lock: it takes a while
+        with self._changed:
+            superseded = self._supersede(one, key_of(one, node))
+            if superseded is None:
+                return []
             if self._bytes + one.size > MOST_BYTES or len(self._jobs) >= MOST_JOBS:
                 self.overflowed = True
                 return superseded
-            job = Job(one=one, key=key, arrived=time.monotonic())
+            job = Job(one=one, node=node, arrived=time.monotonic())
             self._jobs[one.uid] = job
             self._bytes += one.size
             self._ready.append(job)
@@ -119,7 +136,7 @@ class Queue:
     def _soon(self, job: Job) -> None:
         """A delayed one is looked at now; its old place in the heap leads to nothing."""
         fresh = Job(
-            one=job.one, key=job.key, arrived=job.arrived, begun=job.begun, attempts=job.attempts, said=job.said,
+            one=job.one, node=job.node, arrived=job.arrived, begun=job.begun, attempts=job.attempts, said=job.said,
             verified=job.verified,
         )  # fmt: skip
         job.removed = True
@@ -155,7 +172,7 @@ class Queue:
             del self._working[job.one.uid]
             later = self._later.pop(job.one.uid, None)
         if later is not None and not later.is_settled and later.version != job.one.version:
-            self.put(later, job.key)
+            self.put(later, lambda _: job.node)
 
     def delay(self, job: Job, seconds: float) -> None:
         """It is looked at again after this time, or when it changes."""

@@ -27,6 +27,7 @@ from bridge.kubernetes.objects import COLLECTION
 from bridge.kubernetes.tickets import Tickets
 from bridge.kubernetes.watch import SILENCE_SECONDS, Watch
 from bridge.settings.tables import Settings
+from bridge.state.audit import AuditError
 from bridge.state.store import Store
 from bridge.system.files import lock
 
@@ -192,11 +193,18 @@ class Service:
                 changes = self.known.changes
                 self._warn_of_new_signers()
                 self.desk.queue.wake()
+            self._flush()
             waiting, _working = self.desk.queue.counts()
             lost = not self.holder.is_ours()
             if self._watch is not None and (lost or (self.desk.queue.overflowed and waiting < _ROOM)):
                 self.desk.queue.overflowed = False
                 self._watch.end()
+
+    def _flush(self) -> None:
+        try:
+            self._ledger.flush()
+        except AuditError as e:
+            log.error("%s", e)  # noqa: TRY400
 
     def _warn_of_new_signers(self) -> None:
         if new := sorted(set(self.known.policy.signers) - set(self.signers)):
@@ -211,6 +219,7 @@ class Service:
         deadline = time.monotonic() + _DRAIN_SECONDS
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+        self._flush()
         self.holder.release()
         for authority in self.authorities.values():
             authority.close()

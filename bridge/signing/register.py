@@ -12,6 +12,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ class Register:
     cluster: ClusterEntry = field(default_factory=ClusterEntry)
     nodes: Mapping[str, NodeEntry] = field(default_factory=dict)
 
-    def control_planes(self) -> dict[str, NodeEntry]:
+    @cached_property
+    def control_planes(self) -> Mapping[str, NodeEntry]:
         """Those of them."""
         return {name: entry for name, entry in self.nodes.items() if entry.control_plane}
 
@@ -130,7 +132,7 @@ class Register:
         )
 
     def _others(self, node: str) -> Iterator[tuple[str, NodeEntry]]:
-        return ((name, entry) for name, entry in self.nodes.items() if entry.control_plane and name != node)
+        return ((name, entry) for name, entry in self.control_planes.items() if name != node)
 
     def problems(self) -> Iterator[tuple[tuple[str, ...], str, str]]:
         """Entries with what no node may have: (key, wanted, found)."""

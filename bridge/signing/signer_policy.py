@@ -209,7 +209,7 @@ def _requester(
     )
     if not itself and not bootstraps:
         return Hostile(f"{one_line(request.username)} may not ask for node {name}")
-    if bootstraps and name in world.register.control_planes():
+    if bootstraps and name in world.register.control_planes:
         return Hostile(f"a bootstrap token may not ask for the control-plane node {name}")
     return _presence(name, world, bootstraps=bootstraps)
 
@@ -308,7 +308,7 @@ def _granted_nodes(request: Request, grants: Iterable[tuple[str, Grant]], world:
     """The control-plane nodes for which somebody may ask: one of them itself, or all."""
     nodes = {
         name: entry
-        for name, entry in world.register.control_planes().items()
+        for name, entry in world.register.control_planes.items()
         if not entry.blocked and any(fnmatchcase(name, one) for one in world.policy.allow.nodes)
     }
     found = set()

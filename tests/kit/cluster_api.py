@@ -206,14 +206,15 @@ class ClusterApi:
 
 
 @contextlib.contextmanager
-def running(parent: Path | None = None) -> Iterator[ClusterApi]:
+def running(parent: Path | None = None, *, on_disk: bool = False) -> Iterator[ClusterApi]:
     """
-    Both, on loopback and free ports; in memory, where there is a place for it.
+    Both, on loopback and free ports.
 
     Args:
-        parent: For logs and certificates; etcd's data is elsewhere.
+        parent: For logs and certificates.
+        on_disk: etcd's data is where it would be, and not in memory: each write is an fsync.
     """
-    shm = Path("/dev/shm")
+    shm = Path("/nowhere" if on_disk else "/dev/shm")
     with contextlib.ExitStack() as stack:
         data = stack.enter_context(
             tempfile.TemporaryDirectory(prefix="etcd-", dir=shm if os.access(shm, os.W_OK) else None)
