@@ -247,7 +247,7 @@ class Gateway:
         """The record."""
         return [json.loads(line) for line in (self.state_dir / "audit.jsonl").read_text().splitlines()]
 
-    def metric(self, name: str, **labels: str) -> float:
+    def metric(self, name: str, /, **labels: str) -> float:
         """One number."""
         _, text = self.page("metrics")
         for line in text.splitlines():
