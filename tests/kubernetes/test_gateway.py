@@ -15,6 +15,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
+from bridge.pki.certificates import fingerprint
 from bridge.signing.signer_rules import CLIENT, CLIENT_KUBELET, SERVING
 from bridge.state import audit
 from bridge.state.store import Store
@@ -252,8 +253,7 @@ def test_only_the_newest_of_a_node_is_asked_for(
         until_signed(gateway, cluster, names[-1])
         signed = [name for name in names if state_of(read(cluster, name)) == "signed"]
         assert names[-1] in signed
-        assert len(signed) <= 2  # the first may have been begun before the others were seen
-        assert len(desk.calls) == len(signed)
+        assert len(signed) <= len(desk.calls) <= 2  # the first may have been begun before the others were seen
 
 
 # --- replicas, kills, drains ------------------------------------------------------------------------------------------
@@ -306,14 +306,12 @@ def test_killed_at_each_write(
             gateway.until_working()
             count = itertools.count(1)
 
-            def act(
-                method: str, path: str, gateway: Gateway = gateway, at: int = at, count: Any = count
-            ) -> bool | None:
-                if "certificatesigningrequests" in path or "/nodes/" in path:
-                    if next(count) == at:
-                        gateway.kill()
-                        return True
-                return None
+            def act(_: str, path: str, gateway: Gateway = gateway, at: int = at, count: Any = count) -> bool:
+                is_ours = "certificatesigningrequests" in path or "/nodes/" in path
+                if not is_ours or next(count) != at:
+                    return False
+                gateway.kill()
+                return True
 
             setattr(proxy, moment, act)
             pem = csr_pem(node_subject(worker))
@@ -331,7 +329,7 @@ def test_killed_at_each_write(
                 leaf = leaf_for(cluster, until_signed(gateway, cluster, name), pem)
                 assert gateway.end() == 0
         digests = [line["certificateSha256"] for line in gateway.audit() if line["event"] == "issued"]
-        assert audit.fingerprint(leaf) in digests  # recorded before it was written
+        assert fingerprint(leaf) in digests  # recorded before it was written
         assert audit.verify(Store(gateway.state_dir))[1] == []
     assert kills >= 3
     tried("kills of the gateway at a request of its own", kills, exact=False)
@@ -360,7 +358,9 @@ def test_answers_of_an_api_server_in_trouble(
         b'{"type":"ADDED","object":[' + b"[" * 2000 + f'"{SERVING}"'.encode(),
         b'"' + SERVING.encode() + b"x" * 3_000_000,
     ])  # fmt: skip
-    troubles = iter([(429, b"{}"), (500, b"{}"), True, (409, b'{"message": "conflict"}'), (422, b"{}")])
+    troubles: Iterator[tuple[int, bytes] | bool] = iter(
+        [(429, b"{}"), (500, b"{}"), True, (409, b'{"message": "conflict"}'), (422, b"{}")]
+    )
 
     def before(method: str, _: str) -> tuple[int, bytes] | bool | None:
         return next(troubles, None) if method == "PATCH" else None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
 
 from bridge.signing.signer_rules import CLIENT, CLIENT_KUBELET, SERVING
 from tests.kit import cluster_api, gateways, hostile_csrs, openbao
@@ -29,9 +30,9 @@ OTHERS = {
         csr_pem(
             [(CN, "kube-apiserver")],
             [
-                hostile_csrs.x509.DNSName("cp1"),
-                hostile_csrs.x509.DNSName("kubernetes"),
-                hostile_csrs.x509.DNSName("api.example.com"),
+                x509.DNSName("cp1"),
+                x509.DNSName("kubernetes"),
+                x509.DNSName("api.example.com"),
                 *hostile_csrs.addresses("203.0.113.11", "10.96.0.1"),
             ],
         ),
@@ -54,7 +55,7 @@ OTHERS = {
         SERVING,
         csr_pem(
             gateways.node_subject("cp1"),
-            [hostile_csrs.x509.DNSName("cp1"), *hostile_csrs.addresses("203.0.113.11")],
+            [x509.DNSName("cp1"), *hostile_csrs.addresses("203.0.113.11")],
         ),
     ),
 }
@@ -181,9 +182,7 @@ def test_a_flood_of_large_objects(cluster: ClusterApi, bao: openbao.OpenBao, tmp
     place = place_of(cluster, bao, tmp_path / "flood", ["w9101", "w9102"])
     cluster.add_node("w9101")
     cluster.add_node("w9102")
-    large = csr_pem(
-        gateways.node_subject("w9101"), [hostile_csrs.x509.DNSName(f"n{n}.example.com") for n in range(30_000)]
-    )
+    large = csr_pem(gateways.node_subject("w9101"), [x509.DNSName(f"n{n}.example.com") for n in range(30_000)])
     for number in range(40):
         assert ask(cluster, as_node("w9101", SERVING, large), f"large-{number}")
     with gateways.running(place) as gateway:
