@@ -547,7 +547,17 @@ def prove(
 
 
 @command(app, "doctor")
-def doctor(common: Common, output: OutputOption = Output.TEXT) -> None:
+def doctor(
+    common: Common,
+    before_upgrade: Annotated[
+        bool,
+        typer.Option(
+            "--before-upgrade",
+            help="Say instead what `kubeadm upgrade` will do to certificates here, and where it would abort.",
+        ),
+    ] = False,
+    output: OutputOption = Output.TEXT,
+) -> None:
     """
     Check that everything is ready for the next renewal.
 
@@ -558,7 +568,8 @@ def doctor(common: Common, output: OutputOption = Output.TEXT) -> None:
     """
     from bridge.cli import doctor as doctor_module  # noqa: PLC0415
 
-    raise typer.Exit(doctor_module.run(common.settings(), utc_now(), as_json=output is Output.JSON))
+    as_json = output is Output.JSON
+    raise typer.Exit(doctor_module.run(common.settings(), utc_now(), as_json=as_json, upgrade=before_upgrade))
 
 
 @command(app, "setup")

@@ -7,7 +7,7 @@ from datetime import datetime
 
 from bridge.cli.printing import say, say_json, say_sentence, width_here
 from bridge.diagnosis import findings
-from bridge.diagnosis.examination import examine
+from bridge.diagnosis.examination import before_upgrade, examine
 from bridge.diagnosis.findings import LEVELS, Cause
 from bridge.settings.tables import Settings
 from bridge.system.status import doing
@@ -15,10 +15,10 @@ from bridge.system.status import doing
 _ABOUT_WIDTH = 26  #: As `backend of front-proxy-ca`.
 
 
-def run(settings: Settings, now: datetime, *, as_json: bool = False) -> int:
+def run(settings: Settings, now: datetime, *, as_json: bool = False, upgrade: bool = False) -> int:
     """Print the report; 1 if there is an error, 3 if there is a warning, else 0."""
     with doing("looking at this node, and asking the CAs", is_plain=False):
-        causes = findings.causes(examine(settings, now))
+        causes = findings.causes((before_upgrade if upgrade else examine)(settings, now))
     code = findings.exit_code(causes)
     if as_json:
         say_json({"exitCode": code, "findings": [_entry(cause) for cause in causes]})

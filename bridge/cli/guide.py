@@ -90,6 +90,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "doctor": (
         ("ca-bridge doctor", "Find what would make the next renewal fail."),
         ("ca-bridge doctor -o json", "The same for a program."),
+        ("ca-bridge doctor --before-upgrade", "Say what `kubeadm upgrade` would do to certificates here."),
     ),
     "gateway": (
         ("ca-bridge gateway --check", "Find out whether it could work; nothing is signed."),

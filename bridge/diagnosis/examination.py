@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from datetime import datetime
 
-from bridge.diagnosis import authorities, desk, installed, machine, use
+from bridge.diagnosis import authorities, desk, drift, installed, machine, upgrade, use
 from bridge.diagnosis.findings import Finding, from_error
 from bridge.errors import BridgeError
 from bridge.node import inventory
 from bridge.settings.tables import Settings
+
+
+def before_upgrade(settings: Settings, now: datetime) -> Iterator[Finding]:
+    """Look at what `kubeadm upgrade` would make of this node's certificates; asks the cluster's API, and no CA."""
+    node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
+    if not node.is_here:
+        error = inventory.NoNodeError(settings.node.pki_dir)
+        yield Finding(level="error", check="no-node", about="node", text=str(error), hint=error.hint)
+        return
+    yield from _whole(lambda: upgrade.look(node, settings, now))
+    yield from _whole(lambda: drift.look(node, settings))
 
 
 def examine(settings: Settings, now: datetime) -> Iterator[Finding]:

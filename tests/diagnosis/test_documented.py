@@ -10,7 +10,7 @@ import bridge.diagnosis
 
 DOCUMENT = Path(__file__).parents[2] / "docs/doctor.md"
 #: Of lines that say what is in order, or what was not looked at.
-_ALWAYS_OK = {"ca", "certificate", "manifests", "kubeadm-config", "admin-copy", "by-hand"}
+_ALWAYS_OK = {"ca", "certificate", "manifests", "kubeadm-config", "admin-copy", "by-hand", "upgrade"}
 _STATES = {f"certificate-{state}" for state in ("missing", "broken", "unreadable")}
 
 

@@ -36,6 +36,7 @@ class State:
     endpoints: list[str] = field(default_factory=list)  #: Addresses.
     port: int = 0  #: 0: any that is free, which is written here.
     config: str = ""  #: ClusterConfiguration of the ConfigMap kubeadm-config; empty: there is none.
+    kubelet_config: str = ""  #: Of the ConfigMap kubelet-config; empty: there is none.
     bindings: dict[str, tuple[str, str, str]] = field(default_factory=dict)  #: Role, kind and name of the subject.
     version: int = 0
     mutex: threading.Lock = field(default_factory=threading.Lock)
@@ -86,6 +87,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, {"kind": "EndpointSliceList", "items": [piece]})
         elif parts.path == "/api/v1/namespaces/kube-system/configmaps/kubeadm-config" and self.state.config:
             self._send(200, {"kind": "ConfigMap", "data": {"ClusterConfiguration": self.state.config}})
+        elif parts.path == "/api/v1/namespaces/kube-system/configmaps/kubelet-config" and self.state.kubelet_config:
+            self._send(200, {"kind": "ConfigMap", "data": {"kubelet": self.state.kubelet_config}})
         elif parts.path.startswith(BINDINGS):
             bound = self.state.bindings.get(parts.path.removeprefix(BINDINGS))
             self._send(*((200, _binding(*bound)) if bound else _status(404)))

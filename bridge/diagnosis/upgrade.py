@@ -1,0 +1,290 @@
+"""
+What `kubeadm upgrade` will do on this node, and where it would abort, as far as certificates and their files decide it.
+
+kubeadm renews certificates component by component, each just before the component's manifest is exchanged; below a CA
+whose key is elsewhere it renews nothing, but looks at every certificate of that CA, and one that is not right aborts it
+(measured: 1.37 from 1.37, and from 1.36; the order is the same in 1.34 to 1.37).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timedelta
+from http import HTTPStatus
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from cryptography.x509.verification import VerificationError as NoPathError
+
+from bridge.control_plane import kube_api
+from bridge.control_plane.kube_api import Api, NoAnswerError
+from bridge.diagnosis.findings import Finding
+from bridge.diagnosis.installed import is_named
+from bridge.errors import BridgeError
+from bridge.node import endpoints, kubeconfig
+from bridge.node.inventory import AuthorityState, Item, Node
+from bridge.node.kubeadm_config import CLUSTER_CONFIGURATION, CONFIG_MAP
+from bridge.node.kubelet import KUBELET_CONFIG
+from bridge.node.yamltree import YamlError, YamlNode, document, split_bom
+from bridge.pki import verify
+from bridge.pki.expiry import minute
+from bridge.settings.tables import Settings
+from bridge.specs import CA, ETCD_CA, FRONT_PROXY_CA, Component
+from bridge.system.safe_read import UnreadableError, read
+from bridge.words import one_line
+
+#: A maintenance should be over by then.
+_SOON = timedelta(days=1)
+_KUBELET_MAP = "/api/v1/namespaces/kube-system/configmaps/kubelet-config"
+_BINDINGS = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/kubeadm:"
+_AUTO_APPROVE = ("node-autoapprove-bootstrap", "node-autoapprove-certificate-rotation")
+_KUBELET_CLIENT = "apiserver-kubelet-client"
+#: What kubeadm looks at to find out whether a CA is external (`validateExternal…` in cmd/kubeadm/app/phases/certs).
+_VALIDATED = {
+    CA.name: ("apiserver", _KUBELET_CLIENT),
+    FRONT_PROXY_CA.name: ("front-proxy-client",),
+    ETCD_CA.name: ("apiserver-etcd-client", "etcd-server", "etcd-peer", "etcd-healthcheck-client"),
+}
+#: In kubeadm's order, with the CAs that it looks at before it exchanges the component's manifest.
+_STEPS: tuple[tuple[Component, tuple[str, ...]], ...] = (
+    (Component.ETCD, (ETCD_CA.name,)),
+    (Component.APISERVER, (CA.name, FRONT_PROXY_CA.name, ETCD_CA.name)),
+    (Component.CONTROLLER_MANAGER, (CA.name,)),
+    (Component.SCHEDULER, (CA.name,)),
+)
+
+
+def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
+    """All of it; asks the cluster's API, if it answers, and writes nothing."""
+    external = [state for state in node.authorities if state.key == "external" and state.authority.name in _VALIDATED]
+    for state in external:
+        yield from _authority(state, node, now)
+    yield from _admin(node, now)
+    yield _says(
+        "certificates",
+        "kubeadm renews none of an external CA's, and aborts if one of them is not right"
+        if external
+        else "the CA keys are here: kubeadm renews every certificate as it upgrades",
+        "kubeadm upgrade apply|node --certificate-renewal=false leaves all of that out" if external else "",
+    )
+    yield from _kubelet(node, settings)
+    yield from _etcd(node)
+    yield from _super_admin(node)
+    yield from _cluster(kube_api.connect(node, settings.node.kubeconfig_dir))
+
+
+def _says(about: str, text: str, hint: str = "") -> Finding:
+    return Finding(level="ok", check="upgrade", about=about, text=text, hint=hint)
+
+
+# --- certificates ----------------------------------------------------------------------------------------------------
+
+
+class _Wrong(NamedTuple):
+    """What kubeadm would say of a certificate."""
+
+    text: str
+    is_later: bool  #: It is right now, and would not be at the end of a maintenance.
+
+
+def _authority(state: AuthorityState, node: Node, now: datetime) -> Iterator[Finding]:
+    name = state.authority.name
+    items = {item.spec.name: item for item in node.items}
+    for certificate in _VALIDATED[name]:
+        item = items.get(certificate)
+        wrong = _wrong(item, state, now) if item is not None else None
+        if item is None or wrong is None:
+            continue
+        if wrong.is_later:
+            hint = f"ca-bridge renew {certificate}"
+            yield Finding(level="warning", check="upgrade-ends-soon", about=certificate, text=wrong.text, hint=hint)
+            continue
+        hint = f"ca-bridge renew {certificate}, before kubeadm upgrade; or upgrade with --certificate-renewal=false"
+        text = f"{wrong.text}: kubeadm upgrade {_where(name, node)}"
+        yield Finding(level="error", check="upgrade-aborts", about=certificate, text=text, hint=hint)
+
+
+def _where(authority: str, node: Node) -> str:
+    """Where it aborts, and what is exchanged by then."""
+    steps = [component for component, names in _STEPS if authority in names and _is_here(component, node)]
+    if not steps:
+        return "aborts"
+    first = steps[0]
+    done = [component.value for component, _ in _STEPS[: _index(first)] if _is_here(component, node)]
+    if not done:
+        return f"aborts at {first.value}, before anything is exchanged"
+    return f"aborts at {first.value}, when the manifest of {', '.join(done)} is exchanged already"
+
+
+def _index(component: Component) -> int:
+    return [one for one, _ in _STEPS].index(component)
+
+
+def _is_here(component: Component, node: Node) -> bool:
+    return component is not Component.ETCD or node.local_etcd
+
+
+def _wrong(item: Item, state: AuthorityState, now: datetime) -> _Wrong | None:
+    """As kubeadm sees it: there with a key, below the first certificate of the CA file, and within its dates."""
+    if item.state != "present":
+        return _Wrong(f"wanted it in {item.certificate_path}, found it {item.state}", is_later=False)
+    if item.key_path is not None and not item.key_path.exists():
+        return _Wrong(f"wanted its key in {item.key_path}, found none", is_later=False)
+    leaf, *rest = item.certificates
+    begin, end = leaf.not_valid_before_utc, leaf.not_valid_after_utc
+    if not begin <= now <= end:
+        return _Wrong(f"it is valid only from {minute(begin)} to {minute(end)}", is_later=False)
+    try:
+        verify.verified_path(leaf, rest, state.certificates[0], now)
+    except NoPathError as e:
+        return _Wrong(f"it does not lead to {state.path}'s first certificate ({one_line(e)})", is_later=False)
+    if end - now < _SOON:
+        text = f"wanted it to outlive the maintenance, found that it ends {minute(end)}; from then on kubeadm aborts"
+        return _Wrong(text, is_later=True)
+    return None
+
+
+def _admin(node: Node, now: datetime) -> Iterator[Finding]:
+    """kubeadm is itself a client, by admin.conf, and looks at it at the end, too."""
+    item = next((one for one in node.items if one.spec.name == "admin.conf"), None)
+    if item is None or item.state != "present":
+        found = item.state if item is not None else "missing"
+        text = f"wanted it, found it {found}: kubeadm upgrade has no access without it, and aborts"
+        hint = "ca-bridge renew admin.conf makes it"
+    elif now > (end := item.certificates[0].not_valid_after_utc):
+        text = f"it has ended {minute(end)}: kubeadm upgrade has no access"
+        hint = "ca-bridge renew admin.conf"
+    else:
+        return
+    yield Finding(level="error", check="upgrade-no-access", about="admin.conf", text=text, hint=hint)
+
+
+# --- files that it writes --------------------------------------------------------------------------------------------
+
+
+def _kubelet(node: Node, settings: Settings) -> Iterator[Finding]:
+    """From 1.35 on the kubelet of a control-plane node is led to its own API server."""
+    manifest = node.manifests.get(Component.APISERVER)
+    local = endpoints.name(manifest.flags) if manifest is not None else None
+    try:
+        server = kubeconfig.parse(read(settings.node.kubeconfig_dir / "kubelet.conf") or b"").server
+        host = urlsplit(server).hostname
+    except (BridgeError, UnreadableError, ValueError):
+        return
+    if local is None or host == local:
+        return
+    serving = next((i.certificates[0] for i in node.items if i.spec.name == "apiserver" and i.certificates), None)
+    text = f"leads to {one_line(server)}; if that is the control-plane endpoint, it is led to {local}, and the kubelet restarted"
+    if serving is not None and not is_named(serving, local):
+        hint = f"ca-bridge renew --add-san apiserver={local}, before kubeadm upgrade"
+        text = f"{text}, and the API server's certificate lacks that address"
+        yield Finding(level="error", check="upgrade-kubelet-server", about="kubelet.conf", text=text, hint=hint)
+    else:
+        yield _says("kubelet.conf", text, "its certificate stays")
+
+
+def _etcd(node: Node) -> Iterator[Finding]:
+    manifest = node.manifests.get(Component.ETCD)
+    if manifest is not None and manifest.flags.get("--initial-cluster-state") == "existing":
+        text = "this member has joined: its manifest differs from what kubeadm renders, so that the upgrade restarts it"
+        yield _says("etcd", text, "seen: 72 s; upgrade one node after the other")
+
+
+def _super_admin(node: Node) -> Iterator[Finding]:
+    item = next((one for one in node.items if one.spec.name == "super-admin.conf"), None)
+    if item is not None and item.state == "missing":
+        yield _says(
+            "super-admin.conf",
+            "is not here, and is not made by an upgrade",
+            "ca-bridge renew super-admin.conf makes it",
+        )
+
+
+# --- what is in the cluster ------------------------------------------------------------------------------------------
+
+
+def _cluster(api: Api) -> Iterator[Finding]:
+    try:
+        yield from _bindings(api)
+        yield from _config(api)
+        yield from _kubelet_config(api)
+    except (NoAnswerError, YamlError, UnreadableError) as e:
+        yield _says("cluster", f"kubeadm-config, kubelet-config and bindings were not looked at: {e}")
+
+
+def _bindings(api: Api) -> Iterator[Finding]:
+    absent = [name for name in _AUTO_APPROVE if _status(api, f"{_BINDINGS}{name}") == HTTPStatus.NOT_FOUND]
+    if absent:
+        names = ", ".join(f"kubeadm:{name}" for name in absent)
+        text = f"wanted no automatic approval, as now; kubeadm upgrade apply puts it back: {names}"
+        hint = f"after it: kubectl delete clusterrolebinding {names.replace(',', '')}"
+        yield Finding(level="warning", check="upgrade-auto-approve", about="ClusterRoleBindings", text=text, hint=hint)
+    if _status(api, f"{_BINDINGS}{_KUBELET_CLIENT}") == HTTPStatus.NOT_FOUND:
+        text = f"kubeadm:{_KUBELET_CLIENT} is not there; upgrade apply makes it from 1.36 on"
+        yield _says("ClusterRoleBindings", text, f"only after it: ca-bridge renew {_KUBELET_CLIENT} --adopt-defaults")
+
+
+def _status(api: Api, path: str) -> int:
+    return api.ask("GET", path).status
+
+
+def _config(api: Api) -> Iterator[Finding]:
+    """What kubeadm 1.37 no longer reads."""
+    root = _document(api, CONFIG_MAP, CLUSTER_CONFIGURATION)
+    if root is None:
+        text = "wanted kubeadm-config in the cluster, found none: kubeadm upgrade aborts"
+        hint = "kubeadm init phase upload-config kubeadm --config FILE"
+        yield Finding(level="error", check="upgrade-no-config", about="kubeadm-config", text=text, hint=hint)
+        return
+    gates = root.get("featureGates")
+    old = _text(root, "apiVersion").rpartition("/")[2]
+    if gates is not None and gates.get("PublicKeysECDSA") is not None:
+        text = "wanted encryptionAlgorithm, found the feature gate PublicKeysECDSA, which 1.37 does not know"
+        hint = "kubectl edit -n kube-system cm kubeadm-config: encryptionAlgorithm: ECDSA-P256 instead of it"
+        yield Finding(level="warning", check="upgrade-old-config", about="kubeadm-config", text=text, hint=hint)
+    if old in {"v1beta2", "v1beta3"}:
+        text = f"wanted kubeadm.k8s.io/v1beta4, found {old}, which 1.37 does not read"
+        hint = "kubeadm config migrate of the version that runs makes the newer one"
+        yield Finding(level="warning", check="upgrade-old-config", about="kubeadm-config", text=text, hint=hint)
+
+
+def _kubelet_config(api: Api) -> Iterator[Finding]:
+    """What is in this node's file alone is lost."""
+    root = _document(api, _KUBELET_MAP, "kubelet")
+    data = read(KUBELET_CONFIG)
+    if root is None or data is None:
+        return
+    ours, theirs = _plain(document(split_bom(data)[1])), _plain(root)
+    if not isinstance(ours, dict) or not isinstance(theirs, dict):
+        return
+    differing = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
+    if differing:
+        shown = ", ".join(map(one_line, differing[:10]))
+        text = f"kubeadm upgrade writes it from the ConfigMap kubelet-config, which differs in {shown}"
+        hint = "put into the ConfigMap (or into --patches) what is to stay"
+        yield Finding(level="warning", check="upgrade-kubelet-config", about=str(KUBELET_CONFIG), text=text, hint=hint)
+
+
+def _document(api: Api, path: str, key: str) -> YamlNode | None:
+    data: Mapping[str, Any] | None = api.ask("GET", path).document.get("data")
+    text = data.get(key) if isinstance(data, dict) else None
+    return document(text) if isinstance(text, str) else None
+
+
+def _text(root: YamlNode, key: str) -> str:
+    found = root.get(key)
+    return "" if found is None else found.text()
+
+
+def _plain(node: YamlNode) -> object:
+    """As values that can be compared; depth and size were limited, and nothing expands."""
+    if node.kind == "alias":
+        raise YamlError(f"line {node.place.line}: wanted values of their own, found an alias (*)")
+    one = node
+    if one.kind == "mapping":
+        return {
+            key.resolved.value: _plain(value) for key, value in zip(one.children[::2], one.children[1::2], strict=True)
+        }
+    if one.kind == "sequence":
+        return [_plain(child) for child in one.children]
+    return one.value
