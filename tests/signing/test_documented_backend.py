@@ -1,0 +1,159 @@
+"""The worked example of `docs/writing-a-backend.md`: installed as it stands there, it passes the suite and renews."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).parents[2] / "docs/writing-a-backend.md"
+
+#: What stands in for the site's CA: it checks the token and the CSR's signature, and signs by the profile.
+SERVER = """
+import json, threading
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import ExtendedKeyUsageOID as EKU
+
+USAGES = {"server": [EKU.SERVER_AUTH], "client": [EKU.CLIENT_AUTH], "peer": [EKU.SERVER_AUTH, EKU.CLIENT_AUTH]}
+
+def signed(csr, issuer, key, usages, days):
+    now = datetime.now(UTC)
+    usage = dict.fromkeys(("content_commitment", "data_encipherment", "key_agreement", "key_cert_sign", "crl_sign",
+                           "encipher_only", "decipher_only"), False)
+    builder = (x509.CertificateBuilder().subject_name(csr.subject).issuer_name(issuer.subject)
+        .public_key(csr.public_key()).serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(minutes=1)).not_valid_after(now + timedelta(days=days))
+        .add_extension(x509.KeyUsage(digital_signature=True, key_encipherment=True, **usage), critical=True)
+        .add_extension(x509.ExtendedKeyUsage(usages), critical=False))
+    for extension in csr.extensions:
+        if extension.oid == x509.SubjectAlternativeName.oid:
+            builder = builder.add_extension(extension.value, critical=False)
+    return builder.sign(key, hashes.SHA256())
+
+@pytest.fixture
+def site_server():
+    servers = []
+    def start(issuer, key):
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.answer(issuer)
+            def do_POST(self):
+                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                csr = x509.load_pem_x509_csr(asked["csr"].encode())
+                if self.headers["Authorization"] != "Bearer s3cret" or not csr.is_signature_valid:
+                    self.send_error(403)
+                    return
+                usages = USAGES[asked["profile"].removeprefix("kubeadm-")]
+                self.answer(signed(csr, issuer, key, usages, asked["days"]))
+            def answer(self, certificate):
+                body = json.dumps({"certificates": certificate.public_bytes(Encoding.PEM).decode()}).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+            def log_message(self, *_):
+                pass
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}"
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+"""
+
+
+def blocks(language: str) -> list[str]:
+    """Of the page, in their order."""
+    return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the plug-in as pip installs it, and the page's test."""
+    directory = tmp_path_factory.mktemp("site-ca")
+    (backend, suite), (project, _) = blocks("python"), blocks("toml")
+    source, target = directory / "source", directory / "plugins"
+    source.mkdir()
+    source.joinpath("site_ca.py").write_text(backend)
+    source.joinpath("pyproject.toml").write_text(project)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-index"]
+    subprocess.run([*pip, "--no-deps", "--no-build-isolation", "--target", str(target), str(source)], check=True)
+    directory.joinpath("conftest.py").write_text(SERVER)
+    directory.joinpath("test_site_ca.py").write_text(suite)
+    return directory
+
+
+def in_its_place(directory: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(directory / "plugins"), "PYTHONDONTWRITEBYTECODE": "1"}
+    for name in [name for name in environment if name.startswith("PYTEST_")]:
+        del environment[name]
+    return subprocess.run(command, cwd=directory, env=environment, check=False, capture_output=True, text=True)
+
+
+def suite(directory: Path) -> subprocess.CompletedProcess[str]:
+    pytest_ = [
+        str(Path(sys.executable).with_name("pytest")),
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(directory),
+    ]
+    return in_its_place(directory, *pytest_, "test_site_ca.py")
+
+
+def test_the_worked_example_passes_the_suite(installed: Path) -> None:
+    """As it is printed, and as pip installs it."""
+    run = suite(installed)
+    assert run.returncode == 0, run.stdout
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed
+    assert int(passed[1]) >= 8
+
+
+def test_a_backend_that_forgets_the_usages_does_not_pass(installed: Path) -> None:
+    """The suite can fail: one profile for all certificates is not enough."""
+    module = installed / "plugins/site_ca.py"
+    right = module.read_text()
+    module.write_text(right.replace("self._settings.profile.format(usage=request.spec.usage)", '"kubeadm-client"'))
+    try:
+        run = suite(installed)
+    finally:
+        module.write_text(right)
+    assert run.returncode == 1
+    assert "EKU: wanted serverAuth, got clientAuth" in run.stdout
+
+
+def test_the_program_finds_it(installed: Path, tmp_path: Path) -> None:
+    """By its entry point: its settings are checked with all others, and a wrong key is named."""
+    _, settings = blocks("toml")
+    config = tmp_path / "config.toml"
+    program = [sys.executable, "-c", "from bridge.cli.app import app; app()", "settings"]
+    config.write_text(settings.replace("/etc/ca-bridge/site-token", str(tmp_path / "token")))
+    config.chmod(0o644)
+    shown = in_its_place(installed, *program, "show", "--config", str(config))
+    assert 'profile = "kubeadm-{usage}"' in shown.stdout, shown.stderr
+    config.write_text(config.read_text().replace("url =", "uri ="))
+    wrong = in_its_place(installed, *program, "check", "--config", str(config))
+    assert wrong.returncode == 2
+    assert "backend.corp.uri" in wrong.stderr
+
+
+def test_each_method_of_the_page_is_in_the_contract() -> None:
+    """A name that is not there would never be called."""
+    contract = (Path(__file__).parents[2] / "bridge/contract.py").read_text()
+    table = re.findall(r"^\| (`[a-z_`, ]+`) \|", PAGE.read_text(), re.MULTILINE)
+    names = [name for cell in table for name in re.findall(r"`(\w+)`", cell)]
+    assert len(names) > 10
+    assert [name for name in names if f"def {name}(" not in contract] == []
