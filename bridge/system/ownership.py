@@ -10,6 +10,7 @@ from pathlib import Path
 
 #: As the kernel counts them (path_resolution(7)).
 MOST_LINKS = 40
+_OVERFLOW_UID = 65534  # unless the administrator has set another (linux/highuid.h)
 _ALL_IDS = ["0", "0", "4294967295"]
 
 
@@ -111,8 +112,15 @@ def trusted_users() -> set[int]:
     """
     ours = {0, os.geteuid()}
     if Path("/proc/self/uid_map").read_text(encoding="ascii").split() != _ALL_IDS:
-        ours.add(int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="ascii")))
+        ours.add(_unknown_user())
     return ours
+
+
+def _unknown_user() -> int:
+    try:
+        return int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="ascii"))
+    except FileNotFoundError:  # a unit with ProcSubset=pid
+        return _OVERFLOW_UID
 
 
 def _way(path: Path) -> Iterator[tuple[Path, os.stat_result]]:

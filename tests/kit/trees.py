@@ -45,6 +45,7 @@ class Tree:
 
     suite: str
     base: Path  #: Below it are the changes, `upper`.
+    below: tuple[Path, ...] = ()  #: Changes of others that this one stands on, the newest first.
 
     @classmethod
     def new(cls, suite: str, base: Path) -> Tree:
@@ -53,9 +54,14 @@ class Tree:
             (base / name).mkdir(parents=True)
         return cls(suite, base)
 
+    def copy(self, base: Path) -> Tree:
+        """As this one is now; it must not change any more."""
+        return Tree(self.suite, Tree.new(self.suite, base).base, (self.base / "upper", *self.below))
+
     @property
     def _mount(self) -> str:
-        lower, upper, work = directory() / self.suite, self.base / "upper", self.base / "work"
+        lower = ":".join(map(str, (*self.below, directory() / self.suite)))
+        upper, work = self.base / "upper", self.base / "work"
         return f"mount -t overlay tree -o lowerdir={lower},upperdir={upper},workdir={work} {self.base / 'root'}"
 
     def run(self, script: str, *, stdin: bytes = b"", check: bool = True) -> subprocess.CompletedProcess[str]:

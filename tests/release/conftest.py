@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,20 @@ def bookworm(tmp_path: Path) -> trees.Tree:
     if reason := trees.lacking():
         pytest.skip(reason)
     return trees.Tree.new("bookworm", tmp_path / "tree")
+
+
+@pytest.fixture(params=trees.SUITES)
+def installed(request: pytest.FixtureRequest, tmp_path: Path, shared: Path, offline: Path) -> trees.Tree:
+    """A bare Debian, each in turn, with the offline file installed."""
+    if reason := trees.lacking():
+        pytest.skip(reason)
+    base = shared / f"installed-{request.param}"
+    with (shared / f"{base.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        once = trees.Tree(request.param, base)
+        if not (base / "done").exists():
+            once = trees.Tree.new(request.param, base)
+            once.put("/root/ca-bridge.run", offline.read_bytes())
+            once.run("sh /root/ca-bridge.run install --enable")
+            (base / "done").touch()
+    return once.copy(tmp_path / request.param)

@@ -1,0 +1,236 @@
+"""The units at work, in bare Debians that their own systemd has booted, with a node's files and an `openssl ca`."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+
+from bridge.node import sample_pki
+from tests.kit.trees import Booted, Tree
+
+SERVICE = "ca-bridge.service"
+STAMP = "/var/lib/systemd/timers/stamp-ca-bridge.timer"
+PASSPHRASE = "carried by systemd"
+SETTINGS = """\
+[backend.desk]
+type = "openssl"
+passphrase_credential = "ca-passphrase"
+
+[authority.ca]
+backend = "desk"
+dir = "/srv/ca/ca"
+
+[authority.etcd-ca]
+backend = "desk"
+dir = "/srv/ca/etcd-ca"
+
+[authority.front-proxy-ca]
+backend = "desk"
+dir = "/srv/ca/front-proxy-ca"
+"""
+#: As docs/units.md has it: the secret, and where this CA's database is.
+DROP_IN = """\
+[Service]
+LoadCredential=ca-passphrase:/etc/ca-bridge/ca-passphrase
+ReadWritePaths=/srv/ca
+"""
+#: All that the unit does not name is read-only, or not there; a restart command such as this one still works.
+READ_ONLY = """\
+[Service]
+ExecStartPre=/bin/sh -c '! touch /usr/touched && ! touch /etc/touched && ! touch /var/touched && ! touch /root/touched'
+ExecStartPre=/bin/sh -c 'touch /tmp/touched && ! ls /dev/kmsg'
+ExecStartPre=systemctl restart systemd-tmpfiles-clean.service
+"""
+AT_ONCE = "[Timer]\nRandomizedDelaySec=0\nAccuracySec=1s\n"
+
+
+def make_node(tree: Tree, directory: Path, *, left: timedelta) -> None:
+    """A control plane's files whose certificates have so much left, the CA's directories, and settings."""
+    now = datetime.now(UTC)
+    made = now - timedelta(days=365) + left
+    cas = sample_pki.make(directory / "kubernetes", now=made, not_after=now + left)
+    for name, ca in cas.items():
+        sample_pki.create_openssl_directory(directory / "ca" / name, ca.certificate_pem, ca.key_pem, PASSPHRASE)
+    tree.put_directory(directory / "kubernetes", "/etc/kubernetes")
+    tree.put_directory(directory / "ca", "/srv/ca")
+    tree.run("chmod 755 /etc/kubernetes /srv/ca")
+    tree.put("/etc/ca-bridge/config.toml", SETTINGS.encode())
+    tree.put("/etc/ca-bridge/ca-passphrase", PASSPHRASE.encode(), 0o600)
+    tree.put(f"/etc/systemd/system/{SERVICE}.d/site.conf", DROP_IN.encode())
+
+
+def end_of(machine: Booted | Tree, name: str = "apiserver") -> datetime:
+    """When a certificate ends."""
+    pem = machine.run(f"cat /etc/kubernetes/pki/{name}.crt").stdout.encode()
+    return x509.load_pem_x509_certificate(pem).not_valid_after_utc
+
+
+def properties(machine: Booted, unit: str, *names: str) -> list[str]:
+    """What systemd knows of a unit."""
+    shown = machine.run(f"systemctl show {unit} {' '.join(f'-p {name}' for name in names)}").stdout
+    found = dict(line.split("=", 1) for line in shown.splitlines())
+    return [found[name] for name in names]
+
+
+def test_the_timer_catches_up_and_renews_with_a_credential(installed: Tree, tmp_path: Path) -> None:
+    """After nights in which the machine was off; what the unit does not name is read-only; the next run is at night."""
+    make_node(installed, tmp_path / "node", left=timedelta(days=20))
+    installed.put(f"/etc/systemd/system/{SERVICE}.d/try.conf", READ_ONLY.encode())
+    installed.put("/etc/systemd/system/ca-bridge.timer.d/try.conf", AT_ONCE.encode())
+    installed.run(f"mkdir -p {Path(STAMP).parent}; touch -d '3 days ago' {STAMP}")
+    assert end_of(installed) < datetime.now(UTC) + timedelta(days=21)
+    with installed.booted() as machine:
+        machine.wait(f"[ $(systemctl show {SERVICE} -p ExecMainExitTimestampMonotonic --value) != 0 ]")
+        machine.wait(
+            f"! systemctl is-active --quiet {SERVICE} && ! systemctl show {SERVICE} -p SubState | grep -q stop"
+        )
+        assert properties(machine, SERVICE, "Result", "ExecMainStatus") == ["success", "0"], machine.journal()
+        assert end_of(machine) > datetime.now(UTC) + timedelta(days=300)
+        assert "12 renewed" in machine.journal()
+        assert PASSPHRASE not in machine.journal()
+        assert re.search(r" 03:[1-4]\d:\d\d UTC", properties(machine, "ca-bridge.timer", "NextElapseUSecRealtime")[0])
+        # The twins: the same words outside the unit, and the secret where it was not loaded.
+        machine.run("touch /usr/touched /etc/touched /var/touched /root/touched")
+        bare = machine.run("ca-bridge renew all", check=False)
+        assert bare.returncode != 0
+        assert "found no $CREDENTIALS_DIRECTORY" in bare.stderr
+
+
+@pytest.mark.parametrize("installed", ["bookworm"], indirect=True)
+def test_a_renewal_that_was_cut_off_is_finished_at_boot(installed: Tree, tmp_path: Path) -> None:
+    """Before the kubelet starts; without the unit the kubelet meets what was left. Nothing left, nothing runs."""
+    make_node(installed, tmp_path / "node", left=timedelta(days=20))
+    looks = "ls /var/lib/ca-bridge >/var/seen; /bin/true"
+    kubelet = f"[Service]\nType=oneshot\nExecStart=/bin/sh -c '{looks}'\n[Install]\nWantedBy=multi-user.target\n"
+    installed.put("/etc/systemd/system/kubelet.service", kubelet.encode())
+    installed.put(
+        "/root/cut-off.py",
+        b"""import os, pathlib, signal, subprocess
+journal = pathlib.Path("/var/lib/ca-bridge/journal.json")
+run = subprocess.Popen(["ca-bridge", "renew", "all"], env={**os.environ, "CREDENTIALS_DIRECTORY": "/etc/ca-bridge"})
+while not journal.exists() and run.poll() is None:
+    pass
+run.send_signal(signal.SIGKILL)
+run.wait()
+assert journal.exists()
+""",
+    )
+    installed.run("mkdir -m 700 /var/lib/ca-bridge; systemctl disable -q ca-bridge.timer; systemctl enable -q kubelet")
+    installed.run("python3 /root/cut-off.py")
+    without = installed.copy(tmp_path / "without")
+    without.run("systemctl disable -q ca-bridge-recover.service")
+    with without.booted() as machine:
+        assert "journal.json" in machine.run("cat /var/seen").stdout
+
+    again = installed.copy(tmp_path / "again")
+    with again.booted() as machine:
+        assert "journal.json" not in machine.run("cat /var/seen").stdout
+        assert properties(machine, "ca-bridge-recover", "Result", "ConditionResult") == ["success", "yes"]
+        names = ("apiserver", "apiserver-kubelet-client", "front-proxy-client", "etcd/server", "etcd/peer")
+        assert all(end_of(machine, name) > datetime.now(UTC) + timedelta(days=300) for name in names)
+        for name in names:
+            keys = f"openssl pkey -in /etc/kubernetes/pki/{name}.key -pubout"
+            certificates = f"openssl x509 -in /etc/kubernetes/pki/{name}.crt -noout -pubkey"
+            assert machine.run(keys).stdout == machine.run(certificates).stdout
+    with again.booted() as machine:
+        assert properties(machine, "ca-bridge-recover", "ConditionResult") == ["no"]
+
+
+@pytest.mark.parametrize("installed", ["trixie"], indirect=True)
+def test_the_desk_signs_in_its_cage(installed: Tree, tmp_path: Path) -> None:
+    """As its own user, without network, with the passphrase as a credential; what the node exports comes back signed."""
+    make_node(installed, tmp_path / "node", left=timedelta(days=20))
+    installed.run(
+        "useradd --system ca 2>/dev/null || { echo ca:x:990:990::/:/bin/false >>/etc/passwd; echo ca:x:990: >>/etc/group; };"
+        "mkdir -p /srv/desk/inbox /srv/desk/outbox; chmod 700 /srv/desk/*;"
+        "ca-bridge export /srv/desk/inbox/cp.json all --state-dir /var/lib/node; chown -R ca:ca /srv/ca /srv/desk"
+    )
+    policy = b'[allow]\nclusters = ["*"]\nnodes = ["*"]\nmasters = ["super-admin.conf"]\n'
+    installed.put("/etc/ca-bridge/desk-policy.toml", policy)
+    drop_in = b"[Service]\nLoadCredential=ca-passphrase:/etc/ca-bridge/ca-passphrase\n"
+    installed.put("/etc/systemd/system/ca-bridge-desk.service.d/site.conf", drop_in)
+    with installed.booted() as machine:
+        machine.run("systemctl start ca-bridge-desk.service", check=False)
+        assert properties(machine, "ca-bridge-desk", "Result") == ["success"], machine.journal()
+        (answer,) = machine.run("ls /srv/desk/outbox").stdout.split()
+        assert machine.run(f"stat -c %U /srv/desk/outbox/{answer}").stdout == "ca\n"
+        machine.run(f"ca-bridge import /srv/desk/outbox/{answer} --state-dir /var/lib/node")
+        assert end_of(machine) > datetime.now(UTC) + timedelta(days=300)
+
+
+@pytest.mark.parametrize("installed", ["trixie"], indirect=True)
+def test_the_gateway_runs_in_its_cage(installed: Tree, tmp_path: Path) -> None:
+    """As a user that exists only while it runs; it waits for an API server that is not there, and ends when told."""
+    make_node(installed, tmp_path / "node", left=timedelta(days=200))
+    gateway = (
+        '[gateway]\nstate_dir = "/var/lib/ca-bridge-gateway"\n'
+        'kubeconfig = "/run/credentials/ca-bridge-gateway.service/kubeconfig"\n'
+    )
+    installed.put("/etc/ca-bridge/config.toml", (SETTINGS + gateway).encode())
+    share = "/opt/ca-bridge/current/share/kubeadm-ca-bridge/gateway"
+    installed.run(
+        f"cp {share}/policy.toml /etc/ca-bridge/gateway-policy.toml; cp {share}/inventory.toml /etc/ca-bridge/;"
+        "cp /etc/kubernetes/admin.conf /etc/ca-bridge/gateway.conf"
+    )
+    drop_in = b"[Service]\nLoadCredential=ca-passphrase:/etc/ca-bridge/ca-passphrase\n"
+    installed.put("/etc/systemd/system/ca-bridge-gateway.service.d/site.conf", drop_in)
+    health = "import urllib.request as r; print(r.urlopen('http://127.0.0.1:9880/healthz').status)"
+    with installed.booted() as machine:
+        machine.run("systemctl start ca-bridge-gateway.service")
+        assert machine.wait(f'python3 -c "{health}"') == "200\n"
+        (pid,) = properties(machine, "ca-bridge-gateway", "MainPID")
+        status = machine.run(f"cat /proc/{pid}/status").stdout
+        assert int(re.findall(r"^Uid:\s+(\d+)", status, re.MULTILINE)[0]) > 1000
+        assert re.search(r"^CapBnd:\s+0+$", status, re.MULTILINE)
+        machine.run("systemctl stop ca-bridge-gateway.service")
+        assert properties(machine, "ca-bridge-gateway", "Result", "NRestarts") == ["success", "0"], machine.journal()
+
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENT = ROOT / "docs/units.md"
+START, END = (
+    "<!-- figures: `python -m tests.release.test_units` writes them, a test compares them -->",
+    "<!-- end of figures -->",
+)
+SHIPPED = sorted([*(ROOT / "config/systemd").glob("*.service"), *(ROOT / "config/desk").glob("*.service")])
+
+
+def exposure(unit: Path) -> float:
+    """What `systemd-analyze security` makes of a unit: 0 is a cage, 10 an open door."""
+    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", str(unit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    match = re.search(r"Overall exposure level for \S+: ([\d.]+)", done.stdout)
+    assert match, done.stderr
+    return float(match[1])
+
+
+def figures() -> str:
+    """A table of the shipped services."""
+    version = subprocess.run(["systemctl", "--version"], capture_output=True, text=True, check=True).stdout.split()[1]
+    rows = [f"| `{unit.name}` | {exposure(unit)} |" for unit in SHIPPED]
+    return "\n".join([f"| service | exposure, by systemd {version} |", "| --- | --- |", *rows])
+
+
+def test_no_service_is_exposed(tmp_path: Path) -> None:
+    """All are below 3, and the document has the figures; a unit without its cage is not."""
+    assert len(SHIPPED) == 4
+    assert all(exposure(unit) < 3 for unit in SHIPPED)
+    assert figures() in DOCUMENT.read_text(encoding="utf-8")
+    bare = tmp_path / SERVICE
+    bare.write_text("[Service]\nExecStart=/bin/true\n")
+    assert exposure(bare) > 9
+
+
+def main() -> None:
+    """Write the figures into the document."""
+    head, rest = DOCUMENT.read_text(encoding="utf-8").split(START)
+    DOCUMENT.write_text(f"{head}{START}\n\n{figures()}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
