@@ -23,7 +23,6 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from cryptography.x509.oid import NameOID
 
-from bridge.bootstrap.kubeadm_config import Configuration
 from bridge.bootstrap.places import KUBELET_CONF, Role, specs_of
 from bridge.errors import BridgeError, Exit
 from bridge.node import kubeconfig
@@ -62,12 +61,13 @@ def clear(state_dir: Path) -> None:
         shutil.rmtree(path)
 
 
-def by_kubeadm(program: str, config: Configuration, role: Role, state_dir: Path) -> dict[str, Made]:
+def by_kubeadm(program: str, version: str, config: bytes, role: Role, state_dir: Path) -> dict[str, Made]:
     """
     Have kubeadm make all of a control-plane node's.
 
     Args:
         program: kubeadm.
+        version: Kubernetes', as the configuration has it.
         config: Of the node; usable.
         role: Not a worker.
         state_dir: Ours alone; keys are there until they are read.
@@ -75,10 +75,10 @@ def by_kubeadm(program: str, config: Configuration, role: Role, state_dir: Path)
     Raises:
         KubeadmError: It is another version's, or did not make what it should.
     """
-    _assert_version(program, config)
+    _assert_version(program, version)
     with _scratch(state_dir) as scratch:
         file, pki, kubeconfigs = scratch / "kubeadm.yaml", scratch / "pki", scratch / "kubeconfigs"
-        write_staged(file, config.text().encode(), Attributes.private())
+        write_staged(file, config, Attributes.private())
         _run(
             [
                 *(program, "certs", "generate-csr", "--config", str(file)),
@@ -110,13 +110,13 @@ def _run(words: Sequence[str]) -> list[str]:
     return lines
 
 
-def _assert_version(program: str, config: Configuration) -> None:
+def _assert_version(program: str, version: str) -> None:
     """Which subject a certificate gets depends on kubeadm's version."""
     lines = _run([program, "version", "-o", "short"])
     found = next((line.strip() for line in lines if re.match(r"v\d", line.strip())), "")
-    if _minor(found) != _minor(config.version):
+    if _minor(found) != _minor(version):
         raise KubeadmError(
-            f"{program}: wanted the kubeadm of kubernetesVersion {config.version}, found {found or 'no version'}"
+            f"{program}: wanted the kubeadm of kubernetesVersion {version}, found {found or 'no version'}"
         )
 
 

@@ -80,6 +80,12 @@ class Configuration:
         return _text(self.cluster, "kubernetesVersion")
 
     @property
+    def kubelets_rotate(self) -> bool:
+        """Whether kubelets ask the cluster for their next certificate, and read no other; kubeadm's default."""
+        kubelet = self.of_kind("KubeletConfiguration") or {}
+        return kubelet.get("rotateCertificates") is not False
+
+    @property
     def etcd_directory(self) -> str:
         """Of its data; empty: the default."""
         return _text(_below(_below(self.cluster, "etcd"), "local"), "dataDir")
@@ -110,7 +116,11 @@ def parse(data: bytes) -> Configuration:
     problem = ""
     documents: list[Any] = []
     try:
-        documents = [one for one in yaml.safe_load_all(data.decode()) if one is not None]
+        text = data.decode()
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            problem = "an alias (*)"
+        else:
+            documents = [one for one in yaml.safe_load_all(text) if one is not None]
     except yaml.MarkedYAMLError as e:
         problem = f"a syntax error in line {e.problem_mark.line + 1 if e.problem_mark else '?'}"
     except (UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError):

@@ -95,6 +95,7 @@ class Wish:
     role: Role
     places: Places
     config: Configuration  #: Of the node: InitConfiguration and ClusterConfiguration; a worker's has the names alone.
+    text: bytes  #: The same as kubeadm is to read it.
     kubeadm: str = "kubeadm"  #: The program; a worker needs none.
     #: For kubeadm's own use, by path.
     files: Mapping[Path, bytes] = field(default_factory=dict)
@@ -117,7 +118,7 @@ class Wish:
     @property
     def mark(self) -> str:
         """What was asked for, for a comparison with an earlier run."""
-        return "\n".join([self.config.text(), *self.addresses, self.server])
+        return "\n".join([self.text.decode(), *self.addresses, self.server])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -327,7 +328,7 @@ class _Making:
         if wish.role == "worker":
             made = {KUBELET_CONF: keys.kubelet_client(wish.node, wish.server, wish.algorithm)}
         else:
-            made = keys.by_kubeadm(wish.kubeadm, wish.config, wish.role, self._run.store.directory)
+            made = keys.by_kubeadm(wish.kubeadm, wish.config.version, wish.text, wish.role, self._run.store.directory)
             # the local endpoint, which kubeadm itself writes at the next upgrade
             local = made["controller-manager.conf"].server
             made[KUBELET_CONF] = dataclasses.replace(made[KUBELET_CONF], server=local)

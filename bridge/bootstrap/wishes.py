@@ -68,7 +68,7 @@ def of_init(settings: Settings, said: Said) -> Wish:
     is_in_place = said.config is not None and said.config.absolute() == places.kubeadm_config
     files = {} if is_in_place else {places.kubeadm_config: data}
     addresses = node.addresses if node is not None else (config.address,)
-    return _wish("init", said, places, config, files, addresses)
+    return _wish("init", said, places, config, data, files, addresses)
 
 
 def of_join(settings: Settings, said: Said, role: Role | None) -> Wish:
@@ -99,7 +99,7 @@ def of_join(settings: Settings, said: Said, role: Role | None) -> Wish:
     files = {places.join_config: joining.text().encode()}
     if not is_worker:
         files[places.kubeadm_config] = config.text().encode()
-    return _wish(node.role, said, places, config, files, node.addresses)
+    return _wish(node.role, said, places, config, config.text().encode(), files, node.addresses)
 
 
 def _wish(
@@ -107,6 +107,7 @@ def _wish(
     said: Said,
     places: Places,
     config: Configuration,
+    text: bytes,
     files: Mapping[Path, bytes],
     addresses: tuple[str, ...],
 ) -> Wish:
@@ -114,6 +115,7 @@ def _wish(
         role=role,
         places=places,
         config=config,
+        text=text,
         kubeadm=said.kubeadm,
         files=files,
         addresses=addresses,

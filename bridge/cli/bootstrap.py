@@ -231,6 +231,31 @@ def orders(
     new_node.write_orders(common.settings(), nodes, kubeadm_config, ca_dir, directory, utc_now())
 
 
+@command(app, "setup")
+def setup(
+    common: Common,
+    kind: Annotated[str, typer.Argument(metavar="TYPE", help="vault, cfssl, openssl …", show_default=False)],
+    order: Annotated[
+        list[Path],
+        typer.Option(metavar="FILE", help="What `bootstrap orders` wrote; may be repeated.", show_default=False),
+    ],
+    authority: Annotated[
+        str | None, typer.Option(help="Only this one of ca, etcd-ca, front-proxy-ca.", show_default=False)
+    ] = None,
+    directory: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write files into this directory.", show_default=False)
+    ] = None,
+) -> None:
+    """
+    Print what a CA's administrator needs for nodes that are yet to be made, as `ca-bridge setup` does for those that are.
+
+    Names are kubeadm's for the version in the order; no node and no kubeadm is needed.
+    """
+    from bridge.cli import new_node  # noqa: PLC0415
+
+    new_node.setup(common.settings(), kind, order, authority, directory, utc_now())
+
+
 @command(app, "check")
 def check(
     common: Common,

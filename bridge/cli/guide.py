@@ -127,6 +127,12 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "Prepare all nodes of a list.",
         ),
     ),
+    "bootstrap setup": (
+        (
+            "ca-bridge bootstrap setup vault --order orders/cp-1.order.json -o roles",
+            "Write roles and policies for a node that is yet to be made.",
+        ),
+    ),
     "bootstrap check": (("ca-bridge bootstrap check", "Look at all that `kubeadm init` needs."),),
     "settings init": (
         ("ca-bridge settings init", "Write /etc/ca-bridge/config.toml."),

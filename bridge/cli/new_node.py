@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -21,7 +21,7 @@ from bridge.cli.results import grouped
 from bridge.errors import Exit, SettingsError, SettingsProblem, WaitingError
 from bridge.pki.expiry import minute
 from bridge.settings.tables import Settings
-from bridge.system.console import print_error
+from bridge.system.console import log, print_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +78,7 @@ def init(settings: Settings, options: Options, now: Callable[[], datetime]) -> i
     done = _made(settings, wish, now, options.wait)
     if done.is_complete:
         _next_of_init(wish)
+        _advise(wish)
     return done.exit_code
 
 
@@ -125,6 +126,26 @@ def write_orders(
     }
     for role in dict.fromkeys(node.role for node, _ in made):
         say(f"  {role}: {commands[role]}")
+
+
+def setup(
+    settings: Settings, kind: str, paths: Sequence[Path], authority: str | None, directory: Path | None, now: datetime
+) -> None:
+    """`bootstrap setup`: what a CA's administrator needs for nodes that are yet to be made."""
+    from bridge.bootstrap import expected  # noqa: PLC0415
+    from bridge.cli import setup as module  # noqa: PLC0415
+
+    nodes = {}
+    for path in paths:
+        order = read_order(path)
+        found = expected.certificates(order, now)
+        if order.node is not None:
+            nodes[order.node.name] = {name: ones for name, ones in found.items() if authority in (None, name)}
+    files = module.files_of(settings, kind, nodes)
+    if directory is not None:
+        module.say_written(module.write_files(files, directory))
+    else:
+        say("\n".join(file.text for file in files))
 
 
 def check(settings: Settings, role: Role, kubelet: Path, now: datetime) -> int:
@@ -179,6 +200,18 @@ def _next_of_init(wish: Wish) -> None:
         f"then, since kubeadm needs it for seconds, and it is beyond all RBAC rules:\n"
         f"  rm {super_admin}"
     )
+
+
+def _advise(wish: Wish) -> None:
+    """What is cheap to set now, and needs a change on each node later."""
+    if wish.config.kubelets_rotate:
+        log.info(
+            "kubelets of this cluster will ask a signer for their next certificate, and take no other without a restart"
+        )
+        log.info(
+            "without a signer in the cluster: a KubeletConfiguration with rotateCertificates: false in the configuration",
+            extra={"is_hint": True},
+        )
 
 
 def _next_of_join(wish: Wish) -> None:

@@ -216,6 +216,33 @@ def files_for(settings: Settings, type_name: str, options: SetupOptions) -> list
     )
 
 
+def files_of(
+    settings: Settings, type_name: str, nodes: Mapping[str, Mapping[str, Mapping[str, x509.Certificate]]]
+) -> list[SetupFile]:
+    """
+    The same for nodes that are yet to be made.
+
+    Args:
+        settings: The backends' tables, as far as there are any.
+        type_name: The backend's.
+        nodes: By node, authority and name: certificates as they will be.
+
+    Raises:
+        SettingsError, BridgeError: As `files_for`.
+    """
+    backend_type = registry.that_sets_up(type_name)
+    return _joined(
+        {
+            node: [
+                file
+                for name, items in found.items()
+                for file in _asked(backend_type, settings, _request(settings, type_name, name, node, items, {}))
+            ]
+            for node, found in nodes.items()
+        }
+    )
+
+
 def _live_certificates(settings: Settings, authority: str | None) -> dict[str, dict[str, x509.Certificate]]:
     """By authority and name; no authority without any."""
     items = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir).items

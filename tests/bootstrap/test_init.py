@@ -171,6 +171,7 @@ def test_a_second_run_changes_nothing(ready: NewNode) -> None:
 
     assert run.returncode == 0, run.stderr
     assert "nothing to do" in run.stdout
+    assert "rotateCertificates: false" in run.stderr  # kubeadm's default is for clusters with a signer
     assert ready.files() == before
 
 
@@ -327,6 +328,7 @@ BAD_CONFIGS = {
     "another directory": (CONFIG + "certificatesDir: /srv/pki\n", "certificatesDir"),
     "external etcd": (CONFIG + "etcd: {external: {endpoints: [https://192.0.2.1:2379]}}\n", "etcd.external"),
     "no YAML": ("{", "syntax error"),
+    "an alias": (f"{CONFIG}x: &x {{y: 1}}\nz: *x\n", "an alias"),
     "something else": ("a: 1", "apiVersion"),
     "what kubeadm refuses": (CONFIG.replace("ECDSA-P256", "DSA-1"), "kubeadm certs generate-csr"),
 }
@@ -358,6 +360,7 @@ def test_the_few_facts_are_enough(node: NewNode) -> None:
     documents = list(yaml.safe_load_all((node.places.kubeconfigs / "kubeadm.yaml").read_text()))
     kubelet = next(one for one in documents if one["kind"] == "KubeletConfiguration")
     assert kubelet["rotateCertificates"] is False
+    assert "rotateCertificates" not in run.stderr
     leaf = load_pem_certificates((node.places.pki / "apiserver.crt").read_bytes())[0]
     assert ("DNS", "more.example.com") in san_entries(leaf)
 
@@ -454,6 +457,8 @@ def test_through_a_desk_by_hand(tmp_path: Path) -> None:
     assert signed.returncode == 0, signed.stderr
     assert done.returncode == 0, done.stderr
     assert look(node).problems() == []
+    assert node.phase("certs", "all").returncode == 0
+    assert node.phase("kubeconfig", "all").returncode == 0
 
 
 def test_a_desk_that_asks_for_proof_refuses(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import shutil
 import stat
 import subprocess
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -109,6 +109,41 @@ def test_a_worker(first: NewNode, other: NewNode) -> None:
     assert parsed.ca_data is not None
     assert "controlPlane" not in join_yaml(other)
     assert other.run("check", "--worker").returncode == 0
+
+
+def test_what_hurts_a_cluster_is_found_before_it_joins(other: NewNode, shared: bytes) -> None:
+    """Without kubelet.conf an etcd member would be added to a node that never comes; nothing compares names with join.yaml."""
+    made = other.run("join", "--control-plane", "--shared", "-", *SECOND, given=shared)
+    good = other.run("check", "--control-plane")
+    config = other.places.join_config
+    text = config.read_text()
+    config.write_text(text.replace("192.0.2.11", "192.0.2.99"))
+    address = other.run("check", "--control-plane")
+    config.write_text(text.replace("name: cp-2", "name: cp-3"))
+    name = other.run("check", "--control-plane")
+    config.write_text(text)
+    (other.places.kubeconfigs / "kubelet.conf").unlink()
+    kubelet = other.run("check", "--control-plane")
+
+    assert (made.returncode, good.returncode) == (0, 0), made.stderr + good.stderr
+    assert [one.returncode for one in (address, name, kubelet)] == [5, 5, 5]
+    assert "wanted IP:192.0.2.99 among the SANs" in address.stderr
+    assert "wanted CN system:node:cp-3" in name.stderr
+    assert "kubelet.conf: wanted a file" in kubelet.stderr
+
+
+def test_an_expired_kubelet_certificate_is_found(other: NewNode, shared: bytes) -> None:
+    """A kubelet that starts with it exits at once and for ever, and with it all static pods of the node stay away."""
+    assert other.run("join", "--control-plane", "--shared", "-", *SECOND, given=shared).returncode == 0
+
+    def read(path: Path) -> bytes | None:
+        return path.read_bytes() if path.exists() else None
+
+    later = datetime.now(UTC) + timedelta(days=366)
+    found = Look(places=other.places, role="control-plane", read=read, now=later, node="cp-2").problems()
+
+    assert any("kubelet.conf" in one and "not" in one for one in found), found
+    assert problems(other, "control-plane", "cp-2") == []
 
 
 def test_a_second_run_changes_nothing(other: NewNode, shared: bytes) -> None:
