@@ -92,7 +92,7 @@ def nothing_to_do(arguments: Sequence[str]) -> str | None:
     try:
         config = places["--config"] or (Path(named) if named else None)
         settings = overridden(load(config), *(places[name] for name in _PLACES[1:]))
-        node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
+        node = inventory.of(settings.node)
         store, now = Store(settings.node.state_dir), datetime.now(UTC)
         selection = select(node, settings, names, now)
     except BridgeError:

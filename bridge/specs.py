@@ -93,6 +93,7 @@ class CertificateSpec:
     optional: bool = False  #: A healthy node may be without it.
     listed: bool = True  #: kubeadm lists and renews it.
     by_node: bool = False  #: Its subject or SANs are one node's own; else all nodes' are alike.
+    kubelets: bool = False  #: Its files are where the kubelet has its own, and not below `pki_dir`.
     #: Read again by its component without a restart, from the versions on that `control_plane.restart_plan` knows.
     reloaded: bool = True
 
@@ -255,8 +256,29 @@ SPECS = {
             reloaded=False,
             by_node=True,
         ),
+        # What a kubelet serves logs, exec and metrics with; its default is one that it made itself. The subject is what
+        # the API's signer for kubelets asks for, and a node's name alone what sites give by hand.
+        CertificateSpec(
+            name="kubelet-server",
+            authority=CA,
+            ekus=_SERVER,
+            common_names=("system:node:{node}", "{node}"),
+            groups=(frozenset({"system:nodes"}),),
+            base="kubelet-server",
+            component=Component.KUBELET,
+            flags=("--tls-cert-file",),
+            optional=True,
+            listed=False,
+            by_node=True,
+            kubelets=True,
+        ),
     )
 }
+
+
+#: The one whose end keeps a rebooted node down: first in every list.
+KUBELET_CONF = "kubelet.conf"
+KUBELET_SERVER = "kubelet-server"
 
 
 #: What others ask for at the gateway, by our names; the certificates API's signers of the cluster's CA

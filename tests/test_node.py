@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from bridge.specs import AUTHORITIES, SPECS, Component
+from bridge.specs import AUTHORITIES, Component
 from tests.kit import node as kit
 from tests.kit.node import Node
+from tests.kit.pki import PKI_SPECS
 
 pytestmark = pytest.mark.node
 
@@ -63,7 +64,7 @@ def test_runs_a_control_plane_without_ca_keys(tmp_path: Path) -> None:
             assert (ca_dir / authority.certificate_file).read_bytes() == (
                 node.pki_dir / authority.certificate_file
             ).read_bytes()
-        for spec in SPECS.values():
+        for spec in PKI_SPECS.values():
             assert (node.kubeconfig_dir / spec.base if spec.kubeconfig else node.pki_dir / f"{spec.base}.crt").exists()
 
         with pytest.raises(AssertionError, match="found a node of that name"):

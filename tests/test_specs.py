@@ -9,10 +9,10 @@ import pytest
 from bridge.node.kubeconfig import parse
 from bridge.node.manifests import load
 from bridge.pki.certificates import extended_key_usages, load_pem_certificates
-from bridge.specs import AUTHORITIES, SPECS, CertificateSpec
-from tests.kit.pki import KubeadmPki, kubeadm_pki
+from bridge.specs import AUTHORITIES, CertificateSpec
+from tests.kit.pki import PKI_SPECS, KubeadmPki, kubeadm_pki
 
-LISTED = [spec for spec in SPECS.values() if spec.listed]
+LISTED = [spec for spec in PKI_SPECS.values() if spec.listed]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def place(pki: KubeadmPki, spec: CertificateSpec) -> Path:
 @pytest.mark.kube
 def test_usages_and_files_are_those_of_kubeadm(pki: KubeadmPki) -> None:
     """Exactly the EKUs that kubeadm gives, in the files that it writes."""
-    for spec in SPECS.values():
+    for spec in PKI_SPECS.values():
         path = place(pki, spec)
         data = parse(path.read_bytes()).certificate_data if spec.kubeconfig else path.read_bytes()
         assert extended_key_usages(load_pem_certificates(data or b"")[0]) == frozenset(eku.value for eku in spec.ekus)
@@ -45,7 +45,7 @@ def test_usages_and_files_are_those_of_kubeadm(pki: KubeadmPki) -> None:
 @pytest.mark.kube
 def test_there_is_nothing_that_the_table_does_not_know(pki: KubeadmPki) -> None:
     """All .crt and .conf files that kubeadm wrote are ours or a CA's."""
-    known = {place(pki, spec) for spec in SPECS.values()}
+    known = {place(pki, spec) for spec in PKI_SPECS.values()}
     known |= {pki.pki_dir / authority.certificate_file for authority in AUTHORITIES.values()}
     assert {*pki.kubeconfig_dir.rglob("*.crt"), *pki.kubeconfig_dir.rglob("*.conf")} == known
 
@@ -66,5 +66,5 @@ def test_components_take_the_files_by_the_flags_of_the_table(pki: KubeadmPki) ->
 def test_what_is_newer_than_1_20_is_not_there(tmp_path: Path) -> None:
     """`since` is right about super-admin.conf."""
     old = kubeadm_pki(tmp_path / "node", version="1.20")
-    for spec in SPECS.values():
+    for spec in PKI_SPECS.values():
         assert place(old, spec).exists() == (spec.since <= (1, 20))

@@ -215,7 +215,7 @@ def _toned(line: str) -> str:
 
 
 def _node(place: Place) -> Sequence[Item]:
-    return inventory.read(place.kubernetes / "pki", place.kubernetes).items
+    return inventory.read(place.kubernetes / "pki", place.kubernetes, place.kubernetes / "kubelet").items
 
 
 def _is_pair(item: Item) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge.cli import nagios
@@ -55,11 +54,9 @@ def check_expiration(
         limits = nagios.Limits.of(settings, within, critical)
         text, troubles, code = nagios.check(settings, now, limits, _failures(settings))
     else:
-        node = settings.node
         seen = _known(settings) if output == "prometheus" else None
-        text, troubles, code = look(
-            node.pki_dir, node.kubeconfig_dir, now, within, output, renewal=settings.renewal, known=seen
-        )
+        node = inventory.of(settings.node)
+        text, troubles, code = look(node, now, within, output, renewal=settings.renewal, known=seen)
     say(text)
     for trouble in troubles:
         log.error("%s", trouble)
@@ -87,8 +84,7 @@ def _known(settings: Settings) -> Known | None:
 
 
 def look(
-    pki_dir: Path,
-    kubeconfig_dir: Path,
+    node: Node,
     now: datetime,
     within: timedelta | None,
     output: str,
@@ -97,11 +93,10 @@ def look(
     known: Known | None = None,
 ) -> tuple[str, list[str], int]:
     """
-    Read the node, and say what there is.
+    Say what there is.
 
     Args:
-        pki_dir: kubeadm's certificatesDir.
-        kubeconfig_dir: Where the kubeconfigs and manifests are.
+        node: What is on it.
         now: Aware, UTC.
         within: What ends sooner is due, and what has ended.
         output: `table`, `json`, `yaml` or `prometheus`.
@@ -112,7 +107,6 @@ def look(
         Standard output, lines for standard error, and the exit code: 1 when a file is there and can't be used, else
         3 when one is due, else 0.
     """
-    node = inventory.read(pki_dir, kubeconfig_dir)
     found = report(node, now, None if within is None else lambda _: within)
     forms: Mapping[str, Callable[[ExpiryReport], str]] = {
         "table": table,
@@ -131,13 +125,18 @@ def _as_prometheus(found: ExpiryReport, node: Node, renewal: RenewalSettings, kn
 
 
 def table(found: ExpiryReport) -> str:
-    """kubeadm 1.37's two tables, then one of what kubeadm has no row for, if there is any."""
-    tables = [
-        _align([_HEADER, *(_cells(row, row.authority or "") for row in found.certificates)]),
-        _align([_AUTHORITY_HEADER, *(_cells(row) for row in found.authorities)]),
-    ]
+    """
+    kubeadm 1.37's two tables, and one of what kubeadm has no row for, if there is any.
+
+    That comes first where a kubelet's client certificate has ended or soon does: such a node can't start again.
+    """
+    tables = [_align([_AUTHORITY_HEADER, *(_cells(row) for row in found.authorities)])]
+    if found.certificates:  # a worker has none
+        tables.insert(0, _align([_HEADER, *(_cells(row, row.authority or "") for row in found.certificates)]))
     if found.extra:
-        tables.append(_align([_EXTRA_HEADER, *((*_cells(row, row.authority or ""), row.path) for row in found.extra)]))
+        place = 0 if any(row.first for row in found.extra) else len(tables)
+        extra = [_EXTRA_HEADER, *((*_cells(row, row.authority or ""), row.path) for row in found.extra)]
+        tables.insert(place, _align(extra))
     return "\n".join(tables)
 
 

@@ -91,7 +91,7 @@ def _backup_json(backup: backups.Backup) -> dict[str, Any]:
             }
             for one in backup.certificates
         ],
-        "files": [{"path": str(file.path), "wasThere": file.copy is not None} for file in backup.files],
+        "files": [{"path": str(file.path), "wasThere": file.was_there} for file in backup.files],
     }
 
 

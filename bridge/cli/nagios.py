@@ -62,7 +62,7 @@ def check(
     Returns:
         The line, lines for standard error, and the plugin's status.
     """
-    node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
+    node = inventory.of(settings.node)
     early, late = report(node, now, limits.warning), report(node, now, limits.critical)
     critical, warning = _critical(late), _warning(early, late, failures)
     status = 2 if critical or early.troubles else 1 if warning else 0

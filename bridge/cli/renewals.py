@@ -107,7 +107,7 @@ def write_csrs(
     """`renew --csr-only`: keys and CSRs into a directory, nothing else touched."""
     if Store(settings.node.state_dir).journal.exists():
         raise InstallError("an installation was interrupted", hint="run `ca-bridge recover`, then this again")
-    node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
+    node = inventory.of(settings.node)
     selection = select(node, settings, names, now, csrs_only=True, any_identity=any_identity)
     for sentence in selection.waived:
         log.warning("%s", sentence)
@@ -137,7 +137,7 @@ def plan(
     changes: Changes = NO_CHANGES,
 ) -> int:
     """Print what `renew` would do; 3 if that is anything."""
-    node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
+    node = inventory.of(settings.node)
     wishes = decide(node, settings, names, changes) if names or changes.is_any else None
     selection = select(node, settings, names, now, any_identity=any_identity, wishes=wishes)
     for sentence in selection.told:
@@ -193,8 +193,16 @@ def _plan_row(item: Item, settings: Settings, now: datetime) -> tuple[str, ...]:
         item.spec.name,
         end_text(first_end(item.certificates), now) if item.certificates else "not on this node",
         f"ask {_asked(item, settings)}",
-        f"{verb} {' and '.join([str(item.certificate_path), *([item.key_path.name] if item.key_path else [])])}",
+        f"{verb} {_replaced(item)}",
     )
+
+
+def _replaced(item: Item) -> str:
+    """The files, for people."""
+    if item.current is not None:
+        more = f" and {item.certificate_path}" if item.embedded else ""
+        return f"{item.current} by a new file{more}"
+    return " and ".join([str(item.certificate_path), *([item.key_path.name] if item.key_path else [])])
 
 
 def _copy_row(copy: Copy) -> tuple[str, ...]:
@@ -215,7 +223,8 @@ def _asked(item: Item, settings: Settings) -> str:
 
 
 def _files(item: Item) -> list[Path]:
-    return [path for path in (item.key_path, item.certificate_path) if path is not None]
+    paths = [item.key_path, item.certificate_path, item.current]
+    return list(dict.fromkeys(path for path in paths if path is not None))
 
 
 def _plan_json(
@@ -227,7 +236,7 @@ def _plan_json(
                 "name": item.spec.name,
                 "authority": item.spec.authority.name,
                 "backend": ours.backend if (ours := settings.authorities.get(item.spec.authority.name)) else None,
-                "notAfter": rfc3339(item.certificates[0].not_valid_after_utc) if item.certificates else None,
+                "notAfter": rfc3339(first_end(item.certificates[:1] + item.copy)) if item.certificates else None,
                 "replace": [str(path) for path in _files(item)],
                 "changes": list(selection.wishes[item.spec.name].told) if item.spec.name in selection.wishes else [],
             }

@@ -18,8 +18,10 @@ from bridge.cli.printing import say
 from bridge.contract import GIVEN, Secret, SetsUp, SetupFile, SetupRequest
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.node import inventory
+from bridge.node.inventory import Item
 from bridge.pki.durations import duration_text
-from bridge.pki.node_names import parse_nodes, renamed
+from bridge.pki.node_names import named, parse_nodes, renamed
+from bridge.renewal import serving
 from bridge.settings.load import DEFAULT_FILE
 from bridge.settings.rehearsal import for_rehearsal
 from bridge.settings.tables import Commands, Components, Settings
@@ -245,13 +247,25 @@ def files_of(
 
 def _live_certificates(settings: Settings, authority: str | None) -> dict[str, dict[str, x509.Certificate]]:
     """By authority and name; no authority without any."""
-    items = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir).items
+    items = inventory.of(settings.node).items
     found: dict[str, dict[str, x509.Certificate]] = {}
     for item in items:
         name = item.spec.authority.name
         if authority in (None, name) and item.managed and item.state == "present":
-            found.setdefault(name, {})[item.spec.name] = item.certificates[0]
+            certificate = _to_be_asked(item, settings)
+            if certificate is not None:
+                found.setdefault(name, {})[item.spec.name] = certificate
     return {name: found[name] for name in AUTHORITIES if name in found}
+
+
+def _to_be_asked(item: Item, settings: Settings) -> x509.Certificate | None:
+    """With the names that the next one gets; None: nobody says which."""
+    live = item.certificates[0]
+    try:
+        asked = serving.asked(item, settings)
+    except BridgeError:
+        return None
+    return live if asked is None else named(live, asked)
 
 
 def _nodes(file: Path, own: str) -> dict[str, dict[str, str]]:

@@ -60,7 +60,7 @@ def run(settings: Settings, authority: str, names: Sequence[str], patience: time
     """
     _assert_known(authority, names)
     configured = registry.configured(settings, [authority])[authority]
-    node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
+    node = inventory.of(settings.node)
     backend = configured.open()
     try:
         _assert_nothing_is_spent(backend, configured.label)

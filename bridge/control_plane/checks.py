@@ -34,7 +34,7 @@ from bridge.control_plane.probes import (
     words,
 )
 from bridge.control_plane.restart_plan import KUBELET_COPY, reloading
-from bridge.node import ages, endpoints, kubeconfig, manifests, processes
+from bridge.node import ages, endpoints, kubeconfig, kubelet_files, manifests, processes
 from bridge.node.ages import contents
 from bridge.node.endpoints import Address, Flags, Server
 from bridge.node.inventory import Item, Node
@@ -42,7 +42,7 @@ from bridge.node.kubelet import KUBELET_CONFIG
 from bridge.node.yamltree import document, split_bom
 from bridge.pki.certificates import attributes, serial_hex
 from bridge.settings.tables import Settings
-from bridge.specs import CA, ETCD_CA, SPECS, Authority, Component
+from bridge.specs import CA, ETCD_CA, KUBELET_CONF, KUBELET_SERVER, SPECS, Authority, Component
 from bridge.system import https, safe_read
 from bridge.system.https import HttpsError, UnreachableError
 
@@ -397,13 +397,25 @@ def _self_made(place: Address) -> Verdict:
 
 
 def _kubelet(look: Look) -> Iterator[Check]:
-    item = look.item("kubelet.conf")
+    yield from _kubelet_serving(look)
+    item = look.item(KUBELET_CONF)
     if item is None:
         return
     yield from _kubeconfig(look, item.spec.name)
     what, name = f"has read {item.certificate_path}", item.spec.name
     judge = functools.partial(_kubelet_pair, look, item)
     yield Check(component=Component.KUBELET, certificate=name, what=what, judge=judge)
+
+
+def _kubelet_serving(look: Look) -> Iterator[Check]:
+    """What it shows to whoever wants logs, metrics or a shell; one that it made itself is nobody's to prove."""
+    item = look.item(KUBELET_SERVER)
+    if item is None or item.foreign or item.key_path is None:
+        return
+    serving = Serving(
+        component=Component.KUBELET, certificate=item.spec.name, file=item.certificate_path, key_file=item.key_path
+    )
+    yield serving.at(_kubelet_place(look), look.now)
 
 
 def _kubelet_pair(look: Look, item: Item) -> Verdict:
@@ -421,7 +433,16 @@ def _kubelet_pair(look: Look, item: Item) -> Verdict:
             return Verdict("not-ours", f"uses {copy}, which is younger, and rotated by the kubelet itself")
         detail = f"uses its copy {copy}, serial {serial_hex(used)}; {item.certificate_path} has {serial_hex(ours)}"
         return Verdict("stale", f"{detail}: the copy must go before the restart")
-    return _read_once(look, Component.KUBELET, item.certificate_path)
+    verdict = _read_once(look, Component.KUBELET, item.certificate_path)
+    conf = look.settings.node.kubeconfig_dir / item.spec.base
+    if verdict.state != "stale" or item.embedded or item.rotates:
+        return verdict
+    # without `rotateCertificates` it looks at the file every five minutes, once its kubeconfig refers to one
+    return (
+        verdict
+        if ages.compare(Component.KUBELET, conf, look.machine.proc).older
+        else Verdict("next-connection", verdict.detail)
+    )
 
 
 _DATED = re.compile(r"kubelet-client-(\d{4}(?:-\d\d){5})\.pem")
@@ -430,6 +451,8 @@ _DATED = re.compile(r"kubelet-client-(\d{4}(?:-\d\d){5})\.pem")
 def _was_written_by_a_kubelet(path: Path) -> bool:
     """A kubelet names the file after the local time at which it writes it; what we replace keeps its name."""
     real = path.resolve()
+    if contents(real).startswith(kubelet_files.OURS):
+        return False
     name = _DATED.fullmatch(real.name)
     if name is None:
         return False
@@ -451,7 +474,7 @@ def is_rotated(copy: Path, used: x509.Certificate, kubelet_conf: Path, ours: x50
 def _kubeconfig(look: Look, name: str) -> Iterator[Check]:
     """A kubeconfig's client certificate, asked for what its owner can't do without."""
     item = look.item(name)
-    if item is not None and look.flags(Component.APISERVER):
+    if item is not None and (look.flags(Component.APISERVER) or look.node.is_worker):
         judge = functools.partial(_ask_api, look, item)
         what = "is accepted by the API server"
         yield Check(component=item.spec.component, certificate=name, what=what, judge=judge)
@@ -476,7 +499,8 @@ def _ask_api(look: Look, item: Item) -> Verdict:
         trust_pem=parsed.ca_data or contents(path.parent / parsed.ca_file if parsed.ca_file else item.anchor_path),
     )
     end = first(path, certificate).not_valid_after_utc
-    by = [accepted(ask_all(client, _api(look, name), need)) for need in _needs(look, item)]
+    servers = [Server(parsed.server, parsed.tls_server_name)] if look.node.is_worker else _api(look, name)
+    by = [accepted(ask_all(client, servers, need)) for need in _needs(look, item)]
     return Verdict("current", f"{by[0]}, until {ages.text(end)}")
 
 

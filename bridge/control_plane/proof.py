@@ -79,13 +79,13 @@ def look(node: Node, settings: Settings, now: datetime, machine: Machine | None 
     What is wrong is a finding, and no error.
 
     Args:
-        node: Without any static pod there is nothing to look at.
+        node: Without any static pod, and without a worker's kubelet, there is nothing to look at.
         settings: Node's name and version.
         now: Aware, UTC.
         machine: Other places than the usual ones.
     """
     given = checks.Look(node=node, settings=settings, now=now, machine=machine or Machine())
-    made = list(checks.of(given)) if node.manifests else []
+    made = list(checks.of(given)) if node.manifests or node.is_worker else []
     with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
         return ProofReport(findings=tuple(pool.map(_finding, made)))
 
@@ -140,10 +140,10 @@ def prove(settings: Settings, now: Callable[[], datetime], wait: timedelta) -> P
         BridgeError: There is nothing to look at.
     """
     node = settings.node
-    found = within(lambda: inventory.read(node.pki_dir, node.kubeconfig_dir), settings, now, wait)
+    found = within(lambda: inventory.of(node), settings, now, wait)
     if not found.findings:
         raise BridgeError(
             f"nothing could be proven: wanted static-pod manifests in {node.kubeconfig_dir / 'manifests'}, found none",
-            hint="run it on a control-plane node; --kubeconfig-dir tells where its manifests are",
+            hint="run it on a node of the cluster; --kubeconfig-dir tells where its files are",
         )
     return found

@@ -455,7 +455,7 @@ def restart_stale(
     """
     named = _components(names)
     with session.alone(settings, wait, lambda found: log.warning("%s", found)) as (store, record):
-        node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
+        node = inventory.of(settings.node)
         components, unknown = (named, None) if named else _by_settings(node, settings, now())
         if settings.restart.method == "none":
             return RestartReport(components=tuple(components), advised=True, unknown=unknown)
@@ -479,12 +479,13 @@ def _components(names: Sequence[str]) -> list[Component]:
 def _by_settings(node: Node, settings: Settings, now: datetime) -> tuple[list[Component], UnknownError | None]:
     """The components to restart, and why that may not be all of them."""
     wanted = settings.restart.components
-    if not node.manifests:
+    if not node.manifests and not node.is_worker:
         place = settings.node.kubeconfig_dir / "manifests"
         text = f"nothing is known of what runs here: wanted static-pod manifests in {place}, found none"
         return [], UnknownError(text, Exit.FAILED)
     if wanted.which != "needed":
-        return [one for one in wanted.listed or manifests.COMPONENTS if one in _present(node)], None
+        every = restart_plan.ORDER if node.is_worker else manifests.COMPONENTS
+        return [one for one in wanted.listed or every if one in _present(node)], None
     found = proof.look(node, settings, now)
     unseen = [one for one in found.findings if one.state in ("unknown", "no-answer")]
     names = dict.fromkeys("people" if one.component is None else one.component.value for one in unseen)

@@ -39,7 +39,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     """All CAs of this node's certificates."""
     yield from _windows(settings, now)
     yield from failures(settings)
-    items = [item for item in node.items if item.managed and item.state == "present"]
+    items = [item for item in node.items if item.managed and item.state == "present" and not item.foreign]
     names = dict.fromkeys(item.spec.authority.name for item in items)
     if not settings.authorities:
         yield _by_hand(settings)

@@ -29,7 +29,7 @@ def examine(settings: Settings, now: datetime) -> Iterator[Finding]:
 
     What is wrong is a finding, and no error.
     """
-    node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
+    node = inventory.of(settings.node)
     is_desk = desk.policy_file(settings).is_file()
     if node.is_here:
         yield from _whole(lambda: installed.look(node, settings, now))

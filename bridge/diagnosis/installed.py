@@ -24,7 +24,7 @@ from bridge.pki import csr, expiry, verify
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates, name_text, san_entries
 from bridge.renewal.selection import ForeignIdentityError, foreign_identity
 from bridge.settings.tables import Settings
-from bridge.specs import SPECS, Component
+from bridge.specs import KUBELET_CONF, SPECS, Component
 from bridge.system.ownership import exposure, open_secret
 from bridge.system.safe_read import UnreadableError, read
 from bridge.words import one_line
@@ -43,7 +43,11 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     """All that the files tell."""
     yield from _node_name(node, settings)
     anchors = {state.authority.name: state.certificates for state in node.authorities}
-    for item in node.items:
+    # without a kubelet's client certificate a rebooted node stays down: nothing is worse, and it comes first
+    for item in sorted(node.items, key=lambda one: one.spec.name != KUBELET_CONF):
+        if item.foreign:
+            yield from _self_made(item, node, now)
+            continue
         yield from _item(item, settings, now)
         if item.state == "present":
             yield from _pair(item)
@@ -77,6 +81,26 @@ def _name_in(item: Item) -> str:
     return subject.partition("CN=")[2].partition(",")[0] if is_nodes else ""
 
 
+def _self_made(item: Item, node: Node, now: datetime) -> Iterator[Finding]:
+    """A kubelet's own: every cluster has it, and nobody who verifies can use it."""
+    name, end = item.spec.name, expiry.first_end(item.certificates)
+    hint = (
+        f"`ca-bridge renew {name}` puts one of the CA in its place; so does [certificate.{name}] sans in the settings"
+    )
+    apiserver = node.manifests.get(Component.APISERVER)
+    is_verified = apiserver is not None and "--kubelet-certificate-authority" in apiserver.flags
+    text = f"wanted a certificate of the CA in {item.anchor_path}, found one of {_issuer(item.certificates[0])}"
+    if is_verified:
+        more = ", and kube-apiserver verifies it (--kubelet-certificate-authority): no logs, no exec"
+        yield Finding(level="error", check="kubelet-self-signed", about=name, text=f"{text}{more}", hint=hint)
+    elif end <= now:
+        more = f"{expiry.left_text(end, now)}, and the kubelet does not make another one; {text}"
+        yield Finding(level="warning", check="kubelet-self-signed", about=name, text=more, hint=hint)
+    else:
+        more = f"{expiry.left_text(end, now)}; made by the kubelet itself, which nobody can verify; {hint}"
+        yield Finding(level="ok", check="kubelet-self-signed", about=name, text=more)
+
+
 # --- one certificate -------------------------------------------------------------------------------------------------
 
 
@@ -103,7 +127,7 @@ def _identity(item: Item, settings: Settings) -> Iterator[Finding]:
 
 def _end(item: Item, settings: Settings, now: datetime) -> Finding:
     """How long it is good; what is due is nothing to worry about, unless nobody renews it."""
-    name, end = item.spec.name, expiry.first_end(item.certificates)
+    name, end = item.spec.name, expiry.first_end(item.ending)
     begin = item.certificates[0].not_valid_before_utc
     if begin > now + verify.CLOCK_SKEW:
         text = f"valid only from {expiry.minute(begin)}, and this node's clock says {expiry.minute(now)}"
@@ -112,7 +136,10 @@ def _end(item: Item, settings: Settings, now: datetime) -> Finding:
         hint = (
             "`ca-bridge renew` takes expired certificates too" if item.managed else "why did the kubelet not rotate it?"
         )
-        return Finding(level="error", check="expired", about=name, text=expiry.left_text(end, now), hint=hint)
+        text = expiry.left_text(end, now)
+        if name == KUBELET_CONF:
+            text += "; a kubelet that starts with it ends at once: after a reboot nothing on this node comes up"
+        return Finding(level="error", check="expired", about=name, text=text, hint=hint)
     if item.rotates and not expiry.is_rotation_late(item.certificates, now):
         text = f"{expiry.left_text(end, now)}; rotated by the kubelet itself"
         return Finding(level="ok", check="certificate", about=name, text=text)

@@ -111,7 +111,7 @@ def _restarts(node: Node, settings: Settings) -> Iterator[Finding]:
     restart = settings.restart
     if restart.method == "none":
         return
-    specs = [item.spec for item in node.items if item.managed and item.state == "present"]
+    specs = [item.spec for item in node.items if item.managed and item.state == "present" and not item.foreign]
     for component in restart_plan.stale(
         specs, restart_plan.reloading(node, settings.node.kubernetes_version), restart.components
     ):

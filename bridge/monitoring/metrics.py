@@ -121,7 +121,7 @@ def write(settings: Settings, file: Path, count: Callable[[History | None], Hist
 
 def of_node(settings: Settings, now: datetime, seen: Known | None) -> str:
     """All metrics of the node as it is at this moment."""
-    node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
+    node = inventory.of(settings.node)
     return exposition.text(report(node, now, None), exposition.due_times(node, settings.renewal), seen)
 
 

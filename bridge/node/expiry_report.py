@@ -10,6 +10,7 @@ from cryptography import x509
 
 from bridge.node.inventory import AuthorityState, FileState, Item, Node
 from bridge.pki.expiry import ROTATION_IS_LATE, first_end, seconds_left
+from bridge.specs import KUBELET_CONF
 
 #: How long before its end a certificate is due, by its lifetime.
 Limit = Callable[[timedelta], timedelta]
@@ -28,9 +29,11 @@ class Row:
     chain_seconds_left: int | None  #: Of the one that ends first.
     authority: str | None  #: None for a CA itself.
     external: bool  #: Its CA's key is not on the node.
+    first: bool  #: A kubelet's client certificate that has ended, or soon does: a node that reboots stays down.
     due: bool  #: Ends within the time asked for, or has ended; False when nothing was asked for.
     limit: timedelta | None  #: With less than this left it is due; None: nothing was asked for.
     optional: bool = False  #: A healthy node may be without it.
+    foreign: bool = False  #: Not of the cluster's CA: shown, and nobody renews it unasked.
 
     @property
     def certificate(self) -> x509.Certificate | None:
@@ -40,7 +43,7 @@ class Row:
     @property
     def expired(self) -> bool:
         """Whether it, or an intermediate that it needs, has ended."""
-        return self.chain_seconds_left is not None and self.chain_seconds_left < 0
+        return self.chain_seconds_left is not None and self.chain_seconds_left < 0 and not self.foreign
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +57,8 @@ class ExpiryReport:
 
     @property
     def rows(self) -> list[Row]:
-        """All of them."""
-        return [*self.certificates, *self.authorities, *self.extra]
+        """All of them; a kubelet's client certificate that ends soon before all others."""
+        return sorted([*self.certificates, *self.authorities, *self.extra], key=lambda row: not row.first)
 
     @property
     def due(self) -> bool:
@@ -76,25 +79,42 @@ def report(node: Node, now: datetime, within: Limit | None) -> ExpiryReport:
     return ExpiryReport(
         certificates=[row for item, row in rows if item.listed],
         authorities=[_authority_row(state, now, within) for state in node.authorities if state.listed],
-        extra=[row for item, row in rows if not item.listed and not (item.state == "missing" and row.optional)]
-        + [_authority_row(state, now, within) for state in node.authorities if not state.listed],
+        extra=[
+            *sorted(
+                (row for item, row in rows if not item.listed and not (item.state == "missing" and row.optional)),
+                key=lambda row: not row.first,
+            ),
+            *(_authority_row(state, now, within) for state in node.authorities if not state.listed),
+        ],
         troubles=node.troubles,
     )
 
 
+def _soon(_: timedelta) -> timedelta:
+    """As by default `renewal.before`."""
+    return timedelta(days=30)
+
+
 def _item_row(item: Item, now: datetime, within: Limit | None) -> Row:
-    limit = _limit(item.certificates, within, late_share=ROTATION_IS_LATE if item.rotates else 1)
+    within = None if item.foreign else within
+    late_share = ROTATION_IS_LATE if item.rotates else 1
+    limit = _limit(item.ending, within, late_share)
+    chain, path = item.ending, item.certificate_path
+    if item.copy and item.current is not None and first_end(item.copy) < first_end(item.certificates):
+        chain, path = (*item.copy, *item.certificates), item.current
     return Row(
         name=item.spec.name,
-        path=str(item.certificate_path),
+        path=str(path),
         state=item.state,
         trouble=item.trouble,
-        chain=item.certificates,
-        seconds_left=_left(item.certificates, now),
-        chain_seconds_left=_chain_left(item.certificates, now),
-        authority=item.spec.authority.name,
-        external=item.authority_external,
-        due=_is_due(item.certificates, now, limit),
+        chain=chain,
+        seconds_left=_left(chain, now),
+        chain_seconds_left=_chain_left(chain, now),
+        authority="none" if item.foreign else item.spec.authority.name,
+        external=item.authority_external and not item.foreign,
+        foreign=item.foreign,
+        due=_is_due(chain, now, limit),
+        first=item.spec.name == KUBELET_CONF and _is_due(chain, now, limit or _limit(chain, _soon, late_share)),
         limit=limit,
         optional=item.spec.optional,
     )
@@ -112,6 +132,7 @@ def _authority_row(state: AuthorityState, now: datetime, within: Limit | None) -
         chain_seconds_left=_left(state.certificates, now),
         authority=None,
         external=state.key == "external",
+        first=False,
         due=_is_due(state.certificates[:1], now, limit),
         limit=limit,
     )

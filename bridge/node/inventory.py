@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -21,9 +21,22 @@ from bridge.errors import BridgeError
 from bridge.node import manifests
 from bridge.node.kubeconfig import Kubeconfig, KubeconfigError
 from bridge.node.kubeconfig import parse as parse_kubeconfig
+from bridge.node.kubelet_files import KUBELET_DIR, KubeletFiles
 from bridge.node.manifests import Manifest
+from bridge.pki import identity
 from bridge.pki.certificates import is_ca, load_pem_certificates
-from bridge.specs import AUTHORITIES, ETCD_CA, SPECS, Authority, CertificateSpec, Component
+from bridge.settings.tables import NodeSettings
+from bridge.specs import (
+    AUTHORITIES,
+    CA,
+    ETCD_CA,
+    KUBELET_CONF,
+    KUBELET_SERVER,
+    SPECS,
+    Authority,
+    CertificateSpec,
+    Component,
+)
 from bridge.system.safe_read import UnreadableError
 from bridge.system.safe_read import read as read_file
 
@@ -31,7 +44,11 @@ FileState = Literal["present", "missing", "broken", "unreadable"]
 KeyState = Literal["local", "external", "missing"]
 
 _ETCD_CLIENT = SPECS["apiserver-etcd-client"]
-_KUBELET = SPECS["kubelet.conf"]
+_KUBELET = SPECS[KUBELET_CONF]
+#: What a worker may have beside its kubelet's: an administrator's way to the cluster.
+_PEOPLES = ("admin.conf", "super-admin.conf")
+
+Role = Literal["control plane", "worker"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,12 +67,24 @@ class Item:
     managed: bool  #: Ours to renew; else somebody rotates it, or its CA is not known here.
     listed: bool  #: kubeadm has a row for it.
     rotates: bool = False  #: The kubelet renews it by itself, where a signer in the cluster answers.
+    #: A kubelet's pair is a dated file behind this symlink, which a new one takes; of an embedded one it is the copy.
+    current: Path | None = None
+    copy: tuple[
+        x509.Certificate, ...
+    ] = ()  #: Of an embedded one: what the kubelet keeps beside it; its end counts, too.
+    foreign: bool = False  #: No CA of the cluster signed it: made by the kubelet itself, or somebody else's.
     obstacle: BridgeError | None = None  #: Why its files can't be replaced; it can be read and used nevertheless.
 
     @property
     def in_one_file(self) -> bool:
         """Certificate and key are PEM blocks of one file, as a kubelet keeps them."""
-        return self.rotates and self.key_path is not None and _real(self.key_path) == _real(self.certificate_path)
+        is_kubelets = self.spec.component is Component.KUBELET
+        return is_kubelets and self.key_path is not None and _real(self.key_path) == _real(self.certificate_path)
+
+    @property
+    def ending(self) -> tuple[x509.Certificate, ...]:
+        """All of which none may end: the certificate, its intermediates, and a kubelet's copy."""
+        return (*self.certificates, *self.copy)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,11 +108,17 @@ class Node:
     authorities: tuple[AuthorityState, ...]  #: In the order of `AUTHORITIES`.
     manifests: Mapping[Component, Manifest]
     local_etcd: bool
+    role: Role = "control plane"
     troubles: tuple[str, ...]  #: One line for each file that is there and can't be used.
 
     @property
+    def is_worker(self) -> bool:
+        """It has a kubelet, and nothing of a control plane."""
+        return self.role == "worker"
+
+    @property
     def is_here(self) -> bool:
-        """Whether there is anything of a control plane at all."""
+        """Whether there is anything of a node at all."""
         states = [*(item.state for item in self.items), *(one.state for one in self.authorities)]
         return bool(self.manifests) or any(state != "missing" for state in states)
 
@@ -104,12 +139,12 @@ class _Found(NamedTuple):
 
 
 class NoNodeError(BridgeError):
-    """Nothing of a control plane is here."""
+    """Nothing of a node is here."""
 
-    hint = "run it on a control-plane node; --pki-dir and --kubeconfig-dir tell where its files are"
+    hint = "run it on a node of the cluster; --pki-dir and --kubeconfig-dir tell where its files are"
 
     def __init__(self, pki_dir: Path) -> None:
-        super().__init__(f"no control plane here: wanted kubeadm's certificates in {pki_dir}, found none")
+        super().__init__(f"no control plane and no worker here: wanted kubeadm's certificates in {pki_dir}, found none")
 
 
 class SharedFileError(BridgeError):
@@ -118,15 +153,26 @@ class SharedFileError(BridgeError):
     hint = "give each a file of its own (a copy instead of a symlink), and tell whatever reads it"
 
 
-def read(pki_dir: Path, kubeconfig_dir: Path) -> Node:
+def of(node: NodeSettings) -> Node:
+    """Look at the node that the settings tell of; see `read`."""
+    return read(node.pki_dir, node.kubeconfig_dir, node.kubelet_dir)
+
+
+def read(pki_dir: Path, kubeconfig_dir: Path, kubelet_dir: Path = KUBELET_DIR) -> Node:
     """
     Look at a node; never fails because of what is on it.
 
     Args:
         pki_dir: kubeadm's certificatesDir.
         kubeconfig_dir: Where kubeconfigs and the directory of static-pod manifests are.
+        kubelet_dir: Where the kubelet has its configuration and its certificates.
     """
+    kubelet = KubeletFiles.load(kubelet_dir)
     found, troubles = _manifests(kubeconfig_dir)
+    if kubelet.trouble is not None:
+        troubles.append(f"kubelet: {kubelet.trouble}")
+    if not found and _is_worker(pki_dir, kubeconfig_dir):
+        return _worker(pki_dir, kubeconfig_dir, kubelet, troubles)
     local_etcd = _has_local_etcd(found, pki_dir, kubeconfig_dir)
     apiserver_flags = {} if local_etcd else found[Component.APISERVER].flags
     authorities = _authorities(pki_dir, apiserver_flags, local_etcd=local_etcd)
@@ -136,8 +182,10 @@ def read(pki_dir: Path, kubeconfig_dir: Path) -> Node:
         authority = by_name.get(spec.authority.name)
         if authority is None:
             continue
-        if spec.kubeconfig:
-            items.append(_kubeconfig_item(spec, authority, kubeconfig_dir / spec.base))
+        if spec.kubelets:
+            items += _serving_items(authority, kubelet)
+        elif spec.kubeconfig:
+            items.append(_kubeconfig_item(spec, authority, kubeconfig_dir / spec.base, kubelet))
         elif spec.authority != ETCD_CA or local_etcd:
             items.append(_file_item(spec, authority, pki_dir / f"{spec.base}.crt", pki_dir / f"{spec.base}.key"))
         elif spec == _ETCD_CLIENT:
@@ -147,12 +195,49 @@ def read(pki_dir: Path, kubeconfig_dir: Path) -> Node:
         authorities=authorities,
         manifests=found,
         local_etcd=local_etcd,
-        troubles=(
-            *_no_directory(pki_dir),
-            *(f"{item.spec.name}: {item.trouble}" for item in items if item.trouble),
-            *(f"{state.authority.name}: {state.trouble}" for state in authorities if state.trouble),
-            *troubles,
-        ),
+        troubles=(*_no_directory(pki_dir), *_troubles(items, authorities), *troubles),
+    )
+
+
+def _troubles(items: Sequence[Item], authorities: Sequence[AuthorityState]) -> Iterator[str]:
+    """A kubelet's client certificate first: a rebooted node can't do without it."""
+    for item in sorted(items, key=lambda one: one.spec != _KUBELET):
+        if item.trouble:
+            yield f"{item.spec.name}: {item.trouble}"
+    for state in authorities:
+        if state.trouble:
+            yield f"{state.authority.name}: {state.trouble}"
+
+
+def _is_worker(pki_dir: Path, kubeconfig_dir: Path) -> bool:
+    """A kubelet's kubeconfig, and none of a control plane's files; an administrator's kubeconfig says nothing."""
+    ours = [spec for spec in SPECS.values() if not spec.kubelets and spec != _KUBELET and spec.name not in _PEOPLES]
+    traces = [
+        kubeconfig_dir / spec.base if spec.kubeconfig else pki_dir / f"{spec.base}.{suffix}"
+        for spec in ours
+        for suffix in ("crt", "key")
+    ]
+    traces += [manifests.path_of(component, kubeconfig_dir) for component in manifests.COMPONENTS]
+    return _exists(kubeconfig_dir / _KUBELET.base) and not any(map(_exists, traces))
+
+
+def _worker(pki_dir: Path, kubeconfig_dir: Path, kubelet: KubeletFiles, troubles: Sequence[str]) -> Node:
+    """One CA, a kubelet, and an administrator's kubeconfig if somebody put one there."""
+    authority = _authority(CA, pki_dir / CA.certificate_file, pki_dir / CA.key_file, listed=True)
+    kubeconfigs = [
+        _kubeconfig_item(spec, authority, kubeconfig_dir / spec.base, kubelet)
+        for name in _PEOPLES
+        if _exists(kubeconfig_dir / (spec := SPECS[name]).base)
+    ]
+    client = _kubeconfig_item(_KUBELET, authority, kubeconfig_dir / _KUBELET.base, kubelet)
+    items = [*kubeconfigs, client, *_serving_items(authority, kubelet)]
+    return Node(
+        items=_with_shared_files(items),
+        authorities=(authority,),
+        manifests={},
+        local_etcd=False,
+        role="worker",
+        troubles=(*_no_directory(pki_dir), *_troubles(items, (authority,)), *troubles),
     )
 
 
@@ -289,7 +374,7 @@ def _external_etcd_client(authority: AuthorityState, apiserver_flags: Mapping[st
     return _item(_ETCD_CLIENT, authority, _certificates_in(path), path, key_path, managed=managed, listed=False)
 
 
-def _kubeconfig_item(spec: CertificateSpec, authority: AuthorityState, path: Path) -> Item:
+def _kubeconfig_item(spec: CertificateSpec, authority: AuthorityState, path: Path, kubelet: KubeletFiles) -> Item:
     try:
         data = read_file(path)
         parsed = None if data is None else parse_kubeconfig(data)
@@ -301,9 +386,54 @@ def _kubeconfig_item(spec: CertificateSpec, authority: AuthorityState, path: Pat
         if parsed is None:
             return _item(spec, authority, _Found(state="missing"), path, None, listed=spec.listed)
         if parsed.certificate_data is None and parsed.certificate_file and parsed.key_file and not parsed.key_present:
-            return _referring_item(spec, authority, path, parsed.certificate_file, parsed.key_file)
+            item = _referring_item(spec, authority, path, parsed.certificate_file, parsed.key_file)
+            return _rotating(item, kubelet.rotates) if spec == _KUBELET else item
         found = _embedded(path, parsed)
-    return _item(spec, authority, found, path, None, listed=spec.listed)
+    item = _item(spec, authority, found, path, None, listed=spec.listed)
+    return _with_copy(item, kubelet) if spec == _KUBELET else item
+
+
+def _with_copy(item: Item, kubelet: KubeletFiles) -> Item:
+    """
+    An embedded one of a kubelet's: the next goes where the kubelet keeps its own, once there is such a directory.
+
+    At its start the kubelet wants the embedded one to be valid, and uses the copy if that is (measured on 1.37): the
+    first of the two that ends is the end.
+    """
+    if not kubelet.directory.is_dir():
+        return item
+    copy = _certificates_in(kubelet.client)
+    return dataclasses.replace(item, current=kubelet.client, copy=copy.certificates[:1])
+
+
+def _rotating(item: Item, rotates: bool | None) -> Item:
+    """A dated file behind a symlink, as a kubelet keeps its pairs; some kubelets don't rotate what is there."""
+    is_link = item.in_one_file and item.certificate_path.name.endswith("-current.pem")
+    return dataclasses.replace(
+        item,
+        rotates=rotates is not False,
+        managed=rotates is False or item.managed,
+        current=item.certificate_path if is_link else None,
+    )
+
+
+def _serving_items(authority: AuthorityState, kubelet: KubeletFiles) -> list[Item]:
+    """
+    What the kubelet serves with; none before it has run.
+
+    One that it has to ask for is its own affair while a signer answers.
+    """
+    found = _certificates_in(kubelet.certificate)
+    if found.state == "missing" and kubelet.serving != "named":
+        return []
+    is_asked = kubelet.serving == "asked"
+    managed = not is_asked or authority.key == "external"
+    item = _item(
+        SPECS[KUBELET_SERVER], authority, found, kubelet.certificate, kubelet.key, managed=managed, listed=False
+    )
+    item = _rotating(item, rotates=True) if is_asked else item
+    is_ours = not found.certificates or identity.leads_to(found.certificates, authority.certificates)
+    return [dataclasses.replace(item, foreign=not is_ours)]
 
 
 def _embedded(path: Path, parsed: Kubeconfig) -> _Found:

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import dataclasses
+import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,6 +152,47 @@ def _edited(text: str, values: Sequence[tuple[YamlNode, bytes]]) -> str:
         edited = edited[:start] + encoded[node.place.start] + edited[end:]
     _assert_only_these_changed(text, edited, encoded)
     return edited
+
+
+def with_references(data: bytes, path: str) -> bytes:
+    """
+    The same kubeconfig with one file for certificate and key of the current context's user, in the place of what is embedded.
+
+    The two entries change their names and values; every other byte stays, and the result was parsed again and compared.
+
+    Raises:
+        KubeconfigError: As `with_credentials`; also where files are named already beside what is embedded.
+    """
+    before = parse(data)
+    if before.certificate_file or before.key_file:
+        raise KubeconfigError("wanted certificate and key as data alone, found files beside them")
+    bom, text = _reading(lambda: split_bom(data))
+    values = _reading(lambda: _editable_values(document(text)))
+    edited = text
+    for key, node in sorted(values.items(), key=lambda entry: entry[1].place.start, reverse=True):
+        begin = text.rfind(key, 0, node.place.start)
+        between = text[begin + len(key) : node.place.start]
+        if begin < 0 or not re.fullmatch(r"[\"']?\s*:\s*", between):
+            raise KubeconfigError(f"wanted {key} directly before its value, found something else")
+        end = node.place.end
+        line_end = "\n" if node.style in ("|", ">") and text[:end].endswith("\n") else ""
+        edited = edited[: begin + len(key) - len("-data")] + between + json.dumps(path) + line_end + edited[end:]
+    result = (bom + edited).encode()
+    after = parse(result)
+    named = dataclasses.replace(
+        before, certificate_data=None, key_present=False, certificate_file=path, key_file=path, not_editable=None
+    )
+    if dataclasses.replace(after, not_editable=None) != named or _others(text) != _others(edited):
+        raise KubeconfigError("wanted two entries of the kubeconfig to change, found that others would too")
+    return result
+
+
+def _others(text: str) -> list[str]:
+    """Every scalar but those of the two entries, which change."""
+    scalars = [event.value for event in events(text) if isinstance(event, yaml.ScalarEvent)]
+    ours = {_CERTIFICATE, _KEY, _CERTIFICATE.removesuffix("-data"), _KEY.removesuffix("-data")}
+    places = [number for number, value in enumerate(scalars) if value in ours]
+    return [value for number, value in enumerate(scalars) if number not in places and number - 1 not in places]
 
 
 def _reading(read: Callable[[], _Result]) -> _Result:

@@ -55,6 +55,7 @@ _SUBJECTS: Mapping[str, tuple[str, str | None]] = {
     "etcd-peer": ("{node}", None),
     "etcd-server": ("{node}", None),
     "front-proxy-client": ("front-proxy-client", None),
+    "kubelet-server": ("system:node:{node}", "system:nodes"),
     "kubelet.conf": ("system:node:{node}", "system:nodes"),
     "scheduler.conf": ("system:kube-scheduler", None),
     "super-admin.conf": ("kubernetes-super-admin", "system:masters"),
@@ -109,6 +110,8 @@ class Cluster:
             ]
             host = urlsplit(f"//{self.endpoint}").hostname or ""
             return [self.node, *service, _SERVICE_ADDRESS, self.address, host, *self.extra_sans]
+        if name == "kubelet-server":
+            return [self.node, self.address]
         if name in {"etcd-server", "etcd-peer"}:
             return [self.node, "localhost", self.address, "127.0.0.1", "::1"]
         return []
@@ -160,7 +163,8 @@ def make(
     """
     cluster = cluster or Cluster()
     not_before = now.replace(microsecond=0) - _BACKDATED
-    keys = _generate_keys([*AUTHORITIES, *SPECS, "sa"], key)
+    specs = {name: spec for name, spec in SPECS.items() if not spec.kubelets}
+    keys = _generate_keys([*AUTHORITIES, *specs, "sa"], key)
     cas = {
         name: ThrowawayCA(
             certificate=ca_certificate(_CA_NAMES[name], keys[name], not_before, ca_not_after or now + _CA_LIFETIME),
@@ -171,7 +175,7 @@ def make(
     pki = directory / "pki"
     for name, ca in cas.items():
         _write(pki / AUTHORITIES[name].certificate_file, ca.certificate_pem, 0o644)
-    for name, spec in SPECS.items():
+    for name, spec in specs.items():
         ca = cas[spec.authority.name]
         leaf = leaf_certificate(spec, keys[name], ca, cluster, not_before=not_before, not_after=not_after)
         if spec.kubeconfig:

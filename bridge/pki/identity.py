@@ -55,8 +55,8 @@ def check(
 def _issuer(
     certificates: Sequence[x509.Certificate], anchors: Sequence[x509.Certificate], anchor_name: str
 ) -> Iterator[Violation]:
-    leaf, *rest = certificates
-    if not _leads_to(leaf, rest, anchors):
+    leaf = certificates[0]
+    if not leads_to(certificates, anchors):
         yield Violation(
             subject="issuer",
             want=f"a signature of a CA in {anchor_name}, expired or not",
@@ -64,10 +64,9 @@ def _issuer(
         )
 
 
-def _leads_to(
-    leaf: x509.Certificate, intermediates: Sequence[x509.Certificate], anchors: Sequence[x509.Certificate]
-) -> bool:
-    current = leaf
+def leads_to(certificates: Sequence[x509.Certificate], anchors: Sequence[x509.Certificate]) -> bool:
+    """Whether one of these CAs signed it, at whatever time; the leaf, then intermediates."""
+    current, *intermediates = certificates
     for _ in range(_MOST_INTERMEDIATES + 1):
         if any(_signed(current, anchor) for anchor in anchors):
             return True

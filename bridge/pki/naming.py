@@ -25,8 +25,8 @@ class Naming:
     subject: x509.Name
     sans: tuple[x509.GeneralName, ...] = ()
 
-    def is_of(self, csr: x509.CertificateSigningRequest) -> bool:
-        """Whether a CSR says exactly this; the order makes no difference."""
+    def is_of(self, csr: x509.CertificateSigningRequest | x509.Certificate) -> bool:
+        """Whether a CSR, or a certificate, says exactly this; the order makes no difference."""
         found = csr.extensions
         try:
             sans = set(found.get_extension_for_class(x509.SubjectAlternativeName).value)
@@ -39,6 +39,16 @@ class Naming:
         """For people, such as `CN=kube-apiserver with DNS:cp-1, IP:192.0.2.10`."""
         sans = ", ".join(":".join(san_entry(san)) for san in self.sans)
         return f"{name_text(self.subject) or '(empty subject)'}{f' with {sans}' if sans else ''}"
+
+
+def alternative_names(texts: Iterable[str]) -> tuple[x509.GeneralName, ...]:
+    """
+    SANs in their order, each once.
+
+    Raises:
+        ValueError: As `general_name`.
+    """
+    return tuple(dict.fromkeys(map(general_name, texts)))
 
 
 def subject_of(common_name: str, groups: Sequence[str] = ()) -> x509.Name:

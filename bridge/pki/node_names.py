@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+
+from bridge.pki.naming import Naming
 
 #: Of a kubelet's CN; what follows is the node's name (kubeadm, kubeconfig.go).
 _NODE_USER = "system:node:"
@@ -50,19 +52,36 @@ def renamed(certificate: x509.Certificate, names: Mapping[str, str]) -> x509.Cer
         certificate: A node's.
         names: Another node's name and addresses by this node's.
     """
+    extensions = [
+        (
+            _renamed_sans(value, names) if isinstance(value := one.value, x509.SubjectAlternativeName) else value,
+            one.critical,
+        )
+        for one in certificate.extensions
+    ]
+    return _unsigned(certificate, _subject(certificate.subject, names), extensions)
+
+
+def named(certificate: x509.Certificate, naming: Naming) -> x509.Certificate:
+    """One of these names alone, signed by nobody that counts: for reading, never for use."""
+    return _unsigned(certificate, naming.subject, [(x509.SubjectAlternativeName(naming.sans), False)])
+
+
+def _unsigned(
+    certificate: x509.Certificate, subject: x509.Name, extensions: Sequence[tuple[x509.ExtensionType, bool]]
+) -> x509.Certificate:
     key = ec.generate_private_key(ec.SECP256R1())
     begin = certificate.not_valid_before_utc
-    builder = (
-        x509.CertificateBuilder().subject_name(_subject(certificate.subject, names)).issuer_name(certificate.issuer)
-    )
+    builder = x509.CertificateBuilder().subject_name(subject).issuer_name(certificate.issuer)
     builder = builder.public_key(certificate.public_key()).serial_number(x509.random_serial_number())
     builder = builder.not_valid_before(begin).not_valid_after(begin + timedelta(days=1))
-    for extension in certificate.extensions:
-        value = extension.value
-        if isinstance(value, x509.SubjectAlternativeName):
-            value = x509.SubjectAlternativeName([_san(san, names) for san in value])
-        builder = builder.add_extension(value, critical=extension.critical)
+    for value, critical in extensions:
+        builder = builder.add_extension(value, critical=critical)
     return builder.sign(key, hashes.SHA256())
+
+
+def _renamed_sans(value: x509.SubjectAlternativeName, names: Mapping[str, str]) -> x509.SubjectAlternativeName:
+    return x509.SubjectAlternativeName([_san(san, names) for san in value])
 
 
 def _subject(subject: x509.Name, names: Mapping[str, str]) -> x509.Name:

@@ -26,7 +26,7 @@ from bridge.pki.certificates import serial_hex
 from bridge.renewal.hooks import HookEvent
 from bridge.renewal.ruling import Meaning, Ruling, meaning, rule
 from bridge.settings.tables import Components
-from bridge.specs import SPECS, Component
+from bridge.specs import SPECS, CertificateSpec, Component
 from bridge.state import backup_check, backups, rollback
 from bridge.state.outcome import Outcome
 from bridge.state.session import Run
@@ -326,22 +326,40 @@ def _restart(run: Run, node: Node, owed: _Owed) -> list[Restarted]:
     """
     wanted = run.settings.restart.components
     reloads = restart_plan.reloading(node, run.settings.node.kubernetes_version)
-    ours = [SPECS[one.name] for one in owed.certificates if one.newest_run == run.record.run_id]
-    others = [SPECS[one.name] for one in owed.certificates if one.newest_run != run.record.run_id]
+    specs = {name: SPECS[name] for name in owed.names} | _read_at_start(node, owed)
+    ours = [specs[one.name] for one in owed.certificates if one.newest_run == run.record.run_id]
+    others = [specs[one.name] for one in owed.certificates if one.newest_run != run.record.run_id]
     new, old = (
         restart_plan.stale(ours, reloads, wanted),
         {*restart_plan.stale(others, reloads, wanted), *owed.to_restart},
     )
     stale: list[Component] = []
-    if node.manifests and (old or (new and wanted.which == "needed")):
-        stale = proof.look(node, run.settings, run.now()).stale
+    is_looked_at = bool(node.manifests) or node.is_worker
+    if is_looked_at and (old or (new and wanted.which == "needed")):
+        report = proof.look(node, run.settings, run.now())
+        stale = report.stale
         if wanted.which == "needed":
-            new = [c for c in new if c in stale or c is Component.KUBELET]
+            new = [c for c in new if c in stale or (c is Component.KUBELET and not _has_read(report))]
     done = restarted_since(run.store, _since(run, owed, newest=True)) if old else []
-    unseen = [c for c in old if c not in done and (c is Component.KUBELET or not node.manifests)]
+    unseen = [c for c in old if c not in done and (c is Component.KUBELET or not is_looked_at)]
     return _restarted(
         run, node, [c for c in restart_plan.ORDER if c in new or (c in old and (c in stale or c in unseen))]
     )
+
+
+def _has_read(report: ProofReport) -> bool:
+    """Whether the kubelet is seen to have its new client certificate, or to take it by itself."""
+    found = [f for f in report.findings if f.component is Component.KUBELET and f.what.startswith("has read")]
+    return bool(found) and all(f.state in ("current", "next-connection") for f in found)
+
+
+def _read_at_start(node: Node, owed: _Owed) -> dict[str, CertificateSpec]:
+    """A pair that a kubelet got from a signer is read by nobody but itself, and at its start (measured on 1.37)."""
+    return {
+        item.spec.name: dataclasses.replace(item.spec, reloaded=False)
+        for item in node.items
+        if item.spec.name in owed.names and item.rotates
+    }
 
 
 def _since(run: Run, owed: _Owed, *, newest: bool) -> datetime:

@@ -43,7 +43,7 @@ def delay(settings: Settings, now: datetime, *, is_terminal: bool) -> timedelta:
     """
     if is_terminal or not settings.renewal.jitter.most:
         return timedelta()
-    node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
+    node = inventory.of(settings.node)
     due = hold(select(node, settings, (), now), settings, Attempts(Store(settings.node.state_dir)), now)
     share = secrets.SystemRandom().random()
     return jitter(due, settings.renewal, now, is_terminal=is_terminal, share=share)

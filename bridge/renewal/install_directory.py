@@ -27,6 +27,7 @@ from bridge.pki import csr, verify
 from bridge.pki.certificates import is_ca
 from bridge.pki.csr import PrivateKey
 from bridge.pki.loose_certificates import certificates_in, is_for
+from bridge.renewal import serving
 from bridge.renewal.issuance import Answered
 from bridge.renewal.prepare import Prepared, live_pair, present
 from bridge.renewal.readiness import assert_room
@@ -153,9 +154,8 @@ def _of(item: Item, settings: Settings, expected: verify.Expectation, contents: 
     """
     key = contents.keys[item.spec.name]
     live, was = live_pair(item)
-    request = SignRequest(
-        spec=item.spec, csr_pem=csr.build(present(item, live), key), validity=settings.renewal.validity, replaces=live
-    )
+    pem, replaced = _csr_pem(item, settings, live, key), serving.replaced(item, live)
+    request = SignRequest(spec=item.spec, csr_pem=pem, validity=settings.renewal.validity, replaces=replaced)
     candidates = list(_candidates(request, contents))
     if not candidates:
         raise WaitingError(
@@ -166,6 +166,11 @@ def _of(item: Item, settings: Settings, expected: verify.Expectation, contents: 
     path, answer = next((one for one in candidates if _passes(one[1], request, expected)), candidates[0])
     prepared = Prepared(item=item, request=request, key_pem=csr.key_pem(key), was=was)
     return Answered(prepared=prepared, expected=expected, label=f"install of {path}", answer=answer)
+
+
+def _csr_pem(item: Item, settings: Settings, live: x509.Certificate | None, key: PrivateKey) -> bytes:
+    naming = serving.asked(item, settings)
+    return csr.build_for(naming, key) if naming is not None else csr.build(present(item, live), key)
 
 
 def _candidates(request: SignRequest, contents: _Contents) -> Iterator[tuple[Path, Issued]]:

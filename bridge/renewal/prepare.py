@@ -24,12 +24,13 @@ from bridge.node.inventory import Item
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki import csr
 from bridge.pki.certificates import load_pem_certificates
-from bridge.renewal import new_keys
+from bridge.pki.naming import Naming
+from bridge.renewal import new_keys, serving
 from bridge.renewal.selection import RESTORE, MissingCertificateError, outcome_of
 from bridge.renewal.wish import Wish
 from bridge.settings.tables import Settings
 from bridge.specs import KeyAlgorithm
-from bridge.state.install import digest
+from bridge.state.install import digest, fingerprint
 from bridge.state.outcome import Outcome
 from bridge.state.requests import OpenRequest
 from bridge.state.session import Run
@@ -112,11 +113,13 @@ def _prepare(item: Item, settings: Settings, made: OpenRequest | None, wish: Wis
     try:
         live, was = live_pair(item)
         algorithm = _key_algorithm(live, settings, made, wish)
-        if made is not None and _fits(made, live, algorithm, wish):
+        naming = wish.naming if wish is not None else serving.asked(item, settings)
+        replaced = serving.replaced(item, live)
+        if made is not None and _fits(made, replaced, algorithm, naming):
             return _of_open(item, made, was)
         key = new_keys.take(algorithm)
-        csr_pem = csr.build_for(wish.naming, key) if wish is not None else csr.build(present(item, live), key)
-        request = SignRequest(spec=item.spec, csr_pem=csr_pem, validity=settings.renewal.validity, replaces=live)
+        csr_pem = csr.build_for(naming, key) if naming is not None else csr.build(present(item, live), key)
+        request = SignRequest(spec=item.spec, csr_pem=csr_pem, validity=settings.renewal.validity, replaces=replaced)
     except BridgeError as e:
         return outcome_of(item, e)
     fresh = wish.kubeconfig if wish is not None else None
@@ -161,7 +164,7 @@ def take_up(item: Item, made: OpenRequest) -> Prepared | Outcome:
         live, was = live_pair(item)
     except BridgeError as e:
         return outcome_of(item, e)
-    if made.request.replaces != live:
+    if made.request.replaces != serving.replaced(item, live):
         return outcome_of(item, MissingCertificateError("its certificate was replaced since it was asked for"))
     return _of_open(item, made, was)
 
@@ -212,15 +215,16 @@ def _embedded_key(item: Item) -> bytes:
     return kubeconfig.key_data(item.certificate_path.read_bytes()) or b""
 
 
-def _fits(made: OpenRequest, live: x509.Certificate | None, algorithm: str, wish: Wish | None) -> bool:
+def _fits(made: OpenRequest, replaced: x509.Certificate | None, algorithm: str, naming: Naming | None) -> bool:
     """
     It is for the certificate that is there now, with a key as it would be made now, and says what is wanted now.
 
-    Without a wish it may say something else than the live certificate: an operator wanted that when it was made.
+    Without names that are wanted it may say something else than the live certificate: an operator wanted that when it
+    was made.
     """
-    says_it = wish is None or wish.naming.is_of(made.request.csr)
+    says_it = naming is None or naming.is_of(made.request.csr)
     is_alike = csr.algorithm_name(made.request.csr.public_key()) == algorithm
-    return made.request.replaces == live and is_alike and says_it
+    return made.request.replaces == replaced and is_alike and says_it
 
 
 #: At the end of the first line, whatever kind of key it is (RFC 7468 §10, §11, and the older ones).
@@ -261,7 +265,16 @@ def live_pair(item: Item) -> tuple[x509.Certificate | None, dict[Path, str | Non
         raise MissingCertificateError(f"{item.certificate_path}: wanted a certificate, found {e}", hint=RESTORE) from e
     if (live,) != item.certificates[:1]:
         raise MissingCertificateError("its certificate was replaced while this run began", hint="run again")
-    return live, {path: None if content is None else digest(content) for path, content in contents.items()}
+    was = {path: None if content is None else digest(content) for path, content in contents.items()}
+    return live, was | _was_current(item)
+
+
+def _was_current(item: Item) -> dict[Path, str | None]:
+    """Of the symlink to a kubelet's pair: it is what is replaced, and not what it leads to."""
+    try:
+        return {} if item.current is None else {item.current: fingerprint(item.current)}
+    except OSError as e:
+        raise MissingCertificateError(f"{item.current}: wanted to read it, found: {e.strerror}") from e
 
 
 def present(item: Item, live: x509.Certificate | None) -> x509.Certificate:

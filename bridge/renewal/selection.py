@@ -13,9 +13,10 @@ from bridge.errors import BridgeError, SettingsError, SettingsProblem, Violation
 from bridge.node.inventory import Item, Node, NoNodeError
 from bridge.pki import expiry, identity
 from bridge.pki.certificates import load_pem_certificates
+from bridge.pki.naming import Naming, alternative_names
 from bridge.renewal.wish import Wish, Wishes
 from bridge.settings.tables import Settings
-from bridge.specs import SPECS, CertificateSpec, Component
+from bridge.specs import KUBELET_CONF, KUBELET_SERVER, SPECS, CertificateSpec, Component
 from bridge.state.outcome import Outcome
 from bridge.words import name_found
 
@@ -102,6 +103,7 @@ def select(
     by_name = {item.spec.name: item for item in node.items}
     wished, open_requests = wishes or {}, asked_for or {}
     asked = list(by_name) if not names or ALL in names else [name for name in by_name if name in names]
+    asked.sort(key=lambda name: name != KUBELET_CONF)  # without it a rebooted node stays down
     items, failed = _by_wish([by_name[name] for name in asked], wished, open_requests)
     settled = {*(item.spec.name for item in items), *(outcome.name for outcome in failed)}
     skipped, waived = [], []
@@ -110,13 +112,11 @@ def select(
         by_hand = name in names
         if item is None or (item.state == "missing" and (by_hand or not item.spec.optional)):
             failed.append(_absent(SPECS[name], item, node))
-        elif item.state == "missing":
-            skipped.append(f"{name} is not on this node, which is normal for it")
-        elif item.spec.component is Component.KUBELET and not item.managed:
-            skipped.append(f"{name} refers to {item.certificate_path}, which the kubelet renews by itself")
+        elif (sentence := _left_alone(item, settings, by_hand=by_hand)) is not None:
+            skipped.append(sentence)
         elif item.state != "present":
             failed.append(outcome_of(item, MissingCertificateError(item.trouble or "", hint=RESTORE)))
-        elif names or name in waiting or _is_due(item, settings, now):
+        elif names or name in waiting or is_other(item, settings) or _is_due(item, settings, now):
             error = _against(item, settings, open_requests.get(name), csrs_only=csrs_only)
             if name in any_identity and isinstance(error, ForeignIdentityError):
                 waived.append(
@@ -159,13 +159,36 @@ def _by_wish(
     return made, failed
 
 
+def _left_alone(item: Item, settings: Settings, *, by_hand: bool) -> str | None:
+    """A sentence about one that is not to be renewed, and need not be; None: it may be."""
+    name = item.spec.name
+    if item.state == "missing":
+        return f"{name} is not on this node, which is normal for it"
+    if item.foreign and not by_hand and not is_other(item, settings):
+        return (
+            f"{name} is not of the cluster's CA (a kubelet makes such a one for itself): it stays, unless it is named, "
+            f"or [certificate.{name}] sans is set"
+        )
+    if item.spec.component is Component.KUBELET and not item.managed:
+        return f"{name} refers to {item.certificate_path}, which the kubelet renews by itself"
+    return None
+
+
 def _against(item: Item, settings: Settings, judged: x509.Certificate | None, *, csrs_only: bool) -> BridgeError | None:
     """Why it can't be renewed; `judged` is a live certificate that was looked at before."""
     if not item.managed:
         return _unknown_authority(item)
     if item.obstacle is not None and not csrs_only:
         return item.obstacle
-    return None if judged == item.certificates[0] else foreign_identity(item, settings)
+    return None if judged == item.certificates[0] or item.foreign else foreign_identity(item, settings)
+
+
+def is_other(item: Item, settings: Settings) -> bool:
+    """Whether the settings ask for another serving certificate of a kubelet than the one that is there."""
+    if item.spec.name != KUBELET_SERVER or not settings.serving_sans or not item.certificates:
+        return False
+    leaf = item.certificates[0]
+    return item.foreign or not Naming(subject=leaf.subject, sans=alternative_names(settings.serving_sans)).is_of(leaf)
 
 
 def foreign_identity(item: Item, settings: Settings) -> BridgeError | None:
@@ -213,7 +236,7 @@ def _is_due(item: Item, settings: Settings, now: datetime) -> bool:
     """One that a kubelet may renew by itself is left to it until that is late: nobody else asks before."""
     if item.rotates and not expiry.is_rotation_late(item.certificates, now):
         return False
-    return expiry.is_due(item.certificates, settings.renewal.before, settings.renewal.validity, now)
+    return expiry.is_due(item.ending, settings.renewal.before, settings.renewal.validity, now)
 
 
 def _unknown_authority(item: Item) -> BridgeError:
@@ -242,9 +265,9 @@ def outcome_of(item: Item, error: BridgeError, backend: str = "") -> Outcome:
 
 def nothing_due(node: Node, settings: Settings, now: datetime) -> str:
     """A sentence for a run that has nothing to do."""
-    present = [item for item in node.items if item.state == "present" and item.managed]
+    present = [item for item in node.items if item.state == "present" and item.managed and not item.foreign]
     if not present:
         return "nothing is due: no certificates here"
-    first = min(present, key=lambda item: expiry.first_end(item.certificates))
-    left = expiry.residual(expiry.seconds_left(expiry.first_end(first.certificates), now))
+    first = min(present, key=lambda item: expiry.first_end(item.ending))
+    left = expiry.residual(expiry.seconds_left(expiry.first_end(first.ending), now))
     return f"nothing is due: {first.spec.name} is the first to expire, in {left} (renewal.before = {settings.renewal.before})"

@@ -12,13 +12,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 from cryptography import x509
 
 from bridge.contract import Issued, Pending
 from bridge.errors import BackendUnavailableError, BridgeError, Exit, SettingsError, VerificationError, WaitingError
-from bridge.node import kubeconfig
+from bridge.node import kubeconfig, kubelet_files
 from bridge.node.inventory import Item, Node
 from bridge.pki import verify
 from bridge.pki.certificates import pem, serial_hex
@@ -126,6 +127,9 @@ def replacements(one: Prepared, verified: verify.Verified) -> Iterator[Replaceme
     """
     chain = b"".join(pem(certificate) for certificate in (verified.leaf, *verified.intermediates))
     item, name = one.item, one.name
+    if item.current is not None:
+        yield from _kubelets(one, item.current, chain)
+        return
     if item.key_path is None:
         path = item.certificate_path
         if one.kubeconfig is not None:
@@ -155,6 +159,56 @@ def replacements(one: Prepared, verified: verify.Verified) -> Iterator[Replaceme
         was=one.was[item.certificate_path],
         attributes=dataclasses.replace(Attributes.private(), mode=_NEW_CERTIFICATE_MODE),
     )
+
+
+def _kubelets(one: Prepared, current: Path, chain: bytes) -> Iterator[Replacement]:
+    """
+    As a kubelet stores a pair: a dated file, to which the symlink leads from now on; older files stay.
+
+    A kubeconfig that embeds the old pair refers to the symlink from now on: with its own data it would be a second
+    place, whose end keeps the kubelet from starting (measured on 1.37).
+    """
+    name, base = one.name, current.name.removesuffix("-current.pem")
+    moment = datetime.now(UTC)  # of writing, as the kubelet has it
+    while (dated := current.parent / f"{base}-{moment.astimezone():%Y-%m-%d-%H-%M-%S}.pem").exists():
+        moment += timedelta(seconds=1)
+    try:
+        attributes = Attributes.of(current) if current.exists() else None
+        conf = one.item.certificate_path.read_bytes() if one.item.key_path is None else None
+    except OSError as e:
+        raise MissingCertificateError(f"{e.filename}: wanted to read it, found: {e.strerror}") from e
+    pair = kubelet_files.OURS + chain + one.key_pem
+    yield Replacement(certificate=name, path=dated, data=pair, mode_mask=KEY_MASK, was=None, attributes=attributes)
+    yield Replacement(
+        certificate=name,
+        path=current,
+        data=None,
+        mode_mask=KEY_MASK,
+        was=one.was[current],
+        is_link=True,
+        leads_to=str(dated),
+    )
+    if conf is not None:
+        path = one.item.certificate_path
+        yield Replacement(
+            certificate=name,
+            path=path,
+            data=_referring(path, conf, current, chain, one.key_pem),
+            mode_mask=KUBECONFIG_MASK,
+            was=one.was[path],
+        )
+
+
+def _referring(path: Path, conf: bytes, current: Path, chain: bytes, key_pem: bytes) -> bytes:
+    """A kubeconfig that refers to a kubelet's pair; where its form does not allow that, the same pair is in it, too."""
+    try:
+        return kubeconfig.with_references(conf, str(current))
+    except kubeconfig.KubeconfigError:
+        pass
+    try:
+        return kubeconfig.with_credentials(conf, chain, key_pem)
+    except kubeconfig.KubeconfigError as e:
+        raise e.of(path) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

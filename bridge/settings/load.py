@@ -20,6 +20,7 @@ from bridge.settings.tables import (
     AuditSettings,
     AuthoritySettings,
     BackupSettings,
+    CertificateSettings,
     ClusterSettings,
     CopiesSettings,
     HookSettings,
@@ -30,7 +31,7 @@ from bridge.settings.tables import (
     Settings,
     UserSettings,
 )
-from bridge.specs import AUTHORITIES
+from bridge.specs import AUTHORITIES, KUBELET_SERVER
 from bridge.system.ownership import exposure
 from bridge.words import name_found
 
@@ -142,6 +143,7 @@ def parse(text: str, file: Path | None = None) -> Settings:
             "users",
             "backend",
             "authority",
+            "certificate",
         ),
     )
     authorities, authority_tables = _authorities(reader, tables["authority"], tables["backend"])
@@ -161,6 +163,7 @@ def parse(text: str, file: Path | None = None) -> Settings:
         backends=_backends(reader, tables["backend"]),
         authorities=authorities,
         authority_tables=authority_tables,
+        certificates=_certificates(reader, tables["certificate"]),
     )
     reader.raise_problems()
     return settings
@@ -178,6 +181,19 @@ def _backends(reader: Reader, table: Mapping[str, Any]) -> dict[str, Mapping[str
         elif not isinstance(backend.get("type"), str):
             reader.add(("backend", name, "type"), 'a text such as "vault"', _found(backend.get("type")))
     return {name: backend for name, backend in table.items() if isinstance(backend, dict)}
+
+
+def _certificates(reader: Reader, table: Mapping[str, Any]) -> dict[str, CertificateSettings]:
+    read = {}
+    for name, one in table.items():
+        key = ("certificate", name)
+        if name != KUBELET_SERVER:  # every other one's names are the live certificate's
+            reader.add(key, KUBELET_SERVER, name_found(name, [KUBELET_SERVER]))
+        elif not isinstance(one, dict):
+            reader.add(key, "a table", _found(one))
+        elif (settings := reader.read(CertificateSettings, one, key)) is not None:
+            read[name] = settings
+    return read
 
 
 def _authorities(

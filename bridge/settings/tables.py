@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import shlex
@@ -18,7 +19,7 @@ from bridge.settings.gateway import GatewaySettings
 from bridge.settings.reader import Source
 from bridge.settings.windows import Jitter, Windows
 from bridge.settings.zones import Zone
-from bridge.specs import Component, KeyAlgorithm
+from bridge.specs import KUBELET_SERVER, Component, KeyAlgorithm
 from bridge.words import name_found
 
 
@@ -48,6 +49,9 @@ class NodeSettings:
     pki_dir: Path = Path("/etc/kubernetes/pki")  #: Where kubeadm keeps certificates and keys.
     kubeconfig_dir: Path = Path("/etc/kubernetes")  #: Where kubeadm keeps its kubeconfigs.
     state_dir: Path = Path("/var/lib/ca-bridge")  #: Backups (they hold keys), journal, lock, audit log; root's alone.
+    kubelet_dir: Path = Path(
+        "/var/lib/kubelet"
+    )  #: Where the kubelet has its configuration, and `pki/` with its certificates.
     #: Of the API server, where the image tags of the static pods don't tell it.
     kubernetes_version: Version | None = None
     #: The node's name in the cluster; without it what its certificates say, or else the host's in small letters.
@@ -365,6 +369,42 @@ EXTRA_SUBJECT_OIDS = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class CertificateSettings:
+    """Table `[certificate.NAME]`: what is asked for one certificate, whatever the live one has."""
+
+    #: Names and addresses of a kubelet's serving certificate; with it one that is not of the cluster's CA is replaced.
+    sans: tuple[str, ...] = ()
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """What is no host of this node."""
+        for san in self.sans:
+            if not is_host(san):
+                yield SettingsProblem("sans", "names and addresses of this node", repr(san))
+            elif is_service(san):
+                yield SettingsProblem("sans", "names of this node, and of no service", repr(san))
+
+
+def is_host(text: str) -> bool:
+    """A DNS name without a wildcard, or an address."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        labels = text.split(".")
+        is_name = all(re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", label) for label in labels)
+        return is_name and len(text) <= _LONGEST_NAME and not labels[-1].isdigit()
+    return True
+
+
+def is_service(name: str) -> bool:
+    """A name by which pods reach a service, the API server's among them: no kubelet may answer to it."""
+    labels = name.split(".")
+    return labels[0] == "kubernetes" or "svc" in labels[1:] or name == "localhost"
+
+
+_LONGEST_NAME = 253
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """All of the file; backends' tables are raw."""
 
@@ -382,8 +422,15 @@ class Settings:
     users: UserSettings = field(default_factory=UserSettings)
     backends: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     authorities: Mapping[str, AuthoritySettings] = field(default_factory=dict)
+    certificates: Mapping[str, CertificateSettings] = field(default_factory=dict)
     #: By authority: the keys of its table that are the backend's.
     authority_tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def serving_sans(self) -> tuple[str, ...]:
+        """Of the kubelet's serving certificate, where the settings say which."""
+        ours = self.certificates.get(KUBELET_SERVER)
+        return ours.sans if ours is not None else ()
 
     def extra_subject(self, authority: str) -> frozenset[tuple[str, str]]:
         """The subject attributes, as (OID, value), that this authority's certificates may have or lack."""

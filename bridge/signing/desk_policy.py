@@ -59,6 +59,7 @@ _SUBJECTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "etcd-peer": ("{node}", ()),
     "etcd-server": ("{node}", ()),
     "front-proxy-client": ("front-proxy-client", ()),
+    "kubelet-server": ("system:node:{node}", ("system:nodes",)),
     "kubelet.conf": ("system:node:{node}", ("system:nodes",)),
     "scheduler.conf": ("system:kube-scheduler", ()),
     "super-admin.conf": ("kubernetes-super-admin", ()),
@@ -72,6 +73,7 @@ _SANS: Mapping[str, tuple[str, ...]] = {
     ),
     "etcd-peer": _ETCD_SANS,
     "etcd-server": _ETCD_SANS,
+    "kubelet-server": ("{node}",),
 }
 
 

@@ -7,9 +7,11 @@ what a component can start with may be forced, and only what it can't start with
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from pathlib import Path
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -74,7 +76,8 @@ def problems_of(backup: Backup, settings: Settings, node: Node, now: datetime) -
             wanted = "a certificate of this node"
             found.append(Problem(certificate=name, wanted=wanted, found="a name that it does not have"))
         else:
-            found += _problems(files_of(backup, name), item, now, settings.extra_subject(item.spec.authority.name))
+            kubeconfig_dir, extra = settings.node.kubeconfig_dir, settings.extra_subject(item.spec.authority.name)
+            found += _problems(files_of(backup, name), item, kubeconfig_dir, now, extra)
     return found
 
 
@@ -83,13 +86,15 @@ def files_of(backup: Backup, name: str) -> list[File]:
     return [file for file in backup.files if file.certificate == name]
 
 
-def _problems(files: Sequence[File], item: Item, now: datetime, extra: frozenset[tuple[str, str]]) -> Iterator[Problem]:
+def _problems(
+    files: Sequence[File], item: Item, kubeconfig_dir: Path, now: datetime, extra: frozenset[tuple[str, str]]
+) -> Iterator[Problem]:
     """Of one certificate: its files, its pair, what is in it; later ones make no sense without the earlier."""
     name = item.spec.name
-    found = [*_misplaced(name, files, item), *_damaged(name, files)]
+    found = [*_misplaced(name, files, item, kubeconfig_dir), *_damaged(name, files)]
     if found:
         yield from found
-    elif any(file.copy is not None for file in files):
+    elif any(file.was_there for file in files):
         try:
             certificates, key_pem = pair_of(files, item)
             key = _key_of(certificates[0], key_pem)
@@ -100,17 +105,33 @@ def _problems(files: Sequence[File], item: Item, now: datetime, extra: frozenset
         yield from _unproven(item, certificates, key, now, extra)
 
 
-def _misplaced(name: str, files: Sequence[File], item: Item) -> Iterator[Problem]:
+def _misplaced(name: str, files: Sequence[File], item: Item, kubeconfig_dir: Path) -> Iterator[Problem]:
     """A backup is of this node's files, and writes no others."""
     places = {path.resolve() for path in (item.key_path, item.certificate_path) if path is not None}
+    if item.current is not None:
+        places |= {(kubeconfig_dir / item.spec.base).resolve(), item.current.parent.resolve() / item.current.name}
     for file in files:
-        if file.path.resolve() not in places:
+        place = file.path if file.is_link else file.path.resolve()
+        if place not in places and not _is_kubelets(file, item):
             wanted = " or ".join(sorted(map(str, places)))
             yield Problem(certificate=name, wanted=f"a file for {wanted}", found=f"one for {file.path}")
 
 
+def _is_kubelets(file: File, item: Item) -> bool:
+    """One of the dated files beside the symlink that leads to the one in use."""
+    if item.current is None or file.path.resolve().parent != item.current.parent.resolve():
+        return False
+    return re.fullmatch(DATED.format(item.current.name.removesuffix("-current.pem")), file.path.name) is not None
+
+
+#: What a kubelet calls its pairs, and we ours; without the name's beginning.
+DATED = r"{}-\d{{4}}(?:-\d\d){{5}}\.pem"
+
+
 def _damaged(name: str, files: Sequence[File]) -> Iterator[Problem]:
     for file in files:
+        if file.leads_to is not None and not Path(file.leads_to).is_file():
+            yield Problem(certificate=name, wanted=f"the file {file.leads_to}, which stays there", found="nothing")
         if file.copy is None:
             continue
         try:
@@ -130,6 +151,8 @@ def pair_of(files: Sequence[File], item: Item) -> tuple[list[x509.Certificate], 
     Raises:
         BridgeError, ValueError: They can't be read.
     """
+    if item.current is not None and (pair := _kubelets_pair(files, item)) is not None:
+        return pair
     contents = {file.path.resolve(): file.copy.read_bytes() for file in files if file.copy is not None}
     certificate_path = item.certificate_path.resolve()
     key_path = item.key_path.resolve() if item.key_path is not None else certificate_path
@@ -141,6 +164,20 @@ def pair_of(files: Sequence[File], item: Item) -> tuple[list[x509.Certificate], 
         key = kubeconfig.key_data(contents[certificate_path])
         return load_pem_certificates(parsed.certificate_data or b""), key or b""
     return load_pem_certificates(contents[certificate_path]), contents[key_path]
+
+
+def _kubelets_pair(files: Sequence[File], item: Item) -> tuple[list[x509.Certificate], bytes] | None:
+    """What a kubelet starts with: what its kubeconfig embeds, or else what the symlink led to; None: neither is here."""
+    for file in files:
+        if file.copy is not None and file.path.name == item.spec.base:
+            data = file.copy.read_bytes()
+            certificate, key = kubeconfig.parse(data).certificate_data, kubeconfig.key_data(data)
+            return load_pem_certificates(certificate or b""), key or b""
+    for file in files:
+        if file.is_link and file.was_there:
+            data = (file.copy or Path(str(file.leads_to))).read_bytes()
+            return load_pem_certificates(data), csr.key_block(data)
+    return None
 
 
 def _key_of(certificate: x509.Certificate, key_pem: bytes) -> csr.PrivateKey:

@@ -37,26 +37,34 @@ class BackupError(BridgeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class File:
-    """One file as it was."""
+    """One file, or symlink, as it was."""
 
     certificate: str  #: kubeadm's name of the certificate that it belongs to.
-    path: Path  #: Where it was, symlinks resolved.
+    path: Path  #: Where it was, symlinks on the way to it resolved.
     copy: Path | None  #: None: there was no file.
     sha256: str | None
     attributes: Attributes | None
+    is_link: bool = False  #: A symlink is what was replaced here, or what came into the place of this file.
+    leads_to: str | None = None  #: It was a symlink, to there.
+
+    @property
+    def was_there(self) -> bool:
+        """Whether there was anything."""
+        return self.copy is not None or self.leads_to is not None
 
     @classmethod
     def of(cls, entry: Mapping[str, Any], directory: Path) -> File:
         """From a manifest's entry."""
         name, path = entry["certificate"], Path(entry["path"])
-        if entry["backup"] is None:
-            return cls(certificate=name, path=path, copy=None, sha256=None, attributes=None)
+        has_copy = entry["backup"] is not None
         return cls(
+            is_link="leads_to" in entry,
+            leads_to=entry.get("leads_to"),
             certificate=name,
             path=path,
-            copy=directory / Path(entry["backup"]).name,
-            sha256=entry["sha256"],
-            attributes=attributes_from(entry["attributes"]),
+            copy=directory / Path(entry["backup"]).name if has_copy else None,
+            sha256=entry["sha256"] if has_copy else None,
+            attributes=attributes_from(entry["attributes"]) if has_copy else None,
         )
 
 

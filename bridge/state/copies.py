@@ -140,7 +140,7 @@ def settle(settings: Settings, store: Store, record: audit.Record) -> list[Bridg
     except StateError as e:
         return [e]
     errors: list[BridgeError] = []
-    live, unread = _live(inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir), owed)
+    live, unread = _live(inventory.of(settings.node), owed)
     for path in settings.copies.files.paths:
         try:
             for name in _refreshed(path, live, owed):

@@ -51,13 +51,17 @@ class Replacement:
     """One file that gets new content."""
 
     certificate: str  #: kubeadm's name of the certificate that it belongs to.
-    path: Path  #: A symlink is followed, and stays.
+    path: Path  #: A symlink is followed, and stays, unless `is_link`.
     data: bytes | None  #: None: the file goes away.
     mode_mask: int  #: The most that the new file's mode may allow.
-    #: SHA-256 of what the file held when the CSR was made; None: there was no file.
+    #: `fingerprint` of what was there when the CSR was made; None: there was no file.
     was: str | None
     #: How it is made where there is no file; None: for its owner alone.
     attributes: Attributes | None = None
+    #: What is replaced is the symlink itself, or what is in its place.
+    is_link: bool = False
+    #: It becomes a symlink that leads there, and has no data; only with `is_link`.
+    leads_to: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +92,23 @@ class Recovery:
 def digest(data: bytes) -> str:
     """SHA-256 in hex."""
     return hashlib.sha256(data).hexdigest()
+
+
+def fingerprint(path: Path) -> str | None:
+    """
+    Of what is at a path itself: SHA-256 of a file's content, or of where a symlink leads; None: nothing is there.
+
+    Raises:
+        OSError: It can't be read.
+    """
+    if path.is_symlink():
+        return link_digest(str(path.readlink()))
+    return digest(path.read_bytes()) if path.exists() else None
+
+
+def link_digest(leads_to: str) -> str:
+    """SHA-256 that stands for a symlink; no file's content has it."""
+    return digest(b"symlink\0" + leads_to.encode())
 
 
 def install(store: Store, replacements: Sequence[Replacement], run_id: str, about: Mapping[str, Any]) -> str:
@@ -188,18 +209,20 @@ def _target(replacement: Replacement, run_id: str) -> Target:
         if (foreign := foreign_link(path)) is not None:
             raise InstallError(f"nothing was replaced: {foreign}", hint=foreign.hint)
         # the PKI directory is mounted into pods, and an operator's symlinks have their reasons: both stay
-        real = path.resolve(strict=True) if path.exists() else path.parent.resolve(strict=True) / path.name
-        attributes = Attributes.of(real).narrowed(replacement.mode_mask) if real.exists() else None
+        is_followed = path.exists() and not replacement.is_link
+        real = path.resolve(strict=True) if is_followed else path.parent.resolve(strict=True) / path.name
+        is_file = real.exists() and not real.is_symlink()
+        attributes = Attributes.of(real).narrowed(replacement.mode_mask) if is_file else None
     except OSError as e:
         raise InstallError(f"nothing was replaced: {_reason(e)}") from e
-    if real.is_symlink():
+    if real.is_symlink() and not replacement.is_link:
         raise InstallError(
             f"nothing was replaced: {path}: wanted a file, found a symlink that leads nowhere",
             hint="mount or fix what it leads to, or remove it",
         )
-    if real.exists() and not real.is_file():
+    if real.exists() and not real.is_file() and not real.is_symlink():
         raise InstallError(f"nothing was replaced: {path}: wanted a file, found something else")
-    for frozen in filter(is_frozen, (real, real.parent)):
+    for frozen in filter(is_frozen, (real.parent,) if real.is_symlink() else (real, real.parent)):
         raise InstallError(
             f"nothing was replaced: {frozen}: wanted to replace it, found it immutable or append-only",
             hint=f"chattr -i -a {frozen}, after a look at who set it",
@@ -221,15 +244,16 @@ def _stage(target: Target) -> None:
     fresh = Attributes.private()
     replacement = target.replacement
     given = replacement.attributes.narrowed(replacement.mode_mask) if replacement.attributes is not None else fresh
-    if replacement.data is not None:
+    if replacement.leads_to is not None:
+        target.staged.symlink_to(replacement.leads_to)
+    elif replacement.data is not None:
         write_staged(target.staged, replacement.data, target.attributes or given)
 
 
 def _assert_unchanged(targets: Sequence[Target]) -> None:
     """Nobody (kubeadm, an operator) replaced a file since its CSR was made."""
     for target in targets:
-        now = digest(target.path.read_bytes()) if target.path.exists() else None
-        if now != target.replacement.was:
+        if fingerprint(target.path) != target.replacement.was:
             raise InstallError(
                 f"{target.path}: wanted the file that the CSR was made from, found another content",
                 hint="something else writes to the PKI; find it, then run again",
@@ -249,6 +273,8 @@ def _back_up(store: Store, targets: Sequence[Target], run_id: str, about: Mappin
             "path": str(target.path),
             "backup": None,
         }
+        if target.replacement.is_link:
+            entry["leads_to"] = str(target.path.readlink()) if target.path.is_symlink() else None
         if target.attributes is not None:
             data, name = target.path.read_bytes(), f"{number:02}-{target.path.name}"
             write_staged(directory / name, data, Attributes.private())
@@ -273,8 +299,8 @@ def _back_up(store: Store, targets: Sequence[Target], run_id: str, about: Mappin
 def _journal(targets: Sequence[Target], run_id: str, backup_id: str) -> dict[str, Any]:
     entries = []
     for target in targets:
-        data = target.replacement.data
-        wanted = digest(data) if data is not None else None
+        data, leads_to = target.replacement.data, target.replacement.leads_to
+        wanted = digest(data) if data is not None else link_digest(leads_to) if leads_to is not None else None
         name = target.replacement.certificate
         entries.append({"certificate": name, "path": str(target.path), "staged": str(target.staged), "sha256": wanted})
     return {"version": 1, "run_id": run_id, "backup": backup_id, "direction": "forward", "targets": entries}
@@ -286,9 +312,9 @@ def _forward(journal: Mapping[str, Any]) -> None:
         path, staged = Path(target["path"]), Path(target["staged"])
         if target["sha256"] is None:
             path.unlink(missing_ok=True)
-        elif staged.exists() and digest(staged.read_bytes()) == target["sha256"]:
+        elif fingerprint(staged) == target["sha256"]:
             staged.rename(path)
-        elif not path.exists() or digest(path.read_bytes()) != target["sha256"]:
+        elif fingerprint(path) != target["sha256"]:
             raise InstallError(f"{path}: wanted its new content here or in {staged}, found neither")
     for directory in {Path(target["path"]).parent for target in journal["targets"]}:
         sync_directory(directory)
@@ -309,9 +335,12 @@ def _back(store: Store, journal: dict[str, Any]) -> None:
     for target in journal["targets"]:
         path, staged, entry = Path(target["path"]), Path(target["staged"]), files[target["path"]]
         staged.unlink(missing_ok=True)
-        if entry["backup"] is None:
+        if (leads_to := entry.get("leads_to")) is not None:
+            staged.symlink_to(leads_to)
+            staged.rename(path)
+        elif entry["backup"] is None:
             path.unlink(missing_ok=True)
-        elif not path.exists() or digest(path.read_bytes()) != entry["sha256"]:
+        elif fingerprint(path) != entry["sha256"]:
             write_staged(staged, (directory / entry["backup"]).read_bytes(), attributes_from(entry["attributes"]))
             staged.rename(path)
         sync_directory(path.parent)
@@ -451,7 +480,8 @@ def _manifest_of(document: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("not written by this program")
     for entry in document["files"]:
         kept = entry["backup"] is None or _names(entry, "backup", "sha256")
-        if not kept or not _names(entry, "certificate", "path"):
+        leads_to = entry.get("leads_to")
+        if not kept or not _names(entry, "certificate", "path") or not isinstance(leads_to, str | None):
             raise ValueError("not written by this program")
     return dict(document)
 

@@ -26,7 +26,7 @@ from bridge.state.install import (
     KUBECONFIG_MASK,
     InstallError,
     Replacement,
-    digest,
+    fingerprint,
     install,
 )
 from bridge.state.outcome import Outcome
@@ -89,7 +89,7 @@ def put_back_and_retire(
         InstallError, StateError: Nothing was replaced.
     """
     with alone(settings, wait, lambda found: log.warning("%s", found)) as (store, record):
-        node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
+        node = inventory.of(settings.node)
 
         def may_pass(problem: Problem) -> bool:
             return force and problem.can_be_forced
@@ -149,7 +149,7 @@ def put_back(
         backup=backup,
         replaced_backup_id=replaced,
         outcomes=tuple(outcomes),
-        removed=tuple(file.path for file in backup.files if file.copy is None),
+        removed=tuple(file.path for file in backup.files if not file.was_there),
         late=tuple(late),
     )
 
@@ -169,7 +169,7 @@ def outcomes_of(backup: Backup, node: Node) -> list[Outcome]:
     for item in node.items:
         files = files_of(backup, item.spec.name)
         if files:
-            is_there = any(file.copy is not None for file in files)
+            is_there = any(file.was_there for file in files)
             outcomes.append(
                 Outcome(
                     name=item.spec.name,
@@ -194,8 +194,10 @@ def _leaf(backup: Backup, files: Sequence[File], item: Item) -> x509.Certificate
 
 def _replacement(file: File, node: Node) -> Replacement:
     [item] = [item for item in node.items if item.spec.name == file.certificate]
-    if item.key_path is None:
+    if item.spec.kubeconfig and file.path.name == item.spec.base:
         mask = KUBECONFIG_MASK
+    elif item.key_path is None or item.current is not None:
+        mask = KEY_MASK
     else:
         mask = KEY_MASK if file.path.resolve() == item.key_path.resolve() else CERTIFICATE_MASK
     return Replacement(
@@ -203,6 +205,8 @@ def _replacement(file: File, node: Node) -> Replacement:
         path=file.path,
         data=file.copy.read_bytes() if file.copy is not None else None,
         mode_mask=mask,
-        was=digest(file.path.read_bytes()) if file.path.exists() else None,
+        was=fingerprint(file.path),
         attributes=file.attributes,
+        is_link=file.is_link,
+        leads_to=file.leads_to,
     )

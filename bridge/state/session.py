@@ -34,7 +34,7 @@ class Run:
 
     def read_node(self) -> Node:
         """What is on the node at this moment."""
-        return inventory.read(self.settings.node.pki_dir, self.settings.node.kubeconfig_dir)
+        return inventory.of(self.settings.node)
 
 
 @contextlib.contextmanager
@@ -92,7 +92,7 @@ def _forget_outdated(run: Run, node: Node) -> None:
     live = {item.spec.name: item.certificates[0] for item in node.items if item.state == "present"}
     for one in run.requests:
         certificate = live.get(one.name)
-        if certificate is None or certificate == one.request.replaces:
+        if certificate is None or one.request.replaces in (certificate, None):
             continue
         if one.is_waiting:
             give_up(run, one.name, "its certificate was replaced meanwhile")

@@ -35,7 +35,7 @@ def with_config(pki: Pki) -> KubeadmPki:
 
 
 def ours(pki: Pki, output: str = "table", now: datetime | None = None, within: timedelta | None = None) -> str:
-    return look(pki.pki_dir, pki.kubeconfig_dir, now or datetime.now(UTC), within, output)[0]
+    return look(inventory.read(pki.pki_dir, pki.kubeconfig_dir), now or datetime.now(UTC), within, output)[0]
 
 
 def two_tables(text: str) -> str:
@@ -225,7 +225,7 @@ def test_a_broken_file(pki: KubeadmPki, name: str) -> None:
     good = ours(pki)
     (pki.kubeconfig_dir / name).write_text("nothing")
     assert kubeadm_fails(pki)
-    text, troubles, code = look(pki.pki_dir, pki.kubeconfig_dir, datetime.now(UTC), None, "table")
+    text, troubles, code = look(inventory.read(pki.pki_dir, pki.kubeconfig_dir), datetime.now(UTC), None, "table")
 
     row = {"pki/apiserver.crt": "apiserver", "pki/ca.crt": "ca", "admin.conf": "admin.conf"}[name]
     (marked,) = [line for line in text.splitlines() if "!INVALID!" in line]
@@ -242,7 +242,7 @@ def test_a_missing_ca_certificate(pki: KubeadmPki) -> None:
     """kubeadm lists nothing; we list its leaves, and itself as missing."""
     (pki.pki_dir / "ca.crt").unlink()
     assert kubeadm_fails(pki)
-    text, troubles, code = look(pki.pki_dir, pki.kubeconfig_dir, datetime.now(UTC), None, "table")
+    text, troubles, code = look(inventory.read(pki.pki_dir, pki.kubeconfig_dir), datetime.now(UTC), None, "table")
 
     assert [line.rstrip() for line in text.splitlines() if "!MISSING!" in line] == ["!MISSING! ca"]
     assert (troubles, code) == ([], 0)
@@ -326,7 +326,7 @@ def test_no_third_table_without_need(damaged: Pki) -> None:
 )
 def test_exit_code(node: Pki, output: str, later: timedelta, within: timedelta | None, code: int) -> None:
     """3 tells a monitoring probe that one is due, whatever the format."""
-    found = look(node.pki_dir, node.kubeconfig_dir, NOW + later, within, output)
+    found = look(inventory.read(node.pki_dir, node.kubeconfig_dir), NOW + later, within, output)
     assert (found[1:], bool(found[0])) == (([], code), True)
 
 
@@ -435,7 +435,7 @@ def test_every_format_takes_every_state(damaged: Pki) -> None:
     for path in [*damaged.pki_dir.rglob("*.crt"), *damaged.kubeconfig_dir.glob("*.conf")]:
         path.write_text("nothing")
     for output in OURS:
-        text, troubles, code = look(damaged.pki_dir, damaged.kubeconfig_dir, NOW, 30 * DAY, output)
+        text, troubles, code = look(inventory.read(damaged.pki_dir, damaged.kubeconfig_dir), NOW, 30 * DAY, output)
         assert (bool(text), len(troubles), code) == (True, 15, 1)
     assert table(found_report(damaged)).count("!INVALID!") == 15
 

@@ -25,6 +25,7 @@ from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, ETCD_CA, SPECS, Component
 from bridge.system import https
 from tests.kit import programs
+from tests.kit.pki import PKI_SPECS
 
 _START_SECONDS = 60
 
@@ -182,7 +183,7 @@ def make(directory: Path, count: int, *, client_port: int, peer_port: int, api_p
 def _write_node(place: Place, cluster: sample_pki.Cluster, begin: datetime, end: datetime) -> None:
     for name, ca in place.cas.items():
         sample_pki._write(place.pki_dir / AUTHORITIES[name].certificate_file, ca.certificate_pem, 0o644)
-    for name, spec in SPECS.items():
+    for name, spec in PKI_SPECS.items():
         ca, key = place.cas[spec.authority.name], generate_key("ecdsa-p256")
         leaf = sample_pki.leaf_certificate(spec, key, ca, cluster, not_before=begin, not_after=end)
         if spec.kubeconfig:

@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import Literal
 
 from bridge.node import kubeconfig, sample_pki
-from bridge.specs import AUTHORITIES, KeyAlgorithm
+from bridge.specs import AUTHORITIES, SPECS, KeyAlgorithm
 from tests.kit import programs
 
 KubeadmVersion = Literal["1.37", "1.20"]
 KubeadmAlgorithm = Literal["RSA-2048", "RSA-3072", "RSA-4096", "ECDSA-P256", "ECDSA-P384"]
+
+#: What kubeadm makes on a control plane: all but what a kubelet serves with.
+PKI_SPECS = {name: spec for name, spec in SPECS.items() if not spec.kubelets}
 
 #: Every kind of SAN that kubeadm takes, on top of its own.
 EXTRA_SANS = ("zz.example.com", "*.wild.example.com", "api2.example.com", "203.0.113.7", "2001:db8::7")

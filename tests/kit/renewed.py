@@ -17,7 +17,7 @@ from bridge.pki.csr import algorithm_name
 from bridge.pki.verify import BACKDATING
 from bridge.specs import AUTHORITIES, SPECS
 from tests.kit.cas import live_certificates
-from tests.kit.pki import KubeadmPki
+from tests.kit.pki import PKI_SPECS, KubeadmPki
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +57,8 @@ def digest(path: Path) -> str:
 
 
 def _is_untouched(path: Path, pki: KubeadmPki) -> bool:
-    ours = {pki.kubeconfig_dir / spec.base for spec in SPECS.values() if spec.kubeconfig}
-    for spec in SPECS.values():
+    ours = {pki.kubeconfig_dir / spec.base for spec in PKI_SPECS.values() if spec.kubeconfig}
+    for spec in PKI_SPECS.values():
         ours |= {pki.pki_dir / f"{spec.base}.crt", pki.pki_dir / f"{spec.base}.key"}
     return path not in ours
 

@@ -21,8 +21,9 @@ from bridge.node.yamltree import YamlError
 from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.specs import SPECS, Component
 from bridge.system.safe_read import MAX_FILE_BYTES
-from tests.kit.pki import Pki, handmade_pki
+from tests.kit.pki import PKI_SPECS, Pki, handmade_pki
 
+NAMES = list(PKI_SPECS)
 KUBECONFIGS = [name for name, spec in SPECS.items() if spec.kubeconfig]
 ETCD_NAMES = {"apiserver-etcd-client", "etcd-healthcheck-client", "etcd-peer", "etcd-server"}
 
@@ -92,7 +93,7 @@ def test_a_complete_node(made: Pki) -> None:
     """Every certificate of the spec table is there, in its order, at kubeadm's place, under an external CA."""
     node = read(made)
 
-    assert [one.spec.name for one in node.items] == list(SPECS)
+    assert [one.spec.name for one in node.items] == NAMES
     assert node.troubles == ()
     assert node.local_etcd
     for one in node.items:
@@ -115,8 +116,10 @@ sys.addaudithook(lambda event, args: opened.append(args) if event == "open" else
 from datetime import UTC, datetime
 from pathlib import Path
 from bridge.cli.expiration import look
+from bridge.node import inventory
 del opened[:]
-text, _, _ = look(Path(sys.argv[1]), Path(sys.argv[2]), datetime.now(UTC), None, "table")
+node = inventory.read(Path(sys.argv[1]), Path(sys.argv[2]))
+text, _, _ = look(node, datetime.now(UTC), None, "table")
 assert text.count("364d") >= 11, text
 for path, _, flags in opened:
     print(path, flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND), sep="\\0")
@@ -481,7 +484,7 @@ def test_external_etcd(pki: Pki) -> None:
 
     node, found = read(pki), item(pki, "apiserver-etcd-client")
     assert not node.local_etcd
-    assert {one.spec.name for one in node.items} == (set(SPECS) - ETCD_NAMES) | {"apiserver-etcd-client"}
+    assert {one.spec.name for one in node.items} == (set(NAMES) - ETCD_NAMES) | {"apiserver-etcd-client"}
     assert (found.state, found.certificates, found.managed, found.listed) == ("present", leaf, True, False)
     assert (found.certificate_path, found.key_path) == (mine / "c.crt", mine / "c.key")
     assert (found.anchor_path, found.authority_external) == (mine / "ca.crt", True)
@@ -502,7 +505,7 @@ def test_external_etcd_without_tls(pki: Pki) -> None:
     write_manifest(pki, "kube-apiserver", "--etcd-servers=http://etcd.example.com:2379")
 
     node = read(pki)
-    assert {one.spec.name for one in node.items} == set(SPECS) - ETCD_NAMES
+    assert {one.spec.name for one in node.items} == set(NAMES) - ETCD_NAMES
     assert [state.authority.name for state in node.authorities] == ["ca", "front-proxy-ca"]
 
 
@@ -522,7 +525,7 @@ def test_traces_of_a_local_etcd(pki: Pki, trace: str | None) -> None:
 
     node = read(pki)
     assert node.local_etcd
-    assert {one.spec.name for one in node.items} == set(SPECS)
+    assert {one.spec.name for one in node.items} == set(NAMES)
 
 
 # Manifests.

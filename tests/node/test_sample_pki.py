@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import serialization
 
 from bridge.node import sample_pki
 from bridge.specs import AUTHORITIES, SPECS, KeyAlgorithm
-from tests.kit.pki import KubeadmAlgorithm, KubeadmPki, Pki, handmade_pki, kubeadm_pki
+from tests.kit.pki import PKI_SPECS, KubeadmAlgorithm, KubeadmPki, Pki, handmade_pki, kubeadm_pki
 
 NOW = datetime(2026, 1, 31, 12, 0, 0, 5000, tzinfo=UTC)
 
@@ -88,9 +88,9 @@ def test_has_the_shape_of_the_real_one(tmp_path: Path, algorithm: KubeadmAlgorit
     real, ours = both(tmp_path, algorithm)
 
     assert files(ours) == files(real)
-    for name in [*AUTHORITIES, *SPECS]:
+    for name in [*AUTHORITIES, *PKI_SPECS]:
         assert shape(certificate(ours, name)) == shape(certificate(real, name)), name
-    for name, spec in SPECS.items():
+    for name, spec in PKI_SPECS.items():
         if spec.kubeconfig:
             texts = [(pki.kubeconfig_dir / name).read_text() for pki in (ours, real)]
             assert layout(texts[0]) == layout(texts[1]), name
@@ -121,7 +121,7 @@ def test_certificates_chain_and_keys_match(tmp_path: Path, algorithm: KeyAlgorit
     pki = handmade_pki(tmp_path, now=NOW, key=algorithm)
 
     publics = set()
-    for name, spec in SPECS.items():
+    for name, spec in PKI_SPECS.items():
         leaf = certificate(pki, name)
         leaf.verify_directly_issued_by(certificate(pki, spec.authority.name))
         pem = data(pki, name, "client-key-data") if spec.kubeconfig else (pki.pki_dir / f"{spec.base}.key").read_bytes()
@@ -130,7 +130,7 @@ def test_certificates_chain_and_keys_match(tmp_path: Path, algorithm: KeyAlgorit
         publics.add(
             leaf.public_key().public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
         )
-    assert len(publics) == len(SPECS)
+    assert len(publics) == len(PKI_SPECS)
 
 
 def test_takes_any_dates(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_takes_any_dates(tmp_path: Path) -> None:
     pki = handmade_pki(tmp_path, now=NOW, not_after=not_after, ca_not_after=ca_not_after)
 
     begin = NOW.replace(microsecond=0) - timedelta(minutes=5)
-    for name in SPECS:
+    for name in PKI_SPECS:
         leaf = certificate(pki, name)
         assert (leaf.not_valid_before_utc, leaf.not_valid_after_utc) == (begin, not_after.replace(microsecond=0)), name
     for name in AUTHORITIES:

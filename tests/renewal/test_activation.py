@@ -29,10 +29,10 @@ from bridge.errors import BridgeError, Exit
 from bridge.renewal import renew
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Components, Settings
-from bridge.specs import SPECS, Component
+from bridge.specs import Component
 from bridge.state import rollback
 from bridge.state.install import MANIFEST
-from tests.kit.pki import Pki, handmade_pki
+from tests.kit.pki import PKI_SPECS, Pki, handmade_pki
 from tests.kit.renewing import Quiet, settings_for
 
 MANAGER, SCHEDULER = "controller-manager.conf", "scheduler.conf"
@@ -59,7 +59,7 @@ class Site:
             ProofFinding(
                 component=spec.component, certificate=name, what="works", state=state, detail="says the script"
             )
-            for name, spec in SPECS.items()
+            for name, spec in PKI_SPECS.items()
             if (state := self.states.get(name, "current"))
         ]
         return ProofReport(findings=tuple(findings))

@@ -26,7 +26,7 @@ from bridge.state import audit
 from bridge.state.requests import OpenRequests
 from bridge.state.store import Store
 from tests.kit.issuing import Signer
-from tests.kit.pki import Pki, handmade_pki, kubeadm_pki
+from tests.kit.pki import PKI_SPECS, Pki, handmade_pki, kubeadm_pki
 from tests.kit.renewed import Snapshot, assert_renewed
 from tests.kit.renewing import Quiet, settings_for
 
@@ -68,7 +68,7 @@ def signed(node: Pki, csr: Path, directory: Path, **wrong: object) -> x509.Certi
     return signer(node, spec.authority.name).issue(request, **given).leaf  # type: ignore[arg-type]
 
 
-def sign_all(node: Pki, directory: Path, names: Collection[str] = tuple(SPECS)) -> None:
+def sign_all(node: Pki, directory: Path, names: Collection[str] = tuple(PKI_SPECS)) -> None:
     """`….crt` beside each CSR."""
     for csr in find(directory):
         spec = spec_of(csr.relative_to(directory))

@@ -1,0 +1,132 @@
+"""
+Where a kubelet keeps its certificates, by its own configuration and flags.
+
+https://kubernetes.io/docs/reference/config-api/kubelet-config.v1beta1/ and
+https://kubernetes.io/docs/reference/command-line-tools-reference/kubelet/; measured on 1.37.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from bridge.node.yamltree import YamlError, document, split_bom
+from bridge.system.safe_read import UnreadableError, read
+
+#: Where kubeadm has a kubelet keep what is its own.
+KUBELET_DIR = Path("/var/lib/kubelet")
+#: What kubeadm's drop-in for systemd reads besides, on Debian and on Red Hat.
+_EXTRA_ARGS = (Path("/etc/default/kubelet"), Path("/etc/sysconfig/kubelet"))
+
+#: Before the certificates in a pair that we put there: a kubelet that was running by then has not read it.
+OURS = b"# Put here by ca-bridge, and not by the kubelet.\n"
+
+_KEYS = ("rotateCertificates", "serverTLSBootstrap", "tlsCertFile", "tlsPrivateKeyFile")
+_FLAGS = {
+    "--rotate-certificates": "rotateCertificates",
+    "--rotate-server-certificates": "serverTLSBootstrap",
+    "--tls-cert-file": "tlsCertFile",
+    "--tls-private-key-file": "tlsPrivateKeyFile",
+    "--cert-dir": "certDir",
+    "--hostname-override": "hostname",
+    "--node-ip": "nodeIP",
+}
+
+#: made: the kubelet makes a pair that nobody has signed, unless there is one; named: `tlsCertFile`; asked: by
+#: `serverTLSBootstrap` it asks a signer of the cluster.
+Serving = Literal["made", "named", "asked"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KubeletFiles:
+    """What of the configuration says where certificates are, and for which names."""
+
+    directory: Path  #: `--cert-dir`: `kubelet-client-current.pem` is there.
+    rotates: bool | None  #: `rotateCertificates`; None: no configuration that could be read tells.
+    serving: Serving
+    certificate: Path  #: Of its serving certificate.
+    key: Path  #: The same file where both are in one.
+    hostname: str  #: `--hostname-override`; empty: none.
+    addresses: tuple[str, ...]  #: `--node-ip`, without the unspecified ones.
+    trouble: str | None = None  #: Why its configuration can't be read; one that is not there is none.
+
+    @property
+    def client(self) -> Path:
+        """The symlink to the client certificate that counts, with its key, once the kubelet has run."""
+        return self.directory / "kubelet-client-current.pem"
+
+    @classmethod
+    def load(cls, kubelet_dir: Path) -> KubeletFiles:
+        """As a kubelet with this configuration would have them; its defaults for what is not said."""
+        found, trouble = _configured(kubelet_dir / "config.yaml")
+        is_told = bool(found)
+        found |= _flags(kubelet_dir)
+        directory = Path(found.get("certDir") or kubelet_dir / "pki")
+        certificate, key = found.get("tlsCertFile", ""), found.get("tlsPrivateKeyFile", "")
+        if certificate and key:
+            # relative ones are relative to the configuration's directory
+            serving, pair = "named", (kubelet_dir / certificate, kubelet_dir / key)
+        elif _is_true(found.get("serverTLSBootstrap", "")):
+            current = directory / "kubelet-server-current.pem"
+            serving, pair = "asked", (current, current)
+        else:
+            serving, pair = "made", (directory / "kubelet.crt", directory / "kubelet.key")
+        return cls(
+            directory=directory,
+            rotates=_is_true(found.get("rotateCertificates", "")) if is_told or "rotateCertificates" in found else None,
+            serving=serving,  # type: ignore[arg-type]  # of the three
+            certificate=pair[0],
+            key=pair[1],
+            hostname=found.get("hostname", ""),
+            addresses=tuple(a for a in found.get("nodeIP", "").split(",") if a and a not in ("0.0.0.0", "::")),  # noqa: S104 (not bound)
+            trouble=trouble,
+        )
+
+
+def _is_true(text: str) -> bool:
+    return text.lower() in ("true", "t", "1")
+
+
+def _configured(path: Path) -> tuple[dict[str, str], str | None]:
+    """Empty where it is not there, or can't be read; then it is said why."""
+    try:
+        data = read(path)
+        if data is None:
+            return {}, None
+        root = document(split_bom(data)[1])
+        values = {key: node.text() for key in _KEYS if (node := root.get(key)) is not None}
+    except (UnreadableError, YamlError) as e:
+        return {}, f"wanted the kubelet's configuration in {path}, found: {e}"
+    return {"kind": "KubeletConfiguration", **values}, None
+
+
+def _flags(kubelet_dir: Path) -> dict[str, str]:
+    """What kubeadm and the operator give it on its command line, which counts more than its configuration."""
+    files = [(kubelet_dir / "kubeadm-flags.env", "KUBELET_KUBEADM_ARGS")]
+    if kubelet_dir == KUBELET_DIR:
+        files += [(path, "KUBELET_EXTRA_ARGS") for path in _EXTRA_ARGS]
+    found: dict[str, str] = {}
+    for path, variable in files:
+        found |= _flags_in(path, variable)
+    return found
+
+
+def _flags_in(path: Path, variable: str) -> Mapping[str, str]:
+    try:
+        text = (read(path) or b"").decode()
+        match = re.search(rf"^\s*{variable}=(.*)$", text, re.MULTILINE)
+        words = shlex.split(" ".join(shlex.split(match[1]))) if match else []
+    except (UnreadableError, ValueError):  # whoever starts the kubelet would not understand it, either
+        return {}
+    found = {}
+    for number, word in enumerate(words):
+        flag, is_joined, value = word.partition("=")
+        following = words[number + 1] if number + 1 < len(words) else ""
+        if flag in _FLAGS:
+            alone = "true" if following.startswith("-") or not following else following
+            found[_FLAGS[flag]] = value if is_joined else alone
+    return found
