@@ -100,6 +100,8 @@ def in_force(settings: Settings) -> str:
     for authority, configured in backends.items():
         lines += ["", f"[authority.{authority}]", *shown(settings.authorities[authority])]
         lines += shown(configured.settings)
+    for name, certificate in settings.certificates.items():
+        lines += ["", f"[certificate.{name}]", *shown(certificate)]
     return "\n".join(lines) + "\n"
 
 

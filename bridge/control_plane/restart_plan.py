@@ -65,10 +65,7 @@ def how(component: Component, manifests: Path) -> str:
     Moving the manifest is the way that the kubelet does not count as a crash; too early back costs it 10 to 25 s.
     """
     if component is Component.KUBELET:
-        return (
-            f"kubelet: if kubelet.conf holds its certificate itself, remove {KUBELET_COPY} (the kubelet's copy of its old "
-            "certificate, which it takes before kubelet.conf); then systemctl restart kubelet"
-        )
+        return "kubelet: systemctl restart kubelet (running containers stay)"
     manifest = manifests / f"{component.value}.yaml"
     advice = (
         f"{component.value}: move {manifest} out of its directory, wait until the pod is gone and 3 s more "

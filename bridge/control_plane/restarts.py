@@ -146,7 +146,9 @@ def _one_by_one(
 def _turn(
     node: Node, settings: Settings, record: audit.Record, tell: Tell, *, force: bool
 ) -> contextlib.AbstractContextManager[Callable[[Component], None]]:
-    """Forced, a node still waits for its turn, but looks at nobody."""
+    """Forced, a node still waits for its turn, but looks at nobody; a worker takes nothing from the cluster."""
+    if node.is_worker:
+        return contextlib.nullcontext(lambda _: None)
     if force:
         settings = dataclasses.replace(settings, cluster=dataclasses.replace(settings.cluster, neighbours="ignore"))
     return neighbours.turn(node, settings, record.run_id, note=tell)

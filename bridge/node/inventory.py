@@ -144,7 +144,10 @@ class NoNodeError(BridgeError):
     hint = "run it on a node of the cluster; --pki-dir and --kubeconfig-dir tell where its files are"
 
     def __init__(self, pki_dir: Path) -> None:
-        super().__init__(f"no control plane and no worker here: wanted kubeadm's certificates in {pki_dir}, found none")
+        text = (
+            f"no control plane here: wanted kubeadm's certificates in {pki_dir}, or a worker's kubelet.conf, found none"
+        )
+        super().__init__(text)
 
 
 class SharedFileError(BridgeError):

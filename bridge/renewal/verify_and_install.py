@@ -170,7 +170,8 @@ def _kubelets(one: Prepared, current: Path, chain: bytes) -> Iterator[Replacemen
     """
     name, base = one.name, current.name.removesuffix("-current.pem")
     moment = datetime.now(UTC)  # of writing, as the kubelet has it
-    while (dated := current.parent / f"{base}-{moment.astimezone():%Y-%m-%d-%H-%M-%S}.pem").exists():
+    directory = current.parent.resolve()
+    while (dated := directory / f"{base}-{moment.astimezone():%Y-%m-%d-%H-%M-%S}.pem").exists():
         moment += timedelta(seconds=1)
     try:
         attributes = Attributes.of(current) if current.exists() else None

@@ -130,8 +130,8 @@ DATED = r"{}-\d{{4}}(?:-\d\d){{5}}\.pem"
 
 def _damaged(name: str, files: Sequence[File]) -> Iterator[Problem]:
     for file in files:
-        if file.leads_to is not None and not Path(file.leads_to).is_file():
-            yield Problem(certificate=name, wanted=f"the file {file.leads_to}, which stays there", found="nothing")
+        if file.target is not None and not file.target.is_file():
+            yield Problem(certificate=name, wanted=f"the file {file.target}, which stays there", found="nothing")
         if file.copy is None:
             continue
         try:
@@ -175,7 +175,8 @@ def _kubelets_pair(files: Sequence[File], item: Item) -> tuple[list[x509.Certifi
             return load_pem_certificates(certificate or b""), key or b""
     for file in files:
         if file.is_link and file.was_there:
-            data = (file.copy or Path(str(file.leads_to))).read_bytes()
+            path = file.copy or file.target
+            data = path.read_bytes() if path is not None else b""
             return load_pem_certificates(data), csr.key_block(data)
     return None
 

@@ -52,6 +52,11 @@ class File:
         """Whether there was anything."""
         return self.copy is not None or self.leads_to is not None
 
+    @property
+    def target(self) -> Path | None:
+        """The file that the symlink led to; it is not in the backup, since nobody replaces or removes it."""
+        return self.path.parent / self.leads_to if self.leads_to is not None else None
+
     @classmethod
     def of(cls, entry: Mapping[str, Any], directory: Path) -> File:
         """From a manifest's entry."""

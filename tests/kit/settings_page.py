@@ -17,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from bridge.contract import GIVEN, BackendSettings, Secret
 from bridge.pki.durations import duration_text
 from bridge.settings.load import parse
-from bridge.settings.tables import AuthoritySettings
+from bridge.settings.tables import AuthoritySettings, CertificateSettings
 from bridge.signing import registry
 
 
@@ -107,6 +107,7 @@ def tables() -> Iterator[tuple[str, str, list[tuple[str, ...]]]]:
         if dataclasses.is_dataclass(schema):
             yield f"`[{field.name}]`", "", list(rows(schema))
     yield "`[authority.NAME]`", _AUTHORITY, list(rows(AuthoritySettings))
+    yield "`[certificate.kubelet-server]`", _CERTIFICATE, list(rows(CertificateSettings))
     yield "`[backend.NAME]`", _BACKEND, list(rows(BackendSettings))
     common = frozenset(field.name for field in dataclasses.fields(BackendSettings))
     for name, entry in sorted(registry.installed().items()):
@@ -136,6 +137,9 @@ A secret is never a value in the file: `KEY_file` names a file with it, `KEY_env
 _AUTHORITY = """\
 One table for each of `ca`, `etcd-ca` and `front-proxy-ca`.
 Its other keys go to the backend, over those of the backend's own table."""
+
+_CERTIFICATE = """\
+Every other certificate gets the names of the one that it replaces."""
 
 _BACKEND = """\
 One table for each CA service, under any name; `type` says which kind it is.

@@ -27,22 +27,35 @@ def make(tmp_path: Path) -> Bridge:
 
 
 def test_it_is_renewed_where_the_kubelet_reads_it(make: Bridge) -> None:
-    """Leaf and key in one file, for its owner alone; the symlink and kubelet.conf stay; the kubelet is to be restarted."""
+    """
+    Leaf and key in a new dated file, for its owner alone, to which the symlink leads; kubelet.conf stays as it is.
+
+    The kubelet is to be restarted; a rollback leads the symlink back, and takes the new file away.
+    """
     current = finalize(make.pki)
     dated, kubeconfig = current.resolve(), (make.pki.kubeconfig_dir / "kubelet.conf").read_bytes()
     old = load_pem_certificates(current.read_bytes())[0]
     run = make.run("renew", "kubelet.conf", "-o", "json")
     assert run.returncode == 0, run.stderr
-    assert (current.resolve(), (make.pki.kubeconfig_dir / "kubelet.conf").read_bytes()) == (dated, kubeconfig)
-    assert (dated.stat().st_mode & 0o777, dated.is_symlink()) == (0o600, False)
+    fresh = current.resolve()
+    assert (make.pki.kubeconfig_dir / "kubelet.conf").read_bytes() == kubeconfig
+    assert fresh.parent == dated.parent
+    assert fresh.name > dated.name
+    assert current.readlink() == fresh
+    assert (fresh.stat().st_mode & 0o777, fresh.is_symlink()) == (0o600, False)
+    assert load_pem_certificates(dated.read_bytes())[0] == old
     text = current.read_bytes()
     new = load_pem_certificates(text)[0]
-    assert text.startswith(pem(new))
+    assert pem(new) in text
     assert load_pem_private_key(csr.key_block(text), None).public_key() == new.public_key()
     assert (new.subject, new.serial_number != old.serial_number) == (old.subject, True)
     assert json.loads(run.stdout)["restart"] == ["kubelet"]
     assert make.run("rollback").returncode == 0
+    assert (current.readlink(), fresh.exists()) == (dated, False)
     assert load_pem_certificates(current.read_bytes())[0] == old
+    assert make.run("rollback").returncode == 0
+    assert current.readlink() == fresh
+    assert load_pem_certificates(current.read_bytes())[0] == new
 
 
 def test_it_is_due_when_no_kubelet_has_rotated_it(make: Bridge) -> None:
