@@ -49,9 +49,7 @@ class NodeSettings:
     pki_dir: Path = Path("/etc/kubernetes/pki")  #: Where kubeadm keeps certificates and keys.
     kubeconfig_dir: Path = Path("/etc/kubernetes")  #: Where kubeadm keeps its kubeconfigs.
     state_dir: Path = Path("/var/lib/ca-bridge")  #: Backups (they hold keys), journal, lock, audit log; root's alone.
-    kubelet_dir: Path = Path(
-        "/var/lib/kubelet"
-    )  #: Where the kubelet has its configuration, and `pki/` with its certificates.
+    kubelet_dir: Path = Path("/var/lib/kubelet")  #: The kubelet's configuration, and below `pki` its certificates.
     #: Of the API server, where the image tags of the static pods don't tell it.
     kubernetes_version: Version | None = None
     #: The node's name in the cluster; without it what its certificates say, or else the host's in small letters.
