@@ -100,7 +100,7 @@ class World:
     state: NodeState | None = None
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=4096)
 def _read(pem: bytes) -> Asked | OddRequestError:
     """A request is judged at least three times."""
     try:
