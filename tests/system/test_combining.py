@@ -31,7 +31,7 @@ def test_each_gets_its_own_result() -> None:
 
 def test_one_alone_waits_for_nobody() -> None:
     """Without others it is a plain call, again and again."""
-    combined = Combined(lambda items: [str(item) for item in items], 8)
+    combined: Combined[int, str] = Combined(lambda items: [str(item) for item in items], 8)
     assert [combined(number) for number in range(3)] == ["0", "1", "2"]
 
 
@@ -59,5 +59,6 @@ def test_an_error_is_everybodys_and_the_next_call_is_made() -> None:
 
 def test_too_few_results_are_an_error() -> None:
     """A result that is missing is nobody's."""
+    none: Combined[int, int] = Combined(lambda _: [], 8)
     with pytest.raises(ValueError, match="shorter"):
-        Combined(lambda _: [], 8)(1)
+        none(1)
