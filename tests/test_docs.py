@@ -15,7 +15,7 @@ import pytest
 
 from bridge.cli.guide import EXAMPLES, TASKS
 from bridge.contract import GIVEN, BackendSettings, Secret
-from bridge.errors import Exit
+from bridge.errors import Exit, SettingsError
 from bridge.settings.load import parse
 from bridge.settings.tables import AuthoritySettings
 from bridge.signing import registry
@@ -151,6 +151,20 @@ def test_a_setting_that_a_sentence_names_is_in_the_examples() -> None:
     assert not settings_in_sentences('say `[backend] kye = "x"`') <= known
 
 
+def test_a_key_that_is_named_with_its_table_is_there() -> None:
+    """Such as `renewal.before`."""
+    empty = parse("")
+    keys = {field.name: getattr(empty, field.name) for field in dataclasses.fields(empty)}
+    tables = {name: value for name, value in keys.items() if dataclasses.is_dataclass(value) and name != "source"}
+    files = {"json", "jsonl", "head", "damaged"}  # `audit.jsonl` is no key
+    named: set[tuple[str, str]] = set()
+    for path in DOCUMENTS:
+        found = re.findall(rf"`({'|'.join(tables)})\.([a-z]\w*)`", path.read_text(encoding="utf-8"))
+        named |= {(table, key) for table, key in found if key not in files}
+    assert len(named) > 8
+    assert {(table, key) for table, key in named if not hasattr(tables[table], key)} == set()
+
+
 def test_the_exit_codes_on_their_page_are_the_programs() -> None:
     """A code is a promise."""
     page = (ROOT / "docs/exit-codes.md").read_text(encoding="utf-8")
@@ -262,6 +276,33 @@ def test_each_command_line_can_be_typed(path: Path) -> None:
     """The command is there, and has the options that the document gives it."""
     found = {line: why_not(line) for line in lines_in(path.read_text(encoding="utf-8"))}
     assert {line: why for line, why in found.items() if why} == {}
+
+
+def wrong_settings(document: str) -> list[str]:
+    """What the settings file would not take of a document's TOML blocks; each may be a part of a whole file."""
+    tables = {field.name for field in dataclasses.fields(parse(""))} | {"backend", "authority"}
+    found = []
+    for text in re.findall(r"```toml\n(.*?)```", document, re.DOTALL):
+        is_settings = tomllib.loads(text).keys() <= tables  # and no policy, nor a package's file
+        try:
+            parse(text if is_settings else "")
+        except SettingsError as e:
+            found += [str(one) for one in e.problems if not re.fullmatch(r"authority\.[\w-]+\.backend", one.key)]
+    return found
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=by_path)
+def test_each_block_of_settings_can_be_pasted(path: Path) -> None:
+    """Into a file that names the rest: there are such tables and keys, and they take such values."""
+    known = {"docs/gateway.md"}  # its inventory of nodes has a table `cluster`, too
+    assert by_path(path) in known or wrong_settings(path.read_text(encoding="utf-8")) == []
+
+
+def test_a_block_that_can_t_be_pasted_is_found() -> None:
+    """A key that is not there, and a value that is none; a part of a whole is right."""
+    text = '```toml\n[renewal]\nbefore = "30"\nkye = 1\n```\n```toml\n[authority.ca]\nmount = "x"\n```\n'
+    assert len(wrong_settings(text)) == 2
+    assert wrong_settings(text.split("```\n", 2)[2]) == []
 
 
 def test_a_command_line_that_can_t_be_typed_is_found() -> None:
