@@ -13,6 +13,7 @@ import hashlib
 import logging
 import threading
 import time
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -157,8 +158,10 @@ class Desk:
             return False
         try:
             seconds_until = self._worked(job)
-        except Exception:  # one request's trouble is not the others'
-            log.exception("internal error", extra=_about(job))
+        except Exception as e:  # noqa: BLE001 (one request's trouble is not the others')
+            [*_, place] = traceback.extract_tb(e.__traceback__)
+            text = f"internal error: {type(e).__name__} at {place.filename}:{place.lineno}"
+            log.error("%s (a bug: report it)", text, extra=_about(job))  # noqa: TRY400 (a traceback may hold secrets)
             seconds_until = _LONGEST_LOOK_SECONDS
         if seconds_until is None:
             self.queue.done(job)

@@ -34,6 +34,8 @@ _COMMAND_SECONDS = 10.0
 _REMEMBERED_SECONDS = 60.0
 _MOST_REMEMBERED = 10_000
 _LONGEST_ANSWER = 64 << 10
+#: A resolver that does not answer takes its time for each.
+_MOST_LOOKUPS = 4
 
 
 class WatchedFile(Generic[T]):
@@ -161,7 +163,8 @@ class Known:
         if not self._reverse_dns:
             return entry
         names = {name, *entry.names}
-        proven = [one for one in addresses if one not in entry.addresses and _leads_both_ways(one, names)]
+        unknown = [one for one in addresses if one not in entry.addresses][:_MOST_LOOKUPS]
+        proven = [one for one in unknown if _leads_both_ways(one, names)]
         return dataclasses.replace(entry, addresses=(*entry.addresses, *proven)) if proven else entry
 
 

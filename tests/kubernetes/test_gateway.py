@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -516,3 +518,51 @@ def test_several_threads_ask_at_once(cluster: ClusterApi, tmp_path: Path) -> Non
         _, text = gateway.page("metrics")
         lines = [line for line in text.splitlines() if not line.startswith("#")]
         assert [line for line in lines if not re.fullmatch(r"\w+(\{[^}]+\})? [0-9.e+-]+", line)] == []
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def checked(place: Place) -> tuple[int, str]:
+    """Exit code and words of `gateway --check`, and nothing is written by it."""
+    command = [str(Path(sys.executable).with_name("ca-bridge")), "gateway", "--check", "--config", str(place.write())]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert not (place.directory / "state").exists()
+    return run.returncode, run.stdout + run.stderr
+
+
+def test_check_says_what_is_missing(cluster: ClusterApi, tmp_path: Path) -> None:
+    """Ready; a role that gives other usages; a CA that is away; no rights; no API server; a file that others may write."""
+    inventory = gateways.INVENTORY + gateways.workers("w1")
+    policy = gateways.POLICY.partition('[signer."kubernetes.io/kube-apiserver-client"]')[0]
+    with openbao.dev_server() as bao:
+        place = Place(cluster=cluster, directory=tmp_path, inventory=inventory, policy=policy).with_vault(bao)
+        code, text = checked(place)
+        assert (code, text.partition(":")[0]) == (0, "ready"), text
+        assert "3 nodes in the inventory" in text
+        role = {**gateways.ROLES["kubeadm-kubelet-serving"], "client_flag": True}
+        bao.write("pki/roles/kubeadm-kubelet-serving", **role)
+        code, text = checked(place)
+        assert (code, "kubelet-serving" in text) == (5, True), text
+    place.tables = [table.replace('timeout = "10s"', 'timeout = "2s"') for table in place.tables]
+    assert checked(place)[0] == 6
+    place.gateway["kubeconfig"] = str(cluster.kubeconfig("nobody-in-particular"))
+    code, text = checked(place)
+    assert (code, "wanted to get nodes, found HTTP 403" in text) == (6, True), text
+    place.gateway["kubeconfig"] = str(tmp_path / "gone.conf")
+    assert checked(place)[0] == 2
+    place.write()
+    (tmp_path / "policy.toml").chmod(0o666)
+    place.write_policy = lambda text: None  # type: ignore[method-assign]  # noqa: ARG005
+    code, text = checked(place)
+    assert (code, "mode 0666" in text) == (2, True), text
+
+
+def test_one_state_directory_is_for_one(cluster: ClusterApi, desk: DeskProgram, tmp_path: Path) -> None:
+    """A second gateway with the same state directory ends with 9, and says whose it is."""
+    with gateways.running(place_with(cluster, desk, tmp_path)) as gateway:
+        text = re.sub(r'listen = "[^"]*"', 'listen = "127.0.0.1:1"', gateway.config.read_text())
+        config = gateways._written(tmp_path / "second.toml", text)
+        command = [str(Path(sys.executable).with_name("ca-bridge")), "gateway", "--config", str(config)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+        assert (run.returncode, str(gateway.process.pid) in run.stderr) == (9, True), run.stderr
