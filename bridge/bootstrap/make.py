@@ -35,6 +35,7 @@ from bridge.contract import SignRequest
 from bridge.errors import BridgeError, Exit, VerificationError, WaitingError
 from bridge.node.inventory import Item
 from bridge.pki import verify
+from bridge.pki.bundle import short_fingerprint
 from bridge.renewal import airgap
 from bridge.renewal.issuance import Answered, issue, reaching
 from bridge.renewal.prepare import Prepared
@@ -79,6 +80,13 @@ class NotWholeError(BridgeError):
 
     exit_code = Exit.REFUSED
     hint = "nothing was changed; kubeadm itself does not look at all of this"
+
+
+class NobodySignsError(BridgeError):
+    """The settings name no CA, and nobody carries the requests to one."""
+
+    exit_code = Exit.USAGE
+    hint = "an [authority.NAME] table in the settings, or --request BUNDLE for a CA desk"
 
 
 class OtherWishError(BridgeError):
@@ -386,8 +394,9 @@ class _Making:
         had = {one.prepared.name for one in answered}
         rest = [one for one in prepared if one.name not in had]
         if wish.request is not None and rest:
-            airgap.carry(run, rest, wish.request)
-            return answered, [_waits(one, f"{wish.request} is to be carried to the desk") for one in rest]
+            requests, _ = airgap.carry(run, rest, wish.request)
+            carry = f"{wish.request} is to be carried to the desk, fingerprint {short_fingerprint(requests)}"
+            return answered, [_waits(one, carry) for one in rest]
         carried = [one for one in rest if self._is_carried(one)]
         to_ask = [one for one in rest if one not in carried]
         return [*answered, *self._asked(to_ask, expected)], [
@@ -401,6 +410,11 @@ class _Making:
     def _asked(self, prepared: Sequence[Prepared], expected: Mapping[str, verify.Expectation]) -> list[Answered]:
         if not prepared:
             return []
+        lacking = {one.authority for one in prepared} - self._run.settings.authorities.keys()
+        if lacking:
+            raise NobodySignsError(
+                f"wanted somebody who signs for {', '.join(name for name in AUTHORITIES if name in lacking)}, found nobody"
+            )
         assert_room(self._run.settings)
         items = [one.item for one in prepared]
         with reaching(self._run.settings, items, expected, self._run.progress) as reached:

@@ -15,13 +15,14 @@ from bridge.bootstrap.make import Bootstrapped, NotWholeError, Wish
 from bridge.bootstrap.places import Role
 from bridge.bootstrap.sharing import read_order
 from bridge.bootstrap.wishes import Said
-from bridge.cli.printing import say, say_table
+from bridge.cli.printing import say, say_table, under_headings
 from bridge.cli.progress import progress_shown
 from bridge.cli.results import grouped
 from bridge.errors import Exit, SettingsError, SettingsProblem, WaitingError
 from bridge.pki.expiry import minute
 from bridge.settings.tables import Settings
-from bridge.system.console import log, print_error
+from bridge.state.outcome import Outcome
+from bridge.system.console import log, print_error, printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,15 +182,24 @@ def _report(done: Bootstrapped) -> None:
         say(f"{done.files} files of {done.node} are in place, and were looked at as a whole")
     elif done.is_complete:
         say(f"nothing to do: all files of {done.node} are in place, and nothing is wrong with them")
-    failed = [o for o in done.outcomes if o.error is not None]
-    waiting = [o for o in failed if isinstance(o.error, WaitingError)]
-    if failed:
-        held = "nothing was put in place; what was signed is kept, and is not asked for again"
-        say(f"{len(waiting)} of {done.node}'s certificates wait for an answer; {held}" if waiting else held)
+    waiting = [o for o in done.outcomes if isinstance(o.error, WaitingError)]
+    failed = [o for o in done.outcomes if o.error is not None and o not in waiting]
+    if waiting:
+        say("\n".join(under_headings([(_whom(outcome), (outcome.name, "waits")) for outcome in waiting])))
+    if waiting or failed:
+        say("nothing was put in place; what was signed is kept, and not asked for again")
+    if waiting:
+        say("run the same command again when there is an answer (one that was carried: --answer FILE)")
     for about, error in grouped(failed):
         print_error(error, about)
     for error in done.strange:
         print_error(error)
+
+
+def _whom(outcome: Outcome) -> str:
+    """Who has a request, or what is to be done with it."""
+    reason = printable(outcome.error.reason if outcome.error is not None else "")
+    return f"{outcome.backend}: {reason}" if outcome.backend else reason
 
 
 def _next_of_init(wish: Wish) -> None:
