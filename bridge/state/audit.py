@@ -17,7 +17,6 @@ import logging
 import os
 import pwd
 import re
-import secrets
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ from bridge.errors import BackendUnavailableError, BridgeError, Exit, WaitingErr
 from bridge.pki.certificates import UNREADABLE, fingerprint, name_text, serial_hex
 from bridge.settings.tables import AuditSettings
 from bridge.state.store import Store
+from bridge.system import run_id
 from bridge.system.console import print_error
 from bridge.system.files import SECRET_MODE, sync_directory, write_atomically
 from bridge.system.state_file import OnDamage, StateDamagedError, StateError, StateFile
@@ -117,7 +117,7 @@ class Record:
             store: Its lock is held whenever lines are written.
             settings: When to rotate, and whether to tell syslog.
         """
-        self.run_id = secrets.token_hex(4)
+        self.run_id = run_id.begin()  #: Each message of the run has it, too.
         self._store = store
         self._settings = settings
         self._waiting: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""What goes to standard error: messages, as text or JSON lines. Results are printed by the commands themselves."""
+"""What goes to standard error: messages, as text or JSON lines, or into systemd's journal. Results are printed by the commands themselves."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Protocol, TextIO
 
 from bridge.errors import BridgeError
+from bridge.specs import SPECS
 from bridge.system import status
+from bridge.system.run_id import run_id
 
 log = logging.getLogger("ca-bridge")
 ROOT_HINT = "run it as root (sudo)"
@@ -25,13 +27,14 @@ class LogFormat(StrEnum):
 
     TEXT = "text"
     JSON = "json"
+    JOURNAL = "journal"
 
 
 def print_error(error: BridgeError, about: str = "") -> None:
     """`error: …` and `hint: …` on standard error; through the log when that is JSON."""
     prefix = f"{about}: " if about else ""
     for line in (error.reason if about else str(error)).splitlines():
-        log.error("%s%s", prefix, line)
+        log.error("%s%s", prefix, line, extra={"exit_code": error.exit_code})
     if hint := hint_of(error):
         log.error("%s", hint, extra={"is_hint": True})
 
@@ -84,24 +87,93 @@ class _Handler(logging.StreamHandler[TextIO]):
         super().emit(record)
 
 
+class _TaggedFormat(_TextFormat):
+    """For files and mails, where the lines of several runs stand together: each says which it is of."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{super().format(record)} [run {run_id()}]"
+
+
 #: What a message may say it is about (`extra` of the log call), as keys of its line.
 _ABOUT = ("request", "signer", "requester", "outcome")
 
 
+def facts(record: logging.LogRecord) -> dict[str, object]:
+    """
+    What a message says besides its words, for programs; as `config/logs/log-line.schema.json` has it.
+
+    Args:
+        record: Its message begins with the certificates that it is about, if it is about some.
+    """
+    found: dict[str, object] = {
+        "level": "hint" if getattr(record, "is_hint", False) else record.levelname.lower(),
+        "run": run_id(),
+    }
+    found |= {key: value for key in _ABOUT if (value := getattr(record, key, None)) is not None}
+    names = record.getMessage().partition(": ")[0].split(", ")
+    if all(name in SPECS for name in names):
+        found["certificates"] = names
+    if (code := getattr(record, "exit_code", None)) is not None:
+        found["exitCode"] = code
+    return found
+
+
 class _JsonFormat(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        level = "hint" if getattr(record, "is_hint", False) else record.levelname.lower()
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        about = {key: value for key in _ABOUT if (value := getattr(record, key, None)) is not None}
-        return json.dumps({"time": time, "level": level, **about, "message": record.getMessage()})
+        return json.dumps({"time": time, **facts(record), "message": record.getMessage()})
+
+
+class _JournalHandler(logging.Handler):
+    """Into systemd's journal; where that does not listen, to standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from bridge.system import journal  # noqa: PLC0415 (for the journal alone)
+
+        try:
+            journal.send(list(_fields(record)))
+        except OSError:
+            sys.stderr.write(f"{_TaggedFormat().format(record)}\n")
+
+
+#: RFC 5424 §6.2.1.
+_PRIORITIES = {logging.ERROR: "3", logging.WARNING: "4", logging.INFO: "6", logging.DEBUG: "7"}
+
+
+def _fields(record: logging.LogRecord) -> Iterator[tuple[str, str]]:
+    yield "MESSAGE", printable(record.getMessage())
+    yield "PRIORITY", _PRIORITIES.get(record.levelno, "3")
+    yield "SYSLOG_IDENTIFIER", "ca-bridge"
+    for key, value in facts(record).items():
+        name = _FIELD_NAMES.get(key, key.upper())
+        for one in value if isinstance(value, list) else [value]:
+            yield f"CA_BRIDGE_{name}", printable(one)
+
+
+#: Where it is not the key in capital letters.
+_FIELD_NAMES = {"certificates": "CERTIFICATE", "exitCode": "EXIT_CODE"}
+
+
+def _handler(log_format: LogFormat) -> logging.Handler:
+    if log_format is LogFormat.JOURNAL or (log_format is LogFormat.TEXT and _leads_to_the_journal()):
+        return _JournalHandler()
+    handler = _Handler(sys.stderr)
+    text_format = _TerminalFormat if status.is_lively(sys.stderr) else _TaggedFormat
+    handler.setFormatter(_JsonFormat() if log_format is LogFormat.JSON else text_format())
+    return handler
+
+
+def _leads_to_the_journal() -> bool:
+    if "JOURNAL_STREAM" not in os.environ:
+        return False
+    from bridge.system import journal  # noqa: PLC0415 (see above)
+
+    return journal.is_stderr()
 
 
 def set_up(verbose: int, log_format: LogFormat) -> None:
     """Our own messages only: what libraries log at a high level may hold headers."""
-    handler = _Handler(sys.stderr)
-    text_format = _TerminalFormat if status.is_lively(sys.stderr) else _TextFormat
-    handler.setFormatter(_JsonFormat() if log_format is LogFormat.JSON else text_format())
-    log.handlers = [handler]
+    log.handlers = [_handler(log_format)]
     log.propagate = False
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
 

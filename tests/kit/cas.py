@@ -71,12 +71,15 @@ class Bridge:
         path.write_text(value)
         return str(path)
 
+    def command(self, *args: str) -> list[str]:
+        """To run the installed program."""
+        return [str(Path(sys.executable).with_name("ca-bridge")), *args, "--config", str(self.config)]
+
     def run(self, *args: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Run the installed program."""
-        command = [str(Path(sys.executable).with_name("ca-bridge")), *args, "--config", str(self.config)]
         environment = {**os.environ, "LC_ALL": "C.UTF-8"}
         return subprocess.run(
-            command,
+            self.command(*args),
             capture_output=True,
             text=True,
             check=False,
