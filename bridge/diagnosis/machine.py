@@ -22,6 +22,7 @@ from bridge.settings.tables import Settings
 from bridge.state import copies
 from bridge.state.store import Store
 from bridge.system import files
+from bridge.system.foreign import ForeignLinkError, opened
 from bridge.system.room import Room, rooms
 from bridge.system.safe_read import UnreadableError, read
 from bridge.words import one_line
@@ -37,6 +38,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     yield from room(settings)
     yield from state_directory(settings.node.state_dir)
     yield from lock(settings.node.state_dir, now)
+    yield from _metrics(settings)
     yield from _listed_copies(node, settings)
     yield from _copies(node, [home for home in _homes() if home / ".kube/config" not in settings.copies.files.paths])
 
@@ -103,6 +105,23 @@ def lock(state_dir: Path, now: datetime) -> Iterator[Finding]:
         yield Finding(level="warning", check="hung-run", about="lock", text=text, hint=hint)
     else:
         yield Finding(level="ok", check="lock", about="lock", text=f"a run is under way: {one_line(holder)}")
+
+
+def _metrics(settings: Settings) -> Iterator[Finding]:
+    """Whether the next run could write its metrics; nothing is written."""
+    file = settings.metrics.file
+    if file is None:
+        return
+    try:
+        with opened(file) as place:
+            place.path.parent.stat()
+    except (OSError, ForeignLinkError) as e:
+        reason = e.strerror if isinstance(e, OSError) else str(e)
+        text = f"wanted a directory for the metrics file, found: {reason}"
+        hint = "mend it, or metrics.file in the settings; until then each `renew` ends with exit code 1"
+        yield Finding(level="error", check="metrics", about=str(file), text=one_line(str(text)), hint=hint)
+    else:
+        yield Finding(level="ok", check="metrics", about=str(file), text="is written by each `renew`")
 
 
 # --- copies of admin.conf --------------------------------------------------------------------------------------------

@@ -515,7 +515,7 @@ def test_a_result_that_cannot_be_written_is_an_error(run: Run, config: Path, arg
         for where in (">/dev/full", ">&-")
     )
     assert full.returncode == 1
-    assert re.fullmatch(r"error: .*No space left on device\n", full.stderr)
+    assert re.fullmatch(r"error: .*No space left on device \[run \w+\]\n", full.stderr)
     assert closed.returncode == 0
     assert "Traceback" not in closed.stderr
 

@@ -176,9 +176,12 @@ def test_a_file_that_can_not_be_written_is_no_success(tmp_path: Path) -> None:
     assert run.returncode == 1
     assert f"{file_of(bridge)}: wanted to write the metrics, found: No such file or directory" in run.stderr
     assert "renewed; the old files are in" in run.stdout
+    doctor = bridge.run("doctor")
+    assert (doctor.returncode, "wanted a directory for the metrics file" in doctor.stdout) == (1, True)
     file_of(bridge).parent.mkdir()
     assert bridge.run("renew").returncode == 0
     assert file_of(bridge).exists()
+    assert bridge.run("doctor").returncode == 0
 
 
 @pytest.mark.parametrize("name", ["/x/metrics.txt", "relative.prom", "/x/../etc/a.prom"])

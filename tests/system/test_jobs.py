@@ -110,6 +110,16 @@ def test_systemd_takes_the_units(config: Path, tmp_path: Path, desk: list[str]) 
     assert "50%% off" in text
 
 
+def test_a_unit_may_write_metrics_and_copies(config: Path, tmp_path: Path) -> None:
+    """Where the settings say that `renew` writes; a directory that is missing does not stop it."""
+    more = f'[metrics]\nfile = "{tmp_path}/textfile/a.prom"\n[copies]\nfiles = ["{tmp_path}/alice/.kube/config"]\n'
+    before = setup(config, "systemd").stdout
+    config.write_text(config.read_text() + more)
+    after = setup(config, "systemd").stdout
+    for place in (f"-{tmp_path}/textfile", f"-{tmp_path}/alice/.kube"):
+        assert (place in before, place in after) == (False, True)
+
+
 def test_half_a_desk_and_a_relative_place_are_refused(config: Path) -> None:
     """Before anything is printed."""
     for arguments in (["--inbox", "/srv/i"], ["--inbox", "i", "--outbox", "/srv/o"]):
