@@ -209,7 +209,9 @@ def _cluster(api: Api) -> Iterator[Finding]:
         yield from _config(api)
         yield from _kubelet_config(api)
     except (NoAnswerError, YamlError, UnreadableError) as e:
-        yield _says("cluster", f"kubeadm-config, kubelet-config and bindings were not looked at: {e}")
+        text = f"kubeadm-config, kubelet-config and bindings were not looked at: {e}"
+        hint = "kubeadm upgrade needs the API server, too"
+        yield Finding(level="warning", check="upgrade-not-looked-at", about="cluster", text=text, hint=hint)
 
 
 def _bindings(api: Api) -> Iterator[Finding]:
