@@ -17,6 +17,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests import counts
@@ -26,7 +27,14 @@ NO_SKIP = "CA_BRIDGE_NO_SKIP"
 
 
 def pytest_configure() -> None:
-    """Whoever starts the tests in the background of a shell lets them, and all that they start, ignore SIGINT."""
+    """
+    What does not depend on who starts the tests, and how fast the machine is.
+
+    Whoever starts them in the background of a shell lets them, and all that they start, ignore SIGINT. Hypothesis would
+    take a busy machine for a fault.
+    """
+    hypothesis.settings.register_profile("any machine", deadline=None)
+    hypothesis.settings.load_profile("any machine")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
