@@ -16,6 +16,7 @@ from bridge.cli.printing import end_text, say, say_json, say_table, under_headin
 from bridge.cli.progress import progress_shown
 from bridge.cli.results import grouped, report
 from bridge.errors import BridgeError, Exit
+from bridge.monitoring import metrics
 from bridge.pki import bundle, bundle_text
 from bridge.pki.expiry import residual, rfc3339, seconds_left
 from bridge.renewal import airgap
@@ -37,7 +38,7 @@ def import_answers(
     wait: timedelta,
 ) -> int:
     """`import`: what a CA desk has answered; return the exit code."""
-    with progress_shown() as progress:
+    with metrics.kept_current(settings, now), progress_shown() as progress:
         result, node, strange = airgap.import_answers(
             settings, paths, now, progress, all_or_nothing=all_or_nothing, wait=wait
         )
@@ -61,7 +62,7 @@ def export(
     changes: Changes = NO_CHANGES,
 ) -> int:
     """`export`: a bundle for a CA desk; return the exit code."""
-    with progress_shown() as progress:
+    with metrics.kept_current(settings, now), progress_shown() as progress:
         done, node = airgap.export(settings, path, names, now, progress, wait, any_identity, changes)
     for sentence in done.skipped:
         log.log(logging.DEBUG if not names or ALL in names else logging.INFO, "%s", sentence)
@@ -82,7 +83,7 @@ def inspect(settings: Settings, path: Path, now: datetime) -> int:
 
 def pending_cancel(settings: Settings, names: Collection[str], now: Callable[[], datetime], *, wait: timedelta) -> int:
     """`pending cancel`: return the exit code, which is 1 if one that was named is not there."""
-    with progress_shown() as progress:
+    with metrics.kept_current(settings, now), progress_shown() as progress:
         done = airgap.cancel(settings, names, now, progress, wait)
     for one in done.requests:
         say(f"{one.name}: cancelled; its key is removed, and an answer to it will be refused")

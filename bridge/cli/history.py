@@ -9,6 +9,7 @@ from typing import Any
 from bridge.cli.printing import columns, say, say_json, say_sentence, say_table
 from bridge.cli.results import print_restart, stale
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
+from bridge.monitoring import metrics
 from bridge.pki.certificates import serial_hex
 from bridge.pki.expiry import minute, rfc3339
 from bridge.renewal.verify_and_install import Result
@@ -105,7 +106,8 @@ def rollback(
     as_json: bool,
 ) -> int:
     """`rollback`: put a backup back, and say what to restart; 7 if a copy of a kubeconfig stays behind."""
-    done, node = put_back_and_retire(settings, backup_id, now, force=force, wait=wait)
+    with metrics.kept_current(settings, now):
+        done, node = put_back_and_retire(settings, backup_id, now, force=force, wait=wait)
     components = stale(Result(outcomes=done.outcomes), node, settings)
     if as_json:
         say_json(_rollback_json(done, components))

@@ -84,7 +84,7 @@ def install(
     """`install`: a directory of keys and certificates; return the exit code."""
     from bridge.renewal import install_directory  # noqa: PLC0415 (20 ms, which `renew` needs not)
 
-    with progress_shown() as progress:
+    with metrics.kept_current(settings, now), progress_shown() as progress:
         result, node, selection = install_directory.run(
             settings,
             directory,

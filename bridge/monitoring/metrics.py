@@ -67,6 +67,24 @@ def written(settings: Settings, now: Callable[[], datetime], *, rehearsal: bool 
     _write_or_tell(settings, now, told, start, rehearsal=rehearsal)
 
 
+@contextlib.contextmanager
+def kept_current(settings: Settings, now: Callable[[], datetime]) -> Iterator[None]:
+    """
+    For what is no `renew` and changes what the file tells: write it when that ends, and count nothing.
+
+    A file that can't be written is told.
+    """
+    try:
+        yield
+    finally:
+        file = settings.metrics.file
+        if file is not None:
+            try:
+                write(settings, file, lambda before: before or History(), now())
+            except MetricsError as e:
+                print_error(e)
+
+
 def _code_of(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return interruption.exit_code(error)

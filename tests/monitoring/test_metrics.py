@@ -158,6 +158,26 @@ def test_an_interrupted_run_is_told(tmp_path: Path, number: int, code: int) -> N
     assert metrics.value(file_of(bridge), "ca_bridge_last_success_seconds") is None
 
 
+def test_what_changes_certificates_otherwise_is_told(tmp_path: Path) -> None:
+    """A rollback shows the old ends again, an export what is pending; neither counts as a run."""
+    bridge = bridge_of(tmp_path, days=10)
+    assert bridge.run("renew").returncode == 0
+    before = metrics.samples(file_of(bridge).read_text())
+    assert bridge.run("rollback").returncode == 0
+    assert max(ends(bridge).values()) < time.time() + 11 * 86400
+    pending = "ca_bridge_certificate_pending_since_seconds"
+    assert pending not in metrics.samples(file_of(bridge).read_text())
+    assert bridge.run("export", str(tmp_path / "request.json"), "apiserver").returncode == 0
+    after = metrics.samples(file_of(bridge).read_text())
+    [(labels, since)] = after[pending].items()
+    assert 'name="apiserver"' in labels
+    assert time.time() - 60 < since <= time.time()
+    assert bridge.run("pending", "cancel", "apiserver").returncode == 0
+    assert pending not in metrics.samples(file_of(bridge).read_text())
+    for name in ("ca_bridge_last_run_seconds", "ca_bridge_last_run_exit_code", "ca_bridge_consecutive_failures"):
+        assert after[name] == before[name]
+
+
 def test_without_the_setting_nothing_is_written(tmp_path: Path) -> None:
     """A run with nothing due leaves no trace, as before."""
     bridge = bridge_of(tmp_path)

@@ -350,3 +350,19 @@ def test_with_openbao(node: Pki, tmp_path: Path, bao: openbao.OpenBao) -> None:
     number = serial.replace(":", "")
     pairs = "-".join(number.zfill(len(number) + len(number) % 2)[i : i + 2] for i in range(0, len(number), 2))
     assert bao.read(f"rehearsal-ca/cert/{pairs}")["data"]["revocation_time"] > 0
+
+
+def test_a_credential_that_is_good_once_is_left_to_the_renewal(node: Pki, tmp_path: Path, bao: openbao.OpenBao) -> None:
+    """A wrapped secret_id is not used up: exit 2 says why nobody was asked, and the renewal finds it."""
+    bridge = Bridge(pki=node, directory=tmp_path / "bridge")
+    for name in AUTHORITIES:
+        add_vault(bridge, bao, name, "once")
+        wrapped = bao.wrapped(f"auth/approle/role/once-{name}/secret-id")
+        bridge.secret(f"once-{name}.secret-id", wrapped)
+    bridge.tables = [f"{one}wrapped = true\n" if ".auth]" in one else one for one in bridge.tables]
+    bridge.add("audit", {})
+    told = bridge.run("renew", "--rehearse", "apiserver")
+    assert told.returncode == Exit.USAGE
+    assert "a rehearsal would use up" in told.stderr
+    renewal = bridge.run("renew", "apiserver")
+    assert renewal.returncode == 0, renewal.stderr
