@@ -144,7 +144,7 @@ def settle(settings: Settings, store: Store, record: audit.Record) -> list[Bridg
     for path in settings.copies.files.paths:
         try:
             for name in _refreshed(path, live, owed):
-                log.info("%s: has the new certificate of %s, too", path, name)
+                log.info("%s: holds what %s holds now", path, name)
                 record.add(audit.COPIED, name, new=live[name].certificate, result=str(path))
         except CopyError as e:
             errors.append(e)
