@@ -83,7 +83,8 @@ class ClusterApi:
     ca: ThrowawayCA
     cas: Mapping[str, ThrowawayCA]
     port: int
-    etcd: subprocess.Popen[bytes]
+    etcd: subprocess.Popen[bytes] | None = None  #: None: somebody else's, as is the server.
+    host: str = "127.0.0.1"
     server: subprocess.Popen[bytes] | None = None
     arguments: Sequence[str] = ()
     _clients: dict[tuple[str, ...], Client] = field(default_factory=dict)
@@ -96,7 +97,7 @@ class ClusterApi:
     @property
     def url(self) -> str:
         """Of the API server."""
-        return f"https://127.0.0.1:{self.port}"
+        return f"https://{self.host}:{self.port}"
 
     def credentials(self, user: str, *groups: str) -> tuple[Path, Path]:
         """A client certificate of the cluster's CA, and its key, in files."""

@@ -104,6 +104,7 @@ class Place:
 
     cluster: ClusterApi
     directory: Path
+    user: str = USER
     policy: str = POLICY
     inventory: str = INVENTORY
     tables: list[str] = field(default_factory=list)  #: Of the CA.
@@ -117,7 +118,7 @@ class Place:
         keys = {
             "policy": str(self.directory / "policy.toml"),
             "inventory": str(self.directory / "inventory.toml"),
-            "kubeconfig": str(self.cluster.kubeconfig(USER)),
+            "kubeconfig": str(self.cluster.kubeconfig(self.user)),
             "state_dir": str(self.directory / "state"),
             "lease_duration": "5s",
             **self.gateway,

@@ -196,6 +196,12 @@ class OpenBao:
             time.sleep(0.05)
         raise OpenBaoError(f"{self.url} did not come up\n{(self.home / 'log').read_text()[-2000:]}")
 
+    def start_again(self) -> None:
+        """One with storage on disk, after its end."""
+        self.process = _start(self.home, [f"-config={self.home / 'config.json'}"])
+        self.wait({503})
+        self.unseal()
+
     def stop(self) -> None:
         """End this one process; nothing of it is needed any more, so it need not tidy up."""
         self.process.kill()

@@ -24,7 +24,7 @@ from tests.kit.gateways import DOMAIN, USAGES, Place, csr_pem, node_subject
 from tests.kit.kube_api import ApiServer
 
 SHIPPED = Path(__file__).resolve().parents[2] / "config/kubernetes"
-ACCOUNT = ("system:serviceaccount:ca-bridge:ca-bridge-gateway", "system:serviceaccounts", "system:authenticated")
+ACCOUNT = "system:serviceaccount:ca-bridge:ca-bridge-gateway"
 
 
 def setup(config: Path, *args: str) -> subprocess.CompletedProcess[str]:
@@ -61,7 +61,9 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
 @pytest.mark.kube("etcd", "kube-apiserver", "kubectl")
 def test_a_gateway_works_with_it(api: ApiServer, tmp_path: Path) -> None:
     """With exactly these rights and policies a node gets its certificates, and nobody else approves or asks."""
-    place = Place(cluster=api.cluster, directory=tmp_path, inventory=gateways.INVENTORY + gateways.workers("w1"))
+    place = Place(
+        cluster=api.cluster, directory=tmp_path, user=ACCOUNT, inventory=gateways.INVENTORY + gateways.workers("w1")
+    )
     place.with_openssl()
     place.gateway |= {"lease_namespace": "ca-bridge"}
     run = setup(place.write())
@@ -72,27 +74,20 @@ def test_a_gateway_works_with_it(api: ApiServer, tmp_path: Path) -> None:
     assert set(signers) == set(tomllib.loads(place.policy)["signer"])
     api.apply(run.stdout)
     api.apply("{apiVersion: v1, kind: Node, metadata: {name: w1}}")
-    gateways_user = gateways.USER
-    try:
-        gateways.USER = ACCOUNT[0]
-        with gateways.running(place) as gateway:
-            node = api.client("system:node:w1", "system:nodes")
-            names = {}
-            for signer, sans in ((CLIENT_KUBELET, []), (SERVING, [x509.DNSName("w1.example.com")])):
-                reply = node.create_csr(csr_pem(node_subject("w1"), sans), signer, USAGES[signer])
-                assert reply.status == 201, reply
-                names[signer] = str(reply.document["metadata"]["name"])
-            for name in names.values():
-                gateway.until(lambda: gateways.read(api.cluster, name)["status"].get("certificate"), what=name)  # noqa: B023
-            hostile = node.create_csr(
-                csr_pem(node_subject("w1"), [x509.DNSName("kubernetes")]), SERVING, USAGES[SERVING]
-            )
-            name = hostile.document["metadata"]["name"]
-            gateway.until(lambda: gateways.conditions(gateways.read(api.cluster, name)), what=name)
-            assert gateways.state_of(gateways.read(api.cluster, name)) == "denied"
-            assert gateway.end() == 0
-    finally:
-        gateways.USER = gateways_user
+    with gateways.running(place) as gateway:
+        node = api.client("system:node:w1", "system:nodes")
+        names = {}
+        for signer, sans in ((CLIENT_KUBELET, []), (SERVING, [x509.DNSName("w1.example.com")])):
+            reply = node.create_csr(csr_pem(node_subject("w1"), sans), signer, USAGES[signer])
+            assert reply.status == 201, reply
+            names[signer] = str(reply.document["metadata"]["name"])
+        for name in names.values():
+            gateway.until(lambda: gateways.read(api.cluster, name)["status"].get("certificate"), what=name)  # noqa: B023
+        hostile = node.create_csr(csr_pem(node_subject("w1"), [x509.DNSName("kubernetes")]), SERVING, USAGES[SERVING])
+        name = hostile.document["metadata"]["name"]
+        gateway.until(lambda: gateways.conditions(gateways.read(api.cluster, name)), what=name)
+        assert gateways.state_of(gateways.read(api.cluster, name)) == "denied"
+        assert gateway.end() == 0
 
 
 @pytest.mark.kube("etcd", "kube-apiserver", "kubectl")
