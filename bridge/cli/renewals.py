@@ -191,7 +191,7 @@ def _plan_row(item: Item, settings: Settings, now: datetime) -> tuple[str, ...]:
     verb = "replace" if item.certificates else "make"
     return (
         item.spec.name,
-        end_text(first_end(item.certificates), now) if item.certificates else "not on this node",
+        end_text(first_end(item.ending), now) if item.certificates else "not on this node",
         f"ask {_asked(item, settings)}",
         f"{verb} {_replaced(item)}",
     )

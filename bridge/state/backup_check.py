@@ -24,6 +24,7 @@ from bridge.node.inventory import Item, Node
 from bridge.pki import csr, verify
 from bridge.pki.certificates import load_pem_certificates
 from bridge.settings.tables import Settings
+from bridge.specs import KUBELET_SERVER
 from bridge.state.backups import Backup, BackupError, File
 from bridge.state.install import (
     digest,
@@ -46,8 +47,8 @@ class Problem:
 
     @property
     def can_be_forced(self) -> bool:
-        """Whether the node could run on it nevertheless."""
-        return not self.is_damage and self.subject not in _NEVER_FORCED
+        """Whether the node could run on it nevertheless; a kubelet serves with whatever it has, its own included."""
+        return not self.is_damage and (self.certificate == KUBELET_SERVER or self.subject not in _NEVER_FORCED)
 
     def __str__(self) -> str:
         about = f"{self.subject}: " if self.subject else ""

@@ -28,9 +28,10 @@ from bridge.pki import bundle, continuity, csr
 from bridge.specs import AUTHORITIES, SPECS
 from bridge.testing import TestCA
 from tests.kit.opensslca import make_ca_directory
+from tests.kit.pki import PKI_SPECS
 
 #: What a node of this fleet asks for: ten certificates, of all three authorities and all usage classes.
-NAMES = tuple(name for name in SPECS if name not in {"super-admin.conf", "kubelet.conf"})
+NAMES = tuple(name for name in PKI_SPECS if name not in {"super-admin.conf", "kubelet.conf"})
 VALIDITY = timedelta(days=365)
 _CLUSTER = "bench"
 _SAMPLES_PER_SECOND = 20

@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from bridge.specs import AUTHORITIES, SPECS, Component
+from bridge.specs import AUTHORITIES, Component
 from tests.bench.__main__ import write_between
 from tests.kit import nodes, openbao, programs
 from tests.kit.cas import add_vault, live_certificates
@@ -32,6 +32,7 @@ from tests.kit.doors import door
 from tests.kit.looking import Traffic, traffic
 from tests.kit.node import Node
 from tests.kit.nodes import LiveBridge, NodePki, wait_for
+from tests.kit.pki import PKI_SPECS
 
 DOCUMENT = Path(__file__).parents[2] / "docs/versions.md"
 NAME, IP = f"older-{os.getpid() % 100_000}", "198.18.77.150"
@@ -107,15 +108,15 @@ def walk(directory: Path, lifetime: int) -> Seen:
     """
     with _site(directory, lifetime) as bridge:
         old, before = live_certificates(bridge.pki), nodes.containers(bridge.node)
-        assert set(old) == set(SPECS)
+        assert set(old) == set(PKI_SPECS)
         with traffic(bridge.node) as during:
-            run = bridge.run("renew", *SPECS, "-o", "json")
+            run = bridge.run("renew", *PKI_SPECS, "-o", "json")
         print(run.stdout, run.stderr)
         assert run.returncode == 0
         end = max(one.not_valid_after_utc for one in old.values())
         assert datetime.now(UTC) < end, "the old certificates ended meanwhile: wanted more --minutes"
         result, new = json.loads(run.stdout), live_certificates(bridge.pki)
-        assert [name for name in SPECS if new[name] == old[name]] == []
+        assert [name for name in PKI_SPECS if new[name] == old[name]] == []
         assert during.errors == []
         assert during.turns > 0
         _assert_untouched(bridge, before)

@@ -25,7 +25,7 @@ import pytest
 
 from bridge.errors import Exit
 from bridge.renewal.gate import MANY
-from bridge.specs import AUTHORITIES, SPECS, Component
+from bridge.specs import AUTHORITIES, Component
 from tests.counts import Tried
 from tests.kit import nodes
 from tests.kit.cas import add_vault, live_certificates
@@ -33,12 +33,12 @@ from tests.kit.doors import Door, door
 from tests.kit.node import Node
 from tests.kit.nodes import LiveBridge, NodePki
 from tests.kit.openbao import OpenBao
-from tests.kit.pki import Pki
+from tests.kit.pki import PKI_SPECS, Pki
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]
 
 NAME, IP = f"fast-{os.getpid() % 100_000}", "198.18.77.130"
-NAMES = [name for name in SPECS if name != "kubelet.conf"]
+NAMES = [name for name in PKI_SPECS if name != "kubelet.conf"]
 #: Who goes on with an old certificate on 1.37, and where it has it from.
 RESTARTED = {"kube-controller-manager": "controller-manager.conf", "kube-scheduler": "scheduler.conf"}
 

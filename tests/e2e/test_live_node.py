@@ -22,8 +22,10 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from bridge.node import kubeconfig
+from bridge.pki import csr
 from bridge.pki.certificates import fingerprint, load_pem_certificates
-from bridge.specs import AUTHORITIES, SPECS, Component
+from bridge.specs import AUTHORITIES, Component
 from tests.counts import Tried
 from tests.kit import nodes, programs
 from tests.kit.cas import add_vault, live_certificates
@@ -33,7 +35,7 @@ from tests.kit.looking import Audit, traffic
 from tests.kit.node import Node
 from tests.kit.nodes import LiveBridge, NodePki, wait_for
 from tests.kit.openbao import OpenBao
-from tests.kit.pki import finalize
+from tests.kit.pki import PKI_SPECS
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]
 
@@ -92,7 +94,7 @@ def seconds_without_answer(errors: list[str]) -> float:
     return sum(0.1 + float(found[1]) for error in errors if (found := re.search(r"after ([0-9.]+) s", error)))
 
 
-STATIC_NAMES = [name for name in SPECS if name != "kubelet.conf"]
+STATIC_NAMES = [name for name in PKI_SPECS if name != "kubelet.conf"]
 
 
 def test_needed_restarts_cost_not_one_answer(site: Site, tried: Tried) -> None:
@@ -244,24 +246,22 @@ xargs -d '\\n' -a /run/kubelet.args setsid >>{log} 2>&1 </dev/null &
 
 
 def test_the_kubelet_is_restarted_on_its_new_certificate(site: Site) -> None:
-    """kubelet.conf with embedded data, by the settings' command; its copy of the old one is taken away."""
+    """kubelet.conf with embedded data, by the settings' command; it refers to the kubelet's own file from then on."""
     run = site.bridge.run("renew", "kubelet.conf")
     assert run.returncode == 0, run.stderr
     assert "kubelet in " in run.stdout
     assert site.bridge.run("prove", "--wait", "60s").returncode == 0
-    copy = "/var/lib/kubelet/pki/kubelet-client-current.pem"
+    current = "/var/lib/kubelet/pki/kubelet-client-current.pem"
+    found = kubeconfig.parse((site.node.kubeconfig_dir / "kubelet.conf").read_bytes())
+    assert (found.certificate_file, found.key_file, found.certificate_data) == (current, current, None)
     new = live_certificates(site.bridge.pki)["kubelet.conf"]
-
-    def copied() -> bool:
-        found = site.node.exec("cat", copy, check=False).stdout.encode()
-        return bool(found) and load_pem_certificates(found)[0] == new
-
-    wait_for("the kubelet's new copy", copied, seconds=60)
+    assert load_pem_certificates(site.node.exec("cat", current).stdout.encode())[0] == new
 
 
 def test_a_kubelet_that_an_expired_certificate_keeps_down_is_repaired_by_renew_alone(site: Site) -> None:
     """Its kubelet.conf refers to the kubelet's own file, as kubeadm leaves it, and that has ended: no start succeeds."""
     pki, node = site.bridge.pki, site.node
+    assert site.bridge.run("renew", "kubelet.conf").returncode == 0
     certificate, key = pki.ca_pem("ca")
     signer = Signer(certificate=x509.load_pem_x509_certificate(certificate), key=load_pem_private_key(key, None))  # type: ignore[arg-type]
     old = live_certificates(pki)["kubelet.conf"]
@@ -272,7 +272,10 @@ def test_a_kubelet_that_an_expired_certificate_keeps_down_is_repaired_by_renew_a
     arguments, log = site.bridge.directory / "kubelet.args", node.root.parent / "kubelet.log"
     with arguments.open("a") as file:  # as kubeadm's unit has it; with an expired certificate it ends for want of it
         file.write("--bootstrap-kubeconfig=/etc/kubernetes/bootstrap-kubelet.conf\n")
-    current = finalize(pki, signed_again(old, signer, end=datetime.now(UTC) - timedelta(minutes=1)))
+    link = node.root / "var/lib/kubelet/pki/kubelet-client-current.pem"
+    current = link.parent / link.readlink().name
+    pair = current.read_bytes()
+    current.write_bytes(signed_again(old, signer, end=datetime.now(UTC) - timedelta(minutes=1)) + csr.key_block(pair))
     node.exec("pkill", "-f", running)
     # what systemd does: again and again
     again = f"while sleep 1; do xargs -d '\\n' -a {arguments} env </dev/null >>{log} 2>&1; done"
@@ -288,7 +291,8 @@ def test_a_kubelet_that_an_expired_certificate_keeps_down_is_repaired_by_renew_a
             run = site.bridge.run("renew")
         print(run.stdout, run.stderr)
         assert run.returncode == 0, run.stderr
-        assert current.is_symlink()
+        assert link.is_symlink()
+        assert link.readlink().name > current.name
         wait_for("a node that is Ready", lambda: nodes.is_ready(node), seconds=120)
         assert site.bridge.run("prove", "--wait", "60s").returncode == 0
     finally:

@@ -24,6 +24,7 @@ from tests.kit import issuing, nodes
 from tests.kit.issuing import Signer
 from tests.kit.node import Node
 from tests.kit.nodes import wait_for
+from tests.kit.pki import PKI_SPECS
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]
 
@@ -112,7 +113,7 @@ def test_finds_nothing_on_a_node_that_was_just_made(node: Node) -> None:
     """Every certificate that there is was looked at, and every component; each of them is current."""
     code, findings, stale = prove(node, "--wait", "60s")
     assert (code, stale) == (0, [])
-    assert {finding["certificate"] for finding in findings} == {*SPECS, "(its own)"}
+    assert {finding["certificate"] for finding in findings} == {*PKI_SPECS, "(its own)"}
     assert {finding["component"] for finding in findings} == {None, *(component.value for component in Component)}
     assert {finding["state"] for finding in findings} == {"current", "not-ours"}
     served = [finding["what"] for finding in findings if finding["what"].startswith("serves")]

@@ -17,7 +17,8 @@ from cryptography import x509
 
 from backends import vault_setup
 from bridge.node import inventory
-from bridge.specs import AUTHORITIES, SPECS
+from bridge.pki.certificates import load_pem_certificates
+from bridge.specs import AUTHORITIES, KUBELET_CONF, SPECS
 from tests.kit import cfssl, opensslca
 from tests.kit.openbao import OpenBao
 from tests.kit.pki import Pki
@@ -30,7 +31,12 @@ VALIDITY = timedelta(days=365)
 def live_certificates(pki: Pki) -> dict[str, x509.Certificate]:
     """The leaves on the node by kubeadm's name."""
     items = inventory.read(pki.pki_dir, pki.kubeconfig_dir).items
-    return {item.spec.name: item.certificates[0] for item in items if item.state == "present" and item.managed}
+    found = {item.spec.name: item.certificates[0] for item in items if item.state == "present" and item.managed}
+    current = pki.root / "var/lib/kubelet/pki/kubelet-client-current.pem"
+    if KUBELET_CONF not in found and current.is_symlink():  # a path that is right on the node alone
+        dated = current.parent / current.readlink().name
+        found[KUBELET_CONF] = load_pem_certificates(dated.read_bytes())[0]
+    return found
 
 
 @dataclass(kw_only=True)

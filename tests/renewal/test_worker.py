@@ -1,0 +1,282 @@
+"""A worker: a kubelet and nothing of a control plane, laid out below a directory of its own, and a CA elsewhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.x509.oid import NameOID
+
+from bridge.node import inventory, kubeconfig
+from bridge.pki import csr
+from bridge.pki.certificates import load_pem_certificates, pem, san_entries
+from tests.kit.cas import Bridge, add_openssl
+from tests.kit.issuing import Signer, signed_again
+from tests.kit.pki import ADDRESS, NODE, finalize, handmade_pki
+
+FLAGS = f'KUBELET_KUBEADM_ARGS="--hostname-override={NODE} --node-ip={ADDRESS}"\n'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worker:
+    """Its files, and ca-bridge for them."""
+
+    bridge: Bridge
+
+    @property
+    def kubelet_dir(self) -> Path:
+        """Takes the place of `/var/lib/kubelet`."""
+        return self.bridge.pki.root / "var/lib/kubelet"
+
+    @property
+    def pki_dir(self) -> Path:
+        """The kubelet's own."""
+        return self.kubelet_dir / "pki"
+
+    @property
+    def conf(self) -> Path:
+        """Its kubeconfig."""
+        return self.bridge.pki.kubeconfig_dir / "kubelet.conf"
+
+    def node(self) -> inventory.Node:
+        """What the program sees."""
+        pki = self.bridge.pki
+        return inventory.read(pki.pki_dir, pki.kubeconfig_dir, self.kubelet_dir)
+
+    def configure(self, text: str) -> None:
+        """The kubelet's configuration."""
+        (self.kubelet_dir / "config.yaml").write_text(f"kind: KubeletConfiguration\n{text}")
+
+    def serve(self, name: str, *, end: timedelta | None, sans: tuple[x509.GeneralName, ...] = ()) -> x509.Certificate:
+        """Give it a serving certificate; without an end one that it made itself."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        leaf = _self_made(name, key)
+        if end is not None:
+            leaf = load_pem_certificates(signed_again(leaf, self._signer(), sans=sans, end=datetime.now(UTC) + end))[0]
+        (self.pki_dir / "kubelet.crt").write_bytes(pem(leaf))
+        (self.pki_dir / "kubelet.key").touch(mode=0o600)
+        (self.pki_dir / "kubelet.key").write_bytes(csr.key_pem(key))
+        return leaf
+
+    def served(self) -> x509.Certificate:
+        """What its kubelet would show."""
+        return load_pem_certificates((self.pki_dir / "kubelet.crt").read_bytes())[0]
+
+    def _signer(self) -> Signer:
+        certificate, key = self.bridge.pki.ca_pem("ca")
+        return Signer(certificate=x509.load_pem_x509_certificate(certificate), key=load_pem_private_key(key, None))  # type: ignore[arg-type]
+
+
+def _self_made(name: str, key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
+    """As a kubelet makes one, in this name."""
+    now = datetime.now(UTC)
+    subject = x509.Name(
+        [
+            x509.NameAttribute(NameOID.ORGANIZATION_NAME, "system:nodes"),
+            x509.NameAttribute(NameOID.COMMON_NAME, name),
+        ]
+    )
+    issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{name}-ca@1795000000")])
+    builder = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key.public_key())
+    builder = (
+        builder.serial_number(7).not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(days=300))
+    )
+    sans = x509.SubjectAlternativeName([x509.DNSName(NODE)])
+    return builder.add_extension(sans, critical=False).sign(key, hashes.SHA256())
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., Worker]:
+    """A worker whose client certificate was made so long ago, for a year."""
+
+    def made(*, days_ago: int = 0, refer: bool = True) -> Worker:
+        pki = handmade_pki(tmp_path / "node", external=True, now=datetime.now(UTC) - timedelta(days=days_ago))
+        bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
+        text = bridge.config.read_text()
+        bridge.tables[0] = text + f'kubelet_dir = "{pki.root}/var/lib/kubelet"\n'
+        add_openssl(bridge, "ca")
+        for path in pki.kubeconfig_dir.iterdir():
+            if path.name not in ("pki", "kubelet.conf"):
+                path.unlink()
+        for path in pki.pki_dir.iterdir():
+            if path.name != "ca.crt":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        worker = Worker(bridge=bridge)
+        worker.pki_dir.mkdir(parents=True)
+        worker.configure("rotateCertificates: true\n")
+        if refer:
+            finalize(pki)
+        return worker
+
+    return made
+
+
+Make = Callable[..., Worker]
+
+
+def test_a_worker_is_told_from_a_control_plane_by_its_files(make: Make) -> None:
+    """An administrator's kubeconfig makes no difference; one file of a control plane does."""
+    worker = make()
+    assert worker.node().role == "worker"
+    assert [item.spec.name for item in worker.node().items] == ["kubelet.conf"]
+    assert [state.authority.name for state in worker.node().authorities] == ["ca"]
+    assert worker.node().troubles == ()
+    conf = worker.bridge.pki.kubeconfig_dir
+    (conf / "admin.conf").write_text("")
+    assert [item.spec.name for item in worker.node().items] == ["admin.conf", "kubelet.conf"]
+    for trace in ("pki/apiserver.key", "controller-manager.conf", "manifests/etcd.yaml"):
+        (conf / trace).parent.mkdir(exist_ok=True)
+        (conf / trace).write_text("")
+        assert worker.node().role == "control plane"
+        (conf / trace).unlink()
+    worker.conf.unlink()
+    assert worker.node().role == "control plane"
+
+
+def test_every_command_is_content_with_a_worker(make: Make, tmp_path: Path) -> None:
+    """Nothing of a control plane is missed, and nothing is due."""
+    worker = make()
+    for command in (["doctor"], ["plan"], ["renew"], ["check-expiration"], ["check-expiration", "-o", "nagios"]):
+        run = worker.bridge.run(*command)
+        assert run.returncode == 0, f"{command}: {run.stdout}{run.stderr}"
+        assert "apiserver" not in run.stdout + run.stderr
+    assert worker.bridge.run("export", str(tmp_path / "b.json"), "kubelet.conf").returncode == 0
+    assert worker.bridge.run("renew", "apiserver").returncode == 1
+
+
+def test_without_kubelet_rotation_it_is_due_as_every_other_is(make: Make) -> None:
+    """With `rotateCertificates: true` a signer has until a tenth of the lifetime is left; with false there is none."""
+    worker = make(days_ago=320)
+    worker.bridge.add("renewal", {"before": "60d"})
+    assert worker.bridge.run("plan").returncode == 0
+    worker.configure("rotateCertificates: false\n")
+    assert worker.bridge.run("plan").returncode == 3
+
+
+@pytest.mark.parametrize("days_ago", [364, 370])
+def test_a_client_certificate_that_ends_is_first_everywhere(make: Make, days_ago: int) -> None:
+    """In the table, doctor, the plan, nagios' line and prometheus' neighbours; `renew` alone mends it."""
+    worker = make(days_ago=days_ago)
+    worker.serve(f"system:node:{NODE}", end=timedelta(days=2), sans=(x509.DNSName(NODE),))
+    rows = [line for line in worker.bridge.run("check-expiration").stdout.splitlines() if "EXTERNALLY" not in line]
+    assert rows[0].startswith("kubelet.conf")
+    assert worker.bridge.run("plan").stdout.startswith("kubelet.conf")
+    said = worker.bridge.run("check-expiration", "-o", "nagios")
+    assert said.stdout.startswith("CERTIFICATES CRITICAL - kubelet.conf")
+    findings = json.loads(worker.bridge.run("doctor", "-o", "json").stdout)["findings"]
+    assert findings[0]["about"][0] == "kubelet.conf"
+    run = worker.bridge.run("renew", "-o", "json")
+    assert run.returncode == 0, run.stderr
+    assert next(one["name"] for one in json.loads(run.stdout)["renewed"]) == "kubelet.conf"
+    rows = [line for line in worker.bridge.run("check-expiration").stdout.splitlines() if "EXTERNALLY" not in line]
+    assert rows[0].startswith("ca ")
+
+
+def test_an_embedded_one_becomes_a_reference(make: Make) -> None:
+    """Where the kubelet has a directory of its own; the rollback brings the data back, and takes the new files away."""
+    worker = make(days_ago=364, refer=False)
+    before = worker.conf.read_bytes()
+    run = worker.bridge.run("renew")
+    assert run.returncode == 0, run.stderr
+    current = worker.pki_dir / "kubelet-client-current.pem"
+    found = kubeconfig.parse(worker.conf.read_bytes())
+    assert (found.certificate_file, found.certificate_data) == (str(current), None)
+    assert current.resolve().stat().st_mode & 0o777 == 0o600
+    back = worker.bridge.run("rollback", "--force")
+    assert back.returncode == 0, back.stderr
+    assert worker.conf.read_bytes() == before
+    assert list(worker.pki_dir.iterdir()) == []
+
+
+# --- what it serves with ---------------------------------------------------------------------------------------------
+
+
+def test_one_that_the_kubelet_made_is_replaced_only_when_asked(make: Make) -> None:
+    """Shown, told, and left alone by `renew all`; named, it gets the names of the node's own configuration."""
+    worker = make()
+    own = worker.serve(NODE, end=None)
+    (worker.kubelet_dir / "kubeadm-flags.env").write_text(FLAGS)
+    assert "kubelet-server" in worker.bridge.run("check-expiration").stdout
+    assert "made by the kubelet itself" in worker.bridge.run("doctor").stdout
+    assert worker.bridge.run("renew", "all").returncode == 0
+    assert worker.served() == own
+
+    run = worker.bridge.run("renew", "kubelet-server")
+    assert run.returncode == 0, run.stderr
+    leaf = worker.served()
+    assert san_entries(leaf) == {("DNS", NODE), ("IP", ADDRESS)}
+    assert leaf.subject.rfc4514_string() == f"CN=system:node:{NODE},O=system:nodes"
+    assert worker.bridge.run("rollback", "--force").returncode == 0
+    assert worker.served() == own
+
+
+def test_without_an_address_nothing_is_asked_for(make: Make) -> None:
+    """The message says what to set; with the names in the settings `renew` alone replaces it."""
+    worker = make()
+    own = worker.serve(NODE, end=None)
+    run = worker.bridge.run("renew", "kubelet-server")
+    assert run.returncode == 1
+    assert "[certificate.kubelet-server] sans" in run.stderr
+    assert worker.served() == own
+    worker.bridge.add("certificate.kubelet-server", {"sans": ["w.example.com", "192.0.2.50"]})
+    run = worker.bridge.run("renew")
+    assert run.returncode == 0, run.stderr
+    assert san_entries(worker.served()) == {("DNS", "w.example.com"), ("IP", "192.0.2.50")}
+    assert "nothing is due" in worker.bridge.run("renew").stdout
+
+
+def test_one_of_the_ca_keeps_its_names(make: Make) -> None:
+    """It is renewed when due, in its own name."""
+    worker = make()
+    old = worker.serve(f"system:node:{NODE}", end=timedelta(days=3), sans=(x509.DNSName(NODE), x509.DNSName("w.lan")))
+    assert worker.bridge.run("plan").returncode == 3
+    run = worker.bridge.run("renew")
+    assert run.returncode == 0, run.stderr
+    assert (san_entries(worker.served()), worker.served() != old) == (san_entries(old), True)
+
+
+def test_one_in_another_name_is_not_renewed(make: Make) -> None:
+    """A certificate of the cluster's CA that is an administrator's gives nobody its name."""
+    worker = make()
+    worker.serve("kubernetes-admin", end=timedelta(days=3), sans=(x509.DNSName(NODE),))
+    run = worker.bridge.run("renew")
+    assert run.returncode != 0
+    assert "kubelet-server" in run.stderr
+
+
+@pytest.mark.parametrize(
+    "san", ["kubernetes", "kubernetes.default.svc", "x.y.svc.cluster.local", "localhost", "*.x.org", "a b"]
+)
+def test_names_of_services_are_refused_in_the_settings(make: Make, san: str) -> None:
+    """A kubelet that answers to them could be taken for the API server."""
+    worker = make()
+    worker.bridge.add("certificate.kubelet-server", {"sans": [NODE, san]})
+    run = worker.bridge.run("settings", "check")
+    assert run.returncode == 2
+    assert repr(san) in run.stderr
+
+
+def test_one_from_a_signer_goes_into_a_new_file(make: Make) -> None:
+    """`serverTLSBootstrap` with nobody who signs: past nine tenths it is ours, like the client certificate."""
+    worker = make()
+    leaf = worker.serve(f"system:node:{NODE}", end=timedelta(minutes=3), sans=(x509.DNSName(NODE),))
+    dated = worker.pki_dir / "kubelet-server-2026-01-02-03-04-05.pem"
+    dated.touch(mode=0o600)
+    dated.write_bytes((worker.pki_dir / "kubelet.crt").read_bytes() + (worker.pki_dir / "kubelet.key").read_bytes())
+    current = worker.pki_dir / "kubelet-server-current.pem"
+    current.symlink_to(dated)
+    worker.configure("rotateCertificates: true\nserverTLSBootstrap: true\n")
+    run = worker.bridge.run("renew")
+    assert run.returncode == 0, run.stderr
+    new = load_pem_certificates(current.read_bytes())[0]
+    assert (new != leaf, current.resolve() != dated, dated.exists()) == (True, True, True)
+    assert san_entries(new) == san_entries(leaf)
