@@ -13,13 +13,13 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import NameOID
 
 from bridge.bootstrap.orders import Order, OrderError
-from bridge.bootstrap.places import KUBELET_CONF, SERVING, specs_of
+from bridge.bootstrap.places import specs_of
 from bridge.node import kubeadm_config
 from bridge.node.kubeadm_config import KubeadmConfigError
 from bridge.pki.csr import generate_key
 from bridge.pki.kubeadm_names import Facts, NoFactError, naming
 from bridge.pki.naming import Naming, general_name, subject_of
-from bridge.specs import CertificateSpec
+from bridge.specs import KUBELET_CONF, KUBELET_SERVER, CertificateSpec
 
 _LIFETIME = timedelta(days=1)
 
@@ -55,7 +55,7 @@ def _naming(spec: CertificateSpec, order: Order) -> Naming:
     subject = subject_of(f"system:node:{node.name}", ("system:nodes",))
     if spec.name == KUBELET_CONF:
         return Naming(subject=subject)
-    if spec.name == SERVING:
+    if spec.name == KUBELET_SERVER:
         return Naming(subject=subject, sans=tuple(map(general_name, (node.name, *node.addresses))))
     config = kubeadm_config.parse(order.cluster.text().encode())
     facts = Facts(

@@ -14,10 +14,11 @@ from cryptography.x509.oid import NameOID
 
 from bridge.bootstrap import authorities
 from bridge.bootstrap.authorities import Certificates
-from bridge.bootstrap.places import KUBELET_CONF, SERVING, Places, Role, authorities_of
+from bridge.bootstrap.places import Places, Role, authorities_of
 from bridge.pki.certificates import pem
 from bridge.pki.verify import Verified
 from bridge.renewal.prepare import Prepared
+from bridge.specs import KUBELET_CONF, KUBELET_SERVER
 from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, Replacement, digest
 from bridge.system.files import Attributes
 
@@ -49,7 +50,7 @@ class Composer:
             data = self._kubeconfig(spec.name, verified.leaf, _embedded(chain, one.key_pem))
             yield self._file(spec.name, places.kubeconfigs / spec.base, data, _PRIVATE)
         else:
-            key, certificate = places.serving if spec.name == SERVING else places.pair(spec)
+            key, certificate = places.serving if spec.name == KUBELET_SERVER else places.pair(spec)
             yield self._file(spec.name, key, one.key_pem, _PRIVATE)
             yield self._file(spec.name, certificate, chain, _PUBLIC)
 

@@ -23,12 +23,12 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from cryptography.x509.oid import NameOID
 
-from bridge.bootstrap.places import KUBELET_CONF, Role, specs_of
+from bridge.bootstrap.places import Role, specs_of
 from bridge.errors import BridgeError, Exit
 from bridge.node import kubeconfig
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki import csr
-from bridge.specs import KEY_ALGORITHMS, SPECS, CertificateSpec, KeyAlgorithm
+from bridge.specs import KEY_ALGORITHMS, KUBELET_CONF, SPECS, CertificateSpec, KeyAlgorithm
 from bridge.system.files import Attributes, write_staged
 from bridge.system.run_command import Output, run
 from bridge.system.safe_read import UnreadableError, read

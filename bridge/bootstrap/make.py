@@ -21,8 +21,6 @@ from bridge.bootstrap.kept import Kept
 from bridge.bootstrap.keys import ForeignSaError, Made
 from bridge.bootstrap.kubeadm_config import Configuration, assert_usable
 from bridge.bootstrap.places import (
-    KUBELET_CONF,
-    SERVING,
     SUPER_ADMIN,
     Places,
     Role,
@@ -43,7 +41,7 @@ from bridge.renewal.readiness import assert_room
 from bridge.renewal.selection import outcome_of
 from bridge.renewal.verify_and_install import await_validity, remember, verify_all
 from bridge.settings.tables import Settings
-from bridge.specs import AUTHORITIES, SPECS, CertificateSpec, KeyAlgorithm
+from bridge.specs import AUTHORITIES, KUBELET_CONF, KUBELET_SERVER, SPECS, CertificateSpec, KeyAlgorithm
 from bridge.state import audit
 from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, Replacement, digest, install
 from bridge.state.outcome import Outcome
@@ -340,8 +338,7 @@ class _Making:
             # the local endpoint, which kubeadm itself writes at the next upgrade
             local = made["controller-manager.conf"].server
             made[KUBELET_CONF] = dataclasses.replace(made[KUBELET_CONF], server=local)
-        if any(spec.name == SERVING for spec in specs_of(wish.role)):
-            made[SERVING] = keys.kubelet_serving(wish.node, wish.addresses, keys.algorithm_of(made))
+        made[KUBELET_SERVER] = keys.kubelet_serving(wish.node, wish.addresses, keys.algorithm_of(made))
         return made
 
     def _new_sa(self, algorithm: KeyAlgorithm) -> tuple[str, str]:
@@ -583,7 +580,7 @@ def _item(spec: CertificateSpec, places: Places) -> Item:
     elif spec.kubeconfig:
         key, certificate = None, places.kubeconfigs / spec.base
     else:
-        key, certificate = places.serving if spec.name == SERVING else places.pair(spec)
+        key, certificate = places.serving if spec.name == KUBELET_SERVER else places.pair(spec)
     return Item(
         spec=spec,
         authority_external=True,

@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from bridge.specs import AUTHORITIES, SPECS, Authority, CertificateSpec
+from bridge.node.kubelet_files import KUBELET_DIR
+from bridge.specs import AUTHORITIES, KUBELET_CONF, KUBELET_SERVER, SPECS, Authority, CertificateSpec
 
 #: init: the first control-plane node; control-plane: a further one; worker: a node without a control plane.
 Role = Literal["init", "control-plane", "worker"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
-KUBELET_CONF = "kubelet.conf"
 SUPER_ADMIN = "super-admin.conf"
-SERVING = "kubelet-server"
-KUBELET_DIRECTORY = Path("/var/lib/kubelet")
 ETCD_DIRECTORY = Path("/var/lib/etcd")
 
 
@@ -26,7 +24,7 @@ class Places:
 
     pki: Path
     kubeconfigs: Path
-    kubelet: Path = KUBELET_DIRECTORY
+    kubelet: Path = KUBELET_DIR
     etcd: Path = ETCD_DIRECTORY
 
     @property
@@ -81,7 +79,7 @@ class Places:
 def specs_of(role: Role) -> list[CertificateSpec]:
     """The certificates that a new node of this kind needs."""
     if role == "worker":
-        return [SPECS[name] for name in (KUBELET_CONF, SERVING) if name in SPECS]
+        return [SPECS[KUBELET_CONF], SPECS[KUBELET_SERVER]]
     return [one for one in SPECS.values() if role == "init" or one.name != SUPER_ADMIN]
 
 

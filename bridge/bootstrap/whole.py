@@ -25,7 +25,7 @@ from cryptography.x509.oid import NameOID
 from bridge.bootstrap.authorities import shared_key, trouble
 from bridge.bootstrap.files import Read
 from bridge.bootstrap.kubeadm_config import Configuration
-from bridge.bootstrap.places import KUBELET_CONF, SERVING, Places, Role, authorities_of, ca_keys, specs_of
+from bridge.bootstrap.places import Places, Role, authorities_of, ca_keys, specs_of
 from bridge.contract import Issued, SignRequest
 from bridge.errors import VerificationError
 from bridge.node import kubeconfig
@@ -33,7 +33,7 @@ from bridge.node.kubeconfig import Kubeconfig, KubeconfigError
 from bridge.pki import csr, identity, verify
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates, san_entries
 from bridge.pki.csr import PrivateKey
-from bridge.specs import CA, CertificateSpec
+from bridge.specs import CA, KUBELET_CONF, KUBELET_SERVER, CertificateSpec
 
 _SPKI = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 _NO_KEY = (ValueError, TypeError, UnsupportedAlgorithm)
@@ -82,7 +82,7 @@ class Look:
         places = self.places
         if spec.name == KUBELET_CONF:
             return [places.kubeconfigs / spec.base, places.kubelet_current]
-        if spec.name == SERVING:
+        if spec.name == KUBELET_SERVER:
             return list(places.serving)
         return [places.kubeconfigs / spec.base] if spec.kubeconfig else list(places.pair(spec))
 

@@ -21,8 +21,9 @@ from bridge.bootstrap.kubeadm_config import (
 )
 from bridge.bootstrap.make import Wish
 from bridge.bootstrap.orders import NewNode, Order, OrderError, new_node
-from bridge.bootstrap.places import ETCD_DIRECTORY, KUBELET_CONF, Places, Role
+from bridge.bootstrap.places import ETCD_DIRECTORY, Places, Role
 from bridge.settings.tables import Settings
+from bridge.specs import KUBELET_CONF
 from bridge.system.safe_read import UnreadableError, read
 
 _ADMIN = "admin.conf"
@@ -40,7 +41,6 @@ class Said:
     given: Order | None = field(default=None, repr=False)  #: What another node shares.
     ca_dir: Path | None = None
     kubeadm: str = "kubeadm"
-    kubelet: Path | None = None
     keep: Path | None = None
     request: Path | None = None
     answers: tuple[Path, ...] = ()
@@ -64,7 +64,7 @@ def of_init(settings: Settings, said: Said) -> Wish:
     else:
         config = from_facts(said.facts)
         data = config.text().encode()
-    places = _places(settings, said, config)
+    places = _places(settings, config)
     is_in_place = said.config is not None and said.config.absolute() == places.kubeadm_config
     files = {} if is_in_place else {places.kubeadm_config: data}
     addresses = node.addresses if node is not None else (config.address,)
@@ -91,7 +91,7 @@ def of_join(settings: Settings, said: Said, role: Role | None) -> Wish:
             "controlPlaneEndpoint: wanted the address by which a worker reaches the control plane, found none",
             hint="it is in the ClusterConfiguration of the first node",
         )
-    places = _places(settings, said, config)
+    places = _places(settings, config)
     is_worker = node.role == "worker"
     discovery = places.kubeconfigs / (KUBELET_CONF if is_worker else _ADMIN)
     base = read_configuration(said.config)[0].of_kind("JoinConfiguration") if said.config is not None else None
@@ -187,15 +187,14 @@ def _facts(node: NewNode) -> Facts:
     return Facts(name=node.name, address=node.addresses[0], socket=node.socket)
 
 
-def _places(settings: Settings, said: Said, config: Configuration) -> Places:
-    return places_of(settings, said.kubelet, Path(config.etcd_directory or ETCD_DIRECTORY))
+def _places(settings: Settings, config: Configuration) -> Places:
+    return places_of(settings, Path(config.etcd_directory or ETCD_DIRECTORY))
 
 
-def places_of(settings: Settings, kubelet: Path | None, etcd: Path = ETCD_DIRECTORY) -> Places:
+def places_of(settings: Settings, etcd: Path = ETCD_DIRECTORY) -> Places:
     """By the settings."""
     node = settings.node
-    usual = Places(pki=node.pki_dir, kubeconfigs=node.kubeconfig_dir)
-    return Places(pki=node.pki_dir, kubeconfigs=node.kubeconfig_dir, kubelet=kubelet or usual.kubelet, etcd=etcd)
+    return Places(pki=node.pki_dir, kubeconfigs=node.kubeconfig_dir, kubelet=node.kubelet_dir, etcd=etcd)
 
 
 def read_configuration(path: Path) -> tuple[Configuration, bytes]:

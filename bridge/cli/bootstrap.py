@@ -44,7 +44,6 @@ CaDirOption = Annotated[
     ),
 ]
 KubeadmOption = Annotated[str, typer.Option(help="The kubeadm of the version that will run.")]
-KubeletOption = Annotated[Path, typer.Option(metavar="DIR", help="The kubelet's directory.")]
 KeepOption = Annotated[
     Path | None,
     typer.Option(
@@ -64,7 +63,6 @@ OrderOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="What `bootstrap orders` wrote for this node.", show_default=False),
 ]
-_KUBELET = Path("/var/lib/kubelet")
 
 
 @command(app, "init")
@@ -87,7 +85,6 @@ def init(
     cri_socket: SocketOption = "",
     ca_dir: CaDirOption = None,
     kubeadm: KubeadmOption = "kubeadm",
-    kubelet_dir: KubeletOption = _KUBELET,
     keep: KeepOption = None,
     request: RequestOption = None,
     answer: AnswerOption = None,
@@ -120,7 +117,6 @@ def init(
         order=order,
         ca_dir=ca_dir,
         kubeadm=kubeadm,
-        kubelet=kubelet_dir,
         keep=keep,
         request=request,
         answers=tuple(answer or ()),
@@ -150,7 +146,6 @@ def join(
     cri_socket: SocketOption = "",
     ca_dir: CaDirOption = None,
     kubeadm: KubeadmOption = "kubeadm",
-    kubelet_dir: KubeletOption = _KUBELET,
     keep: KeepOption = None,
     request: RequestOption = None,
     answer: AnswerOption = None,
@@ -173,7 +168,6 @@ def join(
         given=shared,
         ca_dir=ca_dir,
         kubeadm=kubeadm,
-        kubelet=kubelet_dir,
         keep=keep,
         request=request,
         answers=tuple(answer or ()),
@@ -261,7 +255,6 @@ def check(
     common: Common,
     control_plane: Annotated[bool, typer.Option("--control-plane", help="A node that is to join one.")] = False,
     worker: Annotated[bool, typer.Option("--worker", help="A node without a control plane.")] = False,
-    kubelet_dir: KubeletOption = _KUBELET,
 ) -> None:
     """
     Look at all files that `kubeadm init` or `kubeadm join` needs, as kubeadm does not: each pair, name, CA and date.
@@ -271,4 +264,4 @@ def check(
     from bridge.cli import new_node  # noqa: PLC0415
 
     role = _role(control_plane, worker) or "init"
-    raise typer.Exit(new_node.check(common.settings(), role, kubelet_dir, utc_now()))
+    raise typer.Exit(new_node.check(common.settings(), role, utc_now()))

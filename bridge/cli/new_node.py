@@ -35,7 +35,6 @@ class Options:
     given: Path | None = None
     ca_dir: Path | None = None
     kubeadm: str = "kubeadm"
-    kubelet: Path | None = None
     keep: Path | None = None
     request: Path | None = None
     answers: tuple[Path, ...] = ()
@@ -57,7 +56,6 @@ class Options:
             given=read_order(self.given) if self.given is not None else None,
             ca_dir=self.ca_dir,
             kubeadm=self.kubeadm,
-            kubelet=self.kubelet,
             keep=self.keep,
             request=self.request,
             answers=self.answers,
@@ -101,7 +99,7 @@ def _made(settings: Settings, wish: Wish, now: Callable[[], datetime], wait: tim
 
 def share(settings: Settings, config: Path | None, now: datetime, *, worker: bool) -> None:
     """`bootstrap share`: what a further node needs, on standard output, which must be no terminal."""
-    places = wishes.places_of(settings, None)
+    places = wishes.places_of(settings)
     data = sharing.share(settings, places, config or places.kubeadm_config, now, worker=worker)
     if sys.stdout.isatty() and not worker:
         raise sharing.SharingError(
@@ -115,7 +113,7 @@ def write_orders(
     settings: Settings, nodes: Path, config: Path, ca_dir: Path | None, directory: Path, now: datetime
 ) -> None:
     """`bootstrap orders`: one a node, and what is to be done with each."""
-    places = wishes.places_of(settings, None)
+    places = wishes.places_of(settings)
     made = sharing.write_orders(settings, places, nodes, config, ca_dir, directory, now)
     say_table([(node.name, node.role, str(path)) for node, path in made])
     first = next((node.name for node, _ in made if node.role == "init"), "a control-plane node")
@@ -149,9 +147,9 @@ def setup(
         say("\n".join(file.text for file in files))
 
 
-def check(settings: Settings, role: Role, kubelet: Path, now: datetime) -> int:
+def check(settings: Settings, role: Role, now: datetime) -> int:
     """`bootstrap check`: return the exit code."""
-    places = wishes.places_of(settings, kubelet)
+    places = wishes.places_of(settings)
     path = places.kubeadm_config if role == "init" else places.join_config
     config = wishes.read_configuration(path)[0] if path.exists() else None
     node = config.name if config is not None else settings.node.name

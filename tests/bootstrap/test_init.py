@@ -42,6 +42,8 @@ sans = ["{{node}}", "kubernetes", "kubernetes.default", "kubernetes.default.svc"
 sans = ["{{node}}", "localhost", "127.0.0.1", "::1", "{ADDRESS}"]
 [certificate.etcd-peer]
 sans = ["{{node}}", "localhost", "127.0.0.1", "::1", "{ADDRESS}"]
+[certificate.kubelet-server]
+sans = ["{{node}}", "{ADDRESS}"]
 """
 
 
@@ -147,6 +149,15 @@ def test_the_kubelet_has_one_certificate_by_reference(ready: NewNode) -> None:
     data = current.read_bytes()
     key = load_pem_private_key(data[data.index(b"-----BEGIN EC") :], None)
     assert key.public_key() == load_pem_certificates(data)[0].public_key()
+
+
+def test_the_kubelets_own_port_has_a_certificate(ready: NewNode) -> None:
+    """Placed before the first start it is kept; with the node's address in it the API server can verify the kubelet."""
+    key, certificate = ready.places.serving
+    leaf = load_pem_certificates(certificate.read_bytes())[0]
+
+    assert san_entries(leaf) == {("DNS", NAME), ("IP", ADDRESS)}
+    assert load_pem_private_key(key.read_bytes(), None).public_key() == leaf.public_key()
 
 
 def test_super_admin_is_short_lived(ready: NewNode) -> None:

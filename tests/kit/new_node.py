@@ -55,6 +55,8 @@ class NewNode:
         cas = cas or handmade_pki(directory / "elsewhere")
         place = Pki(root=root, external=True)
         node = cls(directory=directory, bridge=Bridge(pki=place, directory=directory / "bridge"), cas=cas)
+        node.bridge.tables[0] += f'kubelet_dir = "{node.places.kubelet}"\n'
+        node.bridge.add("backups", {"keep": 3})
         if backend:
             node.add_cas()
         return node
@@ -98,8 +100,7 @@ class NewNode:
     def command(self, *args: str | Path) -> list[str]:
         """To run `ca-bridge bootstrap`."""
         program = Path(sys.executable).with_name("ca-bridge")
-        kubelet = ["--kubelet-dir", self.places.kubelet] if args[0] in ("init", "join", "check") else []
-        return [str(one) for one in (program, "bootstrap", *args, *kubelet, "--config", self.bridge.config)]
+        return [str(one) for one in (program, "bootstrap", *args, "--config", self.bridge.config)]
 
     def run(self, *args: str | Path, given: bytes = b"") -> subprocess.CompletedProcess[str]:
         """Run it, with this on its standard input."""
