@@ -4,8 +4,9 @@ The tree that is installed, whatever brings it: below /opt/ca-bridge by the offl
     bin/ca-bridge            finds a Python and starts the program
     lib/any                  what is good for each Python
     lib/cp311 …              what was compiled for one
-    share/kubeadm-ca-bridge  example settings, roles, units
+    share                    example settings, roles, units; manual pages, completion
     bom.cdx.json             what is in it (CycloneDX)
+    allowed_signers          whose signature the next version must have
     manifest.json            version, platform, and the digest of each other file
 """
 
@@ -53,6 +54,7 @@ def build(project: Wheel, wheels: Iterable[Wheel], platform: str, epoch: int) ->
             _add(tree, _placed(wheel, path), File(data, executable))
     tree["bin/ca-bridge"] = File(_shell("ca-bridge.sh"), executable=True)
     tree["lib/start.py"] = File((HERE / "start.py").read_bytes())
+    tree["allowed_signers"] = File((HERE / "allowed_signers").read_bytes())
     tree["bom.cdx.json"] = File(bill.of(project, wheels, platform, epoch))
     return tree
 
@@ -98,7 +100,7 @@ def _placed(wheel: Wheel, path: str) -> str:
     if not first.endswith(".data"):
         return f"lib/{wheel.place}/{path}"
     kind, _, inner = rest.partition("/")
-    if kind == "data" and inner.startswith("share/kubeadm-ca-bridge/"):
+    if kind == "data" and inner.startswith("share/"):
         return inner
     raise BuildError(f"{wheel.path.name}: wanted modules and our own data, found {path}")
 

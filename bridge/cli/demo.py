@@ -27,8 +27,10 @@ from bridge.node import inventory, kubeconfig
 from bridge.node.inventory import Item
 from bridge.pki.certificates import pem
 from bridge.specs import EKU
+from bridge.system import another_python
 from bridge.system.status import doing, is_coloured
 
+_RUN = "import runpy; runpy.run_module('bridge.cli.demo_run', run_name='__main__')"
 _WIDTH = 80
 _ENDLESS = 1000
 _INDENT = "  "
@@ -173,7 +175,7 @@ class _Story:
     def _run(self, words: Sequence[str], columns: int) -> _Ended:
         environment = {**os.environ, "CA_BRIDGE_CONFIG": str(self._place.settings), "COLUMNS": str(columns)}
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "bridge.cli.demo_run", *words],
+            another_python.command(_RUN, *words),
             cwd=self._place.base,
             env=environment,
             check=False,

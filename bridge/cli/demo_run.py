@@ -1,5 +1,5 @@
 """
-`python -m bridge.cli.demo_run COUNT DIRECTORY ARGUMENT…`: the program, as `demo` starts it.
+The program, as `demo` starts it, with the arguments COUNT DIRECTORY ARGUMENT….
 
 COUNT is `all`, or how many files below DIRECTORY it may put into their places before SIGKILL ends it.
 """

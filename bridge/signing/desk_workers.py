@@ -12,7 +12,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -29,6 +28,7 @@ from bridge.pki import verify
 from bridge.pki.bundle import RequestBundle, loads_request, sign_request
 from bridge.pki.verify import Expectation
 from bridge.signing.desk_policy import Policy, PolicyVerdict, judge
+from bridge.system import another_python
 from bridge.system.console import log
 
 #: Fewer bundles are done before a worker has loaded what it needs.
@@ -137,9 +137,7 @@ class _Worker:
 
     def __post_init__(self) -> None:
         self._is_gone = False
-        # -I: neither the environment nor the working directory says what it loads
-        command = [sys.executable, "-I", "-c", _SERVE]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = subprocess.Popen(another_python.command(_SERVE), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self.process.stdin is not None and self.process.stdout is not None  # noqa: S101, PT018 (for the types)
         self._tasks = Connection(os.dup(self.process.stdin.fileno()), readable=False)
         self._answers = Connection(os.dup(self.process.stdout.fileno()), writable=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -30,3 +31,45 @@ def offline(directory: Path, **environment: str) -> Path:
             assert done.returncode == 0, done.stderr
         (built,) = directory.glob("*.run")
     return built
+
+
+def clone(directory: Path) -> Path:
+    """A clone whose last commit is this tree as it stands, with what was downloaded for it."""
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
+    subprocess.run([*git, "clone", "--quiet", str(ROOT), str(directory)], check=True)
+    listed = ["ls-files", "--others", "--modified", "--deleted", "--exclude-standard"]
+    for path in subprocess.check_output([*git, "-C", str(ROOT), *listed], text=True).split():
+        source, target = ROOT / path, directory / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_file():
+            shutil.copy(source, target)
+        else:
+            target.unlink(missing_ok=True)
+    subprocess.run([*git, "-C", str(directory), "add", "--all"], check=True)
+    commit = ["commit", "--quiet", "--allow-empty", "--message", "as it stands"]
+    subprocess.run([*git, "-C", str(directory), *commit], check=True)
+    downloads = ROOT / f".cache/wheels/{PLATFORM}"
+    shutil.copytree(downloads, directory / downloads.relative_to(ROOT))
+    return directory
+
+
+def release(directory: Path) -> Path:
+    """Everything that `scripts/release` makes, below `dist`, signed by the key `key`; `signers` names its public half."""
+    with (ROOT / ".cache/release.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (directory / "dist/SHA256SUMS.sig").exists():
+            shutil.rmtree(directory, ignore_errors=True)
+            here = clone(directory / "clone")
+            make_signer(directory / "key", directory / "signers")
+            command = ["scripts/release", "--platform", PLATFORM, "--output", str(directory / "dist")]
+            keys = ["--key", str(directory / "key"), "--signers", str(directory / "signers")]
+            done = subprocess.run([*command, *keys], cwd=here, capture_output=True, text=True, check=False, timeout=900)
+            assert done.returncode == 0, done.stderr
+    return directory
+
+
+def make_signer(key: Path, signers: Path) -> None:
+    """A throwaway key, and the file that lets it sign."""
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
+    public = key.with_suffix(".pub").read_text(encoding="ascii")
+    signers.write_text(f'release@ca-bridge namespaces="ca-bridge-release" {public}', encoding="ascii")

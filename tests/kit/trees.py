@@ -71,9 +71,13 @@ class Tree:
         Raises:
             AssertionError: It ended with another code than 0, and `check` is set; the text has its output.
         """
+        inside = shlex.join(["chroot", str(self.base / "root"), *ENVIRONMENT, "sh", "-c", script])
+        return self.host(f"exec {inside}", stdin=stdin, check=check)
+
+    def host(self, script: str, *, stdin: bytes = b"", check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a script of this machine's programs, which find the tree at `$ROOT`; else as `run`."""
         root = self.base / "root"
-        inside = shlex.join(["chroot", str(root), *ENVIRONMENT, "sh", "-c", script])
-        outer = f"{self._mount} && mount -t proc proc {root}/proc && exec {inside}"
+        outer = f"{self._mount} && mount -t proc proc {root}/proc && ROOT={root} && {script}"
         command = ["unshare", "--mount", "--propagation", "private", "--net", "--pid", "--fork", "--kill-child"]
         done = subprocess.run([*command, "sh", "-c", outer], input=stdin, capture_output=True, check=False, timeout=300)
         return _checked(script, done, check=check)

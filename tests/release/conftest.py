@@ -23,6 +23,13 @@ def offline(shared: Path) -> Path:
     return releases.offline(shared / "release")
 
 
+@pytest.fixture(scope="session")
+def released(shared: Path, offline: Path) -> Path:
+    """A signed release of this commit for this machine's platform; the downloads are there by then."""
+    assert offline
+    return releases.release(shared / "released")
+
+
 @pytest.fixture(params=trees.SUITES)
 def tree(request: pytest.FixtureRequest, tmp_path: Path) -> trees.Tree:
     """A bare Debian, each in turn."""

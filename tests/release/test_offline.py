@@ -226,22 +226,3 @@ def test_purge_asks_for_each(bookworm: Tree, offline: Path) -> None:
     assert (
         bookworm.run("ls -d /etc/ca-bridge /var/lib/ca-bridge /opt/ca-bridge", check=False).stdout == "/etc/ca-bridge\n"
     )
-
-
-def test_the_same_commit_gives_the_same_bytes(offline: Path, tmp_path: Path) -> None:
-    """In another directory, from clean; another time of the commit gives others."""
-    clone = tmp_path / "a/clone"
-    subprocess.run(["git", "clone", "--quiet", str(releases.ROOT), str(clone)], check=True)
-    for path in subprocess.run(
-        ["git", "-C", str(releases.ROOT), "ls-files", "--others", "--modified", "--exclude-standard"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split():
-        if (releases.ROOT / path).is_file():
-            (clone / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(releases.ROOT / path, clone / path)
-    shutil.copytree(releases.ROOT / f".cache/wheels/{releases.PLATFORM}", clone / f".cache/wheels/{releases.PLATFORM}")
-    command = ["scripts/offline", "--platform", releases.PLATFORM, "--output", str(tmp_path)]
-    subprocess.run(command, cwd=clone, check=True, capture_output=True)
-    assert (tmp_path / offline.name).read_bytes() == offline.read_bytes()
