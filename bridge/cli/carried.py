@@ -12,7 +12,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from bridge.cli.printing import end_text, say, say_json, say_table, under_headings
+from bridge.cli.printing import end_text, say, say_json, say_sentence, say_table, under_headings
 from bridge.cli.progress import progress_shown
 from bridge.cli.results import grouped, report
 from bridge.errors import BridgeError, Exit
@@ -74,10 +74,15 @@ def export(
     return Exit.worst([outcome.exit_code for outcome in done.failed])
 
 
+#: Where the second column of `bundle_text` begins.
+_VALUES_BEGIN = 14
+
+
 def inspect(settings: Settings, path: Path, now: datetime) -> int:
     """`inspect`: a bundle, for a person who approves it; return the exit code."""
     text, code = airgap.inspect(settings, path, now)
-    say(text)
+    for line in text.splitlines():
+        say_sentence(line or "\n", hanging=_VALUES_BEGIN)
     return code
 
 

@@ -44,7 +44,7 @@ def _say_cause(cause: Cause) -> None:
     level, about = cause.level.ljust(len("warning")), ", ".join(cause.about)
     margin = " " * (len(level) + 2)
     if len(about) > _ABOUT_WIDTH:
-        say_sentence(f"{level}  {about}:")
+        say_sentence(f"{level}  {about}:", hanging=len(margin))
         say_sentence(cause.text, margin)
     else:
         line = f"{level}  {about.ljust(_ABOUT_WIDTH)}  {cause.text}"

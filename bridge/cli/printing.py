@@ -30,16 +30,27 @@ def say(text: str) -> None:
     typer.echo(text.removesuffix("\n"), nl=bool(text))
 
 
-def say_sentence(text: str, indent: str = "") -> None:
-    """Print prose; where it is wider than what shows it, its lines end between words, which stay whole."""
-    width = width_here()
-    if width is None or len(indent) + len(text) <= width:
-        say(f"{indent}{text}")
-        return
+def say_sentence(text: str, indent: str = "", *, hanging: int = 2) -> None:
+    """
+    Print prose; where it is wider than what shows it, its lines end between words, which stay whole.
+
+    Args:
+        text: One line.
+        indent: Before it.
+        hanging: How much further to the right its other lines begin.
+    """
+    say("\n".join(_wrapped(f"{indent}{text}", width_here(), " " * (len(indent) + hanging))))
+
+
+def _wrapped(line: str, width: int | None, hanging: str) -> list[str]:
+    if width is None or len(line) <= width:
+        return [line]
     import textwrap  # noqa: PLC0415 (for people alone)
 
-    wrapper = textwrap.TextWrapper(width, indent, f"{indent}  ", break_long_words=False, break_on_hyphens=False)
-    say(wrapper.fill(text))
+    found = textwrap.wrap(
+        line, width, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+    )
+    return [one for one in found if one.strip()]
 
 
 def say_table(rows: Sequence[Sequence[str]]) -> None:
@@ -85,7 +96,8 @@ def _rows(rows: Sequence[Sequence[str]], width: int | None) -> Iterator[list[str
     for row in rows:
         cells = [cell.ljust(wide) for cell, wide in zip(row, widths, strict=True)]
         texts = [_GAP.join(cells[column] for column in part).rstrip() for part in parts]
-        yield [texts[0], *(f"{_CONTINUED}{text}" for text in texts[1:] if text)]
+        lines = [texts[0], *(f"{_CONTINUED}{text}" for text in texts[1:] if text)]
+        yield [one for line in lines for one in _wrapped(line, width, f"{_CONTINUED}  ")]
 
 
 def _parts(widths: Sequence[int], most: int | None) -> list[list[int]]:

@@ -117,7 +117,8 @@ def warn_of_waiting(waiting: Sequence[Outcome], now: datetime) -> None:
 def print_restart(why: str, components: Sequence[Component], settings: Settings) -> None:
     """Say what to restart, and how."""
     if components:
-        say(f"\n{why}, one at a time:")
+        say("\n")
+        say_sentence(f"{why}, one at a time:")
     for component in components:
         say_sentence(restart_plan.how(component, settings.node.kubeconfig_dir / "manifests"), "  ")
 

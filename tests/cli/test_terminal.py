@@ -105,11 +105,11 @@ def test_a_table_fits_where_it_is_shown() -> None:
 def test_the_plan_fits_into_80_columns(config: Path) -> None:
     """No line of it is cut in two by the terminal."""
     shown = terminals.run([PROGRAM, "plan", "--config", str(config)], columns=120)
-    paths = [line for line in shown.text.splitlines() if line.startswith("    replace ")]
+    paths = [line for line in shown.text.splitlines() if line.startswith("    replace")]
     assert len(paths) == 12
     shown = terminals.run([PROGRAM, "plan", "--config", str(config)])
     wide = {line.strip() for line in shown.text.splitlines() if len(line) > 80}
-    assert [line for line in wide if " " in line.removeprefix("replace ").partition(" and ")[0]] == []
+    assert [line for line in wide if " " in line] == []
 
 
 def test_the_demo_on_80_columns() -> None:
