@@ -140,7 +140,7 @@ def settle(settings: Settings, store: Store, record: audit.Record) -> list[Bridg
     except StateError as e:
         return [e]
     errors: list[BridgeError] = []
-    live, unread = _live(inventory.of(settings.node), owed)
+    live, unread = _live(inventory.of(settings.node))
     for path in settings.copies.files.paths:
         try:
             for name in _refreshed(path, live, owed):
@@ -149,27 +149,27 @@ def settle(settings: Settings, store: Store, record: audit.Record) -> list[Bridg
         except CopyError as e:
             errors.append(e)
             record.add(audit.FAILED, error=e)
-    errors += unread
+    errors += [error for name, error in unread.items() if name in owed]
     if not errors:
         with contextlib.suppress(StateError):  # then the next run finds nothing to do
             file.remove()
     return errors
 
 
-def _live(node: Node, names: Mapping[str, object]) -> tuple[dict[str, _Live], list[CopyError]]:
-    """Of the kubeconfigs with these names; and those that can't be read now."""
+def _live(node: Node) -> tuple[dict[str, _Live], dict[str, CopyError]]:
+    """Of the node's kubeconfigs by name; and of those that can't be read now, why."""
     live: dict[str, _Live] = {}
-    errors = []
+    errors: dict[str, CopyError] = {}
     for item in node.items:
         name, path = item.spec.name, item.certificate_path
-        if name not in names or not item.embedded:
+        if not item.embedded or item.state == "missing":
             continue
         try:
             data = read(path) or b""
             pair = (kubeconfig.parse(data).certificate_data or b"", kubeconfig.key_data(data) or b"")
             live[name] = _Live(certificate=load_pem_certificates(pair[0])[0], pair=pair)
         except (KubeconfigError, UnreadableError, ValueError) as e:
-            errors.append(CopyError(f"{path}: wanted what its copies are to hold, found: {e}"))
+            errors[name] = CopyError(f"{path}: wanted what its copies are to hold, found: {e}")
     return live, errors
 
 
@@ -186,21 +186,29 @@ def _refreshed(path: Path, live: Mapping[str, _Live], owed: Mapping[str, Sequenc
     with _reasons(path):
         try:
             with opened(path) as place, _judged(place) as found:
-                return _replaced(place, found, live, owed)
+                if not (users := _outdated(found.data, path, live, owed)):
+                    return []
+                _replace(place, found, {number: live[name].pair for number, name in users.items()})
+                return list(dict.fromkeys(users.values()))
         except FileNotFoundError:
             log.warning("%s: wanted a copy of a kubeconfig (copies.files), found nothing there", path)
             return []
 
 
-def _replaced(place: Place, found: _Found, live: Mapping[str, _Live], owed: Mapping[str, Sequence[str]]) -> list[str]:
-    old: dict[str, str] = {}
-    for name, fingerprints in owed.items():
-        if name in live:
-            old |= dict.fromkeys(set(fingerprints) - {fingerprint(live[name].certificate)}, name)
-    users = {user.number: old[held] for user, held in _held(found.data) if held in old}
-    if not users:
-        return []
-    changed = kubeconfig.with_users(found.data, {number: live[name].pair for number, name in users.items()})
+def _outdated(data: bytes, path: Path, live: Mapping[str, _Live], owed: Mapping[str, Sequence[str]]) -> dict[int, str]:
+    """The users of a copy with what was replaced, by their number: kubeadm's name of what they are to hold."""
+    now = {fingerprint(one.certificate) for one in live.values()}
+    old = {one: name for name, found in owed.items() if name in live for one in found if one not in now}
+    held = [(user.number, found) for user, found in _held(data)]
+    if not any(found in old or found in now for _, found in held):
+        log.warning(
+            "%s: wanted a certificate of the node's kubeconfigs and its key, found none; it is left alone", path
+        )
+    return {number: old[found] for number, found in held if found in old}
+
+
+def _replace(place: Place, found: _Found, pairs: Mapping[int, tuple[bytes, bytes]]) -> None:
+    changed = kubeconfig.with_users(found.data, pairs)
     staged = place.path.with_name(f"{_STAGED}{place.name}")
     staged.unlink(missing_ok=True)  # of a run that was killed
     write_staged(staged, changed, found.attributes.narrowed(KUBECONFIG_MASK))
@@ -211,7 +219,6 @@ def _replaced(place: Place, found: _Found, live: Mapping[str, _Live], owed: Mapp
         staged.unlink(missing_ok=True)
         raise
     sync_directory(place.path.parent)
-    return list(dict.fromkeys(users.values()))
 
 
 def _held(data: bytes) -> Iterator[tuple[EmbeddedUser, str]]:
@@ -232,7 +239,7 @@ def _held(data: bytes) -> Iterator[tuple[EmbeddedUser, str]]:
 
 def look(settings: Settings, node: Node) -> list[Copy]:
     """Each copy as it is now, and what would speak against refreshing it; nothing is written."""
-    live, _ = _live(node, {item.spec.name: None for item in node.items})
+    live, _ = _live(node)
     names = {fingerprint(one.certificate): name for name, one in live.items()}
     found = []
     for path in settings.copies.files.paths:

@@ -17,7 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridge.node import yamltree
-from bridge.node.kubeconfig import Kubeconfig, KubeconfigError, key_data, parse, with_credentials
+from bridge.node.kubeconfig import (
+    Kubeconfig,
+    KubeconfigError,
+    embedded_users,
+    key_data,
+    parse,
+    with_credentials,
+    with_users,
+)
 
 LOADERS = [loader for loader in (getattr(yaml, "CSafeLoader", None), yaml.SafeLoader) if loader is not None]
 
@@ -394,3 +402,29 @@ def _others(text: str) -> list[str]:
     ]
     keys = ("client-certificate-data", "client-key-data")
     return [scalar for before, scalar in itertools.pairwise(["", *scalars]) if before not in keys]
+
+
+TWO_USERS = PLAIN + PLAIN.partition("users:\n")[2].replace("name: ", "name: second-", 1)
+
+
+@given(st.lists(st.tuples(st.integers(0, len(TWO_USERS)), st.integers(0, 3), YAML_PIECES), max_size=4))
+def test_users_of_a_damaged_kubeconfig_are_edited_rightly_or_refused(damages: list[tuple[int, int, str]]) -> None:
+    """Whatever one types into a file with several: those that are named change, the others are as they were."""
+    text = TWO_USERS
+    for place, length, piece in damages:
+        text = text[:place] + piece + text[place + length :]
+    try:
+        users = embedded_users(text.encode())
+        last = users[-1:]
+        edited = with_users(text.encode(), {one.number: (NEW_CERTIFICATE, NEW_KEY) for one in last})
+    except KubeconfigError:
+        return
+    changed = [dataclasses.replace(one, certificate_pem=NEW_CERTIFICATE, key_pem=NEW_KEY) for one in last]
+    assert embedded_users(edited) == [*users[:-1], *changed]
+    assert _others(edited.decode()) == _others(text)
+    assert with_users(text.encode(), {}) == text.encode()
+
+
+def test_both_users_are_found() -> None:
+    """Whichever the current context names."""
+    assert [one.name for one in embedded_users(TWO_USERS.encode())] == ["kubernetes-admin", "second-kubernetes-admin"]

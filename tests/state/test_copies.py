@@ -345,16 +345,45 @@ def test_roots_own_link_is_followed(node: Pki, home: Path, tmp_path: Path) -> No
     assert link.is_symlink()
 
 
-def test_a_certificate_alone_earns_no_key(node: Pki, home: Path, tmp_path: Path) -> None:
-    """The old certificate is no secret: a file that has it with another key gets nothing."""
+def test_a_certificate_alone_earns_no_key(
+    node: Pki, home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The old certificate is no secret: a file that has it with another key gets nothing, and that is told."""
     copy = given(node, home / "config")
     other = kubeconfig.key_data((node.kubeconfig_dir / "scheduler.conf").read_bytes()) or b""
     document = yaml.safe_load(copy.read_text())
     document["users"][0]["user"]["client-key-data"] = base64.b64encode(other).decode()
     copy.write_text(yaml.safe_dump(document))
     before = copy.read_bytes()
-    assert renewed(settings_with(node, tmp_path, copy), "all") == ["0"]
+    with caplog.at_level("WARNING", logger="ca-bridge"):
+        assert renewed(settings_with(node, tmp_path, copy, given(node, home / "fine")), "all") == ["0"]
     assert copy.read_bytes() == before
+    told = "wanted a certificate of the node's kubeconfigs and its key, found none; it is left alone"
+    assert [line for line in caplog.messages if "left alone" in line] == [f"{copy}: {told}"]
+
+
+def test_another_kubeconfigs_renewal_is_no_matter(
+    node: Pki, home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A copy of scheduler.conf stays as it is, and nothing is said of it, when admin.conf is renewed."""
+    copy = given(node, home / "config", name="scheduler.conf")
+    before = copy.read_bytes()
+    with caplog.at_level("WARNING", logger="ca-bridge"):
+        assert renewed(settings_with(node, tmp_path, copy), ADMIN) == ["0"]
+    assert (copy.read_bytes(), caplog.messages) == (before, [])
+
+
+def test_a_damaged_list_of_what_is_owed_is_told_once(node: Pki, home: Path, tmp_path: Path) -> None:
+    """And set aside; the renewal goes on, and its copies are refreshed."""
+    copy = given(node, home / "config")
+    settings = settings_with(node, tmp_path, copy)
+    assert renewed(settings, "apiserver") == ["0"]
+    Store(settings.node.state_dir).copies.write_bytes(b"{")
+    errors = renewed(settings, ADMIN)
+    assert errors[-1] == str(Exit.FAILED)
+    assert "wanted which certificates copies of kubeconfigs may still hold" in errors[0]
+    assert is_fresh(copy, node)
+    assert renewed(settings) == ["0"]
 
 
 def test_a_copy_that_is_away_is_a_warning(
