@@ -67,6 +67,8 @@ class Ledger:
     store: Store  #: Its lock is held.
     settings: AuditSettings
     trouble: str = ""  #: Why the latest lines were not written.
+    _head_is_old: bool = False
+    _head_is_due: bool = False
     _record: Record = field(init=False)
     _together: Combined[Line | None, None] = field(init=False)
     _noted: list[Line] = field(default_factory=list)
@@ -92,12 +94,13 @@ class Ledger:
 
     def flush(self) -> None:
         """
-        Write what was noted.
+        Write what was noted, and which line is the newest; to be called every second or so.
 
         Raises:
             AuditError: It could not be written.
         """
-        if self._noted:
+        if self._noted or self._head_is_old:
+            self._head_is_due = True
             self._together(None)
 
     def _write(self, lines: Sequence[Line | None]) -> list[None]:
@@ -114,7 +117,11 @@ class Ledger:
                 more=line.more,
             )
         try:
-            self._record.write()
+            self._record.write(head_later=True)
+            self._head_is_old = True
+            if self._head_is_due:
+                self._record.write_head()
+                self._head_is_old = self._head_is_due = False
         except AuditError as e:
             self.trouble = str(e)
             raise

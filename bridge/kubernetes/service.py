@@ -36,6 +36,7 @@ log = logging.getLogger("ca-bridge")
 #: So many more threads wait where a CA signs many in one go: what waits is what it gets together.
 _THREADS_OF_MANY = 32
 _TICK_SECONDS = 0.5
+_FLUSH_SECONDS = 1.0
 #: What is at the CA is given this long when the gateway is to end; systemd and the kubelet give 30 s and more.
 _DRAIN_SECONDS = 25.0
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 15.0
@@ -185,7 +186,7 @@ class Service:
             self._api_trouble = ""
 
     def _tick_until_stopped(self) -> None:
-        changes = self.known.changes
+        changes, flushed = self.known.changes, time.monotonic()
         while not self._ending:
             time.sleep(_TICK_SECONDS / 2)
             _ = self.known.policy, self.known.register  # read again if they have changed
@@ -193,7 +194,9 @@ class Service:
                 changes = self.known.changes
                 self._warn_of_new_signers()
                 self.desk.queue.wake()
-            self._flush()
+            if time.monotonic() - flushed >= _FLUSH_SECONDS:
+                flushed = time.monotonic()
+                self._flush()
             waiting, _working = self.desk.queue.counts()
             lost = not self.holder.is_ours()
             if self._watch is not None and (lost or (self.desk.queue.overflowed and waiting < _ROOM)):

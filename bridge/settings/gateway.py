@@ -38,7 +38,7 @@ class GatewaySettings:
     lease_name: str = "ca-bridge-gateway"  #: What the lease is called.
     lease_duration: timedelta = timedelta(seconds=10)  #: After which another replica takes a lease over.
     identity: str = ""  #: In the lease; without one the host's name and a random part.
-    concurrency: int = 16  #: Requests that are answered at the same time.
+    concurrency: int = 32  #: Requests that are answered at the same time.
     requester_rate: int = 120  #: New requests a minute by one user.
     node_rate: int = 12  #: New requests a minute for one node's name.
     collect_every: timedelta = timedelta(seconds=30)  #: How often a CA that answers later is asked.

@@ -183,9 +183,12 @@ class Record:
             line |= {"certificateSha256": fingerprint(new), "serialNumber": serial_hex(new), "issuer": _issuer(new)}
         self._waiting.append({key: value for key, value in line.items() if value is not None})
 
-    def write(self) -> None:
+    def write(self, *, head_later: bool = False) -> None:
         """
         Write what waits, safe on disk when this returns.
+
+        Args:
+            head_later: `write_head` follows within a second or so: for who writes hundreds of lines a second.
 
         Raises:
             AuditError: It could not be written; it does not wait any more.
@@ -194,7 +197,7 @@ class Record:
         if not waiting:
             return
         try:
-            written = _append(self._store, waiting, self._settings.rotate_at.count)
+            written = _append(self._store, waiting, self._settings.rotate_at.count, head_later=head_later)
         except OSError as e:
             place = e.filename or self._store.audit
             raise AuditError(f"{place}: the audit log could not be written: {e.strerror}") from e
@@ -202,6 +205,20 @@ class Record:
             raise AuditError(f"the audit log could not be written: {e}") from e
         if self._settings.syslog:
             _tell_syslog(written)
+
+    def write_head(self) -> None:
+        """
+        Write down which line is the newest.
+
+        Raises:
+            AuditError: It could not be written.
+        """
+        try:
+            last, _ = _set_aside_torn(self._store)
+            if last.sequence and _head_if_any(self._store) != last:
+                _write_head(self._store, last)
+        except (OSError, StateError) as e:
+            raise AuditError(f"the audit log could not be written: {e}") from e
 
     def __enter__(self) -> Self:
         return self
@@ -221,7 +238,9 @@ class Record:
 # --- appending -------------------------------------------------------------------------------------------------------
 
 
-def _append(store: Store, events: Sequence[Mapping[str, Any]], rotate_at_bytes: int) -> list[bytes]:
+def _append(
+    store: Store, events: Sequence[Mapping[str, Any]], rotate_at_bytes: int, *, head_later: bool = False
+) -> list[bytes]:
     """
     Add lines behind the last good one, with one write and one fsync.
 
@@ -240,7 +259,8 @@ def _append(store: Store, events: Sequence[Mapping[str, Any]], rotate_at_bytes: 
         _rotate(store, last)
     lines, last = _chained([*damages, *events], last)
     _write_at_end(store.audit, b"".join(lines))
-    _write_head(store, last)
+    if not head_later:
+        _write_head(store, last)
     return lines
 
 

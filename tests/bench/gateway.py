@@ -33,7 +33,7 @@ from tests.kit import cluster_api, gateways, openbao
 from tests.kit.cluster_api import BOOTSTRAP_GROUP, CSRS, ClusterApi
 from tests.kit.gateways import Place, csr_pem, node_subject
 
-THREADS = 16
+THREADS = 32
 LIMIT, MOST_MEMORY_MB = 0.8, 150
 _USER = "system:bootstrap:abcdef"
 
