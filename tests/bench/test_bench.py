@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench import __main__ as bench
-from tests.bench import backends, curves, fleet
+from tests.bench import backends, curves, fleet, gateway
 from tests.kit import exec_programs
 
 
@@ -51,3 +51,13 @@ def test_the_backends(tmp_path: Path) -> None:
         assert (start, end) == (True, True)
         assert page.read_text().startswith(before[: before.index("<!-- numbers")])
         assert "2 certificates" in page.read_text()
+
+
+@pytest.mark.kube("kube-apiserver", "etcd")
+def test_the_gateway(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A burst is signed, all of it is in the record, and the table has a line for it."""
+    [found] = gateway.main(["--requests", "12", "--ca", "openssl"], tmp_path)
+    assert found.audited == 12
+    assert 20 < found.memory_mb < gateway.MOST_MEMORY_MB
+    assert min(found.ca_rate, found.api_rate, found.rate) > 0
+    assert capsys.readouterr().out.count("\n| ") == 2

@@ -355,8 +355,7 @@ def test_answers_of_an_api_server_in_trouble(
     """Watches that are too old, cut or garbage; writes that are throttled, lost on the way back or in conflict."""
     texts = iter([
         b'{"type": "ERROR", "object": {"code": 410, "message": "too old resource version: 1 (718)"}}\n',
-        b"garbage\n[1]\n{}\n",
-        b'{"type":"ADDED","object":{"metadata":{},"spec":{"signerName":"' + SERVING.encode() + b'"}}}\n',
+        b'garbage\n[1]\n{}\n{"type":"ADDED","object":{"metadata":{},"spec":{"signerName":"' + SERVING.encode() + b'"}}}\n',
         b'{"type":"ADDED","object":[' + b"[" * 2000 + f'"{SERVING}"'.encode(),
         b'"' + SERVING.encode() + b"x" * 3_000_000,
     ])  # fmt: skip
