@@ -75,9 +75,9 @@ class Composer:
                 yield self._file("sa", path, data, _PRIVATE)
 
     def configuration(self, path: Path, data: bytes) -> Iterator[Replacement]:
-        """For kubeadm; unless it is there."""
+        """For kubeadm; unless it is there. An operator's may hold a bootstrap token."""
         if self.read(path) != data:
-            yield self._file("kubeadm", path, data, _PUBLIC)
+            yield self._file("kubeadm", path, data, _PRIVATE)
 
     def _file(self, name: str, path: Path, data: bytes, mode: int) -> Replacement:
         there = self.read(path)

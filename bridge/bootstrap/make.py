@@ -537,10 +537,18 @@ class _Making:
                 hint="name another directory, or --anew to have all signed anew",
             )
         files = [_replacement(*one) for one in found.files]
+        there = [file.path for file in files if file.path not in self._places.serving]
+        kept_data = {file.path: file.data for file in files}
+        if others := [path for path in there if live(path) not in (None, kept_data[path])]:
+            raise LeftoversError(f"wanted to put copies back, found another file in the place of {_some(others)}")
         pem = next(
             file.path for file in files if file.path.parent == self._places.kubelet_pki and file.path.suffix == ".pem"
         )
-        self._put_in_place([file for file in files if live(file.path) != file.data], pem)
+        try:
+            self._put_in_place([file for file in files if live(file.path) != file.data], pem)
+        except NotWholeError as e:
+            e.hint = f"the copies in {wish.keep} are of no use any more: --anew has all signed anew"
+            raise
         run.record.add(audit.RECOVERED, result=f"put {len(files)} kept files of {wish.node} back in place")
         run.record.write_or_warn()
         return self._result([], files=len(files), from_kept=True)
@@ -569,7 +577,7 @@ def _replacement(name: str, path: Path, mode: int, data: bytes) -> Replacement:
 
 def _mode(path: Path) -> int:
     """As `Composer` has it."""
-    return 0o644 if path.suffix in (".crt", ".yaml") else _PRIVATE
+    return 0o644 if path.suffix == ".crt" else _PRIVATE
 
 
 def _item(spec: CertificateSpec, places: Places) -> Item:

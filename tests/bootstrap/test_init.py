@@ -113,6 +113,7 @@ def test_keys_are_for_their_owner_alone(ready: NewNode) -> None:
     """What holds a private key has mode 0600, and is nowhere else."""
     secret = [path for path in ready.root.rglob("*") if path.is_file() and b"PRIVATE KEY" in path.read_bytes()]
     secret += ready.places.kubeconfigs.glob("*.conf")
+    secret.append(ready.places.kubeadm_config)  # an operator's may hold a bootstrap token
     modes = {stat.S_IMODE(path.stat().st_mode) for path in secret}
 
     assert len(secret) >= 7 + 1 + 1 + 5
@@ -431,6 +432,26 @@ def test_copies_survive_a_reset(node: NewNode) -> None:
     assert "from the copies that were kept" in again.stdout
     assert node.files() == before
     assert stat.S_IMODE(next(keep.iterdir()).stat().st_mode) == 0o600
+    assert look(node).problems() == []
+
+
+def test_copies_take_nobodys_place(node: NewNode) -> None:
+    """Another CA's certificate where ours was is somebody's decision; all can be signed anew."""
+    keep = node.directory / "kept"
+    assert node.init("--keep", keep).returncode == 0
+    node.wipe()
+    node.places.pki.mkdir()
+    other = handmade_pki(node.directory / "other")
+    shutil.copy(other.ca_files("front-proxy-ca")[0], node.places.pki / "front-proxy-ca.crt")
+    before = node.files()
+    run = node.init("--keep", keep)
+    (node.places.pki / "front-proxy-ca.crt").unlink()
+    anew = node.init("--keep", keep, "--anew")
+
+    assert run.returncode == 2
+    assert "front-proxy-ca.crt" in run.stderr
+    assert "etc/kubernetes/admin.conf" not in before
+    assert anew.returncode == 0, anew.stderr
     assert look(node).problems() == []
 
 
