@@ -12,6 +12,7 @@ import pytest
 from bridge.specs import AUTHORITIES, Component
 from tests.kit import node as kit
 from tests.kit.node import Node
+from tests.kit.nodes import wait_for
 from tests.kit.pki import PKI_SPECS
 
 pytestmark = pytest.mark.node
@@ -75,6 +76,18 @@ def test_runs_a_control_plane_without_ca_keys(tmp_path: Path) -> None:
         assert node.exec("sh", "-c", "exit 3", check=False).returncode == 3
         with pytest.raises(AssertionError, match="exit 3"):
             node.exec("sh", "-c", "exit 3")
+
+
+def test_a_machine_before_kubeadm_has_a_service_for_a_kubelet() -> None:
+    """It starts one as soon as there is a configuration, and knows no other service; nothing of it is left."""
+    with Node.host(NAME, "198.18.77.22") as node:
+        assert node.exec("systemctl", "is-enabled", "kubelet").stdout == "enabled\n"
+        assert node.exec("systemctl", "is-active", "kubelet.service", check=False).returncode == 3
+        assert node.exec("systemctl", "restart", "sshd", check=False).returncode == 4
+        (node.root / "var/lib/kubelet/config.yaml").write_text("kind: Nonsense\n")
+        node.exec("systemctl", "start", "kubelet", check=False)
+        log = node.root.parent / "kubelet.log"
+        wait_for("a kubelet that ends and comes again", lambda: log.exists() and log.read_text().count("Nonsense") > 1)
 
 
 def test_a_node_that_does_not_come_up_leaves_nothing() -> None:

@@ -107,13 +107,15 @@ def _certificates(
 ) -> tuple[Mapping[str, x509.Certificate], bool]:
     """What to ask for, by name, and whether it is made up: where the node has none, or not the one that is named."""
     live = {item.spec.name: item.certificates[0] for item in node.items
-            if item.spec.authority.name == authority and item.managed and item.state == "present"}  # fmt: skip
+            if item.spec.authority.name == authority and item.managed and item.state == "present" and not item.foreign}  # fmt: skip
     if live and set(names) <= live.keys():
         return {name: live[name] for name in live if not names or name in names}, False
     key = csr.generate_key("ecdsa-p256")
     begin, end = now - _SAMPLE_LIFETIME, now + _SAMPLE_LIFETIME
     ca = ThrowawayCA(certificate=ca_certificate("sample", key, begin, end), key=key)
-    wanted = [SPECS[name] for name in names] or [spec for spec in SPECS.values() if spec.authority.name == authority]
+    wanted = [SPECS[name] for name in names] or [
+        spec for spec in SPECS.values() if spec.authority.name == authority and not spec.kubelets
+    ]
     return {
         spec.name: leaf_certificate(spec, key, ca, Cluster(), not_before=begin, not_after=end) for spec in wanted
     }, True

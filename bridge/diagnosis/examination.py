@@ -14,7 +14,7 @@ from bridge.settings.tables import Settings
 
 def before_upgrade(settings: Settings, now: datetime) -> Iterator[Finding]:
     """Look at what `kubeadm upgrade` would make of this node's certificates; asks the cluster's API, and no CA."""
-    node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
+    node = inventory.of(settings.node)
     if not node.is_here:
         error = inventory.NoNodeError(settings.node.pki_dir)
         yield Finding(level="error", check="no-node", about="node", text=str(error), hint=error.hint)

@@ -140,7 +140,7 @@ def _end(item: Item, settings: Settings, now: datetime) -> Finding:
         if name == KUBELET_CONF:
             text += "; a kubelet that starts with it ends at once: after a reboot nothing on this node comes up"
         return Finding(level="error", check="expired", about=name, text=text, hint=hint)
-    if item.rotates and not expiry.is_rotation_late(item.certificates, now):
+    if item.rotates and not expiry.is_rotation_late(item.ending, now):
         text = f"{expiry.left_text(end, now)}; rotated by the kubelet itself"
         return Finding(level="ok", check="certificate", about=name, text=text)
     if not item.managed:

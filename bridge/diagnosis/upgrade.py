@@ -56,6 +56,10 @@ _STEPS: tuple[tuple[Component, tuple[str, ...]], ...] = (
 
 def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     """All of it; asks the cluster's API, if it answers, and writes nothing."""
+    if node.is_worker:
+        text = "kubeadm upgrade node looks at no certificate of a worker, and writes the kubelet's configuration anew"
+        yield _says("kubelet", text, "edits of its config.yaml are lost; those of the ConfigMap kubelet-config stay")
+        return
     external = [state for state in node.authorities if state.key == "external" and state.authority.name in _VALIDATED]
     for state in external:
         yield from _authority(state, node, now)

@@ -38,14 +38,14 @@ def due_times(node: Node, renewal: RenewalSettings) -> dict[str, datetime]:
         renewal: `before` and `validity` say when it is due.
     """
     return {
-        item.spec.name: due_from(item.certificates, renewal.before, renewal.validity, rotates=item.rotates)
+        item.spec.name: due_from(item.ending, renewal.before, renewal.validity, rotates=item.rotates)
         for item in node.items
         if item.state == "present" and _is_ours(item)
     }
 
 
 def _is_ours(item: Item) -> bool:
-    return item.managed or item.spec.component is not Component.KUBELET
+    return (item.managed or item.spec.component is not Component.KUBELET) and not item.foreign
 
 
 def text(found: ExpiryReport, due: Mapping[str, datetime], known: Known | None) -> str:

@@ -133,7 +133,7 @@ def jitter(
 
 def _first_end(selection: Selection) -> datetime:
     """One that is missing, and was asked for by an operator, waits for no window: as if it had ended long ago."""
-    return min(first_end(item.certificates) if item.certificates else _LONG_AGO for item in selection.items)
+    return min(first_end(item.ending) if item.certificates else _LONG_AGO for item in selection.items)
 
 
 _LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)

@@ -40,6 +40,8 @@ def ours(pki: Pki, output: str = "table", now: datetime | None = None, within: t
 
 def two_tables(text: str) -> str:
     """Without the table of what kubeadm does not list."""
+    if text.startswith("NOT LISTED BY KUBEADM"):  # a kubelet's client certificate ends soon
+        return text.partition("\n\n")[2]
     return text.partition("\nNOT LISTED BY KUBEADM")[0]
 
 
@@ -282,6 +284,9 @@ def test_the_three_tables(damaged: Pki) -> None:
     (damaged.pki_dir / "etcd/peer.crt").write_text("")
     (damaged.pki_dir / "etcd/ca.key").touch()
     wanted = f"""\
+NOT LISTED BY KUBEADM   EXPIRES                  RESIDUAL TIME   CERTIFICATE AUTHORITY   EXTERNALLY MANAGED   FILE
+kubelet.conf            Dec 15, 2026 12:00 UTC   20d             ca                      yes                  {damaged.kubeconfig_dir}/kubelet.conf
+
 CERTIFICATE                  EXPIRES                  RESIDUAL TIME   CERTIFICATE AUTHORITY   EXTERNALLY MANAGED
 admin.conf                   Dec 15, 2026 12:00 UTC   20d             ca                      yes     
 apiserver                    Dec 15, 2026 12:00 UTC   20d             ca                      yes     
@@ -299,9 +304,6 @@ CERTIFICATE AUTHORITY   EXPIRES                  RESIDUAL TIME   EXTERNALLY MANA
 ca                      Feb 11, 2035 12:00 UTC   8y              yes     
 etcd-ca                 Feb 11, 2035 12:00 UTC   8y              no      
 front-proxy-ca          Feb 11, 2035 12:00 UTC   8y              yes     
-
-NOT LISTED BY KUBEADM   EXPIRES                  RESIDUAL TIME   CERTIFICATE AUTHORITY   EXTERNALLY MANAGED   FILE
-kubelet.conf            Dec 15, 2026 12:00 UTC   20d             ca                      yes                  {damaged.kubeconfig_dir}/kubelet.conf
 """  # noqa: W291 (kubeadm pads the last column)
     assert ours(damaged, now=NOW) == wanted
 
@@ -386,8 +388,8 @@ def test_external_etcd_is_listed_beside_kubeadms_tables(damaged: Pki) -> None:
 
     text = ours(damaged, now=NOW)
     assert "etcd" not in two_tables(text)
-    rows = [line.split()[0] for line in text.removeprefix(two_tables(text)).splitlines()[2:]]
-    assert rows == ["apiserver-etcd-client", "kubelet.conf", "etcd-ca"]
+    rows = [line.split()[0] for line in text.partition("\n\n")[0].splitlines()[1:]]
+    assert rows == ["kubelet.conf", "apiserver-etcd-client", "etcd-ca"]
 
 
 def test_json_has_what_scripts_need(node: Pki) -> None:

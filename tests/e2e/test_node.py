@@ -21,7 +21,7 @@ import pytest
 from cryptography import x509
 
 from bridge.pki.certificates import fingerprint, serial
-from bridge.specs import AUTHORITIES, SPECS, Component
+from bridge.specs import AUTHORITIES, Component
 from tests.kit import looking, nodes
 from tests.kit.cas import add_cfssl, add_openssl, add_vault, live_certificates
 from tests.kit.looking import API_PORT, ETCD_PEER_PORT, ETCD_PORT, Audit, Extension, Traffic, served, traffic
@@ -158,7 +158,7 @@ def test_every_certificate_is_new(site: Site, renewal: Renewal) -> None:
     """All twelve, each by the CA of its authority, with no CA key on the node."""
     assert set(renewal.certificates) == set(site.certificates) == set(PKI_SPECS)
     signers = dict(re.findall(r"^(\S+) +until .* by \S+ \((\w+)\)$", renewal.run.stdout, re.MULTILINE))
-    assert signers == {name: CAS[spec.authority.name] for name, spec in SPECS.items()}
+    assert signers == {name: CAS[spec.authority.name] for name, spec in PKI_SPECS.items()}
     assert not set(map(serial, renewal.certificates.values())) & set(map(serial, site.certificates.values()))
     assert not [name for name, files in AUTHORITIES.items() if (site.node.pki_dir / files.key_file).exists()]
 

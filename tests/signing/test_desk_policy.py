@@ -22,7 +22,7 @@ from bridge.signing.desk_policy import Policy, PolicyVerdict, judge, parse
 from bridge.signing.rules import MASTERS as MASTERS_GROUP
 from bridge.specs import AUTHORITIES, EKU, SPECS
 from tests.kit.bundles import changed, make_bundle, new_csr, old_pairs, proven
-from tests.kit.pki import ADDRESS, Pki, handmade_pki
+from tests.kit.pki import ADDRESS, PKI_SPECS, Pki, handmade_pki
 
 NOW = datetime.now(UTC)
 ALLOW = '[allow]\nclusters = ["kubernetes"]\nnodes = ["cp-*"]\n'
@@ -98,7 +98,7 @@ def csr_for(
 # --- what is allowed --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", PKI_SPECS)
 def test_a_plain_renewal_is_allowed(bundle: RequestBundle, judged: Judge, name: str) -> None:
     """Every certificate of a kubeadm node, with the shortest policy that there is."""
     assert judged(bundle, name) == ""
@@ -522,7 +522,7 @@ def test_a_bundle_that_was_changed_with_its_digest_is_refused(
 ) -> None:
     """Whoever makes the digest anew does not have the old keys."""
     policy = MASTERS.replace('"kubernetes"', '"kubernetes*"')
-    for name in SPECS:
+    for name in PKI_SPECS:
         assert named in judged(replace(bundle, **values), name, policy)  # type: ignore[arg-type]
 
 
