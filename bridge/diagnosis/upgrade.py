@@ -37,6 +37,8 @@ from bridge.words import one_line
 _SOON = timedelta(days=1)
 _KUBELET_MAP = "/api/v1/namespaces/kube-system/configmaps/kubelet-config"
 _BINDINGS = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/kubeadm:"
+#: kubeadm keeps it for each node, beside that file, and writes it again (NodeLocalCRISocket).
+_OF_THE_NODE = {"containerRuntimeEndpoint"}
 _AUTO_APPROVE = ("node-autoapprove-bootstrap", "node-autoapprove-certificate-rotation")
 _KUBELET_CLIENT = "apiserver-kubelet-client"
 #: What kubeadm looks at to find out whether a CA is external (`validateExternal…` in cmd/kubeadm/app/phases/certs).
@@ -263,7 +265,7 @@ def _kubelet_config(api: Api) -> Iterator[Finding]:
     ours, theirs = _plain(document(split_bom(data)[1])), _plain(root)
     if not isinstance(ours, dict) or not isinstance(theirs, dict):
         return
-    differing = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
+    differing = sorted(key for key in {*ours, *theirs} - _OF_THE_NODE if ours.get(key) != theirs.get(key))
     if differing:
         shown = ", ".join(map(one_line, differing[:10]))
         text = f"kubeadm upgrade writes it from the ConfigMap kubelet-config, which differs in {shown}"

@@ -174,7 +174,7 @@ def test_local_changes_of_the_kubelet_are_told(
         found = examination.before_upgrade(settings, datetime.now(UTC))
         return [one.text for one in found if one.check == "upgrade-kubelet-config"]
 
-    file.write_text('{"maxPods": 110, kind: "KubeletConfiguration"}')
+    file.write_text('{"maxPods": 110, kind: "KubeletConfiguration", containerRuntimeEndpoint: "unix:///x"}')
     assert told() == []
     file.write_text("kind: KubeletConfiguration\nmaxPods: 200\nserverTLSBootstrap: true\n")
     assert [text.rpartition(" in ")[2] for text in told()] == ["maxPods, serverTLSBootstrap"]

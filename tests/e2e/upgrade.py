@@ -5,7 +5,7 @@ A real upgrade from Kubernetes 1.36 to 1.37 on a node whose CA keys are elsewher
 A certificate expires, `doctor --before-upgrade` says where kubeadm will abort, and the real `kubeadm upgrade apply` of
 1.37 does so; renewed by ca-bridge, it goes through, and the new programs run on what ca-bridge renews after that.
 It prints what was seen; with `--docs` also into docs/upgrade.md, whose figures come from nowhere else.
-Images come from the kit: what a registry would give besides (CoreDNS, kube-proxy) is not there, and no pod network.
+Images come from the kit; CoreDNS and kube-proxy do not run, and there is no pod network.
 Needs root, and the Python of `.cache/venv-test`, which `scripts/test` made.
 """
 
@@ -77,16 +77,26 @@ def _site(directory: Path, old: Path, new: Path) -> Iterator[LiveBridge]:
             add_openssl(bridge, authority)
         bridge.add("restart", {"method": "static-pods", "components": "needed", "min_interval": "1s"})
         bridge.add("restart.commands", {"kubelet": bridge.kubelet_command()})
-        _import_images(node)
         os.environ["KUBE_BIN_DIR"] = str(new)
+        _import_images(node)
         yield bridge
 
 
 def _import_images(node: Node) -> None:
-    """What kubelet would pull from a registry."""
-    socket = kit.directory() / node.name / "run/containerd.sock"
+    """
+    What kubelet would pull from a registry.
+
+    kubeadm pulls CoreDNS and kube-proxy, too, and tries for minutes where there is no registry: nothing runs these here,
+    so that their names on another image will do.
+    """
+    ctr = ("ctr", "-a", kit.directory() / node.name / "run/containerd.sock", "-n", "k8s.io", "images")
     for archive in sorted((kit.directory() / f"images-{TO}").glob("*.tar")):
-        node.exec("ctr", "-a", socket, "-n", "k8s.io", "images", "import", archive)
+        node.exec(*ctr, "import", archive)
+    there = node.exec(*ctr, "ls", "-q").stdout.split()
+    pause = next(reference for reference in there if "/pause:" in reference)
+    for reference in node.exec("kubeadm", "config", "images", "list", "--kubernetes-version", TO).stdout.split():
+        if reference not in there:
+            node.exec(*ctr, "tag", pause, reference)
 
 
 def _digests(bridge: LiveBridge) -> dict[str, str]:
@@ -133,8 +143,10 @@ def _expire(bridge: LiveBridge, name: str) -> None:
 
 
 def _words(run: subprocess.CompletedProcess[str]) -> str:
-    found = re.findall(r"failed to renew certificates.*|error: .*", run.stderr + run.stdout)
-    return re.sub(r"\s+", " ", found[0])[:400] if found else (run.stderr or run.stdout).strip()[-300:]
+    """The cause, without what kubeadm says around it."""
+    said = re.sub(r"\s+", " ", run.stderr)
+    found = re.search(r"failed to renew certificates[^\]]*?current time|error: .{0,300}", said)
+    return found[0].removesuffix(": current time") if found else said[-300:]
 
 
 def walk(directory: Path, old: Path, new: Path) -> Seen:
