@@ -162,6 +162,7 @@ class Api:
         self._access = read_access(config)
         self._read_at = time.monotonic()
         self._own = threading.local()
+        self._opened: set[_Connection] = set()
 
     @property
     def server(self) -> str:
@@ -201,7 +202,7 @@ class Api:
                     connection.close()
                 return Reply(status=response.status, document=_document(content))
             except (OSError, http.client.HTTPException, ValueError) as e:
-                connection.close()
+                self._forget(connection)
                 self._own.kept = None
                 if not is_kept or isinstance(e, TimeoutError):
                     raise ApiDownError(f"{self.server}: {_why(e)}") from None
@@ -213,9 +214,11 @@ class Api:
         if kept is not None and kept[0] is access and kept[1].sock is not None:
             return kept[1], True
         if kept is not None:
-            kept[1].close()
+            self._forget(kept[1])
         connection = _Connection(access, TIMEOUT_SECONDS)
         self._own.kept = (access, connection)
+        with self._mutex:
+            self._opened.add(connection)
         return connection, False
 
     def _current(self) -> Access:
@@ -233,6 +236,17 @@ class Api:
             with contextlib.suppress(AccessError):
                 self._access = read_access(self._config)
             return self._access
+
+    def _forget(self, connection: _Connection) -> None:
+        connection.close()
+        with self._mutex:
+            self._opened.discard(connection)
+
+    def close(self) -> None:
+        """End the connections of all threads, which ask no more."""
+        with self._mutex:
+            for connection in self._opened:
+                connection.close()
 
     @contextlib.contextmanager
     def lines(self, path: str, silence_seconds: float, longest: int) -> Iterator[Lines]:

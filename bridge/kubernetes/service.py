@@ -226,6 +226,7 @@ class Service:
         self.holder.release()
         for authority in self.authorities.values():
             authority.close()
+        self.api.close()
         left = self.desk.queue.counts()[1]
         log.info("ended%s", f"; {left} requests were left in the middle" if left else "")
 

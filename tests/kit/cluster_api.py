@@ -246,6 +246,8 @@ def running(parent: Path | None = None, *, on_disk: bool = False) -> Iterator[Cl
         stack.callback(lambda: _end(cluster.server))
         cluster.start_server()
         yield cluster
+        for client in cluster._clients.values():
+            client.session.close()
 
 
 def _end(process: subprocess.Popen[bytes] | None) -> None:
