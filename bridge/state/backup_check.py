@@ -131,7 +131,7 @@ DATED = r"{}-\d{{4}}(?:-\d\d){{5}}\.pem"
 
 def _damaged(name: str, files: Sequence[File]) -> Iterator[Problem]:
     for file in files:
-        if file.target is not None and not file.target.is_file():
+        if file.target is not None and _content_behind(file, files) is None:
             yield Problem(certificate=name, wanted=f"the file {file.target}, which stays there", found="nothing")
         if file.copy is None:
             continue
@@ -143,6 +143,16 @@ def _damaged(name: str, files: Sequence[File]) -> Iterator[Problem]:
             if now != file.sha256:
                 wanted = f"{file.copy} with SHA-256 {str(file.sha256)[:16]}…"
                 yield Problem(certificate=name, wanted=wanted, found=f"{now[:16]}…")
+
+
+def _content_behind(link: File, files: Sequence[File]) -> bytes | None:
+    """What a symlink will lead to: a file that is put back with it, or one that stays there; None: neither."""
+    target = link.target
+    if target is None:
+        return None
+    copies = [file.copy for file in files if file.copy is not None and file.path.resolve() == target.resolve()]
+    path = copies[0] if copies else target
+    return path.read_bytes() if path.is_file() else None
 
 
 def pair_of(files: Sequence[File], item: Item) -> tuple[list[x509.Certificate], bytes]:
@@ -176,8 +186,7 @@ def _kubelets_pair(files: Sequence[File], item: Item) -> tuple[list[x509.Certifi
             return load_pem_certificates(certificate or b""), key or b""
     for file in files:
         if file.is_link and file.was_there:
-            path = file.copy or file.target
-            data = path.read_bytes() if path is not None else b""
+            data = file.copy.read_bytes() if file.copy is not None else _content_behind(file, files) or b""
             return load_pem_certificates(data), csr.key_block(data)
     return None
 

@@ -54,7 +54,7 @@ class File:
 
     @property
     def target(self) -> Path | None:
-        """The file that the symlink led to; it is not in the backup, since nobody replaces or removes it."""
+        """The file that the symlink led to; it is in the backup only if that undoes a rollback."""
         return self.path.parent / self.leads_to if self.leads_to is not None else None
 
     @classmethod

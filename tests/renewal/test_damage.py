@@ -163,7 +163,7 @@ def test_every_state_file_can_be_set_aside(node: Pki, store: Store, tmp_path: Pa
     files = damage.state_files(store)
     assert {file.path for file in files} == {
         *(store.journal, store.staging, store.requests, store.restart, store.restarted, store.unproven),
-        *(store.hooks, store.attempts, store.revocations, store.copies),
+        *(store.hooks, store.attempts, store.revocations, store.copies, store.users),
     }
     for file in files:
         file.path.write_bytes(b"{")

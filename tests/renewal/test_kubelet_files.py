@@ -34,6 +34,7 @@ def test_it_is_renewed_where_the_kubelet_reads_it(make: Bridge) -> None:
     """
     current = finalize(make.pki)
     dated, kubeconfig = current.resolve(), (make.pki.kubeconfig_dir / "kubelet.conf").read_bytes()
+    led = current.readlink()
     old = load_pem_certificates(current.read_bytes())[0]
     run = make.run("renew", "kubelet.conf", "-o", "json")
     assert run.returncode == 0, run.stderr
@@ -51,7 +52,7 @@ def test_it_is_renewed_where_the_kubelet_reads_it(make: Bridge) -> None:
     assert (new.subject, new.serial_number != old.serial_number) == (old.subject, True)
     assert json.loads(run.stdout)["restart"] == ["kubelet"]
     assert make.run("rollback").returncode == 0
-    assert (current.readlink(), fresh.exists()) == (dated, False)
+    assert (current.readlink(), fresh.exists()) == (led, False)
     assert load_pem_certificates(current.read_bytes())[0] == old
     assert make.run("rollback").returncode == 0
     assert current.readlink() == fresh
