@@ -197,10 +197,10 @@ def _refreshed(path: Path, live: Mapping[str, _Live], owed: Mapping[str, Sequenc
 
 def _outdated(data: bytes, path: Path, live: Mapping[str, _Live], owed: Mapping[str, Sequence[str]]) -> dict[int, str]:
     """The users of a copy with what was replaced, by their number: kubeadm's name of what they are to hold."""
-    now = {fingerprint(one.certificate) for one in live.values()}
-    old = {one: name for name, found in owed.items() if name in live for one in found if one not in now}
+    now = {name: fingerprint(one.certificate) for name, one in live.items()}
+    old = {one: name for name, found in owed.items() if name in now for one in found if one != now[name]}
     held = [(user.number, found) for user, found in _held(data)]
-    if not any(found in old or found in now for _, found in held):
+    if not any(found in old or found in now.values() for _, found in held):
         log.warning(
             "%s: wanted a certificate of the node's kubeconfigs and its key, found none; it is left alone", path
         )
