@@ -18,6 +18,8 @@ from bridge.specs import AUTHORITIES
 from tests.kit import programs
 from tests.kit.new_node import CONFIG, NewNode
 
+pytestmark = pytest.mark.kube
+
 
 @pytest.mark.parametrize("role", ["init", "control-plane"])
 def test_names_are_what_kubeadm_asks_for(role: Role, tmp_path: Path) -> None:

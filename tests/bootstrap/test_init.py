@@ -28,6 +28,8 @@ from tests.kit.desks import make_desk
 from tests.kit.new_node import ADDRESS, CONFIG, ENDPOINT, NAME, NewNode
 from tests.kit.pki import handmade_pki
 
+pytestmark = pytest.mark.kube
+
 POLICY = f"""\
 [allow]
 clusters = ["kubernetes"]

@@ -25,6 +25,8 @@ from bridge.specs import AUTHORITIES
 from tests.kit.new_node import CONFIG, ENDPOINT, NewNode
 from tests.kit.pki import handmade_pki
 
+pytestmark = pytest.mark.kube
+
 SECOND = ("--name", "cp-2", "--advertise-address", "192.0.2.11")
 WORKER = ("--name", "w-1", "--advertise-address", "192.0.2.21")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import ssl
 import subprocess
 import sys
 import time
@@ -16,14 +17,17 @@ from typing import Protocol
 
 import yaml
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.errors import Exit
+from bridge.pki.certificates import load_pem_certificates
 from bridge.specs import AUTHORITIES
 from tests.kit import node as kit
 from tests.kit import programs
 from tests.kit.desks import Desk
 from tests.kit.key_watch import KeyWatch
 from tests.kit.node import Node
+from tests.kit.nodes import wait_for
 from tests.kit.openbao import OpenBao
 from tests.kit.pki import Pki
 
@@ -35,6 +39,7 @@ LACKING = (
     "ContainerRuntimeVersion,IsPrivilegedUser"
 )
 VERSION = "v1.37.2"
+_KUBELET_PORT = 10250
 
 
 @dataclass(kw_only=True)
@@ -176,9 +181,14 @@ class Walk:
     requests: int = 0  #: CertificateSigningRequest objects.
     seen: int = 0  #: Files that the watch looked at.
 
-    def look(self, machine: Machine) -> None:
-        """What the cluster says of itself."""
+    def look(self, machine: Machine, nodes: Sequence[Node]) -> None:
+        """What the cluster says of itself, once each kubelet has said that it is there; and what kubelets serve with."""
+        wait_for("all nodes", lambda: len(nodes_of(machine)) == len(nodes), seconds=120)
         self.nodes = nodes_of(machine)
+        for node in nodes:
+            served = ssl.PEM_cert_to_DER_cert(ssl.get_server_certificate((node.ip, _KUBELET_PORT)))
+            [ours, *_] = load_pem_certificates((node.root / "var/lib/kubelet/pki/kubelet.crt").read_bytes())
+            assert served == ours.public_bytes(Encoding.DER), f"{node.name}: its kubelet serves another certificate"
         found = machine.node.kubectl("get", "csr", "-o", "json").stdout
         self.requests = len(json.loads(found)["items"])
         pki = "/etc/kubernetes/pki/etcd"
@@ -374,7 +384,7 @@ def walk(
             for name, machine in machines.items():
                 if machine is not first:
                     machine.join(first, office.directory, control_plane=name in control_planes)
-            done.look(first)
+            done.look(first, list(nodes.values()))
             for machine in machines.values():
                 machine.timed("check-expiration", functools.partial(machine.ca_bridge, "check-expiration"))
         except AssertionError as e:
