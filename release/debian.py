@@ -23,7 +23,6 @@ MAINTAINER = "The ca-bridge authors <release@ca-bridge.invalid>"
 _OVERRIDES = """\
 # The wheels' own modules, as their authors compiled and stripped them, or not; their digests are those of the lock file.
 ca-bridge: unstripped-binary-or-object [usr/lib/ca-bridge/lib/*]
-ca-bridge: shared-library-lacks-prerequisites [usr/lib/ca-bridge/lib/*]
 ca-bridge: hardening-no-fortify-functions [usr/lib/ca-bridge/lib/*]
 ca-bridge: embedded-library *usr/lib/ca-bridge/lib/*
 # Licences stay beside what they are of; debian/copyright has them all.

@@ -76,10 +76,10 @@ def test_the_rpm_installs_and_goes(bookworm: Tree, released: Path) -> None:
 
 def test_lintian_has_nothing_to_say(released: Path) -> None:
     """Neither an error nor a warning, nor an exception that nothing needs."""
-    command = ["lintian", "--allow-root", "--info", "--fail-on", "error,warning", "--tag-display-limit", "0"]
+    command = ["lintian", "--allow-root", "--display-info", "--fail-on", "error,warning", "--tag-display-limit", "0"]
     done = subprocess.run([*command, str(the(released, ".deb"))], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    assert not [line for line in done.stdout.splitlines() if line.startswith(("E:", "W:"))]
+    assert not [line for line in done.stdout.splitlines() if line.startswith(("E:", "W:")) or "unused-override" in line]
 
 
 def locked() -> dict[str, tuple[str, set[str]]]:
