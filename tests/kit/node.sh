@@ -361,7 +361,7 @@ YAML
 
 worker() { # worker IP OTHER [FORM]
   local ip=${1:-} other=${2:-} form=${3:-reference} first ca_dir token
-  [ $# -ge 2 ] && [[ $form =~ ^(reference|data|token)$ ]] || usage
+  if [ $# -lt 2 ] || ! [[ $form =~ ^(reference|data|token)$ ]]; then usage; fi
   other=$base/$other
   [ -e "$other/pid" ] || die "$name: wanted a node to join, found none in $other"
   first=$(sed -n 's/.*advertiseAddress: \(.*\)}.*/\1/p' "$other/root/etc/kubernetes/kubeadm.yaml")

@@ -14,7 +14,7 @@ running() { [ -e "$node/kubelet.pid" ] && kill -0 "$(cat "$node/kubelet.pid")" 2
 keep() {
   local args
   while sleep 0.2; do
-    [ -e "$node/kubelet.wanted" ] && [ -e /var/lib/kubelet/config.yaml ] || continue
+    if ! [ -e "$node/kubelet.wanted" ] || ! [ -e /var/lib/kubelet/config.yaml ]; then continue; fi
     args=$(sed -n 's/^KUBELET_KUBEADM_ARGS="\(.*\)"/\1/p' /var/lib/kubelet/kubeadm-flags.env 2>/dev/null || true)
     # shellcheck disable=SC2086  # kubeadm's words
     kubelet --bootstrap-kubeconfig=/etc/kubernetes/bootstrap-kubelet.conf --kubeconfig=/etc/kubernetes/kubelet.conf \
