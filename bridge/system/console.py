@@ -158,7 +158,8 @@ def _handler(log_format: LogFormat) -> logging.Handler:
     if log_format is LogFormat.JOURNAL or (log_format is LogFormat.TEXT and _leads_to_the_journal()):
         return _JournalHandler()
     handler = _Handler(sys.stderr)
-    plain = _TextFormat if sys.stderr.isatty() else _TaggedFormat
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    plain = _TextFormat if is_terminal else _TaggedFormat
     text_format = _TerminalFormat if status.is_lively(sys.stderr) else plain
     handler.setFormatter(_JsonFormat() if log_format is LogFormat.JSON else text_format())
     return handler

@@ -23,12 +23,12 @@ _FRAMES = ("|", "/", "-", "\\")
 _CLEAR = "\r\x1b[K"
 
 
-def is_lively(stream: TextIO) -> bool:
-    """Whether it is a terminal on which a line can be written over."""
-    return stream.isatty() and os.environ.get("TERM", "") not in {"", "dumb"}
+def is_lively(stream: TextIO | None) -> bool:
+    """Whether it is a terminal on which a line can be written over; None: it was closed from the beginning."""
+    return stream is not None and stream.isatty() and os.environ.get("TERM", "") not in {"", "dumb"}
 
 
-def is_coloured(stream: TextIO) -> bool:
+def is_coloured(stream: TextIO | None) -> bool:
     """Whether colours are seen there, and wanted (https://no-color.org)."""
     return is_lively(stream) and not os.environ.get("NO_COLOR")
 
@@ -97,7 +97,7 @@ class _Line:
 
 
 def _write(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # nobody looks any more
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # nobody looks, or any more
         sys.stderr.write(text)
         sys.stderr.flush()
 

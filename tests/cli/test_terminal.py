@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -121,3 +122,10 @@ def test_the_demo_on_80_columns() -> None:
     assert [line for line in lines if len(line) > 80] == []
     assert 50 < len(lines) < 90
     assert "Next" in lines
+
+
+def test_nobody_listens(config: Path) -> None:
+    """A run whose standard error was closed from the beginning does its work; so does one without standard output."""
+    for closed in ("2>&-", ">&-"):
+        line = f"exec {PROGRAM} renew front-proxy-client --config {config} {closed}"
+        assert subprocess.run(["sh", "-c", line], check=False, stdout=subprocess.DEVNULL).returncode == 0, closed
