@@ -89,6 +89,8 @@ class Leader:
                 self.last_answer = time.monotonic()
             except ApiDownError as e:
                 trouble = str(e)
+            except (KeyError, TypeError, AttributeError, ValueError) as e:
+                trouble = f"wanted the lease {self._name}, found something else ({type(e).__name__})"
             if trouble != self._told:
                 self._told = trouble
                 (log.info if not trouble else log.warning)("%s", trouble or f"the lease {self._name} is ours")

@@ -172,6 +172,10 @@ class Service:
                 self._api_trouble = str(e)
                 self._stop.wait(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+            except Exception as e:  # noqa: BLE001 (without a watch nothing would ever be signed again)
+                self._api_trouble = f"internal error: {type(e).__name__}"
+                log.error("the watch ended with %s (a bug: report it); it is begun anew", type(e).__name__)  # noqa: TRY400
+                self._stop.wait(_LONGEST_PAUSE_SECONDS)
             finally:
                 if watch.left_out:
                     log.warning("%d objects with one of our signers' names were too large to be read", watch.left_out)

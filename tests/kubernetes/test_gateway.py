@@ -380,6 +380,22 @@ def test_answers_of_an_api_server_in_trouble(
     assert len(desk.calls) == 1  # what the CA has signed is kept until it is written
 
 
+def test_a_lease_that_is_none(cluster: ClusterApi, desk: DeskProgram, worker: str, tmp_path: Path) -> None:
+    """Garbage in the place of the lease is no lease: nobody works, and works when it is one."""
+    garbage = iter([(200, b"[]"), (200, b"{}"), (200, b'{"metadata": 1, "spec": 2}'), (500, b""), (200, b"x")])
+
+    def before(_: str, path: str) -> tuple[int, bytes] | None:
+        return next(garbage, None) if "/leases/" in path else None
+
+    with api_proxy.between(cluster, gateways.USER) as proxy:
+        proxy.before = before
+        place = place_with(cluster, desk, tmp_path, worker, lease_name="garbage")
+        place.gateway["kubeconfig"] = str(proxy.kubeconfig(cluster, gateways.USER))
+        with gateways.running(place) as gateway:
+            assert next(garbage, None) is None
+            until_signed(gateway, cluster, ask(cluster, worker))
+
+
 def test_it_drains(cluster: ClusterApi, desk: DeskProgram, tmp_path: Path) -> None:
     """SIGTERM in the middle of a burst: what is at the CA is written, nothing is begun, and the end is clean."""
     workers = [f"w{9500 + number}" for number in range(12)]
