@@ -1,0 +1,392 @@
+"""
+A real cluster with an external CA whose kubelets get all their certificates from OpenBao through gateways.
+
+One control plane and two workers that join by bootstrap token, `serverTLSBootstrap: true`, and an API server that
+verifies kubelets. Two gateways run on this machine with the rights and policies of `setup kubernetes`; `Motion` kills
+what they need at random, asks for what nobody may have, and watches every kubelet's certificates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import requests
+from cryptography import x509
+
+from bridge.node.sample_pki import ThrowawayCA
+from bridge.pki.certificates import san_entries
+from bridge.signing.signer_rules import CLIENT_KUBELET, SERVING
+from tests.kit import est, gateways, openbao, programs
+from tests.kit.cluster_api import CSRS, ClusterApi
+from tests.kit.gateways import Gateway, Place, csr_pem, node_subject
+from tests.kit.issuing import Signer
+from tests.kit.kube_api import ApiClient
+from tests.kit.node import Node, directory
+from tests.kit.nodes import wait_for
+from tests.kit.openbao import OpenBao
+
+ACCOUNT = "system:serviceaccount:ca-bridge:ca-bridge-gateway"
+CLUSTER = """\
+apiServer:
+  extraArgs:
+  - {name: kubelet-certificate-authority, value: /etc/kubernetes/pki/ca.crt}
+"""
+POLICY = f"""\
+[allow]
+clusters = ["kubernetes"]
+nodes = ["*"]
+max_validity = "{{validity}}"
+[signer."{CLIENT_KUBELET}"]
+bootstrap_groups = ["system:bootstrappers:kubeadm:default-node-token"]
+[signer."{SERVING}"]
+"""
+#: Where a kubelet keeps what it uses, by what it is for.
+CURRENT = {"client": "kubelet-client-current.pem", "serving": "kubelet-server-current.pem"}
+
+
+@dataclass(kw_only=True)
+class GatewayCluster:
+    """All of it."""
+
+    nodes: list[Node]  #: The control plane first.
+    api: ClusterApi
+    bao: OpenBao
+    place: Place
+    gateways: dict[str, Gateway] = field(default_factory=dict)
+    manifests: Path = Path()  #: What `setup kubernetes` wrote.
+
+    @property
+    def control_plane(self) -> Node:
+        """The first one."""
+        return self.nodes[0]
+
+    @property
+    def admin(self) -> ApiClient:
+        """An administrator; one for each thread."""
+        certificate, key = self.api.credentials("kubernetes-super-admin", "system:masters")
+        pair = (str(certificate), str(key))
+        return ApiClient(user="admin", url=self.api.url, trust=self.api.pki_dir / "ca.crt", pair=pair)
+
+    def start_gateway(self, name: str) -> Gateway:
+        """One more replica, or one again."""
+        self.gateways[name] = self.place.start(name)
+        return self.gateways[name]
+
+    def holder(self) -> str | None:
+        """The name of the gateway that works; None while none does."""
+        return next(
+            (name for name, one in self.gateways.items() if one.process.poll() is None and one.is_working()), None
+        )
+
+    def certificate(self, node: Node, kind: str) -> x509.Certificate | None:
+        """What a kubelet uses; None until it has one."""
+        pki = node.root / "var/lib/kubelet/pki"
+        with contextlib.suppress(OSError, ValueError):
+            target = (pki / CURRENT[kind]).readlink()
+            return x509.load_pem_x509_certificate((pki / target.name).read_bytes())
+        return None
+
+    def has_short(self, node: Node, kind: str) -> bool:
+        """One of the gateway's: the first that a control plane's kubelet has is kubeadm's, and lives a year."""
+        found = self.certificate(node, kind)
+        return found is not None and found.not_valid_after_utc - found.not_valid_before_utc < timedelta(hours=1)
+
+    def apply(self, text: str) -> None:
+        """Manifests in YAML."""
+        (self.control_plane.kubeconfig_dir / "apply.yaml").write_text(text)
+        self.control_plane.kubectl("apply", "-f", "/etc/kubernetes/apply.yaml")
+
+    def import_image(self, archive: Path) -> None:
+        """Into the container runtime of the control plane."""
+        socket = directory() / self.control_plane.name / "run/containerd.sock"
+        command: list[str | Path] = [
+            programs.require("ctr"),
+            "-a",
+            str(socket),
+            "-n",
+            "k8s.io",
+            "images",
+            "import",
+            str(archive),
+        ]
+        subprocess.run(command, check=True, capture_output=True)
+
+    def kill_api_server(self) -> None:
+        """As the kernel would, for want of memory; its kubelet starts another one."""
+        found = self.control_plane.crictl(
+            "ps", "--name", "kube-apiserver", "--state", "running", "--quiet"
+        ).stdout.split()
+        template = ("inspect", "--output", "go-template", "--template", "{{.info.pid}}")
+        for container in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(self.control_plane.crictl(*template, container).stdout), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def running(place_dir: Path, *, validity: str, number: int = 140) -> Iterator[GatewayCluster]:
+    """
+    The cluster with one gateway that works and one that stands by; all kubelets have both certificates.
+
+    Args:
+        place_dir: For files; made if it is not there.
+        validity: Of the certificates, as the policy has it.
+        number: Of the first node's address; the others follow.
+    """
+    ips = [f"198.18.77.{number + step}" for step in range(3)]
+    names = [f"gw{os.getpid() % 10_000}-{role}" for role in ("cp", "w1", "w2")]
+    keys = place_dir / "ca-keys"
+    with contextlib.ExitStack() as stack:
+        bao = stack.enter_context(_openbao(place_dir / "bao"))
+        first = stack.enter_context(
+            Node.up(names[0], ips[0], ca_dir=keys, cluster=CLUSTER, kubelet="serverTLSBootstrap: true")
+        )
+        api = _api(ips[0], keys, place_dir / "api")
+        place = _place(api, bao, place_dir, validity, dict(zip(names, ips, strict=True)))
+        cluster = GatewayCluster(nodes=[first], api=api, bao=bao, place=place)
+        stack.callback(_end_gateways, cluster)
+        _install_manifests(cluster, place_dir)
+        refused = first.kubectl("logs", "--namespace=kube-system", f"kube-apiserver-{names[0]}", check=False)
+        assert refused.returncode, "wanted no way to a kubelet without a serving certificate"
+        gateway = cluster.start_gateway("one")
+        gateway.until(gateway.is_working, 60, "wanted it to work")
+        cluster.start_gateway("two")
+        for name, ip in zip(names[1:], ips[1:], strict=True):
+            cluster.nodes.append(stack.enter_context(Node.worker(name, ip, first, form="token")))
+        for node, kind in itertools.product(cluster.nodes, CURRENT):
+            wait_for(f"a short {kind} certificate of {node.name}", lambda: cluster.has_short(node, kind), seconds=90)  # noqa: B023
+        yield cluster
+
+
+def _end_gateways(cluster: GatewayCluster) -> None:
+    for gateway in cluster.gateways.values():
+        if gateway.process.poll() is None:
+            gateway.kill()
+
+
+@contextlib.contextmanager
+def _openbao(files_dir: Path) -> Iterator[OpenBao]:
+    """With storage on disk, so that it may be killed and started again."""
+    tls = est.make_tls(files_dir)
+    with openbao.tls_server(tls.server_cert, tls.server_key, tls.ca) as server:
+        yield server
+
+
+def _api(ip: str, keys: Path, files_dir: Path) -> ClusterApi:
+    """The node's API server, and whoever its CA makes."""
+    (files_dir / "kubernetes/pki").mkdir(parents=True)
+    certificate, key = (keys / "ca.crt").read_bytes(), (keys / "ca.key").read_bytes()
+    signer = Signer.load(certificate, key)
+    ca = ThrowawayCA(certificate=signer.certificate, key=signer.key)
+    (files_dir / "kubernetes/pki/ca.crt").write_bytes(certificate)
+    return ClusterApi(directory=files_dir, ca=ca, cas={"ca": ca}, port=6443, host=ip)
+
+
+def _place(api: ClusterApi, bao: OpenBao, files_dir: Path, validity: str, nodes: Mapping[str, str]) -> Place:
+    first, *_ = nodes
+    inventory = ['[cluster]\nendpoints = ["api.example.com"]\nservice_networks = ["10.96.0.0/12"]\n']
+    for name, ip in nodes.items():
+        inventory.append(f'[node.{name}]\naddresses = ["{ip}"]\n' + ("control_plane = true\n" if name == first else ""))
+    place = Place(
+        cluster=api, directory=files_dir / "gateways", user=ACCOUNT, policy=POLICY.replace("{validity}", validity),
+        inventory="".join(inventory),
+        gateway={"lease_namespace": "ca-bridge", "lease_duration": "5s", "min_validity": "1m", "node_rate": 60},
+    ).with_vault(bao)  # fmt: skip
+    place.tables = [table.replace("url = ", f'ca_file = "{bao.verify}"\nurl = ') for table in place.tables]
+    return place
+
+
+def _install_manifests(cluster: GatewayCluster, files_dir: Path) -> None:
+    """What `setup kubernetes` prints, but for the pods."""
+    config = cluster.place.write()
+    program = str(Path(sys.executable).with_name("ca-bridge"))
+    cluster.manifests = out = files_dir / "manifests"
+    subprocess.run(
+        [program, "setup", "kubernetes", "--config", str(config), "-o", str(out)], check=True, capture_output=True
+    )
+    for name in ("00-namespace", "10-rbac", "20-admission"):
+        cluster.apply((out / f"{name}.yaml").read_text())
+
+
+# --- motion -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Figures:
+    """What was seen."""
+
+    seconds: float = 0
+    rotations: Counter[str] = field(default_factory=Counter)  #: By node and kind.
+    least_left: dict[str, float] = field(default_factory=dict)  #: Seconds that a certificate in use had left, at least.
+    kills: Counter[str] = field(default_factory=Counter)
+    hostile: Counter[str] = field(default_factory=Counter)  #: By what became of them.
+    takeovers: list[float] = field(default_factory=list)  #: Seconds until another gateway worked.
+    signed: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+    def lines(self) -> Iterator[str]:
+        """For a page."""
+        yield f"{self.seconds:.0f} s"
+        yield f"rotations: {sum(self.rotations.values())} ({', '.join(f'{k} {v}' for k, v in sorted(self.rotations.items()))})"
+        yield f"least time left in use: {min(self.least_left.values(), default=0):.0f} s"
+        yield f"killed: {', '.join(f'{kind} {count} times' for kind, count in sorted(self.kills.items()))}"
+        yield f"takeovers: {len(self.takeovers)}, longest {max(self.takeovers, default=0):.1f} s"
+        yield f"hostile requests: {', '.join(f'{kind} {count}' for kind, count in sorted(self.hostile.items()))}"
+        yield f"certificates signed: {self.signed}; wrong: {len(self.wrong)}"
+
+
+class Motion:
+    """Lets a cluster go on for a while, kills, asks and watches."""
+
+    def __init__(self, cluster: GatewayCluster, seed: int) -> None:
+        self._cluster = cluster
+        self._random = random.Random(seed)  # noqa: S311 (to kill by, not to hide by)
+        self._end = threading.Event()
+        self._known: dict[str, int] = {}
+        self.figures = Figures()
+
+    def run(self, seconds: float, kills: Mapping[float, str] | None = None, *, pause: float = 40) -> Figures:
+        """
+        Let it go.
+
+        Args:
+            seconds: How long.
+            kills: What to kill when, in seconds from the start; None: at random, all the time.
+            pause: Between two at random, on average.
+
+        Raises:
+            AssertionError: A thread could not go on.
+        """
+        errors: list[BaseException] = []
+
+        def guarded(work: Callable[[], None]) -> Callable[[], None]:
+            def go() -> None:
+                try:
+                    work()
+                except BaseException as e:  # noqa: BLE001 (told by the main thread)
+                    errors.append(e)
+                    self._end.set()
+
+            return go
+
+        began = time.monotonic()
+        threads = [threading.Thread(target=guarded(work)) for work in (self._watch, self._ask)]
+        for thread in threads:
+            thread.start()
+        try:
+            for moment, what in _planned(kills) if kills is not None else self._endless(pause):
+                if self._end.wait(max(0.0, min(moment, seconds) - (time.monotonic() - began))) or moment >= seconds:
+                    break
+                self._kill(what)
+            self._end.wait(max(0.0, seconds - (time.monotonic() - began)))
+        finally:
+            self._end.set()
+            for thread in threads:
+                thread.join()
+        if errors:
+            raise AssertionError(f"{errors[0]!r}\n{list(self.figures.lines())}") from errors[0]
+        self.figures.seconds = time.monotonic() - began
+        self._judge()
+        return self.figures
+
+    def _endless(self, pause: float) -> Iterator[tuple[float, str]]:
+        moment = 0.0
+        while True:
+            moment += self._random.uniform(0.5, 1.5) * pause
+            yield moment, self._random.choice(["gateway", "API server", "CA"])
+
+    def _kill(self, what: str) -> None:
+        cluster = self._cluster
+        if what == "gateway":
+            name = wait_for("a gateway that works", cluster.holder, seconds=90)
+            began = time.monotonic()
+            cluster.gateways[name].kill()
+            wait_for("another gateway that works", cluster.holder, seconds=30)
+            self.figures.takeovers.append(time.monotonic() - began)
+            cluster.start_gateway(name)
+        elif what == "API server":
+            cluster.kill_api_server()
+        else:
+            cluster.bao.stop()
+            time.sleep(self._random.uniform(2, 10))
+            cluster.bao.start_again()
+        self.figures.kills[what] += 1
+
+    def _watch(self) -> None:
+        """Every half second each certificate in use: how long it has, and whether it is another one."""
+        while not self._end.wait(0.5):
+            for node, kind in itertools.product(self._cluster.nodes, CURRENT):
+                certificate = self._cluster.certificate(node, kind)
+                assert certificate is not None, f"{node.name} has no {kind} certificate any more"
+                key = f"{node.name.partition('-')[2]} {kind}"
+                left = (certificate.not_valid_after_utc - datetime.now(UTC)).total_seconds()
+                self.figures.least_left[key] = min(left, self.figures.least_left.get(key, left))
+                if self._known.setdefault(key, certificate.serial_number) != certificate.serial_number:
+                    self.figures.rotations[key] += 1
+                    self._known[key] = certificate.serial_number
+
+    def _ask(self) -> None:
+        """What a worker's kubelet may not have, as that kubelet."""
+        worker, first = self._cluster.nodes[1], self._cluster.control_plane
+        address = worker.ip
+        own = [x509.DNSName(worker.name), x509.IPAddress(ip_address(address))]
+        tries = itertools.cycle([
+            (CLIENT_KUBELET, csr_pem([*node_subject(first.name), node_subject(worker.name)[1]])),
+            (SERVING, csr_pem(node_subject(worker.name), [*own, x509.DNSName("kubernetes.default.svc")])),
+            (SERVING, csr_pem(node_subject(worker.name), [*own, x509.IPAddress(ip_address(first.ip))])),
+            (SERVING, csr_pem(node_subject(worker.name), [*own, x509.IPAddress(ip_address("10.96.0.1"))])),
+            (SERVING, csr_pem(node_subject(worker.name))),
+        ])  # fmt: skip
+        certificate, key = self._cluster.api.credentials(f"system:node:{worker.name}", "system:nodes")
+        url, trust = self._cluster.api.url, self._cluster.api.pki_dir / "ca.crt"
+        who = ApiClient(user=worker.name, url=url, trust=trust, pair=(str(certificate), str(key)))
+        for number in itertools.count():
+            if self._end.wait(2):
+                return
+            signer, text = next(tries)
+            with contextlib.suppress(requests.RequestException, ValueError):  # it was killed
+                who.create_csr(text, signer, gateways.USAGES[signer], name=f"hostile-{number}")
+
+    def _judge(self) -> None:
+        """Every object: whose certificate it is, by the inventory and not by what was asked."""
+        addresses = {node.name: node.ip for node in self._cluster.nodes}
+        admin = self._cluster.admin
+        objects = wait_for("the API server", lambda: _objects(admin), seconds=90)
+        for one in objects:
+            name, state = one["metadata"]["name"], gateways.state_of(one)
+            if name.startswith("hostile-"):
+                self.figures.hostile[state] += 1
+            for certificate in gateways.chain(one)[:1]:
+                self.figures.signed += 1
+                common = certificate.subject.rfc4514_string()
+                owner = next((node for node in addresses if common == f"CN=system:node:{node},O=system:nodes"), None)
+                sans = set(san_entries(certificate))
+                may = {("DNS", owner), ("IP", addresses.get(owner or "", ""))}
+                if name.startswith("hostile-") or owner is None or not sans <= may:
+                    self.figures.wrong.append(f"{name}: {common} {sans}")
+
+
+def _planned(kills: Mapping[float, str]) -> Iterator[tuple[float, str]]:
+    yield from sorted(kills.items())
+
+
+def _objects(admin: ApiClient) -> list[dict[str, Any]] | None:
+    with contextlib.suppress(requests.RequestException, ValueError):
+        reply = admin.ask("GET", CSRS)
+        if reply.status == 200:
+            return list(reply.document["items"])
+    return None
