@@ -7,13 +7,12 @@ One file a node, 0600, in a directory that is the administrator's choice; whoeve
 from __future__ import annotations
 
 from base64 import b64decode, b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bridge.bootstrap.places import Role
-from bridge.state.install import Replacement
 from bridge.system.files import Attributes, private_directory
 from bridge.system.state_file import OnDamage, StateFile
 
@@ -55,16 +54,6 @@ def keep(directory: Path, node: str, kept: Kept) -> None:
         for name, path, mode, data in kept.files
     ]
     kept_file(directory, node).replace({_KEY: {"role": kept.role, "config": kept.config, "files": files}})
-
-
-def of(role: Role, config: str, files: Sequence[Replacement]) -> Kept:
-    """To be kept: what is about to be installed."""
-    ours = tuple(
-        (one.certificate, one.path, one.attributes.mode if one.attributes else 0o600, one.data)
-        for one in files
-        if one.data is not None
-    )
-    return Kept(role=role, config=config, files=ours)
 
 
 def attributes(mode: int) -> Attributes:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -29,8 +28,17 @@ from bridge.bootstrap.places import (
 )
 from bridge.bootstrap.unfinished import Unfinished
 from bridge.bootstrap.whole import Look, is_sa_pair
+from bridge.bootstrap.wish import (
+    Bootstrapped,
+    ClusterExistsError,
+    LeftoversError,
+    NobodySignsError,
+    NotWholeError,
+    OtherWishError,
+    Wish,
+)
 from bridge.contract import SignRequest
-from bridge.errors import BridgeError, Exit, VerificationError, WaitingError
+from bridge.errors import BridgeError, VerificationError, WaitingError
 from bridge.node.inventory import Item
 from bridge.pki import verify
 from bridge.pki.bundle import short_fingerprint
@@ -56,93 +64,6 @@ from bridge.system.safe_read import UnreadableError, read
 _SUPER_ADMIN_MORE = timedelta(days=1)
 _DIRECTORY_MODE = 0o755
 _PRIVATE = 0o600
-
-
-class ClusterExistsError(BridgeError):
-    """The node is, or was, part of a cluster."""
-
-    hint = (
-        "`ca-bridge renew` is for a node that runs; after `kubeadm reset`, and `rm -r /var/lib/etcd`, it is new again"
-    )
-
-
-class LeftoversError(BridgeError):
-    """Some of the files are there, and nobody knows whose."""
-
-    exit_code = Exit.USAGE
-    hint = "move them away; kubeadm would take a mixture, and fail minutes later"
-
-
-class NotWholeError(BridgeError):
-    """The set is not what kubeadm needs."""
-
-    exit_code = Exit.REFUSED
-    hint = "nothing was changed; kubeadm itself does not look at all of this"
-
-
-class NobodySignsError(BridgeError):
-    """The settings name no CA, and nobody carries the requests to one."""
-
-    exit_code = Exit.USAGE
-    hint = "an [authority.NAME] table in the settings, or --request BUNDLE for a CA desk"
-
-
-class OtherWishError(BridgeError):
-    """An earlier run has begun something else."""
-
-    exit_code = Exit.USAGE
-    hint = "run it again as before, or with --anew: that forgets its keys, and answers to them are refused"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
-    """What is to be made."""
-
-    role: Role
-    places: Places
-    config: Configuration  #: Of the node: InitConfiguration and ClusterConfiguration; a worker's has the names alone.
-    text: bytes  #: The same as kubeadm is to read it.
-    kubeadm: str = "kubeadm"  #: The program; a worker needs none.
-    #: For kubeadm's own use, by path.
-    files: Mapping[Path, bytes] = field(default_factory=dict)
-    addresses: tuple[str, ...] = ()  #: Of the kubelet's serving certificate.
-    server: str = ""  #: Of a worker's kubelet.conf.
-    ca_dir: Path | None = None
-    carried: Certificates = field(default_factory=dict)  #: CA certificates that came with an order.
-    sa: tuple[bytes, bytes] | None = field(default=None, repr=False)  #: Another node's sa.key and sa.pub.
-    algorithm: KeyAlgorithm = "rsa-2048"  #: Of a worker's keys.
-    keep: Path | None = None
-    request: Path | None = None  #: A bundle for a desk is written here.
-    answers: tuple[Path, ...] = ()  #: What a desk has answered.
-    anew: bool = False
-
-    @property
-    def node(self) -> str:
-        """Its name in the cluster."""
-        return self.config.name
-
-    @property
-    def mark(self) -> str:
-        """What was asked for, for a comparison with an earlier run."""
-        return "\n".join([self.text.decode(), *self.addresses, self.server])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bootstrapped:
-    """What came of it."""
-
-    role: Role
-    node: str
-    outcomes: tuple[Outcome, ...] = ()
-    files: int = 0  #: How many were put in place.
-    is_complete: bool = False
-    from_kept: bool = False
-    strange: tuple[BridgeError, ...] = ()  #: Answers to something else.
-
-    @property
-    def exit_code(self) -> int:
-        """The worst outcome's."""
-        return Exit.worst([*(o.exit_code for o in self.outcomes), *(e.exit_code for e in self.strange)])
 
 
 def make(

@@ -19,9 +19,9 @@ from bridge.bootstrap.kubeadm_config import (
     parse,
     shared,
 )
-from bridge.bootstrap.make import Wish
 from bridge.bootstrap.orders import NewNode, Order, OrderError, new_node
 from bridge.bootstrap.places import ETCD_DIRECTORY, Places, Role
+from bridge.bootstrap.wish import Wish
 from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF
 from bridge.system.safe_read import UnreadableError, read

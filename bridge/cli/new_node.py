@@ -11,9 +11,9 @@ from pathlib import Path
 from bridge.bootstrap import make as day_zero
 from bridge.bootstrap import sharing, wishes
 from bridge.bootstrap.kubeadm_config import Facts
-from bridge.bootstrap.make import Bootstrapped, NotWholeError, Wish
 from bridge.bootstrap.places import Role
 from bridge.bootstrap.sharing import read_order
+from bridge.bootstrap.wish import Bootstrapped, NotWholeError, Wish
 from bridge.bootstrap.wishes import Said
 from bridge.cli.printing import say, say_table, under_headings
 from bridge.cli.progress import progress_shown
