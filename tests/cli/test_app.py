@@ -102,9 +102,9 @@ def test_the_result_as_json(run: Run, node: Pki) -> None:
     """All of it is on standard output, with a schema version."""
     result = json.loads(run("renew", "apiserver", "kubelet.conf", "-o", "json").stdout)
     assert result["schemaVersion"] == printing.SCHEMA_VERSION
-    assert [entry["name"] for entry in result["renewed"]] == ["apiserver", "kubelet.conf"]
-    assert result["renewed"][0]["serialNumber"] == f"{leaf_serial(node):X}".zfill(
-        len(result["renewed"][0]["serialNumber"])
+    assert [entry["name"] for entry in result["renewed"]] == ["kubelet.conf", "apiserver"]
+    assert result["renewed"][1]["serialNumber"] == f"{leaf_serial(node):X}".zfill(
+        len(result["renewed"][1]["serialNumber"])
     )
     assert result["restart"] == ["kube-apiserver", "kubelet"]
     assert result["exitCode"] == 0

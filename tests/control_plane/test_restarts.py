@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import ssl
 import stat
 import threading
@@ -644,7 +645,7 @@ def test_with_no_method_it_prints_what_to_do(tmp_path: Path) -> None:
     bridge = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge")
     run = bridge.run("restart", "kube-scheduler", "kubelet")
     assert run.returncode == Exit.NOT_LIVE
-    assert [line.split(":")[0].strip() for line in run.stdout.splitlines()[1:]] == ["kube-scheduler", "kubelet"]
+    assert re.findall(r"^  (\S+):", run.stdout, re.MULTILINE) == ["kube-scheduler", "kubelet"]
     as_json = bridge.run("restart", "all", "-o", "json")
     assert list(json.loads(as_json.stdout)["advice"]) == [c.value for c in restart_plan.ORDER[:4]]
 
