@@ -542,7 +542,7 @@ def test_plan_doctor_and_recover_tell(node: Pki, home: Path, tmp_path: Path) -> 
     good, bad = given(node, home / "config"), home / "pipe"
     bridge.add("copies", {"files": [str(good), str(bad)]})
     plan = bridge.run("plan")
-    assert re.search(rf"copy of admin.conf +refresh {good}", plan.stdout)
+    assert re.search(rf"copy of admin.conf +refresh +{good}", " ".join(plan.stdout.split()))
     os.mkfifo(bad)
     doctor = " ".join(bridge.run("doctor").stdout.split())
     assert f"ok {good}: holds the certificate of admin.conf, and is refreshed with it" in doctor
