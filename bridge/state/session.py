@@ -19,6 +19,7 @@ from bridge.state.requests import OpenRequests
 from bridge.state.store import Store
 from bridge.system.console import Progress
 from bridge.system.files import lock
+from bridge.system.state_file import StateError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,12 +61,28 @@ def alone(
     store.prepare()
     with lock(store.lock, shlex.join(sys.argv), wait), audit.Record(store, settings.audit) as record:
         # a component that is away comes first: nothing that is wrong with files may keep it away
-        for step in (parked_manifest.recover, install.recover):
-            recovery = step(store)
-            if recovery is not None:
-                tell(recovery)
-                record.add(audit.RECOVERED, result=str(recovery))
+        found = [
+            recovery for step in (parked_manifest.recover, install.recover) if (recovery := step(store)) is not None
+        ]
+        for recovery in found:
+            tell(recovery)
+            record.add(audit.RECOVERED, result=str(recovery))
+        if found:
+            _forget_installed(settings, store, tell)
         yield store, record
+
+
+def _forget_installed(settings: Settings, store: Store, tell: Callable[[Recovery | str], None]) -> None:
+    """What a killed run had installed, and was finished just now: after a rollback it would be installed once more."""
+    live = {item.spec.name: item.certificates[0] for item in inventory.of(settings.node).items if item.certificates}
+    try:
+        requests = OpenRequests(store)
+        for one in requests:
+            if one.answer is not None and one.answer.leaf == live.get(one.name):
+                requests.drop(one.name)
+        requests.save()
+    except StateError as e:
+        tell(str(e))
 
 
 @contextlib.contextmanager

@@ -211,6 +211,25 @@ def test_a_held_lock_is_9_and_names_the_holder(run: Run, tmp_path: Path) -> None
     assert run("renew").exit_code == 0
 
 
+def test_what_recover_has_installed_waits_for_no_run(run: Run, node: Pki, tmp_path: Path) -> None:
+    """A rollback after it stays: the next `renew` asks for a new certificate, and does not install the same once more."""
+    first = leaf_serial(node)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bridge.state.install._forward", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        run("renew", "apiserver")
+    assert "apiserver" in (tmp_path / "state/requests.json").read_text()
+    assert run("recover").exit_code == 0
+    recovered = leaf_serial(node)
+    assert recovered != first
+    assert not (tmp_path / "state/requests.json").exists()
+    assert run("rollback").exit_code == 0
+    assert leaf_serial(node) == first
+
+    assert run("renew", "apiserver").exit_code == 0
+
+    assert leaf_serial(node) not in (first, recovered)
+
+
 def test_an_interrupted_installation_is_finished_first(run: Run, node: Pki, tmp_path: Path) -> None:
     """`recover` does it alone; a plain `renew` notices it although nothing is due."""
     assert run("recover").exit_code == 0
