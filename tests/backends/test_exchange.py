@@ -49,6 +49,9 @@ sans = ["{node}", "localhost", "0.0.0.0/0", "::/0"]
 
 [certificate.etcd-peer]
 sans = ["{node}", "localhost", "0.0.0.0/0", "::/0"]
+
+[certificate.kubelet-server]
+sans = ["{node}", "0.0.0.0/0", "::/0"]
 """
 
 

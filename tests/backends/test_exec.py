@@ -861,7 +861,7 @@ def test_doctor_finds_what_is_wrong_with_a_program(one: Bridge) -> None:
 
     def told() -> str:
         """Only what is about the backends."""
-        return one.run("doctor").stdout.partition("backend of")[2]
+        return " ".join(one.run("doctor").stdout.partition("backend of")[2].split())
 
     assert str(script) not in told()
     script.chmod(0o777)
