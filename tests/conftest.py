@@ -31,8 +31,11 @@ def pytest_configure() -> None:
     What does not depend on who starts the tests, and how fast the machine is.
 
     Whoever starts them in the background of a shell lets them, and all that they start, ignore SIGINT. Hypothesis would
-    take a busy machine for a fault.
+    take a busy machine for a fault. How wide the tests' own terminal is (xdist's workers are told) is no matter of the
+    programs that they run, whose output goes into pipes.
     """
+    for name in ("COLUMNS", "LINES"):
+        os.environ.pop(name, None)
     hypothesis.settings.register_profile("any machine", deadline=None)
     hypothesis.settings.load_profile("any machine")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

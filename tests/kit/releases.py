@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PLATFORM = os.uname().machine
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Nobody else changes `.cache/wheels` meanwhile, which all builds share."""
+    with (ROOT / ".cache/release.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def offline(directory: Path, **environment: str) -> Path:
@@ -21,8 +31,7 @@ def offline(directory: Path, **environment: str) -> Path:
         environment: On top of the tests' own.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with (ROOT / ".cache/release.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # they share .cache/wheels
+    with alone():
         if not list(directory.glob("*.run")):
             command = [str(ROOT / "scripts/offline"), "--platform", PLATFORM, "--output", str(directory)]
             done = subprocess.run(
@@ -55,8 +64,7 @@ def clone(directory: Path) -> Path:
 
 def release(directory: Path) -> Path:
     """Everything that `scripts/release` makes, below `dist`, signed by the key `key`; `signers` names its public half."""
-    with (ROOT / ".cache/release.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone():
         if not (directory / "dist/SHA256SUMS.sig").exists():
             shutil.rmtree(directory, ignore_errors=True)
             here = clone(directory / "clone")

@@ -91,11 +91,12 @@ def test_an_upgrade_keeps_settings_state_and_the_version_before(bookworm: Tree, 
 def test_takes_over_from_a_virtual_environment(bookworm: Tree, offline: Path, tmp_path: Path) -> None:
     """As the README had it before: jobs that name the environment's program get the new one, and the rest of it stays."""
     wheels, site = releases.ROOT / f".cache/wheels/{releases.PLATFORM}", tmp_path / "site"
-    (project,) = (releases.ROOT / ".cache/wheels/project").glob("*.whl")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(site)]
     fits = ("none-any", "cp311-cp311", "abi3")
-    chosen = [str(path) for path in wheels.glob("*.whl") if any(tag in path.name for tag in fits)]
-    subprocess.run([*pip, *chosen, str(project)], check=True)
+    with releases.alone():
+        (project,) = (releases.ROOT / ".cache/wheels/project").glob("*.whl")
+        chosen = [str(path) for path in wheels.glob("*.whl") if any(tag in path.name for tag in fits)]
+        subprocess.run([*pip, *chosen, str(project)], check=True)
     bookworm.run("python3 -m venv --without-pip /opt/ca-bridge")
     shutil.rmtree(site / "bin")
     bookworm.put_directory(site, "/opt/ca-bridge/lib/python3.11/site-packages")
