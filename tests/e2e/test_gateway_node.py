@@ -1,7 +1,7 @@
 """
 A real cluster whose kubelets get every certificate from OpenBao through gateways, in fast motion.
 
-Certificates live 3 minutes (and 30 s of a backdated beginning), so a kubelet asks for the next one 117 to 159 s later.
+Certificates live 4 minutes (and 30 s of a backdated beginning), so a kubelet asks for the next one 159 to 213 s later.
 `python -m tests.e2e.gateway_soak` is the same for an hour.
 """
 
