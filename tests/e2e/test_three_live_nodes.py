@@ -270,7 +270,11 @@ def test_one_timer_after_the_other(bridges: list[LiveBridge], tried: Tried) -> N
 
 
 def test_three_timers_at_once(bridges: list[LiveBridge], tried: Tried) -> None:
-    """All four components and the kubelet of each node, one node after the other, by the lease."""
+    """
+    All four components of each node, one node after the other, by the lease.
+
+    kubelet.conf refers to a file by now, from which the kubelet may rotate by itself: it is not due before that is late.
+    """
     for bridge in bridges:
         change(bridge, before="60d", validity="300d", components="all")
     nodes, before = [bridge.node for bridge in bridges], [live_certificates(bridge.pki) for bridge in bridges]
@@ -281,7 +285,7 @@ def test_three_timers_at_once(bridges: list[LiveBridge], tried: Tried) -> None:
     assert [one[-1] for one in codes] == [Exit.DONE] * 3
     for bridge, old in zip(bridges, before, strict=True):
         new = live_certificates(bridge.pki)
-        assert not [name for name in old if new[name] == old[name]]
+        assert [name for name in old if new[name] == old[name]] == ["kubelet.conf"]
     assert_renewed(bridges, seen, known, STATIC, tried)
     assert {name for _, _, name in seen.down} == {node.name for node in nodes}  # or nothing was seen
     assert seen.elsewhere >= len(nodes)
