@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import filterfalse
+from typing import TYPE_CHECKING
 
 from cryptography import x509
 
@@ -13,12 +14,13 @@ from bridge.errors import BridgeError, SettingsError, SettingsProblem, Violation
 from bridge.node.inventory import Item, Node, NoNodeError
 from bridge.pki import expiry, identity
 from bridge.pki.certificates import load_pem_certificates
-from bridge.pki.naming import Naming, alternative_names
-from bridge.renewal.wish import Wish, Wishes
 from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF, KUBELET_SERVER, SPECS, CertificateSpec, Component
 from bridge.state.outcome import Outcome
 from bridge.words import name_found
+
+if TYPE_CHECKING:
+    from bridge.renewal.wish import Wish, Wishes
 
 #: As in `kubeadm certs renew all`.
 ALL = "all"
@@ -188,6 +190,8 @@ def is_other(item: Item, settings: Settings) -> bool:
     if item.spec.name != KUBELET_SERVER or not settings.serving_sans or not item.certificates:
         return False
     leaf = item.certificates[0]
+    from bridge.pki.naming import Naming, alternative_names  # noqa: PLC0415 (a cron run loads it only where it is asked)
+
     return item.foreign or not Naming(subject=leaf.subject, sans=alternative_names(settings.serving_sans)).is_of(leaf)
 
 
