@@ -15,10 +15,10 @@ from pathlib import Path
 
 from bridge.bootstrap import authorities, kept, keys, unfinished
 from bridge.bootstrap.authorities import Certificates
+from bridge.bootstrap.configuration import Configuration, assert_usable
 from bridge.bootstrap.files import Composer
 from bridge.bootstrap.kept import Kept
 from bridge.bootstrap.keys import ForeignSaError, Made
-from bridge.bootstrap.kubeadm_config import Configuration, assert_usable
 from bridge.bootstrap.places import (
     SUPER_ADMIN,
     Places,

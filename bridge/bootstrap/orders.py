@@ -16,12 +16,13 @@ from typing import Any
 
 from cryptography import x509
 
-from bridge.bootstrap import kubeadm_config
+from bridge.bootstrap import configuration
 from bridge.bootstrap.authorities import text as ca_text
-from bridge.bootstrap.kubeadm_config import Configuration, KubeadmConfigError
+from bridge.bootstrap.configuration import Configuration
 from bridge.bootstrap.places import ROLES, Role
 from bridge.bootstrap.whole import is_sa_pair
 from bridge.errors import BridgeError, Exit
+from bridge.node.kubeadm_config import KubeadmConfigError
 from bridge.pki.certificates import load_pem_certificates
 from bridge.specs import AUTHORITIES
 
@@ -116,7 +117,7 @@ def _cluster(value: object) -> Configuration:
     if not isinstance(value, str):
         raise OrderError("cluster: wanted kubeadm's configuration as text, found something else")
     try:
-        found = kubeadm_config.parse(value.encode())
+        found = configuration.parse(value.encode())
     except KubeadmConfigError as e:
         raise OrderError(f"cluster: {e}") from None
     if not found.cluster:

@@ -8,13 +8,14 @@ from datetime import datetime
 from pathlib import Path
 
 from bridge.bootstrap import authorities, orders
-from bridge.bootstrap.kubeadm_config import Facts, KubeadmConfigError, assert_usable, for_node, shared
+from bridge.bootstrap.configuration import Facts, assert_usable, for_node, shared
 from bridge.bootstrap.make import live
 from bridge.bootstrap.orders import NewNode, Order, OrderError
 from bridge.bootstrap.places import Places
 from bridge.bootstrap.whole import is_sa_pair
 from bridge.bootstrap.wishes import order_for, read_configuration
 from bridge.errors import BridgeError, Exit
+from bridge.node.kubeadm_config import KubeadmConfigError
 from bridge.settings.tables import Settings
 from bridge.system.files import write_atomically
 from bridge.system.ownership import open_secret

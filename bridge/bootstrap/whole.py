@@ -23,8 +23,8 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import NameOID
 
 from bridge.bootstrap.authorities import shared_key, trouble
+from bridge.bootstrap.configuration import Configuration
 from bridge.bootstrap.files import Read
-from bridge.bootstrap.kubeadm_config import Configuration
 from bridge.bootstrap.places import Places, Role, authorities_of, ca_keys, specs_of
 from bridge.contract import Issued, SignRequest
 from bridge.errors import VerificationError

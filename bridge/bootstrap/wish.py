@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bridge.bootstrap.authorities import Certificates
-from bridge.bootstrap.kubeadm_config import Configuration
+from bridge.bootstrap.configuration import Configuration
 from bridge.bootstrap.places import Places, Role
 from bridge.errors import BridgeError, Exit
 from bridge.specs import KeyAlgorithm

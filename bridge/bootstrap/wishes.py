@@ -8,10 +8,9 @@ from pathlib import Path
 
 from cryptography import x509
 
-from bridge.bootstrap.kubeadm_config import (
+from bridge.bootstrap.configuration import (
     Configuration,
     Facts,
-    KubeadmConfigError,
     for_node,
     from_facts,
     join_configuration,
@@ -22,9 +21,9 @@ from bridge.bootstrap.kubeadm_config import (
 from bridge.bootstrap.orders import NewNode, Order, OrderError, new_node
 from bridge.bootstrap.places import ETCD_DIRECTORY, Places, Role
 from bridge.bootstrap.wish import Wish
+from bridge.node.kubeadm_config import KubeadmConfigError, read_file
 from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF
-from bridge.system.safe_read import UnreadableError, read
 
 _ADMIN = "admin.conf"
 #: Of `kubeadm join`: the pre-signed kubelet.conf, which makes a bootstrap token needless.
@@ -204,16 +203,8 @@ def read_configuration(path: Path) -> tuple[Configuration, bytes]:
     Raises:
         KubeadmConfigError: It can't be read, or is none.
     """
-    try:
-        data = read(path)
-    except UnreadableError as e:
-        raise KubeadmConfigError(f"{path}: wanted kubeadm's configuration, found: {e}") from None
-    if data is None:
-        raise KubeadmConfigError(f"{path}: wanted kubeadm's configuration, found no file")
-    try:
-        return parse(data), data
-    except KubeadmConfigError as e:
-        raise KubeadmConfigError(f"{path}: {e}", hint=e.hint) from None
+    data = read_file(path)
+    return parse(data, str(path)), data
 
 
 def order_for(cluster: Configuration, authorities: Mapping[str, tuple[x509.Certificate, ...]], node: NewNode) -> Order:

@@ -97,7 +97,7 @@ def init(
     Keys and CSRs by kubeadm's own generate-csr, signed by the CAs of the settings or by a desk, proven, and put in place
     in one step. Run it again after an interruption, or when a desk has answered: exit code 4 says that it waits.
     """
-    from bridge.bootstrap.kubeadm_config import Facts  # noqa: PLC0415
+    from bridge.bootstrap.configuration import Facts  # noqa: PLC0415
     from bridge.cli import new_node  # noqa: PLC0415
 
     facts = Facts(
@@ -158,7 +158,7 @@ def join(
     A control-plane node needs what another one shares (its service account key among it); a worker needs the cluster's
     configuration. Prints the command to run next. Exit code 4 says that it waits for an answer.
     """
-    from bridge.bootstrap.kubeadm_config import Facts  # noqa: PLC0415
+    from bridge.bootstrap.configuration import Facts  # noqa: PLC0415
     from bridge.cli import new_node  # noqa: PLC0415
 
     options = new_node.Options(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bridge.bootstrap import make as day_zero
 from bridge.bootstrap import sharing, wishes
-from bridge.bootstrap.kubeadm_config import Facts
+from bridge.bootstrap.configuration import Facts
 from bridge.bootstrap.places import Role
 from bridge.bootstrap.sharing import read_order
 from bridge.bootstrap.wish import Bootstrapped, NotWholeError, Wish

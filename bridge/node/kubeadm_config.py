@@ -1,21 +1,23 @@
 """
-kubeadm's configuration, as far as names in certificates and kubeconfigs come from it.
+kubeadm's configuration: the one reader of its format, and what names in certificates and kubeconfigs come from.
 
 A file with `InitConfiguration` and `ClusterConfiguration` (v1beta2 to v1beta4), or the ClusterConfiguration alone, as
-the ConfigMap kube-system/kubeadm-config has it.
+the ConfigMap kube-system/kubeadm-config has it. `bridge.bootstrap.configuration` writes such files.
 """
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
-from bridge.errors import BridgeError
+from bridge.errors import BridgeError, Exit
 from bridge.node.yamltree import YamlError, YamlNode, documents, split_bom
 from bridge.pki.kubeadm_names import Release, parse_release
 from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
+from bridge.system.safe_read import UnreadableError, read
 
 #: Where the cluster keeps it, for the Kubernetes API.
 CONFIG_MAP = "/api/v1/namespaces/kube-system/configmaps/kubeadm-config"
@@ -24,12 +26,17 @@ CLUSTER_CONFIGURATION = "ClusterConfiguration"
 
 _SERVICE_SUBNET = "10.96.0.0/12"
 _API = "kubeadm.k8s.io/"
+_FILE_HINT = "name the file that `kubeadm init --config` had, or is to have"
 
 
 class KubeadmConfigError(BridgeError):
     """Not a configuration of kubeadm that can be used."""
 
-    hint = "`kubeadm config validate --config FILE` says what kubeadm thinks of it"
+    exit_code = Exit.USAGE
+    hint = (
+        "`kubeadm config validate --config FILE` says what kubeadm thinks of it; `kubeadm config print init-defaults` "
+        "shows the form; docs/day-0.md says which fields matter"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,35 +74,93 @@ class KubeadmConfig:
         return str(ipaddress.ip_network(self.service_subnet.partition(",")[0].strip())[1])
 
 
-def parse(data: bytes) -> KubeadmConfig:
+def read_file(path: Path) -> bytes:
     """
-    Read a configuration.
+    Read a file that the operator names.
+
+    Raises:
+        KubeadmConfigError: It can't be read, or isn't there.
+    """
+    try:
+        data = read(path)
+    except UnreadableError as e:
+        raise KubeadmConfigError(f"{path}: wanted kubeadm's configuration, found: {e}", hint=_FILE_HINT) from None
+    if data is None:
+        raise KubeadmConfigError(f"{path}: wanted kubeadm's configuration, found no file", hint=_FILE_HINT)
+    return data
+
+
+def parse(data: bytes, source: str = "") -> KubeadmConfig:
+    """
+    Read what the names come from.
+
+    Args:
+        data: The documents.
+        source: Where they are from, for messages.
 
     Raises:
         KubeadmConfigError: Not one of kubeadm's; without a ClusterConfiguration; or a value in it is none.
     """
-    problem = ""
     try:
-        config = _config(documents(split_bom(data)[1]))
+        config = _config(_by_kind(data))
         _ = config.endpoint_url, config.service_address
     except (YamlError, ValueError, IndexError) as e:
         problem = str(e)
     else:
         return config
-    raise KubeadmConfigError(f"wanted a configuration of kubeadm, found one that can't be used: {problem}")
+    raise _unusable(problem, source)
 
 
-def _config(found: Iterable[YamlNode]) -> KubeadmConfig:
+def parse_documents(data: bytes, source: str = "") -> tuple[dict[str, Any], ...]:
+    """
+    Read the documents whole, those for the kubelet and kube-proxy among them.
+
+    Args:
+        data: The documents.
+        source: Where they are from, for messages.
+
+    Raises:
+        KubeadmConfigError: None of them is kubeadm's; one is no mapping; or it can't be written again as it is.
+    """
+    try:
+        return tuple(one.plain() for one in _by_kind(data).values())
+    except YamlError as e:
+        problem = str(e)
+    raise _unusable(problem, source)
+
+
+def _unusable(problem: str, source: str) -> KubeadmConfigError:
+    """Not raised inside `except`: that error, and so a traceback's context, may hold the data."""
+    where = f"{source}: " if source else ""
+    return KubeadmConfigError(f"{where}wanted a configuration of kubeadm, found one that can't be used: {problem}")
+
+
+def _by_kind(data: bytes) -> dict[str, YamlNode]:
+    """
+    The documents, of which each kind is there once (as kubeadm demands) and one is kubeadm's.
+
+    Raises:
+        YamlError: They aren't such documents.
+    """
     kinds: dict[str, YamlNode] = {}
-    for one in found:
+    for one in documents(split_bom(data)[1]):
         if one.null:
             continue
         kind = _text(one, "kind")
-        if not _text(one, "apiVersion").startswith(_API):
-            continue
         if kind in kinds:
-            raise YamlError(f"wanted {kind} once, found it twice")
+            raise YamlError(f"wanted {kind or 'a document without a kind'} once, found it twice")
         kinds[kind] = one
+    if not any(map(_is_kubeadms, kinds.values())):
+        raise YamlError(f"wanted a document of apiVersion {_API}…, found none")
+    return kinds
+
+
+def _is_kubeadms(document: YamlNode) -> bool:
+    return _text(document, "apiVersion").startswith(_API)
+
+
+def _config(every: dict[str, YamlNode]) -> KubeadmConfig:
+    kinds = {kind: one for kind, one in every.items() if _is_kubeadms(one)}
     cluster, init = kinds.get(CLUSTER_CONFIGURATION), kinds.get("InitConfiguration")
     if cluster is None:
         raise YamlError(f"no {CLUSTER_CONFIGURATION} in it")

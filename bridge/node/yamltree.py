@@ -7,9 +7,9 @@ For files that have to be read without being trusted and edited without being re
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
@@ -24,6 +24,14 @@ _BOM = "\ufeff"
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is not in every build
 _NULL = ("", "~", "null", "Null", "NULL")
 _STR = "tag:yaml.org,2002:str"
+_RESOLVER: Any = yaml.resolver.Resolver()
+_MADE = yaml.constructor.SafeConstructor()
+#: What a plain scalar may be besides a text.
+_PLAIN: dict[str, Callable[[yaml.ScalarNode], float | bool]] = {
+    "tag:yaml.org,2002:bool": _MADE.construct_yaml_bool,
+    "tag:yaml.org,2002:int": _MADE.construct_yaml_int,
+    "tag:yaml.org,2002:float": _MADE.construct_yaml_float,
+}
 
 
 class YamlError(ValueError):
@@ -108,6 +116,44 @@ class YamlNode:
         if keys.count(key) > 1:
             raise YamlError(f"line {node.place.line}: wanted {key} once, found it {keys.count(key)} times")
         return node.children[2 * keys.index(key) + 1] if key in keys else None
+
+    def plain(self) -> Any:
+        """
+        The value with all below it as Python's own, for a document that is to be written again.
+
+        Raises:
+            YamlError: An alias (written out, a few of them fill the memory), a merge key, a key twice, or a tag.
+        """
+        if self.kind == "alias":
+            raise YamlError(f"line {self.place.line}: wanted a value, found an alias (*)")
+        if self.kind == "scalar":
+            return _plain_scalar(self)
+        if self.tag is not None:
+            raise YamlError(f"line {self.place.line}: wanted a {self.kind}, found a value with a tag")
+        if self.kind == "sequence":
+            return [one.plain() for one in self.children]
+        for key in self.children[::2]:
+            self.get(key.text())  # each once, and none is a merge key
+        keys = [key.text() for key in self.children[::2]]
+        return dict(zip(keys, [one.plain() for one in self.children[1::2]], strict=True))
+
+
+def _plain_scalar(node: YamlNode) -> str | float | bool | None:
+    """
+    Null, a truth value and a number where PyYAML and Go agree on it; all else is a text.
+
+    They don't on numbers to base 60 (`12:30`), which are texts in Go; a date is a text in JSON, and so in Kubernetes.
+    """
+    text = node.text()
+    if node.null:
+        return None
+    tag = _RESOLVER.resolve(yaml.ScalarNode, text, (True, False)) if not node.style and node.tag is None else _STR
+    if tag not in _PLAIN or ":" in text:
+        return text
+    try:
+        return _PLAIN[tag](yaml.ScalarNode(tag, text))
+    except (ValueError, OverflowError):  # more digits than Python reads
+        raise YamlError(f"line {node.place.line}: wanted a number, found one that is too large") from None
 
 
 def split_bom(data: bytes) -> tuple[str, str]:

@@ -12,13 +12,10 @@ from bridge.node import kubeadm_config
 from bridge.node.inventory import Node
 from bridge.node.kubeadm_config import CLUSTER_CONFIGURATION, CONFIG_MAP, KubeadmConfig, KubeadmConfigError
 from bridge.settings.tables import Settings
-from bridge.system.safe_read import UnreadableError, read
-
-_FILE_HINT = "name the file that `kubeadm init --config` had; without --kubeadm-config the cluster is asked"
 
 
 class NoSourceError(BridgeError):
-    """Neither a file nor the cluster tells kubeadm's configuration."""
+    """The cluster does not tell kubeadm's configuration."""
 
     hint = (
         "name kubeadm's configuration with --kubeadm-config FILE; or put a good copy of the certificate back (an expired "
@@ -51,21 +48,16 @@ class Source:
         Read it.
 
         Raises:
-            NoSourceError: There is none.
-            KubeadmConfigError: It can't be used.
+            NoSourceError: The cluster tells none that can be used.
+            KubeadmConfigError: The file can't be used.
         """
         if self._config is None:
-            self._config = self._of_file(self._file) if self._file is not None else self._of_cluster()
+            self._config = (
+                self._of_cluster()
+                if self._file is None
+                else kubeadm_config.parse(kubeadm_config.read_file(self._file), self.text)
+            )
         return self._config
-
-    def _of_file(self, file: Path) -> KubeadmConfig:
-        try:
-            data = read(file)
-        except UnreadableError as e:
-            raise NoSourceError(f"{file}: wanted kubeadm's configuration, found: {e}", hint=_FILE_HINT) from None
-        if data is None:
-            raise NoSourceError(f"{file}: wanted kubeadm's configuration, found no file", hint=_FILE_HINT)
-        return _parsed(data, str(file))
 
     def _of_cluster(self) -> KubeadmConfig:
         try:
@@ -76,11 +68,7 @@ class Source:
         text = data.get(CLUSTER_CONFIGURATION) if isinstance(data, dict) else None
         if reply.status != HTTPStatus.OK or not isinstance(text, str):
             raise NoSourceError(f"wanted {self.text}, found none there (HTTP {reply.status})")
-        return _parsed(text.encode(), self.text)
-
-
-def _parsed(data: bytes, where: str) -> KubeadmConfig:
-    try:
-        return kubeadm_config.parse(data)
-    except KubeadmConfigError as e:
-        raise KubeadmConfigError(f"{where}: {e}", hint=e.hint) from None
+        try:
+            return kubeadm_config.parse(text.encode(), self.text)
+        except KubeadmConfigError as e:
+            raise NoSourceError(str(e)) from None

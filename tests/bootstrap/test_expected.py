@@ -9,7 +9,7 @@ import pytest
 from cryptography import x509
 
 from bridge.bootstrap import expected, keys, orders
-from bridge.bootstrap.kubeadm_config import Facts, for_node, parse, shared
+from bridge.bootstrap.configuration import Facts, for_node, parse, shared
 from bridge.bootstrap.orders import Order, OrderError, new_node
 from bridge.bootstrap.places import Role
 from bridge.bootstrap.wishes import order_for

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.bootstrap import orders
-from bridge.bootstrap.kubeadm_config import parse
+from bridge.bootstrap.configuration import parse
 from bridge.bootstrap.orders import Order, OrderError, new_node
 from bridge.bootstrap.places import Role
 from bridge.bootstrap.whole import Look

@@ -189,17 +189,17 @@ def test_never_by_guess(site: Site) -> None:
     """Without a source, with a source for another node, or with one that lacks a fact, nothing is asked or written."""
     site.remove(KUBELET_CLIENT, "apiserver")
     cases = [
-        ([], "--kubeadm-config FILE"),
-        (["--kubeadm-config", "/nowhere/kubeadm.yaml"], "found no file"),
-        (site.write_config("name.yaml", lambda text: text.replace("cp-1", "cp-9")), "is for node cp-9"),
-        (site.write_config("address.yaml", lambda text: text.replace("192.0.2.10", "192.0.2.9")), "advertise address"),
-        (site.write_config("half.yaml", lambda text: text.partition("---")[0]), "no ClusterConfiguration"),
-        (site.write_config("broken.yaml", lambda text: text + "\n\t{"), "can't be used"),
-        (site.write_config("bad.yaml", lambda text: text.replace("zz.example.com", "bad name!")), "bad name!"),
+        (1, [], "--kubeadm-config FILE"),
+        (2, ["--kubeadm-config", "/nowhere/kubeadm.yaml"], "found no file"),
+        (1, site.write_config("name.yaml", lambda text: text.replace("cp-1", "cp-9")), "is for node cp-9"),
+        (1, site.write_config("other.yaml", lambda text: text.replace("192.0.2.10", "192.0.2.9")), "advertise address"),
+        (2, site.write_config("half.yaml", lambda text: text.partition("---")[0]), "no ClusterConfiguration"),
+        (2, site.write_config("broken.yaml", lambda text: text + "\n\t{"), "can't be used"),
+        (1, site.write_config("bad.yaml", lambda text: text.replace("zz.example.com", "bad name!")), "bad name!"),
     ]
-    for arguments, text in cases:
+    for code, arguments, text in cases:
         run = site.renew("apiserver", *arguments)
-        assert (run.returncode, text in run.stderr) == (1, True), run.stderr
+        assert (run.returncode, text in run.stderr) == (code, True), run.stderr
         assert "hint:" in run.stderr
     for manifest in site.pki.kubeconfig_dir.glob("manifests/*.yaml"):
         manifest.unlink()

@@ -1,7 +1,8 @@
 """
-kubeadm's configuration file, as far as a new node's certificates depend on it (pure: bytes in, values out).
+The configuration that kubeadm is given on a new node: what it says, and how it is made (pure: bytes in, values out).
 
-Several YAML documents; what is not needed here is left as it is, and kubeadm judges it.
+Several YAML documents, which `bridge.node.kubeadm_config` reads; what is not needed here is left as it is, and kubeadm
+judges it.
 """
 
 from __future__ import annotations
@@ -14,22 +15,13 @@ from typing import Any
 
 import yaml
 
-from bridge.errors import BridgeError, Exit
+from bridge.node import kubeadm_config
+from bridge.node.kubeadm_config import KubeadmConfigError
 from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
 
-_API = "kubeadm.k8s.io/"
-_MOST_BYTES = 1 << 18
-_MOST_DOCUMENTS = 20
 #: What a node's name may be (RFC 1123 subdomain).
 _NODE = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 _VERSION = re.compile(r"v?1\.\d+\.\d+([-+].*)?")
-
-
-class KubeadmConfigError(BridgeError):
-    """The configuration is not one that a cluster without CA keys can be made from."""
-
-    exit_code = Exit.USAGE
-    hint = "`kubeadm config print init-defaults` shows the form; docs/day-0.md says which fields matter"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,39 +96,18 @@ class Configuration:
         return "---\n".join(yaml.safe_dump(dict(one), sort_keys=False) for one in self.documents)
 
 
-def parse(data: bytes) -> Configuration:
+def parse(data: bytes, source: str = "") -> Configuration:
     """
     Read a file.
+
+    Args:
+        data: The file's.
+        source: Where it is from, for messages.
 
     Raises:
         KubeadmConfigError: It is none of kubeadm's.
     """
-    if len(data) > _MOST_BYTES:
-        raise KubeadmConfigError(f"wanted kubeadm's configuration, found {len(data)} bytes")
-    problem = ""
-    documents: list[Any] = []
-    try:
-        text = data.decode()
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            problem = "an alias (*)"
-        else:
-            documents = [one for one in yaml.safe_load_all(text) if one is not None]
-    except yaml.MarkedYAMLError as e:
-        problem = f"a syntax error in line {e.problem_mark.line + 1 if e.problem_mark else '?'}"
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError):
-        problem = "something that is no YAML"
-    if problem:
-        raise KubeadmConfigError(f"wanted kubeadm's configuration in YAML, found {problem}")
-    if len(documents) > _MOST_DOCUMENTS or not all(isinstance(one, dict) for one in documents):
-        raise KubeadmConfigError("wanted YAML documents that are mappings, found something else")
-    found = Configuration(documents=tuple(documents))
-    kinds = [str(one.get("kind")) for one in documents]
-    twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
-    if twice:
-        raise KubeadmConfigError(f"wanted each kind once, found {twice[0]} {kinds.count(twice[0])} times")
-    if not any(str(one.get("apiVersion", "")).startswith(_API) for one in documents):
-        raise KubeadmConfigError(f"wanted documents of apiVersion {_API}…, found {', '.join(kinds) or 'none'}")
-    return found
+    return Configuration(documents=kubeadm_config.parse_documents(data, source))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

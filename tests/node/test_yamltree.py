@@ -1,0 +1,72 @@
+"""A YAML document as values: what PyYAML's safe loader makes of it, and nothing that two readers take differently."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bridge.node.yamltree import YamlError, document
+
+_TEXTS = st.text(st.characters(exclude_categories=["C"]), max_size=8)
+_VALUES: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | _TEXTS,
+    lambda one: st.lists(one, max_size=3) | st.dictionaries(_TEXTS.filter(lambda key: key != "<<"), one, max_size=3),
+)
+
+
+@given(_VALUES)
+def test_what_was_written_is_read(value: object) -> None:
+    """Whatever PyYAML writes comes back as it was."""
+    assert document(yaml.safe_dump(value)).plain() == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "yes",
+        "0x1F",
+        "010",
+        "1_000",
+        "-1.5e+3",
+        "~",
+        "'1'",
+        '"true"',
+        "|\n text\n",
+        "[a, {b: c}]",
+        "",
+        "1e3",
+        "a b",
+    ],
+)
+def test_values_are_those_of_the_safe_loader(text: str) -> None:
+    """Where Go, and so kubeadm, reads the same."""
+    assert document(f"key: {text}").plain() == yaml.safe_load(f"key: {text}")
+
+
+@pytest.mark.parametrize("text", ["12:30", "190:20:30.15", "2026-01-02", "2026-01-02T03:04:05Z"])
+def test_what_go_takes_for_a_text_stays_one(text: str) -> None:
+    """PyYAML alone reads numbers to base 60 and dates; written again, it is still a text."""
+    assert document(text).plain() == text
+    assert yaml.safe_load(yaml.safe_dump(document(text).plain())) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a: &a [1]\nb: *a", "alias"),
+        ("a: &a {b: 1}\nc: {<<: *a}", "merge key"),
+        ("a: 1\nb: {c: 1, c: 2}", "2 times"),
+        ("!!binary aGk=", "tag"),
+        ("!!python/object:os.system {}", "tag"),
+        ("{[a]: b}", "sequence"),
+        (f"a: {'9' * 5000}", "too large"),
+    ],
+)
+def test_what_two_readers_take_differently_is_refused(text: str, found: str) -> None:
+    """An alias, a merge key, a key twice, a tag, a key that is no text, a number without end."""
+    with pytest.raises(YamlError, match=found):
+        document(text).plain()
