@@ -109,6 +109,7 @@ class Place:
     inventory: str = INVENTORY
     tables: list[str] = field(default_factory=list)  #: Of the CA.
     gateway: dict[str, Any] = field(default_factory=dict)  #: More keys of the table.
+    trust: Path | None = None  #: Where the CAs' certificates are; None: they are the cluster's own.
 
     def write(self) -> Path:
         """The settings file; policy and inventory beside it."""
@@ -124,7 +125,9 @@ class Place:
             **self.gateway,
         }
         lines = [f"{key} = {json.dumps(value)}" for key, value in keys.items()]
-        text = "\n".join([f'[node]\npki_dir = "{self.cluster.pki_dir}"', "[gateway]", *lines, *self.tables, ""])
+        text = "\n".join(
+            [f'[node]\npki_dir = "{self.trust or self.cluster.pki_dir}"', "[gateway]", *lines, *self.tables, ""]
+        )
         return _written(self.directory / "config.toml", text)
 
     def write_policy(self, text: str) -> None:

@@ -1,0 +1,149 @@
+"""PKIs that the real kubeadm made, renewed whole through the certificates API of another cluster, where our gateway signs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bridge.specs import AUTHORITIES
+from tests.kit import gateways, kube_api
+from tests.kit.cas import Bridge, live_certificates
+from tests.kit.gateways import Place, state_of
+from tests.kit.kube_api import ApiServer
+from tests.kit.opensslca import make_ca_directory
+from tests.kit.pki import ADDRESS, EXTRA_SANS, NODE, PKI_SPECS, KubeadmPki, kubeadm_pki
+from tests.kit.renewed import Snapshot, assert_renewed
+
+pytestmark = pytest.mark.kube("kubeadm", "kube-apiserver", "etcd", "kubectl")
+
+DOMAIN = "ca-bridge.internal"
+SIGNERS = {name: f"{DOMAIN}/{name}" for name in PKI_SPECS}
+ACCOUNT = f"system:serviceaccount:ca-bridge:ca-bridge-{NODE}"
+
+INVENTORY = f"""\
+[cluster]
+endpoints = ["api.example.com"]
+service_networks = ["10.96.0.0/12"]
+[node.{NODE}]
+control_plane = true
+addresses = ["{ADDRESS}"]
+"""
+
+
+def policy() -> str:
+    """A table for each of kubeadm's certificates: the node's account may ask for that node's, and for nothing else."""
+    names = [
+        "{node}",
+        "kubernetes",
+        "kubernetes.default",
+        "kubernetes.default.svc",
+        "kubernetes.default.svc.cluster.local",
+    ]
+    sans = [*names, "api.example.com", "10.96.0.1", *EXTRA_SANS]
+    text = '[allow]\nclusters = ["kubernetes"]\nnodes = ["*"]\nmax_validity = "400d"\nmasters = ["super-admin.conf"]\n'
+    text += f"[certificate.apiserver]\nsans = {json.dumps(sans)}\n"
+    for signer in SIGNERS.values():
+        text += f'[signer."{signer}"]\n[signer."{signer}".grant.itself]\n'
+        text += 'users = ["system:serviceaccount:ca-bridge:ca-bridge-{node}"]\n'
+    return text
+
+
+@pytest.fixture
+def pki(tmp_path: Path) -> KubeadmPki:
+    """A control plane's PKI, its CA keys elsewhere."""
+    return kubeadm_pki(tmp_path / "node")
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
+    """Another cluster, with the rights of a gateway."""
+    with kube_api.serving(tmp_path_factory.mktemp("signing-cluster")) as server:
+        gateways.grant_rights(server.cluster)
+        yield server
+
+
+@pytest.fixture
+def place(api: ApiServer, pki: KubeadmPki, tmp_path: Path) -> Place:
+    """For a gateway that signs by `openssl ca` with the three CAs, and proves each answer with their certificates."""
+    tables = []
+    for name in AUTHORITIES:
+        directory = make_ca_directory(tmp_path / "cas" / name, *pki.ca_pem(name))
+        tables.append(
+            f'[backend.{name}]\ntype = "openssl"\ndir = "{directory}"\n[authority.{name}]\nbackend = "{name}"\n'
+        )
+    return Place(
+        cluster=api.cluster, directory=tmp_path / "gateway", policy=policy(), inventory=INVENTORY, tables=tables,
+        trust=pki.ca_dir,
+    )  # fmt: skip
+
+
+def bridge_with(pki: KubeadmPki, api: ApiServer, directory: Path, account: str = f"ca-bridge-{NODE}") -> Bridge:
+    """Settings with the other cluster for all authorities, where what `setup kubernetes` prints is applied."""
+    bridge = Bridge(pki=pki, directory=directory)
+    url, trust, token = api.url, str(api.trust), bridge.secret("token", "none yet")
+    who = {"url": url, "ca_file": trust, "token_file": token}
+    bridge.add("backend.cluster", {"type": "kubernetes", "wait": "60s", "retry_for": "5s", **who})
+    for authority in AUTHORITIES:
+        bridge.add(f"authority.{authority}", {"backend": "cluster", "signer": f"{DOMAIN}/{{name}}"})
+    for authority in AUTHORITIES:
+        printed = bridge.run("setup", "kubernetes", "--authority", authority)
+        assert printed.returncode == 0, printed.stderr
+        api.apply(printed.stdout)
+    if account != f"ca-bridge-{NODE}":
+        api.apply(f"{{apiVersion: v1, kind: ServiceAccount, metadata: {{name: {account}, namespace: ca-bridge}}}}")
+    bridge.secret("token", api.bearer("ca-bridge", account).token)
+    return bridge
+
+
+def test_renews_everything_through_our_gateway(pki: KubeadmPki, api: ApiServer, place: Place, tmp_path: Path) -> None:
+    """One run: every certificate is asked for by a signer name of its own, approved, signed and proven; kubeadm takes them."""
+    bridge, before = bridge_with(pki, api, tmp_path / "bridge"), Snapshot.of(pki)
+    doctor = bridge.run("doctor")
+    assert "cluster (kubernetes)" in doctor.stdout + doctor.stderr
+    with gateways.running(place) as gateway:
+        run = bridge.run("renew", "all")
+        assert run.returncode == 0, run.stderr + gateway.text()[-3000:]
+    assert_renewed(pki, before, tmp_path / "scratch")
+    issued = [line for line in gateway.audit() if line["event"] == "issued"]
+    assert sorted(line["name"] for line in issued) == sorted(PKI_SPECS)
+    assert api.admin.csrs() == []  # answered objects are removed
+
+
+def test_another_nodes_account_gets_nothing(pki: KubeadmPki, api: ApiServer, place: Place, tmp_path: Path) -> None:
+    """The same requests by the account of a node that the inventory does not have: each is denied, and nothing moves."""
+    bridge, before = bridge_with(pki, api, tmp_path / "bridge", account="ca-bridge-cp-9"), live_certificates(pki)
+    binding = "{apiVersion: rbac.authorization.k8s.io/v1, kind: ClusterRoleBinding, metadata: {name: ca-bridge-cp-9}, "
+    binding += "roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: ca-bridge-requester}, "
+    api.apply(binding + "subjects: [{kind: ServiceAccount, name: ca-bridge-cp-9, namespace: ca-bridge}]}")
+    with gateways.running(place) as gateway:
+        run = bridge.run("renew", "all")
+    assert run.returncode == 5, run.stdout + run.stderr
+    assert run.stderr.count("denied: NotAllowed") == len(PKI_SPECS)
+    assert live_certificates(pki) == before
+    assert not [line for line in gateway.audit() if line["event"] == "issued"]
+
+
+def test_what_waits_for_the_gateway_is_collected_later(
+    pki: KubeadmPki, api: ApiServer, place: Place, tmp_path: Path
+) -> None:
+    """A gateway that is away: nothing moves, the objects wait, and a run after its return installs all that it signed."""
+    bridge, before = bridge_with(pki, api, tmp_path / "bridge"), Snapshot.of(pki)
+    bridge.config.write_text(bridge.config.read_text().replace('wait = "60s"', 'wait = "1s"'))
+    asked = bridge.run("renew", "all")
+    assert asked.returncode == 4, asked.stderr
+    assert live_certificates(pki) == before.certificates
+    names = {one["metadata"]["name"] for one in api.admin.csrs()}
+    assert len(names) == len(before.certificates)
+    again = bridge.run("renew")
+    assert again.returncode == 4
+    assert {one["metadata"]["name"] for one in api.admin.csrs()} == names
+
+    with gateways.running(place) as gateway:
+        gateway.until(lambda: {state_of(api.admin.csr(name)) for name in names} == {"signed"}, 90)
+    run = bridge.run("renew")
+    assert run.returncode == 0, run.stderr
+    assert_renewed(pki, before, tmp_path / "scratch")
+    assert api.admin.csrs() == []
