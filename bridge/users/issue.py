@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -46,8 +46,8 @@ from bridge.state.store import Store
 from bridge.state.users import OpenUser, save, waiting_file
 from bridge.system.console import Progress
 from bridge.system.files import write_atomically
-from bridge.system.ownership import foreign_link
-from bridge.system.safe_read import UnreadableError, read
+from bridge.system.foreign import ForeignLinkError, opened
+from bridge.system.safe_read import UnreadableError, read, read_once
 from bridge.users import csr_file
 from bridge.users.policy import User, assert_allowed
 
@@ -137,23 +137,45 @@ def _name(user: str) -> str:
 # --- what is known before anybody is asked ---------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _place(order: Order) -> Iterator[Path]:
+    """
+    Where the kubeconfig goes, in a directory that stays the same one whatever its owner does meanwhile.
+
+    Raises:
+        BridgeError: There is none, somebody else's link leads there, or there is more than an older one of this user.
+        OSError: It can't be opened.
+    """
+    path = order.out
+    try:
+        with opened(path) as place:
+            _assert_older(place.path, order)
+            yield place.path
+    except ForeignLinkError as e:
+        hint = "name a directory in which nobody else can put links with -o"
+        raise BridgeError(f"{path}: wanted to write the kubeconfig; {e}", hint=hint) from None
+
+
 def _assert_may_write(order: Order) -> None:
     """An older kubeconfig of the same user is replaced, nothing else."""
-    path = order.out
-    if (foreign := foreign_link(path)) is not None:
-        raise BridgeError(str(foreign), hint=foreign.hint)
-    if not path.parent.is_dir():
-        raise BridgeError(f"{path.parent}: wanted the directory for the kubeconfig, found none")
     try:
-        data = read(path)
-        if data is None and not path.exists():
-            return
-        found = kubeconfig.parse(data or b"").user
+        with _place(order):
+            pass
+    except OSError as e:
+        found = "none" if isinstance(e, FileNotFoundError) else e.strerror
+        raise BridgeError(f"{order.out.parent}: wanted the directory for the kubeconfig, found {found}") from None
+
+
+def _assert_older(path: Path, order: Order) -> None:
+    try:
+        found = kubeconfig.parse(read_once(path)[0]).user
+    except FileNotFoundError:
+        return
     except (UnreadableError, kubeconfig.KubeconfigError):
         found = None
     if found != order.user.name:
         raise BridgeError(
-            f"{path}: wanted no file, or an older kubeconfig of {order.user.name}, found something else",
+            f"{order.out}: wanted no file, or an older kubeconfig of {order.user.name}, found something else",
             hint="name another file with -o",
         )
 
@@ -335,7 +357,8 @@ def _write(
     chain = b"".join(pem(certificate) for certificate in (verified.leaf, *verified.intermediates))
     text = fresh.text(chain, one.key_pem, "" if one.key_pem is not None else _key_file(order))
     try:
-        write_atomically(order.out, text)
+        with _place(order) as path:
+            write_atomically(path, text)
     except OSError as e:
         raise BridgeError(
             f"{order.out}: wanted to write the kubeconfig, found: {e.strerror}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import ssl
 import stat
 import subprocess
@@ -114,6 +115,31 @@ def test_a_machine_gets_its_key_made_here(bridge: Bridge, tmp_path: Path) -> Non
     assert [line["event"] for line in lines] == ["asked", "issued", "verified", "installed"] * 2
     assert {line["name"] for line in lines} == {"user backup"}
     assert "user backup" in bridge.run("audit", "show", "--name", "user backup").stdout
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away; run the tests as root")
+@pytest.mark.parametrize("swapped", [True, False])
+def test_a_link_that_comes_while_the_ca_is_asked_is_not_followed(pki: Pki, tmp_path: Path, swapped: bool) -> None:
+    """Whoever owns the kubeconfig's directory can't have root write over admin.conf in the time that a CA takes."""
+    home, precious = tmp_path / "home", tmp_path / "kubernetes"
+    for directory in (home / "out", precious):
+        directory.mkdir(parents=True)
+    (precious / "admin.conf").write_text("precious")
+    for path in (home, home / "out"):
+        os.chown(path, 1000, 1000)
+    swap = f"mv {home}/out {home}/was && ln -s {precious} {home}/out && chown -h 1000 {home}/out" if swapped else ":"
+    program = tmp_path / "openssl"
+    program.write_text(f'#!/bin/sh\ncase $1 in ca) [ -L {home}/out ] || {{ {swap}; }} ;; esac\nexec openssl "$@"\n')
+    program.chmod(0o755)
+    bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
+    add_openssl(bridge, "ca")
+    text = bridge.config.read_text()
+    bridge.config.write_text(text.replace('type = "openssl"', f'type = "openssl"\nopenssl = "{program}"'))
+    run = bridge.run("kubeconfig", "user", "eve", f"--output={home / 'out' / 'admin.conf'}")
+    assert (precious / "admin.conf").read_text() == "precious"
+    assert (home / "out").is_symlink() == swapped
+    assert run.returncode == (1 if swapped else 0), run.stderr
+    assert swapped == ("found one of user 1000" in run.stderr)
 
 
 @pytest.mark.parametrize(
