@@ -19,16 +19,14 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from cryptography import x509
 
 from bridge.errors import BackendError, SettingsProblem, Violation
-from bridge.secret import Secret as Secret  # noqa: PLC0414 (backends import it from here)
+from bridge.secret import GIVEN as GIVEN  # noqa: PLC0414 (backends import it from here)
+from bridge.secret import Secret as Secret  # noqa: PLC0414
 from bridge.secret import SecretUnavailableError as SecretUnavailableError  # noqa: PLC0414
+from bridge.specs import DEFAULT_CLUSTER as DEFAULT_CLUSTER  # noqa: PLC0414
 from bridge.specs import GATEWAY_SPECS, SPECS, USER, Authority, CertificateSpec, KeyAlgorithm
 
 #: Entry-point group; each entry point is a `BackendType`.
 ENTRY_POINT_GROUP = "kubeadm_ca_bridge.backends"
-#: `node.cluster` where the settings name none.
-DEFAULT_CLUSTER = "kubernetes"
-#: In a settings field's metadata: its value comes from the bridge, and no key of the settings file has its name.
-GIVEN = "given"
 USAGES = ("server", "client", "peer")
 
 

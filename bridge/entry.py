@@ -1,8 +1,9 @@
 """
 The `ca-bridge` program.
 
-Most of its runs are cron's `ca-bridge renew` with nothing due. Those load no command line framework, take no lock
-and write nothing: a third of the time, every night on every node.
+Most of its runs are cron's `ca-bridge renew` with nothing due, and a monitor's `ca-bridge check-expiration`. Those load
+no command line framework, and a renewal with nothing due takes no lock and writes nothing but its metrics: a third of
+the time, every night on every node.
 """
 
 from __future__ import annotations
@@ -15,22 +16,23 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 
 from bridge.errors import Exit
 
 if TYPE_CHECKING:
     from bridge.node.inventory import Item
+    from bridge.settings.tables import Settings
     from bridge.specs import KeyAlgorithm
 
 _INTERRUPTED = 130  # as shells have it: 128 and SIGINT
 
-#: What may stand beside `renew`; anything else is for the command line proper.
+#: What may stand beside a command; anything else is for the command line proper.
 _PLACES = ("--config", "--pki-dir", "--kubeconfig-dir", "--state-dir")
 
 
 def main() -> NoReturn:
-    """Say that nothing is due, or hand over to `bridge.cli.app`."""
+    """Say that nothing is due, or what expires when, or hand over to `bridge.cli.app`."""
     gc.disable()  # importing makes many objects and no garbage: looking for it takes a twentieth of a cron run
     try:
         _run()
@@ -40,9 +42,12 @@ def main() -> NoReturn:
 
 
 def _run() -> NoReturn:
-    sentence = nothing_to_do(sys.argv[1:])
-    if sentence is not None:
-        _end(0, f"{sentence}\n")
+    quiet = nothing_to_do(sys.argv[1:])
+    if quiet is not None:
+        _end_quietly(quiet)
+    table = expirations(sys.argv[1:])
+    if table is not None:
+        _end(table.code, table.text)
     from bridge.cli.app import app  # noqa: PLC0415 (see above)
     from bridge.system import interruption  # noqa: PLC0415
 
@@ -60,38 +65,90 @@ def _run() -> NoReturn:
 def _end(code: str | int | None, text: str = "") -> NoReturn:
     """Print, and end at once: taking a few hundred modules apart one by one is a tenth of a cron run's time."""
     try:
-        print(text, end="", flush=True)  # noqa: T201 (unlike `sys.stdout.write` it bears a closed standard output)
+        _print(text)
         print(end="", file=sys.stderr, flush=True)  # noqa: T201
     except OSError as e:
-        if not code and not isinstance(e, BrokenPipeError):  # else it was told already
-            with contextlib.suppress(OSError):
-                os.write(2, f"error: standard output: {e.strerror}\n".encode())
-        os._exit(Exit.FAILED)
+        _end_unwritten(e, is_told=bool(code))
     os._exit(code if isinstance(code, int) else 0 if code is None else Exit.FAILED)
 
 
-def nothing_to_do(arguments: Sequence[str]) -> str | None:
+def _print(text: str) -> None:
+    print(text, end="", flush=True)  # noqa: T201 (unlike `sys.stdout.write` it bears a closed standard output)
+
+
+def _end_unwritten(error: OSError, *, is_told: bool = False) -> NoReturn:
+    if not is_told and not isinstance(error, BrokenPipeError):
+        with contextlib.suppress(OSError):
+            os.write(2, f"error: standard output: {error.strerror}\n".encode())
+    os._exit(Exit.FAILED)
+
+
+class Quiet(NamedTuple):
+    """A renewal with nothing due."""
+
+    sentence: str
+    settings: Settings
+
+
+def _end_quietly(quiet: Quiet) -> NoReturn:
+    """Print the sentence; where the settings name a metrics file, this run is in it, too."""
+    text = f"{quiet.sentence}\n"
+    if quiet.settings.metrics.file is None:
+        _end(0, text)
+    from bridge.monitoring import metrics  # noqa: PLC0415 (where it is wanted)
+    from bridge.system import console  # noqa: PLC0415
+
+    console.set_up(0, console.LogFormat.TEXT)
+    try:
+        with metrics.written(quiet.settings, lambda: datetime.now(UTC)) as told:
+            _print(text)
+    except OSError as e:
+        _end_unwritten(e)
+    _end(told.exit_code)
+
+
+class Table(NamedTuple):
+    """What `check-expiration` prints, and ends with."""
+
+    text: str
+    code: int
+
+
+def expirations(arguments: Sequence[str]) -> Table | None:
+    """The table of a plain `check-expiration`; None: anything is odd, which the command line proper says."""
+    plain = _plain("check-expiration", arguments)
+    if plain is None or plain.names:
+        return None
+    try:
+        from bridge.cli.expiration import look  # noqa: PLC0415 (see above)
+        from bridge.node import inventory  # noqa: PLC0415
+
+        settings = plain.settings()
+        text, troubles, code = look(inventory.of(settings.node), datetime.now(UTC), None, "table")
+    except Exception:  # noqa: BLE001 (the same again, with a command line that tells what it is)
+        return None
+    return Table(text, code) if not troubles and text.isascii() else None
+
+
+def nothing_to_do(arguments: Sequence[str]) -> Quiet | None:
     """
     What `renew` would print if nothing is due and nothing else is to be said; None in every other case.
 
     Whatever is odd (an argument, the settings, a file, an interrupted installation) is not judged here. Where something
     will be renewed, its keys are begun.
     """
-    plain = _plain_renew(arguments)
+    plain = _plain("renew", arguments)
     if plain is None:
         return None
-    names, places = plain
+    names = plain.names
     from bridge.errors import BridgeError  # noqa: PLC0415
     from bridge.node import inventory  # noqa: PLC0415 (see above)
     from bridge.renewal.selection import nothing_due, select  # noqa: PLC0415
-    from bridge.settings.load import load, overridden  # noqa: PLC0415
     from bridge.state.checked_settings import is_checked  # noqa: PLC0415
     from bridge.state.store import Store  # noqa: PLC0415
 
-    named = os.environ.get("CA_BRIDGE_CONFIG")
     try:
-        config = places["--config"] or (Path(named) if named else None)
-        settings = overridden(load(config), *(places[name] for name in _PLACES[1:]))
+        settings = plain.settings()
         node = inventory.of(settings.node)
         store, now = Store(settings.node.state_dir), datetime.now(UTC)
         selection = select(node, settings, names, now)
@@ -110,10 +167,9 @@ def nothing_to_do(arguments: Sequence[str]) -> str | None:
         _begin_keys(selection.items, settings.renewal.key)
     if not is_checked(settings, store):
         return None
-    is_told = settings.metrics.file is not None  # each run is
-    if names or selection.items or selection.failed or is_something_left or is_told:
+    if names or selection.items or selection.failed or is_something_left:
         return None
-    return nothing_due(node, settings, now)
+    return Quiet(nothing_due(node, settings, now), settings)
 
 
 def _begin_keys(items: Sequence[Item], wanted: KeyAlgorithm | Literal["same"]) -> None:
@@ -125,13 +181,33 @@ def _begin_keys(items: Sequence[Item], wanted: KeyAlgorithm | Literal["same"]) -
         new_keys.begin([key_algorithm(item.certificates[0], wanted) for item in items])
 
 
-def _plain_renew(arguments: Sequence[str]) -> tuple[list[str], dict[str, Path | None]] | None:
-    """The names and options of a plain `renew`; None when it is not one."""
-    if not arguments or arguments[0] != "renew":
+class _Plain(NamedTuple):
+    """A command with names and places alone."""
+
+    names: list[str]
+    places: dict[str, Path | None]
+
+    def settings(self) -> Settings:
+        """
+        As the command line proper has them, but for the node's name.
+
+        Raises:
+            SettingsError: The file can't be used.
+        """
+        from bridge.settings.load import load, overridden  # noqa: PLC0415
+
+        named = os.environ.get("CA_BRIDGE_CONFIG")
+        config = self.places["--config"] or (Path(named) if named else None)
+        return overridden(load(config), *(self.places[name] for name in _PLACES[1:]))
+
+
+def _plain(command: str, arguments: Sequence[str]) -> _Plain | None:
+    """The names and places of this command; None when it is another one, or more is said."""
+    if not arguments or arguments[0] != command:
         return None
     names = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments[1:]))
     options = arguments[1 + len(names) :]
     given = dict(zip(options[::2], options[1::2], strict=False))
     if len(options) % 2 or not given.keys() <= set(_PLACES) or not all(given.values()):
         return None
-    return names, {name: Path(given[name]) if name in given else None for name in _PLACES}
+    return _Plain(names, {name: Path(given[name]) if name in given else None for name in _PLACES})

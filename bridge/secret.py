@@ -1,10 +1,13 @@
-"""Secrets are named in the settings by their place, and read when they are needed."""
+"""Fields of a backend's settings that are no plain values: secrets, named by their place and read when they are needed, and what is given."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
+
+#: In a settings field's metadata: its value comes from the bridge, and no key of the settings file has its name.
+GIVEN = "given"
 
 
 class SecretUnavailableError(Exception):

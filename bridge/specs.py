@@ -16,6 +16,8 @@ Usage = Literal["server", "client", "peer"]
 #: kubeadm's `encryptionAlgorithm` values, in small letters.
 KeyAlgorithm = Literal["rsa-2048", "rsa-3072", "rsa-4096", "ecdsa-p256", "ecdsa-p384"]
 KEY_ALGORITHMS: tuple[KeyAlgorithm, ...] = get_args(KeyAlgorithm)
+#: kubeadm's clusterName, where nothing names another.
+DEFAULT_CLUSTER = "kubernetes"
 
 
 class EKU(enum.Enum):

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from bridge.cli import nagios
 from bridge.cli.printing import say
 from bridge.errors import Exit
 from bridge.node import inventory
@@ -51,6 +50,8 @@ def check_expiration(
         critical: For `nagios` alone.
     """
     if output == "nagios":
+        from bridge.cli import nagios  # noqa: PLC0415 (for monitors alone)
+
         limits = nagios.Limits.of(settings, within, critical)
         text, troubles, code = nagios.check(settings, now, limits, _failures(settings))
     else:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -163,6 +162,8 @@ def with_references(data: bytes, path: str) -> bytes:
     Raises:
         KubeconfigError: As `with_credentials`; also where files are named already beside what is embedded.
     """
+    import json  # noqa: PLC0415 (not where a kubeconfig is only read)
+
     before = parse(data)
     if before.certificate_file or before.key_file:
         raise KubeconfigError("wanted certificate and key as data alone, found files beside them")

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import hashes
 from cryptography.utils import CryptographyDeprecationWarning
 
 # Every CA that kubeadm made up to 1.20 has serial number 0 and is in use for ten years. cryptography says so at
@@ -103,7 +103,9 @@ def load_der_certificate(der: bytes) -> x509.Certificate:
 
 def pem(certificate: x509.Certificate) -> bytes:
     """One PEM block as kubeadm writes it: 64 characters a line, LF, a newline at the end."""
-    return certificate.public_bytes(serialization.Encoding.PEM)
+    from cryptography.hazmat.primitives.serialization import Encoding  # noqa: PLC0415 (4 ms, which a look needs not)
+
+    return certificate.public_bytes(Encoding.PEM)
 
 
 def serial(certificate: x509.Certificate) -> int:

@@ -16,7 +16,6 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.x509.oid import NameOID
 
 from bridge.errors import Violation
-from bridge.pki import shown
 from bridge.pki.certificates import UNREADABLE, attributes, is_ca, san_entries
 from bridge.specs import CertificateSpec
 from bridge.words import one_line
@@ -57,6 +56,8 @@ def _issuer(
 ) -> Iterator[Violation]:
     leaf = certificates[0]
     if not leads_to(certificates, anchors):
+        from bridge.pki import shown  # noqa: PLC0415 (for what is wrong alone)
+
         yield Violation(
             subject="issuer",
             want=f"a signature of a CA in {anchor_name}, expired or not",

@@ -16,10 +16,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from bridge.contract import GIVEN
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.durations import parse_duration
-from bridge.secret import Secret
+from bridge.secret import GIVEN, Secret
 from bridge.words import name_found
 
 T = TypeVar("T")
@@ -154,6 +153,8 @@ class Reader:
 
     def values(self, schema: type[Any], table: Mapping[str, Any], prefix: Key) -> dict[str, Any]:
         """The values of the keys that are there, by field; a value that can't be read is None, and a problem."""
+        if not table:  # as a rule most of them
+            return {}
         hints, known = typing.get_type_hints(schema), set()
         values: dict[str, Any] = {}
         for f in dataclasses.fields(schema):

@@ -12,14 +12,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-from bridge.contract import DEFAULT_CLUSTER
 from bridge.errors import SettingsProblem
 from bridge.pki.durations import Before, duration_text
 from bridge.settings.gateway import GatewaySettings
 from bridge.settings.reader import Source
 from bridge.settings.windows import Jitter, Windows
 from bridge.settings.zones import Zone
-from bridge.specs import KUBELET_SERVER, Component, KeyAlgorithm
+from bridge.specs import DEFAULT_CLUSTER, KUBELET_SERVER, Component, KeyAlgorithm
 from bridge.words import name_found
 
 

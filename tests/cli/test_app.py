@@ -518,7 +518,9 @@ def test_a_plain_renew_with_nothing_due_loads_no_command_line(run: Run, config: 
     plain = ["renew", "--config", str(config)]
     assert entry.nothing_to_do(plain) is None  # all is due
     assert run("renew").exit_code == 0
-    assert (entry.nothing_to_do(plain) or "").startswith("nothing is due: ")
+    quiet = entry.nothing_to_do(plain)
+    assert quiet is not None
+    assert quiet.sentence.startswith("nothing is due: ")
     for other in ([], ["renew", "all"], ["renew", "-v"], ["plan"], ["renew", "--config"], ["renew", "--within", "3d"]):
         assert entry.nothing_to_do([*other, "--config", str(config)]) is None
 
@@ -553,7 +555,9 @@ def test_nothing_due_for_a_user_who_may_not_look(run: Run, node: Pki, config: Pa
         theirs.write_text(text.replace(str(tmp_path / "state"), f"{directory}/state"))
         plain = ["renew", "--config", str(theirs)]
         checked_settings.remember(load(theirs), Store(Path(directory, "state")))
-        assert (entry.nothing_to_do(plain) or "").startswith("nothing is due: ")
+        quiet = entry.nothing_to_do(plain)
+        assert quiet is not None
+        assert quiet.sentence.startswith("nothing is due: ")
         os.seteuid(65534)
         try:
             assert entry.nothing_to_do(plain) is None

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from bridge import entry
 from bridge.cli.expiration import look, table
 from bridge.monitoring import exposition
 from bridge.node import inventory
@@ -452,3 +453,21 @@ def test_the_command(tmp_path: Path, within: list[str], code: int) -> None:
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr) == (code, "")
     assert run.stdout in (ours(node, now=now), ours(node))
+
+
+def test_a_plain_command_loads_no_command_line(tmp_path: Path) -> None:
+    """It prints the same as the command line proper; what is odd, or more is asked of, goes the usual way."""
+    node = handmade_pki(tmp_path, not_after=datetime.now(UTC) + 20 * DAY)
+    plain = ["check-expiration", "--pki-dir", str(node.pki_dir), "--kubeconfig-dir", str(node.kubeconfig_dir)]
+    now = datetime.now(UTC)
+    table = entry.expirations(plain)
+    assert table is not None
+    assert (table.code, table.text in (ours(node, now=now), ours(node))) == (0, True)
+    for other in ([*plain, "-o", "json"], [*plain, "-v"], ["check-expiration", "apiserver", *plain[1:]], ["plan"]):
+        assert entry.expirations(other) is None
+    node.pki_dir.joinpath("apiserver.crt").write_text("nothing")
+    assert entry.expirations(plain) is None
+    program = [sys.executable, "-c", "from bridge.entry import main; main()", *plain]
+    run = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert (run.returncode, "!INVALID! apiserver" in run.stdout) == (1, True)
+    assert "apiserver.crt" in run.stderr

@@ -67,6 +67,29 @@ def test_a_run_with_nothing_due_is_told(tmp_path: Path) -> None:
     assert bridge.run("check-expiration", "-o", "prometheus").stdout == file.read_text()
 
 
+def test_a_night_with_nothing_due_takes_no_lock(tmp_path: Path) -> None:
+    """It is told all the same, loads no command line, and fails where the file can't be written."""
+    bridge = bridge_of(tmp_path)
+    assert bridge.run("renew").returncode == 0
+    first = metrics.value(file_of(bridge), "ca_bridge_last_run_seconds")
+    while int(time.time()) == first:
+        time.sleep(0.05)
+    with (bridge.directory / "state/lock").open("rb+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        run = bridge.run("renew")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.startswith("nothing is due: ")
+    found = metrics.samples(file_of(bridge).read_text())
+    assert found["ca_bridge_last_run_seconds"][""] > (first or 0)
+    assert found["ca_bridge_last_run_seconds"] == found["ca_bridge_last_success_seconds"]
+    file_of(bridge).unlink()
+    file_of(bridge).parent.rmdir()
+    run = bridge.run("renew")
+    assert run.returncode == 1
+    assert run.stdout.startswith("nothing is due: ")
+    assert "wanted to write the metrics, found: No such file or directory" in run.stderr
+
+
 def test_due_is_where_renew_would_begin(tmp_path: Path) -> None:
     """`renewal.before` days earlier than the end; a certificate of the kubelet has none while the kubelet renews it."""
     bridge = bridge_of(tmp_path)

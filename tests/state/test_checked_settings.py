@@ -71,7 +71,9 @@ def test_what_was_checked_is_not_checked_again(node: Pki, tmp_path: Path) -> Non
     assert entry.nothing_to_do(plain) is None
     first = renew(config)
     assert (first.returncode, first.stdout.startswith("nothing is due: ")) == (0, True)
-    assert (entry.nothing_to_do(plain) or "").startswith("nothing is due: ")
+    quiet = entry.nothing_to_do(plain)
+    assert quiet is not None
+    assert quiet.sentence.startswith("nothing is due: ")
     os.utime(config, ns=(1, 1))
     assert entry.nothing_to_do(plain) is None
     assert renew(config).returncode == 0

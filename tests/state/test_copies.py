@@ -500,7 +500,9 @@ def test_what_is_owed_is_seen_by_a_run_with_nothing_due(node: Pki, home: Path, t
     assert renewed(settings, "all") == ["0"]
     loaded = overridden(load(config), node.pki_dir, node.kubeconfig_dir, settings.node.state_dir)
     checked_settings.remember(loaded, Store(settings.node.state_dir))
-    assert (entry.nothing_to_do(arguments) or "").startswith("nothing is due")
+    quiet = entry.nothing_to_do(arguments)
+    assert quiet is not None
+    assert quiet.sentence.startswith("nothing is due")
     copies.owed_file(Store(settings.node.state_dir)).replace({"version": 1, "certificates": {ADMIN: ["00"]}})
     assert entry.nothing_to_do(arguments) is None
 
