@@ -2,8 +2,7 @@
 Keys and CSRs of a new node, which never leave it.
 
 For a control-plane node by kubeadm's own `certs generate-csr`, so that names and SANs are those of the version that
-will run; for a worker, which that command does not know, by us. A service account key is nobody's but ours to make:
-kubeadm in external-CA mode says that it uses the existing ones without a look.
+will run; for a worker, which that command does not know, by us.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from cryptography.x509.oid import NameOID
 
 from bridge.bootstrap.places import Role, specs_of
-from bridge.errors import BridgeError, Exit
+from bridge.errors import BridgeError
 from bridge.node import kubeconfig
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki import csr
@@ -188,17 +187,6 @@ def _hash(key: csr.PrivateKey) -> hashes.SHA256 | hashes.SHA384:
     return hashes.SHA384() if is_p384 else hashes.SHA256()
 
 
-def service_account(algorithm: KeyAlgorithm) -> tuple[bytes, bytes]:
-    """`sa.key` and `sa.pub`, as kubeadm would write them."""
-    key = csr.generate_key(algorithm)
-    return csr.key_pem(key), public_pem(key)
-
-
-def public_pem(key: csr.PrivateKey) -> bytes:
-    """As in `sa.pub`."""
-    return key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-
-
 def algorithm_of(made: Mapping[str, Made]) -> KeyAlgorithm:
     """
     Of the keys that kubeadm has made, for those that it does not make.
@@ -231,10 +219,3 @@ def assert_fits(made: Mapping[str, Made], node: str) -> None:
         wanted = [text.replace("{node}", node) for text in SPECS[name].common_names]
         if len(names) != 1 or names[0] not in wanted:
             raise KubeadmError(f"{name}: wanted a CSR for {' or '.join(wanted)}, found one for {', '.join(names)}")
-
-
-class ForeignSaError(BridgeError):
-    """`sa.key` and `sa.pub` are not what kube-apiserver could start with."""
-
-    exit_code = Exit.USAGE
-    hint = "copy both from another control-plane node: tokens that it has signed count only with the same pair"

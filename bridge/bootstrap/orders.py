@@ -20,7 +20,7 @@ from bridge.bootstrap import configuration
 from bridge.bootstrap.authorities import text as ca_text
 from bridge.bootstrap.configuration import Configuration
 from bridge.bootstrap.places import ROLES, Role
-from bridge.bootstrap.whole import is_sa_pair
+from bridge.bootstrap.service_account import is_sa_pair
 from bridge.errors import BridgeError, Exit
 from bridge.node.kubeadm_config import KubeadmConfigError
 from bridge.pki.certificates import load_pem_certificates

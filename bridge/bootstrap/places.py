@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from bridge.errors import BridgeError
 from bridge.node.kubelet_files import KUBELET_DIR
 from bridge.specs import AUTHORITIES, KUBELET_CONF, KUBELET_SERVER, SPECS, Authority, CertificateSpec
+from bridge.system.safe_read import UnreadableError, read
 
 #: init: the first control-plane node; control-plane: a further one; worker: a node without a control plane.
 Role = Literal["init", "control-plane", "worker"]
@@ -16,6 +18,7 @@ ROLES: tuple[Role, ...] = get_args(Role)
 
 SUPER_ADMIN = "super-admin.conf"
 ETCD_DIRECTORY = Path("/var/lib/etcd")
+_MOST_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +89,25 @@ def specs_of(role: Role) -> list[CertificateSpec]:
 def authorities_of(role: Role) -> list[Authority]:
     """The CAs whose certificates it needs."""
     return [AUTHORITIES["ca"]] if role == "worker" else list(AUTHORITIES.values())
+
+
+def live(path: Path) -> bytes | None:
+    """
+    Read a file on the node; None: it isn't there.
+
+    Raises:
+        BridgeError: It is there and can't be read.
+    """
+    try:
+        return read(path)
+    except UnreadableError as e:
+        raise BridgeError(f"{path}: wanted to read it, found: {e}") from None
+
+
+def some_of(paths: Sequence[Path]) -> str:
+    """The first few paths, for a message."""
+    more = f" and {len(paths) - _MOST_NAMED} more" if len(paths) > _MOST_NAMED else ""
+    return ", ".join(map(str, paths[:_MOST_NAMED])) + more
 
 
 def traces_of_cluster(places: Places) -> Iterator[Path]:

@@ -9,10 +9,9 @@ from pathlib import Path
 
 from bridge.bootstrap import authorities, orders
 from bridge.bootstrap.configuration import Facts, assert_usable, for_node, shared
-from bridge.bootstrap.make import live
 from bridge.bootstrap.orders import NewNode, Order, OrderError
-from bridge.bootstrap.places import Places
-from bridge.bootstrap.whole import is_sa_pair
+from bridge.bootstrap.places import Places, live
+from bridge.bootstrap.service_account import is_sa_pair
 from bridge.bootstrap.wishes import order_for, read_configuration
 from bridge.errors import BridgeError, Exit
 from bridge.node.kubeadm_config import KubeadmConfigError

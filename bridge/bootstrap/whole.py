@@ -14,18 +14,15 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    PublicFormat,
-    load_pem_private_key,
-    load_pem_public_key,
-)
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from cryptography.x509.oid import NameOID
 
 from bridge.bootstrap.authorities import shared_key, trouble
 from bridge.bootstrap.configuration import Configuration
 from bridge.bootstrap.files import Read
-from bridge.bootstrap.places import Places, Role, authorities_of, ca_keys, specs_of
+from bridge.bootstrap.places import Places, Role, authorities_of, ca_keys, live, specs_of
+from bridge.bootstrap.service_account import is_sa_pair
+from bridge.bootstrap.wish import Wish
 from bridge.contract import Issued, SignRequest
 from bridge.errors import VerificationError
 from bridge.node import kubeconfig
@@ -33,7 +30,8 @@ from bridge.node.kubeconfig import Kubeconfig, KubeconfigError
 from bridge.pki import csr, identity, verify
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates, san_entries
 from bridge.pki.csr import PrivateKey
-from bridge.specs import CA, KUBELET_CONF, KUBELET_SERVER, CertificateSpec
+from bridge.settings.tables import Settings
+from bridge.specs import AUTHORITIES, CA, KUBELET_CONF, KUBELET_SERVER, CertificateSpec
 
 _SPKI = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 _NO_KEY = (ValueError, TypeError, UnsupportedAlgorithm)
@@ -230,11 +228,26 @@ class Look:
             yield f"{self.places.sa_public}: wanted the public key of sa.key, found another one"
 
 
-def is_sa_pair(key: bytes, public: bytes) -> bool:
-    """Whether kube-apiserver can sign tokens with the one and check them with the other."""
-    try:
-        loaded = load_pem_private_key(key, None)
-        there = load_pem_public_key(public)
-    except _NO_KEY:
-        return False
-    return isinstance(loaded, PrivateKey) and loaded.public_key().public_bytes(*_SPKI) == there.public_bytes(*_SPKI)
+def check(
+    settings: Settings, places: Places, role: Role, node: str, config: Configuration | None, now: datetime
+) -> list[str]:
+    """All that is missing or wrong on a node that kubeadm is about to be run on; nothing is changed."""
+    extra = _extra_subject(settings)
+    return Look(places=places, role=role, read=live, now=now, node=node, config=config, extra_subject=extra).problems()
+
+
+def look_at(settings: Settings, wish: Wish, read: Read, now: datetime) -> Look:
+    """Look at a node as it is to become; `read` may tell files that are not in place yet."""
+    return Look(
+        places=wish.places,
+        role=wish.role,
+        read=read,
+        now=now,
+        node=wish.node,
+        config=wish.config if wish.role != "worker" else None,
+        extra_subject=_extra_subject(settings),
+    )
+
+
+def _extra_subject(settings: Settings) -> frozenset[tuple[str, str]]:
+    return frozenset().union(*map(settings.extra_subject, AUTHORITIES))

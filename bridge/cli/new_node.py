@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from bridge.bootstrap import make as day_zero
-from bridge.bootstrap import sharing, wishes
+from bridge.bootstrap import sharing, whole, wishes
 from bridge.bootstrap.configuration import Facts
+from bridge.bootstrap.make import make
 from bridge.bootstrap.places import Role
 from bridge.bootstrap.sharing import read_order
 from bridge.bootstrap.wish import Bootstrapped, NotWholeError, Wish
@@ -92,7 +92,7 @@ def join(settings: Settings, options: Options, role: Role | None, now: Callable[
 
 def _made(settings: Settings, wish: Wish, now: Callable[[], datetime], wait: timedelta) -> Bootstrapped:
     with progress_shown() as progress:
-        done = day_zero.make(settings, wish, now, progress, wait)
+        done = make(settings, wish, now, progress, wait)
     _report(done)
     return done
 
@@ -153,7 +153,7 @@ def check(settings: Settings, role: Role, now: datetime) -> int:
     path = places.kubeadm_config if role == "init" else places.join_config
     config = wishes.read_configuration(path)[0] if path.exists() else None
     node = config.name if config is not None else settings.node.name
-    problems = day_zero.check(settings, places, role, node, config if role != "worker" else None, now)
+    problems = whole.check(settings, places, role, node, config if role != "worker" else None, now)
     if problems:
         raise NotWholeError("\n".join(problems))
     program = "init" if role == "init" else "join"
