@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bridge.bootstrap.places import Role
 from bridge.cli.help import Group
-from bridge.cli.options import Common, WaitOption, command, utc_now
+from bridge.cli.node_options import CaDirOption, NodeOptions
+from bridge.cli.options import Common, command, utc_now
+
+if TYPE_CHECKING:
+    from bridge.bootstrap.places import Role
 
 app = typer.Typer(
     cls=Group,
@@ -19,61 +21,15 @@ app = typer.Typer(
     help="Make all that a new node needs before `kubeadm init` or `kubeadm join`, without a CA key on it.",
 )
 
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--kubeadm-config",
-        metavar="FILE",
-        help="kubeadm's configuration file; else the facts below.",
-        show_default=False,
-    ),
-]
-NameOption = Annotated[str, typer.Option(help="The node's name in the cluster.", show_default=False)]
-AddressOption = Annotated[str, typer.Option(help="The node's own IP address.", show_default=False)]
-EndpointOption = Annotated[
-    str, typer.Option(help="HOST[:PORT] by which all reach the control plane.", show_default=False)
-]
-VersionOption = Annotated[str, typer.Option(help="Such as v1.37.2.", show_default=False)]
-SocketOption = Annotated[str, typer.Option(help="The container runtime's. [default: kubeadm's]", show_default=False)]
-CaDirOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR",
-        help="CA certificates, laid out as below /etc/kubernetes/pki. [default: the backends tell theirs]",
-        show_default=False,
-    ),
-]
-KubeadmOption = Annotated[str, typer.Option(help="The kubeadm of the version that will run.")]
-KeepOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR", help="Keep copies there, keys included, which survive `kubeadm reset`.", show_default=False
-    ),
-]
-RequestOption = Annotated[
-    Path | None,
-    typer.Option(metavar="BUNDLE", help="Write the requests there for a CA desk, and ask no CA.", show_default=False),
-]
-AnswerOption = Annotated[
-    list[Path] | None,
-    typer.Option(metavar="FILE", help="What a desk has answered; may be repeated.", show_default=False),
-]
-AnewOption = Annotated[bool, typer.Option("--anew", help="Forget keys and requests that an earlier run has made.")]
-OrderOption = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="What `bootstrap orders` wrote for this node.", show_default=False),
-]
-
 
 @command(app, "init")
 def init(
     common: Common,
-    kubeadm_config: ConfigOption = None,
-    order: OrderOption = None,
-    name: NameOption = "",
-    advertise_address: AddressOption = "",
-    control_plane_endpoint: EndpointOption = "",
-    kubernetes_version: VersionOption = "",
+    options: NodeOptions,
+    control_plane_endpoint: Annotated[
+        str, typer.Option(help="HOST[:PORT] by which all reach the control plane.", show_default=False)
+    ] = "",
+    kubernetes_version: Annotated[str, typer.Option(help="Such as v1.37.2.", show_default=False)] = "",
     service_subnet: Annotated[str, typer.Option(help="[default: kubeadm's]", show_default=False)] = "",
     dns_domain: Annotated[str, typer.Option(help="[default: kubeadm's]", show_default=False)] = "",
     cert_san: Annotated[
@@ -82,14 +38,6 @@ def init(
     key: Annotated[
         str, typer.Option(help="kubeadm's encryptionAlgorithm, such as ECDSA-P256.", show_default=False)
     ] = "",
-    cri_socket: SocketOption = "",
-    ca_dir: CaDirOption = None,
-    kubeadm: KubeadmOption = "kubeadm",
-    keep: KeepOption = None,
-    request: RequestOption = None,
-    answer: AnswerOption = None,
-    anew: AnewOption = False,
-    wait: WaitOption = None,
 ) -> None:
     """
     Put everything in place for an unattended `kubeadm init` on the first control-plane node.
@@ -97,33 +45,17 @@ def init(
     Keys and CSRs by kubeadm's own generate-csr, signed by the CAs of the settings or by a desk, proven, and put in place
     in one step. Run it again after an interruption, or when a desk has answered: exit code 4 says that it waits.
     """
-    from bridge.bootstrap.configuration import Facts  # noqa: PLC0415
     from bridge.cli import new_node  # noqa: PLC0415
 
-    facts = Facts(
-        name=name,
-        address=advertise_address,
+    facts = options.facts(
         endpoint=control_plane_endpoint,
         version=kubernetes_version,
-        socket=cri_socket,
         service_subnet=service_subnet,
         dns_domain=dns_domain,
         key=key,
         sans=tuple(cert_san or ()),
     )
-    options = new_node.Options(
-        facts=facts,
-        config=kubeadm_config,
-        order=order,
-        ca_dir=ca_dir,
-        kubeadm=kubeadm,
-        keep=keep,
-        request=request,
-        answers=tuple(answer or ()),
-        anew=anew,
-        wait=wait or timedelta(),
-    )
-    raise typer.Exit(new_node.init(common.settings(), options, utc_now))
+    raise typer.Exit(new_node.init(common.settings(), options, facts, utc_now))
 
 
 @command(app, "join")
@@ -131,7 +63,6 @@ def join(
     common: Common,
     control_plane: Annotated[bool, typer.Option("--control-plane", help="A further control-plane node.")] = False,
     worker: Annotated[bool, typer.Option("--worker", help="A node without a control plane.")] = False,
-    order: OrderOption = None,
     shared: Annotated[
         Path | None,
         typer.Option(
@@ -140,17 +71,8 @@ def join(
             show_default=False,
         ),
     ] = None,
-    kubeadm_config: ConfigOption = None,
-    name: NameOption = "",
-    advertise_address: AddressOption = "",
-    cri_socket: SocketOption = "",
-    ca_dir: CaDirOption = None,
-    kubeadm: KubeadmOption = "kubeadm",
-    keep: KeepOption = None,
-    request: RequestOption = None,
-    answer: AnswerOption = None,
-    anew: AnewOption = False,
-    wait: WaitOption = None,
+    *,
+    options: NodeOptions,
 ) -> None:
     """
     Put everything in place for an unattended `kubeadm join`, without a bootstrap token.
@@ -158,23 +80,10 @@ def join(
     A control-plane node needs what another one shares (its service account key among it); a worker needs the cluster's
     configuration. Prints the command to run next. Exit code 4 says that it waits for an answer.
     """
-    from bridge.bootstrap.configuration import Facts  # noqa: PLC0415
     from bridge.cli import new_node  # noqa: PLC0415
 
-    options = new_node.Options(
-        facts=Facts(name=name, address=advertise_address, socket=cri_socket),
-        config=kubeadm_config,
-        order=order,
-        given=shared,
-        ca_dir=ca_dir,
-        kubeadm=kubeadm,
-        keep=keep,
-        request=request,
-        answers=tuple(answer or ()),
-        anew=anew,
-        wait=wait or timedelta(),
-    )
-    raise typer.Exit(new_node.join(common.settings(), options, _role(control_plane, worker), utc_now))
+    role = _role(control_plane, worker)
+    raise typer.Exit(new_node.join(common.settings(), options, role, shared, utc_now))
 
 
 def _role(control_plane: bool, worker: bool) -> Role | None:

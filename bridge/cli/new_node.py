@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from bridge.bootstrap.places import Role
 from bridge.bootstrap.sharing import read_order
 from bridge.bootstrap.wish import Bootstrapped, NotWholeError, Wish
 from bridge.bootstrap.wishes import Said
+from bridge.cli.node_options import NodeOptions
 from bridge.cli.printing import say, say_table, under_headings
 from bridge.cli.progress import progress_shown
 from bridge.cli.results import grouped
@@ -25,55 +25,38 @@ from bridge.state.outcome import Outcome
 from bridge.system.console import log, print_error, printable
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What both commands have on the command line; see `wishes.Said`."""
-
-    facts: Facts
-    config: Path | None = None
-    order: Path | None = None
-    given: Path | None = None
-    ca_dir: Path | None = None
-    kubeadm: str = "kubeadm"
-    keep: Path | None = None
-    request: Path | None = None
-    answers: tuple[Path, ...] = ()
-    anew: bool = False
-    wait: timedelta = timedelta()
-
-    def said(self) -> Said:
-        """
-        With the files read that are carried.
-
-        Raises:
-            SettingsError: Two say the same.
-            OrderError: One can't be read.
-        """
-        return Said(
-            facts=self.facts,
-            config=self.config,
-            order=read_order(self.order) if self.order is not None else None,
-            given=read_order(self.given) if self.given is not None else None,
-            ca_dir=self.ca_dir,
-            kubeadm=self.kubeadm,
-            keep=self.keep,
-            request=self.request,
-            answers=self.answers,
-            anew=self.anew,
-        )
-
-
 def _both(one: str, other: str) -> SettingsError:
     return SettingsError([SettingsProblem(one, f"either {one} or {other}", "both")])
 
 
-def init(settings: Settings, options: Options, now: Callable[[], datetime]) -> int:
+def _said(options: NodeOptions, facts: Facts, shared: Path | None = None) -> Said:
+    """
+    Read the files that are carried.
+
+    Raises:
+        OrderError: One can't be read.
+    """
+    return Said(
+        facts=facts,
+        config=options.kubeadm_config,
+        order=read_order(options.order) if options.order is not None else None,
+        given=read_order(shared) if shared is not None else None,
+        ca_dir=options.ca_dir,
+        kubeadm=options.kubeadm,
+        keep=options.keep,
+        request=options.request,
+        answers=tuple(options.answer or ()),
+        anew=options.anew,
+    )
+
+
+def init(settings: Settings, options: NodeOptions, facts: Facts, now: Callable[[], datetime]) -> int:
     """`bootstrap init`: return the exit code."""
-    if options.config is not None and options.order is not None:
+    if options.kubeadm_config is not None and options.order is not None:
         raise _both("--kubeadm-config", "--order")
-    if options.facts.given() and (options.config or options.order):
-        raise _both("--kubeadm-config or --order", f"the facts themselves ({_flags(options.facts)})")
-    wish = wishes.of_init(settings, options.said())
+    if facts.given() and (options.kubeadm_config or options.order):
+        raise _both("--kubeadm-config or --order", f"the facts themselves ({_flags(facts)})")
+    wish = wishes.of_init(settings, _said(options, facts))
     done = _made(settings, wish, now, options.wait)
     if done.is_complete:
         _next_of_init(wish)
@@ -81,18 +64,20 @@ def init(settings: Settings, options: Options, now: Callable[[], datetime]) -> i
     return done.exit_code
 
 
-def join(settings: Settings, options: Options, role: Role | None, now: Callable[[], datetime]) -> int:
+def join(
+    settings: Settings, options: NodeOptions, role: Role | None, shared: Path | None, now: Callable[[], datetime]
+) -> int:
     """`bootstrap join`: return the exit code."""
-    wish = wishes.of_join(settings, options.said(), role)
+    wish = wishes.of_join(settings, _said(options, options.facts(), shared), role)
     done = _made(settings, wish, now, options.wait)
     if done.is_complete:
         _next_of_join(wish)
     return done.exit_code
 
 
-def _made(settings: Settings, wish: Wish, now: Callable[[], datetime], wait: timedelta) -> Bootstrapped:
+def _made(settings: Settings, wish: Wish, now: Callable[[], datetime], wait: timedelta | None) -> Bootstrapped:
     with progress_shown() as progress:
-        done = make(settings, wish, now, progress, wait)
+        done = make(settings, wish, now, progress, wait or timedelta())
     _report(done)
     return done
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import traceback
@@ -61,24 +62,42 @@ def _common_options(
 
 
 def command(to: typer.Typer, name: str) -> Callable[[Callable[..., None]], None]:
-    """Register a command: its first parameter is a `Common`, its errors become messages and exit codes."""
+    """
+    Register a command: its first parameter is a `Common`, its errors become messages and exit codes.
+
+    A parameter whose type is a dataclass stands for an option of each of its fields: a bundle that commands share.
+    """
 
     def register(function: Callable[..., None]) -> None:
         ours = inspect.signature(_common_options, eval_str=True).parameters
         theirs = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+        bundles: dict[str, type] = {
+            p.name: p.annotation
+            for p in theirs
+            if isinstance(p.annotation, type) and dataclasses.is_dataclass(p.annotation)
+        }
 
         @functools.wraps(function)
         def run(**arguments: Any) -> None:
             common = _common_options(**{key: arguments.pop(key) for key in ours})
+            for key, bundle in bundles.items():
+                arguments[key] = bundle(
+                    **{field.name: arguments.pop(field.name) for field in dataclasses.fields(bundle)}
+                )
             with _Errors():
                 function(common, **arguments)
 
-        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*theirs, *ours.values())]
+        options = [one for p in theirs for one in (_fields(p.annotation) if p.name in bundles else [p])]
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*options, *ours.values())]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         to.command(name, cls=Command)(run)
 
     return register
+
+
+def _fields(bundle: type) -> list[inspect.Parameter]:
+    return list(inspect.signature(bundle, eval_str=True).parameters.values())
 
 
 #: Exceptions that end a command as they should.
