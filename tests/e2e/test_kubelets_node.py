@@ -238,6 +238,73 @@ def test_of_an_embedded_one_and_its_copy_the_first_end_counts(joined: Worker, wh
     assert joined.bridge.run("prove", "--wait", "60s").returncode == 0
 
 
+@pytest.mark.parametrize(("copy", "counts"), [("none", "data"), ("older", "copy"), ("expired", "data")])
+def test_which_certificate_counts_at_a_start(control_plane: Worker, joined: Worker, copy: str, counts: str) -> None:
+    """
+    Embedded and valid: it is copied where there is no valid copy, and is not looked at where there is one, however old.
+
+    `ca-bridge` counts the first end of the two, and leaves one file that is read.
+    """
+    path, pair = joined.node.kubeconfig_dir / "kubelet.conf", joined.current.read_bytes()
+    joined.node.exec("systemctl", "stop", "kubelet")
+    certificate, key = joined.again(pair, timedelta(days=200))
+    path.write_text(_embedding(path.read_text(), certificate, key))
+    if copy == "none":
+        (joined.pki / "kubelet-client-current.pem").unlink()
+    else:
+        left = timedelta(hours=1) if copy == "older" else -timedelta(minutes=1)
+        joined.current.write_bytes(joined.again(pair, left)[0] + key)
+    joined.node.exec("systemctl", "start", "kubelet")
+
+    limit = timedelta(hours=1).total_seconds()
+    ttl = wait_for("a kubelet that tells what it uses", lambda: client_ttl(control_plane, joined), seconds=90)
+    assert (ttl > limit) == (counts == "data")
+    used = load_pem_certificates(joined.current.read_bytes())[0]
+    assert (used == load_pem_certificates(certificate)[0]) == (counts == "data")
+    assert joined.bridge.run("plan").returncode == (0 if counts == "data" else 3)
+
+    run = joined.bridge.run("renew", "kubelet.conf")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert kubeconfig.parse(path.read_bytes()).certificate_file == CURRENT
+    assert joined.bridge.run("prove", "--wait", "60s").returncode == 0
+    wait_for("a kubelet that uses the new one", lambda: (client_ttl(control_plane, joined) or 0) > limit, seconds=60)
+
+
+def client_ttl(control_plane: Worker, worker: Worker) -> float | None:
+    """Seconds that the client certificate which a kubelet uses has left, as it says itself; None: it does not answer."""
+    pair = control_plane.node.kubeconfig_dir / "pki/apiserver-kubelet-client"
+    command = ["curl", "-sk", "--max-time", "10", "--cert", f"{pair}.crt", "--key", f"{pair}.key"]
+    run = subprocess.run(
+        [*command, f"https://{worker.node.ip}:10250/metrics"], capture_output=True, text=True, check=False
+    )
+    name = "kubelet_certificate_manager_client_ttl_seconds "
+    found = [line.removeprefix(name) for line in run.stdout.splitlines() if line.startswith(name)]
+    return float(found[0]) if found and float(found[0]) < 1e15 else None  # +Inf, or as much: not known yet
+
+
+def test_a_reference_to_nothing_keeps_a_kubelet_down(worker: Worker) -> None:
+    """It does not start, and `ca-bridge` says which file is not there; any copy will do, for `renew` to repair it."""
+    link, dated, pair = worker.pki / "kubelet-client-current.pem", worker.current, worker.current.read_bytes()
+    since = worker.log.stat().st_size
+    worker.node.exec("systemctl", "stop", "kubelet")
+    link.unlink()
+    worker.node.exec("systemctl", "start", "kubelet", check=False)
+    wait_for("a kubelet that can not start", lambda: worker.is_down(since), seconds=60)
+    assert b"unable to read client-cert" in worker.log.read_bytes()[since:]
+
+    for command in (["doctor"], ["check-expiration"], ["plan"], ["renew"]):
+        run = worker.bridge.run(*command)
+        assert run.returncode == 1, command
+        assert "kubelet-client-current.pem" in run.stdout + run.stderr
+    assert worker.bridge.run("doctor").stdout.startswith("error    kubelet.conf")
+
+    dated.write_bytes(worker.again(pair, -timedelta(minutes=1))[0] + csr.key_block(pair))
+    link.symlink_to(f"/var/lib/kubelet/pki/{dated.name}")
+    run = worker.bridge.run("renew")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert worker.bridge.run("prove", "--wait", "60s").returncode == 0
+
+
 def _embedding(text: str, certificate: bytes, key: bytes) -> str:
     """A kubelet.conf that holds the pair, as it was before."""
     import base64
