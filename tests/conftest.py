@@ -9,6 +9,7 @@ The fixture `tried` counts cases (see `tests.counts`).
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ import hypothesis
 import pytest
 
 from tests import counts
-from tests.kit import programs
+from tests.kit import plan, programs
 
 NO_SKIP = "CA_BRIDGE_NO_SKIP"
 
@@ -46,31 +47,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     A test that starts a node is in a file that says so, by which workers are told apart (below).
 
-    These come first, since they take longer, one after the other, than all others beside them.
+    These come first, since they take longer than all others beside them.
     """
     for item in items:
-        if item.get_closest_marker("node") and not _starts_nodes(item.path.name):
+        if item.get_closest_marker("node") and not plan.starts_nodes(item.path.name):
             raise pytest.UsageError(f"{item.nodeid}: wanted tests marked node in a file named test_…node….py")
-    items.sort(key=lambda item: not _starts_nodes(item.path.name))
+    items.sort(key=lambda item: not plan.starts_nodes(item.path.name))
 
 
-def _starts_nodes(file_name: str) -> bool:
-    return "node" in file_name
+def _file_of(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """
-    With several workers, tests that start nodes run in the same one, one after the other; all others anywhere.
+    With several workers, tests that start nodes run in a few of them, file by file (`tests.kit.plan`); all others anywhere.
 
-    Nodes share an address range and a machine, and a fixture's node is shared by its tests. xdist's own `loadgroup`
-    does nothing with pytest 9.2: it renames tests by an attribute that is no longer there (xdist 3.8).
+    xdist's own `loadgroup` does nothing with pytest 9.2: it renames tests by an attribute that is no longer there
+    (xdist 3.8).
     """
     from xdist.scheduler import LoadScopeScheduling  # the workers' controller alone needs it
 
     class Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # no types, see pyproject.toml
+        @functools.cached_property
+        def groups(self) -> dict[str, int]:
+            return plan.groups(map(_file_of, self.collection))
+
         def _split_scope(self, nodeid: str) -> str:
-            return "node" if _starts_nodes(nodeid.partition("::")[0].rpartition("/")[2]) else nodeid
+            group = self.groups.get(_file_of(nodeid))
+            return nodeid if group is None else f"nodes {group}"
 
     return Scheduling(config, log)
 

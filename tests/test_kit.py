@@ -13,7 +13,7 @@ import pytest
 
 from bridge.specs import AUTHORITIES
 from tests import conftest
-from tests.kit import programs
+from tests.kit import plan, programs
 from tests.kit.pki import KubeadmAlgorithm, KubeadmVersion, kubeadm_pki
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +46,7 @@ import pytest
 @pytest.mark.parametrize("number", range(4))
 def test_it(number: int) -> None:
     time.sleep(0.2)  # or one worker is done with all before the other has begun
-    print("worker", os.environ["PYTEST_XDIST_WORKER"])
+    print("worker", os.environ["PYTEST_XDIST_WORKER"], "of", os.path.basename(__file__))
 """
 A_NODE_TEST = """
 import pytest
@@ -115,19 +115,36 @@ def test_what_is_not_skipped_passes_where_skips_are_forbidden(tmp_path: Path) ->
     assert "1 passed, 1 xfailed" in run.stdout
 
 
-def test_nodes_are_started_by_one_worker_only(tmp_path: Path) -> None:
-    """With several workers all tests that start nodes run in the same one; others are spread."""
-    several = ("-p", "xdist", "--numprocesses=2", "-rP")
+def test_nodes_are_started_by_a_few_workers_file_by_file(tmp_path: Path) -> None:
+    """With several workers all tests of a file that starts nodes run in the same one, a few files at a time; others are spread."""
+    several = ("-p", "xdist", "--numprocesses=4", "-rP")
 
-    def workers(*files: str) -> set[str]:
+    def workers(*files: str) -> dict[str, set[str]]:
         run = _pytest(tmp_path, FOUR_TESTS, *several, no_skip=True, files=files)
         assert run.returncode == pytest.ExitCode.OK, run.stdout
-        found = re.findall("^worker (.*)$", run.stdout, re.MULTILINE)
+        found = re.findall("^worker (.*) of (.*)$", run.stdout, re.MULTILINE)
         assert len(found) == 4 * len(files)
-        return set(found)
+        return {file: {worker for worker, of in found if of == file} for file in files}
 
-    assert len(workers("test_one_node.py", "test_other_node.py")) == 1
-    assert len(workers("test_it.py")) == 2
+    found = workers(*(f"test_{number}_node.py" for number in range(4)))
+    assert {len(one) for one in found.values()} == {1}
+    assert len(set.union(*found.values())) == plan.NODE_WORKERS
+    assert len(workers("test_it.py")["test_it.py"]) > 1
+
+
+def test_workers_get_as_much_to_do_and_no_two_the_same_address() -> None:
+    """By the times that the plan knows; files that may run at the same time name other addresses."""
+    files = [path.relative_to(ROOT) for path in ROOT.glob("tests/**/test_*.py") if plan.starts_nodes(path.name)]
+    assert not [end for end in plan.SECONDS if not (ROOT / "tests" / end).exists()]
+    groups = plan.groups(map(str, files))
+    busy = [sum(plan.seconds(path) for path, one in groups.items() if one == number) for number in set(groups.values())]
+    assert max(busy) < 1.2 * min(busy)
+    owners: dict[str, set[Path]] = {}
+    for path in files:
+        for address in re.findall(r"198\.18\.77\.\d+", (ROOT / path).read_text()):
+            owners.setdefault(address, set()).add(path)
+    assert len(owners) > 10
+    assert not {address: paths for address, paths in owners.items() if len(paths) > 1}
 
 
 def test_a_file_that_starts_nodes_says_so(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 from collections.abc import Iterator
@@ -17,46 +18,53 @@ from tests.kit.pki import PKI_SPECS
 
 pytestmark = pytest.mark.node
 
-NAME = "kit-1"
+NAME, OTHER = "kit-1", "kit-2"
 SHARED_DIRECTORIES = ("/etc/kubernetes", "/var/lib/kubelet", "/var/log/pods", "/etc/cni", "/run/containerd")
 
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
-    """After each test the machine is as it was."""
+    """After each test the machine is as it was; nodes of other tests come and go meanwhile."""
     before = traces()
     assert not [trace for trace in before if NAME in trace]
     yield
+    with contextlib.suppress(AssertionError):
+        wait_for("no new trace", lambda: not traces() - before)
     assert not traces() - before
 
 
 def traces() -> set[str]:
     """What a node could leave behind, found by other means than those that remove it."""
 
-    def lines(*command: str) -> list[str]:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    def lines(*command: str, check: bool = True) -> list[str]:
+        return subprocess.run(command, capture_output=True, text=True, check=check).stdout.splitlines()
 
     links = lines("ip", "-brief", "link")
-    # A killed process that init has not waited for yet has no command line any more.
-    command_lines = [path.read_bytes().decode() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
     found = [
         *links,
         *lines("ip", "netns", "list"),
         *Path("/proc/mounts").read_text().splitlines(),
-        *lines("find", "/sys/fs/cgroup", "-type", "d"),
+        *lines("find", "/sys/fs/cgroup", "-type", "d", check=False),  # other nodes' cgroups end while it looks
         *map(str, kit.directory().glob("*")),
-        *command_lines,
+        *command_lines(),
     ]
-    mine = {line for line in found if re.search(rf"\b{NAME}\b", line)}
+    mine = {line for line in found if re.search(rf"\b({NAME}|{OTHER})\b", line)}
     if any(line.startswith("v-") for line in links):
         return mine  # somebody else's node, which needs what nodes share
     shared = {line.split()[0] for line in links if line.startswith("kube-nodes")}
     return mine | shared | {path for path in SHARED_DIRECTORIES if Path(path).exists()}
 
 
+def command_lines() -> Iterator[str]:
+    """Of all processes; a killed one that init has not waited for yet has none any more."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            yield path.read_bytes().decode(errors="replace")
+
+
 @pytest.mark.slow
 def test_runs_a_control_plane_without_ca_keys(tmp_path: Path) -> None:
-    """A node in external-CA mode has all certificates, no CA key, and a control plane that answers; one of a name."""
+    """A node in external-CA mode has all certificates, no CA key, and a control plane that answers; one of a name or address."""
     ca_dir = tmp_path / "ca-keys"
     with Node.up(NAME, "198.18.77.21", ca_dir=ca_dir) as node:
         for authority in AUTHORITIES.values():
@@ -70,6 +78,8 @@ def test_runs_a_control_plane_without_ca_keys(tmp_path: Path) -> None:
 
         with pytest.raises(AssertionError, match="found a node of that name"):
             Node.up(NAME, "198.18.77.22")
+        with pytest.raises(AssertionError, match=r"found another node at 198\.18\.77\.21"):
+            Node.host(OTHER, "198.18.77.21")
         assert NAME in node.kubectl("get", "nodes", "-o", "name").stdout
         running = node.crictl("ps", "--state", "running").stdout
         assert all(component.value in running for component in Component if component is not Component.KUBELET)

@@ -231,20 +231,6 @@ def test_it_is_kept_when_so_set_and_looked_at_again(site: Site) -> None:
     assert not unproven.exists()
 
 
-#: What `systemctl restart kubelet` does, on one of several nodes of a machine.
-_RESTART_KUBELET = """\
-#!/bin/sh
-set -eu
-for pid in $(pidof kubelet); do
-  [ "$(readlink /proc/$pid/ns/net)" = "$(readlink /proc/self/ns/net)" ] || continue
-  tr '\\0' '\\n' </proc/$pid/cmdline >/run/kubelet.args
-  kill $pid
-  while kill -0 $pid 2>/dev/null; do sleep 0.1; done
-done
-xargs -d '\\n' -a /run/kubelet.args setsid >>{log} 2>&1 </dev/null &
-"""
-
-
 def test_the_kubelet_is_restarted_on_its_new_certificate(site: Site) -> None:
     """kubelet.conf with embedded data, by the settings' command; it refers to the kubelet's own file from then on."""
     run = site.bridge.run("renew", "kubelet.conf")

@@ -32,7 +32,7 @@ from tests.kit.pki import PKI_SPECS
 
 pytestmark = [pytest.mark.node, pytest.mark.kube("cfssl"), pytest.mark.slow]
 
-NAME, IP = f"renew-{os.getpid()}", f"198.18.77.{100 + os.getpid() % 100}"
+NAME, IP = f"renew-{os.getpid()}", "198.18.77.110"
 
 CAS = {"ca": "vault", "etcd-ca": "openssl", "front-proxy-ca": "cfssl"}
 #: As whom the API server knows those that read a kubeconfig.

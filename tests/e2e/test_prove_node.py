@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -66,6 +67,18 @@ def found(node: Node) -> set[tuple[str, str]]:
     return wrong(prove(node)[1])
 
 
+def settled(node: Node, code: int, stale: list[str], bad: set[tuple[str, str]], *options: str) -> list[dict[str, Any]]:
+    """The findings, when they are these: on a busy machine a component may miss one look."""
+    deadline = time.monotonic() + 30
+    while True:
+        found_code, findings, found_stale = prove(node, *options)
+        seen = (found_code, found_stale, wrong(findings))
+        if seen == (code, stale, bad):
+            return findings
+        assert time.monotonic() < deadline, seen
+        time.sleep(0.5)
+
+
 def restart(node: Node, component: str) -> None:
     """Manifest out, and back."""
     manifest = f"/etc/kubernetes/manifests/{component}.yaml"
@@ -75,8 +88,7 @@ def restart(node: Node, component: str) -> None:
 @pytest.fixture
 def well(node: Node) -> None:
     """All is well before the test."""
-    code, findings, stale = prove(node, "--wait", "60s")
-    assert (code, wrong(findings), stale) == (0, set(), [])
+    settled(node, 0, [], set(), "--wait", "60s")
 
 
 @contextlib.contextmanager
@@ -127,18 +139,15 @@ def test_after_a_renewal_the_two_that_read_once_are_stale(node: Node) -> None:
     node.exec("kubeadm", "certs", "renew", "all")
     served = load_pem_certificates((node.pki_dir / "apiserver.crt").read_bytes())[0]
 
-    code, findings, stale = prove(node, "--wait", "2s")
+    findings = settled(node, 7, list(CONTROLLERS), {(name, "stale") for name in CONTROLLERS.values()}, "--wait", "2s")
 
-    assert (code, stale) == (7, list(CONTROLLERS))
-    assert wrong(findings) == {(name, "stale") for name in CONTROLLERS.values()}
     assert {f["certificate"] for f in findings if f["state"] == "next-connection"} == API_CLIENTS
     details = {f["detail"] for f in findings if f["certificate"] == "apiserver"}
     assert {detail.split(",")[0] for detail in details} == {f"serial {serial_hex(served)}"}
 
-    for component in stale:
+    for component in CONTROLLERS:
         restart(node, component)
-    code, findings, stale = prove(node, "--wait", "60s")
-    assert (code, stale) == (0, [])
+    findings = settled(node, 0, [], set(), "--wait", "60s")
     assert {f["certificate"] for f in findings if f["state"] == "next-connection"} == API_CLIENTS
 
 
@@ -146,9 +155,7 @@ def test_a_version_that_is_not_known_to_reload_must_be_restarted(node: Node, tmp
     """After the renewal above, the API server's own client certificates are stale on what says it is 1.33."""
     settings = tmp_path / "config.toml"
     settings.write_text('[node]\nkubernetes_version = "1.33"\n')
-    code, findings, stale = prove(node, "--config", str(settings))
-    assert (code, stale) == (7, ["kube-apiserver"])
-    assert wrong(findings) == {(name, "stale") for name in API_CLIENTS}
+    settled(node, 7, ["kube-apiserver"], {(name, "stale") for name in API_CLIENTS}, "--config", str(settings))
 
 
 @pytest.mark.usefixtures("well")
@@ -161,9 +168,8 @@ def test_a_renamed_kubeconfig_is_not_seen_by_a_container(node: Node) -> None:
     path.rename(before)
     new.rename(path)
     try:
-        code, findings, stale = prove(node)
+        findings = settled(node, 7, ["kube-scheduler"], {("scheduler.conf", "stale")})
         detail = next(f["detail"] for f in findings if f["what"] == "has read /etc/kubernetes/scheduler.conf")
-        assert (code, stale) == (7, ["kube-scheduler"])
         assert detail.startswith("still sees what was in /etc/kubernetes/scheduler.conf before")
     finally:
         before.rename(path)
@@ -202,7 +208,7 @@ def test_a_front_proxy_of_the_wrong_ca_is_refused(node: Node) -> None:
         for suffix in (".crt", ".key"):
             other = (node.pki_dir / f"apiserver-kubelet-client{suffix}").read_bytes()
             stack.enter_context(replaced(node.pki_dir / f"front-proxy-client{suffix}", other))
-        assert found(node) == {("front-proxy-client", "refused")}
+        settled(node, 7, [], {("front-proxy-client", "refused")})
 
 
 @pytest.mark.usefixtures("well")
@@ -213,7 +219,7 @@ def test_a_client_that_etcd_refuses_is_seen(node: Node, name: str) -> None:
         for suffix in (".crt", ".key"):
             other = (node.pki_dir / f"apiserver-kubelet-client{suffix}").read_bytes()
             stack.enter_context(replaced(node.pki_dir / f"{SPECS[name].base}{suffix}", other))
-        assert found(node) == {(name, "refused")}
+        settled(node, 7, [], {(name, "refused")})
 
 
 @pytest.mark.usefixtures("well")
@@ -238,8 +244,7 @@ def test_an_api_server_with_a_certificate_that_has_expired_is_refused(node: Node
 def test_a_server_goes_on_with_its_old_pair_when_the_new_one_does_not_match(node: Node) -> None:
     """It would not survive a restart, so that none is asked for."""
     with replaced(node.pki_dir / "apiserver.key", (node.pki_dir / "front-proxy-client.key").read_bytes()):
-        code, findings, stale = prove(node)
-    assert (code, stale, wrong(findings)) == (7, [], {("apiserver", "refused")})
+        settled(node, 7, [], {("apiserver", "refused")})
 
 
 @pytest.mark.usefixtures("well")
@@ -247,8 +252,7 @@ def test_a_component_that_is_away_is_named(node: Node) -> None:
     """Its manifest was moved away and forgotten."""
     node.exec("mv", "/etc/kubernetes/manifests/kube-scheduler.yaml", "/etc/kubernetes/")
     try:
-        code, findings, stale = prove(node)
-        assert (code, stale, wrong(findings)) == (7, [], {("scheduler.conf", "no-answer")})
+        settled(node, 7, [], {("scheduler.conf", "no-answer")})
     finally:
         node.exec("mv", "/etc/kubernetes/kube-scheduler.yaml", "/etc/kubernetes/manifests/")
 
@@ -262,8 +266,7 @@ def test_a_kubelets_copy_of_its_old_certificate_is_stale(node: Node) -> None:
     node.exec("kubeadm", "init", "phase", "kubeconfig", "kubelet", "--kubeconfig-dir", "/etc/kubernetes/new",
               "--config", "/etc/kubernetes/kubeadm.yaml")  # fmt: skip
     path.write_bytes((node.kubeconfig_dir / "new/kubelet.conf").read_bytes())
-    code, findings, stale = prove(node)
-    assert (code, stale, wrong(findings)) == (7, ["kubelet"], {("kubelet.conf", "stale")})
+    findings = settled(node, 7, ["kubelet"], {("kubelet.conf", "stale")})
     assert "kubelet-client-current.pem" in next(f["detail"] for f in findings if f["state"] == "stale")
 
     node.exec("rm", "/var/lib/kubelet/pki/kubelet-client-current.pem")
@@ -295,10 +298,8 @@ def test_two_nodes_on_one_machine_are_two(node: Node) -> None:
         assert prove(other, "--wait", "60s")[0] == 0
         other.exec("kubeadm", "certs", "renew", "scheduler.conf")
 
-        code, findings, stale = prove(other)
-        assert (code, stale, wrong(findings)) == (7, ["kube-scheduler"], {("scheduler.conf", "stale")})
-        code, findings, stale = prove(node)
-        assert (code, stale, wrong(findings)) == (0, [], set())
+        settled(other, 7, ["kube-scheduler"], {("scheduler.conf", "stale")})
+        findings = settled(node, 0, [], set())
         peers = next(f["detail"] for f in findings if f["what"] == "is accepted by its peers")
         assert {f"https://{ip}:2380" for ip in (IP, OTHER_IP)} == set(re.findall(r"https://[^ ,;]+", peers))
 

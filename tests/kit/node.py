@@ -28,7 +28,8 @@ class Node:
     """
     A node that is up; as a context manager it goes down at the end.
 
-    Tests that start nodes carry the mark `node`, which keeps them in one process, one after the other.
+    Tests that start nodes carry the mark `node`, which keeps those of a file in one process, one after the other; other
+    files' nodes may be up at the same time (`tests.kit.plan`).
     """
 
     name: str
@@ -40,8 +41,8 @@ class Node:
         Start the first control-plane node of a cluster.
 
         Args:
-            name: 1 to 13 small letters, digits and hyphens.
-            ip: In 198.18.77.0/24, but not .1.
+            name: 1 to 13 small letters, digits and hyphens, which no other test gives.
+            ip: In 198.18.77.0/24, but not .1; in no other file of tests.
             ca_dir: Where the three CA keys go, with copies of the CA certificates: external-CA mode.
             cluster: More lines for kubeadm's ClusterConfiguration, such as `certificateValidityPeriod: 1h`.
             kubelet: More lines for the cluster's KubeletConfiguration, such as `serverTLSBootstrap: true`.

@@ -25,7 +25,8 @@
 #   KUBELET_MINUTES   lifetime of a worker's pre-signed certificate, default 525600 (a year)
 #
 # Run as root. Addresses are of 198.18.77.0/24 (a range for benchmarks, RFC 2544) on a bridge that exists only here;
-# .1 is the bridge. The container images stay in KUBE_NODE_DIR for the next node; everything else goes with the node.
+# .1 is the bridge. Nodes may come and go at the same time: each has its own name and its own address.
+# The container images stay in KUBE_NODE_DIR for the next node; everything else goes with the node.
 # A host with cgroup v1 will do. While a node is up, leave the host's own (empty) /etc/kubernetes, /var/lib/kubelet
 # and the like in place: they are mount points, and removing one detaches it in the node, too.
 set -euo pipefail
@@ -36,6 +37,7 @@ bin=${KUBE_BIN_DIR:-/opt/k8s}
 base=${KUBE_NODE_DIR:-/var/lib/kube-nodes}
 bridge=kube-nodes
 made=/run/kube-nodes.made # those of the mount points that were not there before
+watches=/proc/sys/fs/inotify/max_user_instances watches_before=/run/kube-nodes.watches
 # All that kubeadm, kubelet and containerd write to; on the host these stay empty.
 mount_points=(/etc/kubernetes /var/lib/kubelet /var/lib/etcd /var/log/pods /var/log/containers
   /run/containerd /run/nri /etc/cni /usr/libexec/kubernetes)
@@ -66,7 +68,7 @@ phase() {
   die "$name: kubeadm init phase $* failed" "see $node/kubeadm.log"
 }
 
-# locked COMMAND...: no other node comes or goes meanwhile.
+# locked COMMAND...: one node at a time, for what all of them share.
 locked() { (flock 9; "$@") 9>/run/kube-nodes.lock; }
 
 # --- what the container runtime would pull from a registry ---
@@ -119,15 +121,22 @@ make_mount_points() {
   for point in "${mount_points[@]}"; do [ -d "$point" ] || { mkdir -p "$point"; echo "$point" >>"$made"; }; done
 }
 
-make_network() { # make_network IP
+make_room() { # a node's processes watch files with 20 inotify instances, and a machine allows 128 to all of root's
+  [ "$(cat $watches)" -lt 1024 ] || return 0
+  cat $watches >$watches_before
+  echo 1024 >$watches
+}
+
+make_network() { # make_network IP; the link is told the address, so that a second node does not take it
   if ! ip link show $bridge >/dev/null 2>&1; then
     ip link add $bridge type bridge
     ip addr add 198.18.77.1/24 dev $bridge
     ip link set $bridge up
   fi
+  [ -z "$(ip link show master $bridge | grep -x " *alias $1")" ] || die "$name: wanted a free address, found another node at $1"
   ip netns add "$name"
   ip link add "v-$name" type veth peer name eth0 netns "$name"
-  ip link set "v-$name" master $bridge up
+  ip link set "v-$name" master $bridge alias "$1" up
   ip -n "$name" addr add "$1/24" dev eth0
   ip -n "$name" link set eth0 up
   ip -n "$name" link set lo up
@@ -169,11 +178,12 @@ start_containerd() { # start_containerd IMAGE_ARCHIVE...
 make_host() { # make_host IP [IMAGE...]: the node before kubeadm, with these images or all
   local root ip=$1 archives; shift
   [[ ! -e "$node" && ! -e "/run/netns/$name" ]] || die "$name: wanted a new name, found a node of that name" "node.sh down $name"
-  make_images
+  locked make_images
   mkdir -p "$node"
   # A node has its own cgroup root, since a kubelet removes what it does not know from its root.
   for root in $(cgroup_roots); do mkdir -p "$root/$name"; done
   locked make_network "$ip"
+  locked make_room
   locked make_mount_points
   make_namespaces
   archives=("$images"/*.tar)
@@ -429,6 +439,7 @@ remove_shared() {
   local point
   [ -z "$(ip -oneline link show master $bridge 2>/dev/null)" ] || return 0
   ! ip link show $bridge >/dev/null 2>&1 || ip link del $bridge
+  [ ! -e $watches_before ] || { cat $watches_before >$watches; rm $watches_before; }
   [ -e "$made" ] || return 0
   while read -r point; do rmdir --ignore-fail-on-non-empty "$point" 2>/dev/null || true; done < <(sort -u "$made")
   rm "$made"

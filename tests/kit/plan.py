@@ -1,0 +1,55 @@
+"""
+Which worker of a run with several runs what: `NODE_WORKERS` of them begin with the tests that start nodes.
+
+A node waits more than it works, and nodes of several files may be up at the same time, since each has a name and an
+address of its own. A file's tests stay together: they share nodes. Whoever has done its part takes of what is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import PurePath
+
+NODE_WORKERS = 3
+
+#: Seconds that a file takes by itself on two idle cores (`pytest --numprocesses 0 FILE`); another one takes `_UNKNOWN`.
+SECONDS = {
+    "e2e/test_three_live_nodes.py": 420,
+    "e2e/test_gateway_node.py": 400,
+    "e2e/test_fast_motion_node.py": 390,
+    "e2e/test_cluster_node.py": 360,
+    "e2e/test_live_node.py": 240,
+    "e2e/test_restart_node.py": 240,
+    "e2e/test_prove_node.py": 150,
+    "e2e/test_kubelets_node.py": 120,
+    "e2e/test_day0_node.py": 90,
+    "e2e/test_node.py": 60,
+    "e2e/test_changes_node.py": 50,
+    "test_node.py": 40,
+}
+_UNKNOWN = 30
+
+
+def starts_nodes(path: str) -> bool:
+    """Whether its tests may start nodes, by the file's name."""
+    return "node" in PurePath(path).name
+
+
+def groups(paths: Iterable[str]) -> dict[str, int]:
+    """
+    The number of the worker, from 0, for each file whose tests start nodes: the longest first, to who has least so far.
+
+    Args:
+        paths: Of test files, as pytest names them.
+    """
+    busy, found = [0] * NODE_WORKERS, dict[str, int]()
+    for path in sorted(set(filter(starts_nodes, paths)), key=lambda one: (-seconds(one), one)):
+        found[path] = busy.index(min(busy))
+        busy[found[path]] += seconds(path)
+    return found
+
+
+def seconds(path: str) -> int:
+    """That a file takes by itself."""
+    tail = "/".join(PurePath(path).parts[1:])
+    return SECONDS.get(tail, _UNKNOWN)
