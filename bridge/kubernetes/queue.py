@@ -6,7 +6,7 @@ import heapq
 import itertools
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -14,7 +14,8 @@ from datetime import datetime
 from bridge.kubernetes.objects import SigningRequest
 from bridge.pki.verify import Verified
 
-#: A flood waits in the API server, not here; it comes again with the next round of the watch.
+#: A flood waits in the API server, not here; it comes again with the next round of the watch. Whoever has most waiting
+#: here gives way to the others, so that a flood keeps nobody out.
 MOST_BYTES = 24 << 20
 MOST_JOBS = 20_000
 _MOST_REMEMBERED = 20_000
@@ -58,6 +59,7 @@ class Queue:
         self._working: dict[str, Job] = {}
         self._later: dict[str, SigningRequest] = {}  # a newer version of what is being worked at
         self._newest: OrderedDict[str, tuple[Newest, str]] = OrderedDict()
+        self._shares: Counter[str] = Counter()  # bytes by user
         self._bytes = 0
         self._closed = False
         self.overflowed = False
@@ -80,6 +82,7 @@ class Queue:
             known = self._jobs.get(one.uid)
             if known is not None:
                 if known.one.version != one.version:
+                    self._pop(one.uid)
                     known.one = one
                     self._soon(known)
                 return []
@@ -88,15 +91,50 @@ class Queue:
             superseded = self._supersede(one, key_of(one, node))
             if superseded is None:
                 return []
-            if self._bytes + one.size > MOST_BYTES or len(self._jobs) >= MOST_JOBS:
+            if not self._has_room(one):
                 self.overflowed = True
                 return superseded
             job = Job(one=one, node=node, arrived=time.monotonic())
-            self._jobs[one.uid] = job
-            self._bytes += one.size
+            self._add(job)
             self._ready.append(job)
             self._changed.notify()
             return superseded
+
+    def _has_room(self, one: SigningRequest) -> bool:
+        """Whether it fits, once others have given way of whoever has more waiting than it would have."""
+        user = one.request.username
+        while self._bytes + one.size > MOST_BYTES or len(self._jobs) >= MOST_JOBS:
+            greediest = self._greediest()
+            if self._shares[greediest] <= self._shares[user] + one.size:
+                return False
+            theirs = [job for job in self._jobs.values() if job.one.request.username == greediest]
+            # one at which nobody has worked yet, if there is one: the others may have a certificate already
+            self._remove(next((job for job in theirs if not job.begun), theirs[0]).one.uid)
+            self.overflowed = True
+        return True
+
+    def greediest(self) -> str:
+        """Who has most waiting; empty: nobody has any."""
+        with self._changed:
+            return self._greediest()
+
+    def _greediest(self) -> str:
+        return max(self._shares, key=lambda name: self._shares[name], default="")
+
+    def _add(self, job: Job) -> None:
+        self._jobs[job.one.uid] = job
+        self._bytes += job.one.size
+        self._shares[job.one.request.username] += job.one.size
+
+    def _pop(self, uid: str) -> Job | None:
+        job = self._jobs.pop(uid, None)
+        if job is not None:
+            user = job.one.request.username
+            self._bytes -= job.one.size
+            self._shares[user] -= job.one.size
+            if self._shares[user] <= 0:
+                del self._shares[user]
+        return job
 
     def _supersede(self, one: SigningRequest, key: str) -> list[str] | None:
         """The uids that this one takes the place of; None: a newer one is known."""
@@ -128,10 +166,9 @@ class Queue:
             self._remove(uid)
 
     def _remove(self, uid: str) -> None:
-        job = self._jobs.pop(uid, None)
+        job = self._pop(uid)
         if job is not None:
             job.removed = True
-            self._bytes -= job.one.size
 
     def _soon(self, job: Job) -> None:
         """A delayed one is looked at now; its old place in the heap leads to nothing."""
@@ -140,7 +177,7 @@ class Queue:
             verified=job.verified,
         )  # fmt: skip
         job.removed = True
-        self._jobs[job.one.uid] = fresh
+        self._add(fresh)
         self._ready.append(fresh)
         self._changed.notify()
 
@@ -158,8 +195,7 @@ class Queue:
                     job = self._ready.popleft()
                     if not job.removed:
                         self._working[job.one.uid] = job
-                        del self._jobs[job.one.uid]
-                        self._bytes -= job.one.size
+                        self._pop(job.one.uid)
                         return job
                 if self._closed or now >= deadline:
                     return None
@@ -186,8 +222,7 @@ class Queue:
                 job.one = later
             if self._closed:
                 return
-            self._jobs[job.one.uid] = job
-            self._bytes += job.one.size
+            self._add(job)
             if has_changed:
                 self._ready.append(job)
             else:
@@ -211,6 +246,7 @@ class Queue:
             self._delayed.clear()
             self._newest.clear()
             self._later.clear()
+            self._shares.clear()
             self._bytes = 0
             self.overflowed = False
 

@@ -30,6 +30,7 @@ from bridge.settings.tables import Settings
 from bridge.state.audit import AuditError
 from bridge.state.store import Store
 from bridge.system.files import lock
+from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
 
@@ -190,7 +191,7 @@ class Service:
             self._api_trouble = ""
 
     def _tick_until_stopped(self) -> None:
-        changes, flushed = self.known.changes, time.monotonic()
+        changes, flushed, is_full = self.known.changes, time.monotonic(), False
         while not self._ending:
             time.sleep(_TICK_SECONDS / 2)
             _ = self.known.policy, self.known.register  # read again if they have changed
@@ -202,10 +203,18 @@ class Service:
                 flushed = time.monotonic()
                 self._flush()
             waiting, _working = self.desk.queue.counts()
+            if self.desk.queue.overflowed is not is_full:
+                is_full = self.desk.queue.overflowed
+                self._tell(is_full=is_full)
             lost = not self.holder.is_ours()
             if self._watch is not None and (lost or (self.desk.queue.overflowed and waiting < _ROOM)):
                 self.desk.queue.overflowed = False
                 self._watch.end()
+
+    def _tell(self, *, is_full: bool) -> None:
+        if is_full:
+            text = "more requests are waiting than fit into the queue, most of them by %s: some are looked at later"
+            log.warning(text, one_line(self.desk.queue.greediest()))
 
     def _flush(self) -> None:
         try:

@@ -211,3 +211,31 @@ def test_the_encodings_are_what_they_seem() -> None:
     )
     der = base64.b64decode(b"".join(asking.pem.splitlines()[1:-1]))
     assert der.count(b"system:node:") == 2
+
+
+def test_a_flood_of_one_keeps_nobody_out(cluster: ClusterApi, bao: openbao.OpenBao, tmp_path: Path) -> None:
+    """A bootstrap token has more waiting than the queue can hold, and adds to it: a node is served at once."""
+    place = place_of(cluster, bao, tmp_path / "lockout", ["w9201"])
+    place.gateway = {}  # the rates that there are without settings
+    cluster.add_node("w9201")
+    asking = hostile_csrs.as_token(CLIENT_KUBELET, csr_pem([(CN, "x")]))
+    headers = {"Impersonate-User": asking.user, "Impersonate-Group": asking.group}
+
+    def flood(name: str, count: int, size: int = 55_000) -> None:
+        for number in range(count):
+            body = gateways.body(asking.pem, asking.signer, name=f"{name}-{number:03}")
+            body["metadata"] |= {"annotations": {"x": "x" * size}, "labels": {"flood": "yes"}}
+            assert cluster.client().ask("POST", CSRS, body, **headers).status_code == 201
+
+    flood("aaa", 520)
+    with gateways.running(place) as gateway:
+        gateway.until(lambda: gateway.metric("requests_total", signer=CLIENT_KUBELET, outcome="denied") >= 120)
+        flood("aab", 140)
+        flood("aac", 100, 1_000)  # into what is left between the large ones
+        gateway.until(lambda: f"most of them by {asking.user}" in gateway.text())
+        names = ("beside-client", "beside-serving")
+        for name, signer in zip(names, (CLIENT_KUBELET, SERVING), strict=True):
+            assert ask(cluster, hostile_csrs.honest("w9201", signer), name)
+        gateway.until(lambda: {state_of(gateways.read(cluster, name)) for name in names} == {"signed"}, 20)
+        assert gateway.metric("queue", state="waiting") > 300
+    assert cluster.client().ask("DELETE", f"{CSRS}?labelSelector=flood%3Dyes").ok

@@ -122,6 +122,38 @@ def test_a_flood_does_not_fill_the_memory() -> None:
     assert small.counts() == (1, 1)
 
 
+def test_whoever_fills_the_queue_gives_way() -> None:
+    """A flood by one keeps nobody out: others get in for it, and it for nobody, until all have the same."""
+    line = Queue()
+    for number in range(30):
+        line.put(replace(one(f"flood{number}", username="mallory"), size=queue.MOST_BYTES // 20), nobody)
+    assert (line.counts(), line.greediest()) == ((20, 0), "mallory")
+    job = line.take(0)
+    assert job is not None
+    job.begun = True
+    line.delay(job, 60)
+    for number in range(15):
+        line.put(replace(one(f"w{number}", username=f"w{number % 3}"), size=queue.MOST_BYTES // 20), nobody)
+    line.put(replace(one("flood31", username="mallory"), size=queue.MOST_BYTES // 20), nobody)
+    taken = [found.one.request.username for found in iter(lambda: line.take(0), None)]
+    assert {user: taken.count(user) for user in taken} == {"mallory": 4, "w0": 5, "w1": 5, "w2": 5}
+    line.wake()
+    assert line.take(0) is job  # at which somebody had worked
+    assert line.greediest() == ""
+
+
+def test_what_changes_its_size_is_counted_as_it_is() -> None:
+    """Whoever adds to an object that waits does not make room by it."""
+    line = Queue()
+    line.put(replace(one(version=1), size=100), nobody)
+    line.put(replace(one(version=2), size=queue.MOST_BYTES), nobody)
+    line.put(replace(one("u2", username="other"), size=queue.MOST_BYTES), nobody)
+    assert line.overflowed
+    assert line.take(0) is not None
+    line.put(replace(one("u2", username="other"), size=queue.MOST_BYTES), nobody)
+    assert line.counts() == (1, 1)
+
+
 def test_nothing_is_taken_after_the_end() -> None:
     """A worker that waits is woken."""
     line = Queue()
