@@ -57,6 +57,8 @@ def gather(
     """
     for path in ca_keys(places):
         raise CaKeyError(f"{path}: wanted no CA's private key on a node, found one")
+    if ca_dir is not None:
+        _assert_holds_some(ca_dir, role)
     found: dict[str, tuple[x509.Certificate, ...]] = {}
     for authority in authorities_of(role):
         named = carried.get(authority.name) or (_in_file(ca_dir / authority.certificate_file) if ca_dir else ())
@@ -71,6 +73,14 @@ def gather(
         found[authority.name] = ours
     _assert_apart(found)
     return found
+
+
+def _assert_holds_some(ca_dir: Path, role: Role) -> None:
+    """A mistyped directory would be passed over, and the CAs' own word taken instead."""
+    files = [authority.certificate_file for authority in authorities_of(role)]
+    if not any((ca_dir / file).exists() for file in files):
+        found = "none of them" if ca_dir.is_dir() else "no such directory"
+        raise AuthorityError(f"{ca_dir}: wanted {', '.join(files)} in it, found {found}")
 
 
 def _in_file(path: Path) -> tuple[x509.Certificate, ...]:

@@ -25,6 +25,7 @@ from cryptography.x509.oid import NameOID
 from bridge.bootstrap.places import Role, specs_of
 from bridge.errors import BridgeError
 from bridge.node import kubeconfig
+from bridge.node.kubeadm_config import KubeadmConfigError
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki import csr
 from bridge.specs import KEY_ALGORITHMS, KUBELET_CONF, SPECS, CertificateSpec, KeyAlgorithm
@@ -36,6 +37,11 @@ from bridge.system.safe_read import UnreadableError, read
 _LIMIT = timedelta(minutes=5)
 _SCRATCH = "generate-csr-"
 _USER = "system:node:"
+_ERROR = "error: "
+#: Where in the configuration it is, as kubeadm says it.
+_UNMARSHALING = re.compile(
+    r'error unmarshaling configuration schema\.GroupVersionKind\{.*?Kind:"(\w+)"\}: (?:strict decoding error: )?'
+)
 
 
 class KubeadmError(BridgeError):
@@ -73,11 +79,13 @@ def by_kubeadm(program: str, version: str, config: bytes, role: Role, state_dir:
 
     Raises:
         KubeadmError: It is another version's, or did not make what it should.
+        KubeadmConfigError: kubeadm does not know all of the configuration.
     """
     _assert_version(program, version)
     with _scratch(state_dir) as scratch:
         file, pki, kubeconfigs = scratch / "kubeadm.yaml", scratch / "pki", scratch / "kubeconfigs"
         write_staged(file, config, Attributes.private())
+        _assert_valid(program, file)
         _run(
             [
                 *(program, "certs", "generate-csr", "--config", str(file)),
@@ -101,12 +109,34 @@ def _scratch(state_dir: Path) -> Iterator[Path]:
 
 
 def _run(words: Sequence[str]) -> list[str]:
+    failure, lines = _ended(words)
+    if failure:
+        raise KubeadmError(f"{' '.join(words[:3])} {failure}; it said: {_said(lines)}")
+    return lines
+
+
+def _ended(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Why it failed (empty: it did not), and what it wrote."""
     lines: list[str] = []
     ended = run(words, {}, _LIMIT, Output(lines.append))
-    if ended.failure:
-        said = next((line for line in reversed(lines) if line.strip()), "nothing")
-        raise KubeadmError(f"{' '.join(words[:3])} {ended.failure}; it said: {said}")
-    return lines
+    return ended.failure, lines
+
+
+def _said(lines: Sequence[str]) -> str:
+    """kubeadm's own words for what is wrong, which it follows by a remark on stack traces."""
+    last = next((line for line in reversed(lines) if line.strip()), "nothing")
+    error = next((line for line in lines if line.startswith(_ERROR)), last).removeprefix(_ERROR)
+    return _UNMARSHALING.sub(r"\1: ", error)
+
+
+def _assert_valid(program: str, file: Path) -> None:
+    """`generate-csr` only warns of a mistyped key, and the names that it was to give would be lacking for ever."""
+    failure, lines = _ended([program, "config", "validate", "--config", str(file)])
+    if failure:
+        raise KubeadmConfigError(
+            f"wanted a configuration that {program} takes, found {_said(lines)}",
+            hint="correct it and run this again; nothing has been made or asked for",
+        )
 
 
 def _assert_version(program: str, version: str) -> None:

@@ -7,6 +7,10 @@ from bridge.bootstrap.whole import Look
 from bridge.bootstrap.wish import ClusterExistsError, LeftoversError, NotWholeError, OtherWishError, Wish
 from bridge.specs import AUTHORITIES
 
+_MADE_FOR_ANOTHER = (
+    "what is in place was made for another configuration: run this as before; or have `kubeadm reset` remove it, keys "
+    "included, then run this again"
+)
 _BRING_BACK = "bring back what is missing, or move all of it away and run this again"
 
 
@@ -34,7 +38,10 @@ def assert_as_wished(wish: Wish, look: Look) -> None:
         )
     for path, wanted in wish.files.items():
         if live(path) != wanted:
-            raise OtherWishError(f"{path}: wanted the configuration that is asked for now, found another one")
+            raise OtherWishError(
+                f"{path}: wanted the configuration that is asked for now, found another one, or none",
+                hint=_MADE_FOR_ANOTHER,
+            )
 
 
 def assert_no_leftovers(wish: Wish, look: Look) -> None:

@@ -177,6 +177,10 @@ def _sa(value: object) -> tuple[bytes, bytes]:
     return pair[0], pair[1]
 
 
+_ONCE = "remove the line, or give that node its own name"
+_FIRST = "further nodes with a control plane have the role control-plane"
+
+
 def parse_nodes(text: str) -> list[NewNode]:
     """
     A list of nodes: `ROLE NAME ADDRESS …` a line, `#` begins a comment.
@@ -195,9 +199,9 @@ def parse_nodes(text: str) -> list[NewNode]:
         except OrderError as e:
             raise OrderError(f"line {number}: {e}", hint="a line is `ROLE NAME ADDRESS …`") from None
         if any(one.name == other.name for other in found):
-            raise OrderError(f"line {number}: wanted each name once, found {one.name} again")
+            raise OrderError(f"line {number}: wanted each name once, found {one.name} again", hint=_ONCE)
         if one.role == "init" and any(other.role == "init" for other in found):
-            raise OrderError(f"line {number}: wanted one node for `kubeadm init`, found another one")
+            raise OrderError(f"line {number}: wanted one node for `kubeadm init`, found another one", hint=_FIRST)
         found.append(one)
     if not found:
         raise OrderError("wanted a list of nodes, found none", hint="a line is `ROLE NAME ADDRESS …`")

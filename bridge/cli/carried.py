@@ -91,7 +91,7 @@ def pending_cancel(settings: Settings, names: Collection[str], now: Callable[[],
     with metrics.kept_current(settings, now), progress_shown() as progress:
         done = airgap.cancel(settings, names, now, progress, wait)
     for one in done.requests:
-        say(f"{one.name}: cancelled; its key is removed, and an answer to it will be refused")
+        say_sentence(f"{one.name}: cancelled; its key is removed, and an answer to it will be refused")
         if one.reference:
             log.warning("%s: %s still has the request, and may sign it", one.name, one.backend)
     hint = "`ca-bridge pending list` shows those that are"
@@ -174,7 +174,7 @@ def _print_exported(done: airgap.Exported, path: Path, now: datetime) -> None:
     say(
         f"\n{path} holds {bundle_text.count(len(rows), 'request')}; fingerprint {bundle.short_fingerprint(done.bundle)}"
     )
-    say("carry it to the CA desk (`ca-bridge sign`), and the answer back (`ca-bridge import ANSWER`)")
+    say_sentence("carry it to the CA desk (`ca-bridge sign`), and the answer back (`ca-bridge import ANSWER`)")
 
 
 def _end(end: datetime | None, now: datetime) -> str:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 
-from bridge.cli.printing import say
+from bridge.cli.printing import say, say_sentence
 from bridge.contract import Issued
 from bridge.errors import BridgeError, Exit
 from bridge.pki.bundle import Refusal
@@ -59,9 +59,9 @@ def _dry_run(desk: Desk, session: Session) -> list[int]:
         desk.judged(job)
         good = [request.name for request in job.to_sign]
         if good:
-            say(f"{_who(job)}: would sign {', '.join(good)}")
+            say_sentence(f"{_who(job)}: would sign {', '.join(good)}")
         if job.again:
-            say(f"{_who(job)}: signed before, and not again: {', '.join(sorted(job.again))}")
+            say_sentence(f"{_who(job)}: signed before, and not again: {', '.join(sorted(job.again))}")
         codes += _tell_troubles(job)
     return codes
 
@@ -101,7 +101,9 @@ class _Observer:
         signed = sum(isinstance(answer, Issued) for answer in job.answers.values())
         self._certificates += signed
         if where:
-            say(f"{_who(job)}: {_counts(signed - len(job.again), len(job.again), len(job.answers) - signed)}: {where}")
+            say_sentence(
+                f"{_who(job)}: {_counts(signed - len(job.again), len(job.again), len(job.answers) - signed)}: {where}"
+            )
         self._codes += set(_tell_troubles(job))
         self._progress()
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bridge.cli.options import Common, command, utc_now
-from bridge.cli.printing import say
+from bridge.cli.printing import say_sentence
 from bridge.errors import BridgeError, Exit
 from bridge.settings.tables import Settings
 from bridge.system.console import log, print_error
@@ -61,5 +61,5 @@ def _check(service: Service) -> int:
     if found:
         return Exit.REFUSED
     signers, nodes = ", ".join(service.signers), len(service.known.register.nodes)
-    say(f"ready: {signers}; {nodes} nodes in the inventory; API server {service.api.server}")
+    say_sentence(f"ready: {signers}; {nodes} nodes in the inventory; API server {service.api.server}")
     return Exit.DONE

@@ -32,9 +32,9 @@ def recover(settings: Settings, *, set_aside: bool) -> int:
     from bridge.renewal import damage  # noqa: PLC0415 (loads all that restarts)
 
     for moved in damage.set_aside(settings) if set_aside else ():
-        say(f"{moved.why}; it is {moved.kept} now")
+        say_sentence(f"{moved.why}; it is {moved.kept} now")
         for sentence in filter(None, moved.afterwards):
-            say(f"  {sentence}")
+            say_sentence(sentence, "  ")
     found: list[Recovery | str] = []
     with alone(settings, timedelta(), found.append) as (store, record):
         late = copies.settle(settings, store, record)

@@ -15,7 +15,7 @@ from bridge.bootstrap.sharing import read_order
 from bridge.bootstrap.wish import Bootstrapped, NotWholeError, Wish
 from bridge.bootstrap.wishes import Said
 from bridge.cli.node_options import NodeOptions
-from bridge.cli.printing import say, say_table, under_headings
+from bridge.cli.printing import say, say_sentence, say_table, under_headings
 from bridge.cli.progress import progress_shown
 from bridge.cli.results import grouped
 from bridge.errors import Exit, SettingsError, SettingsProblem, WaitingError
@@ -105,11 +105,11 @@ def write_orders(
     say("\ncarry each to its node, and run there (its keys are made there, and stay):")
     commands = {
         "init": "ca-bridge bootstrap init --order NAME.order.json",
-        "control-plane": f"ca-bridge bootstrap join --order NAME.order.json --shared -     (from {first}: `ca-bridge bootstrap share`)",
+        "control-plane": f"ca-bridge bootstrap join --order NAME.order.json --shared - (from {first}: `ca-bridge bootstrap share`)",
         "worker": "ca-bridge bootstrap join --order NAME.order.json",
     }
     for role in dict.fromkeys(node.role for node, _ in made):
-        say(f"  {role}: {commands[role]}")
+        say_sentence(f"{role}: {commands[role]}", "  ")
 
 
 def setup(
@@ -132,6 +132,14 @@ def setup(
         say("\n".join(file.text for file in files))
 
 
+#: What to do next, by kubeadm's command.
+_CHECK_HINTS = {
+    "init": "`ca-bridge bootstrap init` makes what is missing; a node that is to join is looked at with "
+    "--control-plane or --worker",
+    "join": "`ca-bridge bootstrap join` makes what is missing",
+}
+
+
 def check(settings: Settings, role: Role, now: datetime) -> int:
     """`bootstrap check`: return the exit code."""
     places = wishes.places_of(settings)
@@ -140,7 +148,7 @@ def check(settings: Settings, role: Role, now: datetime) -> int:
     node = config.name if config is not None else settings.node.name
     problems = whole.check(settings, places, role, node, config if role != "worker" else None, now)
     if problems:
-        raise NotWholeError("\n".join(problems))
+        raise NotWholeError("\n".join(problems), hint=_CHECK_HINTS["init" if role == "init" else "join"])
     program = "init" if role == "init" else "join"
     say(f"nothing is missing and nothing wrong: `kubeadm {program}` may start")
     return Exit.DONE
@@ -160,19 +168,21 @@ def _report(done: Bootstrapped) -> None:
     ]
     say_table(rows)
     if done.from_kept:
-        say(f"{done.files} files of {done.node} are in place again, from the copies that were kept; no CA was asked")
+        say_sentence(
+            f"{done.files} files of {done.node} are in place again, from the copies that were kept; no CA was asked"
+        )
     elif done.files:
-        say(f"{done.files} files of {done.node} are in place, and were looked at as a whole")
+        say_sentence(f"{done.files} files of {done.node} are in place, and were looked at as a whole")
     elif done.is_complete:
-        say(f"nothing to do: all files of {done.node} are in place, and nothing is wrong with them")
+        say_sentence(f"nothing to do: all files of {done.node} are in place, and nothing is wrong with them")
     waiting = [o for o in done.outcomes if isinstance(o.error, WaitingError)]
     failed = [o for o in done.outcomes if o.error is not None and o not in waiting]
     if waiting:
         say("\n".join(under_headings([(_whom(outcome), (outcome.name, "waits")) for outcome in waiting])))
     if waiting or failed:
-        say("nothing was put in place; what was signed is kept, and not asked for again")
+        say_sentence("nothing was put in place; what was signed is kept, and not asked for again")
     if waiting:
-        say("run the same command again when there is an answer (one that was carried: --answer FILE)")
+        say_sentence("run the same command again when there is an answer (one that was carried: --answer FILE)")
     for about, error in grouped(failed):
         print_error(error, about)
     for error in done.strange:

@@ -119,6 +119,6 @@ def under_headings(rows: Sequence[tuple[str, Sequence[str]]]) -> Iterator[str]:
     width = width_here()
     cells = list(_rows([row for _, row in rows], width - 2 if width else None))
     for heading in dict.fromkeys(heading for heading, _ in rows):
-        yield f"{heading}:"
+        yield from _wrapped(f"{heading}:", width, _CONTINUED)
         for (about, _), lines in zip(rows, cells, strict=True):
             yield from (f"  {line}" for line in lines if about == heading)

@@ -11,7 +11,7 @@ import typer
 
 from bridge.cli.help import Group
 from bridge.cli.options import Common, WaitOption, command, duration, utc_now
-from bridge.cli.printing import say
+from bridge.cli.printing import say, say_sentence
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.expiry import minute
 from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
@@ -50,8 +50,8 @@ def request(
     from bridge.users import csr_file  # noqa: PLC0415
 
     key_path, csr_path = csr_file.write_request(_user(name, group), directory.absolute(), _algorithm(key))
-    say(f"{key_path}  the private key: keep it, show it to nobody")
-    say(f"{csr_path}  the request: hand it in; the kubeconfig that comes back goes beside the key")
+    say_sentence(f"{key_path}  the private key: keep it, show it to nobody")
+    say_sentence(f"{csr_path}  the request: hand it in; the kubeconfig that comes back goes beside the key")
 
 
 @command(kubeconfig_app, "user")

@@ -180,8 +180,12 @@ def private_directory(path: Path) -> None:
         hint = f"chown {os.geteuid()} {path} && chmod 700 {path}, after a look at who else uses it"
         raise BridgeError(
             f"{path}: wanted a directory of user {os.geteuid()} with mode 0700 (it holds keys), found {owner}",
-            hint=hint if os.geteuid() == 0 else f"run it as user {status.st_uid}",
+            hint=hint if os.geteuid() == 0 else _run_as(status.st_uid),
         )
+
+
+def _run_as(uid: int) -> str:
+    return "run it as root (sudo)" if uid == 0 else f"run it as user {uid}"
 
 
 class LockedError(BridgeError):

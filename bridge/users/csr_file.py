@@ -27,6 +27,13 @@ _PEM = re.compile(rb"-----BEGIN ((?:NEW )?CERTIFICATE REQUEST)-----.*?-----END \
 _CN, _O = NameOID.COMMON_NAME.dotted_string, NameOID.ORGANIZATION_NAME.dotted_string
 
 
+class NoCsrError(BridgeError):
+    """A file that holds no CSR, or can't be read: nobody has said no to anything."""
+
+    exit_code = Exit.USAGE
+    hint = "`ca-bridge kubeconfig request NAME --group GROUP` makes one where the person is"
+
+
 class CsrRefusedError(BridgeError):
     """A CSR that asks for something else than the command that names it."""
 
@@ -80,16 +87,17 @@ def load(path: Path, user: User) -> bytes:
         It alone, as PEM.
 
     Raises:
-        CsrRefusedError: Not a CSR; not signed by its own key; or it asks for anything else than this user.
+        NoCsrError: Not a CSR, or no file.
+        CsrRefusedError: Not one that can be read; not signed by its own key; or it asks for anything else than this user.
     """
     try:
         data = read(path)
     except UnreadableError as e:
-        raise CsrRefusedError(f"{path}: wanted a CSR, found: {e}") from None
+        raise NoCsrError(f"{path}: wanted a CSR, found: {e}") from None
     blocks = [match[0] for match in _PEM.finditer(data or b"")]
     if len(blocks) != 1:
         found = "no file" if data is None else f"{len(blocks)} of them"
-        raise CsrRefusedError(f"{path}: wanted one CSR in PEM, found {found}")
+        raise NoCsrError(f"{path}: wanted one CSR in PEM, found {found}")
     try:
         request = x509.load_pem_x509_csr(blocks[0])
         problems = _problems(request, user)

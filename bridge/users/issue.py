@@ -205,12 +205,14 @@ def _server(settings: Settings, order: Order) -> str:
         return order.server
     path = settings.node.kubeconfig_dir / "admin.conf"
     try:
-        server = kubeconfig.parse(read(path) or b"").server
-    except (UnreadableError, kubeconfig.KubeconfigError):
-        server = ""
+        data = read(path)
+        server = kubeconfig.parse(data or b"").server
+        found = "no file" if data is None else "none"
+    except (UnreadableError, kubeconfig.KubeconfigError) as e:
+        server, found = "", str(e)
     if not server:
         raise BridgeError(
-            f"{path}: wanted the API server's URL in it, found none", hint="name it: --server https://HOST:6443"
+            f"{path}: wanted the API server's URL in it, found {found}", hint="name it: --server https://HOST:6443"
         )
     return server
 

@@ -178,6 +178,17 @@ def test_names_are_those_of_the_configuration(ready: NewNode) -> None:
     assert {("DNS", "spare.example.com"), ("IP", "203.0.113.7"), ("IP", ADDRESS), ("DNS", NAME)} <= san_entries(leaf)
 
 
+def test_what_is_in_place_is_not_of_another_configuration(copy: NewNode) -> None:
+    """No option makes it so, hence none is recommended; what would do it is."""
+    before = copy.files()
+    other = CONFIG.replace("spare.example.com", "spare2.example.com")
+    runs = [copy.init(config=other), copy.init("--anew", config=other)]
+
+    assert [run.returncode for run in runs] == [2, 2]
+    assert all("kubeadm reset" in run.stderr and "--anew" not in run.stderr for run in runs)
+    assert copy.files() == before
+
+
 def test_a_second_run_changes_nothing(ready: NewNode) -> None:
     """It looks at the whole, and says so."""
     before = ready.files()
@@ -344,7 +355,15 @@ BAD_CONFIGS = {
     "no YAML": ("{", "syntax error"),
     "an alias": (f"{CONFIG}x: &x {{y: 1}}\nz: *x\n", "an alias"),
     "something else": ("a: 1", "apiVersion"),
-    "what kubeadm refuses": (CONFIG.replace("ECDSA-P256", "DSA-1"), "kubeadm certs generate-csr"),
+    "what kubeadm refuses": (CONFIG.replace("ECDSA-P256", "DSA-1"), "wanted a configuration that kubeadm takes"),
+    "a mistyped key, of which kubeadm only warns": (
+        CONFIG.replace("certSANs", "certSAN"),
+        'ClusterConfiguration: unknown field "apiServer.certSAN"',
+    ),
+    "one of the kubelet's": (
+        f"{CONFIG}---\napiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\nrotateCertificate: false\n",
+        'KubeletConfiguration: unknown field "rotateCertificate"',
+    ),
 }
 
 
@@ -493,6 +512,21 @@ def test_through_a_desk_by_hand(tmp_path: Path) -> None:
     assert look(node).problems() == []
     assert node.phase("certs", "all").returncode == 0
     assert node.phase("kubeconfig", "all").returncode == 0
+
+
+def test_what_the_page_says_of_an_air_gap(tmp_path: Path) -> None:
+    """The policy of docs/day-0.md signs all that the configuration of docs/day-0.md asks for."""
+    page = (Path(__file__).parents[2] / "docs/day-0.md").read_text()
+    config, policy = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL)[0] for kind in ("yaml", "toml"))
+    node = NewNode.make(tmp_path / "node")
+    desk = make_desk(tmp_path / "desk", node.cas, policy=policy)
+    request, answer = tmp_path / "request.json", tmp_path / "answer.json"
+    assert node.init("--request", request, config=config).returncode == 4
+    signed = desk.run("sign", request, "-o", answer)
+    done = node.init("--answer", answer, config=config)
+
+    assert signed.returncode == 0, signed.stderr
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_desk_that_asks_for_proof_refuses(tmp_path: Path) -> None:

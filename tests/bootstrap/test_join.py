@@ -245,6 +245,9 @@ def test_orders_for_a_list_of_nodes(first: NewNode, tmp_path: Path, shared: byte
     for name, authority in AUTHORITIES.items():
         shutil.copy(first.cas.ca_files(name)[0], cas / authority.certificate_file)
     options = ("--nodes", nodes, "--kubeadm-config", office.config(), "--ca-dir", cas, "-o", given)
+    mistyped = office.run("orders", *options[:-3], tmp_path / "ca-certificate", "-o", given)
+    assert mistyped.returncode == 2
+    assert "no such directory" in mistyped.stderr
     made = office.run("orders", *options)
     again = office.run("orders", *options)
 
