@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,9 +28,11 @@ from bridge.settings.rehearsal import for_rehearsal
 from bridge.settings.tables import Commands, Components, Settings
 from bridge.settings.windows import Windows
 from bridge.signing import registry
-from bridge.specs import AUTHORITIES
+from bridge.specs import AUTHORITIES, CA
 from bridge.system import jobs as system_jobs
 from bridge.words import name_found
+
+log = logging.getLogger("ca-bridge")
 
 
 def settings_init(file: Path | None) -> None:
@@ -205,7 +208,7 @@ def files_for(settings: Settings, type_name: str, options: SetupOptions) -> list
     backend_type = registry.that_sets_up(type_name)
     live = _live_certificates(settings, options.authority)
     if not live:
-        raise BridgeError("wanted live certificates to make it from, found none", hint="--pki-dir tells where they are")
+        raise _nothing_live(settings, options.authority)
     own = settings.node.node_name
     nodes = _nodes(options.nodes, own) if options.nodes is not None else {own: {}}
     return _joined(
@@ -260,12 +263,21 @@ def _live_certificates(settings: Settings, authority: str | None) -> dict[str, d
     return {name: found[name] for name in AUTHORITIES if name in found}
 
 
+def _nothing_live(settings: Settings, authority: str | None) -> BridgeError:
+    hint = "--pki-dir tells where they are"
+    if authority not in (None, CA.name) and inventory.of(settings.node).is_worker:
+        hint = f"this node is a worker, whose certificates are all of {CA.name}"
+    of = f" of {authority}" if authority else ""
+    return BridgeError(f"wanted live certificates{of} to make it from, found none", hint=hint)
+
+
 def _to_be_asked(item: Item, settings: Settings) -> x509.Certificate | None:
-    """With the names that the next one gets; None: nobody says which."""
+    """With the names that the next one gets; None: nobody says which, and it is left out."""
     live = item.certificates[0]
     try:
         asked = serving.asked(item, settings)
-    except BridgeError:
+    except BridgeError as e:
+        log.warning("%s; it is left out: %s", e, e.hint)
         return None
     return live if asked is None else named(live, asked)
 

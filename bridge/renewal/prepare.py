@@ -193,6 +193,8 @@ def _still_says_it(one: Prepared, settings: Settings, now: datetime) -> bool:
         return False
     if (said.node, said.cluster) != (settings.node.node_name, settings.node.cluster):
         return False
+    if one.request.replaces is None:
+        return said.proof is None
     return said.proof is not None or _continuity(one, settings, said.batch, said.asked).proof is None
 
 
@@ -201,6 +203,8 @@ def _continuity(one: Prepared, settings: Settings, batch: str, asked: datetime) 
 
     who = {"batch": batch, "node": settings.node.node_name, "cluster": settings.node.cluster}
     terms = continuity.Terms(validity=one.request.validity, created=asked)
+    if one.request.replaces is None:  # the key of a certificate that is not named proves nothing
+        return Continuity(proof=None, asked=asked, **who)
     try:
         old = one.item.key_path.read_bytes() if one.item.key_path is not None else _embedded_key(one.item)
         proof = continuity.sign_proof(

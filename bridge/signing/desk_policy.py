@@ -255,10 +255,14 @@ def _age(bundle: RequestBundle, allow: Allow, now: datetime) -> Iterator[str]:
 def _proof_trouble(
     request: BundledRequest, bundle: RequestBundle, policy: Policy, cas: Sequence[x509.Certificate], now: datetime
 ) -> tuple[str | None, bool]:
-    """What the proof lacks, and whether a person may do without it: not if it is somebody else's, who tried."""
+    """
+    What the proof lacks, and whether a person may do without it: not if it is somebody else's, who tried.
+
+    One without the certificate that it is by is nobody's.
+    """
     trouble = proof_problem(request, bundle) or origin_problem(request, cas)
     if trouble or request.replaces is None:
-        return trouble, request.proof is None
+        return trouble, request.proof is None or request.replaces is None
     end, longest = request.replaces.not_valid_after_utc, policy.allow.proof_after_expiry
     if now - end > longest:
         limit = f"ended at most {duration_text(longest)} ago (allow.proof_after_expiry)"
@@ -369,7 +373,8 @@ def _san_problems(
     if rules.sans is None and old is not None:
         wanted, others = "those of the replaced certificate", found.keys() - old.keys()
     else:
-        wanted = one_of(texts)
+        more_by = f" (the policy's [certificate.{name}] sans says what else)" if rules.sans is None else ""
+        wanted = f"{one_of(texts)}{more_by}"
         others = {entry for entry in found if not any(matches(*entry, text) for text in texts)}
     if others:
         yield f"SAN: wanted {wanted}, found {some(f'{kind}:{value}' for kind, value in sorted(others))}"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -19,7 +22,9 @@ from cryptography.x509.oid import NameOID
 from bridge.node import inventory, kubeconfig
 from bridge.pki import csr
 from bridge.pki.certificates import load_pem_certificates, pem, san_entries
+from tests.kit import cfssl, openbao
 from tests.kit.cas import Bridge, add_openssl
+from tests.kit.desks import make_desk
 from tests.kit.issuing import Signer, signed_again
 from tests.kit.pki import ADDRESS, NODE, finalize, handmade_pki
 
@@ -98,12 +103,14 @@ def _self_made(name: str, key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
 def make(tmp_path: Path) -> Callable[..., Worker]:
     """A worker whose client certificate was made so long ago, for a year."""
 
-    def made(*, days_ago: int = 0, refer: bool = True) -> Worker:
+    def made(*, days_ago: int = 0, refer: bool = True, ca: bool = True) -> Worker:
         pki = handmade_pki(tmp_path / "node", external=True, now=datetime.now(UTC) - timedelta(days=days_ago))
         bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
         text = bridge.config.read_text()
         bridge.tables[0] = text + f'kubelet_dir = "{pki.root}/var/lib/kubelet"\n'
-        add_openssl(bridge, "ca")
+        bridge.config.write_text(bridge.tables[0])
+        if ca:
+            add_openssl(bridge, "ca")
         for path in pki.kubeconfig_dir.iterdir():
             if path.name not in ("pki", "kubelet.conf"):
                 path.unlink()
@@ -280,3 +287,137 @@ def test_one_from_a_signer_goes_into_a_new_file(make: Make) -> None:
     new = load_pem_certificates(current.read_bytes())[0]
     assert (new != leaf, current.resolve() != dated, dated.exists()) == (True, True, True)
     assert san_entries(new) == san_entries(leaf)
+
+
+# --- at its CA -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bare(make: Make) -> Worker:
+    """One that knows no CA yet: its client certificate is due, and its kubelet has made the serving one itself."""
+    worker = make(days_ago=364, ca=False)
+    worker.serve(NODE, end=None)
+    (worker.kubelet_dir / "kubeadm-flags.env").write_text(FLAGS)
+    return worker
+
+
+def assert_renews_both(worker: Worker) -> None:
+    """By the CA that the settings have by now."""
+    for command in (["doctor"], ["plan"]):
+        assert worker.bridge.run(*command).returncode == 3, command
+    client = load_pem_certificates((worker.pki_dir / "kubelet-client-current.pem").read_bytes())[0]
+    for command in (["renew"], ["renew", "kubelet-server"], ["renew", "all"]):
+        run = worker.bridge.run(*command)
+        assert run.returncode == 0, f"{command}: {run.stdout}{run.stderr}"
+    new = load_pem_certificates((worker.pki_dir / "kubelet-client-current.pem").read_bytes())[0]
+    assert (new.subject, new != client) == (client.subject, True)
+    assert san_entries(worker.served()) == {("DNS", NODE), ("IP", ADDRESS)}
+    doctor = worker.bridge.run("doctor")
+    assert doctor.returncode == 0, doctor.stdout
+
+
+def test_what_setup_vault_prints_is_enough(bare: Worker, tmp_path: Path) -> None:
+    """The script is run by an administrator as it is; with its policy alone both certificates are renewed, and no other."""
+    assert bare.bridge.run("setup", "vault", "-o", str(tmp_path / "out")).returncode == 0
+    script = tmp_path / "out/ca.sh"
+    with openbao.dev_server() as bao:
+        bao.add_ca("pki", *bare.bridge.pki.ca_pem("ca"))
+        program = openbao.program()
+        assert program is not None
+        environment = {
+            "PATH": f"{program.parent}:{os.environ['PATH']}",
+            "BAO_ADDR": bao.url,
+            "BAO_TOKEN": bao.root_token,
+        }
+        run = subprocess.run(
+            ["sh", script], env={**environment, "HOME": str(tmp_path)}, capture_output=True, text=True, check=False
+        )
+        assert run.returncode == 0, run.stderr
+        token = bare.bridge.secret("token", bao.token(f"ca-bridge-{NODE}-ca"))
+        bare.bridge.add("backend.corp", {"type": "vault", "url": bao.url, "timeout": "5s", "retry_for": "1s"})
+        bare.bridge.add("backend.corp.auth", {"token_file": token})
+        bare.bridge.add("authority.ca", {"backend": "corp", "mount": "pki"})
+        assert_renews_both(bare)
+        bare.bridge.add("certificate.kubelet-server", {"sans": [NODE, "192.0.2.99"]})
+        other = bare.bridge.run("renew")
+        assert other.returncode == 5, other.stdout + other.stderr
+    assert san_entries(bare.served()) == {("DNS", NODE), ("IP", ADDRESS)}
+
+
+@pytest.mark.kube("cfssl")
+def test_what_setup_cfssl_prints_is_enough(bare: Worker, tmp_path: Path) -> None:
+    """With the configuration of the script, and its two keys, both certificates are renewed."""
+    assert bare.bridge.run("setup", "cfssl", "-o", str(tmp_path / "out")).returncode == 0
+    found = re.search(r"<<'END'\n(.*?)\nEND\n", (tmp_path / "out/ca.sh").read_text(), re.DOTALL)
+    assert found is not None
+    config = json.loads(found[1].replace("/etc/cfssl", str(tmp_path)))
+    cfssl.write_hmac_keys(config)
+    with cfssl.serve(tmp_path / "server", *bare.bridge.pki.ca_pem("ca"), config) as url:
+        bare.bridge.add("backend.cfssl", {"type": "cfssl", "timeout": "5s", "retry_for": "1s"})
+        bare.bridge.add(
+            "authority.ca", {"backend": "cfssl", "url": url, "auth_key_file": f"{tmp_path}/keys/ca-{{usage}}.hex"}
+        )
+        assert_renews_both(bare)
+
+
+@pytest.mark.parametrize("ca", ["vault", "cfssl", "openssl"])
+def test_setup_says_what_it_leaves_out(bare: Worker, ca: str) -> None:
+    """Without an address `kubelet-server` is none of what is printed; an authority of others is not a worker's."""
+    whole = bare.bridge.run("setup", ca)
+    assert (whole.returncode, whole.stderr) == (0, "")
+    (bare.kubelet_dir / "kubeadm-flags.env").unlink()
+    part = bare.bridge.run("setup", ca)
+    assert part.returncode == 0
+    assert "it is left out: name all that it is reached by: [certificate.kubelet-server] sans" in part.stderr
+    assert ca == "openssl" or len(part.stdout) < len(whole.stdout)
+    other = bare.bridge.run("setup", ca, "--authority", "etcd-ca")
+    assert other.returncode == 1
+    assert "this node is a worker, whose certificates are all of ca" in other.stderr
+
+
+def test_over_the_air_gap(bare: Worker, tmp_path: Path) -> None:
+    """
+    The first serving certificate needs a person and a rule, and each refusal says which; the next proves itself.
+
+    What a kubelet made itself is no proof, and none is sent.
+    """
+    desk = make_desk(tmp_path / "desk", bare.bridge.pki, authorities=["ca"])
+    bare.bridge.add("backups", {"keep": 3})
+
+    def carried(*options: str, names: tuple[str, ...] = ("kubelet.conf", "kubelet-server")) -> tuple[str, int]:
+        """What the desk says; and the exit code of the import."""
+        request, answer = (
+            str(tmp_path / f"{len(list(tmp_path.iterdir()))}-{kind}.json") for kind in ("asked", "answer")
+        )
+        exported = bare.bridge.run("export", request, *names)
+        assert exported.returncode == 0, exported.stderr
+        signed = desk.run("sign", request, "-o", answer, *options)
+        return signed.stderr, bare.bridge.run("import", answer).returncode
+
+    own = bare.served()
+    said, code = carried()
+    assert "proof: wanted the certificate that is replaced, found none" in said
+    assert (
+        f"SAN: wanted {NODE} (the policy's [certificate.kubelet-server] sans says what else), found IP:{ADDRESS}"
+        in said
+    )
+    assert (code, bare.served() == own) == (5, True)
+
+    said, code = carried("--without-proof", "kubelet-server", names=("kubelet-server",))
+    assert "proof:" not in said
+    assert "[certificate.kubelet-server] sans" in said
+    assert code == 5
+
+    desk.policy.write_text(
+        desk.policy.read_text() + '[certificate.kubelet-server]\nsans = ["{node}", "192.0.2.0/24"]\n'
+    )
+    assert carried(names=("kubelet-server",))[1] == 5
+    said, code = carried("--without-proof", "kubelet-server", names=("kubelet-server",))
+    assert (said, code) == ("", 0)
+    first = bare.served()
+    assert san_entries(first) == {("DNS", NODE), ("IP", ADDRESS)}
+
+    said, code = carried()
+    assert (said, code, bare.served() != first) == ("", 0, True)
+    assert bare.bridge.run("rollback", "--force").returncode == 0
+    assert bare.served() == first

@@ -190,6 +190,14 @@ def test_without_a_proof_nothing_is_signed_unless_a_person_says_so(bundle: Reque
     assert judged(without, "scheduler.conf", MASTERS + 'proof = "optional"\n') == ""
 
 
+def test_a_proof_by_no_certificate_is_none(bundle: RequestBundle, judged: Judge) -> None:
+    """Where nothing is replaced nobody is impersonated: it is refused, and a person may do without it."""
+    alone = changed(bundle, "scheduler.conf", replaces=None)
+
+    assert "wanted the certificate that is replaced, found none" in judged(alone, "scheduler.conf")
+    assert judged(alone, "scheduler.conf", without_proof=frozenset({"scheduler.conf"})) == ""
+
+
 def test_a_proof_that_does_not_hold_is_refused_whoever_says_so(bundle: RequestBundle, judged: Judge) -> None:
     """It is worse than none: somebody tried."""
     broken = changed(bundle, "scheduler.conf", proof=bundle.requests[0].proof)
