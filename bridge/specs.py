@@ -281,6 +281,8 @@ SPECS = {
 #: The one whose end keeps a rebooted node down: first in every list.
 KUBELET_CONF = "kubelet.conf"
 KUBELET_SERVER = "kubelet-server"
+#: Beyond all RBAC rules, and needed by `kubeadm init` alone.
+SUPER_ADMIN = "super-admin.conf"
 
 
 #: What others ask for at the gateway, by our names; the certificates API's signers of the cluster's CA

@@ -24,7 +24,7 @@ from bridge.pki import csr, expiry, verify
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates, name_text, san_entries
 from bridge.renewal.selection import ForeignIdentityError, foreign_identity
 from bridge.settings.tables import Settings
-from bridge.specs import KUBELET_CONF, SPECS, Component
+from bridge.specs import KUBELET_CONF, SPECS, SUPER_ADMIN, Component
 from bridge.system.ownership import exposure, open_secret
 from bridge.system.safe_read import UnreadableError, read
 from bridge.words import one_line
@@ -108,6 +108,8 @@ def _item(item: Item, settings: Settings, now: datetime) -> Iterator[Finding]:
     name = item.spec.name
     if item.state == "present":
         yield _end(item, settings, now)
+        if name == SUPER_ADMIN:
+            yield _super_admin(item)
         yield from _identity(item, settings)
         if item.obstacle is not None:
             yield from_error("not-replaceable", name, item.obstacle)
@@ -116,6 +118,13 @@ def _item(item: Item, settings: Settings, now: datetime) -> Iterator[Finding]:
     else:
         text = item.trouble or f"wanted a certificate in {item.certificate_path}, found nothing"
         yield Finding(level="error", check=f"certificate-{item.state}", about=name, text=text, hint=_RESTORE)
+
+
+def _super_admin(item: Item) -> Finding:
+    """kubeadm leaves it there, and its documentation says to move it away."""
+    text = f"wanted no {SUPER_ADMIN} after kubeadm init, found it: no RBAC rule holds it back, and each renewal renews it"
+    hint = f"rm {item.certificate_path}; `ca-bridge renew {SUPER_ADMIN}` makes it when it is needed"
+    return Finding(level="ok", check="super-admin", about=SUPER_ADMIN, text=text, hint=hint)
 
 
 def _identity(item: Item, settings: Settings) -> Iterator[Finding]:

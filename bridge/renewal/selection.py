@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import filterfalse
@@ -15,7 +15,7 @@ from bridge.node.inventory import Item, Node, NoNodeError
 from bridge.pki import expiry, identity
 from bridge.pki.certificates import load_pem_certificates
 from bridge.settings.tables import Settings
-from bridge.specs import KUBELET_CONF, KUBELET_SERVER, SPECS, CertificateSpec, Component
+from bridge.specs import KUBELET_CONF, KUBELET_SERVER, SPECS, SUPER_ADMIN, CertificateSpec, Component
 from bridge.state.outcome import Outcome
 from bridge.words import name_found
 
@@ -60,12 +60,13 @@ class Selection:
     waived: tuple[str, ...] = ()  #: The same, about identities that are renewed as they are.
     #: By certificate name, where the next one is not to say what the live one says, or there is no live one.
     wishes: Mapping[str, Wish] = field(default_factory=dict)
+    powerful: tuple[str, ...] = ()  #: The same, about what is renewed because it is there, and need not be.
 
     @property
     def told(self) -> tuple[str, ...]:
-        """For the operator before anything is asked: what is done on an operator's word."""
+        """For the operator before anything is asked: what is done on an operator's word, or for want of one."""
         names = [item.spec.name for item in self.items]
-        return (*self.waived, *(text for name in names if name in self.wishes for text in self.wishes[name].told))
+        return (*self.waived, *self.powerful, *(text for name in names if name in self.wishes for text in self.wishes[name].told))
 
 
 def select(
@@ -134,8 +135,19 @@ def select(
         failed=tuple(failed),
         skipped=tuple(skipped),
         waived=tuple(waived),
+        powerful=tuple(_powerful(items, {*names, *open_requests})),
         wishes={name: wish for name, wish in wished.items() if not isinstance(wish, BridgeError)},
     )
+
+
+def _powerful(items: Sequence[Item], told: Collection[str]) -> Iterator[str]:
+    """As `kubeadm certs renew all` does it, and an operator should know of it: once, and not where it is named."""
+    for item in items:
+        if item.spec.name == SUPER_ADMIN and SUPER_ADMIN not in told:
+            yield (
+                f"{SUPER_ADMIN} is renewed since it is here; no RBAC rule holds it back, and nobody needs it after "
+                f"kubeadm init: rm {item.certificate_path} (`ca-bridge renew {SUPER_ADMIN}` makes it when it is needed)"
+            )
 
 
 def _by_wish(
