@@ -47,7 +47,7 @@ FLOORS: dict[str, set[str]] = {
 #: No I/O and no clock in these: a package, or a module of another one.
 PURE = (
     *("pki", "specs", "words", "settings.windows"),
-    *("signing.rules", "signing.signer_rules", "kubernetes.rates"),
+    *("signing.rules", "signing.signer_rules", "signing.user_rules", "kubernetes.rates"),
 )
 
 IMPURE_MODULES = {

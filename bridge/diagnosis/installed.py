@@ -122,7 +122,9 @@ def _item(item: Item, settings: Settings, now: datetime) -> Iterator[Finding]:
 
 def _super_admin(item: Item) -> Finding:
     """kubeadm leaves it there, and its documentation says to move it away."""
-    text = f"wanted no {SUPER_ADMIN} after kubeadm init, found it: no RBAC rule holds it back, and each renewal renews it"
+    text = (
+        f"wanted no {SUPER_ADMIN} after kubeadm init, found it: no RBAC rule holds it back, and each renewal renews it"
+    )
     hint = f"rm {item.certificate_path}; `ca-bridge renew {SUPER_ADMIN}` makes it when it is needed"
     return Finding(level="ok", check="super-admin", about=SUPER_ADMIN, text=text, hint=hint)
 

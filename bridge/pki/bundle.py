@@ -27,7 +27,7 @@ from bridge.contract import Continuity, Issued, SignRequest
 from bridge.errors import BridgeError
 from bridge.pki.certificates import UNREADABLE, extended_key_usages, name_text, pem, san_counts, serial_hex
 from bridge.pki.expiry import minute
-from bridge.specs import AUTHORITIES, EKU, SPECS
+from bridge.specs import AUTHORITIES, EKU, SPECS, USER, CertificateSpec
 from bridge.words import one_line
 
 REQUEST_SCHEMA = "ca-bridge/request-bundle"
@@ -35,6 +35,9 @@ ANSWER_SCHEMA = "ca-bridge/answer-bundle"
 #: 2: the continuity proofs cover the validity and the time, too. What today's nodes have sent out is 1, and goes on.
 REQUEST_VERSIONS = (1, 2)
 ANSWER_VERSION = 1
+
+#: What may be asked for by bundles: kubeadm's certificates, and a user's, which is in a bundle of its own.
+CARRIED: Mapping[str, CertificateSpec] = {**SPECS, USER.name: USER}
 
 #: The requests of one node, a dozen with long chains, are a tenth of it.
 MAX_BUNDLE_BYTES = 1 << 20
@@ -68,7 +71,7 @@ class IncompleteBundleError(BundleError):
 class BundledRequest:
     """One certificate that is asked for."""
 
-    name: str  #: kubeadm's, one of `SPECS`.
+    name: str  #: kubeadm's, or `user`: one of `CARRIED`.
     authority: str
     ekus: frozenset[EKU]
     validity: timedelta  #: Wanted; whole seconds.
@@ -161,7 +164,7 @@ def bundle_of(requests: Sequence[SignRequest], created: datetime) -> RequestBund
 def sign_request(request: BundledRequest, bundle: RequestBundle) -> SignRequest:
     """What a backend is asked; EKUs and authority are those of our table, whatever the bundle says."""
     asked = SignRequest(
-        spec=SPECS[request.name],
+        spec=CARRIED[request.name],
         csr_pem=request.csr.public_bytes(Encoding.PEM),
         validity=request.validity,
         replaces=request.replaces,
@@ -222,7 +225,7 @@ def _assert_readable(document: Mapping[str, Any]) -> None:
         fields.text("signer")
         fields.shaped("requestDigest", _DIGEST, "64 hex digits")
     for entry in fields.items(key, lambda value, place: _Fields(cast(dict[str, Any], value), f"{place}.")):
-        entry.choice("name", list(SPECS))
+        entry.choice("name", list(CARRIED))
         if key == "requests":
             entry.choice("authority", list(AUTHORITIES))
             _ekus(entry)
@@ -489,7 +492,7 @@ def _read_request(value: object, place: str) -> BundledRequest:
     keys = ("name", "authority", "ekus", "validitySeconds", "csr", "replaces", "proof")
     fields = _Fields.of(value, f"{place}.", keys)
     return BundledRequest(
-        name=fields.choice("name", list(SPECS)),
+        name=fields.choice("name", list(CARRIED)),
         authority=fields.choice("authority", list(AUTHORITIES)),
         ekus=_ekus(fields),
         validity=_validity(fields),
@@ -524,7 +527,7 @@ def _read_answer_bundle(document: Mapping[str, Any]) -> AnswerBundle:
 def _read_answer(value: object, place: str) -> tuple[str, Issued | Refusal]:
     is_refusal = isinstance(value, dict) and "refusal" in value
     fields = _Fields.of(value, f"{place}.", ("name", "refusal" if is_refusal else "chain"))
-    name = fields.choice("name", list(SPECS))
+    name = fields.choice("name", list(CARRIED))
     if is_refusal:
         return name, Refusal(reason=fields.text("refusal"))
     leaf, *intermediates = fields.items("chain", _certificate)

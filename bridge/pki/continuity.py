@@ -19,11 +19,10 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from bridge.pki import shown, signatures
-from bridge.pki.bundle import BundledRequest, RequestBundle
+from bridge.pki.bundle import CARRIED, BundledRequest, RequestBundle
 from bridge.pki.certificates import UNREADABLE, attributes, extended_key_usages, name_text
 from bridge.pki.csr import algorithm_name
 from bridge.pki.expiry import rfc3339
-from bridge.specs import SPECS
 from bridge.words import one_line
 
 #: Signed with the old key, so never the beginning of anything else that such a key signs.
@@ -134,7 +133,7 @@ def usages_problem(request: BundledRequest) -> str | None:
         found = extended_key_usages(request.replaces)
     except UNREADABLE as e:
         return f"wanted usages in the replaced certificate, found some that can't be read: {one_line(e)}"
-    lacking = sorted(eku.label for eku in SPECS[request.name].ekus if found is not None and eku.value not in found)
+    lacking = sorted(eku.label for eku in CARRIED[request.name].ekus if found is not None and eku.value not in found)
     return (
         f"wanted one by a certificate with the same usages, found one without {', '.join(lacking)}" if lacking else None
     )

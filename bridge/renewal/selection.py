@@ -66,7 +66,11 @@ class Selection:
     def told(self) -> tuple[str, ...]:
         """For the operator before anything is asked: what is done on an operator's word, or for want of one."""
         names = [item.spec.name for item in self.items]
-        return (*self.waived, *self.powerful, *(text for name in names if name in self.wishes for text in self.wishes[name].told))
+        return (
+            *self.waived,
+            *self.powerful,
+            *(text for name in names if name in self.wishes for text in self.wishes[name].told),
+        )
 
 
 def select(

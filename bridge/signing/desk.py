@@ -53,9 +53,9 @@ from bridge.signing import preflight, registry
 from bridge.signing.desk_archive import Answered
 from bridge.signing.desk_journal import Asked, Journal
 from bridge.signing.desk_policy import Policy, PolicyVerdict, judge
-from bridge.signing.desk_workers import CHUNK, AnsweredBundle, Judgement, Workers, compared, judged
+from bridge.signing.desk_workers import CHUNK, AnsweredBundle, Judgement, Workers, compared, for_request, judged
 from bridge.signing.hearsay import HearsayError, collected
-from bridge.specs import AUTHORITIES, SPECS
+from bridge.specs import AUTHORITIES, SPECS, USER
 from bridge.state import audit
 
 #: Requests that are read ahead and signed together: few at first, so that a CA is at work soon, and twice as many each
@@ -278,6 +278,8 @@ class Desk:
             issuers = tuple(outage.ask(opened.issuers)) if isinstance(opened, ListsIssuers) else ()
             anchors = self._anchors(configured, issuers)
             specs = [spec for spec in SPECS.values() if spec.authority.name == authority]
+            if self._policy.users is not None and USER.authority.name == authority:
+                specs.append(USER)
             expected = self._expectation(authority, anchors)
             wrong = outage.ask(lambda: preflight.preflight(opened, specs, expected))
         except BridgeError as e:
@@ -488,7 +490,9 @@ class Desk:
     def _violations(self, request: SignRequest, issued: Issued) -> VerificationError | None:
         authority = request.spec.authority.name
         try:
-            verify.check(issued, request, self._expectation(authority, self._cas[authority].anchors))
+            verify.check(
+                issued, request, for_request(request, self._expectation(authority, self._cas[authority].anchors))
+            )
         except VerificationError as e:
             return e
         return None

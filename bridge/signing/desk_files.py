@@ -20,6 +20,7 @@ from bridge.contract import Issued
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.pki import signatures
 from bridge.pki.bundle import (
+    CARRIED,
     MAX_BUNDLE_BYTES,
     AnswerBundle,
     Bundle,
@@ -43,7 +44,6 @@ from bridge.signing.desk_archive import Archive, archive_directory
 from bridge.signing.desk_journal import Journal
 from bridge.signing.desk_policy import Policy, parse
 from bridge.signing.desk_workers import WORTHWHILE, Workers
-from bridge.specs import SPECS
 from bridge.state import audit
 from bridge.state.store import Store
 from bridge.system.console import log
@@ -78,9 +78,9 @@ class Options:
             SettingsError: A name that is no certificate's.
             BridgeError: There is nothing to sign.
         """
-        unknown = sorted(self.without_proof - SPECS.keys())
+        unknown = sorted(self.without_proof - CARRIED.keys())
         if unknown:
-            wanted = f"one of {', '.join(SPECS)}"
+            wanted = f"one of {', '.join(CARRIED)}"
             raise SettingsError([SettingsProblem("--without-proof", wanted, ", ".join(unknown))])
         if not self.source.exists():
             raise BridgeError(f"{self.source}: wanted a bundle, or a directory of bundles or CSRs, found nothing")

@@ -29,6 +29,7 @@ from bridge.pki.csr import algorithm_name
 from bridge.pki.durations import duration_text
 from bridge.pki.expiry import minute
 from bridge.settings.reader import Reader, Source
+from bridge.signing import user_requests
 from bridge.signing.rules import (
     CN_OID,
     LONGEST_SHOWN,
@@ -42,7 +43,8 @@ from bridge.signing.rules import (
     subject_text,
 )
 from bridge.signing.signer_rules import SignerRules, read_signers
-from bridge.specs import EKU, KEY_ALGORITHMS, SPECS
+from bridge.signing.user_requests import UserRules
+from bridge.specs import EKU, KEY_ALGORITHMS, SPECS, USER
 from bridge.words import one_line
 
 _CLOCKS_DIFFER = timedelta(days=1)
@@ -157,6 +159,7 @@ class Policy:
     desk: DeskSettings = field(default_factory=DeskSettings)
     certificates: Mapping[str, CertificateRules] = field(default_factory=dict)
     signers: Mapping[str, SignerRules] = field(default_factory=dict)  #: By the certificates API's name.
+    users: UserRules | None = None  #: None: the desk signs for none.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,15 +183,16 @@ def parse(text: str, file: Path | None = None) -> Policy:
         found = "nesting without end" if isinstance(e, RecursionError) else str(e)
         raise SettingsError([SettingsProblem("", "TOML", found, file)]) from None
     reader = Reader(Source(file, text))
-    tables = reader.tables(document, ("desk", "allow", "certificate", "signer"))
+    tables = reader.tables(document, ("desk", "allow", "certificate", "signer", "users"))
     allow = reader.read(Allow, tables["allow"], ("allow",))
     desk = reader.read(DeskSettings, tables["desk"], ("desk",))
     certificates = _certificates(reader, tables["certificate"])
     signers = read_signers(reader, tables["signer"])
+    users = reader.read(UserRules, tables["users"], ("users",)) if "users" in document else None
     reader.raise_problems()
     if allow is None or desk is None:
         raise AssertionError("a table that could not be read is a problem")
-    return Policy(allow=allow, desk=desk, certificates=certificates, signers=signers)
+    return Policy(allow=allow, desk=desk, certificates=certificates, signers=signers, users=users)
 
 
 def _certificates(reader: Reader, tables: Mapping[str, Any]) -> dict[str, CertificateRules]:
@@ -225,9 +229,12 @@ def judge(
         now: The desk's time.
         without_proof: Names for which a person does without.
     """
-    unproven, can_be_waived = _proof_trouble(request, bundle, policy, cas, now)
     problems = [*_who(bundle, policy.allow), *_age(bundle, policy.allow, now)]
     waived = policy.allow.proof == "optional" or request.name in without_proof
+    if request.name == USER.name:
+        problems += user_requests.problems(request, policy.users, policy.allow.keys, waived=waived)
+        return PolicyVerdict(problems=tuple(problems), proven=False)
+    unproven, can_be_waived = _proof_trouble(request, bundle, policy, cas, now)
     if unproven and not (waived and can_be_waived):
         problems.append(f"proof: {unproven}")
     try:

@@ -28,12 +28,14 @@ from bridge.pki import verify
 from bridge.pki.bundle import RequestBundle, loads_request, sign_request
 from bridge.pki.verify import Expectation
 from bridge.signing.desk_policy import Policy, PolicyVerdict, judge
+from bridge.specs import USER
 from bridge.system import another_python
 from bridge.system.console import log
 
 #: Fewer bundles are done before a worker has loaded what it needs.
 WORTHWHILE = 50
 _MOST = 4
+_LEAST_SHARE = 2  #: Of what a user asks for.
 #: Bundles that a worker gets at once.
 CHUNK = 20
 _SERVE = "from bridge.signing.desk_workers import serve; serve()"
@@ -103,10 +105,16 @@ def compared(answered: Sequence[AnsweredBundle], by: Comparison) -> list[dict[st
 
 def _reason(issued: Issued, request: SignRequest, expected: Expectation, anchors: tuple[x509.Certificate, ...]) -> str:
     try:
-        verify.check(issued, request, replace(expected, anchors=anchors))
+        verify.check(issued, request, for_request(request, replace(expected, anchors=anchors)))
     except VerificationError as e:
         return e.reason
     return ""
+
+
+def for_request(request: SignRequest, expected: Expectation) -> Expectation:
+    """A user's certificate lives for hours, which would be too short for any of kubeadm's."""
+    least = request.validity / _LEAST_SHARE
+    return replace(expected, min_validity=min(expected.min_validity, least)) if request.spec == USER else expected
 
 
 @lru_cache(maxsize=64)

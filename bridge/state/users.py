@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from bridge.contract import SignRequest
+from bridge.contract import Continuity, SignRequest
 from bridge.specs import USER
 from bridge.state.store import Store
 from bridge.system.state_file import OnDamage, StateFile
@@ -27,11 +27,12 @@ class OpenUser:
     created: datetime
     backend: str  #: Label of the backend whose CA is asked.
     reference: str = ""  #: With which it collects the answer; empty: it is not known that the CA has the request.
+    carried: Continuity | None = None  #: Who asks, where the request is carried to a desk; there is no proof in it.
 
     @property
     def request(self) -> SignRequest:
         """As it is sent."""
-        return SignRequest(spec=USER, csr_pem=self.csr_pem, validity=self.validity)
+        return SignRequest(spec=USER, csr_pem=self.csr_pem, validity=self.validity, continuity=self.carried)
 
 
 def waiting_file(store: Store) -> StateFile[dict[str, OpenUser]]:
@@ -68,6 +69,7 @@ def _to_json(one: OpenUser) -> dict[str, Any]:
         "created": one.created.isoformat(),
         "backend": one.backend,
         "reference": one.reference,
+        **({"carried": _carried_json(one.carried)} if one.carried is not None else {}),
     }
 
 
@@ -81,4 +83,15 @@ def _from_json(entry: Mapping[str, Any]) -> OpenUser:
         created=datetime.fromisoformat(entry["created"]),
         backend=entry["backend"],
         reference=entry["reference"],
+        carried=_carried(entry["carried"]) if "carried" in entry else None,
     )
+
+
+def _carried_json(carried: Continuity) -> dict[str, str]:
+    asked = carried.asked.isoformat() if carried.asked is not None else ""
+    return {"batch": carried.batch, "node": carried.node, "cluster": carried.cluster, "asked": asked}
+
+
+def _carried(entry: Mapping[str, str]) -> Continuity:
+    asked = datetime.fromisoformat(entry["asked"])
+    return Continuity(batch=entry["batch"], node=entry["node"], cluster=entry["cluster"], proof=None, asked=asked)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -17,12 +18,11 @@ from urllib.parse import urlsplit
 
 from cryptography import x509
 
-from bridge.contract import Carries, Collects, Identifies, Issued, Pending
+from bridge.contract import Carries, Collects, Continuity, Identifies, Issued, Pending
 from bridge.errors import (
     BackendError,
     BackendUnavailableError,
     BridgeError,
-    Exit,
     SettingsError,
     SettingsProblem,
     VerificationError,
@@ -35,10 +35,11 @@ from bridge.pki import csr, verify
 from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.pki.durations import duration_text
 from bridge.pki.expiry import minute
-from bridge.settings.tables import Settings
+from bridge.settings.tables import NodeSettings, Settings
 from bridge.signing import registry
-from bridge.signing.hearsay import collected
+from bridge.signing.hearsay import HearsayError, collected
 from bridge.signing.preflight import advice, preflight
+from bridge.signing.user_rules import SHORTEST, User
 from bridge.specs import CA, USER, KeyAlgorithm
 from bridge.state import audit
 from bridge.state.session import alone
@@ -49,18 +50,17 @@ from bridge.system.files import write_atomically
 from bridge.system.foreign import ForeignLinkError, opened
 from bridge.system.safe_read import UnreadableError, read, read_once
 from bridge.users import csr_file
-from bridge.users.policy import User, assert_allowed
+from bridge.users.policy import assert_allowed
 
+#: A desk refuses a request that is older than a month, unless its policy says otherwise.
+_CARRIED_ANEW = timedelta(days=20)
+_KEPT = (
+    "anybody may have written that, so the request is kept, and a good answer to it still counts: "
+    "once the desk signs it, carry the same bundle there again"
+)
 #: CAs count the validity from a beginning that they backdate.
 _SLACK = verify.BACKDATING
 _LEAST_SHARE = 2
-
-
-class NoDeskError(BridgeError):
-    """Requests for users are not carried in bundles."""
-
-    exit_code = Exit.USAGE
-    hint = "run this command at the desk, with the person's CSR (--csr) and --server, and carry the kubeconfig back"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +116,7 @@ def issue(
     )
     with alone(settings, wait, lambda found: progress.note(str(found))) as (store, record):
         one = _taken_up(store, record, order, given, validity, configured.label, now())
-        with contextlib.closing(_Asked(configured, one, record, store, progress)) as asked:
+        with contextlib.closing(_Asked(settings, configured, one, record, store, progress)) as asked:
             verified = asked.verified(expected, now, rules.max_validity)
         record.add(audit.VERIFIED, _name(order.user.name), authority=CA.name, new=verified.leaf)
         record.write()
@@ -235,7 +235,8 @@ def _taken_up(
             order.user.groups,
             label,
         ) and made.csr_pem == (given or made.csr_pem)
-        if is_same and (given is None) is (made.key_pem is not None):
+        is_old = made.carried is not None and now - made.created > _CARRIED_ANEW
+        if is_same and not is_old and (given is None) is (made.key_pem is not None):
             return made
         record.add(audit.CANCELLED, _name(order.user.name), authority=CA.name, result="something else is asked for now")
     key = csr.generate_key(order.key) if given is None else None
@@ -269,13 +270,20 @@ class _Asked:
     """The CA, asked for one user."""
 
     def __init__(
-        self, configured: registry.Configured, one: OpenUser, record: audit.Record, store: Store, progress: Progress
+        self,
+        settings: Settings,
+        configured: registry.Configured,
+        one: OpenUser,
+        record: audit.Record,
+        store: Store,
+        progress: Progress,
     ) -> None:
         self._one, self._record, self._store = one, record, store
         self._outage = registry.Outage(configured.settings.retry_for, configured.label, progress.note)
         self._backend = configured.open()
-        if isinstance(self._backend, Carries):
-            raise NoDeskError(f"{configured.label}: wanted a CA that signs for users at once or later, found a desk")
+        self._is_carried = isinstance(self._backend, Carries)
+        if self._is_carried and one.carried is None:
+            self._one = dataclasses.replace(one, carried=_who_asks(settings.node, one.created))
 
     def close(self) -> None:
         """Let the backend give back what it took."""
@@ -293,6 +301,8 @@ class _Asked:
         """
         name, one = _name(self._one.name), self._one
         try:
+            if self._is_carried:  # hours may go by on the way
+                expected = dataclasses.replace(expected, min_validity=min(expected.min_validity, SHORTEST))
             answer = self._answer(expected)
             if isinstance(answer, Pending):
                 self._remember(dataclasses.replace(one, reference=answer.reference))
@@ -305,7 +315,9 @@ class _Asked:
         except BridgeError as e:
             if isinstance(e, VerificationError):
                 e.hint = advice(self._backend, USER)
-            if not isinstance(e, WaitingError | BackendUnavailableError):
+            elif isinstance(e, HearsayError):
+                e.hint = _KEPT
+            if not isinstance(e, WaitingError | BackendUnavailableError | HearsayError):
                 _forget(self._store, one.name)  # its CA said no, or signed something else
             self._record.add(audit.event_of(e), name, authority=CA.name, error=e)
             raise
@@ -333,6 +345,12 @@ class _Asked:
 
     def _remember(self, one: OpenUser) -> None:
         save(self._store, {**(waiting_file(self._store).read() or {}), one.name: one})
+
+
+def _who_asks(node: NodeSettings, created: datetime) -> Continuity:
+    """For a desk's policy, and for the names of files; nothing proves it."""
+    asked = created.replace(microsecond=0)
+    return Continuity(batch=secrets.token_hex(16), node=node.node_name, cluster=node.cluster, proof=None, asked=asked)
 
 
 def _checked(answer: Issued, one: OpenUser, expected: verify.Expectation, max_validity: timedelta) -> verify.Verified:

@@ -28,10 +28,12 @@ from bridge.pki.certificates import attributes, extended_key_usages, load_pem_ce
 from bridge.pki.csr import generate_key
 from bridge.pki.naming import subject_of
 from bridge.settings.tables import UserSettings
+from bridge.signing.user_rules import User
 from bridge.specs import USER
-from bridge.users.policy import NotAllowedError, User, assert_allowed
+from bridge.users.policy import NotAllowedError, assert_allowed
 from tests.kit import approval, openbao
 from tests.kit.cas import Bridge, add_openssl
+from tests.kit.desks import POLICY, Desk, make_desk
 from tests.kit.issuing import Signer
 from tests.kit.pki import Pki, handmade_pki
 
@@ -374,16 +376,88 @@ def test_with_a_role_of_openbao(pki: Pki, bao: openbao.OpenBao, tmp_path: Path, 
         assert says(leaf_of(out)) == ("bob", {"dev"})
 
 
-def test_a_desk_is_named_as_the_place_to_go(pki: Pki, tmp_path: Path) -> None:
-    """Bundles carry no users: the command is run at the desk, away from the node, with the CA's file and the server."""
-    bridge = Bridge(pki=pki, directory=tmp_path / "bridge")
-    for name in ("outbox", "inbox"):
-        (tmp_path / name).mkdir()
-    places = {"outbox": str(tmp_path / "outbox"), "inbox": str(tmp_path / "inbox")}
-    bridge.add("backend.door", {"type": "exchange", **places})
-    bridge.add("authority.ca", {"backend": "door"})
-    run = bridge.run("kubeconfig", "user", "bob", f"--output={tmp_path / 'bob.conf'}")
-    assert (run.returncode, "at the desk" in run.stderr) == (2, True)
+@dataclass(kw_only=True)
+class Carried:
+    """A node and a desk that see nothing of each other but two directories."""
+
+    bridge: Bridge
+    desk: Desk
+    out: Path
+
+    @classmethod
+    def make(cls, pki: Pki, place: Path, users: str) -> Carried:
+        """With this table of the desk's policy."""
+        desk = make_desk(place / "desk", pki, authorities=["ca"], policy=f"{POLICY}{users}")
+        bridge = Bridge(pki=pki, directory=place / "bridge")
+        places = {"outbox": str(desk.inbox), "inbox": str(desk.outbox)}
+        bridge.add("backend.door", {"type": "exchange", **places})
+        bridge.add("authority.ca", {"backend": "door"})
+        return cls(bridge=bridge, desk=desk, out=place / "bob.conf")
+
+    def user(self, *args: str) -> subprocess.CompletedProcess[str]:
+        """Ask for bob's kubeconfig, or take the answer."""
+        return self.bridge.run("kubeconfig", "user", "bob", *args, f"--output={self.out}")
+
+    def sign(self, *args: str) -> subprocess.CompletedProcess[str]:
+        """At the desk."""
+        return self.desk.run("sign", self.desk.inbox, "-o", self.desk.outbox, *args)
+
+
+def test_through_a_desk(pki: Pki, tmp_path: Path) -> None:
+    """A bundle out, an answer in: the same command until it ends with 0; the person at the desk sees whom it is for."""
+    site = Carried.make(pki, tmp_path, '[users]\ngroups = ["dev"]\n')
+    home = tmp_path / "home"
+    args = ("--group=dev", f"--csr={requested(home, 'bob', 'dev')}")
+    waits, [bundle] = site.user(*args), list(site.desk.inbox.iterdir())
+    still = site.user(*args)
+    assert (waits.returncode, still.returncode) == (4, 4), waits.stderr
+    assert "to be carried out, fingerprint" in waits.stderr
+    assert list(site.desk.inbox.iterdir()) == [bundle]
+    assert "O=dev" in site.desk.run("inspect", bundle).stdout
+    signed = site.sign("--without-proof", "user")
+    assert signed.returncode == 0, signed.stdout + signed.stderr
+    done = site.user(*args)
+    assert done.returncode == 0, done.stderr
+    assert says(leaf_of(site.out)) == ("bob", {"dev"})
+    assert timedelta(hours=7) < leaf_of(site.out).not_valid_after_utc - datetime.now(UTC) <= HOURS_8
+    assert not (site.bridge.directory / "state/users.json").exists()
+    events = [json.loads(line)["event"] for line in (site.desk.state / "audit.jsonl").read_text().splitlines()]
+    assert events == ["signed for others"]
+
+
+@pytest.mark.parametrize(
+    ("users", "waived", "text"),
+    [
+        ("", True, "a table [users]"),
+        ('[users]\ngroups = ["ops"]\n', True, "(users.groups)"),
+        ('[users]\ngroups = ["*"]\nmax_validity = "4h"\n', True, "(users.max_validity)"),
+        ('[users]\ngroups = ["*"]\n', False, "--without-proof user"),
+        ('[users]\ngroups = ["*"]\n', True, ""),
+    ],
+)
+def test_what_the_desk_refuses_is_told_and_kept(pki: Pki, tmp_path: Path, users: str, waived: bool, text: str) -> None:
+    """Anybody may have written the refusal: the same bundle counts, once the desk signs it; each with its right twin."""
+    site = Carried.make(pki, tmp_path, users)
+    assert site.user("--group=dev").returncode == 4
+    [bundle] = site.desk.inbox.iterdir()
+    data = bundle.read_bytes()
+    assert site.sign(*(["--without-proof", "user"] if waived else [])).returncode == (5 if text else 0)
+    run = site.user("--group=dev")
+    assert (run.returncode, site.out.exists()) == ((5, False) if text else (0, True)), run.stderr
+    assert text in run.stderr
+    if not text:
+        return
+    assert "carry the same bundle there again" in run.stderr
+    site.desk.policy.write_text(f'{POLICY}[users]\ngroups = ["dev"]\n')
+    bundle.write_bytes(data)
+    assert site.sign("--without-proof", "user").returncode == 0
+    assert site.user("--group=dev").returncode == 0
+    key = load_pem_private_key(kubeconfig.key_data(site.out.read_bytes()) or b"", None)
+    assert key.public_key() == leaf_of(site.out).public_key()
+
+
+def test_at_the_desk_itself(pki: Pki, tmp_path: Path) -> None:
+    """Away from the node the command needs the CA's file and the server."""
     desk = Bridge(pki=pki, directory=tmp_path / "desk")
     desk.tables = []
     desk.add(

@@ -1,0 +1,88 @@
+"""
+Which users a certificate may be for: names, groups and lifetimes, by the settings of a node or the policy of a desk (pure).
+
+What is Kubernetes' or kubeadm's own is nobody's unless it is allowed by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from fnmatch import fnmatchcase
+
+from bridge.pki.durations import duration_text
+from bridge.specs import SPECS
+from bridge.words import one_line
+
+#: Kubernetes' own names (`system:masters`, which no RBAC rule can hold back, nodes and components), and kubeadm's.
+_RESERVED = ("system:", "kubeadm:")
+#: Of kubeadm's own certificates: shared by whoever has the file, so that nobody could tell who did something.
+_SHARED = {name for spec in SPECS.values() for name in spec.common_names if "{" not in name}
+#: What Kubernetes, RBAC manifests and shells all bear; e-mail addresses are among them.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@:/+-]{0,63}")
+#: Until it is installed and used.
+SHORTEST = timedelta(minutes=10)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class User:
+    """Who a certificate is for."""
+
+    name: str  #: Kubernetes' user name: the CN.
+    groups: tuple[str, ...] = ()  #: The O values, each once.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a table `[users]` says."""
+
+    groups: tuple[str, ...]  #: Patterns, as in a shell.
+    allow: tuple[str, ...]  #: Reserved names and groups that may be, nevertheless.
+    max_validity: timedelta
+    names: tuple[str, ...] = ("*",)  #: Patterns, as in a shell.
+
+
+def problems(user: User, validity: timedelta, limits: Limits) -> list[str]:
+    """All that speaks against it."""
+    return [*_name_problems(user, limits), *_group_problems(user.groups, limits), *_validity_problems(validity, limits)]
+
+
+def _name_problems(user: User, limits: Limits) -> Iterator[str]:
+    if not _NAME.fullmatch(user.name):
+        yield f"name: wanted at most 64 letters, digits and ._@:/+-, found {one_line(user.name, 80)!r}"
+    elif user.name in limits.allow:
+        return
+    elif _is_reserved(user.name) or user.name in _SHARED:
+        yield f"name: wanted one that is not Kubernetes' or kubeadm's own (users.allow names exceptions), found {user.name}"
+    elif not _is_one_of(user.name, limits.names):
+        yield f"name: wanted {' or '.join(limits.names) or 'none'} (users.names), found {user.name}"
+
+
+def _group_problems(groups: Sequence[str], limits: Limits) -> Iterator[str]:
+    for group in groups:
+        if not _NAME.fullmatch(group):
+            yield f"group: wanted at most 64 letters, digits and ._@:/+-, found {one_line(group, 80)!r}"
+        elif group in limits.allow:
+            continue
+        elif _is_reserved(group):
+            yield f"group: wanted one that is not Kubernetes' or kubeadm's own (users.allow names exceptions), found {group}"
+        elif not _is_one_of(group, limits.groups):
+            yield f"group: wanted {' or '.join(limits.groups) or 'none'} (users.groups), found {group}"
+
+
+def _is_one_of(text: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(text, pattern) for pattern in patterns)
+
+
+def _is_reserved(name: str) -> bool:
+    return name.lower().startswith(_RESERVED)
+
+
+def _validity_problems(validity: timedelta, limits: Limits) -> Iterator[str]:
+    if validity > limits.max_validity:
+        limit = duration_text(limits.max_validity)
+        yield f"validity: wanted at most {limit} (users.max_validity), found {duration_text(validity)}"
+    elif validity < SHORTEST:
+        yield f"validity: wanted at least {duration_text(SHORTEST)}, found {duration_text(validity)}"
