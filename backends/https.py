@@ -12,13 +12,13 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import requests
@@ -30,7 +30,9 @@ from urllib3.connection import HTTPSConnection
 from urllib3.connectionpool import HTTPSConnectionPool
 
 from bridge.errors import SettingsError, SettingsProblem
+from bridge.system import kept_http
 from bridge.system.https import HttpsError, alert, context
+from bridge.system.kept_http import KeptConnection, TooLongError
 from bridge.words import one_line
 
 #: A signed certificate with its chain is a few kB, one with thousands of SANs far below this.
@@ -110,9 +112,20 @@ def body_of(response: requests.Response) -> bytes:
     return bytes(found)
 
 
-def retry_after_seconds(response: requests.Response, now: datetime) -> float | None:
+class HasHeaders(Protocol):
+    """An answer, of whichever client."""
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """By name in small letters, at least."""
+        ...
+
+
+def retry_after_seconds(response: HasHeaders, now: datetime) -> float | None:
     """What the server wishes (RFC 9110 §10.2.3: seconds, or a date); None for what is neither."""
-    value = response.headers.get("Retry-After", "")
+    value = response.headers.get("retry-after")
+    if value is None:
+        return None
     if re.fullmatch("[0-9]{1,9}", value):
         return float(value)
     try:
@@ -121,10 +134,10 @@ def retry_after_seconds(response: requests.Response, now: datetime) -> float | N
         return None
 
 
-def clock_ahead(response: requests.Response, now: datetime) -> timedelta | None:
+def clock_ahead(response: HasHeaders, now: datetime) -> timedelta | None:
     """How far the server's clock is ahead of ours (RFC 9110 §6.6.1, whole seconds); None: it does not say."""
     try:
-        return parsedate_to_datetime(response.headers.get("Date", "")) - now
+        return parsedate_to_datetime(response.headers.get("date", "")) - now
     except (ValueError, TypeError, OverflowError):
         return None
 
@@ -430,3 +443,84 @@ class Sessions:
         if self._tls:
             session.mount("https://", _TimedAdapter(self._tls()))
         return session
+
+
+class KeptConnections:
+    """
+    Small requests to one server, thousands of them, over connections that are kept; for several threads.
+
+    Without `requests`, which takes several times the processor time of such a request. No request is repeated.
+    """
+
+    def __init__(self, url: str, timeout: timedelta, tls: Callable[[], ssl.SSLContext]) -> None:
+        """
+        Args:
+            url: `https:` or `http:`, host and port, and what each path begins with.
+            timeout: For one request with its whole answer.
+            tls: Makes a context, which is not for several threads at once.
+        """
+        parts = urlsplit(url)
+        self._host, self._is_tls = parts.hostname or "", parts.scheme == "https"
+        self._port = parts.port or (443 if self._is_tls else 80)
+        self._place = parts.netloc.rpartition("@")[2]
+        self._path = parts.path.rstrip("/")
+        self._seconds = timeout.total_seconds()
+        self._tls = tls
+        self._idle: deque[KeptConnection] = deque()
+
+    def send(self, method: str, path: str, headers: Mapping[str, str], body: bytes | None) -> kept_http.Answer:
+        """
+        Send one request; any status is an answer, a redirect like any other.
+
+        Args:
+            method: HTTP's.
+            path: Quoted, from its slash.
+            headers: Besides those of HTTP itself.
+            body: Of the request.
+
+        Raises:
+            OSError: There is no connection, or it failed: `ssl.SSLError`, and `TimeoutError` for the time limit.
+            TooMuchError: An answer without end.
+            kept_http.NotHttpError: It is no answer, or broke off.
+            SettingsError: A TLS file can't be used any more.
+            ValueError: A header can't be sent.
+        """
+        if not all(f"{name}{value}".isprintable() for name, value in headers.items()):
+            raise ValueError("wanted headers of one line each")
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        connection = self._taken()
+        try:
+            answer = connection.ask(
+                method, f"{self._path}{path}", lines, body, seconds=self._seconds, longest=MAX_ANSWER_BYTES
+            )
+        except TooLongError as e:
+            raise TooMuchError(str(e)) from e
+        self._idle.append(connection)
+        return answer
+
+    def close(self) -> None:
+        """Close the connections that are not in use."""
+        while self._idle:
+            self._idle.pop().close()
+
+    def _taken(self) -> KeptConnection:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return KeptConnection(self._connect, self._place)
+
+    def _connect(self) -> socket.socket:
+        # a name that may have many addresses, and a resolver that may be slow; neither can be told a limit
+        return within(self._seconds, self._connected)
+
+    def _connected(self) -> socket.socket:
+        raw = socket.create_connection((self._host, self._port), self._seconds)
+        try:
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if not self._is_tls:
+                return raw
+            raw.getpeername()  # of one that was reset by now, Python's wrapper would be left open
+            return self._tls().wrap_socket(raw, server_hostname=self._host, suppress_ragged_eofs=False)
+        except BaseException:
+            raw.close()
+            raise

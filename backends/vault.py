@@ -12,7 +12,6 @@ import logging
 import re
 import ssl
 import textwrap
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
@@ -32,6 +31,8 @@ from hvac.api.auth_methods import JWT, AppRole, Kubernetes, Userpass
 from backends import vault_role
 from backends.https import (
     CLOCK_HINT,
+    HasHeaders,
+    KeptConnections,
     TlsAdapter,
     TooMuchError,
     body_of,
@@ -66,6 +67,8 @@ from bridge.errors import (
     Violation,
 )
 from bridge.specs import EKU, CertificateSpec
+from bridge.system import kept_http
+from bridge.system.kept_http import BrokenOffError, NotHttpError
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge.vault")
@@ -269,7 +272,7 @@ class _Answer:
         message = f"vault: {self.where}: HTTP {self.status}{': ' if self.shown else ''}{self.shown}"
         hint = next((hint for fragment, hint in _HINTS if fragment in text), None)
         if 300 <= self.status < 400:  # noqa: PLR2004
-            message += f", a redirect to {_origin(self.headers.get('Location', ''))}"
+            message += f", a redirect to {_origin(self.headers.get('location', ''))}"
             hint = "redirects are not followed, the token would go along: set url to the active server or its balancer"
         if self.status in {401, 403}:
             hint = self._forbidden_hint
@@ -301,8 +304,16 @@ class _Server:
         self._url = settings.url.rstrip("/")
         self._seconds = settings.timeout.total_seconds()
         self._secrets: set[str] = set()
-        # Sessions and TLS contexts are not for several threads at once, so each request has one for itself.
-        self._idle = deque([self._new_adapter()])
+        # A login is hvac's; what is asked thousands of times goes without it, and without `requests` below it.
+        self._new_adapter().close()  # or a file that can't be used is found out too late
+        self._kept = KeptConnections(
+            self._url,
+            settings.timeout,
+            lambda: tls_context(settings.ca_file, settings.client_cert, settings.client_key),
+        )
+        self._headers = {"Accept": "application/json", "Content-Type": "application/json", "X-Vault-Request": "true"}
+        if settings.namespace:
+            self._headers["X-Vault-Namespace"] = settings.namespace
         self.clock_ahead: timedelta | None = None  #: The server's, at its latest answer.
 
     def _new_adapter(self) -> RawAdapter:
@@ -359,10 +370,32 @@ class _Server:
             BackendRefusedError: The TLS handshake failed, or the answer is not the server's.
             BackendUnavailableError: No answer.
         """
-        headers = {"X-Vault-Token": token} if token else {}
-        return self.call(
-            method, path, lambda adapter: adapter.request(method, f"/v1/{path}", headers=headers, json=body)
-        )
+        headers = {**self._headers, "X-Vault-Token": token} if token else self._headers
+        data = None if body is None else json.dumps(body).encode()
+        where = f"{method.upper()} {self._url}/v1/{path}"
+        try:
+            answer = self._kept.send(method.upper(), f"/v1/{path}", headers, data)
+        except BrokenOffError as e:
+            if 200 <= e.status < 300:  # noqa: PLR2004
+                raise BackendUnavailableError(f"vault: {where}: the answer broke off: {_cause(e)}") from e
+            answer = kept_http.Answer(
+                status=e.status, headers={}, body=b""
+            )  # the reason is lost, the status says enough
+        except (TimeoutError, TooMuchError, SettingsError, ssl.SSLError) as e:
+            raise self._error(e, where) from e
+        except (OSError, NotHttpError) as e:
+            raise BackendUnavailableError(f"vault: {where}: {_cause(e)}", hint=hint_of(e)) from e
+        except ValueError as e:  # whose text may hold a header's value
+            raise BackendRefusedError(f"vault: {where}: the request could not be made: {type(e).__name__}") from None
+        return self._answer(answer, answer.status, answer.body, where)
+
+    def _error(self, e: Exception, where: str) -> BackendError:
+        """What both clients may come to."""
+        if isinstance(e, TimeoutError):
+            return BackendUnavailableError(f"vault: {where}: wanted an answer within {self._seconds:g} s, found none")
+        if isinstance(e, ssl.SSLError | requests.exceptions.SSLError):
+            return _tls_error(e, where)
+        return BackendRefusedError(f"vault: {where}: {e}")  # too much, or a file that went away
 
     def call(
         self, method: Literal["get", "post"], path: str, request: Callable[[RawAdapter], requests.Response]
@@ -382,34 +415,23 @@ class _Server:
         where = f"{method.upper()} {self._url}/v1/{path}"
         try:
             response, content = within(self._seconds, lambda: self._exchange(request))
-        except TimeoutError as e:
-            message = f"vault: {where}: wanted an answer within {self._seconds:g} s, found none"
-            raise BackendUnavailableError(message) from e
-        except TooMuchError as e:
-            raise BackendRefusedError(f"vault: {where}: {e}") from e
-        except requests.exceptions.SSLError as e:
-            raise _tls_error(e, where) from e
+        except (TimeoutError, TooMuchError, SettingsError, requests.exceptions.SSLError) as e:
+            raise self._error(e, where) from e
         except (requests.exceptions.Timeout, requests.exceptions.ConnectionError) as e:
             raise BackendUnavailableError(f"vault: {where}: {_cause(e)}", hint=hint_of(e)) from e
         except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError) as e:
             raise BackendUnavailableError(f"vault: {where}: the answer broke off: {_cause(e)}") from e
-        except SettingsError as e:  # a file went away since the first connection
-            raise BackendRefusedError(f"vault: {where}: {e}") from e
         except (OSError, ValueError) as e:
             # Includes requests' InvalidHeader, whose text holds the header's value.
             raise BackendRefusedError(f"vault: {where}: the request could not be made: {type(e).__name__}") from None
-        return self._answer(response, content, where)
+        return self._answer(response, response.status_code, content, where)
 
     def close(self) -> None:
         """Close the connections."""
-        while self._idle:
-            self._idle.pop().close()
+        self._kept.close()
 
     def _exchange(self, request: Callable[[RawAdapter], requests.Response]) -> tuple[requests.Response, bytes]:
-        try:
-            adapter = self._idle.pop()
-        except IndexError:
-            adapter = self._new_adapter()
+        adapter = self._new_adapter()
         try:
             response = request(adapter)
             try:
@@ -419,9 +441,9 @@ class _Server:
                     raise
                 return response, b""  # the reason is lost, the status says enough
         finally:
-            self._idle.append(adapter)
+            adapter.close()
 
-    def _answer(self, response: requests.Response, content: bytes, where: str) -> _Answer:
+    def _answer(self, response: HasHeaders, status: int, content: bytes, where: str) -> _Answer:
         try:
             body = json.loads(content)
         except (ValueError, RecursionError):
@@ -433,7 +455,7 @@ class _Server:
         reasons = tuple(_texts(body.get("errors")))
         return _Answer(
             where=where,
-            status=response.status_code,
+            status=status,
             headers=response.headers,
             body=body,
             reasons=reasons,
@@ -448,7 +470,7 @@ class _Server:
         return one_line(text)
 
 
-def _tls_error(e: requests.exceptions.SSLError, where: str) -> BackendError:
+def _tls_error(e: Exception, where: str) -> BackendError:
     """A server that stops in the middle of a handshake may be back; what it or we do not accept stays so."""
     message = f"vault: {where}: {_cause(e)}"
     if any(isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError) for cause in causes(e)):

@@ -170,7 +170,7 @@ def backend_wall(source: str, module: str) -> Iterator[str]:
     programs print certificates in any form needs what reads those.
     """
     family = "_".join(module.split("_")[:1])
-    allowed = [f"bridge.{door}" for door in DOORS]
+    allowed = [*(f"bridge.{door}" for door in DOORS), "bridge.system.kept_http"]
     if family == "backends.openssl":  # a database of files, with a lock like ours
         allowed += ["bridge.system.files", "bridge.system.ownership"]
     if module == "backends.https":  # a second look at a connection that broke, and the system's CAs

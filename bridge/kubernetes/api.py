@@ -11,12 +11,14 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +28,7 @@ from bridge.errors import BridgeError, Exit
 from bridge.node import kubeconfig
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.system import https, safe_read
+from bridge.system.kept_http import KeptConnection
 from bridge.system.safe_read import UnreadableError
 from bridge.words import one_line
 
@@ -55,12 +58,17 @@ class AccessError(BridgeError):
     exit_code: ClassVar[int] = Exit.USAGE
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Reply:
     """An answer."""
 
     status: int
-    document: Mapping[str, Any]
+    body: bytes = field(repr=False)
+
+    @cached_property
+    def document(self) -> Mapping[str, Any]:
+        """Its JSON; empty if it is no object. Of a write that went well nobody needs it."""
+        return _document(self.body)
 
     @property
     def message(self) -> str:
@@ -69,15 +77,49 @@ class Reply:
         return one_line(text[-600:].rpartition(": ")[2] or text[-300:])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Access:
     """Where the server is, and who we are to it."""
 
     host: str
     port: int
     server_name: str | None
-    headers: Mapping[str, str] = field(repr=False)
-    tls: ssl.SSLContext
+    token: str | None = field(repr=False)
+    tls: ssl.SSLContext = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if self.token is not None and not re.fullmatch(r"[!-~]+", self.token):
+            raise ValueError("wanted a token, found more than one word of ASCII text")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Who we are, if a certificate does not say it."""
+        return {"Authorization": f"Bearer {self.token}"} if self.token is not None else {}
+
+    @cached_property
+    def lines(self) -> str:
+        """The same, whole lines."""
+        return "".join(f"{name}: {value}\r\n" for name, value in self.headers.items())
+
+    @property
+    def place(self) -> str:
+        """For the header `Host`."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def connect(self, seconds: float = TIMEOUT_SECONDS) -> ssl.SSLSocket:
+        """
+        A new connection.
+
+        Raises:
+            OSError: There is none.
+        """
+        raw = socket.create_connection((self.host, self.port), seconds)
+        try:
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return self.tls.wrap_socket(raw, server_hostname=self.server_name or self.host)
+        except BaseException:
+            raw.close()
+            raise
 
 
 def read_access(config: Path | None) -> Access:
@@ -103,7 +145,7 @@ def _of_pod() -> Access:
         host=host,
         port=int(os.environ.get("KUBERNETES_SERVICE_PORT", "443")),
         server_name=None,
-        headers={"Authorization": f"Bearer {token}"},
+        token=token,
         tls=https.context(_bytes(SERVICE_ACCOUNT / "ca.crt", "a CA certificate"), None, None),
     )
 
@@ -121,12 +163,12 @@ def _of_kubeconfig(path: Path) -> Access:
     trust = part(parsed.ca_data, parsed.ca_file, "a CA certificate")
     if parsed.token_file:
         token = _bytes(path.parent / parsed.token_file, "a token").decode("ascii").strip()
-        headers, tls = {"Authorization": f"Bearer {token}"}, https.context(trust, None, None)
+        tls = https.context(trust, None, None)
     else:
         certificate = part(parsed.certificate_data, parsed.certificate_file, "a client certificate")
         key = part(kubeconfig.key_data(data), parsed.key_file, "a client key")
-        headers, tls = {}, https.context(trust, certificate, key)
-    return Access(host=url.hostname, port=url.port or 443, server_name=parsed.tls_server_name, headers=headers, tls=tls)
+        token, tls = None, https.context(trust, certificate, key)
+    return Access(host=url.hostname, port=url.port or 443, server_name=parsed.tls_server_name, token=token, tls=tls)
 
 
 def _bytes(path: Path, what: str) -> bytes:
@@ -134,19 +176,6 @@ def _bytes(path: Path, what: str) -> bytes:
     if not found:
         raise ValueError(f"wanted {what} in {path}, found none")
     return found
-
-
-class _Connection(http.client.HTTPConnection):
-    """One to the server, with TLS as `Access` has it."""
-
-    def __init__(self, access: Access, timeout_seconds: float) -> None:
-        super().__init__(access.host, access.port, timeout=timeout_seconds)
-        self._access = access
-
-    def connect(self) -> None:
-        super().connect()
-        name = self._access.server_name or self._access.host
-        self.sock = self._access.tls.wrap_socket(self.sock, server_hostname=name)
 
 
 class Api:
@@ -162,14 +191,22 @@ class Api:
         self._access = read_access(config)
         self._read_at = time.monotonic()
         self._own = threading.local()
-        self._opened: set[_Connection] = set()
+        self._opened: set[KeptConnection] = set()
 
     @property
     def server(self) -> str:
         """For messages."""
         return f"{self._access.host}:{self._access.port}"
 
-    def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None, content_type: str = _JSON) -> Reply:
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        content_type: str = _JSON,
+        *,
+        accept: str = _JSON,
+    ) -> Reply:
         """
         One request; any status but 401, 408, 429 and 5xx is an answer.
 
@@ -179,10 +216,13 @@ class Api:
             ApiDownError: No answer.
         """
         data = None if body is None else json.dumps(body, separators=(",", ":")).encode()
+        lines = f"Accept: {accept}\r\n"
+        if data is not None:
+            lines += f"Content-Type: {content_type}\r\n"
         access = self._current()
-        reply = self._asked(access, method, path, data, content_type)
+        reply = self._asked(access, method, path, data, lines)
         if reply.status == HTTPStatus.UNAUTHORIZED:
-            reply = self._asked(self._renewed(access), method, path, data, content_type)
+            reply = self._asked(self._renewed(access), method, path, data, lines)
         is_trouble = reply.status >= HTTPStatus.INTERNAL_SERVER_ERROR or reply.status in {
             HTTPStatus.UNAUTHORIZED, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.REQUEST_TIMEOUT,
         }  # fmt: skip
@@ -190,42 +230,36 @@ class Api:
             raise ApiDownError(f"{self.server}: wanted an answer, found HTTP {reply.status} {reply.message}".rstrip())
         return reply
 
-    def _asked(self, access: Access, method: str, path: str, data: bytes | None, content_type: str) -> Reply:
-        headers = {"Accept": _JSON, **access.headers, **({"Content-Type": content_type} if data else {})}
+    def _asked(self, access: Access, method: str, path: str, data: bytes | None, lines: str) -> Reply:
+        connection = self._connection(access)
         for _ in range(2):
-            connection, is_kept = self._connection(access)
             try:
-                connection.request(method, path, data, headers)
-                response = connection.getresponse()
-                content = response.read(_MAX_ANSWER_BYTES)
-                if not response.isclosed():  # there is more of it
-                    connection.close()
-                return Reply(status=response.status, document=_document(content))
-            except (OSError, http.client.HTTPException, ValueError) as e:
-                self._forget(connection)
-                self._own.kept = None
-                if not is_kept or isinstance(e, TimeoutError):
+                answer = connection.ask(
+                    method, path, access.lines + lines, data, seconds=TIMEOUT_SECONDS, longest=_MAX_ANSWER_BYTES
+                )
+                return Reply(status=answer.status, body=answer.body)
+            except (OSError, ValueError) as e:
+                if not connection.is_kept or isinstance(e, TimeoutError):
                     raise ApiDownError(f"{self.server}: {_why(e)}") from None
         raise AssertionError("the second connection was not kept")
 
-    def _connection(self, access: Access) -> tuple[_Connection, bool]:
-        """The thread's own, and whether it was in use before."""
-        kept: tuple[Access, _Connection] | None = getattr(self._own, "kept", None)
-        if kept is not None and kept[0] is access and kept[1].sock is not None:
-            return kept[1], True
-        if kept is not None:
-            self._forget(kept[1])
-        connection = _Connection(access, TIMEOUT_SECONDS)
+    def _connection(self, access: Access) -> KeptConnection:
+        """The thread's own."""
+        kept: tuple[Access, KeptConnection] | None = getattr(self._own, "kept", None)
+        if kept is not None and kept[0] is access:
+            return kept[1]
+        connection = KeptConnection(access.connect, access.place)
         self._own.kept = (access, connection)
         with self._mutex:
+            if kept is not None:
+                kept[1].close()
+                self._opened.discard(kept[1])
             self._opened.add(connection)
-        return connection, False
+        return connection
 
     def _current(self) -> Access:
-        with self._mutex:
-            if time.monotonic() - self._read_at < _READ_AGAIN_SECONDS:
-                return self._access
-        return self._renewed(self._access)
+        access = self._access
+        return access if time.monotonic() - self._read_at < _READ_AGAIN_SECONDS else self._renewed(access)
 
     def _renewed(self, old: Access) -> Access:
         """The credentials as they are now; the old ones where they can't be read at this moment."""
@@ -236,11 +270,6 @@ class Api:
             with contextlib.suppress(AccessError):
                 self._access = read_access(self._config)
             return self._access
-
-    def _forget(self, connection: _Connection) -> None:
-        connection.close()
-        with self._mutex:
-            self._opened.discard(connection)
 
     def close(self) -> None:
         """End the connections of all threads, which ask no more."""
@@ -262,18 +291,17 @@ class Api:
             ApiDownError: No stream; while it is read, that it broke.
         """
         access = self._current()
-        connection = _Connection(access, silence_seconds)
+        connection = http.client.HTTPConnection(access.host, access.port)
         try:
-            connection.timeout = TIMEOUT_SECONDS
-            connection.connect()
-            connection.sock.settimeout(silence_seconds)
+            connection.sock = access.connect()
             connection.request("GET", path, headers={"Accept": _JSON, **access.headers})
             response = connection.getresponse()
             if response.status != HTTPStatus.OK:
                 if response.status == HTTPStatus.UNAUTHORIZED:
                     self._renewed(access)
-                reply = Reply(status=response.status, document=_document(response.read(_MAX_ANSWER_BYTES)))
+                reply = Reply(status=response.status, body=response.read(_MAX_ANSWER_BYTES))
                 raise ApiDownError(f"{self.server}: wanted to watch, found HTTP {reply.status} {reply.message}")
+            connection.sock.settimeout(silence_seconds)
             yield Lines(response, connection, longest, self.server)
         except (OSError, http.client.HTTPException, ValueError) as e:
             raise ApiDownError(f"{self.server}: {_why(e)}") from None
@@ -284,7 +312,9 @@ class Api:
 class Lines:
     """The lines of one stream."""
 
-    def __init__(self, response: http.client.HTTPResponse, connection: _Connection, longest: int, server: str) -> None:
+    def __init__(
+        self, response: http.client.HTTPResponse, connection: http.client.HTTPConnection, longest: int, server: str
+    ) -> None:
         self._response = response
         self._connection = connection
         self._longest = longest

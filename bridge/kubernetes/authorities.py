@@ -22,6 +22,7 @@ from bridge.contract import (
     Issued,
     ListsIssuers,
     Pending,
+    Recalls,
     SignRequest,
     SignsMany,
 )
@@ -83,10 +84,17 @@ class AuthorityOfSigners:
         self._failures = 0
         self.asks_validity = isinstance(self._backend, AsksValidity) and self._backend.asks_validity
         self.signs_many = isinstance(self._backend, SignsMany)
+        self.recalls = isinstance(self._backend, Recalls)
         self._together: Combined[SignRequest, Issued | Pending | BackendError] = Combined(self._many, _MOST_TOGETHER)
+        self._recalled: Combined[tuple[SignRequest, datetime], Issued | None] = Combined(
+            self._recall_many, _MOST_TOGETHER
+        )
 
     def anchors(self) -> tuple[x509.Certificate, ...]:
         """The CA's certificates, from the cluster's own file; read again each minute."""
+        anchors = self._anchors
+        if time.monotonic() - anchors.read_at < _ANCHOR_SECONDS:
+            return anchors.certificates
         with self._mutex:
             if time.monotonic() - self._anchors.read_at >= _ANCHOR_SECONDS:
                 try:
@@ -151,6 +159,24 @@ class AuthorityOfSigners:
         if not isinstance(self._backend, SignsMany):
             raise TypeError
         return self._backend.sign_many(requests)
+
+    def recall(self, request: SignRequest, since: datetime) -> Issued | None:
+        """
+        What the CA has signed for this CSR, for one who could not take the answer; several are one look.
+
+        Args:
+            request: As it would be sent.
+            since: Nothing older counts.
+
+        Raises:
+            BackendRefusedError, BackendUnavailableError: As `bridge.contract.Recalls.recall`.
+        """
+        return self._counted(lambda: self._recalled((request, since)))
+
+    def _recall_many(self, wanted: Sequence[tuple[SignRequest, datetime]]) -> Sequence[Issued | None]:
+        if not isinstance(self._backend, Recalls):
+            raise TypeError
+        return self._backend.recall([request for request, _ in wanted], min(since for _, since in wanted))
 
     def collect(self, request: SignRequest, reference: str) -> Sequence[Issued] | Pending:
         """

@@ -58,6 +58,8 @@ class WatchedFile(Generic[T]):
 
     def get(self) -> T:
         """The newest that can be used."""
+        if time.monotonic() - self._looked < _LOOK_SECONDS:
+            return self._value  # without the lock, which a hundred requests at once would queue for
         with self._mutex:
             if time.monotonic() - self._looked >= _LOOK_SECONDS:
                 self._looked = time.monotonic()

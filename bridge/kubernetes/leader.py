@@ -48,6 +48,7 @@ class Leader:
         self._good_until = 0.0
         self._seen: _Seen | None = None
         self._told = ""
+        self._doubtful_before: datetime | None = None
         self._stop = threading.Event()
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
@@ -60,6 +61,10 @@ class Leader:
     def is_ours(self) -> bool:
         """Whether we may work: renewed a while before another may take it."""
         return time.monotonic() < self._good_until
+
+    def doubtful_before(self) -> datetime | None:
+        """When we took it from one who had not given it back (ourselves, before a crash or an outage, among them)."""
+        return self._doubtful_before
 
     def wait(self, seconds: float) -> bool:
         """Wait for it to be ours."""
@@ -102,6 +107,7 @@ class Leader:
     def _try(self, began: float) -> str:
         """Take or renew it; the text says why it is not ours."""
         found = self._api.ask("GET", f"{self._collection}/{self._name}")
+        is_new, left_behind = not self.is_ours(), bool(_spec(found.document).get("holderIdentity"))
         if found.status == HTTPStatus.NOT_FOUND:
             body = {"metadata": {"name": self._name}}
             wrote = self._api.ask("POST", self._collection, self._made(body, self._identity))
@@ -115,6 +121,8 @@ class Leader:
         else:
             return f"wanted the lease {self._name}, found HTTP {found.status} {found.message}"
         if wrote.status in {HTTPStatus.OK, HTTPStatus.CREATED}:
+            if is_new:
+                self._doubtful_before = datetime.now(UTC) if left_behind else None
             self._good_until = began + self._seconds * 0.7
             return ""
         if wrote.status == HTTPStatus.CONFLICT:
@@ -161,6 +169,13 @@ def _spec(document: Mapping[str, Any]) -> Mapping[str, Any]:
 
 class Alone:
     """There is no other replica (`lease = false`)."""
+
+    def __init__(self) -> None:
+        self._began = datetime.now(UTC)
+
+    def doubtful_before(self) -> datetime | None:
+        """How the run before this one has ended nobody knows."""
+        return self._began
 
     def start(self) -> None:
         """Nothing to do."""

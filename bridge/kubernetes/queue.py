@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from bridge.kubernetes.objects import SigningRequest
@@ -34,6 +34,8 @@ class Job:
     attempts: int = 0
     said: str = ""  #: The last reason why it was left, which is said once.
     verified: Verified | None = None  #: The CA's answer, not written yet.
+    was_asked: bool = False  #: The CA was asked, and its answer did not come.
+    was_recalled: bool = False  #: Since then it was looked for, and was not there.
     removed: bool = field(default=False)
 
     @property
@@ -172,10 +174,7 @@ class Queue:
 
     def _soon(self, job: Job) -> None:
         """A delayed one is looked at now; its old place in the heap leads to nothing."""
-        fresh = Job(
-            one=job.one, node=job.node, arrived=job.arrived, begun=job.begun, attempts=job.attempts, said=job.said,
-            verified=job.verified,
-        )  # fmt: skip
+        fresh = replace(job)
         job.removed = True
         self._add(fresh)
         self._ready.append(fresh)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import secrets
@@ -18,12 +19,13 @@ from pathlib import Path
 from bridge.errors import BackendError, BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.kubernetes import authorities, status
 from bridge.kubernetes.api import Api, ApiDownError
-from bridge.kubernetes.gateway import Desk, specs_of
+from bridge.kubernetes.gateway import Gateway, specs_of
 from bridge.kubernetes.known_nodes import Known
 from bridge.kubernetes.leader import Alone, Leader
 from bridge.kubernetes.ledger import Ledger
 from bridge.kubernetes.metrics import Metrics
 from bridge.kubernetes.objects import COLLECTION
+from bridge.kubernetes.place import Place
 from bridge.kubernetes.tickets import Tickets
 from bridge.kubernetes.watch import SILENCE_SECONDS, Watch
 from bridge.settings.tables import Settings
@@ -36,6 +38,8 @@ log = logging.getLogger("ca-bridge")
 
 #: So many more threads wait where a CA signs many in one go: what waits is what it gets together.
 _THREADS_OF_MANY = 32
+#: Python looks for circles after 700 new objects; hundreds of requests at once have many more, and hardly a circle.
+_OBJECTS_A_COLLECTION = 20_000
 _TICK_SECONDS = 0.5
 _FLUSH_SECONDS = 1.0
 #: What is at the CA is given this long when the gateway is to end; systemd and the kubelet give 30 s and more.
@@ -124,10 +128,11 @@ class Service:
             if self.settings.gateway.serve_status and address is not None:
                 port = stack.enter_context(status.serving(address, self._pages()))
             self._ledger = Ledger(store, self.settings.audit)
-            self.desk = Desk(
+            self.place = Place(
                 settings=self.settings, api=self.api, known=self.known, authorities=self.authorities,
                 ledger=self._ledger, tickets=Tickets(store), metrics=self.metrics, holder=self.holder, now=self._now,
             )  # fmt: skip
+            self._gateway = Gateway(self.place)
             self._look_at_cas()
             self.holder.start()
             threads = [threading.Thread(target=self._work, name=f"worker-{n}", daemon=True) for n in range(self._count)]
@@ -135,6 +140,8 @@ class Service:
             for thread in threads:
                 thread.start()
             started(port)
+            gc.freeze()
+            gc.set_threshold(_OBJECTS_A_COLLECTION, 20, 50)
             self._tick_until_stopped()
             self._drain(threads)
 
@@ -155,7 +162,7 @@ class Service:
 
     def _work(self) -> None:
         while not self._stop.is_set():
-            self.desk.work(_TICK_SECONDS)
+            self._gateway.work(_TICK_SECONDS)
 
     def _watch_on(self) -> None:
         pause = _FIRST_PAUSE_SECONDS
@@ -165,7 +172,7 @@ class Service:
                 continue
             watch = self._watch = Watch(self.api, self.signers)
             try:
-                watch.run(self.desk.changed, self.desk.gone, self._is_alive)
+                watch.run(self._gateway.changed, self._gateway.gone, self._is_alive)
                 pause = _FIRST_PAUSE_SECONDS
             except ApiDownError as e:
                 if not self._api_trouble:
@@ -182,7 +189,7 @@ class Service:
                     log.warning("%d objects with one of our signers' names were too large to be read", watch.left_out)
                     self.metrics.count(self.signers[0], "too-large", watch.left_out)
             if not self.holder.is_ours():
-                self.desk.queue.forget()
+                self.place.queue.forget()
 
     def _is_alive(self) -> None:
         self._alive = time.monotonic()
@@ -198,23 +205,23 @@ class Service:
             if self.known.changes != changes:
                 changes = self.known.changes
                 self._warn_of_new_signers()
-                self.desk.queue.wake()
+                self.place.queue.wake()
             if time.monotonic() - flushed >= _FLUSH_SECONDS:
                 flushed = time.monotonic()
                 self._flush()
-            waiting, _working = self.desk.queue.counts()
-            if self.desk.queue.overflowed is not is_full:
-                is_full = self.desk.queue.overflowed
+            waiting, _working = self.place.queue.counts()
+            if self.place.queue.overflowed is not is_full:
+                is_full = self.place.queue.overflowed
                 self._tell(is_full=is_full)
             lost = not self.holder.is_ours()
-            if self._watch is not None and (lost or (self.desk.queue.overflowed and waiting < _ROOM)):
-                self.desk.queue.overflowed = False
+            if self._watch is not None and (lost or (self.place.queue.overflowed and waiting < _ROOM)):
+                self.place.queue.overflowed = False
                 self._watch.end()
 
     def _tell(self, *, is_full: bool) -> None:
         if is_full:
             text = "more requests are waiting than fit into the queue, most of them by %s: some are looked at later"
-            log.warning(text, one_line(self.desk.queue.greediest()))
+            log.warning(text, one_line(self.place.queue.greediest()))
 
     def _flush(self) -> None:
         try:
@@ -229,7 +236,7 @@ class Service:
     def _drain(self, threads: list[threading.Thread]) -> None:
         log.info("ending: nothing new is begun")
         self._stop.set()
-        self.desk.queue.close()
+        self.place.queue.close()
         if self._watch is not None:
             self._watch.end()
         deadline = time.monotonic() + _DRAIN_SECONDS
@@ -240,7 +247,7 @@ class Service:
         for authority in self.authorities.values():
             authority.close()
         self.api.close()
-        left = self.desk.queue.counts()[1]
+        left = self.place.queue.counts()[1]
         log.info("ended%s", f"; {left} requests were left in the middle" if left else "")
 
     # --- what can be asked about it -----------------------------------------------------------------------------------
@@ -249,13 +256,13 @@ class Service:
         return {"/metrics": self._metrics_page, "/healthz": self._healthz, "/readyz": self._readyz}
 
     def _metrics_page(self) -> tuple[int, str]:
-        desk = getattr(self, "desk", None)
-        if desk is not None:
-            waiting, working = desk.queue.counts()
+        place = getattr(self, "place", None)
+        if place is not None:
+            waiting, working = place.queue.counts()
             gauges = {
                 ("queue", '{state="waiting"}'): waiting,
                 ("queue", '{state="working"}'): working,
-                ("queue", '{state="at-ca"}'): len(desk.tickets.all()),
+                ("queue", '{state="at-ca"}'): len(place.tickets.all()),
                 ("leader", ""): self.holder.is_ours(),
                 ("api_up", ""): not self._api_trouble,
                 ("inventory_good", ""): not self.known.trouble,

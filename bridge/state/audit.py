@@ -122,6 +122,7 @@ class Record:
         self._settings = settings
         self._waiting: list[dict[str, Any]] = []
         self._known: dict[str, dict[str, Any]] = {}
+        self._end: _End | None = None
 
     def know(self, name: str, request: SignRequest, backend: str, identity: str | None) -> None:
         """
@@ -197,7 +198,7 @@ class Record:
         if not waiting:
             return
         try:
-            written = _append(self._store, waiting, self._settings.rotate_at.count, head_later=head_later)
+            written = self._appended(waiting, head_later=head_later)
         except OSError as e:
             place = e.filename or self._store.audit
             raise AuditError(f"{place}: the audit log could not be written: {e.strerror}") from e
@@ -205,6 +206,23 @@ class Record:
             raise AuditError(f"the audit log could not be written: {e}") from e
         if self._settings.syslog:
             _tell_syslog(written)
+
+    def _appended(self, events: Sequence[Mapping[str, Any]], *, head_later: bool) -> list[bytes]:
+        """
+        Add lines; where the file's end is still the one that we made, it is not looked for again.
+
+        Raises:
+            OSError, StateError: None of them was added.
+        """
+        path, end, limit = self._store.audit, self._end, self._settings.rotate_at.count
+        self._end = None
+        if head_later and end is not None and end.size < limit and end == _End.of(path, end.link, end.doer):
+            lines, last = _chained(events, end.link, end.doer)
+            _write_at_end(path, b"".join(lines))
+        else:
+            lines, last = _append(self._store, events, limit, head_later=head_later)
+        self._end = _End.of(path, last, end.doer if end is not None else who()) if head_later else None
+        return lines
 
     def write_head(self) -> None:
         """
@@ -238,14 +256,42 @@ class Record:
 # --- appending -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _End:
+    """Where a writer has left the file; another end is not his."""
+
+    device: int
+    inode: int
+    size: int
+    changed_ns: int
+    link: Link
+    doer: Mapping[str, str]  #: Who this process is to the record.
+
+    @classmethod
+    def of(cls, path: Path, link: Link, doer: Mapping[str, str]) -> _End | None:
+        """As it is now; None: it can't be looked at."""
+        try:
+            found = path.lstat()
+        except OSError:
+            return None
+        return cls(
+            device=found.st_dev,
+            inode=found.st_ino,
+            size=found.st_size,
+            changed_ns=found.st_mtime_ns,
+            link=link,
+            doer=doer,
+        )
+
+
 def _append(
     store: Store, events: Sequence[Mapping[str, Any]], rotate_at_bytes: int, *, head_later: bool = False
-) -> list[bytes]:
+) -> tuple[list[bytes], Link]:
     """
     Add lines behind the last good one, with one write and one fsync.
 
     Returns:
-        The lines.
+        The lines, and the place of the last of them.
 
     Raises:
         OSError, StateError: None of them was added.
@@ -257,11 +303,11 @@ def _append(
     damages = [_damage(events[0], text) for text in (*troubles, *more)]
     if store.audit.exists() and store.audit.stat().st_size >= rotate_at_bytes:
         _rotate(store, last)
-    lines, last = _chained([*damages, *events], last)
+    lines, last = _chained([*damages, *events], last, who())
     _write_at_end(store.audit, b"".join(lines))
     if not head_later:
         _write_head(store, last)
-    return lines
+    return lines, last
 
 
 def _damage(event: Mapping[str, Any], text: str) -> dict[str, Any]:
@@ -269,8 +315,8 @@ def _damage(event: Mapping[str, Any], text: str) -> dict[str, Any]:
     return {"run": event["run"], "time": event["time"], "event": DAMAGED, "result": text, "exitCode": Exit.FAILED}
 
 
-def _chained(events: Sequence[Mapping[str, Any]], last: Link) -> tuple[list[bytes], Link]:
-    lines, doer = [], who()
+def _chained(events: Sequence[Mapping[str, Any]], last: Link, doer: Mapping[str, str]) -> tuple[list[bytes], Link]:
+    lines = []
     for event in events:
         sequence = last.sequence + 1
         place = {"schemaVersion": SCHEMA_VERSION, "sequence": sequence, "previous": last.sha256}

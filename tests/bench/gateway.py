@@ -2,18 +2,21 @@
 A burst of kubelets: what the gateway does in a second beside its CA alone and the API server alone, in one run.
 
 `python -m tests.bench.gateway [--requests N] [--ca vault|openssl] [--docs]`: all objects are there when the gateway
-begins. The API server alone gets the two writes that each certificate needs, the CA alone the same CSRs, both over
-connections that are kept, from as many threads. Needs `kube-apiserver` and `etcd` of `tests/kit/binaries.sh`.
+begins. The API server alone gets the two writes that each certificate needs, of the same client, byte for byte what the
+gateway writes; the CA alone the same CSRs through the same backend. Each has as many connections as the gateway.
+Beside the rates stands the processor time that each program took for one request (user and system, by /proc), so that
+it can be seen where the time goes, and on a machine that others use as well. Needs `kube-apiserver` and `etcd` of
+`tests/kit/binaries.sh`; `--docs` writes the tables into docs/gateway.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
 import contextlib
+import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -22,58 +25,100 @@ from typing import Any
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from bridge.contract import Issued, SignRequest
+from bridge.contract import Issued, SignRequest, SignsMany
+from bridge.kubernetes import objects
 from bridge.kubernetes.api import MERGE_PATCH, Api
 from bridge.pki.csr import generate_key
 from bridge.settings.load import parse
 from bridge.signing import registry
 from bridge.signing.signer_rules import CLIENT_KUBELET
 from bridge.specs import KUBELET_CLIENT
+from tests.bench.__main__ import write_between
 from tests.kit import cluster_api, gateways, openbao
 from tests.kit.cluster_api import BOOTSTRAP_GROUP, CSRS, ClusterApi
 from tests.kit.gateways import Place, csr_pem, node_subject
 
-THREADS = 32
+THREADS = 32  #: As `gateway.concurrency` is by default.
 LIMIT, MOST_MEMORY_MB = 0.8, 150
+DOCS = Path(__file__).parents[2] / "docs"
+START = "<!-- numbers: written by `python -m tests.bench.gateway --docs` -->"
+LEASES = "/apis/coordination.k8s.io/v1/namespaces/kube-system/leases"
 _USER = "system:bootstrap:abcdef"
+_TICKS = os.sysconf("SC_CLK_TCK")
+#: Of the table of processor time, in its order.
+PROGRAMS = ("gateway", "kube-apiserver", "etcd", "OpenBao", "client")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One of the three."""
+
+    rate: float  #: Certificates a second.
+    cpu_ms: Mapping[str, float]  #: Of one certificate, by program.
+
+    def row(self, name: str) -> str:
+        """A line of the table of processor time."""
+        cells = [f"{self.cpu_ms[program]:.2f}" if program in self.cpu_ms else "" for program in PROGRAMS]
+        return f"| {name} | {' | '.join(cells)} | {sum(self.cpu_ms.values()):.2f} |"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One run."""
+    """One burst."""
 
     requests: int
     ca: str
-    ca_rate: float  #: Certificates a second of the CA alone.
-    api_rate: float  #: Of the API server alone: two writes each.
-    rate: float  #: The gateway's.
+    ca_alone: Run
+    api_alone: Run  #: Two writes each.
+    gateway: Run
     memory_mb: float  #: The gateway's peak.
     audited: int  #: Certificates with all their lines in the record.
 
     @property
     def ratio(self) -> float:
         """Of the slower of the two."""
-        return self.rate / min(self.ca_rate, self.api_rate)
+        return self.gateway.rate / min(self.ca_alone.rate, self.api_alone.rate)
 
     def row(self) -> str:
-        """A line of a table."""
-        return (
-            f"| {self.requests} | {self.ca} | {self.ca_rate:.0f} | {self.api_rate:.0f} | {self.rate:.0f} "
-            f"| {self.ratio:.2f} | {self.memory_mb:.0f} | {self.audited} |"
-        )
+        """A line of the first table."""
+        rates = " | ".join(f"{run.rate:.0f}" for run in (self.ca_alone, self.api_alone, self.gateway))
+        return f"| {self.requests} | {self.ca} | {rates} | {self.ratio:.2f} | {self.memory_mb:.0f} | {self.audited} |"
+
+    def cpu_rows(self) -> list[str]:
+        """Lines of the second."""
+        runs = {"the CA alone": self.ca_alone, "the API server alone": self.api_alone, "the gateway": self.gateway}
+        return [run.row(f"{self.ca}: {name}") for name, run in runs.items()]
 
 
 HEAD = (
     "| requests | CA | CA alone, 1/s | API server alone, 1/s | gateway, 1/s | of the slower | memory, MB | audited |\n"
     "| --- | --- | --- | --- | --- | --- | --- | --- |"
 )
+CPU_HEAD = (
+    f"| processor time for one certificate, ms | {' | '.join(PROGRAMS)} | together |\n"
+    f"| --- |{' --- |' * (len(PROGRAMS) + 1)}"
+)
 
 
-def _rate(work: Callable[[Any], object], items: Sequence[Any]) -> float:
-    begin = time.monotonic()
-    with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(work, items))
-    return len(items) / (time.monotonic() - begin)
+def _cpu_seconds(pid: int) -> float:
+    """User and system, with those of its children that have ended: `openssl ca` is one."""
+    words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, words[11:15])) / _TICKS
+
+
+class _Clock:
+    """Of one run, from its beginning."""
+
+    def __init__(self, pids: Mapping[str, int]) -> None:
+        self._pids = pids
+        self._before = {name: _cpu_seconds(pid) for name, pid in pids.items()}
+        self._begin = time.monotonic()
+
+    def run(self, count: int, seconds: float | None = None) -> Run:
+        """It has ended."""
+        seconds = time.monotonic() - self._begin if seconds is None else seconds
+        used = {name: _cpu_seconds(pid) - self._before[name] for name, pid in self._pids.items()}
+        return Run(rate=count / seconds, cpu_ms={name: 1000 * one / count for name, one in used.items()})
 
 
 def create_all(cluster: ClusterApi, pems: Sequence[bytes], prefix: str) -> list[str]:
@@ -94,45 +139,44 @@ def create_all(cluster: ClusterApi, pems: Sequence[bytes], prefix: str) -> list[
         return list(pool.map(create, enumerate(pems)))
 
 
-def ca_alone(config: Path, pems: Sequence[bytes]) -> tuple[float, list[Issued]]:
-    """By the backend itself."""
+def ca_alone(config: Path, pems: Sequence[bytes], pids: Mapping[str, int]) -> tuple[Run, list[Issued]]:
+    """By the backend itself; one that has many signed at once gets them all."""
     settings = parse(config.read_text())
     backend = registry.configured(settings, ["ca"])["ca"].open()
     wanted = [SignRequest(spec=KUBELET_CLIENT, csr_pem=pem, validity=timedelta(days=1)) for pem in pems]
-    answers: list[Any] = []
-    with contextlib.closing(contextlib.ExitStack()) as stack:
+    with contextlib.ExitStack() as stack:
         stack.callback(registry.close, backend)
-        begin = time.monotonic()
-        answers = list(registry.sign_all(backend, wanted, registry.Outage(timedelta(seconds=5)), lambda _: None))
-        rate = len(pems) / (time.monotonic() - begin)
-    assert all(isinstance(one, Issued) for one in answers), answers[:1]
-    return rate, answers
+        clock = _Clock(pids)
+        if isinstance(backend, SignsMany):
+            answers = list(backend.sign_many(wanted))
+        else:
+            with ThreadPoolExecutor(THREADS) as pool:
+                answers = list(pool.map(backend.sign, wanted))
+        run = clock.run(len(pems))
+    found = [one for one in answers if isinstance(one, Issued)]
+    assert len(found) == len(pems), answers[:1]
+    return run, found
 
 
-def api_alone(cluster: ClusterApi, names: Sequence[str], answers: Sequence[Issued]) -> float:
-    """Approve and issue, each onto a resourceVersion, as the gateway does."""
-    admin = cluster.client()
-    versions = {one["metadata"]["name"]: one["metadata"] for one in admin.get(CSRS)["items"]}
-    api = Api(cluster.kubeconfig("kubernetes-super-admin", "system:masters"))
-    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    condition = {"type": "Approved", "status": "True", "reason": "x", "message": "x", "lastUpdateTime": now}
+def api_alone(cluster: ClusterApi, names: Sequence[str], answers: Sequence[Issued], pids: Mapping[str, int]) -> Run:
+    """Approve and issue, each onto a resourceVersion and with no more rights, as the gateway does."""
+    there = {one["metadata"]["name"]: objects.parse(one, 0) for one in cluster.client().get(CSRS)["items"]}
+    api = Api(cluster.kubeconfig(gateways.USER))  # whose rights are looked up, unlike those of system:masters
 
     def both(item: tuple[str, Issued]) -> None:
-        name, issued = item
-        pem = issued.leaf.public_bytes(Encoding.PEM)
-        metadata = {key: versions[name][key] for key in ("uid", "resourceVersion")}
-        path = f"{CSRS}/{name}"
-        reply = api.ask(
-            "PATCH", f"{path}/approval", {"metadata": metadata, "status": {"conditions": [condition]}}, MERGE_PATCH
-        )
+        one, now = there[item[0]], datetime.now(UTC)
+        reply = api.ask("PATCH", f"{one.path}/approval", objects.approved(one, now), MERGE_PATCH)
         assert reply.status == 200, reply.message
-        metadata["resourceVersion"] = reply.document["metadata"]["resourceVersion"]
-        status = {"certificate": base64.b64encode(pem).decode()}
-        reply = api.ask("PATCH", f"{path}/status", {"metadata": metadata, "status": status}, MERGE_PATCH)
+        one = objects.parse(reply.document, 0)
+        body = objects.issued(one, item[1].leaf.public_bytes(Encoding.PEM))
+        reply = api.ask("PATCH", f"{one.path}/status", body, MERGE_PATCH)
         assert reply.status == 200, reply.message
 
     with contextlib.closing(api):
-        return _rate(both, list(zip(names, answers, strict=True)))
+        clock = _Clock(pids)
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(both, zip(names, answers, strict=True)))
+        return clock.run(len(names))
 
 
 def measure(directory: Path, count: int, ca: str) -> Measured:
@@ -147,25 +191,55 @@ def measure(directory: Path, count: int, ca: str) -> Measured:
             cluster=cluster,
             directory=directory / "gateway",
             inventory=gateways.INVENTORY + gateways.workers(*workers),
-            gateway={"requester_rate": 10 * count, "lease_duration": "30s"},
+            gateway={"requester_rate": 10 * count, "lease_duration": "60s"},
         )
+        here, ca_pids, api_pids = {"client": os.getpid()}, {}, _pids(cluster)
         if ca == "vault":
-            place.with_vault(stack.enter_context(openbao.dev_server()))
+            bao = stack.enter_context(openbao.dev_server())
+            place.with_vault(bao)
+            ca_pids = {"OpenBao": bao.process.pid}
         else:
             place.with_openssl()
-        ca_rate, answers = ca_alone(place.write(), pems)
+        ca_run, answers = ca_alone(place.write(), pems, ca_pids | here)
         names = create_all(cluster, pems, "alone")
-        api_rate = api_alone(cluster, names, answers)
+        api_run = api_alone(cluster, names, answers, api_pids | here)
         create_all(cluster, pems, "burst")
-        gateway = stack.enter_context(gateways.running(place))
+        cluster.client().create(LEASES, _held())
+        gateway = stack.enter_context(_standing_by(place))
+        clock = _Clock(api_pids | ca_pids | {"gateway": gateway.process.pid})
+        assert cluster.client().ask("DELETE", f"{LEASES}/{_held()['metadata']['name']}").ok
         gateway.until(lambda: _are_signed(gateway, count), 600)
-        rate = count / _seconds(gateway)
+        run = clock.run(count, _seconds(gateway))
         memory = _peak_mb(gateway.process.pid)
         assert gateway.end() == 0
         return Measured(
-            requests=count, ca=ca, ca_rate=ca_rate, api_rate=api_rate, rate=rate, memory_mb=memory,
+            requests=count, ca=ca, ca_alone=ca_run, api_alone=api_run, gateway=run, memory_mb=memory,
             audited=_audited(gateway),
         )  # fmt: skip
+
+
+def _held() -> dict[str, Any]:
+    """A lease of somebody else's, so that the gateway is up and does nothing until the burst begins."""
+    spec = {"holderIdentity": "bench", "leaseDurationSeconds": 300}
+    return {"metadata": {"name": "ca-bridge-gateway"}, "spec": spec}
+
+
+@contextlib.contextmanager
+def _standing_by(place: Place) -> Iterator[gateways.Gateway]:
+    gateway = place.start()
+    try:
+        gateway.until(lambda: "standing by" in gateway.page("readyz")[1])
+        time.sleep(1)  # what was made for it is in the caches of all of them
+        yield gateway
+    finally:
+        if gateway.process.poll() is None:
+            gateway.kill()
+
+
+def _pids(cluster: ClusterApi) -> dict[str, int]:
+    assert cluster.server is not None
+    assert cluster.etcd is not None
+    return {"kube-apiserver": cluster.server.pid, "etcd": cluster.etcd.pid}
 
 
 def _seconds(gateway: gateways.Gateway) -> float:
@@ -177,7 +251,7 @@ def _seconds(gateway: gateways.Gateway) -> float:
 
 
 def _are_signed(gateway: gateways.Gateway, count: int) -> bool:
-    time.sleep(0.2)
+    time.sleep(1)  # the page has a line for each node, and is paid for by the gateway
     return gateway.metric("requests_total", signer=CLIENT_KUBELET, outcome="signed") >= count
 
 
@@ -198,13 +272,17 @@ def main(arguments: Sequence[str] | None = None, directory: Path | None = None) 
     parser = argparse.ArgumentParser(prog="python -m tests.bench.gateway", description=__doc__)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--ca", action="append", choices=["vault", "openssl"])
+    parser.add_argument("--docs", action="store_true", help="write the tables into docs/gateway.md")
     given = parser.parse_args(arguments)
     found = []
-    print(HEAD)
     for ca in given.ca or ["vault", "openssl"]:
         with tempfile.TemporaryDirectory(prefix="bench-gateway-", dir=directory) as place:
             found.append(measure(Path(place), given.requests, ca))
-            print(found[-1].row(), flush=True)
+            print("\n".join([HEAD, found[-1].row(), "", CPU_HEAD, *found[-1].cpu_rows(), ""]), flush=True)
+    if given.docs:
+        rows = [row for one in found for row in one.cpu_rows()]
+        text = "\n".join([HEAD, *(one.row() for one in found), "", CPU_HEAD, *rows])
+        write_between((directory or DOCS) / "gateway.md", START, f"{text}\n")
     return found
 
 

@@ -56,8 +56,13 @@ def test_the_backends(tmp_path: Path) -> None:
 @pytest.mark.kube("kube-apiserver", "etcd")
 def test_the_gateway(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A burst is signed, all of it is in the record, and the table has a line for it."""
-    [found] = gateway.main(["--requests", "12", "--ca", "openssl"], tmp_path)
+    page = tmp_path / "gateway.md"
+    page.write_text((gateway.DOCS / "gateway.md").read_text())
+    [found] = gateway.main(["--requests", "12", "--ca", "openssl", "--docs"], tmp_path)
     assert found.audited == 12
     assert 20 < found.memory_mb < gateway.MOST_MEMORY_MB
-    assert min(found.ca_rate, found.api_rate, found.rate) > 0
-    assert capsys.readouterr().out.count("\n| ") == 2
+    assert min(found.ca_alone.rate, found.api_alone.rate, found.gateway.rate) > 0
+    assert set(found.gateway.cpu_ms) == {"gateway", "kube-apiserver", "etcd"}
+    tables = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(tables) == 8
+    assert "\n".join(tables[-3:]) in page.read_text()

@@ -292,7 +292,7 @@ def grant_rights(cluster: ClusterApi) -> None:
         {"apiGroups": [csrs], "resources": ["certificatesigningrequests/approval"], "verbs": ["patch"]},
         {"apiGroups": [csrs], "resources": ["signers"], "verbs": ["approve", "sign"],
          "resourceNames": [CLIENT_KUBELET, SERVING, CLIENT, *OWN]},
-        {"apiGroups": [""], "resources": ["nodes"], "verbs": ["get"]},
+        {"apiGroups": [""], "resources": ["nodes"], "verbs": ["get", "list"]},
     ]  # fmt: skip
     _role(admin, USER, rules, {"kind": "User", "name": USER})
     lease = [{"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["get", "update", "create"]}]

@@ -64,6 +64,14 @@ def place_with(cluster: ClusterApi, desk: DeskProgram, directory: Path, *workers
     )
 
 
+def place_with_openssl(cluster: ClusterApi, directory: Path, *workers: str) -> Place:
+    """The same with `openssl ca`, which can say what it has signed."""
+    inventory = gateways.INVENTORY + gateways.workers(*workers)
+    place = Place(cluster=cluster, directory=directory / "gateway", inventory=inventory)
+    place.gateway.update(requester_rate=1000, node_rate=1000)
+    return place.with_openssl()
+
+
 def ask(cluster: ClusterApi, worker: str, signer: str = CLIENT_KUBELET, pem: bytes = b"", **more: Any) -> str:
     """As the worker itself; the object's name."""
     sans = hostile_csrs.honest_sans(worker) if signer == SERVING else []
@@ -335,6 +343,45 @@ def test_killed_at_each_write(
         assert audit.verify(Store(gateway.state_dir))[1] == []
     assert kills >= 3
     tried("kills of the gateway at a request of its own", kills, exact=False)
+
+
+@pytest.mark.parametrize("successor", ["one", "two"])
+def test_what_was_signed_for_a_killed_gateway_is_found(
+    cluster: ClusterApi, worker: str, tmp_path: Path, successor: str
+) -> None:
+    """Killed between signing and writing: the same replica, or another one, finds the certificate, and none is signed anew."""
+    place = place_with_openssl(cluster, tmp_path, worker)
+    index = tmp_path / "gateway/ca/index.txt"
+    pem = csr_pem(node_subject(worker))
+    with api_proxy.between(cluster, gateways.USER) as proxy:
+        place.gateway["kubeconfig"] = str(proxy.kubeconfig(cluster, gateways.USER))
+        gateway = place.start("one")
+        gateway.until_working()
+
+        def act(method: str, path: str) -> bool:
+            if method == "PATCH" and path.endswith("/approval"):
+                gateway.kill()
+                return True
+            return False
+
+        proxy.before = act
+        name = ask(cluster, worker, pem=pem)
+        gateway.process.wait(20)
+        [signed] = index.read_text().splitlines()
+        proxy.before = lambda *_: None
+        with gateways.running(place, successor) as heir:
+            leaf = leaf_for(cluster, until_signed(heir, cluster, name), pem)
+            assert index.read_text().splitlines() == [signed]
+            assert f"{leaf.serial_number:X}" in signed.upper()
+            heir.until(lambda: "installed" in [line["event"] for line in heir.audit()])
+            [found] = [line for line in heir.audit() if line["event"] == "issued" and "lost" in line["result"]]
+            assert found["certificateSha256"] == fingerprint(leaf)
+            until_signed(heir, cluster, ask(cluster, worker))  # another key is none that was signed
+            assert len(index.read_text().splitlines()) == 2
+            assert heir.end() == 0
+        with gateways.running(place, successor) as third:  # whose predecessor has given the lease back
+            until_signed(third, cluster, ask(cluster, worker))
+        assert len(index.read_text().splitlines()) == 3
 
 
 def test_the_api_server_is_killed(cluster: ClusterApi, desk: DeskProgram, worker: str, tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ def actions(api: ApiServer) -> dict[tuple[str, str], Action]:
         ("signers", "approve"): lambda who: decide(api, who, asked(api)),
         ("signers", "sign"): lambda who: issue(api, who, asked(api)),
         ("nodes", "get"): lambda who: who.ask("GET", "/api/v1/nodes/w1"),
+        ("nodes", "list"): lambda who: who.ask("GET", "/api/v1/nodes?limit=10"),
         ("leases", "get"): lambda who: who.ask("GET", LEASE),
         ("leases", "update"): lease,
     }
@@ -173,7 +174,7 @@ def test_nothing_else_is_allowed(api: ApiServer, gateway: ApiClient, tried: Call
         ("ask for a certificate", lambda who: who.create_csr(node_csr(), CLIENT, ["client auth"]), 201),
         ("label a request", lambda who: who.patch(f"{CSRS}/{other}", {"metadata": {"labels": {"a": "b"}}}), 200),
         ("delete a request", lambda who: who.ask("DELETE", f"{CSRS}/{other}"), 200),
-        ("list nodes", lambda who: who.ask("GET", "/api/v1/nodes"), 200),
+        ("watch nodes", lambda who: who.ask("GET", "/api/v1/nodes?watch=1&timeoutSeconds=1"), 200),
         ("change a node", lambda who: who.patch("/api/v1/nodes/w1", {"metadata": {"labels": {"a": "b"}}}), 200),
         ("read secrets", lambda who: who.ask("GET", f"/api/v1/namespaces/{NAMESPACE}/secrets/ca-bridge-gateway"), 200),
         ("list secrets", lambda who: who.ask("GET", "/api/v1/secrets"), 200),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import socket
 import threading
 import time
@@ -229,9 +230,10 @@ def test_what_is_written_names_the_object() -> None:
 def test_a_long_message_is_cut_to_its_end() -> None:
     """The API server repeats the request in the beginning of an error."""
     secret = "LS0tLS1CRUdJTiBDRVJUSUZJQ0FURQ" * 300
-    reply = api.Reply(status=422, document={"message": f'CSR "x" is invalid: spec.request: "{secret}": wrong'})
+    text = f'CSR "x" is invalid: spec.request: "{secret}": wrong'
+    reply = api.Reply(status=422, body=json.dumps({"message": text}).encode())
     assert reply.message == "wrong"
-    assert len(api.Reply(status=422, document={"message": secret}).message) <= 300
+    assert len(api.Reply(status=422, body=json.dumps({"message": secret}).encode()).message) <= 300
 
 
 # --- a stream ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,85 @@
+"""What the policy says to an object by what is true at this moment, and how often somebody may ask."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from bridge.errors import BridgeError
+from bridge.kubernetes import objects
+from bridge.kubernetes.node_states import NodeStates
+from bridge.kubernetes.place import Place
+from bridge.kubernetes.queue import Job
+from bridge.kubernetes.rates import Rate
+from bridge.signing.register import NodeEntry
+from bridge.signing.signer_policy import Allowed, Later, NodeState, Verdict, World, addresses_of, judge
+from bridge.signing.signer_rules import NODE_USER, spec_of
+
+
+class Judging:
+    """From several threads."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._states = NodeStates(place.api)
+        self._mutex = threading.Lock()
+        ours = place.settings.gateway
+        self._requesters, self._nodes = Rate(ours.requester_rate), Rate(ours.node_rate)
+
+    def seconds_to_wait(self, job: Job) -> float:
+        """Until one more request of this user and for this node may be looked at; 0: it was counted, and goes on."""
+        node, user, now = job.node, job.one.request.username, time.monotonic()
+        with self._mutex:
+            wait = self._requesters.wait_seconds(user, now)
+            if node is not None:
+                wait = max(wait, self._nodes.wait_seconds(f"{job.one.request.signer} {node}", now))
+            if wait:
+                return max(wait, 0.1)
+            self._requesters.take(user, now)
+            if node is not None:
+                self._nodes.take(f"{job.one.request.signer} {node}", now)
+        job.begun = True
+        return 0.0
+
+    def verdict(self, job: Job) -> Verdict:
+        """
+        By what is true now.
+
+        Raises:
+            ApiDownError: The Node object can't be looked at.
+        """
+        place, one, node = self._place, job.one, job.node
+        known, spec = place.known, spec_of(one.request.signer)
+        if spec is None or spec.authority.name not in place.authorities:
+            return Later("the policy had no table for this signer when the gateway was started; restart it")
+        entry = state = None
+        if node is not None:
+            try:
+                entry = known.entry(node)
+            except BridgeError as e:
+                return Later(str(e))
+            if entry is not None:
+                entry = known.with_dns(node, entry, addresses_of(one.request))
+                state = self._state(node, entry, one.request.username)
+        policy = known.policy
+        world = World(
+            policy=policy,
+            cluster=place.settings.node.cluster,
+            register=known.register,
+            ca_end=place.authorities[spec.authority.name].end(),
+            min_validity=place.settings.gateway.min_validity,
+            now=place.now(),
+            entry=entry,
+            state=state,
+        )
+        verdict = judge(one.request, world)
+        rules = policy.signers.get(one.request.signer)
+        needs_other = rules is not None and rules.approval == "required"
+        if isinstance(verdict, Allowed) and needs_other and not one.has(objects.APPROVED):
+            return Later("nobody has approved it yet (approval = required)")
+        return verdict
+
+    def _state(self, node: str, entry: NodeEntry, username: str) -> NodeState:
+        # a token's node is not there, as a rule; one that asks for itself may have registered this moment
+        itself = username == f"{NODE_USER}{node}"
+        return self._states.state(node, newer=itself, with_readiness=entry.rejoin and not itself)

@@ -1,0 +1,94 @@
+"""What every step works with: the settings, the API server, the CAs, the record, the queue."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Protocol
+
+from bridge.errors import BackendError, VerificationError
+from bridge.kubernetes.api import Api
+from bridge.kubernetes.authorities import AuthorityOfSigners
+from bridge.kubernetes.known_nodes import Known
+from bridge.kubernetes.ledger import About, Ledger
+from bridge.kubernetes.metrics import Metrics
+from bridge.kubernetes.objects import SigningRequest
+from bridge.kubernetes.outcomes import LeftError
+from bridge.kubernetes.queue import Queue
+from bridge.kubernetes.tickets import Tickets
+from bridge.settings.tables import Settings
+from bridge.signing.signer_rules import spec_of
+from bridge.state.audit import AuditError
+from bridge.system.state_file import StateError
+
+log = logging.getLogger("ca-bridge")
+
+
+class Holder(Protocol):
+    """Says whether this replica works."""
+
+    def is_ours(self) -> bool:
+        """At this moment."""
+        ...
+
+    def doubtful_before(self) -> datetime | None:
+        """Objects older than this may have been asked for by one who died; None: whoever worked before us has ended well."""
+        ...
+
+
+@dataclass(eq=False, kw_only=True)
+class Place:
+    """From several threads."""
+
+    settings: Settings
+    api: Api
+    known: Known
+    authorities: dict[str, AuthorityOfSigners]
+    ledger: Ledger
+    tickets: Tickets
+    metrics: Metrics
+    holder: Holder
+    now: Callable[[], datetime]
+    queue: Queue = field(default_factory=Queue)
+
+    def __post_init__(self) -> None:
+        self._identities = {name: one.identity() for name, one in self.authorities.items()}
+
+    def assert_ours(self) -> None:
+        """
+        Raises:
+            LeftError: Another replica works.
+        """
+        if not self.holder.is_ours():
+            raise LeftError("left", "another replica works", 0.5)
+
+    def about(self, one: SigningRequest, authority: AuthorityOfSigners | None = None) -> About:
+        """For lines of the record."""
+        spec = spec_of(one.request.signer)
+        if spec is None:
+            raise AssertionError("only signers that have a spec are looked at")
+        if authority is None:
+            return About.of(one, spec)
+        return About.of(one, spec, authority.label, self._identities[authority.name])
+
+    def record_quietly(self, about: About, event: str, error: BackendError | VerificationError) -> None:
+        """What has happened already; if it can't be recorded, that is said, and `/readyz` fails."""
+        try:
+            self.ledger.write(about.line(event, error=error))
+        except AuditError as e:
+            log.error("%s; the audit log lacks: %s", e, event, extra={"request": about.more["request"]})  # noqa: TRY400
+
+    def drop_ticket(self, uid: str) -> None:
+        """It has been answered, or never will be."""
+        try:
+            self.tickets.drop(uid)
+        except StateError as e:
+            log.error("%s", e, extra={"request": uid})  # noqa: TRY400
+
+    def give_up(self, uid: str, why: str) -> None:
+        """A ticket that nobody waits for any more."""
+        if self.tickets.get(uid) is not None:
+            self.drop_ticket(uid)
+            log.info("the request at the CA is given up: %s", why, extra={"request": uid})
