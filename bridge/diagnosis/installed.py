@@ -20,7 +20,7 @@ from bridge.errors import BridgeError
 from bridge.node import kubeconfig
 from bridge.node.inventory import AuthorityState, Item, Node
 from bridge.node.kubeconfig import Kubeconfig, KubeconfigError
-from bridge.pki import csr, expiry, verify
+from bridge.pki import csr, expiry, identity, verify
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates, name_text, san_entries
 from bridge.renewal.selection import ForeignIdentityError, foreign_identity
 from bridge.settings.tables import Settings
@@ -36,6 +36,7 @@ _OVERDUE_SHARE = 0.5
 #: kubeadm's users for components that run without root (feature gate RootlessControlPlane).
 _ROOTLESS = "kubeadm-"
 
+_BEFORE_JOIN = "not here yet: `kubeadm join` writes it from kubelet.conf, and refuses one that is there"
 _RESTORE = "put the right one back, from a backup (`ca-bridge backups`) or another copy"
 
 
@@ -55,7 +56,10 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
             if item.spec.kubeconfig:
                 yield from _cluster(item, anchors.get(item.spec.authority.name, ()), node, settings)
     for state in node.authorities:
-        yield from _authority(state, now)
+        if node.is_worker and state.state == "missing" and not (settings.node.kubelet_dir / "config.yaml").exists():
+            yield Finding(level="ok", check="ca", about=f"CA {state.authority.name}", text=_BEFORE_JOIN)
+        else:
+            yield from _authority(state, now)
     yield from _places(node, settings)
 
 
@@ -159,8 +163,9 @@ def _end(item: Item, settings: Settings, now: datetime) -> Finding:
         hint = "does a signer in the cluster answer the kubelet's requests (kubectl get csr)?"
         return Finding(level="warning", check="rotation", about=name, text=text, hint=hint)
     before = settings.renewal.before.of(min(end - begin, settings.renewal.validity))
-    if end - now < before * _OVERDUE_SHARE:
-        text = f"{expiry.left_text(end, now)}, and due since {expiry.minute(end - before)}"
+    due_since = max(begin, end - before)  # one that lives shorter than that is due from its first day
+    if end - now < (end - due_since) * _OVERDUE_SHARE:
+        text = f"{expiry.left_text(end, now)}, and due since {expiry.minute(due_since)}"
         hint = "does the timer or cron job run? `ca-bridge renew` does it now"
         return Finding(level="warning", check="overdue", about=name, text=text, hint=hint)
     due = ", due" if end - now < before else ""
@@ -274,8 +279,10 @@ def _chain(item: Item, authorities: Sequence[AuthorityState]) -> Iterator[Findin
 def _leads_to(leaf: x509.Certificate, intermediates: Sequence[x509.Certificate], anchor: x509.Certificate) -> bool:
     """At some time: dates are judged apart."""
     chain = (leaf, *intermediates, anchor)
-    time = min(one.not_valid_after_utc for one in chain)
-    time = max(time - timedelta(seconds=1), *(one.not_valid_before_utc for one in chain))
+    end, begin = min(one.not_valid_after_utc for one in chain), max(one.not_valid_before_utc for one in chain)
+    if end <= begin:  # such as one that ended before its CA had a new certificate with the same key
+        return identity.leads_to(chain[:-1], [anchor])
+    time = max(end - timedelta(seconds=1), begin)
     try:
         verify.verified_path(leaf, intermediates, anchor, time)
     except (NoPathError, *UNREADABLE):

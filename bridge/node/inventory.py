@@ -435,7 +435,11 @@ def _serving_items(authority: AuthorityState, kubelet: KubeletFiles) -> list[Ite
         SPECS[KUBELET_SERVER], authority, found, kubelet.certificate, kubelet.key, managed=managed, listed=False
     )
     item = _rotating(item, rotates=True) if is_asked else item
-    is_ours = not found.certificates or identity.leads_to(found.certificates, authority.certificates)
+    is_ours = not found.certificates or (
+        identity.leads_to(found.certificates, authority.certificates)
+        if authority.certificates
+        else found.certificates[-1].issuer != found.certificates[-1].subject  # a kubelet puts its own CA behind it
+    )
     return [dataclasses.replace(item, foreign=not is_ours)]
 
 

@@ -47,6 +47,8 @@ def parse_release(text: str) -> Release | None:
 class NoFactError(BridgeError):
     """Something that a name is made of is not known; nothing is guessed."""
 
+    hint = "--kubeadm-config FILE names kubeadm's configuration, which has what is missing"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:

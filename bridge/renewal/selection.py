@@ -245,7 +245,7 @@ def assert_known(names: Collection[str]) -> None:
     Raises:
         SettingsError: One of the names is none of a certificate.
     """
-    unknown = [name for name in names if name != ALL and name not in SPECS]
+    unknown = list(dict.fromkeys(name for name in names if name != ALL and name not in SPECS))
     if unknown:
         wanted = f"names of certificates ({', '.join(SPECS)}) or {ALL}"
         found = ", ".join(name_found(name, [*SPECS, ALL]) for name in unknown)

@@ -111,6 +111,10 @@ def test_a_worker(first: NewNode, other: NewNode) -> None:
     assert parsed.ca_data is not None
     assert "controlPlane" not in join_yaml(other)
     assert other.run("check", "--worker").returncode == 0
+    looked = other.bridge.run("doctor")
+    assert looked.returncode == 0, looked.stdout  # ca.crt is kubeadm's to write, and kubelet.crt the CA's
+    assert "kubeadm join" in looked.stdout
+    assert "made by the kubelet itself" not in looked.stdout
 
 
 def test_what_hurts_a_cluster_is_found_before_it_joins(other: NewNode, shared: bytes) -> None:

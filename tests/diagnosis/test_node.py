@@ -14,6 +14,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.x509 import load_pem_x509_certificate
 
 from bridge.diagnosis import findings
 from bridge.diagnosis.examination import examine
@@ -392,6 +396,39 @@ def test_finds_a_planted_fault_by_name(
 
     places = {"pki": site.pki.pki_dir, "home": site.home, "bridge": site.bridge.directory}
     assert (level, check, about.format_map(places)) in site.wrong()
+
+
+def test_a_certificate_that_lives_shorter_than_it_is_due_is_not_overdue_at_once(site: Site) -> None:
+    """super-admin.conf of `bootstrap init` lives eight days, and no night has passed it over on the first."""
+    with_cas(site)
+    short = {"validity": "8d", "before": "7d", "min_validity": "1d", "shorter": "allow"}
+    site.bridge.add("renewal", short)
+    assert site.bridge.run("renew", "super-admin.conf").returncode == 0
+    site.edit(site.bridge.config, 'validity = "8d"\nbefore = "7d"', 'validity = "365d"\nbefore = "30d"')
+
+    assert site.wrong() == set()
+    site.later = timedelta(days=5)
+    assert site.wrong() == {("warning", "overdue", "super-admin.conf")}
+
+
+def test_a_certificate_that_ended_before_its_cas_new_one_began_is_of_that_ca(site: Site) -> None:
+    """The CA was renewed with its key when all had expired; only dates speak against the certificates."""
+    certificate, key = site.pki.ca_pem("etcd-ca")
+    begin = datetime.now(UTC) + timedelta(days=380)
+    old = load_pem_x509_certificate(certificate)
+    private = load_pem_private_key(key, None)
+    assert isinstance(private, RSAPrivateKey | EllipticCurvePrivateKey)
+    new = sample_pki.ca_certificate("etcd-ca", private, begin, begin + timedelta(days=3650))
+    assert new.subject == old.subject
+    (site.pki.pki_dir / "etcd/ca.crt").write_bytes(pem(new))
+    site.later = timedelta(days=400)
+
+    found = {(check, about) for _, check, about in site.wrong()}
+    assert ("expired", "etcd-peer") in found
+    assert not {one for one in found if one[0] == "pair-of-another-ca"}
+    stranger = sample_pki.ca_certificate("etcd-ca", generate_key("ecdsa-p256"), begin, begin + timedelta(days=3650))
+    (site.pki.pki_dir / "etcd/ca.crt").write_bytes(pem(stranger))
+    assert ("error", "pair-of-another-ca", "etcd-peer") in site.wrong()
 
 
 # --- what takes more than a file ---------------------------------------------------------------------------------------
