@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from bridge.cli.printing import say
+from bridge.cli.printing import columns, say, width_here
 from bridge.errors import Exit
 from bridge.node import inventory
 from bridge.node.expiry_report import ExpiryReport, Row, report
@@ -153,9 +153,16 @@ def _cells(row: Row, *authority: str) -> tuple[str, ...]:
 
 
 def _align(rows: Sequence[Sequence[str]]) -> str:
-    """As Go's `tabwriter.NewWriter(writer, 10, 4, 3, ' ', 0)`: the last cell of a row is not padded."""
+    """
+    As Go's `tabwriter.NewWriter(writer, 10, 4, 3, ' ', 0)`: the last cell of a row is not padded.
+
+    On a terminal that is too narrow for it, as all our tables: what does not fit goes on below.
+    """
+    most = width_here()
     widths = [max(10, 3 + max(map(len, column))) for column in zip(*rows, strict=True)][:-1]
-    lines = ("".join(map(str.ljust, row, widths)) + row[-1] for row in rows)
+    lines = ["".join(map(str.ljust, row, widths)) + row[-1] for row in rows]
+    if most is not None and max(len(line.rstrip()) for line in lines) > most:
+        lines = list(columns([[cell.rstrip() for cell in row] for row in rows], most))
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,22 @@ class Command(TyperCommand):
         if examples:
             with formatter.section("Examples"):
                 for line, sentence in examples:
-                    formatter.write(f"  {line}\n      {sentence}\n")
+                    formatter.write(f"{_copied(line, formatter.width)}\n{_told(sentence, formatter.width)}\n")
+
+
+def _copied(line: str, width: int) -> str:
+    """An example, which a shell takes as it is shown: where it is too wide its lines end with a backslash."""
+    return " \\\n".join(_wrapped(line, width - len(" \\"), "  ", "    "))
+
+
+def _told(sentence: str, width: int) -> str:
+    return "\n".join(_wrapped(sentence, width, " " * 6, " " * 6))
+
+
+def _wrapped(text: str, width: int, first: str, others: str) -> list[str]:
+    return textwrap.wrap(
+        text, width, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
+    )
 
 
 class Group(TyperGroup):

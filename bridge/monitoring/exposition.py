@@ -57,7 +57,7 @@ def text(found: ExpiryReport, due: Mapping[str, datetime], known: Known | None) 
         due: From when on each certificate is due, by name.
         known: None: this user may not see it.
     """
-    leaves = [*found.certificates, *(row for row in found.extra if row.authority)]
+    leaves = [row for row in found.rows if row.authority]
     cas = [*found.authorities, *(row for row in found.extra if not row.authority)]
     parts = [
         _metric(

@@ -423,6 +423,29 @@ def test_prometheus(damaged: Pki) -> None:
     assert sum(line.startswith("# TYPE ") for line in lines) == 4
 
 
+def test_a_narrow_terminal_breaks_no_word(damaged: Pki, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns that don't fit go on below, and all words of the wide table are there."""
+    wide = table(found_report(damaged))
+    monkeypatch.setenv("COLUMNS", "80")
+    narrow = table(found_report(damaged))
+    rows = [line for line in narrow.splitlines() if str(damaged.root) not in line]  # a path stays whole
+    assert max(map(len, wide.splitlines())) > 80 >= max(map(len, rows))
+    assert sorted(narrow.split()) == sorted(wide.split())
+
+
+def test_the_worst_expiry_is_first_for_a_monitor(damaged: Pki) -> None:
+    """Without a kubelet's client certificate a rebooted node stays down: it comes before kubeadm's, once it ends soon."""
+    for name in ("client-certificate", "client-key"):
+        path = damaged.kubeconfig_dir / "kubelet.conf"
+        path.write_text(re.sub(f"{name}-data: .*", f"{name}: pki/apiserver.crt", path.read_text()))
+
+    def first(now: datetime) -> str:
+        text = exposition.text(found_report(damaged, now=now), {}, None)
+        return text.partition('ca_bridge_certificate_not_after_seconds{name="')[2].partition('"')[0]
+
+    assert (first(NOW - 300 * DAY), first(NOW + DAY)) == ("admin.conf", "kubelet.conf")
+
+
 def test_prometheus_labels_are_escaped(node: Pki, tmp_path: Path) -> None:
     """A path may hold what ends a label."""
     strange = tmp_path / 'a"b\\c\nd'
