@@ -281,7 +281,7 @@ class OpensslBackend:
             if self._revoked is None or time.monotonic() - self._revoked[0] > _REVOKED_FOR_SECONDS:
                 self._revoked = time.monotonic(), self.issuers()[0].subject, self._database().revoked()
             _, subject, serials = self._revoked
-            return certificate.issuer == subject and certificate.serial_number in serials
+            return certificate.serial_number in serials and certificate.issuer == subject
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
         """

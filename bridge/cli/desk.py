@@ -55,7 +55,7 @@ def sign(
 def _dry_run(desk: Desk, session: Session) -> list[int]:
     """Judge everything, write and sign nothing."""
     codes = []
-    for job in session.work(desk).jobs:
+    for job in session.work(desk).jobs(None):
         desk.judged(job)
         good = [request.name for request in job.to_sign]
         if good:

@@ -344,6 +344,19 @@ def loads_request(data: bytes) -> RequestBundle:
     return bundle
 
 
+def loads_digested(data: bytes) -> tuple[RequestBundle, str]:
+    """
+    A request bundle and its `digest`, which was computed to read it.
+
+    Raises:
+        BundleError: As `loads_request`.
+    """
+    document = _parse(data)
+    if document.get("schema") != REQUEST_SCHEMA:
+        raise BundleError("schema", REQUEST_SCHEMA, _found(document.get("schema")))
+    return _read_request_bundle(document), document["digest"]
+
+
 def loads_answer(data: bytes) -> AnswerBundle:
     """
     An answer bundle. Whether the answers are right is not checked here: see `bridge.pki.verify`.

@@ -9,18 +9,17 @@ runs, the next window is read and judged. What a CA answers is in the journal be
 from __future__ import annotations
 
 import os
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
-from itertools import count, groupby, islice
+from itertools import groupby
 from typing import Protocol
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.contract import (
     Backend,
@@ -53,7 +52,7 @@ from bridge.signing import preflight, registry
 from bridge.signing.desk_archive import Answered
 from bridge.signing.desk_journal import Asked, Journal
 from bridge.signing.desk_policy import Policy, PolicyVerdict, judge
-from bridge.signing.desk_workers import CHUNK, AnsweredBundle, Judgement, Workers, compared, for_request, judged
+from bridge.signing.desk_workers import AnsweredBundle, Judgement, ReadAhead, Workers, compared, for_request
 from bridge.signing.hearsay import HearsayError, collected
 from bridge.specs import AUTHORITIES, SPECS, USER
 from bridge.state import audit
@@ -62,8 +61,6 @@ from bridge.state import audit
 #: time, so that `openssl ca`'s own start and its rewriting of a long index become a small part. Three windows are in
 #: memory at a time.
 _FIRST_WINDOW, _LARGEST_WINDOW = 250, 1000
-#: Lots of bundles that are at the workers while the next are read.
-_CHUNKS_AHEAD = 8
 #: Writing an answer is mostly waiting for the disk.
 _DELIVERIES = 4
 #: Of a backend that signs one by one: of how many at a time is written down that they are being asked for.
@@ -96,10 +93,7 @@ class Job:
     digest: str  #: The bundle's.
     label: str  #: For messages, such as the bundle's file.
     deliver: Callable[[AnswerBundle], str]  #: Brings the answer to where it belongs, and says where that is.
-    data: bytes = b""  #: The bundle as it was read; empty: it came as something else.
-    number: int = 0  #: In the order in which they were read.
-    chunk: int = 0  #: With which it was at the workers.
-    foreseen: Mapping[str, PolicyVerdict] = field(default_factory=dict)  #: What a worker has judged.
+    ahead: ReadAhead | None = None  #: What a worker has read and judged.
     earlier: Mapping[str, Issued] = field(default_factory=dict)  #: Of an answer that is there already.
     answered: Mapping[str, Answered] = field(default_factory=dict)  #: Signed before; no second time.
     again: set[str] = field(default_factory=set)  #: Names whose answer is an earlier run's.
@@ -145,6 +139,7 @@ class _CA:
     configured: registry.Configured
     backend: Backend | None
     outage: registry.Outage
+    revocations: TellsRevoked | None = None  #: The backend, where it can tell.
     #: With which the origin of what is replaced is told.
     certificates: tuple[x509.Certificate, ...] = ()
     anchors: tuple[x509.Certificate, ...] = ()
@@ -201,33 +196,15 @@ class Desk:
             self._ask_person(self._approve, job)
         return job
 
-    def _foreseen(self, jobs: Iterable[Job]) -> Iterator[Job]:
-        """The same, in their order, while workers judge those that come next."""
-        if not self._workers:
-            yield from jobs
-            return
-        ahead: deque[tuple[list[Job], Future[list[dict[str, PolicyVerdict]] | None]]] = deque()
-        numbers = count()
-        for chunk_number, chunk in enumerate(_chunks(jobs)):
-            for job in chunk:
-                job.number, job.chunk = next(numbers), chunk_number
-            cas = {name: tuple(map(_der, self._cas[name].certificates)) for name in self._opened(chunk)}
-            by = Judgement(policy=self._policy, cas=cas, now=self._now(), without_proof=self._without_proof)
-            bundles = {job.number: job.data for job in chunk}
-            ahead.append((chunk, self._workers.submit(chunk_number, judged, bundles, by)))
-            if len(ahead) > _CHUNKS_AHEAD:
-                yield from _with_verdicts(*ahead.popleft())
-        while ahead:
-            yield from _with_verdicts(*ahead.popleft())
-
-    def _opened(self, jobs: Iterable[Job]) -> set[str]:
-        """Authorities whose CA can be used."""
-        requests = [request for job in jobs for request in job.bundle.requests]
-        return {request.authority for request in requests if self._trouble(request) is None}
+    def judgement(self) -> Judgement:
+        """By what workers judge: the CAs that were opened, since a bundle wanted them."""
+        cas = {name: ca.certificates for name, ca in self._cas.items() if ca.trouble is None}
+        return Judgement(policy=self._policy, cas=cas, now=self._now(), without_proof=self._without_proof)
 
     def _judge(self, job: Job, request: BundledRequest, ca: _CA) -> None:
         try:
-            verdict = job.foreseen.get(request.name) or judge(
+            foreseen = job.ahead.read.verdicts.get(request.name) if job.ahead is not None else None
+            verdict = foreseen or judge(
                 request, job.bundle, self._policy, ca.certificates, self._now(), self._without_proof
             )
         except Exception as e:  # noqa: BLE001 (whatever is wrong with a request: the others are to be signed)
@@ -290,6 +267,7 @@ class Desk:
             configured=configured,
             backend=backend,
             outage=outage,
+            revocations=opened if isinstance(opened, TellsRevoked) else None,
             certificates=certificates,
             anchors=anchors,
             wrong=wrong,
@@ -360,11 +338,11 @@ class Desk:
         Sign what may be signed, and deliver the answers; a job's own errors are its troubles.
 
         Args:
-            jobs: With their bytes, if there are workers.
+            jobs: To be signed; some of them were read by the workers.
             journal: What was asked and answered.
             record: The audit record.
             observer: Who looks on.
-            workers: Judge and compare ahead of it; None: it does all of it by itself.
+            workers: Compare what they have read; None: it does all of it by itself.
 
         Raises:
             AuditError: The record could not be written; what was signed is in the journal, and was not delivered.
@@ -373,7 +351,7 @@ class Desk:
         self._workers = workers
         with ThreadPoolExecutor(1) as signing:
             last: tuple[list[Job], Future[None]] | None = None
-            for window in _windows(map(self.judged, self._foreseen(jobs))):
+            for window in _windows(map(self.judged, jobs)):
                 future = signing.submit(self._sign, window, journal)
                 if last is not None:
                     self._finish(*last, journal, record, observer)
@@ -459,20 +437,28 @@ class Desk:
 
     def _compared(self, window: Sequence[Job]) -> Iterator[tuple[Job, Mapping[str, str]]]:
         """Each job, with what workers found by comparing its answers with its requests."""
-        if not self._workers:
-            yield from ((job, {}) for job in window)
-            return
-        names = {request.authority for job in window for request in job.bundle.requests} & self._cas.keys()
-        by = {name: self._sendable(name) for name in names}
-        chunks = [(number, list(some)) for number, some in groupby(window, lambda job: job.chunk)]
-        answers = [self._workers.submit(number, compared, list(map(_answered, some)), by) for number, some in chunks]
-        for (_, some), answer in zip(chunks, answers, strict=True):
-            found = answer.result() or [{} for _ in some]
-            yield from zip(some, found, strict=True)
+        by = {name: self._expectation(name, ca.anchors) for name, ca in self._cas.items()}
+        parts = [(chunk, list(some)) for chunk, some in groupby(window, lambda job: job.ahead and job.ahead.chunk)]
+        answers = [self._ask_worker(chunk, some, by) for chunk, some in parts]
+        for (_, some), answer in zip(parts, answers, strict=True):
+            found = answer.result() if answer is not None else None
+            yield from zip(some, found or [{} for _ in some], strict=True)
 
-    def _sendable(self, authority: str) -> tuple[Expectation, tuple[bytes, ...]]:
-        anchors = self._cas[authority].anchors
-        return replace(self._expectation(authority, anchors), anchors=()), tuple(map(_der, anchors))
+    def _ask_worker(
+        self, chunk: int | None, jobs: Sequence[Job], by: Mapping[str, Expectation]
+    ) -> Future[list[dict[str, str]] | None] | None:
+        """The worker that has read them; None: none has."""
+        if chunk is None or not self._workers:
+            return None
+        answered = [
+            AnsweredBundle(
+                number=job.ahead.number,
+                answers={name: answer for name, answer in job.answers.items() if isinstance(answer, Issued)},
+            )
+            for job in jobs
+            if job.ahead is not None
+        ]
+        return self._workers.submit(chunk, compared, answered, by)
 
     def _verify(self, job: Job, reasons: Mapping[str, str]) -> None:
         """What a CA signed wrongly is not sent; the node would refuse it, too."""
@@ -540,31 +526,6 @@ class Desk:
         return replace(answer, signature=signatures.sign(self._answer_key, answer_message(answer)))
 
 
-def _chunks(jobs: Iterable[Job]) -> Iterator[list[Job]]:
-    every = iter(jobs)
-    while chunk := list(islice(every, CHUNK)):
-        yield chunk
-
-
-def _with_verdicts(chunk: Sequence[Job], verdicts: Future[list[dict[str, PolicyVerdict]] | None]) -> Sequence[Job]:
-    for job, foreseen in zip(chunk, verdicts.result() or [{} for _ in chunk], strict=True):
-        job.foreseen = foreseen
-    return chunk
-
-
-def _answered(job: Job) -> AnsweredBundle:
-    chains = {
-        name: tuple(map(_der, (answer.leaf, *answer.intermediates)))
-        for name, answer in job.answers.items()
-        if isinstance(answer, Issued)
-    }
-    return AnsweredBundle(number=job.number, data=job.data, chains=chains)
-
-
-def _der(certificate: x509.Certificate) -> bytes:
-    return certificate.public_bytes(Encoding.DER)
-
-
 def _windows(jobs: Iterable[Job]) -> Iterator[list[Job]]:
     window: list[Job] = []
     size, enough = 0, _FIRST_WINDOW
@@ -585,8 +546,8 @@ def _revoked(ca: _CA, request: BundledRequest) -> list[str]:
     Raises:
         BackendError: The CA can tell, and does not now.
     """
-    backend, old = ca.backend, request.replaces
-    if old is None or not isinstance(backend, TellsRevoked) or not ca.outage.ask(lambda: backend.is_revoked(old)):
+    revocations, old = ca.revocations, request.replaces
+    if old is None or revocations is None or not ca.outage.ask(lambda: revocations.is_revoked(old)):
         return []
     return [f"proof: wanted one by a certificate that is not revoked, found that of serial {serial_hex(old)}, which is"]
 

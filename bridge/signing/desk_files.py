@@ -23,7 +23,6 @@ from bridge.pki.bundle import (
     CARRIED,
     MAX_BUNDLE_BYTES,
     AnswerBundle,
-    Bundle,
     BundleError,
     IncompleteBundleError,
     RequestBundle,
@@ -43,7 +42,7 @@ from bridge.signing.desk import Desk, Job, Observer
 from bridge.signing.desk_archive import Archive, archive_directory
 from bridge.signing.desk_journal import Journal
 from bridge.signing.desk_policy import Policy, parse
-from bridge.signing.desk_workers import WORTHWHILE, Workers
+from bridge.signing.desk_workers import GARBAGE, WORTHWHILE, ReadAhead, Workers
 from bridge.state import audit
 from bridge.state.store import Store
 from bridge.system.console import log
@@ -56,8 +55,6 @@ POLICY_NAME = "desk-policy.toml"
 #: A copy that has not grown for so long will not be whole any more.
 STALE = timedelta(minutes=10)
 _ANSWER_MODE = 0o644  #: Certificates are public, and who fetches it is another user.
-#: Objects made until Python looks for cycles: a fleet's bundles are many objects with none, and looking takes a twentieth.
-_GARBAGE = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,11 +141,20 @@ def load_answer_key(policy: Policy) -> PrivateKeyTypes | None:
     return key
 
 
+@dataclass(frozen=True, slots=True)
+class _InboxFile:
+    """What lay in the inbox, as it was read."""
+
+    path: Path
+    data: bytes
+    status: os.stat_result
+
+
 @dataclass(kw_only=True)
 class Work:
-    """Jobs as they are read."""
+    """What there is to sign."""
 
-    jobs: Iterator[Job]
+    jobs: Callable[[Workers | None], Iterator[Job]]  #: As they are read, with the help of workers.
     total: int  #: Bundles; known before the first is read.
 
 
@@ -188,7 +194,7 @@ class Session:
             BridgeError: Nothing could be begun; everything later is told as it happens.
         """
         self._store.prepare()
-        gc.set_threshold(_GARBAGE)
+        gc.set_threshold(GARBAGE)
         with lock(self._store.lock, "ca-bridge sign", wait), contextlib.ExitStack() as stack:
             journal = stack.enter_context(Journal(self._store.directory / "desk-answers.jsonl", self._now()))
             record = stack.enter_context(audit.Record(self._store, self._settings.audit))
@@ -197,7 +203,7 @@ class Session:
             _sweep(self._options.out)
             workers = Workers(None if work.total >= WORTHWHILE else 0)
             stack.callback(workers.close)
-            desk.run(work.jobs, journal, record, stack.enter_context(observed(work.total)), workers)
+            desk.run(work.jobs(workers), journal, record, stack.enter_context(observed(work.total)), workers)
         return work.total
 
     def work(self, desk: Desk) -> Work:
@@ -210,9 +216,11 @@ class Session:
         source, out = self._options.source, self._options.out
         if not source.is_dir():
             beside = source.with_name(f"{source.stem}{answer_suffix(self._settings.authorities)}")
-            return Work(jobs=iter([self._one_bundle(source, out or beside)]), total=1)
+            bundle = self._one_bundle(source, out or beside)
+            return Work(jobs=lambda _: iter([bundle]), total=1)
         if self._options.node or self._options.cluster or (out is None and csr_directory.find(source)):
-            return Work(jobs=iter([self._csrs(desk)]), total=1)
+            csrs = self._csrs(desk)
+            return Work(jobs=lambda _: iter([csrs]), total=1)
         if out is None or out.resolve() == source.resolve():
             raise BridgeError(f"{source}: wanted another directory for the answers", hint="name it with -o")
         if not out.is_dir():
@@ -220,7 +228,7 @@ class Session:
         names = _names_in(source)
         if not names:
             self._assert_inbox(source)
-        return Work(jobs=self._inbox(source, out, names), total=len(names))
+        return Work(jobs=lambda workers: self._inbox(desk, source, out, names, workers), total=len(names))
 
     def _assert_inbox(self, source: Path) -> None:
         """
@@ -244,52 +252,71 @@ class Session:
             raise BridgeError(f"{path}: wanted a request bundle, found: {e}") from None
         except BundleError as e:
             raise BridgeError(f"{path}: {e}", hint=e.hint) from None
-        return self._job(bundle, data, path, out, lambda: None)
+        return self._job(bundle, digest(bundle), data, path, out, lambda: None)
 
-    def _inbox(self, inbox: Path, outbox: Path, names: Sequence[str]) -> Iterator[Job]:
-        for name in names:
+    def _inbox(
+        self, desk: Desk, inbox: Path, outbox: Path, names: Sequence[str], workers: Workers | None
+    ) -> Iterator[Job]:
+        files = self._files(inbox, names)
+        read = workers.read_ahead(files, desk.judgement) if workers is not None else ((file, None) for file in files)
+        for file, ahead in read:
             try:
-                job = self._inbox_job(inbox / name, outbox)
+                job = self._inbox_job(file, outbox, ahead)
             except BridgeError as e:
-                self._passed_over(one_line(inbox / name), e)
+                self._passed_over(one_line(file.path), e)
             else:
                 if job is not None:
                     yield job
 
-    def _inbox_job(self, path: Path, outbox: Path) -> Job | None:
+    def _files(self, inbox: Path, names: Sequence[str]) -> Iterator[_InboxFile]:
+        """Read once what lies there: these bytes are judged, and these are archived."""
+        for path in map(inbox.joinpath, names):
+            if path.suffix == ".csr":
+                self._passed_over(one_line(path), _a_csr())
+                continue
+            try:
+                yield _InboxFile(path, *read_once(path))
+            except FileNotFoundError:
+                continue  # taken back
+            except UnreadableError as e:
+                text = f"wanted a file of at most {MAX_BUNDLE_BYTES} bytes with a bundle, found: {e}"
+                self._passed_over(one_line(path), BridgeError(text))
+
+    def _inbox_job(self, file: _InboxFile, outbox: Path, ahead: ReadAhead | None) -> Job | None:
         """
-        Read once what lies there: these bytes are judged, and these are archived.
+        Args:
+            file: What lay there.
+            outbox: For the answer.
+            ahead: What a worker has read in it; None: none has.
 
         Returns:
             None: nothing to sign.
 
         Raises:
-            BridgeError: It is no bundle, or can't be read.
+            BridgeError: It is no bundle.
         """
         try:
-            data, status = read_once(path)
-            bundle = _bundle(path, data)
-        except FileNotFoundError:
-            return None  # taken back
-        except UnreadableError as e:
-            raise BridgeError(f"wanted a file of at most {MAX_BUNDLE_BYTES} bytes with a bundle, found: {e}") from None
+            bundle = ahead.read.bundle if ahead is not None else loads(file.data)
         except IncompleteBundleError as e:
-            if self._now().timestamp() - status.st_mtime > STALE.total_seconds():
+            if self._now().timestamp() - file.status.st_mtime > STALE.total_seconds():
                 raise BridgeError(f"not whole since {STALE}: {e}", hint=e.hint) from None
-            log.info("%s: left alone, as it is still being copied", one_line(path))
+            log.info("%s: left alone, as it is still being copied", one_line(file.path))
             return None
         if isinstance(bundle, AnswerBundle):
             return None  # both ways through one directory
-        asked = digest(bundle)
+        asked = ahead.read.digest if ahead is not None else digest(bundle)
         if asked in self._seen:
-            log.info("%s: the same bundle once more; the next run puts it away", one_line(path))
+            log.info("%s: the same bundle once more; the next run puts it away", one_line(file.path))
             return None
         self._seen.add(asked)
         out = outbox / file_names(bundle.node, asked, self._settings.authorities)[1]
-        return self._job(bundle, data, path, out, lambda: _remove(path, status))
+        job = self._job(bundle, asked, file.data, file.path, out, lambda: _remove(file.path, file.status))
+        job.ahead = ahead
+        return job
 
-    def _job(self, bundle: RequestBundle, data: bytes, path: Path, out: Path, remove: Callable[[], None]) -> Job:
-        asked = digest(bundle)
+    def _job(
+        self, bundle: RequestBundle, asked: str, data: bytes, path: Path, out: Path, remove: Callable[[], None]
+    ) -> Job:
         answered = self._archive.answers(bundle)
 
         def deliver(answer: AnswerBundle) -> str:
@@ -301,7 +328,6 @@ class Session:
 
         return Job(
             bundle=bundle,
-            data=data,
             digest=asked,
             label=one_line(path),
             deliver=deliver,
@@ -347,16 +373,9 @@ def _names_in(inbox: Path) -> list[str]:
     )
 
 
-def _bundle(path: Path, data: bytes) -> Bundle:
-    """
-    Raises:
-        BundleError: It is none.
-        BridgeError: It is a CSR.
-    """
-    if path.suffix == ".csr":
-        hint = "kubeadm's CSRs are signed in a directory of their own: `sign DIR --node NAME --cluster NAME`"
-        raise BridgeError("wanted a request bundle, found a CSR", hint=hint)
-    return loads(data)
+def _a_csr() -> BridgeError:
+    hint = "kubeadm's CSRs are signed in a directory of their own: `sign DIR --node NAME --cluster NAME`"
+    return BridgeError("wanted a request bundle, found a CSR", hint=hint)
 
 
 def _whose(source: Path) -> BridgeError:

@@ -1,31 +1,36 @@
 """
 Processes that do the desk's arithmetic ahead of it: read a bundle, verify its signatures, apply the policy, compare.
 
-What they do is pure: no CA, no file, no clock. They get bytes and answer with words. The desk computes for itself what
-they did not, so that a worker that can't be started or is killed costs time and nothing else.
+What they do is pure: no CA, no file, no clock. They get bytes, and answer with the bundle that was in them and with
+words. The desk computes for itself what they did not, so that a worker that can't be started or is killed costs time and
+nothing else.
 A worker ends with the desk, even with one that is killed, since then its standard input ends.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import lru_cache
+from itertools import count, islice
 from multiprocessing.connection import Connection
-from typing import TypeVar
+from multiprocessing.reduction import ForkingPickler
+from typing import Protocol, TypeVar
 
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.contract import Issued, SignRequest
 from bridge.errors import VerificationError
 from bridge.pki import verify
-from bridge.pki.bundle import RequestBundle, loads_request, sign_request
+from bridge.pki.bundle import BundleError, RequestBundle, loads_digested, sign_request
 from bridge.pki.verify import Expectation
 from bridge.signing.desk_policy import Policy, PolicyVerdict, judge
 from bridge.specs import USER
@@ -38,74 +43,107 @@ _MOST = 4
 _LEAST_SHARE = 2  #: Of what a user asks for.
 #: Bundles that a worker gets at once.
 CHUNK = 20
+#: Bundles are many objects with no cycle: looking for some as often as usual takes a fifth of a worker's time.
+GARBAGE = 100_000
+#: Lots of bundles that are at the workers while the next are read.
+_CHUNKS_AHEAD = 8
 _SERVE = "from bridge.signing.desk_workers import serve; serve()"
 
 _Answer = TypeVar("_Answer")
 
 
+class _HasData(Protocol):
+    """A file that may be a bundle."""
+
+    @property
+    def data(self) -> bytes:
+        """Its content."""
+
+
+_File = TypeVar("_File", bound=_HasData)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
-    """By what requests are judged; certificates as DER, by authority."""
+    """By what requests are judged."""
 
     policy: Policy
-    cas: Mapping[str, tuple[bytes, ...]]
+    cas: Mapping[str, tuple[x509.Certificate, ...]]  #: By authority.
     now: datetime
     without_proof: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReadBundle:
+    """A request bundle as a worker has read it."""
+
+    bundle: RequestBundle
+    digest: str  #: The bundle's.
+    verdicts: Mapping[str, PolicyVerdict]  #: By name; none for what is to be judged at the desk.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AnsweredBundle:
-    """One bundle, and the chains that its CAs answered with, by name; DER."""
+    """What the CAs answered to the bundle with this number, by name."""
 
     number: int
-    data: bytes
-    chains: Mapping[str, tuple[bytes, ...]]
+    answers: Mapping[str, Issued]
 
-
-#: Without anchors, which can't be sent: those are beside it, as DER.
-Comparison = Mapping[str, tuple[Expectation, tuple[bytes, ...]]]
 
 # --- in the worker ----------------------------------------------------------------------------------------------------
 
-#: Bundles that were judged and will be compared, by the desk's number.
+#: Bundles that were read and will be compared, by the desk's number.
 _known: dict[int, RequestBundle] = {}
 
 
-def judged(bundles: Mapping[int, bytes], by: Judgement) -> list[dict[str, PolicyVerdict]]:
-    """What the policy says to each request of these bundles, by name; none for what can't be judged here."""
-    verdicts = []
+def read(bundles: Mapping[int, bytes], by: Judgement) -> list[ReadBundle | None]:
+    """These bundles with what the policy says to each request of them; None: the desk has to say what it is."""
+    found: list[ReadBundle | None] = []
     for number, data in bundles.items():
-        bundle = _known[number] = loads_request(data)
-        found = {}
-        for request in bundle.requests:
-            with contextlib.suppress(Exception):  # the desk judges it by itself, and tells what is wrong
-                cas = _loaded(by.cas[request.authority])
-                found[request.name] = judge(request, bundle, by.policy, cas, by.now, by.without_proof)
-        verdicts.append(found)
+        try:
+            bundle, digest = loads_digested(data)
+        except BundleError:
+            found.append(None)
+            continue
+        _known[number] = bundle
+        found.append(ReadBundle(bundle=bundle, digest=digest, verdicts=_verdicts(bundle, by)))
+    return found
+
+
+def _verdicts(bundle: RequestBundle, by: Judgement) -> dict[str, PolicyVerdict]:
+    verdicts = {}
+    for request in bundle.requests:
+        with contextlib.suppress(Exception):  # the desk judges it by itself, and tells what is wrong
+            cas = by.cas[request.authority]
+            verdicts[request.name] = judge(request, bundle, by.policy, cas, by.now, by.without_proof)
     return verdicts
 
 
-def compared(answered: Sequence[AnsweredBundle], by: Comparison) -> list[dict[str, str]]:
-    """Why each certificate is not what was asked for, by name; empty: it is."""
+def compared(answered: Sequence[AnsweredBundle], by: Mapping[str, Expectation]) -> list[dict[str, str]]:
+    """
+    Why each certificate is not what was asked for, by name; empty: it is.
+
+    Of a bundle that is not known here nothing is said. Those with lower numbers are not asked for any more.
+    """
     reasons = []
     for one in answered:
-        bundle = _known.pop(one.number, None) or loads_request(one.data)
-        by_name = {request.name: request for request in bundle.requests}
-        found = {}
-        for name, (leaf, *intermediates) in one.chains.items():
-            expected, anchors = by[by_name[name].authority]
-            issued = Issued(
-                leaf=x509.load_der_x509_certificate(leaf),
-                intermediates=tuple(map(x509.load_der_x509_certificate, intermediates)),
-            )
-            found[name] = _reason(issued, sign_request(by_name[name], bundle), expected, _loaded(anchors))
-        reasons.append(found)
+        bundle = _known.pop(one.number, None)
+        by_name = {request.name: request for request in bundle.requests} if bundle is not None else {}
+        reasons.append(
+            {
+                name: _reason(issued, sign_request(by_name[name], bundle), by[by_name[name].authority])
+                for name, issued in one.answers.items()
+                if bundle is not None
+            }
+        )
+    for number in [number for number in _known if number < min(one.number for one in answered)]:
+        del _known[number]
     return reasons
 
 
-def _reason(issued: Issued, request: SignRequest, expected: Expectation, anchors: tuple[x509.Certificate, ...]) -> str:
+def _reason(issued: Issued, request: SignRequest, expected: Expectation) -> str:
     try:
-        verify.check(issued, request, for_request(request, replace(expected, anchors=anchors)))
+        verify.check(issued, request, for_request(request, expected))
     except VerificationError as e:
         return e.reason
     return ""
@@ -117,20 +155,33 @@ def for_request(request: SignRequest, expected: Expectation) -> Expectation:
     return replace(expected, min_validity=min(expected.min_validity, least)) if request.spec == USER else expected
 
 
-@lru_cache(maxsize=64)
-def _loaded(certificates: tuple[bytes, ...]) -> tuple[x509.Certificate, ...]:
-    return tuple(map(x509.load_der_x509_certificate, certificates))
-
-
 def serve() -> None:
     """Be a worker: tasks come in on standard input, answers go out on standard output, until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at the terminal is the desk's to answer
+    gc.freeze()
+    gc.set_threshold(GARBAGE)
     tasks, answers = Connection(os.dup(0), writable=False), Connection(os.dup(1), readable=False)
     os.dup2(2, 1)  # nothing else writes where the answers go
     with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
         while True:
             task, arguments = tasks.recv()
             answers.send(task(*arguments))
+
+
+# --- between them -----------------------------------------------------------------------------------------------------
+
+
+def _certificate(der: bytes) -> x509.Certificate:
+    return x509.load_der_x509_certificate(der)
+
+
+def _csr(der: bytes) -> x509.CertificateSigningRequest:
+    return x509.load_der_x509_csr(der)
+
+
+# both sides are this program, and what was looked through once is not looked through again
+ForkingPickler.register(x509.Certificate, lambda one: (_certificate, (one.public_bytes(Encoding.DER),)))
+ForkingPickler.register(x509.CertificateSigningRequest, lambda one: (_csr, (one.public_bytes(Encoding.DER),)))
 
 
 # --- at the desk ------------------------------------------------------------------------------------------------------
@@ -173,6 +224,31 @@ class _Worker:
         self.process.wait()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadAhead:
+    """What a worker has read, and which."""
+
+    number: int  #: In the order in which they were read.
+    chunk: int  #: With which it was at the worker.
+    read: ReadBundle
+
+
+def _chunks(files: Iterable[_File]) -> Iterator[list[_File]]:
+    every = iter(files)
+    while chunk := list(islice(every, CHUNK)):
+        yield chunk
+
+
+def _arrived(
+    files: Sequence[_File],
+    numbers: Iterable[int],
+    chunk: int,
+    answer: Future[list[ReadBundle | None] | None],
+) -> Iterator[tuple[_File, ReadAhead | None]]:
+    for file, number, one in zip(files, numbers, answer.result() or [None for _ in files], strict=True):
+        yield file, None if one is None else ReadAhead(number=number, chunk=chunk, read=one)
+
+
 class Workers:
     """One worker for each processor, or none."""
 
@@ -194,6 +270,29 @@ class Workers:
         """Have a task done by the worker that does all of this chunk; the answer is None when it can't."""
         worker = self._workers[chunk % len(self._workers)]
         return worker.thread.submit(worker.ask, task, arguments)
+
+    def read_ahead(
+        self, files: Iterable[_File], by: Callable[[], Judgement]
+    ) -> Iterator[tuple[_File, ReadAhead | None]]:
+        """
+        Each file in its order, as a worker has read it while the desk was at earlier ones; None: no worker has.
+
+        Args:
+            files: Taken some ahead.
+            by: Asked for each chunk. The first chunk is waited for: it tells which CAs there are to judge by.
+        """
+        if not self._workers:
+            yield from ((file, None) for file in files)
+            return
+        ahead: deque[tuple[Sequence[_File], Mapping[int, bytes], int, Future[list[ReadBundle | None] | None]]] = deque()
+        numbers = count()
+        for chunk, some in enumerate(_chunks(files)):
+            bundles = {next(numbers): file.data for file in some}
+            ahead.append((some, bundles, chunk, self.submit(chunk, read, bundles, by())))
+            if len(ahead) > (_CHUNKS_AHEAD if chunk else 0):
+                yield from _arrived(*ahead.popleft())
+        while ahead:
+            yield from _arrived(*ahead.popleft())
 
     def close(self) -> None:
         """End them."""

@@ -274,10 +274,23 @@ class Outage:
             BackendUnavailableError: It stayed so.
             BackendRefusedError: At once.
         """
-        from tenacity import Retrying, retry_if_exception_type  # noqa: PLC0415 (25 ms; only where a CA is asked)
-
         if self._gave_up is not None:  # the other requests of this run do not wait for the same answer
             raise BackendUnavailableError(str(self._gave_up), hint=self._gave_up.hint)
+        try:
+            return self._once(question)
+        except BackendUnavailableError as e:
+            first = [e]
+
+        def again() -> T:
+            if first:
+                raise first.pop()
+            return self._once(question)
+
+        return self._ask_again(again)
+
+    def _ask_again(self, question: Callable[[], T]) -> T:
+        from tenacity import Retrying, retry_if_exception_type  # noqa: PLC0415 (25 ms; only where a CA was unavailable)
+
         policy = Retrying(
             retry=retry_if_exception_type(BackendUnavailableError),
             stop=lambda state: self._is_over(state.upcoming_sleep),
@@ -288,7 +301,7 @@ class Outage:
             reraise=True,
         )
         try:
-            return cast(T, policy(self._once, question))
+            return policy(question)
         except BackendUnavailableError as e:
             self._gave_up = e
             raise

@@ -8,23 +8,32 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.cli.app import app
 from bridge.contract import Issued
 from bridge.errors import Exit
-from bridge.pki.bundle import AnswerBundle, Refusal, RequestBundle, dumps, loads_answer, request_file_name, sign_request
+from bridge.pki.bundle import (
+    AnswerBundle,
+    Refusal,
+    RequestBundle,
+    digest,
+    dumps,
+    loads_answer,
+    request_file_name,
+    sign_request,
+)
 from bridge.pki.csr import PrivateKey
 from bridge.pki.verify import Expectation
 from bridge.signing import desk_workers
 from bridge.signing.desk_policy import judge, parse
-from bridge.signing.desk_workers import AnsweredBundle, Judgement, Workers, compared, judged
+from bridge.signing.desk_workers import AnsweredBundle, Judgement, Workers, compared, read
 from bridge.system.waiting import wait_until
 from tests.kit.bundles import changed, make_bundle, old_pairs
 from tests.kit.desks import POLICY, Desk, make_desk
@@ -56,10 +65,6 @@ def workers() -> Iterator[Workers]:
     made.close()
 
 
-def der(certificate: x509.Certificate) -> bytes:
-    return certificate.public_bytes(Encoding.DER)
-
-
 def put(desk_: Desk, bundle: RequestBundle) -> None:
     (desk_.inbox / request_file_name(bundle)).write_bytes(dumps(bundle))
 
@@ -80,20 +85,23 @@ def answers_of(desk_: Desk) -> dict[str, AnswerBundle]:
 
 def judgement(pki: Pki) -> tuple[Judgement, x509.Certificate]:
     ca = x509.load_pem_x509_certificate(pki.ca_pem("ca")[0])
-    by = Judgement(policy=parse(POLICY), cas={"ca": (der(ca),)}, now=NOW, without_proof=frozenset())
+    by = Judgement(policy=parse(POLICY), cas={"ca": (ca,)}, now=NOW, without_proof=frozenset())
     return by, ca
 
 
-def test_a_worker_judges_as_the_desk_does(pki: Pki, pairs: Pairs, workers: Workers) -> None:
-    """The same verdict on good and bad requests; what it can't judge it leaves to the desk."""
+def test_a_worker_reads_and_judges_as_the_desk_does(pki: Pki, pairs: Pairs, workers: Workers) -> None:
+    """The same bundle, digest and verdicts on good and bad requests; what it can't judge it leaves to the desk."""
     good = make_bundle(pairs)
     made = [good, changed(good, "apiserver", proof=None), changed(good, "apiserver", authority="etcd-ca")]
     by, ca = judgement(pki)
 
-    verdicts = workers.submit(0, judged, dict(enumerate(map(dumps, made))), by).result()
+    found = workers.submit(0, read, dict(enumerate([*map(dumps, made), b"{", b'{"schema": 1}'])), by).result()
 
     wanted = [{one.name: judge(one, each, by.policy, [ca], NOW) for one in each.requests} for each in made]
-    assert verdicts is not None
+    assert found is not None
+    assert found[3:] == [None, None]
+    verdicts = [one.verdicts for one in found if one is not None]
+    assert [(one.bundle, one.digest) for one in found if one is not None] == [(one, digest(one)) for one in made]
     assert verdicts[:2] == wanted[:2]
     assert verdicts[1]["apiserver"].problems
     assert not verdicts[0]["apiserver"].problems
@@ -101,20 +109,48 @@ def test_a_worker_judges_as_the_desk_does(pki: Pki, pairs: Pairs, workers: Worke
 
 
 def test_a_worker_compares_as_the_desk_does(pki: Pki, pairs: Pairs, workers: Workers) -> None:
-    """The bundle with this number is compared, whatever else was judged; an old certificate is not the answer."""
-    first, second = make_bundle(pairs), make_bundle(pairs)
+    """The bundle with this number is compared, whatever else was read; an old certificate is not the answer."""
+    made = [make_bundle(pairs) for _ in range(3)]
     by, ca = judgement(pki)
-    workers.submit(0, judged, {7: dumps(first), 8: dumps(second)}, by).result()
-    expected = Expectation(anchors=(), anchor_name="ca.crt", now=NOW, min_validity=timedelta(days=300))
-    old = {name: (der(pair[0]),) for name, pair in pairs.items()}
+    workers.submit(0, read, {7 + number: dumps(one) for number, one in enumerate(made)}, by).result()
+    expected = Expectation(anchors=(ca,), anchor_name="ca.crt", now=NOW, min_validity=timedelta(days=300))
+    old = {name: Issued(leaf=pair[0]) for name, pair in pairs.items()}
 
-    reasons = workers.submit(
-        0, compared, [AnsweredBundle(number=8, data=dumps(second), chains=old)], {"ca": (expected, (der(ca),))}
-    ).result()
+    def reasons(number: int) -> dict[str, str]:
+        found = workers.submit(0, compared, [AnsweredBundle(number=number, answers=old)], {"ca": expected}).result()
+        assert found is not None
+        return found[0]
 
-    assert reasons is not None
-    assert all("public key: wanted the key of the CSR" in reason for reason in reasons[0].values())
-    assert reasons[0].keys() == pairs.keys()
+    second = reasons(8)
+    assert all("public key: wanted the key of the CSR" in reason for reason in second.values())
+    assert second.keys() == pairs.keys()
+    assert reasons(8) == reasons(7) == {}  # known no more, and so left to the desk
+    assert reasons(9).keys() == pairs.keys()
+
+
+def test_the_first_chunk_tells_by_which_cas_the_others_are_judged(pki: Pki, pairs: Pairs, workers: Workers) -> None:
+    """It is waited for; the others are at the workers while it is dealt with."""
+    by, _ = judgement(pki)
+    files = [Lying(dumps(make_bundle(pairs))) for _ in range(desk_workers.CHUNK + 1)]
+    arrived: list[int | None] = []
+    asked = []
+
+    def opened() -> Judgement:
+        asked.append(len(arrived))
+        return by if arrived else replace(by, cas={})
+
+    for file, ahead in workers.read_ahead([*files, Lying(b"nothing")], opened):
+        assert (ahead is None) == (file.data == b"nothing")
+        arrived.append(len(ahead.read.verdicts) if ahead is not None else None)
+    assert asked == [0, desk_workers.CHUNK]
+    assert arrived == [*(0 for _ in range(desk_workers.CHUNK)), len(pairs), None]
+
+
+@dataclass
+class Lying:
+    """A file."""
+
+    data: bytes
 
 
 def test_a_large_inbox_is_answered_as_a_small_one(desk_: Desk, pairs: Pairs) -> None:
@@ -172,7 +208,7 @@ def test_what_a_worker_finds_wrong_does_not_go_out(desk_: Desk, pairs: Pairs, mo
         if task is not compared:
             return real(self, chunk, task, *arguments)
         found: Future[Any] = Future()
-        found.set_result([dict.fromkeys(one.chains, "subject: another") for one in arguments[0]])
+        found.set_result([dict.fromkeys(one.answers, "subject: another") for one in arguments[0]])
         return found
 
     monkeypatch.setattr(Workers, "submit", submit)
