@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -475,11 +476,23 @@ def _referring_item(
     found = _certificates_in(certificate_path)
     if found.state == "missing":
         trouble = f"wanted the certificate {certificate_path} that {path} refers to, found nothing"
+        if spec == _KUBELET:
+            trouble += _older(certificate_path)
         found = _Found(state="broken", trouble=trouble)
     rotates = spec == _KUBELET
     managed = not rotates or authority.key == "external"
     item = _item(spec, authority, found, certificate_path, key_path, managed=managed, listed=spec.listed)
     return dataclasses.replace(item, rotates=rotates)
+
+
+def _older(current: Path) -> str:
+    """What brings a kubelet's certificate back where only the symlink is lost; empty: nothing is left beside it."""
+    dated = f"kubelet-client-{'-'.join(['[0-9]' * 4, *['[0-9][0-9]'] * 5])}.pem"
+    found = max((path.name for path in current.parent.glob(dated)), default="")
+    if not found or current.name != "kubelet-client-current.pem":
+        return ""
+    back = shlex.join(["ln", "-sfn", str(current.with_name(found)), str(current)])
+    return f"; an older one is beside it: `{back}`, then renew it"
 
 
 def _item(

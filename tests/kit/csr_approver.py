@@ -1,7 +1,7 @@
 """
 The rules of kubelet-csr-approver 1.2 (postfinance), in Python: its Go module is not on the module proxy.
 
-As its README has them, with its defaults but one: names are looked up in a table instead of the DNS.
+As its README and its source (internal/controller) have them, in their order, with its defaults but one: names are looked up in a table instead of the DNS.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -202,6 +203,38 @@ def test_an_embedded_one_becomes_a_reference(make: Make) -> None:
     assert back.returncode == 0, back.stderr
     assert worker.conf.read_bytes() == before
     assert list(worker.pki_dir.iterdir()) == []
+
+
+@pytest.mark.parametrize("lost", ["symlink", "file"])
+def test_a_reference_to_nothing_says_what_brings_it_back(make: Make, lost: str) -> None:
+    """Where older files are left, the command in the message is enough for `renew`, though the file has expired."""
+    worker = make(days_ago=370)
+    current = worker.pki_dir / "kubelet-client-current.pem"
+    if lost == "symlink":
+        current.unlink()
+    else:
+        older = worker.pki_dir / "kubelet-client-2026-01-01-00-00-00.pem"
+        current.resolve().rename(older)
+    run = worker.bridge.run("renew")
+    assert run.returncode == 1
+    found = re.search("`(ln -sfn .*?)`", run.stderr)
+    assert found is not None, run.stderr
+    assert found[1] in worker.bridge.run("doctor").stdout.replace("\n", "")
+    subprocess.run(shlex.split(found[1]), check=True)
+    run = worker.bridge.run("renew")
+    assert run.returncode == 0, run.stderr
+    assert current.resolve().name > "kubelet-client-2026-01-02"
+
+
+def test_nothing_beside_it_is_proposed(make: Make) -> None:
+    """Other files than a kubelet's dated ones are none."""
+    worker = make()
+    current = worker.pki_dir / "kubelet-client-current.pem"
+    current.resolve().rename(worker.pki_dir / "kubelet-client-x;reboot.pem")
+    run = worker.bridge.run("renew")
+    assert run.returncode == 1
+    assert "found nothing" in run.stderr
+    assert "ln -sfn" not in run.stderr
 
 
 # --- what it serves with ---------------------------------------------------------------------------------------------
