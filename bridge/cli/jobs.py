@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from bridge.errors import SettingsError, SettingsProblem
+from bridge.node.kubelet_files import KubeletFiles
 from bridge.settings.load import DEFAULT_FILE
 from bridge.settings.tables import NodeSettings, Settings
 from bridge.signing import registry
@@ -29,8 +30,6 @@ _DESK = {
 }
 _DESK_INBOX, _DESK_OUTBOX = "/srv/desk/inbox", "/srv/desk/outbox"
 _DESK_CRONTAB = "ca-bridge-desk"
-#: A kubelet may keep a copy of its old certificate there, which a restart takes away.
-_KUBELET_PKI = Path("/var/lib/kubelet/pki")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +91,7 @@ def _places(settings: Settings, desk: Desk | None) -> Places:
     options = ["--config", str(file.absolute())] if file is not None and file != DEFAULT_FILE else []
     node, usual = settings.node, NodeSettings()
     paths = {str(usual.kubeconfig_dir): str(node.kubeconfig_dir), str(usual.state_dir): str(node.state_dir)}
-    writable, maybe = [node.kubeconfig_dir, node.pki_dir], [_KUBELET_PKI]
+    writable, maybe = [node.kubeconfig_dir, node.pki_dir], _kubelets(node)
     if desk is not None:
         _assert_absolute(inbox=desk.inbox, outbox=desk.outbox)
         paths |= {_DESK_INBOX: str(desk.inbox), _DESK_OUTBOX: str(desk.outbox)}
@@ -110,6 +109,12 @@ def _places(settings: Settings, desk: Desk | None) -> Places:
         writable=_outermost(writable),
         maybe_writable=maybe,
     )
+
+
+def _kubelets(node: NodeSettings) -> list[Path]:
+    """Where the kubelet's certificates are, by its own configuration."""
+    found = KubeletFiles.load(node.kubelet_dir)
+    return _outermost([found.directory, found.certificate.parent, found.key.parent])
 
 
 def _outermost(paths: Sequence[Path]) -> list[Path]:

@@ -120,6 +120,18 @@ def test_a_unit_may_write_metrics_and_copies(config: Path, tmp_path: Path) -> No
         assert (place in before, place in after) == (False, True)
 
 
+def test_a_unit_may_write_where_the_kubelets_certificates_are(config: Path, tmp_path: Path) -> None:
+    """By the settings and the kubelet's own configuration; a desk's may not."""
+    kubelet = tmp_path / "kubelet"
+    kubelet.mkdir()
+    config.write_text(config.read_text().replace("[node]\n", f'[node]\nkubelet_dir = "{kubelet}"\n'))
+    assert f" -{kubelet}/pki\n" in setup(config, "systemd").stdout
+    (kubelet / "config.yaml").write_text("tlsCertFile: /srv/tls/a.crt\ntlsPrivateKeyFile: /srv/keys/a.key\n")
+    assert f" -{kubelet}/pki -/srv/tls -/srv/keys\n" in setup(config, "systemd").stdout
+    desk = setup(config, "systemd", "--inbox", "/srv/i", "--outbox", "/srv/o", "--user", "root")
+    assert "/srv/tls" not in desk.stdout
+
+
 def test_half_a_desk_and_a_relative_place_are_refused(config: Path) -> None:
     """Before anything is printed."""
     for arguments in (["--inbox", "/srv/i"], ["--inbox", "i", "--outbox", "/srv/o"]):
