@@ -55,6 +55,11 @@ max_validity = "{{validity}}"
 bootstrap_groups = ["system:bootstrappers:kubeadm:default-node-token"]
 [signer."{SERVING}"]
 """
+#: A container that was killed again and again is started again soon: kubelets wait up to five minutes by default.
+KUBELET = """\
+serverTLSBootstrap: true
+crashLoopBackOff: {maxContainerRestartPeriod: 5s}
+"""
 #: Where a kubelet keeps what it uses, by what it is for.
 CURRENT = {"client": "kubelet-client-current.pem", "serving": "kubelet-server-current.pem"}
 
@@ -126,15 +131,19 @@ class GatewayCluster:
         ]
         subprocess.run(command, check=True, capture_output=True)
 
-    def kill_api_server(self) -> None:
-        """As the kernel would, for want of memory; its kubelet starts another one."""
+    def kill_api_server(self) -> bool:
+        """As the kernel would, for want of memory; its kubelet starts another one. False: none ran."""
         found = self.control_plane.crictl(
             "ps", "--name", "kube-apiserver", "--state", "running", "--quiet"
         ).stdout.split()
         template = ("inspect", "--output", "go-template", "--template", "{{.info.pid}}")
         for container in found:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(
+                ProcessLookupError, ValueError, subprocess.CalledProcessError
+            ):  # it has just ended
                 os.kill(int(self.control_plane.crictl(*template, container).stdout), signal.SIGKILL)
+                return True
+        return False
 
 
 @contextlib.contextmanager
@@ -152,9 +161,7 @@ def running(place_dir: Path, *, validity: str, number: int = 140) -> Iterator[Ga
     keys = place_dir / "ca-keys"
     with contextlib.ExitStack() as stack:
         bao = stack.enter_context(_openbao(place_dir / "bao"))
-        first = stack.enter_context(
-            Node.up(names[0], ips[0], ca_dir=keys, cluster=CLUSTER, kubelet="serverTLSBootstrap: true")
-        )
+        first = stack.enter_context(Node.up(names[0], ips[0], ca_dir=keys, cluster=CLUSTER, kubelet=KUBELET))
         api = _api(ips[0], keys, place_dir / "api")
         place = _place(api, bao, place_dir, validity, dict(zip(names, ips, strict=True)))
         cluster = GatewayCluster(nodes=[first], api=api, bao=bao, place=place)
@@ -235,6 +242,7 @@ class Figures:
     kills: Counter[str] = field(default_factory=Counter)
     hostile: Counter[str] = field(default_factory=Counter)  #: By what became of them.
     takeovers: list[float] = field(default_factory=list)  #: Seconds until another gateway worked.
+    outages: list[float] = field(default_factory=list)  #: Seconds that the API server did not answer.
     signed: int = 0
     wrong: list[str] = field(default_factory=list)
 
@@ -245,6 +253,7 @@ class Figures:
         yield f"least time left in use: {min(self.least_left.values(), default=0):.0f} s"
         yield f"killed: {', '.join(f'{kind} {count} times' for kind, count in sorted(self.kills.items()))}"
         yield f"takeovers: {len(self.takeovers)}, longest {max(self.takeovers, default=0):.1f} s"
+        yield f"API server away: {len(self.outages)} times, longest {max(self.outages, default=0):.0f} s"
         yield f"hostile requests: {', '.join(f'{kind} {count}' for kind, count in sorted(self.hostile.items()))}"
         yield f"certificates signed: {self.signed}; wrong: {len(self.wrong)}"
 
@@ -252,11 +261,14 @@ class Figures:
 class Motion:
     """Lets a cluster go on for a while, kills, asks and watches."""
 
-    def __init__(self, cluster: GatewayCluster, seed: int) -> None:
+    def __init__(self, cluster: GatewayCluster, seed: int, tell: Callable[[str], None] = lambda _: None) -> None:
+        """Prepare; `tell` gets what was seen by then, once a minute."""
         self._cluster = cluster
+        self._tell = tell
         self._random = random.Random(seed)  # noqa: S311 (to kill by, not to hide by)
         self._end = threading.Event()
         self._known: dict[str, int] = {}
+        self._objects: dict[str, dict[str, Any]] = {}  #: By uid, as each was last seen: the cluster clears them away.
         self.figures = Figures()
 
     def run(self, seconds: float, kills: Mapping[float, str] | None = None, *, pause: float = 40) -> Figures:
@@ -284,7 +296,7 @@ class Motion:
             return go
 
         began = time.monotonic()
-        threads = [threading.Thread(target=guarded(work)) for work in (self._watch, self._ask)]
+        threads = [threading.Thread(target=guarded(work)) for work in (self._watch, self._ask, self._collect)]
         for thread in threads:
             thread.start()
         try:
@@ -312,14 +324,14 @@ class Motion:
     def _kill(self, what: str) -> None:
         cluster = self._cluster
         if what == "gateway":
-            name = wait_for("a gateway that works", cluster.holder, seconds=90)
+            name = wait_for("a gateway that works", cluster.holder, seconds=300)
             began = time.monotonic()
             cluster.gateways[name].kill()
-            wait_for("another gateway that works", cluster.holder, seconds=30)
+            wait_for("another gateway that works", cluster.holder, seconds=60)
             self.figures.takeovers.append(time.monotonic() - began)
             cluster.start_gateway(name)
         elif what == "API server":
-            cluster.kill_api_server()
+            wait_for("an API server to kill", cluster.kill_api_server, seconds=300)
         else:
             cluster.bao.stop()
             time.sleep(self._random.uniform(2, 10))
@@ -354,19 +366,34 @@ class Motion:
         certificate, key = self._cluster.api.credentials(f"system:node:{worker.name}", "system:nodes")
         url, trust = self._cluster.api.url, self._cluster.api.pki_dir / "ca.crt"
         who = ApiClient(user=worker.name, url=url, trust=trust, pair=(str(certificate), str(key)))
+        answered, away = time.monotonic(), False
         for number in itertools.count():
             if self._end.wait(2):
                 return
             signer, text = next(tries)
-            with contextlib.suppress(requests.RequestException, ValueError):  # it was killed
+            try:
                 who.create_csr(text, signer, gateways.USAGES[signer], name=f"hostile-{number}")
+            except (requests.RequestException, ValueError):  # it was killed
+                away = True
+                continue
+            if away:
+                self.figures.outages.append(time.monotonic() - answered)
+            answered, away = time.monotonic(), False
+
+    def _collect(self) -> None:
+        """Once a minute all objects: those whose certificate has ended are cleared away by the hour."""
+        admin = self._cluster.admin
+        while not self._end.wait(60):
+            self._objects |= {one["metadata"]["uid"]: one for one in _objects(admin) or ()}
+            self._tell("; ".join(self.figures.lines()))
 
     def _judge(self) -> None:
-        """Every object: whose certificate it is, by the inventory and not by what was asked."""
+        """Every object that there was: whose certificate it is, by the inventory and not by what was asked."""
         addresses = {node.name: node.ip for node in self._cluster.nodes}
         admin = self._cluster.admin
-        objects = wait_for("the API server", lambda: _objects(admin), seconds=90)
-        for one in objects:
+        last = wait_for("the API server", lambda: _objects(admin), seconds=300)
+        self._objects |= {one["metadata"]["uid"]: one for one in last}
+        for one in self._objects.values():
             name, state = one["metadata"]["name"], gateways.state_of(one)
             if name.startswith("hostile-"):
                 self.figures.hostile[state] += 1
