@@ -39,6 +39,7 @@ A real cluster of Kubernetes 1.37 without a CA key: one control plane, two worke
 Every certificate of a kubelet comes from OpenBao through two gateways, and lives {VALIDITY.removesuffix("m")} minutes.
 Every {PAUSE_SECONDS:.0f} seconds on average one of them is killed by SIGKILL: the gateway that works, OpenBao, or the API server, whose kubelet starts it again after 5 seconds at most (`crashLoopBackOff.maxContainerRestartPeriod`).
 A worker's kubelet asks every two seconds for what it may not have.
+Kubelets ask for the next certificate at a moment of their own between 70 and 90 % of the time, so that at the latest about a minute is left.
 
 | in {figures.seconds / 60:.0f} minutes | |
 | --- | --- |
