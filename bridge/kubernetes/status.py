@@ -7,12 +7,13 @@ import threading
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from socket import socket
+from socket import SHUT_RDWR, socket
 from typing import Any
 
 from bridge.errors import BridgeError
 
-#: Connections at a time; more are closed at once, so that nobody can use up the threads.
+#: Connections at a time, so that nobody can use up the threads; with one more the oldest is closed, so that whoever holds
+#: them all open can't keep the kubelet's probes out, and have the gateway killed.
 _MOST_CONNECTIONS = 16
 _SECONDS = 5
 
@@ -21,23 +22,31 @@ Page = Callable[[], tuple[int, str]]
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128  # with socketserver's 5, a few at once wait for TCP to try again
     pages: dict[str, Page]
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
-        self._room = threading.BoundedSemaphore(_MOST_CONNECTIONS)
+        self._open: dict[socket | tuple[bytes, socket], None] = {}
+        self._mutex = threading.Lock()
         super().__init__(address, handler)
 
     def process_request(self, request: socket | tuple[bytes, socket], client_address: Any) -> None:
-        if self._room.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
+        with self._mutex:
+            if len(self._open) >= _MOST_CONNECTIONS:
+                oldest = next(iter(self._open))
+                del self._open[oldest]
+                if isinstance(oldest, socket):
+                    with contextlib.suppress(OSError):
+                        oldest.shutdown(SHUT_RDWR)  # which wakes its thread; that closes it
+            self._open[request] = None
+        super().process_request(request, client_address)
 
     def process_request_thread(self, request: socket | tuple[bytes, socket], client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._room.release()
+            with self._mutex:
+                self._open.pop(request, None)
 
     def handle_error(self, *_: object) -> None:
         """A client that went away is nobody's trouble."""

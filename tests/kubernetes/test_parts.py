@@ -304,11 +304,15 @@ def test_numbers_are_in_prometheus_form() -> None:
 
 
 def test_many_connections_use_up_nothing() -> None:
-    """Those that say nothing are closed, and whoever asks is answered."""
+    """Whoever holds more of them open than there may be, keeps no probe out."""
     pages = {"/healthz": lambda: (200, "ok\n")}
     with status.serving(("127.0.0.1", 0), pages) as port:
-        silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(12)]
+        silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
         assert requests.get(f"http://127.0.0.1:{port}/healthz", timeout=5).text == "ok\n"
+        assert silent[0].recv(1) == b""  # closed
+        silent[-1].settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            silent[-1].recv(1)
         assert requests.get(f"http://127.0.0.1:{port}/else", timeout=5).status_code == 404
         for connection in silent:
             connection.close()
