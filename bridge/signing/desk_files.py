@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from bridge.pki.certificates import load_pem_certificates
 from bridge.pki.expiry import is_due
 from bridge.settings.load import DEFAULT_FILE, assert_ours
 from bridge.settings.tables import RenewalSettings, Settings
-from bridge.signing import csr_directory
+from bridge.signing import csr_directory, register
 from bridge.signing.desk import Desk, Job, Observer
 from bridge.signing.desk_archive import Archive, archive_directory
 from bridge.signing.desk_journal import Journal
@@ -96,17 +96,30 @@ def load_policy(settings: Settings, path: Path | None) -> Policy:
         SettingsError: There is none, it can't be read, or not everything in it is right.
     """
     path = path or policy_path(settings)
+    policy = parse(_text(path, "a policy file", "desk-policy.toml"), path)
+    if (inventory := policy.desk.inventory) is None:
+        return policy
+    nodes = register.parse(_text(inventory, "the inventory that desk.inventory names", "inventory.toml"), inventory)
+    return replace(policy, nodes=nodes)
+
+
+def _text(path: Path, wanted: str, example: str) -> str:
+    """
+    Raises:
+        SettingsError: It is not there, it can't be read, or somebody else may write to it.
+    """
     try:
         assert_ours(path)
         data = read(path)
     except (OSError, UnreadableError) as e:
         found = str(e.strerror if isinstance(e, OSError) else e)
-        raise SettingsError([SettingsProblem("", "a policy file", found, path)]) from None
+        raise SettingsError([SettingsProblem("", wanted, found, path)]) from None
     if data is None:
-        hint = "config/desk/desk-policy.toml, which is installed with the program, is one to begin with"
-        raise SettingsError([SettingsProblem("", "a policy file", "none", path)], hint=hint)
+        where = "desk" if example == POLICY_NAME else "gateway"
+        hint = f"config/{where}/{example}, which is installed with the program, is one to begin with"
+        raise SettingsError([SettingsProblem("", wanted, "none", path)], hint=hint)
     try:
-        return parse(data.decode(), path)
+        return data.decode()
     except UnicodeDecodeError as e:
         raise SettingsError([SettingsProblem("", "UTF-8 text", f"byte {e.start} is not", path)]) from None
 

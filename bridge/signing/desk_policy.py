@@ -30,6 +30,7 @@ from bridge.pki.durations import duration_text
 from bridge.pki.expiry import minute
 from bridge.settings.reader import Reader, Source
 from bridge.signing import user_requests
+from bridge.signing.register import Register
 from bridge.signing.rules import (
     CN_OID,
     LONGEST_SHOWN,
@@ -44,7 +45,7 @@ from bridge.signing.rules import (
 )
 from bridge.signing.signer_rules import SignerRules, read_signers
 from bridge.signing.user_requests import UserRules
-from bridge.specs import EKU, KEY_ALGORITHMS, SPECS, USER
+from bridge.specs import EKU, KEY_ALGORITHMS, KUBELET_SERVER, SPECS, USER
 from bridge.words import one_line
 
 _CLOCKS_DIFFER = timedelta(days=1)
@@ -89,6 +90,8 @@ class DeskSettings:
     #: A private key in PEM, not encrypted, that answers are signed with; None: they are not signed.
     answer_key: Path | None = None
     archive: Path | None = None  #: For bundles that are done; without it in the state directory.
+    #: The nodes with their names and addresses, as the gateway has them: SANs of `kubelet-server`.
+    inventory: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +162,7 @@ class Policy:
     desk: DeskSettings = field(default_factory=DeskSettings)
     certificates: Mapping[str, CertificateRules] = field(default_factory=dict)
     signers: Mapping[str, SignerRules] = field(default_factory=dict)  #: By the certificates API's name.
+    nodes: Register | None = None  #: Of `desk.inventory`.
     users: UserRules | None = None  #: None: the desk signs for none.
 
 
@@ -300,7 +304,17 @@ def _what(request: BundledRequest, bundle: RequestBundle, policy: Policy, *, pro
         yield f"CSR: wanted one that asks for SANs and nothing else, found {', '.join(others)} too"
     old = request.replaces if proven else None
     yield from _subject_problems(request.name, request.csr, rules, policy.allow, bundle.node, old)
+    if request.name == KUBELET_SERVER and policy.nodes is not None and rules.sans is None:
+        rules = dataclasses.replace(rules, sans=_listed(policy.nodes, bundle.node))
+        if not rules.sans:
+            yield f"node: wanted one that the inventory ({policy.desk.inventory}) has, and does not block, found {bundle.node}"
     yield from _san_problems(request.name, request.csr, rules, bundle.node, old)
+
+
+def _listed(nodes: Register, name: str) -> tuple[str, ...]:
+    """What the inventory lets a node be called in its kubelet's certificate; nothing of one that it blocks or has not."""
+    entry = nodes.nodes.get(name)
+    return () if entry is None or entry.blocked else tuple(sorted(value for _, value in entry.sans(name)))
 
 
 def name_problems(
@@ -380,7 +394,11 @@ def _san_problems(
     if rules.sans is None and old is not None:
         wanted, others = "those of the replaced certificate", found.keys() - old.keys()
     else:
-        more_by = f" (the policy's [certificate.{name}] sans says what else)" if rules.sans is None else ""
+        more_by = (
+            f" (the policy's [certificate.{name}] sans{', or desk.inventory,' if name == KUBELET_SERVER else ''} says what else)"
+            if rules.sans is None
+            else ""
+        )
         wanted = f"{one_of(texts)}{more_by}"
         others = {entry for entry in found if not any(matches(*entry, text) for text in texts)}
     if others:

@@ -430,10 +430,8 @@ def test_over_the_air_gap(bare: Worker, tmp_path: Path) -> None:
     own = bare.served()
     said, code = carried()
     assert "proof: wanted the certificate that is replaced, found none" in said
-    assert (
-        f"SAN: wanted {NODE} (the policy's [certificate.kubelet-server] sans says what else), found IP:{ADDRESS}"
-        in said
-    )
+    words = "the policy's [certificate.kubelet-server] sans, or desk.inventory, says what else"
+    assert f"SAN: wanted {NODE} ({words}), found IP:{ADDRESS}" in said
     assert (code, bare.served() == own) == (5, True)
 
     said, code = carried("--without-proof", "kubelet-server", names=("kubelet-server",))
@@ -452,5 +450,22 @@ def test_over_the_air_gap(bare: Worker, tmp_path: Path) -> None:
 
     said, code = carried()
     assert (said, code, bare.served() != first) == ("", 0, True)
-    assert bare.bridge.run("rollback", "--force").returncode == 0
-    assert bare.served() == first
+    inventory = tmp_path / "desk/inventory.toml"
+    policy = desk.policy.read_text().replace("[desk]\n", f'[desk]\ninventory = "{inventory}"\n')
+    desk.policy.write_text(policy.partition("[certificate.kubelet-server]")[0])
+    for entry, wrong in (
+        (f'[node.w9]\naddresses = ["{ADDRESS}"]\n', "node: wanted one that the inventory"),
+        (f'[node.{NODE}]\naddresses = ["{ADDRESS}"]\nblocked = true\n', "node: wanted one that the inventory"),
+        (f'[node.{NODE}]\naddresses = ["192.0.2.11"]\n', f"found IP:{ADDRESS}"),
+        (f'[node.{NODE}]\naddresses = ["{ADDRESS}"]\n', ""),
+    ):
+        inventory.write_text(entry)
+        said, code = carried(names=("kubelet-server",))
+        assert (wrong in said, code) == (True, 5 if wrong else 0), (entry, said)
+        assert said or not wrong
+    assert san_entries(bare.served()) == san_entries(first)
+    inventory.unlink()
+    (tmp_path / "none.json").write_text("{}")
+    refused = desk.run("sign", str(tmp_path / "none.json"), "-o", str(tmp_path / "none-answer.json"))
+    assert refused.returncode == 2
+    assert "desk.inventory" in refused.stderr

@@ -649,7 +649,8 @@ def test_the_example_is_a_policy() -> None:
     assert policy.certificates == {}
     defaults = replace(policy.allow, names=commented.allow.names)
     assert replace(commented.allow) == defaults
-    assert commented.certificates.keys() == {"apiserver", "admin.conf", "kubelet.conf"}
+    assert commented.certificates.keys() == {"apiserver", "admin.conf", "kubelet-server", "kubelet.conf"}
+    assert commented.desk.inventory is not None
 
 
 def _is_prose(line: str) -> bool:
