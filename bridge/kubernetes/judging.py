@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 from bridge.errors import BridgeError
 from bridge.kubernetes import objects
@@ -12,7 +13,7 @@ from bridge.kubernetes.place import Place
 from bridge.kubernetes.queue import Job
 from bridge.kubernetes.rates import Rate
 from bridge.signing.register import NodeEntry
-from bridge.signing.signer_policy import Allowed, Later, NodeState, Verdict, World, addresses_of, judge
+from bridge.signing.signer_policy import Allowed, Hostile, Later, NodeState, Verdict, World, addresses_of, judge
 from bridge.signing.signer_rules import NODE_USER, spec_of
 
 
@@ -52,15 +53,6 @@ class Judging:
         known, spec = place.known, spec_of(one.request.signer)
         if spec is None or spec.authority.name not in place.authorities:
             return Later("the policy had no table for this signer when the gateway was started; restart it")
-        entry = state = None
-        if node is not None:
-            try:
-                entry = known.entry(node)
-            except BridgeError as e:
-                return Later(str(e))
-            if entry is not None:
-                entry = known.with_dns(node, entry, addresses_of(one.request))
-                state = self._state(node, entry, one.request.username)
         policy = known.policy
         world = World(
             policy=policy,
@@ -69,10 +61,18 @@ class Judging:
             ca_end=place.authorities[spec.authority.name].end(),
             min_validity=place.settings.gateway.min_validity,
             now=place.now(),
-            entry=entry,
-            state=state,
         )
         verdict = judge(one.request, world)
+        # nobody is asked about a node (a program, the DNS, the API server) for what is hostile by its own words
+        if node is not None and not isinstance(verdict, Hostile):
+            try:
+                entry = known.entry(node)
+            except BridgeError as e:
+                return Later(str(e))
+            if entry is not None:
+                entry = known.with_dns(node, entry, addresses_of(one.request))
+                state = self._state(node, entry, one.request.username)
+                verdict = judge(one.request, replace(world, entry=entry, state=state))
         rules = policy.signers.get(one.request.signer)
         needs_other = rules is not None and rules.approval == "required"
         if isinstance(verdict, Allowed) and needs_other and not one.has(objects.APPROVED):

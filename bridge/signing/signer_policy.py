@@ -188,10 +188,10 @@ def _kubelet(request: Request, asked: Asked, spec: CertificateSpec, rules: Signe
         return Hostile("subject: wanted O=system:nodes,CN=system:node:NAME and nothing else")
     if not is_node_name(name):
         return Hostile("subject: the CN has no node's name")
-    if (trouble := _requester(request, name, spec, rules, world)) is not None:
-        return trouble
     if spec is KUBELET_CLIENT and asked.sans:
         return Hostile("SAN: a kubelet's client certificate has none")
+    if (trouble := _requester(request, name, spec, rules, world)) is not None:
+        return trouble
     if spec is KUBELET_SERVING and (wrong := _serving_sans(asked, name, world)) is not None:
         return wrong
     return name

@@ -555,6 +555,26 @@ def test_an_inventory_command(cluster: ClusterApi, desk: DeskProgram, worker: st
         until_signed(gateway, cluster, name, 30)
 
 
+def test_nobody_is_asked_about_a_node_for_what_is_hostile(
+    cluster: ClusterApi, desk: DeskProgram, worker: str, tmp_path: Path
+) -> None:
+    """A flood of requests that are denied anyhow starts no program: with a slow one it took all threads for minutes."""
+    program, asked = tmp_path / "cmdb", tmp_path / "asked"
+    program.write_text(f'#!/bin/sh\necho "$1" >>{asked}\nsleep 5\n')
+    program.chmod(0o755)
+    place = place_with(cluster, desk, tmp_path, inventory_command=str(program))
+    headers = {"Impersonate-User": "system:bootstrap:abcdef", "Impersonate-Group": cluster_api.BOOTSTRAP_GROUP}
+    pem = csr_pem(node_subject(worker), [x509.DNSName(worker)])
+    with gateways.running(place) as gateway:
+        for signer in (SERVING, CLIENT_KUBELET):  # no token may have the one, and nobody the other with names
+            made = gateways.body(pem, signer, usages=gateways.USAGES[signer])
+            name = cluster.client().create(CSRS, made, **headers)["metadata"]["name"]
+            gateway.until(lambda name=name: state_of(read(cluster, name)) == "denied", 4)  # type: ignore[misc]
+        assert not asked.exists()
+        ask(cluster, worker, SERVING)
+        gateway.until(asked.exists)
+
+
 def test_several_threads_ask_at_once(cluster: ClusterApi, tmp_path: Path) -> None:
     """A burst through `openssl ca`, which signs many in one process: all are signed, each for its own key."""
     workers = [f"w{10000 + number}" for number in range(40)]
