@@ -28,7 +28,7 @@ from bridge.signing import registry
 from bridge.specs import AUTHORITIES, SPECS, CertificateSpec
 from bridge.testing import BackendConformance, TestCA, sign_request, tampered
 from tests.kit import cert_manager, est, kube_api
-from tests.kit.cluster_api import CSRS
+from tests.kit.api_client import CSRS, ApiClient
 from tests.kit.issuing import Signer
 from tests.kit.kube_api import ApiServer
 from tests.kit.loopback import LoopbackServer
@@ -411,7 +411,7 @@ def test_others_may_not_ask_the_signers_of_setup(api: ApiServer) -> None:
     node, admin = api.bearer("ca-bridge", "ca-bridge-cp-1"), api.client("boss", "system:masters")
     pem_text, seconds = request().csr_pem, int(VALIDITY.total_seconds())
 
-    def ask(who: kube_api.ApiClient, signer: str, **more: int) -> tuple[int, str]:
+    def ask(who: ApiClient, signer: str, **more: int) -> tuple[int, str]:
         reply = who.create_csr(pem_text, signer, ["client auth"], **more)
         return reply.status, reply.message
 

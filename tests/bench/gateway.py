@@ -35,7 +35,8 @@ from bridge.signing.signer_rules import CLIENT_KUBELET
 from bridge.specs import KUBELET_CLIENT
 from tests.bench.__main__ import write_between
 from tests.kit import cluster_api, gateways, openbao
-from tests.kit.cluster_api import BOOTSTRAP_GROUP, CSRS, ClusterApi
+from tests.kit.api_client import CSRS
+from tests.kit.cluster_api import BOOTSTRAP_GROUP, ClusterApi
 from tests.kit.gateways import Place, csr_pem, node_subject
 
 THREADS = 32  #: As `gateway.concurrency` is by default.

@@ -27,10 +27,10 @@ from bridge.pki.certificates import pem
 from bridge.signing.signer_rules import CLIENT_KUBELET
 from bridge.specs import SPECS
 from tests.kit import gateway_cluster, gateways
+from tests.kit.api_client import ApiClient
 from tests.kit.doors import door
 from tests.kit.gateway_cluster import CURRENT, GatewayCluster, Motion
 from tests.kit.issuing import Signer
-from tests.kit.kube_api import ApiClient
 from tests.kit.nodes import wait_for
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]
@@ -158,10 +158,8 @@ def test_the_image_takes_over_in_a_pod(cluster: GatewayCluster, image: Path) -> 
             gateway.kill()
         began = time.monotonic()
         worker = cluster.nodes[2].name
-        certificate, key = cluster.api.credentials(f"system:node:{worker}", "system:nodes")
-        who = ApiClient(
-            user=worker, url=cluster.api.url, trust=cluster.api.pki_dir / "ca.crt", pair=(str(certificate), str(key))
-        )
+        pair = cluster.api.credentials(f"system:node:{worker}", "system:nodes")
+        who = ApiClient(url=cluster.api.url, trust=cluster.api.pki_dir / "ca.crt", pair=pair)
         usages = gateways.USAGES[CLIENT_KUBELET]
         who.create_csr(gateways.csr_pem(gateways.node_subject(worker)), CLIENT_KUBELET, usages, name="by-a-pod")
         signed = wait_for("a certificate", lambda: gateways.chain(cluster.admin.csr("by-a-pod")), seconds=30)

@@ -21,7 +21,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import requests
 from cryptography import x509
@@ -33,46 +32,14 @@ from bridge.node import sample_pki
 from bridge.node.sample_pki import ThrowawayCA
 from bridge.specs import USER
 from tests.kit import programs
+from tests.kit.api_client import ApiClient
 from tests.kit.issuing import Signer, name
 from tests.kit.openbao import free_port
 
 PROGRAMS = ("kube-apiserver", "etcd")
-CSRS = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
 BOOTSTRAP_GROUP = "system:bootstrappers:kubeadm:default-node-token"
 _START_SECONDS = 60
 _CN, _O = x509.NameOID.COMMON_NAME, x509.NameOID.ORGANIZATION_NAME
-
-
-@dataclass(kw_only=True)
-class Client:
-    """Somebody who speaks to the API server, over connections that are kept."""
-
-    url: str
-    session: requests.Session
-
-    def ask(
-        self, method: str, path: str, body: Any = None, *, content_type: str = "application/json", **headers: str
-    ) -> requests.Response:
-        """One request; any status is an answer."""
-        data = None if body is None else json.dumps(body)
-        sent = {"Content-Type": content_type, **{key.replace("_", "-"): value for key, value in headers.items()}}
-        return self.session.request(method, f"{self.url}{path}", data=data, headers=sent, timeout=30)
-
-    def get(self, path: str) -> Any:
-        """What is there."""
-        answer = self.ask("GET", path)
-        assert answer.ok, answer.text[-500:]
-        return answer.json()
-
-    def create(self, path: str, body: Mapping[str, Any], **headers: str) -> Any:
-        """Make something that was not there."""
-        answer = self.ask("POST", path, body, **headers)
-        assert answer.status_code == 201, answer.text[-500:]
-        return answer.json()
-
-    def patch(self, path: str, body: Mapping[str, Any]) -> requests.Response:
-        """A merge patch."""
-        return self.ask("PATCH", path, body, content_type="application/merge-patch+json")
 
 
 @dataclass(kw_only=True)
@@ -87,7 +54,7 @@ class ClusterApi:
     host: str = "127.0.0.1"
     server: subprocess.Popen[bytes] | None = None
     arguments: Sequence[str] = ()
-    _clients: dict[tuple[str, ...], Client] = field(default_factory=dict)
+    _clients: dict[tuple[str, ...], ApiClient] = field(default_factory=dict)
 
     @property
     def pki_dir(self) -> Path:
@@ -125,26 +92,18 @@ class ClusterApi:
             )
         return certificate, key_file
 
-    def client(self, user: str = "kubernetes-super-admin", *groups: str) -> Client:
+    def client(self, user: str = "kubernetes-super-admin", *groups: str) -> ApiClient:
         """Somebody with a client certificate; without a name an administrator."""
         groups = groups or (("system:masters",) if user == "kubernetes-super-admin" else ())
         found = self._clients.get((user, *groups))
         if found is None:
-            session = requests.Session()
-            session.trust_env = False
-            session.verify = str(self.pki_dir / "ca.crt")
-            certificate, key = self.credentials(user, *groups)
-            session.cert = (str(certificate), str(key))
-            found = self._clients[user, *groups] = Client(url=self.url, session=session)
+            found = ApiClient(url=self.url, trust=self.pki_dir / "ca.crt", pair=self.credentials(user, *groups))
+            self._clients[user, *groups] = found
         return found
 
-    def token_client(self, token: str) -> Client:
+    def token_client(self, token: str) -> ApiClient:
         """Somebody with a token."""
-        session = requests.Session()
-        session.trust_env = False
-        session.verify = str(self.pki_dir / "ca.crt")
-        session.headers["Authorization"] = f"Bearer {token}"
-        return Client(url=self.url, session=session)
+        return ApiClient(url=self.url, trust=self.pki_dir / "ca.crt", token=token)
 
     def kubeconfig(self, user: str, *groups: str) -> Path:
         """A file with which a program is somebody."""

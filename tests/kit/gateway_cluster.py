@@ -32,10 +32,10 @@ from bridge.node.sample_pki import ThrowawayCA
 from bridge.pki.certificates import san_entries
 from bridge.signing.signer_rules import CLIENT_KUBELET, SERVING
 from tests.kit import est, gateways, openbao, programs
-from tests.kit.cluster_api import CSRS, ClusterApi
+from tests.kit.api_client import CSRS, ApiClient
+from tests.kit.cluster_api import ClusterApi
 from tests.kit.gateways import Gateway, Place, csr_pem, node_subject
 from tests.kit.issuing import Signer
-from tests.kit.kube_api import ApiClient
 from tests.kit.node import Node, directory
 from tests.kit.nodes import wait_for
 from tests.kit.openbao import OpenBao
@@ -83,9 +83,8 @@ class GatewayCluster:
     @property
     def admin(self) -> ApiClient:
         """An administrator; one for each thread."""
-        certificate, key = self.api.credentials("kubernetes-super-admin", "system:masters")
-        pair = (str(certificate), str(key))
-        return ApiClient(user="admin", url=self.api.url, trust=self.api.pki_dir / "ca.crt", pair=pair)
+        pair = self.api.credentials("kubernetes-super-admin", "system:masters")
+        return ApiClient(url=self.api.url, trust=self.api.pki_dir / "ca.crt", pair=pair)
 
     def start_gateway(self, name: str) -> Gateway:
         """One more replica, or one again."""
@@ -363,9 +362,9 @@ class Motion:
             (SERVING, csr_pem(node_subject(worker.name), [*own, x509.IPAddress(ip_address("10.96.0.1"))])),
             (SERVING, csr_pem(node_subject(worker.name))),
         ])  # fmt: skip
-        certificate, key = self._cluster.api.credentials(f"system:node:{worker.name}", "system:nodes")
+        pair = self._cluster.api.credentials(f"system:node:{worker.name}", "system:nodes")
         url, trust = self._cluster.api.url, self._cluster.api.pki_dir / "ca.crt"
-        who = ApiClient(user=worker.name, url=url, trust=trust, pair=(str(certificate), str(key)))
+        who = ApiClient(url=url, trust=trust, pair=pair)
         answered, away = time.monotonic(), False
         for number in itertools.count():
             if self._end.wait(2):

@@ -23,7 +23,8 @@ from cryptography.x509.oid import NameOID
 
 from bridge.signing.signer_rules import CLIENT, CLIENT_KUBELET, SERVING
 from bridge.specs import SPECS
-from tests.kit.cluster_api import BOOTSTRAP_GROUP, CSRS, ClusterApi
+from tests.kit.api_client import CSRS
+from tests.kit.cluster_api import BOOTSTRAP_GROUP, ClusterApi
 from tests.kit.openbao import OpenBao, free_port
 from tests.kit.opensslca import make_ca_directory
 

@@ -18,96 +18,20 @@ import contextlib
 import json
 import secrets
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import requests
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.x509.oid import NameOID
 
 from bridge.pki.csr import key_pem
 from tests.kit import cluster_api, programs
-from tests.kit.cluster_api import CSRS, ClusterApi
+from tests.kit.api_client import ApiClient
+from tests.kit.cluster_api import ClusterApi
 from tests.kit.issuing import Signer
 from tests.kit.openbao import free_port
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reply:
-    """Any answer."""
-
-    status: int
-    document: dict[str, Any]
-
-    @property
-    def message(self) -> str:
-        """Of a `Status`."""
-        return str(self.document.get("message", ""))
-
-
-@dataclass(kw_only=True)
-class ApiClient:
-    """Somebody who asks."""
-
-    user: str
-    url: str
-    trust: Path
-    pair: tuple[str, str] | None = None
-    token: str = ""
-
-    def ask(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, kind: str = "application/json"
-    ) -> Reply:
-        """One request; any status is an answer."""
-        headers = {"Content-Type": kind} | ({"Authorization": f"Bearer {self.token}"} if self.token else {})
-        with requests.Session() as session:
-            session.trust_env = False
-            data = None if body is None else json.dumps(body)
-            answer = session.request(
-                method, self.url + path, data=data, headers=headers, verify=str(self.trust), cert=self.pair, timeout=20
-            )
-            return Reply(status=answer.status_code, document=answer.json())
-
-    def patch(self, path: str, body: Mapping[str, Any]) -> Reply:
-        """A merge patch."""
-        return self.ask("PATCH", path, body, kind="application/merge-patch+json")
-
-    def create_csr(self, pem: bytes, signer: str, usages: Sequence[str], **more: Any) -> Reply:
-        """A CertificateSigningRequest; `name` is its metadata's, the rest goes into spec."""
-        name = more.pop("name", "")
-        metadata = {"name": name} if name else {"generateName": "csr-"}
-        spec = {"request": base64.b64encode(pem).decode(), "signerName": signer, "usages": list(usages), **more}
-        body = {"apiVersion": "certificates.k8s.io/v1", "kind": "CertificateSigningRequest", "metadata": metadata}
-        return self.ask("POST", CSRS, {**body, "spec": spec})
-
-    def csr(self, name: str) -> dict[str, Any]:
-        """One that is there."""
-        reply = self.ask("GET", f"{CSRS}/{name}")
-        assert reply.status == 200, reply
-        return reply.document
-
-    def csrs(self) -> list[dict[str, Any]]:
-        """All that are there."""
-        items: list[dict[str, Any]] = self.ask("GET", CSRS).document["items"]
-        return items
-
-    def decide(self, name: str, kind: str = "Approved", message: str = "by a test", reason: str = "Test") -> Reply:
-        """Approve, deny or fail one."""
-        old = self.csr(name)
-        conditions = [
-            *old.get("status", {}).get("conditions", []),
-            {"type": kind, "status": "True", "reason": reason, "message": message},
-        ]
-        where = "status" if kind == "Failed" else "approval"
-        metadata = {key: old["metadata"][key] for key in ("uid", "resourceVersion")}
-        return self.patch(f"{CSRS}/{name}/{where}", {"metadata": metadata, "status": {"conditions": conditions}})
-
-    def issue(self, name: str, pem: bytes) -> Reply:
-        """Write a certificate, whatever it is."""
-        return self.patch(f"{CSRS}/{name}/status", {"status": {"certificate": base64.b64encode(pem).decode()}})
 
 
 @dataclass(kw_only=True)
@@ -131,8 +55,7 @@ class ApiServer:
 
     def client(self, user: str, *groups: str) -> ApiClient:
         """Somebody with a client certificate."""
-        pair = self.pair(user, *groups)
-        return ApiClient(user=user, url=self.url, trust=self.trust, pair=(str(pair[0]), str(pair[1])))
+        return self.cluster.client(user, *groups)
 
     def pair(self, user: str, *groups: str) -> tuple[Path, Path]:
         """A client certificate and its key."""
@@ -144,8 +67,7 @@ class ApiServer:
         body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"expirationSeconds": 3600}}
         reply = self.admin.ask("POST", path, body)
         assert reply.status == 201, reply
-        user = f"system:serviceaccount:{namespace}:{account}"
-        return ApiClient(user=user, url=self.url, trust=self.trust, token=reply.document["status"]["token"])
+        return self.cluster.token_client(reply.document["status"]["token"])
 
     def kubeconfig(self, user: str, *groups: str) -> Path:
         """A kubeconfig with everything embedded."""
@@ -225,10 +147,7 @@ class ApiServer:
 def serving(directory: Path) -> Iterator[ApiServer]:
     """etcd and kube-apiserver on free ports of loopback, with RBAC, node authorization and NodeRestriction."""
     with cluster_api.running(directory) as cluster:
-        certificate, key = cluster.credentials("admin", "system:masters")
-        pair = (str(certificate), str(key))
-        admin = ApiClient(user="admin", url=cluster.url, trust=cluster.pki_dir / "ca.crt", pair=pair)
-        server = ApiServer(directory=directory, cluster=cluster, admin=admin)
+        server = ApiServer(directory=directory, cluster=cluster, admin=cluster.client("admin", "system:masters"))
         try:
             yield server
         finally:

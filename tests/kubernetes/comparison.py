@@ -23,7 +23,8 @@ import requests
 
 from bridge.signing.signer_rules import CLIENT_KUBELET, SERVING
 from tests.kit import cert_manager, csr_approver, gateways, hostile_csrs, kube_api, openbao
-from tests.kit.cluster_api import BOOTSTRAP_GROUP, CSRS
+from tests.kit.api_client import CSRS
+from tests.kit.cluster_api import BOOTSTRAP_GROUP
 from tests.kit.gateways import Place, state_of
 from tests.kit.hostile_csrs import Asking, Case
 from tests.kit.issuing import Signer
@@ -52,7 +53,7 @@ def ask(api: ApiServer, asking: Asking, name: str, signer: str | None = None) ->
         asking.pem, signer or asking.signer, usages=asking.usages or gateways.USAGES.get(asking.signer), name=name
     )
     headers = {"Impersonate-User": asking.user, "Impersonate-Group": asking.group}
-    return api.cluster.client().ask("POST", CSRS, made, **headers).status_code == 201
+    return api.cluster.client().ask("POST", CSRS, made, **headers).status == 201
 
 
 def flood(api: ApiServer, cases: Sequence[Case], signer: str | None = None) -> set[int]:

@@ -22,7 +22,8 @@ from bridge.signing.signer_rules import CLIENT, CLIENT_KUBELET, SERVING
 from bridge.state import audit
 from bridge.state.store import Store
 from tests.kit import api_proxy, cluster_api, desk_program, gateways, hostile_csrs, openbao
-from tests.kit.cluster_api import CSRS, ClusterApi
+from tests.kit.api_client import CSRS
+from tests.kit.cluster_api import ClusterApi
 from tests.kit.desk_program import DeskProgram
 from tests.kit.gateways import Gateway, Place, chain, conditions, csr_pem, node_subject, read, state_of
 

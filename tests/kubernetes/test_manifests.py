@@ -18,9 +18,9 @@ from bridge.settings.load import parse
 from bridge.signing import desk_policy, registry
 from bridge.system.waiting import wait_until
 from tests.kit import kube_api
-from tests.kit.cluster_api import CSRS
+from tests.kit.api_client import CSRS, ApiClient, Reply
 from tests.kit.gateways import csr_pem
-from tests.kit.kube_api import ApiClient, ApiServer, Reply, user_name
+from tests.kit.kube_api import ApiServer, user_name
 
 pytestmark = pytest.mark.kube("etcd", "kube-apiserver", "kubectl")
 
@@ -113,15 +113,7 @@ def issue(api: ApiServer, who: ApiClient, name: str) -> Reply:
 
 def _watch(who: ApiClient) -> Reply:
     """The beginning of a watch: a list of what is there, or a refusal."""
-    import requests
-
-    with requests.Session() as session:
-        session.trust_env = False
-        answer = session.get(
-            f"{who.url}{CSRS}?watch=1&timeoutSeconds=1", headers={"Authorization": f"Bearer {who.token}"},
-            verify=str(who.trust), timeout=10,
-        )  # fmt: skip
-        return Reply(status=answer.status_code, document={"message": answer.text[:300]})
+    return who.ask("GET", f"{CSRS}?watch=1&timeoutSeconds=1")
 
 
 def rules_of(document: dict[str, Any]) -> list[tuple[int, str, str]]:

@@ -20,6 +20,7 @@ from bridge.settings.load import parse
 from bridge.signing.signer_rules import CLIENT, CLIENT_KUBELET, SERVING
 from bridge.system.waiting import wait_until
 from tests.kit import gateways, kube_api
+from tests.kit.api_client import ApiClient
 from tests.kit.gateways import DOMAIN, USAGES, Place, csr_pem, node_subject
 from tests.kit.kube_api import ApiServer
 
@@ -101,7 +102,7 @@ def test_who_may_ask_for_signers_of_ones_own(api: ApiServer, tmp_path: Path) -> 
     signer, usages = "other.internal/apiserver", ["digital signature", "server auth"]
     stranger, node = api.client("carol", "system:masters"), api.client("system:node:cp1", "system:nodes")
 
-    def ask(who: kube_api.ApiClient, **more: int) -> tuple[int, str]:
+    def ask(who: ApiClient, **more: int) -> tuple[int, str]:
         reply = who.create_csr(csr_pem(node_subject("cp1")), signer, usages, **more)
         return reply.status, reply.message.rpartition("denied request: ")[2] if reply.status >= 400 else ""
 
