@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from bridge.control_plane.restarts import times_file
-from bridge.renewal.activation import unproven_file
 from bridge.renewal.gate import attempts_file
 from bridge.renewal.hooks import hooks_file
+from bridge.renewal.owed import unproven_file
 from bridge.renewal.revocation import revocations_file
 from bridge.settings.tables import Settings
 from bridge.state import audit, backups

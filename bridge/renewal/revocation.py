@@ -162,7 +162,7 @@ def _proven(due: Sequence[Superseded], run: Run, node: Node) -> list[Superseded]
     if not due:
         return []
     from bridge.control_plane import proof  # noqa: PLC0415 (40 ms; only where something is revoked)
-    from bridge.renewal.activation import unproven_file  # noqa: PLC0415
+    from bridge.renewal.owed import unproven_file  # noqa: PLC0415
 
     owed = unproven_file(run.store).read()
     there = {item.spec.name for item in node.items if item.state == "present"}

@@ -36,7 +36,7 @@ from bridge.system.console import print_error
 from bridge.system.state_file import StateError
 
 if TYPE_CHECKING:  # 40 ms
-    from bridge.renewal.activation import Settled
+    from bridge.renewal.settled import Settled
 
 
 class Transaction:
