@@ -11,6 +11,7 @@ import typer
 
 from bridge.cli.options import Common, command, utc_now
 from bridge.cli.printing import say_sentence
+from bridge.cli.program import app
 from bridge.errors import BridgeError, Exit
 from bridge.settings.tables import Settings
 from bridge.system.console import log, print_error
@@ -23,17 +24,14 @@ CheckOption = Annotated[
 ]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
+@command(app, "gateway")
+def gateway(common: Common, check: CheckOption = False) -> None:
+    """
+    Sign what kubelets and users ask for by the certificates API, as far as the policy allows.
 
-    @command(app, "gateway")
-    def gateway(common: Common, check: CheckOption = False) -> None:
-        """
-        Sign what kubelets and users ask for by the certificates API, as far as the policy allows.
-
-        It works until SIGTERM; docs/gateway.md has its settings, policy and metrics.
-        """
-        raise typer.Exit(run(common.settings(), utc_now, check=check))
+    It works until SIGTERM; docs/gateway.md has its settings, policy and metrics.
+    """
+    raise typer.Exit(run(common.settings(), utc_now, check=check))
 
 
 def run(settings: Settings, now: Callable[[], datetime], *, check: bool) -> int:

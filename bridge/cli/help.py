@@ -105,6 +105,11 @@ class Group(TyperGroup):
         """All of it."""
         return super().get_help(ctx).replace(_HARD, "-")
 
+    def list_commands(self, ctx: Any) -> list[str]:
+        """In the order of the guide."""
+        names = super().list_commands(ctx)
+        return [name for _, ours in by_task(names, is_program=ctx.parent is None) for name in ours]
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Under the headings of the guide; what is not there comes last."""
         rows = {name: command for name in self.list_commands(ctx) if (command := self.get_command(ctx, name))}

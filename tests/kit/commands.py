@@ -46,8 +46,8 @@ def commands() -> Iterator[Command]:
     def below(words: tuple[str, ...]) -> Iterator[Command]:
         context = context_of(words)
         yield Command(words, context)
-        for name, command in getattr(context.command, "commands", {}).items():
-            if not command.hidden:
+        for name in context.command.list_commands(context) if hasattr(context.command, "commands") else ():
+            if not context.command.commands[name].hidden:
                 yield from below((*words, name))
 
     return below(())
