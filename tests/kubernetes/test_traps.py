@@ -16,7 +16,8 @@ from bridge.kubernetes.objects import SigningRequest
 from bridge.kubernetes.watch import Watch
 from bridge.signing.signer_rules import CLIENT_KUBELET, SERVING
 from tests.kit import api_proxy, cluster_api, gateways, hostile_csrs
-from tests.kit.cluster_api import CSRS, ClusterApi
+from tests.kit.api_client import CSRS
+from tests.kit.cluster_api import ClusterApi
 from tests.kit.desk_program import DeskProgram
 from tests.kit.gateways import Gateway, Place, csr_pem, node_subject, read, state_of
 from tests.kit.nodes import wait_for
@@ -130,7 +131,7 @@ def test_a_watch_outlives_the_rights(cluster: ClusterApi, place: Place, monkeypa
             seen.append("alive")
             assert admin.ask("DELETE", BINDING).ok
             assert admin.ask("DELETE", EVERYBODYS).ok
-            wait_for("rights that are gone", lambda: cluster.client(gateways.USER).ask("GET", CSRS).status_code == 403)
+            wait_for("rights that are gone", lambda: cluster.client(gateways.USER).ask("GET", CSRS).status == 403)
             ask(cluster, CLIENT_KUBELET, asked, name="behind-the-rights")
 
     def changed(one: SigningRequest) -> None:
@@ -156,7 +157,7 @@ def test_a_gateway_without_rights_writes_nothing(cluster: ClusterApi, place: Pla
         assert admin.ask("DELETE", BINDING).ok
         refused = f"{CSRS}/of-nobody/approval"  # 404 for who may
         who = cluster.client(gateways.USER)
-        wait_for("rights that are gone", lambda: who.patch(refused, {}).status_code == 403)
+        wait_for("rights that are gone", lambda: who.patch(refused, {}).status == 403)
         name = ask(cluster, CLIENT_KUBELET, csr_pem(node_subject("w1")))
         gateway.until(lambda: _said(gateway, "HTTP 403"), 60, "wanted it to say what it lacks")
         assert (state_of(read(cluster, name)), read(cluster, name)["status"]) == ("open", {})
