@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -30,6 +29,7 @@ from bridge.settings.windows import Windows
 from bridge.signing import registry
 from bridge.specs import AUTHORITIES, CA
 from bridge.system import jobs as system_jobs
+from bridge.system.shipped import shipped
 from bridge.words import name_found
 
 log = logging.getLogger("ca-bridge")
@@ -55,16 +55,9 @@ def settings_init(file: Path | None) -> None:
 
 def example() -> Path:
     """The commented example that is installed with the program."""
-    name = "config.toml"
-    here, share = Path(__file__), "share/kubeadm-ca-bridge"
-    # In the tree of a release, in a virtual environment, in a clone.
-    for directory in (
-        here.parents[min(4, len(here.parents) - 1)] / share,
-        Path(sys.prefix, share),
-        here.parents[2] / "config",
-    ):
-        if (directory / name).is_file():
-            return directory / name
+    found = shipped("config.toml")
+    if found is not None:
+        return found
     raise BridgeError(
         "wanted the example settings that are installed with the program, found none", hint="reinstall it"
     )

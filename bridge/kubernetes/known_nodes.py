@@ -24,6 +24,7 @@ from bridge.signing.desk_policy import Policy
 from bridge.signing.register import NodeEntry, Register, is_node_name
 from bridge.system import safe_read
 from bridge.system.safe_read import UnreadableError
+from bridge.system.shipped import shipped
 
 log = logging.getLogger("ca-bridge")
 
@@ -95,7 +96,8 @@ class WatchedFile(Generic[T]):
             found = e.strerror if isinstance(e, OSError) else str(e)
             raise SettingsError([SettingsProblem("", f"the {self._what}", str(found), self._path)]) from None
         if data is None:
-            hint = "config/gateway has one to begin with, which is installed with the program"
+            begin = shipped("gateway") or "config/gateway of the program"
+            hint = f"{begin} has one to begin with"
             raise SettingsError([SettingsProblem("", f"the {self._what}", "none", self._path)], hint=hint)
         try:
             return self._parse(data.decode(), self._path)

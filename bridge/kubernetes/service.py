@@ -16,15 +16,14 @@ from datetime import datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
 
-from bridge.errors import BackendError, BridgeError, Exit, SettingsError, SettingsProblem
-from bridge.kubernetes import authorities, status
+from bridge.errors import BackendError, SettingsError, SettingsProblem
+from bridge.kubernetes import authorities, rights, status
 from bridge.kubernetes.api import Api, ApiDownError
 from bridge.kubernetes.gateway import Gateway, specs_of
 from bridge.kubernetes.known_nodes import Known
 from bridge.kubernetes.leader import Alone, Leader
 from bridge.kubernetes.ledger import Ledger
 from bridge.kubernetes.metrics import Metrics
-from bridge.kubernetes.objects import COLLECTION
 from bridge.kubernetes.place import Place
 from bridge.kubernetes.tickets import Tickets
 from bridge.kubernetes.watch import SILENCE_SECONDS, Watch
@@ -45,13 +44,6 @@ _FLUSH_SECONDS = 1.0
 #: What is at the CA is given this long when the gateway is to end; systemd and the kubelet give 30 s and more.
 _DRAIN_SECONDS = 25.0
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 15.0
-
-
-class ApiRefusesError(BridgeError):
-    """The API server answers, and not us."""
-
-    exit_code = Exit.UNAVAILABLE
-    hint = "docs/gateway.md names the rights that the gateway needs"
 
 
 class Service:
@@ -92,13 +84,7 @@ class Service:
             ApiDownError, ApiRefusesError: The API server does not answer, or not us.
             BackendError: A CA does not.
         """
-        for path, what in (
-            (f"{COLLECTION}?limit=1", "list certificatesigningrequests"),
-            ("/api/v1/nodes/ca-bridge-check", "get nodes"),
-        ):
-            reply = self.api.ask("GET", path)
-            if reply.status not in {HTTPStatus.OK, HTTPStatus.NOT_FOUND}:
-                raise ApiRefusesError(f"{self.api.server}: wanted to {what}, found HTTP {reply.status} {reply.message}")
+        rights.assert_given(self.api, rights.needed(self.signers, self.settings.gateway))
         for authority in self.authorities.values():
             yield from authority.check([spec for spec in self.specs if spec.authority.name == authority.name])
 

@@ -631,7 +631,11 @@ def test_check_says_what_is_missing(cluster: ClusterApi, tmp_path: Path) -> None
     assert checked(place)[0] == 6
     place.gateway["kubeconfig"] = str(cluster.kubeconfig("nobody-in-particular"))
     code, text = checked(place)
-    assert (code, "wanted to get nodes, found HTTP 403" in text) == (6, True), text
+    assert (code, "found that it is missing" in text) == (5, True), text
+    flat = " ".join(text.split())
+    for right in ("to patch certificatesigningrequests/approval", "to sign signers kubernetes.io/kubelet-serving"):
+        assert right in flat
+    assert "to list certificatesigningrequests" not in flat  # whoever asks may
     place.gateway["kubeconfig"] = str(tmp_path / "gone.conf")
     assert checked(place)[0] == 2
     place.write()
