@@ -96,7 +96,8 @@ def test_every_key_in_the_example_exists_and_shows_its_default() -> None:
     """With all comments taken away it still loads; the tables that are not a CA's then say what an empty file means."""
     text = "\n".join(_uncommented(iter(EXAMPLE.read_text(encoding="utf-8").splitlines())))
     assert len(tomllib.loads(text)["backend"]) == 4
-    for without_default in ('kubernetes_version = "1.37"', 'name = "cp-1"', 'desk_key = "/etc/ca-bridge/desk.pem"'):
+    keys = ('desk_key = "/etc/ca-bridge/desk.pem"', 'order_key = "/etc/ca-bridge/admin.pem"')
+    for without_default in ('kubernetes_version = "1.37"', 'name = "cp-1"', *keys):
         assert without_default in text
         text = text.replace(without_default, "")
     settings = parse(text)

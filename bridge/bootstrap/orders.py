@@ -1,7 +1,8 @@
 """
 What is carried to a new node: its cluster's configuration and CA certificates, and who it is to be (pure: bytes, values).
 
-An order comes from an administrator's machine and holds nothing secret; what a control-plane node shares with the next
+An order comes from an administrator's machine and holds nothing secret, but whoever can change it decides which programs
+the node runs and whom it trusts: so it can be signed. What a control-plane node shares with the next
 one may hold the service account key, and goes through a pipe. There is no field for a CA's key, or for a node's.
 """
 
@@ -10,8 +11,10 @@ from __future__ import annotations
 import ipaddress
 import json
 import re
+from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 from cryptography import x509
@@ -28,7 +31,7 @@ from bridge.specs import AUTHORITIES
 
 _SCHEMA, _VERSION = "ca-bridge/new-node", 1
 _MOST_BYTES = 1 << 20
-_KEYS = frozenset({"schema", "version", "cluster", "authorities", "node", "serviceAccount"})
+_KEYS = frozenset({"schema", "version", "cluster", "authorities", "node", "serviceAccount", "signature"})
 _NODE = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 
 
@@ -57,10 +60,28 @@ class Order:
     authorities: Mapping[str, tuple[x509.Certificate, ...]]
     node: NewNode | None = None  #: None: whoever gets it says who it is.
     sa: tuple[bytes, bytes] | None = field(default=None, repr=False)  #: sa.key and sa.pub.
+    signature: bytes | None = None  #: Over `message`; None: nobody has signed it.
 
 
 def dumps(order: Order) -> bytes:
     """As a file."""
+    document = _document(order)
+    if order.signature is not None:
+        document["signature"] = b64encode(order.signature).decode()
+    return json.dumps(document, indent=1).encode() + b"\n"
+
+
+def digest(order: Order) -> str:
+    """SHA-256 (hex) over all that it says."""
+    return sha256(json.dumps(_document(order), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def message(order: Order) -> bytes:
+    """What an administrator signs: words of its own, and the digest."""
+    return b"ca-bridge order 1\n" + digest(order).encode()
+
+
+def _document(order: Order) -> dict[str, Any]:
     document: dict[str, Any] = {
         "schema": _SCHEMA,
         "version": _VERSION,
@@ -77,7 +98,7 @@ def dumps(order: Order) -> bytes:
         }
     if order.sa is not None:
         document["serviceAccount"] = {"key": order.sa[0].decode(), "public": order.sa[1].decode()}
-    return json.dumps(document, indent=1).encode() + b"\n"
+    return document
 
 
 def loads(data: bytes) -> Order:
@@ -102,6 +123,7 @@ def loads(data: bytes) -> Order:
         authorities=_authorities(document.get("authorities")),
         node=_node(document["node"]) if "node" in document else None,
         sa=_sa(document["serviceAccount"]) if "serviceAccount" in document else None,
+        signature=_signature(document["signature"]) if "signature" in document else None,
     )
 
 
@@ -175,6 +197,13 @@ def _sa(value: object) -> tuple[bytes, bytes]:
     if len(pair) != len(texts) or not is_sa_pair(pair[0], pair[1]):
         raise OrderError("serviceAccount: wanted a key and its public key in PEM, found something else")
     return pair[0], pair[1]
+
+
+def _signature(value: object) -> bytes:
+    try:
+        return b64decode(value, validate=True) if isinstance(value, str) else b""
+    except ValueError:
+        return b""
 
 
 _ONCE = "remove the line, or give that node its own name"

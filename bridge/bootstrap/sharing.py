@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -13,9 +15,12 @@ from bridge.bootstrap.orders import NewNode, Order, OrderError
 from bridge.bootstrap.places import Places, live
 from bridge.bootstrap.service_account import is_sa_pair
 from bridge.bootstrap.wishes import order_for, read_configuration
-from bridge.errors import BridgeError, Exit
+from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.node.kubeadm_config import KubeadmConfigError
+from bridge.pki import signatures
+from bridge.pki.bundle import short
 from bridge.settings.tables import Settings
+from bridge.signing import signing_key
 from bridge.system.files import write_atomically
 from bridge.system.ownership import open_secret
 from bridge.system.safe_read import UnreadableError, read
@@ -81,9 +86,56 @@ def read_order(path: Path) -> Order:
     return order
 
 
+class UnsignedOrderError(BridgeError):
+    """The settings name a key for orders, and somebody else made this one."""
+
+    exit_code = Exit.REFUSED
+    hint = "`ca-bridge bootstrap orders --sign-with KEY` signs them; node.order_key in the settings names whose count"
+
+
+def read_signed_order(settings: Settings, path: Path) -> Order:
+    """
+    An order; signed, where the settings name who signs.
+
+    Raises:
+        OrderError: It can't be read.
+        UnsignedOrderError: It has no signature by `node.order_key`.
+    """
+    order, file = read_order(path), settings.node.order_key
+    if file is None:
+        return order
+    try:
+        key = signatures.public_key(read(file) or b"")
+    except (UnreadableError, ValueError) as e:
+        wanted = str(e) if isinstance(e, ValueError) else "a certificate or a public key in PEM"
+        raise SettingsError([SettingsProblem("node.order_key", wanted, f"something else in {file}")]) from None
+    if order.signature is None or not signatures.is_by(key, order.signature, orders.message(order)):
+        found = (
+            "no signature" if order.signature is None else "another signature, or something that was changed after it"
+        )
+        raise UnsignedOrderError(f"{path}: wanted an order that is signed with the key of {file}, found {found}")
+    return order
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """An order on its way."""
+
+    node: NewNode
+    path: Path
+    fingerprint: str  #: To be compared on the node by another way.
+
+
 def write_orders(
-    settings: Settings, places: Places, nodes: Path, config: Path, ca_dir: Path | None, directory: Path, now: datetime
-) -> list[tuple[NewNode, Path]]:
+    settings: Settings,
+    places: Places,
+    nodes: Path,
+    config: Path,
+    ca_dir: Path | None,
+    directory: Path,
+    sign_with: Path | None,
+    now: datetime,
+) -> list[Written]:
     """
     An order for each node of a list, on an administrator's machine; never over an older one of another content.
 
@@ -94,11 +146,13 @@ def write_orders(
         config: kubeadm's configuration with the ClusterConfiguration.
         ca_dir: CA certificates.
         directory: Is made if it is not there.
+        sign_with: A private key; None: they are not signed.
         now: Aware, UTC.
 
     Raises:
         OrderError, KubeadmConfigError, BridgeError: Nothing was written.
     """
+    key = signing_key.load(sign_with, "--sign-with", "orders") if sign_with is not None else None
     listed = _listed(nodes)
     cluster = read_configuration(config)[0]
     if not cluster.cluster:
@@ -108,16 +162,26 @@ def write_orders(
             facts = Facts(name=node.name, address=node.addresses[0])
             assert_usable(for_node(cluster, facts), str(settings.node.pki_dir), further=node.role != "init")
     found = authorities.gather(settings, places, "control-plane", ca_dir, {}, now)
-    made = [
-        (node, directory / f"{node.name}.order.json", orders.dumps(order_for(cluster, found, node))) for node in listed
-    ]
-    for _, path, data in made:
-        if live(path) not in (None, data):
+    made = {node: (directory / f"{node.name}.order.json", order_for(cluster, found, node)) for node in listed}
+    for path, order in made.values():
+        if not _is_older(path, order):
             raise OrderError(f"{path}: wanted no file, found another order", hint="name an empty directory")
     directory.mkdir(parents=True, exist_ok=True)
-    for _, path, data in made:
-        write_atomically(path, data, _PUBLIC)
-    return [(node, path) for node, path, _ in made]
+    for path, order in made.values():
+        signature = signatures.sign(key, orders.message(order)) if key is not None else None
+        write_atomically(path, orders.dumps(dataclasses.replace(order, signature=signature)), _PUBLIC)
+    return [
+        Written(node=node, path=path, fingerprint=short(orders.digest(order))) for node, (path, order) in made.items()
+    ]
+
+
+def _is_older(path: Path, order: Order) -> bool:
+    """Whether nothing is there, or the same by an earlier run, signed or not."""
+    data = live(path)
+    try:
+        return data is None or orders.digest(orders.loads(data)) == orders.digest(order)
+    except OrderError:
+        return False
 
 
 def _listed(path: Path) -> Sequence[NewNode]:

@@ -123,6 +123,15 @@ def orders(
         Path, typer.Option("--output", "-o", metavar="DIR", help="Where they go.", show_default=False)
     ],
     ca_dir: CaDirOption = None,
+    sign_with: Annotated[
+        Path | None,
+        typer.Option(
+            "--sign-with",
+            metavar="KEY",
+            help="A private key (PEM); nodes with its public key as node.order_key take no other orders.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """
     Prepare a list of nodes on an administrator's machine: an order for each, with nothing secret in it.
@@ -131,7 +140,7 @@ def orders(
     """
     from bridge.cli import new_node  # noqa: PLC0415
 
-    new_node.write_orders(common.settings(), nodes, kubeadm_config, ca_dir, directory, utc_now())
+    new_node.write_orders(common.settings(), nodes, kubeadm_config, ca_dir, directory, sign_with, utc_now())
 
 
 @command(app, "setup")

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from bridge.bootstrap import sharing, whole, wishes
+from bridge.bootstrap import orders, sharing, whole, wishes
 from bridge.bootstrap.configuration import Facts
 from bridge.bootstrap.make import make
 from bridge.bootstrap.places import Role
-from bridge.bootstrap.sharing import read_order
+from bridge.bootstrap.sharing import read_order, read_signed_order
 from bridge.bootstrap.wish import Bootstrapped, NotWholeError, Wish
 from bridge.bootstrap.wishes import Said
 from bridge.cli.node_options import NodeOptions
@@ -19,6 +19,7 @@ from bridge.cli.printing import say, say_sentence, say_table, under_headings
 from bridge.cli.progress import progress_shown
 from bridge.cli.results import grouped
 from bridge.errors import Exit, SettingsError, SettingsProblem, WaitingError
+from bridge.pki.bundle import short
 from bridge.pki.expiry import minute
 from bridge.settings.tables import Settings
 from bridge.state.outcome import Outcome
@@ -29,17 +30,17 @@ def _both(one: str, other: str) -> SettingsError:
     return SettingsError([SettingsProblem(one, f"either {one} or {other}", "both")])
 
 
-def _said(options: NodeOptions, facts: Facts, shared: Path | None = None) -> Said:
+def _said(settings: Settings, options: NodeOptions, facts: Facts, shared: Path | None = None) -> Said:
     """
     Read the files that are carried.
 
     Raises:
-        OrderError: One can't be read.
+        OrderError, UnsignedOrderError: One can't be read, or is not who's it should be.
     """
     return Said(
         facts=facts,
         config=options.kubeadm_config,
-        order=read_order(options.order) if options.order is not None else None,
+        order=read_signed_order(settings, options.order) if options.order is not None else None,
         given=read_order(shared) if shared is not None else None,
         ca_dir=options.ca_dir,
         kubeadm=options.kubeadm,
@@ -56,9 +57,11 @@ def init(settings: Settings, options: NodeOptions, facts: Facts, now: Callable[[
         raise _both("--kubeadm-config", "--order")
     if facts.given() and (options.kubeadm_config or options.order):
         raise _both("--kubeadm-config or --order", f"the facts themselves ({_flags(facts)})")
-    wish = wishes.of_init(settings, _said(options, facts))
+    said = _said(settings, options, facts)
+    wish = wishes.of_init(settings, said)
     done = _made(settings, wish, now, options.wait)
     if done.is_complete:
+        _compare(settings, said)
         _next_of_init(wish)
         _advise(wish)
     return done.exit_code
@@ -68,9 +71,11 @@ def join(
     settings: Settings, options: NodeOptions, role: Role | None, shared: Path | None, now: Callable[[], datetime]
 ) -> int:
     """`bootstrap join`: return the exit code."""
-    wish = wishes.of_join(settings, _said(options, options.facts(), shared), role)
+    said = _said(settings, options, options.facts(), shared)
+    wish = wishes.of_join(settings, said, role)
     done = _made(settings, wish, now, options.wait)
     if done.is_complete:
+        _compare(settings, said)
         _next_of_join(wish)
     return done.exit_code
 
@@ -95,21 +100,29 @@ def share(settings: Settings, config: Path | None, now: datetime, *, worker: boo
 
 
 def write_orders(
-    settings: Settings, nodes: Path, config: Path, ca_dir: Path | None, directory: Path, now: datetime
+    settings: Settings,
+    nodes: Path,
+    config: Path,
+    ca_dir: Path | None,
+    directory: Path,
+    sign_with: Path | None,
+    now: datetime,
 ) -> None:
     """`bootstrap orders`: one a node, and what is to be done with each."""
     places = wishes.places_of(settings)
-    made = sharing.write_orders(settings, places, nodes, config, ca_dir, directory, now)
-    say_table([(node.name, node.role, str(path)) for node, path in made])
-    first = next((node.name for node, _ in made if node.role == "init"), "a control-plane node")
+    made = sharing.write_orders(settings, places, nodes, config, ca_dir, directory, sign_with, now)
+    say_table([(one.node.name, one.node.role, str(one.path), one.fingerprint) for one in made])
+    first = next((one.node.name for one in made if one.node.role == "init"), "a control-plane node")
     say("\ncarry each to its node, and run there (its keys are made there, and stay):")
     commands = {
         "init": "ca-bridge bootstrap init --order NAME.order.json",
         "control-plane": f"ca-bridge bootstrap join --order NAME.order.json --shared - (from {first}: `ca-bridge bootstrap share`)",
         "worker": "ca-bridge bootstrap join --order NAME.order.json",
     }
-    for role in dict.fromkeys(node.role for node, _ in made):
+    for role in dict.fromkeys(one.node.role for one in made):
         say_sentence(f"{role}: {commands[role]}", "  ")
+    if sign_with is None:
+        say_sentence("\nthey are not signed (--sign-with KEY): compare the fingerprint that each node prints")
 
 
 def setup(
@@ -121,7 +134,7 @@ def setup(
 
     nodes = {}
     for path in paths:
-        order = read_order(path)
+        order = read_signed_order(settings, path)
         found = expected.certificates(order, now)
         if order.node is not None:
             nodes[order.node.name] = {name: ones for name, ones in found.items() if authority in (None, name)}
@@ -193,6 +206,13 @@ def _whom(outcome: Outcome) -> str:
     """Who has a request, or what is to be done with it."""
     reason = printable(outcome.error.reason if outcome.error is not None else "")
     return f"{outcome.backend}: {reason}" if outcome.backend else reason
+
+
+def _compare(settings: Settings, said: Said) -> None:
+    """Whoever could change an order on its way decides what this node runs, and whom it trusts."""
+    if said.order is not None and settings.node.order_key is None:
+        printed = short(orders.digest(said.order))
+        say_sentence(f"\nfirst compare with what `bootstrap orders` printed, by another way: fingerprint {printed}")
 
 
 def _next_of_init(wish: Wish) -> None:

@@ -53,20 +53,23 @@ def load(file: Path | None) -> Settings:
         return Settings(source=Source(None, ""))
     path = file or DEFAULT_FILE
     settings = parse(_read(path), path)
-    if settings.node.desk_key is not None:
-        _assert_desk_key(settings, settings.node.desk_key)
+    node = settings.node
+    for key, named, whose in (
+        ("desk_key", node.desk_key, "the desk's"),
+        ("order_key", node.order_key, "the administrator's"),
+    ):
+        if named is not None:
+            _assert_key(settings, key, named, whose)
     return settings
 
 
-def _assert_desk_key(settings: Settings, path: Path) -> None:
-    """Whoever can change the file decides which answers count."""
+def _assert_key(settings: Settings, key: str, path: Path, whose: str) -> None:
+    """Whoever can change the file decides which answers and orders count."""
     try:
         path.stat()
         assert_ours(path)
     except OSError as e:
-        problem = settings.source.problem(
-            ("node", "desk_key"), "the desk's certificate or public key", f"{path}: {e.strerror}"
-        )
+        problem = settings.source.problem(("node", key), f"{whose} certificate or public key", f"{path}: {e.strerror}")
         raise SettingsError([problem]) from None
 
 

@@ -58,6 +58,8 @@ class NodeSettings:
 
     #: A certificate or public key in PEM: answer bundles count only with a signature by this key of the desk.
     desk_key: Path | None = None
+    #: The same, of the administrator who signs orders (`bootstrap orders --sign-with`): no other order counts.
+    order_key: Path | None = None
 
     @property
     def node_name(self) -> str:

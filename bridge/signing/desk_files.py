@@ -12,13 +12,10 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from bridge.contract import Issued
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
-from bridge.pki import signatures
 from bridge.pki.bundle import (
     CARRIED,
     MAX_BUNDLE_BYTES,
@@ -37,7 +34,7 @@ from bridge.pki.certificates import load_pem_certificates
 from bridge.pki.expiry import is_due
 from bridge.settings.load import DEFAULT_FILE, assert_ours
 from bridge.settings.tables import RenewalSettings, Settings
-from bridge.signing import csr_directory, register
+from bridge.signing import csr_directory, register, signing_key
 from bridge.signing.desk import Desk, Job, Observer
 from bridge.signing.desk_archive import Archive, archive_directory
 from bridge.signing.desk_journal import Journal
@@ -47,7 +44,6 @@ from bridge.state import audit
 from bridge.state.store import Store
 from bridge.system.console import log
 from bridge.system.files import lock, write_atomically
-from bridge.system.ownership import open_secret
 from bridge.system.safe_read import UnreadableError, read, read_once
 from bridge.words import one_line
 
@@ -132,26 +128,7 @@ def load_answer_key(policy: Policy) -> PrivateKeyTypes | None:
         SettingsError: It can't be used, or others can read it.
     """
     path = policy.desk.answer_key
-    if path is None:
-        return None
-    try:
-        exposed = open_secret(path)
-    except OSError as e:
-        wanted = "the private key that answers are signed with"
-        raise SettingsError([SettingsProblem("desk.answer_key", wanted, str(e.strerror), path)]) from None
-    if exposed is not None:
-        problem = SettingsProblem("desk.answer_key", exposed.wanted, exposed.found, exposed.path)
-        raise SettingsError([problem], hint=exposed.hint)
-    try:
-        data = read(path)
-        found = "nothing" if data is None else "something else"
-        key = load_pem_private_key(data or b"", None)
-        signatures.sign(key, b"")
-    except (UnreadableError, ValueError, TypeError, UnsupportedAlgorithm) as e:
-        found = str(e) if isinstance(e, UnreadableError) else found
-        wanted = "an RSA, ECDSA or Ed25519 private key in PEM, not encrypted"
-        raise SettingsError([SettingsProblem("desk.answer_key", wanted, found, path)]) from None
-    return key
+    return None if path is None else signing_key.load(path, "desk.answer_key", "answers")
 
 
 @dataclass(frozen=True, slots=True)

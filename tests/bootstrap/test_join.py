@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import stat
 import subprocess
+import tempfile
+from base64 import b64encode
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -18,9 +23,12 @@ from bridge.bootstrap import orders
 from bridge.bootstrap.configuration import parse
 from bridge.bootstrap.orders import Order, OrderError, new_node
 from bridge.bootstrap.places import Role
+from bridge.bootstrap.service_account import public_pem
 from bridge.bootstrap.whole import Look
 from bridge.node import kubeconfig
+from bridge.pki import signatures
 from bridge.pki.certificates import load_pem_certificates, san_entries
+from bridge.pki.csr import generate_key, key_pem
 from bridge.specs import AUTHORITIES
 from tests.kit.new_node import CONFIG, ENDPOINT, NewNode
 from tests.kit.pki import handmade_pki
@@ -285,6 +293,137 @@ def test_an_order_is_for_one_role(first: NewNode, other: NewNode, shared: bytes)
     assert [run.returncode for run in runs] == [2, 2]
     assert all("wanted an order for a node as" in run.stderr for run in runs)
     assert first.places.sa_key.exists()
+
+
+@pytest.fixture(scope="module")
+def admin(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An administrator's key, and its public part."""
+    directory = tmp_path_factory.mktemp("admin")
+    key, public = directory / "admin.key", directory / "admin.pem"
+    key.touch(mode=0o600)
+    made = generate_key("ecdsa-p256")
+    key.write_bytes(key_pem(made))
+    public.write_bytes(public_pem(made))
+    return key, public
+
+
+@pytest.fixture(scope="module")
+def signed(first: NewNode, admin: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A worker's order, as it leaves the administrator's machine."""
+    place = tmp_path_factory.mktemp("office")
+    office = NewNode.make(place / "office", backend=False)
+    (place / "cas/etcd").mkdir(parents=True)
+    for name, authority in AUTHORITIES.items():
+        shutil.copy(first.cas.ca_files(name)[0], place / "cas" / authority.certificate_file)
+    (place / "nodes").write_text("worker w-1 192.0.2.21\n")
+    options = ("--nodes", place / "nodes", "--kubeadm-config", office.config(), "--ca-dir", place / "cas")
+    plain = office.run("orders", *options, "-o", place / "orders")
+    run = office.run("orders", *options, "-o", place / "orders", "--sign-with", admin[0])
+    assert (plain.returncode, run.returncode) == (0, 0), plain.stderr + run.stderr
+    order = json.loads((place / "orders/w-1.order.json").read_text())
+    assert "compare the fingerprint" in plain.stdout
+    assert "compare the fingerprint" not in run.stdout
+    return cast("dict[str, Any]", order)
+
+
+@functools.cache
+def stranger_pem() -> str:
+    """A CA's certificate that is not this cluster's."""
+    with tempfile.TemporaryDirectory() as directory:
+        return handmade_pki(Path(directory)).ca_pem("ca")[0].decode()
+
+
+def other_ca(order: dict[str, Any]) -> None:
+    """Behind the right one, which stays the first."""
+    order["authorities"]["ca"] += stranger_pem()
+
+
+def other_image(order: dict[str, Any]) -> None:
+    order["cluster"] = order["cluster"].replace(
+        "kind: ClusterConfiguration", "kind: ClusterConfiguration\nimageRepository: e.example.com"
+    )
+
+
+def other_endpoint(order: dict[str, Any]) -> None:
+    order["cluster"] = order["cluster"].replace("api.example.com", "evil.example.com")
+
+
+def other_name(order: dict[str, Any]) -> None:
+    order["node"]["name"] = "w-2"
+
+
+def other_role(order: dict[str, Any]) -> None:
+    order["node"]["role"] = "control-plane"
+
+
+def more_addresses(order: dict[str, Any]) -> None:
+    order["node"]["addresses"].append("192.0.2.99")
+
+
+def another_socket(order: dict[str, Any]) -> None:
+    order["node"]["criSocket"] = "unix:///tmp/evil.sock"
+
+
+def no_signature(order: dict[str, Any]) -> None:
+    del order["signature"]
+
+
+def another_signature(order: dict[str, Any]) -> None:
+    order["signature"] = "AAAA"
+
+
+def a_strangers_signature(order: dict[str, Any]) -> None:
+    read = orders.loads(json.dumps(order).encode())
+    order["signature"] = b64encode(signatures.sign(generate_key("ecdsa-p256"), orders.message(read))).decode()
+
+
+TAMPERED = [other_ca, other_image, other_endpoint, other_name, other_role, more_addresses, another_socket,
+            no_signature, another_signature, a_strangers_signature]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", TAMPERED)
+def test_an_order_that_was_changed_on_its_way_yields_nothing(
+    first: NewNode,
+    signed: dict[str, Any],
+    admin: tuple[Path, Path],
+    tmp_path: Path,
+    change: Callable[[dict[str, Any]], None],
+) -> None:
+    """Each field of it, and the signature: the node has nothing of it, and no CA was asked; unchanged it is taken."""
+    node = NewNode.make(tmp_path / "node", cas=first.cas)
+    node.bridge.tables[0] += f'order_key = "{admin[1]}"\n'
+    node.bridge.config.write_text("\n".join(node.bridge.tables))
+    order, path = json.loads(json.dumps(signed)), tmp_path / "order.json"
+    change(order)
+    path.write_text(json.dumps(order))
+    assert order != signed
+    run = node.run("join", "--order", path)
+    assert (run.returncode, node.files()) == (5, {}), run.stderr
+    assert "wanted an order that is signed" in run.stderr
+    assert not (node.state / "requests.json").exists()
+    if change is other_ca:
+        path.write_text(json.dumps(signed, sort_keys=True))
+        done = node.run("join", "--order", path)
+        assert done.returncode == 0, done.stderr
+        assert problems(node, "worker", "w-1") == []
+
+
+def test_a_second_ca_behind_the_right_one_is_refused(other: NewNode, shared: bytes) -> None:
+    """Each certificate in a CA's file would be trusted: an order has to have those that the other node has; a twin has."""
+    document = json.loads(shared)
+    key = document.pop("serviceAccount")
+    document["node"] = {"role": "control-plane", "name": "cp-2", "addresses": ["192.0.2.11"], "criSocket": ""}
+    right, wrong = other.directory / "right.json", other.directory / "wrong.json"
+    right.write_text(json.dumps(document))
+    document["authorities"]["ca"] += stranger_pem()
+    wrong.write_text(json.dumps(document))
+    refused = other.run("join", "--order", wrong, "--shared", "-", given=shared)
+    assert (refused.returncode, other.files()) == (2, {}), refused.stderr
+    assert "wanted the same CA" in refused.stderr
+    taken = other.run("join", "--order", right, "--shared", "-", given=shared)
+    assert taken.returncode == 0, taken.stderr
+    assert "compare with what `bootstrap orders` printed" in " ".join(taken.stdout.split())
+    assert key["key"].encode() == other.places.sa_key.read_bytes()
 
 
 BAD_LISTS = {
