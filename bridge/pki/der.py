@@ -45,7 +45,11 @@ def elements(data: bytes) -> list[Element]:
     while position < size:
         begin = position
         tag = data[position]
-        length, position = _length(data, position + 1)
+        position += 1
+        if position < size and data[position] < 0x80:  # noqa: PLR2004 (X.690 §8.1.3.4: the short form, as a rule)
+            length, position = data[position], position + 1
+        else:
+            length, position = _length(data, position)
         end = position + length
         if tag & _LONG_TAG == _LONG_TAG or end > size:
             raise ValueError("not DER")

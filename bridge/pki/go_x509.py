@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
@@ -217,15 +218,8 @@ def _extensions(certificate: x509.Certificate, *, leaf: bool) -> Iterator[Violat
             yield from _critical(each)
         if leaf and each.oid in _CA_ONLY:
             yield Violation(subject="extension", want="none that is for CAs", got=_label(each.oid))
-        match each.value:
-            case x509.SubjectAlternativeName():
-                yield from _sans(each.value, critical=each.critical)
-            case x509.NameConstraints():
-                yield from _constraints(each.value, critical=each.critical)
-            case x509.CRLDistributionPoints():
-                yield from _crl_points(each.value)
-            case x509.CertificatePolicies():
-                yield from _certificate_policies(each.value)
+        if (check := _VALUE_CHECKS.get(type(each.value))) is not None:
+            yield from check(each.value, each.critical)
     for each in _raw_extensions(certificate):
         _small_oid(each[0])
         if each[0] in _RAW_CHECKS:
@@ -252,7 +246,7 @@ def _label(oid: x509.ObjectIdentifier) -> str:
     return oid_label(oid.dotted_string)
 
 
-def _sans(names: x509.SubjectAlternativeName, *, critical: bool) -> Iterator[Violation]:
+def _sans(names: x509.SubjectAlternativeName, critical: bool) -> Iterator[Violation]:
     """A critical SAN of which Go handles no name is an extension that it does not know; URIs and addresses must be such."""
     if critical and not any(isinstance(name, _NAMES) for name in names):
         yield Violation(subject="SAN", want="a name that Kubernetes knows, since it is critical", got="none")
@@ -263,7 +257,7 @@ def _sans(names: x509.SubjectAlternativeName, *, critical: bool) -> Iterator[Vio
             yield Violation(subject="SAN", want="IP addresses", got=f"a network, {name.value}")
 
 
-def _constraints(constraints: x509.NameConstraints, *, critical: bool) -> Iterator[Violation]:
+def _constraints(constraints: x509.NameConstraints, critical: bool) -> Iterator[Violation]:
     """Kinds of names that Go handles, each with a value that it can read."""
     subtrees = [*(constraints.permitted_subtrees or ()), *(constraints.excluded_subtrees or ())]
     for base in subtrees:
@@ -294,17 +288,26 @@ def _is_address(value: str) -> bool:
     return True
 
 
-def _crl_points(points: x509.CRLDistributionPoints) -> Iterator[Violation]:
+def _crl_points(points: x509.CRLDistributionPoints, _: bool) -> Iterator[Violation]:
     """Go reads no distribution point that is named relative to its issuer (RFC 5280 §4.2.1.13)."""
     if any(point.relative_name is not None for point in points):
         yield Violation(subject="CRL distribution points", want="full names", got="one relative to its issuer")
 
 
-def _certificate_policies(policies: x509.CertificatePolicies) -> Iterator[Violation]:
+def _certificate_policies(policies: x509.CertificatePolicies, _: bool) -> Iterator[Violation]:
     """Each once (RFC 5280 §4.2.1.4)."""
     twice = [oid for oid, count in Counter(policy.policy_identifier for policy in policies).items() if count > 1]
     if twice:
         yield Violation(subject="certificate policies", want="each once", got=f"{_label(twice[0])} twice")
+
+
+#: By type of the extension; each gets whether it is critical, too.
+_VALUE_CHECKS: dict[type[x509.ExtensionType], Callable[[Any, bool], Iterator[Violation]]] = {
+    x509.SubjectAlternativeName: _sans,
+    x509.NameConstraints: _constraints,
+    x509.CRLDistributionPoints: _crl_points,
+    x509.CertificatePolicies: _certificate_policies,
+}
 
 
 def _assert_mappings(value: bytes) -> None:
