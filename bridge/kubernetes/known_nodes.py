@@ -75,7 +75,8 @@ class WatchedFile(Generic[T]):
             self._value = self._read()
         except BridgeError as e:
             self.trouble = str(e)
-            log.error("%s; the %s that was read before goes on counting", e, self._what)  # noqa: TRY400
+            found = "; ".join(self.trouble.splitlines())  # a line of the log is one line
+            log.error("%s; the %s that was read before goes on counting", found, self._what)  # noqa: TRY400
         else:
             self.trouble = ""
             self.changes += 1

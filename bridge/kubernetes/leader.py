@@ -47,7 +47,7 @@ class Leader:
         self._seconds = duration.total_seconds()
         self._good_until = 0.0
         self._seen: _Seen | None = None
-        self._told = ""
+        self._told: str | None = None  #: The last trouble; None: nothing was said yet.
         self._doubtful_before: datetime | None = None
         self._stop = threading.Event()
         self._changed = threading.Condition()

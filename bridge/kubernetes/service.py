@@ -30,7 +30,7 @@ from bridge.kubernetes.watch import SILENCE_SECONDS, Watch
 from bridge.settings.tables import Settings
 from bridge.state.audit import AuditError
 from bridge.state.store import Store
-from bridge.system.files import lock
+from bridge.system.files import LockedError, lock
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
@@ -44,6 +44,22 @@ _FLUSH_SECONDS = 1.0
 #: What is at the CA is given this long when the gateway is to end; systemd and the kubelet give 30 s and more.
 _DRAIN_SECONDS = 25.0
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 15.0
+
+
+@contextlib.contextmanager
+def _alone(store: Store) -> Iterator[None]:
+    """
+    One gateway a state directory.
+
+    Raises:
+        LockedError: Another one has it.
+    """
+    try:
+        with lock(store.lock, shlex.join(sys.argv), timedelta()):
+            yield
+    except LockedError as e:
+        e.hint = "each gateway has a state directory of its own: end the other one, or set gateway.state_dir"
+        raise
 
 
 class Service:
@@ -108,7 +124,7 @@ class Service:
         store = Store(_state_dir(self.settings))
         store.prepare()
         with contextlib.ExitStack() as stack:
-            stack.enter_context(lock(store.lock, shlex.join(sys.argv), timedelta()))
+            stack.enter_context(_alone(store))
             port = None
             address = self.settings.gateway.address
             if self.settings.gateway.serve_status and address is not None:

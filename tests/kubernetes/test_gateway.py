@@ -286,6 +286,7 @@ def test_another_replica_takes_over(cluster: ClusterApi, desk: DeskProgram, tmp_
             name = ask(cluster, workers[1])
             until_signed(two, cluster, name)
             assert time.monotonic() - begin < 15
+            assert "the lease take-over is ours" in two.text()
             three = place.start("three")
             three.until(lambda: "standing by" in three.page("readyz")[1])
             assert two.end() == 0
@@ -475,6 +476,12 @@ def test_policy_and_inventory_are_read_again(
         gateway.until(lambda: gateway.page("readyz")[0] == 503)
         assert "inventory.toml" in gateway.page("readyz")[1]
         assert state_of(read(cluster, name)) == "open"
+        place.write_inventory(place.inventory + '[node.x]\naddresses = ["1"]\n[node.y]\naddresses = ["2"]\n')
+        gateway.until(lambda: "node.y.addresses" in gateway.page("readyz")[1])
+        [both] = [line["message"] for line in gateway.lines() if "node.y.addresses" in line["message"]]
+        assert "node.x.addresses" in both
+        assert both.isprintable()
+        assert "\N{REPLACEMENT CHARACTER}" not in both
         place.write_inventory(place.inventory + gateways.workers(worker, more="blocked = true\n"))
         gateway.until(lambda: "the inventory blocks node" in gateway.text())
         place.write_inventory(place.inventory + gateways.workers(worker))
@@ -653,3 +660,4 @@ def test_one_state_directory_is_for_one(cluster: ClusterApi, desk: DeskProgram, 
         command = [str(Path(sys.executable).with_name("ca-bridge")), "gateway", "--config", str(config)]
         run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
         assert (run.returncode, str(gateway.process.pid) in run.stderr) == (9, True), run.stderr
+        assert "gateway.state_dir" in run.stderr
