@@ -395,9 +395,11 @@ def judged_hostile(go: Judge, fault: str) -> set[Row]:
     request = SignRequest(spec=SPECS[case.name], csr_pem=pem, validity=timedelta(days=365))
     old = signer.issue(request, begin=now - timedelta(days=358), end=now + LEFT).leaf
     desk = Desk(root=signer, request=replace(request, replaces=old), now=now)
+    answers = [case.right(desk), case.wrong(desk)]
+    now = datetime.now(UTC)  # openssl may have made them seconds later
     trials = [
         tried_both(go, [_der(each) for each in (made.leaf, *made.intermediates, signer.certificate)], desk.request, now)
-        for made in (case.right(desk), case.wrong(desk))
+        for made in answers
     ]
     assert trials[0] == Trial(violations=[], refused="")
     return rows_of(trials[1], fault)
