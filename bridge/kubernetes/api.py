@@ -36,6 +36,7 @@ from bridge.words import one_line
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 MERGE_PATCH = "application/merge-patch+json"
 _JSON = "application/json"
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 
 TIMEOUT_SECONDS = 10.0
 #: The largest object that etcd takes, as JSON.
@@ -215,7 +216,7 @@ class Api:
         Raises:
             ApiDownError: No answer.
         """
-        data = None if body is None else json.dumps(body, separators=(",", ":")).encode()
+        data = None if body is None else _encode(body).encode()
         lines = f"Accept: {accept}\r\n"
         if data is not None:
             lines += f"Content-Type: {content_type}\r\n"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from datetime import datetime
+from itertools import accumulate
 
 PREFIX = "ca_bridge_gateway"
 _BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 3600.0)
@@ -26,6 +28,7 @@ class Metrics:
         self._requests: Counter[tuple[str, str]] = Counter(
             {(one, outcome): 0 for one in signers for outcome in OUTCOMES}
         )
+        #: How many were in each bucket, in the one without a limit, and all their seconds.
         self._seconds: dict[str, list[float]] = {one: [0.0] * (len(_BUCKETS) + 2) for one in signers}
         self._successes: dict[str, float] = {}
         self._ends: OrderedDict[tuple[str, str], float] = OrderedDict()
@@ -41,9 +44,7 @@ class Metrics:
         with self._mutex:
             self._requests[signer, "signed"] += 1
             row = self._seconds[signer]
-            for position, limit in enumerate(_BUCKETS):
-                row[position] += seconds <= limit
-            row[-2] += 1
+            row[bisect_left(_BUCKETS, seconds)] += 1
             row[-1] += seconds
             self._successes[signer] = now.timestamp()
         self.saw(signer, name, end)
@@ -69,9 +70,10 @@ class Metrics:
         yield from _head("sign_seconds", "histogram", "From the arrival of a request to its certificate.")
         for signer, row in sorted(self._seconds.items()):
             labels = f'signer="{_safe(signer)}"'
-            for limit, count_below in zip((*map(str, _BUCKETS), "+Inf"), row, strict=False):
+            counts = list(accumulate(row[:-1]))
+            for limit, count_below in zip((*map(str, _BUCKETS), "+Inf"), counts, strict=True):
                 yield f'{PREFIX}_sign_seconds_bucket{{{labels},le="{limit}"}} {count_below:.0f}'
-            yield f"{PREFIX}_sign_seconds_count{{{labels}}} {row[-2]:.0f}"
+            yield f"{PREFIX}_sign_seconds_count{{{labels}}} {counts[-1]:.0f}"
             yield f"{PREFIX}_sign_seconds_sum{{{labels}}} {row[-1]:.6f}"
         yield from _head("last_success_timestamp_seconds", "gauge", "When a certificate was last written.")
         for signer, moment in sorted(self._successes.items()):

@@ -61,6 +61,8 @@ DAMAGED = "damaged"
 #: Its `previousSerialNumber` is the one that was revoked.
 REVOKED = "revoked"
 
+#: `json.dumps` would make an encoder for each line.
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 _LONGEST_RESULT = 2000
 _TAIL_BYTES = 1 << 16
 _SYSLOG_SECONDS = 1.0
@@ -320,7 +322,7 @@ def _chained(events: Sequence[Mapping[str, Any]], last: Link, doer: Mapping[str,
     for event in events:
         sequence = last.sequence + 1
         place = {"schemaVersion": SCHEMA_VERSION, "sequence": sequence, "previous": last.sha256}
-        lines.append(json.dumps({**place, **event, **doer}, separators=(",", ":")).encode() + b"\n")
+        lines.append(_encode({**place, **event, **doer}).encode() + b"\n")
         last = Link(sequence, _sha256(lines[-1]))
     return lines, last
 

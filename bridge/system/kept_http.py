@@ -74,7 +74,7 @@ class KeptConnection:
             target: Path and query, quoted.
             headers: Whole lines, each with its CRLF.
             body: Of the request.
-            seconds: For all of it, connecting (as far as `connect` lets itself be limited) not included.
+            seconds: For all of it; how long connecting takes at most is for `connect` to see to.
             longest: Bytes of the answer's body.
 
         Raises:
@@ -86,10 +86,10 @@ class KeptConnection:
             raise ValueError("wanted a target that is quoted")
         length = f"Content-Length: {len(body)}\r\n" if body is not None else ""
         head = f"{method} {target} HTTP/1.1\r\nHost: {self._host}\r\nAccept-Encoding: identity\r\n{headers}{length}\r\n"
+        deadline = time.monotonic() + seconds
         try:
             opened = self._opened()
-            deadline = time.monotonic() + seconds
-            opened.settimeout(seconds)
+            opened.settimeout(_left(deadline))
             opened.sendall(head.encode("latin-1") + (body or b""))
             return self._answer(opened, method, deadline, longest)
         except BaseException:
@@ -202,11 +202,16 @@ class KeptConnection:
 
 
 def _received(opened: socket.socket, deadline: float) -> bytes:
+    opened.settimeout(_left(deadline))
+    return opened.recv(_PIECE_BYTES)
+
+
+def _left(deadline: float) -> float:
+    """Seconds until then."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError
-    opened.settimeout(left)
-    return opened.recv(_PIECE_BYTES)
+    return left
 
 
 def _has_ended(opened: socket.socket) -> bool:

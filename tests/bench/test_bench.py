@@ -66,3 +66,4 @@ def test_the_gateway(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     tables = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(tables) == 8
     assert "\n".join(tables[-3:]) in page.read_text()
+    assert found.where() in page.read_text()
