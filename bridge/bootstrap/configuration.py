@@ -17,6 +17,7 @@ import yaml
 
 from bridge.node import kubeadm_config
 from bridge.node.kubeadm_config import KubeadmConfigError
+from bridge.pki.kubeadm_names import Facts as NamingFacts
 from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
 
 #: What a node's name may be (RFC 1123 subdomain).
@@ -108,6 +109,27 @@ def parse(data: bytes, source: str = "") -> Configuration:
         KubeadmConfigError: It is none of kubeadm's.
     """
     return Configuration(documents=kubeadm_config.parse_documents(data, source))
+
+
+def naming_facts(config: Configuration, node: str, address: str) -> NamingFacts:
+    """
+    What kubeadm makes a node's names of.
+
+    Raises:
+        KubeadmConfigError: There is no ClusterConfiguration, or a value in it is none.
+    """
+    found = kubeadm_config.parse(config.text().encode())
+    return NamingFacts(
+        release=found.release,
+        node=node,
+        address=address,
+        service_address=found.service_address,
+        endpoint_host=found.endpoint_host,
+        dns_domain=found.dns_domain,
+        api_sans=found.api_sans,
+        etcd_server_sans=found.etcd_server_sans,
+        etcd_peer_sans=found.etcd_peer_sans,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,12 +12,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import NameOID
 
+from bridge.bootstrap.configuration import naming_facts
 from bridge.bootstrap.orders import Order, OrderError
 from bridge.bootstrap.places import specs_of
-from bridge.node import kubeadm_config
 from bridge.node.kubeadm_config import KubeadmConfigError
 from bridge.pki.csr import generate_key
-from bridge.pki.kubeadm_names import Facts, NoFactError, naming
+from bridge.pki.kubeadm_names import NoFactError, naming
 from bridge.pki.naming import Naming, general_name, subject_of
 from bridge.specs import KUBELET_CONF, KUBELET_SERVER, CertificateSpec
 
@@ -57,19 +57,7 @@ def _naming(spec: CertificateSpec, order: Order) -> Naming:
         return Naming(subject=subject)
     if spec.name == KUBELET_SERVER:
         return Naming(subject=subject, sans=tuple(map(general_name, (node.name, *node.addresses))))
-    config = kubeadm_config.parse(order.cluster.text().encode())
-    facts = Facts(
-        release=config.release,
-        node=node.name,
-        address=node.addresses[0],
-        service_address=config.service_address,
-        endpoint_host=config.endpoint_host,
-        dns_domain=config.dns_domain,
-        api_sans=config.api_sans,
-        etcd_server_sans=config.etcd_server_sans,
-        etcd_peer_sans=config.etcd_peer_sans,
-    )
-    return naming(spec, facts)
+    return naming(spec, naming_facts(order.cluster, node.name, node.addresses[0]))
 
 
 def _certificate(ours: Naming, now: datetime) -> x509.Certificate:

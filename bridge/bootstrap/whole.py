@@ -7,7 +7,7 @@ own where a CA certificate is missing, and never compares a key with its certifi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -18,18 +18,20 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from cryptography.x509.oid import NameOID
 
 from bridge.bootstrap.authorities import shared_key, trouble
-from bridge.bootstrap.configuration import Configuration
+from bridge.bootstrap.configuration import Configuration, naming_facts
 from bridge.bootstrap.files import Read
-from bridge.bootstrap.places import Places, Role, authorities_of, ca_keys, live, specs_of
+from bridge.bootstrap.places import Places, Role, authorities_of, ca_keys, live, specs_of, traces_of_cluster
 from bridge.bootstrap.service_account import is_sa_pair
 from bridge.bootstrap.wish import Wish
 from bridge.contract import Issued, SignRequest
 from bridge.errors import VerificationError
 from bridge.node import kubeconfig
+from bridge.node.kubeadm_config import KubeadmConfigError
 from bridge.node.kubeconfig import Kubeconfig, KubeconfigError
 from bridge.pki import csr, identity, verify
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates, san_entries
 from bridge.pki.csr import PrivateKey
+from bridge.pki.kubeadm_names import NoFactError, naming
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, CA, KUBELET_CONF, KUBELET_SERVER, CertificateSpec
 
@@ -213,8 +215,19 @@ class Look:
         wanted = {("DNS", self.node)}
         if self.config is not None:
             wanted |= {("IP", self.config.address)}
+            try:
+                wanted |= self._kubeadms(spec, self.config)
+            except (KubeadmConfigError, NoFactError) as e:
+                yield f"{path}: its names were not looked at: {e}"
         if lacking := wanted - san_entries(leaf):
             yield f"{path}: wanted {', '.join(f'{kind}:{value}' for kind, value in sorted(lacking))} among the SANs, found none"
+
+    def _kubeadms(self, spec: CertificateSpec, config: Configuration) -> set[tuple[str, str]]:
+        """The SANs that kubeadm would ask for; in external-CA mode it does not look for them."""
+        if spec.name == KUBELET_SERVER or not config.cluster:
+            return set()
+        found = naming(spec, naming_facts(config, self.node, config.address)).sans
+        return {("IP" if isinstance(one, x509.IPAddress) else "DNS", str(one.value)) for one in found}
 
     # --- service accounts ---------------------------------------------------------------------------------------------
 
@@ -229,11 +242,32 @@ class Look:
 
 
 def check(
-    settings: Settings, places: Places, role: Role, node: str, config: Configuration | None, now: datetime
+    settings: Settings, places: Places, role: Role, files: Sequence[Path], config: Configuration | None, now: datetime
 ) -> list[str]:
-    """All that is missing or wrong on a node that kubeadm is about to be run on; nothing is changed."""
-    extra = _extra_subject(settings)
-    return Look(places=places, role=role, read=live, now=now, node=node, config=config, extra_subject=extra).problems()
+    """
+    All that is missing or wrong on a node that kubeadm is about to be run on; nothing is changed.
+
+    Args:
+        settings: Of this node.
+        places: Of this node.
+        role: What it is to become.
+        files: kubeadm's configuration; that of the cluster is a second one where a control-plane node joins.
+        config: What they say; None: nothing.
+        now: Aware, UTC.
+    """
+    found = [f"{path}: wanted a node without a cluster, found it" for path in traces_of_cluster(places)]
+    wanted = "wanted kubeadm's configuration, by which names are judged, found none"
+    found += [f"{file}: {wanted}" for file in files if live(file) is None]
+    look = Look(
+        places=places,
+        role=role,
+        read=live,
+        now=now,
+        node=config.name if config is not None else settings.node.name,
+        config=config if role != "worker" else None,
+        extra_subject=_extra_subject(settings),
+    )
+    return [*found, *look.problems()]
 
 
 def look_at(settings: Settings, wish: Wish, read: Read, now: datetime) -> Look:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def of_init(settings: Settings, said: Said) -> Wish:
     else:
         config = from_facts(said.facts)
         data = config.text().encode()
-    places = _places(settings, config)
+    places = places_in(settings, config)
     is_in_place = said.config is not None and said.config.absolute() == places.kubeadm_config
     files = {} if is_in_place else {places.kubeadm_config: data}
     addresses = node.addresses if node is not None else (config.address,)
@@ -90,7 +90,7 @@ def of_join(settings: Settings, said: Said, role: Role | None) -> Wish:
             "controlPlaneEndpoint: wanted the address by which a worker reaches the control plane, found none",
             hint="it is in the ClusterConfiguration of the first node",
         )
-    places = _places(settings, config)
+    places = places_in(settings, config)
     is_worker = node.role == "worker"
     discovery = places.kubeconfigs / (KUBELET_CONF if is_worker else _ADMIN)
     base = read_configuration(said.config)[0].of_kind("JoinConfiguration") if said.config is not None else None
@@ -186,7 +186,8 @@ def _facts(node: NewNode) -> Facts:
     return Facts(name=node.name, address=node.addresses[0], socket=node.socket)
 
 
-def _places(settings: Settings, config: Configuration) -> Places:
+def places_in(settings: Settings, config: Configuration) -> Places:
+    """By the settings; etcd's data is where kubeadm's configuration has it."""
     return places_of(settings, Path(config.etcd_directory or ETCD_DIRECTORY))
 
 
@@ -205,6 +206,20 @@ def read_configuration(path: Path) -> tuple[Configuration, bytes]:
     """
     data = read_file(path)
     return parse(data, str(path)), data
+
+
+def together(files: Sequence[Path]) -> Configuration | None:
+    """
+    What a node's configuration says, and another file of the cluster; None: there is no such node's.
+
+    Raises:
+        KubeadmConfigError: One can't be read, or is none.
+    """
+    own, *others = [read_configuration(path)[0] if path.exists() else None for path in files]
+    if own is None:
+        return None
+    cluster = [one for other in others if other is not None for one in shared(other).documents]
+    return Configuration(documents=(*own.documents, *cluster))
 
 
 def order_for(cluster: Configuration, authorities: Mapping[str, tuple[x509.Certificate, ...]], node: NewNode) -> Order:

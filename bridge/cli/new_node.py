@@ -156,10 +156,11 @@ _CHECK_HINTS = {
 def check(settings: Settings, role: Role, now: datetime) -> int:
     """`bootstrap check`: return the exit code."""
     places = wishes.places_of(settings)
-    path = places.kubeadm_config if role == "init" else places.join_config
-    config = wishes.read_configuration(path)[0] if path.exists() else None
-    node = config.name if config is not None else settings.node.name
-    problems = whole.check(settings, places, role, node, config if role != "worker" else None, now)
+    files = [places.kubeadm_config] if role == "init" else [places.join_config]
+    files += [places.kubeadm_config] if role == "control-plane" else []
+    if (config := wishes.together(files)) is not None:
+        places = wishes.places_in(settings, config)
+    problems = whole.check(settings, places, role, files, config, now)
     if problems:
         raise NotWholeError("\n".join(problems), hint=_CHECK_HINTS["init" if role == "init" else "join"])
     program = "init" if role == "init" else "join"

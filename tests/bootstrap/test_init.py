@@ -259,6 +259,44 @@ def test_what_kubeadm_would_find_too_late_is_found(copy: NewNode, trap: str) -> 
     assert wanted in init.stderr
 
 
+def other_configuration(old: str, new: str) -> Callable[[NewNode], None]:
+    def spring(node: NewNode) -> None:
+        path = node.places.kubeadm_config
+        path.write_text(path.read_text().replace(old, new))
+
+    return spring
+
+
+def etcd_data(node: NewNode) -> None:
+    other_configuration(
+        "controlPlaneEndpoint", f"etcd: {{local: {{dataDir: {node.places.etcd}}}}}\ncontrolPlaneEndpoint"
+    )(node)
+    (node.places.etcd / "member").mkdir(parents=True)
+
+
+#: What kubeadm says nothing of, or aborts over, by what is to be looked for in what `bootstrap check` says.
+NOT_AS_SAID: dict[str, Callable[[NewNode], object]] = {
+    "wanted DNS:api.example.org among": other_configuration(ENDPOINT, "api.example.org:6443"),
+    "wanted DNS:more.example.com among": other_configuration("spare.example.com", "more.example.com"),
+    "wanted IP:203.0.113.8 among": other_configuration("203.0.113.7", "203.0.113.8"),
+    "wanted DNS:kubernetes.default.svc.corp.example among": other_configuration(
+        "controlPlaneEndpoint", "networking: {dnsDomain: corp.example}\ncontrolPlaneEndpoint"
+    ),
+    "kubeadm.yaml: wanted kubeadm's configuration": lambda node: node.places.kubeadm_config.unlink(),
+    "member: wanted a node without a cluster": etcd_data,
+}
+
+
+@pytest.mark.parametrize("wanted", NOT_AS_SAID)
+def test_nothing_is_said_to_be_right_that_was_not_compared(copy: NewNode, wanted: str) -> None:
+    """`bootstrap check` looks for each name of kubeadm.yaml, wants that file, and knows a cluster's data."""
+    NOT_AS_SAID[wanted](copy)
+    run = copy.run("check")
+
+    assert run.returncode == 5, run.stdout
+    assert wanted in run.stderr
+
+
 @pytest.mark.parametrize("name", ["sa.key", "etcd/server.key"])
 def test_kubeadm_does_not_notice(copy: NewNode, name: str) -> None:
     """Why we look: kubeadm's own checks and phases pass without these."""

@@ -136,11 +136,19 @@ def test_what_hurts_a_cluster_is_found_before_it_joins(other: NewNode, shared: b
     config.write_text(text.replace("name: cp-2", "name: cp-3"))
     name = other.run("check", "--control-plane")
     config.write_text(text)
+    cluster = other.places.kubeadm_config
+    cluster.rename(cluster.with_name("elsewhere"))
+    unknown = other.run("check", "--control-plane")
+    cluster.write_text(cluster.with_name("elsewhere").read_text().replace(ENDPOINT, "api.example.org:6443"))
+    endpoint = other.run("check", "--control-plane")
+    cluster.with_name("elsewhere").rename(cluster)
     (other.places.kubeconfigs / "kubelet.conf").unlink()
     kubelet = other.run("check", "--control-plane")
 
     assert (made.returncode, good.returncode) == (0, 0), made.stderr + good.stderr
-    assert [one.returncode for one in (address, name, kubelet)] == [5, 5, 5]
+    assert [one.returncode for one in (address, name, unknown, endpoint, kubelet)] == [5] * 5
+    assert "kubeadm.yaml: wanted kubeadm's configuration" in unknown.stderr
+    assert "DNS:api.example.org" in endpoint.stderr
     assert "wanted IP:192.0.2.99 among the SANs" in address.stderr
     assert "wanted CN system:node:cp-3" in name.stderr
     assert "kubelet.conf: wanted a file" in kubelet.stderr
