@@ -388,7 +388,9 @@ def _kubeconfig_item(spec: CertificateSpec, authority: AuthorityState, path: Pat
         found = _Found(state="broken", trouble=f"{path}: {e}")
     else:
         if parsed is None:
-            return _item(spec, authority, _Found(state="missing"), path, None, listed=spec.listed)
+            item = _item(spec, authority, _Found(state="missing"), path, None, listed=spec.listed)
+            is_kept = spec == _KUBELET and kubelet.directory.is_dir()
+            return dataclasses.replace(item, current=kubelet.client) if is_kept else item
         if parsed.certificate_data is None and parsed.certificate_file and parsed.key_file and not parsed.key_present:
             item = _referring_item(spec, authority, path, parsed.certificate_file, parsed.key_file)
             return _rotating(item, kubelet.rotates) if spec == _KUBELET else item

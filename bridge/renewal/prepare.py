@@ -259,7 +259,8 @@ def live_pair(item: Item) -> tuple[x509.Certificate | None, dict[Path, str | Non
     if item.state == "missing":
         if data is not None:
             raise MissingCertificateError(f"{item.certificate_path} was made while this run began", hint="run again")
-        return None, {path: None if content is None else digest(content) for path, content in contents.items()}
+        was = {path: None if content is None else digest(content) for path, content in contents.items()}
+        return None, was | _was_current(item)
     try:
         certificate_data = kubeconfig.parse(data or b"").certificate_data if item.embedded else data
         live = load_pem_certificates(certificate_data or b"")[0]

@@ -271,8 +271,9 @@ def _absent(spec: CertificateSpec, item: Item | None, node: Node) -> Outcome:
     else:
         place = item.certificate_path
         hint = f"{RESTORE}; or `ca-bridge renew {spec.name}` makes it anew from kubeadm's configuration"
+        is_made = spec.listed or spec.name == KUBELET_CONF
         error = MissingCertificateError(
-            f"wanted a certificate to renew in {place}, found nothing", hint=hint if spec.listed else RESTORE
+            f"wanted a certificate to renew in {place}, found nothing", hint=hint if is_made else RESTORE
         )
     return Outcome(name=spec.name, authority=spec.authority.name, error=error)
 

@@ -175,7 +175,7 @@ def _kubelets(one: Prepared, current: Path, chain: bytes) -> Iterator[Replacemen
         moment += timedelta(seconds=1)
     try:
         attributes = Attributes.of(current) if current.exists() else None
-        conf = one.item.certificate_path.read_bytes() if one.item.key_path is None else None
+        conf = None if one.item.key_path is not None else _conf(one, chain)
     except OSError as e:
         raise MissingCertificateError(f"{e.filename}: wanted to read it, found: {e.strerror}") from e
     pair = kubelet_files.OURS + chain + one.key_pem
@@ -198,6 +198,12 @@ def _kubelets(one: Prepared, current: Path, chain: bytes) -> Iterator[Replacemen
             mode_mask=KUBECONFIG_MASK,
             was=one.was[path],
         )
+
+
+def _conf(one: Prepared, chain: bytes) -> bytes:
+    """The kubeconfig as it is, or a new one where there is none."""
+    fresh = one.kubeconfig
+    return one.item.certificate_path.read_bytes() if fresh is None else fresh.text(chain, one.key_pem)
 
 
 def _referring(path: Path, conf: bytes, current: Path, chain: bytes, key_pem: bytes) -> bytes:

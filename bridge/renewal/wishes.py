@@ -26,11 +26,11 @@ from bridge.renewal import bindings, cluster_config
 from bridge.renewal.selection import ALL, anchors_of, assert_known
 from bridge.renewal.wish import Changes, Wish, Wishes
 from bridge.settings.tables import Settings
-from bridge.specs import SPECS, CertificateSpec, Component
+from bridge.specs import KUBELET_CONF, SPECS, CertificateSpec, Component
 from bridge.system.safe_read import UnreadableError, read
 
 #: Of the kubeconfigs of what runs on this node, which talk to its own API server.
-_LOCAL = {"controller-manager.conf", "scheduler.conf"}
+_LOCAL = {"controller-manager.conf", "scheduler.conf", KUBELET_CONF}
 _SERVING = ("apiserver", "etcd-server", "etcd-peer")
 
 
@@ -106,7 +106,7 @@ def _made(item: Item, node: Node, settings: Settings, changes: Changes, source: 
         BridgeError: There is no source, it lacks a fact, or it is about another node.
     """
     spec = item.spec
-    if not spec.listed:
+    if not spec.listed and spec.name != KUBELET_CONF:
         raise CannotMakeError(
             f"wanted {item.certificate_path}, found nothing; the kubelet's is made with the node, not by a renewal",
             hint="`ca-bridge bootstrap` makes a node's files; or put a good copy back",
@@ -184,7 +184,7 @@ def _fresh(item: Item, config: KubeadmConfig, node: Node, facts: Facts) -> Fresh
     server = local if item.spec.name in _LOCAL else config.endpoint_url or local
     if not server:
         raise NoFactError("wanted the API server's address, found none")
-    user = item.spec.common_names[0]
+    user = item.spec.common_names[0].replace("{node}", facts.node)
     # one certificate, as kubeadm: the first, which is the one that signs
     ca_pem = pem(anchors_of(item)[0])
     return FreshKubeconfig(server=server, cluster=config.cluster_name, user=user, ca_pem=ca_pem)

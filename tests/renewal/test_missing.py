@@ -19,7 +19,8 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from bridge.contract import SignRequest
 from bridge.node import kubeconfig
-from bridge.pki.certificates import attributes, pem, san_entries
+from bridge.pki.certificates import attributes, load_pem_certificates, pem, san_entries
+from bridge.pki.csr import key_block
 from bridge.specs import SPECS
 from tests.kit import apiserver, approval
 from tests.kit.cas import Bridge, add_openssl, live_certificates
@@ -237,8 +238,35 @@ def test_cron_makes_nothing_that_nobody_has_named(site: Site) -> None:
     assert run.returncode == 0, run.stderr
     assert ("2.5.4.10", "system:masters") in attributes(live_certificates(site.pki)["super-admin.conf"].subject)
     assert site.renew("kubelet.conf", *site.config).returncode == 0  # it is there
-    site.path("kubelet.conf").unlink()
-    assert site.renew("kubelet.conf", *site.config).returncode == 1
+
+
+@pytest.mark.parametrize("has_run", [True, False])
+def test_a_kubelets_kubeconfig_is_made(site: Site, has_run: bool) -> None:
+    """By reference to the kubelet's own file, which gets the pair, once a kubelet has run here; else as kubeadm writes it."""
+    directory, conf = site.pki.root / "var/lib/kubelet/pki", site.path("kubelet.conf")
+    site.bridge.tables[0] += f'kubelet_dir = "{directory.parent}"\n'
+    site.bridge.add("renewal", {"key": "same"})
+    before, texts = live_certificates(site.pki)["kubelet.conf"], without_data(conf)
+    if has_run:
+        directory.mkdir(parents=True)
+    conf.unlink()
+    run = site.renew("kubelet.conf", *site.config)
+    assert run.returncode == 0, run.stderr
+    assert "made anew from" in run.stderr
+    current = directory / "kubelet-client-current.pem"
+    parsed = kubeconfig.parse(conf.read_bytes())
+    if has_run:
+        assert (parsed.certificate_file, parsed.key_file, parsed.certificate_data) == (str(current), str(current), None)
+        assert current.is_symlink()
+        assert stat.S_IMODE(current.stat().st_mode) == 0o600
+    made = load_pem_certificates(current.read_bytes() if has_run else parsed.certificate_data or b"")[0]
+    assert says(made) == says(before)
+    key = current.read_bytes() if has_run else kubeconfig.key_data(conf.read_bytes()) or b""
+    assert load_pem_private_key(key_block(key), None).public_key() == made.public_key()
+    assert stat.S_IMODE(conf.stat().st_mode) == 0o600
+    assert without_data(conf) == [line.replace("api.example.com", "192.0.2.10") for line in texts]
+    assert site.renew("kubelet.conf").returncode == 0  # which is a renewal like all others
+    assert site.bridge.run("rollback").returncode == 0
 
 
 @dataclass(kw_only=True)
