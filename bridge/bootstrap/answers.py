@@ -13,7 +13,6 @@ from bridge.pki.bundle import short_fingerprint
 from bridge.renewal import airgap
 from bridge.renewal.issuance import Answered, issue, reaching
 from bridge.renewal.prepare import Prepared
-from bridge.renewal.readiness import assert_room
 from bridge.renewal.selection import outcome_of
 from bridge.specs import AUTHORITIES
 from bridge.state.outcome import Outcome
@@ -98,7 +97,6 @@ def _asked(run: Run, prepared: Sequence[Prepared], expected: Mapping[str, verify
         raise NobodySignsError(
             f"wanted somebody who signs for {', '.join(name for name in AUTHORITIES if name in lacking)}, found nobody"
         )
-    assert_room(run.settings)
     items = [one.item for one in prepared]
     with reaching(run.settings, items, expected, run.progress) as reached:
         return issue(run, prepared, reached(), expected)

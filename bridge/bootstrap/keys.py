@@ -111,7 +111,8 @@ def _scratch(state_dir: Path) -> Iterator[Path]:
 def _run(words: Sequence[str]) -> list[str]:
     failure, lines = _ended(words)
     if failure:
-        raise KubeadmError(f"{' '.join(words[:3])} {failure}; it said: {_said(lines)}")
+        hint = "" if lines else None  # it ran, and its own words say what is wrong
+        raise KubeadmError(f"{' '.join(words[:3])} {failure}; it said: {_said(lines)}", hint=hint)
     return lines
 
 

@@ -21,6 +21,7 @@ from bridge.bootstrap.unfinished import Unfinished
 from bridge.bootstrap.whole import look_at
 from bridge.bootstrap.wish import Bootstrapped, Wish
 from bridge.errors import BridgeError
+from bridge.renewal.readiness import assert_room
 from bridge.renewal.verify_and_install import await_validity, remember, verify_all
 from bridge.settings.tables import Settings
 from bridge.state import audit
@@ -71,6 +72,7 @@ def _made(run: Run, wish: Wish) -> Bootstrapped:
         return dataclasses.replace(_result(wish, [], files=count), from_kept=True)
     cas = authorities.gather(run.settings, wish.places, wish.role, wish.ca_dir, wish.carried, run.now())
     service_account.assert_at_hand(wish)
+    assert_room(run.settings)  # kubeadm's keys need some, too
     open_requests = new_requests.begin(run, wish)
     prepared = new_requests.prepared(run, wish, open_requests)
     found = answers.gather(run, wish, prepared, answers.expected(run, wish, cas))

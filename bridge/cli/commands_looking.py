@@ -51,6 +51,8 @@ def check_expiration(
 
     if (warning or critical) and output is not ExpirationOutput.NAGIOS:
         raise typer.BadParameter("-w and -c are for -o nagios; for exit code 3 there is --within")
+    if warning is not None and critical is not None and critical > warning:
+        raise typer.BadParameter("-c has to be shorter than -w: nobody would be warned before it is critical")
     limit = warning or within
     raise typer.Exit(expiration.check_expiration(common.settings(), utc_now(), output.value, limit, critical))
 

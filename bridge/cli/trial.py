@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 
 from cryptography import x509
 
-from bridge.cli.printing import say
+from bridge.cli.printing import say, say_sentence
 from bridge.contract import Backend, ListsIssuers, Spends
 from bridge.errors import (
     BackendUnavailableError,
@@ -74,10 +74,10 @@ def run(settings: Settings, authority: str, names: Sequence[str], patience: time
             node=settings.node.node_name,
             cluster=settings.node.cluster,
         )
-        say(_heading(configured.label, authority, trial, sample=sample))
+        say_sentence(_heading(configured.label, authority, trial, sample=sample))
         codes = []
         for line, code in _results(trial):
-            say(printable(line))
+            say_sentence(printable(line), hanging=11)
             codes.append(code)
         say(f"{len(trial.issued)} certificates were signed, for keys that are nowhere any more")
     finally:

@@ -372,6 +372,13 @@ def loads_answer(data: bytes) -> AnswerBundle:
     return bundle
 
 
+#: For what is no bundle, and is a CSR.
+_CSR_HINT = (
+    "this is a CSR: a person's is signed by `ca-bridge kubeconfig user NAME --csr FILE`, kubeadm's by `ca-bridge sign` "
+    "of the directory that they are in"
+)
+
+
 def _parse(data: bytes) -> dict[str, Any]:
     if len(data) > MAX_BUNDLE_BYTES:
         raise BundleError("", f"at most {MAX_BUNDLE_BYTES} bytes", f"{len(data)}")
@@ -381,7 +388,8 @@ def _parse(data: bytes) -> dict[str, Any]:
         raise BundleError("", "a bundle", "nesting without end") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as e:
         reason = "bytes that are no UTF-8" if isinstance(e, UnicodeDecodeError) else f"none: {e.msg} at byte {e.pos}"
-        raise IncompleteBundleError("", "one JSON document", reason, hint="is it still being copied?") from None
+        hint = _CSR_HINT if b"CERTIFICATE REQUEST-----" in data else "is it still being copied?"
+        raise IncompleteBundleError("", "one JSON document", reason, hint=hint) from None
     except ValueError:  # a number of thousands of digits
         raise BundleError("", "a bundle", "a number without end") from None
     if not isinstance(document, dict):

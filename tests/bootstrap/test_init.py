@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -176,6 +177,22 @@ def test_names_are_those_of_the_configuration(ready: NewNode) -> None:
     leaf = load_pem_certificates((ready.places.pki / "apiserver.crt").read_bytes())[0]
 
     assert {("DNS", "spare.example.com"), ("IP", "203.0.113.7"), ("IP", ADDRESS), ("DNS", NAME)} <= san_entries(leaf)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system; run as root")
+def test_a_full_disk_is_found_before_keys_are_made(node: NewNode) -> None:
+    """It is named, and not kubeadm, which would be the first to fail."""
+    node.state.mkdir(mode=0o700, parents=True)
+    command = shlex.join(node.command("init", "--kubeadm-config", node.config()))
+    script = f"mount -t tmpfs -o mode=0700,size=64k tmpfs {shlex.quote(str(node.state))} && exec {command}"
+    environment = {**os.environ, "PATH": f"{programs.directory()}:{os.environ['PATH']}"}
+    words = ["unshare", "--mount", "sh", "-c", script]
+    run = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+
+    assert run.returncode == 1, run.stderr
+    assert "make room there" in run.stderr
+    assert "kubeadm" not in run.stderr
+    assert node.files() == {}
 
 
 def test_what_is_in_place_is_not_of_another_configuration(copy: NewNode) -> None:

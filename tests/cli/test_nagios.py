@@ -123,6 +123,13 @@ def test_who_may_not_see_failed_runs_says_so(node: Pki) -> None:
     assert (status, "failed runs are for root to see" in line) == (0, True)
 
 
+def test_swapped_thresholds_are_refused(tmp_path: Path) -> None:
+    """With the critical one first nobody would ever be warned."""
+    bridge = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge")
+    run: subprocess.CompletedProcess[str] = bridge.run("check-expiration", "-o", "nagios", "-w", "5d", "-c", "21d")
+    assert (run.returncode, "shorter than -w" in run.stderr, run.stdout) == (2, True, "")
+
+
 @pytest.mark.parametrize("arguments", [("-w", "3d"), ("-c", "3d", "-o", "json")])
 def test_thresholds_are_for_nagios_alone(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     """Elsewhere they would be silently of no use."""

@@ -394,6 +394,14 @@ def test_every_beginning_of_a_bundle_is_half_copied(either: Bundle) -> None:
     assert isinstance(error_of(data + data), IncompleteBundleError)
 
 
+def test_a_csr_is_no_bundle() -> None:
+    """What takes it is named, and nobody is told to wait for the rest of it."""
+    error = error_of(b"-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n")
+    assert isinstance(error, IncompleteBundleError)
+    assert "kubeconfig user" in error.hint
+    assert "copied" not in error.hint
+
+
 @pytest.mark.parametrize(
     "data",
     [b"[]", b"1", b"null", b'{"schema": NaN}', b'{"a": ' * 100_000, b"[" * 100_000, b'{"a": ' + b"1" * 5000 + b"}"],
