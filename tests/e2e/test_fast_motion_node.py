@@ -31,7 +31,7 @@ from tests.counts import Tried
 from tests.kit import nodes
 from tests.kit.cas import add_vault, live_certificates
 from tests.kit.doors import Door, door
-from tests.kit.node import Node
+from tests.kit.node import AT_ONCE, Node
 from tests.kit.nodes import LiveBridge, NodePki
 from tests.kit.openbao import OpenBao
 from tests.kit.pki import PKI_SPECS, Pki
@@ -77,9 +77,8 @@ def site(tmp_path_factory: pytest.TempPathFactory, bao: OpenBao) -> Iterator[Sit
     """With the settings of a cron job."""
     directory = tmp_path_factory.mktemp("site")
     keys = directory / "ca-keys"
-    with Node.up(NAME, IP, ca_dir=keys) as node:
+    with Node.up(NAME, IP, ca_dir=keys, kubelet=AT_ONCE) as node:
         nodes.make_ready(node)
-        _forget_sooner(node)
         pki = NodePki(root=node.root, external=True, keys=keys)
         bridge = LiveBridge(pki=pki, directory=directory / "bridge", node=node)
         bridge.add("renewal", {"before": "3m15s", "validity": "4m", "min_validity": "1m"})
@@ -91,15 +90,6 @@ def site(tmp_path_factory: pytest.TempPathFactory, bao: OpenBao) -> Iterator[Sit
         _shorten(node, keys)
         with door(node, port) as found:
             yield Site(node=node, bao=bao, bridge=bridge, door=found)
-
-
-def _forget_sooner(node: Node) -> None:
-    """A kubelet starts a container later, up to five minutes, that it has started in the last ten: of the real clock."""
-    path = node.root / "var/lib/kubelet/config.yaml"
-    config, none = path.read_text(), "crashLoopBackOff: {}\n"
-    assert none in config
-    path.write_text(config.replace(none, "crashLoopBackOff:\n  maxContainerRestartPeriod: 1s\n"))
-    nodes.restart_kubelet(node)
 
 
 def _shorten(node: Node, keys: Path) -> None:

@@ -32,7 +32,7 @@ from tests.kit.cas import add_vault, live_certificates
 from tests.kit.doors import door
 from tests.kit.issuing import Signer, signed_again
 from tests.kit.looking import Audit, traffic
-from tests.kit.node import Node
+from tests.kit.node import AT_ONCE, Node
 from tests.kit.nodes import LiveBridge, NodePki, wait_for
 from tests.kit.openbao import OpenBao
 from tests.kit.pki import PKI_SPECS
@@ -62,7 +62,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, bao: OpenBao) -> Iterator[Sit
     """Its settings are those of a cron job that restarts what is needed."""
     directory = tmp_path_factory.mktemp("site")
     audit, keys = Audit(directory=directory / "audit"), directory / "ca-keys"
-    with Node.up(NAME, IP, ca_dir=keys, cluster=audit.cluster()) as node:
+    with Node.up(NAME, IP, ca_dir=keys, cluster=audit.cluster(), kubelet=AT_ONCE) as node:
         nodes.make_ready(node)
         pki = NodePki(root=node.root, external=True, keys=keys)
         bridge = LiveBridge(pki=pki, directory=directory / "bridge", node=node)

@@ -23,7 +23,7 @@ from bridge.pki.certificates import load_pem_certificates, serial_hex
 from bridge.specs import SPECS, Component
 from tests.kit import issuing, nodes
 from tests.kit.issuing import Signer
-from tests.kit.node import Node
+from tests.kit.node import AT_ONCE, Node
 from tests.kit.nodes import wait_for
 from tests.kit.pki import PKI_SPECS
 
@@ -42,7 +42,7 @@ FORGOTTEN_SECONDS = 45
 @pytest.fixture(scope="module")
 def node() -> Iterator[Node]:
     """A node with its CA keys, so that kubeadm itself can renew; tests leave it as they found it, but for newer files."""
-    with Node.up(NAME, IP) as up:
+    with Node.up(NAME, IP, kubelet=AT_ONCE) as up:
         nodes.make_ready(up)
         yield up
 
@@ -293,7 +293,7 @@ def test_the_container_runtime_tells_ages_where_no_process_is_to_be_seen(node: N
 @pytest.mark.usefixtures("well")
 def test_two_nodes_on_one_machine_are_two(node: Node) -> None:
     """A renewal on one makes nothing stale on the other, though all processes are called the same; etcd is one cluster."""
-    with Node.join(OTHER_NAME, OTHER_IP, node) as other:
+    with Node.join(OTHER_NAME, OTHER_IP, node, kubelet=AT_ONCE) as other:
         nodes.make_ready(other)
         assert prove(other, "--wait", "60s")[0] == 0
         other.exec("kubeadm", "certs", "renew", "scheduler.conf")

@@ -35,7 +35,7 @@ from tests.kit.cas import add_vault, live_certificates
 from tests.kit.doors import door
 from tests.kit.issuing import Signer
 from tests.kit.looking import API_PORT, ETCD_PORT, TRAFFIC, ask, client, connection
-from tests.kit.node import Node
+from tests.kit.node import AT_ONCE, Node
 from tests.kit.nodes import LiveBridge, NodePki, make_ready, wait_for
 from tests.kit.openbao import OpenBao
 
@@ -56,9 +56,9 @@ def bridges(tmp_path_factory: pytest.TempPathFactory, bao: OpenBao) -> Iterator[
     short = "certificateValidityPeriod: 24h"
     assert port is not None
     with contextlib.ExitStack() as stack:
-        first = stack.enter_context(Node.up(names[0], IPS[0], ca_dir=keys, cluster=short))
+        first = stack.enter_context(Node.up(names[0], IPS[0], ca_dir=keys, cluster=short, kubelet=AT_ONCE))
         others = [
-            stack.enter_context(Node.join(name, ip, first, cluster=short))
+            stack.enter_context(Node.join(name, ip, first, cluster=short, kubelet=AT_ONCE))
             for name, ip in zip(names[1:], IPS[1:], strict=True)
         ]
         found = []
@@ -100,6 +100,7 @@ class Seen:
 
     looks: dict[str, int] = field(default_factory=dict)  #: By node, at etcd.
     down: list[tuple[float, float, str]] = field(default_factory=list)  #: Begin, end, node: its etcd did not answer.
+    leaderless: list[tuple[float, float, str]] = field(default_factory=list)  #: It did, but had no leader.
     turns: int = 0  #: Of the client.
     elsewhere: int = 0  #: Times that it had to go on to another API server.
     failed: list[str] = field(default_factory=list)  #: Turns that no API server took.
@@ -137,8 +138,8 @@ def watched(nodes: Sequence[Node]) -> Iterator[Seen]:
 
 
 def _watch_etcd(node: Node, seen: Seen, stop: threading.Event) -> None:
-    """A member is down from its first look without an answer to the first one with it."""
-    down_since: float | None = None
+    """A member is down from its first look without an answer to the first one that finds it well."""
+    since, answers = None, True
     with connection(node, ETCD_PORT, client(node, "etcd-healthcheck-client")) as kept:
         while not stop.wait(0.2):
             begin = time.monotonic()
@@ -146,15 +147,15 @@ def _watch_etcd(node: Node, seen: Seen, stop: threading.Event) -> None:
                 is_well = ask(kept, "/health").status == http.client.OK
             except (OSError, http.client.HTTPException):
                 kept.close()
-                is_well = False
+                is_well = answers = False
             seen.looks[node.name] = seen.looks.get(node.name, 0) + 1
-            if not is_well and down_since is None:
-                down_since = begin
-            if is_well and down_since is not None:
-                seen.down.append((down_since, begin, node.name))
-                down_since = None
-    if down_since is not None:
-        seen.down.append((down_since, time.monotonic(), node.name))
+            if not is_well and since is None:
+                since = begin
+            if is_well and since is not None:
+                (seen.leaderless if answers else seen.down).append((since, begin, node.name))
+                since, answers = None, True
+    if since is not None:
+        (seen.leaderless if answers else seen.down).append((since, time.monotonic(), node.name))
 
 
 def _work(nodes: Sequence[Node], seen: Seen, stop: threading.Event) -> None:
@@ -236,6 +237,7 @@ def assert_renewed(
     for (_, end, one), (begin, _, other) in itertools.pairwise(in_turn):
         assert end <= begin, f"{one} was not back when {other} began"
     assert seen.most_down() <= 1, seen.down  # two of three are a quorum
+    assert [gap for gap in seen.leaderless if gap[1] - gap[0] > ELECTION_SECONDS] == []
     assert seen.failed == []
     assert min(seen.looks.values()) > 20
     for bridge in bridges:
@@ -334,7 +336,9 @@ def test_peers_that_refuse_bring_the_old_certificate_back(bridges: list[LiveBrid
     assert live_certificates(bridge.pki) == before
     assert {name for _, name, _ in seen.away} == {bridge.node.name}
     # the others may have no leader for a moment, where the restarted member was it
-    assert {name for begin, end, name in seen.down if end - begin > ELECTION_SECONDS} == {bridge.node.name}
+    assert {name for begin, end, name in (*seen.down, *seen.leaderless) if end - begin > ELECTION_SECONDS} == {
+        bridge.node.name
+    }
     assert seen.failed == []
     wait_for("three nodes that are well", lambda: all_are_well(bridges), seconds=120)
     for one in bridges:

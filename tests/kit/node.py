@@ -15,6 +15,10 @@ _SCRIPT = programs.KIT / "node.sh"
 _START_SECONDS = 300  # far more than the 15 of an idle machine; node.sh has its own, smaller limits
 
 
+#: For `kubelet`: a container that was started in the last ten minutes is started again at once, and not up to five
+#: minutes later. For tests that restart much and are about something else; `test_restart_node.py` has kubelets as they are.
+AT_ONCE = "crashLoopBackOff: {maxContainerRestartPeriod: 1s}"
+
 Form = Literal["reference", "data", "token"]
 
 
@@ -54,14 +58,14 @@ class Node:
         return cls._start(cls(name=name, ip=ip), "up", *([str(ca_dir)] if ca_dir else []), cluster=cluster, **more)
 
     @classmethod
-    def join(cls, name: str, ip: str, other: Node, *, cluster: str = "") -> Node:
+    def join(cls, name: str, ip: str, other: Node, *, cluster: str = "", kubelet: str = "") -> Node:
         """
-        Start one more control-plane node beside another.
+        Start one more control-plane node beside another; its arguments are those of `up`.
 
         Raises:
             AssertionError: As `up`.
         """
-        return cls._start(cls(name=name, ip=ip), "join", other.name, cluster=cluster)
+        return cls._start(cls(name=name, ip=ip), "join", other.name, cluster=cluster, KUBEADM_KUBELET=kubelet)
 
     @classmethod
     def worker(cls, name: str, ip: str, other: Node, *, form: Form = "reference", minutes: int | None = None) -> Node:
