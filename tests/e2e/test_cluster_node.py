@@ -337,7 +337,7 @@ class Watch:
 def watch(nodes: Sequence[Node], seen: Watch, stop: threading.Event) -> None:
     """How many etcd members don't answer; and a client that may use any API server: does none take its write?"""
     for turn in itertools.count():
-        if stop.is_set():
+        if stop.wait(0.2):
             return
         down = [node.name for node in nodes if not answers(node)]
         seen.looks += 1

@@ -31,17 +31,20 @@ _Found = TypeVar("_Found")
 
 def wait_for(what: str, look: Callable[[], _Found | None], *, seconds: float = 30) -> _Found:
     """
-    What `look` finds, as soon as that is true.
+    What `look` finds, as soon as that is true; as long as a look took, the next one waits, and at least 0.1 s.
 
     Raises:
         AssertionError: It found nothing in time.
     """
     deadline = time.monotonic() + seconds
-    while not (found := look()):
-        if time.monotonic() > deadline:
+    while True:
+        begin = time.monotonic()
+        if found := look():
+            return found
+        now = time.monotonic()
+        if now > deadline:
             raise AssertionError(f"wanted {what} within {seconds:.0f} s")
-        time.sleep(0.1)
-    return found
+        time.sleep(max(0.1, now - begin))
 
 
 # --- the node and ca-bridge on it ------------------------------------------------------------------------------------

@@ -15,17 +15,17 @@ NODE_WORKERS = 3
 #: Seconds that a file takes by itself on two idle cores (`pytest --numprocesses 0 FILE`); another one takes `_UNKNOWN`.
 SECONDS = {
     "e2e/test_three_live_nodes.py": 420,
-    "e2e/test_gateway_node.py": 400,
-    "e2e/test_fast_motion_node.py": 390,
-    "e2e/test_cluster_node.py": 360,
-    "e2e/test_live_node.py": 240,
-    "e2e/test_restart_node.py": 240,
-    "e2e/test_prove_node.py": 150,
-    "e2e/test_kubelets_node.py": 120,
+    "e2e/test_cluster_node.py": 400,
+    "e2e/test_fast_motion_node.py": 365,
+    "e2e/test_gateway_node.py": 330,
+    "e2e/test_restart_node.py": 220,
+    "e2e/test_kubelets_node.py": 150,
+    "e2e/test_prove_node.py": 140,
+    "e2e/test_live_node.py": 130,
     "e2e/test_day0_node.py": 90,
-    "e2e/test_node.py": 60,
+    "e2e/test_node.py": 55,
     "e2e/test_changes_node.py": 50,
-    "test_node.py": 40,
+    "test_node.py": 45,
 }
 _UNKNOWN = 30
 
