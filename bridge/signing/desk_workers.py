@@ -106,17 +106,18 @@ def read(bundles: Mapping[int, bytes], by: Judgement) -> list[ReadBundle | None]
             found.append(None)
             continue
         _known[number] = bundle
-        found.append(ReadBundle(bundle=bundle, digest=digest, verdicts=_verdicts(bundle, by)))
+        found.append(ReadBundle(bundle=bundle, digest=digest, verdicts=verdicts(bundle, by)))
     return found
 
 
-def _verdicts(bundle: RequestBundle, by: Judgement) -> dict[str, PolicyVerdict]:
-    verdicts = {}
+def verdicts(bundle: RequestBundle, by: Judgement) -> dict[str, PolicyVerdict]:
+    """What the policy says to each request, by name; none for what can't be judged here."""
+    found = {}
     for request in bundle.requests:
         with contextlib.suppress(Exception):  # the desk judges it by itself, and tells what is wrong
             cas = by.cas[request.authority]
-            verdicts[request.name] = judge(request, bundle, by.policy, cas, by.now, by.without_proof)
-    return verdicts
+            found[request.name] = judge(request, bundle, by.policy, cas, by.now, by.without_proof)
+    return found
 
 
 def compared(answered: Sequence[AnsweredBundle], by: Mapping[str, Expectation]) -> list[dict[str, str]]:

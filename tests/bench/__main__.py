@@ -2,7 +2,7 @@
 The program's speed as ratios, each measured in one run against something real beside it.
 
 `python -m tests.bench [--rounds N] [--nodes N] [--docs]` prints a table and writes it to `tests/bench/results.md`;
-with `--docs` also into docs/numbers.md, whose numbers come from nowhere else.
+with `--docs` also into docs/numbers.md, whose numbers come from nowhere else, and with it goes `desk_profile`'s table.
 Needs root (kubeadm's `--rootfs` is a chroot) and the programs of `tests/kit/binaries.sh`; run it with the Python of
 `.cache/venv-test`, which `scripts/test` made: what else is installed beside the program costs it start-up time.
 """
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bridge.specs import AUTHORITIES
-from tests.bench import fleet
+from tests.bench import desk_profile, fleet
 from tests.bench.fleet import seconds
 from tests.kit import openbao
 from tests.kit.cas import Bridge, add_vault
@@ -33,6 +33,7 @@ _MEMORY_LIMIT = 400.0  # MB
 HERE = Path(__file__).parent
 NUMBERS = HERE.parents[1] / "docs/numbers.md"
 START, END = "<!-- numbers: written by `python -m tests.bench --docs` -->", "<!-- end of numbers -->"
+PROFILE = "<!-- desk: written by `python -m tests.bench --docs` -->"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,13 +153,16 @@ def measure_desk(directory: Path, rounds: int, nodes: int) -> Iterator[Row]:
     )
 
 
+def _machine() -> str:
+    return f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}, Python {platform.python_version()}"
+
+
 def table(rows: list[Row]) -> str:
     """Markdown."""
     head = ("work", "against", "ours", "theirs", "ratio", "at most")
     lines = [f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *(row.cells() for row in rows))]
-    machine = f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}, Python {platform.python_version()}"
     fewest = min(len(row.ours) for row in rows)
-    return "\n".join([*lines, "", f"Medians of {fewest} rounds or more, both by turns, on {machine}.", ""])
+    return "\n".join([*lines, "", f"Medians of {fewest} rounds or more, both by turns, on {_machine()}.", ""])
 
 
 def write_between(file: Path, start: str, text: str) -> None:
@@ -168,13 +172,25 @@ def write_between(file: Path, start: str, text: str) -> None:
     file.write_text(between.sub(lambda _: f"{start}\n\n{text}\n{END}", old), encoding="utf-8")
 
 
+def _profile_desk(nodes: int, *, docs: bool) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        text = desk_profile.table(desk_profile.measure(Path(directory), nodes))
+    print(text)
+    if docs:
+        write_between(NUMBERS, PROFILE, f"{nodes:,} bundles, ten requests each; {_machine()}.\n\n{text}")
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--nodes", type=int, default=1000, help="of the fleet, ten certificates each")
     parser.add_argument("--docs", action="store_true")
+    parser.add_argument("--desk-profile", action="store_true", help="only where the desk's time goes, a request")
     options = parser.parse_args()
+    if options.desk_profile:
+        _profile_desk(options.nodes, docs=options.docs)
+        return
     with tempfile.TemporaryDirectory() as directory:
         # the desk's rows take half a minute a round, and differ less
         desk = measure_desk(Path(directory), max(1, options.rounds // 2), options.nodes)
@@ -183,6 +199,7 @@ def main() -> None:
     (HERE / "results.md").write_text(text, encoding="utf-8")
     if options.docs:
         write_between(NUMBERS, START, text)
+        _profile_desk(options.nodes, docs=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench import __main__ as bench
-from tests.bench import backends, curves, fleet, gateway
+from tests.bench import backends, curves, desk_profile, fleet, gateway
 from tests.kit import exec_programs
 
 
@@ -18,6 +18,15 @@ def test_the_desks_rows(tmp_path: Path) -> None:
     assert [row.limit for row in rows] == [1.3, 11.0, 1.0]
     assert all(min(*row.ours, *row.theirs) > 0 for row in rows)
     assert bench.table(rows).count("\n| ") == 4
+
+
+def test_where_the_desks_time_goes(tmp_path: Path) -> None:
+    """The steps and the rest are together a whole run."""
+    rows = desk_profile.measure(tmp_path, 2)
+    *steps, _, (_, _, total) = rows  # the rest may be less than nothing here: so few bundles are worth no worker
+    assert abs(sum(value for _, _, value in rows[:-1]) - total) < 0.001
+    assert all(value > 0 for _, _, value in steps)
+    assert desk_profile.table(rows).count("\n| ") == len(rows) + 1
 
 
 def test_a_desk_that_does_not_sign_all_is_no_measurement(tmp_path: Path) -> None:

@@ -1,0 +1,194 @@
+"""
+Where the desk's processor time goes, a request: `python -m tests.bench --desk-profile [--nodes N] [--docs]`.
+
+A whole run is measured from outside, all its processes together; then each step is done once more by itself over the
+same bundles and answers, in one process. What the steps don't explain is the last row.
+"""
+
+from __future__ import annotations
+
+import gc
+import pickle
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import TypeVar
+
+from bridge.contract import Issued
+from bridge.pki.bundle import AnswerBundle, RequestBundle, dumps, loads_answer, sign_request
+from bridge.pki.verify import Expectation
+from bridge.settings.tables import AuditSettings
+from bridge.signing import desk_workers
+from bridge.signing.desk_archive import Archive
+from bridge.signing.desk_journal import Asked, Journal
+from bridge.signing.desk_policy import parse
+from bridge.signing.desk_workers import AnsweredBundle, Judgement, ReadBundle
+from bridge.state import audit
+from bridge.state.store import Store
+from bridge.system.files import write_atomically
+from tests.bench import fleet
+
+_HEAD = ("step", "process", "ms a request")
+_T = TypeVar("_T")
+
+
+class _Steps:
+    """Rows of the table."""
+
+    def __init__(self, requests: int) -> None:
+        self._requests = requests
+        self.rows: list[tuple[str, str, float]] = []
+
+    def add(self, step: str, process: str, seconds: float) -> None:
+        self.rows.append((step, process, 1000 * seconds / self._requests))
+
+    def measure(self, step: str, process: str, action: Callable[[], _T]) -> _T:
+        begin = time.process_time()
+        result = action()
+        self.add(step, process, time.process_time() - begin)
+        return result
+
+    def add_rest(self, total_seconds: float) -> None:
+        """What no row explains, and the sum."""
+        total = 1000 * total_seconds / self._requests
+        rest = total - sum(milliseconds for _, _, milliseconds in self.rows)
+        self.rows.append(
+            ("looking CSRs through for `openssl ca`, reading its certificates, and what else there is", "desk", rest)
+        )
+        self.rows.append(("a whole run", "all", total))
+
+
+def _of_children(action: Callable[[], object]) -> float:
+    """Processor seconds of the programs that were run."""
+
+    def so_far() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    before = so_far()
+    action()
+    return so_far() - before
+
+
+def _start() -> None:
+    """Load what each of them does."""
+    for module in ("bridge.signing.desk_workers", "bridge.signing.desk_workers", "bridge.cli.app, bridge.cli.desk"):
+        subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
+
+
+def measure(directory: Path, nodes: int) -> list[tuple[str, str, float]]:
+    """All rows."""
+    made = fleet.make_fleet(nodes)
+    steps = _Steps(len(made.csrs))
+    total = _of_children(lambda: fleet.sign_inbox(directory / "desk", made, nodes))
+    bare = _of_children(lambda: fleet.sign_bare(directory / "bare", made.cas["ca"], made.live, made.csrs, 0))
+    steps.add("`openssl ca` over the same CSRs, bare", "openssl", bare)
+    steps.add("starting the desk and two workers", "all", _of_children(_start))
+    threshold = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(desk_workers.GARBAGE)
+    try:
+        bundles = _worker(steps, made, directory / "desk")
+        _desk(steps, made, bundles, directory)
+    finally:
+        gc.set_threshold(*threshold)
+        gc.unfreeze()
+    steps.add_rest(total)
+    return steps.rows
+
+
+def _worker(steps: _Steps, made: fleet.Fleet, desk: Path) -> list[RequestBundle]:
+    policy, now = parse(desk.joinpath("desk-policy.toml").read_text()), datetime.now(UTC)
+    cas = {name: (ca.certificate,) for name, ca in made.cas.items()}
+    by = Judgement(policy=policy, cas={}, now=now, without_proof=frozenset())
+    data = dict(enumerate(made.bundles))
+    read = steps.measure("reading bundles", "worker", lambda: desk_workers.read(data, by))
+    whole = [one for one in read if one is not None]
+    judged = Judgement(policy=policy, cas=cas, now=now, without_proof=frozenset())
+    steps.measure(
+        "judging: both signatures, the origin, the policy",
+        "worker",
+        lambda: [desk_workers.verdicts(one.bundle, judged) for one in whole],
+    )
+    sent = steps.measure("sending what was read", "worker", lambda: list(map(ForkingPickler.dumps, whole)))
+    steps.measure("taking it", "desk", lambda: [_loaded(one) for one in sent])
+    expected = {
+        name: Expectation(anchors=some, anchor_name=name, now=datetime.now(UTC), min_validity=timedelta(days=7))
+        for name, some in cas.items()
+    }
+    answers = _answers(desk)
+    answered = [
+        AnsweredBundle(number=number, answers=_issued(answers[one.bundle.batch])) for number, one in enumerate(whole)
+    ]
+    reasons = steps.measure(
+        "comparing certificates with requests", "worker", lambda: desk_workers.compared(answered, expected)
+    )
+    if any(reason for one in reasons for reason in one.values()):
+        raise SystemExit(f"wanted certificates as they were asked for, found {reasons}")
+    return [one.bundle for one in whole]
+
+
+def _loaded(data: memoryview) -> ReadBundle:
+    one: ReadBundle = pickle.loads(data)  # noqa: S301 (made above)
+    return one
+
+
+def _issued(answer: AnswerBundle) -> Mapping[str, Issued]:
+    return {name: one for name, one in answer.answers.items() if isinstance(one, Issued)}
+
+
+def _answers(desk: Path) -> dict[str, AnswerBundle]:
+    """By batch."""
+    answers = [loads_answer(path.read_bytes()) for path in desk.joinpath("outbox").iterdir()]
+    return {answer.batch: answer for answer in answers}
+
+
+def _desk(steps: _Steps, made: fleet.Fleet, bundles: Sequence[RequestBundle], directory: Path) -> None:
+    answers = _answers(directory / "desk")
+    asked = {one.batch: {r.name: sign_request(r, one) for r in one.requests} for one in bundles}
+    pairs = [
+        (asked[batch][name], issued) for batch, answer in answers.items() for name, issued in _issued(answer).items()
+    ]
+    state = directory / "again"
+    shutil.rmtree(state, ignore_errors=True)
+    store = Store(state)
+    store.prepare()
+    now = datetime.now(UTC)
+    with Journal(state / "journal", now) as journal:
+
+        def keep() -> None:
+            journal.add((request, Asked(now)) for request, _ in pairs)
+            journal.add(pairs)
+            journal.forget(request for request, _ in pairs)
+
+        steps.measure("the journal", "desk", keep)
+
+    def record() -> None:
+        with audit.Record(store, AuditSettings()) as lines:
+            for request, issued in pairs:
+                lines.know(request.spec.name, request, "bench", None)
+                lines.add("signed", request.spec.name, old=request.replaces, new=issued.leaf)
+
+    steps.measure("the audit log", "desk", record)
+    texts = steps.measure("answers as JSON", "desk", lambda: [dumps(answers[one.batch]) for one in bundles])
+    archive = Archive(state / "done", state)
+    archive.prepare()
+
+    def deliver() -> None:
+        for bundle, data, text in zip(bundles, made.bundles, texts, strict=True):
+            write_atomically(state / f"{bundle.node}.answer.json", text)
+            archive.keep(bundle, bundle.batch, data, answers[bundle.batch], text)
+
+    steps.measure("writing answers and the archive", "desk", deliver)
+
+
+def table(rows: Sequence[tuple[str, str, float]]) -> str:
+    """Markdown."""
+    lines = [_HEAD, ("---",) * len(_HEAD), *((step, where, f"{value:.3f}") for step, where, value in rows)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
