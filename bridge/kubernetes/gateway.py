@@ -56,7 +56,7 @@ class Gateway:
             if one.certificate and not self._writing.is_ours(one.uid):
                 self._saw(one)
             return
-        for uid in self._place.queue.put(one, lambda new: node_of(new.request)):
+        for uid in self._place.queue.put(one, lambda new: node_of(new.request), self._judging.counts):
             self._place.give_up(uid, "a newer request of the same node has come")
 
     def _saw(self, one: SigningRequest) -> None:

@@ -9,12 +9,24 @@ from dataclasses import replace
 from bridge.errors import BridgeError
 from bridge.kubernetes import objects
 from bridge.kubernetes.node_states import NodeStates
+from bridge.kubernetes.objects import SigningRequest
 from bridge.kubernetes.place import Place
 from bridge.kubernetes.queue import Job
 from bridge.kubernetes.rates import Rate
 from bridge.signing.register import NodeEntry
-from bridge.signing.signer_policy import Allowed, Hostile, Later, NodeState, Verdict, World, addresses_of, judge
+from bridge.signing.signer_policy import (
+    Allowed,
+    Hostile,
+    Later,
+    NodeState,
+    Verdict,
+    World,
+    addresses_of,
+    judge,
+    node_of,
+)
 from bridge.signing.signer_rules import NODE_USER, spec_of
+from bridge.specs import CertificateSpec
 
 
 class Judging:
@@ -53,15 +65,8 @@ class Judging:
         known, spec = place.known, spec_of(one.request.signer)
         if spec is None or spec.authority.name not in place.authorities:
             return Later("the policy had no table for this signer when the gateway was started; restart it")
-        policy = known.policy
-        world = World(
-            policy=policy,
-            cluster=place.settings.node.cluster,
-            register=known.register,
-            ca_end=place.authorities[spec.authority.name].end(),
-            min_validity=place.settings.gateway.min_validity,
-            now=place.now(),
-        )
+        world = self._world(spec)
+        policy = world.policy
         verdict = judge(one.request, world)
         # nobody is asked about a node (a program, the DNS, the API server) for what is hostile by its own words
         if node is not None and not isinstance(verdict, Hostile):
@@ -78,6 +83,33 @@ class Judging:
         if isinstance(verdict, Allowed) and needs_other and not one.has(objects.APPROVED):
             return Later("nobody has approved it yet (approval = required)")
         return verdict
+
+    def counts(self, one: SigningRequest) -> bool:
+        """
+        Whether a request about a node may be signed by what the files say: no program, no API server is asked.
+
+        A node that only a program knows is given credit.
+        """
+        spec, node = spec_of(one.request.signer), node_of(one.request)
+        if spec is None or spec.authority.name not in self._place.authorities or node is None:
+            return False
+        world = self._world(spec)
+        entry = world.register.nodes.get(node)
+        if entry is None:
+            return not isinstance(judge(one.request, world), Hostile)
+        state = NodeState(exists=one.request.username == f"{NODE_USER}{node}")
+        return isinstance(judge(one.request, replace(world, entry=entry, state=state)), Allowed)
+
+    def _world(self, spec: CertificateSpec) -> World:
+        place = self._place
+        return World(
+            policy=place.known.policy,
+            cluster=place.settings.node.cluster,
+            register=place.known.register,
+            ca_end=place.authorities[spec.authority.name].end(),
+            min_validity=place.settings.gateway.min_validity,
+            now=place.now(),
+        )
 
     def _state(self, node: str, entry: NodeEntry, username: str) -> NodeState:
         # a token's node is not there, as a rule; one that asks for itself may have registered this moment

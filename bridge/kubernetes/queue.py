@@ -29,6 +29,7 @@ class Job:
 
     one: SigningRequest
     node: str | None  #: Whose certificate it asks for; None: no node's.
+    alone: bool = False  #: It takes nobody's place, and nobody takes its.
     arrived: float  #: Monotonic.
     begun: bool = False  #: It was counted by the rates.
     attempts: int = 0
@@ -41,7 +42,7 @@ class Job:
     @property
     def key(self) -> str:
         """Of those with the same only the newest counts; empty: it stands alone."""
-        return key_of(self.one, self.node)
+        return "" if self.alone else key_of(self.one, self.node)
 
 
 def key_of(one: SigningRequest, node: str | None) -> str:
@@ -66,13 +67,20 @@ class Queue:
         self._closed = False
         self.overflowed = False
 
-    def put(self, one: SigningRequest, node_of: Callable[[SigningRequest], str | None]) -> list[str]:
+    def put(
+        self,
+        one: SigningRequest,
+        node_of: Callable[[SigningRequest], str | None],
+        counts: Callable[[SigningRequest], bool] = lambda _: True,
+    ) -> list[str]:
         """
         One that is new or has changed.
 
         Args:
             one: The object.
             node_of: Whose certificate it asks for; looked at once.
+            counts: Whether it is one that may be signed. What will not be takes no place of an honest one: whoever has
+                a node's credentials could keep its kubelet waiting for ever, with nothing but refused requests.
 
         Returns:
             The uids of older ones of the same key, which count no longer.
@@ -89,14 +97,15 @@ class Queue:
                     self._soon(known)
                 return []
         node = node_of(one)  # without the lock: it takes a while
+        alone = node is None or not counts(one)
         with self._changed:
-            superseded = self._supersede(one, key_of(one, node))
+            superseded = self._supersede(one, "" if alone else key_of(one, node))
             if superseded is None:
                 return []
             if not self._has_room(one):
                 self.overflowed = True
                 return superseded
-            job = Job(one=one, node=node, arrived=time.monotonic())
+            job = Job(one=one, node=node, alone=alone, arrived=time.monotonic())
             self._add(job)
             self._ready.append(job)
             self._changed.notify()
@@ -207,7 +216,7 @@ class Queue:
             del self._working[job.one.uid]
             later = self._later.pop(job.one.uid, None)
         if later is not None and not later.is_settled and later.version != job.one.version:
-            self.put(later, lambda _: job.node)
+            self.put(later, lambda _: job.node, lambda _: not job.alone)
 
     def delay(self, job: Job, seconds: float) -> None:
         """It is looked at again after this time, or when it changes."""

@@ -69,6 +69,18 @@ def test_the_newest_of_a_node_takes_the_place_of_the_others() -> None:
     assert again.put(one("b", seconds=2), lambda _: "w1") == ["a"]
 
 
+def test_what_does_not_count_takes_nobodys_place() -> None:
+    """A newer one that will be refused stands beside an honest one, in whichever order they come."""
+    for order in (("honest", "hostile"), ("hostile", "honest")):
+        line = Queue()
+        for uid in order:
+            late = 5 if uid == "hostile" else 0
+            assert line.put(one(uid, seconds=late), lambda _: "w1", lambda new: new.uid == "honest") == []
+        jobs = list(iter(lambda: line.take(0), None))  # noqa: B023
+        assert sorted(job.one.uid for job in jobs) == ["honest", "hostile"]
+        assert all(line.is_newest(job) for job in jobs)
+
+
 def test_what_changes_while_it_is_worked_at_is_looked_at_again() -> None:
     """The newer version is kept for afterwards; one that is settled then is not."""
     line = Queue()

@@ -117,6 +117,24 @@ def test_a_namesake_gets_nothing(cluster: ClusterApi, place: Place) -> None:
         assert state_of(read(cluster, "one-name")) == "open"
 
 
+def test_hostile_requests_keep_no_kubelet_waiting(cluster: ClusterApi, place: Place) -> None:
+    """
+    After the API server was away a node's honest request is there, and newer ones in its name that nobody will sign.
+
+    The newest of a node is the one that its kubelet reads, but only among those that may be signed.
+    """
+    own = hostile_csrs.honest_sans("w1")
+    honest = ask(cluster, SERVING, csr_pem(node_subject("w1"), own))
+    time.sleep(1.1)  # objects' times are whole seconds
+    names = ["kubernetes.default.svc", "auth.company.example"] * 3
+    newer = [ask(cluster, SERVING, csr_pem(node_subject("w1"), [*own, x509.DNSName(name)])) for name in names]
+    with gateways.running(place) as gateway:
+        until(gateway, cluster, honest, "signed")
+        for name in newer[::2]:
+            until(gateway, cluster, name, "denied")
+    assert {state_of(read(cluster, name)) for name in newer[1::2]} == {"open"}
+
+
 def test_a_watch_outlives_the_rights(cluster: ClusterApi, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """A running watch goes on delivering without any right, so that each ends soon; the next one is refused."""
     monkeypatch.setattr(watch, "ROUND_SECONDS", 8)
