@@ -33,7 +33,7 @@ class _Asking:
     request: SignRequest
     authority: AuthorityOfSigners
     about: About
-    longest: timedelta  #: That the policy gives, whatever was asked for: CAs with profiles don't take our wish.
+    longest: timedelta  #: That the policy gives.
     digest: str  #: Of the CSR.
     ticket: Ticket | None  #: The CA has it already.
 
@@ -63,7 +63,7 @@ class Issuing:
             request=self._request(job.one, verdict, ticket),
             authority=authority,
             about=place.about(job.one, authority),
-            longest=self._longest(job.one, verdict),
+            longest=verdict.longest,
             digest=digest,
             ticket=ticket,
         )
@@ -100,11 +100,6 @@ class Issuing:
         return asking.authority.verified(
             answers, asking.request, asking.longest, place.settings.gateway.min_validity, place.now()
         )
-
-    def _longest(self, one: SigningRequest, verdict: Allowed) -> timedelta:
-        policy = self._place.known.policy
-        rules = policy.signers.get(one.request.signer)
-        return max((rules.max_validity if rules else None) or policy.allow.max_validity, verdict.validity)
 
     def _request(self, one: SigningRequest, verdict: Allowed, ticket: Ticket | None) -> SignRequest:
         validity = timedelta(seconds=ticket.validity_seconds) if ticket is not None else verdict.validity

@@ -65,6 +65,7 @@ class Allowed:
     spec: CertificateSpec
     asked: Asked
     validity: timedelta
+    longest: timedelta  #: What the policy gives at most, whatever was asked for: CAs with profiles don't take our wish.
     name: str  #: Whose certificate it is: a node's, a user's, or kubeadm's name of a certificate; for metrics.
 
 
@@ -143,7 +144,8 @@ def judge(request: Request, world: World) -> Verdict:
     validity = _validity(request, spec, rules, world)
     if (trouble := _trouble_here(validity, world)) is not None:
         return trouble
-    return Allowed(spec=spec, asked=asked, validity=validity, name=who)
+    longest = _longest(spec, rules, world.policy)
+    return Allowed(spec=spec, asked=asked, validity=validity, longest=longest, name=who)
 
 
 def _trouble_here(validity: timedelta, world: World) -> Later | None:
@@ -164,10 +166,15 @@ def _form_problem(request: Request, asked: Asked, spec: CertificateSpec, keys: t
 
 def _validity(request: Request, spec: CertificateSpec, rules: SignerRules, world: World) -> timedelta:
     """The shortest of what is asked for, what the policy gives and what the CA has left; never refused for its length."""
-    policy = world.policy
+    longest = _longest(spec, rules, world.policy)
+    left = world.ca_end - world.now - _BEFORE_THE_CA_ENDS
+    return min(longest, left, request.asked_validity if request.asked_validity is not None else longest)
+
+
+def _longest(spec: CertificateSpec, rules: SignerRules, policy: Policy) -> timedelta:
+    """The shortest of what the signer's table, the certificate's and `[allow]` give."""
     own = policy.certificates[spec.name].max_validity if spec.name in policy.certificates else None
-    longest = [rules.max_validity, own, policy.allow.max_validity, request.asked_validity]
-    return min(*(one for one in longest if one is not None), world.ca_end - world.now - _BEFORE_THE_CA_ENDS)
+    return min(one for one in (rules.max_validity, own, policy.allow.max_validity) if one is not None)
 
 
 def _who(request: Request, asked: Asked, spec: CertificateSpec, rules: SignerRules, world: World) -> str | Verdict:

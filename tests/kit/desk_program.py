@@ -40,6 +40,7 @@ public, subject = csr.public_key(), csr.subject
 if mode == "expired": begin, end = now - d.timedelta(days=2), now - d.timedelta(days=1)
 if mode == "ends at once": end = now + d.timedelta(seconds=30)
 if mode == "in the future": begin = now + d.timedelta(hours=1)
+if mode == "a day": end = now + d.timedelta(days=1)
 if mode == "too long": end = now + d.timedelta(days=60)
 if mode == "another key": public = ec.generate_private_key(ec.SECP256R1()).public_key()
 if mode == "another node": subject = x509.Name([x509.NameAttribute(x509.NameOID.ORGANIZATION_NAME, "system:nodes"), x509.NameAttribute(x509.NameOID.COMMON_NAME, "system:node:cp1")])

@@ -168,6 +168,19 @@ def test_somebody_else_has_to_approve(cluster: ClusterApi, desk: DeskProgram, wo
 # --- the CA -----------------------------------------------------------------------------------------------------------
 
 
+def test_a_certificate_lives_no_longer_than_all_of_the_policy_lets_it(
+    cluster: ClusterApi, desk: DeskProgram, worker: str, tmp_path: Path
+) -> None:
+    """A CA that counts in days, below an `[allow]` of hours: the signer's own table, which gives a week, is no way round."""
+    place = place_with(cluster, desk, tmp_path, worker)
+    place.policy = place.policy.replace('max_validity = "30d"', 'max_validity = "2h"')
+    desk.does("a day")
+    with gateways.running(place) as gateway:
+        name = ask(cluster, worker)
+        gateway.until(lambda: "at most 2h" in gateway.text())
+        assert state_of(read(cluster, name)) == "open"
+
+
 def test_a_hostile_ca_answer_is_never_written(
     cluster: ClusterApi, desk: DeskProgram, tmp_path: Path, tried: Callable[..., None]
 ) -> None:

@@ -79,6 +79,9 @@ def test_the_validity_is_the_shortest_wish() -> None:
     assert validity(judge(request, ends)) == timedelta(hours=2) - timedelta(minutes=5)
     assert isinstance(judge(request, replace(world(), ca_end=NOW + timedelta(minutes=8))), Later)
     short = gateways.POLICY.replace('max_validity = "30d"', 'max_validity = "1h"')
+    found = judge(replace(request, asked_validity=timedelta(minutes=10)), world(policy=short))
+    assert isinstance(found, Allowed)
+    assert (found.validity, found.longest) == (timedelta(minutes=10), timedelta(hours=1))
     assert validity(judge(request, world(policy=short))) == timedelta(hours=1)
 
 
