@@ -133,7 +133,7 @@ make_network() { # make_network IP; the link is told the address, so that a seco
     ip addr add 198.18.77.1/24 dev $bridge
     ip link set $bridge up
   fi
-  [ -z "$(ip link show master $bridge | grep -x " *alias $1")" ] || die "$name: wanted a free address, found another node at $1"
+  ! grep -qx " *alias $1" <<<"$(ip link show master $bridge)" || die "$name: wanted a free address, found another node at $1"
   ip netns add "$name"
   ip link add "v-$name" type veth peer name eth0 netns "$name"
   ip link set "v-$name" master $bridge alias "$1" up
