@@ -1,7 +1,7 @@
 """
 An hour of a cluster whose kubelets get their certificates through gateways, with what they need killed at random.
 
-usage: python -m tests.e2e.gateway_soak [SECONDS] [SEED]     as root; writes docs/gateway-soak.md, to be linked in docs/README.md
+usage: python -m tests.e2e.gateway_soak [SECONDS] [SEED]     as root; writes docs/gateway-soak.md
 
 Certificates live 10 minutes, and a gateway, the CA or the API server is killed once a minute on average.
 A kubelet asks anew when 10 to 30 % of the time are left, and waits up to half a minute between two tries: with
