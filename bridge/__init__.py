@@ -10,6 +10,7 @@ The map, from the ground up; each floor imports only what is below it (`tests/te
 - `node`: what is on this machine
 - `state`: what we remember and replace
 - `signing`: asking CAs, and being asked (the desk)
+- `cluster`: the cluster's Kubernetes API, and the one client that all ask it by
 - `control_plane`: looking at components and restarting them
 - `renewal`: the main job
 - `monitoring`: what monitors are told, and how the last runs ended

@@ -20,7 +20,7 @@ from urllib.parse import quote, urlsplit
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
-from bridge.control_plane.client import TIMEOUT_SECONDS, Client
+from bridge.cluster.client import TIMEOUT_SECONDS, Client
 from bridge.control_plane.etcd import Etcd, Member
 from bridge.control_plane.probes import (
     Check,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from bridge.control_plane.client import NOBODY, Client, document, items
+from bridge.cluster.client import NOBODY, Client, document, items
 from bridge.node.endpoints import Server
 from bridge.node.inventory import Node
 from bridge.system import https

@@ -11,8 +11,8 @@ from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
 
-from bridge.control_plane import kube_api
-from bridge.control_plane.client import NOBODY, Client
+from bridge.cluster.api import Api
+from bridge.cluster.client import NOBODY, Client
 from bridge.control_plane.etcd import Etcd
 from bridge.node import endpoints
 from bridge.node.endpoints import Server
@@ -48,7 +48,7 @@ def trouble(component: Component, node: Node, kubeconfig_dir: Path) -> str | Non
     url = f"https://{endpoints.reachable(host)}:{port}{PATHS[component]}"
     found = _trouble(url, NOBODY)
     if component is Component.APISERVER and found is not None:  # it may answer nobody whom it does not know
-        for client in kube_api.connect(node, kubeconfig_dir).clients:
+        for client in Api.of_node(node, kubeconfig_dir).clients:
             found = _trouble(url, replace(client, trust_pem=None))
             if found is None:
                 break

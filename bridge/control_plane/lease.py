@@ -19,7 +19,8 @@ from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from typing import Any
 
-from bridge.control_plane.kube_api import Api, NoAnswerError
+from bridge.cluster.api import Api
+from bridge.cluster.errors import NoAnswerError
 from bridge.errors import PostponedError
 from bridge.pki.durations import duration_text
 from bridge.system.status import doing

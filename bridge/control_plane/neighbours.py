@@ -17,10 +17,12 @@ from http import HTTPStatus
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from bridge.control_plane import kube_api, lease
-from bridge.control_plane.client import items
+from bridge.cluster import access
+from bridge.cluster.api import Api
+from bridge.cluster.client import items
+from bridge.cluster.errors import NoAnswerError
+from bridge.control_plane import lease
 from bridge.control_plane.etcd import Etcd, Member
-from bridge.control_plane.kube_api import Api, NoAnswerError
 from bridge.errors import PostponedError
 from bridge.node import endpoints
 from bridge.node.endpoints import Server
@@ -230,7 +232,7 @@ def turn(
     with contextlib.suppress(NoAnswerError):  # the lease says so
         api.add([Server(url) for _, url in _api_servers(api, node)])
     # No two nodes share an API server, but hosts may share a name, and then settings that were copied.
-    place = urlsplit(kube_api.local_url(node) or "").netloc
+    place = urlsplit(access.local_url(node) or "").netloc
     holder = f"{settings.node.node_name}_{place}_{run_id}"
     with lease.hold(
         api, rules.lease_name, holder, duration=rules.lease_duration, wait=rules.lease_wait, note=note
@@ -252,7 +254,7 @@ def look(node: Node, settings: Settings) -> Neighbours:
         settings: Where files are, and the node's name.
     """
     etcd = _look_at_etcd(node) if node.local_etcd and Component.ETCD in node.manifests else _Seen()
-    api = kube_api.connect(node, settings.node.kubeconfig_dir)
+    api = Api.of_node(node, settings.node.kubeconfig_dir)
     api.add([Server(url) for url in _beside_etcd(etcd.instances, node)])
     servers = _look_at_api(api, node, settings.node.node_name)
     return Neighbours(
@@ -274,7 +276,7 @@ def connect(node: Node, settings: Settings) -> Api:
         node: As it was when all manifests were in place.
         settings: Where files are.
     """
-    api = kube_api.connect(node, settings.node.kubeconfig_dir)
+    api = Api.of_node(node, settings.node.kubeconfig_dir)
     if node.local_etcd and Component.ETCD in node.manifests:
         api.add([Server(url) for url in _beside_etcd(_look_at_etcd(node).instances, node)])
     return api
@@ -283,7 +285,7 @@ def connect(node: Node, settings: Settings) -> Api:
 def _beside_etcd(members: Iterable[Instance], node: Node) -> list[str]:
     """Where kubeadm has an API server for each member."""
     hosts = [urlsplit(member.url).hostname for member in members if not member.own]
-    return [kube_api.url_of(host, kube_api.port(node)) for host in hosts if host]
+    return [access.url_of(host, access.port(node)) for host in hosts if host]
 
 
 class _Seen(NamedTuple):
@@ -351,7 +353,7 @@ def _initial_peers(flags: Mapping[str, str]) -> list[str]:
 
 def _beside(url: str, own_url: str) -> str:
     """Where the member with this URL has the port of ours, if it has the same."""
-    return kube_api.url_of(urlsplit(url).hostname or "", urlsplit(own_url).port or 2379)
+    return access.url_of(urlsplit(url).hostname or "", urlsplit(own_url).port or 2379)
 
 
 def _is_own(member: Member, own_id: str, flags: Mapping[str, str]) -> bool:
@@ -400,7 +402,7 @@ def _without_answer(instance: Instance, error: https.HttpsError) -> Instance:
 
 
 def _look_at_api(api: Api, node: Node, node_name: str) -> _Seen:
-    own_url = kube_api.local_url(node)
+    own_url = access.local_url(node)
     instances = []
     if own_url is not None:
         instances.append(_api_server(node_name, own_url, own=True))
@@ -444,8 +446,8 @@ def _api_servers(api: Api, node: Node) -> list[tuple[str, str]]:
     for one in items(nodes, "items"):
         name, addresses = _name_and_addresses(one)
         here = [address for address in addresses if address in endpoints] or addresses[:1]
-        found += [(name, kube_api.url_of(address, endpoints.pop(address, kube_api.port(node)))) for address in here]
-    return found + [(address, kube_api.url_of(address, port)) for address, port in endpoints.items()]
+        found += [(name, access.url_of(address, endpoints.pop(address, access.port(node)))) for address in here]
+    return found + [(address, access.url_of(address, port)) for address, port in endpoints.items()]
 
 
 def _asked(api: Api, path: str, *, missing: bool = False) -> Mapping[str, Any]:

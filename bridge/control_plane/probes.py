@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from cryptography import x509
 
-from bridge.control_plane.client import TIMEOUT_SECONDS, Client
+from bridge.cluster.client import TIMEOUT_SECONDS, Client
 from bridge.errors import BridgeError
 from bridge.node import ages
 from bridge.node.ages import contents

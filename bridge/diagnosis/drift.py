@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from cryptography import x509
 
-from bridge.control_plane import kube_api
+from bridge.cluster.api import Api
 from bridge.diagnosis.findings import Finding
 from bridge.diagnosis.installed import is_named, server
 from bridge.errors import BridgeError
@@ -131,8 +131,8 @@ def _config(node: Node, settings: Settings, flags: Flags) -> KubeadmConfig:
     name = endpoints.name(flags)
     places = endpoints.bound(Component.APISERVER, flags)
     servers = [Server(f"https://{place}", name) for place in places[:1]]
-    known = kube_api.connect(node, settings.node.kubeconfig_dir)
-    reply = kube_api.Api(known.clients, servers).ask("GET", CONFIG_MAP)
+    known = Api.of_node(node, settings.node.kubeconfig_dir)
+    reply = Api(known.clients, servers).ask("GET", CONFIG_MAP)
     data = reply.document.get("data")
     text = data.get(CLUSTER_CONFIGURATION) if isinstance(data, dict) else None
     if reply.status != HTTPStatus.OK or not isinstance(text, str):

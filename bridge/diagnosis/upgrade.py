@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 
 from cryptography.x509.verification import VerificationError as NoPathError
 
-from bridge.control_plane import kube_api
-from bridge.control_plane.kube_api import Api, NoAnswerError
+from bridge.cluster.api import Api
+from bridge.cluster.errors import NoAnswerError
 from bridge.diagnosis.findings import Finding
 from bridge.diagnosis.installed import is_named
 from bridge.errors import BridgeError
@@ -76,7 +76,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     yield from _kubelet(node, settings)
     yield from _etcd(node)
     yield from _super_admin(node)
-    yield from _cluster(kube_api.connect(node, settings.node.kubeconfig_dir))
+    yield from _cluster(Api.of_node(node, settings.node.kubeconfig_dir))
 
 
 def _says(about: str, text: str, hint: str = "") -> Finding:

@@ -14,9 +14,9 @@ import traceback
 from collections.abc import Iterator
 from datetime import timedelta
 
+from bridge.cluster.errors import NoAnswerError
 from bridge.errors import BridgeError
 from bridge.kubernetes import objects
-from bridge.kubernetes.api import ApiDownError
 from bridge.kubernetes.issuing import Issuing
 from bridge.kubernetes.judging import Judging
 from bridge.kubernetes.objects import SigningRequest
@@ -102,7 +102,7 @@ class Gateway:
             self._place.give_up(job.one.uid, "somebody else has settled the object")
         except LeftError as e:
             return self._left(job, e.outcome, e.reason, e.seconds)
-        except (ApiDownError, AuditError, StateError) as e:
+        except (NoAnswerError, AuditError, StateError) as e:
             return self._left(job, "left", str(e))
         return None
 
@@ -123,7 +123,7 @@ class Gateway:
         Judge, have it signed and proven, write.
 
         Raises:
-            GoneError, LeftError, ApiDownError, AuditError, StateError: It was not answered.
+            GoneError, LeftError, NoAnswerError, AuditError, StateError: It was not answered.
         """
         place = self._place
         place.assert_ours()

@@ -59,7 +59,7 @@ class Judging:
         By what is true now.
 
         Raises:
-            ApiDownError: The Node object can't be looked at.
+            NoAnswerError: The Node object can't be looked at.
         """
         place, one, node = self._place, job.one, job.node
         known, spec = place.known, spec_of(one.request.signer)

@@ -18,7 +18,8 @@ from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from typing import Any
 
-from bridge.kubernetes.api import Api, ApiDownError
+from bridge.cluster.api import Api
+from bridge.cluster.errors import NoAnswerError
 
 log = logging.getLogger("ca-bridge")
 
@@ -82,7 +83,7 @@ class Leader:
             found = self._api.ask("GET", f"{self._collection}/{self._name}")
             if found.status == HTTPStatus.OK and _spec(found.document).get("holderIdentity") == self._identity:
                 self._api.ask("PUT", f"{self._collection}/{self._name}", self._made(found.document, ""))
-        except ApiDownError as e:
+        except NoAnswerError as e:
             log.warning("the lease %s was not given back, and expires: %s", self._name, e)
 
     def _run(self) -> None:
@@ -92,7 +93,7 @@ class Leader:
             try:
                 trouble = self._try(began)
                 self.last_answer = time.monotonic()
-            except ApiDownError as e:
+            except NoAnswerError as e:
                 trouble = str(e)
             except (KeyError, TypeError, AttributeError, ValueError) as e:
                 trouble = f"wanted the lease {self._name}, found something else ({type(e).__name__})"

@@ -15,8 +15,9 @@ from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote
 
+from bridge.cluster.api import Api
+from bridge.cluster.errors import NoAnswerError
 from bridge.kubernetes import objects
-from bridge.kubernetes.api import Api, ApiDownError
 from bridge.signing.signer_policy import NodeState
 from bridge.system.combining import Combined
 
@@ -46,7 +47,7 @@ class NodeStates:
         self._api = api
         self._mutex = threading.Lock()
         self._known: dict[str, tuple[NodeState, float]] = {}
-        self._together: Combined[_Wanted, NodeState | ApiDownError] = Combined(self._looked_at, _MOST_TOGETHER)
+        self._together: Combined[_Wanted, NodeState | NoAnswerError] = Combined(self._looked_at, _MOST_TOGETHER)
         self._count = 0  # that the latest list had
         self._lists_from = 0.0
 
@@ -60,7 +61,7 @@ class NodeStates:
             with_readiness: It counts whether it is ready; else it may be said to be so.
 
         Raises:
-            ApiDownError: It can't be looked at.
+            NoAnswerError: It can't be looked at.
         """
         now = time.monotonic()
         with self._mutex:
@@ -68,7 +69,7 @@ class NodeStates:
         if known is not None and now - known[1] < _SECONDS and (known[0].exists or not newer):
             return known[0]
         found = self._together(_Wanted(name, with_readiness))
-        if isinstance(found, ApiDownError):
+        if isinstance(found, NoAnswerError):
             raise found
         with self._mutex:
             if len(self._known) >= _MOST_NODES:
@@ -76,16 +77,16 @@ class NodeStates:
             self._known[name] = (found, now)
         return found
 
-    def _looked_at(self, wanted: Sequence[_Wanted]) -> list[NodeState | ApiDownError]:
+    def _looked_at(self, wanted: Sequence[_Wanted]) -> list[NodeState | NoAnswerError]:
         there = self._listed(len(wanted))
-        found: list[NodeState | ApiDownError] = []
+        found: list[NodeState | NoAnswerError] = []
         for one in wanted:
             if there is not None and not (one.with_readiness and one.name in there):
                 found.append(NodeState(exists=one.name in there, ready=one.name in there))
                 continue
             try:
                 found.append(self._asked(one.name))
-            except ApiDownError as e:
+            except NoAnswerError as e:
                 found.append(e)
         return found
 
@@ -95,7 +96,7 @@ class NodeStates:
             return NodeState(exists=True, ready=objects.is_ready(reply.document))
         if reply.status == HTTPStatus.NOT_FOUND:
             return NodeState(exists=False)
-        raise ApiDownError(f"wanted to look at node {name}, found HTTP {reply.status} {reply.message}")
+        raise NoAnswerError(f"wanted to look at node {name}, found HTTP {reply.status} {reply.message}")
 
     def _listed(self, wanted: int) -> frozenset[str] | None:
         """The names of all nodes; None: to ask for each is less work, or there is no list."""
@@ -104,7 +105,7 @@ class NodeStates:
         try:
             reply = self._api.ask("GET", f"{_NODES}?limit={_MOST_LISTED}", accept=_NAMES_ALONE)
             names = _names(reply.document) if reply.status == HTTPStatus.OK else None
-        except ApiDownError:
+        except NoAnswerError:
             names = None  # who asks for each finds out why
         if names is None:  # no right to, or too many
             self._lists_from = time.monotonic() + _NO_LIST_SECONDS

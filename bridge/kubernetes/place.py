@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
 
+from bridge.cluster.api import Api
 from bridge.errors import BackendError, VerificationError
-from bridge.kubernetes.api import Api
 from bridge.kubernetes.authorities import AuthorityOfSigners
 from bridge.kubernetes.known_nodes import Known
 from bridge.kubernetes.ledger import About, Ledger

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 
+from bridge.cluster.api import Api
 from bridge.errors import BridgeError, Exit
-from bridge.kubernetes.api import Api
 from bridge.settings.gateway import GatewaySettings
 
 _REVIEWS = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"

@@ -16,9 +16,10 @@ from datetime import datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
 
+from bridge.cluster.api import Api
+from bridge.cluster.errors import NoAnswerError
 from bridge.errors import BackendError, SettingsError, SettingsProblem
 from bridge.kubernetes import authorities, rights, status
-from bridge.kubernetes.api import Api, ApiDownError
 from bridge.kubernetes.gateway import Gateway, specs_of
 from bridge.kubernetes.known_nodes import Known
 from bridge.kubernetes.leader import Alone, Leader
@@ -78,7 +79,7 @@ class Service:
             wanted = 'a table for a signer, such as [signer."kubernetes.io/kubelet-serving"]'
             raise SettingsError([SettingsProblem("signer", wanted, "none", ours.policy)])
         self.specs = specs_of(iter(self.signers))
-        self.api = Api(ours.kubeconfig)
+        self.api = Api.of_gateway(ours.kubeconfig)
         self.authorities = authorities.opened(settings, self.specs)
         self.metrics = Metrics(self.signers)
         self.identity = ours.identity or f"{os.uname().nodename}_{secrets.token_hex(4)}"
@@ -97,7 +98,7 @@ class Service:
         Ask the API server and the CAs, and sign nothing; what is wrong, in sentences.
 
         Raises:
-            ApiDownError, ApiRefusesError: The API server does not answer, or not us.
+            NoAnswerError, ApiRefusesError: The API server does not answer, or not us.
             BackendError: A CA does not.
         """
         rights.assert_given(self.api, rights.needed(self.signers, self.settings.gateway))
@@ -176,7 +177,7 @@ class Service:
             try:
                 watch.run(self._gateway.changed, self._gateway.gone, self._is_alive)
                 pause = _FIRST_PAUSE_SECONDS
-            except ApiDownError as e:
+            except NoAnswerError as e:
                 if not self._api_trouble:
                     log.warning("%s; it is begun anew", e)
                 self._api_trouble = str(e)

@@ -13,7 +13,9 @@ import threading
 from collections.abc import Callable, Iterable
 from urllib.parse import urlencode
 
-from bridge.kubernetes.api import Api, ApiDownError, Lines
+from bridge.cluster.api import Api
+from bridge.cluster.errors import NoAnswerError
+from bridge.cluster.stream import Lines
 from bridge.kubernetes.objects import COLLECTION, LONGEST_OBJECT_BYTES, NotAnObjectError, SigningRequest, parse
 
 #: A bookmark comes each minute, so that a longer silence is a dead connection.
@@ -45,7 +47,7 @@ class Watch:
             alive: Is called with each sign of life.
 
         Raises:
-            ApiDownError: It broke.
+            NoAnswerError: It broke.
         """
         query = urlencode({"watch": 1, "allowWatchBookmarks": "true", "timeoutSeconds": ROUND_SECONDS})
         with self._api.lines(f"{COLLECTION}?{query}", SILENCE_SECONDS, LONGEST_OBJECT_BYTES) as lines:
@@ -58,7 +60,7 @@ class Watch:
                 for line in lines:
                     alive()
                     self._event(line, changed, gone)
-            except ApiDownError:
+            except NoAnswerError:
                 if not self._ended:
                     raise
             finally:
@@ -68,7 +70,7 @@ class Watch:
     def _event(self, line: bytes, changed: Callable[[SigningRequest], None], gone: Callable[[str], None]) -> None:
         if not any(name in line for name in self._wanted.values()):
             if b'"ERROR"' in line[:40]:
-                raise ApiDownError("the API server ended the watch with an error; it is begun anew")
+                raise NoAnswerError("the API server ended the watch with an error; it is begun anew")
             return
         try:
             event = json.loads(line)

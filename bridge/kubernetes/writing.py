@@ -12,8 +12,9 @@ from typing import Any
 
 from cryptography import x509
 
+from bridge.cluster.api import MERGE_PATCH, Reply
+from bridge.cluster.errors import NoAnswerError
 from bridge.kubernetes import objects
-from bridge.kubernetes.api import MERGE_PATCH, ApiDownError, Reply
 from bridge.kubernetes.authorities import AuthorityOfSigners
 from bridge.kubernetes.objects import NotAnObjectError, SigningRequest
 from bridge.kubernetes.outcomes import AFTER_REFUSAL_SECONDS, GoneError, LeftError, NotAllowedError, extra
@@ -51,7 +52,7 @@ class Writing:
         Say no, in words that give nothing away; where somebody has approved it already, `Denied` is not possible.
 
         Raises:
-            GoneError, LeftError, ApiDownError, AuditError: It was not written.
+            GoneError, LeftError, NoAnswerError, AuditError: It was not written.
         """
         place = self._place
         place.ledger.write(place.about(job.one).line(audit.REFUSED, error=NotAllowedError(reason)))
@@ -74,7 +75,7 @@ class Writing:
         The CA has not answered in time.
 
         Raises:
-            GoneError, LeftError, ApiDownError: It was not written.
+            GoneError, LeftError, NoAnswerError: It was not written.
         """
         for _ in self._turns(job):
             body = objects.failed(job.one, objects.NOT_ANSWERED, self._place.now())
@@ -88,7 +89,7 @@ class Writing:
         A CA has it, and answers later; nothing is written where that stands there already.
 
         Raises:
-            GoneError, LeftError, ApiDownError: It was not written.
+            GoneError, LeftError, NoAnswerError: It was not written.
         """
         if job.one.has(objects.PENDING_AT_CA):
             return
@@ -110,7 +111,7 @@ class Writing:
             assert_still: Raises unless the policy allows it at this moment, too.
 
         Raises:
-            GoneError, LeftError, ApiDownError, AuditError: It was not written.
+            GoneError, LeftError, NoAnswerError, AuditError: It was not written.
         """
         for _ in self._turns(job):
             found, one = job.verified, job.one
@@ -170,7 +171,7 @@ class Writing:
         try:
             found = objects.parse(reply.document, job.one.size)
         except NotAnObjectError as e:
-            raise ApiDownError(f"wanted a CertificateSigningRequest, found something else ({e})") from None
+            raise NoAnswerError(f"wanted a CertificateSigningRequest, found something else ({e})") from None
         if found.uid != job.one.uid or found.request != job.one.request:
             raise GoneError("another object has its name by now")
         job.one = found

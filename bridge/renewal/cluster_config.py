@@ -5,8 +5,8 @@ from __future__ import annotations
 from http import HTTPStatus
 from pathlib import Path
 
-from bridge.control_plane import kube_api
-from bridge.control_plane.kube_api import Api, NoAnswerError
+from bridge.cluster.api import Api
+from bridge.cluster.errors import NoAnswerError
 from bridge.errors import BridgeError
 from bridge.node import kubeadm_config
 from bridge.node.inventory import Node
@@ -40,7 +40,7 @@ class Source:
     def api(self) -> Api:
         """The cluster's, whether it answers or not."""
         if self._api is None:
-            self._api = kube_api.connect(self._node, self._settings.node.kubeconfig_dir)
+            self._api = Api.of_node(self._node, self._settings.node.kubeconfig_dir)
         return self._api
 
     def config(self) -> KubeadmConfig:

@@ -25,9 +25,9 @@ from typing import Any
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from bridge.cluster.api import MERGE_PATCH, Api
 from bridge.contract import Issued, SignRequest, SignsMany
 from bridge.kubernetes import objects
-from bridge.kubernetes.api import MERGE_PATCH, Api
 from bridge.pki.csr import generate_key
 from bridge.settings.load import parse
 from bridge.signing import registry
@@ -176,7 +176,9 @@ def ca_alone(config: Path, pems: Sequence[bytes], pids: Mapping[str, int]) -> tu
 def api_alone(cluster: ClusterApi, names: Sequence[str], answers: Sequence[Issued], pids: Mapping[str, int]) -> Run:
     """Approve and issue, each onto a resourceVersion and with no more rights, as the gateway does."""
     there = {one["metadata"]["name"]: objects.parse(one, 0) for one in cluster.client().get(CSRS)["items"]}
-    api = Api(cluster.kubeconfig(gateways.USER))  # whose rights are looked up, unlike those of system:masters
+    api = Api.of_gateway(
+        cluster.kubeconfig(gateways.USER)
+    )  # whose rights are looked up, unlike those of system:masters
 
     def both(item: tuple[str, Issued]) -> None:
         one, now = there[item[0]], datetime.now(UTC)

@@ -22,7 +22,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from bridge.control_plane import kube_api, lease, neighbours
+from bridge.cluster import access
+from bridge.cluster.api import Api
+from bridge.control_plane import lease, neighbours
 from bridge.control_plane.lease import Lease, LeaseHeldError
 from bridge.control_plane.neighbours import Instance, InstanceState, NeighbourError, Neighbours
 from bridge.errors import Exit, SettingsError
@@ -475,10 +477,10 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbours, "_LOOK_SECONDS", 0.2)
 
 
-def api(servers: Servers, *places: Place) -> kube_api.Api:
+def api(servers: Servers, *places: Place) -> Api:
     """Of these servers, in this order."""
-    known = kube_api.connect(servers.places[0].node, servers.places[0].kubeconfig_dir)
-    return kube_api.Api(known.clients, [Server(f"https://{p.address}:{servers.state.port}") for p in places])
+    known = Api.of_node(servers.places[0].node, servers.places[0].kubeconfig_dir)
+    return Api(known.clients, [Server(f"https://{p.address}:{servers.state.port}") for p in places])
 
 
 def hold(
@@ -730,7 +732,7 @@ def test_a_turn_is_the_lease_and_a_look_at_the_others(servers: Servers) -> None:
     first, second, third = servers.places
     settings = first.settings('neighbours = "refuse"')
     with neighbours.turn(first.node, settings, "run-1", note=silent) as may:
-        holder = f"cp-1_{urlsplit(kube_api.local_url(first.node) or '').netloc}_run-1"
+        holder = f"cp-1_{urlsplit(access.local_url(first.node) or '').netloc}_run-1"
         assert spec(servers)["holderIdentity"] == holder
         may(APISERVER)
         servers.failing[third.name].append("etcd")

@@ -23,8 +23,8 @@ from typing import Any
 
 import pytest
 
-from bridge.control_plane import kube_api
-from bridge.control_plane.client import Client
+from bridge.cluster.api import Api
+from bridge.cluster.client import Client
 from bridge.errors import Exit
 from bridge.node import inventory
 from bridge.node.endpoints import Server
@@ -366,7 +366,7 @@ def answers(node: Node) -> bool:
 
 def writes(node: Node, change: str) -> bool:
     """Whether this node's API server takes a write."""
-    client = kube_api.connect(inventory.read(node.pki_dir, node.kubeconfig_dir), node.kubeconfig_dir).clients[0]
+    client = Api.of_node(inventory.read(node.pki_dir, node.kubeconfig_dir), node.kubeconfig_dir).clients[0]
     with contextlib.suppress(https.HttpsError):
         answer = https.request(
             f"https://{node.ip}:6443/api/v1/namespaces/default/configmaps/watched",

@@ -17,8 +17,10 @@ import requests
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bridge.cluster.api import Reply
+from bridge.cluster.stream import Lines
 from bridge.errors import BridgeError
-from bridge.kubernetes import api, known_nodes, objects, queue, status
+from bridge.kubernetes import known_nodes, objects, queue, status
 from bridge.kubernetes.metrics import Metrics
 from bridge.kubernetes.objects import NotAnObjectError, SigningRequest, parse
 from bridge.kubernetes.queue import Queue
@@ -243,9 +245,9 @@ def test_a_long_message_is_cut_to_its_end() -> None:
     """The API server repeats the request in the beginning of an error."""
     secret = "LS0tLS1CRUdJTiBDRVJUSUZJQ0FURQ" * 300
     text = f'CSR "x" is invalid: spec.request: "{secret}": wrong'
-    reply = api.Reply(status=422, body=json.dumps({"message": text}).encode())
+    reply = Reply(status=422, body=json.dumps({"message": text}).encode())
     assert reply.message == "wrong"
-    assert len(api.Reply(status=422, body=json.dumps({"message": secret}).encode()).message) <= 300
+    assert len(Reply(status=422, body=json.dumps({"message": secret}).encode()).message) <= 300
 
 
 # --- a stream ---------------------------------------------------------------------------------------------------------
@@ -263,7 +265,7 @@ class _Pieces:
 
 def lines_of(longest: int, *pieces: bytes) -> tuple[list[bytes], int]:
     """The lines, and how many were left out."""
-    made = api.Lines(_Pieces(*pieces), None, longest, "x")  # type: ignore[arg-type]
+    made = Lines(_Pieces(*pieces), None, longest, "x")  # type: ignore[arg-type]
     return list(made), made.left_out
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from cryptography import x509
 
+from bridge.cluster.api import Api
+from bridge.cluster.errors import NoAnswerError
 from bridge.kubernetes import watch
-from bridge.kubernetes.api import Api, ApiDownError
 from bridge.kubernetes.objects import SigningRequest
 from bridge.kubernetes.watch import Watch
 from bridge.signing.signer_rules import CLIENT_KUBELET, SERVING
@@ -138,7 +139,7 @@ def test_hostile_requests_keep_no_kubelet_waiting(cluster: ClusterApi, place: Pl
 def test_a_watch_outlives_the_rights(cluster: ClusterApi, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """A running watch goes on delivering without any right, so that each ends soon; the next one is refused."""
     monkeypatch.setattr(watch, "ROUND_SECONDS", 8)
-    api = Api(cluster.kubeconfig(gateways.USER))
+    api = Api.of_gateway(cluster.kubeconfig(gateways.USER))
     round_ = Watch(api, [CLIENT_KUBELET])
     seen: list[str] = []
     admin, body = cluster.client(), cluster.client().get(BINDING)
@@ -159,7 +160,7 @@ def test_a_watch_outlives_the_rights(cluster: ClusterApi, place: Place, monkeypa
     round_.run(changed, lambda _: None, withdraw)
     assert seen == ["alive", "behind-the-rights"]
     assert time.monotonic() - began < 30
-    with pytest.raises(ApiDownError):
+    with pytest.raises(NoAnswerError):
         round_.run(changed, lambda _: None, lambda: None)
 
     del body["metadata"]["resourceVersion"], body["metadata"]["uid"]

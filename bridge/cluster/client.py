@@ -1,10 +1,13 @@
-"""A client certificate in our hand, for the Kubernetes API, etcd and the kubelet alike; keys stay in memory."""
+"""Who asks: a client certificate or a token, for the Kubernetes API, etcd and the kubelet alike; keys stay in memory."""
 
 from __future__ import annotations
 
 import json
+import re
+import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +19,39 @@ from bridge.system import https
 TIMEOUT_SECONDS = 5
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Client:
-    """A client certificate, its key, and whom to trust."""
+    """A client certificate with its key, or a token; and whom to trust."""
 
     name: str  #: Of the file it comes from.
     certificate_pem: bytes | None  #: None: nobody in particular.
     key_pem: bytes | None = field(repr=False)
     trust_pem: bytes | None  #: None: anybody, as an API server does with kubelets.
+    token: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.token is not None and not re.fullmatch(r"[!-~]+", self.token):
+            raise ValueError("wanted a token, found more than one word of ASCII text")
+
+    @cached_property
+    def tls(self) -> ssl.SSLContext:
+        """
+        For connections that are kept.
+
+        Raises:
+            HttpsError: Certificate, key or trust anchors can't be used.
+        """
+        return https.context(self.trust_pem, self.certificate_pem, self.key_pem)
+
+    @cached_property
+    def headers(self) -> Mapping[str, str]:
+        """Who we are, if a certificate does not say it."""
+        return {"Authorization": f"Bearer {self.token}"} if self.token is not None else {}
+
+    @cached_property
+    def lines(self) -> str:
+        """The same as whole lines."""
+        return "".join(f"{name}: {value}\r\n" for name, value in self.headers.items())
 
     @classmethod
     def of(cls, certificate: Path, key: Path, trust: Path | None) -> Client:
@@ -40,13 +68,16 @@ class Client:
             trust_pem=None if trust is None else contents(trust),
         )
 
-    def ask(self, server: Server, path: str, **request: Any) -> https.HttpAnswer:
+    def ask(
+        self, server: Server, path: str, headers: Mapping[str, str] | None = None, **request: Any
+    ) -> https.HttpAnswer:
         """
-        Ask one server; any status is an answer.
+        Ask one server over a connection of its own; any status is an answer.
 
         Args:
             server: Without a path.
             path: With its query.
+            headers: More of them.
             request: As `https.request` has it.
 
         Raises:
@@ -59,6 +90,7 @@ class Client:
             certificate_pem=self.certificate_pem,
             key_pem=self.key_pem,
             timeout_seconds=TIMEOUT_SECONDS,
+            headers={**self.headers, **(headers or {})},
             **request,
         )
 
