@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from backends import exec_answer
+from backends.exec_environment import ENVIRONMENT, ekus_text
 from backends.exec_process import LONGEST_VARIABLE, Account, Ended, NotRunError, check_program, run
 from bridge.contract import BackendSettings, Issued, Pending, Selector, SetupFile, SetupRequest, SignRequest
 from bridge.errors import (
@@ -37,14 +38,6 @@ from bridge.pki.loose_certificates import is_for, newest
 from bridge.specs import CertificateSpec
 
 log = logging.getLogger("ca-bridge.exec")
-
-#: What a program finds around it, beside HOME and what the settings name; nothing of our own environment.
-ENVIRONMENT: Mapping[str, str] = {
-    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-    "SHELL": "/bin/sh",
-    "TERM": "dumb",
-    "LC_ALL": "C.UTF-8",
-}
 #: Variables that say what is asked for.
 _OURS = re.compile(
     r"CA_BRIDGE_\w+|CERTMONGER_(?:OPERATION|CSR|CA_PROFILE|CA_NICKNAME|CA_COOKIE|SPKI|KEY_TYPE|REQ_(?:SUBJECT|HOSTNAME|IP_ADDRESS|EMAIL))"
@@ -57,8 +50,6 @@ NOT_OURS_TO_GIVE = frozenset(
     {"CERTMONGER_REQ_PRINCIPAL", "CERTMONGER_SPKAC", "CERTMONGER_PKCSREQ", "CERTMONGER_PKCSREQ_REKEY"}
     | {"CERTMONGER_GETCERTINITIAL", "CERTMONGER_GETCERTINITIAL_REKEY", "CERTMONGER_SCEP_RA_CERTIFICATE"}
 )
-
-
 #: certmonger's exit statuses (its src/submit-e.h).
 _ISSUED, _WAIT, _UNREACHABLE, _NOT_CONFIGURED, _WAIT_SECONDS, _UNKNOWN_OPERATION = 0, 1, 3, 4, 5, 6
 #: Of what need not be told: also a refusal, such as dogtag-submit's of a list of profiles that is not for everybody.
@@ -345,11 +336,6 @@ def _is_signed(csr: x509.CertificateSigningRequest) -> bool:
         return csr.is_signature_valid
     except (UnsupportedAlgorithm, ValueError, TypeError):
         return False
-
-
-def ekus_text(spec: CertificateSpec) -> str:
-    """RFC 5280's names with commas, as openssl takes them: `serverAuth,clientAuth`."""
-    return ",".join(sorted((eku.label for eku in spec.ekus), reverse=True))
 
 
 def _authority_variables(spec: CertificateSpec) -> dict[str, str]:

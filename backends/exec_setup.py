@@ -16,7 +16,7 @@ from typing import Any
 
 from cryptography import x509
 
-from backends.exec import ENVIRONMENT, ekus_text
+from backends.exec_environment import ENVIRONMENT, ekus_text
 from bridge.contract import Selector, SetupFile, SetupRequest
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.specs import SPECS

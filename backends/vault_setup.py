@@ -20,7 +20,7 @@ from typing import Literal
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
-from backends.vault import DEFAULT_ROLE, RoleOf, role_selector
+from backends.vault_settings import DEFAULT_ROLE, RoleOf, role_selector
 from bridge.contract import DEFAULT_CLUSTER, Selector, SetupFile, SetupRequest
 from bridge.errors import BridgeError, SettingsError
 from bridge.pki import certificates

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bridge.cli.setup import shown
+from bridge.cli.settings_text import lines_of
 from bridge.contract import GIVEN, Secret, SetupFile
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.kubernetes.known_nodes import Known
@@ -157,14 +157,14 @@ def _config(settings: Settings) -> tuple[str, dict[str, Path]]:
         lines += ["", f"[backend.{json.dumps(name)}]", f"type = {json.dumps(type_name)}"]
     for authority, configured in backends.items():
         lines += ["", f"[authority.{authority}]", f"backend = {json.dumps(configured.name)}"]
-        lines += shown(_moved(configured.settings, files))
+        lines += lines_of(_moved(configured.settings, files))
     return "\n".join(lines) + "\n", files
 
 
 def _changed(table: Any) -> Iterator[str]:
     """Only what is not the default."""
     usual = {field.name: field.default for field in dataclasses.fields(table)}
-    for line in shown(table):
+    for line in lines_of(table):
         key = line.partition(" = ")[0]
         if getattr(table, key, None) != usual.get(key):
             yield line

@@ -5,27 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from cryptography import x509
 
 from bridge.cli import jobs
 from bridge.cli.printing import say
-from bridge.contract import GIVEN, Secret, SetsUp, SetupFile, SetupRequest
+from bridge.cli.settings_text import lines_of
+from bridge.contract import SetsUp, SetupFile, SetupRequest
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.node import inventory
 from bridge.node.inventory import Item
-from bridge.pki.durations import duration_text
 from bridge.pki.node_names import named, parse_nodes, renamed
 from bridge.renewal import serving
 from bridge.settings.load import DEFAULT_FILE
 from bridge.settings.rehearsal import for_rehearsal
-from bridge.settings.tables import Commands, Components, Settings
-from bridge.settings.windows import Windows
+from bridge.settings.tables import Settings
 from bridge.signing import registry
 from bridge.specs import AUTHORITIES, CA
 from bridge.system import jobs as system_jobs
@@ -89,49 +86,16 @@ def in_force(settings: Settings) -> str:
     lines = [f"# from {settings.source.file or 'defaults alone: no settings file'}"]
     named = dataclasses.replace(settings, node=dataclasses.replace(settings.node, name=settings.node.node_name))
     for name in ("node", "renewal", "restart", "cluster", "hooks", "audit", "backups", "gateway"):
-        lines += ["", f"[{name}]", *shown(getattr(named, name))]
+        lines += ["", f"[{name}]", *lines_of(getattr(named, name))]
     backends = registry.configured(settings, settings.authorities)
     for name, type_name in {one.name: one.type_name for one in backends.values()}.items():
         lines += ["", f"[backend.{json.dumps(name)}]", f"type = {json.dumps(type_name)}"]
     for authority, configured in backends.items():
-        lines += ["", f"[authority.{authority}]", *shown(settings.authorities[authority])]
-        lines += shown(configured.settings)
+        lines += ["", f"[authority.{authority}]", *lines_of(settings.authorities[authority])]
+        lines += lines_of(configured.settings)
     for name, certificate in settings.certificates.items():
-        lines += ["", f"[certificate.{name}]", *shown(certificate)]
+        lines += ["", f"[certificate.{name}]", *lines_of(certificate)]
     return "\n".join(lines) + "\n"
-
-
-def shown(values: Any, prefix: str = "") -> Iterator[str]:
-    """A table's keys in force, as lines of TOML."""
-    for field in dataclasses.fields(values):
-        value, key = getattr(values, field.name), f"{prefix}{field.name}"
-        if GIVEN in field.metadata or value in (None, "", timedelta()):  # no key; or as if it were not set
-            continue
-        if isinstance(value, Secret):
-            yield f"{key}_{value.kind} = {json.dumps(value.where)}"
-        elif dataclasses.is_dataclass(value) and not hasattr(value, "from_setting"):
-            yield from shown(value, f"{key}.")
-        elif isinstance(value, Mapping):
-            yield from (f"{key}.{json.dumps(name)} = {json.dumps(text)}" for name, text in value.items())
-        else:
-            yield f"{key} = {json.dumps(_plain(value))}"
-
-
-def _plain(value: Any) -> Any:
-    """As it may stand in the settings file."""
-    match value:
-        case bool() | int() | tuple():
-            return value
-        case timedelta():
-            return duration_text(value)
-        case Windows():
-            return list(map(str, value.windows))
-        case Commands():
-            return value.texts
-        case Components(which="listed"):
-            return [component.value for component in value.listed]
-        case _:
-            return str(value)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, pkcs7
 
 from backends import exec_answer
-from backends.exec import ENVIRONMENT, ExecBackend, ExecSettings
+from backends.exec import ExecBackend, ExecSettings
+from backends.exec_environment import ENVIRONMENT
 from bridge.contract import Issued, Pending, SetupRequest, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsError
 from bridge.pki.certificates import attributes, extended_key_usages, san_counts

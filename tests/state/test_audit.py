@@ -22,7 +22,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from backends.cfssl import CfsslBackend, CfsslSettings
-from backends.vault import VaultAuth, VaultBackend, VaultSettings
+from backends.vault import VaultBackend
+from backends.vault_settings import VaultAuth, VaultSettings
 from bridge.cli.app import app
 from bridge.contract import Secret
 from bridge.pki.certificates import fingerprint, load_pem_certificates, serial_hex
