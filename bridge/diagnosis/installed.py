@@ -156,7 +156,9 @@ def _end(item: Item, settings: Settings, now: datetime) -> Finding:
             text += "; a kubelet that starts with it ends at once: after a reboot nothing on this node comes up"
         return Finding(level="error", check="expired", about=name, text=text, hint=hint)
     if item.rotates and not expiry.is_rotation_late(item.ending, now):
-        text = f"{expiry.left_text(end, now)}; rotated by the kubelet itself"
+        config = settings.node.kubelet_dir / "config.yaml"
+        unless = "" if config.exists() else f", unless its configuration says otherwise: no {config} is here"
+        text = f"{expiry.left_text(end, now)}; rotated by the kubelet itself{unless}"
         return Finding(level="ok", check="certificate", about=name, text=text)
     if not item.managed:
         text = f"{expiry.left_text(end, now)}, and the kubelet should have rotated it"

@@ -123,6 +123,7 @@ def test_a_worker(first: NewNode, other: NewNode) -> None:
     assert looked.returncode == 0, looked.stdout  # ca.crt is kubeadm's to write, and kubelet.crt the CA's
     assert "kubeadm join" in looked.stdout
     assert "made by the kubelet itself" not in looked.stdout
+    assert "unless its configuration says otherwise" in looked.stdout  # kubeadm join writes it
 
 
 def test_what_hurts_a_cluster_is_found_before_it_joins(other: NewNode, shared: bytes) -> None:
