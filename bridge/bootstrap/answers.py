@@ -29,7 +29,7 @@ class Answers:
 
 
 def expected(run: Run, wish: Wish, cas: Certificates) -> dict[str, verify.Expectation]:
-    """By authority: what an answer is measured by."""
+    """What an answer is measured by, for each authority."""
     settings = run.settings
     return {
         name: verify.Expectation(

@@ -159,7 +159,7 @@ def _assert_apart(found: Certificates) -> None:
 
 
 def text(certificates: tuple[x509.Certificate, ...]) -> bytes:
-    """As kubeadm writes it."""
+    """The certificates as kubeadm writes them."""
     return b"".join(map(pem, certificates))
 
 

@@ -80,7 +80,7 @@ class Configuration:
 
     @property
     def etcd_directory(self) -> str:
-        """Of its data; empty: the default."""
+        """Where etcd has its data; empty: the default."""
         return _text(_below(_below(self.cluster, "etcd"), "local"), "dataDir")
 
     @property
@@ -93,7 +93,7 @@ class Configuration:
         return _below(_below(node, "controlPlane") if "controlPlane" in node else node, "localAPIEndpoint")
 
     def text(self) -> str:
-        """As YAML documents."""
+        """The documents as YAML."""
         return "---\n".join(yaml.safe_dump(dict(one), sort_keys=False) for one in self.documents)
 
 
@@ -201,7 +201,7 @@ def shared(config: Configuration) -> Configuration:
 
 
 def key_algorithm(config: Configuration) -> KeyAlgorithm:
-    """Of all keys, as kubeadm has it; its default where none is said."""
+    """The algorithm of all keys; kubeadm's default where the file names none."""
     found = _text(config.cluster, "encryptionAlgorithm").lower()
     return next((one for one in KEY_ALGORITHMS if one == found), "rsa-2048")
 

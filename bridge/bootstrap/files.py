@@ -60,7 +60,7 @@ class Composer:
         return self.places.kubelet_pki / f"kubelet-client-{self.now:%Y-%m-%d-%H-%M-%S}.pem"
 
     def ca_files(self) -> Iterator[Replacement]:
-        """For a control plane; kubeadm writes a worker's from its kubelet.conf, and refuses one that is there."""
+        """The CA certificates of a control plane; kubeadm writes a worker's from its kubelet.conf, and refuses one that is there."""
         if self.role != "worker":
             for authority in authorities_of(self.role):
                 data = authorities.text(self.authorities[authority.name])
@@ -75,7 +75,7 @@ class Composer:
                 yield self._file("sa", path, data, _PRIVATE)
 
     def configuration(self, path: Path, data: bytes) -> Iterator[Replacement]:
-        """For kubeadm; unless it is there. An operator's may hold a bootstrap token."""
+        """kubeadm's configuration, unless it is there. An operator's may hold a bootstrap token."""
         if self.read(path) != data:
             yield self._file("kubeadm", path, data, _PRIVATE)
 
@@ -92,12 +92,12 @@ class Composer:
         )
 
     def _kubelet_conf(self, leaf: x509.Certificate) -> bytes:
-        """By reference, so that there is one place to renew, and a kubelet that starts makes no copy."""
+        """The kubelet's, which refers to key and certificate: one place to renew, and a kubelet that starts makes no copy."""
         current = str(self.places.kubelet_current)
         return self._kubeconfig(KUBELET_CONF, leaf, {"client-certificate": current, "client-key": current})
 
     def _kubeconfig(self, name: str, leaf: x509.Certificate, credentials: Mapping[str, str]) -> bytes:
-        """In kubeadm's form; the first certificate of ca.crt alone is what every version of kubeadm accepts."""
+        """A kubeconfig in kubeadm's form; every version of kubeadm accepts the first certificate of ca.crt alone."""
         [user] = (str(one.value) for one in leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME))
         ca = b64encode(pem(self.authorities["ca"][0])).decode()
         context = f"{user}@{self.cluster}"

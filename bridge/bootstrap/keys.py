@@ -213,7 +213,7 @@ def _csr(node: str, sans: Sequence[x509.GeneralName], key: csr.PrivateKey) -> by
 
 
 def _hash(key: csr.PrivateKey) -> hashes.SHA256 | hashes.SHA384:
-    """As kubeadm: SHA-256, but SHA-384 for P-384."""
+    """The hash that kubeadm takes: SHA-256, but SHA-384 for P-384."""
     is_p384 = csr.algorithm_name(key.public_key()) == "ecdsa-p384"
     return hashes.SHA384() if is_p384 else hashes.SHA256()
 

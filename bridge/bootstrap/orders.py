@@ -64,7 +64,7 @@ class Order:
 
 
 def dumps(order: Order) -> bytes:
-    """As a file."""
+    """The order as a file."""
     document = _document(order)
     if order.signature is not None:
         document["signature"] = b64encode(order.signature).decode()
@@ -128,7 +128,7 @@ def loads(data: bytes) -> Order:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of two values for one key, two readers may each take another."""
+    """An object whose keys are there once: of two values for one key, two readers may each take another."""
     values = dict(pairs)
     if len(values) != len(pairs):
         raise ValueError

@@ -57,12 +57,12 @@ class Places:
 
     @property
     def kubeadm_config(self) -> Path:
-        """For `kubeadm init`, and on a further node for what it says of the cluster."""
+        """What `kubeadm init` is given; on a further node it says what the cluster is like."""
         return self.kubeconfigs / "kubeadm.yaml"
 
     @property
     def join_config(self) -> Path:
-        """For `kubeadm join`."""
+        """What `kubeadm join` is given."""
         return self.kubeconfigs / "join.yaml"
 
     def authority(self, authority: Authority) -> Path:

@@ -139,7 +139,7 @@ def _keep(run: Run, wish: Wish, whole: Mapping[Path, bytes]) -> None:
 
 
 def _mode(path: Path) -> int:
-    """As `Composer` has it."""
+    """The mode that `Composer` gives a file."""
     return 0o644 if path.suffix == ".crt" else _PRIVATE
 
 
@@ -152,7 +152,7 @@ def _make_directories(wish: Wish) -> None:
 
 
 def _link(link: Path, target: Path) -> None:
-    """As a kubelet does it: absolute, and replaced in one step."""
+    """Make the link as a kubelet does: absolute, and replaced in one step."""
     fresh = link.with_name(f".{link.name}.new")
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(target)

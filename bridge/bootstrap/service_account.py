@@ -39,7 +39,7 @@ def new_pair(algorithm: KeyAlgorithm) -> tuple[bytes, bytes]:
 
 
 def public_pem(key: csr.PrivateKey) -> bytes:
-    """As in `sa.pub`."""
+    """The public key as `sa.pub` has it."""
     return key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 

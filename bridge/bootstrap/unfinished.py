@@ -31,7 +31,7 @@ class Unfinished:
 
 
 def unfinished_file(store: Store) -> StateFile[Unfinished]:
-    """In the state directory; a damaged one costs new keys and requests, and nothing else."""
+    """The file in the state directory; a damaged one costs new keys and requests, and nothing else."""
     return StateFile(
         path=store.bootstrap,
         what="what the requests of a new node are for",

@@ -78,7 +78,7 @@ class Look:
         return ours
 
     def files_of(self, spec: CertificateSpec) -> list[Path]:
-        """Of one certificate."""
+        """The files of one certificate."""
         places = self.places
         if spec.name == KUBELET_CONF:
             return [places.kubeconfigs / spec.base, places.kubelet_current]
@@ -182,7 +182,7 @@ class Look:
         key: PrivateKey,
         anchors: tuple[x509.Certificate, ...],
     ) -> Iterator[str]:
-        """As an answer to a request that we would make now."""
+        """Judge it as an answer to a request that we would make now."""
         leaf, name = certificates[0], spec.authority.certificate_file
         for violation in identity.check(spec, certificates, anchors, name, self.extra_subject):
             yield f"{path}: {violation}"

@@ -187,12 +187,12 @@ def _facts(node: NewNode) -> Facts:
 
 
 def places_in(settings: Settings, config: Configuration) -> Places:
-    """By the settings; etcd's data is where kubeadm's configuration has it."""
+    """The places that the settings name; etcd's data is where kubeadm's configuration has it."""
     return places_of(settings, Path(config.etcd_directory or ETCD_DIRECTORY))
 
 
 def places_of(settings: Settings, etcd: Path = ETCD_DIRECTORY) -> Places:
-    """By the settings."""
+    """The places that the settings name."""
     node = settings.node
     return Places(pki=node.pki_dir, kubeconfigs=node.kubeconfig_dir, kubelet=node.kubelet_dir, etcd=etcd)
 

@@ -114,7 +114,7 @@ class Api:
 
     @classmethod
     def of_node(cls, node: Node, kubeconfig_dir: Path) -> Api:
-        """As `access.of_node`; nothing is asked yet."""
+        """A client with a node's rights (see `access.of_node`); nothing is asked yet."""
         found = access.of_node(node, kubeconfig_dir)
         return cls(found.clients, found.servers, found.troubles)
 

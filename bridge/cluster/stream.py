@@ -52,7 +52,7 @@ class Lines:
             raise NoAnswerError(f"{self._server}: the watch broke: {why(e)}") from None
 
     def end(self) -> None:
-        """From another thread: nothing more comes."""
+        """End the stream, from another thread: nothing more comes."""
         opened = self._connection.sock
         with contextlib.suppress(OSError):
             if opened is not None:

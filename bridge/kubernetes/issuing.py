@@ -39,7 +39,7 @@ class _Asking:
 
 
 class Issuing:
-    """From several threads."""
+    """May be used by several threads."""
 
     def __init__(self, place: Place, writing: Writing) -> None:
         self._place = place

@@ -30,7 +30,7 @@ from bridge.specs import CertificateSpec
 
 
 class Judging:
-    """From several threads."""
+    """May be used by several threads."""
 
     def __init__(self, place: Place) -> None:
         self._place = place

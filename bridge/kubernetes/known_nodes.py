@@ -123,12 +123,12 @@ class Known:
 
     @property
     def policy(self) -> Policy:
-        """As it is now."""
+        """What its file says now."""
         return self._policy.get()
 
     @property
     def register(self) -> Register:
-        """As it is now."""
+        """What its file says now."""
         return self._register.get()
 
     @property

@@ -43,7 +43,7 @@ class About:
 
     @classmethod
     def of(cls, one: SigningRequest, spec: CertificateSpec, backend: str = "", identity: str = "") -> About:
-        """Of an object; names in it are the requester's choice."""
+        """What is said of an object; names in it are the requester's choice."""
         found = {
             "request": one.uid,
             "object": one_line(one.name),
@@ -62,7 +62,7 @@ class About:
 
 @dataclass(eq=False)
 class Ledger:
-    """From any thread."""
+    """May be used by any thread."""
 
     store: Store  #: Its lock is held.
     settings: AuditSettings

@@ -21,7 +21,7 @@ OUTCOMES = (
 
 
 class Metrics:
-    """From any thread."""
+    """May be used by any thread."""
 
     def __init__(self, signers: tuple[str, ...]) -> None:
         self._mutex = threading.Lock()

@@ -41,7 +41,7 @@ class _Wanted:
 
 
 class NodeStates:
-    """From any thread."""
+    """May be used by any thread."""
 
     def __init__(self, api: Api) -> None:
         self._api = api

@@ -58,12 +58,12 @@ class SigningRequest:
 
     @property
     def age_key(self) -> tuple[datetime, int]:
-        """By which the newer one of two is told."""
+        """What tells the newer one of two."""
         return self.created, int(self.version) if self.version.isdecimal() else 0
 
     @property
     def path(self) -> str:
-        """Of the object; its name is the requester's choice."""
+        """The object's path; its name is the requester's choice."""
         return f"{COLLECTION}/{quote(self.name, safe='')}"
 
 
@@ -141,29 +141,29 @@ def is_ready(node: Mapping[str, Any]) -> bool:
 
 
 def approved(one: SigningRequest, now: datetime) -> dict[str, Any]:
-    """For /approval."""
+    """The body for /approval."""
     return _conditions(one, [*one.conditions, _condition(APPROVED, ALLOWS, "allowed by ca-bridge's policy", now)])
 
 
 def denied(one: SigningRequest, now: datetime) -> dict[str, Any]:
-    """For /approval; of one that nobody has approved."""
+    """The body for /approval of a request that nobody has approved."""
     return _conditions(one, [*_without_ours(one), _condition(DENIED, NOT_ALLOWED, "not allowed", now)])
 
 
 def failed(one: SigningRequest, reason: str, now: datetime) -> dict[str, Any]:
-    """For /status; of one that somebody has approved, or whose CA has not answered."""
+    """The body for /status of a request that somebody has approved, or whose CA has not answered."""
     text = {NOT_ALLOWED: "not allowed", NOT_ANSWERED: "the CA has not answered in time"}[reason]
     return _conditions(one, [*_without_ours(one), _condition(FAILED, reason, text, now)])
 
 
 def waiting(one: SigningRequest, now: datetime) -> dict[str, Any]:
-    """For /status: a CA has it, and answers later."""
+    """The body for /status while a CA has the request, and answers later."""
     condition = _condition(PENDING_AT_CA, WAITS, "the CA has the request and answers later", now)
     return _conditions(one, [*_without_ours(one), condition])
 
 
 def issued(one: SigningRequest, chain_pem: bytes) -> dict[str, Any]:
-    """For /status; the leaf comes first."""
+    """The body for /status with the certificate; the leaf comes first."""
     status: dict[str, Any] = {"certificate": base64.b64encode(chain_pem).decode("ascii")}
     if one.has(PENDING_AT_CA):
         status["conditions"] = _without_ours(one)

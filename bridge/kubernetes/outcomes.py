@@ -26,18 +26,18 @@ class GoneError(Exception):
 
 
 class NotAllowedError(BridgeError):
-    """For the record: the policy's reason."""
+    """The policy does not allow it; the audit log has the reason."""
 
     exit_code = BackendRefusedError.exit_code
 
 
 def after_refusal(job: Job) -> float:
-    """In how many seconds the CA is asked once more."""
+    """How many seconds it takes until the CA is asked once more."""
     return AFTER_REFUSAL_SECONDS * 2.0 ** min(job.attempts, _DOUBLINGS)
 
 
 def extra(job: Job, outcome: str | None = None) -> dict[str, str | None]:
-    """For the log's lines about a job."""
+    """What the log's lines say of a job."""
     request = job.one.request
     return {
         "request": job.one.uid,

@@ -40,7 +40,7 @@ class Holder(Protocol):
 
 @dataclass(eq=False, kw_only=True)
 class Place:
-    """From several threads."""
+    """May be used by several threads."""
 
     settings: Settings
     api: Api
@@ -65,7 +65,7 @@ class Place:
             raise LeftError("left", "another replica works", 0.5)
 
     def about(self, one: SigningRequest, authority: AuthorityOfSigners | None = None) -> About:
-        """For lines of the record."""
+        """What lines of the audit log say of a request."""
         spec = spec_of(one.request.signer)
         if spec is None:
             raise AssertionError("only signers that have a spec are looked at")

@@ -51,7 +51,7 @@ def key_of(one: SigningRequest, node: str | None) -> str:
 
 
 class Queue:
-    """From any thread."""
+    """May be used by any thread."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()

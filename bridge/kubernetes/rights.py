@@ -33,13 +33,13 @@ class Right:
     namespace: str = ""
 
     def __str__(self) -> str:
-        """As in a message."""
+        """The right as a message has it."""
         what = f"{self.resource}/{self.subresource}" if self.subresource else self.resource
         return " ".join(filter(None, (self.verb, what, self.name)))
 
     @property
     def attributes(self) -> Mapping[str, str]:
-        """As a review has them."""
+        """The attributes as a review has them."""
         found = {
             "verb": self.verb, "group": self.group, "resource": self.resource, "subresource": self.subresource,
             "name": self.name, "namespace": self.namespace,
@@ -73,7 +73,7 @@ def assert_given(api: Api, rights: Iterator[Right]) -> None:
     Ask for each.
 
     Raises:
-        ApiDownError: The API server does not answer.
+        NoAnswerError: The API server does not answer.
         ApiRefusesError: Some are missing; all of these are named.
     """
     missing = [str(right) for right in rights if not _is_given(api, right)]

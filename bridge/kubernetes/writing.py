@@ -34,7 +34,7 @@ _MOST_OURS = 10_000
 
 
 class Writing:
-    """From several threads."""
+    """May be used by several threads."""
 
     def __init__(self, place: Place) -> None:
         self._place = place

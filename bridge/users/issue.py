@@ -130,7 +130,7 @@ def issue(
 
 
 def _name(user: str) -> str:
-    """For the record."""
+    """The name in the audit log."""
     return f"{USER.name} {user}"
 
 
