@@ -37,7 +37,7 @@ from bridge.words import one_line
 log = logging.getLogger("ca-bridge")
 
 #: So many more threads wait where a CA signs many in one go: what waits is what it gets together.
-_THREADS_OF_MANY = 32
+_THREADS_OF_MANY = 96
 #: Python looks for circles after 700 new objects; hundreds of requests at once have many more, and hardly a circle.
 _OBJECTS_A_COLLECTION = 20_000
 _TICK_SECONDS = 0.5
