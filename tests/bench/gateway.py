@@ -86,17 +86,16 @@ class Measured:
         return f"| {self.requests} | {self.ca} | {rates} | {self.ratio:.2f} | {self.memory_mb:.0f} | {self.audited} |"
 
     def where(self) -> str:
-        """Where a certificate's processor time goes, beside what the cores have at the limit."""
-        cores = os.cpu_count() or 1
-        have = 1000 * cores / (LIMIT * min(self.ca_alone.rate, self.api_alone.rate))
+        """Where a certificate's processor time goes, beside what there is at the limit when no core is idle."""
+        slower = max(sum(run.cpu_ms.values()) for run in (self.ca_alone, self.api_alone))
         took = self.gateway.cpu_ms
         servers = sum(ms for name, ms in self.api_alone.cpu_ms.items() if name != "client")
         servers += self.ca_alone.cpu_ms.get("OpenBao", 0.0)
         more = sum(ms for name, ms in took.items() if name != "gateway") - servers
         return (
-            f"With {self.ca}: to reach {LIMIT} of the slower one, {cores} cores have {have:.1f} ms for each certificate. "
-            f"What the servers take when each is alone is {servers:.1f} ms; beside the gateway they took {more:.1f} ms more "
-            f"(the watch, the nodes, the lease, and sharing the cores), and the gateway itself {took['gateway']:.1f} ms."
+            f"With {self.ca}: {LIMIT} of the slower one is {slower / LIMIT:.1f} ms of processor time for a certificate, "
+            f"where all share the cores.\nThe servers alone take {servers:.1f} ms; beside the gateway they took {more:.1f} ms "
+            f"more (the watch, the nodes, the lease, sharing the cores), and the gateway itself {took['gateway']:.1f} ms."
         )
 
     def cpu_rows(self) -> list[str]:
