@@ -613,9 +613,9 @@ def test_a_pod_that_is_only_called_alike_is_not_waited_for(tmp_path: Path, monke
 def test_without_a_crictl_that_answers_the_process_table_tells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str | None
 ) -> None:
-    """It has to know no socket."""
+    """It has to know no socket. A scheduler, since other tests start an etcd in our network."""
     crictl(tmp_path, monkeypatch, output)
-    instances, settle = pods.instances(ETCD)
+    instances, settle = pods.instances(SCHEDULER)
     assert instances() == set()
     assert settle == pods.PROCESS_SETTLES
 
