@@ -28,20 +28,20 @@ def assert_as_wished(wish: Wish, look: Look) -> None:
     Judge a node that has all files.
 
     Raises:
-        NotWholeError: Something is wrong with them.
         OtherWishError: They are there for another configuration.
+        NotWholeError: Something is wrong with them.
     """
-    if problems := look.problems():
-        raise NotWholeError(
-            "\n".join(problems),
-            hint="all files are there, and kubeadm would fail with them: move them away, or mend them",
-        )
-    for path, wanted in wish.files.items():
+    for path, wanted in wish.files.items():  # first, since certificates for another one lack its names
         if live(path) != wanted:
             raise OtherWishError(
                 f"{path}: wanted the configuration that is asked for now, found another one, or none",
                 hint=_MADE_FOR_ANOTHER,
             )
+    if problems := look.problems():
+        raise NotWholeError(
+            "\n".join(problems),
+            hint="all files are there, and kubeadm would fail with them: move them away, or mend them",
+        )
 
 
 def assert_no_leftovers(wish: Wish, look: Look) -> None:
