@@ -82,7 +82,7 @@ def within(seconds: float, work: Callable[[], T]) -> T:
     resolver could take any time.
 
     Raises:
-        TimeoutError: It took longer; it is left to itself.
+        TimeoutError: It took longer; it is left to itself, and what it returns after all is closed.
     """
     future: Future[T] = Future()
 
@@ -93,7 +93,16 @@ def within(seconds: float, work: Callable[[], T]) -> T:
             future.set_exception(e)
 
     threading.Thread(target=run, daemon=True).start()
-    return future.result(timeout=seconds)
+    try:
+        return future.result(timeout=seconds)
+    except TimeoutError:
+        future.add_done_callback(_close)
+        raise
+
+
+def _close(late: Future[Any]) -> None:
+    if late.exception() is None and hasattr(late.result(), "close"):
+        late.result().close()
 
 
 def body_of(response: requests.Response) -> bytes:

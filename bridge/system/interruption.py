@@ -11,14 +11,24 @@ if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
 
+_WAKE_SECONDS = 1.0
+
+
 class TerminatedError(KeyboardInterrupt):
     """SIGTERM, which ends a run as Ctrl-C does: whoever puts something right on the way out can do it."""
 
 
 def listen() -> None:
-    """Have SIGTERM raise a TerminatedError in the main thread, unless whoever started us has it ignored."""
+    """
+    Have SIGTERM raise a TerminatedError in the main thread, unless whoever started us has it ignored.
+
+    Once a second that thread is woken: where a signal comes in the moment before it waits for another thread, or is
+    given to another one, Python would see it only when the wait is over. (Timers are not handed on to other programs.)
+    """
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, _WAKE_SECONDS, _WAKE_SECONDS)
 
 
 def _terminated(*_: object) -> NoReturn:

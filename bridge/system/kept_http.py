@@ -105,6 +105,8 @@ class KeptConnection:
             with contextlib.suppress(OSError):
                 opened.close()
 
+    __del__ = close  # of a thread that has ended
+
     def _opened(self) -> socket.socket:
         if self._socket is not None and _has_ended(self._socket):
             self.close()

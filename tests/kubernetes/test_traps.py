@@ -100,9 +100,10 @@ def test_a_namesake_gets_nothing(cluster: ClusterApi, place: Place) -> None:
 
         def swap(method: str, path: str) -> None:
             if method == "PATCH" and path.endswith("/one-name/status") and not swapped:
-                swapped.append(read(cluster, "one-name")["metadata"]["uid"])
+                uid = read(cluster, "one-name")["metadata"]["uid"]
                 assert cluster.client().ask("DELETE", f"{CSRS}/one-name").ok
                 ask(cluster, SERVING, foreign, name="one-name")
+                swapped.append(uid)
 
         proxy.before = swap
         with gateways.running(place) as gateway:
