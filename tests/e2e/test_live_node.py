@@ -262,7 +262,8 @@ def test_a_kubelet_that_an_expired_certificate_keeps_down_is_repaired_by_renew_a
     current = link.parent / link.readlink().name
     pair = current.read_bytes()
     current.write_bytes(signed_again(old, signer, end=datetime.now(UTC) - timedelta(minutes=1)) + csr.key_block(pair))
-    node.exec("pkill", "-f", running, check=False)  # one that begins slowly has read that one, and ended by itself
+    # one that began slowly has read that one, and has ended by itself
+    wait_for("no kubelet", lambda: node.exec("pkill", "-f", running, check=False).returncode == 1)
     # what systemd does: again and again
     again = f"while sleep 1; do xargs -d '\\n' -a {arguments} env </dev/null >>{log} 2>&1; done"
     before = log.stat().st_size
