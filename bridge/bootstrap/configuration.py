@@ -118,18 +118,7 @@ def naming_facts(config: Configuration, node: str, address: str) -> NamingFacts:
     Raises:
         KubeadmConfigError: There is no ClusterConfiguration, or a value in it is none.
     """
-    found = kubeadm_config.parse(config.text().encode())
-    return NamingFacts(
-        release=found.release,
-        node=node,
-        address=address,
-        service_address=found.service_address,
-        endpoint_host=found.endpoint_host,
-        dns_domain=found.dns_domain,
-        api_sans=found.api_sans,
-        etcd_server_sans=found.etcd_server_sans,
-        etcd_peer_sans=found.etcd_peer_sans,
-    )
+    return kubeadm_config.parse(config.text().encode()).naming_facts(node, address)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -13,55 +14,61 @@ from bridge.pki.naming import general_name
 from bridge.renewal.wish import Changes
 from bridge.system.console import log
 
-AddSanOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--add-san",
-        metavar="NAME=SAN",
-        help="Add a DNS name or an IP address to the next certificate of apiserver, etcd-server or etcd-peer. "
-        "May be given more than once.",
-    ),
-]
-DropSanOption = Annotated[
-    list[str] | None,
-    typer.Option("--drop-san", metavar="NAME=SAN", help="Leave one out of it, that nobody on this node needs."),
-]
-AdoptOption = Annotated[
-    bool,
-    typer.Option(
-        "--adopt-defaults",
-        help="Give the named certificates the subjects of today's kubeadm; only if their rights are there.",
-    ),
-]
 RekeyOption = Annotated[
     bool, typer.Option("--rekey", help="Make new keys, which every renewal does: it changes nothing.")
 ]
-KubeadmConfigOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--kubeadm-config",
-        metavar="FILE",
-        help="kubeadm's configuration, from which a named certificate that is missing is made. "
-        "[default: the cluster's kubeadm-config]",
-        show_default=False,
-    ),
-]
 
 
-def read(
-    add: Sequence[str] | None, drop: Sequence[str] | None, *, adopt: bool, config: Path | None, rekey: bool = False
-) -> Changes:
-    """
-    The options as one value.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChangeOptions:
+    """One option a field."""
 
-    Raises:
-        typer.BadParameter: A SAN that is none.
-    """
-    if rekey:
-        log.info("--rekey: every renewal makes a new key; nothing else is done than without it")
-    return Changes(
-        add=_sans("--add-san", add), drop=_sans("--drop-san", drop), adopt_defaults=adopt, kubeadm_config=config
-    )
+    add_san: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--add-san",
+            metavar="NAME=SAN",
+            help="Add a DNS name or an IP address to the next certificate of apiserver, etcd-server or etcd-peer. "
+            "May be given more than once.",
+        ),
+    ] = None
+    drop_san: Annotated[
+        list[str] | None,
+        typer.Option("--drop-san", metavar="NAME=SAN", help="Leave one out of it, that nobody on this node needs."),
+    ] = None
+    adopt_defaults: Annotated[
+        bool,
+        typer.Option(
+            "--adopt-defaults",
+            help="Give the named certificates the subjects of today's kubeadm; only if their rights are there.",
+        ),
+    ] = False
+    kubeadm_config: Annotated[
+        Path | None,
+        typer.Option(
+            "--kubeadm-config",
+            metavar="FILE",
+            help="kubeadm's configuration, from which a named certificate that is missing is made. "
+            "[default: the cluster's kubeadm-config]",
+            show_default=False,
+        ),
+    ] = None
+
+    def read(self, *, rekey: bool = False) -> Changes:
+        """
+        The options as one value.
+
+        Raises:
+            typer.BadParameter: A SAN that is none.
+        """
+        if rekey:
+            log.info("--rekey: every renewal makes a new key; nothing else is done than without it")
+        return Changes(
+            add=_sans("--add-san", self.add_san),
+            drop=_sans("--drop-san", self.drop_san),
+            adopt_defaults=self.adopt_defaults,
+            kubeadm_config=self.kubeadm_config,
+        )
 
 
 def names_of(names: Sequence[str] | None, changes: Changes) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bridge.cli.changes import AddSanOption, AdoptOption, DropSanOption, KubeadmConfigOption
+from bridge.cli.changes import ChangeOptions, names_of
 from bridge.cli.options import (
     AnyIdentityOption,
     Common,
@@ -28,10 +28,8 @@ def export(
     path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The file to write.", show_default=False)],
     names: Names = None,
     any_identity: AnyIdentityOption = None,
-    add_san: AddSanOption = None,
-    drop_san: DropSanOption = None,
-    adopt_defaults: AdoptOption = False,
-    kubeadm_config: KubeadmConfigOption = None,
+    *,
+    options: ChangeOptions,
     wait: WaitOption = None,
 ) -> None:
     """
@@ -40,14 +38,14 @@ def export(
     While a request waits, exporting it again gives the same key and CSR. It also renews expired certificates, and asks
     for a named one that is missing; the desk's policy decides about that, and about changes.
     """
-    from bridge.cli import carried, changes  # noqa: PLC0415
+    from bridge.cli import carried  # noqa: PLC0415
 
-    wanted = changes.read(add_san, drop_san, adopt=adopt_defaults, config=kubeadm_config)
+    wanted = options.read()
 
     code = carried.export(
         common.settings(),
         path,
-        changes.names_of(names, wanted),
+        names_of(names, wanted),
         utc_now,
         wait=wait or timedelta(),
         any_identity=any_identity or [],

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bridge.cli.changes import AddSanOption, AdoptOption, DropSanOption, KubeadmConfigOption, RekeyOption
+from bridge.cli.changes import ChangeOptions, RekeyOption, names_of
 from bridge.cli.options import (
     AnyIdentityOption,
     Common,
@@ -47,10 +47,8 @@ def renew(
         ),
     ] = None,
     any_identity: AnyIdentityOption = None,
-    add_san: AddSanOption = None,
-    drop_san: DropSanOption = None,
-    adopt_defaults: AdoptOption = False,
-    kubeadm_config: KubeadmConfigOption = None,
+    *,
+    options: ChangeOptions,
     rekey: RekeyOption = False,
     wait: WaitOption = None,
     output: OutputOption = Output.TEXT,
@@ -61,11 +59,11 @@ def renew(
     Each answer of the CA is proven before anything on disk moves; keys and certificates are replaced in one step
     that survives a crash. A named certificate that is missing is made, from kubeadm-config or --kubeadm-config.
     """
-    from bridge.cli import changes, renewals  # noqa: PLC0415
+    from bridge.cli import renewals  # noqa: PLC0415
 
-    wanted = changes.read(add_san, drop_san, adopt=adopt_defaults, config=kubeadm_config, rekey=rekey)
-    names = changes.names_of(names, wanted)
-    if csr_only and (wanted.is_any or kubeadm_config):
+    wanted = options.read(rekey=rekey)
+    names = names_of(names, wanted)
+    if csr_only and (wanted.is_any or options.kubeadm_config):
         raise typer.BadParameter(
             "--csr-only can't be combined with changes and --kubeadm-config: `export` asks for them"
         )
@@ -128,10 +126,8 @@ def plan(
     common: Common,
     names: Names = None,
     any_identity: AnyIdentityOption = None,
-    add_san: AddSanOption = None,
-    drop_san: DropSanOption = None,
-    adopt_defaults: AdoptOption = False,
-    kubeadm_config: KubeadmConfigOption = None,
+    *,
+    options: ChangeOptions,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """
@@ -140,12 +136,12 @@ def plan(
     It asks no CA and writes nothing; the cluster's API is asked only about a named certificate that is missing, and for
     --adopt-defaults. Exits with 3 if there is something to do.
     """
-    from bridge.cli import changes, renewals  # noqa: PLC0415
+    from bridge.cli import renewals  # noqa: PLC0415
 
-    wanted = changes.read(add_san, drop_san, adopt=adopt_defaults, config=kubeadm_config)
+    wanted = options.read()
     code = renewals.plan(
         common.settings(),
-        changes.names_of(names, wanted),
+        names_of(names, wanted),
         utc_now(),
         as_json=output is Output.JSON,
         any_identity=any_identity or [],

@@ -165,17 +165,7 @@ def _endpoint(config: KubeadmConfig, settings: Settings) -> Iterator[Finding]:
 
 def _beyond(config: KubeadmConfig, node: Node, settings: Settings, flags: Flags) -> Iterator[Finding]:
     """What a renewal keeps, and kubeadm would not make: extra SANs, and older subjects."""
-    facts = Facts(
-        release=config.release,
-        node=settings.node.name,
-        address=endpoints.name(flags) or "",
-        service_address=config.service_address,
-        endpoint_host=config.endpoint_host,
-        dns_domain=config.dns_domain,
-        api_sans=config.api_sans,
-        etcd_server_sans=config.etcd_server_sans,
-        etcd_peer_sans=config.etcd_peer_sans,
-    )
+    facts = config.naming_facts(settings.node.name, endpoints.name(flags) or "")
     for item in node.items:
         if item.state == "present" and item.managed and item.spec.listed:
             try:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from bridge.errors import BridgeError, Exit
 from bridge.node.yamltree import YamlError, YamlNode, documents, split_bom
-from bridge.pki.kubeadm_names import Release, parse_release
+from bridge.pki.kubeadm_names import Facts, Release, parse_release
 from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
 from bridge.system.safe_read import UnreadableError, read
 
@@ -72,6 +72,26 @@ class KubeadmConfig:
     def service_address(self) -> str:
         """The API server's own: the first of the (first) service subnet (kubeadm's `GetAPIServerVirtualIP`)."""
         return str(ipaddress.ip_network(self.service_subnet.partition(",")[0].strip())[1])
+
+    def naming_facts(self, node: str, address: str) -> Facts:
+        """
+        What kubeadm makes a node's names of.
+
+        Args:
+            node: Its name in the cluster.
+            address: Advertise address of its API server; empty: not known.
+        """
+        return Facts(
+            release=self.release,
+            node=node,
+            address=address,
+            service_address=self.service_address,
+            endpoint_host=self.endpoint_host,
+            dns_domain=self.dns_domain,
+            api_sans=self.api_sans,
+            etcd_server_sans=self.etcd_server_sans,
+            etcd_peer_sans=self.etcd_peer_sans,
+        )
 
 
 def read_file(path: Path) -> bytes:

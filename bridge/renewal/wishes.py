@@ -155,17 +155,9 @@ def _facts(config: KubeadmConfig, node: Node, settings: Settings, source: cluste
     whence = [f"node {here or config.node} of {'its certificates or the settings' if here else source.text}"]
     if address or config.address:
         whence.append(f"address {address or config.address} of {'kube-apiserver.yaml' if address else source.text}")
-    facts = Facts(
-        release=config.release or release_of(node),
-        node=here or config.node,
-        address=address or config.address,
-        service_address=config.service_address,
-        endpoint_host=config.endpoint_host,
-        dns_domain=config.dns_domain,
-        api_sans=config.api_sans,
-        etcd_server_sans=config.etcd_server_sans,
-        etcd_peer_sans=config.etcd_peer_sans,
-    )
+    facts = config.naming_facts(here or config.node, address or config.address)
+    if facts.release is None:
+        facts = dataclasses.replace(facts, release=release_of(node))
     return facts, ", ".join(whence)
 
 

@@ -60,17 +60,7 @@ def test_the_names_are_those_of_the_real_kubeadm(case: str, tmp_path: Path) -> N
     places = ["--cert-dir", str(tmp_path / "pki"), "--kubeconfig-dir", str(tmp_path / "conf")]
     subprocess.run([*command, *places], check=True, capture_output=True)
     config = parse(file.read_bytes())
-    facts = Facts(
-        release=config.release,
-        node=config.node,
-        address=config.address,
-        service_address=config.service_address,
-        endpoint_host=config.endpoint_host,
-        dns_domain=config.dns_domain,
-        api_sans=config.api_sans,
-        etcd_server_sans=config.etcd_server_sans,
-        etcd_peer_sans=config.etcd_peer_sans,
-    )
+    facts = config.naming_facts(config.node, config.address)
     compared = 0
     for spec in SPECS.values():
         made = tmp_path / "pki" / f"{spec.base}.csr"
