@@ -25,14 +25,9 @@ from bridge.errors import (
     SettingsProblem,
     Violation,
 )
-from bridge.pki.bundle import (
-    AnswerBundle,
-    BundleError,
-    IncompleteBundleError,
-    Refusal,
-    RequestBundle,
+from bridge.pki.bundle import AnswerBundle, BundleError, IncompleteBundleError, Refusal, RequestBundle, bundle_of
+from bridge.pki.bundle_format import (
     answer_message,
-    bundle_of,
     digest,
     dumps,
     loads_answer,

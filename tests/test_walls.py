@@ -177,7 +177,8 @@ def backend_wall(source: str, module: str) -> Iterator[str]:
     if module == "backends.https":  # a second look at a connection that broke, and the system's CAs
         allowed += ["bridge.system.https"]
     if family == "backends.exchange":
-        allowed += ["bridge.pki.bundle", "bridge.pki.signatures", "bridge.system.files", "bridge.system.safe_read"]
+        allowed += ["bridge.pki.bundle", "bridge.pki.bundle_format", "bridge.pki.signatures"]
+        allowed += ["bridge.system.files", "bridge.system.safe_read"]
     if family == "backends.exec":
         allowed += ["bridge.pki.loose_certificates"]
     if module.endswith("_setup"):  # prints what a CA needs for certificates that it looks into

@@ -9,7 +9,7 @@ from bridge.bootstrap.authorities import Certificates
 from bridge.bootstrap.wish import NobodySignsError, Wish
 from bridge.errors import BridgeError, VerificationError, WaitingError
 from bridge.pki import verify
-from bridge.pki.bundle import short_fingerprint
+from bridge.pki.bundle_format import short_fingerprint
 from bridge.renewal import airgap
 from bridge.renewal.issuance import Answered, issue, reaching
 from bridge.renewal.prepare import Prepared

@@ -18,7 +18,7 @@ from bridge.bootstrap.wishes import order_for, read_configuration
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.node.kubeadm_config import KubeadmConfigError
 from bridge.pki import signatures
-from bridge.pki.bundle import short
+from bridge.pki.spoken import spoken
 from bridge.settings.tables import Settings
 from bridge.signing import signing_key
 from bridge.system.files import write_atomically
@@ -171,7 +171,7 @@ def write_orders(
         signature = signatures.sign(key, orders.message(order)) if key is not None else None
         write_atomically(path, orders.dumps(dataclasses.replace(order, signature=signature)), _PUBLIC)
     return [
-        Written(node=node, path=path, fingerprint=short(orders.digest(order))) for node, (path, order) in made.items()
+        Written(node=node, path=path, fingerprint=spoken(orders.digest(order))) for node, (path, order) in made.items()
     ]
 
 

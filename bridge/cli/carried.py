@@ -17,8 +17,9 @@ from bridge.cli.progress import progress_shown
 from bridge.cli.results import grouped, report
 from bridge.errors import BridgeError, Exit
 from bridge.monitoring import metrics
-from bridge.pki import bundle, bundle_text
+from bridge.pki import bundle_format, bundle_text
 from bridge.pki.expiry import residual, rfc3339, seconds_left
+from bridge.pki.spoken import spoken
 from bridge.renewal import airgap
 from bridge.renewal.selection import ALL, Selection, nothing_due
 from bridge.renewal.wish import NO_CHANGES, Changes
@@ -131,7 +132,7 @@ def _whereabouts(one: OpenRequest) -> str:
 def _fingerprint(one: OpenRequest) -> str:
     """Of the bundle in which it was carried out last; else of the CSR."""
     digest = one.bundles[-1] if one.bundles else one.reference
-    return bundle.short(digest) if _is_digest(digest) else f"{_csr_sha256(one)[:16]}…"
+    return spoken(digest) if _is_digest(digest) else f"{_csr_sha256(one)[:16]}…"
 
 
 def _is_digest(text: str) -> bool:
@@ -172,7 +173,7 @@ def _print_exported(done: airgap.Exported, path: Path, now: datetime) -> None:
         rows.append((request.name, f"by {request.authority}", state, again, proof))
     say_table(rows)
     say(
-        f"\n{path} holds {bundle_text.count(len(rows), 'request')}; fingerprint {bundle.short_fingerprint(done.bundle)}"
+        f"\n{path} holds {bundle_text.count(len(rows), 'request')}; fingerprint {bundle_format.short_fingerprint(done.bundle)}"
     )
     say_sentence("carry it to the CA desk (`ca-bridge sign`), and the answer back (`ca-bridge import ANSWER`)")
 

@@ -1,54 +1,31 @@
 """
-Bundles: what is carried between a node and a CA desk, as JSON (pure: bytes in, bytes out; no file, no clock).
+Bundles: what is carried between a node and a CA desk (pure; `bridge.pki.bundle_format` has them as JSON).
 
 A request bundle holds CSRs, an answer bundle certificates. Neither has a type that a private key would fit into: what is
-not a CSR, a certificate, a signature, a name or a time has no place in it, and PEM text is taken only if it is one block
-and not a byte more.
-
-The digest finds accidents; who changes a bundle can make the digest anew. Against that stand the continuity proof, the
-desk's policy, the short fingerprint that two people compare, and on the way back the node's own check of every answer.
+not a CSR, a certificate, a signature, a name or a time has no place in it.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from base64 import b32encode, b64decode, b64encode
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from hashlib import sha256
-from typing import Any, NoReturn, cast
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.contract import Continuity, Issued, SignRequest
 from bridge.errors import BridgeError
-from bridge.pki.certificates import UNREADABLE, extended_key_usages, name_text, pem, san_counts, serial_hex
-from bridge.pki.expiry import minute
-from bridge.specs import AUTHORITIES, EKU, SPECS, USER, CertificateSpec
+from bridge.specs import EKU, SPECS, USER, CertificateSpec
 from bridge.words import one_line
 
-REQUEST_SCHEMA = "ca-bridge/request-bundle"
-ANSWER_SCHEMA = "ca-bridge/answer-bundle"
 #: 2: the continuity proofs cover the validity and the time, too. What today's nodes have sent out is 1, and goes on.
 REQUEST_VERSIONS = (1, 2)
-ANSWER_VERSION = 1
 
 #: What may be asked for by bundles: kubeadm's certificates, and a user's, which is in a bundle of its own.
 CARRIED: Mapping[str, CertificateSpec] = {**SPECS, USER.name: USER}
 
-#: The requests of one node, a dozen with long chains, are a tenth of it.
-MAX_BUNDLE_BYTES = 1 << 20
 LONGEST_TEXT = 2000
-LONGEST_NAME = 253  #: As Kubernetes has it for a node's.
-_LONGEST_VALIDITY = timedelta(days=36500)
-_LONGEST_FOUND = 60
-
-_NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")  # it becomes part of file names
-_TIME = "%Y-%m-%dT%H:%M:%SZ"
-_TIME_SHAPE = re.compile(r"[0-9]{4}(-[0-9]{2}){2}T[0-9]{2}(:[0-9]{2}){2}Z")
 
 
 class BundleError(BridgeError):
@@ -120,12 +97,9 @@ class AnswerBundle:
 Bundle = RequestBundle | AnswerBundle
 
 
-# --- from and to what the rest of the program works with --------------------------------------------------------------
-
-
 def bundle_of(requests: Sequence[SignRequest], created: datetime) -> RequestBundle:
     """
-    Requests of one batch, each with its `continuity`.
+    A bundle of requests of one batch, each with its `continuity`.
 
     Args:
         requests: At least one.
@@ -162,7 +136,7 @@ def bundle_of(requests: Sequence[SignRequest], created: datetime) -> RequestBund
 
 
 def sign_request(request: BundledRequest, bundle: RequestBundle) -> SignRequest:
-    """What a backend is asked; EKUs and authority are those of our table, whatever the bundle says."""
+    """The request that a backend is given; EKUs and authority are those of our table, whatever the bundle says."""
     asked = SignRequest(
         spec=CARRIED[request.name],
         csr_pem=request.csr.public_bytes(Encoding.PEM),
@@ -180,484 +154,6 @@ def sign_request(request: BundledRequest, bundle: RequestBundle) -> SignRequest:
     return asked
 
 
-def request_file_name(bundle: RequestBundle) -> str:
-    """What its file is called where nobody chose a name; another for each bundle, so that none is written over another."""
-    return file_names(bundle.node, digest(bundle))[0]
-
-
-def file_names(node: str, request_digest: str, authorities: Collection[str] = tuple(AUTHORITIES)) -> tuple[str, str]:
-    """Of the request, and of its answer by a desk with the CAs of these authorities."""
-    stem = f"{node}-{request_digest[:32]}"
-    return f"{stem}.request.json", f"{stem}{answer_suffix(authorities)}"
-
-
-def answer_suffix(authorities: Collection[str]) -> str:
-    """A desk with some of the CAs names them, so that the answers of two desks can lie side by side."""
-    ours = [name for name in AUTHORITIES if name in authorities]
-    return "".join(f".{name}" for name in ours if len(ours) < len(AUTHORITIES)) + ".answer.json"
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------
-
-
-def dumps(bundle: Bundle) -> bytes:
-    """
-    The bundle as a file; the same bundle gives the same bytes.
-
-    Raises:
-        BundleError: A value in it is none that a bundle may have, such as a node's name with a line break.
-    """
-    document = _document(bundle)
-    _assert_readable(document)  # what one side can't read, the other does not write
-    signature = bundle.signature if isinstance(bundle, AnswerBundle) else None
-    more = {} if signature is None else {"signature": b64encode(signature).decode()}
-    return json.dumps({**document, "digest": _digest(document), **more}, indent=1).encode() + b"\n"
-
-
-def _assert_readable(document: Mapping[str, Any]) -> None:
-    """What types leave open: texts, numbers, names."""
-    fields = _Fields(document, "")
-    _batch(fields)
-    _node(fields)
-    fields.text("cluster", LONGEST_NAME)
-    key = "requests" if document["schema"] == REQUEST_SCHEMA else "answers"
-    if key == "answers":
-        fields.text("signer")
-        fields.shaped("requestDigest", _DIGEST, "64 hex digits")
-    for entry in fields.items(key, lambda value, place: _Fields(cast(dict[str, Any], value), f"{place}.")):
-        entry.choice("name", list(CARRIED))
-        if key == "requests":
-            entry.choice("authority", list(AUTHORITIES))
-            _ekus(entry)
-            _validity(entry)
-        elif "refusal" in entry.values:
-            entry.text("refusal")
-    _assert_once(fields, key, [entry["name"] for entry in document[key]])
-
-
-def digest(bundle: Bundle) -> str:
-    """SHA-256 (hex) over its values; white space between them does not count."""
-    return _digest(_document(bundle))
-
-
-def answer_message(bundle: AnswerBundle) -> bytes:
-    """What a desk signs: words of its own, and the digest over all that the answer says."""
-    return b"ca-bridge answer bundle 1\n" + digest(bundle).encode()
-
-
-def short_fingerprint(bundle: Bundle) -> str:
-    """
-    The first 100 bits of the digest, to be read out over the phone: four groups of five digits and letters.
-
-    Crockford's alphabet, without I, L, O and U, so that nothing is heard or written for something else.
-    """
-    return short(digest(bundle))
-
-
-def short(digest_hex: str) -> str:
-    """The same, from the digest alone."""
-    letters = b32encode(bytes.fromhex(digest_hex)).decode().translate(_CROCKFORD)
-    return "-".join(letters[start : start + 5] for start in range(0, 20, 5))
-
-
-_CROCKFORD = str.maketrans("ABCDEFGHIJKLMNOPQRSTUVWXYZ234567", "0123456789ABCDEFGHJKMNPQRSTVWXYZ")
-
-
-def _digest(document: Mapping[str, Any]) -> str:
-    return sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _document(bundle: Bundle) -> dict[str, Any]:
-    if isinstance(bundle, RequestBundle):
-        return {
-            "schema": REQUEST_SCHEMA,
-            "version": bundle.version,
-            "batch": bundle.batch,
-            "node": bundle.node,
-            "cluster": bundle.cluster,
-            "created": bundle.created.strftime(_TIME),
-            "requests": [_request_document(request) for request in bundle.requests],
-        }
-    return {
-        "schema": ANSWER_SCHEMA,
-        "version": ANSWER_VERSION,
-        "requestDigest": bundle.request_digest,
-        "batch": bundle.batch,
-        "node": bundle.node,
-        "cluster": bundle.cluster,
-        "signer": bundle.signer,
-        "signed": bundle.signed.strftime(_TIME),
-        "answers": [{"name": name, **_answer_document(answer)} for name, answer in bundle.answers.items()],
-    }
-
-
-def _request_document(request: BundledRequest) -> dict[str, Any]:
-    return {
-        "name": request.name,
-        "authority": request.authority,
-        "ekus": sorted(eku.label for eku in request.ekus),
-        "validitySeconds": int(request.validity.total_seconds()),
-        "csr": request.csr.public_bytes(Encoding.PEM).decode(),
-        "replaces": pem(request.replaces).decode() if request.replaces is not None else None,
-        "proof": b64encode(request.proof).decode() if request.proof is not None else None,
-    }
-
-
-def _answer_document(answer: Issued | Refusal) -> dict[str, Any]:
-    if isinstance(answer, Refusal):
-        return {"refusal": answer.reason}
-    return {"chain": [pem(certificate).decode() for certificate in (answer.leaf, *answer.intermediates)]}
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-def loads(data: bytes) -> Bundle:
-    """
-    A bundle of either kind.
-
-    Raises:
-        IncompleteBundleError: It is no JSON document.
-        BundleError: It is another one, or has been changed.
-    """
-    document = _parse(data)
-    schema = document.get("schema")
-    if schema == REQUEST_SCHEMA:
-        return _read_request_bundle(document)
-    if schema == ANSWER_SCHEMA:
-        return _read_answer_bundle(document)
-    raise BundleError("schema", f"{REQUEST_SCHEMA} or {ANSWER_SCHEMA}", _found(schema))
-
-
-def loads_request(data: bytes) -> RequestBundle:
-    """
-    A request bundle.
-
-    Raises:
-        BundleError: As `loads`; also for an answer bundle.
-    """
-    bundle = loads(data)
-    if not isinstance(bundle, RequestBundle):
-        raise BundleError(
-            "schema", REQUEST_SCHEMA, ANSWER_SCHEMA, hint="this is the answer, which goes back to the node"
-        )
-    return bundle
-
-
-def loads_digested(data: bytes) -> tuple[RequestBundle, str]:
-    """
-    A request bundle and its `digest`, which was computed to read it.
-
-    Raises:
-        BundleError: As `loads_request`.
-    """
-    document = _parse(data)
-    if document.get("schema") != REQUEST_SCHEMA:
-        raise BundleError("schema", REQUEST_SCHEMA, _found(document.get("schema")))
-    return _read_request_bundle(document), document["digest"]
-
-
-def loads_answer(data: bytes) -> AnswerBundle:
-    """
-    An answer bundle. Whether the answers are right is not checked here: see `bridge.pki.verify`.
-
-    Raises:
-        BundleError: As `loads`; also for a request bundle.
-    """
-    bundle = loads(data)
-    if not isinstance(bundle, AnswerBundle):
-        raise BundleError(
-            "schema", ANSWER_SCHEMA, REQUEST_SCHEMA, hint="this is the request, which goes to the CA desk"
-        )
-    return bundle
-
-
-#: For what is no bundle, and is a CSR.
-_CSR_HINT = (
-    "this is a CSR: a person's is signed by `ca-bridge kubeconfig user NAME --csr FILE`, kubeadm's by `ca-bridge sign` "
-    "of the directory that they are in"
-)
-
-
-def _parse(data: bytes) -> dict[str, Any]:
-    if len(data) > MAX_BUNDLE_BYTES:
-        raise BundleError("", f"at most {MAX_BUNDLE_BYTES} bytes", f"{len(data)}")
-    try:
-        document = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except RecursionError:
-        raise BundleError("", "a bundle", "nesting without end") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
-        reason = "bytes that are no UTF-8" if isinstance(e, UnicodeDecodeError) else f"none: {e.msg} at byte {e.pos}"
-        hint = _CSR_HINT if b"CERTIFICATE REQUEST-----" in data else "is it still being copied?"
-        raise IncompleteBundleError("", "one JSON document", reason, hint=hint) from None
-    except ValueError:  # a number of thousands of digits
-        raise BundleError("", "a bundle", "a number without end") from None
-    if not isinstance(document, dict):
-        raise BundleError("", "a JSON object", _found(document))
-    return document
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys are there once: of two values, two readers may each take another."""
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise BundleError(_found(twice), "each key once", "it twice")
-    return values
-
-
-def _no_constant(text: str) -> NoReturn:
-    raise BundleError("", "numbers", text)
-
-
-@dataclass(frozen=True, slots=True)
-class _Fields:
-    """The keys of one object: exactly these, each of its kind."""
-
-    values: Mapping[str, Any]
-    place: str  #: Of the object in the bundle, such as `requests[2].`; empty for the whole.
-
-    @classmethod
-    def of(cls, value: object, place: str, keys: Sequence[str]) -> _Fields:
-        if not isinstance(value, dict):
-            raise BundleError(place.rstrip("."), "an object", _found(value))
-        for key in value:
-            if key not in keys:
-                raise BundleError(f"{place}{one_line(key)}", f"one of {', '.join(keys)}", _found(key))
-        for key in keys:
-            if key not in value:
-                raise BundleError(f"{place}{key}", "a value", "nothing")
-        return cls(value, place)
-
-    def fail(self, key: str, wanted: str, found: object) -> NoReturn:
-        raise BundleError(f"{self.place}{key}", wanted, found if isinstance(found, _Words) else _found(found))
-
-    def text(self, key: str, longest: int = LONGEST_TEXT) -> str:
-        """Printable: it is shown on terminals."""
-        value = self.values[key]
-        if not isinstance(value, str) or not value.strip():
-            self.fail(key, "a text", value)
-        if len(value) > longest:
-            self.fail(key, f"at most {longest} characters", _Words(f"{len(value)}"))
-        if not value.isprintable():
-            self.fail(key, "a text without control characters", value)
-        return value
-
-    def shaped(self, key: str, shape: re.Pattern[str], wanted: str) -> str:
-        value = self.values[key]
-        if not isinstance(value, str) or not shape.fullmatch(value):
-            self.fail(key, wanted, value)
-        return value
-
-    def choice(self, key: str, choices: Sequence[object]) -> Any:
-        value = self.values[key]
-        if not any(value == choice and type(value) is type(choice) for choice in choices):
-            self.fail(key, f"one of {', '.join(map(str, choices))}" if len(choices) > 1 else str(choices[0]), value)
-        return value
-
-    def time(self, key: str) -> datetime:
-        value = self.shaped(key, _TIME_SHAPE, "a time such as 2026-01-31T12:00:00Z")
-        try:
-            time = datetime.strptime(value, _TIME).replace(tzinfo=UTC)
-        except ValueError:
-            self.fail(key, "a time that there is", value)
-        if time.strftime(_TIME) != value:
-            self.fail(key, "a time after the year 1000", value)
-        return time
-
-    def items(self, key: str, read: Callable[[object, str], Any]) -> list[Any]:
-        value = self.values[key]
-        if not isinstance(value, list) or not value:
-            self.fail(key, "a list, not empty", value)
-        return [read(item, f"{self.place}{key}[{number}]") for number, item in enumerate(value)]
-
-    def encoded(self, key: str) -> bytes | None:
-        """Base64 in its one plain form, or null."""
-        value = self.values[key]
-        if value is None:
-            return None
-        try:
-            decoded = b64decode(value, validate=True) if isinstance(value, str) else b""
-        except ValueError:
-            decoded = b""
-        if not decoded or b64encode(decoded).decode() != value:
-            self.fail(key, "base64 or null", value)
-        return decoded
-
-
-class _Words(str):
-    """What was found, in our words; to be shown as it is."""
-
-    __slots__ = ()
-
-
-def _read_request_bundle(document: Mapping[str, Any]) -> RequestBundle:
-    fields = _Fields.of(
-        document, "", ("schema", "version", "batch", "node", "cluster", "created", "requests", "digest")
-    )
-    bundle = RequestBundle(
-        version=fields.choice("version", REQUEST_VERSIONS),
-        batch=_batch(fields),
-        node=_node(fields),
-        cluster=fields.text("cluster", LONGEST_NAME),
-        created=fields.time("created"),
-        requests=tuple(fields.items("requests", _read_request)),
-    )
-    _assert_once(fields, "requests", [request.name for request in bundle.requests])
-    _assert_digest(fields)
-    return bundle
-
-
-def _read_request(value: object, place: str) -> BundledRequest:
-    keys = ("name", "authority", "ekus", "validitySeconds", "csr", "replaces", "proof")
-    fields = _Fields.of(value, f"{place}.", keys)
-    return BundledRequest(
-        name=fields.choice("name", list(CARRIED)),
-        authority=fields.choice("authority", list(AUTHORITIES)),
-        ekus=_ekus(fields),
-        validity=_validity(fields),
-        csr=_csr(fields),
-        replaces=_certificate(fields.values["replaces"], f"{place}.replaces", " or null")
-        if fields.values["replaces"] is not None
-        else None,
-        proof=fields.encoded("proof"),
-    )
-
-
-def _read_answer_bundle(document: Mapping[str, Any]) -> AnswerBundle:
-    keys = ("schema", "version", "requestDigest", "batch", "node", "cluster", "signer", "signed", "answers", "digest")
-    fields = _Fields.of(document, "", (*keys, "signature") if "signature" in document else keys)
-    fields.choice("version", [ANSWER_VERSION])
-    answers = fields.items("answers", _read_answer)
-    _assert_once(fields, "answers", [name for name, _ in answers])
-    bundle = AnswerBundle(
-        request_digest=fields.shaped("requestDigest", _DIGEST, "64 hex digits"),
-        batch=_batch(fields),
-        node=_node(fields),
-        cluster=fields.text("cluster", LONGEST_NAME),
-        signer=fields.text("signer"),
-        signed=fields.time("signed"),
-        answers=dict(answers),
-        signature=fields.encoded("signature") if "signature" in document else None,
-    )
-    _assert_digest(fields)
-    return bundle
-
-
-def _read_answer(value: object, place: str) -> tuple[str, Issued | Refusal]:
-    is_refusal = isinstance(value, dict) and "refusal" in value
-    fields = _Fields.of(value, f"{place}.", ("name", "refusal" if is_refusal else "chain"))
-    name = fields.choice("name", list(CARRIED))
-    if is_refusal:
-        return name, Refusal(reason=fields.text("refusal"))
-    leaf, *intermediates = fields.items("chain", _certificate)
-    return name, Issued(leaf=leaf, intermediates=tuple(intermediates))
-
-
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-_BATCH = re.compile(r"[0-9a-f]{32}")
-
-
-def _batch(fields: _Fields) -> str:
-    return fields.shaped("batch", _BATCH, "32 hex digits")
-
-
-def _node(fields: _Fields) -> str:
-    return fields.shaped("node", _NODE, "a node's name (letters, digits, '.', '_' and '-')")
-
-
-def _ekus(fields: _Fields) -> frozenset[EKU]:
-    labels = {eku.label: eku for eku in EKU}
-    value = fields.values["ekus"]
-    if not isinstance(value, list) or not value or not all(isinstance(one, str) and one in labels for one in value):
-        fields.fail("ekus", f"a list of {' and '.join(sorted(labels))}", value)
-    if value != sorted(set(value)):
-        fields.fail("ekus", "each once, in alphabetical order", value)
-    return frozenset(labels[label] for label in value)
-
-
-def _validity(fields: _Fields) -> timedelta:
-    value = fields.values["validitySeconds"]
-    longest = int(_LONGEST_VALIDITY.total_seconds())
-    if type(value) is not int or not 0 < value <= longest:
-        fields.fail("validitySeconds", f"a whole number of seconds, at most {longest}", value)
-    return timedelta(seconds=value)
-
-
-def _csr(fields: _Fields) -> x509.CertificateSigningRequest:
-    value, wanted = fields.values["csr"], "a CSR as one PEM block, and not a byte more"
-    try:
-        csr = x509.load_pem_x509_csr(_ascii(value))
-    except (ValueError, x509.InvalidVersion) as e:
-        fields.fail("csr", wanted, _Words(f"something else ({one_line(e)})"))
-    if csr.public_bytes(Encoding.PEM).decode() != value:
-        fields.fail("csr", wanted, _Words("more than that, or other line breaks"))
-    if (damage := _damage(csr)) is not None:
-        fields.fail("csr", "a CSR that can be read", _Words(damage))
-    return csr
-
-
-def _certificate(value: object, place: str, or_else: str = "") -> x509.Certificate:
-    wanted = f"a certificate as one PEM block, and not a byte more{or_else}"
-    try:
-        certificate = x509.load_pem_x509_certificate(_ascii(value))
-    except (ValueError, x509.InvalidVersion) as e:
-        raise BundleError(place, wanted, f"something else ({one_line(e)})") from None
-    if pem(certificate).decode() != value:
-        raise BundleError(place, wanted, "more than that, or other line breaks")
-    if (damage := _damage(certificate)) is not None:
-        raise BundleError(place, "a certificate that can be read", damage)
-    return certificate
-
-
-def _damage(one: x509.Certificate | x509.CertificateSigningRequest) -> str | None:
-    """
-    What of it can't be read; None: nothing.
-
-    The library reads names, keys, dates and extensions when they are asked for, and each has its own way to fail: it is
-    found out here, once, and not by whoever judges, shows or records the request.
-    """
-    try:
-        _ = name_text(one.subject), one.public_key(), san_counts(one), extended_key_usages(one)
-        if isinstance(one, x509.Certificate):
-            _ = (
-                name_text(one.issuer),
-                serial_hex(one),
-                minute(one.not_valid_before_utc),
-                minute(one.not_valid_after_utc),
-            )
-    except (*UNREADABLE, OverflowError) as e:
-        return f"{type(e).__name__}: {one_line(e)}"
-    return None
-
-
-def _ascii(value: object) -> bytes:
-    if not isinstance(value, str):
-        raise ValueError("no text")  # noqa: TRY004 (like what is no PEM)
-    return value.encode("ascii")
-
-
-def _assert_once(fields: _Fields, key: str, names: Sequence[str]) -> None:
-    for number, name in enumerate(names):
-        if name in names[:number]:
-            raise BundleError(f"{fields.place}{key}[{number}].name", "each name once", f"{name} again")
-
-
-def _assert_digest(fields: _Fields) -> None:
-    """Over the values as they stand there: they were read, and so are as `dumps` writes them."""
-    given = fields.shaped("digest", _DIGEST, "64 hex digits")
-    wanted = _digest({key: value for key, value in fields.values.items() if key not in ("digest", "signature")})
-    if given != wanted:
-        raise BundleError("digest", f"{wanted}, which is that of what it holds", given)
-
-
-def _found(value: object) -> str:
-    """Short, and nothing that a terminal would obey."""
-    text = repr(value)
-    return text if len(text) <= _LONGEST_FOUND else f"{text[:_LONGEST_FOUND]}…"
-
-
 def refusal(reason: str) -> Refusal:
-    """From any text."""
+    """A refusal with a reason that is fit to be carried and shown, from any text."""
     return Refusal(reason=one_line(reason, LONGEST_TEXT) or "no reason was given")

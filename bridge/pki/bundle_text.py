@@ -8,15 +8,8 @@ from datetime import datetime
 from cryptography import x509
 
 from bridge.pki import shown
-from bridge.pki.bundle import (
-    LONGEST_TEXT,
-    AnswerBundle,
-    Bundle,
-    BundledRequest,
-    Refusal,
-    RequestBundle,
-    short_fingerprint,
-)
+from bridge.pki.bundle import LONGEST_TEXT, AnswerBundle, Bundle, BundledRequest, Refusal, RequestBundle
+from bridge.pki.bundle_format import short_fingerprint
 from bridge.pki.certificates import fingerprint, serial_hex
 from bridge.pki.continuity import origin_problem, proof_problem, usages_problem
 from bridge.pki.durations import duration_text

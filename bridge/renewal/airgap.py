@@ -19,10 +19,11 @@ from cryptography.hazmat.primitives import hashes
 from bridge.contract import Issued
 from bridge.errors import BackendRefusedError, BridgeError, Exit, VerificationError, WaitingError
 from bridge.node.inventory import Item, Node
-from bridge.pki import bundle, bundle_text, continuity, signatures, verify
+from bridge.pki import bundle, bundle_format, bundle_text, continuity, signatures, verify
 from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, Refusal, RequestBundle
 from bridge.pki.certificates import UNREADABLE, fingerprint, is_ca, name_text, serial_hex
 from bridge.pki.loose_certificates import certificates_in, is_for
+from bridge.pki.spoken import spoken
 from bridge.renewal.issuance import Answered, refused_as_shorter
 from bridge.renewal.prepare import Prepared, open_request, prepare, take_up, with_continuity
 from bridge.renewal.readiness import assert_room
@@ -126,12 +127,12 @@ def carry(run: Run, prepared: Sequence[Prepared], path: Path) -> tuple[RequestBu
     """
     prepared = with_continuity(prepared, run.settings, run.now())
     requests = bundle.bundle_of([one.request for one in prepared], run.now())
-    data, digest = bundle.dumps(requests), bundle.digest(requests)
+    data, digest = bundle_format.dumps(requests), bundle_format.digest(requests)
     for one in prepared:
         request = open_request(run, one)
         carried = tuple(dict.fromkeys((*request.bundles, digest)))
         run.requests.put(dataclasses.replace(request, request=one.request, bundles=carried))
-        run.record.know(one.name, one.request, f"bundle {bundle.short_fingerprint(requests)}", None)
+        run.record.know(one.name, one.request, f"bundle {bundle_format.short_fingerprint(requests)}", None)
         run.record.add(audit.ASKED, one.name, authority=one.authority)
     run.requests.save()
     run.record.write()
@@ -151,7 +152,7 @@ def assert_free(path: Path) -> None:
         data = read(path)
         if data is None and not path.is_dir():
             return
-        bundle.loads_request(data or b"")
+        bundle_format.loads_request(data or b"")
     except (BundleError, UnreadableError) as e:
         raise BridgeError(
             f"{path}: wanted no file, or a request bundle of before, found something else", hint="name another file"
@@ -189,7 +190,7 @@ def _bundle(path: Path) -> RequestBundle | AnswerBundle:
     if data is None:
         raise BridgeError(f"{path}: wanted a bundle, found nothing")
     try:
-        return bundle.loads(data)
+        return bundle_format.loads(data)
     except BundleError as e:
         raise BridgeError(f"{path}: {e}", hint=e.hint) from None
 
@@ -324,7 +325,7 @@ def _read_answer(run: Run, path: Path, found: Found, *, skip: bool) -> None:
         if data is None:
             raise UnreadableError("no such file")  # noqa: TRY301 (as what can't be read)
         if data.lstrip().startswith(b"{"):
-            answer = bundle.loads_answer(data)
+            answer = bundle_format.loads_answer(data)
             if _is_authentic(run, answer):
                 _take_bundle(run, path, answer, found)
             else:
@@ -341,7 +342,7 @@ def _read_answer(run: Run, path: Path, found: Found, *, skip: bool) -> None:
         error = NotAskedForError(f"{path}: {e}", hint=e.hint)
         if not skip:
             raise error from None
-        if e.found == bundle.REQUEST_SCHEMA:
+        if e.found == bundle_format.REQUEST_SCHEMA:
             log.info("%s: passed over: it is the request", path)
         else:
             found.strange.append(error)
@@ -371,7 +372,9 @@ def _is_authentic(run: Run, answer: AnswerBundle) -> bool:
     if path is None:
         return True
     key = signatures.public_key(read(path) or b"")
-    return answer.signature is not None and signatures.is_by(key, answer.signature, bundle.answer_message(answer))
+    return answer.signature is not None and signatures.is_by(
+        key, answer.signature, bundle_format.answer_message(answer)
+    )
 
 
 def _has_dates(certificate: x509.Certificate, path: Path, found: Found) -> bool:
@@ -399,7 +402,7 @@ def _take_bundle(run: Run, path: Path, answer: AnswerBundle, found: Found) -> No
         found.strange.append(
             NotAskedForError(
                 f"{path}: wanted an answer to a request that waits here, found one to the bundle with the fingerprint "
-                f"{bundle.short(answer.request_digest)}, which was cancelled, is done, or is older",
+                f"{spoken(answer.request_digest)}, which was cancelled, is done, or is older",
                 hint="`ca-bridge pending list` shows what waits; export again if that is nothing",
             )
         )

@@ -34,15 +34,8 @@ from bridge.contract import (
 )
 from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, VerificationError, WaitingError
 from bridge.pki import signatures, verify
-from bridge.pki.bundle import (
-    AnswerBundle,
-    BundledRequest,
-    Refusal,
-    RequestBundle,
-    answer_message,
-    refusal,
-    sign_request,
-)
+from bridge.pki.bundle import AnswerBundle, BundledRequest, Refusal, RequestBundle, refusal, sign_request
+from bridge.pki.bundle_format import answer_message
 from bridge.pki.bundle_text import describe
 from bridge.pki.certificates import load_pem_certificates, serial_hex
 from bridge.pki.expiry import minute

@@ -19,7 +19,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.contract import Issued
 from bridge.errors import BridgeError
-from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, RequestBundle, file_names, loads_answer
+from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, RequestBundle
+from bridge.pki.bundle_format import file_names, loads_answer
 from bridge.state.store import Store
 from bridge.system.files import DIRECTORY_MODE, SECRET_MODE, private_directory, sync_directory, write_atomically
 from bridge.system.ownership import exposure

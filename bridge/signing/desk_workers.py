@@ -30,7 +30,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from bridge.contract import Issued, SignRequest
 from bridge.errors import VerificationError
 from bridge.pki import verify
-from bridge.pki.bundle import BundleError, RequestBundle, loads_digested, sign_request
+from bridge.pki.bundle import BundleError, RequestBundle, sign_request
+from bridge.pki.bundle_format import loads_digested
 from bridge.pki.verify import Expectation
 from bridge.signing.desk_policy import Policy, PolicyVerdict, judge
 from bridge.specs import USER

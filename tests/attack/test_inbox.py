@@ -14,7 +14,8 @@ import pytest
 
 from bridge.contract import Issued
 from bridge.errors import Exit
-from bridge.pki.bundle import RequestBundle, digest, dumps, loads_answer, request_file_name
+from bridge.pki.bundle import RequestBundle
+from bridge.pki.bundle_format import digest, dumps, loads_answer, request_file_name
 from bridge.pki.certificates import serial_hex
 from bridge.settings.load import load
 from bridge.signing.desk import Desk as Run

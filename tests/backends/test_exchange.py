@@ -18,7 +18,7 @@ import pytest
 from backends.exchange import ExchangeBackend, ExchangeSettings
 from bridge.contract import Continuity, Issued, Pending, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, SettingsError
-from bridge.pki import bundle
+from bridge.pki import bundle, bundle_format
 from bridge.pki.bundle import AnswerBundle
 from bridge.settings.load import load, parse
 from bridge.signing import registry
@@ -136,9 +136,9 @@ def pending(answer: object) -> Pending:
 def answer_to(directory: Path, answers: dict[str, Issued | bundle.Refusal], **changes: object) -> AnswerBundle:
     """To the only bundle in the outbox."""
     [path] = (directory / "outbox").iterdir()
-    asked_for = bundle.loads_request(path.read_bytes())
+    asked_for = bundle_format.loads_request(path.read_bytes())
     answer = AnswerBundle(
-        request_digest=bundle.digest(asked_for),
+        request_digest=bundle_format.digest(asked_for),
         batch=asked_for.batch,
         node=asked_for.node,
         cluster=asked_for.cluster,
@@ -151,7 +151,7 @@ def answer_to(directory: Path, answers: dict[str, Issued | bundle.Refusal], **ch
 
 def put(directory: Path, name: str, answer: AnswerBundle) -> Path:
     path = directory / "inbox" / name
-    path.write_bytes(bundle.dumps(answer))
+    path.write_bytes(bundle_format.dumps(answer))
     return path
 
 
@@ -160,13 +160,13 @@ def test_one_bundle_for_a_batch(tmp_path: Path) -> None:
     requests = [asked("apiserver"), asked("admin.conf")]
     answers = [pending(one) for one in opened(tmp_path).sign_many(requests)]
     [path] = (tmp_path / "outbox").iterdir()
-    written = bundle.loads_request(path.read_bytes())
-    assert path.name == bundle.request_file_name(written)
+    written = bundle_format.loads_request(path.read_bytes())
+    assert path.name == bundle_format.request_file_name(written)
     assert path.name.startswith("cp-1-")
     assert path.stat().st_mode & 0o777 == 0o644
     assert [one.csr for one in written.requests] == [one.csr for one in requests]
-    assert {one.reference for one in answers} == {bundle.digest(written)}
-    assert answers[0].note == f"{path} is to be carried out, fingerprint {bundle.short_fingerprint(written)}"
+    assert {one.reference for one in answers} == {bundle_format.digest(written)}
+    assert answers[0].note == f"{path} is to be carried out, fingerprint {bundle_format.short_fingerprint(written)}"
 
 
 def test_the_answer_is_taken_whatever_it_is_called(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_a_half_copied_answer_is_left_alone_until_it_is_whole(tmp_path: Path) ->
     backend, request = opened(tmp_path), asked()
     reference = pending(backend.sign(request)).reference
     issued = issue(request)
-    data = bundle.dumps(answer_to(tmp_path, {"apiserver": issued}))
+    data = bundle_format.dumps(answer_to(tmp_path, {"apiserver": issued}))
     path = tmp_path / "inbox/a.json"
     for length in (0, 1, len(data) // 2, len(data) - 3):
         path.write_bytes(data[:length])
@@ -279,7 +279,7 @@ def test_another_batch_is_another_bundle(tmp_path: Path) -> None:
     [first] = (tmp_path / "outbox").iterdir()
     answers = [pending(one) for one in backend.sign_many([new, old, asked("front-proxy-client", batch="cd" * 16)])]
     [second] = set((tmp_path / "outbox").iterdir()) - {first}
-    digests = [bundle.digest(bundle.loads_request(path.read_bytes())) for path in (second, first, second)]
+    digests = [bundle_format.digest(bundle_format.loads_request(path.read_bytes())) for path in (second, first, second)]
     assert [one.reference for one in answers] == digests
     assert [str(path) in one.note for one, path in zip(answers, (second, first, second), strict=True)] == [True] * 3
 
@@ -333,7 +333,7 @@ def test_killed_before_it_could_say_so(tmp_path: Path) -> None:
     [path] = (tmp_path / "outbox").iterdir()
     written = path.read_bytes()
     reference = pending(backend.sign(request)).reference
-    assert reference == bundle.digest(bundle.loads_request(written))
+    assert reference == bundle_format.digest(bundle_format.loads_request(written))
     assert [p.read_bytes() for p in (tmp_path / "outbox").iterdir()] == [written]
     issued = issue(request)
     put(tmp_path, "a.json", answer_to(tmp_path, {"apiserver": issued}))
@@ -347,7 +347,9 @@ def test_a_bundle_that_was_damaged_in_the_outbox_is_written_anew(tmp_path: Path)
     [path] = (tmp_path / "outbox").iterdir()
     os.truncate(path, 100)
     note = pending(backend.sign(request)).note
-    assert bundle.short_fingerprint(bundle.loads_request(Path(note.split(" is to")[0]).read_bytes())) in note
+    assert (
+        bundle_format.short_fingerprint(bundle_format.loads_request(Path(note.split(" is to")[0]).read_bytes())) in note
+    )
 
 
 @pytest.mark.parametrize("missing", ["outbox", "inbox"])

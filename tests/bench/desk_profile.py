@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from bridge.contract import Issued
-from bridge.pki.bundle import AnswerBundle, RequestBundle, dumps, loads_answer, sign_request
+from bridge.pki.bundle import AnswerBundle, RequestBundle, sign_request
+from bridge.pki.bundle_format import dumps, loads_answer
 from bridge.pki.verify import Expectation
 from bridge.settings.tables import AuditSettings
 from bridge.signing import desk_workers

@@ -24,7 +24,7 @@ from cryptography import x509
 from backends import openssl_setup
 from bridge.contract import Continuity, SignRequest
 from bridge.node.sample_pki import Cluster, leaf_certificate
-from bridge.pki import bundle, continuity, csr
+from bridge.pki import bundle, bundle_format, continuity, csr
 from bridge.specs import AUTHORITIES, SPECS
 from bridge.testing import TestCA
 from tests.kit.opensslca import make_ca_directory
@@ -54,7 +54,7 @@ def make_fleet(nodes: int) -> Fleet:
     now = datetime.now(UTC)
     return Fleet(
         cas=cas,
-        bundles=[bundle.dumps(bundle.bundle_of(requests, now)) for requests in made],
+        bundles=[bundle_format.dumps(bundle.bundle_of(requests, now)) for requests in made],
         csrs=[request.csr_pem for requests in made for request in requests],
         live={request.spec.name: request.replaces for request in made[0] if request.replaces},
     )

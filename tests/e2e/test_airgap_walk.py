@@ -23,7 +23,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
 from bridge.contract import Issued, SignRequest
-from bridge.pki import bundle, csr
+from bridge.pki import bundle, bundle_format, csr
 from bridge.pki.bundle import AnswerBundle, BundledRequest, RequestBundle
 from bridge.pki.csr import PrivateKey
 from bridge.specs import AUTHORITIES, EKU, SPECS
@@ -170,7 +170,7 @@ def test_by_hand(walk: Walk) -> None:
     stick.mkdir()
     exported = walk.bridge("export", out)
     assert exported.returncode == 0, exported.stderr
-    fingerprint = bundle.short_fingerprint(bundle.loads_request(out.read_bytes()))
+    fingerprint = bundle_format.short_fingerprint(bundle_format.loads_request(out.read_bytes()))
     assert fingerprint in exported.stdout
     assert walk.bridge("renew").returncode == 4  # cron goes on meanwhile
 
@@ -324,7 +324,7 @@ def test_a_changed_request_is_named(exported: Exported, tmp_path: Path, field: s
     node, desk, good = exported
     change, words = REQUEST_FIELDS[field]
     changed = change(good)
-    (tmp_path / "b.json").write_bytes(bundle.dumps(changed))
+    (tmp_path / "b.json").write_bytes(bundle_format.dumps(changed))
     before = node.live()
 
     run = desk.run("sign", tmp_path / "b.json", "-o", tmp_path / "a.json")
@@ -337,14 +337,16 @@ def test_a_changed_request_is_named(exported: Exported, tmp_path: Path, field: s
         assert run.returncode == 0, run.stderr
     back = node.run("import", tmp_path / "a.json")
     assert back.returncode == 5
-    found = f"found one to node {changed.node}" if changed.node != good.node else bundle.short_fingerprint(changed)
+    found = (
+        f"found one to node {changed.node}" if changed.node != good.node else bundle_format.short_fingerprint(changed)
+    )
     assert (found if changed.cluster == good.cluster else "of cluster other") in back.stderr
     assert node.live() == before
     assert set(node.open()) == {"apiserver", "front-proxy-client"}
 
 
 def _answer(path: Path) -> AnswerBundle:
-    return bundle.loads_answer(path.read_bytes())
+    return bundle_format.loads_answer(path.read_bytes())
 
 
 @pytest.mark.parametrize("side", ["request", "answer"])
@@ -437,7 +439,7 @@ def test_a_changed_answer_is_named(exported: Exported, tmp_path: Path) -> None:
     }
     before = node.live()
     for field, (changed, words) in changes.items():
-        (tmp_path / "x.json").write_bytes(bundle.dumps(changed))
+        (tmp_path / "x.json").write_bytes(bundle_format.dumps(changed))
         run = node.run("import", tmp_path / "x.json", "--all-or-nothing")
         assert run.returncode == 5, field
         assert words in run.stderr, (field, run.stderr)
@@ -446,7 +448,7 @@ def test_a_changed_answer_is_named(exported: Exported, tmp_path: Path) -> None:
 
     # Nothing on the node depends on the batch, who signed, and when: labels for people and for the desk's file names.
     labels = {"batch": "0" * 32, "signer": "somebody", "signed": datetime(2030, 1, 1, tzinfo=UTC)}
-    (tmp_path / "x.json").write_bytes(bundle.dumps(dataclasses.replace(good, **labels)))  # type: ignore[arg-type]
+    (tmp_path / "x.json").write_bytes(bundle_format.dumps(dataclasses.replace(good, **labels)))  # type: ignore[arg-type]
     assert node.run("import", tmp_path / "x.json").returncode == 0
     assert node.live()["apiserver"] == apiserver.leaf
     assert_pairs(node.pki)

@@ -24,7 +24,7 @@ from bridge.contract import Continuity, Issued, SignRequest
 from bridge.errors import BridgeError, SettingsError, VerificationError
 from bridge.node import kubeconfig, manifests
 from bridge.node.yamltree import YamlError
-from bridge.pki import bundle, csr, verify
+from bridge.pki import bundle, bundle_format, csr, verify
 from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.settings import load
 from bridge.specs import SPECS, Component
@@ -136,11 +136,11 @@ def manifest_or_error(data: bytes) -> None:
 def bundle_or_error(data: bytes) -> None:
     """A bundle, which is written as it was read; or an error of ours."""
     try:
-        found = bundle.loads(data)
+        found = bundle_format.loads(data)
     except BridgeError as e:
         assert str(e).isprintable()
     else:
-        assert bundle.loads(bundle.dumps(found)) == found
+        assert bundle_format.loads(bundle_format.dumps(found)) == found
 
 
 MANIFEST = json.dumps(
@@ -172,7 +172,7 @@ def targets() -> dict[str, Target]:
         "answer": Target(seeds=[answer().public_bytes(Encoding.DER)], holds=answer_or_refused),
         "est answer": Target(seeds=[bag, encodebytes(bag), b64encode(bag)], holds=est_answer_or_error),
         "manifest": Target(seeds=[MANIFEST], holds=manifest_or_error),
-        "bundle": Target(seeds=[bundle.dumps(bundle.bundle_of([asked()], NOW))], holds=bundle_or_error),
+        "bundle": Target(seeds=[bundle_format.dumps(bundle.bundle_of([asked()], NOW))], holds=bundle_or_error),
     }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from bridge.pki import bundle
+from bridge.pki import bundle_format
 from bridge.pki.bundle import RequestBundle
 from bridge.specs import AUTHORITIES
 from bridge.state.requests import OpenRequest, OpenRequests
@@ -62,7 +62,7 @@ class Node:
         path = self.carried / to
         run = self.run("export", path, *names)
         assert run.returncode == 0, run.stderr
-        return bundle.loads_request(path.read_bytes())
+        return bundle_format.loads_request(path.read_bytes())
 
     def events(self, event: str) -> list[str]:
         """Names on the record, in order."""

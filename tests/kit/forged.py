@@ -12,7 +12,8 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from bridge.pki.bundle import RequestBundle, dumps
+from bridge.pki.bundle import RequestBundle
+from bridge.pki.bundle_format import dumps
 
 _SEQUENCE, _SET, _BIT_STRING, _INTEGER, _GENERALIZED_TIME = 0x30, 0x31, 0x03, 0x02, 0x18
 _RSA = bytes.fromhex("300d06092a864886f70d0101010500")

@@ -24,9 +24,8 @@ from hypothesis import strategies as st
 from bridge.contract import Issued
 from bridge.node import sample_pki
 from bridge.pki import bundle as bundles
-from bridge.pki import continuity
+from bridge.pki import bundle_format, continuity
 from bridge.pki.bundle import (
-    MAX_BUNDLE_BYTES,
     AnswerBundle,
     Bundle,
     BundledRequest,
@@ -34,17 +33,14 @@ from bridge.pki.bundle import (
     IncompleteBundleError,
     Refusal,
     RequestBundle,
-    digest,
-    dumps,
-    loads,
-    loads_answer,
-    loads_request,
-    short_fingerprint,
     sign_request,
 )
+from bridge.pki.bundle_fields import MAX_BUNDLE_BYTES
+from bridge.pki.bundle_format import digest, dumps, loads, loads_answer, loads_request, short_fingerprint
 from bridge.pki.bundle_text import describe
 from bridge.pki.continuity import origin_problem, proof_problem, sign_proof, usages_problem
 from bridge.pki.csr import PrivateKey, generate_key, key_pem
+from bridge.pki.spoken import spoken
 from bridge.specs import AUTHORITIES, EKU
 from tests.kit.bundles import changed, make_bundle, new_csr, old_pairs
 from tests.kit.pki import Pki, handmade_pki
@@ -112,7 +108,7 @@ def encoded(value: object) -> bytes:
 
 def with_new_digest(value: dict[str, Any]) -> bytes:
     """As somebody would write it who knows how the digest is made."""
-    return encoded({**value, "digest": bundles._digest({k: v for k, v in value.items() if k != "digest"})})
+    return encoded({**value, "digest": bundle_format._digest({k: v for k, v in value.items() if k != "digest"})})
 
 
 # --- there and back ---------------------------------------------------------------------------------------------------
@@ -548,11 +544,11 @@ def test_a_proof_is_good_for_its_own_request_only(request_bundle: RequestBundle,
 def test_what_earlier_versions_have_sent_out_is_still_good(pairs: Pairs) -> None:
     """A bundle of the first version is read and written as it was, and its proofs hold."""
     earlier = make_bundle(pairs, version=1)
-    data = bundles.dumps(earlier)
+    data = bundle_format.dumps(earlier)
 
     assert b'"version": 1' in data
-    assert bundles.loads_request(data) == earlier
-    assert bundles.dumps(bundles.loads_request(data)) == data
+    assert bundle_format.loads_request(data) == earlier
+    assert bundle_format.dumps(bundle_format.loads_request(data)) == data
     assert all(proof_problem(one, earlier) is None for one in earlier.requests)
     later = replace(earlier, version=2)
     assert all("another signature" in str(proof_problem(one, later)) for one in later.requests)
@@ -631,7 +627,7 @@ def test_the_short_fingerprint_is_that_of_what_it_holds(either: Bundle) -> None:
 )
 def test_the_short_fingerprint_is_the_first_hundred_bits(digest_hex: str, text: str) -> None:
     """Five bits a letter, in their order, in Crockford's alphabet."""
-    assert bundles.short(digest_hex) == text
+    assert spoken(digest_hex) == text
 
 
 def test_a_person_sees_what_is_asked_and_what_is_odd(request_bundle: RequestBundle, pki: Pki, pairs: Pairs) -> None:

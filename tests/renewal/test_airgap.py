@@ -28,7 +28,7 @@ from cryptography.x509.oid import NameOID
 
 from bridge.contract import Issued, SignRequest
 from bridge.errors import Exit
-from bridge.pki import bundle, continuity
+from bridge.pki import bundle, bundle_format, continuity
 from bridge.pki.bundle import AnswerBundle
 from bridge.pki.certificates import pem, serial_hex
 from bridge.pki.csr import PrivateKey, generate_key
@@ -75,7 +75,7 @@ def sign(desk: Desk, node: Node, to: str = "answer.json", bundle_name: str = "bu
 
 
 def read_answer(path: Path) -> AnswerBundle:
-    return bundle.loads_answer(path.read_bytes())
+    return bundle_format.loads_answer(path.read_bytes())
 
 
 def issued(answer: AnswerBundle, name: str) -> Issued:
@@ -155,7 +155,7 @@ def test_what_can_not_be_asked_for_fails_alone(node: Node) -> None:
     run = node.run("export", node.carried / "bundle.json")
     assert run.returncode == 1
     assert "apiserver: " in run.stderr
-    exported = bundle.loads_request((node.carried / "bundle.json").read_bytes())
+    exported = bundle_format.loads_request((node.carried / "bundle.json").read_bytes())
     assert len(exported.requests) == 11
 
 
@@ -200,7 +200,7 @@ def test_a_request_that_waits_is_exported_as_it_is(node: Node) -> None:
     keys = {name: one.key_pem for name, one in node.open().items()}
     run = node.run("export", node.carried / "again.json")
     assert run.stdout.count("as before") == 12
-    second = bundle.loads_request((node.carried / "again.json").read_bytes())
+    second = bundle_format.loads_request((node.carried / "again.json").read_bytes())
     assert second.requests == first.requests
     assert {name: one.key_pem for name, one in node.open().items()} == keys
 
@@ -226,7 +226,7 @@ def test_another_kind_of_key_is_a_new_request(node: Node) -> None:
     assert run.returncode == 0
     assert "another kind of key (renewal.key)" in run.stderr
     assert "new key" in run.stdout
-    second = bundle.loads_request((node.carried / "bundle.json").read_bytes())
+    second = bundle_format.loads_request((node.carried / "bundle.json").read_bytes())
     assert second.requests[0].csr != first.requests[0].csr
     path = node.carried / "older.crt"
     path.write_bytes(pem(certificate))
@@ -248,7 +248,7 @@ def test_no_other_file_is_overwritten(node: Node) -> None:
     path.unlink()
     node.export()
     node.export("apiserver")
-    assert len(bundle.loads_request(path.read_bytes()).requests) == 1
+    assert len(bundle_format.loads_request(path.read_bytes()).requests) == 1
 
 
 def test_a_bundle_that_can_not_be_written_is_exported_again(node: Node) -> None:
@@ -358,7 +358,7 @@ def test_a_person_sees_what_is_asked(node: Node, desk: Desk) -> None:
         "signed by this CA",
     ):
         assert text in here.stdout
-    fingerprint = bundle.short_fingerprint(exported)
+    fingerprint = bundle_format.short_fingerprint(exported)
     assert here.stdout.count(fingerprint) == there.stdout.count(fingerprint) == 1
     assert fingerprint in node.run("pending", "list").stdout
 
@@ -373,7 +373,7 @@ def test_a_changed_bundle_is_shown_as_such(node: Node) -> None:
     assert "digest" in run.stderr
 
     other = changed(exported, "apiserver", csr=new_csr(node.live()["apiserver"]))
-    path.write_bytes(bundle.dumps(other))
+    path.write_bytes(bundle_format.dumps(other))
     run = node.run("inspect", path)
     assert run.returncode == 5
     assert "found another signature" in run.stdout
@@ -383,9 +383,9 @@ def test_a_proof_by_another_certificate_is_shown_as_such(node: Node) -> None:
     """By one of another name, or without the usages, though its key has signed; exit 5."""
     pairs, path = old_pairs(node.pki), node.carried / "bundle.json"
     other = make_bundle({"admin.conf": pairs["scheduler.conf"]}, build=lambda _: new_csr(pairs["admin.conf"][0]))
-    path.write_bytes(bundle.dumps(other))
+    path.write_bytes(bundle_format.dumps(other))
     named = node.run("inspect", path)
-    path.write_bytes(bundle.dumps(make_bundle({"etcd-server": pairs["apiserver"]})))
+    path.write_bytes(bundle_format.dumps(make_bundle({"etcd-server": pairs["apiserver"]})))
     used = node.run("inspect", path)
 
     assert (named.returncode, used.returncode) == (5, 5)
@@ -397,7 +397,7 @@ def test_a_proof_by_a_foreign_ca_is_shown_as_such(node: Node, desk: Desk, tmp_pa
     """A CA of the same name proves nothing, on the node and at the desk (exit 5); where no CA is known, it says so."""
     foreign = make_bundle(old_pairs(handmade_pki(tmp_path / "foreign"), ["super-admin.conf"]))
     path = node.carried / "bundle.json"
-    path.write_bytes(bundle.dumps(foreign))
+    path.write_bytes(bundle_format.dumps(foreign))
 
     here, there = node.run("inspect", path), desk.run("inspect", path)
     desk.policy.unlink()
@@ -417,7 +417,7 @@ def test_names_draw_no_lines(node: Node) -> None:
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{padded}\x1b[2J" + "x" * 1000, _validate=False)])
     csr = x509.CertificateSigningRequestBuilder().subject_name(name).sign(generate_key("ecdsa-p256"), hashes.SHA256())
     path = node.carried / "bundle.json"
-    path.write_bytes(bundle.dumps(make_bundle(old_pairs(node.pki, ["apiserver"]), build=lambda _: csr)))
+    path.write_bytes(bundle_format.dumps(make_bundle(old_pairs(node.pki, ["apiserver"]), build=lambda _: csr)))
 
     shown = node.run("inspect", path)
 
@@ -476,7 +476,7 @@ def test_a_directory_with_all_kinds_of_things(node: Node, desk: Desk) -> None:
     answered = read_answer(sign(desk, node))
     (node.carried / "answer.json").unlink()
     part = replace(answered, answers={"apiserver": issued(answered, "apiserver")})
-    (node.carried / "part.json").write_bytes(bundle.dumps(part))
+    (node.carried / "part.json").write_bytes(bundle_format.dumps(part))
     (node.carried / "scheduler").write_bytes(issued(answered, "scheduler.conf").leaf.public_bytes(Encoding.DER))
     (node.carried / "front").write_bytes(pem(issued(answered, FRONT).leaf))
     (node.carried / "readme.txt").write_text("hello")
@@ -550,7 +550,7 @@ def test_of_several_answers_the_latest_certificate_counts(node: Node, desk: Desk
         ("2.json", Issued(leaf=early)),
         ("3.json", bundle.refusal("no")),
     ):
-        (node.carried / name).write_bytes(bundle.dumps(replace(answered, answers={FRONT: answer})))
+        (node.carried / name).write_bytes(bundle_format.dumps(replace(answered, answers={FRONT: answer})))
     assert node.run("import", *sorted(node.carried.glob("[123].json"))).returncode == 0
     assert node.live()[FRONT] == late
 
@@ -581,7 +581,7 @@ def test_part_of_the_answers(node: Node, desk: Desk) -> None:
     node.export("apiserver", FRONT)
     answered = read_answer(sign(desk, node))
     path = node.carried / "answer.json"
-    path.write_bytes(bundle.dumps(replace(answered, answers={FRONT: issued(answered, FRONT)})))
+    path.write_bytes(bundle_format.dumps(replace(answered, answers={FRONT: issued(answered, FRONT)})))
     run = node.run("import", path, "-o", "json")
     assert run.returncode == 4
     result = json.loads(run.stdout)
@@ -669,8 +669,8 @@ def test_answers_to_something_else_are_refused_by_name(node: Node, desk: Desk) -
     node.export("apiserver")
     good = sign(desk, node)
     foreign = replace(read_answer(good), node="cp-2")
-    (node.carried / "foreign.json").write_bytes(bundle.dumps(foreign))
-    (node.carried / "cluster.json").write_bytes(bundle.dumps(replace(read_answer(good), cluster="other")))
+    (node.carried / "foreign.json").write_bytes(bundle_format.dumps(foreign))
+    (node.carried / "cluster.json").write_bytes(bundle_format.dumps(replace(read_answer(good), cluster="other")))
     (node.carried / "byte.json").write_bytes(good.read_bytes().replace(b"cp-1", b"cp-3"))
     before = node.live()
 
@@ -699,7 +699,7 @@ def test_in_a_directory_the_good_answer_is_installed_although_another_is_refused
     """Exit 5 for the strange one; JSON names it."""
     node.export("apiserver")
     good = sign(desk, node)
-    (node.carried / "foreign.json").write_bytes(bundle.dumps(replace(read_answer(good), node="cp-2")))
+    (node.carried / "foreign.json").write_bytes(bundle_format.dumps(replace(read_answer(good), node="cp-2")))
     run = node.run("import", good, node.carried / "foreign.json", "-o", "json")
     assert run.returncode == 5
     result = json.loads(run.stdout)
@@ -761,7 +761,7 @@ def test_killed_when_the_request_was_in_the_outbox(node: Node, desk: Desk) -> No
     [first] = outbox.iterdir()
     assert node.run("renew", FRONT, "apiserver", "etcd-peer").returncode == 4
     [second] = set(outbox.iterdir()) - {first}
-    asked = [[one.name for one in bundle.loads_request(path.read_bytes()).requests] for path in (first, second)]
+    asked = [[one.name for one in bundle_format.loads_request(path.read_bytes()).requests] for path in (first, second)]
     assert asked == [[FRONT], ["apiserver", "etcd-peer"]]
     assert desk.run("sign", outbox, "-o", inbox).returncode == 0
     done = node.run("renew", FRONT, "apiserver", "etcd-peer")
@@ -830,8 +830,8 @@ def test_the_list_of_what_is_open(node: Node) -> None:
     one, end = by_name["apiserver"], node.live()["apiserver"].not_valid_after_utc
     assert one["deadline"] == end.isoformat().replace("+00:00", "Z")
     assert abs(one["secondsLeft"] - (end - now()).total_seconds()) < 60
-    assert one["fingerprint"] == bundle.short_fingerprint(exported)
-    assert one["bundles"] == [bundle.digest(exported)]
+    assert one["fingerprint"] == bundle_format.short_fingerprint(exported)
+    assert one["bundles"] == [bundle_format.digest(exported)]
     assert (one["state"], one["authority"], one["backend"]) == ("waiting", "ca", "")
     assert abs((datetime.fromisoformat(one["created"]) - now()).total_seconds()) < 60
 
@@ -925,7 +925,7 @@ def test_nothing_is_due_while_a_person_has_it(tmp_path: Path) -> None:
 def forged(request: bundle.RequestBundle, answers: dict[str, Issued | bundle.Refusal]) -> AnswerBundle:
     """Dated far in the future, by nobody."""
     return AnswerBundle(
-        request_digest=bundle.digest(request),
+        request_digest=bundle_format.digest(request),
         batch=request.batch,
         node=request.node,
         cluster=request.cluster,
@@ -947,10 +947,12 @@ def test_a_forged_answer_does_not_hide_the_genuine_one(node: Node, desk: Desk) -
     outbox, inbox = node.add_exchange()
     assert node.run("renew", "apiserver").returncode == 4
     [sent] = outbox.iterdir()
-    request, key = bundle.loads_request(sent.read_bytes()), node.open()["apiserver"].key_pem
-    (inbox / "no.json").write_bytes(bundle.dumps(forged(request, {"apiserver": bundle.refusal("go away")})))
+    request, key = bundle_format.loads_request(sent.read_bytes()), node.open()["apiserver"].key_pem
+    (inbox / "no.json").write_bytes(bundle_format.dumps(forged(request, {"apiserver": bundle.refusal("go away")})))
     refused = node.run("renew", "apiserver")
-    (inbox / "yes.json").write_bytes(bundle.dumps(forged(request, {"apiserver": decoy(request.requests[0], request)})))
+    (inbox / "yes.json").write_bytes(
+        bundle_format.dumps(forged(request, {"apiserver": decoy(request.requests[0], request)}))
+    )
     wrong = node.run("renew", "apiserver")
 
     assert (refused.returncode, wrong.returncode) == (5, 5)
@@ -973,7 +975,7 @@ def test_a_decoy_among_carried_files_hides_nothing(node: Node, desk: Desk, how: 
     place = node.carried / "stick"
     place.mkdir()
     if how == "bundle":
-        (place / "zz.json").write_bytes(bundle.dumps(forged(request, {"apiserver": false})))
+        (place / "zz.json").write_bytes(bundle_format.dumps(forged(request, {"apiserver": false})))
     else:
         (place / "zz.crt").write_bytes(pem(false.leaf))
     alone = node.run("import", place)

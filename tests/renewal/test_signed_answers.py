@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from bridge.pki import bundle, csr, signatures
+from bridge.pki import bundle, bundle_format, csr, signatures
 from bridge.pki.bundle import AnswerBundle, RequestBundle
 from bridge.pki.certificates import pem
 from tests.kit.airgap import Node
@@ -47,7 +47,7 @@ def trust(node: Node, file: Path) -> None:
 
 def refusal_of(request: RequestBundle, **changes: object) -> AnswerBundle:
     values: dict[str, object] = {
-        "request_digest": bundle.digest(request),
+        "request_digest": bundle_format.digest(request),
         "batch": request.batch,
         "node": request.node,
         "cluster": request.cluster,
@@ -64,11 +64,11 @@ def test_only_signed_answers_count_in_an_inbox(node: Node, desk: Desk, tmp_path:
     trust(node, tmp_path / "desk.pub")
     assert node.run("renew", "apiserver").returncode == 4
     [sent] = outbox.iterdir()
-    request = bundle.loads_request(sent.read_bytes())
+    request = bundle_format.loads_request(sent.read_bytes())
     forged = refusal_of(request)
-    other = signatures.sign(csr.generate_key("ecdsa-p256"), bundle.answer_message(forged))
+    other = signatures.sign(csr.generate_key("ecdsa-p256"), bundle_format.answer_message(forged))
     for name, answer in (("a.json", forged), ("b.json", refusal_of(request, signature=other))):
-        (inbox / name).write_bytes(bundle.dumps(answer))
+        (inbox / name).write_bytes(bundle_format.dumps(answer))
     assert node.run("renew", "apiserver").returncode == 4
     assert node.run("pending", "list").stdout.count("not signed by the desk's key (node.desk_key)") == 2
     assert desk.run("sign", outbox, "-o", inbox).returncode == 0
@@ -93,12 +93,12 @@ def test_import_takes_signed_answers_alone(node: Node, desk: Desk, tmp_path: Pat
     trust(node, tmp_path / "desk.pub")
     request = node.export("apiserver")
     assert desk.run("sign", node.carried / "bundle.json", "-o", node.carried / "answer.json").returncode == 0
-    answer = bundle.loads_answer((node.carried / "answer.json").read_bytes())
+    answer = bundle_format.loads_answer((node.carried / "answer.json").read_bytes())
     assert answer.signature is not None
     issued = answer.answers["apiserver"]
     assert not isinstance(issued, bundle.Refusal)
     (node.carried / "loose.crt").write_bytes(pem(issued.leaf))
-    unsigned = bundle.dumps(replace(answer, signature=None))
+    unsigned = bundle_format.dumps(replace(answer, signature=None))
     (node.carried / "unsigned.json").write_bytes(unsigned)
     for name in ("loose.crt", "unsigned.json"):
         run = node.run("import", node.carried / name)
@@ -127,10 +127,10 @@ def test_a_changed_answer_has_no_signature() -> None:
     one = AnswerBundle(
         request_digest="0" * 64, batch=batch, node="cp-1", cluster="k", signer="s", signed=_SIGNED, answers={}
     )
-    message = bundle.answer_message(one)
+    message = bundle_format.answer_message(one)
     signature = signatures.sign(key, message)
     assert signatures.is_by(key.public_key(), signature, message)
-    other = bundle.answer_message(replace(one, node="cp-2"))
+    other = bundle_format.answer_message(replace(one, node="cp-2"))
     assert not signatures.is_by(key.public_key(), signature, other)
     assert not signatures.is_by(csr.generate_key("rsa-2048").public_key(), signature, message)
 

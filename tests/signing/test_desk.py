@@ -28,18 +28,8 @@ from bridge.contract import Issued, Pending, Recalls
 from bridge.errors import Exit
 from bridge.node import kubeconfig, sample_pki
 from bridge.pki import csr
-from bridge.pki.bundle import (
-    AnswerBundle,
-    Refusal,
-    RequestBundle,
-    digest,
-    dumps,
-    file_names,
-    loads_answer,
-    request_file_name,
-    short_fingerprint,
-    sign_request,
-)
+from bridge.pki.bundle import AnswerBundle, Refusal, RequestBundle, sign_request
+from bridge.pki.bundle_format import digest, dumps, file_names, loads_answer, request_file_name, short_fingerprint
 from bridge.pki.certificates import pem
 from bridge.pki.csr import PrivateKey
 from bridge.pki.verify import Expectation, check

@@ -19,16 +19,8 @@ from cryptography import x509
 from bridge.cli.app import app
 from bridge.contract import Issued
 from bridge.errors import Exit
-from bridge.pki.bundle import (
-    AnswerBundle,
-    Refusal,
-    RequestBundle,
-    digest,
-    dumps,
-    loads_answer,
-    request_file_name,
-    sign_request,
-)
+from bridge.pki.bundle import AnswerBundle, Refusal, RequestBundle, sign_request
+from bridge.pki.bundle_format import digest, dumps, loads_answer, request_file_name
 from bridge.pki.csr import PrivateKey
 from bridge.pki.verify import Expectation
 from bridge.signing import desk_workers

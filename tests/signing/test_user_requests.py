@@ -13,7 +13,8 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import NameOID
 
 from bridge.errors import SettingsError
-from bridge.pki.bundle import BundledRequest, RequestBundle, dumps, loads_request
+from bridge.pki.bundle import BundledRequest, RequestBundle
+from bridge.pki.bundle_format import dumps, loads_request
 from bridge.pki.csr import generate_key
 from bridge.signing.desk_policy import judge, parse
 from bridge.specs import EKU, USER

@@ -1,0 +1,327 @@
+"""
+Bundles as JSON: written, digested, named and read (pure: bytes in, bytes out; no file, no clock).
+
+The digest finds accidents; who changes a bundle can make the digest anew. Against that stand the continuity proof, the
+desk's policy, the short fingerprint that two people compare, and on the way back the node's own check of every answer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from base64 import b64encode
+from collections.abc import Collection, Mapping, Sequence
+from datetime import timedelta
+from hashlib import sha256
+from typing import Any, cast
+
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from bridge.contract import Issued
+from bridge.pki.bundle import (
+    CARRIED,
+    REQUEST_VERSIONS,
+    AnswerBundle,
+    Bundle,
+    BundledRequest,
+    BundleError,
+    Refusal,
+    RequestBundle,
+)
+from bridge.pki.bundle_fields import TIME, Fields, certificate, excerpt, parse
+from bridge.pki.certificates import pem
+from bridge.pki.spoken import spoken
+from bridge.specs import AUTHORITIES, EKU
+
+REQUEST_SCHEMA = "ca-bridge/request-bundle"
+ANSWER_SCHEMA = "ca-bridge/answer-bundle"
+ANSWER_VERSION = 1
+
+LONGEST_NAME = 253  #: As Kubernetes has it for a node's.
+_LONGEST_VALIDITY = timedelta(days=36500)
+_NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")  # it becomes part of file names
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_BATCH = re.compile(r"[0-9a-f]{32}")
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def dumps(bundle: Bundle) -> bytes:
+    """
+    The bundle as a file; the same bundle gives the same bytes.
+
+    Raises:
+        BundleError: A value in it is none that a bundle may have, such as a node's name with a line break.
+    """
+    document = _document(bundle)
+    _assert_readable(document)  # what one side can't read, the other does not write
+    signature = bundle.signature if isinstance(bundle, AnswerBundle) else None
+    more = {} if signature is None else {"signature": b64encode(signature).decode()}
+    return json.dumps({**document, "digest": _digest(document), **more}, indent=1).encode() + b"\n"
+
+
+def _assert_readable(document: Mapping[str, Any]) -> None:
+    """Refuse what the types leave open and a reader would refuse: texts, numbers, names."""
+    fields = Fields(document, "")
+    _batch(fields)
+    _node(fields)
+    fields.text("cluster", LONGEST_NAME)
+    key = "requests" if document["schema"] == REQUEST_SCHEMA else "answers"
+    if key == "answers":
+        fields.text("signer")
+        fields.shaped("requestDigest", _DIGEST, "64 hex digits")
+    for entry in fields.items(key, lambda value, place: Fields(cast(dict[str, Any], value), f"{place}.")):
+        entry.choice("name", list(CARRIED))
+        if key == "requests":
+            entry.choice("authority", list(AUTHORITIES))
+            _ekus(entry)
+            _validity(entry)
+        elif "refusal" in entry.values:
+            entry.text("refusal")
+    _assert_once(fields, key, [entry["name"] for entry in document[key]])
+
+
+def digest(bundle: Bundle) -> str:
+    """The SHA-256 (hex) of the bundle's values; white space between them does not count."""
+    return _digest(_document(bundle))
+
+
+def answer_message(bundle: AnswerBundle) -> bytes:
+    """The bytes that a desk's signature is over: words of its own, and the digest of all that the answer says."""
+    return b"ca-bridge answer bundle 1\n" + digest(bundle).encode()
+
+
+def short_fingerprint(bundle: Bundle) -> str:
+    """The bundle's digest, short enough to be read out over the phone; see `bridge.pki.spoken`."""
+    return spoken(digest(bundle))
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _document(bundle: Bundle) -> dict[str, Any]:
+    if isinstance(bundle, RequestBundle):
+        return {
+            "schema": REQUEST_SCHEMA,
+            "version": bundle.version,
+            "batch": bundle.batch,
+            "node": bundle.node,
+            "cluster": bundle.cluster,
+            "created": bundle.created.strftime(TIME),
+            "requests": [_request_document(request) for request in bundle.requests],
+        }
+    return {
+        "schema": ANSWER_SCHEMA,
+        "version": ANSWER_VERSION,
+        "requestDigest": bundle.request_digest,
+        "batch": bundle.batch,
+        "node": bundle.node,
+        "cluster": bundle.cluster,
+        "signer": bundle.signer,
+        "signed": bundle.signed.strftime(TIME),
+        "answers": [{"name": name, **_answer_document(answer)} for name, answer in bundle.answers.items()],
+    }
+
+
+def _request_document(request: BundledRequest) -> dict[str, Any]:
+    return {
+        "name": request.name,
+        "authority": request.authority,
+        "ekus": sorted(eku.label for eku in request.ekus),
+        "validitySeconds": int(request.validity.total_seconds()),
+        "csr": request.csr.public_bytes(Encoding.PEM).decode(),
+        "replaces": pem(request.replaces).decode() if request.replaces is not None else None,
+        "proof": b64encode(request.proof).decode() if request.proof is not None else None,
+    }
+
+
+def _answer_document(answer: Issued | Refusal) -> dict[str, Any]:
+    if isinstance(answer, Refusal):
+        return {"refusal": answer.reason}
+    return {"chain": [pem(certificate).decode() for certificate in (answer.leaf, *answer.intermediates)]}
+
+
+# --- names of files -----------------------------------------------------------------------------------------------------
+
+
+def request_file_name(bundle: RequestBundle) -> str:
+    """The name of its file where nobody chose one; another for each bundle, so that none is written over another."""
+    return file_names(bundle.node, digest(bundle))[0]
+
+
+def file_names(node: str, request_digest: str, authorities: Collection[str] = tuple(AUTHORITIES)) -> tuple[str, str]:
+    """The names of a request's file, and of its answer's by a desk with the CAs of these authorities."""
+    stem = f"{node}-{request_digest[:32]}"
+    return f"{stem}.request.json", f"{stem}{answer_suffix(authorities)}"
+
+
+def answer_suffix(authorities: Collection[str]) -> str:
+    """The end of an answer's file name; a desk with some of the CAs names them, so that two desks' answers can lie side by side."""
+    ours = [name for name in AUTHORITIES if name in authorities]
+    return "".join(f".{name}" for name in ours if len(ours) < len(AUTHORITIES)) + ".answer.json"
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def loads(data: bytes) -> Bundle:
+    """
+    A bundle of either kind.
+
+    Raises:
+        IncompleteBundleError: It is no JSON document.
+        BundleError: It is another one, or has been changed.
+    """
+    document = parse(data)
+    schema = document.get("schema")
+    if schema == REQUEST_SCHEMA:
+        return _read_request_bundle(document)
+    if schema == ANSWER_SCHEMA:
+        return _read_answer_bundle(document)
+    raise BundleError("schema", f"{REQUEST_SCHEMA} or {ANSWER_SCHEMA}", excerpt(schema))
+
+
+def loads_request(data: bytes) -> RequestBundle:
+    """
+    A request bundle.
+
+    Raises:
+        BundleError: As `loads`; also for an answer bundle.
+    """
+    bundle = loads(data)
+    if not isinstance(bundle, RequestBundle):
+        raise BundleError(
+            "schema", REQUEST_SCHEMA, ANSWER_SCHEMA, hint="this is the answer, which goes back to the node"
+        )
+    return bundle
+
+
+def loads_digested(data: bytes) -> tuple[RequestBundle, str]:
+    """
+    A request bundle and its `digest`, which was computed to read it.
+
+    Raises:
+        BundleError: As `loads_request`.
+    """
+    document = parse(data)
+    if document.get("schema") != REQUEST_SCHEMA:
+        raise BundleError("schema", REQUEST_SCHEMA, excerpt(document.get("schema")))
+    return _read_request_bundle(document), document["digest"]
+
+
+def loads_answer(data: bytes) -> AnswerBundle:
+    """
+    An answer bundle. Whether the answers are right is not checked here: see `bridge.pki.verify`.
+
+    Raises:
+        BundleError: As `loads`; also for a request bundle.
+    """
+    bundle = loads(data)
+    if not isinstance(bundle, AnswerBundle):
+        raise BundleError(
+            "schema", ANSWER_SCHEMA, REQUEST_SCHEMA, hint="this is the request, which goes to the CA desk"
+        )
+    return bundle
+
+
+def _read_request_bundle(document: Mapping[str, Any]) -> RequestBundle:
+    fields = Fields.of(document, "", ("schema", "version", "batch", "node", "cluster", "created", "requests", "digest"))
+    bundle = RequestBundle(
+        version=fields.choice("version", REQUEST_VERSIONS),
+        batch=_batch(fields),
+        node=_node(fields),
+        cluster=fields.text("cluster", LONGEST_NAME),
+        created=fields.time("created"),
+        requests=tuple(fields.items("requests", _read_request)),
+    )
+    _assert_once(fields, "requests", [request.name for request in bundle.requests])
+    _assert_digest(fields)
+    return bundle
+
+
+def _read_request(value: object, place: str) -> BundledRequest:
+    keys = ("name", "authority", "ekus", "validitySeconds", "csr", "replaces", "proof")
+    fields = Fields.of(value, f"{place}.", keys)
+    return BundledRequest(
+        name=fields.choice("name", list(CARRIED)),
+        authority=fields.choice("authority", list(AUTHORITIES)),
+        ekus=_ekus(fields),
+        validity=_validity(fields),
+        csr=fields.csr("csr"),
+        replaces=certificate(fields.values["replaces"], f"{place}.replaces", " or null")
+        if fields.values["replaces"] is not None
+        else None,
+        proof=fields.encoded("proof"),
+    )
+
+
+def _read_answer_bundle(document: Mapping[str, Any]) -> AnswerBundle:
+    keys = ("schema", "version", "requestDigest", "batch", "node", "cluster", "signer", "signed", "answers", "digest")
+    fields = Fields.of(document, "", (*keys, "signature") if "signature" in document else keys)
+    fields.choice("version", [ANSWER_VERSION])
+    answers = fields.items("answers", _read_answer)
+    _assert_once(fields, "answers", [name for name, _ in answers])
+    bundle = AnswerBundle(
+        request_digest=fields.shaped("requestDigest", _DIGEST, "64 hex digits"),
+        batch=_batch(fields),
+        node=_node(fields),
+        cluster=fields.text("cluster", LONGEST_NAME),
+        signer=fields.text("signer"),
+        signed=fields.time("signed"),
+        answers=dict(answers),
+        signature=fields.encoded("signature") if "signature" in document else None,
+    )
+    _assert_digest(fields)
+    return bundle
+
+
+def _read_answer(value: object, place: str) -> tuple[str, Issued | Refusal]:
+    is_refusal = isinstance(value, dict) and "refusal" in value
+    fields = Fields.of(value, f"{place}.", ("name", "refusal" if is_refusal else "chain"))
+    name = fields.choice("name", list(CARRIED))
+    if is_refusal:
+        return name, Refusal(reason=fields.text("refusal"))
+    leaf, *intermediates = fields.items("chain", certificate)
+    return name, Issued(leaf=leaf, intermediates=tuple(intermediates))
+
+
+def _batch(fields: Fields) -> str:
+    return fields.shaped("batch", _BATCH, "32 hex digits")
+
+
+def _node(fields: Fields) -> str:
+    return fields.shaped("node", _NODE, "a node's name (letters, digits, '.', '_' and '-')")
+
+
+def _ekus(fields: Fields) -> frozenset[EKU]:
+    labels = {eku.label: eku for eku in EKU}
+    value = fields.values["ekus"]
+    if not isinstance(value, list) or not value or not all(isinstance(one, str) and one in labels for one in value):
+        fields.fail("ekus", f"a list of {' and '.join(sorted(labels))}")
+    if value != sorted(set(value)):
+        fields.fail("ekus", "each once, in alphabetical order")
+    return frozenset(labels[label] for label in value)
+
+
+def _validity(fields: Fields) -> timedelta:
+    value = fields.values["validitySeconds"]
+    longest = int(_LONGEST_VALIDITY.total_seconds())
+    if type(value) is not int or not 0 < value <= longest:
+        fields.fail("validitySeconds", f"a whole number of seconds, at most {longest}")
+    return timedelta(seconds=value)
+
+
+def _assert_once(fields: Fields, key: str, names: Sequence[str]) -> None:
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise BundleError(f"{fields.place}{key}[{number}].name", "each name once", f"{name} again")
+
+
+def _assert_digest(fields: Fields) -> None:
+    """Compare the digest with that of the values as they stand there: they were read, and so are as `dumps` writes them."""
+    given = fields.shaped("digest", _DIGEST, "64 hex digits")
+    wanted = _digest({key: value for key, value in fields.values.items() if key not in ("digest", "signature")})
+    if given != wanted:
+        raise BundleError("digest", f"{wanted}, which is that of what it holds", given)
