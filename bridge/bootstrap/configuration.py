@@ -17,7 +17,7 @@ import yaml
 
 from bridge.node import kubeadm_config
 from bridge.node.kubeadm_config import KubeadmConfigError
-from bridge.pki.kubeadm_names import Facts as NamingFacts
+from bridge.pki.kubeadm_names import NamingFacts
 from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
 
 #: What a node's name may be (RFC 1123 subdomain).
@@ -122,8 +122,8 @@ def naming_facts(config: Configuration, node: str, address: str) -> NamingFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
-    """The few facts that decide all names; an empty one is not given."""
+class ConfigurationFacts:
+    """The few facts that a configuration is made of where there is no file; an empty one was not given."""
 
     name: str = ""
     address: str = ""
@@ -136,7 +136,7 @@ class Facts:
     sans: Sequence[str] = ()
 
     def given(self) -> list[str]:
-        """Names of those that are."""
+        """The names of the facts that were given."""
         return [name for name in self.__slots__ if getattr(self, name)]
 
 
@@ -148,8 +148,8 @@ _KUBELET = {
 }
 
 
-def from_facts(facts: Facts) -> Configuration:
-    """What `kubeadm init` is given where there is no file."""
+def from_facts(facts: ConfigurationFacts) -> Configuration:
+    """The configuration for `kubeadm init` where there is no file."""
     registration = {"name": facts.name, "criSocket": facts.socket}
     networking = {"serviceSubnet": facts.service_subnet, "dnsDomain": facts.dns_domain}
     cluster = {
@@ -170,7 +170,7 @@ def from_facts(facts: Facts) -> Configuration:
     return Configuration(documents=(node, {key: value for key, value in cluster.items() if value}, _KUBELET))
 
 
-def for_node(cluster: Configuration, facts: Facts) -> Configuration:
+def for_node(cluster: Configuration, facts: ConfigurationFacts) -> Configuration:
     """The cluster's configuration with the part of another node; for `certs generate-csr` on a control plane."""
     registration = {"name": facts.name, "criSocket": facts.socket or cluster.socket}
     api = str(cluster.cluster.get("apiVersion", "kubeadm.k8s.io/v1beta4"))

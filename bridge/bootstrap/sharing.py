@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from bridge.bootstrap import authorities, orders
-from bridge.bootstrap.configuration import Facts, assert_usable, for_node, shared
+from bridge.bootstrap.configuration import ConfigurationFacts, assert_usable, for_node, shared
 from bridge.bootstrap.orders import NewNode, Order, OrderError
 from bridge.bootstrap.places import Places, live
 from bridge.bootstrap.service_account import is_sa_pair
@@ -159,7 +159,7 @@ def write_orders(
         raise KubeadmConfigError(f"{config}: wanted a ClusterConfiguration, found none")
     for node in listed:
         if node.role != "worker":
-            facts = Facts(name=node.name, address=node.addresses[0])
+            facts = ConfigurationFacts(name=node.name, address=node.addresses[0])
             assert_usable(for_node(cluster, facts), str(settings.node.pki_dir), further=node.role != "init")
     found = authorities.gather(settings, places, "control-plane", ca_dir, {}, now)
     made = {node: (directory / f"{node.name}.order.json", order_for(cluster, found, node)) for node in listed}

@@ -10,7 +10,7 @@ from cryptography import x509
 
 from bridge.bootstrap.configuration import (
     Configuration,
-    Facts,
+    ConfigurationFacts,
     for_node,
     from_facts,
     join_configuration,
@@ -34,7 +34,7 @@ _IGNORED = "FileAvailable--etc-kubernetes-kubelet.conf"
 class Said:
     """What the operator says."""
 
-    facts: Facts = Facts()  # noqa: RUF009 (frozen)
+    facts: ConfigurationFacts = ConfigurationFacts()  # noqa: RUF009 (frozen)
     config: Path | None = None  #: kubeadm's configuration.
     order: Order | None = None
     given: Order | None = field(default=None, repr=False)  #: What another node shares.
@@ -182,8 +182,8 @@ def _carried(said: Said) -> dict[str, tuple[x509.Certificate, ...]]:
     return found
 
 
-def _facts(node: NewNode) -> Facts:
-    return Facts(name=node.name, address=node.addresses[0], socket=node.socket)
+def _facts(node: NewNode) -> ConfigurationFacts:
+    return ConfigurationFacts(name=node.name, address=node.addresses[0], socket=node.socket)
 
 
 def places_in(settings: Settings, config: Configuration) -> Places:

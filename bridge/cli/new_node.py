@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from bridge.bootstrap import orders, sharing, whole, wishes
-from bridge.bootstrap.configuration import Facts
+from bridge.bootstrap.configuration import ConfigurationFacts
 from bridge.bootstrap.make import make
 from bridge.bootstrap.places import Role
 from bridge.bootstrap.sharing import read_order, read_signed_order
@@ -30,7 +30,7 @@ def _both(one: str, other: str) -> SettingsError:
     return SettingsError([SettingsProblem(one, f"either {one} or {other}", "both")])
 
 
-def _said(settings: Settings, options: NodeOptions, facts: Facts, shared: Path | None = None) -> Said:
+def _said(settings: Settings, options: NodeOptions, facts: ConfigurationFacts, shared: Path | None = None) -> Said:
     """
     Read the files that are carried.
 
@@ -51,7 +51,7 @@ def _said(settings: Settings, options: NodeOptions, facts: Facts, shared: Path |
     )
 
 
-def init(settings: Settings, options: NodeOptions, facts: Facts, now: Callable[[], datetime]) -> int:
+def init(settings: Settings, options: NodeOptions, facts: ConfigurationFacts, now: Callable[[], datetime]) -> int:
     """`bootstrap init`: return the exit code."""
     if options.kubeadm_config is not None and options.order is not None:
         raise _both("--kubeadm-config", "--order")
@@ -168,7 +168,7 @@ def check(settings: Settings, role: Role, now: datetime) -> int:
     return Exit.DONE
 
 
-def _flags(facts: Facts) -> str:
+def _flags(facts: ConfigurationFacts) -> str:
     flags = {"address": "advertise-address", "endpoint": "control-plane-endpoint", "version": "kubernetes-version"}
     return ", ".join(f"--{flags.get(name, name.replace('_', '-'))}" for name in facts.given())
 

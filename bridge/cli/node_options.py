@@ -11,7 +11,7 @@ import typer
 from bridge.cli.options import WaitOption
 
 if TYPE_CHECKING:
-    from bridge.bootstrap.configuration import Facts
+    from bridge.bootstrap.configuration import ConfigurationFacts
 
 CaDirOption = Annotated[
     Path | None,
@@ -66,8 +66,8 @@ class NodeOptions:
     anew: Annotated[bool, typer.Option("--anew", help="Forget keys and requests that an earlier run has made.")] = False
     wait: WaitOption = None
 
-    def facts(self, **of_cluster: Any) -> Facts:
+    def facts(self, **of_cluster: Any) -> ConfigurationFacts:
         """What is said of the node itself, beside what is said of its cluster."""
-        from bridge.bootstrap.configuration import Facts  # noqa: PLC0415
+        from bridge.bootstrap.configuration import ConfigurationFacts  # noqa: PLC0415
 
-        return Facts(name=self.name, address=self.advertise_address, socket=self.cri_socket, **of_cluster)
+        return ConfigurationFacts(name=self.name, address=self.advertise_address, socket=self.cri_socket, **of_cluster)

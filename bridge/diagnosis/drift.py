@@ -23,7 +23,7 @@ from bridge.node.inventory import Item, Node
 from bridge.node.kubeadm_config import CLUSTER_CONFIGURATION, CONFIG_MAP, KubeadmConfig
 from bridge.pki import kubeadm_names
 from bridge.pki.certificates import UNREADABLE, attributes, san_entries
-from bridge.pki.kubeadm_names import Facts, NoFactError
+from bridge.pki.kubeadm_names import NamingFacts, NoFactError
 from bridge.pki.naming import names_of
 from bridge.settings.tables import Settings
 from bridge.specs import Component
@@ -174,7 +174,7 @@ def _beyond(config: KubeadmConfig, node: Node, settings: Settings, flags: Flags)
                 continue
 
 
-def _of_one(item: Item, facts: Facts) -> Iterator[Finding]:
+def _of_one(item: Item, facts: NamingFacts) -> Iterator[Finding]:
     name, certificate = item.spec.name, item.certificates[0]
     wanted = kubeadm_names.naming(item.spec, facts)
     if more := sorted(san_entries(certificate) - names_of(wanted.sans)):

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from bridge.errors import BridgeError, Exit
 from bridge.node.yamltree import YamlError, YamlNode, documents, split_bom
-from bridge.pki.kubeadm_names import Facts, Release, parse_release
+from bridge.pki.kubeadm_names import NamingFacts, Release, parse_release
 from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
 from bridge.system.safe_read import UnreadableError, read
 
@@ -73,7 +73,7 @@ class KubeadmConfig:
         """The API server's own: the first of the (first) service subnet (kubeadm's `GetAPIServerVirtualIP`)."""
         return str(ipaddress.ip_network(self.service_subnet.partition(",")[0].strip())[1])
 
-    def naming_facts(self, node: str, address: str) -> Facts:
+    def naming_facts(self, node: str, address: str) -> NamingFacts:
         """
         What kubeadm makes a node's names of.
 
@@ -81,7 +81,7 @@ class KubeadmConfig:
             node: Its name in the cluster.
             address: Advertise address of its API server; empty: not known.
         """
-        return Facts(
+        return NamingFacts(
             release=self.release,
             node=node,
             address=address,

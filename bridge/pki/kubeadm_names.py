@@ -51,8 +51,8 @@ class NoFactError(BridgeError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
-    """What kubeadm makes names of; empty: not known."""
+class NamingFacts:
+    """What kubeadm makes a certificate's subject and SANs of; an empty one is not known."""
 
     release: Release | None = None
     node: str = ""  #: Its name in the cluster.
@@ -65,7 +65,7 @@ class Facts:
     etcd_peer_sans: tuple[str, ...] = ()
 
 
-def naming(spec: CertificateSpec, facts: Facts) -> Naming:
+def naming(spec: CertificateSpec, facts: NamingFacts) -> Naming:
     """
     What kubeadm of this release would ask for.
 
@@ -75,7 +75,7 @@ def naming(spec: CertificateSpec, facts: Facts) -> Naming:
     return Naming(subject=subject(spec, facts), sans=_sans(spec, facts))
 
 
-def subject(spec: CertificateSpec, facts: Facts) -> x509.Name:
+def subject(spec: CertificateSpec, facts: NamingFacts) -> x509.Name:
     """
     The subject alone.
 
@@ -117,7 +117,7 @@ def _has_group(release: Release) -> bool:
     return release.patch < first
 
 
-def _sans(spec: CertificateSpec, facts: Facts) -> tuple[x509.GeneralName, ...]:
+def _sans(spec: CertificateSpec, facts: NamingFacts) -> tuple[x509.GeneralName, ...]:
     if spec.name == "apiserver":
         node = _known(facts.node, "the node's name")
         domain = _known(facts.dns_domain, "the cluster's DNS domain")

@@ -20,7 +20,7 @@ from bridge.node.inventory import Item, Node
 from bridge.node.kubeadm_config import KubeadmConfig
 from bridge.pki import csr, kubeadm_names
 from bridge.pki.certificates import attributes, pem, san_entry
-from bridge.pki.kubeadm_names import Facts, NoFactError, Release
+from bridge.pki.kubeadm_names import NamingFacts, NoFactError, Release
 from bridge.pki.naming import Naming
 from bridge.renewal import bindings, cluster_config
 from bridge.renewal.selection import ALL, anchors_of, assert_known
@@ -141,7 +141,9 @@ def _assert_known_to(release: Release | None, spec: CertificateSpec) -> None:
         raise NoFactError(f"{spec.name} is known from Kubernetes {Release(*spec.since)} on, found {release}")
 
 
-def _facts(config: KubeadmConfig, node: Node, settings: Settings, source: cluster_config.Source) -> tuple[Facts, str]:
+def _facts(
+    config: KubeadmConfig, node: Node, settings: Settings, source: cluster_config.Source
+) -> tuple[NamingFacts, str]:
     """What the names are made of, and a sentence about where the node's own part comes from."""
     manifest = node.manifests.get(Component.APISERVER)
     here = settings.node.name
@@ -167,7 +169,7 @@ def release_of(node: Node) -> Release | None:
     return None if manifest is None else kubeadm_names.parse_release(manifest.tag)
 
 
-def _fresh(item: Item, config: KubeadmConfig, node: Node, facts: Facts) -> FreshKubeconfig:
+def _fresh(item: Item, config: KubeadmConfig, node: Node, facts: NamingFacts) -> FreshKubeconfig:
     manifest = node.manifests.get(Component.APISERVER)
     port = config.bind_port or (manifest.flags.get("--secure-port", "") if manifest is not None else "") or "6443"
     local = ""
@@ -215,11 +217,11 @@ def naming_text(subject: x509.Name) -> str:
     return Naming(subject=subject).text
 
 
-def _version_and_node(node: Node, settings: Settings, source: cluster_config.Source, changes: Changes) -> Facts:
+def _version_and_node(node: Node, settings: Settings, source: cluster_config.Source, changes: Changes) -> NamingFacts:
     release = release_of(node) if changes.kubeadm_config is None else source.config().release
     if release is None and (set_one := settings.node.kubernetes_version) is not None:
         release = Release(set_one.major, set_one.minor)
-    return Facts(release=release, node=settings.node.name)
+    return NamingFacts(release=release, node=settings.node.name)
 
 
 def _with_sans(

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.bootstrap.configuration import Facts, for_node, from_facts, join_configuration, parse
+from bridge.bootstrap.configuration import ConfigurationFacts, for_node, from_facts, join_configuration, parse
 from bridge.node.kubeadm_config import KubeadmConfigError
 from tests.kit.new_node import ADDRESS, CONFIG, ENDPOINT, NAME
 
-FACTS = Facts(name="cp-2", address="192.0.2.11")
+FACTS = ConfigurationFacts(name="cp-2", address="192.0.2.11")
 
 
 def test_what_decides_names_is_read() -> None:
@@ -61,7 +61,9 @@ def test_joining_needs_no_token(*, control_plane: bool) -> None:
 
 def test_facts_make_a_configuration() -> None:
     """What is not given is kubeadm's default."""
-    facts = Facts(name="a", address="192.0.2.1", endpoint="api:6443", version="v1.37.2", sans=("b.example.com",))
+    facts = ConfigurationFacts(
+        name="a", address="192.0.2.1", endpoint="api:6443", version="v1.37.2", sans=("b.example.com",)
+    )
     found = parse(from_facts(facts).text().encode())
 
     assert (found.name, found.address, found.endpoint) == ("a", "192.0.2.1", "api:6443")

@@ -9,7 +9,7 @@ import pytest
 from cryptography import x509
 
 from bridge.bootstrap import expected, keys, orders
-from bridge.bootstrap.configuration import Facts, for_node, parse, shared
+from bridge.bootstrap.configuration import ConfigurationFacts, for_node, parse, shared
 from bridge.bootstrap.orders import Order, OrderError, new_node
 from bridge.bootstrap.places import Role
 from bridge.bootstrap.wishes import order_for
@@ -29,7 +29,7 @@ def test_names_are_what_kubeadm_asks_for(role: Role, tmp_path: Path) -> None:
     found = {
         name: one for ones in expected.certificates(order, datetime.now(UTC)).values() for name, one in ones.items()
     }
-    facts = Facts(name="cp-7", address="192.0.2.17", socket="unix:///run/none.sock")
+    facts = ConfigurationFacts(name="cp-7", address="192.0.2.17", socket="unix:///run/none.sock")
     text = for_node(config, facts).text().encode()
     made = keys.by_kubeadm(str(programs.require("kubeadm")), config.version, text, role, tmp_path)
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.node.kubeadm_config import KubeadmConfigError, parse
-from bridge.pki.kubeadm_names import Facts, NoFactError, Release, groups, naming, parse_release
+from bridge.pki.kubeadm_names import NamingFacts, NoFactError, Release, groups, naming, parse_release
 from bridge.specs import SPECS
 from tests.kit import programs
 
@@ -69,7 +69,7 @@ def test_the_names_are_those_of_the_real_kubeadm(case: str, tmp_path: Path) -> N
             assert naming(spec, facts).is_of(request), (spec.name, naming(spec, facts).text)
             compared += 1
     assert compared == 7
-    older = Facts(release=Release(1, 34, 4))
+    older = NamingFacts(release=Release(1, 34, 4))
     assert groups(SPECS["apiserver-kubelet-client"], older.release) != groups(
         SPECS["apiserver-kubelet-client"], facts.release
     )
