@@ -30,6 +30,9 @@ _DESK = {
 }
 _DESK_INBOX, _DESK_OUTBOX = "/srv/desk/inbox", "/srv/desk/outbox"
 _DESK_CRONTAB = "ca-bridge-desk"
+#: As systemd takes it (systemd.exec(5), User=; https://systemd.io/USER_NAMES), at its widest: what ends a word or a line
+#: would be more than a name in a unit or a crontab.
+_USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*\$?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +49,15 @@ def desk_of(inbox: Path | None, outbox: Path | None, user: str) -> Desk | None:
     A desk, if its directories are named.
 
     Raises:
-        SettingsError: One of them is.
+        SettingsError: One of them is, or the user is none.
     """
     if inbox is None and outbox is None:
         return None
     if inbox is None or outbox is None:
         missing, given = ("--inbox", "--outbox") if inbox is None else ("--outbox", "--inbox")
         raise SettingsError([SettingsProblem(missing, f"a directory, since {given} is given", "nothing")])
+    if not _USER.fullmatch(user):
+        raise SettingsError([SettingsProblem("--user", "a user's name", repr(user))])
     return Desk(inbox=inbox, outbox=outbox, user=user)
 
 
@@ -68,7 +73,7 @@ def make(settings: Settings, kind: Kind, desk: Desk | None, shipped: Path) -> li
 
     Raises:
         SettingsError: A directory is not absolute, or the backends' tables can't be read.
-        BridgeError: The shipped files or the program are not there.
+        BridgeError: The shipped files or the program are not there, or a path can't be named in such a file.
     """
     places = _places(settings, desk)
     make_one = jobs.unit if kind == "systemd" else jobs.crontab

@@ -80,8 +80,20 @@ def _with_signers(text: str, signers: Mapping[str, SignerRules]) -> str:
 
 
 def _with_block(text: str, key: str, content: str) -> str:
-    """Another value for a key of the ConfigMap."""
-    block = "".join(f"    {line}".rstrip() + "\n" for line in content.rstrip("\n").splitlines())
+    """
+    Another value for a key of the ConfigMap.
+
+    Raises:
+        BridgeError: Characters that end a line in YAML and not in TOML, so that a comment's end would be a setting, or
+            others that YAML can't have.
+    """
+    lines = content.rstrip("\n").replace("\r\n", "\n").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.replace("\t", " ").isprintable():
+            found = repr(next(one for one in line.replace("\t", " ") if not one.isprintable()))
+            hint = "take it out of that line; where a text needs it, write it as TOML's \\u and four digits"
+            raise BridgeError(f"{key}, line {number}: wanted no control characters, found {found}", hint=hint)
+    block = "".join(f"    {line}".rstrip() + "\n" for line in lines)
     changed, count = re.subn(
         rf"^  {re.escape(key)}: \|\n(?:    .*\n|\n)+", lambda _: f"  {key}: |\n{block}", text, flags=re.MULTILINE
     )

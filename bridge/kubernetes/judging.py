@@ -11,7 +11,7 @@ from bridge.kubernetes import objects
 from bridge.kubernetes.node_states import NodeStates
 from bridge.kubernetes.objects import SigningRequest
 from bridge.kubernetes.place import Place
-from bridge.kubernetes.queue import Job
+from bridge.kubernetes.queue import Job, key_of
 from bridge.kubernetes.rates import Rate
 from bridge.signing.register import NodeEntry
 from bridge.signing.signer_policy import (
@@ -42,15 +42,17 @@ class Judging:
     def seconds_to_wait(self, job: Job) -> float:
         """Until one more request of this user and for this node may be looked at; 0: it was counted, and goes on."""
         node, user, now = job.node, job.one.request.username, time.monotonic()
+        # by who asks, too: whoever may ask at all could name a node until its own kubelet had to wait
+        about = key_of(job.one, node)
         with self._mutex:
             wait = self._requesters.wait_seconds(user, now)
             if node is not None:
-                wait = max(wait, self._nodes.wait_seconds(f"{job.one.request.signer} {node}", now))
+                wait = max(wait, self._nodes.wait_seconds(about, now))
             if wait:
                 return max(wait, 0.1)
             self._requesters.take(user, now)
             if node is not None:
-                self._nodes.take(f"{job.one.request.signer} {node}", now)
+                self._nodes.take(about, now)
         job.begun = True
         return 0.0
 

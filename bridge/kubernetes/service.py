@@ -82,7 +82,7 @@ class Service:
         self.api = Api.of_gateway(ours.kubeconfig)
         self.authorities = authorities.opened(settings, self.specs)
         self.metrics = Metrics(self.signers)
-        self.identity = ours.identity or f"{os.uname().nodename}_{secrets.token_hex(4)}"
+        self.identity = f"{ours.identity or os.uname().nodename}_{secrets.token_hex(4)}"
         self.holder: Leader | Alone = Alone()
         if ours.lease:
             self.holder = Leader(self.api, ours.lease_namespace, ours.lease_name, self.identity, ours.lease_duration)

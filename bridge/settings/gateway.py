@@ -37,10 +37,10 @@ class GatewaySettings:
     lease_namespace: str = "kube-system"  #: Where the lease is.
     lease_name: str = "ca-bridge-gateway"  #: What the lease is called.
     lease_duration: timedelta = timedelta(seconds=10)  #: After which another replica takes a lease over.
-    identity: str = ""  #: In the lease; without one the host's name and a random part.
+    identity: str = ""  #: In the lease, before a random part; without one the host's name.
     concurrency: int = 32  #: Requests that are answered at the same time.
     requester_rate: int = 120  #: New requests a minute by one user.
-    node_rate: int = 12  #: New requests a minute for one node's name.
+    node_rate: int = 12  #: New requests a minute by one user for one node's name.
     collect_every: timedelta = timedelta(seconds=30)  #: How often a CA that answers later is asked.
     pending_for: timedelta = timedelta(hours=24)  #: After which a request that the CA has not answered fails.
     min_validity: timedelta = timedelta(minutes=5)  #: Certificates that end sooner are not written.

@@ -289,8 +289,10 @@ def _text(hint: Any, value: Any, key: Key) -> Any:
 
 
 def _absolute(value: str) -> Path:
-    if not value.startswith("/") or "\0" in value:
+    if not value.startswith("/"):
         raise ValueError("an absolute path")
+    if not value.isprintable():  # which may be lines of their own in units, crontabs and scripts
+        raise ValueError("an absolute path without control characters")
     return Path(value)
 
 

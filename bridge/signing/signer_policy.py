@@ -27,6 +27,7 @@ from bridge.signing.signer_rules import (
     SYSTEM,
     Grant,
     SignerRules,
+    is_no_false_node,
     spec_of,
     usages_fit,
 )
@@ -323,7 +324,8 @@ def _granted_nodes(request: Request, grants: Iterable[tuple[str, Grant]], world:
         if grant.is_for(request.username, request.groups):
             found |= set(nodes)
         for name in nodes:
-            if any(_NODE_PLACEHOLDER in user and user.replace(_NODE_PLACEHOLDER, name) == request.username
-                   for user in grant.users):  # fmt: skip
+            asks = any(_NODE_PLACEHOLDER in user and user.replace(_NODE_PLACEHOLDER, name) == request.username
+                       for user in grant.users)  # fmt: skip
+            if asks and is_no_false_node(request.username, request.groups):
                 found.add(name)
     return sorted(found)

@@ -7,6 +7,7 @@ but for what no grant may give.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -36,6 +37,8 @@ KUBERNETES_SIGNERS: Mapping[str, CertificateSpec] = {
     CLIENT: USER,
 }
 _KUBERNETES = "kubernetes.io"
+#: As the API server takes it (RFC 1123); it goes into manifests and expressions as it is.
+_DOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 #: What the API server takes for Kubernetes' own, and what nobody may become by a grant.
 SYSTEM = "system:"
 NODE_USER = "system:node:"
@@ -55,8 +58,13 @@ def spec_of(signer: str) -> CertificateSpec | None:
     if signer in KUBERNETES_SIGNERS:
         return KUBERNETES_SIGNERS[signer]
     domain, _, name = signer.partition("/")
-    is_ours = domain and domain != _KUBERNETES and not domain.endswith(f".{_KUBERNETES}")
+    is_ours = _DOMAIN.fullmatch(domain) and domain != _KUBERNETES and not domain.endswith(f".{_KUBERNETES}")
     return SPECS.get(name) if is_ours else None
+
+
+def is_no_false_node(username: str, groups: frozenset[str]) -> bool:
+    """Whether somebody who is called like a node is one."""
+    return not username.startswith(NODE_USER) or NODES_GROUP in groups
 
 
 def usages_fit(spec: CertificateSpec, usages: frozenset[str]) -> bool:
@@ -88,8 +96,14 @@ class Grant:
                 yield SettingsProblem("subjects", wanted, repr(text))
 
     def is_for(self, username: str, groups: frozenset[str]) -> bool:
-        """Whether somebody may ask by it, `{node}` apart."""
-        return username in self.users or not groups.isdisjoint(self.groups)
+        """
+        Whether somebody may ask by it, `{node}` apart.
+
+        A node's name is a node's only with the nodes' group, as for the API server's own authorizer: an identity
+        provider may have a user of that name.
+        """
+        by_name = username in self.users and is_no_false_node(username, groups)
+        return by_name or not groups.isdisjoint(self.groups)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,10 +78,14 @@ def unit(name: str, shipped: str, places: Places) -> Job:
         name: The unit's.
         shipped: Its text as it is shipped.
         places: What is true here.
+
+    Raises:
+        JobError: A path has a line break in it, or another control character.
     """
     text = _placed(shipped, places, _systemd_word).replace(_WHERE, "")
-    writable = [*map(str, places.writable), *(f"-{path}" for path in places.maybe_writable)]
-    text = _WRITABLE.sub(lambda _: f"ReadWritePaths={' '.join(map(_systemd_word, writable))}", text)
+    listed = [*map(str, places.writable), *(f"-{path}" for path in places.maybe_writable)]
+    writable = " ".join(_systemd_word(path, "ReadWritePaths=") for path in listed)
+    text = _WRITABLE.sub(lambda _: f"ReadWritePaths={writable}", text)
     if places.paths.get(_STATE, _STATE) != _STATE:
         text = _STATE_LINES.sub("", text)
     return Job(path=UNIT_DIRECTORY / name, text=_USER.sub(f"User={places.user}", text))
@@ -102,28 +106,48 @@ def crontab(name: str, shipped: str, places: Places) -> Job:
     return Job(path=CRON_DIRECTORY / name, text=_CRON_LINE.sub(rf"\g<1>{places.user}\g<3>", text))
 
 
-def _placed(shipped: str, places: Places, word: Callable[[str], str]) -> str:
+def _placed(shipped: str, places: Places, word: Callable[[str, str], str]) -> str:
     """Longest paths first, so that none is taken for the beginning of another; comments stay."""
-    known = {there: word(here) for there, here in places.paths.items()}
-    paths = "|".join(rf"{re.escape(path)}(?![\w.-])" for path in sorted(known, key=len, reverse=True)) or "(?!)"
-    program, options = word(str(places.program)), "".join(f" {word(option)}" for option in places.options)
+    by_length = sorted(places.paths, key=len, reverse=True)
+    paths = "|".join(rf"{re.escape(path)}(?![\w.-])" for path in by_length) or "(?!)"
 
     def line(text: str) -> str:
-        text = re.sub(paths, lambda found: known[found[0]], text)
-        return re.sub(rf"{_SHIPPED_PROGRAM} (\w+)", lambda found: f"{program} {found[1]}{options}", text)
+        text = re.sub(paths, lambda found: word(places.paths[found[0]], text), text)
+        program, *options = (word(one, text) for one in (str(places.program), *places.options))
+        return re.sub(rf"{_SHIPPED_PROGRAM} (\w+)", lambda found: " ".join((program, found[1], *options)), text)
 
     return "".join(text if text.startswith("#") else line(text) for text in shipped.splitlines(keepends=True))
 
 
-def _systemd_word(text: str) -> str:
-    """As a word of a unit (systemd.syntax(7), "Quoting"; systemd.unit(5), "Specifiers")."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+def _systemd_word(text: str, line: str) -> str:
+    """As a word of a line of a unit (systemd.syntax(7), "Quoting"; systemd.unit(5), "Specifiers")."""
+    escaped = _one_line(text).replace("%", "%%")
+    if line.startswith("Condition"):
+        return escaped  # taken as it is, up to the end of the line
+    escaped = escaped.replace("\\", "\\\\").replace('"', '\\"')
+    if line.startswith("Exec"):
+        escaped = escaped.replace("$", "$$")
     return f'"{escaped}"' if re.search(r"[\s'\";]", text) else escaped
 
 
-def _cron_word(text: str) -> str:
+def _cron_word(text: str, _: str) -> str:
     """As a word of a command in a crontab, where a bare % ends the command (crontab(5))."""
-    return shlex.quote(text).replace("%", "\\%")
+    return shlex.quote(_one_line(text)).replace("%", "\\%")
+
+
+def _one_line(text: str) -> str:
+    """
+    The same text, with which no line of its own can begin in a unit or a crontab.
+
+    Raises:
+        JobError: It has control characters; no quotes keep a line break from ending a line there.
+    """
+    if not text.isprintable():
+        raise JobError(
+            f"wanted a path without line breaks and other control characters, found {text!r}",
+            hint="units and crontabs have no way to name it; name another place",
+        )
+    return text
 
 
 def write(jobs: Sequence[Job], directory: Path | None) -> list[Path]:

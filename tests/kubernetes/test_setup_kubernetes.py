@@ -193,3 +193,33 @@ mount = "pki"
     run = setup(config)
     assert run.returncode == 2
     assert "a secret in a file" in run.stderr
+
+
+@pytest.mark.parametrize("odd", ["\x85", "\u2028", "\u2029", "\x0c", "\r"])
+def test_a_comment_of_the_policy_stays_one(tmp_path: Path, odd: str) -> None:
+    """YAML ends a line at characters that end none in TOML: what stood behind one would be a setting in the pod."""
+    config, policy = tmp_path / "config.toml", tmp_path / "policy.toml"
+    config.write_text(f'[gateway]\npolicy = "{policy}"\ninventory = "{tmp_path}/inventory.toml"\n')
+    (tmp_path / "inventory.toml").write_text('[node.cp1]\ncontrol_plane = true\naddresses = ["192.0.2.1"]\n')
+    text = f'[allow]\nclusters = ["prod"]\nnodes = ["w1"]\n# not yetX masters = ["super-admin.conf"]\n[signer."{SERVING}"]\n'
+    policy.write_bytes(text.replace("X", "\tsee").encode())
+    twin = setup(config)
+    data = documents(twin.stdout)["ConfigMap", "ca-bridge-gateway"]["data"]
+    assert tomllib.loads(data["gateway-policy.toml"]) == tomllib.loads(policy.read_text())
+    policy.write_bytes(text.replace("X", odd).encode())
+    run = setup(config)
+    assert (run.returncode != 0, run.stdout) == (True, "")
+    assert odd in "\x0c\r" or "gateway-policy.toml, line 4: wanted no control characters" in run.stderr
+
+
+def test_a_signer_is_no_expression(tmp_path: Path) -> None:
+    """Its name goes into the admission policies' expressions: one that the API server could not have is refused."""
+    config = tmp_path / "config.toml"
+    config.write_text(f'[gateway]\npolicy = "{tmp_path}/policy.toml"\ninventory = "{tmp_path}/inventory.toml"\n')
+    (tmp_path / "inventory.toml").write_text('[node.cp1]\ncontrol_plane = true\naddresses = ["192.0.2.1"]\n')
+    for domain, is_one in (("a.example", True), ("x' || true || '", False)):
+        (tmp_path / "policy.toml").write_text(
+            f'[allow]\nclusters = ["prod"]\nnodes = ["*"]\n[signer."{domain}/apiserver"]\n'
+        )
+        run = setup(config)
+        assert (run.returncode == 0, "|| true" in run.stdout) == (is_one, False)

@@ -110,6 +110,20 @@ def test_who_may_ask_for_a_node(request_: Request, state: NodeState | None, entr
     assert isinstance(judge(request_, world(node=entry, state=state)), wanted)
 
 
+@pytest.mark.parametrize("users", ["system:node:{node}", "system:node:cp1"])
+def test_a_user_who_is_called_like_a_node_is_none(users: str) -> None:
+    """An identity provider's user of that name, without the nodes' group, has no grant of the node's; the node has."""
+    signer = f"{gateways.DOMAIN}/apiserver"
+    policy = gateways.POLICY.replace('"system:node:{node}", "kubernetes-super-admin"', f'"{users}"')
+    assert users in policy
+    pem = csr_pem([(hostile_csrs.CN, "kube-apiserver")], [x509.DNSName("kubernetes"), x509.DNSName("cp1")])
+    usages = frozenset({"digital signature", "server auth"})
+    node = replace(asked(node="cp1"), signer=signer, pem=pem, usages=usages)
+    assert isinstance(judge(node, world(policy=policy)), Allowed)
+    false_node = replace(node, groups=frozenset({"system:authenticated"}))
+    assert judge(false_node, world(policy=policy)) == Hostile("no grant lets system:node:cp1 ask for apiserver")
+
+
 def test_a_node_may_rejoin_or_be_blocked() -> None:
     """By the inventory alone, and only while it is not ready."""
     entry = replace(REGISTER.nodes["w1"], rejoin=True)
@@ -209,7 +223,7 @@ def test_signers_of_a_policy() -> None:
     assert spec_of(SERVING) is KUBELET_SERVING
     assert spec_of("ca-bridge.internal/super-admin.conf") is SPECS["super-admin.conf"]
     for name in ("kubernetes.io/apiserver", "kubernetes.io/legacy-unknown", "x.kubernetes.io/apiserver", "apiserver",
-                 "/apiserver", "example.com/nothing"):  # fmt: skip
+                 "/apiserver", "example.com/nothing", "x' || true || '/apiserver", "A.example/apiserver", "a..b/apiserver"):  # fmt: skip
         assert spec_of(name) is None, name
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -157,10 +158,63 @@ def test_what_can_not_be_enabled_is_told(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert "setup cron" in e.value.hint
 
 
-def test_words_of_units_are_words() -> None:
-    """Blanks, quotes, percent and dollar signs of a path mean nothing to systemd."""
-    places = Places(
-        program=Path('/opt/a b/"x"/$y/ca-bridge'), options=(), paths={}, user="root", writable=[Path("/srv/50%")]
+@pytest.mark.parametrize("kind", ["systemd", "cron"])
+@pytest.mark.parametrize("line", ["\nExecStartPre=/bin/false", "\n* * * * * root /bin/false", "\r", "\u2028"])
+def test_no_path_begins_a_line_of_its_own(config: Path, tmp_path: Path, kind: str, line: str) -> None:
+    """A settings file, a directory in it, a desk's or the kubelet's: none gets into a unit or a crontab as more than a path."""
+    twin = setup(config, kind)
+    assert (twin.returncode, "/bin/false" in twin.stdout) == (0, False), twin.stderr
+    odd = tmp_path / f"odd{line}"
+    odd.mkdir(parents=True)
+    shutil.copy(config, odd / "config.toml")
+    kubelet = tmp_path / "kubelet"
+    kubelet.mkdir()
+    (kubelet / "config.yaml").write_text(
+        f"tlsCertFile: {json.dumps(f'/srv/x{line}/a.crt')}\ntlsPrivateKeyFile: /srv/k/a.key\n"
     )
-    text = jobs.unit("x.service", "[Service]\nExecStart=/usr/bin/ca-bridge renew\nReadWritePaths=/a\n", places).text
-    assert text == '[Service]\nExecStart="/opt/a b/\\"x\\"/$$y/ca-bridge" renew\nReadWritePaths=/srv/50%%\n'
+    inside = config.with_name("inside.toml")
+    state = f'state_dir = "{tmp_path}/state"'
+    inside.write_text(config.read_text().replace(state, f"state_dir = {json.dumps(f'{tmp_path}/state{line}')}"))
+    kubelets = config.with_name("kubelet.toml")
+    kubelets.write_text(config.read_text().replace("[node]\n", f'[node]\nkubelet_dir = "{kubelet}"\n'))
+    desk = ["--inbox", f"/srv/i{line}", "--outbox", "/srv/o", "--user", "ca"]
+    runs = [setup(odd / "config.toml", kind), setup(inside, kind), setup(config, kind, *desk)]
+    if kind == "systemd":
+        runs.append(setup(kubelets, kind))
+    for run in runs:
+        assert (run.returncode in {1, 2}, run.stdout) == (True, "")
+        assert "control characters" in run.stderr
+        assert line not in run.stderr
+
+
+@pytest.mark.parametrize("user", ["ca\nExecStartPre=+/bin/false", "root /bin/false #", r"\g<2>", "%n", "-x", ""])
+def test_a_desks_user_is_a_name(config: Path, user: str) -> None:
+    """And nothing else in a unit or a crontab; a user of Active Directory is one."""
+    desk = ["--inbox", "/srv/i", "--outbox", "/srv/o"]
+    assert "User=ca.desk@corp\n" in setup(config, "systemd", *desk, "--user", "ca.desk@corp").stdout
+    for kind in ("systemd", "cron"):
+        run = setup(config, kind, *desk, f"--user={user}")
+        assert (run.returncode, run.stdout) == (2, "")
+        assert "--user: wanted a user's name" in run.stderr
+
+
+def test_words_of_units_are_words() -> None:
+    """Blanks, quotes, percent and dollar signs of a path mean nothing to systemd, in each line by that line's own rules."""
+    places = Places(
+        program=Path('/opt/a b/"x"/$y/ca-bridge'),
+        options=(),
+        paths={"/a": '/srv/a "b" 50% $x'},
+        user="root",
+        writable=[Path("/srv/50% $x")],
+    )
+    shipped = (
+        "[Service]\nConditionPathExists=|/a/x\nExecStart=/usr/bin/ca-bridge renew\nExecStopPost=/bin/x /a\n"
+        "ReadWritePaths=/a\n"
+    )
+    assert jobs.unit("x.service", shipped, places).text.splitlines() == [
+        "[Service]",
+        'ConditionPathExists=|/srv/a "b" 50%% $x/x',
+        'ExecStart="/opt/a b/\\"x\\"/$$y/ca-bridge" renew',
+        'ExecStopPost=/bin/x "/srv/a \\"b\\" 50%% $$x"',
+        'ReadWritePaths="/srv/50%% $x"',
+    ]
