@@ -101,7 +101,7 @@ class CfsslSettings(BackendSettings):
             yield from dict.fromkeys(Path(place(spec)) for spec in SPECS.values())
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """What contradicts itself, and what would send a request with its HMAC in the clear."""
+        """Settings that contradict each other, or would send a request with its HMAC in the clear."""
         yield from _url_problems(self.url, plain_http=self.plain_http)
         yield from Selector(self.profile, self.profiles, self.node).problems("profile", "profiles")
         for key, profile in {"profile": self.profile, **{f"profiles.{k}": v for k, v in self.profiles.items()}}.items():
@@ -309,7 +309,7 @@ class CfsslBackend:
         return self._intermediates or ()
 
     def _offer(self, profile: str) -> _Offer:
-        """What the server says of a profile."""
+        """The usages and the validity that a profile of the server gives (`info`)."""
         info = self._result(self._server.post("info", {"profile": profile, **self._label}), profile)
         self._remember(info)
         listed = info.get("usages")
@@ -394,14 +394,14 @@ HINTS: Mapping[str | int | None, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Offer:
-    """What a profile gives."""
+    """The usages and the validity that a profile gives."""
 
     usages: frozenset[str]  #: cfssl's names.
     expiry: str
 
 
 def _go_duration(text: str) -> timedelta | None:
-    """As Go writes one (`8760h0m0s`), in its larger units; None for anything else."""
+    """Parse a duration as Go writes it (`8760h0m0s`), in its larger units; None for anything else."""
     parts = re.fullmatch(r"(?:([0-9]{1,8})h)?(?:([0-9]{1,8})m)?(?:([0-9]{1,8})(?:\.[0-9]+)?s)?", text)
     if parts is None or not text:
         return None

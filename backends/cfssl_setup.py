@@ -193,7 +193,7 @@ def _sans(certificate: x509.Certificate) -> Sequence[x509.GeneralName]:
 
 
 def _checked_names(certificate: x509.Certificate) -> Iterator[str]:
-    """What cfssl compares with `name_whitelist`: the CN and all SANs that are text."""
+    """The names that cfssl compares with `name_whitelist`: the CN and all SANs that are text."""
     for attribute in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME):
         yield str(attribute.value)
     for name in _sans(certificate):

@@ -94,7 +94,7 @@ class CmpSettings(BackendSettings):
         return self.url.lower().startswith("https:")
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """What contradicts itself, and what would let an answer be believed that nobody vouches for."""
+        """Settings that contradict each other, or would let an answer be believed that nobody vouches for."""
         yield from _url_problems(self.url)
         yield from Selector(self.path_pattern, self.paths).problems("path", "paths")
         for key, path in {"path": self.path_pattern, **{f"paths.{name}": p for name, p in self.paths.items()}}.items():

@@ -43,7 +43,7 @@ def body_of(message: bytes) -> tuple[int, bytes] | None:
 
 
 def poll_of(body: tuple[int, bytes]) -> Poll | None:
-    """What a pollRep says of the first certificate that it is about; None: the body is something else."""
+    """Parse a pollRep, as far as the first certificate that it is about; None: the body is something else."""
     tag, content = body
     if tag != _POLL_REP:
         return None
@@ -90,7 +90,7 @@ _LONGEST_LINE = 2000  #: The longest of the program's own, a rejection with its 
 
 
 def quoted(text: str) -> str:
-    """What came from outside: on one line, without what steers a terminal, and not without end."""
+    """Text from outside, quoted: on one line, cut, and without what steers a terminal."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return repr(line if len(line) <= _LONGEST_QUOTE else f"{line[:_LONGEST_QUOTE]}…")
 
@@ -101,7 +101,7 @@ _PREFIX = re.compile(r"(?:[\w.]*:[^:\s]*:\d+:)?CMP (?P<level>error|warning|info)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Log:
-    """What a run printed; lines that continue another one, such as a dump of a chain, are left out."""
+    """The log of a run of `openssl cmp`; lines that continue another one, such as a dump of a chain, are left out."""
 
     errors: tuple[str, ...]
     text: str  #: All lines of its log, and those outside of it (of standard error, which come first).

@@ -40,7 +40,7 @@ _CERTIFICATE, _EXTRA, _CA_CERTIFICATES = "leaf.pem", "extra.pem", "ca.pem"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ran:
-    """What a run left."""
+    """The end of a run of `openssl cmp`: its exit code, what it printed, and the files that it left."""
 
     code: int | None  #: Exit code, negative for a signal; None: we stopped it.
     messages: str  #: Empty if it was stopped, as it prints at its end.
@@ -148,7 +148,7 @@ ENROLMENT = ("-certout", _CERTIFICATE, "-extracertsout", _EXTRA, "-cacertsout", 
 
 
 def _left(folder: Path, names: Sequence[str], output: bytes, code: int | None) -> Ran:
-    """What a process left in its directory."""
+    """Collect what an ended process left in its directory."""
     return Ran(
         code=code,
         messages=output.decode(errors="replace"),
@@ -192,7 +192,7 @@ class _Watch:
 def _watched(
     process: subprocess.Popen[bytes], limit: timedelta, is_enough: Callable[[float], bool] = lambda _: False
 ) -> tuple[bytes, int | None]:
-    """What it printed until it ended, and its code; None: it was stopped, at the limit or because it is enough."""
+    """Run to the end: output and exit code; None: it was stopped, at the limit or because it is enough."""
     begin, found = time.monotonic(), bytearray()
     with process:
         try:

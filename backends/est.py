@@ -59,7 +59,7 @@ class EstBackend:
 
     @classmethod
     def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
-        """What each label has to give; see `bridge.contract.SetsUp`."""
+        """Say what each label has to give; see `bridge.contract.SetsUp`."""
         return est_setup.files(wanted)
 
     def sign(self, request: SignRequest) -> Issued | Pending:

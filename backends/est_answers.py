@@ -100,7 +100,7 @@ def _certifies(issuer: x509.Certificate, certificate: x509.Certificate) -> bool:
 
 
 def _public_key(certificate: x509.Certificate) -> bytes:
-    """As DER; empty for a key that the library does not know, which is not ours."""
+    """The certificate's public key as DER; empty for a key that the library does not know, which is not ours."""
     try:
         return certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     except (ValueError, UnsupportedAlgorithm):

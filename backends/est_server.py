@@ -41,7 +41,7 @@ HEADERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What the server said, whatever it is."""
+    """One HTTP answer of the server, whatever its status."""
 
     where: str  #: The URL.
     status: int
@@ -52,7 +52,7 @@ class Answer:
 
     @functools.cached_property
     def text(self) -> str:
-        """What a person may read of it, without a secret: a text's beginning, or a page's title."""
+        """Its beginning as one line for people, or a page's title; without our secrets, should the server repeat them."""
         kind = self.headers.get("Content-Type", "")
         text = without(self.body.decode("utf-8", "replace"), self.hidden)
         if "html" in kind or text.lstrip()[:1] == "<":
@@ -85,7 +85,7 @@ class Server:
         self._sessions.close()
 
     def error(self, answer: Answer) -> BackendError:
-        """What an answer without certificates means."""
+        """The error that an answer without certificates means."""
         said = answer.text.removeprefix(f"{answer.status} ")
         text = f"est: {answer.where}: HTTP {answer.status}" + (f", {said}" if said else "")
         if answer.status in LATER_STATUSES:
@@ -210,7 +210,7 @@ def _unauthorized_hint(challenge: str, username: str) -> str:
 
 
 def _tls_hint(reason: str, settings: EstSettings, now: datetime) -> str:
-    """What to do about a refusal of TLS; OpenSSL's reasons name the alert that the server sent."""
+    """A hint for a TLS handshake that failed; OpenSSL's reasons name the alert that the server sent."""
     if "CERTIFICATE_VERIFY_FAILED" in reason:
         return _our_verdict_hint(reason)
     if "WRONG_VERSION_NUMBER" in reason or "RECORD_LAYER_FAILURE" in reason or "HTTP_REQUEST" in reason:
@@ -232,7 +232,7 @@ def _our_verdict_hint(reason: str) -> str:
 
 
 def _agent_faults(client_cert: Path, now: datetime) -> Iterator[str]:
-    """What everybody would refuse a client certificate for; nothing if the file can't be read."""
+    """Faults for which everybody would refuse a client certificate; none if the file can't be read."""
     with contextlib.suppress(OSError, ValueError):
         agent = x509.load_pem_x509_certificate(client_cert.read_bytes())
         if not agent.not_valid_before_utc <= now <= agent.not_valid_after_utc:

@@ -41,7 +41,7 @@ class EstSettings(BackendSettings):
         return context
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """What contradicts itself, and what would name no URL."""
+        """Settings that contradict each other, or would make no URL."""
         yield from _url_problems(self.url)
         yield from Selector(self.label, self.labels).problems("label", "labels")
         for key, label in {

@@ -59,7 +59,7 @@ Who asks
 
 
 def _selector(wanted: SetupRequest) -> Selector:
-    """As the settings have it so far; without a label one a usage class, so that each gives its own EKUs."""
+    """The labels as the settings have them so far; else one for each usage class, so that each gives its own EKUs."""
     pattern, exceptions = wanted.settings.get("label"), wanted.settings.get("labels")
     named = {str(k): str(v) for k, v in exceptions.items()} if isinstance(exceptions, Mapping) else {}
     return Selector(str(pattern or f"{wanted.authority.name}-{{usage}}"), named, wanted.node)

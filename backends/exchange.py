@@ -217,7 +217,7 @@ class ExchangeBackend:
 
 
 def _given(answers: Sequence[AnswerBundle], request: SignRequest) -> list[tuple[AnswerBundle, Issued | Refusal]]:
-    """What each of them says to a request, the latest first; when it was signed is its sender's word, too."""
+    """Each answer to a request with its bundle, the latest first; when it was signed is its sender's word, too."""
     latest = sorted(answers, key=lambda one: one.signed, reverse=True)
     return [(answer, one) for answer in latest if (one := answer.answers.get(request.spec.name)) is not None]
 

@@ -201,7 +201,7 @@ class ExecBackend:
         return sorted(found, key=lambda one: any(one.subject == other.issuer for other in found if other != one))
 
     def _answer(self, request: SignRequest, ended: Ended) -> Issued | Pending:
-        """What SUBMIT or POLL came to."""
+        """The result of SUBMIT or POLL."""
         try:
             if ended.code == _ISSUED:
                 return _issued(request, ended.output)
@@ -224,7 +224,7 @@ class ExecBackend:
     def _told(
         self, operation: str, variables: Mapping[str, str], silent: Collection[int] = (_UNKNOWN_OPERATION,)
     ) -> bytes | None:
-        """What it printed; None: it ended with one of the statuses that say that it does not tell."""
+        """Ask the program for information: its output; None: it ended with a status that says that it does not tell."""
         ended = self._run(operation, variables)
         if ended.code == _ISSUED:
             return ended.output

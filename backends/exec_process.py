@@ -198,7 +198,7 @@ def _ended(process: subprocess.Popen[bytes], begin: float, limit_seconds: float)
 
 
 class _Stream:
-    """What comes through one pipe."""
+    """One pipe of a process, and all that has come through it."""
 
     def __init__(self, pipe: IO[bytes] | None) -> None:
         if pipe is None:
@@ -209,7 +209,7 @@ class _Stream:
         os.set_blocking(self.fd, False)  # what keeps it open may say nothing for ever
 
     def read(self) -> None:
-        """What is there now."""
+        """Read what is there now, without waiting."""
         with suppress(BlockingIOError):
             data = os.read(self.fd, 1 << 16)
             self.data += data

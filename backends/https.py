@@ -76,7 +76,7 @@ def is_loopback(host: str) -> bool:
 
 def within(seconds: float, work: Callable[[], T]) -> T:
     """
-    What `work` returns or raises, in a thread of its own.
+    Call `work` in a thread of its own with a limit of time; returns or raises what it does.
 
     The timeouts of `requests` are for each step, so an answer that drips, a name with many addresses or a slow
     resolver could take any time.
@@ -131,7 +131,7 @@ class HasHeaders(Protocol):
 
 
 def retry_after_seconds(response: HasHeaders, now: datetime) -> float | None:
-    """What the server wishes (RFC 9110 §10.2.3: seconds, or a date); None for what is neither."""
+    """The seconds in a Retry-After header (RFC 9110 §10.2.3: seconds, or a date); None: no header, or neither."""
     value = response.headers.get("retry-after")
     if value is None:
         return None
@@ -161,7 +161,7 @@ def is_too_early(reason: str) -> bool:
 
 
 def without(text: str, hidden: Iterable[str | None]) -> str:
-    """What a server says, without what we sent and do not repeat, should the server do so."""
+    """A server's text with our secrets blotted out, should the server repeat them."""
     for value in hidden:
         text = text.replace(value, "…") if value else text
     return text
@@ -196,7 +196,7 @@ def innermost(e: BaseException) -> BaseException:
 
 
 def hint_of(error: BaseException) -> str:
-    """What to look at when there was no connection; empty where the cause may be anything."""
+    """A hint for a connection that failed; empty where the cause may be anything."""
     for cause in causes(error):
         if isinstance(cause, ConnectionRefusedError):
             return "nobody listens there: is the server up, and is the port in `url` right?"

@@ -186,7 +186,7 @@ class KubernetesBackend:
         return answer
 
     def _awaited(self, request: SignRequest, reference: str, answer: Answer) -> Issued | Pending:
-        """What the object says within `wait`."""
+        """Look at the object until it is approved and signed, or refused; pending when `wait` is over."""
         end, pause = time.monotonic() + self._settings.wait.total_seconds(), _FIRST_PAUSE_SECONDS
         while (found := self._verdict(request, reference, answer.document)) is None:
             left = end - time.monotonic()

@@ -43,7 +43,7 @@ class Answer:
     @property
     def text(self) -> str:
         """
-        What a `Status` says, on one line.
+        The message of a `Status`, on one line.
 
         A refused field is quoted whole in its message, and that field is the CSR: of such only what comes after counts.
         """
@@ -65,7 +65,7 @@ def _last_clause(text: str) -> str:
 
 
 def path_of(name: str) -> str:
-    """Of one CertificateSigningRequest."""
+    """The URL path of one CertificateSigningRequest."""
     return f"{CSRS}/{quote(name, safe='')}"
 
 
@@ -103,7 +103,7 @@ class Api:
         return answer
 
     def error(self, answer: Answer) -> BackendError:
-        """What an answer means that is not the one that was wanted."""
+        """The error that an answer means which is not the wanted one."""
         text = f"kubernetes: {self._url}: HTTP {answer.status}: {answer.text}"
         if "request is too large" in answer.text:  # etcd's word, in a 500
             return BackendRefusedError(text, hint="the CSR is too large for an object: fewer SANs")

@@ -62,7 +62,7 @@ class KubernetesSettings(BackendSettings):
             yield self.kubeconfig
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """What contradicts itself, and what no API server would take."""
+        """Settings that contradict each other, or that no API server would take."""
         selector = Selector(self.signer, self.signers, self.node)
         wrong = list(selector.problems("signer", "signers"))
         yield from wrong
@@ -134,7 +134,7 @@ class KubernetesSettings(BackendSettings):
 
     def access(self) -> Access:
         """
-        What the kubeconfig says now.
+        The server and the credentials that the kubeconfig names now.
 
         Raises:
             SettingsError: It can't be used; says why, and quotes nothing of it.
@@ -155,7 +155,7 @@ class KubernetesSettings(BackendSettings):
 
 def parse_kubeconfig(data: bytes, directory: Path) -> Access:
     """
-    What the current context leads to.
+    The server and the credentials of a kubeconfig's current context.
 
     Args:
         data: The file's content.
@@ -234,7 +234,7 @@ def _is_https(url: str) -> bool:
 
 
 def _signer_problems(selector: Selector) -> Iterator[SettingsProblem]:
-    """Of the names that come out, whatever makes them."""
+    """Signer names that the API would not take, whatever setting makes them."""
     wrong = {name for spec in SPECS.values() if not _SIGNER.fullmatch(name := selector(spec))}
     if wrong:
         wanted = "DOMAIN/NAME, such as ca-bridge.example.com/{name} or clusterissuers.cert-manager.io/corp"

@@ -46,7 +46,7 @@ def files(wanted: SetupRequest) -> Sequence[SetupFile]:
 
 
 def _selector(wanted: SetupRequest) -> Selector:
-    """As the settings have it so far."""
+    """The signers as the settings have them so far; else our example's."""
     pattern, exceptions = wanted.settings.get("signer"), wanted.settings.get("signers")
     named = {str(k): str(v) for k, v in exceptions.items()} if isinstance(exceptions, Mapping) else {}
     return Selector(str(pattern or _PATTERN), named, wanted.node)

@@ -229,7 +229,7 @@ class OpensslBackend:
 
     def recall(self, requests: Sequence[SignRequest], since: datetime) -> list[Issued | None]:
         """
-        What was signed for exactly these keys and usages by a run that was killed before it could hand it over.
+        Find what a run signed for exactly these keys and usages before it was killed.
 
         Waits for an `openssl ca` that outlived its run.
 
@@ -301,7 +301,7 @@ class OpensslBackend:
         return {}
 
     def issuers(self) -> list[x509.Certificate]:
-        """What the CA's certificate file holds."""
+        """The certificates in the CA's certificate file."""
         path = self._files.certificate
         try:
             return x509.load_pem_x509_certificates(path.read_bytes())
@@ -355,7 +355,7 @@ def _sweep(parent: Path, locked: Database) -> None:
 
 @dataclass(slots=True)
 class _Desk:
-    """What is done while the database is locked: one use, one `sign`."""
+    """The work of one `sign`, all of it while the database is locked."""
 
     openssl: Openssl
     database: Database
@@ -545,7 +545,7 @@ def _batches(requests: Sequence[SignRequest], size: int) -> list[_Batch]:
 
 
 def _checked_all(requests: Sequence[tuple[int, SignRequest]]) -> tuple[list[_Order], _Answers]:
-    """What may be signed, and the answers to what may not."""
+    """Split requests into orders that may be signed, and answers to those that may not."""
     orders: list[_Order] = []
     refused: _Answers = {}
     for position, request in requests:
@@ -602,7 +602,7 @@ def _is_readable(attribute: x509.NameAttribute[str | bytes]) -> bool:
 
 
 def _string_type(attribute: x509.NameAttribute[str | bytes]) -> str:
-    """As ASN.1 calls it; empty if the library should no longer tell: then `_sign_or_halve` finds what openssl can't read."""
+    """Its ASN.1 string type; empty if the library no longer tells: then `_sign_or_halve` finds what openssl can't read."""
     return getattr(getattr(attribute, "_type", None), "name", "")
 
 

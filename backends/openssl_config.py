@@ -16,7 +16,7 @@ _QUOTES = re.compile(r"[\"'`\\]")
 
 
 class ConfigDoubtError(Exception):
-    """What a line says, or means, can't be known for sure."""
+    """A line of an openssl.cnf whose meaning can't be known for sure."""
 
     def __init__(self, line: int, wanted: str, found: str) -> None:
         self.line, self.wanted, self.found = line, wanted, found

@@ -365,7 +365,7 @@ class Database:
 
     def added(self, before: Snapshot, copy: Path) -> list[int]:
         """
-        What a run has added to the index; all that it wrote gets the owner and mode that the index had before.
+        Compare the index with that before a run; all that the run wrote gets the owner and mode that the index had before.
 
         Args:
             before: The index before the run.

@@ -66,7 +66,7 @@ activate = 1
 
 
 class PrivateKey(Protocol):
-    """What a run of openssl has to know about the key."""
+    """A CA's private key, as a run of openssl is told of it."""
 
     secret_name: ClassVar[str]  #: What opens it, in words.
     #: CSRs in one process; nothing of a run is recorded before its last signature is made.
@@ -74,21 +74,21 @@ class PrivateKey(Protocol):
 
     @property
     def secret(self) -> Secret | None:
-        """What opens it."""
+        """The passphrase or PIN that opens it; None: it needs none."""
 
     @property
     def reference(self) -> str:
-        """What openssl is told in the place of a file."""
+        """The key's name in openssl's arguments: a file or a URI."""
 
     @property
     def config(self) -> str:
-        """What comes first in the openssl.cnf of a run."""
+        """The lines that come first in the openssl.cnf of a run."""
 
     def arguments(self, command: str) -> list[str]:
-        """Of the openssl command, for a key of this kind."""
+        """Further arguments of an openssl command, for a key of this kind."""
 
     def environment(self, command: str) -> dict[str, str]:
-        """Of the process, beside what each has."""
+        """Further variables in the environment of an openssl command."""
 
     def check(self) -> None:
         """
@@ -100,7 +100,7 @@ class PrivateKey(Protocol):
 
     def login(self, secret: bytes) -> AbstractContextManager[Callable[[str], None]]:
         """
-        Around a run of openssl, which is to be given what it said.
+        Surround one run of openssl; what it yields is to be called with what openssl said.
 
         Raises:
             BackendRefusedError: The secret is known to be wrong.
@@ -312,7 +312,7 @@ class TokenKey:
 
 
 def key_problems(private_key: str | None, pkcs11: object, passphrase: object) -> Iterator[SettingsProblem]:
-    """What is wrong with the settings of a key, each by itself or together."""
+    """Problems of a key's settings, each by itself or together."""
     if private_key is None or not private_key.startswith(SCHEME):
         if private_key is not None and not private_key.startswith("/"):
             yield SettingsProblem("private_key", "a file with an absolute path, or a pkcs11: URI", shown(private_key))
@@ -328,7 +328,7 @@ def key_problems(private_key: str | None, pkcs11: object, passphrase: object) ->
 
 
 def uri_problem(uri: str) -> tuple[str, str] | None:
-    """What a URI should be, and what it is instead; never a value of it, which may be a PIN."""
+    """What is wrong with a pkcs11: URI, as (wanted, found); never with a value of it, which may be a PIN."""
     if not _URI.fullmatch(uri):
         return "a pkcs11: URI in which other characters than letters, digits and ._~- are percent-encoded", shown(uri)
     names = _attributes(uri)

@@ -40,7 +40,7 @@ _DISK_FULL = re.compile(r"No space left|Disk quota", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class ProcessEnd:
-    """What a process left; `code` is None when it was stopped at its time limit."""
+    """The end of a process: its exit code and output; `code` is None when it was stopped at its time limit."""
 
     code: int | None
     output: bytes = b""
@@ -224,7 +224,7 @@ class Openssl:
 
 
 def _output(process: subprocess.Popen[bytes], limit: timedelta) -> bytes | None:
-    """What it prints until it ends; None: it was stopped at the time limit."""
+    """Wait for a process's end: its output; None: it was stopped at the time limit."""
     with process:
         try:
             # the engine can crash with the PIN in its memory

@@ -258,7 +258,7 @@ _EKU_FLAGS = {
 
 def role_violations(role: Mapping[str, object], spec: CertificateSpec) -> Iterator[Violation]:
     """
-    What a role would make wrong, as far as usages and SANs go; names, O and lifetimes are not compared.
+    Usages and SANs that a role would get wrong; names, O and lifetimes are not compared.
 
     Args:
         role: As the server tells it.

@@ -94,7 +94,7 @@ class Answer:
 
     @property
     def data(self) -> Mapping[str, object]:
-        """What the engine answered; empty where it did not."""
+        """The table `data` of the answer; empty where there is none."""
         return table(self.body, "data")
 
     @property
@@ -241,7 +241,7 @@ class Server:
         return self._answer(answer, answer.status, answer.body, where)
 
     def _error(self, e: Exception, where: str) -> BackendError:
-        """What both clients may come to."""
+        """The error that a failed call means, of `requests` or of our own client."""
         if isinstance(e, TimeoutError):
             return BackendUnavailableError(f"vault: {where}: wanted an answer within {self._seconds:g} s, found none")
         if isinstance(e, ssl.SSLError | requests.exceptions.SSLError):

@@ -96,7 +96,7 @@ class VaultSettings(BackendSettings):
         return role_selector(self.role, self.roles, self.node)
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """What types can't say."""
+        """Problems that types can't see."""
         yield from _url_problems(self.url, plain_http=self.plain_http)
         if not self.mount.strip("/"):
             yield SettingsProblem("mount", "the path of a PKI secrets engine", repr(self.mount))

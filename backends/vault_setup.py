@@ -297,6 +297,6 @@ def _json(payload: Mapping[str, object]) -> str:
 
 
 def _duration(value: timedelta) -> str:
-    """As the server writes durations; whole hours where it can be."""
+    """A duration as the server writes it, in whole hours where it can be."""
     seconds = int(value.total_seconds())
     return f"{seconds}s" if seconds % 3600 else f"{seconds // 3600}h"

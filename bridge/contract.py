@@ -60,7 +60,7 @@ class SignRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Issued:
-    """What a CA answered; not verified yet."""
+    """A CA's answer: the leaf and its intermediates; not verified yet."""
 
     leaf: x509.Certificate
     #: In the order of RFC 8446 §4.4.2 (each certifies the one before it), without the trust anchor;

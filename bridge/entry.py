@@ -108,7 +108,7 @@ def _end_quietly(quiet: Quiet) -> NoReturn:
 
 
 class Table(NamedTuple):
-    """What `check-expiration` prints, and ends with."""
+    """The text that `check-expiration` prints, and its exit code."""
 
     text: str
     code: int
@@ -132,7 +132,7 @@ def expirations(arguments: Sequence[str]) -> Table | None:
 
 def nothing_to_do(arguments: Sequence[str]) -> Quiet | None:
     """
-    What `renew` would print if nothing is due and nothing else is to be said; None in every other case.
+    The output of a `renew` that has nothing to do and nothing else to say; None in every other case.
 
     Whatever is odd (an argument, the settings, a file, an interrupted installation) is not judged here. Where something
     will be renewed, its keys are begun.
@@ -189,7 +189,7 @@ class _Plain(NamedTuple):
 
     def settings(self) -> Settings:
         """
-        As the command line proper has them, but for the node's name.
+        The settings as the command line proper has them, but for the node's name.
 
         Raises:
             SettingsError: The file can't be used.

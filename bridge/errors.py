@@ -100,7 +100,7 @@ class VerificationError(BridgeError):
 
     @property
     def reason(self) -> str:
-        """What is wrong."""
+        """All violations, on one line."""
         return "; ".join(map(str, self.violations))
 
 

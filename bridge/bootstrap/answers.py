@@ -21,7 +21,7 @@ from bridge.state.session import Run
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
-    """What was found."""
+    """The answers that were found to a new node's requests."""
 
     answered: Sequence[Answered]
     waiting: Sequence[Outcome] = ()  #: Somebody has the request.
@@ -29,7 +29,7 @@ class Answers:
 
 
 def expected(run: Run, wish: Wish, cas: Certificates) -> dict[str, verify.Expectation]:
-    """What an answer is measured by, for each authority."""
+    """The expectations that answers are checked against, by authority."""
     settings = run.settings
     return {
         name: verify.Expectation(
@@ -103,7 +103,7 @@ def _asked(run: Run, prepared: Sequence[Prepared], expected: Mapping[str, verify
 
 
 def _proven_before(one: Prepared, expected: Mapping[str, verify.Expectation]) -> Answered | None:
-    """What an earlier run has proven."""
+    """An answer that an earlier run has checked and kept, if it still holds."""
     made, wanted = one.open, expected[one.authority]
     if made is None or made.answer is None:
         return None

@@ -122,7 +122,7 @@ def _assert_usable(certificates: tuple[x509.Certificate, ...], authority: Author
 
 
 def trouble(certificates: tuple[x509.Certificate, ...], now: datetime) -> str | None:
-    """What is wrong with the one that signs."""
+    """Why the first of a CA's certificates, the one that signs, can't be used; None: it can."""
     first = certificates[0]
     try:
         if not is_ca(first):

@@ -27,7 +27,7 @@ _VERSION = re.compile(r"v?1\.\d+\.\d+([-+].*)?")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Configuration:
-    """What the file says."""
+    """kubeadm's configuration: one or several YAML documents."""
 
     documents: tuple[Mapping[str, Any], ...]
 
@@ -113,7 +113,7 @@ def parse(data: bytes, source: str = "") -> Configuration:
 
 def naming_facts(config: Configuration, node: str, address: str) -> NamingFacts:
     """
-    What kubeadm makes a node's names of.
+    The facts that kubeadm makes a node's names of, from its configuration.
 
     Raises:
         KubeadmConfigError: There is no ClusterConfiguration, or a value in it is none.
@@ -184,7 +184,7 @@ def for_node(cluster: Configuration, facts: ConfigurationFacts) -> Configuration
 
 
 def shared(config: Configuration) -> Configuration:
-    """What is the same for all nodes; the rest says who one of them is."""
+    """The documents that are the same for all nodes, without those that say who one of them is."""
     ours = ("ClusterConfiguration", "KubeletConfiguration", "KubeProxyConfiguration")
     return Configuration(documents=tuple(one for one in config.documents if one.get("kind") in ours))
 
@@ -199,7 +199,7 @@ def join_configuration(
     config: Configuration, discovery: str, ignored: str, *, control_plane: bool, base: Mapping[str, Any] | None = None
 ) -> Configuration:
     """
-    What `kubeadm join` is given: discovery by a file, no bootstrap token, no hash of a CA.
+    The configuration for `kubeadm join`: discovery by a file, no bootstrap token, no hash of a CA.
 
     Args:
         config: The node's, as by `for_node`.
@@ -228,7 +228,7 @@ def join_configuration(
 
 def assert_usable(config: Configuration, pki_dir: str, *, further: bool) -> None:
     """
-    What kubeadm would find out too late, or would look for in the internet.
+    Refuse what kubeadm would find out too late, or would look for in the internet.
 
     Args:
         config: Of a control-plane node.

@@ -29,7 +29,7 @@ Read = Callable[[Path], bytes | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Composer:
-    """What the files of all certificates have in common."""
+    """Makes a new node's files from answers; its fields are what they have in common."""
 
     places: Places
     role: Role

@@ -220,7 +220,7 @@ def _hash(key: csr.PrivateKey) -> hashes.SHA256 | hashes.SHA384:
 
 def algorithm_of(made: Mapping[str, Made]) -> KeyAlgorithm:
     """
-    Of the keys that kubeadm has made, for those that it does not make.
+    The algorithm of the keys that kubeadm has made, for those that it does not make.
 
     Raises:
         KubeadmError: None that we know.

@@ -67,7 +67,7 @@ def _begun_anew(run: Run, wish: Wish) -> Unfinished:
 
 
 def prepared(run: Run, wish: Wish, begun: Unfinished) -> list[Prepared]:
-    """What is open, as a renewal has it: nothing is replaced."""
+    """The open requests in the form that a renewal has them, but nothing is replaced."""
     made: Mapping[str, OpenRequest] = run.requests.by_name()
     return [
         Prepared(

@@ -54,7 +54,7 @@ class NewNode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """What is carried."""
+    """An order: the cluster, its CAs, and who the new node is to be."""
 
     cluster: Configuration  #: The ClusterConfiguration, and others that are the same for all nodes.
     authorities: Mapping[str, tuple[x509.Certificate, ...]]
@@ -77,7 +77,7 @@ def digest(order: Order) -> str:
 
 
 def message(order: Order) -> bytes:
-    """What an administrator signs: words of its own, and the digest."""
+    """The bytes that an administrator's signature is over: words of its own, and the digest."""
     return b"ca-bridge order 1\n" + digest(order).encode()
 
 

@@ -47,7 +47,7 @@ class Places:
 
     @property
     def sa_key(self) -> Path:
-        """What service account tokens are signed with; the same on all control-plane nodes, for ever."""
+        """The key that service account tokens are signed with; the same on all control-plane nodes, for ever."""
         return self.pki / "sa.key"
 
     @property
@@ -57,12 +57,12 @@ class Places:
 
     @property
     def kubeadm_config(self) -> Path:
-        """What `kubeadm init` is given; on a further node it says what the cluster is like."""
+        """The configuration for `kubeadm init`; on a further node it says what the cluster is like."""
         return self.kubeconfigs / "kubeadm.yaml"
 
     @property
     def join_config(self) -> Path:
-        """What `kubeadm join` is given."""
+        """The configuration for `kubeadm join`."""
         return self.kubeconfigs / "join.yaml"
 
     def authority(self, authority: Authority) -> Path:
@@ -111,7 +111,7 @@ def some_of(paths: Sequence[Path]) -> str:
 
 
 def traces_of_cluster(places: Places) -> Iterator[Path]:
-    """What a node has that is part of a cluster, or was: kubeadm or a kubelet has been at work."""
+    """Files that show that a node is part of a cluster, or was: kubeadm or a kubelet has been at work."""
     manifests = places.kubeconfigs / "manifests"
     if manifests.is_dir():
         yield from sorted(manifests.glob("*.yaml"))

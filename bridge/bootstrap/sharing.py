@@ -37,7 +37,7 @@ class SharingError(BridgeError):
 
 def share(settings: Settings, places: Places, config: Path, now: datetime, *, worker: bool) -> bytes:
     """
-    What a further node needs from this one.
+    An order (its bytes) with all that a further node needs from this one.
 
     Args:
         settings: Of this node.

@@ -52,7 +52,7 @@ class OtherWishError(BridgeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
-    """What is to be made."""
+    """A new node as it is to be made."""
 
     role: Role
     places: Places
@@ -79,13 +79,13 @@ class Wish:
 
     @property
     def mark(self) -> str:
-        """What was asked for, for a comparison with an earlier run."""
+        """The wish as one text, to be compared with an earlier run's."""
         return "\n".join([self.text.decode(), *self.addresses, self.server])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bootstrapped:
-    """What came of it."""
+    """The result of `bootstrap init` or `bootstrap join`."""
 
     role: Role
     node: str

@@ -32,7 +32,7 @@ _IGNORED = "FileAvailable--etc-kubernetes-kubelet.conf"
 
 @dataclass(frozen=True, kw_only=True)
 class Said:
-    """What the operator says."""
+    """The operator's options of `bootstrap init` and `bootstrap join`."""
 
     facts: ConfigurationFacts = ConfigurationFacts()  # noqa: RUF009 (frozen)
     config: Path | None = None  #: kubeadm's configuration.
@@ -210,7 +210,7 @@ def read_configuration(path: Path) -> tuple[Configuration, bytes]:
 
 def together(files: Sequence[Path]) -> Configuration | None:
     """
-    What a node's configuration says, and another file of the cluster; None: there is no such node's.
+    A node's configuration (the first file) with what others say of the cluster; None: the first is not there.
 
     Raises:
         KubeadmConfigError: One can't be read, or is none.
@@ -223,6 +223,6 @@ def together(files: Sequence[Path]) -> Configuration | None:
 
 
 def order_for(cluster: Configuration, authorities: Mapping[str, tuple[x509.Certificate, ...]], node: NewNode) -> Order:
-    """What an administrator's machine sends to a node; nothing in it is secret."""
+    """The order that an administrator's machine sends to a node; nothing in it is secret."""
     ours = {name: found for name, found in authorities.items() if node.role != "worker" or name == "ca"}
     return Order(cluster=shared(cluster), authorities=ours, node=node)

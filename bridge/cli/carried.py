@@ -102,7 +102,7 @@ def pending_cancel(settings: Settings, names: Collection[str], now: Callable[[],
 
 
 def pending_list(settings: Settings, now: datetime, *, as_json: bool) -> None:
-    """What is open: since when, until when there is time, who has it, and what to tell them."""
+    """Print the open requests: since when, until when there is time, who has them, and what to tell them."""
     requests = sorted(OpenRequests(Store(settings.node.state_dir)), key=lambda one: (one.deadline or now, one.name))
     if as_json:
         entries = [_pending_json(one, now) for one in requests]
@@ -130,7 +130,7 @@ def _whereabouts(one: OpenRequest) -> str:
 
 
 def _fingerprint(one: OpenRequest) -> str:
-    """Of the bundle in which it was carried out last; else of the CSR."""
+    """The short fingerprint of the bundle in which it was carried out last; else the beginning of the CSR's SHA-256."""
     digest = one.bundles[-1] if one.bundles else one.reference
     return spoken(digest) if _is_digest(digest) else f"{_csr_sha256(one)[:16]}…"
 
@@ -161,7 +161,7 @@ def _pending_json(one: OpenRequest, now: datetime) -> dict[str, Any]:
 
 
 def _print_exported(done: airgap.Exported, path: Path, now: datetime) -> None:
-    """What was asked for, and what to do with the file."""
+    """Print what was asked for, and what to do with the file."""
     if done.bundle is None:
         return
     rows = []

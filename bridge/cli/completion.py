@@ -26,7 +26,7 @@ Offer = tuple[str, str]
 
 def offers(program: Any, words: Sequence[str]) -> list[Offer]:
     """
-    What the last of the words may become.
+    The words that the last one may become.
 
     Args:
         program: typer's command.
@@ -77,7 +77,7 @@ def _options(command: Any, rest: Sequence[str]) -> Iterator[Offer]:
 
 
 def _arguments(command: Any, rest: Sequence[str], options: dict[str, Any], typed: Sequence[str]) -> Iterator[Offer]:
-    """Of the argument whose turn it is; what was named already is not offered again."""
+    """The values of the argument whose turn it is; those named already are not offered again."""
     given: list[str] = []
     is_value = False
     for word in rest:

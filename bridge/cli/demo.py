@@ -56,14 +56,14 @@ def run(directory: Path | None, now: datetime) -> int:
 
 @dataclass(frozen=True)
 class _Ended:
-    """What came of a command."""
+    """A command's exit code and the lines that it printed."""
 
     code: int
     lines: list[str]
 
 
 class _Story:
-    """What is shown, in its order."""
+    """The steps of the demonstration, in their order."""
 
     def __init__(self, place: Place, *, is_temporary: bool) -> None:
         self._place = place

@@ -166,7 +166,7 @@ class _Terminal:
             raise BridgeError(f"wanted a terminal to ask on, found: {e.strerror}", hint=hint) from None
 
     def approve(self, job: Job, text: str) -> tuple[bool | None, str]:
-        """As `desk.Approver`."""
+        """Ask at the terminal; see `desk.Approver`."""
         names = ", ".join(request.name for request in job.to_sign)
         self._say(f"\n{printable(job.label)}\n{text}\n")
         while True:

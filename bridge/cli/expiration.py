@@ -154,7 +154,7 @@ def _cells(row: Row, *authority: str) -> tuple[str, ...]:
 
 def _align(rows: Sequence[Sequence[str]]) -> str:
     """
-    As Go's `tabwriter.NewWriter(writer, 10, 4, 3, ' ', 0)`: the last cell of a row is not padded.
+    Align rows as Go's `tabwriter.NewWriter(writer, 10, 4, 3, ' ', 0)` does: the last cell of a row is not padded.
 
     On a terminal that is too narrow for it, as all our tables: what does not fit goes on below.
     """

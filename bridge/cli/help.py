@@ -54,7 +54,7 @@ class Command(TyperCommand):
         return super().get_help(ctx).replace(_HARD, "-")
 
     def format_help_text(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 (typer calls it)
-        """What it does."""
+        """Write the command's description."""
         formatter.write_paragraph()
         with formatter.indentation():
             formatter.write_text(_hard(inspect.cleandoc(self.help or "")))

@@ -215,7 +215,7 @@ def _added(path: Path, files: dict[str, Path]) -> Path:
 
 
 def _anchors(settings: Settings) -> dict[str, Path]:
-    """Of other authorities than the cluster's, whose certificate every namespace has."""
+    """CA files to mount, by name in the volume: not the cluster CA's, whose certificate every namespace has."""
     names = {"etcd-ca": "etcd-ca.crt", "front-proxy-ca": "front-proxy-ca.crt"}
     places = {
         "etcd-ca": settings.node.pki_dir / "etcd/ca.crt",

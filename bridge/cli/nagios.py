@@ -33,7 +33,7 @@ class Limits:
 
     @classmethod
     def of(cls, settings: Settings, warning: timedelta | None, critical: timedelta | None) -> Limits:
-        """As asked for, or else when `renew` would renew it, and a third of that."""
+        """The limits that were asked for; else the warning when `renew` would renew it, critical at a third of that."""
 
         def by_settings(lifetime: timedelta) -> timedelta:
             return settings.renewal.before.of(min(lifetime, settings.renewal.validity))

@@ -174,7 +174,7 @@ def _flags(facts: ConfigurationFacts) -> str:
 
 
 def _report(done: Bootstrapped) -> None:
-    """What was signed, waits or failed."""
+    """Print what was signed, waits or failed."""
     rows = [
         (o.name, f"until {minute(o.new.not_valid_after_utc)}", f"by {o.backend}")
         for o in done.outcomes
@@ -227,7 +227,7 @@ def _next_of_init(wish: Wish) -> None:
 
 
 def _advise(wish: Wish) -> None:
-    """What is cheap to set now, and needs a change on each node later."""
+    """Advise settings that are cheap now, and need a change on each node later."""
     if wish.config.kubelets_rotate:
         log.info(
             "kubelets of this cluster will ask a signer for their next certificate, and take no other without a restart"

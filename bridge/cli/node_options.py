@@ -67,7 +67,7 @@ class NodeOptions:
     wait: WaitOption = None
 
     def facts(self, **of_cluster: Any) -> ConfigurationFacts:
-        """What is said of the node itself, beside what is said of its cluster."""
+        """The facts of the node itself, beside those of its cluster."""
         from bridge.bootstrap.configuration import ConfigurationFacts  # noqa: PLC0415
 
         return ConfigurationFacts(name=self.name, address=self.advertise_address, socket=self.cri_socket, **of_cluster)

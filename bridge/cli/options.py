@@ -105,7 +105,7 @@ _TYPERS_OWN = (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError)
 
 
 class _Errors:
-    """What becomes of an exception: a message on standard error and the promised exit code."""
+    """Turns an exception into a message on standard error and the promised exit code."""
 
     def __enter__(self) -> None:
         replaced_here.clear()

@@ -11,7 +11,7 @@ from bridge.system.status import Doing, doing
 
 
 class _Shown:
-    """What is asked and answered, in words; shown where it takes long."""
+    """Who was asked and has answered, in words; shown where it takes long."""
 
     def __init__(self, line: Doing) -> None:
         self._line = line
@@ -47,6 +47,6 @@ class _Shown:
 
 @contextlib.contextmanager
 def progress_shown() -> Iterator[Progress]:
-    """What fits standard error; a line on a terminal is gone in the end."""
+    """Show progress in the way that fits standard error; a line on a terminal is gone in the end."""
     with doing("making new keys and requests", is_plain=False) as line:
         yield _Shown(line)

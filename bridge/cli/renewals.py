@@ -178,7 +178,7 @@ def _drift_json(one: Finding) -> dict[str, str]:
 
 
 def _shorter_text(names: Sequence[str], settings: Settings, now: datetime) -> str:
-    """What becomes of answers that end before the live certificates do."""
+    """A sentence about answers that would end before the live certificates do."""
     validity, shorter = settings.renewal.validity, settings.renewal.shorter
     becomes = "is taken" if shorter == "allow" else 'is refused; set shorter = "allow" in [renewal] if it is meant'
     return (

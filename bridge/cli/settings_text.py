@@ -31,7 +31,7 @@ def lines_of(values: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _plain(value: Any) -> Any:
-    """As it may stand in the settings file."""
+    """The value as it may stand in the settings file."""
     match value:
         case bool() | int() | tuple():
             return value

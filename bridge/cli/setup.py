@@ -100,7 +100,7 @@ def in_force(settings: Settings) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class SetupOptions:
-    """What `setup` is asked for."""
+    """The options of `setup`."""
 
     authority: str | None  #: Only this one; None: all that the node has certificates of.
     nodes: Path | None  #: A list of nodes; None: this node's alone.
@@ -151,7 +151,7 @@ def write_files(files: Sequence[SetupFile], directory: Path) -> list[Path]:
 
 def files_for(settings: Settings, type_name: str, options: SetupOptions) -> list[SetupFile]:
     """
-    What the administrator of a CA needs for this node's certificates, or for those of several nodes.
+    The files that a CA's administrator needs for this node's certificates, or for those of several nodes.
 
     Raises:
         SettingsError: No such authority, no such type that could tell, or a list of nodes that can't be read.

@@ -105,7 +105,7 @@ def _assert_known(authority: str, names: Sequence[str]) -> None:
 def _certificates(
     node: Node, authority: str, names: Sequence[str], now: datetime
 ) -> tuple[Mapping[str, x509.Certificate], bool]:
-    """What to ask for, by name, and whether it is made up: where the node has none, or not the one that is named."""
+    """Certificates to ask for the like of, by name, and whether they are made up: the node has none, or not those named."""
     live = {item.spec.name: item.certificates[0] for item in node.items
             if item.spec.authority.name == authority and item.managed and item.state == "present" and not item.foreign}  # fmt: skip
     if live and set(names) <= live.keys():

@@ -1,4 +1,4 @@
-"""What goes wrong between us and the cluster's API."""
+"""Errors between us and the cluster's API."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """
-What there is to be seen of each component of a node, from the flags of its static-pod manifests: what it shows, who
+The checks that there are of each component of a node, from the flags of its static-pod manifests: what it shows, who
 accepts its client certificates, and whether it is younger than a file that it reads once.
 """
 
@@ -54,7 +54,7 @@ _SOMEBODY = "ca-bridge-prove"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What is in the same place on every node."""
+    """Paths that are the same on every node; other ones in tests."""
 
     proc: Path = processes.PROC
     kubelet_config: Path = KUBELET_CONFIG
@@ -63,7 +63,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
-    """What all checks of one look share."""
+    """The state that all checks of one look share."""
 
     node: Node
     settings: Settings
@@ -90,7 +90,7 @@ class Look:
 
 
 def of(look: Look) -> Iterator[Check]:
-    """Of each component what it serves, then what it is a client with; then people's."""
+    """All checks: of each component what it serves, then what it is a client with; then of people's kubeconfigs."""
     yield from _absent(look)
     yield from _unusable(look)
     for component, make in (
@@ -132,7 +132,7 @@ def _unusable(look: Look) -> Iterator[Check]:
 
 
 def _read_once(look: Look, component: Component, path: Path) -> Verdict:
-    """Of a file that a component reads at its start, and never again."""
+    """Judge a file that a component reads at its start, and never again."""
     age = ages.compare(component, path, look.machine.proc)
     if age.older is None:
         return Verdict("unknown", age.detail)
@@ -140,7 +140,7 @@ def _read_once(look: Look, component: Component, path: Path) -> Verdict:
 
 
 def _read_at_connections(look: Look, component: Component, path: Path) -> Verdict:
-    """Of a file that is right, and that a component reads whenever it makes a connection, if its version is known to."""
+    """Judge a file that is right, and that a component reads whenever it makes a connection, if its version is known to."""
     age = ages.compare(component, path, look.machine.proc)
     if age.older is False:
         return Verdict("current", age.detail)
@@ -190,7 +190,7 @@ def _own_etcd(flags: Flags) -> list[Server]:
 
 def _linearizable_read(client: Client, servers: Sequence[Server]) -> str:
     """
-    What `etcdctl endpoint health` does: a read that needs a quorum.
+    Read what needs a quorum, as `etcdctl endpoint health` does.
 
     Raises:
         HttpsError, RefusedError: Not accepted, or no answer.
@@ -408,7 +408,7 @@ def _kubelet(look: Look) -> Iterator[Check]:
 
 
 def _kubelet_serving(look: Look) -> Iterator[Check]:
-    """What it shows to whoever wants logs, metrics or a shell; one that it made itself is nobody's to prove."""
+    """The kubelet's serving certificate, for logs, metrics and shells; one that it made itself is nobody's to prove."""
     item = look.item(KUBELET_SERVER)
     if item is None or item.foreign or item.key_path is None:
         return
@@ -420,7 +420,7 @@ def _kubelet_serving(look: Look) -> Iterator[Check]:
 
 def _kubelet_pair(look: Look, item: Item) -> Verdict:
     """
-    What a kubelet uses: its own copy if there is one, else kubelet.conf.
+    Judge the pair that a kubelet uses: its own copy if there is one, else kubelet.conf's.
 
     With `rotateCertificates` it copies the pair of kubelet.conf at its first start, and never looks there again; what
     it wrote later than kubelet.conf has come from a signer in the cluster.
@@ -505,7 +505,7 @@ def _ask_api(look: Look, item: Item) -> Verdict:
 
 
 def _needs(look: Look, item: Item) -> list[str]:
-    """What the owner of a kubeconfig reads all the time: its lease, and what it works on; the two come by two roles."""
+    """URL paths that a kubeconfig's owner reads all the time: its lease, and what it works on; the two come by two roles."""
     component = item.spec.component
     if component is None:
         return ["/api/v1/namespaces/kube-system"]

@@ -28,7 +28,7 @@ _WITHOUT_ALARMS = "?exclude=NOSPACE&exclude=CORRUPT"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """What the cluster tells of one member."""
+    """One member, as the cluster's list has it."""
 
     id: str
     name: str  #: Empty: it has not started yet.
@@ -39,7 +39,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """What a member tells of itself."""
+    """A member's own id, and the alarms that it knows of."""
 
     id: str  #: Empty: it does not tell.
     alarms: tuple[tuple[str, str], ...]  #: A member's id, and which alarm.
@@ -105,7 +105,7 @@ class Etcd:
 
     def status(self, server: Server) -> Status:
         """
-        What a member tells of itself.
+        A member's own id, and the alarms that it knows of.
 
         Raises:
             HttpsError: No answer, or another one.

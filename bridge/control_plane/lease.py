@@ -43,7 +43,7 @@ class LeaseHeldError(PostponedError):
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """What a lease says, as far as one has to wait for it."""
+    """The fields of a lease that decide how long one has to wait for it."""
 
     holder: str  #: Empty: nobody.
     seconds: float  #: For which it is good after it changed.
@@ -153,7 +153,7 @@ class Lease:
             raise LeaseHeldError(f"wanted the lease {self._name} within {waited}, found that {holders[-1]} has it")
 
     def _tried(self) -> _Record | NoAnswerError | None:
-        """What `_try` returns or raises."""
+        """Call `_try`; an error of the API's is returned, not raised."""
         try:
             return self._try()
         except NoAnswerError as e:

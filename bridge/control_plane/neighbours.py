@@ -69,7 +69,7 @@ class Instance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Neighbours:
-    """What could be seen."""
+    """The instances of etcd and the API server on all nodes, as far as they could be seen."""
 
     instances: tuple[Instance, ...]  #: Those of this node among them.
     alarms: tuple[str, ...] = ()  #: Of etcd, whoever raised them.
@@ -105,7 +105,7 @@ class Neighbours:
 
 def obstacles(neighbours: Neighbours, component: Component) -> list[str]:
     """
-    What speaks against a restart of a component that works; pure.
+    Reasons against a restart of a component that works; pure.
 
     An etcd cluster of one or two members loses its quorum at every restart: that alone is no obstacle, since waiting
     does not help. The kubelet may always be restarted: pods go on without it.
@@ -121,7 +121,7 @@ def obstacles(neighbours: Neighbours, component: Component) -> list[str]:
 
 
 def not_seen(neighbours: Neighbours, component: Component) -> list[str]:
-    """What could not be looked at and holds nothing up, for the operator; pure."""
+    """Neighbours that could not be looked at, and hold nothing up; for the operator; pure."""
     quiet = {Component.ETCD} if component is Component.ETCD else set()  # an obstacle then
     found = [str(one) for one in neighbours.others if one.state == "unknown" and one.component not in quiet]
     return found + [
@@ -289,7 +289,7 @@ def _beside_etcd(members: Iterable[Instance], node: Node) -> list[str]:
 
 
 class _Seen(NamedTuple):
-    """What could be seen of one kind."""
+    """The instances of one kind, as far as they could be seen."""
 
     instances: tuple[Instance, ...] = ()
     alarms: tuple[str, ...] = ()

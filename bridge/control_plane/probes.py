@@ -39,7 +39,7 @@ _MOST_WORDS = 300
 
 
 class Verdict(NamedTuple):
-    """What a check has found."""
+    """The result of a check."""
 
     state: ProofState
     detail: str
@@ -87,7 +87,7 @@ def leaf(path: Path) -> x509.Certificate:
 
 def first(path: Path, data: bytes) -> x509.Certificate:
     """
-    As `leaf`, of what was read already.
+    The first certificate of a file that was read already, as `leaf` reads it.
 
     Raises:
         ValueError: There is none.
@@ -123,7 +123,7 @@ class Serving:
     mutual: bool = False  #: The server wants client certificates, and this one is one, too.
 
     def at(self, place: Address, now: datetime) -> Check:
-        """What is shown at one of them."""
+        """A check of the certificate that is shown at one address."""
         return Check(
             component=self.component,
             certificate=self.certificate,
@@ -192,7 +192,7 @@ def _ask(client: Client, server: Server, path: str, request: Mapping[str, Any]) 
 
 
 def words(answer: https.HttpAnswer) -> str:
-    """What a server says about its answer: Kubernetes' Status, etcd's error, or text."""
+    """The message in a server's answer: of Kubernetes' Status or of etcd's error, or the text itself."""
     text = answer.body[:_MOST_WORDS].decode(errors="replace").strip()
     try:
         told = json.loads(answer.body)

@@ -1,5 +1,5 @@
 """
-What each component really serves and uses, seen from outside: handshakes, authenticated requests, the process table.
+A report of what each component really serves and uses, seen from outside: handshakes, authenticated requests, processes.
 
 Addresses, ports and paths are those of the static-pod manifests, with a program's own default where a flag is not
 there. Writes nothing, restarts nothing; private keys are read, since who proves that a certificate is accepted needs
@@ -49,13 +49,13 @@ class ProofReport:
 
     @property
     def stale(self) -> list[Component]:
-        """What must be restarted, in the order for that."""
+        """Components that must be restarted, in the order for that."""
         found = {finding.component for finding in self.findings if finding.state == "stale"}
         return [component for component in ORDER if component in found]
 
     @property
     def wrong(self) -> list[ProofFinding]:
-        """What keeps the exit code from 0."""
+        """Findings that keep the exit code from 0."""
         return [finding for finding in self.findings if finding.state in _CODES]
 
     @property

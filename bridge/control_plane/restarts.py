@@ -54,7 +54,7 @@ class ImpossibleError(RestartError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restarted:
-    """What became of one component."""
+    """The result of one component's restart."""
 
     component: Component
     seconds: float | None = None  #: Until it was healthy; None: it was not restarted, or is not healthy.
@@ -408,7 +408,7 @@ def _may_stay(copy: Path, content: bytes, kubelet_conf: Path, wanted: x509.Certi
 
 
 def _wait(look: Callable[[], dict[Component, str]], timeout: timedelta) -> dict[Component, str]:
-    """What is still found when the time is over; nothing as soon as nothing is."""
+    """Look until nothing is found, or the time is over: what is still found then."""
     return wait_until(look, lambda found: not found, timeout, pause_seconds=_POLL_SECONDS)
 
 
@@ -417,7 +417,7 @@ def _wait(look: Callable[[], dict[Component, str]], timeout: timedelta) -> dict[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestartReport:
-    """What `ca-bridge restart` did."""
+    """The result of `ca-bridge restart`."""
 
     components: tuple[Component, ...]  #: That were to be restarted.
     done: tuple[Restarted, ...] = ()

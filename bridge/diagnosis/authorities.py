@@ -28,7 +28,7 @@ _CLOCK_IS_WRONG = timedelta(minutes=5)
 
 
 class Question(NamedTuple):
-    """What one authority's CA is asked about."""
+    """The certificates that one authority's CA is asked about."""
 
     specs: Sequence[CertificateSpec]
     wanted: Sequence[Wanted]  #: The same with what a renewal would ask for; empty where nobody knows that.
@@ -165,7 +165,7 @@ def _answers(configured: registry.Configured, backend: Backend, spends: str) -> 
 
 
 def _clock(backend: Backend, configured: registry.Configured) -> Iterator[Finding]:
-    """Of the CA and of this node: a certificate that begins in the future is refused, one by a late clock ends early."""
+    """Compare the CA's clock with the node's: what begins in the future is refused, what a late clock signs ends early."""
     ahead = backend.clock_ahead() if isinstance(backend, TellsTime) else None
     if ahead is None or abs(ahead) <= verify.CLOCK_SKEW:
         return

@@ -40,7 +40,7 @@ def look(node: Node, settings: Settings) -> Iterator[Finding]:
 
 
 def of_files(node: Node, settings: Settings) -> Iterator[Finding]:
-    """What files alone tell: manifests and kubeconfigs against certificates; no network."""
+    """Findings from files alone: manifests and kubeconfigs against certificates; no network."""
     yield from _addresses(node)
     for item in node.items:
         if item.spec.kubeconfig and item.state == "present":
@@ -73,7 +73,7 @@ def _addresses(node: Node) -> Iterator[Finding]:
 
 
 def _hosts(flags: Flags, flag: str) -> list[str]:
-    """Of its URLs with TLS; whoever listens on all addresses says nothing of names."""
+    """Hosts of the URLs with TLS in a flag; whoever listens on all addresses says nothing of names."""
     hosts = [urlsplit(url).hostname or "" for url in endpoints.urls(flags, flag)]
     return [host for host in hosts if host and not endpoints.is_any(host)]
 
@@ -164,7 +164,7 @@ def _endpoint(config: KubeadmConfig, settings: Settings) -> Iterator[Finding]:
 
 
 def _beyond(config: KubeadmConfig, node: Node, settings: Settings, flags: Flags) -> Iterator[Finding]:
-    """What a renewal keeps, and kubeadm would not make: extra SANs, and older subjects."""
+    """Findings about what a renewal keeps, and kubeadm would not make: extra SANs, and older subjects."""
     facts = config.naming_facts(settings.node.name, endpoints.name(flags) or "")
     for item in node.items:
         if item.state == "present" and item.managed and item.spec.listed:

@@ -44,7 +44,7 @@ def examine(settings: Settings, now: datetime) -> Iterator[Finding]:
 
 
 def _whole(look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """What can't be looked at ends its part of the examination, and no other."""
+    """Run one part of the examination; what can't be looked at ends it, and no other."""
     try:
         yield from look()
     except OSError as e:

@@ -64,7 +64,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
 
 
 def _node_name(node: Node, settings: Settings) -> Iterator[Finding]:
-    """What the cluster calls it is in these certificates: hooks, bundles and a desk's policy go by that."""
+    """Compare node.name with the name in the certificates: hooks, bundles and a desk's policy go by that."""
     ours = settings.node.node_name
     names = {_name_in(item) for item in node.items if item.certificates} - {""}
     if names and ours not in names:

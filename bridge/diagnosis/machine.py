@@ -128,7 +128,7 @@ def _metrics(settings: Settings) -> Iterator[Finding]:
 
 
 def _homes() -> list[Path]:
-    """Of those who may have followed kubeadm's advice to copy admin.conf."""
+    """Home directories of those who may have followed kubeadm's advice to copy admin.conf."""
     found = [Path("/root"), Path("~").expanduser()]
     with contextlib.suppress(OSError):
         found += sorted(path for path in Path("/home").iterdir() if path.is_dir())

@@ -87,7 +87,7 @@ def _says(about: str, text: str, hint: str = "") -> Finding:
 
 
 class _Wrong(NamedTuple):
-    """What kubeadm would say of a certificate."""
+    """A fault that kubeadm would find in a certificate."""
 
     text: str
     is_later: bool  #: It is right now, and would not be at the end of a maintenance.
@@ -131,7 +131,7 @@ def _is_here(component: Component, node: Node) -> bool:
 
 
 def _wrong(item: Item, state: AuthorityState, now: datetime) -> _Wrong | None:
-    """As kubeadm sees it: there with a key, below the first certificate of the CA file, and within its dates."""
+    """The fault that kubeadm would find: it wants a key, the CA file's first certificate as issuer, and dates that hold."""
     if item.state != "present":
         return _Wrong(f"wanted it in {item.certificate_path}, found it {item.state}", is_later=False)
     if item.key_path is not None and not item.key_path.exists():
@@ -237,7 +237,7 @@ def _status(api: Api, path: str) -> int:
 
 
 def _config(api: Api) -> Iterator[Finding]:
-    """What kubeadm 1.37 no longer reads."""
+    """Findings about a configuration in the cluster that kubeadm 1.37 no longer reads."""
     root = _document(api, CONFIG_MAP, CLUSTER_CONFIGURATION)
     if root is None:
         text = "wanted kubeadm-config in the cluster, found none: kubeadm upgrade aborts"
@@ -257,7 +257,7 @@ def _config(api: Api) -> Iterator[Finding]:
 
 
 def _kubelet_config(api: Api) -> Iterator[Finding]:
-    """What is in this node's file alone is lost."""
+    """Warn of kubelet settings that are in this node's file alone: an upgrade loses them."""
     root = _document(api, _KUBELET_MAP, "kubelet")
     data = read(KUBELET_CONFIG)
     if root is None or data is None:
@@ -285,7 +285,7 @@ def _text(root: YamlNode, key: str) -> str:
 
 
 def _plain(node: YamlNode) -> object:
-    """As values that can be compared; depth and size were limited, and nothing expands."""
+    """A YAML node as values that can be compared; depth and size were limited, and nothing expands."""
     if node.kind == "alias":
         raise YamlError(f"line {node.place.line}: wanted values of their own, found an alias (*)")
     one = node

@@ -78,7 +78,7 @@ def _files(item: Item, node: Node, settings: Settings) -> Iterator[Finding]:
 
 
 def _authorities(node: Node) -> Iterator[Finding]:
-    """What a component trusts holds this node's CA."""
+    """Check that the CA files that components trust hold this node's CAs."""
     cas = {state.authority.name: state for state in node.authorities if state.state == "present"}
     for component, flags in _CA_FLAGS.items():
         manifest = node.manifests.get(component)
