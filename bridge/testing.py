@@ -62,7 +62,7 @@ _CLUSTER = Cluster(extra_sans=("*.wild.example.com", "2001:db8::7"))
 
 class BackendConformance:
     """
-    What every backend does alike.
+    Tests that every backend passes.
 
     A subclass gives the fixtures `backend` (signs with the key of fixture `ca`; may use fixture `live`, the live
     certificates by name, to set up roles) and `dead_backend` (its CA can't be reached; `timeout` at most 3 s).
@@ -90,7 +90,7 @@ class BackendConformance:
 
     @pytest.fixture
     def expected(self, ca: TestCA) -> verify.Expectation:
-        """What the node demands."""
+        """The node's demands on an answer."""
         return verify.Expectation(
             anchors=(ca.certificate,), anchor_name="ca.crt", now=datetime.now(UTC), min_validity=timedelta(days=7)
         )

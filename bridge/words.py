@@ -11,7 +11,7 @@ _LONGEST_LINE = 300
 
 def one_line(value: object, longest: int = _LONGEST_LINE) -> str:
     """
-    What comes from outside (a CA's words, a name in a CSR or a carried file), as it may be shown.
+    Make text from outside (a CA's words, a name in a CSR or a carried file) fit to be shown.
 
     On one line, so that it draws no line of its own; blanks collapsed; nothing that steers a terminal; cut.
     Secrets in it are the caller's to hide first.

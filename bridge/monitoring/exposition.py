@@ -22,7 +22,7 @@ from bridge.state.requests import OpenRequest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
-    """What is in the state directory, which only root may read."""
+    """The values for metrics from the state directory, which only root may read."""
 
     failures: Mapping[str, Failures]  #: Runs in a row that failed, by authority.
     pending: tuple[OpenRequest, ...]  #: That somebody has, and has not answered.

@@ -18,7 +18,7 @@ _NEITHER = (Exit.WAITING, Exit.LOCKED)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
-    """Of `renew` on this node; a rehearsal is no run."""
+    """How the last runs of `renew` on this node ended; a rehearsal is no run."""
 
     ended: datetime | None = None  #: The last run; None: there was none.
     exit_code: int = Exit.DONE  #: Of the last run.

@@ -40,7 +40,7 @@ class MetricsError(BridgeError):
 
 @dataclass(slots=True)
 class Told:
-    """What the monitor is told of a run."""
+    """The exit code of a run, for the monitor."""
 
     exit_code: int = Exit.DONE
 
@@ -145,7 +145,7 @@ def of_node(settings: Settings, now: datetime, seen: Known | None) -> str:
 
 def known(store: Store) -> Known:
     """
-    What the state directory tells; its lock need not be held, since each file is replaced whole.
+    Read the state directory; its lock need not be held, since each file is replaced whole.
 
     Raises:
         StateError: A file is damaged, or can't be read.

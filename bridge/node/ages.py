@@ -15,7 +15,7 @@ from bridge.system.safe_read import UnreadableError
 
 
 class Age(NamedTuple):
-    """Of a component, compared with a file."""
+    """A component's age, compared with a file's."""
 
     older: bool | None  #: The component is older than the file, or sees another one; None: it can't be told.
     detail: str

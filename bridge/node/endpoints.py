@@ -107,7 +107,7 @@ def file(flags: Flags, flag: str) -> Path | None:
 
 def wanted_file(flags: Flags, flag: str) -> Path:
     """
-    As `file`.
+    The file that a flag names, as `file` gives it.
 
     Raises:
         ValueError: There is no such flag.
@@ -124,7 +124,7 @@ def is_any(address: str) -> bool:
 
 
 def loopback(address: str) -> str:
-    """Of the same family."""
+    """The loopback address of an address's family (IPv4 or IPv6)."""
     return "::1" if ":" in address else "127.0.0.1"
 
 

@@ -68,7 +68,7 @@ class ExpiryReport:
 
 def report(node: Node, now: datetime, within: Limit | None) -> ExpiryReport:
     """
-    What there is to say about the expiry of a node's certificates, its CAs included.
+    A report of when a node's certificates end, its CAs included.
 
     Args:
         node: What is on the node.
@@ -91,7 +91,7 @@ def report(node: Node, now: datetime, within: Limit | None) -> ExpiryReport:
 
 
 def _soon(_: timedelta) -> timedelta:
-    """As by default `renewal.before`."""
+    """30 days for every lifetime, as `renewal.before` by default."""
     return timedelta(days=30)
 
 

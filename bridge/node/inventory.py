@@ -1,5 +1,5 @@
 """
-What is on the node, from files alone.
+The inventory: certificates, CAs and manifests of the node, from files alone.
 
 Reads, and writes nothing; opens no key file and parses no key; asks no API server.
 It names what is wrong and goes on: one broken file hides no other (kubeadm lists nothing then).
@@ -131,7 +131,7 @@ class Node:
 
 
 class _Found(NamedTuple):
-    """What a place that should hold certificates holds."""
+    """The result of reading a place that should hold certificates."""
 
     state: FileState
     certificates: tuple[x509.Certificate, ...] = ()
@@ -307,7 +307,7 @@ def _has_local_etcd(found: Mapping[Component, Manifest], pki_dir: Path, kubeconf
 
 
 def _exists(path: Path) -> bool:
-    """As Go's `!os.IsNotExist(err)`: a dangling symlink does not exist, what we may not look at does."""
+    """Whether it exists by Go's `!os.IsNotExist(err)`: a dangling symlink does not, what we may not look at does."""
     try:
         path.stat()
     except FileNotFoundError:
@@ -425,7 +425,7 @@ def _rotating(item: Item, rotates: bool | None) -> Item:
 
 def _serving_items(authority: AuthorityState, kubelet: KubeletFiles) -> list[Item]:
     """
-    What the kubelet serves with; none before it has run.
+    The kubelet's serving certificate; none before it has run.
 
     One that it has to ask for is its own affair while a signer answers.
     """
@@ -468,7 +468,7 @@ def _referring_item(
     spec: CertificateSpec, authority: AuthorityState, path: Path, certificate_file: str, key_file: str
 ) -> Item:
     """
-    Of a kubeconfig that refers to files, which kubeadm refuses to look at.
+    The item of a kubeconfig that refers to files, which kubeadm refuses to look at.
 
     A kubelet's is written by the kubelet itself as it rotates, certificate and key in one file. With the CA's key
     elsewhere no signer of the cluster's own answers it (kubeadm's kubelet-finalize makes such a kubelet.conf all the
@@ -488,7 +488,7 @@ def _referring_item(
 
 
 def _older(current: Path) -> str:
-    """What brings a kubelet's certificate back where only the symlink is lost; empty: nothing is left beside it."""
+    """A hint with the command that brings a kubelet's lost symlink back; empty: no certificate is left beside it."""
     dated = f"kubelet-client-{'-'.join(['[0-9]' * 4, *['[0-9][0-9]'] * 5])}.pem"
     found = max((path.name for path in current.parent.glob(dated)), default="")
     if not found or current.name != "kubelet-client-current.pem":

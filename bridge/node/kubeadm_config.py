@@ -75,7 +75,7 @@ class KubeadmConfig:
 
     def naming_facts(self, node: str, address: str) -> NamingFacts:
         """
-        What kubeadm makes a node's names of.
+        The facts that kubeadm makes a node's names of.
 
         Args:
             node: Its name in the cluster.

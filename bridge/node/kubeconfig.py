@@ -40,7 +40,7 @@ class KubeconfigError(BridgeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kubeconfig:
-    """What the current context of a kubeconfig leads to; no key in it."""
+    """The user, server and certificates of a kubeconfig's current context; no key in it."""
 
     user: str
     server: str  #: Empty when there is none.
@@ -354,7 +354,7 @@ def _assert_only_these_changed(before: str, after: str, changed: dict[int, str])
 
 
 def _meaning(event: yaml.Event, changed: dict[int, str]) -> tuple[object, ...]:
-    """What an event says; a scalar that begins at one of the places in `changed` says what stands there."""
+    """A YAML event as values to compare; a scalar at one of the places (indices) in `changed` has the value from there."""
     how = tuple(getattr(event, name, None) for name in ("anchor", "tag", "style", "flow_style", "implicit"))
     if not isinstance(event, yaml.ScalarEvent):
         return (type(event), *how)

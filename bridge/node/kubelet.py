@@ -15,7 +15,7 @@ KUBELET_CONFIG = Path("/var/lib/kubelet/config.yaml")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kubelet:
-    """What of the kubelet's configuration matters here."""
+    """The part of the kubelet's configuration that its health check and its pods need."""
 
     health_url: str | None  #: None: switched off.
     runtime_endpoint: str  #: Empty: the kubelet finds it itself, or a flag names it.

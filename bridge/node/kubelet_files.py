@@ -43,7 +43,7 @@ Serving = Literal["made", "named", "asked"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KubeletFiles:
-    """What of the configuration says where certificates are, and for which names."""
+    """The part of the kubelet's configuration that says where certificates are, and for which names."""
 
     directory: Path  #: `--cert-dir`: `kubelet-client-current.pem` is there.
     rotates: bool | None  #: `rotateCertificates`; None: no configuration that could be read tells.
@@ -61,7 +61,7 @@ class KubeletFiles:
 
     @classmethod
     def load(cls, kubelet_dir: Path) -> KubeletFiles:
-        """As a kubelet with this configuration would have them; its defaults for what is not said."""
+        """Read the configuration in a kubelet's directory; the kubelet's defaults stand for what is not set."""
         found, trouble = _configured(kubelet_dir / "config.yaml")
         is_told = bool(found)
         found |= _flags(kubelet_dir)
@@ -105,7 +105,7 @@ def _configured(path: Path) -> tuple[dict[str, str], str | None]:
 
 
 def _flags(kubelet_dir: Path) -> dict[str, str]:
-    """What kubeadm and the operator give it on its command line, which counts more than its configuration."""
+    """Flags that kubeadm and the operator give the kubelet, by name; they count more than its configuration."""
     files = [(kubelet_dir / "kubeadm-flags.env", "KUBELET_KUBEADM_ARGS")]
     if kubelet_dir == KUBELET_DIR:
         files += [(path, "KUBELET_EXTRA_ARGS") for path in _EXTRA_ARGS]

@@ -1,4 +1,4 @@
-"""What the cluster calls this node: the certificates that it was given tell."""
+"""The node's name in the cluster, from the certificates that it was given."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What runs of a static pod: by the container runtime, or else by the process table."""
+"""The running instances of a static pod: by the container runtime, or else by the process table."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def instances(component: Component) -> tuple[Instances, timedelta]:
 
 
 class _Runtime:
-    """What crictl says; while it says nothing, what it said before. Where kubeadm's pod is, none that is called alike."""
+    """Instances as crictl lists them; while it fails, as it last did. Where kubeadm's pod is, none that is called alike."""
 
     def __init__(self, component: Component) -> None:
         """

@@ -87,7 +87,7 @@ users:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """What kubeadm would be told of the cluster and of this node."""
+    """A made-up cluster and node, as kubeadm would be told of them."""
 
     node: str = "cp-1"
     address: str = "192.0.2.10"  #: The advertise address.
@@ -278,7 +278,7 @@ def _name(cn: str, o: str | None) -> x509.Name:
 
 
 def _key_usage(*, certificate_signing: bool) -> x509.KeyUsage:
-    """As kubeadm: keyEncipherment for every type of key, and no cRLSign for a CA."""
+    """The key usage as kubeadm sets it: keyEncipherment for every type of key, and no cRLSign for a CA."""
     return x509.KeyUsage(
         digital_signature=True,
         key_encipherment=True,
@@ -316,7 +316,7 @@ def _subject_alternative_name(values: Iterable[str]) -> x509.SubjectAlternativeN
 
 
 def _hash(key: PrivateKey) -> hashes.SHA256 | hashes.SHA384:
-    """As Go chooses for a CA key of that type."""
+    """The hash that Go chooses for signatures by a CA key of that type."""
     return hashes.SHA384() if algorithm_name(key.public_key()) == "ecdsa-p384" else hashes.SHA256()
 
 

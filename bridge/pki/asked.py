@@ -46,7 +46,7 @@ class OddRequestError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What a CSR says, and its one encoding."""
+    """A CSR with all that it asks for, and its one encoding."""
 
     csr: x509.CertificateSigningRequest
     pem: bytes  #: Made again from the DER: one block, nothing round it.

@@ -59,7 +59,7 @@ class BundledRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestBundle:
-    """What one node asks for."""
+    """One node's requests."""
 
     batch: str  #: 32 hex digits, another for each set of requests.
     node: str
@@ -79,7 +79,7 @@ class Refusal:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerBundle:
     """
-    What a desk answers to one request bundle.
+    A desk's answers to one request bundle.
 
     By name; a desk that signs for some of the authorities leaves out the others' names.
     """

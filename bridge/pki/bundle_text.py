@@ -19,7 +19,7 @@ from bridge.words import one_line
 
 def describe(bundle: Bundle, now: datetime, cas: Mapping[str, Sequence[x509.Certificate]]) -> str:
     """
-    What a person has to know who approves a bundle, or gets one back.
+    A text with all that a person has to know who approves a bundle, or gets one back.
 
     Args:
         bundle: Of either kind.
@@ -58,7 +58,7 @@ def _origin(request: BundledRequest, cas: Mapping[str, Sequence[x509.Certificate
 
 
 def _changes(request: BundledRequest) -> Iterator[str]:
-    """What makes this more than a renewal."""
+    """Lines about changes that make this more than a renewal."""
     if request.replaces is None:
         return
     if shown.name(request.csr) != shown.name(request.replaces):

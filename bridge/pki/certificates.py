@@ -66,7 +66,7 @@ def load_pem_certificates(data: bytes) -> list[x509.Certificate]:
 
 
 def _bodies(data: bytes) -> Iterator[bytes]:
-    """What stands between the lines BEGIN and END of each block."""
+    """The bytes between the lines BEGIN and END of each PEM block."""
     for begin in _BEGIN.finditer(data):
         end = data.find(_END, begin.end())
         body = data[begin.end() : end]

@@ -32,7 +32,7 @@ _PROOF_CONTEXT_2 = b"ca-bridge continuity proof v2"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """What a proof of version 2 covers besides the CSR and who asks."""
+    """The terms that a proof of version 2 covers besides the CSR and who asks."""
 
     validity: timedelta  #: Asked for; whole seconds.
     created: datetime  #: The bundle's, so that nobody else can make it look younger.

@@ -157,7 +157,7 @@ def _san(certificate: x509.Certificate) -> x509.SubjectAlternativeName | None:
 
 
 def _hash(key: PrivateKey) -> hashes.SHA256 | hashes.SHA384:
-    """As kubeadm: SHA-256, but SHA-384 for P-384."""
+    """The hash of the CSR's signature, as kubeadm chooses it: SHA-256, but SHA-384 for P-384."""
     is_p384 = isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, ec.SECP384R1)
     return hashes.SHA384() if is_p384 else hashes.SHA256()
 

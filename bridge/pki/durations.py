@@ -30,7 +30,7 @@ def parse_duration(value: object) -> timedelta:
 
 
 def duration_text(duration: timedelta) -> str:
-    """As a setting would say it, in the largest unit that fits; in days rather than weeks."""
+    """A duration as a setting would say it, in the largest unit that fits; in days rather than weeks."""
     for unit, name in reversed([one for one in _UNITS.items() if one[0] != "w"]):
         whole, rest = divmod(duration, timedelta(**{name: 1}))
         if not rest and whole:
@@ -70,5 +70,5 @@ class Before:
         return duration_text(self.remaining) if self.remaining is not None else f"{(self.share or 0) * 100:.0f}%"
 
     def of(self, lifetime: timedelta) -> timedelta:
-        """As a duration."""
+        """The duration before the end, of a certificate with this lifetime."""
         return self.remaining if self.remaining is not None else lifetime * (self.share or 0)

@@ -53,7 +53,7 @@ def residual(seconds: int) -> str:
 
 
 def left_text(end: datetime, now: datetime) -> str:
-    """What people say of it, such as `364d left` or `expired 35 days ago`."""
+    """The time that is left, for people: `364d left`, `expired 35 days ago`."""
     seconds = seconds_left(end, now)
     if seconds >= 0 and end > now:
         return f"{residual(seconds)} left"

@@ -90,7 +90,7 @@ _URI = re.compile(r"[a-z][a-z0-9+.-]*:(?://[\w-]+(?:\.[\w-]+)*(?:/[\w/.~:@-]*)?|
 
 def form(certificate: x509.Certificate, *, leaf: bool) -> Iterator[Violation]:
     """
-    What Go can't read in one certificate, or can't handle.
+    Violations: parts of one certificate that Go can't read, or can't handle.
 
     Args:
         certificate: Of which all parts can be read (`bridge.pki.certificates.UNREADABLE` otherwise).
@@ -342,7 +342,7 @@ def path(
     ekus: Iterable[EKU],
 ) -> Iterator[Violation]:
     """
-    What Go does not follow in a path that the library has built.
+    Violations: steps that Go does not follow in a path that the library has built.
 
     Args:
         leaf: What is to be installed.

@@ -35,7 +35,7 @@ def check(
     extra: frozenset[tuple[str, str]] = frozenset(),
 ) -> list[Violation]:
     """
-    What speaks against a live certificate.
+    Violations of a live certificate: it is another CA's, another user's, or in other groups.
 
     Args:
         spec: What it should be.

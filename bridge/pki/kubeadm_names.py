@@ -67,7 +67,7 @@ class NamingFacts:
 
 def naming(spec: CertificateSpec, facts: NamingFacts) -> Naming:
     """
-    What kubeadm of this release would ask for.
+    The subject and SANs that kubeadm of this release would ask for.
 
     Raises:
         NoFactError: A fact is missing, or a SAN is none.
@@ -133,7 +133,7 @@ def _sans(spec: CertificateSpec, facts: NamingFacts) -> tuple[x509.GeneralName, 
 
 
 def _in_order(texts: Sequence[str]) -> tuple[x509.GeneralName, ...]:
-    """As kubeadm writes them: names sorted by their bytes, then addresses as they come, each once."""
+    """SANs in kubeadm's order: names sorted by their bytes, then addresses as they come, each once."""
     try:
         found = list(dict.fromkeys(general_name(text) for text in texts))
     except ValueError as e:

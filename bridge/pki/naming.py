@@ -20,7 +20,7 @@ _LONGEST_NAME = 253
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Naming:
-    """What a CSR says of its holder."""
+    """The subject and SANs of a CSR: who its certificate is for."""
 
     subject: x509.Name
     sans: tuple[x509.GeneralName, ...] = ()
@@ -52,14 +52,14 @@ def alternative_names(texts: Iterable[str]) -> tuple[x509.GeneralName, ...]:
 
 
 def subject_of(common_name: str, groups: Sequence[str] = ()) -> x509.Name:
-    """As Go writes a `pkix.Name`: all O values in one RDN, then CN; UTF8String, which Kubernetes reads as well."""
+    """A subject as Go writes a `pkix.Name`: all O values in one RDN, then CN; UTF8String, which Kubernetes reads as well."""
     organizations = [x509.NameAttribute(NameOID.ORGANIZATION_NAME, group) for group in groups]
     rdns = [x509.RelativeDistinguishedName(organizations)] if organizations else []
     return x509.Name([*rdns, x509.RelativeDistinguishedName([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])])
 
 
 def names_of(sans: Iterable[x509.GeneralName]) -> set[tuple[str, str]]:
-    """As `certificates.san_entries`."""
+    """SANs as (type, value), as `certificates.san_entries` has them."""
     return set(map(san_entry, sans))
 
 

@@ -57,7 +57,7 @@ _WEAK_HASHES = (hashes.MD5, hashes.SHA1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expectation:
-    """What the node demands of every certificate below one authority."""
+    """The node's demands on every certificate below one authority."""
 
     #: All certificates of the CA file. Only the first is a trust anchor for kubeadm (1.21 and newer, measured on 1.37).
     anchors: tuple[x509.Certificate, ...]
@@ -341,7 +341,7 @@ def _chain(
 
 
 def _longest_first(intermediates: Sequence[x509.Certificate]) -> list[x509.Certificate]:
-    """Of an intermediate and the one that follows it, both sent along, the path takes the first that fits."""
+    """Sort by the end, latest first: where an intermediate and its successor are both sent, the path takes the first."""
     return sorted(intermediates, key=lambda certificate: certificate.not_valid_after_utc, reverse=True)
 
 
@@ -351,7 +351,7 @@ def _path_violations(
     anchor: x509.Certificate,
     expected: Expectation,
 ) -> Iterator[Violation]:
-    """What path validation at one time does not see: issuers that may not sign, or that end before the leaf."""
+    """Violations that path validation at one time does not see: issuers that may not sign, or that end before the leaf."""
     for issuer in intermediates:
         if leaf.not_valid_after_utc > issuer.not_valid_after_utc:
             want = f"not after its intermediate {name_text(issuer.subject)}'s {issuer.not_valid_after_utc:{_TIME}} UTC"

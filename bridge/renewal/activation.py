@@ -114,7 +114,7 @@ def _prove(run: Run, node: Node, owed: Owed) -> Settled:
 
 
 def _judged(run: Run, owed: Owed, restarted: Sequence[Restarted], report: ProofReport) -> Settled:
-    """What is wrong with other certificates is none of this installation's doing, nor what was so before it."""
+    """Judge an installation by its own certificates: not by what is wrong with others, or was so before it."""
     postponed = {one.component: one.error for one in restarted if isinstance(one.error, PostponedError)}
     impossible = _impossible(owed, restarted, report)
     failures = [e for e in errors_of(restarted) if not isinstance(e, PostponedError | ImpossibleError)]
@@ -134,7 +134,7 @@ def _judged(run: Run, owed: Owed, restarted: Sequence[Restarted], report: ProofR
 def _impossible(
     owed: Owed, restarted: Sequence[Restarted], report: ProofReport
 ) -> dict[Component | None, ImpossibleError]:
-    """What nobody can restart from here, unless it is seen to have been restarted by hand."""
+    """Components that nobody can restart from here, unless they are seen to have been restarted by hand."""
     states: dict[Component | None, set[str]] = {}
     for finding in report.findings:
         if finding.certificate in owed.names:
@@ -172,7 +172,7 @@ def _meanings(
 def _said_of(
     ruling: Ruling, seen: Mapping[Meaning, Sequence[ProofFinding]], impossible: Sequence[ImpossibleError]
 ) -> list[BridgeError]:
-    """What stays, and what is left to do."""
+    """Errors that tell what stays, and what is left to do."""
     if ruling is Ruling.UNPROVEN:
         return [UnprovenError(f"installed, and not proven: {sentence(seen[Meaning.UNSEEN])}")]
     if ruling is Ruling.LEFT and impossible:

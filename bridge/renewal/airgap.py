@@ -58,7 +58,7 @@ class NotAskedForError(BridgeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """What `export` made."""
+    """The result of `export`."""
 
     bundle: RequestBundle | None  #: None: there was nothing to ask for.
     again: tuple[str, ...]  #: Names whose keys and CSRs an earlier run made.
@@ -200,14 +200,14 @@ def _bundle(path: Path) -> RequestBundle | AnswerBundle:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """What one file says to one request."""
+    """One file's answer to one request."""
 
     answer: Issued | BridgeError
     source: str  #: The file.
 
     @property
     def begin(self) -> datetime:
-        """Of the certificate."""
+        """When the certificate becomes valid; the earliest time there is for a refusal."""
         if isinstance(self.answer, Issued):
             return self.answer.leaf.not_valid_before_utc
         return datetime.min.replace(tzinfo=UTC)
@@ -215,7 +215,7 @@ class Candidate:
 
 @dataclass(kw_only=True)
 class Found:
-    """What the carried files hold for the requests that are open."""
+    """The answers in carried files to requests that are open."""
 
     candidates: dict[str, list[Candidate]] = field(default_factory=dict)  #: By certificate name.
     strange: list[BridgeError] = field(default_factory=list)  #: Answers to something else.
@@ -280,7 +280,7 @@ def import_answers(
 
 def answers_in(run: Run, paths: Sequence[Path]) -> Found:
     """
-    What carried files hold for the requests that are open; what is no answer to any of them is recorded.
+    Read the answers in carried files to requests that are open; what answers none of them is recorded.
 
     Raises:
         BridgeError: A file that was named can't be read, or holds no certificate.
@@ -496,7 +496,7 @@ def _label(source: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cancelled:
-    """What `pending cancel` did."""
+    """The result of `pending cancel`."""
 
     requests: tuple[OpenRequest, ...]
     missing: tuple[str, ...]  #: Names of which no request is open.

@@ -95,7 +95,7 @@ def assert_bound(source: Source, naming: Naming, spec: CertificateSpec, *, stric
 
 
 def _missing(source: Source, needed: Binding) -> str:
-    """What is in its place; empty: it is there."""
+    """What stands in the binding's place, in words; empty: the binding itself."""
     reply = source.api.ask("GET", f"{_PATH}/{needed.name}")
     if reply.status == HTTPStatus.OK:
         return "" if _binds(reply.document, needed) else "one of that name for another role or subject"

@@ -78,7 +78,7 @@ def set_aside(settings: Settings) -> list[SetAside]:
 
 
 def _of_the_interrupted(store: Store) -> tuple[str, ...]:
-    """What belongs to an installation whose journal is damaged, as far as the list of staged files tells."""
+    """Sentences about the installation whose journal is damaged, as far as the list of staged files tells."""
     try:
         staged = staging_file(store).read() or ()
     except StateError:

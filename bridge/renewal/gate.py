@@ -165,7 +165,7 @@ class NeedsAPersonError(BridgeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failures:
-    """Of one authority, in a row."""
+    """The failures in a row of one authority."""
 
     count: int
     since: datetime  #: The first.

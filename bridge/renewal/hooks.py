@@ -50,7 +50,7 @@ class NotNowByHookError(HookError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HookEvent:
-    """What a hook is told; nothing in it is a secret."""
+    """The facts that a hook is told; nothing in it is a secret."""
 
     names: tuple[str, ...]  #: What the run is about.
     old_serials: Mapping[str, str] = field(default_factory=dict)  #: Of what was renewed, in hexadecimal, by name.
@@ -158,7 +158,7 @@ class Hooks:
 
     def installing(self, occasion: HookEvent) -> None:
         """
-        What `installed` will run is owed from now on, if the new certificates are ever live.
+        Remember that the commands of `installed` are owed from now on, if the new certificates are ever live.
 
         Raises:
             HookError: It can't be remembered; then nothing must be installed.

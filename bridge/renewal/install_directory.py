@@ -49,14 +49,14 @@ _KEY, _CSR = ".key", ".csr"
 
 
 class DirectoryError(BridgeError):
-    """What is in the directory can't be installed."""
+    """The directory holds what can't be installed."""
 
     exit_code: ClassVar[int] = Exit.USAGE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Contents:
-    """What was found in a directory, each file read once."""
+    """Keys and certificates that were found in a directory, each file read once."""
 
     keys: dict[str, PrivateKey] = field(default_factory=dict, repr=False)  #: By certificate name.
     key_files: dict[str, Path] = field(default_factory=dict)
@@ -190,7 +190,7 @@ def _passes(answer: Issued, request: SignRequest, expected: verify.Expectation) 
 
 
 def _supersede(run: Run, prepared: Prepared) -> None:
-    """What waits for the same certificate is over, since its key is another one."""
+    """Give up an open request for the same certificate, since its key is another one."""
     made = run.requests.get(prepared.name)
     if made is not None:
         give_up(run, prepared.name, "another certificate is installed in its place")

@@ -74,7 +74,7 @@ class ShorterError(BridgeError):
 
 
 def shortened(item: Item, settings: Settings, now: datetime) -> ShorterError | None:
-    """What speaks against asking for a validity that ends before the live certificate does."""
+    """The error about a wanted validity that ends before the live certificate does; None: it does not."""
     end = now + settings.renewal.validity
     if not item.certificates or not verify.is_shorter(end, item.certificates[0]):
         return None

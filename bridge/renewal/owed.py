@@ -1,4 +1,4 @@
-"""What was installed and is not proven: on disk before an installation, and until it is seen in use."""
+"""Installed certificates that are not proven: on disk before an installation, and until they are seen in use."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Unproven:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Owed:
-    """What is not proven."""
+    """Installed certificates that are not proven, and what is owed for them."""
 
     certificates: tuple[Unproven, ...]
     going_back: str = ""  #: Why all of it goes back; empty: it does not.
@@ -43,7 +43,7 @@ class Owed:
 
     @property
     def names(self) -> list[str]:
-        """Of the certificates."""
+        """The certificates' names."""
         return [one.name for one in self.certificates]
 
     def live_on(self, node: Node) -> Owed:
@@ -54,7 +54,7 @@ class Owed:
         return dataclasses.replace(self, certificates=ours)
 
     def unreadable_on(self, node: Node) -> list[Item]:
-        """What may come back."""
+        """Certificates of these on the node that can't be read now, and may come back."""
         return [
             item
             for item in node.items
@@ -69,7 +69,7 @@ class Owed:
 
 
 def unproven_file(store: Store) -> StateFile[Owed]:
-    """What was installed and is not proven; a damaged one may owe a restart, or the way back."""
+    """The file with what was installed and is not proven; a damaged one may owe a restart, or the way back."""
     return StateFile(
         path=store.unproven,
         what="what was installed and not proven",

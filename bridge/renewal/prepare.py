@@ -129,7 +129,7 @@ def _prepare(item: Item, settings: Settings, made: OpenRequest | None, wish: Wis
 def _key_algorithm(
     live: x509.Certificate | None, settings: Settings, made: OpenRequest | None, wish: Wish | None
 ) -> KeyAlgorithm:
-    """Of the new key: the settings', else the live certificate's, else kubeadm's configuration's."""
+    """The new key's algorithm: the settings', else the live certificate's, else kubeadm's configuration's."""
     if live is not None:
         return csr.key_algorithm(live, settings.renewal.key)
     if settings.renewal.key != "same":
@@ -275,7 +275,7 @@ def live_pair(item: Item) -> tuple[x509.Certificate | None, dict[Path, str | Non
 
 
 def _was_current(item: Item) -> dict[Path, str | None]:
-    """Of the symlink to a kubelet's pair: it is what is replaced, and not what it leads to."""
+    """The fingerprint of the symlink to a kubelet's pair, by path: it is replaced, and not what it leads to."""
     try:
         return {} if item.current is None else {item.current: fingerprint(item.current)}
     except OSError as e:

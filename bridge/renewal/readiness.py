@@ -1,4 +1,4 @@
-"""What would fail after a CA has signed is found before it is asked: room for the files, and ways to restart components."""
+"""Looks before a CA is asked: is there room for the files, and a way to restart components?"""
 
 from __future__ import annotations
 

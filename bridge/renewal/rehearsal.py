@@ -62,7 +62,7 @@ class Rehearsed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rehearsal:
-    """What a renewal would have come to."""
+    """The result that a renewal would have had."""
 
     passed: tuple[Rehearsed, ...] = ()
     failed: tuple[Outcome, ...] = ()
@@ -71,7 +71,7 @@ class Rehearsal:
 
     @property
     def exit_code(self) -> int:
-        """As a renewal's."""
+        """The exit code that a renewal with these results would have."""
         return Exit.worst([*(one.exit_code for one in self.failed), *(one.exit_code for one in self.errors)])
 
 
@@ -118,7 +118,7 @@ def run(
 
 
 def _within(selection: Selection, settings: Settings, now: datetime, ahead: timedelta | None) -> Selection:
-    """What is far from being due is no matter for today."""
+    """The selection without what is far from being due."""
     if ahead is None:
         return selection
     renewal = settings.renewal
@@ -134,7 +134,7 @@ def _within(selection: Selection, settings: Settings, now: datetime, ahead: time
 
 
 def _without_open(selection: Selection, run: Run) -> Selection:
-    """What a CA has already been asked for in earnest is not asked for twice."""
+    """The selection without what a CA has already been asked for in earnest."""
     waiting = {one.name for one in run.requests if one.is_waiting}
     told = tuple(
         f"{item.spec.name} is not rehearsed: a CA has a request for it already"
@@ -220,7 +220,7 @@ def _impossible(settings: Settings, authorities: Collection[str]) -> Iterator[tu
 
 
 def _told(outcome: Outcome) -> Outcome:
-    """Of a CA that answers later: the answer is worth nothing any more."""
+    """The outcome with a CA that answers later in the words of a rehearsal: its key is thrown away."""
     if not isinstance(outcome.error, WaitingError):
         return outcome
     error = WaitingError(
@@ -273,7 +273,7 @@ def _not_revoked(name: str, leaf: x509.Certificate, label: str, cause: BackendEr
 
 def _signed(answered: Sequence[Answered], ca: Reached | None, now: datetime) -> list[tuple[str, x509.Certificate]]:
     """
-    What is to be revoked: certificates for our new keys, and no other that a CA may have sent instead.
+    Certificates that are to be revoked, by name: for our new keys, and no other that a CA may have sent instead.
 
     What was signed, though its answer was lost, a CA may be able to find.
     """

@@ -171,7 +171,7 @@ def _prepare_and_issue(
 def _kept(
     run: Run, items: Sequence[Item], selection: Selection, expected: Mapping[str, verify.Expectation]
 ) -> list[Answered]:
-    """What an earlier run proved and did not install: nobody is asked for it again."""
+    """Answers that an earlier run verified and did not install: nobody is asked for them again."""
     answered = {one.name: one for one in run.requests if one.answer is not None}
     had = prepare([item for item in items if item.spec.name in answered], run.settings, answered, selection.wishes)
     kept = []

@@ -172,7 +172,7 @@ def _proven(due: Sequence[Superseded], run: Run, node: Node) -> list[Superseded]
 
 
 def _revoke_all(run: Run, due: Sequence[Superseded]) -> tuple[list[Superseded], list[BridgeError]]:
-    """What is over, one way or the other; and what is to be said."""
+    """Ask the CAs to revoke: what is over, one way or the other, and errors to be told."""
     done: list[Superseded] = []
     errors: list[BridgeError] = []
     for authority in dict.fromkeys(one.authority for one in due):

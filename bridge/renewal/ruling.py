@@ -9,7 +9,7 @@ from bridge.control_plane.probes import ProofState
 
 
 class Meaning(Enum):
-    """What one finding about a certificate says of its installation."""
+    """The meaning of one finding about a certificate for its installation."""
 
     AS_BEFORE = "it was so before the installation"
     LATER = "its component's restart is postponed"
@@ -20,7 +20,7 @@ class Meaning(Enum):
 
 
 class Ruling(Enum):
-    """What becomes of the installation as a whole."""
+    """The decision about the installation as a whole."""
 
     PROVEN = "it stays, and nothing is owed"
     POSTPONED = "it stays, and the next run goes on"

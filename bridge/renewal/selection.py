@@ -52,7 +52,7 @@ class NotReadyError(BridgeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """What a run has to do."""
+    """The certificates that a run has to renew, and those that it can't."""
 
     items: tuple[Item, ...]  #: To renew.
     failed: tuple[Outcome, ...]  #: Should be renewed, and can't be.
@@ -145,7 +145,7 @@ def select(
 
 
 def _powerful(items: Sequence[Item], told: Collection[str]) -> Iterator[str]:
-    """As `kubeadm certs renew all` does it, and an operator should know of it: once, and not where it is named."""
+    """A sentence about a super-admin.conf that is renewed because it is here (as by `kubeadm certs renew all`), and not named."""
     for item in items:
         if item.spec.name == SUPER_ADMIN and SUPER_ADMIN not in told:
             yield (

@@ -45,7 +45,7 @@ def asked(item: Item, settings: Settings) -> Naming | None:
 
 def own_names(node: NodeSettings) -> tuple[str, ...]:
     """
-    What the kubelet's configuration, or an API server's beside it, says of this node's names and addresses.
+    The node's names and addresses by the kubelet's configuration, or an API server's beside it.
 
     Raises:
         NotReadyError: No address; with a name alone the API server could not verify the kubelet, nor metrics-server.

@@ -1,4 +1,4 @@
-"""What came of an installation, for the run's end and for hooks."""
+"""The result of an installation, for the run's end and for hooks."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from bridge.state.session import Run
 
 
 class NotLiveError(BridgeError):
-    """What was installed is not in use, or does not work."""
+    """An installed certificate is not in use, or does not work."""
 
     exit_code: ClassVar[int] = Exit.NOT_LIVE
     hint = "`ca-bridge prove` shows each check; `ca-bridge rollback` puts the old files back"
 
 
 class RolledBackError(BridgeError):
-    """What was installed did not work, and the old files are back."""
+    """An installed certificate did not work, and the old files are back."""
 
     exit_code: ClassVar[int] = Exit.ROLLED_BACK
     hint = "the CA's certificates passed every check and can't work in this cluster: see the failed check"
@@ -39,7 +39,7 @@ class UnprovenError(BridgeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settled:
-    """What came of it."""
+    """The result of an installation."""
 
     restarted: tuple[Restarted, ...] = ()
     proven: int | None = None  #: Checks that hold, of the last look; None: nobody looked.
@@ -63,7 +63,7 @@ def settled(
     *,
     may_go_on: bool = True,
 ) -> Settled:
-    """What came of it, with what hooks are told."""
+    """The result of an installation, with what hooks are told."""
     rolled_back = next((error for error in errors if isinstance(error, RolledBackError)), None)
     return Settled(
         restarted=tuple(restarted),

@@ -1,5 +1,5 @@
 """
-What surrounds the installation of answers, wherever they came from: `renew`, `import` and `install`.
+The steps around the installation of answers, wherever they came from: `renew`, `import` and `install`.
 
 Before it the hooks and what earlier runs owe; after it restart, proof, the way back, the count of runs that failed, and
 the hooks that are told.
@@ -186,7 +186,7 @@ class Transaction:
         return self._told_and_counted(selection, self._with_revocations(result))
 
     def _with_revocations(self, result: Result) -> Result:
-        """What was superseded, by this run or by earlier ones, is revoked when it is time."""
+        """Revoke what was superseded, by this run or by earlier ones, when it is time."""
         if not self._run.store.revocations.exists():
             return result
         errors = revocation.settle(self._run, self._run.read_node())

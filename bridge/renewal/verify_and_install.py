@@ -55,7 +55,7 @@ _NEW_CERTIFICATE_MODE = 0o644
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What became of a run."""
+    """The result of a run."""
 
     outcomes: tuple[Outcome, ...]
     backup_id: str | None = None
@@ -65,17 +65,17 @@ class Result:
 
     @property
     def renewed(self) -> list[Outcome]:
-        """What was installed."""
+        """Outcomes of certificates that were installed."""
         return [outcome for outcome in self.outcomes if outcome.new is not None]
 
     @property
     def waiting(self) -> list[Outcome]:
-        """What a CA has not answered yet."""
+        """Outcomes of certificates that a CA has not answered for yet."""
         return [outcome for outcome in self.outcomes if isinstance(outcome.error, WaitingError)]
 
     @property
     def failed(self) -> list[Outcome]:
-        """What was not, for another reason."""
+        """Outcomes of certificates that were not installed for another reason."""
         return [o for o in self.outcomes if o.error is not None and not isinstance(o.error, WaitingError)]
 
     @property
@@ -87,7 +87,7 @@ class Result:
 def expectations(
     node: Node, settings: Settings, items: Sequence[Item], now: datetime
 ) -> tuple[dict[str, verify.Expectation], list[Outcome]]:
-    """What the node demands, by authority; and the certificates whose CA file can't be read, or is half replaced."""
+    """The expectations by authority; and the failures of certificates whose CA file can't be read, or is half replaced."""
     version = version_of(node, settings)
     half = half_rotated(node, settings.node.kubeconfig_dir)
     demands: dict[str, verify.Expectation] = {}
@@ -163,7 +163,7 @@ def replacements(one: Prepared, verified: verify.Verified) -> Iterator[Replaceme
 
 def _kubelets(one: Prepared, current: Path, chain: bytes) -> Iterator[Replacement]:
     """
-    As a kubelet stores a pair: a dated file, to which the symlink leads from now on; older files stay.
+    Replace a pair as a kubelet does: a dated file, to which the symlink leads from now on; older files stay.
 
     A kubeconfig that embeds the old pair refers to the symlink from now on: with its own data it would be a second
     place, whose end keeps the kubelet from starting (measured on 1.37).

@@ -57,7 +57,7 @@ def go_back(run: Run, owed: Owed) -> Settled:
 
 def _backup(run: Run, owed: Owed) -> backups.Backup:
     """
-    What was in use, from the backups of one or several runs.
+    A backup of what was in use, put together from those of one or several runs.
 
     Raises:
         BridgeError: It can't be put back; nothing was touched.

@@ -1,4 +1,4 @@
-"""What an operator wants a certificate to say, and what comes of that: values alone."""
+"""An operator's wishes for what a certificate says, and what comes of them: values alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bridge.specs import KeyAlgorithm
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Changes:
-    """What an operator wants to be different in the next certificates."""
+    """Changes that an operator wants in the next certificates."""
 
     add: Mapping[str, tuple[x509.GeneralName, ...]] = field(default_factory=dict)  #: SANs by certificate name.
     drop: Mapping[str, tuple[x509.GeneralName, ...]] = field(default_factory=dict)

@@ -1,5 +1,5 @@
 """
-What a certificate is to say where that is not what the live one says: there is none, or an operator wants a change.
+Decides what a certificate is to say where the live one does not tell: there is none, or an operator wants a change.
 
 A missing certificate's names come from kubeadm-config or from kubeadm's configuration file and from this node's own
 manifests, and each is told with its source; where a fact is missing, nothing is guessed.
@@ -51,7 +51,7 @@ class CannotChangeError(BridgeError):
 
 def decide(node: Node, settings: Settings, names: Collection[str], changes: Changes) -> Wishes:
     """
-    What the next certificates are to say, where that is not what the live ones say.
+    Decide what the next certificates are to say, where that is not what the live ones say.
 
     Only for a missing certificate that is named, and for `adopt_defaults`, the cluster's API is asked, unless a
     configuration file is given.
@@ -144,7 +144,7 @@ def _assert_known_to(release: Release | None, spec: CertificateSpec) -> None:
 def _facts(
     config: KubeadmConfig, node: Node, settings: Settings, source: cluster_config.Source
 ) -> tuple[NamingFacts, str]:
-    """What the names are made of, and a sentence about where the node's own part comes from."""
+    """The facts that names are made of, and a sentence about where the node's own part comes from."""
     manifest = node.manifests.get(Component.APISERVER)
     here = settings.node.name
     address = (endpoints.name(manifest.flags) or "") if manifest is not None else ""

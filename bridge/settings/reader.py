@@ -231,7 +231,7 @@ def _keys_of(name: str, hint: Any) -> list[str]:
 
 
 def _wanted(hint: Any) -> str:
-    """What a missing key should be, in words."""
+    """The wanted value of a missing key, in words."""
     bare = _bare(hint)
     if typing.get_origin(bare) is Literal:
         return f"one of {', '.join(map(repr, typing.get_args(bare)))}"
@@ -297,7 +297,7 @@ def _absolute(value: str) -> Path:
 
 
 def _found(value: object) -> str:
-    """What was found, short; `nothing` for a missing key."""
+    """A found value in words, short; `nothing` for a missing key."""
     if value is None:
         return "nothing"
     if isinstance(value, dict):

@@ -63,7 +63,7 @@ class NodeSettings:
 
     @property
     def node_name(self) -> str:
-        """As set, or the host's."""
+        """The node's name as it is set, or else the host's."""
         return self.name or os.uname().nodename.strip().lower()
 
 
@@ -173,7 +173,7 @@ class Commands:
         return "; ".join(self.texts)
 
     def words(self) -> list[list[str]]:
-        """Of each command."""
+        """The words of each command."""
         return list(map(_words, self.texts))
 
 
@@ -351,7 +351,7 @@ class AuthoritySettings:
 
     @property
     def extra_subject(self) -> frozenset[tuple[str, str]]:
-        """As (OID, value)."""
+        """The further subject attributes that are allowed, as (OID, value)."""
         pairs = (text.partition("=") for text in self.allow_extra_subject)
         return frozenset((EXTRA_SUBJECT_OIDS[name], value) for name, _, value in pairs)
 
@@ -427,7 +427,7 @@ class Settings:
 
     @property
     def serving_sans(self) -> tuple[str, ...]:
-        """Of the kubelet's serving certificate, where the settings say which."""
+        """The SANs of the kubelet's serving certificate, where the settings say which."""
         ours = self.certificates.get(KUBELET_SERVER)
         return ours.sans if ours is not None else ()
 

@@ -50,7 +50,7 @@ class Zone:
 
 
 def _of_the_machine() -> tzinfo | None:
-    """As the C library finds it: TZ, then /etc/localtime, then UTC (tzset(3))."""
+    """The machine's time zone as the C library finds it: TZ, then /etc/localtime, then UTC (tzset(3))."""
     text = os.environ.get("TZ")
     if text is None:
         return _of_file(LOCALTIME) if LOCALTIME.exists() else UTC

@@ -1,5 +1,5 @@
 """
-What every backend does alike, as plain checks.
+The behaviour that all backends have alike, as plain checks.
 
 `bridge.testing` runs them under pytest against CAs of its own, `ca-bridge backend test` against a configured backend.
 Keys are made for the requests, and thrown away; nothing is written.
@@ -93,7 +93,7 @@ class Trial:
 
     @property
     def specs(self) -> list[CertificateSpec]:
-        """Of the certificates."""
+        """The specs of the live certificates."""
         return [SPECS[name] for name in self.live]
 
     def request(self, spec: CertificateSpec, algorithm: KeyAlgorithm = "ecdsa-p256") -> SignRequest:
@@ -114,7 +114,7 @@ class Trial:
 
     def verify(self, issued: Issued, request: SignRequest) -> None:
         """
-        As `renew` does it, now.
+        Verify an answer as `renew` does, now.
 
         Raises:
             VerificationError: With every violation.
@@ -178,7 +178,7 @@ def abilities(backend: Backend, known: Mapping[str, type] = ABILITIES) -> list[s
 
 
 def preflight_finds_nothing_wrong(trial: Trial) -> None:
-    """What is asked before a signature is spent is silent about a CA that is the right one and signs as it should."""
+    """The preflight has nothing against a CA that is the right one and signs as it should."""
     if not isinstance(trial.backend, Checks | ListsIssuers):
         raise NotSupportedError("has no preflight")
     for name, error in preflight.preflight(trial.backend, trial.specs, trial.expected).items():

@@ -36,12 +36,12 @@ _BY_FILE = {spec.base: spec for spec in SPECS.values()} | SPECS
 
 
 class CsrDirectoryError(BridgeError):
-    """What is in the directory can't be taken for kubeadm's CSRs."""
+    """The directory holds what can't be taken for kubeadm's CSRs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CsrDirectory:
-    """What was found."""
+    """The CSRs of a directory, as a bundle."""
 
     directory: Path
     bundle: RequestBundle  #: The same requests every time, so that an interrupted run goes on.

@@ -97,12 +97,12 @@ class Job:
 
     @cached_property
     def requests(self) -> dict[str, SignRequest]:
-        """As a backend is asked, by name."""
+        """The requests that backends are given, by certificate name."""
         return {request.name: sign_request(request, self.bundle) for request in self.bundle.requests}
 
     @property
     def to_sign(self) -> list[BundledRequest]:
-        """What has no answer and no trouble."""
+        """The requests without an answer and without trouble."""
         return [one for one in self.bundle.requests if one.name not in self.answers and one.name not in self.troubles]
 
     @property
@@ -454,7 +454,7 @@ class Desk:
         return self._workers.submit(chunk, compared, answered, by)
 
     def _verify(self, job: Job, reasons: Mapping[str, str]) -> None:
-        """What a CA signed wrongly is not sent; the node would refuse it, too."""
+        """Withhold what a CA signed wrongly; the node would refuse it, too."""
         for request in job.bundle.requests:
             answer = job.answers.get(request.name)
             if not isinstance(answer, Issued):

@@ -77,7 +77,7 @@ class Archive:
         raise ArchiveError(f"{self.directory}: wanted {wanted}, found {found}")
 
     def answers(self, bundle: RequestBundle) -> Mapping[str, Answered]:
-        """What was signed before for the same CSRs, by certificate name."""
+        """Answers that were signed before for the same CSRs, by certificate name."""
         return {request.name: found for request in bundle.requests if (found := self._answered(request)) is not None}
 
     def _answered(self, request: BundledRequest) -> Answered | None:

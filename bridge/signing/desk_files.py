@@ -1,4 +1,4 @@
-"""What `sign` does with files: the policy, bundles and CSRs in, answers out, and the done ones into the archive."""
+"""The files of `sign`: the policy, bundles and CSRs in, answers out, and the done ones into the archive."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _ANSWER_MODE = 0o644  #: Certificates are public, and who fetches it is another 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the command line says."""
+    """The options of `sign`."""
 
     source: Path
     out: Path | None = None
@@ -122,7 +122,7 @@ def load_answer_key(policy: Policy) -> PrivateKeyTypes | None:
 
 @dataclass(frozen=True, slots=True)
 class _InboxFile:
-    """What lay in the inbox, as it was read."""
+    """A file of the inbox, as it was read."""
 
     path: Path
     data: bytes
@@ -131,7 +131,7 @@ class _InboxFile:
 
 @dataclass(kw_only=True)
 class Work:
-    """What there is to sign."""
+    """The work of one `sign`: bundles, as jobs."""
 
     jobs: Callable[[Workers | None], Iterator[Job]]  #: As they are read, with the help of workers.
     total: int  #: Bundles; known before the first is read.
@@ -344,7 +344,7 @@ class Session:
 
 
 def _names_in(inbox: Path) -> list[str]:
-    """What lies there, in alphabetical order; directories and hidden files are nobody's bundles."""
+    """The names of files in the inbox, in alphabetical order; directories and hidden files are nobody's bundles."""
     return sorted(
         entry.name
         for entry in os.scandir(inbox)
@@ -394,7 +394,7 @@ def _beside(
 
 
 def _remove(path: Path, status: os.stat_result) -> None:
-    """What was judged, unless somebody has put another file there meanwhile."""
+    """Remove the file that was judged, unless somebody has put another one there meanwhile."""
     with contextlib.suppress(FileNotFoundError):
         now = path.lstat()
         if (now.st_ino, now.st_mtime_ns, now.st_size) != (status.st_ino, status.st_mtime_ns, status.st_size):

@@ -90,7 +90,7 @@ class Journal:
         os.close(self._file)
 
     def get(self, request: SignRequest) -> Issued | Pending | Asked | None:
-        """What a CA has said to exactly this request, as far as that is known; the latest counts."""
+        """A CA's latest answer to exactly this request, as far as it is known."""
         place = self._places.get(key_of(request))
         if place is None:
             return None
@@ -156,7 +156,7 @@ def _write_all(file: int, data: bytes, offset: int) -> None:
 
 
 def key_of(request: SignRequest) -> str:
-    """Of the CSR and what it is wanted for."""
+    """The SHA-256 (hex) of a CSR and what it is wanted for."""
     about = json.dumps([request.spec.name, request.spec.authority.name, request.validity.total_seconds()])
     return sha256(about.encode() + b"\0" + request.csr_pem).hexdigest()
 

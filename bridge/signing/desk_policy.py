@@ -1,5 +1,5 @@
 """
-What a CA desk signs, and for whom: the policy file, and the judgement of a request by it (pure: no I/O, no clock).
+A CA desk's policy: what it signs, and for whom; and the judgement of a request by it (pure: no I/O, no clock).
 
 Strict like the settings file. A list in it replaces a default, and the default is never more than what the certificate
 that is replaced has, or, where nothing proves that, what kubeadm itself asks for.
@@ -168,7 +168,7 @@ class Policy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyVerdict:
-    """What the policy says to one request."""
+    """The policy's judgement of one request."""
 
     problems: tuple[str, ...]  #: None: it may be signed.
     proven: bool  #: The proof holds, by this CA's certificate of the same name and usages.
@@ -255,7 +255,7 @@ def _who(bundle: RequestBundle, allow: Allow) -> Iterator[str]:
 
 
 def _age(bundle: RequestBundle, allow: Allow, now: datetime) -> Iterator[str]:
-    """What somebody has kept for long is good for nothing; a clock may be wrong by a day."""
+    """Problems with a bundle's age: one kept for long is good for nothing; a clock may be wrong by a day."""
     if now - bundle.created > allow.max_age:
         limit = f"made at most {duration_text(allow.max_age)} ago (allow.max_age)"
         yield f"age: wanted a request {limit}, found one of {bundle.created:%Y-%m-%d}; export it again"
@@ -267,7 +267,7 @@ def _proof_trouble(
     request: BundledRequest, bundle: RequestBundle, policy: Policy, cas: Sequence[x509.Certificate], now: datetime
 ) -> tuple[str | None, bool]:
     """
-    What the proof lacks, and whether a person may do without it: not if it is somebody else's, who tried.
+    Why the proof does not hold, and whether a person may do without it: not if it is somebody else's, who tried.
 
     One without the certificate that it is by is nobody's.
     """
@@ -312,7 +312,7 @@ def _what(request: BundledRequest, bundle: RequestBundle, policy: Policy, *, pro
 
 
 def _listed(nodes: Register, name: str) -> tuple[str, ...]:
-    """What the inventory lets a node be called in its kubelet's certificate; nothing of one that it blocks or has not."""
+    """SANs that the inventory allows in a node's kubelet certificate; none for a node that it blocks or has not."""
     entry = nodes.nodes.get(name)
     return () if entry is None or entry.blocked else tuple(sorted(value for _, value in entry.sans(name)))
 
@@ -321,7 +321,7 @@ def name_problems(
     name: str, csr: x509.CertificateSigningRequest, policy: Policy, node: str, own_sans: Sequence[str]
 ) -> Iterator[str]:
     """
-    What speaks against the names in a CSR that no replaced certificate and no proof stand beside.
+    Problems with the names in a CSR that no replaced certificate and no proof stand beside.
 
     Args:
         name: kubeadm's name of the certificate.

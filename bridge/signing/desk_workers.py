@@ -85,7 +85,7 @@ class ReadBundle:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnsweredBundle:
-    """What the CAs answered to the bundle with this number, by name."""
+    """The CAs' answers to the bundle with this number, by certificate name."""
 
     number: int
     answers: Mapping[str, Issued]
@@ -112,7 +112,7 @@ def read(bundles: Mapping[int, bytes], by: Judgement) -> list[ReadBundle | None]
 
 
 def verdicts(bundle: RequestBundle, by: Judgement) -> dict[str, PolicyVerdict]:
-    """What the policy says to each request, by name; none for what can't be judged here."""
+    """The policy's verdict on each request, by name; none for what can't be judged here."""
     found = {}
     for request in bundle.requests:
         with contextlib.suppress(Exception):  # the desk judges it by itself, and tells what is wrong
@@ -228,7 +228,7 @@ class _Worker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadAhead:
-    """What a worker has read, and which."""
+    """A bundle that a worker has read, and which one."""
 
     number: int  #: In the order in which they were read.
     chunk: int  #: With which it was at the worker.

@@ -1,4 +1,4 @@
-"""What can be known of a CA before a signature is spent: that it is the right one, and what it would sign."""
+"""Looks at a CA before a signature is spent: that it is the right one, and what it would sign."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def preflight(
     backend: Backend, specs: Sequence[CertificateSpec], expected: verify.Expectation | None
 ) -> dict[str, RefusedByCheckError]:
     """
-    What can be known before a signature is spent: the right CA, and the right usages for each certificate.
+    Find before a signature is spent what would be wrong: another CA, or other usages; errors by certificate name.
 
     Args:
         backend: Is asked.
@@ -44,7 +44,7 @@ def preflight(
 
 def whole(backend: ChecksWhole, wanted: Sequence[Wanted]) -> dict[str, RefusedByCheckError]:
     """
-    What a CA would refuse, or answer in vain, by all that it lets us see of a profile or role.
+    Find what a CA would refuse, or answer in vain, by all that it lets us see of a profile or role; errors by name.
 
     Raises:
         BackendRefusedError: It does not accept us.

@@ -55,7 +55,7 @@ class NodeEntry:
                 yield SettingsProblem("names", "host names in small letters, no wildcards", repr(text))
 
     def sans(self, name: str) -> frozenset[San]:
-        """What may be in its certificates."""
+        """The SANs that may be in the node's certificates."""
         addresses = {("IP", str(found)) for text in self.addresses if (found := address(text)) is not None}
         return frozenset({("DNS", name), *(("DNS", text) for text in self.names), *addresses})
 

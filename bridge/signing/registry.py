@@ -128,7 +128,7 @@ def configured(settings: Settings, authorities: Iterable[str]) -> dict[str, Conf
 
 
 def _given(settings: Settings) -> dict[str, Any]:
-    """What every backend's settings hold that no key says."""
+    """Values in every backend's settings that no key of its table says."""
     return {"node": settings.node.node_name, "signed_by": settings.node.desk_key}
 
 

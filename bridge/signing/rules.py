@@ -1,4 +1,4 @@
-"""What policies have in common: how a name, an address, a subject or a group is written in one, and matched (pure)."""
+"""Patterns of policies: how a name, an address, a subject or a group is written in one, and matched (pure)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """
-What a policy says to a request that came by the certificates API (pure: no I/O, no clock).
+The judgement of a request that came by the certificates API (pure: no I/O, no clock).
 
 A function of what the API server vouches for (who asks, for which signer), of the CSR, of the policy, of the register
 of nodes and of the time. It is asked again right before the CA is, and before the certificate is written.
@@ -89,7 +89,7 @@ Verdict = Allowed | Hostile | Later
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """What a request is judged by, besides itself."""
+    """All that a request is judged by, besides itself."""
 
     policy: Policy
     cluster: str
@@ -129,7 +129,7 @@ def node_of(request: Request) -> str | None:
 
 
 def judge(request: Request, world: World) -> Verdict:
-    """What becomes of a request."""
+    """Judge a request: sign it, refuse it, or leave it for later."""
     rules, spec = world.policy.signers.get(request.signer), spec_of(request.signer)
     if rules is None or spec is None:
         return Later("the policy has no table for this signer")

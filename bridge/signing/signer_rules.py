@@ -51,7 +51,7 @@ _USAGES = {EKU.SERVER_AUTH: "server auth", EKU.CLIENT_AUTH: "client auth"}
 
 def spec_of(signer: str) -> CertificateSpec | None:
     """
-    What a signer's certificates are; None: no name that a policy may have.
+    The spec of a signer's certificates; None: no signer that a policy may name.
 
     Besides Kubernetes' signers that is `DOMAIN/NAME` with kubeadm's name of a certificate.
     """

@@ -32,7 +32,7 @@ class UserRules:
     max_validity: timedelta = timedelta(hours=24)
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """What no user may be by a bundle."""
+        """Names and groups that no user may have by a bundle."""
         for key in ("groups", "allow"):
             if MASTERS in getattr(self, key):
                 wanted = "no group that no RBAC rule can hold back; kubeadm:cluster-admins is a binding"
@@ -40,7 +40,7 @@ class UserRules:
 
     @property
     def limits(self) -> Limits:
-        """As for `kubeconfig user` on a node."""
+        """The limits, as for `kubeconfig user` on a node."""
         return Limits(groups=self.groups, allow=self.allow, max_validity=self.max_validity, names=self.names)
 
 

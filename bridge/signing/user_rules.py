@@ -36,7 +36,7 @@ class User:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a table `[users]` says."""
+    """The limits on users that a table `[users]` sets."""
 
     groups: tuple[str, ...]  #: Patterns, as in a shell.
     allow: tuple[str, ...]  #: Reserved names and groups that may be, nevertheless.

@@ -1,5 +1,5 @@
 """
-What we remember, and what we replace: the state directory, the audit log, installation, backups.
+Memory, and the replacement of files: the state directory, the audit log, installation, backups.
 
 Which certificates are renewed, and whether they are good, is decided elsewhere.
 """

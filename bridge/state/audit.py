@@ -94,7 +94,7 @@ START = Link(0, ZEROS)
 
 
 def event_of(error: BridgeError) -> str:
-    """What became of a certificate that was not installed."""
+    """The event to record for a certificate that was not installed, by its error."""
     if isinstance(error, BackendUnavailableError):
         return UNAVAILABLE
     if isinstance(error, WaitingError):
@@ -128,7 +128,7 @@ class Record:
 
     def know(self, name: str, request: SignRequest, backend: str, identity: str | None) -> None:
         """
-        What each later line about a certificate says.
+        Remember the facts that each later line about a certificate repeats.
 
         Args:
             name: kubeadm's.
@@ -271,7 +271,7 @@ class _End:
 
     @classmethod
     def of(cls, path: Path, link: Link, doer: Mapping[str, str]) -> _End | None:
-        """As it is now; None: it can't be looked at."""
+        """The end of the file as it is now; None: it can't be looked at."""
         try:
             found = path.lstat()
         except OSError:
@@ -569,7 +569,7 @@ def _walk(store: Store) -> tuple[int, list[Damage]]:
 
 
 def _lines(store: Store) -> Iterator[tuple[str, bytes]]:
-    """Of all files, which are opened at one time: a run may be renaming one (it leaves the lines as they are)."""
+    """The lines of all files with where they stand; all are opened first, since a run may be renaming one."""
     with contextlib.ExitStack() as stack:
         for name, file in _opened(store, stack):
             for number, line in enumerate(file, start=1):

@@ -90,7 +90,7 @@ def files_of(backup: Backup, name: str) -> list[File]:
 def _problems(
     files: Sequence[File], item: Item, kubeconfig_dir: Path, now: datetime, extra: frozenset[tuple[str, str]]
 ) -> Iterator[Problem]:
-    """Of one certificate: its files, its pair, what is in it; later ones make no sense without the earlier."""
+    """Problems of one certificate: its files, its pair, what is in it; later ones make no sense without the earlier."""
     name = item.spec.name
     found = [*_misplaced(name, files, item, kubeconfig_dir), *_damaged(name, files)]
     if found:
@@ -146,7 +146,7 @@ def _damaged(name: str, files: Sequence[File]) -> Iterator[Problem]:
 
 
 def _content_behind(link: File, files: Sequence[File]) -> bytes | None:
-    """What a symlink will lead to: a file that is put back with it, or one that stays there; None: neither."""
+    """The content that a symlink will lead to: of a file that is put back with it, or one that stays; None: neither."""
     target = link.target
     if target is None:
         return None
@@ -178,7 +178,7 @@ def pair_of(files: Sequence[File], item: Item) -> tuple[list[x509.Certificate], 
 
 
 def _kubelets_pair(files: Sequence[File], item: Item) -> tuple[list[x509.Certificate], bytes] | None:
-    """What a kubelet starts with: what its kubeconfig embeds, or else what the symlink led to; None: neither is here."""
+    """The pair that a kubelet starts with: embedded in its kubeconfig, or else where the symlink led; None: neither is here."""
     for file in files:
         if file.copy is not None and file.path.name == item.spec.base:
             data = file.copy.read_bytes()
@@ -208,7 +208,7 @@ def _unproven(
     now: datetime,
     extra: frozenset[tuple[str, str]],
 ) -> Iterator[Problem]:
-    """As an answer to a request that we would make now, but for how long it must be valid."""
+    """Problems of a certificate as an answer to a request that we would make now, but for how long it must be valid."""
     name, leaf = item.spec.name, certificates[0]
     live = item.certificates[0] if item.certificates else leaf
     try:

@@ -75,7 +75,7 @@ class File:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backup:
-    """What an installation replaced."""
+    """A backup: the files that an installation replaced."""
 
     backup_id: str
     directory: Path
@@ -89,7 +89,7 @@ class Backup:
 
     @property
     def names(self) -> list[str]:
-        """Of its certificates, each once."""
+        """The names of its certificates, each once."""
         return list(dict.fromkeys(file.certificate for file in self.files))
 
 

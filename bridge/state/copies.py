@@ -64,7 +64,7 @@ class Copy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Live:
-    """What a kubeconfig of the node holds now."""
+    """The certificate and key that a kubeconfig of the node holds now."""
 
     certificate: x509.Certificate
     pair: tuple[bytes, bytes]  #: Certificate and key in PEM, as embedded there.
@@ -157,7 +157,7 @@ def settle(settings: Settings, store: Store, record: audit.Record) -> list[Bridg
 
 
 def _live(node: Node) -> tuple[dict[str, _Live], dict[str, CopyError]]:
-    """Of the node's kubeconfigs by name; and of those that can't be read now, why."""
+    """The pairs of the node's kubeconfigs, and the errors of those that can't be read now; both by name."""
     live: dict[str, _Live] = {}
     errors: dict[str, CopyError] = {}
     for item in node.items:
@@ -315,7 +315,7 @@ def _judged(place: Place) -> Iterator[_Found]:
 
 @contextlib.contextmanager
 def _reasons(path: Path) -> Iterator[None]:
-    """What is wrong with a copy, as an error with its name."""
+    """Turn what is wrong with a copy into an error with its path."""
     try:
         yield
     except KubeconfigError as e:

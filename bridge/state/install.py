@@ -76,7 +76,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recovery:
-    """What `recover` found and did."""
+    """The result of `recover`: the interrupted installation, and which way it was ended."""
 
     run_id: str
     direction: str  #: `forward` or `back`.
@@ -96,7 +96,7 @@ def digest(data: bytes) -> str:
 
 def fingerprint(path: Path) -> str | None:
     """
-    Of what is at a path itself: SHA-256 of a file's content, or of where a symlink leads; None: nothing is there.
+    The SHA-256 of what is at a path itself: a file's content, or where a symlink leads; None: nothing is there.
 
     Raises:
         OSError: It can't be read.
@@ -408,7 +408,7 @@ def attributes_json(attributes: Attributes) -> dict[str, Any]:
 
 
 def attributes_from(value: Mapping[str, Any]) -> Attributes:
-    """As a backup's manifest has them."""
+    """Read attributes as a backup's manifest has them."""
     extended = {name: bytes.fromhex(text) for name, text in value["extended"].items()}
     return Attributes(mode=value["mode"], uid=value["uid"], gid=value["gid"], extended=extended)
 
@@ -475,7 +475,7 @@ def manifest_file(directory: Path) -> StateFile[dict[str, Any]]:
 
 
 def _manifest_of(document: Mapping[str, Any]) -> dict[str, Any]:
-    """What a manifest without them could not be listed or put back."""
+    """Check the fields without which a backup could not be listed or put back."""
     if not _names(document, "id", "created", "run_id") or not isinstance(document["files"], list):
         raise ValueError("not written by this program")
     for entry in document["files"]:

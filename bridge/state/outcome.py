@@ -1,4 +1,4 @@
-"""What became of one certificate in a run."""
+"""The outcome for one certificate in a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bridge.errors import BridgeError, Exit
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of one certificate."""
+    """The outcome for one certificate."""
 
     name: str
     authority: str

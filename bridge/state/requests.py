@@ -107,7 +107,7 @@ class OpenRequests:
 
 
 class Unkept(OpenRequests):
-    """Of a run whose requests and keys are thrown away: in memory alone."""
+    """The requests of a run that throws them and their keys away: in memory alone."""
 
     def __init__(self) -> None:
         self._requests = {}

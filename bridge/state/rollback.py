@@ -52,7 +52,7 @@ class RollbackRefusedError(BridgeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollback:
-    """What was put back."""
+    """The result of a rollback."""
 
     backup: Backup
     replaced_backup_id: str  #: The backup of what was there before.
@@ -160,7 +160,7 @@ def _serial(certificate: x509.Certificate | None) -> str | None:
 
 def outcomes_of(backup: Backup, node: Node) -> list[Outcome]:
     """
-    What putting it back does, one a certificate; without a new one where its files are removed.
+    The outcomes that putting a backup back has, one a certificate; without a new one where its files are removed.
 
     Raises:
         BackupError: A copy is damaged.

@@ -24,7 +24,7 @@ from bridge.system.state_file import StateError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What the steps of one run share."""
+    """One run: all that its steps share."""
 
     settings: Settings
     store: Store  #: Its lock is held.
@@ -34,7 +34,7 @@ class Run:
     now: Callable[[], datetime]
 
     def read_node(self) -> Node:
-        """What is on the node at this moment."""
+        """Read what is on the node at this moment."""
         return inventory.of(self.settings.node)
 
 
@@ -73,7 +73,7 @@ def alone(
 
 
 def _forget_installed(settings: Settings, store: Store, tell: Callable[[Recovery | str], None]) -> None:
-    """What a killed run had installed, and was finished just now: after a rollback it would be installed once more."""
+    """Forget answers that a killed run had installed: after a rollback they would be installed once more."""
     live = {item.spec.name: item.certificates[0] for item in inventory.of(settings.node).items if item.certificates}
     try:
         requests = OpenRequests(store)
@@ -105,7 +105,7 @@ def begun(
 
 
 def _forget_outdated(run: Run, node: Node) -> None:
-    """What can't be read now may come back."""
+    """Give up requests whose live certificate has been replaced; one that can't be read now may come back."""
     live = {item.spec.name: item.certificates[0] for item in node.items if item.state == "present"}
     for one in run.requests:
         certificate = live.get(one.name)

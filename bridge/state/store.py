@@ -56,7 +56,7 @@ class Store:
         private_directory(self.backups)
 
     def half_written(self) -> list[Path]:
-        """What `files.write_atomically` leaves when its process is killed; other names with a dot are not ours."""
+        """Files that a killed `files.write_atomically` has left; other names with a dot are not ours."""
         names = [re.escape(path.name) for path in vars(self).values() if path.parent == self.directory]
         ours = re.compile(rf"\.({'|'.join([*names, _NUMBERED])})\.[a-z0-9_]{{8}}")  # as `tempfile` makes them
         return [path for path in self.directory.glob(".*") if ours.fullmatch(path.name) and path.is_file()]

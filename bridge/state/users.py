@@ -31,7 +31,7 @@ class OpenUser:
 
     @property
     def request(self) -> SignRequest:
-        """As it is sent."""
+        """The request as it is sent."""
         return SignRequest(spec=USER, csr_pem=self.csr_pem, validity=self.validity, continuity=self.carried)
 
 

@@ -1,4 +1,4 @@
-"""What goes to standard error: messages, as text or JSON lines, or into systemd's journal. Results are printed by the commands themselves."""
+"""Messages: to standard error as text or JSON lines, or into systemd's journal. Results are printed by the commands."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def print_error(error: BridgeError, about: str = "") -> None:
 
 
 def hint_of(error: BridgeError) -> str:
-    """What to do next; where rights are what is missing, to have them, whatever else may be wrong."""
+    """An error's hint; where rights are what is missing, to run as root, whatever else may be wrong."""
     return ROOT_HINT if lacks_rights(error.reason) else error.hint
 
 
@@ -100,7 +100,7 @@ _ABOUT = ("request", "signer", "requester", "outcome")
 
 def facts(record: logging.LogRecord) -> dict[str, object]:
     """
-    What a message says besides its words, for programs; as `config/logs/log-line.schema.json` has it.
+    The fields of a message for programs, besides its words; `config/logs/log-line.schema.json` describes them.
 
     Args:
         record: Its message begins with the certificates that it is about, if it is about some.

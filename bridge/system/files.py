@@ -36,7 +36,7 @@ _FS_APPEND_FL = 0x20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attributes:
-    """What of a file stays when its content is replaced."""
+    """The attributes of a file that stay when its content is replaced."""
 
     mode: int  #: Permission bits.
     uid: int
@@ -46,7 +46,7 @@ class Attributes:
 
     @classmethod
     def of(cls, path: Path) -> Attributes:
-        """Of the file that the path leads to."""
+        """The attributes of the file that the path leads to."""
         status = path.stat()
         return cls(mode=stat.S_IMODE(status.st_mode), uid=status.st_uid, gid=status.st_gid, extended=_extended(path))
 

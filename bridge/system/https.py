@@ -50,7 +50,7 @@ class ClientRefusedError(HttpsError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpAnswer:
-    """What a server answered."""
+    """A server's answer."""
 
     status: int
     body: bytes  #: At most `MAX_ANSWER_BYTES` of it.

@@ -40,7 +40,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
-    """What is true on this machine."""
+    """The program, options and paths of this machine, for units and cron jobs."""
 
     program: Path  #: Absolute.
     options: Sequence[str]  #: Of each command, such as `--config FILE`; none where the default is meant.

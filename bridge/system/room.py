@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """What is free on one file system, for us."""
+    """The free space of one file system, for us."""
 
     place: Path  #: A directory on it.
     free: int  #: Bytes.

@@ -31,7 +31,7 @@ class Ended:
 
 
 class Output:
-    """Of one command: told line by line, up to a limit; the rest is only counted."""
+    """The output of one command: told line by line, up to a limit; the rest is only counted."""
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         self._tell = tell

@@ -1,4 +1,4 @@
-"""What one run is called: in each of its messages, in the audit log, and in its backup."""
+"""The name of one run: in each of its messages, in the audit log, and in its backup."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ _NOT_OURS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, Rec
 
 
 class OnDamage(Enum):
-    """What a file means whose content is not what we wrote."""
+    """The policy for a file whose content is not what we wrote."""
 
     REFUSE = "no run goes on over it: something is owed, and only an operator may have it set aside"
     SET_ASIDE = "it is said once, and kept under another name; from then on there is none"

@@ -1,5 +1,5 @@
 """
-What takes long tells so on standard error: a line that moves on a terminal, a plain line elsewhere.
+Progress of what takes long, on standard error: a line that moves on a terminal, a plain line elsewhere.
 
 Nothing is shown in the first two seconds. On a terminal the line is gone when what it tells of is over; into a file or
 a journal goes one line for each thing that takes that long.

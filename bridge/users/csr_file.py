@@ -42,7 +42,7 @@ class CsrRefusedError(BridgeError):
 
 
 def naming_of(user: User) -> Naming:
-    """As `kubeadm kubeconfig user` would have it: all groups, then the name; no SAN."""
+    """The subject of a user, as `kubeadm kubeconfig user` writes it: all groups, then the name; no SAN."""
     return Naming(subject=subject_of(user.name, user.groups))
 
 

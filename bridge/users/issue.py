@@ -65,7 +65,7 @@ _LEAST_SHARE = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """What an operator wants."""
+    """A kubeconfig as the operator wants it."""
 
     user: User
     out: Path  #: Where the kubeconfig goes.
@@ -79,7 +79,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Done:
-    """What came of it."""
+    """The kubeconfig that was made."""
 
     leaf: x509.Certificate
     server: str
