@@ -617,17 +617,18 @@ def _check_signer(path: Path, signer: x509.Certificate) -> None:
     Raises:
         BackendRefusedError: It may not.
     """
-    now, wrong = datetime.now(UTC), []
+    now, wrong, hint = datetime.now(UTC), [], ""
     if not signer.not_valid_before_utc <= now < signer.not_valid_after_utc:
         dates = f"{signer.not_valid_before_utc:%Y-%m-%d %H:%M} to {signer.not_valid_after_utc:%Y-%m-%d %H:%M}"
-        wrong.append(f"wanted one that is valid now, found {dates} UTC")
+        wrong.append(f"wanted one that is valid now ({now:%Y-%m-%d %H:%M} UTC), found {dates} UTC")
+        hint = "is this machine's clock right? if it is, the CA's owner has to renew that certificate first"
     constraints, usage = _extension(signer, x509.BasicConstraints), _extension(signer, x509.KeyUsage)
     if not constraints or not constraints.ca:
         wrong.append("wanted CA:TRUE, found none")
     if usage and not usage.key_cert_sign:
         wrong.append("wanted the key usage keyCertSign, found none")
     if wrong:
-        raise BackendRefusedError(f"the CA's certificate {path}: {'; '.join(wrong)}")
+        raise BackendRefusedError(f"the CA's certificate {path}: {'; '.join(wrong)}", hint=hint)
 
 
 def _extension(certificate: x509.Certificate, kind: type[_ExtensionT]) -> _ExtensionT | None:

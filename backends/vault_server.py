@@ -199,7 +199,7 @@ class Server:
             token: It has to be fit for a header.
 
         Raises:
-            BackendRefusedError: It can't be read, or is no token.
+            LocalFileError: It can't be read, or is no token.
         """
         if secret is None:
             raise TypeError("a secret that `VaultSettings.problems` demands is not set")
@@ -208,7 +208,10 @@ class Server:
         except SecretUnavailableError as e:
             raise LocalFileError(f"vault: {e}", hint="put the secret there, readable for this process") from e
         if token and not re.fullmatch(r"[!-~]+", value):
-            raise BackendRefusedError(f"vault: wanted a token in {secret}, found more than one word of ASCII text")
+            raise LocalFileError(
+                f"vault: wanted a token in {secret}, found more than one word of ASCII text",
+                hint="put the token there, and nothing else",
+            )
         return self.hide(value)
 
     def send(

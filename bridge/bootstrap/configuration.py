@@ -226,6 +226,9 @@ def join_configuration(
     return Configuration(documents=(document,))
 
 
+_IN_FILE = "the file that --kubeadm-config names; docs/day-0.md has one to begin with"
+
+
 def assert_usable(config: Configuration, pki_dir: str, *, further: bool) -> None:
     """
     Refuse what kubeadm would find out too late, or would look for in the internet.
@@ -241,14 +244,18 @@ def assert_usable(config: Configuration, pki_dir: str, *, further: bool) -> None
     name, address = config.name, config.address
     if not name or not _NODE.fullmatch(name):
         raise KubeadmConfigError(
-            f"nodeRegistration.name: wanted the node's name in small letters, found {name or 'none'}"
+            f"nodeRegistration.name: wanted the node's name in small letters, found {name or 'none'}",
+            hint=f"--name gives it, or {_IN_FILE}",
         )
     if not _is_address(address):
-        raise KubeadmConfigError(f"localAPIEndpoint.advertiseAddress: wanted an IP address, found {address or 'none'}")
+        raise KubeadmConfigError(
+            f"localAPIEndpoint.advertiseAddress: wanted an IP address, found {address or 'none'}",
+            hint=f"--advertise-address gives it, or {_IN_FILE}",
+        )
     if not _VERSION.fullmatch(config.version):
         raise KubeadmConfigError(
             f"kubernetesVersion: wanted a version such as v1.37.2, found {config.version or 'none'}",
-            hint="without it kubeadm asks the internet for one",
+            hint=f"--kubernetes-version gives it, or {_IN_FILE}; without it kubeadm asks the internet for one",
         )
     if further and not config.endpoint:
         raise KubeadmConfigError(

@@ -61,6 +61,7 @@ def _say_cause(cause: Cause) -> None:
 def _count(causes: Sequence[Cause]) -> str:
     counts = {level: sum(cause.level == level for cause in causes) for level in LEVELS}
     if not counts["error"] and not counts["warning"]:
-        return "nothing is wrong"
+        unasked = any(cause.check == "by-hand" for cause in causes)
+        return "nothing is wrong on this node; no CA was asked" if unasked else "nothing is wrong"
     words = [f"{counts[level]} {level}{'' if counts[level] == 1 else 's'}" for level in LEVELS[:2] if counts[level]]
     return ", ".join(words)

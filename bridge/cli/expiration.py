@@ -16,7 +16,7 @@ from bridge.pki.certificates import fingerprint, name_text, serial_hex
 from bridge.pki.expiry import residual, rfc3339
 from bridge.settings.tables import RenewalSettings, Settings
 from bridge.state.store import Store
-from bridge.system.console import log
+from bridge.system.console import ROOT_HINT, lacks_rights, log
 
 if TYPE_CHECKING:
     from bridge.monitoring.exposition import Known
@@ -61,6 +61,8 @@ def check_expiration(
     say(text)
     for trouble in troubles:
         log.error("%s", trouble)
+    if any(map(lacks_rights, troubles)):
+        log.error("%s", ROOT_HINT, extra={"is_hint": True})
     return code
 
 

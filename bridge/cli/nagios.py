@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from bridge.node import inventory
 from bridge.node.expiry_report import ExpiryReport, Limit, Row, report
-from bridge.pki.expiry import residual
+from bridge.pki.expiry import is_early, residual
 from bridge.settings.tables import Settings
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def check(
     """
     node = inventory.of(settings.node)
     early, late = report(node, now, limits.warning), report(node, now, limits.critical)
-    critical, warning = _critical(late), _warning(early, late, failures)
+    critical, warning = _critical(late, now), _warning(early, late, failures)
     status = 2 if critical or early.troubles else 1 if warning else 0
     what = ", ".join([*critical, *warning]) or _good(early)
     unseen = "" if failures is not None else " (failed runs are for root to see)"
@@ -72,10 +72,11 @@ def check(
     return f"CERTIFICATES {_WORDS[status]} - {what}{unseen}{' | ' if data else ''}{data}", list(early.troubles), status
 
 
-def _critical(late: ExpiryReport) -> list[str]:
+def _critical(late: ExpiryReport, now: datetime) -> list[str]:
     rows = [row for row in late.rows if not (row.state == "missing" and row.optional)]
     return [
         *(f"{row.name} expired" for row in rows if row.expired),
+        *(f"{row.name} is not valid yet" for row in rows if not row.foreign and is_early(row.chain, now)),
         *(f"{row.name} {row.state}" for row in rows if row.state != "present"),
         *(_ends(row) for row in rows if row.due and not row.expired),
     ]

@@ -46,7 +46,9 @@ def settings_init(file: Path | None) -> None:
             path.chmod(0o644)
             opened.write(example().read_text(encoding="utf-8"))
     except FileExistsError:
-        raise BridgeError(f"{path}: wanted no file, found one", hint="edit it, or name another place") from None
+        raise BridgeError(
+            f"{path}: wanted no file, found one", hint="edit it, or write another one: `ca-bridge settings init FILE`"
+        ) from None
     say(f"wrote {path}")
 
 

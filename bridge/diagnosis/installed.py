@@ -121,7 +121,9 @@ def _item(item: Item, settings: Settings, now: datetime) -> Iterator[Finding]:
         yield Finding(level="ok", check="certificate", about=name, text="not on this node, which is normal for it")
     else:
         text = item.trouble or f"wanted a certificate in {item.certificate_path}, found nothing"
-        yield Finding(level="error", check=f"certificate-{item.state}", about=name, text=text, hint=_RESTORE)
+        is_made = item.state == "missing" and (item.listed or name == KUBELET_CONF)
+        hint = f"{_RESTORE}; or `ca-bridge renew {name}` makes it anew" if is_made else _RESTORE
+        yield Finding(level="error", check=f"certificate-{item.state}", about=name, text=text, hint=hint)
 
 
 def _super_admin(item: Item) -> Finding:
@@ -324,7 +326,8 @@ def ca_end(certificate: x509.Certificate, about: str, now: datetime, more: str =
     end = certificate.not_valid_after_utc
     if end <= now:
         text = f"{expiry.left_text(end, now)}: nothing that it signs is valid"
-        return Finding(level="error", check="ca-expired", about=about, text=text)
+        hint = "its owner has to renew it first, with the same key; is this node's clock right?"
+        return Finding(level="error", check="ca-expired", about=about, text=text, hint=hint)
     if end - now < CA_ENDS_SOON:
         text = f"{expiry.left_text(end, now)}; no certificate may outlive it"
         hint = "plan the CA's own renewal; kubeadm does none"

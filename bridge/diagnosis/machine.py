@@ -22,6 +22,7 @@ from bridge.settings.tables import Settings
 from bridge.state import copies
 from bridge.state.store import Store
 from bridge.system import files
+from bridge.system.console import READ_ONLY_HINT
 from bridge.system.foreign import ForeignLinkError, opened
 from bridge.system.room import Room, rooms
 from bridge.system.safe_read import UnreadableError, read
@@ -55,6 +56,9 @@ def room(settings: Settings, *, node: bool = True) -> Iterator[Finding]:
 
 def _room(found: Room) -> Iterator[Finding]:
     about = f"file system of {found.place}"
+    if found.is_read_only:
+        text = "wanted one that can be written to, found it mounted read-only: no renewal can be installed"
+        yield Finding(level="error", check="read-only", about=about, text=text, hint=READ_ONLY_HINT)
     if found.free < _LITTLE:
         text = (
             f"wanted {_LITTLE >> 20} MiB for a renewal, its backup and some time to come, found {found.free >> 10} KiB"

@@ -97,8 +97,8 @@ class WatchedFile(Generic[T]):
             found = e.strerror if isinstance(e, OSError) else str(e)
             raise SettingsError([SettingsProblem("", f"the {self._what}", str(found), self._path)]) from None
         if data is None:
-            begin = shipped("gateway") or "config/gateway of the program"
-            hint = f"{begin} has one to begin with"
+            begin = shipped("gateway") or Path("config/gateway")
+            hint = f"begin with the example: install -m 0644 {begin / self._what}.toml {self._path}"
             raise SettingsError([SettingsProblem("", f"the {self._what}", "none", self._path)], hint=hint)
         try:
             return self._parse(data.decode(), self._path)

@@ -80,6 +80,11 @@ def first_end(chain: Sequence[x509.Certificate]) -> datetime:
     return min(certificate.not_valid_after_utc for certificate in chain)
 
 
+def is_early(chain: Sequence[x509.Certificate], now: datetime) -> bool:
+    """Whether a leaf or one of its intermediates begins in the future: a clock is wrong, or was."""
+    return any(certificate.not_valid_before_utc > now for certificate in chain)
+
+
 # A kubelet asks for a new one when 70 to 90 % of the lifetime are over (client-go,
 # util/certificate/certificate_manager.go): only with less than this left it is late.
 ROTATION_IS_LATE = 0.1

@@ -11,6 +11,7 @@ from bridge.node.inventory import Item, Node
 from bridge.renewal.selection import NotReadyError, outcome_of
 from bridge.settings.tables import Settings
 from bridge.state.outcome import Outcome
+from bridge.system.console import READ_ONLY_HINT
 from bridge.system.room import Room, rooms
 
 #: A renewal of all twelve takes 0.3 MiB: new files beside the old ones, a backup, requests, a record.
@@ -21,6 +22,12 @@ class NoRoomError(NotReadyError):
     """The new files, or the copies of the old ones, would not fit."""
 
     hint = "make room there, then run again; no CA was asked"
+
+
+class ReadOnlyError(NotReadyError):
+    """Nothing can be written there."""
+
+    hint = f"{READ_ONLY_HINT}, then run again; no CA was asked"
 
 
 class NoWayToRestartError(NotReadyError):
@@ -34,11 +41,16 @@ def assert_room(settings: Settings) -> None:
     Look at the disks of the state, PKI and kubeconfig directories.
 
     Raises:
+        ReadOnlyError: One of them is mounted read-only.
         NoRoomError: One of them has too little.
     """
     node = settings.node
-    found = [_too_little(room) for room in rooms((node.state_dir, node.pki_dir, node.kubeconfig_dir))]
-    if problems := [text for text in found if text]:
+    found = list(rooms((node.state_dir, node.pki_dir, node.kubeconfig_dir)))
+    if closed := [str(room.place) for room in found if room.is_read_only]:
+        raise ReadOnlyError(
+            f"file system of {', '.join(closed)}: wanted one that can be written to, found it read-only"
+        )
+    if problems := [text for text in map(_too_little, found) if text]:
         raise NoRoomError("; ".join(problems))
 
 

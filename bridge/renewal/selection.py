@@ -291,4 +291,7 @@ def nothing_due(node: Node, settings: Settings, now: datetime) -> str:
         return "nothing is due: no certificates here"
     first = min(present, key=lambda item: expiry.first_end(item.ending))
     left = expiry.residual(expiry.seconds_left(expiry.first_end(first.ending), now))
-    return f"nothing is due: {first.spec.name} is the first to expire, in {left} (renewal.before = {settings.renewal.before})"
+    early = [item.spec.name for item in present if expiry.is_early(item.ending, now)]
+    more = f"; not valid yet by this node's clock ({expiry.minute(now)}), see `ca-bridge doctor`: {', '.join(early)}"
+    text = f"nothing is due: {first.spec.name} is the first to expire, in {left} (renewal.before = {settings.renewal.before})"
+    return text + (more if early else "")

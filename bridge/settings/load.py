@@ -8,6 +8,7 @@ that asks no CA loads no backend.
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -174,7 +175,12 @@ def parse(text: str, file: Path | None = None) -> Settings:
 
 def _without_value(error: Exception) -> str:
     """The parser's reason; it quotes single characters at most, never a value."""
-    return "nesting without end" if isinstance(error, RecursionError) else str(error)
+    if isinstance(error, RecursionError):
+        return "nesting without end"
+    # it names a table as Python's tuple, such as ('restart', 'commands')
+    return re.sub(
+        r"\(('[^()]*'),?\)", lambda names: f"[{names[1].replace(chr(39), '').replace(', ', '.')}]", str(error)
+    )
 
 
 def _backends(reader: Reader, table: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -191,7 +197,8 @@ def _certificates(reader: Reader, table: Mapping[str, Any]) -> dict[str, Certifi
     for name, one in table.items():
         key = ("certificate", name)
         if name != KUBELET_SERVER:  # every other one's names are the live certificate's
-            reader.add(key, KUBELET_SERVER, name_found(name, [KUBELET_SERVER]))
+            wanted = f"{KUBELET_SERVER}, the only one whose names the settings may give"
+            reader.add(key, wanted, name_found(name, [KUBELET_SERVER]))
         elif not isinstance(one, dict):
             reader.add(key, "a table", _found(one))
         elif (settings := reader.read(CertificateSettings, one, key)) is not None:

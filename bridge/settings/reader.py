@@ -106,7 +106,7 @@ class Reader:
             SettingsError: If there is any.
         """
         if self.problems:
-            raise SettingsError(self.problems)
+            raise SettingsError(sorted(self.problems, key=lambda problem: problem.line or 0))
 
     def tables(self, document: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Mapping[str, Any]]:
         """The top-level tables; a missing one is empty, an unknown one a problem."""
@@ -302,5 +302,5 @@ def _found(value: object) -> str:
         return "nothing"
     if isinstance(value, dict):
         return "a table"
-    text = repr(value)
+    text = str(value).lower() if isinstance(value, bool) else repr(value)  # as TOML has it
     return text if len(text) <= _LONGEST_FOUND else f"{text[:_LONGEST_FOUND]}…"

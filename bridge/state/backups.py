@@ -162,4 +162,8 @@ def find(store: Store, backup_id: str | None) -> Backup:
         if backup_id in (None, backup.backup_id):
             return backup
     wanted = f"the backup {backup_id}" if backup_id else "a backup"
-    raise BackupError(f"wanted {wanted} in {store.backups}, found {f'{len(found)} others' if found else 'none'}")
+    raise BackupError(f"wanted {wanted} in {store.backups}, found {_others(len(found))}")
+
+
+def _others(count: int) -> str:
+    return "none" if not count else f"{count} other{'' if count == 1 else 's'}"

@@ -20,6 +20,10 @@ from bridge.system.run_id import run_id
 
 log = logging.getLogger("ca-bridge")
 ROOT_HINT = "run it as root (sudo)"
+_ROOM_HINT = "make room there, then run again"
+#: A kernel does that by itself after errors of a disk.
+READ_ONLY_HINT = "is it meant to be read-only, or has its disk failed (dmesg)? mount it writable"
+_HINTS = {errno.EROFS: READ_ONLY_HINT, errno.ENOSPC: _ROOM_HINT, errno.EDQUOT: _ROOM_HINT}
 
 
 class LogFormat(StrEnum):
@@ -41,7 +45,9 @@ def print_error(error: BridgeError, about: str = "") -> None:
 
 def hint_of(error: BridgeError) -> str:
     """An error's hint; where rights are what is missing, to run as root, whatever else may be wrong."""
-    return ROOT_HINT if lacks_rights(error.reason) else error.hint
+    if lacks_rights(error.reason):
+        return ROOT_HINT
+    return error.hint or next((hint for code, hint in _HINTS.items() if f": {os.strerror(code)}" in error.reason), "")
 
 
 def lacks_rights(text: str) -> bool:

@@ -192,4 +192,7 @@ def enable(units: Sequence[str]) -> None:
             ) from e
         if run.returncode != 0:
             told = " ".join(run.stderr.split()) or f"exit code {run.returncode}"
-            raise JobError(f"wanted `systemctl {' '.join(arguments)}`, found: {told}")
+            raise JobError(
+                f"wanted `systemctl {' '.join(arguments)}`, found: {told}",
+                hint="the units that were written stay; where systemd does not run, `ca-bridge setup cron --enable`",
+            )

@@ -1,4 +1,4 @@
-"""Room on the file systems that are written to: bytes and inodes."""
+"""Room on the file systems that are written to: bytes, inodes, and whether they can be written to at all."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ class Room:
     place: Path  #: A directory on it.
     free: int  #: Bytes.
     inodes: int | None  #: None: the file system makes them as it needs them.
+    is_read_only: bool = False  #: As it is mounted there.
 
 
 def rooms(places: Iterable[Path]) -> Iterator[Room]:
@@ -24,12 +25,13 @@ def rooms(places: Iterable[Path]) -> Iterator[Room]:
     Args:
         places: Directories; of one that is not there yet, that in which it will be made.
     """
-    seen: set[int] = set()
+    seen: set[tuple[int, bool]] = set()  # one file system may be mounted twice, and one of these read-only
     for place in map(_existing, places):
-        device = place.stat().st_dev
-        if device not in seen:
-            seen.add(device)
-            yield _room(place)
+        room = _room(place)
+        kind = (place.stat().st_dev, room.is_read_only)
+        if kind not in seen:
+            seen.add(kind)
+            yield room
 
 
 def _existing(path: Path) -> Path:
@@ -41,4 +43,4 @@ def _room(place: Path) -> Room:
     for_us = os.geteuid() == 0  # the last few per cent are root's
     free = found.f_frsize * (found.f_bfree if for_us else found.f_bavail)
     inodes = (found.f_ffree if for_us else found.f_favail) if found.f_files else None  # some file systems say 0
-    return Room(place=place, free=free, inodes=inodes)
+    return Room(place=place, free=free, inodes=inodes, is_read_only=bool(found.f_flag & os.ST_RDONLY))

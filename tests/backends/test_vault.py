@@ -39,6 +39,7 @@ from bridge.errors import (
     BackendError,
     BackendRefusedError,
     BackendUnavailableError,
+    Exit,
     SettingsError,
     VerificationError,
     Violation,
@@ -612,6 +613,7 @@ def test_a_token_that_fits_no_header_is_not_shown(
     """A token file with more than a token in it is refused before anything can quote it."""
     with vault(pki.url, token_file(tmp_path, token)) as backend:
         error = refusal(backend, apiserver)
+    assert error.exit_code == Exit.USAGE
     for word in token.split():
         assert_not_shown(word, error, caplog)
 

@@ -88,7 +88,9 @@ def another_user() -> Iterator[None]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user; run as root")
-@pytest.mark.parametrize("command", [("plan",), ("pending", "list"), ("backups",), ("audit", "show"), ("doctor",)])
+@pytest.mark.parametrize(
+    "command", [("plan",), ("pending", "list"), ("backups",), ("audit", "show"), ("doctor",), ("check-expiration",)]
+)
 def test_who_lacks_rights_is_told_to_be_root(bridge: Bridge, command: tuple[str, ...]) -> None:
     """Not to put good copies back, and not to move anything away."""
     runner, arguments = CliRunner(), [*command, "--config", str(bridge.config)]

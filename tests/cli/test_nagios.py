@@ -136,3 +136,10 @@ def test_thresholds_are_for_nagios_alone(tmp_path: Path, arguments: tuple[str, .
     bridge = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge")
     run: subprocess.CompletedProcess[str] = bridge.run("check-expiration", *arguments)
     assert (run.returncode, "-o nagios" in run.stderr) == (2, True)
+
+
+def test_a_certificate_of_the_future_is_critical(node: Pki) -> None:
+    """A clock was wrong when it was made, or is now: nobody accepts it, however long it has left."""
+    line, status = check(node, now=NOW - 346 * DAY)
+    assert (status, "apiserver is not valid yet" in line) == (2, True)
+    assert check(node, now=NOW - 340 * DAY)[1] == 0

@@ -27,6 +27,7 @@ from bridge.pki.certificates import pem
 from bridge.pki.csr import generate_key
 from bridge.settings.load import load
 from bridge.state.store import Store
+from bridge.system.console import READ_ONLY_HINT
 from bridge.system.files import lock
 from tests.kit import apiserver
 from tests.kit.cas import Bridge, add_openssl
@@ -463,6 +464,33 @@ def test_finds_a_full_file_system(site: Site, options: str, check: str) -> None:
     ]
 
 
+@pytest.mark.parametrize("place", ["state", "etc/kubernetes/pki"])
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system; run as root")
+def test_a_read_only_file_system_is_found_before_a_ca_is_asked(site: Site, place: str) -> None:
+    """By `doctor`, and by `renew`, which has nothing signed and says what to do; the other way of mounting is fine."""
+    state = site.bridge.directory / "state"
+    state.mkdir(mode=0o700)
+    (state / "backups").mkdir(mode=0o700)
+    index, *_ = (add_openssl(site.bridge, name) / "index.txt" for name in ("ca", "etcd-ca", "front-proxy-ca"))
+    directory = state if place == "state" else site.pki.root / place
+    program = Path(sys.executable).with_name("ca-bridge")
+
+    def run(mount: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = " ".join((str(program), *arguments, "--config", str(site.bridge.config)))
+        script = f"mount --bind {directory} {directory} && mount -o remount,bind,{mount} {directory} && exec {command}"
+        return subprocess.run(["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, check=False)
+
+    found = json.loads(run("ro", "doctor", "-o", "json").stdout)
+    wrong = [(one["level"], one["check"], one["about"]) for one in found["findings"] if one["level"] != "ok"]
+    assert wrong == [("error", "read-only", [f"file system of {directory}"])]
+    renewed = run("ro", "renew", "apiserver")
+    assert renewed.returncode == 1
+    assert READ_ONLY_HINT in renewed.stderr
+    assert index.read_text() == ""
+    assert run("rw", "renew", "apiserver").returncode == 0
+    assert index.read_text() != ""
+
+
 @pytest.mark.parametrize("san", ["new.example.com", "zz.example.com"])
 def test_compares_the_sans_with_kubeadm_config(site: Site, san: str) -> None:
     """What the cluster's own configuration would put into the certificate; where no API server answers that is said."""
@@ -502,6 +530,7 @@ def test_without_a_backend_nobody_was_asked(site: Site) -> None:
     """Which is how requests are carried by hand, and nothing is wrong with that; with one table the others are missing."""
     run = site.bridge.run("doctor")
     assert (run.returncode, "by hand" in run.stdout, "nobody was asked" in run.stdout) == (0, True, True)
+    assert run.stdout.splitlines()[-1] == "nothing is wrong on this node; no CA was asked"
     add_openssl(site.bridge, "ca")
     assert ("error", "settings", "settings") in site.wrong()
 

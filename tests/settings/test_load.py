@@ -47,14 +47,23 @@ def test_all_problems_come_at_once_with_their_lines() -> None:
         "[authority.ca]\n"
         'backend = "nowhere"\n'
     )
-    found = {(p.key, p.line) for p in problems(text)}
-    assert found == {
+    found = [(p.key, p.line) for p in problems(text)]
+    assert found == [
         ("node.pki_dir", 2),
         ("renewal.befor", 5),
         ("renewal.validity", 6),
         ("renewal.key", 7),
         ("authority.ca.backend", 9),
-    }
+    ]
+
+
+def test_what_is_wrong_is_said_in_the_words_of_the_file() -> None:
+    """As TOML has it, and not as Python does."""
+    assert [p.found for p in problems("[restart]\nprove_for = true\n")] == ["true"]
+    [twice] = problems("[restart.commands]\n[restart.commands]\n")
+    assert "Cannot declare [restart.commands] twice" in twice.found
+    [name] = problems('[certificate.apiserver]\nsans = ["a"]\n')
+    assert "kubelet-server, the only one" in name.wanted
 
 
 def test_a_problem_names_wanted_and_found() -> None:
