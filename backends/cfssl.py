@@ -90,7 +90,7 @@ class CfsslSettings(BackendSettings):
         return self.url.lower().startswith("https:")
 
     def tls_context(self) -> ssl.SSLContext:
-        """For one thread; see `backends.https.tls_context`."""
+        """A TLS context for one thread; see `backends.https.tls_context`."""
         return tls_context(self.ca_file, self.client_cert, self.client_key)
 
     def private_files(self) -> Iterator[Path]:
@@ -240,7 +240,7 @@ class CfsslBackend:
         return f"compare profile {self._profile(spec)}, and the HMAC key if that is refused, with what {setup} prints"
 
     def clock_ahead(self) -> timedelta | None:
-        """By the header `Date` of the latest answer."""
+        """How far the server's clock is ahead, by the header `Date` of its latest answer."""
         return self._server.clock_ahead
 
     def issuers(self) -> list[x509.Certificate]:
@@ -303,7 +303,7 @@ class CfsslBackend:
         return certificate
 
     def _known_intermediates(self) -> tuple[x509.Certificate, ...]:
-        """Those of the last look at the CA; without one, a look before the first signing, so that none is lost."""
+        """The CA's intermediates at the last look; the first look comes before the first signing, so that none is lost."""
         if self._intermediates is None:
             self.issuers()
         return self._intermediates or ()

@@ -85,7 +85,7 @@ class CmpSettings(BackendSettings):
 
     @property
     def path_pattern(self) -> str:
-        """With its default."""
+        """The URL path with its default."""
         return cmp_setup.path_pattern(self.path, self.profile, self.mode)
 
     @property
@@ -395,7 +395,7 @@ def _first_certificate(file: Path) -> x509.Certificate:
 
 def _check_proof(request: SignRequest) -> None:
     """
-    In mode `cr` the CSR's signature is not sent: we vouch for it as an RA (RFC 4211 §4), so we look at it.
+    Check the CSR's signature, which mode `cr` does not send: we vouch for it as an RA (RFC 4211 §4).
 
     Raises:
         BackendRefusedError: It is wrong.
@@ -447,7 +447,7 @@ def _issued(ran: Ran) -> Issued:
 
 
 def _error(ran: Ran, url: str) -> BackendError:
-    """Why what can't wait was not done."""
+    """The error of an operation that can't wait for an answer."""
     if ran.poll is not None:  # since 3.3 a server may put off anything
         return BackendUnavailableError(f"cmp: {url}: {_note(ran)}")
     return failure(Log.of(ran.messages), url)
@@ -459,7 +459,7 @@ def _pending(ran: Ran) -> Pending:
 
 
 def _note(ran: Ran) -> str:
-    """For the operator; the server's reason is its own."""
+    """Why it waits, for the operator; the reason is in the server's words."""
     if ran.poll is None:
         return "the server has not decided yet"
     reason = f": {quoted(ran.poll.reason)}" if ran.poll.reason else ""

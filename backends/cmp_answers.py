@@ -179,7 +179,7 @@ class Rejection:
         return bool(self.failures & _PASSING)
 
     def error(self, place: str) -> BackendError:
-        """For the operator."""
+        """The refusal as an error for the operator."""
         kind = BackendUnavailableError if self.may_pass else BackendRefusedError
         hint = next((hint for name, hint in _FAILURE_HINTS.items() if name in self.failures), "")
         return kind(f"cmp: {place}: the server said no: {self}", hint=hint or "the server's log may say more")
@@ -403,7 +403,7 @@ _RULES: Sequence[_Rule] = (
 
 def failure(log: Log, place: str) -> BackendError:
     """
-    Why a run failed.
+    The error that a failed run means.
 
     Args:
         log: What it printed.

@@ -210,7 +210,7 @@ def _read_output(
     process: subprocess.Popen[bytes], found: bytearray, is_enough: Callable[[], bool], deadline: float
 ) -> None:
     """
-    Until it ends.
+    Read the output until the process ends.
 
     Raises:
         TimeoutExpired: It is enough, or the time is over.

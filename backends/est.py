@@ -166,7 +166,7 @@ class EstBackend:
 
     def _certificates(self, answer: Answer) -> list[x509.Certificate]:
         """
-        Those of an answer.
+        The certificates of an answer.
 
         Raises:
             BackendError: It is none with certificates; says why.
@@ -221,5 +221,5 @@ def _moment_text(moment: datetime) -> str:
 
 
 def _names(found: Sequence[x509.Certificate]) -> str:
-    """Whose certificates they are, for a message."""
+    """The certificates' subjects, for a message."""
     return one_line(" and ".join(one.subject.rfc4514_string() or "a nameless one" for one in found)) or "none"

@@ -24,7 +24,7 @@ _PEM_ARMOUR = re.compile(rb"-----[A-Z0-9 ]+-----")
 
 def certificates(body: bytes) -> list[x509.Certificate]:
     """
-    Those of an answer, in its order.
+    The certificates of an answer, in its order.
 
     Servers send base64 in lines or in one (RFC 8951 §3.1), some PEM, some bare DER or BER; Content-Type and
     Content-Transfer-Encoding tell them apart only where they are right.

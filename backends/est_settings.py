@@ -34,7 +34,7 @@ class EstSettings(BackendSettings):
     password: Secret | None = None  #: Of `username`.
 
     def tls_context(self) -> ssl.SSLContext:
-        """For one thread; see `backends.https.tls_context`."""
+        """A TLS context for one thread; see `backends.https.tls_context`."""
         context = tls_context(self.ca_file, self.client_cert, self.client_key)
         # A server may want the certificate for some URLs only, and TLS 1.3 knows no renegotiation (RFC 8446 §4.6.2).
         context.post_handshake_auth = self.client_cert is not None
@@ -86,6 +86,6 @@ def _label_problems(key: str, label: str) -> Iterator[SettingsProblem]:
 
 
 def operation_url(url: str, label: str, operation: str) -> str:
-    """Where an operation is; each segment of a label is percent-encoded by itself."""
+    """The URL of an operation; each segment of a label is percent-encoded by itself."""
     segments = [quote(segment, safe="") for segment in label.split("/") if segment]
     return "/".join([url.rstrip("/"), ROOT, *segments, operation])

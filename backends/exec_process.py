@@ -61,7 +61,7 @@ class Account:
 
     @property
     def is_other(self) -> bool:
-        """It takes root to become it."""
+        """Whether it is another user than ours, which only root can become."""
         return self.uid != os.geteuid()
 
 

@@ -123,7 +123,7 @@ def _command(settings: Mapping[str, Any]) -> list[str]:
 
 
 def subject_text(certificate: x509.Certificate) -> str:
-    """For `openssl req -subj`: in the certificate's own order, with what means something there escaped."""
+    """The subject for `openssl req -subj`: in the certificate's own order, with special characters escaped."""
     return "".join(f"/{part}" for part in _parts(certificate.subject))
 
 
@@ -134,7 +134,7 @@ def _parts(subject: x509.Name) -> Iterator[str]:
 
 
 def sans_text(certificate: x509.Certificate) -> str:
-    """For `openssl req -addext subjectAltName=`; empty: there are none."""
+    """The SANs for `openssl req -addext subjectAltName=`; empty: there are none."""
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:

@@ -126,7 +126,7 @@ class HasHeaders(Protocol):
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """By name in small letters, at least."""
+        """The headers, by name in small letters, at least."""
         ...
 
 
@@ -294,13 +294,13 @@ class TlsAdapter(HTTPAdapter):
     def build_connection_pool_key_attributes(
         self, request: requests.PreparedRequest, verify: bool | str, cert: str | tuple[str, str] | None = None
     ) -> Any:
-        """With our context."""
+        """Make the pool use our TLS context."""
         host, pool = super().build_connection_pool_key_attributes(request, verify, cert)
         pool["ssl_context"] = self._tls
         return host, pool
 
     def cert_verify(self, conn: Any, url: object, verify: object, cert: object) -> None:
-        """Nothing to add to the context."""
+        """Leave the verification of certificates to the context."""
 
 
 _limit = threading.local()  #: Of the request that this thread makes: `end`, of the monotonic clock.
@@ -330,7 +330,7 @@ class _TimedSocket(ssl.SSLSocket):
 
 
 class _TimedConnection(HTTPSConnection):
-    """To a name that may have many addresses, and a resolver that may be slow; neither can be told a limit."""
+    """A connection with a limit of time on connecting: a name may have many addresses, and a resolver be slow."""
 
     def connect(self) -> None:
         within(_seconds_left(), super().connect)

@@ -148,7 +148,7 @@ class KubernetesBackend:
         return f"look at who signs for {self._signer(spec)} there, and compare with what {setup} prints"
 
     def clock_ahead(self) -> timedelta | None:
-        """By the header `Date` of the latest answer."""
+        """How far the server's clock is ahead, by the header `Date` of its latest answer."""
         return self._api.clock_ahead
 
     def identity(self) -> str:
@@ -327,14 +327,14 @@ def _public(of: x509.Certificate | x509.CertificateSigningRequest) -> bytes:
 
 
 def _conditions(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """By type, as far as they are true, which the API demands of the three that count here."""
+    """The object's true conditions, by type (the API demands that the three which count here are true)."""
     listed = _table(document, "status").get("conditions")
     found = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
     return {str(one.get("type")): one for one in found if one.get("status") == "True"}
 
 
 def _note(document: Mapping[str, Any]) -> str:
-    """Whose turn it is."""
+    """Who has to act next, for the operator."""
     name, conditions = one_line(_metadata(document, "name")), _conditions(document)
     if "Approved" in conditions:
         signer = one_line(_table(document, "spec").get("signerName"))

@@ -94,7 +94,7 @@ class KubernetesSettings(BackendSettings):
 
     def server_url(self) -> str:
         """
-        Without a slash at its end.
+        The server's URL, without a slash at its end.
 
         Raises:
             SettingsError: The kubeconfig can't be used.
@@ -103,7 +103,7 @@ class KubernetesSettings(BackendSettings):
 
     def tls_context(self) -> ssl.SSLContext:
         """
-        For one thread; files are read again each time, as short-lived credentials are replaced.
+        A TLS context for one thread; files are read again each time, as short-lived credentials are replaced.
 
         Raises:
             SettingsError: A file can't be used.

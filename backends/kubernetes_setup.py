@@ -156,7 +156,7 @@ rules:
 
 
 def _admission(wanted: SetupRequest, signers: Sequence[str]) -> str:
-    """Not for Kubernetes' own signers, which others of that cluster use as well."""
+    """The admission policy; none for Kubernetes' own signers, which others of that cluster use as well."""
     ours = [signer for signer in signers if not signer.partition("/")[0].endswith("kubernetes.io")]
     if not ours:
         return ""

@@ -188,7 +188,7 @@ class Pkcs11Settings:
 
 @dataclass(slots=True)
 class _Logins:
-    """To one token, by this process."""
+    """The logins to one token by this process: one at a time, and the PINs that were refused."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     refused: dict[bytes, str] = field(default_factory=dict)  #: Why, by the PIN's digest.

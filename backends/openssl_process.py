@@ -198,7 +198,7 @@ class Openssl:
         return None
 
     def _without_key(self, messages: str) -> BackendError | None:
-        """With the engine a key that can't be loaded is a crash, but the messages are complete."""
+        """The error of a key that can't be loaded, if that is it: an engine then crashes, but the messages are complete."""
         if _MISMATCH.search(messages):
             return self.key_of_another_ca()
         return self.key.failure(messages, self._told(messages))

@@ -117,7 +117,7 @@ class VaultBackend:
         return f"compare role {self._role(spec)} of {mount}, and the token's policy, with what {setup} prints"
 
     def clock_ahead(self) -> timedelta | None:
-        """By the header `Date` of the latest answer."""
+        """How far the server's clock is ahead, by the header `Date` of its latest answer."""
         return self._server.clock_ahead
 
     def issuers(self) -> list[x509.Certificate]:
@@ -166,7 +166,7 @@ class VaultBackend:
         return f"the wrapping token in {self._settings.auth.secret_id}" if self._settings.auth.wrapped else ""
 
     def _send(self, method: Literal["get", "post"], path: str, body: object = None) -> Answer:
-        """With the token; with another one, once, if the server does not accept it any more."""
+        """Send with the token; with another one, once, if the server does not accept it any more."""
         token = self._tokens.get()
         answer = self._server.send(method, path, body, token=token)
         if not answer.token_rejected:
@@ -216,7 +216,7 @@ class VaultBackend:
         return {} if answer.forbidden else answer.or_raise().data
 
     def _violations(self, spec: CertificateSpec, rights: Mapping[str, object]) -> list[Violation]:
-        """Those of the first role that is there and may be used; if none is, the right one's."""
+        """The violations of the first role that is there and may be used; if none is, the right one's."""
         found: list[list[Violation]] = []
         for role in self._candidates(spec):
             missing = [*self._right_violations(role, rights)]

@@ -148,7 +148,7 @@ _NAMES = (
 
 
 def identity_text(method: str, told: Mapping[str, object], token: Mapping[str, object]) -> str:
-    """Such as `auth/approle role_name=cp-1 entity_id=…`; the id is the one in the server's audit log."""
+    """A token's identity, such as `auth/approle role_name=cp-1 entity_id=…`; the id is the one in the server's audit log."""
     facts = {**{key: told.get(key) for key in _NAMES}, "entity_id": token.get("entity_id")}
     return " ".join([method, *(f"{key}={value}" for key, value in facts.items() if value)])
 

@@ -40,7 +40,7 @@ def gather(
     settings: Settings, places: Places, role: Role, ca_dir: Path | None, carried: Certificates, now: datetime
 ) -> Certificates:
     """
-    By authority, as its file will hold them: the one that signs first.
+    Gather the CAs' certificates by authority, as each file will hold them: the one that signs first.
 
     Args:
         settings: Their backends are asked for what no file tells.
@@ -148,7 +148,7 @@ def shared_key(found: Certificates) -> tuple[str, str] | None:
 
 
 def _assert_apart(found: Certificates) -> None:
-    """With one CA for two, whoever has a client certificate of the cluster may be the front proxy, or read etcd."""
+    """Refuse one CA for two: whoever has a client certificate of the cluster might be the front proxy, or read etcd."""
     twice = shared_key(found)
     if twice is not None:
         raise AuthorityError(

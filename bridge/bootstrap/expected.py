@@ -26,7 +26,7 @@ _LIFETIME = timedelta(days=1)
 
 def certificates(order: Order, now: datetime) -> dict[str, dict[str, x509.Certificate]]:
     """
-    By authority and name.
+    The certificates that a new node will have, by authority and name, for their names and usages; no CA has signed them.
 
     Args:
         order: With a node.

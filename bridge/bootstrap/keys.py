@@ -141,7 +141,7 @@ def _assert_valid(program: str, file: Path) -> None:
 
 
 def _assert_version(program: str, version: str) -> None:
-    """Which subject a certificate gets depends on kubeadm's version."""
+    """Refuse a kubeadm of another version: the subject that a certificate gets depends on it."""
     lines = _run([program, "version", "-o", "short"])
     found = next((line.strip() for line in lines if re.match(r"v\d", line.strip())), "")
     if _minor(found) != _minor(version):
@@ -190,7 +190,7 @@ def kubelet_client(node: str, server: str, algorithm: KeyAlgorithm) -> Made:
 
 def kubelet_serving(node: str, addresses: Sequence[str], algorithm: KeyAlgorithm) -> Made:
     """
-    For the kubelet's own port: name and addresses by which the API server and metrics-server reach it.
+    Make key and CSR for the kubelet's own port: name and addresses by which the API server and metrics-server reach it.
 
     Subject as Kubernetes' signer kubernetes.io/kubelet-serving has it.
     """

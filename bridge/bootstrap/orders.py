@@ -36,7 +36,7 @@ _NODE = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 
 
 class OrderError(BridgeError):
-    """It can't be read, or says what no order may say."""
+    """The order can't be read, or says what no order may say."""
 
     exit_code = Exit.USAGE
     hint = "`ca-bridge bootstrap orders` and `ca-bridge bootstrap share` write them; carry it again, unchanged"
@@ -44,7 +44,7 @@ class OrderError(BridgeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewNode:
-    """Who it is to be."""
+    """The new node: its role, name and addresses."""
 
     role: Role
     name: str

@@ -52,7 +52,7 @@ class Places:
 
     @property
     def sa_public(self) -> Path:
-        """Its public key."""
+        """The public key of `sa_key`."""
         return self.pki / "sa.pub"
 
     @property
@@ -74,7 +74,7 @@ class Places:
         return self.pki / f"{spec.base}.key", self.pki / f"{spec.base}.crt"
 
     def directories(self, role: Role) -> list[Path]:
-        """Those that hold the files, parents first."""
+        """Directories that hold the files, parents first."""
         ours = [self.kubeconfigs, self.kubelet_pki]
         return [*ours, self.pki, self.pki / "etcd"] if role != "worker" else ours
 

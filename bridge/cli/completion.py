@@ -103,7 +103,7 @@ def _values(command: Any, parameter: Any, typed: Sequence[str]) -> Iterator[Offe
 
 def _settings(typed: Sequence[str]) -> Settings:
     """
-    Those that the command would have.
+    The settings that the command would have.
 
     Raises:
         BridgeError: They can't be used.

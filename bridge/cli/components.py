@@ -84,7 +84,7 @@ def prove(settings: Settings, now: Callable[[], datetime], wait: timedelta, *, a
 
 
 def print_proof(found: proof.ProofReport, *, as_json: bool) -> None:
-    """All findings, for people or for programs."""
+    """Print all findings, for people or for programs."""
     if as_json:
         say_json(_proof_json(found))
     else:

@@ -72,7 +72,7 @@ class _Story:
         self._step = 0
 
     def play(self) -> None:
-        """All of it."""
+        """Run all steps."""
         say(_styled("ca-bridge: certificates of a kubeadm control plane whose CA keys are elsewhere", "1"))
         say(f"Everything is in {self._place.base}; nothing else is touched.")
         self._plan()

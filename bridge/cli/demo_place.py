@@ -80,12 +80,12 @@ class Place:
 
     @property
     def kubernetes(self) -> Path:
-        """In the place of /etc/kubernetes."""
+        """The directory that stands for /etc/kubernetes."""
         return self.base / "kubernetes"
 
     @property
     def settings(self) -> Path:
-        """With the company's CA."""
+        """The settings file, which names the company's CA."""
         return self.base / "config.toml"
 
     def contents(self) -> dict[Path, bytes]:

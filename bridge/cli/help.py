@@ -50,7 +50,7 @@ class Command(TyperCommand):
     """A command whose help ends with examples."""
 
     def get_help(self, ctx: Any) -> str:
-        """All of it."""
+        """The whole help text."""
         return super().get_help(ctx).replace(_HARD, "-")
 
     def format_help_text(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 (typer calls it)
@@ -102,11 +102,11 @@ class Group(TyperGroup):
     """Commands with a whole sentence each; those of the program by task."""
 
     def get_help(self, ctx: Any) -> str:
-        """All of it."""
+        """The whole help text."""
         return super().get_help(ctx).replace(_HARD, "-")
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """In the order of the guide."""
+        """The commands' names in the order of the guide."""
         names = super().list_commands(ctx)
         return [name for _, ours in by_task(names, is_program=ctx.parent is None) for name in ours]
 

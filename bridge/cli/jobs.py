@@ -123,7 +123,7 @@ def _kubelets(node: NodeSettings) -> list[Path]:
 
 
 def _outermost(paths: Sequence[Path]) -> list[Path]:
-    """Without those that lie in another one."""
+    """The paths without those that lie in another one."""
     return [
         path
         for path in dict.fromkeys(paths)

@@ -105,7 +105,7 @@ def _with_block(text: str, key: str, content: str) -> str:
 
 
 def _askers(signers: Mapping[str, SignerRules]) -> Iterator[str]:
-    """For signers of one's own: whom the policy grants them, the API server asks as well."""
+    """Admission policies for signers of one's own: the API server lets ask only whom the policy grants them."""
     for name, rules in signers.items():
         if name in KUBERNETES_SIGNERS:
             continue
@@ -140,7 +140,7 @@ spec: {{policyName: {policy}, validationActions: [Deny]}}
 
 
 def _condition(grant: Grant) -> str:
-    """In CEL; `{node}` is whatever follows, which the gateway then looks at."""
+    """A grant as a condition in CEL; `{node}` matches anything, which the gateway then looks at."""
     parts = [f"request.userInfo.groups.exists(g, g in {json.dumps(grant.groups)})"] if grant.groups else []
     for user in grant.users:
         before, pattern, after = user.partition("{node}")
@@ -174,7 +174,7 @@ def _config(settings: Settings) -> tuple[str, dict[str, Path]]:
 
 
 def _changed(table: Any) -> Iterator[str]:
-    """Only what is not the default."""
+    """The settings that are not the default."""
     usual = {field.name: field.default for field in dataclasses.fields(table)}
     for line in lines_of(table):
         key = line.partition(" = ")[0]
@@ -242,5 +242,5 @@ def _with_files(text: str, files: Mapping[str, Path]) -> str:
 
 
 def text_of(files: Sequence[SetupFile]) -> str:
-    """All of them for one `kubectl apply -f -`."""
+    """All manifests as one text, for `kubectl apply -f -`."""
     return "---\n".join(file.text for file in files)

@@ -239,5 +239,5 @@ def _advise(wish: Wish) -> None:
 
 
 def _next_of_join(wish: Wish) -> None:
-    """It needs no token and no flag: both are in the file."""
+    """Tell the next command: a join that needs no token and no flag, since both are in the file."""
     say(f"\nnext, on this node:\n  kubeadm join --config {wish.places.join_config}")

@@ -140,7 +140,7 @@ def _interrupted(error: KeyboardInterrupt) -> NoReturn:
 
 
 def _bug(error: Exception) -> NoReturn:
-    """Where, and of which kind; never its text, which might hold a secret."""
+    """Report a bug: where, and of which kind; never its text, which might hold a secret."""
     frames = [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
     console.log.debug("traceback: %s", " < ".join(reversed(frames)))
     bug = BridgeError(

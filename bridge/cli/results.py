@@ -135,7 +135,7 @@ def grouped(failed: Sequence[Outcome]) -> Iterator[tuple[str, BridgeError]]:
 
 
 def _who(backend: str, error: BridgeError) -> str:
-    """Such as `corp (vault)`; without the type where the error begins with that."""
+    """The CA, such as `corp (vault)`; without the type where the error begins with that."""
     name, _, kind = backend.rpartition(" (")
     return name if name and error.reason.startswith(f"{kind.removesuffix(')')}: ") else backend
 

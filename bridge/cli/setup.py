@@ -210,7 +210,7 @@ def files_of(
 
 
 def _live_certificates(settings: Settings, authority: str | None) -> dict[str, dict[str, x509.Certificate]]:
-    """By authority and name; no authority without any."""
+    """The live certificates by authority and name; no authority without any."""
     items = inventory.of(settings.node).items
     found: dict[str, dict[str, x509.Certificate]] = {}
     for item in items:
@@ -231,7 +231,7 @@ def _nothing_live(settings: Settings, authority: str | None) -> BridgeError:
 
 
 def _to_be_asked(item: Item, settings: Settings) -> x509.Certificate | None:
-    """With the names that the next one gets; None: nobody says which, and it is left out."""
+    """A certificate with the names that the next one gets; None: nobody says which, and it is left out."""
     live = item.certificates[0]
     try:
         asked = serving.asked(item, settings)
@@ -242,7 +242,7 @@ def _to_be_asked(item: Item, settings: Settings) -> x509.Certificate | None:
 
 
 def _nodes(file: Path, own: str) -> dict[str, dict[str, str]]:
-    """By node: its name and addresses by this node's."""
+    """A list of nodes: for each, its name and addresses by this node's."""
     try:
         listed = parse_nodes(file.read_text(encoding="utf-8"))
     except OSError as e:

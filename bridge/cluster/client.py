@@ -36,7 +36,7 @@ class Client:
     @cached_property
     def tls(self) -> ssl.SSLContext:
         """
-        For connections that are kept.
+        The TLS context for connections that are kept.
 
         Raises:
             HttpsError: Certificate, key or trust anchors can't be used.
@@ -45,7 +45,7 @@ class Client:
 
     @cached_property
     def headers(self) -> Mapping[str, str]:
-        """Who we are, if a certificate does not say it."""
+        """The headers that say who we are, if a certificate does not."""
         return {"Authorization": f"Bearer {self.token}"} if self.token is not None else {}
 
     @cached_property

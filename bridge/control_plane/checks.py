@@ -80,12 +80,12 @@ class Look:
         return next((i for i in self.node.items if i.spec.name == name and i.state == "present"), None)
 
     def anchor(self, authority: Authority) -> Path | None:
-        """Its CA's file."""
+        """The CA file of an authority."""
         return next((state.path for state in self.node.authorities if state.authority == authority), None)
 
     @property
     def reloads(self) -> frozenset[Component]:
-        """Those that are known to read their certificates again by themselves."""
+        """Components that are known to read their certificates again by themselves."""
         return reloading(self.node, self.settings.node.kubernetes_version)
 
 
@@ -181,7 +181,7 @@ def _etcd(look: Look) -> Iterator[Check]:
 
 
 def _own_etcd(flags: Flags) -> list[Server]:
-    """Where etcd answers in HTTP on this node."""
+    """Servers at which etcd answers in HTTP on this node."""
     listen = endpoints.ETCD_HTTP_ONLY if endpoints.ETCD_HTTP_ONLY in flags else _CLIENT_URLS[0]
     places = endpoints.listening(flags, (listen,), "--advertise-client-urls")
     name = endpoints.host(flags, "--advertise-client-urls")
@@ -206,7 +206,7 @@ def _etcd_as_client(look: Look, serving: Serving) -> Verdict:
 
 def _etcd_peer(look: Look, serving: Serving) -> Verdict:
     """
-    Its peers, itself among them, take the certificate.
+    Check that etcd's peers, itself among them, take the certificate.
 
     A peer compares the SANs with the address that a client comes from, and ends the connection without a word if
     they differ; so one that shows its own certificate and then gives no answer has refused ours.
@@ -316,7 +316,7 @@ def _ask_etcd(look: Look, client: Client) -> str:
 
 def _ask_kubelet(look: Look, client: Client) -> str:
     """
-    For a line of a log, as `kubectl logs` does; that there is no such pod is an answer, too.
+    Ask the kubelet for a line of a log, as `kubectl logs` does; that there is no such pod is an answer, too.
 
     A kubelet that has allowed it to this certificate goes on to do so for five minutes (its `cacheAuthorizedTTL`).
     """
@@ -327,7 +327,7 @@ def _ask_kubelet(look: Look, client: Client) -> str:
 
 def _kubelet_place(look: Look) -> Address:
     """
-    By the kubelet's configuration, without which it has its defaults.
+    The kubelet's address and port by its configuration, without which it has its defaults.
 
     Raises:
         UnreadableError, ValueError: The configuration can't be read.
@@ -344,7 +344,7 @@ def _kubelet_place(look: Look) -> Address:
 
 def _ask_as_front_proxy(look: Look, client: Client) -> str:
     """
-    For somebody, with the headers of an aggregated API's server; and see for whom the API server takes us.
+    Ask for somebody else, with the front proxy's headers; and see for whom the API server takes us.
 
     It names that user in its review (from 1.28 on) as well as in a refusal of one.
     """

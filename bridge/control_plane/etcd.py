@@ -59,7 +59,7 @@ class Etcd:
     @classmethod
     def of(cls, node: Node, *, trusting: bool = False) -> Etcd:
         """
-        With the node's client certificates that can be read.
+        A client of the node's etcd, with those of its client certificates that can be read.
 
         Args:
             node: Its items say where they are.

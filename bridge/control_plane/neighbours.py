@@ -77,7 +77,7 @@ class Neighbours:
 
     @property
     def others(self) -> list[Instance]:
-        """Those of other nodes."""
+        """The instances of other nodes."""
         return [one for one in self.instances if not one.own]
 
     def own_is_down(self, component: Component) -> bool:
@@ -157,7 +157,7 @@ def assert_may_restart(component: Component, node: Node, settings: Settings, *, 
 def _after_waiting(
     component: Component, node: Node, settings: Settings, note: Callable[[str], None]
 ) -> tuple[Neighbours, list[str]]:
-    """Until nothing speaks against it or the time is over; one that is down on this node waits for nobody."""
+    """Wait until nothing speaks against a restart or the time is over; one that is down on this node waits for nobody."""
     rules, told = settings.cluster, list[str]()
 
     def tell(seen: tuple[Neighbours, list[str]]) -> None:
@@ -283,7 +283,7 @@ def connect(node: Node, settings: Settings) -> Api:
 
 
 def _beside_etcd(members: Iterable[Instance], node: Node) -> list[str]:
-    """Where kubeadm has an API server for each member."""
+    """URLs of API servers beside etcd's members: kubeadm has one for each."""
     hosts = [urlsplit(member.url).hostname for member in members if not member.own]
     return [access.url_of(host, access.port(node)) for host in hosts if host]
 
@@ -352,7 +352,7 @@ def _initial_peers(flags: Mapping[str, str]) -> list[str]:
 
 
 def _beside(url: str, own_url: str) -> str:
-    """Where the member with this URL has the port of ours, if it has the same."""
+    """The URL of the host in `url` with the port of `own_url`, if it has the same."""
     return access.url_of(urlsplit(url).hostname or "", urlsplit(own_url).port or 2379)
 
 
@@ -378,7 +378,7 @@ def _as_instance(member: Member) -> Instance:
 
 
 def _member_state(etcd: Etcd, member: Instance) -> Instance:
-    """With its state; a member is well when it can read through the quorum. Alarms are told apart from that."""
+    """A member with its state: well when it can read through the quorum. Alarms are told apart from that."""
     if member.state != "unknown":
         return member
     try:
@@ -469,7 +469,7 @@ def _name_and_addresses(node: Mapping[str, Any]) -> tuple[str, list[str]]:
 
 
 def _ready(api: Api, instance: Instance) -> Instance:
-    """With its state: its own word at /readyz."""
+    """An API server with its state: its own word at /readyz."""
     refused = instance
     for client in api.clients:
         try:

@@ -204,7 +204,7 @@ def words(answer: https.HttpAnswer) -> str:
 
 def accepted(answers: Mapping[str, https.HttpAnswer]) -> str:
     """
-    Who has accepted it; that there is no such thing as was asked for is an answer, too.
+    A sentence about who has accepted it; that there is no such thing as was asked for is an answer, too.
 
     Raises:
         RefusedError: A server does not know the client, or knows it and does not let it do what it is for.

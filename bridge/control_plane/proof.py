@@ -43,7 +43,7 @@ class ProofFinding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProofReport:
-    """All that was found."""
+    """All findings of one look."""
 
     findings: tuple[ProofFinding, ...]  #: Empty: there was nothing to look at.
 

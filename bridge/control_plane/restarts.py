@@ -255,7 +255,7 @@ def _sentence(found: Mapping[Component, str]) -> str:
 
 
 def _present(node: Node) -> list[Component]:
-    """Those that run on this node."""
+    """Components that run on this node."""
     return [c for c in restart_plan.ORDER if c in node.manifests or c is Component.KUBELET]
 
 
@@ -326,7 +326,7 @@ def _command(component: Component, settings: Settings) -> list[str]:
 
 
 def _wait_until_healthy(component: Component, node: Node, settings: Settings) -> None:
-    """For a component that has no manifest here its command's exit code is all there is."""
+    """Wait until it is healthy; for a component without a manifest here its command's exit code is all there is."""
     if component not in _present(node):
         return
     found = _wait(lambda: _unhealthy([component], node, settings), settings.restart.timeout)

@@ -36,7 +36,7 @@ class Question(NamedTuple):
 
 
 def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
-    """All CAs of this node's certificates."""
+    """Examine all CAs of this node's certificates."""
     yield from _windows(settings, now)
     yield from failures(settings)
     items = [item for item in node.items if item.managed and item.state == "present" and not item.foreign]

@@ -27,7 +27,7 @@ def policy_file(settings: Settings) -> Path:
 
 
 def look(settings: Settings, now: datetime) -> Iterator[Finding]:
-    """All of it."""
+    """Examine a desk: its policy, directories and CAs."""
     file = policy_file(settings)
     policy = None
     try:
@@ -74,7 +74,7 @@ def _anchors(policy: Policy | None, name: str) -> tuple[x509.Certificate, ...]:
 
 
 def _cas(settings: Settings, now: datetime) -> Iterator[Finding]:
-    """How long the CAs' own certificates are good, by their own word."""
+    """Findings about how long the CAs' own certificates are good, by their own word."""
     try:
         backends = registry.configured(settings, settings.authorities)
     except SettingsError:

@@ -34,7 +34,7 @@ _SERVICE_RANGE = "--service-cluster-ip-range"
 
 
 def look(node: Node, settings: Settings) -> Iterator[Finding]:
-    """All of it; the cluster's API is asked for kubeadm-config."""
+    """Examine files, kubeconfigs and names; the cluster's API is asked for kubeadm-config."""
     yield from _addresses(node)
     yield from _cluster(node, settings)
 
@@ -55,7 +55,7 @@ def of_files(node: Node, settings: Settings) -> Iterator[Finding]:
 
 
 def _addresses(node: Node) -> Iterator[Finding]:
-    """Where a component says that it can be reached, its certificate has the address."""
+    """Check that certificates have the addresses at which their components say that they can be reached."""
     api, etcd = (node.manifests.get(one) for one in (Component.APISERVER, Component.ETCD))
     wanted: dict[str, list[str | None]] = {}
     if api is not None:
@@ -79,7 +79,7 @@ def _hosts(flags: Flags, flag: str) -> list[str]:
 
 
 def _service_address(flags: Flags) -> str | None:
-    """By which pods reach the API server: the first of the (first) service range."""
+    """The address by which pods reach the API server: the first of the (first) service range."""
     try:
         return str(ipaddress.ip_network(flags.get(_SERVICE_RANGE, "").partition(",")[0])[1])
     except (ValueError, IndexError):

@@ -41,7 +41,7 @@ _RESTORE = "put the right one back, from a backup (`ca-bridge backups`) or anoth
 
 
 def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
-    """All that the files tell."""
+    """Examine all that the files tell."""
     yield from _node_name(node, settings)
     anchors = {state.authority.name: state.certificates for state in node.authorities}
     # without a kubelet's client certificate a rebooted node stays down: nothing is worse, and it comes first
@@ -136,14 +136,14 @@ def _super_admin(item: Item) -> Finding:
 
 
 def _identity(item: Item, settings: Settings) -> Iterator[Finding]:
-    """For whom it is; which CA it leads to is told apart."""
+    """Check for whom a certificate is; which CA it leads to is told apart."""
     error = foreign_identity(item, settings) if item.managed else None
     if isinstance(error, ForeignIdentityError) and any(each.subject != "issuer" for each in error.violations):
         yield from_error("identity", item.spec.name, error)
 
 
 def _end(item: Item, settings: Settings, now: datetime) -> Finding:
-    """How long it is good; what is due is nothing to worry about, unless nobody renews it."""
+    """A finding about a certificate's end; one that is due is nothing to worry about, unless nobody renews it."""
     name, end = item.spec.name, expiry.first_end(item.ending)
     begin = item.certificates[0].not_valid_before_utc
     if begin > now + verify.CLOCK_SKEW:
@@ -262,7 +262,7 @@ def _user(uid: int) -> str:
 
 
 def _chain(item: Item, authorities: Sequence[AuthorityState]) -> Iterator[Finding]:
-    """It leads to a CA of its CA file, by the intermediates that its own file has."""
+    """Check that it leads to a CA of its CA file, by the intermediates that its own file has."""
     anchors = next((state.certificates for state in authorities if state.authority == item.spec.authority), ())
     leaf, *intermediates = item.certificates
     if not anchors or any(_leads_to(leaf, intermediates, anchor) for anchor in anchors):
@@ -281,7 +281,7 @@ def _chain(item: Item, authorities: Sequence[AuthorityState]) -> Iterator[Findin
 
 
 def _leads_to(leaf: x509.Certificate, intermediates: Sequence[x509.Certificate], anchor: x509.Certificate) -> bool:
-    """At some time: dates are judged apart."""
+    """Whether there is a path at some time; dates are judged apart."""
     chain = (leaf, *intermediates, anchor)
     end, begin = min(one.not_valid_after_utc for one in chain), max(one.not_valid_before_utc for one in chain)
     if end <= begin:  # such as one that ended before its CA had a new certificate with the same key
@@ -322,7 +322,7 @@ def _authority(state: AuthorityState, now: datetime) -> Iterator[Finding]:
 
 
 def ca_end(certificate: x509.Certificate, about: str, now: datetime, more: str = "") -> Finding:
-    """How long a CA's certificate is good."""
+    """A finding about the end of a CA's certificate."""
     end = certificate.not_valid_after_utc
     if end <= now:
         text = f"{expiry.left_text(end, now)}: nothing that it signs is valid"

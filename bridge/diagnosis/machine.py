@@ -35,7 +35,7 @@ _HUNG_AFTER = timedelta(hours=1)
 
 
 def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
-    """All of it."""
+    """Examine the machine."""
     yield from room(settings)
     yield from state_directory(settings.node.state_dir)
     yield from lock(settings.node.state_dir, now)
@@ -163,7 +163,7 @@ def _copies(node: Node, homes: Sequence[Path]) -> Iterator[Finding]:
 
 
 def _listed_copies(node: Node, settings: Settings) -> Iterator[Finding]:
-    """Those of copies.files, which a renewal refreshes."""
+    """Examine the copies in copies.files, which a renewal refreshes."""
     for copy in copies.look(settings, node):
         about = str(copy.path)
         if copy.error is not None:
@@ -193,7 +193,7 @@ def _client_certificate(path: Path) -> x509.Certificate | None:
 
 
 def _name_of_old(certificate: x509.Certificate, admins: dict[str, Item]) -> str:
-    """Whose earlier certificate it is: the same subject, and the same CA's name."""
+    """The name of the certificate that it is an earlier one of: the same subject and the same CA's name; empty: of none."""
     for name, item in admins.items():
         for live in item.certificates[:1]:
             if (live.subject, live.issuer) == (certificate.subject, certificate.issuer):

@@ -57,7 +57,7 @@ _STEPS: tuple[tuple[Component, tuple[str, ...]], ...] = (
 
 
 def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
-    """All of it; asks the cluster's API, if it answers, and writes nothing."""
+    """Examine what an upgrade needs; asks the cluster's API, if it answers, and writes nothing."""
     if node.is_worker:
         text = "kubeadm upgrade node looks at no certificate of a worker, and writes the kubelet's configuration anew"
         yield _says("kubelet", text, "edits of its config.yaml are lost; those of the ConfigMap kubelet-config stay")
@@ -111,7 +111,7 @@ def _authority(state: AuthorityState, node: Node, now: datetime) -> Iterator[Fin
 
 
 def _where(authority: str, node: Node) -> str:
-    """Where it aborts, and what is exchanged by then."""
+    """A sentence about where the upgrade aborts, and what is exchanged by then."""
     steps = [component for component, names in _STEPS if authority in names and _is_here(component, node)]
     if not steps:
         return "aborts"
@@ -169,7 +169,7 @@ def _admin(node: Node, now: datetime) -> Iterator[Finding]:
 
 
 def _kubelet(node: Node, settings: Settings) -> Iterator[Finding]:
-    """From 1.35 on the kubelet of a control-plane node is led to its own API server."""
+    """Check the server in kubelet.conf: from 1.35 on, a control plane's kubelet is led to its own API server."""
     manifest = node.manifests.get(Component.APISERVER)
     local = endpoints.name(manifest.flags) if manifest is not None else None
     try:

@@ -41,7 +41,7 @@ _CA_FLAGS: Mapping[Component, Mapping[str, str]] = {
 
 
 def look(node: Node, settings: Settings) -> Iterator[Finding]:
-    """All of it."""
+    """Examine how the node uses its certificates: files, CAs, names, restarts and hooks."""
     if not node.manifests:
         text = f"no static pods in {settings.node.kubeconfig_dir / 'manifests'}: which files they use was not looked at"
         yield Finding(level="ok", check="manifests", about="manifests", text=text)

@@ -31,7 +31,7 @@ class Known:
 
 def due_times(node: Node, renewal: RenewalSettings) -> dict[str, datetime]:
     """
-    From when on `renew` renews each certificate, by name; none for what it leaves to the kubelet (pure).
+    The times from which on `renew` renews each certificate, by name; none for what it leaves to the kubelet (pure).
 
     Args:
         node: What is there.

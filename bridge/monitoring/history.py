@@ -65,7 +65,7 @@ _TIMES = ("ended", "succeeded", "rehearsed")
 
 
 def to_json(one: History) -> dict[str, Any]:
-    """For the file."""
+    """The history as the file has it."""
     times = {name: getattr(one, name) for name in _TIMES}
     return {
         "version": 1,

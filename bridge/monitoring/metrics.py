@@ -70,7 +70,7 @@ def written(settings: Settings, now: Callable[[], datetime], *, rehearsal: bool 
 @contextlib.contextmanager
 def kept_current(settings: Settings, now: Callable[[], datetime]) -> Iterator[None]:
     """
-    For what is no `renew` and changes what the file tells: write it when that ends, and count nothing.
+    Write the file when this ends, and count nothing: for commands that are no `renew` and change what it tells.
 
     A file that can't be written is told.
     """
@@ -159,7 +159,7 @@ def known(store: Store) -> Known:
 
 
 def known_here(settings: Settings) -> Known | None:
-    """The same; None: this user may not see it, or it is damaged (which `doctor` and `renew` tell)."""
+    """`known` of this node's state; None: this user may not see it, or it is damaged (which `doctor` and `renew` tell)."""
     directory = settings.node.state_dir
     try:
         directory.lstat()

@@ -70,7 +70,7 @@ def contents(path: Path) -> bytes:
 
 
 def text(moment: datetime) -> str:
-    """To the second, in UTC."""
+    """A time as text, to the second, in UTC."""
     return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 

@@ -61,7 +61,7 @@ def bound(component: Component, flags: Flags) -> list[Address]:
 
 
 def name(flags: Flags) -> str | None:
-    """By which address an API server's certificate knows it on its own node; None: the flags don't tell."""
+    """The address by which an API server's certificate knows it on its own node; None: the flags don't tell."""
     host = flags.get("--bind-address", "")
     return flags.get("--advertise-address") or (None if is_any(host) else host)
 
@@ -83,7 +83,7 @@ def listening(flags: Flags, names: Sequence[str], advertised: str) -> list[Addre
 
 
 def urls(flags: Flags, flag: str) -> list[str]:
-    """Those with TLS."""
+    """The URLs in a flag that have TLS."""
     return [url.rstrip("/") for url in flags.get(flag, "").split(",") if url.startswith("https://")]
 
 

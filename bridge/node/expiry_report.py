@@ -57,7 +57,7 @@ class ExpiryReport:
 
     @property
     def rows(self) -> list[Row]:
-        """All of them; a kubelet's client certificate that ends soon before all others."""
+        """All rows; a kubelet's client certificate that ends soon comes before all others."""
         return sorted([*self.certificates, *self.authorities, *self.extra], key=lambda row: not row.first)
 
     @property

@@ -12,7 +12,7 @@ from bridge.node import kubeconfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FreshKubeconfig:
-    """All of it but the user's certificate and key."""
+    """A kubeconfig, but for the user's certificate and key."""
 
     server: str  #: URL.
     cluster: str  #: Its name in the file.

@@ -84,7 +84,7 @@ class Item:
 
     @property
     def ending(self) -> tuple[x509.Certificate, ...]:
-        """All of which none may end: the certificate, its intermediates, and a kubelet's copy."""
+        """Certificates of which none may end: its own, its intermediates, and a kubelet's copy."""
         return (*self.certificates, *self.copy)
 
 
@@ -103,7 +103,7 @@ class AuthorityState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """All that the files tell."""
+    """The node, as its files tell."""
 
     items: tuple[Item, ...]  #: In the order of `SPECS`.
     authorities: tuple[AuthorityState, ...]  #: In the order of `AUTHORITIES`.
@@ -114,7 +114,7 @@ class Node:
 
     @property
     def is_worker(self) -> bool:
-        """It has a kubelet, and nothing of a control plane."""
+        """Whether it has a kubelet, and nothing of a control plane."""
         return self.role == "worker"
 
     @property
@@ -140,7 +140,7 @@ class _Found(NamedTuple):
 
 
 class NoNodeError(BridgeError):
-    """Nothing of a node is here."""
+    """No file of a node is here."""
 
     hint = "run it on a node of the cluster; --pki-dir and --kubeconfig-dir tell where its files are"
 

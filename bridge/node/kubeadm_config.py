@@ -64,7 +64,7 @@ class KubeadmConfig:
 
     @property
     def endpoint_url(self) -> str:
-        """For kubeconfigs of people; empty if there is none."""
+        """The server's URL for kubeconfigs of people; empty if there is none."""
         host, port = self.endpoint_host, urlsplit(f"//{self.endpoint}").port or 6443
         return f"https://{f'[{host}]' if ':' in host else host}:{port}" if host else ""
 
@@ -150,7 +150,7 @@ def parse_documents(data: bytes, source: str = "") -> tuple[dict[str, Any], ...]
 
 
 def _unusable(problem: str, source: str) -> KubeadmConfigError:
-    """Not raised inside `except`: that error, and so a traceback's context, may hold the data."""
+    """An error to be raised outside of `except`: that error, and so a traceback's context, may hold the data."""
     where = f"{source}: " if source else ""
     return KubeadmConfigError(f"{where}wanted a configuration of kubeadm, found one that can't be used: {problem}")
 

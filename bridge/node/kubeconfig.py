@@ -34,7 +34,7 @@ class KubeconfigError(BridgeError):
     hint = "`kubectl --kubeconfig FILE config view --raw --flatten` prints the same content in its plain form"
 
     def of(self, path: Path) -> KubeconfigError:
-        """The same with the file's name."""
+        """The same error with the file's name."""
         return KubeconfigError(f"{path}: {self}", hint=self.hint.replace("FILE", str(path)))
 
 
@@ -314,7 +314,7 @@ def _editable_values(root: YamlNode) -> dict[str, YamlNode]:
 
 
 def _editable(path: Sequence[YamlNode]) -> dict[str, YamlNode]:
-    """The same for the user to whose mapping the nodes lead."""
+    """The nodes of certificate and key that may be edited, of the user to whose mapping the path leads."""
     user = path[-1]
     values = {key: user.get(key) for key in (_CERTIFICATE, _KEY)}
     found = {key: node for key, node in values.items() if node is not None and _text(user, key)}

@@ -23,7 +23,7 @@ class Kubelet:
     @classmethod
     def load(cls, path: Path | None = None) -> Kubelet:
         """
-        Its defaults, where the file is not there, not YAML or says nothing.
+        Read the file; the kubelet's defaults where it is not there, not YAML or says nothing.
 
         https://kubernetes.io/docs/reference/config-api/kubelet-config.v1beta1/
         """

@@ -28,7 +28,7 @@ class Process:
 
 def running(program: str, proc: Path = PROC) -> list[Process]:
     """
-    Those that run a program on this node, the oldest first.
+    Processes that run a program on this node, the oldest first.
 
     On this node means: in our own network namespace. Static pods of a control plane use their host's, and so does a
     kubelet; another node on the same machine has its own. Who may not look at other people's processes (not root)
@@ -59,7 +59,7 @@ def _network(entry: Path) -> str:
 
 
 def _started(entry: Path) -> datetime:
-    """By today's clock: the kernel counts from the machine's start, and the clock may have been set since."""
+    """When it started, by today's clock, which may have been set since: the kernel counts from the machine's start."""
     behind_name = (entry / "stat").read_text(errors="replace").rpartition(")")[2]
     ticks = int(behind_name.split()[_START_FIELD])
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")

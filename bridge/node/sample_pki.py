@@ -293,7 +293,7 @@ def _key_usage(*, certificate_signing: bool) -> x509.KeyUsage:
 
 
 def _subject_key_identifier(key: PrivateKey) -> x509.SubjectKeyIdentifier:
-    """From SHA-256 (RFC 7093 §2), as Go does since 1.25; `from_public_key` would take SHA-1."""
+    """A key identifier from SHA-256 (RFC 7093 §2), as Go makes it since 1.25; `from_public_key` would take SHA-1."""
     public = key.public_key()
     if isinstance(public, rsa.RSAPublicKey):
         bits = public.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.PKCS1)

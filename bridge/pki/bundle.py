@@ -41,7 +41,7 @@ class BundleError(BridgeError):
 
 
 class IncompleteBundleError(BundleError):
-    """It is no JSON document, as a file that is still being copied isn't."""
+    """It is no JSON document, which it may become: as long as a file is being copied, it is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -91,5 +91,5 @@ def _answer_lines(bundle: AnswerBundle) -> Iterator[str]:
 
 
 def count(number: int, what: str) -> str:
-    """Such as `1 certificate`."""
+    """A number with its noun, such as `1 certificate`."""
     return f"{number} {what}{'' if number == 1 else 's'}"

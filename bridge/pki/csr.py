@@ -30,7 +30,7 @@ class CannotCarryError(BridgeError):
 
 
 def algorithm_name(key: CertificatePublicKeyTypes) -> str:
-    """Such as `rsa-2048` or `ecdsa-p256`; for keys that kubeadm does not make another name that tells them."""
+    """A key's algorithm and size, such as `rsa-2048` or `ecdsa-p256`; any other key has a name of its own."""
     if isinstance(key, rsa.RSAPublicKey):
         return f"rsa-{key.key_size}"
     if isinstance(key, ec.EllipticCurvePublicKey):
@@ -121,7 +121,7 @@ def build_for(naming: Naming, key: PrivateKey) -> bytes:
 
 def naming_of(certificate: x509.Certificate) -> Naming:
     """
-    Who a certificate is for.
+    The subject and SANs of a certificate.
 
     Raises:
         CannotCarryError: The subject or a SAN can't be carried; the text names it.
@@ -163,7 +163,7 @@ def _hash(key: PrivateKey) -> hashes.SHA256 | hashes.SHA384:
 
 
 def _assert_same(certificate: x509.Certificate, csr: x509.CertificateSigningRequest) -> None:
-    """Nothing is lost on the way, whatever the encoder makes of odd string types."""
+    """Make sure that nothing is lost, whatever the encoder makes of odd string types."""
     if attributes(csr.subject) != attributes(certificate.subject):
         raise CannotCarryError(
             f"subject: wanted {name_text(certificate.subject)}, a CSR can only say {name_text(csr.subject)}"

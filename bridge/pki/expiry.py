@@ -104,7 +104,7 @@ def is_rotation_late(chain: Sequence[x509.Certificate], now: datetime) -> bool:
 
 def due_from(chain: Sequence[x509.Certificate], before: Before, validity: timedelta, *, rotates: bool) -> datetime:
     """
-    From when on a certificate should be renewed.
+    The time from which on a certificate should be renewed.
 
     Args:
         chain: The leaf, then its intermediates.

@@ -396,7 +396,7 @@ def _links(whole: Sequence[x509.Certificate]) -> Iterator[Violation]:
 
 def _policies(sent: Sequence[x509.Certificate]) -> Iterator[Violation]:
     """
-    Where an issuer demands policies, one is in all certificates below the anchor, without a mapping.
+    Violations unless, where an issuer demands policies, one is in all certificates below the anchor, without a mapping.
 
     RFC 5280 §6.1 allows more (anyPolicy, mapped policies); who demands policies names them.
     """

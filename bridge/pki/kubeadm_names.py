@@ -149,5 +149,5 @@ def _known(value: str, what: str) -> str:
 
 
 def text_of(names: Iterable[x509.GeneralName]) -> str:
-    """For messages."""
+    """The names as one text, for messages."""
     return ", ".join(str(one.value) for one in names) or "none"

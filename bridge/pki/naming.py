@@ -36,7 +36,7 @@ class Naming:
 
     @property
     def text(self) -> str:
-        """For people, such as `CN=kube-apiserver with DNS:cp-1, IP:192.0.2.10`."""
+        """A text for people, such as `CN=kube-apiserver with DNS:cp-1, IP:192.0.2.10`."""
         sans = ", ".join(":".join(san_entry(san)) for san in self.sans)
         return f"{name_text(self.subject) or '(empty subject)'}{f' with {sans}' if sans else ''}"
 

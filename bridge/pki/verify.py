@@ -134,7 +134,7 @@ def _parts_unreadable(certificate: x509.Certificate) -> Iterator[tuple[str, str]
 
 
 def _violations(issued: Issued, request: SignRequest, expected: Expectation) -> Iterator[Violation]:
-    """All that is wrong with the leaf by itself; the chain is apart."""
+    """All violations of the leaf by itself; the chain is apart."""
     leaf, csr = issued.leaf, request.csr
     yield from _public_key(leaf, csr)
     yield from _subject(leaf, csr, expected.extra_subject)
@@ -400,12 +400,12 @@ def _chain_violation(issued: Issued, expected: Expectation, time: datetime, reas
 
 
 def is_valid_at(certificate: x509.Certificate, time: datetime) -> bool:
-    """By its dates alone."""
+    """Whether a certificate is valid, by its dates alone."""
     return certificate.not_valid_before_utc <= time <= certificate.not_valid_after_utc
 
 
 def validity_text(certificate: x509.Certificate, now: datetime) -> str:
-    """For messages about one that is not valid now, whose fault that ever is."""
+    """Its dates and this node's clock, for messages: either may be why it is not valid now."""
     dates = f"{certificate.not_valid_before_utc:%Y-%m-%d} to {certificate.not_valid_after_utc:%Y-%m-%d}"
     return f"from {dates} ({_which_clock(now)})"
 

@@ -222,7 +222,7 @@ class Found:
     loose: dict[Path, list[x509.Certificate]] = field(default_factory=dict)
 
     def take(self, name: str, answer: Issued | BridgeError, path: Path) -> None:
-        """Which of several counts is found out when all are there."""
+        """Keep an answer; which of several counts is decided when all are there."""
         self.candidates.setdefault(name, []).append(Candidate(answer=answer, source=printable(path)))
 
     def best(self, one: Prepared, expected: verify.Expectation) -> Candidate:
@@ -415,7 +415,7 @@ def _take_bundle(run: Run, path: Path, answer: AnswerBundle, found: Found) -> No
 
 
 def _match_loose(requests: OpenRequests, found: Found) -> None:
-    """By public key; what is neither a CA's nor of a request that waits is refused by name."""
+    """Match loose certificates by public key; one that is neither a CA's nor for an open request is refused by name."""
     everything = [(path, certificate) for path, ones in found.loose.items() for certificate in ones]
     matched: set[bytes] = set()
     for one in requests:

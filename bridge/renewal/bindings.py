@@ -42,7 +42,7 @@ class Binding(NamedTuple):
 
     @property
     def command(self) -> str:
-        """That makes it."""
+        """The kubectl command that makes the binding."""
         return (
             f"kubectl create clusterrolebinding {self.name} --clusterrole={self.role} --{self.kind.lower()}={self.who}"
         )

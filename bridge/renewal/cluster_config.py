@@ -33,7 +33,7 @@ class Source:
 
     @property
     def text(self) -> str:
-        """For messages."""
+        """Where the configuration is from, for messages."""
         return str(self._file) if self._file is not None else "the cluster's ConfigMap kube-system/kubeadm-config"
 
     @property

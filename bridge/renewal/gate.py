@@ -51,7 +51,7 @@ def delay(settings: Settings, now: datetime, *, is_terminal: bool) -> timedelta:
 
 def hold(selection: Selection, settings: Settings, attempts: Attempts | None, now: datetime) -> Selection:
     """
-    For a run without names: without what waits for its window, or for a CA that was asked in vain too often.
+    The selection of a run without names, without what waits for its window, or for a CA that was asked in vain too often.
 
     Args:
         selection: What is due.
@@ -70,7 +70,7 @@ def hold(selection: Selection, settings: Settings, attempts: Attempts | None, no
 
 
 class NotYetError(WaitingError):
-    """It is due, and waits for its window; nobody has been asked."""
+    """The certificate is due, and waits for its window; nobody has been asked."""
 
     hint = "the first run within the window renews it; `ca-bridge renew NAME` and `ca-bridge renew all` do not wait"
 
@@ -108,7 +108,7 @@ def jitter(
     selection: Selection, settings: RenewalSettings, now: datetime, *, is_terminal: bool, share: float
 ) -> timedelta:
     """
-    How long to wait before a run takes the lock.
+    The time to wait before a run takes the lock.
 
     Never past the window that is open, nor longer than half of the time that a certificate has left.
 
@@ -185,7 +185,7 @@ class Failures:
 
 def next_try(failures: Failures, expires: datetime) -> datetime:
     """
-    When the CA may be asked again (pure).
+    The time when the CA may be asked again (pure).
 
     From the third failure on an hour later, then twice as long each time, a day at most; and after half of the time
     that a certificate has left at most, so that it never expires between two tries.

@@ -132,7 +132,7 @@ class Owed:
 
 
 class Hooks:
-    """Those of one run; the node's lock is held."""
+    """The hooks of one run; the node's lock is held."""
 
     def __init__(self, settings: Settings, store: Store, run_id: str) -> None:
         self._settings = settings
@@ -174,7 +174,7 @@ class Hooks:
         return self._all_of(AFTER_INSTALL, occasion)
 
     def finished(self, occasion: HookEvent) -> list[HookError]:
-        """At the end of a run that had something to do; what only waits is neither success nor failure."""
+        """Run the hooks at the end of a run that had something to do; one that only waits is neither success nor failure."""
         if occasion.exit_code in (Exit.DONE, Exit.WAITING):
             return self._all_of(SUCCESS, occasion) if occasion.new_serials else []
         return self._all_of(FAILURE, occasion)
@@ -273,7 +273,7 @@ class Hooks:
     # --- what is owed ------------------------------------------------------------------------------------------------
 
     def _kept(self, owed: Owed, *, is_over: bool = False) -> str:
-        """Why not; a hook is run though it can't be run again."""
+        """Remember that a hook is owed, or over: a sentence if that failed, else empty; the hook is run in any case."""
         try:
             self._forget(owed) if is_over else self._remember(owed)
         except StateError as e:

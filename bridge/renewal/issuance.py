@@ -82,7 +82,7 @@ def shortened(item: Item, settings: Settings, now: datetime) -> ShorterError | N
 
 
 def refused_as_shorter(items: Sequence[Item], settings: Settings, now: datetime) -> dict[str, ShorterError]:
-    """By certificate name; none where the settings allow it."""
+    """The errors of `shortened` by certificate name; none where the settings allow it."""
     if settings.renewal.shorter == "allow":
         return {}
     return {item.spec.name: error for item in items if (error := shortened(item, settings, now)) is not None}
@@ -203,14 +203,14 @@ def _warn_of_open_secrets(configured: registry.Configured) -> None:
 
 
 def _without_shorter(ca: Reached, items: Sequence[Item], settings: Settings, now: datetime) -> Reached:
-    """Where a CA gives no more than is asked for, an answer that would be refused for that is not asked for."""
+    """Don't ask a CA that gives no more than is asked for, where such an answer would be refused as shorter."""
     if not isinstance(ca.backend, AsksValidity):
         return ca
     return dataclasses.replace(ca, wrong={**refused_as_shorter(items, settings, now), **ca.wrong})
 
 
 def _identity(backend: Backend) -> str | None:
-    """For the record; a CA that does not tell it may still sign."""
+    """Our identity at the CA, for the record; a CA that does not tell it may still sign."""
     with contextlib.suppress(BackendError):
         return (backend.identity() or None) if isinstance(backend, Identifies) else None
     return None
@@ -290,7 +290,7 @@ def issue(
 
 
 def _opened(run: Run, prepared: Sequence[Prepared], reached: Mapping[str, Reached]) -> list[Prepared]:
-    """For a CA that answers later: who asks is in the request, and its key on disk before that CA is asked."""
+    """Prepare requests to a CA that answers later: who asks is in them, and their keys are on disk before it is asked."""
     opened = {one.name: one for one in prepared}
     to_carry: dict[tuple[int, str], list[Prepared]] = defaultdict(list)
     for one in prepared:
@@ -327,7 +327,7 @@ def _answers(
     expected: Mapping[str, verify.Expectation],
     progress: Progress,
 ) -> dict[str, Answer]:
-    """By certificate name; a backend that several authorities have is asked once, for all of theirs."""
+    """The CAs' answers by certificate name; a backend that several authorities have is asked once, for all of theirs."""
     lots: dict[int, list[Prepared]] = defaultdict(list)
     for one in prepared:
         lots[id(reached[one.authority].backend)].append(one)
@@ -344,7 +344,7 @@ def _ask(
     prepared: Sequence[Prepared],
     progress: Progress,
 ) -> dict[str, Answer]:
-    """Those of one backend; none is asked for what its preflight refused."""
+    """The answers of one backend, which is not asked for what its preflight refused."""
     ca = reached[prepared[0].authority]
     owed = [one for one in prepared if ca.backend is not None and _owes(ca, one)]
     answers: dict[str, Answer] = {one.name: _collected(ca, one, expected[one.authority], progress) for one in owed}

@@ -29,7 +29,7 @@ class Unproven:
 
     @property
     def newest_run(self) -> str:
-        """Whose certificate it is, as far as that is known."""
+        """The run whose certificate it is, as far as that is known."""
         return list(self.runs.values())[-1]
 
 
@@ -47,7 +47,7 @@ class Owed:
         return [one.name for one in self.certificates]
 
     def live_on(self, node: Node) -> Owed:
-        """Without what is not there: it was not installed, or was replaced by somebody else."""
+        """The same without what is not there: it was not installed, or was replaced by somebody else."""
         live = {i.spec.name: serial_hex(i.certificates[0]) for i in node.items if i.certificates}
         odd = {item.spec.name for item in self.unreadable_on(node)}
         ours = tuple(one for one in self.certificates if live.get(one.name) in one.runs or one.name in odd)

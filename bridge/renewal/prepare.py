@@ -146,7 +146,7 @@ def _of_open(item: Item, made: OpenRequest, was: Mapping[Path, str | None]) -> P
 
 
 def open_request(run: Run, one: Prepared) -> OpenRequest:
-    """To keep what was prepared."""
+    """An open request that keeps what was prepared."""
     return one.open or OpenRequest(
         request=one.request,
         key_pem=one.key_pem,
@@ -221,7 +221,7 @@ def _embedded_key(item: Item) -> bytes:
 
 def _fits(made: OpenRequest, replaced: x509.Certificate | None, algorithm: str, naming: Naming | None) -> bool:
     """
-    It is for the certificate that is there now, with a key as it would be made now, and says what is wanted now.
+    Whether it is for the certificate that is there now, with a key as it would be made now, and says what is wanted now.
 
     Without names that are wanted it may say something else than the live certificate: an operator wanted that when it
     was made.

@@ -116,7 +116,7 @@ def _check(settings: Settings, run: Run) -> None:
 
 
 def _renew(run: Run, transaction: Transaction, selection: Selection, node: Node, *, all_or_nothing: bool) -> Result:
-    """From keys to components that run on them."""
+    """Renew: from keys to components that run on them."""
     with transaction.about(selection):
         assert_room(run.settings)
         stuck = without_restart(node, run.settings, selection.items) if transaction.restarts else []
@@ -193,7 +193,7 @@ def _is_still_good(answer: Issued, kept: OpenRequest, run: Run, expected: verify
 
 
 def _to_ask(run: Run, items: Sequence[Item], kept: Sequence[Answered]) -> tuple[list[Item], list[Outcome]]:
-    """Those that have a backend, and those whose requests a person has carried away."""
+    """Items that a backend is asked for, and outcomes of those whose requests a person has carried away."""
     have = {one.prepared.name for one in kept}
     rest, carried = [], []
     for item in items:

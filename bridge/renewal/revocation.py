@@ -45,7 +45,7 @@ class Superseded:
 
     @property
     def authority(self) -> str:
-        """Whose it is."""
+        """The authority that signed it."""
         return SPECS[self.name].authority.name
 
     def __str__(self) -> str:
@@ -108,7 +108,7 @@ def owe(run: Run, done: Sequence[Outcome]) -> None:
 
 
 def _able(run: Run, authorities: Iterable[str]) -> set[str]:
-    """Those whose CA can be told to revoke; of the others it is said."""
+    """Authorities whose CA can be told to revoke; the others are noted."""
     have = [name for name in sorted(authorities) if name in run.settings.authorities]
     configured = registry.configured(run.settings, have)
     able = {name for name in have if hasattr(configured[name].backend_type, "revoke")}
@@ -152,13 +152,13 @@ def _names(every: Iterable[Superseded]) -> str:
 
 
 def _is_pointless(one: Superseded, node: Node, now: datetime) -> bool:
-    """It is (or is again) the one in use, or nobody accepts it any more."""
+    """Whether it is (or is again) the one in use, or nobody accepts it any more."""
     live = {item.spec.name: item.certificates[0] for item in node.items if item.certificates}
     return live.get(one.name) == one.certificate or one.certificate.not_valid_after_utc <= now
 
 
 def _proven(due: Sequence[Superseded], run: Run, node: Node) -> list[Superseded]:
-    """Those in whose place another one is in use, as far as anybody can see."""
+    """Certificates in whose place another one is in use, as far as anybody can see."""
     if not due:
         return []
     from bridge.control_plane import proof  # noqa: PLC0415 (40 ms; only where something is revoked)

@@ -64,7 +64,7 @@ class Selection:
 
     @property
     def told(self) -> tuple[str, ...]:
-        """For the operator before anything is asked: what is done on an operator's word, or for want of one."""
+        """Sentences for the operator before a CA is asked: what is done on an operator's word, or for want of one."""
         names = [item.spec.name for item in self.items]
         return (
             *self.waived,
@@ -158,7 +158,7 @@ def _by_wish(
     items: Sequence[Item], wishes: Wishes, open_requests: Mapping[str, x509.Certificate | None]
 ) -> tuple[list[Item], list[Outcome]]:
     """
-    Those that are decided by an operator's word, now or when they were asked for.
+    Decide those that an operator's word is about, now or when they were asked for.
 
     Returns:
         Missing ones that are to be made; and what can't be as it was wanted.
@@ -279,7 +279,7 @@ def _absent(spec: CertificateSpec, item: Item | None, node: Node) -> Outcome:
 
 
 def outcome_of(item: Item, error: BridgeError, backend: str = "") -> Outcome:
-    """That of a certificate that could not be renewed."""
+    """The outcome for a certificate that could not be renewed."""
     old = item.certificates[0] if item.certificates else None
     return Outcome(name=item.spec.name, authority=item.spec.authority.name, old=old, error=error, backend=backend)
 

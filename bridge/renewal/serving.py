@@ -62,7 +62,7 @@ def own_names(node: NodeSettings) -> tuple[str, ...]:
 
 
 def _advertised(node: NodeSettings) -> list[str]:
-    """On a control plane the address of its API server, which is the node's by kubeadm."""
+    """The API server's address on a control plane, which is the node's by kubeadm; else none."""
     try:
         manifest = manifests.load(Component.APISERVER, node.kubeconfig_dir)
     except ValueError:

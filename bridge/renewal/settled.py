@@ -50,7 +50,7 @@ class Settled:
 
 
 def is_stopped(restarted: Sequence[Restarted]) -> bool:
-    """By a signal: what was restarted may still be starting, and its proof would tell nothing."""
+    """Whether a signal stopped the restarts: what may still be starting can't be proven."""
     return any(isinstance(one.error, StoppedError) for one in restarted)
 
 
@@ -81,7 +81,7 @@ def errors_of(restarted: Sequence[Restarted]) -> list[BridgeError]:
 
 
 def _hook_events(run: Run, owed: Owed, errors: Sequence[BridgeError], *, is_back: bool) -> dict[str, HookEvent]:
-    """By the run that installed."""
+    """The hook events by the run that installed."""
     items = {item.spec.name: item for item in run.read_node().items}
     replaced = {one.run_id: one for one in backups.read_all(run.store)[0]}
     found = {}

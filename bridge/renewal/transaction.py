@@ -178,7 +178,7 @@ class Transaction:
 
     def conclude(self, selection: Selection, result: Result) -> Result:
         """
-        At the end of a run that had something to do, whatever it was: count it, tell who must know, run its hooks.
+        End a run that had something to do: revoke what is superseded, count, tell who must know, run its hooks.
 
         Returns:
             The result with what more there is to say, about earlier runs, too.
@@ -223,7 +223,7 @@ class Transaction:
 
     def _told_of_earlier(self, about: Mapping[str, HookEvent]) -> list[HookError]:
         """
-        When it is known what became of an earlier run's installation, or that it still is not: its hooks.
+        Run the hooks of earlier runs, now that it is known what became of their installations, or that it still is not.
 
         Args:
             about: By the run that installed.

@@ -240,7 +240,7 @@ class Proven:
 
     @property
     def outcome(self) -> Outcome:
-        """That of its installation."""
+        """The outcome of its installation."""
         one = self.prepared
         return Outcome(
             name=one.name,
@@ -334,7 +334,7 @@ _NOT_ASKED = (BackendUnavailableError, HearsayError, RefusedByCheckError, Settin
 
 
 def _forget(requests: OpenRequests, kept: OpenRequest) -> None:
-    """Its CA said no, or signed something else: the next run makes a new key. What was carried out may still come back."""
+    """Forget a request that was refused, or answered wrongly: the next run makes a new key. What was carried out may come back."""
     if kept.bundles:
         requests.put(dataclasses.replace(kept, reference="", note=""))
     else:
@@ -363,7 +363,7 @@ class HeldBackWaitingError(WaitingError):
 
 
 def hold_back(run: Run, good: Sequence[Prepared], failed: Sequence[Outcome]) -> Result:
-    """For `--all-or-nothing`: what is good is not installed, since others failed."""
+    """The result under `--all-or-nothing`: what is good is not installed, since others failed."""
     error: BridgeError
     if all(isinstance(outcome.error, WaitingError) for outcome in failed):
         error = HeldBackWaitingError("kept until the others are answered, since --all-or-nothing was given")
@@ -409,7 +409,7 @@ def install_all(run: Run, proven: Sequence[Proven]) -> str:
 
 
 def _about(proven: Sequence[Proven]) -> dict[str, object]:
-    """For the backup's manifest."""
+    """The facts about an installation, for the backup's manifest."""
     certificates = [
         {
             "name": one.name,

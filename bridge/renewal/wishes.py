@@ -213,7 +213,7 @@ def _changed(
 
 
 def naming_text(subject: x509.Name) -> str:
-    """For people."""
+    """A subject as text, for people."""
     return Naming(subject=subject).text
 
 

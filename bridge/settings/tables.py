@@ -405,7 +405,7 @@ _LONGEST_NAME = 253
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All of the file; backends' tables are raw."""
+    """The whole settings file; backends' tables are raw."""
 
     source: Source
     node: NodeSettings = field(default_factory=NodeSettings)

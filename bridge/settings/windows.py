@@ -32,7 +32,7 @@ class Window:
     @classmethod
     def parse(cls, text: str) -> Window:
         """
-        Such as `"Sat-Sun 02:00-06:00"`, `"Mon,Wed 22:00-02:00"` or `"03:00-05:00"`.
+        Parse a window such as `"Sat-Sun 02:00-06:00"`, `"Mon,Wed 22:00-02:00"` or `"03:00-05:00"`.
 
         Raises:
             ValueError: Its text is what was wanted.
@@ -73,7 +73,7 @@ def _days(text: str) -> frozenset[int]:
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """All of them; none: any time will do."""
+    """The windows of maintenance; none: any time will do."""
 
     windows: tuple[Window, ...] = ()
 
@@ -156,7 +156,7 @@ def ever_waits(now: datetime, windows: Windows, zone: tzinfo, before: timedelta)
 
 
 def local_text(moment: datetime, zone: tzinfo) -> str:
-    """For the operator, by the clock on the wall."""
+    """A time for the operator, by the clock on the wall."""
     try:
         return f"{moment.astimezone(zone):%a %Y-%m-%d %H:%M %Z}"
     except OverflowError:  # year 9999 (RFC 5280 §4.1.2.5 uses its end for "never")

@@ -190,7 +190,7 @@ class Desk:
         return job
 
     def judgement(self) -> Judgement:
-        """By what workers judge: the CAs that were opened, since a bundle wanted them."""
+        """The rules that workers judge by, with the CAs that were opened so far."""
         cas = {name: ca.certificates for name, ca in self._cas.items() if ca.trouble is None}
         return Judgement(policy=self._policy, cas=cas, now=self._now(), without_proof=self._without_proof)
 
@@ -270,7 +270,7 @@ class Desk:
         self, configured: registry.Configured, issuers: tuple[x509.Certificate, ...]
     ) -> tuple[x509.Certificate, ...]:
         """
-        Those of `desk.ca_dir`, or else the certificate that signs.
+        The CA's certificates in `desk.ca_dir`, or else the one that signs.
 
         Raises:
             BridgeError: There is none.
@@ -360,7 +360,7 @@ class Desk:
                 registry.close(ca.backend)
 
     def _sign(self, window: Sequence[Job], journal: Journal) -> None:
-        """All CAs at the same time, each with the requests of all bundles of the window."""
+        """Ask all CAs at the same time, each for the requests of all bundles of the window."""
         lots: dict[str, list[tuple[Job, SignRequest]]] = defaultdict(list)
         for job in window:
             for request in job.to_sign:
@@ -418,7 +418,7 @@ class Desk:
                 observer.answered(job, where)
 
     def _deliver(self, job: Job) -> str:
-        """Where the answer is; empty when there is none yet."""
+        """Write the answer: where it is; empty when there is none yet."""
         if not job.is_complete:
             return ""
         try:
@@ -584,7 +584,7 @@ def _collected(
 
 
 def _keep(answered: Sequence[registry.Answered], journal: Journal) -> None:
-    """At once: what was signed for a run that is killed before it knows may have to be signed again."""
+    """Write answers to the journal at once: those that a killed run did not write may have to be signed again."""
     good = [(request, answer) for request, answer in answered if isinstance(answer, Issued | Pending)]
     if good:
         journal.add(good)

@@ -58,7 +58,7 @@ class _HasData(Protocol):
 
     @property
     def data(self) -> bytes:
-        """Its content."""
+        """The file's content."""
 
 
 _File = TypeVar("_File", bound=_HasData)
@@ -66,7 +66,7 @@ _File = TypeVar("_File", bound=_HasData)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
-    """By what requests are judged."""
+    """The rules that requests are judged by."""
 
     policy: Policy
     cas: Mapping[str, tuple[x509.Certificate, ...]]  #: By authority.

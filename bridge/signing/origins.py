@@ -21,7 +21,7 @@ from bridge.system.safe_read import UnreadableError, read
 
 def known_cas(settings: Settings) -> dict[str, tuple[x509.Certificate, ...]]:
     """
-    By authority, those that are here: the node's own, and where there is a desk's policy, the desk's.
+    The CA certificates that are here, by authority: the node's own, and where there is a desk's policy, the desk's.
 
     Raises:
         SettingsError: The policy or a backend's table is wrong.

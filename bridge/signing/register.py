@@ -91,7 +91,7 @@ class Register:
 
     @cached_property
     def control_planes(self) -> Mapping[str, NodeEntry]:
-        """Those of them."""
+        """The nodes that are control planes."""
         return {name: entry for name, entry in self.nodes.items() if entry.control_plane}
 
     def is_never_a_nodes(self, san: San, node: str) -> bool:

@@ -63,7 +63,7 @@ class Configured:
 
     @property
     def label(self) -> str:
-        """For messages, such as `corp (vault)`."""
+        """The name for messages, such as `corp (vault)`."""
         return f"{self.name} ({self.type_name})"
 
     def open(self) -> Backend:

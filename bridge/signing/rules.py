@@ -75,7 +75,7 @@ def san_rule(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | str |
 
 
 def subject_of(text: str, node: str) -> list[tuple[str, str]] | None:
-    """Its attributes in alphabetical order; None when it can't be read."""
+    """A pattern's attributes in alphabetical order; None when it can't be read."""
     try:
         return sorted(attributes(x509.Name.from_rfc4514_string(text.replace("{node}", node))))
     except ValueError:
@@ -83,11 +83,11 @@ def subject_of(text: str, node: str) -> list[tuple[str, str]] | None:
 
 
 def subject_text(items: Sequence[tuple[str, str]]) -> str:
-    """For people."""
+    """A subject as text, for people."""
     labels = {CN_OID: "CN", O_OID: "O"}
     return ",".join(f"{labels.get(oid, oid)}={value}" for oid, value in items) or "(empty)"
 
 
 def one_of(texts: Sequence[str]) -> str:
-    """For people: what would do."""
+    """The patterns as one text, for messages: what would do."""
     return " or ".join(texts) or "none"

@@ -61,7 +61,7 @@ class NodeState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allowed:
-    """It may be signed like this."""
+    """The request may be signed, like this."""
 
     spec: CertificateSpec
     asked: Asked
@@ -72,14 +72,14 @@ class Allowed:
 
 @dataclass(frozen=True, slots=True)
 class Hostile:
-    """It will never be signed: nothing that may change outside of the policy would help. The text is for the log."""
+    """The request will never be signed: nothing that may change outside of the policy would help. The text is for the log."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Later:
-    """Not now; it may pass when something has changed. The text is for the log."""
+    """The request can't be signed now; it may pass when something has changed. The text is for the log."""
 
     reason: str
 

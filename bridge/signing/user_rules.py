@@ -45,7 +45,7 @@ class Limits:
 
 
 def problems(user: User, validity: timedelta, limits: Limits) -> list[str]:
-    """All that speaks against it."""
+    """All that speaks against a user."""
     return [*_name_problems(user, limits), *_group_problems(user.groups, limits), *_validity_problems(validity, limits)]
 
 

@@ -434,7 +434,7 @@ def _good_part(data: bytes) -> tuple[int, Link]:
 
 def _continued(store: Store, last: Link) -> tuple[Link, list[str]]:
     """
-    Where the chain goes on: after the newest line that was ever written.
+    The link at which the chain goes on: after the newest line that was ever written.
 
     A crash may have come between a line and the head, which is then behind. A head that is ahead, or tells another
     digest, means that lines were cut or changed: the chain goes on after what the head knows, and so it stays visible.

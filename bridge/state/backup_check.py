@@ -42,7 +42,7 @@ class Problem:
 
     @property
     def is_damage(self) -> bool:
-        """Not something that the certificate says, but that it is not whole, not there, or apart from its key."""
+        """Whether it is not whole, not there, or apart from its key: nothing that the certificate says."""
         return not self.subject
 
     @property
@@ -83,7 +83,7 @@ def problems_of(backup: Backup, settings: Settings, node: Node, now: datetime) -
 
 
 def files_of(backup: Backup, name: str) -> list[File]:
-    """Those of one certificate."""
+    """The files of one certificate."""
     return [file for file in backup.files if file.certificate == name]
 
 

@@ -59,7 +59,7 @@ class File:
 
     @classmethod
     def of(cls, entry: Mapping[str, Any], directory: Path) -> File:
-        """From a manifest's entry."""
+        """Read an entry of a manifest."""
         name, path = entry["certificate"], Path(entry["path"])
         has_copy = entry["backup"] is not None
         return cls(

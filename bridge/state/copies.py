@@ -99,7 +99,7 @@ def owe(settings: Settings, store: Store, node: Node, replaced: Mapping[str, x50
 
 
 def owed_file(store: Store) -> StateFile[dict[str, tuple[str, ...]]]:
-    """Which certificates the copies may still hold: SHA-256, by kubeadm's name of the kubeconfig."""
+    """The file with certificates that copies may still hold: SHA-256, by kubeadm's name of the kubeconfig."""
     return StateFile(
         path=store.copies,
         what="which certificates copies of kubeconfigs may still hold",

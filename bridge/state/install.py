@@ -261,7 +261,7 @@ def _assert_unchanged(targets: Sequence[Target]) -> None:
 
 
 def _back_up(store: Store, targets: Sequence[Target], run_id: str, about: Mapping[str, Any]) -> str:
-    """By copy, since kubeadm rewrites files in place and a hard link would change with them; the manifest comes last."""
+    """Back up by copying: kubeadm rewrites files in place, and a hard link would change with them. The manifest comes last."""
     created = datetime.now(UTC)
     backup_id = f"{created:%Y%m%dT%H%M%SZ}-{run_id}"
     directory = store.backups / backup_id
@@ -402,7 +402,7 @@ def _forget_partial_backups(store: Store) -> None:
 
 
 def attributes_json(attributes: Attributes) -> dict[str, Any]:
-    """For a journal or manifest."""
+    """The attributes as a journal or manifest has them."""
     extended = {name: value.hex() for name, value in attributes.extended.items()}
     return {"mode": attributes.mode, "uid": attributes.uid, "gid": attributes.gid, "extended": extended}
 

@@ -22,5 +22,5 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """That of its error."""
+        """The exit code of its error."""
         return self.error.exit_code if self.error is not None else Exit.DONE

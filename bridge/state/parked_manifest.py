@@ -27,7 +27,7 @@ class RestartError(BridgeError):
 
 def aside(manifest: Path) -> Path:
     """
-    Where a manifest waits: on the same file system, and where no kubelet looks.
+    The path where a manifest waits: on the same file system, and where no kubelet looks.
 
     A kubelet takes every file of its directory for a manifest, whatever its name ends with.
     """
@@ -62,7 +62,7 @@ def recover(store: Store) -> str | None:
 
 
 def journal_of(component: Component, manifest: Path) -> dict[str, Any]:
-    """With the whole manifest, so that it comes back even if somebody takes the file that was moved away."""
+    """A journal with the whole manifest, so that it comes back even if somebody takes the file that was moved away."""
     try:
         content, attributes = manifest.read_bytes(), Attributes.of(manifest)
     except OSError as e:

@@ -73,11 +73,11 @@ class OpenRequests:
         return iter(list(self._requests.values()))
 
     def by_name(self) -> dict[str, OpenRequest]:
-        """All of them."""
+        """All open requests by certificate name."""
         return dict(self._requests)
 
     def get(self, name: str) -> OpenRequest | None:
-        """That of a certificate."""
+        """The open request for a certificate."""
         return self._requests.get(name)
 
     def put(self, request: OpenRequest) -> None:
@@ -113,7 +113,7 @@ class Unkept(OpenRequests):
         self._requests = {}
 
     def save(self) -> None:
-        """Nothing is written."""
+        """Write nothing."""
 
 
 def requests_file(store: Store) -> StateFile[dict[str, OpenRequest]]:

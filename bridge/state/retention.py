@@ -54,7 +54,7 @@ def retire(store: Store, settings: Settings, node: Node, now: datetime) -> list[
 
 def delete(backup: Backup) -> None:
     """
-    Its manifest first: what a crash leaves is no backup any more, and the next run removes it.
+    Delete a backup, its manifest first: what a crash leaves is no backup any more, and the next run removes it.
 
     Raises:
         OSError: Something of it is left.

@@ -36,7 +36,7 @@ class OpenUser:
 
 
 def waiting_file(store: Store) -> StateFile[dict[str, OpenUser]]:
-    """By the user's name."""
+    """The file with open requests, by the user's name."""
     return StateFile(
         path=store.users,
         what="the requests for users that were not answered, with their keys",

@@ -52,7 +52,7 @@ class Attributes:
 
     @classmethod
     def private(cls) -> Attributes:
-        """For our eyes only."""
+        """Attributes of a file that only we can read."""
         return cls(mode=SECRET_MODE, uid=os.geteuid(), gid=os.getegid(), extended={})
 
     def narrowed(self, mask: int) -> Attributes:

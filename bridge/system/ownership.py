@@ -105,7 +105,7 @@ def _exposed(path: Path, status: os.stat_result, trusted: set[int]) -> Exposure 
 
 def trusted_users() -> set[int]:
     """
-    Those whose files are as good as ours.
+    The users (uids) whose files are as good as ours.
 
     In a user namespace that does not know everybody, whoever it does not know (root outside it, as a rule) is shown as
     one user.

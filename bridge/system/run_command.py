@@ -41,7 +41,7 @@ class Output:
         self.left_out = 0  #: Bytes.
 
     def add(self, data: bytes) -> None:
-        """More of it."""
+        """Take more of it."""
         shown = data[: self._room]
         self._room -= len(shown)
         self.left_out += len(data) - len(shown)
@@ -102,7 +102,7 @@ def run(words: Sequence[str], environment: Mapping[str, str], limit: timedelta, 
 
 
 def _code(process: subprocess.Popen[bytes], reading: int, limit: timedelta, output: Output) -> int | None:
-    """Its code; None: it was killed."""
+    """Run to the end: the exit code; None: it was killed."""
     deadline = time.monotonic() + limit.total_seconds()
     try:
         _read_until_ended(process, reading, deadline, output)
@@ -116,7 +116,7 @@ def _code(process: subprocess.Popen[bytes], reading: int, limit: timedelta, outp
 
 
 def _read_until_ended(process: subprocess.Popen[bytes], reading: int, deadline: float, output: Output) -> None:
-    """Until nobody can write any more, or it has ended, or the time is over."""
+    """Read until nobody can write any more, or it has ended, or the time is over."""
     poller = select.poll()
     poller.register(reading, select.POLLIN)
     while (left := deadline - time.monotonic()) > 0:

@@ -52,13 +52,13 @@ class StateError(BridgeError):
 
 
 class StateUnreadableError(StateError):
-    """It is there and can't be read at this moment."""
+    """The file is there and can't be read at this moment."""
 
     hint = "fix the disk or the permissions, then run again; it stays as it is until then"
 
 
 class StateDamagedError(StateError):
-    """Its content is not what we wrote."""
+    """The file's content is not what we wrote."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -293,7 +293,7 @@ class _Asked:
         self, expected: verify.Expectation, now: Callable[[], datetime], max_validity: timedelta
     ) -> verify.Verified:
         """
-        Its answer, proven.
+        The CA's answer, verified.
 
         Raises:
             WaitingError: There is none yet; it is remembered.
@@ -348,7 +348,7 @@ class _Asked:
 
 
 def _who_asks(node: NodeSettings, created: datetime) -> Continuity:
-    """For a desk's policy, and for the names of files; nothing proves it."""
+    """Who asks, for a desk's policy and for the names of files; nothing proves it."""
     asked = created.replace(microsecond=0)
     return Continuity(batch=secrets.token_hex(16), node=node.node_name, cluster=node.cluster, proof=None, asked=asked)
 
