@@ -21,6 +21,7 @@ from cryptography.x509.oid import NameOID
 
 from bridge.contract import SetupFile, SetupRequest
 from bridge.specs import AUTHORITIES, EKU, SPECS, Authority, CertificateSpec
+from bridge.words import escaped
 
 DIRECTORY = PurePath("/etc/cfssl")
 #: For `cfssl serve -disable`: all but authsign, info and health. Neither newcert (makes a key and certificate for
@@ -96,7 +97,9 @@ def text(
     """
     ours = _ours(authority, certificates)
     usages = sorted({spec.usage for spec in ours})
-    config = json.dumps(signing_config(authority, certificates, validity, directory), indent=2, ensure_ascii=False)
+    config = escaped(
+        json.dumps(signing_config(authority, certificates, validity, directory), indent=2, ensure_ascii=False)
+    )
     return _SCRIPT.format(
         authority=authority.name,
         names=textwrap.fill(

@@ -16,7 +16,7 @@ from backends.est_settings import operation_url
 from bridge.contract import Selector, SetupFile, SetupRequest
 from bridge.pki.certificates import name_text, san_entries
 from bridge.specs import EKU, SPECS, CertificateSpec
-from bridge.words import one_line
+from bridge.words import escaped, one_line
 
 _EXAMPLE_URL = "https://est.corp.example"
 _DAY_SECONDS = 86400
@@ -109,4 +109,4 @@ def _try_lines(url: str, labels: Sequence[str]) -> Iterator[str]:
 
 
 def _toml(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return escaped(json.dumps(value, ensure_ascii=False))

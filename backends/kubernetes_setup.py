@@ -16,7 +16,7 @@ from bridge.contract import Selector, SetupFile, SetupRequest
 from bridge.errors import BridgeError
 from bridge.pki.certificates import name_text, san_entries
 from bridge.specs import EKU, SPECS
-from bridge.words import one_line
+from bridge.words import escaped, one_line
 
 NAMESPACE = "ca-bridge"
 _ISSUERS = "issuers.cert-manager.io/"
@@ -193,4 +193,4 @@ def _flow(names: Sequence[str]) -> str:
 
 def _quoted(text: Any) -> str:
     """A string of TOML and of YAML."""
-    return json.dumps(str(text), ensure_ascii=False)
+    return escaped(json.dumps(str(text), ensure_ascii=False))

@@ -73,8 +73,8 @@ class _Story:
 
     def play(self) -> None:
         """Run all steps."""
-        say(_styled("ca-bridge: certificates of a kubeadm control plane whose CA keys are elsewhere", "1"))
-        say(f"Everything is in {self._place.base}; nothing else is touched.")
+        _say(_styled("ca-bridge: certificates of a kubeadm control plane whose CA keys are elsewhere", "1"))
+        _say(f"Everything is in {self._place.base}; nothing else is touched.")
         self._plan()
         self._renewal()
         self._refusal()
@@ -127,16 +127,16 @@ class _Story:
         self._expect(ended.code == Exit.DONE, "the chain of the record holds")
 
     def _next(self) -> None:
-        say(_styled("\nNext", "1"))
+        _say(_styled("\nNext", "1"))
         if self._is_temporary:
-            say(f"{_INDENT}This place is removed now; `ca-bridge demo --directory DIR` keeps it.")
+            _say(f"{_INDENT}This place is removed now; `ca-bridge demo --directory DIR` keeps it.")
         for line, text in _NEXT:
-            say(f"{_INDENT}{_styled(f'$ {line}', '36')}")
+            _say(f"{_INDENT}{_styled(f'$ {line}', '36')}")
             say_sentence(text, f"{_INDENT}    ")
 
     def _headline(self, text: str) -> None:
         self._step += 1
-        say(f"\n{_styled(str(self._step), '1;34')} {_styled(text, '1')}")
+        _say(f"\n{_styled(str(self._step), '1;34')} {_styled(text, '1')}")
 
     def _command(
         self, typed: str, head: int, tail: int, *, until: str = "", is_cut: bool = False, renamed: str = "all"
@@ -152,7 +152,7 @@ class _Story:
             is_cut: Lines that are too long end with an ellipsis; else they go on below.
             renamed: How many files it may put into their places before it is killed.
         """
-        say(f"{_INDENT}{_styled(f'$ {typed}', '36')}")
+        _say(f"{_INDENT}{_styled(f'$ {typed}', '36')}")
         with doing(f"running {typed}", is_plain=False):
             ended = self._run(
                 [renamed, str(self._place.kubernetes), *typed.split()[1:]], _ENDLESS if is_cut else _WIDTH - 2
@@ -165,11 +165,11 @@ class _Story:
         hidden = len(told) - head - len(last)
         shown = _cut if is_cut else _wrapped
         for line in told[:head] if hidden > 0 else told:
-            say(_toned(shown(line)))
+            _say(_toned(shown(line)))
         if hidden > 0 and (head or tail):
-            say(_styled(f"{_INDENT}… {hidden} more lines", "2"))
+            _say(_styled(f"{_INDENT}… {hidden} more lines", "2"))
             for line in last:
-                say(_toned(shown(line)))
+                _say(_toned(shown(line)))
         return ended
 
     def _run(self, words: Sequence[str], columns: int) -> _Ended:
@@ -190,7 +190,11 @@ class _Story:
         """Say it, or that it is not so."""
         if not is_so:
             self.wrong.append(text)
-        say(f"{_INDENT}{_styled('✓', '1;32') if is_so else _styled('✗ NOT SO:', '1;31')} {text}")
+        _say(f"{_INDENT}{_styled('✓', '1;32') if is_so else _styled('✗ NOT SO:', '1;31')} {text}")
+
+
+def _say(text: str) -> None:
+    say(text, is_styled=True)
 
 
 def _styled(text: str, code: str) -> str:

@@ -17,6 +17,7 @@ from bridge.pki.expiry import residual, rfc3339
 from bridge.settings.tables import RenewalSettings, Settings
 from bridge.state.store import Store
 from bridge.system.console import ROOT_HINT, lacks_rights, log
+from bridge.words import escaped
 
 if TYPE_CHECKING:
     from bridge.monitoring.exposition import Known
@@ -172,7 +173,7 @@ def as_json(found: ExpiryReport) -> str:
     """kubeadm's structure (output.kubeadm.k8s.io/v1alpha3) in its order and indentation, and more keys."""
     import json  # noqa: PLC0415 (7 ms that the table has no use for)
 
-    return json.dumps(_structure(found), indent=4, ensure_ascii=False) + "\n"
+    return escaped(json.dumps(_structure(found), indent=4, ensure_ascii=False)) + "\n"
 
 
 def as_yaml(found: ExpiryReport) -> str:
@@ -180,8 +181,15 @@ def as_yaml(found: ExpiryReport) -> str:
     import yaml  # noqa: PLC0415 (loaded by the reading side already, but as a tree only)
 
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-    text = yaml.dump(_structure(found), Dumper=dumper, sort_keys=True, allow_unicode=True, width=10_000)
-    return str(text)
+
+    def dumped(*, allow_unicode: bool) -> str:
+        return str(
+            yaml.dump(_structure(found), Dumper=dumper, sort_keys=True, allow_unicode=allow_unicode, width=10_000)
+        )
+
+    text = dumped(allow_unicode=True)
+    # what steers a terminal is escaped, and then everything that is not ASCII
+    return text if escaped(text) == text else dumped(allow_unicode=False)
 
 
 def _structure(found: ExpiryReport) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from bridge.kubernetes.known_nodes import Known
 from bridge.settings.tables import Settings
 from bridge.signing import registry
 from bridge.signing.signer_rules import KUBERNETES_SIGNERS, Grant, SignerRules, spec_of
+from bridge.words import has_controls
 
 NAMESPACE = "ca-bridge"
 #: Where the pod has the files that its settings name; and the trust anchors, of which kubeadm's ca.crt is in each namespace.
@@ -89,8 +90,8 @@ def _with_block(text: str, key: str, content: str) -> str:
     """
     lines = content.rstrip("\n").replace("\r\n", "\n").split("\n")
     for number, line in enumerate(lines, 1):
-        if not line.replace("\t", " ").isprintable():
-            found = repr(next(one for one in line.replace("\t", " ") if not one.isprintable()))
+        if has_controls(line.replace("\t", " ")):
+            found = repr(next(one for one in line if has_controls(one) and one != "\t"))
             hint = "take it out of that line; where a text needs it, write it as TOML's \\u and four digits"
             raise BridgeError(f"{key}, line {number}: wanted no control characters, found {found}", hint=hint)
     block = "".join(f"    {line}".rstrip() + "\n" for line in lines)

@@ -12,6 +12,7 @@ from typing import Any
 
 from bridge.pki.expiry import left_text, minute
 from bridge.system import status
+from bridge.words import steady
 
 #: Of what `-o json` prints; grows when a key changes its meaning or goes.
 SCHEMA_VERSION = 1
@@ -22,12 +23,18 @@ def end_text(end: datetime, now: datetime) -> str:
     return f"{'expires' if end > now else 'expired'} {minute(end)} ({left_text(end, now).removeprefix('expired ')})"
 
 
-def say(text: str) -> None:
-    """Print lines; the last one needs no line break, and no text is no line."""
+def say(text: str, *, is_styled: bool = False) -> None:
+    """
+    Print lines; the last one needs no line break, and no text is no line.
+
+    Args:
+        text: May have words from outside in it, which don't steer a terminal.
+        is_styled: It has colours of ours, and nothing from outside.
+    """
     import typer  # noqa: PLC0415 (what makes the text can be had without a command line)
 
     status.clear()
-    typer.echo(text.removesuffix("\n"), nl=bool(text))
+    typer.echo((text if is_styled else steady(text)).removesuffix("\n"), nl=bool(text))
 
 
 def say_sentence(text: str, indent: str = "", *, hanging: int = 2) -> None:

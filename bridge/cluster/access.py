@@ -151,7 +151,8 @@ def local_url(node: Node) -> str | None:
     """Where this node's API server is; None when its manifest is not there or does not tell."""
     manifest = node.manifests.get(Component.APISERVER)
     address = "" if manifest is None else manifest.flags.get("--advertise-address", "")
-    return url_of(address, port(node)) if address else None
+    url = url_of(address, port(node))
+    return url if address and endpoints.is_url(url) else None
 
 
 def port(node: Node) -> str:

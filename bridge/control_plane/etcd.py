@@ -13,7 +13,7 @@ from http import HTTPStatus
 from typing import Any
 
 from bridge.cluster.client import NOBODY, Client, document, items
-from bridge.node.endpoints import Server
+from bridge.node.endpoints import Server, is_url
 from bridge.node.inventory import Node
 from bridge.system import https
 from bridge.system.safe_read import UnreadableError
@@ -144,11 +144,11 @@ class Etcd:
 
 
 def _member(told: Mapping[str, Any]) -> Member:
-    clients, peers = (tuple(str(url) for url in told.get(key) or ()) for key in ("clientURLs", "peerURLs"))
+    urls = {key: tuple(filter(is_url, map(str, told.get(key) or ()))) for key in ("clientURLs", "peerURLs")}
     return Member(
         id=str(told.get("ID") or ""),
         name=str(told.get("name") or ""),
-        client_urls=clients,
-        peer_urls=peers,
+        client_urls=urls["clientURLs"],
+        peer_urls=urls["peerURLs"],
         learner=told.get("isLearner") is True,
     )

@@ -348,7 +348,7 @@ def _members(
 
 def _initial_peers(flags: Mapping[str, str]) -> list[str]:
     pairs = (pair.partition("=") for pair in flags.get("--initial-cluster", "").split(","))
-    return [url for name, _, url in pairs if url and name != flags.get("--name")]
+    return [url for name, _, url in pairs if endpoints.is_url(url) and name != flags.get("--name")]
 
 
 def _beside(url: str, own_url: str) -> str:

@@ -83,13 +83,23 @@ def listening(flags: Flags, names: Sequence[str], advertised: str) -> list[Addre
 
 
 def urls(flags: Flags, flag: str) -> list[str]:
-    """The URLs in a flag that have TLS."""
-    return [url.rstrip("/") for url in flags.get(flag, "").split(",") if url.startswith("https://")]
+    """The URLs in a flag that have TLS; what is no URL is left out."""
+    found = (url.rstrip("/") for url in flags.get(flag, "").split(",") if url.startswith("https://"))
+    return [url for url in found if is_url(url)]
+
+
+def is_url(text: str) -> bool:
+    """Whether it has a host, and a port that is one, if any: manifests and other nodes may say anything."""
+    try:
+        parts = urlsplit(text)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def etcd_url(flags: Flags) -> str:
     """Where this node's etcd answers in HTTP, with TLS or without; on loopback if it is there, too, which no firewall is before."""
-    found = [url for url in flags.get(ETCD_HTTP_ONLY, flags.get("--listen-client-urls", "")).split(",") if url]
+    found = [url for url in flags.get(ETCD_HTTP_ONLY, flags.get("--listen-client-urls", "")).split(",") if is_url(url)]
     found.sort(key=lambda url: urlsplit(url).hostname not in {"127.0.0.1", "::1", "localhost"})
     url = (found or ["https://127.0.0.1:2379"])[0].strip().rstrip("/")
     return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")

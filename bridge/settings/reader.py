@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.durations import parse_duration
 from bridge.secret import GIVEN, Secret
-from bridge.words import name_found
+from bridge.words import has_controls, name_found
 
 T = TypeVar("T")
 
@@ -291,7 +291,7 @@ def _text(hint: Any, value: Any, key: Key) -> Any:
 def _absolute(value: str) -> Path:
     if not value.startswith("/"):
         raise ValueError("an absolute path")
-    if not value.isprintable():  # which may be lines of their own in units, crontabs and scripts
+    if has_controls(value):  # which may be lines of their own in units, crontabs and scripts
         raise ValueError("an absolute path without control characters")
     return Path(value)
 

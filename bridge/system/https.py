@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.errors import BridgeError, Exit
 from bridge.pki.certificates import load_pem_certificates
+from bridge.words import one_line
 
 #: Answers to a probe are far below.
 MAX_ANSWER_BYTES = 1 << 20
@@ -83,11 +84,13 @@ def request(
         timeout_seconds: For all of it, but for what the resolver takes to look up a name.
 
     Raises:
-        UnreachableError, UntrustedError, ClientRefusedError: No answer.
-        ValueError: Not such a URL.
+        UnreachableError, UntrustedError, ClientRefusedError: No answer, or no such URL.
     """
-    parts = urlsplit(url)
-    host, port = _host(url), parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        parts = urlsplit(url)
+        host, port = _host(url), parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError as e:
+        raise UnreachableError(f"wanted a URL, found {one_line(url)!r}") from e
     tls = context(trust_pem, certificate_pem, key_pem) if parts.scheme == "https" else None
     given = {"Accept": "application/json", **({"Content-Type": "application/json"} if body else {}), **(headers or {})}
     target = f"{parts.path or '/'}{f'?{parts.query}' if parts.query else ''}"

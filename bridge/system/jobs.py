@@ -17,6 +17,7 @@ from pathlib import Path
 
 from bridge.errors import BridgeError
 from bridge.system.files import write_atomically
+from bridge.words import has_controls
 
 #: Where the shipped files have the program.
 _SHIPPED_PROGRAM = "/usr/bin/ca-bridge"
@@ -142,7 +143,7 @@ def _one_line(text: str) -> str:
     Raises:
         JobError: It has control characters; no quotes keep a line break from ending a line there.
     """
-    if not text.isprintable():
+    if has_controls(text):
         raise JobError(
             f"wanted a path without line breaks and other control characters, found {text!r}",
             hint="units and crontabs have no way to name it; name another place",
