@@ -67,7 +67,6 @@ def renew(
         raise typer.BadParameter(
             "--csr-only can't be combined with changes and --kubeadm-config: `export` asks for them"
         )
-
     if (csr_dir is not None) != csr_only:
         given, missing = ("--csr-only", "--csr-dir DIR") if csr_only else ("--csr-dir", "--csr-only")
         raise typer.BadParameter(f"{given} needs {missing} beside it")
@@ -81,7 +80,8 @@ def renew(
         )
     if ahead is not None and not rehearse:
         raise typer.BadParameter("--ahead needs --rehearse beside it")
-    settings = common.settings()
+    settings, identities, as_json = common.settings(), any_identity or [], output is Output.JSON
+    longest = wait or timedelta()
     if rehearse:
         from bridge.cli import rehearsal  # noqa: PLC0415
 
@@ -89,33 +89,26 @@ def renew(
             settings,
             names,
             utc_now,
-            as_json=output is Output.JSON,
+            as_json=as_json,
             ahead=ahead,
-            wait=wait or timedelta(),
-            any_identity=any_identity or [],
+            wait=longest,
+            any_identity=identities,
             changes=wanted,
         )
     elif csr_dir is not None:
-        code = renewals.write_csrs(settings, names, csr_dir.absolute(), utc_now(), any_identity or [])
+        code = renewals.write_csrs(settings, names, csr_dir.absolute(), utc_now(), identities)
     elif dry_run:
-        code = renewals.plan(
-            settings,
-            names,
-            utc_now(),
-            as_json=output is Output.JSON,
-            any_identity=any_identity or [],
-            changes=wanted,
-        )
+        code = renewals.plan(settings, names, utc_now(), as_json=as_json, any_identity=identities, changes=wanted)
     else:
         code = renewals.renew(
             settings,
             names,
             utc_now,
-            as_json=output is Output.JSON,
+            as_json=as_json,
             all_or_nothing=all_or_nothing,
             restarts=not no_restart,
-            wait=wait or timedelta(),
-            any_identity=any_identity or [],
+            wait=longest,
+            any_identity=identities,
             changes=wanted,
         )
     raise typer.Exit(code)

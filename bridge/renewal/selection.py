@@ -126,14 +126,13 @@ def select(
         elif names or name in waiting or is_other(item, settings) or _is_due(item, settings, now):
             error = _against(item, settings, open_requests.get(name), csrs_only=csrs_only)
             if name in any_identity and isinstance(error, ForeignIdentityError):
-                waived.append(
-                    f"{name} is renewed as it is, as --any-identity says: {'; '.join(map(str, error.violations))}"
-                )
-                error = None
-            if error is None:
+                violations = "; ".join(map(str, error.violations))
+                waived.append(f"{name} is renewed as it is, as --any-identity says: {violations}")
                 items.append(item)
-            else:
+            elif error is not None:
                 failed.append(outcome_of(item, error))
+            else:
+                items.append(item)
     return Selection(
         items=tuple(items),
         failed=tuple(failed),
