@@ -49,13 +49,12 @@ from bridge.signing.desk_workers import AnsweredBundle, Judgement, ReadAhead, Wo
 from bridge.signing.hearsay import HearsayError, collected
 from bridge.specs import AUTHORITIES, SPECS, USER
 from bridge.state import audit
+from bridge.system.many_files import NewFile, write_together
 
 #: Requests that are read ahead and signed together: few at first, so that a CA is at work soon, and twice as many each
 #: time, so that `openssl ca`'s own start and its rewriting of a long index become a small part. Three windows are in
 #: memory at a time.
 _FIRST_WINDOW, _LARGEST_WINDOW = 250, 1000
-#: Writing an answer is mostly waiting for the disk.
-_DELIVERIES = 4
 #: Of a backend that signs one by one: of how many at a time is written down that they are being asked for.
 _SLICE = 100
 
@@ -78,6 +77,15 @@ class OtherDeskError(BridgeError):
     hint = "carry the request to the other desk, too, or add an [authority.NAME] table to the settings"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """An answer's way to where it belongs."""
+
+    where: str  #: For messages.
+    files: Sequence[NewFile]  #: Are written together with other bundles'.
+    conclude: Callable[[], None]  #: When they are safe on disk.
+
+
 @dataclass(kw_only=True, eq=False)
 class Job:
     """One request bundle on its way through the desk."""
@@ -85,7 +93,7 @@ class Job:
     bundle: RequestBundle
     digest: str  #: The bundle's.
     label: str  #: For messages, such as the bundle's file.
-    deliver: Callable[[AnswerBundle], str]  #: Brings the answer to where it belongs, and says where that is.
+    delivery: Callable[[AnswerBundle], Delivery]
     ahead: ReadAhead | None = None  #: What a worker has read and judged.
     earlier: Mapping[str, Issued] = field(default_factory=dict)  #: Of an answer that is there already.
     answered: Mapping[str, Answered] = field(default_factory=dict)  #: Signed before; no second time.
@@ -411,22 +419,19 @@ class Desk:
             self._verify(job, reasons)
             self._record(job, record)
         record.write()
-        with ThreadPoolExecutor(_DELIVERIES) as pool:
-            for job, where in zip(window, pool.map(self._deliver, window), strict=True):
-                if where:
-                    journal.forget(job.requests.values())
-                observer.answered(job, where)
+        for job, where in zip(window, self._delivered(window), strict=True):
+            if where:
+                journal.forget(job.requests.values())
+            observer.answered(job, where)
 
-    def _deliver(self, job: Job) -> str:
-        """Write the answer: where it is; empty when there is none yet."""
-        if not job.is_complete:
-            return ""
-        try:
-            return job.deliver(self._answer_bundle(job))
-        except (OSError, BridgeError) as e:
-            error = e if isinstance(e, BridgeError) else BridgeError(f"{e.filename or 'the answer'}: {e.strerror}")
-            job.troubles |= dict.fromkeys(job.answers, error)
-            return ""
+    def _delivered(self, window: Sequence[Job]) -> list[str]:
+        """Write the answers: where each is, safe on disk; empty where there is none yet."""
+        deliveries = [job.delivery(self._answer_bundle(job)) if job.is_complete else None for job in window]
+        errors = write_together([one.files if one is not None else () for one in deliveries])
+        return [
+            _concluded(job, delivery, error) if delivery is not None else ""
+            for job, delivery, error in zip(window, deliveries, errors, strict=True)
+        ]
 
     def _compared(self, window: Sequence[Job]) -> Iterator[tuple[Job, Mapping[str, str]]]:
         """Each job, with what workers found by comparing its answers with its requests."""
@@ -517,6 +522,19 @@ class Desk:
         if self._answer_key is None:
             return answer
         return replace(answer, signature=signatures.sign(self._answer_key, answer_message(answer)))
+
+
+def _concluded(job: Job, delivery: Delivery, error: OSError | None) -> str:
+    """Conclude a delivery: where the answer is; empty: it is not there, and its requests have a trouble."""
+    try:
+        if error is not None:
+            raise error
+        delivery.conclude()
+    except (OSError, BridgeError) as e:
+        trouble = e if isinstance(e, BridgeError) else BridgeError(f"{e.filename or 'the answer'}: {e.strerror}")
+        job.troubles |= dict.fromkeys(job.answers, trouble)
+        return ""
+    return delivery.where
 
 
 def _windows(jobs: Iterable[Job]) -> Iterator[list[Job]]:

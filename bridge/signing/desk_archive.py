@@ -22,7 +22,8 @@ from bridge.errors import BridgeError
 from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, RequestBundle
 from bridge.pki.bundle_format import file_names, loads_answer
 from bridge.state.store import Store
-from bridge.system.files import DIRECTORY_MODE, SECRET_MODE, private_directory, sync_directory, write_atomically
+from bridge.system.files import DIRECTORY_MODE, private_directory
+from bridge.system.many_files import NewFile, remove_unfinished
 from bridge.system.ownership import exposure
 from bridge.system.safe_read import UnreadableError, read_once
 
@@ -59,7 +60,7 @@ class Archive:
 
     def prepare(self) -> None:
         """
-        Make the directories.
+        Make the directories, and remove what a killed run left half written in them.
 
         Raises:
             ArchiveError: The archive is a link, somebody else's, or others can write to it.
@@ -72,6 +73,8 @@ class Archive:
         elif (exposed := exposure(self.directory)) is not None:
             found = exposed.found if exposed.path == self.directory else f"{exposed.path} with {exposed.found}"
         else:
+            remove_unfinished(self._answers, ".*.json.*")
+            remove_unfinished(self.directory, ".*.request.json.*")
             return
         wanted = f"an archive of user {os.geteuid()}'s own, that nobody else can write to"
         raise ArchiveError(f"{self.directory}: wanted {wanted}, found {found}")
@@ -95,9 +98,11 @@ class Archive:
                 return Answered(signed=answer.signed, issued=issued)
         return Answered(signed=datetime.fromtimestamp(status.st_mtime, UTC), issued=None)
 
-    def keep(self, bundle: RequestBundle, digest: str, data: bytes, answer: AnswerBundle, written: bytes) -> None:
+    def files(
+        self, bundle: RequestBundle, digest: str, data: bytes, answer: AnswerBundle, written: bytes
+    ) -> list[NewFile]:
         """
-        Put a bundle away as it was judged, and remember what was signed.
+        List the files that remember what was signed, and that put the bundle away as it was judged.
 
         Args:
             bundle: The request.
@@ -105,25 +110,12 @@ class Archive:
             data: The bytes that it was read from.
             answer: To it.
             written: The same, as delivered.
-
-        Raises:
-            OSError: It can't be written; the request may be handed in again.
         """
-        self._remember(bundle, answer, written)
-        write_atomically(self.directory / file_names(bundle.node, digest)[0], data, _DONE_MODE)
-
-    def _remember(self, bundle: RequestBundle, answer: AnswerBundle, written: bytes) -> None:
-        """One file under a name for each CSR: names cost next to nothing, and are looked up by the thousand."""
+        done = NewFile(path=self.directory / file_names(bundle.node, digest)[0], data=data, mode=_DONE_MODE)
+        # one file under a name for each CSR: names cost next to nothing, and are looked up by the thousand
         new = [path for request in bundle.requests if isinstance(answer.answers.get(request.name), Issued)
-               and not (path := self._path(request)).exists()]  # fmt: skip
-        if not new:
-            return
-        first, *others = new
-        write_atomically(first, written, SECRET_MODE)
-        for path in others:
-            with contextlib.suppress(FileExistsError):  # the same CSR in another bundle of this run
-                os.link(first, path)
-        sync_directory(self._answers)
+               and not os.access(path := self._path(request), os.F_OK)]  # fmt: skip
+        return [NewFile(path=new[0], data=written, links=new[1:]), done] if new else [done]
 
     def _path(self, request: BundledRequest) -> Path:
         csr_digest = sha256(request.csr.public_bytes(Encoding.DER)).hexdigest()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
@@ -24,7 +24,7 @@ from bridge.pki.expiry import is_due
 from bridge.settings.load import DEFAULT_FILE, assert_ours
 from bridge.settings.tables import RenewalSettings, Settings
 from bridge.signing import csr_directory, register, signing_key
-from bridge.signing.desk import Desk, Job, Observer
+from bridge.signing.desk import Delivery, Desk, Job, Observer
 from bridge.signing.desk_archive import Archive, archive_directory
 from bridge.signing.desk_journal import Journal
 from bridge.signing.desk_policy import Policy, parse
@@ -32,7 +32,8 @@ from bridge.signing.desk_workers import GARBAGE, WORTHWHILE, ReadAhead, Workers
 from bridge.state import audit
 from bridge.state.store import Store
 from bridge.system.console import log
-from bridge.system.files import lock, write_atomically
+from bridge.system.files import lock
+from bridge.system.many_files import NewFile, remove_unfinished
 from bridge.system.safe_read import UnreadableError, read, read_once
 from bridge.words import one_line
 
@@ -179,7 +180,8 @@ class Session:
             record = stack.enter_context(audit.Record(self._store, self._settings.audit))
             work = self.work(desk)
             self._archive.prepare()
-            _sweep(self._options.out)
+            if self._options.out is not None and self._options.out.is_dir():
+                remove_unfinished(self._options.out, ".*.answer.json.*")
             workers = Workers(None if work.total >= WORTHWHILE else 0)
             stack.callback(workers.close)
             desk.run(work.jobs(workers), journal, record, stack.enter_context(observed(work.total)), workers)
@@ -298,18 +300,17 @@ class Session:
     ) -> Job:
         answered = self._archive.answers(bundle)
 
-        def deliver(answer: AnswerBundle) -> str:
+        def delivery(answer: AnswerBundle) -> Delivery:
             written = dumps(answer)
-            write_atomically(out, written, _ANSWER_MODE)
-            self._archive.keep(bundle, asked, data, answer, written)
-            remove()
-            return str(out)
+            files = [NewFile(path=out, data=written, mode=_ANSWER_MODE)]
+            files += self._archive.files(bundle, asked, data, answer, written)
+            return Delivery(where=str(out), files=files, conclude=remove)
 
         return Job(
             bundle=bundle,
             digest=asked,
             label=one_line(path),
-            deliver=deliver,
+            delivery=delivery,
             earlier=_earlier(out, asked),
             answered=answered,
         )
@@ -333,13 +334,13 @@ class Session:
         )
         earlier = _beside(found, target, self._settings.renewal, now)
 
-        def deliver(answer: AnswerBundle) -> str:
+        def delivery(answer: AnswerBundle) -> Delivery:
             issued = {name: one for name, one in answer.answers.items() if isinstance(one, Issued)}
-            csr_directory.deliver(found, target, issued, desk.anchor("ca"))
-            return str(target)
+            write = partial(csr_directory.deliver, found, target, issued, desk.anchor("ca"))
+            return Delivery(where=str(target), files=(), conclude=write)
 
         return Job(
-            bundle=found.bundle, digest=digest(found.bundle), label=one_line(source), deliver=deliver, earlier=earlier
+            bundle=found.bundle, digest=digest(found.bundle), label=one_line(source), delivery=delivery, earlier=earlier
         )
 
 
@@ -359,16 +360,6 @@ def _a_csr() -> BridgeError:
 
 def _whose(source: Path) -> BridgeError:
     return BridgeError(f"{source}: wanted to know whose CSRs these are", hint="say it with --node and --cluster")
-
-
-def _sweep(outbox: Path | None) -> None:
-    """Remove what a killed run left half written; whatever else is there under such a name is not ours."""
-    if outbox is None or not outbox.is_dir():
-        return
-    for path in outbox.glob(".*.answer.json.*"):
-        with contextlib.suppress(OSError):  # it is in nobody's way
-            if stat.S_ISREG(path.lstat().st_mode):
-                path.unlink()
 
 
 def _earlier(path: Path, asked: str) -> dict[str, Issued]:

@@ -32,7 +32,7 @@ from bridge.signing.desk_policy import parse
 from bridge.signing.desk_workers import AnsweredBundle, Judgement, ReadBundle
 from bridge.state import audit
 from bridge.state.store import Store
-from bridge.system.files import write_atomically
+from bridge.system.many_files import NewFile, write_together
 from tests.bench import fleet
 
 _HEAD = ("step", "process", "ms a request")
@@ -182,9 +182,18 @@ def _desk(steps: _Steps, made: fleet.Fleet, bundles: Sequence[RequestBundle], di
     archive.prepare()
 
     def deliver() -> None:
-        for bundle, data, text in zip(bundles, made.bundles, texts, strict=True):
-            write_atomically(state / f"{bundle.node}.answer.json", text)
-            archive.keep(bundle, bundle.batch, data, answers[bundle.batch], text)
+        whole = zip(bundles, made.bundles, texts, strict=True)
+        errors = write_together(
+            [
+                [
+                    NewFile(path=state / f"{bundle.node}.answer.json", data=text),
+                    *archive.files(bundle, bundle.batch, data, answers[bundle.batch], text),
+                ]
+                for bundle, data, text in whole
+            ]
+        )
+        if any(errors):
+            raise SystemExit(f"wanted all answers written, found {errors}")
 
     steps.measure("writing answers and the archive", "desk", deliver)
 

@@ -574,12 +574,15 @@ def test_an_answer_that_has_become_old_is_not_given_again(desk_: Desk, pki: Pki,
 @pytest.mark.parametrize(
     ("module", "function", "before"),
     [
-        ("desk_journal", "Journal._write", False),  # what is asked
-        ("registry", "sign_all", False),  # signed, and not written down
-        ("desk", "Desk._verify", True),  # signed and written down
-        ("desk_files", "write_atomically", False),  # one answer is there
-        ("desk_archive", "Archive._remember", False),  # one is remembered
-        ("desk_files", "_remove", False),  # one is done
+        ("signing.desk_journal", "Journal._write", False),  # what is asked
+        ("signing.registry", "sign_all", False),  # signed, and not written down
+        ("signing.desk", "Desk._verify", True),  # signed and written down
+        ("system.many_files", "_File.write", False),  # one answer is written, and not on disk
+        ("system.many_files", "_File.put_in_place", True),  # all are on disk
+        ("system.many_files", "_File.put_in_place", False),  # one is there
+        ("system.many_files", "os.link", False),  # one is remembered
+        ("system.many_files", "_sync_directories", False),  # all are there
+        ("signing.desk_files", "_remove", False),  # one is done
     ],
 )
 def test_a_killed_run_is_taken_up_again(
@@ -599,6 +602,7 @@ def test_a_killed_run_is_taken_up_again(
         assert_good(by_batch[bundle.batch], bundle, pki)
     assert len(desk_.issued()) == 6
     assert list(desk_.inbox.iterdir()) == []
+    assert list(desk_.directory.rglob(".*.json.*")) == []  # nothing half written
     assert desk_.run("audit", "verify").returncode == 0
 
 
@@ -634,7 +638,8 @@ def _run_killed(desk_: Desk, tmp_path: Path, module: str, function: str, *, befo
     """Kill the program at its first call of a function, before or after it."""
     script = tmp_path / "killed.py"
     script.write_text(
-        f"import os, signal, sys\nfrom bridge.signing import {module} as owner\nname = {function!r}\n"
+        "import os, signal, sys\nfrom importlib import import_module\n"
+        f"owner, name = import_module('bridge.{module}'), {function!r}\n"
         "while '.' in name:\n    first, name = name.split('.', 1)\n    owner = getattr(owner, first)\n"
         "real = getattr(owner, name)\n"
         "def killed(*args, **kwargs):\n"
