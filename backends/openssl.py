@@ -21,27 +21,25 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, TypeVar
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from cryptography.x509.oid import NameOID
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.serialization import Encoding
 
-from backends.openssl_config import Config, ConfigDoubtError, parse_config
+from backends.openssl_csr import CSR_ERRORS, Order, checked, public_key
 from backends.openssl_index import Database, Snapshot, file_name
-from backends.openssl_key import SCHEME, KeyFile, Pkcs11Settings, PrivateKey, TokenKey, key_problems, shown
+from backends.openssl_key import KeyFile, PrivateKey
 from backends.openssl_process import Failure, Openssl, ProcessEnd
-from bridge.contract import BackendSettings, Issued, Secret, SetupFile, SetupRequest, SignRequest
+from backends.openssl_settings import CAFiles, OpensslSettings, files_of, private_key_of
+from bridge.contract import BackendSettings, Issued, SetupFile, SetupRequest, SignRequest
 from bridge.errors import (
     BackendError,
     BackendRefusedError,
     BackendUnavailableError,
-    SettingsError,
-    SettingsProblem,
     Violation,
 )
 from bridge.specs import CertificateSpec, Usage
@@ -49,7 +47,6 @@ from bridge.specs import CertificateSpec, Usage
 _REVOKED_FOR_SECONDS = 1.0
 _FAILED_RUNS = 20  # in a row: more than it takes to halve 1000 down to a bad CSR, and no endless list of failures
 _BACKDATED = timedelta(minutes=5)  # clocks differ; kubeadm does the same
-_FILES = {"certificate": "ca.crt", "private_key": "ca.key", "database": "index.txt", "new_certs_dir": "newcerts"}
 _MEMORY = "/dev/shm"  # noqa: S108 (the folder made in it is private)
 _PREFIX = "ca-bridge-"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9._-]+")
@@ -89,86 +86,9 @@ authorityKeyIdentifier = keyid,issuer
 """
 _EKUS: dict[Usage, str] = {"server": "serverAuth", "client": "clientAuth", "peer": "serverAuth,clientAuth"}
 
-_SAN = x509.SubjectAlternativeName.oid
-_EXTENSION_REQUEST = x509.ObjectIdentifier("1.2.840.113549.1.9.14")
-# With challengePassword and unstructuredName, which go nowhere. openssl takes extensions from Microsoft's
-# 1.3.6.1.4.1.311.2.1.14 as well, which cryptography does not show as extensions.
-_ATTRIBUTES = {_EXTENSION_REQUEST, *map(x509.ObjectIdentifier, ("1.2.840.113549.1.9.7", "1.2.840.113549.1.9.2"))}
-_STRINGS = {"UTF8String", "PrintableString", "T61String", "BMPString"}
-_CSR_ERRORS = (
-    ValueError,
-    UnsupportedAlgorithm,
-    x509.DuplicateExtension,
-    x509.InvalidVersion,
-    x509.UnsupportedGeneralNameType,
-)
-
 _ExtensionT = TypeVar("_ExtensionT", bound=x509.ExtensionType)
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class OpensslSettings(BackendSettings):
-    """Where the CA's files are: below `dir`, one by one, or as a site's openssl.cnf has them."""
-
-    dir: Path | None = None  #: Has what is not named below: `ca.crt`, `ca.key`, `index.txt` and `newcerts`.
-    certificate: Path | None = None  #: The CA's certificate, then its chain.
-    private_key: str | None = None  #: A file, or a `pkcs11:` URI.
-    database: Path | None = None  #: The index of what was signed.
-    new_certs_dir: Path | None = None  #: Where openssl puts a copy of each certificate.
-    config: Path | None = None  #: A site's openssl.cnf, from which only these four places are taken.
-    section: str | None = None  #: Of `config`; without it the one that its `default_ca` names.
-    passphrase: Secret | None = None  #: Of the CA's key.
-    pkcs11: Pkcs11Settings | None = None  #: For a key in a token.
-    openssl: str = "openssl"  #: The program.
-    digest: Literal["sha256", "sha384", "sha512"] = "sha256"  #: Of the signature.
-
-    def writes(self) -> Sequence[Path]:
-        """Where the database and the new certificates are; a site's openssl.cnf is not read for it."""
-        places = [self.dir, self.database and self.database.parent, self.new_certs_dir]
-        return [place for place in places if place is not None]
-
-    def private_files(self) -> Iterator[Path]:
-        """The CA's key, where it is a file."""
-        yield from super().private_files()
-        with suppress(SettingsError):  # told when the backend is made
-            key = (_site_files(self) if self.config else _files(self)).private_key
-            if not key.startswith(SCHEME):
-                yield Path(key)
-
-    def problems(self) -> Iterator[SettingsProblem]:
-        """Files that are named twice or not at all, and a key that openssl could not find for sure."""
-        yield from super().problems()
-        named = [key for key in ("dir", *_FILES) if getattr(self, key) is not None]
-        if self.config and named:
-            yield SettingsProblem("config", "either config or the files themselves", f"config, {', '.join(named)}")
-        if not self.config and self.dir is None:
-            for key in _FILES.keys() - named:
-                yield SettingsProblem(key, "a path, or dir with the usual names in it", "none")
-        if self.section is not None and not self.config:
-            yield SettingsProblem("section", "config beside it", "none")
-        if not self.config:
-            yield from key_problems(self.private_key, self.pkcs11, self.passphrase)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CAFiles:
-    """The four places that `openssl ca` works on."""
-
-    certificate: Path
-    private_key: str  #: A path or a pkcs11: URI.
-    database: Path
-    new_certs_dir: Path
-
-
-@dataclass(frozen=True, slots=True)
-class _Order:
-    """A CSR that may be signed, and its place among the requests."""
-
-    position: int
-    csr_pem: bytes
-    public_key: bytes
 
 
 _Batch = tuple[Usage, timedelta, list[tuple[int, SignRequest]]]
@@ -184,7 +104,7 @@ class OpensslBackend:
     def __init__(self, settings: OpensslSettings, files: CAFiles) -> None:
         self._settings = settings
         self._files = files
-        self._key = _private_key(files.private_key, settings)
+        self._key = private_key_of(files, settings)
         self._revoked: tuple[float, x509.Name, frozenset[int]] | None = None  # when, the CA's name, serial numbers
         self._openssl = Openssl(
             program=settings.openssl,
@@ -204,7 +124,7 @@ class OpensslBackend:
         """As `BackendType`; reads the site's openssl.cnf, if one is named."""
         if not isinstance(settings, OpensslSettings):
             raise TypeError(f"wanted OpensslSettings, got {type(settings).__name__}")
-        return cls(settings, _site_files(settings) if settings.config else _files(settings))
+        return cls(settings, files_of(settings))
 
     def sign(self, request: SignRequest) -> Issued:
         """Have one CSR signed."""
@@ -244,7 +164,7 @@ class OpensslBackend:
             signers, database = self.issuers(), self._database()
             with database.locked(self._settings.timeout) as lock, self._folder(signers[0], database) as folder:
                 _Desk(self._openssl, database, signers, folder, lock).recover()
-                found = {(_public_key(leaf), _usages(leaf)): leaf for leaf in database.issued_since(since)}
+                found = {(public_key(leaf), _usages(leaf)): leaf for leaf in database.issued_since(since)}
         chain = tuple(signer for signer in signers if signer.issuer != signer.subject)
         leaves = [found.get(_key_and_usages(request)) for request in requests]
         return [Issued(leaf=leaf, intermediates=chain) if leaf is not None else None for leaf in leaves]
@@ -296,7 +216,7 @@ class OpensslBackend:
             self._openssl.check_version()
             self._database().check()
             with self._folder(signer) as folder:
-                if self._openssl.public_key(folder) != _public_key(signer):
+                if self._openssl.public_key(folder) != public_key(signer):
                     raise self._openssl.key_of_another_ca()
         return {}
 
@@ -423,7 +343,7 @@ class _Desk:
         return dict.fromkeys((position for _, _, requests in batches for position, _ in requests), self.fatal) | answers
 
     def _sign_or_halve(
-        self, beside: ThreadPoolExecutor, usage: Usage, validity: timedelta, orders: Sequence[_Order]
+        self, beside: ThreadPoolExecutor, usage: Usage, validity: timedelta, orders: Sequence[Order]
     ) -> _Answers:
         """A run that fails as a whole is halved, until the CSR is found that it fails for: the only one to be refused."""
         if not orders or self.fatal:
@@ -444,7 +364,7 @@ class _Desk:
         return {k: v for half in halves for k, v in self._sign_or_halve(beside, usage, validity, half).items()}
 
     def _run_batch(
-        self, beside: ThreadPoolExecutor, usage: Usage, validity: timedelta, orders: Sequence[_Order]
+        self, beside: ThreadPoolExecutor, usage: Usage, validity: timedelta, orders: Sequence[Order]
     ) -> Failure | None:
         """One run; if it issued anything, the answers will be among the readings."""
         try:
@@ -460,9 +380,7 @@ class _Desk:
         self.readings.append(beside.submit(self._read, orders, serials, self.fatal))
         return None
 
-    def _run_recorded(
-        self, usage: Usage, validity: timedelta, orders: Sequence[_Order]
-    ) -> tuple[ProcessEnd, list[int]]:
+    def _run_recorded(self, usage: Usage, validity: timedelta, orders: Sequence[Order]) -> tuple[ProcessEnd, list[int]]:
         """How a run ended, and the serial numbers that it added to the database."""
         before = self.seen = self.database.read(self.seen)
         self.database.check_space(len(before.data), len(orders))
@@ -477,7 +395,7 @@ class _Desk:
             self.folder.joinpath(name).unlink()
         return outcome, self.database.added(before, copy)
 
-    def _read(self, orders: Sequence[_Order], serials: Sequence[int], error: BackendError | None) -> _Answers:
+    def _read(self, orders: Sequence[Order], serials: Sequence[int], error: BackendError | None) -> _Answers:
         """The new certificates by their public keys: a CSR that openssl skips shifts the order of the others."""
         waiting: dict[bytes, list[int]] = defaultdict(list)
         for order in reversed(orders):
@@ -492,7 +410,7 @@ class _Desk:
                 leaf = self.database.certificate(serial)
                 if leaf is None:
                     lost.append(file_name(serial))
-                elif positions := waiting.get(_public_key(leaf)):
+                elif positions := waiting.get(public_key(leaf)):
                     answers[positions.pop()] = Issued(leaf=leaf, intermediates=chain)
         except BackendError as e:
             error = e
@@ -544,70 +462,16 @@ def _batches(requests: Sequence[SignRequest], size: int) -> list[_Batch]:
     ]
 
 
-def _checked_all(requests: Sequence[tuple[int, SignRequest]]) -> tuple[list[_Order], _Answers]:
+def _checked_all(requests: Sequence[tuple[int, SignRequest]]) -> tuple[list[Order], _Answers]:
     """Split requests into orders that may be signed, and answers to those that may not."""
-    orders: list[_Order] = []
+    orders: list[Order] = []
     refused: _Answers = {}
     for position, request in requests:
         try:
-            orders.append(_checked(position, request))
+            orders.append(checked(position, request))
         except BackendRefusedError as e:
             refused[position] = e
     return orders, refused
-
-
-def _checked(position: int, request: SignRequest) -> _Order:
-    """
-    A CSR that won't stop the others of its run, and brings nothing but subject and SANs into a certificate.
-
-    Its signature is openssl's to verify: it issues nothing for a CSR whose signature is bad, and goes on.
-
-    Raises:
-        BackendRefusedError: It would.
-    """
-    try:
-        csr = request.csr
-        wrong = _wrong_with(request.csr_pem, csr)
-    except _CSR_ERRORS as e:
-        wrong = f"a well-formed CSR, found: {e}"
-    if wrong:
-        raise BackendRefusedError(f"wanted {wrong}", hint="make the CSR anew")
-    # written anew, so that openssl reads what was looked through
-    return _Order(position, csr.public_bytes(Encoding.PEM), _public_key(csr))
-
-
-def _wrong_with(pem: bytes, csr: x509.CertificateSigningRequest) -> str:
-    if (blocks := pem.count(b"-----BEGIN ")) != 1:
-        return f"one PEM block, found {blocks}"  # openssl signs the first and says nothing
-    attributes = [attribute.oid for attribute in csr.attributes]
-    others = {oid.dotted_string for oid in attributes if oid not in _ATTRIBUTES}
-    others |= {extension.oid.dotted_string for extension in csr.extensions if extension.oid != _SAN}
-    if others:
-        return f"a CSR that asks for SANs and nothing else, found {', '.join(sorted(others))} too"
-    if attributes.count(_EXTENSION_REQUEST) > 1:
-        return "one list of extensions, found several"
-    subject = list(csr.subject)
-    if not subject:
-        return "a subject, found an empty one"
-    odd = [_attribute_text(attribute) for attribute in subject if not _is_readable(attribute)]
-    return f"a subject in strings that openssl ca reads, found {', '.join(odd)}" if odd else ""
-
-
-def _is_readable(attribute: x509.NameAttribute[str | bytes]) -> bool:
-    """openssl ca ends, and signs none of a run's CSRs, at any other type, and at an e-mail address that is no IA5String."""
-    kind = _string_type(attribute)
-    if kind == "IA5String":
-        return isinstance(attribute.value, str) and attribute.value.isascii()
-    return not kind or (kind in _STRINGS and attribute.oid != NameOID.EMAIL_ADDRESS)
-
-
-def _string_type(attribute: x509.NameAttribute[str | bytes]) -> str:
-    """Its ASN.1 string type; empty if the library no longer tells: then `_sign_or_halve` finds what openssl can't read."""
-    return getattr(getattr(attribute, "_type", None), "name", "")
-
-
-def _attribute_text(attribute: x509.NameAttribute[str | bytes]) -> str:
-    return f"{attribute.rfc4514_attribute_name} as {_string_type(attribute)}"
 
 
 def _check_signer(path: Path, signer: x509.Certificate) -> None:
@@ -643,67 +507,6 @@ def _config(index_name: str, digest: str, key: PrivateKey) -> str:
     return key.config + _CONFIG.format(index=index_name, digest=digest, private_key=key.reference) + "".join(sections)
 
 
-def _private_key(where: str, settings: OpensslSettings) -> PrivateKey:
-    if where.startswith(SCHEME) and settings.pkcs11:
-        return TokenKey(where, settings.pkcs11)
-    return KeyFile(Path(where), settings.passphrase)
-
-
-def _files(settings: OpensslSettings) -> CAFiles:
-    folder = settings.dir or Path("/")  # without dir all four are named
-    return CAFiles(
-        certificate=settings.certificate or folder / _FILES["certificate"],
-        private_key=settings.private_key or str(folder / _FILES["private_key"]),
-        database=settings.database or folder / _FILES["database"],
-        new_certs_dir=settings.new_certs_dir or folder / _FILES["new_certs_dir"],
-    )
-
-
-def _site_files(settings: OpensslSettings) -> CAFiles:
-    """
-    The four places that a site's openssl.cnf names.
-
-    Raises:
-        SettingsError: It does not name them for sure.
-    """
-    path, section = settings.config or Path(), settings.section
-    try:
-        config = parse_config(path.read_text(encoding="utf-8", errors="surrogateescape"), os.environ)
-        section = section or _site_value(config, "ca", "default_ca")
-        found = {key: _site_value(config, section, key) for key in _FILES}
-    except OSError as e:
-        problems = [SettingsProblem("config", "an openssl.cnf that can be read", e.strerror or "none", path)]
-    except ConfigDoubtError as e:
-        problems = [SettingsProblem("config", e.wanted, e.found, path, e.line)]
-    else:
-        # a relative path means wherever openssl is started, not the file's own folder
-        problems = [
-            SettingsProblem("config", f"{key} as an absolute path in [{section}]", shown(text), path)
-            for key, text in found.items()
-            if not text.startswith("/") and not (key == "private_key" and text.startswith(SCHEME))
-        ]
-        in_file = {"private_key": path}
-        problems += [
-            replace(problem, file=in_file.get(problem.key))
-            for problem in key_problems(found["private_key"], settings.pkcs11, settings.passphrase)
-            if found["private_key"].startswith(("/", SCHEME))
-        ]
-    if problems:
-        hint = "instead of config, the settings can name certificate, private_key, database and new_certs_dir"
-        raise SettingsError(problems, hint=hint)
-    places = {key: Path(found[key]) for key in ("certificate", "database", "new_certs_dir")}
-    return CAFiles(**places, private_key=found["private_key"])
-
-
-def _site_value(config: Config, section: str, key: str) -> str:
-    value = config.get(section, key)
-    return value.text if value else ""
-
-
-def _public_key(subject: x509.Certificate | x509.CertificateSigningRequest) -> bytes:
-    return subject.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-
-
 def _asn1_time(moment: datetime) -> str:
     """UTCTime to the end of 2049, then GeneralizedTime (RFC 5280 §4.1.2.5)."""
     return moment.strftime("%y%m%d%H%M%SZ" if moment.year < 2050 else "%Y%m%d%H%M%SZ")  # noqa: PLR2004
@@ -717,8 +520,8 @@ def _usages(leaf: x509.Certificate) -> frozenset[str]:
 def _key_and_usages(request: SignRequest) -> tuple[bytes, frozenset[str]]:
     """An empty key for a CSR that can't be read, and so was never signed."""
     try:
-        return _public_key(request.csr), frozenset(eku.value for eku in request.spec.ekus)
-    except _CSR_ERRORS:
+        return public_key(request.csr), frozenset(eku.value for eku in request.spec.ekus)
+    except CSR_ERRORS:
         return b"", frozenset()
 
 

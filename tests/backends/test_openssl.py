@@ -32,9 +32,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
 from backends import openssl_setup
-from backends.openssl import OpensslBackend, OpensslSettings
+from backends.openssl import OpensslBackend
 from backends.openssl_config import ConfigDoubtError, parse_config
 from backends.openssl_index import Database, IndexDamagedError, parse_index
+from backends.openssl_settings import OpensslSettings
 from bridge.contract import Issued, Secret, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsError
 from bridge.node import sample_pki
@@ -518,7 +519,7 @@ def test_signs_a_csr_of_the_same_kind_that_is_fit(directory: Path, good: Callabl
 @pytest.fixture
 def unforeseen(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if nobody had known what openssl stops at."""
-    monkeypatch.setattr("backends.openssl._is_readable", lambda _: True)
+    monkeypatch.setattr("backends.openssl_csr._is_readable", lambda _: True)
 
 
 def bad_among(count: int, *positions: int) -> list[SignRequest]:
@@ -847,7 +848,8 @@ import sys
 from pathlib import Path
 open("/dev/tty").close()  # there is one
 sys.path.insert(0, sys.argv[4])
-from backends.openssl import OpensslBackend, OpensslSettings
+from backends.openssl import OpensslBackend
+from backends.openssl_settings import OpensslSettings
 from bridge.contract import SignRequest
 from bridge.errors import BackendRefusedError
 from bridge.specs import SPECS
@@ -1252,7 +1254,8 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from backends.openssl import OpensslBackend, OpensslSettings
+from backends.openssl import OpensslBackend
+from backends.openssl_settings import OpensslSettings
 from bridge.contract import SignRequest
 from bridge.specs import SPECS
 backend = OpensslBackend.from_settings(OpensslSettings(dir=Path(sys.argv[2]), timeout=timedelta(seconds=120)))

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from cryptography import x509
 
-from backends.openssl import OpensslBackend, OpensslSettings
+from backends.openssl import OpensslBackend
 from backends.openssl_index import parse_index
 from backends.openssl_key import _LOGINS, Pkcs11Settings
+from backends.openssl_settings import OpensslSettings
 from bridge.contract import Issued, Secret, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsError
 from bridge.settings.load import parse

@@ -25,7 +25,8 @@ from pathlib import Path
 
 from cryptography import x509
 
-from backends.openssl import OpensslBackend, OpensslSettings
+from backends.openssl import OpensslBackend
+from backends.openssl_settings import OpensslSettings
 from bridge.contract import Backend, Issued, SignRequest
 from bridge.pki import csr
 from bridge.settings.load import load

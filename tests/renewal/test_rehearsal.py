@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from backends.openssl import OpensslBackend, OpensslSettings
+from backends.openssl import OpensslBackend
+from backends.openssl_settings import OpensslSettings
 from bridge.contract import Issued, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, Exit
 from bridge.node import inventory
