@@ -165,7 +165,9 @@ def _ordered(order: Order, roles: tuple[Role, ...]) -> NewNode:
     node = order.node
     if node is None or node.role not in roles:
         found = f"one for {node.name} as {node.role}" if node is not None else "one without a node"
-        raise OrderError(f"wanted an order for a node as {' or '.join(roles)}, found {found}", hint="")
+        right = "init" if node is not None and node.role == "init" else "join"
+        hint = f"`ca-bridge bootstrap {right} --order FILE` takes that one" if node is not None else ""
+        raise OrderError(f"wanted an order for a node as {' or '.join(roles)}, found {found}", hint=hint)
     return node
 
 

@@ -122,7 +122,8 @@ def write_orders(
     for role in dict.fromkeys(one.node.role for one in made):
         say_sentence(f"{role}: {commands[role]}", "  ")
     if sign_with is None:
-        say_sentence("\nthey are not signed (--sign-with KEY): compare the fingerprint that each node prints")
+        say("\n")
+        say_sentence("they are not signed (--sign-with KEY): compare the fingerprint that each node prints")
 
 
 def setup(
@@ -213,7 +214,8 @@ def _compare(settings: Settings, said: Said) -> None:
     """Whoever could change an order on its way decides what this node runs, and whom it trusts."""
     if said.order is not None and settings.node.order_key is None:
         printed = spoken(orders.digest(said.order))
-        say_sentence(f"\nfirst compare with what `bootstrap orders` printed, by another way: fingerprint {printed}")
+        say("\n")
+        say_sentence(f"first compare with what `bootstrap orders` printed, by another way: fingerprint {printed}")
 
 
 def _next_of_init(wish: Wish) -> None:

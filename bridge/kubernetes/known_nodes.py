@@ -24,7 +24,7 @@ from bridge.signing.desk_policy import Policy
 from bridge.signing.register import NodeEntry, Register, is_node_name
 from bridge.system import safe_read
 from bridge.system.safe_read import UnreadableError
-from bridge.system.shipped import shipped
+from bridge.system.shipped import how_to_begin
 
 log = logging.getLogger("ca-bridge")
 
@@ -97,8 +97,7 @@ class WatchedFile(Generic[T]):
             found = e.strerror if isinstance(e, OSError) else str(e)
             raise SettingsError([SettingsProblem("", f"the {self._what}", str(found), self._path)]) from None
         if data is None:
-            begin = shipped("gateway") or Path("config/gateway")
-            hint = f"begin with the example: install -m 0644 {begin / self._what}.toml {self._path}"
+            hint = how_to_begin(f"gateway/{self._what}.toml", self._path)
             raise SettingsError([SettingsProblem("", f"the {self._what}", "none", self._path)], hint=hint)
         try:
             return self._parse(data.decode(), self._path)

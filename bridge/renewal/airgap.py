@@ -409,9 +409,18 @@ def _take_bundle(run: Run, path: Path, answer: AnswerBundle, found: Found) -> No
     for one in asked:
         given = answer.answers.get(one.name)
         if isinstance(given, Refusal):
-            found.take(one.name, BackendRefusedError(f"refused by {answer.signer}: {given.reason}"), path)
+            refused = BackendRefusedError(f"refused by {answer.signer}: {given.reason}", hint=_after_refusal(run))
+            found.take(one.name, refused, path)
         elif given is not None:
             found.take(one.name, given, path)
+
+
+def _after_refusal(run: Run) -> str:
+    if run.settings.node.desk_key is not None:  # a signed refusal ends the request
+        return "once the desk's policy allows it, `ca-bridge export` makes a new request"
+    return (
+        "once the desk's policy allows it, carry the same request there again; `ca-bridge pending cancel` gives it up"
+    )
 
 
 def _match_loose(requests: OpenRequests, found: Found) -> None:

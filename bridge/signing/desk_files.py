@@ -35,6 +35,7 @@ from bridge.system.console import log
 from bridge.system.files import lock
 from bridge.system.many_files import NewFile, remove_unfinished
 from bridge.system.safe_read import UnreadableError, read, read_once
+from bridge.system.shipped import how_to_begin
 from bridge.words import one_line
 
 POLICY_NAME = "desk-policy.toml"
@@ -102,7 +103,7 @@ def _text(path: Path, wanted: str, example: str) -> str:
         raise SettingsError([SettingsProblem("", wanted, found, path)]) from None
     if data is None:
         where = "desk" if example == POLICY_NAME else "gateway"
-        hint = f"config/{where}/{example}, which is installed with the program, is one to begin with"
+        hint = how_to_begin(f"{where}/{example}", path)
         raise SettingsError([SettingsProblem("", wanted, "none", path)], hint=hint)
     try:
         return data.decode()

@@ -18,3 +18,14 @@ def shipped(name: str) -> Path | None:
         here.parents[2] / "config",
     )
     return next((place / name for place in places if (place / name).exists()), None)
+
+
+def how_to_begin(example: str, place: Path) -> str:
+    """
+    A hint for a file that is missing: the command that puts the example there.
+
+    Args:
+        example: Its path below the examples, such as `desk/desk-policy.toml`.
+        place: Where the file was looked for.
+    """
+    return f"begin with the example: install -m 0644 {shipped(example) or f'config/{example}'} {place}"

@@ -301,6 +301,7 @@ def test_an_order_is_for_one_role(first: NewNode, other: NewNode, shared: bytes)
 
     assert [run.returncode for run in runs] == [2, 2]
     assert all("wanted an order for a node as" in run.stderr for run in runs)
+    assert all("`ca-bridge bootstrap join --order FILE` takes that one" in run.stderr for run in runs)
     assert first.places.sa_key.exists()
 
 

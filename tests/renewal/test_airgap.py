@@ -650,6 +650,7 @@ def test_a_refusal_is_told_with_its_reason(node: Node, desk: Desk) -> None:
     assert run.returncode == 5
     assert "apiserver: import of" in run.stderr
     assert "refused by desk-1" in run.stderr
+    assert "carry the same request there again" in run.stderr
     assert "found apiserver" in run.stderr
     assert FRONT in run.stdout
     assert node.events("installed") == [FRONT]
