@@ -14,31 +14,16 @@ import hmac
 import json
 import re
 import secrets
-import ssl
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import Any, ClassVar, Literal
-from urllib.parse import urlsplit
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, ClassVar
 
-import requests
 from cryptography import x509
 
-from backends.https import (
-    CLOCK_HINT,
-    NoAnswerError,
-    Sessions,
-    TlsRefusedError,
-    TooMuchError,
-    common_name,
-    innermost,
-    is_loopback,
-    is_too_early,
-    retry_after_seconds,
-    tls_context,
-    without,
-)
+from backends.cfssl_server import HINTS, LATER_CODES, LATER_STATUSES, NO_ENTRY, NOT_CFSSL, NOT_FOUND, Reply, Server
+from backends.cfssl_settings import CfsslSettings
+from backends.https import common_name
 from bridge.contract import (
     BackendSettings,
     Issued,
@@ -50,102 +35,11 @@ from bridge.contract import (
     SignRequest,
     Wanted,
 )
-from bridge.errors import (
-    BackendRefusedError,
-    BackendUnavailableError,
-    LocalFileError,
-    SettingsError,
-    SettingsProblem,
-    Violation,
-)
-from bridge.specs import EKU, SPECS, CertificateSpec
-from bridge.words import one_line
+from bridge.errors import BackendRefusedError, BackendUnavailableError, LocalFileError, Violation
+from bridge.specs import EKU, CertificateSpec
 
-API = "/api/v1/cfssl"
 #: cfssl takes any key, an empty one too; RFC 2104 §3 discourages less than the hash's 32 bytes.
 MIN_KEY_BYTES = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class CfsslSettings(BackendSettings):
-    """Keys of a backend of type `cfssl`."""
-
-    url: str  #: The server's, without `/api/v1/cfssl`; a path before that (a reverse proxy's) is kept.
-    label: str = ""  #: Which CA of a multirootca; none for `cfssl serve`.
-    ca_file: Path | None = None  #: In PEM, for the server's TLS certificate; without it the system's CAs.
-    client_cert: Path | None = None  #: For mutual TLS.
-    client_key: Path | None = None  #: Its key.
-    #: A pattern: `{name}` is the certificate, `{usage}` its usage class (server, client, peer), `{node}` the node.
-    profile: str = "{usage}"
-    profiles: dict[str, str] = field(default_factory=dict)  #: Exceptions to `profile`, by certificate or usage class.
-    #: The HMAC key in hexadecimal; its place is a pattern as well, for a server with one key a profile.
-    auth_key: Secret | None = None
-    endpoint: Literal["authsign", "sign"] = "authsign"  #: `"sign"` only for a server without keys.
-    #: `http://` also to another machine: whoever is on the way may read all, record it, and send it again.
-    plain_http: bool = False
-
-    @property
-    def tls(self) -> bool:
-        """Over HTTPS."""
-        return self.url.lower().startswith("https:")
-
-    def tls_context(self) -> ssl.SSLContext:
-        """A TLS context for one thread; see `backends.https.tls_context`."""
-        return tls_context(self.ca_file, self.client_cert, self.client_key)
-
-    def private_files(self) -> Iterator[Path]:
-        """The HMAC keys, one a profile if their place is a pattern."""
-        yield from super().private_files()
-        if self.auth_key is not None and self.auth_key.kind == "file":
-            place = Selector(self.auth_key.where, node=self.node)
-            yield from dict.fromkeys(Path(place(spec)) for spec in SPECS.values())
-
-    def problems(self) -> Iterator[SettingsProblem]:
-        """Settings that contradict each other, or would send a request with its HMAC in the clear."""
-        yield from _url_problems(self.url, plain_http=self.plain_http)
-        yield from Selector(self.profile, self.profiles, self.node).problems("profile", "profiles")
-        for key, profile in {"profile": self.profile, **{f"profiles.{k}": v for k, v in self.profiles.items()}}.items():
-            if not profile:  # an empty name means cfssl's default profile
-                yield SettingsProblem(key, "a profile's name", "an empty text")
-        yield from self._auth_key_problems()
-        yield from self._tls_problems()
-
-    def _auth_key_problems(self) -> Iterator[SettingsProblem]:
-        if self.endpoint == "authsign" and self.auth_key is None:
-            wanted = 'the file with the HMAC key (or endpoint = "sign", for a server without keys)'
-            yield SettingsProblem("auth_key_file", wanted, "nothing")
-        if self.endpoint == "sign" and self.auth_key is not None:
-            wanted = 'endpoint = "authsign" (with "sign" the HMAC key would not be used)'
-            yield SettingsProblem("endpoint", wanted, '"sign" and a key')
-        if self.auth_key is not None:
-            yield from Selector(self.auth_key.where).problems(f"auth_key_{self.auth_key.kind}", "")
-
-    def _tls_problems(self) -> Iterator[SettingsProblem]:
-        if (self.client_cert is None) != (self.client_key is None):
-            missing = "client_cert" if self.client_cert is None else "client_key"
-            yield SettingsProblem(missing, "both of client_cert and client_key, or neither", "one of them")
-        if not self.tls and (self.ca_file or self.client_cert or self.client_key):
-            yield SettingsProblem("url", "https:// (as ca_file or client_cert is given)", "http://")
-
-
-def _url_problems(url: str, *, plain_http: bool) -> Iterator[SettingsProblem]:
-    try:
-        parts = urlsplit(url)
-        scheme, host, _ = parts.scheme, parts.hostname or "", parts.port
-    except ValueError:
-        yield SettingsProblem("url", "https://HOST[:PORT]", "a host or port that can't be read")
-        return
-    if parts.username is not None:
-        yield SettingsProblem("url", "no user name or password in it: secrets are never written here", "one")
-    elif scheme not in {"http", "https"} or not host or parts.query or parts.fragment or API in parts.path:
-        yield SettingsProblem("url", f"https://HOST[:PORT], without {API} and what follows it", repr(url))
-    elif scheme == "http" and not plain_http and not is_loopback(host):
-        # The HMAC covers neither time nor nonce, so a recorded body is good until the key changes.
-        wanted = (
-            "https://, or plain_http = true (over plain HTTP a request can be recorded and sent again, for ever new "
-            "certificates)"
-        )
-        yield SettingsProblem("url", wanted, f"http:// to {host}, which is not this machine")
 
 
 class CfsslBackend:
@@ -157,7 +51,7 @@ class CfsslBackend:
         self._settings = settings
         self._profile = Selector(settings.profile, settings.profiles, settings.node)
         self._label = {"label": settings.label} if settings.label else {}
-        self._server = _Server(settings)
+        self._server = Server(settings)
         self._intermediates: tuple[x509.Certificate, ...] | None = None  # None: not asked for yet
 
     @classmethod
@@ -275,7 +169,7 @@ class CfsslBackend:
         serial, authority = str(certificate.serial_number), known.hex()
         body = {"serial": serial, "authority_key_id": authority, "reason": "superseded"}
         reply = self._server.post("revoke", body)
-        if reply.message == _NOT_FOUND:
+        if reply.message == NOT_FOUND:
             hint = "`revoke` is disabled there (as `ca-bridge setup cfssl` has it), or the server has no database"
             raise BackendRefusedError(
                 f"cfssl: wanted to revoke {certificate.serial_number:x}, found no such endpoint", hint=hint
@@ -340,7 +234,7 @@ class CfsslBackend:
         secret = self._settings.auth_key
         return secret and Secret(secret.kind, Selector(secret.where, node=self._settings.node)(spec))
 
-    def _result(self, reply: _Reply, profile: str) -> Mapping[str, Any]:
+    def _result(self, reply: Reply, profile: str) -> Mapping[str, Any]:
         """The one place where cfssl's errors become ours."""
         if reply.result is not None:
             return reply.result
@@ -350,46 +244,6 @@ class CfsslBackend:
             raise BackendUnavailableError(text, retry_after_seconds=reply.retry_after_seconds)
         hint = HINTS.get(reply.message) or HINTS.get(reply.code, "the server's log may say more")
         raise BackendRefusedError(text, hint=hint.format(profile=repr(profile), label=repr(self._settings.label)))
-
-
-#: Statuses and codes that may pass: from a proxy in front (RFC 9110 §15.6, RFC 6585 §4), the certificate database is
-#: locked (the server signed, but keeps it), the server's own upstream failed. The last two come with status 400.
-LATER_STATUSES = frozenset({429, 502, 503, 504})
-LATER_CODES = frozenset({11000, 7400})
-
-#: Messages that say, before the CSR is looked at, that nothing will be signed with this profile and key.
-NO_ENTRY = frozenset(
-    {"invalid token", "no authentication provider", "authentication required", "authorisation required"}
-    | {"invalid profile", "bad label", "not authorised", "404 page not found"}
-)
-
-_NOT_FOUND = "404 page not found"
-_UNKNOWN_PROFILE = "does the server have profile {profile}? for an unknown one it uses its default profile"
-_NOT_CFSSL = "wanted an answer of cfssl, found something else"
-_WHICH_LABEL = "is {label} a label in the server's roots file? the reason is in its log, never in its answers"
-#: What to do next, by message where that tells more than the code.
-HINTS: Mapping[str | int | None, str] = {
-    "invalid token": "either the HMAC key is not that of profile {profile}, or the server has no such profile: both "
-    "look alike; compare auth_key and profile with the server's configuration",
-    "no authentication provider": "profile {profile} is unknown to the server, or has no auth_key there",
-    "authentication required": 'the server wants an HMAC for profile {profile}: endpoint = "authsign", auth_key_file',
-    "authorisation required": "profile {profile} has no auth_key in the server's configuration, and needs one",
-    "invalid profile": "the server has no profile {profile}",
-    "bad label": _WHICH_LABEL,
-    "bad request": _WHICH_LABEL,
-    "not authorised": "this machine's address is in none of the `nets` of the server's roots file",
-    "Invalid CN": "the server's -mutual-tls-cn does not match the CN of client_cert",
-    _NOT_FOUND: "is the url right, are `info` and the signing endpoint enabled, and is the CA loaded? "
-    "`cfssl serve` runs on without its CA or key, without /sign where every profile has an auth_key, and without /authsign where none has",
-    "Client sent an HTTP request to an HTTPS server.": "url must begin with https://",
-    _NOT_CFSSL: "is it a cfssl server that answers at this url?",
-    1000: "the server's CA key does not fit its CA certificate, or its profile has a lint_error_level",
-    5100: _UNKNOWN_PROFILE,
-    5300: "the CSR asks for what profile {profile} never gives, such as a CA certificate",
-    5400: _UNKNOWN_PROFILE,
-    11200: "the server's database knows no such certificate",
-    5500: "the CN or a SAN does not match the name_whitelist of profile {profile}",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -443,7 +297,7 @@ def _certificate(result: Mapping[str, Any]) -> x509.Certificate:
         found = []
     if len(found) != 1:
         wanted = f"cfssl: wanted one PEM certificate in the answer, found {len(found)} that can be read"
-        raise BackendRefusedError(wanted, hint=HINTS[_NOT_CFSSL])
+        raise BackendRefusedError(wanted, hint=HINTS[NOT_CFSSL])
     return found[0]
 
 
@@ -461,106 +315,3 @@ def _read_key(place: Secret) -> bytes:
         found = f"{len(key)} bytes"
         raise BackendRefusedError(f"cfssl: wanted {MIN_KEY_BYTES} bytes or more in {place}, found {found}", hint=hint)
     return key
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Reply:
-    """An answer of the server, whatever it says."""
-
-    status: int
-    result: Mapping[str, Any] | None = None  #: Of a success.
-    code: int | None = None  #: Of cfssl's error.
-    message: str = ""
-    retry_after_seconds: float | None = None
-
-
-#: Answers that are no JSON, but cfssl's own all the same. Others are not quoted: who knows what is in them.
-_PLAIN = frozenset({"404 page not found", "Invalid CN", "Client sent an HTTP request to an HTTPS server."})
-
-
-def _parse(response: requests.Response, body: bytes, sent: Mapping[str, str]) -> _Reply:
-    """
-    Status and envelope; the Content-Type says nothing (errors are labelled text/plain).
-
-    Args:
-        response: For the status and headers.
-        body: The answer's.
-        sent: The request's body: should the answer quote it, we do not (it can be sent again by anyone).
-    """
-    later = retry_after_seconds(response, datetime.now(UTC))
-    try:
-        envelope = json.loads(body)
-    except (ValueError, RecursionError):
-        envelope = None
-    if not isinstance(envelope, dict) or "success" not in envelope:
-        text = body.decode("utf-8", "replace").strip()
-        message = text if text in _PLAIN else _NOT_CFSSL
-        return _Reply(status=response.status_code, message=message, retry_after_seconds=later)
-    result = envelope.get("result")
-    if response.status_code == requests.codes.ok and envelope["success"] is True and isinstance(result, dict):
-        return _Reply(status=response.status_code, result=result)
-    errors = envelope.get("errors")
-    first = errors[0] if isinstance(errors, list) and errors and isinstance(errors[0], dict) else {}
-    code = first.get("code")
-    return _Reply(
-        status=response.status_code,
-        code=code if isinstance(code, int) else None,
-        message=one_line(
-            without(str(first.get("message", "no reason given")), [sent.get("token"), sent.get("request")])
-        ),
-        retry_after_seconds=later,
-    )
-
-
-class _Server:
-    """HTTP to the server, and what keeps an answer from us as an error of ours."""
-
-    def __init__(self, settings: CfsslSettings) -> None:
-        self._settings = settings
-        self._sessions = Sessions(settings.timeout, settings.tls_context if settings.tls else None)
-
-    @property
-    def clock_ahead(self) -> timedelta | None:
-        """The server's, at its latest answer."""
-        return self._sessions.clock_ahead
-
-    def post(self, endpoint: str, body: Mapping[str, str]) -> _Reply:
-        """
-        The server's answer.
-
-        Raises:
-            BackendRefusedError: Nobody that we may talk to, or an answer without end.
-            BackendUnavailableError: No answer in time.
-        """
-        url = f"{self._settings.url.rstrip('/')}{API}/{endpoint}"
-        try:
-            response, answer = self._sessions.send("POST", url, json=body)
-        except TooMuchError as e:
-            raise BackendRefusedError(f"cfssl: {e}", hint=HINTS[_NOT_CFSSL]) from e
-        except TlsRefusedError as e:
-            raise BackendRefusedError(f"cfssl: {url}: TLS: {e}", hint=_tls_hint(str(e))) from e
-        except NoAnswerError as e:
-            hint = e.hint or ("" if self._settings.tls else "does the server speak TLS? url says http://")
-            raise BackendUnavailableError(f"cfssl: {url}: {e}", hint=hint) from e
-        except SettingsError as e:  # the files were good when we began
-            raise BackendRefusedError(f"cfssl: {e}") from e
-        except requests.RequestException as e:
-            raise BackendRefusedError(f"cfssl: {url}: {innermost(e)}") from e
-        return _parse(response, answer, body)
-
-    def close(self) -> None:
-        """Close the connections that are not in use."""
-        self._sessions.close()
-
-
-def _tls_hint(reason: str) -> str:
-    if is_too_early(reason):
-        return CLOCK_HINT
-    if "CERTIFICATE_VERIFY_FAILED" in reason:
-        return "ca_file must hold the CA of the server's TLS certificate, and its SANs the name in url"
-    if "WRONG_VERSION_NUMBER" in reason or "RECORD_LAYER_FAILURE" in reason:
-        return "does the server speak plain HTTP? cfssl does when one of -tls-cert and -tls-key is missing"
-    return (
-        "the server may want a client certificate, or another one (client_cert and client_key: from the CA of its "
-        "-mutual-tls-ca, good for clientAuth), or may not speak TLS 1.2"
-    )

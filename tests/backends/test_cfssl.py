@@ -30,7 +30,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import NameOID
 
 from backends import cfssl_setup
-from backends.cfssl import CfsslBackend, CfsslSettings
+from backends.cfssl import CfsslBackend
+from backends.cfssl_settings import CfsslSettings
 from bridge.contract import Secret, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, SettingsError, Violation
 from bridge.pki import csr

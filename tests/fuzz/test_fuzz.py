@@ -14,7 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from backends.cfssl import CfsslBackend, CfsslSettings
+from backends.cfssl import CfsslBackend
+from backends.cfssl_settings import CfsslSettings
 from backends.vault import VaultBackend
 from backends.vault_settings import VaultAuth, VaultSettings
 from bridge.contract import Backend, Issued, Secret

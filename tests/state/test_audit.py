@@ -21,7 +21,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from backends.cfssl import CfsslBackend, CfsslSettings
+from backends.cfssl import CfsslBackend
+from backends.cfssl_settings import CfsslSettings
 from backends.vault import VaultBackend
 from backends.vault_settings import VaultAuth, VaultSettings
 from bridge.cli.app import app
