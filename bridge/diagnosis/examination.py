@@ -38,7 +38,8 @@ def examine(settings: Settings, now: datetime) -> Iterator[Finding]:
         yield from _whole(lambda: authorities.look(node, settings, now))
     elif not is_desk:
         error = inventory.NoNodeError(settings.node.pki_dir)
-        yield Finding(level="error", check="no-node", about="node", text=str(error), hint=error.hint)
+        hint = f"{error.hint}; a CA desk has its policy in {desk.policy_file(settings)}"
+        yield Finding(level="error", check="no-node", about="node", text=str(error), hint=hint)
     if is_desk:
         yield from _whole(lambda: desk.look(settings, now))
 

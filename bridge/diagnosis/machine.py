@@ -87,7 +87,7 @@ def state_directory(path: Path) -> Iterator[Finding]:
     mode = stat.S_IMODE(status.st_mode)
     if status.st_uid != os.geteuid() or mode & 0o077:
         text = f"wanted {path} to be ours with mode 0700, found owner {status.st_uid} and mode {mode:04o}"
-        hint = f"chown {os.geteuid()} {path} && chmod 700 {path}, after a look at who else uses it"
+        hint = files.how_to_own(path, status.st_uid)
         yield Finding(level="error", check="state-directory", about=about, text=text, hint=hint)
     else:
         yield Finding(level="ok", check="state-directory", about=about, text=str(path))

@@ -177,11 +177,16 @@ def private_directory(path: Path) -> None:
     status = path.stat()
     if status.st_uid != os.geteuid() or status.st_mode & 0o077:
         owner = f"owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}"
-        hint = f"chown {os.geteuid()} {path} && chmod 700 {path}, after a look at who else uses it"
         raise BridgeError(
             f"{path}: wanted a directory of user {os.geteuid()} with mode 0700 (it holds keys), found {owner}",
-            hint=hint if os.geteuid() == 0 else _run_as(status.st_uid),
+            hint=how_to_own(path, status.st_uid) if os.geteuid() == 0 else _run_as(status.st_uid),
         )
+
+
+def how_to_own(path: Path, owner: int) -> str:
+    """A hint for a directory that is not ours alone: a CA desk's, say, is right as it is, and root is the wrong user."""
+    hint = f"chown {os.geteuid()} {path} && chmod 700 {path}, after a look at who else uses it"
+    return hint if owner == os.geteuid() else f"is it a CA desk's? {_run_as(owner)}; otherwise {hint}"
 
 
 def _run_as(uid: int) -> str:

@@ -108,6 +108,19 @@ def test_who_lacks_rights_is_told_to_be_root(bridge: Bridge, command: tuple[str,
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user; run as root")
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a directory to another user; run as root")
+def test_root_is_not_told_to_take_a_desks_directory(bridge: Bridge) -> None:
+    """The desk would sign nothing any more; where only the mode is wrong, that alone is to be mended."""
+    state = bridge.directory / "state"
+    state.mkdir(mode=0o755)
+    hint = f"chown 0 {state} && chmod 700 {state}, after a look at who else uses it"
+    assert f"hint: {hint}" in bridge.run("renew", "apiserver").stderr
+    state.chmod(0o700)
+    os.chown(state, 65534, -1)
+    for run in (bridge.run("renew", "apiserver"), bridge.run("doctor")):
+        assert f"hint: is it a CA desk's? run it as user 65534; otherwise {hint}" in run.stderr + run.stdout
+
+
 def test_the_hint_to_be_root_is_for_those_who_are_not() -> None:
     """To root the system says no for another reason, which the error's own hint is about."""
     error = BridgeError(f"x: {os.strerror(errno.EACCES)}", hint="chattr -i")
