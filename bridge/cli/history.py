@@ -15,7 +15,7 @@ from bridge.pki.expiry import minute, rfc3339
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Settings
 from bridge.specs import SPECS, USER, Component
-from bridge.state import audit, backups, copies
+from bridge.state import audit_reader, backups, copies
 from bridge.state.install import Recovery
 from bridge.state.rollback import Rollback, put_back_and_retire
 from bridge.state.session import alone
@@ -147,7 +147,7 @@ def _rollback_json(done: Rollback, components: Sequence[Component]) -> dict[str,
 
 def audit_verify(settings: Settings) -> int:
     """`audit verify`: 1 if anything is wrong with the chain."""
-    count, damages = audit.verify(Store(settings.node.state_dir))
+    count, damages = audit_reader.verify(Store(settings.node.state_dir))
     for damage in damages:
         log.error("%s", damage)
     if damages:
@@ -168,7 +168,7 @@ def audit_show(settings: Settings, since: datetime | None, name: str | None, *, 
     if name is not None and name not in known and not name.startswith(f"{USER.name} "):
         wanted = f"the name of a certificate or component ({', '.join(known)}), or `{USER.name} NAME`"
         raise SettingsError([SettingsProblem("--name", wanted, name_found(name, known))])
-    found = list(audit.events(Store(settings.node.state_dir), since, name))
+    found = list(audit_reader.events(Store(settings.node.state_dir), since, name))
     if as_json:
         say_json({"events": found})
     elif found:

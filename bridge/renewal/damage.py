@@ -14,7 +14,7 @@ from bridge.renewal.hooks import hooks_file
 from bridge.renewal.owed import unproven_file
 from bridge.renewal.revocation import revocations_file
 from bridge.settings.tables import Settings
-from bridge.state import audit, backups
+from bridge.state import audit, audit_chain, backups
 from bridge.state.copies import owed_file
 from bridge.state.install import journal_file, staging_file
 from bridge.state.parked_manifest import restart_file
@@ -72,7 +72,7 @@ def set_aside(settings: Settings) -> list[SetAside]:
         for file, why in damaged:
             about = _of_the_interrupted(store) if file.path == store.journal else ()
             kept = file.set_aside()
-            record.add(audit.DAMAGED, result=f"{file.path.name} is {kept.name} now: {why}")
+            record.add(audit_chain.DAMAGED, result=f"{file.path.name} is {kept.name} now: {why}")
             moved.append(SetAside(path=file.path, kept=kept, why=why, afterwards=(file.afterwards, *about)))
     return moved
 

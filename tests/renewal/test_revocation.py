@@ -21,7 +21,7 @@ from bridge.renewal.verify_and_install import Result
 from bridge.settings.load import load
 from bridge.settings.tables import Settings
 from bridge.specs import SPECS
-from bridge.state import audit, checked_settings, rollback
+from bridge.state import audit, audit_reader, checked_settings, rollback
 from bridge.state.install import InstallError
 from bridge.state.store import Store
 from tests.kit.pki import Pki, handmade_pki
@@ -71,7 +71,7 @@ def test_what_was_superseded_is_revoked_after_the_delay(node: Pki, settings: Set
     assert run(settings, later=2 * DAY).exit_code == 0
     assert (revoked(tmp_path), owed(settings)) == (old, [])
     assert not new & old
-    events = list(audit.events(Store(settings.node.state_dir), None, "apiserver"))
+    events = list(audit_reader.events(Store(settings.node.state_dir), None, "apiserver"))
     assert (events[-1]["event"], events[-1]["exitCode"]) == (audit.REVOKED, 0)
     assert str(events[-1]["previousSerialNumber"]).replace(":", "").lower().lstrip("0") in old
 

@@ -34,7 +34,7 @@ from bridge.pki.certificates import load_pem_certificates, pem, serial_hex
 from bridge.settings import load
 from bridge.settings.tables import BackupSettings
 from bridge.state import backup_check, backups, retention, rollback
-from bridge.state.audit import events
+from bridge.state.audit_reader import events
 from bridge.state.install import KEY_MASK, MANIFEST, Replacement, digest, install, manifest_file, recover
 from bridge.state.store import Store
 from bridge.system.state_file import sealed
