@@ -18,6 +18,12 @@ else:
         sys.exit(
             f"error: {PLUGINS}: wanted a directory that only root can write to\nhint: chown -R root {PLUGINS}; chmod -R go-w {PLUGINS}"
         )
+    for entry in os.scandir(PLUGINS):  # what is further down costs too much time at each start
+        its = entry.stat(follow_symlinks=False)
+        if its.st_uid or (not entry.is_symlink() and its.st_mode & 0o002):
+            sys.exit(
+                f"error: {entry.path}: wanted what only root can write to\nhint: chown -R root {PLUGINS}; chmod -R go-w {PLUGINS}"
+            )
     sys.path.append(PLUGINS)
 del sys.argv[0]  # what is left begins with the name by which the program was called
 

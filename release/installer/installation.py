@@ -19,7 +19,7 @@ from pathlib import Path
 
 from release.installer import machine, places, units
 from release.installer.errors import InstallError
-from release.installer.payload import Manifest, Payload, changed
+from release.installer.payload import Manifest, Payload, changed, version
 
 #: Imports all that the program may ever import, so that what a machine lacks is found now, and not at night.
 _PROOF = """
@@ -49,7 +49,7 @@ def install(payload: Payload, *, enable: bool, despite_settings: bool) -> None:
     """
     machine.assert_fits(payload.manifest)
     machine.assert_root()
-    for place in (places.TOP, places.COMMAND.parent, places.UNITS):
+    for place in (places.TOP, places.VERSIONS, places.COMMAND.parent, places.UNITS):
         machine.assert_roots_own(place)
     _assert_command_is_free()
     os.umask(0o022)
@@ -62,9 +62,8 @@ def install(payload: Payload, *, enable: bool, despite_settings: bool) -> None:
         except BaseException:
             _remove_old({before})
             raise
-        os.sync()
         _switch(tree)
-        units.install(tree)
+        _install_units(tree, payload.manifest)
         _adopt_environment()
         _remove_old({tree, before})
     if enable:
@@ -111,8 +110,7 @@ def _unpacked(payload: Payload) -> Path:
     target = places.VERSIONS / payload.manifest.directory
     for left in places.VERSIONS.glob(".new-*"):
         shutil.rmtree(left)
-    if (target / "manifest.json").is_file() and not changed(target):
-        _prove(target)
+    if target.is_dir() and not changed(target, payload.manifest) and _proves(target):
         return target
     made = Path(tempfile.mkdtemp(prefix=".new-", dir=places.VERSIONS))
     try:
@@ -120,6 +118,7 @@ def _unpacked(payload: Payload) -> Path:
         _compile(made, target)
         _prove(made)
         made.chmod(0o755)
+        os.sync()  # before it gets its name, which a power cut could keep without the content
         if target.exists():  # and damaged: whoever runs it now keeps what it has loaded
             shutil.rmtree(target)
         made.rename(target)
@@ -127,6 +126,15 @@ def _unpacked(payload: Payload) -> Path:
         shutil.rmtree(made, ignore_errors=True)
         raise
     return target
+
+
+def _proves(tree: Path) -> bool:
+    """Whether it starts; one that does not is made anew, as its bytecode may be damaged."""
+    try:
+        _prove(tree)
+    except InstallError:
+        return False
+    return True
 
 
 def _libraries(tree: Path) -> list[str]:
@@ -184,6 +192,16 @@ def _switch(tree: Path) -> None:
     places.replace_link(places.COMMAND, str(places.CURRENT / "bin/ca-bridge"))
 
 
+def _install_units(tree: Path, manifest: Manifest) -> None:
+    try:
+        units.install(tree)
+    except OSError as e:
+        raise InstallError(
+            f"{places.UNITS}: wanted to write the units, found: {e.strerror or e}",
+            f"ca-bridge {manifest.version} is in force already; install it again for its units",
+        ) from e
+
+
 def _adopt_environment() -> None:
     """
     A virtual environment in our place, as earlier versions were installed: jobs that name its program get the new one.
@@ -195,13 +213,14 @@ def _adopt_environment() -> None:
 
 
 def _remove_old(keep: set[Path | None]) -> None:
+    """Trees, and nothing that somebody else keeps there."""
     for tree in places.VERSIONS.iterdir():
-        if tree not in keep:
+        if tree not in keep and not tree.is_symlink() and (tree / "bin/ca-bridge").is_file():
             shutil.rmtree(tree)
 
 
 def _tell(manifest: Manifest, before: Path | None, *, enabled: bool) -> None:
-    was = Manifest.parse((before / "manifest.json").read_bytes()).version if before else ""
+    was = version(before) if before else ""
     upgraded = f"upgraded ca-bridge from {was} to {manifest.version}"
     print(upgraded if was else f"installed ca-bridge {manifest.version}", f"in {places.TOP}")
     print(f"command:  {places.COMMAND}")

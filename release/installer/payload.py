@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import sys
 import zipfile
 import zlib
@@ -85,10 +86,42 @@ def _damaged(path: str, found: str) -> InstallError:
     return InstallError(f"{sys.argv[0]}: wanted {path} as the manifest has it, found: {found}", hint)
 
 
-def changed(tree: Path) -> list[str]:
-    """The files of an installed tree that are missing, or not as its own manifest has them."""
-    manifest = Manifest.parse((tree / "manifest.json").read_bytes())
-    return [path for path, digest in manifest.files.items() if _digest(tree / path) != digest]
+def version(tree: Path) -> str:
+    """An installed tree's, as far as its manifest tells."""
+    try:
+        return Manifest.parse((tree / "manifest.json").read_bytes()).version
+    except (OSError, ValueError, LookupError, TypeError):
+        return "an unknown version"
+
+
+def changed(tree: Path, wanted: Manifest | None = None) -> list[str]:
+    """
+    What of an installed tree is missing, not as its manifest has it, not its, or not root's alone to write.
+
+    Args:
+        tree: The tree.
+        wanted: The manifest that it should have; None: its own.
+    """
+    try:
+        manifest = Manifest.parse((tree / "manifest.json").read_bytes())
+    except (OSError, ValueError, LookupError, TypeError):
+        return ["manifest.json"]
+    if wanted is not None and wanted.digest != manifest.digest:
+        return ["manifest.json"]
+    there = {str(path.relative_to(tree)): path.lstat() for path in (tree, *tree.rglob("*"))}
+    found = {path for path, status in there.items() if not _is_as_written(path, status, manifest)}
+    found |= {path for path, digest in manifest.files.items() if path not in found and _digest(tree / path) != digest}
+    return sorted(found)
+
+
+def _is_as_written(path: str, status: os.stat_result, manifest: Manifest) -> bool:
+    """But for the content: a directory, or a file that is the manifest's or compiled from one of them."""
+    if status.st_uid or status.st_mode & 0o022:
+        return False
+    if stat.S_ISDIR(status.st_mode):
+        return True
+    is_known = path in manifest.files or path == "manifest.json" or ".pyc" in path.rpartition("/")[2]
+    return is_known and stat.S_ISREG(status.st_mode) and not status.st_mode & (stat.S_ISUID | stat.S_ISGID)
 
 
 def _digest(path: Path) -> str:

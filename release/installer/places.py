@@ -31,7 +31,7 @@ def replace_link(link: Path, target: str) -> None:
     """Make a link, or have one lead elsewhere, in one step."""
     if link.is_symlink() and str(link.readlink()) == target:
         return
-    temporary = link.with_name(f".{link.name}.{os.getpid()}")
+    temporary = link.with_name(f".{link.name}.new")  # always the same: what a killed installer has left is used up
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
     temporary.replace(link)
@@ -42,10 +42,14 @@ def write(path: Path, data: bytes) -> bool:
     if path.is_file() and not path.is_symlink() and path.read_bytes() == data:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    temporary.chmod(0o644)
-    temporary.replace(path)
+    temporary = path.with_name(f".{path.name}.new")  # as above
+    try:
+        temporary.write_bytes(data)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     return True
 
 

@@ -62,7 +62,10 @@ def test_settings_and_plug_ins_are_found_beside_the_program(bookworm: Tree, offl
     )
     bookworm.put("/etc/ca-bridge/config.toml", b'[backend.x]\ntype = "nobody"\n[authority.ca]\nbackend = "x"\n')
     assert "corp" in bookworm.run("ca-bridge settings check", check=False).stderr
-    bookworm.run("chmod o+w /opt/ca-bridge/plugins")
+    bookworm.run("chown 1000 /opt/ca-bridge/plugins/corp-1.dist-info")
+    refused = bookworm.run("ca-bridge settings check", check=False)
+    assert (refused.returncode, "corp-1.dist-info: wanted what only root can write to" in refused.stderr) == (1, True)
+    bookworm.run("chown root /opt/ca-bridge/plugins/corp-1.dist-info; chmod o+w /opt/ca-bridge/plugins")
     refused = bookworm.run("ca-bridge settings check", check=False)
     assert (refused.returncode, "only root can write to" in refused.stderr) == (1, True)
 
@@ -133,13 +136,24 @@ def test_takes_over_from_a_virtual_environment(bookworm: Tree, offline: Path, tm
         (f"truncate -s -100 {FILE}", "wanted a whole and unchanged file"),
         ("chmod o+w /opt", "only root can write to, found user 0 and mode 0757"),
         ("chown 1000 /usr/local", "found user 1000 and mode"),
+        ("mkdir -p /opt/ca-bridge/versions; chmod 777 /opt/ca-bridge/versions", "found user 0 and mode 0777"),
         ("echo x >/usr/bin/ca-bridge", "/usr/bin/ca-bridge: wanted nothing or our own link, found another program"),
         (
             "mkdir /etc/ca-bridge; echo 'x = 1' >/etc/ca-bridge/config.toml",
             "wanted settings that the new version accepts",
         ),
     ],
-    ids=["no Python", "an old Python", "half a Python", "half a file", "open", "foreign", "taken", "settings"],
+    ids=[
+        "no Python",
+        "an old Python",
+        "half a Python",
+        "half a file",
+        "open",
+        "foreign",
+        "open inside",
+        "taken",
+        "settings",
+    ],
 )
 def test_refuses_and_leaves_nothing(bookworm: Tree, offline: Path, first: str, wanted: str) -> None:
     """Each with its sentence and what to do; the machine stays as it was, and the same file installs on another."""
@@ -205,6 +219,102 @@ def test_a_killed_installation_is_done_by_the_next(bookworm: Tree, offline: Path
     assert any("/.new-" in path for path in ours(bookworm))
     bookworm.run(f"{INSTALL} && ca-bridge --version")
     assert not any("/.new-" in path for path in ours(bookworm))
+
+
+#: Ends the installer by SIGKILL at one of its steps, told by what the system is asked for and the path.
+KILLED = f"""
+import os, pathlib, signal, sys
+at, seen = int(sys.argv[1]), 0
+def killing(real):
+    def step(*arguments, **more):
+        global seen
+        seen += 1
+        if seen == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **more)
+    return step
+for name in ("rename", "replace", "symlink", "unlink", "sync", "rmdir"):
+    setattr(os, name, killing(getattr(os, name)))
+sys.argv = ["{FILE}"]
+sys.path.insert(0, "{FILE}/tree/libexec")
+from release.installer import command
+command.main(["install"])
+"""
+
+
+def test_killed_at_any_step_the_next_one_ends_it(bookworm: Tree, offline: Path, shared: Path) -> None:
+    """From one version to another: the command starts at any time after the first installation, and nothing is left over."""
+    bring(bookworm, offline)
+    bookworm.run(INSTALL)
+    bring(bookworm, releases.offline(shared / "release-later", SOURCE_DATE_EPOCH="2000000000"))
+    bookworm.put("/root/killed.py", KILLED.encode())
+    left = "find /usr/bin /opt/ca-bridge /usr/local/lib/systemd -maxdepth 2 -name '.*'"
+    found = []
+    for step in range(1, 7):
+        ended = bookworm.run(f"python3 -I -S /root/killed.py {step} >/dev/null; echo $?; ca-bridge --version").stdout
+        assert ended.split()[1:2] == ["ca-bridge"], (step, ended)
+        found.append(ended.split()[0])
+    assert "137" in found
+    bookworm.run(INSTALL)
+    assert bookworm.run(left).stdout == ""
+    assert len(bookworm.run("ls -A /opt/ca-bridge/versions").stdout.split()) == 2
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        ": >$tree/manifest.json",
+        "for f in $(find $tree/lib/any/bridge -name '*.pyc'); do truncate -s 40 $f; done",
+        "chmod o+w $tree/lib/any $tree/lib/any/bridge/entry.py",
+        "chown 1000 $tree/lib/any/bridge/entry.py",
+        "echo x >$tree/lib/any/socket.py",
+        "chmod u+s $tree/bin/ca-bridge",
+    ],
+    ids=["manifest", "bytecode", "open", "foreign", "more", "setuid"],
+)
+def test_what_was_changed_is_made_anew(installed: Tree, damage: str, offline: Path) -> None:
+    """By a power cut, a bad disk or somebody: `check` tells all but bytecode, and installing again puts it right."""
+    bring(installed, offline)
+    installed.run(f"tree=$(readlink -f /opt/ca-bridge/current); {damage}")
+    told = installed.run(f"sh {FILE} check", check=False)
+    assert (told.returncode == 1, "Traceback" in told.stderr) == ("pyc" not in damage, False)
+    installed.run(INSTALL)
+    assert installed.run(f"sh {FILE} check").stdout.endswith("(all files are as they were installed)\n")
+    installed.run("ca-bridge --version")
+
+
+def test_nothing_is_found_by_the_path_that_is_given(bookworm: Tree, offline: Path) -> None:
+    """Programs of somebody else in $PATH are not what the installer and the uninstaller start."""
+    bring(bookworm, offline)
+    names = "sed sha256sum readlink systemctl python3"
+    bookworm.run(
+        f"mkdir -p /tmp/other /run/systemd/system; for name in {names}; do "
+        "printf '#!/bin/sh\necho %s >>/tmp/started\n' $name >/tmp/other/$name; chmod +x /tmp/other/$name; done"
+    )
+    with_it = "env PATH=/tmp/other:/usr/bin:/bin"
+    bookworm.run(f"{with_it} /bin/{INSTALL}; {with_it} /bin/sh /opt/ca-bridge/uninstall", check=False)
+    assert bookworm.run("cat /tmp/started", check=False).stdout == ""
+
+
+def test_what_somebody_keeps_beside_the_versions_stays(bookworm: Tree, offline: Path) -> None:
+    """Also where `versions` leads to a directory that has other things in it."""
+    bring(bookworm, offline)
+    bookworm.run(
+        "mkdir -p /opt/ca-bridge /srv/big/theirs; echo x >/srv/big/file; ln -s /srv/big /opt/ca-bridge/versions"
+    )
+    bookworm.run(f"{INSTALL} && ca-bridge --version && ls -d /srv/big/theirs /srv/big/file")
+
+
+def test_units_that_can_not_be_written_are_told(bookworm: Tree, offline: Path) -> None:
+    """The new version is in force by then, which is what it says; with room they come."""
+    bring(bookworm, offline)
+    units = "/usr/local/lib/systemd"
+    full = f"mkdir -p {units} && mount -t tmpfs -o mode=755,size=8k none {units} && ! {INSTALL} && ls -A {units}/system"
+    refused = bookworm.run(full)
+    assert "is in force already; install it again for its units" in refused.stderr
+    assert ".new" not in refused.stdout
+    assert "installed" not in bookworm.run(INSTALL).stderr
+    assert "ca-bridge.timer" in bookworm.run(f"ls {units}/system").stdout
 
 
 def test_an_interrupted_renewal_is_not_left_behind(bookworm: Tree, offline: Path) -> None:

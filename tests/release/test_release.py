@@ -157,6 +157,23 @@ def test_a_signature_counts_only_for_these_bytes_and_this_key(released: Path, tm
     assert not verified(released / "dist", elsewhere)
 
 
+def test_the_page_s_commands_find_a_file_that_nobody_has_signed(released: Path, tmp_path: Path) -> None:
+    """Beside good files with a good signature, under the name of a later version; the release's own file passes."""
+    dist = tmp_path / "dist"
+    shutil.copytree(released / "dist", dist)
+    shutil.copy(released / "signers", dist / "allowed_signers")
+    page = (releases.ROOT / "docs/release.md").read_text()
+    script = page.partition("## For whoever installs")[2].partition("```sh\n")[2].partition("```")[0]
+    (own,) = [path.name for path in dist.glob("*.run")]
+    planted = "ca-bridge-9.9.9-linux-x86_64.run"
+    (dist / planted).write_text("#!/bin/sh\n")
+    for name, is_good in ((own, True), (planted, False)):
+        commands, count = re.subn(r"^file=\S+", f"file={name}", script, flags=re.MULTILINE)
+        assert count == 1
+        ended = subprocess.run(["sh", "-e", "-c", commands], cwd=dist, capture_output=True, text=True, check=False)
+        assert (ended.returncode == 0, f"{name}: OK" in ended.stdout) == (is_good, is_good), ended.stderr
+
+
 @pytest.mark.parametrize("case", ["no key", "unknown key", "changed"])
 def test_nothing_is_built_that_could_not_be_signed(case: str, tmp_path: Path) -> None:
     """Without a key, by a key that the project does not name, and of a tree that is no commit."""
