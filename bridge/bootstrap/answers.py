@@ -10,7 +10,7 @@ from bridge.bootstrap.wish import NobodySignsError, Wish
 from bridge.errors import BridgeError, VerificationError, WaitingError
 from bridge.pki import verify
 from bridge.pki.bundle_format import short_fingerprint
-from bridge.renewal import airgap
+from bridge.renewal import airgap, carried_answers
 from bridge.renewal.issuance import Answered, issue, reaching
 from bridge.renewal.prepare import Prepared
 from bridge.renewal.selection import outcome_of
@@ -75,9 +75,9 @@ def _carried(
 ) -> tuple[list[Answered], Sequence[BridgeError]]:
     if not wish.answers:
         return [], ()
-    found = airgap.answers_in(run, wish.answers)
+    found = carried_answers.answers_in(run, wish.answers)
     answered = [
-        airgap.answered_by(run, one, found.best(one, expected[one.authority]), expected[one.authority])
+        carried_answers.answered_by(run, one, found.best(one, expected[one.authority]), expected[one.authority])
         for one in prepared
         if one.name in found.candidates
     ]
