@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 from cryptography import x509
 
-from backends.cmp import CmpBackend, CmpSettings
+from backends.cmp import CmpBackend
 from backends.cmp_process import OLDEST_WITH_PROFILES, Program
+from backends.cmp_settings import CmpSettings
 from bridge.contract import BackendSettings, Issued, Pending, Revokes, Secret, SetupRequest, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, SettingsError, VerificationError, Violation
 from bridge.pki import verify

@@ -22,7 +22,8 @@ import requests
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
 
-from backends.cmp import CmpBackend, CmpSettings
+from backends.cmp import CmpBackend
+from backends.cmp_settings import CmpSettings
 from backends.est import EstBackend
 from backends.est_settings import EstSettings
 from backends.exec import ExecBackend, ExecSettings
