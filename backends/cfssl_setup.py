@@ -209,6 +209,6 @@ def _quoted(name: str) -> str:
 
 
 def _duration(value: timedelta) -> str:
-    """Go's spelling; hours are its largest unit."""
+    """A duration in Go's spelling; hours are its largest unit."""
     minutes = value // timedelta(minutes=1)
     return f"{minutes // 60}h{minutes % 60}m" if minutes % 60 else f"{minutes // 60}h"

@@ -245,7 +245,7 @@ def _pipe(secret: bytes | None) -> Iterator[int | None]:
 
 
 def _read(file: Path) -> bytes:
-    """Empty if it is not there."""
+    """The file's content; empty if it is not there."""
     with suppress(FileNotFoundError):
         return file.read_bytes()
     return b""
@@ -257,6 +257,6 @@ def _whole_seconds(value: timedelta) -> int:
 
 
 def _environment() -> dict[str, str]:
-    """No proxies, no OPENSSL_CONF, no secret that came to us in a variable, and messages in English."""
+    """The environment without proxies, OPENSSL_CONF and secrets that came to us in a variable; messages in English."""
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
     return kept | {"LC_ALL": "C"}

@@ -59,7 +59,7 @@ class ExchangeSettings(BackendSettings):
         return (self.outbox,)
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """One directory can't be both."""
+        """Refuse one directory for outbox and inbox."""
         if self.outbox == self.inbox:
             yield SettingsProblem("inbox", "another directory than the outbox", str(self.inbox))
 

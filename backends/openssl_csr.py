@@ -75,7 +75,7 @@ def _wrong_with(pem: bytes, csr: x509.CertificateSigningRequest) -> str:
 
 
 def _is_readable(attribute: x509.NameAttribute[str | bytes]) -> bool:
-    """openssl ca ends, and signs none of a run's CSRs, at any other type, and at an e-mail address that is no IA5String."""
+    """Whether openssl ca reads its string; at any other, or an e-mail address that is no IA5String, it ends and signs none."""
     kind = _string_type(attribute)
     if kind == "IA5String":
         return isinstance(attribute.value, str) and attribute.value.isascii()

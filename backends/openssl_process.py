@@ -245,7 +245,7 @@ def _killed(outcome: ProcessEnd) -> BackendUnavailableError | None:
 
 
 def _environment() -> dict[str, str]:
-    """No OPENSSL_CONF, no secret that came to us in a variable, and messages in English."""
+    """The environment without OPENSSL_CONF and secrets that came to us in a variable; messages in English."""
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
     return kept | {"LC_ALL": "C"}
 

@@ -199,7 +199,7 @@ class VaultBackend:
         return f"{_path(settings.mount)}/{prefix}{settings.mode}{last}"
 
     def _sign_body(self, request: SignRequest) -> dict[str, object]:
-        """No parameter more than needed: a policy may list those that are allowed."""
+        """The body of a signing request, with no parameter more than needed: a policy may list those that are allowed."""
         body: dict[str, object] = {
             "csr": request.csr_pem.decode("ascii"),
             "ttl": f"{int(request.validity.total_seconds())}s",

@@ -89,7 +89,7 @@ def setup(wanted: SetupRequest) -> list[SetupFile]:
 
 
 def _policy_name(wanted: SetupRequest) -> str:
-    """Each node's own: what another node's script writes must not take its place."""
+    """The policy's name, each node's own: what another node's script writes must not take its place."""
     cluster = [wanted.cluster] if wanted.cluster != DEFAULT_CLUSTER else []
     return "-".join(["ca-bridge", *cluster, wanted.node, wanted.authority.name])
 
@@ -292,7 +292,7 @@ HCL
 
 
 def _json(payload: Mapping[str, object]) -> str:
-    """One field a line; ASCII, so that no terminal or locale can spoil it."""
+    """JSON with one field a line, in ASCII, so that no terminal or locale can spoil it."""
     return "{\n" + ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in payload.items()) + "\n}"
 
 

@@ -164,7 +164,7 @@ class CollectsAll(Protocol):
         ...
 
     def accepted(self, request: SignRequest, reference: str) -> None:
-        """One of the candidates passed: what lies there to ask for it may be put away. Never raises."""
+        """Hear that one of the candidates passed: what lies there to ask for it may be put away. Never raises."""
         ...
 
 
@@ -302,7 +302,7 @@ class Spends(Protocol):
     """Optional: some credentials are good once; `ca-bridge doctor` leaves them to the renewal."""
 
     def spends(self) -> str:
-        """What `check` and `identity` would use up, such as a wrapping token in a file; empty: nothing."""
+        """The thing that `check` and `identity` would use up, such as a wrapping token in a file, in words; empty: nothing."""
         ...
 
 
@@ -366,12 +366,12 @@ class Closes(Protocol):
     """Optional: give back at the end what the backend took (sessions, tokens that it made)."""
 
     def close(self) -> None:
-        """Never raises for a CA that can't be reached."""
+        """End connections and give back what is held; never raises for a CA that can't be reached."""
         ...
 
 
 class BackendType(Protocol):
-    """What an entry point in `ENTRY_POINT_GROUP` names: usually the backend's class."""
+    """The object that an entry point in `ENTRY_POINT_GROUP` names: usually the backend's class."""
 
     #: A frozen dataclass below `BackendSettings`; its fields are the keys that the settings may have.
     settings_type: ClassVar[type[BackendSettings]]
@@ -392,7 +392,7 @@ class BackendType(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetupRequest:
-    """What `ca-bridge setup TYPE` knows about one authority, when it asks a backend type for what the CA needs."""
+    """All that `ca-bridge setup TYPE` knows about one authority, when it asks a backend type for what the CA needs."""
 
     authority: Authority
     certificates: Mapping[str, x509.Certificate]  #: The authority's live ones by kubeadm's name; never empty.
@@ -461,7 +461,7 @@ class BackendSettings:
 
     def problems(self) -> Iterator[SettingsProblem]:
         """
-        What types alone can't say, such as keys that exclude each other.
+        Problems that types alone can't see, such as keys that exclude each other.
 
         Yields:
             Problems with a key relative to the backend's table, such as `auth.method`.
@@ -501,7 +501,7 @@ class Selector:
         return self.pattern.format(name=spec.name, usage=spec.usage, node=self.node)
 
     def problems(self, key: str, exceptions_key: str) -> Iterator[SettingsProblem]:
-        """What is wrong with the pattern (settings key `key`) and the exceptions (table `exceptions_key`)."""
+        """Problems of the pattern (settings key `key`) and of the exceptions (table `exceptions_key`)."""
         try:
             fields = {name for _, name, _, _ in Formatter().parse(self.pattern) if name is not None}
         except ValueError:

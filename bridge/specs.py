@@ -51,12 +51,12 @@ class Authority:
 
     @property
     def certificate_file(self) -> str:
-        """Below `pki_dir`."""
+        """The path below `pki_dir`."""
         return f"{self.base}.crt"
 
     @property
     def key_file(self) -> str:
-        """Below `pki_dir`; absent when the CA is managed externally."""
+        """The path below `pki_dir`; absent when the CA is managed externally."""
         return f"{self.base}.key"
 
 

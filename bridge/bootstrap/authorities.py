@@ -84,7 +84,7 @@ def _assert_holds_some(ca_dir: Path, role: Role) -> None:
 
 
 def _in_file(path: Path) -> tuple[x509.Certificate, ...]:
-    """None where there is no file."""
+    """The certificates in a CA file; none where there is no file."""
     try:
         data = read(path)
     except UnreadableError as e:
@@ -137,7 +137,7 @@ def trouble(certificates: tuple[x509.Certificate, ...], now: datetime) -> str | 
 
 
 def shared_key(found: Certificates) -> tuple[str, str] | None:
-    """Two authorities with the same key."""
+    """The names of two authorities with the same key; None: there are no such two."""
     keys: dict[bytes, str] = {}
     for name, certificates in found.items():
         spki = certificates[0].public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)

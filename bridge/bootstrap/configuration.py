@@ -69,7 +69,7 @@ class Configuration:
 
     @property
     def version(self) -> str:
-        """Kubernetes', such as `v1.37.2`; empty: whatever kubeadm finds in the internet."""
+        """Kubernetes' version, such as `v1.37.2`; empty: whatever kubeadm finds in the internet."""
         return _text(self.cluster, "kubernetesVersion")
 
     @property
@@ -280,7 +280,7 @@ def _is_address(text: str) -> bool:
 
 
 def _below(mapping: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """Empty unless there is a mapping; kubeadm complains of what is none."""
+    """The mapping below a key; empty for anything else, of which kubeadm complains."""
     found = mapping.get(key)
     return found if isinstance(found, dict) else {}
 

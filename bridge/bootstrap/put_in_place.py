@@ -144,7 +144,7 @@ def _mode(path: Path) -> int:
 
 
 def _make_directories(wish: Wish) -> None:
-    """kubeadm's and the kubelet's; nobody else may write to them."""
+    """Make kubeadm's directories and the kubelet's; nobody else may write to them."""
     for path in wish.places.directories(wish.role):
         path.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
         if (found := exposure(path)) is not None:

@@ -16,7 +16,7 @@ _KEY = "bootstrapV1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unfinished:
-    """One node's; the keys are among the open requests."""
+    """One node's bootstrap that has begun; its keys are among the open requests."""
 
     role: Role
     config: str  #: kubeadm's, from which the CSRs were made.

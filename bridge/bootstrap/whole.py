@@ -232,7 +232,7 @@ class Look:
     # --- service accounts ---------------------------------------------------------------------------------------------
 
     def _service_account(self) -> Iterator[str]:
-        """kubeadm in external-CA mode prints `Using existing sa keys` without a look."""
+        """Look at the service account keys, of which kubeadm in external-CA mode prints `Using existing sa keys` without a look."""
         key, public = self.read(self.places.sa_key), self.read(self.places.sa_public)
         for path, data in ((self.places.sa_key, key), (self.places.sa_public, public)):
             if data is None:

@@ -71,7 +71,7 @@ def _who(job: Job) -> str:
 
 
 def _tell_troubles(job: Job) -> list[int]:
-    """Each reason once, with the names that it is for."""
+    """Print each reason once, with the names that it is for; the errors' exit codes."""
     reasons: dict[tuple[str, int, str], list[str]] = {}
     errors: dict[str, BridgeError] = {
         **{name: RefusedByPolicyError(one.reason) for name, one in job.answers.items() if isinstance(one, Refusal)},

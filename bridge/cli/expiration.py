@@ -68,7 +68,7 @@ def check_expiration(
 
 
 def _failures(settings: Settings) -> Mapping[str, Failures] | None:
-    """None: this user may not see them."""
+    """The failures in a row by authority; None: this user may not see them."""
     from bridge.renewal.gate import Attempts  # noqa: PLC0415 (for monitors alone)
 
     directory = settings.node.state_dir

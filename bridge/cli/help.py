@@ -75,7 +75,7 @@ class Command(TyperCommand):
                     formatter.write_dl(records, col_max=_WIDEST)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """Each example on a line that can be copied, and what it does below it."""
+        """Write each example on a line that can be copied, and what it does below it."""
         examples = EXAMPLES.get(name_of(ctx), ())
         if examples:
             with formatter.section("Examples"):

@@ -226,7 +226,7 @@ def _anchors(settings: Settings) -> dict[str, Path]:
 
 
 def _place(name: str) -> str:
-    """Below /etc/ca-bridge."""
+    """The path in the pod, below /etc/ca-bridge."""
     anchors = {"etcd-ca.crt": "trust/etcd/ca.crt", "front-proxy-ca.crt": "trust/front-proxy-ca.crt"}
     return anchors.get(name, f"files/{name}")
 

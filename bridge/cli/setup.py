@@ -344,5 +344,5 @@ def setup_jobs(
 
 
 def say_written(paths: Sequence[Path]) -> None:
-    """One line a file."""
+    """Print the files that were written, one a line."""
     say("\n".join(f"wrote {path}" for path in paths))

@@ -71,7 +71,7 @@ class Look:
     machine: Machine
 
     def flags(self, component: Component) -> Flags:
-        """Empty without a manifest."""
+        """The flags of a component; empty without a manifest."""
         manifest = self.node.manifests.get(component)
         return {} if manifest is None else manifest.flags
 

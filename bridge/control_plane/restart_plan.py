@@ -60,7 +60,7 @@ def stale(
 
 def how(component: Component, manifests: Path) -> str:
     """
-    One sentence for the operator.
+    A sentence for the operator on how to restart a component.
 
     Moving the manifest is the way that the kubelet does not count as a crash; too early back costs it 10 to 25 s.
     """

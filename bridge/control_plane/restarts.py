@@ -62,7 +62,7 @@ class Restarted:
 
     @property
     def exit_code(self) -> int:
-        """0 when it is back."""
+        """Exit code 0 when it is back, else its error's."""
         return self.error.exit_code if self.error is not None else Exit.DONE
 
 
@@ -223,7 +223,7 @@ def times_file(store: Store) -> StateFile[dict[str, datetime]]:
 
 
 def _remember(component: Component, store: Store) -> None:
-    """Before it happens: a run that is killed over and over does not restart over and over."""
+    """Write down a restart before it happens: a run that is killed over and over does not restart over and over."""
     times = {**_times(store), component.value: datetime.now(UTC)}
     times_file(store).replace({name: time_.isoformat() for name, time_ in times.items()})
 
@@ -232,7 +232,7 @@ def _wait_for_neighbours(
     component: Component, to_come: Sequence[Component], node: Node, settings: Settings, tell: Tell
 ) -> None:
     """
-    Never take a component away while another one of this node is down, but for those whose own restart is to come.
+    Wait until no other component of this node is down, but for those whose own restart is to come.
 
     Raises:
         NotNowError: One is not healthy, and did not become so in time.
@@ -356,7 +356,7 @@ def _run_command(component: Component, words: Sequence[str], settings: Settings,
 
 
 def _systemctl() -> list[str]:
-    """Empty where systemd does not run, or has no kubelet."""
+    """The command that restarts the kubelet; empty where systemd does not run, or has no kubelet."""
     program = shutil.which("systemctl")
     if program is None or not Path("/run/systemd/system").is_dir():  # sd_booted(3)
         return []

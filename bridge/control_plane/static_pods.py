@@ -124,7 +124,7 @@ def _wait(
 
 
 def _begun(pod: Pod, before: frozenset[str]) -> str | None:
-    """None as soon as the kubelet has seen that the manifest is out."""
+    """A sentence while the kubelet has not seen that the manifest is out; None as soon as it has."""
     is_over = pod.trouble() is not None or not before & pod.instances()
     return None if is_over else "it goes on as if nothing had happened"
 

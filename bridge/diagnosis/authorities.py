@@ -85,7 +85,7 @@ def _wanted(item: Item, expected: verify.Expectation, settings: Settings) -> Wan
 
 def ask_all(settings: Settings, names: Mapping[str, None], questions: Mapping[str, Question]) -> Iterator[Finding]:
     """
-    Each authority's CA; one that does not answer is not asked again for another of its authorities.
+    Ask each authority's CA; one that does not answer is not asked again for another of its authorities.
 
     Args:
         settings: With the backends.

@@ -104,7 +104,7 @@ def _live(node: Node, name: str) -> x509.Certificate | None:
 
 
 def _cluster(node: Node, settings: Settings) -> Iterator[Finding]:
-    """kubeadm-config, where this node's API server answers, says what kubeadm would make."""
+    """Compare with what kubeadm would make by kubeadm-config, where this node's API server answers."""
     manifest = node.manifests.get(Component.APISERVER)
     if manifest is None:
         return

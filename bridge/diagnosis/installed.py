@@ -74,7 +74,7 @@ def _node_name(node: Node, settings: Settings) -> Iterator[Finding]:
 
 
 def _name_in(item: Item) -> str:
-    """Empty when it has none, or can't be read."""
+    """The node's name in a certificate; empty when it has none, or can't be read."""
     try:
         subject = name_text(item.certificates[0].subject)
     except UNREADABLE:
@@ -127,7 +127,7 @@ def _item(item: Item, settings: Settings, now: datetime) -> Iterator[Finding]:
 
 
 def _super_admin(item: Item) -> Finding:
-    """kubeadm leaves it there, and its documentation says to move it away."""
+    """A finding about super-admin.conf: kubeadm leaves it there, and its documentation says to move it away."""
     text = (
         f"wanted no {SUPER_ADMIN} after kubeadm init, found it: no RBAC rule holds it back, and each renewal renews it"
     )
@@ -365,7 +365,7 @@ def _foreign_ca(item: Item, anchors: Sequence[x509.Certificate], trusted: Sequen
 
 
 def _trusted(parsed: Kubeconfig, path: Path) -> list[x509.Certificate] | None:
-    """None: it leaves that to the system."""
+    """The CAs that a kubeconfig trusts; None: it leaves that to the system."""
     data = parsed.ca_data
     if data is None and parsed.ca_file:
         data = read(path.parent / parsed.ca_file)

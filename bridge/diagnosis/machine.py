@@ -140,7 +140,7 @@ def _homes() -> list[Path]:
 
 
 def _copies(node: Node, homes: Sequence[Path]) -> Iterator[Finding]:
-    """Nobody renews a copy: it is as old as the day on which it was made."""
+    """Look for copies, which nobody renews: each is as old as the day on which it was made."""
     admins = {item.spec.name: item for item in node.items if item.spec.component is None and item.embedded}
     live = {item.certificates[0]: name for name, item in admins.items() if item.certificates}
     if not live:
@@ -183,7 +183,7 @@ def _listed_copies(node: Node, settings: Settings) -> Iterator[Finding]:
 
 
 def _client_certificate(path: Path) -> x509.Certificate | None:
-    """None, too, for what is no kubeconfig with a certificate in it: it is not ours to judge."""
+    """The client certificate in a kubeconfig; None, too, for any other file: it is not ours to judge."""
     try:
         data = read(path)
         pem = None if data is None else kubeconfig.parse(data).certificate_data

@@ -151,7 +151,7 @@ def _wrong(item: Item, state: AuthorityState, now: datetime) -> _Wrong | None:
 
 
 def _admin(node: Node, now: datetime) -> Iterator[Finding]:
-    """kubeadm is itself a client, by admin.conf, and looks at it at the end, too."""
+    """Check admin.conf, by which kubeadm is itself a client, and which it looks at in the end, too."""
     item = next((one for one in node.items if one.spec.name == "admin.conf"), None)
     if item is None or item.state != "present":
         found = item.state if item is not None else "missing"

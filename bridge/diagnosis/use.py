@@ -107,7 +107,7 @@ def _certificates(path: Path) -> list[object] | str:
 
 
 def _restarts(node: Node, settings: Settings) -> Iterator[Finding]:
-    """Each component that a renewal of all would restart can be: found before a certificate is spent on it."""
+    """Check that each component can be restarted that a renewal of all would restart, before a certificate is spent on it."""
     restart = settings.restart
     if restart.method == "none":
         return

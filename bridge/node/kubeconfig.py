@@ -265,7 +265,7 @@ def _not_editable(root: YamlNode) -> str | None:
 
 
 def _text(mapping: YamlNode, key: str) -> str:
-    """Empty when there is no such key."""
+    """The text of a key; empty when there is no such key."""
     node = mapping.get(key)
     return "" if node is None else node.text()
 

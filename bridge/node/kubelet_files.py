@@ -92,7 +92,7 @@ def _is_true(text: str) -> bool:
 
 
 def _configured(path: Path) -> tuple[dict[str, str], str | None]:
-    """Empty where it is not there, or can't be read; then it is said why."""
+    """The configuration's values, and why it can't be read; empty where it is not there, or can't be read."""
     try:
         data = read(path)
         if data is None:

@@ -81,7 +81,7 @@ def _may_be_of(pod: Any, component: Component) -> bool:
 
 
 def _label(pod: Any) -> Any:
-    """kubeadm's have one, by which they are told from an operator's `etcd-defrag`."""
+    """The value of a label, which kubeadm's pods have: by it they are told from an operator's `etcd-defrag`."""
     return pod.get("labels", {}).get("component")
 
 

@@ -126,7 +126,7 @@ class ThrowawayCA:
 
     @property
     def certificate_pem(self) -> bytes:
-        """One block."""
+        """The certificate as one PEM block."""
         return _pem(self.certificate)
 
     @property

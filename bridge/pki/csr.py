@@ -66,7 +66,7 @@ def key_algorithm(certificate: x509.Certificate, wanted: KeyAlgorithm | Literal[
 
 
 def known_algorithm(key: CertificatePublicKeyTypes) -> KeyAlgorithm | None:
-    """One that kubeadm makes; None: another kind of key."""
+    """The algorithm of a key, if kubeadm makes such; None: another kind of key."""
     found = algorithm_name(key)
     return next((one for one in KEY_ALGORITHMS if one == found), None)
 

@@ -34,7 +34,7 @@ log = logging.getLogger("ca-bridge")
 
 def owe(run: Run, outcomes: Sequence[Outcome]) -> None:
     """
-    Before the installation of these, where components are restarted (`restart.method` is not "none").
+    Write down, before the installation, that these are to be proven, unless `restart.method` is "none".
 
     What an earlier run has installed and nobody has proven is no reason to forget what was in use before that; nor is
     what is still to be restarted forgotten.

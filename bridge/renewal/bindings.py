@@ -49,7 +49,7 @@ class Binding(NamedTuple):
 
 
 def needed_by(naming: Naming, spec: CertificateSpec) -> Binding | None:
-    """None: its rights are its own, or it needs none."""
+    """The binding that a certificate's rights come from; None: its rights are its own, or it needs none."""
     groups = {value for oid, value in attributes(naming.subject) if oid == _O}
     if MASTERS in groups:
         return None

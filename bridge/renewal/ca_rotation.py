@@ -61,7 +61,7 @@ def _certificates(node: Node, name: str) -> tuple[x509.Certificate, ...]:
 
 
 def _trusted(path: Path) -> list[x509.Certificate]:
-    """Empty: it names none, or they can't be read."""
+    """The CAs that a kubeconfig trusts; empty: it names none, or they can't be read."""
     try:
         data = kubeconfig.parse(read(path) or b"").ca_data
         return load_pem_certificates(data) if data else []

@@ -132,7 +132,7 @@ def jitter(
 
 
 def _first_end(selection: Selection) -> datetime:
-    """One that is missing, and was asked for by an operator, waits for no window: as if it had ended long ago."""
+    """The first end; of one that is missing, and was asked for by an operator, long ago: it waits for no window."""
     return min(first_end(item.ending) if item.certificates else _LONG_AGO for item in selection.items)
 
 

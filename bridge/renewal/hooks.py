@@ -141,7 +141,7 @@ class Hooks:
 
     def before(self, occasion: HookEvent) -> None:
         """
-        Before anything is asked.
+        Run the hooks before anything is asked.
 
         Raises:
             HookError: One failed; the renewal must not begin.
@@ -170,7 +170,7 @@ class Hooks:
                 raise HookError(str(e), Exit.FAILED, hint=e.hint) from e
 
     def installed(self, occasion: HookEvent) -> list[HookError]:
-        """After the installation, before any restart."""
+        """Run the hooks after the installation, before any restart."""
         return self._all_of(AFTER_INSTALL, occasion)
 
     def finished(self, occasion: HookEvent) -> list[HookError]:

@@ -193,7 +193,7 @@ def _reach(
 
 
 def _warn_of_open_secrets(configured: registry.Configured) -> None:
-    """Here they are a warning, since a renewal must not wait for them; for `doctor` they are an error."""
+    """Warn of secrets in files that others can read: a renewal must not wait for them; for `doctor` they are an error."""
     for path in configured.settings.private_files():
         with contextlib.suppress(OSError):  # whoever needs it says so
             found = open_secret(path)

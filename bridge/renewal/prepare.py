@@ -60,7 +60,7 @@ class Prepared:
 
     @property
     def authority(self) -> str:
-        """Its CA's name."""
+        """The name of its authority."""
         return self.item.spec.authority.name
 
 

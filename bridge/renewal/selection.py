@@ -252,7 +252,7 @@ def assert_known(names: Collection[str]) -> None:
 
 
 def _is_due(item: Item, settings: Settings, now: datetime) -> bool:
-    """One that a kubelet may renew by itself is left to it until that is late: nobody else asks before."""
+    """Whether it is due; one that a kubelet may renew by itself is not until that is late."""
     if item.rotates and not expiry.is_rotation_late(item.ending, now):
         return False
     return expiry.is_due(item.ending, settings.renewal.before, settings.renewal.validity, now)

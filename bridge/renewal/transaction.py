@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # 40 ms
 
 class Transaction:
     """
-    One run's, in the order of its methods; the node's lock is held.
+    The steps of one run around its installation, in the order of the methods; the node's lock is held.
 
     `settle_earlier`, then either `nothing_to_install`, or `about` with the work up to `install` in it, `activate` and
     `conclude`.

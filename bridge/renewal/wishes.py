@@ -190,7 +190,7 @@ def _fresh(item: Item, config: KubeadmConfig, node: Node, facts: NamingFacts) ->
 def _changed(
     item: Item, node: Node, settings: Settings, changes: Changes, source: cluster_config.Source
 ) -> Wish | None:
-    """None: the next one says what this one says."""
+    """The wish for a live certificate; None: the next one says what this one says."""
     name, told = item.spec.name, []
     was = naming = csr.naming_of(item.certificates[0])
     add, drop = changes.add.get(name, ()), changes.drop.get(name, ())

@@ -46,7 +46,7 @@ class GatewaySettings:
     min_validity: timedelta = timedelta(minutes=5)  #: Certificates that end sooner are not written.
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """What the API, the clock or this machine would not take."""
+        """Settings that the API, the clock or this machine would not take."""
         for key in ("lease_namespace", "lease_name"):
             if not _NAME.fullmatch(getattr(self, key)):
                 wanted = "at most 63 small letters, digits and hyphens, a letter or digit first and last"

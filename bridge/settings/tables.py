@@ -190,7 +190,7 @@ class HookSettings:
 
 
 def _words(command: str) -> list[str]:
-    """None for what a shell would not take, either."""
+    """Split a command into words; none for what a shell would not take, either."""
     try:
         return shlex.split(command)
     except ValueError:
@@ -216,7 +216,7 @@ class ClusterSettings:
     lease_wait: timedelta = timedelta(minutes=15)  #: How long to wait for the node that holds it.
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """What the API or the clock would not take."""
+        """Settings that the API or the clock would not take."""
         if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", self.lease_name):
             wanted = "at most 63 small letters, digits and hyphens, a letter or digit first and last"
             yield SettingsProblem("lease_name", wanted, repr(self.lease_name))
@@ -292,7 +292,7 @@ class MetricsSettings:
     file: Path | None = None  #: For node_exporter's textfile collector, which reads names that end with .prom.
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """What the collector would not read."""
+        """Settings with which the collector would not read the file."""
         if self.file is not None and (self.file.suffix != ".prom" or ".." in self.file.parts):
             yield SettingsProblem("file", "a path that ends with .prom, without ..", repr(str(self.file)))
 
@@ -375,7 +375,7 @@ class CertificateSettings:
     sans: tuple[str, ...] = ()
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """What is no host of this node."""
+        """SANs that are no host of this node."""
         for san in self.sans:
             if not is_host(san):
                 yield SettingsProblem("sans", "names and addresses of this node", repr(san))

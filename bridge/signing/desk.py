@@ -149,7 +149,7 @@ class _CA:
 
 
 class Desk:
-    """One run."""
+    """One run of a desk: judges bundles, has them signed, and answers."""
 
     def __init__(
         self,

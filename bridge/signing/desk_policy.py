@@ -131,7 +131,7 @@ class CertificateRules:
     max_validity: timedelta | None = None
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """What can't be read, and what would go round `allow.masters`."""
+        """Rules that can't be read, or would go round `allow.masters`."""
         if self.subjects is not None and self.groups is not None:
             yield SettingsProblem("groups", "either subjects or groups", "both")
         for text in self.subjects or ():

@@ -206,7 +206,7 @@ class _Worker:
         self.process.stdout.close()
 
     def ask(self, task: Callable[..., _Answer], arguments: tuple[object, ...]) -> _Answer | None:
-        """None: it is no more."""
+        """Have the worker answer a question; None: the worker is no more."""
         if self._is_gone:
             return None
         try:

@@ -41,7 +41,7 @@ def _certificates(settings: Settings, policy: Policy | None, authority: str) -> 
 
 
 def _in_file(path: Path) -> list[x509.Certificate]:
-    """None where there is no such file: at a desk there may be no /etc/kubernetes."""
+    """The certificates in a CA file; none where there is no such file: at a desk there may be no /etc/kubernetes."""
     try:
         data = read(path)
         return load_pem_certificates(data) if data is not None else []

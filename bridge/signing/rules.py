@@ -56,7 +56,7 @@ def is_host_name(name: str) -> bool:
 
 
 def address(value: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """One address; None: it is none."""
+    """Parse an IP address; None: it is none."""
     try:
         return ipaddress.ip_address(value)
     except ValueError:

@@ -84,7 +84,7 @@ class Grant:
     subjects: tuple[str, ...] = ()  #: Whole ones; `{user}` is who asks.
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Nobody, or somebody whom nobody may become."""
+        """Rules that let nobody ask, or allow a subject whom nobody may become."""
         if not self.users and not self.groups:
             yield SettingsProblem("users", "users or groups that may ask", "neither")
         for text in self.subjects:

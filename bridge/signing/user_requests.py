@@ -46,7 +46,7 @@ class UserRules:
 
 def problems(request: BundledRequest, rules: UserRules | None, keys: Sequence[str], *, waived: bool) -> Iterator[str]:
     """
-    Against a request whose name is `user`.
+    Problems of a request whose name is `user`.
 
     Args:
         request: All parts of its CSR can be read.

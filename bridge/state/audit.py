@@ -76,7 +76,7 @@ def event_of(error: BridgeError) -> str:
 
 
 def _issuer(certificate: x509.Certificate) -> str | None:
-    """None: not a name; what a CA answered is recorded before it is verified."""
+    """The issuer's name; None: it can't be read, since a CA's answer is recorded before it is verified."""
     try:
         return name_text(certificate.issuer)
     except UNREADABLE:
@@ -130,7 +130,7 @@ class Record:
         more: Mapping[str, str] | None = None,
     ) -> None:
         """
-        One more line, not written yet.
+        Add a line, which is not written yet.
 
         Args:
             event: One of the names above.

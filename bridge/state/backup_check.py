@@ -119,7 +119,7 @@ def _misplaced(name: str, files: Sequence[File], item: Item, kubeconfig_dir: Pat
 
 
 def _is_kubelets(file: File, item: Item) -> bool:
-    """One of the dated files beside the symlink that leads to the one in use."""
+    """Whether it is one of the dated files beside the symlink that leads to the one in use."""
     if item.current is None or file.path.resolve().parent != item.current.parent.resolve():
         return False
     return re.fullmatch(DATED.format(item.current.name.removesuffix("-current.pem")), file.path.name) is not None

@@ -139,7 +139,7 @@ def _read(directory: Path) -> Backup | None:
 
 def find(store: Store, backup_id: str | None) -> Backup:
     """
-    One backup.
+    Find one backup.
 
     Args:
         store: Where to look.

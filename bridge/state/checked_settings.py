@@ -27,7 +27,7 @@ def is_checked(settings: Settings, store: Store) -> bool:
 
 def remember(settings: Settings, store: Store) -> None:
     """
-    After a check: so much for next time; that it can't be written costs the next run some time, and no more.
+    Remember settings that were checked; if that can't be written, it costs the next run some time, and no more.
 
     Args:
         settings: As checked.

@@ -75,7 +75,7 @@ class _Live:
 
 def owe(settings: Settings, store: Store, node: Node, replaced: Mapping[str, x509.Certificate | None]) -> None:
     """
-    Before an installation: whatever becomes of it, the copies are to hold what is live after it.
+    Write down before an installation that the copies are to hold what is live after it, whatever becomes of it.
 
     Args:
         settings: `copies.files`.

@@ -240,7 +240,7 @@ def _staged(path: Path, run_id: str) -> Path:
 
 
 def _stage(target: Target) -> None:
-    """Beside the target, so that rename(2) is atomic and the file system the same."""
+    """Write the new content beside the target, so that rename(2) is atomic and the file system the same."""
     fresh = Attributes.private()
     replacement = target.replacement
     given = replacement.attributes.narrowed(replacement.mode_mask) if replacement.attributes is not None else fresh
@@ -251,7 +251,7 @@ def _stage(target: Target) -> None:
 
 
 def _assert_unchanged(targets: Sequence[Target]) -> None:
-    """Nobody (kubeadm, an operator) replaced a file since its CSR was made."""
+    """Make sure that nobody (kubeadm, an operator) replaced a file since its CSR was made."""
     for target in targets:
         if fingerprint(target.path) != target.replacement.was:
             raise InstallError(
@@ -307,7 +307,7 @@ def _journal(targets: Sequence[Target], run_id: str, backup_id: str) -> dict[str
 
 
 def _forward(journal: Mapping[str, Any]) -> None:
-    """Each new file is either in place already, or waits beside it; may be repeated."""
+    """Put all new files in place: each is there already, or waits beside it; may be repeated."""
     for target in journal["targets"]:
         path, staged = Path(target["path"]), Path(target["staged"])
         if target["sha256"] is None:
@@ -347,7 +347,7 @@ def _back(store: Store, journal: dict[str, Any]) -> None:
 
 
 def _leave_all_old(store: Store, error: Exception) -> NoReturn:
-    """Before the commit point, there is nothing but what was staged to take away."""
+    """Give up before the commit point: nothing but what was staged is taken away."""
     try:
         _forget_staged(store, staging_file(store).read())
         _forget_partial_backups(store)
@@ -429,7 +429,7 @@ def journal_file(store: Store) -> StateFile[dict[str, Any]]:
 
 
 def _journal_of(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Each path stands there twice, so that damage to one is noticed in journals without a digest, too."""
+    """Parse a journal, in which each path stands twice, so that damage is noticed in those without a digest, too."""
     if document["direction"] not in ("forward", "back") or not _names(document, "run_id", "backup"):
         raise ValueError("not written by this program")
     for target in document["targets"]:

@@ -17,7 +17,7 @@ _KEY = "usersV1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenUser:
-    """One."""
+    """One request for a user that was not answered, and its key."""
 
     name: str  #: Kubernetes' user name.
     groups: tuple[str, ...]

@@ -12,7 +12,7 @@ R = TypeVar("R")
 
 
 class _Place(Generic[T, R]):
-    """One caller's, in the line."""
+    """One caller's place in the line."""
 
     __slots__ = ("error", "item", "leads", "results", "turn")
 

@@ -121,7 +121,7 @@ def _placed(shipped: str, places: Places, word: Callable[[str, str], str]) -> st
 
 
 def _systemd_word(text: str, line: str) -> str:
-    """As a word of a line of a unit (systemd.syntax(7), "Quoting"; systemd.unit(5), "Specifiers")."""
+    """Quote a word for a line of a unit (systemd.syntax(7), "Quoting"; systemd.unit(5), "Specifiers")."""
     escaped = _one_line(text).replace("%", "%%")
     if line.startswith("Condition"):
         return escaped  # taken as it is, up to the end of the line
@@ -132,7 +132,7 @@ def _systemd_word(text: str, line: str) -> str:
 
 
 def _cron_word(text: str, _: str) -> str:
-    """As a word of a command in a crontab, where a bare % ends the command (crontab(5))."""
+    """Quote a word for a command in a crontab, where a bare % ends the command (crontab(5))."""
     return shlex.quote(_one_line(text)).replace("%", "\\%")
 
 

@@ -50,7 +50,7 @@ class Output:
             self._told(line)
 
     def end(self) -> None:
-        """There is no more."""
+        """Hear that there is no more."""
         if self._line:
             self._told(self._line)
             self._line = ""
