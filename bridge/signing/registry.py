@@ -27,6 +27,7 @@ from bridge.settings.reader import Key, Reader
 from bridge.settings.tables import Settings
 from bridge.system.console import log
 from bridge.system.interruption import workers
+from bridge.words import name_found
 
 #: Requests to one CA at a time; more do not make OpenBao or cfssl any faster (their own CPU is the limit).
 PARALLEL_REQUESTS = 4
@@ -106,9 +107,10 @@ def configured(settings: Settings, authorities: Iterable[str]) -> dict[str, Conf
         DuplicatePluginError: See `installed`.
         BrokenPluginError: A type that the settings name can't be imported.
     """
-    types, result = _types(settings), {}
-    problems = []
+    (types, problems), result = _types(settings), {}
     for authority, ours in settings.authorities.items():
+        if ours.backend not in types:
+            continue
         keys, reader = merged(settings, authority)
         backend_type = types[ours.backend]
         read = reader.read(backend_type.settings_type, keys, ("authority", authority), given=_given(settings))
@@ -123,7 +125,7 @@ def configured(settings: Settings, authorities: Iterable[str]) -> dict[str, Conf
                for a in authorities if a not in settings.authorities]  # fmt: skip
     if problems or missing:
         hint = "`ca-bridge settings init` writes a commented file" if settings.source.file is None else ""
-        raise SettingsError(problems + missing, hint=hint)
+        raise SettingsError(sorted(problems, key=lambda one: one.line or 0) + missing, hint=hint)
     return {authority: result[authority] for authority in authorities}
 
 
@@ -132,8 +134,8 @@ def _given(settings: Settings) -> dict[str, Any]:
     return {"node": settings.node.node_name, "signed_by": settings.node.desk_key}
 
 
-def _types(settings: Settings) -> dict[str, BackendType]:
-    """The type of each `[backend.NAME]` table."""
+def _types(settings: Settings) -> tuple[dict[str, BackendType], list[SettingsProblem]]:
+    """The type of each `[backend.NAME]` table, and the problems of those that have none."""
     found, types, reader = installed(), {}, Reader(settings.source)
     for name, table in settings.backends.items():
         type_name = str(table["type"])
@@ -141,9 +143,8 @@ def _types(settings: Settings) -> dict[str, BackendType]:
             types[name] = _loaded(found[type_name])
         else:
             known = ", ".join(sorted(found)) or "none is"
-            reader.add(("backend", name, "type"), f"an installed backend type: {known}", repr(type_name))
-    reader.raise_problems()
-    return types
+            reader.add(("backend", name, "type"), f"an installed backend type: {known}", name_found(type_name, found))
+    return types, reader.problems
 
 
 def _loaded(entry: EntryPoint) -> BackendType:
@@ -206,7 +207,7 @@ def located(error: SettingsError, settings: Settings, authority: str) -> Setting
 def _unused(settings: Settings, types: Mapping[str, BackendType]) -> list[Any]:
     """Problems of backends that no authority names; what they lack an authority may bring."""
     used, reader = {a.backend for a in settings.authorities.values()}, Reader(settings.source)
-    for name in settings.backends.keys() - used:
+    for name in types.keys() - used:
         table = {k: v for k, v in settings.backends[name].items() if k != "type"}
         reader.read(types[name].settings_type, table, ("backend", name), partial=True, given=_given(settings))
     return reader.problems

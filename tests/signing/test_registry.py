@@ -56,6 +56,16 @@ def test_an_unknown_type_names_the_installed_ones() -> None:
     [problem] = problems('[backend.desk]\ntype = "opensl"\n[authority.ca]\nbackend = "desk"\n', "ca")
     assert (problem.key, problem.line) == ("backend.desk.type", 2)
     assert problem.wanted == f"an installed backend type: {', '.join(sorted(registry.installed()))}"
+    assert problem.found == "'opensl' (did you mean 'openssl'?)"
+
+
+def test_an_unknown_type_hides_no_other_problem() -> None:
+    """Of the other backends' tables, in the order of the file."""
+    text = '[backend.x]\ntype = "opensl"\n[backend.v]\ntype = "vault"\nurl = 3\n[backend.w]\ntype = "cfssl"\nnone = 1\n'
+    text += '[authority.ca]\nbackend = "x"\n[authority.etcd-ca]\nbackend = "v"\nmount = "m"\n'
+    found = [(one.key, one.line) for one in problems(text, "ca", "etcd-ca")]
+    assert found[:2] == [("backend.x.type", 2), ("backend.v.url", 5)]
+    assert ("backend.w.none", 8) in found
 
 
 class _Distribution(Distribution):
@@ -148,7 +158,7 @@ def test_secrets_are_never_in_the_settings(monkeypatch: pytest.MonkeyPatch) -> N
     class Plugin:
         settings_type: ClassVar[type[BackendSettings]] = _Settings
 
-    monkeypatch.setattr(registry, "_types", lambda settings: dict.fromkeys(settings.backends, Plugin))
+    monkeypatch.setattr(registry, "_types", lambda settings: (dict.fromkeys(settings.backends, Plugin), []))
     head = '[backend.b]\ntype = "x"\n[authority.ca]\nbackend = "b"\n'
     for kind, where in (("file", "/x"), ("env", "X_{usage}"), ("credential", "x")):
         settings = registry.configured(parse(f'{head}token_{kind} = "{where}"\n'), ["ca"])["ca"].settings
