@@ -78,11 +78,11 @@ def _site(directory: Path, old: Path, new: Path) -> Iterator[LiveBridge]:
         bridge.add("restart", {"method": "static-pods", "components": "needed", "min_interval": "1s"})
         bridge.add("restart.commands", {"kubelet": bridge.kubelet_command()})
         os.environ["KUBE_BIN_DIR"] = str(new)
-        _import_images(node)
+        import_images(node)
         yield bridge
 
 
-def _import_images(node: Node) -> None:
+def import_images(node: Node) -> None:
     """
     What kubelet would pull from a registry.
 
@@ -99,13 +99,13 @@ def _import_images(node: Node) -> None:
             node.exec(*ctr, "tag", pause, reference)
 
 
-def _digests(bridge: LiveBridge) -> dict[str, str]:
+def digests_of(node: Node) -> dict[str, str]:
     """Of every certificate, key and kubeconfig."""
-    files = [*bridge.pki.pki_dir.rglob("*"), *bridge.pki.kubeconfig_dir.glob("*.conf")]
+    files = [*node.pki_dir.rglob("*"), *node.kubeconfig_dir.glob("*.conf")]
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files) if path.is_file()}
 
 
-def _versions(node: Node) -> dict[str, str]:
+def versions_of(node: Node) -> dict[str, str]:
     """The images' tags in the manifests."""
     found = {}
     for component in (Component.ETCD, Component.APISERVER, Component.CONTROLLER_MANAGER, Component.SCHEDULER):
@@ -124,8 +124,11 @@ def _upgrade(node: Node, *options: str) -> tuple[subprocess.CompletedProcess[str
 
 
 def _doctor(bridge: LiveBridge) -> tuple[int, dict[str, list[str]], str]:
-    """Exit code, what is an error or a warning, and all texts."""
-    run = bridge.run("doctor", "--before-upgrade", "-o", "json")
+    return told_by(bridge.run("doctor", "--before-upgrade", "-o", "json"))
+
+
+def told_by(run: subprocess.CompletedProcess[str]) -> tuple[int, dict[str, list[str]], str]:
+    """Of `doctor -o json`: the exit code, what is an error or a warning, and all texts."""
     told = json.loads(run.stdout)
     wrong: dict[str, list[str]] = {}
     for one in told["findings"]:
@@ -142,10 +145,10 @@ def _expire(bridge: LiveBridge, name: str) -> None:
     path.write_bytes(signed_again(old, signer, end=datetime.now(UTC) - timedelta(minutes=5)))
 
 
-def _words(run: subprocess.CompletedProcess[str]) -> str:
+def words_of(run: subprocess.CompletedProcess[str]) -> str:
     """The cause, without what kubeadm says around it."""
     said = re.sub(r"\s+", " ", run.stderr)
-    found = re.search(r"failed to renew certificates[^\]]*?current time|error: .{0,300}", said)
+    found = re.search(r"failed to renew certificates[^\]]*?current time", said) or re.search(r"error: .{0,300}", said)
     return found[0].removesuffix(": current time") if found else said[-300:]
 
 
@@ -159,9 +162,9 @@ def walk(directory: Path, old: Path, new: Path) -> Seen:
     seen = Seen()
     with _site(directory, old, new) as bridge:
         node = bridge.node
-        seen.add("before", ", ".join(f"{name} {tag}" for name, tag in _versions(node).items()))
+        seen.add("before", ", ".join(f"{name} {tag}" for name, tag in versions_of(node).items()))
         code, wrong, _ = _doctor(bridge)
-        seen.add("`doctor --before-upgrade` on the healthy node", f"exit {code}, {_shown(wrong)}")
+        seen.add("`doctor --before-upgrade` on the healthy node", f"exit {code}, {shown(wrong)}")
         assert not any(check == "upgrade-aborts" for check in wrong)
         node.kubectl("delete", "clusterrolebinding", *APPROVE)
         _local_edit(node)
@@ -169,14 +172,14 @@ def walk(directory: Path, old: Path, new: Path) -> Seen:
         code, wrong, text = _doctor(bridge)
         seen.add(
             f"the same, with {EXPIRED} expired, the auto-approve bindings removed, a local edit of the kubelet's",
-            f"exit {code}, {_shown(wrong)}",
+            f"exit {code}, {shown(wrong)}",
         )
         assert wrong["upgrade-aborts"] == [EXPIRED]
         assert "the manifest of etcd is exchanged already" in text
         assert {"upgrade-auto-approve", "upgrade-kubelet-config"} <= set(wrong)
         _aborted(seen, bridge)
         _renewed(seen, bridge, EXPIRED)
-        before = _digests(bridge)
+        before = digests_of(node)
         run, seconds = _upgrade(node)
         seen.add("`kubeadm upgrade apply` after that", f"exit {run.returncode}, {seconds:.0f} s")
         assert run.returncode == 0, run.stderr
@@ -186,7 +189,8 @@ def walk(directory: Path, old: Path, new: Path) -> Seen:
     return seen
 
 
-def _shown(wrong: dict[str, list[str]]) -> str:
+def shown(wrong: dict[str, list[str]]) -> str:
+    """What is wrong, on one line."""
     return "; ".join(f"{check}: {', '.join(about)}" for check, about in sorted(wrong.items())) or "nothing is wrong"
 
 
@@ -197,15 +201,16 @@ def _local_edit(node: Node) -> None:
 
 def _aborted(seen: Seen, bridge: LiveBridge) -> None:
     """As it was told."""
-    node, before, files = bridge.node, _versions(bridge.node), _digests(bridge)
+    node = bridge.node
+    before, files = versions_of(node), digests_of(node)
     run, seconds = _upgrade(node)
-    seen.add("`kubeadm upgrade apply` then", f"exit {run.returncode} after {seconds:.0f} s: `{_words(run)}`")
+    seen.add("`kubeadm upgrade apply` then", f"exit {run.returncode} after {seconds:.0f} s: `{words_of(run)}`")
     assert run.returncode == 1
-    after = _versions(node)
+    after = versions_of(node)
     exchanged = [name for name in after if after[name] != before[name]]
     seen.add("… manifests that were exchanged by then", ", ".join(exchanged) or "none")
     assert exchanged == ["etcd"], exchanged
-    changed = [path for path, digest in _digests(bridge).items() if files.get(path) != digest]
+    changed = [path for path, digest in digests_of(node).items() if files.get(path) != digest]
     seen.add("… certificates, keys and kubeconfigs that changed", len(changed))
     wait_for(
         "an API server that answers",
@@ -225,8 +230,8 @@ def _renewed(seen: Seen, bridge: LiveBridge, *names: str) -> None:
 
 def _afterwards(seen: Seen, bridge: LiveBridge, before: dict[str, str]) -> None:
     node = bridge.node
-    seen.add("after", ", ".join(f"{name} {tag}" for name, tag in _versions(node).items()))
-    changed = sorted(Path(path).name for path, digest in _digests(bridge).items() if before.get(path) != digest)
+    seen.add("after", ", ".join(f"{name} {tag}" for name, tag in versions_of(node).items()))
+    changed = sorted(Path(path).name for path, digest in digests_of(node).items() if before.get(path) != digest)
     seen.add("… certificates, keys and kubeconfigs that changed", ", ".join(changed) or "none")
     server = parse_kubeconfig((node.kubeconfig_dir / "kubelet.conf").read_bytes()).server
     seen.add("… kubelet.conf leads to", server.replace(IP, "the node's own address"))
@@ -260,7 +265,8 @@ def _afterwards(seen: Seen, bridge: LiveBridge, before: dict[str, str]) -> None:
     seen.add("`kubectl logs` after that", "works")
 
 
-def _version(directory: Path) -> str:
+def release_of(directory: Path) -> str:
+    """What the kubeadm in there says that it is; `none`: there is none."""
     program = directory / "kubeadm"
     if not program.exists():
         return "none"
@@ -269,17 +275,23 @@ def _version(directory: Path) -> str:
     ).stdout.strip()
 
 
+def programs_of_both(parser: argparse.ArgumentParser) -> tuple[Path, Path]:
+    """Where the older version's programs are, and the newer one's; without them the program ends."""
+    new = programs.directory()
+    old = Path(f"{new}-{FROM}")
+    if not release_of(old).startswith(f"v{FROM}.") or release_of(new) != TO:
+        parser.error(
+            f"wanted Kubernetes {FROM} and {TO}: run {programs.COMMAND}, and {programs.COMMAND} --older {FROM}"
+        )
+    return old, new
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Walk, print, write."""
     parser = argparse.ArgumentParser(prog="python -m tests.e2e.upgrade")
     parser.add_argument("--docs", action="store_true")
     options = parser.parse_args(arguments)
-    new = programs.directory()
-    old = Path(f"{new}-{FROM}")
-    if not _version(old).startswith(f"v{FROM}.") or _version(new) != TO:
-        parser.error(
-            f"wanted Kubernetes {FROM} and {TO}: run {programs.COMMAND}, and {programs.COMMAND} --older {FROM}"
-        )
+    old, new = programs_of_both(parser)
     with tempfile.TemporaryDirectory() as directory:
         text = walk(Path(directory), old, new).table()
     print(text)

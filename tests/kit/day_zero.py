@@ -23,7 +23,7 @@ from bridge.errors import Exit
 from bridge.pki.certificates import load_pem_certificates
 from bridge.specs import AUTHORITIES
 from tests.kit import node as kit
-from tests.kit import programs
+from tests.kit import opensslca, programs
 from tests.kit.desks import Desk
 from tests.kit.key_watch import KeyWatch
 from tests.kit.node import Node
@@ -64,6 +64,12 @@ class Machine:
     def socket(self) -> str:
         """The container runtime's."""
         return f"unix://{kit.directory()}/{self.node.name}/run/containerd.sock"
+
+    def alone(self, *args: str | Path) -> subprocess.CompletedProcess[str]:
+        """ca-bridge as cron runs it: wholly on the node."""
+        program = Path(sys.executable).with_name("ca-bridge")
+        runtime = {"CRI_CONFIG_FILE": "/etc/kubernetes/crictl.yaml", "LC_ALL": "C.UTF-8"}
+        return self.node.exec(program, *args, "--config", self.config, check=False, timeout_seconds=400, env=runtime)
 
     def ca_bridge(self, *args: str | Path, given: str = "") -> subprocess.CompletedProcess[str]:
         """With the node's files and this host's network, where the CAs are."""
@@ -143,7 +149,7 @@ class Machine:
         return path
 
 
-def cluster_configuration(machine: Machine) -> str:
+def cluster_configuration(machine: Machine, version: str = VERSION) -> str:
     """kubeadm's file for the first node."""
     name, ip = machine.node.name, machine.node.ip
     return f"""\
@@ -155,7 +161,7 @@ timeouts: {{kubernetesAPICall: 5m0s}}
 ---
 apiVersion: kubeadm.k8s.io/v1beta4
 kind: ClusterConfiguration
-kubernetesVersion: {VERSION}
+kubernetesVersion: {version}
 controlPlaneEndpoint: {ip}:6443
 encryptionAlgorithm: ECDSA-P256
 ---
@@ -316,6 +322,32 @@ class Online:
 
 
 @dataclass(kw_only=True)
+class Beside:
+    """`openssl ca` directories on this machine, outside all nodes; they answer at once, and need no network."""
+
+    directory: Path
+    pki: Pki
+    tables: str = ""
+    certificates: dict[str, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        tables = []
+        for name in AUTHORITIES:
+            place = opensslca.make_ca_directory(self.directory / name, *self.pki.ca_pem(name))
+            tables.append(f'[backend.{name}-signer]\ntype = "openssl"\ndir = "{place}"\n')
+            tables.append(f'[authority.{name}]\nbackend = "{name}-signer"\n')
+            self.certificates[name] = self.pki.ca_pem(name)[0]
+        self.tables = "\n".join(tables)
+
+    def prepare(self, roles: Sequence[str | Path], machines: Mapping[str, Machine], office: Office) -> None:
+        """Nobody has to be told."""
+
+    def answer(self) -> None:
+        """Nothing waits."""
+        raise AssertionError("a CA that answers at once has made a node wait")
+
+
+@dataclass(kw_only=True)
 class AirGap:
     """A desk with `openssl ca`; bundles are carried."""
 
@@ -349,23 +381,62 @@ class AirGap:
         assert run.returncode == 0, run.stderr
 
 
-def walk(
-    stack: ExitStack, directory: Path, cas: CAs, control_planes: Mapping[str, str], workers: Mapping[str, str]
-) -> Walk:
+@dataclass(kw_only=True)
+class Cluster:
+    """Machines that are to become one; what the CAs' administrator does is done."""
+
+    machines: dict[str, Machine]
+    control_planes: Sequence[str]  #: Names; the first of them is made by `kubeadm init`.
+    office: Path
+
+    @property
+    def first(self) -> Machine:
+        """Made by `kubeadm init`."""
+        return self.machines[self.control_planes[0]]
+
+    def make(self) -> None:
+        """
+        By the documented commands.
+
+        Raises:
+            AssertionError: A step did not end as it should; with the nodes' logs.
+        """
+        try:
+            self.first.init(self.office)
+            for name, machine in self.machines.items():
+                if machine is not self.first:
+                    machine.join(self.first, self.office, control_plane=name in self.control_planes)
+        except AssertionError as e:
+            raise self.with_logs(e) from None
+
+    def with_logs(self, error: AssertionError) -> AssertionError:
+        """What went wrong, and what the nodes say."""
+        logs = "\n".join(machine.node.logs() for machine in self.machines.values())
+        return AssertionError(f"{error}\n{logs}")
+
+
+def prepare(
+    stack: ExitStack,
+    directory: Path,
+    cas: CAs,
+    control_planes: Mapping[str, str],
+    workers: Mapping[str, str],
+    done: Walk,
+    version: str = VERSION,
+) -> Cluster:
     """
-    All of it.
+    Start the machines, and let the CAs know of them.
 
     Args:
         stack: Ends the machines.
         directory: Empty.
         cas: Sign.
-        control_planes: Name and address; the first of them is made by `kubeadm init`.
+        control_planes: Name and address.
         workers: Name and address.
-
-    Raises:
-        AssertionError: A step did not end as it should, or a CA's key was on a node.
+        done: Where steps are noted.
+        version: Of Kubernetes, which is that of the kit's programs.
     """
-    done, began = Walk(), time.monotonic()
+    began = time.monotonic()
     nodes = hosts(stack, {**control_planes, **workers})
     done.seconds["machines"] = time.monotonic() - began
     machines = {
@@ -375,21 +446,33 @@ def walk(
     roles = ["init", *["control-plane"] * (len(control_planes) - 1), *["worker"] * len(workers)]
     lines = [f"{role} {node.name} {node.ip}" for role, node in zip(roles, nodes.values(), strict=True)]
     office = Office(directory=directory / "office", tables=cas.tables, walk=done)
-    cas.prepare(office.orders(cluster_configuration(first), lines, cas.certificates), machines, office)
-    places = [path for node in nodes.values() for path in (node.kubeconfig_dir, node.root / "var/lib/kubelet")]
+    cas.prepare(office.orders(cluster_configuration(first, version), lines, cas.certificates), machines, office)
+    return Cluster(machines=machines, control_planes=list(control_planes), office=office.directory)
+
+
+def walk(
+    stack: ExitStack, directory: Path, cas: CAs, control_planes: Mapping[str, str], workers: Mapping[str, str]
+) -> Walk:
+    """
+    All of it; its arguments are those of `prepare`.
+
+    Raises:
+        AssertionError: A step did not end as it should, or a CA's key was on a node.
+    """
+    done = Walk()
+    cluster = prepare(stack, directory, cas, control_planes, workers, done)
+    machines = list(cluster.machines.values())
+    nodes = [machine.node for machine in machines]
+    places = [path for node in nodes for path in (node.kubeconfig_dir, node.root / "var/lib/kubelet")]
     known = [x509.load_pem_x509_certificate(pem) for pem in cas.certificates.values()]
-    with KeyWatch([*places, *(one.directory for one in machines.values())], known) as watch:
+    with KeyWatch([*places, *(one.directory for one in machines)], known) as watch:
+        cluster.make()
         try:
-            first.init(office.directory)
-            for name, machine in machines.items():
-                if machine is not first:
-                    machine.join(first, office.directory, control_plane=name in control_planes)
-            done.look(first, list(nodes.values()))
-            for machine in machines.values():
+            done.look(cluster.first, nodes)
+            for machine in machines:
                 machine.timed("check-expiration", functools.partial(machine.ca_bridge, "check-expiration"))
         except AssertionError as e:
-            logs = "\n".join(machine.node.logs() for machine in machines.values())
-            raise AssertionError(f"{e}\n{logs}") from None
+            raise cluster.with_logs(e) from None
     done.seen = watch.seen
     assert watch.found == [], watch.found
     return done

@@ -5,6 +5,7 @@
 #   systemctl start|stop|restart|is-active|is-enabled|status|cat kubelet
 #   systemctl keep          the service itself, for ever
 #
+# A kubelet that is beside it is started instead of the kit's: so a node gets a newer one.
 # The unit's state is beside it: `kubelet.wanted` while it is to run, `kubelet.pid` while it does.
 set -euo pipefail
 node=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -17,7 +18,7 @@ keep() {
     if ! [ -e "$node/kubelet.wanted" ] || ! [ -e /var/lib/kubelet/config.yaml ]; then continue; fi
     args=$(sed -n 's/^KUBELET_KUBEADM_ARGS="\(.*\)"/\1/p' /var/lib/kubelet/kubeadm-flags.env 2>/dev/null || true)
     # shellcheck disable=SC2086  # kubeadm's words
-    kubelet --bootstrap-kubeconfig=/etc/kubernetes/bootstrap-kubelet.conf --kubeconfig=/etc/kubernetes/kubelet.conf \
+    PATH="$node/bin:$PATH" kubelet --bootstrap-kubeconfig=/etc/kubernetes/bootstrap-kubelet.conf --kubeconfig=/etc/kubernetes/kubelet.conf \
       --config=/var/lib/kubelet/config.yaml $args >>"$node/kubelet.log" 2>&1 </dev/null &
     echo $! >"$node/kubelet.pid"
     wait $! || true
