@@ -265,8 +265,7 @@ def _unknown_authority(item: Item) -> BridgeError:
 
 def _absent(spec: CertificateSpec, item: Item | None, node: Node) -> Outcome:
     if item is None:
-        reason = "no local etcd here" if not node.local_etcd else "not on this node"
-        error = MissingCertificateError(f"wanted a certificate to renew, found none: {reason}")
+        error = MissingCertificateError(f"wanted a certificate to renew, found none: {_why_not_here(spec, node)}")
     else:
         place = item.certificate_path
         hint = f"{RESTORE}; or `ca-bridge renew {spec.name}` makes it anew from kubeadm's configuration"
@@ -275,6 +274,14 @@ def _absent(spec: CertificateSpec, item: Item | None, node: Node) -> Outcome:
             f"wanted a certificate to renew in {place}, found nothing", hint=hint if is_made else RESTORE
         )
     return Outcome(name=spec.name, authority=spec.authority.name, error=error)
+
+
+def _why_not_here(spec: CertificateSpec, node: Node) -> str:
+    if spec.name == KUBELET_SERVER:
+        return "the kubelet makes its first one when it starts, and has not yet"
+    if node.is_worker:
+        return "this node is a worker, which has no such certificate"
+    return "not on this node" if node.local_etcd else "no local etcd here"
 
 
 def outcome_of(item: Item, error: BridgeError, backend: str = "") -> Outcome:

@@ -158,7 +158,10 @@ def test_every_command_is_content_with_a_worker(make: Make, tmp_path: Path) -> N
         assert run.returncode == 0, f"{command}: {run.stdout}{run.stderr}"
         assert "apiserver" not in run.stdout + run.stderr
     assert worker.bridge.run("export", str(tmp_path / "b.json"), "kubelet.conf").returncode == 0
-    assert worker.bridge.run("renew", "apiserver").returncode == 1
+    asked = worker.bridge.run("renew", "apiserver", "kubelet-server")
+    assert asked.returncode == 1
+    assert "apiserver: wanted a certificate to renew, found none: this node is a worker" in asked.stderr
+    assert "kubelet-server: wanted a certificate to renew, found none: the kubelet makes its first one" in asked.stderr
 
 
 def test_without_kubelet_rotation_it_is_due_as_every_other_is(make: Make) -> None:
