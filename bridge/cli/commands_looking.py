@@ -124,7 +124,7 @@ def audit_show(
     from bridge.cli import history  # noqa: PLC0415
 
     begin = utc_now() - since if since is not None else None
-    history.audit_show(common.settings(), begin, name, as_json=output is Output.JSON)
+    history.audit_show(common.settings_with_record(), begin, name, as_json=output is Output.JSON)
 
 
 @command(audit_app, "verify")
@@ -136,7 +136,7 @@ def audit_verify(common: Common) -> None:
     """
     from bridge.cli import history  # noqa: PLC0415
 
-    raise typer.Exit(history.audit_verify(common.settings()))
+    raise typer.Exit(history.audit_verify(common.settings_with_record()))
 
 
 @command(backend_app, "test")

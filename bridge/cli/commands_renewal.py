@@ -161,7 +161,7 @@ def list_backups(common: Common, output: OutputOption = Output.TEXT) -> None:
     """List the backups, newest first: when, by whom, which certificates and serial numbers."""
     from bridge.cli import history  # noqa: PLC0415
 
-    raise typer.Exit(history.list_backups(common.settings(), as_json=output is Output.JSON))
+    raise typer.Exit(history.list_backups(common.settings_with_record(), as_json=output is Output.JSON))
 
 
 @command(app, "rollback")

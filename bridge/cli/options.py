@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from bridge.cli.help import Command
-from bridge.errors import BridgeError
+from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.node import names
 from bridge.pki.durations import parse_duration
 from bridge.settings.load import load, overridden
@@ -44,6 +44,17 @@ class Common:
         """
         settings = overridden(load(self.config), self.pki_dir, self.kubeconfig_dir, self.state_dir)
         return names.with_name(settings)
+
+    def settings_with_record(self) -> Settings:
+        """
+        As `settings`, for a command that shows what a state directory has: one that is named has to be there.
+
+        Raises:
+            SettingsError: The file can't be used, or the directory is not there.
+        """
+        if self.state_dir is not None and not self.state_dir.is_dir():
+            raise SettingsError([SettingsProblem("--state-dir", "a state directory", f"no directory {self.state_dir}")])
+        return self.settings()
 
 
 def _common_options(

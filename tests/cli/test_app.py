@@ -598,6 +598,15 @@ def test_a_wrong_directory_is_not_a_healthy_node(run: Run, tmp_path: Path) -> No
     assert run("check-expiration").exit_code == 0
 
 
+@pytest.mark.parametrize("command", [("audit", "verify"), ("audit", "show"), ("backups",)])
+def test_a_wrong_directory_is_not_an_unchanged_record(run: Run, tmp_path: Path, command: tuple[str, ...]) -> None:
+    """Where nothing was looked at, nothing is said to be right; a node without a run yet is."""
+    wrong = run(*command, "--state-dir", str(tmp_path / "nowhere"))
+    assert (wrong.exit_code, wrong.stdout) == (2, "")
+    assert f"--state-dir: wanted a state directory, found no directory {tmp_path / 'nowhere'}" in wrong.stderr
+    assert run(*command).exit_code == 0
+
+
 def test_the_demo_shows_the_main_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step comes out as it says, and a step that does not is told; what is there is never overwritten."""
     result = CliRunner().invoke(app, ["demo", "--directory", str(tmp_path / "demo")])
