@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from bridge.settings.tables import Settings
 from bridge.signing import registry
 from bridge.specs import AUTHORITIES, CA
 from bridge.system import jobs as system_jobs
+from bridge.system.safe_read import UnreadableError, read
 from bridge.system.shipped import shipped
 from bridge.words import name_found
 
@@ -43,7 +45,7 @@ def settings_init(file: Path | None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
     try:
         with path.open("x", encoding="utf-8") as opened:
-            path.chmod(0o644)
+            os.fchmod(opened.fileno(), 0o644)
             opened.write(example().read_text(encoding="utf-8"))
     except FileExistsError:
         raise BridgeError(
@@ -143,7 +145,8 @@ def write_files(files: Sequence[SetupFile], directory: Path) -> list[Path]:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             with path.open("x", encoding="utf-8") as opened:
-                path.chmod(0o755 if file.executable else 0o644)
+                # not by its name, where the directory's owner may have put a link meanwhile
+                os.fchmod(opened.fileno(), 0o755 if file.executable else 0o644)
                 opened.write(file.text)
         except OSError as e:
             raise BridgeError(f"{path}: wanted to write it, found: {e.strerror}", hint="name an empty directory") from e
@@ -244,9 +247,12 @@ def _to_be_asked(item: Item, settings: Settings) -> x509.Certificate | None:
 def _nodes(file: Path, own: str) -> dict[str, dict[str, str]]:
     """A list of nodes: for each, its name and addresses by this node's."""
     try:
-        listed = parse_nodes(file.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise SettingsError([SettingsProblem("--nodes", "a list of nodes", f"{file}: {e.strerror}")]) from None
+        data = read(file)
+        if data is None:
+            raise UnreadableError("no file")  # noqa: TRY301
+        listed = parse_nodes(data.decode())
+    except UnreadableError as e:
+        raise SettingsError([SettingsProblem("--nodes", "a list of nodes", f"{file}: {e}")]) from None
     except ValueError as e:
         raise SettingsError(
             [SettingsProblem("--nodes", "a line `NAME ADDRESS …` for each node", f"{file}: {e}")]
