@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import socket
-import subprocess
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -23,6 +22,7 @@ from bridge.signing import desk_policy, register
 from bridge.signing.desk_policy import Policy
 from bridge.signing.register import NodeEntry, Register, is_node_name
 from bridge.system import safe_read
+from bridge.system.run_command import Answer, TooMuchError, run
 from bridge.system.safe_read import UnreadableError
 from bridge.system.shipped import how_to_begin
 
@@ -31,7 +31,7 @@ log = logging.getLogger("ca-bridge")
 T = TypeVar("T")
 
 _LOOK_SECONDS = 1.0
-_COMMAND_SECONDS = 10.0
+_COMMAND_LIMIT = timedelta(seconds=10)
 _REMEMBERED_SECONDS = 60.0
 _MOST_REMEMBERED = 10_000
 _LONGEST_ANSWER = 64 << 10
@@ -177,20 +177,14 @@ def _asked(command: Path, name: str) -> NodeEntry | None:
         return None
     try:
         assert_ours(command)
-        run = subprocess.run(
-            [str(command), name],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=_COMMAND_SECONDS,
-            check=False,
-            cwd="/",
-            env={key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ},
-        )
-    except (OSError, subprocess.TimeoutExpired) as e:
-        raise BridgeError(f"gateway.inventory_command: {command}: {type(e).__name__}") from None
-    if run.returncode:
-        raise BridgeError(f"gateway.inventory_command: {command} {name} ended with code {run.returncode}")
-    text = run.stdout[:_LONGEST_ANSWER].strip()
+        answer = Answer(_LONGEST_ANSWER)
+        ended = run([str(command), name], {}, _COMMAND_LIMIT, answer)
+    except (OSError, TooMuchError) as e:
+        found = str(e) if isinstance(e, TooMuchError) else type(e).__name__
+        raise BridgeError(f"gateway.inventory_command: {command} {name}: {found}") from None
+    if ended.failure:
+        raise BridgeError(f"gateway.inventory_command: {command} {name} {ended.failure}")
+    text = answer.data.strip()
     if not text:
         return None
     document = _object(text)

@@ -171,7 +171,6 @@ def private_directory(path: Path) -> None:
     """
     if not path.is_dir():
         path.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
-        path.chmod(DIRECTORY_MODE)
     if (found := exposure(path.parent)) is not None:
         raise BridgeError(f"{path} can't hold keys: {found}", hint=found.hint)
     status = path.stat()

@@ -59,7 +59,33 @@ class Output:
         self._tell(line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}…")
 
 
-def run(words: Sequence[str], environment: Mapping[str, str], limit: timedelta, output: Output) -> Ended:
+class TooMuchError(Exception):
+    """A command printed more than an answer may have; it was killed."""
+
+
+class Answer:
+    """Standard output of one command, as it is."""
+
+    def __init__(self, most: int) -> None:
+        self.data = b""
+        self._most = most
+
+    def add(self, data: bytes) -> None:
+        """
+        Keep more of it.
+
+        Raises:
+            TooMuchError: It is too much.
+        """
+        self.data += data
+        if len(self.data) > self._most:
+            raise TooMuchError(f"printed more than {self._most} bytes")
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+
+def run(words: Sequence[str], environment: Mapping[str, str], limit: timedelta, output: Output | Answer) -> Ended:
     """
     Run one, with nothing on its standard input and in a session of its own.
 
@@ -70,7 +96,10 @@ def run(words: Sequence[str], environment: Mapping[str, str], limit: timedelta, 
         words: Program and arguments.
         environment: Beside PATH, HOME and LANG, which are ours.
         limit: For all of it.
-        output: Is told what it writes, to standard error as well.
+        output: Is told what it writes; `Output` what goes to standard error, too.
+
+    Raises:
+        TooMuchError: Of an `Answer`.
     """
     ours = {name: os.environ[name] for name in _PASSED if name in os.environ}
     reading, writing = os.pipe()
@@ -82,7 +111,7 @@ def run(words: Sequence[str], environment: Mapping[str, str], limit: timedelta, 
                 env={"PATH": _USUAL_PATH, **ours, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=writing,
-                stderr=writing,
+                stderr=writing if isinstance(output, Output) else subprocess.DEVNULL,
                 start_new_session=True,
             )
         except (OSError, ValueError) as e:  # ValueError: a NUL character
@@ -101,7 +130,7 @@ def run(words: Sequence[str], environment: Mapping[str, str], limit: timedelta, 
     return Ended(code, f"ended with code {code}" if code else "")
 
 
-def _code(process: subprocess.Popen[bytes], reading: int, limit: timedelta, output: Output) -> int | None:
+def _code(process: subprocess.Popen[bytes], reading: int, limit: timedelta, output: Output | Answer) -> int | None:
     """Run to the end: the exit code; None: it was killed."""
     deadline = time.monotonic() + limit.total_seconds()
     try:
@@ -115,7 +144,7 @@ def _code(process: subprocess.Popen[bytes], reading: int, limit: timedelta, outp
         raise
 
 
-def _read_until_ended(process: subprocess.Popen[bytes], reading: int, deadline: float, output: Output) -> None:
+def _read_until_ended(process: subprocess.Popen[bytes], reading: int, deadline: float, output: Output | Answer) -> None:
     """Read until nobody can write any more, or it has ended, or the time is over."""
     poller = select.poll()
     poller.register(reading, select.POLLIN)

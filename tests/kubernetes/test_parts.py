@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import socket
 import threading
 import time
@@ -332,6 +333,61 @@ def test_many_connections_use_up_nothing() -> None:
             connection.close()
         with pytest.raises(BridgeError, match="wanted to listen"), status.serving(("127.0.0.1", port), pages):
             pass
+
+
+_ENTRY = '{"addresses": ["192.0.2.9"]}'
+
+
+@pytest.mark.parametrize(
+    ("script", "wanted"),
+    [
+        (f"echo '{_ENTRY}'", ""),
+        (f"echo noise >&2; echo '{_ENTRY}'", ""),
+        (f"sleep 30 & echo '{_ENTRY}'", ""),  # which keeps its standard output open
+        (f"setsid sh -c 'exec sleep 30' & echo '{_ENTRY}'", ""),
+        ("yes", "printed more than 65536 bytes"),
+        ("yes >&2", "was still running after 2 s, and was killed"),
+        ("sleep 30; echo", "was still running after 2 s, and was killed"),
+        ("kill -9 $$", "was ended by signal 9"),
+        ("exit 3", "ended with code 3"),
+    ],
+)
+def test_how_an_inventory_command_may_behave(
+    script: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it leaves in the background, or prints without end, keeps nobody waiting and fills no memory."""
+    monkeypatch.setattr(known_nodes, "_COMMAND_LIMIT", timedelta(seconds=2))
+    program = tmp_path / "cmdb"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    begin = time.monotonic()
+    if wanted:
+        with pytest.raises(BridgeError, match=wanted):
+            known_nodes._asked(program, "w1")
+    else:
+        found = known_nodes._asked(program, "w1")
+        assert found is not None
+        assert found.addresses == ("192.0.2.9",)
+        assert time.monotonic() - begin < 1.5
+    assert time.monotonic() - begin < 10
+
+
+def test_an_inventory_command_has_nothing_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No open file, and of the environment only what says where programs are."""
+    program, found = tmp_path / "cmdb", tmp_path / "found"
+    program.write_text(f"#!/bin/sh\n(env | cut -d= -f1; ls -l /proc/self/fd) >{found}\n")
+    program.chmod(0o755)
+    secret = tmp_path / "secret"
+    secret.write_text("x")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    monkeypatch.setenv("VAULT_TOKEN", "x")
+    with secret.open("rb") as opened:
+        os.set_inheritable(opened.fileno(), True)
+        assert known_nodes._asked(program, "w1") is None
+    names = found.read_text()
+    assert str(secret) not in names
+    assert not {"CREDENTIALS_DIRECTORY", "VAULT_TOKEN"} & set(names.split())
+    assert "PATH" in names.split()
 
 
 def test_the_dns_proves_both_ways() -> None:
