@@ -30,7 +30,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from backends.openssl_csr import CSR_ERRORS, Order, checked, public_key
+from backends.openssl_csr import CSR_ERRORS, CheckedCsr, checked, public_key
 from backends.openssl_index import Database, Snapshot, file_name
 from backends.openssl_key import KeyFile, PrivateKey
 from backends.openssl_process import Failure, Openssl, ProcessEnd
@@ -343,7 +343,7 @@ class _Desk:
         return dict.fromkeys((position for _, _, requests in batches for position, _ in requests), self.fatal) | answers
 
     def _sign_or_halve(
-        self, beside: ThreadPoolExecutor, usage: Usage, validity: timedelta, orders: Sequence[Order]
+        self, beside: ThreadPoolExecutor, usage: Usage, validity: timedelta, orders: Sequence[CheckedCsr]
     ) -> _Answers:
         """A run that fails as a whole is halved, until the CSR is found that it fails for: the only one to be refused."""
         if not orders or self.fatal:
@@ -364,7 +364,7 @@ class _Desk:
         return {k: v for half in halves for k, v in self._sign_or_halve(beside, usage, validity, half).items()}
 
     def _run_batch(
-        self, beside: ThreadPoolExecutor, usage: Usage, validity: timedelta, orders: Sequence[Order]
+        self, beside: ThreadPoolExecutor, usage: Usage, validity: timedelta, orders: Sequence[CheckedCsr]
     ) -> Failure | None:
         """One run; if it issued anything, the answers will be among the readings."""
         try:
@@ -380,7 +380,9 @@ class _Desk:
         self.readings.append(beside.submit(self._read, orders, serials, self.fatal))
         return None
 
-    def _run_recorded(self, usage: Usage, validity: timedelta, orders: Sequence[Order]) -> tuple[ProcessEnd, list[int]]:
+    def _run_recorded(
+        self, usage: Usage, validity: timedelta, orders: Sequence[CheckedCsr]
+    ) -> tuple[ProcessEnd, list[int]]:
         """How a run ended, and the serial numbers that it added to the database."""
         before = self.seen = self.database.read(self.seen)
         self.database.check_space(len(before.data), len(orders))
@@ -395,7 +397,7 @@ class _Desk:
             self.folder.joinpath(name).unlink()
         return outcome, self.database.added(before, copy)
 
-    def _read(self, orders: Sequence[Order], serials: Sequence[int], error: BackendError | None) -> _Answers:
+    def _read(self, orders: Sequence[CheckedCsr], serials: Sequence[int], error: BackendError | None) -> _Answers:
         """The new certificates by their public keys: a CSR that openssl skips shifts the order of the others."""
         waiting: dict[bytes, list[int]] = defaultdict(list)
         for order in reversed(orders):
@@ -462,9 +464,9 @@ def _batches(requests: Sequence[SignRequest], size: int) -> list[_Batch]:
     ]
 
 
-def _checked_all(requests: Sequence[tuple[int, SignRequest]]) -> tuple[list[Order], _Answers]:
+def _checked_all(requests: Sequence[tuple[int, SignRequest]]) -> tuple[list[CheckedCsr], _Answers]:
     """Split requests into orders that may be signed, and answers to those that may not."""
-    orders: list[Order] = []
+    orders: list[CheckedCsr] = []
     refused: _Answers = {}
     for position, request in requests:
         try:

@@ -29,7 +29,7 @@ CSR_ERRORS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class CheckedCsr:
     """A CSR that may be signed, and its place among the requests."""
 
     position: int
@@ -37,7 +37,7 @@ class Order:
     public_key: bytes
 
 
-def checked(position: int, request: SignRequest) -> Order:
+def checked(position: int, request: SignRequest) -> CheckedCsr:
     """
     A CSR that won't stop the others of its run, and brings nothing but subject and SANs into a certificate.
 
@@ -54,7 +54,7 @@ def checked(position: int, request: SignRequest) -> Order:
     if wrong:
         raise BackendRefusedError(f"wanted {wrong}", hint="make the CSR anew")
     # written anew, so that openssl reads what was looked through
-    return Order(position, csr.public_bytes(Encoding.PEM), public_key(csr))
+    return CheckedCsr(position, csr.public_bytes(Encoding.PEM), public_key(csr))
 
 
 def _wrong_with(pem: bytes, csr: x509.CertificateSigningRequest) -> str:

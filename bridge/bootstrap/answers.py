@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bridge.bootstrap.authorities import Certificates
-from bridge.bootstrap.wish import NobodySignsError, Wish
+from bridge.bootstrap.wish import NobodySignsError, NodeWish
 from bridge.errors import BridgeError, VerificationError, WaitingError
 from bridge.pki import verify
 from bridge.pki.bundle_format import short_fingerprint
@@ -28,7 +28,7 @@ class Answers:
     strange: Sequence[BridgeError] = ()  #: Answers to something else.
 
 
-def expected(run: Run, wish: Wish, cas: Certificates) -> dict[str, verify.Expectation]:
+def expected(run: Run, wish: NodeWish, cas: Certificates) -> dict[str, verify.Expectation]:
     """The expectations that answers are checked against, by authority."""
     settings = run.settings
     return {
@@ -43,7 +43,9 @@ def expected(run: Run, wish: Wish, cas: Certificates) -> dict[str, verify.Expect
     }
 
 
-def gather(run: Run, wish: Wish, prepared: Sequence[Prepared], expected: Mapping[str, verify.Expectation]) -> Answers:
+def gather(
+    run: Run, wish: NodeWish, prepared: Sequence[Prepared], expected: Mapping[str, verify.Expectation]
+) -> Answers:
     """
     Take what was proven before and what was carried; ask the CAs for the rest, or write it down for a desk.
 
@@ -71,7 +73,7 @@ def _rest(prepared: Sequence[Prepared], answered: Sequence[Answered]) -> list[Pr
 
 
 def _carried(
-    run: Run, wish: Wish, prepared: Sequence[Prepared], expected: Mapping[str, verify.Expectation]
+    run: Run, wish: NodeWish, prepared: Sequence[Prepared], expected: Mapping[str, verify.Expectation]
 ) -> tuple[list[Answered], Sequence[BridgeError]]:
     if not wish.answers:
         return [], ()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bridge.bootstrap.places import live, some_of, traces_of_cluster
-from bridge.bootstrap.whole import Look
-from bridge.bootstrap.wish import ClusterExistsError, LeftoversError, NotWholeError, OtherWishError, Wish
+from bridge.bootstrap.whole import NodeLook
+from bridge.bootstrap.wish import ClusterExistsError, LeftoversError, NodeWish, NotWholeError, OtherWishError
 from bridge.specs import AUTHORITIES
 
 _MADE_FOR_ANOTHER = (
@@ -14,7 +14,7 @@ _MADE_FOR_ANOTHER = (
 _BRING_BACK = "bring back what is missing, or move all of it away and run this again"
 
 
-def assert_no_cluster(wish: Wish) -> None:
+def assert_no_cluster(wish: NodeWish) -> None:
     """
     Raises:
         ClusterExistsError: kubeadm or a kubelet has been at work here.
@@ -23,7 +23,7 @@ def assert_no_cluster(wish: Wish) -> None:
         raise ClusterExistsError(f"wanted a node without a cluster, found {some_of(traces)}")
 
 
-def assert_as_wished(wish: Wish, look: Look) -> None:
+def assert_as_wished(wish: NodeWish, look: NodeLook) -> None:
     """
     Judge a node that has all files.
 
@@ -44,7 +44,7 @@ def assert_as_wished(wish: Wish, look: Look) -> None:
         )
 
 
-def assert_no_leftovers(wish: Wish, look: Look) -> None:
+def assert_no_leftovers(wish: NodeWish, look: NodeLook) -> None:
     """
     Judge a node that lacks files: CA certificates, the service account key and the kubelet's own pair may be there.
 

@@ -19,7 +19,7 @@ from bridge.bootstrap.places import live
 from bridge.bootstrap.put_in_place import keep_what_is_there, put_back, put_in_place
 from bridge.bootstrap.unfinished import Unfinished
 from bridge.bootstrap.whole import look_at
-from bridge.bootstrap.wish import Bootstrapped, Wish
+from bridge.bootstrap.wish import Bootstrapped, NodeWish
 from bridge.errors import BridgeError
 from bridge.renewal.readiness import assert_room
 from bridge.renewal.verify_and_install import await_validity, remember, verify_all
@@ -32,7 +32,7 @@ from bridge.system.console import Progress
 
 
 def make(
-    settings: Settings, wish: Wish, now: Callable[[], datetime], progress: Progress, wait: timedelta
+    settings: Settings, wish: NodeWish, now: Callable[[], datetime], progress: Progress, wait: timedelta
 ) -> Bootstrapped:
     """
     Make what is missing, ask for it, and put it in place once all is there.
@@ -59,7 +59,7 @@ def make(
         return _made(run, wish)
 
 
-def _made(run: Run, wish: Wish) -> Bootstrapped:
+def _made(run: Run, wish: NodeWish) -> Bootstrapped:
     leftovers.assert_no_cluster(wish)
     look = look_at(run.settings, wish, live, run.now())
     if not look.missing():
@@ -93,7 +93,7 @@ def _made(run: Run, wish: Wish) -> Bootstrapped:
 
 
 def _result(
-    wish: Wish, outcomes: Sequence[Outcome], *, files: int = 0, strange: Sequence[BridgeError] = ()
+    wish: NodeWish, outcomes: Sequence[Outcome], *, files: int = 0, strange: Sequence[BridgeError] = ()
 ) -> Bootstrapped:
     return Bootstrapped(
         role=wish.role,
@@ -105,7 +105,7 @@ def _result(
     )
 
 
-def _composer(run: Run, wish: Wish, open_requests: Unfinished, cas: Certificates) -> Composer:
+def _composer(run: Run, wish: NodeWish, open_requests: Unfinished, cas: Certificates) -> Composer:
     cluster = wish.config.cluster.get("clusterName")
     return Composer(
         places=wish.places,
@@ -118,7 +118,7 @@ def _composer(run: Run, wish: Wish, open_requests: Unfinished, cas: Certificates
     )
 
 
-def _beside_certificates(wish: Wish, composer: Composer, open_requests: Unfinished) -> Iterator[Replacement]:
+def _beside_certificates(wish: NodeWish, composer: Composer, open_requests: Unfinished) -> Iterator[Replacement]:
     """CA certificates, the service account key and the configuration: what of them is not in place."""
     yield from composer.ca_files()
     if wish.role != "worker":

@@ -11,7 +11,7 @@ from bridge.bootstrap import keys, service_account, unfinished
 from bridge.bootstrap.keys import Made
 from bridge.bootstrap.places import SUPER_ADMIN, Places
 from bridge.bootstrap.unfinished import Unfinished
-from bridge.bootstrap.wish import OtherWishError, Wish
+from bridge.bootstrap.wish import NodeWish, OtherWishError
 from bridge.contract import SignRequest
 from bridge.node.inventory import Item
 from bridge.renewal.prepare import Prepared
@@ -23,7 +23,7 @@ from bridge.state.session import Run, give_up
 _SUPER_ADMIN_MORE = timedelta(days=1)
 
 
-def begin(run: Run, wish: Wish) -> Unfinished:
+def begin(run: Run, wish: NodeWish) -> Unfinished:
     """
     Go on with what an earlier run has begun, or make keys and CSRs.
 
@@ -47,7 +47,7 @@ def begin(run: Run, wish: Wish) -> Unfinished:
     return _begun_anew(run, wish)
 
 
-def _begun_anew(run: Run, wish: Wish) -> Unfinished:
+def _begun_anew(run: Run, wish: NodeWish) -> Unfinished:
     made = _made(run, wish)
     keys.assert_fits(made, wish.node)
     for name, one in made.items():
@@ -66,7 +66,7 @@ def _begun_anew(run: Run, wish: Wish) -> Unfinished:
     return fresh
 
 
-def prepared(run: Run, wish: Wish, begun: Unfinished) -> list[Prepared]:
+def prepared(run: Run, wish: NodeWish, begun: Unfinished) -> list[Prepared]:
     """The open requests in the form that a renewal has them, but nothing is replaced."""
     made: Mapping[str, OpenRequest] = run.requests.by_name()
     return [
@@ -89,7 +89,7 @@ def forget(run: Run) -> None:
     unfinished.unfinished_file(run.store).remove()
 
 
-def _made(run: Run, wish: Wish) -> dict[str, Made]:
+def _made(run: Run, wish: NodeWish) -> dict[str, Made]:
     if wish.role == "worker":
         made = {KUBELET_CONF: keys.kubelet_client(wish.node, wish.server, wish.algorithm)}
     else:

@@ -14,7 +14,7 @@ from bridge.bootstrap import kept, new_requests
 from bridge.bootstrap.kept import Kept
 from bridge.bootstrap.places import Places, live, some_of, specs_of
 from bridge.bootstrap.whole import look_at
-from bridge.bootstrap.wish import LeftoversError, NotWholeError, OtherWishError, Wish
+from bridge.bootstrap.wish import LeftoversError, NodeWish, NotWholeError, OtherWishError
 from bridge.errors import BridgeError
 from bridge.specs import KUBELET_CONF
 from bridge.state import audit
@@ -27,7 +27,7 @@ _DIRECTORY_MODE = 0o755
 _PRIVATE = 0o600
 
 
-def put_in_place(run: Run, wish: Wish, files: Sequence[Replacement], kubelet_pem: Path) -> None:
+def put_in_place(run: Run, wish: NodeWish, files: Sequence[Replacement], kubelet_pem: Path) -> None:
     """
     Judge the whole as it will be; copy it if that is wished; then put all of it in place in one step.
 
@@ -62,14 +62,14 @@ def put_in_place(run: Run, wish: Wish, files: Sequence[Replacement], kubelet_pem
     new_requests.forget(run)
 
 
-def keep_what_is_there(run: Run, wish: Wish) -> None:
+def keep_what_is_there(run: Run, wish: NodeWish) -> None:
     """Copy a node whose files are all in place: an earlier run may have been cut off after the last step but one."""
     look = look_at(run.settings, wish, live, run.now())
     there = {path: data for path in look.files() if (data := live(path)) is not None}
     _keep(run, wish, {**there, **wish.files})
 
 
-def put_back(run: Run, wish: Wish) -> int:
+def put_back(run: Run, wish: NodeWish) -> int:
     """
     Put copies of an earlier run in place again, and tell how many files those are; 0: there are no copies.
 
@@ -121,7 +121,7 @@ def _replacement(name: str, path: Path, mode: int, data: bytes) -> Replacement:
     )
 
 
-def _keep(run: Run, wish: Wish, whole: Mapping[Path, bytes]) -> None:
+def _keep(run: Run, wish: NodeWish, whole: Mapping[Path, bytes]) -> None:
     if wish.keep is None:
         return
     look, current = look_at(run.settings, wish, live, run.now()), wish.places.kubelet_current
@@ -143,7 +143,7 @@ def _mode(path: Path) -> int:
     return 0o644 if path.suffix == ".crt" else _PRIVATE
 
 
-def _make_directories(wish: Wish) -> None:
+def _make_directories(wish: NodeWish) -> None:
     """Make kubeadm's directories and the kubelet's; nobody else may write to them."""
     for path in wish.places.directories(wish.role):
         path.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)

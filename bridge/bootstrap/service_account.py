@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from bridge.bootstrap.places import Places, live
-from bridge.bootstrap.wish import Wish
+from bridge.bootstrap.wish import NodeWish
 from bridge.errors import BridgeError, Exit
 from bridge.pki import csr
 from bridge.pki.csr import PrivateKey
@@ -53,7 +53,7 @@ def is_sa_pair(key: bytes, public: bytes) -> bool:
     return isinstance(loaded, PrivateKey) and loaded.public_key().public_bytes(*_SPKI) == there.public_bytes(*_SPKI)
 
 
-def in_place(wish: Wish) -> tuple[bytes, bytes] | None:
+def in_place(wish: NodeWish) -> tuple[bytes, bytes] | None:
     """
     Read the pair that is on the node already; None: neither of the two is.
 
@@ -73,7 +73,7 @@ def in_place(wish: Wish) -> tuple[bytes, bytes] | None:
     return key, public
 
 
-def assert_at_hand(wish: Wish) -> None:
+def assert_at_hand(wish: NodeWish) -> None:
     """
     Look before anybody is asked: a further control-plane node can't make the key.
 

@@ -22,7 +22,7 @@ from bridge.bootstrap.configuration import Configuration, naming_facts
 from bridge.bootstrap.files import Read
 from bridge.bootstrap.places import Places, Role, authorities_of, ca_keys, live, specs_of, traces_of_cluster
 from bridge.bootstrap.service_account import is_sa_pair
-from bridge.bootstrap.wish import Wish
+from bridge.bootstrap.wish import NodeWish
 from bridge.contract import Issued, SignRequest
 from bridge.errors import VerificationError
 from bridge.node import kubeconfig
@@ -40,7 +40,7 @@ _NO_KEY = (ValueError, TypeError, UnsupportedAlgorithm)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Look:
+class NodeLook:
     """One look at a node's files."""
 
     places: Places
@@ -258,7 +258,7 @@ def check(
     found = [f"{path}: wanted a node without a cluster, found it" for path in traces_of_cluster(places)]
     wanted = "wanted kubeadm's configuration, by which names are judged, found none"
     found += [f"{file}: {wanted}" for file in files if live(file) is None]
-    look = Look(
+    look = NodeLook(
         places=places,
         role=role,
         read=live,
@@ -270,9 +270,9 @@ def check(
     return [*found, *look.problems()]
 
 
-def look_at(settings: Settings, wish: Wish, read: Read, now: datetime) -> Look:
+def look_at(settings: Settings, wish: NodeWish, read: Read, now: datetime) -> NodeLook:
     """Look at a node as it is to become; `read` may tell files that are not in place yet."""
-    return Look(
+    return NodeLook(
         places=wish.places,
         role=wish.role,
         read=read,

@@ -51,7 +51,7 @@ class OtherWishError(BridgeError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
+class NodeWish:
     """A new node as it is to be made."""
 
     role: Role

@@ -20,7 +20,7 @@ from bridge.bootstrap.configuration import (
 )
 from bridge.bootstrap.orders import NewNode, Order, OrderError, new_node
 from bridge.bootstrap.places import ETCD_DIRECTORY, Places, Role
-from bridge.bootstrap.wish import Wish
+from bridge.bootstrap.wish import NodeWish
 from bridge.node.kubeadm_config import KubeadmConfigError, read_file
 from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF
@@ -46,7 +46,7 @@ class Said:
     anew: bool = False
 
 
-def of_init(settings: Settings, said: Said) -> Wish:
+def of_init(settings: Settings, said: Said) -> NodeWish:
     """
     The first control-plane node.
 
@@ -70,7 +70,7 @@ def of_init(settings: Settings, said: Said) -> Wish:
     return _wish("init", said, places, config, data, files, addresses)
 
 
-def of_join(settings: Settings, said: Said, role: Role | None) -> Wish:
+def of_join(settings: Settings, said: Said, role: Role | None) -> NodeWish:
     """
     A further node.
 
@@ -109,8 +109,8 @@ def _wish(
     text: bytes,
     files: Mapping[Path, bytes],
     addresses: tuple[str, ...],
-) -> Wish:
-    return Wish(
+) -> NodeWish:
+    return NodeWish(
         role=role,
         places=places,
         config=config,

@@ -20,7 +20,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from bridge.cli import demo_place
-from bridge.cli.demo_place import DAYS_LEFT, Place
+from bridge.cli.demo_place import DAYS_LEFT, DemoPlace
 from bridge.cli.printing import say, say_sentence
 from bridge.errors import Exit
 from bridge.node import inventory, kubeconfig
@@ -65,7 +65,7 @@ class _Ended:
 class _Story:
     """The steps of the demonstration, in their order."""
 
-    def __init__(self, place: Place, *, is_temporary: bool) -> None:
+    def __init__(self, place: DemoPlace, *, is_temporary: bool) -> None:
         self._place = place
         self._is_temporary = is_temporary
         self.wrong: list[str] = []
@@ -220,7 +220,7 @@ def _toned(line: str) -> str:
     return f"{_styled(level + colon, colour)}{text}" if colour and colon else line
 
 
-def _node(place: Place) -> Sequence[Item]:
+def _node(place: DemoPlace) -> Sequence[Item]:
     return inventory.read(place.kubernetes / "pki", place.kubernetes, place.kubernetes / "kubelet").items
 
 

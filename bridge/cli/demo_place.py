@@ -73,7 +73,7 @@ openssl x509 -req -in "$work/csr" -CA {ca}/ca.crt -CAkey {ca}/ca.key -passin fil
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class DemoPlace:
     """A directory with all of it."""
 
     base: Path
@@ -111,9 +111,9 @@ def directory_for(wanted: Path | None) -> Iterator[Path]:
     yield wanted.absolute()
 
 
-def make(base: Path, now: datetime) -> Place:
+def make(base: Path, now: datetime) -> DemoPlace:
     """Everything, as it is 345 days after `kubeadm init`."""
-    place = Place(base=base)
+    place = DemoPlace(base=base)
     made, not_after = now - timedelta(days=365 - DAYS_LEFT), now + timedelta(days=DAYS_LEFT)
     cas = sample_pki.make(place.kubernetes, now=made, not_after=not_after)
     for name, ca in cas.items():

@@ -20,7 +20,7 @@ from bridge.system.console import ROOT_HINT, lacks_rights, log
 from bridge.words import escaped
 
 if TYPE_CHECKING:
-    from bridge.monitoring.exposition import Known
+    from bridge.monitoring.exposition import Remembered
     from bridge.renewal.gate import Failures
 
 #: Grows when a key changes its meaning or goes; new keys do not count.
@@ -53,7 +53,7 @@ def check_expiration(
     if output == "nagios":
         from bridge.cli import nagios  # noqa: PLC0415 (for monitors alone)
 
-        limits = nagios.Limits.of(settings, within, critical)
+        limits = nagios.Thresholds.of(settings, within, critical)
         text, troubles, code = nagios.check(settings, now, limits, _failures(settings))
     else:
         seen = _known(settings) if output == "prometheus" else None
@@ -81,7 +81,7 @@ def _failures(settings: Settings) -> Mapping[str, Failures] | None:
     return Attempts(Store(directory)).authorities if os.access(directory, os.R_OK | os.X_OK) else None
 
 
-def _known(settings: Settings) -> Known | None:
+def _known(settings: Settings) -> Remembered | None:
     from bridge.monitoring import metrics  # noqa: PLC0415 (for monitors alone)
 
     return metrics.known_here(settings)
@@ -94,7 +94,7 @@ def look(
     output: str,
     *,
     renewal: RenewalSettings | None = None,
-    known: Known | None = None,
+    known: Remembered | None = None,
 ) -> tuple[str, list[str], int]:
     """
     Say what there is.
@@ -122,7 +122,7 @@ def look(
     return forms[output](found), list(found.troubles), code
 
 
-def _as_prometheus(found: ExpiryReport, node: Node, renewal: RenewalSettings, known: Known | None) -> str:
+def _as_prometheus(found: ExpiryReport, node: Node, renewal: RenewalSettings, known: Remembered | None) -> str:
     from bridge.monitoring import exposition  # noqa: PLC0415 (for monitors alone)
 
     return exposition.text(found, exposition.due_times(node, renewal), known)

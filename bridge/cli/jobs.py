@@ -36,7 +36,7 @@ _USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*\$?")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Desk:
+class DeskJob:
     """A CA desk's job."""
 
     inbox: Path
@@ -44,7 +44,7 @@ class Desk:
     user: str  #: Whose the CA is.
 
 
-def desk_of(inbox: Path | None, outbox: Path | None, user: str) -> Desk | None:
+def desk_of(inbox: Path | None, outbox: Path | None, user: str) -> DeskJob | None:
     """
     A desk, if its directories are named.
 
@@ -58,10 +58,10 @@ def desk_of(inbox: Path | None, outbox: Path | None, user: str) -> Desk | None:
         raise SettingsError([SettingsProblem(missing, f"a directory, since {given} is given", "nothing")])
     if not _USER.fullmatch(user):
         raise SettingsError([SettingsProblem("--user", "a user's name", repr(user))])
-    return Desk(inbox=inbox, outbox=outbox, user=user)
+    return DeskJob(inbox=inbox, outbox=outbox, user=user)
 
 
-def make(settings: Settings, kind: Kind, desk: Desk | None, shipped: Path) -> list[Job]:
+def make(settings: Settings, kind: Kind, desk: DeskJob | None, shipped: Path) -> list[Job]:
     """
     The files of a node's job, or of a desk's.
 
@@ -91,7 +91,7 @@ def _installed_name(name: str) -> str:
     return _DESK_CRONTAB if name == "desk/crontab" else Path(name).name
 
 
-def _places(settings: Settings, desk: Desk | None) -> Places:
+def _places(settings: Settings, desk: DeskJob | None) -> Places:
     file = settings.source.file
     options = ["--config", str(file.absolute())] if file is not None and file != DEFAULT_FILE else []
     node, usual = settings.node, NodeSettings()

@@ -25,14 +25,14 @@ _CRITICAL_SHARE = 1 / 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class Thresholds:
     """How long before its end a certificate is worth a status."""
 
     warning: Limit
     critical: Limit
 
     @classmethod
-    def of(cls, settings: Settings, warning: timedelta | None, critical: timedelta | None) -> Limits:
+    def of(cls, settings: Settings, warning: timedelta | None, critical: timedelta | None) -> Thresholds:
         """The limits that were asked for; else the warning when `renew` would renew it, critical at a third of that."""
 
         def by_settings(lifetime: timedelta) -> timedelta:
@@ -48,7 +48,7 @@ class Limits:
 
 
 def check(
-    settings: Settings, now: datetime, limits: Limits, failures: Mapping[str, Failures] | None
+    settings: Settings, now: datetime, limits: Thresholds, failures: Mapping[str, Failures] | None
 ) -> tuple[str, list[str], int]:
     """
     Look at a node.

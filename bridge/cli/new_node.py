@@ -12,7 +12,7 @@ from bridge.bootstrap.configuration import ConfigurationFacts
 from bridge.bootstrap.make import make
 from bridge.bootstrap.places import Role
 from bridge.bootstrap.sharing import read_order, read_signed_order
-from bridge.bootstrap.wish import Bootstrapped, NotWholeError, Wish
+from bridge.bootstrap.wish import Bootstrapped, NodeWish, NotWholeError
 from bridge.bootstrap.wishes import Said
 from bridge.cli.node_options import NodeOptions
 from bridge.cli.printing import say, say_sentence, say_table, under_headings
@@ -80,7 +80,7 @@ def join(
     return done.exit_code
 
 
-def _made(settings: Settings, wish: Wish, now: Callable[[], datetime], wait: timedelta | None) -> Bootstrapped:
+def _made(settings: Settings, wish: NodeWish, now: Callable[[], datetime], wait: timedelta | None) -> Bootstrapped:
     with progress_shown() as progress:
         done = make(settings, wish, now, progress, wait or timedelta())
     _report(done)
@@ -218,7 +218,7 @@ def _compare(settings: Settings, said: Said) -> None:
         say_sentence(f"first compare with what `bootstrap orders` printed, by another way: fingerprint {printed}")
 
 
-def _next_of_init(wish: Wish) -> None:
+def _next_of_init(wish: NodeWish) -> None:
     config, super_admin = wish.places.kubeadm_config, wish.places.kubeconfigs / "super-admin.conf"
     say(
         f"\nnext, on this node, without --upload-certs:\n"
@@ -228,7 +228,7 @@ def _next_of_init(wish: Wish) -> None:
     )
 
 
-def _advise(wish: Wish) -> None:
+def _advise(wish: NodeWish) -> None:
     """Advise settings that are cheap now, and need a change on each node later."""
     if wish.config.kubelets_rotate:
         log.info(
@@ -240,6 +240,6 @@ def _advise(wish: Wish) -> None:
         )
 
 
-def _next_of_join(wish: Wish) -> None:
+def _next_of_join(wish: NodeWish) -> None:
     """Tell the next command: a join that needs no token and no flag, since both are in the file."""
     say(f"\nnext, on this node:\n  kubeadm join --config {wish.places.join_config}")

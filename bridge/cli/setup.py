@@ -330,7 +330,7 @@ def setup_gateway(settings: Settings, directory: Path | None) -> None:
 
 
 def setup_jobs(
-    settings: Settings, kind: jobs.Kind, desk: jobs.Desk | None, directory: Path | None, *, enable: bool
+    settings: Settings, kind: jobs.Kind, desk: jobs.DeskJob | None, directory: Path | None, *, enable: bool
 ) -> None:
     """
     `setup systemd` and `setup cron`: print the files, or write and enable them.

@@ -18,7 +18,7 @@ from bridge.signing.user_rules import User
 from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
 
 if TYPE_CHECKING:
-    from bridge.users.issue import Done, Order
+    from bridge.users.issue import Done, UserOrder
 
 kubeconfig_app = typer.Typer(
     cls=Group, no_args_is_help=True, rich_markup_mode=None, help="Make kubeconfigs for people and machines."
@@ -101,7 +101,7 @@ def user(
 
     if key_file and csr is None:
         raise typer.BadParameter("--key-file needs --csr: without it the key is in the kubeconfig")
-    order = issue.Order(
+    order = issue.UserOrder(
         user=_user(name, group),
         out=(out or Path(f"{name}.conf")).absolute(),
         csr=csr.absolute() if csr is not None else None,
@@ -117,7 +117,7 @@ def user(
         say(line)
 
 
-def _told(order: Order, done: Done) -> Sequence[str]:
+def _told(order: UserOrder, done: Done) -> Sequence[str]:
     groups = ", ".join(order.user.groups) or "no group"
     return [
         f"{order.out}  {order.user.name} in {groups}, until {minute(done.leaf.not_valid_after_utc)}",

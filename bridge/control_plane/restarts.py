@@ -344,7 +344,7 @@ def _run_command(component: Component, words: Sequence[str], settings: Settings,
     """
     name = component.value
     tell(f"{name}: runs {words[0]}")
-    output = run_command.Output(lambda line: tell(f"{name}: {line}"))
+    output = run_command.CommandOutput(lambda line: tell(f"{name}: {line}"))
     ended = run_command.run(words, {"CA_BRIDGE_COMPONENT": name}, settings.restart.timeout, output)
     if ended.failure:
         raise RestartError(

@@ -21,7 +21,7 @@ from bridge.state.requests import OpenRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
+class Remembered:
     """The values for metrics from the state directory, which only root may read."""
 
     failures: Mapping[str, Failures]  #: Runs in a row that failed, by authority.
@@ -48,7 +48,7 @@ def _is_ours(item: Item) -> bool:
     return (item.managed or item.spec.component is not Component.KUBELET) and not item.foreign
 
 
-def text(found: ExpiryReport, due: Mapping[str, datetime], known: Known | None) -> str:
+def text(found: ExpiryReport, due: Mapping[str, datetime], known: Remembered | None) -> str:
     """
     All metrics.
 
@@ -85,7 +85,7 @@ def text(found: ExpiryReport, due: Mapping[str, datetime], known: Known | None) 
     return "".join(parts)
 
 
-def _of_state(known: Known) -> Iterable[str]:
+def _of_state(known: Remembered) -> Iterable[str]:
     counts = [(name, known.failures[name].count if name in known.failures else 0) for name in AUTHORITIES]
     yield _metric(
         "ca_bridge_failed_runs",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bridge.errors import BridgeError, Exit
 from bridge.monitoring import exposition, history
-from bridge.monitoring.exposition import Known
+from bridge.monitoring.exposition import Remembered
 from bridge.monitoring.history import History, after, after_rehearsal
 from bridge.node import inventory
 from bridge.node.expiry_report import report
@@ -137,13 +137,13 @@ def write(settings: Settings, file: Path, count: Callable[[History | None], Hist
         raise MetricsError(f"{file}: wanted to write the metrics, found: {e}") from e
 
 
-def of_node(settings: Settings, now: datetime, seen: Known | None) -> str:
+def of_node(settings: Settings, now: datetime, seen: Remembered | None) -> str:
     """All metrics of the node as it is at this moment."""
     node = inventory.of(settings.node)
     return exposition.text(report(node, now, None), exposition.due_times(node, settings.renewal), seen)
 
 
-def known(store: Store) -> Known:
+def known(store: Store) -> Remembered:
     """
     Read the state directory; its lock need not be held, since each file is replaced whole.
 
@@ -151,20 +151,20 @@ def known(store: Store) -> Known:
         StateError: A file is damaged, or can't be read.
     """
     requests = requests_file(store).read() or {}
-    return Known(
+    return Remembered(
         failures=attempts_file(store).read() or {},
         pending=tuple(one for one in requests.values() if one.is_waiting),
         history=history.history_file(store).read(),
     )
 
 
-def known_here(settings: Settings) -> Known | None:
+def known_here(settings: Settings) -> Remembered | None:
     """`known` of this node's state; None: this user may not see it, or it is damaged (which `doctor` and `renew` tell)."""
     directory = settings.node.state_dir
     try:
         directory.lstat()
     except FileNotFoundError:
-        return Known(failures={}, pending=(), history=None)
+        return Remembered(failures={}, pending=(), history=None)
     except OSError:
         return None
     if not os.access(directory, os.R_OK | os.X_OK):

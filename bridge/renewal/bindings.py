@@ -18,7 +18,7 @@ from bridge.errors import BridgeError, Exit
 from bridge.pki.certificates import attributes
 from bridge.pki.kubeadm_names import ADMINS, MASTERS
 from bridge.pki.naming import Naming
-from bridge.renewal.cluster_config import Source
+from bridge.renewal.cluster_config import ConfigSource
 from bridge.specs import CertificateSpec
 
 _PATH = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings"
@@ -60,7 +60,7 @@ def needed_by(naming: Naming, spec: CertificateSpec) -> Binding | None:
     return None
 
 
-def assert_bound(source: Source, naming: Naming, spec: CertificateSpec, *, strictly: bool) -> list[str]:
+def assert_bound(source: ConfigSource, naming: Naming, spec: CertificateSpec, *, strictly: bool) -> list[str]:
     """
     Look whether the binding is there; a sentence about it, or none where none is needed.
 
@@ -94,7 +94,7 @@ def assert_bound(source: Source, naming: Naming, spec: CertificateSpec, *, stric
     return [f"{rights}, which is there"]
 
 
-def _missing(source: Source, needed: Binding) -> str:
+def _missing(source: ConfigSource, needed: Binding) -> str:
     """What stands in the binding's place, in words; empty: the binding itself."""
     reply = source.api.ask("GET", f"{_PATH}/{needed.name}")
     if reply.status == HTTPStatus.OK:

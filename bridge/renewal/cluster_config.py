@@ -23,7 +23,7 @@ class NoSourceError(BridgeError):
     )
 
 
-class Source:
+class ConfigSource:
     """Asked once, and only if somebody wants to know."""
 
     def __init__(self, node: Node, settings: Settings, file: Path | None) -> None:

@@ -20,7 +20,7 @@ from bridge.settings.tables import Commands, Settings
 from bridge.state.outcome import Outcome
 from bridge.state.store import Store
 from bridge.system.console import printable
-from bridge.system.run_command import Ended, Output, run
+from bridge.system.run_command import CommandOutput, Ended, run
 from bridge.system.state_file import OnDamage, StateError, StateFile
 
 log = logging.getLogger("ca-bridge")
@@ -119,7 +119,7 @@ def _printable(text: str) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Owed:
+class OwedHooks:
     """Hooks of one event that did not all succeed yet."""
 
     event: str
@@ -201,7 +201,7 @@ class Hooks:
                 errors += self._deliver(owed, Exit.FAILED if owed.event == FAILURE else Exit.NOT_LIVE)
         return errors
 
-    def _not_needed(self, owed: Owed, live: Mapping[str, str]) -> str:
+    def _not_needed(self, owed: OwedHooks, live: Mapping[str, str]) -> str:
         if not any(text not in owed.done for text in self._commands(owed.event).texts):
             return "it is no longer in the settings"
         if owed.serials and not any(live.get(name) == serial for name, serial in owed.serials.items()):
@@ -216,15 +216,15 @@ class Hooks:
         failed_anyway = occasion.exit_code if event == FAILURE else None
         return self._deliver(self._owed(event, occasion), failed_anyway or Exit.NOT_LIVE)
 
-    def _owed(self, event: str, occasion: HookEvent) -> Owed:
-        return Owed(
+    def _owed(self, event: str, occasion: HookEvent) -> OwedHooks:
+        return OwedHooks(
             event=event,
             run_id=self._run_id,
             environment=self._environment(event, occasion),
             serials=occasion.new_serials if event != FAILURE else {},
         )
 
-    def _deliver(self, owed: Owed, exit_code: int) -> list[HookError]:
+    def _deliver(self, owed: OwedHooks, exit_code: int) -> list[HookError]:
         owed = dataclasses.replace(owed, tries=owed.tries + 1)
         environment = {**owed.environment, "CA_BRIDGE_TRY": str(owed.tries)}
         failures, trouble = [], self._kept(owed)
@@ -264,7 +264,7 @@ class Hooks:
         }
 
     def _run(self, event: str, words: Sequence[str], environment: Mapping[str, str]) -> Ended:
-        output = Output(lambda line: log.info("hook %s: %s", event, line))
+        output = CommandOutput(lambda line: log.info("hook %s: %s", event, line))
         ended = run(words, environment, self._settings.hooks.timeout, output)
         if output.left_out:
             log.warning("hook %s: %s: %d more bytes of output are not shown", event, words[0], output.left_out)
@@ -272,7 +272,7 @@ class Hooks:
 
     # --- what is owed ------------------------------------------------------------------------------------------------
 
-    def _kept(self, owed: Owed, *, is_over: bool = False) -> str:
+    def _kept(self, owed: OwedHooks, *, is_over: bool = False) -> str:
         """Remember that a hook is owed, or over: a sentence if that failed, else empty; the hook is run in any case."""
         try:
             self._forget(owed) if is_over else self._remember(owed)
@@ -280,27 +280,27 @@ class Hooks:
             return f"it may not be run again, or once more: {e}"
         return ""
 
-    def _remember(self, owed: Owed) -> None:
+    def _remember(self, owed: OwedHooks) -> None:
         others = [one for one in self._others(owed) if not (one.event == owed.event == FAILURE)]  # the newest will do
         for one in others[: -(_MOST_OWED - 1)]:
             log.warning("hook %s of run %s is given up: too many others have failed since", one.event, one.run_id)
         self._write([*others[-(_MOST_OWED - 1) :], owed])
 
-    def _forget(self, owed: Owed) -> None:
+    def _forget(self, owed: OwedHooks) -> None:
         self._write(self._others(owed))
 
-    def _others(self, owed: Owed) -> list[Owed]:
+    def _others(self, owed: OwedHooks) -> list[OwedHooks]:
         every = self._file.read() or []
         return [one for one in every if (one.event, one.run_id) != (owed.event, owed.run_id)]
 
-    def _write(self, every: Sequence[Owed]) -> None:
+    def _write(self, every: Sequence[OwedHooks]) -> None:
         if every:
             self._file.replace({"version": 1, "owed": [dataclasses.asdict(one) for one in every]})
         else:
             self._file.remove()
 
 
-def hooks_file(store: Store) -> StateFile[list[Owed]]:
+def hooks_file(store: Store) -> StateFile[list[OwedHooks]]:
     """The hooks that are to be run again; a renewal goes on without them, and a damaged one is said once."""
     return StateFile(
         path=store.hooks,
@@ -312,8 +312,8 @@ def hooks_file(store: Store) -> StateFile[list[Owed]]:
     )
 
 
-def _from_json(entry: Mapping[str, Any]) -> Owed:
-    owed = Owed(
+def _from_json(entry: Mapping[str, Any]) -> OwedHooks:
+    owed = OwedHooks(
         event=entry["event"],
         run_id=str(entry["run_id"]),
         environment={str(name): str(value) for name, value in entry["environment"].items()},

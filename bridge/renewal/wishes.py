@@ -67,7 +67,7 @@ def decide(node: Node, settings: Settings, names: Collection[str], changes: Chan
     """
     assert_known([*names, *changes.add, *changes.drop])
     _assert_named(names, changes)
-    source = cluster_config.Source(node, settings, changes.kubeadm_config)
+    source = cluster_config.ConfigSource(node, settings, changes.kubeadm_config)
     wishes: dict[str, Wish | BridgeError] = {}
     for item in node.items:
         name = item.spec.name
@@ -100,7 +100,7 @@ def _assert_named(names: Collection[str], changes: Changes) -> None:
 # --- a missing one ---------------------------------------------------------------------------------------------------
 
 
-def _made(item: Item, node: Node, settings: Settings, changes: Changes, source: cluster_config.Source) -> Wish:
+def _made(item: Item, node: Node, settings: Settings, changes: Changes, source: cluster_config.ConfigSource) -> Wish:
     """
     Raises:
         BridgeError: There is no source, it lacks a fact, or it is about another node.
@@ -142,7 +142,7 @@ def _assert_known_to(release: Release | None, spec: CertificateSpec) -> None:
 
 
 def _facts(
-    config: KubeadmConfig, node: Node, settings: Settings, source: cluster_config.Source
+    config: KubeadmConfig, node: Node, settings: Settings, source: cluster_config.ConfigSource
 ) -> tuple[NamingFacts, str]:
     """The facts that names are made of, and a sentence about where the node's own part comes from."""
     manifest = node.manifests.get(Component.APISERVER)
@@ -188,7 +188,7 @@ def _fresh(item: Item, config: KubeadmConfig, node: Node, facts: NamingFacts) ->
 
 
 def _changed(
-    item: Item, node: Node, settings: Settings, changes: Changes, source: cluster_config.Source
+    item: Item, node: Node, settings: Settings, changes: Changes, source: cluster_config.ConfigSource
 ) -> Wish | None:
     """The wish for a live certificate; None: the next one says what this one says."""
     name, told = item.spec.name, []
@@ -217,7 +217,9 @@ def naming_text(subject: x509.Name) -> str:
     return Naming(subject=subject).text
 
 
-def _version_and_node(node: Node, settings: Settings, source: cluster_config.Source, changes: Changes) -> NamingFacts:
+def _version_and_node(
+    node: Node, settings: Settings, source: cluster_config.ConfigSource, changes: Changes
+) -> NamingFacts:
     release = release_of(node) if changes.kubeadm_config is None else source.config().release
     if release is None and (set_one := settings.node.kubernetes_version) is not None:
         release = Release(set_one.major, set_one.minor)

@@ -30,7 +30,7 @@ class Ended:
     failure: str = ""  #: What it did, such as "ended with code 3"; empty: it succeeded.
 
 
-class Output:
+class CommandOutput:
     """The output of one command: told line by line, up to a limit; the rest is only counted."""
 
     def __init__(self, tell: Callable[[str], None]) -> None:
@@ -85,7 +85,9 @@ class Answer:
         """Nothing is left to do."""
 
 
-def run(words: Sequence[str], environment: Mapping[str, str], limit: timedelta, output: Output | Answer) -> Ended:
+def run(
+    words: Sequence[str], environment: Mapping[str, str], limit: timedelta, output: CommandOutput | Answer
+) -> Ended:
     """
     Run one, with nothing on its standard input and in a session of its own.
 
@@ -96,7 +98,7 @@ def run(words: Sequence[str], environment: Mapping[str, str], limit: timedelta, 
         words: Program and arguments.
         environment: Beside PATH, HOME and LANG, which are ours.
         limit: For all of it.
-        output: Is told what it writes; `Output` what goes to standard error, too.
+        output: Is told what it writes; `CommandOutput` what goes to standard error, too.
 
     Raises:
         TooMuchError: Of an `Answer`.
@@ -111,7 +113,7 @@ def run(words: Sequence[str], environment: Mapping[str, str], limit: timedelta, 
                 env={"PATH": _USUAL_PATH, **ours, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=writing,
-                stderr=writing if isinstance(output, Output) else subprocess.DEVNULL,
+                stderr=writing if isinstance(output, CommandOutput) else subprocess.DEVNULL,
                 start_new_session=True,
             )
         except (OSError, ValueError) as e:  # ValueError: a NUL character
@@ -130,7 +132,9 @@ def run(words: Sequence[str], environment: Mapping[str, str], limit: timedelta, 
     return Ended(code, f"ended with code {code}" if code else "")
 
 
-def _code(process: subprocess.Popen[bytes], reading: int, limit: timedelta, output: Output | Answer) -> int | None:
+def _code(
+    process: subprocess.Popen[bytes], reading: int, limit: timedelta, output: CommandOutput | Answer
+) -> int | None:
     """Run to the end: the exit code; None: it was killed."""
     deadline = time.monotonic() + limit.total_seconds()
     try:
@@ -144,7 +148,9 @@ def _code(process: subprocess.Popen[bytes], reading: int, limit: timedelta, outp
         raise
 
 
-def _read_until_ended(process: subprocess.Popen[bytes], reading: int, deadline: float, output: Output | Answer) -> None:
+def _read_until_ended(
+    process: subprocess.Popen[bytes], reading: int, deadline: float, output: CommandOutput | Answer
+) -> None:
     """Read until nobody can write any more, or it has ended, or the time is over."""
     poller = select.poll()
     poller.register(reading, select.POLLIN)

@@ -64,7 +64,7 @@ _LEAST_SHARE = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
+class UserOrder:
     """A kubeconfig as the operator wants it."""
 
     user: User
@@ -88,7 +88,7 @@ class Done:
 
 
 def issue(
-    settings: Settings, order: Order, now: Callable[[], datetime], progress: Progress, wait: timedelta = timedelta()
+    settings: Settings, order: UserOrder, now: Callable[[], datetime], progress: Progress, wait: timedelta = timedelta()
 ) -> Done:
     """
     Have the certificate signed, or collect an answer that is owed, and write the kubeconfig.
@@ -138,7 +138,7 @@ def _name(user: str) -> str:
 
 
 @contextlib.contextmanager
-def _place(order: Order) -> Iterator[Path]:
+def _place(order: UserOrder) -> Iterator[Path]:
     """
     Where the kubeconfig goes, in a directory that stays the same one whatever its owner does meanwhile.
 
@@ -156,7 +156,7 @@ def _place(order: Order) -> Iterator[Path]:
         raise BridgeError(f"{path}: wanted to write the kubeconfig; {e}", hint=hint) from None
 
 
-def _assert_may_write(order: Order) -> None:
+def _assert_may_write(order: UserOrder) -> None:
     """An older kubeconfig of the same user is replaced, nothing else."""
     try:
         with _place(order):
@@ -166,7 +166,7 @@ def _assert_may_write(order: Order) -> None:
         raise BridgeError(f"{order.out.parent}: wanted the directory for the kubeconfig, found {found}") from None
 
 
-def _assert_older(path: Path, order: Order) -> None:
+def _assert_older(path: Path, order: UserOrder) -> None:
     try:
         found = kubeconfig.parse(read_once(path)[0]).user
     except FileNotFoundError:
@@ -180,7 +180,7 @@ def _assert_older(path: Path, order: Order) -> None:
         )
 
 
-def _anchors(settings: Settings, order: Order) -> tuple[tuple[x509.Certificate, ...], str]:
+def _anchors(settings: Settings, order: UserOrder) -> tuple[tuple[x509.Certificate, ...], str]:
     path = order.ca_file or settings.node.pki_dir / CA.certificate_file
     try:
         data = read(path)
@@ -196,7 +196,7 @@ def _anchors(settings: Settings, order: Order) -> tuple[tuple[x509.Certificate, 
     return tuple(found), str(path)
 
 
-def _server(settings: Settings, order: Order) -> str:
+def _server(settings: Settings, order: UserOrder) -> str:
     if order.server:
         parts = urlsplit(order.server)
         if parts.scheme != "https" or not parts.hostname:
@@ -220,7 +220,7 @@ def _server(settings: Settings, order: Order) -> str:
 def _taken_up(
     store: Store,
     record: audit.Record,
-    order: Order,
+    order: UserOrder,
     given: bytes | None,
     validity: timedelta,
     label: str,
@@ -365,12 +365,12 @@ def _checked(answer: Issued, one: OpenUser, expected: verify.Expectation, max_va
 # --- the kubeconfig --------------------------------------------------------------------------------------------------
 
 
-def _key_file(order: Order) -> str:
+def _key_file(order: UserOrder) -> str:
     return order.key_file or (order.csr.with_suffix(".key").name if order.csr is not None else "")
 
 
 def _write(
-    order: Order, server: str, ca: x509.Certificate, cluster: str, verified: verify.Verified, one: OpenUser
+    order: UserOrder, server: str, ca: x509.Certificate, cluster: str, verified: verify.Verified, one: OpenUser
 ) -> None:
     """0600 from the first byte, whether there is a key in it or not."""
     fresh = FreshKubeconfig(server=server, cluster=cluster, user=order.user.name, ca_pem=pem(ca))

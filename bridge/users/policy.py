@@ -10,7 +10,7 @@ from bridge.signing import user_rules
 from bridge.signing.user_rules import Limits, User
 
 
-class NotAllowedError(BridgeError):
+class UserNotAllowedError(BridgeError):
     """The settings do not allow such a user; nobody was asked."""
 
     exit_code = Exit.REFUSED
@@ -20,8 +20,8 @@ class NotAllowedError(BridgeError):
 def assert_allowed(user: User, validity: timedelta, rules: UserSettings) -> None:
     """
     Raises:
-        NotAllowedError: With all that speaks against it.
+        UserNotAllowedError: With all that speaks against it.
     """
     limits = Limits(groups=rules.groups, allow=rules.allow, max_validity=rules.max_validity)
     if found := user_rules.problems(user, validity, limits):
-        raise NotAllowedError("; ".join(found))
+        raise UserNotAllowedError("; ".join(found))

@@ -19,7 +19,7 @@ import yaml
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from bridge.bootstrap.places import ROLES, specs_of
-from bridge.bootstrap.whole import Look
+from bridge.bootstrap.whole import NodeLook
 from bridge.node import kubeconfig
 from bridge.pki.certificates import load_pem_certificates, san_entries
 from bridge.pki.csr import generate_key, key_pem
@@ -80,11 +80,11 @@ def copy(ready: NewNode, tmp_path: Path) -> NewNode:
     return node
 
 
-def look(node: NewNode) -> Look:
+def look(node: NewNode) -> NodeLook:
     def read(path: Path) -> bytes | None:
         return path.read_bytes() if path.exists() else None
 
-    return Look(places=node.places, role="init", read=read, now=datetime.now(UTC), node=NAME)
+    return NodeLook(places=node.places, role="init", read=read, now=datetime.now(UTC), node=NAME)
 
 
 def test_all_is_there_and_kubeadm_makes_nothing(ready: NewNode) -> None:

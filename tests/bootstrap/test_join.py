@@ -24,7 +24,7 @@ from bridge.bootstrap.configuration import parse
 from bridge.bootstrap.orders import Order, OrderError, new_node
 from bridge.bootstrap.places import Role
 from bridge.bootstrap.service_account import public_pem
-from bridge.bootstrap.whole import Look
+from bridge.bootstrap.whole import NodeLook
 from bridge.node import kubeconfig
 from bridge.pki import signatures
 from bridge.pki.certificates import load_pem_certificates, san_entries
@@ -66,7 +66,7 @@ def problems(node: NewNode, role: Role, name: str) -> list[str]:
     def read(path: Path) -> bytes | None:
         return path.read_bytes() if path.exists() else None
 
-    return Look(places=node.places, role=role, read=read, now=datetime.now(UTC), node=name).problems()
+    return NodeLook(places=node.places, role=role, read=read, now=datetime.now(UTC), node=name).problems()
 
 
 def join_yaml(node: NewNode) -> dict[str, object]:
@@ -163,7 +163,7 @@ def test_an_expired_kubelet_certificate_is_found(other: NewNode, shared: bytes) 
         return path.read_bytes() if path.exists() else None
 
     later = datetime.now(UTC) + timedelta(days=366)
-    found = Look(places=other.places, role="control-plane", read=read, now=later, node="cp-2").problems()
+    found = NodeLook(places=other.places, role="control-plane", read=read, now=later, node="cp-2").problems()
 
     assert any("kubelet.conf" in one and "not" in one for one in found), found
     assert problems(other, "control-plane", "cp-2") == []

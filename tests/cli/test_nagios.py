@@ -38,7 +38,7 @@ def check(
 ) -> tuple[str, int]:
     """The words before the performance data, and the status."""
     settings = overridden(parse(text), node.pki_dir, node.kubeconfig_dir, node.root / "state")
-    limits = nagios.Limits.of(settings, warning, critical)
+    limits = nagios.Thresholds.of(settings, warning, critical)
     line, _, status = nagios.check(settings, now, limits, failures if failures is not None else {})
     return line.partition(" | ")[0], status
 
@@ -91,7 +91,7 @@ def test_what_has_ended_or_is_broken_is_named(node: Pki) -> None:
 def test_performance_data_can_be_drawn(node: Pki) -> None:
     """Seconds left of each, with both limits as ranges that alert below them."""
     settings = overridden(parse(""), node.pki_dir, node.kubeconfig_dir, node.root / "state")
-    line, _, _ = nagios.check(settings, NOW, nagios.Limits.of(settings, None, None), {})
+    line, _, _ = nagios.check(settings, NOW, nagios.Thresholds.of(settings, None, None), {})
     values = line.partition(" | ")[2].split(" ")
     assert f"'apiserver'={20 * 86400}s;{30 * 86400}:;{10 * 86400}:" in values
     assert len(values) == 14
@@ -119,7 +119,7 @@ def test_failed_runs_are_a_warning(tmp_path: Path) -> None:
 def test_who_may_not_see_failed_runs_says_so(node: Pki) -> None:
     """A monitor without root still sees the certificates, and is told what it does not see."""
     settings = overridden(parse(""), node.pki_dir, node.kubeconfig_dir, node.root / "state")
-    line, _, status = nagios.check(settings, NOW, nagios.Limits.of(settings, DAY, None), None)
+    line, _, status = nagios.check(settings, NOW, nagios.Thresholds.of(settings, DAY, None), None)
     assert (status, "failed runs are for root to see" in line) == (0, True)
 
 

@@ -30,7 +30,7 @@ from bridge.pki.naming import subject_of
 from bridge.settings.tables import UserSettings
 from bridge.signing.user_rules import User
 from bridge.specs import USER
-from bridge.users.policy import NotAllowedError, assert_allowed
+from bridge.users.policy import UserNotAllowedError, assert_allowed
 from tests.kit import approval, openbao
 from tests.kit.cas import Bridge, add_openssl
 from tests.kit.desks import POLICY, Desk, make_desk
@@ -193,7 +193,7 @@ def test_no_reserved_name_gets_past(name: str, group: str) -> None:
     """Whatever its case or length, and no control character, comma or blank does."""
     try:
         assert_allowed(User(name=name, groups=(group,)), HOURS_8, UserSettings())
-    except NotAllowedError as e:
+    except UserNotAllowedError as e:
         assert str(e)
         assert "\n" not in str(e)
     else:
