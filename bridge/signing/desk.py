@@ -3,13 +3,13 @@ The CA desk: request bundles in, answer bundles out, by a policy.
 
 Bundles are read a window at a time, so that memory does not grow with their number. The requests of a window are put
 together by authority, and each CA gets them as one lot: `openssl ca` runs once a usage class, not once a node. While it
-runs, the next window is read and judged. What a CA answers is in the journal before anything else happens to it.
+runs, the next windows are read and judged. What a CA answers is in the journal before anything else happens to it.
 """
 
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -52,9 +52,10 @@ from bridge.state import audit
 from bridge.system.many_files import NewFile, write_together
 
 #: Requests that are read ahead and signed together: few at first, so that a CA is at work soon, and twice as many each
-#: time, so that `openssl ca`'s own start and its rewriting of a long index become a small part. Three windows are in
-#: memory at a time.
+#: time, so that `openssl ca`'s own start and its rewriting of a long index become a small part.
 _FIRST_WINDOW, _LARGEST_WINDOW = 250, 1000
+#: Windows that are read and judged while an earlier one is signed or delivered, so that no CA waits for us.
+_AHEAD = 2
 #: Of a backend that signs one by one: of how many at a time is written down that they are being asked for.
 _SLICE = 100
 
@@ -351,14 +352,13 @@ class Desk:
         """
         self._workers = workers
         with ThreadPoolExecutor(1) as signing:
-            last: tuple[list[Job], Future[None]] | None = None
+            open_: deque[tuple[list[Job], Future[None]]] = deque()
             for window in _windows(map(self.judged, jobs)):
-                future = signing.submit(self._sign, window, journal)
-                if last is not None:
-                    self._finish(*last, journal, record, observer)
-                last = window, future
-            if last is not None:
-                self._finish(*last, journal, record, observer)
+                open_.append((window, signing.submit(self._sign, window, journal)))
+                if len(open_) > _AHEAD:
+                    self._finish(*open_.popleft(), journal, record, observer)
+            while open_:
+                self._finish(*open_.popleft(), journal, record, observer)
         journal.tidy()
 
     def close(self) -> None:

@@ -42,8 +42,8 @@ from bridge.system.console import log
 WORTHWHILE = 50
 _MOST = 4
 _LEAST_SHARE = 2  #: Of what a user asks for.
-#: Bundles that a worker gets at once.
-CHUNK = 20
+#: Bundles that a worker gets at once; the first time few, which tell the desk what CAs there are to judge by.
+CHUNK, FIRST_CHUNK = 20, 1
 #: Bundles are many objects with no cycle: looking for some as often as usual takes a fifth of a worker's time.
 GARBAGE = 100_000
 #: Lots of bundles that are at the workers while the next are read.
@@ -236,9 +236,10 @@ class ReadAhead:
 
 
 def _chunks(files: Iterable[_File]) -> Iterator[list[_File]]:
-    every = iter(files)
-    while chunk := list(islice(every, CHUNK)):
+    every, size = iter(files), FIRST_CHUNK
+    while chunk := list(islice(every, size)):
         yield chunk
+        size = CHUNK
 
 
 def _arrived(
@@ -281,7 +282,7 @@ class Workers:
 
         Args:
             files: Taken some ahead.
-            by: Asked for each chunk. The first chunk is waited for: it tells which CAs there are to judge by.
+            by: Asked for each chunk. Until one has told which CAs there are to judge by, each is waited for.
         """
         if not self._workers:
             yield from ((file, None) for file in files)
@@ -289,9 +290,9 @@ class Workers:
         ahead: deque[tuple[Sequence[_File], Mapping[int, bytes], int, Future[list[ReadBundle | None] | None]]] = deque()
         numbers = count()
         for chunk, some in enumerate(_chunks(files)):
-            bundles = {next(numbers): file.data for file in some}
-            ahead.append((some, bundles, chunk, self.submit(chunk, read, bundles, by())))
-            if len(ahead) > (_CHUNKS_AHEAD if chunk else 0):
+            bundles, judgement = {next(numbers): file.data for file in some}, by()
+            ahead.append((some, bundles, chunk, self.submit(chunk, read, bundles, judgement)))
+            if len(ahead) > (_CHUNKS_AHEAD if judgement.cas else 0):
                 yield from _arrived(*ahead.popleft())
         while ahead:
             yield from _arrived(*ahead.popleft())

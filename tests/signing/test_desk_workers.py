@@ -120,22 +120,33 @@ def test_a_worker_compares_as_the_desk_does(pki: Pki, pairs: Pairs, workers: Wor
     assert reasons(9).keys() == pairs.keys()
 
 
-def test_the_first_chunk_tells_by_which_cas_the_others_are_judged(pki: Pki, pairs: Pairs, workers: Workers) -> None:
-    """It is waited for; the others are at the workers while it is dealt with."""
+@pytest.mark.parametrize("begin", [b"", b"nothing"])
+def test_the_first_bundle_tells_by_which_cas_the_others_are_judged(
+    pki: Pki, pairs: Pairs, workers: Workers, begin: bytes
+) -> None:
+    """It is waited for, and so is what follows one that tells nothing; the others are at the workers meanwhile."""
     by, _ = judgement(pki)
-    files = [Lying(dumps(make_bundle(pairs))) for _ in range(desk_workers.CHUNK + 1)]
+    size = desk_workers.CHUNK
+    files = [Lying(dumps(make_bundle(pairs))) for _ in range(1 + 3 * size)]
+    files[0] = Lying(begin) if begin else files[0]
     arrived: list[int | None] = []
     asked = []
 
     def opened() -> Judgement:
         asked.append(len(arrived))
-        return by if arrived else replace(by, cas={})
+        return by if any(one is not None for one in arrived) else replace(by, cas={})
 
-    for file, ahead in workers.read_ahead([*files, Lying(b"nothing")], opened):
-        assert (ahead is None) == (file.data == b"nothing")
+    for file, ahead in workers.read_ahead(files, opened):
+        assert (ahead is None) == (file.data == begin)
         arrived.append(len(ahead.read.verdicts) if ahead is not None else None)
-    assert asked == [0, desk_workers.CHUNK]
-    assert arrived == [*(0 for _ in range(desk_workers.CHUNK)), len(pairs), None]
+
+    rest = [len(pairs)] * 2 * size
+    if begin:
+        assert asked == [0, 1, 1 + size, 1 + size]
+        assert arrived == [None, *[0] * size, *rest]
+    else:
+        assert asked == [0, 1, 1, 1]
+        assert arrived == [0, *[len(pairs)] * size, *rest]
 
 
 @dataclass
