@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 _LOOK_SECONDS = 1.0
 _COMMAND_LIMIT = timedelta(seconds=10)
+_ROOM_SECONDS = 0.25
 _REMEMBERED_SECONDS = 60.0
 _MOST_REMEMBERED = 10_000
 _LONGEST_ANSWER = 64 << 10
@@ -117,6 +118,8 @@ class Known:
         self._register: WatchedFile[Register] = WatchedFile(settings.inventory, "inventory", register.parse)
         self._command = settings.inventory_command
         self._reverse_dns = settings.reverse_dns
+        # whoever asks for names that nobody knows keeps half of the threads busy with it, and not all
+        self._room = threading.BoundedSemaphore(max(1, settings.concurrency // 2))
         self._mutex = threading.Lock()
         self._answers: OrderedDict[str, tuple[NodeEntry | None, float]] = OrderedDict()
 
@@ -154,7 +157,12 @@ class Known:
             known = self._answers.get(name)
             if known is not None and time.monotonic() - known[1] < _REMEMBERED_SECONDS:
                 return known[0]
-        answer = _asked(self._command, name)
+        if not self._room.acquire(timeout=_ROOM_SECONDS):
+            raise BridgeError("gateway.inventory_command: as many of it as may run at once are running")
+        try:
+            answer = _asked(self._command, name)
+        finally:
+            self._room.release()
         with self._mutex:
             self._answers[name] = (answer, time.monotonic())
             self._answers.move_to_end(name)

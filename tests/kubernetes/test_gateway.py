@@ -614,6 +614,24 @@ def test_nobody_is_asked_about_a_node_for_what_is_hostile(
         gateway.until(is_asked)
 
 
+def test_unknown_names_keep_no_known_node_waiting(
+    cluster: ClusterApi, desk: DeskProgram, worker: str, tmp_path: Path
+) -> None:
+    """A token asks for a hundred nodes that only a slow program could know: one of the inventory's is served at once."""
+    program = tmp_path / "cmdb"
+    program.write_text("#!/bin/sh\nexec sleep 8\n")
+    program.chmod(0o755)
+    place = place_with(cluster, desk, tmp_path, worker, inventory_command=str(program))
+    headers = {"Impersonate-User": "system:bootstrap:abcdef", "Impersonate-Group": cluster_api.BOOTSTRAP_GROUP}
+    with gateways.running(place) as gateway:
+        for number in range(100):
+            body = gateways.body(csr_pem(node_subject(f"unknown-{number}")), CLIENT_KUBELET)
+            body["metadata"]["labels"] = {"unknown": "yes"}
+            cluster.client().create(CSRS, body, **headers)
+        until_signed(gateway, cluster, ask(cluster, worker), 4)
+        assert cluster.client().ask("DELETE", f"{CSRS}?labelSelector=unknown%3Dyes").ok
+
+
 def test_several_threads_ask_at_once(cluster: ClusterApi, tmp_path: Path) -> None:
     """A burst through `openssl ca`, which signs many in one process: all are signed, each for its own key."""
     workers = [f"w{10000 + number}" for number in range(40)]
