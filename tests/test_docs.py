@@ -316,6 +316,35 @@ def test_a_command_line_that_can_t_be_typed_is_found() -> None:
     assert why_not("ca-bridge export") is not None or why_not("ca-bridge renew --wait") is not None
 
 
+def named_by_messages(source: str) -> set[str]:
+    """Our commands between backticks in a module's texts, with `X` for what only a run knows; no docstring is one."""
+    tree = ast.parse(source)
+    parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    texts = [
+        "".join(str(part.value) if isinstance(part, ast.Constant) else "X" for part in node.values)
+        if isinstance(node, ast.JoinedStr)
+        else node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.JoinedStr | ast.Constant) and id(node) not in parts | docs
+    ]
+    return {line for text in texts if isinstance(text, str) for line in re.findall(r"`(ca-bridge [^`]+)`", text)}
+
+
+def test_each_command_that_a_message_names_can_be_typed() -> None:
+    """A hint is followed by somebody who is in trouble already."""
+    sources = [path for room in ("bridge", "backends", "release") for path in (ROOT / room).rglob("*.py")]
+    named = {line for path in sources for line in named_by_messages(path.read_text(encoding="utf-8"))}
+    assert len(named) > 40
+    patterns = {"ca-bridge COMMAND -h", "ca-bridge bootstrap X --order FILE"}
+    assert {line: why for line in named - patterns if (why := why_not(line))} == {}
+    assert named_by_messages('"""`ca-bridge a`"""\nx = f"`ca-bridge {y} b` or `ca-bridge rnew`"') == {
+        "ca-bridge X b",
+        "ca-bridge rnew",
+    }
+    assert why_not("ca-bridge rnew") == "no command rnew"
+
+
 def test_the_picture_of_a_session_shows_commands_that_are_there() -> None:
     """It is what the demo really showed: `python -m tests.kit.picture` draws it."""
     picture = ET.parse(ROOT / "docs/session.svg")  # noqa: S314 (our own file)
