@@ -126,6 +126,12 @@ def _item(item: Item, settings: Settings, now: datetime) -> Iterator[Finding]:
         yield Finding(level="error", check=f"certificate-{item.state}", about=name, text=text, hint=hint)
 
 
+def _early(certificate: x509.Certificate, about: str, now: datetime, hint: str) -> Finding:
+    begin = certificate.not_valid_before_utc
+    text = f"valid only from {expiry.minute(begin)}, and this node's clock says {expiry.minute(now)}"
+    return Finding(level="error", check="clock", about=about, text=text, hint=hint)
+
+
 def _super_admin(item: Item) -> Finding:
     """A finding about super-admin.conf: kubeadm leaves it there, and its documentation says to move it away."""
     text = (
@@ -145,10 +151,10 @@ def _identity(item: Item, settings: Settings) -> Iterator[Finding]:
 def _end(item: Item, settings: Settings, now: datetime) -> Finding:
     """A finding about a certificate's end; one that is due is nothing to worry about, unless nobody renews it."""
     name, end = item.spec.name, expiry.first_end(item.ending)
+    if expiry.is_early(item.certificates[:1], now):
+        hint = "put the clock right; if it is right, it was wrong before: `ca-bridge renew NAME` makes a new one"
+        return _early(item.certificates[0], name, now, hint)
     begin = item.certificates[0].not_valid_before_utc
-    if begin > now + verify.CLOCK_SKEW:
-        text = f"valid only from {expiry.minute(begin)}, and this node's clock says {expiry.minute(now)}"
-        return Finding(level="error", check="clock", about=name, text=text, hint="put the clock right")
     if end <= now:
         hint = (
             "`ca-bridge renew` takes expired certificates too" if item.managed else "why did the kubelet not rotate it?"
@@ -324,6 +330,8 @@ def _authority(state: AuthorityState, now: datetime) -> Iterator[Finding]:
 def ca_end(certificate: x509.Certificate, about: str, now: datetime, more: str = "") -> Finding:
     """A finding about the end of a CA's certificate."""
     end = certificate.not_valid_after_utc
+    if expiry.is_early([certificate], now):
+        return _early(certificate, about, now, "put the clock right; if it is right, the CA's owner has to say why")
     if end <= now:
         text = f"{expiry.left_text(end, now)}: nothing that it signs is valid"
         hint = "its owner has to renew it first, with the same key; is this node's clock right?"

@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # the settings need only `Before`, and nothing here reads a f
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
 YEAR = 365 * DAY
+#: How far a CA's clock may be ahead of ours.
+CLOCK_SKEW = timedelta(minutes=1)
 
 
 def seconds_left(end: datetime, now: datetime) -> int:
@@ -82,7 +84,7 @@ def first_end(chain: Sequence[x509.Certificate]) -> datetime:
 
 def is_early(chain: Sequence[x509.Certificate], now: datetime) -> bool:
     """Whether a leaf or one of its intermediates begins in the future: a clock is wrong, or was."""
-    return any(certificate.not_valid_before_utc > now for certificate in chain)
+    return any(certificate.not_valid_before_utc > now + CLOCK_SKEW for certificate in chain)
 
 
 # A kubelet asks for a new one when 70 to 90 % of the lifetime are over (client-go,

@@ -24,7 +24,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from bridge.contract import Issued, SignRequest
 from bridge.errors import VerificationError, Violation
-from bridge.pki import go_x509
+from bridge.pki import expiry, go_x509
 from bridge.pki.certificates import (
     UNREADABLE,
     attributes,
@@ -40,7 +40,7 @@ from bridge.pki.csr import algorithm_name
 from bridge.specs import EKU
 
 #: How far a CA's clock may be ahead of the node's; the installation waits for the difference.
-CLOCK_SKEW = timedelta(minutes=1)
+CLOCK_SKEW = expiry.CLOCK_SKEW
 
 #: How much earlier than the replaced certificate's the new end may be: CAs count the validity from a beginning that
 #: they backdate (cfssl by 5 minutes unless told otherwise), and a certificate that was made just now may be renewed, too.

@@ -364,6 +364,7 @@ FAULTS: list[tuple[Callable[[Site], None], str, str, str]] = [
     (ca_ends, "warning", "ca-ends-soon", "CA ca"),
     (ca_has_ended, "error", "ca-expired", "CA etcd-ca"),
     (clock_behind, "error", "clock", "apiserver"),
+    (clock_behind, "error", "clock", "CA etcd-ca"),
     (ca_key_on_the_disk, "warning", "ca-key-on-disk", "CA front-proxy-ca"),
     (no_ca, "error", "ca-missing", "CA front-proxy-ca"),
     (node_by_another_name, "warning", "node-name", "node.name"),
