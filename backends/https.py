@@ -523,13 +523,5 @@ class KeptConnections:
         return within(self._seconds, self._connected)
 
     def _connected(self) -> socket.socket:
-        raw = socket.create_connection((self._host, self._port), self._seconds)
-        try:
-            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if not self._is_tls:
-                return raw
-            raw.getpeername()  # of one that was reset by now, Python's wrapper would be left open
-            return self._tls().wrap_socket(raw, server_hostname=self._host, suppress_ragged_eofs=False)
-        except BaseException:
-            raw.close()
-            raise
+        tls = self._tls() if self._is_tls else None
+        return kept_http.connect(self._host, self._port, tls, self._host, self._seconds)

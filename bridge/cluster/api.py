@@ -12,7 +12,6 @@ import contextlib
 import http.client
 import json
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ from bridge.cluster.errors import NoAnswerError, why
 from bridge.cluster.stream import Lines
 from bridge.node.endpoints import Server
 from bridge.node.inventory import Node
-from bridge.system import https
+from bridge.system import https, kept_http
 from bridge.system.kept_http import KeptConnection
 from bridge.words import one_line
 
@@ -57,7 +56,7 @@ class Reply:
 
     @cached_property
     def document(self) -> Mapping[str, Any]:
-        """Its JSON; empty if it is no object. Of a write that went well nobody needs it."""
+        """The body's JSON; empty if it is no object. Parsed when needed: of a write that went well nobody needs it."""
         return _document(self.body)
 
     @property
@@ -86,7 +85,7 @@ class _Request(NamedTuple):
 
 
 class Api:
-    """May be used by several threads."""
+    """A client of the API; it may be used by several threads."""
 
     def __init__(
         self,
@@ -121,7 +120,7 @@ class Api:
     @classmethod
     def of_gateway(cls, config: Path | None) -> Api:
         """
-        With connections that are kept.
+        A client with the gateway's rights, whose connections are kept; nothing is asked yet.
 
         Raises:
             AccessError: As `access.of_gateway`.
@@ -131,7 +130,7 @@ class Api:
 
     @property
     def servers(self) -> Sequence[Server]:
-        """Those that are known."""
+        """The servers that are known, the likeliest first."""
         return self._servers
 
     @property
@@ -242,7 +241,7 @@ class Api:
         raise AssertionError("the second connection was not kept")
 
     def _connection(self, server: Server, client: Client) -> KeptConnection:
-        """The thread's own."""
+        """The thread's own connection to this server."""
         kept: tuple[Server, Client, KeptConnection] | None = getattr(self._own, "kept", None)
         if kept is not None and kept[0] is server and kept[1] is client:
             return kept[2]
@@ -303,21 +302,9 @@ class Api:
             connection.close()
 
 
-def _connect(server: Server, client: Client) -> ssl.SSLSocket:
-    """
-    A new connection.
-
-    Raises:
-        OSError: There is none.
-    """
-    place = server.place
-    raw = socket.create_connection(place, TIMEOUT_SECONDS)
-    try:
-        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return client.tls.wrap_socket(raw, server_hostname=server.name or place.host)
-    except BaseException:
-        raw.close()
-        raise
+def _connect(server: Server, client: Client) -> socket.socket:
+    host, port = server.place
+    return kept_http.connect(host, port, client.tls, server.name or host, TIMEOUT_SECONDS)
 
 
 def _document(content: bytes) -> dict[str, Any]:

@@ -44,15 +44,42 @@ class TooLongError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What a server answered."""
+    """A server's answer."""
 
     status: int
     headers: Mapping[str, str] = field(repr=False)  #: By name in small letters; the last of several.
     body: bytes = field(repr=False)
 
 
+def connect(host: str, port: int, tls: ssl.SSLContext | None, server_name: str, seconds: float) -> socket.socket:
+    """
+    A new connection that small requests are not held back on, in TLS if there is a context for it.
+
+    Args:
+        host: Name or address.
+        port: TCP.
+        tls: The client's; None: without TLS.
+        server_name: For SNI and in the server's certificate.
+        seconds: For each step; a name may have many addresses, and what the resolver takes has no limit.
+
+    Raises:
+        OSError: There is none (`ssl.SSLError`, `TimeoutError` among them).
+    """
+    raw = socket.create_connection((host, port), seconds)
+    try:
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if tls is None:
+            return raw
+        raw.getpeername()  # of one that was reset by now, Python's wrapper would be left open (SSLSocket._create)
+        # Not even an end without TLS's own word is one: somebody may have cut the answer short.
+        return tls.wrap_socket(raw, server_hostname=server_name, suppress_ragged_eofs=False)
+    except BaseException:
+        raw.close()
+        raise
+
+
 class KeptConnection:
-    """To one server; from one thread at a time."""
+    """A connection to one server, made when it is needed; for one thread at a time."""
 
     def __init__(self, connect: Callable[[], socket.socket], host: str) -> None:
         """
@@ -151,14 +178,14 @@ def _body(response: HTTPResponse, longest: int) -> bytes:
 
 
 class _Stream(io.BufferedReader):
-    """What `http.client` reads of a socket: until its limit of time, and not closed by whoever has read an answer."""
+    """The stream that `http.client` reads of a socket: with a limit of time, and not closed by whoever has read an answer."""
 
     def __init__(self, opened: socket.socket, deadline: float) -> None:
         self._timed = _TimedReader(opened, deadline)
         super().__init__(self._timed, _PIECE_BYTES)
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        """As a socket's."""
+        """The stream itself, in the place of a socket's file."""
         del mode
         return self
 
