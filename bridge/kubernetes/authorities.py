@@ -162,7 +162,7 @@ class AuthorityOfSigners:
 
     def recall(self, request: SignRequest, since: datetime) -> Issued | None:
         """
-        What the CA has signed for this CSR, for one who could not take the answer; several are one look.
+        Find what the CA has signed for this CSR before somebody could take the answer; for several at a time it is one look.
 
         Args:
             request: As it would be sent.
@@ -180,7 +180,7 @@ class AuthorityOfSigners:
 
     def collect(self, request: SignRequest, reference: str) -> Sequence[Issued] | Pending:
         """
-        What the CA says by now; several where anybody may have answered.
+        The CA's answer by now; several where anybody may have answered.
 
         Raises:
             BackendRefusedError, BackendUnavailableError: As `bridge.contract.Collects.collect`.

@@ -39,7 +39,7 @@ _FIRST_LOOK_SECONDS, _LONGEST_LOOK_SECONDS = 1.0, 300.0
 
 
 class Gateway:
-    """What works at the queue; from several threads."""
+    """The work on the queue's jobs, done by several threads."""
 
     def __init__(self, place: Place) -> None:
         self._place = place
@@ -170,5 +170,5 @@ class Gateway:
 
 
 def specs_of(signers: Iterator[str]) -> list[CertificateSpec]:
-    """What the signers of a policy sign."""
+    """The specs of what a policy's signers sign."""
     return [spec for signer in signers if (spec := spec_of(signer)) is not None]

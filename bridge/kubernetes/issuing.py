@@ -47,7 +47,7 @@ class Issuing:
 
     def signed(self, job: Job, verdict: Allowed, authority: AuthorityOfSigners, ticket: Ticket | None) -> Verified:
         """
-        What the CA has signed, and is what was asked for.
+        Have the CA sign, and verify the answer.
 
         Raises:
             LeftError: It has not.
@@ -120,7 +120,7 @@ class Issuing:
 
     def _recalled(self, asking: _Asking) -> Verified | None:
         """
-        What the CA has signed for one who could not take the answer; None: nothing, and it is asked.
+        An answer that the CA has given before, to one who could not take it; None: there is none, and the CA is asked.
 
         Looked for where there may be something: a gateway that had the lease before us died, or our own question was
         not answered.

@@ -1,4 +1,4 @@
-"""What the policy says to an object by what is true at this moment, and how often somebody may ask."""
+"""The policy's verdict on an object by what is true at this moment, and how often somebody may ask."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Judging:
         self._requesters, self._nodes = Rate(ours.requester_rate), Rate(ours.node_rate)
 
     def seconds_to_wait(self, job: Job) -> float:
-        """Until one more request of this user and for this node may be looked at; 0: it was counted, and goes on."""
+        """Seconds until one more request of this user and for this node may be looked at; 0: it was counted, and goes on."""
         node, user, now = job.node, job.one.request.username, time.monotonic()
         # by who asks, too: whoever may ask at all could name a node until its own kubelet had to wait
         about = key_of(job.one, node)
@@ -58,7 +58,7 @@ class Judging:
 
     def verdict(self, job: Job) -> Verdict:
         """
-        By what is true now.
+        The policy's verdict on the job's object, by what is true now.
 
         Raises:
             NoAnswerError: The Node object can't be looked at.

@@ -125,12 +125,12 @@ class Known:
 
     @property
     def policy(self) -> Policy:
-        """What its file says now."""
+        """As its file has it now."""
         return self._policy.get()
 
     @property
     def register(self) -> Register:
-        """What its file says now."""
+        """As its file has it now."""
         return self._register.get()
 
     @property
@@ -145,7 +145,7 @@ class Known:
 
     def entry(self, name: str) -> NodeEntry | None:
         """
-        What is known of a node.
+        The inventory's entry for a node, or the command's answer; None: neither knows it.
 
         Raises:
             BridgeError: The command failed, so that nobody knows.

@@ -28,7 +28,7 @@ _API_VERSION = "coordination.k8s.io/v1"
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """What a lease says, and since when."""
+    """A lease as it was seen, and since when it is so."""
 
     holder: str
     renewed: str
@@ -179,7 +179,7 @@ class Alone:
         return self._began
 
     def start(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def is_ours(self) -> bool:
         """Always."""
@@ -190,4 +190,4 @@ class Alone:
         return True
 
     def release(self) -> None:
-        """Nothing to give back."""
+        """Do nothing."""

@@ -36,14 +36,14 @@ class Line:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class About:
-    """What each line about a request says."""
+    """The facts that each line about a request repeats."""
 
     spec: CertificateSpec
     more: Mapping[str, str]
 
     @classmethod
     def of(cls, one: SigningRequest, spec: CertificateSpec, backend: str = "", identity: str = "") -> About:
-        """What is said of an object; names in it are the requester's choice."""
+        """The facts about an object; names in it are the requester's choice."""
         found = {
             "request": one.uid,
             "object": one_line(one.name),

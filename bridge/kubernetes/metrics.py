@@ -59,7 +59,7 @@ class Metrics:
                 self._ends.popitem(last=False)
 
     def text(self) -> str:
-        """All of them."""
+        """All metrics as text."""
         with self._mutex:
             return "\n".join([*self._lines(), ""])
 

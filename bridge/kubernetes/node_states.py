@@ -53,7 +53,7 @@ class NodeStates:
 
     def state(self, name: str, *, newer: bool, with_readiness: bool) -> NodeState:
         """
-        As it is now, or was a second ago.
+        The node's state as it is now, or was a second ago.
 
         Args:
             name: The node's.
@@ -115,7 +115,7 @@ class NodeStates:
 
 
 def _names(document: Mapping[str, Any]) -> frozenset[str] | None:
-    """Those of a whole list; None: it is none."""
+    """The names in a whole list of objects; None: it is none."""
     try:
         if document["kind"] != "PartialObjectMetadataList" or document["metadata"].get("continue"):
             return None

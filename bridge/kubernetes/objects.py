@@ -31,7 +31,7 @@ _MOST_GROUPS = 200
 
 
 class NotAnObjectError(ValueError):
-    """It is not in the shape that the API server gives."""
+    """The object is not in the shape that the API server gives."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,12 +53,12 @@ class SigningRequest:
 
     @property
     def is_settled(self) -> bool:
-        """Nothing more is to be written."""
+        """Whether nothing more is to be written into it."""
         return bool(self.certificate) or self.has(DENIED) or self.has(FAILED)
 
     @property
     def age_key(self) -> tuple[datetime, int]:
-        """What tells the newer one of two."""
+        """A key to sort by age: of two the newer one's is greater."""
         return self.created, int(self.version) if self.version.isdecimal() else 0
 
     @property
@@ -125,7 +125,7 @@ def decoded(certificate: str) -> bytes:
 
 
 def cn_of(certificate: x509.Certificate) -> str:
-    """Its CN; empty if it has none."""
+    """A certificate's CN; empty if it has none."""
     return next((value for oid, value in attributes(certificate.subject) if oid == _CN), "")
 
 

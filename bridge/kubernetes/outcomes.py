@@ -37,7 +37,7 @@ def after_refusal(job: Job) -> float:
 
 
 def extra(job: Job, outcome: str | None = None) -> dict[str, str | None]:
-    """What the log's lines say of a job."""
+    """The fields of the log's lines about a job."""
     request = job.one.request
     return {
         "request": job.one.uid,

@@ -1,4 +1,4 @@
-"""What every step works with: the settings, the API server, the CAs, the record, the queue."""
+"""The place that every step works at: the settings, the API server, the CAs, the record, the queue."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Holder(Protocol):
     """Says whether this replica works."""
 
     def is_ours(self) -> bool:
-        """At this moment."""
+        """Whether the lease is ours at this moment."""
         ...
 
     def doubtful_before(self) -> datetime | None:
@@ -65,7 +65,7 @@ class Place:
             raise LeftError("left", "another replica works", 0.5)
 
     def about(self, one: SigningRequest, authority: AuthorityOfSigners | None = None) -> About:
-        """What lines of the audit log say of a request."""
+        """The facts that the audit log's lines about a request repeat."""
         spec = spec_of(one.request.signer)
         if spec is None:
             raise AssertionError("only signers that have a spec are looked at")
@@ -74,14 +74,14 @@ class Place:
         return About.of(one, spec, authority.label, self._identities[authority.name])
 
     def record_quietly(self, about: About, event: str, error: BackendError | VerificationError) -> None:
-        """What has happened already; if it can't be recorded, that is said, and `/readyz` fails."""
+        """Record what has happened already; if that fails, it is said, and `/readyz` fails."""
         try:
             self.ledger.write(about.line(event, error=error))
         except AuditError as e:
             log.error("%s; the audit log lacks: %s", e, event, extra={"request": about.more["request"]})  # noqa: TRY400
 
     def drop_ticket(self, uid: str) -> None:
-        """It has been answered, or never will be."""
+        """Forget a ticket: it has been answered, or never will be."""
         try:
             self.tickets.drop(uid)
         except StateError as e:

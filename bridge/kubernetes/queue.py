@@ -41,12 +41,12 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Of those with the same only the newest counts; empty: it stands alone."""
+        """The job's `key_of`: of jobs with the same one only the newest counts; empty: it stands alone."""
         return "" if self.alone else key_of(self.one, self.node)
 
 
 def key_of(one: SigningRequest, node: str | None) -> str:
-    """Of a node's requests only the newest is read by the kubelet; others of the same name may be somebody else's."""
+    """A key by signer, user and node: of a node's requests only the newest is read by the kubelet; empty without a node."""
     return f"{one.request.signer}\n{one.request.username}\n{node}" if node is not None else ""
 
 
@@ -171,7 +171,7 @@ class Queue:
             return not job.key or known is None or known[1] == job.one.uid
 
     def remove(self, uid: str) -> None:
-        """It is settled, or gone."""
+        """Take an object out: it is settled, or gone."""
         with self._changed:
             self._later.pop(uid, None)
             self._remove(uid)
@@ -211,7 +211,7 @@ class Queue:
                 self._changed.wait(max(0.0, min(deadline, upcoming) - now))
 
     def done(self, job: Job) -> None:
-        """Nothing more is to be done with it, unless it has changed meanwhile."""
+        """End the work on a job, unless its object has changed meanwhile."""
         with self._changed:
             del self._working[job.one.uid]
             later = self._later.pop(job.one.uid, None)
@@ -219,7 +219,7 @@ class Queue:
             self.put(later, lambda _: job.node, lambda _: not job.alone)
 
     def delay(self, job: Job, seconds: float) -> None:
-        """It is looked at again after this time, or when it changes."""
+        """Put a job back: it is looked at again after these seconds, or when its object changes."""
         with self._changed:
             del self._working[job.one.uid]
             later = self._later.pop(job.one.uid, None)
@@ -238,7 +238,7 @@ class Queue:
             self._changed.notify()
 
     def wake(self) -> None:
-        """What waits for its time is looked at now: something has changed."""
+        """Look at once at all that waits for its time: something has changed."""
         with self._changed:
             self._ready.extend(job for _, _, job in self._delayed if not job.removed)
             self._delayed.clear()
@@ -259,7 +259,7 @@ class Queue:
             self.overflowed = False
 
     def close(self) -> None:
-        """Nothing new is taken."""
+        """Take no new jobs, and forget those that nobody works on."""
         with self._changed:
             self._closed = True
             self._ready.clear()

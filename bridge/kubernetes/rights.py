@@ -48,7 +48,7 @@ class Right:
 
 
 def needed(signers: Sequence[str], settings: GatewaySettings) -> Iterator[Right]:
-    """All that docs/gateway.md names, but for the right to create the lease, which may be there already (pure)."""
+    """The rights that docs/gateway.md names, but for that to create the lease, which may be there already (pure)."""
     for verb in ("get", "list", "watch"):
         yield Right(verb=verb, group=_CERTIFICATES, resource=_REQUESTS)
     for subresource in ("approval", "status"):

@@ -64,7 +64,7 @@ def _alone(store: Store) -> Iterator[None]:
 
 
 class Service:
-    """All of it."""
+    """The gateway as a whole: made of the settings, started, run and ended."""
 
     def __init__(self, settings: Settings, now: Callable[[], datetime]) -> None:
         """
@@ -154,7 +154,7 @@ class Service:
         return max(self.settings.gateway.concurrency, _THREADS_OF_MANY if many else 0)
 
     def _look_at_cas(self) -> None:
-        """What `--check` would say; a CA that is away now is waited for."""
+        """Check the CAs as `--check` does; a CA that is away now is waited for."""
         for authority in self.authorities.values():
             ours = [spec for spec in self.specs if spec.authority.name == authority.name]
             try:

@@ -1,5 +1,5 @@
 """
-What a CA answers later, by the object's uid: it survives the gateway's restarts.
+Tickets for what a CA answers later, by the object's uid; they survive the gateway's restarts.
 
 Another replica has a state directory of its own; it asks the CA once more with the same id, and a CA that has the
 request does not take it twice (`bridge.contract.Collects`).
@@ -59,12 +59,12 @@ class Tickets:
         self._tickets = dict(self._file.read() or {})
 
     def get(self, uid: str) -> Ticket | None:
-        """That of an object."""
+        """The ticket of an object, by its uid."""
         with self._mutex:
             return self._tickets.get(uid)
 
     def all(self) -> list[Ticket]:
-        """Those that there are."""
+        """All tickets."""
         with self._mutex:
             return list(self._tickets.values())
 

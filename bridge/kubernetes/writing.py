@@ -1,4 +1,4 @@
-"""What is written into an object: onto exactly the one that was judged, with its uid and resourceVersion."""
+"""Writes into an object: onto exactly the one that was judged, with its uid and resourceVersion."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class Combined(Generic[T, R]):
         return place.results[0]
 
     def _lead(self) -> None:
-        """For those who came first, ourselves among them; then it is the next one's turn."""
+        """Work for those who came first, ourselves among them; then it is the next one's turn."""
         with self._mutex:
             batch = [self._line.popleft() for _ in range(min(len(self._line), self._most))]
         try:
