@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.system.kept_http import Answer, BrokenOffError, KeptConnection, NotHttpError, TooLongError
+from bridge.system import https
+from bridge.system.kept_http import Answer, BrokenOffError, KeptConnection, NotHttpError, TooLongError, connect
+from tests.kit import cfssl
 
 Talk = Callable[[socket.socket, bytes], None]
 
@@ -151,6 +155,35 @@ def test_a_connection_is_kept_and_nothing_is_left_on_it() -> None:
         assert (ask(connection).body, connection.is_kept) == (b"hello", False)
         time.sleep(0.15)
         assert (ask(connection).body, connection.is_kept) == (b"hello", False)
+
+
+@pytest.mark.parametrize("says_so", [True, False])
+def test_an_answer_over_tls_ends_when_tls_says_so(tmp_path: Path, says_so: bool) -> None:
+    """An answer till the end is whole with TLS's own word for it; without, somebody may have cut it short."""
+    files = cfssl.make_tls(tmp_path)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(files.server_cert, files.server_key)
+
+    def serve(listener: socket.socket) -> None:
+        with suppress(OSError), tls.wrap_socket(listener.accept()[0], server_side=True) as opened:
+            opened.recv(1 << 16)
+            opened.sendall(WHOLE["till the end"])
+            if says_so:
+                opened.unwrap()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=[listener], daemon=True)
+        thread.start()
+        port = listener.getsockname()[1]
+        trusting = https.context(files.ca.read_bytes(), None, None)
+        connection = KeptConnection(lambda: connect("127.0.0.1", port, trusting, "127.0.0.1", 5), f"127.0.0.1:{port}")
+        if says_so:
+            assert ask(connection).body == b"hello"
+        else:
+            with pytest.raises(BrokenOffError):
+                ask(connection)
+        connection.close()
+        thread.join(5)
 
 
 @pytest.mark.parametrize("target", ["/a b", "/a\r\nX: y", "/ä", "/\x00"])
