@@ -29,7 +29,7 @@ from bridge.node.yamltree import YamlError, YamlNode, document, split_bom
 from bridge.pki import verify
 from bridge.pki.expiry import minute
 from bridge.settings.tables import Settings
-from bridge.specs import CA, ETCD_CA, FRONT_PROXY_CA, Component
+from bridge.specs import CA, ETCD_CA, FRONT_PROXY_CA, KUBELET_CONF, Component
 from bridge.system.safe_read import UnreadableError, read
 from bridge.words import one_line
 
@@ -59,13 +59,14 @@ _STEPS: tuple[tuple[Component, tuple[str, ...]], ...] = (
 def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     """Examine what an upgrade needs; asks the cluster's API, if it answers, and writes nothing."""
     if node.is_worker:
-        text = "kubeadm upgrade node looks at no certificate of a worker, and writes the kubelet's configuration anew"
+        text = "kubeadm upgrade node asks the cluster by kubelet.conf, and writes the kubelet's configuration anew"
         yield _says("kubelet", text, "edits of its config.yaml are lost; those of the ConfigMap kubelet-config stay")
+        yield from _access(KUBELET_CONF, node, now)
         return
     external = [state for state in node.authorities if state.key == "external" and state.authority.name in _VALIDATED]
     for state in external:
         yield from _authority(state, node, now)
-    yield from _admin(node, now)
+    yield from _access("admin.conf", node, now)
     yield _says(
         "certificates",
         "kubeadm renews none of an external CA's, and aborts if one of them is not right"
@@ -150,19 +151,19 @@ def _wrong(item: Item, state: AuthorityState, now: datetime) -> _Wrong | None:
     return None
 
 
-def _admin(node: Node, now: datetime) -> Iterator[Finding]:
-    """Check admin.conf, by which kubeadm is itself a client, and which it looks at in the end, too."""
-    item = next((one for one in node.items if one.spec.name == "admin.conf"), None)
+def _access(name: str, node: Node, now: datetime) -> Iterator[Finding]:
+    """Check by what kubeadm is itself a client: admin.conf, which it looks at in the end, too; a worker's kubelet.conf."""
+    item = next((one for one in node.items if one.spec.name == name), None)
     if item is None or item.state != "present":
         found = item.state if item is not None else "missing"
         text = f"wanted it, found it {found}: kubeadm upgrade has no access without it, and aborts"
-        hint = "ca-bridge renew admin.conf makes it"
+        hint = f"ca-bridge renew {name} makes it"
     elif now > (end := item.certificates[0].not_valid_after_utc):
         text = f"it has ended {minute(end)}: kubeadm upgrade has no access"
-        hint = "ca-bridge renew admin.conf"
+        hint = f"ca-bridge renew {name}"
     else:
         return
-    yield Finding(level="error", check="upgrade-no-access", about="admin.conf", text=text, hint=hint)
+    yield Finding(level="error", check="upgrade-no-access", about=name, text=text, hint=hint)
 
 
 # --- files that it writes --------------------------------------------------------------------------------------------

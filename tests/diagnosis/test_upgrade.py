@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from bridge.diagnosis import examination, upgrade
+from bridge.node import kubeconfig
 from bridge.node.inventory import read
+from bridge.pki.certificates import load_pem_certificates
 from bridge.settings.load import load
 from bridge.specs import SPECS
 from tests.kit import apiserver
@@ -138,6 +140,27 @@ def test_what_ends_soon_and_what_kubeadm_does_not_look_at(site: Site) -> None:
     assert (site.found(), site.kubeadm_aborts()) == ({}, False)
     (site.pki.kubeconfig_dir / "admin.conf").unlink()
     assert site.found() == {"upgrade-no-access": {"admin.conf"}}
+
+
+def test_a_worker_whose_kubelet_conf_has_ended(site: Site) -> None:
+    """kubeadm has no other access there (seen on a real worker); a valid one is enough, and no other certificate counts."""
+    directory = site.pki.kubeconfig_dir
+    for path in (directory / "manifests", site.pki.pki_dir / "etcd"):
+        shutil.rmtree(path)
+    for path in [*directory.glob("*.conf"), *site.pki.pki_dir.iterdir()]:
+        if path.name not in {"kubelet.conf", "ca.crt"}:
+            path.unlink()
+    assert read(site.pki.pki_dir, directory).is_worker
+    assert site.found() == {}
+    path = directory / "kubelet.conf"
+    data = path.read_bytes()
+    certificate, key = kubeconfig.parse(data).certificate_data, kubeconfig.key_data(data)
+    assert certificate is not None
+    assert key is not None
+    [live] = load_pem_certificates(certificate)
+    old = signed_again(live, Signer.load(*site.pki.ca_pem("ca")), end=datetime.now(UTC) - timedelta(minutes=5))
+    path.write_bytes(kubeconfig.with_credentials(data, old, key))
+    assert site.found() == {"upgrade-no-access": {"kubelet.conf"}}
 
 
 def test_where_kubelet_conf_will_lead(site: Site) -> None:

@@ -148,6 +148,7 @@ def _expire(bridge: LiveBridge, name: str) -> None:
 def words_of(run: subprocess.CompletedProcess[str]) -> str:
     """The cause, without what kubeadm says around it."""
     said = re.sub(r"\s+", " ", run.stderr)
+    said = said.partition(" To see the stack trace")[0]
     found = re.search(r"failed to renew certificates[^\]]*?current time", said) or re.search(r"error: .{0,300}", said)
     return found[0].removesuffix(": current time") if found else said[-300:]
 

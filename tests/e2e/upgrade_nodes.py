@@ -4,7 +4,7 @@ A real upgrade of a cluster from Kubernetes 1.36 to 1.37 whose CA keys were neve
 `python -m tests.e2e.upgrade_nodes [--docs]` makes two control-plane nodes and a worker of 1.36 by `ca-bridge bootstrap`,
 with the programs that `tests/kit/binaries.sh --older 1.36` builds, and types what docs/upgrade.md says: `kubeadm upgrade
 apply` on the first, `kubeadm upgrade node` on the others, all with `--certificate-renewal=false`; on the second one a
-certificate has expired.
+certificate has expired, and before that the worker's.
 It prints what was seen; with `--docs` also into docs/upgrade.md, whose figures come from nowhere else.
 Images come from the kit; CoreDNS and kube-proxy do not run, and there is no pod network.
 Needs root, and the Python of `.cache/venv-test`, which `scripts/test` made.
@@ -27,7 +27,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from bridge.specs import SPECS
+from bridge.specs import KUBELET_CONF, SPECS
 from tests.bench.__main__ import write_between
 from tests.e2e import upgrade
 from tests.e2e.upgrade import DOCUMENT, EXPIRED, TO, Seen
@@ -45,6 +45,8 @@ NO_RENEWAL = "--certificate-renewal=false"
 #: Each node of the kit has a cgroup root of its own, which is no part of the cluster's configuration.
 _OF_THE_KIT = {"upgrade-kubelet-config": ["/var/lib/kubelet/config.yaml"]}
 
+_CURRENT = "var/lib/kubelet/pki/kubelet-client-current.pem"
+_END = "-----END CERTIFICATE-----\n"
 _RESTART = """
 [restart]
 method = "static-pods"
@@ -95,13 +97,14 @@ class Site:
         self.seen.add(f"{name}: `kubeadm upgrade {' '.join(args)}`", said)
         return run
 
-    def expire(self, name: str, certificate: str) -> None:
-        """A certificate of the right CA for the same key, which has ended."""
-        spec = SPECS[certificate]
-        path = self.machines[name].node.pki_dir / f"{spec.base}.crt"
-        signer = Signer.load(*self.cas.pki.ca_pem(spec.authority.name))
-        old = x509.load_pem_x509_certificate(path.read_bytes())
-        path.write_bytes(signed_again(old, signer, end=datetime.now(UTC) - timedelta(minutes=5)))
+    def expire(self, authority: str, path: Path) -> None:
+        """A certificate of the right CA for the same key, which has ended; a key behind it stays."""
+        text = path.read_text()
+        begin = text.index(_END) + len(_END)
+        signer = Signer.load(*self.cas.pki.ca_pem(authority))
+        old = x509.load_pem_x509_certificate(text[:begin].encode())
+        new = signed_again(old, signer, end=datetime.now(UTC) - timedelta(minutes=5))
+        path.write_bytes(new + text[begin:].encode())
 
     def digests(self) -> dict[str, dict[str, str]]:
         """Of every certificate, key and kubeconfig of each node, the kubelets' among them."""
@@ -160,6 +163,7 @@ def walk(directory: Path, old: Path, new: Path) -> Seen:
         for name in site.machines:
             assert site.doctor(name, "--before-upgrade") == {}
             assert site.plan(name) == []
+        _worker_without_access(site)
         before = site.digests()
         run = site.kubeadm(FIRST, "apply", TO, "--yes", NO_RENEWAL)
         assert run.returncode == 0, run.stderr
@@ -175,10 +179,24 @@ def walk(directory: Path, old: Path, new: Path) -> Seen:
     return site.seen
 
 
+def _worker_without_access(site: Site) -> None:
+    """Its kubelet's certificate has expired, and kubeadm has no other there."""
+    there = site.machines[WORKER].node.root
+    site.expire("ca", there / str((there / _CURRENT).readlink()).lstrip("/"))
+    site.seen.add(f"{WORKER}: {KUBELET_CONF} is made to have expired", "5 minutes ago")
+    assert site.doctor(WORKER, "--before-upgrade") == {"upgrade-no-access": [KUBELET_CONF]}
+    assert site.plan(WORKER) == [KUBELET_CONF]
+    assert site.kubeadm(WORKER, "node", NO_RENEWAL).returncode == 1
+    _run(site, WORKER, "renew")
+    assert site.doctor(WORKER, "--before-upgrade") == {}
+    assert site.plan(WORKER) == []
+
+
 def _second(site: Site) -> None:
     """A further control-plane node, on which a certificate has expired."""
     node = site.machines[SECOND].node
-    site.expire(SECOND, EXPIRED)
+    spec = SPECS[EXPIRED]
+    site.expire(spec.authority.name, node.pki_dir / f"{spec.base}.crt")
     site.seen.add(f"{SECOND}: {EXPIRED} is made to have expired", "5 minutes ago")
     assert site.doctor(SECOND, "--before-upgrade") == {"upgrade-aborts": [EXPIRED]}
     assert site.plan(SECOND) == [EXPIRED]
