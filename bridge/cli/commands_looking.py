@@ -53,8 +53,10 @@ def check_expiration(
         raise typer.BadParameter("-w and -c are for -o nagios; for exit code 3 there is --within")
     if warning is not None and critical is not None and critical > warning:
         raise typer.BadParameter("-c has to be shorter than -w: nobody would be warned before it is critical")
-    limit = warning or within
-    raise typer.Exit(expiration.check_expiration(common.settings(), utc_now(), output.value, limit, critical))
+    if output is ExpirationOutput.NAGIOS:
+        limit = within if warning is None else warning
+        raise typer.Exit(expiration.check_for_nagios(common.settings, utc_now(), limit, critical))
+    raise typer.Exit(expiration.check_expiration(common.settings(), utc_now(), output.value, within))
 
 
 @command(app, "prove")

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from bridge.cli.printing import columns, say, width_here
-from bridge.errors import Exit
+from bridge.errors import BridgeError, Exit
 from bridge.node import inventory
 from bridge.node.expiry_report import ExpiryReport, Row, report
 from bridge.node.inventory import Node
@@ -16,7 +16,7 @@ from bridge.pki.certificates import fingerprint, name_text, serial_hex
 from bridge.pki.expiry import residual, rfc3339
 from bridge.settings.tables import RenewalSettings, Settings
 from bridge.state.store import Store
-from bridge.system.console import ROOT_HINT, lacks_rights, log
+from bridge.system.console import ROOT_HINT, lacks_rights, log, print_error
 from bridge.words import escaped
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ def check_expiration(
     now: datetime,
     output: str,
     within: timedelta | None = None,
-    critical: timedelta | None = None,
 ) -> int:
     """
     Print what is there, and return the exit code.
@@ -46,19 +45,39 @@ def check_expiration(
     Args:
         settings: Where the node's files are.
         now: Aware, UTC.
-        output: `table`, `json`, `yaml`, `prometheus` or `nagios`.
-        within: What ends sooner is due; for `nagios` the limit of a warning.
-        critical: For `nagios` alone.
+        output: `table`, `json`, `yaml` or `prometheus`.
+        within: What ends sooner is due.
     """
-    if output == "nagios":
-        from bridge.cli import nagios  # noqa: PLC0415 (for monitors alone)
+    seen = _known(settings) if output == "prometheus" else None
+    node = inventory.of(settings.node)
+    return _said(*look(node, now, within, output, renewal=settings.renewal, known=seen))
 
-        limits = nagios.Thresholds.of(settings, within, critical)
-        text, troubles, code = nagios.check(settings, now, limits, _failures(settings))
-    else:
-        seen = _known(settings) if output == "prometheus" else None
-        node = inventory.of(settings.node)
-        text, troubles, code = look(node, now, within, output, renewal=settings.renewal, known=seen)
+
+def check_for_nagios(
+    settings: Callable[[], Settings], now: datetime, warning: timedelta | None, critical: timedelta | None
+) -> int:
+    """
+    Print a plugin's line, and return its status.
+
+    Args:
+        settings: Reads them; where they can't be used, the line says so, since a monitor shows no standard error.
+        now: Aware, UTC.
+        warning: What ends sooner is a warning; None: by the settings.
+        critical: What ends sooner is critical; None: a third of it.
+    """
+    from bridge.cli import nagios  # noqa: PLC0415 (for monitors alone)
+
+    try:
+        ours = settings()
+        limits = nagios.Thresholds.of(ours, warning, critical)
+        return _said(*nagios.check(ours, now, limits, _failures(ours)))
+    except BridgeError as e:
+        print_error(e)
+        return _said(nagios.unknown(e.reason), [], nagios.UNKNOWN)
+
+
+def _said(text: str, troubles: Sequence[str], code: int) -> int:
+    """Print the result, and on standard error what could not be read; returns the code."""
     say(text)
     for trouble in troubles:
         log.error("%s", trouble)

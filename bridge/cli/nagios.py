@@ -15,11 +15,13 @@ from bridge.node import inventory
 from bridge.node.expiry_report import ExpiryReport, Limit, Row, report
 from bridge.pki.expiry import is_early, residual
 from bridge.settings.tables import Settings
+from bridge.words import one_line
 
 if TYPE_CHECKING:
     from bridge.renewal.gate import Failures
 
-_WORDS = ("OK", "WARNING", "CRITICAL")
+_WORDS = ("OK", "WARNING", "CRITICAL", "UNKNOWN")
+UNKNOWN = 3  #: The status of a check that could not look.
 #: What is still not renewed with this share of `renewal.before` left was passed over by many nights.
 _CRITICAL_SHARE = 1 / 3
 
@@ -70,6 +72,11 @@ def check(
     unseen = "" if failures is not None else " (failed runs are for root to see)"
     data = " ".join(_performance(one, other) for one, other in zip(early.rows, late.rows, strict=True) if one.chain)
     return f"CERTIFICATES {_WORDS[status]} - {what}{unseen}{' | ' if data else ''}{data}", list(early.troubles), status
+
+
+def unknown(why: str) -> str:
+    """The line of a check that could not look; behind a bar it would have performance data."""
+    return f"CERTIFICATES {_WORDS[UNKNOWN]} - {one_line(why).replace('|', '/')}"
 
 
 def _critical(late: ExpiryReport, now: datetime) -> list[str]:

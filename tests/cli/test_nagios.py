@@ -123,6 +123,19 @@ def test_who_may_not_see_failed_runs_says_so(node: Pki) -> None:
     assert (status, "failed runs are for root to see" in line) == (0, True)
 
 
+def test_settings_that_cannot_be_used_are_unknown(tmp_path: Path) -> None:
+    """A monitor shows standard output alone, and takes exit code 2, which they have elsewhere, for CRITICAL."""
+    bridge = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge")
+    assert bridge.run("check-expiration", "-o", "nagios").stdout.startswith("CERTIFICATES OK - ")
+    bridge.config.write_text('"a|b" = 1\n')
+    run: subprocess.CompletedProcess[str] = bridge.run("check-expiration", "-o", "nagios")
+    assert (run.returncode, run.stdout.count("\n")) == (3, 1)
+    assert run.stdout.startswith("CERTIFICATES UNKNOWN - ")
+    assert "a/b" in run.stdout
+    assert "a|b" in run.stderr
+    assert bridge.run("check-expiration").returncode == 2
+
+
 def test_swapped_thresholds_are_refused(tmp_path: Path) -> None:
     """With the critical one first nobody would ever be warned."""
     bridge = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge")
