@@ -16,7 +16,7 @@ from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.kubernetes.known_nodes import Known
 from bridge.settings.tables import Settings
 from bridge.signing import registry
-from bridge.signing.signer_rules import KUBERNETES_SIGNERS, Grant, SignerRules, spec_of
+from bridge.signing.signer_rules import KUBERNETES_SIGNERS, Grant, SignerRules
 from bridge.words import has_controls
 
 NAMESPACE = "ca-bridge"
@@ -110,8 +110,7 @@ def _askers(signers: Mapping[str, SignerRules]) -> Iterator[str]:
     for name, rules in signers.items():
         if name in KUBERNETES_SIGNERS:
             continue
-        spec = spec_of(name)
-        policy = f"ca-bridge-gateway-{re.sub('[^a-z0-9]+', '-', spec.name if spec else name)}"
+        policy = f"ca-bridge-gateway-{name.replace('/', '.')}"  # a name of its own for each domain's
         who = " || ".join(_condition(grant) for _, grant in rules.grants) or "false"
         yield f"""\
 ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -114,6 +115,26 @@ def test_who_may_ask_for_signers_of_ones_own(api: ApiServer, tmp_path: Path) -> 
     time.sleep(0.2)
     assert ask(node) == (201, "")
     assert ask(node, expirationSeconds=31 * 86400) == (422, "the request is for longer than 30 days")
+
+
+def test_two_domains_signers_of_one_certificate_have_a_policy_each(tmp_path: Path) -> None:
+    """With one name for both the last one would be in force alone."""
+    config = tmp_path / "config.toml"
+    config.write_text(f'[gateway]\npolicy = "{tmp_path}/policy.toml"\ninventory = "{tmp_path}/inventory.toml"\n')
+    (tmp_path / "inventory.toml").write_text(gateways.INVENTORY)
+    tables = '[allow]\nclusters = ["kubernetes"]\nnodes = ["*"]\nmax_validity = "30d"\n'
+    names = ("one.internal/apiserver", "two.internal/apiserver", "two.internal/controller-manager.conf")
+    for name in names:
+        tables += f'[signer."{name}"]\n[signer."{name}".grant.it]\nusers = ["{name.partition(".")[0]}"]\n'
+    (tmp_path / "policy.toml").write_text(tables)
+    run = setup(config)
+    assert run.returncode == 0, run.stderr
+    found = documents(run.stdout)
+    for name in names:
+        policy = found["ValidatingAdmissionPolicy", f"ca-bridge-gateway-{name.replace('/', '.')}"]
+        assert json.dumps(name) in policy["spec"]["matchConditions"][0]["expression"]
+        binding = found["ValidatingAdmissionPolicyBinding", policy["metadata"]["name"]]
+        assert binding["spec"]["policyName"] == policy["metadata"]["name"]
 
 
 def test_the_pods_settings_are_this_nodes(tmp_path: Path) -> None:

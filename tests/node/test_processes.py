@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -52,8 +53,10 @@ def test_finds_a_program_by_its_name() -> None:
 
 def test_the_oldest_comes_first() -> None:
     """Of two that run the same, whoever still runs on an old file is the older."""
-    with process("first") as first, process("second") as second:
-        assert [found.pid for found in processes.running(PROGRAM)] == [first.pid, second.pid]
+    with process("first") as first:
+        time.sleep(2 / os.sysconf("SC_CLK_TCK"))  # of two that begin in one tick none is the older
+        with process("second") as second:
+            assert [found.pid for found in processes.running(PROGRAM)] == [first.pid, second.pid]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a network namespace needs root; run the tests as root")
