@@ -357,7 +357,7 @@ def key_in_the_place_of_a_certificate(bridge: Bridge) -> None:
     [
         (wrong_secret_id, 5),
         (wrong_token, 5),
-        (unfit_token, 5),
+        (unfit_token, 2),
         (wrong_passphrase, 5),
         (dead_server, 6),
         (another_ca, 5),
