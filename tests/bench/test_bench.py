@@ -67,7 +67,7 @@ def test_the_gateway(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     """A burst is signed, all of it is in the record, and the table has a line for it."""
     page = tmp_path / "gateway.md"
     page.write_text((gateway.DOCS / "gateway.md").read_text())
-    [found] = gateway.main(["--requests", "12", "--ca", "openssl", "--docs"], tmp_path)
+    [found] = gateway.main(["--requests", "12", "--ca", "openssl", "--rounds", "1", "--docs"], tmp_path)
     assert found.audited == 12
     assert 20 < found.memory_mb < gateway.MOST_MEMORY_MB
     assert min(found.ca_alone.rate, found.api_alone.rate, found.gateway.rate) > 0
