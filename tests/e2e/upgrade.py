@@ -19,7 +19,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -276,7 +276,7 @@ def release_of(directory: Path) -> str:
     ).stdout.strip()
 
 
-def programs_of_both(parser: argparse.ArgumentParser) -> tuple[Path, Path]:
+def _programs_of_both(parser: argparse.ArgumentParser) -> tuple[Path, Path]:
     """Where the older version's programs are, and the newer one's; without them the program ends."""
     new = programs.directory()
     old = Path(f"{new}-{FROM}")
@@ -287,18 +287,18 @@ def programs_of_both(parser: argparse.ArgumentParser) -> tuple[Path, Path]:
     return old, new
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Walk, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m tests.e2e.upgrade")
+def run(program: str, start: str, walk: Callable[[Path, Path, Path], Seen]) -> None:
+    """Walk from the older version to the newer one, print, and with `--docs` write behind the mark `start`."""
+    parser = argparse.ArgumentParser(prog=f"python -m {program}")
     parser.add_argument("--docs", action="store_true")
-    options = parser.parse_args(arguments)
-    old, new = programs_of_both(parser)
+    options = parser.parse_args()
+    old, new = _programs_of_both(parser)
     with tempfile.TemporaryDirectory() as directory:
         text = walk(Path(directory), old, new).table()
     print(text)
     if options.docs:
-        write_between(DOCUMENT, START, text)
+        write_between(DOCUMENT, start, text)
 
 
 if __name__ == "__main__":
-    main()
+    run("tests.e2e.upgrade", START, walk)

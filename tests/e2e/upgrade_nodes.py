@@ -12,14 +12,11 @@ Needs root, and the Python of `.cache/venv-test`, which `scripts/test` made.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
 import subprocess
-import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -28,9 +25,8 @@ from pathlib import Path
 from cryptography import x509
 
 from bridge.specs import KUBELET_CONF, SPECS
-from tests.bench.__main__ import write_between
 from tests.e2e import upgrade
-from tests.e2e.upgrade import DOCUMENT, EXPIRED, TO, Seen
+from tests.e2e.upgrade import EXPIRED, TO, Seen
 from tests.kit import node as kit
 from tests.kit.day_zero import Beside, Machine, Walk, prepare
 from tests.kit.issuing import Signer, signed_again
@@ -264,18 +260,5 @@ def _versions(site: Site) -> str:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Walk, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m tests.e2e.upgrade_nodes")
-    parser.add_argument("--docs", action="store_true")
-    options = parser.parse_args(arguments)
-    old, new = upgrade.programs_of_both(parser)
-    with tempfile.TemporaryDirectory() as directory:
-        text = walk(Path(directory), old, new).table()
-    print(text)
-    if options.docs:
-        write_between(DOCUMENT, START, text)
-
-
 if __name__ == "__main__":
-    main()
+    upgrade.run("tests.e2e.upgrade_nodes", START, walk)
