@@ -9,14 +9,15 @@ The map, from the ground up; each floor imports only what is below it (`tests/te
 - `settings`: the settings file
 - `node`: what is on this machine
 - `state`: what we remember and replace
-- `signing`: asking CAs, and being asked (the desk)
+- `ca`: asking CAs through backends
+- `users`: kubeconfigs for people and machines, signed through the same backends
+- `desk`: the CA desk, which signs request bundles by a policy
 - `cluster`: the cluster's Kubernetes API, and the one client that all ask it by
 - `control_plane`: looking at components and restarting them
 - `renewal`: the main job
 - `monitoring`: what monitors are told, and how the last runs ended
-- `users`: kubeconfigs for people and machines, signed through the same backends
 - `diagnosis`: whether the next renewal, and a restart, would succeed (`doctor`)
-- `kubernetes`: the gateway, our door for the certificates API
+- `gateway`: signing for the cluster's certificates API
 - `bootstrap`: day 0, what a new node needs before kubeadm makes it one
 - `cli`: commands, and all that is printed
 

@@ -26,14 +26,14 @@ from typing import ClassVar
 import pytest
 from cryptography import x509
 
+from bridge.ca import conformance
+from bridge.ca.conformance import ABILITIES as ABILITIES  # noqa: PLC0414 (authors of backends import these from here)
+from bridge.ca.conformance import Trial
+from bridge.ca.conformance import sign_request as sign_request  # noqa: PLC0414
+from bridge.ca.conformance import tampered as tampered  # noqa: PLC0414
 from bridge.contract import Backend, ListsIssuers
 from bridge.node.sample_pki import Cluster, ThrowawayCA, ca_certificate, leaf_certificate
 from bridge.pki import csr, verify
-from bridge.signing import conformance
-from bridge.signing.conformance import ABILITIES as ABILITIES  # noqa: PLC0414 (authors of backends import these from here)
-from bridge.signing.conformance import Trial
-from bridge.signing.conformance import sign_request as sign_request  # noqa: PLC0414
-from bridge.signing.conformance import tampered as tampered  # noqa: PLC0414
 from bridge.specs import SPECS, CertificateSpec, KeyAlgorithm
 
 

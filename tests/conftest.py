@@ -10,12 +10,10 @@ The fixture `tried` counts cases (see `tests.counts`).
 from __future__ import annotations
 
 import functools
-import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Generator
-from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -132,8 +130,8 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 def tried(record_property: Callable[[str, object], None]) -> counts.Tried:
     """Tell how many cases of a kind a test has tried."""
 
-    def tell(what: str, count: int, *, exact: bool = True) -> None:
-        record_property(*counts.property_of(what, count, exact=exact))
+    def tell(what: str, count: int) -> None:
+        record_property(*counts.property_of(what, count))
 
     return tell
 
@@ -144,26 +142,10 @@ def told(tried: counts.Tried) -> None:
     tried("failures with the message and hint that an operator reads", 1)
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A run that counts otherwise than the README says fails, unless it is there to correct it."""
-    reporter: Any = session.config.pluginmanager.getplugin("terminalreporter")
-    if reporter is None or hasattr(session.config, "workerinput"):
-        return
-    counted, _ = counts.of(reporter.getreports("passed"))
-    if file := os.environ.get(counts.WRITE_TO):
-        Path(file).write_text(json.dumps(counted), encoding="utf-8")
-    elif counts.differences(counted) and session.exitstatus == pytest.ExitCode.OK:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """One line a kind of cases."""
-    counted, kinds = counts.of(terminalreporter.getreports("passed"))
+    kinds = counts.of(terminalreporter.getreports("passed"))
     if kinds:
         terminalreporter.section("cases that held")
     for what, count in sorted(kinds.items()):
         terminalreporter.write_line(f"{count:6} {what}")
-    if counts.WRITE_TO not in os.environ:
-        for difference in counts.differences(counted):
-            terminalreporter.write_line(f"{difference}; python -m tests.counts", red=True)

@@ -13,12 +13,12 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from bridge.ca import registry
 from bridge.cli.guide import EXAMPLES, TASKS
 from bridge.contract import GIVEN, BackendSettings, Secret
 from bridge.errors import Exit, SettingsError
 from bridge.settings.load import parse
 from bridge.settings.tables import AuthoritySettings
-from bridge.signing import registry
 from tests.kit import manual, settings_page
 from tests.kit.commands import NAME, commands, help_of, lines_in, why_not
 

@@ -34,21 +34,22 @@ FLOORS: dict[str, set[str]] = {
     "node": _GROUND | {"pki", "system", "settings"},
     "state": _LOOKS,
     "cluster": _LOOKS,
-    "signing": _KEEPS - {"node"},
+    "ca": _KEEPS - {"node"},
+    "users": _KEEPS | {"ca"},
+    "desk": _KEEPS - {"node"} | {"ca", "users"},
     "control_plane": _KEEPS | {"cluster"},
-    "renewal": _KEEPS | {"cluster", "signing", "control_plane"},
+    "renewal": _KEEPS | {"cluster", "ca", "desk", "control_plane"},
     "monitoring": _KEEPS | {"renewal"},
-    "users": _KEEPS | {"signing"},
-    "diagnosis": _KEEPS | {"cluster", "signing", "control_plane", "renewal"},
-    "kubernetes": _KEEPS | {"cluster", "signing"},
-    "bootstrap": _KEEPS | {"signing", "renewal"},
+    "diagnosis": _KEEPS | {"cluster", "ca", "desk", "control_plane", "renewal"},
+    "gateway": _KEEPS | {"cluster", "ca", "desk"},
+    "bootstrap": _KEEPS | {"ca", "desk", "renewal"},
     "cli": _KEEPS
-    | {"signing", "control_plane", "renewal", "monitoring", "diagnosis", "kubernetes", "bootstrap", "users"},
+    | {"ca", "desk", "control_plane", "renewal", "monitoring", "diagnosis", "gateway", "bootstrap", "users"},
 }
 #: No I/O and no clock in these: a package, or a module of another one.
 PURE = (
     *("pki", "specs", "words", "settings.windows"),
-    *("signing.rules", "signing.signer_rules", "signing.user_rules", "kubernetes.rates"),
+    *("desk.patterns", "desk.signer_rules", "users.user_rules", "gateway.rates"),
 )
 
 IMPURE_MODULES = {
@@ -170,23 +171,23 @@ def backend_wall(source: str, module: str) -> Iterator[str]:
     A CA that is reached by files also needs the bundles' format and what reads and writes files safely; one whose
     programs print certificates in any form needs what reads those.
     """
-    family = "_".join(module.split("_")[:1])
+    family = ".".join(module.split(".")[:2])
     allowed = [*(f"bridge.{door}" for door in DOORS), "bridge.system.kept_http"]
     if family == "backends.openssl":  # a database of files, with a lock like ours
         allowed += ["bridge.system.files", "bridge.system.ownership"]
-    if module == "backends.https":  # a second look at a connection that broke, and the system's CAs
+    if module == "backends.http":  # a second look at a connection that broke, and the system's CAs
         allowed += ["bridge.system.https"]
     if family == "backends.exchange":
         allowed += ["bridge.pki.bundle", "bridge.pki.bundle_format", "bridge.pki.signatures"]
         allowed += ["bridge.system.files", "bridge.system.safe_read"]
     if family == "backends.exec":
         allowed += ["bridge.pki.loose_certificates"]
-    if module.endswith("_setup"):  # prints what a CA needs for certificates that it looks into
+    if module.endswith(".setup"):  # prints what a CA needs for certificates that it looks into
         allowed += ["bridge.pki.certificates"]
     for name in imports(source, module):
         if within(name, "bridge") and not any(within(name, one) for one in allowed):
             yield name
-        if within(name, "backends") and not name.startswith(family) and not within(name, "backends.https"):
+        if within(name, "backends") and not within(name, family) and not within(name, "backends.http"):
             yield name
 
 
@@ -249,7 +250,7 @@ def test_imports_only_point_down(module: str) -> None:
         ("bridge.pki.verify", "from bridge.node import inventory"),
         ("bridge.pki.verify", "from bridge.system.files import lock"),
         ("bridge.state.session", "def f():\n    from bridge.control_plane import static_pods"),
-        ("bridge.signing.desk", "import bridge.node.inventory"),
+        ("bridge.desk.desk", "import bridge.node.inventory"),
         ("bridge.renewal.renew", "from bridge.cli.app import app"),
         ("bridge.contract", "from bridge import pki"),
         ("bridge.cli.app", "from bridge.entry import main"),
@@ -340,8 +341,8 @@ def test_the_wall_of_bridge_can_fail(source: str) -> None:
 def test_the_wall_of_backends_can_fail(source: str) -> None:
     """A backend that reaches for more than the contract, or for another backend, is noticed."""
     allowed = (
-        "from bridge.contract import Issued\nfrom bridge import errors\nfrom backends.openssl_index import Index\n"
-        "from backends.https import within\n"
+        "from bridge.contract import Issued\nfrom bridge import errors\nfrom backends.openssl.index import Index\n"
+        "from backends.http import within\n"
     )
 
     assert list(backend_wall(source, "backends.openssl"))

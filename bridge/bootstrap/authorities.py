@@ -10,12 +10,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from bridge.bootstrap.places import Places, Role, authorities_of, ca_keys
+from bridge.ca import registry
 from bridge.contract import ListsIssuers
 from bridge.errors import BridgeError, Exit
 from bridge.pki.certificates import UNREADABLE, fingerprint, is_ca, load_pem_certificates, name_text, pem
 from bridge.pki.expiry import minute
 from bridge.settings.tables import Settings
-from bridge.signing import registry
 from bridge.specs import Authority
 from bridge.system.safe_read import UnreadableError, read
 

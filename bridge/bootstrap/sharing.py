@@ -15,12 +15,12 @@ from bridge.bootstrap.orders import NewNode, Order, OrderError
 from bridge.bootstrap.places import Places, live
 from bridge.bootstrap.service_account import is_sa_pair
 from bridge.bootstrap.wishes import order_for, read_configuration
+from bridge.desk import signing_key
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.node.kubeadm_config import KubeadmConfigError
 from bridge.pki import signatures
 from bridge.pki.spoken import spoken
 from bridge.settings.tables import Settings
-from bridge.signing import signing_key
 from bridge.system.files import write_atomically
 from bridge.system.ownership import open_secret
 from bridge.system.safe_read import UnreadableError, read

@@ -168,7 +168,7 @@ def sign(
     does not sign again what an interrupted run had signed. A refusal goes back to its node in the answer.
     """
     from bridge.cli import desk  # noqa: PLC0415
-    from bridge.signing.desk_files import Options  # noqa: PLC0415
+    from bridge.desk.files import Options  # noqa: PLC0415
 
     options = Options(
         source=source.absolute(),

@@ -147,7 +147,7 @@ def _count(authority: str) -> int:
 
 
 def _kinds(_: object) -> Iterator[Offer]:
-    from bridge.signing import registry  # noqa: PLC0415
+    from bridge.ca import registry  # noqa: PLC0415
 
     yield from ((name, "a backend") for name in sorted(registry.installed()))
     yield "systemd", "a timer for `ca-bridge renew`, or for a CA desk"

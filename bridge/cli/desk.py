@@ -11,11 +11,11 @@ from datetime import datetime, timedelta
 
 from bridge.cli.printing import say, say_sentence
 from bridge.contract import Issued
+from bridge.desk.desk import Desk, Job, RefusedByPolicyError
+from bridge.desk.files import Options, Session, load_answer_key, load_policy
 from bridge.errors import BridgeError, Exit
 from bridge.pki.bundle import Refusal
 from bridge.settings.tables import Settings
-from bridge.signing.desk import Desk, Job, RefusedByPolicyError
-from bridge.signing.desk_files import Options, Session, load_answer_key, load_policy
 from bridge.state import audit
 from bridge.system.console import log, print_error, printable
 from bridge.system.status import Doing, doing, is_lively

@@ -17,7 +17,7 @@ from bridge.settings.tables import Settings
 from bridge.system.console import log, print_error
 
 if TYPE_CHECKING:
-    from bridge.kubernetes.service import Service
+    from bridge.gateway.service import Service
 
 CheckOption = Annotated[
     bool, typer.Option("--check", help="Read settings, policy and inventory, ask the API and the CA, sign nothing.")
@@ -41,7 +41,7 @@ def run(settings: Settings, now: Callable[[], datetime], *, check: bool) -> int:
     Raises:
         BridgeError: Nothing could be begun.
     """
-    from bridge.kubernetes.service import Service  # noqa: PLC0415 (all of the gateway's room)
+    from bridge.gateway.service import Service  # noqa: PLC0415 (all of the gateway's room)
 
     service = Service(settings, now)
     if check:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from bridge.ca import registry
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.node.kubelet_files import KubeletFiles
 from bridge.settings.load import DEFAULT_FILE
 from bridge.settings.tables import NodeSettings, Settings
-from bridge.signing import registry
 from bridge.system import jobs
 from bridge.system.jobs import Job, Places
 

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bridge.ca import registry
 from bridge.cli.settings_text import lines_of
 from bridge.contract import GIVEN, Secret, SetupFile
+from bridge.desk.signer_rules import KUBERNETES_SIGNERS, Grant, SignerRules
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
-from bridge.kubernetes.known_nodes import Known
+from bridge.gateway.known_nodes import Known
 from bridge.settings.tables import Settings
-from bridge.signing import registry
-from bridge.signing.signer_rules import KUBERNETES_SIGNERS, Grant, SignerRules
 from bridge.words import has_controls
 
 NAMESPACE = "ca-bridge"

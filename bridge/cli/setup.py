@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cryptography import x509
 
+from bridge.ca import registry
 from bridge.cli import jobs
 from bridge.cli.printing import say
 from bridge.cli.settings_text import lines_of
@@ -24,7 +25,6 @@ from bridge.renewal import serving
 from bridge.settings.load import DEFAULT_FILE
 from bridge.settings.rehearsal import for_rehearsal
 from bridge.settings.tables import Settings
-from bridge.signing import registry
 from bridge.specs import AUTHORITIES, CA
 from bridge.system import jobs as system_jobs
 from bridge.system.safe_read import UnreadableError, read

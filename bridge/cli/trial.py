@@ -11,6 +11,16 @@ from datetime import datetime, timedelta
 
 from cryptography import x509
 
+from bridge.ca import registry
+from bridge.ca.conformance import (
+    ABILITIES,
+    CHECKS,
+    FURTHER_ABILITIES,
+    Check,
+    NotSupportedError,
+    Trial,
+    abilities,
+)
 from bridge.cli.printing import say, say_sentence
 from bridge.contract import Backend, ListsIssuers, Spends
 from bridge.errors import (
@@ -26,16 +36,6 @@ from bridge.node.inventory import Node
 from bridge.node.sample_pki import Cluster, ThrowawayCA, ca_certificate, leaf_certificate
 from bridge.pki import csr, verify
 from bridge.settings.tables import Settings
-from bridge.signing import registry
-from bridge.signing.conformance import (
-    ABILITIES,
-    CHECKS,
-    FURTHER_ABILITIES,
-    Check,
-    NotSupportedError,
-    Trial,
-    abilities,
-)
 from bridge.specs import AUTHORITIES, SPECS
 from bridge.system.console import printable
 from bridge.system.status import doing

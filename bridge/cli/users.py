@@ -14,8 +14,8 @@ from bridge.cli.options import Common, WaitOption, command, duration, utc_now
 from bridge.cli.printing import say, say_sentence
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.expiry import minute
-from bridge.signing.user_rules import User
 from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
+from bridge.users.user_rules import User
 
 if TYPE_CHECKING:
     from bridge.users.issue import Done, UserOrder

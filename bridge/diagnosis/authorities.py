@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
+from bridge.ca import preflight, registry
 from bridge.contract import Backend, ChecksWhole, ListsIssuers, Spends, TellsTime, Wanted
 from bridge.diagnosis.findings import Finding, Level, from_error
 from bridge.diagnosis.installed import private_file
@@ -18,7 +19,6 @@ from bridge.renewal import verify_and_install
 from bridge.renewal.gate import Attempts
 from bridge.settings.tables import Settings
 from bridge.settings.windows import ever_waits
-from bridge.signing import preflight, registry
 from bridge.specs import CertificateSpec
 from bridge.state.store import Store
 from bridge.words import one_line

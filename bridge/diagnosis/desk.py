@@ -8,15 +8,16 @@ from pathlib import Path
 
 from cryptography import x509
 
+from bridge.ca import registry
 from bridge.contract import ListsIssuers
+from bridge.desk import files as desk_files
+from bridge.desk.policy import Policy
 from bridge.diagnosis import authorities, installed, machine
 from bridge.diagnosis.findings import Finding
 from bridge.errors import BridgeError, SettingsError
 from bridge.pki import verify
 from bridge.pki.certificates import load_pem_certificates
 from bridge.settings.tables import Settings
-from bridge.signing import desk_files, registry
-from bridge.signing.desk_policy import Policy
 from bridge.specs import AUTHORITIES, SPECS
 from bridge.system.safe_read import UnreadableError, read
 

@@ -2,7 +2,7 @@
 Continuity proofs: the holder of a certificate proves possession of its key when he asks for the next one.
 
 A bundle that anybody could have made becomes one that only this node can have made. Whether the desk wants a proof,
-and whose certificate it takes for one, is the policy's to say (`bridge.signing.desk_policy`).
+and whose certificate it takes for one, is the policy's to say (`bridge.desk.policy`).
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cryptography import x509
 
+from bridge.desk.trust_origin import known_cas
 from bridge.errors import BridgeError, Exit, WaitingError
 from bridge.node.inventory import Item, Node
 from bridge.pki import bundle, bundle_format, bundle_text, continuity
@@ -28,7 +29,6 @@ from bridge.renewal.verify_and_install import Result, expectations, record_faile
 from bridge.renewal.wish import NO_CHANGES, Changes
 from bridge.renewal.wishes import decide
 from bridge.settings.tables import Settings
-from bridge.signing.origins import known_cas
 from bridge.state import audit, retention
 from bridge.state.outcome import Outcome
 from bridge.state.requests import OpenRequest, OpenRequests

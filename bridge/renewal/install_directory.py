@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from bridge.contract import Issued, SignRequest
+from bridge.desk.csr_directory import spec_of
 from bridge.errors import BridgeError, Exit, VerificationError, WaitingError
 from bridge.node import kubeconfig
 from bridge.node.inventory import Item, Node
@@ -35,7 +36,6 @@ from bridge.renewal.selection import Selection, outcome_of, select
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, record_failed, remember, verify_all
 from bridge.settings.tables import Settings
-from bridge.signing.csr_directory import spec_of
 from bridge.specs import CertificateSpec
 from bridge.state import audit, retention
 from bridge.state.outcome import Outcome

@@ -16,6 +16,9 @@ from datetime import datetime, timedelta
 
 from cryptography import x509
 
+from bridge.ca import registry
+from bridge.ca.preflight import advice, preflight
+from bridge.ca.untrusted_answers import collected
 from bridge.contract import AsksValidity, Backend, Carries, Collects, Identifies, Issued, Pending, SignsMany
 from bridge.errors import BackendError, BridgeError, Exit, VerificationError
 from bridge.node.inventory import Item
@@ -24,9 +27,6 @@ from bridge.pki.durations import duration_text
 from bridge.pki.expiry import minute
 from bridge.renewal.prepare import Making, Prepared, open_request, with_continuity
 from bridge.settings.tables import Settings
-from bridge.signing import registry
-from bridge.signing.hearsay import collected
-from bridge.signing.preflight import advice, preflight
 from bridge.specs import AUTHORITIES
 from bridge.state import audit
 from bridge.state.outcome import Outcome

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cryptography import x509
 
+from bridge.ca import registry
 from bridge.contract import Carries, Issued, Pending, Recalls, Revokes, Spends
 from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, WaitingError
 from bridge.node.inventory import Item, Node
@@ -33,7 +34,6 @@ from bridge.renewal.wish import NO_CHANGES, Changes
 from bridge.renewal.wishes import decide
 from bridge.settings.rehearsal import anchor, for_rehearsal, is_scratch
 from bridge.settings.tables import Settings
-from bridge.signing import registry
 from bridge.specs import AUTHORITIES
 from bridge.state import audit
 from bridge.state.outcome import Outcome

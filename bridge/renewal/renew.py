@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 
+from bridge.ca import registry
 from bridge.contract import Issued
 from bridge.errors import VerificationError, WaitingError
 from bridge.node.inventory import Item, Node
@@ -28,7 +29,6 @@ from bridge.renewal.verify_and_install import Result, expectations, hold_back, r
 from bridge.renewal.wish import NO_CHANGES, Changes
 from bridge.renewal.wishes import decide
 from bridge.settings.tables import Settings
-from bridge.signing import registry
 from bridge.state import checked_settings, retention
 from bridge.state.outcome import Outcome
 from bridge.state.requests import OpenRequest

@@ -14,11 +14,11 @@ from typing import Any
 
 from cryptography import x509
 
+from bridge.ca import registry
 from bridge.contract import Revokes
 from bridge.errors import BackendUnavailableError, BridgeError
 from bridge.node.inventory import Node
 from bridge.pki.certificates import load_pem_certificates, pem, serial_hex
-from bridge.signing import registry
 from bridge.specs import SPECS
 from bridge.state import audit
 from bridge.state.outcome import Outcome

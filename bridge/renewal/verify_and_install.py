@@ -17,6 +17,8 @@ from pathlib import Path
 
 from cryptography import x509
 
+from bridge.ca.preflight import RefusedByCheckError
+from bridge.ca.untrusted_answers import HearsayError
 from bridge.contract import Issued, Pending
 from bridge.errors import BackendUnavailableError, BridgeError, Exit, SettingsError, VerificationError, WaitingError
 from bridge.node import kubeconfig, kubelet_files
@@ -30,8 +32,6 @@ from bridge.renewal.issuance import Answered, ShorterError
 from bridge.renewal.prepare import Prepared, open_request
 from bridge.renewal.selection import MissingCertificateError, anchors_of, outcome_of
 from bridge.settings.tables import Settings
-from bridge.signing.hearsay import HearsayError
-from bridge.signing.preflight import RefusedByCheckError
 from bridge.specs import CA
 from bridge.state import audit
 from bridge.state.install import (

@@ -1,7 +1,7 @@
 """
 The settings file, from the file to `Settings`.
 
-Backends' tables are kept raw here and read by `bridge.signing.registry` into the backend's own dataclass, so that a command
+Backends' tables are kept raw here and read by `bridge.ca.registry` into the backend's own dataclass, so that a command
 that asks no CA loads no backend.
 """
 

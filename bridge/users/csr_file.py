@@ -14,10 +14,10 @@ from bridge.pki import csr
 from bridge.pki.certificates import UNREADABLE, attributes
 from bridge.pki.csr import PrivateKey
 from bridge.pki.naming import Naming, subject_of
-from bridge.signing.user_rules import User
 from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
 from bridge.system.files import Attributes, sync_directory, write_staged
 from bridge.system.safe_read import UnreadableError, read
+from bridge.users.user_rules import User
 from bridge.words import one_line
 
 #: Kubernetes takes it everywhere, and it is short enough to be made at once.

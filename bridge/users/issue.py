@@ -18,6 +18,9 @@ from urllib.parse import urlsplit
 
 from cryptography import x509
 
+from bridge.ca import registry
+from bridge.ca.preflight import advice, preflight
+from bridge.ca.untrusted_answers import HearsayError, collected
 from bridge.contract import Carries, Collects, Continuity, Identifies, Issued, Pending
 from bridge.errors import (
     BackendError,
@@ -36,10 +39,6 @@ from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.pki.durations import duration_text
 from bridge.pki.expiry import minute
 from bridge.settings.tables import NodeSettings, Settings
-from bridge.signing import registry
-from bridge.signing.hearsay import HearsayError, collected
-from bridge.signing.preflight import advice, preflight
-from bridge.signing.user_rules import SHORTEST, User
 from bridge.specs import CA, USER, KeyAlgorithm
 from bridge.state import audit
 from bridge.state.session import alone
@@ -51,6 +50,7 @@ from bridge.system.foreign import ForeignLinkError, opened
 from bridge.system.safe_read import UnreadableError, read, read_once
 from bridge.users import csr_file
 from bridge.users.policy import assert_allowed
+from bridge.users.user_rules import SHORTEST, User
 
 #: A desk refuses a request that is older than a month, unless its policy says otherwise.
 _CARRIED_ANEW = timedelta(days=20)

@@ -6,8 +6,8 @@ from datetime import timedelta
 
 from bridge.errors import BridgeError, Exit
 from bridge.settings.tables import UserSettings
-from bridge.signing import user_rules
-from bridge.signing.user_rules import Limits, User
+from bridge.users import user_rules
+from bridge.users.user_rules import Limits, User
 
 
 class UserNotAllowedError(BridgeError):

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from bridge.contract import Issued
+from bridge.desk.desk import Desk as Run
+from bridge.desk.desk import Job
+from bridge.desk.files import Options, Session, load_policy
 from bridge.errors import Exit
 from bridge.pki.bundle import RequestBundle
 from bridge.pki.bundle_format import digest, dumps, loads_answer, request_file_name
 from bridge.pki.certificates import serial_hex
 from bridge.settings.load import load
-from bridge.signing.desk import Desk as Run
-from bridge.signing.desk import Job
-from bridge.signing.desk_files import Options, Session, load_policy
 from tests.counts import Tried
 from tests.kit import forged
 from tests.kit.bundles import make_bundle, old_pairs

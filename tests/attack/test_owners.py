@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from bridge.desk.files import load_policy
 from bridge.errors import BridgeError, Exit, SettingsError
 from bridge.renewal import renew
 from bridge.settings import load
-from bridge.signing.desk_files import load_policy
 from bridge.state.install import KEY_MASK, InstallError, Replacement, digest, install
 from bridge.state.store import Store
 from tests.kit.pki import Pki, handmade_pki

@@ -29,14 +29,14 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import NameOID
 
-from backends import cfssl_setup
 from backends.cfssl import CfsslBackend
-from backends.cfssl_settings import CfsslSettings
+from backends.cfssl import setup as cfssl_setup
+from backends.cfssl.settings import CfsslSettings
+from bridge.ca.registry import configured
 from bridge.contract import Secret, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, SettingsError, Violation
 from bridge.pki import csr
 from bridge.settings.load import parse
-from bridge.signing.registry import configured
 from bridge.specs import AUTHORITIES, CA, ETCD_CA, FRONT_PROXY_CA, SPECS, Authority, CertificateSpec
 from bridge.testing import BackendConformance, TestCA, sign_request
 from tests.kit import cfssl as kit

@@ -18,14 +18,14 @@ import pytest
 from cryptography import x509
 
 from backends.cmp import CmpBackend
-from backends.cmp_process import OLDEST_WITH_PROFILES, Program
-from backends.cmp_settings import CmpSettings
+from backends.cmp.process import OLDEST_WITH_PROFILES, Program
+from backends.cmp.settings import CmpSettings
+from bridge.ca import registry
 from bridge.contract import BackendSettings, Issued, Pending, Revokes, Secret, SetupRequest, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, SettingsError, VerificationError, Violation
 from bridge.pki import verify
 from bridge.pki.certificates import extended_key_usages
 from bridge.settings.load import parse
-from bridge.signing import registry
 from bridge.specs import AUTHORITIES, CA, SPECS, CertificateSpec
 from bridge.testing import BackendConformance, TestCA, sign_request, tampered
 from tests.kit import cfssl
@@ -752,7 +752,7 @@ def test_a_program_that_does_not_end_is_stopped(
     mac: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With all that it started; that is "unavailable"."""
-    monkeypatch.setattr("backends.cmp_process._GRACE", timedelta(seconds=1))
+    monkeypatch.setattr("backends.cmp.process._GRACE", timedelta(seconds=1))
     path = tmp_path / "slow"
     path.write_text(
         f'#!/bin/sh\n[ "$1" = version ] && {{ echo "OpenSSL 3.0.19 x"; exit; }}\nsleep 600 & echo $! >{tmp_path}/pid; wait\n'

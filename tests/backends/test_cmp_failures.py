@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from backends.cmp import CmpBackend
-from backends.cmp_answers import Log, Poll, body_of, failure, poll_of, quoted
-from backends.cmp_process import Program
-from backends.cmp_settings import CmpSettings
+from backends.cmp.answers import Log, Poll, body_of, failure, poll_of, quoted
+from backends.cmp.process import Program
+from backends.cmp.settings import CmpSettings
 from bridge.contract import Issued, Secret, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError
 from bridge.specs import SPECS

@@ -25,14 +25,14 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from backends.est import EstBackend
-from backends.est_settings import EstSettings
+from backends.est.settings import EstSettings
+from bridge.ca import registry
 from bridge.contract import Issued, Pending, Secret, SetsUp, SetupRequest, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsError, VerificationError
 from bridge.pki import verify
 from bridge.pki.certificates import name_text, san_entries
 from bridge.pki.csr import generate_key
 from bridge.settings.load import parse
-from bridge.signing import registry
 from bridge.specs import AUTHORITIES, SPECS, CertificateSpec, KeyAlgorithm
 from bridge.testing import BackendConformance, TestCA, sign_request
 from tests.kit import est as kit

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 from backends.exchange import ExchangeBackend, ExchangeSettings
+from bridge.ca import registry
 from bridge.contract import Continuity, Issued, Pending, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, SettingsError
 from bridge.pki import bundle, bundle_format
 from bridge.pki.bundle import AnswerBundle
 from bridge.settings.load import load, parse
-from bridge.signing import registry
 from bridge.specs import AUTHORITIES, SPECS
 from bridge.testing import BackendConformance, TestCA, sign_request
 from tests.kit import programs

@@ -22,14 +22,14 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, pkcs7
 
-from backends import exec_answer
 from backends.exec import ExecBackend, ExecSettings
-from backends.exec_environment import ENVIRONMENT
+from backends.exec import answer as exec_answer
+from backends.exec.environment import ENVIRONMENT
+from bridge.ca import registry
 from bridge.contract import Issued, Pending, SetupRequest, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsError
 from bridge.pki.certificates import attributes, extended_key_usages, san_counts
 from bridge.settings.load import parse
-from bridge.signing import registry
 from bridge.specs import AUTHORITIES, SPECS
 from bridge.testing import BackendConformance, TestCA, sign_request
 from tests.kit import dogtag, exec_programs

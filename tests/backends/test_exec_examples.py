@@ -20,10 +20,10 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from backends.exec import ExecBackend, ExecSettings
+from bridge.ca import registry
 from bridge.contract import Issued, Pending, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError
 from bridge.settings.load import parse
-from bridge.signing import registry
 from bridge.specs import SPECS
 from bridge.testing import TestCA, sign_request
 from tests.kit.issuing import Signer

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import pytest
 
-from backends import https
+from backends import http
 from bridge.system.waiting import wait_until
 
 
@@ -21,7 +21,7 @@ def test_a_connection_that_comes_too_late_is_closed() -> None:
         return ours
 
     with theirs, pytest.raises(TimeoutError):
-        https.within(0.05, slow)
+        http.within(0.05, slow)
     assert wait_until(ours.fileno, lambda number: number == -1, timedelta(seconds=20), pause_seconds=0.05) == -1
 
 
@@ -32,4 +32,4 @@ def test_an_error_that_comes_too_late_is_nobodys() -> None:
         raise TimeoutError("its own")
 
     with pytest.raises(TimeoutError, match="its own"):
-        https.within(20, fails)
+        http.within(20, fails)

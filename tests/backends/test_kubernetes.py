@@ -19,12 +19,12 @@ import yaml
 from cryptography import x509
 
 from backends.kubernetes import KubernetesBackend, _object
-from backends.kubernetes_settings import KubernetesSettings, parse_kubeconfig
+from backends.kubernetes.settings import KubernetesSettings, parse_kubeconfig
+from bridge.ca import registry
 from bridge.contract import Issued, Pending, Secret, SetupRequest, SignRequest, Wanted
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsError
 from bridge.pki.certificates import pem
 from bridge.settings.load import parse
-from bridge.signing import registry
 from bridge.specs import AUTHORITIES, SPECS, CertificateSpec
 from bridge.testing import BackendConformance, TestCA, sign_request, tampered
 from tests.kit import cert_manager, est, kube_api

@@ -31,11 +31,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
-from backends import openssl_setup
 from backends.openssl import OpensslBackend
-from backends.openssl_config import ConfigDoubtError, parse_config
-from backends.openssl_index import Database, IndexDamagedError, parse_index
-from backends.openssl_settings import OpensslSettings
+from backends.openssl import setup as openssl_setup
+from backends.openssl.config import ConfigDoubtError, parse_config
+from backends.openssl.index import Database, IndexDamagedError, parse_index
+from backends.openssl.settings import OpensslSettings
 from bridge.contract import Issued, Secret, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsError
 from bridge.node import sample_pki
@@ -100,7 +100,7 @@ def working_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr("backends.openssl_index._SETTLE_SECONDS", 0.05)  # nobody but us works on the database
+    monkeypatch.setattr("backends.openssl.index._SETTLE_SECONDS", 0.05)  # nobody but us works on the database
     yield
     assert list(folder.iterdir()) == []
 
@@ -519,7 +519,7 @@ def test_signs_a_csr_of_the_same_kind_that_is_fit(directory: Path, good: Callabl
 @pytest.fixture
 def unforeseen(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if nobody had known what openssl stops at."""
-    monkeypatch.setattr("backends.openssl_csr._is_readable", lambda _: True)
+    monkeypatch.setattr("backends.openssl.csr._is_readable", lambda _: True)
 
 
 def bad_among(count: int, *positions: int) -> list[SignRequest]:
@@ -601,7 +601,7 @@ def test_each_validity_is_its_own(directory: Path) -> None:
 
 def test_cuts_large_batches(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No process gets more CSRs than a batch has; the same CSR twice is two certificates."""
-    monkeypatch.setattr("backends.openssl_key.KeyFile.batch_size", 3)
+    monkeypatch.setattr("backends.openssl.key.KeyFile.batch_size", 3)
     wrapper = program(tmp_path, f'echo >> {tmp_path}/runs; exec $REAL "$@"')
     requests = [request() for _ in range(7)]
     requests[6] = requests[0]
@@ -624,7 +624,7 @@ def many_rows(count: int) -> bytes:
 
 def test_looks_through_the_old_rows_once(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many chunks there are, a long index is parsed once, and then what each run adds to it."""
-    monkeypatch.setattr("backends.openssl_key.KeyFile.batch_size", 2)
+    monkeypatch.setattr("backends.openssl.key.KeyFile.batch_size", 2)
     old = many_rows(2000)
     directory.joinpath("index.txt").write_bytes(old)
     parsed = []
@@ -633,7 +633,7 @@ def test_looks_through_the_old_rows_once(directory: Path, monkeypatch: pytest.Mo
         parsed.append(len(data))
         return parse_index(data)
 
-    monkeypatch.setattr("backends.openssl_index.parse_index", counting)
+    monkeypatch.setattr("backends.openssl.index.parse_index", counting)
     answers = opened(directory).sign_many([renewal() for _ in range(10)])
 
     assert all(isinstance(answer, Issued) for answer in answers)
@@ -849,7 +849,7 @@ from pathlib import Path
 open("/dev/tty").close()  # there is one
 sys.path.insert(0, sys.argv[4])
 from backends.openssl import OpensslBackend
-from backends.openssl_settings import OpensslSettings
+from backends.openssl.settings import OpensslSettings
 from bridge.contract import SignRequest
 from bridge.errors import BackendRefusedError
 from bridge.specs import SPECS
@@ -890,7 +890,7 @@ def test_a_process_that_signs_many_has_more_time(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The time limit is for one request: what is too slow for one is not too slow for many."""
-    monkeypatch.setattr("backends.openssl_process.CSRS_A_LIMIT", 1)
+    monkeypatch.setattr("backends.openssl.process.CSRS_A_LIMIT", 1)
     settings: dict[str, Any] = {"openssl": program(tmp_path, 'sleep 3; exec $REAL "$@"')}
     settings["timeout"] = timedelta(seconds=1)
     with pytest.raises(BackendUnavailableError, match="within 2 s"):
@@ -1255,7 +1255,7 @@ from datetime import timedelta
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from backends.openssl import OpensslBackend
-from backends.openssl_settings import OpensslSettings
+from backends.openssl.settings import OpensslSettings
 from bridge.contract import SignRequest
 from bridge.specs import SPECS
 backend = OpensslBackend.from_settings(OpensslSettings(dir=Path(sys.argv[2]), timeout=timedelta(seconds=120)))

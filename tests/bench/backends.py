@@ -23,9 +23,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
 
 from backends.cmp import CmpBackend
-from backends.cmp_settings import CmpSettings
+from backends.cmp.settings import CmpSettings
 from backends.est import EstBackend
-from backends.est_settings import EstSettings
+from backends.est.settings import EstSettings
 from backends.exec import ExecBackend, ExecSettings
 from bridge.contract import Backend, Issued, Secret, SignRequest
 from bridge.specs import SPECS

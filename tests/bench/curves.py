@@ -26,11 +26,11 @@ from pathlib import Path
 from cryptography import x509
 
 from backends.openssl import OpensslBackend
-from backends.openssl_settings import OpensslSettings
+from backends.openssl.settings import OpensslSettings
+from bridge.ca import registry
 from bridge.contract import Backend, Issued, SignRequest
 from bridge.pki import csr
 from bridge.settings.load import load
-from bridge.signing import registry
 from bridge.specs import SPECS
 from bridge.testing import TestCA
 from tests.bench.fleet import VALIDITY, grow_index, seconds, sign_bare

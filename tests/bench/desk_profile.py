@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from bridge.contract import Issued
+from bridge.desk import workers
+from bridge.desk.archive import Archive
+from bridge.desk.journal import Asked, Journal
+from bridge.desk.policy import parse
+from bridge.desk.workers import AnsweredBundle, Judgement, ReadBundle
 from bridge.pki.bundle import AnswerBundle, RequestBundle, sign_request
 from bridge.pki.bundle_format import dumps, loads_answer
 from bridge.pki.verify import Expectation
 from bridge.settings.tables import AuditSettings
-from bridge.signing import desk_workers
-from bridge.signing.desk_archive import Archive
-from bridge.signing.desk_journal import Asked, Journal
-from bridge.signing.desk_policy import parse
-from bridge.signing.desk_workers import AnsweredBundle, Judgement, ReadBundle
 from bridge.state import audit
 from bridge.state.store import Store
 from bridge.system.many_files import NewFile, write_together
@@ -79,7 +79,7 @@ def _of_children(action: Callable[[], object]) -> float:
 
 def _start() -> None:
     """Load what each of them does."""
-    for module in ("bridge.signing.desk_workers", "bridge.signing.desk_workers", "bridge.cli.app, bridge.cli.desk"):
+    for module in ("bridge.desk.workers", "bridge.desk.workers", "bridge.cli.app, bridge.cli.desk"):
         subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
 
 
@@ -93,7 +93,7 @@ def measure(directory: Path, nodes: int) -> list[tuple[str, str, float]]:
     steps.add("starting the desk and two workers", "all", _of_children(_start))
     threshold = gc.get_threshold()
     gc.freeze()
-    gc.set_threshold(desk_workers.GARBAGE)
+    gc.set_threshold(workers.GARBAGE)
     try:
         bundles = _worker(steps, made, directory / "desk")
         _desk(steps, made, bundles, directory)
@@ -109,13 +109,13 @@ def _worker(steps: _Steps, made: fleet.Fleet, desk: Path) -> list[RequestBundle]
     cas = {name: (ca.certificate,) for name, ca in made.cas.items()}
     by = Judgement(policy=policy, cas={}, now=now, without_proof=frozenset())
     data = dict(enumerate(made.bundles))
-    read = steps.measure("reading bundles", "worker", lambda: desk_workers.read(data, by))
+    read = steps.measure("reading bundles", "worker", lambda: workers.read(data, by))
     whole = [one for one in read if one is not None]
     judged = Judgement(policy=policy, cas=cas, now=now, without_proof=frozenset())
     steps.measure(
         "judging: both signatures, the origin, the policy",
         "worker",
-        lambda: [desk_workers.verdicts(one.bundle, judged) for one in whole],
+        lambda: [workers.verdicts(one.bundle, judged) for one in whole],
     )
     sent = steps.measure("sending what was read", "worker", lambda: list(map(ForkingPickler.dumps, whole)))
     steps.measure("taking it", "desk", lambda: [_loaded(one) for one in sent])
@@ -128,7 +128,7 @@ def _worker(steps: _Steps, made: fleet.Fleet, desk: Path) -> list[RequestBundle]
         AnsweredBundle(number=number, answers=_issued(answers[one.bundle.batch])) for number, one in enumerate(whole)
     ]
     reasons = steps.measure(
-        "comparing certificates with requests", "worker", lambda: desk_workers.compared(answered, expected)
+        "comparing certificates with requests", "worker", lambda: workers.compared(answered, expected)
     )
     if any(reason for one in reasons for reason in one.values()):
         raise SystemExit(f"wanted certificates as they were asked for, found {reasons}")

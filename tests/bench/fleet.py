@@ -21,7 +21,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from backends import openssl_setup
+from backends.openssl import setup as openssl_setup
 from bridge.contract import Continuity, SignRequest
 from bridge.node.sample_pki import Cluster, leaf_certificate
 from bridge.pki import bundle, bundle_format, continuity, csr

@@ -26,13 +26,13 @@ from typing import Any
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from bridge.ca import registry
 from bridge.cluster.api import MERGE_PATCH, Api
 from bridge.contract import Issued, SignRequest, SignsMany
-from bridge.kubernetes import objects
+from bridge.desk.signer_rules import CLIENT_KUBELET
+from bridge.gateway import objects
 from bridge.pki.csr import generate_key
 from bridge.settings.load import parse
-from bridge.signing import registry
-from bridge.signing.signer_rules import CLIENT_KUBELET
 from bridge.specs import KUBELET_CLIENT
 from tests.bench.__main__ import write_between
 from tests.kit import cluster_api, gateways, openbao

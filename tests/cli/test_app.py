@@ -21,13 +21,13 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from bridge import entry
+from bridge.ca import registry
 from bridge.cli import demo, printing, setup
 from bridge.cli.app import app
 from bridge.errors import BridgeError
 from bridge.pki.certificates import load_pem_certificates
 from bridge.settings.load import load, parse
 from bridge.settings.zones import Zone
-from bridge.signing import registry
 from bridge.state import checked_settings
 from bridge.state.install import KEY_MASK, Replacement, install
 from bridge.state.store import Store

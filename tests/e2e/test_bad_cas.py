@@ -108,7 +108,7 @@ def test_a_role_that_gives_something_else_is_refused(
 
 def add_policy_without_reading(bao: OpenBao, mount: str, role: str) -> None:
     """The policy of the mount, without the right to look at roles."""
-    from backends import vault_setup
+    from backends.vault import setup as vault_setup
 
     bao.add_policy(mount, vault_setup.policy(mount, [role], read_roles=False))
 

@@ -120,7 +120,7 @@ def test_needed_restarts_cost_not_one_answer(site: Site, tried: Tried) -> None:
     proof = site.bridge.run("prove")
     assert proof.returncode == 0, proof.stdout
     assert not (site.bridge.directory / "state/unproven.json").exists()
-    tried("turns of a client during a renewal with the needed restarts, none failed", seen.turns, exact=False)
+    tried("turns of a client during a renewal with the needed restarts, none failed", seen.turns)
 
 
 def test_they_really_use_the_new_certificates(site: Site) -> None:
@@ -145,7 +145,6 @@ def test_all_four_restarted(site: Site, tried: Tried) -> None:
     tried(
         'seconds without an answer of the API while components = "all" restarted four components',
         round(away),
-        exact=False,
     )
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 from cryptography import x509
 
-from backends import vault_setup
+from backends.vault import setup as vault_setup
 from bridge.node import inventory
 from bridge.pki.certificates import load_pem_certificates
 from bridge.specs import AUTHORITIES, KUBELET_CONF, SPECS

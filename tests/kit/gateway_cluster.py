@@ -28,9 +28,9 @@ from typing import Any
 import requests
 from cryptography import x509
 
+from bridge.desk.signer_rules import CLIENT_KUBELET, SERVING
 from bridge.node.sample_pki import ThrowawayCA
 from bridge.pki.certificates import san_entries
-from bridge.signing.signer_rules import CLIENT_KUBELET, SERVING
 from tests.kit import est, gateways, openbao, programs
 from tests.kit.api_client import CSRS, ApiClient
 from tests.kit.cluster_api import ClusterApi

@@ -28,7 +28,7 @@ from typing import Any, Literal
 import requests
 from cryptography import x509
 
-from backends import vault_setup
+from backends.vault import setup as vault_setup
 
 _ROOT_TOKEN = "root-token-of-a-test"
 _START_SECONDS = 30

@@ -14,11 +14,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from bridge.ca import registry
 from bridge.contract import GIVEN, BackendSettings, Secret
 from bridge.pki.durations import duration_text
 from bridge.settings.load import parse
 from bridge.settings.tables import AuthoritySettings, CertificateSettings
-from bridge.signing import registry
 
 
 def meanings(schema: type[Any]) -> dict[str, str]:

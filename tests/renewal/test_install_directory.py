@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_pem_priv
 
 from bridge.cli import renewals
 from bridge.contract import SignRequest
+from bridge.desk.csr_directory import find, spec_of
 from bridge.errors import Exit
 from bridge.node import inventory, kubeconfig
 from bridge.pki.certificates import load_pem_certificates
@@ -20,7 +21,6 @@ from bridge.renewal import airgap, install_directory, verify_and_install
 from bridge.renewal.install_directory import DirectoryError
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Settings
-from bridge.signing.csr_directory import find, spec_of
 from bridge.specs import SPECS
 from bridge.state import audit, audit_reader
 from bridge.state.requests import OpenRequests

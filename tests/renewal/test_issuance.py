@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bridge import entry
+from bridge.ca.registry import Outage
 from bridge.contract import Issued, SignRequest
 from bridge.errors import BackendError
 from bridge.node import inventory
@@ -20,7 +21,6 @@ from bridge.renewal.issuance import Reached, issue_all
 from bridge.renewal.prepare import Prepared, prepare
 from bridge.renewal.verify_and_install import expectations
 from bridge.settings.load import overridden, parse
-from bridge.signing.registry import Outage
 from bridge.state import audit
 from bridge.state.outcome import Outcome
 from bridge.state.requests import OpenRequests

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from backends.openssl import OpensslBackend
-from backends.openssl_settings import OpensslSettings
+from backends.openssl.settings import OpensslSettings
 from bridge.contract import Issued, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, Exit
 from bridge.node import inventory

@@ -22,9 +22,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from backends.cfssl import CfsslBackend
-from backends.cfssl_settings import CfsslSettings
+from backends.cfssl.settings import CfsslSettings
 from backends.vault import VaultBackend
-from backends.vault_settings import VaultAuth, VaultSettings
+from backends.vault.settings import VaultAuth, VaultSettings
 from bridge.cli.app import app
 from bridge.contract import Secret
 from bridge.pki.certificates import fingerprint, load_pem_certificates, serial_hex

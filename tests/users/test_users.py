@@ -28,9 +28,9 @@ from bridge.pki.certificates import attributes, extended_key_usages, load_pem_ce
 from bridge.pki.csr import generate_key
 from bridge.pki.naming import subject_of
 from bridge.settings.tables import UserSettings
-from bridge.signing.user_rules import User
 from bridge.specs import USER
 from bridge.users.policy import UserNotAllowedError, assert_allowed
+from bridge.users.user_rules import User
 from tests.kit import approval, openbao
 from tests.kit.cas import Bridge, add_openssl
 from tests.kit.desks import POLICY, Desk, make_desk

@@ -1,0 +1,317 @@
+"""
+CloudFlare's cfssl as a CA: `cfssl serve`, one process a CA, or `multirootca`, one process for all of them.
+
+A request holds the CSR and a profile's name, never names or dates of its own: so the CSR's subject and SANs are
+copied, and usages and validity are those that the profile gives.
+The API is doc/api/ of https://github.com/cloudflare/cfssl; what it leaves out was measured with version 1.6.5.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hmac
+import json
+import re
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, ClassVar
+
+from cryptography import x509
+
+from backends.cfssl.server import HINTS, LATER_CODES, LATER_STATUSES, NO_ENTRY, NOT_CFSSL, NOT_FOUND, Reply, Server
+from backends.cfssl.settings import CfsslSettings
+from backends.http import common_name
+from bridge.contract import (
+    BackendSettings,
+    Issued,
+    Secret,
+    SecretUnavailableError,
+    Selector,
+    SetupFile,
+    SetupRequest,
+    SignRequest,
+    Wanted,
+)
+from bridge.errors import BackendRefusedError, BackendUnavailableError, LocalFileError, Violation
+from bridge.specs import EKU, CertificateSpec
+
+#: cfssl takes any key, an empty one too; RFC 2104 §3 discourages less than the hash's 32 bytes.
+MIN_KEY_BYTES = 16
+
+
+class CfsslBackend:
+    """One CA behind a cfssl server."""
+
+    settings_type: ClassVar[type[BackendSettings]] = CfsslSettings
+
+    def __init__(self, settings: CfsslSettings) -> None:
+        self._settings = settings
+        self._profile = Selector(settings.profile, settings.profiles, settings.node)
+        self._label = {"label": settings.label} if settings.label else {}
+        self._server = Server(settings)
+        self._intermediates: tuple[x509.Certificate, ...] | None = None  # None: not asked for yet
+
+    @classmethod
+    def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
+        """See `backends.cfssl.setup`."""
+        from backends.cfssl import setup as cfssl_setup  # noqa: PLC0415 (nobody else needs it)
+
+        return cfssl_setup.setup(wanted)
+
+    @classmethod
+    def from_settings(cls, settings: BackendSettings) -> CfsslBackend:
+        """
+        Make the backend; no network yet.
+
+        Raises:
+            SettingsError: The CA file, the client certificate or its key can't be used.
+        """
+        if not isinstance(settings, CfsslSettings):
+            raise TypeError(f"wanted CfsslSettings, found {type(settings).__name__}")
+        if settings.tls:
+            settings.tls_context()  # trouble is found now, not in the middle of a renewal
+        return cls(settings)
+
+    def sign(self, request: SignRequest) -> Issued:
+        """
+        Have the server sign one CSR; see `bridge.contract.Backend`.
+
+        The validity is the profile's: no request to cfssl can ask for one, and a multirootca that lets it is not
+        asked either.
+
+        Raises:
+            BackendRefusedError: The server, or what answers in its place, said no; or the HMAC key can't be read.
+            BackendUnavailableError: No answer in time, or a trouble that may pass.
+        """
+        intermediates = self._known_intermediates()
+        profile = self._profile(request.spec)
+        # text around the block may be in any encoding
+        csr = request.csr_pem.decode("ascii", "replace")
+        body = self._body(csr, profile, self._key_place(request.spec))
+        result = self._result(self._server.post(self._settings.endpoint, body), profile)
+        return Issued(leaf=_certificate(result), intermediates=intermediates)
+
+    def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
+        """
+        Ask what each profile gives, and whether the server would let us in; no certificate is made.
+
+        A misspelt profile is found by its usages, since the server answers with those of its default profile.
+        Where these are right as well nothing tells the two apart, and the certificates will be right too.
+
+        Raises:
+            BackendRefusedError: What answers is not a cfssl server with a CA; or the HMAC key can't be read.
+            BackendUnavailableError: No answer.
+        """
+        offer = functools.cache(self._offer)
+        no_entry = functools.cache(self._no_entry)
+        nobody = f"no-such-profile-{secrets.token_hex(8)}"
+        found = {}
+        for spec in specs:
+            profile = self._profile(spec)
+            usages = _usage_violations(spec, profile, offer(profile), lambda: offer(nobody))
+            found[spec.name] = usages or no_entry(profile, self._key_place(spec))
+        return {name: violations for name, violations in found.items() if violations}
+
+    def check_whole(self, wanted: Sequence[Wanted]) -> dict[str, list[Violation]]:
+        """Compare the lifetimes that the profiles give; all else is copied from the CSR."""
+        offer = functools.cache(self._offer)
+        found = {}
+        for one in wanted:
+            profile = self._profile(one.spec)
+            gives = _go_duration(offer(profile).expiry)
+            if gives is not None and gives < one.at_least:
+                want = f"at least {one.at_least.days}d, or its answer is refused"
+                violation = Violation(subject=f"profile {profile}: expiry", want=want, got=offer(profile).expiry)
+                found[one.spec.name] = [violation]
+        return found
+
+    def advice(self, spec: CertificateSpec) -> str:
+        """The profile, and the key that lets us in."""
+        setup = f"`ca-bridge setup cfssl --authority {spec.authority.name}`"
+        return f"compare profile {self._profile(spec)}, and the HMAC key if that is refused, with what {setup} prints"
+
+    def clock_ahead(self) -> timedelta | None:
+        """How far the server's clock is ahead, by the header `Date` of its latest answer."""
+        return self._server.clock_ahead
+
+    def issuers(self) -> list[x509.Certificate]:
+        """
+        The CA's certificate; the chain above it is not to be had.
+
+        Raises:
+            BackendRefusedError: The server has no CA, or none with this label.
+            BackendUnavailableError: No answer.
+        """
+        return [self._remember(self._result(self._server.post("info", self._label), ""))]
+
+    def revoke(self, certificate: x509.Certificate) -> None:
+        """
+        Have the server's database mark a certificate of its own.
+
+        The server needs a database, and has to have `revoke` enabled: it asks for no key, so that whoever reaches the
+        server may revoke.
+
+        Raises:
+            BackendRefusedError: It is not enabled, or the database does not know the certificate.
+            BackendUnavailableError: No answer.
+        """
+        try:
+            known = certificate.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
+        except (x509.ExtensionNotFound, ValueError):
+            known = None
+        if known is None:
+            raise BackendRefusedError(
+                "cfssl: wanted an authority key identifier to revoke by, the certificate has none"
+            )
+        serial, authority = str(certificate.serial_number), known.hex()
+        body = {"serial": serial, "authority_key_id": authority, "reason": "superseded"}
+        reply = self._server.post("revoke", body)
+        if reply.message == NOT_FOUND:
+            hint = "`revoke` is disabled there (as `ca-bridge setup cfssl` has it), or the server has no database"
+            raise BackendRefusedError(
+                f"cfssl: wanted to revoke {certificate.serial_number:x}, found no such endpoint", hint=hint
+            )
+        self._result(reply, "")
+
+    def identity(self) -> str:
+        """The client certificate's CN; an HMAC key has no name."""
+        file = self._settings.client_cert
+        if file is None:
+            return ""
+        try:
+            return common_name(file)
+        except ValueError as e:
+            raise BackendRefusedError(f"cfssl: {e}") from e
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._server.close()
+
+    def _remember(self, info: Mapping[str, Any]) -> x509.Certificate:
+        """The CA's certificate, and, as the answer to a signing request holds the leaf alone, its intermediates."""
+        certificate = _certificate(info)
+        self._intermediates = () if certificate.subject == certificate.issuer else (certificate,)
+        return certificate
+
+    def _known_intermediates(self) -> tuple[x509.Certificate, ...]:
+        """The CA's intermediates at the last look; the first look comes before the first signing, so that none is lost."""
+        if self._intermediates is None:
+            self.issuers()
+        return self._intermediates or ()
+
+    def _offer(self, profile: str) -> _Offer:
+        """The usages and the validity that a profile of the server gives (`info`)."""
+        info = self._result(self._server.post("info", {"profile": profile, **self._label}), profile)
+        self._remember(info)
+        listed = info.get("usages")
+        usages = map(str, listed) if isinstance(listed, list) else ()
+        # cfssl has two names for this one
+        names = frozenset("digital signature" if usage == "signing" else usage for usage in usages)
+        return _Offer(usages=names, expiry=str(info.get("expiry")))
+
+    def _no_entry(self, profile: str, key_place: Secret | None) -> list[Violation]:
+        """Ask to sign no CSR at all, as the HMAC is looked at before the CSR."""
+        reply = self._server.post(self._settings.endpoint, self._body("", profile, key_place))
+        if reply.message in NO_ENTRY:
+            subject = f"{self._settings.endpoint} with profile {profile}"
+            return [Violation(subject=subject, want="that the server lets us in", got=reply.message)]
+        if reply.code is None:
+            self._result(reply, profile)
+        return []
+
+    def _body(self, csr: str, profile: str, key_place: Secret | None) -> dict[str, str]:
+        request = {"certificate_request": csr, "profile": profile, **self._label}
+        if key_place is None:
+            return request
+        text = json.dumps(request).encode()
+        token = hmac.digest(_read_key(key_place), text, "sha256")
+        return {"token": base64.b64encode(token).decode(), "request": base64.b64encode(text).decode()}
+
+    def _key_place(self, spec: CertificateSpec) -> Secret | None:
+        secret = self._settings.auth_key
+        return secret and Secret(secret.kind, Selector(secret.where, node=self._settings.node)(spec))
+
+    def _result(self, reply: Reply, profile: str) -> Mapping[str, Any]:
+        """The one place where cfssl's errors become ours."""
+        if reply.result is not None:
+            return reply.result
+        code = "" if reply.code is None else f", code {reply.code}"
+        text = f"cfssl: {reply.message} (HTTP {reply.status}{code})"
+        if reply.status in LATER_STATUSES or reply.code in LATER_CODES:
+            raise BackendUnavailableError(text, retry_after_seconds=reply.retry_after_seconds)
+        hint = HINTS.get(reply.message) or HINTS.get(reply.code, "the server's log may say more")
+        raise BackendRefusedError(text, hint=hint.format(profile=repr(profile), label=repr(self._settings.label)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Offer:
+    """The usages and the validity that a profile gives."""
+
+    usages: frozenset[str]  #: cfssl's names.
+    expiry: str
+
+
+def _go_duration(text: str) -> timedelta | None:
+    """Parse a duration as Go writes it (`8760h0m0s`), in its larger units; None for anything else."""
+    parts = re.fullmatch(r"(?:([0-9]{1,8})h)?(?:([0-9]{1,8})m)?(?:([0-9]{1,8})(?:\.[0-9]+)?s)?", text)
+    if parts is None or not text:
+        return None
+    hours, minutes, seconds = (int(part or 0) for part in parts.groups())
+    return timedelta(hours=hours, minutes=minutes, seconds=seconds)
+
+
+def _usage_violations(
+    spec: CertificateSpec, profile: str, offer: _Offer, default: Callable[[], _Offer]
+) -> list[Violation]:
+    """
+    The profile gives kubeadm's key usages and exactly the spec's EKUs.
+
+    Args:
+        spec: The certificate.
+        profile: The one that it is signed with.
+        offer: What the server says of this profile.
+        default: What it says of a profile that it can't have.
+    """
+    names = {EKU.SERVER_AUTH: "server auth", EKU.CLIENT_AUTH: "client auth"}
+    want = {"digital signature", "key encipherment"} | {names[eku] for eku in spec.ekus}
+    if offer.usages == want:
+        return []
+    unknown = "unknown or without these usages" if offer == default() else "without these usages"
+    return [Violation(subject=f"profile {profile}, {unknown}", want=_list(want), got=_list(offer.usages))]
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
+def _certificate(result: Mapping[str, Any]) -> x509.Certificate:
+    """The only certificate of a successful answer."""
+    pem = result.get("certificate")
+    try:
+        found = x509.load_pem_x509_certificates(pem.encode() if isinstance(pem, str) else b"")
+        _ = [(certificate.subject, certificate.issuer) for certificate in found]  # which are read only now
+    except (ValueError, TypeError, x509.InvalidVersion):  # TypeError: a type that does not fit an attribute
+        found = []
+    if len(found) != 1:
+        wanted = f"cfssl: wanted one PEM certificate in the answer, found {len(found)} that can be read"
+        raise BackendRefusedError(wanted, hint=HINTS[NOT_CFSSL])
+    return found[0]
+
+
+def _read_key(place: Secret) -> bytes:
+    try:
+        text = place.read()
+    except SecretUnavailableError as e:
+        raise LocalFileError(f"cfssl: HMAC key: {e}") from e
+    hint = "a good one: openssl rand -hex 32 (the server must have the same)"
+    if not re.fullmatch("([0-9a-fA-F]{2})+", text):
+        found = f"{len(text)} characters that are not"
+        raise BackendRefusedError(f"cfssl: wanted pairs of hexadecimal digits in {place}, found {found}", hint=hint)
+    key = bytes.fromhex(text)
+    if len(key) < MIN_KEY_BYTES:
+        found = f"{len(key)} bytes"
+        raise BackendRefusedError(f"cfssl: wanted {MIN_KEY_BYTES} bytes or more in {place}, found {found}", hint=hint)
+    return key

@@ -1,0 +1,351 @@
+"""
+A CA behind a CMP server (RFC 9810, RFC 9483), asked by the `openssl cmp` command, 3.0 or newer.
+
+In mode `p10cr` the CSR goes as it is, and the server gives the usages that belong to the path or profile; in mode `cr` a
+server that trusts us as an RA gets subject, SANs and our own usages in a template, and our word for the proof of
+possession. Answers are protected like the requests, by the shared secret or by signatures, whatever carries them.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+from urllib.parse import urlsplit
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from backends.cmp import setup as cmp_setup
+from backends.cmp.answers import Log, body_of, failure, quoted
+from backends.cmp.process import ENROLMENT, OLDEST_WITH_PROFILES, Program, Ran
+from backends.cmp.settings import CmpSettings, check_files
+from bridge.contract import (
+    BackendSettings,
+    Issued,
+    Pending,
+    SecretUnavailableError,
+    Selector,
+    SetupFile,
+    SetupRequest,
+    SignRequest,
+)
+from bridge.errors import (
+    BackendError,
+    BackendRefusedError,
+    BackendUnavailableError,
+    LocalFileError,
+    Violation,
+)
+from bridge.specs import EKU, SPECS, CertificateSpec
+
+#: openssl reads a line of that many bytes; with less than 16 a recorded request can be attacked offline.
+MIN_SECRET_BYTES, MAX_SECRET_BYTES = 16, 1023
+#: CRLReason (RFC 5280 §5.3.1).
+_SUPERSEDED = "4"
+
+_CSR, _WAITING, _OLD_CERTIFICATE, _EXTENSIONS = "request.csr", "waiting.der", "old.crt", "extensions.cnf"
+
+
+class CmpBackend:
+    """One CA behind a CMP server."""
+
+    settings_type: ClassVar[type[BackendSettings]] = CmpSettings
+
+    def __init__(self, settings: CmpSettings) -> None:
+        self._settings = settings
+        self._path = Selector(settings.path_pattern, settings.paths, settings.node)
+        self._profile = Selector(settings.profile, settings.profiles, settings.node)
+        self._program = Program(name=settings.openssl, timeout=settings.timeout, wait=settings.wait)
+
+    @classmethod
+    def from_settings(cls, settings: BackendSettings) -> CmpBackend:
+        """
+        Make the backend; no network yet.
+
+        Raises:
+            SettingsError: A file with certificates can't be used.
+        """
+        if not isinstance(settings, CmpSettings):
+            raise TypeError(f"wanted CmpSettings, found {type(settings).__name__}")
+        check_files(settings)
+        return cls(settings)
+
+    @classmethod
+    def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
+        """See `backends.cmp.setup.setup`."""
+        return cmp_setup.setup(wanted)
+
+    def sign(self, request: SignRequest) -> Issued | Pending:
+        """
+        Have the server sign one CSR; see `bridge.contract.Backend`.
+
+        The validity is the profile's, but for mode `cr`, which asks for it. With our confirmation, if the server wants
+        one, the certificate is ours; whether it is what was asked for is looked at by the bridge.
+
+        Raises:
+            BackendRefusedError: The server, or what answers in its place, said no; or our own secret or key is none.
+            BackendUnavailableError: No answer in time, or a trouble that may pass.
+        """
+        ran = self._enrol(request, {})
+        if ran.code == 0:
+            return _issued(ran)
+        log = Log.of(ran.messages)
+        if ran.answers and (ran.poll or log.has_waited):
+            return _pending(ran)
+        raise failure(log, self._url(request.spec))
+
+    def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
+        """
+        Go on with the transaction that `sign` began, in this process; the request itself is not sent again.
+
+        What nobody vouches for does not end the waiting: only the server's own verdict does.
+
+        Raises:
+            BackendRefusedError: The server said no, or knows nothing of the transaction any more.
+            BackendUnavailableError: No answer, or one that nobody vouches for.
+        """
+        waiting = _answer_of(reference)
+        ran = self._enrol(request, {_WAITING: waiting})
+        if ran.code == 0:
+            return _issued(ran)
+        log = Log.of(ran.messages)
+        if ran.poll or (log.has_waited and log.was_told_to_wait):
+            return Pending(reference=reference, note=_note(ran))
+        error = failure(log, self._url(request.spec))
+        if not log.has_polled:
+            hint = "was the order made with other settings of `secret_file`, `client_cert` or `trusted_file`?"
+            raise BackendRefusedError(f"{error} (the answer that was kept can't be used)", hint=hint)
+        is_verdict = log.rejection is not None or "our enrollment key" in log.text
+        if isinstance(error, BackendUnavailableError) or is_verdict:
+            raise error
+        raise BackendUnavailableError(str(error), hint=error.hint)
+
+    def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
+        """
+        Send a general message to each path: the server is there, and protections are right on both sides.
+
+        What usages a path or profile gives no server tells. A server that knows no general messages says so in a
+        message that is protected as it should be, which is all that was to be found out.
+
+        Raises:
+            BackendRefusedError: The server does not let us in.
+            BackendUnavailableError: No answer.
+        """
+        greet = functools.cache(self._greet)
+        found = {spec.name: greet(self._url(spec), self._profile(spec)) for spec in specs}
+        return {name: [violation] for name, violation in found.items() if violation}
+
+    def identity(self) -> str:
+        """The reference, or the subject of the client certificate."""
+        if self._settings.client_cert is None:
+            return self._settings.reference
+        return _first_certificate(self._settings.client_cert).subject.rfc4514_string()
+
+    def revoke(self, certificate: x509.Certificate) -> None:
+        """
+        Have the server revoke a certificate (`rr`, RFC 9810 §5.3.9), by the path of the certificates with its usages.
+
+        Raises:
+            BackendRefusedError: The server said no, or does not know the certificate.
+            BackendUnavailableError: No answer.
+        """
+        spec = _spec_like(certificate)
+        words = ["-cmd", "rr", "-oldcert", _OLD_CERTIFICATE, "-revreason", _SUPERSEDED, *self._common(spec)]
+        ran = self._program.run(words, {_OLD_CERTIFICATE: certificate.public_bytes(Encoding.PEM)}, self._secret())
+        log = Log.of(ran.messages)
+        is_done = log.rejection is not None and "certRevoked" in log.rejection.failures
+        if ran.code != 0 and not is_done:
+            raise _error(ran, self._url(spec))
+
+    def _greet(self, url: str, profile: str) -> Violation | None:
+        words = ["-cmd", "genm", *self._addressed(url, profile)]
+        ran = self._program.run(words, {}, self._secret())
+        log = Log.of(ran.messages)
+        if ran.code == 0 or (log.rejection is not None and log.rejection.failures <= {"badRequest"}):
+            return None
+        if log.is_no_such_path:
+            return Violation(subject=f"path {urlsplit(url).path}", want="a CMP service", got="HTTP status 404")
+        raise _error(ran, url)
+
+    def _enrol(self, request: SignRequest, given: dict[str, bytes]) -> Ran:
+        """Send the request, or go on with the transaction of the answer that is `given`."""
+        words = ["-cmd", self._settings.mode, "-csr", _CSR, "-implicit_confirm", *ENROLMENT]
+        files = {_CSR: request.csr_pem, **given}
+        if _WAITING in given:
+            words += ["-rspin", _WAITING]
+        if self._settings.mode == "cr":
+            _check_proof(request)
+            files[_EXTENSIONS] = _extensions(request.spec)
+            days = max(1, request.validity.days)
+            words += ["-popo", "0", "-config", _EXTENSIONS, "-reqexts", "wanted", "-days", str(days)]
+        else:
+            words += ["-config", ""]
+        return self._program.run([*words, *self._common(request.spec)], files, self._secret())
+
+    def _common(self, spec: CertificateSpec) -> list[str]:
+        return self._addressed(self._url(spec), self._profile(spec))
+
+    def _addressed(self, url: str, profile: str) -> list[str]:
+        """The arguments that say whom we ask, who we are, and whom we believe."""
+        ours = self._settings
+        words = ["-batch", "-server", url]
+        optional: dict[str, object] = {
+            "-recipient": ours.recipient,
+            "-ref": ours.reference,
+            "-cert": ours.client_cert,
+            "-key": ours.client_key,
+            "-trusted": ours.trusted_file,
+            "-expect_sender": ours.sender,
+            "-tls_trusted": ours.tls_ca_file,
+            "-tls_cert": ours.tls_client_cert,
+            "-tls_key": ours.tls_client_key,
+            "-profile": profile,
+        }
+        for option, value in optional.items():
+            words += [option, str(value)] if value else []
+        words += ["-tls_used"] if ours.tls else []
+        words += ["-unprotected_errors"] if ours.unprotected_errors else []
+        self._check_version(needs_profile=bool(profile))
+        return words
+
+    def _check_version(self, *, needs_profile: bool) -> None:
+        found = self._version
+        if needs_profile and found < OLDEST_WITH_PROFILES:
+            wanted = ".".join(map(str, OLDEST_WITH_PROFILES))
+            raise BackendRefusedError(
+                f"cmp: wanted openssl {wanted} or newer, which can name a profile, found {found[0]}.{found[1]}",
+                hint="use `path` instead of `profile`, or name a newer program in `openssl`",
+            )
+
+    @functools.cached_property
+    def _version(self) -> tuple[int, int]:
+        return self._program.version()
+
+    def _url(self, spec: CertificateSpec) -> str:
+        return f"{self._settings.url.rstrip('/')}/{self._path(spec).lstrip('/')}"
+
+    def _secret(self) -> bytes | None:
+        """
+        Read before openssl is started, which takes the place of a secret for the secret where there is none.
+
+        Raises:
+            BackendRefusedError: It can't be read, or is no secret that openssl can take.
+        """
+        place = self._settings.secret
+        if place is None:
+            return None
+        try:
+            text = place.read()
+        except SecretUnavailableError as e:
+            raise LocalFileError(f"cmp: shared secret: {e}") from e
+        secret = text.encode()
+        if not text.isprintable() or not MIN_SECRET_BYTES <= len(secret) <= MAX_SECRET_BYTES:
+            wanted = f"{MIN_SECRET_BYTES} to {MAX_SECRET_BYTES} bytes of printable text on one line"
+            hint = "a good one: openssl rand -hex 32 (the server must have the same)"
+            raise BackendRefusedError(f"cmp: wanted {wanted} in {place}, found something else", hint=hint)
+        return secret
+
+
+def _first_certificate(file: Path) -> x509.Certificate:
+    """
+    Raises:
+        BackendRefusedError: There is none.
+    """
+    try:
+        return x509.load_pem_x509_certificates(file.read_bytes())[0]
+    except (OSError, ValueError) as e:
+        raise BackendRefusedError(f"cmp: {file}: wanted the client certificate, found {type(e).__name__}") from e
+
+
+def _check_proof(request: SignRequest) -> None:
+    """
+    Check the CSR's signature, which mode `cr` does not send: we vouch for it as an RA (RFC 4211 §4).
+
+    Raises:
+        BackendRefusedError: It is wrong.
+    """
+    try:
+        is_valid = request.csr.is_signature_valid
+    except (ValueError, UnsupportedAlgorithm):
+        is_valid = False
+    if not is_valid:
+        raise BackendRefusedError(
+            f"cmp: wanted a CSR that is signed with its own key for {request.spec.name}, found another"
+        )
+
+
+def _extensions(spec: CertificateSpec) -> bytes:
+    """An openssl configuration with the extensions that the template asks for, beside the SANs of the CSR."""
+    names = {EKU.SERVER_AUTH: "serverAuth", EKU.CLIENT_AUTH: "clientAuth"}
+    ekus = ", ".join(names[eku] for eku in EKU if eku in spec.ekus)
+    usage = "critical, digitalSignature, keyEncipherment"
+    return f"[wanted]\nkeyUsage = {usage}\nextendedKeyUsage = {ekus}\n".encode()
+
+
+def _spec_like(certificate: x509.Certificate) -> CertificateSpec:
+    """A kubeadm certificate with the same usages; one of several, since only its path or profile matters."""
+    try:
+        usages = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+        ekus = {usage.dotted_string for usage in usages}
+        return next(spec for spec in SPECS.values() if {eku.value for eku in spec.ekus} == ekus)
+    except (x509.ExtensionNotFound, ValueError, StopIteration) as e:
+        raise BackendRefusedError("cmp: wanted a certificate with kubeadm's usages to revoke, found another") from e
+
+
+def _issued(ran: Ran) -> Issued:
+    """
+    Raises:
+        BackendRefusedError: What came is no certificate, though openssl took it for one.
+        BackendUnavailableError: It could not be written whole; openssl ends with 0 all the same.
+    """
+    if b"-----END CERTIFICATE-----" not in ran.leaf_pem:
+        wanted = "cmp: wanted the certificate in a file of openssl's, found a part of it or none"
+        raise BackendUnavailableError(wanted, hint="is the disk with the temporary files full?")
+    try:
+        [leaf] = x509.load_pem_x509_certificates(ran.leaf_pem)
+        others = x509.load_pem_x509_certificates(ran.others_pem) if ran.others_pem else []
+        _ = [(one.subject, one.issuer) for one in (leaf, *others)]  # which are read only now
+    except (ValueError, TypeError, x509.InvalidVersion) as e:
+        raise BackendRefusedError(f"cmp: wanted one certificate, found something else ({type(e).__name__})") from e
+    return Issued(leaf=leaf, intermediates=tuple(one for one in others if one != leaf))
+
+
+def _error(ran: Ran, url: str) -> BackendError:
+    """The error of an operation that can't wait for an answer."""
+    if ran.poll is not None:  # since 3.3 a server may put off anything
+        return BackendUnavailableError(f"cmp: {url}: {_note(ran)}")
+    return failure(Log.of(ran.messages), url)
+
+
+def _pending(ran: Ran) -> Pending:
+    """The answer "waiting" is what a later process goes on from: it has transaction and nonce, and no secret."""
+    return Pending(reference=base64.b64encode(ran.answers[0]).decode(), note=_note(ran))
+
+
+def _note(ran: Ran) -> str:
+    """Why it waits, for the operator; the reason is in the server's words."""
+    if ran.poll is None:
+        return "the server has not decided yet"
+    reason = f": {quoted(ran.poll.reason)}" if ran.poll.reason else ""
+    return f"the server wants to be asked again after {ran.poll.seconds} s{reason}"
+
+
+def _answer_of(reference: str) -> bytes:
+    """
+    Raises:
+        BackendRefusedError: It is not what `sign` gave.
+    """
+    try:
+        answer = base64.b64decode(reference, validate=True)
+    except binascii.Error:
+        answer = b""
+    if body_of(answer) is None:
+        raise BackendRefusedError(
+            "cmp: wanted the server's answer in the reference that was kept, found something else"
+        )
+    return answer

@@ -1,0 +1,262 @@
+"""
+One run of the `openssl cmp` program: the secret in by a pipe, the CA's answers out by files.
+
+What the program does was measured with 3.0.19 and 3.5.9; nothing here judges an answer.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import resource
+import select
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+from backends.cmp.answers import Poll, body_of, poll_of, quoted
+from bridge.errors import BackendRefusedError, BackendUnavailableError
+
+OLDEST, OLDEST_WITH_PROFILES = (3, 0), (3, 3)
+#: openssl reads its answers with a limit of 100 kB; a certificate with its chain is a few.
+_MOST_FILE_BYTES = 1 << 20
+#: All that it prints about one request is below 10 kB, with both chains of a server that is not trusted.
+_MOST_MESSAGE_BYTES = 64 << 10
+_TICK_MILLISECONDS = 20
+#: Far less than the second that it sleeps at least.
+_MOMENT_SECONDS = 0.2
+#: Beyond its own limits, for its start and end on a busy machine.
+_GRACE = timedelta(seconds=10)
+
+_CERTIFICATE, _EXTRA, _CA_CERTIFICATES = "leaf.pem", "extra.pem", "ca.pem"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ran:
+    """The end of a run of `openssl cmp`: its exit code, what it printed, and the files that it left."""
+
+    code: int | None  #: Exit code, negative for a signal; None: we stopped it.
+    messages: str  #: Empty if it was stopped, as it prints at its end.
+    answers: tuple[bytes, ...] = ()  #: The CA's messages in DER, in their order; none if there are none to keep.
+    leaf_pem: bytes = b""
+    others_pem: bytes = b""  #: Further certificates that came with it.
+    poll: Poll | None = None  #: Why we stopped it: it would have slept for longer than we wait.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """The program, and how long it may take."""
+
+    name: str  #: As in the settings.
+    timeout: timedelta  #: For one request and its answer.
+    wait: timedelta  #: For a CA that answers "waiting", to be asked again in the same run.
+
+    def version(self) -> tuple[int, int]:
+        """
+        Major and minor version.
+
+        Raises:
+            BackendRefusedError: There is no such program, it is older than `OLDEST`, or of another make.
+            BackendUnavailableError: It did not end.
+        """
+        process = self._started(["version"], Path("/"), ())
+        output, code = _watched(process, self.timeout + _GRACE)
+        if code is None:
+            raise BackendUnavailableError(
+                f"cmp: wanted `{self.name} version` to end, found it still running; it was stopped"
+            )
+        text = output.decode(errors="replace").strip()
+        match = re.match(r"OpenSSL (\d+)\.(\d+)\.\d+", text)
+        found = (int(match[1]), int(match[2])) if match else (0, 0)
+        if found < OLDEST:
+            wanted = f"cmp: wanted OpenSSL 3.0 or newer as {self.name!r}, found {quoted(text)}"
+            raise BackendRefusedError(wanted, hint="`openssl` in the settings can name another program")
+        return found
+
+    def run(self, words: Sequence[str], given: Mapping[str, bytes], secret: bytes | None = None) -> Ran:
+        """
+        Run `openssl cmp` in a directory of its own, which is gone afterwards.
+
+        Args:
+            words: Its arguments, without those for time, secret and output.
+            given: Files that the arguments name, without a secret in them.
+            secret: Without line ends; it is in no file, no environment and no process list.
+
+        Raises:
+            BackendRefusedError: There is no such program.
+            BackendUnavailableError: It did not end in time, or was killed by someone; or the disk is full.
+        """
+        seconds, wait = _whole_seconds(self.timeout), _whole_seconds(self.wait)
+        # An answer that comes after the total is thrown away, issued or not: so it is beyond all that is wanted.
+        total = 2 * seconds + wait
+        names = [f"{number}.der" for number in range(wait + 2)]
+        limits = ["-msg_timeout", str(seconds), "-total_timeout", str(total), "-rspout", ",".join(names)]
+        limit = timedelta(seconds=total + seconds) + _GRACE
+        try:
+            with tempfile.TemporaryDirectory(prefix="ca-bridge-cmp-") as directory, _pipe(secret) as pipe:
+                folder = Path(directory)
+                for name, data in given.items():
+                    (folder / name).write_bytes(data)
+                told_by = [] if pipe is None else ["-secret", f"fd:{pipe}"]
+                process = self._started(["cmp", *words, *limits, *told_by], folder, () if pipe is None else (pipe,))
+                watch = _Watch([folder / name for name in names], self.wait)
+                output, code = _watched(process, limit, watch.is_enough)
+                ran = _left(folder, names, output, code)
+        except OSError as e:
+            wanted = f"cmp: wanted a few files in {tempfile.gettempdir()}, found: {e.strerror}"
+            raise BackendUnavailableError(wanted, hint="make room there") from e
+        if code is None and watch.poll is None:
+            raise BackendUnavailableError(
+                f"cmp: wanted openssl to end within {limit.total_seconds():g} s, found it still running; it was stopped"
+            )
+        if code is not None and code < 0:
+            raise BackendUnavailableError(f"cmp: openssl was ended by signal {-code}")
+        return replace(ran, poll=watch.poll if code is None else None)
+
+    def _started(self, words: Sequence[str], folder: Path, inherited: Sequence[int]) -> subprocess.Popen[bytes]:
+        try:
+            process = subprocess.Popen(
+                [self.name, *words],
+                cwd=folder,
+                env=_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=inherited,
+                start_new_session=True,  # or it could ask for a passphrase on the terminal
+                umask=0o077,
+            )
+        except OSError as e:
+            raise BackendRefusedError(
+                f"cmp: wanted to start {self.name}, found: {e.strerror}", hint="install openssl 3.0 or newer"
+            ) from e
+        with suppress(ProcessLookupError):
+            resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))  # it has the secret in its memory
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (_MOST_FILE_BYTES, _MOST_FILE_BYTES))
+        return process
+
+
+#: Where the certificates go that came.
+ENROLMENT = ("-certout", _CERTIFICATE, "-extracertsout", _EXTRA, "-cacertsout", _CA_CERTIFICATES)
+
+
+def _left(folder: Path, names: Sequence[str], output: bytes, code: int | None) -> Ran:
+    """Collect what an ended process left in its directory."""
+    return Ran(
+        code=code,
+        messages=output.decode(errors="replace"),
+        answers=tuple(answer for name in names if (answer := _read(folder / name))),
+        leaf_pem=_read(folder / _CERTIFICATE),
+        others_pem=_read(folder / _EXTRA) + _read(folder / _CA_CERTIFICATES),
+    )
+
+
+class _Watch:
+    """Looks at the CA's answers while the program runs, and says when nothing more is to be had from it for now."""
+
+    def __init__(self, files: Sequence[Path], wait: timedelta) -> None:
+        self._files = list(files)
+        self._wait_seconds = wait.total_seconds()
+        self._enough_at: float | None = None
+        self.poll: Poll | None = None
+
+    def is_enough(self, seconds: float) -> bool:
+        """
+        Whether it now sleeps for longer than we wait, so that nothing is lost when it is stopped.
+
+        Each answer is judged once, when it is new: later the program may be asking again, and whoever stops it then may
+        lose a certificate. It has a moment to find that the answer is nobody's, and end by itself. Where the CA wants to
+        be asked again at once, it goes on to its own limit.
+
+        Args:
+            seconds: Since it was started.
+        """
+        if self._enough_at is not None:
+            return seconds >= self._enough_at
+        while self._files and (body := body_of(_read(self._files[0]))):
+            self._files.pop(0)
+            found = poll_of(body)
+            if found is not None and found.seconds >= 1 and seconds + found.seconds > self._wait_seconds:
+                self.poll, self._enough_at = found, seconds + _MOMENT_SECONDS
+                return False
+        return False
+
+
+def _watched(
+    process: subprocess.Popen[bytes], limit: timedelta, is_enough: Callable[[float], bool] = lambda _: False
+) -> tuple[bytes, int | None]:
+    """Run to the end: output and exit code; None: it was stopped, at the limit or because it is enough."""
+    begin, found = time.monotonic(), bytearray()
+    with process:
+        try:
+            _read_output(process, found, lambda: is_enough(time.monotonic() - begin), begin + limit.total_seconds())
+            return bytes(found), process.wait(max(0.0, begin + limit.total_seconds() - time.monotonic()))
+        except BaseException as e:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(e, subprocess.TimeoutExpired):
+                return bytes(found), None
+            raise
+
+
+def _read_output(
+    process: subprocess.Popen[bytes], found: bytearray, is_enough: Callable[[], bool], deadline: float
+) -> None:
+    """
+    Read the output until the process ends.
+
+    Raises:
+        TimeoutExpired: It is enough, or the time is over.
+    """
+    assert process.stdout is not None  # noqa: S101 (a pipe, see `Program._started`)
+    pipe = process.stdout.fileno()
+    poller = select.poll()
+    poller.register(pipe, select.POLLIN)
+    while True:
+        if poller.poll(_TICK_MILLISECONDS):
+            data = os.read(pipe, 1 << 16)
+            if not data:
+                return
+            found += data[: _MOST_MESSAGE_BYTES - len(found)]
+        if is_enough() or time.monotonic() > deadline:
+            raise subprocess.TimeoutExpired(process.args, 0)
+
+
+@contextmanager
+def _pipe(secret: bytes | None) -> Iterator[int | None]:
+    """The end to read from of a pipe with the secret's line in it, closed behind it; None without a secret."""
+    if secret is None:
+        yield None
+        return
+    reading, writing = os.pipe()
+    try:
+        with os.fdopen(writing, "wb") as pipe:
+            pipe.write(secret + b"\n")
+        yield reading
+    finally:
+        os.close(reading)
+
+
+def _read(file: Path) -> bytes:
+    """The file's content; empty if it is not there."""
+    with suppress(FileNotFoundError):
+        return file.read_bytes()
+    return b""
+
+
+def _whole_seconds(value: timedelta) -> int:
+    """Rounded up; at least one, as 0 means for ever."""
+    return max(1, math.ceil(value.total_seconds()))
+
+
+def _environment() -> dict[str, str]:
+    """The environment without proxies, OPENSSL_CONF and secrets that came to us in a variable; messages in English."""
+    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+    return kept | {"LC_ALL": "C"}

@@ -1,0 +1,225 @@
+"""
+EST as a way to a CA: "Enrollment over Secure Transport" (RFC 7030, RFC 8951), by HTTPS requests.
+
+A request holds the CSR and nothing else: what a certificate will be good for is decided by the *label* in the URL, by
+who asks, or by the server's one default. So each usage class has a label, and what comes back is verified as always.
+Only `simpleenroll` is used: `simplereenroll` wants the certificate that is being renewed as TLS client certificate,
+whose key no backend is ever given.
+What the RFCs leave open was measured with GlobalSign's estserver 1.0.6.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from http import HTTPStatus
+from typing import ClassVar
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from backends.est import setup as est_setup
+from backends.est.answers import certificates, intermediates_of, issuing_first, leaf_of
+from backends.est.server import Answer, Server
+from backends.est.settings import EstSettings
+from backends.http import common_name
+from bridge.contract import BackendSettings, Issued, Pending, Selector, SetupFile, SetupRequest, SignRequest
+from bridge.errors import BackendRefusedError, Violation
+from bridge.specs import SPECS, CertificateSpec
+from bridge.words import one_line
+
+#: A longer wish to wait, or a clock that was put back, must not keep us from asking until the certificate has expired.
+LONGEST_WISH = timedelta(days=1)
+
+
+class EstBackend:
+    """One CA behind an EST server."""
+
+    settings_type: ClassVar[type[BackendSettings]] = EstSettings
+
+    def __init__(self, settings: EstSettings) -> None:
+        self._settings = settings
+        self._label = Selector(settings.label, settings.labels, settings.node)
+        self._server = Server(settings)
+        self._cas: dict[str, Sequence[x509.Certificate]] = {}  #: By label, once a run.
+
+    @classmethod
+    def from_settings(cls, settings: BackendSettings) -> EstBackend:
+        """
+        Make the backend; no network yet.
+
+        Raises:
+            SettingsError: The CA file, the client certificate or its key can't be used.
+        """
+        if not isinstance(settings, EstSettings):
+            raise TypeError(f"wanted EstSettings, found {type(settings).__name__}")
+        settings.tls_context()  # trouble is found now, not in the middle of a renewal
+        return cls(settings)
+
+    @classmethod
+    def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
+        """Say what each label has to give; see `bridge.contract.SetsUp`."""
+        return est_setup.files(wanted)
+
+    def sign(self, request: SignRequest) -> Issued | Pending:
+        """
+        Have the server sign one CSR; see `bridge.contract.Backend`.
+
+        Validity and usages are the label's: no request of EST can ask for any.
+
+        Raises:
+            BackendRefusedError: The server, or what answers in its place, said no; or the password can't be read.
+            BackendUnavailableError: No answer in time, or a trouble that may pass.
+        """
+        label = self._label(request.spec)
+        answer = self._server.enrol(label, request.csr.public_bytes(Encoding.DER))
+        if answer.status == HTTPStatus.ACCEPTED:
+            return _pending(request, answer, datetime.now(UTC))
+        found = self._certificates(answer)
+        leaf = leaf_of(found, request.csr)
+        if leaf is None:
+            text = f"{answer.where}: wanted a certificate for the CSR's key, found {_names(found)}"
+            hint = "does the server make keys by itself, or answer with an older request's certificate?"
+            raise BackendRefusedError(f"est: {text}", hint=hint)
+        return Issued(leaf=leaf, intermediates=intermediates_of(leaf, [*found, *self._ca_certificates(label)]))
+
+    def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
+        """
+        Send the same CSR again, which is how EST asks for an answer (RFC 7030 §4.2.3); not before the server's wish.
+
+        A server that does not recognise it takes it for a new request, and nothing in its answer would say so.
+
+        Raises:
+            BackendRefusedError: The server said no; or the reference is another CSR's.
+            BackendUnavailableError: No answer.
+        """
+        digest, _, wish = reference.partition("@")
+        if digest != _digest(request):
+            hint = "`ca-bridge pending cancel` makes room for a new request"
+            raise BackendRefusedError("est: wanted the reference of this CSR, found another one's", hint=hint)
+        now = datetime.now(UTC)
+        left = int(wish) - now.timestamp() if wish.isdecimal() else 0
+        if 0 < left <= LONGEST_WISH.total_seconds():
+            moment = _moment_text(now + timedelta(seconds=left))
+            return Pending(reference=reference, note=f"the server wishes not to be asked before {moment}")
+        return self.sign(request)
+
+    def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
+        """
+        Ask whether the server knows each label, whether they belong to one CA, and whether it lets us in.
+
+        What a label gives no server tells; an unknown one may be answered like any other.
+
+        Raises:
+            BackendRefusedError: What answers is no EST server, or accepts none of us.
+            BackendUnavailableError: No answer.
+        """
+        labels = {label: self._label_violations(label) for label in dict.fromkeys(map(self._label, specs))}
+        return {spec.name: found for spec in specs if (found := labels[self._label(spec)])}
+
+    def issuers(self) -> list[x509.Certificate]:
+        """
+        The CA's certificates, the one that signs first, from the label of a client's certificate: each authority has one.
+
+        Raises:
+            BackendRefusedError: The server knows no such label, or does not accept us.
+            BackendUnavailableError: No answer.
+        """
+        clients = [spec for spec in SPECS.values() if spec.usage == "client"]
+        *others, last = dict.fromkeys(map(self._label, clients))  # one, unless it depends on the certificate's name
+        known = next((label for label in others if self._knows(label)), last)
+        return issuing_first(self._ca_certificates(known))
+
+    def identity(self) -> str:
+        """The client certificate's CN, and the user."""
+        user = [f"user {self._settings.username}"] if self._settings.username else []
+        try:
+            names = [common_name(self._settings.client_cert)] if self._settings.client_cert else []
+        except ValueError as e:
+            raise BackendRefusedError(f"est: {e}") from e
+        return ", ".join(filter(None, [*names, *user]))
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._server.close()
+
+    def _ca_certificates(self, label: str) -> Sequence[x509.Certificate]:
+        """
+        The label's, asked for once.
+
+        Raises:
+            BackendError: There are none; says why.
+        """
+        if label not in self._cas:
+            self._cas[label] = self._certificates(self._server.ca_certificates(label))
+        return self._cas[label]
+
+    def _knows(self, label: str) -> bool:
+        """Whether the server has the label; all else that is wrong is an error."""
+        if label not in self._cas:
+            answer = self._server.ca_certificates(label)
+            if answer.status == HTTPStatus.NOT_FOUND:
+                return False
+            self._cas[label] = self._certificates(answer)
+        return True
+
+    def _certificates(self, answer: Answer) -> list[x509.Certificate]:
+        """
+        The certificates of an answer.
+
+        Raises:
+            BackendError: It is none with certificates; says why.
+        """
+        if answer.status != HTTPStatus.OK:
+            raise self._server.error(answer)
+        try:
+            return certificates(answer.body)
+        except ValueError as e:
+            found = f"{e}: {answer.text}" if answer.text else str(e)
+            hint = f"is it an EST server that answers below {self._settings.url}, and not a proxy or a log-in page?"
+            raise BackendRefusedError(
+                f"est: {answer.where}: wanted certificates in PKCS#7, found {found}", hint=hint
+            ) from e
+
+    def _label_violations(self, label: str) -> list[Violation]:
+        subject = f"label {label!r}" if label else "no label"
+        if not self._knows(label):
+            return [Violation(subject=subject, want="one that the server knows", got="HTTP 404 for its cacerts")]
+        first, ours = next(iter(self._cas.values())), self._cas[label]
+        if not set(first) & set(ours):
+            return [Violation(subject=subject, want=f"the same CA as other labels, {_names(first)}", got=_names(ours))]
+        entry = self._server.enrol(label, b"")
+        if entry.status in NO_ENTRY:
+            error = self._server.error(entry)
+            return [Violation(subject=subject, want="that the server lets us enrol", got=f"{error}; {error.hint}")]
+        return []
+
+
+#: Answers to a request without a CSR that say that one with it would fare no better.
+NO_ENTRY = frozenset(
+    {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED}
+)
+
+
+def _digest(request: SignRequest) -> str:
+    return hashlib.sha256(request.csr.public_bytes(Encoding.DER)).hexdigest()
+
+
+def _pending(request: SignRequest, answer: Answer, now: datetime) -> Pending:
+    """RFC 7030 §4.2.3: no reference, and a Retry-After, which not every server sends."""
+    said = f" ({answer.text})" if answer.text else ""
+    if answer.retry_after_seconds is None:
+        return Pending(reference=_digest(request), note=f"the server answers later{said}")
+    moment = now + min(timedelta(seconds=answer.retry_after_seconds), LONGEST_WISH)
+    note = f"the server answers later{said}, and wishes not to be asked before {_moment_text(moment)}"
+    return Pending(reference=f"{_digest(request)}@{int(moment.timestamp())}", note=note)
+
+
+def _moment_text(moment: datetime) -> str:
+    return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _names(found: Sequence[x509.Certificate]) -> str:
+    """The certificates' subjects, for a message."""
+    return one_line(" and ".join(one.subject.rfc4514_string() or "a nameless one" for one in found)) or "none"

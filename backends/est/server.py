@@ -1,0 +1,243 @@
+"""The operations of an EST server, and the one place where its errors become ours."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from http import HTTPStatus
+from pathlib import Path
+
+import requests
+from cryptography import x509
+from cryptography.x509.oid import ExtendedKeyUsageOID
+from requests.auth import HTTPBasicAuth
+
+from backends.est.settings import EstSettings, operation_url
+from backends.http import (
+    NoAnswerError,
+    Sessions,
+    TlsRefusedError,
+    TooMuchError,
+    innermost,
+    retry_after_seconds,
+    without,
+)
+from bridge.contract import SecretUnavailableError
+from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError, SettingsError
+from bridge.words import one_line
+
+#: What every server takes: one line of base64, and both headers, though RFC 8951 §3.1 wants no encoding to be named.
+HEADERS = {
+    "Content-Type": "application/pkcs10",
+    "Content-Transfer-Encoding": "base64",
+    "Accept": "application/pkcs7-mime",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One HTTP answer of the server, whatever its status."""
+
+    where: str  #: The URL.
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    retry_after_seconds: float | None
+    hidden: Sequence[str | None] = field(repr=False)  #: What we sent and do not repeat.
+
+    @functools.cached_property
+    def text(self) -> str:
+        """Its beginning as one line for people, or a page's title; without our secrets, should the server repeat them."""
+        kind = self.headers.get("Content-Type", "")
+        text = without(self.body.decode("utf-8", "replace"), self.hidden)
+        if "html" in kind or text.lstrip()[:1] == "<":
+            title = re.search(r"<title[^>]*>([^<]{,500})", text[:20000], re.IGNORECASE)
+            return f"a web page, {one_line(title[1])!r}" if title else "a web page"
+        return one_line(text) if kind.startswith("text/") or "json" in kind else ""
+
+    def header(self, name: str) -> str:
+        """A header as it may be shown; empty: there is none."""
+        return one_line(without(self.headers.get(name, ""), self.hidden))
+
+
+class Server:
+    """The operations of EST, and the one place where the server's errors become ours."""
+
+    def __init__(self, settings: EstSettings) -> None:
+        self._settings = settings
+        self._sessions = Sessions(settings.timeout, settings.tls_context)
+
+    def ca_certificates(self, label: str) -> Answer:
+        """`cacerts`, for which nobody has to say who asks."""
+        return self._send("GET", label, "cacerts", headers={"Accept": HEADERS["Accept"]})
+
+    def enrol(self, label: str, csr_der: bytes) -> Answer:
+        """`simpleenroll`; without a CSR only to see whether we are let in."""
+        return self._send("POST", label, "simpleenroll", data=base64.b64encode(csr_der), headers=HEADERS)
+
+    def close(self) -> None:
+        """Close the connections that are not in use."""
+        self._sessions.close()
+
+    def error(self, answer: Answer) -> BackendError:
+        """The error that an answer without certificates means."""
+        said = answer.text.removeprefix(f"{answer.status} ")
+        text = f"est: {answer.where}: HTTP {answer.status}" + (f", {said}" if said else "")
+        if answer.status in LATER_STATUSES:
+            hint = _LATER_HINTS.get(answer.status, "")
+            return BackendUnavailableError(text, hint=hint, retry_after_seconds=answer.retry_after_seconds)
+        return BackendRefusedError(text, hint=self._hint(answer))
+
+    def _hint(self, answer: Answer) -> str:
+        settings = self._settings
+        if 300 <= answer.status < 400:  # noqa: PLR2004 (RFC 9110 §15.4)
+            to = answer.header("Location") or "nowhere"
+            return f"redirects are not followed; if you trust it, give url the beginning of {to}"
+        if answer.status == HTTPStatus.UNAUTHORIZED:
+            return _unauthorized_hint(answer.header("WWW-Authenticate"), settings.username)
+        if answer.status == HTTPStatus.BAD_REQUEST and "host not allowed" in answer.text:
+            return "the host in url is not one of those that the server answers for"
+        return HINTS.get(answer.status, "the server's log may say more").format(who=_who(settings))
+
+    def _send(
+        self, method: str, label: str, operation: str, *, headers: Mapping[str, str], data: bytes | None = None
+    ) -> Answer:
+        """
+        One request; any status is an answer.
+
+        Raises:
+            BackendRefusedError: Nobody that we may talk to, or an answer without end.
+            BackendUnavailableError: No answer in time.
+        """
+        url = operation_url(self._settings.url, label, operation)
+        password = self._password() if method == "POST" else None  # who needs none gets none
+        auth = password and HTTPBasicAuth(self._settings.username.encode(), password.encode())
+        send = functools.partial(self._sessions.send, method, url, headers=headers, data=data, auth=auth)
+        response, body = self._told(url, send)
+        return Answer(
+            where=url,
+            status=response.status_code,
+            headers=response.headers,
+            body=body,
+            retry_after_seconds=retry_after_seconds(response, datetime.now(UTC)),
+            hidden=[password, base64.b64encode(f"{self._settings.username}:{password}".encode()).decode()],
+        )
+
+    def _told(self, url: str, ask: Callable[[], tuple[requests.Response, bytes]]) -> tuple[requests.Response, bytes]:
+        """The answer; what keeps it from us becomes an error of ours."""
+        try:
+            return ask()
+        except TlsRefusedError as e:
+            raise BackendRefusedError(
+                f"est: {url}: TLS: {e}", hint=_tls_hint(str(e), self._settings, datetime.now(UTC))
+            ) from e
+        except NoAnswerError as e:
+            raise BackendUnavailableError(f"est: {url}: {e}", hint=_CUT_OFF_HINT if e.cut_off else e.hint) from e
+        except TooMuchError as e:
+            raise BackendRefusedError(f"est: {url}: {e}", hint=_NOT_EST) from e
+        except SettingsError as e:  # the files were good when we began
+            raise BackendRefusedError(f"est: {e}", hint=e.hint) from e
+        except requests.RequestException as e:
+            raise BackendRefusedError(f"est: {url}: {one_line(str(innermost(e)))}", hint=_NOT_EST) from e
+
+    def _password(self) -> str | None:
+        try:
+            return self._settings.password.read() if self._settings.password else None
+        except SecretUnavailableError as e:
+            raise LocalFileError(f"est: password: {e}", hint="put it there, or fix password_file") from e
+
+
+#: Statuses that may pass: a limit of requests or of time, a CA that fails behind the server, proxies (RFC 9110 §15.5
+#: and §15.6, RFC 6585 §4).
+LATER_STATUSES = frozenset(
+    {
+        HTTPStatus.REQUEST_TIMEOUT,
+        HTTPStatus.TOO_EARLY,
+        HTTPStatus.TOO_MANY_REQUESTS,
+        HTTPStatus.INTERNAL_SERVER_ERROR,
+        HTTPStatus.BAD_GATEWAY,
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        HTTPStatus.GATEWAY_TIMEOUT,
+    }
+)
+_LATER_HINTS: Mapping[int, str] = {
+    HTTPStatus.TOO_MANY_REQUESTS: "the server limits how often it is asked, by this node or by all",
+    HTTPStatus.INTERNAL_SERVER_ERROR: "the CA behind the server has failed (its log says why), or the CSR is too long "
+    "for it: GlobalSign's takes 64 KiB",
+    HTTPStatus.SERVICE_UNAVAILABLE: "the server, or the proxy before it, is down or has too much to do",
+}
+
+_NOT_EST = "is it an EST server that answers at url?"
+_CUT_OFF_HINT = (
+    "if it stays so: a server may break the connection where it does not accept client_cert (wanted: valid, good for "
+    "clientAuth, with its intermediates in the file), or where it wants one and none is given"
+)
+#: What to do next, by status.
+HINTS: Mapping[int, str] = {
+    HTTPStatus.BAD_REQUEST: "the server can't use the CSR: does it want a link between TLS and the CSR (tls-unique, "
+    "RFC 7030 §3.5)? that can't be done here, switch it off for this label",
+    HTTPStatus.FORBIDDEN: "the label's policy, or the rights of {who}, do not allow this certificate",
+    HTTPStatus.NOT_FOUND: "has the server this label, and is url without /.well-known/est? a label of several segments "
+    "is not known to every server",
+    HTTPStatus.METHOD_NOT_ALLOWED: _NOT_EST,
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "the server, or a proxy before it, limits the length of a CSR",
+    HTTPStatus.UNSUPPORTED_MEDIA_TYPE: "a proxy may take away Content-Type or Content-Transfer-Encoding",
+    HTTPStatus.UNPROCESSABLE_ENTITY: "the label's policy does not take subject, SANs or key of the CSR",
+    HTTPStatus.NO_CONTENT: _NOT_EST,
+    HTTPStatus.MISDIRECTED_REQUEST: "the host in url is not one of those that the server answers for",
+}
+
+
+def _who(settings: EstSettings) -> str:
+    names = [f"user {settings.username}"] if settings.username else []
+    names += ["the client certificate"] if settings.client_cert else []
+    return " and ".join(names) or "somebody without client_cert or username"
+
+
+def _unauthorized_hint(challenge: str, username: str) -> str:
+    schemes = {part.strip().split(" ")[0].lower() for part in challenge.split(",")}
+    if challenge and "basic" not in schemes:
+        scheme = challenge.split(" ", maxsplit=1)[0]
+        return f"the server wants {scheme}; only Basic and client certificates are spoken here"
+    if username:
+        return "the server does not know username, or it has another password"
+    return "the server wants username and password_file, or a client certificate"
+
+
+def _tls_hint(reason: str, settings: EstSettings, now: datetime) -> str:
+    """A hint for a TLS handshake that failed; OpenSSL's reasons name the alert that the server sent."""
+    if "CERTIFICATE_VERIFY_FAILED" in reason:
+        return _our_verdict_hint(reason)
+    if "WRONG_VERSION_NUMBER" in reason or "RECORD_LAYER_FAILURE" in reason or "HTTP_REQUEST" in reason:
+        return "does the server speak TLS at this port?"
+    if "PROTOCOL_VERSION" in reason or "HANDSHAKE_FAILURE" in reason:
+        return "the server must speak TLS 1.2 or 1.3 with a common cipher; some say so where a client certificate lacks"
+    if settings.client_cert is None:
+        return "the server wants a client certificate: client_cert and client_key"
+    wrong = " and ".join(_agent_faults(settings.client_cert, now))
+    return f"the server does not accept client_cert: {wrong or 'its CA, or a missing intermediate, is the usual cause'}"
+
+
+def _our_verdict_hint(reason: str) -> str:
+    if "mismatch" in reason:
+        return "the SANs of the server's TLS certificate must hold the host in url"
+    if "expired" in reason or "not yet valid" in reason:
+        return "the server's TLS certificate has to be renewed, or this node's clock put right"
+    return "ca_file must hold the CA of the server's TLS certificate (it is pinned: no other CA is trusted)"
+
+
+def _agent_faults(client_cert: Path, now: datetime) -> Iterator[str]:
+    """Faults for which everybody would refuse a client certificate; none if the file can't be read."""
+    with contextlib.suppress(OSError, ValueError):
+        agent = x509.load_pem_x509_certificate(client_cert.read_bytes())
+        if not agent.not_valid_before_utc <= now <= agent.not_valid_after_utc:
+            yield f"it is valid from {agent.not_valid_before_utc:%Y-%m-%d} to {agent.not_valid_after_utc:%Y-%m-%d} only"
+        with contextlib.suppress(x509.ExtensionNotFound):
+            usages = agent.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+            if ExtendedKeyUsageOID.CLIENT_AUTH not in usages:
+                yield "it is not good for clientAuth"

@@ -1,0 +1,112 @@
+"""
+What the administrator of an EST server needs: for each label what a certificate of it must be, and who may ask for which.
+
+EST is a protocol: how a label, an alias or a policy is made is each product's own, so this is a page to be read by a
+person, with commands that show whether it was done.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from backends.est.settings import operation_url
+from bridge.contract import Selector, SetupFile, SetupRequest
+from bridge.pki.certificates import name_text, san_entries
+from bridge.specs import EKU, SPECS, CertificateSpec
+from bridge.words import escaped, one_line
+
+_EXAMPLE_URL = "https://est.corp.example"
+_DAY_SECONDS = 86400
+
+
+def files(wanted: SetupRequest) -> Sequence[SetupFile]:
+    """One page for the authority; labels as the settings name them, or else one a usage class."""
+    return [SetupFile(name=f"est-{wanted.authority.name}.txt", text=_text(wanted))]
+
+
+def _text(wanted: SetupRequest) -> str:
+    label = _selector(wanted)
+    by_label: dict[str, list[CertificateSpec]] = {}
+    for name in wanted.certificates:
+        by_label.setdefault(label(SPECS[name]), []).append(SPECS[name])
+    url = str(wanted.settings.get("url", _EXAMPLE_URL)).rstrip("/")
+    parts = [_HEAD.format(authority=wanted.authority.name, node=wanted.node, cluster=wanted.cluster)]
+    parts += ["\n".join(_label_lines(name, specs, wanted)) for name, specs in by_label.items()]
+    parts.append(_ASKER)
+    parts.append("\n".join(_settings_lines(wanted, url, label)))
+    parts.append("\n".join(_try_lines(url, list(by_label))))
+    return "\n".join(parts) + "\n"
+
+
+_HEAD = """\
+EST for authority {authority} of cluster {cluster}, node {node}
+
+A request of EST names neither usages nor validity, so each label below needs a profile of its own at the CA.
+It must issue under the CA whose certificate the node has as its trust anchor, and add nothing to a subject or to SANs.
+"""
+
+_ASKER = """\
+Who asks
+  One agent (client_cert, or username) for all of the node's requests, by simpleenroll; simplereenroll is never used.
+  It must be allowed these subjects and SANs, and no others: who can have a certificate for clientAuth with
+  O=system:masters, or with CN=system:kube-controller-manager, is master of the cluster.
+  A demand for a link between TLS and the CSR (tls-unique, RFC 7030 section 3.5) has to be off.
+  The server may answer 202: the node asks again with the same CSR, so repeated CSRs must be taken for the same order.
+"""
+
+
+def _selector(wanted: SetupRequest) -> Selector:
+    """The labels as the settings have them so far; else one for each usage class, so that each gives its own EKUs."""
+    pattern, exceptions = wanted.settings.get("label"), wanted.settings.get("labels")
+    named = {str(k): str(v) for k, v in exceptions.items()} if isinstance(exceptions, Mapping) else {}
+    return Selector(str(pattern or f"{wanted.authority.name}-{{usage}}"), named, wanted.node)
+
+
+def _label_lines(label: str, specs: Sequence[CertificateSpec], wanted: SetupRequest) -> Iterator[str]:
+    usages = {", ".join(eku.label for eku in EKU if eku in spec.ekus) for spec in specs}
+    yield f"Label {label}"
+    if len(usages) > 1:
+        yield "  CAN'T BE USED: these certificates differ in their usages, so that they need labels of their own"
+    yield f"  extended key usage  {' / '.join(sorted(usages))}, and no other"
+    yield "  key usage           digitalSignature, keyEncipherment"
+    yield "  basic constraints   CA:FALSE"
+    yield f"  validity            {wanted.validity.total_seconds() / _DAY_SECONDS:g} days"
+    for spec in specs:
+        yield f"  {spec.name}"
+        certificate = wanted.certificates[spec.name]
+        yield f"    subject           {one_line(name_text(certificate.subject))}"
+        yield from (f"    SAN               {kind} {one_line(name)}" for kind, name in sorted(san_entries(certificate)))
+    yield ""
+
+
+def _settings_lines(wanted: SetupRequest, url: str, label: Selector) -> Iterator[str]:
+    yield "In the node's settings"
+    yield "  [backend.est]"
+    yield '  type = "est"'
+    yield f"  url = {_toml(url)}"
+    yield '  ca_file = "/etc/ca-bridge/est-tls-ca.crt"       # pins the server: no other CA is trusted'
+    yield '  client_cert = "/etc/ca-bridge/agent.crt"        # with its intermediates; good for clientAuth'
+    yield '  client_key = "/etc/ca-bridge/agent.key"'
+    yield f"  [authority.{wanted.authority.name}]"
+    yield '  backend = "est"'
+    yield f"  label = {_toml(label.pattern)}"
+    if label.exceptions:
+        yield f"  [authority.{wanted.authority.name}.labels]"
+        yield from (f"  {_toml(name)} = {_toml(text)}" for name, text in label.exceptions.items())
+    yield ""
+
+
+def _try_lines(url: str, labels: Sequence[str]) -> Iterator[str]:
+    yield "To see the CA behind each label, from the node"
+    for label in labels:
+        where = shlex.quote(operation_url(url, label, "cacerts"))
+        yield f"  curl -sS --fail --cacert /etc/ca-bridge/est-tls-ca.crt {where} |"
+        yield "    tr -d '\\r\\n' | openssl base64 -d -A | openssl pkcs7 -inform DER -print_certs -noout"
+    yield "To see that the server lets the agent in: ca-bridge doctor"
+
+
+def _toml(value: Any) -> str:
+    return escaped(json.dumps(value, ensure_ascii=False))

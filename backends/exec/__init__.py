@@ -1,0 +1,382 @@
+"""
+Any program as a CA: certmonger's contract with its submission helpers (doc/helpers.txt of https://pagure.io/certmonger).
+
+The environment in, exit status and standard output out. certmonger's own helpers work unchanged; for a site's script
+there are variables of our own with what certmonger can't say, the exact EKUs first of all.
+What real helpers do was measured with certmonger 0.79.17.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import ClassVar
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from backends.exec import answer as exec_answer
+from backends.exec.environment import ENVIRONMENT, ekus_text
+from backends.exec.process import LONGEST_VARIABLE, Account, Ended, NotRunError, check_program, run
+from bridge.contract import BackendSettings, Issued, Pending, Selector, SetupFile, SetupRequest, SignRequest
+from bridge.errors import (
+    BackendError,
+    BackendRefusedError,
+    BackendUnavailableError,
+    SettingsError,
+    SettingsProblem,
+    Violation,
+)
+from bridge.pki.loose_certificates import is_for, newest
+from bridge.specs import CertificateSpec
+
+log = logging.getLogger("ca-bridge.exec")
+#: Variables that say what is asked for.
+_OURS = re.compile(
+    r"CA_BRIDGE_\w+|CERTMONGER_(?:OPERATION|CSR|CA_PROFILE|CA_NICKNAME|CA_COOKIE|SPKI|KEY_TYPE|REQ_(?:SUBJECT|HOSTNAME|IP_ADDRESS|EMAIL))"
+)
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+#: Names of variables that hold a secret, and not the place of one.
+_SECRET = re.compile(r"(?:PASSW|PASSPHRASE|SECRET|TOKEN)(?!\w*_(?:FILE|PATH|DIR|URL|URI|ARN)$)", re.IGNORECASE)
+#: What certmonger may give, and we have nothing to make it from: it takes the node's private key, or a Kerberos principal.
+NOT_OURS_TO_GIVE = frozenset(
+    {"CERTMONGER_REQ_PRINCIPAL", "CERTMONGER_SPKAC", "CERTMONGER_PKCSREQ", "CERTMONGER_PKCSREQ_REKEY"}
+    | {"CERTMONGER_GETCERTINITIAL", "CERTMONGER_GETCERTINITIAL_REKEY", "CERTMONGER_SCEP_RA_CERTIFICATE"}
+)
+#: certmonger's exit statuses (its src/submit-e.h).
+_ISSUED, _WAIT, _UNREACHABLE, _NOT_CONFIGURED, _WAIT_SECONDS, _UNKNOWN_OPERATION = 0, 1, 3, 4, 5, 6
+#: Of what need not be told: also a refusal, such as dogtag-submit's of a list of profiles that is not for everybody.
+_TELLS_NOT = (2, _UNKNOWN_OPERATION)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecSettings(BackendSettings):
+    """Keys of a backend of type `exec`."""
+
+    command: tuple[str, ...]  #: The program's path and its arguments; no shell reads them.
+    #: A pattern: `{name}` is the certificate, `{usage}` its usage class (server, client, peer), `{node}` the node. The
+    #: program has it as CERTMONGER_CA_PROFILE.
+    profile: str = "{usage}"
+    profiles: dict[str, str] = field(default_factory=dict)  #: Exceptions to `profile`, by certificate or usage class.
+    #: More variables for the program: places of secrets, and no secrets.
+    environment: dict[str, str] = field(default_factory=dict)
+    user: str = ""  #: Runs the program, with this user's groups; without it who runs ca-bridge.
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """A program that can't be one, and variables that are ours or would hold a secret."""
+        if not self.command or not self.command[0].startswith("/"):
+            found = repr(self.command[0]) if self.command else "an empty list"
+            yield SettingsProblem("command", "a program's absolute path, then its arguments", found)
+        if any("\0" in word for word in self.command):
+            yield SettingsProblem("command", "texts without NUL characters", "one")
+        yield from Selector(self.profile, self.profiles, self.node).problems("profile", "profiles")
+        for name, value in self.environment.items():
+            yield from _variable_problems(name, value)
+
+
+def _variable_problems(name: str, value: str) -> Iterator[SettingsProblem]:
+    key = f"environment.{name}"
+    if not _VARIABLE.fullmatch(name):
+        yield SettingsProblem(key, "letters, digits and underscores", repr(name))
+    elif _OURS.fullmatch(name):
+        yield SettingsProblem(key, "a variable that ca-bridge does not set itself", name)
+    elif _SECRET.search(name):
+        wanted = f"no secret in the settings or in an environment: {name}_FILE, say, with the path of a file"
+        yield SettingsProblem(key, wanted, "a value")
+    if "\0" in value or len(f"{name}={value}".encode()) > LONGEST_VARIABLE:
+        yield SettingsProblem(key, f"at most {LONGEST_VARIABLE} bytes, without NUL characters", "something else")
+
+
+class ExecBackend:
+    """One CA behind a program."""
+
+    settings_type: ClassVar[type[BackendSettings]] = ExecSettings
+
+    def __init__(self, settings: ExecSettings, account: Account) -> None:
+        self._settings = settings
+        self._account = account
+        self._profile = Selector(settings.profile, settings.profiles, settings.node)
+        self._program = Path(settings.command[0])
+
+    @classmethod
+    def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
+        """See `backends.exec.setup`."""
+        from backends.exec import setup as exec_setup  # noqa: PLC0415 (nobody else needs it)
+
+        return exec_setup.setup(wanted)
+
+    @classmethod
+    def from_settings(cls, settings: BackendSettings) -> ExecBackend:
+        """
+        Make the backend; nothing is run yet.
+
+        Raises:
+            SettingsError: No such user, or it takes root to become it.
+        """
+        if not isinstance(settings, ExecSettings):
+            raise TypeError(f"wanted ExecSettings, found {type(settings).__name__}")
+        try:
+            account = Account.of(settings.user)
+        except KeyError:
+            raise SettingsError([SettingsProblem("user", "a user of this machine", repr(settings.user))]) from None
+        if account.is_other and Account.of("").uid != 0:
+            raise SettingsError([SettingsProblem("user", "no other user (only root can become one)", settings.user)])
+        return cls(settings, account)
+
+    def sign(self, request: SignRequest) -> Issued | Pending:
+        """
+        Run the program with SUBMIT; see `bridge.contract.Backend`.
+
+        Raises:
+            BackendRefusedError: It said no, or can't be run, or answered with something else than a certificate for
+                the CSR's key; or the CSR's signature is wrong, which certmonger's local-submit does not look at.
+            BackendUnavailableError: It could not reach its CA, or did not end in time, or ended with status 1 and no
+                cookie, as most broken programs do.
+        """
+        if not _is_signed(request.csr):
+            raise BackendRefusedError("exec: wanted a CSR that is signed with its own key, found another signature")
+        return self._answer(request, self._run("SUBMIT", self._asked(request)))
+
+    def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
+        """
+        Run the program with POLL: all that SUBMIT was told, and the cookie that it gave.
+
+        Raises:
+            BackendRefusedError: As `sign`.
+            BackendUnavailableError: As `sign`.
+        """
+        asked = {**self._asked(request), "CERTMONGER_CA_COOKIE": reference}
+        return self._answer(request, self._run("POLL", asked))
+
+    def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
+        """
+        Run the program with IDENTIFY, and ask for its profiles and the variables that it needs, if it tells them.
+
+        Usages are not to be had from this contract: each answer is verified.
+
+        Raises:
+            BackendRefusedError: It can't be run, or lacks settings.
+            BackendUnavailableError: It could not reach its CA, or did not end in time.
+        """
+        authority = _authority_variables(specs[0]) if specs else {}
+        self._told("IDENTIFY", authority)
+        profiles = self._told("GET-SUPPORTED-TEMPLATES", authority, silent=_TELLS_NOT)
+        needed = self._told("GET-NEW-REQUEST-REQUIREMENTS", authority, silent=_TELLS_NOT)
+        lacking = sorted(NOT_OURS_TO_GIVE & set(exec_answer.names(needed or b"")) - self._settings.environment.keys())
+        found = {
+            spec.name: [
+                *_profile_violations(self._profile(spec), exec_answer.names(profiles or b"")),
+                *(
+                    Violation(subject="the program's needs", want=name, got="nothing to set it from")
+                    for name in lacking
+                ),
+            ]
+            for spec in specs
+        }
+        return {name: violations for name, violations in found.items() if violations}
+
+    def issuers(self) -> list[x509.Certificate]:
+        """
+        Run the program with FETCH-ROOTS; none if it does not tell. It is not told which authority is meant.
+
+        Raises:
+            BackendRefusedError: It can't be run, or what it printed is no certificate.
+            BackendUnavailableError: It could not reach its CA, or did not end in time.
+        """
+        printed = self._told("FETCH-ROOTS", {}, silent=_TELLS_NOT)
+        if not (printed or b"").strip():
+            return []
+        try:
+            found = exec_answer.certificates(printed or b"")
+        except ValueError as e:
+            raise self._refused(f"FETCH-ROOTS: wanted the CA's certificates, found {e}") from e
+        # roots come first in this operation, and the one that signs is wanted first
+        return sorted(found, key=lambda one: any(one.subject == other.issuer for other in found if other != one))
+
+    def _answer(self, request: SignRequest, ended: Ended) -> Issued | Pending:
+        """The result of SUBMIT or POLL."""
+        try:
+            if ended.code == _ISSUED:
+                return _issued(request, ended.output)
+            if ended.code == _WAIT and (cookie := exec_answer.cookie(ended.output)):
+                return self._pending(cookie, ended)
+            if ended.code == _WAIT_SECONDS:
+                seconds, cookie = exec_answer.delayed_cookie(ended.output)
+                return self._pending(cookie, ended, f", and is to be asked again in {seconds} s")
+        except ValueError as e:
+            raise self._refused(f"{_WANTED[ended.code]}, found {e}{_aside(ended)}") from e
+        raise self._error(ended)
+
+    def _pending(self, cookie: str, ended: Ended, when: str = "") -> Pending:
+        longest = LONGEST_VARIABLE - len("CERTMONGER_CA_COOKIE=")
+        if len(cookie.encode()) > longest:
+            raise ValueError(f"a cookie of more than {longest} bytes")
+        shown = exec_answer.words(cookie.encode())
+        return Pending(reference=cookie, note=f'{self._program} waits{when}; its cookie: "{shown}"{_aside(ended)}')
+
+    def _told(
+        self, operation: str, variables: Mapping[str, str], silent: Collection[int] = (_UNKNOWN_OPERATION,)
+    ) -> bytes | None:
+        """Ask the program for information: its output; None: it ended with a status that says that it does not tell."""
+        ended = self._run(operation, variables)
+        if ended.code == _ISSUED:
+            return ended.output
+        if ended.code in silent:
+            return None
+        error = self._error(ended)
+        if ended.code not in {_UNREACHABLE, _NOT_CONFIGURED}:
+            error.hint = _UNKNOWN_HINT
+        raise error
+
+    def _run(self, operation: str, variables: Mapping[str, str]) -> Ended:
+        """
+        Raises:
+            BackendRefusedError: It can't be run, or its output has no end.
+            BackendUnavailableError: It did not end in time.
+        """
+        surroundings = {**ENVIRONMENT, "HOME": self._account.home, **self._settings.environment}
+        seconds = self._settings.timeout.total_seconds()
+        told = {"CERTMONGER_OPERATION": operation, "CA_BRIDGE_TIMEOUT_SECONDS": str(max(1, int(seconds))), **variables}
+        try:
+            check_program(self._program, self._account)
+            ended = run(self._settings.command, {**surroundings, **told}, self._account, self._settings.timeout)
+        except NotRunError as e:
+            raise self._refused(str(e), e.hint) from e
+        log.debug("%s: %s ended with status %d after %.2f s", self._program, operation, ended.code, ended.seconds)
+        if ended.stopped == "time":
+            text = f"{operation} was still running after {seconds:g} s, and was killed{_printed(ended)}"
+            raise BackendUnavailableError(f"exec: {self._program}: {text}", hint="`timeout` is how long it may take")
+        if ended.stopped == "output":
+            raise self._refused(f"{operation} printed more than 1 MiB, and was killed{_printed(ended)}")
+        return ended
+
+    def _asked(self, request: SignRequest) -> dict[str, str]:
+        """The variables that say what is asked for."""
+        seconds = request.validity.total_seconds()
+        days = -(-request.validity // timedelta(days=1))
+        profile = self._profile(request.spec)
+        return {
+            **({"CERTMONGER_CA_PROFILE": profile} if profile else {}),
+            **_csr_variables(request.csr),
+            **_authority_variables(request.spec),
+            "CA_BRIDGE_CERTIFICATE": request.spec.name,
+            "CA_BRIDGE_USAGE": request.spec.usage,
+            "CA_BRIDGE_EKUS": ekus_text(request.spec),
+            "CA_BRIDGE_VALIDITY_SECONDS": f"{seconds:.0f}",
+            "CA_BRIDGE_DAYS": str(days),
+            **({"CA_BRIDGE_NODE": self._settings.node} if self._settings.node else {}),
+            **({"CA_BRIDGE_REPLACES": _pem(request.replaces)} if request.replaces else {}),
+        }
+
+    def _refused(self, text: str, hint: str = "") -> BackendRefusedError:
+        return BackendRefusedError(f"exec: {self._program}: {text}", hint=hint)
+
+    def _error(self, ended: Ended) -> BackendError:
+        """The one place where a program's exit status becomes an error of ours."""
+        if ended.code < 0:
+            text = f"was ended by signal {-ended.code}"
+            return BackendUnavailableError(f"exec: {self._program}: {text}{_printed(ended)}")
+        meaning, hint = _STATUSES.get(ended.code, ("", "certmonger knows no such status; run it by hand"))
+        text = f"ended with status {ended.code}{f' ({meaning})' if meaning else ''}{_printed(ended)}"
+        if ended.code in {_WAIT, _UNREACHABLE}:
+            return BackendUnavailableError(f"exec: {self._program}: {text}", hint=hint)
+        return self._refused(text, hint)
+
+
+_WANTED = {
+    _ISSUED: "status 0: wanted a certificate for the CSR's key on standard output",
+    _WAIT: "status 1: wanted a cookie on standard output",
+    _WAIT_SECONDS: "status 5: wanted seconds, a line end and a cookie on standard output",
+}
+_STATUSES = {
+    _WAIT: (
+        "wait, but there is no cookie",
+        "1 is what most broken programs end with; a request that waits has a cookie on standard output",
+    ),
+    2: ("refused", "2 is also what a shell ends with after an unset variable or a syntax error"),
+    _UNREACHABLE: ("the CA can't be reached", "does the CA run, and may this node reach it?"),
+    _NOT_CONFIGURED: (
+        "not configured",
+        "the program lacks settings: arguments in `command`, variables in `environment`",
+    ),
+    _WAIT_SECONDS: ("wait", "only SUBMIT and POLL may wait"),
+    _UNKNOWN_OPERATION: ("operation not supported", "the program has to know SUBMIT, and POLL if it lets wait"),
+    16: ("SCEP data", "SCEP helpers need the node's private key, and no program is ever given it"),
+    17: ("wants a new key", "`renew` makes one; if it goes on, look for the CA's rules on keys"),
+    126: ("not executable", "for the shell that started it: look into the script"),
+    127: ("command not found", "for the shell that started it: `environment` may set another PATH"),
+}
+_UNKNOWN_HINT = "a program ends with status 6 for operations that it does not know, and asks its CA for SUBMIT alone"
+
+
+def _issued(request: SignRequest, output: bytes) -> Issued:
+    """The certificate for the CSR's key, and what came with it, in no order that could be relied on."""
+    found = exec_answer.certificates(output)
+    ours = [one for one in found if is_for(one, request.csr)]
+    if not ours:
+        raise ValueError(f"{len(found)} for other keys")
+    return newest(ours, [one for one in found if one not in ours])
+
+
+def _profile_violations(profile: str, offered: Sequence[str]) -> Iterator[Violation]:
+    if profile and offered and profile not in offered:
+        got = exec_answer.words(", ".join(offered).encode())
+        yield Violation(subject="profile", want=f"{profile} among the program's", got=got)
+
+
+def _is_signed(csr: x509.CertificateSigningRequest) -> bool:
+    try:
+        return csr.is_signature_valid
+    except (UnsupportedAlgorithm, ValueError, TypeError):
+        return False
+
+
+def _authority_variables(spec: CertificateSpec) -> dict[str, str]:
+    return {"CERTMONGER_CA_NICKNAME": spec.authority.name, "CA_BRIDGE_AUTHORITY": spec.authority.name}
+
+
+def _csr_variables(csr: x509.CertificateSigningRequest) -> dict[str, str]:
+    """The CSR, and what it says in words; a type without SANs has no variable."""
+    spki = csr.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    sans = {name: "\n".join(values) for name, values in _sans(csr).items() if values}
+    return {
+        "CERTMONGER_CSR": csr.public_bytes(Encoding.PEM).decode(),
+        "CERTMONGER_REQ_SUBJECT": csr.subject.rfc4514_string(),
+        "CERTMONGER_SPKI": base64.b64encode(spki).decode(),
+        "CERTMONGER_KEY_TYPE": "RSA" if isinstance(csr.public_key(), rsa.RSAPublicKey) else "EC",
+        **sans,
+    }
+
+
+def _sans(csr: x509.CertificateSigningRequest) -> dict[str, list[str]]:
+    try:
+        names = csr.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return {}
+    return {
+        "CERTMONGER_REQ_HOSTNAME": names.get_values_for_type(x509.DNSName),
+        "CERTMONGER_REQ_IP_ADDRESS": list(map(str, names.get_values_for_type(x509.IPAddress))),
+        "CERTMONGER_REQ_EMAIL": names.get_values_for_type(x509.RFC822Name),
+    }
+
+
+def _pem(certificate: x509.Certificate) -> str:
+    return certificate.public_bytes(Encoding.PEM).decode()
+
+
+def _printed(ended: Ended) -> str:
+    """All that it printed, for a message: both outputs, each on one line and cut."""
+    words = exec_answer.words(ended.output)
+    return (f', printed: "{words}"' if words else ", printed nothing") + _aside(ended)
+
+
+def _aside(ended: Ended) -> str:
+    words = exec_answer.words(ended.messages, keep_end=True)
+    return f', on standard error: "{words}"' if words else ""

@@ -1,0 +1,150 @@
+"""
+What the author of a program for the backend `exec` needs: what it will be asked for, and a way to ask it by hand.
+
+The requests of one authority as a table, and a shell script that runs the program for one of them, with a throwaway
+key, exactly as ca-bridge does.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from typing import Any
+
+from cryptography import x509
+
+from backends.exec.environment import ENVIRONMENT, ekus_text
+from bridge.contract import Selector, SetupFile, SetupRequest
+from bridge.errors import SettingsError, SettingsProblem
+from bridge.specs import SPECS
+
+#: Where the settings name no program yet.
+PROGRAM = ("/usr/local/libexec/ca-bridge/program",)
+
+_TEXT = """\
+#!/bin/sh
+# What ca-bridge on {node} (cluster {cluster}) asks the program of {authority} for:
+#
+{table}
+#
+# The CSR has subject and SANs, and no usages: those are the program's to give, exactly these, with key usage
+# digitalSignature and keyEncipherment, for {days} days.
+#
+#   try-{authority}.sh NAME [OPERATION]
+#
+# runs the program as ca-bridge does, for a throwaway key, and says how it ended. SUBMIT, which is meant without an
+# OPERATION, asks for a real certificate.
+set -eu
+case ${{1:-}} in
+{cases}
+  *) echo "usage: $0 NAME [OPERATION]" >&2; exit 2 ;;
+esac
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout "$work/key" -out "$work/csr" \\
+  -subj "$subject" ${{sans:+-addext "subjectAltName=$sans"}} 2>/dev/null
+status=0
+env -i {environment} HOME="$HOME" \\
+  CERTMONGER_OPERATION="${{2:-SUBMIT}}" CERTMONGER_CSR="$(cat "$work/csr")" CERTMONGER_CA_PROFILE="$profile" \\
+  CERTMONGER_CA_NICKNAME={authority} CA_BRIDGE_AUTHORITY={authority} CA_BRIDGE_CERTIFICATE="$1" \\
+  CA_BRIDGE_NODE={quoted_node} CA_BRIDGE_USAGE="$usage" CA_BRIDGE_EKUS="$ekus" CA_BRIDGE_DAYS={days} CA_BRIDGE_VALIDITY_SECONDS={seconds} \\
+  {command} || status=$?
+echo "status $status" >&2
+exit "$status"
+"""
+
+
+def setup(wanted: SetupRequest) -> list[SetupFile]:
+    """
+    One script for the authority.
+
+    Raises:
+        SettingsError: `profile`, `profiles`, `environment` or `command` can't be used.
+    """
+    profile = _selector(wanted.settings, wanted.node)
+    rows = [
+        (name, profile(SPECS[name]), ekus_text(SPECS[name]), subject_text(certificate), sans_text(certificate))
+        for name, certificate in wanted.certificates.items()
+    ]
+    head = ("NAME", "PROFILE", "EKUS", "SUBJECT", "SANS")
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    table = "\n".join(
+        "# " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (head, *rows)
+    )
+    text = _TEXT.format(
+        node=wanted.node,
+        cluster=wanted.cluster,
+        quoted_node=shlex.quote(wanted.node),
+        authority=wanted.authority.name,
+        table=table,
+        cases="\n".join(_case(*row) for row in rows),
+        days=-(-wanted.validity // timedelta(days=1)),
+        seconds=int(wanted.validity.total_seconds()),
+        environment=_assignments({**ENVIRONMENT, **_texts(wanted.settings, "environment")}),
+        command=shlex.join(_command(wanted.settings)),
+    )
+    return [SetupFile(name=f"try-{wanted.authority.name}.sh", text=text, executable=True)]
+
+
+def _case(name: str, profile: str, ekus: str, subject: str, sans: str) -> str:
+    values = {"profile": profile, "usage": SPECS[name].usage, "ekus": ekus, "subject": subject, "sans": sans}
+    return f"  {name}) {_assignments(values)} ;;"
+
+
+def _assignments(values: Mapping[str, str]) -> str:
+    return " ".join(f"{name}={shlex.quote(value)}" for name, value in values.items())
+
+
+def _selector(settings: Mapping[str, Any], node: str) -> Selector:
+    pattern = settings.get("profile", "{usage}")
+    selector = Selector(pattern if isinstance(pattern, str) else "{", _texts(settings, "profiles"), node)
+    problems = list(selector.problems("profile", "profiles"))
+    if problems:
+        raise SettingsError(problems)
+    return selector
+
+
+def _texts(settings: Mapping[str, Any], key: str) -> dict[str, str]:
+    table = settings.get(key, {})
+    if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
+        raise SettingsError([SettingsProblem(key, "a table of texts", "something else")])
+    return table
+
+
+def _command(settings: Mapping[str, Any]) -> list[str]:
+    command = settings.get("command", PROGRAM)
+    if not isinstance(command, list | tuple) or not all(isinstance(word, str) for word in command):
+        raise SettingsError([SettingsProblem("command", "a list of texts", "something else")])
+    return list(command)
+
+
+def subject_text(certificate: x509.Certificate) -> str:
+    """The subject for `openssl req -subj`: in the certificate's own order, with special characters escaped."""
+    return "".join(f"/{part}" for part in _parts(certificate.subject))
+
+
+def _parts(subject: x509.Name) -> Iterator[str]:
+    for attribute in subject:
+        value = re.sub(r"([/\\+])", r"\\\1", str(attribute.value))
+        yield f"{attribute.rfc4514_attribute_name}={value}"
+
+
+def sans_text(certificate: x509.Certificate) -> str:
+    """The SANs for `openssl req -addext subjectAltName=`; empty: there are none."""
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return ""
+    return ",".join(filter(None, map(_san, names)))
+
+
+def _san(name: x509.GeneralName) -> str:
+    if isinstance(name, x509.DNSName):
+        return f"DNS:{name.value}"
+    if isinstance(name, x509.IPAddress) and isinstance(name.value, ipaddress.IPv4Address | ipaddress.IPv6Address):
+        return f"IP:{name.value}"
+    return f"email:{name.value}" if isinstance(name, x509.RFC822Name) else ""

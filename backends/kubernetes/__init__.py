@@ -1,0 +1,351 @@
+"""
+A Kubernetes cluster as a way to a CA: CertificateSigningRequest objects (certificates.k8s.io/v1).
+
+Who signs is named by `spec.signerName`: another cluster's gateway, kube-controller-manager, cert-manager or anyone else
+that watches such objects. The object's name comes from the request itself, so that a request which was cut off finds
+its object again and is never made twice; its uid is kept, since a name may come to bear another request.
+What the API server checks and what it leaves to the signer was measured with 1.37.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import hashlib
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from http import HTTPStatus
+from typing import Any, ClassVar
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.x509.oid import NameOID
+
+from backends.kubernetes.api import ACCESS_REVIEWS, CSRS, SUBJECT_REVIEWS, Answer, Api, path_of
+from backends.kubernetes.settings import KubernetesSettings
+from bridge.contract import BackendSettings, Issued, Pending, Selector, SetupFile, SetupRequest, SignRequest, Wanted
+from bridge.errors import BackendError, BackendRefusedError, Violation
+from bridge.specs import EKU, CertificateSpec
+from bridge.words import one_line
+
+#: `spec.expirationSeconds` has a lower limit, and is an int32.
+SHORTEST = timedelta(minutes=10)
+_LONGEST_SECONDS = (1 << 31) - 1
+_USAGES = {EKU.SERVER_AUTH: "server auth", EKU.CLIENT_AUTH: "client auth"}
+#: What Kubernetes' own signers are for (https://kubernetes.io/docs/reference/access-authn-authz/certificate-signing-requests/).
+_KUBERNETES_SIGNERS = {
+    "kubernetes.io/kube-apiserver-client": {EKU.CLIENT_AUTH},
+    "kubernetes.io/kube-apiserver-client-kubelet": {EKU.CLIENT_AUTH},
+    "kubernetes.io/kubelet-serving": {EKU.SERVER_AUTH},
+}
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.05, 1.0
+#: Objects that are answered and not removed yet; those of a process that runs for long are removed meanwhile.
+_MOST_ANSWERED = 64
+
+
+class KubernetesBackend:
+    """One cluster, whoever signs in it."""
+
+    settings_type: ClassVar[type[BackendSettings]] = KubernetesSettings
+    asks_validity = True
+
+    def __init__(self, settings: KubernetesSettings) -> None:
+        self._settings = settings
+        self._signer = Selector(settings.signer, settings.signers, settings.node)
+        self._api = Api(settings)
+        self._answered: deque[tuple[str, str]] = deque()  #: Name and uid.
+
+    @classmethod
+    def from_settings(cls, settings: BackendSettings) -> KubernetesBackend:
+        """
+        Make the backend; no network yet.
+
+        Raises:
+            SettingsError: The kubeconfig, the CA file, the client certificate or its key can't be used.
+        """
+        if not isinstance(settings, KubernetesSettings):
+            raise TypeError(f"wanted KubernetesSettings, found {type(settings).__name__}")
+        settings.tls_context()  # trouble is found now, not in the middle of a renewal
+        return cls(settings)
+
+    @classmethod
+    def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
+        """See `backends.kubernetes.setup`."""
+        from backends.kubernetes import setup as kubernetes_setup  # noqa: PLC0415 (nobody else needs it)
+
+        return kubernetes_setup.files(wanted)
+
+    def sign(self, request: SignRequest) -> Issued | Pending:
+        """
+        Make the object, or find the one of an earlier try, and wait a little for its answer.
+
+        Raises:
+            BackendRefusedError: The API server, the approver or the signer said no.
+            BackendUnavailableError: No answer of the API server, or a trouble that may pass.
+        """
+        if request.validity < SHORTEST:
+            raise BackendRefusedError(
+                f"kubernetes: wanted a validity of 10 minutes or more, found {request.validity.total_seconds():.0f} s",
+                hint="no API server takes a request for less: renewal.validity",
+            )
+        body = _object(request, self._signer(request.spec))
+        name = body["metadata"]["name"]
+        answer = self._api.ask("POST", CSRS, body)
+        if answer.status == HTTPStatus.CONFLICT:
+            answer = self._api.ask("GET", path_of(name))
+            if answer.status == HTTPStatus.OK and not _asks_the_same(answer.document, body):
+                hint = "somebody made it; `kubectl describe csr` shows who: spec.username"
+                raise BackendRefusedError(f"kubernetes: {name}: wanted our own request there, found another", hint=hint)
+        if answer.status not in {HTTPStatus.OK, HTTPStatus.CREATED}:
+            raise self._api.error(answer)
+        return self._awaited(request, f"{name} {_metadata(answer.document, 'uid')}", answer)
+
+    def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
+        """
+        Look at the object again.
+
+        Raises:
+            BackendRefusedError: Denied, failed, or not there any more.
+            BackendUnavailableError: No answer of the API server.
+        """
+        return self._awaited(request, reference, self._look(reference))
+
+    def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
+        """
+        Ask the API server for our rights, and compare usages with what Kubernetes' own signers are for.
+
+        Who signs, and whether anybody does, no API tells.
+
+        Raises:
+            BackendRefusedError: The API server does not know us.
+            BackendUnavailableError: No answer.
+        """
+        rights = [found for verb in ("create", "get") if (found := self._missing_right(verb))]
+        by_name = {spec.name: [*rights, *_signer_violations(spec, self._signer(spec))] for spec in specs}
+        return {name: violations for name, violations in by_name.items() if violations}
+
+    def check_whole(self, wanted: Sequence[Wanted]) -> dict[str, list[Violation]]:
+        """Compare the validity with the API's limit, and groups with what it never takes."""
+        found = {}
+        for one in wanted:
+            violations = []
+            if one.validity < SHORTEST:
+                violations.append(Violation(subject="validity", want="10m or more", got=f"{one.validity}"))
+            if self._signer(one.spec) == "kubernetes.io/kube-apiserver-client" and "system:masters" in _groups(one):
+                got = "it, which no API server takes for kubernetes.io/kube-apiserver-client"
+                violations.append(Violation(subject="O", want="no system:masters", got=got))
+            if violations:
+                found[one.spec.name] = violations
+        return found
+
+    def advice(self, spec: CertificateSpec) -> str:
+        """The signer."""
+        setup = f"`ca-bridge setup kubernetes --authority {spec.authority.name}`"
+        return f"look at who signs for {self._signer(spec)} there, and compare with what {setup} prints"
+
+    def clock_ahead(self) -> timedelta | None:
+        """How far the server's clock is ahead, by the header `Date` of its latest answer."""
+        return self._api.clock_ahead
+
+    def identity(self) -> str:
+        """
+        The user that the API server takes us for.
+
+        Raises:
+            BackendRefusedError: It does not know us.
+            BackendUnavailableError: No answer.
+        """
+        review = {"apiVersion": "authentication.k8s.io/v1", "kind": "SelfSubjectReview"}
+        answer = self._api.ask("POST", SUBJECT_REVIEWS, review)
+        if answer.status != HTTPStatus.CREATED:
+            return ""  # older than 1.28, or not allowed: it does not tell
+        user = _table(_table(answer.document, "status"), "userInfo").get("username")
+        return one_line(user) if isinstance(user, str) else ""
+
+    def close(self) -> None:
+        """Remove the objects that were answered, and close the connections."""
+        with contextlib.suppress(BackendError):  # nobody listens: kube-controller-manager removes them, in an hour
+            while self._answered:
+                self._remove(*self._answered.popleft())
+        self._api.close()
+
+    def _look(self, reference: str) -> Answer:
+        name, _, uid = reference.partition(" ")
+        answer = self._api.ask("GET", path_of(name))
+        if answer.status == HTTPStatus.NOT_FOUND or (
+            answer.status == HTTPStatus.OK and _metadata(answer.document, "uid") != uid
+        ):
+            hint = "without an answer it is removed after 24 hours, with one after an hour; the next run asks anew"
+            raise BackendRefusedError(f"kubernetes: {one_line(name)}: wanted our request, found it removed", hint=hint)
+        if answer.status != HTTPStatus.OK:
+            raise self._api.error(answer)
+        return answer
+
+    def _awaited(self, request: SignRequest, reference: str, answer: Answer) -> Issued | Pending:
+        """Look at the object until it is approved and signed, or refused; pending when `wait` is over."""
+        end, pause = time.monotonic() + self._settings.wait.total_seconds(), _FIRST_PAUSE_SECONDS
+        while (found := self._verdict(request, reference, answer.document)) is None:
+            left = end - time.monotonic()
+            if left <= 0:
+                return Pending(reference=reference, note=_note(answer.document))
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+            answer = self._look(reference)
+        return found
+
+    def _verdict(self, request: SignRequest, reference: str, document: Mapping[str, Any]) -> Issued | None:
+        """
+        The certificate; None: not yet.
+
+        A certificate counts only without Denied and Failed beside it, since the API lets all three stand together.
+
+        Raises:
+            BackendRefusedError: Denied, failed, or a certificate that is none.
+        """
+        name = reference.partition(" ")[0]
+        conditions = _conditions(document)
+        for kind in ("Denied", "Failed"):
+            if kind in conditions:
+                self._is_answered(reference)
+                reason, message = (one_line(conditions[kind].get(key) or "") for key in ("reason", "message"))
+                said = f": {': '.join(filter(None, [reason, message]))}" if reason or message else ""
+                who = "the cluster's approver" if kind == "Denied" else "the signer"
+                raise BackendRefusedError(
+                    one_line(f"kubernetes: {name}: {kind.lower()}{said}"), hint=f"{who} says so; its log may say more"
+                )
+        text = _table(document, "status").get("certificate")
+        if not text:
+            return None
+        self._is_answered(reference)
+        return _issued(request, name, text)
+
+    def _is_answered(self, reference: str) -> None:
+        name, _, uid = reference.partition(" ")
+        if self._settings.delete and (name, uid) not in self._answered:
+            self._answered.append((name, uid))
+            with contextlib.suppress(BackendError):
+                while len(self._answered) > _MOST_ANSWERED:
+                    self._remove(*self._answered.popleft())
+
+    def _remove(self, name: str, uid: str) -> None:
+        """
+        Any answer will do: without the right to delete, kube-controller-manager removes it an hour later.
+
+        Raises:
+            BackendError: None.
+        """
+        body = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": uid}}
+        self._api.ask("DELETE", path_of(name), body)
+
+    def _missing_right(self, verb: str) -> Violation | None:
+        attributes = {"group": "certificates.k8s.io", "resource": "certificatesigningrequests", "verb": verb}
+        answer = self._api.ask("POST", ACCESS_REVIEWS, {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SelfSubjectAccessReview",
+            "spec": {"resourceAttributes": attributes},
+        })  # fmt: skip
+        if answer.status != HTTPStatus.CREATED:
+            raise self._api.error(answer)
+        if _table(answer.document, "status").get("allowed") is True:
+            return None
+        return Violation(
+            subject="rights", want=f"{verb} certificatesigningrequests", got="no such right of the account"
+        )
+
+
+def _object(request: SignRequest, signer: str) -> dict[str, Any]:
+    """The object; its name is that of the same request always."""
+    csr = request.csr
+    # Built anew: text around the block, or a second one, is nobody's business.
+    pem = csr.public_bytes(Encoding.PEM)
+    seconds = min(int(request.validity.total_seconds()), _LONGEST_SECONDS)
+    usages = ["digital signature"]
+    if isinstance(csr.public_key(), rsa.RSAPublicKey):
+        usages.append("key encipherment")
+    usages += [_USAGES[eku] for eku in EKU if eku in request.spec.ekus]
+    digest = hashlib.sha256("\n".join([signer, *usages, str(seconds)]).encode() + pem).hexdigest()
+    return {
+        "apiVersion": "certificates.k8s.io/v1",
+        "kind": "CertificateSigningRequest",
+        "metadata": {
+            "name": f"ca-bridge-{request.spec.name}-{digest[:32]}",
+            "labels": {"app.kubernetes.io/managed-by": "ca-bridge"},
+        },
+        "spec": {
+            "request": base64.b64encode(pem).decode(),
+            "signerName": signer,
+            "usages": usages,
+            "expirationSeconds": seconds,
+        },
+    }
+
+
+def _asks_the_same(found: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
+    """`spec` can't be changed once it is there; the server adds who asked."""
+    there = _table(found, "spec")
+    return all(there.get(key) == value for key, value in ours["spec"].items())
+
+
+def _signer_violations(spec: CertificateSpec, signer: str) -> list[Violation]:
+    gives = _KUBERNETES_SIGNERS.get(signer)
+    if gives is None or gives == spec.ekus:
+        return []
+    want, got = (", ".join(sorted(eku.label for eku in ekus)) for ekus in (spec.ekus, gives))
+    return [Violation(subject=f"signer {signer}", want=f"one that gives {want}", got=f"one that gives {got}")]
+
+
+def _groups(wanted: Wanted) -> set[str]:
+    names = wanted.certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)
+    return {str(name.value) for name in names}
+
+
+def _issued(request: SignRequest, name: str, text: object) -> Issued:
+    """Leaf first, then what the signer put behind it; the leaf is looked for, as the API takes them in any order."""
+    hint = "the API stores whatever a signer writes: its log may say more"
+    try:
+        pem = base64.b64decode(str(text), validate=True)
+        found = x509.load_pem_x509_certificates(pem)
+        wanted = _public(request.csr)
+        ours = [one for one in found if _public(one) == wanted]
+    except (ValueError, TypeError, binascii.Error, x509.InvalidVersion):
+        raise BackendRefusedError(
+            f"kubernetes: {name}: wanted PEM certificates, found something else", hint=hint
+        ) from None
+    if not ours:
+        raise BackendRefusedError(
+            f"kubernetes: {name}: wanted a certificate for the CSR's key, found another", hint=hint
+        )
+    return Issued(leaf=ours[0], intermediates=tuple(one for one in found if one not in ours))
+
+
+def _public(of: x509.Certificate | x509.CertificateSigningRequest) -> bytes:
+    return of.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
+def _conditions(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The object's true conditions, by type (the API demands that the three which count here are true)."""
+    listed = _table(document, "status").get("conditions")
+    found = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+    return {str(one.get("type")): one for one in found if one.get("status") == "True"}
+
+
+def _note(document: Mapping[str, Any]) -> str:
+    """Who has to act next, for the operator."""
+    name, conditions = one_line(_metadata(document, "name")), _conditions(document)
+    if "Approved" in conditions:
+        signer = one_line(_table(document, "spec").get("signerName"))
+        return f"{name} is approved, and waits for the signer of {signer}"
+    return f"{name} waits for approval: kubectl certificate approve {name}"
+
+
+def _metadata(document: Mapping[str, Any], key: str) -> str:
+    return str(_table(document, "metadata").get(key) or "")
+
+
+def _table(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = document.get(key)
+    return found if isinstance(found, dict) else {}

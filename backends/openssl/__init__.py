@@ -1,0 +1,539 @@
+"""
+Signing with `openssl ca`: a directory with a CA's certificate, key and database of issued certificates.
+
+The facts about `openssl ca` here and in the modules beside this one were measured with 1.1.1w, 3.0.19 and
+3.5.9. In short: its exit code says nothing (0 for a CSR whose signature is bad and nothing issued), its
+defaults make certificates without usages, and a site's openssl.cnf can let a CSR become a CA. So a run
+never sees the site's file but one of our own, each CSR is looked through before, and what was issued is
+decided by the database and the certificates.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import ClassVar, TypeVar
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from backends.openssl.csr import CSR_ERRORS, CheckedCsr, checked, public_key
+from backends.openssl.index import Database, Snapshot, file_name
+from backends.openssl.key import KeyFile, PrivateKey
+from backends.openssl.process import Failure, Openssl, ProcessEnd
+from backends.openssl.settings import CAFiles, OpensslSettings, files_of, private_key_of
+from bridge.contract import BackendSettings, Issued, SetupFile, SetupRequest, SignRequest
+from bridge.errors import (
+    BackendError,
+    BackendRefusedError,
+    BackendUnavailableError,
+    Violation,
+)
+from bridge.specs import CertificateSpec, Usage
+
+_REVOKED_FOR_SECONDS = 1.0
+_FAILED_RUNS = 20  # in a row: more than it takes to halve 1000 down to a bad CSR, and no endless list of failures
+_BACKDATED = timedelta(minutes=5)  # clocks differ; kubeadm does the same
+_MEMORY = "/dev/shm"  # noqa: S108 (the folder made in it is private)
+_PREFIX = "ca-bridge-"
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9._-]+")
+
+# All paths are relative to the folder of the run, so that none of the site's has to be quoted.
+_CONFIG = """\
+[ca]
+# Only here: in the CA's own section openssl ignores it, and the policy drops and reorders what the subject has.
+preserve = yes
+
+[bridge]
+certificate = ca.crt
+private_key = {private_key}
+database = database/{index}
+new_certs_dir = newcerts
+rand_serial = yes
+unique_subject = no
+default_md = {digest}
+policy = any
+email_in_dn = yes
+copy_extensions = copy
+x509_extensions = no_section_so_that_forgetting_one_fails
+
+[any]
+commonName = optional
+"""
+# `copy` takes from the CSR what the section does not have; so it has all but the SAN, and a CSR that asks for
+# something else is refused. `keyid,issuer` is the key identifier alone; issuer and serial number if the CA has none
+# (as kubeadm before 1.19 made them), which is an error with `keyid:always`.
+_SECTION = """
+[{usage}]
+basicConstraints = critical,CA:FALSE
+keyUsage = critical,digitalSignature,keyEncipherment
+extendedKeyUsage = {ekus}
+subjectKeyIdentifier = hash
+authorityKeyIdentifier = keyid,issuer
+"""
+_EKUS: dict[Usage, str] = {"server": "serverAuth", "client": "clientAuth", "peer": "serverAuth,clientAuth"}
+
+_ExtensionT = TypeVar("_ExtensionT", bound=x509.ExtensionType)
+
+log = logging.getLogger(__name__)
+
+
+_Batch = tuple[Usage, timedelta, list[tuple[int, SignRequest]]]
+_Answers = dict[int, Issued | BackendError]
+
+
+class OpensslBackend:
+    """Signs with `openssl ca` on this host."""
+
+    settings_type: ClassVar[type[BackendSettings]] = OpensslSettings
+    asks_validity = True
+
+    def __init__(self, settings: OpensslSettings, files: CAFiles) -> None:
+        self._settings = settings
+        self._files = files
+        self._key = private_key_of(files, settings)
+        self._revoked: tuple[float, x509.Name, frozenset[int]] | None = None  # when, the CA's name, serial numbers
+        self._openssl = Openssl(
+            program=settings.openssl,
+            limit=settings.timeout,
+            key=self._key,
+        )
+
+    @classmethod
+    def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
+        """See `backends.openssl.setup`."""
+        from backends.openssl import setup as openssl_setup  # noqa: PLC0415 (nobody else needs it)
+
+        return openssl_setup.setup(wanted)
+
+    @classmethod
+    def from_settings(cls, settings: BackendSettings) -> OpensslBackend:
+        """As `BackendType`; reads the site's openssl.cnf, if one is named."""
+        if not isinstance(settings, OpensslSettings):
+            raise TypeError(f"wanted OpensslSettings, got {type(settings).__name__}")
+        return cls(settings, files_of(settings))
+
+    def sign(self, request: SignRequest) -> Issued:
+        """Have one CSR signed."""
+        (answer,) = self.sign_many([request])
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def sign_many(self, requests: Sequence[SignRequest]) -> list[Issued | Exception]:
+        """Have all signed, with one process a usage class and chunk of it."""
+        if not requests:
+            return []
+        with _os_errors():
+            signers = self.issuers()
+            _check_signer(self._files.certificate, signers[0])
+            database = self._database()
+            with database.locked(self._settings.timeout) as lock, self._folder(signers[0], database) as folder:
+                desk = _Desk(self._openssl, database, signers, folder, lock)
+                desk.recover()
+                answers = desk.sign(_batches(requests, self._key.batch_size))
+        return [answers[position] for position in range(len(requests))]
+
+    def recall(self, requests: Sequence[SignRequest], since: datetime) -> list[Issued | None]:
+        """
+        Find what a run signed for exactly these keys and usages before it was killed.
+
+        Waits for an `openssl ca` that outlived its run.
+
+        Args:
+            requests: As they were sent.
+            since: When.
+
+        Returns:
+            One answer a request, in their order; None: nothing was signed for it.
+        """
+        with _os_errors():
+            signers, database = self.issuers(), self._database()
+            with database.locked(self._settings.timeout) as lock, self._folder(signers[0], database) as folder:
+                _Desk(self._openssl, database, signers, folder, lock).recover()
+                found = {(public_key(leaf), _usages(leaf)): leaf for leaf in database.issued_since(since)}
+        chain = tuple(signer for signer in signers if signer.issuer != signer.subject)
+        leaves = [found.get(_key_and_usages(request)) for request in requests]
+        return [Issued(leaf=leaf, intermediates=chain) if leaf is not None else None for leaf in leaves]
+
+    def revoke(self, certificate: x509.Certificate) -> None:
+        """
+        Mark a certificate of this CA in the index, with reason `superseded`; one that the index does not know is added.
+
+        Raises:
+            BackendRefusedError: Another CA signed it (openssl would not notice), or the CA's files can't be used.
+            BackendUnavailableError: The database is locked.
+        """
+        with _os_errors():
+            signers, database = self.issuers(), self._database()
+            if not _is_issued_by(certificate, signers[0]):
+                raise BackendRefusedError("wanted a certificate of this CA to revoke, found another CA's")
+            with database.locked(self._settings.timeout) as lock, self._folder(signers[0], database) as folder:
+                desk = _Desk(self._openssl, database, signers, folder, lock)
+                desk.recover()
+                desk.revoke(certificate)
+        self._revoked = None
+
+    def is_revoked(self, certificate: x509.Certificate) -> bool:
+        """
+        Look the certificate up in the index by its serial number, whichever key of this CA's has signed it.
+
+        The index is read anew only after `_REVOKED_FOR_SECONDS`: a desk asks for each of thousands of requests while
+        it signs, and each signature changes the index.
+
+        Raises:
+            BackendRefusedError: The CA's files can't be read.
+        """
+        with _os_errors():
+            if self._revoked is None or time.monotonic() - self._revoked[0] > _REVOKED_FOR_SECONDS:
+                self._revoked = time.monotonic(), self.issuers()[0].subject, self._database().revoked()
+            _, subject, serials = self._revoked
+            return certificate.serial_number in serials and certificate.issuer == subject
+
+    def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
+        """
+        Find out whether a run could begin: program, certificate, database, key.
+
+        No certificate can have a violation of its own: the usages are in our own config.
+        """
+        del specs
+        with _os_errors():
+            signer = self.issuers()[0]
+            _check_signer(self._files.certificate, signer)
+            self._openssl.check_version()
+            self._database().check()
+            with self._folder(signer) as folder:
+                if self._openssl.public_key(folder) != public_key(signer):
+                    raise self._openssl.key_of_another_ca()
+        return {}
+
+    def issuers(self) -> list[x509.Certificate]:
+        """The certificates in the CA's certificate file."""
+        path = self._files.certificate
+        try:
+            return x509.load_pem_x509_certificates(path.read_bytes())
+        except OSError as e:
+            raise BackendRefusedError(f"wanted the CA's certificate in {path}, found: {e.strerror}") from e
+        except ValueError as e:
+            raise BackendRefusedError(f"wanted the CA's certificate in {path}, found no PEM certificate there") from e
+
+    def _database(self) -> Database:
+        index = self._files.database.resolve()  # openssl would replace a link by a file
+        if not _PLAIN_NAME.fullmatch(index.name):
+            raise BackendRefusedError(
+                f"wanted a database whose file name has only letters, digits, '.', '_' and '-', found {index.name!r}"
+            )
+        return Database(index=index, new_certs_dir=self._files.new_certs_dir.resolve())
+
+    @contextmanager
+    def _folder(self, signer: x509.Certificate, locked: Database | None = None) -> Iterator[Path]:
+        """
+        A private folder to run in: our own config, the certificate that was checked, links to the rest.
+
+        Args:
+            signer: The CA's certificate.
+            locked: The database whose lock we hold; None: there is nothing to do with it.
+        """
+        # 0700, and in memory where Linux offers that: a run may have a thousand CSR files
+        in_memory = "TMPDIR" not in os.environ and os.access(_MEMORY, os.W_OK | os.X_OK)
+        parent = Path(_MEMORY if in_memory else tempfile.gettempdir())
+        if locked is not None:
+            _sweep(parent, locked)
+        with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent) as name:
+            folder = Path(name)
+            if locked is not None:
+                folder.joinpath("database").symlink_to(locked.index.parent)
+                folder.joinpath("newcerts").symlink_to(locked.new_certs_dir)
+            config = _config(self._database().index.name, self._settings.digest, self._key)
+            folder.joinpath("openssl.cnf").write_text(config, encoding="ascii")
+            folder.joinpath("ca.crt").write_bytes(signer.public_bytes(Encoding.PEM))
+            if isinstance(self._key, KeyFile):
+                folder.joinpath(self._key.reference).symlink_to(self._key.path)
+            yield folder
+
+
+def _sweep(parent: Path, locked: Database) -> None:
+    """Remove what killed runs left: whoever holds a database's lock is the only one to have a folder for it."""
+    for path in parent.glob(f"{_PREFIX}*"):
+        with suppress(OSError):  # another's
+            if path.lstat().st_uid == os.geteuid() and path.joinpath("database").readlink() == locked.index.parent:
+                shutil.rmtree(path)
+
+
+@dataclass(slots=True)
+class _Desk:
+    """The work of one `sign`, all of it while the database is locked."""
+
+    openssl: Openssl
+    database: Database
+    signers: list[x509.Certificate]
+    folder: Path
+    lock: int
+    failed_runs: int = 0  #: In a row.
+    fatal: BackendError | None = None  #: Why nothing more is signed.
+    seen: Snapshot | None = None  #: The index as it was read last.
+    readings: list[Future[_Answers]] = field(default_factory=list)
+
+    def recover(self) -> None:
+        """Put right what a killed run left: no index, or certificates that are in no index."""
+        self.database.check_folders()
+        self.database.put_right()
+        self.seen = self.database.read()
+        for path in self._orphans(self.seen):
+            # openssl adds the row itself, so that the certificate can be revoked by its number
+            outcome = self._run("-extensions", "client", "-valid", f"newcerts/{path.name}")
+            self.seen = self.database.read(self.seen)
+            if int(path.stem, 16) not in self.seen.serials:
+                raise self.openssl.failure(outcome).error
+            log.warning("%s was signed by a run that did not live to record it; it is recorded now", path)
+
+    def _orphans(self, index: Snapshot) -> list[Path]:
+        """Ours alone, and not the expired ones: sites move such rows to an archive, and they do no harm."""
+        orphans, now = self.database.orphans(index), datetime.now(UTC)
+        signer = self.signers[0]
+        return [path for path, leaf in orphans if leaf.not_valid_after_utc > now and _is_issued_by(leaf, signer)]
+
+    def revoke(self, certificate: x509.Certificate) -> None:
+        """
+        Mark it in the index.
+
+        Raises:
+            BackendError: It is not marked.
+        """
+        self.database.back_up(self.database.read(self.seen))
+        self.folder.joinpath("superseded.crt").write_bytes(certificate.public_bytes(Encoding.PEM))
+        outcome = self._run("-revoke", "superseded.crt", "-crl_reason", "superseded")
+        if outcome.code != 0 and _ALREADY_REVOKED not in outcome.messages:
+            raise self.openssl.failure(outcome).error
+
+    def sign(self, batches: Sequence[_Batch]) -> _Answers:
+        """
+        Sign batch by batch; what was not tried, because of the others, has their error, which is nobody's own.
+
+        Raises:
+            BackendError: For all of them; nothing was signed.
+        """
+        answers: _Answers = {}
+        # while openssl signs one batch, the next is looked through, and the certificates of the last are read
+        with ThreadPoolExecutor(1) as beside:
+            checks = [beside.submit(_checked_all, requests) for _, _, requests in batches]
+            for (usage, validity, _), check in zip(batches, checks, strict=True):
+                orders, refused = check.result()
+                answers |= refused | self._sign_or_halve(beside, usage, validity, orders)
+            for reading in self.readings:
+                answers |= reading.result()
+        if self.fatal is None:
+            return answers
+        if not any(isinstance(answer, Issued) for answer in answers.values()):
+            raise self.fatal
+        self.fatal.is_for_all = True
+        return dict.fromkeys((position for _, _, requests in batches for position, _ in requests), self.fatal) | answers
+
+    def _sign_or_halve(
+        self, beside: ThreadPoolExecutor, usage: Usage, validity: timedelta, orders: Sequence[CheckedCsr]
+    ) -> _Answers:
+        """A run that fails as a whole is halved, until the CSR is found that it fails for: the only one to be refused."""
+        if not orders or self.fatal:
+            return {}
+        failure = self._run_batch(beside, usage, validity, orders)
+        self.failed_runs = self.failed_runs + 1 if failure else 0
+        if not failure:
+            return {}
+        if failure.for_all:
+            self.fatal = failure.error
+            return {}
+        if self.failed_runs == _FAILED_RUNS:
+            self.fatal = BackendRefusedError(f"too many CSRs stop openssl, the last one: {failure.error}")
+        if len(orders) == 1:
+            return {orders[0].position: failure.error}
+        middle = len(orders) // 2
+        halves = orders[:middle], orders[middle:]
+        return {k: v for half in halves for k, v in self._sign_or_halve(beside, usage, validity, half).items()}
+
+    def _run_batch(
+        self, beside: ThreadPoolExecutor, usage: Usage, validity: timedelta, orders: Sequence[CheckedCsr]
+    ) -> Failure | None:
+        """One run; if it issued anything, the answers will be among the readings."""
+        try:
+            with _os_errors():
+                outcome, serials = self._run_recorded(usage, validity, orders)
+        except BackendError as e:
+            return Failure(e, for_all=True)
+        failure = None if outcome.code == 0 else self.openssl.failure(outcome)
+        if failure and not serials:
+            return failure
+        if failure and outcome.code is None:
+            self.fatal = failure.error
+        self.readings.append(beside.submit(self._read, orders, serials, self.fatal))
+        return None
+
+    def _run_recorded(
+        self, usage: Usage, validity: timedelta, orders: Sequence[CheckedCsr]
+    ) -> tuple[ProcessEnd, list[int]]:
+        """How a run ended, and the serial numbers that it added to the database."""
+        before = self.seen = self.database.read(self.seen)
+        self.database.check_space(len(before.data), len(orders))
+        copy = self.database.back_up(before)
+        names = [f"{order.position}.csr" for order in orders]
+        for name, order in zip(names, orders, strict=True):
+            self.folder.joinpath(name).write_bytes(order.csr_pem)
+        # never -out a real file: openssl empties it first, and keeps only the last of several certificates in it
+        fixed = ("-notext", "-extensions", usage, *self._dates(validity), "-out", "/dev/null")
+        outcome = self._run(*fixed, "-infiles", *names, csrs=len(names))
+        for name in names:
+            self.folder.joinpath(name).unlink()
+        return outcome, self.database.added(before, copy)
+
+    def _read(self, orders: Sequence[CheckedCsr], serials: Sequence[int], error: BackendError | None) -> _Answers:
+        """The new certificates by their public keys: a CSR that openssl skips shifts the order of the others."""
+        waiting: dict[bytes, list[int]] = defaultdict(list)
+        for order in reversed(orders):
+            waiting[order.public_key].append(order.position)
+        chain = tuple(signer for signer in self.signers if signer.issuer != signer.subject)
+        answers: _Answers = {}
+        lost = []
+        try:
+            with _os_errors():
+                self.database.sync(serials)
+            for serial in serials:
+                leaf = self.database.certificate(serial)
+                if leaf is None:
+                    lost.append(file_name(serial))
+                elif positions := waiting.get(public_key(leaf)):
+                    answers[positions.pop()] = Issued(leaf=leaf, intermediates=chain)
+        except BackendError as e:
+            error = e
+        missing = [position for positions in waiting.values() for position in positions]
+        return answers | dict.fromkeys(missing, error or _not_issued(lost))
+
+    def _dates(self, validity: timedelta) -> list[str]:
+        """Within the CA's own dates, which openssl does not look at."""
+        now, signer = datetime.now(UTC), self.signers[0]
+        begin = max(now - _BACKDATED, signer.not_valid_before_utc)
+        end = min(now + validity, signer.not_valid_after_utc)
+        return ["-startdate", _asn1_time(begin), "-enddate", _asn1_time(end)]
+
+    def _run(self, *arguments: str, csrs: int = 0) -> ProcessEnd:
+        fixed = ("-config", "openssl.cnf", "-name", "bridge", "-batch")
+        # should we be killed, the process holds the lock until it has ended
+        return self.openssl.run(self.folder, "ca", *fixed, *arguments, inherited=[self.lock], csrs=csrs)
+
+
+#: openssl's words for what needs no second time.
+_ALREADY_REVOKED = "Already revoked"
+
+
+def _is_issued_by(leaf: x509.Certificate, signer: x509.Certificate) -> bool:
+    try:
+        leaf.verify_directly_issued_by(signer)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
+
+
+def _not_issued(lost: Sequence[str]) -> BackendError:
+    if lost:
+        return BackendUnavailableError(
+            f"wanted a whole certificate in each new file of new_certs_dir, found none in {', '.join(lost[:3])}",
+            hint="a full disk does that; make room",
+        )
+    return BackendRefusedError("openssl issued nothing for this CSR, as for one whose signature is bad")
+
+
+def _batches(requests: Sequence[SignRequest], size: int) -> list[_Batch]:
+    groups: dict[tuple[Usage, timedelta], list[tuple[int, SignRequest]]] = defaultdict(list)
+    for position, request in enumerate(requests):
+        groups[request.spec.usage, request.validity].append((position, request))
+    return [
+        (usage, validity, group[start : start + size])
+        for (usage, validity), group in groups.items()
+        for start in range(0, len(group), size)
+    ]
+
+
+def _checked_all(requests: Sequence[tuple[int, SignRequest]]) -> tuple[list[CheckedCsr], _Answers]:
+    """Split requests into orders that may be signed, and answers to those that may not."""
+    orders: list[CheckedCsr] = []
+    refused: _Answers = {}
+    for position, request in requests:
+        try:
+            orders.append(checked(position, request))
+        except BackendRefusedError as e:
+            refused[position] = e
+    return orders, refused
+
+
+def _check_signer(path: Path, signer: x509.Certificate) -> None:
+    """
+    A CA that may sign now: openssl signs with any certificate, be it expired or no CA's.
+
+    Raises:
+        BackendRefusedError: It may not.
+    """
+    now, wrong, hint = datetime.now(UTC), [], ""
+    if not signer.not_valid_before_utc <= now < signer.not_valid_after_utc:
+        dates = f"{signer.not_valid_before_utc:%Y-%m-%d %H:%M} to {signer.not_valid_after_utc:%Y-%m-%d %H:%M}"
+        wrong.append(f"wanted one that is valid now ({now:%Y-%m-%d %H:%M} UTC), found {dates} UTC")
+        hint = "is this machine's clock right? if it is, the CA's owner has to renew that certificate first"
+    constraints, usage = _extension(signer, x509.BasicConstraints), _extension(signer, x509.KeyUsage)
+    if not constraints or not constraints.ca:
+        wrong.append("wanted CA:TRUE, found none")
+    if usage and not usage.key_cert_sign:
+        wrong.append("wanted the key usage keyCertSign, found none")
+    if wrong:
+        raise BackendRefusedError(f"the CA's certificate {path}: {'; '.join(wrong)}", hint=hint)
+
+
+def _extension(certificate: x509.Certificate, kind: type[_ExtensionT]) -> _ExtensionT | None:
+    try:
+        return certificate.extensions.get_extension_for_class(kind).value
+    except x509.ExtensionNotFound:
+        return None
+
+
+def _config(index_name: str, digest: str, key: PrivateKey) -> str:
+    sections = [_SECTION.format(usage=usage, ekus=ekus) for usage, ekus in _EKUS.items()]
+    return key.config + _CONFIG.format(index=index_name, digest=digest, private_key=key.reference) + "".join(sections)
+
+
+def _asn1_time(moment: datetime) -> str:
+    """UTCTime to the end of 2049, then GeneralizedTime (RFC 5280 §4.1.2.5)."""
+    return moment.strftime("%y%m%d%H%M%SZ" if moment.year < 2050 else "%Y%m%d%H%M%SZ")  # noqa: PLR2004
+
+
+def _usages(leaf: x509.Certificate) -> frozenset[str]:
+    usages = _extension(leaf, x509.ExtendedKeyUsage) or ()
+    return frozenset(usage.dotted_string for usage in usages)
+
+
+def _key_and_usages(request: SignRequest) -> tuple[bytes, frozenset[str]]:
+    """An empty key for a CSR that can't be read, and so was never signed."""
+    try:
+        return public_key(request.csr), frozenset(eku.value for eku in request.spec.ekus)
+    except CSR_ERRORS:
+        return b"", frozenset()
+
+
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    """The operating system's errors as the contract's."""
+    try:
+        yield
+    except OSError as e:
+        text = f"{e.filename or 'openssl ca'}: {e.strerror}"
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise BackendUnavailableError(text, hint="make room") from e
+        raise BackendRefusedError(text) from e

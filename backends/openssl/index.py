@@ -1,0 +1,494 @@
+"""
+The database of an `openssl ca` directory: index.txt, its attributes and the folder of issued certificates.
+
+`openssl ca` (1.1.1 to 3.5, measured) takes no lock, calls no fsync, drops an index line without a final
+newline, and ends with "Database updated" and exit code 0 when a full disk has cut the index.
+So the lock, the checks before and after a run, the backup and the way back are here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+
+from backends.openssl.config import ConfigDoubtError, parse_config
+from bridge.errors import BackendRefusedError, BackendUnavailableError, LocalFileError
+from bridge.system.files import take_lock
+from bridge.system.ownership import Exposure, exposure
+
+#: For operators, too: `flock DIR/.ca-bridge.lock openssl ca …`
+LOCK_NAME = ".ca-bridge.lock"
+QUARANTINE_NAME = ".ca-bridge-quarantine"
+_BACKUP = ".ca-bridge."  # and a time; beside the index
+_BACKUPS_KEPT = 3
+
+# Between its two renames an `openssl ca` that was started by hand, without our lock, leaves for
+# microseconds what a killed one leaves for ever.
+_SETTLE_SECONDS = 1.0
+_TICK_SECONDS = 2.0  # file systems' clocks may be that coarse
+_MANY_FILES = 32
+# Type, expiry, revocation date and reason, serial, file name (always "unknown"), subject. What `openssl ca`
+# itself refuses is refused here first, since 1.1.1 does it without a word, and so is what it would drop.
+_ROW = re.compile(
+    rb"(?:[VE]\t\d{10,14}Z\t|R\t\d{10,14}Z\t\d{10,14}Z(?:,[^\t]*)?)\t((?:[0-9A-Fa-f]{2})+)\t[^\t]*\t[^\t]*"
+)
+_CERTIFICATE_NAME = re.compile(r"((?:[0-9A-F]{2})+)\.pem")
+# Two copies that `openssl ca` makes of the index and one of ours; a certificate takes one or two blocks.
+_INDEX_COPIES = 3
+_BYTES_PER_CERTIFICATE = 16 * 1024
+#: Of a certificate, and the text that openssl may have written before it.
+_LARGEST_FILE = 1 << 20
+
+log = logging.getLogger(__name__)
+
+
+#: A row of a certificate that was revoked, and its serial number.
+_REVOKED = re.compile(rb"^R\t[^\t\n]*\t[^\t\n]*\t([0-9A-Fa-f]+)\t", re.MULTILINE)
+
+
+class IndexDamagedError(Exception):
+    """An index that `openssl ca` would refuse, or would silently lose rows of."""
+
+
+def parse_index(data: bytes) -> dict[int, int]:
+    """
+    The serial numbers of an index, with their line numbers (from 1).
+
+    Raises:
+        IndexDamagedError: Not every line is a row of its own.
+    """
+    if data and not data.endswith(b"\n"):
+        # openssl would drop the row, even a complete one, and exit with 0
+        raise IndexDamagedError("wanted a newline at the end of the last line, found none")
+    lines: dict[int, int] = {}
+    for number, line in enumerate(data.split(b"\n")[:-1], 1):
+        row = _ROW.fullmatch(line)
+        if not row:
+            fields = line.count(b"\t") + 1
+            raise IndexDamagedError(
+                f"line {number}: wanted type, dates, serial number, file and subject with tabs between them,"
+                f" found {fields} field{'s' * (fields != 1)} that {'are' if fields != 1 else 'is'} not that"
+            )
+        serial = int(row[1], 16)
+        if serial in lines:
+            raise IndexDamagedError(
+                f"line {number}: wanted each serial number once, found {serial:X} in line {lines[serial]} too"
+            )
+        lines[serial] = number
+    return lines
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """An index as it is before a run."""
+
+    data: bytes
+    serials: frozenset[int]
+    status: os.stat_result  #: Owner and mode that the CA's own user gave it.
+
+
+def file_name(serial: int) -> str:
+    """The file below `new_certs_dir`, as `openssl ca` names it: an even number of hexadecimal digits."""
+    digits = f"{serial:X}"
+    return f"{'0' * (len(digits) % 2)}{digits}.pem"
+
+
+@dataclass(frozen=True, slots=True)
+class Database:
+    """
+    An index file and the folder of the certificates in it.
+
+    Every method but `locked`, `check`, `read` and `revoked` wants the lock to be held.
+    """
+
+    index: Path  #: A real path: `openssl ca` replaces a symbolic link by a file.
+    new_certs_dir: Path
+
+    @property
+    def attributes(self) -> Path:
+        """Where `openssl ca` keeps `unique_subject`; it wins over openssl.cnf."""
+        return self._beside(".attr")
+
+    def _beside(self, suffix: str) -> Path:
+        return self.index.with_name(self.index.name + suffix)
+
+    @contextmanager
+    def locked(self, limit: timedelta) -> Iterator[int]:
+        """
+        Hold the lock.
+
+        Yields:
+            Its descriptor. A child process that inherits it keeps the lock, if need be longer than we live.
+
+        Raises:
+            BackendRefusedError: The lock file can't be made.
+            BackendUnavailableError: Another process held it all the time.
+        """
+        path = self.index.with_name(LOCK_NAME)
+        try:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as e:
+            raise LocalFileError(
+                f"wanted to lock {path}, found: {e.strerror}",
+                hint="run as the CA's own user, which must be able to write in the database's folder",
+            ) from e
+        try:
+            with suppress(PermissionError):  # else it is the CA's own user's already, or can't be given to them
+                os.fchown(lock, self._pattern().st_uid, self._pattern().st_gid)
+            with suppress(PermissionError):
+                os.fchmod(lock, 0o600)  # whoever may open it may hold it for ever
+            if not take_lock(lock, limit):
+                raise BackendUnavailableError(
+                    f"wanted the lock {path} within {limit.total_seconds():g} s, found it held by another process"
+                )
+            yield lock
+        finally:
+            os.close(lock)
+
+    def read(self, earlier: Snapshot | None = None) -> Snapshot:
+        """
+        The index as it is.
+
+        Args:
+            earlier: What it was; of an index that only grew since then, only the new rows are looked through.
+
+        Raises:
+            BackendRefusedError: It can't be read, or is damaged.
+        """
+        try:
+            data = self.index.read_bytes()
+            if not data:
+                self._check_emptiness()
+            return Snapshot(data, _serials(data, earlier), self.index.stat())
+        except FileNotFoundError as e:
+            raise LocalFileError(
+                f"wanted the CA's database {self.index}, found no such file",
+                hint="if this CA has signed nothing yet, an empty file is right",
+            ) from e
+        except OSError as e:
+            raise LocalFileError(f"wanted to read the CA's database {self.index}, found: {e.strerror}") from e
+        except IndexDamagedError as e:
+            raise BackendRefusedError(
+                f"the CA's database {self.index}: {e}",
+                hint=f"openssl ca would refuse it or lose rows of it; fix it, or put back a copy that is right"
+                f" (ours are {self.index.name}{_BACKUP}*)",
+            ) from e
+
+    def revoked(self) -> frozenset[int]:
+        """
+        The serial numbers that are revoked; also while another run signs.
+
+        Raises:
+            BackendRefusedError: The index can't be read.
+        """
+        if not self.index.exists():
+            time.sleep(_SETTLE_SECONDS)
+        try:
+            return frozenset(int(serial, 16) for serial in _REVOKED.findall(self.index.read_bytes()))
+        except OSError as e:
+            raise LocalFileError(f"wanted to read the CA's database {self.index}, found: {e.strerror}") from e
+
+    def _check_emptiness(self) -> None:
+        """An index that lost all in a power cut looks like one of a new CA, and `openssl ca` takes it for one."""
+        for path in (self._beside(".old"), *self._backups()[-1:]):
+            if _read_if_there(path):
+                raise IndexDamagedError(f"wanted rows, as in {path.name}, found an empty file")
+
+    def check(self) -> None:
+        """
+        Find out, changing nothing, whether a run could begin.
+
+        Raises:
+            BackendRefusedError: It could not.
+        """
+        if not self.index.exists():
+            time.sleep(_SETTLE_SECONDS)
+        if self.index.exists() or self._remains() is None:
+            self.read()
+        self._unique_subject()
+        self.check_folders()
+
+    def check_folders(self) -> None:
+        """
+        Make sure that both folders are there and can be written in.
+
+        Raises:
+            BackendRefusedError: They can't.
+        """
+        for folder in (self.index.parent, self.new_certs_dir):
+            if not folder.is_dir():
+                raise LocalFileError(f"wanted the folder {folder}, found none")
+            if (found := exposure(folder)) is not None:
+                raise LocalFileError(f"the CA's folder: {found}", hint=_owner_hint(folder, found))
+            if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+                raise LocalFileError(
+                    f"wanted a folder that we can write in, found {folder}",
+                    hint="run as the CA's own user; openssl ca replaces files by renaming, so it must write the folder",
+                )
+
+    def put_right(self) -> None:
+        """
+        Undo what a killed run left: no index, or no attributes.
+
+        Raises:
+            BackendRefusedError: That needs a person.
+        """
+        self._find_index()
+        if not self._unique_subject():
+            _write(self.attributes, b"unique_subject = no\n", self._pattern())
+
+    def _find_index(self) -> None:
+        if not self.index.exists():
+            time.sleep(_SETTLE_SECONDS)
+        if not self.index.exists() and (remains := self._remains()) is not None:
+            log.warning("%s was missing, as after a killed openssl ca; put back from its .new or .old", self.index)
+            _write(self.index, remains, self._pattern())
+
+    def _remains(self) -> bytes | None:
+        """The index as it should be after a run that died between its renames; None: there is nothing to go by."""
+        before, after = _read_if_there(self._beside(".old")), _read_if_there(self._beside(".new"))
+        if before is not None and after is not None and after.startswith(before):
+            with suppress(IndexDamagedError):
+                known = parse_index(before)
+                added = [serial for serial in parse_index(after) if serial not in known]
+                if all(self.certificate(serial) for serial in added):
+                    return after
+        return before
+
+    def _unique_subject(self) -> bool:
+        """
+        Whether the attributes say `unique_subject = no`; False: they say nothing.
+
+        Raises:
+            BackendRefusedError: They say yes: no second certificate with the same subject.
+        """
+        text = (_read_if_there(self.attributes) or b"").decode(errors="surrogateescape")
+        try:
+            found = parse_config(text, {}).get("default", "unique_subject")
+        except ConfigDoubtError as e:
+            raise BackendRefusedError(f"{self.attributes}:{e.line}: wanted {e.wanted}, found {e.found}") from e
+        # only the first letter counts for openssl, and what it can't read is a yes
+        if found is not None and found.text[:1] not in tuple("nNfF0"):
+            raise BackendRefusedError(
+                f"{self.attributes}:{found.line}: wanted unique_subject = no, found {found.text!r}",
+                hint="with it no certificate can be renewed, and etcd-server and etcd-peer share a subject from the"
+                f" start; put the one line `unique_subject = no` into {self.attributes}",
+            )
+        return found is not None
+
+    def certificate(self, serial: int) -> x509.Certificate | None:
+        """The certificate with this number; None: there is none in the folder, no whole one, or more than one."""
+        return _parse_if_whole(_read_if_there(self.new_certs_dir / file_name(serial), _LARGEST_FILE))
+
+    def issued_since(self, moment: datetime) -> Iterator[x509.Certificate]:
+        """The certificates whose files are not older."""
+        earliest = moment.timestamp() - _TICK_SECONDS
+        for entry in os.scandir(self.new_certs_dir):
+            name = _CERTIFICATE_NAME.fullmatch(entry.name)
+            if name and entry.stat().st_mtime >= earliest and (found := self.certificate(int(name[1], 16))):
+                yield found
+
+    def orphans(self, index: Snapshot) -> list[tuple[Path, x509.Certificate]]:
+        """
+        Certificates in the folder whose numbers are not in the index.
+
+        Files that no whole certificate came into are moved aside.
+        """
+        paths = self._unknown_files(index)
+        if any(time.time() - path.stat().st_mtime < _SETTLE_SECONDS for path in paths):
+            time.sleep(_SETTLE_SECONDS)
+            paths = self._unknown_files(self.read(index))
+        found = []
+        for path in paths:
+            certificate = _parse_if_whole(_read_if_there(path, _LARGEST_FILE))
+            if certificate:
+                found.append((path, certificate))
+            else:
+                self._quarantine(path)
+        return found
+
+    def _unknown_files(self, index: Snapshot) -> list[Path]:
+        names = (_CERTIFICATE_NAME.fullmatch(path.name) for path in self.new_certs_dir.iterdir())
+        return [self.new_certs_dir / name[0] for name in names if name and int(name[1], 16) not in index.serials]
+
+    def _quarantine(self, path: Path) -> None:
+        folder = self.new_certs_dir / QUARANTINE_NAME
+        folder.mkdir(mode=0o700, exist_ok=True)
+        target = folder / f"{path.name}.{time.time_ns()}"
+        log.warning("%s holds no whole certificate, as after a killed openssl ca; moved to %s", path, target)
+        path.rename(target)
+
+    def check_space(self, index_size: int, certificates: int) -> None:
+        """
+        Make sure that the disk holds what a run writes: `openssl ca` does not notice when it does not.
+
+        Raises:
+            BackendUnavailableError: It does not.
+        """
+        wanted = _INDEX_COPIES * index_size + _BYTES_PER_CERTIFICATE * (certificates + 1)
+        for folder in {self.index.parent, self.new_certs_dir}:
+            disk = os.statvfs(folder)
+            found = disk.f_bavail * disk.f_frsize
+            if found < wanted:
+                raise BackendUnavailableError(
+                    f"wanted {wanted} bytes of free space in {folder}, found {found}",
+                    hint="openssl ca damages its database when the disk is full; make room",
+                )
+            if disk.f_files and disk.f_favail < certificates + _INDEX_COPIES:
+                raise BackendUnavailableError(
+                    f"wanted room for {certificates + _INDEX_COPIES} files in {folder}, found {disk.f_favail}"
+                )
+
+    def back_up(self, before: Snapshot) -> Path:
+        """Keep a copy of the index; `.old` is none, since the next run puts a damaged index there."""
+        copy = self._beside(datetime.now(UTC).strftime(f"{_BACKUP}%Y%m%dT%H%M%S.%fZ"))
+        _write(copy, before.data, before.status)
+        for path in self._backups()[:-_BACKUPS_KEPT]:
+            path.unlink()
+        return copy
+
+    def _backups(self) -> list[Path]:
+        """Ours, the oldest first."""
+        prefix = self.index.name + _BACKUP
+        return sorted(path for path in self.index.parent.iterdir() if path.name.startswith(prefix))
+
+    def added(self, before: Snapshot, copy: Path) -> list[int]:
+        """
+        Compare the index with that before a run; all that the run wrote gets the owner and mode that the index had before.
+
+        Args:
+            before: The index before the run.
+            copy: What `back_up` made of it; it is the index again if the run damaged that.
+
+        Returns:
+            The new serial numbers in order.
+
+        Raises:
+            BackendRefusedError: The run damaged the index; the old one is back.
+        """
+        self._find_index()
+        try:
+            serials = _new_serials(before, self.index.read_bytes())
+        except IndexDamagedError as e:
+            copy.rename(self.index)  # where the disk is full there is no room for another copy
+            _sync(self.index.parent)
+            raise BackendRefusedError(
+                f"openssl ca damaged the CA's database {self.index} ({e}); the old one is back",
+                hint="a full disk does that, or a second openssl ca that does not take our lock; what was signed will"
+                " be recorded by the next run",
+            ) from e
+        for path in (self.index, self.attributes, *(self.new_certs_dir / file_name(serial) for serial in serials)):
+            with suppress(FileNotFoundError), path.open("rb", buffering=0) as file:
+                _adopt(file.fileno(), before.status)
+        self.put_right()
+        return serials
+
+    def sync(self, serials: Sequence[int]) -> None:
+        """Make new certificates and the index survive a power cut."""
+        paths = [self.new_certs_dir / file_name(serial) for serial in serials]
+        many = len(paths) > _MANY_FILES
+        for path in () if many else (*paths, self.index, self.attributes):
+            with suppress(FileNotFoundError):
+                _sync(path)
+        for folder in (self.new_certs_dir, self.index.parent):
+            _sync(folder, whole_file_system=many)
+
+    def _pattern(self) -> os.stat_result:
+        """Whose owner and mode new files beside the index get."""
+        for path in (self.index, self._beside(".old"), self.index.parent):
+            with suppress(FileNotFoundError):
+                return path.stat()
+        raise BackendRefusedError(f"wanted the folder {self.index.parent}, found none")
+
+
+def _owner_hint(folder: Path, found: Exposure) -> str:
+    owner = folder.stat().st_uid
+    return found.hint if owner in {0, os.geteuid()} else f"run it as the CA's own user {owner}, or {found.hint}"
+
+
+def _serials(data: bytes, earlier: Snapshot | None) -> frozenset[int]:
+    if earlier and data.startswith(earlier.data):
+        with suppress(IndexDamagedError):  # to be told of with the right line
+            added = parse_index(data[len(earlier.data) :]).keys()
+            if added.isdisjoint(earlier.serials):
+                return earlier.serials.union(added)
+    return frozenset(parse_index(data))
+
+
+def _new_serials(before: Snapshot, after: bytes) -> list[int]:
+    """Usually the old rows are all there as they were, and only what follows them need be parsed."""
+    if after.startswith(before.data):
+        return list(parse_index(after[len(before.data) :]))
+    # somebody without our lock may have revoked a certificate meanwhile: to put the old rows back would undo that
+    found = parse_index(after)
+    lost = [serial for serial in parse_index(before.data) if serial not in found]
+    if lost:
+        raise IndexDamagedError(f"wanted all old rows, found {len(lost)} missing")
+    return [serial for serial in found if serial not in before.serials]
+
+
+def _read_if_there(path: Path, at_most: int = -1) -> bytes | None:
+    try:
+        with path.open("rb", buffering=0) as file:
+            # a buffer as large as the limit takes longer to make than a certificate to read
+            size = os.fstat(file.fileno()).st_size
+            return file.read(min(size, at_most)) if at_most >= 0 else file.readall()
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        raise LocalFileError(f"wanted to read {path}, found: {e.strerror}") from e
+
+
+def _parse_if_whole(data: bytes | None) -> x509.Certificate | None:
+    try:
+        found = x509.load_pem_x509_certificates(data or b"")
+    except (ValueError, x509.InvalidVersion):
+        return None
+    return found[0] if len(found) == 1 and len(data or b"") < _LARGEST_FILE else None
+
+
+def _adopt(fd: int, pattern: os.stat_result) -> None:
+    """Give a file the owner and the mode of another; only root can give one away, others leave it theirs."""
+    with suppress(PermissionError):
+        os.fchown(fd, pattern.st_uid, pattern.st_gid)
+    with suppress(PermissionError):
+        os.fchmod(fd, pattern.st_mode & 0o666)
+
+
+def _write(path: Path, data: bytes, pattern: os.stat_result) -> None:
+    """The old content or the new, never half, even after a power cut."""
+    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            _adopt(fd, pattern)
+            os.fsync(fd)
+        Path(temporary).rename(path)
+    except BaseException:
+        Path(temporary).unlink()
+        raise
+    _sync(path.parent)
+
+
+def _sync(path: Path, *, whole_file_system: bool = False) -> None:
+    """Make a file, or what was created and renamed in a folder, last; or all there is, faster than many fsync(2)."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if not whole_file_system:
+            os.fsync(fd)
+        elif ctypes.CDLL(None, use_errno=True).syncfs(fd) != 0:  # Python has no name for it
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
+    finally:
+        os.close(fd)

@@ -1,0 +1,140 @@
+"""The settings of a CA that is run by `openssl ca`, and the four places of its files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from backends.openssl.config import Config, ConfigDoubtError, parse_config
+from backends.openssl.key import SCHEME, KeyFile, Pkcs11Settings, PrivateKey, TokenKey, key_problems, shown
+from bridge.contract import BackendSettings, Secret
+from bridge.errors import SettingsError, SettingsProblem
+
+_FILES = {"certificate": "ca.crt", "private_key": "ca.key", "database": "index.txt", "new_certs_dir": "newcerts"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpensslSettings(BackendSettings):
+    """Where the CA's files are: below `dir`, one by one, or as a site's openssl.cnf has them."""
+
+    dir: Path | None = None  #: Has what is not named below: `ca.crt`, `ca.key`, `index.txt` and `newcerts`.
+    certificate: Path | None = None  #: The CA's certificate, then its chain.
+    private_key: str | None = None  #: A file, or a `pkcs11:` URI.
+    database: Path | None = None  #: The index of what was signed.
+    new_certs_dir: Path | None = None  #: Where openssl puts a copy of each certificate.
+    config: Path | None = None  #: A site's openssl.cnf, from which only these four places are taken.
+    section: str | None = None  #: Of `config`; without it the one that its `default_ca` names.
+    passphrase: Secret | None = None  #: Of the CA's key.
+    pkcs11: Pkcs11Settings | None = None  #: For a key in a token.
+    openssl: str = "openssl"  #: The program.
+    digest: Literal["sha256", "sha384", "sha512"] = "sha256"  #: Of the signature.
+
+    def writes(self) -> Sequence[Path]:
+        """Where the database and the new certificates are; a site's openssl.cnf is not read for it."""
+        places = [self.dir, self.database and self.database.parent, self.new_certs_dir]
+        return [place for place in places if place is not None]
+
+    def private_files(self) -> Iterator[Path]:
+        """The CA's key, where it is a file."""
+        yield from super().private_files()
+        with suppress(SettingsError):  # told when the backend is made
+            key = files_of(self).private_key
+            if not key.startswith(SCHEME):
+                yield Path(key)
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """Files that are named twice or not at all, and a key that openssl could not find for sure."""
+        yield from super().problems()
+        named = [key for key in ("dir", *_FILES) if getattr(self, key) is not None]
+        if self.config and named:
+            yield SettingsProblem("config", "either config or the files themselves", f"config, {', '.join(named)}")
+        if not self.config and self.dir is None:
+            for key in _FILES.keys() - named:
+                yield SettingsProblem(key, "a path, or dir with the usual names in it", "none")
+        if self.section is not None and not self.config:
+            yield SettingsProblem("section", "config beside it", "none")
+        if not self.config:
+            yield from key_problems(self.private_key, self.pkcs11, self.passphrase)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CAFiles:
+    """The four places that `openssl ca` works on."""
+
+    certificate: Path
+    private_key: str  #: A path or a pkcs11: URI.
+    database: Path
+    new_certs_dir: Path
+
+
+def files_of(settings: OpensslSettings) -> CAFiles:
+    """
+    The CA's files by the settings, or by the site's openssl.cnf that they name.
+
+    Raises:
+        SettingsError: The openssl.cnf does not name them for sure.
+    """
+    return _site_files(settings) if settings.config else _files(settings)
+
+
+def private_key_of(files: CAFiles, settings: OpensslSettings) -> PrivateKey:
+    """The CA's key, in a file or in a token."""
+    where = files.private_key
+    if where.startswith(SCHEME) and settings.pkcs11:
+        return TokenKey(where, settings.pkcs11)
+    return KeyFile(Path(where), settings.passphrase)
+
+
+def _files(settings: OpensslSettings) -> CAFiles:
+    folder = settings.dir or Path("/")  # without dir all four are named
+    return CAFiles(
+        certificate=settings.certificate or folder / _FILES["certificate"],
+        private_key=settings.private_key or str(folder / _FILES["private_key"]),
+        database=settings.database or folder / _FILES["database"],
+        new_certs_dir=settings.new_certs_dir or folder / _FILES["new_certs_dir"],
+    )
+
+
+def _site_files(settings: OpensslSettings) -> CAFiles:
+    """
+    The four places that a site's openssl.cnf names.
+
+    Raises:
+        SettingsError: It does not name them for sure.
+    """
+    path, section = settings.config or Path(), settings.section
+    try:
+        config = parse_config(path.read_text(encoding="utf-8", errors="surrogateescape"), os.environ)
+        section = section or _site_value(config, "ca", "default_ca")
+        found = {key: _site_value(config, section, key) for key in _FILES}
+    except OSError as e:
+        problems = [SettingsProblem("config", "an openssl.cnf that can be read", e.strerror or "none", path)]
+    except ConfigDoubtError as e:
+        problems = [SettingsProblem("config", e.wanted, e.found, path, e.line)]
+    else:
+        # a relative path means wherever openssl is started, not the file's own folder
+        problems = [
+            SettingsProblem("config", f"{key} as an absolute path in [{section}]", shown(text), path)
+            for key, text in found.items()
+            if not text.startswith("/") and not (key == "private_key" and text.startswith(SCHEME))
+        ]
+        in_file = {"private_key": path}
+        problems += [
+            replace(problem, file=in_file.get(problem.key))
+            for problem in key_problems(found["private_key"], settings.pkcs11, settings.passphrase)
+            if found["private_key"].startswith(("/", SCHEME))
+        ]
+    if problems:
+        hint = "instead of config, the settings can name certificate, private_key, database and new_certs_dir"
+        raise SettingsError(problems, hint=hint)
+    places = {key: Path(found[key]) for key in ("certificate", "database", "new_certs_dir")}
+    return CAFiles(**places, private_key=found["private_key"])
+
+
+def _site_value(config: Config, section: str, key: str) -> str:
+    value = config.get(section, key)
+    return value.text if value else ""

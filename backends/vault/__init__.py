@@ -1,0 +1,311 @@
+"""
+HashiCorp Vault and OpenBao: the PKI secrets engine signs, through roles or, by choice, verbatim.
+
+Measured against OpenBao 2.7; the API is https://openbao.org/api-docs/secret/pki/, in the main the same as
+https://developer.hashicorp.com/vault/api-docs/secret/pki.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from http import HTTPStatus
+from typing import ClassVar, Literal
+from urllib.parse import quote
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from backends.vault import role as vault_role
+from backends.vault.server import Answer, log, texts
+from backends.vault.settings import DEFAULT_ROLE, VaultSettings
+from backends.vault.tokens import Access, identity_text
+from bridge.contract import (
+    BackendSettings,
+    Issued,
+    Selector,
+    SetupFile,
+    SetupRequest,
+    SignRequest,
+    Wanted,
+)
+from bridge.errors import (
+    BackendRefusedError,
+    Violation,
+)
+from bridge.specs import EKU, CertificateSpec
+
+
+class VaultBackend:
+    """Has certificates signed by a PKI secrets engine."""
+
+    settings_type: ClassVar[type[BackendSettings]] = VaultSettings
+    asks_validity = True
+
+    def __init__(self, settings: VaultSettings) -> None:
+        self._settings = settings
+        self._access = Access.of(self, settings)
+        self._server, self._tokens = self._access.server, self._access.tokens
+        self._roles: dict[str, str] = {}  #: By certificate, after a look at the server.
+
+    @classmethod
+    def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
+        """See `backends.vault.setup`."""
+        from backends.vault import setup as vault_setup  # noqa: PLC0415 (nobody else needs it)
+
+        return vault_setup.setup(wanted)
+
+    @classmethod
+    def from_settings(cls, settings: BackendSettings) -> VaultBackend:
+        """
+        Make the backend; nothing is sent yet.
+
+        Raises:
+            SettingsError: A TLS file can't be used.
+        """
+        if not isinstance(settings, VaultSettings):
+            raise TypeError(f"wanted VaultSettings, found {type(settings).__name__}")
+        return cls(settings)
+
+    def sign(self, request: SignRequest) -> Issued:
+        """Have one CSR signed; see `bridge.contract.Backend.sign`."""
+        answer = self._send("post", self._sign_path(self._role(request.spec)), self._sign_body(request)).or_raise()
+        for warning in texts(answer.body.get("warnings")):
+            # Such as a lifetime that was cut to the mount's maximum, which is no error to the server.
+            log.warning("%s: %s", request.spec.name, self._server.presentable(warning))
+        if answer.body.get("lease_id"):
+            self._access.leased = True
+            log.warning(
+                "%s: the role has generate_lease: the certificate is revoked when the token that signed it ends",
+                request.spec.name,
+            )
+        return _issued(answer)
+
+    def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
+        """
+        Log in and compare what the token may see: its rights on the paths, and the roles.
+
+        Reading a role needs a right that signing does not; without it nothing is said about the role.
+        """
+        paths = [self._sign_path(role) for spec in specs for role in self._candidates(spec)]
+        rights = self._capabilities(paths)
+        found = {spec.name: self._violations(spec, rights) for spec in specs}
+        return {name: violations for name, violations in found.items() if violations}
+
+    def check_whole(self, wanted: Sequence[Wanted]) -> dict[str, list[Violation]]:
+        """Compare each role with the certificate, where the token may read it; `sign-verbatim` has none."""
+        if self._settings.mode != "sign":
+            return {}
+        found = {}
+        for one in wanted:
+            role = self._role(one.spec)
+            looked = self._read_role(role)
+            violations = list(vault_role.unlike(looked, one)) if looked else []
+            if violations:
+                place = f"role {role} of {self._settings.mount.strip('/')}"
+                found[one.spec.name] = [replace(v, subject=f"{place}: {v.subject}") for v in violations]
+        return found
+
+    def advice(self, spec: CertificateSpec) -> str:
+        """The role, or the engine where there is none."""
+        mount = self._settings.mount.strip("/")
+        setup = f"`ca-bridge setup vault --authority {spec.authority.name}`"
+        if self._settings.mode != "sign":
+            return f"see what sign-verbatim of {mount} makes of it, and the policy that {setup} prints"
+        return f"compare role {self._role(spec)} of {mount}, and the token's policy, with what {setup} prints"
+
+    def clock_ahead(self) -> timedelta | None:
+        """How far the server's clock is ahead, by the header `Date` of its latest answer."""
+        return self._server.clock_ahead
+
+    def issuers(self) -> list[x509.Certificate]:
+        """
+        The issuer that the settings name, or else the mount's default one, and its chain; no token is needed.
+
+        An issuer that only the role names (`issuer_ref`) can't be known here: name it in the settings as well.
+        """
+        issuer = self._settings.issuer
+        path = f"issuer/{quote(issuer, safe='')}/json" if issuer else "cert/ca_chain"
+        answer = self._server.send("get", f"{_path(self._settings.mount)}/{path}").or_raise()
+        pem = [*texts(answer.data.get("certificate")), *texts(answer.data.get("ca_chain"))]
+        return list(dict.fromkeys(_certificates(pem, answer.where)))
+
+    def revoke(self, certificate: x509.Certificate) -> None:
+        """Revoke one that this mount's CA signed, stored or not; the token needs `update` on the mount's `revoke`."""
+        pem = certificate.public_bytes(Encoding.PEM).decode("ascii")
+        self._send("post", f"{_path(self._settings.mount)}/revoke", {"certificate": pem}).or_raise()
+
+    def is_revoked(self, certificate: x509.Certificate) -> bool:
+        """Look it up by its number; no token is needed. What the mount has not stored it can't tell of."""
+        number = f"{certificate.serial_number:x}"
+        pairs = textwrap.wrap(number.zfill(len(number) + len(number) % 2), 2)
+        answer = self._server.send("get", f"{_path(self._settings.mount)}/cert/{'-'.join(pairs)}")
+        if answer.status == HTTPStatus.NOT_FOUND and not answer.reasons:
+            return False
+        return bool(answer.or_raise().data.get("revocation_time"))
+
+    def identity(self) -> str:
+        """The login's role or user and its entity; for a token that was given, what it may see of itself."""
+        token = self._tokens.get()
+        if self._tokens.identity is None:
+            answer = self._server.send("get", "auth/token/lookup-self", token=token)
+            if answer.forbidden:  # the policy `default`, which allows it, may be left out
+                return ""
+            looked = answer.or_raise().data
+            self._tokens.identity = identity_text("token", {"display_name": looked.get("display_name")}, looked)
+        return self._server.presentable(self._tokens.identity)
+
+    def close(self) -> None:
+        """Leave the login that others may still use; a server that can't be reached is only logged."""
+        self._access.leave(self)
+
+    def spends(self) -> str:
+        """A wrapping token opens once."""
+        return f"the wrapping token in {self._settings.auth.secret_id}" if self._settings.auth.wrapped else ""
+
+    def _send(self, method: Literal["get", "post"], path: str, body: object = None) -> Answer:
+        """Send with the token; with another one, once, if the server does not accept it any more."""
+        token = self._tokens.get()
+        answer = self._server.send(method, path, body, token=token)
+        if not answer.token_rejected:
+            return answer
+        try:
+            other = self._tokens.renew(token)
+        except BackendRefusedError as e:
+            raise BackendRefusedError(f"{answer.error()}; a new login failed: {e}", hint=e.hint) from e
+        return answer if other == token else self._server.send(method, path, body, token=other)
+
+    def _candidates(self, spec: CertificateSpec) -> list[str]:
+        """
+        Roles that may be the certificate's, the right one first.
+
+        Up to version 0.1 the default had no node in it; an installation of that time has roles of that name.
+        """
+        settings = self._settings
+        found = [settings.select_role(spec)]
+        if settings.role is None:
+            found.append(Selector(DEFAULT_ROLE, settings.roles)(spec))
+        return list(dict.fromkeys(found))
+
+    def _role(self, spec: CertificateSpec) -> str:
+        return self._roles.get(spec.name) or self._candidates(spec)[0]
+
+    def _sign_path(self, role: str) -> str:
+        settings = self._settings
+        prefix = f"issuer/{quote(settings.issuer, safe='')}/" if settings.issuer else ""
+        last = f"/{quote(role, safe='')}" if settings.mode == "sign" else ""
+        return f"{_path(settings.mount)}/{prefix}{settings.mode}{last}"
+
+    def _sign_body(self, request: SignRequest) -> dict[str, object]:
+        """The body of a signing request, with no parameter more than needed: a policy may list those that are allowed."""
+        body: dict[str, object] = {
+            "csr": request.csr_pem.decode("ascii"),
+            "ttl": f"{int(request.validity.total_seconds())}s",
+        }
+        if self._settings.mode == "sign":
+            # Or a CN that looks like a host name becomes one more DNS SAN; a role can't say so.
+            return body | {"exclude_cn_from_sans": True}
+        # Else no EKU, and keyAgreement. keyEncipherment for ECDSA keys too, as kubeadm has it.
+        usages = [_EKU_NAMES[eku] for eku in EKU if eku in request.spec.ekus]
+        return body | {"key_usage": list(_KEY_USAGE), "ext_key_usage": usages}
+
+    def _capabilities(self, paths: Sequence[str]) -> Mapping[str, object]:
+        answer = self._send("post", "sys/capabilities-self", {"paths": sorted(set(paths))})
+        return {} if answer.forbidden else answer.or_raise().data
+
+    def _violations(self, spec: CertificateSpec, rights: Mapping[str, object]) -> list[Violation]:
+        """The violations of the first role that is there and may be used; if none is, the right one's."""
+        found: list[list[Violation]] = []
+        for role in self._candidates(spec):
+            missing = [*self._right_violations(role, rights)]
+            looked = None if missing or self._settings.mode != "sign" else self._read_role(role)
+            if looked == {}:
+                missing = [Violation(subject="role", want=role, got="no role of this name")]
+            if not missing:
+                self._roles[spec.name] = role
+                return list(role_violations(looked, spec)) if looked is not None else []
+            found.append(missing)
+        return found[0]
+
+    def _right_violations(self, role: str, rights: Mapping[str, object]) -> Iterator[Violation]:
+        path = self._sign_path(role)
+        got = texts(rights.get(path, "update"))
+        if not {"update", "root"} & set(got):
+            yield Violation(subject="policy", want=f"update on {path}", got=", ".join(got))
+
+    def _read_role(self, name: str) -> Mapping[str, object] | None:
+        """The role; empty: there is none; None: we may not look."""
+        answer = self._send("get", f"{_path(self._settings.mount)}/roles/{quote(name, safe='')}")
+        if answer.forbidden:
+            return None
+        if answer.status == HTTPStatus.NOT_FOUND and not answer.reasons:
+            return {}
+        return answer.or_raise().data
+
+
+#: The engine's names (Go's, without their prefix).
+_EKU_NAMES = {EKU.SERVER_AUTH: "ServerAuth", EKU.CLIENT_AUTH: "ClientAuth"}
+_KEY_USAGE = ("DigitalSignature", "KeyEncipherment")
+_EKU_FLAGS = {
+    "server_flag": EKU.SERVER_AUTH.label,
+    "client_flag": EKU.CLIENT_AUTH.label,
+    "code_signing_flag": "codeSigning",
+    "email_protection_flag": "emailProtection",
+}
+
+
+def role_violations(role: Mapping[str, object], spec: CertificateSpec) -> Iterator[Violation]:
+    """
+    Usages and SANs that a role would get wrong; names, O and lifetimes are not compared.
+
+    Args:
+        role: As the server tells it.
+        spec: Of the certificate to be signed with it.
+    """
+    labels = {name.lower(): eku.label for eku, name in _EKU_NAMES.items()}
+    labels |= {eku.value: eku.label for eku in EKU}
+    named = [*texts(role.get("ext_key_usage")), *texts(role.get("ext_key_usage_oids"))]
+    got = {label for flag, label in _EKU_FLAGS.items() if role.get(flag)}  # flags and names add up
+    got |= {labels.get(name.lower(), name) for name in named}
+    want = {eku.label for eku in spec.ekus}
+    if got != want:
+        yield Violation(subject="EKU", want=_listed(want), got=_listed(got))
+    usages = {usage.lower() for usage in texts(role.get("key_usage"))}
+    needed = {usage.lower() for usage in _KEY_USAGE}
+    if not needed <= usages or usages & {"certsign", "crlsign"}:
+        yield Violation(subject="key_usage", want=_listed(_KEY_USAGE), got=_listed(texts(role.get("key_usage"))))
+    for key in ("use_csr_common_name", *(("use_csr_sans",) if EKU.SERVER_AUTH in spec.ekus else ())):
+        if role.get(key) is False:
+            yield Violation(subject=key, want="true", got="false")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
+def _path(mount: str) -> str:
+    return quote(mount.strip("/"))
+
+
+def _issued(answer: Answer) -> Issued:
+    """The one leaf of an answer and the issuers' certificates beside it."""
+    leaves = _certificates(texts(answer.data.get("certificate")), answer.where)
+    if len(leaves) != 1:
+        raise BackendRefusedError(f"vault: {answer.where}: wanted one certificate, found {len(leaves)}")
+    # Vault leaves the chain out where the issuer is a root.
+    chain = texts(answer.data.get("ca_chain")) or texts(answer.data.get("issuing_ca"))
+    return Issued(leaf=leaves[0], intermediates=tuple(_certificates(chain, answer.where)) if chain else ())
+
+
+def _certificates(pem: Sequence[str], where: str) -> list[x509.Certificate]:
+    try:
+        found = x509.load_pem_x509_certificates("\n".join(pem).encode())
+        _ = [(certificate.subject, certificate.issuer) for certificate in found]  # which are read only now
+    except (ValueError, TypeError, x509.InvalidVersion):  # TypeError: a type that does not fit an attribute
+        hint = "is there a Vault or OpenBao PKI engine behind this URL?"
+        raise BackendRefusedError(
+            f"vault: {where}: wanted a certificate in PEM, found something else", hint=hint
+        ) from None
+    return found

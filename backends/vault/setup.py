@@ -1,0 +1,302 @@
+"""
+What the administrator of a Vault or OpenBao PKI engine needs for this node: roles, a policy, the commands for both.
+
+A role takes the place of what the CSR can't carry: `sign/:role` drops the CSR's O and puts the role's in its place,
+so there is one role for each certificate, made from the live one. Measured against OpenBao 2.7; Vault has no
+`allowed_ip_sans_cidr` and no `not_*_bound`, and ignores fields that it does not know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Literal
+
+from cryptography import x509
+from cryptography.x509.oid import NameOID
+
+from backends.vault.settings import DEFAULT_ROLE, RoleOf, role_selector
+from bridge.contract import DEFAULT_CLUSTER, Selector, SetupFile, SetupRequest
+from bridge.errors import BridgeError, SettingsError
+from bridge.pki import certificates
+from bridge.specs import EKU, SPECS, CertificateSpec
+
+#: Field of a role for each subject attribute that it can give; all take lists.
+_SUBJECT_FIELDS = {
+    NameOID.ORGANIZATION_NAME.dotted_string: "organization",
+    NameOID.ORGANIZATIONAL_UNIT_NAME.dotted_string: "ou",
+    NameOID.COUNTRY_NAME.dotted_string: "country",
+    NameOID.LOCALITY_NAME.dotted_string: "locality",
+    NameOID.STATE_OR_PROVINCE_NAME.dotted_string: "province",
+    NameOID.STREET_ADDRESS.dotted_string: "street_address",
+    NameOID.POSTAL_CODE.dotted_string: "postal_code",
+}
+_HOSTNAME = re.compile(r"([a-z0-9]([a-z0-9-]*[a-z0-9])?\.)*[a-z0-9]([a-z0-9-]*[a-z0-9])?", re.IGNORECASE | re.ASCII)
+
+#: For all roles; everything that is not said has a default that is too wide.
+_COMMON: Mapping[str, object] = {
+    "key_type": "any",
+    "key_usage": ["DigitalSignature", "KeyEncipherment"],
+    "ext_key_usage": [],
+    "basic_constraints_valid_for_non_ca": True,
+    "allow_any_name": False,
+    "allow_bare_domains": True,
+    "allow_subdomains": False,
+    "allow_glob_domains": False,
+    "allow_localhost": False,  # where it is wanted, it is in allowed_domains
+    # The default also takes `anyone@NAME` for each NAME in allowed_domains.
+    "cn_validations": ["hostname"],
+    "use_csr_common_name": True,
+    "require_cn": True,
+    "generate_lease": False,
+    "no_store": False,
+    "not_after_bound": "forbid",
+    "not_before_bound": "forbid",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """The keys of the backend's settings that the script depends on; the others may still be missing."""
+
+    mount: str = "pki"
+    issuer: str | None = None
+    role: str | None = None
+    roles: dict[str, str] = field(default_factory=dict)
+    mode: Literal["sign", "sign-verbatim"] = "sign"
+
+
+def setup(wanted: SetupRequest) -> list[SetupFile]:
+    """
+    A script for the authority's engine, with the mount, roles and mode that the settings name.
+
+    Raises:
+        SettingsError: A role's pattern can't be filled in.
+        BridgeError: See `text`.
+    """
+    known = {f.name for f in dataclasses.fields(Engine)}
+    engine = Engine(**{key: value for key, value in wanted.settings.items() if key in known})
+    problems = list(Selector(engine.role or DEFAULT_ROLE, engine.roles).problems("role", "roles"))
+    if problems:
+        raise SettingsError(problems)
+    script = text(engine, wanted.certificates, wanted.validity, _policy_name(wanted), wanted.node)
+    return [SetupFile(name=f"{wanted.authority.name}.sh", text=script, executable=True, by_node=True)]
+
+
+def _policy_name(wanted: SetupRequest) -> str:
+    """The policy's name, each node's own: what another node's script writes must not take its place."""
+    cluster = [wanted.cluster] if wanted.cluster != DEFAULT_CLUSTER else []
+    return "-".join(["ca-bridge", *cluster, wanted.node, wanted.authority.name])
+
+
+def text(
+    engine: Engine, items: Mapping[str, x509.Certificate], validity: timedelta, policy_name: str, node: str = ""
+) -> str:
+    """
+    The script for one engine: the policy, and the roles, which mode `sign-verbatim` does not look at.
+
+    Raises:
+        NoRoleError: See `roles`.
+    """
+    select = role_selector(engine.role, engine.roles, node)
+    payloads = roles(items, validity, select) if engine.mode == "sign" else {}
+    allowed = policy(engine.mount, payloads, issuer=engine.issuer, mode=engine.mode)
+    return commands(engine.mount, payloads, policy_name=policy_name, policy_text=allowed)
+
+
+class NoRoleError(BridgeError):
+    """A role can't give a certificate like this one."""
+
+    hint = 'the certificate can only be renewed with `mode = "sign-verbatim"`, or by another CA'
+
+
+def roles(
+    items: Mapping[str, x509.Certificate],
+    validity: timedelta,
+    select: RoleOf = Selector(DEFAULT_ROLE),  # noqa: B008
+) -> dict[str, dict[str, object]]:
+    """
+    One role for each certificate, with which nothing but its like can be had.
+
+    Args:
+        items: The live certificates by kubeadm's name; their usages do not count, those of the specs do.
+        validity: What is asked for at most.
+        select: Which role the backend will ask for.
+
+    Returns:
+        The payload of `:mount/roles/NAME` by role name.
+
+    Raises:
+        NoRoleError: A certificate has something that no role gives, or two that differ would share a role.
+    """
+    found: dict[str, dict[str, object]] = {}
+    for name, certificate in items.items():
+        role, payload = select(SPECS[name]), _role(SPECS[name], certificate, validity)
+        if found.setdefault(role, payload) != payload:
+            message = f"{name}: wanted a role of its own, found role {role} shared with a certificate that differs"
+            raise NoRoleError(message, hint="give the certificates different roles in the backend's table `roles`")
+    return found
+
+
+def _role(spec: CertificateSpec, certificate: x509.Certificate, validity: timedelta) -> dict[str, object]:
+    common_names, subject = _subject(spec, certificate)
+    sans = certificates.san_entries(certificate)
+    if other := sorted(kind for kind, _ in sans if kind not in {"DNS", "IP", "URI"}):
+        raise NoRoleError(f"{spec.name}: wanted SANs of types DNS, IP and URI, found {', '.join(other)}")
+    domains = list(dict.fromkeys([*common_names, *sorted(value for kind, value in sans if kind == "DNS")]))
+    addresses = sorted(value for kind, value in sans if kind == "IP")
+    lifetime = _duration(validity)
+    role = {
+        **_COMMON,
+        "server_flag": EKU.SERVER_AUTH in spec.ekus,
+        "client_flag": EKU.CLIENT_AUTH in spec.ekus,
+        "allowed_domains": domains,
+        # Names such as system:kube-scheduler are no host names, but are in allowed_domains all the same.
+        "enforce_hostnames": all(_HOSTNAME.fullmatch(domain.removeprefix("*.")) for domain in domains),
+        "allow_wildcard_certificates": any(domain.startswith("*.") for domain in domains),
+        # Without SANs in the live certificate none gets into the new one.
+        "use_csr_sans": bool(sans),
+        "allow_ip_sans": bool(addresses),
+        "allowed_ip_sans_cidr": [f"{address}/{128 if ':' in address else 32}" for address in addresses],
+        "allowed_uri_sans": sorted(value for kind, value in sans if kind == "URI"),
+        "ttl": lifetime,
+        "max_ttl": lifetime,
+    }
+    return role | {"organization": []} | subject
+
+
+def _subject(spec: CertificateSpec, certificate: x509.Certificate) -> tuple[list[str], dict[str, list[str]]]:
+    """CNs, and the other attributes' values by the role's field."""
+    common_names: list[str] = []
+    others: dict[str, list[str]] = {}
+    for oid, value in certificates.attributes(certificate.subject):
+        if oid == NameOID.COMMON_NAME.dotted_string:
+            common_names.append(value)
+        elif oid in _SUBJECT_FIELDS:
+            others.setdefault(_SUBJECT_FIELDS[oid], []).append(value)
+        else:
+            found = certificates.oid_label(oid)
+            raise NoRoleError(
+                f"{spec.name}: wanted a subject of CN, O, OU, C, L, ST, street or postalCode, found {found}"
+            )
+    if len(common_names) != 1:
+        raise NoRoleError(f"{spec.name}: wanted one CN in the subject, found {len(common_names)}")
+    return common_names, others
+
+
+def policy(
+    mount: str,
+    role_names: Iterable[str],
+    *,
+    issuer: str | None = None,
+    mode: Literal["sign", "sign-verbatim"] = "sign",
+    read_roles: bool = True,
+) -> str:
+    """
+    The least that the node's token needs, as HCL.
+
+    Args:
+        mount: Of the PKI engine.
+        role_names: Those that may be used; of no account in mode `sign-verbatim`.
+        issuer: As in the backend's settings: it is part of the path.
+        mode: `sign` or `sign-verbatim`.
+        read_roles: Let the token look at its roles, so that `ca-bridge doctor` can tell what is wrong with them.
+    """
+    mount = mount.strip("/")
+    prefix = f"{mount}/issuer/{issuer}" if issuer else mount
+    names = list(dict.fromkeys(role_names))
+    if mode == "sign-verbatim":
+        stanzas = [_VERBATIM.format(path=f"{prefix}/sign-verbatim")]
+    else:
+        stanzas = [_SIGN.format(path=f"{prefix}/sign/{name}") for name in names]
+        stanzas += [_READ.format(path=f"{mount}/roles/{name}") for name in names if read_roles]
+    return "\n".join([*stanzas, _SELF, _REVOKE.format(path=f"{mount}/revoke")])
+
+
+_SIGN = """\
+path "{path}" {{
+  capabilities        = ["update"]
+  allowed_parameters  = {{ "csr" = [] "ttl" = [] "exclude_cn_from_sans" = [true] }}
+  required_parameters = ["csr", "exclude_cn_from_sans"]
+}}
+"""
+_READ = """\
+path "{path}" {{
+  capabilities = ["read"]
+}}
+"""
+_SELF = """\
+# Whoever logs in may also end the session, and ask what it may do.
+path "auth/token/revoke-self" {
+  capabilities = ["update"]
+}
+
+path "sys/capabilities-self" {
+  capabilities = ["update"]
+}
+"""
+_REVOKE = """\
+# Only for `[renewal] revoke = "superseded"`; it can't be narrowed: whoever has it may revoke any certificate of the mount.
+# path "{path}" {{
+#   capabilities = ["update"]
+# }}
+"""
+_VERBATIM = """\
+# Whoever has this right can have ANY certificate from this CA, system:masters included: no parameter that could be
+# required or forbidden here binds what the CSR says. Roles (mode "sign") do not give that away.
+path "{path}" {{
+  capabilities = ["update"]
+}}
+"""
+
+
+def commands(
+    mount: str, role_payloads: Mapping[str, Mapping[str, object]], *, policy_name: str, policy_text: str
+) -> str:
+    """
+    A shell script for whoever administers the server: `bao` or `vault` writes the roles and the policy.
+
+    It makes no engine, imports no CA and enables no auth method; it can be run again.
+    """
+    mount = mount.strip("/")
+    writes = [
+        _WRITE.format(path=shlex.quote(f"{mount}/roles/{name}"), json=_json(payload))
+        for name, payload in role_payloads.items()
+    ]
+    return "\n".join([_HEAD, *writes, _POLICY.format(name=shlex.quote(policy_name), text=policy_text.strip())])
+
+
+_HEAD = """\
+#!/bin/sh
+# Roles and policy for ca-bridge, made from the certificates that are in use. Needs an administrator's token
+# (BAO_ADDR and BAO_TOKEN, or VAULT_ADDR and VAULT_TOKEN). Vault says of allowed_ip_sans_cidr, not_after_bound and
+# not_before_bound that it does not know them; there, any IP address passes.
+set -eu
+cli=$(command -v bao || command -v vault) || { echo "error: neither bao nor vault is in PATH" >&2; exit 1; }
+"""
+_WRITE = """\
+"$cli" write {path} - <<'JSON'
+{json}
+JSON
+"""
+_POLICY = """\
+"$cli" policy write {name} - <<'HCL'
+{text}
+HCL
+"""
+
+
+def _json(payload: Mapping[str, object]) -> str:
+    """JSON with one field a line, in ASCII, so that no terminal or locale can spoil it."""
+    return "{\n" + ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in payload.items()) + "\n}"
+
+
+def _duration(value: timedelta) -> str:
+    """A duration as the server writes it, in whole hours where it can be."""
+    seconds = int(value.total_seconds())
+    return f"{seconds}s" if seconds % 3600 else f"{seconds // 3600}h"

@@ -1,0 +1,316 @@
+"""
+The behaviour that all backends have alike, as plain checks.
+
+`bridge.testing` runs them under pytest against CAs of its own, `ca-bridge backend test` against a configured backend.
+Keys are made for the requests, and thrown away; nothing is written.
+"""
+
+from __future__ import annotations
+
+import functools
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
+
+from bridge.ca import preflight
+from bridge.contract import (
+    Backend,
+    Carries,
+    Checks,
+    Closes,
+    Collects,
+    Continuity,
+    Identifies,
+    Issued,
+    ListsIssuers,
+    Pending,
+    Recalls,
+    Revokes,
+    SignRequest,
+    SignsMany,
+    TellsRevoked,
+)
+from bridge.errors import (
+    BackendError,
+    BackendRefusedError,
+    BackendUnavailableError,
+    BridgeError,
+    Exit,
+    WaitingError,
+)
+from bridge.pki import csr, verify
+from bridge.specs import SPECS, CertificateSpec, KeyAlgorithm
+from bridge.system.waiting import wait_until
+
+#: Optional abilities by the name of their method; those that a suite of a backend's declares.
+ABILITIES = {
+    "sign_many": SignsMany,
+    "collect": Collects,
+    "check": Checks,
+    "issuers": ListsIssuers,
+    "identity": Identifies,
+    "close": Closes,
+}
+#: Those that no check is about.
+FURTHER_ABILITIES = {"recall": Recalls, "revoke": Revokes, "is_revoked": TellsRevoked}
+#: One for each kind of CSR; the others differ in size alone.
+ALGORITHMS: tuple[KeyAlgorithm, ...] = ("rsa-2048", "ecdsa-p256", "ecdsa-p384")
+
+_PAUSE_SECONDS = 0.05
+_THREADS = 4
+
+
+class NotConformingError(BridgeError):
+    """A backend, or the CA behind it, does not do what the contract says."""
+
+    exit_code = Exit.REFUSED
+
+
+class NotSupportedError(BridgeError):
+    """The check is about an optional ability that the backend does not have."""
+
+    exit_code = Exit.DONE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A backend, and what it is asked."""
+
+    backend: Backend
+    live: Mapping[str, x509.Certificate]  #: What is to be renewed, by kubeadm's name; never empty.
+    expected: verify.Expectation  #: What the node demands.
+    validity: timedelta
+    patience: timedelta = timedelta()  #: How long a CA that answers later may take.
+    node: str = "cp-1"  #: For a backend that carries requests to people.
+    cluster: str = "kubernetes"
+    issued: list[x509.Certificate] = field(default_factory=list)  #: All that was signed.
+
+    @property
+    def specs(self) -> list[CertificateSpec]:
+        """The specs of the live certificates."""
+        return [SPECS[name] for name in self.live]
+
+    def request(self, spec: CertificateSpec, algorithm: KeyAlgorithm = "ecdsa-p256") -> SignRequest:
+        """A request for a new key, which is kept nowhere."""
+        return sign_request(self.live[spec.name], spec, algorithm, self.validity)
+
+    def carried(self, requests: Sequence[SignRequest]) -> list[SignRequest]:
+        """One batch; without a proof, which takes the live certificates' keys."""
+        if not isinstance(self.backend, Carries):
+            return list(requests)
+        who = Continuity(batch=secrets.token_hex(16), node=self.node, cluster=self.cluster, proof=None)
+        return [replace(request, continuity=who) for request in requests]
+
+    def signed(self, request: SignRequest) -> Issued:
+        """The certificate, be it at once or so much later as there is patience."""
+        [request] = self.carried([request])
+        return self.awaited(request, self.backend.sign(request))
+
+    def verify(self, issued: Issued, request: SignRequest) -> None:
+        """
+        Verify an answer as `renew` does, now.
+
+        Raises:
+            VerificationError: With every violation.
+        """
+        verify.check(issued, request, replace(self.expected, now=datetime.now(UTC)))
+
+    def awaited(self, request: SignRequest, answer: Issued | Pending | BackendError) -> Issued:
+        """
+        The certificate that an answer is, or becomes.
+
+        Raises:
+            BackendError: The answer.
+            NotConformingError: It is to come later, and can't be asked for.
+            WaitingError: It has not come.
+        """
+        if isinstance(answer, BackendError):
+            raise answer
+        if isinstance(answer, Pending):
+            answer = self._collected(request, answer)
+        self.issued.append(answer.leaf)
+        return answer
+
+    def _collected(self, request: SignRequest, waiting: Pending) -> Issued:
+        backend, references = self.backend, [waiting.reference]
+        if not isinstance(backend, Collects):
+            raise NotConformingError('wanted a backend that can be asked later, as it answers "later"; found none')
+        answer = wait_until(
+            lambda: backend.collect(request, references[-1]),
+            lambda answer: isinstance(answer, Issued),
+            self.patience,
+            pause_seconds=_PAUSE_SECONDS,
+            between=lambda answer: references.append(answer.reference) if isinstance(answer, Pending) else None,
+        )
+        if isinstance(answer, Pending):
+            raise WaitingError(f"still waiting: {answer.note or answer.reference}", hint="wait for it: --wait 10m")
+        return answer
+
+
+def sign_request(
+    live: x509.Certificate, spec: CertificateSpec, algorithm: KeyAlgorithm, validity: timedelta
+) -> SignRequest:
+    """A request to renew a live certificate with a new key, which is thrown away."""
+    pem = csr.build(live, csr.generate_key(algorithm))
+    return SignRequest(spec=spec, csr_pem=pem, validity=validity, replaces=live)
+
+
+def tampered(request: SignRequest) -> SignRequest:
+    """The same request with a CSR whose signature is wrong."""
+    der = bytearray(request.csr.public_bytes(serialization.Encoding.DER))
+    der[-1] ^= 1
+    pem = x509.load_der_x509_csr(bytes(der)).public_bytes(serialization.Encoding.PEM)
+    return SignRequest(spec=request.spec, csr_pem=pem, validity=request.validity, replaces=request.replaces)
+
+
+def abilities(backend: Backend, known: Mapping[str, type] = ABILITIES) -> list[str]:
+    """Names of what the backend can do beside signing, in the order of `known`."""
+    return [name for name, protocol in known.items() if isinstance(backend, protocol)]
+
+
+# --- the checks: each raises a BridgeError that says what is wrong ------------------------------------------------------
+
+
+def preflight_finds_nothing_wrong(trial: Trial) -> None:
+    """The preflight has nothing against a CA that is the right one and signs as it should."""
+    if not isinstance(trial.backend, Checks | ListsIssuers):
+        raise NotSupportedError("has no preflight")
+    for name, error in preflight.preflight(trial.backend, trial.specs, trial.expected).items():
+        raise NotConformingError(f"{name}: {error}")
+
+
+def issuers_start_with_the_one_that_signs(trial: Trial) -> None:
+    """The first of the CA's certificates is the issuer of what it signs."""
+    if not isinstance(trial.backend, ListsIssuers):
+        raise NotSupportedError("can't tell the CA's certificates")
+    issuers = trial.backend.issuers()
+    if not issuers:
+        raise NotSupportedError("does not tell the CA's certificates")
+    leaf = trial.signed(trial.request(trial.specs[0])).leaf
+    try:
+        leaf.verify_directly_issued_by(issuers[0])
+    except (ValueError, TypeError, InvalidSignature) as e:
+        raise NotConformingError(
+            f"wanted the first of the CA's certificates to have signed, found {issuers[0].subject.rfc4514_string()}"
+            f" first and a certificate of {leaf.issuer.rfc4514_string()}"
+        ) from e
+
+
+def signs_exactly_what_was_asked(trial: Trial, algorithm: KeyAlgorithm) -> None:
+    """Each kubeadm certificate comes back with its own subject, SANs and usages, whatever the key's type."""
+    for spec in trial.specs:
+        request = trial.request(spec, algorithm)
+        trial.verify(trial.signed(request), request)
+
+
+def gives_the_validity_that_was_asked_for(trial: Trial) -> None:
+    """The certificate ends when the asked validity does, to the hour."""
+    end = trial.signed(trial.request(trial.specs[0])).leaf.not_valid_after_utc
+    wanted = datetime.now(UTC) + trial.validity
+    if abs(end - wanted) >= timedelta(hours=1):
+        raise NotConformingError(
+            f"wanted a certificate until {wanted:%Y-%m-%d %H:%M}, got one until {end:%Y-%m-%d %H:%M}"
+        )
+
+
+def signs_the_same_csr_again(trial: Trial) -> None:
+    """
+    A repeated request is answered for the same key, so that a lost answer can be asked for again.
+
+    By a new certificate, or, where the CA knows the request again, by the first one.
+    """
+    request = trial.request(trial.specs[0])
+    first, second = (trial.signed(request).leaf for _ in range(2))
+    if first.public_key() != second.public_key():
+        raise NotConformingError("wanted two certificates for one key, found two keys")
+    if first.serial_number == second.serial_number and first != second:
+        raise NotConformingError(f"wanted a serial number for each certificate, found {first.serial_number:x} twice")
+
+
+def signs_from_several_threads(trial: Trial) -> None:
+    """Answers are not mixed up between threads."""
+    requests = [trial.request(spec) for spec in trial.specs]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for request, issued in zip(requests, pool.map(trial.signed, requests), strict=True):
+            trial.verify(issued, request)
+
+
+def refuses_a_csr_with_a_bad_signature(trial: Trial) -> None:
+    """A CSR whose holder does not hold the key is refused; its untouched twin is signed."""
+    good = trial.request(trial.specs[0])
+    trial.signed(good)
+    _is_refused(lambda: trial.signed(tampered(good)))
+
+
+def _is_refused(ask: Callable[[], Issued]) -> None:
+    try:
+        ask()
+    except BackendRefusedError:
+        return
+    raise NotConformingError("wanted a CSR with a wrong signature to be refused, found it signed")
+
+
+def signs_many_in_the_order_asked(trial: Trial) -> None:
+    """A batch is answered in its order, and one bad CSR in it fails alone."""
+    if not isinstance(trial.backend, SignsMany):
+        raise NotSupportedError("signs one by one")
+    spoilt, *others = [trial.request(spec) for spec in trial.specs]
+    # a bundle that is carried has one request a name
+    good = others if others or isinstance(trial.backend, Carries) else [trial.request(trial.specs[0])]
+    requests = trial.carried([tampered(spoilt), *good])
+    bad, *answers = trial.backend.sign_many(requests)
+    for request, answer in zip(requests[1:], answers, strict=True):
+        trial.verify(trial.awaited(request, answer), request)
+    _is_refused(lambda: trial.awaited(requests[0], bad))
+
+
+def a_dead_ca_is_unavailable(trial: Trial) -> None:
+    """No answer is "try again", not "no"; for a backend whose CA can't be reached."""
+    try:
+        trial.signed(trial.request(trial.specs[0]))
+    except BackendUnavailableError:
+        return
+    raise NotConformingError("wanted a CA that can't be reached to be unavailable, found a certificate")
+
+
+def close_can_be_called_twice(trial: Trial) -> None:
+    """Giving back what was given back does no harm."""
+    if not isinstance(trial.backend, Closes):
+        raise NotSupportedError("has nothing to give back")
+    trial.backend.close()
+    trial.backend.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One check of a backend that is configured and in use."""
+
+    name: str
+    run: Callable[[Trial], None]
+    must: bool = True  #: False: the contract lets a CA do otherwise.
+
+
+#: In their order: what spends no signature comes first, and nothing comes after the end.
+CHECKS = (
+    Check(name="its preflight finds nothing wrong", run=preflight_finds_nothing_wrong),
+    *(
+        Check(
+            name=f"it signs exactly what was asked ({algorithm})",
+            run=functools.partial(signs_exactly_what_was_asked, algorithm=algorithm),
+        )
+        for algorithm in ALGORITHMS
+    ),
+    Check(name="it tells the certificate that signs", run=issuers_start_with_the_one_that_signs),
+    Check(name="it gives the validity that was asked for", run=gives_the_validity_that_was_asked_for, must=False),
+    Check(name="it signs the same CSR again", run=signs_the_same_csr_again),
+    Check(name="it signs from several threads", run=signs_from_several_threads),
+    Check(name="it signs a batch in its order", run=signs_many_in_the_order_asked),
+    Check(name="it refuses a CSR with a bad signature", run=refuses_a_csr_with_a_bad_signature),
+    Check(name="it can be closed twice", run=close_can_be_called_twice),
+)

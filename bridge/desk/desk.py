@@ -1,0 +1,623 @@
+"""
+The CA desk: request bundles in, answer bundles out, by a policy.
+
+Bundles are read a window at a time, so that memory does not grow with their number. The requests of a window are put
+together by authority, and each CA gets them as one lot: `openssl ca` runs once a usage class, not once a node. While it
+runs, the next windows are read and judged. What a CA answers is in the journal before anything else happens to it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import cached_property
+from itertools import groupby
+from typing import Protocol
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+
+from bridge.ca import preflight, registry
+from bridge.ca.untrusted_answers import HearsayError, collected
+from bridge.contract import (
+    Backend,
+    Collects,
+    Issued,
+    ListsIssuers,
+    Pending,
+    Recalls,
+    SignRequest,
+    SignsMany,
+    TellsRevoked,
+)
+from bridge.desk.archive import Answered
+from bridge.desk.journal import Asked, Journal
+from bridge.desk.policy import Policy, PolicyVerdict, judge
+from bridge.desk.workers import AnsweredBundle, Judgement, ReadAhead, Workers, compared, for_request
+from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, VerificationError, WaitingError
+from bridge.pki import signatures, verify
+from bridge.pki.bundle import AnswerBundle, BundledRequest, Refusal, RequestBundle, refusal, sign_request
+from bridge.pki.bundle_format import answer_message
+from bridge.pki.bundle_text import describe
+from bridge.pki.certificates import load_pem_certificates, serial_hex
+from bridge.pki.expiry import minute
+from bridge.pki.verify import Expectation
+from bridge.settings.tables import Settings
+from bridge.specs import AUTHORITIES, SPECS, USER
+from bridge.state import audit
+from bridge.system.many_files import NewFile, write_together
+
+#: Requests that are read ahead and signed together: few at first, so that a CA is at work soon, and twice as many each
+#: time, so that `openssl ca`'s own start and its rewriting of a long index become a small part.
+_FIRST_WINDOW, _LARGEST_WINDOW = 250, 1000
+#: Windows that are read and judged while an earlier one is signed or delivered, so that no CA waits for us.
+_AHEAD = 2
+#: Of a backend that signs one by one: of how many at a time is written down that they are being asked for.
+_SLICE = 100
+
+SIGNED = "signed for others"  #: Event of the record.
+
+DeskAnswer = Issued | Refusal
+
+
+class RefusedByPolicyError(BridgeError):
+    """A request that the desk's policy does not allow, or a person did not approve."""
+
+    exit_code = Exit.REFUSED
+    hint = "the answer says so to the node; the policy file says what is allowed"
+
+
+class OtherDeskError(BridgeError):
+    """A request for a CA that this desk has not."""
+
+    exit_code = Exit.REFUSED
+    hint = "carry the request to the other desk, too, or add an [authority.NAME] table to the settings"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """An answer's way to where it belongs."""
+
+    where: str  #: For messages.
+    files: Sequence[NewFile]  #: Are written together with other bundles'.
+    conclude: Callable[[], None]  #: When they are safe on disk.
+
+
+@dataclass(kw_only=True, eq=False)
+class Job:
+    """One request bundle on its way through the desk."""
+
+    bundle: RequestBundle
+    digest: str  #: The bundle's.
+    label: str  #: For messages, such as the bundle's file.
+    delivery: Callable[[AnswerBundle], Delivery]
+    ahead: ReadAhead | None = None  #: What a worker has read and judged.
+    earlier: Mapping[str, Issued] = field(default_factory=dict)  #: Of an answer that is there already.
+    answered: Mapping[str, Answered] = field(default_factory=dict)  #: Signed before; no second time.
+    again: set[str] = field(default_factory=set)  #: Names whose answer is an earlier run's.
+    verdicts: dict[str, PolicyVerdict] = field(default_factory=dict)
+    answers: dict[str, DeskAnswer] = field(default_factory=dict)
+    troubles: dict[str, BridgeError] = field(default_factory=dict)  #: Why there is no answer yet.
+    approved_by: str = ""
+
+    @cached_property
+    def requests(self) -> dict[str, SignRequest]:
+        """The requests that backends are given, by certificate name."""
+        return {request.name: sign_request(request, self.bundle) for request in self.bundle.requests}
+
+    @property
+    def to_sign(self) -> list[BundledRequest]:
+        """The requests without an answer and without trouble."""
+        return [one for one in self.bundle.requests if one.name not in self.answers and one.name not in self.troubles]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all is answered that this desk can answer."""
+        return bool(self.answers) and all(isinstance(error, OtherDeskError) for error in self.troubles.values())
+
+
+class Observer(Protocol):
+    """Who looks on; called from one thread."""
+
+    def answered(self, job: Job, where: str) -> None:
+        """A bundle is done; `where` is empty if it is not."""
+
+
+class Approver(Protocol):
+    """A person."""
+
+    def __call__(self, job: Job, text: str) -> tuple[bool | None, str]:
+        """Whether to sign this bundle (None: later), and who says so, or why not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _CA:
+    """One authority's CA at this desk."""
+
+    configured: registry.Configured
+    backend: Backend | None
+    outage: registry.Outage
+    revocations: TellsRevoked | None = None  #: The backend, where it can tell.
+    #: With which the origin of what is replaced is told.
+    certificates: tuple[x509.Certificate, ...] = ()
+    anchors: tuple[x509.Certificate, ...] = ()
+    wrong: Mapping[str, BridgeError] = field(default_factory=dict)  #: By certificate name.
+    trouble: BridgeError | None = None  #: It can't be used at all.
+
+
+class Desk:
+    """One run of a desk: judges bundles, has them signed, and answers."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        policy: Policy,
+        now: Callable[[], datetime],
+        *,
+        without_proof: frozenset[str] = frozenset(),
+        approve: Approver | None = None,
+        answer_key: PrivateKeyTypes | None = None,
+    ) -> None:
+        """
+        Args:
+            settings: Backends and authorities.
+            policy: What may be signed.
+            now: The clock.
+            without_proof: Names that need no continuity proof.
+            approve: Asks an operator.
+            answer_key: Signs the answers.
+
+        Raises:
+            SettingsError: Of backends' tables; all problems at once.
+        """
+        self._settings = settings
+        self._policy = policy
+        self._now = now
+        self._without_proof = without_proof
+        self._approve = approve
+        self._answer_key = answer_key
+        self._workers: Workers | None = None
+        self._configured = registry.configured(settings, settings.authorities)
+        self._cas: dict[str, _CA] = {}
+
+    # --- before anything is signed ------------------------------------------------------------------------------------
+
+    def judged(self, job: Job) -> Job:
+        """Answer with a refusal what may not be signed; what can't be told yet is a trouble."""
+        for request in job.bundle.requests:
+            trouble = self._trouble(request)
+            if trouble is not None:
+                job.troubles[request.name] = trouble
+                continue
+            self._judge(job, request, self._cas[request.authority])
+        if self._approve is not None and job.to_sign:
+            self._ask_person(self._approve, job)
+        return job
+
+    def judgement(self) -> Judgement:
+        """The rules that workers judge by, with the CAs that were opened so far."""
+        cas = {name: ca.certificates for name, ca in self._cas.items() if ca.trouble is None}
+        return Judgement(policy=self._policy, cas=cas, now=self._now(), without_proof=self._without_proof)
+
+    def _judge(self, job: Job, request: BundledRequest, ca: _CA) -> None:
+        try:
+            foreseen = job.ahead.read.verdicts.get(request.name) if job.ahead is not None else None
+            verdict = foreseen or judge(
+                request, job.bundle, self._policy, ca.certificates, self._now(), self._without_proof
+            )
+        except Exception as e:  # noqa: BLE001 (whatever is wrong with a request: the others are to be signed)
+            verdict = PolicyVerdict(
+                problems=(f"wanted a request that can be judged, found {type(e).__name__}: {e}",), proven=False
+            )
+        job.verdicts[request.name] = verdict
+        problems = [*verdict.problems]
+        try:
+            if not problems and verdict.proven:
+                problems += _revoked(ca, request)
+        except BackendError as e:
+            job.troubles[request.name] = e
+            return
+        if problems:
+            job.answers[request.name] = refusal("; ".join(problems))
+        elif request.name in job.answered:
+            job.answers[request.name] = self._answer_again(job, request, job.answered[request.name])
+
+    def _answer_again(self, job: Job, request: BundledRequest, answered: Answered) -> DeskAnswer:
+        """The certificate that was signed for this CSR; there is no second one, or an old bundle would be worth one."""
+        issued = answered.issued
+        if issued is not None and self._violations(job.requests[request.name], issued) is None:
+            job.again.add(request.name)
+            return issued
+        return refusal(
+            f"wanted a request that was not answered before, found one whose certificate was signed {minute(answered.signed)}"
+            " and is no good any more: `ca-bridge pending cancel` at the node, then a new request"
+        )
+
+    def _trouble(self, request: BundledRequest) -> BridgeError | None:
+        if request.authority not in self._configured:
+            return OtherDeskError(
+                f"wanted a request for {' or '.join(self._configured)}, found one for {request.authority}"
+            )
+        if request.authority not in self._cas:
+            self._cas[request.authority] = self._open(request.authority)
+        ca = self._cas[request.authority]
+        return ca.trouble or ca.wrong.get(request.name)
+
+    def _open(self, authority: str) -> _CA:
+        """Reach a CA, and ask what can be asked before a signature is spent."""
+        configured = self._configured[authority]
+        outage = registry.Outage(configured.settings.retry_for, configured.label)
+        backend: Backend | None = None
+        try:
+            backend = opened = configured.open()
+            issuers = tuple(outage.ask(opened.issuers)) if isinstance(opened, ListsIssuers) else ()
+            anchors = self._anchors(configured, issuers)
+            specs = [spec for spec in SPECS.values() if spec.authority.name == authority]
+            if self._policy.users is not None and USER.authority.name == authority:
+                specs.append(USER)
+            expected = self._expectation(authority, anchors)
+            wrong = outage.ask(lambda: preflight.preflight(opened, specs, expected))
+        except BridgeError as e:
+            return _CA(configured=configured, backend=backend, outage=outage, trouble=e)
+        # not what is above the one that signs: a company's root has signed for others, too
+        certificates = tuple(dict.fromkeys((*anchors, *issuers[:1])))
+        return _CA(
+            configured=configured,
+            backend=backend,
+            outage=outage,
+            revocations=opened if isinstance(opened, TellsRevoked) else None,
+            certificates=certificates,
+            anchors=anchors,
+            wrong=wrong,
+        )
+
+    def _anchors(
+        self, configured: registry.Configured, issuers: tuple[x509.Certificate, ...]
+    ) -> tuple[x509.Certificate, ...]:
+        """
+        The CA's certificates in `desk.ca_dir`, or else the one that signs.
+
+        Raises:
+            BridgeError: There is none.
+        """
+        directory = self._policy.desk.ca_dir
+        if directory is None:
+            if not issuers:
+                raise BridgeError(
+                    f"{configured.label}: wanted the CA's certificate, found no way to ask for it",
+                    hint="the policy's desk.ca_dir can have it",
+                )
+            return issuers[:1]
+        path = directory / AUTHORITIES[configured.authority].certificate_file
+        try:
+            return tuple(load_pem_certificates(path.read_bytes()))
+        except (OSError, ValueError) as e:
+            found = e.strerror if isinstance(e, OSError) else e
+            raise BridgeError(f"{path}: wanted the cluster's CA certificate, found: {found}") from e
+
+    def _expectation(self, authority: str, anchors: tuple[x509.Certificate, ...]) -> Expectation:
+        return Expectation(
+            anchors=anchors,
+            anchor_name=AUTHORITIES[authority].certificate_file,
+            now=self._now(),
+            min_validity=self._settings.renewal.min_validity,
+            extra_subject=self._settings.authorities[authority].extra_subject,
+        )
+
+    def anchor(self, authority: str) -> x509.Certificate | None:
+        """The cluster's CA certificate, once its CA was asked."""
+        ca = self._cas.get(authority)
+        return ca.anchors[0] if ca is not None and ca.anchors else None
+
+    def _ask_person(self, approve: Approver, job: Job) -> None:
+        cas = {name: ca.certificates for name, ca in self._cas.items()}
+        refused = [f"{name}: the policy refuses it: {answer.reason}"
+                   for name, answer in job.answers.items() if isinstance(answer, Refusal)]  # fmt: skip
+        allowed, words = approve(job, "\n".join([describe(job.bundle, self._now(), cas), *refused]))
+        if allowed is None:
+            later = WaitingError(f"{words} has not decided yet", hint="run it again with --approve")
+            job.troubles |= {request.name: later for request in job.bundle.requests}
+        elif allowed:
+            job.approved_by = words
+        else:
+            job.answers |= {request.name: refusal(f"not approved: {words}") for request in job.to_sign}
+
+    # --- signing ------------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        jobs: Iterable[Job],
+        journal: Journal,
+        record: audit.Record,
+        observer: Observer,
+        workers: Workers | None = None,
+    ) -> None:
+        """
+        Sign what may be signed, and deliver the answers; a job's own errors are its troubles.
+
+        Args:
+            jobs: To be signed; some of them were read by the workers.
+            journal: What was asked and answered.
+            record: The audit record.
+            observer: Who looks on.
+            workers: Compare what they have read; None: it does all of it by itself.
+
+        Raises:
+            AuditError: The record could not be written; what was signed is in the journal, and was not delivered.
+            JournalError: It could not be written.
+        """
+        self._workers = workers
+        with ThreadPoolExecutor(1) as signing:
+            open_: deque[tuple[list[Job], Future[None]]] = deque()
+            for window in _windows(map(self.judged, jobs)):
+                open_.append((window, signing.submit(self._sign, window, journal)))
+                if len(open_) > _AHEAD:
+                    self._finish(*open_.popleft(), journal, record, observer)
+            while open_:
+                self._finish(*open_.popleft(), journal, record, observer)
+        journal.tidy()
+
+    def close(self) -> None:
+        """Give back what the backends took."""
+        for ca in self._cas.values():
+            if ca.backend is not None:
+                registry.close(ca.backend)
+
+    def _sign(self, window: Sequence[Job], journal: Journal) -> None:
+        """Ask all CAs at the same time, each for the requests of all bundles of the window."""
+        lots: dict[str, list[tuple[Job, SignRequest]]] = defaultdict(list)
+        for job in window:
+            for request in job.to_sign:
+                earlier = job.earlier.get(request.name)
+                if earlier is not None and self._violations(job.requests[request.name], earlier) is None:
+                    job.answers[request.name] = earlier
+                    job.again.add(request.name)
+                else:
+                    lots[request.authority].append((job, job.requests[request.name]))
+        with ThreadPoolExecutor(len(AUTHORITIES)) as pool:
+            list(pool.map(lambda lot: self._sign_lot(self._cas[lot[0]], lot[1], journal), lots.items()))
+
+    def _sign_lot(self, ca: _CA, lot: Sequence[tuple[Job, SignRequest]], journal: Journal) -> None:
+        backend = ca.backend
+        if backend is None:
+            raise AssertionError("a CA that can't be opened has a trouble, and is asked nothing")
+        open_, asked = [], []
+        for job, request in lot:
+            known = journal.get(request)
+            if known is None:
+                open_.append((job, request))
+            elif isinstance(known, Asked):
+                asked.append((job, request, known.since))
+            elif isinstance(known, Pending):
+                expected = self._expectation(request.spec.authority.name, ca.anchors)
+                _note(job, request, _collected(ca, backend, request, known, expected), journal)
+            elif self._violations(request, known) is None:
+                _note(job, request, known, None)
+            else:
+                open_.append((job, request))  # it has lain there for long
+        open_ += _recalled(ca, backend, asked, journal)
+        size = len(open_) if isinstance(backend, SignsMany) else _SLICE
+        for start in range(0, len(open_), size or 1):
+            part = open_[start : start + size]
+            journal.add((request, Asked(self._now())) for _, request in part)
+            answers = registry.sign_all(
+                backend, [request for _, request in part], ca.outage, lambda some: _keep(some, journal)
+            )
+            for (job, request), answer in zip(part, answers, strict=True):
+                _note(job, request, answer, None)
+
+    def _finish(
+        self, window: Sequence[Job], signed: Future[None], journal: Journal, record: audit.Record, observer: Observer
+    ) -> None:
+        """Verify, record, deliver; in this order, so that nothing leaves unrecorded."""
+        signed.result()
+        for job, reasons in self._compared(window):
+            self._verify(job, reasons)
+            self._record(job, record)
+        record.write()
+        for job, where in zip(window, self._delivered(window), strict=True):
+            if where:
+                journal.forget(job.requests.values())
+            observer.answered(job, where)
+
+    def _delivered(self, window: Sequence[Job]) -> list[str]:
+        """Write the answers: where each is, safe on disk; empty where there is none yet."""
+        deliveries = [job.delivery(self._answer_bundle(job)) if job.is_complete else None for job in window]
+        errors = write_together([one.files if one is not None else () for one in deliveries])
+        return [
+            _concluded(job, delivery, error) if delivery is not None else ""
+            for job, delivery, error in zip(window, deliveries, errors, strict=True)
+        ]
+
+    def _compared(self, window: Sequence[Job]) -> Iterator[tuple[Job, Mapping[str, str]]]:
+        """Each job, with what workers found by comparing its answers with its requests."""
+        by = {name: self._expectation(name, ca.anchors) for name, ca in self._cas.items()}
+        parts = [(chunk, list(some)) for chunk, some in groupby(window, lambda job: job.ahead and job.ahead.chunk)]
+        answers = [self._ask_worker(chunk, some, by) for chunk, some in parts]
+        for (_, some), answer in zip(parts, answers, strict=True):
+            found = answer.result() if answer is not None else None
+            yield from zip(some, found or [{} for _ in some], strict=True)
+
+    def _ask_worker(
+        self, chunk: int | None, jobs: Sequence[Job], by: Mapping[str, Expectation]
+    ) -> Future[list[dict[str, str]] | None] | None:
+        """The worker that has read them; None: none has."""
+        if chunk is None or not self._workers:
+            return None
+        answered = [
+            AnsweredBundle(
+                number=job.ahead.number,
+                answers={name: answer for name, answer in job.answers.items() if isinstance(answer, Issued)},
+            )
+            for job in jobs
+            if job.ahead is not None
+        ]
+        return self._workers.submit(chunk, compared, answered, by)
+
+    def _verify(self, job: Job, reasons: Mapping[str, str]) -> None:
+        """Withhold what a CA signed wrongly; the node would refuse it, too."""
+        for request in job.bundle.requests:
+            answer = job.answers.get(request.name)
+            if not isinstance(answer, Issued):
+                continue
+            reason = reasons.get(request.name)
+            if reason is None:
+                error = self._violations(job.requests[request.name], answer)
+                reason = error.reason if error is not None else ""
+            if reason:
+                job.answers[request.name] = refusal(f"the desk's CA signed something else: {reason}")
+
+    def _violations(self, request: SignRequest, issued: Issued) -> VerificationError | None:
+        authority = request.spec.authority.name
+        try:
+            verify.check(
+                issued, request, for_request(request, self._expectation(authority, self._cas[authority].anchors))
+            )
+        except VerificationError as e:
+            return e
+        return None
+
+    def _record(self, job: Job, record: audit.Record) -> None:
+        about = f"node {job.bundle.node}, cluster {job.bundle.cluster}, request {job.digest[:16]}"
+        about += f", approved by {job.approved_by}" if job.approved_by else ""
+        for request in job.bundle.requests:
+            answer, trouble = job.answers.get(request.name), job.troubles.get(request.name)
+            configured = self._configured.get(request.authority)
+            record.know(request.name, job.requests[request.name], configured.label if configured else "", None)
+            verdict = job.verdicts.get(request.name)
+            unproven = "" if verdict is not None and verdict.proven else ", without a continuity proof"
+            again = ", signed before" if request.name in job.again else ""
+            common = {"authority": request.authority, "old": request.replaces}
+            if isinstance(answer, Issued):
+                record.add(SIGNED, request.name, new=answer.leaf, result=f"{about}{unproven}{again}", **common)  # type: ignore[arg-type]
+            elif isinstance(answer, Refusal):
+                error = RefusedByPolicyError(f"{about}: {answer.reason}")
+                record.add(audit.REFUSED, request.name, error=error, **common)  # type: ignore[arg-type]
+            elif trouble is not None and not isinstance(trouble, WaitingError | OtherDeskError):
+                kind = BackendUnavailableError if trouble.exit_code == Exit.UNAVAILABLE else BridgeError
+                record.add(audit.event_of(trouble), request.name, error=kind(f"{about}: {trouble.reason}"), **common)  # type: ignore[arg-type]
+
+    def _answer_bundle(self, job: Job) -> AnswerBundle:
+        labels = {self._configured[request.authority].label for request in job.bundle.requests
+                  if isinstance(job.answers.get(request.name), Issued)}  # fmt: skip
+        name = self._policy.desk.name or os.uname().nodename
+        approved = f", approved by {job.approved_by}" if job.approved_by else ""
+        answer = AnswerBundle(
+            request_digest=job.digest,
+            batch=job.bundle.batch,
+            node=job.bundle.node,
+            cluster=job.bundle.cluster,
+            signer=f"{name}: {', '.join(sorted(labels)) or 'nothing signed'}{approved}",
+            signed=self._now().replace(microsecond=0),
+            answers={
+                request.name: job.answers[request.name]
+                for request in job.bundle.requests
+                if request.name in job.answers
+            },
+        )
+        if self._answer_key is None:
+            return answer
+        return replace(answer, signature=signatures.sign(self._answer_key, answer_message(answer)))
+
+
+def _concluded(job: Job, delivery: Delivery, error: OSError | None) -> str:
+    """Conclude a delivery: where the answer is; empty: it is not there, and its requests have a trouble."""
+    try:
+        if error is not None:
+            raise error
+        delivery.conclude()
+    except (OSError, BridgeError) as e:
+        trouble = e if isinstance(e, BridgeError) else BridgeError(f"{e.filename or 'the answer'}: {e.strerror}")
+        job.troubles |= dict.fromkeys(job.answers, trouble)
+        return ""
+    return delivery.where
+
+
+def _windows(jobs: Iterable[Job]) -> Iterator[list[Job]]:
+    window: list[Job] = []
+    size, enough = 0, _FIRST_WINDOW
+    for job in jobs:
+        window.append(job)
+        size += len(job.bundle.requests)
+        if size >= enough:
+            yield window
+            window, size, enough = [], 0, min(2 * enough, _LARGEST_WINDOW)
+    if window:
+        yield window
+
+
+def _revoked(ca: _CA, request: BundledRequest) -> list[str]:
+    """
+    Why the proof is worth nothing: its certificate's key is known to have been lost, or its holder to be gone.
+
+    Raises:
+        BackendError: The CA can tell, and does not now.
+    """
+    revocations, old = ca.revocations, request.replaces
+    if old is None or revocations is None or not ca.outage.ask(lambda: revocations.is_revoked(old)):
+        return []
+    return [f"proof: wanted one by a certificate that is not revoked, found that of serial {serial_hex(old)}, which is"]
+
+
+def _recalled(
+    ca: _CA, backend: Backend, asked: Sequence[tuple[Job, SignRequest, datetime]], journal: Journal
+) -> list[tuple[Job, SignRequest]]:
+    """
+    Find what a killed run has had signed.
+
+    Returns:
+        What was not found, or can't be looked for, and so has to be asked for again.
+    """
+    if not asked or not isinstance(backend, Recalls):
+        return [(job, request) for job, request, _ in asked]
+    requests, since = [request for _, request, _ in asked], min(moment for _, _, moment in asked)
+    try:
+        found = ca.outage.ask(lambda: backend.recall(requests, since))
+    except BackendError as e:
+        for job, request, _ in asked:
+            job.troubles[request.spec.name] = e
+        return []
+    rest = []
+    for (job, request, _), issued in zip(asked, found, strict=True):
+        if issued is None:
+            rest.append((job, request))
+        else:
+            _note(job, request, issued, journal)
+    return rest
+
+
+def _collected(
+    ca: _CA, backend: Backend, request: SignRequest, known: Pending, expected: Expectation
+) -> Issued | Pending | BackendError:
+    if not isinstance(backend, Collects):
+        raise BridgeError(f'{ca.configured.label}: answered "later", and can\'t be asked later: a bug in it')
+    try:
+        return ca.outage.ask(lambda: collected(backend, request, known.reference, expected))
+    except BackendError as e:
+        return e
+
+
+def _keep(answered: Sequence[registry.Answered], journal: Journal) -> None:
+    """Write answers to the journal at once: those that a killed run did not write may have to be signed again."""
+    good = [(request, answer) for request, answer in answered if isinstance(answer, Issued | Pending)]
+    if good:
+        journal.add(good)
+
+
+def _note(job: Job, request: SignRequest, answer: Issued | Pending | BackendError, journal: Journal | None) -> None:
+    """An answer's place in its job: what may be different next time is a trouble, and is asked for again."""
+    name = request.spec.name
+    if isinstance(answer, Issued | Pending) and journal is not None:
+        journal.add([(request, answer)])
+    if isinstance(answer, Issued):
+        job.answers[name] = answer
+    elif isinstance(answer, Pending):
+        job.troubles[name] = WaitingError(answer.note or "the CA answers later")
+    elif isinstance(answer, BackendUnavailableError | HearsayError) or answer.is_for_all:
+        job.troubles[name] = answer
+    else:
+        job.answers[name] = refusal(f"the CA refused: {answer.reason}")

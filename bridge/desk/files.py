@@ -1,0 +1,397 @@
+"""The files of `sign`: the policy, bundles and CSRs in, answers out, and the done ones into the archive."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from functools import partial
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+
+from bridge.contract import Issued
+from bridge.desk import csr_directory, node_inventory, signing_key
+from bridge.desk.archive import Archive, archive_directory
+from bridge.desk.desk import Delivery, Desk, Job, Observer
+from bridge.desk.journal import Journal
+from bridge.desk.policy import Policy, parse
+from bridge.desk.workers import GARBAGE, WORTHWHILE, ReadAhead, Workers
+from bridge.errors import BridgeError, SettingsError, SettingsProblem
+from bridge.pki.bundle import CARRIED, AnswerBundle, BundleError, IncompleteBundleError, RequestBundle
+from bridge.pki.bundle_fields import MAX_BUNDLE_BYTES
+from bridge.pki.bundle_format import answer_suffix, digest, dumps, file_names, loads, loads_request
+from bridge.pki.certificates import load_pem_certificates
+from bridge.pki.expiry import is_due
+from bridge.settings.load import DEFAULT_FILE, assert_ours
+from bridge.settings.tables import RenewalSettings, Settings
+from bridge.state import audit
+from bridge.state.store import Store
+from bridge.system.console import log
+from bridge.system.files import lock
+from bridge.system.many_files import NewFile, remove_unfinished
+from bridge.system.safe_read import UnreadableError, read, read_once
+from bridge.system.shipped import how_to_begin
+from bridge.words import one_line
+
+POLICY_NAME = "desk-policy.toml"
+#: A copy that has not grown for so long will not be whole any more.
+STALE = timedelta(minutes=10)
+_ANSWER_MODE = 0o644  #: Certificates are public, and who fetches it is another user.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of `sign`."""
+
+    source: Path
+    out: Path | None = None
+    policy: Path | None = None
+    archive: Path | None = None
+    without_proof: frozenset[str] = frozenset()
+    node: str = ""  #: For a directory of CSRs, which say it nowhere.
+    cluster: str = ""
+
+    def assert_usable(self) -> None:
+        """
+        Raises:
+            SettingsError: A name that is no certificate's.
+            BridgeError: There is nothing to sign.
+        """
+        unknown = sorted(self.without_proof - CARRIED.keys())
+        if unknown:
+            wanted = f"one of {', '.join(CARRIED)}"
+            raise SettingsError([SettingsProblem("--without-proof", wanted, ", ".join(unknown))])
+        if not self.source.exists():
+            raise BridgeError(f"{self.source}: wanted a bundle, or a directory of bundles or CSRs, found nothing")
+
+
+def policy_path(settings: Settings) -> Path:
+    """Where the policy is unless the command line says otherwise."""
+    return (settings.source.file or DEFAULT_FILE).with_name(POLICY_NAME)
+
+
+def load_policy(settings: Settings, path: Path | None) -> Policy:
+    """
+    The policy file that was named, or the one beside the settings.
+
+    Raises:
+        SettingsError: There is none, it can't be read, or not everything in it is right.
+    """
+    path = path or policy_path(settings)
+    policy = parse(_text(path, "a policy file", "desk-policy.toml"), path)
+    if (inventory := policy.desk.inventory) is None:
+        return policy
+    nodes = node_inventory.parse(
+        _text(inventory, "the inventory that desk.inventory names", "inventory.toml"), inventory
+    )
+    return replace(policy, nodes=nodes)
+
+
+def _text(path: Path, wanted: str, example: str) -> str:
+    """
+    Raises:
+        SettingsError: It is not there, it can't be read, or somebody else may write to it.
+    """
+    try:
+        assert_ours(path)
+        data = read(path)
+    except (OSError, UnreadableError) as e:
+        found = str(e.strerror if isinstance(e, OSError) else e)
+        raise SettingsError([SettingsProblem("", wanted, found, path)]) from None
+    if data is None:
+        where = "desk" if example == POLICY_NAME else "gateway"
+        hint = how_to_begin(f"{where}/{example}", path)
+        raise SettingsError([SettingsProblem("", wanted, "none", path)], hint=hint)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as e:
+        raise SettingsError([SettingsProblem("", "UTF-8 text", f"byte {e.start} is not", path)]) from None
+
+
+def load_answer_key(policy: Policy) -> PrivateKeyTypes | None:
+    """
+    The key that the policy names for the desk's answers.
+
+    Raises:
+        SettingsError: It can't be used, or others can read it.
+    """
+    path = policy.desk.answer_key
+    return None if path is None else signing_key.load(path, "desk.answer_key", "answers")
+
+
+@dataclass(frozen=True, slots=True)
+class _InboxFile:
+    """A file of the inbox, as it was read."""
+
+    path: Path
+    data: bytes
+    status: os.stat_result
+
+
+@dataclass(kw_only=True)
+class Work:
+    """The work of one `sign`: bundles, as jobs."""
+
+    jobs: Callable[[Workers | None], Iterator[Job]]  #: As they are read, with the help of workers.
+    total: int  #: Bundles; known before the first is read.
+
+
+#: Is told which file is passed over, and why.
+PassedOver = Callable[[str, BridgeError], None]
+
+
+class Session:
+    """One run of `sign` over its files."""
+
+    def __init__(
+        self, settings: Settings, policy: Policy, options: Options, now: Callable[[], datetime], passed_over: PassedOver
+    ) -> None:
+        self._settings = settings
+        self._options = options
+        self._now = now
+        self._passed_over = passed_over
+        self._store = Store(settings.node.state_dir)
+        self._archive = Archive(
+            options.archive or policy.desk.archive or archive_directory(self._store), self._store.directory
+        )
+        self._seen: set[str] = set()  #: Digests.
+
+    def run(self, desk: Desk, wait: timedelta, observed: Callable[[int], AbstractContextManager[Observer]]) -> int:
+        """
+        Sign what may be signed.
+
+        Args:
+            desk: Judges and signs.
+            wait: For another run's end.
+            observed: Makes the one who looks on, from the number of bundles.
+
+        Returns:
+            How many bundles there were.
+
+        Raises:
+            BridgeError: Nothing could be begun; everything later is told as it happens.
+        """
+        self._store.prepare()
+        gc.set_threshold(GARBAGE)
+        with lock(self._store.lock, "ca-bridge sign", wait), contextlib.ExitStack() as stack:
+            journal = stack.enter_context(Journal(self._store.directory / "desk-answers.jsonl", self._now()))
+            record = stack.enter_context(audit.Record(self._store, self._settings.audit))
+            work = self.work(desk)
+            self._archive.prepare()
+            if self._options.out is not None and self._options.out.is_dir():
+                remove_unfinished(self._options.out, ".*.answer.json.*")
+            workers = Workers(None if work.total >= WORTHWHILE else 0)
+            stack.callback(workers.close)
+            desk.run(work.jobs(workers), journal, record, stack.enter_context(observed(work.total)), workers)
+        return work.total
+
+    def work(self, desk: Desk) -> Work:
+        """
+        Find what is to be signed; nothing is written.
+
+        Raises:
+            BridgeError: One bundle that was named, or a directory of CSRs, can't be read; answers have no place to go.
+        """
+        source, out = self._options.source, self._options.out
+        if not source.is_dir():
+            beside = source.with_name(f"{source.stem}{answer_suffix(self._settings.authorities)}")
+            bundle = self._one_bundle(source, out or beside)
+            return Work(jobs=lambda _: iter([bundle]), total=1)
+        if self._options.node or self._options.cluster or (out is None and csr_directory.find(source)):
+            csrs = self._csrs(desk)
+            return Work(jobs=lambda _: iter([csrs]), total=1)
+        if out is None or out.resolve() == source.resolve():
+            raise BridgeError(f"{source}: wanted another directory for the answers", hint="name it with -o")
+        if not out.is_dir():
+            raise BridgeError(f"{out}: wanted a directory for the answers, found none")
+        names = _names_in(source)
+        if not names:
+            self._assert_inbox(source)
+        return Work(jobs=lambda workers: self._inbox(desk, source, out, names, workers), total=len(names))
+
+    def _assert_inbox(self, source: Path) -> None:
+        """
+        Raises:
+            BridgeError: What has no bundle has CSRs in directories below it.
+        """
+        if any(not path.is_relative_to(self._archive.directory) for path in csr_directory.find(source)):
+            raise _whose(source)
+
+    # --- one bundle, or an inbox of them ------------------------------------------------------------------------------
+
+    def _one_bundle(self, path: Path, out: Path) -> Job:
+        """
+        Raises:
+            BridgeError: It can't be read.
+        """
+        try:
+            data = read(path) or b""
+            bundle = loads_request(data)
+        except UnreadableError as e:
+            raise BridgeError(f"{path}: wanted a request bundle, found: {e}") from None
+        except BundleError as e:
+            raise BridgeError(f"{path}: {e}", hint=e.hint) from None
+        return self._job(bundle, digest(bundle), data, path, out, lambda: None)
+
+    def _inbox(
+        self, desk: Desk, inbox: Path, outbox: Path, names: Sequence[str], workers: Workers | None
+    ) -> Iterator[Job]:
+        files = self._files(inbox, names)
+        read = workers.read_ahead(files, desk.judgement) if workers is not None else ((file, None) for file in files)
+        for file, ahead in read:
+            try:
+                job = self._inbox_job(file, outbox, ahead)
+            except BridgeError as e:
+                self._passed_over(one_line(file.path), e)
+            else:
+                if job is not None:
+                    yield job
+
+    def _files(self, inbox: Path, names: Sequence[str]) -> Iterator[_InboxFile]:
+        """Read once what lies there: these bytes are judged, and these are archived."""
+        for path in map(inbox.joinpath, names):
+            if path.suffix == ".csr":
+                self._passed_over(one_line(path), _a_csr())
+                continue
+            try:
+                yield _InboxFile(path, *read_once(path))
+            except FileNotFoundError:
+                continue  # taken back
+            except UnreadableError as e:
+                text = f"wanted a file of at most {MAX_BUNDLE_BYTES} bytes with a bundle, found: {e}"
+                self._passed_over(one_line(path), BridgeError(text))
+
+    def _inbox_job(self, file: _InboxFile, outbox: Path, ahead: ReadAhead | None) -> Job | None:
+        """
+        Args:
+            file: What lay there.
+            outbox: For the answer.
+            ahead: What a worker has read in it; None: none has.
+
+        Returns:
+            None: nothing to sign.
+
+        Raises:
+            BridgeError: It is no bundle.
+        """
+        try:
+            bundle = ahead.read.bundle if ahead is not None else loads(file.data)
+        except IncompleteBundleError as e:
+            if self._now().timestamp() - file.status.st_mtime > STALE.total_seconds():
+                raise BridgeError(f"not whole since {STALE}: {e}", hint=e.hint) from None
+            log.info("%s: left alone, as it is still being copied", one_line(file.path))
+            return None
+        if isinstance(bundle, AnswerBundle):
+            return None  # both ways through one directory
+        asked = ahead.read.digest if ahead is not None else digest(bundle)
+        if asked in self._seen:
+            log.info("%s: the same bundle once more; the next run puts it away", one_line(file.path))
+            return None
+        self._seen.add(asked)
+        out = outbox / file_names(bundle.node, asked, self._settings.authorities)[1]
+        job = self._job(bundle, asked, file.data, file.path, out, lambda: _remove(file.path, file.status))
+        job.ahead = ahead
+        return job
+
+    def _job(
+        self, bundle: RequestBundle, asked: str, data: bytes, path: Path, out: Path, remove: Callable[[], None]
+    ) -> Job:
+        answered = self._archive.answers(bundle)
+
+        def delivery(answer: AnswerBundle) -> Delivery:
+            written = dumps(answer)
+            files = [NewFile(path=out, data=written, mode=_ANSWER_MODE)]
+            files += self._archive.files(bundle, asked, data, answer, written)
+            return Delivery(where=str(out), files=files, conclude=remove)
+
+        return Job(
+            bundle=bundle,
+            digest=asked,
+            label=one_line(path),
+            delivery=delivery,
+            earlier=_earlier(out, asked),
+            answered=answered,
+        )
+
+    # --- kubeadm's CSRs -----------------------------------------------------------------------------------------------
+
+    def _csrs(self, desk: Desk) -> Job:
+        """
+        Raises:
+            BridgeError: No node and cluster were named, or not all files are kubeadm's.
+        """
+        source, target, now = self._options.source, self._options.out or self._options.source, self._now()
+        if not self._options.node or not self._options.cluster:
+            raise _whose(source)
+        found = csr_directory.load(
+            source,
+            node=self._options.node,
+            cluster=self._options.cluster,
+            validity=self._settings.renewal.validity,
+            created=now.replace(microsecond=0),
+        )
+        earlier = _beside(found, target, self._settings.renewal, now)
+
+        def delivery(answer: AnswerBundle) -> Delivery:
+            issued = {name: one for name, one in answer.answers.items() if isinstance(one, Issued)}
+            write = partial(csr_directory.deliver, found, target, issued, desk.anchor("ca"))
+            return Delivery(where=str(target), files=(), conclude=write)
+
+        return Job(
+            bundle=found.bundle, digest=digest(found.bundle), label=one_line(source), delivery=delivery, earlier=earlier
+        )
+
+
+def _names_in(inbox: Path) -> list[str]:
+    """The names of files in the inbox, in alphabetical order; directories and hidden files are nobody's bundles."""
+    return sorted(
+        entry.name
+        for entry in os.scandir(inbox)
+        if not entry.name.startswith(".") and not entry.is_dir(follow_symlinks=False)
+    )
+
+
+def _a_csr() -> BridgeError:
+    hint = "kubeadm's CSRs are signed in a directory of their own: `sign DIR --node NAME --cluster NAME`"
+    return BridgeError("wanted a request bundle, found a CSR", hint=hint)
+
+
+def _whose(source: Path) -> BridgeError:
+    return BridgeError(f"{source}: wanted to know whose CSRs these are", hint="say it with --node and --cluster")
+
+
+def _earlier(path: Path, asked: str) -> dict[str, Issued]:
+    """Certificates that an earlier run has delivered for the same request; whether they fit is seen later."""
+    with contextlib.suppress(UnreadableError, BundleError):
+        answer = loads(read(path) or b"")
+        if isinstance(answer, AnswerBundle) and answer.request_digest == asked:
+            return {name: one for name, one in answer.answers.items() if isinstance(one, Issued)}
+    return {}
+
+
+def _beside(
+    found: csr_directory.CsrDirectory, target: Path, renewal: RenewalSettings, now: datetime
+) -> dict[str, Issued]:
+    """Certificates that are where an earlier run has delivered its own, and are not due; whether they fit is seen later."""
+    earlier = {}
+    for name, relative in found.files.items():
+        with contextlib.suppress(UnreadableError, ValueError):
+            leaf, *intermediates = load_pem_certificates(read(target / relative.with_suffix(".crt")) or b"")
+            if not is_due((leaf, *intermediates), renewal.before, renewal.validity, now):
+                earlier[name] = Issued(leaf=leaf, intermediates=tuple(intermediates))
+    return earlier
+
+
+def _remove(path: Path, status: os.stat_result) -> None:
+    """Remove the file that was judged, unless somebody has put another one there meanwhile."""
+    with contextlib.suppress(FileNotFoundError):
+        now = path.lstat()
+        if (now.st_ino, now.st_mtime_ns, now.st_size) != (status.st_ino, status.st_mtime_ns, status.st_size):
+            log.warning("%s: another file came under this name; the next run takes it", one_line(path))
+            return
+        path.unlink()

@@ -1,0 +1,182 @@
+"""
+The nodes of a cluster, as somebody other than the nodes has written them down: the inventory file (pure).
+
+Whatever a node says of itself (`Node.status.addresses`, a hostname) is not in it. Names and addresses that belong to
+the API are nobody's: a kubelet's serving certificate is from the API server's own CA.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from bridge.desk.patterns import address, is_host_name
+from bridge.errors import SettingsError, SettingsProblem
+from bridge.settings.reader import Reader, Source
+
+_LOCAL = ("localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback")
+#: kubeadm's service of the API; each with and without the rest of its name.
+_SERVICE_LABELS = ("kubernetes", "kubernetes.default", "kubernetes.default.svc")
+_LONGEST_NODE_NAME = 253
+#: RFC 1123 subdomains, as the API wants Node objects to be called.
+_NODE_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+
+San = tuple[str, str]  #: (type, value), as `certificates.san_entries`.
+
+
+def is_node_name(text: str) -> bool:
+    """Whether a Node object can have this name."""
+    return len(text) <= _LONGEST_NODE_NAME and _NODE_NAME.fullmatch(text) is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeEntry:
+    """Table `[node.NAME]`: what is known of one node."""
+
+    addresses: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()  #: Besides its own.
+    control_plane: bool = False
+    rejoin: bool = False  #: A bootstrap token may ask for it though its Node is there, while it is not ready.
+    blocked: bool = False  #: It gets nothing any more.
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """Names and addresses that are none."""
+        for text in self.addresses:
+            if address(text) is None:
+                yield SettingsProblem("addresses", "IP addresses", repr(text))
+        for text in self.names:
+            if not is_host_name(text):
+                yield SettingsProblem("names", "host names in small letters, no wildcards", repr(text))
+
+    def sans(self, name: str) -> frozenset[San]:
+        """The SANs that may be in the node's certificates."""
+        addresses = {("IP", str(found)) for text in self.addresses if (found := address(text)) is not None}
+        return frozenset({("DNS", name), *(("DNS", text) for text in self.names), *addresses})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterEntry:
+    """Table `[cluster]`: what belongs to the API, or to services."""
+
+    endpoints: tuple[str, ...] = ()
+    service_networks: tuple[str, ...] = ("10.96.0.0/12",)
+    service_domain: str = "cluster.local"
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """Names, addresses and networks that are none."""
+        for text in self.endpoints:
+            if address(text) is None and not is_host_name(text.lower()):
+                yield SettingsProblem("endpoints", "host names and IP addresses, without a port", repr(text))
+        for text in self.service_networks:
+            try:
+                ipaddress.ip_network(text)
+            except ValueError:
+                yield SettingsProblem("service_networks", "networks such as 10.96.0.0/12", repr(text))
+        if not is_host_name(self.service_domain):
+            yield SettingsProblem("service_domain", "a domain such as cluster.local", repr(self.service_domain))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Register:
+    """The file."""
+
+    cluster: ClusterEntry = field(default_factory=ClusterEntry)
+    nodes: Mapping[str, NodeEntry] = field(default_factory=dict)
+
+    @cached_property
+    def control_planes(self) -> Mapping[str, NodeEntry]:
+        """The nodes that are control planes."""
+        return {name: entry for name, entry in self.nodes.items() if entry.control_plane}
+
+    def is_never_a_nodes(self, san: San, node: str) -> bool:
+        """
+        Whether a name or address is the API's, a service's, the machine's own or another control-plane node's.
+
+        Args:
+            san: (type, value).
+            node: Whose certificate it is to be in.
+        """
+        kind, value = san
+        if kind == "IP":
+            return self._is_never_an_address(value, node)
+        name = value.lower().rstrip(".")
+        domain = self.cluster.service_domain
+        return (
+            kind != "DNS"
+            or not is_host_name(name)
+            or name in (*_LOCAL, *_SERVICE_LABELS)
+            or name.endswith((".localhost", ".svc", f".{domain}"))
+            or name == domain
+            or name in {text.lower() for text in self.cluster.endpoints}
+            or any(name == other or name in entry.names for other, entry in self._others(node))
+        )
+
+    def _is_never_an_address(self, value: str, node: str) -> bool:
+        found = address(value)
+        if found is None:
+            return True
+        mapped = getattr(found, "ipv4_mapped", None) or found
+        return (
+            mapped.is_loopback
+            or mapped.is_unspecified
+            or mapped.is_multicast
+            or any(mapped in ipaddress.ip_network(network) for network in self.cluster.service_networks)
+            or any(mapped == address(text) for text in self.cluster.endpoints)
+            or any(mapped == address(text) for _, entry in self._others(node) for text in entry.addresses)
+        )
+
+    def _others(self, node: str) -> Iterator[tuple[str, NodeEntry]]:
+        return ((name, entry) for name, entry in self.control_planes.items() if name != node)
+
+    def problems(self) -> Iterator[tuple[tuple[str, ...], str, str]]:
+        """Entries with what no node may have: (key, wanted, found)."""
+        for name, entry in self.nodes.items():
+            for kind, value in sorted(entry.sans(name)):
+                if self.is_never_a_nodes((kind, value), name):
+                    wanted = "none of the API's, of services or of another control-plane node"
+                    yield ("node", name), wanted, value
+
+
+def parse(text: str, file: Path | None = None) -> Register:
+    """
+    The register from TOML text.
+
+    Raises:
+        SettingsError: With every problem.
+    """
+    try:
+        document = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as e:
+        found = "nesting without end" if isinstance(e, RecursionError) else str(e)
+        raise SettingsError([SettingsProblem("", "TOML", found, file)]) from None
+    reader = Reader(Source(file, text) if len(text) < _LONGEST_WITH_LINES else Source(file, ""))
+    tables = reader.tables(document, ("cluster", "node"))
+    cluster = reader.read(ClusterEntry, tables["cluster"], ("cluster",)) or ClusterEntry()
+    register = Register(cluster=cluster, nodes=_nodes(reader, tables["node"]))
+    for key, wanted, found in register.problems():
+        reader.add(key, wanted, found)
+    reader.raise_problems()
+    return register
+
+
+#: Finding the line of a key reads the text once a line.
+_LONGEST_WITH_LINES = 100_000
+
+
+def _nodes(reader: Reader, tables: Mapping[str, Any]) -> dict[str, NodeEntry]:
+    nodes = {}
+    for name, table in tables.items():
+        key = ("node", name)
+        if not is_node_name(name):
+            reader.add(key, "a node's name", repr(name))
+        elif not isinstance(table, dict):
+            reader.add(key, "a table", repr(table))
+        elif (entry := reader.read(NodeEntry, table, key)) is not None:
+            nodes[name] = entry
+    return nodes

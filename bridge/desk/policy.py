@@ -1,0 +1,417 @@
+"""
+A CA desk's policy: what it signs, and for whom; and the judgement of a request by it (pure: no I/O, no clock).
+
+Strict like the settings file. A list in it replaces a default, and the default is never more than what the certificate
+that is replaced has, or, where nothing proves that, what kubeadm itself asks for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.x509.oid import ExtensionOID
+
+from bridge.desk import user_requests
+from bridge.desk.node_inventory import Register
+from bridge.desk.patterns import (
+    CN_OID,
+    LONGEST_SHOWN,
+    MASTERS,
+    O_OID,
+    matches,
+    one_of,
+    san_rule,
+    some,
+    subject_of,
+    subject_text,
+)
+from bridge.desk.signer_rules import SignerRules, read_signers
+from bridge.desk.user_requests import UserRules
+from bridge.errors import SettingsError, SettingsProblem
+from bridge.pki.bundle import BundledRequest, RequestBundle
+from bridge.pki.certificates import attributes, san_counts
+from bridge.pki.continuity import origin_problem, proof_problem, usages_problem
+from bridge.pki.csr import algorithm_name
+from bridge.pki.durations import duration_text
+from bridge.pki.expiry import minute
+from bridge.settings.reader import Reader, Source
+from bridge.specs import EKU, KEY_ALGORITHMS, KUBELET_SERVER, SPECS, USER
+from bridge.words import one_line
+
+_CLOCKS_DIFFER = timedelta(days=1)
+#: More than any control-plane node has; a replaced certificate may have more.
+_MOST_SANS = 100
+#: kubeadm's CN of each certificate, and the groups (O) that one of its versions gave it besides `system:masters`.
+_SUBJECTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "admin.conf": ("kubernetes-admin", ("kubeadm:cluster-admins",)),
+    "apiserver": ("kube-apiserver", ()),
+    "apiserver-etcd-client": ("kube-apiserver-etcd-client", ()),
+    "apiserver-kubelet-client": ("kube-apiserver-kubelet-client", ("kubeadm:cluster-admins",)),
+    "controller-manager.conf": ("system:kube-controller-manager", ()),
+    "etcd-healthcheck-client": ("kube-etcd-healthcheck-client", ()),
+    "etcd-peer": ("{node}", ()),
+    "etcd-server": ("{node}", ()),
+    "front-proxy-client": ("front-proxy-client", ()),
+    "kubelet-server": ("system:node:{node}", ("system:nodes",)),
+    "kubelet.conf": ("system:node:{node}", ("system:nodes",)),
+    "scheduler.conf": ("system:kube-scheduler", ()),
+    "super-admin.conf": ("kubernetes-super-admin", ()),
+}
+_ETCD_SANS = ("{node}", "localhost", "127.0.0.1", "::1")
+#: Names that kubeadm gives on every node; addresses are the site's.
+_SANS: Mapping[str, tuple[str, ...]] = {
+    "apiserver": (
+        "{node}",
+        *("kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"),
+    ),
+    "etcd-peer": _ETCD_SANS,
+    "etcd-server": _ETCD_SANS,
+    "kubelet-server": ("{node}",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeskSettings:
+    """Table `[desk]`."""
+
+    name: str = ""  #: In every answer; empty: the host's name.
+    #: The cluster's CA certificates, laid out as below /etc/kubernetes/pki; without it the backends tell theirs.
+    ca_dir: Path | None = None
+    #: A private key in PEM, not encrypted, that answers are signed with; None: they are not signed.
+    answer_key: Path | None = None
+    archive: Path | None = None  #: For bundles that are done; without it in the state directory.
+    #: The nodes with their names and addresses, as the gateway has them: SANs of `kubelet-server`.
+    inventory: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allow:
+    """Table `[allow]`: what goes for all certificates."""
+
+    clusters: tuple[str, ...]  #: Names, `*` and `?` as in a shell.
+    nodes: tuple[str, ...]
+    names: tuple[str, ...] = tuple(SPECS)
+    keys: tuple[str, ...] = KEY_ALGORITHMS
+    max_validity: timedelta = timedelta(days=365)
+    masters: tuple[str, ...] = ()  #: Certificates that may be in the group `system:masters`.
+    proof: Literal["required", "optional"] = "required"
+    proof_after_expiry: timedelta = timedelta(days=90)  #: How long a proof by an expired certificate counts.
+    max_age: timedelta = timedelta(days=30)  #: Of a request bundle.
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """Names that are none, and lists that allow nothing."""
+        for key in ("clusters", "nodes", "names", "keys"):
+            if not getattr(self, key):
+                yield SettingsProblem(key, "at least one", "none")
+        for key in ("names", "masters"):
+            yield from _unknown(key, getattr(self, key), tuple(SPECS))
+        yield from _unknown("keys", self.keys, KEY_ALGORITHMS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertificateRules:
+    """Table `[certificate.NAME]`: what one certificate may say; `{node}` stands for the node's name."""
+
+    #: Whole subjects, such as `O=system:nodes,CN=system:node:{node}`.
+    subjects: tuple[str, ...] | None = None
+    groups: tuple[str, ...] | None = None  #: O values.
+    #: A name or address; `.example.com`: whatever is below; `10.0.0.0/8`: the addresses in it.
+    sans: tuple[str, ...] | None = None
+    keys: tuple[str, ...] | None = None
+    max_validity: timedelta | None = None
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """Rules that can't be read, or would go round `allow.masters`."""
+        if self.subjects is not None and self.groups is not None:
+            yield SettingsProblem("groups", "either subjects or groups", "both")
+        for text in self.subjects or ():
+            subject = subject_of(text, "x")
+            if subject is None:
+                yield SettingsProblem("subjects", "subjects such as O=system:nodes,CN=system:node:{node}", repr(text))
+            elif (O_OID, MASTERS) in subject:
+                yield SettingsProblem("subjects", f"allow.masters to let somebody be in {MASTERS}", repr(text))
+        if MASTERS in (self.groups or ()):
+            yield SettingsProblem("groups", "allow.masters for that", MASTERS)
+        for text in self.sans or ():
+            if san_rule(text.replace("{node}", "x")) is None:
+                yield SettingsProblem("sans", "a name, .suffix, address or network (10.0.0.0/8)", repr(text))
+        yield from _unknown("keys", self.keys or (), KEY_ALGORITHMS)
+
+
+def _unknown(key: str, values: Sequence[str], known: Sequence[str]) -> Iterator[SettingsProblem]:
+    for value in values:
+        if value not in known:
+            yield SettingsProblem(key, f"some of {', '.join(known)}", repr(value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """The file."""
+
+    allow: Allow
+    desk: DeskSettings = field(default_factory=DeskSettings)
+    certificates: Mapping[str, CertificateRules] = field(default_factory=dict)
+    signers: Mapping[str, SignerRules] = field(default_factory=dict)  #: By the certificates API's name.
+    nodes: Register | None = None  #: Of `desk.inventory`.
+    users: UserRules | None = None  #: None: the desk signs for none.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyVerdict:
+    """The policy's judgement of one request."""
+
+    problems: tuple[str, ...]  #: None: it may be signed.
+    proven: bool  #: The proof holds, by this CA's certificate of the same name and usages.
+
+
+def parse(text: str, file: Path | None = None) -> Policy:
+    """
+    A policy from TOML text.
+
+    Raises:
+        SettingsError: With every problem.
+    """
+    try:
+        document = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as e:
+        found = "nesting without end" if isinstance(e, RecursionError) else str(e)
+        raise SettingsError([SettingsProblem("", "TOML", found, file)]) from None
+    reader = Reader(Source(file, text))
+    tables = reader.tables(document, ("desk", "allow", "certificate", "signer", "users"))
+    allow = reader.read(Allow, tables["allow"], ("allow",))
+    desk = reader.read(DeskSettings, tables["desk"], ("desk",))
+    certificates = _certificates(reader, tables["certificate"])
+    signers = read_signers(reader, tables["signer"])
+    users = reader.read(UserRules, tables["users"], ("users",)) if "users" in document else None
+    reader.raise_problems()
+    if allow is None or desk is None:
+        raise AssertionError("a table that could not be read is a problem")
+    return Policy(allow=allow, desk=desk, certificates=certificates, signers=signers, users=users)
+
+
+def _certificates(reader: Reader, tables: Mapping[str, Any]) -> dict[str, CertificateRules]:
+    rules = {}
+    for name, table in tables.items():
+        if name not in SPECS:
+            reader.add(("certificate", name), f"one of {', '.join(SPECS)}", repr(name))
+        elif not isinstance(table, dict):
+            reader.add(("certificate", name), "a table", repr(table))
+        elif (read := reader.read(CertificateRules, table, ("certificate", name))) is not None:
+            rules[name] = read
+    return rules
+
+
+# --- judgement --------------------------------------------------------------------------------------------------------
+
+
+def judge(
+    request: BundledRequest,
+    bundle: RequestBundle,
+    policy: Policy,
+    cas: Sequence[x509.Certificate],
+    now: datetime,
+    without_proof: frozenset[str] = frozenset(),
+) -> PolicyVerdict:
+    """
+    All that speaks against a request.
+
+    Args:
+        request: One of the bundle's.
+        bundle: For node, cluster and batch.
+        policy: The desk's.
+        cas: The authority's certificates: the cluster's CA, and what signs for it.
+        now: The desk's time.
+        without_proof: Names for which a person does without.
+    """
+    problems = [*_who(bundle, policy.allow), *_age(bundle, policy.allow, now)]
+    waived = policy.allow.proof == "optional" or request.name in without_proof
+    if request.name == USER.name:
+        problems += user_requests.problems(request, policy.users, policy.allow.keys, waived=waived)
+        return PolicyVerdict(problems=tuple(problems), proven=False)
+    unproven, can_be_waived = _proof_trouble(request, bundle, policy, cas, now)
+    if unproven and not (waived and can_be_waived):
+        problems.append(f"proof: {unproven}")
+    try:
+        problems += _what(request, bundle, policy, proven=not unproven)
+    except (ValueError, UnsupportedAlgorithm, x509.UnsupportedGeneralNameType, x509.DuplicateExtension) as e:
+        problems.append(f"CSR: wanted one that can be read, found: {one_line(e)}")
+    return PolicyVerdict(problems=tuple(problems), proven=not unproven)
+
+
+def _who(bundle: RequestBundle, allow: Allow) -> Iterator[str]:
+    for what, found, patterns in (("cluster", bundle.cluster, allow.clusters), ("node", bundle.node, allow.nodes)):
+        if not any(fnmatchcase(found, pattern) for pattern in patterns):
+            yield f"{what}: wanted {one_of(patterns)}, found {found}"
+
+
+def _age(bundle: RequestBundle, allow: Allow, now: datetime) -> Iterator[str]:
+    """Problems with a bundle's age: one kept for long is good for nothing; a clock may be wrong by a day."""
+    if now - bundle.created > allow.max_age:
+        limit = f"made at most {duration_text(allow.max_age)} ago (allow.max_age)"
+        yield f"age: wanted a request {limit}, found one of {bundle.created:%Y-%m-%d}; export it again"
+    elif bundle.created - now > _CLOCKS_DIFFER:
+        yield f"age: wanted a request that is not from the future, found one of {minute(bundle.created)}"
+
+
+def _proof_trouble(
+    request: BundledRequest, bundle: RequestBundle, policy: Policy, cas: Sequence[x509.Certificate], now: datetime
+) -> tuple[str | None, bool]:
+    """
+    Why the proof does not hold, and whether a person may do without it: not if it is somebody else's, who tried.
+
+    One without the certificate that it is by is nobody's.
+    """
+    trouble = proof_problem(request, bundle) or origin_problem(request, cas)
+    if trouble or request.replaces is None:
+        return trouble, request.proof is None or request.replaces is None
+    end, longest = request.replaces.not_valid_after_utc, policy.allow.proof_after_expiry
+    if now - end > longest:
+        limit = f"ended at most {duration_text(longest)} ago (allow.proof_after_expiry)"
+        return f"wanted one by a certificate that {limit}, found {end:%Y-%m-%d}", True
+    return usages_problem(request), True
+
+
+def _what(request: BundledRequest, bundle: RequestBundle, policy: Policy, *, proven: bool) -> Iterator[str]:
+    spec, rules = SPECS[request.name], policy.certificates.get(request.name, CertificateRules())
+    if request.name not in policy.allow.names:
+        yield f"name: wanted {one_of(policy.allow.names)}, found {request.name}"
+    if request.authority != spec.authority.name:
+        yield f"authority: wanted {spec.authority.name} for {request.name}, found {request.authority}"
+    if request.ekus != spec.ekus:
+        yield f"EKU: wanted {_ekus(spec.ekus)}, found {_ekus(request.ekus)}"
+    longest = rules.max_validity or policy.allow.max_validity
+    if request.validity > longest:
+        yield f"validity: wanted at most {duration_text(longest)}, found {duration_text(request.validity)}"
+    key, keys = algorithm_name(request.csr.public_key()), rules.keys or policy.allow.keys
+    if key not in keys:
+        yield f"key: wanted {one_of(keys)}, found {key}"
+    if not request.csr.is_signature_valid:
+        yield "CSR: wanted one that is signed with its own key, found another signature"
+    others = [
+        one.oid.dotted_string for one in request.csr.extensions if one.oid != ExtensionOID.SUBJECT_ALTERNATIVE_NAME
+    ]
+    if others:
+        yield f"CSR: wanted one that asks for SANs and nothing else, found {', '.join(others)} too"
+    old = request.replaces if proven else None
+    yield from _subject_problems(request.name, request.csr, rules, policy.allow, bundle.node, old)
+    if request.name == KUBELET_SERVER and policy.nodes is not None and rules.sans is None:
+        rules = dataclasses.replace(rules, sans=_listed(policy.nodes, bundle.node))
+        if not rules.sans:
+            yield f"node: wanted one that the inventory ({policy.desk.inventory}) has, and does not block, found {bundle.node}"
+    yield from _san_problems(request.name, request.csr, rules, bundle.node, old)
+
+
+def _listed(nodes: Register, name: str) -> tuple[str, ...]:
+    """SANs that the inventory allows in a node's kubelet certificate; none for a node that it blocks or has not."""
+    entry = nodes.nodes.get(name)
+    return () if entry is None or entry.blocked else tuple(sorted(value for _, value in entry.sans(name)))
+
+
+def name_problems(
+    name: str, csr: x509.CertificateSigningRequest, policy: Policy, node: str, own_sans: Sequence[str]
+) -> Iterator[str]:
+    """
+    Problems with the names in a CSR that no replaced certificate and no proof stand beside.
+
+    Args:
+        name: kubeadm's name of the certificate.
+        csr: Of which all parts can be read.
+        policy: `[certificate.NAME]` and `[allow]` of it.
+        node: Whose certificate it is.
+        own_sans: Names and addresses that are known to be the node's, besides what the policy has.
+    """
+    rules = policy.certificates.get(name, CertificateRules())
+    yield from _subject_problems(name, csr, rules, policy.allow, node, None)
+    if name in _SANS or rules.sans is not None:
+        more = dataclasses.replace(rules, sans=(*(rules.sans if rules.sans is not None else _SANS[name]), *own_sans))
+        yield from _san_problems(name, csr, more, node, None)
+    else:
+        yield from _san_problems(name, csr, rules, node, None)
+
+
+def _subject_problems(
+    name: str,
+    csr: x509.CertificateSigningRequest,
+    rules: CertificateRules,
+    allow: Allow,
+    node: str,
+    replaced: x509.Certificate | None,
+) -> Iterator[str]:
+    found = attributes(csr.subject)
+    old = attributes(replaced.subject) if replaced is not None else None
+    if (O_OID, MASTERS) in found:
+        yield from _masters_problem(old, may_be=name in allow.masters)
+    rest = sorted(item for item in found if item != (O_OID, MASTERS))
+    if rules.subjects is not None:
+        if not any(rest == subject_of(text, node) for text in rules.subjects):
+            yield f"subject: wanted {one_of([text.replace('{node}', node) for text in rules.subjects])}, found {one_line(subject_text(rest))}"
+        return
+    cn, groups = _SUBJECTS[name]
+    wanted = cn.replace("{node}", node)
+    names = [value for oid, value in found if oid == CN_OID]
+    if names != [wanted]:
+        where = f" ({node} is node.name in the node's settings)" if wanted != cn else ""
+        yield f"CN: wanted {wanted}, found {some(names) or 'none'}{where}"
+    if rules.groups is not None:
+        groups = rules.groups
+    elif old is not None:
+        groups = tuple(value for oid, value in old if oid == O_OID)
+    for oid, value in rest:
+        if oid == O_OID and value not in groups:
+            yield f"group: wanted {one_of(groups)}, found {one_line(value, LONGEST_SHOWN)}"
+        elif oid not in (CN_OID, O_OID) and (oid, value) not in (old or ()):
+            yield f"subject: wanted CN and O{' and what the replaced certificate has' if old else ''}, found {oid}={one_line(value, LONGEST_SHOWN)}"
+
+
+def _masters_problem(old: Sequence[tuple[str, str]] | None, *, may_be: bool) -> Iterator[str]:
+    if not may_be:
+        yield f"group: wanted none that is {MASTERS} (allow.masters names who may be), found it"
+    elif old is not None and (O_OID, MASTERS) not in old:
+        yield f"group: wanted none that is {MASTERS}, as in the replaced certificate, found it"
+
+
+def _san_problems(
+    name: str,
+    csr: x509.CertificateSigningRequest,
+    rules: CertificateRules,
+    node: str,
+    replaced: x509.Certificate | None,
+) -> Iterator[str]:
+    old = san_counts(replaced) if replaced is not None else None
+    allowed = rules.sans if rules.sans is not None else _SANS.get(name, ())
+    texts = [text.replace("{node}", node) for text in allowed]
+    found = san_counts(csr)
+    if rules.sans is None and old is not None:
+        wanted, others = "those of the replaced certificate", found.keys() - old.keys()
+    else:
+        more_by = (
+            f" (the policy's [certificate.{name}] sans{', or desk.inventory,' if name == KUBELET_SERVER else ''} says what else)"
+            if rules.sans is None
+            else ""
+        )
+        wanted = f"{one_of(texts)}{more_by}"
+        others = {entry for entry in found if not any(matches(*entry, text) for text in texts)}
+    if others:
+        yield f"SAN: wanted {wanted}, found {some(f'{kind}:{value}' for kind, value in sorted(others))}"
+    had: Counter[tuple[str, str]] = old or Counter()
+    more = [f"{kind}:{value} {times} times" for (kind, value), times in sorted(found.items())
+            if times > max(had[kind, value], 1)]  # fmt: skip
+    if more:
+        yield f"SAN: wanted each once, found {some(more)}"
+    most = max(_MOST_SANS, had.total())
+    if found.total() > most:
+        yield f"SAN: wanted at most {most}, found {found.total()}"
+
+
+def _ekus(ekus: frozenset[EKU]) -> str:
+    return ", ".join(sorted(eku.label for eku in ekus))

@@ -1,0 +1,169 @@
+"""
+The tables `[signer."NAME"]` of a policy: who may ask by the certificates API for what (pure).
+
+A signer without a table is nobody's. Grants name whole subjects and who asks; there is no list of what is forbidden
+but for what no grant may give.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any, Literal
+
+from bridge.contract import GIVEN
+from bridge.desk.patterns import CN_OID, MASTERS, O_OID, subject_of
+from bridge.errors import SettingsProblem
+from bridge.settings.reader import Reader
+from bridge.specs import (
+    EKU,
+    KEY_ALGORITHMS,
+    KUBELET_CLIENT,
+    KUBELET_SERVING,
+    SPECS,
+    USER,
+    CertificateSpec,
+)
+
+CLIENT_KUBELET = "kubernetes.io/kube-apiserver-client-kubelet"
+SERVING = "kubernetes.io/kubelet-serving"
+CLIENT = "kubernetes.io/kube-apiserver-client"
+#: Kubernetes' own signers; the others that it has (kubernetes.io/legacy-unknown) are nobody's.
+KUBERNETES_SIGNERS: Mapping[str, CertificateSpec] = {
+    CLIENT_KUBELET: KUBELET_CLIENT,
+    SERVING: KUBELET_SERVING,
+    CLIENT: USER,
+}
+_KUBERNETES = "kubernetes.io"
+#: As the API server takes it (RFC 1123); it goes into manifests and expressions as it is.
+_DOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+#: What the API server takes for Kubernetes' own, and what nobody may become by a grant.
+SYSTEM = "system:"
+NODE_USER = "system:node:"
+NODES_GROUP = "system:nodes"
+BOOTSTRAP_USER = "system:bootstrap:"
+
+_SIGNATURE = "digital signature"
+_USAGES = {EKU.SERVER_AUTH: "server auth", EKU.CLIENT_AUTH: "client auth"}
+
+
+def spec_of(signer: str) -> CertificateSpec | None:
+    """
+    The spec of a signer's certificates; None: no signer that a policy may name.
+
+    Besides Kubernetes' signers that is `DOMAIN/NAME` with kubeadm's name of a certificate.
+    """
+    if signer in KUBERNETES_SIGNERS:
+        return KUBERNETES_SIGNERS[signer]
+    domain, _, name = signer.partition("/")
+    is_ours = _DOMAIN.fullmatch(domain) and domain != _KUBERNETES and not domain.endswith(f".{_KUBERNETES}")
+    return SPECS.get(name) if is_ours else None
+
+
+def is_no_false_node(username: str, groups: frozenset[str]) -> bool:
+    """Whether somebody who is called like a node is one."""
+    return not username.startswith(NODE_USER) or NODES_GROUP in groups
+
+
+def usages_fit(spec: CertificateSpec, usages: frozenset[str]) -> bool:
+    """Whether `spec.usages` is what such a certificate has: its EKUs and signatures, and encipherment for RSA keys."""
+    needed = {_USAGES[eku] for eku in spec.ekus}
+    if spec in (KUBELET_CLIENT, KUBELET_SERVING):
+        needed.add(_SIGNATURE)
+    return needed <= usages <= needed | {_SIGNATURE, "key encipherment"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grant:
+    """Table `[signer."NAME".grant.X]`: who may ask, and for a user's certificate, who he may be."""
+
+    users: tuple[str, ...] = ()  #: Usernames; `{node}` (in a control-plane signer's) is a control-plane node.
+    groups: tuple[str, ...] = ()  #: One of the requester's.
+    subjects: tuple[str, ...] = ()  #: Whole ones; `{user}` is who asks.
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """Rules that let nobody ask, or allow a subject whom nobody may become."""
+        if not self.users and not self.groups:
+            yield SettingsProblem("users", "users or groups that may ask", "neither")
+        for text in self.subjects:
+            subject = subject_of(text, "x")
+            if not subject or sum(oid == CN_OID for oid, _ in subject) != 1:
+                yield SettingsProblem("subjects", "subjects with one CN such as O=developers,CN={user}", repr(text))
+            elif any(oid in (CN_OID, O_OID) and value.startswith(SYSTEM) for oid, value in subject):
+                wanted = f"no user or group of Kubernetes' own ({SYSTEM}…)"
+                yield SettingsProblem("subjects", wanted, repr(text))
+
+    def is_for(self, username: str, groups: frozenset[str]) -> bool:
+        """
+        Whether somebody may ask by it, `{node}` apart.
+
+        A node's name is a node's only with the nodes' group, as for the API server's own authorizer: an identity
+        provider may have a user of that name.
+        """
+        by_name = username in self.users and is_no_false_node(username, groups)
+        return by_name or not groups.isdisjoint(self.groups)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignerRules:
+    """Table `[signer."NAME"]`."""
+
+    keys: tuple[str, ...] | None = None
+    max_validity: timedelta | None = None
+    #: required: somebody else has to approve as well; gateway: what the policy allows is approved by us.
+    approval: Literal["gateway", "required"] = "gateway"
+    #: For kube-apiserver-client-kubelet: whose members may ask for a node that is not there yet.
+    bootstrap_groups: tuple[str, ...] = ()
+    grants: tuple[tuple[str, Grant], ...] = field(default=(), metadata={GIVEN: True})
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """Keys that are none."""
+        for key in self.keys or ():
+            if key not in KEY_ALGORITHMS:
+                yield SettingsProblem("keys", f"some of {', '.join(KEY_ALGORITHMS)}", repr(key))
+        for group in self.bootstrap_groups:
+            if group in {"system:authenticated", "system:unauthenticated", NODES_GROUP, MASTERS}:
+                yield SettingsProblem("bootstrap_groups", "groups of bootstrap tokens", repr(group))
+
+
+def read_signers(reader: Reader, tables: Mapping[str, Any]) -> dict[str, SignerRules]:
+    """The rules by signer; what is wrong is in the reader."""
+    found = {}
+    for name, table in tables.items():
+        key, spec = ("signer", name), spec_of(name)
+        if spec is None:
+            wanted = f"one of {', '.join(KUBERNETES_SIGNERS)}, or DOMAIN/NAME with kubeadm's name of a certificate"
+            reader.add(key, wanted, repr(name))
+        elif not isinstance(table, dict):
+            reader.add(key, "a table", repr(table))
+        else:
+            rules = reader.read(SignerRules, {k: v for k, v in table.items() if k != "grant"}, key)
+            grants = _grants(reader, table.get("grant", {}), (*key, "grant"), spec)
+            if rules is not None:
+                found[name] = replace(rules, grants=tuple(grants.items()))
+            if name != CLIENT_KUBELET and table.get("bootstrap_groups"):
+                reader.add((*key, "bootstrap_groups"), f"it at {CLIENT_KUBELET} alone", "some")
+    return found
+
+
+def _grants(reader: Reader, tables: Any, key: tuple[str, ...], spec: CertificateSpec) -> dict[str, Grant]:
+    if not isinstance(tables, dict):
+        reader.add(key, "tables", repr(tables))
+        return {}
+    if tables and spec in (KUBELET_CLIENT, KUBELET_SERVING):
+        reader.add(key, "no grants: a kubelet asks for itself", "some")
+        return {}
+    found = {}
+    for name, table in tables.items():
+        grant = reader.read(Grant, table, (*key, name)) if isinstance(table, dict) else None
+        if grant is None:
+            if not isinstance(table, dict):
+                reader.add((*key, name), "a table", repr(table))
+            continue
+        if (spec is USER) != bool(grant.subjects):
+            wanted = "whole subjects" if spec is USER else f"none: they are in [certificate.{spec.name!r}]"
+            reader.add((*key, name, "subjects"), wanted, ", ".join(grant.subjects) or "none")
+        found[name] = grant
+    return found

@@ -1,0 +1,304 @@
+"""
+Processes that do the desk's arithmetic ahead of it: read a bundle, verify its signatures, apply the policy, compare.
+
+What they do is pure: no CA, no file, no clock. They get bytes, and answer with the bundle that was in them and with
+words. The desk computes for itself what they did not, so that a worker that can't be started or is killed costs time and
+nothing else.
+A worker ends with the desk, even with one that is killed, since then its standard input ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import signal
+import subprocess
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from itertools import count, islice
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
+from typing import Protocol, TypeVar
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from bridge.contract import Issued, SignRequest
+from bridge.desk.policy import Policy, PolicyVerdict, judge
+from bridge.errors import VerificationError
+from bridge.pki import verify
+from bridge.pki.bundle import BundleError, RequestBundle, sign_request
+from bridge.pki.bundle_format import loads_digested
+from bridge.pki.verify import Expectation
+from bridge.specs import USER
+from bridge.system import another_python
+from bridge.system.console import log
+
+#: Fewer bundles are done before a worker has loaded what it needs.
+WORTHWHILE = 50
+_MOST = 4
+_LEAST_SHARE = 2  #: Of what a user asks for.
+#: Bundles that a worker gets at once; the first time few, which tell the desk what CAs there are to judge by.
+CHUNK, FIRST_CHUNK = 20, 1
+#: Bundles are many objects with no cycle: looking for some as often as usual takes a fifth of a worker's time.
+GARBAGE = 100_000
+#: Lots of bundles that are at the workers while the next are read.
+_CHUNKS_AHEAD = 8
+_SERVE = "from bridge.desk.workers import serve; serve()"
+
+_Answer = TypeVar("_Answer")
+
+
+class _HasData(Protocol):
+    """A file that may be a bundle."""
+
+    @property
+    def data(self) -> bytes:
+        """The file's content."""
+
+
+_File = TypeVar("_File", bound=_HasData)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """The rules that requests are judged by."""
+
+    policy: Policy
+    cas: Mapping[str, tuple[x509.Certificate, ...]]  #: By authority.
+    now: datetime
+    without_proof: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadBundle:
+    """A request bundle as a worker has read it."""
+
+    bundle: RequestBundle
+    digest: str  #: The bundle's.
+    verdicts: Mapping[str, PolicyVerdict]  #: By name; none for what is to be judged at the desk.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnsweredBundle:
+    """The CAs' answers to the bundle with this number, by certificate name."""
+
+    number: int
+    answers: Mapping[str, Issued]
+
+
+# --- in the worker ----------------------------------------------------------------------------------------------------
+
+#: Bundles that were read and will be compared, by the desk's number.
+_known: dict[int, RequestBundle] = {}
+
+
+def read(bundles: Mapping[int, bytes], by: Judgement) -> list[ReadBundle | None]:
+    """These bundles with what the policy says to each request of them; None: the desk has to say what it is."""
+    found: list[ReadBundle | None] = []
+    for number, data in bundles.items():
+        try:
+            bundle, digest = loads_digested(data)
+        except BundleError:
+            found.append(None)
+            continue
+        _known[number] = bundle
+        found.append(ReadBundle(bundle=bundle, digest=digest, verdicts=verdicts(bundle, by)))
+    return found
+
+
+def verdicts(bundle: RequestBundle, by: Judgement) -> dict[str, PolicyVerdict]:
+    """The policy's verdict on each request, by name; none for what can't be judged here."""
+    found = {}
+    for request in bundle.requests:
+        with contextlib.suppress(Exception):  # the desk judges it by itself, and tells what is wrong
+            cas = by.cas[request.authority]
+            found[request.name] = judge(request, bundle, by.policy, cas, by.now, by.without_proof)
+    return found
+
+
+def compared(answered: Sequence[AnsweredBundle], by: Mapping[str, Expectation]) -> list[dict[str, str]]:
+    """
+    Why each certificate is not what was asked for, by name; empty: it is.
+
+    Of a bundle that is not known here nothing is said. Those with lower numbers are not asked for any more.
+    """
+    reasons = []
+    for one in answered:
+        bundle = _known.pop(one.number, None)
+        by_name = {request.name: request for request in bundle.requests} if bundle is not None else {}
+        reasons.append(
+            {
+                name: _reason(issued, sign_request(by_name[name], bundle), by[by_name[name].authority])
+                for name, issued in one.answers.items()
+                if bundle is not None
+            }
+        )
+    for number in [number for number in _known if number < min(one.number for one in answered)]:
+        del _known[number]
+    return reasons
+
+
+def _reason(issued: Issued, request: SignRequest, expected: Expectation) -> str:
+    try:
+        verify.check(issued, request, for_request(request, expected))
+    except VerificationError as e:
+        return e.reason
+    return ""
+
+
+def for_request(request: SignRequest, expected: Expectation) -> Expectation:
+    """A user's certificate lives for hours, which would be too short for any of kubeadm's."""
+    least = request.validity / _LEAST_SHARE
+    return replace(expected, min_validity=min(expected.min_validity, least)) if request.spec == USER else expected
+
+
+def serve() -> None:
+    """Be a worker: tasks come in on standard input, answers go out on standard output, until there are no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at the terminal is the desk's to answer
+    gc.freeze()
+    gc.set_threshold(GARBAGE)
+    tasks, answers = Connection(os.dup(0), writable=False), Connection(os.dup(1), readable=False)
+    os.dup2(2, 1)  # nothing else writes where the answers go
+    with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
+        while True:
+            task, arguments = tasks.recv()
+            answers.send(task(*arguments))
+
+
+# --- between them -----------------------------------------------------------------------------------------------------
+
+
+def _certificate(der: bytes) -> x509.Certificate:
+    return x509.load_der_x509_certificate(der)
+
+
+def _csr(der: bytes) -> x509.CertificateSigningRequest:
+    return x509.load_der_x509_csr(der)
+
+
+# both sides are this program, and what was looked through once is not looked through again
+ForkingPickler.register(x509.Certificate, lambda one: (_certificate, (one.public_bytes(Encoding.DER),)))
+ForkingPickler.register(x509.CertificateSigningRequest, lambda one: (_csr, (one.public_bytes(Encoding.DER),)))
+
+
+# --- at the desk ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Worker:
+    """One process, and the thread that waits for it."""
+
+    process: subprocess.Popen[bytes] = field(init=False)
+    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+
+    def __post_init__(self) -> None:
+        self._is_gone = False
+        self.process = subprocess.Popen(another_python.command(_SERVE), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self.process.stdin is not None and self.process.stdout is not None  # noqa: S101, PT018 (for the types)
+        self._tasks = Connection(os.dup(self.process.stdin.fileno()), readable=False)
+        self._answers = Connection(os.dup(self.process.stdout.fileno()), writable=False)
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+    def ask(self, task: Callable[..., _Answer], arguments: tuple[object, ...]) -> _Answer | None:
+        """Have the worker answer a question; None: the worker is no more."""
+        if self._is_gone:
+            return None
+        try:
+            self._tasks.send((task, arguments))
+            answer: _Answer = self._answers.recv()
+        except (OSError, EOFError):
+            self._is_gone = True
+            log.info("a worker process of the desk has ended; the desk does its part by itself, which takes longer")
+            return None
+        return answer
+
+    def close(self) -> None:
+        self.thread.shutdown()
+        self._tasks.close()
+        self._answers.close()
+        self.process.kill()
+        self.process.wait()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadAhead:
+    """A bundle that a worker has read, and which one."""
+
+    number: int  #: In the order in which they were read.
+    chunk: int  #: With which it was at the worker.
+    read: ReadBundle
+
+
+def _chunks(files: Iterable[_File]) -> Iterator[list[_File]]:
+    every, size = iter(files), FIRST_CHUNK
+    while chunk := list(islice(every, size)):
+        yield chunk
+        size = CHUNK
+
+
+def _arrived(
+    files: Sequence[_File],
+    numbers: Iterable[int],
+    chunk: int,
+    answer: Future[list[ReadBundle | None] | None],
+) -> Iterator[tuple[_File, ReadAhead | None]]:
+    for file, number, one in zip(files, numbers, answer.result() or [None for _ in files], strict=True):
+        yield file, None if one is None else ReadAhead(number=number, chunk=chunk, read=one)
+
+
+class Workers:
+    """One worker for each processor, or none."""
+
+    def __init__(self, count: int | None = None) -> None:
+        """
+        Args:
+            count: Of processes; None: what this machine has processors for.
+        """
+        wanted = min(_MOST, len(os.sched_getaffinity(0))) if count is None else count
+        self._workers: list[_Worker] = []
+        with contextlib.suppress(OSError):  # no memory, no more processes: the desk does it by itself
+            for _ in range(wanted):
+                self._workers.append(_Worker())
+
+    def __bool__(self) -> bool:
+        return bool(self._workers)
+
+    def submit(self, chunk: int, task: Callable[..., _Answer], *arguments: object) -> Future[_Answer | None]:
+        """Have a task done by the worker that does all of this chunk; the answer is None when it can't."""
+        worker = self._workers[chunk % len(self._workers)]
+        return worker.thread.submit(worker.ask, task, arguments)
+
+    def read_ahead(
+        self, files: Iterable[_File], by: Callable[[], Judgement]
+    ) -> Iterator[tuple[_File, ReadAhead | None]]:
+        """
+        Each file in its order, as a worker has read it while the desk was at earlier ones; None: no worker has.
+
+        Args:
+            files: Taken some ahead.
+            by: Asked for each chunk. Until one has told which CAs there are to judge by, each is waited for.
+        """
+        if not self._workers:
+            yield from ((file, None) for file in files)
+            return
+        ahead: deque[tuple[Sequence[_File], Mapping[int, bytes], int, Future[list[ReadBundle | None] | None]]] = deque()
+        numbers = count()
+        for chunk, some in enumerate(_chunks(files)):
+            bundles, judgement = {next(numbers): file.data for file in some}, by()
+            ahead.append((some, bundles, chunk, self.submit(chunk, read, bundles, judgement)))
+            if len(ahead) > (_CHUNKS_AHEAD if judgement.cas else 0):
+                yield from _arrived(*ahead.popleft())
+        while ahead:
+            yield from _arrived(*ahead.popleft())
+
+    def close(self) -> None:
+        """End them."""
+        for worker in self._workers:
+            worker.close()
+        self._workers = []

@@ -1,0 +1,331 @@
+"""
+The judgement of a request that came by the certificates API (pure: no I/O, no clock).
+
+A function of what the API server vouches for (who asks, for which signer), of the CSR, of the policy, of the register
+of nodes and of the time. It is asked again right before the CA is, and before the certificate is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from fnmatch import fnmatchcase
+from functools import lru_cache
+
+from cryptography import x509
+
+from bridge.desk.node_inventory import NodeEntry, Register, is_node_name
+from bridge.desk.patterns import CN_OID, MASTERS, O_OID
+from bridge.desk.policy import Policy, name_problems
+from bridge.desk.signer_rules import (
+    BOOTSTRAP_USER,
+    NODE_USER,
+    NODES_GROUP,
+    SYSTEM,
+    Grant,
+    SignerRules,
+    is_no_false_node,
+    spec_of,
+    usages_fit,
+)
+from bridge.pki.asked import Asked, OddRequestError, read
+from bridge.pki.certificates import attributes
+from bridge.specs import KUBELET_CLIENT, KUBELET_SERVING, USER, CertificateSpec
+from bridge.words import one_line
+
+#: A CA's certificate ends this much later than what it signs, so that a clock or two may differ.
+_BEFORE_THE_CA_ENDS = timedelta(minutes=5)
+_NODE_PLACEHOLDER, _USER_PLACEHOLDER = "{node}", "{user}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One request, with what the API server says about who asks."""
+
+    signer: str
+    username: str
+    groups: frozenset[str]
+    usages: frozenset[str]
+    asked_validity: timedelta | None  #: `spec.expirationSeconds`.
+    pem: bytes  #: As it came; nothing about it is known.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeState:
+    """A Node object, as the API server has it at this moment."""
+
+    exists: bool
+    ready: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allowed:
+    """The request may be signed, like this."""
+
+    spec: CertificateSpec
+    asked: Asked
+    validity: timedelta
+    longest: timedelta  #: What the policy gives at most, whatever was asked for: CAs with profiles don't take our wish.
+    name: str  #: Whose certificate it is: a node's, a user's, or kubeadm's name of a certificate; for metrics.
+
+
+@dataclass(frozen=True, slots=True)
+class Hostile:
+    """The request will never be signed: nothing that may change outside of the policy would help. The text is for the log."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Later:
+    """The request can't be signed now; it may pass when something has changed. The text is for the log."""
+
+    reason: str
+
+
+Verdict = Allowed | Hostile | Later
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """All that a request is judged by, besides itself."""
+
+    policy: Policy
+    cluster: str
+    register: Register
+    ca_end: datetime  #: Of the CA's certificate that the signer's certificates lead to.
+    min_validity: timedelta
+    now: datetime
+    #: The node that the request is about, if it is about one: its entry, and its Node object.
+    entry: NodeEntry | None = None
+    state: NodeState | None = None
+
+
+@lru_cache(maxsize=4096)
+def _read(pem: bytes) -> Asked | OddRequestError:
+    """A request is judged at least three times."""
+    try:
+        return read(pem)
+    except OddRequestError as e:
+        return e.with_traceback(None)
+
+
+def addresses_of(request: Request) -> list[str]:
+    """The IP addresses that it asks for, as far as it can be read."""
+    asked = _read(request.pem)
+    return [] if isinstance(asked, OddRequestError) else sorted(value for kind, value in asked.sans if kind == "IP")
+
+
+def node_of(request: Request) -> str | None:
+    """The name of the node that a kubelet's request is about; None: it is about none, or its CSR is odd."""
+    if spec_of(request.signer) not in (KUBELET_CLIENT, KUBELET_SERVING):
+        return None
+    asked = _read(request.pem)
+    if isinstance(asked, OddRequestError):
+        return None
+    name = asked.cn.removeprefix(NODE_USER)
+    return name if name != asked.cn and is_node_name(name) else None
+
+
+def judge(request: Request, world: World) -> Verdict:
+    """Judge a request: sign it, refuse it, or leave it for later."""
+    rules, spec = world.policy.signers.get(request.signer), spec_of(request.signer)
+    if rules is None or spec is None:
+        return Later("the policy has no table for this signer")
+    asked = _read(request.pem)
+    if isinstance(asked, OddRequestError):
+        return Hostile(str(asked))
+    keys = rules.keys or world.policy.allow.keys
+    if (form := _form_problem(request, asked, spec, keys)) is not None:
+        return form
+    who = _who(request, asked, spec, rules, world)
+    if not isinstance(who, str):
+        return who
+    validity = _validity(request, spec, rules, world)
+    if (trouble := _trouble_here(validity, world)) is not None:
+        return trouble
+    longest = _longest(spec, rules, world.policy)
+    return Allowed(spec=spec, asked=asked, validity=validity, longest=longest, name=who)
+
+
+def _trouble_here(validity: timedelta, world: World) -> Later | None:
+    if not any(fnmatchcase(world.cluster, one) for one in world.policy.allow.clusters):
+        return Later(f"the policy's allow.clusters does not have this cluster, {world.cluster}")
+    if validity < world.min_validity:
+        return Later(f"the CA's certificate ends at {world.ca_end:%Y-%m-%d %H:%M}")
+    return None
+
+
+def _form_problem(request: Request, asked: Asked, spec: CertificateSpec, keys: tuple[str, ...]) -> Hostile | None:
+    if not usages_fit(spec, request.usages):
+        return Hostile(f"usages: {', '.join(sorted(request.usages))}")
+    if asked.key not in keys:
+        return Hostile(f"key: wanted {' or '.join(keys)}, found {asked.key}")
+    return None
+
+
+def _validity(request: Request, spec: CertificateSpec, rules: SignerRules, world: World) -> timedelta:
+    """The shortest of what is asked for, what the policy gives and what the CA has left; never refused for its length."""
+    longest = _longest(spec, rules, world.policy)
+    left = world.ca_end - world.now - _BEFORE_THE_CA_ENDS
+    return min(longest, left, request.asked_validity if request.asked_validity is not None else longest)
+
+
+def _longest(spec: CertificateSpec, rules: SignerRules, policy: Policy) -> timedelta:
+    """The shortest of what the signer's table, the certificate's and `[allow]` give."""
+    own = policy.certificates[spec.name].max_validity if spec.name in policy.certificates else None
+    return min(one for one in (rules.max_validity, own, policy.allow.max_validity) if one is not None)
+
+
+def _who(request: Request, asked: Asked, spec: CertificateSpec, rules: SignerRules, world: World) -> str | Verdict:
+    """Whose the certificate would be, or why not."""
+    if spec in (KUBELET_CLIENT, KUBELET_SERVING):
+        return _kubelet(request, asked, spec, rules, world)
+    if spec is USER:
+        return _user(request, asked, rules)
+    return _control_plane(request, asked, spec, rules, world)
+
+
+# --- kubelets ---------------------------------------------------------------------------------------------------------
+
+
+def _kubelet(request: Request, asked: Asked, spec: CertificateSpec, rules: SignerRules, world: World) -> str | Verdict:
+    name = asked.cn.removeprefix(NODE_USER)
+    if asked.subject != tuple(sorted([(CN_OID, f"{NODE_USER}{name}"), (O_OID, NODES_GROUP)])):
+        return Hostile("subject: wanted O=system:nodes,CN=system:node:NAME and nothing else")
+    if not is_node_name(name):
+        return Hostile("subject: the CN has no node's name")
+    if spec is KUBELET_CLIENT and asked.sans:
+        return Hostile("SAN: a kubelet's client certificate has none")
+    if (trouble := _requester(request, name, spec, rules, world)) is not None:
+        return trouble
+    if spec is KUBELET_SERVING and (wrong := _serving_sans(asked, name, world)) is not None:
+        return wrong
+    return name
+
+
+def _requester(
+    request: Request, name: str, spec: CertificateSpec, rules: SignerRules, world: World
+) -> Hostile | Later | None:
+    """A node asks for itself, a bootstrap token for a node that is not there yet."""
+    itself = request.username == f"{NODE_USER}{name}" and NODES_GROUP in request.groups
+    bootstraps = (
+        spec is KUBELET_CLIENT
+        and request.username.startswith(BOOTSTRAP_USER)
+        and not request.groups.isdisjoint(rules.bootstrap_groups)
+    )
+    if not itself and not bootstraps:
+        return Hostile(f"{one_line(request.username)} may not ask for node {name}")
+    if bootstraps and name in world.register.control_planes:
+        return Hostile(f"a bootstrap token may not ask for the control-plane node {name}")
+    return _presence(name, world, bootstraps=bootstraps)
+
+
+def _presence(name: str, world: World, *, bootstraps: bool) -> Later | None:
+    """The inventory names it; it is there if it asks for itself, and not there (or may come back) if a token does."""
+    entry, state = world.entry, world.state
+    trouble = None
+    if not any(fnmatchcase(name, one) for one in world.policy.allow.nodes):
+        trouble = f"the policy's allow.nodes does not have {name}"
+    elif entry is None:
+        trouble = f"the inventory does not have node {name}"
+    elif entry.blocked:
+        trouble = f"the inventory blocks node {name}"
+    elif state is None:
+        trouble = f"the API did not tell whether node {name} is there"
+    if entry is None or state is None or trouble:
+        return Later(trouble or "")
+    if not bootstraps:
+        return None if state.exists else Later(f"there is no Node object {name} any more")
+    if not state.exists or (entry.rejoin and not state.ready):
+        return None
+    if not entry.rejoin:
+        return Later(f"node {name} is there already; rejoin = true in the inventory lets it come back while NotReady")
+    return Later(f"node {name} is there, and ready")
+
+
+def _serving_sans(asked: Asked, name: str, world: World) -> Hostile | Later | None:
+    if not asked.sans:
+        return Hostile("SAN: a serving certificate without any")
+    if any(kind not in {"DNS", "IP"} for kind, _ in asked.sans):
+        return Hostile("SAN: names besides DNS names and IP addresses")
+    never = [value for kind, value in asked.sans if world.register.is_never_a_nodes((kind, value), name)]
+    if never:
+        return Hostile(f"SAN: {_texts(never)} can be no node's")
+    known = world.entry.sans(name) if world.entry is not None else frozenset()
+    unknown = [value for kind, value in asked.sans if (kind, value) not in known]
+    # what the inventory does not have yet may be in it tomorrow
+    return Later(f"SAN: the inventory does not give {name} {_texts(unknown)}") if unknown else None
+
+
+def _texts(values: Iterable[str]) -> str:
+    return one_line(", ".join(sorted(values)))
+
+
+# --- users ------------------------------------------------------------------------------------------------------------
+
+
+def _user(request: Request, asked: Asked, rules: SignerRules) -> str | Verdict:
+    if asked.sans:
+        return Hostile("SAN: a user's certificate has none")
+    if any(oid in (CN_OID, O_OID) and value.startswith(SYSTEM) for oid, value in asked.subject):
+        return Hostile(f"subject: a user or group of Kubernetes' own ({SYSTEM}…)")
+    grants = [grant for _, grant in rules.grants if grant.is_for(request.username, request.groups)]
+    if not any(_is_granted(asked, text, request.username) for grant in grants for text in grant.subjects):
+        return Hostile(f"no grant lets {one_line(request.username)} have this subject")
+    return asked.cn
+
+
+def _is_granted(asked: Asked, text: str, username: str) -> bool:
+    """Whether a subject is a grant's; who asks is put into its values, and so can't add any."""
+    try:
+        pattern = attributes(x509.Name.from_rfc4514_string(text))
+    except ValueError:
+        return False
+    return asked.subject == tuple(sorted((oid, value.replace(_USER_PLACEHOLDER, username)) for oid, value in pattern))
+
+
+# --- the control plane's own ------------------------------------------------------------------------------------------
+
+
+def _control_plane(
+    request: Request, asked: Asked, spec: CertificateSpec, rules: SignerRules, world: World
+) -> str | Verdict:
+    if spec.name not in world.policy.allow.names:
+        return Later(f"the policy's allow.names does not have {spec.name}")
+    if any(oid == O_OID and value == MASTERS for oid, value in asked.subject) and spec.name not in (
+        world.policy.allow.masters
+    ):
+        return Hostile(f"subject: the group {MASTERS}")
+    nodes = _granted_nodes(request, rules.grants, world)
+    if not nodes:
+        return Hostile(f"no grant lets {one_line(request.username)} ask for {spec.name}")
+    problems: list[str] = []
+    for name in nodes:
+        entry = world.register.nodes[name]
+        own = [value for _, value in entry.sans(name)]
+        found = list(name_problems(spec.name, asked.csr, world.policy, name, own))
+        if not found:
+            return spec.name
+        problems = problems or found
+    return Hostile(one_line("; ".join(problems)))
+
+
+def _granted_nodes(request: Request, grants: Iterable[tuple[str, Grant]], world: World) -> list[str]:
+    """The control-plane nodes for which somebody may ask: one of them itself, or all."""
+    nodes = {
+        name: entry
+        for name, entry in world.register.control_planes.items()
+        if not entry.blocked and any(fnmatchcase(name, one) for one in world.policy.allow.nodes)
+    }
+    found = set()
+    for _, grant in grants:
+        if grant.is_for(request.username, request.groups):
+            found |= set(nodes)
+        for name in nodes:
+            asks = any(_NODE_PLACEHOLDER in user and user.replace(_NODE_PLACEHOLDER, name) == request.username
+                       for user in grant.users)  # fmt: skip
+            if asks and is_no_false_node(request.username, request.groups):
+                found.add(name)
+    return sorted(found)

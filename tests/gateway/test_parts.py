@@ -1,0 +1,397 @@
+"""The gateway's parts by themselves: the queue, rates, numbers, lines of a stream, objects, tickets, status pages."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import socket
+import threading
+import time
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bridge.cluster.api import Reply
+from bridge.cluster.stream import Lines
+from bridge.errors import BridgeError
+from bridge.gateway import known_nodes, objects, queue, status
+from bridge.gateway.metrics import Metrics
+from bridge.gateway.objects import NotAnObjectError, SigningRequest, parse
+from bridge.gateway.pending_at_ca import Ticket, Tickets
+from bridge.gateway.queue import Queue
+from bridge.gateway.rates import Rate
+from bridge.state.store import Store
+
+NOW = datetime(2026, 11, 26, 12, tzinfo=UTC)
+
+
+def document(uid: str = "u1", **spec: Any) -> dict[str, Any]:
+    """As the API server gives it."""
+    return {
+        "metadata": {
+            "name": f"csr-{uid}", "uid": uid, "resourceVersion": "7", "creationTimestamp": "2026-11-26T12:00:00Z",
+        },
+        "spec": {
+            "request": base64.b64encode(b"pem").decode(), "signerName": "kubernetes.io/kubelet-serving",
+            "username": "system:node:w1", "groups": ["system:nodes"], "usages": ["server auth"], **spec,
+        },
+        "status": {},
+    }  # fmt: skip
+
+
+def one(uid: str = "u1", *, version: int = 7, seconds: int = 0, **spec: Any) -> SigningRequest:
+    """An object."""
+    found = parse(document(uid, **spec), 1000)
+    return replace(found, version=str(version), created=found.created + timedelta(seconds=seconds))
+
+
+def nobody(_: SigningRequest) -> None:
+    """It is about no node."""
+
+
+# --- the queue --------------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_of_a_node_takes_the_place_of_the_others() -> None:
+    """In whichever order they come; of others' requests for the same node none is touched."""
+    line = Queue()
+    for number, uid in ((3, "c"), (1, "a"), (2, "b")):
+        line.put(one(uid, seconds=number), lambda _: "w1")
+    line.put(one("other", username="system:bootstrap:abcdef"), lambda _: "w1")
+    taken = [job.one.uid for job in iter(lambda: line.take(0), None)]
+    assert taken == ["c", "other"]
+    again = Queue()
+    assert again.put(one("a", seconds=1), lambda _: "w1") == []
+    assert again.put(one("b", seconds=2), lambda _: "w1") == ["a"]
+
+
+def test_what_does_not_count_takes_nobodys_place() -> None:
+    """A newer one that will be refused stands beside an honest one, in whichever order they come."""
+    for order in (("honest", "hostile"), ("hostile", "honest")):
+        line = Queue()
+        for uid in order:
+            late = 5 if uid == "hostile" else 0
+            assert line.put(one(uid, seconds=late), lambda _: "w1", lambda new: new.uid == "honest") == []
+        jobs = list(iter(lambda: line.take(0), None))  # noqa: B023
+        assert sorted(job.one.uid for job in jobs) == ["honest", "hostile"]
+        assert all(line.is_newest(job) for job in jobs)
+
+
+def test_what_changes_while_it_is_worked_at_is_looked_at_again() -> None:
+    """The newer version is kept for afterwards; one that is settled then is not."""
+    line = Queue()
+    line.put(one(version=1), nobody)
+    job = line.take(0)
+    assert job is not None
+    line.put(one(version=2), nobody)
+    assert line.take(0) is None
+    line.done(job)
+    again = line.take(0)
+    assert again is not None
+    assert again.one.version == "2"
+    line.remove("u1")
+    line.done(again)
+    assert line.counts() == (0, 0)
+
+
+def test_what_is_delayed_comes_back_in_time_or_when_it_changes() -> None:
+    """And not before; `wake` is for all of them."""
+    line = Queue()
+    line.put(one(), nobody)
+    job = line.take(0)
+    assert job is not None
+    line.delay(job, 0.15)
+    assert line.take(0) is None
+    assert line.take(2) is job
+    line.delay(job, 60)
+    line.put(one(version=8), nobody)
+    changed = line.take(0)
+    assert changed is not None
+    assert changed.one.version == "8"
+    line.delay(changed, 60)
+    assert line.take(0) is None
+    line.wake()
+    assert line.take(0) is changed
+
+
+def test_a_flood_does_not_fill_the_memory() -> None:
+    """What does not fit is left to the API server, and that is known."""
+    line = Queue()
+    for number in range(queue.MOST_JOBS):
+        line.put(replace(one(f"u{number}"), size=100), nobody)
+    assert not line.overflowed
+    line.put(one("more"), nobody)
+    assert line.overflowed
+    small = Queue()
+    small.put(replace(one("large"), size=queue.MOST_BYTES - 10), nobody)
+    small.put(replace(one("next"), size=100), nobody)
+    assert small.overflowed
+    assert small.take(0) is not None
+    small.put(replace(one("next"), size=100), nobody)
+    assert small.counts() == (1, 1)
+
+
+def test_whoever_fills_the_queue_gives_way() -> None:
+    """A flood by one keeps nobody out: others get in for it, and it for nobody, until all have the same."""
+    line = Queue()
+    for number in range(30):
+        line.put(replace(one(f"flood{number}", username="mallory"), size=queue.MOST_BYTES // 20), nobody)
+    assert (line.counts(), line.greediest()) == ((20, 0), "mallory")
+    job = line.take(0)
+    assert job is not None
+    job.begun = True
+    line.delay(job, 60)
+    for number in range(15):
+        line.put(replace(one(f"w{number}", username=f"w{number % 3}"), size=queue.MOST_BYTES // 20), nobody)
+    line.put(replace(one("flood31", username="mallory"), size=queue.MOST_BYTES // 20), nobody)
+    taken = [found.one.request.username for found in iter(lambda: line.take(0), None)]
+    assert {user: taken.count(user) for user in taken} == {"mallory": 4, "w0": 5, "w1": 5, "w2": 5}
+    line.wake()
+    assert line.take(0) is job  # at which somebody had worked
+    assert line.greediest() == ""
+
+
+def test_what_changes_its_size_is_counted_as_it_is() -> None:
+    """Whoever adds to an object that waits does not make room by it."""
+    line = Queue()
+    line.put(replace(one(version=1), size=100), nobody)
+    line.put(replace(one(version=2), size=queue.MOST_BYTES), nobody)
+    line.put(replace(one("u2", username="other"), size=queue.MOST_BYTES), nobody)
+    assert line.overflowed
+    assert line.take(0) is not None
+    line.put(replace(one("u2", username="other"), size=queue.MOST_BYTES), nobody)
+    assert line.counts() == (1, 1)
+
+
+def test_nothing_is_taken_after_the_end() -> None:
+    """A worker that waits is woken."""
+    line = Queue()
+    threading.Timer(0.1, line.close).start()
+    begin = time.monotonic()
+    assert line.take(10) is None
+    assert time.monotonic() - begin < 5
+
+
+# --- rates ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_bucket_fills_with_time() -> None:
+    """So many at once, then one after the other; whoever else asks has a bucket of his own."""
+    rate = Rate(60)
+    for _ in range(60):
+        assert rate.wait_seconds("w1", 0.0) == 0
+        rate.take("w1", 0.0)
+    assert rate.wait_seconds("w1", 0.0) == pytest.approx(1.0)
+    assert rate.wait_seconds("w2", 0.0) == 0
+    assert rate.wait_seconds("w1", 1.0) == 0
+    rate.take("w1", 1.0)
+    assert rate.wait_seconds("w1", 1.5) == pytest.approx(0.5)
+    assert rate.wait_seconds("w1", 10_000) == 0
+
+
+def test_names_of_others_choice_fill_no_memory() -> None:
+    """The one that has not asked for longest is forgotten."""
+    rate = Rate(1)
+    for number in range(20_000):
+        rate.take(f"user-{number}", 0.0)
+    assert rate.wait_seconds("user-19999", 0.0) > 0
+    assert rate.wait_seconds("user-0", 0.0) == 0
+
+
+# --- objects ----------------------------------------------------------------------------------------------------------
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(_JSON, st.sampled_from(["metadata", "spec", "status", ""]), st.sampled_from([*document()["spec"], "conditions"]))
+def test_whatever_comes_is_an_object_or_not(value: Any, part: str, key: str) -> None:
+    """Any JSON in any place: nothing but our own error comes out."""
+    made = document()
+    if part:
+        made[part] = {**made[part], key: value}
+    try:
+        found = parse(made if part else value, 10)
+    except NotAnObjectError:
+        return
+    assert isinstance(found.request.username, str)
+
+
+def test_what_is_written_names_the_object() -> None:
+    """uid and resourceVersion are in each write, and the others' conditions are as they were."""
+    theirs = {"type": "Approved", "status": "True", "reason": "AutoApproved", "lastUpdateTime": "2026-11-26T11:00:00Z"}
+    found = replace(one(), conditions=(theirs, {"type": "PendingAtCA", "status": "True"}))
+    for body in (
+        objects.approved(one(), NOW), objects.denied(one(), NOW), objects.failed(found, "NotAllowed", NOW),
+        objects.waiting(found, NOW), objects.issued(found, b"pem"),
+    ):  # fmt: skip
+        assert body["metadata"] == {"uid": "u1", "resourceVersion": "7"}
+    assert objects.failed(found, "NotAllowed", NOW)["status"]["conditions"][0] is theirs
+    assert objects.issued(found, b"pem")["status"] == {"certificate": "cGVt", "conditions": [theirs]}
+    assert "conditions" not in objects.issued(one(), b"pem")["status"]
+    assert replace(one(), name="a b/../c?").path.endswith("/a%20b%2F..%2Fc%3F")
+
+
+def test_a_long_message_is_cut_to_its_end() -> None:
+    """The API server repeats the request in the beginning of an error."""
+    secret = "LS0tLS1CRUdJTiBDRVJUSUZJQ0FURQ" * 300
+    text = f'CSR "x" is invalid: spec.request: "{secret}": wrong'
+    reply = Reply(status=422, body=json.dumps({"message": text}).encode())
+    assert reply.message == "wrong"
+    assert len(Reply(status=422, body=json.dumps({"message": secret}).encode()).message) <= 300
+
+
+# --- a stream ---------------------------------------------------------------------------------------------------------
+
+
+class _Pieces:
+    """Of a response, as they come."""
+
+    def __init__(self, *pieces: bytes) -> None:
+        self._pieces = list(pieces)
+
+    def read1(self, _: int) -> bytes:
+        return self._pieces.pop(0) if self._pieces else b""
+
+
+def lines_of(longest: int, *pieces: bytes) -> tuple[list[bytes], int]:
+    """The lines, and how many were left out."""
+    made = Lines(_Pieces(*pieces), None, longest, "x")  # type: ignore[arg-type]
+    return list(made), made.left_out
+
+
+def test_lines_come_whole_however_they_are_cut() -> None:
+    """Long ones are left out, and counted once; those after them are read."""
+    assert lines_of(10, b"a\nbc", b"d\n", b"\ne") == ([b"a", b"bcd", b""], 0)
+    assert lines_of(4, b"abcdefgh\nok\n") == ([b"ok"], 1)
+    assert lines_of(4, b"abcd", b"efgh", b"ij\nok\nabcde\n", b"no") == ([b"ok"], 2)
+
+
+@given(st.lists(st.binary(max_size=12), max_size=12))
+def test_cutting_changes_nothing(pieces: list[bytes]) -> None:
+    """The same lines as of the whole text."""
+    whole = b"".join(pieces)
+    assert lines_of(1000, *filter(None, pieces))[0] == whole.split(b"\n")[:-1]
+
+
+# --- tickets ----------------------------------------------------------------------------------------------------------
+
+
+def test_tickets_survive(tmp_path: Path) -> None:
+    """On disk before `put` returns; a damaged file counts as none, since a CA is asked once more then."""
+    store = Store(tmp_path / "state")
+    store.prepare()
+    ticket = Ticket(uid="u1", object_name="csr-1", signer="s", csr_sha256="0", reference="4711", validity_seconds=600,
+                    asked=NOW.isoformat())  # fmt: skip
+    Tickets(store).put(ticket)
+    again = Tickets(store)
+    assert again.get("u1") == ticket
+    assert again.drop("u1") == ticket
+    assert Tickets(store).all() == []
+    again.put(ticket)
+    store.tickets.write_text(store.tickets.read_text().replace("4711", "4712"))
+    assert Tickets(store).all() == []
+
+
+# --- what can be asked about it ---------------------------------------------------------------------------------------
+
+
+def test_numbers_are_in_prometheus_form() -> None:
+    """Histogram buckets are cumulative, labels are quoted, and the newest end of a name counts."""
+    metrics = Metrics(("s",))
+    metrics.signed("s", 'a"b\nc', NOW, 0.2, NOW)
+    metrics.signed("s", 'a"b\nc', NOW - timedelta(days=1), 20, NOW)
+    text = metrics.text()
+    assert 'requests_total{signer="s",outcome="signed"} 2' in text
+    assert 'sign_seconds_bucket{signer="s",le="0.25"} 1' in text
+    assert 'sign_seconds_bucket{signer="s",le="+Inf"} 2' in text
+    assert f'name="a\\"b c"}} {NOW.timestamp():.0f}' in text
+
+
+def test_many_connections_use_up_nothing() -> None:
+    """Whoever holds more of them open than there may be, keeps no probe out."""
+    pages = {"/healthz": lambda: (200, "ok\n")}
+    with status.serving(("127.0.0.1", 0), pages) as port:
+        silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
+        assert requests.get(f"http://127.0.0.1:{port}/healthz", timeout=5).text == "ok\n"
+        assert silent[0].recv(1) == b""  # closed
+        silent[-1].settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            silent[-1].recv(1)
+        assert requests.get(f"http://127.0.0.1:{port}/else", timeout=5).status_code == 404
+        for connection in silent:
+            connection.close()
+        with pytest.raises(BridgeError, match="wanted to listen"), status.serving(("127.0.0.1", port), pages):
+            pass
+
+
+_ENTRY = '{"addresses": ["192.0.2.9"]}'
+
+
+@pytest.mark.parametrize(
+    ("script", "wanted"),
+    [
+        (f"echo '{_ENTRY}'", ""),
+        (f"echo noise >&2; echo '{_ENTRY}'", ""),
+        (f"sleep 30 & echo '{_ENTRY}'", ""),  # which keeps its standard output open
+        (f"setsid sh -c 'exec sleep 30' & echo '{_ENTRY}'", ""),
+        ("yes", "printed more than 65536 bytes"),
+        ("yes >&2", "was still running after 2 s, and was killed"),
+        ("sleep 30; echo", "was still running after 2 s, and was killed"),
+        ("kill -9 $$", "was ended by signal 9"),
+        ("exit 3", "ended with code 3"),
+    ],
+)
+def test_how_an_inventory_command_may_behave(
+    script: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it leaves in the background, or prints without end, keeps nobody waiting and fills no memory."""
+    monkeypatch.setattr(known_nodes, "_COMMAND_LIMIT", timedelta(seconds=2))
+    program = tmp_path / "cmdb"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    begin = time.monotonic()
+    if wanted:
+        with pytest.raises(BridgeError, match=wanted):
+            known_nodes._asked(program, "w1")
+    else:
+        found = known_nodes._asked(program, "w1")
+        assert found is not None
+        assert found.addresses == ("192.0.2.9",)
+        assert time.monotonic() - begin < 1.5
+    assert time.monotonic() - begin < 10
+
+
+def test_an_inventory_command_has_nothing_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No open file, and of the environment only what says where programs are."""
+    program, found = tmp_path / "cmdb", tmp_path / "found"
+    program.write_text(f"#!/bin/sh\n(env | cut -d= -f1; ls -l /proc/self/fd) >{found}\n")
+    program.chmod(0o755)
+    secret = tmp_path / "secret"
+    secret.write_text("x")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    monkeypatch.setenv("VAULT_TOKEN", "x")
+    with secret.open("rb") as opened:
+        os.set_inheritable(opened.fileno(), True)
+        assert known_nodes._asked(program, "w1") is None
+    names = found.read_text()
+    assert str(secret) not in names
+    assert not {"CREDENTIALS_DIRECTORY", "VAULT_TOKEN"} & set(names.split())
+    assert "PATH" in names.split()
+
+
+def test_the_dns_proves_both_ways() -> None:
+    """127.0.0.1 leads to localhost and back; to no other name, and other addresses don't."""
+    assert known_nodes._leads_both_ways("127.0.0.1", {"localhost"})
+    assert not known_nodes._leads_both_ways("127.0.0.1", {"w1"})
+    assert not known_nodes._leads_both_ways("192.0.2.1", {"localhost"})
