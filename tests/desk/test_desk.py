@@ -577,15 +577,15 @@ def test_an_answer_that_has_become_old_is_not_given_again(desk_: Desk, pki: Pki,
 @pytest.mark.parametrize(
     ("module", "function", "before"),
     [
-        ("signing.desk_journal", "Journal._write", False),  # what is asked
-        ("signing.registry", "sign_all", False),  # signed, and not written down
-        ("signing.desk", "Desk._verify", True),  # signed and written down
+        ("desk.journal", "Journal._write", False),  # what is asked
+        ("ca.registry", "sign_all", False),  # signed, and not written down
+        ("desk.desk", "Desk._verify", True),  # signed and written down
         ("system.many_files", "_File.write", False),  # one answer is written, and not on disk
         ("system.many_files", "_File.put_in_place", True),  # all are on disk
         ("system.many_files", "_File.put_in_place", False),  # one is there
         ("system.many_files", "os.link", False),  # one is remembered
         ("system.many_files", "_sync_directories", False),  # all are there
-        ("signing.desk_files", "_remove", False),  # one is done
+        ("desk.files", "_remove", False),  # one is done
     ],
 )
 def test_a_killed_run_is_taken_up_again(
