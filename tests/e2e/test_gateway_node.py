@@ -2,7 +2,7 @@
 A real cluster whose kubelets get every certificate from OpenBao through gateways, in fast motion.
 
 Certificates live 4 minutes (and 30 s of a backdated beginning), so a kubelet asks for the next one 159 to 213 s later.
-`python -m tests.e2e.gateway_soak` is the same for an hour.
+`python -m tests.measure.soak` is the same for an hour.
 """
 
 from __future__ import annotations

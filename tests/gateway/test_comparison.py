@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from cryptography import x509
 
-from tests.gateway import comparison
 from tests.kit import csr_approver, hostile_csrs
 from tests.kit.gateways import csr_pem, node_subject
+from tests.measure import comparison
 
 RESOLVED = {"w1": ["192.0.2.1"], "w1.example.com": ["192.0.2.1"], "w1.evil.example": ["203.0.113.66"]}
 

@@ -1,7 +1,7 @@
 """
 A real upgrade from Kubernetes 1.36 to 1.37 on a node whose CA keys are elsewhere, and what `doctor` had said of it.
 
-`python -m tests.e2e.upgrade [--docs]` starts a node with the programs that `tests/kit/binaries.sh --older 1.36` builds.
+`python -m tests.measure.upgrade [--docs]` starts a node with the programs that `tests/kit/binaries.sh --older 1.36` builds.
 A certificate expires, `doctor --before-upgrade` says where kubeadm will abort, and the real `kubeadm upgrade apply` of
 1.37 does so; renewed by ca-bridge, it goes through, and the new programs run on what ca-bridge renews after that.
 It prints what was seen; with `--docs` also into docs/upgrade.md, whose figures come from nowhere else.
@@ -28,16 +28,16 @@ from pathlib import Path
 from bridge.node import inventory
 from bridge.node.kubeconfig import parse as parse_kubeconfig
 from bridge.specs import AUTHORITIES, SPECS, Component
-from tests.bench.__main__ import write_between
 from tests.kit import node as kit
 from tests.kit import nodes, programs
 from tests.kit.cas import add_openssl, live_certificates
 from tests.kit.issuing import Signer, signed_again
 from tests.kit.node import Node
 from tests.kit.nodes import LiveBridge, NodePki, wait_for
+from tests.measure.__main__ import write_between
 
 DOCUMENT = Path(__file__).parents[2] / "docs/upgrade.md"
-START = "<!-- numbers: written by `python -m tests.e2e.upgrade --docs` -->"
+START = "<!-- numbers: written by `python -m tests.measure.upgrade --docs` -->"
 FROM, TO = "1.36", "v1.37.2"
 NAME, IP = f"up-{os.getpid() % 100_000}", "198.18.77.160"
 EXPIRED = "front-proxy-client"
@@ -301,4 +301,4 @@ def run(program: str, start: str, walk: Callable[[Path, Path, Path], Seen]) -> N
 
 
 if __name__ == "__main__":
-    run("tests.e2e.upgrade", START, walk)
+    run("tests.measure.upgrade", START, walk)

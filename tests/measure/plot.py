@@ -1,5 +1,5 @@
 """
-Draws `tests/bench/curves.png` from `curves.json`: `python -m tests.bench.plot`.
+Draws `tests/measure/curves.png` from `curves.json`: `python -m tests.measure.plot`.
 
 Needs matplotlib alone (`pip install --require-hashes --no-deps -r requirements-bench.lock`), and no part of the program.
 """

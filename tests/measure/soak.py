@@ -1,7 +1,7 @@
 """
 An hour of a cluster whose kubelets get their certificates through gateways, with what they need killed at random.
 
-usage: python -m tests.e2e.gateway_soak [SECONDS] [SEED]     as root; writes docs/gateway-soak.md
+usage: python -m tests.measure.soak [SECONDS] [SEED]     as root; writes docs/gateway-soak.md
 
 Certificates live 10 minutes, and a gateway, the CA or the API server is killed once a minute on average.
 A kubelet asks anew when 10 to 30 % of the time are left, and waits up to half a minute between two tries: with
@@ -33,7 +33,7 @@ def page(figures: Figures, seed: int) -> str:
     return f"""\
 # The gateway for an hour, with everything killed at random
 
-Written by `python -m tests.e2e.gateway_soak {figures.seconds:.0f} {seed}` on {datetime.now(UTC):%Y-%m-%d}; `tests/e2e/test_gateway_node.py` is its short form.
+Written by `python -m tests.measure.soak {figures.seconds:.0f} {seed}` on {datetime.now(UTC):%Y-%m-%d}; `tests/e2e/test_gateway_node.py` is its short form.
 
 A real cluster of Kubernetes 1.37 without a CA key: one control plane, two workers that joined by bootstrap token, `serverTLSBootstrap: true`, an API server that verifies kubelets.
 Every certificate of a kubelet comes from OpenBao through two gateways, and lives {VALIDITY.removesuffix("m")} minutes.

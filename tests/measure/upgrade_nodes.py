@@ -1,7 +1,7 @@
 """
 A real upgrade of a cluster from Kubernetes 1.36 to 1.37 whose CA keys were never on a node, node by node.
 
-`python -m tests.e2e.upgrade_nodes [--docs]` makes two control-plane nodes and a worker of 1.36 by `ca-bridge bootstrap`,
+`python -m tests.measure.upgrade_nodes [--docs]` makes two control-plane nodes and a worker of 1.36 by `ca-bridge bootstrap`,
 with the programs that `tests/kit/binaries.sh --older 1.36` builds, and types what docs/upgrade.md says: `kubeadm upgrade
 apply` on the first, `kubeadm upgrade node` on the others, all with `--certificate-renewal=false`; on the second one a
 certificate has expired, and before that the worker's.
@@ -25,16 +25,16 @@ from pathlib import Path
 from cryptography import x509
 
 from bridge.specs import KUBELET_CONF, SPECS
-from tests.e2e import upgrade
-from tests.e2e.upgrade import EXPIRED, TO, Seen
 from tests.kit import node as kit
 from tests.kit.day_zero import Beside, Machine, Walk, prepare
 from tests.kit.issuing import Signer, signed_again
 from tests.kit.node import Node
 from tests.kit.nodes import wait_for
 from tests.kit.pki import handmade_pki
+from tests.measure import upgrade
+from tests.measure.upgrade import EXPIRED, TO, Seen
 
-START = "<!-- numbers: written by `python -m tests.e2e.upgrade_nodes --docs` -->"
+START = "<!-- numbers: written by `python -m tests.measure.upgrade_nodes --docs` -->"
 FIRST, SECOND, WORKER = "un-cp1", "un-cp2", "un-w1"
 CONTROL_PLANES, WORKERS = {FIRST: "198.18.77.171", SECOND: "198.18.77.172"}, {WORKER: "198.18.77.173"}
 NO_RENEWAL = "--certificate-renewal=false"
@@ -261,4 +261,4 @@ def _versions(site: Site) -> str:
 
 
 if __name__ == "__main__":
-    upgrade.run("tests.e2e.upgrade_nodes", START, walk)
+    upgrade.run("tests.measure.upgrade_nodes", START, walk)

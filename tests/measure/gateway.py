@@ -1,7 +1,7 @@
 """
 A burst of kubelets: what the gateway does in a second beside its CA alone and the API server alone, in one run.
 
-`python -m tests.bench.gateway [--requests N] [--ca vault|openssl] [--rounds N] [--docs]`: all objects are there when the
+`python -m tests.measure.gateway [--requests N] [--ca vault|openssl] [--rounds N] [--docs]`: all objects are there when the
 gateway begins. The API server alone gets the two writes that each certificate needs, of the same client, byte for byte
 what the gateway writes; the CA alone the same CSRs through the same backend. Each has as many connections as the
 gateway. Of the rounds the one with the middle ratio is told.
@@ -34,16 +34,16 @@ from bridge.gateway import objects
 from bridge.pki.csr import generate_key
 from bridge.settings.load import parse
 from bridge.specs import KUBELET_CLIENT
-from tests.bench.__main__ import write_between
 from tests.kit import cluster_api, gateways, openbao
 from tests.kit.api_client import CSRS
 from tests.kit.cluster_api import BOOTSTRAP_GROUP, ClusterApi
 from tests.kit.gateways import Place, csr_pem, node_subject
+from tests.measure.__main__ import write_between
 
 THREADS = 32  #: As `gateway.concurrency` is by default.
 LIMIT, MOST_MEMORY_MB = 0.8, 150
 DOCS = Path(__file__).parents[2] / "docs"
-START = "<!-- numbers: written by `python -m tests.bench.gateway --docs` -->"
+START = "<!-- numbers: written by `python -m tests.measure.gateway --docs` -->"
 LEASES = "/apis/coordination.k8s.io/v1/namespaces/kube-system/leases"
 _USER = "system:bootstrap:abcdef"
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -288,7 +288,7 @@ def _audited(gateway: gateways.Gateway) -> int:
 
 def main(arguments: Sequence[str] | None = None, directory: Path | None = None) -> list[Measured]:
     """Measure and print."""
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.gateway", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.measure.gateway", description=__doc__)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--ca", action="append", choices=["vault", "openssl"])
     parser.add_argument("--rounds", type=int, default=3, help="the one with the middle ratio is told")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import __main__ as bench
-from tests.bench import backends, curves, desk_profile, fleet, gateway
 from tests.kit import exec_programs
+from tests.measure import __main__ as bench
+from tests.measure import backends, curves, desk_profile, fleet, gateway
 
 
 def test_the_desks_rows(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """
 The program's speed as ratios, each measured in one run against something real beside it.
 
-`python -m tests.bench [--rounds N] [--nodes N] [--docs]` prints a table and writes it to `tests/bench/results.md`;
+`python -m tests.measure [--rounds N] [--nodes N] [--docs]` prints a table and writes it to `tests/measure/results.md`;
 with `--docs` also into docs/numbers.md, whose numbers come from nowhere else, and with it goes `desk_profile`'s table.
 Needs root (kubeadm's `--rootfs` is a chroot) and the programs of `tests/kit/binaries.sh`; run it with the Python of
 `.cache/venv-test`, which `scripts/test` made: what else is installed beside the program costs it start-up time.
@@ -23,17 +23,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bridge.specs import AUTHORITIES
-from tests.bench import desk_profile, fleet
-from tests.bench.fleet import seconds
 from tests.kit import openbao
 from tests.kit.cas import Bridge, add_vault
 from tests.kit.pki import KubeadmPki, kubeadm_pki
+from tests.measure import desk_profile, fleet
+from tests.measure.fleet import seconds
 
 _MEMORY_LIMIT = 400.0  # MB
 HERE = Path(__file__).parent
 NUMBERS = HERE.parents[1] / "docs/numbers.md"
-START, END = "<!-- numbers: written by `python -m tests.bench --docs` -->", "<!-- end of numbers -->"
-PROFILE = "<!-- desk: written by `python -m tests.bench --docs` -->"
+START, END = "<!-- numbers: written by `python -m tests.measure --docs` -->", "<!-- end of numbers -->"
+PROFILE = "<!-- desk: written by `python -m tests.measure --docs` -->"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +182,7 @@ def _profile_desk(nodes: int, *, docs: bool) -> None:
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m tests.bench")
+    parser = argparse.ArgumentParser(prog="python -m tests.measure")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--nodes", type=int, default=1000, help="of the fleet, ten certificates each")
     parser.add_argument("--docs", action="store_true")

@@ -1,5 +1,5 @@
 """
-Where the desk's processor time goes, a request: `python -m tests.bench --desk-profile [--nodes N] [--docs]`.
+Where the desk's processor time goes, a request: `python -m tests.measure --desk-profile [--nodes N] [--docs]`.
 
 A whole run is measured from outside, all its processes together; then each step is done once more by itself over the
 same bundles and answers, in one process. What the steps don't explain is the last row.
@@ -33,7 +33,7 @@ from bridge.settings.tables import AuditSettings
 from bridge.state import audit
 from bridge.state.store import Store
 from bridge.system.many_files import NewFile, write_together
-from tests.bench import fleet
+from tests.measure import fleet
 
 _HEAD = ("step", "process", "ms a request")
 _T = TypeVar("_T")

@@ -1,9 +1,9 @@
 """
 How long signing takes: `openssl ca` by the number of CSRs and the length of its index, servers by concurrency.
 
-`python -m tests.bench.curves [--sizes N,…] [--rows N,…] [--concurrency N,…] [--requests N] [--without-servers]` prints
-two tables and writes them to `tests/bench/curves.md`, and the values to `curves.json`, of which
-`python -m tests.bench.plot` draws `curves.png`. Each backend is used through its contract alone. Needs the programs of
+`python -m tests.measure.curves [--sizes N,…] [--rows N,…] [--concurrency N,…] [--requests N] [--without-servers]` prints
+two tables and writes them to `tests/measure/curves.md`, and the values to `curves.json`, of which
+`python -m tests.measure.plot` draws `curves.png`. Each backend is used through its contract alone. Needs the programs of
 `tests/kit/binaries.sh`.
 """
 
@@ -33,11 +33,11 @@ from bridge.pki import csr
 from bridge.settings.load import load
 from bridge.specs import SPECS
 from bridge.testing import TestCA
-from tests.bench.fleet import VALIDITY, grow_index, seconds, sign_bare
 from tests.kit import openbao
 from tests.kit.cas import Bridge, add_cfssl, add_vault, live_certificates
 from tests.kit.opensslca import make_ca_directory
 from tests.kit.pki import handmade_pki
+from tests.measure.fleet import VALIDITY, grow_index, seconds, sign_bare
 
 HERE = Path(__file__).parent
 SPEC = SPECS["admin.conf"]
@@ -152,7 +152,7 @@ def numbers(text: str) -> list[int]:
 
 def main(arguments: Sequence[str] | None = None, out: Path = HERE) -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.curves")
+    parser = argparse.ArgumentParser(prog="python -m tests.measure.curves")
     parser.add_argument("--sizes", type=numbers, default=SIZES)
     parser.add_argument("--rows", type=numbers, default=ROWS)
     parser.add_argument("--concurrency", type=numbers, default=CONCURRENCY)

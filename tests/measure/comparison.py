@@ -1,7 +1,7 @@
 """
 Who lets what through: the same hostile requests before our gateway, kubelet-csr-approver's rules and other signers.
 
-usage: python -m tests.gateway.comparison [WHERE]      writes docs/gateway-comparison.md, or WHERE; three minutes
+usage: python -m tests.measure.comparison [WHERE]      writes docs/gateway-comparison.md, or WHERE; three minutes
 
 Each stands before a real API server and a CA that signs whatever reaches it.
 """
@@ -206,7 +206,7 @@ def signer_of(case: Case) -> str:
 
 
 _WRITTEN = (
-    "Written by `python -m tests.gateway.comparison` on {day:%Y-%m-%d} with Kubernetes 1.37: {count} requests that "
+    "Written by `python -m tests.measure.comparison` on {day:%Y-%m-%d} with Kubernetes 1.37: {count} requests that "
     "nobody should sign, each made at a real API server, before each of these:"
 )
 _TRADES = (

@@ -1,5 +1,5 @@
 """
-Day 0 at full size, on real machines: `python -m tests.e2e.day0 [--docs]`, or with `air-gap` behind it.
+Day 0 at full size, on real machines: `python -m tests.measure.day0 [--docs]`, or with `air-gap` behind it.
 
 Three control-plane nodes and two workers from nothing, with CAs whose keys are made inside an OpenBao server, by the
 commands of docs/day-0.md; a watch looks at every file that is made on the nodes. Prints what took how long; with
@@ -16,11 +16,11 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from tests.bench.__main__ import write_between
 from tests.kit import openbao
 from tests.kit.day_zero import AirGap, CAs, Online, Walk, walk
 from tests.kit.desks import make_desk
 from tests.kit.pki import handmade_pki
+from tests.measure.__main__ import write_between
 
 DOCUMENT = Path(__file__).parents[2] / "docs/day-0.md"
 CONTROL_PLANES = {"dz-cp1": "198.18.77.51", "dz-cp2": "198.18.77.52", "dz-cp3": "198.18.77.53"}
@@ -73,7 +73,7 @@ def table(done: Walk) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Walk, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m tests.e2e.day0")
+    parser = argparse.ArgumentParser(prog="python -m tests.measure.day0")
     parser.add_argument("--docs", action="store_true")
     parser.add_argument("cas", nargs="?", choices=["air-gap"], help="a CA desk, and bundles are carried")
     options = parser.parse_args(arguments)
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = table(done)
     print(text)
     if options.docs:
-        command = " ".join(["python -m tests.e2e.day0 --docs", *([options.cas] if options.cas else [])])
+        command = " ".join(["python -m tests.measure.day0 --docs", *([options.cas] if options.cas else [])])
         write_between(DOCUMENT, f"<!-- numbers: written by `{command}` -->", text)
 
 

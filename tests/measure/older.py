@@ -1,7 +1,7 @@
 """
 A renewal on a real node of an older Kubernetes: nobody misses the API, also when the old certificates have expired.
 
-`python -m tests.e2e.older 1.34 [--minutes N] [--docs]` starts a node with the programs that
+`python -m tests.measure.older 1.34 [--minutes N] [--docs]` starts a node with the programs that
 `tests/kit/binaries.sh --older 1.34` builds, whose certificates live ten minutes, renews all of them through OpenBao
 with `components = "needed"` while a client writes and reads, waits for the end of the old ones, and looks again.
 It prints what was seen; with `--docs` also into docs/versions.md, whose figures come from nowhere else.
@@ -25,7 +25,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from bridge.specs import AUTHORITIES, Component
-from tests.bench.__main__ import write_between
 from tests.kit import nodes, openbao, programs
 from tests.kit.cas import add_vault, live_certificates
 from tests.kit.doors import door
@@ -33,6 +32,7 @@ from tests.kit.looking import Traffic, traffic
 from tests.kit.node import Node
 from tests.kit.nodes import LiveBridge, NodePki, wait_for
 from tests.kit.pki import PKI_SPECS
+from tests.measure.__main__ import write_between
 
 DOCUMENT = Path(__file__).parents[2] / "docs/versions.md"
 NAME, IP = f"older-{os.getpid() % 100_000}", "198.18.77.150"
@@ -161,7 +161,7 @@ def _after(bridge: LiveBridge, before: dict[Component, str]) -> Traffic:
 
 def main() -> None:
     """Walk, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m tests.e2e.older")
+    parser = argparse.ArgumentParser(prog="python -m tests.measure.older")
     parser.add_argument("version", choices=["1.34"])
     parser.add_argument("--minutes", type=int, default=10, help="lifetime of the certificates that expire meanwhile")
     parser.add_argument("--docs", action="store_true")
@@ -173,7 +173,7 @@ def main() -> None:
         text = walk(Path(directory), options.minutes).table()
     print(text)
     if options.docs:
-        start = f"<!-- numbers: written by `python -m tests.e2e.older {options.version} --docs` -->"
+        start = f"<!-- numbers: written by `python -m tests.measure.older {options.version} --docs` -->"
         write_between(DOCUMENT, start, text)
 
 

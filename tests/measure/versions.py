@@ -1,7 +1,7 @@
 """
 What files alone decide, asked of the real kubeadm of four versions: names, and what it says to a set that we have made.
 
-`python -m tests.e2e.versions [--docs] [VERSION ...]` runs `certs generate-csr`, `init phase certs`, `init phase
+`python -m tests.measure.versions [--docs] [VERSION ...]` runs `certs generate-csr`, `init phase certs`, `init phase
 kubeconfig`, `certs check-expiration` and `certs renew` of each kubeadm over directories that take the place of a node's
 root; `tests/kit/binaries.sh --older VERSION kubeadm` builds the older ones.
 It ends with an error where ca-bridge and a kubeadm do not agree; with `--docs` what was seen goes into docs/versions.md.
@@ -29,13 +29,13 @@ from bridge.bootstrap.orders import Order, new_node
 from bridge.node import kubeconfig
 from bridge.pki.certificates import attributes, load_pem_certificates, san_entries
 from bridge.specs import AUTHORITIES, SPECS
-from tests.bench.__main__ import write_between
 from tests.kit import programs
 from tests.kit.issuing import Signer, signed_again
 from tests.kit.new_node import ADDRESS, CONFIG, NAME, NewNode
+from tests.measure.__main__ import write_between
 
 DOCUMENT = Path(__file__).parents[2] / "docs/versions.md"
-START = "<!-- numbers: written by `python -m tests.e2e.versions --docs` -->"
+START = "<!-- numbers: written by `python -m tests.measure.versions --docs` -->"
 OLDER, NEWEST = ("1.34", "1.35", "1.36"), "1.37"
 #: What kubeadm renews and lists: not the kubelet's.
 LISTED = [name for name, spec in SPECS.items() if spec.listed]
@@ -301,7 +301,7 @@ def walk(directory: Path, minors: Iterable[str], newest: Path) -> list[Seen]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Walk, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m tests.e2e.versions")
+    parser = argparse.ArgumentParser(prog="python -m tests.measure.versions")
     parser.add_argument("--docs", action="store_true")
     parser.add_argument("versions", nargs="*", metavar="VERSION", help=f"such as {NEWEST}; without one all")
     options = parser.parse_args(arguments)

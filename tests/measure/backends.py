@@ -1,7 +1,7 @@
 """
 What a backend costs beside the bare request or program in a loop: the same CSRs, the same server, by turns.
 
-`python -m tests.bench.backends [NAME…] [--requests N] [--rounds N] [--docs]` prints a table for each backend; with
+`python -m tests.measure.backends [NAME…] [--requests N] [--rounds N] [--docs]` prints a table for each backend; with
 `--docs` it is written into the backend's page `docs/NAME.md`, whose numbers come from nowhere else.
 Needs the programs of `tests/kit/binaries.sh`; for `exec` the Debian package certmonger.
 """
@@ -30,8 +30,8 @@ from backends.exec import ExecBackend, ExecSettings
 from bridge.contract import Backend, Issued, Secret, SignRequest
 from bridge.specs import SPECS
 from bridge.testing import TestCA, sign_request
-from tests.bench.__main__ import Row, paired, table, write_between
 from tests.kit import cmp, est, exec_programs
+from tests.measure.__main__ import Row, paired, table, write_between
 
 DOCS = Path(__file__).parents[2] / "docs"
 LIMIT = 1.3
@@ -144,7 +144,7 @@ MEASURES: dict[str, Callable[[Path, int, int], Row]] = {"cmp": measure_cmp, "est
 
 def main(arguments: Sequence[str] | None = None, docs: Path = DOCS) -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.backends")
+    parser = argparse.ArgumentParser(prog="python -m tests.measure.backends")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MEASURES)}; all without one")
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=7)
@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None, docs: Path = DOCS) -> None:
             text = table([MEASURES[name](Path(directory), options.requests, options.rounds)])
         print(text)
         if options.docs:
-            command = f"python -m tests.bench.backends {name} --docs"
+            command = f"python -m tests.measure.backends {name} --docs"
             write_between(docs / f"{name}.md", f"<!-- numbers: written by `{command}` -->", text)
 
 
