@@ -89,6 +89,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(reason)
 
 
+@pytest.fixture(autouse=True)
+def _finding(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> None:
+    """The report of a test with the mark `attack` names its findings."""
+    for mark in request.node.iter_markers("attack"):
+        for finding in mark.args:
+            record_property("attack", finding)
+
+
 def _needs(item: pytest.Item) -> list[str]:
     names = [name for mark in item.iter_markers("kube") for name in (mark.args or ("kubeadm",))]
     return names + [name for _ in item.iter_markers("node") for name in programs.NODE_PROGRAMS]
