@@ -8,13 +8,15 @@ whose API server is down because its certificate expired must be able to be repa
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from urllib.parse import urlsplit
 
 from bridge.cluster import access
+from bridge.cluster.api import Api
 from bridge.cluster.errors import NoAnswerError
-from bridge.control_plane import lease
+from bridge.cluster.lease import Keeper, Lease
 from bridge.control_plane.instances import Neighbours, api_servers, connect, look
 from bridge.errors import PostponedError
 from bridge.node.endpoints import Server
@@ -26,6 +28,8 @@ from bridge.system.status import doing
 from bridge.system.waiting import wait_until
 
 _LOOK_SECONDS = 2.0
+#: An API that does not answer is asked again for so long before that counts: an election in etcd takes about a second.
+_BLINK_SECONDS = 10.0
 #: etcd's take a second or two; on a slow disk they fail, and are held again.
 _ELECTION_SECONDS = 15.0
 
@@ -137,6 +141,123 @@ def _refusal(component: Component, neighbours: Neighbours, found: Sequence[str],
     )
 
 
+class LeaseHeldError(PostponedError):
+    """Another node has the lease."""
+
+    hint = "run again later; the lease of a run that died can be taken when it has expired"
+
+
+class Turn:
+    """
+    One control-plane node after the other, by a lease in kube-system, so that two nodes' timers never restart at once.
+
+    Without an API server there is no lease, and the restart goes ahead: only another holder that was seen is an obstacle.
+    """
+
+    def __init__(self, api: Api, holder: str, rules: ClusterSettings, note: Callable[[str], None]) -> None:
+        """
+        Args:
+            api: Of the cluster.
+            holder: `NODE_RUN`: of one node only one run at a time has the state directory's lock.
+            rules: The lease's name, its duration, and how long to wait for it.
+            note: Called with sentences for the operator, from this thread alone.
+        """
+        owner = holder.rpartition("_")[0]
+        self._lease = Lease(api, ("kube-system", rules.lease_name), holder, duration=rules.lease_duration, owner=owner)
+        self._rules = rules
+        self._note = note
+        self._held = False
+        self._lost_to = ""
+        self._goes_without = False  # there was no API, and that was said
+        self._mutex = threading.Lock()
+        self._keeper = Keeper(self._renew, rules.lease_duration)
+
+    @property
+    def held(self) -> bool:
+        """Whether it is ours, as far as we know."""
+        return self._held and not self._lost_to
+
+    def assert_held(self) -> None:
+        """
+        Take it, or renew it; call this before each restart.
+
+        Raises:
+            LeaseHeldError: Another node has it.
+        """
+        name = self._rules.lease_name
+        if not self._held:
+            self._acquire()
+            return
+        try:
+            self._renew()
+        except NoAnswerError as e:  # our own restart may be the reason
+            self._note(f"the lease {name} could not be renewed: {e}")
+        if self._lost_to:
+            raise LeaseHeldError(f"the lease {name} was lost to {self._lost_to}, since it could not be renewed")
+
+    def _acquire(self) -> None:
+        patience = timedelta(seconds=0 if self._goes_without else _BLINK_SECONDS)
+        found = wait_until(
+            self._tried, lambda seen: not isinstance(seen, NoAnswerError), patience, pause_seconds=_LOOK_SECONDS
+        )
+        if isinstance(found, NoAnswerError):
+            if not self._goes_without:
+                self._note(f"no lease was taken, other nodes may restart at the same time: {found}")
+            self._goes_without = True
+            return
+        if found:
+            self._outlast(found)
+        self._held = True
+        self._keeper.start()
+
+    def _outlast(self, holder: str) -> None:
+        """
+        Wait for a holder that was seen; it stays an obstacle, answer or not: our own API server may be restarted.
+
+        Raises:
+            LeaseHeldError: It still is one.
+        """
+        name, holders = self._rules.lease_name, [holder]
+        self._note(f"waiting for the lease {name}, which {holder} has")
+
+        def tell(seen: str | NoAnswerError) -> None:
+            if isinstance(seen, str) and seen != holders[-1]:
+                holders.append(seen)
+                self._note(f"waiting for the lease {name}, which {seen} has")
+
+        with doing(f"waiting for the lease {name}", is_plain=False):
+            found = wait_until(
+                self._tried, lambda seen: seen == "", self._rules.lease_wait, pause_seconds=_LOOK_SECONDS, between=tell
+            )
+        if found:
+            waited = duration_text(self._rules.lease_wait)
+            raise LeaseHeldError(f"wanted the lease {name} within {waited}, found that {holders[-1]} has it")
+
+    def _tried(self) -> str | NoAnswerError:
+        """Who else has it, empty if it is ours now; an error of the API's is returned, not raised."""
+        try:
+            return self._lease.take()
+        except NoAnswerError as e:
+            return e
+
+    def _renew(self) -> None:
+        with self._mutex:
+            if not self._lost_to:
+                self._lost_to = self._lease.take()
+
+    def release(self) -> None:
+        """Let the next node have it at once; without an API it expires."""
+        self._keeper.stop()
+        if not self.held:
+            return
+        self._held = False
+        try:
+            self._lease.give_back()
+        except NoAnswerError as e:
+            text = duration_text(self._rules.lease_duration)
+            self._note(f"the lease {self._rules.lease_name} was not given back and expires in {text}: {e}")
+
+
 @contextlib.contextmanager
 def turn(
     node: Node, settings: Settings, run_id: str, *, note: Callable[[str], None]
@@ -167,12 +288,14 @@ def turn(
     # No two nodes share an API server, but hosts may share a name, and then settings that were copied.
     place = urlsplit(access.local_url(node) or "").netloc
     holder = f"{settings.node.node_name}_{place}_{run_id}"
-    with lease.hold(
-        api, rules.lease_name, holder, duration=rules.lease_duration, wait=rules.lease_wait, note=note
-    ) as held:
+    held = Turn(api, holder, rules, note)
 
-        def may_restart(component: Component) -> None:
-            held.assert_held()
-            assert_may_restart(component, node, settings, note=note)
+    def may_restart(component: Component) -> None:
+        held.assert_held()
+        assert_may_restart(component, node, settings, note=note)
 
+    try:
+        held.assert_held()
         yield may_restart
+    finally:
+        held.release()

@@ -85,13 +85,14 @@ class Service:
         self.identity = f"{ours.identity or os.uname().nodename}_{secrets.token_hex(4)}"
         self.holder: Leader | Alone = Alone()
         if ours.lease:
-            self.holder = Leader(self.api, ours.lease_namespace, ours.lease_name, self.identity, ours.lease_duration)
+            self.holder = Leader(self.api, (ours.lease_namespace, ours.lease_name), self.identity, ours.lease_duration)
         self._now = now
         self._ending = False
         self._stop = threading.Event()
         self._watch: Watch | None = None
         self._api_trouble = "the API server was not asked yet"
         self._alive = time.monotonic()
+        self._threads: list[threading.Thread] = []
 
     def check(self) -> Iterator[str]:
         """
@@ -142,6 +143,7 @@ class Service:
             threads.append(threading.Thread(target=self._watch_on, name="watch", daemon=True))
             for thread in threads:
                 thread.start()
+            self._threads = [*threads, *self.holder.threads]
             started(port)
             gc.freeze()
             gc.set_threshold(_OBJECTS_A_COLLECTION, 20, 50)
@@ -274,6 +276,8 @@ class Service:
         return HTTPStatus.OK, self.metrics.text()
 
     def _healthz(self) -> tuple[int, str]:
+        if ended := [thread.name for thread in self._threads if not (thread.is_alive() or self._ending)]:
+            return HTTPStatus.SERVICE_UNAVAILABLE, f"threads have ended: {', '.join(ended)}\n"
         silence = time.monotonic() - self._alive
         if silence > 2 * SILENCE_SECONDS and not self._api_trouble:
             return HTTPStatus.SERVICE_UNAVAILABLE, f"nothing was heard from the watch for {silence:.0f} s\n"

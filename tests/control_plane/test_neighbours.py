@@ -24,15 +24,14 @@ import pytest
 
 from bridge.cluster import access
 from bridge.cluster.api import Api
-from bridge.control_plane import instances, lease, neighbours
+from bridge.control_plane import instances, neighbours
 from bridge.control_plane.instances import Instance, InstanceState, Neighbours
-from bridge.control_plane.lease import Lease, LeaseHeldError
-from bridge.control_plane.neighbours import NeighbourError
+from bridge.control_plane.neighbours import LeaseHeldError, NeighbourError, Turn
 from bridge.errors import Exit, SettingsError
 from bridge.node.endpoints import Server
 from bridge.node.inventory import Node
 from bridge.settings.load import parse
-from bridge.settings.tables import Settings
+from bridge.settings.tables import ClusterSettings, Settings
 from bridge.specs import Component
 from bridge.system import https
 from tests.kit import apiserver, members
@@ -473,9 +472,8 @@ def test_a_node_without_admin_conf_says_so(servers: Servers, tmp_path: Path) -> 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The limits of tests."""
-    monkeypatch.setattr(lease, "_LOOK_SECONDS", 0.1)
-    monkeypatch.setattr(lease, "_BLINK_SECONDS", 0.5)
-    monkeypatch.setattr(neighbours, "_LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(neighbours, "_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(neighbours, "_BLINK_SECONDS", 0.5)
 
 
 def api(servers: Servers, *places: Place) -> Api:
@@ -484,6 +482,11 @@ def api(servers: Servers, *places: Place) -> Api:
     return Api(known.clients, [Server(f"https://{p.address}:{servers.state.port}") for p in places])
 
 
+def rules(duration: float, wait: float) -> ClusterSettings:
+    return ClusterSettings(lease_duration=timedelta(seconds=duration), lease_wait=timedelta(seconds=wait))
+
+
+@contextlib.contextmanager
 def hold(
     servers: Servers,
     holder: str = "cp-1_run",
@@ -491,11 +494,13 @@ def hold(
     duration: float = 30,
     wait: float = 0,
     note: Callable[[str], None] = silent,
-) -> contextlib.AbstractContextManager[Lease]:
-    known = api(servers, *(places or servers.places))
-    return lease.hold(
-        known, NAME, holder, duration=timedelta(seconds=duration), wait=timedelta(seconds=wait), note=note
-    )
+) -> Iterator[Turn]:
+    turn = Turn(api(servers, *(places or servers.places)), holder, rules(duration, wait), note)
+    try:
+        turn.assert_held()
+        yield turn
+    finally:
+        turn.release()
 
 
 def spec(servers: Servers) -> dict[str, object]:
@@ -543,15 +548,15 @@ def test_no_clock_of_another_node_is_believed(servers: Servers, renewed: str) ->
 
 def test_a_killed_run_of_the_same_node_holds_nobody_up(servers: Servers) -> None:
     """The next run of that node takes the lease at once; another node waits for its end."""
-    lease = hold(servers, "cp-1_killed", duration=30)
-    lease.__enter__()
+    killed = hold(servers, "cp-1_killed", duration=30)
+    killed.__enter__()
     with pytest.raises(LeaseHeldError), hold(servers, "cp-2_other", wait=0.2):
         pass
     begin = time.monotonic()
     with hold(servers, "cp-1_next", wait=10):
         assert time.monotonic() < begin + 5
         assert spec(servers)["holderIdentity"] == "cp-1_next"
-    lease.__exit__(None, None, None)
+    killed.__exit__(None, None, None)
 
 
 def test_a_holder_that_renews_keeps_it(servers: Servers) -> None:
@@ -694,10 +699,7 @@ def test_never_two_at_once(servers: Servers) -> None:
         while time.monotonic() < end:
             attempt += 1
             name = f"cp-{number}_{attempt}"
-            entered = lease.Lease(
-                api(servers, *servers.places), NAME, name,
-                duration=timedelta(seconds=2), wait=timedelta(seconds=60), note=silent,
-            )  # fmt: skip
+            entered = Turn(api(servers, *servers.places), name, rules(2, 60), silent)
             try:
                 entered.assert_held()
                 inside.append(name)
@@ -707,7 +709,7 @@ def test_never_two_at_once(servers: Servers) -> None:
                 inside.remove(name)
                 turns.append(name)
                 if dice.random() < 0.2:  # dies: nobody renews it, nobody gives it back
-                    entered._stop.set()
+                    entered._keeper.stop()
                     continue
                 entered.release()
             except BaseException as e:  # noqa: BLE001 (it is asserted below that there is none)

@@ -446,7 +446,9 @@ def test_answers_of_an_api_server_in_trouble(
 
 def test_a_lease_that_is_none(cluster: ClusterApi, desk: DeskProgram, worker: str, tmp_path: Path) -> None:
     """Garbage in the place of the lease is no lease: nobody works, and works when it is one."""
-    garbage = iter([(200, b"[]"), (200, b"{}"), (200, b'{"metadata": 1, "spec": 2}'), (500, b""), (200, b"x")])
+    endless = b'{"metadata": {}, "spec": {"holderIdentity": "x", "leaseDurationSeconds": ' + b"9" * 400 + b"}}"
+    texts = [b"[]", b"{}", b'{"metadata": 1, "spec": 2}', b"x", endless]
+    garbage = iter([(500, b""), *((200, text) for text in texts)])
 
     def before(_: str, path: str) -> tuple[int, bytes] | None:
         return next(garbage, None) if "/leases/" in path else None
@@ -458,6 +460,7 @@ def test_a_lease_that_is_none(cluster: ClusterApi, desk: DeskProgram, worker: st
         with gateways.running(place) as gateway:
             assert next(garbage, None) is None
             until_signed(gateway, cluster, ask(cluster, worker))
+            assert gateway.page("healthz")[0] == 200
 
 
 def test_it_drains(cluster: ClusterApi, desk: DeskProgram, tmp_path: Path) -> None:

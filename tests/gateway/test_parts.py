@@ -19,6 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.cluster.api import Reply
+from bridge.cluster.errors import NoAnswerError
+from bridge.cluster.lease import Keeper
 from bridge.cluster.stream import Lines
 from bridge.errors import BridgeError
 from bridge.gateway import known_nodes, objects, queue, status
@@ -395,3 +397,23 @@ def test_the_dns_proves_both_ways() -> None:
     assert known_nodes._leads_both_ways("127.0.0.1", {"localhost"})
     assert not known_nodes._leads_both_ways("127.0.0.1", {"w1"})
     assert not known_nodes._leads_both_ways("192.0.2.1", {"localhost"})
+
+
+# --- the lease's thread -----------------------------------------------------------------------------------------------
+
+
+def test_no_error_ends_the_thread_of_the_lease() -> None:
+    """An error that no code has foreseen is logged, and the lease is renewed again."""
+    errors = iter([OverflowError(), NoAnswerError("away"), None])
+    renewed = threading.Event()
+
+    def renew() -> None:
+        if (error := next(errors)) is not None:
+            raise error
+        renewed.set()
+        time.sleep(1)
+
+    keeper = Keeper(renew, timedelta(seconds=0.05))
+    keeper.start()
+    assert renewed.wait(5)
+    keeper.stop()

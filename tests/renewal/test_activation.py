@@ -20,8 +20,7 @@ from pathlib import Path
 import pytest
 
 from bridge.control_plane import health, neighbours, proof, restarts
-from bridge.control_plane.lease import LeaseHeldError
-from bridge.control_plane.neighbours import NeighbourError
+from bridge.control_plane.neighbours import LeaseHeldError, NeighbourError
 from bridge.control_plane.probes import ProofState
 from bridge.control_plane.proof import ProofFinding, ProofReport
 from bridge.control_plane.static_pods import StoppedError

@@ -1,0 +1,190 @@
+"""
+An object `Lease` of coordination.k8s.io/v1, kept as client-go's leader election keeps it (package tools/leaderelection).
+
+The turn of a node that restarts and the gateway's election are made of it. Clocks of other machines are not compared: a
+lease has expired when it was *seen* not to change for its own duration.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from http import HTTPStatus
+from typing import Any
+
+from bridge.cluster.api import Api
+from bridge.cluster.errors import NoAnswerError
+
+log = logging.getLogger("ca-bridge")
+
+_API_VERSION = "coordination.k8s.io/v1"
+_TURNS = 5  # each 409 means that somebody else was faster
+_LOOK_SECONDS = 2.0
+#: Longer than the settings allow for any lease of ours.
+_LONGEST = timedelta(days=1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """The fields of a lease that decide how long another one has to wait for it."""
+
+    holder: str = ""  #: Empty: the lease is free.
+    seconds: int = 0  #: For which it is good after it changed; a hostile API server may give any number of digits.
+    renewed: str = ""  #: Compared, and not read.
+    transitions: int = 0
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> _Record:
+        spec = document.get("spec")
+        found = spec if isinstance(spec, dict) else {}
+        seconds, transitions = found.get("leaseDurationSeconds"), found.get("leaseTransitions")
+        return cls(
+            holder=str(found.get("holderIdentity") or ""),
+            seconds=seconds if isinstance(seconds, int) else 0,
+            renewed=str(found.get("renewTime") or ""),
+            transitions=transitions if isinstance(transitions, int) else 0,
+        )
+
+
+class Lease:
+    """A claim to one lease."""
+
+    def __init__(
+        self,
+        api: Api,
+        path: tuple[str, str],
+        holder: str,
+        *,
+        duration: timedelta,
+        longest: timedelta = _LONGEST,
+        owner: str | None = None,
+    ) -> None:
+        """
+        Args:
+            api: The more of its servers are known, the longer the lease is kept through restarts.
+            path: Namespace and name.
+            holder: Who we are: no two claims have the same.
+            duration: Others may take the lease when it was not renewed for so long.
+            longest: We wait so long for a holder that does not renew it, whatever the lease says.
+            owner: A holder `OWNER_…` is a claim of ours that died, and is not waited for.
+        """
+        namespace, self.name = path
+        self._api = api
+        self._collection = f"/apis/{_API_VERSION}/namespaces/{namespace}/leases"
+        self._holder = holder
+        self._duration = duration
+        self._longest = longest.total_seconds()
+        self._owner = owner
+        self._seen: tuple[_Record, float] | None = None  # and since when
+        self._acquired = ""
+        self.taken_from = ""  #: Who had it, and had not given it back, when `take` last wrote it.
+
+    def take(self) -> str:
+        """
+        Take it if it is free, or renew it; who else has it, empty if it is ours now.
+
+        Raises:
+            NoAnswerError: The API does not answer, or not as it should.
+        """
+        for _ in range(_TURNS):
+            found = self._api.ask("GET", f"{self._collection}/{self.name}")
+            record = _Record()
+            if found.status == HTTPStatus.NOT_FOUND:
+                wrote = self._api.ask("POST", self._collection, self._made({"metadata": {"name": self.name}}))
+            elif found.status == HTTPStatus.OK:
+                record = _Record.of(found.document)
+                if self._is_anothers(record):
+                    return record.holder
+                body = self._made(found.document)
+                wrote = self._api.ask("PUT", f"{self._collection}/{self.name}", body)
+            else:
+                wrote = found
+            if wrote.status in {HTTPStatus.OK, HTTPStatus.CREATED}:
+                self.taken_from = record.holder
+                return ""
+            # 404: deleted meanwhile. After a write that was carried out, and whose answer got lost, the next turn
+            # finds that it is ours.
+            if wrote.status not in {HTTPStatus.CONFLICT, HTTPStatus.NOT_FOUND}:
+                raise NoAnswerError(f"wanted the lease {self.name}, found HTTP {wrote.status} {wrote.message}".rstrip())
+        raise NoAnswerError(f"wanted the lease {self.name}, found that it changed each time")
+
+    def give_back(self) -> None:
+        """
+        Let the next one have it at once, if it is ours.
+
+        Raises:
+            NoAnswerError: The API does not answer; the lease expires.
+        """
+        for _ in range(_TURNS):
+            found = self._api.ask("GET", f"{self._collection}/{self.name}")
+            if found.status != HTTPStatus.OK or _Record.of(found.document).holder != self._holder:
+                return
+            body = self._made(found.document, holder="")
+            if self._api.ask("PUT", f"{self._collection}/{self.name}", body).status == HTTPStatus.OK:
+                return
+
+    def _is_anothers(self, record: _Record) -> bool:
+        if record.holder in {"", self._holder} or record.holder.rpartition("_")[0] == self._owner:
+            return False
+        now = time.monotonic()
+        if self._seen is None or self._seen[0] != record:
+            self._seen = (record, now)
+        return now < self._seen[1] + min(record.seconds or self._duration.total_seconds(), self._longest)
+
+    def _made(self, document: Mapping[str, Any], *, holder: str | None = None) -> dict[str, Any]:
+        """The lease with another spec; its resourceVersion stays, so that a change in between is a 409."""
+        before, metadata = _Record.of(document), document.get("metadata")
+        if not isinstance(metadata, dict):
+            raise NoAnswerError(f"wanted the lease {self.name}, found something else")
+        name = self._holder if holder is None else holder
+        now = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+        if before.holder != name and name:
+            self._acquired = now
+        return {
+            "apiVersion": _API_VERSION,
+            "kind": "Lease",
+            "metadata": metadata,
+            "spec": {
+                "holderIdentity": name,
+                "leaseDurationSeconds": math.ceil(self._duration.total_seconds()),
+                "acquireTime": self._acquired or now,
+                "renewTime": now,
+                "leaseTransitions": before.transitions + (name not in {"", before.holder}),
+            },
+        }
+
+
+class Keeper:
+    """A thread that calls `renew` five times in a lease's duration, until `stop`; no error ends it."""
+
+    def __init__(self, renew: Callable[[], None], duration: timedelta) -> None:
+        self._renew = renew
+        self._pause = duration.total_seconds() / 5
+        self._stop = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="lease", daemon=True)
+
+    def start(self) -> None:
+        """Begin to renew; the first time at once."""
+        self.thread.start()
+
+    def stop(self) -> None:
+        """End the thread, if there is one."""
+        self._stop.set()
+        if self.thread.ident is not None:
+            self.thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            pause = self._pause
+            try:
+                self._renew()
+            except NoAnswerError:
+                pause = min(pause, _LOOK_SECONDS)
+            except Exception as e:  # noqa: BLE001 (without the thread the lease would never be ours again)
+                log.error("the lease was not renewed: %s (a bug: report it)", type(e).__name__)  # noqa: TRY400
+            self._stop.wait(pause)
