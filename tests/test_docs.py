@@ -19,6 +19,7 @@ from bridge.contract import GIVEN, BackendSettings, Secret
 from bridge.errors import Exit, SettingsError
 from bridge.settings.load import parse
 from bridge.settings.tables import AuthoritySettings
+from bridge.specs import SPECS
 from tests.kit import manual, settings_page
 from tests.kit.commands import NAME, commands, help_of, lines_in, why_not
 
@@ -28,6 +29,39 @@ EXAMPLE = ROOT / "config/config.toml"
 
 #: `python -m tests.test_docs` writes what is generated; tests compare it.
 COMMANDS, SETTINGS = ROOT / "docs/commands.md", ROOT / "docs/settings.md"
+
+
+CERTIFICATES = ROOT / "docs/certificates.md"
+TABLE, END = "<!-- certificates: written by `python -m tests.test_docs` -->", "<!-- end of certificates -->"
+#: Who reads a certificate that no component of the node does.
+READERS = {
+    "admin.conf": "administrators, kubeadm",
+    "super-admin.conf": "`kubeadm init` alone",
+    "etcd-healthcheck-client": "kubeadm, health checks of etcd",
+}
+
+
+def certificates_table() -> str:
+    """A row for each certificate: file, CA, subject, usages, who reads it, whether that needs a restart."""
+    rows = [
+        "| certificate | file | CA | subject | usages | who reads it | restart |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, spec in SPECS.items():
+        common_name = spec.common_names[0].replace("{node}", "NODE")
+        subject = ", ".join([f"CN={common_name}", *(f"O={group}" for group in sorted(spec.groups[0]))])
+        usages = ", ".join(sorted(eku.label for eku in spec.ekus))
+        file = "the kubelet's `pki` directory" if spec.kubelets else f"`{spec.base}`"
+        reader = spec.component.value if spec.component else READERS[name]
+        restart = "no" if spec.reloaded else "yes"
+        rows.append(f"| {name} | {file} | {spec.authority.name} | `{subject}` | {usages} | {reader} | {restart} |")
+    return "\n".join(rows)
+
+
+def certificates_page() -> str:
+    """The page with today's table in it."""
+    before, _, rest = CERTIFICATES.read_text(encoding="utf-8").partition(TABLE)
+    return f"{before}{TABLE}\n\n{certificates_table()}\n\n{END}{rest.partition(END)[2]}"
 
 
 def commands_page() -> str:
@@ -43,6 +77,12 @@ def commands_page() -> str:
 def test_the_commands_page_is_what_the_program_says() -> None:
     """An option that is not on the page, or no longer in the program, fails here."""
     assert COMMANDS.read_text(encoding="utf-8") == commands_page(), "run: python -m tests.test_docs"
+
+
+def test_the_page_of_certificates_has_all_of_them() -> None:
+    """A certificate that is added to the program, or changed, fails here."""
+    assert CERTIFICATES.read_text(encoding="utf-8") == certificates_page(), "run: python -m tests.test_docs"
+    assert certificates_table().count("\n") == len(SPECS) + 1
 
 
 def test_the_settings_page_is_what_the_program_reads() -> None:
@@ -178,7 +218,7 @@ def test_the_exit_codes_on_their_page_are_the_programs() -> None:
 
 DOCUMENTS = sorted(
     [
-        *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "README.md")),
+        *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "README.md", "SECURITY.md")),
         *(path for folder in ("config", "docs", "tests") for path in (ROOT / folder).rglob("*.md")),
     ]
 )
@@ -359,6 +399,7 @@ def main() -> None:
     """Write what is generated."""
     COMMANDS.write_text(commands_page(), encoding="utf-8")
     SETTINGS.write_text(settings_page.page(), encoding="utf-8")
+    CERTIFICATES.write_text(certificates_page(), encoding="utf-8")
     manual.write()
 
 
