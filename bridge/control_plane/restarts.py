@@ -36,7 +36,7 @@ from bridge.system import run_command
 from bridge.system.console import log
 from bridge.system.files import write_atomically
 from bridge.system.safe_read import UnreadableError, read
-from bridge.system.state_file import OnDamage, StateFile
+from bridge.system.state_file import OnDamage, StateFile, coded
 from bridge.system.status import doing
 from bridge.system.waiting import wait_until
 from bridge.words import name_found
@@ -189,7 +189,7 @@ def _harmed(restarted: Sequence[Component], node: Node, settings: Settings) -> l
 
 
 def _too_soon(component: Component, settings: Settings, store: Store) -> Restarted | None:
-    last, interval = _times(store).get(component.value), settings.restart.min_interval
+    last, interval = _times(store).get(component), settings.restart.min_interval
     now = datetime.now(UTC)
     if last is None or not last <= now < last + interval:
         return None
@@ -204,28 +204,22 @@ def _too_soon(component: Component, settings: Settings, store: Store) -> Restart
 def restarted_since(store: Store, moment: datetime) -> list[Component]:
     """The components whose restart was begun then or later, in order."""
     times = _times(store)
-    return [c for c in restart_plan.ORDER if c.value in times and times[c.value] >= moment]
+    return [c for c in restart_plan.ORDER if c in times and times[c] >= moment]
 
 
-def _times(store: Store) -> dict[str, datetime]:
+def _times(store: Store) -> dict[Component, datetime]:
     return times_file(store).read() or {}
 
 
-def times_file(store: Store) -> StateFile[dict[str, datetime]]:
+def times_file(store: Store) -> StateFile[dict[Component, datetime]]:
     """When each component was restarted; without it none counts as restarted."""
-    return StateFile(
-        path=store.restarted,
-        what="when each component was last restarted",
-        parse=lambda document: {name: datetime.fromisoformat(text) for name, text in document.items()},
-        keys=frozenset(component.value for component in Component),
-        on_damage=OnDamage.START_OVER,
-    )
+    what = "when each component was last restarted"
+    return coded(dict[Component, datetime], store.restarted, what, OnDamage.START_OVER)
 
 
 def _remember(component: Component, store: Store) -> None:
     """Write down a restart before it happens: a run that is killed over and over does not restart over and over."""
-    times = {**_times(store), component.value: datetime.now(UTC)}
-    times_file(store).replace({name: time_.isoformat() for name, time_ in times.items()})
+    times_file(store).put({**_times(store), component: datetime.now(UTC)})
 
 
 def _wait_for_neighbours(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
 
 from bridge.errors import Exit
 from bridge.state.store import Store
-from bridge.system.state_file import OnDamage, StateFile
+from bridge.system.codec import named
+from bridge.system.state_file import OnDamage, StateFile, coded
 
 #: A CA that has not answered yet, or another run that does the work: neither success nor failure.
 _NEITHER = (Exit.WAITING, Exit.LOCKED)
@@ -21,12 +20,17 @@ class History:
     """How the last runs of `renew` on this node ended; a rehearsal is no run."""
 
     ended: datetime | None = None  #: The last run; None: there was none.
-    exit_code: int = Exit.DONE  #: Of the last run.
-    seconds: float = 0  #: That it took.
     succeeded: datetime | None = None  #: The end of the last one with exit code 0; None: there was none.
-    failures: int = 0  #: Runs in a row that failed; those that only waited, or found another one at work, do not count.
     rehearsed: datetime | None = None  #: The end of the last rehearsal.
-    rehearsal_exit_code: int = Exit.DONE  #: Of the last rehearsal.
+    exit_code: int = field(default=Exit.DONE, metadata=named("exitCode"))  #: Of the last run.
+    seconds: float = 0  #: How long it took.
+    failures: int = 0  #: Runs in a row that failed; those that only waited, or found another one at work, do not count.
+    #: Of the last rehearsal.
+    rehearsal_exit_code: int = field(default=Exit.DONE, metadata=named("rehearsalExitCode"))
+
+    def __post_init__(self) -> None:
+        if not self.seconds >= 0 or self.failures < 0:
+            raise ValueError("not written by this program")
 
 
 def after(before: History | None, exit_code: int, ended: datetime, seconds: float) -> History:
@@ -52,40 +56,4 @@ def after_rehearsal(before: History | None, exit_code: int, ended: datetime) -> 
 
 def history_file(store: Store) -> StateFile[History]:
     """The file; a damaged one counts as none: the worst that follows is a count that begins anew."""
-    return StateFile(
-        path=store.history,
-        what="how the last runs ended",
-        parse=_from_json,
-        keys=frozenset({"version", *_TIMES, "exitCode", "seconds", "failures", "rehearsalExitCode"}),
-        on_damage=OnDamage.START_OVER,
-    )
-
-
-_TIMES = ("ended", "succeeded", "rehearsed")
-
-
-def to_json(one: History) -> dict[str, Any]:
-    """The history as the file has it."""
-    times = {name: getattr(one, name) for name in _TIMES}
-    return {
-        "version": 1,
-        **{name: time.isoformat() if time is not None else None for name, time in times.items()},
-        "exitCode": one.exit_code,
-        "seconds": one.seconds,
-        "failures": one.failures,
-        "rehearsalExitCode": one.rehearsal_exit_code,
-    }
-
-
-def _from_json(document: Mapping[str, Any]) -> History:
-    times = {name: datetime.fromisoformat(text) for name in _TIMES if (text := document[name]) is not None}
-    history = History(
-        **times,
-        exit_code=int(document["exitCode"]),
-        seconds=float(document["seconds"]),
-        failures=int(document["failures"]),
-        rehearsal_exit_code=int(document["rehearsalExitCode"]),
-    )
-    if any(time.tzinfo is None for time in times.values()) or not history.seconds >= 0 or history.failures < 0:
-        raise ValueError("not written by this program")
-    return history
+    return coded(History, store.history, "how the last runs ended", OnDamage.START_OVER, version=1)

@@ -127,7 +127,7 @@ def write(settings: Settings, file: Path, count: Callable[[History | None], Hist
         # a run that found another one at work ends while that goes on: the node's lock is not the one to take
         with lock(store.history_lock, "renew", _WAIT):
             runs = history.history_file(store)
-            runs.replace(history.to_json(count(runs.read())))
+            runs.put(count(runs.read()))
             _put(file, of_node(settings, now, known(store)).encode())
     except OSError as e:
         raise MetricsError(f"{file}: wanted to write the metrics, found: {e.strerror}") from e

@@ -11,9 +11,8 @@ from __future__ import annotations
 import dataclasses
 import secrets
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 from bridge.errors import BridgeError, Exit, WaitingError
 from bridge.node import inventory
@@ -22,7 +21,8 @@ from bridge.renewal.selection import Selection, outcome_of, select
 from bridge.settings.tables import RenewalSettings, Settings
 from bridge.settings.windows import Decision, may_act
 from bridge.state.store import Store
-from bridge.system.state_file import OnDamage, StateFile
+from bridge.system.codec import named
+from bridge.system.state_file import OnDamage, StateFile, coded
 
 #: So many failed runs in a row need a person.
 MANY = 3
@@ -170,8 +170,12 @@ class Failures:
     count: int
     since: datetime  #: The first.
     last: datetime
-    exit_code: int  #: Of the last.
+    exit_code: int = field(metadata=named("exitCode"))  #: Of the last.
     reason: str  #: Of the last.
+
+    def __post_init__(self) -> None:
+        if self.exit_code not in Exit.PRECEDENCE[:-1]:
+            raise ValueError("not written by this program")
 
     @property
     def needs_a_person(self) -> bool:
@@ -258,19 +262,12 @@ class Attempts:
             else:
                 self.authorities.pop(name, None)
         if self.authorities != before:
-            self._save()
+            self._file.put(self.authorities)
         return [
             NeedsAPersonError(name, one)
             for name, one in self.authorities.items()
             if name in failed and one.needs_a_person
         ]
-
-    def _save(self) -> None:
-        if self.authorities:
-            entries = {name: _to_json(one) for name, one in self.authorities.items()}
-            self._file.replace({"version": 1, "authorities": entries})
-        else:
-            self._file.remove()
 
 
 def _one_more(before: Failures | None, error: BridgeError, now: datetime) -> Failures:
@@ -285,33 +282,11 @@ def _one_more(before: Failures | None, error: BridgeError, now: datetime) -> Fai
 
 def attempts_file(store: Store) -> StateFile[dict[str, Failures]]:
     """The failed runs so far, by authority; a damaged one counts as none: the worst that follows is one more try."""
-    return StateFile(
-        path=store.attempts,
-        what="the failed runs so far",
-        parse=lambda document: {str(name): _from_json(entry) for name, entry in document["authorities"].items()},
-        keys=frozenset({"version", "authorities"}),
-        on_damage=OnDamage.START_OVER,
+    return coded(
+        dict[str, Failures],
+        store.attempts,
+        "the failed runs so far",
+        OnDamage.START_OVER,
+        key="authorities",
+        version=1,
     )
-
-
-def _to_json(one: Failures) -> dict[str, Any]:
-    return {
-        "count": one.count,
-        "since": one.since.isoformat(),
-        "last": one.last.isoformat(),
-        "exitCode": one.exit_code,
-        "reason": one.reason,
-    }
-
-
-def _from_json(entry: Mapping[str, Any]) -> Failures:
-    failures = Failures(
-        count=int(entry["count"]),
-        since=datetime.fromisoformat(entry["since"]),
-        last=datetime.fromisoformat(entry["last"]),
-        exit_code=int(entry["exitCode"]),
-        reason=str(entry["reason"]),
-    )
-    if None in (failures.since.tzinfo, failures.last.tzinfo) or failures.exit_code not in Exit.PRECEDENCE[:-1]:
-        raise ValueError("not written by this program")
-    return failures

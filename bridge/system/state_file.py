@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 from cryptography import x509
 
 from bridge.errors import BridgeError, Exit
+from bridge.system import codec
 from bridge.system.files import sync_directory, write_atomically
 
 log = logging.getLogger("ca-bridge")
@@ -74,6 +75,8 @@ class StateFile(Generic[T]):
     on_damage: OnDamage
     afterwards: str = ""  #: What to do when a damaged one is out of the way, for the hint.
     exit_code: int = Exit.FAILED  #: Of what can't be read.
+    #: The document of a value, for `put`.
+    document: Callable[[T], Mapping[str, Any]] | None = None
 
     def read(self) -> T | None:
         """
@@ -114,7 +117,7 @@ class StateFile(Generic[T]):
         try:
             return self.parse(unsealed(data, self.keys))
         except _NOT_OURS as e:
-            reason = str(e) if isinstance(e, _DigestError) else type(e).__name__
+            reason = str(e) if isinstance(e, _DigestError | codec.CodecError) else type(e).__name__
             raise StateDamagedError(
                 f"{self.path}: wanted {self.what}, found something else ({reason})",
                 hint=f"`ca-bridge recover --set-aside` moves it out of the way, and keeps everything else; "
@@ -130,6 +133,17 @@ class StateFile(Generic[T]):
         except OSError as e:
             text = f"{self.path}: wanted to read {self.what}, found: {e.strerror}"
             raise StateUnreadableError(text, exit_code=self.exit_code) from e
+
+    def put(self, value: T) -> None:
+        """
+        Write another value, safe on disk when this returns; an empty one removes the file.
+
+        Raises:
+            StateError: As `replace` and `remove`.
+        """
+        if self.document is None:
+            raise AssertionError(f"{self.what} is written as a document")
+        self.replace(self.document(value)) if value else self.remove()
 
     def replace(self, document: Mapping[str, Any]) -> None:
         """
@@ -171,6 +185,54 @@ class StateFile(Generic[T]):
         except OSError as e:
             raise StateError(f"{self.path}: wanted to rename it to {kept.name}, found: {e.strerror}") from e
         return kept
+
+
+def coded(
+    kind: type[T],
+    path: Path,
+    what: str,
+    on_damage: OnDamage,
+    *,
+    key: str = "",
+    version: int | None = None,
+    afterwards: str = "",
+    exit_code: int = Exit.FAILED,
+) -> StateFile[T]:
+    """
+    A file whose document the codec writes and reads: a dataclass, or anything below one key.
+
+    Args:
+        kind: Of its value.
+        path: Where it is.
+        what: As in `StateFile`, as the others.
+        on_damage: What a damaged one means.
+        key: Under which the value stands; empty: its fields are the document's.
+        version: Stands there, too; None: none does.
+        afterwards: For the hint.
+        exit_code: Of what can't be read.
+    """
+    constant = {} if version is None else {"version": version}
+
+    def parse(document: Mapping[str, Any]) -> T:
+        rest = {name: found for name, found in document.items() if name not in constant}
+        if key and rest.keys() != {key}:
+            raise codec.CodecError(f"wanted the key {key} and no other")
+        return codec.from_json(kind, rest[key] if key else rest, key)
+
+    def document(value: T) -> Mapping[str, Any]:
+        found = codec.to_json(value)
+        return {**constant, **({key: found} if key else found)}
+
+    return StateFile(
+        path=path,
+        what=what,
+        parse=parse,
+        keys=frozenset({*constant, *([key] if key else codec.keys_of(kind))}),
+        on_damage=on_damage,
+        afterwards=afterwards,
+        exit_code=exit_code,
+        document=document,
+    )
 
 
 class _DigestError(ValueError):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bridge.errors import Exit
-from bridge.monitoring.history import History, after, history_file, to_json
+from bridge.monitoring.history import History, after, history_file
 from bridge.state.store import Store
 
 NOW = datetime(2026, 11, 25, 12, tzinfo=UTC)
@@ -55,7 +55,7 @@ def test_it_outlives_a_run(tmp_path: Path) -> None:
     """What is written is what is read."""
     file = history_file(Store(tmp_path))
     assert file.read() is None
-    file.replace(to_json(nights(0, 1)))
+    file.put(nights(0, 1))
     assert file.read() == nights(0, 1)
 
 

@@ -1,0 +1,152 @@
+"""
+Dataclasses as JSON, and back: one form for each type, for all state files.
+
+A field's key is its name, with these exceptions: `csr_pem: bytes` is the text `csr`, `validity: timedelta` is the number
+`validitySeconds`, and `named("key")` gives another key. Reading is strict: a missing, unknown or mistyped field is an
+error that names it, and never repeats a value, which may be a key.
+"""
+
+from __future__ import annotations
+
+import types
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Mapping
+from dataclasses import Field, fields, is_dataclass
+from datetime import datetime, timedelta
+from enum import Enum
+from functools import cache
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
+
+from cryptography import x509
+
+from bridge.contract import Issued
+from bridge.pki.certificates import load_pem_certificates, pem
+from bridge.specs import SPECS, USER, CertificateSpec
+
+T = TypeVar("T")
+
+_KEY, _PEM = "key", "_pem"
+
+
+class CodecError(ValueError):
+    """A document is not what its type says; the text names the field and no value."""
+
+
+def named(key: str) -> Mapping[str, str]:
+    """Metadata of a field that has another key in JSON than its name."""
+    return {_KEY: key}
+
+
+def _time(text: str) -> datetime:
+    found = datetime.fromisoformat(text)
+    if found.tzinfo is None:
+        raise ValueError("without a time zone")
+    return found
+
+
+def _certificates(texts: list[str]) -> Issued:
+    leaf, *intermediates = load_pem_certificates("".join(texts).encode())
+    return Issued(leaf=leaf, intermediates=tuple(intermediates))
+
+
+#: How values of a type are written and read, where JSON has no such type.
+_FORMS: Mapping[object, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    datetime: (datetime.isoformat, _time),
+    timedelta: (lambda value: int(value.total_seconds()), lambda value: timedelta(seconds=value)),
+    bytes: (lambda value: b64encode(value).decode(), lambda value: b64decode(value, validate=True)),
+    x509.Certificate: (lambda value: pem(value).decode(), lambda value: _certificates([value]).leaf),
+    Issued: (lambda value: [pem(one).decode() for one in (value.leaf, *value.intermediates)], _certificates),
+    CertificateSpec: (lambda value: value.name, lambda name: USER if name == USER.name else SPECS[name]),
+}
+
+
+def to_json(value: Any) -> Any:
+    """Turn a value into what `json.dumps` takes."""
+    if isinstance(value, Enum):
+        return value.value
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {to_json(key): to_json(one) for key, one in value.items()}
+    if isinstance(value, tuple | frozenset):
+        return list(map(to_json, sorted(value) if isinstance(value, frozenset) else value))
+    for kind, (written, _) in _FORMS.items():
+        if isinstance(value, cast("type", kind)):
+            return written(value)
+    return {key: _field_to_json(field, getattr(value, field.name)) for field, key, _ in _fields(value.__class__)}
+
+
+def _field_to_json(field: Field[Any], value: Any) -> Any:
+    return value.decode() if field.name.endswith(_PEM) and value is not None else to_json(value)
+
+
+def from_json(kind: type[T], value: Any, where: str = "") -> T:
+    """
+    Read a value of a type.
+
+    Raises:
+        CodecError: It is something else.
+    """
+    try:
+        return cast("T", _read(kind, value, where))
+    except CodecError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, x509.InvalidVersion):
+        wanted = getattr(kind, "__name__", str(kind))
+        raise CodecError(f"{where or 'document'}: wanted {wanted}, found {type(value).__name__}") from None
+
+
+@cache
+def _fields(kind: type) -> tuple[tuple[Field[Any], str, Any], ...]:
+    """Each field of a dataclass, its key and its type."""
+    hints, found = get_type_hints(kind), []
+    for field in fields(kind):
+        key = field.name.removesuffix(_PEM) + ("Seconds" if hints[field.name] is timedelta else "")
+        found.append((field, field.metadata.get(_KEY, key), hints[field.name]))
+    return tuple(found)
+
+
+def keys_of(kind: type) -> frozenset[str]:
+    """The keys that a document may have: a dataclass's, or those of a mapping from an enumeration."""
+    names = (key for _, key, _ in _fields(kind)) if is_dataclass(kind) else (one.value for one in get_args(kind)[0])
+    return frozenset(names)
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    if get_origin(kind) is not None:
+        return _read_generic(get_origin(kind), get_args(kind), value, where)
+    if kind in _FORMS:
+        return _FORMS[kind][1](value)
+    if is_dataclass(kind):
+        return _read_fields(cast("type", kind), value, where)
+    if issubclass(kind, Enum):
+        return kind(value)
+    if type(value) is kind or (kind is float and type(value) is int):
+        return value
+    raise TypeError
+
+
+def _read_generic(origin: Any, inner: tuple[Any, ...], value: Any, where: str) -> Any:
+    if origin is types.UnionType:  # `X | None`, the only one there is
+        return None if value is None else from_json(inner[0], value, where)
+    if issubclass(origin, Mapping):
+        return {from_json(inner[0], key): from_json(inner[1], one, f"{where}.{key}") for key, one in value.items()}
+    if not isinstance(value, list):
+        raise TypeError
+    return origin(from_json(inner[0], one, f"{where}[{number}]") for number, one in enumerate(value))
+
+
+def _read_fields(kind: type, document: Any, where: str) -> Any:
+    known, found = _fields(kind), {}
+    if more := document.keys() - {key for _, key, _ in known}:
+        raise CodecError(f"{where or 'document'}: wanted a {kind.__name__}, found {len(more)} unknown keys")
+    for field, key, own in known:
+        place = f"{where}.{key}".lstrip(".")
+        if key not in document:
+            if field.default is not None:  # earlier versions have not written what may be None
+                raise CodecError(f"{place}: wanted a value, found none")
+        elif field.name.endswith(_PEM) and document[key] is not None:
+            found[field.name] = from_json(str, document[key], place).encode()
+        else:
+            found[field.name] = from_json(own, document[key], place)
+    return kind(**found)
