@@ -37,7 +37,7 @@ class Continuity:
     batch: str  #: Of the requests that are sent together; 32 hex digits.
     node: str
     cluster: str
-    proof: bytes | None  #: See `bridge.pki.continuity`; None: the old key can't be read.
+    proof: bytes | None  #: See `bridge.pki.signatures`; None: the old key can't be read.
     #: When, in whole seconds, UTC; None: an earlier version of the program asked, whose proof covers no time.
     asked: datetime | None = None
 

@@ -181,7 +181,7 @@ def backend_wall(source: str, module: str) -> Iterator[str]:
         allowed += ["bridge.pki.bundle", "bridge.pki.bundle_format", "bridge.pki.signatures"]
         allowed += ["bridge.system.files", "bridge.system.safe_read"]
     if family == "backends.exec":
-        allowed += ["bridge.pki.loose_certificates"]
+        allowed += ["bridge.pki.certificates"]
     if module.endswith(".setup"):  # prints what a CA needs for certificates that it looks into
         allowed += ["bridge.pki.certificates"]
     for name in imports(source, module):

@@ -34,7 +34,7 @@ from bridge.errors import (
     SettingsProblem,
     Violation,
 )
-from bridge.pki.loose_certificates import is_for, newest
+from bridge.pki.certificates import is_for
 from bridge.specs import CertificateSpec
 
 log = logging.getLogger("ca-bridge.exec")
@@ -322,7 +322,9 @@ def _issued(request: SignRequest, output: bytes) -> Issued:
     ours = [one for one in found if is_for(one, request.csr)]
     if not ours:
         raise ValueError(f"{len(found)} for other keys")
-    return newest(ours, [one for one in found if one not in ours])
+    newest = max(ours, key=lambda certificate: certificate.not_valid_before_utc)
+    # the rest may lead to its CA; `bridge.pki.verify` finds out which of them do
+    return Issued(leaf=newest, intermediates=tuple(one for one in found if one not in ours))
 
 
 def _profile_violations(profile: str, offered: Sequence[str]) -> Iterator[Violation]:

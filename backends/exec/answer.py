@@ -9,7 +9,7 @@ from typing import Any
 
 from cryptography import x509
 
-from bridge.pki.loose_certificates import certificates_in
+from bridge.pki.certificates import certificates_in
 from bridge.words import one_line
 
 _MOST_WORDS = 300  # characters; certmonger itself keeps the first line of a refusal

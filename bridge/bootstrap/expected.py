@@ -16,9 +16,8 @@ from bridge.bootstrap.configuration import naming_facts
 from bridge.bootstrap.orders import Order, OrderError
 from bridge.bootstrap.places import specs_of
 from bridge.node.kubeadm_config import KubeadmConfigError
-from bridge.pki.csr import generate_key
+from bridge.pki.csr import Naming, general_name, generate_key, subject_of
 from bridge.pki.kubeadm_names import NoFactError, naming
-from bridge.pki.naming import Naming, general_name, subject_of
 from bridge.specs import KUBELET_CONF, KUBELET_SERVER, CertificateSpec
 
 _LIFETIME = timedelta(days=1)

@@ -19,7 +19,7 @@ from bridge.desk import signing_key
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.node.kubeadm_config import KubeadmConfigError
 from bridge.pki import signatures
-from bridge.pki.spoken import spoken
+from bridge.pki.display import fingerprint_text
 from bridge.settings.tables import Settings
 from bridge.system.files import write_atomically
 from bridge.system.ownership import open_secret
@@ -171,7 +171,8 @@ def write_orders(
         signature = signatures.sign(key, orders.message(order)) if key is not None else None
         write_atomically(path, orders.dumps(dataclasses.replace(order, signature=signature)), _PUBLIC)
     return [
-        Written(node=node, path=path, fingerprint=spoken(orders.digest(order))) for node, (path, order) in made.items()
+        Written(node=node, path=path, fingerprint=fingerprint_text(orders.digest(order)))
+        for node, (path, order) in made.items()
     ]
 
 

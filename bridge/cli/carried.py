@@ -18,8 +18,8 @@ from bridge.cli.results import grouped, report
 from bridge.errors import BridgeError, Exit
 from bridge.monitoring import metrics
 from bridge.pki import bundle_format, bundle_text
+from bridge.pki.display import fingerprint_text
 from bridge.pki.expiry import residual, rfc3339, seconds_left
-from bridge.pki.spoken import spoken
 from bridge.renewal import airgap
 from bridge.renewal.selection import ALL, Selection, nothing_due
 from bridge.renewal.wish import NO_CHANGES, Changes
@@ -132,7 +132,7 @@ def _whereabouts(one: OpenRequest) -> str:
 def _fingerprint(one: OpenRequest) -> str:
     """The short fingerprint of the bundle in which it was carried out last; else the beginning of the CSR's SHA-256."""
     digest = one.bundles[-1] if one.bundles else one.reference
-    return spoken(digest) if _is_digest(digest) else f"{_csr_sha256(one)[:16]}…"
+    return fingerprint_text(digest) if _is_digest(digest) else f"{_csr_sha256(one)[:16]}…"
 
 
 def _is_digest(text: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from cryptography import x509
 
-from bridge.pki.naming import general_name
+from bridge.pki.csr import general_name
 from bridge.renewal.wish import Changes
 from bridge.system.console import log
 

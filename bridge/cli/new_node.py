@@ -19,8 +19,8 @@ from bridge.cli.printing import say, say_sentence, say_table, under_headings
 from bridge.cli.progress import progress_shown
 from bridge.cli.results import grouped
 from bridge.errors import Exit, SettingsError, SettingsProblem, WaitingError
+from bridge.pki.display import fingerprint_text
 from bridge.pki.expiry import minute
-from bridge.pki.spoken import spoken
 from bridge.settings.tables import Settings
 from bridge.state.outcome import Outcome
 from bridge.system.console import log, print_error, printable
@@ -213,7 +213,7 @@ def _whom(outcome: Outcome) -> str:
 def _compare(settings: Settings, said: Said) -> None:
     """Whoever could change an order on its way decides what this node runs, and whom it trusts."""
     if said.order is not None and settings.node.order_key is None:
-        printed = spoken(orders.digest(said.order))
+        printed = fingerprint_text(orders.digest(said.order))
         say("\n")
         say_sentence(f"first compare with what `bootstrap orders` printed, by another way: fingerprint {printed}")
 

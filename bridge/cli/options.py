@@ -18,7 +18,7 @@ import typer
 from bridge.cli.help import Command
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.node import names
-from bridge.pki.durations import parse_duration
+from bridge.pki.expiry import parse_duration
 from bridge.settings.load import load, overridden
 from bridge.settings.tables import Settings
 from bridge.state.store import replaced_here

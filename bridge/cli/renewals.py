@@ -18,8 +18,7 @@ from bridge.errors import Exit
 from bridge.monitoring import metrics
 from bridge.node import inventory
 from bridge.node.inventory import Item
-from bridge.pki.durations import duration_text
-from bridge.pki.expiry import first_end, minute, rfc3339
+from bridge.pki.expiry import duration_text, first_end, minute, rfc3339
 from bridge.renewal import renew as renewal
 from bridge.renewal.issuance import shortened
 from bridge.renewal.prepare import Prepared, prepare

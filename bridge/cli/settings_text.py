@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 from bridge.contract import GIVEN, Secret
-from bridge.pki.durations import duration_text
+from bridge.pki.expiry import duration_text
 from bridge.settings.tables import Commands, Components
 from bridge.settings.windows import Windows
 

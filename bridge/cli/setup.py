@@ -20,7 +20,7 @@ from bridge.contract import SetsUp, SetupFile, SetupRequest
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.node import inventory
 from bridge.node.inventory import Item
-from bridge.pki.node_names import named, parse_nodes, renamed
+from bridge.pki.kubeadm_names import named, parse_nodes, renamed
 from bridge.renewal import serving
 from bridge.settings.load import DEFAULT_FILE
 from bridge.settings.rehearsal import for_rehearsal

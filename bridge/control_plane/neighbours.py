@@ -21,7 +21,7 @@ from bridge.control_plane.instances import Neighbours, api_servers, connect, loo
 from bridge.errors import PostponedError
 from bridge.node.endpoints import Server
 from bridge.node.inventory import Node
-from bridge.pki.durations import duration_text
+from bridge.pki.expiry import duration_text
 from bridge.settings.tables import ClusterSettings, Settings
 from bridge.specs import Component
 from bridge.system.status import doing

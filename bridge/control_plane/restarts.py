@@ -26,7 +26,7 @@ from bridge.node import inventory, kubeconfig, manifests, pods
 from bridge.node.inventory import Node
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki.certificates import load_pem_certificates
-from bridge.pki.durations import duration_text
+from bridge.pki.expiry import duration_text
 from bridge.settings.tables import Settings
 from bridge.specs import Component
 from bridge.state import audit, session

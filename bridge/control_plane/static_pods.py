@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from bridge.errors import Exit, PostponedError
-from bridge.pki.durations import duration_text
+from bridge.pki.expiry import duration_text
 from bridge.specs import Component
 from bridge.state.parked_manifest import RestartError, aside, close, enter, is_there, journal_of, put_back, sync
 from bridge.state.store import Store

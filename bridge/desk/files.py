@@ -23,8 +23,7 @@ from bridge.desk.policy import Policy, parse
 from bridge.desk.workers import GARBAGE, WORTHWHILE, ReadAhead, Workers
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.pki.bundle import CARRIED, AnswerBundle, BundleError, IncompleteBundleError, RequestBundle
-from bridge.pki.bundle_fields import MAX_BUNDLE_BYTES
-from bridge.pki.bundle_format import answer_suffix, digest, dumps, file_names, loads, loads_request
+from bridge.pki.bundle_format import MAX_BUNDLE_BYTES, answer_suffix, digest, dumps, file_names, loads, loads_request
 from bridge.pki.certificates import load_pem_certificates
 from bridge.pki.expiry import is_due
 from bridge.settings.load import DEFAULT_FILE, assert_ours

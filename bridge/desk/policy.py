@@ -40,10 +40,9 @@ from bridge.desk.user_requests import UserRules
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.bundle import BundledRequest, RequestBundle
 from bridge.pki.certificates import attributes, san_counts
-from bridge.pki.continuity import origin_problem, proof_problem, usages_problem
 from bridge.pki.csr import algorithm_name
-from bridge.pki.durations import duration_text
-from bridge.pki.expiry import minute
+from bridge.pki.expiry import duration_text, minute
+from bridge.pki.signatures import origin_problem, proof_problem, usages_problem
 from bridge.settings.reader import Reader, Source
 from bridge.specs import EKU, KEY_ALGORITHMS, KUBELET_SERVER, SPECS, USER
 from bridge.words import one_line

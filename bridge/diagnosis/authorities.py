@@ -14,7 +14,7 @@ from bridge.diagnosis.installed import private_file
 from bridge.errors import BackendError, BackendUnavailableError, BridgeError, SettingsError
 from bridge.node.inventory import Item, Node
 from bridge.pki import csr, verify
-from bridge.pki.durations import duration_text
+from bridge.pki.expiry import duration_text
 from bridge.renewal import verify_and_install
 from bridge.renewal.gate import Attempts
 from bridge.settings.tables import Settings

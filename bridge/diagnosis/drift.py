@@ -23,8 +23,8 @@ from bridge.node.inventory import Item, Node
 from bridge.node.kubeadm_config import CLUSTER_CONFIGURATION, CONFIG_MAP, KubeadmConfig
 from bridge.pki import kubeadm_names
 from bridge.pki.certificates import UNREADABLE, attributes, san_entries
+from bridge.pki.csr import names_of
 from bridge.pki.kubeadm_names import NamingFacts, NoFactError
-from bridge.pki.naming import names_of
 from bridge.settings.tables import Settings
 from bridge.specs import Component
 from bridge.system.safe_read import UnreadableError, read

@@ -39,7 +39,7 @@ from bridge.errors import (
 )
 from bridge.pki import verify
 from bridge.pki.certificates import load_pem_certificates
-from bridge.pki.durations import duration_text
+from bridge.pki.expiry import duration_text
 from bridge.pki.verify import Expectation, Verified
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, CertificateSpec

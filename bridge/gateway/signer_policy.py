@@ -29,8 +29,8 @@ from bridge.desk.signer_rules import (
     spec_of,
     usages_fit,
 )
-from bridge.pki.asked import Asked, OddRequestError, read
 from bridge.pki.certificates import attributes
+from bridge.pki.csr_fields import Asked, OddRequestError, read
 from bridge.specs import KUBELET_CLIENT, KUBELET_SERVING, USER, CertificateSpec
 from bridge.words import one_line
 

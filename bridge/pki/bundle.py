@@ -54,7 +54,7 @@ class BundledRequest:
     validity: timedelta  #: Wanted; whole seconds.
     csr: x509.CertificateSigningRequest
     replaces: x509.Certificate | None
-    proof: bytes | None  #: See `bridge.pki.continuity`.
+    proof: bytes | None  #: See `bridge.pki.signatures`.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

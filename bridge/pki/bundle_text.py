@@ -7,13 +7,12 @@ from datetime import datetime
 
 from cryptography import x509
 
-from bridge.pki import shown
+from bridge.pki import display
 from bridge.pki.bundle import LONGEST_TEXT, AnswerBundle, Bundle, BundledRequest, Refusal, RequestBundle
 from bridge.pki.bundle_format import short_fingerprint
 from bridge.pki.certificates import fingerprint, serial_hex
-from bridge.pki.continuity import origin_problem, proof_problem, usages_problem
-from bridge.pki.durations import duration_text
-from bridge.pki.expiry import minute
+from bridge.pki.expiry import duration_text, minute
+from bridge.pki.signatures import origin_problem, proof_problem, usages_problem
 from bridge.words import one_line
 
 
@@ -40,10 +39,10 @@ def _request_lines(
         usages = ", ".join(sorted(eku.label for eku in request.ekus))
         yield ""
         yield f"{request.name} by {request.authority}"
-        yield f"  asks for    {shown.name(request.csr)}"
-        yield f"  SANs        {shown.sans(request.csr)}"
+        yield f"  asks for    {display.name(request.csr)}"
+        yield f"  SANs        {display.sans(request.csr)}"
         yield f"  usages      {usages}, for {duration_text(request.validity)}"
-        yield f"  key         {shown.key(request.csr)}"
+        yield f"  key         {display.key(request.csr)}"
         yield f"  replaces    {_replaced(request, now)}"
         yield from _changes(request)
         proof = proof_problem(request, bundle) or usages_problem(request)
@@ -61,10 +60,10 @@ def _changes(request: BundledRequest) -> Iterator[str]:
     """Lines about changes that make this more than a renewal."""
     if request.replaces is None:
         return
-    if shown.name(request.csr) != shown.name(request.replaces):
-        yield f"  CHANGED     another subject than the replaced {shown.name(request.replaces)}"
-    if shown.sans(request.csr) != shown.sans(request.replaces):
-        yield f"  CHANGED     other SANs than the replaced {shown.sans(request.replaces)}"
+    if display.name(request.csr) != display.name(request.replaces):
+        yield f"  CHANGED     another subject than the replaced {display.name(request.replaces)}"
+    if display.sans(request.csr) != display.sans(request.replaces):
+        yield f"  CHANGED     other SANs than the replaced {display.sans(request.replaces)}"
 
 
 def _replaced(request: BundledRequest, now: datetime) -> str:
@@ -85,9 +84,9 @@ def _answer_lines(bundle: AnswerBundle) -> Iterator[str]:
         if isinstance(answer, Refusal):
             yield f"  refused     {one_line(answer.reason, LONGEST_TEXT)}"
             continue
-        yield f"  certificate {shown.name(answer.leaf)}, serial {serial_hex(answer.leaf)}"
+        yield f"  certificate {display.name(answer.leaf)}, serial {serial_hex(answer.leaf)}"
         yield f"  valid       {minute(answer.leaf.not_valid_before_utc)} to {minute(answer.leaf.not_valid_after_utc)}"
-        yield f"  issuer      {shown.issuer(answer.leaf)}, {count(len(answer.intermediates), 'intermediate')}"
+        yield f"  issuer      {display.issuer(answer.leaf)}, {count(len(answer.intermediates), 'intermediate')}"
 
 
 def count(number: int, what: str) -> str:

@@ -6,7 +6,7 @@ import base64
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import TypeVar
 
@@ -233,3 +233,52 @@ def extension(subject: x509.Certificate | x509.CertificateSigningRequest, kind: 
         raise ValueError(str(e)) from e
     # by the exact type, as the library makes it: its classes are abstract ones, which `isinstance` is slow with
     return next((value for value in values if type(value) is kind), None)
+
+
+_PKCS7_PEM = (b"-----BEGIN PKCS7-----", b"-----BEGIN CMS-----", b"-----BEGIN PKCS #7 SIGNED DATA-----")
+
+
+def certificates_in(data: bytes) -> list[x509.Certificate]:
+    """
+    All certificates in a file that a person or a program made: PEM, DER or PKCS#7, whatever the file is called.
+
+    Raises:
+        ValueError: None, or one that can't be read; the text says which and why.
+    """
+    from cryptography.hazmat.primitives.serialization import pkcs7  # noqa: PLC0415 (4 ms, which few need)
+
+    for label in _PKCS7_PEM:
+        if label in data:
+            standard = data.replace(label, _PKCS7_PEM[0]).replace(
+                label.replace(b"BEGIN", b"END"), _PKCS7_PEM[0].replace(b"BEGIN", b"END")
+            )
+            return _of_pkcs7(pkcs7.load_pem_pkcs7_certificates, standard)
+    if b"-----BEGIN" in data:
+        return load_pem_certificates(data)
+    try:
+        return [load_der_certificate(data)]
+    except ValueError:
+        return _of_pkcs7(pkcs7.load_der_pkcs7_certificates, data)
+
+
+def _of_pkcs7(load: Callable[[bytes], list[x509.Certificate]], data: bytes) -> list[x509.Certificate]:
+    try:
+        found = load(data)
+        _ = [(one.subject, one.issuer) for one in found]  # which are read only now
+    except UNREADABLE:
+        raise ValueError("no certificate in PEM, DER or PKCS#7") from None
+    return found
+
+
+def is_for(certificate: x509.Certificate, csr: x509.CertificateSigningRequest) -> bool:
+    """Whether it certifies the key that the CSR was made with."""
+    try:
+        return _public_key(certificate) == _public_key(csr)
+    except UNREADABLE:  # a key of a type that nobody here makes
+        return False
+
+
+def _public_key(one: x509.Certificate | x509.CertificateSigningRequest) -> bytes:
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat  # noqa: PLC0415 (likewise)
+
+    return one.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)

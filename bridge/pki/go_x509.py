@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 
 from bridge.errors import Violation
-from bridge.pki import der, shown
+from bridge.pki import der, display
 from bridge.pki.certificates import UNREADABLE, extension, oid_label, serial
 from bridge.specs import EKU
 from bridge.words import one_line
@@ -351,7 +351,7 @@ def path(
         ekus: Each is needed by itself: etcd's certificates are a server's and a client's.
     """
     for issuer in (*intermediates, anchor):
-        who = "the CA" if issuer is anchor else f"intermediate {shown.name(issuer)}"
+        who = "the CA" if issuer is anchor else f"intermediate {display.name(issuer)}"
         for violation in _issuer_form(issuer):
             want = f"{violation.subject} with {violation.want} in each issuer"
             yield Violation(subject="chain", want=want, got=f"{violation.got} in {who}")
@@ -381,11 +381,11 @@ def _links(whole: Sequence[x509.Certificate]) -> Iterator[Violation]:
     """Names are the same bytes, path lengths count every issuer, none is there twice, and all fit into a message."""
     for child, issuer in pairwise(whole):
         if _fields(child)[2] != _fields(issuer)[4]:
-            yield Violation(subject="chain", want="issuer names that are encoded alike", got=shown.issuer(child))
+            yield Violation(subject="chain", want="issuer names that are encoded alike", got=display.issuer(child))
     for below, issuer in enumerate(whole[1:]):
         constraints = extension(issuer, x509.BasicConstraints)
         if constraints and constraints.path_length is not None and below > constraints.path_length:
-            got = f"{below} below {shown.name(issuer)}"
+            got = f"{below} below {display.name(issuer)}"
             yield Violation(subject="chain", want=f"at most {constraints.path_length} intermediates", got=got)
     if len({(_fields(each)[4].encoded, _fields(each)[5].encoded) for each in whole}) < len(whole):
         yield Violation(subject="chain", want="each CA once", got="two certificates of one name and key")
@@ -403,12 +403,12 @@ def _policies(sent: Sequence[x509.Certificate]) -> Iterator[Violation]:
     mapped = [each for each in sent if _mappings(each)]
     demanded = [each for each in sent if _demands_policy(each)]
     if any(_ANY_POLICY_DER in pair for each in mapped for pair in _mappings(each)):
-        yield Violation(subject="chain", want="no policy mapped from or to anyPolicy", got=shown.name(mapped[0]))
+        yield Violation(subject="chain", want="no policy mapped from or to anyPolicy", got=display.name(mapped[0]))
     if not demanded:
         return
     common = set.intersection(*map(_policy_oids, sent)) - {_ANY_POLICY}
     if mapped or not common:
-        got = f"none, and policyConstraints in {shown.name(demanded[0])}"
+        got = f"none, and policyConstraints in {display.name(demanded[0])}"
         yield Violation(subject="chain", want="one certificate policy in the whole path, not mapped", got=got)
 
 
@@ -448,7 +448,7 @@ def _constrained(whole: Sequence[x509.Certificate]) -> Iterator[Violation]:
             for name in extension(below, x509.SubjectAlternativeName) or ():
                 if isinstance(name, _NAMES) and not _is_within(name, constraints):
                     got = one_line(repr(name.value), 80)
-                    want = f"names within the constraints of {shown.name(issuer)}"
+                    want = f"names within the constraints of {display.name(issuer)}"
                     yield Violation(subject="chain", want=want, got=got)
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from hashlib import sha256
+
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.types import (
@@ -11,9 +16,15 @@ from cryptography.hazmat.primitives.asymmetric.types import (
     PrivateKeyTypes,
     PublicKeyTypes,
 )
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_public_key
+from cryptography.x509.oid import NameOID
 
-from bridge.pki.certificates import UNREADABLE
+from bridge.pki import display
+from bridge.pki.bundle import CARRIED, BundledRequest, RequestBundle
+from bridge.pki.certificates import UNREADABLE, attributes, extended_key_usages, name_text
+from bridge.pki.csr import algorithm_name
+from bridge.pki.expiry import rfc3339
+from bridge.words import one_line
 
 _PSS = padding.PSS(padding.MGF1(hashes.SHA256()), hashes.SHA256.digest_size)
 
@@ -78,3 +89,148 @@ def public_key(pem: bytes) -> PublicKeyTypes:
     if not isinstance(found, rsa.RSAPublicKey | ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey):
         raise ValueError("an RSA, ECDSA or Ed25519 key")  # noqa: TRY004 (of a file, not of a caller)
     return found
+
+
+#: Signed with the old key, so never the beginning of anything else that such a key signs.
+_PROOF_CONTEXT_1 = b"ca-bridge continuity proof v1"
+_PROOF_CONTEXT_2 = b"ca-bridge continuity proof v2"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """The terms that a proof of version 2 covers besides the CSR and who asks."""
+
+    validity: timedelta  #: Asked for; whole seconds.
+    created: datetime  #: The bundle's, so that nobody else can make it look younger.
+
+
+def sign_proof(
+    old_key: PrivateKeyTypes,
+    csr: x509.CertificateSigningRequest,
+    *,
+    name: str,
+    batch: str,
+    node: str,
+    cluster: str,
+    terms: Terms | None,
+) -> bytes:
+    """
+    Prove with the key of the certificate that is replaced that its holder wants this CSR signed.
+
+    As `sign`. What is signed begins with words of its own, has each
+    part with its length before it, and names the batch, so that a proof is good for one request of one bundle.
+
+    Args:
+        old_key: Of the certificate that is replaced.
+        csr: For the new one.
+        name: kubeadm's name of the certificate.
+        batch: The bundle's.
+        node: Likewise.
+        cluster: Likewise.
+        terms: None: a proof of version 1, for a bundle of that version.
+
+    Raises:
+        ValueError: A key of another type.
+    """
+    message = _proof_message(csr, (batch, node, cluster, name), terms)
+    return sign(old_key, message)
+
+
+def proof_problem(request: BundledRequest, bundle: RequestBundle) -> str | None:
+    """
+    Why the continuity proof does not hold; None when it does.
+
+    It says that whoever made the bundle has the key of `replaces`, and that the new certificate is for the same CN:
+    one of another name, be it by the same CA, proves nothing. Whether it is by the cluster's CA is `origin_problem`,
+    whether it has the usages `usages_problem`, and who may have the new one is the policy's.
+    """
+    if request.replaces is None:
+        return "wanted the certificate that is replaced, found none"
+    if request.proof is None:
+        return "wanted a continuity proof, found none"
+    terms = Terms(validity=request.validity, created=bundle.created) if bundle.version > 1 else None
+    message = _proof_message(request.csr, (bundle.batch, bundle.node, bundle.cluster, request.name), terms)
+    try:
+        key = request.replaces.public_key()
+    except (ValueError, UnsupportedAlgorithm) as e:
+        return f"wanted a public key in the replaced certificate, found one that can't be read: {one_line(e)}"
+    try:
+        is_checked = check(key, request.proof, message)
+    except (InvalidSignature, ValueError):  # ValueError: an RSA key that is too small to have made any
+        return "wanted a continuity proof by the replaced certificate's key over this CSR, found another signature"
+    if not is_checked:
+        return f"wanted an RSA, ECDSA or Ed25519 key to prove with, found {algorithm_name(key)}"
+    return _other_holder(request.csr, request.replaces)
+
+
+def _other_holder(csr: x509.CertificateSigningRequest, replaces: x509.Certificate) -> str | None:
+    """Groups may have changed since, and what else the policy lets; the CN says who it is."""
+    try:
+        is_same = _who(csr) == _who(replaces)
+    except UNREADABLE as e:
+        return f"wanted one by a certificate whose subject can be read, found: {one_line(e)}"
+    return (
+        None
+        if is_same
+        else f"wanted one by the certificate of {display.name(csr)}, found one by that of {display.name(replaces)}"
+    )
+
+
+def _who(subject: x509.Certificate | x509.CertificateSigningRequest) -> list[tuple[str, str]]:
+    """The CN; the whole subject where there is none."""
+    parts = attributes(subject.subject)
+    return [part for part in parts if part[0] == NameOID.COMMON_NAME.dotted_string] or parts
+
+
+def _proof_message(csr: x509.CertificateSigningRequest, who: Sequence[str], terms: Terms | None) -> bytes:
+    csr_digest = sha256(csr.public_bytes(Encoding.DER)).digest()
+    parts = [_PROOF_CONTEXT_1 if terms is None else _PROOF_CONTEXT_2, *(part.encode() for part in who), csr_digest]
+    if terms is not None:
+        seconds = int(terms.validity.total_seconds())
+        parts += [str(seconds).encode(), rfc3339(terms.created).encode()]
+    return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+
+
+def usages_problem(request: BundledRequest) -> str | None:
+    """Why the replaced certificate does not prove a right to these usages; one without EKUs is good for any."""
+    if request.replaces is None:
+        return "wanted the certificate that is replaced, found none"
+    try:
+        found = extended_key_usages(request.replaces)
+    except UNREADABLE as e:
+        return f"wanted usages in the replaced certificate, found some that can't be read: {one_line(e)}"
+    lacking = sorted(eku.label for eku in CARRIED[request.name].ekus if found is not None and eku.value not in found)
+    return (
+        f"wanted one by a certificate with the same usages, found one without {', '.join(lacking)}" if lacking else None
+    )
+
+
+def origin_problem(request: BundledRequest, cas: Sequence[x509.Certificate]) -> str | None:
+    """
+    Why the replaced certificate is none of this CA's; None when it is.
+
+    Issuer name and signature alone; it may have expired.
+
+    Args:
+        request: The request.
+        cas: Certificates of the authority: that of the cluster, and those that sign for it.
+    """
+    if request.replaces is None:
+        return "wanted the certificate that is replaced, found none"
+    if any(_is_issued_by(request.replaces, ca) for ca in cas):
+        return None
+    wanted = (
+        " or ".join(dict.fromkeys(name_text(ca.subject) for ca in cas)) or f"a CA certificate of {request.authority}"
+    )
+    return (
+        f"wanted a replaced certificate that {wanted} signed, found "
+        f"{display.name(request.replaces)} by {display.issuer(request.replaces)}, not signed by it"
+    )
+
+
+def _is_issued_by(certificate: x509.Certificate, ca: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(ca)
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+        return False
+    return True

@@ -17,7 +17,7 @@ from cryptography import x509
 from bridge.desk.trust_origin import known_cas
 from bridge.errors import BridgeError, Exit, WaitingError
 from bridge.node.inventory import Item, Node
-from bridge.pki import bundle, bundle_format, bundle_text, continuity
+from bridge.pki import bundle, bundle_format, bundle_text, signatures
 from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, RequestBundle
 from bridge.renewal.carried_answers import Found, answered_by, answers_in
 from bridge.renewal.issuance import Answered, refused_as_shorter
@@ -167,8 +167,8 @@ def inspect(settings: Settings, path: Path, now: datetime) -> tuple[str, int]:
 
 def _doubt(one: BundledRequest, whole: RequestBundle, cas: Mapping[str, Sequence[x509.Certificate]]) -> str | None:
     """Why the proof is worth nothing, as far as that can be told here."""
-    problem = continuity.proof_problem(one, whole) or continuity.usages_problem(one)
-    return problem or (continuity.origin_problem(one, cas[one.authority]) if one.authority in cas else None)
+    problem = signatures.proof_problem(one, whole) or signatures.usages_problem(one)
+    return problem or (signatures.origin_problem(one, cas[one.authority]) if one.authority in cas else None)
 
 
 def _bundle(path: Path) -> RequestBundle | AnswerBundle:

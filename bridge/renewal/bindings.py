@@ -16,8 +16,8 @@ from cryptography.x509.oid import NameOID
 from bridge.cluster.errors import NoAnswerError
 from bridge.errors import BridgeError, Exit
 from bridge.pki.certificates import attributes
+from bridge.pki.csr import Naming
 from bridge.pki.kubeadm_names import ADMINS, MASTERS
-from bridge.pki.naming import Naming
 from bridge.renewal.cluster_config import ConfigSource
 from bridge.specs import CertificateSpec
 

@@ -19,9 +19,8 @@ from bridge.contract import Issued
 from bridge.errors import BackendRefusedError, BridgeError, Exit, VerificationError
 from bridge.pki import bundle_format, signatures, verify
 from bridge.pki.bundle import AnswerBundle, BundleError, Refusal
-from bridge.pki.certificates import UNREADABLE, fingerprint, is_ca, name_text, serial_hex
-from bridge.pki.loose_certificates import certificates_in, is_for
-from bridge.pki.spoken import spoken
+from bridge.pki.certificates import UNREADABLE, certificates_in, fingerprint, is_ca, is_for, name_text, serial_hex
+from bridge.pki.display import fingerprint_text
 from bridge.renewal.issuance import Answered
 from bridge.renewal.prepare import Prepared
 from bridge.state import audit
@@ -199,7 +198,7 @@ def _take_bundle(run: Run, path: Path, answer: AnswerBundle, found: Found) -> No
         found.strange.append(
             NotAskedForError(
                 f"{path}: wanted an answer to a request that waits here, found one to the bundle with the fingerprint "
-                f"{spoken(answer.request_digest)}, which was cancelled, is done, or is older",
+                f"{fingerprint_text(answer.request_digest)}, which was cancelled, is done, or is older",
                 hint="`ca-bridge pending list` shows what waits; export again if that is nothing",
             )
         )

@@ -25,9 +25,8 @@ from bridge.errors import BridgeError, Exit, VerificationError, WaitingError
 from bridge.node import kubeconfig
 from bridge.node.inventory import Item, Node
 from bridge.pki import csr, verify
-from bridge.pki.certificates import is_ca
+from bridge.pki.certificates import certificates_in, is_ca, is_for
 from bridge.pki.csr import PrivateKey
-from bridge.pki.loose_certificates import certificates_in, is_for
 from bridge.renewal import serving
 from bridge.renewal.issuance import Answered
 from bridge.renewal.prepare import Prepared, live_pair, present

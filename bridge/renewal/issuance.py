@@ -23,8 +23,7 @@ from bridge.contract import AsksValidity, Backend, Carries, Collects, Identifies
 from bridge.errors import BackendError, BridgeError, Exit, VerificationError
 from bridge.node.inventory import Item
 from bridge.pki import verify
-from bridge.pki.durations import duration_text
-from bridge.pki.expiry import minute
+from bridge.pki.expiry import duration_text, minute
 from bridge.renewal.prepare import Making, Prepared, open_request, with_continuity
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES

@@ -24,7 +24,7 @@ from bridge.node.inventory import Item
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki import csr
 from bridge.pki.certificates import load_pem_certificates
-from bridge.pki.naming import Naming
+from bridge.pki.csr import Naming
 from bridge.renewal import new_keys, serving
 from bridge.renewal.selection import RESTORE, MissingCertificateError, outcome_of
 from bridge.renewal.wish import Wish
@@ -199,15 +199,15 @@ def _still_says_it(one: Prepared, settings: Settings, now: datetime) -> bool:
 
 
 def _continuity(one: Prepared, settings: Settings, batch: str, asked: datetime) -> Continuity:
-    from bridge.pki import continuity  # noqa: PLC0415 (15 ms; only where requests are carried)
+    from bridge.pki import signatures  # noqa: PLC0415 (15 ms; only where requests are carried)
 
     who = {"batch": batch, "node": settings.node.node_name, "cluster": settings.node.cluster}
-    terms = continuity.Terms(validity=one.request.validity, created=asked)
+    terms = signatures.Terms(validity=one.request.validity, created=asked)
     if one.request.replaces is None:  # the key of a certificate that is not named proves nothing
         return Continuity(proof=None, asked=asked, **who)
     try:
         old = one.item.key_path.read_bytes() if one.item.key_path is not None else _embedded_key(one.item)
-        proof = continuity.sign_proof(
+        proof = signatures.sign_proof(
             load_pem_private_key(csr.key_block(old), None), one.request.csr, name=one.name, terms=terms, **who
         )
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm):  # missing, broken, encrypted, of an odd type

@@ -21,8 +21,7 @@ from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Ex
 from bridge.node.inventory import Item, Node
 from bridge.pki import verify
 from bridge.pki.certificates import load_pem_certificates, serial_hex
-from bridge.pki.durations import duration_text
-from bridge.pki.expiry import due_from
+from bridge.pki.expiry import due_from, duration_text
 from bridge.renewal import new_keys
 from bridge.renewal.issuance import Answered, Reached, issue_all, reaching
 from bridge.renewal.prepare import preparing

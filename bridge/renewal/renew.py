@@ -17,7 +17,7 @@ from bridge.contract import Issued
 from bridge.errors import VerificationError, WaitingError
 from bridge.node.inventory import Item, Node
 from bridge.pki import expiry, verify
-from bridge.pki.durations import duration_text
+from bridge.pki.expiry import duration_text
 from bridge.renewal import gate, new_keys
 from bridge.renewal.gate import NotYetError
 from bridge.renewal.issuance import Answered, issue_all, reaching

@@ -205,7 +205,7 @@ def is_other(item: Item, settings: Settings) -> bool:
     if item.spec.name != KUBELET_SERVER or not settings.serving_sans or not item.certificates:
         return False
     leaf = item.certificates[0]
-    from bridge.pki.naming import Naming, alternative_names  # noqa: PLC0415 (a cron run loads it only where it is asked)
+    from bridge.pki.csr import Naming, alternative_names  # noqa: PLC0415 (a cron run loads it only where it is asked)
 
     return item.foreign or not Naming(subject=leaf.subject, sans=alternative_names(settings.serving_sans)).is_of(leaf)
 

@@ -25,8 +25,7 @@ from bridge.node import kubeconfig, kubelet_files
 from bridge.node.inventory import Item, Node
 from bridge.pki import verify
 from bridge.pki.certificates import pem, serial_hex
-from bridge.pki.durations import duration_text
-from bridge.pki.expiry import first_end, is_due, minute, residual, seconds_left
+from bridge.pki.expiry import duration_text, first_end, is_due, minute, residual, seconds_left
 from bridge.renewal.ca_rotation import half_rotated
 from bridge.renewal.issuance import Answered, ShorterError
 from bridge.renewal.prepare import Prepared, open_request

@@ -10,7 +10,7 @@ from cryptography import x509
 
 from bridge.errors import BridgeError
 from bridge.node.fresh_kubeconfig import FreshKubeconfig
-from bridge.pki.naming import Naming
+from bridge.pki.csr import Naming
 from bridge.specs import KeyAlgorithm
 
 

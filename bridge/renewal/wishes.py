@@ -20,8 +20,8 @@ from bridge.node.inventory import Item, Node
 from bridge.node.kubeadm_config import KubeadmConfig
 from bridge.pki import csr, kubeadm_names
 from bridge.pki.certificates import attributes, pem, san_entry
+from bridge.pki.csr import Naming
 from bridge.pki.kubeadm_names import NamingFacts, NoFactError, Release
-from bridge.pki.naming import Naming
 from bridge.renewal import bindings, cluster_config
 from bridge.renewal.selection import ALL, anchors_of, assert_known
 from bridge.renewal.wish import Changes, Wish, Wishes

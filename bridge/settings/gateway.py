@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from bridge.errors import SettingsProblem
-from bridge.pki.durations import duration_text
+from bridge.pki.expiry import duration_text
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _IDENTITY = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,126}[A-Za-z0-9])?")

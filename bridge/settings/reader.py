@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from bridge.errors import SettingsError, SettingsProblem
-from bridge.pki.durations import parse_duration
+from bridge.pki.expiry import parse_duration
 from bridge.secret import GIVEN, Secret
 from bridge.words import has_controls, name_found
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bridge.errors import SettingsProblem
-from bridge.pki.durations import Before, duration_text
+from bridge.pki.expiry import Before, duration_text
 from bridge.settings.gateway import GatewaySettings
 from bridge.settings.reader import Source
 from bridge.settings.windows import Jitter, Windows

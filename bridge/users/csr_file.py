@@ -12,8 +12,7 @@ from cryptography.x509.oid import NameOID
 from bridge.errors import BridgeError, Exit
 from bridge.pki import csr
 from bridge.pki.certificates import UNREADABLE, attributes
-from bridge.pki.csr import PrivateKey
-from bridge.pki.naming import Naming, subject_of
+from bridge.pki.csr import Naming, PrivateKey, subject_of
 from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
 from bridge.system.files import Attributes, sync_directory, write_staged
 from bridge.system.safe_read import UnreadableError, read

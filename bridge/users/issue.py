@@ -36,8 +36,7 @@ from bridge.node import kubeconfig
 from bridge.node.fresh_kubeconfig import FreshKubeconfig
 from bridge.pki import csr, verify
 from bridge.pki.certificates import load_pem_certificates, pem
-from bridge.pki.durations import duration_text
-from bridge.pki.expiry import minute
+from bridge.pki.expiry import duration_text, minute
 from bridge.settings.tables import NodeSettings, Settings
 from bridge.specs import CA, USER, KeyAlgorithm
 from bridge.state import audit

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from fnmatch import fnmatchcase
 
-from bridge.pki.durations import duration_text
+from bridge.pki.expiry import duration_text
 from bridge.specs import SPECS
 from bridge.words import one_line
 

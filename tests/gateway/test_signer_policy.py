@@ -17,7 +17,7 @@ from bridge.desk import policy as desk_policy
 from bridge.desk.signer_rules import CLIENT, CLIENT_KUBELET, SERVING, spec_of
 from bridge.errors import SettingsError
 from bridge.gateway.signer_policy import Allowed, Hostile, Later, NodeState, Request, Verdict, World, judge, node_of
-from bridge.pki.asked import OddRequestError, read
+from bridge.pki.csr_fields import OddRequestError, read
 from bridge.settings import load
 from bridge.specs import KUBELET_SERVING, SPECS
 from tests.kit import gateways, hostile_csrs

@@ -14,8 +14,8 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from bridge.node import inventory, kubeconfig
 from bridge.pki import csr
 from bridge.pki.bundle import BundledRequest, RequestBundle
-from bridge.pki.continuity import Terms, sign_proof
 from bridge.pki.csr import PrivateKey
+from bridge.pki.signatures import Terms, sign_proof
 from bridge.specs import SPECS
 from tests.kit.pki import NODE, Pki
 

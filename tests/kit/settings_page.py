@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from bridge.ca import registry
 from bridge.contract import GIVEN, BackendSettings, Secret
-from bridge.pki.durations import duration_text
+from bridge.pki.expiry import duration_text
 from bridge.settings.load import parse
 from bridge.settings.tables import AuthoritySettings, CertificateSettings
 

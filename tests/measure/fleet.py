@@ -24,7 +24,7 @@ from cryptography import x509
 from backends.openssl import setup as openssl_setup
 from bridge.contract import Continuity, SignRequest
 from bridge.node.sample_pki import Cluster, leaf_certificate
-from bridge.pki import bundle, bundle_format, continuity, csr
+from bridge.pki import bundle, bundle_format, csr, signatures
 from bridge.specs import AUTHORITIES, SPECS
 from bridge.testing import TestCA
 from tests.kit.opensslca import make_ca_directory
@@ -69,8 +69,8 @@ def _requests(node: str, cas: dict[str, TestCA]) -> list[SignRequest]:
         dates = {"not_before": now - timedelta(hours=12), "not_after": now + timedelta(days=1)}
         old = leaf_certificate(spec, old_key, ca, cluster, **dates)
         pem = csr.build(old, csr.generate_key("ecdsa-p256"))
-        terms = continuity.Terms(validity=VALIDITY, created=now)
-        proof = continuity.sign_proof(
+        terms = signatures.Terms(validity=VALIDITY, created=now)
+        proof = signatures.sign_proof(
             old_key,
             x509.load_pem_x509_csr(pem),
             name=name,

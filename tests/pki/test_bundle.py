@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from bridge.contract import Issued
 from bridge.node import sample_pki
 from bridge.pki import bundle as bundles
-from bridge.pki import bundle_format, continuity
+from bridge.pki import bundle_format, signatures
 from bridge.pki.bundle import (
     AnswerBundle,
     Bundle,
@@ -35,12 +35,19 @@ from bridge.pki.bundle import (
     RequestBundle,
     sign_request,
 )
-from bridge.pki.bundle_fields import MAX_BUNDLE_BYTES
-from bridge.pki.bundle_format import digest, dumps, loads, loads_answer, loads_request, short_fingerprint
+from bridge.pki.bundle_format import (
+    MAX_BUNDLE_BYTES,
+    digest,
+    dumps,
+    loads,
+    loads_answer,
+    loads_request,
+    short_fingerprint,
+)
 from bridge.pki.bundle_text import describe
-from bridge.pki.continuity import origin_problem, proof_problem, sign_proof, usages_problem
 from bridge.pki.csr import PrivateKey, generate_key, key_pem
-from bridge.pki.spoken import spoken
+from bridge.pki.display import fingerprint_text
+from bridge.pki.signatures import origin_problem, proof_problem, sign_proof, usages_problem
 from bridge.specs import AUTHORITIES, EKU
 from tests.kit.bundles import changed, make_bundle, new_csr, old_pairs
 from tests.kit.pki import Pki, handmade_pki
@@ -585,8 +592,8 @@ def test_parts_can_not_be_moved_from_one_to_the_next() -> None:
     """Each part is signed with its length: `ab` and `c` are not `a` and `bc`."""
     key = generate_key("ecdsa-p256")
     made = new_csr(_self_signed(key))
-    one = continuity._proof_message(made, ("0" * 32, "ab", "c", "x"), None)
-    other = continuity._proof_message(made, ("0" * 32, "a", "bc", "x"), None)
+    one = signatures._proof_message(made, ("0" * 32, "ab", "c", "x"), None)
+    other = signatures._proof_message(made, ("0" * 32, "a", "bc", "x"), None)
 
     assert one != other
 
@@ -627,7 +634,7 @@ def test_the_short_fingerprint_is_that_of_what_it_holds(either: Bundle) -> None:
 )
 def test_the_short_fingerprint_is_the_first_hundred_bits(digest_hex: str, text: str) -> None:
     """Five bits a letter, in their order, in Crockford's alphabet."""
-    assert spoken(digest_hex) == text
+    assert fingerprint_text(digest_hex) == text
 
 
 def test_a_person_sees_what_is_asked_and_what_is_odd(request_bundle: RequestBundle, pki: Pki, pairs: Pairs) -> None:

@@ -9,8 +9,7 @@ from cryptography import x509
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.pki.durations import Before
-from bridge.pki.expiry import is_due, residual, seconds_left
+from bridge.pki.expiry import Before, is_due, residual, seconds_left
 from tests.kit.issuing import NOW, Signer
 
 YEAR = timedelta(days=365)

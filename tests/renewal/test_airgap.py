@@ -28,7 +28,7 @@ from cryptography.x509.oid import NameOID
 
 from bridge.contract import Issued, SignRequest
 from bridge.errors import Exit
-from bridge.pki import bundle, bundle_format, continuity
+from bridge.pki import bundle, bundle_format, signatures
 from bridge.pki.bundle import AnswerBundle
 from bridge.pki.certificates import pem, serial_hex
 from bridge.pki.csr import PrivateKey, generate_key
@@ -210,7 +210,7 @@ def test_a_request_joins_those_of_before(node: Node, desk: Desk) -> None:
     first = node.export("apiserver", to="first.json")
     both = node.export("apiserver", FRONT)
     assert both.requests[0].csr == first.requests[0].csr
-    assert not [problem for request in both.requests if (problem := continuity.proof_problem(request, both))]
+    assert not [problem for request in both.requests if (problem := signatures.proof_problem(request, both))]
     assert node.run("import", sign(desk, node, bundle_name="first.json")).returncode == 4
     assert list(node.open()) == [FRONT]
     assert node.run("import", sign(desk, node)).returncode == 0

@@ -13,8 +13,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
 from bridge.pki.certificates import attributes, pem, san_entries
-from bridge.pki.csr import generate_key, key_pem
-from bridge.pki.naming import subject_of
+from bridge.pki.csr import generate_key, key_pem, subject_of
 from tests.kit import apiserver
 from tests.kit.airgap import Node
 from tests.kit.cas import Bridge, add_openssl, live_certificates

@@ -17,7 +17,7 @@ from bridge.cli import doctor, renewals
 from bridge.node import kubeconfig
 from bridge.pki.certificates import load_pem_certificates, pem, san_counts
 from bridge.pki.csr import CannotCarryError, generate_key, key_pem
-from bridge.pki.durations import Before
+from bridge.pki.expiry import Before
 from bridge.renewal import issuance, renew, verify_and_install
 from bridge.renewal.selection import ForeignIdentityError, nothing_due, select
 from bridge.settings.load import parse

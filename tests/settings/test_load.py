@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.errors import SettingsError, SettingsProblem
-from bridge.pki.durations import Before, parse_duration
+from bridge.pki.expiry import Before, parse_duration
 from bridge.settings.load import MAX_SETTINGS_BYTES, load, parse
 
 FILE = Path("/etc/ca-bridge/config.toml")

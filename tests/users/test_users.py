@@ -25,8 +25,7 @@ from hypothesis import strategies as st
 from bridge.contract import SignRequest
 from bridge.node import kubeconfig
 from bridge.pki.certificates import attributes, extended_key_usages, load_pem_certificates, pem
-from bridge.pki.csr import generate_key
-from bridge.pki.naming import subject_of
+from bridge.pki.csr import generate_key, subject_of
 from bridge.settings.tables import UserSettings
 from bridge.specs import USER
 from bridge.users.policy import UserNotAllowedError, assert_allowed

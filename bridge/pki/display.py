@@ -1,6 +1,8 @@
-"""Names, SANs and keys of certificates and CSRs as one printable line, also where they can't be read."""
+"""Names, SANs, keys and digests as one printable line for people, also where a certificate can't be read (pure)."""
 
 from __future__ import annotations
+
+from base64 import b32encode
 
 from cryptography import x509
 
@@ -43,3 +45,13 @@ def key(csr: x509.CertificateSigningRequest) -> str:
         return algorithm_name(csr.public_key())
     except UNREADABLE as e:
         return f"(one that can't be read: {one_line(e)})"
+
+
+#: Crockford's alphabet, without I, L, O and U, so that nothing is heard or written for something else.
+_CROCKFORD = str.maketrans("ABCDEFGHIJKLMNOPQRSTUVWXYZ234567", "0123456789ABCDEFGHJKMNPQRSTVWXYZ")
+
+
+def fingerprint_text(digest_hex: str) -> str:
+    """The first 100 bits of a digest (hex), as four groups of five digits and letters: `7ZK3M-…`."""
+    letters = b32encode(bytes.fromhex(digest_hex)).decode().translate(_CROCKFORD)
+    return "-".join(letters[start : start + 5] for start in range(0, 20, 5))

@@ -7,7 +7,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.x509.oid import NameOID
 
-from bridge.pki.node_names import parse_nodes, renamed
+from bridge.pki.kubeadm_names import parse_nodes, renamed
 from bridge.specs import SPECS
 from bridge.testing import TestCA
 
