@@ -143,7 +143,7 @@ def nothing_to_do(arguments: Sequence[str]) -> Quiet | None:
     names = plain.names
     from bridge.errors import BridgeError  # noqa: PLC0415
     from bridge.node import inventory  # noqa: PLC0415 (see above)
-    from bridge.renewal.selection import nothing_due, select  # noqa: PLC0415
+    from bridge.renewal.select import RunOptions, nothing_due, select  # noqa: PLC0415
     from bridge.state.checked_settings import is_checked  # noqa: PLC0415
     from bridge.state.store import Store  # noqa: PLC0415
 
@@ -151,7 +151,7 @@ def nothing_to_do(arguments: Sequence[str]) -> Quiet | None:
         settings = plain.settings()
         node = inventory.of(settings.node)
         store, now = Store(settings.node.state_dir), datetime.now(UTC)
-        selection = select(node, settings, names, now)
+        selection = select(node, settings, RunOptions(names=tuple(names)), now)
     except BridgeError:
         return None
     try:

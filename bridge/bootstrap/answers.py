@@ -13,7 +13,7 @@ from bridge.pki.bundle_format import short_fingerprint
 from bridge.renewal import airgap, carried_answers
 from bridge.renewal.issuance import Answered, issue, reaching
 from bridge.renewal.prepare import Prepared
-from bridge.renewal.selection import outcome_of
+from bridge.renewal.select import outcome_of
 from bridge.specs import AUTHORITIES
 from bridge.state.outcome import Outcome
 from bridge.state.session import Run

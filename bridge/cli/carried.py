@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Sequence
-from datetime import datetime, timedelta
+from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ from bridge.pki import bundle_format, bundle_text
 from bridge.pki.display import fingerprint_text
 from bridge.pki.expiry import residual, rfc3339, seconds_left
 from bridge.renewal import airgap
-from bridge.renewal.selection import ALL, Selection, nothing_due
-from bridge.renewal.wish import NO_CHANGES, Changes
+from bridge.renewal.select import ALL, RunOptions, Selection, nothing_due
 from bridge.settings.tables import Settings
 from bridge.state.requests import OpenRequest, OpenRequests
 from bridge.state.store import Store
@@ -30,43 +29,26 @@ from bridge.system.console import log, print_error, printable
 
 
 def import_answers(
-    settings: Settings,
-    paths: Sequence[Path],
-    now: Callable[[], datetime],
-    *,
-    as_json: bool,
-    all_or_nothing: bool,
-    wait: timedelta,
+    settings: Settings, paths: Sequence[Path], options: RunOptions, now: Callable[[], datetime], *, as_json: bool
 ) -> int:
     """`import`: what a CA desk has answered; return the exit code."""
     with metrics.kept_current(settings, now), progress_shown() as progress:
-        result, node, strange = airgap.import_answers(
-            settings, paths, now, progress, all_or_nothing=all_or_nothing, wait=wait
-        )
+        result, node, strange = airgap.import_answers(settings, paths, options, now, progress)
     result = dataclasses.replace(result, errors=(*result.errors, *strange))
     if result.outcomes or result.errors or as_json:
-        nothing = Selection(items=(), failed=(), skipped=())
-        report(result, node, nothing, settings, now(), as_json=as_json)
+        report(result, node, Selection(), settings, now(), as_json=as_json)
     else:
         say("nothing to import: no answer to a request that waits here")
     return result.exit_code
 
 
-def export(
-    settings: Settings,
-    path: Path,
-    names: Collection[str],
-    now: Callable[[], datetime],
-    *,
-    wait: timedelta,
-    any_identity: Collection[str],
-    changes: Changes = NO_CHANGES,
-) -> int:
+def export(settings: Settings, path: Path, options: RunOptions, now: Callable[[], datetime]) -> int:
     """`export`: a bundle for a CA desk; return the exit code."""
     with metrics.kept_current(settings, now), progress_shown() as progress:
-        done, node = airgap.export(settings, path, names, now, progress, wait, any_identity, changes)
+        done, node = airgap.export(settings, path, options, now, progress)
     for sentence in done.skipped:
-        log.log(logging.DEBUG if not names or ALL in names else logging.INFO, "%s", sentence)
+        is_by_name = options.names and ALL not in options.names
+        log.log(logging.INFO if is_by_name else logging.DEBUG, "%s", sentence)
     _print_exported(done, path, now())
     if done.bundle is None and not done.failed:
         say(nothing_due(node, settings, now()))
@@ -87,10 +69,10 @@ def inspect(settings: Settings, path: Path, now: datetime) -> int:
     return code
 
 
-def pending_cancel(settings: Settings, names: Collection[str], now: Callable[[], datetime], *, wait: timedelta) -> int:
+def pending_cancel(settings: Settings, options: RunOptions, now: Callable[[], datetime]) -> int:
     """`pending cancel`: return the exit code, which is 1 if one that was named is not there."""
     with metrics.kept_current(settings, now), progress_shown() as progress:
-        done = airgap.cancel(settings, names, now, progress, wait)
+        done = airgap.cancel(settings, options, now, progress)
     for one in done.requests:
         say_sentence(f"{one.name}: cancelled; its key is removed, and an answer to it will be refused")
         if one.reference:

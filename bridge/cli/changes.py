@@ -11,7 +11,7 @@ import typer
 from cryptography import x509
 
 from bridge.pki.csr import general_name
-from bridge.renewal.wish import Changes
+from bridge.renewal.select import Changes
 from bridge.system.console import log
 
 RekeyOption = Annotated[
@@ -71,9 +71,9 @@ class ChangeOptions:
         )
 
 
-def names_of(names: Sequence[str] | None, changes: Changes) -> list[str]:
+def names_of(names: Sequence[str] | None, changes: Changes) -> tuple[str, ...]:
     """The names that were given; without any, those whose SANs are to change."""
-    return list(names or dict.fromkeys([*changes.add, *changes.drop]))
+    return tuple(names or dict.fromkeys([*changes.add, *changes.drop]))
 
 
 def _sans(option: str, given: Sequence[str] | None) -> dict[str, tuple[x509.GeneralName, ...]]:

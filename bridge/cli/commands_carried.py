@@ -20,6 +20,7 @@ from bridge.cli.options import (
     utc_now,
 )
 from bridge.cli.program import app, pending_app
+from bridge.renewal.select import RunOptions
 
 
 @command(app, "export")
@@ -40,18 +41,14 @@ def export(
     """
     from bridge.cli import carried  # noqa: PLC0415
 
-    wanted = options.read()
-
-    code = carried.export(
-        common.settings(),
-        path,
-        names_of(names, wanted),
-        utc_now,
+    changes = options.read()
+    wanted = RunOptions(
+        names=names_of(names, changes),
+        any_identity=tuple(any_identity or ()),
+        changes=changes,
         wait=wait or timedelta(),
-        any_identity=any_identity or [],
-        changes=wanted,
     )
-    raise typer.Exit(code)
+    raise typer.Exit(carried.export(common.settings(), path, wanted, utc_now))
 
 
 @command(app, "inspect")
@@ -93,14 +90,8 @@ def import_answers(
     """
     from bridge.cli import carried  # noqa: PLC0415
 
-    code = carried.import_answers(
-        common.settings(),
-        paths,
-        utc_now,
-        as_json=output is Output.JSON,
-        all_or_nothing=all_or_nothing,
-        wait=wait or timedelta(),
-    )
+    options = RunOptions(all_or_nothing=all_or_nothing, wait=wait or timedelta())
+    code = carried.import_answers(common.settings(), paths, options, utc_now, as_json=output is Output.JSON)
     raise typer.Exit(code)
 
 
@@ -121,7 +112,8 @@ def pending_cancel(
     """Forget requests and remove their keys; a later answer to them is refused."""
     from bridge.cli import carried  # noqa: PLC0415
 
-    raise typer.Exit(carried.pending_cancel(common.settings(), names, utc_now, wait=wait or timedelta()))
+    options = RunOptions(names=tuple(names), wait=wait or timedelta())
+    raise typer.Exit(carried.pending_cancel(common.settings(), options, utc_now))
 
 
 @command(app, "sign")

@@ -21,6 +21,7 @@ from bridge.cli.options import (
     utc_now,
 )
 from bridge.cli.program import app
+from bridge.renewal.select import RunOptions
 
 
 @command(app, "renew")
@@ -61,9 +62,8 @@ def renew(
     """
     from bridge.cli import renewals  # noqa: PLC0415
 
-    wanted = options.read(rekey=rekey)
-    names = names_of(names, wanted)
-    if csr_only and (wanted.is_any or options.kubeadm_config):
+    changes = options.read(rekey=rekey)
+    if csr_only and (changes.is_any or options.kubeadm_config):
         raise typer.BadParameter(
             "--csr-only can't be combined with changes and --kubeadm-config: `export` asks for them"
         )
@@ -80,37 +80,27 @@ def renew(
         )
     if ahead is not None and not rehearse:
         raise typer.BadParameter("--ahead needs --rehearse beside it")
-    settings, identities, as_json = common.settings(), any_identity or [], output is Output.JSON
-    longest = wait or timedelta()
+    wanted = RunOptions(
+        names=names_of(names, changes),
+        any_identity=tuple(any_identity or ()),
+        changes=changes,
+        all_or_nothing=all_or_nothing,
+        restarts=not no_restart,
+        csrs_only=csr_only,
+        ahead=ahead,
+        wait=wait or timedelta(),
+    )
+    settings, as_json = common.settings(), output is Output.JSON
     if rehearse:
         from bridge.cli import rehearsal  # noqa: PLC0415
 
-        code = rehearsal.rehearse(
-            settings,
-            names,
-            utc_now,
-            as_json=as_json,
-            ahead=ahead,
-            wait=longest,
-            any_identity=identities,
-            changes=wanted,
-        )
+        code = rehearsal.rehearse(settings, wanted, utc_now, as_json=as_json)
     elif csr_dir is not None:
-        code = renewals.write_csrs(settings, names, csr_dir.absolute(), utc_now(), identities)
+        code = renewals.write_csrs(settings, csr_dir.absolute(), wanted, utc_now())
     elif dry_run:
-        code = renewals.plan(settings, names, utc_now(), as_json=as_json, any_identity=identities, changes=wanted)
+        code = renewals.plan(settings, wanted, utc_now(), as_json=as_json)
     else:
-        code = renewals.renew(
-            settings,
-            names,
-            utc_now,
-            as_json=as_json,
-            all_or_nothing=all_or_nothing,
-            restarts=not no_restart,
-            wait=longest,
-            any_identity=identities,
-            changes=wanted,
-        )
+        code = renewals.renew(settings, wanted, utc_now, as_json=as_json)
     raise typer.Exit(code)
 
 
@@ -131,16 +121,9 @@ def plan(
     """
     from bridge.cli import renewals  # noqa: PLC0415
 
-    wanted = options.read()
-    code = renewals.plan(
-        common.settings(),
-        names_of(names, wanted),
-        utc_now(),
-        as_json=output is Output.JSON,
-        any_identity=any_identity or [],
-        changes=wanted,
-    )
-    raise typer.Exit(code)
+    changes = options.read()
+    wanted = RunOptions(names=names_of(names, changes), any_identity=tuple(any_identity or ()), changes=changes)
+    raise typer.Exit(renewals.plan(common.settings(), wanted, utc_now(), as_json=output is Output.JSON))
 
 
 @command(app, "recover")
@@ -247,14 +230,12 @@ def install(
     """
     from bridge.cli import renewals  # noqa: PLC0415
 
-    code = renewals.install(
-        common.settings(),
-        directory.absolute(),
-        utc_now,
-        as_json=output is Output.JSON,
+    options = RunOptions(
+        any_identity=tuple(any_identity or ()),
         all_or_nothing=all_or_nothing,
         restarts=not no_restart,
         wait=wait or timedelta(),
-        any_identity=any_identity or [],
     )
+    as_json = output is Output.JSON
+    code = renewals.install(common.settings(), directory.absolute(), options, utc_now, as_json=as_json)
     raise typer.Exit(code)

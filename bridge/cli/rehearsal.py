@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from datetime import datetime, timedelta
+from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 from bridge.cli.printing import say, say_json, say_table
@@ -14,28 +14,16 @@ from bridge.pki.certificates import name_text, serial_hex
 from bridge.pki.expiry import minute, rfc3339
 from bridge.renewal import rehearsal
 from bridge.renewal.rehearsal import Rehearsal
-from bridge.renewal.wish import NO_CHANGES, Changes
+from bridge.renewal.select import RunOptions
 from bridge.settings.tables import Settings
 from bridge.system.console import hint_of, log, print_error
 
 
-def rehearse(
-    settings: Settings,
-    names: Collection[str],
-    now: Callable[[], datetime],
-    *,
-    as_json: bool,
-    ahead: timedelta | None,
-    wait: timedelta,
-    any_identity: Collection[str] = (),
-    changes: Changes = NO_CHANGES,
-) -> int:
+def rehearse(settings: Settings, options: RunOptions, now: Callable[[], datetime], *, as_json: bool) -> int:
     """Rehearse, print the result, and return the exit code; monitors are told how it ended."""
     with metrics.written(settings, now, rehearsal=True) as told:
         with progress_shown() as progress:
-            result = rehearsal.run(
-                settings, names, now, progress, ahead=ahead, wait=wait, any_identity=any_identity, changes=changes
-            )
+            result = rehearsal.run(settings, options, now, progress)
         if as_json:
             say_json(_json(result))
         else:

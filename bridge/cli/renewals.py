@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
-from datetime import datetime, timedelta
+from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,11 @@ from bridge.node import inventory
 from bridge.node.inventory import Item
 from bridge.pki.expiry import duration_text, first_end, minute, rfc3339
 from bridge.renewal import renew as renewal
+from bridge.renewal.changes import decide
 from bridge.renewal.issuance import shortened
 from bridge.renewal.prepare import Prepared, prepare
 from bridge.renewal.prepare import write_csrs as write_csr_files
-from bridge.renewal.selection import ALL, Selection, nothing_due, select
-from bridge.renewal.wish import NO_CHANGES, Changes
-from bridge.renewal.wishes import decide
+from bridge.renewal.select import ALL, RunOptions, Selection, nothing_due, select
 from bridge.settings.tables import Settings
 from bridge.specs import Component
 from bridge.state import copies
@@ -36,78 +35,39 @@ from bridge.state.store import Store
 from bridge.system.console import log, print_error
 
 
-def renew(
-    settings: Settings,
-    names: Collection[str],
-    now: Callable[[], datetime],
-    *,
-    as_json: bool,
-    all_or_nothing: bool,
-    restarts: bool = True,
-    wait: timedelta = timedelta(),
-    any_identity: Collection[str] = (),
-    changes: Changes = NO_CHANGES,
-) -> int:
+def renew(settings: Settings, options: RunOptions, now: Callable[[], datetime], *, as_json: bool) -> int:
     """Renew, print the result, and return the exit code; monitors are told how it ended, whatever that was."""
     with metrics.written(settings, now) as told:
         with progress_shown() as progress:
-            result, node, selection = renewal.run(
-                settings,
-                names,
-                now,
-                progress,
-                all_or_nothing=all_or_nothing,
-                restarts=restarts,
-                wait=wait,
-                any_identity=any_identity,
-                changes=changes,
-            )
+            result, node, selection = renewal.run(settings, options, now, progress)
         for sentence in selection.skipped:
-            log.log(logging.DEBUG if not names or ALL in names else logging.INFO, "%s", sentence)
-        report(result, node, selection, settings, now(), as_json=as_json, restarts=restarts)
+            is_by_name = options.names and ALL not in options.names
+            log.log(logging.INFO if is_by_name else logging.DEBUG, "%s", sentence)
+        report(result, node, selection, settings, now(), as_json=as_json, restarts=options.restarts)
         told.exit_code = result.exit_code
     return told.exit_code
 
 
 def install(
-    settings: Settings,
-    directory: Path,
-    now: Callable[[], datetime],
-    *,
-    as_json: bool,
-    all_or_nothing: bool,
-    restarts: bool,
-    wait: timedelta,
-    any_identity: Collection[str],
+    settings: Settings, directory: Path, options: RunOptions, now: Callable[[], datetime], *, as_json: bool
 ) -> int:
     """`install`: a directory of keys and certificates; return the exit code."""
     from bridge.renewal import install_directory  # noqa: PLC0415 (20 ms, which `renew` needs not)
 
     with metrics.kept_current(settings, now), progress_shown() as progress:
-        result, node, selection = install_directory.run(
-            settings,
-            directory,
-            now,
-            progress,
-            all_or_nothing=all_or_nothing,
-            restarts=restarts,
-            wait=wait,
-            any_identity=any_identity,
-        )
-    report(result, node, selection, settings, now(), as_json=as_json, restarts=restarts)
+        result, node, selection = install_directory.run(settings, directory, options, now, progress)
+    report(result, node, selection, settings, now(), as_json=as_json, restarts=options.restarts)
     if result.renewed:
         log.warning("%s: what was installed from there is no longer needed: remove the keys", directory)
     return result.exit_code
 
 
-def write_csrs(
-    settings: Settings, names: Collection[str], directory: Path, now: datetime, any_identity: Collection[str] = ()
-) -> int:
+def write_csrs(settings: Settings, directory: Path, options: RunOptions, now: datetime) -> int:
     """`renew --csr-only`: keys and CSRs into a directory, nothing else touched."""
     if Store(settings.node.state_dir).journal.exists():
         raise InstallError("an installation was interrupted", hint="run `ca-bridge recover`, then this again")
     node = inventory.of(settings.node)
-    selection = select(node, settings, names, now, csrs_only=True, any_identity=any_identity)
+    selection = select(node, settings, options, now)
     for sentence in selection.waived:
         log.warning("%s", sentence)
     made = prepare(selection.items, settings)
@@ -126,20 +86,11 @@ def write_csrs(
     return Exit.worst([outcome.exit_code for outcome in failed])
 
 
-def plan(
-    settings: Settings,
-    names: Collection[str],
-    now: datetime,
-    *,
-    as_json: bool,
-    any_identity: Collection[str] = (),
-    changes: Changes = NO_CHANGES,
-) -> int:
+def plan(settings: Settings, options: RunOptions, now: datetime, *, as_json: bool) -> int:
     """Print what `renew` would do; 3 if that is anything."""
     node = inventory.of(settings.node)
-    wishes = decide(node, settings, names, changes) if names or changes.is_any else None
-    selection = select(node, settings, names, now, any_identity=any_identity, wishes=wishes)
-    for sentence in selection.told:
+    selection = select(node, settings, options, now, desired=decide(node, settings, options))
+    for sentence in selection.notes:
         log.warning("%s", sentence)
     drifted = list(drift.of_files(node, settings))
     for found in drifted:
@@ -237,7 +188,7 @@ def _plan_json(
                 "backend": ours.backend if (ours := settings.authorities.get(item.spec.authority.name)) else None,
                 "notAfter": rfc3339(first_end(item.certificates[:1] + item.copy)) if item.certificates else None,
                 "replace": [str(path) for path in _files(item)],
-                "changes": list(selection.wishes[item.spec.name].told) if item.spec.name in selection.wishes else [],
+                "changes": list(one.notes) if (one := selection.desired.get(item.spec.name)) is not None else [],
             }
             for item in selection.items
         ],

@@ -22,7 +22,7 @@ from bridge.node.inventory import AuthorityState, Item, Node
 from bridge.node.kubeconfig import Kubeconfig, KubeconfigError
 from bridge.pki import csr, expiry, identity, verify
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates, name_text, san_entries
-from bridge.renewal.selection import ForeignIdentityError, foreign_identity
+from bridge.renewal.select import ForeignIdentityError, foreign_identity
 from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF, SPECS, SUPER_ADMIN, Component
 from bridge.system.ownership import exposure, open_secret

@@ -7,9 +7,9 @@ Keys stay in the state directory; a bundle has no place for one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 
 from cryptography import x509
@@ -20,14 +20,13 @@ from bridge.node.inventory import Item, Node
 from bridge.pki import bundle, bundle_format, bundle_text, signatures
 from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, RequestBundle
 from bridge.renewal.carried_answers import Found, answered_by, answers_in
+from bridge.renewal.changes import decide
 from bridge.renewal.issuance import Answered, refused_as_shorter
 from bridge.renewal.prepare import Prepared, open_request, prepare, take_up, with_continuity
 from bridge.renewal.readiness import assert_room
-from bridge.renewal.selection import ALL, Selection, assert_known, outcome_of, select
+from bridge.renewal.select import ALL, RunOptions, Selection, assert_known, outcome_of, select
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, record_failed, remember, verify_all
-from bridge.renewal.wish import NO_CHANGES, Changes
-from bridge.renewal.wishes import decide
 from bridge.settings.tables import Settings
 from bridge.state import audit, retention
 from bridge.state.outcome import Outcome
@@ -56,14 +55,7 @@ class Exported:
 
 
 def export(
-    settings: Settings,
-    path: Path,
-    names: Collection[str],
-    now: Callable[[], datetime],
-    progress: Progress,
-    wait: timedelta = timedelta(),
-    any_identity: Collection[str] = (),
-    changes: Changes = NO_CHANGES,
+    settings: Settings, path: Path, options: RunOptions, now: Callable[[], datetime], progress: Progress
 ) -> tuple[Exported, Node]:
     """
     Keys into the state directory, requests into a bundle; a request that waits is exported again as it is.
@@ -73,11 +65,10 @@ def export(
         BridgeError: The bundle can't be written. The requests are kept, and exporting again gives the same.
     """
     assert_free(path)
-    with begun(settings, now, progress, wait) as (run, node):
-        asked_for = {one.name: one.request.replaces for one in run.requests}
-        wishes = decide(node, settings, names, changes) if names or changes.is_any else None
-        selection = select(node, settings, names, now(), any_identity=any_identity, asked_for=asked_for, wishes=wishes)
-        for sentence in selection.told:
+    with begun(settings, now, progress, options.wait) as (run, node):
+        desired = decide(node, settings, options)
+        selection = select(node, settings, options, now(), requests=run.requests, desired=desired)
+        for sentence in selection.notes:
             progress.note(sentence)
         shorter = refused_as_shorter(selection.items, settings, now())
         made = [
@@ -85,7 +76,7 @@ def export(
                 [one for one in selection.items if one.spec.name not in shorter],
                 settings,
                 run.requests.by_name(),
-                selection.wishes,
+                selection.desired,
             ),
             *(outcome_of(one, shorter[one.spec.name]) for one in selection.items if one.spec.name in shorter),
         ]
@@ -188,13 +179,7 @@ def _bundle(path: Path) -> RequestBundle | AnswerBundle:
 
 
 def import_answers(
-    settings: Settings,
-    paths: Sequence[Path],
-    now: Callable[[], datetime],
-    progress: Progress,
-    *,
-    all_or_nothing: bool = False,
-    wait: timedelta = timedelta(),
+    settings: Settings, paths: Sequence[Path], options: RunOptions, now: Callable[[], datetime], progress: Progress
 ) -> tuple[Result, Node, list[BridgeError]]:
     """
     Match certificates to open requests by public key, prove them, and install them as `renew` does.
@@ -207,13 +192,13 @@ def import_answers(
         LockedError: Another run works on this node.
         InstallError: Nothing was replaced.
     """
-    with begun(settings, now, progress, wait) as (run, as_found):
-        transaction = Transaction(run)
+    with begun(settings, now, progress, options.wait) as (run, as_found):
+        transaction = Transaction(run, options)
         node = transaction.settle_earlier(as_found)
         if not transaction.may_go_on:
             return transaction.with_earlier(Result(outcomes=())), node, []
         found = answers_in(run, paths)
-        result = _finish_import(run, node, found, transaction, all_or_nothing=all_or_nothing)
+        result = _finish_import(run, node, found, transaction)
         if result.backup_id is not None:
             retention.retire(run.store, settings, node, now())
         left = tuple(_still_waiting(node, run.requests, result))
@@ -229,18 +214,18 @@ def _still_waiting(node: Node, requests: OpenRequests, result: Result) -> Iterat
             yield outcome_of(item, WaitingError("no answer to it was among these"), one.backend)
 
 
-def _finish_import(run: Run, node: Node, found: Found, transaction: Transaction, *, all_or_nothing: bool) -> Result:
+def _finish_import(run: Run, node: Node, found: Found, transaction: Transaction) -> Result:
     by_name = {item.spec.name: item for item in node.items}
     items = tuple(by_name[name] for name in found.candidates if name in by_name)
     if not items:
         return transaction.with_earlier(Result(outcomes=()))
-    selection = Selection(items=items, failed=(), skipped=())
+    selection = Selection(items=items)
     with transaction.about(selection):
         assert_room(run.settings)
         answered, failed = _answered(run, node, items, found)
         proven, failed = verify_all(run, answered, failed)
         remember(run, answered, proven, by_hand=True)
-        result = transaction.install(selection, proven, failed, all_or_nothing=all_or_nothing)
+        result = transaction.install(selection, proven, failed)
     return transaction.conclude(selection, transaction.activate(selection, result))
 
 
@@ -274,9 +259,7 @@ class Cancelled:
     missing: tuple[str, ...]  #: Names of which no request is open.
 
 
-def cancel(
-    settings: Settings, names: Collection[str], now: Callable[[], datetime], progress: Progress, wait: timedelta
-) -> Cancelled:
+def cancel(settings: Settings, options: RunOptions, now: Callable[[], datetime], progress: Progress) -> Cancelled:
     """
     Forget requests and their keys; an answer to them is refused from now on.
 
@@ -284,8 +267,9 @@ def cancel(
         SettingsError: A name that is none.
         LockedError: Another run works on this node.
     """
+    names = options.names
     assert_known(names)
-    with begun(settings, now, progress, wait) as (run, _):
+    with begun(settings, now, progress, options.wait) as (run, _):
         there = [one.name for one in run.requests]
         cancelled: list[OpenRequest] = []
         for name in there if ALL in names else [name for name in there if name in names]:

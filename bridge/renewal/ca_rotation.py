@@ -12,7 +12,7 @@ from bridge.node import kubeconfig
 from bridge.node.inventory import Item, Node
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates
-from bridge.renewal.selection import NotReadyError
+from bridge.renewal.select import NotReadyError
 from bridge.specs import SPECS
 from bridge.system.safe_read import UnreadableError, read
 

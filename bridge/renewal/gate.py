@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 from bridge.errors import BridgeError, Exit, WaitingError
 from bridge.node import inventory
 from bridge.pki.expiry import first_end, minute
-from bridge.renewal.selection import Selection, outcome_of, select
+from bridge.renewal.select import RunOptions, Selection, outcome_of, select
 from bridge.settings.tables import RenewalSettings, Settings
 from bridge.settings.windows import Decision, may_act
 from bridge.state.store import Store
@@ -44,7 +44,7 @@ def delay(settings: Settings, now: datetime, *, is_terminal: bool) -> timedelta:
     if is_terminal or not settings.renewal.jitter.most:
         return timedelta()
     node = inventory.of(settings.node)
-    due = hold(select(node, settings, (), now), settings, Attempts(Store(settings.node.state_dir)), now)
+    due = hold(select(node, settings, RunOptions(), now), settings, Attempts(Store(settings.node.state_dir)), now)
     share = secrets.SystemRandom().random()
     return jitter(due, settings.renewal, now, is_terminal=is_terminal, share=share)
 

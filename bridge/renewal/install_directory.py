@@ -7,10 +7,11 @@ called. What a certificate has to be comes from the live one that it replaces, n
 
 from __future__ import annotations
 
+import dataclasses
 import stat
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import ClassVar
 
@@ -31,7 +32,7 @@ from bridge.renewal import serving
 from bridge.renewal.issuance import Answered
 from bridge.renewal.prepare import Prepared, live_pair, present
 from bridge.renewal.readiness import assert_room
-from bridge.renewal.selection import Selection, outcome_of, select
+from bridge.renewal.select import RunOptions, Selection, outcome_of, select
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, record_failed, remember, verify_all
 from bridge.settings.tables import Settings
@@ -73,15 +74,7 @@ class _Contents:
 
 
 def run(
-    settings: Settings,
-    directory: Path,
-    now: Callable[[], datetime],
-    progress: Progress,
-    *,
-    all_or_nothing: bool = False,
-    restarts: bool = True,
-    wait: timedelta = timedelta(),
-    any_identity: Collection[str] = (),
+    settings: Settings, directory: Path, options: RunOptions, now: Callable[[], datetime], progress: Progress
 ) -> tuple[Result, Node, Selection]:
     """
     Prove a directory's certificates as any CA's answer, and install them with their keys.
@@ -92,16 +85,17 @@ def run(
         BridgeError: Nothing was replaced.
     """
     contents = _read(directory)
-    with begun(settings, now, progress, wait) as (ours, found):
-        transaction = Transaction(ours, restarts=restarts)
+    with begun(settings, now, progress, options.wait) as (ours, found):
+        transaction = Transaction(ours, options)
         node = transaction.settle_earlier(found)
         if not transaction.may_go_on:
-            return transaction.with_earlier(Result(outcomes=())), node, Selection(items=(), failed=(), skipped=())
-        selection = select(node, settings, contents.keys, now(), any_identity=any_identity)
+            return transaction.with_earlier(Result(outcomes=())), node, Selection()
+        options = dataclasses.replace(options, names=tuple(contents.keys))
+        selection = select(node, settings, options, now())
         for sentence in selection.waived:
             progress.note(sentence)
         if selection.items:
-            result = _install(ours, transaction, selection, node, contents, all_or_nothing=all_or_nothing)
+            result = _install(ours, transaction, selection, node, contents, options)
         else:
             record_failed(ours.record, selection.failed)
             result = transaction.nothing_to_install(selection)
@@ -111,7 +105,12 @@ def run(
 
 
 def _install(
-    run: Run, transaction: Transaction, selection: Selection, node: Node, contents: _Contents, *, all_or_nothing: bool
+    run: Run,
+    transaction: Transaction,
+    selection: Selection,
+    node: Node,
+    contents: _Contents,
+    options: RunOptions,
 ) -> Result:
     with transaction.about(selection):
         assert_room(run.settings)
@@ -119,12 +118,12 @@ def _install(
         items = [item for item in selection.items if item.spec.authority.name in expected]
         answered, failed = _answered(run, items, expected, contents)
         proven, failed = verify_all(run, answered, [*selection.failed, *unproved, *failed])
-        if not (failed and all_or_nothing):
+        if not (failed and options.all_or_nothing):
             for one in proven:
                 _supersede(run, one.prepared)
             names = {one.name for one in proven}
             remember(run, [one for one in answered if one.prepared.name in names], proven)
-        result = transaction.install(selection, proven, failed, all_or_nothing=all_or_nothing)
+        result = transaction.install(selection, proven, failed)
     return transaction.conclude(selection, transaction.activate(selection, result))
 
 

@@ -26,8 +26,7 @@ from bridge.pki import csr
 from bridge.pki.certificates import load_pem_certificates
 from bridge.pki.csr import Naming
 from bridge.renewal import new_keys, serving
-from bridge.renewal.selection import RESTORE, MissingCertificateError, outcome_of
-from bridge.renewal.wish import Wish
+from bridge.renewal.select import RESTORE, Desired, MissingCertificateError, outcome_of
 from bridge.settings.tables import Settings
 from bridge.specs import KeyAlgorithm
 from bridge.state.install import digest, fingerprint
@@ -72,7 +71,7 @@ def preparing(
     items: Sequence[Item],
     settings: Settings,
     requests: Mapping[str, OpenRequest],
-    wishes: Mapping[str, Wish] | None = None,
+    desired: Mapping[str, Desired] | None = None,
 ) -> Iterator[Making]:
     """
     Make keys and CSRs from the live certificates, on all cores, beside other work; what can't be made fails alone.
@@ -81,17 +80,16 @@ def preparing(
         items: What to renew.
         settings: `renewal.key` and `renewal.validity`.
         requests: Open ones by name, to go on with.
-        wishes: What is to be said instead of what the live certificates say, by name.
+        desired: By name, what differs from the live certificates.
 
     Yields:
         In the order of the items; what is not begun when the other work ends is not made.
     """
     pool = ThreadPoolExecutor(os.cpu_count() or 1)
     try:
-        wished = wishes or {}
         names = [item.spec.name for item in items]
         yield [
-            pool.submit(_prepare, item, settings, requests.get(name), wished.get(name))
+            pool.submit(_prepare, item, settings, requests.get(name), (desired or {}).get(name))
             for item, name in zip(items, names, strict=True)
         ]
     finally:
@@ -102,18 +100,18 @@ def prepare(
     items: Sequence[Item],
     settings: Settings,
     requests: Mapping[str, OpenRequest] | None = None,
-    wishes: Mapping[str, Wish] | None = None,
+    desired: Mapping[str, Desired] | None = None,
 ) -> list[Prepared | Outcome]:
     """The same, waiting for it."""
-    with preparing(items, settings, requests or {}, wishes) as making:
+    with preparing(items, settings, requests or {}, desired) as making:
         return [one.result() for one in making]
 
 
-def _prepare(item: Item, settings: Settings, made: OpenRequest | None, wish: Wish | None) -> Prepared | Outcome:
+def _prepare(item: Item, settings: Settings, made: OpenRequest | None, desired: Desired | None) -> Prepared | Outcome:
     try:
         live, was = live_pair(item)
-        algorithm = _key_algorithm(live, settings, made, wish)
-        naming = wish.naming if wish is not None else serving.asked(item, settings)
+        algorithm = _key_algorithm(live, settings, made, desired)
+        naming = desired.naming if desired is not None else serving.asked(item, settings)
         replaced = serving.replaced(item, live)
         if made is not None and _fits(made, replaced, algorithm, naming):
             return _of_open(item, made, was)
@@ -122,21 +120,21 @@ def _prepare(item: Item, settings: Settings, made: OpenRequest | None, wish: Wis
         request = SignRequest(spec=item.spec, csr_pem=csr_pem, validity=settings.renewal.validity, replaces=replaced)
     except BridgeError as e:
         return outcome_of(item, e)
-    fresh = wish.kubeconfig if wish is not None else None
+    fresh = desired.kubeconfig if desired is not None else None
     return Prepared(item=item, request=request, key_pem=csr.key_pem(key), was=was, kubeconfig=fresh)
 
 
 def _key_algorithm(
-    live: x509.Certificate | None, settings: Settings, made: OpenRequest | None, wish: Wish | None
+    live: x509.Certificate | None, settings: Settings, made: OpenRequest | None, desired: Desired | None
 ) -> KeyAlgorithm:
     """The new key's algorithm: the settings', else the live certificate's, else kubeadm's configuration's."""
     if live is not None:
         return csr.key_algorithm(live, settings.renewal.key)
     if settings.renewal.key != "same":
         return settings.renewal.key
-    if made is not None and (wish is None or wish.key is None):
+    if made is not None and (desired is None or desired.key is None):
         return csr.known_algorithm(made.request.csr.public_key()) or _USUAL_KEY
-    return wish.key if wish is not None and wish.key is not None else _USUAL_KEY
+    return desired.key if desired is not None and desired.key is not None else _USUAL_KEY
 
 
 def _of_open(item: Item, made: OpenRequest, was: Mapping[Path, str | None]) -> Prepared:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from bridge.control_plane import restart_plan
 from bridge.errors import BridgeError, Exit
 from bridge.node.inventory import Item, Node
-from bridge.renewal.selection import NotReadyError, outcome_of
+from bridge.renewal.select import NotReadyError, outcome_of
 from bridge.settings.tables import Settings
 from bridge.state.outcome import Outcome
 from bridge.system.console import READ_ONLY_HINT

@@ -23,14 +23,13 @@ from bridge.pki import verify
 from bridge.pki.certificates import load_pem_certificates, serial_hex
 from bridge.pki.expiry import due_from, duration_text
 from bridge.renewal import new_keys
+from bridge.renewal.changes import decide
 from bridge.renewal.issuance import Answered, Reached, issue_all, reaching
 from bridge.renewal.prepare import preparing
 from bridge.renewal.readiness import assert_room, without_restart
 from bridge.renewal.revocation import RevocationError
-from bridge.renewal.selection import ALL, MissingCertificateError, Selection, outcome_of, select
+from bridge.renewal.select import ALL, MissingCertificateError, RunOptions, Selection, outcome_of, select
 from bridge.renewal.verify_and_install import expectations, verify_all
-from bridge.renewal.wish import NO_CHANGES, Changes
-from bridge.renewal.wishes import decide
 from bridge.settings.rehearsal import anchor, for_rehearsal, is_scratch
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES
@@ -74,29 +73,9 @@ class Rehearsal:
         return Exit.worst([*(one.exit_code for one in self.failed), *(one.exit_code for one in self.errors)])
 
 
-def run(
-    settings: Settings,
-    names: Collection[str],
-    now: Callable[[], datetime],
-    progress: Progress,
-    *,
-    ahead: timedelta | None = None,
-    wait: timedelta = timedelta(),
-    any_identity: Collection[str] = (),
-    changes: Changes = NO_CHANGES,
-) -> Rehearsal:
+def run(settings: Settings, options: RunOptions, now: Callable[[], datetime], progress: Progress) -> Rehearsal:
     """
-    Rehearse the renewal of these.
-
-    Args:
-        settings: As for a renewal; `[authority.NAME.rehearsal]` counts.
-        names: kubeadm's names or "all"; none: all.
-        now: The node's clock.
-        progress: Is told.
-        ahead: Only what will be due within this time, or is due.
-        wait: So long for another run to end.
-        any_identity: As for a renewal.
-        changes: As for a renewal.
+    Rehearse the renewal of the named certificates, without names of all; `[authority.NAME.rehearsal]` counts.
 
     Raises:
         LockedError: Another run works on this node.
@@ -104,13 +83,12 @@ def run(
         AuditError: It can't be recorded; nothing was asked.
         BridgeError: The state directory is not ours alone, or has no room for a renewal.
     """
-    asked = names or [ALL]
-    with begun(settings, now, progress, wait) as (ours, node):
-        wishes = decide(node, settings, asked, changes)
-        selection = select(node, settings, asked, now(), any_identity=any_identity, wishes=wishes)
-        for sentence in selection.told:
+    options = dataclasses.replace(options, names=options.names or (ALL,))
+    with begun(settings, now, progress, options.wait) as (ours, node):
+        selection = select(node, settings, options, now(), desired=decide(node, settings, options))
+        for sentence in selection.notes:
             progress.note(sentence)
-        selection = _without_open(_within(selection, settings, now(), ahead), ours)
+        selection = _without_open(_within(selection, settings, now(), options.ahead), ours)
         ours.record.add(audit.REHEARSED, result="begins: nothing of this run is installed")
         rehearsing = dataclasses.replace(ours, settings=for_rehearsal(settings), requests=Unkept())
         return _rehearsed(rehearsing, settings, selection, node)
@@ -155,7 +133,7 @@ def _rehearsed(run: Run, settings: Settings, selection: Selection, node: Node) -
     without = {outcome.name for outcome in failed}
     items = [item for item in selection.items if item.spec.name not in without]
     with (
-        preparing(items, run.settings, {}, selection.wishes) as making,
+        preparing(items, run.settings, {}, selection.desired) as making,
         reaching(run.settings, items, expected, run.progress) as reached,
     ):
         cas = reached()

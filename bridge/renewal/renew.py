@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 
 from bridge.ca import registry
@@ -19,15 +19,14 @@ from bridge.node.inventory import Item, Node
 from bridge.pki import expiry, verify
 from bridge.pki.expiry import duration_text
 from bridge.renewal import gate, new_keys
+from bridge.renewal.changes import decide
 from bridge.renewal.gate import NotYetError
 from bridge.renewal.issuance import Answered, issue_all, reaching
 from bridge.renewal.prepare import Prepared, prepare, preparing
 from bridge.renewal.readiness import assert_room, without_restart
-from bridge.renewal.selection import Selection, outcome_of, select
+from bridge.renewal.select import RunOptions, Selection, outcome_of, select
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, hold_back, record_failed, remember, verify_all
-from bridge.renewal.wish import NO_CHANGES, Changes
-from bridge.renewal.wishes import decide
 from bridge.settings.tables import Settings
 from bridge.state import checked_settings, retention
 from bridge.state.outcome import Outcome
@@ -37,24 +36,10 @@ from bridge.system.console import Progress
 
 
 def run(
-    settings: Settings,
-    names: Collection[str],
-    now: Callable[[], datetime],
-    progress: Progress,
-    *,
-    all_or_nothing: bool = False,
-    restarts: bool = True,
-    wait: timedelta = timedelta(),
-    any_identity: Collection[str] = (),
-    changes: Changes = NO_CHANGES,
+    settings: Settings, options: RunOptions, now: Callable[[], datetime], progress: Progress
 ) -> tuple[Result, Node, Selection]:
     """
-    Renew; wait so long for another run to end.
-
-    Named certificates that are missing are made, and `changes` are made to those that are there.
-
-    Of the names in `any_identity` the live certificates are renewed whoever they are for.
-    Without `restarts` nothing is restarted and proven, and what earlier runs owe of that is left to later ones.
+    Renew what is due, or the named certificates; a named certificate that is missing is made.
 
     Raises:
         LockedError: Another run works on this node.
@@ -63,31 +48,22 @@ def run(
         InstallError: Nothing was replaced.
     """
     is_terminal = any(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
-    if not names:
+    if not options.names:
         _sleep(gate.delay(settings, now(), is_terminal=is_terminal), progress)
-    with begun(settings, now, progress, wait) as (ours, found):
-        transaction = Transaction(ours, restarts=restarts)
+    with begun(settings, now, progress, options.wait) as (ours, found):
+        transaction = Transaction(ours, options)
         node = transaction.settle_earlier(found)
         if not transaction.may_go_on:
-            return transaction.with_earlier(Result(outcomes=())), node, Selection(items=(), failed=(), skipped=())
+            return transaction.with_earlier(Result(outcomes=())), node, Selection()
         waiting = [one.name for one in ours.requests if one.reference]
-        asked_for = {one.name: one.request.replaces for one in ours.requests}
-        selection = select(
-            node,
-            settings,
-            names,
-            now(),
-            waiting,
-            any_identity=any_identity,
-            asked_for=asked_for,
-            wishes=decide(node, settings, names, changes) if names or changes.is_any else None,
-        )
-        for sentence in selection.told:
+        desired = decide(node, settings, options)
+        selection = select(node, settings, options, now(), requests=ours.requests, waiting=waiting, desired=desired)
+        for sentence in selection.notes:
             progress.note(sentence)
-        if not names:
+        if not options.names:
             selection = gate.hold(selection, settings, None if is_terminal else transaction.attempts, now())
         if selection.items:
-            result = _renew(ours, transaction, selection, node, all_or_nothing=all_or_nothing)
+            result = _renew(ours, transaction, selection, node, options)
             checked_settings.remember(settings, ours.store)  # all tables were read to find the CAs
         else:
             _check(settings, ours)
@@ -115,36 +91,26 @@ def _check(settings: Settings, run: Run) -> None:
     checked_settings.remember(settings, run.store)
 
 
-def _renew(run: Run, transaction: Transaction, selection: Selection, node: Node, *, all_or_nothing: bool) -> Result:
+def _renew(run: Run, transaction: Transaction, selection: Selection, node: Node, options: RunOptions) -> Result:
     """Renew: from keys to components that run on them."""
     with transaction.about(selection):
         assert_room(run.settings)
-        stuck = without_restart(node, run.settings, selection.items) if transaction.restarts else []
-        answered, failed, unasked = _prepare_and_issue(run, selection, stuck, node, all_or_nothing=all_or_nothing)
+        stuck = without_restart(node, run.settings, selection.items) if options.restarts else []
+        answered, failed, unasked = _prepare_and_issue(run, selection, stuck, node, options)
         proven, failed = verify_all(run, answered, failed)
         remember(run, answered, proven)
-        if unasked:
-            result = hold_back(run, unasked, failed)
-        else:
-            result = transaction.install(selection, proven, failed, all_or_nothing=all_or_nothing)
+        result = hold_back(run, unasked, failed) if unasked else transaction.install(selection, proven, failed)
     return transaction.conclude(selection, transaction.activate(selection, result))
 
 
 def _prepare_and_issue(
-    run: Run, selection: Selection, stuck: Sequence[Outcome], node: Node, *, all_or_nothing: bool
+    run: Run, selection: Selection, stuck: Sequence[Outcome], node: Node, options: RunOptions
 ) -> tuple[list[Answered], list[Outcome], list[Prepared]]:
     """
     Make keys, which takes as long as all the rest, and beside that reach the CAs and ask them.
 
-    Args:
-        run: This one.
-        selection: What it is about.
-        stuck: What of it can't be used after all.
-        node: As it is.
-        all_or_nothing: Ask nobody if something has failed.
-
     Returns:
-        The answers; what failed; and what nobody was asked for, since something had failed and it is all or nothing.
+        The answers; what failed; and, with `all_or_nothing`, the requests that were not sent because something failed.
     """
     expected, unproved = expectations(node, run.settings, selection.items, run.now())
     without = {outcome.name for outcome in stuck}
@@ -153,10 +119,10 @@ def _prepare_and_issue(
     to_ask, carried = _to_ask(run, items, kept)
     earlier = [*selection.failed, *stuck, *(o for o in unproved if o.name not in without), *carried]
     with (
-        preparing(to_ask, run.settings, run.requests.by_name(), selection.wishes) as making,
+        preparing(to_ask, run.settings, run.requests.by_name(), selection.desired) as making,
         reaching(run.settings, to_ask, expected, run.progress) as reached,
     ):
-        if all_or_nothing:
+        if options.all_or_nothing:
             made = [one.result() for one in making]
             earlier += [one for one in made if isinstance(one, Outcome)]
             if earlier:
@@ -173,7 +139,7 @@ def _kept(
 ) -> list[Answered]:
     """Answers that an earlier run verified and did not install: nobody is asked for them again."""
     answered = {one.name: one for one in run.requests if one.answer is not None}
-    had = prepare([item for item in items if item.spec.name in answered], run.settings, answered, selection.wishes)
+    had = prepare([item for item in items if item.spec.name in answered], run.settings, answered, selection.desired)
     kept = []
     for one in had:
         made, wanted = one.open if isinstance(one, Prepared) else None, expected[one.authority]

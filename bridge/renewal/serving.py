@@ -12,7 +12,7 @@ from bridge.node import manifests
 from bridge.node.inventory import Item
 from bridge.node.kubelet_files import KubeletFiles
 from bridge.pki.csr import Naming, alternative_names, subject_of
-from bridge.renewal.selection import NotReadyError
+from bridge.renewal.select import NotReadyError
 from bridge.settings.tables import NodeSettings, Settings, is_host
 from bridge.specs import KUBELET_SERVER, Component
 

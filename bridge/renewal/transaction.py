@@ -18,7 +18,7 @@ from bridge.renewal import revocation
 from bridge.renewal.gate import Attempts
 from bridge.renewal.hooks import HookError, HookEvent, Hooks, NotNowByHookError
 from bridge.renewal.revocation import RevocationError
-from bridge.renewal.selection import NotReadyError, Selection, outcome_of
+from bridge.renewal.select import NotReadyError, RunOptions, Selection, outcome_of
 from bridge.renewal.verify_and_install import (
     HeldBackError,
     Proven,
@@ -47,9 +47,9 @@ class Transaction:
     `conclude`.
     """
 
-    def __init__(self, run: Run, *, restarts: bool = True) -> None:
+    def __init__(self, run: Run, options: RunOptions) -> None:
         self._run = run
-        self.restarts = restarts
+        self._options = options
         self._errors: list[BridgeError] = []  # about earlier runs
         self._hooks = Hooks(run.settings, run.store, run.record.run_id)
         #: False after `settle_earlier`: it was stopped in the middle, and nothing more is to be installed.
@@ -74,7 +74,7 @@ class Transaction:
     @property
     def _is_owed(self) -> bool:
         """Whether something is to be restarted and proven, by this run."""
-        return self.restarts and self._run.store.unproven.exists()
+        return self._options.restarts and self._run.store.unproven.exists()
 
     @contextlib.contextmanager
     def about(self, selection: Selection) -> Iterator[None]:
@@ -102,9 +102,7 @@ class Transaction:
 
     # --- the installation --------------------------------------------------------------------------------------------
 
-    def install(
-        self, selection: Selection, proven: Sequence[Proven], failed: Sequence[Outcome], *, all_or_nothing: bool
-    ) -> Result:
+    def install(self, selection: Selection, proven: Sequence[Proven], failed: Sequence[Outcome]) -> Result:
         """
         Install what passed, in one step; what is owed after it is on disk before it.
 
@@ -112,12 +110,11 @@ class Transaction:
             selection: What the run is about.
             proven: What passed, and is remembered.
             failed: What did not, for whatever reason.
-            all_or_nothing: Nothing, if anything failed.
 
         Raises:
             BridgeError: Nothing was replaced.
         """
-        if failed and all_or_nothing:
+        if failed and self._options.all_or_nothing:
             return hold_back(self._run, [one.prepared for one in proven], failed)
         if not proven:
             return Result(outcomes=tuple(failed))
@@ -143,7 +140,7 @@ class Transaction:
         replaced = {one.name: one.old for one in done}
         copies.owe(self._run.settings, self._run.store, self._run.read_node(), replaced)
         self._hooks.installing(HookEvent.of(selection.items, done))
-        if self.restarts and self._run.settings.restart.method != "none":
+        if self._options.restarts and self._run.settings.restart.method != "none":
             from bridge.renewal import activation  # noqa: PLC0415 (see above)
 
             activation.owe(self._run, done)

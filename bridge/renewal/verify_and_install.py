@@ -29,7 +29,7 @@ from bridge.pki.expiry import duration_text, first_end, is_due, minute, residual
 from bridge.renewal.ca_rotation import half_rotated
 from bridge.renewal.issuance import Answered, ShorterError
 from bridge.renewal.prepare import Prepared, open_request
-from bridge.renewal.selection import MissingCertificateError, anchors_of, outcome_of
+from bridge.renewal.select import MissingCertificateError, anchors_of, outcome_of
 from bridge.settings.tables import Settings
 from bridge.specs import CA
 from bridge.state import audit

@@ -12,6 +12,7 @@ import pytest
 from bridge.desk.files import load_policy
 from bridge.errors import BridgeError, Exit, SettingsError
 from bridge.renewal import renew
+from bridge.renewal.select import RunOptions
 from bridge.settings import load
 from bridge.state.install import KEY_MASK, InstallError, Replacement, digest, install
 from bridge.state.store import Store
@@ -32,7 +33,7 @@ def node(tmp_path: Path) -> Pki:
 def renewed(node: Pki, directory: Path, *names: str) -> list[BridgeError]:
     """Which errors a renewal of these has."""
     settings = settings_for(node, directory)
-    result = renew.run(settings, names, lambda: datetime.now(UTC), Quiet())[0]
+    result = renew.run(settings, RunOptions(names=names), lambda: datetime.now(UTC), Quiet())[0]
     return [*result.errors, *(one.error for one in result.outcomes if one.error is not None)]
 
 
@@ -84,7 +85,7 @@ def test_a_state_directory_below_somebody_elses_holds_no_keys(node: Pki, tmp_pat
     settings = settings_for(node, tmp_path / "site")
     os.chown(tmp_path / "site", SOMEBODY, 0)
     with pytest.raises(BridgeError, match="can't hold keys"):
-        renew.run(settings, (SERVER,), lambda: datetime.now(UTC), Quiet())
+        renew.run(settings, RunOptions(names=(SERVER,)), lambda: datetime.now(UTC), Quiet())
 
 
 @pytest.mark.parametrize("folder", [".", "newcerts"])
@@ -97,7 +98,7 @@ def test_a_ca_directory_of_others_is_not_written_to(node: Pki, tmp_path: Path, f
         os.chown(one, SOMEBODY, 0)
     else:
         one.chmod(0o777)
-    result = renew.run(settings, (SERVER,), lambda: datetime.now(UTC), Quiet())[0]
+    result = renew.run(settings, RunOptions(names=(SERVER,)), lambda: datetime.now(UTC), Quiet())[0]
     assert result.exit_code == Exit.USAGE
     assert "the CA's folder" in str(result.outcomes[0].error)
 
@@ -108,7 +109,7 @@ def test_the_cas_lock_is_for_its_user_alone(node: Pki, tmp_path: Path) -> None:
     lock = tmp_path / "cas/etcd-ca/.ca-bridge.lock"
     lock.touch(mode=0o666)
     lock.chmod(0o666)
-    assert renew.run(settings, (SERVER,), lambda: datetime.now(UTC), Quiet())[0].exit_code == 0
+    assert renew.run(settings, RunOptions(names=(SERVER,)), lambda: datetime.now(UTC), Quiet())[0].exit_code == 0
     assert stat.S_IMODE(lock.stat().st_mode) == 0o600
 
 
@@ -166,9 +167,9 @@ def test_a_secret_that_others_can_read_is_a_warning(
     """In each renewal that uses it, which goes on; for `doctor` it is an error."""
     settings = settings_for(node, tmp_path)
     caplog.set_level("WARNING", "ca-bridge")
-    renew.run(settings, (SERVER,), lambda: datetime.now(UTC), Quiet())
+    renew.run(settings, RunOptions(names=(SERVER,)), lambda: datetime.now(UTC), Quiet())
     assert "for its owner alone" not in caplog.text
     key = tmp_path / "cas/etcd-ca/ca.key"
     key.chmod(0o644)
-    assert renew.run(settings, (SERVER,), lambda: datetime.now(UTC), Quiet())[0].exit_code == 0
+    assert renew.run(settings, RunOptions(names=(SERVER,)), lambda: datetime.now(UTC), Quiet())[0].exit_code == 0
     assert f"{key}: wanted it for its owner alone, found mode 0644" in caplog.text

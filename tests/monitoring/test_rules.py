@@ -17,6 +17,7 @@ import yaml
 
 from bridge.cli import rehearsal, renewals
 from bridge.errors import BridgeError
+from bridge.renewal.select import RunOptions
 from bridge.settings.tables import Settings
 from tests.kit import exec_programs, metrics, programs, promtool
 from tests.kit.pki import Pki, handmade_pki
@@ -47,14 +48,14 @@ class Node:
     def night(self, number: float, *names: str) -> int:
         """A run of `renew` so many days after the first, and its exit code."""
         try:
-            return renewals.renew(self.settings, names, self.clock(number), as_json=False, all_or_nothing=False)
+            return renewals.renew(self.settings, RunOptions(names=names), self.clock(number), as_json=False)
         except BridgeError as e:
             print(e)
             return e.exit_code
 
     def rehearsal(self, *names: str) -> int:
         """Its exit code."""
-        return rehearsal.rehearse(self.settings, names, self.clock(0), as_json=False, ahead=None, wait=timedelta())
+        return rehearsal.rehearse(self.settings, RunOptions(names=names), self.clock(0), as_json=False)
 
     def clock(self, number: float) -> Callable[[], datetime]:
         """So many days ahead."""

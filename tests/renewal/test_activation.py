@@ -26,6 +26,7 @@ from bridge.control_plane.proof import ProofFinding, ProofReport
 from bridge.control_plane.static_pods import StoppedError
 from bridge.errors import BridgeError, Exit
 from bridge.renewal import renew
+from bridge.renewal.select import RunOptions
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Components, Settings
 from bridge.specs import Component
@@ -78,7 +79,7 @@ class Site:
 
     def renew(self, *names: str, restarts: bool = True) -> Result:
         """One run."""
-        return renew.run(self.settings, names, self.clock, Quiet(), restarts=restarts)[0]
+        return renew.run(self.settings, RunOptions(names=names, restarts=restarts), self.clock, Quiet())[0]
 
     def clock(self) -> datetime:
         """The node's."""

@@ -13,7 +13,7 @@ from bridge.pki.certificates import pem
 from bridge.pki.csr import key_pem
 from bridge.renewal import renew
 from bridge.renewal.ca_rotation import HalfRotatedError
-from bridge.renewal.selection import ForeignIdentityError
+from bridge.renewal.select import ForeignIdentityError, RunOptions
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Settings
 from tests.kit.issuing import Signer
@@ -41,7 +41,7 @@ def signed_by(node: Pki, tmp_path: Path, ca: Signer) -> Settings:
 
 
 def renewed(settings: Settings) -> Result:
-    return renew.run(settings, ["all"], lambda: datetime.now(UTC), Quiet())[0]
+    return renew.run(settings, RunOptions(names=("all",)), lambda: datetime.now(UTC), Quiet())[0]
 
 
 def kubeconfigs(node: Pki) -> dict[str, bytes]:

@@ -19,6 +19,7 @@ from bridge.node import inventory, kubeconfig
 from bridge.pki.certificates import load_pem_certificates
 from bridge.renewal import airgap, install_directory, verify_and_install
 from bridge.renewal.install_directory import DirectoryError
+from bridge.renewal.select import RunOptions
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Settings
 from bridge.specs import SPECS
@@ -49,7 +50,7 @@ def settings(node: Pki, tmp_path: Path) -> Settings:
 @pytest.fixture
 def directory(settings: Settings, tmp_path: Path) -> Path:
     """Keys and CSRs of all, flat."""
-    assert renewals.write_csrs(settings, ["all"], tmp_path / "csrs", now()) == 0
+    assert renewals.write_csrs(settings, tmp_path / "csrs", RunOptions(names=("all",), csrs_only=True), now()) == 0
     return tmp_path / "csrs"
 
 
@@ -77,7 +78,7 @@ def sign_all(node: Pki, directory: Path, names: Collection[str] = tuple(PKI_SPEC
 
 
 def install(settings: Settings, directory: Path, *, all_or_nothing: bool = False) -> Result:
-    return install_directory.run(settings, directory, now, Quiet(), all_or_nothing=all_or_nothing)[0]
+    return install_directory.run(settings, directory, RunOptions(all_or_nothing=all_or_nothing), now, Quiet())[0]
 
 
 def contents(node: Pki) -> dict[str, bytes]:
@@ -200,7 +201,8 @@ def test_a_request_that_waits_for_the_same_certificate_is_over(
     node: Pki, settings: Settings, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its key and the directory's never meet, killed right before the installation or not."""
-    airgap.export(settings, tmp_path / "bundle.json", ["apiserver", "scheduler.conf"], now, Quiet())
+    options = RunOptions(names=("apiserver", "scheduler.conf"))
+    airgap.export(settings, tmp_path / "bundle.json", options, now, Quiet())
     sign_all(node, directory, ["apiserver"])
 
     class KilledError(BaseException):

@@ -13,6 +13,7 @@ from bridge.errors import Exit
 from bridge.node import inventory
 from bridge.renewal import readiness, renew
 from bridge.renewal.readiness import NoRoomError, NoWayToRestartError
+from bridge.renewal.select import RunOptions
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import RestartSettings, Settings
 from tests.kit.pki import Pki, handmade_pki
@@ -34,7 +35,7 @@ def restarting(settings: Settings, method: Method, *commands: str) -> Settings:
 
 
 def renewed(settings: Settings, *names: str, restarts: bool = True) -> Result:
-    return renew.run(settings, names, lambda: datetime.now(UTC), Quiet(), restarts=restarts)[0]
+    return renew.run(settings, RunOptions(names=names, restarts=restarts), lambda: datetime.now(UTC), Quiet())[0]
 
 
 def without_restart(settings: Settings, *names: str) -> list[str]:

@@ -25,6 +25,7 @@ from bridge.renewal import rehearsal, renew
 from bridge.renewal.issuance import Answered
 from bridge.renewal.prepare import Prepared, prepare
 from bridge.renewal.rehearsal import Rehearsal
+from bridge.renewal.select import RunOptions
 from bridge.renewal.verify_and_install import expectations
 from bridge.settings.load import parse
 from bridge.settings.rehearsal import for_rehearsal
@@ -51,7 +52,7 @@ def node(tmp_path: Path) -> Pki:
 
 
 def rehearsed(settings: Settings, *names: str, quiet: Quiet | None = None, **options: Any) -> Rehearsal:
-    return rehearsal.run(settings, names, now, quiet or Quiet(), **options)
+    return rehearsal.run(settings, RunOptions(names=names, **options), now, quiet or Quiet())
 
 
 def files(node: Pki) -> dict[str, tuple[int, int, bytes]]:
@@ -84,7 +85,7 @@ def test_everything_is_signed_proven_and_thrown_away(node: Pki, tmp_path: Path) 
     everything = b"".join(path.read_bytes() for path in settings.node.state_dir.rglob("*") if path.is_file())
     assert b"PRIVATE KEY" not in everything
     # the renewal that comes after it is none the worse
-    assert renew.run(settings, ["all"], now, Quiet())[0].exit_code == 0
+    assert renew.run(settings, RunOptions(names=("all",)), now, Quiet())[0].exit_code == 0
     assert sorted(database(tmp_path / "cas")) == ["R"] * 12 + ["V"] * 12
 
 

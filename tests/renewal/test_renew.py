@@ -19,7 +19,7 @@ from bridge.pki.certificates import load_pem_certificates, pem, san_counts
 from bridge.pki.csr import CannotCarryError, generate_key, key_pem
 from bridge.pki.expiry import Before
 from bridge.renewal import issuance, renew, verify_and_install
-from bridge.renewal.selection import ForeignIdentityError, nothing_due, select
+from bridge.renewal.select import ForeignIdentityError, RunOptions, nothing_due, select
 from bridge.settings.load import parse
 from bridge.settings.tables import Settings
 from bridge.state import audit_reader
@@ -41,7 +41,7 @@ def node(tmp_path: Path) -> Pki:
 
 
 def renewed(settings: Settings, *names: str, any_identity: Collection[str] = ()) -> verify_and_install.Result:
-    return renew.run(settings, names, now, Quiet(), any_identity=any_identity)[0]
+    return renew.run(settings, RunOptions(names=names, any_identity=tuple(any_identity)), now, Quiet())[0]
 
 
 def leaf(path: Path) -> x509.Certificate:
@@ -140,7 +140,7 @@ def test_a_kubelet_that_rotates_its_own_certificate_is_left_alone(node: Pki, tmp
     certificate, _ = _into_files(node, "kubelet.conf")
     (node.pki_dir / "ca.key").write_bytes(node.ca_pem("ca")[1])
     before = certificate.read_bytes()
-    result, _, selection = renew.run(settings, ["kubelet.conf"], now, Quiet())
+    result, _, selection = renew.run(settings, RunOptions(names=("kubelet.conf",)), now, Quiet())
     assert (result.exit_code, result.outcomes) == (0, ())
     assert str(certificate) in selection.skipped[0]
     assert certificate.read_bytes() == before
@@ -248,7 +248,7 @@ def test_a_kubeconfig_that_cannot_be_edited_fails_alone(node: Pki, tmp_path: Pat
     path = node.kubeconfig_dir / "admin.conf"
     _with_anchor(path)
     settings = settings_for(node, tmp_path)
-    assert renewals.plan(settings, (), now(), as_json=False) == 1
+    assert renewals.plan(settings, RunOptions(), now(), as_json=False) == 1
     assert doctor.run(settings, now()) == 1
     result = renewed(settings)
     assert result.exit_code == 1
@@ -256,7 +256,9 @@ def test_a_kubeconfig_that_cannot_be_edited_fails_alone(node: Pki, tmp_path: Pat
     assert (failed.name, len(result.renewed)) == ("admin.conf", 11)
     assert str(failed.error).startswith(f"{path}: line ")
     assert events(tmp_path, "admin.conf") == ["failed"]
-    assert renewals.write_csrs(settings, ["admin.conf"], tmp_path / "csrs", now()) == 0
+    assert (
+        renewals.write_csrs(settings, tmp_path / "csrs", RunOptions(names=("admin.conf",), csrs_only=True), now()) == 0
+    )
 
 
 def test_a_kubeconfig_that_changes_while_the_ca_signs_fails_alone(
@@ -314,9 +316,11 @@ def test_what_is_due_is_what_ends_soon(node: Pki) -> None:
     found = inventory.read(node.pki_dir, node.kubeconfig_dir)
     for before, due in (("30d", 12), ("19d", 0)):
         settings = parse(f'[renewal]\nbefore = "{before}"')
-        assert len(select(found, settings, (), now()).items) == due
-    assert [item.spec.name for item in select(found, settings, ["apiserver"], now()).items] == ["apiserver"]
-    assert len(select(found, settings, ["all"], now()).items) == 12
+        assert len(select(found, settings, RunOptions(), now()).items) == due
+    assert [item.spec.name for item in select(found, settings, RunOptions(names=("apiserver",)), now()).items] == [
+        "apiserver"
+    ]
+    assert len(select(found, settings, RunOptions(names=("all",)), now()).items) == 12
 
 
 def test_a_live_certificate_whose_key_cannot_be_read_fails_alone(node: Pki, tmp_path: Path) -> None:
@@ -349,7 +353,7 @@ def test_a_lifetime_that_is_due_at_once_is_warned_of(
     settings = settings_for(node, tmp_path)
     settings = replace(settings, renewal=replace(settings.renewal, before=before))
     looking = Quiet()
-    result, _, _ = renew.run(settings, ("apiserver", "admin.conf"), now, looking)
+    result, _, _ = renew.run(settings, RunOptions(names=("apiserver", "admin.conf")), now, looking)
     assert (result.exit_code, len(result.renewed)) == (0, 2)
     assert len(looking.notes) == len(said)
     assert all(text in note for text, note in zip(said, looking.notes, strict=True))
@@ -364,8 +368,8 @@ def test_a_certificate_whose_intermediate_ends_soon_is_due(node: Pki) -> None:
     path.write_bytes(path.read_bytes() + pem(Signer.make("mid", end=now() + timedelta(days=9)).certificate))
     found = inventory.read(node.pki_dir, node.kubeconfig_dir)
     before = {days: parse(f'[renewal]\nbefore = "{days}d"') for days in (8, 10)}
-    assert [item.spec.name for item in select(found, before[10], (), now()).items] == ["apiserver"]
-    assert select(found, before[8], (), now()).items == ()
+    assert [item.spec.name for item in select(found, before[10], RunOptions(), now()).items] == ["apiserver"]
+    assert select(found, before[8], RunOptions(), now()).items == ()
     assert nothing_due(found, before[8], now()).startswith("nothing is due: apiserver is the first to expire, in 8d")
 
 

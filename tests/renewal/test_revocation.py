@@ -17,6 +17,7 @@ from bridge.errors import BackendRefusedError, BackendUnavailableError, BridgeEr
 from bridge.node import inventory
 from bridge.renewal import renew, verify_and_install
 from bridge.renewal.revocation import revocations_file
+from bridge.renewal.select import RunOptions
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.load import load
 from bridge.settings.tables import Settings
@@ -44,7 +45,7 @@ def settings(node: Pki, tmp_path: Path) -> Settings:
 
 def run(settings: Settings, *names: str, later: timedelta = timedelta(), quiet: Quiet | None = None) -> Result:
     """One run, so much later."""
-    return renew.run(settings, names, lambda: datetime.now(UTC) + later, quiet or Quiet())[0]
+    return renew.run(settings, RunOptions(names=names), lambda: datetime.now(UTC) + later, quiet or Quiet())[0]
 
 
 def revoked(tmp_path: Path) -> set[str]:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from bridge.errors import Exit, SettingsError
 from bridge.node.inventory import Item
 from bridge.renewal.gate import NotYetError, hold_for_window, jitter
-from bridge.renewal.selection import Selection
+from bridge.renewal.select import Selection
 from bridge.settings import zones
 from bridge.settings.load import parse
 from bridge.settings.tables import RenewalSettings

@@ -25,7 +25,7 @@ from bridge.node import inventory, sample_pki
 from bridge.node.inventory import Node
 from bridge.renewal.gate import Attempts, HeldOffError, NeedsAPersonError, delay, hold
 from bridge.renewal.hooks import HookError, HookEvent, Hooks, NotNowByHookError
-from bridge.renewal.selection import Selection, outcome_of, select
+from bridge.renewal.select import RunOptions, Selection, outcome_of, select
 from bridge.renewal.transaction import Transaction, by_authority
 from bridge.renewal.verify_and_install import HeldBackError, Result
 from bridge.settings.load import load, overridden, parse
@@ -84,7 +84,7 @@ def transaction(
         progress=Quiet(),
         now=lambda: now,
     )
-    return Transaction(run)
+    return Transaction(run, RunOptions())
 
 
 def held(
@@ -108,7 +108,7 @@ def concluded(
 
 
 def due(store: Store, directory: Path, node: Node) -> Selection:
-    return select(node, settings(store, directory), (), NOW)
+    return select(node, settings(store, directory), RunOptions(), NOW)
 
 
 def all_failed(selection: Selection, error: BridgeError) -> Result:

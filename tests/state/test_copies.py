@@ -20,6 +20,7 @@ from bridge import entry
 from bridge.errors import Exit
 from bridge.node import inventory, kubeconfig
 from bridge.renewal import renew
+from bridge.renewal.select import RunOptions
 from bridge.settings.load import load, overridden, parse
 from bridge.settings.tables import Settings
 from bridge.state import audit, checked_settings, copies, rollback
@@ -72,7 +73,7 @@ def settings_with(node: Pki, directory: Path, *files: Path, more: str = "") -> S
 
 def renewed(settings: Settings, *names: str) -> list[str]:
     """The errors of a renewal of these, and its exit code as the last one."""
-    result = renew.run(settings, names, now, Quiet())[0]
+    result = renew.run(settings, RunOptions(names=names), now, Quiet())[0]
     return [*map(str, result.errors), str(result.exit_code)]
 
 
@@ -464,7 +465,7 @@ def cut_off(settings: Settings, module: str, name: str, *, after: bool) -> None:
                 os._exit(9)
 
             setattr(found, name, cut)
-            renew.run(settings, [ADMIN, "apiserver"], now, Quiet())
+            renew.run(settings, RunOptions(names=(ADMIN, "apiserver")), now, Quiet())
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9

@@ -8,7 +8,7 @@ manifests, and each is told with its source; where a fact is missing, nothing is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cryptography import x509
@@ -23,8 +23,7 @@ from bridge.pki.certificates import attributes, pem, san_entry
 from bridge.pki.csr import Naming
 from bridge.pki.kubeadm_names import NamingFacts, NoFactError, Release
 from bridge.renewal import bindings, cluster_config
-from bridge.renewal.selection import ALL, anchors_of, assert_known
-from bridge.renewal.wish import Changes, Wish, Wishes
+from bridge.renewal.select import ALL, Changes, Desired, DesiredByName, RunOptions, anchors_of, assert_known
 from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF, SPECS, CertificateSpec, Component
 from bridge.system.safe_read import UnreadableError, read
@@ -49,41 +48,38 @@ class CannotChangeError(BridgeError):
     exit_code = Exit.USAGE
 
 
-def decide(node: Node, settings: Settings, names: Collection[str], changes: Changes) -> Wishes:
+def decide(node: Node, settings: Settings, options: RunOptions) -> DesiredByName:
     """
     Decide what the next certificates are to say, where that is not what the live ones say.
 
-    Only for a missing certificate that is named, and for `adopt_defaults`, the cluster's API is asked, unless a
-    configuration file is given.
-
-    Args:
-        node: What is there.
-        settings: The node's name, the version if they set it, the places.
-        names: As the operator gave them; a missing certificate is made only if it is named.
-        changes: What is wanted.
+    The cluster's API is asked only for a named certificate that is missing, and for `adopt_defaults`, and only if the
+    operator gave no configuration file.
 
     Raises:
-        SettingsError: A name that is none; a change of one that is not among `names`; no names where they are needed.
+        SettingsError: An unknown name; a change of a certificate that is not named; no names where they are needed.
     """
+    names, changes = options.names, options.changes
+    if not names and not changes.is_any:
+        return {}
     assert_known([*names, *changes.add, *changes.drop])
     _assert_named(names, changes)
     source = cluster_config.ConfigSource(node, settings, changes.kubeadm_config)
-    wishes: dict[str, Wish | BridgeError] = {}
+    desired: dict[str, Desired | BridgeError] = {}
     for item in node.items:
         name = item.spec.name
         try:
             if item.state == "missing" and name in names:
-                wishes[name] = _made(item, node, settings, changes, source)
+                desired[name] = _made(item, node, settings, changes, source)
             elif item.certificates and (name in names or ALL in names):
-                wish = _changed(item, node, settings, changes, source)
-                if wish is not None:
-                    wishes[name] = wish
+                one = _changed(item, node, settings, changes, source)
+                if one is not None:
+                    desired[name] = one
         except BridgeError as e:
-            wishes[name] = e
-    return wishes
+            desired[name] = e
+    return desired
 
 
-def _assert_named(names: Collection[str], changes: Changes) -> None:
+def _assert_named(names: Sequence[str], changes: Changes) -> None:
     wanted = [*changes.add, *changes.drop]
     if ALL not in names and (others := sorted({name for name in wanted if name not in names})):
         raise SettingsError(
@@ -100,7 +96,7 @@ def _assert_named(names: Collection[str], changes: Changes) -> None:
 # --- a missing one ---------------------------------------------------------------------------------------------------
 
 
-def _made(item: Item, node: Node, settings: Settings, changes: Changes, source: cluster_config.ConfigSource) -> Wish:
+def _made(item: Item, node: Node, settings: Settings, changes: Changes, source: cluster_config.ConfigSource) -> Desired:
     """
     Raises:
         BridgeError: There is no source, it lacks a fact, or it is about another node.
@@ -127,13 +123,13 @@ def _made(item: Item, node: Node, settings: Settings, changes: Changes, source: 
         raise CannotMakeError(
             f"wanted to make {item.certificate_path} anew, found no way to say its names: {e}"
         ) from None
-    told = [
+    notes = [
         f"{spec.name} is not on this node; it is made anew from {source.text}: {naming.text}",
         f"{spec.name}: names as of Kubernetes {facts.release or '(any)'}, {found}",
         *([f"{spec.name}: it leads to {fresh.server}"] if fresh is not None else []),
         *bindings.assert_bound(source, naming, spec, strictly=False),
     ]
-    return Wish(naming=naming, told=tuple(told), key=config.key, kubeconfig=fresh)
+    return Desired(naming=naming, notes=tuple(notes), key=config.key, kubeconfig=fresh)
 
 
 def _assert_known_to(release: Release | None, spec: CertificateSpec) -> None:
@@ -189,27 +185,27 @@ def _fresh(item: Item, config: KubeadmConfig, node: Node, facts: NamingFacts) ->
 
 def _changed(
     item: Item, node: Node, settings: Settings, changes: Changes, source: cluster_config.ConfigSource
-) -> Wish | None:
-    """The wish for a live certificate; None: the next one says what this one says."""
-    name, told = item.spec.name, []
+) -> Desired | None:
+    """What replaces a live certificate; None: the next one says what this one says."""
+    name, notes = item.spec.name, []
     was = naming = csr.naming_of(item.certificates[0])
     add, drop = changes.add.get(name, ()), changes.drop.get(name, ())
     if add or drop:
         naming = _with_sans(item, naming, add, drop, needed(node, settings).get(name, {}))
         more = [f"with {':'.join(san_entry(san))}" for san in naming.sans if san not in was.sans]
         less = [f"without {':'.join(san_entry(san))}" for san in was.sans if san not in naming.sans]
-        told.append(f"{name}: SANs as in the live certificate, {', '.join([*more, *less]) or 'since nothing changes'}")
+        notes.append(f"{name}: SANs as in the live certificate, {', '.join([*more, *less]) or 'since nothing changes'}")
     if changes.adopt_defaults:
         subject = kubeadm_names.subject(item.spec, _version_and_node(node, settings, source, changes))
         if sorted(attributes(subject)) == sorted(attributes(naming.subject)):
-            told.append(f"{name}: its subject is kubeadm's of today")
+            notes.append(f"{name}: its subject is kubeadm's of today")
         else:
             naming = dataclasses.replace(naming, subject=subject)
-            told.append(f"{name}: subject {naming_text(subject)} instead of {naming_text(was.subject)}")
-            told += bindings.assert_bound(source, naming, item.spec, strictly=True)
-    if not told:
+            notes.append(f"{name}: subject {naming_text(subject)} instead of {naming_text(was.subject)}")
+            notes += bindings.assert_bound(source, naming, item.spec, strictly=True)
+    if not notes:
         return None
-    return Wish(naming=naming, told=tuple(told))
+    return Desired(naming=naming, notes=tuple(notes))
 
 
 def naming_text(subject: x509.Name) -> str:

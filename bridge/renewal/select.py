@@ -1,0 +1,356 @@
+"""What a run has to renew: the options of a run, and which certificates are selected, left alone, or can't be renewed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cryptography import x509
+
+from bridge.errors import BridgeError, SettingsError, SettingsProblem, Violation
+from bridge.node.inventory import Item, Node, NoNodeError
+from bridge.pki import expiry, identity
+from bridge.pki.certificates import load_pem_certificates
+from bridge.settings.tables import Settings
+from bridge.specs import KUBELET_CONF, KUBELET_SERVER, SPECS, SUPER_ADMIN, CertificateSpec, Component, KeyAlgorithm
+from bridge.state.outcome import Outcome
+from bridge.words import name_found
+
+if TYPE_CHECKING:  # a night with nothing due makes none of them
+    from bridge.node.fresh_kubeconfig import FreshKubeconfig
+    from bridge.pki.csr import Naming
+    from bridge.state.requests import OpenRequest
+
+#: As in `kubeadm certs renew all`.
+ALL = "all"
+#: The hint for what is missing or broken.
+RESTORE = "put a good copy back (an expired one will do), then run again"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changes:
+    """Changes that an operator wants in the next certificates."""
+
+    add: Mapping[str, tuple[x509.GeneralName, ...]] = field(default_factory=dict)  #: SANs by certificate name.
+    drop: Mapping[str, tuple[x509.GeneralName, ...]] = field(default_factory=dict)
+    adopt_defaults: bool = False  #: Subjects as kubeadm of this cluster's version would make them.
+    kubeadm_config: Path | None = None  #: kubeadm's configuration file; None: the cluster's ConfigMap.
+
+    @property
+    def is_any(self) -> bool:
+        """Whether a live certificate's names are to change."""
+        return bool(self.add or self.drop or self.adopt_defaults)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """The options of one run, as the command line (or a test) gives them; commands share those that they have."""
+
+    names: tuple[str, ...] = ()  #: kubeadm's names, or "all"; empty: what is due.
+    any_identity: tuple[str, ...] = ()  #: Names whose live certificates are renewed whatever their identity.
+    changes: Changes = Changes()
+    all_or_nothing: bool = False  #: If one certificate fails, none is installed.
+    restarts: bool = True  #: False: nothing is restarted and proven; earlier runs' restarts stay owed.
+    csrs_only: bool = False  #: No file is replaced, so that none need be fit for it.
+    ahead: timedelta | None = None  #: Of a rehearsal: only what will be due within this time.
+    wait: timedelta = timedelta()  #: How long to wait for another run on this node to end.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Desired:
+    """One certificate as it is to be."""
+
+    naming: Naming
+    notes: tuple[str, ...]  #: Sentences: what is different, and where it comes from.
+    key: KeyAlgorithm | None = None  #: Of the new key, where there is no live certificate to look at.
+    kubeconfig: FreshKubeconfig | None = None  #: The whole file, where there is none.
+
+
+#: By certificate name; an error: it can't be made so.
+DesiredByName = Mapping[str, Desired | BridgeError]
+
+
+class ForeignIdentityError(BridgeError):
+    """The live certificate is not what its name says, and the next one would get its subject and SANs."""
+
+    def __init__(self, item: Item, violations: Sequence[Violation]) -> None:
+        self.violations = tuple(violations)
+        super().__init__(
+            f"{item.certificate_path}: the next certificate gets the identity of this one, and it is not {item.spec.name}'s: "
+            f"{'; '.join(map(str, violations))}",
+            hint=f"find out who put it there, and put the right one back (an expired one will do); "
+            f"after a change of the CA put the old CA's certificate behind the new one in {item.anchor_path}; "
+            f"`--any-identity {item.spec.name}` renews it as it is",
+        )
+
+
+class MissingCertificateError(BridgeError):
+    """There is no live certificate that a renewal could be made from."""
+
+
+class NotReadyError(BridgeError):
+    """Something on this node is to be mended first; no CA has a part in it, and none was asked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """The certificates that a run has to renew, and those that it can't."""
+
+    items: tuple[Item, ...] = ()  #: To renew.
+    failed: tuple[Outcome, ...] = ()  #: Should be renewed, and can't be.
+    skipped: tuple[str, ...] = ()  #: Sentences for the operator.
+    waived: tuple[str, ...] = ()  #: Sentences about identities that are renewed as they are.
+    powerful: tuple[str, ...] = ()  #: Sentences about what is renewed because it is there, and need not be.
+    #: By certificate name, where the next one differs from the live one, or there is no live one.
+    desired: Mapping[str, Desired] = field(default_factory=dict)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for the operator before a CA is asked."""
+        names = [item.spec.name for item in self.items]
+        changed = (note for name in names if name in self.desired for note in self.desired[name].notes)
+        return (*self.waived, *self.powerful, *changed)
+
+
+def select(
+    node: Node,
+    settings: Settings,
+    options: RunOptions,
+    now: datetime,
+    *,
+    requests: Iterable[OpenRequest] = (),
+    waiting: Collection[str] = (),
+    desired: DesiredByName | None = None,
+) -> Selection:
+    """
+    Choose what to renew.
+
+    Args:
+        node: What is there.
+        settings: `renewal.before` and `renewal.validity` say what is due.
+        options: Which names, and what the operator waives.
+        now: Aware, UTC.
+        requests: Open requests: the live certificates were judged when these were made.
+        waiting: Names for which an answer is to be fetched, due or not.
+        desired: The result of `changes.decide`.
+
+    Raises:
+        SettingsError: An unknown name.
+        NoNodeError: No file of a control plane is here.
+    """
+    assert_known([*options.names, *options.any_identity])
+    if not node.is_here:
+        raise NoNodeError(settings.node.pki_dir)
+    found = [item.spec.name for item in node.items]
+    asked = found if not options.names or ALL in options.names else [name for name in found if name in options.names]
+    asked = sorted(asked, key=lambda name: name != KUBELET_CONF)  # without it a rebooted node stays down
+    choice = _Choice(
+        node=node,
+        settings=settings,
+        options=options,
+        now=now,
+        asked_for={one.name: one.request.replaces for one in requests},
+        waiting=waiting,
+        desired=desired or {},
+    )
+    verdicts = [choice.of(name) for name in [*asked, *sorted(set(options.names) - {ALL} - set(asked))]]
+    items = tuple(one for one in verdicts if isinstance(one, Item))
+    known = {*options.names, *choice.asked_for}
+    return Selection(
+        items=items,
+        failed=tuple(one for one in verdicts if isinstance(one, Outcome)),
+        skipped=tuple(one for one in verdicts if isinstance(one, str)),
+        waived=tuple(choice.waived),
+        powerful=tuple(_powerful(items, known)),
+        desired={name: one for name, one in choice.desired.items() if not isinstance(one, BridgeError)},
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Choice:
+    """The facts by which each certificate is selected, left alone or refused."""
+
+    node: Node
+    settings: Settings
+    options: RunOptions
+    now: datetime
+    asked_for: Mapping[str, x509.Certificate | None]  #: By name, the certificate that an open request replaces.
+    waiting: Collection[str]
+    desired: DesiredByName
+    waived: list[str] = field(default_factory=list)
+
+    def of(self, name: str) -> Item | Outcome | str | None:
+        """To be renewed; or failed; or a sentence about why it is left alone; None: it is not due."""
+        item, desired = next((one for one in self.node.items if one.spec.name == name), None), self.desired.get(name)
+        by_hand = name in self.options.names
+        if item is None:
+            return _absent(SPECS[name], item, self.node)
+        if isinstance(desired, BridgeError):
+            return outcome_of(item, desired)
+        if item.state == "missing":
+            is_wanted = desired is not None or self.asked_for.get(name, item) is None
+            return self._missing(item, is_wanted=is_wanted, by_hand=by_hand)
+        if (sentence := _left_alone(item, self.settings, by_hand=by_hand)) is not None:
+            return sentence
+        if item.state != "present":
+            return outcome_of(item, MissingCertificateError(item.trouble or "", hint=RESTORE))
+        is_due = name in self.waiting or is_other(item, self.settings) or _is_due(item, self.settings, self.now)
+        return self._judged(item) if self.options.names or is_due else None
+
+    def _missing(self, item: Item, *, is_wanted: bool, by_hand: bool) -> Item | Outcome | str:
+        if not is_wanted and item.spec.optional and not by_hand:
+            return f"{item.spec.name} is not on this node, which is normal for it"
+        if not is_wanted:
+            return _absent(item.spec, item, self.node)
+        try:
+            anchors_of(item)
+        except MissingCertificateError as e:
+            return outcome_of(item, e)
+        return item
+
+    def _judged(self, item: Item) -> Item | Outcome:
+        name = item.spec.name
+        error = self._against(item)
+        if name in self.options.any_identity and isinstance(error, ForeignIdentityError):
+            violations = "; ".join(map(str, error.violations))
+            self.waived.append(f"{name} is renewed as it is, as --any-identity says: {violations}")
+            return item
+        return item if error is None else outcome_of(item, error)
+
+    def _against(self, item: Item) -> BridgeError | None:
+        """Why it can't be renewed; a live certificate for which a request is open was judged before."""
+        if not item.managed:
+            return _unknown_authority(item)
+        if item.obstacle is not None and not self.options.csrs_only:
+            return item.obstacle
+        is_judged = self.asked_for.get(item.spec.name) == item.certificates[0]
+        return None if is_judged or item.foreign else foreign_identity(item, self.settings)
+
+
+def _powerful(items: Sequence[Item], known: Collection[str]) -> Iterator[str]:
+    """A sentence about a super-admin.conf that is renewed because it is here, as by `kubeadm certs renew all`."""
+    for item in items:
+        if item.spec.name == SUPER_ADMIN and SUPER_ADMIN not in known:
+            yield (
+                f"{SUPER_ADMIN} is renewed since it is here; no RBAC rule holds it back, and nobody needs it after "
+                f"kubeadm init: rm {item.certificate_path} (`ca-bridge renew {SUPER_ADMIN}` makes it when it is needed)"
+            )
+
+
+def _left_alone(item: Item, settings: Settings, *, by_hand: bool) -> str | None:
+    """A sentence about a certificate that is there and not to be renewed; None: it may be."""
+    name = item.spec.name
+    if item.foreign and not by_hand and not is_other(item, settings):
+        return (
+            f"{name} is not of the cluster's CA (a kubelet makes such a one for itself): it stays, unless it is named, "
+            f"or [certificate.{name}] sans is set"
+        )
+    if item.spec.component is Component.KUBELET and not item.managed:
+        return f"{name} refers to {item.certificate_path}, which the kubelet renews by itself"
+    return None
+
+
+def is_other(item: Item, settings: Settings) -> bool:
+    """Whether the settings ask for another serving certificate of a kubelet than the one that is there."""
+    if item.spec.name != KUBELET_SERVER or not settings.serving_sans or not item.certificates:
+        return False
+    leaf = item.certificates[0]
+    from bridge.pki.csr import Naming, alternative_names  # noqa: PLC0415 (a cron run loads it only where it is asked)
+
+    return item.foreign or not Naming(subject=leaf.subject, sans=alternative_names(settings.serving_sans)).is_of(leaf)
+
+
+def foreign_identity(item: Item, settings: Settings) -> BridgeError | None:
+    """Why a live certificate's identity must not be given to the next one; also where nobody can tell."""
+    authority = item.spec.authority.name
+    try:
+        anchors = anchors_of(item)
+    except MissingCertificateError as e:
+        return e
+    extra = settings.extra_subject(authority)
+    violations = identity.check(item.spec, item.certificates, anchors, str(item.anchor_path), extra)
+    return ForeignIdentityError(item, violations) if violations else None
+
+
+def anchors_of(item: Item) -> tuple[x509.Certificate, ...]:
+    """
+    All certificates of the CA file that it must lead to.
+
+    Raises:
+        MissingCertificateError: It can't be read.
+    """
+    try:
+        return tuple(load_pem_certificates(item.anchor_path.read_bytes()))
+    except (OSError, ValueError) as e:
+        reason = e.strerror if isinstance(e, OSError) else e
+        raise MissingCertificateError(
+            f"{item.anchor_path}: wanted the CA certificate that {item.spec.name} must lead to, found: {reason}",
+            hint="put the CA certificate back",
+        ) from e
+
+
+def assert_known(names: Collection[str]) -> None:
+    """
+    Raises:
+        SettingsError: One of the names is none of a certificate.
+    """
+    unknown = list(dict.fromkeys(name for name in names if name != ALL and name not in SPECS))
+    if unknown:
+        wanted = f"names of certificates ({', '.join(SPECS)}) or {ALL}"
+        found = ", ".join(name_found(name, [*SPECS, ALL]) for name in unknown)
+        raise SettingsError([SettingsProblem("", wanted, found)])
+
+
+def _is_due(item: Item, settings: Settings, now: datetime) -> bool:
+    """Whether it is due; one that a kubelet may renew by itself is not until that is late."""
+    if item.rotates and not expiry.is_rotation_late(item.ending, now):
+        return False
+    return expiry.is_due(item.ending, settings.renewal.before, settings.renewal.validity, now)
+
+
+def _unknown_authority(item: Item) -> BridgeError:
+    text = f"wanted to read the CA file {item.anchor_path} that kube-apiserver's --etcd-cafile names, found that it can't be"
+    return MissingCertificateError(text, hint="without it nothing that signs for it can be proven; put it back")
+
+
+def _absent(spec: CertificateSpec, item: Item | None, node: Node) -> Outcome:
+    if item is None:
+        error = MissingCertificateError(f"wanted a certificate to renew, found none: {_why_not_here(spec, node)}")
+    else:
+        place = item.certificate_path
+        hint = f"{RESTORE}; or `ca-bridge renew {spec.name}` makes it anew from kubeadm's configuration"
+        is_made = spec.listed or spec.name == KUBELET_CONF
+        error = MissingCertificateError(
+            f"wanted a certificate to renew in {place}, found nothing", hint=hint if is_made else RESTORE
+        )
+    return Outcome(name=spec.name, authority=spec.authority.name, error=error)
+
+
+def _why_not_here(spec: CertificateSpec, node: Node) -> str:
+    if spec.name == KUBELET_SERVER:
+        return "the kubelet makes its first one when it starts, and has not yet"
+    if node.is_worker:
+        return "this node is a worker, which has no such certificate"
+    return "not on this node" if node.local_etcd else "no local etcd here"
+
+
+def outcome_of(item: Item, error: BridgeError, backend: str = "") -> Outcome:
+    """The outcome for a certificate that could not be renewed."""
+    old = item.certificates[0] if item.certificates else None
+    return Outcome(name=item.spec.name, authority=item.spec.authority.name, old=old, error=error, backend=backend)
+
+
+def nothing_due(node: Node, settings: Settings, now: datetime) -> str:
+    """A sentence for a run that has nothing to do."""
+    present = [item for item in node.items if item.state == "present" and item.managed and not item.foreign]
+    if not present:
+        return "nothing is due: no certificates here"
+    first = min(present, key=lambda item: expiry.first_end(item.ending))
+    left = expiry.residual(expiry.seconds_left(expiry.first_end(first.ending), now))
+    early = [item.spec.name for item in present if expiry.is_early(item.ending, now)]
+    more = f"; not valid yet by this node's clock ({expiry.minute(now)}), see `ca-bridge doctor`: {', '.join(early)}"
+    text = f"nothing is due: {first.spec.name} is the first to expire, in {left} (renewal.before = {settings.renewal.before})"
+    return text + (more if early else "")
