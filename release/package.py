@@ -73,6 +73,7 @@ def layout(tree: Tree, project: Wheel) -> Layout:
             files[f"usr/lib/systemd/system/{unit}"] = file  # and in its place, since `setup systemd` reads it there
     links = {
         "usr/bin/ca-bridge": "../lib/ca-bridge/bin/ca-bridge",
+        "usr/share/doc/kubeadm-ca-bridge": "../../lib/ca-bridge/share/doc/kubeadm-ca-bridge",
         "usr/share/kubeadm-ca-bridge": "../lib/ca-bridge/share/kubeadm-ca-bridge",
     }
     return Layout(files=files, links=links, release=project)
@@ -81,7 +82,7 @@ def layout(tree: Tree, project: Wheel) -> Layout:
 def _place(path: str) -> str:
     if path.startswith("share/man/"):
         return f"usr/{path}.gz"
-    if path.startswith("share/") and not path.startswith("share/kubeadm-ca-bridge/"):
+    if path.startswith("share/") and not path.startswith(("share/kubeadm-ca-bridge/", "share/doc/")):
         return f"usr/{path}"
     return f"{HOME}/{path}"
 

@@ -55,7 +55,10 @@ def in_share() -> dict[str, bytes]:
         f"share/{NAME}/{PurePosixPath(path).relative_to('config')}": content
         for path, content in tree(ROOT / "config", "*").items()
     }
-    return config | tree(ROOT / "share", "*")
+    pages = {
+        f"share/doc/{NAME}/{path.partition('/')[2]}": content for path, content in tree(ROOT / "docs", "*").items()
+    }
+    return config | pages | tree(ROOT / "share", "*")
 
 
 def test_holds_the_program_and_its_data_and_nothing_else(wheel: Path) -> None:

@@ -15,6 +15,7 @@ from bridge.cli import (
     commands_renewal,  # noqa: F401
     commands_setup,  # noqa: F401
     gateway,  # noqa: F401
+    pages,  # noqa: F401
     users,
 )
 from bridge.cli.program import app

@@ -16,12 +16,16 @@ TASKS: dict[str, tuple[str, ...]] = {
     "Go back, and clean up after a crash": ("backups", "rollback", "recover"),
     "Make a new node": ("bootstrap",),
     "Let people and machines in": ("kubeconfig",),
-    "Set up": ("settings", "setup", "backend", "demo"),
+    "Set up": ("settings", "setup", "backend", "demo", "help"),
     "Keep the record": ("audit",),
 }
 
 #: By command: lines to type, each with what it does.
 EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
+    "help": (
+        ("ca-bridge help", "List the pages."),
+        ("ca-bridge help emergency", "Everything has expired, or keys have leaked: what to do."),
+    ),
     "kubeconfig request": (
         ("ca-bridge kubeconfig request bob --group dev --group ops", "Make bob.key and bob.csr, on bob's machine."),
     ),

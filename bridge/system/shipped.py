@@ -1,23 +1,31 @@
-"""Where the files are that are installed with the program: example settings, policies, manifests, units."""
+"""Where the files are that are installed with the program: example settings, policies, manifests, units, pages."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-_SHARE = "share/kubeadm-ca-bridge"
+_SHARE, _PAGES = "share/kubeadm-ca-bridge", "share/doc/kubeadm-ca-bridge"
 
 
 def shipped(name: str) -> Path | None:
-    """A file or directory of them; None: the installation lacks it."""
+    """An example, policy, manifest or unit by its path below `config/`; None: the installation lacks it."""
+    return next((place / name for place in _places(_SHARE, "config") if (place / name).exists()), None)
+
+
+def pages() -> Path | None:
+    """The directory of the documents; None: the installation lacks it."""
+    return next((place for place in _places(_PAGES, "docs") if (place / "README.md").exists()), None)
+
+
+def _places(installed: str, in_clone: str) -> tuple[Path, ...]:
+    """In the tree of a release, in a virtual environment, in a clone."""
     here = Path(__file__)
-    # In the tree of a release, in a virtual environment, in a clone.
-    places = (
-        here.parents[min(4, len(here.parents) - 1)] / _SHARE,
-        Path(sys.prefix, _SHARE),
-        here.parents[2] / "config",
+    return (
+        here.parents[min(4, len(here.parents) - 1)] / installed,
+        Path(sys.prefix, installed),
+        here.parents[2] / in_clone,
     )
-    return next((place / name for place in places if (place / name).exists()), None)
 
 
 def how_to_begin(example: str, place: Path) -> str:

@@ -1,0 +1,52 @@
+"""`ca-bridge help`: the pages are where the program is installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bridge.cli import pages
+from bridge.cli.app import app
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_each_page_is_there_and_listed_with_its_title() -> None:
+    """By the program as it is installed, without the clone."""
+    result = CliRunner().invoke(app, ["help"])
+
+    topics = {path.stem for path in DOCS.glob("*.md")} - {"README"}
+    assert result.exit_code == 0
+    assert {line.split()[0] for line in result.stdout.splitlines()} == topics
+    assert any(line.split(maxsplit=1) == ["emergency", "Emergencies"] for line in result.stdout.splitlines())
+    assert DOCS not in pages.topics()["emergency"].parents
+
+
+def test_a_page_is_printed_whole() -> None:
+    """In a pipe without a pager."""
+    result = CliRunner().invoke(app, ["help", "emergency"])
+
+    assert result.exit_code == 0
+    assert result.stdout == (DOCS / "emergency.md").read_text(encoding="utf-8")
+
+
+def test_a_page_that_is_not_there_is_answered_with_the_one_that_may_be_meant() -> None:
+    """Also for a path, which is no topic."""
+    for wrong in ("emergancy", "../emergency", "/etc/passwd"):
+        result = CliRunner().invoke(app, ["help", wrong])
+
+        assert result.exit_code == 2
+        assert "ca-bridge help" in result.stderr
+    assert "'emergency'" in CliRunner().invoke(app, ["help", "emergancy"]).stderr
+
+
+def test_an_installation_without_pages_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no empty list."""
+    monkeypatch.setattr(pages, "pages", lambda: None)
+
+    result = CliRunner().invoke(app, ["help"])
+
+    assert result.exit_code == 1
+    assert "found none" in result.stderr
