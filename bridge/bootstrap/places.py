@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from bridge.errors import BridgeError
-from bridge.node.kubelet_files import KUBELET_DIR
+from bridge.node.kubelet import KUBELET_DIR
 from bridge.specs import AUTHORITIES, KUBELET_CONF, KUBELET_SERVER, SPECS, Authority, CertificateSpec
 from bridge.system.safe_read import UnreadableError, read
 

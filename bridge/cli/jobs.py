@@ -10,7 +10,7 @@ from typing import Literal
 
 from bridge.ca import registry
 from bridge.errors import SettingsError, SettingsProblem
-from bridge.node.kubelet_files import KubeletFiles
+from bridge.node.kubelet import KubeletFiles
 from bridge.settings.load import DEFAULT_FILE
 from bridge.settings.tables import NodeSettings, Settings
 from bridge.system import jobs

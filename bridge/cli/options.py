@@ -17,7 +17,7 @@ import typer
 
 from bridge.cli.help import Command
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
-from bridge.node import names
+from bridge.node import kubelet
 from bridge.pki.expiry import parse_duration
 from bridge.settings.load import load, overridden
 from bridge.settings.tables import Settings
@@ -43,7 +43,7 @@ class Common:
             SettingsError: The file can't be used.
         """
         settings = overridden(load(self.config), self.pki_dir, self.kubeconfig_dir, self.state_dir)
-        return names.with_name(settings)
+        return kubelet.with_node_name(settings)
 
     def settings_with_record(self) -> Settings:
         """

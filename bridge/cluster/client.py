@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bridge.node.ages import contents
 from bridge.node.endpoints import Server
+from bridge.node.processes import file_contents
 from bridge.system import https
 
 #: For each request; a component that is well answers within milliseconds.
@@ -63,9 +63,9 @@ class Client:
         """
         return cls(
             name=certificate.name,
-            certificate_pem=contents(certificate),
-            key_pem=contents(key),
-            trust_pem=None if trust is None else contents(trust),
+            certificate_pem=file_contents(certificate),
+            key_pem=file_contents(key),
+            trust_pem=None if trust is None else file_contents(trust),
         )
 
     def ask(

@@ -34,11 +34,11 @@ from bridge.control_plane.probes import (
     words,
 )
 from bridge.control_plane.restart_plan import KUBELET_COPY, reloading
-from bridge.node import ages, endpoints, kubeconfig, kubelet_files, manifests, processes
-from bridge.node.ages import contents
+from bridge.node import endpoints, kubeconfig, kubelet, manifests, processes
 from bridge.node.endpoints import Address, Flags, Server
 from bridge.node.inventory import Item, Node
 from bridge.node.kubelet import KUBELET_CONFIG
+from bridge.node.processes import file_contents
 from bridge.node.yamltree import document, split_bom
 from bridge.pki.certificates import attributes, serial_hex
 from bridge.settings.tables import Settings
@@ -133,7 +133,7 @@ def _unusable(look: Look) -> Iterator[Check]:
 
 def _read_once(look: Look, component: Component, path: Path) -> Verdict:
     """Judge a file that a component reads at its start, and never again."""
-    age = ages.compare(component, path, look.machine.proc)
+    age = processes.compare_age(component, path, look.machine.proc)
     if age.older is None:
         return Verdict("unknown", age.detail)
     return Verdict("stale" if age.older else "current", age.detail)
@@ -141,7 +141,7 @@ def _read_once(look: Look, component: Component, path: Path) -> Verdict:
 
 def _read_at_connections(look: Look, component: Component, path: Path) -> Verdict:
     """Judge a file that is right, and that a component reads whenever it makes a connection, if its version is known to."""
-    age = ages.compare(component, path, look.machine.proc)
+    age = processes.compare_age(component, path, look.machine.proc)
     if age.older is False:
         return Verdict("current", age.detail)
     if component in look.reloads:
@@ -350,7 +350,7 @@ def _ask_as_front_proxy(look: Look, client: Client) -> str:
     """
     flags = look.flags(Component.APISERVER)
     trust = look.anchor(CA)
-    known = dataclasses.replace(client, trust_pem=None if trust is None else contents(trust))
+    known = dataclasses.replace(client, trust_pem=None if trust is None else file_contents(trust))
     user = flags.get("--requestheader-username-headers", "X-Remote-User").split(",")[0]
     review = {"apiVersion": "authentication.k8s.io/v1", "kind": "SelfSubjectReview"}
     path, body = "/apis/authentication.k8s.io/v1/selfsubjectreviews", json.dumps(review).encode()
@@ -440,7 +440,7 @@ def _kubelet_pair(look: Look, item: Item) -> Verdict:
     # without `rotateCertificates` it looks at the file every five minutes, once its kubeconfig refers to one
     return (
         verdict
-        if ages.compare(Component.KUBELET, conf, look.machine.proc).older
+        if processes.compare_age(Component.KUBELET, conf, look.machine.proc).older
         else Verdict("next-connection", verdict.detail)
     )
 
@@ -451,7 +451,7 @@ _DATED = re.compile(r"kubelet-client-(\d{4}(?:-\d\d){5})\.pem")
 def _was_written_by_a_kubelet(path: Path) -> bool:
     """A kubelet names the file after the local time at which it writes it; what we replace keeps its name."""
     real = path.resolve()
-    if contents(real).startswith(kubelet_files.OURS):
+    if file_contents(real).startswith(kubelet.OURS):
         return False
     name = _DATED.fullmatch(real.name)
     if name is None:
@@ -488,20 +488,20 @@ def _ask_api(look: Look, item: Item) -> Verdict:
         HttpsError, RefusedError: Not accepted, or no answer.
     """
     path = look.settings.node.kubeconfig_dir / item.spec.base
-    data = contents(path)
+    data = file_contents(path)
     parsed = kubeconfig.parse(data)
     name = parsed.tls_server_name or urlsplit(parsed.server).hostname
-    certificate = parsed.certificate_data or contents(item.certificate_path)
+    certificate = parsed.certificate_data or file_contents(item.certificate_path)
     client = Client(
         name=path.name,
         certificate_pem=certificate,
-        key_pem=kubeconfig.key_data(data) or contents(path.parent / (parsed.key_file or "")),
-        trust_pem=parsed.ca_data or contents(path.parent / parsed.ca_file if parsed.ca_file else item.anchor_path),
+        key_pem=kubeconfig.key_data(data) or file_contents(path.parent / (parsed.key_file or "")),
+        trust_pem=parsed.ca_data or file_contents(path.parent / parsed.ca_file if parsed.ca_file else item.anchor_path),
     )
     end = first(path, certificate).not_valid_after_utc
     servers = [Server(parsed.server, parsed.tls_server_name)] if look.node.is_worker else _api(look, name)
     by = [accepted(ask_all(client, servers, need)) for need in _needs(look, item)]
-    return Verdict("current", f"{by[0]}, until {ages.text(end)}")
+    return Verdict("current", f"{by[0]}, until {processes.moment_text(end)}")
 
 
 def _needs(look: Look, item: Item) -> list[str]:

@@ -19,9 +19,9 @@ from cryptography import x509
 
 from bridge.cluster.client import TIMEOUT_SECONDS, Client
 from bridge.errors import BridgeError
-from bridge.node import ages
-from bridge.node.ages import contents
+from bridge.node import processes
 from bridge.node.endpoints import Address, Server
+from bridge.node.processes import file_contents
 from bridge.pki.certificates import load_pem_certificates, serial_hex
 from bridge.specs import Component
 from bridge.system import https
@@ -82,7 +82,7 @@ def leaf(path: Path) -> x509.Certificate:
     Raises:
         UnreadableError, ValueError: As `contents`; also when there is none.
     """
-    return first(path, contents(path))
+    return first(path, file_contents(path))
 
 
 def first(path: Path, data: bytes) -> x509.Certificate:
@@ -101,9 +101,9 @@ def first(path: Path, data: bytes) -> x509.Certificate:
 def _outside_dates(certificate: x509.Certificate, now: datetime) -> str:
     """Why it is not valid now; empty: it is."""
     if now > certificate.not_valid_after_utc:
-        return f"expired at {ages.text(certificate.not_valid_after_utc)}"
+        return f"expired at {processes.moment_text(certificate.not_valid_after_utc)}"
     if now < certificate.not_valid_before_utc:
-        return f"not valid before {ages.text(certificate.not_valid_before_utc)}"
+        return f"not valid before {processes.moment_text(certificate.not_valid_before_utc)}"
     return ""
 
 
@@ -136,7 +136,7 @@ class Serving:
         return Client.of(self.file, self.key_file, self.trust_file)
 
     def _judge(self, place: Address, now: datetime) -> Verdict:
-        pem, key = contents(self.file), contents(self.key_file)
+        pem, key = file_contents(self.file), file_contents(self.key_file)
         ours = first(self.file, pem)
         try:
             https.context(None, pem, key)
@@ -149,9 +149,9 @@ class Serving:
         if reason := _outside_dates(ours, now):
             return Verdict("refused", f"serial {serial_hex(ours)}: {reason}")
         if self.trust_file is not None:
-            trust, name = contents(self.trust_file), self.name or place.host
+            trust, name = file_contents(self.trust_file), self.name or place.host
             https.served(*place, trust_pem=trust, server_name=name, **pair, timeout_seconds=TIMEOUT_SECONDS)
-        return Verdict("current", f"serial {serial_hex(ours)}, until {ages.text(ours.not_valid_after_utc)}")
+        return Verdict("current", f"serial {serial_hex(ours)}, until {processes.moment_text(ours.not_valid_after_utc)}")
 
 
 # --- clients ---------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from cryptography import x509
 from bridge.control_plane import checks, health, neighbours, proof, restart_plan, static_pods
 from bridge.control_plane.static_pods import Pod, Tell
 from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, SettingsProblem
-from bridge.node import inventory, kubeconfig, manifests, pods
+from bridge.node import inventory, kubeconfig, manifests, processes
 from bridge.node.inventory import Node
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki.certificates import load_pem_certificates
@@ -303,7 +303,7 @@ def obstacle(component: Component, node: Node, settings: Settings) -> Impossible
 
 
 def _pod(component: Component, node: Node, settings: Settings) -> Pod:
-    instances, settle = pods.instances(component)
+    instances, settle = processes.instances(component)
     return Pod(
         component=component,
         manifest=manifests.path_of(component, settings.node.kubeconfig_dir),

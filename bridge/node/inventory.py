@@ -22,7 +22,7 @@ from bridge.errors import BridgeError
 from bridge.node import manifests
 from bridge.node.kubeconfig import Kubeconfig, KubeconfigError
 from bridge.node.kubeconfig import parse as parse_kubeconfig
-from bridge.node.kubelet_files import KUBELET_DIR, KubeletFiles
+from bridge.node.kubelet import KUBELET_DIR, KubeletFiles
 from bridge.node.manifests import Manifest
 from bridge.pki import identity
 from bridge.pki.certificates import is_ca, load_pem_certificates

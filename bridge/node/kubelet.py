@@ -1,16 +1,55 @@
-"""The kubelet's configuration, as far as it matters here."""
+"""
+A kubelet's configuration and flags: where it answers, where it keeps its certificates, and the node's name in them.
+
+https://kubernetes.io/docs/reference/config-api/kubelet-config.v1beta1/ and
+https://kubernetes.io/docs/reference/command-line-tools-reference/kubelet/; measured on 1.37.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import re
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from bridge.node import endpoints
+from cryptography.x509.oid import NameOID
+
+from bridge.node import endpoints, kubeconfig
+from bridge.node.kubeconfig import KubeconfigError
 from bridge.node.yamltree import YamlError, document, split_bom
+from bridge.pki.certificates import UNREADABLE, load_pem_certificates
 from bridge.system.safe_read import UnreadableError, read
 
-#: Where kubeadm keeps the kubelet's configuration.
-KUBELET_CONFIG = Path("/var/lib/kubelet/config.yaml")
+if TYPE_CHECKING:
+    from bridge.settings.tables import Settings
+
+#: Where kubeadm has a kubelet keep what is its own.
+KUBELET_DIR = Path("/var/lib/kubelet")
+KUBELET_CONFIG = KUBELET_DIR / "config.yaml"
+#: What kubeadm's drop-in for systemd reads besides, on Debian and on Red Hat.
+_EXTRA_ARGS = (Path("/etc/default/kubelet"), Path("/etc/sysconfig/kubelet"))
+
+#: Before the certificates in a pair that we put there: a kubelet that was running by then has not read it.
+OURS = b"# Put here by ca-bridge, and not by the kubelet.\n"
+
+_POD_KEYS = ("healthzBindAddress", "healthzPort", "containerRuntimeEndpoint")
+_KEYS = ("rotateCertificates", "serverTLSBootstrap", "tlsCertFile", "tlsPrivateKeyFile")
+_FLAGS = {
+    "--rotate-certificates": "rotateCertificates",
+    "--rotate-server-certificates": "serverTLSBootstrap",
+    "--tls-cert-file": "tlsCertFile",
+    "--tls-private-key-file": "tlsPrivateKeyFile",
+    "--cert-dir": "certDir",
+    "--hostname-override": "hostname",
+    "--node-ip": "nodeIP",
+}
+
+#: made: the kubelet makes a pair that nobody has signed, unless there is one; named: `tlsCertFile`; asked: by
+#: `serverTLSBootstrap` it asks a signer of the cluster.
+Serving = Literal["made", "named", "asked"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,19 +61,143 @@ class Kubelet:
 
     @classmethod
     def load(cls, path: Path | None = None) -> Kubelet:
-        """
-        Read the file; the kubelet's defaults where it is not there, not YAML or says nothing.
-
-        https://kubernetes.io/docs/reference/config-api/kubelet-config.v1beta1/
-        """
-        found = {}
-        try:
-            root = document(split_bom(read(path or KUBELET_CONFIG) or b"{}")[1])
-            for key in ("healthzBindAddress", "healthzPort", "containerRuntimeEndpoint"):
-                node = root.get(key)
-                found[key] = node.text() if node is not None else ""
-        except (UnreadableError, YamlError):
-            found = {}
+        """Read the file; the kubelet's defaults stand where it is missing, not YAML, or has no such key."""
+        found, _ = _configured(path or KUBELET_CONFIG, _POD_KEYS)
         host, port = found.get("healthzBindAddress") or "127.0.0.1", found.get("healthzPort") or "10248"
         url = f"http://{endpoints.reachable(host)}:{port}/healthz"
         return cls(health_url=url if port != "0" else None, runtime_endpoint=found.get("containerRuntimeEndpoint", ""))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KubeletFiles:
+    """The part of the kubelet's configuration that says where certificates are, and for which names."""
+
+    directory: Path  #: `--cert-dir`: `kubelet-client-current.pem` is there.
+    rotates: bool | None  #: `rotateCertificates`; None: no configuration that could be read tells.
+    serving: Serving
+    certificate: Path  #: Of its serving certificate.
+    key: Path  #: The same file where both are in one.
+    hostname: str  #: `--hostname-override`; empty: none.
+    addresses: tuple[str, ...]  #: `--node-ip`, without the unspecified ones.
+    trouble: str | None = None  #: Why its configuration can't be read; one that is not there is none.
+
+    @property
+    def client(self) -> Path:
+        """The symlink to the client certificate that counts, with its key, once the kubelet has run."""
+        return self.directory / "kubelet-client-current.pem"
+
+    @classmethod
+    def load(cls, kubelet_dir: Path) -> KubeletFiles:
+        """Read the configuration in a kubelet's directory; the kubelet's defaults stand for what is not set."""
+        found, trouble = _configured(kubelet_dir / "config.yaml", _KEYS)
+        is_told = bool(found)
+        found |= _flags(kubelet_dir)
+        directory = Path(found.get("certDir") or kubelet_dir / "pki")
+        certificate, key = found.get("tlsCertFile", ""), found.get("tlsPrivateKeyFile", "")
+        if certificate and key:
+            # relative ones are relative to the configuration's directory
+            serving, pair = "named", (kubelet_dir / certificate, kubelet_dir / key)
+        elif _is_true(found.get("serverTLSBootstrap", "")):
+            current = directory / "kubelet-server-current.pem"
+            serving, pair = "asked", (current, current)
+        else:
+            serving, pair = "made", (directory / "kubelet.crt", directory / "kubelet.key")
+        return cls(
+            directory=directory,
+            rotates=_is_true(found.get("rotateCertificates", "")) if is_told or "rotateCertificates" in found else None,
+            serving=serving,  # type: ignore[arg-type]  # of the three
+            certificate=pair[0],
+            key=pair[1],
+            hostname=found.get("hostname", ""),
+            addresses=tuple(a for a in found.get("nodeIP", "").split(",") if a and a not in ("0.0.0.0", "::")),  # noqa: S104 (not bound)
+            trouble=trouble,
+        )
+
+
+def _is_true(text: str) -> bool:
+    return text.lower() in ("true", "t", "1")
+
+
+def _configured(path: Path, keys: Sequence[str]) -> tuple[dict[str, str], str | None]:
+    """The configuration's values, and why it can't be read; empty where it is not there, or can't be read."""
+    try:
+        data = read(path)
+        if data is None:
+            return {}, None
+        root = document(split_bom(data)[1])
+        values = {key: node.text() for key in keys if (node := root.get(key)) is not None}
+    except (UnreadableError, YamlError) as e:
+        return {}, f"wanted the kubelet's configuration in {path}, found: {e}"
+    return {"kind": "KubeletConfiguration", **values}, None
+
+
+def _flags(kubelet_dir: Path) -> dict[str, str]:
+    """Flags that kubeadm and the operator give the kubelet, by name; they count more than its configuration."""
+    files = [(kubelet_dir / "kubeadm-flags.env", "KUBELET_KUBEADM_ARGS")]
+    if kubelet_dir == KUBELET_DIR:
+        files += [(path, "KUBELET_EXTRA_ARGS") for path in _EXTRA_ARGS]
+    found: dict[str, str] = {}
+    for path, variable in files:
+        found |= _flags_in(path, variable)
+    return found
+
+
+def _flags_in(path: Path, variable: str) -> Mapping[str, str]:
+    try:
+        text = (read(path) or b"").decode()
+        match = re.search(rf"^\s*{variable}=(.*)$", text, re.MULTILINE)
+        words = shlex.split(" ".join(shlex.split(match[1]))) if match else []
+    except (UnreadableError, ValueError):  # whoever starts the kubelet would not understand it, either
+        return {}
+    found = {}
+    for number, word in enumerate(words):
+        flag, is_joined, value = word.partition("=")
+        following = words[number + 1] if number + 1 < len(words) else ""
+        if flag in _FLAGS:
+            alone = "true" if following.startswith("-") or not following else following
+            found[_FLAGS[flag]] = value if is_joined else alone
+    return found
+
+
+_NODE_USER = "system:node:"
+
+
+def with_node_name(settings: Settings) -> Settings:
+    """The settings with the name of the node's certificates, where they set none and the certificates tell one."""
+    if settings.node.name:
+        return settings
+    name = node_name(settings.node.pki_dir, settings.node.kubeconfig_dir)
+    return dataclasses.replace(settings, node=dataclasses.replace(settings.node, name=name)) if name else settings
+
+
+def node_name(pki_dir: Path, kubeconfig_dir: Path) -> str:
+    """
+    Read it from kubelet.conf's certificate (CN system:node:NAME), or else etcd's (CN NAME), as kubeadm makes them.
+
+    Empty: none of them is here, or can be read.
+    """
+    path = kubeconfig_dir / "kubelet.conf"
+    try:
+        parsed = kubeconfig.parse(read(path) or b"")
+        pem = parsed.certificate_data or read(path.parent / (parsed.certificate_file or ""))
+    except (KubeconfigError, UnreadableError):
+        pem = None
+    user = _common_name(pem)
+    if user.startswith(_NODE_USER):
+        return user.removeprefix(_NODE_USER)
+    for base in ("etcd/server.crt", "etcd/peer.crt"):
+        try:
+            name = _common_name(read(pki_dir / base))
+        except UnreadableError:
+            continue
+        if name:
+            return name
+    return ""
+
+
+def _common_name(pem: bytes | None) -> str:
+    try:
+        subject = load_pem_certificates(pem or b"")[0].subject
+        return " ".join(str(one.value) for one in subject.get_attributes_for_oid(NameOID.COMMON_NAME))
+    except UNREADABLE:
+        return ""

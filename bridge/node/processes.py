@@ -1,14 +1,25 @@
-"""The node's processes: which of them run a program, since when, and which file they see."""
+"""
+What runs on the node: a program's processes, a static pod's instances, and whether they are older than a file.
+
+By the process table, or by the container runtime where crictl answers.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any, NamedTuple
+
+from bridge.node import crictl
+from bridge.specs import Component
+from bridge.system import safe_read
+from bridge.system.safe_read import UnreadableError
 
 PROC = Path("/proc")
 
@@ -64,3 +75,168 @@ def _started(entry: Path) -> datetime:
     ticks = int(behind_name.split()[_START_FIELD])
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     return datetime.fromtimestamp(time.time() - age, UTC)
+
+
+class Age(NamedTuple):
+    """A component's age, compared with a file's."""
+
+    older: bool | None  #: The component is older than the file, or sees another one; None: it can't be told.
+    detail: str
+
+
+def compare_age(component: Component, path: Path, proc: Path = PROC) -> Age:
+    """
+    Compare a running component with a file that it uses.
+
+    By the file's ctime, which no copying of times sets back, and which a rename sets, too. A container that has a
+    file mounted goes on seeing the old one after a rename, whatever the times say. Of several processes the oldest
+    counts.
+
+    Args:
+        component: On this node.
+        path: As the component knows it, and as it is here.
+        proc: Where the process table is.
+
+    Raises:
+        UnreadableError, ValueError: There is no such file, or it can't be read.
+    """
+    data = file_contents(path)
+    changed = max(_changed(path.lstat()), _changed(path.stat()))
+    if changed > datetime.now(UTC):
+        return Age(
+            None, f"{path} was changed at {moment_text(changed)}, which is in the future: was the clock set back?"
+        )
+    found = running(component.value, proc)
+    ours = [process for process in found if any(str(path) in word for word in process.arguments)] or found
+    started = ours[0].started if ours else _container_made(component)
+    if started is None:
+        return Age(None, f"wanted a process {component.value}, found none (root alone sees all), and crictl knows none")
+    times = f"started at {moment_text(started)}, {path} changed at {moment_text(changed)}"
+    if any(_sees_another(process, path, data) for process in ours):
+        return Age(True, f"still sees what was in {path} before; {times}")
+    return Age(started <= changed, times)
+
+
+def file_contents(path: Path) -> bytes:
+    """
+    A file that has to be there.
+
+    Raises:
+        UnreadableError: It can't be read.
+        ValueError: It is not there.
+    """
+    try:
+        data = safe_read.read(path)
+    except UnreadableError as e:
+        raise UnreadableError(f"{path}: {e}") from e
+    if data is None:
+        raise ValueError(f"{path}: wanted a file, found none")
+    return data
+
+
+def moment_text(moment: datetime) -> str:
+    """A time as text, to the second, in UTC."""
+    return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _changed(status: os.stat_result) -> datetime:
+    return datetime.fromtimestamp(status.st_ctime, UTC)
+
+
+def _sees_another(process: Process, path: Path, data: bytes) -> bool:
+    try:
+        seen = safe_read.read(process.root / path.relative_to("/"))
+    except UnreadableError:  # another user's process; the times remain
+        return False
+    return seen is not None and seen != data
+
+
+def _container_made(component: Component) -> datetime | None:
+    """When the runtime made the oldest running container of a component; None: it can't tell."""
+    try:
+        found = crictl.ask("ps", "--state", "running", "--name", f"^{component.value}$")
+        nanoseconds = [int(container["createdAt"]) for container in found["containers"]]
+    except (OSError, subprocess.SubprocessError, ValueError, LookupError, TypeError):
+        return None  # no crictl, no runtime, or another one's answer
+    return datetime.fromtimestamp(min(nanoseconds) / 1e9, UTC) if nanoseconds else None
+
+
+#: How long a kubelet needs to forget a pod (measured on 1.37; too early back costs 10 to 25 s) after its sandbox has
+#: ended, and after its process has: the sandbox ends later.
+SANDBOX_SETTLES = timedelta(seconds=3)
+PROCESS_SETTLES = timedelta(seconds=5)
+
+Instances = Callable[[], frozenset[str]]
+
+
+def instances(component: Component) -> tuple[Instances, timedelta]:
+    """
+    Who tells what runs of a component's static pod, and how long a kubelet takes to forget it after nothing does.
+
+    crictl, where it is there and answers.
+    """
+    try:
+        return _Runtime(component), SANDBOX_SETTLES
+    except (OSError, ValueError, subprocess.SubprocessError):  # the process table knows as well, if later
+        pass
+    return lambda: _in_process_table(component), PROCESS_SETTLES
+
+
+# --- the container runtime -------------------------------------------------------------------------------------------
+
+
+class _Runtime:
+    """Instances as crictl lists them; while it fails, as it last did. Where kubeadm's pod is, none that is called alike."""
+
+    def __init__(self, component: Component) -> None:
+        """
+        Raises:
+            OSError, ValueError, SubprocessError: The runtime can't be asked.
+        """
+        self._component = component
+        self._last = _sandboxes(component)
+        self._is_labelled = any(self._last.values())
+
+    def __call__(self) -> frozenset[str]:
+        with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+            self._last = _sandboxes(self._component)
+        return frozenset(pod for pod, labelled in self._last.items() if labelled or not self._is_labelled)
+
+
+def _sandboxes(component: Component) -> dict[str, bool]:
+    """
+    The running pods that a kubelet made of a manifest file, and that may be the component's by their name.
+
+    Returns:
+        Of each whether it has kubeadm's label.
+
+    Raises:
+        OSError, ValueError, SubprocessError: The runtime can't be asked.
+    """
+    found = crictl.ask("pods", "--state", "ready")
+    try:
+        ours = [one for one in found.get("items") or () if _may_be_of(one, component)]
+        return {f"pod {one['id'][:13]}": _label(one) is not None for one in ours}
+    except (LookupError, AttributeError, TypeError) as e:
+        raise ValueError("something else") from e
+
+
+def _may_be_of(pod: Any, component: Component) -> bool:
+    """A static pod is called after the name in its manifest, and its node."""
+    return bool(
+        pod["metadata"]["name"].startswith(f"{component.value}-")
+        and _label(pod) in (None, component.value)
+        and pod.get("annotations", {}).get("kubernetes.io/config.source") == "file"
+    )
+
+
+def _label(pod: Any) -> Any:
+    """The value of a label, which kubeadm's pods have: by it they are told from an operator's `etcd-defrag`."""
+    return pod.get("labels", {}).get("component")
+
+
+# --- the process table -----------------------------------------------------------------------------------------------
+
+
+def _in_process_table(component: Component) -> frozenset[str]:
+    return frozenset(f"process {one.pid}" for one in running(component.value))

@@ -15,9 +15,9 @@ from cryptography import x509
 
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.node import endpoints, kubeconfig
-from bridge.node.fresh_kubeconfig import FreshKubeconfig
 from bridge.node.inventory import Item, Node
 from bridge.node.kubeadm_config import KubeadmConfig
+from bridge.node.kubeconfig import FreshKubeconfig
 from bridge.pki import csr, kubeadm_names
 from bridge.pki.certificates import attributes, pem, san_entry
 from bridge.pki.csr import Naming

@@ -19,9 +19,8 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from bridge.contract import Continuity, SignRequest
 from bridge.errors import BridgeError
 from bridge.node import kubeconfig
-from bridge.node.fresh_kubeconfig import FreshKubeconfig
 from bridge.node.inventory import Item
-from bridge.node.kubeconfig import KubeconfigError
+from bridge.node.kubeconfig import FreshKubeconfig, KubeconfigError
 from bridge.pki import csr
 from bridge.pki.certificates import load_pem_certificates
 from bridge.pki.csr import Naming

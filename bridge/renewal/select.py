@@ -20,7 +20,7 @@ from bridge.state.outcome import Outcome
 from bridge.words import name_found
 
 if TYPE_CHECKING:  # a night with nothing due makes none of them
-    from bridge.node.fresh_kubeconfig import FreshKubeconfig
+    from bridge.node.kubeconfig import FreshKubeconfig
     from bridge.pki.csr import Naming
     from bridge.state.requests import OpenRequest
 

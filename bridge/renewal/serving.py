@@ -10,7 +10,7 @@ from cryptography import x509
 
 from bridge.node import manifests
 from bridge.node.inventory import Item
-from bridge.node.kubelet_files import KubeletFiles
+from bridge.node.kubelet import KubeletFiles
 from bridge.pki.csr import Naming, alternative_names, subject_of
 from bridge.renewal.select import NotReadyError
 from bridge.settings.tables import NodeSettings, Settings, is_host

@@ -21,7 +21,7 @@ from bridge.ca.preflight import RefusedByCheckError
 from bridge.ca.untrusted_answers import HearsayError
 from bridge.contract import Issued, Pending
 from bridge.errors import BackendUnavailableError, BridgeError, Exit, SettingsError, VerificationError, WaitingError
-from bridge.node import kubeconfig, kubelet_files
+from bridge.node import kubeconfig, kubelet
 from bridge.node.inventory import Item, Node
 from bridge.pki import verify
 from bridge.pki.certificates import pem, serial_hex
@@ -177,7 +177,7 @@ def _kubelets(one: Prepared, current: Path, chain: bytes) -> Iterator[Replacemen
         conf = None if one.item.key_path is not None else _conf(one, chain)
     except OSError as e:
         raise MissingCertificateError(f"{e.filename}: wanted to read it, found: {e.strerror}") from e
-    pair = kubelet_files.OURS + chain + one.key_pem
+    pair = kubelet.OURS + chain + one.key_pem
     yield Replacement(certificate=name, path=dated, data=pair, mode_mask=KEY_MASK, was=None, attributes=attributes)
     yield Replacement(
         certificate=name,

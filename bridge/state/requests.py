@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from bridge.contract import Continuity, Issued, SignRequest
-from bridge.node.fresh_kubeconfig import FreshKubeconfig
+from bridge.node.kubeconfig import FreshKubeconfig
 from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.specs import SPECS
 from bridge.state.store import Store

@@ -33,7 +33,7 @@ from bridge.errors import (
     WaitingError,
 )
 from bridge.node import kubeconfig
-from bridge.node.fresh_kubeconfig import FreshKubeconfig
+from bridge.node.kubeconfig import FreshKubeconfig
 from bridge.pki import csr, verify
 from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.pki.expiry import duration_text, minute

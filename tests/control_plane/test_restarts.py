@@ -22,7 +22,7 @@ from bridge.cli import components
 from bridge.control_plane import health, restart_plan
 from bridge.control_plane.restarts import Restarted, RestartPostponedError, restart_all, take_copy
 from bridge.errors import Exit, SettingsError
-from bridge.node import inventory, kubelet, pods
+from bridge.node import inventory, kubelet, processes
 from bridge.node.inventory import Node
 from bridge.settings.load import parse
 from bridge.settings.tables import Components, Settings, Version
@@ -594,16 +594,16 @@ def test_only_the_kubelets_own_pod_counts(
 ) -> None:
     """Others may be called alike."""
     crictl(tmp_path, monkeypatch, json.dumps({"items": [{**_POD, **change}]}))
-    instances, settle = pods.instances(ETCD)
+    instances, settle = processes.instances(ETCD)
     assert instances() == found
-    assert settle == pods.SANDBOX_SETTLES
+    assert settle == processes.SANDBOX_SETTLES
 
 
 def test_a_pod_that_is_only_called_alike_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An operator's static pod without kubeadm's label never ends; kubeadm's tells that it is another one."""
     other = {**_POD, "id": "ffffffffffffffffffff", "metadata": {"name": "etcd-defrag-cp-1"}, "labels": {}}
     crictl(tmp_path, monkeypatch, json.dumps({"items": [other, _POD]}))
-    instances, _ = pods.instances(ETCD)
+    instances, _ = processes.instances(ETCD)
     assert instances() == {"pod 10be69b955f13"}
     crictl(tmp_path, monkeypatch, json.dumps({"items": [other]}))
     assert instances() == set()
@@ -615,15 +615,15 @@ def test_without_a_crictl_that_answers_the_process_table_tells(
 ) -> None:
     """It has to know no socket. A scheduler, since other tests start an etcd in our network."""
     crictl(tmp_path, monkeypatch, output)
-    instances, settle = pods.instances(SCHEDULER)
+    instances, settle = processes.instances(SCHEDULER)
     assert instances() == set()
-    assert settle == pods.PROCESS_SETTLES
+    assert settle == processes.PROCESS_SETTLES
 
 
 def test_a_crictl_that_falls_silent_ends_no_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it said last counts."""
     crictl(tmp_path, monkeypatch, json.dumps({"items": [_POD]}))
-    instances, _ = pods.instances(ETCD)
+    instances, _ = processes.instances(ETCD)
     crictl(tmp_path, monkeypatch, None)
     assert instances() == {"pod 10be69b955f13"}
 

@@ -15,7 +15,7 @@ import pytest
 
 from bridge.diagnosis.examination import examine
 from bridge.diagnosis.findings import causes
-from bridge.node.names import with_name
+from bridge.node.kubelet import with_node_name
 from bridge.settings.load import load
 from tests.kit import openbao
 from tests.kit.cas import Bridge, add_cfssl, add_openssl, add_vault
@@ -43,7 +43,7 @@ def bridge(bao: openbao.OpenBao, tmp_path_factory: pytest.TempPathFactory) -> Br
 
 def wrong(bridge: Bridge) -> list[tuple[str, str, list[str], str]]:
     """Level, check, subjects and text of what is not in order."""
-    found = causes(examine(with_name(load(bridge.config)), datetime.now(UTC)))
+    found = causes(examine(with_node_name(load(bridge.config)), datetime.now(UTC)))
     return [(one.level, one.check, list(one.about), one.text) for one in found if one.level != "ok"]
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.node import ages
+from bridge.node import processes
 from bridge.specs import Component
 from bridge.system.safe_read import UnreadableError
 
@@ -46,7 +46,7 @@ def scheduler(file: Path, *, prefix: Sequence[str] = ()) -> Iterator[None]:
 
 
 def older(file: Path) -> bool | None:
-    return ages.compare(Component.SCHEDULER, file).older
+    return processes.compare_age(Component.SCHEDULER, file).older
 
 
 def test_a_process_that_started_later_is_younger(file: Path) -> None:
@@ -124,7 +124,7 @@ def test_what_a_container_sees_counts_more_than_times(file: Path) -> None:
         assert older(file) is False
         file.with_name("new").write_text("new")
         file.with_name("new").rename(file)
-        age = ages.compare(Component.SCHEDULER, file)
+        age = processes.compare_age(Component.SCHEDULER, file)
         assert age.older is True
         assert age.detail.startswith("still sees")
 
@@ -138,11 +138,11 @@ def test_without_a_process_the_container_runtime_is_asked(
     (proc / "self/ns/net").symlink_to("net:[1]")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
 
-    def crictl(answer: str) -> ages.Age:
+    def crictl(answer: str) -> processes.Age:
         program = tmp_path / "crictl"
         program.write_text(f"#!/bin/sh\necho '{answer}'\n")
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
-        return ages.compare(Component.SCHEDULER, file, proc)
+        return processes.compare_age(Component.SCHEDULER, file, proc)
 
     def created(*when: datetime) -> str:
         return json.dumps({"containers": [{"createdAt": str(int(one.timestamp() * 1e9))} for one in when]})
@@ -163,8 +163,8 @@ def test_a_file_from_the_future_tells_nothing(file: Path, monkeypatch: pytest.Mo
             assert tz is UTC
             return cls.fromtimestamp(file.stat().st_ctime - 3600, UTC)
 
-    monkeypatch.setattr(ages, "datetime", Earlier)
-    age = ages.compare(Component.SCHEDULER, file)
+    monkeypatch.setattr(processes, "datetime", Earlier)
+    age = processes.compare_age(Component.SCHEDULER, file)
     assert age.older is None
     assert "in the future" in age.detail
 
@@ -173,8 +173,8 @@ def test_no_file(file: Path, tmp_path: Path) -> None:
     """A file that is not there, and one that is none, are errors."""
     file.unlink()
     with pytest.raises(ValueError, match="wanted a file, found none"):
-        ages.compare(Component.SCHEDULER, file)
+        processes.compare_age(Component.SCHEDULER, file)
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     with pytest.raises(UnreadableError, match="not a regular file"):
-        ages.compare(Component.SCHEDULER, fifo)
+        processes.compare_age(Component.SCHEDULER, fifo)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bridge.node import kubeconfig
 from bridge.node.kubeconfig import KubeconfigError
-from bridge.node.kubelet_files import KubeletFiles
+from bridge.node.kubelet import KubeletFiles
 
 
 def load(directory: Path, config: str | None = None, flags: str | None = None) -> KubeletFiles:
