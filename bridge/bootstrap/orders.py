@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ipaddress
 import json
-import re
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,13 +25,13 @@ from bridge.bootstrap.places import ROLES, Role
 from bridge.bootstrap.service_account import is_sa_pair
 from bridge.errors import BridgeError, Exit
 from bridge.node.kubeadm_config import KubeadmConfigError
+from bridge.pki import kubeadm_names
 from bridge.pki.certificates import load_pem_certificates
 from bridge.specs import AUTHORITIES
 
 _SCHEMA, _VERSION = "ca-bridge/new-node", 1
 _MOST_BYTES = 1 << 20
 _KEYS = frozenset({"schema", "version", "cluster", "authorities", "node", "serviceAccount", "signature"})
-_NODE = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 
 
 class OrderError(BridgeError):
@@ -179,7 +178,7 @@ def new_node(role: str, name: str, addresses: Sequence[str], socket: str = "") -
     """
     if role not in ROLES:
         raise OrderError(f"role: wanted one of {', '.join(ROLES)}, found {role[:40]!r}")
-    if not _NODE.fullmatch(name):
+    if not kubeadm_names.is_node_name(name):
         raise OrderError(f"name: wanted a node's name in small letters, found {name[:80]!r}")
     if not addresses:
         raise OrderError(f"{name}: wanted its IP address, found none")
@@ -206,32 +205,29 @@ def _signature(value: object) -> bytes:
         return b""
 
 
-_ONCE = "remove the line, or give that node its own name"
+_LINE = "a line is `ROLE NAME ADDRESS …`, with each name and address once"
 _FIRST = "further nodes with a control plane have the role control-plane"
 
 
 def parse_nodes(text: str) -> list[NewNode]:
     """
-    A list of nodes: `ROLE NAME ADDRESS …` a line, `#` begins a comment.
+    A list of nodes: `ROLE NAME ADDRESS …` a line, and one `init` at most.
 
     Raises:
         OrderError: With the number of the line.
     """
+    try:
+        listed = kubeadm_names.parse_nodes(text, with_roles=True)
+    except ValueError as e:
+        raise OrderError(str(e), hint=_LINE) from None
     found: list[NewNode] = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        words = line.partition("#")[0].split()
-        if not words:
-            continue
-        role, name, *addresses = [*words, *[""] * (2 - len(words))]
+    for node in listed:
         try:
-            one = new_node(role, name, addresses)
+            found.append(new_node(node.role, node.name, node.addresses))
         except OrderError as e:
-            raise OrderError(f"line {number}: {e}", hint="a line is `ROLE NAME ADDRESS …`") from None
-        if any(one.name == other.name for other in found):
-            raise OrderError(f"line {number}: wanted each name once, found {one.name} again", hint=_ONCE)
-        if one.role == "init" and any(other.role == "init" for other in found):
-            raise OrderError(f"line {number}: wanted one node for `kubeadm init`, found another one", hint=_FIRST)
-        found.append(one)
+            raise OrderError(f"line {node.line}: {e}", hint=_LINE) from None
+        if [one.role for one in found].count("init") > 1:
+            raise OrderError(f"line {node.line}: wanted one node for `kubeadm init`, found another one", hint=_FIRST)
     if not found:
-        raise OrderError("wanted a list of nodes, found none", hint="a line is `ROLE NAME ADDRESS …`")
+        raise OrderError("wanted a list of nodes, found none", hint=_LINE)
     return found

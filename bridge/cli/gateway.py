@@ -58,6 +58,6 @@ def _check(service: Service) -> int:
         print_error(BridgeError(text, hint="docs/gateway.md says what the CA has to allow"))
     if found:
         return Exit.REFUSED
-    signers, nodes = ", ".join(service.signers), len(service.known.register.nodes)
+    signers, nodes = ", ".join(service.signers), len(service.nodes.inventory.nodes)
     say_sentence(f"ready: {signers}; {nodes} nodes in the inventory; API server {service.api.server}")
     return Exit.DONE

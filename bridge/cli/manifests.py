@@ -13,9 +13,9 @@ from typing import Any
 from bridge.ca import registry
 from bridge.cli.settings_text import lines_of
 from bridge.contract import GIVEN, Secret, SetupFile
-from bridge.desk.signer_rules import KUBERNETES_SIGNERS, Grant, SignerRules
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
-from bridge.gateway.known_nodes import Known
+from bridge.gateway.nodes import Nodes
+from bridge.gateway.rules import KUBERNETES_SIGNERS, Grant, SignerRules
 from bridge.settings.tables import Settings
 from bridge.words import has_controls
 
@@ -49,7 +49,7 @@ def make(settings: Settings, shipped: Path) -> list[SetupFile]:
     if not texts:
         raise BridgeError("wanted the manifests that are installed with the program, found none", hint="reinstall it")
     if settings.gateway.policy.exists() and settings.gateway.inventory.exists():
-        signers = Known(settings.gateway).policy.signers
+        signers = Nodes(settings.gateway).policy.signers
         texts = {name: _with_signers(text, signers) for name, text in texts.items()}
         for key, path in (
             ("gateway-policy.toml", settings.gateway.policy),

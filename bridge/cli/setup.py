@@ -250,7 +250,9 @@ def _nodes(file: Path, own: str) -> dict[str, dict[str, str]]:
         data = read(file)
         if data is None:
             raise UnreadableError("no file")  # noqa: TRY301
-        listed = parse_nodes(data.decode())
+        listed = {node.name: node.addresses for node in parse_nodes(data.decode())}
+        if len({len(addresses) for addresses in listed.values()}) > 1:
+            raise ValueError("wanted as many addresses for each node, found more for some")  # noqa: TRY301
     except UnreadableError as e:
         raise SettingsError([SettingsProblem("--nodes", "a list of nodes", f"{file}: {e}")]) from None
     except ValueError as e:

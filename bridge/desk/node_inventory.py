@@ -1,15 +1,13 @@
 """
-The nodes of a cluster, as somebody other than the nodes has written them down: the inventory file (pure).
+The nodes of a cluster, as an administrator or a program has written them down: the inventory file (pure).
 
-Whatever a node says of itself (`Node.status.addresses`, a hostname) is not in it. Names and addresses that belong to
-the API are nobody's: a kubelet's serving certificate is from the API server's own CA.
+What a node says about itself (`Node.status.addresses`, a hostname) is not in it. No node may have a name or address that
+belongs to the API: a kubelet's serving certificate is from the API server's own CA.
 """
 
 from __future__ import annotations
 
 import ipaddress
-import re
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,27 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from bridge.desk.patterns import address, is_host_name
-from bridge.errors import SettingsError, SettingsProblem
-from bridge.settings.reader import Reader, Source
+from bridge.errors import SettingsProblem
+from bridge.pki.kubeadm_names import is_node_name
+from bridge.settings.reader import Reader, opened
 
 _LOCAL = ("localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback")
 #: kubeadm's service of the API; each with and without the rest of its name.
 _SERVICE_LABELS = ("kubernetes", "kubernetes.default", "kubernetes.default.svc")
-_LONGEST_NODE_NAME = 253
-#: RFC 1123 subdomains, as the API wants Node objects to be called.
-_NODE_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
-
 San = tuple[str, str]  #: (type, value), as `certificates.san_entries`.
-
-
-def is_node_name(text: str) -> bool:
-    """Whether a Node object can have this name."""
-    return len(text) <= _LONGEST_NODE_NAME and _NODE_NAME.fullmatch(text) is not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodeEntry:
-    """Table `[node.NAME]`: what is known of one node."""
+    """Table `[node.NAME]`: one node."""
 
     addresses: tuple[str, ...] = ()
     names: tuple[str, ...] = ()  #: Besides its own.
@@ -62,7 +52,7 @@ class NodeEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterEntry:
-    """Table `[cluster]`: what belongs to the API, or to services."""
+    """Table `[cluster]`: names and addresses of the API and of services."""
 
     endpoints: tuple[str, ...] = ()
     service_networks: tuple[str, ...] = ("10.96.0.0/12",)
@@ -83,7 +73,7 @@ class ClusterEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Register:
+class Inventory:
     """The file."""
 
     cluster: ClusterEntry = field(default_factory=ClusterEntry)
@@ -143,30 +133,21 @@ class Register:
                     yield ("node", name), wanted, value
 
 
-def parse(text: str, file: Path | None = None) -> Register:
+def parse(text: str, file: Path | None = None) -> Inventory:
     """
-    The register from TOML text.
+    The inventory from TOML text.
 
     Raises:
         SettingsError: With every problem.
     """
-    try:
-        document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as e:
-        found = "nesting without end" if isinstance(e, RecursionError) else str(e)
-        raise SettingsError([SettingsProblem("", "TOML", found, file)]) from None
-    reader = Reader(Source(file, text) if len(text) < _LONGEST_WITH_LINES else Source(file, ""))
+    reader, document = opened(text, file)
     tables = reader.tables(document, ("cluster", "node"))
     cluster = reader.read(ClusterEntry, tables["cluster"], ("cluster",)) or ClusterEntry()
-    register = Register(cluster=cluster, nodes=_nodes(reader, tables["node"]))
-    for key, wanted, found in register.problems():
+    inventory = Inventory(cluster=cluster, nodes=_nodes(reader, tables["node"]))
+    for key, wanted, found in inventory.problems():
         reader.add(key, wanted, found)
     reader.raise_problems()
-    return register
-
-
-#: Finding the line of a key reads the text once a line.
-_LONGEST_WITH_LINES = 100_000
+    return inventory
 
 
 def _nodes(reader: Reader, tables: Mapping[str, Any]) -> dict[str, NodeEntry]:

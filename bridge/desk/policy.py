@@ -8,7 +8,6 @@ that is replaced has, or, where nothing proves that, what kubeadm itself asks fo
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.x509.oid import ExtensionOID
 
 from bridge.desk import user_requests
-from bridge.desk.node_inventory import Register
+from bridge.desk.node_inventory import Inventory
 from bridge.desk.patterns import (
     CN_OID,
     LONGEST_SHOWN,
@@ -35,15 +34,14 @@ from bridge.desk.patterns import (
     subject_of,
     subject_text,
 )
-from bridge.desk.signer_rules import SignerRules, read_signers
 from bridge.desk.user_requests import UserRules
-from bridge.errors import SettingsError, SettingsProblem
+from bridge.errors import SettingsProblem
 from bridge.pki.bundle import BundledRequest, RequestBundle
 from bridge.pki.certificates import attributes, san_counts
 from bridge.pki.csr import algorithm_name
 from bridge.pki.expiry import duration_text, minute
 from bridge.pki.signatures import origin_problem, proof_problem, usages_problem
-from bridge.settings.reader import Reader, Source
+from bridge.settings.reader import Reader, opened
 from bridge.specs import EKU, KEY_ALGORITHMS, KUBELET_SERVER, SPECS, USER
 from bridge.words import one_line
 
@@ -160,8 +158,7 @@ class Policy:
     allow: Allow
     desk: DeskSettings = field(default_factory=DeskSettings)
     certificates: Mapping[str, CertificateRules] = field(default_factory=dict)
-    signers: Mapping[str, SignerRules] = field(default_factory=dict)  #: By the certificates API's name.
-    nodes: Register | None = None  #: Of `desk.inventory`.
+    nodes: Inventory | None = None  #: Of `desk.inventory`.
     users: UserRules | None = None  #: None: the desk signs for none.
 
 
@@ -180,22 +177,26 @@ def parse(text: str, file: Path | None = None) -> Policy:
     Raises:
         SettingsError: With every problem.
     """
-    try:
-        document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as e:
-        found = "nesting without end" if isinstance(e, RecursionError) else str(e)
-        raise SettingsError([SettingsProblem("", "TOML", found, file)]) from None
-    reader = Reader(Source(file, text))
+    reader, document = opened(text, file)
+    return read(reader, document)
+
+
+def read(reader: Reader, document: Mapping[str, Any]) -> Policy:
+    """
+    The desk's tables of a policy; the tables `[signer."NAME"]` are for the gateway alone.
+
+    Raises:
+        SettingsError: With every problem that the reader has by now.
+    """
     tables = reader.tables(document, ("desk", "allow", "certificate", "signer", "users"))
     allow = reader.read(Allow, tables["allow"], ("allow",))
     desk = reader.read(DeskSettings, tables["desk"], ("desk",))
     certificates = _certificates(reader, tables["certificate"])
-    signers = read_signers(reader, tables["signer"])
     users = reader.read(UserRules, tables["users"], ("users",)) if "users" in document else None
     reader.raise_problems()
     if allow is None or desk is None:
         raise AssertionError("a table that could not be read is a problem")
-    return Policy(allow=allow, desk=desk, certificates=certificates, signers=signers, users=users)
+    return Policy(allow=allow, desk=desk, certificates=certificates, users=users)
 
 
 def _certificates(reader: Reader, tables: Mapping[str, Any]) -> dict[str, CertificateRules]:
@@ -310,7 +311,7 @@ def _what(request: BundledRequest, bundle: RequestBundle, policy: Policy, *, pro
     yield from _san_problems(request.name, request.csr, rules, bundle.node, old)
 
 
-def _listed(nodes: Register, name: str) -> tuple[str, ...]:
+def _listed(nodes: Inventory, name: str) -> tuple[str, ...]:
     """SANs that the inventory allows in a node's kubelet certificate; none for a node that it blocks or has not."""
     entry = nodes.nodes.get(name)
     return () if entry is None or entry.blocked else tuple(sorted(value for _, value in entry.sans(name)))

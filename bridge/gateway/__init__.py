@@ -1,5 +1,6 @@
 """
-The gateway's door for CertificateSigningRequest objects: watching them, writing what the policy and the CA say.
+The gateway: signing for the cluster's certificates API (CertificateSigningRequest objects).
 
-What may be signed is decided in `bridge.gateway.signer_policy`, so that another door can stand beside this one.
+`service` runs it; `watch` reads objects into the `queue`; `issue` takes each through `judge`, the CA and `write`. What may
+be signed is in `rules` (the policy's tables) and `policy` (the judgement), and `nodes` knows the cluster's nodes.
 """

@@ -1,4 +1,4 @@
-"""The place that every step works at: the settings, the API server, the CAs, the record, the queue."""
+"""The gateway's context, which each step gets once: settings, API server, CAs, record, queue; and how a step may end."""
 
 from __future__ import annotations
 
@@ -9,21 +9,60 @@ from datetime import datetime
 from typing import Protocol
 
 from bridge.cluster.api import Api
-from bridge.desk.signer_rules import spec_of
-from bridge.errors import BackendError, VerificationError
+from bridge.errors import BackendError, BackendRefusedError, BridgeError, VerificationError
 from bridge.gateway.authorities import AuthorityOfSigners
-from bridge.gateway.known_nodes import Known
 from bridge.gateway.ledger import About, Ledger
-from bridge.gateway.metrics import Metrics
-from bridge.gateway.objects import SigningRequest
-from bridge.gateway.outcomes import LeftError
+from bridge.gateway.nodes import Nodes
+from bridge.gateway.pages import Metrics
 from bridge.gateway.pending_at_ca import Tickets
-from bridge.gateway.queue import Queue
+from bridge.gateway.queue import Job, Queue
+from bridge.gateway.watch import SigningRequest
 from bridge.settings.tables import Settings
 from bridge.state.audit import AuditError
 from bridge.system.state_file import StateError
+from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
+
+#: A CA that refused, or answered wrongly, is asked again after this, doubled a few times.
+AFTER_REFUSAL_SECONDS = 60.0
+_DOUBLINGS = 3
+
+
+class LeftError(Exception):
+    """The job ends here for now, and is looked at again."""
+
+    def __init__(self, outcome: str, reason: str, seconds: float | None = None) -> None:
+        super().__init__(reason)
+        self.outcome = outcome
+        self.reason = reason
+        self.seconds = seconds  #: Until then; None: the longer, the more often it was left.
+
+
+class GoneError(Exception):
+    """The object is gone, settled by somebody else, or another one by now."""
+
+
+class NotAllowedError(BridgeError):
+    """The policy does not allow it; the audit log has the reason."""
+
+    exit_code = BackendRefusedError.exit_code
+
+
+def after_refusal(job: Job) -> float:
+    """Seconds until the CA is asked once more."""
+    return AFTER_REFUSAL_SECONDS * 2.0 ** min(job.attempts, _DOUBLINGS)
+
+
+def extra(job: Job, outcome: str | None = None) -> dict[str, str | None]:
+    """The fields of the log's lines about a job."""
+    request = job.one.request
+    return {
+        "request": job.one.uid,
+        "signer": request.signer,
+        "requester": one_line(request.username),
+        "outcome": outcome,
+    }
 
 
 class Holder(Protocol):
@@ -34,17 +73,17 @@ class Holder(Protocol):
         ...
 
     def doubtful_before(self) -> datetime | None:
-        """Objects older than this may have been asked for by one who died; None: whoever worked before us has ended well."""
+        """A dead gateway may have asked for objects older than this; None: the gateway before us has ended well."""
         ...
 
 
 @dataclass(eq=False, kw_only=True)
-class Place:
+class Context:
     """May be used by several threads."""
 
     settings: Settings
     api: Api
-    known: Known
+    nodes: Nodes
     authorities: dict[str, AuthorityOfSigners]
     ledger: Ledger
     tickets: Tickets
@@ -54,7 +93,7 @@ class Place:
     queue: Queue = field(default_factory=Queue)
 
     def __post_init__(self) -> None:
-        self._identities = {name: one.identity() for name, one in self.authorities.items()}
+        self._identities = {name: authority.identity() for name, authority in self.authorities.items()}
 
     def assert_ours(self) -> None:
         """
@@ -66,15 +105,12 @@ class Place:
 
     def about(self, one: SigningRequest, authority: AuthorityOfSigners | None = None) -> About:
         """The facts that the audit log's lines about a request repeat."""
-        spec = spec_of(one.request.signer)
-        if spec is None:
-            raise AssertionError("only signers that have a spec are looked at")
         if authority is None:
-            return About.of(one, spec)
-        return About.of(one, spec, authority.label, self._identities[authority.name])
+            return About.of(one)
+        return About.of(one, authority.label, self._identities[authority.name])
 
     def record_quietly(self, about: About, event: str, error: BackendError | VerificationError) -> None:
-        """Record what has happened already; if that fails, it is said, and `/readyz` fails."""
+        """Record what has happened already; if that fails, the log has it, and `/readyz` fails."""
         try:
             self.ledger.write(about.line(event, error=error))
         except AuditError as e:
@@ -88,7 +124,7 @@ class Place:
             log.error("%s", e, extra={"request": uid})  # noqa: TRY400
 
     def give_up(self, uid: str, why: str) -> None:
-        """A ticket that nobody waits for any more."""
+        """Forget the ticket of a request whose certificate is not wanted any more."""
         if self.tickets.get(uid) is not None:
             self.drop_ticket(uid)
             log.info("the request at the CA is given up: %s", why, extra={"request": uid})

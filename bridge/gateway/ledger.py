@@ -11,7 +11,8 @@ from typing import Any
 from cryptography import x509
 
 from bridge.errors import BridgeError
-from bridge.gateway.objects import SigningRequest
+from bridge.gateway.rules import spec_of
+from bridge.gateway.watch import SigningRequest
 from bridge.settings.tables import AuditSettings
 from bridge.specs import CertificateSpec
 from bridge.state.audit import AuditError, Record
@@ -42,8 +43,11 @@ class About:
     more: Mapping[str, str]
 
     @classmethod
-    def of(cls, one: SigningRequest, spec: CertificateSpec, backend: str = "", identity: str = "") -> About:
-        """The facts about an object; names in it are the requester's choice."""
+    def of(cls, one: SigningRequest, backend: str = "", identity: str = "") -> About:
+        """The facts about an object of one of our signers; names in it are the requester's choice."""
+        spec = spec_of(one.request.signer)
+        if spec is None:
+            raise AssertionError("only signers that have a spec are looked at")
         found = {
             "request": one.uid,
             "object": one_line(one.name),
@@ -88,13 +92,13 @@ class Ledger:
         self._together(line)
 
     def note(self, line: Line) -> None:
-        """Write a line with the next that is written, or at the next `flush`: what it tells has happened already."""
+        """Write a line with the next that is written, or at the next `flush`: it is about what has happened already."""
         with self._mutex:
             self._noted.append(line)
 
     def flush(self) -> None:
         """
-        Write what was noted, and which line is the newest; to be called every second or so.
+        Write what was noted, and which line is the newest; called every second or so.
 
         Raises:
             AuditError: It could not be written.

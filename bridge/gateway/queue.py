@@ -1,4 +1,8 @@
-"""Requests that wait: new ones in their order, others when their time has come; the newest of a node is the only one."""
+"""
+Requests that wait: new ones in their order, others when their time has come; only the newest of a node counts.
+
+And how often a requester may ask: buckets of tokens.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
-from bridge.gateway.objects import SigningRequest
+from bridge.gateway.watch import SigningRequest
 from bridge.pki.verify import Verified
 
-#: A flood waits in the API server, not here; it comes again with the next round of the watch. Whoever has most waiting
-#: here gives way to the others, so that a flood keeps nobody out.
+#: A flood waits in the API server, not here; it comes again with the next round of the watch. When the queue is full, the
+#: requester with the most waiting requests loses some, so that a flood keeps no other requester out.
 MOST_BYTES = 24 << 20
 MOST_JOBS = 20_000
 _MOST_REMEMBERED = 20_000
+#: Names are the requesters' choice; the bucket that was used the longest time ago is forgotten first.
+_MOST_BUCKETS = 10_000
+_MINUTE_SECONDS = 60.0
 
 Newest = tuple[datetime, int]
 
@@ -28,12 +35,12 @@ class Job:
     """One object, and how far we are with it."""
 
     one: SigningRequest
-    node: str | None  #: Whose certificate it asks for; None: no node's.
-    alone: bool = False  #: It takes nobody's place, and nobody takes its.
+    node: str | None  #: Its certificate would be this node's; None: no node's.
+    alone: bool = False  #: It supersedes no other job, and no other job supersedes it.
     arrived: float  #: Monotonic.
     begun: bool = False  #: It was counted by the rates.
     attempts: int = 0
-    said: str = ""  #: The last reason why it was left, which is said once.
+    said: str = ""  #: The last reason why it was left, which is logged once.
     verified: Verified | None = None  #: The CA's answer, not written yet.
     was_asked: bool = False  #: The CA was asked, and its answer did not come.
     was_recalled: bool = False  #: Since then it was looked for, and was not there.
@@ -41,12 +48,12 @@ class Job:
 
     @property
     def key(self) -> str:
-        """The job's `key_of`: of jobs with the same one only the newest counts; empty: it stands alone."""
+        """The job's `key_of`: only the newest job of a key counts; empty: it stands alone."""
         return "" if self.alone else key_of(self.one, self.node)
 
 
 def key_of(one: SigningRequest, node: str | None) -> str:
-    """A key by signer, user and node: of a node's requests only the newest is read by the kubelet; empty without a node."""
+    """A key by signer, user and node: a kubelet reads only its newest request; empty without a node."""
     return f"{one.request.signer}\n{one.request.username}\n{node}" if node is not None else ""
 
 
@@ -74,16 +81,16 @@ class Queue:
         counts: Callable[[SigningRequest], bool] = lambda _: True,
     ) -> list[str]:
         """
-        One that is new or has changed.
+        Take in an object that is new or has changed.
 
         Args:
             one: The object.
-            node_of: Whose certificate it asks for; looked at once.
-            counts: Whether it is one that may be signed. What will not be takes no place of an honest one: whoever has
-                a node's credentials could keep its kubelet waiting for ever, with nothing but refused requests.
+            node_of: The node whose certificate it asks for; looked at once.
+            counts: Whether it may be signed. If not, it supersedes no other request: with a node's credentials and refused
+                requests alone, its kubelet could be kept waiting for ever.
 
         Returns:
-            The uids of older ones of the same key, which count no longer.
+            The uids of older objects of the same key, which count no longer.
         """
         with self._changed:
             if one.uid in self._working:
@@ -112,20 +119,20 @@ class Queue:
             return superseded
 
     def _has_room(self, one: SigningRequest) -> bool:
-        """Whether it fits, once others have given way of whoever has more waiting than it would have."""
+        """Whether it fits, once requesters with more waiting than its own have lost some."""
         user = one.request.username
         while self._bytes + one.size > MOST_BYTES or len(self._jobs) >= MOST_JOBS:
             greediest = self._greediest()
             if self._shares[greediest] <= self._shares[user] + one.size:
                 return False
             theirs = [job for job in self._jobs.values() if job.one.request.username == greediest]
-            # one at which nobody has worked yet, if there is one: the others may have a certificate already
+            # one that was not worked at yet, if there is one: the others may have a certificate already
             self._remove(next((job for job in theirs if not job.begun), theirs[0]).one.uid)
             self.overflowed = True
         return True
 
     def greediest(self) -> str:
-        """Who has most waiting; empty: nobody has any."""
+        """The requester with the most waiting; empty: no request waits."""
         with self._changed:
             return self._greediest()
 
@@ -148,7 +155,7 @@ class Queue:
         return job
 
     def _supersede(self, one: SigningRequest, key: str) -> list[str] | None:
-        """The uids that this one takes the place of; None: a newer one is known."""
+        """The uids that this object supersedes; None: a newer one is known."""
         if not key:
             return []
         known = self._newest.get(key)
@@ -165,7 +172,7 @@ class Queue:
         return [known[1]]
 
     def is_newest(self, job: Job) -> bool:
-        """Whether no newer one of its key has come."""
+        """Whether no newer job of its key has come."""
         with self._changed:
             known = self._newest.get(job.key)
             return not job.key or known is None or known[1] == job.one.uid
@@ -182,7 +189,7 @@ class Queue:
             job.removed = True
 
     def _soon(self, job: Job) -> None:
-        """A delayed one is looked at now; its old place in the heap leads to nothing."""
+        """A delayed job is looked at now; its old place in the heap leads to nothing."""
         fresh = replace(job)
         job.removed = True
         self._add(fresh)
@@ -190,7 +197,7 @@ class Queue:
         self._changed.notify()
 
     def take(self, seconds: float) -> Job | None:
-        """The next one, for which `done` or `delay` has to be called; None: none in that time, or it is over."""
+        """The next job, for which `done` or `delay` has to be called; None: none came in time, or the queue is closed."""
         deadline = time.monotonic() + seconds
         with self._changed:
             while True:
@@ -238,7 +245,7 @@ class Queue:
             self._changed.notify()
 
     def wake(self) -> None:
-        """Look at once at all that waits for its time: something has changed."""
+        """Look at all delayed jobs at once: something has changed."""
         with self._changed:
             self._ready.extend(job for _, _, job in self._delayed if not job.removed)
             self._delayed.clear()
@@ -259,7 +266,7 @@ class Queue:
             self.overflowed = False
 
     def close(self) -> None:
-        """Take no new jobs, and forget those that nobody works on."""
+        """Take no new jobs, and forget those that are not being worked at."""
         with self._changed:
             self._closed = True
             self._ready.clear()
@@ -269,3 +276,27 @@ class Queue:
         """Waiting, and being worked at."""
         with self._changed:
             return len(self._jobs), len(self._working)
+
+
+class Rate:
+    """So many a minute for each name, all of them at once if it has been quiet."""
+
+    def __init__(self, a_minute: int) -> None:
+        self._a_minute = a_minute
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def wait_seconds(self, name: str, now: float) -> float:
+        """Seconds until one more may begin; 0: none."""
+        left = self._left(name, now)
+        return 0.0 if left >= 1 else (1 - left) * _MINUTE_SECONDS / self._a_minute
+
+    def take(self, name: str, now: float) -> None:
+        """Count one more."""
+        self._buckets[name] = (self._left(name, now) - 1, now)
+        self._buckets.move_to_end(name)
+        if len(self._buckets) > _MOST_BUCKETS:
+            self._buckets.popitem(last=False)
+
+    def _left(self, name: str, now: float) -> float:
+        left, since = self._buckets.get(name, (float(self._a_minute), now))
+        return min(float(self._a_minute), left + (now - since) * self._a_minute / _MINUTE_SECONDS)

@@ -1,4 +1,4 @@
-"""The gateway as a service: who works, the threads, what can be asked about it, and how it ends."""
+"""The gateway as a service: its threads, its pages, how it begins and ends, and the rights that it needs."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from http import HTTPStatus
-from pathlib import Path
 
 from bridge.cluster.api import Api
 from bridge.cluster.errors import NoAnswerError
-from bridge.errors import BackendError, SettingsError, SettingsProblem
-from bridge.gateway import authorities, rights, status
-from bridge.gateway.context import Place
-from bridge.gateway.handling import Gateway, specs_of
-from bridge.gateway.known_nodes import Known
+from bridge.errors import BackendError, BridgeError, Exit, SettingsError, SettingsProblem
+from bridge.gateway import authorities, pages
+from bridge.gateway.context import Context
+from bridge.gateway.issue import Issuing
 from bridge.gateway.leader import Alone, Leader
 from bridge.gateway.ledger import Ledger
-from bridge.gateway.metrics import Metrics
+from bridge.gateway.nodes import Nodes
+from bridge.gateway.pages import Metrics
 from bridge.gateway.pending_at_ca import Tickets
+from bridge.gateway.rules import spec_of
 from bridge.gateway.watch import SILENCE_SECONDS, Watch
+from bridge.settings.gateway import GatewaySettings
 from bridge.settings.tables import Settings
 from bridge.state.audit import AuditError
 from bridge.state.store import Store
@@ -36,13 +38,15 @@ from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
 
-#: So many more threads wait where a CA signs many in one go: what waits is what it gets together.
+#: So many threads wait where a CA signs many in one go: it gets all that wait together.
 _THREADS_OF_MANY = 96
-#: Python looks for circles after 700 new objects; hundreds of requests at once have many more, and hardly a circle.
+#: Python looks for cycles after 700 new objects; hundreds of requests at once have many more, and hardly a cycle.
 _OBJECTS_A_COLLECTION = 20_000
 _TICK_SECONDS = 0.5
+#: With fewer requests waiting, a flood is looked at again.
+_MOST_WAITING = 500
 _FLUSH_SECONDS = 1.0
-#: What is at the CA is given this long when the gateway is to end; systemd and the kubelet give 30 s and more.
+#: Requests at the CA get this long when the gateway is to end; systemd and the kubelet give 30 s and more.
 _DRAIN_SECONDS = 25.0
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 15.0
 
@@ -50,10 +54,10 @@ _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 15.0
 @contextlib.contextmanager
 def _alone(store: Store) -> Iterator[None]:
     """
-    One gateway a state directory.
+    Hold the state directory, which only one gateway may use.
 
     Raises:
-        LockedError: Another one has it.
+        LockedError: Another one uses it.
     """
     try:
         with lock(store.lock, shlex.join(sys.argv), timedelta()):
@@ -73,12 +77,12 @@ class Service:
         """
         ours = settings.gateway
         self.settings = settings
-        self.known = Known(ours)
-        self.signers = tuple(sorted(self.known.policy.signers))
+        self.nodes = Nodes(ours)
+        self.signers = tuple(sorted(self.nodes.policy.signers))
         if not self.signers:
             wanted = 'a table for a signer, such as [signer."kubernetes.io/kubelet-serving"]'
             raise SettingsError([SettingsProblem("signer", wanted, "none", ours.policy)])
-        self.specs = specs_of(iter(self.signers))
+        self.specs = [spec for signer in self.signers if (spec := spec_of(signer)) is not None]
         self.api = Api.of_gateway(ours.kubeconfig)
         self.authorities = authorities.opened(settings, self.specs)
         self.metrics = Metrics(self.signers)
@@ -96,20 +100,20 @@ class Service:
 
     def check(self) -> Iterator[str]:
         """
-        Ask the API server and the CAs, and sign nothing; what is wrong, in sentences.
+        Ask the API server and the CAs, and sign nothing; each problem is a sentence.
 
         Raises:
             NoAnswerError, ApiRefusesError: The API server does not answer, or not us.
             BackendError: A CA does not.
         """
-        rights.assert_given(self.api, rights.needed(self.signers, self.settings.gateway))
+        assert_rights(self.api, rights_needed(self.signers, self.settings.gateway))
         for authority in self.authorities.values():
             yield from authority.check([spec for spec in self.specs if spec.authority.name == authority.name])
 
     # --- running ----------------------------------------------------------------------------------------------------
 
     def stop(self) -> None:
-        """Begin nothing new, and end; for a signal handler, too."""
+        """Begin nothing new, and end; a signal handler may call it."""
         self._ending = True  # an Event's lock may be held by the thread that the signal came to
 
     def run(self, started: Callable[[int | None], None]) -> None:
@@ -117,26 +121,26 @@ class Service:
         Work until `stop`.
 
         Args:
-            started: Is told the port of the status pages, if there are any.
+            started: Called with the port of the status pages, if there are any.
 
         Raises:
             LockedError: Another gateway has the state directory.
             BridgeError: The state directory or the address can't be used.
         """
-        store = Store(_state_dir(self.settings))
+        store = Store(self.settings.gateway.state_dir or self.settings.node.state_dir / "gateway")
         store.prepare()
         with contextlib.ExitStack() as stack:
             stack.enter_context(_alone(store))
             port = None
             address = self.settings.gateway.address
             if self.settings.gateway.serve_status and address is not None:
-                port = stack.enter_context(status.serving(address, self._pages()))
+                port = stack.enter_context(pages.serving(address, self._pages()))
             self._ledger = Ledger(store, self.settings.audit)
-            self.place = Place(
-                settings=self.settings, api=self.api, known=self.known, authorities=self.authorities,
+            self.context = Context(
+                settings=self.settings, api=self.api, nodes=self.nodes, authorities=self.authorities,
                 ledger=self._ledger, tickets=Tickets(store), metrics=self.metrics, holder=self.holder, now=self._now,
             )  # fmt: skip
-            self._gateway = Gateway(self.place)
+            self._issuing = Issuing(self.context)
             self._look_at_cas()
             self.holder.start()
             threads = [threading.Thread(target=self._work, name=f"worker-{n}", daemon=True) for n in range(self._count)]
@@ -156,7 +160,7 @@ class Service:
         return max(self.settings.gateway.concurrency, _THREADS_OF_MANY if many else 0)
 
     def _look_at_cas(self) -> None:
-        """Check the CAs as `--check` does; a CA that is away now is waited for."""
+        """Check the CAs as `--check` does; the gateway waits for a CA that does not answer now."""
         for authority in self.authorities.values():
             ours = [spec for spec in self.specs if spec.authority.name == authority.name]
             try:
@@ -167,7 +171,7 @@ class Service:
 
     def _work(self) -> None:
         while not self._stop.is_set():
-            self._gateway.work(_TICK_SECONDS)
+            self._issuing.work(_TICK_SECONDS)
 
     def _watch_on(self) -> None:
         pause = _FIRST_PAUSE_SECONDS
@@ -177,7 +181,7 @@ class Service:
                 continue
             watch = self._watch = Watch(self.api, self.signers)
             try:
-                watch.run(self._gateway.changed, self._gateway.gone, self._is_alive)
+                watch.run(self._issuing.changed, self._issuing.gone, self._is_alive)
                 pause = _FIRST_PAUSE_SECONDS
             except NoAnswerError as e:
                 if not self._api_trouble:
@@ -194,7 +198,7 @@ class Service:
                     log.warning("%d objects with one of our signers' names were too large to be read", watch.left_out)
                     self.metrics.count(self.signers[0], "too-large", watch.left_out)
             if not self.holder.is_ours():
-                self.place.queue.forget()
+                self.context.queue.forget()
 
     def _is_alive(self) -> None:
         self._alive = time.monotonic()
@@ -203,30 +207,30 @@ class Service:
             self._api_trouble = ""
 
     def _tick_until_stopped(self) -> None:
-        changes, flushed, is_full = self.known.changes, time.monotonic(), False
+        changes, flushed, is_full = self.nodes.changes, time.monotonic(), False
         while not self._ending:
             time.sleep(_TICK_SECONDS / 2)
-            _ = self.known.policy, self.known.register  # read again if they have changed
-            if self.known.changes != changes:
-                changes = self.known.changes
+            _ = self.nodes.policy, self.nodes.inventory  # read again if they have changed
+            if self.nodes.changes != changes:
+                changes = self.nodes.changes
                 self._warn_of_new_signers()
-                self.place.queue.wake()
+                self.context.queue.wake()
             if time.monotonic() - flushed >= _FLUSH_SECONDS:
                 flushed = time.monotonic()
                 self._flush()
-            waiting, _working = self.place.queue.counts()
-            if self.place.queue.overflowed is not is_full:
-                is_full = self.place.queue.overflowed
+            waiting, _working = self.context.queue.counts()
+            if self.context.queue.overflowed is not is_full:
+                is_full = self.context.queue.overflowed
                 self._tell(is_full=is_full)
             lost = not self.holder.is_ours()
-            if self._watch is not None and (lost or (self.place.queue.overflowed and waiting < _ROOM)):
-                self.place.queue.overflowed = False
+            if self._watch is not None and (lost or (self.context.queue.overflowed and waiting < _MOST_WAITING)):
+                self.context.queue.overflowed = False
                 self._watch.end()
 
     def _tell(self, *, is_full: bool) -> None:
         if is_full:
             text = "more requests are waiting than fit into the queue, most of them by %s: some are looked at later"
-            log.warning(text, one_line(self.place.queue.greediest()))
+            log.warning(text, one_line(self.context.queue.greediest()))
 
     def _flush(self) -> None:
         try:
@@ -235,13 +239,13 @@ class Service:
             log.error("%s", e)  # noqa: TRY400
 
     def _warn_of_new_signers(self) -> None:
-        if new := sorted(set(self.known.policy.signers) - set(self.signers)):
+        if new := sorted(set(self.nodes.policy.signers) - set(self.signers)):
             log.warning("the policy has new signers: %s; restart the gateway for them", ", ".join(new))
 
     def _drain(self, threads: list[threading.Thread]) -> None:
         log.info("ending: nothing new is begun")
         self._stop.set()
-        self.place.queue.close()
+        self.context.queue.close()
         if self._watch is not None:
             self._watch.end()
         deadline = time.monotonic() + _DRAIN_SECONDS
@@ -252,25 +256,25 @@ class Service:
         for authority in self.authorities.values():
             authority.close()
         self.api.close()
-        left = self.place.queue.counts()[1]
+        left = self.context.queue.counts()[1]
         log.info("ended%s", f"; {left} requests were left in the middle" if left else "")
 
     # --- what can be asked about it -----------------------------------------------------------------------------------
 
-    def _pages(self) -> dict[str, status.Page]:
+    def _pages(self) -> dict[str, pages.Page]:
         return {"/metrics": self._metrics_page, "/healthz": self._healthz, "/readyz": self._readyz}
 
     def _metrics_page(self) -> tuple[int, str]:
-        place = getattr(self, "place", None)
-        if place is not None:
-            waiting, working = place.queue.counts()
+        context = getattr(self, "context", None)
+        if context is not None:
+            waiting, working = context.queue.counts()
             gauges = {
                 ("queue", '{state="waiting"}'): waiting,
                 ("queue", '{state="working"}'): working,
-                ("queue", '{state="at-ca"}'): len(place.tickets.all()),
+                ("queue", '{state="at-ca"}'): len(context.tickets.all()),
                 ("leader", ""): self.holder.is_ours(),
                 ("api_up", ""): not self._api_trouble,
-                ("inventory_good", ""): not self.known.trouble,
+                ("inventory_good", ""): not self.nodes.trouble,
             }
             self.metrics.gauges.update({key: float(value) for key, value in gauges.items()})
         return HTTPStatus.OK, self.metrics.text()
@@ -285,7 +289,7 @@ class Service:
 
     def _readyz(self) -> tuple[int, str]:
         ledger = getattr(self, "_ledger", None)
-        troubles = [self.known.trouble, ledger.trouble if ledger is not None else "it is starting"]
+        troubles = [self.nodes.trouble, ledger.trouble if ledger is not None else "it is starting"]
         if self.holder.is_ours():
             troubles.append(self._api_trouble)
         elif isinstance(self.holder, Leader) and time.monotonic() - self.holder.last_answer > SILENCE_SECONDS:
@@ -296,9 +300,93 @@ class Service:
         return HTTPStatus.OK, "ok: this replica works\n" if self.holder.is_ours() else "ok: standing by\n"
 
 
-#: Below so many waiting ones a flood is looked at again.
-_ROOM = 500
+# --- rights -----------------------------------------------------------------------------------------------------------
+
+_REVIEWS = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+_CERTIFICATES, _REQUESTS = "certificates.k8s.io", "certificatesigningrequests"
 
 
-def _state_dir(settings: Settings) -> Path:
-    return settings.gateway.state_dir or settings.node.state_dir / "gateway"
+class ApiRefusesError(BridgeError):
+    """The API server answers, and does not let us do what the gateway has to do."""
+
+    exit_code = Exit.REFUSED
+    hint = "docs/gateway.md names the rights that the gateway needs, and `ca-bridge setup kubernetes` prints them"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Right:
+    """One verb on one kind of object."""
+
+    verb: str
+    group: str
+    resource: str
+    subresource: str = ""
+    name: str = ""
+    namespace: str = ""
+
+    def __str__(self) -> str:
+        """The right as a message has it."""
+        what = f"{self.resource}/{self.subresource}" if self.subresource else self.resource
+        return " ".join(filter(None, (self.verb, what, self.name)))
+
+    @property
+    def attributes(self) -> Mapping[str, str]:
+        """The attributes as a review has them."""
+        found = {
+            "verb": self.verb, "group": self.group, "resource": self.resource, "subresource": self.subresource,
+            "name": self.name, "namespace": self.namespace,
+        }  # fmt: skip
+        return {key: value for key, value in found.items() if value}
+
+
+def rights_needed(signers: Sequence[str], settings: GatewaySettings) -> Iterator[Right]:
+    """The rights that docs/gateway.md names, except to create the lease, which may exist already (pure)."""
+    for verb in ("get", "list", "watch"):
+        yield Right(verb=verb, group=_CERTIFICATES, resource=_REQUESTS)
+    for subresource in ("approval", "status"):
+        yield Right(verb="patch", group=_CERTIFICATES, resource=_REQUESTS, subresource=subresource)
+    for signer in signers:
+        for verb in ("approve", "sign"):
+            yield Right(verb=verb, group=_CERTIFICATES, resource="signers", name=signer)
+    yield Right(verb="get", group="", resource="nodes")
+    if settings.lease:
+        for verb in ("get", "update"):
+            yield Right(
+                verb=verb,
+                group="coordination.k8s.io",
+                resource="leases",
+                name=settings.lease_name,
+                namespace=settings.lease_namespace,
+            )
+
+
+def assert_rights(api: Api, rights: Iterator[Right]) -> None:
+    """
+    Ask the API server for each right (SelfSubjectAccessReview); nothing is tried.
+
+    Raises:
+        NoAnswerError: The API server does not answer.
+        ApiRefusesError: Some are missing; all of these are named.
+    """
+    missing = [str(right) for right in rights if not _is_given(api, right)]
+    if missing:
+        raise ApiRefusesError(f"{api.server}: wanted the right to {', to '.join(missing)}, found that it is missing")
+
+
+def _is_given(api: Api, right: Right) -> bool:
+    """A right on a signer may also be given for all signers of its domain, as the API server has it."""
+    names = [right.name]
+    if right.resource == "signers":
+        names.append(f"{right.name.partition('/')[0]}/*")
+    return any(_is_allowed(api, {**right.attributes, **({"name": name} if name else {})}) for name in names)
+
+
+def _is_allowed(api: Api, attributes: Mapping[str, str]) -> bool:
+    kind = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview"}
+    reply = api.ask("POST", _REVIEWS, {**kind, "spec": {"resourceAttributes": attributes}})
+    status = reply.document.get("status")
+    if reply.status != HTTPStatus.CREATED or not isinstance(status, dict):
+        raise ApiRefusesError(
+            f"{api.server}: wanted to ask which rights we have, found HTTP {reply.status} {reply.message}"
+        )
+    return status.get("allowed") is True

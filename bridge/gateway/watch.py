@@ -1,22 +1,132 @@
 """
-All objects that there are, and then each change, as long as it goes well.
+CertificateSigningRequest objects of certificates.k8s.io/v1: reading one, and watching all of them.
 
-A watch without a resourceVersion begins with what is there, one object a line (so that no list of any size is ever in
-memory), and ends after a few minutes: rights that were withdrawn do not count any longer, and whatever was missed, or
-has to be looked at once more, comes again.
+A watch without a resourceVersion begins with all objects that exist, one a line (so that no list of any size is ever in
+memory), and ends after a few minutes: rights that were withdrawn do not count any longer, and a missed object, or one
+that has to be looked at once more, comes again.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import threading
-from collections.abc import Callable, Iterable
-from urllib.parse import urlencode
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+from urllib.parse import quote, urlencode
 
 from bridge.cluster.api import Api
 from bridge.cluster.errors import NoAnswerError
 from bridge.cluster.stream import Lines
-from bridge.gateway.objects import COLLECTION, LONGEST_OBJECT_BYTES, NotAnObjectError, SigningRequest, parse
+from bridge.gateway.policy import Request
+
+COLLECTION = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
+APPROVED, DENIED, FAILED = "Approved", "Denied", "Failed"
+PENDING_AT_CA = "PendingAtCA"
+#: Our conditions and reasons; anybody may read an object, so that nothing of the policy is in one.
+ALLOWS, NOT_ALLOWED, NOT_ANSWERED, WAITS = "PolicyAllows", "NotAllowed", "NotAnswered", "Waiting"
+
+#: A request of 16 KiB in base64, conditions and a chain are far below.
+LONGEST_OBJECT_BYTES = 64 << 10
+#: Python needs about so much for an object besides its texts.
+_OBJECT_BYTES = 4 << 10
+_MOST_GROUPS = 200
+
+
+class NotAnObjectError(ValueError):
+    """The object is not in the shape that the API server gives."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SigningRequest:
+    """One object, as it was at one resourceVersion."""
+
+    name: str
+    uid: str
+    version: str  #: metadata.resourceVersion
+    created: datetime
+    request: Request
+    conditions: tuple[Mapping[str, Any], ...] = field(repr=False)
+    certificate: str  #: Base64 of PEM; empty: there is none.
+    size: int  #: In memory, about.
+
+    def has(self, kind: str) -> bool:
+        """Whether it has a condition that is true."""
+        return any(one.get("type") == kind and one.get("status") == "True" for one in self.conditions)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing more is to be written into it."""
+        return bool(self.certificate) or self.has(DENIED) or self.has(FAILED)
+
+    @property
+    def age_key(self) -> tuple[datetime, int]:
+        """A key to sort by age: a newer object's is greater."""
+        return self.created, int(self.version) if self.version.isdecimal() else 0
+
+    @property
+    def path(self) -> str:
+        """The object's path; its name is the requester's choice."""
+        return f"{COLLECTION}/{quote(self.name, safe='')}"
+
+
+def parse(document: Any, size: int) -> SigningRequest:
+    """
+    Read an object from JSON of so many bytes.
+
+    Raises:
+        NotAnObjectError: It is none.
+    """
+    try:
+        metadata, spec, status = document["metadata"], document["spec"], document.get("status") or {}
+        seconds = spec.get("expirationSeconds")
+        request = Request(
+            signer=_text(spec["signerName"]),
+            username=_text(spec.get("username", "")),
+            groups=frozenset(_texts(spec.get("groups"))[:_MOST_GROUPS]),
+            usages=frozenset(_texts(spec.get("usages"))),
+            asked_validity=timedelta(seconds=seconds) if isinstance(seconds, int) and seconds > 0 else None,
+            pem=base64.b64decode(_text(spec["request"]), validate=True),
+        )
+        conditions = tuple(one for one in status.get("conditions") or () if isinstance(one, dict))
+        return SigningRequest(
+            name=_text(metadata["name"]),
+            uid=_text(metadata["uid"]),
+            version=_text(metadata["resourceVersion"]),
+            created=datetime.fromisoformat(_text(metadata["creationTimestamp"])),
+            request=request,
+            conditions=conditions,
+            certificate=_text(status.get("certificate") or ""),
+            size=size + _OBJECT_BYTES,
+        )
+    except (KeyError, TypeError, AttributeError, ValueError, binascii.Error, OverflowError) as e:
+        raise NotAnObjectError(f"{type(e).__name__}") from None
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise NotAnObjectError("not a text")
+    return value
+
+
+def _texts(value: Any) -> list[str]:
+    return [_text(one) for one in value or []]
+
+
+def decoded(certificate: str) -> bytes:
+    """
+    `status.certificate` as PEM.
+
+    Raises:
+        ValueError: It is not base64.
+    """
+    return base64.b64decode(certificate, validate=True)
+
+
+# --- the watch --------------------------------------------------------------------------------------------------------
 
 #: A bookmark comes each minute, so that a longer silence is a dead connection.
 SILENCE_SECONDS = 90.0
@@ -24,11 +134,11 @@ ROUND_SECONDS = 300
 
 
 class Watch:
-    """One round after the other; `end` is for another thread."""
+    """One round of watching; `end` is for another thread."""
 
     def __init__(self, api: Api, signers: Iterable[str]) -> None:
         self._api = api
-        #: Whoever's name is not even in the text is not read.
+        #: An object without the text of one of these names is not read.
         self._wanted = {signer: json.dumps(signer).encode() for signer in signers}
         self._lines: Lines | None = None
         self._mutex = threading.Lock()
@@ -39,15 +149,15 @@ class Watch:
         self, changed: Callable[[SigningRequest], None], gone: Callable[[str], None], alive: Callable[[], None]
     ) -> None:
         """
-        One round; returns when the server ends it, or `end` was called.
+        Watch for one round, until the server ends it or `end` is called.
 
         Args:
-            changed: Is given each object that there is, and each that changes.
-            gone: Is given the uid of each that was deleted.
-            alive: Is called with each sign of life.
+            changed: Gets each object that exists, and each that changes.
+            gone: Gets the uid of each that was deleted.
+            alive: Called with each sign of life.
 
         Raises:
-            NoAnswerError: It broke.
+            NoAnswerError: The connection broke.
         """
         query = urlencode({"watch": 1, "allowWatchBookmarks": "true", "timeoutSeconds": ROUND_SECONDS})
         with self._api.lines(f"{COLLECTION}?{query}", SILENCE_SECONDS, LONGEST_OBJECT_BYTES) as lines:

@@ -162,30 +162,52 @@ def text_of(names: Iterable[x509.GeneralName]) -> str:
 _NODE_USER = "system:node:"
 
 
-def parse_nodes(text: str) -> dict[str, list[str]]:
-    """
-    A list of nodes: a line each, the name, then its addresses in the same order for all; `#` begins a comment.
+_LONGEST_NODE_NAME = 253
+#: RFC 1123 subdomains, as the API wants Node objects to be called.
+_NODE_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 
-    Returns:
-        Addresses by name.
+
+def is_node_name(text: str) -> bool:
+    """Whether a Node object can have this name."""
+    return len(text) <= _LONGEST_NODE_NAME and _NODE_NAME.fullmatch(text) is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListedNode:
+    """One line of a list of nodes."""
+
+    line: int
+    role: str  #: Empty in a list without roles.
+    name: str
+    addresses: tuple[str, ...]
+
+
+def parse_nodes(text: str, *, with_roles: bool = False) -> list[ListedNode]:
+    """
+    A list of nodes: `NAME ADDRESS …` a line, after `ROLE` in a list with roles; `#` begins a comment.
+
+    Roles and names are as they stand there.
 
     Raises:
         ValueError: A line is not like that, or a name or address is there twice; its text says what was wanted.
     """
-    found: dict[str, list[str]] = {}
+    found: list[ListedNode] = []
+    names, known = set[str](), set[str]()
     for number, line in enumerate(text.splitlines(), start=1):
-        name, *addresses = line.partition("#")[0].split() or [""]
-        if not name:
+        fields = line.partition("#")[0].split()
+        if not fields:
             continue
+        role = fields.pop(0) if with_roles else ""
+        name = fields.pop(0) if fields else ""
         try:
-            canonical = [str(ipaddress.ip_address(address)) for address in addresses]
+            canonical = tuple(str(ipaddress.ip_address(address)) for address in fields)
         except ValueError as e:
             raise ValueError(f"line {number}: wanted a name and addresses, found {e}") from None
-        if not canonical or name in found or any(set(canonical) & set(others) for others in found.values()):
+        if not canonical or name in names or known & set(canonical):
             raise ValueError(f"line {number}: wanted a name and addresses of its own, found {line.strip()[:60]!r}")
-        found[name] = canonical
-    if len({len(addresses) for addresses in found.values()}) > 1:
-        raise ValueError("wanted as many addresses for each node, found more for some")
+        names.add(name)
+        known |= set(canonical)
+        found.append(ListedNode(line=number, role=role, name=name, addresses=canonical))
     return found
 
 

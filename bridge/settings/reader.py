@@ -28,6 +28,8 @@ Key = tuple[str, ...]
 
 
 _LONGEST_FOUND = 60
+#: Finding the line of a key reads the text once a line.
+_LONGEST_WITH_LINES = 100_000
 
 
 _SECRET_KINDS = ("file", "env", "credential")
@@ -79,6 +81,21 @@ def _holds(document: Any, key: Key) -> bool:
             return False
         document = document[part]
     return True
+
+
+def opened(text: str, file: Path | None) -> tuple[Reader, dict[str, Any]]:
+    """
+    A reader for a TOML text, and the text's tables.
+
+    Raises:
+        SettingsError: The text is not TOML.
+    """
+    try:
+        document = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as e:
+        found = "nesting without end" if isinstance(e, RecursionError) else str(e)
+        raise SettingsError([SettingsProblem("", "TOML", found, file)]) from None
+    return Reader(Source(file, text if len(text) < _LONGEST_WITH_LINES else "")), document
 
 
 class Reader:

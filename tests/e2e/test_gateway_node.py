@@ -23,7 +23,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.contract import SignRequest
-from bridge.desk.signer_rules import CLIENT_KUBELET
+from bridge.gateway.rules import CLIENT_KUBELET
 from bridge.pki.certificates import pem
 from bridge.specs import SPECS
 from tests.kit import gateway_cluster, gateways

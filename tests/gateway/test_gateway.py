@@ -17,7 +17,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from bridge.desk.signer_rules import CLIENT, CLIENT_KUBELET, SERVING
+from bridge.gateway.rules import CLIENT, CLIENT_KUBELET, SERVING
 from bridge.pki.certificates import fingerprint
 from bridge.state import audit_reader
 from bridge.state.store import Store
@@ -158,7 +158,7 @@ def test_somebody_else_has_to_approve(cluster: ClusterApi, desk: DeskProgram, wo
     with gateways.running(place) as gateway:
         headers = {"Impersonate-User": "alice", "Impersonate-Group": "people"}
         name = cluster.client().create(CSRS, gateways.body(pem, CLIENT), **headers)["metadata"]["name"]
-        gateway.until(lambda: "nobody has approved it yet" in gateway.text())
+        gateway.until(lambda: "it was not approved yet" in gateway.text())
         assert (state_of(read(cluster, name)), desk.calls) == ("open", [])
         condition = {"type": "Approved", "status": "True", "reason": "looked", "message": "by a person"}
         assert cluster.client().patch(f"{CSRS}/{name}/approval", {"status": {"conditions": [condition]}}).ok

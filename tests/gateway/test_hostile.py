@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from cryptography import x509
 
-from bridge.desk.signer_rules import CLIENT, CLIENT_KUBELET, SERVING
+from bridge.gateway.rules import CLIENT, CLIENT_KUBELET, SERVING
 from tests.kit import cluster_api, gateways, hostile_csrs, openbao
 from tests.kit.api_client import CSRS
 from tests.kit.cluster_api import ClusterApi

@@ -15,7 +15,7 @@ import yaml
 from cryptography import x509
 
 from bridge.ca import registry
-from bridge.desk import policy as desk_policy
+from bridge.gateway import policy as gateway_policy
 from bridge.settings.load import parse
 from bridge.system.waiting import wait_until
 from tests.kit import kube_api
@@ -308,7 +308,7 @@ def test_its_settings_are_whole_but_for_their_places() -> None:
     text = config["data"]["config.toml"]
     settings = parse(text)
     assert set(registry.configured(settings, settings.authorities)) == {"ca"}
-    policy = desk_policy.parse(config["data"]["gateway-policy.toml"])
+    policy = gateway_policy.parse(config["data"]["gateway-policy.toml"])
     assert set(policy.signers) == {CLIENT, SERVING, USER}
     for path in ("files/role-id", "files/secret-id", "files/vault-ca.crt"):
         assert f"/etc/ca-bridge/{path}" in text

@@ -23,12 +23,23 @@ from bridge.cluster.errors import NoAnswerError
 from bridge.cluster.lease import Keeper
 from bridge.cluster.stream import Lines
 from bridge.errors import BridgeError
-from bridge.gateway import known_nodes, objects, queue, status
-from bridge.gateway.metrics import Metrics
-from bridge.gateway.objects import NotAnObjectError, SigningRequest, parse
+from bridge.gateway import nodes, queue
+from bridge.gateway.pages import Metrics, serving
 from bridge.gateway.pending_at_ca import Ticket, Tickets
-from bridge.gateway.queue import Queue
-from bridge.gateway.rates import Rate
+from bridge.gateway.queue import Queue, Rate
+from bridge.gateway.watch import (
+    ALLOWS,
+    APPROVED,
+    DENIED,
+    FAILED,
+    NOT_ALLOWED,
+    PENDING_AT_CA,
+    WAITS,
+    NotAnObjectError,
+    SigningRequest,
+    parse,
+)
+from bridge.gateway.write import with_certificate, with_condition
 from bridge.state.store import Store
 
 NOW = datetime(2026, 11, 26, 12, tzinfo=UTC)
@@ -234,13 +245,14 @@ def test_what_is_written_names_the_object() -> None:
     theirs = {"type": "Approved", "status": "True", "reason": "AutoApproved", "lastUpdateTime": "2026-11-26T11:00:00Z"}
     found = replace(one(), conditions=(theirs, {"type": "PendingAtCA", "status": "True"}))
     for body in (
-        objects.approved(one(), NOW), objects.denied(one(), NOW), objects.failed(found, "NotAllowed", NOW),
-        objects.waiting(found, NOW), objects.issued(found, b"pem"),
+        with_condition(one(), APPROVED, ALLOWS, NOW), with_condition(one(), DENIED, NOT_ALLOWED, NOW),
+        with_condition(found, FAILED, NOT_ALLOWED, NOW), with_condition(found, PENDING_AT_CA, WAITS, NOW),
+        with_certificate(found, b"pem"),
     ):  # fmt: skip
         assert body["metadata"] == {"uid": "u1", "resourceVersion": "7"}
-    assert objects.failed(found, "NotAllowed", NOW)["status"]["conditions"][0] is theirs
-    assert objects.issued(found, b"pem")["status"] == {"certificate": "cGVt", "conditions": [theirs]}
-    assert "conditions" not in objects.issued(one(), b"pem")["status"]
+    assert with_condition(found, FAILED, NOT_ALLOWED, NOW)["status"]["conditions"][0] is theirs
+    assert with_certificate(found, b"pem")["status"] == {"certificate": "cGVt", "conditions": [theirs]}
+    assert "conditions" not in with_certificate(one(), b"pem")["status"]
     assert replace(one(), name="a b/../c?").path.endswith("/a%20b%2F..%2Fc%3F")
 
 
@@ -323,7 +335,7 @@ def test_numbers_are_in_prometheus_form() -> None:
 def test_many_connections_use_up_nothing() -> None:
     """Whoever holds more of them open than there may be, keeps no probe out."""
     pages = {"/healthz": lambda: (200, "ok\n")}
-    with status.serving(("127.0.0.1", 0), pages) as port:
+    with serving(("127.0.0.1", 0), pages) as port:
         silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
         assert requests.get(f"http://127.0.0.1:{port}/healthz", timeout=5).text == "ok\n"
         assert silent[0].recv(1) == b""  # closed
@@ -333,7 +345,7 @@ def test_many_connections_use_up_nothing() -> None:
         assert requests.get(f"http://127.0.0.1:{port}/else", timeout=5).status_code == 404
         for connection in silent:
             connection.close()
-        with pytest.raises(BridgeError, match="wanted to listen"), status.serving(("127.0.0.1", port), pages):
+        with pytest.raises(BridgeError, match="wanted to listen"), serving(("127.0.0.1", port), pages):
             pass
 
 
@@ -358,16 +370,16 @@ def test_how_an_inventory_command_may_behave(
     script: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it leaves in the background, or prints without end, keeps nobody waiting and fills no memory."""
-    monkeypatch.setattr(known_nodes, "_COMMAND_LIMIT", timedelta(seconds=2))
+    monkeypatch.setattr(nodes, "_COMMAND_LIMIT", timedelta(seconds=2))
     program = tmp_path / "cmdb"
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
     begin = time.monotonic()
     if wanted:
         with pytest.raises(BridgeError, match=wanted):
-            known_nodes._asked(program, "w1")
+            nodes._asked(program, "w1")
     else:
-        found = known_nodes._asked(program, "w1")
+        found = nodes._asked(program, "w1")
         assert found is not None
         assert found.addresses == ("192.0.2.9",)
         assert time.monotonic() - begin < 1.5
@@ -385,7 +397,7 @@ def test_an_inventory_command_has_nothing_of_ours(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("VAULT_TOKEN", "x")
     with secret.open("rb") as opened:
         os.set_inheritable(opened.fileno(), True)
-        assert known_nodes._asked(program, "w1") is None
+        assert nodes._asked(program, "w1") is None
     names = found.read_text()
     assert str(secret) not in names
     assert not {"CREDENTIALS_DIRECTORY", "VAULT_TOKEN"} & set(names.split())
@@ -394,9 +406,9 @@ def test_an_inventory_command_has_nothing_of_ours(tmp_path: Path, monkeypatch: p
 
 def test_the_dns_proves_both_ways() -> None:
     """127.0.0.1 leads to localhost and back; to no other name, and other addresses don't."""
-    assert known_nodes._leads_both_ways("127.0.0.1", {"localhost"})
-    assert not known_nodes._leads_both_ways("127.0.0.1", {"w1"})
-    assert not known_nodes._leads_both_ways("192.0.2.1", {"localhost"})
+    assert nodes._leads_both_ways("127.0.0.1", {"localhost"})
+    assert not nodes._leads_both_ways("127.0.0.1", {"w1"})
+    assert not nodes._leads_both_ways("192.0.2.1", {"localhost"})
 
 
 # --- the lease's thread -----------------------------------------------------------------------------------------------

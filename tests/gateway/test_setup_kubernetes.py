@@ -17,7 +17,7 @@ import pytest
 import yaml
 from cryptography import x509
 
-from bridge.desk.signer_rules import CLIENT, CLIENT_KUBELET, SERVING
+from bridge.gateway.rules import CLIENT, CLIENT_KUBELET, SERVING
 from bridge.settings.load import parse
 from bridge.system.waiting import wait_until
 from tests.kit import gateways, kube_api

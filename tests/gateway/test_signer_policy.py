@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridge.desk import node_inventory
-from bridge.desk import policy as desk_policy
-from bridge.desk.signer_rules import CLIENT, CLIENT_KUBELET, SERVING, spec_of
 from bridge.errors import SettingsError
-from bridge.gateway.signer_policy import Allowed, Hostile, Later, NodeState, Request, Verdict, World, judge, node_of
+from bridge.gateway import policy as gateway_policy
+from bridge.gateway.policy import Allowed, Hostile, Later, NodeState, Request, Verdict, World, judge, node_of
+from bridge.gateway.rules import CLIENT, CLIENT_KUBELET, SERVING, spec_of
 from bridge.pki.csr_fields import OddRequestError, read
 from bridge.settings import load
 from bridge.specs import KUBELET_SERVING, SPECS
@@ -24,7 +24,7 @@ from tests.kit import gateways, hostile_csrs
 from tests.kit.gateways import csr_pem, node_subject
 
 NOW = datetime(2026, 11, 26, tzinfo=UTC)
-REGISTER = node_inventory.parse(gateways.INVENTORY + gateways.workers("w1", "w2"))
+INVENTORY = node_inventory.parse(gateways.INVENTORY + gateways.workers("w1", "w2"))
 READY = NodeState(exists=True, ready=True)
 ABSENT = NodeState(exists=False)
 TOKENS = "system:bootstrappers:kubeadm:default-node-token"
@@ -33,13 +33,13 @@ TOKENS = "system:bootstrappers:kubeadm:default-node-token"
 def world(*, policy: str = gateways.POLICY, node: str = "w1", state: NodeState | None = READY) -> World:
     """As it is for a worker that is there."""
     return World(
-        policy=desk_policy.parse(policy),
+        policy=gateway_policy.parse(policy),
         cluster="kubernetes",
-        register=REGISTER,
+        inventory=INVENTORY,
         ca_end=NOW + timedelta(days=100),
         min_validity=timedelta(minutes=5),
         now=NOW,
-        entry=REGISTER.nodes.get(node),
+        entry=INVENTORY.nodes.get(node),
         state=state,
     )
 
@@ -127,7 +127,7 @@ def test_a_user_who_is_called_like_a_node_is_none(users: str) -> None:
 
 def test_a_node_may_rejoin_or_be_blocked() -> None:
     """By the inventory alone, and only while it is not ready."""
-    entry = replace(REGISTER.nodes["w1"], rejoin=True)
+    entry = replace(INVENTORY.nodes["w1"], rejoin=True)
     back = replace(world(), entry=entry, state=NodeState(exists=True))
     assert isinstance(judge(by_token(asked()), back), Allowed)
     assert isinstance(judge(by_token(asked()), replace(back, state=READY)), Later)
@@ -178,7 +178,7 @@ def test_each_hostile_case_is_judged_alike_without_an_api_server() -> None:
             pem=asking.pem,
         )
         node = node_of(request)
-        here = replace(world(), register=entry, entry=entry.nodes.get(node or ""), state=READY)
+        here = replace(world(), inventory=entry, entry=entry.nodes.get(node or ""), state=READY)
         verdict = judge(request, here)
         if isinstance(verdict, Allowed) or (asking.wanted == "denied" and not isinstance(verdict, Hostile)):
             wrong[case.name] = verdict
@@ -248,9 +248,9 @@ def test_signers_of_a_policy() -> None:
 def test_what_a_policy_may_not_say(table: str, wanted: str) -> None:
     """It is an error when it is read, and not a request later."""
     head = '[allow]\nclusters = ["kubernetes"]\nnodes = ["*"]\n'
-    assert desk_policy.parse(head).signers == {}
+    assert gateway_policy.parse(head).signers == {}
     with pytest.raises(SettingsError, match=wanted):
-        desk_policy.parse(head + table)
+        gateway_policy.parse(head + table)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_what_an_inventory_may_not_say(text: str, wanted: str) -> None:
 def test_the_shipped_examples_are_read() -> None:
     """Policy and inventory below config/gateway, as `docs/gateway.md` shows them."""
     directory = Path(__file__).parents[2] / "config/gateway"
-    policy = desk_policy.parse((directory / "policy.toml").read_text())
+    policy = gateway_policy.parse((directory / "policy.toml").read_text())
     assert {CLIENT_KUBELET, SERVING, CLIENT, "ca-bridge.internal/apiserver"} == set(policy.signers)
     found = node_inventory.parse((directory / "inventory.toml").read_text())
     assert set(found.control_planes) == {"cp1"}

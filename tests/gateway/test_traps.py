@@ -12,10 +12,9 @@ from cryptography import x509
 
 from bridge.cluster.api import Api
 from bridge.cluster.errors import NoAnswerError
-from bridge.desk.signer_rules import CLIENT_KUBELET, SERVING
 from bridge.gateway import watch
-from bridge.gateway.objects import SigningRequest
-from bridge.gateway.watch import Watch
+from bridge.gateway.rules import CLIENT_KUBELET, SERVING
+from bridge.gateway.watch import SigningRequest, Watch
 from tests.kit import api_proxy, cluster_api, gateways, hostile_csrs
 from tests.kit.api_client import CSRS
 from tests.kit.cluster_api import ClusterApi

@@ -28,7 +28,7 @@ from typing import Any
 import requests
 from cryptography import x509
 
-from bridge.desk.signer_rules import CLIENT_KUBELET, SERVING
+from bridge.gateway.rules import CLIENT_KUBELET, SERVING
 from bridge.node.sample_pki import ThrowawayCA
 from bridge.pki.certificates import san_entries
 from tests.kit import est, gateways, openbao, programs

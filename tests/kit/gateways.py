@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from bridge.desk.signer_rules import CLIENT, CLIENT_KUBELET, SERVING
+from bridge.gateway.rules import CLIENT, CLIENT_KUBELET, SERVING
 from bridge.specs import SPECS
 from tests.kit.api_client import CSRS
 from tests.kit.cluster_api import BOOTSTRAP_GROUP, ClusterApi

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.name import _ASN1Type
 from cryptography.x509.oid import AttributeOID, ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 
-from bridge.desk.signer_rules import CLIENT, CLIENT_KUBELET, SERVING
+from bridge.gateway.rules import CLIENT, CLIENT_KUBELET, SERVING
 from tests.kit.gateways import DOMAIN, address_of, csr_pem, new_key, node_subject
 
 CN, ORG = NameOID.COMMON_NAME, NameOID.ORGANIZATION_NAME

@@ -21,7 +21,7 @@ from typing import Any
 
 import requests
 
-from bridge.desk.signer_rules import CLIENT_KUBELET, SERVING
+from bridge.gateway.rules import CLIENT_KUBELET, SERVING
 from tests.kit import cert_manager, csr_approver, gateways, hostile_csrs, kube_api, openbao
 from tests.kit.api_client import CSRS
 from tests.kit.cluster_api import BOOTSTRAP_GROUP

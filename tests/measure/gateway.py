@@ -29,8 +29,9 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from bridge.ca import registry
 from bridge.cluster.api import MERGE_PATCH, Api
 from bridge.contract import Issued, SignRequest, SignsMany
-from bridge.desk.signer_rules import CLIENT_KUBELET
-from bridge.gateway import objects
+from bridge.gateway import watch
+from bridge.gateway.rules import CLIENT_KUBELET
+from bridge.gateway.write import with_certificate, with_condition
 from bridge.pki.csr import generate_key
 from bridge.settings.load import parse
 from bridge.specs import KUBELET_CLIENT
@@ -177,17 +178,19 @@ def ca_alone(config: Path, pems: Sequence[bytes], pids: Mapping[str, int]) -> tu
 
 def api_alone(cluster: ClusterApi, names: Sequence[str], answers: Sequence[Issued], pids: Mapping[str, int]) -> Run:
     """Approve and issue, each onto a resourceVersion and with no more rights, as the gateway does."""
-    there = {one["metadata"]["name"]: objects.parse(one, 0) for one in cluster.client().get(CSRS)["items"]}
+    there = {one["metadata"]["name"]: watch.parse(one, 0) for one in cluster.client().get(CSRS)["items"]}
     api = Api.of_gateway(
         cluster.kubeconfig(gateways.USER)
     )  # whose rights are looked up, unlike those of system:masters
 
     def both(item: tuple[str, Issued]) -> None:
         one, now = there[item[0]], datetime.now(UTC)
-        reply = api.ask("PATCH", f"{one.path}/approval", objects.approved(one, now), MERGE_PATCH)
+        reply = api.ask(
+            "PATCH", f"{one.path}/approval", with_condition(one, watch.APPROVED, watch.ALLOWS, now), MERGE_PATCH
+        )
         assert reply.status == 200, reply.message
-        one = objects.parse(reply.document, 0)
-        body = objects.issued(one, item[1].leaf.public_bytes(Encoding.PEM))
+        one = watch.parse(reply.document, 0)
+        body = with_certificate(one, item[1].leaf.public_bytes(Encoding.PEM))
         reply = api.ask("PATCH", f"{one.path}/status", body, MERGE_PATCH)
         assert reply.status == 200, reply.message
 

@@ -15,7 +15,10 @@ from bridge.testing import TestCA
 def test_a_list_of_nodes() -> None:
     """Comments and blank lines are none; addresses are compared as addresses."""
     text = "# all\n\ncp-1 10.0.0.1 2001:db8:0::1\ncp-2   10.0.0.2 2001:db8::2 # new\n"
-    assert parse_nodes(text) == {"cp-1": ["10.0.0.1", "2001:db8::1"], "cp-2": ["10.0.0.2", "2001:db8::2"]}
+    found = [(node.line, node.role, node.name, node.addresses) for node in parse_nodes(text)]
+    assert found == [(3, "", "cp-1", ("10.0.0.1", "2001:db8::1")), (4, "", "cp-2", ("10.0.0.2", "2001:db8::2"))]
+    [worker] = parse_nodes("worker w-1 10.0.0.3\n", with_roles=True)
+    assert (worker.role, worker.name, worker.addresses) == ("worker", "w-1", ("10.0.0.3",))
 
 
 @pytest.mark.parametrize(
@@ -25,7 +28,6 @@ def test_a_list_of_nodes() -> None:
         ("cp-1 host.example.com", "line 1"),
         ("cp-1 10.0.0.1\ncp-1 10.0.0.2", "line 2"),
         ("cp-1 10.0.0.1\ncp-2 10.0.0.1", "line 2"),
-        ("cp-1 10.0.0.1\ncp-2 10.0.0.2 10.0.0.3", "as many addresses"),
     ],
 )
 def test_a_list_that_is_none_is_refused_with_its_line(text: str, wrong: str) -> None:

@@ -1,13 +1,25 @@
-"""Numbers for Prometheus (text format 0.0.4); their names are in docs/gateway.md, and stay."""
+"""
+What can be asked about a gateway: `/metrics` (Prometheus, text format 0.0.4), `/healthz` and `/readyz`.
+
+The metrics' names are in docs/gateway.md, and stay. The pages take no input, and anybody who reaches the address that
+the settings name may read them.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from bisect import bisect_left
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import accumulate
+from socket import SHUT_RDWR, socket
+from typing import Any
+
+from bridge.errors import BridgeError
 
 PREFIX = "ca_bridge_gateway"
 _BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 3600.0)
@@ -105,3 +117,93 @@ def _head(name: str, kind: str, text: str) -> Iterator[str]:
 
 def _safe(value: str) -> str:
     return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", " ")
+
+
+# --- the server -------------------------------------------------------------------------------------------------------
+
+#: Connections at a time, so that nobody can use up the threads; with one more the oldest is closed, so that whoever holds
+#: them all open can't keep the kubelet's probes out, and have the gateway killed.
+_MOST_CONNECTIONS = 16
+_SECONDS = 5
+
+Page = Callable[[], tuple[int, str]]
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # with socketserver's 5, a few at once wait for TCP to try again
+    pages: dict[str, Page]
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self._open: dict[socket | tuple[bytes, socket], None] = {}
+        self._mutex = threading.Lock()
+        super().__init__(address, handler)
+
+    def process_request(self, request: socket | tuple[bytes, socket], client_address: Any) -> None:
+        with self._mutex:
+            if len(self._open) >= _MOST_CONNECTIONS:
+                oldest = next(iter(self._open))
+                del self._open[oldest]
+                if isinstance(oldest, socket):
+                    with contextlib.suppress(OSError):
+                        oldest.shutdown(SHUT_RDWR)  # which wakes its thread; that closes it
+            self._open[request] = None
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: socket | tuple[bytes, socket], client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            with self._mutex:
+                self._open.pop(request, None)
+
+    def handle_error(self, *_: object) -> None:
+        """A client that went away is nobody's trouble."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    server_version, sys_version = "ca-bridge", ""
+    timeout = _SECONDS
+
+    def do_GET(self) -> None:
+        """One of the pages."""
+        page = self.server.pages.get(self.path.partition("?")[0])
+        status, text = page() if page is not None else (HTTPStatus.NOT_FOUND, "there is /metrics, /healthz, /readyz\n")
+        body = text.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Log nothing: probes come every few seconds."""
+
+
+@contextlib.contextmanager
+def serving(address: tuple[str, int], pages: dict[str, Page]) -> Iterator[int]:
+    """
+    Serve the pages for as long as the block runs.
+
+    Returns:
+        The port, which may have been given as 0.
+
+    Raises:
+        BridgeError: The address is not ours to use.
+    """
+    try:
+        server = _Server(address, _Handler)
+    except OSError as e:
+        text = f"gateway.listen: wanted to listen at {address[0]}:{address[1]}, found: {e.strerror}"
+        raise BridgeError(text, hint="another port, or serve_status = false") from None
+    server.pages = pages
+    thread = threading.Thread(target=server.serve_forever, args=(0.2,), name="status", daemon=True)
+    thread.start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

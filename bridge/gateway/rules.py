@@ -1,8 +1,8 @@
 """
-The tables `[signer."NAME"]` of a policy: who may ask by the certificates API for what (pure).
+The tables `[signer."NAME"]` of the gateway's policy: who may ask by the certificates API for what (pure).
 
-A signer without a table is nobody's. Grants name whole subjects and who asks; there is no list of what is forbidden
-but for what no grant may give.
+The gateway leaves a signer without a table alone. A grant names whole subjects and requesters; the only list of
+forbidden names is of those that no grant may give.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bridge.specs import (
 CLIENT_KUBELET = "kubernetes.io/kube-apiserver-client-kubelet"
 SERVING = "kubernetes.io/kubelet-serving"
 CLIENT = "kubernetes.io/kube-apiserver-client"
-#: Kubernetes' own signers; the others that it has (kubernetes.io/legacy-unknown) are nobody's.
+#: Kubernetes' own signers; the gateway signs for no other one of them (kubernetes.io/legacy-unknown).
 KUBERNETES_SIGNERS: Mapping[str, CertificateSpec] = {
     CLIENT_KUBELET: KUBELET_CLIENT,
     SERVING: KUBELET_SERVING,
@@ -39,7 +39,7 @@ KUBERNETES_SIGNERS: Mapping[str, CertificateSpec] = {
 _KUBERNETES = "kubernetes.io"
 #: As the API server takes it (RFC 1123); it goes into manifests and expressions as it is.
 _DOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
-#: What the API server takes for Kubernetes' own, and what nobody may become by a grant.
+#: Names that the API server takes for Kubernetes' own, and that no grant may give.
 SYSTEM = "system:"
 NODE_USER = "system:node:"
 NODES_GROUP = "system:nodes"
@@ -63,7 +63,7 @@ def spec_of(signer: str) -> CertificateSpec | None:
 
 
 def is_no_false_node(username: str, groups: frozenset[str]) -> bool:
-    """Whether somebody who is called like a node is one."""
+    """Whether a user that is called like a node is one."""
     return not username.startswith(NODE_USER) or NODES_GROUP in groups
 
 
@@ -77,14 +77,14 @@ def usages_fit(spec: CertificateSpec, usages: frozenset[str]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Grant:
-    """Table `[signer."NAME".grant.X]`: who may ask, and for a user's certificate, who he may be."""
+    """Table `[signer."NAME".grant.X]`: who may ask, and for which subjects of users."""
 
     users: tuple[str, ...] = ()  #: Usernames; `{node}` (in a control-plane signer's) is a control-plane node.
     groups: tuple[str, ...] = ()  #: One of the requester's.
-    subjects: tuple[str, ...] = ()  #: Whole ones; `{user}` is who asks.
+    subjects: tuple[str, ...] = ()  #: Whole ones; `{user}` is the requester.
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Rules that let nobody ask, or allow a subject whom nobody may become."""
+        """Rules without a requester, and subjects that no user may have."""
         if not self.users and not self.groups:
             yield SettingsProblem("users", "users or groups that may ask", "neither")
         for text in self.subjects:
@@ -97,10 +97,10 @@ class Grant:
 
     def is_for(self, username: str, groups: frozenset[str]) -> bool:
         """
-        Whether somebody may ask by it, `{node}` apart.
+        Whether the grant lets a user ask, `{node}` apart.
 
-        A node's name is a node's only with the nodes' group, as for the API server's own authorizer: an identity
-        provider may have a user of that name.
+        A node's name counts only with the nodes' group, as for the API server's own authorizer: an identity provider
+        may have a user of that name.
         """
         by_name = username in self.users and is_no_false_node(username, groups)
         return by_name or not groups.isdisjoint(self.groups)
@@ -112,9 +112,9 @@ class SignerRules:
 
     keys: tuple[str, ...] | None = None
     max_validity: timedelta | None = None
-    #: required: somebody else has to approve as well; gateway: what the policy allows is approved by us.
+    #: required: another one has to approve as well; gateway: the gateway approves what the policy allows.
     approval: Literal["gateway", "required"] = "gateway"
-    #: For kube-apiserver-client-kubelet: whose members may ask for a node that is not there yet.
+    #: For kube-apiserver-client-kubelet: whose members may ask for a node that does not exist yet.
     bootstrap_groups: tuple[str, ...] = ()
     grants: tuple[tuple[str, Grant], ...] = field(default=(), metadata={GIVEN: True})
 
@@ -129,7 +129,7 @@ class SignerRules:
 
 
 def read_signers(reader: Reader, tables: Mapping[str, Any]) -> dict[str, SignerRules]:
-    """The rules by signer; what is wrong is in the reader."""
+    """The rules by signer; the reader has the problems."""
     found = {}
     for name, table in tables.items():
         key, spec = ("signer", name), spec_of(name)

@@ -1,24 +1,26 @@
 """
-The judgement of a request that came by the certificates API (pure: no I/O, no clock).
+The gateway's policy, and its judgement of a request that came by the certificates API (pure: no I/O, no clock).
 
-A function of what the API server vouches for (who asks, for which signer), of the CSR, of the policy, of the register
-of nodes and of the time. It is asked again right before the CA is, and before the certificate is written.
+The verdict depends on what the API server vouches for (the requester, the signer), on the CSR, the policy, the inventory
+of nodes and the time. A request is judged right before the CA is asked, and again before the certificate is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from pathlib import Path
 
 from cryptography import x509
 
-from bridge.desk.node_inventory import NodeEntry, Register, is_node_name
+from bridge.desk import policy
+from bridge.desk.node_inventory import Inventory, NodeEntry
 from bridge.desk.patterns import CN_OID, MASTERS, O_OID
 from bridge.desk.policy import Policy, name_problems
-from bridge.desk.signer_rules import (
+from bridge.gateway.rules import (
     BOOTSTRAP_USER,
     NODE_USER,
     NODES_GROUP,
@@ -26,17 +28,40 @@ from bridge.desk.signer_rules import (
     Grant,
     SignerRules,
     is_no_false_node,
+    read_signers,
     spec_of,
     usages_fit,
 )
 from bridge.pki.certificates import attributes
 from bridge.pki.csr_fields import Asked, OddRequestError, read
+from bridge.pki.kubeadm_names import is_node_name
+from bridge.settings.reader import opened
 from bridge.specs import KUBELET_CLIENT, KUBELET_SERVING, USER, CertificateSpec
 from bridge.words import one_line
 
 #: A CA's certificate ends this much later than what it signs, so that a clock or two may differ.
 _BEFORE_THE_CA_ENDS = timedelta(minutes=5)
 _NODE_PLACEHOLDER, _USER_PLACEHOLDER = "{node}", "{user}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewayPolicy(Policy):
+    """The file: a desk's policy with signers."""
+
+    signers: Mapping[str, SignerRules]  #: By the certificates API's name.
+
+
+def parse(text: str, file: Path | None = None) -> GatewayPolicy:
+    """
+    A policy from TOML text.
+
+    Raises:
+        SettingsError: With every problem.
+    """
+    reader, document = opened(text, file)
+    tables = document.get("signer")
+    signers = read_signers(reader, tables if isinstance(tables, dict) else {})
+    return GatewayPolicy(signers=signers, **vars(policy.read(reader, document)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,20 +91,20 @@ class Allowed:
     spec: CertificateSpec
     asked: Asked
     validity: timedelta
-    longest: timedelta  #: What the policy gives at most, whatever was asked for: CAs with profiles don't take our wish.
-    name: str  #: Whose certificate it is: a node's, a user's, or kubeadm's name of a certificate; for metrics.
+    longest: timedelta  #: The policy's limit, whatever the request says: a CA with profiles decides itself.
+    name: str  #: The certificate's: a node's, a user's, or kubeadm's name of a certificate; for metrics.
 
 
 @dataclass(frozen=True, slots=True)
 class Hostile:
-    """The request will never be signed: nothing that may change outside of the policy would help. The text is for the log."""
+    """The request will never be signed, whatever changes outside of the policy. The text is for the log."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Later:
-    """The request can't be signed now; it may pass when something has changed. The text is for the log."""
+    """The request can't be signed now, and may be when something has changed. The text is for the log."""
 
     reason: str
 
@@ -89,11 +114,11 @@ Verdict = Allowed | Hostile | Later
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """All that a request is judged by, besides itself."""
+    """Everything besides the request itself that the verdict depends on."""
 
-    policy: Policy
+    policy: GatewayPolicy
     cluster: str
-    register: Register
+    inventory: Inventory
     ca_end: datetime  #: Of the CA's certificate that the signer's certificates lead to.
     min_validity: timedelta
     now: datetime
@@ -112,13 +137,13 @@ def _read(pem: bytes) -> Asked | OddRequestError:
 
 
 def addresses_of(request: Request) -> list[str]:
-    """The IP addresses that it asks for, as far as it can be read."""
+    """The IP addresses that the CSR asks for, as far as it can be read."""
     asked = _read(request.pem)
     return [] if isinstance(asked, OddRequestError) else sorted(value for kind, value in asked.sans if kind == "IP")
 
 
 def node_of(request: Request) -> str | None:
-    """The name of the node that a kubelet's request is about; None: it is about none, or its CSR is odd."""
+    """The node that a kubelet's request is about; None: it is about no node, or its CSR can't be read."""
     if spec_of(request.signer) not in (KUBELET_CLIENT, KUBELET_SERVING):
         return None
     asked = _read(request.pem)
@@ -166,20 +191,20 @@ def _form_problem(request: Request, asked: Asked, spec: CertificateSpec, keys: t
 
 
 def _validity(request: Request, spec: CertificateSpec, rules: SignerRules, world: World) -> timedelta:
-    """The shortest of what is asked for, what the policy gives and what the CA has left; never refused for its length."""
+    """The shortest of the requested, the policy's and the CA's own; a request is never refused for its length."""
     longest = _longest(spec, rules, world.policy)
     left = world.ca_end - world.now - _BEFORE_THE_CA_ENDS
     return min(longest, left, request.asked_validity if request.asked_validity is not None else longest)
 
 
 def _longest(spec: CertificateSpec, rules: SignerRules, policy: Policy) -> timedelta:
-    """The shortest of what the signer's table, the certificate's and `[allow]` give."""
+    """The shortest that the signer's table, the certificate's table and `[allow]` give."""
     own = policy.certificates[spec.name].max_validity if spec.name in policy.certificates else None
     return min(one for one in (rules.max_validity, own, policy.allow.max_validity) if one is not None)
 
 
 def _who(request: Request, asked: Asked, spec: CertificateSpec, rules: SignerRules, world: World) -> str | Verdict:
-    """Whose the certificate would be, or why not."""
+    """Return the name the certificate is for, or the verdict against it."""
     if spec in (KUBELET_CLIENT, KUBELET_SERVING):
         return _kubelet(request, asked, spec, rules, world)
     if spec is USER:
@@ -208,7 +233,7 @@ def _kubelet(request: Request, asked: Asked, spec: CertificateSpec, rules: Signe
 def _requester(
     request: Request, name: str, spec: CertificateSpec, rules: SignerRules, world: World
 ) -> Hostile | Later | None:
-    """A node asks for itself, a bootstrap token for a node that is not there yet."""
+    """A node asks for itself, a bootstrap token for a node that does not exist yet."""
     itself = request.username == f"{NODE_USER}{name}" and NODES_GROUP in request.groups
     bootstraps = (
         spec is KUBELET_CLIENT
@@ -217,13 +242,13 @@ def _requester(
     )
     if not itself and not bootstraps:
         return Hostile(f"{one_line(request.username)} may not ask for node {name}")
-    if bootstraps and name in world.register.control_planes:
+    if bootstraps and name in world.inventory.control_planes:
         return Hostile(f"a bootstrap token may not ask for the control-plane node {name}")
     return _presence(name, world, bootstraps=bootstraps)
 
 
 def _presence(name: str, world: World, *, bootstraps: bool) -> Later | None:
-    """The inventory names it; it is there if it asks for itself, and not there (or may come back) if a token does."""
+    """The inventory has the node; its Node object exists if it asks for itself, and does not (or may come back) for a token."""
     entry, state = world.entry, world.state
     trouble = None
     if not any(fnmatchcase(name, one) for one in world.policy.allow.nodes):
@@ -250,12 +275,12 @@ def _serving_sans(asked: Asked, name: str, world: World) -> Hostile | Later | No
         return Hostile("SAN: a serving certificate without any")
     if any(kind not in {"DNS", "IP"} for kind, _ in asked.sans):
         return Hostile("SAN: names besides DNS names and IP addresses")
-    never = [value for kind, value in asked.sans if world.register.is_never_a_nodes((kind, value), name)]
+    never = [value for kind, value in asked.sans if world.inventory.is_never_a_nodes((kind, value), name)]
     if never:
         return Hostile(f"SAN: {_texts(never)} can be no node's")
     known = world.entry.sans(name) if world.entry is not None else frozenset()
     unknown = [value for kind, value in asked.sans if (kind, value) not in known]
-    # what the inventory does not have yet may be in it tomorrow
+    # the inventory may have it tomorrow
     return Later(f"SAN: the inventory does not give {name} {_texts(unknown)}") if unknown else None
 
 
@@ -278,7 +303,7 @@ def _user(request: Request, asked: Asked, rules: SignerRules) -> str | Verdict:
 
 
 def _is_granted(asked: Asked, text: str, username: str) -> bool:
-    """Whether a subject is a grant's; who asks is put into its values, and so can't add any."""
+    """Whether a subject is a grant's; the requester's name is put into values, and so can't add an attribute."""
     try:
         pattern = attributes(x509.Name.from_rfc4514_string(text))
     except ValueError:
@@ -303,7 +328,7 @@ def _control_plane(
         return Hostile(f"no grant lets {one_line(request.username)} ask for {spec.name}")
     problems: list[str] = []
     for name in nodes:
-        entry = world.register.nodes[name]
+        entry = world.inventory.nodes[name]
         own = [value for _, value in entry.sans(name)]
         found = list(name_problems(spec.name, asked.csr, world.policy, name, own))
         if not found:
@@ -313,10 +338,10 @@ def _control_plane(
 
 
 def _granted_nodes(request: Request, grants: Iterable[tuple[str, Grant]], world: World) -> list[str]:
-    """The control-plane nodes for which somebody may ask: one of them itself, or all."""
+    """The control-plane nodes for which the requester may ask: itself, or all."""
     nodes = {
         name: entry
-        for name, entry in world.register.control_planes.items()
+        for name, entry in world.inventory.control_planes.items()
         if not entry.blocked and any(fnmatchcase(name, one) for one in world.policy.allow.nodes)
     }
     found = set()

@@ -1,4 +1,9 @@
-"""The policy and the register of nodes as files, read again when they change; and who else knows a node."""
+"""
+What the gateway knows of nodes: policy and inventory (read again when they change), a command, the DNS, Node objects.
+
+Node objects are asked for one by one, or in a burst with one list of names for many: for a burst of nodes that join that
+is one request in the place of hundreds. The list needs the right to `list`; without it each is asked for.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +14,27 @@ import socket
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+from urllib.parse import quote
 
-from bridge.desk import node_inventory, policy
-from bridge.desk.node_inventory import NodeEntry, Register, is_node_name
-from bridge.desk.policy import Policy
+from bridge.cluster.api import Api
+from bridge.cluster.errors import NoAnswerError
+from bridge.desk import node_inventory
+from bridge.desk.node_inventory import Inventory, NodeEntry
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
+from bridge.gateway import policy
+from bridge.gateway.policy import GatewayPolicy, NodeState
+from bridge.pki.kubeadm_names import is_node_name
 from bridge.settings.gateway import GatewaySettings
 from bridge.settings.load import assert_ours
 from bridge.settings.reader import Reader, Source
 from bridge.system import safe_read
+from bridge.system.combining import Combined
 from bridge.system.run_command import Answer, TooMuchError, run
 from bridge.system.safe_read import UnreadableError
 from bridge.system.shipped import how_to_begin
@@ -41,7 +54,7 @@ _MOST_LOOKUPS = 4
 
 
 class WatchedFile(Generic[T]):
-    """A file that says what is signed: nobody else may write it, and the last good one counts."""
+    """A file that says what is signed: only its owner may write it, and the last good text counts."""
 
     def __init__(self, path: Path, what: str, parse: Callable[[str, Path], T]) -> None:
         """
@@ -61,7 +74,7 @@ class WatchedFile(Generic[T]):
     def get(self) -> T:
         """The newest that can be used."""
         if time.monotonic() - self._looked < _LOOK_SECONDS:
-            return self._value  # without the lock, which a hundred requests at once would queue for
+            return self._value  # without the lock: a hundred requests at once would queue for it
         with self._mutex:
             if time.monotonic() - self._looked >= _LOOK_SECONDS:
                 self._looked = time.monotonic()
@@ -106,63 +119,63 @@ class WatchedFile(Generic[T]):
             raise SettingsError([SettingsProblem("", "UTF-8 text", "something else", self._path)]) from None
 
 
-class Known:
-    """Policy and register, and what is beside the register."""
+class Nodes:
+    """Policy and inventory, and what else knows nodes."""
 
     def __init__(self, settings: GatewaySettings) -> None:
         """
         Raises:
             SettingsError: A file can't be used.
         """
-        self._policy: WatchedFile[Policy] = WatchedFile(settings.policy, "policy", policy.parse)
-        self._register: WatchedFile[Register] = WatchedFile(settings.inventory, "inventory", node_inventory.parse)
+        self._policy: WatchedFile[GatewayPolicy] = WatchedFile(settings.policy, "policy", policy.parse)
+        self._inventory: WatchedFile[Inventory] = WatchedFile(settings.inventory, "inventory", node_inventory.parse)
         self._command = settings.inventory_command
         self._reverse_dns = settings.reverse_dns
-        # whoever asks for names that nobody knows keeps half of the threads busy with it, and not all
-        self._room = threading.BoundedSemaphore(max(1, settings.concurrency // 2))
+        # requests for unknown names keep half of the threads busy, and not all
+        self._commands = threading.BoundedSemaphore(max(1, settings.concurrency // 2))
         self._mutex = threading.Lock()
         self._answers: OrderedDict[str, tuple[NodeEntry | None, float]] = OrderedDict()
 
     @property
-    def policy(self) -> Policy:
+    def policy(self) -> GatewayPolicy:
         """As its file has it now."""
         return self._policy.get()
 
     @property
-    def register(self) -> Register:
+    def inventory(self) -> Inventory:
         """As its file has it now."""
-        return self._register.get()
+        return self._inventory.get()
 
     @property
     def trouble(self) -> str:
-        """Why a file does not count as it is; empty: both do."""
-        return "; ".join(filter(None, (self._policy.trouble, self._register.trouble)))
+        """Why a file does not count as it is; empty: both count."""
+        return "; ".join(filter(None, (self._policy.trouble, self._inventory.trouble)))
 
     @property
     def changes(self) -> int:
         """How often one of the files changed."""
-        return self._policy.changes + self._register.changes
+        return self._policy.changes + self._inventory.changes
 
     def entry(self, name: str) -> NodeEntry | None:
         """
         The inventory's entry for a node, or the command's answer; None: neither knows it.
 
         Raises:
-            BridgeError: The command failed, so that nobody knows.
+            BridgeError: The command failed.
         """
-        found = self.register.nodes.get(name)
+        found = self.inventory.nodes.get(name)
         if found is not None or self._command is None:
             return found
         with self._mutex:
             known = self._answers.get(name)
             if known is not None and time.monotonic() - known[1] < _REMEMBERED_SECONDS:
                 return known[0]
-        if not self._room.acquire(timeout=_ROOM_SECONDS):
+        if not self._commands.acquire(timeout=_ROOM_SECONDS):
             raise BridgeError("gateway.inventory_command: as many of it as may run at once are running")
         try:
             answer = _asked(self._command, name)
         finally:
-            self._room.release()
+            self._commands.release()
         with self._mutex:
             self._answers[name] = (answer, time.monotonic())
             self._answers.move_to_end(name)
@@ -222,3 +235,116 @@ def _leads_both_ways(address: str, names: set[str]) -> bool:
         return address in {str(found[4][0]) for found in socket.getaddrinfo(host, None)}
     except (OSError, UnicodeError):
         return False
+
+
+# --- Node objects -----------------------------------------------------------------------------------------------------
+
+#: A Node object that was looked at so long ago is as good as one of now.
+_STATE_SECONDS = 1.0
+_MOST_NODES = 5_000
+_MOST_TOGETHER = 256
+_NODES = "/api/v1/nodes"
+#: Names without what else is in the objects: a Node has dozens of images in it.
+_NAMES_ALONE = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+_MOST_LISTED = 1_000
+#: One request costs the API server as much as so many names in a list.
+_NAMES_A_REQUEST = 20
+_NO_LIST_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    name: str
+    with_readiness: bool
+
+
+class NodeStates:
+    """May be used by any thread."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+        self._mutex = threading.Lock()
+        self._known: dict[str, tuple[NodeState, float]] = {}
+        self._together: Combined[_Wanted, NodeState | NoAnswerError] = Combined(self._looked_at, _MOST_TOGETHER)
+        self._count = 0  # that the latest list had
+        self._lists_from = 0.0
+
+    def state(self, name: str, *, newer: bool, with_readiness: bool) -> NodeState:
+        """
+        The node's state as it is now, or was a second ago.
+
+        Args:
+            name: The node's.
+            newer: That it was not there a second ago does not count.
+            with_readiness: It counts whether it is ready; else it may be said to be so.
+
+        Raises:
+            NoAnswerError: It can't be looked at.
+        """
+        now = time.monotonic()
+        with self._mutex:
+            known = self._known.get(name)
+        if known is not None and now - known[1] < _STATE_SECONDS and (known[0].exists or not newer):
+            return known[0]
+        found = self._together(_Wanted(name, with_readiness))
+        if isinstance(found, NoAnswerError):
+            raise found
+        with self._mutex:
+            if len(self._known) >= _MOST_NODES:
+                self._known.clear()
+            self._known[name] = (found, now)
+        return found
+
+    def _looked_at(self, wanted: Sequence[_Wanted]) -> list[NodeState | NoAnswerError]:
+        there = self._listed(len(wanted))
+        found: list[NodeState | NoAnswerError] = []
+        for one in wanted:
+            if there is not None and not (one.with_readiness and one.name in there):
+                found.append(NodeState(exists=one.name in there, ready=one.name in there))
+                continue
+            try:
+                found.append(self._asked(one.name))
+            except NoAnswerError as e:
+                found.append(e)
+        return found
+
+    def _asked(self, name: str) -> NodeState:
+        reply = self._api.ask("GET", f"{_NODES}/{quote(name, safe='')}")
+        if reply.status == HTTPStatus.OK:
+            return NodeState(exists=True, ready=is_ready(reply.document))
+        if reply.status == HTTPStatus.NOT_FOUND:
+            return NodeState(exists=False)
+        raise NoAnswerError(f"wanted to look at node {name}, found HTTP {reply.status} {reply.message}")
+
+    def _listed(self, wanted: int) -> frozenset[str] | None:
+        """The names of all nodes; None: to ask for each is less work, or there is no list."""
+        if wanted * _NAMES_A_REQUEST < max(self._count, 3 * _NAMES_A_REQUEST) or time.monotonic() < self._lists_from:
+            return None
+        try:
+            reply = self._api.ask("GET", f"{_NODES}?limit={_MOST_LISTED}", accept=_NAMES_ALONE)
+            names = _names(reply.document) if reply.status == HTTPStatus.OK else None
+        except NoAnswerError:
+            names = None  # who asks for each finds out why
+        if names is None:  # no right to, or too many
+            self._lists_from = time.monotonic() + _NO_LIST_SECONDS
+            return None
+        self._count = len(names)
+        return names
+
+
+def _names(document: Mapping[str, Any]) -> frozenset[str] | None:
+    """The names in a whole list of objects; None: it is none."""
+    try:
+        if document["kind"] != "PartialObjectMetadataList" or document["metadata"].get("continue"):
+            return None
+        return frozenset(str(item["metadata"]["name"]) for item in document["items"] or ())
+    except (KeyError, TypeError, AttributeError):
+        return None
+
+
+def is_ready(node: Mapping[str, Any]) -> bool:
+    """Whether a Node object has the condition `Ready`; when in doubt it has."""
+    status = node.get("status")
+    conditions = status.get("conditions") if isinstance(status, dict) else None
+    ready = [one for one in conditions or () if isinstance(one, dict) and one.get("type") == "Ready"]
+    return not ready or any(one.get("status") == "True" for one in ready)

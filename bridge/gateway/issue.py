@@ -1,0 +1,382 @@
+"""
+From an object to its certificate: judged, signed, proven, recorded, written.
+
+Each step begins with what is true at that moment: the object at one resourceVersion, the policy, the inventory, the Node
+object, the lease. If the object has changed when the certificate is to be written, the API server refuses the write (uid
+and resourceVersion stand in it), and the object is looked at anew. An approval that is there counts for nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from uuid import UUID
+
+from bridge.cluster.errors import NoAnswerError
+from bridge.contract import Continuity, Issued, Pending, SignRequest
+from bridge.errors import BackendRefusedError, BackendUnavailableError, BridgeError, VerificationError
+from bridge.gateway.authorities import AuthorityOfSigners
+from bridge.gateway.context import Context, GoneError, LeftError, after_refusal, extra
+from bridge.gateway.judge import Judge
+from bridge.gateway.ledger import About
+from bridge.gateway.pending_at_ca import MOST_TICKETS, Ticket
+from bridge.gateway.policy import Allowed, Hostile, Later, node_of
+from bridge.gateway.queue import Job
+from bridge.gateway.watch import SigningRequest, decoded
+from bridge.gateway.write import Writer, name_in
+from bridge.pki.certificates import load_pem_certificates
+from bridge.pki.verify import CLOCK_SKEW, Verified
+from bridge.state import audit
+from bridge.state.audit import AuditError
+from bridge.system.state_file import StateError
+from bridge.words import one_line
+
+log = logging.getLogger("ca-bridge")
+
+#: A job that was left alone is looked at again after this, doubled each time; sooner if something changes.
+_FIRST_LOOK_SECONDS, _LONGEST_LOOK_SECONDS = 1.0, 300.0
+_RECALLED = "the CA had signed it already, and its answer was lost"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asking:
+    """One request to a CA."""
+
+    job: Job
+    request: SignRequest
+    authority: AuthorityOfSigners
+    about: About
+    longest: timedelta  #: That the policy gives.
+    digest: str  #: Of the CSR.
+    ticket: Ticket | None  #: The CA has it already.
+
+
+class Issuing:
+    """The work on the queue's jobs, done by several threads."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._judge = Judge(context)
+        self._writer = Writer(context)
+
+    # --- events of the watch ----------------------------------------------------------------------------------------
+
+    def changed(self, one: SigningRequest) -> None:
+        """An object that is there, or has changed."""
+        context = self._context
+        if one.is_settled:
+            context.queue.remove(one.uid)
+            if one.certificate and not self._writer.is_ours(one.uid):
+                self._saw(one)
+            return
+        for uid in context.queue.put(one, lambda new: node_of(new.request), self._judge.counts):
+            context.give_up(uid, "a newer request of the same node has come")
+
+    def _saw(self, one: SigningRequest) -> None:
+        """A certificate that is there: when it ends."""
+        with contextlib.suppress(ValueError, BridgeError):
+            leaf = load_pem_certificates(decoded(one.certificate))[0]
+            self._context.metrics.saw(one.request.signer, name_in(one, leaf), leaf.not_valid_after_utc)
+
+    def gone(self, uid: str) -> None:
+        """An object was deleted."""
+        self._context.queue.remove(uid)
+        self._context.give_up(uid, "the object is gone")
+
+    # --- one job ----------------------------------------------------------------------------------------------------
+
+    def work(self, seconds: float) -> bool:
+        """Take the next job and work at it; False: there was none in this time."""
+        queue = self._context.queue
+        job = queue.take(seconds)
+        if job is None:
+            return False
+        try:
+            seconds_until = self._worked(job)
+        except Exception as e:  # noqa: BLE001 (one request's trouble is not the others')
+            [*_, where] = traceback.extract_tb(e.__traceback__)
+            text = f"internal error: {type(e).__name__} at {where.filename}:{where.lineno}"
+            log.error("%s (a bug: report it)", text, extra=extra(job))  # noqa: TRY400 (a traceback may hold secrets)
+            seconds_until = _LONGEST_LOOK_SECONDS
+        if seconds_until is None:
+            queue.done(job)
+        else:
+            queue.delay(job, seconds_until)
+        return True
+
+    def _worked(self, job: Job) -> float | None:
+        """Seconds until the job is looked at again; None: nothing more is to be done."""
+        context = self._context
+        try:
+            self._answer(job)
+        except GoneError as e:
+            job.verified = None
+            context.metrics.count(job.one.request.signer, "conflict")
+            log.info("left to the client that has changed it: %s", e, extra=extra(job, "conflict"))
+            context.give_up(job.one.uid, "somebody else has settled the object")
+        except LeftError as e:
+            return self._left(job, e.outcome, e.reason, e.seconds)
+        except (NoAnswerError, AuditError, StateError) as e:
+            return self._left(job, "left", str(e))
+        return None
+
+    def _left(self, job: Job, outcome: str, reason: str, seconds: float | None = None) -> float:
+        if job.said != reason:
+            job.said = reason
+            self._context.metrics.count(job.one.request.signer, outcome)
+            level = logging.WARNING if outcome in {"ca-refused", "bad-answer"} else logging.INFO
+            log.log(level, "left alone: %s", reason, extra=extra(job, outcome))
+        job.attempts += 1
+        usual = min(_FIRST_LOOK_SECONDS * 2.0 ** (job.attempts - 1), _LONGEST_LOOK_SECONDS)
+        return usual if seconds is None else seconds
+
+    # --- the steps --------------------------------------------------------------------------------------------------
+
+    def _answer(self, job: Job) -> None:
+        """
+        Judge, have it signed and proven, judge again, write.
+
+        Raises:
+            GoneError, LeftError, NoAnswerError, AuditError, StateError: It was not answered.
+        """
+        context = self._context
+        self._assert_current(job)
+        ticket = context.tickets.get(job.one.uid)
+        if not job.begun and ticket is None and (wait := self._judge.seconds_to_wait(job)):
+            raise LeftError("left", "too many requests of this user, or for this node", wait)
+        verdict = self._allowed(job)
+        if verdict is None:
+            return
+        authority = context.authorities[verdict.spec.authority.name]
+        if job.verified is None:
+            job.verified = self._signed(job, verdict, authority, ticket)
+        found = job.verified
+        for _ in self._writer.turns(job):
+            verdict = self._allowed(job)
+            if verdict is None:
+                raise GoneError("it was allowed when it was signed, and is not any more")
+            self._assert_of_use(job, verdict, found)
+            if self._writer.issue(job, found):
+                self._written(job, found, authority)
+                return
+
+    def _allowed(self, job: Job) -> Allowed | None:
+        """
+        The verdict at this moment; None: the request was denied.
+
+        Raises:
+            GoneError, LeftError, NoAnswerError, AuditError: It is not allowed now, or it was not denied.
+        """
+        self._assert_current(job)
+        verdict = self._judge.verdict(job)
+        if isinstance(verdict, Later):
+            raise LeftError("left", verdict.reason)
+        if isinstance(verdict, Hostile):
+            self._writer.deny(job, verdict.reason)
+            return None
+        return verdict
+
+    def _assert_current(self, job: Job) -> None:
+        self._context.assert_ours()
+        if not self._context.queue.is_newest(job):
+            raise GoneError("a newer request of the same node has come")
+
+    def _assert_of_use(self, job: Job, verdict: Allowed, found: Verified) -> None:
+        trouble = ""
+        if found.leaf.not_valid_after_utc - self._context.now() < timedelta():
+            trouble = "the certificate has ended before it could be written"
+        elif found.leaf.public_key() != verdict.asked.csr.public_key():
+            trouble = "the object has another CSR by now"
+        if trouble:
+            job.verified = None
+            raise LeftError("left", trouble, 1.0)
+
+    def _written(self, job: Job, found: Verified, authority: AuthorityOfSigners) -> None:
+        context, signer, name = self._context, job.one.request.signer, name_in(job.one, found.leaf)
+        end = found.leaf.not_valid_after_utc
+        context.metrics.signed(signer, name, end, time.monotonic() - job.arrived, context.now())
+        log.info("signed %s, until %s UTC", one_line(name), end.strftime("%F %T"), extra=extra(job, "signed"))
+        context.ledger.note(context.about(job.one, authority).line(audit.INSTALLED, new=found.leaf))
+        context.drop_ticket(job.one.uid)
+
+    # --- asking the CA ----------------------------------------------------------------------------------------------
+
+    def _signed(self, job: Job, verdict: Allowed, authority: AuthorityOfSigners, ticket: Ticket | None) -> Verified:
+        """
+        Have the CA sign, and verify the answer.
+
+        Raises:
+            LeftError: It has not.
+            GoneError: It has not in time.
+            AuditError, StateError: It can't be recorded.
+        """
+        context = self._context
+        digest = hashlib.sha256(verdict.asked.pem).hexdigest()
+        if ticket is not None and (ticket.csr_sha256 != digest or ticket.object_name != job.one.name):
+            ticket = None
+        asking = _Asking(
+            job=job,
+            request=self._request(job.one, verdict, ticket),
+            authority=authority,
+            about=context.about(job.one, authority),
+            longest=verdict.longest,
+            digest=digest,
+            ticket=ticket,
+        )
+        try:
+            if (recalled := self._recalled(asking)) is not None:
+                return recalled
+            answers = self._answers(asking)
+        except BackendUnavailableError as e:
+            context.record_quietly(asking.about, audit.UNAVAILABLE, e)
+            raise LeftError("ca-unavailable", str(e), authority.rest_seconds() + 0.5) from None
+        except BackendRefusedError as e:
+            context.record_quietly(asking.about, audit.REFUSED, e)
+            context.drop_ticket(job.one.uid)
+            hint = f" ({e.hint})" if e.hint else ""
+            raise LeftError("ca-refused", f"{e}{hint}", after_refusal(job)) from None
+        return self._accepted(asking, answers)
+
+    def _accepted(self, asking: _Asking, answers: Sequence[Issued]) -> Verified:
+        context, ticket = self._context, asking.ticket
+        try:
+            found = self._verified(asking, answers)
+        except VerificationError as e:
+            context.record_quietly(asking.about, audit.REFUSED, e)
+            if ticket is None or len(answers) == 1:
+                context.drop_ticket(asking.job.one.uid)
+            raise LeftError("bad-answer", f"{e}; {e.hint}", after_refusal(asking.job)) from None
+        if ticket is not None:
+            asking.authority.accepted(asking.request, ticket.reference)
+        context.ledger.write(asking.about.line(audit.ISSUED, new=found.leaf))
+        return found
+
+    def _verified(self, asking: _Asking, answers: Sequence[Issued]) -> Verified:
+        context = self._context
+        return asking.authority.verified(
+            answers, asking.request, asking.longest, context.settings.gateway.min_validity, context.now()
+        )
+
+    def _request(self, one: SigningRequest, verdict: Allowed, ticket: Ticket | None) -> SignRequest:
+        validity = timedelta(seconds=ticket.validity_seconds) if ticket is not None else verdict.validity
+        return SignRequest(
+            spec=verdict.spec,
+            csr_pem=verdict.asked.pem,
+            validity=timedelta(seconds=int(validity.total_seconds())),
+            continuity=Continuity(
+                batch=_batch(one.uid),
+                node=verdict.name,
+                cluster=self._context.settings.node.cluster,
+                proof=None,
+                asked=one.created.replace(microsecond=0),
+            ),
+        )
+
+    def _recalled(self, asking: _Asking) -> Verified | None:
+        """
+        A certificate that the CA signed for a gateway that died before it stored it; None: the CA is asked.
+
+        It is looked for when the gateway before us died, or our own question was not answered.
+
+        Raises:
+            BackendError: As the contract has it.
+            AuditError: It can't be recorded.
+        """
+        job, authority = asking.job, asking.authority
+        doubtful = self._context.holder.doubtful_before()
+        if not authority.recalls or asking.ticket is not None or job.was_recalled:
+            return None
+        if not job.was_asked and (doubtful is None or job.one.created > doubtful + CLOCK_SKEW):
+            return None
+        self._assert_may_ask(authority)
+        answer = authority.recall(asking.request, job.one.created - CLOCK_SKEW)
+        job.was_recalled = True
+        if answer is None:
+            return None
+        try:
+            found = self._verified(asking, [answer])
+        except VerificationError:  # such as too short a life by now: the CA is asked for another
+            return None
+        self._context.ledger.write(asking.about.line(audit.ISSUED, new=found.leaf, result=_RECALLED))
+        return found
+
+    def _answers(self, asking: _Asking) -> Sequence[Issued]:
+        """
+        The CA's answer, or answers.
+
+        Raises:
+            BackendError: As the contract has it.
+            LeftError: The answer comes later.
+        """
+        context, job, authority, ticket = self._context, asking.job, asking.authority, asking.ticket
+        self._assert_may_ask(authority)
+        answer: Issued | Pending | Sequence[Issued]
+        if ticket is not None:
+            self._assert_in_time(job, ticket)
+            answer = authority.collect(asking.request, ticket.reference)
+        else:
+            context.ledger.write(asking.about.line(audit.ASKED))
+            job.was_asked, job.was_recalled = True, False
+            answer = authority.sign(asking.request)
+            job.was_asked = False
+        if isinstance(answer, Issued):
+            return [answer]
+        if not isinstance(answer, Pending):
+            return answer
+        self._keep(asking, answer)
+        self._writer.waits(job)
+        raise LeftError("pending", "the CA answers later", context.settings.gateway.collect_every.total_seconds())
+
+    def _assert_may_ask(self, authority: AuthorityOfSigners) -> None:
+        if (rest := authority.rest_seconds()) > 0:
+            raise LeftError("ca-unavailable", f"{authority.label} was not there a moment ago", rest + 0.1)
+        self._context.assert_ours()
+
+    def _keep(self, asking: _Asking, answer: Pending) -> None:
+        """Put the ticket on disk, before the object says that it waits."""
+        context, ticket, one = self._context, asking.ticket, asking.job.one
+        if ticket is None and len(context.tickets.all()) >= MOST_TICKETS:
+            raise LeftError("left", f"more than {MOST_TICKETS} requests are at the CA")
+        if ticket is None or ticket.reference != answer.reference:
+            context.tickets.put(
+                Ticket(
+                    uid=one.uid,
+                    object_name=one.name,
+                    signer=one.request.signer,
+                    csr_sha256=asking.digest,
+                    reference=answer.reference,
+                    validity_seconds=int(asking.request.validity.total_seconds()),
+                    asked=ticket.asked if ticket is not None else context.now().isoformat(),
+                )
+            )
+        if ticket is None:
+            context.ledger.write(asking.about.line(audit.PENDING, result=answer.note or "the CA answers later"))
+
+    def _assert_in_time(self, job: Job, ticket: Ticket) -> None:
+        """
+        Give up on a CA that has not answered for `gateway.pending_for`.
+
+        Raises:
+            GoneError: It has not, and the object says so.
+        """
+        context, why = self._context, "the CA has not answered in time (gateway.pending_for)"
+        if context.now() - ticket.asked_at < context.settings.gateway.pending_for:
+            return
+        context.ledger.write(context.about(job.one).line(audit.CANCELLED, result=why))
+        self._writer.failed_unanswered(job)
+        context.drop_ticket(job.one.uid)
+        raise GoneError(why)
+
+
+def _batch(uid: str) -> str:
+    """32 hex digits, the same for the same object."""
+    try:
+        return UUID(uid).hex
+    except ValueError:
+        return hashlib.sha256(uid.encode()).hexdigest()[:32]

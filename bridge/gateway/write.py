@@ -1,0 +1,212 @@
+"""Writes into an object: onto exactly the object that was judged, with its uid and resourceVersion."""
+
+from __future__ import annotations
+
+import base64
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from http import HTTPStatus
+from threading import Lock
+from typing import Any
+
+from cryptography import x509
+
+from bridge.cluster.api import MERGE_PATCH, Reply
+from bridge.cluster.errors import NoAnswerError
+from bridge.desk.patterns import CN_OID
+from bridge.gateway import watch
+from bridge.gateway.context import AFTER_REFUSAL_SECONDS, Context, GoneError, LeftError, NotAllowedError, extra
+from bridge.gateway.queue import Job
+from bridge.gateway.rules import NODE_USER, spec_of
+from bridge.gateway.watch import NotAnObjectError, SigningRequest, parse
+from bridge.pki.certificates import attributes, pem
+from bridge.pki.verify import Verified
+from bridge.specs import GATEWAY_SPECS
+from bridge.state import audit
+from bridge.words import one_line
+
+log = logging.getLogger("ca-bridge")
+
+_TURNS = 5  # each 409 means that another client has written
+_MOST_OURS = 10_000
+
+
+class Writer:
+    """May be used by several threads."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._mutex = Lock()
+        self._ours: OrderedDict[str, None] = OrderedDict()  # uids whose certificates we wrote
+
+    def is_ours(self, uid: str) -> bool:
+        """Whether we wrote its certificate, and so know it."""
+        return uid in self._ours
+
+    # --- answers ----------------------------------------------------------------------------------------------------
+    # each raises GoneError, LeftError or NoAnswerError where it was not written
+
+    def deny(self, job: Job, reason: str) -> None:
+        """
+        Say no, in words that give nothing away; `Denied` is not possible where somebody has approved already.
+
+        Raises:
+            AuditError: It can't be recorded, and was not written.
+        """
+        context = self._context
+        context.ledger.write(context.about(job.one).line(audit.REFUSED, error=NotAllowedError(reason)))
+        for _ in self.turns(job):
+            is_approved = job.one.has(watch.APPROVED)
+            subresource, kind = ("status", watch.FAILED) if is_approved else ("approval", watch.DENIED)
+            body = with_condition(job.one, kind, watch.NOT_ALLOWED, context.now())
+            if self._patch(job.one, subresource, body).status == HTTPStatus.OK:
+                context.metrics.count(job.one.request.signer, kind.lower())
+                log.info("%s: %s", kind.lower(), one_line(reason), extra=extra(job, kind.lower()))
+                context.give_up(job.one.uid, "it was denied")
+                return
+
+    def failed_unanswered(self, job: Job) -> None:
+        """The CA has not answered in time."""
+        for _ in self.turns(job):
+            body = with_condition(job.one, watch.FAILED, watch.NOT_ANSWERED, self._context.now())
+            if self._patch(job.one, "status", body).status == HTTPStatus.OK:
+                return
+
+    def waits(self, job: Job) -> None:
+        """A CA has the request and answers later; nothing is written where the object says so already."""
+        if job.one.has(watch.PENDING_AT_CA):
+            return
+        for _ in self.turns(job):
+            body = with_condition(job.one, watch.PENDING_AT_CA, watch.WAITS, self._context.now())
+            reply = self._patch(job.one, "status", body)
+            if reply.status == HTTPStatus.OK:
+                self._take_over(job, reply)
+                return
+
+    def issue(self, job: Job, found: Verified) -> bool:
+        """Approve, unless somebody has, and write the certificate; False: the object has changed in between."""
+        one, context = job.one, self._context
+        if not one.has(watch.APPROVED):
+            body = with_condition(one, watch.APPROVED, watch.ALLOWS, context.now())
+            reply = self._patch(one, "approval", body)
+            if reply.status != HTTPStatus.OK:
+                return False
+            self._take_over(job, reply)
+        context.assert_ours()
+        chain = b"".join(map(pem, (found.leaf, *found.intermediates)))
+        if self._patch(job.one, "status", with_certificate(job.one, chain)).status != HTTPStatus.OK:
+            return False
+        with self._mutex:
+            self._ours[job.one.uid] = None
+            if len(self._ours) > _MOST_OURS:
+                self._ours.popitem(last=False)
+        return True
+
+    # --- objects ----------------------------------------------------------------------------------------------------
+
+    def turns(self, job: Job) -> Iterator[None]:
+        """
+        Try a few times to write; before each try but the first, the object is read again.
+
+        Raises:
+            GoneError: It is gone, settled, or another one.
+            LeftError: It changes each time, or we may not.
+        """
+        for turn in range(_TURNS):
+            if turn:
+                self._read_again(job)
+            yield
+        raise LeftError("conflict", "somebody else changes the object each time", 1.0)
+
+    def _read_again(self, job: Job) -> None:
+        reply = self._context.api.ask("GET", job.one.path)
+        if reply.status == HTTPStatus.NOT_FOUND:
+            raise GoneError("the object is gone")
+        _assert_well(reply, "get the object")
+        self._take_over(job, reply)
+        if job.one.is_settled:
+            raise GoneError("somebody else has settled it")
+
+    def _take_over(self, job: Job, reply: Reply) -> None:
+        """The object as the API server has it now."""
+        try:
+            found = parse(reply.document, job.one.size)
+        except NotAnObjectError as e:
+            raise NoAnswerError(f"wanted a CertificateSigningRequest, found something else ({e})") from None
+        if found.uid != job.one.uid or found.request != job.one.request:
+            raise GoneError("another object has its name by now")
+        job.one = found
+
+    def _patch(self, one: SigningRequest, subresource: str, body: Mapping[str, Any]) -> Reply:
+        """
+        Write; 200, or that it has changed.
+
+        Raises:
+            GoneError: There is no such object any more.
+            LeftError: We may not.
+        """
+        reply = self._context.api.ask("PATCH", f"{one.path}/{subresource}", body, MERGE_PATCH)
+        if reply.status == HTTPStatus.NOT_FOUND:
+            raise GoneError("the object is gone")
+        if reply.status not in {HTTPStatus.OK, HTTPStatus.CONFLICT, HTTPStatus.UNPROCESSABLE_ENTITY}:
+            _assert_well(reply, f"write its {subresource}")
+        return reply
+
+
+def _assert_well(reply: Reply, what: str) -> None:
+    if reply.status != HTTPStatus.OK:
+        reason = f"wanted to {what}, found HTTP {reply.status} {reply.message}"
+        log.error("%s (has the gateway the rights that docs/gateway.md names?)", reason)
+        raise LeftError("left", reason, AFTER_REFUSAL_SECONDS)
+
+
+def name_in(one: SigningRequest, leaf: x509.Certificate) -> str:
+    """A node's or user's name, or kubeadm's of a certificate."""
+    spec = spec_of(one.request.signer)
+    if spec is not None and spec.name not in GATEWAY_SPECS:
+        return spec.name
+    cn = next((value for oid, value in attributes(leaf.subject) if oid == CN_OID), "")
+    return cn.removeprefix(NODE_USER)
+
+
+# --- bodies: always with uid and resourceVersion, or a write could land on a namesake ---------------------------------
+
+_TEXTS = {
+    watch.ALLOWS: "allowed by ca-bridge's policy",
+    watch.NOT_ALLOWED: "not allowed",
+    watch.NOT_ANSWERED: "the CA has not answered in time",
+    watch.WAITS: "the CA has the request and answers later",
+}
+
+
+def with_condition(one: SigningRequest, kind: str, reason: str, now: datetime) -> dict[str, Any]:
+    """A body with one more condition; a merge patch replaces the whole list, so that the others are in it, too."""
+    time = now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    condition = {
+        "type": kind,
+        "status": "True",
+        "reason": reason,
+        "message": _TEXTS[reason],
+        "lastUpdateTime": time,
+        "lastTransitionTime": time,
+    }
+    others = one.conditions if kind == watch.APPROVED else _without_waiting(one)
+    return {"metadata": _identity(one), "status": {"conditions": [*others, condition]}}
+
+
+def with_certificate(one: SigningRequest, chain_pem: bytes) -> dict[str, Any]:
+    """The body for /status with the certificate; the leaf comes first."""
+    status: dict[str, Any] = {"certificate": base64.b64encode(chain_pem).decode("ascii")}
+    if one.has(watch.PENDING_AT_CA):
+        status["conditions"] = _without_waiting(one)
+    return {"metadata": _identity(one), "status": status}
+
+
+def _identity(one: SigningRequest) -> dict[str, str]:
+    return {"uid": one.uid, "resourceVersion": one.version}
+
+
+def _without_waiting(one: SigningRequest) -> list[Mapping[str, Any]]:
+    return [condition for condition in one.conditions if condition.get("type") != watch.PENDING_AT_CA]
