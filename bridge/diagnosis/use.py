@@ -16,6 +16,7 @@ from bridge.pki.certificates import load_pem_certificates
 from bridge.renewal import hooks
 from bridge.settings.tables import Settings
 from bridge.specs import Component
+from bridge.state.obligations import AFTER_INSTALL, FAILURE, SUCCESS
 from bridge.state.store import Store
 from bridge.system.safe_read import UnreadableError, read
 
@@ -125,7 +126,7 @@ def _restarts(node: Node, settings: Settings) -> Iterator[Finding]:
 
 
 def _hooks(settings: Settings) -> Iterator[Finding]:
-    for event in (hooks.BEFORE, hooks.AFTER_INSTALL, hooks.SUCCESS, hooks.FAILURE):
+    for event in (hooks.BEFORE, AFTER_INSTALL, SUCCESS, FAILURE):
         for words in getattr(settings.hooks, event).words():
             found = shutil.which(words[0])
             text = found or f"wanted a program {words[0]!r}, found none that can be run"

@@ -18,13 +18,13 @@ from bridge.control_plane.restarts import ImpossibleError, Restarted
 from bridge.errors import BridgeError, PostponedError
 from bridge.node.inventory import Node
 from bridge.pki.certificates import serial_hex
-from bridge.renewal.owed import Owed, Unproven, unproven_file, write
 from bridge.renewal.ruling import Meaning, Ruling, meaning, rule
 from bridge.renewal.settled import NotLiveError, Settled, UnprovenError, errors_of, is_stopped, settled
 from bridge.renewal.taking_effect import FAILED, look, restart, sentence
 from bridge.renewal.way_back import go_back
 from bridge.settings.tables import Components
 from bridge.specs import SPECS, Component
+from bridge.state.obligations import Owed, Unproven, unproven_file
 from bridge.state.outcome import Outcome
 from bridge.state.session import Run
 from bridge.system.state_file import StateError
@@ -51,7 +51,7 @@ def owe(run: Run, outcomes: Sequence[Outcome]) -> None:
         one = earlier.pop(name, Unproven(name=name, runs={}, backup_of=run_id, before=before))
         earlier[name] = dataclasses.replace(one, runs={**one.runs, serial: run_id})
     to_restart = owed.to_restart if owed is not None else ()
-    write(run.store, Owed(certificates=tuple(earlier.values()), to_restart=to_restart))
+    unproven_file(run.store).put(Owed(certificates=tuple(earlier.values()), to_restart=to_restart))
 
 
 def settle(run: Run, node: Node) -> Settled:
@@ -162,7 +162,7 @@ def _meanings(
             finding.state,
             postponed=finding.component in postponed,
             ours=(not listed or finding.component in listed) and finding.component not in impossible,
-            new=owed.is_new(finding),
+            new=owed.is_new(finding.certificate, finding.what),
         )
         if found is not None and finding.certificate in owed.names:
             seen.setdefault(found, []).append(finding)

@@ -10,13 +10,10 @@ from typing import Any
 
 from bridge.control_plane.restarts import times_file
 from bridge.renewal.gate import attempts_file
-from bridge.renewal.hooks import hooks_file
-from bridge.renewal.owed import unproven_file
-from bridge.renewal.revocation import revocations_file
 from bridge.settings.tables import Settings
 from bridge.state import audit, audit_chain, backups
-from bridge.state.copies import owed_file
 from bridge.state.install import journal_file, staging_file
+from bridge.state.obligations import copies_file, hooks_file, revocations_file, unproven_file
 from bridge.state.parked_manifest import restart_file
 from bridge.state.requests import requests_file
 from bridge.state.store import Store
@@ -47,7 +44,7 @@ def state_files(store: Store) -> list[StateFile[Any]]:
         revocations_file,
         waiting_file,
     )
-    return [*(make(store) for make in makers), owed_file(store), attempts_file(store), times_file(store)]
+    return [*(make(store) for make in makers), copies_file(store), attempts_file(store), times_file(store)]
 
 
 def set_aside(settings: Settings) -> list[SetAside]:

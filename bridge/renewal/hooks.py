@@ -11,21 +11,21 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from bridge.errors import BridgeError, Exit
 from bridge.node.inventory import Item, Node
 from bridge.pki.certificates import serial_hex
 from bridge.settings.tables import Commands, Settings
+from bridge.state.obligations import AFTER_INSTALL, FAILURE, SUCCESS, OwedHooks, hooks_file
 from bridge.state.outcome import Outcome
 from bridge.state.store import Store
 from bridge.system.console import printable
 from bridge.system.run_command import CommandOutput, Ended, run
-from bridge.system.state_file import OnDamage, StateError, StateFile
+from bridge.system.state_file import StateError
 
 log = logging.getLogger("ca-bridge")
 
-BEFORE, AFTER_INSTALL, SUCCESS, FAILURE = "before", "after_install", "success", "failure"
+BEFORE = "before"
 
 #: With which a `before` hook says "not now" (EX_TEMPFAIL of sysexits.h).
 NOT_NOW = 75
@@ -118,19 +118,6 @@ def _printable(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OwedHooks:
-    """Hooks of one event that did not all succeed yet."""
-
-    event: str
-    run_id: str
-    environment: Mapping[str, str]
-    #: New certificates; they are live, or the hooks are about what is no longer so.
-    serials: Mapping[str, str]
-    done: tuple[str, ...] = ()  #: Commands that succeeded.
-    tries: int = 0
-
-
 class Hooks:
     """The hooks of one run; the node's lock is held."""
 
@@ -187,13 +174,12 @@ class Hooks:
             node: As it is; hooks about certificates of which none is live any more are dropped.
         """
         try:
-            every = self._file.read() or []
+            every = self._file.read() or ()
         except StateError as e:
             return [HookError(str(e), Exit.FAILED, hint=e.hint)]
-        live = {i.spec.name: serial_hex(i.certificates[0]) for i in node.items if i.certificates}
         errors = []
         for owed in every:
-            why = self._not_needed(owed, live)
+            why = self._not_needed(owed, node)
             if why:
                 log.info("hook %s of run %s is not run again: %s", owed.event, owed.run_id, why)
                 self._forget(owed)
@@ -201,12 +187,10 @@ class Hooks:
                 errors += self._deliver(owed, Exit.FAILED if owed.event == FAILURE else Exit.NOT_LIVE)
         return errors
 
-    def _not_needed(self, owed: OwedHooks, live: Mapping[str, str]) -> str:
+    def _not_needed(self, owed: OwedHooks, node: Node) -> str:
         if not any(text not in owed.done for text in self._commands(owed.event).texts):
             return "it is no longer in the settings"
-        if owed.serials and not any(live.get(name) == serial for name, serial in owed.serials.items()):
-            return "its certificates are not in use"
-        return ""
+        return "its certificates are not in use" if owed.is_outdated(node) else ""
 
     # --- one event ---------------------------------------------------------------------------------------------------
 
@@ -284,43 +268,11 @@ class Hooks:
         others = [one for one in self._others(owed) if not (one.event == owed.event == FAILURE)]  # the newest will do
         for one in others[: -(_MOST_OWED - 1)]:
             log.warning("hook %s of run %s is given up: too many others have failed since", one.event, one.run_id)
-        self._write([*others[-(_MOST_OWED - 1) :], owed])
+        self._file.put((*others[-(_MOST_OWED - 1) :], owed))
 
     def _forget(self, owed: OwedHooks) -> None:
-        self._write(self._others(owed))
+        self._file.put(self._others(owed))
 
-    def _others(self, owed: OwedHooks) -> list[OwedHooks]:
-        every = self._file.read() or []
-        return [one for one in every if (one.event, one.run_id) != (owed.event, owed.run_id)]
-
-    def _write(self, every: Sequence[OwedHooks]) -> None:
-        if every:
-            self._file.replace({"version": 1, "owed": [dataclasses.asdict(one) for one in every]})
-        else:
-            self._file.remove()
-
-
-def hooks_file(store: Store) -> StateFile[list[OwedHooks]]:
-    """The hooks that are to be run again; a renewal goes on without them, and a damaged one is said once."""
-    return StateFile(
-        path=store.hooks,
-        what="the hooks that are to be run again",
-        parse=lambda document: [_from_json(entry) for entry in document["owed"]],
-        keys=frozenset({"version", "owed"}),
-        on_damage=OnDamage.SET_ASIDE,
-        afterwards="run by hand what your hooks would have done",
-    )
-
-
-def _from_json(entry: Mapping[str, Any]) -> OwedHooks:
-    owed = OwedHooks(
-        event=entry["event"],
-        run_id=str(entry["run_id"]),
-        environment={str(name): str(value) for name, value in entry["environment"].items()},
-        serials={str(name): str(serial) for name, serial in entry["serials"].items()},
-        done=tuple(map(str, entry["done"])),
-        tries=int(entry["tries"]),
-    )
-    if owed.event not in (AFTER_INSTALL, SUCCESS, FAILURE):
-        raise ValueError("not written by this program")
-    return owed
+    def _others(self, owed: OwedHooks) -> tuple[OwedHooks, ...]:
+        every = self._file.read() or ()
+        return tuple(one for one in every if (one.event, one.run_id) != (owed.event, owed.run_id))

@@ -7,24 +7,17 @@ use and proven, and the delay is over. A certificate that is in use again, or ha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
-from typing import Any
-
-from cryptography import x509
+from collections.abc import Iterable, Sequence
 
 from bridge.ca import registry
 from bridge.contract import Revokes
 from bridge.errors import BackendUnavailableError, BridgeError
 from bridge.node.inventory import Node
-from bridge.pki.certificates import load_pem_certificates, pem, serial_hex
-from bridge.specs import SPECS
 from bridge.state import audit
+from bridge.state.obligations import Superseded, revocations_file, unproven_file
 from bridge.state.outcome import Outcome
 from bridge.state.session import Run
-from bridge.state.store import Store
-from bridge.system.state_file import OnDamage, StateError, StateFile
+from bridge.system.state_file import StateError
 
 
 class RevocationError(BridgeError):
@@ -33,52 +26,6 @@ class RevocationError(BridgeError):
     def __init__(self, message: str, cause: BridgeError, *, hint: str) -> None:
         super().__init__(message, hint=hint)
         self.exit_code = cause.exit_code  # type: ignore[misc]  # this one's, where others have their class's
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Superseded:
-    """A certificate that is to be revoked."""
-
-    name: str  #: kubeadm's.
-    certificate: x509.Certificate
-    due: datetime  #: Not earlier.
-
-    @property
-    def authority(self) -> str:
-        """The authority that signed it."""
-        return SPECS[self.name].authority.name
-
-    def __str__(self) -> str:
-        return f"{self.name}, serial {serial_hex(self.certificate)}"
-
-
-def revocations_file(store: Store) -> StateFile[tuple[Superseded, ...]]:
-    """The certificates that are still to be revoked."""
-    return StateFile(
-        path=store.revocations,
-        what="the certificates that are to be revoked",
-        parse=lambda document: tuple(map(_from_json, document["superseded"])),
-        keys=frozenset({"superseded"}),
-        on_damage=OnDamage.SET_ASIDE,
-        afterwards="the audit log has the serial numbers of what was replaced: revoke those at the CA",
-    )
-
-
-def _from_json(entry: Mapping[str, Any]) -> Superseded:
-    [certificate] = load_pem_certificates(str(entry["certificate"]).encode())
-    due = datetime.fromisoformat(entry["due"])
-    if due.tzinfo is None:
-        raise ValueError("not written by this program")
-    return Superseded(name=SPECS[entry["name"]].name, certificate=certificate, due=due)
-
-
-def _save(store: Store, every: Sequence[Superseded]) -> None:
-    file = revocations_file(store)
-    if not every:
-        file.remove()
-        return
-    entries = [{"name": o.name, "certificate": pem(o.certificate).decode(), "due": o.due.isoformat()} for o in every]
-    file.replace({"superseded": entries})
 
 
 # --- before the installation -----------------------------------------------------------------------------------------
@@ -104,7 +51,7 @@ def owe(run: Run, done: Sequence[Outcome]) -> None:
         if outcome.old is not None and outcome.old not in known and outcome.authority in able
     ]
     if new:
-        _save(run.store, [*earlier, *new])
+        revocations_file(run.store).put((*earlier, *new))
 
 
 def _able(run: Run, authorities: Iterable[str]) -> set[str]:
@@ -130,17 +77,18 @@ def settle(run: Run, node: Node) -> list[BridgeError]:
         node: As it is now.
     """
     try:
-        every = revocations_file(run.store).read() or ()
+        file = revocations_file(run.store)
+        every = file.read() or ()
         if not every:
             return []
         if run.settings.renewal.revoke == "never":
             run.progress.note(f'renewal.revoke is "never" now, so that these are not revoked: {_names(every)}')
-            _save(run.store, ())
+            file.remove()
             return []
-        left = [one for one in every if not _is_pointless(one, node, run.now())]
+        left = [one for one in every if not one.is_outdated(node, run.now())]
         due = _proven([one for one in left if one.due <= run.now()], run, node)
         done, errors = _revoke_all(run, due)
-        _save(run.store, [one for one in left if one not in done])
+        file.put(tuple(one for one in left if one not in done))
     except StateError as e:
         return [e]
     else:
@@ -151,18 +99,11 @@ def _names(every: Iterable[Superseded]) -> str:
     return "; ".join(map(str, every))
 
 
-def _is_pointless(one: Superseded, node: Node, now: datetime) -> bool:
-    """Whether it is (or is again) the one in use, or nobody accepts it any more."""
-    live = {item.spec.name: item.certificates[0] for item in node.items if item.certificates}
-    return live.get(one.name) == one.certificate or one.certificate.not_valid_after_utc <= now
-
-
 def _proven(due: Sequence[Superseded], run: Run, node: Node) -> list[Superseded]:
     """Certificates in whose place another one is in use, as far as anybody can see."""
     if not due:
         return []
     from bridge.control_plane import proof  # noqa: PLC0415 (40 ms; only where something is revoked)
-    from bridge.renewal.owed import unproven_file  # noqa: PLC0415
 
     owed = unproven_file(run.store).read()
     there = {item.spec.name for item in node.items if item.state == "present"}

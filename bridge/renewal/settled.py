@@ -12,8 +12,8 @@ from bridge.control_plane.static_pods import StoppedError
 from bridge.errors import BridgeError, Exit
 from bridge.pki.certificates import serial_hex
 from bridge.renewal.hooks import HookEvent
-from bridge.renewal.owed import Owed
 from bridge.state import backups
+from bridge.state.obligations import Owed
 from bridge.state.session import Run
 
 

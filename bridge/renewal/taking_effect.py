@@ -12,9 +12,9 @@ from bridge.control_plane.proof import ProofFinding, ProofReport
 from bridge.control_plane.restarts import ImpossibleError, Restarted, restart_all, restarted_since
 from bridge.errors import PostponedError
 from bridge.node.inventory import Node
-from bridge.renewal.owed import Owed
 from bridge.specs import SPECS, CertificateSpec, Component
 from bridge.state import backups
+from bridge.state.obligations import Owed
 from bridge.state.session import Run
 
 log = logging.getLogger("ca-bridge")
@@ -99,7 +99,9 @@ def look(run: Run, owed: Owed, restarted: Sequence[Restarted]) -> tuple[ProofRep
     """
     names, done = owed.names, {one.component for one in restarted}
     if any(isinstance(one.error, PostponedError) for one in restarted):
-        return look_until(run, lambda f: f.certificate in names and f.state in FAILED and owed.is_new(f)), []
+        return look_until(
+            run, lambda f: f.certificate in names and f.state in FAILED and owed.is_new(f.certificate, f.what)
+        ), []
     stuck = {one.component for one in restarted if isinstance(one.error, ImpossibleError)}
     report = look_until(run, lambda f: f.certificate in names and not (f.state == "stale" and f.component in stuck))
     late = [f.component for f in report.wrong if f.state == "stale" and f.certificate in names and f.component]

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from bridge.control_plane import proof, restart_plan
 from bridge.control_plane.restarts import Restarted, restarted_since
 from bridge.errors import BridgeError, PostponedError
-from bridge.renewal.owed import Owed, unproven_file, write
 from bridge.renewal.settled import NotLiveError, RolledBackError, Settled, errors_of, settled
 from bridge.renewal.taking_effect import began, look_until, restart_these, sentence
 from bridge.specs import Component
 from bridge.state import backup_check, backups, rollback
+from bridge.state.obligations import Owed, unproven_file
 from bridge.state.session import Run
 
 
@@ -28,7 +28,7 @@ def go_back(run: Run, owed: Owed) -> Settled:
     late: Sequence[BridgeError] = ()
     try:
         backup = _backup(run, live) if live.certificates else None
-        write(run.store, owed)
+        unproven_file(run.store).put(owed)
         has_begun = True
         if backup is not None:
             # all of it was in use a minute ago, whatever a new certificate would have to be
@@ -43,7 +43,7 @@ def go_back(run: Run, owed: Owed) -> Settled:
     done = {one.component for one in restarted if one.error is None}
     left = tuple(component for component in wanted if component not in done)
     with contextlib.suppress(BridgeError):  # then the next run restarts more than it needs to
-        write(run.store, dataclasses.replace(owed, to_restart=left))
+        unproven_file(run.store).put(dataclasses.replace(owed, to_restart=left))
     if all(isinstance(one.error, PostponedError) for one in restarted if one.component in left) and left:
         after = f"the next run goes on: {'; '.join(map(str, errors_of(restarted)))}"
     else:

@@ -18,7 +18,6 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -32,12 +31,13 @@ from bridge.pki.certificates import UNREADABLE, fingerprint, load_pem_certificat
 from bridge.settings.tables import Settings
 from bridge.state import audit
 from bridge.state.install import KUBECONFIG_MASK, STAGED_PREFIX
+from bridge.state.obligations import copies_file
 from bridge.state.store import Store
 from bridge.system.files import Attributes, sync_directory, write_staged
 from bridge.system.foreign import ForeignLinkError, Place, opened
 from bridge.system.ownership import trusted_users
 from bridge.system.safe_read import UnreadableError, read
-from bridge.system.state_file import OnDamage, StateError, StateFile
+from bridge.system.state_file import StateError
 
 log = logging.getLogger("ca-bridge")
 
@@ -88,33 +88,14 @@ def owe(settings: Settings, store: Store, node: Node, replaced: Mapping[str, x50
     """
     if not settings.copies.files.paths:
         return
-    file = owed_file(store)
+    file = copies_file(store)
     owed = dict(file.read() or {})
     for item in node.items:
         old = replaced.get(item.spec.name)
         if item.embedded and old is not None:
             owed[item.spec.name] = tuple(dict.fromkeys([*owed.get(item.spec.name, ()), fingerprint(old)]))
     if owed:
-        file.replace({"version": 1, "certificates": {name: list(found) for name, found in owed.items()}})
-
-
-def owed_file(store: Store) -> StateFile[dict[str, tuple[str, ...]]]:
-    """The file with certificates that copies may still hold: SHA-256, by kubeadm's name of the kubeconfig."""
-    return StateFile(
-        path=store.copies,
-        what="which certificates copies of kubeconfigs may still hold",
-        parse=_owed_of,
-        keys=frozenset({"version", "certificates"}),
-        on_damage=OnDamage.SET_ASIDE,
-        afterwards="`ca-bridge doctor` says which copies are old",
-    )
-
-
-def _owed_of(document: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    owed = {str(name): tuple(found) for name, found in document["certificates"].items()}
-    if not all(isinstance(one, str) for found in owed.values() for one in found):
-        raise ValueError("not written by this program")
-    return owed
+        file.put(owed)
 
 
 # --- paying it ---------------------------------------------------------------------------------------------------------
@@ -134,7 +115,7 @@ def settle(settings: Settings, store: Store, record: audit.Record) -> list[Bridg
     """
     if not store.copies.exists():
         return []
-    file = owed_file(store)
+    file = copies_file(store)
     try:
         owed = file.read() or {}
     except StateError as e:

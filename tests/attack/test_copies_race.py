@@ -15,6 +15,7 @@ import pytest
 from bridge.node import inventory
 from bridge.pki.certificates import fingerprint
 from bridge.state import audit, copies
+from bridge.state.obligations import copies_file
 from bridge.state.store import Store
 from tests.kit.pki import handmade_pki
 from tests.kit.renewing import settings_for
@@ -77,7 +78,7 @@ def test_a_race_is_never_won(tmp_path: Path, what: str) -> None:
 
     def refresh() -> None:
         """As if admin.conf's certificate had just taken the place of that one."""
-        copies.owed_file(store).replace({"version": 1, "certificates": {"admin.conf": [was]}})
+        copies_file(store).replace({"version": 1, "certificates": {"admin.conf": [was]}})
         copies.settle(settings, store, audit.Record(store, settings.audit))
 
     before, refreshed = stolen.stat(), 0

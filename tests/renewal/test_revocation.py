@@ -16,7 +16,6 @@ from bridge.entry import nothing_to_do
 from bridge.errors import BackendRefusedError, BackendUnavailableError, BridgeError, Exit
 from bridge.node import inventory
 from bridge.renewal import renew, verify_and_install
-from bridge.renewal.revocation import revocations_file
 from bridge.renewal.select import RunOptions
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.load import load
@@ -24,6 +23,7 @@ from bridge.settings.tables import Settings
 from bridge.specs import SPECS
 from bridge.state import audit, audit_reader, checked_settings, rollback
 from bridge.state.install import InstallError
+from bridge.state.obligations import revocations_file
 from bridge.state.store import Store
 from tests.kit.pki import Pki, handmade_pki
 from tests.kit.renewing import Quiet, settings_for

@@ -24,6 +24,7 @@ from bridge.renewal.select import RunOptions
 from bridge.settings.load import load, overridden, parse
 from bridge.settings.tables import Settings
 from bridge.state import audit, checked_settings, copies, rollback
+from bridge.state.obligations import copies_file
 from bridge.state.session import alone
 from bridge.state.store import Store
 from bridge.system.files import write_staged
@@ -504,7 +505,7 @@ def test_what_is_owed_is_seen_by_a_run_with_nothing_due(node: Pki, home: Path, t
     quiet = entry.nothing_to_do(arguments)
     assert quiet is not None
     assert quiet.sentence.startswith("nothing is due")
-    copies.owed_file(Store(settings.node.state_dir)).replace({"version": 1, "certificates": {ADMIN: ["00"]}})
+    copies_file(Store(settings.node.state_dir)).replace({"version": 1, "certificates": {ADMIN: ["00"]}})
     assert entry.nothing_to_do(arguments) is None
 
 

@@ -1,0 +1,195 @@
+"""
+What is owed until it is done: each is on disk before an installation, and leaves the disk when it is done or outdated.
+
+Four kinds, each in a file of its own, so that damage to one holds up no other: installed certificates that were not
+seen in use yet, hooks that did not succeed yet, certificates to revoke, and what copies of kubeconfigs may still hold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from cryptography import x509
+
+from bridge.errors import Exit
+from bridge.node.inventory import Item, Node
+from bridge.pki.certificates import serial_hex
+from bridge.specs import SPECS, Component
+from bridge.state.store import Store
+from bridge.system.state_file import OnDamage, StateFile, coded
+
+AFTER_INSTALL, SUCCESS, FAILURE = "after_install", "success", "failure"
+
+
+def live_serials(node: Node) -> dict[str, str]:
+    """The serial numbers of the certificates on the node, in hexadecimal, by kubeadm's name."""
+    return {item.spec.name: serial_hex(item.certificates[0]) for item in node.items if item.certificates}
+
+
+# --- not seen in use yet ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unproven:
+    """A certificate that was installed, perhaps by several runs, and was not seen in use yet."""
+
+    name: str  #: kubeadm's.
+    runs: Mapping[str, str]  #: What they installed, or were about to: the run by the serial.
+    backup_of: str  #: The first of them, whose backup has what was in use.
+    before: frozenset[str] = frozenset()  #: Checks that failed before it, as in `Finding.what`.
+
+    def __post_init__(self) -> None:
+        _assert_known(self.name)
+
+    @property
+    def newest_run(self) -> str:
+        """The run whose certificate it is, as far as that is known."""
+        return list(self.runs.values())[-1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Owed:
+    """Installed certificates that are not proven, and what is owed for them."""
+
+    certificates: tuple[Unproven, ...]
+    going_back: str = ""  #: Why all of it goes back; empty: it does not.
+    to_restart: tuple[Component, ...] = ()  #: Restarted on what goes back, or went, and not on the old files yet.
+
+    @property
+    def names(self) -> list[str]:
+        """The certificates' names."""
+        return [one.name for one in self.certificates]
+
+    def live_on(self, node: Node) -> Owed:
+        """The same without outdated ones: those that were not installed, or were replaced by another program."""
+        live = live_serials(node)
+        unreadable = {item.spec.name for item in self.unreadable_on(node)}
+        ours = tuple(one for one in self.certificates if live.get(one.name) in one.runs or one.name in unreadable)
+        return dataclasses.replace(self, certificates=ours)
+
+    def unreadable_on(self, node: Node) -> list[Item]:
+        """Certificates of these on the node that can't be read now, and may come back."""
+        return [
+            item
+            for item in node.items
+            if item.spec.name in self.names
+            and item.state != "present"
+            and not (item.state == "missing" and item.spec.optional)
+        ]
+
+    def is_new(self, certificate: str | None, what: str) -> bool:
+        """Whether a failed check of a certificate held before the installation."""
+        return not any(certificate == one.name and what in one.before for one in self.certificates)
+
+
+def unproven_file(store: Store) -> StateFile[Owed]:
+    """The file with what was installed and is not proven; a damaged one may owe a restart, or the way back."""
+    return coded(
+        Owed,
+        store.unproven,
+        "what was installed and not proven",
+        OnDamage.REFUSE,
+        afterwards="`ca-bridge prove` shows whether all is in use, and `ca-bridge restart` restarts what is not",
+        exit_code=Exit.NOT_LIVE,
+    )
+
+
+# --- hooks -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwedHooks:
+    """Hooks of one event that did not all succeed yet."""
+
+    event: str
+    run_id: str
+    environment: Mapping[str, str]
+    serials: Mapping[str, str]  #: New certificates; if none of them is installed any more, the hooks are dropped.
+    done: tuple[str, ...] = ()  #: Commands that succeeded.
+    tries: int = 0
+
+    def __post_init__(self) -> None:
+        if self.event not in (AFTER_INSTALL, SUCCESS, FAILURE):
+            raise ValueError("not written by this program")
+
+    def is_outdated(self, node: Node) -> bool:
+        """Whether the hooks are about certificates of which none is installed any more."""
+        live = live_serials(node)
+        return bool(self.serials) and not any(live.get(name) == serial for name, serial in self.serials.items())
+
+
+def hooks_file(store: Store) -> StateFile[tuple[OwedHooks, ...]]:
+    """The hooks that are to be run again; a renewal goes on without them, and a damaged file is reported once."""
+    return coded(
+        tuple[OwedHooks, ...],
+        store.hooks,
+        "the hooks that are to be run again",
+        OnDamage.SET_ASIDE,
+        key="owed",
+        version=1,
+        afterwards="run by hand what your hooks would have done",
+    )
+
+
+# --- certificates to revoke ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Superseded:
+    """A certificate that is to be revoked."""
+
+    name: str  #: kubeadm's.
+    certificate: x509.Certificate
+    due: datetime  #: Not earlier.
+
+    def __post_init__(self) -> None:
+        _assert_known(self.name)
+
+    @property
+    def authority(self) -> str:
+        """The authority that signed it."""
+        return SPECS[self.name].authority.name
+
+    def is_outdated(self, node: Node, now: datetime) -> bool:
+        """Whether the certificate is (or is again) in use, or has ended."""
+        live = {item.spec.name: item.certificates[0] for item in node.items if item.certificates}
+        return live.get(self.name) == self.certificate or self.certificate.not_valid_after_utc <= now
+
+    def __str__(self) -> str:
+        return f"{self.name}, serial {serial_hex(self.certificate)}"
+
+
+def revocations_file(store: Store) -> StateFile[tuple[Superseded, ...]]:
+    """The certificates that are still to be revoked."""
+    return coded(
+        tuple[Superseded, ...],
+        store.revocations,
+        "the certificates that are to be revoked",
+        OnDamage.SET_ASIDE,
+        key="superseded",
+        afterwards="the audit log has the serial numbers of what was replaced: revoke those at the CA",
+    )
+
+
+# --- copies ----------------------------------------------------------------------------------------------------------
+
+
+def copies_file(store: Store) -> StateFile[dict[str, tuple[str, ...]]]:
+    """The certificates that copies may still hold: SHA-256, by kubeadm's name of the kubeconfig."""
+    return coded(
+        dict[str, tuple[str, ...]],
+        store.copies,
+        "which certificates copies of kubeconfigs may still hold",
+        OnDamage.SET_ASIDE,
+        key="certificates",
+        version=1,
+        afterwards="`ca-bridge doctor` says which copies are old",
+    )
+
+
+def _assert_known(name: str) -> None:
+    if name not in SPECS:
+        raise ValueError("not written by this program")
