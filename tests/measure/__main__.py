@@ -29,6 +29,7 @@ from tests.kit.pki import KubeadmPki, kubeadm_pki
 from tests.measure import desk_profile, fleet
 from tests.measure.fleet import seconds
 
+_RATIO = "A ratio is the median of the rounds' own ratios, so that it is not exactly one median divided by the other."
 _MEMORY_LIMIT = 400.0  # MB
 HERE = Path(__file__).parent
 NUMBERS = HERE.parents[1] / "docs/numbers.md"
@@ -162,7 +163,8 @@ def table(rows: list[Row]) -> str:
     head = ("work", "against", "ours", "theirs", "ratio", "at most")
     lines = [f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *(row.cells() for row in rows))]
     fewest = min(len(row.ours) for row in rows)
-    return "\n".join([*lines, "", f"Medians of {fewest} rounds or more, both by turns, on {_machine()}.", ""])
+    said = f"Times are medians of {fewest} rounds or more, both by turns, on {_machine()}."
+    return "\n".join([*lines, "", said, _RATIO, ""])
 
 
 def write_between(file: Path, start: str, text: str) -> None:
