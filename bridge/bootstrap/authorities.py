@@ -11,12 +11,13 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from bridge.bootstrap.places import Places, Role, authorities_of, ca_keys
 from bridge.ca import registry
-from bridge.contract import ListsIssuers
+from bridge.ca.ca import signer_of
 from bridge.errors import BridgeError, Exit
-from bridge.pki.certificates import UNREADABLE, fingerprint, is_ca, load_pem_certificates, name_text, pem
+from bridge.pki.certificates import UNREADABLE, fingerprint, is_ca, name_text, pem
 from bridge.pki.expiry import minute
 from bridge.settings.tables import Settings
 from bridge.specs import Authority
+from bridge.system.ca_files import NoCaFileError, read_ca_file
 from bridge.system.safe_read import UnreadableError, read
 
 Certificates = Mapping[str, tuple[x509.Certificate, ...]]
@@ -86,30 +87,20 @@ def _assert_holds_some(ca_dir: Path, role: Role) -> None:
 def _in_file(path: Path) -> tuple[x509.Certificate, ...]:
     """The certificates in a CA file; none where there is no file."""
     try:
-        data = read(path)
+        if b"PRIVATE KEY-----" in (read(path) or b""):
+            raise CaKeyError(f"{path}: wanted a CA's certificate alone, found a private key beside it")
+        return read_ca_file(path)
+    except NoCaFileError:
+        return ()
     except UnreadableError as e:
         raise AuthorityError(f"{path}: wanted a CA certificate, found: {e}") from None
-    if data is None:
-        return ()
-    if b"PRIVATE KEY-----" in data:
-        raise CaKeyError(f"{path}: wanted a CA's certificate alone, found a private key beside it")
-    try:
-        return tuple(load_pem_certificates(data))
-    except ValueError as e:
-        raise AuthorityError(f"{path}: wanted a CA certificate, found {e}") from None
 
 
 def _of_backend(settings: Settings, authority: Authority) -> tuple[x509.Certificate, ...]:
     """The one that signs, which is what kubeadm takes for the root."""
     if authority.name not in settings.authorities:
         return ()
-    configured = registry.configured(settings, [authority.name])[authority.name]
-    backend = configured.open()
-    try:
-        outage = registry.Outage(configured.settings.retry_for, configured.label)
-        return tuple(outage.ask(backend.issuers)[:1]) if isinstance(backend, ListsIssuers) else ()
-    finally:
-        registry.close(backend)
+    return signer_of(registry.configured(settings, [authority.name])[authority.name])
 
 
 def _assert_usable(certificates: tuple[x509.Certificate, ...], authority: Authority, now: datetime) -> None:

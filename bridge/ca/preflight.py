@@ -38,7 +38,17 @@ def preflight(
         BackendUnavailableError: No answer.
     """
     if expected is not None and isinstance(backend, ListsIssuers) and (issuers := backend.issuers()):
-        _assert_right_ca(issuers, expected)
+        assert_right_ca(issuers, expected)
+    return usages(backend, specs)
+
+
+def usages(backend: object, specs: Sequence[CertificateSpec]) -> dict[str, RefusedByCheckError]:
+    """
+    Find which certificates the CA would sign with other usages; errors by certificate name.
+
+    Raises:
+        BackendError: See `bridge.contract.Checks`.
+    """
     return _errors(backend, specs, backend.check(specs) if specs and isinstance(backend, Checks) else {})
 
 
@@ -70,7 +80,13 @@ def _violations_text(violations: Sequence[Violation]) -> str:
     return "; ".join(map(str, violations))
 
 
-def _assert_right_ca(issuers: Sequence[x509.Certificate], expected: verify.Expectation) -> None:
+def assert_right_ca(issuers: Sequence[x509.Certificate], expected: verify.Expectation) -> None:
+    """
+    Compare a CA with the node's trust anchor.
+
+    Raises:
+        BackendRefusedError: It is another one, or is not valid now.
+    """
     anchor = expected.anchors[0]
     with contextlib.suppress(NoPathError):
         verify.verified_path(issuers[0], issuers[1:], anchor, expected.now)

@@ -1,14 +1,11 @@
-"""Backends: found by entry point, read from the settings, asked with one retry policy."""
+"""Backends: found by entry point, and read from the settings."""
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from bridge.contract import (
     ENTRY_POINT_GROUP,
@@ -16,28 +13,12 @@ from bridge.contract import (
     BackendSettings,
     BackendType,
     Closes,
-    Issued,
-    Pending,
     SetsUp,
-    SignRequest,
-    SignsMany,
 )
-from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, SettingsError, SettingsProblem
+from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.settings.reader import Key, Reader
 from bridge.settings.tables import Settings
-from bridge.system.console import log
-from bridge.system.interruption import workers
 from bridge.words import name_found
-
-#: Requests to one CA at a time; more do not make OpenBao or cfssl any faster (their own CPU is the limit).
-PARALLEL_REQUESTS = 4
-
-_FIRST_WAIT_SECONDS = 0.5
-_LONGEST_WAIT_SECONDS = 15.0
-
-T = TypeVar("T")
-
-Answered = tuple[SignRequest, Issued | Pending | BackendError]
 
 
 class DuplicatePluginError(BridgeError):
@@ -241,152 +222,6 @@ def _locator(authority: str, backend: str, over: Mapping[str, Any]) -> Callable[
         return ("authority", authority, *key[2:])
 
     return locate
-
-
-class Outage:
-    """
-    How long a CA may be unavailable in one run: `retry_for` after its first failure in a row, for all requests together.
-
-    Retries never make a new key; a second certificate for one key is harmless.
-    """
-
-    def __init__(
-        self, retry_for: timedelta, label: str = "", tell: Callable[[str], None] = lambda text: log.info("%s", text)
-    ) -> None:
-        """
-        Args:
-            retry_for: `retry_for` of the settings.
-            label: Who is asked, for messages.
-            tell: Is told once in an outage why, and until when, the CA is asked again; each try more is for `-v`.
-        """
-        self._retry_for_seconds = retry_for.total_seconds()
-        self._label = label
-        self._tell = tell
-        self._lock = threading.Lock()
-        self._since: float | None = None
-        self._told_since: float | None = None
-        self._gave_up: BackendUnavailableError | None = None
-
-    def ask(self, question: Callable[[], T]) -> T:
-        """
-        Ask, and ask again while the CA is unavailable.
-
-        Raises:
-            BackendUnavailableError: It stayed so.
-            BackendRefusedError: At once.
-        """
-        if self._gave_up is not None:  # the other requests of this run do not wait for the same answer
-            raise BackendUnavailableError(str(self._gave_up), hint=self._gave_up.hint)
-        try:
-            return self._once(question)
-        except BackendUnavailableError as e:
-            first = [e]
-
-        def again() -> T:
-            if first:
-                raise first.pop()
-            return self._once(question)
-
-        return self._ask_again(again)
-
-    def _ask_again(self, question: Callable[[], T]) -> T:
-        from tenacity import Retrying, retry_if_exception_type  # noqa: PLC0415 (25 ms; only where a CA was unavailable)
-
-        policy = Retrying(
-            retry=retry_if_exception_type(BackendUnavailableError),
-            stop=lambda state: self._is_over(state.upcoming_sleep),
-            wait=lambda state: _wait(state.attempt_number, state.outcome.exception() if state.outcome else None),
-            before_sleep=lambda state: self._told(
-                state.upcoming_sleep, state.outcome.exception() if state.outcome else None
-            ),
-            reraise=True,
-        )
-        try:
-            return policy(question)
-        except BackendUnavailableError as e:
-            self._gave_up = e
-            raise
-
-    def _once(self, question: Callable[[], T]) -> T:
-        try:
-            answer = question()
-        except BackendUnavailableError:
-            with self._lock:
-                self._since = self._since or time.monotonic()
-            raise
-        with self._lock:
-            self._since = None
-        return answer
-
-    def _told(self, upcoming_sleep_seconds: float, error: BaseException | None) -> None:
-        with self._lock:
-            since, is_new = self._since, self._told_since != self._since
-            self._told_since = since
-        left = self._retry_for_seconds - (time.monotonic() - since if since is not None else 0.0)
-        until = datetime.now(UTC) + timedelta(seconds=max(0.0, left))
-        about = f"{self._label}: {error}" if self._label else f"{error}"
-        if is_new:
-            self._tell(f"{about}; asked again until {until:%H:%M:%S} UTC (retry_for)")
-        log.debug("%s; asked again in %.1f s, until %s UTC", about, upcoming_sleep_seconds, f"{until:%H:%M:%S}")
-
-    def _is_over(self, upcoming_sleep_seconds: float) -> bool:
-        with self._lock:
-            if self._since is None:
-                return False
-            return time.monotonic() - self._since + upcoming_sleep_seconds > self._retry_for_seconds
-
-
-def _wait(attempt: int, error: BaseException | None) -> float:
-    """Seconds: the CA's own wish (Retry-After) if it is longer than ours, which doubles."""
-    ours = min(_FIRST_WAIT_SECONDS * 2.0 ** (attempt - 1), _LONGEST_WAIT_SECONDS)
-    wish = error.retry_after_seconds if isinstance(error, BackendUnavailableError) else None
-    return max(ours, wish or 0.0)
-
-
-def sign_all(
-    backend: Backend, requests: Sequence[SignRequest], outage: Outage, done: Callable[[Sequence[Answered]], None]
-) -> Sequence[Issued | Pending | BackendError]:
-    """
-    One answer a request, in their order.
-
-    Args:
-        backend: Is asked.
-        requests: All of one CA.
-        outage: For how long to ask.
-        done: Gets the answers as they come, from several threads.
-
-    Raises:
-        Nothing of a backend's own: an error is an answer. (A bug in a backend comes through, and what `done` raises.)
-    """
-    if isinstance(backend, SignsMany):
-        answers = _sign_many(backend, requests, outage)
-        done(list(zip(requests, answers, strict=True)))
-        return answers
-
-    def sign(request: SignRequest) -> Issued | Pending | BackendError:
-        answer: Issued | Pending | BackendError
-        try:
-            answer = outage.ask(lambda: backend.sign(request))
-        except BackendError as e:
-            answer = e
-        done([(request, answer)])
-        return answer
-
-    with workers(PARALLEL_REQUESTS) as pool:
-        return list(pool.map(sign, requests))
-
-
-def _sign_many(
-    backend: SignsMany, requests: Sequence[SignRequest], outage: Outage
-) -> Sequence[Issued | Pending | BackendError]:
-    try:
-        answers = outage.ask(lambda: backend.sign_many(requests))
-    except BackendError as e:
-        e.is_for_all = True
-        return [e] * len(requests)
-    if len(answers) != len(requests):
-        raise BridgeError(f"wanted {len(requests)} answers of the backend, got {len(answers)}: a bug in it")
-    return answers
 
 
 def close(backend: Backend) -> None:

@@ -21,18 +21,14 @@ from typing import Protocol
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
-from bridge.ca import preflight, registry
-from bridge.ca.untrusted_answers import HearsayError, collected
+from bridge.ca import registry
+from bridge.ca.ca import CA, Answer
+from bridge.ca.untrusted_answers import HearsayError
 from bridge.contract import (
-    Backend,
-    Collects,
     Issued,
-    ListsIssuers,
     Pending,
-    Recalls,
     SignRequest,
     SignsMany,
-    TellsRevoked,
 )
 from bridge.desk.archive import Answered
 from bridge.desk.journal import Asked, Journal
@@ -43,13 +39,15 @@ from bridge.pki import signatures, verify
 from bridge.pki.bundle import AnswerBundle, BundledRequest, Refusal, RequestBundle, refusal, sign_request
 from bridge.pki.bundle_format import answer_message
 from bridge.pki.bundle_text import describe
-from bridge.pki.certificates import load_pem_certificates, serial_hex
+from bridge.pki.certificates import serial_hex
 from bridge.pki.expiry import minute
 from bridge.pki.verify import Expectation
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, SPECS, USER
 from bridge.state import audit
+from bridge.system.ca_files import read_ca_file
 from bridge.system.many_files import NewFile, write_together
+from bridge.system.safe_read import UnreadableError
 
 #: Requests that are read ahead and signed together: few at first, so that a CA is at work soon, and twice as many each
 #: time, so that `openssl ca`'s own start and its rewriting of a long index become a small part.
@@ -135,18 +133,12 @@ class Approver(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _CA:
-    """One authority's CA at this desk."""
+class _Authority:
+    """One authority at this desk."""
 
-    configured: registry.Configured
-    backend: Backend | None
-    outage: registry.Outage
-    revocations: TellsRevoked | None = None  #: The backend, where it can tell.
-    #: With which the origin of what is replaced is told.
-    certificates: tuple[x509.Certificate, ...] = ()
-    anchors: tuple[x509.Certificate, ...] = ()
-    wrong: Mapping[str, BridgeError] = field(default_factory=dict)  #: By certificate name.
-    trouble: BridgeError | None = None  #: It can't be used at all.
+    ca: CA
+    anchors: tuple[x509.Certificate, ...]  #: The cluster's CA certificates.
+    certificates: tuple[x509.Certificate, ...]  #: Those that a replaced certificate may come from.
 
 
 class Desk:
@@ -182,7 +174,7 @@ class Desk:
         self._answer_key = answer_key
         self._workers: Workers | None = None
         self._configured = registry.configured(settings, settings.authorities)
-        self._cas: dict[str, _CA] = {}
+        self._cas: dict[str, _Authority] = {}
 
     # --- before anything is signed ------------------------------------------------------------------------------------
 
@@ -200,14 +192,14 @@ class Desk:
 
     def judgement(self) -> Judgement:
         """The rules that workers judge by, with the CAs that were opened so far."""
-        cas = {name: ca.certificates for name, ca in self._cas.items() if ca.trouble is None}
+        cas = {name: ca.certificates for name, ca in self._cas.items() if ca.ca.trouble is None}
         return Judgement(policy=self._policy, cas=cas, now=self._now(), without_proof=self._without_proof)
 
-    def _judge(self, job: Job, request: BundledRequest, ca: _CA) -> None:
+    def _judge(self, job: Job, request: BundledRequest, authority: _Authority) -> None:
         try:
             foreseen = job.ahead.read.verdicts.get(request.name) if job.ahead is not None else None
             verdict = foreseen or judge(
-                request, job.bundle, self._policy, ca.certificates, self._now(), self._without_proof
+                request, job.bundle, self._policy, authority.certificates, self._now(), self._without_proof
             )
         except Exception as e:  # noqa: BLE001 (whatever is wrong with a request: the others are to be signed)
             verdict = PolicyVerdict(
@@ -217,7 +209,7 @@ class Desk:
         problems = [*verdict.problems]
         try:
             if not problems and verdict.proven:
-                problems += _revoked(ca, request)
+                problems += _revoked(authority.ca, request)
         except BackendError as e:
             job.troubles[request.name] = e
             return
@@ -244,40 +236,27 @@ class Desk:
             )
         if request.authority not in self._cas:
             self._cas[request.authority] = self._open(request.authority)
-        ca = self._cas[request.authority]
-        return ca.trouble or ca.wrong.get(request.name)
+        return self._cas[request.authority].ca.error(request.name)
 
-    def _open(self, authority: str) -> _CA:
+    def _open(self, authority: str) -> _Authority:
         """Reach a CA, and ask what can be asked before a signature is spent."""
-        configured = self._configured[authority]
-        outage = registry.Outage(configured.settings.retry_for, configured.label)
-        backend: Backend | None = None
-        try:
-            backend = opened = configured.open()
-            issuers = tuple(outage.ask(opened.issuers)) if isinstance(opened, ListsIssuers) else ()
-            anchors = self._anchors(configured, issuers)
-            specs = [spec for spec in SPECS.values() if spec.authority.name == authority]
-            if self._policy.users is not None and USER.authority.name == authority:
-                specs.append(USER)
-            expected = self._expectation(authority, anchors)
-            wrong = outage.ask(lambda: preflight.preflight(opened, specs, expected))
-        except BridgeError as e:
-            return _CA(configured=configured, backend=backend, outage=outage, trouble=e)
+        configured, anchors = self._configured[authority], list[x509.Certificate]()
+        specs = [spec for spec in SPECS.values() if spec.authority.name == authority]
+        if self._policy.users is not None and USER.authority.name == authority:
+            specs.append(USER)
+
+        def expected(ca: CA) -> Expectation:
+            anchors.extend(self._anchors(configured, ca.certificates))
+            return self._expectation(authority, tuple(anchors))
+
+        ca = CA.reach(configured, specs, expected)
         # not what is above the one that signs: a company's root has signed for others, too
-        certificates = tuple(dict.fromkeys((*anchors, *issuers[:1])))
-        return _CA(
-            configured=configured,
-            backend=backend,
-            outage=outage,
-            revocations=opened if isinstance(opened, TellsRevoked) else None,
-            certificates=certificates,
-            anchors=anchors,
-            wrong=wrong,
-        )
+        certificates = tuple(dict.fromkeys((*anchors, *ca.certificates[:1])))
+        return _Authority(ca=ca, anchors=tuple(anchors), certificates=certificates)
 
     def _anchors(
-        self, configured: registry.Configured, issuers: tuple[x509.Certificate, ...]
-    ) -> tuple[x509.Certificate, ...]:
+        self, configured: registry.Configured, issuers: Sequence[x509.Certificate]
+    ) -> Sequence[x509.Certificate]:
         """
         The CA's certificates in `desk.ca_dir`, or else the one that signs.
 
@@ -294,10 +273,9 @@ class Desk:
             return issuers[:1]
         path = directory / AUTHORITIES[configured.authority].certificate_file
         try:
-            return tuple(load_pem_certificates(path.read_bytes()))
-        except (OSError, ValueError) as e:
-            found = e.strerror if isinstance(e, OSError) else e
-            raise BridgeError(f"{path}: wanted the cluster's CA certificate, found: {found}") from e
+            return read_ca_file(path)
+        except UnreadableError as e:
+            raise BridgeError(f"{path}: wanted the cluster's CA certificate, found: {e}") from e
 
     def _expectation(self, authority: str, anchors: tuple[x509.Certificate, ...]) -> Expectation:
         return Expectation(
@@ -363,9 +341,8 @@ class Desk:
 
     def close(self) -> None:
         """Give back what the backends took."""
-        for ca in self._cas.values():
-            if ca.backend is not None:
-                registry.close(ca.backend)
+        for authority in self._cas.values():
+            authority.ca.close()
 
     def _sign(self, window: Sequence[Job], journal: Journal) -> None:
         """Ask all CAs at the same time, each for the requests of all bundles of the window."""
@@ -381,32 +358,25 @@ class Desk:
         with ThreadPoolExecutor(len(AUTHORITIES)) as pool:
             list(pool.map(lambda lot: self._sign_lot(self._cas[lot[0]], lot[1], journal), lots.items()))
 
-    def _sign_lot(self, ca: _CA, lot: Sequence[tuple[Job, SignRequest]], journal: Journal) -> None:
-        backend = ca.backend
-        if backend is None:
-            raise AssertionError("a CA that can't be opened has a trouble, and is asked nothing")
-        open_, asked = [], []
+    def _sign_lot(self, authority: _Authority, lot: Sequence[tuple[Job, SignRequest]], journal: Journal) -> None:
+        ca, new, asked = authority.ca, [], []
         for job, request in lot:
             known = journal.get(request)
-            if known is None:
-                open_.append((job, request))
-            elif isinstance(known, Asked):
+            if isinstance(known, Asked):
                 asked.append((job, request, known.since))
             elif isinstance(known, Pending):
-                expected = self._expectation(request.spec.authority.name, ca.anchors)
-                _note(job, request, _collected(ca, backend, request, known, expected), journal)
-            elif self._violations(request, known) is None:
+                expected = self._expectation(request.spec.authority.name, authority.anchors)
+                _note(job, request, ca.collect(request, known.reference, expected), journal)
+            elif known is not None and self._violations(request, known) is None:
                 _note(job, request, known, None)
-            else:
-                open_.append((job, request))  # it has lain there for long
-        open_ += _recalled(ca, backend, asked, journal)
-        size = len(open_) if isinstance(backend, SignsMany) else _SLICE
-        for start in range(0, len(open_), size or 1):
-            part = open_[start : start + size]
+            else:  # nothing is known, or it has lain there for long
+                new.append((job, request))
+        new += _recalled(ca, asked, journal)
+        size = len(new) if isinstance(ca.backend, SignsMany) else _SLICE
+        for start in range(0, len(new), size or 1):
+            part = new[start : start + size]
             journal.add((request, Asked(self._now())) for _, request in part)
-            answers = registry.sign_all(
-                backend, [request for _, request in part], ca.outage, lambda some: _keep(some, journal)
-            )
+            answers = ca.ask([request for _, request in part], lambda some: _keep(some, journal))
             for (job, request), answer in zip(part, answers, strict=True):
                 _note(job, request, answer, None)
 
@@ -550,21 +520,21 @@ def _windows(jobs: Iterable[Job]) -> Iterator[list[Job]]:
         yield window
 
 
-def _revoked(ca: _CA, request: BundledRequest) -> list[str]:
+def _revoked(ca: CA, request: BundledRequest) -> list[str]:
     """
     Why the proof is worth nothing: its certificate's key is known to have been lost, or its holder to be gone.
 
     Raises:
         BackendError: The CA can tell, and does not now.
     """
-    revocations, old = ca.revocations, request.replaces
-    if old is None or revocations is None or not ca.outage.ask(lambda: revocations.is_revoked(old)):
+    old = request.replaces
+    if old is None or not ca.is_revoked(old):
         return []
     return [f"proof: wanted one by a certificate that is not revoked, found that of serial {serial_hex(old)}, which is"]
 
 
 def _recalled(
-    ca: _CA, backend: Backend, asked: Sequence[tuple[Job, SignRequest, datetime]], journal: Journal
+    ca: CA, asked: Sequence[tuple[Job, SignRequest, datetime]], journal: Journal
 ) -> list[tuple[Job, SignRequest]]:
     """
     Find what a killed run has had signed.
@@ -572,11 +542,10 @@ def _recalled(
     Returns:
         What was not found, or can't be looked for, and so has to be asked for again.
     """
-    if not asked or not isinstance(backend, Recalls):
-        return [(job, request) for job, request, _ in asked]
-    requests, since = [request for _, request, _ in asked], min(moment for _, _, moment in asked)
+    if not asked:
+        return []
     try:
-        found = ca.outage.ask(lambda: backend.recall(requests, since))
+        found = ca.recall([request for _, request, _ in asked], min(moment for _, _, moment in asked))
     except BackendError as e:
         for job, request, _ in asked:
             job.troubles[request.spec.name] = e
@@ -590,25 +559,14 @@ def _recalled(
     return rest
 
 
-def _collected(
-    ca: _CA, backend: Backend, request: SignRequest, known: Pending, expected: Expectation
-) -> Issued | Pending | BackendError:
-    if not isinstance(backend, Collects):
-        raise BridgeError(f'{ca.configured.label}: answered "later", and can\'t be asked later: a bug in it')
-    try:
-        return ca.outage.ask(lambda: collected(backend, request, known.reference, expected))
-    except BackendError as e:
-        return e
-
-
-def _keep(answered: Sequence[registry.Answered], journal: Journal) -> None:
+def _keep(answered: Sequence[tuple[SignRequest, Answer]], journal: Journal) -> None:
     """Write answers to the journal at once: those that a killed run did not write may have to be signed again."""
     good = [(request, answer) for request, answer in answered if isinstance(answer, Issued | Pending)]
     if good:
         journal.add(good)
 
 
-def _note(job: Job, request: SignRequest, answer: Issued | Pending | BackendError, journal: Journal | None) -> None:
+def _note(job: Job, request: SignRequest, answer: Answer, journal: Journal | None) -> None:
     """An answer's place in its job: what may be different next time is a trouble, and is asked for again."""
     name = request.spec.name
     if isinstance(answer, Issued | Pending) and journal is not None:

@@ -8,15 +8,16 @@ from pathlib import Path
 from cryptography import x509
 
 from bridge.ca import registry
-from bridge.contract import ListsIssuers
+from bridge.ca.ca import signer_of
+from bridge.ca.retry import Rest
 from bridge.desk.files import load_policy, policy_path
 from bridge.desk.policy import Policy
 from bridge.errors import BridgeError
-from bridge.pki.certificates import load_pem_certificates
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES
+from bridge.system.ca_files import NoCaFileError, read_ca_file
 from bridge.system.console import log
-from bridge.system.safe_read import UnreadableError, read
+from bridge.system.safe_read import UnreadableError
 
 
 def known_cas(settings: Settings) -> dict[str, tuple[x509.Certificate, ...]]:
@@ -40,25 +41,21 @@ def _certificates(settings: Settings, policy: Policy | None, authority: str) -> 
             yield from _of_backend(settings, authority)
 
 
-def _in_file(path: Path) -> list[x509.Certificate]:
+def _in_file(path: Path) -> tuple[x509.Certificate, ...]:
     """The certificates in a CA file; none where there is no such file: at a desk there may be no /etc/kubernetes."""
     try:
-        data = read(path)
-        return load_pem_certificates(data) if data is not None else []
-    except (UnreadableError, ValueError) as e:
+        return read_ca_file(path)
+    except NoCaFileError:
+        return ()
+    except UnreadableError as e:
         log.warning("%s: wanted a CA certificate, found: %s", path, e)
-        return []
+        return ()
 
 
-def _of_backend(settings: Settings, authority: str) -> list[x509.Certificate]:
-    """The one that signs; not what is above it, since a company's root has signed for others, too."""
+def _of_backend(settings: Settings, authority: str) -> tuple[x509.Certificate, ...]:
     configured = registry.configured(settings, [authority])[authority]
     try:
-        backend = configured.open()
-        try:
-            return list(backend.issuers()[:1]) if isinstance(backend, ListsIssuers) else []
-        finally:
-            registry.close(backend)
+        return signer_of(configured, Rest())
     except BridgeError as e:
         log.warning("%s: wanted the certificate of %s, found: %s", configured.label, authority, e)
-        return []
+        return ()

@@ -9,17 +9,18 @@ from pathlib import Path
 from cryptography import x509
 
 from bridge.ca import registry
-from bridge.contract import ListsIssuers
+from bridge.ca.ca import signer_of
+from bridge.ca.retry import Rest
 from bridge.desk import files as desk_files
 from bridge.desk.policy import Policy
 from bridge.diagnosis import authorities, installed, machine
 from bridge.diagnosis.findings import Finding
 from bridge.errors import BridgeError, SettingsError
 from bridge.pki import verify
-from bridge.pki.certificates import load_pem_certificates
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, SPECS
-from bridge.system.safe_read import UnreadableError, read
+from bridge.system.ca_files import read_ca_file
+from bridge.system.safe_read import UnreadableError
 
 
 def policy_file(settings: Settings) -> Path:
@@ -69,8 +70,8 @@ def _anchors(policy: Policy | None, name: str) -> tuple[x509.Certificate, ...]:
     if policy is None or policy.desk.ca_dir is None:
         return ()
     try:
-        return tuple(load_pem_certificates(read(policy.desk.ca_dir / AUTHORITIES[name].certificate_file) or b""))
-    except (UnreadableError, ValueError):
+        return read_ca_file(policy.desk.ca_dir / AUTHORITIES[name].certificate_file)
+    except UnreadableError:
         return ()
 
 
@@ -82,10 +83,8 @@ def _cas(settings: Settings, now: datetime) -> Iterator[Finding]:
         return  # told before
     for name, configured in backends.items():
         try:
-            backend = configured.open()
-            issuers = backend.issuers() if isinstance(backend, ListsIssuers) else []
-            registry.close(backend)
+            certificates = signer_of(configured, Rest())
         except BridgeError:
             continue  # told before
-        for certificate in issuers[:1]:
+        for certificate in certificates:
             yield installed.ca_end(certificate, f"CA {name}", now)

@@ -12,13 +12,13 @@ from bridge.diagnosis import drift
 from bridge.diagnosis.findings import Finding, from_error
 from bridge.node import endpoints
 from bridge.node.inventory import Item, Node
-from bridge.pki.certificates import load_pem_certificates
 from bridge.renewal import hooks
 from bridge.settings.tables import Settings
 from bridge.specs import Component
 from bridge.state.obligations import AFTER_INSTALL, FAILURE, SUCCESS
 from bridge.state.store import Store
-from bridge.system.safe_read import UnreadableError, read
+from bridge.system.ca_files import read_ca_file
+from bridge.system.safe_read import UnreadableError
 
 #: The flag for the key, beside the one for the certificate.
 _KEY_FLAGS = {
@@ -98,9 +98,8 @@ def _authorities(node: Node) -> Iterator[Finding]:
 
 def _certificates(path: Path) -> list[object] | str:
     try:
-        data = read(path)
-        return [*load_pem_certificates(data)] if data is not None else "no file"
-    except (UnreadableError, ValueError) as e:
+        return [*read_ca_file(path)]
+    except UnreadableError as e:
         return str(e)
 
 

@@ -13,11 +13,11 @@ import hashlib
 import logging
 import time
 import traceback
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from uuid import UUID
 
+from bridge.ca.untrusted_answers import HearsayError
 from bridge.cluster.errors import NoAnswerError
 from bridge.contract import Continuity, Issued, Pending, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, BridgeError, VerificationError
@@ -31,7 +31,7 @@ from bridge.gateway.queue import Job
 from bridge.gateway.watch import SigningRequest, decoded
 from bridge.gateway.write import Writer, name_in
 from bridge.pki.certificates import load_pem_certificates
-from bridge.pki.verify import CLOCK_SKEW, Verified
+from bridge.pki.verify import CLOCK_SKEW, Expectation, Verified
 from bridge.state import audit
 from bridge.state.audit import AuditError
 from bridge.system.state_file import StateError
@@ -232,36 +232,37 @@ class Issuing:
         try:
             if (recalled := self._recalled(asking)) is not None:
                 return recalled
-            answers = self._answers(asking)
+            answer = self._from_ca(asking)
         except BackendUnavailableError as e:
             context.record_quietly(asking.about, audit.UNAVAILABLE, e)
-            raise LeftError("ca-unavailable", str(e), authority.rest_seconds() + 0.5) from None
+            raise LeftError("ca-unavailable", str(e), authority.rest.seconds_left() + 0.5) from None
+        except HearsayError as e:  # the CA may still answer
+            context.record_quietly(asking.about, audit.REFUSED, e)
+            raise LeftError("bad-answer", f"{e}; {e.hint}", after_refusal(job)) from None
         except BackendRefusedError as e:
             context.record_quietly(asking.about, audit.REFUSED, e)
             context.drop_ticket(job.one.uid)
             hint = f" ({e.hint})" if e.hint else ""
             raise LeftError("ca-refused", f"{e}{hint}", after_refusal(job)) from None
-        return self._accepted(asking, answers)
+        return self._accepted(asking, answer)
 
-    def _accepted(self, asking: _Asking, answers: Sequence[Issued]) -> Verified:
-        context, ticket = self._context, asking.ticket
+    def _accepted(self, asking: _Asking, answer: Issued) -> Verified:
+        context = self._context
         try:
-            found = self._verified(asking, answers)
+            found = self._verified(asking, answer)
         except VerificationError as e:
             context.record_quietly(asking.about, audit.REFUSED, e)
-            if ticket is None or len(answers) == 1:
-                context.drop_ticket(asking.job.one.uid)
+            context.drop_ticket(asking.job.one.uid)
             raise LeftError("bad-answer", f"{e}; {e.hint}", after_refusal(asking.job)) from None
-        if ticket is not None:
-            asking.authority.accepted(asking.request, ticket.reference)
         context.ledger.write(asking.about.line(audit.ISSUED, new=found.leaf))
         return found
 
-    def _verified(self, asking: _Asking, answers: Sequence[Issued]) -> Verified:
-        context = self._context
-        return asking.authority.verified(
-            answers, asking.request, asking.longest, context.settings.gateway.min_validity, context.now()
-        )
+    def _verified(self, asking: _Asking, answer: Issued) -> Verified:
+        return asking.authority.verified(answer, asking.request, self._expected(asking))
+
+    def _expected(self, asking: _Asking) -> Expectation:
+        least = self._context.settings.gateway.min_validity
+        return asking.authority.expected(asking.request, asking.longest, least, self._context.now())
 
     def _request(self, one: SigningRequest, verdict: Allowed, ticket: Ticket | None) -> SignRequest:
         validity = timedelta(seconds=ticket.validity_seconds) if ticket is not None else verdict.validity
@@ -300,15 +301,15 @@ class Issuing:
         if answer is None:
             return None
         try:
-            found = self._verified(asking, [answer])
+            found = self._verified(asking, answer)
         except VerificationError:  # such as too short a life by now: the CA is asked for another
             return None
         self._context.ledger.write(asking.about.line(audit.ISSUED, new=found.leaf, result=_RECALLED))
         return found
 
-    def _answers(self, asking: _Asking) -> Sequence[Issued]:
+    def _from_ca(self, asking: _Asking) -> Issued:
         """
-        The CA's answer, or answers.
+        The CA's answer.
 
         Raises:
             BackendError: As the contract has it.
@@ -316,25 +317,22 @@ class Issuing:
         """
         context, job, authority, ticket = self._context, asking.job, asking.authority, asking.ticket
         self._assert_may_ask(authority)
-        answer: Issued | Pending | Sequence[Issued]
         if ticket is not None:
             self._assert_in_time(job, ticket)
-            answer = authority.collect(asking.request, ticket.reference)
+            answer = authority.collect(asking.request, ticket.reference, self._expected(asking))
         else:
             context.ledger.write(asking.about.line(audit.ASKED))
             job.was_asked, job.was_recalled = True, False
             answer = authority.sign(asking.request)
             job.was_asked = False
         if isinstance(answer, Issued):
-            return [answer]
-        if not isinstance(answer, Pending):
             return answer
         self._keep(asking, answer)
         self._writer.waits(job)
         raise LeftError("pending", "the CA answers later", context.settings.gateway.collect_every.total_seconds())
 
     def _assert_may_ask(self, authority: AuthorityOfSigners) -> None:
-        if (rest := authority.rest_seconds()) > 0:
+        if (rest := authority.rest.seconds_left()) > 0:
             raise LeftError("ca-unavailable", f"{authority.label} was not there a moment ago", rest + 0.1)
         self._context.assert_ours()
 

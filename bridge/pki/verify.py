@@ -49,6 +49,9 @@ BACKDATING = timedelta(hours=1)
 #: CAs backdate by minutes, few by hours; what begins longer ago was made then, or a clock is wrong.
 LONGEST_BACKDATING = timedelta(days=2)
 
+#: CAs count the longest validity from a beginning of their own, and round.
+_ROUNDING = timedelta(minutes=10)
+
 MIN_RSA_BITS = 2048
 _STRONG_CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
 _TIME = "%Y-%m-%d %H:%M:%S"
@@ -68,6 +71,8 @@ class Expectation:
     intermediates_allowed: bool = True  #: False below kubeadm 1.21, which reads one certificate a file.
     #: (OID, value) of subject attributes that this CA always adds; a named exception in the settings.
     extra_subject: frozenset[tuple[str, str]] = frozenset()
+    longest: timedelta | None = None  #: It may live no longer from now on; None: the CA's profile decides.
+    longest_name: str = ""  #: The setting that says so, for messages.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,6 +289,10 @@ def _dates(leaf: x509.Certificate, request: SignRequest, expected: Expectation) 
     elif end - now < expected.min_validity:
         want = f"at least {_days(expected.min_validity)} of validity"
         yield Violation(subject="notAfter", want=want, got=f"{_days(end - now)}, until {end:{_TIME}} UTC{clock}")
+    if expected.longest is not None and end - now > expected.longest + _ROUNDING:
+        by = f" ({expected.longest_name})" if expected.longest_name else ""
+        want = f"at most {expiry.duration_text(expected.longest)}{by}"
+        yield Violation(subject="notAfter", want=want, got=f"until {end:{_TIME}} UTC")
     old = request.replaces
     if old is not None and not expected.shorter_allowed and is_shorter(end, old):
         want = f"not before the replaced certificate's {old.not_valid_after_utc:{_TIME}} UTC"

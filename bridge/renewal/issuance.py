@@ -17,10 +17,9 @@ from datetime import datetime, timedelta
 from cryptography import x509
 
 from bridge.ca import registry
-from bridge.ca.preflight import advice, preflight
-from bridge.ca.untrusted_answers import collected
-from bridge.contract import AsksValidity, Backend, Carries, Collects, Identifies, Issued, Pending, SignsMany
-from bridge.errors import BackendError, BridgeError, Exit, VerificationError
+from bridge.ca.ca import CA
+from bridge.contract import AsksValidity, Backend, Carries, Collects, Issued, Pending, SignRequest, SignsMany
+from bridge.errors import BridgeError, Exit, VerificationError
 from bridge.node.inventory import Item
 from bridge.pki import verify
 from bridge.pki.expiry import duration_text, minute
@@ -35,17 +34,6 @@ from bridge.system.interruption import workers
 from bridge.system.ownership import open_secret
 
 Answer = Issued | Pending | BridgeError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reached:
-    """One authority's CA after its preflight."""
-
-    label: str
-    backend: Backend | None  #: None: it can't be opened.
-    outage: registry.Outage
-    wrong: Mapping[str, BridgeError]  #: What can't be asked for, by certificate name.
-    identity: str | None = None  #: Who we are to it, if it tells.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,38 +78,44 @@ def refused_as_shorter(items: Sequence[Item], settings: Settings, now: datetime)
 @contextlib.contextmanager
 def reaching(
     settings: Settings, items: Sequence[Item], expected: Mapping[str, verify.Expectation], progress: Progress
-) -> Iterator[Callable[[], Mapping[str, Reached]]]:
+) -> Iterator[Callable[[], Mapping[str, CA]]]:
     """
     Log in to all CAs at the same time, and ask what can be asked before a signature is spent.
 
     Args:
-        settings: Who signs for which authority.
-        items: What will be asked for.
-        expected: What it has to be, by authority.
-        progress: Is told.
+        settings: With the backend of each authority.
+        items: The certificates that will be asked for.
+        expected: What they have to be, by authority.
+        progress: Shows it.
 
     Yields:
-        A function that waits for the CAs, which goes on meanwhile; by authority. All of them are let go at the end.
+        A function that waits for the CAs, which goes on meanwhile; by authority. All of them are closed at the end.
 
     Raises:
-        SettingsError: Nobody was asked.
+        SettingsError: No CA was asked.
     """
     backends = registry.configured(settings, dict.fromkeys(item.spec.authority.name for item in items))
 
-    def reach_lot(names: Sequence[str]) -> dict[str, Reached]:
-        found: dict[str, Reached] = {}
+    def reach_lot(names: Sequence[str]) -> dict[str, CA]:
+        """Authorities that share a backend, which the first of them opens."""
+        found: dict[str, CA] = {}
         opened: Backend | None = None
         for name in names:
             ours = [item for item in items if item.spec.authority.name == name]
-            found[name] = _reach(backends[name], ours, expected[name], progress, opened)
-            found[name] = _without_shorter(found[name], ours, settings, expected[name].now)
-            opened = found[name].backend
+            progress.signing(backends[name].label, [item.spec.name for item in ours])
+            if opened is None:
+                _warn_of_open_secrets(backends[name])
+            specs, wanted = [item.spec for item in ours], expected[name]
+            found[name] = ca = CA.reach(backends[name], specs, lambda _, wanted=wanted: wanted, progress.note, opened)  # type: ignore[misc]
+            if isinstance(ca.backend, AsksValidity):  # it gives no more than is asked for, which we would refuse
+                ca.wrong = {**refused_as_shorter(ours, settings, wanted.now), **ca.wrong}
+            opened = ca.backend
         return found
 
     with workers(len(AUTHORITIES)) as pool:
         lots = [pool.submit(reach_lot, lot) for lot in _sharing(backends)]
 
-        def reached() -> dict[str, Reached]:
+        def reached() -> dict[str, CA]:
             return {name: ca for lot in lots for name, ca in lot.result().items()}
 
         try:
@@ -129,25 +123,23 @@ def reaching(
         except KeyboardInterrupt:  # waits for no CA
             raise
         except BaseException:
-            _let_go(reached())
+            _close(reached())
             raise
-        _let_go(reached())
+        _close(reached())
 
 
-def _let_go(reached: Mapping[str, Reached]) -> None:
+def _close(reached: Mapping[str, CA]) -> None:
     for ca in reached.values():
-        if ca.backend is not None:
-            registry.close(ca.backend)
+        ca.close()
 
 
 def _sharing(backends: Mapping[str, registry.Configured]) -> list[list[str]]:
     """Authorities whose requests are carried the same way are together: one file goes out, not one each."""
     lots: list[list[str]] = []
     for name, ours in backends.items():
-        for lot in lots:
-            if _are_carried_alike(backends[lot[0]], ours):
-                lot.append(name)
-                break
+        alike = [lot for lot in lots if _are_carried_alike(backends[lot[0]], ours)]
+        if alike:
+            alike[0].append(name)
         else:
             lots.append([name])
     return lots
@@ -157,68 +149,20 @@ def _are_carried_alike(one: registry.Configured, other: registry.Configured) -> 
     return hasattr(one.backend_type, "carries") and one.name == other.name and one.settings == other.settings
 
 
-def _reach(
-    configured: registry.Configured,
-    items: Sequence[Item],
-    expected: verify.Expectation,
-    progress: Progress,
-    opened: Backend | None = None,
-) -> Reached:
-    """
-    Open a backend, and ask what can be asked before a signature is spent; an error is part of the answer.
-
-    Args:
-        configured: The authority's.
-        items: Its certificates.
-        expected: What they have to be.
-        progress: Is told.
-        opened: By another authority that has the same one.
-    """
-    names = [item.spec.name for item in items]
-    progress.signing(configured.label, names)
-    outage = registry.Outage(configured.settings.retry_for, configured.label, progress.note)
-    backend = opened
-    wrong: Mapping[str, BridgeError] = {}
-    identity = None
-    if opened is None:
-        _warn_of_open_secrets(configured)
-    try:
-        backend = ours = opened or configured.open()
-        wrong = outage.ask(lambda: preflight(ours, [item.spec for item in items], expected))
-        identity = _identity(ours)
-    except BridgeError as e:
-        wrong = dict.fromkeys(names, e)
-    return Reached(label=configured.label, backend=backend, outage=outage, wrong=wrong, identity=identity)
-
-
 def _warn_of_open_secrets(configured: registry.Configured) -> None:
     """Warn of secrets in files that others can read: a renewal must not wait for them; for `doctor` they are an error."""
     for path in configured.settings.private_files():
-        with contextlib.suppress(OSError):  # whoever needs it says so
+        with contextlib.suppress(OSError):  # the backend that needs it says so
             found = open_secret(path)
             if found is not None:
                 log.warning("%s: %s", configured.label, found)
                 log.warning("%s", found.hint, extra={"is_hint": True})
 
 
-def _without_shorter(ca: Reached, items: Sequence[Item], settings: Settings, now: datetime) -> Reached:
-    """Don't ask a CA that gives no more than is asked for, where such an answer would be refused as shorter."""
-    if not isinstance(ca.backend, AsksValidity):
-        return ca
-    return dataclasses.replace(ca, wrong={**refused_as_shorter(items, settings, now), **ca.wrong})
-
-
-def _identity(backend: Backend) -> str | None:
-    """Our identity at the CA, for the record; a CA that does not tell it may still sign."""
-    with contextlib.suppress(BackendError):
-        return (backend.identity() or None) if isinstance(backend, Identifies) else None
-    return None
-
-
 def issue_all(
     run: Run,
     making: Making,
-    reached: Mapping[str, Reached],
+    reached: Mapping[str, CA],
     expected: Mapping[str, verify.Expectation],
 ) -> tuple[list[Answered], list[Outcome]]:
     """
@@ -249,7 +193,7 @@ def issue_all(
 def issue(
     run: Run,
     prepared: Sequence[Prepared],
-    reached: Mapping[str, Reached],
+    reached: Mapping[str, CA],
     expected: Mapping[str, verify.Expectation],
 ) -> list[Answered]:
     """
@@ -269,7 +213,7 @@ def issue(
     for one in prepared:
         ca = reached[one.authority]
         run.record.know(one.name, one.request, ca.label, ca.identity)
-        if ca.backend is not None and one.name not in ca.wrong and not _owes(ca, one):
+        if ca.error(one.name) is None and not _owes(ca, one):
             run.record.add(audit.ASKED, one.name, authority=one.authority)
     run.record.write()
     answers = _answers(prepared, reached, expected, run.progress)
@@ -282,13 +226,13 @@ def issue(
             expected=expected[one.authority],
             label=reached[one.authority].label,
             answer=answers[one.name],
-            advice=advice(reached[one.authority].backend, one.item.spec),
+            advice=reached[one.authority].advice(one.item.spec),
         )
         for one in prepared
     ]
 
 
-def _opened(run: Run, prepared: Sequence[Prepared], reached: Mapping[str, Reached]) -> list[Prepared]:
+def _opened(run: Run, prepared: Sequence[Prepared], reached: Mapping[str, CA]) -> list[Prepared]:
     """Prepare requests to a CA that answers later: who asks is in them, and their keys are on disk before it is asked."""
     opened = {one.name: one for one in prepared}
     to_carry: dict[tuple[int, str], list[Prepared]] = defaultdict(list)
@@ -322,7 +266,7 @@ def _drop_unfit(run: Run, one: Prepared) -> None:
 
 def _answers(
     prepared: Sequence[Prepared],
-    reached: Mapping[str, Reached],
+    reached: Mapping[str, CA],
     expected: Mapping[str, verify.Expectation],
     progress: Progress,
 ) -> dict[str, Answer]:
@@ -338,42 +282,34 @@ def _answers(
 
 
 def _ask(
-    reached: Mapping[str, Reached],
+    reached: Mapping[str, CA],
     expected: Mapping[str, verify.Expectation],
     prepared: Sequence[Prepared],
     progress: Progress,
 ) -> dict[str, Answer]:
     """The answers of one backend, which is not asked for what its preflight refused."""
     ca = reached[prepared[0].authority]
-    owed = [one for one in prepared if ca.backend is not None and _owes(ca, one)]
-    answers: dict[str, Answer] = {one.name: _collected(ca, one, expected[one.authority], progress) for one in owed}
+    answers: dict[str, Answer] = {}
+    requests = []
     for one in prepared:
-        if one.name not in answers and one.name in (wrong := reached[one.authority].wrong):
-            answers[one.name] = wrong[one.name]
-    requests = [one.request for one in prepared if one.name not in answers]
-    if requests and ca.backend is not None:
+        if one.open is not None and ca.backend is not None and _owes(ca, one):
+            answers[one.name] = ca.collect(one.open.request, one.open.reference, expected[one.authority])
+            progress.signed(one.name)
+        elif (error := reached[one.authority].error(one.name)) is not None:
+            answers[one.name] = error
+        else:
+            requests.append(one.request)
 
-        def signed(some: Sequence[registry.Answered]) -> None:
-            for request, _ in some:
-                progress.signed(request.spec.name)
+    def signed(some: Sequence[tuple[SignRequest, object]]) -> None:
+        for request, _ in some:
+            progress.signed(request.spec.name)
 
-        given = registry.sign_all(ca.backend, requests, ca.outage, signed)
+    if requests:
+        given = ca.ask(requests, signed)
         answers |= {request.spec.name: answer for request, answer in zip(requests, given, strict=True)}
     return answers
 
 
-def _owes(reached: Reached, one: Prepared) -> bool:
+def _owes(ca: CA, one: Prepared) -> bool:
     """Whether this CA has the request from an earlier run."""
-    return one.open is not None and bool(one.open.reference) and one.open.backend == reached.label
-
-
-def _collected(reached: Reached, one: Prepared, expected: verify.Expectation, progress: Progress) -> Answer:
-    backend, made = reached.backend, one.open
-    if made is None or not isinstance(backend, Collects):
-        raise BridgeError(f'{reached.label}: answered {one.name} with "later", and can\'t be asked later: a bug in it')
-    try:
-        return reached.outage.ask(lambda: collected(backend, made.request, made.reference, expected))
-    except BackendError as e:
-        return e
-    finally:
-        progress.signed(one.name)
+    return one.open is not None and bool(one.open.reference) and one.open.backend == ca.label

@@ -7,6 +7,7 @@ backend can do that. What it can't find out: whether components work with the ne
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,15 +17,16 @@ from pathlib import Path
 from cryptography import x509
 
 from bridge.ca import registry
-from bridge.contract import Carries, Issued, Pending, Recalls, Revokes, Spends
+from bridge.ca.ca import CA
+from bridge.contract import Carries, Issued, Pending, Spends
 from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, WaitingError
 from bridge.node.inventory import Item, Node
 from bridge.pki import verify
-from bridge.pki.certificates import load_pem_certificates, serial_hex
+from bridge.pki.certificates import serial_hex
 from bridge.pki.expiry import due_from, duration_text
 from bridge.renewal import new_keys
 from bridge.renewal.changes import decide
-from bridge.renewal.issuance import Answered, Reached, issue_all, reaching
+from bridge.renewal.issuance import Answered, issue_all, reaching
 from bridge.renewal.prepare import preparing
 from bridge.renewal.readiness import assert_room, without_restart
 from bridge.renewal.revocation import RevocationError
@@ -37,7 +39,9 @@ from bridge.state import audit
 from bridge.state.outcome import Outcome
 from bridge.state.requests import Unkept
 from bridge.state.session import Run, begun
+from bridge.system.ca_files import read_ca_file
 from bridge.system.console import Progress
+from bridge.system.safe_read import UnreadableError
 
 
 class NoRehearsalError(BridgeError):
@@ -171,11 +175,10 @@ def _expected(one: verify.Expectation, settings: Settings, authority: str) -> ve
 
 def _anchors(path: Path) -> tuple[x509.Certificate, ...]:
     try:
-        return tuple(load_pem_certificates(path.read_bytes()))
-    except (OSError, ValueError) as e:
-        reason = e.strerror if isinstance(e, OSError) else e
+        return read_ca_file(path)
+    except UnreadableError as e:
         raise MissingCertificateError(
-            f"{path}: wanted the CA certificate of a rehearsal (anchor), found: {reason}", hint="put it there"
+            f"{path}: wanted the CA certificate of a rehearsal (anchor), found: {e}", hint="put it there"
         ) from e
 
 
@@ -211,7 +214,7 @@ def _told(outcome: Outcome) -> Outcome:
 
 
 def _thrown_away(
-    run: Run, answered: Sequence[Answered], reached: Mapping[str, Reached]
+    run: Run, answered: Sequence[Answered], reached: Mapping[str, CA]
 ) -> tuple[set[x509.Certificate], list[BridgeError]]:
     """Have revoked whatever was signed for our keys, whether it passed or not."""
     revoked: set[x509.Certificate] = set()
@@ -221,11 +224,11 @@ def _thrown_away(
         ca = reached.get(authority)
         signed = _signed([one for one in answered if one.prepared.authority == authority], ca, run.now())
         for name, leaf in signed:
-            if ca is None or not isinstance(backend := ca.backend, Revokes):
+            if ca is None or not ca.can_revoke:
                 unable.setdefault(ca.label if ca is not None else authority, []).append(name)
                 continue
             try:
-                ca.outage.ask(lambda leaf=leaf, backend=backend: backend.revoke(leaf))
+                ca.revoke(leaf)
             except BackendError as e:
                 error = _not_revoked(name, leaf, ca.label, e)
                 run.record.add(audit.FAILED, name, authority=authority, new=leaf, error=error)
@@ -248,7 +251,7 @@ def _not_revoked(name: str, leaf: x509.Certificate, label: str, cause: BackendEr
     return RevocationError(f"not revoked: {name}, serial {serial_hex(leaf)}: {label}: {cause}", cause, hint=hint)
 
 
-def _signed(answered: Sequence[Answered], ca: Reached | None, now: datetime) -> list[tuple[str, x509.Certificate]]:
+def _signed(answered: Sequence[Answered], ca: CA | None, now: datetime) -> list[tuple[str, x509.Certificate]]:
     """
     Certificates that are to be revoked, by name: for our new keys, and no other that a CA may have sent instead.
 
@@ -256,13 +259,10 @@ def _signed(answered: Sequence[Answered], ca: Reached | None, now: datetime) -> 
     """
     found = [(one, one.answer.leaf) for one in answered if isinstance(one.answer, Issued)]
     lost = [one for one in answered if isinstance(one.answer, Pending | BackendError)]
-    if lost and ca is not None and isinstance(backend := ca.backend, Recalls):
-        since = now - timedelta(days=1)
-        try:
-            recalled = backend.recall([one.prepared.request for one in lost], since)
-        except BackendError:
-            recalled = ()  # as lost as before
-        found += [(one, answer.leaf) for one, answer in zip(lost, recalled, strict=False) if answer is not None]
+    if ca is not None:
+        with contextlib.suppress(BackendError):  # as lost as before
+            recalled = ca.recall([one.prepared.request for one in lost], now - timedelta(days=1))
+            found += [(one, answer.leaf) for one, answer in zip(lost, recalled, strict=True) if answer is not None]
     return [(one.prepared.name, leaf) for one, leaf in found if _is_ours(one, leaf)]
 
 

@@ -7,10 +7,11 @@ use and proven, and the delay is over. A certificate that is in use again, or ha
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 
 from bridge.ca import registry
-from bridge.contract import Revokes
+from bridge.ca.ca import CA
 from bridge.errors import BackendUnavailableError, BridgeError
 from bridge.node.inventory import Node
 from bridge.state import audit
@@ -140,26 +141,22 @@ def _revoke(run: Run, authority: str, ours: Sequence[Superseded]) -> tuple[list[
         BridgeError: The backend can't be used now.
     """
     configured = registry.configured(run.settings, [authority])[authority]
-    outage = registry.Outage(configured.settings.retry_for, configured.label)
-    backend = configured.open()
     done: list[Superseded] = []
     errors: list[BridgeError] = []
-    try:
-        if not isinstance(backend, Revokes):
-            run.progress.note(f"renewal.revoke: {configured.label} can't revoke: {_names(ours)}")
+    with contextlib.closing(CA.of(configured)) as ca:
+        if not ca.can_revoke:
+            run.progress.note(f"renewal.revoke: {ca.label} can't revoke: {_names(ours)}")
             return list(ours), []
         for one in ours:
             try:
-                outage.ask(lambda one=one: backend.revoke(one.certificate))  # type: ignore[misc]
+                ca.revoke(one.certificate)
             except BackendUnavailableError as e:
                 errors.append(_not_now([one], e))
                 continue
             except BridgeError as e:
                 hint = "it is not tried again: another CA's, or one that this CA does not know, can be revoked by hand"
-                errors.append(RevocationError(f"not revoked: {one}: {configured.label}: {e}", e, hint=hint))
+                errors.append(RevocationError(f"not revoked: {one}: {ca.label}: {e}", e, hint=hint))
             else:
                 run.record.add(audit.REVOKED, one.name, authority=authority, old=one.certificate)
             done.append(one)
-    finally:
-        registry.close(backend)
     return done, errors

@@ -13,10 +13,11 @@ from cryptography import x509
 from bridge.errors import BridgeError, SettingsError, SettingsProblem, Violation
 from bridge.node.inventory import Item, Node, NoNodeError
 from bridge.pki import expiry, identity
-from bridge.pki.certificates import load_pem_certificates
 from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF, KUBELET_SERVER, SPECS, SUPER_ADMIN, CertificateSpec, Component, KeyAlgorithm
 from bridge.state.outcome import Outcome
+from bridge.system.ca_files import read_ca_file
+from bridge.system.safe_read import UnreadableError
 from bridge.words import name_found
 
 if TYPE_CHECKING:  # a night with nothing due makes none of them
@@ -283,11 +284,10 @@ def anchors_of(item: Item) -> tuple[x509.Certificate, ...]:
         MissingCertificateError: It can't be read.
     """
     try:
-        return tuple(load_pem_certificates(item.anchor_path.read_bytes()))
-    except (OSError, ValueError) as e:
-        reason = e.strerror if isinstance(e, OSError) else e
+        return read_ca_file(item.anchor_path)
+    except UnreadableError as e:
         raise MissingCertificateError(
-            f"{item.anchor_path}: wanted the CA certificate that {item.spec.name} must lead to, found: {reason}",
+            f"{item.anchor_path}: wanted the CA certificate that {item.spec.name} must lead to, found: {e}",
             hint="put the CA certificate back",
         ) from e
 

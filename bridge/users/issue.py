@@ -19,30 +19,30 @@ from urllib.parse import urlsplit
 from cryptography import x509
 
 from bridge.ca import registry
-from bridge.ca.preflight import advice, preflight
-from bridge.ca.untrusted_answers import HearsayError, collected
-from bridge.contract import Carries, Collects, Continuity, Identifies, Issued, Pending
+from bridge.ca.ca import CA
+from bridge.ca.retry import Outage
+from bridge.ca.untrusted_answers import HearsayError
+from bridge.contract import Carries, Collects, Continuity, Issued, Pending
 from bridge.errors import (
     BackendError,
     BackendUnavailableError,
     BridgeError,
     SettingsError,
     SettingsProblem,
-    VerificationError,
-    Violation,
     WaitingError,
 )
 from bridge.node import kubeconfig
 from bridge.node.kubeconfig import FreshKubeconfig
 from bridge.pki import csr, verify
-from bridge.pki.certificates import load_pem_certificates, pem
-from bridge.pki.expiry import duration_text, minute
+from bridge.pki.certificates import pem
 from bridge.settings.tables import NodeSettings, Settings
-from bridge.specs import CA, USER, KeyAlgorithm
+from bridge.specs import CA as CLUSTER_CA
+from bridge.specs import USER, KeyAlgorithm
 from bridge.state import audit
 from bridge.state.session import alone
 from bridge.state.store import Store
 from bridge.state.users import OpenUser, save, waiting_file
+from bridge.system.ca_files import read_ca_file
 from bridge.system.console import Progress
 from bridge.system.files import write_atomically
 from bridge.system.foreign import ForeignLinkError, opened
@@ -57,8 +57,6 @@ _KEPT = (
     "anybody may have written that, so the request is kept, and a good answer to it still counts: "
     "once the desk signs it, carry the same bundle there again"
 )
-#: CAs count the validity from a beginning that they backdate.
-_SLACK = verify.BACKDATING
 _LEAST_SHARE = 2
 
 
@@ -105,23 +103,30 @@ def issue(
     _assert_may_write(order)
     anchors, anchor_name = _anchors(settings, order)
     server = _server(settings, order)
-    configured = registry.configured(settings, [CA.name])[CA.name]
+    configured = registry.configured(settings, [CLUSTER_CA.name])[CLUSTER_CA.name]
     expected = verify.Expectation(
         anchors=anchors,
         anchor_name=anchor_name,
         now=now(),
         min_validity=validity / _LEAST_SHARE,
-        extra_subject=settings.extra_subject(CA.name),
+        extra_subject=settings.extra_subject(CLUSTER_CA.name),
+        longest=rules.max_validity,
+        longest_name="users.max_validity",
     )
+    outage = Outage(configured.settings.retry_for, configured.label, progress.note)
     with alone(settings, wait, lambda found: progress.note(str(found))) as (store, record):
         one = _taken_up(store, record, order, given, validity, configured.label, now())
-        with contextlib.closing(_Asked(settings, configured, one, record, store, progress)) as asked:
-            verified = asked.verified(expected, now, rules.max_validity)
-        record.add(audit.VERIFIED, _name(order.user.name), authority=CA.name, new=verified.leaf)
+        with contextlib.closing(CA.of(configured, outage)) as ca:
+            verified = _Asked(settings, ca, one, record, store).verified(expected, now)
+        record.add(audit.VERIFIED, _name(order.user.name), authority=CLUSTER_CA.name, new=verified.leaf)
         record.write()
         _write(order, server, anchors[0], settings.node.cluster, verified, one)
         record.add(
-            audit.INSTALLED, _name(order.user.name), authority=CA.name, new=verified.leaf, result=f"in {order.out}"
+            audit.INSTALLED,
+            _name(order.user.name),
+            authority=CLUSTER_CA.name,
+            new=verified.leaf,
+            result=f"in {order.out}",
         )
         _forget(store, order.user.name)
     key_file = "" if one.key_pem is not None else _key_file(order)
@@ -180,19 +185,14 @@ def _assert_older(path: Path, order: UserOrder) -> None:
 
 
 def _anchors(settings: Settings, order: UserOrder) -> tuple[tuple[x509.Certificate, ...], str]:
-    path = order.ca_file or settings.node.pki_dir / CA.certificate_file
+    path = order.ca_file or settings.node.pki_dir / CLUSTER_CA.certificate_file
     try:
-        data = read(path)
-        found = load_pem_certificates(data) if data is not None else []
-        why = "no file"
-    except (UnreadableError, ValueError) as e:
-        found, why = [], str(e)
-    if not found:
+        return read_ca_file(path), str(path)
+    except UnreadableError as e:
         raise BridgeError(
-            f"{path}: wanted the cluster's CA certificate, found: {why}",
+            f"{path}: wanted the cluster's CA certificate, found: {e}",
             hint="name it with --ca FILE, away from a node",
-        )
-    return tuple(found), str(path)
+        ) from None
 
 
 def _server(settings: Settings, order: UserOrder) -> str:
@@ -237,7 +237,9 @@ def _taken_up(
         is_old = made.carried is not None and now - made.created > _CARRIED_ANEW
         if is_same and not is_old and (given is None) is (made.key_pem is not None):
             return made
-        record.add(audit.CANCELLED, _name(order.user.name), authority=CA.name, result="something else is asked for now")
+        record.add(
+            audit.CANCELLED, _name(order.user.name), authority=CLUSTER_CA.name, result="something else is asked for now"
+        )
     key = csr.generate_key(order.key) if given is None else None
     return OpenUser(
         name=order.user.name,
@@ -268,34 +270,18 @@ def _forget(store: Store, name: str) -> None:
 class _Asked:
     """The CA, asked for one user."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        configured: registry.Configured,
-        one: OpenUser,
-        record: audit.Record,
-        store: Store,
-        progress: Progress,
-    ) -> None:
-        self._one, self._record, self._store = one, record, store
-        self._outage = registry.Outage(configured.settings.retry_for, configured.label, progress.note)
-        self._backend = configured.open()
-        self._is_carried = isinstance(self._backend, Carries)
+    def __init__(self, settings: Settings, ca: CA, one: OpenUser, record: audit.Record, store: Store) -> None:
+        self._ca, self._one, self._record, self._store = ca, one, record, store
+        self._is_carried = isinstance(ca.backend, Carries)
         if self._is_carried and one.carried is None:
             self._one = dataclasses.replace(one, carried=_who_asks(settings.node, one.created))
 
-    def close(self) -> None:
-        """Let the backend give back what it took."""
-        registry.close(self._backend)
-
-    def verified(
-        self, expected: verify.Expectation, now: Callable[[], datetime], max_validity: timedelta
-    ) -> verify.Verified:
+    def verified(self, expected: verify.Expectation, now: Callable[[], datetime]) -> verify.Verified:
         """
         The CA's answer, verified.
 
         Raises:
-            WaitingError: There is none yet; it is remembered.
+            WaitingError: There is none yet; the request is kept.
             BackendError, VerificationError: It says no, or something else.
         """
         name, one = _name(self._one.name), self._one
@@ -309,35 +295,32 @@ class _Asked:
                     f"{name}: {answer.note or 'the CA has the request, and has not answered yet'}",
                     hint="the same command again takes the answer; nothing is asked twice",
                 )
-            self._record.add(audit.ISSUED, name, authority=CA.name, new=answer.leaf)
-            verified = _checked(answer, one, dataclasses.replace(expected, now=now()), max_validity)
+            self._record.add(audit.ISSUED, name, authority=CLUSTER_CA.name, new=answer.leaf)
+            verified = self._ca.verified(answer, one.request, dataclasses.replace(expected, now=now()))
         except BridgeError as e:
-            if isinstance(e, VerificationError):
-                e.hint = advice(self._backend, USER)
-            elif isinstance(e, HearsayError):
+            if isinstance(e, HearsayError):
                 e.hint = _KEPT
             if not isinstance(e, WaitingError | BackendUnavailableError | HearsayError):
                 _forget(self._store, one.name)  # its CA said no, or signed something else
-            self._record.add(audit.event_of(e), name, authority=CA.name, error=e)
+            self._record.add(audit.event_of(e), name, authority=CLUSTER_CA.name, error=e)
             raise
         return verified
 
     def _answer(self, expected: verify.Expectation) -> Issued | Pending:
-        one, backend = self._one, self._backend
-        identity = None
-        if one.reference and isinstance(backend, Collects):
-            return self._outage.ask(lambda: collected(backend, one.request, one.reference, expected))
-        wrong = self._outage.ask(lambda: preflight(backend, [USER], expected))
-        if wrong:
-            raise wrong[USER.name]
-        with contextlib.suppress(BackendError):  # for the record alone
-            identity = (backend.identity() or None) if isinstance(backend, Identifies) else None
-        self._record.know(_name(one.name), one.request, one.backend, identity)
-        self._record.add(audit.ASKED, _name(one.name), authority=CA.name)
-        self._record.write()  # nobody is asked for what the record can't have
-        if isinstance(backend, Collects):
-            self._remember(one)  # a key that may be signed for is on disk before
-        [answer] = registry.sign_all(backend, [one.request], self._outage, lambda _: None)
+        one, ca = self._one, self._ca
+        collects = isinstance(ca.backend, Collects)
+        if one.reference and collects:
+            answer = ca.collect(one.request, one.reference, expected)
+        else:
+            ca.look([USER], lambda _: expected)
+            if (wrong := ca.error(USER.name)) is not None:
+                raise wrong
+            self._record.know(_name(one.name), one.request, one.backend, ca.identity)
+            self._record.add(audit.ASKED, _name(one.name), authority=CLUSTER_CA.name)
+            self._record.write()  # a CA is asked for nothing that the record can't have
+            if collects:
+                self._remember(one)  # a key that may be signed for is on disk before
+            [answer] = ca.ask([one.request])
         if isinstance(answer, BackendError):
             raise answer
         return answer
@@ -350,15 +333,6 @@ def _who_asks(node: NodeSettings, created: datetime) -> Continuity:
     """Who asks, for a desk's policy and for the names of files; nothing proves it."""
     asked = created.replace(microsecond=0)
     return Continuity(batch=secrets.token_hex(16), node=node.node_name, cluster=node.cluster, proof=None, asked=asked)
-
-
-def _checked(answer: Issued, one: OpenUser, expected: verify.Expectation, max_validity: timedelta) -> verify.Verified:
-    verified = verify.check(answer, one.request, expected)
-    end, latest = verified.leaf.not_valid_after_utc, expected.now + max_validity + _SLACK
-    if end > latest:
-        want = f"at most {duration_text(max_validity)} (users.max_validity), until {minute(latest)}"
-        raise VerificationError(USER.name, [Violation(subject="notAfter", want=want, got=minute(end))])
-    return verified
 
 
 # --- the kubeconfig --------------------------------------------------------------------------------------------------

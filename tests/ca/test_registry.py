@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import pytest
 
 from bridge.ca import registry
+from bridge.ca.ca import CA
+from bridge.ca.retry import Outage
 from bridge.contract import (
     ENTRY_POINT_GROUP,
     Backend,
@@ -232,8 +234,7 @@ def issued() -> Issued:
 def ask(
     backend: Backend, requests: Sequence[SignRequest], retry_for: float
 ) -> Sequence[Issued | Pending | BackendError]:
-    outage = registry.Outage(timedelta(seconds=retry_for))
-    return registry.sign_all(backend, requests, outage, lambda _: None)
+    return CA(label="ca", backend=backend, retry=Outage(timedelta(seconds=retry_for))).ask(requests)
 
 
 def test_unavailable_is_asked_again_with_the_same_csr(asked: SignRequest, issued: Issued) -> None:

@@ -23,7 +23,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
-from bridge.ca import registry
+from bridge.ca import ca, registry
 from bridge.cli import desk as cli_desk
 from bridge.contract import Issued, Pending, Recalls
 from bridge.desk import csr_directory, desk
@@ -578,7 +578,7 @@ def test_an_answer_that_has_become_old_is_not_given_again(desk_: Desk, pki: Pki,
     ("module", "function", "before"),
     [
         ("desk.journal", "Journal._write", False),  # what is asked
-        ("ca.registry", "sign_all", False),  # signed, and not written down
+        ("ca.ca", "CA.ask", False),  # signed, and not written down
         ("desk.desk", "Desk._verify", True),  # signed and written down
         ("system.many_files", "_File.write", False),  # one answer is written, and not on disk
         ("system.many_files", "_File.put_in_place", True),  # all are on disk
@@ -807,7 +807,7 @@ def test_a_killed_run_asks_again_only_for_what_was_on_its_way(
 
     calls = (tmp_path / "people/calls").read_text().splitlines()
     assert len(set(calls)) == 40
-    assert 40 <= len(calls) <= 40 + registry.PARALLEL_REQUESTS
+    assert 40 <= len(calls) <= 40 + ca.PARALLEL_REQUESTS
 
 
 def test_a_desk_whose_ca_answers_later(

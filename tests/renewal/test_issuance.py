@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from bridge import entry
-from bridge.ca.registry import Outage
+from bridge.ca.ca import CA
+from bridge.ca.retry import Outage
 from bridge.contract import Issued, SignRequest
 from bridge.errors import BackendError
 from bridge.node import inventory
 from bridge.renewal import new_keys
-from bridge.renewal.issuance import Reached, issue_all
+from bridge.renewal.issuance import issue_all
 from bridge.renewal.prepare import Prepared, prepare
 from bridge.renewal.verify_and_install import expectations
 from bridge.settings.load import overridden, parse
@@ -92,7 +93,7 @@ def issued(run: Run, ca: OneByOne, names: Sequence[str]) -> list[str]:
     if isinstance(ca, AllAtOnce):
         for future, one in zip(making[1:], prepared[1:], strict=True):
             future.set_result(one)
-    reached = {"ca": Reached(label="ca", backend=ca, outage=Outage(timedelta()), wrong={})}
+    reached = {"ca": CA(label="ca", backend=ca, retry=Outage(timedelta()))}
     expected, _ = expectations(found, run.settings, items, run.now())
     answered: list[str] = []
     thread = threading.Thread(

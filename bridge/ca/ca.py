@@ -1,0 +1,268 @@
+"""
+One CA at work: reached, asked, collected from, asked what it has signed before, and its answers proven.
+
+What has to be on disk before a CA is asked, the caller writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from cryptography import x509
+
+from bridge.ca import registry
+from bridge.ca.preflight import advice, assert_right_ca, usages
+from bridge.ca.registry import Configured
+from bridge.ca.retry import Outage, Retry
+from bridge.ca.untrusted_answers import collected
+from bridge.contract import (
+    Backend,
+    Collects,
+    Identifies,
+    Issued,
+    ListsIssuers,
+    Pending,
+    Recalls,
+    Revokes,
+    SignRequest,
+    SignsMany,
+    TellsRevoked,
+)
+from bridge.errors import BackendError, BridgeError, VerificationError
+from bridge.pki import verify
+from bridge.pki.verify import Expectation, Verified
+from bridge.specs import CertificateSpec
+from bridge.system.console import log
+from bridge.system.interruption import workers
+
+#: Requests to one CA at a time; more do not make OpenBao or cfssl any faster (their own CPU is the limit).
+PARALLEL_REQUESTS = 4
+
+Answer = Issued | Pending | BackendError
+Answered = tuple[SignRequest, Answer]
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class CA:
+    """One authority's CA, from any thread."""
+
+    label: str  #: For messages, such as `corp (vault)`.
+    backend: Backend | None  #: None: it can't be opened, for which `trouble` has the reason.
+    retry: Retry
+    trouble: BridgeError | None = None  #: Why it can't be used at all.
+    wrong: Mapping[str, BridgeError] = field(default_factory=dict)  #: What it would sign wrongly, by certificate name.
+    identity: str | None = None  #: Our name at the CA, if it tells.
+    certificates: tuple[x509.Certificate, ...] = ()  #: Its own, the one that signs first, if it tells.
+
+    @classmethod
+    def of(cls, configured: Configured, retry: Retry | None = None) -> CA:
+        """
+        Open the backend; the CA is not asked yet.
+
+        Raises:
+            SettingsError: A file that the settings name can't be used.
+        """
+        retry = retry or Outage(configured.settings.retry_for, configured.label)
+        return cls(label=configured.label, backend=configured.open(), retry=retry)
+
+    @classmethod
+    def reach(
+        cls,
+        configured: Configured,
+        specs: Sequence[CertificateSpec],
+        expected: Callable[[CA], Expectation],
+        tell: Callable[[str], None] = lambda text: log.info("%s", text),
+        opened: Backend | None = None,
+    ) -> CA:
+        """
+        Open a backend, and ask what can be asked before a signature is spent; an error is part of the answer.
+
+        Args:
+            configured: The authority's backend.
+            specs: The certificates that the CA will be asked for.
+            expected: What they have to be, once the CA has told its certificates.
+            tell: See `Outage`.
+            opened: The backend, if another authority that shares it has opened it.
+        """
+        ca = cls(
+            label=configured.label, backend=opened, retry=Outage(configured.settings.retry_for, configured.label, tell)
+        )
+        try:
+            ca.backend = opened or configured.open()
+            ca.look(specs, expected)
+        except BridgeError as e:
+            ca.trouble = e
+        return ca
+
+    def look(self, specs: Sequence[CertificateSpec], expected: Callable[[CA], Expectation]) -> None:
+        """
+        Find out whether it is the right CA, and what it would sign wrongly.
+
+        Raises:
+            BackendError: It is another CA, does not accept us, or does not answer.
+        """
+        self.certificates = self.issuers()
+        wanted = expected(self)
+        if self.certificates:
+            assert_right_ca(self.certificates, wanted)
+        self.wrong = self.retry.ask(lambda: usages(self.backend, specs))
+        self.identity = self.ask_identity()
+
+    def ask_identity(self) -> str | None:
+        """Our name at the CA, for the record alone: a CA that does not tell may still sign."""
+        with contextlib.suppress(BackendError):
+            return (self.backend.identity() or None) if isinstance(self.backend, Identifies) else None
+        return None
+
+    def issuers(self) -> tuple[x509.Certificate, ...]:
+        """The CA's own certificates, the one that signs first; none: this CA does not tell."""
+        backend = self.backend
+        return tuple(self.retry.ask(backend.issuers)) if isinstance(backend, ListsIssuers) else ()
+
+    def error(self, name: str) -> BridgeError | None:
+        """Why this certificate can't be asked for."""
+        return self.trouble or self.wrong.get(name)
+
+    def advice(self, spec: CertificateSpec) -> str:
+        """Hint at what to compare where a certificate is not what was asked for."""
+        return advice(self.backend, spec)
+
+    # --- asking -------------------------------------------------------------------------------------------------------
+
+    def ask(
+        self, requests: Sequence[SignRequest], done: Callable[[Sequence[Answered]], None] = lambda _: None
+    ) -> Sequence[Answer]:
+        """
+        Have the CA sign, all at once where it can do that.
+
+        Args:
+            requests: Of authorities that share this CA's backend.
+            done: Gets the answers as they come, from several threads.
+
+        Returns:
+            One answer a request, in their order; a backend's error is an answer.
+        """
+        backend = self._opened()
+        if isinstance(backend, SignsMany):
+            answers = self._ask_many(backend, requests)
+            done(list(zip(requests, answers, strict=True)))
+            return answers
+
+        def sign(request: SignRequest) -> Answer:
+            answer: Answer
+            try:
+                answer = self.retry.ask(lambda: backend.sign(request))
+            except BackendError as e:
+                answer = e
+            done([(request, answer)])
+            return answer
+
+        if len(requests) == 1:
+            return [sign(requests[0])]
+        with workers(PARALLEL_REQUESTS) as pool:
+            return list(pool.map(sign, requests))
+
+    def _ask_many(self, backend: SignsMany, requests: Sequence[SignRequest]) -> Sequence[Answer]:
+        try:
+            answers = self.retry.ask(lambda: backend.sign_many(requests))
+        except BackendError as e:
+            e.is_for_all = True
+            return [e] * len(requests)
+        if len(answers) != len(requests):
+            raise BridgeError(f"wanted {len(requests)} answers of the backend, got {len(answers)}: a bug in it")
+        return answers
+
+    def collect(self, request: SignRequest, reference: str, expected: Expectation) -> Answer:
+        """
+        Ask for the answer that the CA owes; a backend's error is an answer.
+
+        Raises:
+            BridgeError: This backend can't be asked later.
+        """
+        backend, name = self.backend, request.spec.name
+        if not isinstance(backend, Collects):
+            raise BridgeError(f'{self.label}: answered {name} with "later", and can\'t be asked later: a bug in it')
+        try:
+            return self.retry.ask(lambda: collected(backend, request, reference, expected))
+        except BackendError as e:
+            return e
+
+    def recall(self, requests: Sequence[SignRequest], since: datetime) -> Sequence[Issued | None]:
+        """
+        Look for what the CA signed for an earlier run that could not take the answer.
+
+        Returns:
+            One answer a request, in their order; None: it is not known, or this CA can't look.
+
+        Raises:
+            BackendError: See `bridge.contract.Recalls`.
+        """
+        backend = self.backend
+        if not requests or not isinstance(backend, Recalls):
+            return [None] * len(requests)
+        return self.retry.ask(lambda: backend.recall(requests, since))
+
+    def verified(self, answer: Issued, request: SignRequest, expected: Expectation) -> Verified:
+        """
+        Prove an answer.
+
+        Raises:
+            VerificationError: It is not what was asked for; the hint says where to look at this CA.
+        """
+        try:
+            return verify.check(answer, request, expected)
+        except VerificationError as e:
+            e.hint = self.advice(request.spec)
+            raise
+
+    # --- revoking -----------------------------------------------------------------------------------------------------
+
+    @property
+    def can_revoke(self) -> bool:
+        """Whether the backend can revoke."""
+        return isinstance(self.backend, Revokes)
+
+    def revoke(self, certificate: x509.Certificate) -> None:
+        """
+        Revoke a certificate of this CA, which `can_revoke`.
+
+        Raises:
+            BackendError: See `bridge.contract.Revokes`.
+        """
+        backend = self.backend
+        if isinstance(backend, Revokes):
+            self.retry.ask(lambda: backend.revoke(certificate))
+
+    def is_revoked(self, certificate: x509.Certificate) -> bool:
+        """
+        Whether the CA has revoked it; False where this CA can't tell.
+
+        Raises:
+            BackendError: The CA can tell, and does not now.
+        """
+        backend = self.backend
+        return isinstance(backend, TellsRevoked) and self.retry.ask(lambda: backend.is_revoked(certificate))
+
+    def close(self) -> None:
+        """Let the backend give back what it took."""
+        if self.backend is not None:
+            registry.close(self.backend)
+
+    def _opened(self) -> Backend:
+        if self.backend is None:
+            raise self.trouble or AssertionError("a CA without a backend has a reason for it")
+        return self.backend
+
+
+def signer_of(configured: Configured, retry: Retry | None = None) -> tuple[x509.Certificate, ...]:
+    """
+    The certificate that signs at this CA, if it tells; not those above it: a company's root signs for others, too.
+
+    Raises:
+        BridgeError: The backend can't be opened, or the CA does not answer.
+    """
+    with contextlib.closing(CA.of(configured, retry)) as ca:
+        return ca.issuers()[:1]

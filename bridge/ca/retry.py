@@ -1,0 +1,159 @@
+"""When a CA that is unavailable is asked again: a run waits for it, a service leaves it alone for a while."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Protocol, TypeVar
+
+from bridge.errors import BackendUnavailableError
+from bridge.system.console import log
+
+_FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.5, 15.0
+_FIRST_REST_SECONDS, _LONGEST_REST_SECONDS = 1.0, 30.0
+#: More doublings would only make a larger number of what is cut off anyway.
+_MOST_DOUBLINGS = 30
+
+T = TypeVar("T")
+
+
+def back_off_seconds(failures: int, first: float, longest: float) -> float:
+    """The pause after this many failures in a row, the first of which is number 0: each is twice the one before."""
+    return min(first * 2.0 ** min(failures, _MOST_DOUBLINGS), longest)
+
+
+class Retry(Protocol):
+    """What happens to a question while the CA is unavailable."""
+
+    def ask(self, question: Callable[[], T]) -> T:
+        """
+        Ask the CA.
+
+        Raises:
+            BackendUnavailableError: It stayed unavailable for as long as this policy waits.
+            BackendRefusedError: At once.
+        """
+        ...
+
+
+class Outage:
+    """
+    How long a CA may be unavailable in one run: `retry_for` after its first failure in a row, for all requests together.
+
+    Retries never make a new key; a second certificate for one key is harmless.
+    """
+
+    def __init__(
+        self, retry_for: timedelta, label: str = "", tell: Callable[[str], None] = lambda text: log.info("%s", text)
+    ) -> None:
+        """
+        Args:
+            retry_for: `retry_for` of the settings.
+            label: The CA, for messages.
+            tell: Gets one message an outage, why and until when the CA is asked again; each further try is for `-v`.
+        """
+        self._retry_for_seconds = retry_for.total_seconds()
+        self._label = label
+        self._tell = tell
+        self._lock = threading.Lock()
+        self._since: float | None = None
+        self._reported_since: float | None = None
+        self._gave_up: BackendUnavailableError | None = None
+
+    def ask(self, question: Callable[[], T]) -> T:
+        """Ask, and ask again while the CA is unavailable; once given up, it is not waited for a second time."""
+        if self._gave_up is not None:
+            raise BackendUnavailableError(str(self._gave_up), hint=self._gave_up.hint)
+        try:
+            return self._once(question)
+        except BackendUnavailableError as e:
+            first = [e]
+
+        def again() -> T:
+            if first:
+                raise first.pop()
+            return self._once(question)
+
+        return self._ask_again(again)
+
+    def _ask_again(self, question: Callable[[], T]) -> T:
+        from tenacity import Retrying, retry_if_exception_type  # noqa: PLC0415 (25 ms; only where a CA was unavailable)
+
+        policy = Retrying(
+            retry=retry_if_exception_type(BackendUnavailableError),
+            stop=lambda state: self._is_over(state.upcoming_sleep),
+            wait=lambda state: _wait(state.attempt_number, state.outcome.exception() if state.outcome else None),
+            before_sleep=lambda state: self._report(
+                state.upcoming_sleep, state.outcome.exception() if state.outcome else None
+            ),
+            reraise=True,
+        )
+        try:
+            return policy(question)
+        except BackendUnavailableError as e:
+            self._gave_up = e
+            raise
+
+    def _once(self, question: Callable[[], T]) -> T:
+        try:
+            answer = question()
+        except BackendUnavailableError:
+            with self._lock:
+                self._since = self._since or time.monotonic()
+            raise
+        with self._lock:
+            self._since = None
+        return answer
+
+    def _report(self, upcoming_sleep_seconds: float, error: BaseException | None) -> None:
+        with self._lock:
+            since, is_new = self._since, self._reported_since != self._since
+            self._reported_since = since
+        left = self._retry_for_seconds - (time.monotonic() - since if since is not None else 0.0)
+        until = datetime.now(UTC) + timedelta(seconds=max(0.0, left))
+        about = f"{self._label}: {error}" if self._label else f"{error}"
+        if is_new:
+            self._tell(f"{about}; asked again until {until:%H:%M:%S} UTC (retry_for)")
+        log.debug("%s; asked again in %.1f s, until %s UTC", about, upcoming_sleep_seconds, f"{until:%H:%M:%S}")
+
+    def _is_over(self, upcoming_sleep_seconds: float) -> bool:
+        with self._lock:
+            if self._since is None:
+                return False
+            return time.monotonic() - self._since + upcoming_sleep_seconds > self._retry_for_seconds
+
+
+def _wait(attempt: int, error: BaseException | None) -> float:
+    """Seconds: the CA's own `Retry-After` if it is longer than our pause."""
+    wanted = error.retry_after_seconds if isinstance(error, BackendUnavailableError) else None
+    return max(back_off_seconds(attempt - 1, _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS), wanted or 0.0)
+
+
+class Rest:
+    """A policy that never waits: after a failure the CA is to be left alone for `seconds_left`, longer each time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._failures = 0
+        self._until = 0.0
+
+    def seconds_left(self) -> float:
+        """For how long the CA should not be asked."""
+        return max(0.0, self._until - time.monotonic())
+
+    def ask(self, question: Callable[[], T]) -> T:
+        """Ask once."""
+        try:
+            answer = question()
+        except BackendUnavailableError as e:
+            with self._lock:
+                wanted = min(e.retry_after_seconds or 0.0, _LONGEST_REST_SECONDS)
+                rest = back_off_seconds(self._failures, _FIRST_REST_SECONDS, _LONGEST_REST_SECONDS)
+                self._failures += 1
+                self._until = time.monotonic() + max(rest, wanted)
+            raise
+        with self._lock:
+            self._failures = 0
+        return answer
