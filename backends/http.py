@@ -1,7 +1,7 @@
 """
-HTTP as every backend wants it: limits of time and size, one TLS context, nothing of the environment's.
+HTTP as every backend wants it: limits of time and size, one TLS context, nothing of the environment's, one error ladder.
 
-No rules of any CA are here; only what would be the same in each file beside this one.
+No rules of any CA are here: each gives its own text to `Wording`.
 """
 
 from __future__ import annotations
@@ -9,130 +9,205 @@ from __future__ import annotations
 import re
 import socket
 import ssl
-import threading
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import requests
 from cryptography import x509
 from cryptography.x509.oid import NameOID
-from requests.adapters import HTTPAdapter
-from requests.exceptions import ChunkedEncodingError
-from urllib3.connection import HTTPSConnection
-from urllib3.connectionpool import HTTPSConnectionPool
+from requests.adapters import BaseAdapter
 
-from bridge.errors import SettingsError, SettingsProblem
-from bridge.system import kept_http
-from bridge.system.https import HttpsError, alert, context
-from bridge.system.kept_http import KeptConnection, TooLongError
+from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsError, SettingsProblem
+from bridge.system.http import (
+    Answer,
+    BrokenOffError,
+    ClientRefusedError,
+    HandshakeError,
+    HttpsError,
+    KeptConnection,
+    Peer,
+    TooLongError,
+    UntrustedError,
+    context,
+)
 from bridge.words import one_line
-
-#: A signed certificate with its chain is a few kB, one with thousands of SANs far below this.
-MAX_ANSWER_BYTES = 1 << 20
-
-T = TypeVar("T")
-
-
-#: A connection's end that may have any cause.
-CUT_OFF = (ssl.SSLEOFError, ConnectionResetError, BrokenPipeError)
-
 
 #: For the second look at a connection that broke.
 _ALERT_SECONDS = 5.0
+#: Of a server whose certificate is not valid yet.
+_CLOCK_HINT = "is this node's clock behind? then put it right; else the server's certificate begins in the future"
+#: Headers that the connection writes itself.
+_OWN_HEADERS = frozenset({"host", "content-length", "accept-encoding", "connection"})
 
 
-class TooMuchError(Exception):
-    """An answer without end."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wording:
+    """What a backend adds to the errors that all of them have alike."""
+
+    name: str  #: Of the backend's type, before each message.
+    not_ours: str  #: A hint where the server is probably another product.
+    tls: Callable[[str], str]  #: A hint for a handshake that failed, by OpenSSL's text.
+    silent: str = ""  #: A hint where there is no answer, and the cause tells nothing.
+    cut_off: str = ""  #: A hint where the server ended the connection without a word.
+    status_suffices: bool = False  #: An error's status counts although its body broke off.
 
 
-class TlsRefusedError(Exception):
-    """One side of a TLS connection did not accept the other; the text is OpenSSL's."""
-
-
-class NoAnswerError(Exception):
-    """No whole answer, for a reason that may pass; the text is the innermost cause's."""
-
-    def __init__(self, text: str, *, cut_off: bool = False, hint: str = "") -> None:
-        super().__init__(text)
-        self.cut_off = cut_off  #: The other side ended the connection, and did not say why.
-        self.hint = hint  #: What to look at, where the cause tells; may be empty.
-
-
-def is_loopback(host: str) -> bool:
-    """Whether it is this machine, to which a secret may go in the clear."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def within(seconds: float, work: Callable[[], T]) -> T:
+class Http(BaseAdapter):
     """
-    Call `work` in a thread of its own with a limit of time; returns or raises what it does.
+    The way to one CA's server, for several threads, over connections that are kept; below a session of `requests`, too.
 
-    The timeouts of `requests` are for each step, so an answer that drips, a name with many addresses or a slow
-    resolver could take any time.
-
-    Raises:
-        TimeoutError: It took longer; it is left to itself, and what it returns after all is closed.
+    Only this server is asked, whatever URL a request has. No request is repeated, no redirect followed.
     """
-    future: Future[T] = Future()
 
-    def run() -> None:
+    def __init__(self, wording: Wording, url: str, timeout: timedelta, tls: Callable[[], ssl.SSLContext]) -> None:
+        """
+        Args:
+            wording: The backend's.
+            url: `https:` or `http:`, host and port; its path does not count.
+            timeout: For one request with its whole answer.
+            tls: Makes a context, for each connection another one: files are read again.
+        """
+        super().__init__()
+        self._wording = wording
+        self._seconds = timeout.total_seconds()
+        self._peer = Peer.of(url, tls, alert_seconds=min(self._seconds, _ALERT_SECONDS))
+        self._idle: deque[KeptConnection] = deque()
+        self.clock_ahead: timedelta | None = None  #: The server's, at its latest answer.
+        self.session = requests.Session()
+        self.session.trust_env = False  # no proxies, no .netrc, no CA bundles
+        self.session.adapters.clear()
+        self.session.mount("https://" if self._peer.tls else "http://", self)
+
+    def ask(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None) -> Answer:
+        """
+        Send one request, without the time that `requests` takes for it; any status is an answer.
+
+        Raises:
+            BackendRefusedError: TLS failed, the answer is too long, or the request can't be made.
+            BackendUnavailableError: No answer in time.
+        """
+        return self._asked(f"{method} {url}", lambda: self._exchange(method, _target(url), headers, body))
+
+    def request(self, method: str, url: str, where: str = "", **options: Any) -> Answer:
+        """
+        Send one request, as `ask`.
+
+        Args:
+            method: HTTP's.
+            url: Whole.
+            where: For messages; empty: the URL.
+            options: Of `requests.Session.request`, such as `json`, `data`, `headers` and `auth`.
+
+        Raises:
+            BackendError: As `ask`.
+        """
+        return self.call(where or url, lambda: self.session.request(method, url, allow_redirects=False, **options))
+
+    def call(self, where: str, send: Callable[[], requests.Response]) -> Answer:
+        """
+        Let a library send one request over `session`, as `ask`.
+
+        Raises:
+            BackendError: As `ask`.
+        """
+
+        def answer() -> Answer:
+            response = send()
+            headers = {name.lower(): value for name, value in response.headers.items()}
+            return Answer(status=response.status_code, headers=headers, body=response.content)
+
+        return self._asked(where, answer)
+
+    def send(self, request: requests.PreparedRequest, *_: object, **__: object) -> requests.Response:
+        """Send what `requests` has prepared; its own limits and verification do not count, ours do."""
+        headers = {name: str(value) for name, value in request.headers.items() if name.lower() not in _OWN_HEADERS}
+        body = request.body.encode() if isinstance(request.body, str) else request.body
+        if body is None and "Content-Length" in request.headers:
+            body = b""
+        answer = self._exchange(request.method or "GET", request.path_url, headers, body)
+        response = requests.Response()
+        response.status_code = answer.status
+        response.headers.update(answer.headers)
+        response.request, response.url = request, request.url or ""
+        response._content = answer.body  # noqa: SLF001 (as `requests.Session` does for a body that was read)
+        response._content_consumed = True  # type: ignore[attr-defined] # noqa: SLF001
+        return response
+
+    def close(self) -> None:
+        """Close the connections that are not in use."""
+        while self._idle:
+            self._idle.pop().close()
+
+    def _exchange(self, method: str, target: str, headers: Mapping[str, str], body: bytes | None) -> Answer:
         try:
-            future.set_result(work())
-        except BaseException as e:  # noqa: BLE001 (it is raised on the other side)
-            future.set_exception(e)
+            connection = self._idle.pop()
+        except IndexError:
+            connection = KeptConnection(self._peer)
+        answer = connection.ask(method, target, headers, body, seconds=self._seconds)
+        self._idle.append(connection)
+        return answer
 
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        return future.result(timeout=seconds)
-    except TimeoutError:
-        future.add_done_callback(_close)
-        raise
+    # --- errors -------------------------------------------------------------------------------------------------------
+
+    def _asked(self, where: str, exchange: Callable[[], Answer]) -> Answer:
+        """The one place where what keeps an answer from us becomes a backend's error."""
+        name = self._wording.name
+        try:
+            answer = exchange()
+        except BrokenOffError as e:
+            if not self._wording.status_suffices or 200 <= e.status < 300:  # noqa: PLR2004
+                raise self._error(where, e) from e
+            answer = Answer(status=e.status, body=b"")  # the reason is lost, the status says enough
+        except HttpsError as e:
+            raise self._error(where, e) from e
+        except SettingsError as e:  # the files were good when we began
+            raise BackendRefusedError(f"{name}: {e}", hint=e.hint) from e
+        except ValueError as e:  # a header's value may be in its text, as in those of `requests`
+            text = f"{name}: {where}: the request could not be made: {type(e).__name__}"
+            raise BackendRefusedError(text, hint=self._wording.not_ours) from None
+        self.clock_ahead = clock_ahead(answer, datetime.now(UTC))
+        return answer
+
+    def _error(self, where: str, error: HttpsError) -> BackendError:
+        wording, cause = self._wording, error.__cause__
+        if isinstance(error, TooLongError):
+            return BackendRefusedError(f"{wording.name}: {where}: {error}", hint=wording.not_ours)
+        if isinstance(error, UntrustedError | ClientRefusedError | HandshakeError):
+            text = one_line(cause or error)
+            hint = _CLOCK_HINT if "not yet valid" in text else wording.tls(text)
+            return BackendRefusedError(f"{wording.name}: {where}: TLS: {text}", hint=hint)
+        return BackendUnavailableError(f"{wording.name}: {where}: {error}", hint=self._hint(cause))
+
+    def _hint(self, cause: BaseException | None) -> str:
+        if isinstance(cause, ConnectionRefusedError):
+            return "nothing listens there: is the server up, and is the port in `url` right?"
+        if isinstance(cause, socket.gaierror):
+            return (
+                "the name could not be looked up: is the host in `url` right, and does this machine's resolver know it?"
+            )
+        if isinstance(cause, ssl.SSLEOFError | ConnectionResetError | BrokenPipeError) and self._wording.cut_off:
+            return self._wording.cut_off
+        return self._wording.silent
 
 
-def _close(late: Future[Any]) -> None:
-    if late.exception() is None and hasattr(late.result(), "close"):
-        late.result().close()
+def _target(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.path or '/'}{f'?{parts.query}' if parts.query else ''}"
 
 
-def body_of(response: requests.Response) -> bytes:
-    """
-    The body of an answer that was asked for with `stream=True`.
-
-    Raises:
-        TooMuchError: It is longer than `MAX_ANSWER_BYTES`.
-    """
-    found = bytearray()
-    for chunk in response.iter_content(1 << 14):
-        found += chunk
-        if len(found) > MAX_ANSWER_BYTES:
-            response.close()
-            raise TooMuchError(f"wanted an answer of at most {MAX_ANSWER_BYTES} bytes, found a longer one")
-    return bytes(found)
+# --- answers ----------------------------------------------------------------------------------------------------------
 
 
-class HasHeaders(Protocol):
-    """An answer, of whichever client."""
-
-    @property
-    def headers(self) -> Mapping[str, str]:
-        """The headers, by name in small letters, at least."""
-        ...
-
-
-def retry_after_seconds(response: HasHeaders, now: datetime) -> float | None:
+def retry_after_seconds(answer: Answer, now: datetime) -> float | None:
     """The seconds in a Retry-After header (RFC 9110 §10.2.3: seconds, or a date); None: no header, or neither."""
-    value = response.headers.get("retry-after")
+    value = answer.headers.get("retry-after")
     if value is None:
         return None
     if re.fullmatch("[0-9]{1,9}", value):
@@ -143,21 +218,12 @@ def retry_after_seconds(response: HasHeaders, now: datetime) -> float | None:
         return None
 
 
-def clock_ahead(response: HasHeaders, now: datetime) -> timedelta | None:
+def clock_ahead(answer: Answer, now: datetime) -> timedelta | None:
     """How far the server's clock is ahead of ours (RFC 9110 §6.6.1, whole seconds); None: it does not say."""
     try:
-        return parsedate_to_datetime(response.headers.get("date", "")) - now
+        return parsedate_to_datetime(answer.headers.get("date", "")) - now
     except (ValueError, TypeError, OverflowError):
         return None
-
-
-#: Of a server whose certificate is not valid yet.
-CLOCK_HINT = "is this node's clock behind? then put it right; else the server's certificate begins in the future"
-
-
-def is_too_early(reason: str) -> bool:
-    """Whether OpenSSL refused a certificate that is not valid *yet* (X509_V_ERR_CERT_NOT_YET_VALID)."""
-    return "not yet valid" in reason
 
 
 def without(text: str, hidden: Iterable[str | None]) -> str:
@@ -165,6 +231,17 @@ def without(text: str, hidden: Iterable[str | None]) -> str:
     for value in hidden:
         text = text.replace(value, "…") if value else text
     return text
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def is_loopback(host: str) -> bool:
+    """Whether it is this machine, to which a secret may go in the clear."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def common_name(client_cert: Path) -> str:
@@ -179,32 +256,6 @@ def common_name(client_cert: Path) -> str:
     except (OSError, ValueError) as e:
         raise ValueError(f"{client_cert}: wanted the client certificate, found {type(e).__name__}") from e
     return " ".join(f"CN={name.value!s}" for name in subject.get_attributes_for_oid(NameOID.COMMON_NAME))
-
-
-def causes(e: BaseException | None) -> Iterator[BaseException]:
-    """Outermost first: requests wraps what urllib3 wraps, each in its own way, and some are nowhere but in args."""
-    while e is not None:
-        yield e
-        inner = (getattr(e, "reason", None), e.__cause__, e.__context__, *e.args)
-        e = next((i for i in inner if isinstance(i, BaseException)), None)
-
-
-def innermost(e: BaseException) -> BaseException:
-    """The cause that says it shortest; those above it quote the whole request line."""
-    *_, last = causes(e)
-    return last
-
-
-def hint_of(error: BaseException) -> str:
-    """A hint for a connection that failed; empty where the cause may be anything."""
-    for cause in causes(error):
-        if isinstance(cause, ConnectionRefusedError):
-            return "nobody listens there: is the server up, and is the port in `url` right?"
-        if isinstance(cause, socket.gaierror):
-            return (
-                "the name could not be looked up: is the host in `url` right, and does this machine's resolver know it?"
-            )
-    return ""
 
 
 def tls_context(ca_file: Path | None, client_cert: Path | None, client_key: Path | None) -> ssl.SSLContext:
@@ -278,250 +329,3 @@ def load_system_cas(context: ssl.SSLContext) -> None:
         context.load_verify_locations(cafile=file)
     if directory.is_dir():
         context.load_verify_locations(capath=directory)
-
-
-class TlsAdapter(HTTPAdapter):
-    """
-    Connections with one TLS context, which alone says whom we trust and who we are.
-
-    `requests` would add the CAs of certifi to it, where we mean the system's.
-    """
-
-    def __init__(self, tls: ssl.SSLContext, **options: Any) -> None:
-        self._tls = tls
-        super().__init__(**options)
-
-    def build_connection_pool_key_attributes(
-        self, request: requests.PreparedRequest, verify: bool | str, cert: str | tuple[str, str] | None = None
-    ) -> Any:
-        """Make the pool use our TLS context."""
-        host, pool = super().build_connection_pool_key_attributes(request, verify, cert)
-        pool["ssl_context"] = self._tls
-        return host, pool
-
-    def cert_verify(self, conn: Any, url: object, verify: object, cert: object) -> None:
-        """Leave the verification of certificates to the context."""
-
-
-_limit = threading.local()  #: Of the request that this thread makes: `end`, of the monotonic clock.
-
-
-def _seconds_left() -> float:
-    """
-    Raises:
-        TimeoutError: None.
-    """
-    left: float = _limit.end - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left
-
-
-class _TimedSocket(ssl.SSLSocket):
-    """TLS whose reading and writing ends with the request's time, however slowly bytes drip."""
-
-    def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
-        self.settimeout(_seconds_left())
-        return super().recv_into(buffer, nbytes, flags)
-
-    def send(self, data: Any, flags: int = 0) -> int:
-        self.settimeout(_seconds_left())
-        return super().send(data, flags)
-
-
-class _TimedConnection(HTTPSConnection):
-    """A connection with a limit of time on connecting: a name may have many addresses, and a resolver be slow."""
-
-    def connect(self) -> None:
-        within(_seconds_left(), super().connect)
-
-
-class _TimedPool(HTTPSConnectionPool):
-    ConnectionCls = _TimedConnection
-
-
-class _TimedAdapter(TlsAdapter):
-    """
-    Limits the time of a request without a thread for each, which would cost as much as the request.
-
-    Its sockets serve the thread that has called `Sessions.send`.
-    """
-
-    def __init__(self, tls: ssl.SSLContext) -> None:
-        tls.sslsocket_class = _TimedSocket
-        super().__init__(tls)
-        self.poolmanager.pool_classes_by_scheme = {"https": _TimedPool}
-
-
-class Sessions:
-    """
-    Requests with a limit of time and size, without the environment's proxies and CAs; for several threads.
-
-    Sessions and TLS contexts are not for several threads at once, so each request has one for itself.
-    """
-
-    def __init__(self, timeout: timedelta, tls: Callable[[], ssl.SSLContext] | None) -> None:
-        """
-        Args:
-            timeout: For one request with its whole answer.
-            tls: Makes a context; None: plain HTTP.
-        """
-        self._seconds = timeout.total_seconds()
-        self._tls = tls
-        self._idle: deque[requests.Session] = deque()
-        self.clock_ahead: timedelta | None = None  #: The server's, at its latest answer.
-
-    def send(self, method: str, url: str, **options: Any) -> tuple[requests.Response, bytes]:
-        """
-        Send one request; a redirect is an answer like any other.
-
-        Args:
-            method: `GET` or `POST`.
-            url: Whole.
-            options: Of `requests.Session.request`, such as `json`, `data`, `headers` and `auth`.
-
-        Returns:
-            The answer and its body.
-
-        Raises:
-            TlsRefusedError: One side did not accept the other.
-            NoAnswerError: No whole answer in time.
-            TooMuchError: An answer without end.
-            SettingsError: A TLS file can't be used any more.
-            requests.RequestException: What can't be sent, or is no HTTP.
-        """
-        try:
-            return self._timed(lambda: self._exchange(method, url, options))
-        except (TimeoutError, requests.ConnectionError, requests.Timeout, ChunkedEncodingError) as e:
-            cause = innermost(e)
-            if isinstance(cause, TimeoutError):
-                raise NoAnswerError(f"no answer within {self._seconds:g} s") from e
-            if isinstance(cause, CUT_OFF) and self._tls:
-                cause = self._alert(url, self._tls) or cause
-            if isinstance(cause, ssl.SSLError) and not isinstance(cause, CUT_OFF):
-                raise TlsRefusedError(one_line(str(cause))) from e
-            raise NoAnswerError(one_line(str(cause)), cut_off=isinstance(cause, CUT_OFF), hint=hint_of(e)) from e
-
-    def _alert(self, url: str, tls: Callable[[], ssl.SSLContext]) -> ssl.SSLError | None:
-        parts = urlsplit(url)
-        try:
-            context = tls()
-        except SettingsError:  # a file can't be used any more; the next request says so
-            return None
-        return alert(parts.hostname or "", parts.port or 443, context, None, min(self._seconds, _ALERT_SECONDS))
-
-    def close(self) -> None:
-        """Close the connections that are not in use."""
-        while self._idle:
-            self._idle.pop().close()
-
-    def _timed(self, exchange: Callable[[], T]) -> T:
-        if self._tls is None:  # whose sockets are not ours; only on this machine
-            return within(self._seconds, exchange)
-        _limit.end = time.monotonic() + self._seconds
-        return exchange()
-
-    def _exchange(self, method: str, url: str, options: dict[str, Any]) -> tuple[requests.Response, bytes]:
-        try:
-            session = self._idle.pop()
-        except IndexError:
-            session = self._new_session()
-        try:
-            with session.request(
-                method,
-                url,
-                # not left to the session, where REQUESTS_CA_BUNDLE would come first
-                verify=True,
-                allow_redirects=False,  # would go on as a GET, and take a password along
-                timeout=self._seconds,
-                stream=True,
-                **options,
-            ) as response:
-                self.clock_ahead = clock_ahead(response, datetime.now(UTC))
-                body = body_of(response)
-        except BaseException:
-            session.close()
-            raise
-        self._idle.append(session)
-        return response, body
-
-    def _new_session(self) -> requests.Session:
-        session = requests.Session()
-        session.trust_env = False  # no proxies, no .netrc, no REQUESTS_CA_BUNDLE
-        session.headers["Accept-Encoding"] = "identity"
-        if self._tls:
-            session.mount("https://", _TimedAdapter(self._tls()))
-        return session
-
-
-class KeptConnections:
-    """
-    Small requests to one server, thousands of them, over connections that are kept; for several threads.
-
-    Without `requests`, which takes several times the processor time of such a request. No request is repeated.
-    """
-
-    def __init__(self, url: str, timeout: timedelta, tls: Callable[[], ssl.SSLContext]) -> None:
-        """
-        Args:
-            url: `https:` or `http:`, host and port, and what each path begins with.
-            timeout: For one request with its whole answer.
-            tls: Makes a context, which is not for several threads at once.
-        """
-        parts = urlsplit(url)
-        self._host, self._is_tls = parts.hostname or "", parts.scheme == "https"
-        self._port = parts.port or (443 if self._is_tls else 80)
-        self._place = parts.netloc.rpartition("@")[2]
-        self._path = parts.path.rstrip("/")
-        self._seconds = timeout.total_seconds()
-        self._tls = tls
-        self._idle: deque[KeptConnection] = deque()
-
-    def send(self, method: str, path: str, headers: Mapping[str, str], body: bytes | None) -> kept_http.Answer:
-        """
-        Send one request; any status is an answer, a redirect like any other.
-
-        Args:
-            method: HTTP's.
-            path: Quoted, from its slash.
-            headers: Besides those of HTTP itself.
-            body: Of the request.
-
-        Raises:
-            OSError: There is no connection, or it failed: `ssl.SSLError`, and `TimeoutError` for the time limit.
-            TooMuchError: An answer without end.
-            kept_http.NotHttpError: It is no answer, or broke off.
-            SettingsError: A TLS file can't be used any more.
-            ValueError: A header can't be sent.
-        """
-        if not all(f"{name}{value}".isprintable() for name, value in headers.items()):
-            raise ValueError("wanted headers of one line each")
-        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        connection = self._taken()
-        try:
-            answer = connection.ask(
-                method, f"{self._path}{path}", lines, body, seconds=self._seconds, longest=MAX_ANSWER_BYTES
-            )
-        except TooLongError as e:
-            raise TooMuchError(str(e)) from e
-        self._idle.append(connection)
-        return answer
-
-    def close(self) -> None:
-        """Close the connections that are not in use."""
-        while self._idle:
-            self._idle.pop().close()
-
-    def _taken(self) -> KeptConnection:
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return KeptConnection(self._connect, self._place)
-
-    def _connect(self) -> socket.socket:
-        # a name that may have many addresses, and a resolver that may be slow; neither can be told a limit
-        return within(self._seconds, self._connected)
-
-    def _connected(self) -> socket.socket:
-        tls = self._tls() if self._is_tls else None
-        return kept_http.connect(self._host, self._port, tls, self._host, self._seconds)

@@ -172,11 +172,9 @@ def backend_wall(source: str, module: str) -> Iterator[str]:
     programs print certificates in any form needs what reads those.
     """
     family = ".".join(module.split(".")[:2])
-    allowed = [*(f"bridge.{door}" for door in DOORS), "bridge.system.kept_http"]
+    allowed = [*(f"bridge.{door}" for door in DOORS), "bridge.system.http"]
     if family == "backends.openssl":  # a database of files, with a lock like ours
         allowed += ["bridge.system.files", "bridge.system.ownership"]
-    if module == "backends.http":  # a second look at a connection that broke, and the system's CAs
-        allowed += ["bridge.system.https"]
     if family == "backends.exchange":
         allowed += ["bridge.pki.bundle", "bridge.pki.bundle_format", "bridge.pki.signatures"]
         allowed += ["bridge.system.files", "bridge.system.safe_read"]

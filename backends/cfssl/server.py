@@ -6,25 +6,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
 
-import requests
-
-from backends.cfssl.settings import API, CfsslSettings
-from backends.http import (
-    CLOCK_HINT,
-    NoAnswerError,
-    Sessions,
-    TlsRefusedError,
-    TooMuchError,
-    innermost,
-    is_too_early,
-    retry_after_seconds,
-    without,
-)
-from bridge.errors import BackendRefusedError, BackendUnavailableError, SettingsError
+from backends.http import Http, Wording, retry_after_seconds, without
+from bridge.system.http import Answer
 from bridge.words import one_line
 
+if TYPE_CHECKING:
+    from backends.cfssl import CfsslSettings
+
+API = "/api/v1/cfssl"
 #: Statuses and codes that may pass: from a proxy in front (RFC 9110 §15.6, RFC 6585 §4), the certificate database is
 #: locked (the server signed, but keeps it), the server's own upstream failed. The last two come with status 400.
 LATER_STATUSES = frozenset({429, 502, 503, 504})
@@ -80,32 +72,29 @@ class Reply:
 _PLAIN = frozenset({"404 page not found", "Invalid CN", "Client sent an HTTP request to an HTTPS server."})
 
 
-def _parse(response: requests.Response, body: bytes, sent: Mapping[str, str]) -> Reply:
+def _parse(answer: Answer, sent: Mapping[str, str]) -> Reply:
     """
-    Status and envelope; the Content-Type says nothing (errors are labelled text/plain).
+    Read status and envelope; the Content-Type says nothing (errors are labelled text/plain).
 
-    Args:
-        response: For the status and headers.
-        body: The answer's.
-        sent: The request's body: should the answer quote it, we do not (it can be sent again by anyone).
+    Should the answer quote the request that was sent, we do not: anyone could send it again.
     """
-    later = retry_after_seconds(response, datetime.now(UTC))
+    later = retry_after_seconds(answer, datetime.now(UTC))
     try:
-        envelope = json.loads(body)
+        envelope = json.loads(answer.body)
     except (ValueError, RecursionError):
         envelope = None
     if not isinstance(envelope, dict) or "success" not in envelope:
-        text = body.decode("utf-8", "replace").strip()
+        text = answer.body.decode("utf-8", "replace").strip()
         message = text if text in _PLAIN else NOT_CFSSL
-        return Reply(status=response.status_code, message=message, retry_after_seconds=later)
+        return Reply(status=answer.status, message=message, retry_after_seconds=later)
     result = envelope.get("result")
-    if response.status_code == requests.codes.ok and envelope["success"] is True and isinstance(result, dict):
-        return Reply(status=response.status_code, result=result)
+    if answer.status == HTTPStatus.OK and envelope["success"] is True and isinstance(result, dict):
+        return Reply(status=answer.status, result=result)
     errors = envelope.get("errors")
     first = errors[0] if isinstance(errors, list) and errors and isinstance(errors[0], dict) else {}
     code = first.get("code")
     return Reply(
-        status=response.status_code,
+        status=answer.status,
         code=code if isinstance(code, int) else None,
         message=one_line(
             without(str(first.get("message", "no reason given")), [sent.get("token"), sent.get("request")])
@@ -115,49 +104,34 @@ def _parse(response: requests.Response, body: bytes, sent: Mapping[str, str]) ->
 
 
 class Server:
-    """HTTP to the server, and what keeps an answer from us as an error of ours."""
+    """HTTP to the server."""
 
     def __init__(self, settings: CfsslSettings) -> None:
-        self._settings = settings
-        self._sessions = Sessions(settings.timeout, settings.tls_context if settings.tls else None)
+        silent = "" if settings.tls else "does the server speak TLS? url says http://"
+        wording = Wording(name="cfssl", not_ours=HINTS[NOT_CFSSL], tls=_tls_hint, silent=silent)
+        self._http = Http(wording, settings.url, settings.timeout, settings.tls_context)
+        self._url = f"{settings.url.rstrip('/')}{API}"
 
     @property
     def clock_ahead(self) -> timedelta | None:
         """The server's, at its latest answer."""
-        return self._sessions.clock_ahead
+        return self._http.clock_ahead
 
     def post(self, endpoint: str, body: Mapping[str, str]) -> Reply:
         """
         The server's answer.
 
         Raises:
-            BackendRefusedError: Nobody that we may talk to, or an answer without end.
-            BackendUnavailableError: No answer in time.
+            BackendError: None; see `Http.request`.
         """
-        url = f"{self._settings.url.rstrip('/')}{API}/{endpoint}"
-        try:
-            response, answer = self._sessions.send("POST", url, json=body)
-        except TooMuchError as e:
-            raise BackendRefusedError(f"cfssl: {e}", hint=HINTS[NOT_CFSSL]) from e
-        except TlsRefusedError as e:
-            raise BackendRefusedError(f"cfssl: {url}: TLS: {e}", hint=_tls_hint(str(e))) from e
-        except NoAnswerError as e:
-            hint = e.hint or ("" if self._settings.tls else "does the server speak TLS? url says http://")
-            raise BackendUnavailableError(f"cfssl: {url}: {e}", hint=hint) from e
-        except SettingsError as e:  # the files were good when we began
-            raise BackendRefusedError(f"cfssl: {e}") from e
-        except requests.RequestException as e:
-            raise BackendRefusedError(f"cfssl: {url}: {innermost(e)}") from e
-        return _parse(response, answer, body)
+        return _parse(self._http.request("POST", f"{self._url}/{endpoint}", json=body), body)
 
     def close(self) -> None:
         """Close the connections that are not in use."""
-        self._sessions.close()
+        self._http.close()
 
 
 def _tls_hint(reason: str) -> str:
-    if is_too_early(reason):
-        return CLOCK_HINT
     if "CERTIFICATE_VERIFY_FAILED" in reason:
         return "ca_file must hold the CA of the server's TLS certificate, and its SANs the name in url"
     if "WRONG_VERSION_NUMBER" in reason or "RECORD_LAYER_FAILURE" in reason:

@@ -1,4 +1,4 @@
-"""The operations of an EST server, and the one place where its errors become ours."""
+"""The operations of an EST server, what its errors mean, and the certificates in its answers."""
 
 from __future__ import annotations
 
@@ -6,31 +6,30 @@ import base64
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
 
-import requests
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, pkcs7
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from requests.auth import HTTPBasicAuth
 
-from backends.est.settings import EstSettings, operation_url
-from backends.http import (
-    NoAnswerError,
-    Sessions,
-    TlsRefusedError,
-    TooMuchError,
-    innermost,
-    retry_after_seconds,
-    without,
-)
+from backends.http import Http, Wording, retry_after_seconds, without
 from bridge.contract import SecretUnavailableError
-from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError, SettingsError
+from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError
 from bridge.words import one_line
 
+if TYPE_CHECKING:
+    from backends.est import EstSettings
+
+#: Below the server's root (RFC 7030 §3.2.2).
+ROOT = ".well-known/est"
 #: What every server takes: one line of base64, and both headers, though RFC 8951 §3.1 wants no encoding to be named.
 HEADERS = {
     "Content-Type": "application/pkcs10",
@@ -53,7 +52,7 @@ class Answer:
     @functools.cached_property
     def text(self) -> str:
         """Its beginning as one line for people, or a page's title; without our secrets, should the server repeat them."""
-        kind = self.headers.get("Content-Type", "")
+        kind = self.headers.get("content-type", "")
         text = without(self.body.decode("utf-8", "replace"), self.hidden)
         if "html" in kind or text.lstrip()[:1] == "<":
             title = re.search(r"<title[^>]*>([^<]{,500})", text[:20000], re.IGNORECASE)
@@ -62,15 +61,21 @@ class Answer:
 
     def header(self, name: str) -> str:
         """A header as it may be shown; empty: there is none."""
-        return one_line(without(self.headers.get(name, ""), self.hidden))
+        return one_line(without(self.headers.get(name.lower(), ""), self.hidden))
 
 
 class Server:
-    """The operations of EST, and the one place where the server's errors become ours."""
+    """The operations of EST."""
 
     def __init__(self, settings: EstSettings) -> None:
         self._settings = settings
-        self._sessions = Sessions(settings.timeout, settings.tls_context)
+        wording = Wording(
+            name="est",
+            not_ours=_NOT_EST,
+            tls=lambda reason: _tls_hint(reason, settings, datetime.now(UTC)),
+            cut_off=_CUT_OFF_HINT,
+        )
+        self._http = Http(wording, settings.url, settings.timeout, settings.tls_context)
 
     def ca_certificates(self, label: str) -> Answer:
         """`cacerts`, for which nobody has to say who asks."""
@@ -82,7 +87,7 @@ class Server:
 
     def close(self) -> None:
         """Close the connections that are not in use."""
-        self._sessions.close()
+        self._http.close()
 
     def error(self, answer: Answer) -> BackendError:
         """The error that an answer without certificates means."""
@@ -108,42 +113,23 @@ class Server:
         self, method: str, label: str, operation: str, *, headers: Mapping[str, str], data: bytes | None = None
     ) -> Answer:
         """
-        One request; any status is an answer.
+        Send one request; any status is an answer.
 
         Raises:
-            BackendRefusedError: Nobody that we may talk to, or an answer without end.
-            BackendUnavailableError: No answer in time.
+            BackendError: None; see `Http.request`.
         """
         url = operation_url(self._settings.url, label, operation)
-        password = self._password() if method == "POST" else None  # who needs none gets none
+        password = self._password() if method == "POST" else None  # `cacerts` needs none
         auth = password and HTTPBasicAuth(self._settings.username.encode(), password.encode())
-        send = functools.partial(self._sessions.send, method, url, headers=headers, data=data, auth=auth)
-        response, body = self._told(url, send)
+        answer = self._http.request(method, url, headers=headers, data=data, auth=auth)
         return Answer(
             where=url,
-            status=response.status_code,
-            headers=response.headers,
-            body=body,
-            retry_after_seconds=retry_after_seconds(response, datetime.now(UTC)),
+            status=answer.status,
+            headers=answer.headers,
+            body=answer.body,
+            retry_after_seconds=retry_after_seconds(answer, datetime.now(UTC)),
             hidden=[password, base64.b64encode(f"{self._settings.username}:{password}".encode()).decode()],
         )
-
-    def _told(self, url: str, ask: Callable[[], tuple[requests.Response, bytes]]) -> tuple[requests.Response, bytes]:
-        """The answer; what keeps it from us becomes an error of ours."""
-        try:
-            return ask()
-        except TlsRefusedError as e:
-            raise BackendRefusedError(
-                f"est: {url}: TLS: {e}", hint=_tls_hint(str(e), self._settings, datetime.now(UTC))
-            ) from e
-        except NoAnswerError as e:
-            raise BackendUnavailableError(f"est: {url}: {e}", hint=_CUT_OFF_HINT if e.cut_off else e.hint) from e
-        except TooMuchError as e:
-            raise BackendRefusedError(f"est: {url}: {e}", hint=_NOT_EST) from e
-        except SettingsError as e:  # the files were good when we began
-            raise BackendRefusedError(f"est: {e}", hint=e.hint) from e
-        except requests.RequestException as e:
-            raise BackendRefusedError(f"est: {url}: {one_line(str(innermost(e)))}", hint=_NOT_EST) from e
 
     def _password(self) -> str | None:
         try:
@@ -226,7 +212,7 @@ def _tls_hint(reason: str, settings: EstSettings, now: datetime) -> str:
 def _our_verdict_hint(reason: str) -> str:
     if "mismatch" in reason:
         return "the SANs of the server's TLS certificate must hold the host in url"
-    if "expired" in reason or "not yet valid" in reason:
+    if "expired" in reason:
         return "the server's TLS certificate has to be renewed, or this node's clock put right"
     return "ca_file must hold the CA of the server's TLS certificate (it is pinned: no other CA is trusted)"
 
@@ -241,3 +227,104 @@ def _agent_faults(client_cert: Path, now: datetime) -> Iterator[str]:
             usages = agent.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
             if ExtendedKeyUsageOID.CLIENT_AUTH not in usages:
                 yield "it is not good for clientAuth"
+
+
+def operation_url(url: str, label: str, operation: str) -> str:
+    """The URL of an operation; each segment of a label is percent-encoded by itself."""
+    segments = [quote(segment, safe="") for segment in label.split("/") if segment]
+    return "/".join([url.rstrip("/"), ROOT, *segments, operation])
+
+
+# --- certificates in answers ------------------------------------------------------------------------------------------
+# An answer is a PKCS#7 without a signature (RFC 7030 §4.1.3, §4.2.3), a *set*: its order says nothing, so that keys and
+# signatures have to tell what a certificate is.
+
+#: A chain has three or four, a roll-over of its keys twice as many; each more costs signatures to be looked at.
+MAX_CERTIFICATES = 50
+
+_PEM_ARMOUR = re.compile(rb"-----[A-Z0-9 ]+-----")
+
+
+def certificates(body: bytes) -> list[x509.Certificate]:
+    """
+    The certificates of an answer, in its order.
+
+    Servers send base64 in lines or in one (RFC 8951 §3.1), some PEM, some bare DER or BER; Content-Type and
+    Content-Transfer-Encoding tell them apart only where they are right.
+
+    Raises:
+        ValueError: It is something else; says what.
+    """
+    try:
+        found = pkcs7.load_der_pkcs7_certificates(_der(body))
+        _ = [(certificate.subject, certificate.issuer) for certificate in found]  # which are read only now
+    except (ValueError, TypeError, x509.InvalidVersion, UnsupportedAlgorithm) as e:
+        # TypeError: a type that does not fit an attribute
+        raise ValueError(f"{len(body)} bytes that are none") from e
+    if len(found) > MAX_CERTIFICATES:
+        raise ValueError(f"{len(found)} certificates, where {MAX_CERTIFICATES} are too many")
+    return found
+
+
+def _der(body: bytes) -> bytes:
+    if body[:1] == b"\x30":  # a SEQUENCE; no base64 of one begins so
+        return body
+    text = re.sub(rb"\s", b"", _PEM_ARMOUR.sub(b"", body))
+    return base64.b64decode(text, validate=True)  # or foreign characters would be skipped
+
+
+def leaf_of(found: Sequence[x509.Certificate], csr: x509.CertificateSigningRequest) -> x509.Certificate | None:
+    """The certificate for the CSR's key; of several the one that began last. None: there is none."""
+    wanted = csr.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    ours = [certificate for certificate in found if _public_key(certificate) == wanted]
+    return max(ours, key=lambda certificate: certificate.not_valid_before_utc, default=None)
+
+
+def intermediates_of(leaf: x509.Certificate, pool: Sequence[x509.Certificate]) -> tuple[x509.Certificate, ...]:
+    """
+    All that may be needed between a leaf and an anchor: first those that certify one another from the leaf upwards.
+
+    Roots are left out by their signature, not by their names: certificates of a roll-over (OldWithNew, RFC 7030 §4.1.3)
+    have the same subject and issuer, too, and are needed.
+    """
+    left = [certificate for certificate in dict.fromkeys(pool) if certificate != leaf and not _is_root(certificate)]
+    path: list[x509.Certificate] = []
+    below = leaf
+    while issuer := next((certificate for certificate in left if _certifies(certificate, below)), None):
+        left.remove(issuer)
+        path.append(issuer)
+        below = issuer
+    return (*path, *left)
+
+
+def issuing_first(pool: Sequence[x509.Certificate]) -> list[x509.Certificate]:
+    """
+    The CA's certificates, those first that certify no other one; else in the order given.
+
+    RFC 7030 §4.1.3 promises no order, and a serializer may sort them.
+    """
+    found = list(dict.fromkeys(pool))
+    return sorted(found, key=lambda one: sum(_certifies(one, other) for other in found if other != one))
+
+
+def _is_root(certificate: x509.Certificate) -> bool:
+    return _certifies(certificate, certificate)
+
+
+@functools.lru_cache(maxsize=256)  # the CA's own are asked about again with every leaf
+def _certifies(issuer: x509.Certificate, certificate: x509.Certificate) -> bool:
+    if issuer.subject != certificate.issuer:
+        return False
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+        return False
+    return True
+
+
+def _public_key(certificate: x509.Certificate) -> bytes:
+    """The certificate's public key as DER; empty for a key that the library does not know, which is not ours."""
+    try:
+        return certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    except (ValueError, UnsupportedAlgorithm):
+        return b""

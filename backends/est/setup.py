@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from backends.est.settings import operation_url
+from backends.est.server import operation_url
 from bridge.contract import Selector, SetupFile, SetupRequest
 from bridge.pki.certificates import name_text, san_entries
 from bridge.specs import EKU, SPECS, CertificateSpec

@@ -1,51 +1,31 @@
-"""One Vault or OpenBao over HTTPS: requests, its answers, and what its errors mean to us."""
+"""One Vault or OpenBao over HTTPS: its answers and errors, and tokens; one login for all authorities that share a server."""
 
 from __future__ import annotations
 
 import json
 import logging
 import re
-import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
-from typing import Literal, cast
+from threading import Lock
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
+from urllib.parse import quote
+from weakref import WeakSet, WeakValueDictionary
 
 import requests
 from hvac.adapters import RawAdapter
+from hvac.api.auth_methods import JWT, AppRole, Kubernetes, Userpass
 
-from backends.http import (
-    CLOCK_HINT,
-    HasHeaders,
-    KeptConnections,
-    TlsAdapter,
-    TooMuchError,
-    body_of,
-    causes,
-    clock_ahead,
-    hint_of,
-    innermost,
-    is_too_early,
-    retry_after_seconds,
-    tls_context,
-    within,
-)
-from backends.vault.settings import VaultSettings
-from bridge.contract import (
-    Secret,
-    SecretUnavailableError,
-)
-from bridge.errors import (
-    BackendError,
-    BackendRefusedError,
-    BackendUnavailableError,
-    LocalFileError,
-    SettingsError,
-)
-from bridge.system import kept_http
-from bridge.system.kept_http import BrokenOffError, NotHttpError
+from backends.http import Http, Wording, retry_after_seconds
+from bridge.contract import Secret, SecretUnavailableError
+from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError
+from bridge.system import http
 from bridge.words import one_line
+
+if TYPE_CHECKING:
+    from backends.vault import VaultAuth, VaultSettings
 
 log = logging.getLogger("ca-bridge.vault")
 #: What the server says in an answer 500 although its configuration is at fault, so that "later" won't help.
@@ -81,7 +61,7 @@ class Answer:
 
     where: str  #: Method and URL, for messages.
     status: int
-    headers: Mapping[str, str] = field(repr=False)
+    location: str = field(repr=False)  #: Of a redirect.
     body: Mapping[str, object] = field(repr=False)  #: The JSON object; empty where there is none.
     reasons: tuple[str, ...] = field(repr=False)  #: The server's own words.
     shown: str  #: The same, fit to be shown.
@@ -123,7 +103,7 @@ class Answer:
         message = f"vault: {self.where}: HTTP {self.status}{': ' if self.shown else ''}{self.shown}"
         hint = next((hint for fragment, hint in _HINTS if fragment in text), None)
         if 300 <= self.status < 400:  # noqa: PLR2004
-            message += f", a redirect to {_origin(self.headers.get('location', ''))}"
+            message += f", a redirect to {_origin(self.location)}"
             hint = "redirects are not followed, the token would go along: set url to the active server or its balancer"
         if self.status in {401, 403}:
             hint = self._forbidden_hint
@@ -143,6 +123,18 @@ class Answer:
         return "is the token still good, and does its policy allow this path with exactly these parameters?"
 
 
+def _tls_hint(_: str) -> str:
+    return "does ca_file hold the CA of the server's certificate, and is the host in url one of its names?"
+
+
+_WORDING = Wording(
+    name="vault",
+    not_ours="is there a Vault or OpenBao behind this URL?",
+    tls=_tls_hint,
+    status_suffices=True,
+)
+
+
 class Server:
     """HTTP; from any thread."""
 
@@ -151,39 +143,27 @@ class Server:
         Raises:
             SettingsError: A file of the settings can't be used.
         """
-        self._settings = settings
+        settings.tls_context()  # or a file that can't be used is found out too late
         self._url = settings.url.rstrip("/")
-        self._seconds = settings.timeout.total_seconds()
         self._secrets: set[str] = set()
-        # A login is hvac's; what is asked thousands of times goes without it, and without `requests` below it.
-        self._new_adapter().close()  # or a file that can't be used is found out too late
-        self._kept = KeptConnections(
-            self._url,
-            settings.timeout,
-            lambda: tls_context(settings.ca_file, settings.client_cert, settings.client_key),
+        self._http = Http(_WORDING, self._url, settings.timeout, settings.tls_context)
+        # hvac's Client would read VAULT_*; its adapter does not. Without a token: each request brings its own.
+        self._adapter = RawAdapter(
+            base_uri=self._url,
+            token="",
+            allow_redirects=False,
+            session=self._http.session,
+            namespace=settings.namespace,
+            ignore_exceptions=True,
         )
         self._headers = {"Accept": "application/json", "Content-Type": "application/json", "X-Vault-Request": "true"}
         if settings.namespace:
             self._headers["X-Vault-Namespace"] = settings.namespace
-        self.clock_ahead: timedelta | None = None  #: The server's, at its latest answer.
 
-    def _new_adapter(self) -> RawAdapter:
-        settings, session = self._settings, requests.Session()
-        # No proxy, no ~/.netrc, no CA bundle from the environment of whoever starts us. hvac's Client would
-        # read VAULT_* as well; its adapter does not.
-        session.trust_env = False
-        session.stream = True  # or a body of any size is read before we see it
-        session.mount("https://", TlsAdapter(tls_context(settings.ca_file, settings.client_cert, settings.client_key)))
-        # Without a token: each request brings its own, and no thread changes another one's.
-        return RawAdapter(
-            base_uri=self._url,
-            token="",
-            timeout=self._seconds,
-            allow_redirects=False,
-            session=session,
-            namespace=settings.namespace,
-            ignore_exceptions=True,
-        )
+    @property
+    def clock_ahead(self) -> timedelta | None:
+        """The server's, at its latest answer."""
+        return self._http.clock_ahead
 
     def hide(self, value: str) -> str:
         """Remember a secret, so that no text of the server that repeats it is shown."""
@@ -226,95 +206,44 @@ class Server:
         """
         headers = {**self._headers, "X-Vault-Token": token} if token else self._headers
         data = None if body is None else json.dumps(body).encode()
-        where = f"{method.upper()} {self._url}/v1/{path}"
-        try:
-            answer = self._kept.send(method.upper(), f"/v1/{path}", headers, data)
-        except BrokenOffError as e:
-            if 200 <= e.status < 300:  # noqa: PLR2004
-                raise BackendUnavailableError(f"vault: {where}: the answer broke off: {_cause(e)}") from e
-            answer = kept_http.Answer(
-                status=e.status, headers={}, body=b""
-            )  # the reason is lost, the status says enough
-        except (TimeoutError, TooMuchError, SettingsError, ssl.SSLError) as e:
-            raise self._error(e, where) from e
-        except (OSError, NotHttpError) as e:
-            raise BackendUnavailableError(f"vault: {where}: {_cause(e)}", hint=hint_of(e)) from e
-        except ValueError as e:  # whose text may hold a header's value
-            raise BackendRefusedError(f"vault: {where}: the request could not be made: {type(e).__name__}") from None
-        return self._answer(answer, answer.status, answer.body, where)
+        url = f"{self._url}/v1/{path}"
+        return self._answer(self._http.ask(method.upper(), url, headers, data), f"{method.upper()} {url}")
 
-    def _error(self, e: Exception, where: str) -> BackendError:
-        """The error that a failed call means, of `requests` or of our own client."""
-        if isinstance(e, TimeoutError):
-            return BackendUnavailableError(f"vault: {where}: wanted an answer within {self._seconds:g} s, found none")
-        if isinstance(e, ssl.SSLError | requests.exceptions.SSLError):
-            return _tls_error(e, where)
-        return BackendRefusedError(f"vault: {where}: {e}")  # too much, or a file that went away
-
-    def call(
-        self, method: Literal["get", "post"], path: str, request: Callable[[RawAdapter], requests.Response]
-    ) -> Answer:
+    def login(self, path: str, request: Callable[[RawAdapter], requests.Response]) -> Answer:
         """
-        Let hvac send one request, without repeating it.
+        Let hvac send one login, without repeating it.
 
         Args:
-            method: Of the request, for messages.
             path: Of the request, for messages.
             request: Sends it by the adapter that it is given.
 
         Raises:
-            BackendRefusedError: The TLS handshake failed, or the answer is not the server's.
-            BackendUnavailableError: No answer.
+            BackendError: As `send`.
         """
-        where = f"{method.upper()} {self._url}/v1/{path}"
-        try:
-            response, content = within(self._seconds, lambda: self._exchange(request))
-        except (TimeoutError, TooMuchError, SettingsError, requests.exceptions.SSLError) as e:
-            raise self._error(e, where) from e
-        except (requests.exceptions.Timeout, requests.exceptions.ConnectionError) as e:
-            raise BackendUnavailableError(f"vault: {where}: {_cause(e)}", hint=hint_of(e)) from e
-        except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError) as e:
-            raise BackendUnavailableError(f"vault: {where}: the answer broke off: {_cause(e)}") from e
-        except (OSError, ValueError) as e:
-            # Includes requests' InvalidHeader, whose text holds the header's value.
-            raise BackendRefusedError(f"vault: {where}: the request could not be made: {type(e).__name__}") from None
-        return self._answer(response, response.status_code, content, where)
+        where = f"POST {self._url}/v1/{path}"
+        return self._answer(self._http.call(where, lambda: request(self._adapter)), where)
 
     def close(self) -> None:
         """Close the connections."""
-        self._kept.close()
+        self._http.close()
 
-    def _exchange(self, request: Callable[[RawAdapter], requests.Response]) -> tuple[requests.Response, bytes]:
-        adapter = self._new_adapter()
+    def _answer(self, answer: http.Answer, where: str) -> Answer:
         try:
-            response = request(adapter)
-            try:
-                return response, body_of(response)
-            except (requests.exceptions.ConnectionError, requests.exceptions.ChunkedEncodingError):
-                if response.ok:
-                    raise
-                return response, b""  # the reason is lost, the status says enough
-        finally:
-            adapter.close()
-
-    def _answer(self, response: HasHeaders, status: int, content: bytes, where: str) -> Answer:
-        try:
-            body = json.loads(content)
+            body = json.loads(answer.body)
         except (ValueError, RecursionError):
             # Of a body that is not the server's nothing is shown, except what Go's HTTP server says.
             plain = b"Client sent an HTTP request to an HTTPS server"
-            body = {"errors": [plain.decode()]} if content.startswith(plain) else {}
+            body = {"errors": [plain.decode()]} if answer.body.startswith(plain) else {}
         body = body if isinstance(body, dict) else {}
-        self.clock_ahead = clock_ahead(response, datetime.now(UTC))
         reasons = tuple(texts(body.get("errors")))
         return Answer(
             where=where,
-            status=status,
-            headers=response.headers,
+            status=answer.status,
+            location=answer.headers.get("location", ""),
             body=body,
             reasons=reasons,
             shown=self.presentable("; ".join(reasons)),
-            retry_after_seconds=retry_after_seconds(response, datetime.now(UTC)),
+            retry_after_seconds=retry_after_seconds(answer, datetime.now(UTC)),
         )
 
     def presentable(self, text: str) -> str:
@@ -322,21 +251,6 @@ class Server:
         for secret in sorted(self._secrets, key=len, reverse=True):
             text = text.replace(secret, "(secret)")
         return one_line(text)
-
-
-def _tls_error(e: Exception, where: str) -> BackendError:
-    """A server that stops in the middle of a handshake may be back; what it or we do not accept stays so."""
-    message = f"vault: {where}: {_cause(e)}"
-    if any(isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError) for cause in causes(e)):
-        return BackendUnavailableError(message)
-    hint = "does ca_file hold the CA of the server's certificate, and is the host in url one of its names?"
-    return BackendRefusedError(message, hint=CLOCK_HINT if is_too_early(message) else hint)
-
-
-def _cause(e: BaseException) -> str:
-    """The innermost reason, in the system's words; the outer ones name Python's classes."""
-    last = innermost(e)
-    return (isinstance(last, OSError) and last.strerror) or str(last) or type(last).__name__
 
 
 def _origin(location: str) -> str:
@@ -354,3 +268,183 @@ def table(value: Mapping[str, object], key: str) -> Mapping[str, object]:
 def texts(value: object) -> list[str]:
     """A list's texts, or the one text; the server is free to answer something else."""
     return [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+class Tokens:
+    """The token that requests are made with: given, or got by logging in once for all threads."""
+
+    def __init__(self, server: Server, auth: VaultAuth) -> None:
+        self._server = server
+        self._auth = auth
+        self._mount = (auth.mount or auth.method).strip("/")  # hvac quotes it
+        self._lock = Lock()
+        self._current: str | None = None
+        self._made: list[str] = []
+        self._secret_id: str | None = None  # a wrapped one can be had only once
+        self.identity: str | None = None  #: Who logged in; None: nobody did, the token was given.
+
+    def get(self) -> str:
+        """The token; logs in if there is none yet."""
+        with self._lock:
+            if self._current is None:
+                self._current = self._new()
+            return self._current
+
+    def renew(self, rejected: str) -> str:
+        """Another token than the rejected one where that is possible; a token file may have been written again."""
+        with self._lock:
+            if self._current in {None, rejected}:
+                self._current = self._new()
+            return self._current
+
+    def revoke(self, *, leased: bool) -> None:
+        """
+        Revoke the tokens that we made.
+
+        Args:
+            leased: A certificate would be revoked together with the token that it was signed with.
+        """
+        with self._lock:
+            made, self._made, self._current = self._made, [], None
+        if made and leased:
+            log.warning("token not revoked, since certificates would go with it (role with generate_lease)")
+            return
+        for token in made:
+            try:
+                self._server.send("post", "auth/token/revoke-self", token=token).or_raise()
+            except BackendError as e:
+                log.warning("token not revoked, it stays valid until it expires: %s", e)
+
+    def _new(self) -> str:
+        auth, read, mount = self._auth, self._server.read, self._mount
+        match auth.method:
+            case "token":
+                return read(auth.token, token=True)
+            case "approle":
+                role_id, secret_id = read(auth.role_id), self._read_secret_id()
+                return self._login(lambda a: AppRole(a).login(role_id, secret_id, mount_point=mount, use_token=False))
+            case "cert":
+                # hvac's call wants the files again, where our connection has shown them already
+                body = {"name": auth.role} if auth.role else {}
+                return self._login(lambda a: a.login(f"/v1/auth/{quote(mount)}/login", json=body, use_token=False))
+            case "kubernetes":
+                token = read(auth.jwt)
+                return self._login(lambda a: Kubernetes(a).login(auth.role, token, mount_point=mount, use_token=False))
+            case "jwt":
+                token = read(auth.jwt)
+                return self._login(lambda a: JWT(a).jwt_login(auth.role, token, path=mount, use_token=False))
+            case "userpass":
+                password, user = read(auth.password), quote(auth.username or "", safe="")
+                return self._login(
+                    lambda a: Userpass(a).login(user, password, mount_point=mount, use_token=False), f"/{user}"
+                )
+
+    def _login(self, request: Callable[[RawAdapter], requests.Response], user: str = "") -> str:
+        answer = self._server.login(f"auth/{quote(self._mount)}/login{user}", request).or_raise()
+        login = table(answer.body, "auth")
+        token = login.get("client_token")
+        if not isinstance(token, str) or not token:
+            raise BackendRefusedError(f"vault: {answer.where}: wanted a token, found none (a second factor asked for?)")
+        self.identity = identity_text(f"auth/{self._mount}", table(login, "metadata"), login)
+        if login.get("token_type") != "batch":  # which nobody can revoke
+            self._made.append(token)
+        return self._server.hide(token)
+
+    def _read_secret_id(self) -> str:
+        if not self._auth.wrapped:
+            return self._server.read(self._auth.secret_id)
+        if self._secret_id is None:
+            self._secret_id = self._unwrap(self._server.read(self._auth.secret_id, token=True))
+        return self._secret_id
+
+    def _unwrap(self, token: str) -> str:
+        """
+        The secret id in a wrapping token, which opens once.
+
+        Where it was wrapped is looked at before: anyone can wrap something, only the server's own paths wrap
+        secret ids (https://openbao.org/docs/concepts/response-wrapping/, "Response wrapping token validation").
+        """
+        source = self._auth.secret_id
+        looked = self._server.send("post", "sys/wrapping/lookup", {"token": token})
+        if looked.status == HTTPStatus.BAD_REQUEST:
+            raise BackendRefusedError(
+                f"vault: the wrapping token in {source} was opened before or has expired", hint=_ALARM
+            )
+        created = str(looked.or_raise().data.get("creation_path"))
+        if not re.fullmatch(rf"auth/{re.escape(self._mount)}/role/[^/]+/(custom-)?secret-id", created):
+            message = f"wanted a secret id of auth/{self._mount} wrapped in {source}, found what {created} answered"
+            raise BackendRefusedError(f"vault: {self._server.presentable(message)}; it was not opened", hint=_ALARM)
+        # not by hvac's call, which puts the token into the body: OpenBao wants it in the header of who has no other
+        answer = self._server.send("post", "sys/wrapping/unwrap", token=token)
+        if answer.status == HTTPStatus.BAD_REQUEST:
+            raise BackendRefusedError(
+                f"vault: the wrapping token in {source} was opened just now, not by us", hint=_ALARM
+            )
+        secret_id = answer.or_raise().data.get("secret_id")
+        if not isinstance(secret_id, str):
+            raise BackendRefusedError(
+                f"vault: wanted a secret id wrapped in {source}, found something else", hint=_ALARM
+            )
+        return self._server.hide(secret_id)
+
+
+#: What the login methods tell of us in a token's metadata that is a name. A secret id's own metadata is free text.
+_NAMES = (
+    *("display_name", "role_name", "role", "username", "cert_name", "common_name"),
+    *("service_account_namespace", "service_account_name"),
+)
+
+
+def identity_text(method: str, told: Mapping[str, object], token: Mapping[str, object]) -> str:
+    """A token's identity, such as `auth/approle role_name=cp-1 entity_id=…`; the id is the one in the server's audit log."""
+    facts = {**{key: told.get(key) for key in _NAMES}, "entity_id": token.get("entity_id")}
+    return " ".join([method, *(f"{key}={value}" for key, value in facts.items() if value)])
+
+
+_ALARM = (
+    "if it was not an earlier run of ours, someone else may hold the secret id: "
+    "ask the server's audit log who opened it, destroy it, and have a new one issued"
+)
+
+
+class Access:
+    """
+    The server, and our login there, for all backends of this process that come to it in the same way.
+
+    A wrapping token opens once, and a secret id may be good for one login: the cluster's three CAs share it.
+    """
+
+    _lock: ClassVar[Lock] = Lock()
+    _open: ClassVar[WeakValueDictionary[tuple[object, ...], Access]] = WeakValueDictionary()
+
+    def __init__(self, settings: VaultSettings) -> None:
+        self.server = Server(settings)
+        self.tokens = Tokens(self.server, settings.auth)
+        self.leased = False  #: A certificate would be revoked together with the token that it was signed with.
+        self._users: WeakSet[object] = WeakSet()
+
+    @classmethod
+    def of(cls, user: object, settings: VaultSettings) -> Access:
+        """The one that others have opened and not closed, or a new one."""
+        tls = (settings.ca_file, settings.client_cert, settings.client_key)
+        key = (settings.url, settings.namespace, settings.auth, *tls, settings.timeout)
+        with cls._lock:
+            found = cls._open.get(key)
+            if found is None:
+                found = cls._open[key] = cls(settings)
+            found._users.add(user)
+            return found
+
+    def leave(self, user: object) -> None:
+        """The last one revokes the tokens that logging in made, and closes the connections."""
+        with self._lock:
+            self._users.discard(user)
+            if self._users:
+                return
+            for key in [key for key, one in self._open.items() if one is self]:
+                del self._open[key]
+        self.tokens.revoke(leased=self.leased)
+        self.server.close()

@@ -1,6 +1,8 @@
 """
 What the administrator of a Vault or OpenBao PKI engine needs for this node: roles, a policy, the commands for both.
 
+And the reverse: what a role that is there would do to a certificate.
+
 A role takes the place of what the CSR can't carry: `sign/:role` drops the CSR's O and puts the role's in its place,
 so there is one role for each certificate, made from the live one. Measured against OpenBao 2.7; Vault has no
 `allowed_ip_sans_cidr` and no `not_*_bound`, and ignores fields that it does not know.
@@ -9,22 +11,25 @@ so there is one role for each certificate, made from the live one. Measured agai
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from fnmatch import fnmatchcase
 from typing import Literal
 
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
-from backends.vault.settings import DEFAULT_ROLE, RoleOf, role_selector
-from bridge.contract import DEFAULT_CLUSTER, Selector, SetupFile, SetupRequest
-from bridge.errors import BridgeError, SettingsError
+from backends.vault import DEFAULT_ROLE, RoleOf, role_selector
+from bridge.contract import DEFAULT_CLUSTER, Selector, SetupFile, SetupRequest, Wanted
+from bridge.errors import BridgeError, SettingsError, Violation
 from bridge.pki import certificates
 from bridge.specs import EKU, SPECS, CertificateSpec
+from bridge.words import one_line
 
 #: Field of a role for each subject attribute that it can give; all take lists.
 _SUBJECT_FIELDS = {
@@ -300,3 +305,142 @@ def _duration(value: timedelta) -> str:
     """A duration as the server writes it, in whole hours where it can be."""
     seconds = int(value.total_seconds())
     return f"{seconds}s" if seconds % 3600 else f"{seconds // 3600}h"
+
+
+# --- would a role that is there sign this certificate? ----------------------------------------------------------------
+
+_KEY_TYPES = {"rsa": "rsa", "ecdsa": "ec"}
+#: `key_bits` by our names; a role without bits takes the smallest of these.
+_BITS = {"rsa-2048": 2048, "rsa-3072": 3072, "rsa-4096": 4096, "ecdsa-p256": 256, "ecdsa-p384": 384}
+
+
+def unlike(role: Mapping[str, object], wanted: Wanted) -> Iterator[Violation]:
+    """
+    Compare a role with what a renewal would ask for; usages are left to `backends.vault.role_violations`.
+
+    Args:
+        role: As the server tells it; a key that it does not have is no violation.
+        wanted: The certificate.
+    """
+    yield from _lifetime(role, wanted)
+    yield from _key(role, wanted)
+    yield from _subject_unlike(role, wanted)
+    yield from _names(role, wanted)
+
+
+def _lifetime(role: Mapping[str, object], wanted: Wanted) -> Iterator[Violation]:
+    """The role's maximum counts, whatever is asked for; 0 is the mount's, which is not ours to see."""
+    seconds = role.get("max_ttl")
+    if isinstance(seconds, int) and 0 < seconds < wanted.at_least.total_seconds():
+        want = f"at least {_round(wanted.at_least)}, or its answer is refused"
+        yield Violation(subject="max_ttl", want=want, got=_round(timedelta(seconds=seconds)))
+
+
+def _round(value: timedelta) -> str:
+    return f"{value.days}d" if value >= timedelta(days=2) else f"{value.total_seconds() / 3600:.0f}h"
+
+
+def _key(role: Mapping[str, object], wanted: Wanted) -> Iterator[Violation]:
+    kind, bits = role.get("key_type"), role.get("key_bits")
+    ours = _KEY_TYPES[wanted.key.partition("-")[0]]
+    if kind in ("any", None):
+        return
+    if kind != ours:
+        yield Violation(subject="key_type", want=f"{ours} (for {wanted.key}) or any", got=one_line(kind))
+    elif isinstance(bits, int) and bits > _BITS[wanted.key]:
+        yield Violation(subject="key_bits", want=f"at most {_BITS[wanted.key]}", got=str(bits))
+
+
+def _subject_unlike(role: Mapping[str, object], wanted: Wanted) -> Iterator[Violation]:
+    """The role's values take the place of the CSR's, without a word."""
+    subject = certificates.attributes(wanted.certificate.subject)
+    for oid, key in _SUBJECT_FIELDS.items():
+        has = {value for kind, value in subject if kind == oid}
+        gives = set(_texts(role.get(key)))
+        excepted = {value for name, value in wanted.extra_subject if name == oid}
+        if (has ^ gives) - excepted:
+            yield Violation(subject=key, want=_listed(has), got=_listed(gives))
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def _names(role: Mapping[str, object], wanted: Wanted) -> Iterator[Violation]:
+    """CN and SANs that the role would refuse or leave out."""
+    for one in wanted.certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME):
+        if not _allows_cn(role, str(one.value)):
+            yield Violation(subject="allowed_domains", want=one_line(one.value), got=_listed(_domains(role)))
+    try:
+        san = wanted.certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (x509.ExtensionNotFound, ValueError):
+        return
+    if role.get("use_csr_sans") is False:
+        yield Violation(subject="use_csr_sans", want="true", got="false")
+        return
+    refused = [name for name in san.get_values_for_type(x509.DNSName) if not _allows(role, name)]
+    if refused:
+        yield Violation(subject="allowed_domains", want=_listed(refused), got=_listed(_domains(role)))
+    yield from _addresses(role, list(map(str, san.get_values_for_type(x509.IPAddress))))
+    uris = [uri for uri in san.get_values_for_type(x509.UniformResourceIdentifier)
+            if not any(fnmatchcase(uri, one) for one in _texts(role.get("allowed_uri_sans")))]  # fmt: skip
+    if uris:
+        yield Violation(
+            subject="allowed_uri_sans", want=_listed(uris), got=_listed(_texts(role.get("allowed_uri_sans")))
+        )
+
+
+def _addresses(role: Mapping[str, object], addresses: Sequence[str]) -> Iterator[Violation]:
+    if addresses and role.get("allow_ip_sans") is False:
+        yield Violation(subject="allow_ip_sans", want="true", got="false")
+        return
+    networks = _texts(role.get("allowed_ip_sans_cidr"))  # OpenBao's; Vault lets any address pass
+    refused = [one for one in addresses if networks and not any(_is_in(one, network) for network in networks)]
+    if refused:
+        yield Violation(subject="allowed_ip_sans_cidr", want=_listed(refused), got=_listed(networks))
+
+
+def _is_in(address: str, network: str) -> bool:
+    try:
+        return ipaddress.ip_address(address) in ipaddress.ip_network(network, strict=False)
+    except ValueError:
+        return True  # not for us to judge
+
+
+def _allows_cn(role: Mapping[str, object], name: str) -> bool:
+    if _texts(role.get("cn_validations")) == ["disabled"]:
+        return True
+    if role.get("enforce_hostnames") is True and not _HOSTNAME.fullmatch(name.removeprefix("*.")):
+        return False
+    return _allows(role, name)
+
+
+def _allows(role: Mapping[str, object], name: str) -> bool:
+    """Whether one of the role's ways to allow a name fits; in doubt it does."""
+    lenient = ("allow_any_name", "allowed_domains_template", "allow_token_displayname")
+    if any(role.get(key) is True for key in lenient) or "allowed_domains" not in role:
+        return True
+    lower = name.lower()
+    if lower == "localhost" and role.get("allow_localhost") is True:
+        return True
+    bare = [lower, lower.removeprefix("*.")] if role.get("allow_wildcard_certificates") is not False else [lower]
+    return any(_fits(role, one, domain.lower()) for one in bare for domain in _domains(role))
+
+
+def _fits(role: Mapping[str, object], name: str, domain: str) -> bool:
+    return (
+        (name == domain and role.get("allow_bare_domains") is True)
+        or (name.endswith(f".{domain}") and role.get("allow_subdomains") is True)
+        or ("*" in domain and role.get("allow_glob_domains") is True and fnmatchcase(name, domain))
+    )
+
+
+def _domains(role: Mapping[str, object]) -> list[str]:
+    return _texts(role.get("allowed_domains"))
+
+
+def _texts(value: object) -> list[str]:
+    return [str(one) for one in value] if isinstance(value, list) else []
+
+
+def _listed(names: Iterable[str]) -> str:
+    return one_line(", ".join(sorted(names)) or "none")

@@ -21,7 +21,7 @@ from bridge.node.inventory import Node
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.specs import Component
 from bridge.system import safe_read
-from bridge.system.https import HttpsError
+from bridge.system.http import HttpsError
 from bridge.system.safe_read import UnreadableError
 from bridge.words import one_line
 

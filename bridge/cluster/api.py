@@ -1,17 +1,14 @@
 """
 The one client of the cluster's API, by whichever of its servers answers.
 
-For a few requests each has a connection of its own. Asked thousands of times, as the gateway does, each thread keeps
-its connection, and credentials are read again when their time is over, or when the server does not know them any more.
-Nothing of the environment counts; keys stay in memory.
+Each thread keeps its connection. For the gateway, which asks thousands of times, credentials are read again when their
+time is over, or when the server does not know them any more. Nothing of the environment counts; keys stay in memory.
 """
 
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,25 +16,31 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from bridge.cluster import access
 from bridge.cluster.access import Access, AccessError
+from bridge.cluster.client import TIMEOUT_SECONDS as NODE_TIMEOUT_SECONDS
 from bridge.cluster.client import Client
 from bridge.cluster.client import document as whole_document
-from bridge.cluster.errors import NoAnswerError, why
-from bridge.cluster.stream import Lines
+from bridge.errors import BridgeError, Exit
 from bridge.node.endpoints import Server
 from bridge.node.inventory import Node
-from bridge.system import https, kept_http
-from bridge.system.kept_http import KeptConnection
+from bridge.system.http import (
+    ClientRefusedError,
+    HttpsError,
+    KeptConnection,
+    LateError,
+    Stream,
+    UnreachableError,
+)
 from bridge.words import one_line
 
 MERGE_PATCH = "application/merge-patch+json"
 _JSON = "application/json"
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
-#: For each request over a connection that is kept.
+#: For each of the gateway's requests.
 TIMEOUT_SECONDS = 10.0
 #: The largest object that etcd takes, as JSON.
 _MAX_ANSWER_BYTES = 4 << 20
@@ -45,6 +48,17 @@ _MAX_ANSWER_BYTES = 4 << 20
 _READ_AGAIN_SECONDS = 60.0
 
 _NOT_NOW = {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.REQUEST_TIMEOUT}
+
+
+class NoAnswerError(BridgeError):
+    """No API server had an answer that is about the request; the text says why, server by server."""
+
+    exit_code: ClassVar[int] = Exit.UNAVAILABLE
+    hint = "is the API server up, and is it the one that the kubeconfig names?"
+
+    def __init__(self, message: str, *, hint: str | None = None, is_unknown: bool = False) -> None:
+        self.is_unknown = is_unknown  #: A server does not know who we are (HTTP 401).
+        super().__init__(message, hint=hint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +91,6 @@ class _Request(NamedTuple):
     def headers(self) -> dict[str, str]:
         return {"Accept": self.accept, **({"Content-Type": self.content_type} if self.body is not None else {})}
 
-    @property
-    def lines(self) -> str:
-        """The same as whole lines."""
-        more = "" if self.body is None else f"Content-Type: {self.content_type}\r\n"
-        return f"Accept: {self.accept}\r\n{more}"
-
 
 class Api:
     """A client of the API; it may be used by several threads."""
@@ -100,7 +108,7 @@ class Api:
             clients: In the order in which they are tried.
             servers: Likewise; the last one that answered comes first from then on.
             troubles: Why there are no more clients than these.
-            again: Reads all of it again; then connections are kept, and HTTP 403 is an answer like any other.
+            again: Reads all of it again; then HTTP 403 is an answer like any other.
         """
         self.clients = tuple(clients)
         self._servers = tuple(dict.fromkeys(servers))
@@ -180,9 +188,9 @@ class Api:
             for client in clients:
                 try:
                     reply = self._exchange(server, client, request)
-                except https.HttpsError as e:
+                except HttpsError as e:
                     found.append(f"{server.url}: {e}")
-                    if isinstance(e, https.ClientRefusedError):
+                    if isinstance(e, ClientRefusedError):
                         continue
                     break
                 if reply.status == HTTPStatus.UNAUTHORIZED or self._is_not_this_client(reply.status):
@@ -207,45 +215,37 @@ class Api:
         Raises:
             HttpsError: No answer, or one that is about the server itself.
         """
-        if self._again is not None:
-            reply = self._over_kept(server, client, request)
-        else:
-            answer = client.ask(server, request.path, method=request.method, body=request.body, headers=request.headers)
-            reply = Reply(status=answer.status, body=answer.body)
+        reply = self._sent(server, client, request)
         if reply.status in _NOT_NOW or reply.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             text = f"wanted an answer, found HTTP {reply.status} {reply.message}".rstrip()
-            raise https.UnreachableError(text)
+            raise UnreachableError(text)
         if self._again is None:
             whole_document(reply.body)
         return reply
 
-    # --- connections that are kept ------------------------------------------------------------------------------------
+    # --- connections --------------------------------------------------------------------------------------------------
 
-    def _over_kept(self, server: Server, client: Client, request: _Request) -> Reply:
+    def _sent(self, server: Server, client: Client, request: _Request) -> Reply:
         connection = self._connection(server, client)
-        lines = client.lines + request.lines
-        for _ in range(2):
-            try:
-                answer = connection.ask(
-                    request.method,
-                    request.path,
-                    lines,
-                    request.body,
-                    seconds=TIMEOUT_SECONDS,
-                    longest=_MAX_ANSWER_BYTES,
-                )
-                return Reply(status=answer.status, body=answer.body)
-            except (OSError, ValueError) as e:
-                if not connection.is_kept or isinstance(e, TimeoutError):
-                    raise https.UnreachableError(why(e)) from None
-        raise AssertionError("the second connection was not kept")
+        headers = {**client.headers, **request.headers}
+        seconds = NODE_TIMEOUT_SECONDS if self._again is None else TIMEOUT_SECONDS
+        limits: dict[str, Any] = {"seconds": seconds, "longest": _MAX_ANSWER_BYTES}
+        try:
+            answer = connection.ask(request.method, request.path, headers, request.body, **limits)
+        except LateError:
+            raise
+        except UnreachableError:
+            if not connection.is_kept:  # the server may have ended an old one at this moment
+                raise
+            answer = connection.ask(request.method, request.path, headers, request.body, **limits)
+        return Reply(status=answer.status, body=answer.body)
 
     def _connection(self, server: Server, client: Client) -> KeptConnection:
         """The thread's own connection to this server."""
         kept: tuple[Server, Client, KeptConnection] | None = getattr(self._own, "kept", None)
         if kept is not None and kept[0] is server and kept[1] is client:
             return kept[2]
-        connection = KeptConnection(lambda: _connect(server, client), str(server.place))
+        connection = KeptConnection(client.peer(server))
         self._own.kept = (server, client, connection)
         with self._mutex:
             if kept is not None:
@@ -284,27 +284,62 @@ class Api:
             NoAnswerError: No stream; while it is read, that it broke.
         """
         server, clients = self._servers[0], self.clients
-        connection = http.client.HTTPConnection(*server.place)
+        connection = KeptConnection(clients[0].peer(server))
+        headers = {"Accept": _JSON, **clients[0].headers}
         try:
-            connection.sock = _connect(server, clients[0])
-            connection.request("GET", path, headers={"Accept": _JSON, **clients[0].headers})
-            response = connection.getresponse()
-            if response.status != HTTPStatus.OK:
-                if response.status == HTTPStatus.UNAUTHORIZED:
+            stream = connection.stream(path, headers, seconds=TIMEOUT_SECONDS)
+            if stream.status != HTTPStatus.OK:
+                if stream.status == HTTPStatus.UNAUTHORIZED:
                     self._read_anew(clients)
-                reply = Reply(status=response.status, body=response.read(_MAX_ANSWER_BYTES))
+                reply = Reply(status=stream.status, body=stream.rest())
                 raise NoAnswerError(f"{server.place}: wanted to watch, found HTTP {reply.status} {reply.message}")
-            connection.sock.settimeout(silence_seconds)
-            yield Lines(response, connection, longest, str(server.place))
-        except (OSError, http.client.HTTPException, ValueError) as e:
-            raise NoAnswerError(f"{server.place}: {why(e)}") from None
+            stream.go_on(silence_seconds)
+            yield Lines(stream, longest, str(server.place))
+        except HttpsError as e:
+            raise NoAnswerError(f"{server.place}: {e}") from None
         finally:
             connection.close()
 
 
-def _connect(server: Server, client: Client) -> socket.socket:
-    host, port = server.place
-    return kept_http.connect(host, port, client.tls, server.name or host, TIMEOUT_SECONDS)
+class Lines:
+    """The lines of a stream, as the API server answers a watch."""
+
+    def __init__(self, stream: Stream, longest: int, server: str) -> None:
+        self._stream = stream
+        self._longest = longest
+        self._server = server
+        self.left_out = 0  #: Lines that were too long.
+
+    def __iter__(self) -> Iterator[bytes]:
+        """
+        Each line without its end.
+
+        Raises:
+            NoAnswerError: It broke.
+        """
+        kept, skipping = bytearray(), False
+        while piece := self._piece():
+            *whole, rest = piece.split(b"\n")
+            for part in whole:
+                kept += part
+                if skipping or len(kept) > self._longest:
+                    self.left_out += 1
+                else:
+                    yield bytes(kept)
+                kept, skipping = bytearray(), False
+            kept += rest
+            if len(kept) > self._longest:
+                kept, skipping = bytearray(), True
+
+    def end(self) -> None:
+        """End the stream, from another thread: nothing more comes."""
+        self._stream.end()
+
+    def _piece(self) -> bytes:
+        try:
+            return self._stream.piece()
+        except HttpsError as e:
+            raise NoAnswerError(f"{self._server}: the watch broke: {e}") from None
 
 
 def _document(content: bytes) -> dict[str, Any]:

@@ -10,10 +10,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from bridge.node.endpoints import Server
+from cryptography import x509
+
+from bridge.node.endpoints import Address, Server
 from bridge.node.processes import file_contents
-from bridge.system import https
+from bridge.system import http
+from bridge.system.http import Answer, Peer
 
 #: For each request; a component that is well answers within milliseconds.
 TIMEOUT_SECONDS = 5
@@ -36,22 +40,17 @@ class Client:
     @cached_property
     def tls(self) -> ssl.SSLContext:
         """
-        The TLS context for connections that are kept.
+        The TLS context of this client's connections.
 
         Raises:
             HttpsError: Certificate, key or trust anchors can't be used.
         """
-        return https.context(self.trust_pem, self.certificate_pem, self.key_pem)
+        return http.context(self.trust_pem, self.certificate_pem, self.key_pem)
 
     @cached_property
     def headers(self) -> Mapping[str, str]:
         """The headers that say who we are, if a certificate does not."""
         return {"Authorization": f"Bearer {self.token}"} if self.token is not None else {}
-
-    @cached_property
-    def lines(self) -> str:
-        """The same as whole lines."""
-        return "".join(f"{name}: {value}\r\n" for name, value in self.headers.items())
 
     @classmethod
     def of(cls, certificate: Path, key: Path, trust: Path | None) -> Client:
@@ -68,34 +67,59 @@ class Client:
             trust_pem=None if trust is None else file_contents(trust),
         )
 
+    def peer(self, server: Server) -> Peer:
+        """
+        A server as this client comes to it.
+
+        Raises:
+            UnreachableError: No such URL.
+        """
+        alert_seconds = 1.0 if self.certificate_pem is not None else 0.0
+        return Peer.of(server.url, lambda: self.tls, server_name=server.name, alert_seconds=alert_seconds)
+
     def ask(
-        self, server: Server, path: str, headers: Mapping[str, str] | None = None, **request: Any
-    ) -> https.HttpAnswer:
+        self,
+        server: Server,
+        path: str,
+        headers: Mapping[str, str] | None = None,
+        *,
+        method: str = "GET",
+        body: bytes | None = None,
+    ) -> Answer:
         """
         Ask one server over a connection of its own; any status is an answer.
 
         Args:
-            server: Without a path.
+            server: Its path comes first.
             path: With its query.
-            headers: More of them.
-            request: As `https.request` has it.
+            headers: Besides those that say who we are.
+            method: HTTP's.
+            body: JSON.
 
         Raises:
-            HttpsError: None.
+            HttpsError: No answer.
         """
-        return https.request(
-            f"{server.url}{path}",
-            server_name=server.name,
-            trust_pem=self.trust_pem,
-            certificate_pem=self.certificate_pem,
-            key_pem=self.key_pem,
-            timeout_seconds=TIMEOUT_SECONDS,
-            headers={**self.headers, **(headers or {})},
-            **request,
-        )
+        peer = self.peer(server)
+        target = f"{urlsplit(server.url).path}{path}" or "/"
+        given = {**self.headers, **(headers or {})}
+        return http.request(peer, target, method=method, body=body, headers=given, seconds=TIMEOUT_SECONDS)
+
+    def served(self, place: Address, name: str | None = None) -> x509.Certificate:
+        """
+        The leaf that a server shows this client in a handshake; no request is sent.
+
+        Args:
+            place: An address sends no SNI.
+            name: In the certificate, where that is not the place's host.
+
+        Raises:
+            HttpsError: No handshake.
+        """
+        peer = Peer(host=place.host, port=place.port, tls=lambda: self.tls, server_name=name)
+        return http.served(peer, TIMEOUT_SECONDS)
 
 
-#: Without a certificate, and asking whoever answers.
+#: Without a certificate, and without a look at the server's.
 NOBODY = Client(name="nobody", certificate_pem=None, key_pem=None, trust_pem=None)
 
 
@@ -111,7 +135,7 @@ def document(body: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise https.UnreachableError("wanted an object in JSON, found something else")
+        raise http.UnreachableError("wanted an object in JSON, found something else")
     return found
 
 

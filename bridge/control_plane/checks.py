@@ -20,7 +20,7 @@ from urllib.parse import quote, urlsplit
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
-from bridge.cluster.client import TIMEOUT_SECONDS, Client
+from bridge.cluster.client import NOBODY, Client
 from bridge.control_plane.etcd import Etcd, Member
 from bridge.control_plane.probes import (
     Check,
@@ -43,8 +43,8 @@ from bridge.node.yamltree import document, split_bom
 from bridge.pki.certificates import attributes, serial_hex
 from bridge.settings.tables import Settings
 from bridge.specs import CA, ETCD_CA, KUBELET_CONF, KUBELET_SERVER, SPECS, Authority, Component
-from bridge.system import https, safe_read
-from bridge.system.https import HttpsError, UnreachableError
+from bridge.system import safe_read
+from bridge.system.http import HttpsError, UnreachableError
 
 _CLIENT_URLS = ("--listen-client-urls", endpoints.ETCD_HTTP_ONLY)
 
@@ -256,7 +256,7 @@ def _first_answer(servers: Sequence[Server], ask: Callable[[Server], list[Member
 
 def _shows_a_certificate(server: Server) -> bool:
     try:
-        https.served(*server.place, timeout_seconds=TIMEOUT_SECONDS)
+        NOBODY.served(server.place)
     except HttpsError:
         return False
     return True
@@ -392,7 +392,7 @@ def _read_at_start(look: Look, name: str, flags: Flags) -> list[Path]:
 
 
 def _self_made(place: Address) -> Verdict:
-    shown = https.served(*place, timeout_seconds=TIMEOUT_SECONDS)
+    shown = NOBODY.served(place)
     return Verdict("not-ours", f"made by the program at its start, serial {serial_hex(shown)}: no --tls-cert-file")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from bridge.cluster.client import NOBODY, Client, document, items
 from bridge.node.endpoints import Server, is_url
 from bridge.node.inventory import Node
-from bridge.system import https
+from bridge.system import http
 from bridge.system.safe_read import UnreadableError
 
 #: Each is signed by etcd's CA and good for a client; the first is there for this.
@@ -76,7 +76,7 @@ class Etcd:
         clients.sort(key=lambda one: _CLIENTS.index(one[0]))
         return cls([client for _, client in clients], troubles)
 
-    def ask(self, server: Server, path: str, body: bytes | None = None) -> https.HttpAnswer:
+    def ask(self, server: Server, path: str, body: bytes | None = None) -> http.Answer:
         """
         Ask as the first of our clients that it takes; without TLS as nobody in particular.
 
@@ -90,9 +90,9 @@ class Etcd:
         for client in self._clients:
             try:
                 return client.ask(server, path, **request)
-            except https.ClientRefusedError as e:
+            except http.ClientRefusedError as e:
                 refused = f"{client.name}: {e}"
-        raise https.ClientRefusedError(refused)
+        raise http.ClientRefusedError(refused)
 
     def members(self, server: Server) -> list[Member]:
         """
@@ -129,7 +129,7 @@ class Etcd:
         answer = self.ask(server, f"/health{'' if alarms else _WITHOUT_ALARMS}")
         try:
             told = document(answer.body)
-        except https.HttpsError as e:
+        except http.HttpsError as e:
             return f"HTTP status {answer.status}" if answer.status != HTTPStatus.OK else str(e)
         if answer.status == HTTPStatus.OK and told.get("health") == "true":
             return None
@@ -139,7 +139,7 @@ class Etcd:
         """The answer to a request without parameters."""
         answer = self.ask(server, path, b"{}")
         if answer.status != HTTPStatus.OK:
-            raise https.UnreachableError(f"wanted an answer of {path}, found HTTP {answer.status}")
+            raise http.UnreachableError(f"wanted an answer of {path}, found HTTP {answer.status}")
         return document(answer.body)
 
 

@@ -19,7 +19,7 @@ from bridge.node.endpoints import Server
 from bridge.node.inventory import Node
 from bridge.node.kubelet import Kubelet
 from bridge.specs import Component
-from bridge.system.https import HttpAnswer, HttpsError
+from bridge.system.http import Answer, HttpsError
 
 _LONGEST_REASON = 200
 
@@ -74,7 +74,7 @@ def _trouble(url: str, client: Client) -> str | None:
     return None if found is None else f"{url}: {found}"
 
 
-def _reason(answer: HttpAnswer) -> str | None:
+def _reason(answer: Answer) -> str | None:
     """The failed checks of the API machinery's health handlers begin with [-]."""
     if answer.status == HTTPStatus.OK:
         return None

@@ -15,16 +15,15 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from bridge.cluster import access
-from bridge.cluster.api import Api
+from bridge.cluster.api import Api, NoAnswerError
 from bridge.cluster.client import items
-from bridge.cluster.errors import NoAnswerError
 from bridge.control_plane.etcd import Etcd, Member
 from bridge.node import endpoints
 from bridge.node.endpoints import Server
 from bridge.node.inventory import Node
 from bridge.settings.tables import Settings
 from bridge.specs import Component
-from bridge.system import https
+from bridge.system import http
 
 InstanceState = Literal["healthy", "unhealthy", "unknown"]
 
@@ -148,7 +147,7 @@ def _look_at_etcd(node: Node) -> _Seen:
     )
     try:
         listed, own_id, alarms = _members(etcd, flags, own)
-    except https.HttpsError as e:
+    except http.HttpsError as e:
         return _Seen(instances=(own,), trouble=str(e))
     others = [_as_instance(member) for member in listed if not _is_own(member, own_id, flags)]
     if endpoints.ETCD_HTTP_ONLY in flags:  # then the URLs that members tell are for gRPC alone
@@ -179,7 +178,7 @@ def _members(
     for url in dict.fromkeys(urls):
         try:
             listed, status = etcd.members(Server(url)), etcd.status(Server(url))
-        except https.HttpsError as e:
+        except http.HttpsError as e:
             last = type(e)(f"{url}: {e}")
             continue
         return listed, status.id if url == own.url else "", status.alarms
@@ -223,7 +222,7 @@ def _member_state(etcd: Etcd, member: Instance) -> Instance:
         return member
     try:
         reason = etcd.trouble(Server(member.url), alarms=False)
-    except https.HttpsError as e:
+    except http.HttpsError as e:
         return _without_answer(member, e)
     return (
         replace(member, state="healthy")
@@ -232,9 +231,9 @@ def _member_state(etcd: Etcd, member: Instance) -> Instance:
     )
 
 
-def _without_answer(instance: Instance, error: https.HttpsError) -> Instance:
+def _without_answer(instance: Instance, error: http.HttpsError) -> Instance:
     """A server that turns our certificate away may be well."""
-    state: InstanceState = "unknown" if isinstance(error, https.ClientRefusedError) else "unhealthy"
+    state: InstanceState = "unknown" if isinstance(error, http.ClientRefusedError) else "unhealthy"
     return replace(instance, state=state, reason=str(error), answers=state == "unknown")
 
 
@@ -314,10 +313,10 @@ def _ready(api: Api, instance: Instance) -> Instance:
     for client in api.clients:
         try:
             answer = client.ask(Server(instance.url), "/readyz")
-        except https.ClientRefusedError as e:
+        except http.ClientRefusedError as e:
             refused = _without_answer(instance, e)
             continue
-        except https.HttpsError as e:
+        except http.HttpsError as e:
             return _without_answer(instance, e)
         if answer.status == HTTPStatus.OK:
             return replace(instance, state="healthy")
@@ -327,7 +326,7 @@ def _ready(api: Api, instance: Instance) -> Instance:
     return refused
 
 
-def _not_ready(answer: https.HttpAnswer) -> str:
+def _not_ready(answer: http.Answer) -> str:
     """The checks that failed, as in `[-]etcd failed: reason withheld`."""
     failed = re.findall(r"^\[-\](\S+)", answer.body.decode(errors="replace"), re.MULTILINE)
     return f"not ready: {', '.join(failed)}" if failed else f"HTTP {answer.status}"

@@ -14,8 +14,7 @@ from datetime import timedelta
 from urllib.parse import urlsplit
 
 from bridge.cluster import access
-from bridge.cluster.api import Api
-from bridge.cluster.errors import NoAnswerError
+from bridge.cluster.api import Api, NoAnswerError
 from bridge.cluster.lease import Keeper, Lease
 from bridge.control_plane.instances import Neighbours, api_servers, connect, look
 from bridge.errors import PostponedError

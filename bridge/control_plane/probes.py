@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
@@ -17,15 +17,15 @@ from typing import Any, Literal, NamedTuple
 
 from cryptography import x509
 
-from bridge.cluster.client import TIMEOUT_SECONDS, Client
+from bridge.cluster.client import NOBODY, Client
 from bridge.errors import BridgeError
 from bridge.node import processes
 from bridge.node.endpoints import Address, Server
 from bridge.node.processes import file_contents
 from bridge.pki.certificates import load_pem_certificates, serial_hex
 from bridge.specs import Component
-from bridge.system import https
-from bridge.system.https import ClientRefusedError, HttpsError, UnreachableError, UntrustedError
+from bridge.system import http
+from bridge.system.http import ClientRefusedError, HttpsError, UnreachableError, UntrustedError
 from bridge.system.safe_read import UnreadableError
 
 #: next-connection: right, and in use from the component's next connection on. not-ours: nothing that we renew.
@@ -139,25 +139,24 @@ class Serving:
         pem, key = file_contents(self.file), file_contents(self.key_file)
         ours = first(self.file, pem)
         try:
-            https.context(None, pem, key)
+            http.context(None, pem, key)
         except ClientRefusedError as e:  # a component goes on with the old pair, and would not survive a restart
             raise RefusedError(f"{self.file}, {self.key_file}: {e}") from None
-        pair: dict[str, Any] = {"certificate_pem": pem, "key_pem": key} if self.mutual else {}
-        shown = https.served(*place, **pair, timeout_seconds=TIMEOUT_SECONDS)
+        client = replace(NOBODY, certificate_pem=pem, key_pem=key) if self.mutual else NOBODY
+        shown = client.served(place)
         if shown != ours:
             return Verdict("stale", f"shows serial {serial_hex(shown)}, {self.file} has {serial_hex(ours)}")
         if reason := _outside_dates(ours, now):
             return Verdict("refused", f"serial {serial_hex(ours)}: {reason}")
         if self.trust_file is not None:
-            trust, name = file_contents(self.trust_file), self.name or place.host
-            https.served(*place, trust_pem=trust, server_name=name, **pair, timeout_seconds=TIMEOUT_SECONDS)
+            replace(client, trust_pem=file_contents(self.trust_file)).served(place, self.name)
         return Verdict("current", f"serial {serial_hex(ours)}, until {processes.moment_text(ours.not_valid_after_utc)}")
 
 
 # --- clients ---------------------------------------------------------------------------------------------------------
 
 
-def ask_all(client: Client, servers: Sequence[Server], path: str, **request: Any) -> dict[str, https.HttpAnswer]:
+def ask_all(client: Client, servers: Sequence[Server], path: str, **request: Any) -> dict[str, http.Answer]:
     """
     Ask all of them; by URL the answers of those that have one.
 
@@ -165,7 +164,7 @@ def ask_all(client: Client, servers: Sequence[Server], path: str, **request: Any
         client: Who asks.
         servers: Whom.
         path: With its query.
-        request: As `https.request` has it.
+        request: As `Client.ask` has it.
 
     Raises:
         HttpsError: One does not take the certificate or shows a wrong one, or none answers.
@@ -181,7 +180,7 @@ def ask_all(client: Client, servers: Sequence[Server], path: str, **request: Any
     return answers
 
 
-def _ask(client: Client, server: Server, path: str, request: Mapping[str, Any]) -> https.HttpAnswer:
+def _ask(client: Client, server: Server, path: str, request: Mapping[str, Any]) -> http.Answer:
     try:
         answer = client.ask(server, path, **request)
     except HttpsError as e:
@@ -191,7 +190,7 @@ def _ask(client: Client, server: Server, path: str, request: Mapping[str, Any]) 
     return answer
 
 
-def words(answer: https.HttpAnswer) -> str:
+def words(answer: http.Answer) -> str:
     """The message in a server's answer: of Kubernetes' Status or of etcd's error, or the text itself."""
     text = answer.body[:_MOST_WORDS].decode(errors="replace").strip()
     try:
@@ -202,7 +201,7 @@ def words(answer: https.HttpAnswer) -> str:
     return message[:_MOST_WORDS] if isinstance(message, str) else text
 
 
-def accepted(answers: Mapping[str, https.HttpAnswer]) -> str:
+def accepted(answers: Mapping[str, http.Answer]) -> str:
     """
     A sentence about who has accepted it; that there is no such thing as was asked for is an answer, too.
 

@@ -16,8 +16,7 @@ from urllib.parse import urlsplit
 
 from cryptography.x509.verification import VerificationError as NoPathError
 
-from bridge.cluster.api import Api
-from bridge.cluster.errors import NoAnswerError
+from bridge.cluster.api import Api, NoAnswerError
 from bridge.diagnosis.findings import Finding
 from bridge.diagnosis.installed import is_named
 from bridge.errors import BridgeError

@@ -18,7 +18,7 @@ from datetime import timedelta
 from uuid import UUID
 
 from bridge.ca.untrusted_answers import HearsayError
-from bridge.cluster.errors import NoAnswerError
+from bridge.cluster.api import NoAnswerError
 from bridge.contract import Continuity, Issued, Pending, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, BridgeError, VerificationError
 from bridge.gateway.authorities import AuthorityOfSigners

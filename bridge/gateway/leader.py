@@ -11,8 +11,7 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 
-from bridge.cluster.api import Api
-from bridge.cluster.errors import NoAnswerError
+from bridge.cluster.api import Api, NoAnswerError
 from bridge.cluster.lease import Keeper, Lease
 
 log = logging.getLogger("ca-bridge")

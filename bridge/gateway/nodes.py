@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote
 
-from bridge.cluster.api import Api
-from bridge.cluster.errors import NoAnswerError
+from bridge.cluster.api import Api, NoAnswerError
 from bridge.desk import node_inventory
 from bridge.desk.node_inventory import Inventory, NodeEntry
 from bridge.errors import BridgeError, SettingsError, SettingsProblem

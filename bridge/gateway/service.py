@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from http import HTTPStatus
 
-from bridge.cluster.api import Api
-from bridge.cluster.errors import NoAnswerError
+from bridge.cluster.api import Api, NoAnswerError
 from bridge.errors import BackendError, BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.gateway import authorities, pages
 from bridge.gateway.context import Context

@@ -18,9 +18,7 @@ from datetime import datetime, timedelta
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from bridge.cluster.api import Api
-from bridge.cluster.errors import NoAnswerError
-from bridge.cluster.stream import Lines
+from bridge.cluster.api import Api, Lines, NoAnswerError
 from bridge.gateway.policy import Request
 
 COLLECTION = "/apis/certificates.k8s.io/v1/certificatesigningrequests"

@@ -13,8 +13,7 @@ from typing import Any
 
 from cryptography import x509
 
-from bridge.cluster.api import MERGE_PATCH, Reply
-from bridge.cluster.errors import NoAnswerError
+from bridge.cluster.api import MERGE_PATCH, NoAnswerError, Reply
 from bridge.desk.patterns import CN_OID
 from bridge.gateway import watch
 from bridge.gateway.context import AFTER_REFUSAL_SECONDS, Context, GoneError, LeftError, NotAllowedError, extra

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from cryptography.x509.oid import NameOID
 
-from bridge.cluster.errors import NoAnswerError
+from bridge.cluster.api import NoAnswerError
 from bridge.errors import BridgeError, Exit
 from bridge.pki.certificates import attributes
 from bridge.pki.csr import Naming

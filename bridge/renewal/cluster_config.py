@@ -5,8 +5,7 @@ from __future__ import annotations
 from http import HTTPStatus
 from pathlib import Path
 
-from bridge.cluster.api import Api
-from bridge.cluster.errors import NoAnswerError
+from bridge.cluster.api import Api, NoAnswerError
 from bridge.errors import BridgeError
 from bridge.node import kubeadm_config
 from bridge.node.inventory import Node

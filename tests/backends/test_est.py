@@ -24,8 +24,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from backends.est import EstBackend
-from backends.est.settings import EstSettings
+from backends.est import EstBackend, EstSettings
 from bridge.ca import registry
 from bridge.contract import Issued, Pending, Secret, SetsUp, SetupRequest, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsError, VerificationError

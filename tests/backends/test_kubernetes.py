@@ -18,8 +18,7 @@ import pytest
 import yaml
 from cryptography import x509
 
-from backends.kubernetes import KubernetesBackend, _object
-from backends.kubernetes.settings import KubernetesSettings, parse_kubeconfig
+from backends.kubernetes import KubernetesBackend, KubernetesSettings, _object, parse_kubeconfig
 from bridge.ca import registry
 from bridge.contract import Issued, Pending, Secret, SetupRequest, SignRequest, Wanted
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsError

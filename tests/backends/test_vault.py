@@ -31,9 +31,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from backends.vault import VaultBackend
+from backends.vault import VaultAuth, VaultBackend, VaultSettings, role_selector
 from backends.vault import setup as vault_setup
-from backends.vault.settings import VaultAuth, VaultSettings, role_selector
 from bridge.contract import Secret, Selector, SignRequest
 from bridge.errors import (
     BackendError,

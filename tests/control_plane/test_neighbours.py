@@ -33,7 +33,7 @@ from bridge.node.inventory import Node
 from bridge.settings.load import parse
 from bridge.settings.tables import ClusterSettings, Settings
 from bridge.specs import Component
-from bridge.system import https
+from bridge.system import http
 from tests.kit import apiserver, members
 from tests.kit.members import Cluster, Place
 
@@ -135,7 +135,7 @@ def three(shared: Cluster) -> Iterator[Cluster]:
     shared.mend()
 
 
-def eventually(ask: Callable[[], https.HttpAnswer]) -> https.HttpAnswer:
+def eventually(ask: Callable[[], http.Answer]) -> http.Answer:
     """Members that have just come back are not trusted with changes for five seconds."""
     end = time.monotonic() + 30
     while (answer := ask()).status != 200 and time.monotonic() < end:

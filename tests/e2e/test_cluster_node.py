@@ -29,7 +29,7 @@ from bridge.errors import Exit
 from bridge.node import inventory
 from bridge.node.endpoints import Server
 from bridge.specs import Component
-from bridge.system import https
+from bridge.system import http
 from tests.kit import programs
 from tests.kit.node import AT_ONCE, Node
 from tests.kit.nodes import wait_for
@@ -356,7 +356,7 @@ def answers(node: Node) -> bool:
         for file in ("ca.crt", "healthcheck-client.crt", "healthcheck-client.key")
     )
     client = Client(name="healthcheck", trust_pem=anchor, certificate_pem=certificate, key_pem=key)
-    with contextlib.suppress(https.HttpsError):
+    with contextlib.suppress(http.HttpsError):
         return client.ask(Server(f"https://{node.ip}:2379"), "/health").status in {
             HTTPStatus.OK,
             HTTPStatus.SERVICE_UNAVAILABLE,
@@ -367,16 +367,13 @@ def answers(node: Node) -> bool:
 def writes(node: Node, change: str) -> bool:
     """Whether this node's API server takes a write."""
     client = Api.of_node(inventory.read(node.pki_dir, node.kubeconfig_dir), node.kubeconfig_dir).clients[0]
-    with contextlib.suppress(https.HttpsError):
-        answer = https.request(
-            f"https://{node.ip}:6443/api/v1/namespaces/default/configmaps/watched",
-            trust_pem=client.trust_pem,
-            certificate_pem=client.certificate_pem,
-            key_pem=client.key_pem,
+    with contextlib.suppress(http.HttpsError):
+        answer = client.ask(
+            Server(f"https://{node.ip}:6443"),
+            "/api/v1/namespaces/default/configmaps/watched",
+            {"Content-Type": "application/merge-patch+json"},
             method="PATCH",
             body=change.encode(),
-            headers={"Content-Type": "application/merge-patch+json"},
-            timeout_seconds=5,
         )
         return answer.status == HTTPStatus.OK
     return False

@@ -18,10 +18,8 @@ import requests
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.cluster.api import Reply
-from bridge.cluster.errors import NoAnswerError
+from bridge.cluster.api import Lines, NoAnswerError, Reply
 from bridge.cluster.lease import Keeper
-from bridge.cluster.stream import Lines
 from bridge.errors import BridgeError
 from bridge.gateway import nodes, queue
 from bridge.gateway.pages import Metrics, serving
@@ -269,18 +267,18 @@ def test_a_long_message_is_cut_to_its_end() -> None:
 
 
 class _Pieces:
-    """Of a response, as they come."""
+    """Of a stream, as they come."""
 
     def __init__(self, *pieces: bytes) -> None:
         self._pieces = list(pieces)
 
-    def read1(self, _: int) -> bytes:
+    def piece(self) -> bytes:
         return self._pieces.pop(0) if self._pieces else b""
 
 
 def lines_of(longest: int, *pieces: bytes) -> tuple[list[bytes], int]:
     """The lines, and how many were left out."""
-    made = Lines(_Pieces(*pieces), None, longest, "x")  # type: ignore[arg-type]
+    made = Lines(_Pieces(*pieces), longest, "x")  # type: ignore[arg-type]
     return list(made), made.left_out
 
 

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from cryptography import x509
 
-from bridge.cluster.api import Api
-from bridge.cluster.errors import NoAnswerError
+from bridge.cluster.api import Api, NoAnswerError
 from bridge.gateway import watch
 from bridge.gateway.rules import CLIENT_KUBELET, SERVING
 from bridge.gateway.watch import SigningRequest, Watch

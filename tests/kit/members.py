@@ -13,17 +13,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import yaml
 
+from bridge.cluster.client import Client
 from bridge.node import inventory, sample_pki
+from bridge.node.endpoints import Server
 from bridge.node.inventory import Node
 from bridge.node.sample_pki import ThrowawayCA
 from bridge.pki.csr import generate_key, key_pem
 from bridge.settings import load
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, ETCD_CA, SPECS, Component
-from bridge.system import https
+from bridge.system import http
 from tests.kit import programs
 from tests.kit.pki import PKI_SPECS
 
@@ -94,7 +97,7 @@ class Cluster:
     api_port: int
     pems: dict[str, bytes] = field(repr=False)
 
-    def etcd(self, place: Place, path: str, body: bytes = b"{}") -> https.HttpAnswer:
+    def etcd(self, place: Place, path: str, body: bytes = b"{}") -> http.Answer:
         """Ask a member as kubeadm's healthcheck client."""
         url = f"https://{place.address}:{self.client_port}{path}"
         return self._ask(url, "POST", body)
@@ -109,7 +112,7 @@ class Cluster:
         url = f"https://{place.address}:{self.client_port}/health"
         end = time.monotonic() + _START_SECONDS
         while time.monotonic() < end:
-            with contextlib.suppress(https.HttpsError):
+            with contextlib.suppress(http.HttpsError):
                 if self._ask(url).status == 200:
                     return
             time.sleep(0.1)
@@ -129,16 +132,14 @@ class Cluster:
         for place in self.places:
             self.wait_until_healthy(place)
 
-    def _ask(self, url: str, method: str = "GET", body: bytes | None = None) -> https.HttpAnswer:
-        return https.request(
-            url,
-            method=method,
-            body=body,
+    def _ask(self, url: str, method: str = "GET", body: bytes | None = None) -> http.Answer:
+        client = Client(
+            name="member",
             trust_pem=self.pems["trust"],
             certificate_pem=self.pems["certificate"],
             key_pem=self.pems["key"],
-            timeout_seconds=10,
         )
+        return http.request(client.peer(Server(url)), urlsplit(url).path, method=method, body=body, seconds=10)
 
 
 def make(directory: Path, count: int, *, client_port: int, peer_port: int, api_port: int) -> Cluster:

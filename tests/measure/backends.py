@@ -24,8 +24,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
 
 from backends.cmp import CmpBackend
 from backends.cmp.settings import CmpSettings
-from backends.est import EstBackend
-from backends.est.settings import EstSettings
+from backends.est import EstBackend, EstSettings
 from backends.exec import ExecBackend, ExecSettings
 from bridge.contract import Backend, Issued, Secret, SignRequest
 from bridge.specs import SPECS

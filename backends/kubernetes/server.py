@@ -7,25 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-import requests
-
-from backends.http import (
-    CLOCK_HINT,
-    NoAnswerError,
-    Sessions,
-    TlsRefusedError,
-    TooMuchError,
-    innermost,
-    is_too_early,
-    retry_after_seconds,
-    without,
-)
-from backends.kubernetes.settings import KubernetesSettings
-from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsError
+from backends.http import Http, Wording, retry_after_seconds, without
+from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError
 from bridge.words import one_line
+
+if TYPE_CHECKING:
+    from backends.kubernetes import KubernetesSettings
 
 CSRS = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
 ACCESS_REVIEWS = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
@@ -79,24 +69,24 @@ class Api:
         """
         self._settings = settings
         self._url = settings.server_url()
-        self._sessions = Sessions(settings.timeout, settings.tls_context)
+        wording = Wording(name="kubernetes", not_ours=_NOT_KUBERNETES, tls=_tls_hint)
+        self._http = Http(wording, self._url, settings.timeout, settings.tls_context)
 
     @property
     def clock_ahead(self) -> timedelta | None:
         """The server's, at its latest answer."""
-        return self._sessions.clock_ahead
+        return self._http.clock_ahead
 
     def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Answer:
         """
         One request; any status is an answer but 401, for which files of credentials are read again once.
 
         Raises:
-            BackendRefusedError: Nobody that we may talk to, who does not know us, or an answer without end.
-            BackendUnavailableError: No answer in time.
+            BackendError: None, see `Http.request`; or the server does not know us.
         """
         answer = self._send(method, path, body)
         if answer.status == HTTPStatus.UNAUTHORIZED:
-            self._sessions.close()  # they show the client certificate that they began with
+            self._http.close()  # they show the client certificate that they began with
             answer = self._send(method, path, body)
         if answer.status == HTTPStatus.UNAUTHORIZED:
             raise self.error(answer)
@@ -113,26 +103,14 @@ class Api:
 
     def close(self) -> None:
         """Close the connections that are not in use."""
-        self._sessions.close()
+        self._http.close()
 
     def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> Answer:
         token = self._settings.bearer()
         headers = {"Accept": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
-        try:
-            response, data = self._sessions.send(method, f"{self._url}{path}", headers=headers, json=body)
-        except TooMuchError as e:
-            raise BackendRefusedError(f"kubernetes: {self._url}: {e}", hint=_NOT_KUBERNETES) from e
-        except TlsRefusedError as e:
-            raise BackendRefusedError(f"kubernetes: {self._url}: TLS: {e}", hint=_tls_hint(str(e))) from e
-        except NoAnswerError as e:
-            raise BackendUnavailableError(f"kubernetes: {self._url}: {e}", hint=e.hint) from e
-        except SettingsError as e:  # the files were good when we began
-            raise BackendRefusedError(f"kubernetes: {e}", hint=e.hint) from e
-        except requests.RequestException as e:
-            text = one_line(without(str(innermost(e)), [token]))
-            raise BackendRefusedError(f"kubernetes: {self._url}: {text}", hint=_NOT_KUBERNETES) from e
-        later = retry_after_seconds(response, datetime.now(UTC))
-        return Answer(status=response.status_code, document=_document(data, token), retry_after_seconds=later)
+        answer = self._http.request(method, f"{self._url}{path}", self._url, headers=headers, json=body)
+        later = retry_after_seconds(answer, datetime.now(UTC))
+        return Answer(status=answer.status, document=_document(answer.body, token), retry_after_seconds=later)
 
 
 def _document(data: bytes, token: str | None) -> Mapping[str, Any]:
@@ -168,8 +146,6 @@ _HINTS: Mapping[int, str] = {
 
 
 def _tls_hint(reason: str) -> str:
-    if is_too_early(reason):
-        return CLOCK_HINT
     if "CERTIFICATE_VERIFY_FAILED" in reason:
         return (
             "ca_file (or the kubeconfig) must hold the CA of the API server's certificate, whose SANs the host in url"

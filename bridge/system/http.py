@@ -1,0 +1,615 @@
+"""
+HTTP/1.1 over a connection that is kept, or used once: for the cluster's API, components, neighbours and CAs.
+
+`http.client` reads an answer; this module adds one limit of time for a whole request, one of the bytes that a server
+sends, counted below the parser, and that no request gets what is left of another one's answer. One request at a time
+is under way on a connection. No redirects, no proxies, nothing of the environment, no keys on disk, no repetition.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import select
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from http.client import HTTPException, HTTPResponse
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from urllib.parse import urlsplit
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from bridge.errors import BridgeError, Exit
+from bridge.pki.certificates import load_pem_certificates
+from bridge.words import one_line
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+T = TypeVar("T")
+
+#: Answers to a probe, and a signed certificate with thousands of SANs, are far below.
+MAX_ANSWER_BYTES = 1 << 20
+#: For an answer's head, the lengths of its chunks and its trailers, together.
+_SPARE_BYTES = 1 << 16
+_PIECE_BYTES = 1 << 16
+
+#: Alerts (RFC 8446 §6) with which a server turns a client certificate away, as OpenSSL spells them.
+_TURNED_AWAY = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED", "DECRYPT_ERROR")
+#: A connection's end that may have any cause.
+_CUT_OFF = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionResetError, BrokenPipeError)
+
+
+class HttpsError(BridgeError):
+    """No answer, whatever the cause."""
+
+    exit_code: ClassVar[int] = Exit.UNAVAILABLE
+
+
+class UnreachableError(HttpsError):
+    """No connection, one that ended too early, or no answer in HTTP; the text is the operating system's or OpenSSL's."""
+
+
+class LateError(UnreachableError):
+    """No answer in time."""
+
+
+class BrokenOffError(UnreachableError):
+    """The answer's head was there, and its body ended too early."""
+
+    status = 0  #: The head's.
+
+
+class HandshakeError(UnreachableError):
+    """TLS failed, for another reason than a certificate."""
+
+
+class UntrustedError(HttpsError):
+    """The server's certificate does not lead to the trust anchors, or is not for this name."""
+
+
+class ClientRefusedError(HttpsError):
+    """The server turned the client certificate away (TLS), or certificate and key can't be used here."""
+
+
+class TooLongError(HttpsError):
+    """The server sends more than the answer may have."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A server's answer."""
+
+    status: int
+    headers: Mapping[str, str] = field(
+        default_factory=dict, repr=False
+    )  #: Names in small letters; the last of several.
+    body: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """A server, and how we come to it."""
+
+    host: str  #: Name or address.
+    port: int
+    tls: Callable[[], ssl.SSLContext] | None = None  #: Makes the client's context; None: without TLS.
+    server_name: str | None = None  #: For SNI and in the server's certificate, where that is not the host.
+    host_header: str = ""  #: Where that is not host and port.
+    alert_seconds: float = 0.0  #: To listen for why a connection broke, see `_alert`; 0: that is not asked.
+
+    @classmethod
+    def of(cls, url: str, tls: Callable[[], ssl.SSLContext], **more: Any) -> Peer:
+        """
+        The server of an `https:` or `http:` URL.
+
+        Args:
+            url: Its path does not count.
+            tls: For `https:`.
+            more: Further fields.
+
+        Raises:
+            UnreachableError: No such URL.
+        """
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname, parts.port
+        except ValueError:
+            host, port = None, None
+        if not host or parts.scheme not in {"https", "http"}:
+            raise UnreachableError(f"wanted a URL, found {one_line(url)!r}")
+        usual, secured = (443, tls) if parts.scheme == "https" else (80, None)
+        header = parts.netloc.rpartition("@")[2]
+        return cls(host=host, port=port or usual, tls=secured, host_header=header, **more)
+
+
+def request(
+    peer: Peer,
+    target: str,
+    *,
+    method: str = "GET",
+    body: bytes | None = None,
+    headers: Mapping[str, str] | None = None,
+    seconds: float,
+    longest: int = MAX_ANSWER_BYTES,
+) -> Answer:
+    """
+    Ask once, over a connection of its own; any status is an answer.
+
+    Args:
+        peer: The server.
+        target: As in `KeptConnection.ask`.
+        method: HTTP's.
+        body: JSON.
+        headers: Besides those for JSON.
+        seconds: For all of it.
+        longest: Bytes of the answer's body.
+
+    Raises:
+        HttpsError: No answer.
+    """
+    given = {"Accept": "application/json", **({"Content-Type": "application/json"} if body else {}), **(headers or {})}
+    connection = KeptConnection(peer)
+    try:
+        return connection.ask(method, target, given, body, seconds=seconds, longest=longest)
+    finally:
+        connection.close()
+
+
+def served(peer: Peer, seconds: float) -> x509.Certificate:
+    """
+    The leaf that a server shows in a handshake; no request is sent.
+
+    Raises:
+        HttpsError: No handshake.
+    """
+    try:
+        with _connected(peer, seconds) as opened:
+            der = opened.getpeercert(binary_form=True) if isinstance(opened, ssl.SSLSocket) else None
+    except (OSError, ValueError) as e:
+        raise _as_ours(e, seconds) from e
+    if der is None:
+        raise UnreachableError("wanted a server certificate, found none")
+    return x509.load_der_x509_certificate(der)
+
+
+def context(trust_pem: bytes | None, certificate_pem: bytes | None, key_pem: bytes | None) -> ssl.SSLContext:
+    """
+    A TLS client's context. An anchor need not be self-signed, as in Go; the key is in memory only.
+
+    Args:
+        trust_pem: Trust anchors; None: any server will do, and the caller looks at its certificate.
+        certificate_pem: The client's leaf and intermediates, if it has one.
+        key_pem: Its key, unencrypted.
+
+    Raises:
+        UntrustedError: No certificate among the trust anchors.
+        ClientRefusedError: Certificate and key don't belong together, or can't be used.
+    """
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    tls.set_alpn_protocols(["http/1.1"])
+    if trust_pem is None:
+        tls.check_hostname = False
+        tls.verify_mode = ssl.CERT_NONE
+    else:
+        tls.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        try:
+            anchors = [certificate.public_bytes(Encoding.DER) for certificate in load_pem_certificates(trust_pem)]
+        except ValueError as e:
+            raise UntrustedError(f"wanted a trust anchor, found {e}") from e
+        tls.load_verify_locations(cadata=b"".join(anchors))
+    if certificate_pem is not None:
+        _load_pair(tls, certificate_pem, key_pem or b"")
+    return tls
+
+
+def _load_pair(tls: ssl.SSLContext, certificate_pem: bytes, key_pem: bytes) -> None:
+    """OpenSSL reads from a path alone: this one leads to memory."""
+    with os.fdopen(os.memfd_create("pair"), "wb") as file:
+        file.write(certificate_pem.rstrip() + b"\n" + key_pem)
+        file.flush()
+        try:
+            # A password that is wrong, or else OpenSSL asks the terminal for that of an encrypted key.
+            tls.load_cert_chain(f"/proc/self/fd/{file.fileno()}", password="")
+        except ssl.SSLError as e:
+            found = (e.reason or "something else").replace("_", " ").lower()
+            raise ClientRefusedError(f"wanted a certificate and its key, found: {found}") from None
+
+
+# --- a connection -----------------------------------------------------------------------------------------------------
+
+
+class KeptConnection:
+    """A connection to one server, made when it is needed; for one thread at a time."""
+
+    def __init__(self, peer: Peer) -> None:
+        self._peer = peer
+        self._host = peer.host_header or (f"[{peer.host}]" if ":" in peer.host else peer.host) + f":{peer.port}"
+        self._socket: socket.socket | None = None
+        self.is_kept = False  #: The latest request went over a connection that was in use before.
+
+    def ask(
+        self,
+        method: str,
+        target: str,
+        headers: Mapping[str, str],
+        body: bytes | None = None,
+        *,
+        seconds: float,
+        longest: int = MAX_ANSWER_BYTES,
+    ) -> Answer:
+        """
+        Send one request and read its whole answer; any status is an answer.
+
+        Args:
+            method: HTTP's.
+            target: Path and query, quoted.
+            headers: Besides those of the connection and of the body's length.
+            body: Of the request.
+            seconds: For all of it.
+            longest: Bytes of the answer's body.
+
+        Raises:
+            HttpsError: No answer, or a longer one.
+            ValueError: Target or headers can't be sent.
+        """
+        limits = _Limits(seconds, longest)
+        with self.in_time(limits):
+            response, received = self._begun(method, target, headers, body, limits)
+            content = _body(response, longest)
+            if response.will_close or received.has_more():  # what came unasked is no request's answer
+                self.close()
+            named = {name.lower(): value for name, value in response.headers.items()}
+            return Answer(status=response.status, headers=named, body=content)
+
+    def stream(self, target: str, headers: Mapping[str, str], *, seconds: float) -> Stream:
+        """
+        Send one GET and read the head of its answer, which may go on without end; the caller closes the connection.
+
+        Args:
+            target: As in `ask`.
+            headers: As in `ask`.
+            seconds: Until the head is whole.
+
+        Raises:
+            HttpsError, ValueError: As `ask`.
+        """
+        limits = _Limits(seconds, _PIECE_BYTES)
+        with self.in_time(limits):
+            response, _ = self._begun("GET", target, headers, None, limits)
+        return Stream(response, self, limits)
+
+    def end(self) -> None:
+        """End it from another thread; this one, if it reads, wakes up and gets no more."""
+        opened = self._socket
+        with contextlib.suppress(OSError):
+            if opened is not None:
+                opened.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """End the connection; the next request makes another one."""
+        opened, self._socket = self._socket, None
+        if opened is not None:
+            with contextlib.suppress(OSError):
+                opened.close()
+
+    __del__ = close  # of a thread that has ended
+
+    @contextlib.contextmanager
+    def in_time(self, limits: _Limits) -> Iterator[None]:
+        """Turn what goes wrong into our errors; the connection ends then."""
+        try:
+            yield
+        except (OSError, HTTPException) as e:
+            self.close()
+            ours = _as_ours(e, limits.seconds)
+            if isinstance(e, _CUT_OFF) and not self.is_kept:
+                ours = _alert(self._peer) or ours
+            raise ours from e
+        except BaseException:
+            self.close()
+            raise
+
+    def _begun(
+        self, method: str, target: str, headers: Mapping[str, str], body: bytes | None, limits: _Limits
+    ) -> tuple[HTTPResponse, _Received]:
+        """
+        Raises:
+            OSError, HTTPException, HttpsError: No head of an answer.
+        """
+        data = _head(method, target, {"Host": self._host, **headers}, body) + (body or b"")
+        opened = self._opened(limits)
+        unsent = memoryview(data)
+        while unsent:
+            opened.settimeout(limits.seconds_left())
+            unsent = unsent[opened.send(unsent) :]
+        received = _Received(opened, limits)
+        response = HTTPResponse(cast(socket.socket, received), method=method)
+        response.begin()
+        if response.headers.get("transfer-encoding", "chunked").lower() != "chunked":
+            raise UnreachableError("wanted no transfer encoding besides chunked, found one")
+        return response, received
+
+    def _opened(self, limits: _Limits) -> socket.socket:
+        if self._socket is not None and _has_ended(self._socket):
+            self.close()
+        self.is_kept = self._socket is not None
+        if self._socket is None:
+            self._socket = _connected(self._peer, limits.seconds_left())
+        return self._socket
+
+
+def _head(method: str, target: str, headers: Mapping[str, str], body: bytes | None) -> bytes:
+    """
+    Raises:
+        ValueError: Something in it would end a line.
+    """
+    if not target.isascii() or not target.isprintable() or " " in target:
+        raise ValueError("wanted a target that is quoted")
+    if not all(f"{name}{value}".isprintable() for name, value in headers.items()):
+        raise ValueError("wanted headers of one line each")
+    length = {} if body is None else {"Content-Length": str(len(body))}
+    given = {**headers, "Accept-Encoding": "identity", **length}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in given.items())
+    return f"{method} {target} HTTP/1.1\r\n{lines}\r\n".encode("latin-1")
+
+
+def _body(response: HTTPResponse, longest: int) -> bytes:
+    """
+    Raises:
+        BrokenOffError: The connection ended before there was a whole answer, or chunks are none.
+        TooLongError: It is longer.
+        TimeoutError: It does not end in time.
+    """
+    try:
+        body = b"" if (response.length or 0) > longest else response.read(longest + 1)
+    except TimeoutError:
+        raise
+    except (OSError, HTTPException) as e:
+        raise _broken_off(response, e) from e
+    if len(body) > longest or (response.length or 0) > longest:
+        raise TooLongError(f"wanted an answer of at most {longest} bytes, found a longer one")
+    if response.length:
+        raise _broken_off(response, None)
+    return body
+
+
+def _broken_off(response: HTTPResponse, error: Exception | None) -> BrokenOffError:
+    found = BrokenOffError("the answer broke off" + (f": {_as_ours(error, 0)}" if error else ""))
+    found.status = response.status
+    return found
+
+
+class Stream:
+    """An answer whose body is read in pieces, as it comes."""
+
+    def __init__(self, response: HTTPResponse, connection: KeptConnection, limits: _Limits) -> None:
+        self._response = response
+        self._connection = connection
+        self._limits = limits
+        self.status = response.status
+        self.end = connection.end
+
+    def rest(self) -> bytes:
+        """
+        The whole body of a short answer, such as an error's.
+
+        Raises:
+            HttpsError: It is long, or broke off.
+        """
+        with self._connection.in_time(self._limits):
+            return _body(self._response, _PIECE_BYTES)
+
+    def go_on(self, silence_seconds: float) -> None:
+        """From now on any length of the answer will do, and only silence has a limit."""
+        self._limits.lift(silence_seconds)
+
+    def piece(self) -> bytes:
+        """
+        What comes next; empty: the end.
+
+        Raises:
+            UnreachableError: It broke, or was silent for too long.
+        """
+        try:
+            return self._response.read1(_PIECE_BYTES)
+        except TimeoutError as e:
+            raise LateError("nothing came for too long") from e
+        except (OSError, HTTPException, ValueError, AttributeError) as e:  # the last: ended from another thread
+            raise _as_ours(e, self._limits.seconds) from e
+
+
+class _Limits:
+    """How long an answer may take, and how many bytes may come for it, its head and its frames included."""
+
+    def __init__(self, seconds: float, longest: int) -> None:
+        self.seconds = seconds
+        self._end = time.monotonic() + seconds
+        self._bytes_left = longest + _SPARE_BYTES
+        self._longest = longest
+        self._silence: float | None = None
+
+    def lift(self, silence_seconds: float) -> None:
+        """From now on only silence has a limit."""
+        self._silence = silence_seconds
+
+    def seconds_left(self) -> float:
+        """
+        Raises:
+            TimeoutError: None.
+        """
+        if self._silence is not None:
+            return self._silence
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return left
+
+    def count(self, received: int) -> None:
+        """
+        Count what came, below the parser: a server's word for a length (a chunk of -1) is no limit.
+
+        Raises:
+            TooLongError: More than the answer may have.
+        """
+        self._bytes_left -= received
+        if self._silence is None and self._bytes_left < 0:
+            raise TooLongError(f"wanted an answer of at most {self._longest} bytes, found a longer one")
+
+
+class _Received(io.BufferedReader):
+    """The stream that `http.client` reads of a socket; it has limits, and stays open when an answer was read."""
+
+    def __init__(self, opened: socket.socket, limits: _Limits) -> None:
+        self._reader = _Reader(opened, limits)
+        super().__init__(self._reader, _PIECE_BYTES)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """The stream itself, in the place of a socket's file."""
+        del mode
+        return self
+
+    def close(self) -> None:
+        """The connection is kept."""
+
+    def has_more(self) -> bool:
+        """Whether more was received than was read."""
+        self._reader.is_over = True
+        return bool(self.peek(1))
+
+
+class _Reader(io.RawIOBase):
+    def __init__(self, opened: socket.socket, limits: _Limits) -> None:
+        self._opened = opened
+        self._limits = limits
+        self.is_over = False  #: Nothing more is received.
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int | None:
+        if self.is_over:
+            return None
+        self._opened.settimeout(self._limits.seconds_left())
+        received = self._opened.recv_into(buffer)
+        self._limits.count(received)
+        return received
+
+
+def _has_ended(opened: socket.socket) -> bool:
+    """Whether the server has ended the connection, or sent something unasked."""
+    if isinstance(opened, ssl.SSLSocket) and opened.pending():
+        return True
+    poll = select.poll()
+    poll.register(opened, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+# --- connecting -------------------------------------------------------------------------------------------------------
+
+
+def within(seconds: float, work: Callable[[], T]) -> T:
+    """
+    Call `work` in a thread of its own with a limit of time; returns or raises what it does.
+
+    A resolver can't be told a limit, and a name may have many addresses.
+
+    Raises:
+        TimeoutError: It took longer; it is left to itself, and what it returns after all is closed.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as e:  # noqa: BLE001 (it is raised on the other side)
+            future.set_exception(e)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return future.result(timeout=seconds)
+    except TimeoutError:
+        future.add_done_callback(_close)
+        raise
+
+
+def _close(late: Future[Any]) -> None:
+    if late.exception() is None and hasattr(late.result(), "close"):
+        late.result().close()
+
+
+def _connected(peer: Peer, seconds: float) -> socket.socket:
+    """
+    A new connection on which small requests are not held back, in TLS if the server is asked so.
+
+    Raises:
+        OSError: There is none (`ssl.SSLError`, `TimeoutError` among them).
+    """
+
+    def connect() -> socket.socket:
+        tls = None if peer.tls is None else peer.tls()
+        raw = socket.create_connection((peer.host, peer.port), seconds)
+        try:
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if tls is None:
+                return raw
+            raw.getpeername()  # of one that was reset by now, Python's wrapper would be left open (SSLSocket._create)
+            name = peer.server_name or peer.host
+            # An end without TLS's own word is an error, too: somebody may have cut the answer short.
+            return tls.wrap_socket(raw, server_hostname=name, suppress_ragged_eofs=False)
+        except BaseException:
+            raw.close()
+            raise
+
+    try:
+        return within(seconds, connect)
+    except UnicodeError as e:  # a name that is none
+        raise OSError(one_line(e)) from e
+
+
+def _alert(peer: Peer) -> HttpsError | None:
+    """
+    Listen for the alert that a broken connection may have swallowed: why the server turned us away, if it did.
+
+    In TLS 1.3 a server judges the client after its own handshake has ended (RFC 8446 §4.4.2.4). If it closes while
+    our request is unread, the kernel resets the connection and throws the alert away; so this time nothing is sent.
+    """
+    if peer.tls is None or not peer.alert_seconds:
+        return None
+    try:
+        with _connected(peer, peer.alert_seconds) as listening:
+            listening.settimeout(peer.alert_seconds)
+            listening.recv(1)
+    except _CUT_OFF:
+        return None
+    except ssl.SSLError as e:
+        ours = _as_ours(e, peer.alert_seconds)
+        ours.__cause__ = e
+        return ours
+    except (OSError, ValueError, BridgeError):
+        return None
+    return None
+
+
+def _as_ours(error: Exception, seconds: float) -> HttpsError:
+    """The one place where Python's errors become ours."""
+    if isinstance(error, TimeoutError):
+        return LateError(f"no answer within {seconds:g} s")
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return UntrustedError(f"the server's certificate is not trusted: {error.verify_message}")
+    if isinstance(error, ssl.SSLError):
+        reason = error.reason or "the connection ended within TLS"
+        text = reason.replace("_", " ").lower()
+        if "ALERT" in reason and any(part in reason for part in _TURNED_AWAY):
+            return ClientRefusedError(f"the client certificate was refused: {text}")
+        return (UnreachableError if isinstance(error, _CUT_OFF) else HandshakeError)(text)
+    if isinstance(error, OSError):
+        return UnreachableError((error.strerror or str(error) or type(error).__name__).lower())
+    return UnreachableError(f"wanted an answer in HTTP, found {one_line(str(error) or type(error).__name__, 80)}")

@@ -1,0 +1,502 @@
+"""HTTP: what is read as an answer, what is a refusal and what silence; within its time and size, with keys in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bridge.cluster.client import NOBODY, Client
+from bridge.node import sample_pki
+from bridge.node.endpoints import Address, Server
+from bridge.pki.certificates import load_pem_certificates, serial
+from bridge.system import http
+from bridge.system.http import (
+    Answer,
+    BrokenOffError,
+    ClientRefusedError,
+    KeptConnection,
+    LateError,
+    Peer,
+    TooLongError,
+    UnreachableError,
+    UntrustedError,
+)
+from bridge.system.waiting import wait_until
+from tests.kit import cfssl
+from tests.kit.loopback import LoopbackServer
+
+Talk = Callable[[socket.socket, bytes], None]
+
+# --- one connection, however it is used -------------------------------------------------------------------------------
+
+
+@contextmanager
+def server(*talks: Talk) -> Iterator[KeptConnection]:
+    """One that takes a request on each connection, as many as there are talks; the list is of connections."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            for talk in talks:
+                opened, _ = listener.accept()
+                with opened, suppress(OSError):
+                    talk(opened, opened.recv(1 << 16))
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        port = listener.getsockname()[1]
+        connection = KeptConnection(Peer(host="127.0.0.1", port=port))
+        yield connection
+        connection.close()
+        thread.join(5)
+
+
+def says(*pieces: bytes) -> Talk:
+    """Send these, and end the connection."""
+
+    def talk(opened: socket.socket, _: bytes) -> None:
+        for piece in pieces:
+            opened.sendall(piece)
+            time.sleep(0.001)
+
+    return talk
+
+
+def ask(connection: KeptConnection, *, seconds: float = 5, longest: int = 1000, body: bytes | None = None) -> Answer:
+    """One request."""
+    return connection.ask("GET", "/x", {"Accept": "*/*"}, body, seconds=seconds, longest=longest)
+
+
+WHOLE = {
+    "a length": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX: a\r\n\r\nhello",
+    "chunks": b"HTTP/1.1 200 OK\r\nX: a\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhe\r\n3;x=y\r\nllo\r\n0\r\nT: x\r\n\r\n",
+    "till the end": b"HTTP/1.1 200 OK\r\nX: a\r\n\r\nhello",
+    "after 100": b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 \r\nX: a\r\nContent-Length: 5\r\n\r\nhello",
+    "version 1.0": b"HTTP/1.0 200 OK\r\nX: a\r\n\r\nhello",
+}
+
+
+@pytest.mark.parametrize("text", WHOLE.values(), ids=WHOLE)
+def test_reads_a_whole_answer_however_it_is_cut(text: bytes) -> None:
+    """With a length, in chunks or until the end; in one piece or a byte at a time."""
+    for pieces in ([text], [text[n : n + 1] for n in range(len(text))]):
+        with server(says(*pieces)) as connection:
+            found = ask(connection)
+            assert (found.status, found.headers["x"], found.body) == (200, "a", b"hello")
+
+
+BROKEN = {
+    "no HTTP": b"SSH-2.0-OpenSSH\r\n\r\n",
+    "no status": b"HTTP/1.1 abc OK\r\n\r\n",
+    "another version": b"HTTP/2 200 OK\r\nContent-Length: 0\r\n\r\n",
+    "gzip": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    "a chunk of another size": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhello\r\n0\r\n\r\n",
+    "half a body": b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nhello",
+    "half of the chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n",
+    "nothing": b"",
+    "a head without end": b"HTTP/1.1 200 OK\r\n" + b"X: " + b"a" * 70_000,
+}
+
+
+@pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
+def test_what_is_no_whole_answer_is_none(text: bytes) -> None:
+    """It ends the connection, and the next request makes another one."""
+    with server(says(text), says(WHOLE["a length"])) as connection:
+        with pytest.raises((UnreachableError, TooLongError)):
+            ask(connection)
+        assert ask(connection).body == b"hello"
+        assert not connection.is_kept
+
+
+def test_a_body_that_breaks_off_leaves_its_status() -> None:
+    """For an error's status says enough."""
+    with server(says(b"HTTP/1.1 403 No\r\nContent-Length: 9\r\n\r\n{")) as connection:
+        with pytest.raises(BrokenOffError) as e:
+            ask(connection)
+        assert e.value.status == 403
+
+
+@pytest.mark.parametrize("head", [b"Content-Length: 2000", b"Transfer-Encoding: chunked", b"X: y"])
+def test_an_answer_has_its_limit(head: bytes) -> None:
+    """However its length is told."""
+    body = b"7D0\r\n" + b"x" * 2000 if b"chunked" in head else b"x" * 2000
+    text = b"HTTP/1.1 200 OK\r\n" + head + b"\r\n\r\n" + body
+    with server(says(text)) as connection, pytest.raises(TooLongError):
+        ask(connection)
+
+
+def test_one_limit_of_time_is_for_all_of_it() -> None:
+    """An answer that drips is given up in time, and a silent one."""
+
+    def drips(opened: socket.socket, asked: bytes) -> None:
+        del asked
+        opened.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n")
+        for _ in range(40):
+            opened.sendall(b" ")
+            time.sleep(0.02)
+
+    for talk in (drips, lambda *_: time.sleep(0.8)):
+        with server(talk) as connection:
+            begin = time.monotonic()
+            with pytest.raises(LateError):
+                ask(connection, seconds=0.2)
+            assert time.monotonic() - begin < 0.6
+
+
+def test_a_connection_is_kept_and_nothing_is_left_on_it() -> None:
+    """Two requests go over one; where more came than was asked for, or it has ended, the next goes over another one."""
+    whole = WHOLE["a length"]
+
+    def twice(opened: socket.socket, _: bytes) -> None:
+        opened.sendall(whole)
+        assert opened.recv(1000).startswith(b"GET /x HTTP/1.1\r\nHost: 127.0.0.1")
+        opened.sendall(whole + b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\nplanted")
+        opened.recv(1000)
+
+    def late(opened: socket.socket, _: bytes) -> None:
+        opened.sendall(whole)
+        time.sleep(0.05)
+        opened.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\nplanted")
+        opened.recv(1000)
+
+    with server(twice, late, says(whole)) as connection:
+        assert (ask(connection).body, connection.is_kept) == (b"hello", False)
+        assert (ask(connection).body, connection.is_kept) == (b"hello", True)
+        assert (ask(connection).body, connection.is_kept) == (b"hello", False)
+        time.sleep(0.15)
+        assert (ask(connection).body, connection.is_kept) == (b"hello", False)
+
+
+@pytest.mark.parametrize("says_so", [True, False])
+def test_an_answer_over_tls_ends_when_tls_says_so(tmp_path: Path, says_so: bool) -> None:
+    """An answer till the end is whole with TLS's own word for it; without, somebody may have cut it short."""
+    files = cfssl.make_tls(tmp_path)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(files.server_cert, files.server_key)
+
+    def serve(listener: socket.socket) -> None:
+        with suppress(OSError), tls.wrap_socket(listener.accept()[0], server_side=True) as opened:
+            opened.recv(1 << 16)
+            opened.sendall(WHOLE["till the end"])
+            if says_so:
+                opened.unwrap()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=[listener], daemon=True)
+        thread.start()
+        port = listener.getsockname()[1]
+        trusting = http.context(files.ca.read_bytes(), None, None)
+        connection = KeptConnection(Peer(host="127.0.0.1", port=port, tls=lambda: trusting))
+        if says_so:
+            assert ask(connection).body == b"hello"
+        else:
+            with pytest.raises(BrokenOffError):
+                ask(connection)
+        connection.close()
+        thread.join(5)
+
+
+@pytest.mark.parametrize("target", ["/a b", "/a\r\nX: y", "/ä", "/\x00"])
+def test_a_target_is_one_word(target: str) -> None:
+    """Nothing in it makes another header, or another request."""
+    connection = KeptConnection(Peer(host="127.0.0.1", port=1))
+    with pytest.raises(ValueError, match="quoted"):
+        connection.ask("GET", target, {}, seconds=1)
+
+
+@pytest.mark.parametrize("value", ["a\r\nX: y", "a\nb", "\x00"])
+def test_a_header_is_one_line(value: str) -> None:
+    """Nothing in it makes another one."""
+    connection = KeptConnection(Peer(host="127.0.0.1", port=1))
+    with pytest.raises(ValueError, match="one line"):
+        connection.ask("GET", "/", {"X": value}, seconds=1)
+
+
+@given(st.binary(max_size=300))
+def test_whatever_comes_is_an_answer_or_an_error_of_ours(text: bytes) -> None:
+    """No garbage of a server's leads to another error."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        theirs.sendall(b"HTTP/1.1 200 OK\r\n" + text)
+        theirs.shutdown(socket.SHUT_WR)
+        connection = KeptConnection(Peer(host="h", port=1))
+        connection._socket = ours
+        with mock.patch.object(http, "_has_ended", return_value=False), suppress(UnreachableError, TooLongError):
+            assert ask(connection).status == 200
+        connection.close()
+
+
+# --- TLS, and clients of components -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A control plane's files, whose API server is on loopback."""
+    directory = tmp_path_factory.mktemp("kubernetes")
+    now = datetime.now(UTC)
+    cluster = sample_pki.Cluster(address="127.0.0.1", endpoint="api.example.com:6443")
+    sample_pki.make(directory, now=now, not_after=now + timedelta(days=1), key="ecdsa-p256", cluster=cluster)
+    return directory / "pki"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Tells what it was asked."""
+
+    def do_GET(self) -> None:
+        """Large, endless or broken at the paths of these names, else the request's own words."""
+        if self.path == "/endless":
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(b"x")
+                    time.sleep(0.05)
+        length = int(self.headers.get("Content-Length", 0))
+        body = self.rfile.read(length)
+        said = f"{self.command} {self.path} {self.headers['Host']} {self.headers['X-One']} ".encode() + body
+        if self.path == "/large":
+            said = b"x" * (http.MAX_ANSWER_BYTES + 1)
+        self.send_response(418)
+        self.send_header("Content-Length", str(len(said) + (self.path == "/half")))
+        self.end_headers()
+        with contextlib.suppress(OSError):  # a client that has read enough
+            self.wfile.write(said)
+
+    do_POST = do_GET  # noqa: N815 (http.server's spelling)
+
+    def log_message(self, *args: object) -> None:
+        """Nothing."""
+
+
+@contextlib.contextmanager
+def secured(pki: Path, *, client_ca: str = "", newest: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> Iterator[int]:
+    """An API server's look-alike; with `client_ca` it insists on a client certificate from there, as etcd does."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.maximum_version = newest
+    context.load_cert_chain(pki / "apiserver.crt", pki / "apiserver.key")
+    if client_ca:
+        context.load_verify_locations(pki / client_ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+    with LoopbackServer(("127.0.0.1", 0), Handler) as listening:
+        # the handshake in the connection's own thread, at its first use
+        listening.socket = context.wrap_socket(listening.socket, server_side=True, do_handshake_on_connect=False)
+        listening.handle_error = lambda *_: None  # type: ignore[method-assign]  # refusals are its job
+        thread = threading.Thread(target=listening.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield listening.server_port
+        finally:
+            listening.shutdown()
+            thread.join()
+
+
+@contextlib.contextmanager
+def tcp(answer: Callable[[socket.socket], object]) -> Iterator[int]:
+    """A server that is none."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def work() -> None:
+            with contextlib.suppress(OSError), listening.accept()[0] as opened:
+                answer(opened)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        yield listening.getsockname()[1]
+        thread.join()
+
+
+def pair(pki: Path, base: str) -> dict[str, Any]:
+    """A client certificate and its key, as arguments."""
+    certificate, key = ((pki / f"{base}{suffix}").read_bytes() for suffix in (".crt", ".key"))
+    return {"certificate_pem": certificate, "key_pem": key}
+
+
+def leaf(pki: Path, base: str) -> x509.Certificate:
+    return load_pem_certificates((pki / f"{base}.crt").read_bytes())[0]
+
+
+def client(pki: Path, **more: Any) -> Client:
+    """One that trusts the cluster's CA."""
+    return replace(NOBODY, **{"trust_pem": (pki / "ca.crt").read_bytes(), **more})
+
+
+def asked(port: int, pki: Path, path: str = "/", *, seconds: float = 5, name: str | None = None, **more: Any) -> Answer:
+    """Ask the server on loopback."""
+    peer = client(pki, **more).peer(Server(f"https://127.0.0.1:{port}", name))
+    return http.request(peer, path, seconds=seconds)
+
+
+def test_gives_the_whole_answer(pki: Path) -> None:
+    """Status and body; the request arrives as it was meant."""
+    with secured(pki) as port:
+        server = Server(f"https://127.0.0.1:{port}")
+        answer = client(pki).ask(server, "/a?b=c", {"X-One": "1"}, method="POST", body=b"{}")
+    assert answer.status == 418
+    assert answer.body == f"POST /a?b=c 127.0.0.1:{port} 1 {{}}".encode()
+
+
+def test_reads_no_more_than_it_must(pki: Path) -> None:
+    """A body without end does not fill the memory."""
+    with secured(pki) as port, pytest.raises(TooLongError):
+        asked(port, pki, "/large")
+
+
+def test_shows_its_client_certificate(pki: Path) -> None:
+    """Who insists on one gets it, in a request and in a bare handshake."""
+    with secured(pki, client_ca="ca.crt") as port:
+        assert asked(port, pki, **pair(pki, "apiserver-kubelet-client")).status == 418
+
+
+@pytest.mark.parametrize("newest", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_knows_a_refusal_from_silence(pki: Path, newest: ssl.TLSVersion) -> None:
+    """A client certificate of another CA is refused and not merely unanswered."""
+    with secured(pki, client_ca="ca.crt", newest=newest) as port, pytest.raises(ClientRefusedError):
+        asked(port, pki, **pair(pki, "front-proxy-client"))
+
+
+def test_shows_what_is_served_to_nobody_in_particular(pki: Path) -> None:
+    """A handshake needs no client certificate, no trust and no matching name, and ends without a request."""
+    with secured(pki, client_ca="ca.crt") as port:
+        shown = NOBODY.served(Address("127.0.0.1", port))
+    assert serial(shown) == serial(leaf(pki, "apiserver"))
+
+
+@pytest.mark.parametrize(
+    ("anchor", "name"),
+    [("front-proxy-ca.crt", None), ("ca.crt", "other.example.com")],
+    ids=["issuer", "name"],
+)
+def test_trusts_only_what_it_was_told_to(pki: Path, anchor: str, name: str | None) -> None:
+    """A server of another CA, and one with another name, are not believed."""
+    trusting = (pki / anchor).read_bytes()
+    with secured(pki) as port:
+        with pytest.raises(UntrustedError):
+            asked(port, pki, name=name, trust_pem=trusting)
+        with pytest.raises(UntrustedError):
+            client(pki, trust_pem=trusting).served(Address("127.0.0.1", port), name)
+
+
+def test_takes_another_name_than_the_address(pki: Path) -> None:
+    """A server may be asked at an address that its certificate does not name."""
+    with secured(pki) as port:
+        assert asked(port, pki, name="api.example.com").status == 418
+
+
+def test_nobody_there(pki: Path) -> None:
+    """A closed port is unreachable, at once."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+    with pytest.raises(UnreachableError, match="connection refused"):
+        asked(port, pki)
+
+
+def test_not_tls(pki: Path) -> None:
+    """A port that speaks something else is unreachable, too."""
+    with tcp(lambda opened: opened.sendall(b"220 welcome\r\n")) as port, pytest.raises(UnreachableError):
+        asked(port, pki)
+
+
+def test_a_silent_server_costs_no_more_than_the_time_limit(pki: Path) -> None:
+    """One that accepts and says nothing."""
+    begin = time.monotonic()
+    with tcp(lambda opened: opened.recv(1 << 20, socket.MSG_WAITALL)) as port:
+        with pytest.raises(UnreachableError, match=r"no answer within 0\.5 s"):
+            asked(port, pki, seconds=0.5)
+        assert time.monotonic() - begin < 2
+
+
+def test_a_slow_server_costs_no_more_than_the_time_limit(pki: Path) -> None:
+    """One that sends a byte now and then, each within any limit for a single read."""
+    begin = time.monotonic()
+    with secured(pki) as port, pytest.raises(UnreachableError, match=r"no answer within 0\.5 s"):
+        asked(port, pki, "/endless", seconds=0.5)
+    assert time.monotonic() - begin < 3
+
+
+def test_half_an_answer_is_none(pki: Path) -> None:
+    """A server that dies within its answer has not answered."""
+    with secured(pki) as port, pytest.raises(UnreachableError):
+        asked(port, pki, "/half")
+
+
+def test_a_foreign_key_is_no_pair(pki: Path) -> None:
+    """Certificate and key that don't belong together are refused before anybody is asked."""
+    mixed = pair(pki, "apiserver-kubelet-client") | {"key_pem": (pki / "front-proxy-client.key").read_bytes()}
+    with pytest.raises(ClientRefusedError, match="key values mismatch"):
+        asked(1, pki, **mixed)
+
+
+def test_an_encrypted_key_asks_nobody(pki: Path) -> None:
+    """No passphrase is asked for at the terminal."""
+    files = pair(pki, "apiserver-kubelet-client")
+    key = serialization.load_pem_private_key(files["key_pem"], None)
+    encrypted = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.TraditionalOpenSSL,
+        serialization.BestAvailableEncryption(b"a passphrase"),
+    )
+    with pytest.raises(ClientRefusedError):
+        asked(1, pki, **files | {"key_pem": encrypted})
+
+
+def test_the_key_is_never_on_disk(pki: Path) -> None:
+    """No file is opened to be written while a pair is loaded; one that is opened would be noticed."""
+    program = """
+import os, sys
+from pathlib import Path
+from bridge.system import http
+opened = []
+writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+sys.addaudithook(lambda e, a: opened.append(a[0]) if e == "open" and isinstance(a[0], str) and a[2] & writing else None)
+pki = Path(sys.argv[1])
+pair = [(pki / f"apiserver-kubelet-client{suffix}").read_bytes() for suffix in (".crt", ".key")]
+http.context(None, *pair)
+print(opened)
+open(sys.argv[2], "wb").close()
+print(opened)
+"""
+    noticed = str(pki / "noticed")
+    command = [sys.executable, "-c", program, str(pki), noticed]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == ["[]", f"['{noticed}']"]
+
+
+def test_a_connection_that_comes_too_late_is_closed() -> None:
+    """Nobody else would: whoever asked for it has given it up."""
+    ours, theirs = socket.socketpair()
+
+    def slow() -> socket.socket:
+        time.sleep(0.3)
+        return ours
+
+    with theirs, pytest.raises(TimeoutError):
+        http.within(0.05, slow)
+    assert wait_until(ours.fileno, lambda number: number == -1, timedelta(seconds=20), pause_seconds=0.05) == -1
+
+
+def test_an_error_that_comes_too_late_is_nobodys() -> None:
+    """The time limit is what is told; one that comes in time is told itself."""
+
+    def fails() -> None:
+        raise TimeoutError("its own")
+
+    with pytest.raises(TimeoutError, match="its own"):
+        http.within(20, fails)
