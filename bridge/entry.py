@@ -120,7 +120,7 @@ def expirations(arguments: Sequence[str]) -> Table | None:
     if plain is None or plain.names:
         return None
     try:
-        from bridge.cli.expiration import look  # noqa: PLC0415 (see above)
+        from bridge.cli.expiration_forms import look  # noqa: PLC0415 (see above)
         from bridge.node import inventory  # noqa: PLC0415
 
         settings = plain.settings()

@@ -1,26 +1,104 @@
 """
-The command line: parse, call one function of the command's module, exit with what it returns.
+The program `ca-bridge`: each command is in a file of its own, which is loaded when the command is used.
 
-The commands are in the files that are imported here, by what they are for. Each command loads what it needs, since a
-cron job waits for it; results go to standard output, everything else to standard error.
+A command's file parses its options, calls a room, prints what came of it, and returns the exit code. Results go to
+standard output, everything else to standard error.
 """
 
 from __future__ import annotations
 
-# Whoever is imported adds its commands.
-from bridge.cli import (
-    bootstrap,
-    commands_carried,  # noqa: F401
-    commands_looking,  # noqa: F401
-    commands_renewal,  # noqa: F401
-    commands_setup,  # noqa: F401
-    gateway,  # noqa: F401
-    pages,  # noqa: F401
-    users,
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+
+from bridge.cli.help import Group
+from bridge.cli.printing import say
+
+#: The file of each command, below `bridge.cli`.
+FILES = {
+    "check-expiration": "expiration",
+    "plan": "plan",
+    "prove": "components",
+    "doctor": "doctor",
+    "renew": "renew",
+    "restart": "components",
+    "install": "renew",
+    "export": "carried",
+    "inspect": "carried",
+    "sign": "desk",
+    "import": "carried",
+    "pending": "carried",
+    "gateway": "gateway",
+    "backups": "history",
+    "rollback": "history",
+    "recover": "history",
+    "bootstrap": "bootstrap",
+    "kubeconfig": "users",
+    "settings": "settings",
+    "setup": "setup",
+    "backend": "backend",
+    "demo": "demo",
+    "help": "pages",
+    "audit": "history",
+    "complete": "completion",
+}
+
+
+class _Commands(Mapping[str, Any]):
+    """The commands by name; looking one up loads its file."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._loaded:
+            file = import_module(f"{__package__}.{FILES[name]}")
+            file.commands.rich_markup_mode = None  # as the program's
+            self._loaded.update(typer.main.get_group(file.commands).commands)
+        return self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(FILES)
+
+    def __len__(self) -> int:
+        return len(FILES)
+
+
+class _Program(Group):
+    """The program itself."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands = _Commands()  # type: ignore[assignment]  # no command is added later
+
+
+# Rich tracebacks can print local variables, and ours hold tokens and keys.
+app = typer.Typer(
+    name="ca-bridge",
+    cls=_Program,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,  # plain help, the same in a document, a log and a terminal
+    help="Renew the certificates of a kubeadm control plane whose CA keys are not on its disks.",
+    epilog="`ca-bridge COMMAND -h` shows a command's options and examples. `ca-bridge doctor` says what is missing.",
 )
-from bridge.cli.program import app
 
-__all__ = ["app"]
 
-app.add_typer(bootstrap.app, name="bootstrap")
-app.add_typer(users.kubeconfig_app, name="kubeconfig")
+def _version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version  # noqa: PLC0415 (18 ms, for this option alone)
+
+        say(f"ca-bridge {version('kubeadm-ca-bridge')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None: ...

@@ -1,28 +1,99 @@
-"""`bootstrap`: the command line of day 0; what it does and prints is in `bridge.cli.new_node`."""
+"""`bootstrap`: what a new node needs before `kubeadm init` or `kubeadm join`."""
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
-from bridge.cli.help import Group
-from bridge.cli.node_options import CaDirOption, NodeOptions
-from bridge.cli.options import Common, command, utc_now
+from bridge.bootstrap import expected, orders, sharing, whole, wishes
+from bridge.bootstrap.configuration import ConfigurationFacts
+from bridge.bootstrap.make import make
+from bridge.bootstrap.places import Role
+from bridge.bootstrap.sharing import read_order, read_signed_order
+from bridge.bootstrap.wish import Bootstrapped, NodeWish, NotWholeError
+from bridge.bootstrap.wishes import Said
+from bridge.cli import setup as ca_setup
+from bridge.cli.options import ZERO, Common, WaitOption, command, group, utc_now
+from bridge.cli.printing import progress_shown, say, say_sentence, say_table, under_headings
+from bridge.cli.results import grouped
+from bridge.errors import Exit, SettingsError, SettingsProblem, WaitingError
+from bridge.pki.display import fingerprint_text
+from bridge.pki.expiry import minute
+from bridge.settings.tables import Settings
+from bridge.state.outcome import Outcome
+from bridge.system.console import log, print_error, printable
 
-if TYPE_CHECKING:
-    from bridge.bootstrap.places import Role
-
-app = typer.Typer(
-    cls=Group,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="Make all that a new node needs before `kubeadm init` or `kubeadm join`, without a CA key on it.",
+commands = typer.Typer()
+bootstrap = group(
+    commands,
+    "bootstrap",
+    "Make all that a new node needs before `kubeadm init` or `kubeadm join`, without a CA key on it.",
 )
 
+CaDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="CA certificates, laid out as below /etc/kubernetes/pki. [default: the backends tell theirs]",
+        show_default=False,
+    ),
+]
 
-@command(app, "init")
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeOptions:
+    """What `bootstrap init` and `bootstrap join` have both."""
+
+    kubeadm_config: Annotated[
+        Path | None,
+        typer.Option(
+            "--kubeadm-config",
+            metavar="FILE",
+            help="kubeadm's configuration file; else the facts below.",
+            show_default=False,
+        ),
+    ] = None
+    order: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What `bootstrap orders` wrote for this node.", show_default=False),
+    ] = None
+    name: Annotated[str, typer.Option(help="The node's name in the cluster.", show_default=False)] = ""
+    advertise_address: Annotated[str, typer.Option(help="The node's own IP address.", show_default=False)] = ""
+    cri_socket: Annotated[
+        str, typer.Option(help="The container runtime's. [default: kubeadm's]", show_default=False)
+    ] = ""
+    ca_dir: CaDirOption = None
+    kubeadm: Annotated[str, typer.Option(help="The kubeadm of the version that will run.")] = "kubeadm"
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Keep copies there, keys included, which survive `kubeadm reset`.", show_default=False
+        ),
+    ] = None
+    request: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="BUNDLE", help="Write the requests there for a CA desk, and ask no CA.", show_default=False
+        ),
+    ] = None
+    answer: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="What a desk has answered; may be repeated.", show_default=False),
+    ] = None
+    anew: Annotated[bool, typer.Option("--anew", help="Forget keys and requests that an earlier run has made.")] = False
+    wait: WaitOption = ZERO
+
+    def facts(self, **of_cluster: Any) -> ConfigurationFacts:
+        """The facts of the node itself, beside those of its cluster."""
+        return ConfigurationFacts(name=self.name, address=self.advertise_address, socket=self.cri_socket, **of_cluster)
+
+
+@command(bootstrap, "init")
 def init(
     common: Common,
     options: NodeOptions,
@@ -38,15 +109,13 @@ def init(
     key: Annotated[
         str, typer.Option(help="kubeadm's encryptionAlgorithm, such as ECDSA-P256.", show_default=False)
     ] = "",
-) -> None:
+) -> int:
     """
     Put everything in place for an unattended `kubeadm init` on the first control-plane node.
 
     Keys and CSRs by kubeadm's own generate-csr, signed by the CAs of the settings or by a desk, proven, and put in place
     in one step. Run it again after an interruption, or when a desk has answered: exit code 4 says that it waits.
     """
-    from bridge.cli import new_node  # noqa: PLC0415
-
     facts = options.facts(
         endpoint=control_plane_endpoint,
         version=kubernetes_version,
@@ -55,10 +124,22 @@ def init(
         key=key,
         sans=tuple(cert_san or ()),
     )
-    raise typer.Exit(new_node.init(common.settings(), options, facts, utc_now))
+    if options.kubeadm_config is not None and options.order is not None:
+        raise _both("--kubeadm-config", "--order")
+    if facts.given() and (options.kubeadm_config or options.order):
+        raise _both("--kubeadm-config or --order", f"the facts themselves ({_flags(facts)})")
+    settings = common.settings()
+    said = _said(settings, options, facts)
+    wish = wishes.of_init(settings, said)
+    done = _made(settings, wish, options.wait)
+    if done.is_complete:
+        _compare(settings, said)
+        _next_of_init(wish)
+        _advise(wish)
+    return done.exit_code
 
 
-@command(app, "join")
+@command(bootstrap, "join")
 def join(
     common: Common,
     control_plane: Annotated[bool, typer.Option("--control-plane", help="A further control-plane node.")] = False,
@@ -73,26 +154,60 @@ def join(
     ] = None,
     *,
     options: NodeOptions,
-) -> None:
+) -> int:
     """
     Put everything in place for an unattended `kubeadm join`, without a bootstrap token.
 
     A control-plane node needs what another one shares (its service account key among it); a worker needs the cluster's
     configuration. Prints the command to run next. Exit code 4 says that it waits for an answer.
     """
-    from bridge.cli import new_node  # noqa: PLC0415
-
-    role = _role(control_plane, worker)
-    raise typer.Exit(new_node.join(common.settings(), options, role, shared, utc_now))
+    settings, role = common.settings(), _role(control_plane, worker)
+    said = _said(settings, options, options.facts(), shared)
+    wish = wishes.of_join(settings, said, role)
+    done = _made(settings, wish, options.wait)
+    if done.is_complete:
+        _compare(settings, said)
+        _next_of_join(wish)
+    return done.exit_code
 
 
 def _role(control_plane: bool, worker: bool) -> Role | None:
-    if control_plane and worker:
-        raise typer.BadParameter("either --control-plane or --worker")
     return "control-plane" if control_plane else "worker" if worker else None
 
 
-@command(app, "share")
+def _both(one: str, other: str) -> SettingsError:
+    return SettingsError([SettingsProblem(one, f"either {one} or {other}", "both")])
+
+
+def _said(settings: Settings, options: NodeOptions, facts: ConfigurationFacts, shared: Path | None = None) -> Said:
+    """
+    Read the files that are carried.
+
+    Raises:
+        OrderError, UnsignedOrderError: One can't be read, or is not who's it should be.
+    """
+    return Said(
+        facts=facts,
+        config=options.kubeadm_config,
+        order=read_signed_order(settings, options.order) if options.order is not None else None,
+        given=read_order(shared) if shared is not None else None,
+        ca_dir=options.ca_dir,
+        kubeadm=options.kubeadm,
+        keep=options.keep,
+        request=options.request,
+        answers=tuple(options.answer or ()),
+        anew=options.anew,
+    )
+
+
+def _made(settings: Settings, wish: NodeWish, wait: timedelta) -> Bootstrapped:
+    with progress_shown() as progress:
+        done = make(settings, wish, utc_now, progress, wait)
+    _report(done)
+    return done
+
+
+@command(bootstrap, "share")
 def share(
     common: Common,
     worker: Annotated[bool, typer.Option("--worker", help="For a worker: without the service account key.")] = False,
@@ -107,13 +222,19 @@ def share(
     For a pipe: `ssh cp-1 ca-bridge bootstrap share | ssh cp-2 ca-bridge bootstrap join --control-plane --shared - …`.
     The key is as powerful as a CA: whoever has it can be any service account.
     """
-    from bridge.cli import new_node  # noqa: PLC0415
+    settings = common.settings()
+    places = wishes.places_of(settings)
+    data = sharing.share(settings, places, kubeadm_config or places.kubeadm_config, utc_now(), worker=worker)
+    if sys.stdout.isatty() and not worker:
+        raise sharing.SharingError(
+            "wanted a pipe or a file of your own for the service account key, found a terminal",
+            hint="ssh cp-1 ca-bridge bootstrap share | ssh cp-2 ca-bridge bootstrap join --control-plane --shared - …",
+        )
+    say(data.decode())
 
-    new_node.share(common.settings(), kubeadm_config, utc_now(), worker=worker)
 
-
-@command(app, "orders")
-def orders(
+@command(bootstrap, "orders")
+def write_orders(
     common: Common,
     nodes: Annotated[Path, typer.Option(metavar="FILE", help="`ROLE NAME ADDRESS …` a line.", show_default=False)],
     kubeadm_config: Annotated[
@@ -138,12 +259,25 @@ def orders(
 
     ROLE is init, control-plane or worker; the first ADDRESS is the node's own. Keys are made on the nodes.
     """
-    from bridge.cli import new_node  # noqa: PLC0415
+    settings = common.settings()
+    places = wishes.places_of(settings)
+    made = sharing.write_orders(settings, places, nodes, kubeadm_config, ca_dir, directory, sign_with, utc_now())
+    say_table([(one.node.name, one.node.role, str(one.path), one.fingerprint) for one in made])
+    first = next((one.node.name for one in made if one.node.role == "init"), "a control-plane node")
+    say("\ncarry each to its node, and run there (its keys are made there, and stay):")
+    commands = {
+        "init": "ca-bridge bootstrap init --order NAME.order.json",
+        "control-plane": f"ca-bridge bootstrap join --order NAME.order.json --shared - (from {first}: `ca-bridge bootstrap share`)",
+        "worker": "ca-bridge bootstrap join --order NAME.order.json",
+    }
+    for role in dict.fromkeys(one.node.role for one in made):
+        say_sentence(f"{role}: {commands[role]}", "  ")
+    if sign_with is None:
+        say("\n")
+        say_sentence("they are not signed (--sign-with KEY): compare the fingerprint that each node prints")
 
-    new_node.write_orders(common.settings(), nodes, kubeadm_config, ca_dir, directory, sign_with, utc_now())
 
-
-@command(app, "setup")
+@command(bootstrap, "setup")
 def setup(
     common: Common,
     kind: Annotated[str, typer.Argument(metavar="TYPE", help="vault, cfssl, openssl …", show_default=False)],
@@ -163,23 +297,121 @@ def setup(
 
     Names are kubeadm's for the version in the order; no node and no kubeadm is needed.
     """
-    from bridge.cli import new_node  # noqa: PLC0415
+    settings = common.settings()
+    nodes = {}
+    for path in order:
+        one = read_signed_order(settings, path)
+        found = expected.certificates(one, utc_now())
+        if one.node is not None:
+            nodes[one.node.name] = {name: ones for name, ones in found.items() if authority in (None, name)}
+    files = ca_setup.files_of(settings, kind, nodes)
+    ca_setup.print_or_write(files, directory)
 
-    new_node.setup(common.settings(), kind, order, authority, directory, utc_now())
+
+#: What to do next, by kubeadm's command.
+_CHECK_HINTS = {
+    "init": "`ca-bridge bootstrap init` makes what is missing; a node that is to join is looked at with "
+    "--control-plane or --worker",
+    "join": "`ca-bridge bootstrap join` makes what is missing",
+}
 
 
-@command(app, "check")
+@command(bootstrap, "check")
 def check(
     common: Common,
     control_plane: Annotated[bool, typer.Option("--control-plane", help="A node that is to join one.")] = False,
     worker: Annotated[bool, typer.Option("--worker", help="A node without a control plane.")] = False,
-) -> None:
+) -> int:
     """
     Look at all files that `kubeadm init` or `kubeadm join` needs, as kubeadm does not: each pair, name, CA and date.
 
     Changes nothing. Exits with 5 if something is missing or wrong.
     """
-    from bridge.cli import new_node  # noqa: PLC0415
+    settings, role = common.settings(), _role(control_plane, worker) or "init"
+    places = wishes.places_of(settings)
+    files = [places.kubeadm_config] if role == "init" else [places.join_config]
+    files += [places.kubeadm_config] if role == "control-plane" else []
+    if (config := wishes.together(files)) is not None:
+        places = wishes.places_in(settings, config)
+    problems = whole.check(settings, places, role, files, config, utc_now())
+    if problems:
+        raise NotWholeError("\n".join(problems), hint=_CHECK_HINTS["init" if role == "init" else "join"])
+    program = "init" if role == "init" else "join"
+    say(f"nothing is missing and nothing wrong: `kubeadm {program}` may start")
+    return Exit.DONE
 
-    role = _role(control_plane, worker) or "init"
-    raise typer.Exit(new_node.check(common.settings(), role, utc_now()))
+
+def _flags(facts: ConfigurationFacts) -> str:
+    flags = {"address": "advertise-address", "endpoint": "control-plane-endpoint", "version": "kubernetes-version"}
+    return ", ".join(f"--{flags.get(name, name.replace('_', '-'))}" for name in facts.given())
+
+
+def _report(done: Bootstrapped) -> None:
+    """Print what was signed, waits or failed."""
+    rows = [
+        (o.name, f"until {minute(o.new.not_valid_after_utc)}", f"by {o.backend}")
+        for o in done.outcomes
+        if o.new is not None
+    ]
+    say_table(rows)
+    if done.from_kept:
+        say_sentence(
+            f"{done.files} files of {done.node} are in place again, from the copies that were kept; no CA was asked"
+        )
+    elif done.files:
+        say_sentence(f"{done.files} files of {done.node} are in place, and were looked at as a whole")
+    elif done.is_complete:
+        say_sentence(f"nothing to do: all files of {done.node} are in place, and nothing is wrong with them")
+    waiting = [o for o in done.outcomes if isinstance(o.error, WaitingError)]
+    failed = [o for o in done.outcomes if o.error is not None and o not in waiting]
+    if waiting:
+        say("\n".join(under_headings([(_whom(outcome), (outcome.name, "waits")) for outcome in waiting])))
+    if waiting or failed:
+        say_sentence("nothing was put in place; what was signed is kept, and not asked for again")
+    if waiting:
+        say_sentence("run the same command again when there is an answer (one that was carried: --answer FILE)")
+    for about, error in grouped(failed):
+        print_error(error, about)
+    for error in done.strange:
+        print_error(error)
+
+
+def _whom(outcome: Outcome) -> str:
+    """Who has a request, or what is to be done with it."""
+    reason = printable(outcome.error.reason if outcome.error is not None else "")
+    return f"{outcome.backend}: {reason}" if outcome.backend else reason
+
+
+def _compare(settings: Settings, said: Said) -> None:
+    """Whoever could change an order on its way decides what this node runs, and whom it trusts."""
+    if said.order is not None and settings.node.order_key is None:
+        printed = fingerprint_text(orders.digest(said.order))
+        say("\n")
+        say_sentence(f"first compare with what `bootstrap orders` printed, by another way: fingerprint {printed}")
+
+
+def _next_of_init(wish: NodeWish) -> None:
+    config, super_admin = wish.places.kubeadm_config, wish.places.kubeconfigs / "super-admin.conf"
+    say(
+        f"\nnext, on this node, without --upload-certs:\n"
+        f"  kubeadm init --config {config}\n"
+        f"then, since kubeadm needs it for seconds, and it is beyond all RBAC rules:\n"
+        f"  rm {super_admin}"
+    )
+
+
+def _advise(wish: NodeWish) -> None:
+    """Advise settings that are cheap now, and need a change on each node later."""
+    if wish.config.kubelets_rotate:
+        log.info(
+            "kubelets of this cluster will ask a signer for their next certificate, and take no other without a restart"
+        )
+        log.info(
+            "without a signer in the cluster: a KubeletConfiguration with rotateCertificates: false in the configuration",
+            extra={"is_hint": True},
+        )
+
+
+def _next_of_join(wish: NodeWish) -> None:
+    """Tell the next command: a join that needs no token and no flag, since both are in the file."""
+    say(f"\nnext, on this node:\n  kubeadm join --config {wish.places.join_config}")

@@ -1,19 +1,32 @@
-"""`export`, `inspect`, `import`, `pending`: the node's side of the air-gapped walk."""
+"""`export`, `inspect`, `import` and `pending`: the node's side of an air gap."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from bridge.cli.printing import end_text, say, say_json, say_sentence, say_table, under_headings
-from bridge.cli.progress import progress_shown
+from bridge.cli.options import (
+    ZERO,
+    AllOrNothingOption,
+    AnyIdentityOption,
+    ChangeOptions,
+    Common,
+    Names,
+    Output,
+    OutputOption,
+    WaitOption,
+    command,
+    group,
+    utc_now,
+)
+from bridge.cli.printing import end_text, progress_shown, say, say_json, say_sentence, say_table, under_headings
 from bridge.cli.results import grouped, report
 from bridge.errors import BridgeError, Exit
 from bridge.monitoring import metrics
@@ -21,58 +34,137 @@ from bridge.pki import bundle_format, bundle_text
 from bridge.pki.display import fingerprint_text
 from bridge.pki.expiry import residual, rfc3339, seconds_left
 from bridge.renewal import airgap
-from bridge.renewal.select import ALL, RunOptions, Selection, nothing_due
-from bridge.settings.tables import Settings
+from bridge.renewal.select import RunOptions, Selection, nothing_due
 from bridge.state.requests import OpenRequest, OpenRequests
 from bridge.state.store import Store
 from bridge.system.console import log, print_error, printable
 
+commands = typer.Typer()
+pending = group(commands, "pending", "Show and cancel requests that a CA has not answered yet.")
 
-def import_answers(
-    settings: Settings, paths: Sequence[Path], options: RunOptions, now: Callable[[], datetime], *, as_json: bool
+
+@command(commands, "export")
+def export(
+    common: Common,
+    path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The file to write.", show_default=False)],
+    names: Names = None,
+    any_identity: AnyIdentityOption = None,
+    *,
+    options: ChangeOptions,
+    wait: WaitOption = ZERO,
 ) -> int:
-    """`import`: what a CA desk has answered; return the exit code."""
-    with metrics.kept_current(settings, now), progress_shown() as progress:
-        result, node, strange = airgap.import_answers(settings, paths, options, now, progress)
-    result = dataclasses.replace(result, errors=(*result.errors, *strange))
-    if result.outcomes or result.errors or as_json:
-        report(result, node, Selection(), settings, now(), as_json=as_json)
-    else:
-        say("nothing to import: no answer to a request that waits here")
-    return result.exit_code
+    """
+    Write requests for what is due into one file for a CA desk; the new keys stay on this node.
 
-
-def export(settings: Settings, path: Path, options: RunOptions, now: Callable[[], datetime]) -> int:
-    """`export`: a bundle for a CA desk; return the exit code."""
-    with metrics.kept_current(settings, now), progress_shown() as progress:
-        done, node = airgap.export(settings, path, options, now, progress)
+    While a request waits, exporting it again gives the same key and CSR. It also renews expired certificates, and asks
+    for a named one that is missing; the desk's policy decides about that, and about changes.
+    """
+    settings, wanted = common.settings(), options.read(names, any_identity, wait=wait)
+    with metrics.kept_current(settings, utc_now), progress_shown() as progress:
+        done, node = airgap.export(settings, path, wanted, utc_now, progress)
     for sentence in done.skipped:
-        is_by_name = options.names and ALL not in options.names
-        log.log(logging.INFO if is_by_name else logging.DEBUG, "%s", sentence)
-    _print_exported(done, path, now())
+        log.log(logging.INFO if wanted.is_by_name else logging.DEBUG, "%s", sentence)
+    _print_exported(done, path, utc_now())
     if done.bundle is None and not done.failed:
-        say(nothing_due(node, settings, now()))
+        say(nothing_due(node, settings, utc_now()))
     for about, error in grouped(done.failed):
         print_error(error, about)
     return Exit.worst([outcome.exit_code for outcome in done.failed])
+
+
+def _print_exported(done: airgap.Exported, path: Path, now: datetime) -> None:
+    """Print what was asked for, and what to do with the file."""
+    if done.bundle is None:
+        return
+    rows = []
+    for request in done.bundle.requests:
+        end = request.replaces.not_valid_after_utc if request.replaces is not None else None
+        state = _end(end, now)
+        again = "as before" if request.name in done.again else "new key"
+        proof = "with proof" if request.proof is not None else "WITHOUT PROOF: the old key can't be used"
+        rows.append((request.name, f"by {request.authority}", state, again, proof))
+    say_table(rows)
+    say(
+        f"\n{path} holds {bundle_text.count(len(rows), 'request')}; fingerprint {bundle_format.short_fingerprint(done.bundle)}"
+    )
+    say_sentence("carry it to the CA desk (`ca-bridge sign`), and the answer back (`ca-bridge import ANSWER`)")
+
+
+@command(commands, "import")
+def import_answers(
+    common: Common,
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE|DIR…",
+            help="Answer bundles, or certificates in PEM, DER or PKCS#7, under any file name.",
+            show_default=False,
+        ),
+    ],
+    all_or_nothing: AllOrNothingOption = False,
+    wait: WaitOption = ZERO,
+    output: OutputOption = Output.TEXT,
+) -> int:
+    """
+    Install a CA desk's answers: match each by its public key, prove it, and install it as `renew` does.
+
+    Exits with 4 while other requests still wait.
+    """
+    settings, options = common.settings(), RunOptions(all_or_nothing=all_or_nothing, wait=wait)
+    with metrics.kept_current(settings, utc_now), progress_shown() as progress:
+        result, node, strange = airgap.import_answers(settings, paths, options, utc_now, progress)
+    result = dataclasses.replace(result, errors=(*result.errors, *strange))
+    if result.outcomes or result.errors or output is Output.JSON:
+        report(result, node, Selection(), settings, utc_now(), output)
+    else:
+        say("nothing to import: no answer to a request that waits here")
+    return result.exit_code
 
 
 #: Where the second column of `bundle_text` begins.
 _VALUES_BEGIN = 14
 
 
-def inspect(settings: Settings, path: Path, now: datetime) -> int:
-    """`inspect`: a bundle, for a person who approves it; return the exit code."""
-    text, code = airgap.inspect(settings, path, now)
+@command(commands, "inspect")
+def inspect_bundle(
+    common: Common,
+    path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A request or an answer.", show_default=False)],
+) -> int:
+    """
+    Show a bundle to the operator who approves it: what is asked, what it replaces, and whose proof it has.
+
+    Compare the fingerprint over the phone: both sides see the same one unless the bundle was changed on its way.
+    """
+    text, code = airgap.inspect(common.settings(), path, utc_now())
     for line in text.splitlines():
         say_sentence(line or "\n", hanging=_VALUES_BEGIN)
     return code
 
 
-def pending_cancel(settings: Settings, options: RunOptions, now: Callable[[], datetime]) -> int:
-    """`pending cancel`: return the exit code, which is 1 if one that was named is not there."""
-    with metrics.kept_current(settings, now), progress_shown() as progress:
-        done = airgap.cancel(settings, options, now, progress)
+@command(pending, "list")
+def pending_list(common: Common, output: OutputOption = Output.TEXT) -> None:
+    """Show the open requests: their age, the time left, who has them, and their fingerprints."""
+    settings, now = common.settings(), utc_now()
+    requests = sorted(OpenRequests(Store(settings.node.state_dir)), key=lambda one: (one.deadline or now, one.name))
+    if output is Output.JSON:
+        say_json({"pending": [_pending_json(one, now) for one in requests]})
+    elif requests:
+        rows = [(_whereabouts(one), _pending_row(one, now)) for one in requests]
+        say("\n".join(under_headings(rows)))
+    else:
+        say("nothing is pending")
+
+
+@command(pending, "cancel")
+def pending_cancel(
+    common: Common,
+    names: Annotated[list[str], typer.Argument(metavar="NAME…|all", help="kubeadm's names.", show_default=False)],
+    wait: WaitOption = ZERO,
+) -> int:
+    """Forget requests and remove their keys; a later answer to them is refused."""
+    settings, options = common.settings(), RunOptions(names=tuple(names), wait=wait)
+    with metrics.kept_current(settings, utc_now), progress_shown() as progress:
+        done = airgap.cancel(settings, options, utc_now, progress)
     for one in done.requests:
         say_sentence(f"{one.name}: cancelled; its key is removed, and an answer to it will be refused")
         if one.reference:
@@ -83,24 +175,9 @@ def pending_cancel(settings: Settings, options: RunOptions, now: Callable[[], da
     return Exit.FAILED if done.missing else Exit.DONE
 
 
-def pending_list(settings: Settings, now: datetime, *, as_json: bool) -> None:
-    """Print the open requests: since when, until when there is time, who has them, and what to tell them."""
-    requests = sorted(OpenRequests(Store(settings.node.state_dir)), key=lambda one: (one.deadline or now, one.name))
-    if as_json:
-        entries = [_pending_json(one, now) for one in requests]
-        say_json({"pending": entries})
-    elif requests:
-        rows = [(_whereabouts(one), _pending_row(one, now)) for one in requests]
-        say("\n".join(under_headings(rows)))
-    else:
-        say("nothing is pending")
-
-
 def _pending_row(one: OpenRequest, now: datetime) -> tuple[str, ...]:
-    end = one.deadline
-    left = _end(end, now)
     age = f"asked {residual(max(int((now - one.created).total_seconds()), 0))} ago"
-    return one.name, age, left, f"fingerprint {_fingerprint(one)}"
+    return one.name, age, _end(one.deadline, now), f"fingerprint {_fingerprint(one)}"
 
 
 def _whereabouts(one: OpenRequest) -> str:
@@ -142,25 +219,5 @@ def _pending_json(one: OpenRequest, now: datetime) -> dict[str, Any]:
     }
 
 
-def _print_exported(done: airgap.Exported, path: Path, now: datetime) -> None:
-    """Print what was asked for, and what to do with the file."""
-    if done.bundle is None:
-        return
-    rows = []
-    for request in done.bundle.requests:
-        end = request.replaces.not_valid_after_utc if request.replaces is not None else None
-        state = _end(end, now)
-        again = "as before" if request.name in done.again else "new key"
-        proof = "with proof" if request.proof is not None else "WITHOUT PROOF: the old key can't be used"
-        rows.append((request.name, f"by {request.authority}", state, again, proof))
-    say_table(rows)
-    say(
-        f"\n{path} holds {bundle_text.count(len(rows), 'request')}; fingerprint {bundle_format.short_fingerprint(done.bundle)}"
-    )
-    say_sentence("carry it to the CA desk (`ca-bridge sign`), and the answer back (`ca-bridge import ANSWER`)")
-
-
 def _end(end: datetime | None, now: datetime) -> str:
-    if end is None:
-        return ""
-    return end_text(end, now)
+    return end_text(end, now) if end is not None else ""

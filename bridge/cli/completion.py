@@ -12,16 +12,29 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from bridge.cli.help import first_sentence
+import typer
+
+from bridge.cli.help import first_sentence, sentences_of
+from bridge.cli.printing import say
 from bridge.errors import BridgeError
 from bridge.settings.load import load, overridden
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, SPECS, Component
+from bridge.system.console import printable
+
+commands = typer.Typer()
 
 #: A word, and what it means; the meaning may be empty.
 Offer = tuple[str, str]
+
+
+@commands.command("complete", hidden=True)
+def complete(context: typer.Context, words: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+    """Say what a shell may offer for the last word, each with its meaning after a tab."""
+    found = offers(context.find_root().command, words or [""])
+    say("\n".join(f"{printable(word)}\t{meaning}" for word, meaning in found))
 
 
 def offers(program: Any, words: Sequence[str]) -> list[Offer]:
@@ -58,9 +71,7 @@ def _found(command: Any, rest: Sequence[str], last: str, typed: Sequence[str]) -
     elif last.startswith("-") and "--" not in rest:
         yield from _options(command, rest)
     elif hasattr(command, "commands"):
-        for name, one in command.commands.items():
-            if not one.hidden:
-                yield name, first_sentence(one.help or "")
+        yield from sentences_of(command).items()
     else:
         yield from _arguments(command, rest, options, typed)
 

@@ -2,43 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from datetime import datetime, timedelta
+from datetime import timedelta
+from typing import Annotated
 
+import typer
+
+from bridge.cli.options import ZERO, Common, Output, OutputOption, WaitOption, command, duration, utc_now
 from bridge.cli.printing import say, say_json, say_sentence, say_table
 from bridge.control_plane import proof, restart_plan, restarts
 from bridge.settings.tables import Settings
 from bridge.specs import Component
 from bridge.system.console import print_error, printable
 
+commands = typer.Typer()
 
+
+@command(commands, "restart")
 def restart(
-    settings: Settings,
-    names: Sequence[str],
-    now: Callable[[], datetime],
-    *,
-    force: bool,
-    wait: timedelta,
-    as_json: bool,
+    common: Common,
+    components: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[COMPONENT…|all]",
+            help="etcd, kube-apiserver, kube-controller-manager, kube-scheduler, kubelet; all: the first four. "
+            "[default: as restart.components says]",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also while another node is unhealthy, or shortly after another restart.")
+    ] = False,
+    wait: WaitOption = ZERO,
+    output: OutputOption = Output.TEXT,
 ) -> int:
-    """`restart`: print what came of it, and return the exit code."""
-    report = restarts.restart_stale(settings, names, now, force=force, wait=wait)
+    """
+    Restart what still runs on old certificates, one component at a time, each only while the other nodes are healthy.
+
+    It does so as restart.method in the settings says; with "none" it prints what to do and exits with 7.
+    """
+    settings = common.settings()
+    report = restarts.restart_stale(settings, components or [], utc_now, force=force, wait=wait)
+    print_restarts(report, settings, output)
+    return report.exit_code
+
+
+def print_restarts(report: restarts.RestartReport, settings: Settings, output: Output) -> None:
+    """Print what was restarted, or what the operator has to restart."""
     if report.advised:
-        _print_advice(report, settings, as_json=as_json)
+        _print_advice(report, settings, output)
     else:
-        _print_restarted(report, as_json=as_json)
+        _print_restarted(report, output)
     if report.unknown is not None:
         print_error(report.unknown)
-    return report.exit_code
 
 
 _NOTHING = "nothing to restart: every component runs on the certificates that are installed"
 
 
-def _print_advice(report: restarts.RestartReport, settings: Settings, *, as_json: bool) -> None:
+def _print_advice(report: restarts.RestartReport, settings: Settings, output: Output) -> None:
     directory = settings.node.kubeconfig_dir / "manifests"
     advice = {component.value: restart_plan.how(component, directory) for component in report.components}
-    if as_json:
+    if output is Output.JSON:
         say_json({"exitCode": report.exit_code, "advice": advice, **_unknown(report)})
     elif advice:
         say('With restart.method = "none" this is yours to do, one at a time:')
@@ -48,8 +72,8 @@ def _print_advice(report: restarts.RestartReport, settings: Settings, *, as_json
         say(_NOTHING)
 
 
-def _print_restarted(report: restarts.RestartReport, *, as_json: bool) -> None:
-    if as_json:
+def _print_restarted(report: restarts.RestartReport, output: Output) -> None:
+    if output is Output.JSON:
         say_json({"exitCode": report.exit_code, "restarted": [_entry(one) for one in report.done], **_unknown(report)})
     elif report.done:
         rows = [
@@ -76,16 +100,34 @@ def _entry(one: restarts.Restarted) -> dict[str, object]:
     }
 
 
-def prove(settings: Settings, now: Callable[[], datetime], wait: timedelta, *, as_json: bool) -> int:
-    """`prove`: print what was found, and return the exit code."""
-    found = proof.prove(settings, now, wait)
-    print_proof(found, as_json=as_json)
+@command(commands, "prove")
+def prove(
+    common: Common,
+    wait: Annotated[
+        timedelta,
+        typer.Option(
+            parser=duration,
+            metavar="DURATION",
+            help='How long to wait until everything works, such as "60s".',
+            show_default=False,
+        ),
+    ] = ZERO,
+    output: OutputOption = Output.TEXT,
+) -> int:
+    """
+    Show what each component really serves and uses, and whether its client certificates are accepted.
+
+    Run it on a control-plane node; it writes and restarts nothing. Exits with 7 if a component runs on an old
+    certificate, one is refused, or something does not answer.
+    """
+    found = proof.prove(common.settings(), utc_now, wait)
+    print_proof(found, output)
     return found.exit_code
 
 
-def print_proof(found: proof.ProofReport, *, as_json: bool) -> None:
-    """Print all findings, for people or for programs."""
-    if as_json:
+def print_proof(found: proof.ProofReport, output: Output) -> None:
+    """Print all findings."""
+    if output is Output.JSON:
         say_json(_proof_json(found))
     else:
         header = ("COMPONENT", "CERTIFICATE", "WHAT", "STATE", "DETAIL")

@@ -14,13 +14,15 @@ import tempfile
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from bridge.cli import demo_place
 from bridge.cli.demo_place import DAYS_LEFT, DemoPlace
+from bridge.cli.options import Common, command, utc_now
 from bridge.cli.printing import say, say_sentence
 from bridge.errors import Exit
 from bridge.node import inventory, kubeconfig
@@ -30,7 +32,9 @@ from bridge.specs import EKU
 from bridge.system import another_python
 from bridge.system.status import doing, is_coloured
 
-_RUN = "import runpy; runpy.run_module('bridge.cli.demo_run', run_name='__main__')"
+commands = typer.Typer()
+
+_RUN = "from bridge.cli import demo_place; demo_place.run_program()"
 _WIDTH = 80
 _ENDLESS = 1000
 _INDENT = "  "
@@ -44,11 +48,22 @@ _NEXT = (
 )
 
 
-def run(directory: Path | None, now: datetime) -> int:
-    """Play it; 1 if something did not come out as it is told here."""
+@command(commands, "demo")
+def demo(
+    _: Common,
+    directory: Annotated[
+        Path | None, typer.Option(help="Keep everything in this directory. [default: a temporary one]")
+    ] = None,
+) -> int:
+    """
+    Show the main job on a throwaway PKI: no root, no cluster, no network.
+
+    A plan, a renewal, a bad certificate that is refused, a run that is killed and the next one that ends what it
+    began, a rollback, and the record of all of it, with an `openssl ca` directory as the company's CA.
+    """
     with demo_place.directory_for(directory) as base:
         with doing("making a control plane and a CA", is_plain=False):
-            place = demo_place.make(base, now)
+            place = demo_place.make(base, utc_now())
         story = _Story(place, is_temporary=directory is None)
         story.play()
         return Exit.FAILED if story.wrong else Exit.DONE

@@ -1,9 +1,16 @@
-"""Where `demo` plays: a control plane in kubeadm's shape without CA keys, the company's CA, and a careless one."""
+"""
+Where `demo` plays: a control plane in kubeadm's shape without CA keys, the company's CA, and a careless one.
+
+`demo` also runs the program from here, as a process that may end in the middle.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
+import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -130,3 +137,31 @@ def make(base: Path, now: datetime) -> DemoPlace:
 def _write(path: Path, text: str, mode: int) -> None:
     path.touch(mode=mode)
     path.write_text(text, encoding="utf-8")
+
+
+def run_program() -> None:
+    """
+    Run the program as a process of its own, with the arguments COUNT DIRECTORY ARGUMENT….
+
+    COUNT is `all`, or how many files below DIRECTORY it may rename before SIGKILL ends it.
+    """
+    from bridge.cli.app import app  # noqa: PLC0415 (only in that process)
+
+    may_rename, below, *arguments = sys.argv[1:]
+    if may_rename != "all":
+        _kill_after(int(may_rename), below)
+    sys.argv = ["ca-bridge", *arguments]
+    app()
+
+
+def _kill_after(count: int, directory: str) -> None:
+    left = count
+
+    def look(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal left
+        if event == "os.rename" and str(arguments[1]).startswith(f"{directory}/"):
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+
+    sys.addaudithook(look)

@@ -1,4 +1,4 @@
-"""`sign`: what the desk's operator sees, and is asked."""
+"""`sign`: the CA desk."""
 
 from __future__ import annotations
 
@@ -6,34 +6,84 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from datetime import datetime, timedelta
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from bridge.cli.options import ZERO, Common, WaitOption, command, utc_now
 from bridge.cli.printing import say, say_sentence
 from bridge.contract import Issued
 from bridge.desk.desk import Desk, Job, RefusedByPolicyError
 from bridge.desk.files import Options, Session, load_answer_key, load_policy
 from bridge.errors import BridgeError, Exit
 from bridge.pki.bundle import Refusal
-from bridge.settings.tables import Settings
 from bridge.state import audit
 from bridge.system.console import log, print_error, printable
 from bridge.system.status import Doing, doing, is_lively
 
 _SECONDS_BETWEEN_LINES = 10.0
 
+commands = typer.Typer()
 
+
+@command(commands, "sign")
 def sign(
-    settings: Settings, options: Options, now: Callable[[], datetime], *, dry_run: bool, approve: bool, wait: timedelta
+    common: Common,
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="BUNDLE|DIR",
+            help="A request bundle, a directory of them, or one of kubeadm's CSRs.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="ANSWER|DIR", help="Where answers go. [default: beside a bundle or the CSRs]"
+        ),
+    ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="What may be signed. [default: desk-policy.toml beside the settings]")
+    ] = None,
+    archive: Annotated[
+        Path | None, typer.Option(help="Where answered bundles go. [default: desk.archive, or the state directory]")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be signed and refused; sign nothing.")
+    ] = False,
+    approve: Annotated[
+        bool, typer.Option("--approve", help="Show each bundle on the terminal, and ask whether to sign it.")
+    ] = False,
+    without_proof: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Require no continuity proof for this certificate; may be repeated."),
+    ] = None,
+    node: Annotated[str, typer.Option(help="The node whose CSRs the directory holds.", show_default=False)] = "",
+    cluster: Annotated[str, typer.Option(help="The cluster of that node.", show_default=False)] = "",
+    wait: WaitOption = ZERO,
 ) -> int:
     """
-    Sign, or say what would be signed, and return the exit code.
+    Sign what the policy allows, at the CA desk: request bundles of nodes, or kubeadm's CSRs.
 
-    Raises:
-        BridgeError: Nothing could be begun; everything later is said as it happens, and in the exit code.
+    With a directory it is the CA host's cron job: it leaves half-copied bundles alone, archives answered ones, and
+    does not sign again what an interrupted run had signed. A refusal goes back to its node in the answer.
     """
+    options = Options(
+        source=source.absolute(),
+        out=out.absolute() if out is not None else None,
+        policy=policy.absolute() if policy is not None else None,
+        archive=archive.absolute() if archive is not None else None,
+        without_proof=frozenset(without_proof or ()),
+        node=node,
+        cluster=cluster,
+    )
+    settings = common.settings()
     options.assert_usable()
-    policy = load_policy(settings, options.policy)
+    rules = load_policy(settings, options.policy)
     approver = _Terminal().approve if approve and not dry_run else None
     codes: list[int] = []
 
@@ -41,9 +91,9 @@ def sign(
         codes.append(error.exit_code)
         print_error(error, path)
 
-    key = load_answer_key(policy)
-    desk = Desk(settings, policy, now, without_proof=options.without_proof, approve=approver, answer_key=key)
-    session = Session(settings, policy, options, now, passed_over)
+    key = load_answer_key(rules)
+    desk = Desk(settings, rules, utc_now, without_proof=options.without_proof, approve=approver, answer_key=key)
+    session = Session(settings, rules, options, utc_now, passed_over)
     with contextlib.closing(desk):
         if dry_run:
             codes += _dry_run(desk, session)

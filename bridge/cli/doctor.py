@@ -1,26 +1,49 @@
-"""`doctor`: prints what an examination found."""
+"""`doctor`: what would make the next renewal fail."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
+from typing import Annotated
 
+import typer
+
+from bridge.cli.options import Common, Output, OutputOption, command, utc_now
 from bridge.cli.printing import say, say_json, say_sentence, width_here
 from bridge.diagnosis import findings
 from bridge.diagnosis.examination import before_upgrade, examine
 from bridge.diagnosis.findings import LEVELS, Cause
-from bridge.settings.tables import Settings
 from bridge.system.status import doing
+
+commands = typer.Typer()
 
 _ABOUT_WIDTH = 26  #: As `backend of front-proxy-ca`.
 
 
-def run(settings: Settings, now: datetime, *, as_json: bool = False, upgrade: bool = False) -> int:
-    """Print the report; 1 if there is an error, 3 if there is a warning, else 0."""
+@command(commands, "doctor")
+def doctor(
+    common: Common,
+    upgrade: Annotated[
+        bool,
+        typer.Option(
+            "--before-upgrade",
+            help="Say instead what `kubeadm upgrade` will do to certificates here, and where it would abort.",
+        ),
+    ] = False,
+    output: OutputOption = Output.TEXT,
+) -> int:
+    """
+    Check that everything is ready for the next renewal.
+
+    It checks files, keys, owners, manifests, clock, disk space and secrets, whether what is installed would survive a
+    restart, and for each authority whether its backend answers, is the right CA, and would sign exactly this. At a CA
+    desk it checks policy, CAs and keys. It asks the CAs, has nothing signed and writes nothing. Exits with 1 for an
+    error, with 3 for a warning.
+    """
+    settings = common.settings()
     with doing("looking at this node, and asking the CAs", is_plain=False):
-        causes = findings.causes((before_upgrade if upgrade else examine)(settings, now))
+        causes = findings.causes((before_upgrade if upgrade else examine)(settings, utc_now()))
     code = findings.exit_code(causes)
-    if as_json:
+    if output is Output.JSON:
         say_json({"exitCode": code, "findings": [_entry(cause) for cause in causes]})
     else:
         for cause in causes:

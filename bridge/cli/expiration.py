@@ -1,83 +1,96 @@
-"""`check-expiration`: kubeadm's two tables and structure, what kubeadm can't show, and forms for monitoring."""
+"""`check-expiration`; the texts are made in `expiration_forms` and `nagios`."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
 
-from bridge.cli.printing import columns, say, width_here
-from bridge.errors import BridgeError, Exit
+import typer
+
+from bridge.cli.expiration_forms import look
+from bridge.cli.options import Common, command, duration, utc_now
+from bridge.cli.printing import say
+from bridge.errors import BridgeError
 from bridge.node import inventory
-from bridge.node.expiry_report import ExpiryReport, Row, report
-from bridge.node.inventory import Node
-from bridge.pki.certificates import fingerprint, name_text, serial_hex
-from bridge.pki.expiry import residual, rfc3339
-from bridge.settings.tables import RenewalSettings, Settings
+from bridge.settings.tables import Settings
 from bridge.state.store import Store
 from bridge.system.console import ROOT_HINT, lacks_rights, log, print_error
-from bridge.words import escaped
 
 if TYPE_CHECKING:
     from bridge.monitoring.exposition import Remembered
     from bridge.renewal.gate import Failures
 
-#: Grows when a key changes its meaning or goes; new keys do not count.
-SCHEMA_VERSION = 1
-
-# Go's Format("Jan 02, 2006 15:04 MST"); strftime's month names follow the locale.
-_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
-_HEADER = ("CERTIFICATE", "EXPIRES", "RESIDUAL TIME", "CERTIFICATE AUTHORITY", "EXTERNALLY MANAGED")
-_AUTHORITY_HEADER = ("CERTIFICATE AUTHORITY", "EXPIRES", "RESIDUAL TIME", "EXTERNALLY MANAGED")
-_EXTRA_HEADER = ("NOT LISTED BY KUBEADM", *_HEADER[1:], "FILE")
+commands = typer.Typer()
 
 
+class ExpirationOutput(StrEnum):
+    """Formats of `check-expiration`."""
+
+    TABLE = "table"
+    JSON = "json"
+    YAML = "yaml"
+    PROMETHEUS = "prometheus"
+    NAGIOS = "nagios"
+
+
+@command(commands, "check-expiration")
 def check_expiration(
-    settings: Settings,
-    now: datetime,
-    output: str,
-    within: timedelta | None = None,
+    common: Common,
+    output: Annotated[ExpirationOutput, typer.Option("--output", "-o", help="Format.")] = ExpirationOutput.TABLE,
+    within: Annotated[
+        timedelta | None,
+        typer.Option(
+            parser=duration, metavar="DURATION", help='Exit with 3 if one expires within this time, such as "30d".'
+        ),
+    ] = None,
+    warning: Annotated[
+        timedelta | None,
+        typer.Option(
+            "--warning", "-w", parser=duration, metavar="DURATION", help="For -o nagios. [default: renewal.before]"
+        ),
+    ] = None,
+    critical: Annotated[
+        timedelta | None,
+        typer.Option(
+            "--critical", "-c", parser=duration, metavar="DURATION", help="For -o nagios. [default: a third of it]"
+        ),
+    ] = None,
 ) -> int:
     """
-    Print what is there, and return the exit code.
+    Show when the control plane's certificates expire, as `kubeadm certs check-expiration` does.
 
-    Args:
-        settings: Where the node's files are.
-        now: Aware, UTC.
-        output: `table`, `json`, `yaml` or `prometheus`.
-        within: What ends sooner is due.
+    It reads files only: it asks no API server, reads no key and writes nothing.
     """
-    seen = _known(settings) if output == "prometheus" else None
+    if (warning or critical) and output is not ExpirationOutput.NAGIOS:
+        raise typer.BadParameter("-w and -c are for -o nagios; for exit code 3 there is --within")
+    if warning is not None and critical is not None and critical > warning:
+        raise typer.BadParameter("-c has to be shorter than -w: nobody would be warned before it is critical")
+    if output is ExpirationOutput.NAGIOS:
+        return _check_for_nagios(common, within if warning is None else warning, critical)
+    settings = common.settings()
+    known = _known(settings) if output is ExpirationOutput.PROMETHEUS else None
     node = inventory.of(settings.node)
-    return _said(*look(node, now, within, output, renewal=settings.renewal, known=seen))
+    return _shown(*look(node, utc_now(), within, output.value, renewal=settings.renewal, known=known))
 
 
-def check_for_nagios(
-    settings: Callable[[], Settings], now: datetime, warning: timedelta | None, critical: timedelta | None
-) -> int:
-    """
-    Print a plugin's line, and return its status.
-
-    Args:
-        settings: Reads them; where they can't be used, the line says so, since a monitor shows no standard error.
-        now: Aware, UTC.
-        warning: What ends sooner is a warning; None: by the settings.
-        critical: What ends sooner is critical; None: a third of it.
-    """
+def _check_for_nagios(common: Common, warning: timedelta | None, critical: timedelta | None) -> int:
+    """Print a plugin's line and return its status; errors are in the line, too: monitors show no standard error."""
     from bridge.cli import nagios  # noqa: PLC0415 (for monitors alone)
 
     try:
-        ours = settings()
-        limits = nagios.Thresholds.of(ours, warning, critical)
-        return _said(*nagios.check(ours, now, limits, _failures(ours)))
+        settings = common.settings()
+        limits = nagios.Thresholds.of(settings, warning, critical)
+        return _shown(*nagios.check(settings, utc_now(), limits, _failures(settings)))
     except BridgeError as e:
         print_error(e)
-        return _said(nagios.unknown(e.reason), [], nagios.UNKNOWN)
+        return _shown(nagios.unknown(e.reason), [], nagios.UNKNOWN)
 
 
-def _said(text: str, troubles: Sequence[str], code: int) -> int:
-    """Print the result, and on standard error what could not be read; returns the code."""
+def _shown(text: str, troubles: Sequence[str], code: int) -> int:
+    """Print the result, and on standard error the files that could not be read; return the code."""
     say(text)
     for trouble in troubles:
         log.error("%s", trouble)
@@ -87,7 +100,7 @@ def _said(text: str, troubles: Sequence[str], code: int) -> int:
 
 
 def _failures(settings: Settings) -> Mapping[str, Failures] | None:
-    """The failures in a row by authority; None: this user may not see them."""
+    """The failed runs in a row by authority; None: this user may not see them."""
     from bridge.renewal.gate import Attempts  # noqa: PLC0415 (for monitors alone)
 
     directory = settings.node.state_dir
@@ -104,146 +117,3 @@ def _known(settings: Settings) -> Remembered | None:
     from bridge.monitoring import metrics  # noqa: PLC0415 (for monitors alone)
 
     return metrics.known_here(settings)
-
-
-def look(
-    node: Node,
-    now: datetime,
-    within: timedelta | None,
-    output: str,
-    *,
-    renewal: RenewalSettings | None = None,
-    known: Remembered | None = None,
-) -> tuple[str, list[str], int]:
-    """
-    Say what there is.
-
-    Args:
-        node: What is on it.
-        now: Aware, UTC.
-        within: What ends sooner is due, and what has ended.
-        output: `table`, `json`, `yaml` or `prometheus`.
-        renewal: For `prometheus`: says what is due; the defaults without it.
-        known: For `prometheus`: what only root may see; None: this user may not.
-
-    Returns:
-        Standard output, lines for standard error, and the exit code: 1 when a file is there and can't be used, else
-        3 when one is due, else 0.
-    """
-    found = report(node, now, None if within is None else lambda _: within)
-    forms: Mapping[str, Callable[[ExpiryReport], str]] = {
-        "table": table,
-        "json": as_json,
-        "yaml": as_yaml,
-        "prometheus": lambda one: _as_prometheus(one, node, renewal or RenewalSettings(), known),
-    }
-    code = Exit.FAILED if found.troubles else Exit.DUE if found.due else Exit.DONE
-    return forms[output](found), list(found.troubles), code
-
-
-def _as_prometheus(found: ExpiryReport, node: Node, renewal: RenewalSettings, known: Remembered | None) -> str:
-    from bridge.monitoring import exposition  # noqa: PLC0415 (for monitors alone)
-
-    return exposition.text(found, exposition.due_times(node, renewal), known)
-
-
-def table(found: ExpiryReport) -> str:
-    """
-    kubeadm 1.37's two tables, and one of what kubeadm has no row for, if there is any.
-
-    That comes first where a kubelet's client certificate has ended or soon does: such a node can't start again.
-    """
-    tables = [_align([_AUTHORITY_HEADER, *(_cells(row) for row in found.authorities)])]
-    if found.certificates:  # a worker has none
-        tables.insert(0, _align([_HEADER, *(_cells(row, row.authority or "") for row in found.certificates)]))
-    if found.extra:
-        place = 0 if any(row.first for row in found.extra) else len(tables)
-        extra = [_EXTRA_HEADER, *((*_cells(row, row.authority or ""), row.path) for row in found.extra)]
-        tables.insert(place, _align(extra))
-    return "\n".join(tables)
-
-
-def _cells(row: Row, *authority: str) -> tuple[str, ...]:
-    """A row's cells; a certificate's with its CA, a CA's without."""
-    if row.certificate is None or row.state != "present":
-        mark = {"missing": "!MISSING!", "broken": "!INVALID!", "unreadable": "!UNREADABLE!"}[row.state]
-        return (f"{mark} {row.name}", "", "", *("" for _ in authority), "")
-    end = row.certificate.not_valid_after_utc
-    expires = f"{_MONTHS[end.month - 1]} {end:%d}, {end.year:04d} {end:%H:%M} UTC"
-    external = f"{'yes' if row.external else 'no':<8}"
-    return (row.name, expires, residual(row.seconds_left or 0), *authority, external)
-
-
-def _align(rows: Sequence[Sequence[str]]) -> str:
-    """
-    Align rows as Go's `tabwriter.NewWriter(writer, 10, 4, 3, ' ', 0)` does: the last cell of a row is not padded.
-
-    On a terminal that is too narrow for it, as all our tables: what does not fit goes on below.
-    """
-    most = width_here()
-    widths = [max(10, 3 + max(map(len, column))) for column in zip(*rows, strict=True)][:-1]
-    lines = ["".join(map(str.ljust, row, widths)) + row[-1] for row in rows]
-    if most is not None and max(len(line.rstrip()) for line in lines) > most:
-        lines = list(columns([[cell.rstrip() for cell in row] for row in rows], most))
-    return "".join(f"{line}\n" for line in lines)
-
-
-def as_json(found: ExpiryReport) -> str:
-    """kubeadm's structure (output.kubeadm.k8s.io/v1alpha3) in its order and indentation, and more keys."""
-    import json  # noqa: PLC0415 (7 ms that the table has no use for)
-
-    return escaped(json.dumps(_structure(found), indent=4, ensure_ascii=False)) + "\n"
-
-
-def as_yaml(found: ExpiryReport) -> str:
-    """The same in YAML, with sorted keys as kubeadm's."""
-    import yaml  # noqa: PLC0415 (loaded by the reading side already, but as a tree only)
-
-    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-
-    def dumped(*, allow_unicode: bool) -> str:
-        return str(
-            yaml.dump(_structure(found), Dumper=dumper, sort_keys=True, allow_unicode=allow_unicode, width=10_000)
-        )
-
-    text = dumped(allow_unicode=True)
-    # what steers a terminal is escaped, and then everything that is not ASCII
-    return text if escaped(text) == text else dumped(allow_unicode=False)
-
-
-def _structure(found: ExpiryReport) -> dict[str, Any]:
-    return {
-        "kind": "CertificateExpirationInfo",
-        "apiVersion": "output.kubeadm.k8s.io/v1alpha3",
-        "certificates": [_entry(row) for row in found.certificates],
-        "certificateAuthorities": [_entry(row) for row in found.authorities],
-        "extraCertificates": [_entry(row) for row in found.extra],
-        "schemaVersion": SCHEMA_VERSION,
-    }
-
-
-def _entry(row: Row) -> dict[str, Any]:
-    """kubeadm's keys first, in kubeadm's order, then ours."""
-    certificate = row.certificate
-    entry: dict[str, Any] = {
-        "name": row.name,
-        "expirationDate": rfc3339(certificate.not_valid_after_utc) if certificate else None,
-        "residualTime": row.seconds_left or 0,
-        "externallyManaged": row.external and row.state != "missing",
-        # kubeadm leaves it out where it has nothing to say
-        **({"caName": row.authority} if row.authority and row.state != "missing" else {}),
-        "missing": row.state == "missing",
-        "state": row.state,
-        "due": row.due,
-        "path": row.path,
-        "trouble": row.trouble,
-    }
-    if certificate:
-        entry |= {
-            "notBefore": rfc3339(certificate.not_valid_before_utc),
-            "serialNumber": serial_hex(certificate),
-            "subject": name_text(certificate.subject),
-            "issuer": name_text(certificate.issuer),
-            "sha256": fingerprint(certificate),
-        }
-    return entry

@@ -1,49 +1,47 @@
-"""`gateway`: the service, and its check."""
+"""`gateway`: the service, its check, and the manifests that `setup kubernetes` prints."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
+import shlex
 import signal
-from collections.abc import Callable
-from datetime import datetime
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
+from bridge.ca import registry
 from bridge.cli.options import Common, command, utc_now
 from bridge.cli.printing import say_sentence
-from bridge.cli.program import app
-from bridge.errors import BridgeError, Exit
+from bridge.cli.settings import lines_of
+from bridge.contract import GIVEN, Secret, SetupFile
+from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
+from bridge.gateway.nodes import Nodes
+from bridge.gateway.rules import KUBERNETES_SIGNERS, Grant, SignerRules
+from bridge.gateway.service import Service
 from bridge.settings.tables import Settings
 from bridge.system.console import log, print_error
+from bridge.words import has_controls
 
-if TYPE_CHECKING:
-    from bridge.gateway.service import Service
-
-CheckOption = Annotated[
-    bool, typer.Option("--check", help="Read settings, policy and inventory, ask the API and the CA, sign nothing.")
-]
+commands = typer.Typer()
 
 
-@command(app, "gateway")
-def gateway(common: Common, check: CheckOption = False) -> None:
+@command(commands, "gateway")
+def gateway(
+    common: Common,
+    check: Annotated[
+        bool, typer.Option("--check", help="Read settings, policy and inventory, ask the API and the CA, sign nothing.")
+    ] = False,
+) -> int:
     """
     Sign what kubelets and users ask for by the certificates API, as far as the policy allows.
 
     It works until SIGTERM; docs/gateway.md has its settings, policy and metrics.
     """
-    raise typer.Exit(run(common.settings(), utc_now, check=check))
-
-
-def run(settings: Settings, now: Callable[[], datetime], *, check: bool) -> int:
-    """
-    Run or check the gateway, and return the exit code.
-
-    Raises:
-        BridgeError: Nothing could be begun.
-    """
-    from bridge.gateway.service import Service  # noqa: PLC0415 (all of the gateway's room)
-
-    service = Service(settings, now)
+    service = Service(common.settings(), utc_now)
     if check:
         return _check(service)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -61,3 +59,232 @@ def _check(service: Service) -> int:
     signers, nodes = ", ".join(service.signers), len(service.nodes.inventory.nodes)
     say_sentence(f"ready: {signers}; {nodes} nodes in the inventory; API server {service.api.server}")
     return Exit.DONE
+
+
+# --- manifests --------------------------------------------------------------------------------------------------------
+
+NAMESPACE = "ca-bridge"
+#: Where the pod has the files that its settings name; and the trust anchors, of which kubeadm's ca.crt is in each namespace.
+FILES, TRUST = Path("/etc/ca-bridge/files"), Path("/etc/ca-bridge/trust")
+#: As the shipped files have them.
+_SHIPPED_SIGNERS = json.dumps(list(KUBERNETES_SIGNERS))
+_SHIPPED_ITEMS = (
+    "items: [{key: role-id, path: files/role-id}, {key: secret-id, path: files/secret-id}, "
+    "{key: vault-ca.crt, path: files/vault-ca.crt}]"
+)
+_MONTH_SECONDS = 2592000
+
+
+def manifests(settings: Settings, shipped: Path) -> list[SetupFile]:
+    """
+    The shipped manifests, made this cluster's as far as the settings tell.
+
+    Without a settings file they are what is shipped; without a policy or an inventory that part is.
+
+    Args:
+        settings: This node's, with `[gateway]` and the CA's tables.
+        shipped: The directory of the files that are installed with the program.
+
+    Raises:
+        SettingsError: Settings, policy or inventory can't be used.
+        BridgeError: The shipped files are not there.
+    """
+    texts = {path.name: path.read_text(encoding="utf-8") for path in sorted((shipped / "kubernetes").glob("*.yaml"))}
+    if not texts:
+        raise BridgeError("wanted the manifests that are installed with the program, found none", hint="reinstall it")
+    if settings.gateway.policy.exists() and settings.gateway.inventory.exists():
+        signers = Nodes(settings.gateway).policy.signers
+        texts = {name: _with_signers(text, signers) for name, text in texts.items()}
+        for key, path in (
+            ("gateway-policy.toml", settings.gateway.policy),
+            ("inventory.toml", settings.gateway.inventory),
+        ):
+            texts["30-config.yaml"] = _with_block(texts["30-config.yaml"], key, path.read_text(encoding="utf-8"))
+        texts["20-admission.yaml"] += "".join(_askers(signers))
+    if settings.authorities:
+        config, files = _config(settings)
+        files |= _anchors(settings)
+        texts["30-config.yaml"] = _with_files(_with_block(texts["30-config.yaml"], "config.toml", config), files)
+        items = ", ".join(f"{{key: {name}, path: {_place(name)}}}" for name in files)
+        texts["40-deployment.yaml"] = _replaced(texts["40-deployment.yaml"], _SHIPPED_ITEMS, f"items: [{items}]")
+    return [SetupFile(name=name, text=text) for name, text in texts.items()]
+
+
+def _replaced(text: str, old: str, new: str) -> str:
+    if old not in text:
+        raise BridgeError(f"wanted {old!r} in the shipped manifests, found it changed", hint="reinstall the program")
+    return text.replace(old, new)
+
+
+def _with_signers(text: str, signers: Mapping[str, SignerRules]) -> str:
+    """Exactly the policy's; what people approve is not kept for the gateway."""
+    ours = [name for name, rules in signers.items() if rules.approval != "required"]
+    head = f"  - name: approved_here\n    expression: 'object.spec.signerName in {_SHIPPED_SIGNERS}'"
+    text = text.replace(head, head.replace(_SHIPPED_SIGNERS, json.dumps(ours)))
+    return text.replace(_SHIPPED_SIGNERS, json.dumps(list(signers)))
+
+
+def _with_block(text: str, key: str, content: str) -> str:
+    """
+    Another value for a key of the ConfigMap.
+
+    Raises:
+        BridgeError: Characters that end a line in YAML and not in TOML, so that a comment's end would be a setting, or
+            others that YAML can't have.
+    """
+    lines = content.rstrip("\n").replace("\r\n", "\n").split("\n")
+    for number, line in enumerate(lines, 1):
+        if has_controls(line.replace("\t", " ")):
+            found = repr(next(one for one in line if has_controls(one) and one != "\t"))
+            hint = "take it out of that line; where a text needs it, write it as TOML's \\u and four digits"
+            raise BridgeError(f"{key}, line {number}: wanted no control characters, found {found}", hint=hint)
+    block = "".join(f"    {line}".rstrip() + "\n" for line in lines)
+    changed, count = re.subn(
+        rf"^  {re.escape(key)}: \|\n(?:    .*\n|\n)+", lambda _: f"  {key}: |\n{block}", text, flags=re.MULTILINE
+    )
+    if count != 1:
+        raise BridgeError(
+            f"wanted {key} once in the shipped manifests, found it {count} times", hint="reinstall the program"
+        )
+    return changed
+
+
+def _askers(signers: Mapping[str, SignerRules]) -> Iterator[str]:
+    """Admission policies for signers of one's own: the API server lets ask only whom the policy grants them."""
+    for name, rules in signers.items():
+        if name in KUBERNETES_SIGNERS:
+            continue
+        policy = f"ca-bridge-gateway-{name.replace('/', '.')}"  # a name of its own for each domain's
+        who = " || ".join(_condition(grant) for _, grant in rules.grants) or "false"
+        yield f"""\
+---
+apiVersion: admissionregistration.k8s.io/v1
+kind: ValidatingAdmissionPolicy
+metadata: {{name: {policy}}}
+spec:
+  failurePolicy: Fail
+  matchConstraints:
+    resourceRules:
+    - {{apiGroups: [certificates.k8s.io], apiVersions: [v1], resources: [certificatesigningrequests], operations: [CREATE]}}
+  matchConditions:
+  - {{name: signer, expression: {json.dumps(f"object.spec.signerName == {json.dumps(name)}")}}}
+  validations:
+  - expression: {json.dumps(who)}
+    message: nobody has granted you this signer
+    reason: Forbidden
+  - expression: '!has(object.spec.expirationSeconds) || object.spec.expirationSeconds <= {_MONTH_SECONDS}'
+    message: the request is for longer than 30 days
+    reason: Invalid
+---
+apiVersion: admissionregistration.k8s.io/v1
+kind: ValidatingAdmissionPolicyBinding
+metadata: {{name: {policy}}}
+spec: {{policyName: {policy}, validationActions: [Deny]}}
+"""
+
+
+def _condition(grant: Grant) -> str:
+    """A grant as a condition in CEL; `{node}` matches anything, which the gateway then looks at."""
+    parts = [f"request.userInfo.groups.exists(g, g in {json.dumps(grant.groups)})"] if grant.groups else []
+    for user in grant.users:
+        before, pattern, after = user.partition("{node}")
+        if not pattern:
+            parts.append(f"request.userInfo.username == {json.dumps(user)}")
+        else:
+            name = "request.userInfo.username"
+            parts.append(f"({name}.startsWith({json.dumps(before)}) && {name}.endsWith({json.dumps(after)}))")
+    return " || ".join(parts)
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def _config(settings: Settings) -> tuple[str, dict[str, Path]]:
+    """The pod's settings file, and the files that it names, by name."""
+    files: dict[str, Path] = {}
+    gateway = dataclasses.replace(
+        settings.gateway, kubeconfig=None, state_dir=None, lease_namespace=NAMESPACE,
+        policy=Path("/etc/ca-bridge/gateway-policy.toml"), inventory=Path("/etc/ca-bridge/inventory.toml"),
+    )  # fmt: skip
+    lines = ["[node]", 'name = "gateway"', f"cluster = {json.dumps(settings.node.cluster)}",
+             f'pki_dir = "{TRUST}"', 'state_dir = "/dev/shm/ca-bridge"', "", "[gateway]", *_changed(gateway)]  # fmt: skip
+    backends = registry.configured(settings, settings.authorities)
+    for name, type_name in {one.name: one.type_name for one in backends.values()}.items():
+        lines += ["", f"[backend.{json.dumps(name)}]", f"type = {json.dumps(type_name)}"]
+    for authority, configured in backends.items():
+        lines += ["", f"[authority.{authority}]", f"backend = {json.dumps(configured.name)}"]
+        lines += lines_of(_moved(configured.settings, files))
+    return "\n".join(lines) + "\n", files
+
+
+def _changed(table: Any) -> Iterator[str]:
+    """The settings that are not the default."""
+    usual = {field.name: field.default for field in dataclasses.fields(table)}
+    for line in lines_of(table):
+        key = line.partition(" = ")[0]
+        if getattr(table, key, None) != usual.get(key):
+            yield line
+
+
+def _moved(table: Any, files: dict[str, Path]) -> Any:
+    """
+    The same with the places that its files have in the pod.
+
+    Raises:
+        SettingsError: A secret is in no file, or two files have one name.
+    """
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(table):
+        value = getattr(table, field.name)
+        if GIVEN in field.metadata:
+            continue
+        if isinstance(value, Secret):
+            if value.kind != "file":
+                wanted = "a secret in a file, which can go into the pod's Secret"
+                raise SettingsError([SettingsProblem(field.name, wanted, f"one in {value}")])
+            changes[field.name] = Secret("file", str(_added(Path(value.where), files)))
+        elif isinstance(value, Path):
+            changes[field.name] = _added(value, files)
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type) and not hasattr(value, "from_setting"):
+            changes[field.name] = _moved(value, files)
+    return dataclasses.replace(table, **changes) if changes else table
+
+
+def _added(path: Path, files: dict[str, Path]) -> Path:
+    name = re.sub(r"[^-._a-zA-Z0-9]", "-", path.name)
+    if files.setdefault(name, path) != path:
+        found = f"{files[name]} and {path}"
+        raise SettingsError([SettingsProblem("", "files with different names, for one directory of the pod", found)])
+    return FILES / name
+
+
+def _anchors(settings: Settings) -> dict[str, Path]:
+    """CA files to mount, by name in the volume: not the cluster CA's, whose certificate every namespace has."""
+    names = {"etcd-ca": "etcd-ca.crt", "front-proxy-ca": "front-proxy-ca.crt"}
+    places = {
+        "etcd-ca": settings.node.pki_dir / "etcd/ca.crt",
+        "front-proxy-ca": settings.node.pki_dir / "front-proxy-ca.crt",
+    }
+    return {names[name]: places[name] for name in settings.authorities if name in names}
+
+
+def _place(name: str) -> str:
+    """The path in the pod, below /etc/ca-bridge."""
+    anchors = {"etcd-ca.crt": "trust/etcd/ca.crt", "front-proxy-ca.crt": "trust/front-proxy-ca.crt"}
+    return anchors.get(name, f"files/{name}")
+
+
+def _with_files(text: str, files: Mapping[str, Path]) -> str:
+    """The example of a Secret becomes the command that makes it: no secret is printed."""
+    head, mark, _ = text.partition("---\n# What must stay secret")
+    if not mark:
+        raise BridgeError(
+            "wanted the example of a Secret in the shipped manifests, found none", hint="reinstall the program"
+        )
+    given = " ".join(shlex.quote(f"--from-file={name}={path}") for name, path in files.items())
+    return f"{head}# The files that config.toml names; made once, and again when one of them changes:\n#   kubectl -n {NAMESPACE} create secret generic ca-bridge-gateway {given}\n"
+
+
+def text_of(files: Sequence[SetupFile]) -> str:
+    """All manifests as one text, for `kubectl apply -f -`."""
+    return "---\n".join(file.text for file in files)

@@ -1,23 +1,67 @@
 """
-What help says beyond the commands' own words: which task a command is for, and examples of it.
+What help says beyond the commands' own files: a command's task, its examples, and options that go together or don't.
 
-The only place for both; the pages of `docs/commands.md` and the manual are made of them, too. A test tries each
-example on the command line.
+`docs/commands.md` and the manual are made from it, too; a test tries each example on the command line.
 """
 
 from __future__ import annotations
 
-#: Headings of `ca-bridge --help`, and the commands below each, in the order of an operator's day.
-TASKS: dict[str, tuple[str, ...]] = {
-    "Look, and change nothing": ("check-expiration", "plan", "prove", "doctor"),
-    "Renew": ("renew", "restart", "install"),
-    "Carry requests to a CA, and its answers back": ("export", "inspect", "sign", "import", "pending"),
-    "Sign for the cluster": ("gateway",),
-    "Go back, and clean up after a crash": ("backups", "rollback", "recover"),
-    "Make a new node": ("bootstrap",),
-    "Let people and machines in": ("kubeconfig",),
-    "Set up": ("settings", "setup", "backend", "demo", "help"),
-    "Keep the record": ("audit",),
+#: What `ca-bridge --help` shows: headings in the order of an operator's day, and the commands below each.
+TASKS: dict[str, dict[str, str]] = {
+    "Look, and change nothing": {
+        "check-expiration": "Show when certificates expire, as kubeadm does.",
+        "plan": "Show what the next `ca-bridge renew` would do.",
+        "prove": "Show what each component really serves and uses.",
+        "doctor": "Check that the next renewal will succeed.",
+    },
+    "Renew": {
+        "renew": "Renew what is due, or the named certificates.",
+        "restart": "Restart components that run on old certificates.",
+        "install": "Install keys and certificates from a directory.",
+    },
+    "Carry requests to a CA, and its answers back": {
+        "export": "Write requests for a CA desk into a file.",
+        "inspect": "Show what a request or an answer holds.",
+        "sign": "Sign requests at a CA desk, by its policy.",
+        "import": "Install the answers of a CA desk.",
+        "pending": "Show and cancel requests that wait for an answer.",
+    },
+    "Sign for the cluster": {"gateway": "Sign for kubelets and users, by the certificates API."},
+    "Go back, and clean up after a crash": {
+        "backups": "List the backups of replaced files.",
+        "rollback": "Put the files of a backup back.",
+        "recover": "Finish or undo an interrupted installation.",
+    },
+    "Make a new node": {"bootstrap": "Make what `kubeadm init` or `kubeadm join` needs."},
+    "Let people and machines in": {"kubeconfig": "Make kubeconfigs with short-lived certificates."},
+    "Set up": {
+        "settings": "Write, show and check the settings file.",
+        "setup": "Print what a CA, systemd, cron or Kubernetes needs.",
+        "backend": "Try a CA that the settings name.",
+        "demo": "Show the main job on a throwaway PKI.",
+        "help": "Show a page of the documents.",
+    },
+    "Keep the record": {"audit": "Show and verify the audit log."},
+}
+
+#: By command: an option, and the options that it can't be combined with.
+EXCLUDES: dict[str, dict[str, tuple[str, ...]]] = {
+    "renew": {
+        "--csr-only": (
+            *("--dry-run", "--rehearse", "--all-or-nothing", "--no-restart", "--wait"),
+            *("--add-san", "--drop-san", "--adopt-defaults", "--kubeadm-config"),
+        ),
+        "--rehearse": ("--dry-run", "--all-or-nothing", "--no-restart"),
+        "--dry-run": ("--wait",),
+    },
+    "bootstrap join": {"--control-plane": ("--worker",)},
+    "bootstrap check": {"--control-plane": ("--worker",)},
+}
+
+#: By command: an option, and the option without which it means nothing.
+NEEDS: dict[str, dict[str, str]] = {
+    "renew": {"--csr-only": "--csr-dir", "--csr-dir": "--csr-only", "--ahead": "--rehearse"},
+    "kubeconfig user": {"--key-file": "--csr"},
 }
 
 #: By command: lines to type, each with what it does.

@@ -12,15 +12,19 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from typer import BadParameter
 from typer.core import TyperCommand, TyperGroup
 
-from bridge.cli.guide import EXAMPLES, TASKS
+from bridge.cli.guide import EXAMPLES, EXCLUDES, NEEDS, TASKS
 
 if TYPE_CHECKING:
     from typer import Context
 
 #: Names of the parameters that `options.command` gives to every command, and click's own.
 COMMON = frozenset(("config", "pki_dir", "kubeconfig_dir", "state_dir", "verbose", "log_format", "help"))
+
+#: The program's name.
+PROGRAM = "ca-bridge"
 
 #: How wide the left column may get before its text goes on the next line.
 _WIDEST = 28
@@ -47,7 +51,22 @@ def _hard(text: str) -> str:
 
 
 class Command(TyperCommand):
-    """A command whose help ends with examples."""
+    """A command whose help ends with examples, and whose options are checked against each other by the guide."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse options that can't be combined, or that lack another one."""
+        rest: list[str] = super().parse_args(ctx, args)
+        given = {
+            option for one in self.params if _is_given(ctx, one.name) for option in (*one.opts, *one.secondary_opts)
+        }
+        for option, others in EXCLUDES.get(name_of(ctx), {}).items():
+            clash = [other for other in others if other in given]
+            if option in given and clash:
+                raise BadParameter(f"{option} can't be combined with {', '.join(clash)}", ctx)
+        for option, other in NEEDS.get(name_of(ctx), {}).items():
+            if option in given and other not in given:
+                raise BadParameter(f"{option} needs {other}", ctx)
+        return rest
 
     def get_help(self, ctx: Any) -> str:
         """The whole help text."""
@@ -69,6 +88,7 @@ class Command(TyperCommand):
                 own = "Arguments" if is_argument else "Options"
                 whole = (record[0], _hard(record[1]))
                 parts["Options of every command" if parameter.name in COMMON else own].append(whole)
+        parts["Options together"] = list(_together(name_of(ctx)))
         for heading, records in parts.items():
             if records:
                 with formatter.section(heading):
@@ -81,6 +101,20 @@ class Command(TyperCommand):
             with formatter.section("Examples"):
                 for line, sentence in examples:
                     formatter.write(f"{_copied(line, formatter.width)}\n{_told(sentence, formatter.width)}\n")
+
+
+def _is_given(context: Any, parameter: str | None) -> bool:
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _together(command: str) -> Iterator[tuple[str, str]]:
+    """Which options of a command need or exclude others."""
+    needs, excludes = NEEDS.get(command, {}), EXCLUDES.get(command, {})
+    for option in dict.fromkeys([*needs, *excludes]):
+        parts = [f"needs {needs[option]}"] if option in needs else []
+        parts += [f"not with {', '.join(excludes[option])}"] if option in excludes else []
+        yield option, _hard("; ".join(parts))
 
 
 def _copied(line: str, width: int) -> str:
@@ -99,35 +133,27 @@ def _wrapped(text: str, width: int, first: str, others: str) -> list[str]:
 
 
 class Group(TyperGroup):
-    """Commands with a whole sentence each; those of the program by task."""
+    """A group of commands, each with a sentence; those of the program are listed by task."""
 
     def get_help(self, ctx: Any) -> str:
         """The whole help text."""
         return super().get_help(ctx).replace(_HARD, "-")
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        """The commands' names in the order of the guide."""
-        names = super().list_commands(ctx)
-        return [name for _, ours in by_task(names, is_program=ctx.parent is None) for name in ours]
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 (typer calls it)
+        """The commands' names in the order of the help."""
+        return list(sentences_of(self))
 
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Under the headings of the guide; what is not there comes last."""
-        rows = {name: command for name in self.list_commands(ctx) if (command := self.get_command(ctx, name))}
-        sentences = {name: first_sentence(command.help or "") for name, command in rows.items() if not command.hidden}
-        width = max(map(len, sentences))
-        for heading, names in by_task(list(sentences), is_program=ctx.parent is None):
+    def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
+        """Write a section for each task, or one for a group within the program."""
+        sections = TASKS if self.name == PROGRAM else {"Commands": sentences_of(self)}
+        width = max(len(name) for ours in sections.values() for name in ours)
+        for heading, ours in sections.items():
             with formatter.section(heading):
-                formatter.write_dl([(name.ljust(width), _hard(sentences[name])) for name in names])
+                formatter.write_dl([(name.ljust(width), _hard(sentence)) for name, sentence in ours.items()])
 
 
-def by_task(names: list[str], *, is_program: bool) -> Iterator[tuple[str, list[str]]]:
-    """Headings, and the commands below each; a group within the program has one heading."""
-    if is_program:
-        for heading, ours in TASKS.items():
-            here = [name for name in ours if name in names]
-            if here:
-                yield heading, here
-    told = {name for ours in TASKS.values() for name in ours} if is_program else set()
-    others = [name for name in names if name not in told]
-    if others:
-        yield "More" if is_program else "Commands", others
+def sentences_of(group: Any) -> dict[str, str]:
+    """The first sentence of each command of a group; the program's own are in the guide, and load no file."""
+    if group.name == PROGRAM:
+        return {name: sentence for ours in TASKS.values() for name, sentence in ours.items()}
+    return {name: first_sentence(one.help or "") for name, one in group.commands.items()}

@@ -1,11 +1,14 @@
-"""`recover`, `backups`, `rollback`, `audit`: what was done here, and going back."""
+"""`recover`, `backups`, `rollback` and `audit`: what was done on this node, and how to go back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime, timedelta
-from typing import Any
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Annotated, Any
 
+import typer
+
+from bridge.cli.options import ZERO, Common, Output, OutputOption, WaitOption, command, duration, group, utc_now
 from bridge.cli.printing import columns, say, say_json, say_sentence, say_table
 from bridge.cli.results import print_restart, stale
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
@@ -13,7 +16,6 @@ from bridge.monitoring import metrics
 from bridge.pki.certificates import serial_hex
 from bridge.pki.expiry import minute, rfc3339
 from bridge.renewal.verify_and_install import Result
-from bridge.settings.tables import Settings
 from bridge.specs import SPECS, USER, Component
 from bridge.state import audit_reader, backups, copies
 from bridge.state.install import Recovery
@@ -23,9 +25,19 @@ from bridge.state.store import Store
 from bridge.system.console import hint_of, log, print_error, printable
 from bridge.words import name_found
 
+commands = typer.Typer()
+audit = group(commands, "audit", "Show and verify the audit log.")
 
-def recover(settings: Settings, *, set_aside: bool) -> int:
-    """`recover`: finish or undo what a crash left, and say which; 7 if a copy of a kubeconfig stays behind."""
+
+@command(commands, "recover")
+def recover(
+    common: Common,
+    set_aside: Annotated[
+        bool, typer.Option("--set-aside", help="First rename damaged state files, and say what they may leave undone.")
+    ] = False,
+) -> int:
+    """Finish or undo what a crash interrupted; every command that writes does the same first."""
+    settings = common.settings()
     if not settings.node.state_dir.is_dir():
         say("nothing to recover: no run has been here")
         return Exit.DONE
@@ -52,12 +64,12 @@ def _told(late: Sequence[BridgeError]) -> int:
     return Exit.worst([error.exit_code for error in late])
 
 
-def list_backups(settings: Settings, *, as_json: bool) -> int:
-    """`backups`: what could be put back, the newest first; 1 if one can't be read."""
-    found, broken = backups.read_all(Store(settings.node.state_dir))
-    if as_json:
-        entries = [_backup_json(backup) for backup in found]
-        say_json({"backups": entries})
+@command(commands, "backups")
+def list_backups(common: Common, output: OutputOption = Output.TEXT) -> int:
+    """List the backups, newest first: when, by whom, which certificates and serial numbers."""
+    found, broken = backups.read_all(Store(common.settings_with_record().node.state_dir))
+    if output is Output.JSON:
+        say_json({"backups": [_backup_json(backup) for backup in found]})
     elif found:
         say_table([row for backup in found for row in _backup_rows(backup)])
     elif not broken:
@@ -96,20 +108,30 @@ def _backup_json(backup: backups.Backup) -> dict[str, Any]:
     }
 
 
+@command(commands, "rollback")
 def rollback(
-    settings: Settings,
-    backup_id: str | None,
-    now: Callable[[], datetime],
-    *,
-    force: bool,
-    wait: timedelta,
-    as_json: bool,
+    common: Common,
+    backup_id: Annotated[
+        str | None, typer.Argument(metavar="[ID]", help="As in `backups`. [default: the newest]", show_default=False)
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also what would not pass as new; never damage or another CA.")
+    ] = False,
+    wait: WaitOption = ZERO,
+    output: OutputOption = Output.TEXT,
 ) -> int:
-    """`rollback`: put a backup back, and say what to restart; 7 if a copy of a kubeconfig stays behind."""
-    with metrics.kept_current(settings, now):
-        done, node = put_back_and_retire(settings, backup_id, now, force=force, wait=wait)
+    """
+    Put a backup's files back in one step that survives a crash.
+
+    Refused unless each file is as it was backed up, each key belongs to its certificate, and each certificate would
+    pass as a new one: CA, dates, usages, subject, SANs; with --force only the CA counts of these. What is replaced is
+    backed up: a second rollback undoes the first.
+    """
+    settings = common.settings()
+    with metrics.kept_current(settings, utc_now):
+        done, node = put_back_and_retire(settings, backup_id, utc_now, force=force, wait=wait)
     components = stale(Result(outcomes=done.outcomes), node, settings)
-    if as_json:
+    if output is Output.JSON:
         say_json(_rollback_json(done, components))
         return _told(done.late)
     rows = [
@@ -145,31 +167,29 @@ def _rollback_json(done: Rollback, components: Sequence[Component]) -> dict[str,
     }
 
 
-def audit_verify(settings: Settings) -> int:
-    """`audit verify`: 1 if anything is wrong with the chain."""
-    count, damages = audit_reader.verify(Store(settings.node.state_dir))
-    for damage in damages:
-        log.error("%s", damage)
-    if damages:
-        log.error("compare with a copy that was made elsewhere (syslog, a backup)", extra={"is_hint": True})
-        return Exit.FAILED
-    say(f"{count} lines, each follows the one before it" if count else "no audit log yet: nothing was renewed here")
-    return Exit.DONE
-
-
-def audit_show(settings: Settings, since: datetime | None, name: str | None, *, as_json: bool) -> None:
+@command(audit, "show")
+def audit_show(
+    common: Common,
+    since: Annotated[
+        timedelta | None,
+        typer.Option(parser=duration, metavar="DURATION", help='Only events younger than this, such as "7d".'),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Only events of this certificate.", show_default=False)] = None,
+    output: OutputOption = Output.TEXT,
+) -> None:
     """
-    `audit show`: the record's events, oldest first.
+    Show what was asked, issued, refused and installed, when and by whom.
 
-    Raises:
-        SettingsError: No event can have such a name.
+    It prints the audit log in the state directory, oldest event first; `audit verify` checks it.
     """
+    settings = common.settings_with_record()
+    begin = utc_now() - since if since is not None else None
     known = [*SPECS, *(component.value for component in Component)]
     if name is not None and name not in known and not name.startswith(f"{USER.name} "):
         wanted = f"the name of a certificate or component ({', '.join(known)}), or `{USER.name} NAME`"
         raise SettingsError([SettingsProblem("--name", wanted, name_found(name, known))])
-    found = list(audit_reader.events(Store(settings.node.state_dir), since, name))
-    if as_json:
+    found = list(audit_reader.events(Store(settings.node.state_dir), begin, name))
+    if output is Output.JSON:
         say_json({"events": found})
     elif found:
         keys = ("time", "run", "user", "event", "name", "serialNumber", "backend", "result")
@@ -177,3 +197,20 @@ def audit_show(settings: Settings, since: datetime | None, name: str | None, *, 
         say_table(rows)
     else:
         say("nothing recorded")
+
+
+@command(audit, "verify")
+def audit_verify(common: Common) -> int:
+    """
+    Find changed, missing, inserted, moved and cut lines of the audit log.
+
+    Exits with 1 if there are any. A log that was written anew as a whole can only be found by a copy elsewhere.
+    """
+    count, damages = audit_reader.verify(Store(common.settings_with_record().node.state_dir))
+    for damage in damages:
+        log.error("%s", damage)
+    if damages:
+        log.error("compare with a copy that was made elsewhere (syslog, a backup)", extra={"is_hint": True})
+        return Exit.FAILED
+    say(f"{count} lines, each follows the one before it" if count else "no audit log yet: nothing was renewed here")
+    return Exit.DONE

@@ -6,16 +6,16 @@ import dataclasses
 import functools
 import inspect
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from bridge.cli.help import Command
+from bridge.cli.help import Command, Group
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.node import kubelet
 from bridge.pki.expiry import parse_duration
@@ -24,6 +24,11 @@ from bridge.settings.tables import Settings
 from bridge.state.store import replaced_here
 from bridge.system import console, interruption
 from bridge.system.console import LogFormat
+
+if TYPE_CHECKING:
+    from cryptography import x509
+
+    from bridge.renewal.select import RunOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +77,25 @@ def _common_options(
     return Common(config, pki_dir, kubeconfig_dir, state_dir)
 
 
-def command(to: typer.Typer, name: str) -> Callable[[Callable[..., None]], None]:
-    """
-    Register a command: its first parameter is a `Common`, its errors become messages and exit codes.
+_Function = TypeVar("_Function", bound=Callable[..., int | None])
 
-    A parameter whose type is a dataclass stands for an option of each of its fields: a bundle that commands share.
+
+def group(to: typer.Typer, name: str, sentence: str) -> typer.Typer:
+    """Make a group of commands that share their first word."""
+    made = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None, help=sentence)
+    to.add_typer(made, name=name)
+    return made
+
+
+def command(to: typer.Typer, name: str) -> Callable[[_Function], _Function]:
+    """
+    Register a command, which returns its exit code (None: 0) and whose first parameter is a `Common`.
+
+    Errors become messages and exit codes. A parameter whose type is a dataclass stands for an option of each of its
+    fields: a bundle that commands share.
     """
 
-    def register(function: Callable[..., None]) -> None:
+    def register(function: _Function) -> _Function:
         ours = inspect.signature(_common_options, eval_str=True).parameters
         theirs = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
         bundles: dict[str, type] = {
@@ -96,13 +112,14 @@ def command(to: typer.Typer, name: str) -> Callable[[Callable[..., None]], None]
                     **{field.name: arguments.pop(field.name) for field in dataclasses.fields(bundle)}
                 )
             with _Errors():
-                function(common, **arguments)
+                raise typer.Exit(function(common, **arguments) or 0)
 
         options = [one for p in theirs for one in (_fields(p.annotation) if p.name in bundles else [p])]
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*options, *ours.values())]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         to.command(name, cls=Command)(run)
+        return function
 
     return register
 
@@ -165,16 +182,6 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-class ExpirationOutput(StrEnum):
-    """Formats of `check-expiration`."""
-
-    TABLE = "table"
-    JSON = "json"
-    YAML = "yaml"
-    PROMETHEUS = "prometheus"
-    NAGIOS = "nagios"
-
-
 class Output(StrEnum):
     """Formats of a run's result."""
 
@@ -182,13 +189,15 @@ class Output(StrEnum):
     JSON = "json"
 
 
-def duration(text: str) -> timedelta:
+def duration(text: str | timedelta) -> timedelta:
     """
-    Read an option such as "30d".
+    Read an option such as "30d"; an option's default is one already.
 
     Raises:
         typer.BadParameter: It is none.
     """
+    if isinstance(text, timedelta):
+        return text
     try:
         return parse_duration(text)
     except ValueError as e:
@@ -207,8 +216,92 @@ AnyIdentityOption = Annotated[
         "May be given more than once.",
     ),
 ]
+#: The default of durations that need not be given.
+ZERO = timedelta()
 WaitOption = Annotated[
-    timedelta | None,
-    typer.Option(parser=duration, metavar="DURATION", help='How long to wait for another run to end, such as "60s".'),
+    timedelta,
+    typer.Option(
+        parser=duration,
+        metavar="DURATION",
+        help='How long to wait for another run to end, such as "60s".',
+        show_default=False,
+    ),
 ]
 OutputOption = Annotated[Output, typer.Option("--output", "-o", help="Format of the result.")]
+AllOrNothingOption = Annotated[bool, typer.Option("--all-or-nothing", help="Install nothing if one certificate fails.")]
+NoRestartOption = Annotated[
+    bool, typer.Option("--no-restart", help="Restart nothing, whatever the settings say; name what to restart.")
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChangeOptions:
+    """One option a field."""
+
+    add_san: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--add-san",
+            metavar="NAME=SAN",
+            help="Add a DNS name or an IP address to the next certificate of apiserver, etcd-server or etcd-peer. "
+            "May be given more than once.",
+        ),
+    ] = None
+    drop_san: Annotated[
+        list[str] | None,
+        typer.Option("--drop-san", metavar="NAME=SAN", help="Leave one out of it, that nobody on this node needs."),
+    ] = None
+    adopt_defaults: Annotated[
+        bool,
+        typer.Option(
+            "--adopt-defaults",
+            help="Give the named certificates the subjects of today's kubeadm; only if their rights are there.",
+        ),
+    ] = False
+    kubeadm_config: Annotated[
+        Path | None,
+        typer.Option(
+            "--kubeadm-config",
+            metavar="FILE",
+            help="kubeadm's configuration, from which a named certificate that is missing is made. "
+            "[default: the cluster's kubeadm-config]",
+            show_default=False,
+        ),
+    ] = None
+
+    def read(self, names: Sequence[str] | None, any_identity: Sequence[str] | None, **more: Any) -> RunOptions:
+        """
+        The options of a run as one value; without names it is about those whose SANs are to change.
+
+        Raises:
+            typer.BadParameter: A SAN that is none.
+        """
+        from bridge.renewal.select import Changes, RunOptions  # noqa: PLC0415 (only commands that renew have these)
+
+        changes = Changes(
+            add=_sans("--add-san", self.add_san),
+            drop=_sans("--drop-san", self.drop_san),
+            adopt_defaults=self.adopt_defaults,
+            kubeadm_config=self.kubeadm_config,
+        )
+        return RunOptions(
+            names=tuple(names or dict.fromkeys([*changes.add, *changes.drop])),
+            any_identity=tuple(any_identity or ()),
+            changes=changes,
+            **more,
+        )
+
+
+def _sans(option: str, given: Sequence[str] | None) -> dict[str, tuple[x509.GeneralName, ...]]:
+    from bridge.pki.csr import general_name  # noqa: PLC0415 (as above)
+
+    found: dict[str, list[x509.GeneralName]] = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        try:
+            if not equals or not name:
+                raise ValueError(f"wanted NAME=SAN such as apiserver=api.example.com, found {text[:60]!r}")  # noqa: TRY301
+            found.setdefault(name, []).append(general_name(value))
+        except ValueError as e:
+            raise typer.BadParameter(f"{option}: {e}") from None
+    return {name: tuple(dict.fromkeys(sans)) for name, sans in found.items()}

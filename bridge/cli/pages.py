@@ -12,10 +12,11 @@ import typer
 
 from bridge.cli.options import Common, command
 from bridge.cli.printing import say
-from bridge.cli.program import app
 from bridge.errors import BridgeError
 from bridge.system.shipped import pages
 from bridge.words import name_found
+
+commands = typer.Typer()
 
 #: The only pagers that are tried: root's environment names no program here.
 _PAGERS = ("/usr/bin/less", "/bin/less")
@@ -44,7 +45,7 @@ def show(text: str) -> None:
     subprocess.run([pager], input=text, text=True, encoding="utf-8", env=environment, check=False)
 
 
-@command(app, "help")
+@command(commands, "help")
 def help_(
     _: Common,
     topic: Annotated[str, typer.Argument(help="A page, such as `emergency`.", show_default=False)] = "",

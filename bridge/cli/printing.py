@@ -1,17 +1,24 @@
-"""What goes to standard output, and the only place that prints there; messages go through `bridge.system.console`."""
+"""
+What commands show: results on standard output, which are printed here alone, and progress on standard error.
+
+Messages go through `bridge.system.console`.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
 from bridge.pki.expiry import left_text, minute
 from bridge.system import status
+from bridge.system.console import Progress, log
 from bridge.words import steady
 
 #: Of what `-o json` prints; grows when a key changes its meaning or goes.
@@ -129,3 +136,45 @@ def under_headings(rows: Sequence[tuple[str, Sequence[str]]]) -> Iterator[str]:
         yield from _wrapped(f"{heading}:", width, _CONTINUED)
         for (about, _), lines in zip(rows, cells, strict=True):
             yield from (f"  {line}" for line in lines if about == heading)
+
+
+class _Progress:
+    """How many requests the CAs have answered."""
+
+    def __init__(self, line: status.Doing) -> None:
+        self._line = line
+        self._lock = threading.Lock()
+        self._asked: dict[str, list[str]] = {}  #: By backend: certificates that it has not answered for.
+        self._total = 0
+
+    def signing(self, backend: str, names: Sequence[str]) -> None:
+        log.debug("asking %s for %s", backend, ", ".join(names))
+        with self._lock:
+            self._asked.setdefault(backend, []).extend(names)
+            self._total += len(names)
+            self._line.text = self._text()
+
+    def signed(self, name: str) -> None:
+        log.debug("%s was answered", name)
+        with self._lock:
+            for names in self._asked.values():
+                if name in names:
+                    names.remove(name)
+            self._line.text = self._text()
+
+    def note(self, text: str) -> None:
+        log.warning("%s", text)
+
+    def _text(self) -> str:
+        waiting = {backend: names for backend, names in self._asked.items() if names}
+        left = sum(map(len, waiting.values()))
+        if not waiting:
+            return f"all {self._total} requests are answered; verifying and installing"
+        return f"asking {' and '.join(waiting)}: {self._total - left} of {self._total} requests are answered"
+
+
+@contextlib.contextmanager
+def progress_shown() -> Iterator[Progress]:
+    """Show progress in the way that fits standard error; a line on a terminal is gone in the end."""
+    with status.doing("making new keys and requests", is_plain=False) as line:
+        yield _Progress(line)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
+from bridge.cli.options import Output
 from bridge.cli.printing import end_text, say, say_json, say_sentence, say_table, under_headings
 from bridge.control_plane import restart_plan
 from bridge.errors import BridgeError, WaitingError
@@ -27,14 +28,14 @@ def report(
     selection: Selection,
     settings: Settings,
     now: datetime,
+    output: Output,
     *,
-    as_json: bool,
     restarts: bool = True,
 ) -> None:
     """Print what was renewed, waits, failed, and is to be restarted."""
     by_hand = not restarts or settings.restart.method == "none"
     components = stale(result, node, settings) if by_hand else []
-    if as_json:
+    if output is Output.JSON:
         say_json(_result_json(result, selection, components))
     else:
         _print_result(result, node, settings, now)

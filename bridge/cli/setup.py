@@ -1,127 +1,99 @@
-"""`settings` and `setup`: the settings file, and what a CA's administrator needs."""
+"""`setup`: what the administrator of a CA needs; the jobs are in `jobs`, the gateway's manifests in `gateway`."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from cryptography import x509
 
 from bridge.ca import registry
 from bridge.cli import jobs
+from bridge.cli.options import Common, command
 from bridge.cli.printing import say
-from bridge.cli.settings_text import lines_of
+from bridge.cli.settings import example
 from bridge.contract import SetsUp, SetupFile, SetupRequest
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.node import inventory
 from bridge.node.inventory import Item
 from bridge.pki.kubeadm_names import named, parse_nodes, renamed
 from bridge.renewal import serving
-from bridge.settings.load import DEFAULT_FILE
-from bridge.settings.rehearsal import for_rehearsal
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, CA
 from bridge.system import jobs as system_jobs
 from bridge.system.safe_read import UnreadableError, read
-from bridge.system.shipped import shipped
 from bridge.words import name_found
 
+commands = typer.Typer()
 log = logging.getLogger("ca-bridge")
 
 
-def settings_init(file: Path | None) -> None:
+@command(commands, "setup")
+def setup(
+    common: Common,
+    kind: Annotated[
+        str,
+        typer.Argument(
+            metavar="TYPE",
+            help="A backend's type (vault, cfssl, openssl …), kubernetes, systemd or cron.",
+            show_default=False,
+        ),
+    ],
+    authority: Annotated[
+        str | None, typer.Option(help="Only this one of ca, etcd-ca, front-proxy-ca.", show_default=False)
+    ] = None,
+    nodes: Annotated[
+        Path | None,
+        typer.Option(help="For all nodes of this list, one per line: `NAME ADDRESS …`.", show_default=False),
+    ] = None,
+    directory: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write files into this directory.", show_default=False)
+    ] = None,
+    enable: Annotated[
+        bool, typer.Option("--enable", help="systemd, cron: write the files where they belong, and start them.")
+    ] = False,
+    inbox: Annotated[
+        Path | None, typer.Option(help="systemd, cron: for a CA desk that signs what is in here …", show_default=False)
+    ] = None,
+    outbox: Annotated[Path | None, typer.Option(help="… and puts the answers here.", show_default=False)] = None,
+    user: Annotated[str, typer.Option(help="systemd, cron: the desk's user.")] = "ca",
+) -> None:
     """
-    `settings init`: write a commented settings file.
+    Print what a CA's administrator needs, or a job for cron.
+
+    For a CA it is made for exactly this node's certificates. Vault: roles and a policy; cfssl: signing profiles;
+    openssl: an openssl.cnf for each CA; cmp, est and exec: what the CA has to give. `setup systemd` and
+    `setup cron` make the jobs of this node, or of a CA desk, with this machine's paths. `setup kubernetes` makes the
+    gateway's manifests for this cluster; with `--authority`, what a cluster needs that signs for this one.
+    """
+    settings = common.settings()
+    if kind in jobs.KINDS:
+        _setup_jobs(settings, kind, jobs.desk_of(inbox, outbox, user), directory, enable=enable)
+        return
+    if kind == "kubernetes" and authority is None:
+        from bridge.cli.gateway import manifests  # noqa: PLC0415 (all of the gateway)
+
+        files, between = manifests(settings, example().parent), "---\n"
+    else:
+        files, between = files_for(settings, kind, authority, nodes), "\n"
+    print_or_write(files, directory, between)
+
+
+def print_or_write(files: Sequence[SetupFile], directory: Path | None, between: str = "\n") -> None:
+    """
+    Write the files into a directory, or print them one after the other.
 
     Raises:
-        BridgeError: There is one.
+        SettingsError: One of them has to be alone on standard output.
+        BridgeError: A file is there, or can't be written.
     """
-    path = file or DEFAULT_FILE
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
-    try:
-        with path.open("x", encoding="utf-8") as opened:
-            os.fchmod(opened.fileno(), 0o644)
-            opened.write(example().read_text(encoding="utf-8"))
-    except FileExistsError:
-        raise BridgeError(
-            f"{path}: wanted no file, found one", hint="edit it, or write another one: `ca-bridge settings init FILE`"
-        ) from None
-    say(f"wrote {path}")
-
-
-def example() -> Path:
-    """The commented example that is installed with the program."""
-    found = shipped("config.toml")
-    if found is not None:
-        return found
-    raise BridgeError(
-        "wanted the example settings that are installed with the program, found none", hint="reinstall it"
-    )
-
-
-def settings_check(settings: Settings) -> None:
-    """
-    `settings check`: the whole file, backends' tables included; asks no CA.
-
-    Raises:
-        SettingsError: Something is wrong with it, or there is none.
-    """
-    if settings.source.file is None:
-        problem = SettingsProblem("", "a settings file", "none: the defaults are in force", DEFAULT_FILE)
-        raise SettingsError([problem], hint="`ca-bridge settings init` writes a commented file")
-    registry.configured(settings, settings.authorities)
-    if any(ours.rehearsal for ours in settings.authorities.values()):
-        registry.configured(for_rehearsal(settings), settings.authorities)
-    say(f"{settings.source.file}: nothing wrong")
-
-
-def settings_show(settings: Settings) -> None:
-    """`settings show`: print the settings in force."""
-    say(in_force(settings))
-
-
-def in_force(settings: Settings) -> str:
-    """The settings in force, as TOML that means the same; a backend's keys are in the tables of its authorities."""
-    lines = [f"# from {settings.source.file or 'defaults alone: no settings file'}"]
-    named = dataclasses.replace(settings, node=dataclasses.replace(settings.node, name=settings.node.node_name))
-    for name in ("node", "renewal", "restart", "cluster", "hooks", "audit", "backups", "gateway"):
-        lines += ["", f"[{name}]", *lines_of(getattr(named, name))]
-    backends = registry.configured(settings, settings.authorities)
-    for name, type_name in {one.name: one.type_name for one in backends.values()}.items():
-        lines += ["", f"[backend.{json.dumps(name)}]", f"type = {json.dumps(type_name)}"]
-    for authority, configured in backends.items():
-        lines += ["", f"[authority.{authority}]", *lines_of(settings.authorities[authority])]
-        lines += lines_of(configured.settings)
-    for name, certificate in settings.certificates.items():
-        lines += ["", f"[certificate.{name}]", *lines_of(certificate)]
-    return "\n".join(lines) + "\n"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SetupOptions:
-    """The options of `setup`."""
-
-    authority: str | None  #: Only this one; None: all that the node has certificates of.
-    nodes: Path | None  #: A list of nodes; None: this node's alone.
-    directory: Path | None  #: Where the files go; None: to standard output.
-
-
-def setup(settings: Settings, type_name: str, options: SetupOptions) -> None:
-    """
-    `setup`: print what the administrator of a CA needs, or write it.
-
-    Raises:
-        SettingsError: No such authority, or no such type that could tell.
-        BridgeError: The certificates can't be had from such a CA, or a file can't be written.
-    """
-    files = files_for(settings, type_name, options)
-    if options.directory is not None:
-        say_written(write_files(files, options.directory))
+    if directory is not None:
+        _say_written(write_files(files, directory))
         return
     if len(files) > 1 and any(file.alone for file in files):
         names = ", ".join(file.name for file in files)
@@ -129,7 +101,7 @@ def setup(settings: Settings, type_name: str, options: SetupOptions) -> None:
             [SettingsProblem("--authority", "one of them, since one can't follow another on standard output", names)],
             hint="`-o DIR` writes each into a file of its own",
         )
-    say("\n".join(file.text for file in files))
+    say(between.join(file.text for file in files))
 
 
 def write_files(files: Sequence[SetupFile], directory: Path) -> list[Path]:
@@ -154,7 +126,7 @@ def write_files(files: Sequence[SetupFile], directory: Path) -> list[Path]:
     return written
 
 
-def files_for(settings: Settings, type_name: str, options: SetupOptions) -> list[SetupFile]:
+def files_for(settings: Settings, type_name: str, authority: str | None, list_of_nodes: Path | None) -> list[SetupFile]:
     """
     The files that a CA's administrator needs for this node's certificates, or for those of several nodes.
 
@@ -162,17 +134,15 @@ def files_for(settings: Settings, type_name: str, options: SetupOptions) -> list
         SettingsError: No such authority, no such type that could tell, or a list of nodes that can't be read.
         BridgeError: The certificates can't be had from such a CA.
     """
-    if options.authority is not None and options.authority not in AUTHORITIES:
-        problem = SettingsProblem(
-            "--authority", f"one of {', '.join(AUTHORITIES)}", name_found(options.authority, AUTHORITIES)
-        )
+    if authority is not None and authority not in AUTHORITIES:
+        problem = SettingsProblem("--authority", f"one of {', '.join(AUTHORITIES)}", name_found(authority, AUTHORITIES))
         raise SettingsError([problem])
     backend_type = registry.that_sets_up(type_name)
-    live = _live_certificates(settings, options.authority)
+    live = _live_certificates(settings, authority)
     if not live:
-        raise _nothing_live(settings, options.authority)
+        raise _nothing_live(settings, authority)
     own = settings.node.node_name
-    nodes = _nodes(options.nodes, own) if options.nodes is not None else {own: {}}
+    nodes = _nodes(list_of_nodes, own) if list_of_nodes is not None else {own: {}}
     return _joined(
         {
             node: [
@@ -314,24 +284,7 @@ def _request(
 # --- jobs for systemd and cron ---------------------------------------------------------------------------------------
 
 
-def setup_gateway(settings: Settings, directory: Path | None) -> None:
-    """
-    `setup kubernetes` without an authority: print the gateway's manifests, or write them.
-
-    Raises:
-        SettingsError: Settings, policy or inventory can't be used.
-        BridgeError: The shipped files are not there, or a file can't be written.
-    """
-    from bridge.cli import manifests  # noqa: PLC0415 (the gateway's policy, which nothing else here needs)
-
-    files = manifests.make(settings, example().parent)
-    if directory is not None:
-        say_written(write_files(files, directory))
-        return
-    say(manifests.text_of(files))
-
-
-def setup_jobs(
+def _setup_jobs(
     settings: Settings, kind: jobs.Kind, desk: jobs.DeskJob | None, directory: Path | None, *, enable: bool
 ) -> None:
     """
@@ -344,13 +297,13 @@ def setup_jobs(
     if not enable and directory is None:
         say("\n".join(f"# {job.path}\n{job.text}" for job in made))
         return
-    say_written(system_jobs.write(made, directory))
+    _say_written(system_jobs.write(made, directory))
     if enable and kind == "systemd":
         units = jobs.to_enable(made)
         system_jobs.enable(units)
         say(f"enabled {', '.join(units)}")
 
 
-def say_written(paths: Sequence[Path]) -> None:
+def _say_written(paths: Sequence[Path]) -> None:
     """Print the files that were written, one a line."""
     say("\n".join(f"wrote {path}" for path in paths))

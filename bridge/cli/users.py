@@ -1,28 +1,25 @@
-"""`kubeconfig request` and `kubeconfig user`."""
+"""`kubeconfig`: kubeconfigs for people and machines."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from bridge.cli.help import Group
-from bridge.cli.options import Common, WaitOption, command, duration, utc_now
-from bridge.cli.printing import say, say_sentence
+from bridge.cli.options import ZERO, Common, WaitOption, command, duration, group, utc_now
+from bridge.cli.printing import progress_shown, say, say_sentence
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.expiry import minute
 from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
+from bridge.users import csr_file, issue
+from bridge.users.issue import Done, UserOrder
 from bridge.users.user_rules import User
 
-if TYPE_CHECKING:
-    from bridge.users.issue import Done, UserOrder
-
-kubeconfig_app = typer.Typer(
-    cls=Group, no_args_is_help=True, rich_markup_mode=None, help="Make kubeconfigs for people and machines."
-)
+commands = typer.Typer()
+kubeconfig = group(commands, "kubeconfig", "Make kubeconfigs for people and machines.")
 
 _Name = Annotated[str, typer.Argument(metavar="NAME", help="Kubernetes' user name (CN).", show_default=False)]
 _Groups = Annotated[
@@ -31,11 +28,11 @@ _Groups = Annotated[
 _Key = Annotated[str, typer.Option("--key", metavar="KIND", help=f"Of the new key: {', '.join(KEY_ALGORITHMS)}.")]
 
 
-@command(kubeconfig_app, "request")
+@command(kubeconfig, "request")
 def request(
     _: Common,
     name: _Name,
-    group: _Groups = None,
+    groups: _Groups = None,
     directory: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Where NAME.key and NAME.csr go.")
     ] = Path(),
@@ -47,18 +44,16 @@ def request(
     The key (NAME.key, for its owner alone) stays here; NAME.csr goes to whoever runs `ca-bridge kubeconfig user`. It
     needs no settings, no root and no cluster.
     """
-    from bridge.users import csr_file  # noqa: PLC0415
-
-    key_path, csr_path = csr_file.write_request(_user(name, group), directory.absolute(), _algorithm(key))
+    key_path, csr_path = csr_file.write_request(_user(name, groups), directory.absolute(), _algorithm(key))
     say_sentence(f"{key_path}  the private key: keep it, show it to nobody")
     say_sentence(f"{csr_path}  the request: hand it in; the kubeconfig that comes back goes beside the key")
 
 
-@command(kubeconfig_app, "user")
+@command(kubeconfig, "user")
 def user(
     common: Common,
     name: _Name,
-    group: _Groups = None,
+    groups: _Groups = None,
     out: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="The kubeconfig. [default: NAME.conf]", show_default=False),
@@ -87,7 +82,7 @@ def user(
         Path | None, typer.Option("--ca", metavar="FILE", help="The cluster's CA. [default: ca.crt of node.pki_dir]")
     ] = None,
     key: _Key = "ecdsa-p256",
-    wait: WaitOption = None,
+    wait: WaitOption = ZERO,
 ) -> None:
     """
     Have a short-lived client certificate signed, and write a kubeconfig with it.
@@ -96,13 +91,8 @@ def user(
     kubeconfig, which is for its owner alone. [users] in the settings says which names, groups and lifetimes may be. A CA
     that answers later exits with 4; the same command takes the answer.
     """
-    from bridge.cli.progress import progress_shown  # noqa: PLC0415
-    from bridge.users import issue  # noqa: PLC0415
-
-    if key_file and csr is None:
-        raise typer.BadParameter("--key-file needs --csr: without it the key is in the kubeconfig")
-    order = issue.UserOrder(
-        user=_user(name, group),
+    order = UserOrder(
+        user=_user(name, groups),
         out=(out or Path(f"{name}.conf")).absolute(),
         csr=csr.absolute() if csr is not None else None,
         key_file=key_file,
@@ -112,7 +102,7 @@ def user(
         ca_file=ca.absolute() if ca is not None else None,
     )
     with progress_shown() as progress:
-        done = issue.issue(common.settings(), order, utc_now, progress, wait or timedelta())
+        done = issue.issue(common.settings(), order, utc_now, progress, wait)
     for line in _told(order, done):
         say(line)
 

@@ -59,6 +59,11 @@ class RunOptions:
     ahead: timedelta | None = None  #: Of a rehearsal: only what will be due within this time.
     wait: timedelta = timedelta()  #: How long to wait for another run on this node to end.
 
+    @property
+    def is_by_name(self) -> bool:
+        """Whether certificates were named, one by one."""
+        return bool(self.names) and ALL not in self.names
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Desired:

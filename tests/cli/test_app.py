@@ -22,7 +22,8 @@ from typer.testing import CliRunner, Result
 
 from bridge import entry
 from bridge.ca import registry
-from bridge.cli import demo, printing, setup
+from bridge.cli import demo, printing
+from bridge.cli import settings as cli_settings
 from bridge.cli.app import app
 from bridge.errors import BridgeError
 from bridge.pki.certificates import load_pem_certificates
@@ -461,7 +462,7 @@ digest = "sha384"
 """
 
 
-EXAMPLES = [setup.example(), setup.example().parent / "exchange/config.toml"]
+EXAMPLES = [cli_settings.example(), cli_settings.example().parent / "exchange/config.toml"]
 
 
 @pytest.mark.parametrize(
@@ -471,7 +472,7 @@ def test_settings_show_prints_settings_that_mean_the_same(text: str, monkeypatch
     """Exceptions to the subject included; the node's name and the time zone as they are taken."""
     monkeypatch.setenv("TZ", "Europe/Berlin")
     given = parse(text)
-    shown = parse(setup.in_force(given))
+    shown = parse(cli_settings.in_force(given))
     assert registry.configured(shown, shown.authorities) == registry.configured(given, given.authorities)
     taken = dataclasses.replace(
         shown, source=given.source, backends=given.backends, authority_tables=given.authority_tables

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bridge.cli import components
+from bridge.cli.options import Output
 from bridge.control_plane import proof
 from bridge.control_plane.probes import ProofState
 from bridge.specs import Component
@@ -24,9 +25,9 @@ def test_a_report_for_people_and_for_programs(capsys: pytest.CaptureFixture[str]
     """A server's words don't steer the terminal."""
     report = proof.ProofReport(findings=(finding("stale"), finding("current", None)))
 
-    components.print_proof(report, as_json=False)
+    components.print_proof(report, Output.TEXT)
     table = capsys.readouterr().out
-    components.print_proof(report, as_json=True)
+    components.print_proof(report, Output.JSON)
     told = json.loads(capsys.readouterr().out)
 
     assert [line.split()[0] for line in table.splitlines()] == ["COMPONENT", "etcd", "people"]

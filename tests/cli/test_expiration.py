@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from bridge import entry
-from bridge.cli.expiration import look, table
+from bridge.cli.expiration_forms import look, table
 from bridge.monitoring import exposition
 from bridge.node import inventory
 from bridge.node.expiry_report import ExpiryReport, report

@@ -57,7 +57,7 @@ def test_an_authority_that_is_none_is_told_what_may_be_meant(bridge: Bridge) -> 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(("--csr-only",), "--csr-only needs --csr-dir DIR"), (("--csr-dir", "x"), "--csr-dir needs --csr-only")],
+    [(("--csr-only",), "--csr-only needs --csr-dir"), (("--csr-dir", "x"), "--csr-dir needs --csr-only")],
 )
 def test_the_option_that_is_missing_is_named(bridge: Bridge, arguments: tuple[str, ...], says: str) -> None:
     """Not that both are given together, when one is not."""

@@ -9,7 +9,7 @@ import re
 import ssl
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler
@@ -19,8 +19,9 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.cli import components
+from bridge.cli.options import Output
 from bridge.control_plane import health, restart_plan
-from bridge.control_plane.restarts import Restarted, RestartPostponedError, restart_all, take_copy
+from bridge.control_plane.restarts import Restarted, RestartPostponedError, restart_all, restart_stale, take_copy
 from bridge.errors import Exit, SettingsError
 from bridge.node import inventory, kubelet, processes
 from bridge.node.inventory import Node
@@ -674,11 +675,17 @@ def test_what_a_crash_left_away_comes_back(tmp_path: Path, command: tuple[str, .
 
 def test_the_program_restarts_and_says_so(plane: Plane, capsys: pytest.CaptureFixture[str]) -> None:
     """As a table and as JSON; what was not restarted is an error."""
-    run: Callable[..., int] = components.restart
-    common = {"force": False, "wait": timedelta()}
-    assert run(plane.settings(), ["kube-scheduler"], lambda: datetime.now(UTC), as_json=False, **common) == Exit.DONE
+
+    def run(output: Output) -> int:
+        report = restart_stale(
+            plane.settings(), ["kube-scheduler"], lambda: datetime.now(UTC), force=False, wait=timedelta()
+        )
+        components.print_restarts(report, plane.settings(), output)
+        return report.exit_code
+
+    assert run(Output.TEXT) == Exit.DONE
     assert capsys.readouterr().out.startswith("kube-scheduler  restarted, healthy after ")
-    code = run(plane.settings(), ["kube-scheduler"], lambda: datetime.now(UTC), as_json=True, **common)
+    code = run(Output.JSON)
     said = json.loads(capsys.readouterr().out)
     assert code == said["exitCode"] == Exit.UNAVAILABLE
     assert [(one["component"], one["seconds"]) for one in said["restarted"]] == [("kube-scheduler", None)]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bridge.cli.guide import EXAMPLES, TASKS
-from bridge.cli.help import COMMON, first_sentence
+from bridge.cli.help import COMMON, first_sentence, sentences_of
 from tests.kit.commands import NAME, Command, commands
 
 ROOT = Path(__file__).parents[2]
@@ -83,13 +83,11 @@ def _parameters(command: Command) -> Iterator[str]:
 
 
 def _subcommands(command: Command) -> Iterator[str]:
-    within = getattr(command.context.command, "commands", {})
-    told = {name: first_sentence(one.help or "") for name, one in within.items() if not one.hidden}
-    for task in {} if command.words else TASKS:
-        items = [_item(name, told[name]) for name in TASKS[task] if name in told]
-        yield f".SH {_escaped(task.upper())}\n" + "\n".join(items)
-    if told and command.words:
-        yield ".SH COMMANDS\n" + "\n".join(_item(name, text) for name, text in told.items())
+    if hasattr(command.context.command, "commands"):
+        sections = {"Commands": sentences_of(command.context.command)} if command.words else TASKS
+        for heading, sentences in sections.items():
+            items = [_item(name, sentence) for name, sentence in sentences.items()]
+            yield f".SH {_escaped(heading.upper())}\n" + "\n".join(items)
 
 
 def _examples(name: str) -> Iterator[str]:

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from bridge.cli import rehearsal, renewals
+from bridge.cli import renew as cli_renew
+from bridge.cli.options import Output
 from bridge.errors import BridgeError
 from bridge.renewal.select import RunOptions
 from bridge.settings.tables import Settings
@@ -48,14 +49,14 @@ class Node:
     def night(self, number: float, *names: str) -> int:
         """A run of `renew` so many days after the first, and its exit code."""
         try:
-            return renewals.renew(self.settings, RunOptions(names=names), self.clock(number), as_json=False)
+            return cli_renew.renew(self.settings, RunOptions(names=names), self.clock(number), Output.TEXT)
         except BridgeError as e:
             print(e)
             return e.exit_code
 
     def rehearsal(self, *names: str) -> int:
         """Its exit code."""
-        return rehearsal.rehearse(self.settings, RunOptions(names=names), self.clock(0), as_json=False)
+        return cli_renew.rehearse(self.settings, RunOptions(names=names), self.clock(0), Output.TEXT)
 
     def clock(self, number: float) -> Callable[[], datetime]:
         """So many days ahead."""

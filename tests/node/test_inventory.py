@@ -115,7 +115,7 @@ opened = []
 sys.addaudithook(lambda event, args: opened.append(args) if event == "open" else None)
 from datetime import UTC, datetime
 from pathlib import Path
-from bridge.cli.expiration import look
+from bridge.cli.expiration_forms import look
 from bridge.node import inventory
 del opened[:]
 node = inventory.read(Path(sys.argv[1]), Path(sys.argv[2]))

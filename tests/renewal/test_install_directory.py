@@ -11,7 +11,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key, pkcs7
 
-from bridge.cli import renewals
+from bridge.cli import renew as cli_renew
 from bridge.contract import SignRequest
 from bridge.desk.csr_directory import find, spec_of
 from bridge.errors import Exit
@@ -50,7 +50,7 @@ def settings(node: Pki, tmp_path: Path) -> Settings:
 @pytest.fixture
 def directory(settings: Settings, tmp_path: Path) -> Path:
     """Keys and CSRs of all, flat."""
-    assert renewals.write_csrs(settings, tmp_path / "csrs", RunOptions(names=("all",), csrs_only=True), now()) == 0
+    assert cli_renew.write_csrs(settings, tmp_path / "csrs", RunOptions(names=("all",), csrs_only=True), now()) == 0
     return tmp_path / "csrs"
 
 

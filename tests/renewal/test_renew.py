@@ -13,7 +13,11 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
-from bridge.cli import doctor, renewals
+from bridge.cli import plan as cli_plan
+from bridge.cli import renew as cli_renew
+from bridge.cli.options import Output
+from bridge.diagnosis import findings
+from bridge.diagnosis.examination import examine
 from bridge.node import kubeconfig
 from bridge.pki.certificates import load_pem_certificates, pem, san_counts
 from bridge.pki.csr import CannotCarryError, generate_key, key_pem
@@ -239,6 +243,10 @@ def _with_anchor(path: Path) -> None:
     path.write_text(path.read_text().replace("user:\n    client", "user: &u\n    client"))
 
 
+def doctors_code(settings: Settings) -> int:
+    return findings.exit_code(findings.causes(examine(settings, now())))
+
+
 def events(directory: Path, name: str) -> list[str]:
     return [str(event["event"]) for event in audit_reader.events(Store(directory / "state"), None, name)]
 
@@ -248,8 +256,8 @@ def test_a_kubeconfig_that_cannot_be_edited_fails_alone(node: Pki, tmp_path: Pat
     path = node.kubeconfig_dir / "admin.conf"
     _with_anchor(path)
     settings = settings_for(node, tmp_path)
-    assert renewals.plan(settings, RunOptions(), now(), as_json=False) == 1
-    assert doctor.run(settings, now()) == 1
+    assert cli_plan.plan(settings, RunOptions(), now(), Output.TEXT) == 1
+    assert doctors_code(settings) == 1
     result = renewed(settings)
     assert result.exit_code == 1
     [failed] = result.failed
@@ -257,7 +265,7 @@ def test_a_kubeconfig_that_cannot_be_edited_fails_alone(node: Pki, tmp_path: Pat
     assert str(failed.error).startswith(f"{path}: line ")
     assert events(tmp_path, "admin.conf") == ["failed"]
     assert (
-        renewals.write_csrs(settings, tmp_path / "csrs", RunOptions(names=("admin.conf",), csrs_only=True), now()) == 0
+        cli_renew.write_csrs(settings, tmp_path / "csrs", RunOptions(names=("admin.conf",), csrs_only=True), now()) == 0
     )
 
 
@@ -287,7 +295,7 @@ def test_certificates_that_share_a_file_fail_alone(node: Pki, tmp_path: Path) ->
     path.unlink()
     path.symlink_to("admin.conf")
     settings = settings_for(node, tmp_path)
-    assert doctor.run(settings, now()) == 1
+    assert doctors_code(settings) == 1
     result = renewed(settings)
     assert [outcome.name for outcome in result.failed] == ["admin.conf", "super-admin.conf"]
     assert (result.exit_code, len(result.renewed)) == (1, 10)

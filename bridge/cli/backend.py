@@ -1,14 +1,12 @@
-"""
-The suite that every backend passes, run against a backend as it is configured (`ca-bridge backend test`).
-
-The node is read, and nothing on it is written: keys are made in memory, and thrown away.
-"""
+"""`backend test`: the suite that every backend passes, run against a backend as it is configured."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
+from typing import Annotated
 
+import typer
 from cryptography import x509
 
 from bridge.ca import registry
@@ -21,6 +19,7 @@ from bridge.ca.conformance import (
     Trial,
     abilities,
 )
+from bridge.cli.options import ZERO, Common, command, duration, group, utc_now
 from bridge.cli.printing import say, say_sentence
 from bridge.contract import Backend, ListsIssuers, Spends
 from bridge.errors import (
@@ -42,35 +41,48 @@ from bridge.system.status import doing
 
 _SAMPLE_LIFETIME = timedelta(days=1)
 
+commands = typer.Typer()
+backend = group(commands, "backend", "Try a CA that the settings name.")
 
-def run(settings: Settings, authority: str, names: Sequence[str], patience: timedelta, now: datetime) -> int:
+
+@command(backend, "test")
+def run_suite(
+    common: Common,
+    authority: Annotated[str, typer.Argument(help="ca, etcd-ca or front-proxy-ca.", show_default=False)],
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME…]", help="Only these. [default: all of the authority]", show_default=False),
+    ] = None,
+    wait: Annotated[
+        timedelta,
+        typer.Option(
+            parser=duration,
+            metavar="DURATION",
+            help='For a CA that answers later, such as "10m".',
+            show_default=False,
+        ),
+    ] = ZERO,
+) -> int:
     """
-    Print what each check found; the exit code is that of the worst.
+    Run the suite that every backend passes against an authority's backend; the node stays as it is.
 
-    Args:
-        settings: Name the backend.
-        authority: Whose.
-        names: Certificates to ask for; none: all of the authority's.
-        patience: How long to wait for each answer.
-        now: Aware, UTC.
-
-    Raises:
-        SettingsError: No such authority or certificate, or no backend for it.
-        BridgeError: There is no CA certificate to compare with, or the test would use up a credential.
+    It asks for real certificates with the node's names, a dozen or more per name, for keys that it throws away.
     """
+    settings, now = common.settings(), utc_now()
+    names = names or []
     _assert_known(authority, names)
     configured = registry.configured(settings, [authority])[authority]
     node = inventory.of(settings.node)
-    backend = configured.open()
+    opened = configured.open()
     try:
-        _assert_nothing_is_spent(backend, configured.label)
+        _assert_nothing_is_spent(opened, configured.label)
         live, sample = _certificates(node, authority, names, now)
         trial = Trial(
-            backend=backend,
+            backend=opened,
             live=live,
-            expected=_expectation(node, settings, authority, backend, now),
+            expected=_expectation(node, settings, authority, opened, now),
             validity=settings.renewal.validity,
-            patience=patience,
+            patience=wait,
             node=settings.node.node_name,
             cluster=settings.node.cluster,
         )
@@ -81,7 +93,7 @@ def run(settings: Settings, authority: str, names: Sequence[str], patience: time
             codes.append(code)
         say(f"{len(trial.issued)} certificates were signed, for keys that are nowhere any more")
     finally:
-        registry.close(backend)
+        registry.close(opened)
     return Exit.worst(codes)
 
 

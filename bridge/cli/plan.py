@@ -1,92 +1,64 @@
-"""`renew` and `plan`: what they print, and `renew --csr-only`."""
+"""`plan`: what the next `renew` would do."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import typer
+
+from bridge.cli.options import (
+    AnyIdentityOption,
+    ChangeOptions,
+    Common,
+    Names,
+    Output,
+    OutputOption,
+    command,
+    utc_now,
+)
 from bridge.cli.printing import end_text, say, say_json, say_table
-from bridge.cli.progress import progress_shown
-from bridge.cli.results import grouped, print_restart, report
+from bridge.cli.results import grouped, print_restart
 from bridge.control_plane import restart_plan
 from bridge.diagnosis import drift
 from bridge.diagnosis.findings import Finding
 from bridge.errors import Exit
-from bridge.monitoring import metrics
 from bridge.node import inventory
 from bridge.node.inventory import Item
 from bridge.pki.expiry import duration_text, first_end, minute, rfc3339
-from bridge.renewal import renew as renewal
 from bridge.renewal.changes import decide
 from bridge.renewal.issuance import shortened
-from bridge.renewal.prepare import Prepared, prepare
-from bridge.renewal.prepare import write_csrs as write_csr_files
-from bridge.renewal.select import ALL, RunOptions, Selection, nothing_due, select
+from bridge.renewal.select import RunOptions, Selection, nothing_due, select
 from bridge.settings.tables import Settings
 from bridge.specs import Component
 from bridge.state import copies
 from bridge.state.copies import Copy
-from bridge.state.install import InstallError
-from bridge.state.outcome import Outcome
-from bridge.state.store import Store
 from bridge.system.console import log, print_error
 
-
-def renew(settings: Settings, options: RunOptions, now: Callable[[], datetime], *, as_json: bool) -> int:
-    """Renew, print the result, and return the exit code; monitors are told how it ended, whatever that was."""
-    with metrics.written(settings, now) as told:
-        with progress_shown() as progress:
-            result, node, selection = renewal.run(settings, options, now, progress)
-        for sentence in selection.skipped:
-            is_by_name = options.names and ALL not in options.names
-            log.log(logging.INFO if is_by_name else logging.DEBUG, "%s", sentence)
-        report(result, node, selection, settings, now(), as_json=as_json, restarts=options.restarts)
-        told.exit_code = result.exit_code
-    return told.exit_code
+commands = typer.Typer()
 
 
-def install(
-    settings: Settings, directory: Path, options: RunOptions, now: Callable[[], datetime], *, as_json: bool
+@command(commands, "plan")
+def plan_command(
+    common: Common,
+    names: Names = None,
+    any_identity: AnyIdentityOption = None,
+    *,
+    options: ChangeOptions,
+    output: OutputOption = Output.TEXT,
 ) -> int:
-    """`install`: a directory of keys and certificates; return the exit code."""
-    from bridge.renewal import install_directory  # noqa: PLC0415 (20 ms, which `renew` needs not)
+    """
+    Show what `renew` would ask, replace and restart.
 
-    with metrics.kept_current(settings, now), progress_shown() as progress:
-        result, node, selection = install_directory.run(settings, directory, options, now, progress)
-    report(result, node, selection, settings, now(), as_json=as_json, restarts=options.restarts)
-    if result.renewed:
-        log.warning("%s: what was installed from there is no longer needed: remove the keys", directory)
-    return result.exit_code
+    It asks no CA and writes nothing; the cluster's API is asked only about a named certificate that is missing, and for
+    --adopt-defaults. Exits with 3 if there is something to do.
+    """
+    return plan(common.settings(), options.read(names, any_identity), utc_now(), output)
 
 
-def write_csrs(settings: Settings, directory: Path, options: RunOptions, now: datetime) -> int:
-    """`renew --csr-only`: keys and CSRs into a directory, nothing else touched."""
-    if Store(settings.node.state_dir).journal.exists():
-        raise InstallError("an installation was interrupted", hint="run `ca-bridge recover`, then this again")
-    node = inventory.of(settings.node)
-    selection = select(node, settings, options, now)
-    for sentence in selection.waived:
-        log.warning("%s", sentence)
-    made = prepare(selection.items, settings)
-    prepared = [one for one in made if isinstance(one, Prepared)]
-    if prepared:
-        write_csr_files(prepared, directory)
-    rows = [(one.item.spec.name, str(directory / f"{one.item.spec.name}.csr"), f"for {one.item.spec.authority.name}")
-            for one in prepared]  # fmt: skip
-    failed = [*selection.failed, *(one for one in made if isinstance(one, Outcome))]
-    if rows:
-        say_table(rows)
-    elif not failed:
-        say(nothing_due(node, settings, now))
-    for name, error in grouped(failed):
-        print_error(error, name)
-    return Exit.worst([outcome.exit_code for outcome in failed])
-
-
-def plan(settings: Settings, options: RunOptions, now: datetime, *, as_json: bool) -> int:
+def plan(settings: Settings, options: RunOptions, now: datetime, output: Output) -> int:
     """Print what `renew` would do; 3 if that is anything."""
     node = inventory.of(settings.node)
     selection = select(node, settings, options, now, desired=decide(node, settings, options))
@@ -105,7 +77,7 @@ def plan(settings: Settings, options: RunOptions, now: datetime, *, as_json: boo
     )
     replaced = {item.spec.name for item in selection.items}
     refreshed = [one for one in copies.look(settings, node) if one.error is not None or replaced & set(one.names)]
-    if as_json:
+    if output is Output.JSON:
         more = {"copies": list(map(_copy_json, refreshed)), "drift": list(map(_drift_json, drifted))}
         say_json({**_plan_json(selection, settings, components, shorter), **more})
     elif selection.items:

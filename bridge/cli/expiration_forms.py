@@ -1,0 +1,171 @@
+"""What `check-expiration` prints: kubeadm's two tables and structure, what kubeadm can't show, and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from bridge.cli.printing import columns, width_here
+from bridge.errors import Exit
+from bridge.node.expiry_report import ExpiryReport, Row, report
+from bridge.node.inventory import Node
+from bridge.pki.certificates import fingerprint, name_text, serial_hex
+from bridge.pki.expiry import residual, rfc3339
+from bridge.settings.tables import RenewalSettings
+from bridge.words import escaped
+
+if TYPE_CHECKING:
+    from bridge.monitoring.exposition import Remembered
+
+#: Grows when a key changes its meaning or goes; new keys do not count.
+SCHEMA_VERSION = 1
+
+# Go's Format("Jan 02, 2006 15:04 MST"); strftime's month names follow the locale.
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+_HEADER = ("CERTIFICATE", "EXPIRES", "RESIDUAL TIME", "CERTIFICATE AUTHORITY", "EXTERNALLY MANAGED")
+_AUTHORITY_HEADER = ("CERTIFICATE AUTHORITY", "EXPIRES", "RESIDUAL TIME", "EXTERNALLY MANAGED")
+_EXTRA_HEADER = ("NOT LISTED BY KUBEADM", *_HEADER[1:], "FILE")
+
+
+def look(
+    node: Node,
+    now: datetime,
+    within: timedelta | None,
+    output: str,
+    *,
+    renewal: RenewalSettings | None = None,
+    known: Remembered | None = None,
+) -> tuple[str, list[str], int]:
+    """
+    Say what there is, in the form `output`: `table`, `json`, `yaml` or `prometheus`.
+
+    Args:
+        node: What is on it.
+        now: Aware, UTC.
+        within: A certificate that ends sooner is due.
+        output: The form.
+        renewal: For `prometheus`: when a certificate is due; the defaults without it.
+        known: For `prometheus`: what only root may see; None: this user may not.
+
+    Returns:
+        Standard output, lines for standard error, and the exit code: 1 when a file is there and can't be used, else
+        3 when a certificate is due, else 0.
+    """
+    found = report(node, now, None if within is None else lambda _: within)
+    forms: Mapping[str, Callable[[ExpiryReport], str]] = {
+        "table": table,
+        "json": as_json,
+        "yaml": as_yaml,
+        "prometheus": lambda one: _as_prometheus(one, node, renewal or RenewalSettings(), known),
+    }
+    code = Exit.FAILED if found.troubles else Exit.DUE if found.due else Exit.DONE
+    return forms[output](found), list(found.troubles), code
+
+
+def _as_prometheus(found: ExpiryReport, node: Node, renewal: RenewalSettings, known: Remembered | None) -> str:
+    from bridge.monitoring import exposition  # noqa: PLC0415 (for monitors alone)
+
+    return exposition.text(found, exposition.due_times(node, renewal), known)
+
+
+def table(found: ExpiryReport) -> str:
+    """
+    kubeadm 1.37's two tables, and one of what kubeadm has no row for, if there is any.
+
+    That comes first where a kubelet's client certificate has ended or soon does: such a node can't start again.
+    """
+    tables = [_align([_AUTHORITY_HEADER, *(_cells(row) for row in found.authorities)])]
+    if found.certificates:  # a worker has none
+        tables.insert(0, _align([_HEADER, *(_cells(row, row.authority or "") for row in found.certificates)]))
+    if found.extra:
+        place = 0 if any(row.first for row in found.extra) else len(tables)
+        extra = [_EXTRA_HEADER, *((*_cells(row, row.authority or ""), row.path) for row in found.extra)]
+        tables.insert(place, _align(extra))
+    return "\n".join(tables)
+
+
+def _cells(row: Row, *authority: str) -> tuple[str, ...]:
+    """A row's cells; a certificate's with its CA, a CA's without."""
+    if row.certificate is None or row.state != "present":
+        mark = {"missing": "!MISSING!", "broken": "!INVALID!", "unreadable": "!UNREADABLE!"}[row.state]
+        return (f"{mark} {row.name}", "", "", *("" for _ in authority), "")
+    end = row.certificate.not_valid_after_utc
+    expires = f"{_MONTHS[end.month - 1]} {end:%d}, {end.year:04d} {end:%H:%M} UTC"
+    external = f"{'yes' if row.external else 'no':<8}"
+    return (row.name, expires, residual(row.seconds_left or 0), *authority, external)
+
+
+def _align(rows: Sequence[Sequence[str]]) -> str:
+    """
+    Align rows as Go's `tabwriter.NewWriter(writer, 10, 4, 3, ' ', 0)` does: the last cell of a row is not padded.
+
+    On a terminal that is too narrow for it, as all our tables: what does not fit goes on below.
+    """
+    most = width_here()
+    widths = [max(10, 3 + max(map(len, column))) for column in zip(*rows, strict=True)][:-1]
+    lines = ["".join(map(str.ljust, row, widths)) + row[-1] for row in rows]
+    if most is not None and max(len(line.rstrip()) for line in lines) > most:
+        lines = list(columns([[cell.rstrip() for cell in row] for row in rows], most))
+    return "".join(f"{line}\n" for line in lines)
+
+
+def as_json(found: ExpiryReport) -> str:
+    """kubeadm's structure (output.kubeadm.k8s.io/v1alpha3) in its order and indentation, and more keys."""
+    import json  # noqa: PLC0415 (7 ms that the table has no use for)
+
+    return escaped(json.dumps(_structure(found), indent=4, ensure_ascii=False)) + "\n"
+
+
+def as_yaml(found: ExpiryReport) -> str:
+    """The same in YAML, with sorted keys as kubeadm's."""
+    import yaml  # noqa: PLC0415 (loaded by the reading side already, but as a tree only)
+
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+    def dumped(*, allow_unicode: bool) -> str:
+        return str(
+            yaml.dump(_structure(found), Dumper=dumper, sort_keys=True, allow_unicode=allow_unicode, width=10_000)
+        )
+
+    text = dumped(allow_unicode=True)
+    # what steers a terminal is escaped, and then everything that is not ASCII
+    return text if escaped(text) == text else dumped(allow_unicode=False)
+
+
+def _structure(found: ExpiryReport) -> dict[str, Any]:
+    return {
+        "kind": "CertificateExpirationInfo",
+        "apiVersion": "output.kubeadm.k8s.io/v1alpha3",
+        "certificates": [_entry(row) for row in found.certificates],
+        "certificateAuthorities": [_entry(row) for row in found.authorities],
+        "extraCertificates": [_entry(row) for row in found.extra],
+        "schemaVersion": SCHEMA_VERSION,
+    }
+
+
+def _entry(row: Row) -> dict[str, Any]:
+    """kubeadm's keys first, in kubeadm's order, then ours."""
+    certificate = row.certificate
+    entry: dict[str, Any] = {
+        "name": row.name,
+        "expirationDate": rfc3339(certificate.not_valid_after_utc) if certificate else None,
+        "residualTime": row.seconds_left or 0,
+        "externallyManaged": row.external and row.state != "missing",
+        # kubeadm leaves it out where it has nothing to say
+        **({"caName": row.authority} if row.authority and row.state != "missing" else {}),
+        "missing": row.state == "missing",
+        "state": row.state,
+        "due": row.due,
+        "path": row.path,
+        "trouble": row.trouble,
+    }
+    if certificate:
+        entry |= {
+            "notBefore": rfc3339(certificate.not_valid_before_utc),
+            "serialNumber": serial_hex(certificate),
+            "subject": name_text(certificate.subject),
+            "issuer": name_text(certificate.issuer),
+            "sha256": fingerprint(certificate),
+        }
+    return entry
