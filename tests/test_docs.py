@@ -22,6 +22,7 @@ from bridge.settings.tables import AuthoritySettings
 from bridge.specs import SPECS
 from tests.kit import manual, settings_page
 from tests.kit.commands import NAME, commands, help_of, lines_in, why_not
+from tests.measure import pictures
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -393,6 +394,15 @@ def test_the_picture_of_a_session_shows_commands_that_are_there() -> None:
     assert len(typed) > 3
     assert [why for line in typed if (why := why_not(line))] == []
     assert any("refused" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", pictures.PICTURES)
+def test_a_picture_is_what_its_program_draws(name: str) -> None:
+    """And well-formed; a page shows it."""
+    drawn = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert drawn == pictures.PICTURES[name](), "run: python -m tests.measure.pictures"
+    assert ET.fromstring(drawn).tag.endswith("svg")  # noqa: S314 (our own file)
+    assert any(f"({name})" in path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md"))
 
 
 def main() -> None:
