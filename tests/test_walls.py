@@ -168,11 +168,14 @@ def backend_wall(source: str, module: str) -> Iterator[str]:
     """
     Of ours, a backend imports the contract, the specs, the errors, how HTTP is done, and the further files of its own CA.
 
-    A CA that is reached by files also needs the bundles' format and what reads and writes files safely; one whose
+    A CA behind a program needs the one way to run programs: limits, and the end of all that a program started, are easy
+    to get wrong. A CA that is reached by files also needs the bundles' format and what reads and writes files safely; one whose
     programs print certificates in any form needs what reads those.
     """
     family = ".".join(module.split(".")[:2])
     allowed = [*(f"bridge.{door}" for door in DOORS), "bridge.system.http"]
+    if family in {"backends.cmp", "backends.exec", "backends.openssl"}:  # programs, with limits and their end
+        allowed += ["bridge.system.run_command"]
     if family == "backends.openssl":  # a database of files, with a lock like ours
         allowed += ["bridge.system.files", "bridge.system.ownership"]
     if family == "backends.exchange":

@@ -10,26 +10,23 @@ import math
 import os
 import re
 import resource
-import select
-import signal
-import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from subprocess import STDOUT
 
 from backends.cmp.answers import Poll, body_of, poll_of, quoted
 from bridge.errors import BackendRefusedError, BackendUnavailableError
+from bridge.system.run_command import Command, Ended, run
 
 OLDEST, OLDEST_WITH_PROFILES = (3, 0), (3, 3)
 #: openssl reads its answers with a limit of 100 kB; a certificate with its chain is a few.
 _MOST_FILE_BYTES = 1 << 20
 #: All that it prints about one request is below 10 kB, with both chains of a server that is not trusted.
 _MOST_MESSAGE_BYTES = 64 << 10
-_TICK_MILLISECONDS = 20
 #: Far less than the second that it sleeps at least.
 _MOMENT_SECONDS = 0.2
 #: Beyond its own limits, for its start and end on a busy machine.
@@ -66,9 +63,8 @@ class Program:
             BackendRefusedError: There is no such program, it is older than `OLDEST`, or of another make.
             BackendUnavailableError: It did not end.
         """
-        process = self._started(["version"], Path("/"), ())
-        output, code = _watched(process, self.timeout + _GRACE)
-        if code is None:
+        ended, output = self._run(["version"], Path("/"), self.timeout + _GRACE)
+        if ended.code is None:
             raise BackendUnavailableError(
                 f"cmp: wanted `{self.name} version` to end, found it still running; it was stopped"
             )
@@ -105,42 +101,53 @@ class Program:
                 for name, data in given.items():
                     (folder / name).write_bytes(data)
                 told_by = [] if pipe is None else ["-secret", f"fd:{pipe}"]
-                process = self._started(["cmp", *words, *limits, *told_by], folder, () if pipe is None else (pipe,))
                 watch = _Watch([folder / name for name in names], self.wait)
-                output, code = _watched(process, limit, watch.is_enough)
-                ran = _left(folder, names, output, code)
+                inherited = () if pipe is None else (pipe,)
+                ended, output = self._run(
+                    ["cmp", *words, *limits, *told_by], folder, limit, inherited=inherited, is_enough=watch.is_enough
+                )
+                ran = _left(folder, names, output, ended.code)
         except OSError as e:
             wanted = f"cmp: wanted a few files in {tempfile.gettempdir()}, found: {e.strerror}"
             raise BackendUnavailableError(wanted, hint="make room there") from e
-        if code is None and watch.poll is None:
+        if ended.stopped == "time":
             raise BackendUnavailableError(
                 f"cmp: wanted openssl to end within {limit.total_seconds():g} s, found it still running; it was stopped"
             )
-        if code is not None and code < 0:
-            raise BackendUnavailableError(f"cmp: openssl was ended by signal {-code}")
-        return replace(ran, poll=watch.poll if code is None else None)
+        return replace(ran, poll=watch.poll if ended.stopped else None)
 
-    def _started(self, words: Sequence[str], folder: Path, inherited: Sequence[int]) -> subprocess.Popen[bytes]:
-        try:
-            process = subprocess.Popen(
-                [self.name, *words],
-                cwd=folder,
-                env=_environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                pass_fds=inherited,
-                start_new_session=True,  # or it could ask for a passphrase on the terminal
-                umask=0o077,
-            )
-        except OSError as e:
-            raise BackendRefusedError(
-                f"cmp: wanted to start {self.name}, found: {e.strerror}", hint="install openssl 3.0 or newer"
-            ) from e
-        with suppress(ProcessLookupError):
-            resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))  # it has the secret in its memory
-            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (_MOST_FILE_BYTES, _MOST_FILE_BYTES))
-        return process
+    def _run(
+        self,
+        words: Sequence[str],
+        folder: Path,
+        limit: timedelta,
+        *,
+        inherited: Sequence[int] = (),
+        is_enough: Callable[[float], bool] | None = None,
+    ) -> tuple[Ended, bytes]:
+        """
+        Raises:
+            BackendRefusedError: There is no such program.
+            BackendUnavailableError: Something else ended it.
+        """
+        output = bytearray()
+        command = Command(
+            words=[self.name, *words],
+            environment=_environment(),
+            limit=limit,
+            folder=folder,
+            inherited=inherited,
+            umask=0o077,
+            # it has the secret in its memory, which a core file would show
+            resources={resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: _MOST_FILE_BYTES},
+        )
+        ended = run(command, lambda data: output.extend(data[: _MOST_MESSAGE_BYTES - len(output)]), STDOUT, is_enough)
+        if ended.error is not None:
+            text = f"cmp: wanted {self.name}, which {ended.failure}"
+            raise BackendRefusedError(text, hint="install openssl 3.0 or newer")
+        if ended.code is not None and ended.code < 0:
+            raise BackendUnavailableError(f"cmp: openssl {ended.failure}")
+        return ended, bytes(output)
 
 
 #: Where the certificates go that came.
@@ -187,46 +194,6 @@ class _Watch:
                 self.poll, self._enough_at = found, seconds + _MOMENT_SECONDS
                 return False
         return False
-
-
-def _watched(
-    process: subprocess.Popen[bytes], limit: timedelta, is_enough: Callable[[float], bool] = lambda _: False
-) -> tuple[bytes, int | None]:
-    """Run to the end: output and exit code; None: it was stopped, at the limit or because it is enough."""
-    begin, found = time.monotonic(), bytearray()
-    with process:
-        try:
-            _read_output(process, found, lambda: is_enough(time.monotonic() - begin), begin + limit.total_seconds())
-            return bytes(found), process.wait(max(0.0, begin + limit.total_seconds() - time.monotonic()))
-        except BaseException as e:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            if isinstance(e, subprocess.TimeoutExpired):
-                return bytes(found), None
-            raise
-
-
-def _read_output(
-    process: subprocess.Popen[bytes], found: bytearray, is_enough: Callable[[], bool], deadline: float
-) -> None:
-    """
-    Read the output until the process ends.
-
-    Raises:
-        TimeoutExpired: It is enough, or the time is over.
-    """
-    assert process.stdout is not None  # noqa: S101 (a pipe, see `Program._started`)
-    pipe = process.stdout.fileno()
-    poller = select.poll()
-    poller.register(pipe, select.POLLIN)
-    while True:
-        if poller.poll(_TICK_MILLISECONDS):
-            data = os.read(pipe, 1 << 16)
-            if not data:
-                return
-            found += data[: _MOST_MESSAGE_BYTES - len(found)]
-        if is_enough() or time.monotonic() > deadline:
-            raise subprocess.TimeoutExpired(process.args, 0)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ What real helpers do was measured with certmonger 0.79.17.
 from __future__ import annotations
 
 import base64
+import errno
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from backends.exec import answer as exec_answer
 from backends.exec.environment import ENVIRONMENT, ekus_text
-from backends.exec.process import LONGEST_VARIABLE, Account, Ended, NotRunError, check_program, run
+from backends.exec.process import NotRunError, check_program
 from bridge.contract import BackendSettings, Issued, Pending, Selector, SetupFile, SetupRequest, SignRequest
 from bridge.errors import (
     BackendError,
@@ -36,6 +37,7 @@ from bridge.errors import (
 )
 from bridge.pki.certificates import is_for
 from bridge.specs import CertificateSpec
+from bridge.system.run_command import Account, Command, Ended, run
 
 log = logging.getLogger("ca-bridge.exec")
 #: Variables that say what is asked for.
@@ -50,6 +52,10 @@ NOT_OURS_TO_GIVE = frozenset(
     {"CERTMONGER_REQ_PRINCIPAL", "CERTMONGER_SPKAC", "CERTMONGER_PKCSREQ", "CERTMONGER_PKCSREQ_REKEY"}
     | {"CERTMONGER_GETCERTINITIAL", "CERTMONGER_GETCERTINITIAL_REKEY", "CERTMONGER_SCEP_RA_CERTIFICATE"}
 )
+#: Bytes of standard output and standard error together; a certificate with its chain has a few thousand.
+_MOST_OUTPUT = 1 << 20
+#: Bytes of one variable, its name and `=` included (Linux: 32 pages and no more, MAX_ARG_STRLEN, one for the NUL).
+LONGEST_VARIABLE = (32 << 12) - 1
 #: certmonger's exit statuses (its src/submit-e.h).
 _ISSUED, _WAIT, _UNREACHABLE, _NOT_CONFIGURED, _WAIT_SECONDS, _UNKNOWN_OPERATION = 0, 1, 3, 4, 5, 6
 #: Of what need not be told: also a refusal, such as dogtag-submit's of a list of profiles that is not for everybody.
@@ -92,6 +98,15 @@ def _variable_problems(name: str, value: str) -> Iterator[SettingsProblem]:
         yield SettingsProblem(key, wanted, "a value")
     if "\0" in value or len(f"{name}={value}".encode()) > LONGEST_VARIABLE:
         yield SettingsProblem(key, f"at most {LONGEST_VARIABLE} bytes, without NUL characters", "something else")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answer:
+    """What a program printed, and the status that it ended with."""
+
+    code: int
+    output: bytes
+    messages: bytes  #: On standard error.
 
 
 class ExecBackend:
@@ -200,7 +215,7 @@ class ExecBackend:
         # roots come first in this operation, and the one that signs is wanted first
         return sorted(found, key=lambda one: any(one.subject == other.issuer for other in found if other != one))
 
-    def _answer(self, request: SignRequest, ended: Ended) -> Issued | Pending:
+    def _answer(self, request: SignRequest, ended: _Answer) -> Issued | Pending:
         """The result of SUBMIT or POLL."""
         try:
             if ended.code == _ISSUED:
@@ -214,7 +229,7 @@ class ExecBackend:
             raise self._refused(f"{_WANTED[ended.code]}, found {e}{_aside(ended)}") from e
         raise self._error(ended)
 
-    def _pending(self, cookie: str, ended: Ended, when: str = "") -> Pending:
+    def _pending(self, cookie: str, ended: _Answer, when: str = "") -> Pending:
         longest = LONGEST_VARIABLE - len("CERTMONGER_CA_COOKIE=")
         if len(cookie.encode()) > longest:
             raise ValueError(f"a cookie of more than {longest} bytes")
@@ -235,7 +250,7 @@ class ExecBackend:
             error.hint = _UNKNOWN_HINT
         raise error
 
-    def _run(self, operation: str, variables: Mapping[str, str]) -> Ended:
+    def _run(self, operation: str, variables: Mapping[str, str]) -> _Answer:
         """
         Raises:
             BackendRefusedError: It can't be run, or its output has no end.
@@ -246,16 +261,32 @@ class ExecBackend:
         told = {"CERTMONGER_OPERATION": operation, "CA_BRIDGE_TIMEOUT_SECONDS": str(max(1, int(seconds))), **variables}
         try:
             check_program(self._program, self._account)
-            ended = run(self._settings.command, {**surroundings, **told}, self._account, self._settings.timeout)
         except NotRunError as e:
             raise self._refused(str(e), e.hint) from e
+        output, messages = bytearray(), bytearray()
+        command = Command(
+            words=self._settings.command,
+            environment={**surroundings, **told},
+            limit=self._settings.timeout,
+            account=self._account,
+            umask=0o077,
+            most_output=_MOST_OUTPUT,
+            ends_background=True,
+        )
+        ended = run(command, output.extend, messages.extend)
+        if ended.code is None:
+            raise self._stopped(operation, ended, _Answer(code=0, output=bytes(output), messages=bytes(messages)))
         log.debug("%s: %s ended with status %d after %.2f s", self._program, operation, ended.code, ended.seconds)
-        if ended.stopped == "time":
-            text = f"{operation} was still running after {seconds:g} s, and was killed{_printed(ended)}"
-            raise BackendUnavailableError(f"exec: {self._program}: {text}", hint="`timeout` is how long it may take")
+        return _Answer(code=ended.code, output=bytes(output), messages=bytes(messages))
+
+    def _stopped(self, operation: str, ended: Ended, answer: _Answer) -> BackendError:
+        if ended.error is not None:
+            number = ended.error.errno if isinstance(ended.error, OSError) else None
+            return self._refused(ended.failure, _START_HINTS.get(number or 0, ""))
+        text = f"{operation} {ended.failure}{_printed(answer)}"
         if ended.stopped == "output":
-            raise self._refused(f"{operation} printed more than 1 MiB, and was killed{_printed(ended)}")
-        return ended
+            return self._refused(text)
+        return BackendUnavailableError(f"exec: {self._program}: {text}", hint="`timeout` is how long it may take")
 
     def _asked(self, request: SignRequest) -> dict[str, str]:
         """The variables that say what is asked for."""
@@ -278,7 +309,7 @@ class ExecBackend:
     def _refused(self, text: str, hint: str = "") -> BackendRefusedError:
         return BackendRefusedError(f"exec: {self._program}: {text}", hint=hint)
 
-    def _error(self, ended: Ended) -> BackendError:
+    def _error(self, ended: _Answer) -> BackendError:
         """The one place where a program's exit status becomes an error of ours."""
         if ended.code < 0:
             text = f"was ended by signal {-ended.code}"
@@ -290,6 +321,12 @@ class ExecBackend:
         return self._refused(text, hint)
 
 
+_START_HINTS = {
+    errno.EPERM: "only root can run it as another user",
+    errno.E2BIG: "the CSR or the cookie is larger than a variable can be (131071 bytes)",
+    errno.ENOEXEC: "does it begin with a line such as #!/bin/sh ?",
+    errno.EACCES: "is it executable, and may its `user` enter all of its directories?",
+}
 _WANTED = {
     _ISSUED: "status 0: wanted a certificate for the CSR's key on standard output",
     _WAIT: "status 1: wanted a cookie on standard output",
@@ -373,12 +410,12 @@ def _pem(certificate: x509.Certificate) -> str:
     return certificate.public_bytes(Encoding.PEM).decode()
 
 
-def _printed(ended: Ended) -> str:
+def _printed(ended: _Answer) -> str:
     """All that it printed, for a message: both outputs, each on one line and cut."""
     words = exec_answer.words(ended.output)
     return (f', printed: "{words}"' if words else ", printed nothing") + _aside(ended)
 
 
-def _aside(ended: Ended) -> str:
+def _aside(ended: _Answer) -> str:
     words = exec_answer.words(ended.messages, keep_end=True)
     return f', on standard error: "{words}"' if words else ""

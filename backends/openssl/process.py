@@ -6,10 +6,7 @@ import os
 import re
 import resource
 import shutil
-import signal
-import subprocess
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from backends.openssl.key import PrivateKey
 from bridge.contract import SecretUnavailableError
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError
+from bridge.system.run_command import Command, run
 
 #: So many an openssl signs within the settings' `timeout`, be its HSM slow or its host busy.
 CSRS_A_LIMIT = 100
@@ -159,25 +157,26 @@ class Openssl:
             raise BackendRefusedError(
                 f"wanted the program {self.program!r}, found none", hint="install openssl, or set `openssl` to its path"
             )
+        output = bytearray()
         # no pipe: openssl writes a dozen times for each CSR, and would wake us as often
         with os.fdopen(os.memfd_create("messages"), "r+b") as messages:
-            try:
-                process = subprocess.Popen(
-                    [str(Path(program).absolute()), *arguments],
-                    cwd=folder,
-                    env={**_environment(), **environment},
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=messages,
-                    pass_fds=tuple(inherited),
-                    start_new_session=True,  # or it asks for a passphrase on the terminal
-                )
-            except OSError as e:
-                raise BackendRefusedError(f"wanted to start {program}, found: {e.strerror}") from e
-            output = _output(process, limit)
+            ended = run(
+                Command(
+                    words=[str(Path(program).absolute()), *arguments],
+                    environment={**_environment(), **environment},
+                    limit=limit,
+                    folder=folder,
+                    inherited=tuple(inherited),
+                    resources={resource.RLIMIT_CORE: 0},  # the engine can crash with the PIN in its memory
+                ),
+                output.extend,
+                messages.fileno(),
+            )
             messages.seek(0)
             told = messages.read().decode(errors="replace")
-        return ProcessEnd(None, limit=limit) if output is None else ProcessEnd(process.returncode, output, told)
+        if ended.error is not None:
+            raise BackendRefusedError(f"wanted {program}, which {ended.failure}")
+        return ProcessEnd(None, limit=limit) if ended.stopped else ProcessEnd(ended.code, bytes(output), told)
 
     def failure(self, outcome: ProcessEnd) -> Failure:
         """Why it failed, as far as its messages tell; they decide nothing else."""
@@ -221,21 +220,6 @@ class Openssl:
         told = "; ".join(_short(line) for line in lines[:_LINES_TOLD]) or "nothing that it told"
         secret = self._secret().decode()
         return told.replace(secret, f"[{self.key.secret_name}]") if secret else told
-
-
-def _output(process: subprocess.Popen[bytes], limit: timedelta) -> bytes | None:
-    """Wait for a process's end: its output; None: it was stopped at the time limit."""
-    with process:
-        try:
-            # the engine can crash with the PIN in its memory
-            resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))
-            return process.communicate(timeout=limit.total_seconds())[0]
-        except BaseException as e:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            if isinstance(e, subprocess.TimeoutExpired):
-                return None
-            raise
 
 
 def _killed(outcome: ProcessEnd) -> BackendUnavailableError | None:

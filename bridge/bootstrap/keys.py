@@ -30,7 +30,7 @@ from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki import csr
 from bridge.specs import KEY_ALGORITHMS, KUBELET_CONF, SPECS, CertificateSpec, KeyAlgorithm
 from bridge.system.files import Attributes, write_staged
-from bridge.system.run_command import CommandOutput, run
+from bridge.system.run_command import OutputLines, run_logged
 from bridge.system.safe_read import UnreadableError, read
 
 #: A dozen RSA keys of 4096 bits on a slow machine.
@@ -119,7 +119,7 @@ def _run(words: Sequence[str]) -> list[str]:
 def _ended(words: Sequence[str]) -> tuple[str, list[str]]:
     """Why it failed (empty: it did not), and what it wrote."""
     lines: list[str] = []
-    ended = run(words, {}, _LIMIT, CommandOutput(lines.append))
+    ended = run_logged(words, {}, _LIMIT, OutputLines(lines.append))
     return ended.failure, lines
 
 

@@ -29,7 +29,7 @@ from bridge.node import inventory, kubeconfig
 from bridge.node.inventory import Item
 from bridge.pki.certificates import pem
 from bridge.specs import EKU
-from bridge.system import another_python
+from bridge.system.run_command import python_command
 from bridge.system.status import doing, is_coloured
 
 commands = typer.Typer()
@@ -190,7 +190,7 @@ class _Story:
     def _run(self, words: Sequence[str], columns: int) -> _Ended:
         environment = {**os.environ, "CA_BRIDGE_CONFIG": str(self._place.settings), "COLUMNS": str(columns)}
         done = subprocess.run(
-            another_python.command(_RUN, *words),
+            python_command(_RUN, *words),
             cwd=self._place.base,
             env=environment,
             check=False,

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,9 +32,9 @@ from bridge.specs import Component
 from bridge.state import audit, session
 from bridge.state.parked_manifest import RestartError
 from bridge.state.store import Store
-from bridge.system import run_command
 from bridge.system.console import log
 from bridge.system.files import write_atomically
+from bridge.system.run_command import Command, OutputLines, run, run_logged
 from bridge.system.safe_read import UnreadableError, read
 from bridge.system.state_file import OnDamage, StateFile, coded
 from bridge.system.status import doing
@@ -338,8 +338,8 @@ def _run_command(component: Component, words: Sequence[str], settings: Settings,
     """
     name = component.value
     tell(f"{name}: runs {words[0]}")
-    output = run_command.CommandOutput(lambda line: tell(f"{name}: {line}"))
-    ended = run_command.run(words, {"CA_BRIDGE_COMPONENT": name}, settings.restart.timeout, output)
+    lines = OutputLines(lambda line: tell(f"{name}: {line}"))
+    ended = run_logged(words, {"CA_BRIDGE_COMPONENT": name}, settings.restart.timeout, lines)
     if ended.failure:
         raise RestartError(
             f"{name}: wanted to have it restarted, {words[0]} {ended.failure}", hint="see [restart.commands]"
@@ -349,13 +349,16 @@ def _run_command(component: Component, words: Sequence[str], settings: Settings,
 # --- the kubelet -----------------------------------------------------------------------------------------------------
 
 
+_SYSTEMCTL_LIMIT = timedelta(seconds=30)
+
+
 def _systemctl() -> list[str]:
     """The command that restarts the kubelet; empty where systemd does not run, or has no kubelet."""
     program = shutil.which("systemctl")
     if program is None or not Path("/run/systemd/system").is_dir():  # sd_booted(3)
         return []
-    known = subprocess.run([program, "cat", "kubelet.service"], capture_output=True, check=False)
-    return [program, "restart", "kubelet.service"] if known.returncode == 0 else []
+    look = Command(words=[program, "cat", "kubelet.service"], environment=os.environ, limit=_SYSTEMCTL_LIMIT)
+    return [program, "restart", "kubelet.service"] if run(look).code == 0 else []
 
 
 def take_copy(kubeconfig_dir: Path, copy: Path, store: Store, tell: Tell) -> None:

@@ -35,8 +35,8 @@ from bridge.pki.bundle import BundleError, RequestBundle, sign_request
 from bridge.pki.bundle_format import loads_digested
 from bridge.pki.verify import Expectation
 from bridge.specs import USER
-from bridge.system import another_python
 from bridge.system.console import log
+from bridge.system.run_command import python_command
 
 #: Fewer bundles are done before a worker has loaded what it needs.
 WORTHWHILE = 50
@@ -198,7 +198,7 @@ class _Worker:
 
     def __post_init__(self) -> None:
         self._is_gone = False
-        self.process = subprocess.Popen(another_python.command(_SERVE), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = subprocess.Popen(python_command(_SERVE), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self.process.stdin is not None and self.process.stdout is not None  # noqa: S101, PT018 (for the types)
         self._tasks = Connection(os.dup(self.process.stdin.fileno()), readable=False)
         self._answers = Connection(os.dup(self.process.stdout.fileno()), writable=False)

@@ -34,7 +34,7 @@ from bridge.settings.load import assert_ours
 from bridge.settings.reader import Reader, Source
 from bridge.system import safe_read
 from bridge.system.combining import Combined
-from bridge.system.run_command import Answer, TooMuchError, run
+from bridge.system.run_command import Command, passed_on, run
 from bridge.system.safe_read import UnreadableError
 from bridge.system.shipped import how_to_begin
 
@@ -197,14 +197,16 @@ def _asked(command: Path, name: str) -> NodeEntry | None:
         return None
     try:
         assert_ours(command)
-        answer = Answer(_LONGEST_ANSWER)
-        ended = run([str(command), name], {}, _COMMAND_LIMIT, answer)
-    except (OSError, TooMuchError) as e:
-        found = str(e) if isinstance(e, TooMuchError) else type(e).__name__
-        raise BridgeError(f"gateway.inventory_command: {command} {name}: {found}") from None
+    except OSError as e:
+        raise BridgeError(f"gateway.inventory_command: {command} {name}: {type(e).__name__}") from None
+    answer = bytearray()
+    program = Command(
+        words=[str(command), name], environment=passed_on({}), limit=_COMMAND_LIMIT, most_output=_LONGEST_ANSWER
+    )
+    ended = run(program, answer.extend)
     if ended.failure:
         raise BridgeError(f"gateway.inventory_command: {command} {name} {ended.failure}")
-    text = answer.data.strip()
+    text = bytes(answer.strip())
     if not text:
         return None
     document = _object(text)

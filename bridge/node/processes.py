@@ -7,8 +7,9 @@ By the process table, or by the container runtime where crictl answers.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import subprocess
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bridge.node import crictl
+from bridge.node.kubelet import Kubelet
 from bridge.specs import Component
 from bridge.system import safe_read
+from bridge.system.run_command import Command, run
 from bridge.system.safe_read import UnreadableError
 
 PROC = Path("/proc")
@@ -154,9 +156,9 @@ def _sees_another(process: Process, path: Path, data: bytes) -> bool:
 def _container_made(component: Component) -> datetime | None:
     """When the runtime made the oldest running container of a component; None: it can't tell."""
     try:
-        found = crictl.ask("ps", "--state", "running", "--name", f"^{component.value}$")
+        found = _crictl("ps", "--state", "running", "--name", f"^{component.value}$")
         nanoseconds = [int(container["createdAt"]) for container in found["containers"]]
-    except (OSError, subprocess.SubprocessError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError):
         return None  # no crictl, no runtime, or another one's answer
     return datetime.fromtimestamp(min(nanoseconds) / 1e9, UTC) if nanoseconds else None
 
@@ -177,12 +179,38 @@ def instances(component: Component) -> tuple[Instances, timedelta]:
     """
     try:
         return _Runtime(component), SANDBOX_SETTLES
-    except (OSError, ValueError, subprocess.SubprocessError):  # the process table knows as well, if later
+    except (OSError, ValueError):  # the process table knows as well, if later
         pass
     return lambda: _in_process_table(component), PROCESS_SETTLES
 
 
 # --- the container runtime -------------------------------------------------------------------------------------------
+
+_CRICTL_LIMIT = timedelta(seconds=10)
+_MOST_ANSWER = 16 << 20
+
+
+def _crictl(*arguments: str) -> dict[str, Any]:
+    """
+    Ask the runtime that the kubelet's configuration names, or that crictl finds by itself.
+
+    Raises:
+        OSError, ValueError: No crictl, no runtime, or another one's answer.
+    """
+    program = shutil.which("crictl")
+    if program is None:
+        raise FileNotFoundError("no crictl")
+    endpoint = Kubelet.load().runtime_endpoint
+    words = [program, *(["--runtime-endpoint", endpoint] if endpoint else []), *arguments, "--output", "json"]
+    answer = bytearray()
+    command = Command(words=words, environment=os.environ, limit=_CRICTL_LIMIT, most_output=_MOST_ANSWER)
+    ended = run(command, answer.extend)
+    if ended.failure:
+        raise OSError(f"crictl {ended.failure}")
+    found = json.loads(answer)
+    if not isinstance(found, dict):
+        raise ValueError("something else")  # noqa: TRY004 (of a program, not of a caller)
+    return found
 
 
 class _Runtime:
@@ -191,14 +219,14 @@ class _Runtime:
     def __init__(self, component: Component) -> None:
         """
         Raises:
-            OSError, ValueError, SubprocessError: The runtime can't be asked.
+            OSError, ValueError: The runtime can't be asked.
         """
         self._component = component
         self._last = _sandboxes(component)
         self._is_labelled = any(self._last.values())
 
     def __call__(self) -> frozenset[str]:
-        with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+        with contextlib.suppress(OSError, ValueError):
             self._last = _sandboxes(self._component)
         return frozenset(pod for pod, labelled in self._last.items() if labelled or not self._is_labelled)
 
@@ -211,9 +239,9 @@ def _sandboxes(component: Component) -> dict[str, bool]:
         Of each whether it has kubeadm's label.
 
     Raises:
-        OSError, ValueError, SubprocessError: The runtime can't be asked.
+        OSError, ValueError: The runtime can't be asked.
     """
-    found = crictl.ask("pods", "--state", "ready")
+    found = _crictl("pods", "--state", "ready")
     try:
         ours = [one for one in found.get("items") or () if _may_be_of(one, component)]
         return {f"pod {one['id'][:13]}": _label(one) is not None for one in ours}

@@ -20,7 +20,7 @@ from bridge.state.obligations import AFTER_INSTALL, FAILURE, SUCCESS, OwedHooks,
 from bridge.state.outcome import Outcome
 from bridge.state.store import Store
 from bridge.system.console import printable
-from bridge.system.run_command import CommandOutput, Ended, run
+from bridge.system.run_command import Ended, OutputLines, run_logged
 from bridge.system.state_file import StateError
 
 log = logging.getLogger("ca-bridge")
@@ -248,10 +248,10 @@ class Hooks:
         }
 
     def _run(self, event: str, words: Sequence[str], environment: Mapping[str, str]) -> Ended:
-        output = CommandOutput(lambda line: log.info("hook %s: %s", event, line))
-        ended = run(words, environment, self._settings.hooks.timeout, output)
-        if output.left_out:
-            log.warning("hook %s: %s: %d more bytes of output are not shown", event, words[0], output.left_out)
+        lines = OutputLines(lambda line: log.info("hook %s: %s", event, line))
+        ended = run_logged(words, environment, self._settings.hooks.timeout, lines)
+        if lines.left_out:
+            log.warning("hook %s: %s: %d more bytes of output are not shown", event, words[0], lines.left_out)
         return ended
 
     # --- what is owed ------------------------------------------------------------------------------------------------

@@ -6,17 +6,19 @@ Which jobs there are is known from the files below `config/`; what they run is n
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 from bridge.errors import BridgeError
 from bridge.system.files import write_atomically
+from bridge.system.run_command import Command, run
 from bridge.words import has_controls
 
 #: Where the shipped files have the program.
@@ -24,7 +26,8 @@ _SHIPPED_PROGRAM = "/usr/bin/ca-bridge"
 UNIT_DIRECTORY = Path("/etc/systemd/system")
 CRON_DIRECTORY = Path("/etc/cron.d")
 _MODE = 0o644
-_SYSTEMCTL_SECONDS = 60
+_SYSTEMCTL_LIMIT = timedelta(seconds=60)
+_MOST_SAID = 64 << 10
 
 
 class JobError(BridgeError):
@@ -183,16 +186,17 @@ def enable(units: Sequence[str]) -> None:
         JobError: systemd says no, or is not there.
     """
     for arguments in (["daemon-reload"], ["enable", "--now", *units]):
-        try:
-            run = subprocess.run(
-                ["systemctl", *arguments], capture_output=True, text=True, check=False, timeout=_SYSTEMCTL_SECONDS
-            )
-        except (OSError, subprocess.TimeoutExpired) as e:
-            raise JobError(
-                f"wanted `systemctl {arguments[0]}`, found: {e}", hint="`setup cron` needs no systemd"
-            ) from e
-        if run.returncode != 0:
-            told = " ".join(run.stderr.split()) or f"exit code {run.returncode}"
+        said = bytearray()
+        words = ["systemctl", *arguments]
+        ended = run(
+            Command(words=words, environment=os.environ, limit=_SYSTEMCTL_LIMIT, most_output=_MOST_SAID),
+            messages=said.extend,
+        )
+        if ended.code is None:
+            found = ended.error or ended.failure
+            raise JobError(f"wanted `systemctl {arguments[0]}`, found: {found}", hint="`setup cron` needs no systemd")
+        if ended.failure:
+            told = " ".join(said.decode(errors="replace").split()) or f"exit code {ended.code}"
             raise JobError(
                 f"wanted `systemctl {' '.join(arguments)}`, found: {told}",
                 hint="the units that were written stay; where systemd does not run, `ca-bridge setup cron --enable`",

@@ -1,165 +1,318 @@
-"""One command of the operator's: limited in time, its output told line by line and not without end."""
+"""Running another program: limits of time and output, and the end of all that it started."""
 
 from __future__ import annotations
 
 import codecs
 import contextlib
 import os
-import select
+import pwd
+import resource
+import selectors
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
 
-MOST_OUTPUT = 16 << 10
+from bridge.system.waiting import wait_until
+
+MOST_LOGGED = 16 << 10
 LONGEST_LINE = 500
-#: Of our own environment; whatever else came to us, a CA's token for one, is not for others.
+USUAL_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+#: The only variables of our own environment that an operator's command gets; others may hold a CA's token.
 _PASSED = ("PATH", "HOME", "LANG")
-_USUAL_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-#: How soon we notice that a command has ended whose output something else keeps open.
+#: How soon we notice the end of a program on a kernel without pidfd_open(2).
 _POLL_SECONDS = 0.1
+#: How often `is_enough` is asked.
+_TICK_SECONDS = 0.02
+#: For a killed program to be gone; a program that waits for a dead disk, or that we may not kill, outlives it.
+_KILL_SECONDS = 5.0
+
+Sink = Callable[[bytes], object]  #: Takes what a program prints, as it comes.
+Stopped = Literal["", "time", "output", "enough"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Account:
+    """The user that a program runs as."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    home: str
+
+    @classmethod
+    def of(cls, name: str) -> Account:
+        """
+        Look up a user with all of its groups; an empty name means our own user.
+
+        Raises:
+            KeyError: No such user.
+        """
+        try:
+            entry = pwd.getpwnam(name) if name else pwd.getpwuid(os.geteuid())
+        except KeyError:
+            if name:
+                raise
+            return cls(uid=os.geteuid(), gid=os.getegid(), groups=(), home="/")  # as in a container
+        groups = tuple(os.getgrouplist(entry.pw_name, entry.pw_gid))
+        return cls(uid=entry.pw_uid, gid=entry.pw_gid, groups=groups, home=entry.pw_dir)
+
+    @property
+    def is_other(self) -> bool:
+        """Whether it is another user than ours, which only root can become."""
+        return self.uid != os.geteuid()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """A program, what surrounds it, and its limits."""
+
+    words: Sequence[str]  #: The program and its arguments.
+    environment: Mapping[str, str]  #: All of it.
+    limit: timedelta
+    folder: Path = Path("/")
+    account: Account | None = None  #: None: our own.
+    inherited: Sequence[int] = ()  #: Descriptors that stay open in it.
+    umask: int = -1  #: -1: our own.
+    resources: Mapping[int, int] = field(default_factory=dict)  #: The most of each, by its name in `resource`.
+    most_output: int = sys.maxsize  #: Bytes on both outputs; a program that prints more is killed.
+    #: When it ends, what it left in the background is killed, too; only a new session escapes that.
+    ends_background: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a command ended."""
+    """How a program ended."""
 
-    code: int | None  #: As `subprocess` gives it; None: it did not start, or was killed at its time limit.
+    code: int | None  #: As `subprocess` gives it; None: it did not start, or was stopped by us.
     failure: str = ""  #: What it did, such as "ended with code 3"; empty: it succeeded.
+    stopped: Stopped = field(default="", compare=False)  #: The limit at which we stopped it.
+    error: OSError | ValueError | None = field(default=None, compare=False)  #: Why it did not start.
+    seconds: float = field(default=0.0, compare=False)
 
 
-class CommandOutput:
-    """The output of one command: told line by line, up to a limit; the rest is only counted."""
+def passed_on(variables: Mapping[str, str]) -> dict[str, str]:
+    """The environment of an operator's command: these variables, beside our own PATH, HOME and LANG."""
+    return {"PATH": USUAL_PATH, **{name: os.environ[name] for name in _PASSED if name in os.environ}, **variables}
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        self._tell = tell
+
+def run(
+    command: Command,
+    output: Sink | int = subprocess.DEVNULL,
+    messages: Sink | int = subprocess.DEVNULL,
+    is_enough: Callable[[float], bool] | None = None,
+) -> Ended:
+    """
+    Run a program in a session of its own, with nothing to read.
+
+    At a limit it is killed with its process group. A program that can't be killed is given up, and `failure` says so:
+    no limit is exceeded by more than a few seconds.
+
+    Args:
+        command: The program.
+        output: Takes its standard output; or a descriptor.
+        messages: Likewise its standard error; `subprocess.STDOUT`: both are one.
+        is_enough: Asked many times a second, with the seconds since the start, whether to stop the program.
+    """
+    begin, account = time.monotonic(), command.account
+    # the groups are set only where the account changes, since that takes root
+    becoming: dict[str, Any] = (
+        {"user": account.uid, "group": account.gid, "extra_groups": account.groups}
+        if account is not None and account.is_other
+        else {}
+    )
+    try:
+        process = subprocess.Popen(
+            list(command.words),
+            bufsize=0,
+            cwd=command.folder,
+            env=dict(command.environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if callable(output) else output,
+            stderr=subprocess.PIPE if callable(messages) else messages,
+            pass_fds=tuple(command.inherited),
+            start_new_session=True,  # or it could ask for a passphrase on the terminal
+            umask=command.umask,
+            **becoming,
+        )
+    except (OSError, ValueError) as e:  # ValueError: a NUL character
+        return Ended(None, f"could not be started: {e.strerror if isinstance(e, OSError) else e}", error=e)
+    running = _Running(command, process, begin)
+    try:
+        for name, most in command.resources.items():
+            with contextlib.suppress(ProcessLookupError):
+                resource.prlimit(process.pid, name, (most, most))
+        sinks = {process.stdout: output, process.stderr: messages}
+        pipes = {pipe.fileno(): sink for pipe, sink in sinks.items() if pipe is not None and callable(sink)}
+        stopped = running.watch(pipes, is_enough)
+        return running.end(stopped)
+    except BaseException:
+        running.end("time")
+        raise
+    finally:
+        for pipe in filter(None, (process.stdout, process.stderr)):
+            pipe.close()
+
+
+#: Python would warn of a process that it forgets while it runs.
+_given_up: list[subprocess.Popen[bytes]] = []
+
+
+class _Running:
+    """One program that has been started."""
+
+    def __init__(self, command: Command, process: subprocess.Popen[bytes], begin: float) -> None:
+        self._command = command
+        self._process = process
+        self._begin = begin
+
+    def watch(self, sinks: Mapping[int, Sink], is_enough: Callable[[float], bool] | None) -> Stopped:
+        """Hand on what it prints until it ends, whatever else holds the pipes open, or reaches a limit."""
+        left_to_print, limit = self._command.most_output, self._command.limit.total_seconds()
+        with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
+            for descriptor, sink in sinks.items():
+                selector.register(descriptor, selectors.EVENT_READ, sink)
+            with contextlib.suppress(OSError):
+                ended = os.pidfd_open(self._process.pid)
+                stack.callback(os.close, ended)
+                selector.register(ended, selectors.EVENT_READ)
+            tick = _POLL_SECONDS if is_enough is None else _TICK_SECONDS
+            while True:
+                has_ended = self._has_ended()  # before the look at the pipes, or its last words could be missed
+                passed = time.monotonic() - self._begin
+                ready = [key for key, _ in selector.select(0 if has_ended else max(0.0, min(limit - passed, tick)))]
+                printed = [key for key in ready if key.data is not None]
+                for key in printed:
+                    data = os.read(key.fd, 1 << 16)
+                    left_to_print -= len(data)
+                    key.data(data) if data else selector.unregister(key.fd)
+                if left_to_print < 0:
+                    return "output"
+                if has_ended and (not printed or passed > limit):
+                    return ""
+                if not has_ended and passed > limit:
+                    return "time"
+                if not has_ended and is_enough is not None and is_enough(passed):
+                    return "enough"
+
+    def _has_ended(self) -> bool:
+        """Look without waiting for it, so that its number stays its own, and that of its process group."""
+        try:
+            if os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                return False
+        except ChildProcessError:  # our own parent has us ignore the ends of processes
+            return True
+        if self._command.ends_background:
+            self._kill()
+        return True
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def end(self, stopped: Stopped) -> Ended:
+        """Kill it where it was stopped, and see it end."""
+        if stopped:
+            self._kill()
+        seconds = time.monotonic() - self._begin
+        try:
+            code = self._process.wait(_KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            _given_up.append(self._process)
+            return Ended(None, f"{self._reason(stopped)}, and can't be killed: it goes on", stopped, seconds=seconds)
+        if stopped:
+            rest = ", but what it started as another user goes on" if self._outlived() else ""
+            return Ended(None, f"{self._reason(stopped)}, and was killed{rest}", stopped, seconds=seconds)
+        failure = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}" if code else ""
+        return Ended(code, failure, seconds=seconds)
+
+    def _outlived(self) -> bool:
+        """Whether something of its process group goes on, since we may not kill it."""
+        dying = timedelta(seconds=_KILL_SECONDS / 5)
+        return wait_until(lambda: _is_alive(self._process.pid), lambda alive: not alive, dying, pause_seconds=0.02)
+
+    def _reason(self, stopped: Stopped) -> str:
+        if stopped == "output":
+            return f"printed more than {_size(self._command.most_output)}"
+        return f"was still running after {self._command.limit.total_seconds():g} s"
+
+
+def _is_alive(group: int) -> bool:
+    """Whether a process group has more than zombies in it."""
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, found = status.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:3]
+            if int(found) == group and state != "Z":
+                return True
+    return False
+
+
+def _size(count: int) -> str:
+    return f"{count >> 20} MiB" if count >= 1 << 20 else f"{count >> 10} KiB"
+
+
+class OutputLines:
+    """The output of a program, logged line by line up to a limit; the rest is only counted."""
+
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self._log = log
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._line = ""
-        self._room = MOST_OUTPUT
+        self._left = MOST_LOGGED
         self.left_out = 0  #: Bytes.
 
     def add(self, data: bytes) -> None:
         """Take more of it."""
-        shown = data[: self._room]
-        self._room -= len(shown)
-        self.left_out += len(data) - len(shown)
-        *lines, self._line = (self._line + self._decode(shown)).split("\n")
+        logged = data[: self._left]
+        self._left -= len(logged)
+        self.left_out += len(data) - len(logged)
+        *lines, self._line = (self._line + self._decode(logged)).split("\n")
         for line in lines:
-            self._told(line)
+            self._cut(line)
 
     def end(self) -> None:
-        """Hear that there is no more."""
+        """Log the last line, which may have no end."""
         if self._line:
-            self._told(self._line)
+            self._cut(self._line)
             self._line = ""
 
-    def _told(self, line: str) -> None:
-        self._tell(line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}…")
+    def _cut(self, line: str) -> None:
+        self._log(line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}…")
 
 
-class TooMuchError(Exception):
-    """A command printed more than an answer may have; it was killed."""
-
-
-class Answer:
-    """Standard output of one command, as it is."""
-
-    def __init__(self, most: int) -> None:
-        self.data = b""
-        self._most = most
-
-    def add(self, data: bytes) -> None:
-        """
-        Keep more of it.
-
-        Raises:
-            TooMuchError: It is too much.
-        """
-        self.data += data
-        if len(self.data) > self._most:
-            raise TooMuchError(f"printed more than {self._most} bytes")
-
-    def end(self) -> None:
-        """Nothing is left to do."""
-
-
-def run(
-    words: Sequence[str], environment: Mapping[str, str], limit: timedelta, output: CommandOutput | Answer
-) -> Ended:
+def run_logged(words: Sequence[str], variables: Mapping[str, str], limit: timedelta, lines: OutputLines) -> Ended:
     """
-    Run one, with nothing on its standard input and in a session of its own.
-
-    At its time limit it is killed with all that it started, but for what made itself a session of its own. What it left
-    in the background when it ended goes on, and is not waited for.
+    Run an operator's command; what it leaves in the background when it ends goes on.
 
     Args:
-        words: Program and arguments.
-        environment: Beside PATH, HOME and LANG, which are ours.
+        words: The program and its arguments.
+        variables: Its environment, beside our own PATH, HOME and LANG.
         limit: For all of it.
-        output: Is told what it writes; `CommandOutput` what goes to standard error, too.
-
-    Raises:
-        TooMuchError: Of an `Answer`.
+        lines: Takes both of its outputs.
     """
-    ours = {name: os.environ[name] for name in _PASSED if name in os.environ}
-    reading, writing = os.pipe()
+    command = Command(words=words, environment=passed_on(variables), limit=limit)
     try:
-        try:
-            process = subprocess.Popen(
-                list(words),
-                cwd="/",
-                env={"PATH": _USUAL_PATH, **ours, **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=writing,
-                stderr=writing if isinstance(output, CommandOutput) else subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        except (OSError, ValueError) as e:  # ValueError: a NUL character
-            return Ended(None, f"could not be started: {e.strerror if isinstance(e, OSError) else e}")
-        finally:
-            os.close(writing)
-        with process:
-            code = _code(process, reading, limit, output)
+        return run(command, lines.add, subprocess.STDOUT)
     finally:
-        os.close(reading)
-        output.end()
-    if code is None:
-        return Ended(None, f"was still running after {limit.total_seconds():g} s, and was killed")
-    if code < 0:
-        return Ended(code, f"was ended by signal {-code}")
-    return Ended(code, f"ended with code {code}" if code else "")
+        lines.end()
 
 
-def _code(
-    process: subprocess.Popen[bytes], reading: int, limit: timedelta, output: CommandOutput | Answer
-) -> int | None:
-    """Run to the end: the exit code; None: it was killed."""
-    deadline = time.monotonic() + limit.total_seconds()
-    try:
-        _read_until_ended(process, reading, deadline, output)
-        return process.wait(max(0.0, deadline - time.monotonic()))
-    except BaseException as e:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        if isinstance(e, subprocess.TimeoutExpired):
-            return None
-        raise
+def python_command(code: str, *arguments: str) -> list[str]:
+    """
+    The command that runs some code in another process, with the same Python and the same modules.
 
+    Neither the environment nor the working directory says what it loads (-I); where this process finds its modules is
+    handed on, since a release's tree is no place that Python knows by itself.
 
-def _read_until_ended(
-    process: subprocess.Popen[bytes], reading: int, deadline: float, output: CommandOutput | Answer
-) -> None:
-    """Read until nobody can write any more, or it has ended, or the time is over."""
-    poller = select.poll()
-    poller.register(reading, select.POLLIN)
-    while (left := deadline - time.monotonic()) > 0:
-        has_ended = process.poll() is not None  # before the look at the pipe, or its last words could be missed
-        if poller.poll(0 if has_ended else min(left, _POLL_SECONDS) * 1000):
-            data = os.read(reading, 1 << 16)
-            if not data:
-                return
-            output.add(data)
-        elif has_ended:
-            return
+    Args:
+        code: What it runs.
+        arguments: Its `sys.argv`, behind the first.
+    """
+    options = ["-I", "-S"] if sys.flags.no_site else ["-I"]
+    places = [place for place in sys.path if place]
+    return [sys.executable, *options, "-c", f"import sys; sys.path[:] = {places!r}; {code}", *arguments]

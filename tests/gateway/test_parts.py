@@ -357,7 +357,7 @@ _ENTRY = '{"addresses": ["192.0.2.9"]}'
         (f"echo noise >&2; echo '{_ENTRY}'", ""),
         (f"sleep 30 & echo '{_ENTRY}'", ""),  # which keeps its standard output open
         (f"setsid sh -c 'exec sleep 30' & echo '{_ENTRY}'", ""),
-        ("yes", "printed more than 65536 bytes"),
+        ("yes", "printed more than 64 KiB"),
         ("yes >&2", "was still running after 2 s, and was killed"),
         ("sleep 30; echo", "was still running after 2 s, and was killed"),
         ("kill -9 $$", "was ended by signal 9"),

@@ -27,7 +27,7 @@ from bridge.settings.tables import Commands, Settings
 from bridge.state.outcome import Outcome
 from bridge.state.store import Store
 from bridge.system.console import LogFormat, set_up
-from bridge.system.run_command import LONGEST_LINE, MOST_OUTPUT, CommandOutput, Ended, run
+from bridge.system.run_command import MOST_LOGGED
 
 NOW = datetime(2026, 11, 25, 12, tzinfo=UTC)
 LONG = timedelta(seconds=30)
@@ -120,85 +120,6 @@ def test_what_is_no_command_is_a_settings_error(value: str) -> None:
     assert [(p.key, p.line) for p in e.value.problems] == [("hooks.success", 2)]
 
 
-# --- one command -----------------------------------------------------------------------------------------------------
-
-
-def test_a_command_is_told_line_by_line_with_its_errors() -> None:
-    """The last line needs no newline, and bytes that are no text are replaced."""
-    lines: list[str] = []
-    script = "echo one; echo two >&2; printf 'thr\\377'"
-    assert run(["sh", "-c", script], PATH, LONG, CommandOutput(lines.append)) == Ended(0)
-    assert lines == ["one", "two", "thr\N{REPLACEMENT CHARACTER}"]
-
-
-def test_a_command_has_no_input_and_no_terminal() -> None:
-    """One that asks is not answered, and does not wait."""
-    lines: list[str] = []
-    script = "cat; pwd; if : </dev/tty; then echo terminal; fi 2>/dev/null"
-    run(["sh", "-c", script], PATH, LONG, CommandOutput(lines.append))
-    assert lines == ["/"]
-
-
-@pytest.mark.parametrize(
-    ("words", "ended"),
-    [
-        (["sh", "-c", "exit 3"], Ended(3, "ended with code 3")),
-        (["sh", "-c", "kill -TERM $$"], Ended(-15, "was ended by signal 15")),
-        (["/nowhere/x"], Ended(None, "could not be started: No such file or directory")),
-        (["/etc"], Ended(None, "could not be started: Permission denied")),
-        (["a\0b"], Ended(None, "could not be started: embedded null byte")),
-    ],
-    ids=["code", "signal", "not there", "no program", "NUL"],
-)
-def test_a_failed_command_says_how(words: list[str], ended: Ended) -> None:
-    """In words for a sentence."""
-    assert run(words, PATH, LONG, CommandOutput(print)) == ended
-
-
-def test_at_its_time_limit_a_command_is_killed_with_all_that_it_started(tmp_path: Path) -> None:
-    """Grandchildren that ignore the friendly signals, too."""
-    pids = tmp_path / "pids"
-    script = f"trap '' TERM HUP; (trap '' TERM HUP; (echo $$ >>{pids}; exec sleep 60) & sh -c 'echo $$ >>{pids}; sleep 60') & echo $$ >>{pids}; wait"
-    started = time.monotonic()
-    ended = run(["sh", "-c", script], PATH, timedelta(seconds=1), CommandOutput(print))
-    assert ended == Ended(None, "was still running after 1 s, and was killed")
-    assert time.monotonic() - started < 10
-    deadline = time.monotonic() + 5
-    while any(is_running(int(pid)) for pid in pids.read_text().split()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert len(pids.read_text().split()) == 3
-    assert not [pid for pid in pids.read_text().split() if is_running(int(pid))]
-
-
-def test_a_command_that_closes_its_output_has_the_same_time_limit() -> None:
-    """There is nothing more to read then, and still something to wait for."""
-    ended = run(["sh", "-c", "exec >/dev/null 2>&1; sleep 60"], PATH, timedelta(seconds=0.5), CommandOutput(print))
-    assert ended.code is None
-
-
-def test_what_a_command_left_in_the_background_is_not_waited_for(tmp_path: Path) -> None:
-    """Though it holds the output open; and all that came before is told."""
-    lines: list[str] = []
-    pid = tmp_path / "pid"
-    started = time.monotonic()
-    assert run(["sh", "-c", f"sleep 60 & echo $! >{pid}; echo done"], PATH, LONG, CommandOutput(lines.append)) == Ended(
-        0
-    )
-    assert time.monotonic() - started < 10
-    assert lines == ["done"]
-    os.kill(int(pid.read_text()), signal.SIGKILL)
-
-
-def test_output_without_end_is_cut_and_does_not_stop_the_command() -> None:
-    """A few screens are told, the rest is counted."""
-    lines: list[str] = []
-    output = CommandOutput(lines.append)
-    total = 50 << 20
-    assert run(["head", "-c", str(total), "/dev/zero"], PATH, LONG, output) == Ended(0)
-    assert output.left_out == total - MOST_OUTPUT
-    assert [len(line) for line in lines] == [LONGEST_LINE + 1]
-
-
 # --- what a hook is told ---------------------------------------------------------------------------------------------
 
 
@@ -271,7 +192,7 @@ def test_the_output_of_a_hook_is_in_the_log(make: Make, node: Node, capsys: pyte
     assert lines[:2] == ["hook success: told", "hook success: trouble"]
     assert (
         lines[-1]
-        == f"warning: hook success: sh: {100_000 + len('told trouble ') - MOST_OUTPUT} more bytes of output are not shown"
+        == f"warning: hook success: sh: {100_000 + len('told trouble ') - MOST_LOGGED} more bytes of output are not shown"
     )
 
 

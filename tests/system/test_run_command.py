@@ -1,0 +1,219 @@
+"""A program is held to its limits, and whatever it does, a run goes on."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import signal
+import subprocess
+import textwrap
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from bridge.system.run_command import (
+    LONGEST_LINE,
+    MOST_LOGGED,
+    Command,
+    Ended,
+    OutputLines,
+    python_command,
+    run,
+    run_logged,
+)
+
+LONG = timedelta(seconds=30)
+PATH = {"PATH": os.environ["PATH"]}
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_command_is_told_line_by_line_with_its_errors() -> None:
+    """The last line needs no newline, and bytes that are no text are replaced."""
+    lines: list[str] = []
+    script = "echo one; echo two >&2; printf 'thr\\377'"
+    assert run_logged(["sh", "-c", script], PATH, LONG, OutputLines(lines.append)) == Ended(0)
+    assert lines == ["one", "two", "thr\N{REPLACEMENT CHARACTER}"]
+
+
+def test_a_command_has_no_input_and_no_terminal() -> None:
+    """One that asks is not answered, and does not wait."""
+    lines: list[str] = []
+    script = "cat; pwd; if : </dev/tty; then echo terminal; fi 2>/dev/null"
+    run_logged(["sh", "-c", script], PATH, LONG, OutputLines(lines.append))
+    assert lines == ["/"]
+
+
+@pytest.mark.parametrize(
+    ("words", "ended"),
+    [
+        (["sh", "-c", "exit 3"], Ended(3, "ended with code 3")),
+        (["sh", "-c", "kill -TERM $$"], Ended(-15, "was ended by signal 15")),
+        (["/nowhere/x"], Ended(None, "could not be started: No such file or directory")),
+        (["/etc"], Ended(None, "could not be started: Permission denied")),
+        (["a\0b"], Ended(None, "could not be started: embedded null byte")),
+    ],
+    ids=["code", "signal", "not there", "no program", "NUL"],
+)
+def test_a_failed_command_says_how(words: list[str], ended: Ended) -> None:
+    """In words for a sentence."""
+    assert run_logged(words, PATH, LONG, OutputLines(print)) == ended
+
+
+def test_at_its_time_limit_a_command_is_killed_with_all_that_it_started(tmp_path: Path) -> None:
+    """Grandchildren that ignore the friendly signals, too."""
+    pids = tmp_path / "pids"
+    script = f"trap '' TERM HUP; (trap '' TERM HUP; (echo $$ >>{pids}; exec sleep 60) & sh -c 'echo $$ >>{pids}; sleep 60') & echo $$ >>{pids}; wait"
+    started = time.monotonic()
+    ended = run_logged(["sh", "-c", script], PATH, timedelta(seconds=1), OutputLines(print))
+    assert ended == Ended(None, "was still running after 1 s, and was killed")
+    assert time.monotonic() - started < 10
+    deadline = time.monotonic() + 5
+    while any(is_running(int(pid)) for pid in pids.read_text().split()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(pids.read_text().split()) == 3
+    assert not [pid for pid in pids.read_text().split() if is_running(int(pid))]
+
+
+def test_a_command_that_closes_its_output_has_the_same_time_limit() -> None:
+    """There is nothing more to read then, and still something to wait for."""
+    ended = run_logged(["sh", "-c", "exec >/dev/null 2>&1; sleep 60"], PATH, timedelta(seconds=0.5), OutputLines(print))
+    assert ended.code is None
+
+
+def test_what_a_command_left_in_the_background_is_not_waited_for(tmp_path: Path) -> None:
+    """Though it holds the output open; and all that came before is told."""
+    lines: list[str] = []
+    pid = tmp_path / "pid"
+    started = time.monotonic()
+    assert run_logged(
+        ["sh", "-c", f"sleep 60 & echo $! >{pid}; echo done"], PATH, LONG, OutputLines(lines.append)
+    ) == Ended(0)
+    assert time.monotonic() - started < 10
+    assert lines == ["done"]
+    os.kill(int(pid.read_text()), signal.SIGKILL)
+
+
+def test_output_without_end_is_cut_and_does_not_stop_the_command() -> None:
+    """A few screens are told, the rest is counted."""
+    lines: list[str] = []
+    output = OutputLines(lines.append)
+    total = 50 << 20
+    assert run_logged(["head", "-c", str(total), "/dev/zero"], PATH, LONG, output) == Ended(0)
+    assert output.left_out == total - MOST_LOGGED
+    assert [len(line) for line in lines] == [LONGEST_LINE + 1]
+
+
+def test_what_a_program_leaves_behind_is_ended_where_that_is_asked_for(tmp_path: Path) -> None:
+    """All that it printed before is kept."""
+    pid, output = tmp_path / "pid", bytearray()
+    words = ["sh", "-c", f"sleep 60 & echo $! >{pid}; echo done"]
+    command = Command(words=words, environment=PATH, limit=LONG, ends_background=True)
+    assert run(command, output.extend) == Ended(0)
+    assert output == b"done\n"
+    deadline = time.monotonic() + 5
+    while is_running(int(pid.read_text())) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not is_running(int(pid.read_text()))
+
+
+@pytest.mark.parametrize("words", [["yes"], ["sh", "-c", "yes >&2"]], ids=["output", "messages"])
+def test_a_program_that_prints_without_end_is_killed(words: list[str]) -> None:
+    """At a limit of bytes for both of its outputs."""
+    command = Command(words=words, environment=PATH, limit=LONG, most_output=64 << 10)
+    ended = run(command, len, len)
+    assert (ended.stopped, ended.failure) == ("output", "printed more than 64 KiB, and was killed")
+
+
+def test_a_program_is_stopped_when_it_is_enough() -> None:
+    """Long before its limit of time."""
+    begin = time.monotonic()
+    command = Command(words=["sleep", "60"], environment=PATH, limit=LONG)
+    assert run(command, is_enough=lambda seconds: seconds > 0.1).stopped == "enough"
+    assert time.monotonic() - begin < 10
+
+
+def test_a_kernel_without_process_descriptors_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its end is seen a moment later."""
+
+    def lacking(*_: object) -> int:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("os.pidfd_open", lacking)
+    assert run(Command(words=["sh", "-c", "exec >&- 2>&-; sleep 0.1; exit 4"], environment=PATH, limit=LONG)).code == 4
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("script", "failure"),
+    [
+        ("exec sleep 60", "was still running after 0.5 s, and can't be killed: it goes on"),
+        (
+            "setpriv --reuid=NOBODY --clear-groups sleep 60 & sleep 60",
+            "was still running after 0.5 s, and was killed, but what it started as another user goes on",
+        ),
+    ],
+    ids=["itself", "what it started"],
+)
+def test_a_program_that_we_may_not_kill_is_given_up(script: str, failure: str) -> None:
+    """Root without CAP_KILL, as below a unit: the run goes on, and says what is left; nothing waits for it."""
+    script = script.replace("NOBODY", str(pwd.getpwnam("nobody").pw_uid))
+    is_itself = script.startswith("exec")
+    code = f"""
+        from datetime import timedelta
+        from bridge.system import run_command
+        from bridge.system.run_command import Account, Command, run
+        run_command._KILL_SECONDS = 0.5
+        account = Account.of("nobody" if {is_itself} else "")
+        words = ["sh", "-c", "echo $$ >&2; " + {script!r}]
+        command = Command(
+            words=words, environment={PATH!r}, limit=timedelta(seconds=0.5), account=account
+        )
+        pid = bytearray()
+        ended = run(command, messages=pid.extend)
+        print(int(pid), ended.failure)
+    """
+    begin = time.monotonic()
+    done = subprocess.run(
+        ["setpriv", "--bounding-set=-kill", *python_command(textwrap.dedent(code))],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    pid, _, found = done.stdout.strip().partition(" ")
+    os.killpg(int(pid), signal.SIGKILL)
+    assert found == failure
+    assert time.monotonic() - begin < 20
+
+
+def test_finds_what_this_one_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules of a directory that only this process was told of, as a release's tree is; arguments arrive."""
+    (tmp_path / "only_here.py").write_text("import sys; print(sys.argv[1:])")
+    command = python_command("import only_here", "a", "b c")
+    assert subprocess.run(command, capture_output=True, check=False).returncode != 0
+    monkeypatch.syspath_prepend(tmp_path)
+    command = python_command("import only_here", "a", "b c")
+    assert subprocess.check_output(command, text=True) == "['a', 'b c']\n"
+
+
+def test_its_surroundings_have_no_say(tmp_path: Path) -> None:
+    """Neither $PYTHONPATH nor the working directory."""
+    (tmp_path / "json.py").write_text("print('theirs')")
+    done = subprocess.run(
+        python_command("import json; print(json.loads('1'))"),
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "1\n"
