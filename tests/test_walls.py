@@ -164,25 +164,26 @@ def floor_wall(source: str, module: str) -> Iterator[str]:
             yield name
 
 
-def backend_wall(source: str, module: str) -> Iterator[str]:
-    """
-    Of ours, a backend imports the contract, the specs, the errors, how HTTP is done, and the further files of its own CA.
+#: What a family of backends needs beside the doors, and why.
+_ALSO = {
+    # a program, with limits and the end of all that it started
+    "backends.cmp": ["bridge.system.run_command"],
+    # a program, which only root and its account may change; what it prints has certificates in any form
+    "backends.exec": ["bridge.system.run_command", "bridge.system.paths", "bridge.pki.certificates"],
+    # a program, and a database of files with a lock like ours
+    "backends.openssl": ["bridge.system.run_command", "bridge.system.files", "bridge.system.paths"],
+    # a CA that is reached by files: the bundles' format, and what reads and writes files safely
+    "backends.exchange": [
+        *("bridge.pki.bundle", "bridge.pki.bundle_format", "bridge.pki.signatures"),
+        *("bridge.system.files", "bridge.system.paths"),
+    ],
+}
 
-    A CA behind a program needs the one way to run programs: limits, and the end of all that a program started, are easy
-    to get wrong. A CA that is reached by files also needs the bundles' format and what reads and writes files safely; one whose
-    programs print certificates in any form needs what reads those.
-    """
+
+def backend_wall(source: str, module: str) -> Iterator[str]:
+    """Of ours, a backend imports the doors, how HTTP is done, its own family's files, and what `_ALSO` says."""
     family = ".".join(module.split(".")[:2])
-    allowed = [*(f"bridge.{door}" for door in DOORS), "bridge.system.http"]
-    if family in {"backends.cmp", "backends.exec", "backends.openssl"}:  # programs, with limits and their end
-        allowed += ["bridge.system.run_command"]
-    if family == "backends.openssl":  # a database of files, with a lock like ours
-        allowed += ["bridge.system.files", "bridge.system.ownership"]
-    if family == "backends.exchange":
-        allowed += ["bridge.pki.bundle", "bridge.pki.bundle_format", "bridge.pki.signatures"]
-        allowed += ["bridge.system.files", "bridge.system.safe_read"]
-    if family == "backends.exec":
-        allowed += ["bridge.pki.certificates"]
+    allowed = [*(f"bridge.{door}" for door in DOORS), "bridge.system.http", *_ALSO.get(family, ())]
     if module.endswith(".setup"):  # prints what a CA needs for certificates that it looks into
         allowed += ["bridge.pki.certificates"]
     for name in imports(source, module):

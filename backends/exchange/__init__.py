@@ -38,7 +38,7 @@ from bridge.pki.bundle_format import (
 from bridge.pki.signatures import is_by, public_key
 from bridge.specs import CertificateSpec
 from bridge.system.files import write_atomically
-from bridge.system.safe_read import UnreadableError, read
+from bridge.system.paths import UnreadableError, read
 
 #: Requests hold nothing secret, and who carries them is usually another user.
 REQUEST_MODE = 0o644

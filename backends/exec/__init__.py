@@ -25,7 +25,6 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from backends.exec import answer as exec_answer
 from backends.exec.environment import ENVIRONMENT, ekus_text
-from backends.exec.process import NotRunError, check_program
 from bridge.contract import BackendSettings, Issued, Pending, Selector, SetupFile, SetupRequest, SignRequest
 from bridge.errors import (
     BackendError,
@@ -37,6 +36,7 @@ from bridge.errors import (
 )
 from bridge.pki.certificates import is_for
 from bridge.specs import CertificateSpec
+from bridge.system.paths import program_exposure
 from bridge.system.run_command import Account, Command, Ended, run
 
 log = logging.getLogger("ca-bridge.exec")
@@ -259,10 +259,7 @@ class ExecBackend:
         surroundings = {**ENVIRONMENT, "HOME": self._account.home, **self._settings.environment}
         seconds = self._settings.timeout.total_seconds()
         told = {"CERTMONGER_OPERATION": operation, "CA_BRIDGE_TIMEOUT_SECONDS": str(max(1, int(seconds))), **variables}
-        try:
-            check_program(self._program, self._account)
-        except NotRunError as e:
-            raise self._refused(str(e), e.hint) from e
+        self._check_program()
         output, messages = bytearray(), bytearray()
         command = Command(
             words=self._settings.command,
@@ -278,6 +275,21 @@ class ExecBackend:
             raise self._stopped(operation, ended, _Answer(code=0, output=bytes(output), messages=bytes(messages)))
         log.debug("%s: %s ended with status %d after %.2f s", self._program, operation, ended.code, ended.seconds)
         return _Answer(code=ended.code, output=bytes(output), messages=bytes(messages))
+
+    def _check_program(self) -> None:
+        """
+        Only root, we, and the account that runs the program may change it, as `sudo` has it for its own files.
+
+        Raises:
+            BackendRefusedError: It is not there, or somebody else may.
+        """
+        try:
+            found = program_exposure(self._program, self._account.uid)
+        except OSError as e:
+            text = f"wanted a program, found: {e.strerror}"
+            raise self._refused(text, "`command` begins with its path") from e
+        if found is not None:
+            raise self._refused(f"{found.path}: wanted {found.wanted}, found {found.found}", found.hint)
 
     def _stopped(self, operation: str, ended: Ended, answer: _Answer) -> BackendError:
         if ended.error is not None:

@@ -18,7 +18,7 @@ from bridge.pki.expiry import minute
 from bridge.settings.tables import Settings
 from bridge.specs import Authority
 from bridge.system.ca_files import NoCaFileError, read_ca_file
-from bridge.system.safe_read import UnreadableError, read
+from bridge.system.paths import UnreadableError, read
 
 Certificates = Mapping[str, tuple[x509.Certificate, ...]]
 

@@ -30,8 +30,8 @@ from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki import csr
 from bridge.specs import KEY_ALGORITHMS, KUBELET_CONF, SPECS, CertificateSpec, KeyAlgorithm
 from bridge.system.files import Attributes, write_staged
+from bridge.system.paths import UnreadableError, read
 from bridge.system.run_command import OutputLines, run_logged
-from bridge.system.safe_read import UnreadableError, read
 
 #: A dozen RSA keys of 4096 bits on a slow machine.
 _LIMIT = timedelta(minutes=5)

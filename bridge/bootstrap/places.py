@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from bridge.errors import BridgeError
 from bridge.node.kubelet import KUBELET_DIR
 from bridge.specs import AUTHORITIES, KUBELET_CONF, KUBELET_SERVER, SPECS, Authority, CertificateSpec
-from bridge.system.safe_read import UnreadableError, read
+from bridge.system.paths import UnreadableError, read
 
 #: init: the first control-plane node; control-plane: a further one; worker: a node without a control plane.
 Role = Literal["init", "control-plane", "worker"]

@@ -21,7 +21,7 @@ from bridge.state import audit
 from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, Replacement, digest, install
 from bridge.state.session import Run
 from bridge.system.files import sync_directory
-from bridge.system.ownership import exposure
+from bridge.system.paths import exposure
 
 _DIRECTORY_MODE = 0o755
 _PRIVATE = 0o600

@@ -22,8 +22,7 @@ from bridge.pki import signatures
 from bridge.pki.display import fingerprint_text
 from bridge.settings.tables import Settings
 from bridge.system.files import write_atomically
-from bridge.system.ownership import open_secret
-from bridge.system.safe_read import UnreadableError, read
+from bridge.system.paths import UnreadableError, open_secret, read
 
 _PUBLIC = 0o644
 _MOST_BYTES = 1 << 20

@@ -26,7 +26,7 @@ from bridge.renewal import serving
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, CA
 from bridge.system import jobs as system_jobs
-from bridge.system.safe_read import UnreadableError, read
+from bridge.system.paths import UnreadableError, read
 from bridge.words import name_found
 
 commands = typer.Typer()

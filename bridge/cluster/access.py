@@ -20,9 +20,9 @@ from bridge.node.endpoints import Server
 from bridge.node.inventory import Node
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.specs import Component
-from bridge.system import safe_read
+from bridge.system import paths
 from bridge.system.http import HttpsError
-from bridge.system.safe_read import UnreadableError
+from bridge.system.paths import UnreadableError
 from bridge.words import one_line
 
 #: Where a pod finds its service account.
@@ -58,7 +58,7 @@ def of_node(node: Node, kubeconfig_dir: Path) -> Access:
     servers = [Server(url)] if (url := local_url(node)) else []
     for name in _KUBECONFIGS:
         try:
-            data = safe_read.read(kubeconfig_dir / name)
+            data = paths.read(kubeconfig_dir / name)
             if data is None:
                 continue
             client, server = _of_kubeconfig(kubeconfig_dir / name, data)
@@ -138,7 +138,7 @@ def _token(path: Path) -> str:
 
 
 def _bytes(path: Path, what: str) -> bytes:
-    found = safe_read.read(path)
+    found = paths.read(path)
     if not found:
         raise ValueError(f"wanted {what} in {path}, found none")
     return found

@@ -43,7 +43,7 @@ from bridge.node.yamltree import document, split_bom
 from bridge.pki.certificates import attributes, serial_hex
 from bridge.settings.tables import Settings
 from bridge.specs import CA, ETCD_CA, KUBELET_CONF, KUBELET_SERVER, SPECS, Authority, Component
-from bridge.system import safe_read
+from bridge.system import paths
 from bridge.system.http import HttpsError, UnreachableError
 
 _CLIENT_URLS = ("--listen-client-urls", endpoints.ETCD_HTTP_ONLY)
@@ -332,7 +332,7 @@ def _kubelet_place(look: Look) -> Address:
     Raises:
         UnreadableError, ValueError: The configuration can't be read.
     """
-    data = safe_read.read(look.machine.kubelet_config)
+    data = paths.read(look.machine.kubelet_config)
     root = None if data is None else document(split_bom(data)[1])
     found = {key: "" if root is None or (node := root.get(key)) is None else node.text() for key in ("address", "port")}
     own = look.flags(Component.APISERVER).get("--advertise-address", "127.0.0.1")
@@ -428,7 +428,7 @@ def _kubelet_pair(look: Look, item: Item) -> Verdict:
     if not item.managed or (item.rotates and _was_written_by_a_kubelet(item.certificate_path)):
         return Verdict("not-ours", f"{item.certificate_path} is rotated by the kubelet itself")
     ours, copy = item.certificates[0], look.machine.kubelet_copy
-    if item.embedded and safe_read.read(copy) is not None and (used := leaf(copy)) != ours:
+    if item.embedded and paths.read(copy) is not None and (used := leaf(copy)) != ours:
         if is_rotated(copy, used, item.certificate_path, ours):
             return Verdict("not-ours", f"uses {copy}, which is younger, and rotated by the kubelet itself")
         detail = f"uses its copy {copy}, serial {serial_hex(used)}; {item.certificate_path} has {serial_hex(ours)}"

@@ -16,7 +16,7 @@ from bridge.cluster.client import NOBODY, Client, document, items
 from bridge.node.endpoints import Server, is_url
 from bridge.node.inventory import Node
 from bridge.system import http
-from bridge.system.safe_read import UnreadableError
+from bridge.system.paths import UnreadableError
 
 #: Each is signed by etcd's CA and good for a client; the first is there for this.
 _CLIENTS = ("etcd-healthcheck-client", "apiserver-etcd-client", "etcd-server")

@@ -26,7 +26,7 @@ from bridge.pki.certificates import load_pem_certificates, serial_hex
 from bridge.specs import Component
 from bridge.system import http
 from bridge.system.http import ClientRefusedError, HttpsError, UnreachableError, UntrustedError
-from bridge.system.safe_read import UnreadableError
+from bridge.system.paths import UnreadableError
 
 #: next-connection: right, and in use from the component's next connection on. not-ours: nothing that we renew.
 #: unknown: it could not be looked at.

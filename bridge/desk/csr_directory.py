@@ -27,7 +27,7 @@ from bridge.pki.bundle import BundledRequest, RequestBundle
 from bridge.pki.certificates import pem
 from bridge.specs import SPECS, CertificateSpec
 from bridge.system.files import SECRET_MODE, write_atomically
-from bridge.system.safe_read import UnreadableError, read
+from bridge.system.paths import UnreadableError, read
 
 _SUFFIX = ".csr"
 _CERTIFICATE_MODE = 0o644

@@ -26,14 +26,14 @@ from bridge.pki.bundle import CARRIED, AnswerBundle, BundleError, IncompleteBund
 from bridge.pki.bundle_format import MAX_BUNDLE_BYTES, answer_suffix, digest, dumps, file_names, loads, loads_request
 from bridge.pki.certificates import load_pem_certificates
 from bridge.pki.expiry import is_due
-from bridge.settings.load import DEFAULT_FILE, assert_ours
+from bridge.settings.load import DEFAULT_FILE
 from bridge.settings.tables import RenewalSettings, Settings
 from bridge.state import audit
 from bridge.state.store import Store
 from bridge.system.console import log
 from bridge.system.files import lock
 from bridge.system.many_files import NewFile, remove_unfinished
-from bridge.system.safe_read import UnreadableError, read, read_once
+from bridge.system.paths import UnreadableError, own_text, read, read_once
 from bridge.system.shipped import how_to_begin
 from bridge.words import one_line
 
@@ -82,34 +82,12 @@ def load_policy(settings: Settings, path: Path | None) -> Policy:
         SettingsError: There is none, it can't be read, or not everything in it is right.
     """
     path = path or policy_path(settings)
-    policy = parse(_text(path, "a policy file", "desk-policy.toml"), path)
+    policy = parse(own_text(path, "a policy file", how_to_begin(f"desk/{POLICY_NAME}", path)), path)
     if (inventory := policy.desk.inventory) is None:
         return policy
-    nodes = node_inventory.parse(
-        _text(inventory, "the inventory that desk.inventory names", "inventory.toml"), inventory
-    )
-    return replace(policy, nodes=nodes)
-
-
-def _text(path: Path, wanted: str, example: str) -> str:
-    """
-    Raises:
-        SettingsError: It is not there, it can't be read, or somebody else may write to it.
-    """
-    try:
-        assert_ours(path)
-        data = read(path)
-    except (OSError, UnreadableError) as e:
-        found = str(e.strerror if isinstance(e, OSError) else e)
-        raise SettingsError([SettingsProblem("", wanted, found, path)]) from None
-    if data is None:
-        where = "desk" if example == POLICY_NAME else "gateway"
-        hint = how_to_begin(f"{where}/{example}", path)
-        raise SettingsError([SettingsProblem("", wanted, "none", path)], hint=hint)
-    try:
-        return data.decode()
-    except UnicodeDecodeError as e:
-        raise SettingsError([SettingsProblem("", "UTF-8 text", f"byte {e.start} is not", path)]) from None
+    hint = how_to_begin("gateway/inventory.toml", inventory)
+    text = own_text(inventory, "the inventory that desk.inventory names", hint)
+    return replace(policy, nodes=node_inventory.parse(text, inventory))
 
 
 def load_answer_key(policy: Policy) -> PrivateKeyTypes | None:

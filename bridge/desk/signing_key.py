@@ -10,8 +10,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki import signatures
-from bridge.system.ownership import open_secret
-from bridge.system.safe_read import UnreadableError, read
+from bridge.system.paths import UnreadableError, open_secret, read
 
 
 def load(path: Path, setting: str, what: str) -> PrivateKeyTypes:

@@ -17,7 +17,7 @@ from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES
 from bridge.system.ca_files import NoCaFileError, read_ca_file
 from bridge.system.console import log
-from bridge.system.safe_read import UnreadableError
+from bridge.system.paths import UnreadableError
 
 
 def known_cas(settings: Settings) -> dict[str, tuple[x509.Certificate, ...]]:

@@ -20,7 +20,7 @@ from bridge.pki import verify
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, SPECS
 from bridge.system.ca_files import read_ca_file
-from bridge.system.safe_read import UnreadableError
+from bridge.system.paths import UnreadableError
 
 
 def policy_file(settings: Settings) -> Path:

@@ -27,7 +27,7 @@ from bridge.pki.csr import names_of
 from bridge.pki.kubeadm_names import NamingFacts, NoFactError
 from bridge.settings.tables import Settings
 from bridge.specs import Component
-from bridge.system.safe_read import UnreadableError, read
+from bridge.system.paths import UnreadableError, read
 from bridge.words import one_line
 
 _SERVICE_RANGE = "--service-cluster-ip-range"

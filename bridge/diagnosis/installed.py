@@ -25,8 +25,7 @@ from bridge.pki.certificates import UNREADABLE, load_pem_certificates, name_text
 from bridge.renewal.select import ForeignIdentityError, foreign_identity
 from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF, SPECS, SUPER_ADMIN, Component
-from bridge.system.ownership import exposure, open_secret
-from bridge.system.safe_read import UnreadableError, read
+from bridge.system.paths import UnreadableError, exposure, open_secret, read
 from bridge.words import one_line
 
 #: A CA that ends sooner can't give certificates of the usual length for long.

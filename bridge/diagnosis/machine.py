@@ -23,9 +23,8 @@ from bridge.state import copies
 from bridge.state.store import Store
 from bridge.system import files
 from bridge.system.console import READ_ONLY_HINT
-from bridge.system.foreign import ForeignLinkError, opened
+from bridge.system.paths import ForeignLinkError, UnreadableError, opened, read
 from bridge.system.room import Room, rooms
-from bridge.system.safe_read import UnreadableError, read
 from bridge.words import one_line
 
 #: Below these it is a matter of time.

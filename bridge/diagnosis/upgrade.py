@@ -29,7 +29,7 @@ from bridge.pki import verify
 from bridge.pki.expiry import minute
 from bridge.settings.tables import Settings
 from bridge.specs import CA, ETCD_CA, FRONT_PROXY_CA, KUBELET_CONF, Component
-from bridge.system.safe_read import UnreadableError, read
+from bridge.system.paths import UnreadableError, read
 from bridge.words import one_line
 
 #: A maintenance should be over by then.

@@ -18,7 +18,7 @@ from bridge.specs import Component
 from bridge.state.obligations import AFTER_INSTALL, FAILURE, SUCCESS
 from bridge.state.store import Store
 from bridge.system.ca_files import read_ca_file
-from bridge.system.safe_read import UnreadableError
+from bridge.system.paths import UnreadableError
 
 #: The flag for the key, beside the one for the certificate.
 _KEY_FLAGS = {

@@ -35,7 +35,7 @@ from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, CertificateSpec
 from bridge.system.ca_files import read_ca_file
 from bridge.system.combining import Combined
-from bridge.system.safe_read import UnreadableError
+from bridge.system.paths import UnreadableError
 
 log = logging.getLogger("ca-bridge")
 

@@ -25,17 +25,15 @@ from urllib.parse import quote
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.desk import node_inventory
 from bridge.desk.node_inventory import Inventory, NodeEntry
-from bridge.errors import BridgeError, SettingsError, SettingsProblem
+from bridge.errors import BridgeError
 from bridge.gateway import policy
 from bridge.gateway.policy import GatewayPolicy, NodeState
 from bridge.pki.kubeadm_names import is_node_name
 from bridge.settings.gateway import GatewaySettings
-from bridge.settings.load import assert_ours
 from bridge.settings.reader import Reader, Source
-from bridge.system import safe_read
 from bridge.system.combining import Combined
+from bridge.system.paths import assert_ours, own_text
 from bridge.system.run_command import Command, passed_on, run
-from bridge.system.safe_read import UnreadableError
 from bridge.system.shipped import how_to_begin
 
 log = logging.getLogger("ca-bridge")
@@ -103,19 +101,8 @@ class WatchedFile(Generic[T]):
         return status.st_mtime_ns, status.st_size, status.st_ino
 
     def _read(self) -> T:
-        try:
-            assert_ours(self._path)
-            data = safe_read.read(self._path)
-        except (OSError, UnreadableError) as e:
-            found = e.strerror if isinstance(e, OSError) else str(e)
-            raise SettingsError([SettingsProblem("", f"the {self._what}", str(found), self._path)]) from None
-        if data is None:
-            hint = how_to_begin(f"gateway/{self._what}.toml", self._path)
-            raise SettingsError([SettingsProblem("", f"the {self._what}", "none", self._path)], hint=hint)
-        try:
-            return self._parse(data.decode(), self._path)
-        except UnicodeDecodeError:
-            raise SettingsError([SettingsProblem("", "UTF-8 text", "something else", self._path)]) from None
+        hint = how_to_begin(f"gateway/{self._what}.toml", self._path)
+        return self._parse(own_text(self._path, f"the {self._what}", hint), self._path)
 
 
 class Nodes:

@@ -24,7 +24,7 @@ from bridge.state.store import Store
 from bridge.system import interruption
 from bridge.system.console import print_error
 from bridge.system.files import lock, write_atomically
-from bridge.system.foreign import ForeignLinkError, opened
+from bridge.system.paths import ForeignLinkError, opened
 from bridge.system.state_file import StateError
 
 MODE = 0o644

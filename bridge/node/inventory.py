@@ -38,8 +38,8 @@ from bridge.specs import (
     CertificateSpec,
     Component,
 )
-from bridge.system.safe_read import UnreadableError
-from bridge.system.safe_read import read as read_file
+from bridge.system.paths import UnreadableError
+from bridge.system.paths import read as read_file
 
 FileState = Literal["present", "missing", "broken", "unreadable"]
 KeyState = Literal["local", "external", "missing"]

@@ -17,7 +17,7 @@ from bridge.errors import BridgeError, Exit
 from bridge.node.yamltree import YamlError, YamlNode, documents, split_bom
 from bridge.pki.kubeadm_names import NamingFacts, Release, parse_release
 from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
-from bridge.system.safe_read import UnreadableError, read
+from bridge.system.paths import UnreadableError, read
 
 #: Where the cluster keeps it, for the Kubernetes API.
 CONFIG_MAP = "/api/v1/namespaces/kube-system/configmaps/kubeadm-config"

@@ -21,7 +21,7 @@ from bridge.node import endpoints, kubeconfig
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.node.yamltree import YamlError, document, split_bom
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates
-from bridge.system.safe_read import UnreadableError, read
+from bridge.system.paths import UnreadableError, read
 
 if TYPE_CHECKING:
     from bridge.settings.tables import Settings

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bridge.node.yamltree import YamlError, YamlNode, document, split_bom
 from bridge.specs import Component
-from bridge.system.safe_read import UnreadableError, read
+from bridge.system.paths import UnreadableError, read
 
 #: kubeadm's; in the order in which its documentation restarts them.
 COMPONENTS = (Component.ETCD, Component.APISERVER, Component.CONTROLLER_MANAGER, Component.SCHEDULER)

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 from bridge.node.kubelet import Kubelet
 from bridge.specs import Component
-from bridge.system import safe_read
+from bridge.system import paths
+from bridge.system.paths import UnreadableError
 from bridge.system.run_command import Command, run
-from bridge.system.safe_read import UnreadableError
 
 PROC = Path("/proc")
 
@@ -128,7 +128,7 @@ def file_contents(path: Path) -> bytes:
         ValueError: It is not there.
     """
     try:
-        data = safe_read.read(path)
+        data = paths.read(path)
     except UnreadableError as e:
         raise UnreadableError(f"{path}: {e}") from e
     if data is None:
@@ -147,7 +147,7 @@ def _changed(status: os.stat_result) -> datetime:
 
 def _sees_another(process: Process, path: Path, data: bytes) -> bool:
     try:
-        seen = safe_read.read(process.root / path.relative_to("/"))
+        seen = paths.read(process.root / path.relative_to("/"))
     except UnreadableError:  # another user's process; the times remain
         return False
     return seen is not None and seen != data

@@ -34,7 +34,7 @@ from bridge.state.requests import OpenRequest, OpenRequests
 from bridge.state.session import Run, begun
 from bridge.system.console import Progress
 from bridge.system.files import write_atomically
-from bridge.system.safe_read import UnreadableError, read
+from bridge.system.paths import UnreadableError, read
 
 SCHEMA_VERSION = 1
 #: For what a bundle may do; nothing in it is secret.

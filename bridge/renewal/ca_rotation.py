@@ -14,7 +14,7 @@ from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates
 from bridge.renewal.select import NotReadyError
 from bridge.specs import SPECS
-from bridge.system.safe_read import UnreadableError, read
+from bridge.system.paths import UnreadableError, read
 
 
 class HalfRotatedError(NotReadyError):

@@ -27,7 +27,7 @@ from bridge.state import audit
 from bridge.state.requests import OpenRequests
 from bridge.state.session import Run
 from bridge.system.console import log, printable
-from bridge.system.safe_read import UnreadableError, read
+from bridge.system.paths import UnreadableError, read
 
 
 class NotAskedForError(BridgeError):

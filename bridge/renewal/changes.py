@@ -26,7 +26,7 @@ from bridge.renewal import bindings, cluster_config
 from bridge.renewal.select import ALL, Changes, Desired, DesiredByName, RunOptions, anchors_of, assert_known
 from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF, SPECS, CertificateSpec, Component
-from bridge.system.safe_read import UnreadableError, read
+from bridge.system.paths import UnreadableError, read
 
 #: Of the kubeconfigs of what runs on this node, which talk to its own API server.
 _LOCAL = {"controller-manager.conf", "scheduler.conf", KUBELET_CONF}

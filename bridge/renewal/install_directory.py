@@ -41,7 +41,7 @@ from bridge.state import audit, retention
 from bridge.state.outcome import Outcome
 from bridge.state.session import Run, begun, give_up
 from bridge.system.console import Progress, log
-from bridge.system.safe_read import UnreadableError, read_once
+from bridge.system.paths import UnreadableError, read_once
 
 #: All of kubeadm's files are some 40.
 _MOST_FILES = 1000

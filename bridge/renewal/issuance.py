@@ -31,7 +31,7 @@ from bridge.state.outcome import Outcome
 from bridge.state.session import Run, give_up
 from bridge.system.console import Progress, log
 from bridge.system.interruption import workers
-from bridge.system.ownership import open_secret
+from bridge.system.paths import open_secret
 
 Answer = Issued | Pending | BridgeError
 

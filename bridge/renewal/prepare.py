@@ -33,7 +33,7 @@ from bridge.state.outcome import Outcome
 from bridge.state.requests import OpenRequest
 from bridge.state.session import Run
 from bridge.system.files import DIRECTORY_MODE, Attributes, sync_directory, write_staged
-from bridge.system.ownership import foreign_link
+from bridge.system.paths import foreign_link
 
 #: A desk takes no request that is older than its policy's `max_age` (30 days by default).
 _PROOF_ANEW = timedelta(days=7)

@@ -41,7 +41,7 @@ from bridge.state.requests import Unkept
 from bridge.state.session import Run, begun
 from bridge.system.ca_files import read_ca_file
 from bridge.system.console import Progress
-from bridge.system.safe_read import UnreadableError
+from bridge.system.paths import UnreadableError
 
 
 class NoRehearsalError(BridgeError):

@@ -17,7 +17,7 @@ from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF, KUBELET_SERVER, SPECS, SUPER_ADMIN, CertificateSpec, Component, KeyAlgorithm
 from bridge.state.outcome import Outcome
 from bridge.system.ca_files import read_ca_file
-from bridge.system.safe_read import UnreadableError
+from bridge.system.paths import UnreadableError
 from bridge.words import name_found
 
 if TYPE_CHECKING:  # a night with nothing due makes none of them

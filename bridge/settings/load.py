@@ -33,11 +33,10 @@ from bridge.settings.tables import (
     UserSettings,
 )
 from bridge.specs import AUTHORITIES, KUBELET_SERVER
-from bridge.system.ownership import exposure
+from bridge.system.paths import assert_ours, own_text
 from bridge.words import name_found
 
 DEFAULT_FILE = Path("/etc/ca-bridge/config.toml")
-MAX_SETTINGS_BYTES = 1 << 20
 
 
 def load(file: Path | None) -> Settings:
@@ -53,7 +52,7 @@ def load(file: Path | None) -> Settings:
     if file is None and not DEFAULT_FILE.exists():
         return Settings(source=Source(None, ""))
     path = file or DEFAULT_FILE
-    settings = parse(_read(path), path)
+    settings = parse(own_text(path, "a settings file", "`ca-bridge settings init` writes a commented one"), path)
     node = settings.node
     for key, named, whose in (
         ("desk_key", node.desk_key, "the desk's"),
@@ -85,37 +84,6 @@ def overridden(
         state_dir=(state_dir or settings.node.state_dir).absolute(),
     )
     return dataclasses.replace(settings, node=node)
-
-
-def _read(path: Path) -> str:
-    """The text of the settings file, which nobody else may have a hand in: it names programs that root runs."""
-    try:
-        assert_ours(path)
-        with path.open("rb") as opened:
-            data = opened.read(MAX_SETTINGS_BYTES + 1)
-    except OSError as e:
-        hint = "`ca-bridge settings init` writes a commented one"
-        problem = SettingsProblem("", "a settings file", f"{e.strerror}", path)
-        raise SettingsError([problem], hint=hint) from None
-    if len(data) > MAX_SETTINGS_BYTES:
-        raise SettingsError([SettingsProblem("", f"at most {MAX_SETTINGS_BYTES} bytes", "more", path)])
-    try:
-        return data.decode()
-    except UnicodeDecodeError as e:
-        raise SettingsError([SettingsProblem("", "UTF-8 text", f"byte {e.start} is not", path)]) from None
-
-
-def assert_ours(path: Path) -> None:
-    """
-    Make sure that nobody but root and the effective user can change a file that says what is run or signed.
-
-    Raises:
-        SettingsError: The file or a directory on the way is somebody else's, or others can write to it.
-        OSError: It can't be looked at.
-    """
-    found = exposure(path)
-    if found is not None:
-        raise SettingsError([SettingsProblem("", found.wanted, found.found, found.path)], hint=found.hint)
 
 
 def parse(text: str, file: Path | None = None) -> Settings:

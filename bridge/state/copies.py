@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +33,7 @@ from bridge.state.install import KUBECONFIG_MASK, STAGED_PREFIX
 from bridge.state.obligations import copies_file
 from bridge.state.store import Store
 from bridge.system.files import Attributes, sync_directory, write_staged
-from bridge.system.foreign import ForeignLinkError, Place, opened
-from bridge.system.ownership import trusted_users
-from bridge.system.safe_read import UnreadableError, read
+from bridge.system.paths import ForeignLinkError, Place, UnreadableError, opened, read, regular_file, trusted_users
 from bridge.system.state_file import StateError
 
 log = logging.getLogger("ca-bridge")
@@ -277,11 +274,8 @@ def _judged(place: Place) -> Iterator[_Found]:
         FileNotFoundError: Nothing is there.
         UnreadableError: It can't be read, or others than its owner and root have a hand in it.
     """
-    descriptor = os.open(place.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        status, path = os.fstat(descriptor), Path(f"/proc/self/fd/{descriptor}")
-        if not stat.S_ISREG(status.st_mode):
-            raise UnreadableError("not a regular file")
+    with regular_file(place.path, os.O_NOFOLLOW) as (descriptor, status):
+        path = Path(f"/proc/self/fd/{descriptor}")
         if status.st_nlink != 1:
             raise UnreadableError(f"a file with {status.st_nlink} names (hard links)")
         if place.shared:
@@ -290,8 +284,6 @@ def _judged(place: Place) -> Iterator[_Found]:
         if len(strangers) > 1:
             raise UnreadableError(f"the users {', '.join(map(str, sorted(strangers)))} have a hand in it")
         yield _Found(data=read(path) or b"", attributes=Attributes.of(path), status=status)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

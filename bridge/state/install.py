@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from bridge.errors import BridgeError
 from bridge.state.store import Store, replaced_here
 from bridge.system.files import Attributes, is_frozen, sync_directory, write_staged
-from bridge.system.ownership import foreign_link
+from bridge.system.paths import foreign_link
 from bridge.system.state_file import OnDamage, StateError, StateFile
 
 log = logging.getLogger("ca-bridge")

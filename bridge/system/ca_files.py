@@ -9,7 +9,7 @@ from pathlib import Path
 from cryptography import x509
 
 from bridge.pki.certificates import load_pem_certificates
-from bridge.system.safe_read import UnreadableError, read
+from bridge.system.paths import UnreadableError, read
 
 
 class NoCaFileError(UnreadableError):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from bridge.errors import BridgeError, Exit
-from bridge.system.ownership import exposure
+from bridge.system.paths import exposure
 from bridge.system.status import doing
 from bridge.system.waiting import wait_until
 

@@ -15,7 +15,7 @@ from bridge.pki.certificates import UNREADABLE, attributes
 from bridge.pki.csr import Naming, PrivateKey, subject_of
 from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
 from bridge.system.files import Attributes, sync_directory, write_staged
-from bridge.system.safe_read import UnreadableError, read
+from bridge.system.paths import UnreadableError, read
 from bridge.users.user_rules import User
 from bridge.words import one_line
 

@@ -45,8 +45,7 @@ from bridge.state.users import OpenUser, save, waiting_file
 from bridge.system.ca_files import read_ca_file
 from bridge.system.console import Progress
 from bridge.system.files import write_atomically
-from bridge.system.foreign import ForeignLinkError, opened
-from bridge.system.safe_read import UnreadableError, read, read_once
+from bridge.system.paths import ForeignLinkError, UnreadableError, opened, read, read_once
 from bridge.users import csr_file
 from bridge.users.policy import assert_allowed
 from bridge.users.user_rules import SHORTEST, User

@@ -525,8 +525,11 @@ def test_a_program_that_others_can_change_is_not_run(tmp_path: Path) -> None:
     for place, mode in ((script, 0o775), (script, 0o757), (directory, 0o777), (directory, 0o775)):
         before = place.stat().st_mode & 0o7777
         place.chmod(mode)
+        kind = "directory" if place.is_dir() else "file"
         refused(
-            script, f"wanted {place} to be writable by its owner alone, found mode 0{mode:o}", f"chmod go-w {place}"
+            script,
+            f"{place}: wanted a {kind} that only its owner can write to, found mode 0{mode:o}",
+            f"chmod go-w {place}",
         )
         place.chmod(before)
     assert not (tmp_path / "ran").exists()
@@ -542,9 +545,9 @@ def test_a_program_of_another_user_is_not_run(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(script)
     os.chown(link, 12345, 12345, follow_symlinks=False)
-    refused(link, f"wanted {link} to belong to root or to who runs it, found user 12345", f"chown root {link}")
+    refused(link, f"{link}: wanted it to belong to root, found user 12345", f"chown -h 0 {link}")
     os.chown(script, 12345, 12345)
-    refused(script, f"wanted {script} to belong to root or to who runs it, found user 12345")
+    refused(script, f"{script}: wanted it to belong to root, found user 12345")
     nobody = pwd.getpwnam("nobody")
     os.chown(script, nobody.pw_uid, nobody.pw_gid)
     enterable(tmp_path)
@@ -563,7 +566,7 @@ def test_a_link_to_a_program_that_others_can_change_is_not_run(tmp_path: Path) -
     with pytest.raises(BackendUnavailableError):
         opened(link).sign(REQUEST)
     open_place.chmod(0o777)
-    refused(link, f"wanted {open_place} to be writable by its owner alone")
+    refused(link, f"{open_place}: wanted a directory that only its owner can write to")
 
 
 def test_what_is_no_program_is_named(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from bridge.node import processes
 from bridge.specs import Component
-from bridge.system.safe_read import UnreadableError
+from bridge.system.paths import UnreadableError
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from bridge.node.manifests import parse as parse_manifest
 from bridge.node.yamltree import YamlError
 from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.specs import SPECS, Component
-from bridge.system.safe_read import MAX_FILE_BYTES
+from bridge.system.paths import MAX_FILE_BYTES
 from tests.kit.pki import PKI_SPECS, Pki, handmade_pki
 
 NAMES = list(PKI_SPECS)

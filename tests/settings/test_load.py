@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.expiry import Before, parse_duration
-from bridge.settings.load import MAX_SETTINGS_BYTES, load, parse
+from bridge.settings.load import load, parse
+from bridge.system.paths import MAX_FILE_BYTES
 
 FILE = Path("/etc/ca-bridge/config.toml")
 
@@ -160,10 +161,10 @@ def test_a_named_settings_file_must_be_there(tmp_path: Path) -> None:
 def test_a_huge_settings_file_is_refused(tmp_path: Path) -> None:
     """Memory is bounded."""
     file = tmp_path / "config.toml"
-    file.write_text("#" * (MAX_SETTINGS_BYTES + 1))
+    file.write_text("#" * (MAX_FILE_BYTES + 1))
     with pytest.raises(SettingsError):
         load(file)
-    file.write_text("#" * MAX_SETTINGS_BYTES)
+    file.write_text("#" * MAX_FILE_BYTES)
     load(file)
 
 

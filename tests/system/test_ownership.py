@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.system.ownership import exposure, foreign_link, open_secret
+from bridge.system.paths import exposure, foreign_link, open_secret
 
 SOMEBODY = 12345
 

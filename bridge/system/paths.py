@@ -1,0 +1,414 @@
+"""
+What a path leads to, and who decides that: the owners and modes of all that is on the way, and reading what is there.
+
+A way is walked one directory after the other, each opened in the one before it, so that no owner of a directory can
+lead us elsewhere while we look: what was judged is what is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bridge.errors import SettingsError, SettingsProblem
+
+#: As the kernel counts them (path_resolution(7)).
+MOST_LINKS = 40
+#: Certificates, kubeconfigs and manifests are far below.
+MAX_FILE_BYTES = 1 << 20
+_OVERFLOW_UID = 65534  # unless the administrator has set another (linux/highuid.h)
+_ALL_IDS = ["0", "0", "4294967295"]
+_LOOK = os.O_PATH | os.O_CLOEXEC
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+class UnreadableError(Exception):
+    """Something is there and can't be read; the text says why."""
+
+
+def read(path: Path) -> bytes | None:
+    """
+    A file's content; None when there is none: nothing, a dangling symlink or a directory (as kubeadm sees it).
+
+    Raises:
+        UnreadableError: No permission, not a regular file, too large, or the disk's trouble.
+    """
+    try:
+        with regular_file(path) as (descriptor, _):
+            return _content(descriptor)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+
+
+def read_once(path: Path) -> tuple[bytes, os.stat_result]:
+    """
+    Content and status of a file in a directory that others can write to: opened once, and no link is followed.
+
+    A caller that judges it has to keep these bytes: under the same name there may be another file by now.
+
+    Raises:
+        FileNotFoundError: Nothing is there (any more).
+        UnreadableError: As `read`; also for a link or a directory.
+    """
+    try:
+        with regular_file(path, os.O_NOFOLLOW) as (descriptor, status):
+            return _content(descriptor), status
+    except (NotADirectoryError, IsADirectoryError) as e:
+        raise UnreadableError("not a regular file") from e
+
+
+@contextlib.contextmanager
+def regular_file(path: Path, flags: int = 0) -> Iterator[tuple[int, os.stat_result]]:
+    """
+    Open a file to read, and nothing else: a device is not even opened, since that alone can have an effect.
+
+    Args:
+        path: A path, which may lead through /proc/self/fd.
+        flags: `O_NOFOLLOW` to refuse a link in its place.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, IsADirectoryError: No file is there.
+        UnreadableError: It can't be opened, or is no regular file.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            found = os.open(path, _LOOK | flags)
+            stack.callback(os.close, found)
+            status = os.fstat(found)
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except OSError as e:
+            raise UnreadableError(e.strerror or str(e)) from e
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(status.st_mode):
+            raise UnreadableError("a symbolic link" if stat.S_ISLNK(status.st_mode) else "not a regular file")
+        try:
+            descriptor = os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as e:
+            raise UnreadableError(e.strerror or str(e)) from e
+        stack.callback(os.close, descriptor)
+        yield descriptor, status
+
+
+def _content(descriptor: int) -> bytes:
+    try:
+        with open(descriptor, "rb", closefd=False) as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as e:
+        raise UnreadableError(e.strerror or str(e)) from e
+    if len(data) > MAX_FILE_BYTES:
+        raise UnreadableError(f"more than {MAX_FILE_BYTES} bytes")
+    return data
+
+
+def own_text(path: Path, what: str, hint: str) -> str:
+    """
+    The text of a file that says what is run or signed, which only root and the effective user may change.
+
+    Args:
+        path: The file.
+        what: Its content in words, such as `a settings file`.
+        hint: Where there is no such file.
+
+    Raises:
+        SettingsError: It is not there, can't be read, or somebody else can change it.
+    """
+    try:
+        assert_ours(path)
+        data = read(path)
+    except (OSError, UnreadableError) as e:
+        found = str(e.strerror if isinstance(e, OSError) else e)
+        raise SettingsError([SettingsProblem("", what, found, path)]) from None
+    if data is None:
+        raise SettingsError([SettingsProblem("", what, "none", path)], hint=hint)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as e:
+        raise SettingsError([SettingsProblem("", "UTF-8 text", f"byte {e.start} is not", path)]) from None
+
+
+def assert_ours(path: Path) -> None:
+    """
+    Make sure that only root and the effective user can change a file that says what is run or signed.
+
+    Raises:
+        SettingsError: The file or a directory on the way is somebody else's, or others can write to it.
+        OSError: It can't be looked at.
+    """
+    found = exposure(path)
+    if found is not None:
+        raise SettingsError([SettingsProblem("", found.wanted, found.found, found.path)], hint=found.hint)
+
+
+# --- who decides -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exposure:
+    """Something by which others could change what a path leads to."""
+
+    path: Path  #: The file, directory or link.
+    wanted: str
+    found: str
+    hint: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: wanted {self.wanted}, found {self.found}"
+
+
+def exposure(path: Path, also: int | None = None) -> Exposure | None:
+    """
+    Find by what somebody other than root and the effective user could change what a path leads to.
+
+    The file counts, each directory on the way, and each link with what it leads to. A directory with the sticky bit
+    may be everybody's, as /tmp is: what is ours in it can't be renamed by others. What does not exist belongs to no
+    one else.
+
+    Args:
+        path: The path.
+        also: A further user (uid) who may.
+
+    Raises:
+        OSError: It can't be looked at.
+    """
+    trusted = trusted_users()
+    if also is not None:
+        trusted.add(also)
+    found = (_exposed(step, trusted, also) for step in _steps(path) if step.status is not None)
+    return next(filter(None, found), None)
+
+
+def program_exposure(path: Path, account: int | None = None) -> Exposure | None:
+    """
+    Find why a program must not be run: others could change it, or put another one in its place, or it is none.
+
+    What an interpreter loads is not looked at.
+
+    Args:
+        path: Absolute.
+        account: The user (uid) that runs it; None: the effective one.
+
+    Raises:
+        OSError: It is not there, or can't be looked at.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        hint = "a command begins with the path of its program"
+        return Exposure(path=path, wanted="a program", found="something else than a regular file", hint=hint)
+    return exposure(path, account)
+
+
+def foreign_link(path: Path) -> Exposure | None:
+    """
+    Find the first link on the way that lies where somebody other than root and the effective user may put links.
+
+    Raises:
+        OSError: It can't be looked at.
+    """
+    for step in _steps(path):
+        if step.status is None or not stat.S_ISLNK(step.status.st_mode):
+            continue
+        directory = step.path.parent.resolve()
+        found = exposure(directory)
+        if found is not None or step.status.st_uid not in trusted_users():
+            reason = f"a link in {found.path if found else directory}, where others can put one"
+            return Exposure(
+                path=step.path,
+                wanted="no link, or one that only root can make",
+                found=reason,
+                hint=found.hint if found else f"chown -h {os.geteuid()} {step.path}, after a look at where it leads",
+            )
+    return None
+
+
+def open_secret(path: Path) -> Exposure | None:
+    """
+    Find whether others than its owner, and the groups of root and of this process, may read a file with a secret.
+
+    Raises:
+        OSError: It can't be looked at.
+    """
+    status = path.stat()
+    mode = stat.S_IMODE(status.st_mode)
+    if not mode & 0o007 and not (mode & 0o070 and status.st_gid not in {0, os.getegid()}):
+        return None
+    return Exposure(
+        path=path,
+        wanted="it for its owner alone",
+        found=f"mode {mode:04o}",
+        hint=f"chmod 600 {path}; whoever may have read it has the secret",
+    )
+
+
+def trusted_users() -> set[int]:
+    """
+    The users (uids) whose files are as good as ours.
+
+    A user namespace shows all users that it does not know (root outside it, as a rule) as one.
+    """
+    ours = {0, os.geteuid()}
+    if Path("/proc/self/uid_map").read_text(encoding="ascii").split() != _ALL_IDS:
+        ours.add(_unknown_user())
+    return ours
+
+
+def _unknown_user() -> int:
+    try:
+        return int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="ascii"))
+    except FileNotFoundError:  # a unit with ProcSubset=pid
+        return _OVERFLOW_UID
+
+
+def _exposed(step: _Step, trusted: set[int], also: int | None) -> Exposure | None:
+    path, status = step.path, step.judged
+    us = os.geteuid()
+    if status.st_uid not in trusted:
+        others = sorted({us, us if also is None else also} - {0})
+        wanted = " or ".join(["it to belong to root", *(f"user {uid}" for uid in others)])
+        hint = f"chown -h {us} {path}, after a look at it"
+        return Exposure(path=path, wanted=wanted, found=f"user {status.st_uid}", hint=hint)
+    if stat.S_ISLNK(status.st_mode) or not _others_can_change(status):
+        return None
+    kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a file"
+    return Exposure(
+        path=path,
+        wanted=f"{kind} that only its owner can write to",
+        found=f"mode {stat.S_IMODE(status.st_mode):04o}",
+        hint=f"chmod go-w {path}, after a look at it",
+    )
+
+
+def _others_can_change(status: os.stat_result) -> bool:
+    is_shared = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
+    return bool(status.st_mode & 0o022) and not is_shared
+
+
+# --- the way there ---------------------------------------------------------------------------------------------------
+
+
+class ForeignLinkError(Exception):
+    """Somebody else than root and the effective user decides where the path leads; the text says by what."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A name in an open directory, which may be somebody else's, such as a home; what has the name is no link."""
+
+    directory: int  #: Its descriptor; good for nothing but as a part of a path.
+    name: str
+    #: Of the directories on the way, who else than root and the effective user owns one.
+    owners: frozenset[int]
+    #: The first directory on the way in which others than its owner can put what they like; empty: there is none.
+    shared: str
+
+    @property
+    def path(self) -> Path:
+        """Leads through the open directory, whatever has its old name now."""
+        return Path(f"/proc/self/fd/{self.directory}/{self.name}")
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Place]:
+    """
+    Walk to a file, which need not be there.
+
+    A link is followed only where root or the effective user made it, on a way that others could not have changed.
+
+    Raises:
+        ForeignLinkError: There is another link on the way, or in its place.
+        OSError: A directory can't be opened.
+    """
+    place = _place(path)
+    try:
+        yield place
+    finally:
+        os.close(place.directory)
+
+
+def _place(path: Path) -> Place:
+    trusted, owners, shared = trusted_users(), set[int](), ""
+    for step in _steps(path):
+        if step.status is not None and stat.S_ISLNK(step.status.st_mode):
+            if step.status.st_uid not in trusted or owners or shared:
+                wanted = "wanted no link, or one that only root can make"
+                raise ForeignLinkError(f"{step.path}: {wanted}, found one of user {step.status.st_uid}")
+        elif step.is_last:
+            mode = os.fstat(step.directory).st_mode
+            if not stat.S_ISDIR(mode):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(step.path.parent))
+            # the sticky bit stops renames by others, not new files
+            shared = shared or (str(step.path.parent) if mode & 0o022 else "")
+            directory = os.dup(step.directory)
+            return Place(directory=directory, name=step.path.name, owners=frozenset(owners), shared=shared)
+        else:
+            if step.judged.st_uid not in trusted:
+                owners.add(step.judged.st_uid)
+            if _others_can_change(step.judged):
+                shared = shared or str(step.path)
+    raise ForeignLinkError(f"{path}: wanted a file, found links without end")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    """One name on the way, in a directory that is open until the next step."""
+
+    path: Path  #: As it was walked to; good for messages.
+    status: os.stat_result | None  #: Of itself, if it is a link; None: nothing has the name.
+    directory: int  #: The descriptor of the directory that it is in.
+    is_last: bool  #: Only what a link leads to comes after it.
+
+    @property
+    def judged(self) -> os.stat_result:
+        """The status of what is there."""
+        if self.status is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
+        return self.status
+
+
+def _steps(path: Path) -> Iterator[_Step]:
+    """
+    Everything that decides where a path leads, from the root directory on, links as such.
+
+    It ends where nothing is, and where links have no end.
+
+    Raises:
+        OSError: A directory can't be searched.
+    """
+    here, shown, links = os.open("/", _LOOK | os.O_DIRECTORY), Path("/"), 0
+    rest = list(path.absolute().parts[1:])
+    try:
+        yield _Step(path=shown, status=os.fstat(here), directory=here, is_last=not rest)
+        while rest:
+            name = rest.pop(0)
+            step = shown.parent if name == ".." else shown / name
+            try:
+                found = os.open(name, _LOOK | os.O_NOFOLLOW, dir_fd=here)
+            except (FileNotFoundError, NotADirectoryError):
+                yield _Step(path=step, status=None, directory=here, is_last=not rest)
+                return
+            try:
+                status = os.fstat(found)
+                yield _Step(path=step, status=status, directory=here, is_last=not rest)
+                if not stat.S_ISLNK(status.st_mode):
+                    here, shown, found = found, step, here
+                    continue
+                links += 1
+                if links > MOST_LINKS:
+                    return
+                target = Path(os.readlink("", dir_fd=found))
+                rest = [*target.parts[target.is_absolute() :], *rest]
+                if target.is_absolute():
+                    os.close(here)
+                    here, shown = os.open("/", _LOOK | os.O_DIRECTORY), Path("/")
+            finally:
+                os.close(found)
+    finally:
+        os.close(here)
