@@ -49,9 +49,9 @@ def _run() -> NoReturn:
     if table is not None:
         _end(table.code, table.text)
     from bridge.cli.app import app  # noqa: PLC0415 (see above)
-    from bridge.system import interruption  # noqa: PLC0415
+    from bridge.system import waiting  # noqa: PLC0415
 
-    interruption.listen()
+    waiting.listen()
 
     gc.freeze()
     gc.enable()

@@ -171,7 +171,7 @@ _ALSO = {
     # a program, which only root and its account may change; what it prints has certificates in any form
     "backends.exec": ["bridge.system.run_command", "bridge.system.paths", "bridge.pki.certificates"],
     # a program, and a database of files with a lock like ours
-    "backends.openssl": ["bridge.system.run_command", "bridge.system.files", "bridge.system.paths"],
+    "backends.openssl": [f"bridge.system.{room}" for room in ("run_command", "files", "locks", "paths")],
     # a CA that is reached by files: the bundles' format, and what reads and writes files safely
     "backends.exchange": [
         *("bridge.pki.bundle", "bridge.pki.bundle_format", "bridge.pki.signatures"),

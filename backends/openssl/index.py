@@ -24,7 +24,7 @@ from cryptography import x509
 
 from backends.openssl.config import ConfigDoubtError, parse_config
 from bridge.errors import BackendRefusedError, BackendUnavailableError, LocalFileError
-from bridge.system.files import take_lock
+from bridge.system.locks import take_lock
 from bridge.system.paths import Exposure, exposure
 
 #: For operators, too: `flock DIR/.ca-bridge.lock openssl ca …`

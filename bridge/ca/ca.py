@@ -36,7 +36,7 @@ from bridge.pki import verify
 from bridge.pki.verify import Expectation, Verified
 from bridge.specs import CertificateSpec
 from bridge.system.console import log
-from bridge.system.interruption import workers
+from bridge.system.waiting import workers
 
 #: Requests to one CA at a time; more do not make OpenBao or cfssl any faster (their own CPU is the limit).
 PARALLEL_REQUESTS = 4

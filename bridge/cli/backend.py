@@ -36,8 +36,7 @@ from bridge.node.sample_pki import Cluster, ThrowawayCA, ca_certificate, leaf_ce
 from bridge.pki import csr, verify
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, SPECS
-from bridge.system.console import printable
-from bridge.system.status import doing
+from bridge.system.console import doing, printable
 
 _SAMPLE_LIFETIME = timedelta(days=1)
 

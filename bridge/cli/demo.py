@@ -29,8 +29,8 @@ from bridge.node import inventory, kubeconfig
 from bridge.node.inventory import Item
 from bridge.pki.certificates import pem
 from bridge.specs import EKU
+from bridge.system.console import doing, is_coloured
 from bridge.system.run_command import python_command
-from bridge.system.status import doing, is_coloured
 
 commands = typer.Typer()
 

@@ -21,8 +21,7 @@ from bridge.desk.files import Options, Session, load_answer_key, load_policy
 from bridge.errors import BridgeError, Exit
 from bridge.pki.bundle import Refusal
 from bridge.state import audit
-from bridge.system.console import log, print_error, printable
-from bridge.system.status import Doing, doing, is_lively
+from bridge.system.console import Doing, doing, is_lively, log, print_error, printable
 
 _SECONDS_BETWEEN_LINES = 10.0
 

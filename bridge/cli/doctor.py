@@ -12,7 +12,7 @@ from bridge.cli.printing import say, say_json, say_sentence, width_here
 from bridge.diagnosis import findings
 from bridge.diagnosis.examination import before_upgrade, examine
 from bridge.diagnosis.findings import LEVELS, Cause
-from bridge.system.status import doing
+from bridge.system.console import doing
 
 commands = typer.Typer()
 

@@ -22,7 +22,7 @@ from bridge.pki.expiry import parse_duration
 from bridge.settings.load import load, overridden
 from bridge.settings.tables import Settings
 from bridge.state.store import replaced_here
-from bridge.system import console, interruption
+from bridge.system import console, waiting
 from bridge.system.console import LogFormat
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def _interrupted(error: KeyboardInterrupt) -> NoReturn:
         )
     else:
         console.print_error(BridgeError("interrupted, nothing was replaced"))
-    raise typer.Exit(interruption.exit_code(error))
+    raise typer.Exit(waiting.exit_code(error))
 
 
 def _bug(error: Exception) -> NoReturn:

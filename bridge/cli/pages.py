@@ -13,7 +13,7 @@ import typer
 from bridge.cli.options import Common, command
 from bridge.cli.printing import say
 from bridge.errors import BridgeError
-from bridge.system.shipped import pages
+from bridge.system.files import pages
 from bridge.words import name_found
 
 commands = typer.Typer()

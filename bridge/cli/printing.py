@@ -17,7 +17,7 @@ from datetime import datetime
 from typing import Any
 
 from bridge.pki.expiry import left_text, minute
-from bridge.system import status
+from bridge.system import console
 from bridge.system.console import Progress, log
 from bridge.words import steady
 
@@ -40,7 +40,7 @@ def say(text: str, *, is_styled: bool = False) -> None:
     """
     import typer  # noqa: PLC0415 (what makes the text can be had without a command line)
 
-    status.clear()
+    console.clear_status()
     typer.echo((text if is_styled else steady(text)).removesuffix("\n"), nl=bool(text))
 
 
@@ -176,5 +176,5 @@ class _Progress:
 @contextlib.contextmanager
 def progress_shown() -> Iterator[Progress]:
     """Show progress in the way that fits standard error; a line on a terminal is gone in the end."""
-    with status.doing("making new keys and requests", is_plain=False) as line:
+    with console.doing("making new keys and requests", is_plain=False) as line:
         yield _Progress(line)

@@ -22,7 +22,7 @@ from bridge.settings.load import DEFAULT_FILE
 from bridge.settings.rehearsal import for_rehearsal
 from bridge.settings.tables import Commands, Components, Settings
 from bridge.settings.windows import Windows
-from bridge.system.shipped import shipped
+from bridge.system.files import shipped
 
 commands = typer.Typer()
 settings_group = group(commands, "settings", "Write, show and check the settings file.")

@@ -23,7 +23,7 @@ from bridge.node.inventory import Node
 from bridge.pki.expiry import duration_text
 from bridge.settings.tables import ClusterSettings, Settings
 from bridge.specs import Component
-from bridge.system.status import doing
+from bridge.system.console import doing
 from bridge.system.waiting import wait_until
 
 _LOOK_SECONDS = 2.0

@@ -23,7 +23,7 @@ from bridge.node import inventory
 from bridge.node.inventory import Node
 from bridge.settings.tables import Settings
 from bridge.specs import Component
-from bridge.system.status import doing
+from bridge.system.console import doing
 from bridge.system.waiting import wait_until
 
 _AT_ONCE = 8

@@ -32,12 +32,11 @@ from bridge.specs import Component
 from bridge.state import audit, session
 from bridge.state.parked_manifest import RestartError
 from bridge.state.store import Store
-from bridge.system.console import log
+from bridge.system.console import doing, log
 from bridge.system.files import write_atomically
 from bridge.system.paths import UnreadableError, read
 from bridge.system.run_command import Command, OutputLines, run, run_logged
 from bridge.system.state_file import OnDamage, StateFile, coded
-from bridge.system.status import doing
 from bridge.system.waiting import wait_until
 from bridge.words import name_found
 

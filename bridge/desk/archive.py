@@ -23,7 +23,7 @@ from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, Request
 from bridge.pki.bundle_format import file_names, loads_answer
 from bridge.state.store import Store
 from bridge.system.files import DIRECTORY_MODE, private_directory
-from bridge.system.many_files import NewFile, remove_unfinished
+from bridge.system.many import NewFile, remove_unfinished
 from bridge.system.paths import UnreadableError, exposure, read_once
 
 _ARCHIVE = "desk-done"

@@ -46,7 +46,7 @@ from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, SPECS, USER
 from bridge.state import audit
 from bridge.system.ca_files import read_ca_file
-from bridge.system.many_files import NewFile, write_together
+from bridge.system.many import NewFile, write_together
 from bridge.system.paths import UnreadableError
 
 #: Requests that are read ahead and signed together: few at first, so that a CA is at work soon, and twice as many each

@@ -31,10 +31,10 @@ from bridge.settings.tables import RenewalSettings, Settings
 from bridge.state import audit
 from bridge.state.store import Store
 from bridge.system.console import log
-from bridge.system.files import lock
-from bridge.system.many_files import NewFile, remove_unfinished
+from bridge.system.files import how_to_begin
+from bridge.system.locks import lock
+from bridge.system.many import NewFile, remove_unfinished
 from bridge.system.paths import UnreadableError, own_text, read, read_once
-from bridge.system.shipped import how_to_begin
 from bridge.words import one_line
 
 POLICY_NAME = "desk-policy.toml"

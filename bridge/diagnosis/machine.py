@@ -21,10 +21,10 @@ from bridge.renewal import readiness
 from bridge.settings.tables import Settings
 from bridge.state import copies
 from bridge.state.store import Store
-from bridge.system import files
+from bridge.system import files, locks
 from bridge.system.console import READ_ONLY_HINT
+from bridge.system.files import DiskSpace, disk_spaces
 from bridge.system.paths import ForeignLinkError, UnreadableError, opened, read
-from bridge.system.room import Room, rooms
 from bridge.words import one_line
 
 #: Below these it is a matter of time.
@@ -49,11 +49,11 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
 def room(settings: Settings, *, node: bool = True) -> Iterator[Finding]:
     """Bytes and inodes, on each file system that is written to."""
     places = [settings.node.state_dir, *([settings.node.pki_dir, settings.node.kubeconfig_dir] if node else [])]
-    for one in rooms(places):
+    for one in disk_spaces(places):
         yield from _room(one)
 
 
-def _room(found: Room) -> Iterator[Finding]:
+def _room(found: DiskSpace) -> Iterator[Finding]:
     about = f"file system of {found.place}"
     if found.is_read_only:
         text = "wanted one that can be written to, found it mounted read-only: no renewal can be installed"
@@ -95,7 +95,7 @@ def state_directory(path: Path) -> Iterator[Finding]:
 def lock(state_dir: Path, now: datetime) -> Iterator[Finding]:
     """A run that never ends keeps all others away."""
     try:
-        holder = files.held_by(Store(state_dir).lock)
+        holder = locks.held_by(Store(state_dir).lock)
     except BridgeError as e:
         yield from_error("lock", "lock", e)
         return

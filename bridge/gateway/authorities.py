@@ -34,7 +34,7 @@ from bridge.pki.verify import Expectation, Verified
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, CertificateSpec
 from bridge.system.ca_files import read_ca_file
-from bridge.system.combining import Combined
+from bridge.system.many import Combined
 from bridge.system.paths import UnreadableError
 
 log = logging.getLogger("ca-bridge")

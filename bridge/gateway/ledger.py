@@ -17,7 +17,7 @@ from bridge.settings.tables import AuditSettings
 from bridge.specs import CertificateSpec
 from bridge.state.audit import AuditError, Record
 from bridge.state.store import Store
-from bridge.system.combining import Combined
+from bridge.system.many import Combined
 from bridge.words import one_line
 
 _MOST_TOGETHER = 256

@@ -31,10 +31,10 @@ from bridge.gateway.policy import GatewayPolicy, NodeState
 from bridge.pki.kubeadm_names import is_node_name
 from bridge.settings.gateway import GatewaySettings
 from bridge.settings.reader import Reader, Source
-from bridge.system.combining import Combined
+from bridge.system.files import how_to_begin
+from bridge.system.many import Combined
 from bridge.system.paths import assert_ours, own_text
 from bridge.system.run_command import Command, passed_on, run
-from bridge.system.shipped import how_to_begin
 
 log = logging.getLogger("ca-bridge")
 

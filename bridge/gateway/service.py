@@ -32,7 +32,7 @@ from bridge.settings.gateway import GatewaySettings
 from bridge.settings.tables import Settings
 from bridge.state.audit import AuditError
 from bridge.state.store import Store
-from bridge.system.files import LockedError, lock
+from bridge.system.locks import LockedError, lock
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")

@@ -21,9 +21,10 @@ from bridge.renewal.gate import attempts_file
 from bridge.settings.tables import Settings
 from bridge.state.requests import requests_file
 from bridge.state.store import Store
-from bridge.system import interruption
+from bridge.system import waiting
 from bridge.system.console import print_error
-from bridge.system.files import lock, write_atomically
+from bridge.system.files import write_atomically
+from bridge.system.locks import lock
 from bridge.system.paths import ForeignLinkError, opened
 from bridge.system.state_file import StateError
 
@@ -87,7 +88,7 @@ def kept_current(settings: Settings, now: Callable[[], datetime]) -> Iterator[No
 
 def _code_of(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
-        return interruption.exit_code(error)
+        return waiting.exit_code(error)
     return error.exit_code if isinstance(error, BridgeError) else Exit.FAILED
 
 

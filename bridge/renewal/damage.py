@@ -18,7 +18,7 @@ from bridge.state.parked_manifest import restart_file
 from bridge.state.requests import requests_file
 from bridge.state.store import Store
 from bridge.state.users import waiting_file
-from bridge.system.files import lock
+from bridge.system.locks import lock
 from bridge.system.state_file import StateError, StateFile
 
 

@@ -30,8 +30,8 @@ from bridge.state import audit
 from bridge.state.outcome import Outcome
 from bridge.state.session import Run, give_up
 from bridge.system.console import Progress, log
-from bridge.system.interruption import workers
 from bridge.system.paths import open_secret
+from bridge.system.waiting import workers
 
 Answer = Issued | Pending | BridgeError
 

@@ -12,7 +12,7 @@ from bridge.renewal.select import NotReadyError, outcome_of
 from bridge.settings.tables import Settings
 from bridge.state.outcome import Outcome
 from bridge.system.console import READ_ONLY_HINT
-from bridge.system.room import Room, rooms
+from bridge.system.files import DiskSpace, disk_spaces
 
 #: A renewal of all twelve takes 0.3 MiB: new files beside the old ones, a backup, requests, a record.
 BYTES_NEEDED, INODES_NEEDED = 1 << 20, 64
@@ -45,7 +45,7 @@ def assert_room(settings: Settings) -> None:
         NoRoomError: One of them has too little.
     """
     node = settings.node
-    found = list(rooms((node.state_dir, node.pki_dir, node.kubeconfig_dir)))
+    found = list(disk_spaces((node.state_dir, node.pki_dir, node.kubeconfig_dir)))
     if closed := [str(room.place) for room in found if room.is_read_only]:
         raise ReadOnlyError(
             f"file system of {', '.join(closed)}: wanted one that can be written to, found it read-only"
@@ -54,7 +54,7 @@ def assert_room(settings: Settings) -> None:
         raise NoRoomError("; ".join(problems))
 
 
-def _too_little(room: Room) -> str:
+def _too_little(room: DiskSpace) -> str:
     if room.free < BYTES_NEEDED:
         return (
             f"file system of {room.place}: wanted {BYTES_NEEDED >> 10} KiB for a renewal, found {room.free >> 10} KiB"

@@ -28,7 +28,7 @@ from bridge.pki.certificates import UNREADABLE, fingerprint, name_text, serial_h
 from bridge.settings.tables import AuditSettings
 from bridge.state.audit_chain import DAMAGED, Chain
 from bridge.state.store import Store
-from bridge.system import run_id
+from bridge.system import console
 from bridge.system.console import print_error
 from bridge.system.state_file import StateError
 
@@ -92,7 +92,7 @@ class Record:
             store: Its lock is held whenever lines are written.
             settings: When to rotate, and whether to tell syslog.
         """
-        self.run_id = run_id.begin()  #: Each message of the run has it, too.
+        self.run_id = console.begin_run()  #: Each message of the run has it, too.
         self._store = store
         self._settings = settings
         self._waiting: list[dict[str, Any]] = []

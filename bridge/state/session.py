@@ -18,7 +18,7 @@ from bridge.state.install import Recovery
 from bridge.state.requests import OpenRequests
 from bridge.state.store import Store
 from bridge.system.console import Progress
-from bridge.system.files import lock
+from bridge.system.locks import lock
 from bridge.system.state_file import StateError
 
 

@@ -1,22 +1,28 @@
-"""Messages: to standard error as text or JSON lines, or into systemd's journal. Results are printed by the commands."""
+"""
+What a run says: messages with the run's name, to standard error as text or JSON lines or into systemd's journal, and
+what goes on at the moment. Results are printed by the commands.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
 import os
 import shutil
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
+from pathlib import Path
 from typing import Protocol, TextIO
 
 from bridge.errors import BridgeError
 from bridge.specs import SPECS
-from bridge.system import status
-from bridge.system.run_id import run_id
 
 log = logging.getLogger("ca-bridge")
 ROOT_HINT = "run it as root (sudo)"
@@ -60,6 +66,209 @@ def printable(value: object) -> str:
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(value))
 
 
+class Progress(Protocol):
+    """Who looks on; called from several threads."""
+
+    def signing(self, backend: str, names: Sequence[str]) -> None:
+        """These certificates are being asked for."""
+
+    def signed(self, name: str) -> None:
+        """The CA has answered for one, with a certificate or not."""
+
+    def note(self, text: str) -> None:
+        """Something that the operator should know."""
+
+
+# --- a run's name -----------------------------------------------------------------------------------------------------
+
+_ID_BYTES = 4
+_ids: list[str] = []
+_taken: set[str] = set()
+
+
+def run_id() -> str:
+    """
+    The run that this process is at, in hexadecimal.
+
+    It has its name before its record begins, so that what is said before that (the settings are wrong, another run is
+    at work) has it, too.
+    """
+    if not _ids:
+        _ids.append(os.urandom(_ID_BYTES).hex())
+    return _ids[-1]
+
+
+def begin_run() -> str:
+    """For a record that begins: the process's name, or a new one if another record has it."""
+    if run_id() in _taken:
+        _ids[:] = [os.urandom(_ID_BYTES).hex()]
+    _taken.clear()
+    _taken.add(_ids[-1])
+    return _ids[-1]
+
+
+# --- what goes on at the moment ---------------------------------------------------------------------------------------
+
+# A line that moves on a terminal, a plain line elsewhere; nothing in the first two seconds. On a terminal the line is
+# gone when what it tells of is over; into a file or a journal goes one line for each thing that takes that long.
+
+_QUIET_SECONDS = 2.0
+_FRAME_SECONDS = 0.25
+_FRAMES = ("|", "/", "-", "\\")
+_CLEAR = "\r\x1b[K"
+
+
+def is_lively(stream: TextIO | None) -> bool:
+    """Whether it is a terminal on which a line can be written over; None: it was closed from the beginning."""
+    return stream is not None and stream.isatty() and os.environ.get("TERM", "") not in {"", "dumb"}
+
+
+def is_coloured(stream: TextIO | None) -> bool:
+    """Whether colours are seen there, and wanted (https://no-color.org)."""
+    return is_lively(stream) and not os.environ.get("NO_COLOR")
+
+
+@dataclass
+class Doing:
+    """Something that goes on."""
+
+    text: str
+    since: float = field(default_factory=time.monotonic)
+    is_told: bool = False  #: On a plain line, or not to be.
+
+
+class _Line:
+    """The newest of what goes on, shown by a thread that lives while there is anything."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._going: list[Doing] = []
+        self._wake = threading.Condition(self.lock)
+        self._thread: threading.Thread | None = None
+        self._is_shown = False
+
+    def begin(self, one: Doing) -> None:
+        with self.lock:
+            self._going.append(one)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="status", daemon=True)
+                self._thread.start()
+
+    def end(self, one: Doing) -> None:
+        with self.lock:
+            self._going.remove(one)
+            self.clear()
+            if not self._going:
+                self._wake.notify()
+
+    def clear(self) -> None:
+        """Make room for another line."""
+        with self.lock:
+            if self._is_shown:
+                _write(_CLEAR)
+                self._is_shown = False
+
+    def _run(self) -> None:
+        frame = 0
+        with self.lock:
+            while self._going:
+                one, passed = self._going[-1], time.monotonic() - self._going[-1].since
+                if passed >= _QUIET_SECONDS:
+                    self._show(one, passed, _FRAMES[frame % len(_FRAMES)])
+                    frame += 1
+                self._wake.wait(_FRAME_SECONDS)
+            self._thread = None
+
+    def _show(self, one: Doing, passed: float, frame: str) -> None:
+        if is_lively(sys.stderr):
+            room = shutil.get_terminal_size().columns - 1
+            _write(f"{_CLEAR}{f'{frame} {one.text} … {passed:.0f} s'[:room]}")
+            self._is_shown = True
+        elif not one.is_told:
+            one.is_told = True
+            log.info("%s …", one.text)
+
+
+def _write(text: str) -> None:
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # nobody looks, or any more
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+_line = _Line()
+
+
+@contextlib.contextmanager
+def doing(text: str, *, is_plain: bool = True) -> Iterator[Doing]:
+    """
+    Tell what goes on, if it takes long.
+
+    Args:
+        text: A clause such as `restarting etcd`; may be changed while it goes on.
+        is_plain: Also where no terminal is; not for what most runs do, since cron mails each line.
+    """
+    one = Doing(text, is_told=not is_plain)
+    _line.begin(one)
+    try:
+        yield one
+    finally:
+        _line.end(one)
+
+
+def clear_status() -> None:
+    """Take the line of what goes on away, before something else is written."""
+    _line.clear()
+
+
+# --- systemd's journal ------------------------------------------------------------------------------------------------
+
+# By its own protocol, one datagram a message: https://systemd.io/JOURNAL_NATIVE_PROTOCOL/
+
+JOURNAL = Path("/run/systemd/journal/socket")
+#: A longer datagram would need a file descriptor to be passed; no message of ours is as long.
+_LONGEST_VALUE = 32 << 10
+
+
+def stderr_is_journal() -> bool:
+    """Whether standard error leads to the journal, as systemd says of what it starts (systemd.exec(5))."""
+    named = os.environ.get("JOURNAL_STREAM")
+    if not named:
+        return False
+    try:
+        status = os.fstat(2)
+    except OSError:
+        return False
+    return named == f"{status.st_dev}:{status.st_ino}"
+
+
+def send_to_journal(fields: Sequence[tuple[str, str]], place: Path = JOURNAL) -> None:
+    """
+    Have the journal take a message.
+
+    Args:
+        fields: Names in capital letters with their values; a name may stand there several times.
+        place: The journal's socket.
+
+    Raises:
+        OSError: Nobody listens, or it is too long.
+    """
+    import socket  # noqa: PLC0415 (for the journal alone)
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as ours:
+        ours.sendto(b"".join(_encoded(name, value) for name, value in fields), str(place))
+
+
+def _encoded(name: str, value: str) -> bytes:
+    """A value with a line break could pass for further fields: it goes with its length."""
+    data = value.encode("utf-8", "replace")[:_LONGEST_VALUE]
+    if b"\n" not in data:
+        return name.encode() + b"=" + data + b"\n"
+    return name.encode() + b"\n" + len(data).to_bytes(8, "little") + data + b"\n"
+
+
+# --- how messages are written -----------------------------------------------------------------------------------------
+
+
 class _TextFormat(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         level = "hint" if getattr(record, "is_hint", False) else record.levelname.lower()
@@ -81,7 +290,7 @@ class _TerminalFormat(_TextFormat):
         words = super().format(record)
         text = "\n  ".join(textwrap.wrap(words, width - 2, break_long_words=False, break_on_hyphens=False))
         level, colon, rest = text.partition(":")
-        colour = _COLOURS.get(level) if status.is_coloured(sys.stderr) and record.levelno != logging.INFO else None
+        colour = _COLOURS.get(level) if is_coloured(sys.stderr) and record.levelno != logging.INFO else None
         return f"{colour}{level}:\x1b[0m{rest}" if colour else f"{level}{colon}{rest}"
 
 
@@ -89,7 +298,7 @@ class _Handler(logging.StreamHandler[TextIO]):
     """A message has a line of its own."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        status.clear()
+        clear_status()
         super().emit(record)
 
 
@@ -134,10 +343,8 @@ class _JournalHandler(logging.Handler):
     """Into systemd's journal; where that does not listen, to standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        from bridge.system import journal  # noqa: PLC0415 (for the journal alone)
-
         try:
-            journal.send(list(_fields(record)))
+            send_to_journal(list(_fields(record)))
         except OSError:
             sys.stderr.write(f"{_TaggedFormat().format(record)}\n")
 
@@ -161,22 +368,14 @@ _FIELD_NAMES = {"certificates": "CERTIFICATE", "exitCode": "EXIT_CODE"}
 
 
 def _handler(log_format: LogFormat) -> logging.Handler:
-    if log_format is LogFormat.JOURNAL or (log_format is LogFormat.TEXT and _leads_to_the_journal()):
+    if log_format is LogFormat.JOURNAL or (log_format is LogFormat.TEXT and stderr_is_journal()):
         return _JournalHandler()
     handler = _Handler(sys.stderr)
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
     plain = _TextFormat if is_terminal else _TaggedFormat
-    text_format = _TerminalFormat if status.is_lively(sys.stderr) else plain
+    text_format = _TerminalFormat if is_lively(sys.stderr) else plain
     handler.setFormatter(_JsonFormat() if log_format is LogFormat.JSON else text_format())
     return handler
-
-
-def _leads_to_the_journal() -> bool:
-    if "JOURNAL_STREAM" not in os.environ:
-        return False
-    from bridge.system import journal  # noqa: PLC0415 (see above)
-
-    return journal.is_stderr()
 
 
 def set_up(verbose: int, log_format: LogFormat) -> None:
@@ -184,16 +383,3 @@ def set_up(verbose: int, log_format: LogFormat) -> None:
     log.handlers = [_handler(log_format)]
     log.propagate = False
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
-
-
-class Progress(Protocol):
-    """Who looks on; called from several threads."""
-
-    def signing(self, backend: str, names: Sequence[str]) -> None:
-        """These certificates are being asked for."""
-
-    def signed(self, name: str) -> None:
-        """The CA has answered for one, with a certificate or not."""
-
-    def note(self, text: str) -> None:
-        """Something that the operator should know."""

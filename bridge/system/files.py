@@ -1,4 +1,4 @@
-"""Files that survive a power cut, and the one lock of a node."""
+"""Files that survive a power cut, the space that there is for them, and those that are installed with the program."""
 
 from __future__ import annotations
 
@@ -6,20 +6,16 @@ import array
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import stat
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import ClassVar
 
-from bridge.errors import BridgeError, Exit
+from bridge.errors import BridgeError
 from bridge.system.paths import exposure
-from bridge.system.status import doing
-from bridge.system.waiting import wait_until
 
 DIRECTORY_MODE = 0o700
 SECRET_MODE = 0o600
@@ -192,122 +188,78 @@ def _run_as(uid: int) -> str:
     return "run it as root (sudo)" if uid == 0 else f"run it as user {uid}"
 
 
-class LockedError(BridgeError):
-    """Another run works on this node."""
-
-    exit_code: ClassVar[int] = Exit.LOCKED
-    hint = "run again when it has ended, or with --wait 10m; `ca-bridge doctor` says whether it hangs"
-
-
-@contextlib.contextmanager
-def lock(path: Path, command: str, wait: timedelta = timedelta()) -> Iterator[None]:
-    """
-    One writer a node: an advisory lock that ends with its process, however that ends.
-
-    The file tells the others who holds it; it stays when the lock is given back (removing it would let two in).
-
-    Args:
-        path: The lock's file.
-        command: For the others to see.
-        wait: How long for somebody else to give it back.
-
-    Raises:
-        LockedError: Somebody holds it; it says who, and since when.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, SECRET_MODE)
-    try:
-        if not take_lock(descriptor, wait):
-            raise LockedError(f"wanted the lock {path}, found it held by {_holder(descriptor)}")
-        since = datetime.now(UTC).isoformat(timespec="seconds")
-        with contextlib.suppress(OSError):  # on a full disk only the others know less
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "command": command, "since": since}).encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-#: flock(2) has no time limit of its own, and an alarm would belong to the whole process.
-_LOCK_POLL_SECONDS = 0.1
-
-
-def take_lock(descriptor: int, wait: timedelta) -> bool:
-    """
-    Take the flock(2) of an open file, which ends with the last process that has the file open.
-
-    Args:
-        descriptor: Of the file.
-        wait: How long for somebody else to give it back.
-
-    Returns:
-        Whether it is ours now.
-    """
-    with doing("waiting for another run to end", is_plain=False):
-        return wait_until(lambda: _try_lock(descriptor), bool, wait, pause_seconds=_LOCK_POLL_SECONDS)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+# --- disk space -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Holder:
-    """Who holds a lock, as far as its file tells."""
+class DiskSpace:
+    """The free space of one file system, for us."""
 
-    pid: int | None = None
-    command: str = ""
-    since: datetime | None = None
-
-    def __str__(self) -> str:
-        if self.pid is None or self.since is None:
-            return "a process that did not say who it is"
-        age = int((datetime.now(UTC) - self.since).total_seconds())
-        return f"process {self.pid} for {age} s: {self.command}"
+    place: Path  #: A directory on it.
+    free: int  #: Bytes.
+    inodes: int | None  #: None: the file system makes them as it needs them.
+    is_read_only: bool = False  #: As it is mounted there.
 
 
-def held_by(path: Path) -> Holder | None:
+def disk_spaces(places: Iterable[Path]) -> Iterator[DiskSpace]:
     """
-    Who holds a lock; None: nobody does, or it was never taken.
+    Look at each file system once.
 
-    Raises:
-        BridgeError: The lock's file can't be opened.
+    Args:
+        places: Directories; of one that is not there yet, that in which it will be made.
     """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return None
-    except OSError as e:
-        raise BridgeError(f"{path}: wanted to see who holds the lock, found: {e.strerror}") from e
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _holder(descriptor)
-    else:
-        return None
-    finally:
-        os.close(descriptor)
+    seen: set[tuple[int, bool]] = set()  # one file system may be mounted twice, and one of these read-only
+    for place in map(_existing, places):
+        space = _space(place)
+        kind = (place.stat().st_dev, space.is_read_only)
+        if kind not in seen:
+            seen.add(kind)
+            yield space
 
 
-def _holder(descriptor: int) -> Holder:
-    # a holder that has just got it has not said who it is yet
-    limit = timedelta(seconds=_SAYING_SECONDS)
-    told = wait_until(lambda: _told(descriptor), lambda one: one is not None, limit, pause_seconds=_SAYING_SECONDS / 10)
-    return told or Holder()
+def _existing(path: Path) -> Path:
+    return next(one for one in (path, *path.parents) if one.is_dir())
 
 
-def _told(descriptor: int) -> Holder | None:
-    """Who holds it, by its own words; None: nobody said."""
-    try:
-        found = json.loads(os.pread(descriptor, 4096, 0))
-        since = datetime.fromisoformat(found["since"])
-        holder = Holder(pid=int(found["pid"]), command=str(found["command"]), since=since)
-    except (ValueError, KeyError, TypeError):
-        return None
-    return holder if since.tzinfo is not None else None
+def _space(place: Path) -> DiskSpace:
+    found = os.statvfs(place)
+    for_us = os.geteuid() == 0  # the last few per cent are root's
+    free = found.f_frsize * (found.f_bfree if for_us else found.f_bavail)
+    inodes = (found.f_ffree if for_us else found.f_favail) if found.f_files else None  # some file systems say 0
+    return DiskSpace(place=place, free=free, inodes=inodes, is_read_only=bool(found.f_flag & os.ST_RDONLY))
 
 
-_SAYING_SECONDS = 0.1
+# --- what is installed with the program -------------------------------------------------------------------------------
+
+_SHARE, _PAGES = "share/kubeadm-ca-bridge", "share/doc/kubeadm-ca-bridge"
+
+
+def shipped(name: str) -> Path | None:
+    """An example, policy, manifest or unit by its path below `config/`; None: the installation lacks it."""
+    return next((place / name for place in _places(_SHARE, "config") if (place / name).exists()), None)
+
+
+def pages() -> Path | None:
+    """The directory of the documents; None: the installation lacks it."""
+    return next((place for place in _places(_PAGES, "docs") if (place / "README.md").exists()), None)
+
+
+def _places(installed: str, in_clone: str) -> tuple[Path, ...]:
+    """In the tree of a release, in a virtual environment, in a clone."""
+    here = Path(__file__)
+    return (
+        here.parents[min(4, len(here.parents) - 1)] / installed,
+        Path(sys.prefix, installed),
+        here.parents[2] / in_clone,
+    )
+
+
+def how_to_begin(example: str, place: Path) -> str:
+    """
+    A hint for a file that is missing: the command that puts the example there.
+
+    Args:
+        example: Its path below the examples, such as `desk/desk-policy.toml`.
+        place: Where the file was looked for.
+    """
+    return f"begin with the example: install -m 0644 {shipped(example) or f'config/{example}'} {place}"

@@ -1,11 +1,16 @@
-"""Looking again and again until something has happened, or the time for it is over."""
+"""Waiting: until something has happened, for threads, and until a run is interrupted by Ctrl-C (SIGINT) or SIGTERM."""
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 T = TypeVar("T")
 
@@ -39,3 +44,56 @@ def wait_until(
             break
         time.sleep(min(left, pause_seconds))
     return seen
+
+
+# --- an interruption --------------------------------------------------------------------------------------------------
+
+_WAKE_SECONDS = 1.0
+
+
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM, which ends a run as Ctrl-C does: whoever puts something right on the way out can do it."""
+
+
+def listen() -> None:
+    """
+    Have SIGTERM raise a TerminatedError in the main thread, unless whoever started us has it ignored.
+
+    Once a second that thread is woken: where a signal comes in the moment before it waits for another thread, or is
+    given to another one, Python would see it only when the wait is over. (Timers are not handed on to other programs.)
+    """
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, _WAKE_SECONDS, _WAKE_SECONDS)
+
+
+def _terminated(*_: object) -> NoReturn:
+    raise TerminatedError
+
+
+def exit_code(error: KeyboardInterrupt) -> int:
+    """128 and the signal's number, as shells have it: 130 or 143."""
+    return 128 + (signal.SIGTERM if isinstance(error, TerminatedError) else signal.SIGINT)
+
+
+@contextlib.contextmanager
+def workers(count: int) -> Iterator[ThreadPoolExecutor]:
+    """
+    Threads that are waited for, unless the run is interrupted: then they are left to themselves.
+
+    One may be waiting for a CA's answer, or to ask again. The process ends right after, and they with it; what becomes
+    of what they do is what becomes of it when a process is killed.
+    """
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 (every command loads this module)
+
+    pool = ThreadPoolExecutor(count)
+    try:
+        yield pool
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    except BaseException:
+        pool.shutdown()
+        raise
+    pool.shutdown()

@@ -32,7 +32,7 @@ from bridge.settings.zones import Zone
 from bridge.state import checked_settings
 from bridge.state.install import KEY_MASK, Replacement, install
 from bridge.state.store import Store
-from bridge.system.files import lock
+from bridge.system.locks import lock
 from tests.kit import opensslca
 from tests.kit.pki import Pki, handmade_pki
 

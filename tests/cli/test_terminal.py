@@ -62,9 +62,9 @@ def test_progress_where_it_takes_long(config: Path) -> None:
 
 _SLOW = """
 import time
-from bridge.system import console, status
+from bridge.system import console
 console.set_up(0, console.LogFormat.TEXT)
-with status.doing("restarting etcd", is_plain={plain}):
+with console.doing("restarting etcd", is_plain={plain}):
     time.sleep(2.8)
     console.log.warning("a message")
 """

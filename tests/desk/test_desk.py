@@ -38,7 +38,7 @@ from bridge.pki.csr import PrivateKey
 from bridge.pki.verify import Expectation, check
 from bridge.settings.load import load
 from bridge.specs import AUTHORITIES, SPECS
-from bridge.system.files import lock
+from bridge.system.locks import lock
 from tests.kit import approval, cfssl, opensslca, programs
 from tests.kit.bundles import VALIDITY, changed, make_bundle, new_csr, old_pairs, proven
 from tests.kit.desks import PASSPHRASE, POLICY, Desk, make_desk
@@ -580,11 +580,11 @@ def test_an_answer_that_has_become_old_is_not_given_again(desk_: Desk, pki: Pki,
         ("desk.journal", "Journal._write", False),  # what is asked
         ("ca.ca", "CA.ask", False),  # signed, and not written down
         ("desk.desk", "Desk._verify", True),  # signed and written down
-        ("system.many_files", "_File.write", False),  # one answer is written, and not on disk
-        ("system.many_files", "_File.put_in_place", True),  # all are on disk
-        ("system.many_files", "_File.put_in_place", False),  # one is there
-        ("system.many_files", "os.link", False),  # one is remembered
-        ("system.many_files", "_sync_directories", False),  # all are there
+        ("system.many", "_File.write", False),  # one answer is written, and not on disk
+        ("system.many", "_File.put_in_place", True),  # all are on disk
+        ("system.many", "_File.put_in_place", False),  # one is there
+        ("system.many", "os.link", False),  # one is remembered
+        ("system.many", "_sync_directories", False),  # all are there
         ("desk.files", "_remove", False),  # one is done
     ],
 )

@@ -28,7 +28,7 @@ from bridge.pki.csr import generate_key
 from bridge.settings.load import load
 from bridge.state.store import Store
 from bridge.system.console import READ_ONLY_HINT
-from bridge.system.files import lock
+from bridge.system.locks import lock
 from tests.kit import apiserver
 from tests.kit.cas import Bridge, add_openssl
 from tests.kit.members import Place

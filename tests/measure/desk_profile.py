@@ -32,7 +32,7 @@ from bridge.pki.verify import Expectation
 from bridge.settings.tables import AuditSettings
 from bridge.state import audit
 from bridge.state.store import Store
-from bridge.system.many_files import NewFile, write_together
+from bridge.system.many import NewFile, write_together
 from tests.measure import fleet
 
 _HEAD = ("step", "process", "ms a request")

@@ -24,7 +24,7 @@ from bridge.state.install import (
     recover,
 )
 from bridge.state.store import Store
-from bridge.system.files import LockedError, lock
+from bridge.system.locks import LockedError, lock
 
 #: What the installer asks of the system; Path's methods go through these too.
 CALLS = ("open", "fsync", "fchmod", "rename", "unlink", "mkdir")

@@ -12,7 +12,7 @@ import pytest
 PROGRAM = """
 import signal, sys, threading, time
 from concurrent.futures import Future
-from bridge.system import interruption
+from bridge.system import waiting
 {listen}
 def hit():
     time.sleep(0.3)
@@ -21,7 +21,7 @@ threading.Thread(target=hit, daemon=True).start()
 try:
     Future().result({seconds})
 except KeyboardInterrupt as e:
-    sys.exit(interruption.exit_code(e))
+    sys.exit(waiting.exit_code(e))
 except TimeoutError:
     sys.exit(1)
 """
@@ -38,16 +38,16 @@ def run(name: str, listen: str, seconds: float) -> tuple[int, float]:
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_that_comes_before_a_wait_ends_it(name: str, code: int) -> None:
     """Within a second or so, and not when what is waited for is there; without us it is seen only then."""
-    ended, seconds = run(name, "interruption.listen()", 40)
+    ended, seconds = run(name, "waiting.listen()", 40)
     assert ended == code
     assert seconds < 20
 
-    late, seconds = run(name, "signal.signal(signal.SIGTERM, interruption._terminated)", 2)
+    late, seconds = run(name, "signal.signal(signal.SIGTERM, waiting._terminated)", 2)
     assert late == code
     assert seconds > 2
 
 
 def test_a_program_that_is_started_has_no_timer() -> None:
     """It would be killed by it."""
-    program = "from bridge.system import interruption; import subprocess, sys; interruption.listen(); sys.exit(subprocess.call(['sleep', '2.5']))"
+    program = "from bridge.system import waiting; import subprocess, sys; waiting.listen(); sys.exit(subprocess.call(['sleep', '2.5']))"
     assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0

@@ -14,7 +14,7 @@ import pytest
 
 from bridge.state import audit_reader
 from bridge.state.store import Store
-from bridge.system import console, journal, run_id
+from bridge.system import console
 from bridge.system.console import LogFormat
 from tests.kit import journald
 from tests.kit.cas import Bridge, add_openssl
@@ -112,10 +112,10 @@ def test_the_look_at_lines_can_fail(change: dict[str, object]) -> None:
 
 def test_a_process_with_several_runs() -> None:
     """The first has the name that the process had before it began, each later one another."""
-    before = run_id.run_id()
-    first, second = run_id.begin(), run_id.begin()
+    before = console.run_id()
+    first, second = console.begin_run(), console.begin_run()
     assert first != second
-    assert run_id.run_id() == second
+    assert console.run_id() == second
     assert len({before, first, second}) >= 2
 
 
@@ -133,7 +133,7 @@ def listening(tmp_path: Path) -> Iterator[socket.socket]:
 
 def test_a_value_can_not_pass_for_another_field(listening: socket.socket, tmp_path: Path) -> None:
     """A line break in it goes with a length, as the protocol has it."""
-    journal.send([("MESSAGE", "a\nPRIORITY=0"), ("PRIORITY", "3")], tmp_path / "socket")
+    console.send_to_journal([("MESSAGE", "a\nPRIORITY=0"), ("PRIORITY", "3")], tmp_path / "socket")
     assert listening.recv(1 << 16) == b"MESSAGE\n" + (12).to_bytes(8, "little") + b"a\nPRIORITY=0\nPRIORITY=3\n"
 
 
@@ -141,8 +141,8 @@ def test_without_a_journal_messages_are_on_standard_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nothing is lost where nobody listens."""
-    monkeypatch.setattr(journal, "SOCKET", tmp_path / "nobody")
-    monkeypatch.setattr(journal.send, "__defaults__", (tmp_path / "nobody",))
+    monkeypatch.setattr(console, "JOURNAL", tmp_path / "nobody")
+    monkeypatch.setattr(console.send_to_journal, "__defaults__", (tmp_path / "nobody",))
     console.set_up(0, LogFormat.JOURNAL)
     logging.getLogger("ca-bridge").error("away")
     assert re.fullmatch(r"error: away \[run [0-9a-f]{8}\]\n", capsys.readouterr().err)
@@ -151,9 +151,9 @@ def test_without_a_journal_messages_are_on_standard_error(
 def test_only_the_stream_that_is_named_is_the_journal(monkeypatch: pytest.MonkeyPatch) -> None:
     """A variable that another program has left says nothing of our standard error."""
     monkeypatch.setenv("JOURNAL_STREAM", "1:2")
-    assert not journal.is_stderr()
+    assert not console.stderr_is_journal()
     monkeypatch.setenv("JOURNAL_STREAM", "")
-    assert not journal.is_stderr()
+    assert not console.stderr_is_journal()
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from bridge.system import files, many_files
-from bridge.system.many_files import NewFile, remove_unfinished, write_together
+from bridge.system import files, many
+from bridge.system.many import NewFile, remove_unfinished, write_together
 
 
 def test_all_are_there_under_all_their_names(tmp_path: Path) -> None:
@@ -23,7 +23,7 @@ def test_all_are_there_under_all_their_names(tmp_path: Path) -> None:
             ),
             NewFile(path=tmp_path / f"{n}.own", data=b"own"),
         ]
-        for n in range(2 * many_files._AT_ONCE + 1)
+        for n in range(2 * many._AT_ONCE + 1)
     ]
     (tmp_path / "0").write_bytes(b"old")
 
@@ -100,7 +100,7 @@ def test_names_that_may_not_last_are_told(tmp_path: Path, monkeypatch: pytest.Mo
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
         files.sync_directory(path)
 
-    monkeypatch.setattr(many_files, "sync_directory", sync_directory)
+    monkeypatch.setattr(many, "sync_directory", sync_directory)
 
     error, other = write_together(groups)
 

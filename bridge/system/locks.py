@@ -1,0 +1,139 @@
+"""The one lock of a node, and locks like it: they end with their process, however that ends."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import ClassVar
+
+from bridge.errors import BridgeError, Exit
+from bridge.system.console import doing
+from bridge.system.files import SECRET_MODE
+from bridge.system.waiting import wait_until
+
+
+class LockedError(BridgeError):
+    """Another run works on this node."""
+
+    exit_code: ClassVar[int] = Exit.LOCKED
+    hint = "run again when it has ended, or with --wait 10m; `ca-bridge doctor` says whether it hangs"
+
+
+@contextlib.contextmanager
+def lock(path: Path, command: str, wait: timedelta = timedelta()) -> Iterator[None]:
+    """
+    One writer a node: an advisory lock that ends with its process, however that ends.
+
+    The file tells the others who holds it; it stays when the lock is given back (removing it would let two in).
+
+    Args:
+        path: The lock's file.
+        command: For the others to see.
+        wait: How long for somebody else to give it back.
+
+    Raises:
+        LockedError: Somebody holds it; it says who, and since when.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, SECRET_MODE)
+    try:
+        if not take_lock(descriptor, wait):
+            raise LockedError(f"wanted the lock {path}, found it held by {_holder(descriptor)}")
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        with contextlib.suppress(OSError):  # on a full disk only the others know less
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "command": command, "since": since}).encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+#: flock(2) has no time limit of its own, and an alarm would belong to the whole process.
+_LOCK_POLL_SECONDS = 0.1
+
+
+def take_lock(descriptor: int, wait: timedelta) -> bool:
+    """
+    Take the flock(2) of an open file, which ends with the last process that has the file open.
+
+    Args:
+        descriptor: Of the file.
+        wait: How long for somebody else to give it back.
+
+    Returns:
+        Whether it is ours now.
+    """
+    with doing("waiting for another run to end", is_plain=False):
+        return wait_until(lambda: _try_lock(descriptor), bool, wait, pause_seconds=_LOCK_POLL_SECONDS)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """Who holds a lock, as far as its file tells."""
+
+    pid: int | None = None
+    command: str = ""
+    since: datetime | None = None
+
+    def __str__(self) -> str:
+        if self.pid is None or self.since is None:
+            return "a process that did not say who it is"
+        age = int((datetime.now(UTC) - self.since).total_seconds())
+        return f"process {self.pid} for {age} s: {self.command}"
+
+
+def held_by(path: Path) -> Holder | None:
+    """
+    Who holds a lock; None: nobody does, or it was never taken.
+
+    Raises:
+        BridgeError: The lock's file can't be opened.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        raise BridgeError(f"{path}: wanted to see who holds the lock, found: {e.strerror}") from e
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _holder(descriptor)
+    else:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def _holder(descriptor: int) -> Holder:
+    # a holder that has just got it has not said who it is yet
+    limit = timedelta(seconds=_SAYING_SECONDS)
+    told = wait_until(lambda: _told(descriptor), lambda one: one is not None, limit, pause_seconds=_SAYING_SECONDS / 10)
+    return told or Holder()
+
+
+def _told(descriptor: int) -> Holder | None:
+    """Who holds it, by its own words; None: nobody said."""
+    try:
+        found = json.loads(os.pread(descriptor, 4096, 0))
+        since = datetime.fromisoformat(found["since"])
+        holder = Holder(pid=int(found["pid"]), command=str(found["command"]), since=since)
+    except (ValueError, KeyError, TypeError):
+        return None
+    return holder if since.tzinfo is not None else None
+
+
+_SAYING_SECONDS = 0.1
