@@ -188,12 +188,7 @@ class _Plain(NamedTuple):
     places: dict[str, Path | None]
 
     def settings(self) -> Settings:
-        """
-        The settings as the command line proper has them, but for the node's name.
-
-        Raises:
-            SettingsError: The file can't be used.
-        """
+        """The settings as the command line proper has them, but for the node's name."""
         from bridge.settings.load import load, overridden  # noqa: PLC0415
 
         named = os.environ.get("CA_BRIDGE_CONFIG")

@@ -59,12 +59,7 @@ def poll_of(body: tuple[int, bytes]) -> Poll | None:
 
 
 def _values(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """
-    The DER values that stand one behind the other: tags (all of ours are below 31) and contents.
-
-    Raises:
-        ValueError: They do not end where the data does.
-    """
+    """The DER values that stand one behind the other: tags (all of ours are below 31) and contents."""
     at = 0
     while at < len(data):
         tag, head = data[at], data[at + 1 : at + 2]
@@ -402,13 +397,7 @@ _RULES: Sequence[_Rule] = (
 
 
 def failure(log: Log, place: str) -> BackendError:
-    """
-    The error that a failed run means.
-
-    Args:
-        log: What it printed.
-        place: Whom it asked.
-    """
+    """The error that a failed run means."""
     if rejection := log.rejection:
         return rejection.error(place)
     told = quoted("; ".join(log.errors[-_LINES_TOLD:])) if log.errors else "nothing that it told"

@@ -56,13 +56,7 @@ class Program:
     wait: timedelta  #: For a CA that answers "waiting", to be asked again in the same run.
 
     def version(self) -> tuple[int, int]:
-        """
-        Major and minor version.
-
-        Raises:
-            BackendRefusedError: There is no such program, it is older than `OLDEST`, or of another make.
-            BackendUnavailableError: It did not end.
-        """
+        """Major and minor version."""
         ended, output = self._run(["version"], Path("/"), self.timeout + _GRACE)
         if ended.code is None:
             raise BackendUnavailableError(
@@ -125,11 +119,6 @@ class Program:
         inherited: Sequence[int] = (),
         is_enough: Callable[[float], bool] | None = None,
     ) -> tuple[Ended, bytes]:
-        """
-        Raises:
-            BackendRefusedError: There is no such program.
-            BackendUnavailableError: Something else ended it.
-        """
         output = bytearray()
         command = Command(
             words=[self.name, *words],
@@ -181,9 +170,6 @@ class _Watch:
         Each answer is judged once, when it is new: later the program may be asking again, and whoever stops it then may
         lose a certificate. It has a moment to find that the answer is nobody's, and end by itself. Where the CA wants to
         be asked again at once, it goes on to its own limit.
-
-        Args:
-            seconds: Since it was started.
         """
         if self._enough_at is not None:
             return seconds >= self._enough_at

@@ -46,12 +46,7 @@ class Server:
 
 
 def setup(wanted: SetupRequest) -> list[SetupFile]:
-    """
-    A text for the administrator, with the paths, profiles and mode that the settings name.
-
-    Raises:
-        SettingsError: A pattern can't be filled in.
-    """
+    """A text for the administrator, with the paths, profiles and mode that the settings name."""
     known = {one.name for one in dataclasses.fields(Server)}
     server = Server(**{key: value for key, value in wanted.settings.items() if key in known})
     path = Selector(path_pattern(server.path, server.profile, server.mode), server.paths, wanted.node)

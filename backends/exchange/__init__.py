@@ -80,12 +80,7 @@ class ExchangeBackend:
 
     @classmethod
     def from_settings(cls, settings: ExchangeSettings) -> Self:
-        """
-        Make the backend; no directory is looked at yet.
-
-        Raises:
-            SettingsError: The desk's key can't be used.
-        """
+        """Make the backend; no directory is looked at yet."""
         return cls(settings)
 
     def check(self, specs: Sequence[CertificateSpec]) -> Mapping[str, Sequence[Violation]]:

@@ -23,8 +23,8 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from backends.exec import answer as exec_answer
-from backends.exec.environment import ENVIRONMENT, ekus_text
+from backends.exec import helper
+from backends.exec.helper import ENVIRONMENT, ekus_text
 from bridge.contract import BackendSettings, Issued, Pending, Selector, SetupFile, SetupRequest, SignRequest
 from bridge.errors import (
     BackendError,
@@ -129,12 +129,7 @@ class ExecBackend:
 
     @classmethod
     def from_settings(cls, settings: BackendSettings) -> ExecBackend:
-        """
-        Make the backend; nothing is run yet.
-
-        Raises:
-            SettingsError: No such user, or it takes root to become it.
-        """
+        """Make the backend; nothing is run yet."""
         if not isinstance(settings, ExecSettings):
             raise TypeError(f"wanted ExecSettings, found {type(settings).__name__}")
         try:
@@ -160,13 +155,7 @@ class ExecBackend:
         return self._answer(request, self._run("SUBMIT", self._asked(request)))
 
     def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
-        """
-        Run the program with POLL: all that SUBMIT was told, and the cookie that it gave.
-
-        Raises:
-            BackendRefusedError: As `sign`.
-            BackendUnavailableError: As `sign`.
-        """
+        """Run the program with POLL: all that SUBMIT was told, and the cookie that it gave."""
         asked = {**self._asked(request), "CERTMONGER_CA_COOKIE": reference}
         return self._answer(request, self._run("POLL", asked))
 
@@ -175,19 +164,15 @@ class ExecBackend:
         Run the program with IDENTIFY, and ask for its profiles and the variables that it needs, if it tells them.
 
         Usages are not to be had from this contract: each answer is verified.
-
-        Raises:
-            BackendRefusedError: It can't be run, or lacks settings.
-            BackendUnavailableError: It could not reach its CA, or did not end in time.
         """
         authority = _authority_variables(specs[0]) if specs else {}
         self._told("IDENTIFY", authority)
         profiles = self._told("GET-SUPPORTED-TEMPLATES", authority, silent=_TELLS_NOT)
         needed = self._told("GET-NEW-REQUEST-REQUIREMENTS", authority, silent=_TELLS_NOT)
-        lacking = sorted(NOT_OURS_TO_GIVE & set(exec_answer.names(needed or b"")) - self._settings.environment.keys())
+        lacking = sorted(NOT_OURS_TO_GIVE & set(helper.names(needed or b"")) - self._settings.environment.keys())
         found = {
             spec.name: [
-                *_profile_violations(self._profile(spec), exec_answer.names(profiles or b"")),
+                *_profile_violations(self._profile(spec), helper.names(profiles or b"")),
                 *(
                     Violation(subject="the program's needs", want=name, got="nothing to set it from")
                     for name in lacking
@@ -198,18 +183,12 @@ class ExecBackend:
         return {name: violations for name, violations in found.items() if violations}
 
     def issuers(self) -> list[x509.Certificate]:
-        """
-        Run the program with FETCH-ROOTS; none if it does not tell. It is not told which authority is meant.
-
-        Raises:
-            BackendRefusedError: It can't be run, or what it printed is no certificate.
-            BackendUnavailableError: It could not reach its CA, or did not end in time.
-        """
+        """Run the program with FETCH-ROOTS; none if it does not tell. It is not told which authority is meant."""
         printed = self._told("FETCH-ROOTS", {}, silent=_TELLS_NOT)
         if not (printed or b"").strip():
             return []
         try:
-            found = exec_answer.certificates(printed or b"")
+            found = helper.certificates(printed or b"")
         except ValueError as e:
             raise self._refused(f"FETCH-ROOTS: wanted the CA's certificates, found {e}") from e
         # roots come first in this operation, and the one that signs is wanted first
@@ -220,10 +199,10 @@ class ExecBackend:
         try:
             if ended.code == _ISSUED:
                 return _issued(request, ended.output)
-            if ended.code == _WAIT and (cookie := exec_answer.cookie(ended.output)):
+            if ended.code == _WAIT and (cookie := helper.cookie(ended.output)):
                 return self._pending(cookie, ended)
             if ended.code == _WAIT_SECONDS:
-                seconds, cookie = exec_answer.delayed_cookie(ended.output)
+                seconds, cookie = helper.delayed_cookie(ended.output)
                 return self._pending(cookie, ended, f", and is to be asked again in {seconds} s")
         except ValueError as e:
             raise self._refused(f"{_WANTED[ended.code]}, found {e}{_aside(ended)}") from e
@@ -233,7 +212,7 @@ class ExecBackend:
         longest = LONGEST_VARIABLE - len("CERTMONGER_CA_COOKIE=")
         if len(cookie.encode()) > longest:
             raise ValueError(f"a cookie of more than {longest} bytes")
-        shown = exec_answer.words(cookie.encode())
+        shown = helper.words(cookie.encode())
         return Pending(reference=cookie, note=f'{self._program} waits{when}; its cookie: "{shown}"{_aside(ended)}')
 
     def _told(
@@ -251,11 +230,6 @@ class ExecBackend:
         raise error
 
     def _run(self, operation: str, variables: Mapping[str, str]) -> _Answer:
-        """
-        Raises:
-            BackendRefusedError: It can't be run, or its output has no end.
-            BackendUnavailableError: It did not end in time.
-        """
         surroundings = {**ENVIRONMENT, "HOME": self._account.home, **self._settings.environment}
         seconds = self._settings.timeout.total_seconds()
         told = {"CERTMONGER_OPERATION": operation, "CA_BRIDGE_TIMEOUT_SECONDS": str(max(1, int(seconds))), **variables}
@@ -277,12 +251,7 @@ class ExecBackend:
         return _Answer(code=ended.code, output=bytes(output), messages=bytes(messages))
 
     def _check_program(self) -> None:
-        """
-        Only root, we, and the account that runs the program may change it, as `sudo` has it for its own files.
-
-        Raises:
-            BackendRefusedError: It is not there, or somebody else may.
-        """
+        """Only root, we, and the account that runs the program may change it, as `sudo` has it for its own files."""
         try:
             found = program_exposure(self._program, self._account.uid)
         except OSError as e:
@@ -367,7 +336,7 @@ _UNKNOWN_HINT = "a program ends with status 6 for operations that it does not kn
 
 def _issued(request: SignRequest, output: bytes) -> Issued:
     """The certificate for the CSR's key, and what came with it, in no order that could be relied on."""
-    found = exec_answer.certificates(output)
+    found = helper.certificates(output)
     ours = [one for one in found if is_for(one, request.csr)]
     if not ours:
         raise ValueError(f"{len(found)} for other keys")
@@ -378,7 +347,7 @@ def _issued(request: SignRequest, output: bytes) -> Issued:
 
 def _profile_violations(profile: str, offered: Sequence[str]) -> Iterator[Violation]:
     if profile and offered and profile not in offered:
-        got = exec_answer.words(", ".join(offered).encode())
+        got = helper.words(", ".join(offered).encode())
         yield Violation(subject="profile", want=f"{profile} among the program's", got=got)
 
 
@@ -424,10 +393,10 @@ def _pem(certificate: x509.Certificate) -> str:
 
 def _printed(ended: _Answer) -> str:
     """All that it printed, for a message: both outputs, each on one line and cut."""
-    words = exec_answer.words(ended.output)
+    words = helper.words(ended.output)
     return (f', printed: "{words}"' if words else ", printed nothing") + _aside(ended)
 
 
 def _aside(ended: _Answer) -> str:
-    words = exec_answer.words(ended.messages, keep_end=True)
+    words = helper.words(ended.messages, keep_end=True)
     return f', on standard error: "{words}"' if words else ""

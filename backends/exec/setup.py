@@ -16,7 +16,7 @@ from typing import Any
 
 from cryptography import x509
 
-from backends.exec.environment import ENVIRONMENT, ekus_text
+from backends.exec.helper import ENVIRONMENT, ekus_text
 from bridge.contract import Selector, SetupFile, SetupRequest
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.specs import SPECS
@@ -58,12 +58,7 @@ exit "$status"
 
 
 def setup(wanted: SetupRequest) -> list[SetupFile]:
-    """
-    One script for the authority.
-
-    Raises:
-        SettingsError: `profile`, `profiles`, `environment` or `command` can't be used.
-    """
+    """One script for the authority."""
     profile = _selector(wanted.settings, wanted.node)
     rows = [
         (name, profile(SPECS[name]), ekus_text(SPECS[name]), subject_text(certificate), sans_text(certificate))

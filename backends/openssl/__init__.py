@@ -27,13 +27,12 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.x509.oid import NameOID
 
-from backends.openssl.csr import CSR_ERRORS, CheckedCsr, checked, public_key
 from backends.openssl.index import Database, Snapshot, file_name
-from backends.openssl.key import KeyFile, PrivateKey
-from backends.openssl.process import Failure, Openssl, ProcessEnd
+from backends.openssl.program import Failure, KeyFile, Openssl, PrivateKey, ProcessEnd
 from backends.openssl.settings import CAFiles, OpensslSettings, files_of, private_key_of
 from bridge.contract import BackendSettings, Issued, SetupFile, SetupRequest, SignRequest
 from bridge.errors import (
@@ -170,13 +169,7 @@ class OpensslBackend:
         return [Issued(leaf=leaf, intermediates=chain) if leaf is not None else None for leaf in leaves]
 
     def revoke(self, certificate: x509.Certificate) -> None:
-        """
-        Mark a certificate of this CA in the index, with reason `superseded`; one that the index does not know is added.
-
-        Raises:
-            BackendRefusedError: Another CA signed it (openssl would not notice), or the CA's files can't be used.
-            BackendUnavailableError: The database is locked.
-        """
+        """Mark a certificate of this CA in the index, with reason `superseded`; one that the index does not know is added."""
         with _os_errors():
             signers, database = self.issuers(), self._database()
             if not _is_issued_by(certificate, signers[0]):
@@ -193,9 +186,6 @@ class OpensslBackend:
 
         The index is read anew only after `_REVOKED_FOR_SECONDS`: a desk asks for each of thousands of requests while
         it signs, and each signature changes the index.
-
-        Raises:
-            BackendRefusedError: The CA's files can't be read.
         """
         with _os_errors():
             if self._revoked is None or time.monotonic() - self._revoked[0] > _REVOKED_FOR_SECONDS:
@@ -240,13 +230,7 @@ class OpensslBackend:
 
     @contextmanager
     def _folder(self, signer: x509.Certificate, locked: Database | None = None) -> Iterator[Path]:
-        """
-        A private folder to run in: our own config, the certificate that was checked, links to the rest.
-
-        Args:
-            signer: The CA's certificate.
-            locked: The database whose lock we hold; None: there is nothing to do with it.
-        """
+        """A private folder to run in: our own config, the certificate that was checked, links to the rest."""
         # 0700, and in memory where Linux offers that: a run may have a thousand CSR files
         in_memory = "TMPDIR" not in os.environ and os.access(_MEMORY, os.W_OK | os.X_OK)
         parent = Path(_MEMORY if in_memory else tempfile.gettempdir())
@@ -307,12 +291,7 @@ class _Desk:
         return [path for path, leaf in orphans if leaf.not_valid_after_utc > now and _is_issued_by(leaf, signer)]
 
     def revoke(self, certificate: x509.Certificate) -> None:
-        """
-        Mark it in the index.
-
-        Raises:
-            BackendError: It is not marked.
-        """
+        """Mark it in the index."""
         self.database.back_up(self.database.read(self.seen))
         self.folder.joinpath("superseded.crt").write_bytes(certificate.public_bytes(Encoding.PEM))
         outcome = self._run("-revoke", "superseded.crt", "-crl_reason", "superseded")
@@ -320,12 +299,7 @@ class _Desk:
             raise self.openssl.failure(outcome).error
 
     def sign(self, batches: Sequence[_Batch]) -> _Answers:
-        """
-        Sign batch by batch; what was not tried, because of the others, has their error, which is nobody's own.
-
-        Raises:
-            BackendError: For all of them; nothing was signed.
-        """
+        """Sign batch by batch; what was not tried, because of the others, has their error, which is nobody's own."""
         answers: _Answers = {}
         # while openssl signs one batch, the next is looked through, and the certificates of the last are read
         with ThreadPoolExecutor(1) as beside:
@@ -477,12 +451,7 @@ def _checked_all(requests: Sequence[tuple[int, SignRequest]]) -> tuple[list[Chec
 
 
 def _check_signer(path: Path, signer: x509.Certificate) -> None:
-    """
-    A CA that may sign now: openssl signs with any certificate, be it expired or no CA's.
-
-    Raises:
-        BackendRefusedError: It may not.
-    """
+    """A CA that may sign now: openssl signs with any certificate, be it expired or no CA's."""
     now, wrong, hint = datetime.now(UTC), [], ""
     if not signer.not_valid_before_utc <= now < signer.not_valid_after_utc:
         dates = f"{signer.not_valid_before_utc:%Y-%m-%d %H:%M} to {signer.not_valid_after_utc:%Y-%m-%d %H:%M}"
@@ -537,3 +506,86 @@ def _os_errors() -> Iterator[None]:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise BackendUnavailableError(text, hint="make room") from e
         raise BackendRefusedError(text) from e
+
+
+# --- CSRs before `openssl ca` sees them ------------------------------------------------------------------------------
+
+_SAN = x509.SubjectAlternativeName.oid
+_EXTENSION_REQUEST = x509.ObjectIdentifier("1.2.840.113549.1.9.14")
+# With challengePassword and unstructuredName, which go nowhere. openssl takes extensions from Microsoft's
+# 1.3.6.1.4.1.311.2.1.14 as well, which cryptography does not show as extensions.
+_ATTRIBUTES = {_EXTENSION_REQUEST, *map(x509.ObjectIdentifier, ("1.2.840.113549.1.9.7", "1.2.840.113549.1.9.2"))}
+_STRINGS = {"UTF8String", "PrintableString", "T61String", "BMPString"}
+#: What reading a CSR may raise.
+CSR_ERRORS = (
+    ValueError,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedCsr:
+    """A CSR that may be signed, and its place among the requests."""
+
+    position: int
+    csr_pem: bytes
+    public_key: bytes
+
+
+def checked(position: int, request: SignRequest) -> CheckedCsr:
+    """
+    A CSR that won't stop the others of its run, and brings nothing but subject and SANs into a certificate.
+
+    Its signature is openssl's to verify: it issues nothing for a CSR whose signature is bad, and goes on.
+    """
+    try:
+        csr = request.csr
+        wrong = _wrong_with(request.csr_pem, csr)
+    except CSR_ERRORS as e:
+        wrong = f"a well-formed CSR, found: {e}"
+    if wrong:
+        raise BackendRefusedError(f"wanted {wrong}", hint="make the CSR anew")
+    # written anew, so that openssl reads what was looked through
+    return CheckedCsr(position, csr.public_bytes(Encoding.PEM), public_key(csr))
+
+
+def _wrong_with(pem: bytes, csr: x509.CertificateSigningRequest) -> str:
+    if (blocks := pem.count(b"-----BEGIN ")) != 1:
+        return f"one PEM block, found {blocks}"  # openssl signs the first and says nothing
+    attributes = [attribute.oid for attribute in csr.attributes]
+    others = {oid.dotted_string for oid in attributes if oid not in _ATTRIBUTES}
+    others |= {extension.oid.dotted_string for extension in csr.extensions if extension.oid != _SAN}
+    if others:
+        return f"a CSR that asks for SANs and nothing else, found {', '.join(sorted(others))} too"
+    if attributes.count(_EXTENSION_REQUEST) > 1:
+        return "one list of extensions, found several"
+    subject = list(csr.subject)
+    if not subject:
+        return "a subject, found an empty one"
+    odd = [_attribute_text(attribute) for attribute in subject if not _is_readable(attribute)]
+    return f"a subject in strings that openssl ca reads, found {', '.join(odd)}" if odd else ""
+
+
+def _is_readable(attribute: x509.NameAttribute[str | bytes]) -> bool:
+    """Whether openssl ca reads its string; at any other, or an e-mail address that is no IA5String, it ends and signs none."""
+    kind = _string_type(attribute)
+    if kind == "IA5String":
+        return isinstance(attribute.value, str) and attribute.value.isascii()
+    return not kind or (kind in _STRINGS and attribute.oid != NameOID.EMAIL_ADDRESS)
+
+
+def _string_type(attribute: x509.NameAttribute[str | bytes]) -> str:
+    """Its ASN.1 string type; empty if the library no longer tells: then halving a run finds what openssl can't read."""
+    return getattr(getattr(attribute, "_type", None), "name", "")
+
+
+def _attribute_text(attribute: x509.NameAttribute[str | bytes]) -> str:
+    return f"{attribute.rfc4514_attribute_name} as {_string_type(attribute)}"
+
+
+def public_key(subject: x509.Certificate | x509.CertificateSigningRequest) -> bytes:
+    """The public key of a certificate or a CSR as DER."""
+    return subject.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from backends.openssl.config import ConfigDoubtError, parse_config
+from backends.openssl.settings import ConfigDoubtError, parse_config
 from bridge.errors import BackendRefusedError, BackendUnavailableError, LocalFileError
 from bridge.system.locks import take_lock
 from bridge.system.paths import Exposure, exposure
@@ -62,12 +62,7 @@ class IndexDamagedError(Exception):
 
 
 def parse_index(data: bytes) -> dict[int, int]:
-    """
-    The serial numbers of an index, with their line numbers (from 1).
-
-    Raises:
-        IndexDamagedError: Not every line is a row of its own.
-    """
+    """The serial numbers of an index, with their line numbers (from 1)."""
     if data and not data.endswith(b"\n"):
         # openssl would drop the row, even a complete one, and exit with 0
         raise IndexDamagedError("wanted a newline at the end of the last line, found none")
@@ -125,16 +120,7 @@ class Database:
 
     @contextmanager
     def locked(self, limit: timedelta) -> Iterator[int]:
-        """
-        Hold the lock.
-
-        Yields:
-            Its descriptor. A child process that inherits it keeps the lock, if need be longer than we live.
-
-        Raises:
-            BackendRefusedError: The lock file can't be made.
-            BackendUnavailableError: Another process held it all the time.
-        """
+        """Hold the lock."""
         path = self.index.with_name(LOCK_NAME)
         try:
             lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -157,15 +143,7 @@ class Database:
             os.close(lock)
 
     def read(self, earlier: Snapshot | None = None) -> Snapshot:
-        """
-        The index as it is.
-
-        Args:
-            earlier: What it was; of an index that only grew since then, only the new rows are looked through.
-
-        Raises:
-            BackendRefusedError: It can't be read, or is damaged.
-        """
+        """The index as it is."""
         try:
             data = self.index.read_bytes()
             if not data:
@@ -186,12 +164,7 @@ class Database:
             ) from e
 
     def revoked(self) -> frozenset[int]:
-        """
-        The serial numbers that are revoked; also while another run signs.
-
-        Raises:
-            BackendRefusedError: The index can't be read.
-        """
+        """The serial numbers that are revoked; also while another run signs."""
         if not self.index.exists():
             time.sleep(_SETTLE_SECONDS)
         try:
@@ -206,12 +179,7 @@ class Database:
                 raise IndexDamagedError(f"wanted rows, as in {path.name}, found an empty file")
 
     def check(self) -> None:
-        """
-        Find out, changing nothing, whether a run could begin.
-
-        Raises:
-            BackendRefusedError: It could not.
-        """
+        """Find out, changing nothing, whether a run could begin."""
         if not self.index.exists():
             time.sleep(_SETTLE_SECONDS)
         if self.index.exists() or self._remains() is None:
@@ -220,12 +188,7 @@ class Database:
         self.check_folders()
 
     def check_folders(self) -> None:
-        """
-        Make sure that both folders are there and can be written in.
-
-        Raises:
-            BackendRefusedError: They can't.
-        """
+        """Make sure that both folders are there and can be written in."""
         for folder in (self.index.parent, self.new_certs_dir):
             if not folder.is_dir():
                 raise LocalFileError(f"wanted the folder {folder}, found none")
@@ -238,12 +201,7 @@ class Database:
                 )
 
     def put_right(self) -> None:
-        """
-        Undo what a killed run left: no index, or no attributes.
-
-        Raises:
-            BackendRefusedError: That needs a person.
-        """
+        """Undo what a killed run left: no index, or no attributes."""
         self._find_index()
         if not self._unique_subject():
             _write(self.attributes, b"unique_subject = no\n", self._pattern())
@@ -267,12 +225,7 @@ class Database:
         return before
 
     def _unique_subject(self) -> bool:
-        """
-        Whether the attributes say `unique_subject = no`; False: they say nothing.
-
-        Raises:
-            BackendRefusedError: They say yes: no second certificate with the same subject.
-        """
+        """Whether the attributes say `unique_subject = no`; False: they say nothing."""
         text = (_read_if_there(self.attributes) or b"").decode(errors="surrogateescape")
         try:
             found = parse_config(text, {}).get("default", "unique_subject")
@@ -330,12 +283,7 @@ class Database:
         path.rename(target)
 
     def check_space(self, index_size: int, certificates: int) -> None:
-        """
-        Make sure that the disk holds what a run writes: `openssl ca` does not notice when it does not.
-
-        Raises:
-            BackendUnavailableError: It does not.
-        """
+        """Make sure that the disk holds what a run writes: `openssl ca` does not notice when it does not."""
         wanted = _INDEX_COPIES * index_size + _BYTES_PER_CERTIFICATE * (certificates + 1)
         for folder in {self.index.parent, self.new_certs_dir}:
             disk = os.statvfs(folder)

@@ -1,16 +1,16 @@
-"""The settings of a CA that is run by `openssl ca`, and the four places of its files."""
+"""The settings of a CA that is run by `openssl ca`, and the four places of its files, which a site's openssl.cnf may name."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from backends.openssl.config import Config, ConfigDoubtError, parse_config
-from backends.openssl.key import SCHEME, KeyFile, Pkcs11Settings, PrivateKey, TokenKey, key_problems, shown
+from backends.openssl.program import SCHEME, KeyFile, Pkcs11Settings, PrivateKey, TokenKey, key_problems, shown
 from bridge.contract import BackendSettings, Secret
 from bridge.errors import SettingsError, SettingsProblem
 
@@ -72,12 +72,7 @@ class CAFiles:
 
 
 def files_of(settings: OpensslSettings) -> CAFiles:
-    """
-    The CA's files by the settings, or by the site's openssl.cnf that they name.
-
-    Raises:
-        SettingsError: The openssl.cnf does not name them for sure.
-    """
+    """The CA's files by the settings, or by the site's openssl.cnf that they name."""
     return _site_files(settings) if settings.config else _files(settings)
 
 
@@ -100,12 +95,7 @@ def _files(settings: OpensslSettings) -> CAFiles:
 
 
 def _site_files(settings: OpensslSettings) -> CAFiles:
-    """
-    The four places that a site's openssl.cnf names.
-
-    Raises:
-        SettingsError: It does not name them for sure.
-    """
+    """The four places that a site's openssl.cnf names."""
     path, section = settings.config or Path(), settings.section
     try:
         config = parse_config(path.read_text(encoding="utf-8", errors="surrogateescape"), os.environ)
@@ -138,3 +128,114 @@ def _site_files(settings: OpensslSettings) -> CAFiles:
 def _site_value(config: Config, section: str, key: str) -> str:
     value = config.get(section, key)
     return value.text if value else ""
+
+
+# --- a site's openssl.cnf --------------------------------------------------------------------------------------------
+
+_VARIABLE = re.compile(r"\$(?:\{(?P<braces>[^{}]*)\}|\((?P<parentheses>[^()]*)\)|(?P<bare>\w+(?:::\w+)?))", re.ASCII)
+_QUOTES = re.compile(r"[\"'`\\]")
+
+
+class ConfigDoubtError(Exception):
+    """A line of an openssl.cnf whose meaning can't be known for sure."""
+
+    def __init__(self, line: int, wanted: str, found: str) -> None:
+        self.line, self.wanted, self.found = line, wanted, found
+        super().__init__(f"line {line}: wanted {wanted}, found {found}")
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A value with its variables expanded."""
+
+    text: str
+    line: int  #: From 1.
+    doubt: ConfigDoubtError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A parsed file."""
+
+    sections: dict[str, dict[str, Value]] = field(default_factory=lambda: {"default": {}})
+
+    def get(self, section: str, name: str) -> Value | None:
+        """A value of a section, or else of the part above the first section, which all inherit from."""
+        value = self.sections.get(section, {}).get(name) or self.sections["default"].get(name)
+        if value and value.doubt:
+            raise value.doubt
+        return value
+
+
+def parse_config(text: str, environment: Mapping[str, str]) -> Config:
+    """Parse a file."""
+    config, current = Config(), "default"
+    for number, line in _logical_lines(text):
+        if line.startswith("["):
+            name, bracket, rest = line[1:].partition("]")
+            if not bracket or rest.strip():
+                raise ConfigDoubtError(number, "[section]", repr(line))
+            current = name.strip()
+            config.sections.setdefault(current, {})
+            continue
+        if line.startswith((".include", ".pragma")):
+            raise ConfigDoubtError(number, "a file that says all by itself, without .include and .pragma", repr(line))
+        name, equals, value = map(str.strip, line.partition("="))
+        if not equals or not name or re.search(r"\s", name):
+            raise ConfigDoubtError(number, "name = value", repr(line))
+        section, _, key = name.rpartition("::")
+        # a key that is there twice counts from its second line on, as for openssl
+        config.sections.setdefault(section or current, {})[key] = _expanded(
+            Value(value, number), section or current, config, environment
+        )
+    return config
+
+
+def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
+    """Lines that are neither empty nor a comment, with their numbers; a backslash at the end joins the next one."""
+    joined, first = "", 0
+    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
+        first, line = first or number, line.rstrip("\r")  # noqa: PLW2901
+        joined += line
+        if line.endswith("\\") and not line.endswith("\\\\"):
+            joined = joined[:-1]
+            continue
+        if content := _without_comment(joined).strip():
+            yield first, content
+        joined, first = "", 0
+    if content := _without_comment(joined).strip():
+        yield first, content
+
+
+def _without_comment(line: str) -> str:
+    """A `#` behind a quote or an escape may be part of a value, which then is in doubt anyway."""
+    before, _, _ = line.partition("#")
+    return line if _QUOTES.search(before) else before
+
+
+def _expanded(value: Value, section: str, config: Config, environment: Mapping[str, str]) -> Value:
+    def lookup(match: re.Match[str]) -> str:
+        name = next(filter(None, match.groups()), "")
+        where, _, key = name.rpartition("::")
+        where = where or section
+        known = config.sections.get(where, {}).get(key)
+        if not known and where == "ENV" and key in environment:
+            return environment[key]
+        known = known or config.sections["default"].get(key)
+        if not known:
+            raise ConfigDoubtError(value.line, f"a value of ${name}", "none")
+        if known.doubt:
+            raise known.doubt
+        return known.text
+
+    doubt = None
+    if _QUOTES.search(value.text):
+        doubt = ConfigDoubtError(value.line, "a value without quotes and backslashes", repr(value.text))
+    elif "$" in _VARIABLE.sub("", value.text):
+        doubt = ConfigDoubtError(value.line, "$name, ${name} or $(name)", repr(value.text))
+    if doubt:
+        return Value(value.text, value.line, doubt)
+    try:
+        return Value(_VARIABLE.sub(lookup, value.text), value.line)
+    except ConfigDoubtError as e:
+        return Value(value.text, value.line, e)

@@ -141,7 +141,7 @@ def under_headings(rows: Sequence[tuple[str, Sequence[str]]]) -> Iterator[str]:
 class _Progress:
     """How many requests the CAs have answered."""
 
-    def __init__(self, line: status.Doing) -> None:
+    def __init__(self, line: console.Doing) -> None:
         self._line = line
         self._lock = threading.Lock()
         self._asked: dict[str, list[str]] = {}  #: By backend: certificates that it has not answered for.

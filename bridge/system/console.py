@@ -200,13 +200,7 @@ _line = _Line()
 
 @contextlib.contextmanager
 def doing(text: str, *, is_plain: bool = True) -> Iterator[Doing]:
-    """
-    Tell what goes on, if it takes long.
-
-    Args:
-        text: A clause such as `restarting etcd`; may be changed while it goes on.
-        is_plain: Also where no terminal is; not for what most runs do, since cron mails each line.
-    """
+    """Tell what goes on, if it takes long."""
     one = Doing(text, is_told=not is_plain)
     _line.begin(one)
     try:
@@ -242,16 +236,7 @@ def stderr_is_journal() -> bool:
 
 
 def send_to_journal(fields: Sequence[tuple[str, str]], place: Path = JOURNAL) -> None:
-    """
-    Have the journal take a message.
-
-    Args:
-        fields: Names in capital letters with their values; a name may stand there several times.
-        place: The journal's socket.
-
-    Raises:
-        OSError: Nobody listens, or it is too long.
-    """
+    """Have the journal take a message."""
     import socket  # noqa: PLC0415 (for the journal alone)
 
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as ours:
@@ -314,12 +299,7 @@ _ABOUT = ("request", "signer", "requester", "outcome")
 
 
 def facts(record: logging.LogRecord) -> dict[str, object]:
-    """
-    The fields of a message for programs, besides its words; `config/logs/log-line.schema.json` describes them.
-
-    Args:
-        record: Its message begins with the certificates that it is about, if it is about some.
-    """
+    """The fields of a message for programs, besides its words; `config/logs/log-line.schema.json` describes them."""
     found: dict[str, object] = {
         "level": "hint" if getattr(record, "is_hint", False) else record.levelname.lower(),
         "run": run_id(),

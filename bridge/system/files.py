@@ -127,12 +127,7 @@ def _set_extended(descriptor: int, extended: dict[str, bytes]) -> None:
 
 
 def write_atomically(path: Path, data: bytes, mode: int = SECRET_MODE) -> None:
-    """
-    The old content or the new, never half, and never a moment with a looser mode.
-
-    Raises:
-        OSError: Then the old content is still there.
-    """
+    """The old content or the new, never half, and never a moment with a looser mode."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # 0600
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -158,13 +153,7 @@ def sync_directory(path: Path) -> None:
 
 
 def private_directory(path: Path) -> None:
-    """
-    Make a directory for our eyes only, or accept one that is.
-
-    Raises:
-        BridgeError: It is somebody else's, or others can write to it or to a directory on the way.
-        OSError: It can't be made.
-    """
+    """Make a directory for our eyes only, or accept one that is."""
     if not path.is_dir():
         path.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
     if (found := exposure(path.parent)) is not None:
@@ -202,12 +191,7 @@ class DiskSpace:
 
 
 def disk_spaces(places: Iterable[Path]) -> Iterator[DiskSpace]:
-    """
-    Look at each file system once.
-
-    Args:
-        places: Directories; of one that is not there yet, that in which it will be made.
-    """
+    """Look at each file system once."""
     seen: set[tuple[int, bool]] = set()  # one file system may be mounted twice, and one of these read-only
     for place in map(_existing, places):
         space = _space(place)
@@ -255,11 +239,5 @@ def _places(installed: str, in_clone: str) -> tuple[Path, ...]:
 
 
 def how_to_begin(example: str, place: Path) -> str:
-    """
-    A hint for a file that is missing: the command that puts the example there.
-
-    Args:
-        example: Its path below the examples, such as `desk/desk-policy.toml`.
-        place: Where the file was looked for.
-    """
+    """A hint for a file that is missing: the command that puts the example there."""
     return f"begin with the example: install -m 0644 {shipped(example) or f'config/{example}'} {place}"

@@ -56,12 +56,7 @@ class Places:
 
 
 def this_program() -> Path:
-    """
-    Where the program is that runs now, as cron and systemd have to call it.
-
-    Raises:
-        JobError: It was not started as an installed program.
-    """
+    """Where the program is that runs now, as cron and systemd have to call it."""
     called = Path(sys.argv[0])
     found = called if called.is_absolute() else Path(shutil.which(sys.argv[0]) or called).absolute()
     if found.name == "ca-bridge" and found.is_file():
@@ -140,12 +135,7 @@ def _cron_word(text: str, _: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    """
-    The same text, with which no line of its own can begin in a unit or a crontab.
-
-    Raises:
-        JobError: It has control characters; no quotes keep a line break from ending a line there.
-    """
+    """The same text, with which no line of its own can begin in a unit or a crontab."""
     if has_controls(text):
         raise JobError(
             f"wanted a path without line breaks and other control characters, found {text!r}",
@@ -155,16 +145,7 @@ def _one_line(text: str) -> str:
 
 
 def write(jobs: Sequence[Job], directory: Path | None) -> list[Path]:
-    """
-    Write the files, each at once and whole.
-
-    Args:
-        jobs: What to write.
-        directory: Into this one instead of where they have to be; made if it is not there.
-
-    Raises:
-        JobError: A file can't be written.
-    """
+    """Write the files, each at once and whole."""
     written = []
     for job in jobs:
         path = directory / job.path.name if directory is not None else job.path
@@ -179,12 +160,7 @@ def write(jobs: Sequence[Job], directory: Path | None) -> list[Path]:
 
 
 def enable(units: Sequence[str]) -> None:
-    """
-    Make systemd read its units again, and start and enable these.
-
-    Raises:
-        JobError: systemd says no, or is not there.
-    """
+    """Make systemd read its units again, and start and enable these."""
     for arguments in (["daemon-reload"], ["enable", "--now", *units]):
         said = bytearray()
         words = ["systemctl", *arguments]

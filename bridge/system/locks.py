@@ -58,16 +58,7 @@ _LOCK_POLL_SECONDS = 0.1
 
 
 def take_lock(descriptor: int, wait: timedelta) -> bool:
-    """
-    Take the flock(2) of an open file, which ends with the last process that has the file open.
-
-    Args:
-        descriptor: Of the file.
-        wait: How long for somebody else to give it back.
-
-    Returns:
-        Whether it is ours now.
-    """
+    """Take the flock(2) of an open file, which ends with the last process that has the file open."""
     with doing("waiting for another run to end", is_plain=False):
         return wait_until(lambda: _try_lock(descriptor), bool, wait, pause_seconds=_LOCK_POLL_SECONDS)
 
@@ -96,12 +87,7 @@ class Holder:
 
 
 def held_by(path: Path) -> Holder | None:
-    """
-    Who holds a lock; None: nobody does, or it was never taken.
-
-    Raises:
-        BridgeError: The lock's file can't be opened.
-    """
+    """Who holds a lock; None: nobody does, or it was never taken."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:

@@ -33,6 +33,10 @@ class UnreadableError(Exception):
     """Something is there and can't be read; the text says why."""
 
 
+class _DirectoryError(UnreadableError):
+    """A directory is there."""
+
+
 def read(path: Path) -> bytes | None:
     """
     A file's content; None when there is none: nothing, a dangling symlink or a directory (as kubeadm sees it).
@@ -43,7 +47,7 @@ def read(path: Path) -> bytes | None:
     try:
         with regular_file(path) as (descriptor, _):
             return _content(descriptor)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, _DirectoryError):
         return None
 
 
@@ -60,7 +64,7 @@ def read_once(path: Path) -> tuple[bytes, os.stat_result]:
     try:
         with regular_file(path, os.O_NOFOLLOW) as (descriptor, status):
             return _content(descriptor), status
-    except (NotADirectoryError, IsADirectoryError) as e:
+    except NotADirectoryError as e:
         raise UnreadableError("not a regular file") from e
 
 
@@ -74,7 +78,7 @@ def regular_file(path: Path, flags: int = 0) -> Iterator[tuple[int, os.stat_resu
         flags: `O_NOFOLLOW` to refuse a link in its place.
 
     Raises:
-        FileNotFoundError, NotADirectoryError, IsADirectoryError: No file is there.
+        FileNotFoundError, NotADirectoryError: Nothing is there.
         UnreadableError: It can't be opened, or is no regular file.
     """
     with contextlib.ExitStack() as stack:
@@ -87,7 +91,7 @@ def regular_file(path: Path, flags: int = 0) -> Iterator[tuple[int, os.stat_resu
         except OSError as e:
             raise UnreadableError(e.strerror or str(e)) from e
         if stat.S_ISDIR(status.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+            raise _DirectoryError("not a regular file")
         if not stat.S_ISREG(status.st_mode):
             raise UnreadableError("a symbolic link" if stat.S_ISLNK(status.st_mode) else "not a regular file")
         try:
@@ -136,13 +140,7 @@ def own_text(path: Path, what: str, hint: str) -> str:
 
 
 def assert_ours(path: Path) -> None:
-    """
-    Make sure that only root and the effective user can change a file that says what is run or signed.
-
-    Raises:
-        SettingsError: The file or a directory on the way is somebody else's, or others can write to it.
-        OSError: It can't be looked at.
-    """
+    """Make sure that only root and the effective user can change a file that says what is run or signed."""
     found = exposure(path)
     if found is not None:
         raise SettingsError([SettingsProblem("", found.wanted, found.found, found.path)], hint=found.hint)
@@ -191,13 +189,6 @@ def program_exposure(path: Path, account: int | None = None) -> Exposure | None:
     Find why a program must not be run: others could change it, or put another one in its place, or it is none.
 
     What an interpreter loads is not looked at.
-
-    Args:
-        path: Absolute.
-        account: The user (uid) that runs it; None: the effective one.
-
-    Raises:
-        OSError: It is not there, or can't be looked at.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -207,12 +198,7 @@ def program_exposure(path: Path, account: int | None = None) -> Exposure | None:
 
 
 def foreign_link(path: Path) -> Exposure | None:
-    """
-    Find the first link on the way that lies where somebody other than root and the effective user may put links.
-
-    Raises:
-        OSError: It can't be looked at.
-    """
+    """Find the first link on the way that lies where somebody other than root and the effective user may put links."""
     for step in _steps(path):
         if step.status is None or not stat.S_ISLNK(step.status.st_mode):
             continue
@@ -230,12 +216,7 @@ def foreign_link(path: Path) -> Exposure | None:
 
 
 def open_secret(path: Path) -> Exposure | None:
-    """
-    Find whether others than its owner, and the groups of root and of this process, may read a file with a secret.
-
-    Raises:
-        OSError: It can't be looked at.
-    """
+    """Find whether others than its owner, and the groups of root and of this process, may read a file with a secret."""
     status = path.stat()
     mode = stat.S_IMODE(status.st_mode)
     if not mode & 0o007 and not (mode & 0o070 and status.st_gid not in {0, os.getegid()}):
@@ -378,9 +359,6 @@ def _steps(path: Path) -> Iterator[_Step]:
     Everything that decides where a path leads, from the root directory on, links as such.
 
     It ends where nothing is, and where links have no end.
-
-    Raises:
-        OSError: A directory can't be searched.
     """
     here, shown, links = os.open("/", _LOOK | os.O_DIRECTORY), Path("/"), 0
     rest = list(path.absolute().parts[1:])

@@ -47,12 +47,7 @@ class Account:
 
     @classmethod
     def of(cls, name: str) -> Account:
-        """
-        Look up a user with all of its groups; an empty name means our own user.
-
-        Raises:
-            KeyError: No such user.
-        """
+        """Look up a user with all of its groups; an empty name means our own user."""
         try:
             entry = pwd.getpwnam(name) if name else pwd.getpwuid(os.geteuid())
         except KeyError:
@@ -286,15 +281,7 @@ class OutputLines:
 
 
 def run_logged(words: Sequence[str], variables: Mapping[str, str], limit: timedelta, lines: OutputLines) -> Ended:
-    """
-    Run an operator's command; what it leaves in the background when it ends goes on.
-
-    Args:
-        words: The program and its arguments.
-        variables: Its environment, beside our own PATH, HOME and LANG.
-        limit: For all of it.
-        lines: Takes both of its outputs.
-    """
+    """Run an operator's command; what it leaves in the background when it ends goes on."""
     command = Command(words=words, environment=passed_on(variables), limit=limit)
     try:
         return run(command, lines.add, subprocess.STDOUT)

@@ -98,12 +98,7 @@ class StateFile(Generic[T]):
             raise
 
     def damage(self) -> StateDamagedError | None:
-        """
-        Find what is wrong with its content, changing nothing.
-
-        Raises:
-            StateUnreadableError: It can't be read at this moment.
-        """
+        """Find what is wrong with its content, changing nothing."""
         try:
             self._judged()
         except StateDamagedError as e:
@@ -146,24 +141,14 @@ class StateFile(Generic[T]):
         self.replace(self.document(value)) if value else self.remove()
 
     def replace(self, document: Mapping[str, Any]) -> None:
-        """
-        Write another content, safe on disk when this returns.
-
-        Raises:
-            StateError: The old content is still there, or (if even that can't be told) the new one.
-        """
+        """Write another content, safe on disk when this returns."""
         try:
             write_atomically(self.path, sealed(document))
         except OSError as e:
             raise StateError(f"{self.path}: wanted to write down {self.what}, found: {e.strerror}") from e
 
     def remove(self) -> None:
-        """
-        Remove it for good; there may be none.
-
-        Raises:
-            StateError: It is still there, or may be after a power cut.
-        """
+        """Remove it for good; there may be none."""
         try:
             self.path.unlink(missing_ok=True)
             sync_directory(self.path.parent)
@@ -171,12 +156,7 @@ class StateFile(Generic[T]):
             raise StateError(f"{self.path}: wanted to remove it, found: {e.strerror}") from e
 
     def set_aside(self) -> Path:
-        """
-        Give it another name, beside it, and return that; nothing is lost.
-
-        Raises:
-            StateError: It still has its name.
-        """
+        """Give it another name, beside it, and return that; nothing is lost."""
         data = self._bytes() or b""
         kept = self.path.with_name(f"{self.path.name}.damaged-{hashlib.sha256(data).hexdigest()[:8]}")
         try:

@@ -17,9 +17,8 @@ from typing import Any
 import pytest
 from cryptography import x509
 
-from backends.cmp import CmpBackend
+from backends.cmp import CmpBackend, CmpSettings
 from backends.cmp.process import OLDEST_WITH_PROFILES, Program
-from backends.cmp.settings import CmpSettings
 from bridge.ca import registry
 from bridge.contract import BackendSettings, Issued, Pending, Revokes, Secret, SetupRequest, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, SettingsError, VerificationError, Violation

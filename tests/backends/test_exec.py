@@ -22,9 +22,8 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, pkcs7
 
-from backends.exec import ExecBackend, ExecSettings
-from backends.exec import answer as exec_answer
-from backends.exec.environment import ENVIRONMENT
+from backends.exec import ExecBackend, ExecSettings, helper
+from backends.exec.helper import ENVIRONMENT
 from bridge.ca import registry
 from bridge.contract import Issued, Pending, SetupRequest, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsError
@@ -301,11 +300,11 @@ def test_spoilt_answers_are_refused_or_taken() -> None:
             for _ in range(random.choice((1, 1, 5))):
                 spoilt[random.randrange(len(spoilt))] = random.randrange(256)
             with contextlib.suppress(ValueError):
-                found = exec_answer.certificates(bytes(spoilt[: random.choice((len(spoilt), random.randrange(9999)))]))
+                found = helper.certificates(bytes(spoilt[: random.choice((len(spoilt), random.randrange(9999)))]))
                 assert all(one.subject is not None for one in found)
             with contextlib.suppress(ValueError):
-                assert "\0" not in exec_answer.cookie(bytes(spoilt))
-            assert exec_answer.words(bytes(spoilt)).isprintable()
+                assert "\0" not in helper.cookie(bytes(spoilt))
+            assert helper.words(bytes(spoilt)).isprintable()
 
 
 @pytest.mark.parametrize("what", ODD)
@@ -869,7 +868,7 @@ def test_doctor_finds_what_is_wrong_with_a_program(one: Bridge) -> None:
 
     assert str(script) not in told()
     script.chmod(0o777)
-    assert f"wanted {script} to be writable by its owner alone, found mode 0777" in told()
+    assert f"{script}: wanted a file that only its owner can write to, found mode 0777" in told()
     script.unlink()
     assert "wanted a program, found: No such file or directory" in told()
 

@@ -33,9 +33,8 @@ from cryptography.x509.oid import NameOID, ObjectIdentifier
 
 from backends.openssl import OpensslBackend
 from backends.openssl import setup as openssl_setup
-from backends.openssl.config import ConfigDoubtError, parse_config
 from backends.openssl.index import Database, IndexDamagedError, parse_index
-from backends.openssl.settings import OpensslSettings
+from backends.openssl.settings import ConfigDoubtError, OpensslSettings, parse_config
 from bridge.contract import Issued, Secret, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsError
 from bridge.node import sample_pki
@@ -519,7 +518,7 @@ def test_signs_a_csr_of_the_same_kind_that_is_fit(directory: Path, good: Callabl
 @pytest.fixture
 def unforeseen(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if nobody had known what openssl stops at."""
-    monkeypatch.setattr("backends.openssl.csr._is_readable", lambda _: True)
+    monkeypatch.setattr("backends.openssl._is_readable", lambda _: True)
 
 
 def bad_among(count: int, *positions: int) -> list[SignRequest]:
@@ -601,7 +600,7 @@ def test_each_validity_is_its_own(directory: Path) -> None:
 
 def test_cuts_large_batches(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No process gets more CSRs than a batch has; the same CSR twice is two certificates."""
-    monkeypatch.setattr("backends.openssl.key.KeyFile.batch_size", 3)
+    monkeypatch.setattr("backends.openssl.program.KeyFile.batch_size", 3)
     wrapper = program(tmp_path, f'echo >> {tmp_path}/runs; exec $REAL "$@"')
     requests = [request() for _ in range(7)]
     requests[6] = requests[0]
@@ -624,7 +623,7 @@ def many_rows(count: int) -> bytes:
 
 def test_looks_through_the_old_rows_once(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many chunks there are, a long index is parsed once, and then what each run adds to it."""
-    monkeypatch.setattr("backends.openssl.key.KeyFile.batch_size", 2)
+    monkeypatch.setattr("backends.openssl.program.KeyFile.batch_size", 2)
     old = many_rows(2000)
     directory.joinpath("index.txt").write_bytes(old)
     parsed = []
@@ -890,7 +889,7 @@ def test_a_process_that_signs_many_has_more_time(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The time limit is for one request: what is too slow for one is not too slow for many."""
-    monkeypatch.setattr("backends.openssl.process.CSRS_A_LIMIT", 1)
+    monkeypatch.setattr("backends.openssl.program.CSRS_A_LIMIT", 1)
     settings: dict[str, Any] = {"openssl": program(tmp_path, 'sleep 3; exec $REAL "$@"')}
     settings["timeout"] = timedelta(seconds=1)
     with pytest.raises(BackendUnavailableError, match="within 2 s"):

@@ -15,7 +15,7 @@ from cryptography import x509
 
 from backends.openssl import OpensslBackend
 from backends.openssl.index import parse_index
-from backends.openssl.key import _LOGINS, Pkcs11Settings
+from backends.openssl.program import _LOGINS, Pkcs11Settings
 from backends.openssl.settings import OpensslSettings
 from bridge.ca import registry
 from bridge.contract import Issued, Secret, SignRequest
@@ -145,7 +145,7 @@ def test_signs_with_keys_of_each_kind(token: Token, opened: Open, directory: Pat
 
 def test_one_login_for_a_chunk(opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An HSM is asked for its PIN once a process, and a process has no more CSRs than an HSM can sign in its time."""
-    monkeypatch.setattr("backends.openssl.key.TokenKey.batch_size", 3)
+    monkeypatch.setattr("backends.openssl.program.TokenKey.batch_size", 3)
     wrapper = program(tmp_path, f'echo run >> {tmp_path}/runs; exec $REAL "$@"')
     answers = opened(openssl=wrapper).sign_many([renewal() for _ in range(7)])
     assert all(isinstance(answer, Issued) for answer in answers)

@@ -12,7 +12,7 @@ from typing import Literal
 
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
-from backends.openssl.key import Pkcs11Settings
+from backends.openssl.program import Pkcs11Settings
 from bridge.contract import Secret
 from tests.kit import programs
 

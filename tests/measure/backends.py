@@ -22,8 +22,7 @@ import requests
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
 
-from backends.cmp import CmpBackend
-from backends.cmp.settings import CmpSettings
+from backends.cmp import CmpBackend, CmpSettings
 from backends.est import EstBackend, EstSettings
 from backends.exec import ExecBackend, ExecSettings
 from bridge.contract import Backend, Issued, Secret, SignRequest

@@ -1,28 +1,38 @@
-"""What a certmonger helper prints: certificates, cookies, and words for people (pure: bytes in)."""
+"""certmonger's contract with a helper: the environment that it finds, and what it prints (pure: bytes in)."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cryptography import x509
 
 from bridge.pki.certificates import certificates_in
+from bridge.specs import CertificateSpec
 from bridge.words import one_line
+
+#: What a program finds around it, beside HOME and what the settings name; nothing of our own environment.
+ENVIRONMENT: Mapping[str, str] = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "SHELL": "/bin/sh",
+    "TERM": "dumb",
+    "LC_ALL": "C.UTF-8",
+}
+
+
+def ekus_text(spec: CertificateSpec) -> str:
+    """RFC 5280's names with commas, as openssl takes them: `serverAuth,clientAuth`."""
+    return ",".join(sorted((eku.label for eku in spec.ekus), reverse=True))
+
 
 _MOST_WORDS = 300  # characters; certmonger itself keeps the first line of a refusal
 _SECONDS = re.compile(r"[0-9]{1,9}")
 
 
 def certificates(output: bytes) -> list[x509.Certificate]:
-    """
-    All certificates of an answer: PEM, DER, PKCS#7 or certmonger's JSON (its doc/helpers.txt, "SUBMIT"); in its order.
-
-    Raises:
-        ValueError: None, or one that can't be read; the text says what was found.
-    """
+    """All certificates of an answer: PEM, DER, PKCS#7 or certmonger's JSON (its doc/helpers.txt, "SUBMIT"); in its order."""
     if not output.strip():
         raise ValueError("nothing")
     if output.lstrip().startswith(b"{"):
@@ -48,12 +58,7 @@ def _members(document: Any) -> Iterator[Any]:
 
 
 def cookie(output: bytes) -> str:
-    """
-    The cookie of a request that waits: opaque, one line without its end, or several without the blank ones.
-
-    Raises:
-        ValueError: It could not be given back in the environment.
-    """
+    """The cookie of a request that waits: opaque, one line without its end, or several without the blank ones."""
     try:
         text = output.decode()
     except UnicodeDecodeError:
@@ -64,12 +69,7 @@ def cookie(output: bytes) -> str:
 
 
 def delayed_cookie(output: bytes) -> tuple[int, str]:
-    """
-    Seconds to wait, and the cookie on the lines after them.
-
-    Raises:
-        ValueError: Something else.
-    """
+    """Seconds to wait, and the cookie on the lines after them."""
     first, _, rest = output.partition(b"\n")
     seconds = first.decode("ascii", "replace").strip()
     if not _SECONDS.fullmatch(seconds):
@@ -81,13 +81,7 @@ def delayed_cookie(output: bytes) -> tuple[int, str]:
 
 
 def words(data: bytes, *, keep_end: bool = False) -> str:
-    """
-    Text for the operator: on one line, nothing that steers a terminal, not without end.
-
-    Args:
-        data: As it was printed.
-        keep_end: Cut at the beginning, as the cause stands last in what goes to standard error.
-    """
+    """Text for the operator: on one line, nothing that steers a terminal, not without end."""
     text = data.decode("utf-8", "replace")
     return one_line(text[::-1], _MOST_WORDS)[::-1] if keep_end else one_line(text, _MOST_WORDS)
 
