@@ -396,6 +396,20 @@ def test_the_picture_of_a_session_shows_commands_that_are_there() -> None:
     assert any("refused" in line for line in lines)
 
 
+def test_each_page_that_the_program_names_is_one_of_its_help() -> None:
+    """Messages and shipped files send readers to what is installed, and not to a directory of the clone."""
+    places = [
+        *(ROOT / "bridge").rglob("*.py"),
+        *(path for path in (ROOT / "config").rglob("*") if path.suffix != ".md"),
+    ]
+    texts = [path.read_text(encoding="utf-8") for path in places if path.is_file()]
+    named = {topic for text in texts for topic in re.findall(r"`ca-bridge help ([a-z0-9-]+)`", text)}
+    assert len(named) > 8
+    assert named - {path.stem for path in (ROOT / "docs").glob("*.md")} == set()
+    shipped = [path for path in places if path.is_file() and path.suffix != ".py"]
+    assert [path for path in shipped if "docs/" in path.read_text(encoding="utf-8").replace("/docs/", "")] == []
+
+
 @pytest.mark.parametrize("name", pictures.PICTURES)
 def test_a_picture_is_what_its_program_draws(name: str) -> None:
     """And well-formed; a page shows it."""

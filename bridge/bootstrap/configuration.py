@@ -226,7 +226,7 @@ def join_configuration(
     return Configuration(documents=(document,))
 
 
-_IN_FILE = "the file that --kubeadm-config names; docs/day-0.md has one to begin with"
+_IN_FILE = "the file that --kubeadm-config names; `ca-bridge help day-0` has one to begin with"
 
 
 def assert_usable(config: Configuration, pki_dir: str, *, further: bool) -> None:

@@ -39,7 +39,7 @@ def gateway(
     """
     Sign what kubelets and users ask for by the certificates API, as far as the policy allows.
 
-    It works until SIGTERM; docs/gateway.md has its settings, policy and metrics.
+    It works until SIGTERM; `ca-bridge help gateway` has its settings, policy and metrics.
     """
     service = Service(common.settings(), utc_now)
     if check:
@@ -53,7 +53,7 @@ def gateway(
 def _check(service: Service) -> int:
     found = list(service.check())
     for text in found:
-        print_error(BridgeError(text, hint="docs/gateway.md says what the CA has to allow"))
+        print_error(BridgeError(text, hint="`ca-bridge help gateway` says what the CA has to allow"))
     if found:
         return Exit.REFUSED
     signers, nodes = ", ".join(service.signers), len(service.nodes.inventory.nodes)

@@ -309,7 +309,9 @@ class ApiRefusesError(BridgeError):
     """The API server answers, and does not let us do what the gateway has to do."""
 
     exit_code = Exit.REFUSED
-    hint = "docs/gateway.md names the rights that the gateway needs, and `ca-bridge setup kubernetes` prints them"
+    hint = (
+        "`ca-bridge help gateway` names the rights that the gateway needs, and `ca-bridge setup kubernetes` prints them"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

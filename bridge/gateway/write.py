@@ -157,7 +157,7 @@ class Writer:
 def _assert_well(reply: Reply, what: str) -> None:
     if reply.status != HTTPStatus.OK:
         reason = f"wanted to {what}, found HTTP {reply.status} {reply.message}"
-        log.error("%s (has the gateway the rights that docs/gateway.md names?)", reason)
+        log.error("%s (has the gateway the rights that `ca-bridge help gateway` names?)", reason)
         raise LeftError("left", reason, AFTER_REFUSAL_SECONDS)
 
 

@@ -35,7 +35,7 @@ class KubeadmConfigError(BridgeError):
     exit_code = Exit.USAGE
     hint = (
         "`kubeadm config validate --config FILE` says what kubeadm thinks of it; `kubeadm config print init-defaults` "
-        "shows the form; docs/day-0.md says which fields matter"
+        "shows the form; `ca-bridge help day-0` says which fields matter"
     )
 
 
