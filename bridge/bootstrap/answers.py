@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from bridge.bootstrap.authorities import Certificates
 from bridge.bootstrap.wish import NobodySignsError, NodeWish
-from bridge.errors import BridgeError, VerificationError, WaitingError
+from bridge.errors import BridgeError, WaitingError
 from bridge.pki import verify
 from bridge.pki.bundle_format import short_fingerprint
-from bridge.renewal import airgap, carried_answers
+from bridge.renewal import airgap
 from bridge.renewal.issuance import Answered, issue, reaching
 from bridge.renewal.prepare import Prepared
 from bridge.renewal.select import outcome_of
@@ -77,9 +77,9 @@ def _carried(
 ) -> tuple[list[Answered], Sequence[BridgeError]]:
     if not wish.answers:
         return [], ()
-    found = carried_answers.answers_in(run, wish.answers)
+    found = airgap.answers_in(run, wish.answers)
     answered = [
-        carried_answers.answered_by(run, one, found.best(one, expected[one.authority]), expected[one.authority])
+        airgap.answered_by(run, one, found.best(one, expected[one.authority]), expected[one.authority])
         for one in prepared
         if one.name in found.candidates
     ]
@@ -107,11 +107,7 @@ def _asked(run: Run, prepared: Sequence[Prepared], expected: Mapping[str, verify
 def _proven_before(one: Prepared, expected: Mapping[str, verify.Expectation]) -> Answered | None:
     """An answer that an earlier run has checked and kept, if it still holds."""
     made, wanted = one.open, expected[one.authority]
-    if made is None or made.answer is None:
-        return None
-    try:
-        verify.check(made.answer, one.request, wanted)
-    except VerificationError:
+    if made is None or made.answer is None or verify.error_of(made.answer, one.request, wanted) is not None:
         return None
     return Answered(prepared=one, expected=wanted, label=made.backend, answer=made.answer)
 

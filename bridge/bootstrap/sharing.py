@@ -15,7 +15,7 @@ from bridge.bootstrap.orders import NewNode, Order, OrderError
 from bridge.bootstrap.places import Places, live
 from bridge.bootstrap.service_account import is_sa_pair
 from bridge.bootstrap.wishes import order_for, read_configuration
-from bridge.desk import signing_key
+from bridge.desk.files import load_signing_key
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.node.kubeadm_config import KubeadmConfigError
 from bridge.pki import signatures
@@ -151,7 +151,7 @@ def write_orders(
     Raises:
         OrderError, KubeadmConfigError, BridgeError: Nothing was written.
     """
-    key = signing_key.load(sign_with, "--sign-with", "orders") if sign_with is not None else None
+    key = load_signing_key(sign_with, "--sign-with", "orders") if sign_with is not None else None
     listed = _listed(nodes)
     cluster = read_configuration(config)[0]
     if not cluster.cluster:

@@ -129,10 +129,6 @@ def _types(settings: Settings) -> tuple[dict[str, BackendType], list[SettingsPro
 
 
 def _loaded(entry: EntryPoint) -> BackendType:
-    """
-    Raises:
-        BrokenPluginError: It can't be imported, whatever the reason is.
-    """
     try:
         return cast(BackendType, entry.load())
     except Exception as e:

@@ -37,13 +37,11 @@ def collected(
         return backend.collect(request, reference)
     wrong: list[VerificationError] = []
     for issued in backend.candidates(request, reference):
-        try:
-            verify.check(issued, request, expected)
-        except VerificationError as e:
-            wrong.append(e)
-        else:
+        error = verify.error_of(issued, request, expected)
+        if error is None:
             backend.accepted(request, reference)
             return issued
+        wrong.append(error)
     if wrong:
         more = f" ({len(wrong)} certificates, none of which passes)" if len(wrong) > 1 else ""
         raise HearsayError(f"{wrong[0].reason}{more}")

@@ -92,10 +92,6 @@ def spec_of(relative: Path, suffix: str = _SUFFIX) -> CertificateSpec | None:
 
 
 def _request(spec: CertificateSpec, path: Path, validity: timedelta) -> BundledRequest:
-    """
-    Raises:
-        CsrDirectoryError: The file can't be read, or holds more than a CSR.
-    """
     try:
         data = read(path)
         if data is None or data.count(b"-----BEGIN ") != 1:
@@ -147,12 +143,7 @@ def deliver(found: CsrDirectory, target: Path, answers: Mapping[str, Issued], ca
 
 
 def _completed(path: Path, issued: Issued, chain: bytes, ca: x509.Certificate) -> bytes:
-    """
-    The kubeconfig with the client's certificate and the CA's, laid out as kubeadm does it.
-
-    Raises:
-        CsrDirectoryError: It is none that `generate-csr` makes, or its key is another one's.
-    """
+    """The kubeconfig with the client's certificate and the CA's, laid out as kubeadm does it."""
     wanted = "wanted a kubeconfig with one cluster and one user, as `kubeadm certs generate-csr` writes it"
     try:
         config: Any = yaml.safe_load(read(path) or b"")

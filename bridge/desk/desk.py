@@ -257,12 +257,7 @@ class Desk:
     def _anchors(
         self, configured: registry.Configured, issuers: Sequence[x509.Certificate]
     ) -> Sequence[x509.Certificate]:
-        """
-        The CA's certificates in `desk.ca_dir`, or else the one that signs.
-
-        Raises:
-            BridgeError: There is none.
-        """
+        """The CA's certificates in `desk.ca_dir`, or else the one that signs."""
         directory = self._policy.desk.ca_dir
         if directory is None:
             if not issuers:
@@ -443,13 +438,8 @@ class Desk:
 
     def _violations(self, request: SignRequest, issued: Issued) -> VerificationError | None:
         authority = request.spec.authority.name
-        try:
-            verify.check(
-                issued, request, for_request(request, self._expectation(authority, self._cas[authority].anchors))
-            )
-        except VerificationError as e:
-            return e
-        return None
+        expected = self._expectation(authority, self._cas[authority].anchors)
+        return verify.error_of(issued, request, for_request(request, expected))
 
     def _record(self, job: Job, record: audit.Record) -> None:
         about = f"node {job.bundle.node}, cluster {job.bundle.cluster}, request {job.digest[:16]}"
@@ -521,12 +511,7 @@ def _windows(jobs: Iterable[Job]) -> Iterator[list[Job]]:
 
 
 def _revoked(ca: CA, request: BundledRequest) -> list[str]:
-    """
-    Why the proof is worth nothing: its certificate's key is known to have been lost, or its holder to be gone.
-
-    Raises:
-        BackendError: The CA can tell, and does not now.
-    """
+    """Why the proof is worth nothing: its certificate's key is known to have been lost, or its holder to be gone."""
     old = request.replaces
     if old is None or not ca.is_revoked(old):
         return []
@@ -536,12 +521,7 @@ def _revoked(ca: CA, request: BundledRequest) -> list[str]:
 def _recalled(
     ca: CA, asked: Sequence[tuple[Job, SignRequest, datetime]], journal: Journal
 ) -> list[tuple[Job, SignRequest]]:
-    """
-    Find what a killed run has had signed.
-
-    Returns:
-        What was not found, or can't be looked for, and so has to be asked for again.
-    """
+    """Find what a killed run has had signed."""
     if not asked:
         return []
     try:

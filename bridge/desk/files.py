@@ -12,29 +12,38 @@ from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from bridge.ca import registry
+from bridge.ca.ca import signer_of
+from bridge.ca.retry import Rest
 from bridge.contract import Issued
-from bridge.desk import csr_directory, node_inventory, signing_key
+from bridge.desk import csr_directory, node_inventory
 from bridge.desk.archive import Archive, archive_directory
 from bridge.desk.desk import Delivery, Desk, Job, Observer
 from bridge.desk.journal import Journal
 from bridge.desk.policy import Policy, parse
 from bridge.desk.workers import GARBAGE, WORTHWHILE, ReadAhead, Workers
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
+from bridge.pki import signatures
 from bridge.pki.bundle import CARRIED, AnswerBundle, BundleError, IncompleteBundleError, RequestBundle
 from bridge.pki.bundle_format import MAX_BUNDLE_BYTES, answer_suffix, digest, dumps, file_names, loads, loads_request
 from bridge.pki.certificates import load_pem_certificates
 from bridge.pki.expiry import is_due
 from bridge.settings.load import DEFAULT_FILE
 from bridge.settings.tables import RenewalSettings, Settings
+from bridge.specs import AUTHORITIES
 from bridge.state import audit
 from bridge.state.store import Store
+from bridge.system.ca_files import NoCaFileError, read_ca_file
 from bridge.system.console import log
 from bridge.system.files import how_to_begin
 from bridge.system.locks import lock
 from bridge.system.many import NewFile, remove_unfinished
-from bridge.system.paths import UnreadableError, own_text, read, read_once
+from bridge.system.paths import UnreadableError, open_secret, own_text, read, read_once
 from bridge.words import one_line
 
 POLICY_NAME = "desk-policy.toml"
@@ -98,7 +107,80 @@ def load_answer_key(policy: Policy) -> PrivateKeyTypes | None:
         SettingsError: It can't be used, or others can read it.
     """
     path = policy.desk.answer_key
-    return None if path is None else signing_key.load(path, "desk.answer_key", "answers")
+    return None if path is None else load_signing_key(path, "desk.answer_key", "answers")
+
+
+def load_signing_key(path: Path, setting: str, what: str) -> PrivateKeyTypes:
+    """
+    Read a private key of ours that messages are signed with: a desk's answers, an administrator's orders.
+
+    Args:
+        path: PEM, not encrypted.
+        setting: The setting or option that names it, for messages.
+        what: The messages that it signs, for messages.
+
+    Raises:
+        SettingsError: It can't be used, or others can read it.
+    """
+    try:
+        exposed = open_secret(path)
+    except OSError as e:
+        wanted = f"the private key that {what} are signed with"
+        raise SettingsError([SettingsProblem(setting, wanted, str(e.strerror), path)]) from None
+    if exposed is not None:
+        problem = SettingsProblem(setting, exposed.wanted, exposed.found, exposed.path)
+        raise SettingsError([problem], hint=exposed.hint)
+    try:
+        data = read(path)
+        found = "nothing" if data is None else "something else"
+        key = load_pem_private_key(data or b"", None)
+        signatures.sign(key, b"")
+    except (UnreadableError, ValueError, TypeError, UnsupportedAlgorithm) as e:
+        found = str(e) if isinstance(e, UnreadableError) else found
+        wanted = "an RSA, ECDSA or Ed25519 private key in PEM, not encrypted"
+        raise SettingsError([SettingsProblem(setting, wanted, found, path)]) from None
+    return key
+
+
+def known_cas(settings: Settings) -> dict[str, tuple[x509.Certificate, ...]]:
+    """
+    The CA certificates that are here, by authority: the node's own, and where there is a desk's policy, the desk's.
+
+    Raises:
+        SettingsError: The policy or a backend's table is wrong.
+    """
+    policy = load_policy(settings, None) if policy_path(settings).exists() else None
+    found = {name: tuple(dict.fromkeys(_origins(settings, policy, name))) for name in AUTHORITIES}
+    return {name: certificates for name, certificates in found.items() if certificates}
+
+
+def _origins(settings: Settings, policy: Policy | None, authority: str) -> Iterator[x509.Certificate]:
+    yield from _in_file(settings.node.pki_dir / AUTHORITIES[authority].certificate_file)
+    if policy is not None:
+        if policy.desk.ca_dir is not None:
+            yield from _in_file(policy.desk.ca_dir / AUTHORITIES[authority].certificate_file)
+        if authority in settings.authorities:
+            yield from _of_backend(settings, authority)
+
+
+def _in_file(path: Path) -> tuple[x509.Certificate, ...]:
+    """The certificates in a CA file; none where there is no such file: at a desk there may be no /etc/kubernetes."""
+    try:
+        return read_ca_file(path)
+    except NoCaFileError:
+        return ()
+    except UnreadableError as e:
+        log.warning("%s: wanted a CA certificate, found: %s", path, e)
+        return ()
+
+
+def _of_backend(settings: Settings, authority: str) -> tuple[x509.Certificate, ...]:
+    configured = registry.configured(settings, [authority])[authority]
+    try:
+        return signer_of(configured, Rest())
+    except BridgeError as e:
+        log.warning("%s: wanted the certificate of %s, found: %s", configured.label, authority, e)
+        return ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,20 +274,12 @@ class Session:
         return Work(jobs=lambda workers: self._inbox(desk, source, out, names, workers), total=len(names))
 
     def _assert_inbox(self, source: Path) -> None:
-        """
-        Raises:
-            BridgeError: What has no bundle has CSRs in directories below it.
-        """
         if any(not path.is_relative_to(self._archive.directory) for path in csr_directory.find(source)):
             raise _whose(source)
 
     # --- one bundle, or an inbox of them ------------------------------------------------------------------------------
 
     def _one_bundle(self, path: Path, out: Path) -> Job:
-        """
-        Raises:
-            BridgeError: It can't be read.
-        """
         try:
             data = read(path) or b""
             bundle = loads_request(data)
@@ -244,18 +318,6 @@ class Session:
                 self._passed_over(one_line(path), BridgeError(text))
 
     def _inbox_job(self, file: _InboxFile, outbox: Path, ahead: ReadAhead | None) -> Job | None:
-        """
-        Args:
-            file: What lay there.
-            outbox: For the answer.
-            ahead: What a worker has read in it; None: none has.
-
-        Returns:
-            None: nothing to sign.
-
-        Raises:
-            BridgeError: It is no bundle.
-        """
         try:
             bundle = ahead.read.bundle if ahead is not None else loads(file.data)
         except IncompleteBundleError as e:
@@ -298,10 +360,6 @@ class Session:
     # --- kubeadm's CSRs -----------------------------------------------------------------------------------------------
 
     def _csrs(self, desk: Desk) -> Job:
-        """
-        Raises:
-            BridgeError: No node and cluster were named, or not all files are kubeadm's.
-        """
         source, target, now = self._options.source, self._options.out or self._options.source, self._now()
         if not self._options.node or not self._options.cluster:
             raise _whose(source)

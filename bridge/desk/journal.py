@@ -175,10 +175,6 @@ def _line(request: SignRequest, answer: Issued | Pending | Asked, now: datetime)
 
 
 def _answer(entry: Mapping[str, Any]) -> Issued | Pending | Asked:
-    """
-    Raises:
-        ValueError, TypeError, KeyError, AttributeError: It is none of ours.
-    """
     if "asked" in entry:
         return Asked(since=datetime.fromisoformat(entry["asked"]))
     if "reference" in entry:

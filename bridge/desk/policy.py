@@ -20,8 +20,7 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.x509.oid import ExtensionOID
 
-from bridge.desk import user_requests
-from bridge.desk.node_inventory import Inventory
+from bridge.desk.node_inventory import Inventory, San
 from bridge.desk.patterns import (
     CN_OID,
     LONGEST_SHOWN,
@@ -34,7 +33,6 @@ from bridge.desk.patterns import (
     subject_of,
     subject_text,
 )
-from bridge.desk.user_requests import UserRules
 from bridge.errors import SettingsProblem
 from bridge.pki.bundle import BundledRequest, RequestBundle
 from bridge.pki.certificates import attributes, san_counts
@@ -42,7 +40,9 @@ from bridge.pki.csr import algorithm_name
 from bridge.pki.expiry import duration_text, minute
 from bridge.pki.signatures import origin_problem, proof_problem, usages_problem
 from bridge.settings.reader import Reader, opened
-from bridge.specs import EKU, KEY_ALGORITHMS, KUBELET_SERVER, SPECS, USER
+from bridge.specs import EKU, KEY_ALGORITHMS, KUBELET_SERVER, SPECS, USER, CertificateSpec
+from bridge.users import user_rules
+from bridge.users.user_rules import Limits, User
 from bridge.words import one_line
 
 _CLOCKS_DIFFER = timedelta(days=1)
@@ -145,6 +145,28 @@ class CertificateRules:
         yield from _unknown("keys", self.keys or (), KEY_ALGORITHMS)
 
 
+@dataclass(frozen=True, kw_only=True)
+class UserRules:
+    """Table `[users]`: kubeconfigs for people and machines; without it the desk signs none."""
+
+    groups: tuple[str, ...] = ()  #: O values that may be asked for, `*` and `?` as in a shell.
+    names: tuple[str, ...] = ("*",)  #: CNs, the same.
+    allow: tuple[str, ...] = ()  #: Of Kubernetes' and kubeadm's own (`kubeadm:cluster-admins`), those that may be.
+    max_validity: timedelta = timedelta(hours=24)
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """Names and groups that no user may have by a bundle."""
+        for key in ("groups", "allow"):
+            if MASTERS in getattr(self, key):
+                wanted = "no group that no RBAC rule can hold back; kubeadm:cluster-admins is a binding"
+                yield SettingsProblem(key, wanted, MASTERS)
+
+    @property
+    def limits(self) -> Limits:
+        """The limits, as for `kubeconfig user` on a node."""
+        return Limits(groups=self.groups, allow=self.allow, max_validity=self.max_validity, names=self.names)
+
+
 def _unknown(key: str, values: Sequence[str], known: Sequence[str]) -> Iterator[SettingsProblem]:
     for value in values:
         if value not in known:
@@ -235,14 +257,15 @@ def judge(
     """
     problems = [*_who(bundle, policy.allow), *_age(bundle, policy.allow, now)]
     waived = policy.allow.proof == "optional" or request.name in without_proof
-    if request.name == USER.name:
-        problems += user_requests.problems(request, policy.users, policy.allow.keys, waived=waived)
-        return PolicyVerdict(problems=tuple(problems), proven=False)
-    unproven, can_be_waived = _proof_trouble(request, bundle, policy, cas, now)
-    if unproven and not (waived and can_be_waived):
-        problems.append(f"proof: {unproven}")
+    unproven: str | None = "a user's"
     try:
-        problems += _what(request, bundle, policy, proven=not unproven)
+        if request.name == USER.name:
+            problems += _user_problems(request, policy, waived=waived)
+        else:
+            unproven, can_be_waived = _proof_trouble(request, bundle, policy, cas, now)
+            if unproven and not (waived and can_be_waived):
+                problems.append(f"proof: {unproven}")
+            problems += _what(request, bundle, policy, proven=not unproven)
     except (ValueError, UnsupportedAlgorithm, x509.UnsupportedGeneralNameType, x509.DuplicateExtension) as e:
         problems.append(f"CSR: wanted one that can be read, found: {one_line(e)}")
     return PolicyVerdict(problems=tuple(problems), proven=not unproven)
@@ -285,23 +308,11 @@ def _what(request: BundledRequest, bundle: RequestBundle, policy: Policy, *, pro
     spec, rules = SPECS[request.name], policy.certificates.get(request.name, CertificateRules())
     if request.name not in policy.allow.names:
         yield f"name: wanted {one_of(policy.allow.names)}, found {request.name}"
-    if request.authority != spec.authority.name:
-        yield f"authority: wanted {spec.authority.name} for {request.name}, found {request.authority}"
-    if request.ekus != spec.ekus:
-        yield f"EKU: wanted {_ekus(spec.ekus)}, found {_ekus(request.ekus)}"
+    yield from _spec_problems(request, spec)
     longest = rules.max_validity or policy.allow.max_validity
     if request.validity > longest:
         yield f"validity: wanted at most {duration_text(longest)}, found {duration_text(request.validity)}"
-    key, keys = algorithm_name(request.csr.public_key()), rules.keys or policy.allow.keys
-    if key not in keys:
-        yield f"key: wanted {one_of(keys)}, found {key}"
-    if not request.csr.is_signature_valid:
-        yield "CSR: wanted one that is signed with its own key, found another signature"
-    others = [
-        one.oid.dotted_string for one in request.csr.extensions if one.oid != ExtensionOID.SUBJECT_ALTERNATIVE_NAME
-    ]
-    if others:
-        yield f"CSR: wanted one that asks for SANs and nothing else, found {', '.join(others)} too"
+    yield from _csr_problems(request.csr, rules.keys or policy.allow.keys, sans=True)
     old = request.replaces if proven else None
     yield from _subject_problems(request.name, request.csr, rules, policy.allow, bundle.node, old)
     if request.name == KUBELET_SERVER and policy.nodes is not None and rules.sans is None:
@@ -309,6 +320,57 @@ def _what(request: BundledRequest, bundle: RequestBundle, policy: Policy, *, pro
         if not rules.sans:
             yield f"node: wanted one that the inventory ({policy.desk.inventory}) has, and does not block, found {bundle.node}"
     yield from _san_problems(request.name, request.csr, rules, bundle.node, old)
+
+
+def _spec_problems(request: BundledRequest, spec: CertificateSpec) -> Iterator[str]:
+    if request.authority != spec.authority.name:
+        yield f"authority: wanted {spec.authority.name} for {request.name}, found {request.authority}"
+    if request.ekus != spec.ekus:
+        yield f"EKU: wanted {_ekus(spec.ekus)}, found {_ekus(request.ekus)}"
+
+
+def _csr_problems(csr: x509.CertificateSigningRequest, keys: Sequence[str], *, sans: bool) -> Iterator[str]:
+    """A CSR's key, its signature, and the extensions that it asks for: SANs at most."""
+    if (key := algorithm_name(csr.public_key())) not in keys:
+        yield f"key: wanted {one_of(keys)}, found {key}"
+    if not csr.is_signature_valid:
+        yield "CSR: wanted one that is signed with its own key, found another signature"
+    allowed = {ExtensionOID.SUBJECT_ALTERNATIVE_NAME} if sans else set()
+    if others := [one.oid.dotted_string for one in csr.extensions if one.oid not in allowed]:
+        what, too = ("SANs and nothing else", " too") if sans else ("no extension", "")
+        yield f"CSR: wanted one that asks for {what}, found {', '.join(others)}{too}"
+
+
+# --- a user's request: nothing can prove who a user is, and a certificate of before proves no right to a group ---------
+
+
+def _user_problems(request: BundledRequest, policy: Policy, *, waived: bool) -> Iterator[str]:
+    """The table `[users]` says what may be; that the request is this user's, a person at the desk says (`waived`)."""
+    if policy.users is None:
+        yield "user: wanted a table [users] in the policy, which says who may be, found none"
+        return
+    if request.replaces is not None or request.proof is not None:
+        yield "proof: wanted none, since nothing proves who a user is, found one"
+    elif not waived:
+        yield (
+            "proof: nothing proves who a user is: after a look at name, groups and fingerprint, "
+            f"`ca-bridge sign --without-proof {USER.name}`"
+        )
+    yield from _spec_problems(request, USER)
+    yield from _csr_problems(request.csr, policy.allow.keys, sans=False)
+    found = attributes(request.csr.subject)
+    names = [value for oid, value in found if oid == CN_OID]
+    groups = [value for oid, value in found if oid == O_OID]
+    if others := [f"{oid}={one_line(value, LONGEST_SHOWN)}" for oid, value in found if oid not in (CN_OID, O_OID)]:
+        yield f"subject: wanted CN and O alone, found {some(others)}"
+    if len(names) != 1 or len(set(groups)) != len(groups):
+        yield f"subject: wanted one CN, and each group once, found {some([*names, *groups]) or 'neither'}"
+        return
+    user = User(name=names[0], groups=tuple(groups))
+    yield from user_rules.problems(user, request.validity, policy.users.limits)
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
 
 
 def _listed(nodes: Inventory, name: str) -> tuple[str, ...]:
@@ -387,28 +449,23 @@ def _san_problems(
     node: str,
     replaced: x509.Certificate | None,
 ) -> Iterator[str]:
-    old = san_counts(replaced) if replaced is not None else None
-    allowed = rules.sans if rules.sans is not None else _SANS.get(name, ())
-    texts = [text.replace("{node}", node) for text in allowed]
-    found = san_counts(csr)
-    if rules.sans is None and old is not None:
+    """By the policy's list, or else by the replaced certificate, or else by kubeadm's own names."""
+    found, old = san_counts(csr), Counter[San]() if replaced is None else san_counts(replaced)
+    if rules.sans is None and replaced is not None:
         wanted, others = "those of the replaced certificate", found.keys() - old.keys()
     else:
-        more_by = (
-            f" (the policy's [certificate.{name}] sans{', or desk.inventory,' if name == KUBELET_SERVER else ''} says what else)"
-            if rules.sans is None
-            else ""
-        )
-        wanted = f"{one_of(texts)}{more_by}"
-        others = {entry for entry in found if not any(matches(*entry, text) for text in texts)}
+        texts = [text.replace("{node}", node) for text in (_SANS.get(name, ()) if rules.sans is None else rules.sans)]
+        wanted, others = one_of(texts), {san for san in found if not any(matches(*san, text) for text in texts)}
+        if rules.sans is None:
+            by_inventory = ", or desk.inventory," if name == KUBELET_SERVER else ""
+            wanted += f" (the policy's [certificate.{name}] sans{by_inventory} says what else)"
     if others:
         yield f"SAN: wanted {wanted}, found {some(f'{kind}:{value}' for kind, value in sorted(others))}"
-    had: Counter[tuple[str, str]] = old or Counter()
-    more = [f"{kind}:{value} {times} times" for (kind, value), times in sorted(found.items())
-            if times > max(had[kind, value], 1)]  # fmt: skip
-    if more:
-        yield f"SAN: wanted each once, found {some(more)}"
-    most = max(_MOST_SANS, had.total())
+    repeated = {san: times for san, times in found.items() if times > max(old[san], 1)}
+    if repeated:
+        texts = [f"{kind}:{value} {times} times" for (kind, value), times in sorted(repeated.items())]
+        yield f"SAN: wanted each once, found {some(texts)}"
+    most = max(_MOST_SANS, old.total())
     if found.total() > most:
         yield f"SAN: wanted at most {most}, found {found.total()}"
 

@@ -29,7 +29,6 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.contract import Issued, SignRequest
 from bridge.desk.policy import Policy, PolicyVerdict, judge
-from bridge.errors import VerificationError
 from bridge.pki import verify
 from bridge.pki.bundle import BundleError, RequestBundle, sign_request
 from bridge.pki.bundle_format import loads_digested
@@ -144,11 +143,8 @@ def compared(answered: Sequence[AnsweredBundle], by: Mapping[str, Expectation]) 
 
 
 def _reason(issued: Issued, request: SignRequest, expected: Expectation) -> str:
-    try:
-        verify.check(issued, request, for_request(request, expected))
-    except VerificationError as e:
-        return e.reason
-    return ""
+    error = verify.error_of(issued, request, for_request(request, expected))
+    return error.reason if error is not None else ""
 
 
 def for_request(request: SignRequest, expected: Expectation) -> Expectation:

@@ -180,10 +180,6 @@ class AuthorityOfSigners:
 
 
 def _read_anchors(path: Path) -> tuple[x509.Certificate, ...]:
-    """
-    Raises:
-        SettingsError: There is none that can be read.
-    """
     try:
         return read_ca_file(path)
     except UnreadableError as e:

@@ -101,6 +101,15 @@ def check(issued: Issued, request: SignRequest, expected: Expectation) -> Verifi
     return Verified(leaf=issued.leaf, intermediates=path)
 
 
+def error_of(issued: Issued, request: SignRequest, expected: Expectation) -> VerificationError | None:
+    """Why an answer does not pass `check`; None: it passes."""
+    try:
+        check(issued, request, expected)
+    except VerificationError as e:
+        return e
+    return None
+
+
 #: What the library reads only when it is asked for.
 _PARTS: dict[str, Callable[[x509.Certificate], object]] = {
     "subject": lambda certificate: certificate.subject,

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from bridge.contract import Issued, SignRequest
 from bridge.desk.csr_directory import spec_of
-from bridge.errors import BridgeError, Exit, VerificationError, WaitingError
+from bridge.errors import BridgeError, Exit, WaitingError
 from bridge.node import kubeconfig
 from bridge.node.inventory import Item, Node
 from bridge.pki import csr, verify
@@ -145,11 +145,6 @@ def _answered(
 
 
 def _of(item: Item, settings: Settings, expected: verify.Expectation, contents: _Contents) -> Answered:
-    """
-    Raises:
-        WaitingError: There is no certificate for the key.
-        BridgeError: The live certificate can't be read, or carried into a request.
-    """
     key = contents.keys[item.spec.name]
     live, was = live_pair(item)
     pem, replaced = _csr_pem(item, settings, live, key), serving.replaced(item, live)
@@ -161,7 +156,9 @@ def _of(item: Item, settings: Settings, expected: verify.Expectation, contents: 
             hint="have its CSR signed, put the certificate there under any name, then run this again",
         )
     # whoever may write there can put a decoy beside the right one: any that passes will do
-    path, answer = next((one for one in candidates if _passes(one[1], request, expected)), candidates[0])
+    path, answer = next(
+        (one for one in candidates if verify.error_of(one[1], request, expected) is None), candidates[0]
+    )
     prepared = Prepared(item=item, request=request, key_pem=csr.key_pem(key), was=was)
     return Answered(prepared=prepared, expected=expected, label=f"install of {path}", answer=answer)
 
@@ -179,14 +176,6 @@ def _candidates(request: SignRequest, contents: _Contents) -> Iterator[tuple[Pat
         yield path, Issued(leaf=leaf, intermediates=others)
 
 
-def _passes(answer: Issued, request: SignRequest, expected: verify.Expectation) -> bool:
-    try:
-        verify.check(answer, request, expected)
-    except VerificationError:
-        return False
-    return True
-
-
 def _supersede(run: Run, prepared: Prepared) -> None:
     """Give up an open request for the same certificate, since its key is another one."""
     made = run.requests.get(prepared.name)
@@ -198,12 +187,7 @@ def _supersede(run: Run, prepared: Prepared) -> None:
 
 
 def _read(directory: Path) -> _Contents:
-    """
-    Read every file once: keys by kubeadm's names, certificates whatever they are called.
-
-    Raises:
-        DirectoryError: See `run`.
-    """
+    """Read every file once: keys by kubeadm's names, certificates whatever they are called."""
     contents = _Contents()
     for path in _files(directory):
         relative = path.relative_to(directory)

@@ -160,12 +160,7 @@ def _rehearsed(run: Run, settings: Settings, selection: Selection, node: Node) -
 
 
 def _expected(one: verify.Expectation, settings: Settings, authority: str) -> verify.Expectation:
-    """
-    A scratch role may give a short life, and a scratch CA be another one.
-
-    Raises:
-        BridgeError: That CA's certificate can't be read.
-    """
+    """A scratch role may give a short life, and a scratch CA be another one."""
     if not is_scratch(settings, authority):
         return one
     one = dataclasses.replace(one, min_validity=timedelta(), shorter_allowed=True)

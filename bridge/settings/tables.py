@@ -299,7 +299,7 @@ class MetricsSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class UserSettings:
-    """Table `[users]`: what `kubeconfig user` may have signed; see `bridge.users.policy`."""
+    """Table `[users]`: what `kubeconfig user` may have signed; see `bridge.users.issue`."""
 
     validity: timedelta = timedelta(hours=8)  #: What is asked for, unless the command says otherwise.
     max_validity: timedelta = timedelta(hours=24)  #: The most that the command may ask for, and that a CA may give.

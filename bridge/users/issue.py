@@ -27,6 +27,7 @@ from bridge.errors import (
     BackendError,
     BackendUnavailableError,
     BridgeError,
+    Exit,
     SettingsError,
     SettingsProblem,
     WaitingError,
@@ -35,7 +36,7 @@ from bridge.node import kubeconfig
 from bridge.node.kubeconfig import FreshKubeconfig
 from bridge.pki import csr, verify
 from bridge.pki.certificates import pem
-from bridge.settings.tables import NodeSettings, Settings
+from bridge.settings.tables import NodeSettings, Settings, UserSettings
 from bridge.specs import CA as CLUSTER_CA
 from bridge.specs import USER, KeyAlgorithm
 from bridge.state import audit
@@ -46,9 +47,8 @@ from bridge.system.ca_files import read_ca_file
 from bridge.system.console import Progress
 from bridge.system.files import write_atomically
 from bridge.system.paths import ForeignLinkError, UnreadableError, opened, read, read_once
-from bridge.users import csr_file
-from bridge.users.policy import assert_allowed
-from bridge.users.user_rules import SHORTEST, User
+from bridge.users import csr_file, user_rules
+from bridge.users.user_rules import SHORTEST, Limits, User
 
 #: A desk refuses a request that is older than a month, unless its policy says otherwise.
 _CARRIED_ANEW = timedelta(days=20)
@@ -81,6 +81,23 @@ class Done:
     server: str
     backend: str
     key_file: str  #: Where the kubeconfig looks for the key; empty: it is in it.
+
+
+class UserNotAllowedError(BridgeError):
+    """The settings do not allow such a user; nobody was asked."""
+
+    exit_code = Exit.REFUSED
+    hint = "[users] in the settings says what may be signed"
+
+
+def assert_allowed(user: User, validity: timedelta, rules: UserSettings) -> None:
+    """
+    Raises:
+        UserNotAllowedError: With all that speaks against it.
+    """
+    limits = Limits(groups=rules.groups, allow=rules.allow, max_validity=rules.max_validity)
+    if found := user_rules.problems(user, validity, limits):
+        raise UserNotAllowedError("; ".join(found))
 
 
 def issue(
@@ -142,13 +159,7 @@ def _name(user: str) -> str:
 
 @contextlib.contextmanager
 def _place(order: UserOrder) -> Iterator[Path]:
-    """
-    Where the kubeconfig goes, in a directory that stays the same one whatever its owner does meanwhile.
-
-    Raises:
-        BridgeError: There is none, somebody else's link leads there, or there is more than an older one of this user.
-        OSError: It can't be opened.
-    """
+    """Where the kubeconfig goes, in a directory that stays the same one whatever its owner does meanwhile."""
     path = order.out
     try:
         with opened(path) as place:

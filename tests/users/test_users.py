@@ -28,7 +28,7 @@ from bridge.pki.certificates import attributes, extended_key_usages, load_pem_ce
 from bridge.pki.csr import generate_key, subject_of
 from bridge.settings.tables import UserSettings
 from bridge.specs import USER
-from bridge.users.policy import UserNotAllowedError, assert_allowed
+from bridge.users.issue import UserNotAllowedError, assert_allowed
 from bridge.users.user_rules import User
 from tests.kit import approval, openbao
 from tests.kit.cas import Bridge, add_openssl
