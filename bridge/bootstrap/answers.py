@@ -46,13 +46,7 @@ def expected(run: Run, wish: NodeWish, cas: Certificates) -> dict[str, verify.Ex
 def gather(
     run: Run, wish: NodeWish, prepared: Sequence[Prepared], expected: Mapping[str, verify.Expectation]
 ) -> Answers:
-    """
-    Take what was proven before and what was carried; ask the CAs for the rest, or write it down for a desk.
-
-    Raises:
-        NobodySignsError: The settings name no CA for one of them, and nobody carries it.
-        BridgeError: A CA can't be reached, or a file can't be read or written.
-    """
+    """Take what was proven before and what was carried; ask the CAs for the rest, or write it down for a desk."""
     answered = [one for each in prepared if (one := _proven_before(each, expected)) is not None]
     carried, strange = _carried(run, wish, _rest(prepared, answered), expected)
     answered += carried

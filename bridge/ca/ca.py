@@ -59,12 +59,7 @@ class CA:
 
     @classmethod
     def of(cls, configured: Configured, retry: Retry | None = None) -> CA:
-        """
-        Open the backend; the CA is not asked yet.
-
-        Raises:
-            SettingsError: A file that the settings name can't be used.
-        """
+        """Open the backend; the CA is not asked yet."""
         retry = retry or Outage(configured.settings.retry_for, configured.label)
         return cls(label=configured.label, backend=configured.open(), retry=retry)
 
@@ -77,16 +72,7 @@ class CA:
         tell: Callable[[str], None] = lambda text: log.info("%s", text),
         opened: Backend | None = None,
     ) -> CA:
-        """
-        Open a backend, and ask what can be asked before a signature is spent; an error is part of the answer.
-
-        Args:
-            configured: The authority's backend.
-            specs: The certificates that the CA will be asked for.
-            expected: What they have to be, once the CA has told its certificates.
-            tell: See `Outage`.
-            opened: The backend, if another authority that shares it has opened it.
-        """
+        """Open a backend, and ask what can be asked before a signature is spent; an error is part of the answer."""
         ca = cls(
             label=configured.label, backend=opened, retry=Outage(configured.settings.retry_for, configured.label, tell)
         )
@@ -98,12 +84,7 @@ class CA:
         return ca
 
     def look(self, specs: Sequence[CertificateSpec], expected: Callable[[CA], Expectation]) -> None:
-        """
-        Find out whether it is the right CA, and what it would sign wrongly.
-
-        Raises:
-            BackendError: It is another CA, does not accept us, or does not answer.
-        """
+        """Find out whether it is the right CA, and what it would sign wrongly."""
         self.certificates = self.issuers()
         wanted = expected(self)
         if self.certificates:
@@ -176,12 +157,7 @@ class CA:
         return answers
 
     def collect(self, request: SignRequest, reference: str, expected: Expectation) -> Answer:
-        """
-        Ask for the answer that the CA owes; a backend's error is an answer.
-
-        Raises:
-            BridgeError: This backend can't be asked later.
-        """
+        """Ask for the answer that the CA owes; a backend's error is an answer."""
         backend, name = self.backend, request.spec.name
         if not isinstance(backend, Collects):
             raise BridgeError(f'{self.label}: answered {name} with "later", and can\'t be asked later: a bug in it')
@@ -191,27 +167,14 @@ class CA:
             return e
 
     def recall(self, requests: Sequence[SignRequest], since: datetime) -> Sequence[Issued | None]:
-        """
-        Look for what the CA signed for an earlier run that could not take the answer.
-
-        Returns:
-            One answer a request, in their order; None: it is not known, or this CA can't look.
-
-        Raises:
-            BackendError: See `bridge.contract.Recalls`.
-        """
+        """Look for what the CA signed for an earlier run that could not take the answer, in the requests' order; None: not known."""
         backend = self.backend
         if not requests or not isinstance(backend, Recalls):
             return [None] * len(requests)
         return self.retry.ask(lambda: backend.recall(requests, since))
 
     def verified(self, answer: Issued, request: SignRequest, expected: Expectation) -> Verified:
-        """
-        Prove an answer.
-
-        Raises:
-            VerificationError: It is not what was asked for; the hint says where to look at this CA.
-        """
+        """Prove an answer; an error's hint says where to look at this CA."""
         try:
             return verify.check(answer, request, expected)
         except VerificationError as e:
@@ -226,23 +189,13 @@ class CA:
         return isinstance(self.backend, Revokes)
 
     def revoke(self, certificate: x509.Certificate) -> None:
-        """
-        Revoke a certificate of this CA, which `can_revoke`.
-
-        Raises:
-            BackendError: See `bridge.contract.Revokes`.
-        """
+        """Revoke a certificate of this CA, which `can_revoke`."""
         backend = self.backend
         if isinstance(backend, Revokes):
             self.retry.ask(lambda: backend.revoke(certificate))
 
     def is_revoked(self, certificate: x509.Certificate) -> bool:
-        """
-        Whether the CA has revoked it; False where this CA can't tell.
-
-        Raises:
-            BackendError: The CA can tell, and does not now.
-        """
+        """Whether the CA has revoked it; False where this CA can't tell."""
         backend = self.backend
         return isinstance(backend, TellsRevoked) and self.retry.ask(lambda: backend.is_revoked(certificate))
 
@@ -258,11 +211,6 @@ class CA:
 
 
 def signer_of(configured: Configured, retry: Retry | None = None) -> tuple[x509.Certificate, ...]:
-    """
-    The certificate that signs at this CA, if it tells; not those above it: a company's root signs for others, too.
-
-    Raises:
-        BridgeError: The backend can't be opened, or the CA does not answer.
-    """
+    """The certificate that signs at this CA, if it tells; not those above it: a company's root signs for others, too."""
     with contextlib.closing(CA.of(configured, retry)) as ca:
         return ca.issuers()[:1]

@@ -43,23 +43,12 @@ def preflight(
 
 
 def usages(backend: object, specs: Sequence[CertificateSpec]) -> dict[str, RefusedByCheckError]:
-    """
-    Find which certificates the CA would sign with other usages; errors by certificate name.
-
-    Raises:
-        BackendError: See `bridge.contract.Checks`.
-    """
+    """Find which certificates the CA would sign with other usages; errors by certificate name."""
     return _errors(backend, specs, backend.check(specs) if specs and isinstance(backend, Checks) else {})
 
 
 def whole(backend: ChecksWhole, wanted: Sequence[Wanted]) -> dict[str, RefusedByCheckError]:
-    """
-    Find what a CA would refuse, or answer in vain, by all that it lets us see of a profile or role; errors by name.
-
-    Raises:
-        BackendRefusedError: It does not accept us.
-        BackendUnavailableError: No answer.
-    """
+    """Find what a CA would refuse, or answer in vain, by all that it lets us see of a profile or role; errors by name."""
     return _errors(backend, [one.spec for one in wanted], backend.check_whole(wanted))
 
 
@@ -81,12 +70,7 @@ def _violations_text(violations: Sequence[Violation]) -> str:
 
 
 def assert_right_ca(issuers: Sequence[x509.Certificate], expected: verify.Expectation) -> None:
-    """
-    Compare a CA with the node's trust anchor.
-
-    Raises:
-        BackendRefusedError: It is another one, or is not valid now.
-    """
+    """Compare a CA with the node's trust anchor."""
     anchor = expected.anchors[0]
     with contextlib.suppress(NoPathError):
         verify.verified_path(issuers[0], issuers[1:], anchor, expected.now)

@@ -49,20 +49,12 @@ class Configured:
         return f"{self.name} ({self.type_name})"
 
     def open(self) -> Backend:
-        """
-        Raises:
-            SettingsError: A file that the settings name can't be used.
-        """
+        """Make the backend; a SettingsError is about a file that its settings name."""
         return self.backend_type.from_settings(self.settings)
 
 
 def installed() -> dict[str, EntryPoint]:
-    """
-    The installed backend types by name.
-
-    Raises:
-        DuplicatePluginError: One name, two distributions: which one would sign is not left to chance.
-    """
+    """The installed backend types by name."""
     found: dict[str, EntryPoint] = {}
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         other = found.setdefault(entry.name, entry)
@@ -139,14 +131,7 @@ def _loaded(entry: EntryPoint) -> BackendType:
 
 
 def that_sets_up(type_name: str) -> SetsUp:
-    """
-    An installed backend type that can say what its CA's administrator needs.
-
-    Raises:
-        SettingsError: There is none of that name, or it can't say.
-        DuplicatePluginError: See `installed`.
-        BrokenPluginError: It can't be imported.
-    """
+    """An installed backend type that can say what its CA's administrator needs."""
     found = installed()
     backend_type = _loaded(found[type_name]) if type_name in found else None
     if isinstance(backend_type, SetsUp):
@@ -156,12 +141,7 @@ def that_sets_up(type_name: str) -> SetsUp:
 
 
 def keys_so_far(settings: Settings, authority: str, type_name: str) -> dict[str, Any]:
-    """
-    The values that the settings have for an authority's backend, by field; none if it has none of this type.
-
-    Raises:
-        SettingsError: A key can't be read.
-    """
+    """The values that the settings have for an authority's backend, by field; none if it has none of this type."""
     ours = settings.authorities.get(authority)
     if ours is None or settings.backends[ours.backend].get("type") != type_name:
         return {}

@@ -48,12 +48,7 @@ class Outage:
     def __init__(
         self, retry_for: timedelta, label: str = "", tell: Callable[[str], None] = lambda text: log.info("%s", text)
     ) -> None:
-        """
-        Args:
-            retry_for: `retry_for` of the settings.
-            label: The CA, for messages.
-            tell: Gets one message an outage, why and until when the CA is asked again; each further try is for `-v`.
-        """
+        """`tell` gets one message an outage: why, and until when the CA is asked again; each further try is for `-v`."""
         self._retry_for_seconds = retry_for.total_seconds()
         self._label = label
         self._tell = tell

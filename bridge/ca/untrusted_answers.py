@@ -19,20 +19,7 @@ class HearsayError(BackendRefusedError):
 def collected(
     backend: Collects, request: SignRequest, reference: str, expected: verify.Expectation
 ) -> Issued | Pending:
-    """
-    The CA's answer; of several, the first that passes.
-
-    Args:
-        backend: Is asked.
-        request: As it was sent.
-        reference: Of the latest `Pending`.
-        expected: What a certificate has to be; only for a backend that `CollectsAll`, otherwise it is not checked here.
-
-    Raises:
-        HearsayError: None of several passes, or all there is is a refusal.
-        BackendRefusedError: See `Collects`.
-        BackendUnavailableError: See `Collects`.
-    """
+    """The CA's answer; of several candidates, the first that passes. Errors as `Collects`, or a HearsayError."""
     if not isinstance(backend, CollectsAll):
         return backend.collect(request, reference)
     wrong: list[VerificationError] = []

@@ -58,13 +58,7 @@ class Archive:
         self._answers = state_dir / _ANSWERS
 
     def prepare(self) -> None:
-        """
-        Make the directories, and remove what a killed run left half written in them.
-
-        Raises:
-            ArchiveError: The archive is a link, somebody else's, or others can write to it.
-            OSError: They can't be made.
-        """
+        """Make the directories, and remove what a killed run left half written in them."""
         private_directory(self._answers)
         self.directory.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
         if self.directory.is_symlink():
@@ -100,16 +94,7 @@ class Archive:
     def files(
         self, bundle: RequestBundle, digest: str, data: bytes, answer: AnswerBundle, written: bytes
     ) -> list[NewFile]:
-        """
-        List the files that remember what was signed, and that put the bundle away as it was judged.
-
-        Args:
-            bundle: The request.
-            digest: Its.
-            data: The bytes that it was read from.
-            answer: To it.
-            written: The same, as delivered.
-        """
+        """List the files that remember what was signed (`written`), and that put the bundle away as it was judged (`data`)."""
         done = NewFile(path=self.directory / file_names(bundle.node, digest)[0], data=data, mode=_DONE_MODE)
         # one file under a name for each CSR: names cost next to nothing, and are looked up by the thousand
         new = [path for request in bundle.requests if isinstance(answer.answers.get(request.name), Issued)

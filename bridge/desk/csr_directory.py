@@ -54,12 +54,7 @@ def find(directory: Path) -> list[Path]:
 
 
 def load(directory: Path, *, node: str, cluster: str, validity: timedelta, created: datetime) -> CsrDirectory:
-    """
-    Read a directory's CSRs.
-
-    Raises:
-        CsrDirectoryError: With every file that can't be read, is none of kubeadm's, or is there twice.
-    """
+    """Read a directory's CSRs; the error names every file that is none of kubeadm's, or is there twice."""
     files: dict[str, Path] = {}
     requests, problems = [], []
     for path in find(directory):
@@ -116,19 +111,7 @@ def _batch(requests: Sequence[BundledRequest]) -> str:
 
 
 def deliver(found: CsrDirectory, target: Path, answers: Mapping[str, Issued], ca: x509.Certificate | None) -> None:
-    """
-    Write `….crt` as the CSRs are laid out, and complete the kubeconfigs that are beside them.
-
-    Args:
-        found: The CSRs.
-        target: May be their own directory.
-        answers: By certificate name.
-        ca: The cluster's, for the kubeconfigs.
-
-    Raises:
-        CsrDirectoryError: A kubeconfig can't be completed.
-        OSError: Something can't be written.
-    """
+    """Write `….crt` as the CSRs are laid out, and complete the kubeconfigs that are beside them."""
     for name, issued in answers.items():
         relative = found.files[name]
         chain = b"".join(map(pem, (issued.leaf, *issued.intermediates)))

@@ -154,18 +154,7 @@ class Desk:
         approve: Approver | None = None,
         answer_key: PrivateKeyTypes | None = None,
     ) -> None:
-        """
-        Args:
-            settings: Backends and authorities.
-            policy: What may be signed.
-            now: The clock.
-            without_proof: Names that need no continuity proof.
-            approve: Asks an operator.
-            answer_key: Signs the answers.
-
-        Raises:
-            SettingsError: Of backends' tables; all problems at once.
-        """
+        """`approve` asks an operator; `answer_key` signs the answers."""
         self._settings = settings
         self._policy = policy
         self._now = now
@@ -309,20 +298,7 @@ class Desk:
         observer: Observer,
         workers: Workers | None = None,
     ) -> None:
-        """
-        Sign what may be signed, and deliver the answers; a job's own errors are its troubles.
-
-        Args:
-            jobs: To be signed; some of them were read by the workers.
-            journal: What was asked and answered.
-            record: The audit record.
-            observer: Who looks on.
-            workers: Compare what they have read; None: it does all of it by itself.
-
-        Raises:
-            AuditError: The record could not be written; what was signed is in the journal, and was not delivered.
-            JournalError: It could not be written.
-        """
+        """Sign what may be signed, and deliver the answers; a job's own errors are its troubles."""
         self._workers = workers
         with ThreadPoolExecutor(1) as signing:
             open_: deque[tuple[list[Job], Future[None]]] = deque()

@@ -65,11 +65,7 @@ class Options:
     cluster: str = ""
 
     def assert_usable(self) -> None:
-        """
-        Raises:
-            SettingsError: A name that is no certificate's.
-            BridgeError: There is nothing to sign.
-        """
+        """Refuse options that can't be used together with what is there."""
         unknown = sorted(self.without_proof - CARRIED.keys())
         if unknown:
             wanted = f"one of {', '.join(CARRIED)}"
@@ -84,12 +80,7 @@ def policy_path(settings: Settings) -> Path:
 
 
 def load_policy(settings: Settings, path: Path | None) -> Policy:
-    """
-    The policy file that was named, or the one beside the settings.
-
-    Raises:
-        SettingsError: There is none, it can't be read, or not everything in it is right.
-    """
+    """The policy file that was named, or the one beside the settings."""
     path = path or policy_path(settings)
     policy = parse(own_text(path, "a policy file", how_to_begin(f"desk/{POLICY_NAME}", path)), path)
     if (inventory := policy.desk.inventory) is None:
@@ -100,28 +91,13 @@ def load_policy(settings: Settings, path: Path | None) -> Policy:
 
 
 def load_answer_key(policy: Policy) -> PrivateKeyTypes | None:
-    """
-    The key that the policy names for the desk's answers.
-
-    Raises:
-        SettingsError: It can't be used, or others can read it.
-    """
+    """The key that the policy names for the desk's answers."""
     path = policy.desk.answer_key
     return None if path is None else load_signing_key(path, "desk.answer_key", "answers")
 
 
 def load_signing_key(path: Path, setting: str, what: str) -> PrivateKeyTypes:
-    """
-    Read a private key of ours that messages are signed with: a desk's answers, an administrator's orders.
-
-    Args:
-        path: PEM, not encrypted.
-        setting: The setting or option that names it, for messages.
-        what: The messages that it signs, for messages.
-
-    Raises:
-        SettingsError: It can't be used, or others can read it.
-    """
+    """Read a private key of ours that messages (`what`) are signed with, such as a desk's answers; `setting` names it."""
     try:
         exposed = open_secret(path)
     except OSError as e:
@@ -143,12 +119,7 @@ def load_signing_key(path: Path, setting: str, what: str) -> PrivateKeyTypes:
 
 
 def known_cas(settings: Settings) -> dict[str, tuple[x509.Certificate, ...]]:
-    """
-    The CA certificates that are here, by authority: the node's own, and where there is a desk's policy, the desk's.
-
-    Raises:
-        SettingsError: The policy or a backend's table is wrong.
-    """
+    """The CA certificates that are here, by authority: the node's own, and where there is a desk's policy, the desk's."""
     policy = load_policy(settings, None) if policy_path(settings).exists() else None
     found = {name: tuple(dict.fromkeys(_origins(settings, policy, name))) for name in AUTHORITIES}
     return {name: certificates for name, certificates in found.items() if certificates}
@@ -221,20 +192,7 @@ class Session:
         self._seen: set[str] = set()  #: Digests.
 
     def run(self, desk: Desk, wait: timedelta, observed: Callable[[int], AbstractContextManager[Observer]]) -> int:
-        """
-        Sign what may be signed.
-
-        Args:
-            desk: Judges and signs.
-            wait: For another run's end.
-            observed: Makes the one who looks on, from the number of bundles.
-
-        Returns:
-            How many bundles there were.
-
-        Raises:
-            BridgeError: Nothing could be begun; everything later is told as it happens.
-        """
+        """Sign what may be signed; returns how many bundles there were. `observed` makes the observer from that number."""
         self._store.prepare()
         gc.set_threshold(GARBAGE)
         with lock(self._store.lock, "ca-bridge sign", wait), contextlib.ExitStack() as stack:
@@ -250,12 +208,7 @@ class Session:
         return work.total
 
     def work(self, desk: Desk) -> Work:
-        """
-        Find what is to be signed; nothing is written.
-
-        Raises:
-            BridgeError: One bundle that was named, or a directory of CSRs, can't be read; answers have no place to go.
-        """
+        """Find what is to be signed; nothing is written."""
         source, out = self._options.source, self._options.out
         if not source.is_dir():
             beside = source.with_name(f"{source.stem}{answer_suffix(self._settings.authorities)}")

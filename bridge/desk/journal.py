@@ -56,10 +56,6 @@ class Journal:
     """The file; the desk's lock is held by whoever has it open, several threads of it may add."""
 
     def __init__(self, path: Path, now: datetime) -> None:
-        """
-        Raises:
-            OSError: It can't be opened.
-        """
         self._path = path
         self._now = now
         self._places: dict[str, _Place] = {}

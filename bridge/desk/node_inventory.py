@@ -85,13 +85,7 @@ class Inventory:
         return {name: entry for name, entry in self.nodes.items() if entry.control_plane}
 
     def is_never_a_nodes(self, san: San, node: str) -> bool:
-        """
-        Whether a name or address is the API's, a service's, the machine's own or another control-plane node's.
-
-        Args:
-            san: (type, value).
-            node: Whose certificate it is to be in.
-        """
+        """Whether a name or address is the API's, a service's, the machine's own or another control-plane node's."""
         kind, value = san
         if kind == "IP":
             return self._is_never_an_address(value, node)
@@ -134,12 +128,7 @@ class Inventory:
 
 
 def parse(text: str, file: Path | None = None) -> Inventory:
-    """
-    The inventory from TOML text.
-
-    Raises:
-        SettingsError: With every problem.
-    """
+    """The inventory from TOML text."""
     reader, document = opened(text, file)
     tables = reader.tables(document, ("cluster", "node"))
     cluster = reader.read(ClusterEntry, tables["cluster"], ("cluster",)) or ClusterEntry()

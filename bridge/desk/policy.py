@@ -193,23 +193,13 @@ class PolicyVerdict:
 
 
 def parse(text: str, file: Path | None = None) -> Policy:
-    """
-    A policy from TOML text.
-
-    Raises:
-        SettingsError: With every problem.
-    """
+    """A policy from TOML text."""
     reader, document = opened(text, file)
     return read(reader, document)
 
 
 def read(reader: Reader, document: Mapping[str, Any]) -> Policy:
-    """
-    The desk's tables of a policy; the tables `[signer."NAME"]` are for the gateway alone.
-
-    Raises:
-        SettingsError: With every problem that the reader has by now.
-    """
+    """The desk's tables of a policy; the tables `[signer."NAME"]` are for the gateway alone."""
     tables = reader.tables(document, ("desk", "allow", "certificate", "signer", "users"))
     allow = reader.read(Allow, tables["allow"], ("allow",))
     desk = reader.read(DeskSettings, tables["desk"], ("desk",))
@@ -244,17 +234,7 @@ def judge(
     now: datetime,
     without_proof: frozenset[str] = frozenset(),
 ) -> PolicyVerdict:
-    """
-    All that speaks against a request.
-
-    Args:
-        request: One of the bundle's.
-        bundle: For node, cluster and batch.
-        policy: The desk's.
-        cas: The authority's certificates: the cluster's CA, and what signs for it.
-        now: The desk's time.
-        without_proof: Names for which a person does without.
-    """
+    """All that speaks against a request."""
     problems = [*_who(bundle, policy.allow), *_age(bundle, policy.allow, now)]
     waived = policy.allow.proof == "optional" or request.name in without_proof
     unproven: str | None = "a user's"
@@ -382,16 +362,7 @@ def _listed(nodes: Inventory, name: str) -> tuple[str, ...]:
 def name_problems(
     name: str, csr: x509.CertificateSigningRequest, policy: Policy, node: str, own_sans: Sequence[str]
 ) -> Iterator[str]:
-    """
-    Problems with the names in a CSR that no replaced certificate and no proof stand beside.
-
-    Args:
-        name: kubeadm's name of the certificate.
-        csr: Of which all parts can be read.
-        policy: `[certificate.NAME]` and `[allow]` of it.
-        node: Whose certificate it is.
-        own_sans: Names and addresses that are known to be the node's, besides what the policy has.
-    """
+    """Problems with the names in a CSR that no replaced certificate and no proof stand beside."""
     rules = policy.certificates.get(name, CertificateRules())
     yield from _subject_problems(name, csr, rules, policy.allow, node, None)
     if name in _SANS or rules.sans is not None:

@@ -252,10 +252,7 @@ class Workers:
     """One worker for each processor, or none."""
 
     def __init__(self, count: int | None = None) -> None:
-        """
-        Args:
-            count: Of processes; None: what this machine has processors for.
-        """
+        """`count` of processes; None: as many as this machine has processors for."""
         wanted = min(_MOST, len(os.sched_getaffinity(0))) if count is None else count
         self._workers: list[_Worker] = []
         with contextlib.suppress(OSError):  # no memory, no more processes: the desk does it by itself

@@ -54,10 +54,6 @@ class AuthorityOfSigners:
     """One of the cluster's CAs, from any thread."""
 
     def __init__(self, configured: Configured, settings: Settings) -> None:
-        """
-        Raises:
-            SettingsError: A file that the backend's settings name can't be used, or the CA's certificate can't.
-        """
         self.name = configured.authority
         self.label = configured.label
         self.rest = Rest()
@@ -98,12 +94,7 @@ class AuthorityOfSigners:
         return min(end, self._issuer_end) if self._issuer_end is not None else end
 
     def check(self, specs: Sequence[CertificateSpec]) -> list[str]:
-        """
-        Ask who it is and whether its roles or profiles fit; what is wrong, in sentences.
-
-        Raises:
-            BackendError: It does not answer, or not us.
-        """
+        """Ask who it is and whether its roles or profiles fit; what is wrong, in sentences."""
         if issuers := self._ca.issuers():
             self._issuer_end = min(one.not_valid_after_utc for one in issuers)
         return [f"{self.label}: {name}: {error}" for name, error in usages(self._ca.backend, specs).items()]
@@ -113,49 +104,25 @@ class AuthorityOfSigners:
         return self._ca.ask_identity() or ""
 
     def sign(self, request: SignRequest) -> Issued | Pending:
-        """
-        Have one signed; several at the same time are one round trip where the CA can do that.
-
-        Raises:
-            BackendRefusedError, BackendUnavailableError: As `bridge.contract.Backend.sign`.
-        """
+        """Have one signed; several at the same time are one round trip where the CA can do that."""
         answer = self._signed_together(request) if self.signs_many else self._ca.ask([request])[0]
         if isinstance(answer, BackendError):
             raise answer
         return answer
 
     def recall(self, request: SignRequest, since: datetime) -> Issued | None:
-        """
-        Find what the CA has signed for this CSR before somebody could take the answer; for several at a time it is one look.
-
-        Raises:
-            BackendRefusedError, BackendUnavailableError: As `bridge.contract.Recalls.recall`.
-        """
+        """Find what the CA has signed for this CSR before somebody could take the answer; for several at a time it is one look."""
         return self._recalled_together((request, since))
 
     def collect(self, request: SignRequest, reference: str, expected: Expectation) -> Issued | Pending:
-        """
-        The CA's answer by now.
-
-        Raises:
-            HearsayError: Somebody else may have written it.
-            BackendRefusedError, BackendUnavailableError: As `bridge.contract.Collects.collect`.
-        """
+        """The CA's answer by now."""
         answer = self._ca.collect(request, reference, expected)
         if isinstance(answer, BackendError):
             raise answer
         return answer
 
     def expected(self, request: SignRequest, longest: timedelta, min_validity: timedelta, now: datetime) -> Expectation:
-        """
-        What an answer has to be.
-
-        Args:
-            request: As the CA gets it.
-            longest: What the policy allows.
-            min_validity: Shorter ones are of no use.
-            now: The time.
-        """
+        """The demands on an answer: `longest` is what the policy allows, and shorter ones than `min_validity` are of no use."""
         return Expectation(
             anchors=self.anchors(),
             anchor_name=self._anchor_file.name,
@@ -166,12 +133,7 @@ class AuthorityOfSigners:
         )
 
     def verified(self, answer: Issued, request: SignRequest, expected: Expectation) -> Verified:
-        """
-        Prove an answer.
-
-        Raises:
-            VerificationError: It is not exactly what was asked for.
-        """
+        """Prove an answer."""
         return self._ca.verified(answer, request, expected)
 
     def close(self) -> None:
@@ -187,11 +149,6 @@ def _read_anchors(path: Path) -> tuple[x509.Certificate, ...]:
 
 
 def opened(settings: Settings, specs: Sequence[CertificateSpec]) -> dict[str, AuthorityOfSigners]:
-    """
-    The CAs of these certificates, by name.
-
-    Raises:
-        SettingsError: One has no backend, or it can't be used.
-    """
+    """The CAs of these certificates, by name."""
     names = [name for name in AUTHORITIES if any(spec.authority.name == name for spec in specs)]
     return {name: AuthorityOfSigners(one, settings) for name, one in registry.configured(settings, names).items()}

@@ -61,13 +61,7 @@ class Exported:
 def export(
     settings: Settings, path: Path, options: RunOptions, now: Callable[[], datetime], progress: Progress
 ) -> tuple[Exported, Node]:
-    """
-    Keys into the state directory, requests into a bundle; a request that waits is exported again as it is.
-
-    Raises:
-        LockedError: Another run works on this node.
-        BridgeError: The bundle can't be written. The requests are kept, and exporting again gives the same.
-    """
+    """Keys into the state directory, requests into a bundle; a request that waits is exported again as it is."""
     assert_free(path)
     with begun(settings, now, progress, options.wait) as (run, node):
         desired = decide(node, settings, options)
@@ -100,15 +94,7 @@ def export(
 
 
 def carry(run: Run, prepared: Sequence[Prepared], path: Path) -> tuple[RequestBundle, list[Prepared]]:
-    """
-    Write requests into a bundle for somebody to carry away; they and their keys are safe on disk before.
-
-    Returns:
-        The bundle, and the requests as they are in it.
-
-    Raises:
-        BridgeError: The bundle can't be written; the requests are kept.
-    """
+    """Write requests into a bundle for somebody to carry away; they and their keys are safe on disk before."""
     prepared = with_continuity(prepared, run.settings, run.now())
     requests = bundle.bundle_of([one.request for one in prepared], run.now())
     data, digest = bundle_format.dumps(requests), bundle_format.digest(requests)
@@ -147,12 +133,7 @@ def assert_free(path: Path) -> None:
 
 
 def inspect(settings: Settings, path: Path, now: datetime) -> tuple[str, int]:
-    """
-    Describe a bundle for a person who approves it; 5 if a continuity proof does not hold, or is another CA's.
-
-    Raises:
-        BridgeError: It can't be read, or has been changed.
-    """
+    """Describe a bundle for a person who approves it; 5 if a continuity proof does not hold, or is another CA's."""
     found, cas = _bundle(path), known_cas(settings)
     text = bundle_text.describe(found, now, cas)
     if isinstance(found, RequestBundle) and any(_doubt(one, found, cas) for one in found.requests):
@@ -185,17 +166,7 @@ def _bundle(path: Path) -> RequestBundle | AnswerBundle:
 def import_answers(
     settings: Settings, paths: Sequence[Path], options: RunOptions, now: Callable[[], datetime], progress: Progress
 ) -> tuple[Result, Node, list[BridgeError]]:
-    """
-    Match certificates to open requests by public key, prove them, and install them as `renew` does.
-
-    Returns:
-        What became of them, the node, and what was refused as no answer to anything here.
-
-    Raises:
-        BridgeError: A file that was named can't be read, or holds no certificate.
-        LockedError: Another run works on this node.
-        InstallError: Nothing was replaced.
-    """
+    """Match certificates to open requests by public key, prove them, and install them as `renew` does."""
     with begun(settings, now, progress, options.wait) as (run, as_found):
         transaction = Transaction(run, options)
         node = transaction.settle_earlier(as_found)
@@ -311,12 +282,7 @@ def _passes(candidate: Candidate, one: Prepared, expected: verify.Expectation) -
 
 
 def answers_in(run: Run, paths: Sequence[Path]) -> Found:
-    """
-    Read the answers in carried files to requests that are open; what answers none of them is recorded.
-
-    Raises:
-        BridgeError: A file that was named can't be read, or holds no certificate.
-    """
+    """Read the answers in carried files to requests that are open; what answers none of them is recorded."""
     found = Found()
     for path in paths:
         is_directory = path.is_dir()
@@ -479,13 +445,7 @@ class Cancelled:
 
 
 def cancel(settings: Settings, options: RunOptions, now: Callable[[], datetime], progress: Progress) -> Cancelled:
-    """
-    Forget requests and their keys; an answer to them is refused from now on.
-
-    Raises:
-        SettingsError: A name that is none.
-        LockedError: Another run works on this node.
-    """
+    """Forget requests and their keys; an answer to them is refused from now on."""
     names = options.names
     assert_known(names)
     with begun(settings, now, progress, options.wait) as (run, _):

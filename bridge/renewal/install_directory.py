@@ -63,10 +63,7 @@ class _Contents:
     certificates: list[tuple[Path, x509.Certificate]] = field(default_factory=list)
 
     def take_key(self, spec: CertificateSpec, path: Path, key: PrivateKey) -> None:
-        """
-        Raises:
-            DirectoryError: There is another key for this certificate.
-        """
+        """Keep a key, the only one for its certificate."""
         if spec.name in self.keys:
             other = self.key_files[spec.name]
             raise DirectoryError(f"{path}: wanted one key for {spec.name}, found {other} too", hint="move one away")
@@ -76,14 +73,7 @@ class _Contents:
 def run(
     settings: Settings, directory: Path, options: RunOptions, now: Callable[[], datetime], progress: Progress
 ) -> tuple[Result, Node, Selection]:
-    """
-    Prove a directory's certificates as any CA's answer, and install them with their keys.
-
-    Raises:
-        DirectoryError: There is no key in it, one that others can read, or two for one certificate.
-        LockedError: Another run works on this node.
-        BridgeError: Nothing was replaced.
-    """
+    """Prove a directory's certificates as any CA's answer, and install them with their keys."""
     contents = _read(directory)
     with begun(settings, now, progress, options.wait) as (ours, found):
         transaction = Transaction(ours, options)

@@ -82,17 +82,7 @@ def reaching(
     """
     Log in to all CAs at the same time, and ask what can be asked before a signature is spent.
 
-    Args:
-        settings: With the backend of each authority.
-        items: The certificates that will be asked for.
-        expected: What they have to be, by authority.
-        progress: Shows it.
-
-    Yields:
-        A function that waits for the CAs, which goes on meanwhile; by authority. All of them are closed at the end.
-
-    Raises:
-        SettingsError: No CA was asked.
+    Yields a function that waits for the CAs, which goes on meanwhile; by authority. All of them are closed at the end.
     """
     backends = registry.configured(settings, dict.fromkeys(item.spec.authority.name for item in items))
 
@@ -168,14 +158,7 @@ def issue_all(
     """
     Issue each certificate as soon as its key is there; a CA that takes all at once, or answers later, gets all at once.
 
-    Args:
-        run: See `issue`.
-        making: The keys and CSRs on their way.
-        reached: See `issue`.
-        expected: See `issue`.
-
-    Returns:
-        In the order of `making`: the answers, and what could not be made.
+    Returns the answers and what could not be made, both in the order of `making`.
     """
     at_once = any(isinstance(ca.backend, SignsMany | Collects | Carries) for ca in reached.values())
     left, answered = set(making), {}
@@ -199,15 +182,7 @@ def issue(
     """
     Ask each CA for its certificates, or for the answers that it owes, all CAs at the same time.
 
-    Args:
-        run: Its record is told; requests to a CA that answers later are kept before it is asked.
-        prepared: What to ask for.
-        reached: The CAs by authority.
-        expected: What the answers have to be, by authority.
-
-    Raises:
-        StateError: The open requests can't be kept; nobody was asked.
-        AuditError: That it is asked can't be recorded; nobody was asked.
+    Requests to a CA that answers later are on disk, and each request is in the audit log, before the CA is asked.
     """
     prepared = _opened(run, prepared, reached)
     for one in prepared:

@@ -78,15 +78,7 @@ class Rehearsal:
 
 
 def run(settings: Settings, options: RunOptions, now: Callable[[], datetime], progress: Progress) -> Rehearsal:
-    """
-    Rehearse the renewal of the named certificates, without names of all; `[authority.NAME.rehearsal]` counts.
-
-    Raises:
-        LockedError: Another run works on this node.
-        SettingsError: Nothing was asked.
-        AuditError: It can't be recorded; nothing was asked.
-        BridgeError: The state directory is not ours alone, or has no room for a renewal.
-    """
+    """Rehearse the renewal of the named certificates, without names of all; `[authority.NAME.rehearsal]` counts."""
     options = dataclasses.replace(options, names=options.names or (ALL,))
     with begun(settings, now, progress, options.wait) as (ours, node):
         selection = select(node, settings, options, now(), desired=decide(node, settings, options))

@@ -118,12 +118,7 @@ def version_of(node: Node, settings: Settings) -> tuple[int, int] | None:
 
 
 def replacements(one: Prepared, verified: verify.Verified) -> Iterator[Replacement]:
-    """
-    The files of one pair, key first.
-
-    Raises:
-        KubeconfigError, MissingCertificateError: The kubeconfig was changed meanwhile, and can't be edited or read now.
-    """
+    """The files of one pair, key first."""
     chain = b"".join(pem(certificate) for certificate in (verified.leaf, *verified.intermediates))
     item, name = one.item, one.name
     if item.current is not None:
@@ -259,14 +254,7 @@ def verify_all(
     """
     Prove every answer, at this moment: signing may have taken a while.
 
-    Args:
-        run: Its record is told.
-        answered: Who said what.
-        earlier: What failed before it could be asked for.
-        files_of: What becomes of the node's files.
-
-    Returns:
-        What passed; and what did not, with what failed earlier.
+    Returns what passed; and what did not, after what failed `earlier`. `files_of` says what becomes of the node's files.
     """
     now, proven, failed = run.now(), [], list(earlier)
     for one in answered:
@@ -303,16 +291,7 @@ def remember(run: Run, answered: Sequence[Answered], proven: Sequence[Proven], *
     Keep what passed and what is still to come, and forget what came to nothing.
 
     What passed is in the state directory before anything is replaced, so that a run after an interruption asks no CA
-    for it again.
-
-    Args:
-        run: Whose open requests these are.
-        answered: Who said what.
-        proven: What of it passed.
-        by_hand: A person brought the answers; with a wrong one among them a request is not over.
-
-    Raises:
-        StateError: They can't be kept; nothing was replaced.
+    for it again. A wrong answer that a person brought (`by_hand`) does not close the request.
     """
     passed = {one.name for one in proven}
     for one in answered:
@@ -383,15 +362,7 @@ def await_validity(leaves: Sequence[x509.Certificate]) -> None:
 
 
 def install_all(run: Run, proven: Sequence[Proven]) -> str:
-    """
-    Install in one step, and forget the requests.
-
-    Returns:
-        The backup's number.
-
-    Raises:
-        InstallError: Nothing was replaced.
-    """
+    """Install in one step, and forget the requests; returns the backup's number."""
     files = [file for one in proven for file in one.files]
     backup_id = install(run.store, files, run.record.run_id, _about(proven))
     for one in proven:

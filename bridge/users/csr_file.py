@@ -51,12 +51,7 @@ def make(user: User, key: PrivateKey) -> bytes:
 
 
 def write_request(user: User, directory: Path, algorithm: KeyAlgorithm = DEFAULT_KEY) -> tuple[Path, Path]:
-    """
-    Make a key and a CSR for it, `NAME.key` (0600) and `NAME.csr`; never over an older file.
-
-    Raises:
-        BridgeError: One of them is there already, or can't be written; then neither is left.
-    """
+    """Make a key and a CSR for it, `NAME.key` (0600) and `NAME.csr`: both or neither, and never over an older file."""
     stem = re.sub(r"[^A-Za-z0-9._@+-]", "_", user.name)
     key = csr.generate_key(algorithm)
     files = [(directory / f"{stem}.key", csr.key_pem(key), Attributes.private().mode)]
@@ -79,16 +74,7 @@ def write_request(user: User, directory: Path, algorithm: KeyAlgorithm = DEFAULT
 
 
 def load(path: Path, user: User) -> bytes:
-    """
-    Read a CSR that was made elsewhere, and judge it by what the operator has said of the user.
-
-    Returns:
-        It alone, as PEM.
-
-    Raises:
-        NoCsrError: Not a CSR, or no file.
-        CsrRefusedError: Not one that can be read; not signed by its own key; or it asks for anything else than this user.
-    """
+    """Read a CSR that was made elsewhere, and judge it by what the operator has said of the user; it alone, as PEM."""
     try:
         data = read(path)
     except UnreadableError as e:

@@ -91,10 +91,7 @@ class UserNotAllowedError(BridgeError):
 
 
 def assert_allowed(user: User, validity: timedelta, rules: UserSettings) -> None:
-    """
-    Raises:
-        UserNotAllowedError: With all that speaks against it.
-    """
+    """Raise an error with all that speaks against this user."""
     limits = Limits(groups=rules.groups, allow=rules.allow, max_validity=rules.max_validity)
     if found := user_rules.problems(user, validity, limits):
         raise UserNotAllowedError("; ".join(found))
@@ -287,13 +284,7 @@ class _Asked:
             self._one = dataclasses.replace(one, carried=_who_asks(settings.node, one.created))
 
     def verified(self, expected: verify.Expectation, now: Callable[[], datetime]) -> verify.Verified:
-        """
-        The CA's answer, verified.
-
-        Raises:
-            WaitingError: There is none yet; the request is kept.
-            BackendError, VerificationError: It says no, or something else.
-        """
+        """The CA's answer, verified."""
         name, one = _name(self._one.name), self._one
         try:
             if self._is_carried:  # hours may go by on the way
