@@ -26,9 +26,9 @@ def preflight(
     Find before a signature is spent what would be wrong: another CA, or other usages; errors by certificate name.
 
     Args:
-        backend: Is asked.
+        backend: The CA's.
         specs: The certificates; for none only the CA is looked at.
-        expected: What they have to be; None: nobody knows which CA it has to be.
+        expected: What they have to be; None: it is not known which CA it has to be.
 
     Returns:
         By certificate name, only what would go wrong.

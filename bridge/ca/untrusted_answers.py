@@ -1,4 +1,4 @@
-"""Answers that lie where others can put some, too: which one is genuine, and what the rest are worth."""
+"""Answers from a directory that others can write to: which one is genuine, and what the rest are worth."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from bridge.pki import verify
 
 
 class HearsayError(BackendRefusedError):
-    """A refusal, or a certificate that does not pass, that anybody may have put there: it ends no request."""
+    """A refusal, or a certificate that does not pass, which any other user may have put there: it ends no request."""
 
     hint = (
-        "anybody may have written that, so the request and its key are kept, and a good answer is still installed; "
+        "other users may have written that, so the request and its key are kept, and a good answer is still installed; "
         "`ca-bridge pending cancel NAME` gives them up"
     )
 

@@ -1,8 +1,8 @@
 """
 The desk's archive: the request bundles that are done, and what was answered to each request.
 
-A request is signed once. Whoever hands it in again, in whatever bundle, gets the same certificate again; so a bundle
-that somebody has kept is good for nothing new. What was signed is found by the CSR, in the state directory.
+A request is signed once. If it is handed in again, in whatever bundle, the answer is the same certificate; so an old
+bundle is good for nothing new. What was signed is found by the CSR, in the state directory.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class Answered:
 
 
 def archive_directory(store: Store) -> Path:
-    """Where it is unless the policy says otherwise: what nobody else can reach."""
+    """The archive unless the policy names another: a directory that no other user can reach."""
     return store.directory / _ARCHIVE
 
 
 class Archive:
-    """Both directories; the desk's lock is held by whoever writes to them, several threads of it may."""
+    """Both directories; the process that writes to them holds the desk's lock, and may do it from several threads."""
 
     def __init__(self, directory: Path, state_dir: Path) -> None:
         self.directory = directory

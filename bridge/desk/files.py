@@ -49,7 +49,7 @@ from bridge.words import one_line
 POLICY_NAME = "desk-policy.toml"
 #: A copy that has not grown for so long will not be whole any more.
 STALE = timedelta(minutes=10)
-_ANSWER_MODE = 0o644  #: Certificates are public, and who fetches it is another user.
+_ANSWER_MODE = 0o644  #: Certificates are public, and another user fetches them.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +171,7 @@ class Work:
     total: int  #: Bundles; known before the first is read.
 
 
-#: Is told which file is passed over, and why.
+#: Reports a file that is passed over, and why.
 PassedOver = Callable[[str, BridgeError], None]
 
 
@@ -336,7 +336,7 @@ class Session:
 
 
 def _names_in(inbox: Path) -> list[str]:
-    """The names of files in the inbox, in alphabetical order; directories and hidden files are nobody's bundles."""
+    """The names of files in the inbox, in alphabetical order; directories and hidden files are no bundles."""
     return sorted(
         entry.name
         for entry in os.scandir(inbox)

@@ -25,7 +25,7 @@ from bridge.system.files import SECRET_MODE, sync_directory
 from bridge.system.state_file import sealed_line, unsealed
 from bridge.words import one_line
 
-#: What is older was delivered by a run that was killed before it could forget it, or its bundle is gone.
+#: Older entries were delivered already, or their bundle was deleted.
 _KEPT = timedelta(days=90)
 
 
@@ -41,7 +41,7 @@ class JournalError(BridgeError):
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A CA was asked, and nobody lived to write down what it said."""
+    """A CA was asked by a run that ended before it wrote down the answer."""
 
     since: datetime
 
@@ -53,7 +53,7 @@ class _Place:
 
 
 class Journal:
-    """The file; the desk's lock is held by whoever has it open, several threads of it may add."""
+    """The file; the process that has it open holds the desk's lock, and may add from several threads."""
 
     def __init__(self, path: Path, now: datetime) -> None:
         self._path = path
@@ -180,7 +180,7 @@ def _answer(entry: Mapping[str, Any]) -> Issued | Pending | Asked:
 
 
 def _read(line: bytes) -> tuple[str, datetime | None] | None:
-    """Its key, and when it was added, unless somebody is to answer it yet; None: not a line of ours."""
+    """The line's key, and when it was added, unless its answer is still to come; None: not a line of ours."""
     try:
         entry = unsealed(line, _KEYS)
         added = entry.get("added") or entry.get("asked")

@@ -270,9 +270,9 @@ def _proof_trouble(
     request: BundledRequest, bundle: RequestBundle, policy: Policy, cas: Sequence[x509.Certificate], now: datetime
 ) -> tuple[str | None, bool]:
     """
-    Why the proof does not hold, and whether a person may do without it: not if it is somebody else's, who tried.
+    Why the proof does not hold, and whether a person may waive it: a proof by another certificate can't be waived.
 
-    One without the certificate that it is by is nobody's.
+    A proof without its certificate counts as none.
     """
     trouble = proof_problem(request, bundle) or origin_problem(request, cas)
     if trouble or request.replaces is None:

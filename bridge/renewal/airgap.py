@@ -270,7 +270,7 @@ class Found:
         """
         The latest certificate that passes; else the latest, which says what is wrong; else a refusal.
 
-        Whoever can add a file to those that are carried may try to hide the genuine answer behind a decoy.
+        Others who can add a file to those that are carried may try to hide the genuine answer behind a decoy.
         """
         latest = sorted(self.candidates[one.name], key=lambda candidate: candidate.begin, reverse=True)
         return next((candidate for candidate in latest if _passes(candidate, one, expected)), latest[0])

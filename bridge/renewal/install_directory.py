@@ -145,7 +145,7 @@ def _of(item: Item, settings: Settings, expected: verify.Expectation, contents: 
             f"wanted a certificate for {contents.key_files[item.spec.name]}, found none in the directory",
             hint="have its CSR signed, put the certificate there under any name, then run this again",
         )
-    # whoever may write there can put a decoy beside the right one: any that passes will do
+    # others who may write there can put a decoy beside the right one: any that passes will do
     path, answer = next(
         (one for one in candidates if verify.error_of(one[1], request, expected) is None), candidates[0]
     )
@@ -229,7 +229,7 @@ def _assert_ours(path: Path, mode: int) -> None:
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise DirectoryError(
             f"{path}: wanted a private key for its owner alone, found mode {stat.S_IMODE(mode):04o}",
-            hint="whoever could read it can be what it certifies: make a new key, or chmod 600 it if nobody did",
+            hint="a user who has read it can pose as its owner: make a new key, or chmod 600 it if no other user has",
         )
 
 

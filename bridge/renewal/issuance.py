@@ -1,7 +1,7 @@
 """
 The CAs of a run: reach each, ask what can be asked before a signature is spent, then for the certificates.
 
-That a CA is asked is in the record before, and what it answered after.
+The audit log records each request before it is sent, and each answer after.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ Answer = Issued | Pending | BridgeError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answered:
-    """One certificate, what it has to be, and what was said about it."""
+    """One certificate, what it has to be, and the answer to its request."""
 
     prepared: Prepared
     expected: verify.Expectation
-    label: str  #: Who answered.
+    label: str  #: The CA or file that answered.
     answer: Answer
     advice: str = VerificationError.hint  #: Where to look if it is not what was asked for.
 
 
 class ShorterError(BridgeError):
-    """Our own settings ask for a certificate that would end before the one that it replaces; nobody was asked."""
+    """Our own settings ask for a certificate that would end before the one that it replaces; no CA was asked."""
 
     exit_code = Exit.USAGE
     hint = 'set shorter = "allow" in [renewal] if that is meant, or a longer validity'

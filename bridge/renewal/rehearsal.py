@@ -55,7 +55,7 @@ class NoRehearsalError(BridgeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rehearsed:
-    """A certificate that was signed, passed, and is of no use to anybody."""
+    """A certificate that was signed, passed, and has no key any more."""
 
     outcome: Outcome
     leaf: x509.Certificate
@@ -192,7 +192,7 @@ def _told(outcome: Outcome) -> Outcome:
         return outcome
     error = WaitingError(
         f"the CA took the request, and has not answered yet ({outcome.error.reason}); its key is thrown away",
-        hint="so far it would work; whoever approves requests at the CA may refuse this one",
+        hint="so far it would work; the people who approve requests at the CA may refuse this one",
     )
     return dataclasses.replace(outcome, error=error)
 

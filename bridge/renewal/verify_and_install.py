@@ -217,7 +217,7 @@ class Proven:
     """A certificate whose answer passed, and the files that it will be in."""
 
     prepared: Prepared
-    label: str  #: Who answered.
+    label: str  #: The CA or file that answered.
     verified: verify.Verified
     ca_end: datetime  #: When the first of its issuers ends.
     files: tuple[Replacement, ...]
@@ -400,7 +400,7 @@ def _shorter(one: Proven) -> str:
 
 
 def _note_cut_short(run: Run, proven: Sequence[Proven]) -> None:
-    """A CA gives nothing that lasts longer than itself: whoever asked for more has to know, and renew the CA."""
+    """A CA gives nothing that lasts longer than itself: the operator has to know, and renew the CA."""
     cut: dict[datetime, list[str]] = {}
     for one in proven:
         end, asked = one.verified.leaf.not_valid_after_utc, run.now() + one.prepared.request.validity

@@ -27,7 +27,7 @@ _CN, _O = NameOID.COMMON_NAME.dotted_string, NameOID.ORGANIZATION_NAME.dotted_st
 
 
 class NoCsrError(BridgeError):
-    """A file that holds no CSR, or can't be read: nobody has said no to anything."""
+    """A file that holds no CSR, or can't be read; no request was refused."""
 
     exit_code = Exit.USAGE
     hint = "`ca-bridge kubeconfig request NAME --group GROUP` makes one where the person is"

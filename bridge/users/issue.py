@@ -53,7 +53,7 @@ from bridge.users.user_rules import SHORTEST, Limits, User
 #: A desk refuses a request that is older than a month, unless its policy says otherwise.
 _CARRIED_ANEW = timedelta(days=20)
 _KEPT = (
-    "anybody may have written that, so the request is kept, and a good answer to it still counts: "
+    "other users may have written that, so the request is kept, and a good answer to it still counts: "
     "once the desk signs it, carry the same bundle there again"
 )
 _LEAST_SHARE = 2
@@ -84,7 +84,7 @@ class Done:
 
 
 class UserNotAllowedError(BridgeError):
-    """The settings do not allow such a user; nobody was asked."""
+    """The settings do not allow such a user; no CA was asked."""
 
     exit_code = Exit.REFUSED
     hint = "[users] in the settings says what may be signed"
@@ -104,7 +104,7 @@ def issue(
     Have the certificate signed, or collect an answer that is owed, and write the kubeconfig.
 
     Raises:
-        NotAllowedError, CsrRefusedError: Nobody was asked.
+        NotAllowedError, CsrRefusedError: No CA was asked.
         WaitingError: The CA has the request; the same command collects the answer.
         BackendError, VerificationError: No kubeconfig was written.
         LockedError, StateError, AuditError: As for every run that writes.
@@ -151,7 +151,7 @@ def _name(user: str) -> str:
     return f"{USER.name} {user}"
 
 
-# --- what is known before anybody is asked ---------------------------------------------------------------------------
+# --- what is known before the CA is asked ----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -163,7 +163,7 @@ def _place(order: UserOrder) -> Iterator[Path]:
             _assert_older(place.path, order)
             yield place.path
     except ForeignLinkError as e:
-        hint = "name a directory in which nobody else can put links with -o"
+        hint = "name a directory in which no other user can put links with -o"
         raise BridgeError(f"{path}: wanted to write the kubeconfig; {e}", hint=hint) from None
 
 
@@ -331,7 +331,7 @@ class _Asked:
 
 
 def _who_asks(node: NodeSettings, created: datetime) -> Continuity:
-    """Who asks, for a desk's policy and for the names of files; nothing proves it."""
+    """The node and cluster that ask, for a desk's policy and for names of files; nothing proves them."""
     asked = created.replace(microsecond=0)
     return Continuity(batch=secrets.token_hex(16), node=node.node_name, cluster=node.cluster, proof=None, asked=asked)
 

@@ -1,7 +1,7 @@
 """
 Which users a certificate may be for: names, groups and lifetimes, by the settings of a node or the policy of a desk (pure).
 
-What is Kubernetes' or kubeadm's own is nobody's unless it is allowed by name.
+Kubernetes' and kubeadm's own names and groups are refused unless they are allowed by name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bridge.words import one_line
 
 #: Kubernetes' own names (`system:masters`, which no RBAC rule can hold back, nodes and components), and kubeadm's.
 _RESERVED = ("system:", "kubeadm:")
-#: Of kubeadm's own certificates: shared by whoever has the file, so that nobody could tell who did something.
+#: kubeadm's own users: everybody with the file shares them, so that an action has no person's name.
 _SHARED = {name for spec in SPECS.values() for name in spec.common_names if "{" not in name}
 #: What Kubernetes, RBAC manifests and shells all bear; e-mail addresses are among them.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@:/+-]{0,63}")

@@ -958,7 +958,7 @@ def test_a_forged_answer_does_not_hide_the_genuine_one(node: Node, desk: Desk) -
 
     assert (refused.returncode, wrong.returncode) == (5, 5)
     assert "desk-1 refused: go away" in refused.stderr
-    assert "anybody may have written that, so the request and its key are kept" in refused.stderr
+    assert "other users may have written that, so the request and its key are kept" in refused.stderr
     assert node.open()["apiserver"].key_pem == key
     assert sent.exists()
     assert desk.run("sign", outbox, "-o", inbox).returncode == 0

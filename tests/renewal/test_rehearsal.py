@@ -193,7 +193,7 @@ def test_a_ca_that_answers_later_is_told_honestly(node: Pki, tmp_path: Path) -> 
     assert run.returncode == Exit.WAITING
     assert "has not answered yet" in run.stderr
     assert "its key is thrown away" in run.stderr
-    assert "whoever approves requests at the CA may refuse this one" in run.stderr
+    assert "the people who approve requests at the CA may refuse this one" in run.stderr
     assert not (bridge.directory / "state/requests.json").exists()
 
 
