@@ -1,7 +1,8 @@
 """
-Looking at a server from outside: the certificate that it shows, and whether it takes those of its clients.
+Looking at a component from outside: the certificate that it serves, whether it accepts its clients', and its health.
 
-A check judges by itself; what stands in its way is a verdict, too.
+A check judges by itself; an error in its way is a verdict, too. Health is the component's own word: the controller
+manager and the scheduler serve certificates that no CA has signed, and proof judges served certificates.
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ from typing import Any, Literal, NamedTuple
 
 from cryptography import x509
 
+from bridge.cluster.api import Api
 from bridge.cluster.client import NOBODY, Client
+from bridge.control_plane.etcd import Etcd
 from bridge.errors import BridgeError
-from bridge.node import processes
+from bridge.node import endpoints, processes
 from bridge.node.endpoints import Address, Server
+from bridge.node.inventory import Node
+from bridge.node.kubelet import Kubelet
 from bridge.node.processes import file_contents
 from bridge.pki.certificates import load_pem_certificates, serial_hex
 from bridge.specs import Component
@@ -33,6 +38,7 @@ from bridge.system.paths import UnreadableError
 ProofState = Literal["current", "next-connection", "not-ours", "stale", "refused", "no-answer", "unknown"]
 
 _MOST_WORDS = 300
+_MOST_REASON = 200
 
 
 # --- one check -------------------------------------------------------------------------------------------------------
@@ -214,3 +220,61 @@ def accepted(answers: Mapping[str, http.Answer]) -> str:
         if answer.status == HTTPStatus.FORBIDDEN:
             raise RefusedError(f"{url} accepts it, but does not allow what it is for: {words(answer)}")
     return f"accepted by {', '.join(answers)}"
+
+
+# --- health ----------------------------------------------------------------------------------------------------------
+
+#: Where a component says how it is.
+PATHS = {Component.APISERVER: "/readyz", Component.CONTROLLER_MANAGER: "/healthz", Component.SCHEDULER: "/healthz"}
+
+
+def trouble(component: Component, node: Node, kubeconfig_dir: Path) -> str | None:
+    """
+    Why a component of this node is not healthy; None: it is, or it can't be asked (a kubelet with that switched off).
+
+    Args:
+        component: The kubelet, or one that has a manifest.
+        node: Read while the manifest was in its place.
+        kubeconfig_dir: For admin.conf, or else super-admin.conf.
+    """
+    if component is Component.KUBELET:
+        url = Kubelet.load().health_url
+        return None if url is None else _trouble(url, NOBODY)
+    flags = node.manifests[component].flags
+    if component is Component.ETCD:
+        return _etcd_trouble(Server(endpoints.etcd_url(flags)), node)
+    host = flags.get("--bind-address", "0.0.0.0")  # noqa: S104 (looked for, not bound)
+    port = flags.get("--secure-port", endpoints.PORTS[component])
+    url = f"https://{endpoints.reachable(host)}:{port}{PATHS[component]}"
+    found = _trouble(url, NOBODY)
+    if component is Component.APISERVER and found is not None:  # it may answer nobody whom it does not know
+        for client in Api.of_node(node, kubeconfig_dir).clients:
+            found = _trouble(url, replace(client, trust_pem=None))
+            if found is None:
+                break
+    return found
+
+
+def _etcd_trouble(server: Server, node: Node) -> str | None:
+    try:
+        found = Etcd.of(node, trusting=True).trouble(server, alarms=True)
+    except HttpsError as e:
+        found = str(e)
+    return None if found is None else f"{server.url}: {found}"
+
+
+def _trouble(url: str, client: Client) -> str | None:
+    try:
+        found = _reason(client.ask(Server(url), ""))
+    except HttpsError as e:
+        found = str(e)
+    return None if found is None else f"{url}: {found}"
+
+
+def _reason(answer: http.Answer) -> str | None:
+    """The failed checks of the API machinery's health handlers begin with [-]."""
+    if answer.status == HTTPStatus.OK:
+        return None
+    lines = answer.body.decode(errors="replace").splitlines()
+    failed = [line for line in lines if line.startswith("[-]")] or lines[:1]
+    return f"HTTP status {answer.status}: {'; '.join(failed)}"[:_MOST_REASON]

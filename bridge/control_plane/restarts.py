@@ -1,8 +1,8 @@
 """
 Restart components one at a time, each only when its neighbours are well.
 
-Which ones, and in which order, is decided in `bridge.control_plane.restart_plan`; whether they run on their new certificates afterwards is
-for `bridge.control_plane.proof` to see.
+`bridge.control_plane.restart_plan` decides which ones, and in which order; `bridge.control_plane.proof` sees whether
+they run on their new certificates afterwards.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 
 from cryptography import x509
 
-from bridge.control_plane import checks, health, neighbours, proof, restart_plan, static_pods
-from bridge.control_plane.static_pods import Pod, Tell
+from bridge.control_plane import checks, neighbours, probes, proof, restart_plan, static_pods
+from bridge.control_plane.static_pods import Pod
 from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, SettingsProblem
 from bridge.node import inventory, kubeconfig, manifests, processes
 from bridge.node.inventory import Node
@@ -71,7 +71,6 @@ def restart_all(
     settings: Settings,
     store: Store,
     *,
-    tell: Tell,
     record: audit.Record,
     force: bool = False,
     going_back: bool = False,
@@ -79,93 +78,190 @@ def restart_all(
     """
     Restart these, one at a time, by the settings' method.
 
-    The first one that does not come back ends it: with two of them away nothing would be left to compare with.
+    The first component that does not come back ends it: with two of them away nothing would be left to compare with.
 
     Args:
         components: In any order.
-        node: Read after `static_pods.recover`.
+        node: Read after `parked_manifest.recover`.
         settings: `restart.method` is not none.
         store: Its lock is held.
-        tell: Is told each step.
         record: Gets a line for each of them.
         force: Also with an unhealthy neighbour, here or on another node, and shortly after another restart.
-        going_back: The same, but for other nodes: what does not work here is what is to be mended, and must not cost
-            the cluster a second node.
+        going_back: The same, but for other nodes: what does not work here is to be mended, and must not cost the
+            cluster a second node.
 
     Returns:
-        One for each of them, in the order in which they were restarted; and one for each other component that was not
-        restarted and is not healthy at the end.
+        An entry for each of them, in the order in which they were restarted; and an entry for each other component
+        that was not restarted and is not healthy at the end.
     """
-    ordered = [component for component in restart_plan.ORDER if component in components]
-    at_once = force or going_back
-    out = [Restarted(component=c, error=e) for c in ordered if (e := obstacle(c, node, settings)) is not None]
-    ordered = [component for component in ordered if component not in {one.component for one in out}]
-    out += [] if at_once else [one for component in ordered if (one := _too_soon(component, settings, store))]
-    ordered = [component for component in ordered if component not in {one.component for one in out}]
-    done: list[Restarted] = []
-    try:
-        if ordered:
-            with _turn(node, settings, record, tell, force=force) as may_restart:
-                for one in _one_by_one(ordered, node, settings, store, tell, may_restart, at_once=at_once):
-                    record.add(audit.RESTARTED, one.component.value, error=one.error)
-                    record.write_or_warn()  # a crash in the next one takes nothing from the record
-                    done.append(one)
-    except BridgeError as e:  # it is not our turn
-        done += [Restarted(component=component, error=e) for component in ordered[len(done) :]]
-    return [*out, *done]
+    run = _Restarts(node=node, settings=settings, store=store, record=record, force=force, at_once=force or going_back)
+    return run.all([component for component in restart_plan.ORDER if component in components])
 
 
-def _one_by_one(
-    ordered: Sequence[Component],
-    node: Node,
-    settings: Settings,
-    store: Store,
-    tell: Tell,
-    may_restart: Callable[[Component], None],
-    *,
-    at_once: bool,
-) -> Iterator[Restarted]:
-    for number, component in enumerate(ordered):
-        to_come = ordered[number + 1 :]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Restarts:
+    """The restarts of one run."""
+
+    node: Node
+    settings: Settings
+    store: Store
+    record: audit.Record
+    force: bool
+    at_once: bool  #: Without a look at this node's other components, or at the time of the last restart.
+
+    def all(self, ordered: Sequence[Component]) -> list[Restarted]:
+        out = []
+        for component in ordered:
+            error = obstacle(component, self.node, self.settings) or (
+                None if self.at_once else self._too_soon(component)
+            )
+            if error is not None:
+                out.append(Restarted(component=component, error=error))
+        left = [component for component in ordered if component not in {one.component for one in out}]
+        done: list[Restarted] = []
         try:
-            if not at_once:
-                _wait_for_neighbours(component, to_come, node, settings, tell)
+            if left:
+                with self._turn() as may_restart:
+                    for one in self._one_by_one(left, may_restart):
+                        self.record.add(audit.RESTARTED, one.component.value, error=one.error)
+                        self.record.write_or_warn()  # a crash in the next one takes nothing from the record
+                        done.append(one)
+        except BridgeError as e:  # it is not our turn
+            done += [Restarted(component=component, error=e) for component in left[len(done) :]]
+        return [*out, *done]
+
+    def _turn(self) -> contextlib.AbstractContextManager[Callable[[Component], None]]:
+        """Forced, a node still waits for its turn, but looks at no other; a worker takes nothing from the cluster."""
+        if self.node.is_worker:
+            return contextlib.nullcontext(lambda _: None)
+        settings = self.settings
+        if self.force:
+            settings = dataclasses.replace(settings, cluster=dataclasses.replace(settings.cluster, neighbours="ignore"))
+        return neighbours.turn(self.node, settings, self.record.run_id, note=_say)
+
+    def _one_by_one(
+        self, ordered: Sequence[Component], may_restart: Callable[[Component], None]
+    ) -> Iterator[Restarted]:
+        for number, component in enumerate(ordered):
+            to_come = ordered[number + 1 :]
+            one = self._after_the_others(component, to_come, may_restart)
+            yield one
+            if one.error is not None:
+                yield from (Restarted(component=left, error=_not_tried(left, one)) for left in to_come)
+                return
+        # the others may have lost their leases or connections meanwhile: they get the same time to find back
+        rest = [component for component in _present(self.node) if component not in ordered]
+        for component, text in self._wait_until_healthy(rest).items():
+            error = RestartError(f"not restarted, and not healthy afterwards: {text}")
+            yield Restarted(component=component, error=error)
+
+    def _after_the_others(
+        self, component: Component, to_come: Sequence[Component], may_restart: Callable[[Component], None]
+    ) -> Restarted:
+        try:
+            if not self.at_once:
+                self._wait_for_the_others(component, to_come)
             may_restart(component)
+            begin = time.monotonic()
+            with doing(f"restarting {component.value}"):
+                self._restart(component)
         except BridgeError as e:
-            one = Restarted(component=component, error=e)
-        else:
-            one = _restart(component, node, settings, store, tell)
-        yield one
-        if one.error is not None:
-            yield from (Restarted(component=left, error=_not_tried(left, one)) for left in to_come)
+            return Restarted(component=component, error=e)
+        except OSError as e:
+            place = f"{e.filename}: " if e.filename else ""
+            hint = "fix the file system, then run `ca-bridge recover`"
+            return Restarted(component=component, error=RestartError(f"{place}{e.strerror}", hint=hint))
+        seconds = time.monotonic() - begin
+        log.info("%s: healthy after %.1f s", component.value, seconds)
+        return Restarted(component=component, seconds=seconds)
+
+    # --- is this the moment? -----------------------------------------------------------------------------------------
+
+    def _too_soon(self, component: Component) -> RestartPostponedError | None:
+        last, interval = _times(self.store).get(component), self.settings.restart.min_interval
+        now = datetime.now(UTC)
+        if last is None or not last <= now < last + interval:
+            return None
+        return RestartPostponedError(
+            f"{component.value}: wanted {duration_text(interval)} since its last restart (restart.min_interval), found "
+            f"{int((now - last).total_seconds())} s",
+            hint=f"run again after {last + interval:%H:%M:%S} UTC, or with --force",
+        )
+
+    def _wait_for_the_others(self, component: Component, to_come: Sequence[Component]) -> None:
+        """
+        Wait until no other component of this node is down, except those whose own restart is to come.
+
+        Raises:
+            RestartPostponedError: One is not healthy, and did not become so in time.
+        """
+        beside = [other for other in _present(self.node) if other is not component and other not in to_come]
+        found = self._unhealthy(beside)
+        if not found:
             return
-    yield from _harmed(ordered, node, settings)
+        log.info("%s: waits for its neighbours: %s", component.value, _sentence(found))
+        found = self._wait_until_healthy(beside)
+        if found:
+            raise RestartPostponedError(
+                f"{component.value}: wanted healthy neighbours before its restart, found {_sentence(found)}",
+                hint="fix them, then run `ca-bridge restart`; --force restarts nevertheless",
+            )
+
+    def _unhealthy(self, components: Sequence[Component]) -> dict[Component, str]:
+        found = {one: probes.trouble(one, self.node, self.settings.node.kubeconfig_dir) for one in components}
+        return {component: text for component, text in found.items() if text is not None}
+
+    def _wait_until_healthy(self, components: Sequence[Component]) -> dict[Component, str]:
+        """Look until all are healthy, or the time is over; those that are still not healthy then."""
+        return wait_until(
+            lambda: self._unhealthy(components),
+            lambda found: not found,
+            self.settings.restart.timeout,
+            pause_seconds=_POLL_SECONDS,
+        )
+
+    # --- the ways ----------------------------------------------------------------------------------------------------
+
+    def _restart(self, component: Component) -> None:
+        """
+        Raises:
+            RestartError, StoppedError: It is not as it should be.
+            OSError: As `static_pods.restart` and `take_copy`.
+        """
+        settings = self.settings
+        if settings.restart.method == "none":
+            raise ValueError("wanted a method to restart components with")
+        if component is not Component.KUBELET and settings.restart.method == "static-pods":
+            pod = self._pod(component)
+            _remember(component, self.store)
+            static_pods.restart(pod, self.store, settings.restart.timeout)
+            return
+        command = _command(component, settings)
+        _remember(component, self.store)
+        if component is Component.KUBELET:
+            take_copy(settings.node.kubeconfig_dir, restart_plan.KUBELET_COPY, self.store)
+        _run_command(component, command, settings)
+        if component not in _present(self.node):
+            return  # without a manifest here its command's exit code is all there is
+        if found := self._wait_until_healthy([component]):
+            within = duration_text(settings.restart.timeout)
+            raise RestartError(f"{component.value}: wanted it to be healthy within {within}, found: {found[component]}")
+
+    def _pod(self, component: Component) -> Pod:
+        directory = self.settings.node.kubeconfig_dir
+        instances, settle = processes.instances(component)
+        return Pod(
+            component=component,
+            manifest=manifests.path_of(component, directory),
+            instances=instances,
+            trouble=lambda: probes.trouble(component, self.node, directory),
+            settle=settle,
+            is_needed_by_api=component is Component.ETCD,
+        )
 
 
-def _turn(
-    node: Node, settings: Settings, record: audit.Record, tell: Tell, *, force: bool
-) -> contextlib.AbstractContextManager[Callable[[Component], None]]:
-    """Forced, a node still waits for its turn, but looks at nobody; a worker takes nothing from the cluster."""
-    if node.is_worker:
-        return contextlib.nullcontext(lambda _: None)
-    if force:
-        settings = dataclasses.replace(settings, cluster=dataclasses.replace(settings.cluster, neighbours="ignore"))
-    return neighbours.turn(node, settings, record.run_id, note=tell)
-
-
-def _restart(component: Component, node: Node, settings: Settings, store: Store, tell: Tell) -> Restarted:
-    begin = time.monotonic()
-    try:
-        _by_method(component, node, settings, store, tell)
-    except BridgeError as e:
-        return Restarted(component=component, error=e)
-    except OSError as e:
-        place = f"{e.filename}: " if e.filename else ""
-        hint = "fix the file system, then run `ca-bridge recover`"
-        return Restarted(component=component, error=RestartError(f"{place}{e.strerror}", hint=hint))
-    seconds = time.monotonic() - begin
-    tell(f"{component.value}: healthy after {seconds:.1f} s")
-    return Restarted(component=component, seconds=seconds)
+def _say(text: str) -> None:
+    log.info("%s", text)
 
 
 def _not_tried(component: Component, failed: Restarted) -> BridgeError:
@@ -174,30 +270,16 @@ def _not_tried(component: Component, failed: Restarted) -> BridgeError:
     return kind(f"{component.value}: not restarted, since {failed.component.value} was not", hint=hint)
 
 
-def _harmed(restarted: Sequence[Component], node: Node, settings: Settings) -> list[Restarted]:
-    """The others, which may have lost their leases or connections meanwhile: they get the same time to find back."""
-    rest = [component for component in _present(node) if component not in restarted]
-    found = _wait(lambda: _unhealthy(rest, node, settings), settings.restart.timeout)
-    return [
-        Restarted(component=component, error=RestartError(f"not restarted, and not healthy afterwards: {text}"))
-        for component, text in found.items()
-    ]
+def _sentence(found: Mapping[Component, str]) -> str:
+    return "; ".join(f"{component.value}: {text}" for component, text in found.items())
 
 
-# --- is this the moment? ---------------------------------------------------------------------------------------------
+def _present(node: Node) -> list[Component]:
+    """Components that run on this node."""
+    return [c for c in restart_plan.ORDER if c in node.manifests or c is Component.KUBELET]
 
 
-def _too_soon(component: Component, settings: Settings, store: Store) -> Restarted | None:
-    last, interval = _times(store).get(component), settings.restart.min_interval
-    now = datetime.now(UTC)
-    if last is None or not last <= now < last + interval:
-        return None
-    error = RestartPostponedError(
-        f"{component.value}: wanted {duration_text(interval)} since its last restart (restart.min_interval), found "
-        f"{int((now - last).total_seconds())} s",
-        hint=f"run again after {last + interval:%H:%M:%S} UTC, or with --force",
-    )
-    return Restarted(component=component, error=error)
+# --- the times of the last restarts ----------------------------------------------------------------------------------
 
 
 def restarted_since(store: Store, moment: datetime) -> list[Component]:
@@ -221,71 +303,6 @@ def _remember(component: Component, store: Store) -> None:
     times_file(store).put({**_times(store), component: datetime.now(UTC)})
 
 
-def _wait_for_neighbours(
-    component: Component, to_come: Sequence[Component], node: Node, settings: Settings, tell: Tell
-) -> None:
-    """
-    Wait until no other component of this node is down, but for those whose own restart is to come.
-
-    Raises:
-        NotNowError: One is not healthy, and did not become so in time.
-    """
-    beside = [other for other in _present(node) if other is not component and other not in to_come]
-    found = _unhealthy(beside, node, settings)
-    if not found:
-        return
-    tell(f"{component.value}: waits for its neighbours: {_sentence(found)}")
-    found = _wait(lambda: _unhealthy(beside, node, settings), settings.restart.timeout)
-    if found:
-        raise RestartPostponedError(
-            f"{component.value}: wanted healthy neighbours before its restart, found {_sentence(found)}",
-            hint="fix them, then run `ca-bridge restart`; --force restarts nevertheless",
-        )
-
-
-def _sentence(found: Mapping[Component, str]) -> str:
-    return "; ".join(f"{component.value}: {text}" for component, text in found.items())
-
-
-def _present(node: Node) -> list[Component]:
-    """Components that run on this node."""
-    return [c for c in restart_plan.ORDER if c in node.manifests or c is Component.KUBELET]
-
-
-def _unhealthy(components: Sequence[Component], node: Node, settings: Settings) -> dict[Component, str]:
-    found = {component: health.trouble(component, node, settings.node.kubeconfig_dir) for component in components}
-    return {component: text for component, text in found.items() if text is not None}
-
-
-# --- the ways --------------------------------------------------------------------------------------------------------
-
-
-def _by_method(component: Component, node: Node, settings: Settings, store: Store, tell: Tell) -> None:
-    """
-    Raises:
-        RestartError, StoppedError: It is not as it should be.
-        OSError: As `static_pods.restart` and `take_copy`.
-    """
-    if settings.restart.method == "none":
-        raise ValueError("wanted a method to restart components with")
-    with doing(f"restarting {component.value}"):
-        _by_its_method(component, node, settings, store, tell)
-
-
-def _by_its_method(component: Component, node: Node, settings: Settings, store: Store, tell: Tell) -> None:
-    if component is Component.KUBELET or settings.restart.method == "command":
-        words = _command(component, settings)
-        _remember(component, store)
-        if component is Component.KUBELET:
-            take_copy(settings.node.kubeconfig_dir, restart_plan.KUBELET_COPY, store, tell)
-        _run_command(component, words, settings, tell)
-        _wait_until_healthy(component, node, settings)
-    else:
-        pod = _pod(component, node, settings)
-        _remember(component, store)
-        static_pods.restart(pod, store, settings.restart.timeout, tell)
-
-
 def obstacle(component: Component, node: Node, settings: Settings) -> ImpossibleError | None:
     """Say why a component can't be restarted by the settings' method, if so."""
     if component is not Component.KUBELET and settings.restart.method == "static-pods":
@@ -301,43 +318,21 @@ def obstacle(component: Component, node: Node, settings: Settings) -> Impossible
     return ImpossibleError(text, hint=f"name one, or by hand: {advice}")
 
 
-def _pod(component: Component, node: Node, settings: Settings) -> Pod:
-    instances, settle = processes.instances(component)
-    return Pod(
-        component=component,
-        manifest=manifests.path_of(component, settings.node.kubeconfig_dir),
-        instances=instances,
-        trouble=lambda: health.trouble(component, node, settings.node.kubeconfig_dir),
-        settle=settle,
-        is_needed_by_api=component is Component.ETCD,
-    )
-
-
 def _command(component: Component, settings: Settings) -> list[str]:
-    """Words: the settings', for a kubelet else systemd's; none where there is neither."""
+    """The settings' command; without one systemd's for the kubelet, and none for the others."""
     return settings.restart.command(component) or (_systemctl() if component is Component.KUBELET else [])
 
 
-def _wait_until_healthy(component: Component, node: Node, settings: Settings) -> None:
-    """Wait until it is healthy; for a component without a manifest here its command's exit code is all there is."""
-    if component not in _present(node):
-        return
-    found = _wait(lambda: _unhealthy([component], node, settings), settings.restart.timeout)
-    if found:
-        within = duration_text(settings.restart.timeout)
-        raise RestartError(f"{component.value}: wanted it to be healthy within {within}, found: {found[component]}")
-
-
-def _run_command(component: Component, words: Sequence[str], settings: Settings, tell: Tell) -> None:
+def _run_command(component: Component, words: Sequence[str], settings: Settings) -> None:
     """
-    Run a component's command; its last words are told.
+    Run a component's command; its output is logged.
 
     Raises:
         RestartError: It failed, or took too long (then it is killed, with its children).
     """
     name = component.value
-    tell(f"{name}: runs {words[0]}")
-    lines = OutputLines(lambda line: tell(f"{name}: {line}"))
+    log.info("%s: runs %s", name, words[0])
+    lines = OutputLines(lambda line: log.info("%s: %s", name, line))
     ended = run_logged(words, {"CA_BRIDGE_COMPONENT": name}, settings.restart.timeout, lines)
     if ended.failure:
         raise RestartError(
@@ -360,18 +355,12 @@ def _systemctl() -> list[str]:
     return [program, "restart", "kubelet.service"] if run(look).code == 0 else []
 
 
-def take_copy(kubeconfig_dir: Path, copy: Path, store: Store, tell: Tell) -> None:
+def take_copy(kubeconfig_dir: Path, copy: Path, store: Store) -> None:
     """
-    Take a kubelet's copy of another certificate than kubelet.conf embeds; it would count more (measured on 1.37).
+    Remove the kubelet's cached certificate if it differs from kubelet.conf's, because the kubelet prefers the cache.
 
-    A kubelet.conf that refers to files is the kubelet's own affair, and so is a younger copy. What is taken is kept in the state directory, the
-    last one only; the file that a symlink leads to stays where the kubelet keeps its older ones.
-
-    Args:
-        kubeconfig_dir: Where kubelet.conf is.
-        copy: `restart.KUBELET_COPY`.
-        store: Its lock is held.
-        tell: Is told if one was taken.
+    That was measured on 1.37. A kubelet.conf that refers to files is the kubelet's own affair, and so is a younger copy.
+    The state directory keeps the last copy that was taken; the file that a symlink leads to stays where it is.
 
     Raises:
         RestartError: kubelet.conf can't be read.
@@ -392,7 +381,7 @@ def take_copy(kubeconfig_dir: Path, copy: Path, store: Store, tell: Tell) -> Non
         return
     write_atomically(store.kubelet_copy, content)
     copy.unlink()
-    tell(f"kubelet: took {copy}, its copy of another certificate; it is in {store.kubelet_copy}")
+    log.info("kubelet: took %s, its copy of another certificate; it is in %s", copy, store.kubelet_copy)
 
 
 def _may_stay(copy: Path, content: bytes, kubelet_conf: Path, wanted: x509.Certificate) -> bool:
@@ -401,11 +390,6 @@ def _may_stay(copy: Path, content: bytes, kubelet_conf: Path, wanted: x509.Certi
     except ValueError:
         return False
     return used == wanted or checks.is_rotated(copy, used, kubelet_conf, wanted)
-
-
-def _wait(look: Callable[[], dict[Component, str]], timeout: timedelta) -> dict[Component, str]:
-    """Look until nothing is found, or the time is over: what is still found then."""
-    return wait_until(look, lambda found: not found, timeout, pause_seconds=_POLL_SECONDS)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -457,9 +441,7 @@ def restart_stale(
         components, unknown = (named, None) if named else _by_settings(node, settings, now())
         if settings.restart.method == "none":
             return RestartReport(components=tuple(components), advised=True, unknown=unknown)
-        done = restart_all(
-            components, node, settings, store, tell=lambda text: log.info("%s", text), record=record, force=force
-        )
+        done = restart_all(components, node, settings, store, record=record, force=force)
         return RestartReport(components=tuple(components), done=tuple(done), unknown=unknown)
 
 

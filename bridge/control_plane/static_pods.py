@@ -7,7 +7,7 @@ since kubeadm lets a control plane's kubelet ask its own API server, and that it
 three members). So etcd's manifest comes back while the pod still ends, and etcd is back after 10 s.
 
 The journal is written before the manifest leaves its directory, so that whatever ends this process, `recover` brings
-the manifest back. Not here: whether this is a good moment (`bridge.control_plane.restarts`), and what health is (`bridge.control_plane.health`).
+the manifest back. Not here: whether this is a good moment (`bridge.control_plane.restarts`), and what health is (`probes`).
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from bridge.pki.expiry import duration_text
 from bridge.specs import Component
 from bridge.state.parked_manifest import RestartError, aside, close, enter, is_there, journal_of, put_back, sync
 from bridge.state.store import Store
+from bridge.system.console import log
 from bridge.system.waiting import wait_until
-
-Tell = Callable[[str], None]
 
 _POLL_SECONDS = 0.2
 
@@ -52,7 +51,7 @@ class Pod:
     is_needed_by_api: bool = False  #: The API server that the kubelet asks can't write without it: see above.
 
 
-def restart(pod: Pod, store: Store, timeout: timedelta, tell: Tell) -> None:
+def restart(pod: Pod, store: Store, timeout: timedelta) -> None:
     """
     Restart it, and wait until it is healthy.
 
@@ -60,7 +59,6 @@ def restart(pod: Pod, store: Store, timeout: timedelta, tell: Tell) -> None:
         pod: Its manifest is there.
         store: Its lock is held, and `recover` was called.
         timeout: For it to end, and again for it to come back.
-        tell: Is told each step.
 
     Raises:
         RestartError: It did not end, or not come back, in time; the manifest is in its place.
@@ -72,7 +70,7 @@ def restart(pod: Pod, store: Store, timeout: timedelta, tell: Tell) -> None:
         try:
             try:
                 enter(store, journal, "leaving")
-                tell(f"{name}: its manifest moves to {aside(pod.manifest)}")
+                log.info("%s: its manifest moves to %s", name, aside(pod.manifest))
                 pod.manifest.rename(aside(pod.manifest))
                 sync(pod.manifest)
                 enter(store, journal, "out")
@@ -85,15 +83,12 @@ def restart(pod: Pod, store: Store, timeout: timedelta, tell: Tell) -> None:
             finally:
                 put_back(store, journal)
             enter(store, journal, "back")
-            tell(f"{name}: its manifest is back")
+            log.info("%s: its manifest is back", name)
             _wait(pod.component, "to end", lambda: _named(before & pod.instances()), timeout, check)
             _wait(pod.component, "to be healthy", pod.trouble, timeout, check)
         finally:
             if is_there(pod.manifest):
                 close(store)
-
-
-# --- the manifest and the journal ------------------------------------------------------------------------------------
 
 
 # --- waiting ---------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
@@ -17,7 +16,6 @@ from bridge.state import backups
 from bridge.state.obligations import Owed
 from bridge.state.session import Run
 
-log = logging.getLogger("ca-bridge")
 _MOST_SHOWN = 3
 FAILED = ("refused", "no-answer")
 
@@ -80,15 +78,7 @@ def restart_these(
     """Restart these components and no other."""
     if not components:
         return []
-    return restart_all(
-        components,
-        node,
-        run.settings,
-        run.store,
-        tell=lambda text: log.info("%s", text),
-        record=run.record,
-        going_back=going_back,
-    )
+    return restart_all(components, node, run.settings, run.store, record=run.record, going_back=going_back)
 
 
 def look(run: Run, owed: Owed, restarted: Sequence[Restarted]) -> tuple[ProofReport, list[Restarted]]:

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.cli import components
 from bridge.cli.options import Output
-from bridge.control_plane import health, restart_plan
+from bridge.control_plane import probes, restart_plan
 from bridge.control_plane.restarts import Restarted, RestartPostponedError, restart_all, restart_stale, take_copy
 from bridge.errors import Exit, SettingsError
 from bridge.node import inventory, kubelet, processes
@@ -53,7 +53,6 @@ class Plane:
     status: dict[Component, int] = field(default_factory=lambda: dict.fromkeys(Component, 200))
     body: dict[Component, bytes] = field(default_factory=dict)
     asked: list[tuple[Component, str]] = field(default_factory=list)
-    told: list[str] = field(default_factory=list)
 
     def commands(self, **changed: str) -> dict[str, str]:
         """Each writes its name into a file, unless it is another one."""
@@ -100,13 +99,11 @@ class Plane:
         store = Store(settings.node.state_dir)
         store.prepare()
         with audit.Record(store, settings.audit) as record:
-            return restart_all(
-                components, self.node, settings, store, tell=self.told.append, record=record, force=force
-            )
+            return restart_all(components, self.node, settings, store, record=record, force=force)
 
     def trouble(self, component: Component) -> str | None:
         """What the program sees."""
-        return health.trouble(component, self.node, self.pki.kubeconfig_dir)
+        return probes.trouble(component, self.node, self.pki.kubeconfig_dir)
 
 
 FLAGS = {
@@ -395,12 +392,13 @@ def test_not_with_an_unhealthy_neighbour_unless_forced(plane: Plane) -> None:
     assert plane.ran == ["kube-controller-manager"]
 
 
-def test_a_neighbour_that_comes_back_is_waited_for(plane: Plane) -> None:
+def test_a_neighbour_that_comes_back_is_waited_for(plane: Plane, caplog: pytest.LogCaptureFixture) -> None:
     """A component that lost its lease needs a moment."""
+    caplog.set_level("INFO", "ca-bridge")
     plane.status[SCHEDULER] = 500
     threading.Timer(1, lambda: plane.status.update({SCHEDULER: 200})).start()
     assert plane.restart(MANAGER, settings=plane.settings(timeout="20s"))[0].error is None
-    assert any("waits for its neighbours: kube-scheduler" in text for text in plane.told)
+    assert "waits for its neighbours: kube-scheduler" in caplog.text
 
 
 def test_a_neighbour_whose_turn_comes_is_no_obstacle(plane: Plane) -> None:
@@ -454,12 +452,13 @@ def test_who_was_harmed_is_told(plane: Plane) -> None:
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
-def test_a_command_that_fails_is_told_with_its_words(plane: Plane) -> None:
+def test_a_command_that_fails_is_told_with_its_words(plane: Plane, caplog: pytest.LogCaptureFixture) -> None:
     """Its exit code in the error, its output in the log."""
+    caplog.set_level("INFO", "ca-bridge")
     [one] = plane.restart(SCHEDULER, settings=plane.settings(scheduler="sh -c 'echo no such unit; exit 5'"))
     assert isinstance(one.error, RestartError)
     assert "ended with code 5" in str(one.error)
-    assert "kube-scheduler: no such unit" in plane.told
+    assert "kube-scheduler: no such unit" in caplog.messages
 
 
 def test_a_command_that_does_not_end_is_killed_with_its_children(plane: Plane) -> None:
@@ -511,8 +510,11 @@ def copy(plane: Plane) -> Path:
     return restart_plan.KUBELET_COPY
 
 
-def test_a_kubelets_copy_of_an_old_certificate_is_taken_and_kept(plane: Plane, copy: Path) -> None:
+def test_a_kubelets_copy_of_an_old_certificate_is_taken_and_kept(
+    plane: Plane, copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """It would count more than the new kubelet.conf; the kubelet's own older files stay where they are."""
+    caplog.set_level("INFO", "ca-bridge")
     content, target = copy.read_bytes(), copy.readlink()
     assert plane.restart(KUBELET)[0].error is None
     assert not copy.is_symlink()
@@ -520,7 +522,7 @@ def test_a_kubelets_copy_of_an_old_certificate_is_taken_and_kept(plane: Plane, c
     kept = Store(plane.directory / "state").kubelet_copy
     assert kept.read_bytes() == content
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600
-    assert any(str(kept) in text for text in plane.told)
+    assert str(kept) in caplog.text
     assert plane.ran == ["kubelet"]
 
 
@@ -565,7 +567,7 @@ def test_a_kubeconfig_that_is_none_stops_before_anything_is_taken(plane: Plane, 
     (plane.pki.kubeconfig_dir / "kubelet.conf").write_text("kind: Config\n")
     store = Store(plane.directory / "state")
     with pytest.raises(RestartError, match="wanted the kubelet's kubeconfig"):
-        take_copy(plane.pki.kubeconfig_dir, copy, store, plane.told.append)
+        take_copy(plane.pki.kubeconfig_dir, copy, store)
     assert copy.is_symlink()
 
 

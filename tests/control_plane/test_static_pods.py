@@ -40,8 +40,9 @@ def looks(*found: str | None) -> Callable[[], str | None]:
 # --- a whole restart -------------------------------------------------------------------------------------------------
 
 
-def test_the_manifest_is_away_until_the_pod_is_gone_and_then_back(site: Site) -> None:
+def test_the_manifest_is_away_until_the_pod_is_gone_and_then_back(site: Site, caplog: pytest.LogCaptureFixture) -> None:
     """It is moved, not copied; the kubelet's directory never holds another file; the journal always knows."""
+    caplog.set_level("INFO", "ca-bridge")
     inode, seen = site.manifest.stat().st_ino, []
 
     def look(who: str, answers: Callable[[], str | None]) -> Callable[[], str | None]:
@@ -59,7 +60,7 @@ def test_the_manifest_is_away_until_the_pod_is_gone_and_then_back(site: Site) ->
     back = ("trouble", ["etcd.yaml", "kube-scheduler.yaml"], False, "back", True)
     assert seen == [away, away, back, back, back]
     assert site.manifest.stat().st_ino == inode
-    assert len(site.told) == 2
+    assert len(caplog.messages) == 2
     site.assert_whole()
     assert recover(site.store) is None
 
@@ -88,7 +89,6 @@ def test_what_the_api_needs_comes_back_while_it_ends(site: Site, monkeypatch: py
         ),
         site.store,
         TIMEOUT,
-        site.told.append,
     )
     assert seen == [("old", True), ("old", False), ("old", True), ("", True)]
     site.assert_whole()

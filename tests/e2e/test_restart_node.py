@@ -71,9 +71,9 @@ class Site:
     def wait_until_well(self) -> None:
         """Each component says so, from where ca-bridge sees it."""
         look = (
-            "import sys; from pathlib import Path; from bridge.control_plane import health, restart_plan; from bridge.node import inventory;"
+            "import sys; from pathlib import Path; from bridge.control_plane import probes, restart_plan; from bridge.node import inventory;"
             "k = Path('/etc/kubernetes'); n = inventory.read(k / 'pki', k);"
-            "sys.exit(any(health.trouble(c, n, k) for c in restart_plan.ORDER))"
+            "sys.exit(any(probes.trouble(c, n, k) for c in restart_plan.ORDER))"
         )
         python = ("env", "-C", "/", sys.executable, "-c", look)
         wait_for("a healthy control plane", lambda: self.node.exec(*python, check=False).returncode == 0, seconds=330)

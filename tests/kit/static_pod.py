@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,7 +29,6 @@ class Site:
 
     root: Path
     attributes: Attributes
-    told: list[str] = field(default_factory=list)
     #: Called at each look at what still runs while the manifest is out, and at its health.
     at_remains: Callable[[], str | None] = lambda: None
     at_trouble: Callable[[], str | None] = lambda: None
@@ -67,7 +66,7 @@ class Site:
             trouble=self.at_trouble,
             settle=timedelta(),
         )
-        restart(pod, self.store, timeout, self.told.append)
+        restart(pod, self.store, timeout)
 
     def instances(self) -> frozenset[str]:
         """The first one while the manifest has not been out; another one when it is back."""

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.control_plane import health, neighbours, proof, restarts
+from bridge.control_plane import neighbours, probes, proof, restarts
 from bridge.control_plane.neighbours import LeaseHeldError, NeighbourError
 from bridge.control_plane.probes import ProofState
 from bridge.control_plane.proof import ProofFinding, ProofReport
@@ -137,7 +137,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     site.change(min_interval=timedelta())
     monkeypatch.setattr(proof, "look", site.look)
     monkeypatch.setattr(neighbours, "turn", site.turn)
-    monkeypatch.setattr(health, "trouble", lambda *_: None)
+    monkeypatch.setattr(probes, "trouble", lambda *_: None)
     return site
 
 

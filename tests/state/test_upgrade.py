@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from typer.testing import CliRunner, Result
 
 from bridge.cli.app import app
-from bridge.control_plane import health
+from bridge.control_plane import probes
 from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.renewal import damage
 from bridge.state import backups
@@ -51,7 +51,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / directory).chmod(0o700)
     approval.install_plugin(tmp_path / "site")
     monkeypatch.setattr(sys, "path", [str(tmp_path / "site"), *sys.path])
-    monkeypatch.setattr(health, "trouble", lambda *_: None)  # there is no cluster
+    monkeypatch.setattr(probes, "trouble", lambda *_: None)  # there is no cluster
     (tmp_path / "well").touch()
     return tmp_path
 
