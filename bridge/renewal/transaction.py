@@ -1,8 +1,8 @@
 """
-The steps around the installation of answers, wherever they came from: `renew`, `import` and `install`.
+The steps around the installation of answers, which `renew`, `import` and `install` share.
 
-Before it the hooks and what earlier runs owe; after it restart, proof, the way back, the count of runs that failed, and
-the hooks that are told.
+Before it: what earlier runs owe, and hooks. After it: copies, restarts, proof or rollback (`bridge.renewal.activate`),
+revocation, the count of failed runs, and hooks.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from bridge.system.console import print_error
 from bridge.system.state_file import StateError
 
 if TYPE_CHECKING:  # 40 ms
-    from bridge.renewal.settled import Settled
+    from bridge.renewal.activate import Activation
 
 
 class Transaction:
@@ -59,57 +59,49 @@ class Transaction:
     # --- before ------------------------------------------------------------------------------------------------------
 
     def settle_earlier(self, node: Node) -> Node:
-        """First in a run, due or not: copies, hooks and proof that earlier ones owe; the node as it is after that."""
+        """First in a run, due or not: copies, hooks and proof that earlier runs owe; the node as it is after that."""
         self._errors += copies.settle(self._run.settings, self._run.store, self._run.record)
-        self._errors += self._told(self._hooks.again(node))
+        self._errors += self._recorded(self._hooks.again(node))
         if not self._is_owed:
             return node
-        from bridge.renewal import activation  # noqa: PLC0415 (40 ms; only where components are restarted)
+        from bridge.renewal import activate  # noqa: PLC0415 (40 ms; only where components are restarted)
 
-        settled = activation.settle(self._run, node)
-        self.may_go_on = settled.may_go_on
-        self._errors += [*settled.errors, *self._told_of_earlier(settled.about)]
+        done = activate.settle(self._run, node)
+        self.may_go_on = done.may_go_on
+        self._errors += [*done.errors, *self._hooks_of_earlier(done.events)]
         return self._run.read_node()
 
     @property
     def _is_owed(self) -> bool:
-        """Whether something is to be restarted and proven, by this run."""
+        """Whether this run has something to restart and to prove."""
         return self._options.restarts and self._run.store.unproven.exists()
 
     @contextlib.contextmanager
     def about(self, selection: Selection) -> Iterator[None]:
         """
-        Hooks before the work on these certificates; if it ends with an error, that is counted and told.
+        Run the `before` hooks, then the work on these certificates; an error of it is counted, and hooks learn of it.
 
         Raises:
             HookError: No CA must be asked.
             BridgeError: The work's; nothing was replaced.
         """
         try:
-            self._run_before_hooks(selection)
+            try:
+                self._hooks.before(HookEvent.of(selection.items))
+            except HookError as e:
+                self._run.record.add(audit.FAILED, error=e)
+                raise
             yield
         except BridgeError as e:
-            for error in self._told_at_the_end(selection, Result(outcomes=selection.failed), [e]):
+            for error in self._count_and_run_hooks(selection, Result(outcomes=selection.failed), [e]):
                 print_error(error)
-            raise
-
-    def _run_before_hooks(self, selection: Selection) -> None:
-        try:
-            self._hooks.before(HookEvent.of(selection.items))
-        except HookError as e:
-            self._run.record.add(audit.FAILED, error=e)
             raise
 
     # --- the installation --------------------------------------------------------------------------------------------
 
     def install(self, selection: Selection, proven: Sequence[Proven], failed: Sequence[Outcome]) -> Result:
         """
-        Install what passed, in one step; what is owed after it is on disk before it.
-
-        Args:
-            selection: What the run is about.
-            proven: What passed, and is remembered.
-            failed: What did not, for whatever reason.
+        Install what passed, in one step; what will be owed is on disk before.
 
         Raises:
             BridgeError: Nothing was replaced.
@@ -131,22 +123,22 @@ class Transaction:
 
     def _owe(self, selection: Selection, done: Sequence[Outcome]) -> None:
         """
-        Revocation, copies, hooks, restart and proof.
+        Write down revocation, copies, hooks, restart and proof.
 
         Raises:
-            BridgeError: It can't be remembered; nothing must be installed.
+            BridgeError: It can't be written down; nothing must be installed.
         """
         revocation.owe(self._run, done)
         replaced = {one.name: one.old for one in done}
         copies.owe(self._run.settings, self._run.store, self._run.read_node(), replaced)
         self._hooks.installing(HookEvent.of(selection.items, done))
         if self._options.restarts and self._run.settings.restart.method != "none":
-            from bridge.renewal import activation  # noqa: PLC0415 (see above)
+            from bridge.renewal import activate  # noqa: PLC0415 (see above)
 
-            activation.owe(self._run, done)
+            activate.owe(self._run, done)
 
     def activate(self, selection: Selection, result: Result) -> Result:
-        """Copies, and hooks after the installation; restart, proof, and the way back if need be."""
+        """After the installation: copies, hooks, restart, proof, and rollback if need be."""
         if result.backup_id is None:
             return result
         late = copies.settle(self._run.settings, self._run.store, self._run.record)
@@ -154,33 +146,24 @@ class Transaction:
         result = dataclasses.replace(result, errors=(*result.errors, *late, *self._hooks.installed(occasion)))
         if not self._is_owed:
             return result
-        from bridge.renewal import activation  # noqa: PLC0415 (see above)
+        from bridge.renewal import activate  # noqa: PLC0415 (see above)
 
-        settled = activation.settle(self._run, self._run.read_node())
-        if not self._is_owed:  # else the hooks of earlier installations were told already
-            others = {run_id: one for run_id, one in settled.about.items() if run_id != self._run.record.run_id}
-            self._errors += self._told_of_earlier(others)
-        return _with_settled(result, settled)
+        done = activate.settle(self._run, self._run.read_node())
+        if not self._is_owed:  # else the hooks of earlier installations ran already
+            others = {run_id: event for run_id, event in done.events.items() if run_id != self._run.record.run_id}
+            self._errors += self._hooks_of_earlier(others)
+        return _with_activation(result, done)
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
     def nothing_to_install(self, selection: Selection) -> Result:
         """The result of a run that can do nothing, or has nothing to do."""
         result = self._with_revocations(Result(outcomes=selection.failed))
-        return (
-            self._told_and_counted(selection, result)
-            if selection.failed or result.errors
-            else self.with_earlier(result)
-        )
+        return self._ended(selection, result) if selection.failed or result.errors else self.with_earlier(result)
 
     def conclude(self, selection: Selection, result: Result) -> Result:
-        """
-        End a run that had something to do: revoke what is superseded, count, tell who must know, run its hooks.
-
-        Returns:
-            The result with what more there is to say, about earlier runs, too.
-        """
-        return self._told_and_counted(selection, self._with_revocations(result))
+        """End a run that had something to do: revoke what is superseded, count failures, run hooks."""
+        return self._ended(selection, self._with_revocations(result))
 
     def _with_revocations(self, result: Result) -> Result:
         """Revoke what was superseded, by this run or by earlier ones, when it is time."""
@@ -189,25 +172,25 @@ class Transaction:
         errors = revocation.settle(self._run, self._run.read_node())
         return dataclasses.replace(result, errors=(*result.errors, *errors))
 
-    def _told_and_counted(self, selection: Selection, result: Result) -> Result:
-        more = self._told_at_the_end(selection, result, result.errors)
+    def _ended(self, selection: Selection, result: Result) -> Result:
+        more = self._count_and_run_hooks(selection, result, result.errors)
         return self.with_earlier(dataclasses.replace(result, errors=(*result.errors, *more)))
 
     def with_earlier(self, result: Result) -> Result:
         """The result with what was wrong with earlier runs."""
         return dataclasses.replace(result, errors=(*self._errors, *result.errors))
 
-    def _told_at_the_end(
+    def _count_and_run_hooks(
         self, selection: Selection, result: Result, errors: Sequence[BridgeError]
     ) -> list[BridgeError]:
         """
         Args:
             selection: What was to be renewed; what was held has failed in it.
-            result: What became of it.
+            result: The outcomes.
             errors: About the run as a whole: not installed, not live, rolled back, hooks after the installation.
 
         Returns:
-            What more there is to say; its exit codes are the run's, too.
+            More errors of the run.
         """
         if any(isinstance(error, NotNowByHookError) for error in errors):
             return []  # neither success nor failure
@@ -216,18 +199,13 @@ class Transaction:
         occasion = HookEvent.of(
             selection.items, result.outcomes, backup_id=result.backup_id, exit_code=code, errors=(*errors, *more)
         )
-        return [*more, *self._told(self._hooks.finished(occasion))]
+        return [*more, *self._recorded(self._hooks.finished(occasion))]
 
-    def _told_of_earlier(self, about: Mapping[str, HookEvent]) -> list[HookError]:
-        """
-        Run the hooks of earlier runs, now that it is known what became of their installations, or that it still is not.
-
-        Args:
-            about: By the run that installed.
-        """
+    def _hooks_of_earlier(self, events: Mapping[str, HookEvent]) -> list[HookError]:
+        """Run the hooks of earlier runs, by run, now that the outcome of their installations is known, or still is not."""
         run = self._run
-        every = [Hooks(run.settings, run.store, run_id).finished(one) for run_id, one in about.items()]
-        return self._told([error for errors in every for error in errors])
+        every = [Hooks(run.settings, run.store, run_id).finished(event) for run_id, event in events.items()]
+        return self._recorded([error for errors in every for error in errors])
 
     def _counted(self, selection: Selection, result: Result, errors: Sequence[BridgeError]) -> list[BridgeError]:
         # no CA had a part in those
@@ -247,23 +225,23 @@ class Transaction:
             self._run.record.add(audit.NEEDS_A_PERSON, authority=error.authority, error=error)
         return [*people]
 
-    def _told(self, errors: list[HookError]) -> list[HookError]:
+    def _recorded(self, errors: list[HookError]) -> list[HookError]:
         for error in errors:
             self._run.record.add(audit.FAILED, error=error)
         return errors
 
 
-def _with_settled(result: Result, settled: Settled) -> Result:
-    outcomes, errors = result.outcomes, settled.errors
-    if (back := settled.rolled_back) is not None:
+def _with_activation(result: Result, done: Activation) -> Result:
+    outcomes, errors = result.outcomes, done.errors
+    if (back := done.rolled_back) is not None:
         outcomes = tuple(dataclasses.replace(o, new=None, error=back) if o.new else o for o in outcomes)
         errors = tuple(error for error in errors if error is not back)
     return dataclasses.replace(
         result,
         outcomes=outcomes,
         errors=(*result.errors, *errors),
-        restarted=tuple(f"{one.component.value} in {one.seconds:.1f} s" for one in settled.restarted if one.seconds),
-        proven=settled.proven,
+        restarted=tuple(f"{one.component.value} in {one.seconds:.1f} s" for one in done.restarted if one.seconds),
+        proven=done.proven,
     )
 
 
@@ -271,9 +249,9 @@ def by_authority(
     selection: Selection, result: Result, errors: Sequence[BridgeError]
 ) -> tuple[list[str], dict[str, BridgeError]]:
     """
-    Which authorities this run says something about, and the worst error of those that failed (pure).
+    The authorities that this run says something about, and the worst error of those that failed (pure).
 
-    One whose answers are only waited for, or were held back because of another's, has neither failed nor succeeded.
+    An authority whose answers have not come, or were held back because of another's, has neither failed nor succeeded.
     """
     by_name = {outcome.name: outcome for outcome in result.outcomes}
     asked: list[str] = []

@@ -262,7 +262,7 @@ def before_restarts(act: Callable[[bool], None]) -> Iterator[None]:
         return first(*args, **given)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bridge.renewal.taking_effect.restart_all", restart_all)
+        patch.setattr("bridge.renewal.activate.restart_all", restart_all)
         yield
 
 
@@ -291,7 +291,7 @@ def test_a_way_back_that_was_cut_off_is_gone_on_with(site: Site, monkeypatch: py
     restart_all = restarts.restart_all
     with monkeypatch.context() as patch:
         if place == "before the restarts":
-            patch.setattr("bridge.renewal.taking_effect.restart_all", killed)
+            patch.setattr("bridge.renewal.activate.restart_all", killed)
         else:
             patch.setattr(rollback, "put_back", killed)
         with pytest.raises(KilledError):
@@ -471,7 +471,7 @@ def test_what_earlier_runs_had_restarted_is_restarted_back_too(site: Site) -> No
         raise KilledError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bridge.renewal.taking_effect.restart_all", restart_all)
+        patch.setattr("bridge.renewal.activate.restart_all", restart_all)
         with pytest.raises(KilledError):
             site.renew(MANAGER, SCHEDULER)
     site.states = {SCHEDULER: "refused"}

@@ -7,7 +7,7 @@ from itertools import chain, combinations, product
 import pytest
 
 from bridge.control_plane.probes import ProofState
-from bridge.renewal.ruling import Meaning, Ruling, meaning, rule
+from bridge.renewal.activate import Meaning, Ruling, meaning, rule
 
 WELL: tuple[ProofState, ...] = ("current", "next-connection", "not-ours")
 WRONG: tuple[ProofState, ...] = ("stale", "refused", "no-answer", "unknown")

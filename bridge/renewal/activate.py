@@ -1,0 +1,544 @@
+"""
+After an installation: restart what runs on old certificates, prove that everything runs on the new ones, or roll back.
+
+The states of an installation, in the order of this file:
+
+- unproven: it is on disk before anything is installed, and stays there until every certificate is seen in use. A run
+  that was cut off, or could not restart a component, leaves it to the next run, due or not.
+- proving: components are restarted, and looked at until all is in use or `restart.prove_for` is over.
+- outcome: two tables turn what was seen into a ruling.
+- rollback: the old files come back, unless `restart.on_failure` is "keep". This is on disk as well, until every
+  restarted component runs on the old files again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import Enum
+from typing import ClassVar
+
+from bridge.control_plane import proof, restart_plan
+from bridge.control_plane.probes import ProofState
+from bridge.control_plane.proof import ProofFinding, ProofReport
+from bridge.control_plane.restarts import ImpossibleError, Restarted, restart_all, restarted_since
+from bridge.control_plane.static_pods import StoppedError
+from bridge.errors import BridgeError, Exit, PostponedError
+from bridge.node.inventory import Node
+from bridge.pki.certificates import serial_hex
+from bridge.renewal.hooks import HookEvent
+from bridge.settings.tables import Components
+from bridge.specs import SPECS, CertificateSpec, Component
+from bridge.state import backup_check, backups, rollback
+from bridge.state.obligations import Owed, Unproven, unproven_file
+from bridge.state.outcome import Outcome
+from bridge.state.session import Run
+from bridge.system.state_file import StateError
+
+log = logging.getLogger("ca-bridge")
+_MOST_SHOWN = 3
+_FAILED = ("refused", "no-answer")
+
+
+class NotLiveError(BridgeError):
+    """An installed certificate is not in use, or does not work."""
+
+    exit_code: ClassVar[int] = Exit.NOT_LIVE
+    hint = "`ca-bridge prove` shows each check; `ca-bridge rollback` puts the old files back"
+
+
+class RolledBackError(BridgeError):
+    """An installed certificate did not work, and the old files are back."""
+
+    exit_code: ClassVar[int] = Exit.ROLLED_BACK
+    hint = "the CA's certificates passed every check and can't work in this cluster: see the failed check"
+
+
+class UnprovenError(BridgeError):
+    """Proof could not find out whether an installed certificate works."""
+
+    hint = "the next `ca-bridge renew` looks again; `ca-bridge prove` shows what could not be seen"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Activation:
+    """The result of restarts, proof and rollback."""
+
+    restarted: tuple[Restarted, ...] = ()
+    proven: int | None = None  #: How many checks of the last look hold; None: there was no look.
+    errors: tuple[BridgeError, ...] = ()
+    rolled_back: RolledBackError | None = None  #: One of the errors.
+    events: Mapping[str, HookEvent] = field(default_factory=dict)  #: For hooks; by the run that installed.
+    may_go_on: bool = True  #: False: stopped by a signal, or in the middle of a rollback; nothing must be installed.
+
+
+# --- unproven --------------------------------------------------------------------------------------------------------
+
+
+def owe(run: Run, outcomes: Sequence[Outcome]) -> None:
+    """
+    Write down, before the installation, that these certificates are to be proven.
+
+    What earlier runs have installed and not proven stays, together with the backup of what was in use before that.
+
+    Raises:
+        BridgeError: It can't be written; then nothing must be installed.
+    """
+    node, owed = run.read_node(), unproven_file(run.store).read()
+    earlier = {one.name: one for one in owed.live_on(node).certificates} if owed is not None else {}
+    failed = [f for f in proof.look(node, run.settings, run.now()).wrong if f.state in _FAILED]
+    run_id = run.record.run_id
+    for name, serial in ((o.name, serial_hex(o.new)) for o in outcomes if o.new is not None):
+        before = frozenset(f.what for f in failed if f.certificate == name)
+        one = earlier.pop(name, Unproven(name=name, runs={}, backup_of=run_id, before=before))
+        earlier[name] = dataclasses.replace(one, runs={**one.runs, serial: run_id})
+    to_restart = owed.to_restart if owed is not None else ()
+    unproven_file(run.store).put(Owed(certificates=tuple(earlier.values()), to_restart=to_restart))
+
+
+def settle(run: Run, node: Node) -> Activation:
+    """Take what this run or earlier ones have installed from the state that it is in as far as possible."""
+    try:
+        owed = unproven_file(run.store).read()
+    except StateError as e:
+        return Activation(errors=(e,), may_go_on=False)
+    return Activation() if owed is None else _settle_owed(run, node, owed)
+
+
+def _settle_owed(run: Run, node: Node, owed: Owed) -> Activation:
+    if run.settings.restart.method == "none":
+        return _left_to_people(run, node, owed)
+    if unreadable := owed.unreadable_on(node):
+        troubles = "; ".join(f"{item.spec.name}: {item.trouble}" for item in unreadable)
+        return _result(run, owed, [UnprovenError(f"installed, and not proven: {troubles}")])
+    if owed.going_back:
+        return _roll_back(run, owed)
+    owed = owed.live_on(node)
+    if not owed.certificates and not owed.to_restart:
+        unproven_file(run.store).remove()
+        return Activation()
+    return _prove(run, node, owed)
+
+
+def _left_to_people(run: Run, node: Node, owed: Owed) -> Activation:
+    """The settings have changed: say once what was still to be done."""
+    unproven_file(run.store).remove()
+    live = owed.live_on(node)
+    reloads = restart_plan.reloading(node, run.settings.node.kubernetes_version)
+    users = restart_plan.stale([SPECS[name] for name in live.names], reloads, Components("needed"))
+    components = [c for c in restart_plan.ORDER if c in users or c in owed.to_restart]
+    if not components and not (owed.going_back and live.certificates):
+        return Activation()
+    names = ", ".join(component.value for component in components) or "nothing"
+    text = f'installed by an earlier run, and with restart.method = "none" not proven; to be restarted: {names}'
+    if owed.going_back and live.certificates:
+        text = f"{text}; and it was to go back, since {owed.going_back}"
+    manifests = run.settings.node.kubeconfig_dir / "manifests"
+    hint = "; ".join(restart_plan.how(component, manifests) for component in components) or NotLiveError.hint
+    return _result(run, owed, [NotLiveError(text, hint=hint)])
+
+
+# --- proving: restarts -----------------------------------------------------------------------------------------------
+
+
+def _prove(run: Run, node: Node, owed: Owed) -> Activation:
+    restarted = _restart(run, node, _to_restart(run, node, owed))
+    if _is_stopped(restarted):
+        return _result(run, owed, _errors_of(restarted), restarted)
+    report, more = _look(run, owed, restarted)
+    restarted += more
+    if _is_stopped(more):
+        return _result(run, owed, _errors_of(restarted), restarted)
+    return _judged(run, owed, restarted, report)
+
+
+def _to_restart(run: Run, node: Node, owed: Owed) -> list[Component]:
+    """
+    The components to restart before the first look: users of this run's certificates that are known not to reload.
+
+    With `components = "needed"`, and for what earlier runs have installed, only those that proof shows to be stale;
+    where proof can't show it, those that were not restarted since.
+    """
+    wanted = run.settings.restart.components
+    reloads = restart_plan.reloading(node, run.settings.node.kubernetes_version)
+    specs = {name: SPECS[name] for name in owed.names} | _read_at_start(node, owed)
+    is_ours = {one.name: one.newest_run == run.record.run_id for one in owed.certificates}
+    new = restart_plan.stale([specs[name] for name in owed.names if is_ours[name]], reloads, wanted)
+    others = restart_plan.stale([specs[name] for name in owed.names if not is_ours[name]], reloads, wanted)
+    old = {*others, *owed.to_restart}
+    stale: list[Component] = []
+    is_looked_at = bool(node.manifests) or node.is_worker
+    if is_looked_at and (old or (new and wanted.which == "needed")):
+        report = proof.look(node, run.settings, run.now())
+        stale = report.stale
+        if wanted.which == "needed":
+            new = [c for c in new if c in stale or (c is Component.KUBELET and not _has_read(report))]
+    done = restarted_since(run.store, _began(run, owed, newest=True)) if old else []
+    unseen = [c for c in old if c not in done and (c is Component.KUBELET or not is_looked_at)]
+    return [c for c in restart_plan.ORDER if c in new or (c in old and (c in stale or c in unseen))]
+
+
+def _has_read(report: ProofReport) -> bool:
+    """Whether the kubelet is seen to have its new client certificate, or to take it by itself."""
+    found = [f for f in report.findings if f.component is Component.KUBELET and f.what.startswith("has read")]
+    return bool(found) and all(f.state in ("current", "next-connection") for f in found)
+
+
+def _read_at_start(node: Node, owed: Owed) -> dict[str, CertificateSpec]:
+    """Only the kubelet itself reads a pair that it got from a signer, and only at its start (measured on 1.37)."""
+    return {
+        item.spec.name: dataclasses.replace(item.spec, reloaded=False)
+        for item in node.items
+        if item.spec.name in owed.names and item.rotates
+    }
+
+
+def _began(run: Run, owed: Owed, *, newest: bool) -> datetime:
+    """When the newest, or the first, of the installations began; the beginning of time where no backup tells."""
+    wanted = {one.newest_run if newest else one.backup_of for one in owed.certificates}
+    created = [one.created for one in backups.read_all(run.store)[0] if one.run_id in wanted]
+    return (max if newest else min)(created, default=datetime.min.replace(tzinfo=UTC))
+
+
+def _restart(run: Run, node: Node, components: Sequence[Component], *, going_back: bool = False) -> list[Restarted]:
+    if not components:
+        return []
+    return restart_all(components, node, run.settings, run.store, record=run.record, going_back=going_back)
+
+
+def _errors_of(restarted: Sequence[Restarted]) -> list[BridgeError]:
+    return [one.error for one in restarted if one.error is not None]
+
+
+def _is_stopped(restarted: Sequence[Restarted]) -> bool:
+    """Whether a signal stopped the restarts: a component that may still be starting can't be proven."""
+    return any(isinstance(one.error, StoppedError) for one in restarted)
+
+
+# --- proving: looks --------------------------------------------------------------------------------------------------
+
+
+def _look(run: Run, owed: Owed, restarted: Sequence[Restarted]) -> tuple[ProofReport, list[Restarted]]:
+    """
+    Look until all is well; a component that was trusted to reload and did not is restarted after all.
+
+    What could not be restarted now is on its old certificate, and not waited for.
+    """
+    names, done = owed.names, {one.component for one in restarted}
+    if any(isinstance(one.error, PostponedError) for one in restarted):
+        return _look_until(
+            run, lambda f: f.certificate in names and f.state in _FAILED and owed.is_new(f.certificate, f.what)
+        ), []
+    stuck = {one.component for one in restarted if isinstance(one.error, ImpossibleError)}
+
+    def counts(finding: ProofFinding) -> bool:
+        return finding.certificate in names and not (finding.state == "stale" and finding.component in stuck)
+
+    report = _look_until(run, counts)
+    late = {f.component for f in report.wrong if f.state == "stale" and f.certificate in names}
+    more = [component for component in restart_plan.ORDER if component in late and component not in done]
+    if not more or run.settings.restart.components.which == "listed":
+        return report, []
+    again = _restart(run, run.read_node(), more)
+    stuck |= {one.component for one in again if isinstance(one.error, ImpossibleError)}
+    return _look_until(run, counts), again
+
+
+def _look_until(run: Run, counts: Callable[[ProofFinding], bool]) -> ProofReport:
+    """Look until none of the findings that count is wrong, or the time is over."""
+    return proof.within(run.read_node, run.settings, run.now, run.settings.restart.prove_for, counts=counts)
+
+
+def _sentence(findings: Sequence[ProofFinding]) -> str:
+    """The first few of them, for a message."""
+    parts = [f"{f.certificate}: {f.what}: {f.state}: {f.detail}" for f in findings[:_MOST_SHOWN]]
+    more = len(findings) - _MOST_SHOWN
+    return "; ".join([*parts, *([f"and {more} more"] if more > 0 else [])])
+
+
+# --- outcome: the tables ---------------------------------------------------------------------------------------------
+
+
+class Meaning(Enum):
+    """The meaning of one finding about a certificate for its installation."""
+
+    AS_BEFORE = "it was so before the installation"
+    LATER = "its component's restart is postponed"
+    LEFT = "its component's restart is left to the operator"
+    UNSEEN = "it can't be seen now"
+    NOT_IN_USE = "its component runs on the old one"
+    BROKEN = "it does not work"
+
+
+class Ruling(Enum):
+    """The decision about the installation as a whole."""
+
+    PROVEN = "it stays, and nothing is owed"
+    POSTPONED = "it stays, and the next run goes on"
+    LEFT = "it stays, and the operator restarts the rest"
+    UNPROVEN = "it stays, and the next run looks again"
+    FAILED = "it goes back, or stays, as restart.on_failure says"
+
+
+_ANY = (True, False)
+
+#: The state that was seen; whether the component's restart is postponed; whether it is ours to restart (the settings
+#: list it, or have no list, and there is a way); whether it was not so before. A state in no row is well.
+_MEANINGS: tuple[tuple[tuple[ProofState, ...], tuple[bool, ...], tuple[bool, ...], bool, Meaning], ...] = (
+    (("stale", "refused", "no-answer", "unknown"), _ANY, _ANY, False, Meaning.AS_BEFORE),
+    (("stale",), (True,), _ANY, True, Meaning.LATER),
+    (("stale",), (False,), (False,), True, Meaning.LEFT),
+    (("stale",), (False,), (True,), True, Meaning.NOT_IN_USE),
+    (("refused", "no-answer"), _ANY, _ANY, True, Meaning.BROKEN),
+    (("unknown",), _ANY, _ANY, True, Meaning.UNSEEN),
+)
+
+
+def meaning(state: ProofState, *, postponed: bool, ours: bool, new: bool) -> Meaning | None:
+    """Read the row of one finding; None: all is well."""
+    for states, postponements, owners, news, result in _MEANINGS:
+        if state in states and postponed in postponements and ours in owners and new == news:
+            return result
+    return None
+
+
+#: The first row of which any meaning was found.
+_RULINGS = (
+    ({Meaning.BROKEN, Meaning.NOT_IN_USE}, Ruling.FAILED),
+    ({Meaning.UNSEEN}, Ruling.UNPROVEN),
+    ({Meaning.LEFT}, Ruling.LEFT),
+)
+
+
+def rule(meanings: Collection[Meaning], *, postponed: bool, failed: bool, impossible: bool = False) -> Ruling:
+    """
+    Decide the outcome of the installation.
+
+    Args:
+        meanings: Of all findings about its certificates.
+        postponed: A restart is postponed.
+        failed: A restart failed; a postponed or impossible one has not.
+        impossible: A component can't be restarted from here, which is no proof that its certificates are bad.
+    """
+    if failed:
+        return Ruling.FAILED
+    if postponed and Meaning.BROKEN not in meanings:
+        return Ruling.POSTPONED
+    if impossible and not {Meaning.BROKEN, Meaning.NOT_IN_USE} & set(meanings):
+        return Ruling.LEFT
+    return next((ruling for found, ruling in _RULINGS if found & set(meanings)), Ruling.PROVEN)
+
+
+# --- outcome ---------------------------------------------------------------------------------------------------------
+
+
+def _judged(run: Run, owed: Owed, restarted: Sequence[Restarted], report: ProofReport) -> Activation:
+    """Judge an installation by its own certificates, not by what is wrong with others or was wrong before it."""
+    postponed = {one.component: one.error for one in restarted if isinstance(one.error, PostponedError)}
+    impossible = _impossible(owed, restarted, report)
+    failures = [e for e in _errors_of(restarted) if not isinstance(e, PostponedError | ImpossibleError)]
+    seen = _meanings(run, owed, postponed, impossible, report)
+    ruling = rule(seen.keys(), postponed=bool(postponed), failed=bool(failures), impossible=bool(impossible))
+    proven = len(report.findings) - len(report.wrong)
+    if ruling is Ruling.FAILED:
+        decisive = [f for m in (Meaning.BROKEN, Meaning.NOT_IN_USE, Meaning.UNSEEN) for f in seen.get(m, [])]
+        why = "; ".join([*map(str, failures), *([_sentence(decisive)] if decisive else [])])
+        if run.settings.restart.on_failure == "keep":
+            return _result(run, owed, [NotLiveError(f"installed, and not in use: {why}")], restarted, proven)
+        log.error("the new certificates do not work, so the old ones are put back: %s", why)
+        back = _roll_back(run, dataclasses.replace(owed, going_back=why))
+        return dataclasses.replace(back, restarted=tuple(restarted), proven=proven)
+    if ruling is Ruling.PROVEN:
+        unproven_file(run.store).remove()
+    errors = [*postponed.values()] if ruling is Ruling.POSTPONED else _remaining(ruling, seen, [*impossible.values()])
+    return _result(run, owed, errors, restarted, proven)
+
+
+def _impossible(
+    owed: Owed, restarted: Sequence[Restarted], report: ProofReport
+) -> dict[Component | None, ImpossibleError]:
+    """Components that can't be restarted from here, unless they are seen to have been restarted by hand."""
+    states: dict[Component | None, set[str]] = {}
+    for finding in report.findings:
+        if finding.certificate in owed.names:
+            states.setdefault(finding.component, set()).add(finding.state)
+    return {
+        one.component: one.error
+        for one in restarted
+        if isinstance(one.error, ImpossibleError)
+        and not states.get(one.component, {"unknown"}) <= {"current", "next-connection"}
+    }
+
+
+def _meanings(
+    run: Run,
+    owed: Owed,
+    postponed: Collection[Component],
+    impossible: Collection[Component | None],
+    report: ProofReport,
+) -> dict[Meaning, list[ProofFinding]]:
+    """Everything that is wrong with these certificates, by what it means for the installation."""
+    listed = run.settings.restart.components.listed
+    seen: dict[Meaning, list[ProofFinding]] = {}
+    for finding in report.wrong:
+        found = meaning(
+            finding.state,
+            postponed=finding.component in postponed,
+            ours=(not listed or finding.component in listed) and finding.component not in impossible,
+            new=owed.is_new(finding.certificate, finding.what),
+        )
+        if found is not None and finding.certificate in owed.names:
+            seen.setdefault(found, []).append(finding)
+    return seen
+
+
+def _remaining(
+    ruling: Ruling, seen: Mapping[Meaning, Sequence[ProofFinding]], impossible: Sequence[ImpossibleError]
+) -> list[BridgeError]:
+    """Errors about what stays as it is, and what is left to do."""
+    if ruling is Ruling.UNPROVEN:
+        return [UnprovenError(f"installed, and not proven: {_sentence(seen[Meaning.UNSEEN])}")]
+    if ruling is Ruling.LEFT and impossible:
+        return [NotLiveError(f"installed, and still to be restarted: {e}", hint=e.hint) for e in impossible]
+    if ruling is Ruling.LEFT:
+        text = f"installed, and not in use by what restart.components does not list: {_sentence(seen[Meaning.LEFT])}"
+        return [NotLiveError(text, hint="restart it (`ca-bridge restart NAME`), or list it")]
+    if as_before := seen.get(Meaning.AS_BEFORE):
+        text = f"installed, and as before the renewal this does not work: {_sentence(as_before)}"
+        return [NotLiveError(text, hint="`ca-bridge prove` shows each check")]
+    return []
+
+
+def _result(
+    run: Run,
+    owed: Owed,
+    errors: Sequence[BridgeError],
+    restarted: Sequence[Restarted] = (),
+    proven: int | None = None,
+    *,
+    may_go_on: bool = True,
+) -> Activation:
+    rolled_back = next((error for error in errors if isinstance(error, RolledBackError)), None)
+    return Activation(
+        restarted=tuple(restarted),
+        proven=proven,
+        errors=tuple(errors),
+        rolled_back=rolled_back,
+        events=_hook_events(run, owed, errors, is_back=rolled_back is not None),
+        may_go_on=may_go_on and not _is_stopped(restarted),
+    )
+
+
+def _hook_events(run: Run, owed: Owed, errors: Sequence[BridgeError], *, is_back: bool) -> dict[str, HookEvent]:
+    """The hook events by the run that installed."""
+    items = {item.spec.name: item for item in run.read_node().items}
+    replaced = {one.run_id: one for one in backups.read_all(run.store)[0]}
+    found = {}
+    for run_id in dict.fromkeys(one.newest_run for one in owed.certificates):
+        ours = [one for one in owed.certificates if one.newest_run == run_id]
+        live = [] if is_back else [one.name for one in ours if one.name in items and items[one.name].certificates]
+        new = {name: serial_hex(items[name].certificates[0]) for name in live}
+        old = {one.name: _old_serial(replaced.get(one.backup_of), one.name) for one in ours if one.name in new}
+        paths = [p for name in new for p in (items[name].certificate_path, items[name].key_path) if p is not None]
+        found[run_id] = HookEvent(
+            names=tuple(one.name for one in ours),
+            old_serials={name: serial for name, serial in old.items() if serial},
+            new_serials=new,
+            files=tuple(map(str, paths)),
+            backup_id=replaced[run_id].backup_id if run_id in replaced else None,
+            exit_code=Exit.worst([error.exit_code for error in errors]),
+            errors=tuple(map(str, errors)),
+        )
+    return found
+
+
+def _old_serial(backup: backups.Backup | None, name: str) -> str:
+    entries = backup.certificates if backup is not None else ()
+    return next((entry["old_serial"] or "" for entry in entries if entry["name"] == name), "")
+
+
+# --- rollback --------------------------------------------------------------------------------------------------------
+
+
+def _roll_back(run: Run, owed: Owed) -> Activation:
+    """Put the old files back, and restart on them what was restarted on the new ones; or go on with a rollback."""
+    live = owed.live_on(run.read_node())
+    owed = live if live.certificates else owed  # what was replaced meanwhile stays; else all of it is back already
+    if live.certificates:
+        on_new = restarted_since(run.store, _began(run, owed, newest=False))
+        owed = dataclasses.replace(owed, to_restart=tuple(dict.fromkeys([*owed.to_restart, *on_new])))
+    has_begun = False
+    late: Sequence[BridgeError] = ()
+    try:
+        backup = _backup(run, live) if live.certificates else None
+        unproven_file(run.store).put(owed)
+        has_begun = True
+        if backup is not None:
+            # all of it was in use a minute ago, whatever a new certificate would have to be
+            done_back = rollback.put_back(
+                backup, run.settings, run.store, run.record, run.read_node(), run.now(), lambda one: not one.is_damage
+            )
+            late = done_back.late
+    except BridgeError as e:
+        text = f"installed, and not in use: {owed.going_back}; it was not rolled back: {e}"
+        return _result(run, owed, [NotLiveError(text)], may_go_on=not has_begun)
+    wanted, restarted = _restart_back(run, owed)
+    done = {one.component for one in restarted if one.error is None}
+    left = tuple(component for component in wanted if component not in done)
+    with contextlib.suppress(BridgeError):  # then the next run restarts more than it needs to
+        unproven_file(run.store).put(dataclasses.replace(owed, to_restart=left))
+    if left and all(isinstance(one.error, PostponedError) for one in restarted if one.component in left):
+        after = f"the next run goes on: {'; '.join(map(str, _errors_of(restarted)))}"
+    else:
+        after = _on_the_old_files(run, owed, restarted)
+    if not left:
+        unproven_file(run.store).remove()
+    where = f" to {backup.backup_id}" if backup is not None else ""
+    error = RolledBackError(f"rolled back{where}, since {owed.going_back}; {after}")
+    return _result(run, owed, [error, *late], restarted)
+
+
+def _backup(run: Run, owed: Owed) -> backups.Backup:
+    """
+    A backup of what was in use, put together from those of one or several runs.
+
+    Raises:
+        BridgeError: It can't be put back; nothing was touched.
+    """
+    node, now = run.read_node(), run.now()
+    found = {one.run_id: one for one in backups.read_all(run.store)[0]}
+    missing = {one.backup_of for one in owed.certificates} - found.keys()
+    if missing:
+        raise BridgeError(f"wanted the backup of run {', '.join(sorted(missing))}, found none")
+    sources = list({one.backup_of: found[one.backup_of] for one in owed.certificates}.values())
+    files = [f for one in owed.certificates for f in found[one.backup_of].files if f.certificate == one.name]
+    backup = dataclasses.replace(sources[0], backup_id=", ".join(one.backup_id for one in sources), files=tuple(files))
+    damage = [str(one) for one in backup_check.problems_of(backup, run.settings, node, now) if one.is_damage]
+    if damage:
+        raise BridgeError("; ".join(damage))
+    expired = [o.name for o in rollback.outcomes_of(backup, node) if o.new and o.new.not_valid_after_utc <= now]
+    if expired:
+        raise BridgeError(f"the old certificates have expired: {', '.join(expired)}")
+    return backup
+
+
+def _restart_back(run: Run, owed: Owed) -> tuple[list[Component], list[Restarted]]:
+    """Restart what had been restarted, and what took the new files up by itself and did not let go."""
+    node = run.read_node()
+    stale = proof.look(node, run.settings, run.now()).stale if node.manifests else []
+    components = [c for c in restart_plan.ORDER if c in owed.to_restart or c in stale]
+    return components, _restart(run, node, components, going_back=True)
+
+
+def _on_the_old_files(run: Run, owed: Owed, restarted: Sequence[Restarted]) -> str:
+    report = _look_until(run, lambda f: f.certificate in owed.names)
+    wrong = [finding for finding in report.wrong if finding.certificate in owed.names]
+    failures = list(map(str, _errors_of(restarted)))
+    if failures or wrong:
+        text = "; ".join([*failures, *([_sentence(wrong)] if wrong else [])])
+        return f"the old ones do not work, either: {text}"
+    return f"everything runs on the old files again ({len(report.findings) - len(report.wrong)} checks hold)"
