@@ -22,7 +22,7 @@ from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.node import inventory
 from bridge.node.inventory import Item
 from bridge.pki.kubeadm_names import named, parse_nodes, renamed
-from bridge.renewal import serving
+from bridge.renewal.prepare import serving_names
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, CA
 from bridge.system import jobs as system_jobs
@@ -207,7 +207,7 @@ def _to_be_asked(item: Item, settings: Settings) -> x509.Certificate | None:
     """A certificate with the names that the next one gets; None: nobody says which, and it is left out."""
     live = item.certificates[0]
     try:
-        asked = serving.asked(item, settings)
+        asked = serving_names(item, settings)
     except BridgeError as e:
         log.warning("%s; it is left out: %s", e, e.hint)
         return None

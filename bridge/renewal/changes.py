@@ -1,28 +1,34 @@
 """
 Decides what a certificate is to say where the live one does not tell: there is none, or an operator wants a change.
 
-A missing certificate's names come from kubeadm-config or from kubeadm's configuration file and from this node's own
-manifests, and each is told with its source; where a fact is missing, nothing is guessed.
+The names of a missing certificate come from kubeadm-config, or from kubeadm's configuration file, and from this node's
+own manifests; each is reported with its source, and where a fact is missing, nothing is guessed.
+
+kubeadm's newer subjects are in fewer groups: their rights come from ClusterRoleBindings that `kubeadm init` and
+`kubeadm upgrade apply` make, and `kubeadm certs renew` does not. So these are looked at, too.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from cryptography import x509
+from cryptography.x509.oid import NameOID
 
+from bridge.cluster.api import Api, NoAnswerError
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
-from bridge.node import endpoints, kubeconfig
+from bridge.node import endpoints, kubeadm_config, kubeconfig
 from bridge.node.inventory import Item, Node
-from bridge.node.kubeadm_config import KubeadmConfig
+from bridge.node.kubeadm_config import CLUSTER_CONFIGURATION, CONFIG_MAP, KubeadmConfig, KubeadmConfigError
 from bridge.node.kubeconfig import FreshKubeconfig
 from bridge.pki import csr, kubeadm_names
 from bridge.pki.certificates import attributes, pem, san_entry
 from bridge.pki.csr import Naming
-from bridge.pki.kubeadm_names import NamingFacts, NoFactError, Release
-from bridge.renewal import bindings, cluster_config
+from bridge.pki.kubeadm_names import ADMINS, MASTERS, NamingFacts, NoFactError, Release
 from bridge.renewal.select import ALL, Changes, Desired, DesiredByName, RunOptions, anchors_of, assert_known
 from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF, SPECS, CertificateSpec, Component
@@ -63,7 +69,7 @@ def decide(node: Node, settings: Settings, options: RunOptions) -> DesiredByName
         return {}
     assert_known([*names, *changes.add, *changes.drop])
     _assert_named(names, changes)
-    source = cluster_config.ConfigSource(node, settings, changes.kubeadm_config)
+    source = ConfigSource(node, settings, changes.kubeadm_config)
     desired: dict[str, Desired | BridgeError] = {}
     for item in node.items:
         name = item.spec.name
@@ -96,7 +102,7 @@ def _assert_named(names: Sequence[str], changes: Changes) -> None:
 # --- a missing one ---------------------------------------------------------------------------------------------------
 
 
-def _made(item: Item, node: Node, settings: Settings, changes: Changes, source: cluster_config.ConfigSource) -> Desired:
+def _made(item: Item, node: Node, settings: Settings, changes: Changes, source: ConfigSource) -> Desired:
     """
     Raises:
         BridgeError: There is no source, it lacks a fact, or it is about another node.
@@ -127,7 +133,7 @@ def _made(item: Item, node: Node, settings: Settings, changes: Changes, source: 
         f"{spec.name} is not on this node; it is made anew from {source.text}: {naming.text}",
         f"{spec.name}: names as of Kubernetes {facts.release or '(any)'}, {found}",
         *([f"{spec.name}: it leads to {fresh.server}"] if fresh is not None else []),
-        *bindings.assert_bound(source, naming, spec, strictly=False),
+        *assert_bound(source, naming, spec, strictly=False),
     ]
     return Desired(naming=naming, notes=tuple(notes), key=config.key, kubeconfig=fresh)
 
@@ -137,9 +143,7 @@ def _assert_known_to(release: Release | None, spec: CertificateSpec) -> None:
         raise NoFactError(f"{spec.name} is known from Kubernetes {Release(*spec.since)} on, found {release}")
 
 
-def _facts(
-    config: KubeadmConfig, node: Node, settings: Settings, source: cluster_config.ConfigSource
-) -> tuple[NamingFacts, str]:
+def _facts(config: KubeadmConfig, node: Node, settings: Settings, source: ConfigSource) -> tuple[NamingFacts, str]:
     """The facts that names are made of, and a sentence about where the node's own part comes from."""
     manifest = node.manifests.get(Component.APISERVER)
     here = settings.node.name
@@ -183,9 +187,7 @@ def _fresh(item: Item, config: KubeadmConfig, node: Node, facts: NamingFacts) ->
 # --- a change of a live one ------------------------------------------------------------------------------------------
 
 
-def _changed(
-    item: Item, node: Node, settings: Settings, changes: Changes, source: cluster_config.ConfigSource
-) -> Desired | None:
+def _changed(item: Item, node: Node, settings: Settings, changes: Changes, source: ConfigSource) -> Desired | None:
     """What replaces a live certificate; None: the next one says what this one says."""
     name, notes = item.spec.name, []
     was = naming = csr.naming_of(item.certificates[0])
@@ -202,7 +204,7 @@ def _changed(
         else:
             naming = dataclasses.replace(naming, subject=subject)
             notes.append(f"{name}: subject {naming_text(subject)} instead of {naming_text(was.subject)}")
-            notes += bindings.assert_bound(source, naming, item.spec, strictly=True)
+            notes += assert_bound(source, naming, item.spec, strictly=True)
     if not notes:
         return None
     return Desired(naming=naming, notes=tuple(notes))
@@ -213,9 +215,7 @@ def naming_text(subject: x509.Name) -> str:
     return Naming(subject=subject).text
 
 
-def _version_and_node(
-    node: Node, settings: Settings, source: cluster_config.ConfigSource, changes: Changes
-) -> NamingFacts:
+def _version_and_node(node: Node, settings: Settings, source: ConfigSource, changes: Changes) -> NamingFacts:
     release = release_of(node) if changes.kubeadm_config is None else source.config().release
     if release is None and (set_one := settings.node.kubernetes_version) is not None:
         release = Release(set_one.major, set_one.minor)
@@ -281,3 +281,159 @@ def _server_of(path: Path) -> str:
         return parsed.tls_server_name or endpoints.Server(parsed.server).place.host
     except (kubeconfig.KubeconfigError, UnreadableError, ValueError):
         return ""  # the inventory tells what is wrong with it
+
+
+# --- where kubeadm's configuration is from ---------------------------------------------------------------------------
+
+
+class NoSourceError(BridgeError):
+    """The cluster does not tell kubeadm's configuration."""
+
+    hint = (
+        "name kubeadm's configuration with --kubeadm-config FILE; or put a good copy of the certificate back (an expired "
+        "one will do), or have the API server answer (kubectl get -n kube-system cm kubeadm-config)"
+    )
+
+
+class ConfigSource:
+    """Asked once, and only if somebody wants to know."""
+
+    def __init__(self, node: Node, settings: Settings, file: Path | None) -> None:
+        self._node, self._settings, self._file = node, settings, file
+        self._api: Api | None = None
+        self._config: KubeadmConfig | None = None
+
+    @property
+    def text(self) -> str:
+        """Where the configuration is from, for messages."""
+        return str(self._file) if self._file is not None else "the cluster's ConfigMap kube-system/kubeadm-config"
+
+    @property
+    def api(self) -> Api:
+        """The cluster's, whether it answers or not."""
+        if self._api is None:
+            self._api = Api.of_node(self._node, self._settings.node.kubeconfig_dir)
+        return self._api
+
+    def config(self) -> KubeadmConfig:
+        """
+        Read it.
+
+        Raises:
+            NoSourceError: The cluster tells none that can be used.
+            KubeadmConfigError: The file can't be used.
+        """
+        if self._config is None:
+            self._config = (
+                self._of_cluster()
+                if self._file is None
+                else kubeadm_config.parse(kubeadm_config.read_file(self._file), self.text)
+            )
+        return self._config
+
+    def _of_cluster(self) -> KubeadmConfig:
+        try:
+            reply = self.api.ask("GET", CONFIG_MAP)
+        except NoAnswerError as e:
+            raise NoSourceError(f"wanted {self.text}, found {e}") from None
+        data = reply.document.get("data")
+        text = data.get(CLUSTER_CONFIGURATION) if isinstance(data, dict) else None
+        if reply.status != HTTPStatus.OK or not isinstance(text, str):
+            raise NoSourceError(f"wanted {self.text}, found none there (HTTP {reply.status})")
+        try:
+            return kubeadm_config.parse(text.encode(), self.text)
+        except KubeadmConfigError as e:
+            raise NoSourceError(str(e)) from None
+
+
+# --- rights by ClusterRoleBindings -----------------------------------------------------------------------------------
+
+
+_PATH = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings"
+_KUBELET_CLIENT = "kubeadm:apiserver-kubelet-client"
+_O = NameOID.ORGANIZATION_NAME.dotted_string
+
+
+class NotBoundError(BridgeError):
+    """The new subject would have no rights."""
+
+    exit_code = Exit.REFUSED
+
+
+class Binding(NamedTuple):
+    """A ClusterRoleBinding on which a subject's rights depend."""
+
+    name: str
+    role: str
+    kind: str  #: Of its subject: `User` or `Group`.
+    who: str
+
+    @property
+    def command(self) -> str:
+        """The kubectl command that makes the binding."""
+        return (
+            f"kubectl create clusterrolebinding {self.name} --clusterrole={self.role} --{self.kind.lower()}={self.who}"
+        )
+
+
+def needed_by(naming: Naming, spec: CertificateSpec) -> Binding | None:
+    """The binding that a certificate's rights come from; None: its rights are its own, or it needs none."""
+    groups = {value for oid, value in attributes(naming.subject) if oid == _O}
+    if MASTERS in groups:
+        return None
+    if ADMINS in groups:
+        return Binding(ADMINS, "cluster-admin", "Group", ADMINS)
+    if spec.name == "apiserver-kubelet-client":
+        return Binding(_KUBELET_CLIENT, "system:kubelet-api-admin", "User", "kube-apiserver-kubelet-client")
+    return None
+
+
+def assert_bound(source: ConfigSource, naming: Naming, spec: CertificateSpec, *, strictly: bool) -> list[str]:
+    """
+    Look whether the binding is there; a sentence about it, or none where none is needed.
+
+    Args:
+        source: Whose cluster is asked.
+        naming: Of the certificate to come.
+        spec: Its spec.
+        strictly: A cluster that does not answer is an error, too.
+
+    Raises:
+        NotBoundError: It is not there.
+    """
+    needed = needed_by(naming, spec)
+    if needed is None:
+        return []
+    rights = f"{spec.name}: its rights come from ClusterRoleBinding {needed.name} alone"
+    try:
+        found = _missing(source, needed)
+    except NoAnswerError as e:
+        if not strictly:
+            return [f"{rights}, which was not looked at: {e}"]
+        raise NotBoundError(
+            f"{rights}; wanted to see it, found {e}",
+            hint="run it while the API server answers; until then leave the subject as it is",
+        ) from None
+    if found:
+        raise NotBoundError(
+            f"{rights}; wanted it ({needed.role} for {needed.kind} {needed.who}), found {found}",
+            hint=f"`kubeadm upgrade apply` makes it; or: {needed.command}",
+        )
+    return [f"{rights}, which is there"]
+
+
+def _missing(source: ConfigSource, needed: Binding) -> str:
+    """What stands in the binding's place, in words; empty: the binding itself."""
+    reply = source.api.ask("GET", f"{_PATH}/{needed.name}")
+    if reply.status == HTTPStatus.OK:
+        return "" if _binds(reply.document, needed) else "one of that name for another role or subject"
+    return "none" if reply.status == HTTPStatus.NOT_FOUND else f"HTTP {reply.status}"
+
+
+def _binds(document: Mapping[str, Any], needed: Binding) -> bool:
+    ref, subjects = document.get("roleRef"), document.get("subjects")
+    if not isinstance(ref, dict) or not isinstance(subjects, list):
+        return False
+    is_role = (ref.get("kind"), ref.get("name")) == ("ClusterRole", needed.role)
+    return is_role and any((one["kind"], one["name"]) == (needed.kind, needed.who)
+                           for one in subjects if isinstance(one, dict) and {"kind", "name"} <= one.keys())  # fmt: skip

@@ -28,9 +28,8 @@ from bridge.node.inventory import Item, Node
 from bridge.pki import csr, verify
 from bridge.pki.certificates import certificates_in, is_ca, is_for
 from bridge.pki.csr import PrivateKey
-from bridge.renewal import serving
 from bridge.renewal.issuance import Answered
-from bridge.renewal.prepare import Prepared, live_pair, present
+from bridge.renewal.prepare import Prepared, live_pair, present, replaced_by_next, serving_names
 from bridge.renewal.readiness import assert_room
 from bridge.renewal.select import RunOptions, Selection, outcome_of, select
 from bridge.renewal.transaction import Transaction
@@ -137,7 +136,7 @@ def _answered(
 def _of(item: Item, settings: Settings, expected: verify.Expectation, contents: _Contents) -> Answered:
     key = contents.keys[item.spec.name]
     live, was = live_pair(item)
-    pem, replaced = _csr_pem(item, settings, live, key), serving.replaced(item, live)
+    pem, replaced = _csr_pem(item, settings, live, key), replaced_by_next(item, live)
     request = SignRequest(spec=item.spec, csr_pem=pem, validity=settings.renewal.validity, replaces=replaced)
     candidates = list(_candidates(request, contents))
     if not candidates:
@@ -154,7 +153,7 @@ def _of(item: Item, settings: Settings, expected: verify.Expectation, contents: 
 
 
 def _csr_pem(item: Item, settings: Settings, live: x509.Certificate | None, key: PrivateKey) -> bytes:
-    naming = serving.asked(item, settings)
+    naming = serving_names(item, settings)
     return csr.build_for(naming, key) if naming is not None else csr.build(present(item, live), key)
 
 

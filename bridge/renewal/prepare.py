@@ -1,4 +1,9 @@
-"""Keys and CSRs of a renewal, from the live certificates; a request that is open already is taken up again."""
+"""
+Keys and CSRs of a renewal, from the live certificates; a request that is open already is taken up again.
+
+The names of a kubelet's serving certificate are from the settings, or from the node's own configuration. What the node
+says of itself to the API (`Node.status`) is never asked: a holder of a kubelet's credentials can write it.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +23,17 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from bridge.contract import Continuity, SignRequest
 from bridge.errors import BridgeError
-from bridge.node import kubeconfig
+from bridge.node import kubeconfig, manifests
 from bridge.node.inventory import Item
 from bridge.node.kubeconfig import FreshKubeconfig, KubeconfigError
+from bridge.node.kubelet import KubeletFiles
 from bridge.pki import csr
 from bridge.pki.certificates import load_pem_certificates
-from bridge.pki.csr import Naming
-from bridge.renewal import new_keys, serving
-from bridge.renewal.select import RESTORE, Desired, MissingCertificateError, outcome_of
-from bridge.settings.tables import Settings
-from bridge.specs import KeyAlgorithm
+from bridge.pki.csr import Naming, alternative_names, subject_of
+from bridge.renewal import new_keys
+from bridge.renewal.select import RESTORE, Desired, MissingCertificateError, NotReadyError, outcome_of
+from bridge.settings.tables import NodeSettings, Settings, is_host
+from bridge.specs import KUBELET_SERVER, Component, KeyAlgorithm
 from bridge.state.install import digest, fingerprint
 from bridge.state.outcome import Outcome
 from bridge.state.requests import OpenRequest
@@ -110,8 +116,8 @@ def _prepare(item: Item, settings: Settings, made: OpenRequest | None, desired: 
     try:
         live, was = live_pair(item)
         algorithm = _key_algorithm(live, settings, made, desired)
-        naming = desired.naming if desired is not None else serving.asked(item, settings)
-        replaced = serving.replaced(item, live)
+        naming = desired.naming if desired is not None else serving_names(item, settings)
+        replaced = replaced_by_next(item, live)
         if made is not None and _fits(made, replaced, algorithm, naming):
             return _of_open(item, made, was)
         key = new_keys.take(algorithm)
@@ -161,7 +167,7 @@ def take_up(item: Item, made: OpenRequest) -> Prepared | Outcome:
         live, was = live_pair(item)
     except BridgeError as e:
         return outcome_of(item, e)
-    if made.request.replaces != serving.replaced(item, live):
+    if made.request.replaces != replaced_by_next(item, live):
         return outcome_of(item, MissingCertificateError("its certificate was replaced since it was asked for"))
     return _of_open(item, made, was)
 
@@ -325,3 +331,61 @@ def write_csrs(prepared: Sequence[Prepared], directory: Path) -> None:
         raise BridgeError(
             f"wanted to write keys and CSRs to {directory}, found {found}", hint="choose an empty --csr-dir"
         ) from e
+
+
+# --- a kubelet's serving certificate ---------------------------------------------------------------------------------
+
+
+_ADDRESSES = "--node-ip of the kubelet (kubeadm: nodeRegistration.kubeletExtraArgs)"
+
+
+def replaced_by_next(item: Item, live: x509.Certificate | None) -> x509.Certificate | None:
+    """The certificate whose names the request takes over; None: the live one says nothing about them."""
+    return None if item.foreign and item.spec.name == KUBELET_SERVER else live
+
+
+def serving_names(item: Item, settings: Settings) -> Naming | None:
+    """
+    The names of a kubelet's next serving certificate; None: those of the live certificate, as for all others.
+
+    Raises:
+        NotReadyError: No address of this node is known.
+    """
+    if item.spec.name != KUBELET_SERVER or not (item.foreign or settings.serving_sans):
+        return None
+    node = settings.node
+    names = settings.serving_sans or own_names(node)
+    subject = (
+        subject_of(f"system:node:{node.node_name}", ["system:nodes"])
+        if item.foreign or not item.certificates
+        else item.certificates[0].subject
+    )
+    return Naming(subject=subject, sans=alternative_names(names))
+
+
+def own_names(node: NodeSettings) -> tuple[str, ...]:
+    """
+    The node's names and addresses by the kubelet's configuration, or an API server's beside it.
+
+    Raises:
+        NotReadyError: No address; with a name alone the API server could not verify the kubelet, nor metrics-server.
+    """
+    kubelet = KubeletFiles.load(node.kubelet_dir)
+    addresses = [address for address in kubelet.addresses if is_host(address)] or _advertised(node)
+    if not addresses:
+        names = f'["{node.node_name}", "192.0.2.10"]'
+        raise NotReadyError(
+            f"{KUBELET_SERVER}: wanted an address of this node, found none in its own configuration ({_ADDRESSES})",
+            hint=f"name all that it is reached by: [certificate.{KUBELET_SERVER}] sans = {names}",
+        )
+    return tuple(dict.fromkeys([node.node_name, *([kubelet.hostname] if kubelet.hostname else []), *addresses]))
+
+
+def _advertised(node: NodeSettings) -> list[str]:
+    """The API server's address on a control plane, which is the node's by kubeadm; else none."""
+    try:
+        manifest = manifests.load(Component.APISERVER, node.kubeconfig_dir)
+    except ValueError:
+        return []
+    address = manifest.flags.get("--advertise-address", "") if manifest is not None else ""
+    return [address] if address and is_host(address) else []

@@ -12,7 +12,7 @@ from bridge.errors import Exit
 from bridge.pki.certificates import pem
 from bridge.pki.csr import key_pem
 from bridge.renewal import renew
-from bridge.renewal.ca_rotation import HalfRotatedError
+from bridge.renewal.readiness import HalfRotatedError
 from bridge.renewal.select import ForeignIdentityError, RunOptions
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Settings
