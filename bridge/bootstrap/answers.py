@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bridge.bootstrap.authorities import Certificates
-from bridge.bootstrap.wish import NobodySignsError, NodeWish
+from bridge.bootstrap.desired import DesiredNode, NobodySignsError
 from bridge.errors import BridgeError, WaitingError
 from bridge.pki import verify
 from bridge.pki.bundle_format import short_fingerprint
@@ -28,13 +28,13 @@ class Answers:
     strange: Sequence[BridgeError] = ()  #: Answers to something else.
 
 
-def expected(run: Run, wish: NodeWish, cas: Certificates) -> dict[str, verify.Expectation]:
+def expected(run: Run, desired: DesiredNode, cas: Certificates) -> dict[str, verify.Expectation]:
     """The expectations that answers are checked against, by authority."""
     settings = run.settings
     return {
         name: verify.Expectation(
             anchors=certificates,
-            anchor_name=str(wish.places.authority(AUTHORITIES[name])),
+            anchor_name=str(desired.places.authority(AUTHORITIES[name])),
             now=run.now(),
             min_validity=settings.renewal.min_validity,
             extra_subject=settings.extra_subject(name),
@@ -44,16 +44,16 @@ def expected(run: Run, wish: NodeWish, cas: Certificates) -> dict[str, verify.Ex
 
 
 def gather(
-    run: Run, wish: NodeWish, prepared: Sequence[Prepared], expected: Mapping[str, verify.Expectation]
+    run: Run, desired: DesiredNode, prepared: Sequence[Prepared], expected: Mapping[str, verify.Expectation]
 ) -> Answers:
     """Take what was proven before and what was carried; ask the CAs for the rest, or write it down for a desk."""
     answered = [one for each in prepared if (one := _proven_before(each, expected)) is not None]
-    carried, strange = _carried(run, wish, _rest(prepared, answered), expected)
+    carried, strange = _carried(run, desired, _rest(prepared, answered), expected)
     answered += carried
     rest = _rest(prepared, answered)
-    if wish.request is not None and rest:
-        requests, _ = airgap.carry(run, rest, wish.request)
-        why = f"{wish.request} is to be carried to the desk, fingerprint {short_fingerprint(requests)}"
+    if desired.request is not None and rest:
+        requests, _ = airgap.carry(run, rest, desired.request)
+        why = f"{desired.request} is to be carried to the desk, fingerprint {short_fingerprint(requests)}"
         return Answers(answered=answered, waiting=[_waits(one, why) for one in rest], strange=strange)
     away = [one for one in rest if _is_away(run, one)]
     answered += _asked(run, [one for one in rest if one not in away], expected)
@@ -67,11 +67,11 @@ def _rest(prepared: Sequence[Prepared], answered: Sequence[Answered]) -> list[Pr
 
 
 def _carried(
-    run: Run, wish: NodeWish, prepared: Sequence[Prepared], expected: Mapping[str, verify.Expectation]
+    run: Run, desired: DesiredNode, prepared: Sequence[Prepared], expected: Mapping[str, verify.Expectation]
 ) -> tuple[list[Answered], Sequence[BridgeError]]:
-    if not wish.answers:
+    if not desired.answers:
         return [], ()
-    found = airgap.answers_in(run, wish.answers)
+    found = airgap.answers_in(run, desired.answers)
     answered = [
         airgap.answered_by(run, one, found.best(one, expected[one.authority]), expected[one.authority])
         for one in prepared

@@ -11,12 +11,13 @@ import ipaddress
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from bridge.node import kubeadm_config
-from bridge.node.kubeadm_config import KubeadmConfigError
+from bridge.node.kubeadm_config import KubeadmConfigError, read_file
 from bridge.pki.kubeadm_names import NamingFacts
 from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
 
@@ -288,3 +289,28 @@ def _below(mapping: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def _text(mapping: Mapping[str, Any], key: str) -> str:
     found = mapping.get(key)
     return found if isinstance(found, str) else ""
+
+
+def read_configuration(path: Path) -> tuple[Configuration, bytes]:
+    """
+    Read kubeadm's configuration file.
+
+    Raises:
+        KubeadmConfigError: It can't be read, or is none.
+    """
+    data = read_file(path)
+    return parse(data, str(path)), data
+
+
+def together(files: Sequence[Path]) -> Configuration | None:
+    """
+    A node's configuration (the first file) with what others say of the cluster; None: the first is not there.
+
+    Raises:
+        KubeadmConfigError: One can't be read, or is none.
+    """
+    own, *others = [read_configuration(path)[0] if path.exists() else None for path in files]
+    if own is None:
+        return None
+    cluster = [one for other in others if other is not None for one in shared(other).documents]
+    return Configuration(documents=(*own.documents, *cluster))

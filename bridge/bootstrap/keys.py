@@ -14,21 +14,32 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_pem_private_key,
+    load_pem_public_key,
+)
 from cryptography.x509.oid import NameOID
 
-from bridge.bootstrap.places import Role, specs_of
-from bridge.errors import BridgeError
+from bridge.bootstrap.configuration import naming_facts
+from bridge.bootstrap.desired import DesiredNode
+from bridge.bootstrap.orders import Order, OrderError
+from bridge.bootstrap.places import Places, Role, live, specs_of
+from bridge.errors import BridgeError, Exit
 from bridge.node import kubeconfig
 from bridge.node.kubeadm_config import KubeadmConfigError
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki import csr
-from bridge.specs import KEY_ALGORITHMS, KUBELET_CONF, SPECS, CertificateSpec, KeyAlgorithm
+from bridge.pki.csr import Naming, PrivateKey, general_name, generate_key, subject_of
+from bridge.pki.kubeadm_names import NoFactError, naming
+from bridge.specs import KEY_ALGORITHMS, KUBELET_CONF, KUBELET_SERVER, SPECS, CertificateSpec, KeyAlgorithm
 from bridge.system.files import Attributes, write_staged
 from bridge.system.paths import UnreadableError, read
 from bridge.system.run_command import OutputLines, run_logged
@@ -250,3 +261,136 @@ def assert_fits(made: Mapping[str, Made], node: str) -> None:
         wanted = [text.replace("{node}", node) for text in SPECS[name].common_names]
         if len(names) != 1 or names[0] not in wanted:
             raise KubeadmError(f"{name}: wanted a CSR for {' or '.join(wanted)}, found one for {', '.join(names)}")
+
+
+_SPKI = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+_NO_KEY = (ValueError, TypeError, UnsupportedAlgorithm)
+
+
+class ForeignSaError(BridgeError):
+    """`sa.key` and `sa.pub` are not what kube-apiserver could start with."""
+
+    exit_code = Exit.USAGE
+    hint = "copy both from another control-plane node: tokens that it has signed count only with the same pair"
+
+
+def new_sa_pair(algorithm: KeyAlgorithm) -> tuple[bytes, bytes]:
+    """`sa.key` and `sa.pub`, as kubeadm would write them."""
+    key = csr.generate_key(algorithm)
+    return csr.key_pem(key), sa_public_pem(key)
+
+
+def sa_public_pem(key: csr.PrivateKey) -> bytes:
+    """The public key as `sa.pub` has it."""
+    return key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
+def is_sa_pair(key: bytes, public: bytes) -> bool:
+    """Whether kube-apiserver can sign tokens with the one and check them with the other."""
+    try:
+        loaded = load_pem_private_key(key, None)
+        there = load_pem_public_key(public)
+    except _NO_KEY:
+        return False
+    return isinstance(loaded, PrivateKey) and loaded.public_key().public_bytes(*_SPKI) == there.public_bytes(*_SPKI)
+
+
+def sa_in_place(desired: DesiredNode) -> tuple[bytes, bytes] | None:
+    """
+    Read the pair that is on the node already; None: neither of the two is.
+
+    Raises:
+        ForeignSaError: It is half a pair, or not the other nodes'.
+    """
+    places = desired.places
+    key, public = live(places.sa_key), live(places.sa_public)
+    if key is None and public is None:
+        return None
+    if key is None or public is None:
+        raise ForeignSaError(f"{places.sa_key}: wanted sa.key and sa.pub, or none of them, found one of the two")
+    if not is_sa_pair(key, public):
+        raise ForeignSaError(f"{places.sa_public}: wanted the public key of sa.key, found another one")
+    if desired.sa is not None and key != desired.sa[0]:
+        raise ForeignSaError(f"{places.sa_key}: wanted the other nodes' service account key, found another one")
+    return key, public
+
+
+def assert_sa_at_hand(desired: DesiredNode) -> None:
+    """
+    Look before anybody is asked: a further control-plane node can't make the key.
+
+    Raises:
+        ForeignSaError: Nobody has brought it, or what is there is wrong.
+    """
+    if desired.role == "worker" or sa_in_place(desired) is not None:
+        return
+    if desired.role == "control-plane" and desired.sa is None:
+        raise ForeignSaError(
+            "wanted the service account key of another control-plane node, found none",
+            hint="--shared - with what `ca-bridge bootstrap share` prints there, or sa.key and sa.pub copied to "
+            f"{desired.places.pki} (mode 0600) over a safe channel",
+        )
+
+
+def sa_pair_if_new(places: Places, algorithm: KeyAlgorithm) -> tuple[str, str]:
+    """A new pair as text, both empty where there is one."""
+    if live(places.sa_key) is not None:
+        return "", ""
+    key, public = new_sa_pair(algorithm)
+    return key.decode(), public.decode()
+
+
+_LIFETIME = timedelta(days=1)
+
+
+def expected_certificates(order: Order, now: datetime) -> dict[str, dict[str, x509.Certificate]]:
+    """
+    The certificates that a new node will have, by authority and name, for their names and usages; no CA has signed them.
+
+    Args:
+        order: With a node.
+        now: Aware, UTC.
+
+    Raises:
+        OrderError: It has no node, or not what the names are made of.
+    """
+    node = order.node
+    if node is None:
+        raise OrderError("wanted an order for a node, found one without")
+    found: dict[str, dict[str, x509.Certificate]] = {}
+    for spec in specs_of(node.role):
+        try:
+            ours = _naming(spec, order)
+        except (NoFactError, KubeadmConfigError) as e:
+            raise OrderError(f"{node.name}: {e}", hint=e.hint) from None
+        found.setdefault(spec.authority.name, {})[spec.name] = _certificate(ours, now)
+    return found
+
+
+def _naming(spec: CertificateSpec, order: Order) -> Naming:
+    node = order.node
+    if node is None:
+        raise AssertionError("looked at before")
+    subject = subject_of(f"system:node:{node.name}", ("system:nodes",))
+    if spec.name == KUBELET_CONF:
+        return Naming(subject=subject)
+    if spec.name == KUBELET_SERVER:
+        return Naming(subject=subject, sans=tuple(map(general_name, (node.name, *node.addresses))))
+    return naming(spec, naming_facts(order.cluster, node.name, node.addresses[0]))
+
+
+def _certificate(ours: Naming, now: datetime) -> x509.Certificate:
+    key = generate_key("ecdsa-p256")
+    issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "nobody")])
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(ours.subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now)
+        .not_valid_after(now + _LIFETIME)
+    )
+    if ours.sans:
+        builder = builder.add_extension(x509.SubjectAlternativeName(ours.sans), critical=False)
+    return builder.sign(key, hashes.SHA256())

@@ -11,15 +11,14 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
 
-from bridge.bootstrap import answers, authorities, keys, leftovers, new_requests, service_account
+from bridge.bootstrap import answers, authorities, keys, new_requests, whole
 from bridge.bootstrap.authorities import Certificates
 from bridge.bootstrap.configuration import assert_usable
-from bridge.bootstrap.files import Composer
+from bridge.bootstrap.desired import Bootstrapped, DesiredNode
+from bridge.bootstrap.new_requests import Unfinished
 from bridge.bootstrap.places import live
-from bridge.bootstrap.put_in_place import keep_what_is_there, put_back, put_in_place
-from bridge.bootstrap.unfinished import Unfinished
+from bridge.bootstrap.put_in_place import Composer, keep_what_is_there, put_back, put_in_place
 from bridge.bootstrap.whole import look_at
-from bridge.bootstrap.wish import Bootstrapped, NodeWish
 from bridge.errors import BridgeError
 from bridge.renewal.readiness import assert_room
 from bridge.renewal.verify_and_install import await_validity, remember, verify_all
@@ -32,14 +31,14 @@ from bridge.system.console import Progress
 
 
 def make(
-    settings: Settings, wish: NodeWish, now: Callable[[], datetime], progress: Progress, wait: timedelta
+    settings: Settings, desired: DesiredNode, now: Callable[[], datetime], progress: Progress, wait: timedelta
 ) -> Bootstrapped:
     """
     Make what is missing, ask for it, and put it in place once all is there.
 
     Args:
         settings: CAs, directories, how long.
-        wish: What for.
+        desired: What for.
         now: The clock.
         progress: Is told.
         wait: For another run to end.
@@ -51,53 +50,53 @@ def make(
         LockedError: Another run works on this node.
         BridgeError: Whatever else; nothing was put in place.
     """
-    if wish.role != "worker":
-        assert_usable(wish.config, str(settings.node.pki_dir), further=wish.role == "control-plane")
-    node = dataclasses.replace(settings.node, name=wish.node)
+    if desired.role != "worker":
+        assert_usable(desired.config, str(settings.node.pki_dir), further=desired.role == "control-plane")
+    node = dataclasses.replace(settings.node, name=desired.node)
     with begun(dataclasses.replace(settings, node=node), now, progress, wait) as (run, _):
         keys.clear(run.store.directory)
-        return _made(run, wish)
+        return _made(run, desired)
 
 
-def _made(run: Run, wish: NodeWish) -> Bootstrapped:
-    leftovers.assert_no_cluster(wish)
-    look = look_at(run.settings, wish, live, run.now())
+def _made(run: Run, desired: DesiredNode) -> Bootstrapped:
+    whole.assert_no_cluster(desired)
+    look = look_at(run.settings, desired, live, run.now())
     if not look.missing():
-        leftovers.assert_as_wished(wish, look)
-        keep_what_is_there(run, wish)
+        whole.assert_as_desired(desired, look)
+        keep_what_is_there(run, desired)
         new_requests.forget(run)
-        return dataclasses.replace(_result(wish, []), is_complete=True)
-    leftovers.assert_no_leftovers(wish, look)
-    if (count := put_back(run, wish)) > 0:
-        return dataclasses.replace(_result(wish, [], files=count), from_kept=True)
-    cas = authorities.gather(run.settings, wish.places, wish.role, wish.ca_dir, wish.carried, run.now())
-    service_account.assert_at_hand(wish)
+        return dataclasses.replace(_result(desired, []), is_complete=True)
+    whole.assert_no_leftovers(desired, look)
+    if (count := put_back(run, desired)) > 0:
+        return dataclasses.replace(_result(desired, [], files=count), from_kept=True)
+    cas = authorities.gather(run.settings, desired.places, desired.role, desired.ca_dir, desired.carried, run.now())
+    keys.assert_sa_at_hand(desired)
     assert_room(run.settings)  # kubeadm's keys need some, too
-    open_requests = new_requests.begin(run, wish)
-    prepared = new_requests.prepared(run, wish, open_requests)
-    found = answers.gather(run, wish, prepared, answers.expected(run, wish, cas))
-    composer = _composer(run, wish, open_requests, cas)
+    open_requests = new_requests.begin(run, desired)
+    prepared = new_requests.prepared(run, desired, open_requests)
+    found = answers.gather(run, desired, prepared, answers.expected(run, desired, cas))
+    composer = _composer(run, desired, open_requests, cas)
     proven, failed = verify_all(run, list(found.answered), list(found.waiting), composer.certificate)
-    remember(run, found.answered, proven, by_hand=bool(wish.answers))
+    remember(run, found.answered, proven, by_hand=bool(desired.answers))
     run.record.write()
     if failed:
-        return _result(wish, failed, strange=found.strange)
+        return _result(desired, failed, strange=found.strange)
     await_validity([one.verified.leaf for one in proven])
     certificates = [file for one in proven for file in one.files]
-    files = [*certificates, *_beside_certificates(wish, composer, open_requests)]
-    put_in_place(run, wish, files, composer.kubelet_pem)
+    files = [*certificates, *_beside_certificates(desired, composer, open_requests)]
+    put_in_place(run, desired, files, composer.kubelet_pem)
     for one in proven:
         run.record.add(audit.INSTALLED, one.name, authority=one.prepared.authority, new=one.verified.leaf)
     run.record.write_or_warn()
-    return _result(wish, [one.outcome for one in proven], files=len(files), strange=found.strange)
+    return _result(desired, [one.outcome for one in proven], files=len(files), strange=found.strange)
 
 
 def _result(
-    wish: NodeWish, outcomes: Sequence[Outcome], *, files: int = 0, strange: Sequence[BridgeError] = ()
+    desired: DesiredNode, outcomes: Sequence[Outcome], *, files: int = 0, strange: Sequence[BridgeError] = ()
 ) -> Bootstrapped:
     return Bootstrapped(
-        role=wish.role,
-        node=wish.node,
+        role=desired.role,
+        node=desired.node,
         outcomes=tuple(outcomes),
         files=files,
         is_complete=files > 0,
@@ -105,11 +104,11 @@ def _result(
     )
 
 
-def _composer(run: Run, wish: NodeWish, open_requests: Unfinished, cas: Certificates) -> Composer:
-    cluster = wish.config.cluster.get("clusterName")
+def _composer(run: Run, desired: DesiredNode, open_requests: Unfinished, cas: Certificates) -> Composer:
+    cluster = desired.config.cluster.get("clusterName")
     return Composer(
-        places=wish.places,
-        role=wish.role,
+        places=desired.places,
+        role=desired.role,
         servers=open_requests.servers,
         cluster=cluster if isinstance(cluster, str) and cluster else "kubernetes",
         authorities=cas,
@@ -118,11 +117,11 @@ def _composer(run: Run, wish: NodeWish, open_requests: Unfinished, cas: Certific
     )
 
 
-def _beside_certificates(wish: NodeWish, composer: Composer, open_requests: Unfinished) -> Iterator[Replacement]:
+def _beside_certificates(desired: DesiredNode, composer: Composer, open_requests: Unfinished) -> Iterator[Replacement]:
     """CA certificates, the service account key and the configuration: what of them is not in place."""
     yield from composer.ca_files()
-    if wish.role != "worker":
+    if desired.role != "worker":
         made = open_requests.sa_key.encode(), open_requests.sa_public.encode()
-        yield from composer.service_account(*(service_account.in_place(wish) or wish.sa or made))
-    for path, data in wish.files.items():
+        yield from composer.service_account(*(keys.sa_in_place(desired) or desired.sa or made))
+    for path, data in desired.files.items():
         yield from composer.configuration(path, data)

@@ -4,74 +4,77 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
-from bridge.bootstrap import keys, service_account, unfinished
+from bridge.bootstrap import keys
+from bridge.bootstrap.desired import DesiredNode, OtherNodeDesiredError
 from bridge.bootstrap.keys import Made
-from bridge.bootstrap.places import SUPER_ADMIN, Places
-from bridge.bootstrap.unfinished import Unfinished
-from bridge.bootstrap.wish import NodeWish, OtherWishError
+from bridge.bootstrap.places import SUPER_ADMIN, Places, Role
 from bridge.contract import SignRequest
 from bridge.node.inventory import Item
 from bridge.renewal.prepare import Prepared
 from bridge.specs import KUBELET_CONF, KUBELET_SERVER, SPECS, CertificateSpec
 from bridge.state.requests import OpenRequest
 from bridge.state.session import Run, give_up
+from bridge.state.store import Store
+from bridge.system.state_file import OnDamage, StateFile
 
 #: super-admin.conf is needed for seconds; what the settings let be asked for, and a little more.
 _SUPER_ADMIN_MORE = timedelta(days=1)
 
 
-def begin(run: Run, wish: NodeWish) -> Unfinished:
+def begin(run: Run, desired: DesiredNode) -> Unfinished:
     """
     Go on with what an earlier run has begun, or make keys and CSRs.
 
     Raises:
-        OtherWishError: What waits for an answer is for another node, role or configuration.
+        OtherNodeDesiredError: What waits for an answer is for another node, role or configuration.
         KubeadmError: kubeadm did not make what it should.
     """
-    file = unfinished.unfinished_file(run.store)
+    file = unfinished_file(run.store)
     found, open_requests = file.read(), run.requests.by_name()
     if found is not None and set(found.names) <= open_requests.keys():
-        if found.is_for(wish.role, wish.mark) and not wish.anew:
+        if found.is_for(desired.role, desired.mark) and not desired.anew:
             return found
-        if not wish.anew and any(one.is_waiting for one in run.requests):
-            raise OtherWishError(
+        if not desired.anew and any(one.is_waiting for one in run.requests):
+            raise OtherNodeDesiredError(
                 "wanted to go on with what waits for an answer, found that another configuration, name or role is asked for now"
             )
     for name in open_requests:
         give_up(run, name, "a new node's keys are made anew")
         run.requests.drop(name)
     file.remove()
-    return _begun_anew(run, wish)
+    return _begun_anew(run, desired)
 
 
-def _begun_anew(run: Run, wish: NodeWish) -> Unfinished:
-    made = _made(run, wish)
-    keys.assert_fits(made, wish.node)
+def _begun_anew(run: Run, desired: DesiredNode) -> Unfinished:
+    made = _made(run, desired)
+    keys.assert_fits(made, desired.node)
     for name, one in made.items():
         run.requests.put(_open(run, SPECS[name], one))
     run.requests.save()
-    sa = ("", "") if wish.role != "init" else service_account.pair_if_new(wish.places, keys.algorithm_of(made))
+    sa = ("", "") if desired.role != "init" else keys.sa_pair_if_new(desired.places, keys.algorithm_of(made))
     fresh = Unfinished(
-        role=wish.role,
-        config=wish.mark,
+        role=desired.role,
+        config=desired.mark,
         servers={name: one.server for name, one in made.items() if one.server},
         names=tuple(made),
         sa_key=sa[0],
         sa_public=sa[1],
     )
-    unfinished.remember(run.store, fresh)
+    remember_unfinished(run.store, fresh)
     return fresh
 
 
-def prepared(run: Run, wish: NodeWish, begun: Unfinished) -> list[Prepared]:
+def prepared(run: Run, desired: DesiredNode, begun: Unfinished) -> list[Prepared]:
     """The open requests in the form that a renewal has them, but nothing is replaced."""
     made: Mapping[str, OpenRequest] = run.requests.by_name()
     return [
         Prepared(
-            item=_item(SPECS[name], wish.places),
+            item=_item(SPECS[name], desired.places),
             request=made[name].request,
             key_pem=made[name].key_pem,
             was={},
@@ -86,18 +89,18 @@ def forget(run: Run) -> None:
     for name in run.requests.by_name():
         run.requests.drop(name)
     run.requests.save()
-    unfinished.unfinished_file(run.store).remove()
+    unfinished_file(run.store).remove()
 
 
-def _made(run: Run, wish: NodeWish) -> dict[str, Made]:
-    if wish.role == "worker":
-        made = {KUBELET_CONF: keys.kubelet_client(wish.node, wish.server, wish.algorithm)}
+def _made(run: Run, desired: DesiredNode) -> dict[str, Made]:
+    if desired.role == "worker":
+        made = {KUBELET_CONF: keys.kubelet_client(desired.node, desired.server, desired.algorithm)}
     else:
-        made = keys.by_kubeadm(wish.kubeadm, wish.config.version, wish.text, wish.role, run.store.directory)
+        made = keys.by_kubeadm(desired.kubeadm, desired.config.version, desired.text, desired.role, run.store.directory)
         # the local endpoint, which kubeadm itself writes at the next upgrade
         local = made["controller-manager.conf"].server
         made[KUBELET_CONF] = dataclasses.replace(made[KUBELET_CONF], server=local)
-    made[KUBELET_SERVER] = keys.kubelet_serving(wish.node, wish.addresses, keys.algorithm_of(made))
+    made[KUBELET_SERVER] = keys.kubelet_serving(desired.node, desired.addresses, keys.algorithm_of(made))
     return made
 
 
@@ -131,3 +134,48 @@ def _item(spec: CertificateSpec, places: Places) -> Item:
         managed=True,
         listed=spec.listed,
     )
+
+
+_KEY = "bootstrapV1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unfinished:
+    """One node's bootstrap that has begun; its keys are among the open requests."""
+
+    role: Role
+    config: str  #: kubeadm's, from which the CSRs were made.
+    servers: Mapping[str, str]  #: By kubeconfig.
+    names: tuple[str, ...]  #: Of the certificates.
+    sa_key: str = field(default="", repr=False)  #: PEM; empty where it comes from elsewhere.
+    sa_public: str = ""
+
+    def is_for(self, role: Role, config: str) -> bool:
+        """Whether the same would be made now."""
+        return (self.role, self.config) == (role, config)
+
+
+def unfinished_file(store: Store) -> StateFile[Unfinished]:
+    """The file in the state directory; a damaged one costs new keys and requests, and nothing else."""
+    return StateFile(
+        path=store.bootstrap,
+        what="what the requests of a new node are for",
+        parse=_from_json,
+        keys=frozenset({_KEY}),
+        on_damage=OnDamage.START_OVER,
+    )
+
+
+def remember_unfinished(store: Store, one: Unfinished) -> None:
+    """
+    Write it.
+
+    Raises:
+        StateError: It can't be written.
+    """
+    unfinished_file(store).replace({_KEY: {**dataclasses.asdict(one), "names": list(one.names)}})
+
+
+def _from_json(document: Mapping[str, Any]) -> Unfinished:
+    entry = document[_KEY]
+    return Unfinished(**{**entry, "names": tuple(entry["names"])})

@@ -7,33 +7,45 @@ The step is that of a renewal: the next run finishes or undoes it after a crash.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from bridge.bootstrap import kept, new_requests
-from bridge.bootstrap.kept import Kept
-from bridge.bootstrap.places import Places, live, some_of, specs_of
+import yaml
+from cryptography import x509
+from cryptography.x509.oid import NameOID
+
+from bridge.bootstrap import authorities, new_requests
+from bridge.bootstrap.authorities import Certificates
+from bridge.bootstrap.desired import DesiredNode, LeftoversError, NotWholeError, OtherNodeDesiredError
+from bridge.bootstrap.places import Places, Role, authorities_of, live, some_of, specs_of
 from bridge.bootstrap.whole import look_at
-from bridge.bootstrap.wish import LeftoversError, NodeWish, NotWholeError, OtherWishError
 from bridge.errors import BridgeError
-from bridge.specs import KUBELET_CONF
+from bridge.pki.certificates import pem
+from bridge.pki.verify import Verified
+from bridge.renewal.prepare import Prepared
+from bridge.specs import KUBELET_CONF, KUBELET_SERVER
 from bridge.state import audit
 from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, Replacement, digest, install
 from bridge.state.session import Run
-from bridge.system.files import sync_directory
+from bridge.system.files import Attributes, private_directory, sync_directory
 from bridge.system.paths import exposure
+from bridge.system.state_file import OnDamage, StateFile
 
 _DIRECTORY_MODE = 0o755
 _PRIVATE = 0o600
 
 
-def put_in_place(run: Run, wish: NodeWish, files: Sequence[Replacement], kubelet_pem: Path) -> None:
+def put_in_place(run: Run, desired: DesiredNode, files: Sequence[Replacement], kubelet_pem: Path) -> None:
     """
     Judge the whole as it will be; copy it if that is wished; then put all of it in place in one step.
 
     Args:
         run: Under whose lock.
-        wish: What for.
+        desired: What for.
         files: Those that are new.
         kubelet_pem: The one among them that `kubelet-client-current.pem` is to lead to.
 
@@ -41,62 +53,62 @@ def put_in_place(run: Run, wish: NodeWish, files: Sequence[Replacement], kubelet
         NotWholeError: Something is wrong with the whole; nothing was put in place.
         BridgeError: A directory can't hold keys.
     """
-    places = wish.places
+    places = desired.places
     new: dict[Path, bytes | None] = {file.path: file.data for file in files}
     new[places.kubelet_current] = new[kubelet_pem]
 
     def overlay(path: Path) -> bytes | None:
         return new[path] if path in new else live(path)
 
-    look = look_at(run.settings, wish, overlay, run.now())
+    look = look_at(run.settings, desired, overlay, run.now())
     if problems := look.problems():
         raise NotWholeError("\n".join(problems))
     whole = {path: data for path in look.files() if (data := overlay(path)) is not None}
-    whole.update(wish.files)
+    whole.update(desired.files)
     whole[kubelet_pem] = whole.pop(places.kubelet_current)
-    _keep(run, wish, whole)
-    _make_directories(wish)
+    _keep(run, desired, whole)
+    _make_directories(desired)
     _link(places.kubelet_current, kubelet_pem)
-    about = {"command": f"bootstrap {wish.role}", **audit.who(), "certificates": []}
+    about = {"command": f"bootstrap {desired.role}", **audit.who(), "certificates": []}
     install(run.store, files, run.record.run_id, about)
     new_requests.forget(run)
 
 
-def keep_what_is_there(run: Run, wish: NodeWish) -> None:
+def keep_what_is_there(run: Run, desired: DesiredNode) -> None:
     """Copy a node whose files are all in place: an earlier run may have been cut off after the last step but one."""
-    look = look_at(run.settings, wish, live, run.now())
+    look = look_at(run.settings, desired, live, run.now())
     there = {path: data for path in look.files() if (data := live(path)) is not None}
-    _keep(run, wish, {**there, **wish.files})
+    _keep(run, desired, {**there, **desired.files})
 
 
-def put_back(run: Run, wish: NodeWish) -> int:
+def put_back(run: Run, desired: DesiredNode) -> int:
     """
     Put copies of an earlier run in place again, and tell how many files those are; 0: there are no copies.
 
     Raises:
-        OtherWishError: They are another configuration's, or another role's.
+        OtherNodeDesiredError: They are another configuration's, or another role's.
         LeftoversError: There is another file in the place of one.
         NotWholeError: They are of no use any more.
     """
-    if wish.keep is None or wish.anew or not (wish.keep / f"{wish.node}.kept.json").exists():
+    if desired.keep is None or desired.anew or not (desired.keep / f"{desired.node}.kept.json").exists():
         return 0
-    found = kept.kept_file(wish.keep, wish.node).read()
-    if found is None or (found.role, found.config) != (wish.role, wish.mark):
-        raise OtherWishError(
-            f"{wish.keep}: wanted copies of what is asked for now, found those of another configuration or role",
+    found = kept_file(desired.keep, desired.node).read()
+    if found is None or (found.role, found.config) != (desired.role, desired.mark):
+        raise OtherNodeDesiredError(
+            f"{desired.keep}: wanted copies of what is asked for now, found those of another configuration or role",
             hint="name another directory, or --anew to have all signed anew",
         )
     files = [_replacement(*one) for one in found.files]
-    _assert_free(files, wish.places)
+    _assert_free(files, desired.places)
     pem = next(
-        file.path for file in files if file.path.parent == wish.places.kubelet_pki and file.path.suffix == ".pem"
+        file.path for file in files if file.path.parent == desired.places.kubelet_pki and file.path.suffix == ".pem"
     )
     try:
-        put_in_place(run, wish, [file for file in files if live(file.path) != file.data], pem)
+        put_in_place(run, desired, [file for file in files if live(file.path) != file.data], pem)
     except NotWholeError as e:
-        e.hint = f"the copies in {wish.keep} are of no use any more: --anew has all signed anew"
+        e.hint = f"the copies in {desired.keep} are of no use any more: --anew has all signed anew"
         raise
-    run.record.add(audit.RECOVERED, result=f"put {len(files)} kept files of {wish.node} back in place")
+    run.record.add(audit.RECOVERED, result=f"put {len(files)} kept files of {desired.node} back in place")
     run.record.write_or_warn()
     return len(files)
 
@@ -117,15 +129,15 @@ def _replacement(name: str, path: Path, mode: int, data: bytes) -> Replacement:
         data=data,
         mode_mask=KEY_MASK if mode == _PRIVATE else CERTIFICATE_MASK,
         was=None if there is None else digest(there),
-        attributes=kept.attributes(mode),
+        attributes=owned_attributes(mode),
     )
 
 
-def _keep(run: Run, wish: NodeWish, whole: Mapping[Path, bytes]) -> None:
-    if wish.keep is None:
+def _keep(run: Run, desired: DesiredNode, whole: Mapping[Path, bytes]) -> None:
+    if desired.keep is None:
         return
-    look, current = look_at(run.settings, wish, live, run.now()), wish.places.kubelet_current
-    names = {path: spec.name for spec in specs_of(wish.role) for path in look.files_of(spec)}
+    look, current = look_at(run.settings, desired, live, run.now()), desired.places.kubelet_current
+    names = {path: spec.name for spec in specs_of(desired.role) for path in look.files_of(spec)}
     files = tuple(
         (
             names.get(path, KUBELET_CONF if path.suffix == ".pem" else "node"),
@@ -135,7 +147,7 @@ def _keep(run: Run, wish: NodeWish, whole: Mapping[Path, bytes]) -> None:
         )
         for path, data in whole.items()
     )
-    kept.keep(wish.keep, wish.node, Kept(role=wish.role, config=wish.mark, files=files))
+    write_kept(desired.keep, desired.node, Kept(role=desired.role, config=desired.mark, files=files))
 
 
 def _mode(path: Path) -> int:
@@ -143,9 +155,9 @@ def _mode(path: Path) -> int:
     return 0o644 if path.suffix == ".crt" else _PRIVATE
 
 
-def _make_directories(wish: NodeWish) -> None:
+def _make_directories(desired: DesiredNode) -> None:
     """Make kubeadm's directories and the kubelet's; nobody else may write to them."""
-    for path in wish.places.directories(wish.role):
+    for path in desired.places.directories(desired.role):
         path.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
         if (found := exposure(path)) is not None:
             raise BridgeError(f"{path} can't hold keys: {found}", hint=found.hint)
@@ -158,3 +170,156 @@ def _link(link: Path, target: Path) -> None:
     fresh.symlink_to(target)
     fresh.rename(link)
     sync_directory(link.parent)
+
+
+_KEY = "keptV1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """The files of one node."""
+
+    role: Role
+    config: str  #: kubeadm's, for which they were made.
+    files: tuple[tuple[str, Path, int, bytes], ...] = field(repr=False)  #: Certificate, path, mode, content.
+
+
+def kept_file(directory: Path, node: str) -> StateFile[Kept]:
+    """The file of a node."""
+    return StateFile(
+        path=directory / f"{node}.kept.json",
+        what="copies of a node's files",
+        parse=_from_json,
+        keys=frozenset({_KEY}),
+        on_damage=OnDamage.REFUSE,
+        afterwards="without it all is signed anew",
+    )
+
+
+def write_kept(directory: Path, node: str, kept: Kept) -> None:
+    """
+    Write it; the directory is made if it is not there.
+
+    Raises:
+        BridgeError: The directory is not ours alone.
+        StateError: It can't be written.
+    """
+    private_directory(directory)
+    files = [
+        {"certificate": name, "path": str(path), "mode": mode, "data": b64encode(data).decode()}
+        for name, path, mode, data in kept.files
+    ]
+    kept_file(directory, node).replace({_KEY: {"role": kept.role, "config": kept.config, "files": files}})
+
+
+def owned_attributes(mode: int) -> Attributes:
+    """Root's, or whoever runs this."""
+    own = Attributes.private()
+    return Attributes(mode=mode, uid=own.uid, gid=own.gid, extended={})
+
+
+def _from_json(document: Mapping[str, Any]) -> Kept:
+    entry = document[_KEY]
+    files = tuple(
+        (str(one["certificate"]), Path(one["path"]), int(one["mode"]), b64decode(one["data"])) for one in entry["files"]
+    )
+    return Kept(role=entry["role"], config=entry["config"], files=files)
+
+
+_PUBLIC = 0o644
+
+Read = Callable[[Path], bytes | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Composer:
+    """Makes a new node's files from answers; its fields are what they have in common."""
+
+    places: Places
+    role: Role
+    servers: Mapping[str, str]  #: By kubeconfig.
+    cluster: str  #: kubeadm's clusterName.
+    authorities: Certificates
+    read: Read
+    now: datetime
+
+    def certificate(self, one: Prepared, verified: Verified) -> Iterator[Replacement]:
+        """Key and certificate, or a kubeconfig with them."""
+        chain = b"".join(map(pem, (verified.leaf, *verified.intermediates)))
+        spec, places = one.item.spec, self.places
+        if spec.name == KUBELET_CONF:
+            yield self._file(spec.name, self.kubelet_pem, chain + one.key_pem, _PRIVATE)
+            yield self._file(spec.name, places.kubeconfigs / spec.base, self._kubelet_conf(verified.leaf), _PRIVATE)
+        elif spec.kubeconfig:
+            data = self._kubeconfig(spec.name, verified.leaf, _embedded(chain, one.key_pem))
+            yield self._file(spec.name, places.kubeconfigs / spec.base, data, _PRIVATE)
+        else:
+            key, certificate = places.serving if spec.name == KUBELET_SERVER else places.pair(spec)
+            yield self._file(spec.name, key, one.key_pem, _PRIVATE)
+            yield self._file(spec.name, certificate, chain, _PUBLIC)
+
+    @property
+    def kubelet_pem(self) -> Path:
+        """The file that `kubelet-client-current.pem` leads to, named as a kubelet names it."""
+        return self.places.kubelet_pki / f"kubelet-client-{self.now:%Y-%m-%d-%H-%M-%S}.pem"
+
+    def ca_files(self) -> Iterator[Replacement]:
+        """The CA certificates of a control plane; kubeadm writes a worker's from its kubelet.conf, and refuses one that is there."""
+        if self.role != "worker":
+            for authority in authorities_of(self.role):
+                data = authorities.text(self.authorities[authority.name])
+                path = self.places.authority(authority)
+                if self.read(path) is None:
+                    yield self._file(authority.name, path, data, _PUBLIC)
+
+    def service_account(self, key: bytes, public: bytes) -> Iterator[Replacement]:
+        """The pair, unless it is there."""
+        for path, data in ((self.places.sa_key, key), (self.places.sa_public, public)):
+            if self.read(path) != data:
+                yield self._file("sa", path, data, _PRIVATE)
+
+    def configuration(self, path: Path, data: bytes) -> Iterator[Replacement]:
+        """kubeadm's configuration, unless it is there. An operator's may hold a bootstrap token."""
+        if self.read(path) != data:
+            yield self._file("kubeadm", path, data, _PRIVATE)
+
+    def _file(self, name: str, path: Path, data: bytes, mode: int) -> Replacement:
+        there = self.read(path)
+        own = Attributes.private()
+        return Replacement(
+            certificate=name,
+            path=path,
+            data=data,
+            mode_mask=KEY_MASK if mode == _PRIVATE else CERTIFICATE_MASK,
+            was=None if there is None else digest(there),
+            attributes=Attributes(mode=mode, uid=own.uid, gid=own.gid, extended={}),
+        )
+
+    def _kubelet_conf(self, leaf: x509.Certificate) -> bytes:
+        """The kubelet's, which refers to key and certificate: one place to renew, and a kubelet that starts makes no copy."""
+        current = str(self.places.kubelet_current)
+        return self._kubeconfig(KUBELET_CONF, leaf, {"client-certificate": current, "client-key": current})
+
+    def _kubeconfig(self, name: str, leaf: x509.Certificate, credentials: Mapping[str, str]) -> bytes:
+        """A kubeconfig in kubeadm's form; every version of kubeadm accepts the first certificate of ca.crt alone."""
+        [user] = (str(one.value) for one in leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME))
+        ca = b64encode(pem(self.authorities["ca"][0])).decode()
+        context = f"{user}@{self.cluster}"
+        document = {
+            "apiVersion": "v1",
+            "clusters": [
+                {"cluster": {"certificate-authority-data": ca, "server": self.servers[name]}, "name": self.cluster}
+            ],
+            "contexts": [{"context": {"cluster": self.cluster, "user": user}, "name": context}],
+            "current-context": context,
+            "kind": "Config",
+            "users": [{"name": user, "user": dict(credentials)}],
+        }
+        return yaml.safe_dump(document, sort_keys=False, width=1 << 20).encode()
+
+
+def _embedded(chain: bytes, key_pem: bytes) -> dict[str, str]:
+    return {
+        "client-certificate-data": b64encode(chain).decode(),
+        "client-key-data": b64encode(key_pem).decode(),
+    }

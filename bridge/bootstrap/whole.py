@@ -19,10 +19,16 @@ from cryptography.x509.oid import NameOID
 
 from bridge.bootstrap.authorities import shared_key, trouble
 from bridge.bootstrap.configuration import Configuration, naming_facts
-from bridge.bootstrap.files import Read
-from bridge.bootstrap.places import Places, Role, authorities_of, ca_keys, live, specs_of, traces_of_cluster
-from bridge.bootstrap.service_account import is_sa_pair
-from bridge.bootstrap.wish import NodeWish
+from bridge.bootstrap.desired import (
+    ClusterExistsError,
+    DesiredNode,
+    LeftoversError,
+    NotWholeError,
+    OtherNodeDesiredError,
+)
+from bridge.bootstrap.keys import is_sa_pair
+from bridge.bootstrap.places import Places, Role, authorities_of, ca_keys, live, some_of, specs_of, traces_of_cluster
+from bridge.bootstrap.put_in_place import Read
 from bridge.contract import Issued, SignRequest
 from bridge.errors import VerificationError
 from bridge.node import kubeconfig
@@ -270,18 +276,80 @@ def check(
     return [*found, *look.problems()]
 
 
-def look_at(settings: Settings, wish: NodeWish, read: Read, now: datetime) -> NodeLook:
+def look_at(settings: Settings, desired: DesiredNode, read: Read, now: datetime) -> NodeLook:
     """Look at a node as it is to become; `read` may tell files that are not in place yet."""
     return NodeLook(
-        places=wish.places,
-        role=wish.role,
+        places=desired.places,
+        role=desired.role,
         read=read,
         now=now,
-        node=wish.node,
-        config=wish.config if wish.role != "worker" else None,
+        node=desired.node,
+        config=desired.config if desired.role != "worker" else None,
         extra_subject=_extra_subject(settings),
     )
 
 
 def _extra_subject(settings: Settings) -> frozenset[tuple[str, str]]:
     return frozenset().union(*map(settings.extra_subject, AUTHORITIES))
+
+
+_MADE_FOR_ANOTHER = (
+    "what is in place was made for another configuration: run this as before; or have `kubeadm reset` remove it, keys "
+    "included, then run this again"
+)
+_BRING_BACK = "bring back what is missing, or move all of it away and run this again"
+
+
+def assert_no_cluster(desired: DesiredNode) -> None:
+    """
+    Raises:
+        ClusterExistsError: kubeadm or a kubelet has been at work here.
+    """
+    if traces := list(traces_of_cluster(desired.places)):
+        raise ClusterExistsError(f"wanted a node without a cluster, found {some_of(traces)}")
+
+
+def assert_as_desired(desired: DesiredNode, look: NodeLook) -> None:
+    """
+    Judge a node that has all files.
+
+    Raises:
+        OtherNodeDesiredError: They are there for another configuration.
+        NotWholeError: Something is wrong with them.
+    """
+    for path, wanted in desired.files.items():  # first, since certificates for another one lack its names
+        if live(path) != wanted:
+            raise OtherNodeDesiredError(
+                f"{path}: wanted the configuration that is asked for now, found another one, or none",
+                hint=_MADE_FOR_ANOTHER,
+            )
+    if problems := look.problems():
+        raise NotWholeError(
+            "\n".join(problems),
+            hint="all files are there, and kubeadm would fail with them: move them away, or mend them",
+        )
+
+
+def assert_no_leftovers(desired: DesiredNode, look: NodeLook) -> None:
+    """
+    Judge a node that lacks files: CA certificates, the service account key and the kubelet's own pair may be there.
+
+    Raises:
+        LeftoversError: Others are there, too, or another configuration.
+        NotWholeError: Most of a whole set is there.
+    """
+    places = desired.places
+    allowed = {places.sa_key, places.sa_public, *places.serving}
+    allowed |= {places.authority(one) for one in AUTHORITIES.values()}
+    there = [path for path in look.files() if path not in allowed and look.read(path) is not None]
+    missing = look.missing()
+    if there and len(missing) < len(there):
+        raise NotWholeError("\n".join(look.problems()), hint=_BRING_BACK)
+    if there:
+        raise LeftoversError(f"wanted a node without certificates, or with all of them, found {some_of(there)}")
+    for path, data in desired.files.items():
+        if live(path) not in (None, data):
+            raise LeftoversError(
+                f"{path}: wanted no file, found another configuration",
+                hint="move it away, or give it as --kubeadm-config",
+            )

@@ -10,13 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from bridge.bootstrap import expected, orders, sharing, whole, wishes
+from bridge.bootstrap import configuration, desired, keys, orders, whole
 from bridge.bootstrap.configuration import ConfigurationFacts
+from bridge.bootstrap.desired import Bootstrapped, DesiredNode, NodeInputs, NotWholeError
 from bridge.bootstrap.make import make
+from bridge.bootstrap.orders import read_order, read_signed_order
 from bridge.bootstrap.places import Role
-from bridge.bootstrap.sharing import read_order, read_signed_order
-from bridge.bootstrap.wish import Bootstrapped, NodeWish, NotWholeError
-from bridge.bootstrap.wishes import Said
 from bridge.cli import setup as ca_setup
 from bridge.cli.options import ZERO, Common, WaitOption, command, group, utc_now
 from bridge.cli.printing import progress_shown, say, say_sentence, say_table, under_headings
@@ -130,12 +129,12 @@ def init(
         raise _both("--kubeadm-config or --order", f"the facts themselves ({_flags(facts)})")
     settings = common.settings()
     said = _said(settings, options, facts)
-    wish = wishes.of_init(settings, said)
-    done = _made(settings, wish, options.wait)
+    node = desired.of_init(settings, said)
+    done = _made(settings, node, options.wait)
     if done.is_complete:
         _compare(settings, said)
-        _next_of_init(wish)
-        _advise(wish)
+        _next_of_init(node)
+        _advise(node)
     return done.exit_code
 
 
@@ -163,11 +162,11 @@ def join(
     """
     settings, role = common.settings(), _role(control_plane, worker)
     said = _said(settings, options, options.facts(), shared)
-    wish = wishes.of_join(settings, said, role)
-    done = _made(settings, wish, options.wait)
+    node = desired.of_join(settings, said, role)
+    done = _made(settings, node, options.wait)
     if done.is_complete:
         _compare(settings, said)
-        _next_of_join(wish)
+        _next_of_join(node)
     return done.exit_code
 
 
@@ -179,14 +178,16 @@ def _both(one: str, other: str) -> SettingsError:
     return SettingsError([SettingsProblem(one, f"either {one} or {other}", "both")])
 
 
-def _said(settings: Settings, options: NodeOptions, facts: ConfigurationFacts, shared: Path | None = None) -> Said:
+def _said(
+    settings: Settings, options: NodeOptions, facts: ConfigurationFacts, shared: Path | None = None
+) -> NodeInputs:
     """
     Read the files that are carried.
 
     Raises:
         OrderError, UnsignedOrderError: One can't be read, or is not who's it should be.
     """
-    return Said(
+    return NodeInputs(
         facts=facts,
         config=options.kubeadm_config,
         order=read_signed_order(settings, options.order) if options.order is not None else None,
@@ -200,9 +201,9 @@ def _said(settings: Settings, options: NodeOptions, facts: ConfigurationFacts, s
     )
 
 
-def _made(settings: Settings, wish: NodeWish, wait: timedelta) -> Bootstrapped:
+def _made(settings: Settings, node: DesiredNode, wait: timedelta) -> Bootstrapped:
     with progress_shown() as progress:
-        done = make(settings, wish, utc_now, progress, wait)
+        done = make(settings, node, utc_now, progress, wait)
     _report(done)
     return done
 
@@ -223,10 +224,10 @@ def share(
     The key is as powerful as a CA: whoever has it can be any service account.
     """
     settings = common.settings()
-    places = wishes.places_of(settings)
-    data = sharing.share(settings, places, kubeadm_config or places.kubeadm_config, utc_now(), worker=worker)
+    places = desired.places_of(settings)
+    data = orders.share(settings, places, kubeadm_config or places.kubeadm_config, utc_now(), worker=worker)
     if sys.stdout.isatty() and not worker:
-        raise sharing.SharingError(
+        raise orders.SharingError(
             "wanted a pipe or a file of your own for the service account key, found a terminal",
             hint="ssh cp-1 ca-bridge bootstrap share | ssh cp-2 ca-bridge bootstrap join --control-plane --shared - …",
         )
@@ -260,8 +261,8 @@ def write_orders(
     ROLE is init, control-plane or worker; the first ADDRESS is the node's own. Keys are made on the nodes.
     """
     settings = common.settings()
-    places = wishes.places_of(settings)
-    made = sharing.write_orders(settings, places, nodes, kubeadm_config, ca_dir, directory, sign_with, utc_now())
+    places = desired.places_of(settings)
+    made = orders.write_orders(settings, places, nodes, kubeadm_config, ca_dir, directory, sign_with, utc_now())
     say_table([(one.node.name, one.node.role, str(one.path), one.fingerprint) for one in made])
     first = next((one.node.name for one in made if one.node.role == "init"), "a control-plane node")
     say("\ncarry each to its node, and run there (its keys are made there, and stay):")
@@ -301,7 +302,7 @@ def setup(
     nodes = {}
     for path in order:
         one = read_signed_order(settings, path)
-        found = expected.certificates(one, utc_now())
+        found = keys.expected_certificates(one, utc_now())
         if one.node is not None:
             nodes[one.node.name] = {name: ones for name, ones in found.items() if authority in (None, name)}
     files = ca_setup.files_of(settings, kind, nodes)
@@ -328,11 +329,11 @@ def check(
     Changes nothing. Exits with 5 if something is missing or wrong.
     """
     settings, role = common.settings(), _role(control_plane, worker) or "init"
-    places = wishes.places_of(settings)
+    places = desired.places_of(settings)
     files = [places.kubeadm_config] if role == "init" else [places.join_config]
     files += [places.kubeadm_config] if role == "control-plane" else []
-    if (config := wishes.together(files)) is not None:
-        places = wishes.places_in(settings, config)
+    if (config := configuration.together(files)) is not None:
+        places = desired.places_in(settings, config)
     problems = whole.check(settings, places, role, files, config, utc_now())
     if problems:
         raise NotWholeError("\n".join(problems), hint=_CHECK_HINTS["init" if role == "init" else "join"])
@@ -382,7 +383,7 @@ def _whom(outcome: Outcome) -> str:
     return f"{outcome.backend}: {reason}" if outcome.backend else reason
 
 
-def _compare(settings: Settings, said: Said) -> None:
+def _compare(settings: Settings, said: NodeInputs) -> None:
     """Whoever could change an order on its way decides what this node runs, and whom it trusts."""
     if said.order is not None and settings.node.order_key is None:
         printed = fingerprint_text(orders.digest(said.order))
@@ -390,8 +391,8 @@ def _compare(settings: Settings, said: Said) -> None:
         say_sentence(f"first compare with what `bootstrap orders` printed, by another way: fingerprint {printed}")
 
 
-def _next_of_init(wish: NodeWish) -> None:
-    config, super_admin = wish.places.kubeadm_config, wish.places.kubeconfigs / "super-admin.conf"
+def _next_of_init(node: DesiredNode) -> None:
+    config, super_admin = node.places.kubeadm_config, node.places.kubeconfigs / "super-admin.conf"
     say(
         f"\nnext, on this node, without --upload-certs:\n"
         f"  kubeadm init --config {config}\n"
@@ -400,9 +401,9 @@ def _next_of_init(wish: NodeWish) -> None:
     )
 
 
-def _advise(wish: NodeWish) -> None:
+def _advise(node: DesiredNode) -> None:
     """Advise settings that are cheap now, and need a change on each node later."""
-    if wish.config.kubelets_rotate:
+    if node.config.kubelets_rotate:
         log.info(
             "kubelets of this cluster will ask a signer for their next certificate, and take no other without a restart"
         )
@@ -412,6 +413,6 @@ def _advise(wish: NodeWish) -> None:
         )
 
 
-def _next_of_join(wish: NodeWish) -> None:
+def _next_of_join(node: DesiredNode) -> None:
     """Tell the next command: a join that needs no token and no flag, since both are in the file."""
-    say(f"\nnext, on this node:\n  kubeadm join --config {wish.places.join_config}")
+    say(f"\nnext, on this node:\n  kubeadm join --config {node.places.join_config}")

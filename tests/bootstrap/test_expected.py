@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from bridge.bootstrap import expected, keys, orders
+from bridge.bootstrap import keys, orders
 from bridge.bootstrap.configuration import ConfigurationFacts, for_node, parse, shared
-from bridge.bootstrap.orders import Order, OrderError, new_node
+from bridge.bootstrap.orders import Order, OrderError, new_node, order_for
 from bridge.bootstrap.places import Role
-from bridge.bootstrap.wishes import order_for
 from bridge.pki.certificates import attributes, san_entries
 from bridge.specs import AUTHORITIES
 from tests.kit import programs
@@ -27,7 +26,9 @@ def test_names_are_what_kubeadm_asks_for(role: Role, tmp_path: Path) -> None:
     config = parse(f"{CONFIG}networking: {{serviceSubnet: 10.112.0.0/12, dnsDomain: x.example}}\n".encode())
     order = Order(cluster=shared(config), authorities={}, node=new_node(role, "cp-7", ["192.0.2.17"]))
     found = {
-        name: one for ones in expected.certificates(order, datetime.now(UTC)).values() for name, one in ones.items()
+        name: one
+        for ones in keys.expected_certificates(order, datetime.now(UTC)).values()
+        for name, one in ones.items()
     }
     facts = ConfigurationFacts(name="cp-7", address="192.0.2.17", socket="unix:///run/none.sock")
     text = for_node(config, facts).text().encode()
@@ -45,7 +46,7 @@ def test_a_worker_needs_one_ca() -> None:
     order = Order(
         cluster=shared(parse(CONFIG.encode())), authorities={}, node=new_node("worker", "w-1", ["192.0.2.21"])
     )
-    found = expected.certificates(order, datetime.now(UTC))
+    found = keys.expected_certificates(order, datetime.now(UTC))
 
     assert set(found) == {"ca"}
     assert attributes(found["ca"]["kubelet.conf"].subject)[-1][1] == "system:node:w-1"
@@ -54,7 +55,7 @@ def test_a_worker_needs_one_ca() -> None:
 def test_an_order_without_a_node_says_nothing() -> None:
     """What one node shares with another is none's."""
     with pytest.raises(OrderError, match="found one without"):
-        expected.certificates(Order(cluster=shared(parse(CONFIG.encode())), authorities={}), datetime.now(UTC))
+        keys.expected_certificates(Order(cluster=shared(parse(CONFIG.encode())), authorities={}), datetime.now(UTC))
 
 
 def test_roles_of_nodes_that_are_yet_to_be_made(tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 
 from bridge.bootstrap import orders
 from bridge.bootstrap.configuration import parse
+from bridge.bootstrap.keys import sa_public_pem
 from bridge.bootstrap.orders import Order, OrderError, new_node
 from bridge.bootstrap.places import Role
-from bridge.bootstrap.service_account import public_pem
 from bridge.bootstrap.whole import NodeLook
 from bridge.node import kubeconfig
 from bridge.pki import signatures
@@ -313,7 +313,7 @@ def admin(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     key.touch(mode=0o600)
     made = generate_key("ecdsa-p256")
     key.write_bytes(key_pem(made))
-    public.write_bytes(public_pem(made))
+    public.write_bytes(sa_public_pem(made))
     return key, public
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from bridge.bootstrap import expected
+from bridge.bootstrap import keys
 from bridge.bootstrap.configuration import parse, shared
 from bridge.bootstrap.orders import Order, new_node
 from bridge.node import kubeconfig
@@ -131,7 +131,9 @@ class Walk:
             cluster=shared(parse(self._config().encode())), authorities={}, node=new_node("init", NAME, [ADDRESS])
         )
         ours = {
-            name: one for ones in expected.certificates(order, datetime.now(UTC)).values() for name, one in ones.items()
+            name: one
+            for ones in keys.expected_certificates(order, datetime.now(UTC)).values()
+            for name, one in ones.items()
         }
         requests: dict[str, x509.CertificateSigningRequest] = {}
         for name in (*LISTED, "kubelet.conf"):

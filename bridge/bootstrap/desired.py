@@ -1,13 +1,14 @@
-"""What is to be made, from what the operator says: files, facts, an order, and what another node shares."""
+"""What is to be made for a new node, what comes of it, and what may stand in the way."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography import x509
 
+from bridge.bootstrap.authorities import Certificates
 from bridge.bootstrap.configuration import (
     Configuration,
     ConfigurationFacts,
@@ -15,15 +16,103 @@ from bridge.bootstrap.configuration import (
     from_facts,
     join_configuration,
     key_algorithm,
-    parse,
-    shared,
+    read_configuration,
 )
 from bridge.bootstrap.orders import NewNode, Order, OrderError, new_node
 from bridge.bootstrap.places import ETCD_DIRECTORY, Places, Role
-from bridge.bootstrap.wish import NodeWish
-from bridge.node.kubeadm_config import KubeadmConfigError, read_file
+from bridge.errors import BridgeError, Exit
+from bridge.node.kubeadm_config import KubeadmConfigError
 from bridge.settings.tables import Settings
-from bridge.specs import KUBELET_CONF
+from bridge.specs import KUBELET_CONF, KeyAlgorithm
+from bridge.state.outcome import Outcome
+
+
+class ClusterExistsError(BridgeError):
+    """The node is, or was, part of a cluster."""
+
+    hint = (
+        "`ca-bridge renew` is for a node that runs; after `kubeadm reset`, and `rm -r /var/lib/etcd`, it is new again"
+    )
+
+
+class LeftoversError(BridgeError):
+    """Some of the files are there, and nobody knows whose."""
+
+    exit_code = Exit.USAGE
+    hint = "move them away; kubeadm would take a mixture, and fail minutes later"
+
+
+class NotWholeError(BridgeError):
+    """The set is not what kubeadm needs."""
+
+    exit_code = Exit.REFUSED
+    hint = "nothing was changed; kubeadm itself does not look at all of this"
+
+
+class NobodySignsError(BridgeError):
+    """The settings name no CA, and nobody carries the requests to one."""
+
+    exit_code = Exit.USAGE
+    hint = "an [authority.NAME] table in the settings, or --request BUNDLE for a CA desk"
+
+
+class OtherNodeDesiredError(BridgeError):
+    """An earlier run has begun something else."""
+
+    exit_code = Exit.USAGE
+    hint = "run it again as before, or with --anew: that forgets its keys, and answers to them are refused"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DesiredNode:
+    """A new node as it is to be made."""
+
+    role: Role
+    places: Places
+    config: Configuration  #: Of the node: InitConfiguration and ClusterConfiguration; a worker's has the names alone.
+    text: bytes  #: The same as kubeadm is to read it.
+    kubeadm: str = "kubeadm"  #: The program; a worker needs none.
+    #: For kubeadm's own use, by path.
+    files: Mapping[Path, bytes] = field(default_factory=dict)
+    addresses: tuple[str, ...] = ()  #: Of the kubelet's serving certificate.
+    server: str = ""  #: Of a worker's kubelet.conf.
+    ca_dir: Path | None = None
+    carried: Certificates = field(default_factory=dict)  #: CA certificates that came with an order.
+    sa: tuple[bytes, bytes] | None = field(default=None, repr=False)  #: Another node's sa.key and sa.pub.
+    algorithm: KeyAlgorithm = "rsa-2048"  #: Of a worker's keys.
+    keep: Path | None = None
+    request: Path | None = None  #: A bundle for a desk is written here.
+    answers: tuple[Path, ...] = ()  #: What a desk has answered.
+    anew: bool = False
+
+    @property
+    def node(self) -> str:
+        """Its name in the cluster."""
+        return self.config.name
+
+    @property
+    def mark(self) -> str:
+        """All that decides the files, as one text, to be compared with an earlier run's."""
+        return "\n".join([self.text.decode(), *self.addresses, self.server])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bootstrapped:
+    """The result of `bootstrap init` or `bootstrap join`."""
+
+    role: Role
+    node: str
+    outcomes: tuple[Outcome, ...] = ()
+    files: int = 0  #: How many were put in place.
+    is_complete: bool = False
+    from_kept: bool = False
+    strange: tuple[BridgeError, ...] = ()  #: Answers to something else.
+
+    @property
+    def exit_code(self) -> int:
+        """The worst outcome's."""
+        return Exit.worst([*(o.exit_code for o in self.outcomes), *(e.exit_code for e in self.strange)])
+
 
 _ADMIN = "admin.conf"
 #: Of `kubeadm join`: the pre-signed kubelet.conf, which makes a bootstrap token needless.
@@ -31,7 +120,7 @@ _IGNORED = "FileAvailable--etc-kubernetes-kubelet.conf"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Said:
+class NodeInputs:
     """The operator's options of `bootstrap init` and `bootstrap join`."""
 
     facts: ConfigurationFacts = ConfigurationFacts()  # noqa: RUF009 (frozen)
@@ -46,7 +135,7 @@ class Said:
     anew: bool = False
 
 
-def of_init(settings: Settings, said: Said) -> NodeWish:
+def of_init(settings: Settings, said: NodeInputs) -> DesiredNode:
     """
     The first control-plane node.
 
@@ -67,10 +156,10 @@ def of_init(settings: Settings, said: Said) -> NodeWish:
     is_in_place = said.config is not None and said.config.absolute() == places.kubeadm_config
     files = {} if is_in_place else {places.kubeadm_config: data}
     addresses = node.addresses if node is not None else (config.address,)
-    return _wish("init", said, places, config, data, files, addresses)
+    return _desired("init", said, places, config, data, files, addresses)
 
 
-def of_join(settings: Settings, said: Said, role: Role | None) -> NodeWish:
+def of_join(settings: Settings, said: NodeInputs, role: Role | None) -> DesiredNode:
     """
     A further node.
 
@@ -98,19 +187,19 @@ def of_join(settings: Settings, said: Said, role: Role | None) -> NodeWish:
     files = {places.join_config: joining.text().encode()}
     if not is_worker:
         files[places.kubeadm_config] = config.text().encode()
-    return _wish(node.role, said, places, config, config.text().encode(), files, node.addresses)
+    return _desired(node.role, said, places, config, config.text().encode(), files, node.addresses)
 
 
-def _wish(
+def _desired(
     role: Role,
-    said: Said,
+    said: NodeInputs,
     places: Places,
     config: Configuration,
     text: bytes,
     files: Mapping[Path, bytes],
     addresses: tuple[str, ...],
-) -> NodeWish:
-    return NodeWish(
+) -> DesiredNode:
+    return DesiredNode(
         role=role,
         places=places,
         config=config,
@@ -130,7 +219,7 @@ def _wish(
     )
 
 
-def _cluster(said: Said) -> tuple[Configuration, Configuration]:
+def _cluster(said: NodeInputs) -> tuple[Configuration, Configuration]:
     """The cluster's, the same from all who tell it; and what is said of this node beside it."""
     own = read_configuration(said.config)[0] if said.config is not None else Configuration(documents=())
     told = [one.cluster for one in (said.order, said.given) if one is not None]
@@ -148,7 +237,7 @@ def _cluster(said: Said) -> tuple[Configuration, Configuration]:
     return told[0], own
 
 
-def _joining(said: Said, own: Configuration, role: Role | None) -> NewNode:
+def _joining(said: NodeInputs, own: Configuration, role: Role | None) -> NewNode:
     if said.order is not None and said.order.node is not None:
         found = _ordered(said.order, (role,) if role else ("control-plane", "worker"))
         if said.facts.given():
@@ -171,7 +260,7 @@ def _ordered(order: Order, roles: tuple[Role, ...]) -> NewNode:
     return node
 
 
-def _carried(said: Said) -> dict[str, tuple[x509.Certificate, ...]]:
+def _carried(said: NodeInputs) -> dict[str, tuple[x509.Certificate, ...]]:
     """CA certificates of the order and of another node: all the same, since each in the file would be trusted."""
     found: dict[str, tuple[x509.Certificate, ...]] = {}
     for one in (said.order, said.given):
@@ -197,34 +286,3 @@ def places_of(settings: Settings, etcd: Path = ETCD_DIRECTORY) -> Places:
     """The places that the settings name."""
     node = settings.node
     return Places(pki=node.pki_dir, kubeconfigs=node.kubeconfig_dir, kubelet=node.kubelet_dir, etcd=etcd)
-
-
-def read_configuration(path: Path) -> tuple[Configuration, bytes]:
-    """
-    Read kubeadm's configuration file.
-
-    Raises:
-        KubeadmConfigError: It can't be read, or is none.
-    """
-    data = read_file(path)
-    return parse(data, str(path)), data
-
-
-def together(files: Sequence[Path]) -> Configuration | None:
-    """
-    A node's configuration (the first file) with what others say of the cluster; None: the first is not there.
-
-    Raises:
-        KubeadmConfigError: One can't be read, or is none.
-    """
-    own, *others = [read_configuration(path)[0] if path.exists() else None for path in files]
-    if own is None:
-        return None
-    cluster = [one for other in others if other is not None for one in shared(other).documents]
-    return Configuration(documents=(*own.documents, *cluster))
-
-
-def order_for(cluster: Configuration, authorities: Mapping[str, tuple[x509.Certificate, ...]], node: NewNode) -> Order:
-    """The order that an administrator's machine sends to a node; nothing in it is secret."""
-    ours = {name: found for name, found in authorities.items() if node.role != "worker" or name == "ca"}
-    return Order(cluster=shared(cluster), authorities=ours, node=node)
