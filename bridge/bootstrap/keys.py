@@ -24,7 +24,6 @@ from cryptography.hazmat.primitives.serialization import (
     Encoding,
     PublicFormat,
     load_pem_private_key,
-    load_pem_public_key,
 )
 from cryptography.x509.oid import NameOID
 
@@ -36,8 +35,9 @@ from bridge.errors import BridgeError, Exit
 from bridge.node import kubeconfig
 from bridge.node.kubeadm_config import KubeadmConfigError
 from bridge.node.kubeconfig import KubeconfigError
+from bridge.node.pair import is_sa_pair
 from bridge.pki import csr
-from bridge.pki.csr import Naming, PrivateKey, general_name, generate_key, subject_of
+from bridge.pki.csr import Naming, general_name, generate_key, subject_of
 from bridge.pki.kubeadm_names import NoFactError, naming
 from bridge.specs import KEY_ALGORITHMS, KUBELET_CONF, KUBELET_SERVER, SPECS, CertificateSpec, KeyAlgorithm
 from bridge.system.files import Attributes, write_staged
@@ -283,16 +283,6 @@ def new_sa_pair(algorithm: KeyAlgorithm) -> tuple[bytes, bytes]:
 def sa_public_pem(key: csr.PrivateKey) -> bytes:
     """The public key as `sa.pub` has it."""
     return key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-
-
-def is_sa_pair(key: bytes, public: bytes) -> bool:
-    """Whether kube-apiserver can sign tokens with the one and check them with the other."""
-    try:
-        loaded = load_pem_private_key(key, None)
-        there = load_pem_public_key(public)
-    except _NO_KEY:
-        return False
-    return isinstance(loaded, PrivateKey) and loaded.public_key().public_bytes(*_SPKI) == there.public_bytes(*_SPKI)
 
 
 def sa_in_place(desired: DesiredNode) -> tuple[bytes, bytes] | None:

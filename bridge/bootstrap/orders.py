@@ -32,11 +32,11 @@ from bridge.bootstrap.configuration import (
     read_configuration,
     shared,
 )
-from bridge.bootstrap.keys import is_sa_pair
 from bridge.bootstrap.places import ROLES, Places, Role, live
 from bridge.desk.files import load_signing_key
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.node.kubeadm_config import KubeadmConfigError
+from bridge.node.pair import is_sa_pair
 from bridge.pki import kubeadm_names, signatures
 from bridge.pki.certificates import load_pem_certificates
 from bridge.pki.display import fingerprint_text

@@ -13,8 +13,6 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from cryptography.x509.oid import NameOID
 
 from bridge.bootstrap.authorities import shared_key, trouble
@@ -26,23 +24,17 @@ from bridge.bootstrap.desired import (
     NotWholeError,
     OtherNodeDesiredError,
 )
-from bridge.bootstrap.keys import is_sa_pair
 from bridge.bootstrap.places import Places, Role, authorities_of, ca_keys, live, some_of, specs_of, traces_of_cluster
 from bridge.bootstrap.put_in_place import Read
-from bridge.contract import Issued, SignRequest
-from bridge.errors import VerificationError
-from bridge.node import kubeconfig
+from bridge.node import kubeconfig, pair
 from bridge.node.kubeadm_config import KubeadmConfigError
 from bridge.node.kubeconfig import Kubeconfig, KubeconfigError
-from bridge.pki import csr, identity, verify
+from bridge.node.pair import is_sa_pair
+from bridge.pki import identity, verify
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates, san_entries
-from bridge.pki.csr import PrivateKey
 from bridge.pki.kubeadm_names import NoFactError, naming
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, CA, KUBELET_CONF, KUBELET_SERVER, CertificateSpec
-
-_SPKI = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-_NO_KEY = (ValueError, TypeError, UnsupportedAlgorithm)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,16 +133,10 @@ class NodeLook:
             certificates, key_pem = self._pair(spec)
             if spec.kubeconfig:
                 yield from self._kubeconfig(spec, path, anchors[0])
-            key = load_pem_private_key(csr.key_block(key_pem), None)
-            if not isinstance(key, PrivateKey):
-                raise TypeError("a key that Kubernetes can't use")
-            if key.public_key().public_bytes(*_SPKI) != certificates[0].public_key().public_bytes(*_SPKI):
-                yield f"{path}: wanted the key of its certificate, found another one"
-                return
-            yield from self._judged(spec, path, certificates, key, anchors)
+            yield from self._judged(spec, path, certificates, key_pem, anchors)
         except KubeconfigError as e:
             yield f"{path}: {e}"
-        except (*UNREADABLE, *_NO_KEY) as e:
+        except UNREADABLE as e:
             yield f"{path}: wanted a certificate and its key, found {type(e).__name__}: one that can't be read"
 
     def _pair(self, spec: CertificateSpec) -> tuple[list[x509.Certificate], bytes]:
@@ -185,13 +171,11 @@ class NodeLook:
         spec: CertificateSpec,
         path: Path,
         certificates: list[x509.Certificate],
-        key: PrivateKey,
+        key_pem: bytes,
         anchors: tuple[x509.Certificate, ...],
     ) -> Iterator[str]:
         """Judge it as an answer to a request that we would make now."""
         leaf, name = certificates[0], spec.authority.certificate_file
-        for violation in identity.check(spec, certificates, anchors, name, self.extra_subject):
-            yield f"{path}: {violation}"
         expected = verify.Expectation(
             anchors=anchors,
             anchor_name=name,
@@ -199,14 +183,14 @@ class NodeLook:
             min_validity=timedelta(),
             extra_subject=self.extra_subject,
         )
-        try:
-            request = SignRequest(spec=spec, csr_pem=csr.build(leaf, key), validity=timedelta())
-            verify.check(Issued(leaf=leaf, intermediates=tuple(certificates[1:])), request, expected)
-        except csr.CannotCarryError as e:
-            yield f"{path}: {e}"
-        except VerificationError as e:
-            for violation in e.violations:
-                yield f"{path}: {violation}"
+        found = list(pair.findings(spec, certificates, key_pem, expected))
+        if any(one.kind == "other" for one in found):
+            yield f"{path}: wanted the key of its certificate, found another one"
+            return
+        for violation in identity.check(spec, certificates, anchors, name, self.extra_subject):
+            yield f"{path}: {violation}"
+        for one in found:
+            yield f"{path}: {one.violation.got if one.kind == 'incomparable' else one.violation}"
         yield from self._names(spec, path, leaf)
 
     def _names(self, spec: CertificateSpec, path: Path, leaf: x509.Certificate) -> Iterator[str]:

@@ -11,8 +11,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from cryptography.x509.verification import VerificationError as NoPathError
 
 from bridge.diagnosis.findings import Finding, from_error
@@ -20,7 +18,8 @@ from bridge.errors import BridgeError
 from bridge.node import kubeconfig
 from bridge.node.inventory import AuthorityState, Item, Node
 from bridge.node.kubeconfig import Kubeconfig, KubeconfigError
-from bridge.pki import csr, expiry, identity, verify
+from bridge.node.pair import key_finding
+from bridge.pki import expiry, identity, verify
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates, name_text, san_entries
 from bridge.renewal.select import ForeignIdentityError, foreign_identity
 from bridge.settings.tables import Settings
@@ -206,23 +205,14 @@ def _pair(item: Item) -> Iterator[Finding]:
 
 
 def _belongs(item: Item, pem: bytes, path: Path) -> Iterator[Finding]:
-    name = item.spec.name
-    try:
-        ours = _spki(load_pem_private_key(csr.key_block(pem), None).public_key()) == _spki(
-            item.certificates[0].public_key()
-        )
-    except (ValueError, TypeError, UnsupportedAlgorithm):  # TypeError: encrypted
-        text = f"wanted a private key without a passphrase in {path}, found something else"
-        yield Finding(level="error", check="key-unreadable", about=name, text=text, hint=_RESTORE)
-        return
-    if not ours:
+    name, found = item.spec.name, key_finding(item.certificates[0], pem)
+    if found is not None and found.kind == "other":
         text = f"wanted the key of {item.certificate_path} in {path}, found another certificate's"
         hint = f"renew {name}, which makes a new pair, before its component restarts; or put the right key back"
         yield Finding(level="error", check="key-of-another-certificate", about=name, text=text, hint=hint)
-
-
-def _spki(key: object) -> bytes:
-    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)  # type: ignore[attr-defined,no-any-return]
+    elif found is not None and found.kind == "unreadable":
+        text = f"wanted a private key without a passphrase in {path}, found something else"
+        yield Finding(level="error", check="key-unreadable", about=name, text=text, hint=_RESTORE)
 
 
 def private_file(path: Path, about: str) -> Iterator[Finding]:

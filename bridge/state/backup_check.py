@@ -14,15 +14,12 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
 
-from bridge.contract import Issued, SignRequest
-from bridge.errors import BridgeError, VerificationError
-from bridge.node import kubeconfig
+from bridge.errors import BridgeError
+from bridge.node import kubeconfig, pair
 from bridge.node.inventory import Item, Node
 from bridge.pki import csr, verify
-from bridge.pki.certificates import load_pem_certificates
+from bridge.pki.certificates import UNREADABLE, load_pem_certificates
 from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_SERVER
 from bridge.state.backups import Backup, BackupError, File
@@ -55,6 +52,7 @@ class Problem:
         return f"{self.certificate}: {about}wanted {self.wanted}, found {self.found}"
 
 
+_PAIR, _NO_PAIR = "a certificate and its private key", "another key, or none that can be read"
 #: Nobody would trust it: another CA's, or the CA was changed.
 _NEVER_FORCED = ("chain", "issuer", "public key", "extensions", "critical extension")
 
@@ -98,12 +96,11 @@ def _problems(
     elif any(file.was_there for file in files):
         try:
             certificates, key_pem = pair_of(files, item)
-            key = _key_of(certificates[0], key_pem)
-        except (BridgeError, ValueError, TypeError, UnsupportedAlgorithm) as e:
-            reason = str(e) if isinstance(e, BridgeError) else "another key, or none that can be read"
-            yield Problem(certificate=name, wanted="a certificate and its private key", found=reason)
+        except (BridgeError, *UNREADABLE) as e:
+            reason = str(e) if isinstance(e, BridgeError) else _NO_PAIR
+            yield Problem(certificate=name, wanted=_PAIR, found=reason)
             return
-        yield from _unproven(item, certificates, key, now, extra)
+        yield from _unproven(item, certificates, key_pem, now, extra)
 
 
 def _misplaced(name: str, files: Sequence[File], item: Item, kubeconfig_dir: Path) -> Iterator[Problem]:
@@ -191,20 +188,10 @@ def _kubelets_pair(files: Sequence[File], item: Item) -> tuple[list[x509.Certifi
     return None
 
 
-def _key_of(certificate: x509.Certificate, key_pem: bytes) -> csr.PrivateKey:
-    encoding = (serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-    key = serialization.load_pem_private_key(key_pem, None)
-    if key.public_key().public_bytes(*encoding) != certificate.public_key().public_bytes(*encoding):
-        raise ValueError
-    if not isinstance(key, csr.PrivateKey):
-        raise BackupError(f"a key that Kubernetes can't use ({type(key).__name__})")
-    return key
-
-
 def _unproven(
     item: Item,
     certificates: Sequence[x509.Certificate],
-    key: csr.PrivateKey,
+    key_pem: bytes,
     now: datetime,
     extra: frozenset[tuple[str, str]],
 ) -> Iterator[Problem]:
@@ -223,11 +210,9 @@ def _unproven(
         reason = str(e.strerror if isinstance(e, OSError) else e)
         yield Problem(certificate=name, wanted=f"the CA certificate {item.anchor_path}", found=reason)
         return
-    try:
-        request = SignRequest(spec=item.spec, csr_pem=csr.build(live, key), validity=timedelta())
-        verify.check(Issued(leaf=leaf, intermediates=tuple(certificates[1:])), request, expected)
-    except csr.CannotCarryError as e:
-        yield Problem(certificate=name, subject="live certificate", wanted="one to compare it with", found=str(e))
-    except VerificationError as e:
-        for violation in e.violations:
+    for one in pair.findings(item.spec, certificates, key_pem, expected, live):
+        violation = one.violation
+        if one.kind in ("certificate", "incomparable"):
             yield Problem(certificate=name, subject=violation.subject, wanted=violation.want, found=violation.got)
+        else:
+            yield Problem(certificate=name, wanted=_PAIR, found=violation.got if one.kind == "unusable" else _NO_PAIR)

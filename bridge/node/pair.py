@@ -1,0 +1,108 @@
+"""
+Whether a certificate and its key are fit for use: the one judge of `doctor`, of day 0 and of backups.
+
+It reads no file: each caller brings what it has read, and puts the findings in its own words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_pem_private_key,
+    load_pem_public_key,
+)
+
+from bridge.contract import Issued, SignRequest
+from bridge.errors import VerificationError, Violation
+from bridge.pki import csr, verify
+from bridge.pki.certificates import UNREADABLE
+from bridge.specs import CertificateSpec
+
+#: `missing`: no key at all; `unreadable`: no key, or one with a passphrase; `other`: another certificate's; `unusable`:
+#: of an algorithm that kubeadm makes no keys of; `certificate`: something in the certificate itself is wrong;
+#: `incomparable`: the certificate that it is compared with says something that a CSR can't.
+Kind = Literal["missing", "unreadable", "other", "unusable", "certificate", "incomparable"]
+
+_SPKI = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairFinding:
+    """One reason why a pair is not fit."""
+
+    kind: Kind
+    violation: Violation
+
+
+def key_finding(certificate: x509.Certificate, key_pem: bytes | None) -> PairFinding | None:
+    """What is wrong with a certificate's key (PEM, certificates may stand before it); None: it is the right one."""
+    if key_pem is None:
+        return _of_key("missing", "none")
+    try:
+        key = load_pem_private_key(csr.key_block(key_pem), None)
+        is_its_own = key.public_key().public_bytes(*_SPKI) == certificate.public_key().public_bytes(*_SPKI)
+    except UNREADABLE as e:
+        return _of_key("unreadable", f"{type(e).__name__}: one that can't be read")
+    if not is_its_own:
+        return _of_key("other", "another certificate's")
+    if not isinstance(key, csr.PrivateKey):
+        return _of_key("unusable", f"a key that Kubernetes can't use ({type(key).__name__})")
+    return None
+
+
+def _of_key(kind: Kind, found: str) -> PairFinding:
+    return PairFinding(kind=kind, violation=Violation(subject="key", want="the certificate's private key", got=found))
+
+
+def findings(
+    spec: CertificateSpec,
+    certificates: Sequence[x509.Certificate],
+    key_pem: bytes | None,
+    expected: verify.Expectation,
+    like: x509.Certificate | None = None,
+) -> Iterator[PairFinding]:
+    """
+    Judge a pair as the answer to a request that we would make now, whatever time is left.
+
+    Args:
+        spec: What it should be.
+        certificates: The leaf, then its intermediates.
+        key_pem: Its key.
+        expected: The node's CA, and the time.
+        like: The certificate whose subject and SANs it has to have; None: its own.
+    """
+    leaf, *intermediates = certificates
+    if (wrong := key_finding(leaf, key_pem)) is not None:
+        yield wrong
+        return
+    key = load_pem_private_key(csr.key_block(key_pem or b""), None)
+    assert isinstance(key, csr.PrivateKey)  # noqa: S101 (looked at above)
+    try:
+        request = SignRequest(spec=spec, csr_pem=csr.build(like or leaf, key), validity=timedelta())
+        verify.check(Issued(leaf=leaf, intermediates=tuple(intermediates)), request, expected)
+    except csr.CannotCarryError as e:
+        yield PairFinding(
+            kind="incomparable",
+            violation=Violation(subject="live certificate", want="one to compare it with", got=str(e)),
+        )
+    except VerificationError as e:
+        for violation in e.violations:
+            yield PairFinding(kind="certificate", violation=violation)
+
+
+def is_sa_pair(key: bytes, public: bytes) -> bool:
+    """Whether kube-apiserver can sign tokens of service accounts with the one and check them with the other."""
+    try:
+        loaded = load_pem_private_key(key, None)
+        there = load_pem_public_key(public)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        return False
+    return isinstance(loaded, csr.PrivateKey) and loaded.public_key().public_bytes(*_SPKI) == there.public_bytes(*_SPKI)
