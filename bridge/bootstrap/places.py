@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -15,6 +15,8 @@ from bridge.system.paths import UnreadableError, read
 #: init: the first control-plane node; control-plane: a further one; worker: a node without a control plane.
 Role = Literal["init", "control-plane", "worker"]
 ROLES: tuple[Role, ...] = get_args(Role)
+#: Reads a file; None: there is no such file.
+Read = Callable[[Path], bytes | None]
 
 SUPER_ADMIN = "super-admin.conf"
 ETCD_DIRECTORY = Path("/var/lib/etcd")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ from cryptography.x509.oid import NameOID
 from bridge.bootstrap import authorities, new_requests
 from bridge.bootstrap.authorities import Certificates
 from bridge.bootstrap.desired import DesiredNode, LeftoversError, NotWholeError, OtherNodeDesiredError
-from bridge.bootstrap.places import Places, Role, authorities_of, live, some_of, specs_of
+from bridge.bootstrap.places import Places, Read, Role, authorities_of, live, some_of, specs_of
 from bridge.bootstrap.whole import look_at
 from bridge.errors import BridgeError
 from bridge.pki.certificates import pem
@@ -29,9 +29,9 @@ from bridge.pki.verify import Verified
 from bridge.renewal.prepare import Prepared
 from bridge.specs import KUBELET_CONF, KUBELET_SERVER
 from bridge.state import audit
-from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, Replacement, digest, install
+from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, Replacement, digest, fingerprint, install
 from bridge.state.session import Run
-from bridge.system.files import Attributes, private_directory, sync_directory
+from bridge.system.files import Attributes, private_directory
 from bridge.system.paths import exposure
 from bridge.system.state_file import OnDamage, StateFile
 
@@ -55,7 +55,7 @@ def put_in_place(run: Run, desired: DesiredNode, files: Sequence[Replacement], k
     """
     places = desired.places
     new: dict[Path, bytes | None] = {file.path: file.data for file in files}
-    new[places.kubelet_current] = new[kubelet_pem]
+    new[places.kubelet_current] = new[kubelet_pem] if kubelet_pem in new else live(kubelet_pem)
 
     def overlay(path: Path) -> bytes | None:
         return new[path] if path in new else live(path)
@@ -68,7 +68,7 @@ def put_in_place(run: Run, desired: DesiredNode, files: Sequence[Replacement], k
     whole[kubelet_pem] = whole.pop(places.kubelet_current)
     _keep(run, desired, whole)
     _make_directories(desired)
-    _link(places.kubelet_current, kubelet_pem)
+    files = [*files, _link(places.kubelet_current, kubelet_pem)]
     about = {"command": f"bootstrap {desired.role}", **audit.who(), "certificates": []}
     install(run.store, files, run.record.run_id, about)
     new_requests.forget(run)
@@ -155,21 +155,25 @@ def _mode(path: Path) -> int:
     return 0o644 if path.suffix == ".crt" else _PRIVATE
 
 
+def _link(link: Path, target: Path) -> Replacement:
+    """The kubelet's link, absolute as a kubelet makes it; it comes with the files, so that it never leads to nothing."""
+    return Replacement(
+        certificate=KUBELET_CONF,
+        path=link,
+        data=None,
+        mode_mask=KEY_MASK,
+        was=fingerprint(link),
+        is_link=True,
+        leads_to=str(target),
+    )
+
+
 def _make_directories(desired: DesiredNode) -> None:
     """Make kubeadm's directories and the kubelet's; nobody else may write to them."""
     for path in desired.places.directories(desired.role):
         path.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
         if (found := exposure(path)) is not None:
             raise BridgeError(f"{path} can't hold keys: {found}", hint=found.hint)
-
-
-def _link(link: Path, target: Path) -> None:
-    """Make the link as a kubelet does: absolute, and replaced in one step."""
-    fresh = link.with_name(f".{link.name}.new")
-    fresh.unlink(missing_ok=True)
-    fresh.symlink_to(target)
-    fresh.rename(link)
-    sync_directory(link.parent)
 
 
 _KEY = "keptV1"
@@ -227,8 +231,6 @@ def _from_json(document: Mapping[str, Any]) -> Kept:
 
 
 _PUBLIC = 0o644
-
-Read = Callable[[Path], bytes | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

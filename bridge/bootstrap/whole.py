@@ -24,8 +24,17 @@ from bridge.bootstrap.desired import (
     NotWholeError,
     OtherNodeDesiredError,
 )
-from bridge.bootstrap.places import Places, Role, authorities_of, ca_keys, live, some_of, specs_of, traces_of_cluster
-from bridge.bootstrap.put_in_place import Read
+from bridge.bootstrap.places import (
+    Places,
+    Read,
+    Role,
+    authorities_of,
+    ca_keys,
+    live,
+    some_of,
+    specs_of,
+    traces_of_cluster,
+)
 from bridge.node import kubeconfig, pair
 from bridge.node.kubeadm_config import KubeadmConfigError
 from bridge.node.kubeconfig import Kubeconfig, KubeconfigError

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import signal
 import stat
 import subprocess
+import sys
 import tempfile
 from base64 import b64encode
 from collections.abc import Callable
@@ -94,6 +96,43 @@ def test_a_further_control_plane(first: NewNode, other: NewNode, shared: bytes) 
     )
     key = first.places.sa_key.read_text().splitlines()[1]
     assert key not in run.stdout + run.stderr
+
+
+#: The program, which is killed right after it has put its n-th file below a directory in place.
+KILLED = """
+import os, signal, sys
+at, root = int(sys.argv.pop(1)), sys.argv.pop(1)
+rename, seen = os.rename, 0
+def counting(source, target, **kwargs):
+    global seen
+    rename(source, target, **kwargs)
+    seen += str(target).startswith(root)
+    if seen == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.rename = counting
+from bridge.entry import main
+main()
+"""
+
+
+def test_the_kubelets_link_comes_with_its_file(first: NewNode, other: NewNode, tmp_path: Path) -> None:
+    """Killed after each file that it puts in place: the link never leads to nothing, and the next run ends well."""
+    given = first.run("share", "--worker").stdout.encode()
+    for at in range(1, 10):
+        node = NewNode.make(tmp_path / f"n{at}", cas=other.cas)
+        args = node.command("join", "--worker", "--shared", "-", *WORKER)
+        command = [sys.executable, "-c", KILLED, str(at), str(node.root), *args[1:]]
+        code = subprocess.run(command, input=given, capture_output=True, check=False).returncode
+        current = node.places.kubelet_current
+        assert current.exists() or not current.is_symlink(), at
+        if code == 0:
+            assert at == 6 + 1  # the pair behind the link, kubelet.conf, the serving pair's two, join.yaml, the link
+            return
+        assert code == -signal.SIGKILL
+        again = node.run("join", "--worker", "--shared", "-", *WORKER, given=given)
+        assert again.returncode == 0, (at, again.stderr)
+        assert problems(node, "worker", "w-1") == []
+    raise AssertionError("it was never done")
 
 
 def test_a_worker(first: NewNode, other: NewNode) -> None:
