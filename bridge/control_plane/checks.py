@@ -189,12 +189,7 @@ def _own_etcd(flags: Flags) -> list[Server]:
 
 
 def _linearizable_read(client: Client, servers: Sequence[Server]) -> str:
-    """
-    Read what needs a quorum, as `etcdctl endpoint health` does.
-
-    Raises:
-        HttpsError, RefusedError: Not accepted, or no answer.
-    """
+    """Read what needs a quorum, as `etcdctl endpoint health` does."""
     body = json.dumps({"key": base64.b64encode(b"health").decode()}).encode()
     return accepted(ask_all(client, servers, "/v3/kv/range", method="POST", body=body))
 
@@ -206,13 +201,10 @@ def _etcd_as_client(look: Look, serving: Serving) -> Verdict:
 
 def _etcd_peer(look: Look, serving: Serving) -> Verdict:
     """
-    Check that etcd's peers, itself among them, take the certificate.
+    Check that etcd's peers, itself among them, accept the certificate.
 
     A peer compares the SANs with the address that a client comes from, and ends the connection without a word if
-    they differ; so one that shows its own certificate and then gives no answer has refused ours.
-
-    Raises:
-        HttpsError, RefusedError: One does not, or no peer answers.
+    they differ; so a peer that shows its own certificate and then gives no answer has refused ours.
     """
     client, silent, answered = serving.as_client(), [], []
     for server in _members(look):
@@ -229,13 +221,7 @@ def _etcd_peer(look: Look, serving: Serving) -> Verdict:
 
 
 def _members(look: Look) -> list[Server]:
-    """
-    The members of the etcd cluster, by their peers' addresses.
-
-    Raises:
-        HttpsError: etcd does not answer.
-        UnreachableError: It answers something else.
-    """
+    """The members of the etcd cluster, by their peers' addresses."""
     flags = look.flags(Component.ETCD)
     trust = endpoints.file(flags, "--trusted-ca-file") or look.anchor(ETCD_CA)
     client = Client.of(endpoints.wanted_file(flags, "--cert-file"), endpoints.wanted_file(flags, "--key-file"), trust)
@@ -326,12 +312,7 @@ def _ask_kubelet(look: Look, client: Client) -> str:
 
 
 def _kubelet_place(look: Look) -> Address:
-    """
-    The kubelet's address and port by its configuration, without which it has its defaults.
-
-    Raises:
-        UnreadableError, ValueError: The configuration can't be read.
-    """
+    """The kubelet's address and port by its configuration, without which it has its defaults."""
     data = paths.read(look.machine.kubelet_config)
     root = None if data is None else document(split_bom(data)[1])
     found = {key: "" if root is None or (node := root.get(key)) is None else node.text() for key in ("address", "port")}
@@ -344,7 +325,7 @@ def _kubelet_place(look: Look) -> Address:
 
 def _ask_as_front_proxy(look: Look, client: Client) -> str:
     """
-    Ask for somebody else, with the front proxy's headers; and see for whom the API server takes us.
+    Ask for another user, with the front proxy's headers, and see which user the API server takes us for.
 
     It names that user in its review (from 1.28 on) as well as in a refusal of one.
     """
@@ -481,12 +462,7 @@ def _kubeconfig(look: Look, name: str) -> Iterator[Check]:
 
 
 def _ask_api(look: Look, item: Item) -> Verdict:
-    """
-    Ask this node's API server; its certificate has to be good for the name that the kubeconfig has for its server.
-
-    Raises:
-        HttpsError, RefusedError: Not accepted, or no answer.
-    """
+    """Ask this node's API server; its certificate must be good for the server's name in the kubeconfig."""
     path = look.settings.node.kubeconfig_dir / item.spec.base
     data = file_contents(path)
     parsed = kubeconfig.parse(data)

@@ -46,14 +46,10 @@ class Status:
 
 
 class Etcd:
-    """Whom we can be to etcd."""
+    """A client of etcd, with each certificate that it may accept."""
 
     def __init__(self, clients: Sequence[Client], troubles: Sequence[str] = ()) -> None:
-        """
-        Args:
-            clients: In the order in which they are tried.
-            troubles: Why there are no more than these.
-        """
+        """Take clients in the order in which they are tried, and the reasons why there are no more."""
         self._clients, self._troubles = tuple(clients), tuple(troubles)
 
     @classmethod
@@ -61,9 +57,7 @@ class Etcd:
         """
         A client of the node's etcd, with those of its client certificates that can be read.
 
-        Args:
-            node: Its items say where they are.
-            trusting: Whoever answers is believed, such as an etcd whose own certificate has expired.
+        With `trusting` any server is believed, such as an etcd whose own certificate has expired.
         """
         clients, troubles = [], []
         for item in node.items:
@@ -77,12 +71,7 @@ class Etcd:
         return cls([client for _, client in clients], troubles)
 
     def ask(self, server: Server, path: str, body: bytes | None = None) -> http.Answer:
-        """
-        Ask as the first of our clients that it takes; without TLS as nobody in particular.
-
-        Raises:
-            HttpsError: No answer.
-        """
+        """Ask as the first of our clients that it accepts; without TLS as nobody in particular."""
         request: dict[str, Any] = {"method": "GET" if body is None else "POST", "body": body}
         if not server.url.startswith("https:"):
             return NOBODY.ask(server, path, **request)
@@ -95,21 +84,11 @@ class Etcd:
         raise http.ClientRefusedError(refused)
 
     def members(self, server: Server) -> list[Member]:
-        """
-        The members that this one knows.
-
-        Raises:
-            HttpsError: No answer, or another one.
-        """
+        """The members that this one knows."""
         return [_member(one) for one in items(self._call(server, "/v3/cluster/member/list"), "members")]
 
     def status(self, server: Server) -> Status:
-        """
-        A member's own id, and the alarms that it knows of.
-
-        Raises:
-            HttpsError: No answer, or another one.
-        """
+        """A member's own id, and the alarms that it knows of."""
         found = self._call(server, "/v3/maintenance/status")
         header = found.get("header")
         alarms = _ALARM.findall(" ".join(map(str, found.get("errors") or [])))
@@ -119,12 +98,7 @@ class Etcd:
         """
         Why a member is not well, by its own word; None: it has a leader, and can read through the quorum.
 
-        Args:
-            server: The member.
-            alarms: An alarm is trouble, too.
-
-        Raises:
-            HttpsError: No answer.
+        With `alarms` an alarm is trouble, too.
         """
         answer = self.ask(server, f"/health{'' if alarms else _WITHOUT_ALARMS}")
         try:

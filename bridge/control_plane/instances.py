@@ -85,13 +85,7 @@ class Neighbours:
 
 
 def look(node: Node, settings: Settings) -> Neighbours:
-    """
-    Look at the control plane from this node; never fails because of what it finds.
-
-    Args:
-        node: As it was when all manifests were in place.
-        settings: Where files are, and the node's name.
-    """
+    """Look at the control plane from this node; what it finds is never an error."""
     etcd = _look_at_etcd(node) if node.local_etcd and Component.ETCD in node.manifests else _Seen()
     api = Api.of_node(node, settings.node.kubeconfig_dir)
     api.add([Server(url) for url in _beside_etcd(etcd.instances, node)])
@@ -108,13 +102,7 @@ def look(node: Node, settings: Settings) -> Neighbours:
 
 
 def connect(node: Node, settings: Settings) -> Api:
-    """
-    The cluster's API: this node's server, admin.conf's, and those beside etcd's members.
-
-    Args:
-        node: As it was when all manifests were in place.
-        settings: Where files are.
-    """
+    """The cluster's API: this node's server, admin.conf's, and those beside etcd's members."""
     api = Api.of_node(node, settings.node.kubeconfig_dir)
     if node.local_etcd and Component.ETCD in node.manifests:
         api.add([Server(url) for url in _beside_etcd(_look_at_etcd(node).instances, node)])
@@ -168,11 +156,7 @@ def _members(
     """
     The members, our own member's id ("" when it does not answer), and alarms as (id, alarm).
 
-    Of another member when our own is down: those that the manifest names, which are those that were there when this
-    one joined.
-
-    Raises:
-        HttpsError: Of the last one that was asked.
+    When our own is down, another member tells: those that the manifest names were there when this one joined.
     """
     urls = [own.url, *(_beside(url, own.url) for url in _initial_peers(flags))]
     for url in dict.fromkeys(urls):
@@ -264,12 +248,9 @@ def _api_server(name: str, url: str, *, own: bool) -> Instance:
 
 def api_servers(api: Api, node: Node) -> list[tuple[str, str]]:
     """
-    The names and URLs of the cluster's API servers, this node's among them.
+    The names and URLs of the cluster's API servers, this node's among them (NoAnswerError: no server answers).
 
     An API server that is down is no endpoint any more; so each control-plane node should have one.
-
-    Raises:
-        NoAnswerError: Nobody to ask.
     """
     nodes = _asked(api, _CONTROL_PLANE_NODES)
     # Not before 1.21, where nodes must do.

@@ -69,12 +69,6 @@ def assert_may_restart(component: Component, node: Node, settings: Settings, *, 
     """
     Look at the other control-plane nodes, and wait for them as the settings say.
 
-    Args:
-        component: What is to be restarted.
-        node: As it was when all manifests were in place.
-        settings: `[cluster]`, and where files are.
-        note: Is told, in a sentence, what the operator should know.
-
     Raises:
         NeighbourError: One of them is not well.
     """
@@ -115,7 +109,7 @@ def _after_an_election(component: Component, node: Node, settings: Settings) -> 
     """
     Look; where this node's is down as well, until it is well or was down for as long as etcd may need for a new leader.
 
-    A member whose leader has just died has no answer, or none that is good, and is needed all the more.
+    A member whose leader has just died has no answer, or no good one, and is needed all the more.
     """
 
     def seen() -> tuple[Neighbours, list[str]]:
@@ -264,18 +258,8 @@ def turn(
     """
     Have this node's turn among the control-plane nodes while the block runs.
 
-    Args:
-        node: As it was when all manifests were in place.
-        settings: `[cluster]`, and where files are.
-        run_id: This run's.
-        note: Is told, in a sentence, what the operator should know.
-
-    Returns:
-        To be called with a component before each restart. It raises LeaseHeldError when another node has got the
-        turn, and NeighbourError as `assert_may_restart` does.
-
-    Raises:
-        LeaseHeldError: It is another node's turn.
+    Call the result with a component before each restart: it raises LeaseHeldError when another node has the turn, and
+    NeighbourError when another node is not well.
     """
     rules = settings.cluster
     if not rules.lease:

@@ -82,22 +82,12 @@ class Check:
 
 
 def leaf(path: Path) -> x509.Certificate:
-    """
-    The first certificate of a file or kubeconfig.
-
-    Raises:
-        UnreadableError, ValueError: As `contents`; also when there is none.
-    """
+    """The first certificate of a file or kubeconfig."""
     return first(path, file_contents(path))
 
 
 def first(path: Path, data: bytes) -> x509.Certificate:
-    """
-    The first certificate of a file that was read already, as `leaf` reads it.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """The first certificate of a file that was read already."""
     try:
         return load_pem_certificates(data)[0]
     except ValueError as e:
@@ -166,14 +156,8 @@ def ask_all(client: Client, servers: Sequence[Server], path: str, **request: Any
     """
     Ask all of them; by URL the answers of those that have one.
 
-    Args:
-        client: Who asks.
-        servers: Whom.
-        path: With its query.
-        request: As `Client.ask` has it.
-
     Raises:
-        HttpsError: One does not take the certificate or shows a wrong one, or none answers.
+        HttpsError: One does not accept the certificate or shows a wrong one, or none answers.
     """
     answers, silent = {}, []
     for server in servers:
@@ -209,10 +193,10 @@ def words(answer: http.Answer) -> str:
 
 def accepted(answers: Mapping[str, http.Answer]) -> str:
     """
-    A sentence about who has accepted it; that there is no such thing as was asked for is an answer, too.
+    A sentence about the servers that accepted the client; that the object does not exist is an answer, too.
 
     Raises:
-        RefusedError: A server does not know the client, or knows it and does not let it do what it is for.
+        RefusedError: A server does not know the client, or does not let it do what it is for.
     """
     for url, answer in answers.items():
         if answer.status == HTTPStatus.UNAUTHORIZED:
@@ -229,14 +213,7 @@ PATHS = {Component.APISERVER: "/readyz", Component.CONTROLLER_MANAGER: "/healthz
 
 
 def trouble(component: Component, node: Node, kubeconfig_dir: Path) -> str | None:
-    """
-    Why a component of this node is not healthy; None: it is, or it can't be asked (a kubelet with that switched off).
-
-    Args:
-        component: The kubelet, or one that has a manifest.
-        node: Read while the manifest was in its place.
-        kubeconfig_dir: For admin.conf, or else super-admin.conf.
-    """
+    """Why a component of this node is not healthy; None: it is, or it has its health check switched off."""
     if component is Component.KUBELET:
         url = Kubelet.load().health_url
         return None if url is None else _trouble(url, NOBODY)

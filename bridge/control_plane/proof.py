@@ -73,17 +73,7 @@ _CODES: Mapping[ProofState, int] = {
 
 
 def look(node: Node, settings: Settings, now: datetime, machine: Machine | None = None) -> ProofReport:
-    """
-    Look at all that runs on a node; takes as long as its slowest answer.
-
-    What is wrong is a finding, and no error.
-
-    Args:
-        node: Without any static pod, and without a worker's kubelet, there is nothing to look at.
-        settings: Node's name and version.
-        now: Aware, UTC.
-        machine: Other places than the usual ones.
-    """
+    """Look at all that runs on a node, in the time of the slowest answer; what is wrong is a finding, and no error."""
     given = checks.Look(node=node, settings=settings, now=now, machine=machine or Machine())
     made = list(checks.of(given)) if node.manifests or node.is_worker else []
     with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
@@ -113,15 +103,7 @@ def within(
     """
     Look until nothing that counts is wrong or the time is over; the last look, with what does not count.
 
-    Components take a moment for new files, and longer to answer after their start.
-
-    Args:
-        read: The node as it is now.
-        settings: As in `look`.
-        now: The clock.
-        limit: From now on; one look is made in any case.
-        machine: As in `look`.
-        counts: Of what is wrong, what is worth the wait: not what was so before, say.
+    Components take a moment for new files, and longer to answer after their start. There is at least one look.
     """
     with doing("proving that every component works on its certificates"):
         return wait_until(
@@ -133,12 +115,7 @@ def within(
 
 
 def prove(settings: Settings, now: Callable[[], datetime], wait: timedelta) -> ProofReport:
-    """
-    Look at this node, for so long as something is wrong and the time is not over.
-
-    Raises:
-        BridgeError: There is nothing to look at.
-    """
+    """Look at this node, for so long as something is wrong and the time is not over."""
     node = settings.node
     found = within(lambda: inventory.of(node), settings, now, wait)
     if not found.findings:

@@ -25,13 +25,10 @@ ORDER = (*COMPONENTS, Component.KUBELET)
 
 def reloading(node: Node, setting: Version | None) -> frozenset[Component]:
     """
-    The components that are known to read their certificates again, each by its own version.
+    The components that are known to read their certificates again, by the image tags of their manifests.
 
-    An upgrade replaces them one by one, and kubeadm before all of them.
-
-    Args:
-        node: Its manifests' image tags tell the versions; a component without such a tag is not among them.
-        setting: `node.kubernetes_version`: counts more than the API server's tag, and says nothing of etcd.
+    An upgrade replaces them one by one, and kubeadm before all of them. `node.kubernetes_version`, the setting, counts
+    more than the API server's tag, and says nothing of etcd.
     """
     versions = {component: manifest.version for component, manifest in node.manifests.items()}
     if setting is not None:
@@ -44,13 +41,9 @@ def stale(
     renewed: Iterable[CertificateSpec], reloads: Collection[Component], components: Components
 ) -> list[Component]:
     """
-    The components to restart, in order.
+    The components to restart after an installation of these, in order.
 
-    Args:
-        renewed: What was installed.
-        reloads: As `reloading` tells.
-        components: "needed": those that go on using an old certificate; "all": every user of a new one; of them only
-            those that are listed, if any are.
+    "needed": those that go on using an old certificate; "all": every user of a new one; a list: only those in it.
     """
     # a kubelet's serving certificate is in use after 0.3 s, as was measured; proof shows where it is not
     trusted = {*reloads, Component.KUBELET} if components.which == "needed" else set()

@@ -87,12 +87,10 @@ def restart_all(
         store: Its lock is held.
         record: Gets a line for each of them.
         force: Also with an unhealthy neighbour, here or on another node, and shortly after another restart.
-        going_back: The same, but for other nodes: what does not work here is to be mended, and must not cost the
-            cluster a second node.
+        going_back: As `force`, but never with an unhealthy node elsewhere: that would cost the cluster a second one.
 
     Returns:
-        An entry for each of them, in the order in which they were restarted; and an entry for each other component
-        that was not restarted and is not healthy at the end.
+        An entry for each of them, in their order; then one for each other component that is not healthy at the end.
     """
     run = _Restarts(node=node, settings=settings, store=store, record=record, force=force, at_once=force or going_back)
     return run.all([component for component in restart_plan.ORDER if component in components])
@@ -189,12 +187,7 @@ class _Restarts:
         )
 
     def _wait_for_the_others(self, component: Component, to_come: Sequence[Component]) -> None:
-        """
-        Wait until no other component of this node is down, except those whose own restart is to come.
-
-        Raises:
-            RestartPostponedError: One is not healthy, and did not become so in time.
-        """
+        """Wait until no other component of this node is down, except those whose own restart is to come."""
         beside = [other for other in _present(self.node) if other is not component and other not in to_come]
         found = self._unhealthy(beside)
         if not found:
@@ -223,11 +216,6 @@ class _Restarts:
     # --- the ways ----------------------------------------------------------------------------------------------------
 
     def _restart(self, component: Component) -> None:
-        """
-        Raises:
-            RestartError, StoppedError: It is not as it should be.
-            OSError: As `static_pods.restart` and `take_copy`.
-        """
         settings = self.settings
         if settings.restart.method == "none":
             raise ValueError("wanted a method to restart components with")
@@ -324,12 +312,7 @@ def _command(component: Component, settings: Settings) -> list[str]:
 
 
 def _run_command(component: Component, words: Sequence[str], settings: Settings) -> None:
-    """
-    Run a component's command; its output is logged.
-
-    Raises:
-        RestartError: It failed, or took too long (then it is killed, with its children).
-    """
+    """Run a component's command; its output is logged."""
     name = component.value
     log.info("%s: runs %s", name, words[0])
     lines = OutputLines(lambda line: log.info("%s: %s", name, line))
@@ -359,12 +342,8 @@ def take_copy(kubeconfig_dir: Path, copy: Path, store: Store) -> None:
     """
     Remove the kubelet's cached certificate if it differs from kubelet.conf's, because the kubelet prefers the cache.
 
-    That was measured on 1.37. A kubelet.conf that refers to files is the kubelet's own affair, and so is a younger copy.
+    Measured on 1.37. A kubelet.conf that refers to files is the kubelet's own affair, and so is a younger copy.
     The state directory keeps the last copy that was taken; the file that a symlink leads to stays where it is.
-
-    Raises:
-        RestartError: kubelet.conf can't be read.
-        OSError: The copy can't be taken.
     """
     path = kubeconfig_dir / "kubelet.conf"
     try:
@@ -428,13 +407,7 @@ class UnknownError(BridgeError):
 def restart_stale(
     settings: Settings, names: Sequence[str], now: Callable[[], datetime], *, force: bool, wait: timedelta
 ) -> RestartReport:
-    """
-    Restart what proof shows to be on an old certificate, or what is named.
-
-    Raises:
-        SettingsError: No component has such a name.
-        LockedError: Another run works on this node.
-    """
+    """Restart what proof shows to be on an old certificate, or what is named."""
     named = _components(names)
     with session.alone(settings, wait, lambda found: log.warning("%s", found)) as (store, record):
         node = inventory.of(settings.node)

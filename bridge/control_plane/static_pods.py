@@ -101,13 +101,7 @@ def _wait(
     timeout: timedelta,
     check: Callable[[], None],
 ) -> None:
-    """
-    Look until nothing is found.
-
-    Raises:
-        RestartError: Something still was when the time was over.
-        StoppedError: From `check`.
-    """
+    """Look until nothing is found (RestartError: the time is over)."""
     found = wait_until(
         look, lambda found: found is None, timeout, pause_seconds=_POLL_SECONDS, between=lambda _: check()
     )
@@ -141,8 +135,8 @@ def _signals_wait() -> Iterator[Callable[[], None]]:
     """
     Let what ends a run (systemd, a lost terminal, Ctrl-C) leave time to put the manifest back.
 
-    What is given raises a StoppedError after the first signal; it is called where that does no harm. Signals belong
-    to the main thread; in another one nothing changes, and `recover` does the rest.
+    The function that this gives raises a StoppedError after the first signal; call it where that does no harm. Signals
+    belong to the main thread; in another thread nothing changes, and `recover` does the rest.
     """
     caught: list[int] = []
 

@@ -81,12 +81,9 @@ class Activation:
 
 def owe(run: Run, outcomes: Sequence[Outcome]) -> None:
     """
-    Write down, before the installation, that these certificates are to be proven.
+    Write down, before the installation, that these certificates are to be proven; if that fails, nothing is installed.
 
     What earlier runs have installed and not proven stays, together with the backup of what was in use before that.
-
-    Raises:
-        BridgeError: It can't be written; then nothing must be installed.
     """
     node, owed = run.read_node(), unproven_file(run.store).read()
     earlier = {one.name: one for one in owed.live_on(node).certificates} if owed is not None else {}
@@ -318,11 +315,7 @@ def rule(meanings: Collection[Meaning], *, postponed: bool, failed: bool, imposs
     """
     Decide the outcome of the installation.
 
-    Args:
-        meanings: Of all findings about its certificates.
-        postponed: A restart is postponed.
-        failed: A restart failed; a postponed or impossible one has not.
-        impossible: A component can't be restarted from here, which is no proof that its certificates are bad.
+    A postponed or impossible restart has not failed; an impossible one is no proof that its certificates are bad.
     """
     if failed:
         return Ruling.FAILED
@@ -503,12 +496,7 @@ def _roll_back(run: Run, owed: Owed) -> Activation:
 
 
 def _backup(run: Run, owed: Owed) -> backups.Backup:
-    """
-    A backup of what was in use, put together from those of one or several runs.
-
-    Raises:
-        BridgeError: It can't be put back; nothing was touched.
-    """
+    """A backup of what was in use, put together from those of one or several runs; an error: it can't be put back."""
     node, now = run.read_node(), run.now()
     found = {one.run_id: one for one in backups.read_all(run.store)[0]}
     missing = {one.backup_of for one in owed.certificates} - found.keys()

@@ -11,12 +11,12 @@ kubeadm's newer subjects are in fewer groups: their rights come from ClusterRole
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from bridge.cluster.api import Api, NoAnswerError
@@ -40,7 +40,7 @@ _SERVING = ("apiserver", "etcd-server", "etcd-peer")
 
 
 class CannotMakeError(BridgeError):
-    """A missing certificate that nobody can say the names of."""
+    """A missing certificate whose names are not known."""
 
     hint = (
         "name kubeadm's configuration of this node with --kubeadm-config FILE, or put a good copy of the certificate "
@@ -49,9 +49,24 @@ class CannotMakeError(BridgeError):
 
 
 class CannotChangeError(BridgeError):
-    """A change that would do harm, or makes no sense here; nobody was asked."""
+    """A change that would do harm, or makes no sense here; no CA was asked."""
 
     exit_code = Exit.USAGE
+
+
+class NoSourceError(BridgeError):
+    """The cluster does not tell kubeadm's configuration."""
+
+    hint = (
+        "name kubeadm's configuration with --kubeadm-config FILE; or put a good copy of the certificate back (an expired "
+        "one will do), or have the API server answer (kubectl get -n kube-system cm kubeadm-config)"
+    )
+
+
+class NotBoundError(BridgeError):
+    """The new subject would have no rights."""
+
+    exit_code = Exit.REFUSED
 
 
 def decide(node: Node, settings: Settings, options: RunOptions) -> DesiredByName:
@@ -69,17 +84,15 @@ def decide(node: Node, settings: Settings, options: RunOptions) -> DesiredByName
         return {}
     assert_known([*names, *changes.add, *changes.drop])
     _assert_named(names, changes)
-    source = ConfigSource(node, settings, changes.kubeadm_config)
+    decision = _Decision(node, settings, changes)
     desired: dict[str, Desired | BridgeError] = {}
     for item in node.items:
         name = item.spec.name
         try:
             if item.state == "missing" and name in names:
-                desired[name] = _made(item, node, settings, changes, source)
-            elif item.certificates and (name in names or ALL in names):
-                one = _changed(item, node, settings, changes, source)
-                if one is not None:
-                    desired[name] = one
+                desired[name] = decision.made(item)
+            elif item.certificates and (name in names or ALL in names) and (one := decision.changed(item)) is not None:
+                desired[name] = one
         except BridgeError as e:
             desired[name] = e
     return desired
@@ -99,180 +112,210 @@ def _assert_named(names: Sequence[str], changes: Changes) -> None:
             raise SettingsError([SettingsProblem("", f"SANs for one of {', '.join(_SERVING)}", found)])
 
 
-# --- a missing one ---------------------------------------------------------------------------------------------------
+class _Decision:
+    """The facts that names are made of: this node's, the operator's, and the cluster's, which is asked at most once."""
 
+    def __init__(self, node: Node, settings: Settings, changes: Changes) -> None:
+        self.node, self.settings, self.changes = node, settings, changes
+        file = changes.kubeadm_config
+        self.source = str(file) if file is not None else "the cluster's ConfigMap kube-system/kubeadm-config"
 
-def _made(item: Item, node: Node, settings: Settings, changes: Changes, source: ConfigSource) -> Desired:
-    """
-    Raises:
-        BridgeError: There is no source, it lacks a fact, or it is about another node.
-    """
-    spec = item.spec
-    if not spec.listed and spec.name != KUBELET_CONF:
-        raise CannotMakeError(
-            f"wanted {item.certificate_path}, found nothing; the kubelet's is made with the node, not by a renewal",
-            hint="`ca-bridge bootstrap` makes a node's files; or put a good copy back",
-        )
-    if not item.certificate_path.parent.is_dir():
-        raise CannotMakeError(
-            f"wanted to make {item.certificate_path}, found no directory {item.certificate_path.parent}"
-        )
-    try:
-        config = source.config()
-        facts, found = _facts(config, node, settings, source)
-        naming = kubeadm_names.naming(spec, facts)
-        add, drop = changes.add.get(spec.name, ()), changes.drop.get(spec.name, ())
-        naming = _with_sans(item, naming, add, drop, needed(node, settings).get(spec.name, {}))
-        _assert_known_to(facts.release, spec)
-        fresh = _fresh(item, config, node, facts) if spec.kubeconfig else None
-    except NoFactError as e:
-        raise CannotMakeError(
-            f"wanted to make {item.certificate_path} anew, found no way to say its names: {e}"
-        ) from None
-    notes = [
-        f"{spec.name} is not on this node; it is made anew from {source.text}: {naming.text}",
-        f"{spec.name}: names as of Kubernetes {facts.release or '(any)'}, {found}",
-        *([f"{spec.name}: it leads to {fresh.server}"] if fresh is not None else []),
-        *assert_bound(source, naming, spec, strictly=False),
-    ]
-    return Desired(naming=naming, notes=tuple(notes), key=config.key, kubeconfig=fresh)
+    # --- a missing certificate ---------------------------------------------------------------------------------------
 
-
-def _assert_known_to(release: Release | None, spec: CertificateSpec) -> None:
-    if release is not None and (release.major, release.minor) < spec.since:
-        raise NoFactError(f"{spec.name} is known from Kubernetes {Release(*spec.since)} on, found {release}")
-
-
-def _facts(config: KubeadmConfig, node: Node, settings: Settings, source: ConfigSource) -> tuple[NamingFacts, str]:
-    """The facts that names are made of, and a sentence about where the node's own part comes from."""
-    manifest = node.manifests.get(Component.APISERVER)
-    here = settings.node.name
-    address = (endpoints.name(manifest.flags) or "") if manifest is not None else ""
-    for what, told, ours in (("node", config.node, here), ("advertise address", config.address, address)):
-        if told and ours and told != ours:
+    def made(self, item: Item) -> Desired:
+        """The names of a missing certificate; an error: there is no source, or it is about another node."""
+        spec, path = item.spec, item.certificate_path
+        if not spec.listed and spec.name != KUBELET_CONF:
             raise CannotMakeError(
-                f"{source.text} is for {what} {told}, and this is {ours}",
-                hint="name the configuration of this node, or leave the node's part (InitConfiguration) out of it",
+                f"wanted {path}, found nothing; the kubelet's is made with the node, not by a renewal",
+                hint="`ca-bridge bootstrap` makes a node's files; or put a good copy back",
             )
-    whence = [f"node {here or config.node} of {'its certificates or the settings' if here else source.text}"]
-    if address or config.address:
-        whence.append(f"address {address or config.address} of {'kube-apiserver.yaml' if address else source.text}")
-    facts = config.naming_facts(here or config.node, address or config.address)
-    if facts.release is None:
-        facts = dataclasses.replace(facts, release=release_of(node))
-    return facts, ", ".join(whence)
+        if not path.parent.is_dir():
+            raise CannotMakeError(f"wanted to make {path}, found no directory {path.parent}")
+        try:
+            facts, found = self._facts()
+            naming = self._with_sans(item, kubeadm_names.naming(spec, facts))
+            if facts.release is not None and (facts.release.major, facts.release.minor) < spec.since:
+                since = Release(*spec.since)
+                raise NoFactError(f"{spec.name} is known from Kubernetes {since} on, found {facts.release}")  # noqa: TRY301
+            fresh = self._kubeconfig(item, facts) if spec.kubeconfig else None
+        except NoFactError as e:
+            raise CannotMakeError(f"wanted to make {path} anew, found no way to say its names: {e}") from None
+        notes = [
+            f"{spec.name} is not on this node; it is made anew from {self.source}: {naming.text}",
+            f"{spec.name}: names as of Kubernetes {facts.release or '(any)'}, {found}",
+            *([f"{spec.name}: it leads to {fresh.server}"] if fresh is not None else []),
+            *self._rights(naming, spec, strictly=False),
+        ]
+        return Desired(naming=naming, notes=tuple(notes), key=self.config.key, kubeconfig=fresh)
 
+    def _facts(self) -> tuple[NamingFacts, str]:
+        """The facts that names are made of, and a sentence about where the node's own part comes from."""
+        config, manifest = self.config, self.node.manifests.get(Component.APISERVER)
+        here = self.settings.node.name
+        address = (endpoints.name(manifest.flags) or "") if manifest is not None else ""
+        for what, theirs, ours in (("node", config.node, here), ("advertise address", config.address, address)):
+            if theirs and ours and theirs != ours:
+                raise CannotMakeError(
+                    f"{self.source} is for {what} {theirs}, and this is {ours}",
+                    hint="name the configuration of this node, or leave the node's part (InitConfiguration) out of it",
+                )
+        sources = [f"node {here or config.node} of {'its certificates or the settings' if here else self.source}"]
+        if address or config.address:
+            sources.append(
+                f"address {address or config.address} of {'kube-apiserver.yaml' if address else self.source}"
+            )
+        facts = config.naming_facts(here or config.node, address or config.address)
+        if facts.release is None:
+            facts = dataclasses.replace(facts, release=self._release_here())
+        return facts, ", ".join(sources)
 
-def release_of(node: Node) -> Release | None:
-    """The API server's, by its image's tag."""
-    manifest = node.manifests.get(Component.APISERVER)
-    return None if manifest is None else kubeadm_names.parse_release(manifest.tag)
+    def _release_here(self) -> Release | None:
+        """The API server's, by its image's tag."""
+        manifest = self.node.manifests.get(Component.APISERVER)
+        return None if manifest is None else kubeadm_names.parse_release(manifest.tag)
 
+    def _kubeconfig(self, item: Item, facts: NamingFacts) -> FreshKubeconfig:
+        manifest, config = self.node.manifests.get(Component.APISERVER), self.config
+        port = config.bind_port or (manifest.flags.get("--secure-port", "") if manifest is not None else "") or "6443"
+        local = ""
+        if facts.address:
+            local = f"https://{f'[{facts.address}]' if ':' in facts.address else facts.address}:{port}"
+        server = local if item.spec.name in _LOCAL else config.endpoint_url or local
+        if not server:
+            raise NoFactError("wanted the API server's address, found none")
+        user = item.spec.common_names[0].replace("{node}", facts.node)
+        ca_pem = pem(anchors_of(item)[0])  # as kubeadm: the first, which is the one that signs
+        return FreshKubeconfig(server=server, cluster=config.cluster_name, user=user, ca_pem=ca_pem)
 
-def _fresh(item: Item, config: KubeadmConfig, node: Node, facts: NamingFacts) -> FreshKubeconfig:
-    manifest = node.manifests.get(Component.APISERVER)
-    port = config.bind_port or (manifest.flags.get("--secure-port", "") if manifest is not None else "") or "6443"
-    local = ""
-    if facts.address:
-        local = f"https://{f'[{facts.address}]' if ':' in facts.address else facts.address}:{port}"
-    server = local if item.spec.name in _LOCAL else config.endpoint_url or local
-    if not server:
-        raise NoFactError("wanted the API server's address, found none")
-    user = item.spec.common_names[0].replace("{node}", facts.node)
-    # one certificate, as kubeadm: the first, which is the one that signs
-    ca_pem = pem(anchors_of(item)[0])
-    return FreshKubeconfig(server=server, cluster=config.cluster_name, user=user, ca_pem=ca_pem)
+    # --- a change of a live certificate ------------------------------------------------------------------------------
 
+    def changed(self, item: Item) -> Desired | None:
+        """What replaces a live certificate; None: the next one says what this one says."""
+        name, notes = item.spec.name, []
+        was = naming = csr.naming_of(item.certificates[0])
+        if name in self.changes.add or name in self.changes.drop:
+            naming = self._with_sans(item, naming)
+            more = [f"with {':'.join(san_entry(san))}" for san in naming.sans if san not in was.sans]
+            less = [f"without {':'.join(san_entry(san))}" for san in was.sans if san not in naming.sans]
+            difference = ", ".join([*more, *less]) or "since nothing changes"
+            notes.append(f"{name}: SANs as in the live certificate, {difference}")
+        if self.changes.adopt_defaults:
+            subject = kubeadm_names.subject(item.spec, self._version_and_node())
+            if sorted(attributes(subject)) == sorted(attributes(naming.subject)):
+                notes.append(f"{name}: its subject is kubeadm's of today")
+            else:
+                naming = dataclasses.replace(naming, subject=subject)
+                texts = [Naming(subject=one).text for one in (subject, was.subject)]
+                notes.append(f"{name}: subject {texts[0]} instead of {texts[1]}")
+                notes += self._rights(naming, item.spec, strictly=True)
+        return Desired(naming=naming, notes=tuple(notes)) if notes else None
 
-# --- a change of a live one ------------------------------------------------------------------------------------------
+    def _version_and_node(self) -> NamingFacts:
+        release = self._release_here() if self.changes.kubeadm_config is None else self.config.release
+        if release is None and (version := self.settings.node.kubernetes_version) is not None:
+            release = Release(version.major, version.minor)
+        return NamingFacts(release=release, node=self.settings.node.name)
 
+    def _with_sans(self, item: Item, naming: Naming) -> Naming:
+        add, drop = (changes.get(item.spec.name, ()) for changes in (self.changes.add, self.changes.drop))
+        absent = [san for san in drop if san not in naming.sans]
+        if absent:
+            raise CannotChangeError(
+                f"--drop-san: wanted SANs of {item.certificate_path}, found that it has no "
+                f"{kubeadm_names.text_of(absent)}",
+                hint=f"it has {kubeadm_names.text_of(naming.sans)}",
+            )
+        needed = self._needed().get(item.spec.name, {}) if drop else {}
+        used = [f"{value} ({needed[value]})" for san in drop if (value := str(san.value)) in needed]
+        if used:
+            raise CannotChangeError(
+                f"--drop-san: wanted names that nobody on this node needs, found {', '.join(used)}",
+                hint="change who needs it first; without the name they would not trust the certificate",
+            )
+        both = [san for san in add if san in drop]
+        if both:
+            raise CannotChangeError(f"wanted each SAN added or dropped, found {kubeadm_names.text_of(both)} in both")
+        sans = tuple(san for san in naming.sans if san not in drop)
+        return dataclasses.replace(naming, sans=tuple(dict.fromkeys((*sans, *add))))
 
-def _changed(item: Item, node: Node, settings: Settings, changes: Changes, source: ConfigSource) -> Desired | None:
-    """What replaces a live certificate; None: the next one says what this one says."""
-    name, notes = item.spec.name, []
-    was = naming = csr.naming_of(item.certificates[0])
-    add, drop = changes.add.get(name, ()), changes.drop.get(name, ())
-    if add or drop:
-        naming = _with_sans(item, naming, add, drop, needed(node, settings).get(name, {}))
-        more = [f"with {':'.join(san_entry(san))}" for san in naming.sans if san not in was.sans]
-        less = [f"without {':'.join(san_entry(san))}" for san in was.sans if san not in naming.sans]
-        notes.append(f"{name}: SANs as in the live certificate, {', '.join([*more, *less]) or 'since nothing changes'}")
-    if changes.adopt_defaults:
-        subject = kubeadm_names.subject(item.spec, _version_and_node(node, settings, source, changes))
-        if sorted(attributes(subject)) == sorted(attributes(naming.subject)):
-            notes.append(f"{name}: its subject is kubeadm's of today")
-        else:
-            naming = dataclasses.replace(naming, subject=subject)
-            notes.append(f"{name}: subject {naming_text(subject)} instead of {naming_text(was.subject)}")
-            notes += assert_bound(source, naming, item.spec, strictly=True)
-    if not notes:
-        return None
-    return Desired(naming=naming, notes=tuple(notes))
+    def _needed(self) -> dict[str, dict[str, str]]:
+        """
+        The names by which this node's own files reach its servers, by certificate name, with the file that says so.
 
+        The kubeconfigs' servers may be another node's or a load balancer's, which are names of this API server, too.
+        """
+        node, found = self.node, {name: dict[str, str]() for name in _SERVING}
+        api, etcd = (node.manifests.get(one) for one in (Component.APISERVER, Component.ETCD))
+        if api is not None:
+            if (name := endpoints.name(api.flags)) is not None:
+                found["apiserver"][name] = "kube-apiserver.yaml: --advertise-address"
+            for url in endpoints.urls(api.flags, "--etcd-servers") if node.local_etcd else ():
+                found["etcd-server"][endpoints.Server(url).place.host] = "kube-apiserver.yaml: --etcd-servers"
+        for certificate, flag in (
+            ("etcd-server", "--advertise-client-urls"),
+            ("etcd-peer", "--initial-advertise-peer-urls"),
+        ):
+            host = endpoints.host(etcd.flags, flag) if etcd is not None else None
+            if host is not None:
+                found[certificate][host] = f"etcd.yaml: {flag}"
+        for spec in SPECS.values():
+            if spec.kubeconfig and (host := _server_of(self.settings.node.kubeconfig_dir / spec.base)):
+                found["apiserver"].setdefault(host, f"the server of {spec.base}")
+        return found
 
-def naming_text(subject: x509.Name) -> str:
-    """A subject as text, for people."""
-    return Naming(subject=subject).text
+    # --- the cluster -------------------------------------------------------------------------------------------------
 
+    @functools.cached_property
+    def api(self) -> Api:
+        """The cluster's, whether it answers or not."""
+        return Api.of_node(self.node, self.settings.node.kubeconfig_dir)
 
-def _version_and_node(node: Node, settings: Settings, source: ConfigSource, changes: Changes) -> NamingFacts:
-    release = release_of(node) if changes.kubeadm_config is None else source.config().release
-    if release is None and (set_one := settings.node.kubernetes_version) is not None:
-        release = Release(set_one.major, set_one.minor)
-    return NamingFacts(release=release, node=settings.node.name)
+    @functools.cached_property
+    def config(self) -> KubeadmConfig:
+        """kubeadm's configuration; an error (NoSourceError, KubeadmConfigError): it can't be had."""
+        file = self.changes.kubeadm_config
+        if file is not None:
+            return kubeadm_config.parse(kubeadm_config.read_file(file), self.source)
+        try:
+            reply = self.api.ask("GET", CONFIG_MAP)
+        except NoAnswerError as e:
+            raise NoSourceError(f"wanted {self.source}, found {e}") from None
+        data = reply.document.get("data")
+        text = data.get(CLUSTER_CONFIGURATION) if isinstance(data, dict) else None
+        if reply.status != HTTPStatus.OK or not isinstance(text, str):
+            raise NoSourceError(f"wanted {self.source}, found none there (HTTP {reply.status})")
+        try:
+            return kubeadm_config.parse(text.encode(), self.source)
+        except KubeadmConfigError as e:
+            raise NoSourceError(str(e)) from None
 
+    def _rights(self, naming: Naming, spec: CertificateSpec, *, strictly: bool) -> list[str]:
+        """
+        A sentence about the binding that the certificate's rights come from; empty where none is needed.
 
-def _with_sans(
-    item: Item,
-    naming: Naming,
-    add: Sequence[x509.GeneralName],
-    drop: Sequence[x509.GeneralName],
-    needed_here: Mapping[str, str],
-) -> Naming:
-    absent = [san for san in drop if san not in naming.sans]
-    if absent:
-        raise CannotChangeError(
-            f"--drop-san: wanted SANs of {item.certificate_path}, found that it has no {kubeadm_names.text_of(absent)}",
-            hint=f"it has {kubeadm_names.text_of(naming.sans)}",
-        )
-    used = [f"{value} ({needed_here[value]})" for san in drop if (value := str(san.value)) in needed_here]
-    if used:
-        raise CannotChangeError(
-            f"--drop-san: wanted names that nobody on this node needs, found {', '.join(used)}",
-            hint="change who needs it first; without the name they would not trust the certificate",
-        )
-    both = [san for san in add if san in drop]
-    if both:
-        raise CannotChangeError(f"wanted each SAN added or dropped, found {kubeadm_names.text_of(both)} in both")
-    sans = tuple(san for san in naming.sans if san not in drop)
-    return dataclasses.replace(naming, sans=tuple(dict.fromkeys((*sans, *add))))
-
-
-def needed(node: Node, settings: Settings) -> dict[str, dict[str, str]]:
-    """
-    The names and addresses by which this node's own files reach its servers, by certificate name, with who says so.
-
-    Read from manifests and kubeconfigs alone; the kubeconfigs' servers may be another node's or a load balancer's,
-    which are names of this API server, too.
-    """
-    found: dict[str, dict[str, str]] = {name: {} for name in _SERVING}
-    api, etcd = (node.manifests.get(one) for one in (Component.APISERVER, Component.ETCD))
-    if api is not None:
-        if (name := endpoints.name(api.flags)) is not None:
-            found["apiserver"][name] = "kube-apiserver.yaml: --advertise-address"
-        for url in endpoints.urls(api.flags, "--etcd-servers") if node.local_etcd else ():
-            found["etcd-server"][endpoints.Server(url).place.host] = "kube-apiserver.yaml: --etcd-servers"
-    for certificate, flag in (
-        ("etcd-server", "--advertise-client-urls"),
-        ("etcd-peer", "--initial-advertise-peer-urls"),
-    ):
-        host = endpoints.host(etcd.flags, flag) if etcd is not None else None
-        if host is not None:
-            found[certificate][host] = f"etcd.yaml: {flag}"
-    for spec in SPECS.values():
-        if spec.kubeconfig and (host := _server_of(settings.node.kubeconfig_dir / spec.base)):
-            found["apiserver"].setdefault(host, f"the server of {spec.base}")
-    return found
+        Raises:
+            NotBoundError: The binding is not there; with `strictly`, also where the cluster does not answer.
+        """
+        needed = _needed_by(naming, spec)
+        if needed is None:
+            return []
+        rights = f"{spec.name}: its rights come from ClusterRoleBinding {needed.name} alone"
+        try:
+            found = _missing(self.api, needed)
+        except NoAnswerError as e:
+            if not strictly:
+                return [f"{rights}, which was not looked at: {e}"]
+            raise NotBoundError(
+                f"{rights}; wanted to see it, found {e}",
+                hint="run it while the API server answers; until then leave the subject as it is",
+            ) from None
+        if found:
+            raise NotBoundError(
+                f"{rights}; wanted it ({needed.role} for {needed.kind} {needed.who}), found {found}",
+                hint=f"`kubeadm upgrade apply` makes it; or: {needed.command}",
+            )
+        return [f"{rights}, which is there"]
 
 
 def _server_of(path: Path) -> str:
@@ -280,70 +323,7 @@ def _server_of(path: Path) -> str:
         parsed = kubeconfig.parse(read(path) or b"")
         return parsed.tls_server_name or endpoints.Server(parsed.server).place.host
     except (kubeconfig.KubeconfigError, UnreadableError, ValueError):
-        return ""  # the inventory tells what is wrong with it
-
-
-# --- where kubeadm's configuration is from ---------------------------------------------------------------------------
-
-
-class NoSourceError(BridgeError):
-    """The cluster does not tell kubeadm's configuration."""
-
-    hint = (
-        "name kubeadm's configuration with --kubeadm-config FILE; or put a good copy of the certificate back (an expired "
-        "one will do), or have the API server answer (kubectl get -n kube-system cm kubeadm-config)"
-    )
-
-
-class ConfigSource:
-    """Asked once, and only if somebody wants to know."""
-
-    def __init__(self, node: Node, settings: Settings, file: Path | None) -> None:
-        self._node, self._settings, self._file = node, settings, file
-        self._api: Api | None = None
-        self._config: KubeadmConfig | None = None
-
-    @property
-    def text(self) -> str:
-        """Where the configuration is from, for messages."""
-        return str(self._file) if self._file is not None else "the cluster's ConfigMap kube-system/kubeadm-config"
-
-    @property
-    def api(self) -> Api:
-        """The cluster's, whether it answers or not."""
-        if self._api is None:
-            self._api = Api.of_node(self._node, self._settings.node.kubeconfig_dir)
-        return self._api
-
-    def config(self) -> KubeadmConfig:
-        """
-        Read it.
-
-        Raises:
-            NoSourceError: The cluster tells none that can be used.
-            KubeadmConfigError: The file can't be used.
-        """
-        if self._config is None:
-            self._config = (
-                self._of_cluster()
-                if self._file is None
-                else kubeadm_config.parse(kubeadm_config.read_file(self._file), self.text)
-            )
-        return self._config
-
-    def _of_cluster(self) -> KubeadmConfig:
-        try:
-            reply = self.api.ask("GET", CONFIG_MAP)
-        except NoAnswerError as e:
-            raise NoSourceError(f"wanted {self.text}, found {e}") from None
-        data = reply.document.get("data")
-        text = data.get(CLUSTER_CONFIGURATION) if isinstance(data, dict) else None
-        if reply.status != HTTPStatus.OK or not isinstance(text, str):
-            raise NoSourceError(f"wanted {self.text}, found none there (HTTP {reply.status})")
-        try:
-            return kubeadm_config.parse(text.encode(), self.text)
-        except KubeadmConfigError as e:
-            raise NoSourceError(str(e)) from None
+        return ""  # the inventory says what is wrong with it
 
 
 # --- rights by ClusterRoleBindings -----------------------------------------------------------------------------------
@@ -354,13 +334,7 @@ _KUBELET_CLIENT = "kubeadm:apiserver-kubelet-client"
 _O = NameOID.ORGANIZATION_NAME.dotted_string
 
 
-class NotBoundError(BridgeError):
-    """The new subject would have no rights."""
-
-    exit_code = Exit.REFUSED
-
-
-class Binding(NamedTuple):
+class _Binding(NamedTuple):
     """A ClusterRoleBinding on which a subject's rights depend."""
 
     name: str
@@ -376,61 +350,27 @@ class Binding(NamedTuple):
         )
 
 
-def needed_by(naming: Naming, spec: CertificateSpec) -> Binding | None:
+def _needed_by(naming: Naming, spec: CertificateSpec) -> _Binding | None:
     """The binding that a certificate's rights come from; None: its rights are its own, or it needs none."""
     groups = {value for oid, value in attributes(naming.subject) if oid == _O}
     if MASTERS in groups:
         return None
     if ADMINS in groups:
-        return Binding(ADMINS, "cluster-admin", "Group", ADMINS)
+        return _Binding(ADMINS, "cluster-admin", "Group", ADMINS)
     if spec.name == "apiserver-kubelet-client":
-        return Binding(_KUBELET_CLIENT, "system:kubelet-api-admin", "User", "kube-apiserver-kubelet-client")
+        return _Binding(_KUBELET_CLIENT, "system:kubelet-api-admin", "User", "kube-apiserver-kubelet-client")
     return None
 
 
-def assert_bound(source: ConfigSource, naming: Naming, spec: CertificateSpec, *, strictly: bool) -> list[str]:
-    """
-    Look whether the binding is there; a sentence about it, or none where none is needed.
-
-    Args:
-        source: Whose cluster is asked.
-        naming: Of the certificate to come.
-        spec: Its spec.
-        strictly: A cluster that does not answer is an error, too.
-
-    Raises:
-        NotBoundError: It is not there.
-    """
-    needed = needed_by(naming, spec)
-    if needed is None:
-        return []
-    rights = f"{spec.name}: its rights come from ClusterRoleBinding {needed.name} alone"
-    try:
-        found = _missing(source, needed)
-    except NoAnswerError as e:
-        if not strictly:
-            return [f"{rights}, which was not looked at: {e}"]
-        raise NotBoundError(
-            f"{rights}; wanted to see it, found {e}",
-            hint="run it while the API server answers; until then leave the subject as it is",
-        ) from None
-    if found:
-        raise NotBoundError(
-            f"{rights}; wanted it ({needed.role} for {needed.kind} {needed.who}), found {found}",
-            hint=f"`kubeadm upgrade apply` makes it; or: {needed.command}",
-        )
-    return [f"{rights}, which is there"]
-
-
-def _missing(source: ConfigSource, needed: Binding) -> str:
+def _missing(api: Api, needed: _Binding) -> str:
     """What stands in the binding's place, in words; empty: the binding itself."""
-    reply = source.api.ask("GET", f"{_PATH}/{needed.name}")
+    reply = api.ask("GET", f"{_PATH}/{needed.name}")
     if reply.status == HTTPStatus.OK:
         return "" if _binds(reply.document, needed) else "one of that name for another role or subject"
     return "none" if reply.status == HTTPStatus.NOT_FOUND else f"HTTP {reply.status}"
 
 
-def _binds(document: Mapping[str, Any], needed: Binding) -> bool:
+def _binds(document: Mapping[str, Any], needed: _Binding) -> bool:
     ref, subjects = document.get("roleRef"), document.get("subjects")
     if not isinstance(ref, dict) or not isinstance(subjects, list):
         return False

@@ -49,14 +49,9 @@ def state_files(store: Store) -> list[StateFile[Any]]:
 
 def set_aside(settings: Settings) -> list[SetAside]:
     """
-    Give every damaged state file another name; nothing else is touched, and all of it is in the audit log.
+    Give every damaged state file another name, and record it; nothing else is touched.
 
     A journal's list of staged files goes with it, whole or not, so that no run removes what belongs to it.
-
-    Raises:
-        LockedError: Another run works on this node.
-        BridgeError: The state directory is not ours alone, or a file can't be read or renamed.
-        OSError: The state directory can't be written.
     """
     store = Store(settings.node.state_dir)
     store.prepare()

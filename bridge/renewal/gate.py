@@ -35,12 +35,7 @@ _LONGEST_REASON = 500
 
 
 def delay(settings: Settings, now: datetime, *, is_terminal: bool) -> timedelta:
-    """
-    How long a run without names waits before it takes the lock: `renewal.jitter`, where something will be renewed.
-
-    Raises:
-        SettingsError: There are windows, and the machine's time zone is none that it knows.
-    """
+    """How long a run without names waits before it takes the lock: `renewal.jitter`, if something will be renewed."""
     if is_terminal or not settings.renewal.jitter.most:
         return timedelta()
     node = inventory.of(settings.node)
@@ -51,16 +46,9 @@ def delay(settings: Settings, now: datetime, *, is_terminal: bool) -> timedelta:
 
 def hold(selection: Selection, settings: Settings, attempts: Attempts | None, now: datetime) -> Selection:
     """
-    The selection of a run without names, without what waits for its window, or for a CA that was asked in vain too often.
+    The selection without what waits for its window, or for a CA that was asked in vain too often.
 
-    Args:
-        selection: What is due.
-        settings: Its windows.
-        attempts: Those so far; None: somebody is at the terminal, who may ask as often as they like.
-        now: Aware, UTC.
-
-    Raises:
-        SettingsError: As `delay`.
+    `attempts` is None where an operator is at the terminal, who may ask as often as they like.
     """
     selection = hold_for_window(selection, settings.renewal, now)
     return selection if attempts is None else attempts.held(selection, now)
@@ -77,12 +65,10 @@ class NotYetError(WaitingError):
 
 def decide(selection: Selection, settings: RenewalSettings, now: datetime) -> Decision:
     """
-    Whether what is due may be renewed now.
-
-    What must not wait takes the rest with it: one interruption instead of several.
+    Whether the selected certificates may be renewed now; one that must not wait takes the rest with it.
 
     Raises:
-        SettingsError: There are windows, and the machine's time zone is none that it knows.
+        SettingsError: There are windows, and the machine's time zone is not known.
     """
     if not settings.window or not selection.items:
         return Decision(act=True, reason="renewal.window is not set, or nothing is due")
@@ -90,12 +76,7 @@ def decide(selection: Selection, settings: RenewalSettings, now: datetime) -> De
 
 
 def hold_for_window(selection: Selection, settings: RenewalSettings, now: datetime) -> Selection:
-    """
-    The selection, or one without items: all that is due then waits for the next window.
-
-    Raises:
-        SettingsError: As `decide`.
-    """
+    """The selection, or one without items: everything that is due then waits for the next window."""
     decision = decide(selection, settings, now)
     if decision.act:
         return selection
@@ -108,19 +89,9 @@ def jitter(
     selection: Selection, settings: RenewalSettings, now: datetime, *, is_terminal: bool, share: float
 ) -> timedelta:
     """
-    The time to wait before a run takes the lock.
+    The time to wait before a run takes the lock; `share` is a random number from 0 to below 1.
 
     Never past the window that is open, nor longer than half of the time that a certificate has left.
-
-    Args:
-        selection: What is due and will be renewed now.
-        settings: `jitter` is the longest delay.
-        now: Aware, UTC.
-        is_terminal: Somebody waits for it: no delay.
-        share: By chance, from 0 to below 1.
-
-    Raises:
-        SettingsError: As `decide`.
     """
     if is_terminal or not selection.items or not settings.jitter.most:
         return timedelta()
@@ -189,14 +160,10 @@ class Failures:
 
 def next_try(failures: Failures, expires: datetime) -> datetime:
     """
-    The time when the CA may be asked again (pure).
+    The time when the CA may be asked again (pure); `expires` is the first end of the certificates that are due.
 
     From the third failure on an hour later, then twice as long each time, a day at most; and after half of the time
     that a certificate has left at most, so that it never expires between two tries.
-
-    Args:
-        failures: So far.
-        expires: Of the certificate that expires first of those that are due.
     """
     if not failures.needs_a_person:
         return failures.last
@@ -207,22 +174,14 @@ def next_try(failures: Failures, expires: datetime) -> datetime:
 
 
 class Attempts:
-    """The file; its lock is held by whoever changes it."""
+    """The failed runs so far; a caller that changes them holds the lock."""
 
     def __init__(self, store: Store) -> None:
-        """
-        Raises:
-            StateUnreadableError: The file is there and can't be read at this moment.
-        """
         self._file = attempts_file(store)
         self.authorities = self._file.read() or {}
 
     def held(self, selection: Selection, now: datetime) -> Selection:
-        """
-        The selection without what is not asked for yet; that has failed, with the exit code of the last try.
-
-        For runs that nobody looks at; whoever names certificates, or sits at a terminal, wants to try now.
-        """
+        """The selection without certificates of a CA that is not asked yet: they fail as at its last try."""
         pauses = {name: pause for name in self.authorities if (pause := self._pause(name, selection, now)) is not None}
         held = [
             outcome_of(i, pauses[i.spec.authority.name]) for i in selection.items if i.spec.authority.name in pauses
@@ -242,18 +201,10 @@ class Attempts:
 
     def note(self, asked: Collection[str], failed: Mapping[str, BridgeError], now: datetime) -> list[NeedsAPersonError]:
         """
-        Count a run, safe on disk when this returns.
+        Count a run, safe on disk when this returns (StateError: it can't be written).
 
-        Args:
-            asked: The authorities for which it tried to renew something. Those without a failure have succeeded.
-            failed: The worst error of an authority; what only waits, or was held back or off, is none.
-            now: Aware, UTC.
-
-        Returns:
-            One for each authority that failed now and needs a person.
-
-        Raises:
-            StateError: It can't be written.
+        An authority that was asked and has no failure has succeeded; a certificate that only waits, or was held back,
+        has not failed. The result has an error for each authority that failed now and needs a person.
         """
         before = dict(self.authorities)
         for name in asked:

@@ -70,14 +70,7 @@ class HookEvent:
         exit_code: int | None = None,
         errors: Iterable[BridgeError] = (),
     ) -> HookEvent:
-        """
-        Args:
-            items: What was to be renewed.
-            outcomes: What became of it, so far.
-            backup_id: The old files.
-            exit_code: The run's.
-            errors: Those that are about the run as a whole.
-        """
+        """The event of a run: its items, their outcomes so far, and errors about the run as a whole."""
         outcomes = list(outcomes)
         names = tuple(dict.fromkeys([*(i.spec.name for i in items), *(o.name for o in outcomes)]))
         renewed = {o.name: o.new for o in outcomes if o.new is not None}
@@ -127,12 +120,7 @@ class Hooks:
         self._run_id = run_id
 
     def before(self, occasion: HookEvent) -> None:
-        """
-        Run the hooks before anything is asked.
-
-        Raises:
-            HookError: One failed; the renewal must not begin.
-        """
+        """Run the hooks before a CA is asked (HookError: the renewal must not begin)."""
         environment = self._environment(BEFORE, occasion) | {"CA_BRIDGE_TRY": "1"}
         for words in self._settings.hooks.before.words():
             ended = self._run(BEFORE, words, environment)
@@ -145,10 +133,10 @@ class Hooks:
 
     def installing(self, occasion: HookEvent) -> None:
         """
-        Remember that the commands of `installed` are owed from now on, if the new certificates are ever live.
+        Write down that the commands of `installed` are owed, if the new certificates are ever live.
 
         Raises:
-            HookError: It can't be remembered; then nothing must be installed.
+            HookError: It can't be written; then nothing must be installed.
         """
         if self._commands(AFTER_INSTALL).texts:
             try:
@@ -167,12 +155,7 @@ class Hooks:
         return self._all_of(FAILURE, occasion)
 
     def again(self, node: Node) -> list[HookError]:
-        """
-        First in a run: what is owed by earlier ones.
-
-        Args:
-            node: As it is; hooks about certificates of which none is live any more are dropped.
-        """
+        """Run the hooks that earlier runs owe; if none of its certificates is live any more, a hook is dropped."""
         try:
             every = self._file.read() or ()
         except StateError as e:

@@ -79,16 +79,9 @@ def preparing(
     desired: Mapping[str, Desired] | None = None,
 ) -> Iterator[Making]:
     """
-    Make keys and CSRs from the live certificates, on all cores, beside other work; what can't be made fails alone.
+    Make keys and CSRs in the order of the items, on all cores, beside other work; one that can't be made fails alone.
 
-    Args:
-        items: What to renew.
-        settings: `renewal.key` and `renewal.validity`.
-        requests: Open ones by name, to go on with.
-        desired: By name, what differs from the live certificates.
-
-    Yields:
-        In the order of the items; what is not begun when the other work ends is not made.
+    What is not begun when the other work ends is not made.
     """
     pool = ThreadPoolExecutor(os.cpu_count() or 1)
     try:
@@ -174,10 +167,10 @@ def take_up(item: Item, made: OpenRequest) -> Prepared | Outcome:
 
 def with_continuity(prepared: Sequence[Prepared], settings: Settings, now: datetime) -> list[Prepared]:
     """
-    The same, where each request says who asks, and proves it with the key of the certificate that it replaces.
+    The same, where each request names its node, and proves it with the key of the certificate that it replaces.
 
-    All are of one batch; requests that are of one already stay as they are, since they may have been handed over, unless
-    the settings name the node or cluster otherwise now, a proof that was missing can be made, or it has become old.
+    All of them form one batch. Requests of an earlier batch stay as they are, since they may have been handed over,
+    unless the node or cluster has another name now, a missing proof can be made, or the proof has become old.
     """
     said = {(who.batch, who.asked) if (who := one.request.continuity) is not None else None for one in prepared}
     if len(said) == 1 and all(_still_says_it(one, settings, now) for one in prepared):
@@ -224,10 +217,9 @@ def _embedded_key(item: Item) -> bytes:
 
 def _fits(made: OpenRequest, replaced: x509.Certificate | None, algorithm: str, naming: Naming | None) -> bool:
     """
-    Whether it is for the certificate that is there now, with a key as it would be made now, and says what is wanted now.
+    Whether an open request is for the live certificate, with the kind of key and the names that are wanted now.
 
-    Without names that are wanted it may say something else than the live certificate: an operator wanted that when it
-    was made.
+    Without desired names it may differ from the live certificate: an operator wanted that when it was made.
     """
     says_it = naming is None or naming.is_of(made.request.csr)
     is_alike = csr.algorithm_name(made.request.csr.public_key()) == algorithm
@@ -240,12 +232,10 @@ _PRIVATE_KEY = b"PRIVATE KEY-----"
 
 def live_pair(item: Item) -> tuple[x509.Certificate | None, dict[Path, str | None]]:
     """
-    Read the certificate on disk now, and the digests of all files of its pair, at the same time.
-
-    None: there was none when the node was looked at, and there still is none.
+    Read the certificate on disk and the digests of all files of its pair; no certificate: there was none, and is none.
 
     Raises:
-        BridgeError: It can't be read, or is not the one that was looked at (it gives its identity to the next one).
+        BridgeError: It can't be read, or is not the certificate that was looked at, whose identity the next one gets.
     """
     paths = [item.certificate_path] if item.key_path is None else [item.key_path, item.certificate_path]
     for path in paths:
@@ -286,10 +276,7 @@ def _was_current(item: Item) -> dict[Path, str | None]:
 
 
 def present(item: Item, live: x509.Certificate | None) -> x509.Certificate:
-    """
-    Raises:
-        MissingCertificateError: There is none.
-    """
+    """The live certificate (MissingCertificateError: there is none)."""
     if live is None:
         text = f"wanted a certificate to renew in {item.certificate_path}, found nothing"
         raise MissingCertificateError(text, hint=RESTORE)
@@ -307,12 +294,10 @@ def _read(path: Path) -> bytes | None:
 
 def write_csrs(prepared: Sequence[Prepared], directory: Path) -> None:
     """
-    `NAME.csr` and `NAME.key`, flat and 0600, as `kubeadm certs renew --csr-only` wrote them up to 1.22.
+    Write `NAME.csr` and `NAME.key`, flat and 0600, as `kubeadm certs renew --csr-only` wrote them up to 1.22.
 
-    Unlike it, never over an older file: that key may belong to a CSR that a CA is about to sign.
-
-    Raises:
-        BridgeError: A file is there already, or can't be written; then none of ours is left.
+    Unlike kubeadm, never over an older file: that key may belong to a CSR that a CA is about to sign. After an error
+    none of the files is left.
     """
     written: list[Path] = []
     try:
@@ -345,12 +330,7 @@ def replaced_by_next(item: Item, live: x509.Certificate | None) -> x509.Certific
 
 
 def serving_names(item: Item, settings: Settings) -> Naming | None:
-    """
-    The names of a kubelet's next serving certificate; None: those of the live certificate, as for all others.
-
-    Raises:
-        NotReadyError: No address of this node is known.
-    """
+    """The names of a kubelet's next serving certificate; None: those of the live certificate, as for all others."""
     if item.spec.name != KUBELET_SERVER or not (item.foreign or settings.serving_sans):
         return None
     node = settings.node
@@ -365,10 +345,9 @@ def serving_names(item: Item, settings: Settings) -> Naming | None:
 
 def own_names(node: NodeSettings) -> tuple[str, ...]:
     """
-    The node's names and addresses by the kubelet's configuration, or an API server's beside it.
+    The node's names and addresses by the kubelet's configuration, or by that of an API server beside it.
 
-    Raises:
-        NotReadyError: No address; with a name alone the API server could not verify the kubelet, nor metrics-server.
+    Without an address it is a NotReadyError: the API server and metrics-server can't verify a kubelet by name alone.
     """
     kubelet = KubeletFiles.load(node.kubelet_dir)
     addresses = [address for address in kubelet.addresses if is_host(address)] or _advertised(node)

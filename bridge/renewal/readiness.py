@@ -50,13 +50,7 @@ class NoWayToRestartError(NotReadyError):
 
 
 def assert_room(settings: Settings) -> None:
-    """
-    Look at the disks of the state, PKI and kubeconfig directories.
-
-    Raises:
-        ReadOnlyError: One of them is mounted read-only.
-        NoRoomError: One of them has too little.
-    """
+    """Look at the disks of the state, PKI and kubeconfig directories (ReadOnlyError, NoRoomError)."""
     node = settings.node
     found = list(disk_spaces((node.state_dir, node.pki_dir, node.kubeconfig_dir)))
     if closed := [str(room.place) for room in found if room.is_read_only]:
@@ -78,14 +72,7 @@ def _too_little(room: DiskSpace) -> str:
 
 
 def without_restart(node: Node, settings: Settings, items: Sequence[Item]) -> list[Outcome]:
-    """
-    Find the certificates whose components can't be restarted, though they have to be.
-
-    Args:
-        node: As it is.
-        settings: `restart.method` and the commands.
-        items: What is to be renewed.
-    """
+    """Outcomes of certificates whose components have to be restarted, and can't be."""
     if settings.restart.method == "none":
         return []
     from bridge.control_plane import restarts  # noqa: PLC0415 (40 ms; only where components are restarted)
@@ -114,13 +101,7 @@ class HalfRotatedError(NotReadyError):
 
 
 def half_rotated(node: Node, kubeconfig_dir: Path) -> HalfRotatedError | None:
-    """
-    Find the kubeconfigs that would refuse a new serving certificate of the API server, and take the one that it has.
-
-    Args:
-        node: As it is; what can't be read is said elsewhere.
-        kubeconfig_dir: Where its kubeconfigs are.
-    """
+    """Find kubeconfigs that accept the API server's live certificate, and would refuse its next one."""
     serving = _certificates(node, "apiserver")
     anchors = next((one.certificates for one in node.authorities if one.authority.name == "ca"), ())
     if not serving or not anchors or (len(anchors) == 1 and _issued(serving, anchors[0])):

@@ -81,12 +81,7 @@ def _sleep(delay: timedelta, progress: Progress) -> None:
 
 
 def _check(settings: Settings, run: Run) -> None:
-    """
-    Read every backend's table, though nobody is to be asked: a mistake is told on the day that it is made.
-
-    Raises:
-        SettingsError: A table can't be used.
-    """
+    """Read every backend's table, though no CA is asked: a mistake (SettingsError) shows on the day that it is made."""
     registry.configured(settings, settings.authorities)
     checked_settings.remember(settings, run.store)
 
@@ -107,7 +102,7 @@ def _prepare_and_issue(
     run: Run, selection: Selection, stuck: Sequence[Outcome], node: Node, options: RunOptions
 ) -> tuple[list[Answered], list[Outcome], list[Prepared]]:
     """
-    Make keys, which takes as long as all the rest, and beside that reach the CAs and ask them.
+    Make keys, which takes as long as all the rest, and meanwhile reach the CAs and ask them.
 
     Returns:
         The answers; what failed; and, with `all_or_nothing`, the requests that were not sent because something failed.

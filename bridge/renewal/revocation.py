@@ -33,13 +33,7 @@ class RevocationError(BridgeError):
 
 
 def owe(run: Run, done: Sequence[Outcome]) -> None:
-    """
-    Remember what is to be revoked, if these are ever installed and in use.
-
-    Raises:
-        StateError: It can't be remembered; nothing must be installed.
-        SettingsError: A backend's table can't be used.
-    """
+    """Write down the certificates to revoke, once the new ones are installed and in use."""
     renewal = run.settings.renewal
     if renewal.revoke == "never":
         return
@@ -70,13 +64,7 @@ def _able(run: Run, authorities: Iterable[str]) -> set[str]:
 
 
 def settle(run: Run, node: Node) -> list[BridgeError]:
-    """
-    Revoke what is due, and keep what is not, or can't be revoked now.
-
-    Args:
-        run: Its lock is held.
-        node: As it is now.
-    """
+    """Revoke what is due, and keep what is not, or can't be revoked now."""
     try:
         file = revocations_file(run.store)
         every = file.read() or ()
@@ -136,10 +124,6 @@ def _not_now(ours: Sequence[Superseded], cause: BridgeError) -> RevocationError:
 
 
 def _revoke(run: Run, authority: str, ours: Sequence[Superseded]) -> tuple[list[Superseded], list[BridgeError]]:
-    """
-    Raises:
-        BridgeError: The backend can't be used now.
-    """
     configured = registry.configured(run.settings, [authority])[authority]
     done: list[Superseded] = []
     errors: list[BridgeError] = []

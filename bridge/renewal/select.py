@@ -135,17 +135,13 @@ def select(
     Choose what to renew.
 
     Args:
-        node: What is there.
+        node: The files of this node.
         settings: `renewal.before` and `renewal.validity` say what is due.
         options: Which names, and what the operator waives.
-        now: Aware, UTC.
+        now: The time.
         requests: Open requests: the live certificates were judged when these were made.
         waiting: Names for which an answer is to be fetched, due or not.
         desired: The result of `changes.decide`.
-
-    Raises:
-        SettingsError: An unknown name.
-        NoNodeError: No file of a control plane is here.
     """
     assert_known([*options.names, *options.any_identity])
     if not node.is_here:
@@ -282,12 +278,7 @@ def foreign_identity(item: Item, settings: Settings) -> BridgeError | None:
 
 
 def anchors_of(item: Item) -> tuple[x509.Certificate, ...]:
-    """
-    All certificates of the CA file that it must lead to.
-
-    Raises:
-        MissingCertificateError: It can't be read.
-    """
+    """All certificates of the CA file that it must lead to (MissingCertificateError: it can't be read)."""
     try:
         return read_ca_file(item.anchor_path)
     except UnreadableError as e:
@@ -298,10 +289,7 @@ def anchors_of(item: Item) -> tuple[x509.Certificate, ...]:
 
 
 def assert_known(names: Collection[str]) -> None:
-    """
-    Raises:
-        SettingsError: One of the names is none of a certificate.
-    """
+    """Raise a SettingsError if one of the names is no certificate's."""
     unknown = list(dict.fromkeys(name for name in names if name != ALL and name not in SPECS))
     if unknown:
         wanted = f"names of certificates ({', '.join(SPECS)}) or {ALL}"

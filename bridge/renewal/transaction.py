@@ -78,13 +78,7 @@ class Transaction:
 
     @contextlib.contextmanager
     def about(self, selection: Selection) -> Iterator[None]:
-        """
-        Run the `before` hooks, then the work on these certificates; an error of it is counted, and hooks learn of it.
-
-        Raises:
-            HookError: No CA must be asked.
-            BridgeError: The work's; nothing was replaced.
-        """
+        """Run the `before` hooks, then the work on these certificates; its error is counted, and hooks learn of it."""
         try:
             try:
                 self._hooks.before(HookEvent.of(selection.items))
@@ -100,12 +94,7 @@ class Transaction:
     # --- the installation --------------------------------------------------------------------------------------------
 
     def install(self, selection: Selection, proven: Sequence[Proven], failed: Sequence[Outcome]) -> Result:
-        """
-        Install what passed, in one step; what will be owed is on disk before.
-
-        Raises:
-            BridgeError: Nothing was replaced.
-        """
+        """Install what passed, in one step (BridgeError: nothing was replaced); what will be owed is on disk before."""
         if failed and self._options.all_or_nothing:
             return hold_back(self._run, [one.prepared for one in proven], failed)
         if not proven:
@@ -122,12 +111,7 @@ class Transaction:
         return Result(outcomes=(*done, *failed), backup_id=backup_id)
 
     def _owe(self, selection: Selection, done: Sequence[Outcome]) -> None:
-        """
-        Write down revocation, copies, hooks, restart and proof.
-
-        Raises:
-            BridgeError: It can't be written down; nothing must be installed.
-        """
+        """Write down revocation, copies, hooks, restart and proof; if that fails, nothing must be installed."""
         revocation.owe(self._run, done)
         replaced = {one.name: one.old for one in done}
         copies.owe(self._run.settings, self._run.store, self._run.read_node(), replaced)
@@ -183,15 +167,7 @@ class Transaction:
     def _count_and_run_hooks(
         self, selection: Selection, result: Result, errors: Sequence[BridgeError]
     ) -> list[BridgeError]:
-        """
-        Args:
-            selection: What was to be renewed; what was held has failed in it.
-            result: The outcomes.
-            errors: About the run as a whole: not installed, not live, rolled back, hooks after the installation.
-
-        Returns:
-            More errors of the run.
-        """
+        """The errors to add at the run's end: about CAs that need a person, and hooks that failed."""
         if any(isinstance(error, NotNowByHookError) for error in errors):
             return []  # neither success nor failure
         more: list[BridgeError] = list(self._counted(selection, result, errors))
