@@ -10,18 +10,12 @@ from typing import Protocol, TypeVar
 
 from bridge.errors import BackendUnavailableError
 from bridge.system.console import log
+from bridge.system.waiting import back_off_seconds
 
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.5, 15.0
 _FIRST_REST_SECONDS, _LONGEST_REST_SECONDS = 1.0, 30.0
-#: More doublings would only make a larger number of what is cut off anyway.
-_MOST_DOUBLINGS = 30
 
 T = TypeVar("T")
-
-
-def back_off_seconds(failures: int, first: float, longest: float) -> float:
-    """The pause after this many failures in a row, the first of which is number 0: each is twice the one before."""
-    return min(first * 2.0 ** min(failures, _MOST_DOUBLINGS), longest)
 
 
 class Retry(Protocol):

@@ -20,13 +20,13 @@ from bridge.gateway.watch import SigningRequest
 from bridge.settings.tables import Settings
 from bridge.state.audit import AuditError
 from bridge.system.state_file import StateError
+from bridge.system.waiting import back_off_seconds
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
 
 #: A CA that refused, or answered wrongly, is asked again after this, doubled a few times.
-AFTER_REFUSAL_SECONDS = 60.0
-_DOUBLINGS = 3
+AFTER_REFUSAL_SECONDS, _LONGEST_AFTER_REFUSAL_SECONDS = 60.0, 480.0
 
 
 class LeftError(Exception):
@@ -51,7 +51,7 @@ class NotAllowedError(BridgeError):
 
 def after_refusal(job: Job) -> float:
     """Seconds until the CA is asked once more."""
-    return AFTER_REFUSAL_SECONDS * 2.0 ** min(job.attempts, _DOUBLINGS)
+    return back_off_seconds(job.attempts, AFTER_REFUSAL_SECONDS, _LONGEST_AFTER_REFUSAL_SECONDS)
 
 
 def extra(job: Job, outcome: str | None = None) -> dict[str, str | None]:

@@ -35,6 +35,7 @@ from bridge.pki.verify import CLOCK_SKEW, Expectation, Verified
 from bridge.state import audit
 from bridge.state.audit import AuditError
 from bridge.system.state_file import StateError
+from bridge.system.waiting import back_off_seconds
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
@@ -133,7 +134,7 @@ class Issuing:
             level = logging.WARNING if outcome in {"ca-refused", "bad-answer"} else logging.INFO
             log.log(level, "left alone: %s", reason, extra=extra(job, outcome))
         job.attempts += 1
-        usual = min(_FIRST_LOOK_SECONDS * 2.0 ** (job.attempts - 1), _LONGEST_LOOK_SECONDS)
+        usual = back_off_seconds(job.attempts - 1, _FIRST_LOOK_SECONDS, _LONGEST_LOOK_SECONDS)
         return usual if seconds is None else seconds
 
     # --- the steps --------------------------------------------------------------------------------------------------

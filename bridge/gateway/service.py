@@ -33,6 +33,7 @@ from bridge.settings.tables import Settings
 from bridge.state.audit import AuditError
 from bridge.state.store import Store
 from bridge.system.locks import LockedError, lock
+from bridge.system.waiting import back_off_seconds
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
@@ -173,7 +174,7 @@ class Service:
             self._issuing.work(_TICK_SECONDS)
 
     def _watch_on(self) -> None:
-        pause = _FIRST_PAUSE_SECONDS
+        failures = 0
         while not self._stop.is_set():
             if not self.holder.wait(_TICK_SECONDS):
                 self._alive = time.monotonic()
@@ -181,13 +182,13 @@ class Service:
             watch = self._watch = Watch(self.api, self.signers)
             try:
                 watch.run(self._issuing.changed, self._issuing.gone, self._is_alive)
-                pause = _FIRST_PAUSE_SECONDS
+                failures = 0
             except NoAnswerError as e:
                 if not self._api_trouble:
                     log.warning("%s; it is begun anew", e)
                 self._api_trouble = str(e)
-                self._stop.wait(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+                self._stop.wait(back_off_seconds(failures, _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS))
+                failures += 1
             except Exception as e:  # noqa: BLE001 (without a watch nothing would ever be signed again)
                 self._api_trouble = f"internal error: {type(e).__name__}"
                 log.error("the watch ended with %s (a bug: report it); it is begun anew", type(e).__name__)  # noqa: TRY400

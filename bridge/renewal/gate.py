@@ -23,6 +23,7 @@ from bridge.settings.windows import Decision, may_act
 from bridge.state.store import Store
 from bridge.system.codec import named
 from bridge.system.state_file import OnDamage, StateFile, coded
+from bridge.system.waiting import back_off_seconds
 
 #: So many failed runs in a row need a person.
 MANY = 3
@@ -167,8 +168,8 @@ def next_try(failures: Failures, expires: datetime) -> datetime:
     """
     if not failures.needs_a_person:
         return failures.last
-    # 2 ** 10 hours are more than the longest pause
-    pause = min(FIRST_PAUSE * (1 << min(failures.count - MANY, 10)), LONGEST_PAUSE)
+    longest = LONGEST_PAUSE.total_seconds()
+    pause = timedelta(seconds=back_off_seconds(failures.count - MANY, FIRST_PAUSE.total_seconds(), longest))
     left = expires - failures.last
     return failures.last + min(pause, left / 2 if left > timedelta() else EXPIRED_PAUSE)
 

@@ -1,4 +1,4 @@
-"""Waiting: until something has happened, for threads, and until a run is interrupted by Ctrl-C (SIGINT) or SIGTERM."""
+"""Waiting: until something has happened, after failures, for threads, and until a run is interrupted by Ctrl-C (SIGINT) or SIGTERM."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
 T = TypeVar("T")
+#: More doublings would only make a larger number of what is cut off anyway.
+_MOST_DOUBLINGS = 30
 
 
 def wait_until(
@@ -44,6 +46,11 @@ def wait_until(
             break
         time.sleep(min(left, pause_seconds))
     return seen
+
+
+def back_off_seconds(failures: int, first: float, longest: float) -> float:
+    """The pause after this many failures in a row, the first of which is number 0: each is twice the one before."""
+    return min(first * 2.0 ** min(failures, _MOST_DOUBLINGS), longest)
 
 
 # --- an interruption --------------------------------------------------------------------------------------------------
