@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from bridge.bootstrap import keys
 from bridge.bootstrap.desired import DesiredNode, OtherNodeDesiredError
@@ -17,10 +16,10 @@ from bridge.contract import SignRequest
 from bridge.node.inventory import Item
 from bridge.renewal.prepare import Prepared
 from bridge.specs import KUBELET_CONF, KUBELET_SERVER, SPECS, CertificateSpec
-from bridge.state.requests import OpenRequest
+from bridge.state.open_requests import OpenRequest
 from bridge.state.session import Run, give_up
 from bridge.state.store import Store
-from bridge.system.state_file import OnDamage, StateFile
+from bridge.system.state_file import OnDamage, StateFile, coded
 
 #: super-admin.conf is needed for seconds; what the settings let be asked for, and a little more.
 _SUPER_ADMIN_MORE = timedelta(days=1)
@@ -65,7 +64,7 @@ def _begun_anew(run: Run, desired: DesiredNode) -> Unfinished:
         sa_key=sa[0],
         sa_public=sa[1],
     )
-    remember_unfinished(run.store, fresh)
+    unfinished_file(run.store).put(fresh)
     return fresh
 
 
@@ -136,9 +135,6 @@ def _item(spec: CertificateSpec, places: Places) -> Item:
     )
 
 
-_KEY = "bootstrapV1"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unfinished:
     """One node's bootstrap that has begun; its keys are among the open requests."""
@@ -157,25 +153,5 @@ class Unfinished:
 
 def unfinished_file(store: Store) -> StateFile[Unfinished]:
     """The file in the state directory; a damaged one costs new keys and requests, and nothing else."""
-    return StateFile(
-        path=store.bootstrap,
-        what="what the requests of a new node are for",
-        parse=_from_json,
-        keys=frozenset({_KEY}),
-        on_damage=OnDamage.START_OVER,
-    )
-
-
-def remember_unfinished(store: Store, one: Unfinished) -> None:
-    """
-    Write it.
-
-    Raises:
-        StateError: It can't be written.
-    """
-    unfinished_file(store).replace({_KEY: {**dataclasses.asdict(one), "names": list(one.names)}})
-
-
-def _from_json(document: Mapping[str, Any]) -> Unfinished:
-    entry = document[_KEY]
-    return Unfinished(**{**entry, "names": tuple(entry["names"])})
+    what = "what the requests of a new node are for"
+    return coded(Unfinished, store.bootstrap, what, OnDamage.START_OVER, key="bootstrapV1")

@@ -196,7 +196,7 @@ class Session:
         self._store.prepare()
         gc.set_threshold(GARBAGE)
         with lock(self._store.lock, "ca-bridge sign", wait), contextlib.ExitStack() as stack:
-            journal = stack.enter_context(Journal(self._store.directory / "desk-answers.jsonl", self._now()))
+            journal = Journal(self._store.desk_answers, self._now())
             record = stack.enter_context(audit.Record(self._store, self._settings.audit))
             work = self.work(desk)
             self._archive.prepare()

@@ -120,6 +120,7 @@ class Context:
         """Forget a ticket: it has been answered, or never will be."""
         try:
             self.tickets.drop(uid)
+            self.tickets.save()
         except StateError as e:
             log.error("%s", e, extra={"request": uid})  # noqa: TRY400
 

@@ -340,7 +340,7 @@ class Issuing:
     def _keep(self, asking: _Asking, answer: Pending) -> None:
         """Put the ticket on disk, before the object says that it waits."""
         context, ticket, one = self._context, asking.ticket, asking.job.one
-        if ticket is None and len(context.tickets.all()) >= MOST_TICKETS:
+        if ticket is None and len(context.tickets) >= MOST_TICKETS:
             raise LeftError("left", f"more than {MOST_TICKETS} requests are at the CA")
         if ticket is None or ticket.reference != answer.reference:
             context.tickets.put(
@@ -351,9 +351,10 @@ class Issuing:
                     csr_sha256=asking.digest,
                     reference=answer.reference,
                     validity_seconds=int(asking.request.validity.total_seconds()),
-                    asked=ticket.asked if ticket is not None else context.now().isoformat(),
+                    asked=ticket.asked if ticket is not None else context.now(),
                 )
             )
+            context.tickets.save()
         if ticket is None:
             context.ledger.write(asking.about.line(audit.PENDING, result=answer.note or "the CA answers later"))
 
@@ -365,7 +366,7 @@ class Issuing:
             GoneError: It has not, and the object says so.
         """
         context, why = self._context, "the CA has not answered in time (gateway.pending_for)"
-        if context.now() - ticket.asked_at < context.settings.gateway.pending_for:
+        if context.now() - ticket.asked < context.settings.gateway.pending_for:
             return
         context.ledger.write(context.about(job.one).line(audit.CANCELLED, result=why))
         self._writer.failed_unanswered(job)

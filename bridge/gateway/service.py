@@ -271,7 +271,7 @@ class Service:
             gauges = {
                 ("queue", '{state="waiting"}'): waiting,
                 ("queue", '{state="working"}'): working,
-                ("queue", '{state="at-ca"}'): len(context.tickets.all()),
+                ("queue", '{state="at-ca"}'): len(context.tickets),
                 ("leader", ""): self.holder.is_ours(),
                 ("api_up", ""): not self._api_trouble,
                 ("inventory_good", ""): not self.nodes.trouble,

@@ -17,7 +17,7 @@ from bridge.pki.expiry import due_from, first_end
 from bridge.renewal.gate import Failures
 from bridge.settings.tables import RenewalSettings
 from bridge.specs import AUTHORITIES, Component
-from bridge.state.requests import OpenRequest
+from bridge.state.open_requests import OpenRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from bridge.node import inventory
 from bridge.node.expiry_report import report
 from bridge.renewal.gate import attempts_file
 from bridge.settings.tables import Settings
-from bridge.state.requests import requests_file
+from bridge.state.open_requests import OpenRequests
 from bridge.state.store import Store
 from bridge.system import waiting
 from bridge.system.console import print_error
@@ -151,7 +151,7 @@ def known(store: Store) -> Remembered:
     Raises:
         StateError: A file is damaged, or can't be read.
     """
-    requests = requests_file(store).read() or {}
+    requests = OpenRequests(store).by_name()
     return Remembered(
         failures=attempts_file(store).read() or {},
         pending=tuple(one for one in requests.values() if one.is_waiting),

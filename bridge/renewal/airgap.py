@@ -33,8 +33,8 @@ from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, record_failed, remember, verify_all
 from bridge.settings.tables import Settings
 from bridge.state import audit, retention
+from bridge.state.open_requests import OpenRequest, OpenRequests
 from bridge.state.outcome import Outcome
-from bridge.state.requests import OpenRequest, OpenRequests
 from bridge.state.session import Run, begun
 from bridge.system.console import Progress, log, printable
 from bridge.system.files import write_atomically

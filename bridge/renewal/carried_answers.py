@@ -24,7 +24,7 @@ from bridge.pki.display import fingerprint_text
 from bridge.renewal.issuance import Answered
 from bridge.renewal.prepare import Prepared
 from bridge.state import audit
-from bridge.state.requests import OpenRequests
+from bridge.state.open_requests import OpenRequests
 from bridge.state.session import Run
 from bridge.system.console import log, printable
 from bridge.system.paths import UnreadableError, read

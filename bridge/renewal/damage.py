@@ -14,10 +14,9 @@ from bridge.settings.tables import Settings
 from bridge.state import audit, audit_chain, backups
 from bridge.state.install import journal_file, staging_file
 from bridge.state.obligations import copies_file, hooks_file, revocations_file, unproven_file
+from bridge.state.open_requests import RENEWALS, USERS, file_of
 from bridge.state.parked_manifest import restart_file
-from bridge.state.requests import requests_file
 from bridge.state.store import Store
-from bridge.state.users import waiting_file
 from bridge.system.locks import lock
 from bridge.system.state_file import StateError, StateFile
 
@@ -38,13 +37,12 @@ def state_files(store: Store) -> list[StateFile[Any]]:
         restart_file,
         journal_file,
         staging_file,
-        requests_file,
         unproven_file,
         hooks_file,
         revocations_file,
-        waiting_file,
     )
-    return [*(make(store) for make in makers), copies_file(store), attempts_file(store), times_file(store)]
+    open_ = (file_of(RENEWALS, store.requests), file_of(USERS, store.users))
+    return [*(make(store) for make in makers), *open_, copies_file(store), attempts_file(store), times_file(store)]
 
 
 def set_aside(settings: Settings) -> list[SetAside]:

@@ -36,8 +36,8 @@ from bridge.settings.rehearsal import anchor, for_rehearsal, is_scratch
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES
 from bridge.state import audit
+from bridge.state.open_requests import Unkept
 from bridge.state.outcome import Outcome
-from bridge.state.requests import Unkept
 from bridge.state.session import Run, begun
 from bridge.system.ca_files import read_ca_file
 from bridge.system.console import Progress

@@ -29,8 +29,8 @@ from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, hold_back, record_failed, remember, verify_all
 from bridge.settings.tables import Settings
 from bridge.state import checked_settings, retention
+from bridge.state.open_requests import OpenRequest
 from bridge.state.outcome import Outcome
-from bridge.state.requests import OpenRequest
 from bridge.state.session import Run, begun
 from bridge.system.console import Progress
 

@@ -23,7 +23,7 @@ from bridge.words import name_found
 if TYPE_CHECKING:  # a night with nothing due makes none of them
     from bridge.node.kubeconfig import FreshKubeconfig
     from bridge.pki.csr import Naming
-    from bridge.state.requests import OpenRequest
+    from bridge.state.open_requests import OpenRequest
 
 #: As in `kubeadm certs renew all`.
 ALL = "all"

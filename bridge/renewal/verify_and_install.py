@@ -40,8 +40,8 @@ from bridge.state.install import (
     Replacement,
     install,
 )
+from bridge.state.open_requests import OpenRequest, OpenRequests
 from bridge.state.outcome import Outcome
-from bridge.state.requests import OpenRequest, OpenRequests
 from bridge.state.session import Run
 from bridge.system.files import Attributes
 from bridge.system.state_file import StateError

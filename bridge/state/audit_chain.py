@@ -7,7 +7,6 @@ line 6 must hold. The newest number and digest are in `audit.head` as well, so t
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -20,7 +19,7 @@ from typing import Any
 
 from bridge.errors import Exit
 from bridge.state.store import Store
-from bridge.system.files import SECRET_MODE, sync_directory, write_atomically
+from bridge.system.files import append, sync_directory, write_atomically
 from bridge.system.state_file import OnDamage, StateDamagedError, StateFile
 
 log = logging.getLogger("ca-bridge")
@@ -108,7 +107,7 @@ class Chain:
         self._end = None
         if head_later and end is not None and end.size < self._limit and end == _End.of(path, end.link, end.doer):
             lines, last = _chained(events, end.link, end.doer)
-            _write_at_end(path, b"".join(lines))
+            append(path, b"".join(lines))
         else:
             lines, last = self._add_after_a_look(events, head_later=head_later)
         self._end = _End.of(path, last, end.doer if end is not None else self._who()) if head_later else None
@@ -125,7 +124,7 @@ class Chain:
         if store.audit.exists() and store.audit.stat().st_size >= self._limit:
             _rotate(store, last)
         lines, last = _chained([*damages, *events], last, self._who())
-        _write_at_end(store.audit, b"".join(lines))
+        append(store.audit, b"".join(lines))
         if not head_later:
             _write_head(store, last)
         return lines, last
@@ -161,29 +160,6 @@ def files(store: Store) -> list[Path]:
     """The log's files, oldest first."""
     rotated = [path for path in store.directory.glob("audit-*.jsonl") if re.fullmatch(r"audit-\d+\.jsonl", path.name)]
     return [*sorted(rotated, key=lambda path: int(path.stem[6:])), *([store.audit] if store.audit.exists() else [])]
-
-
-def _write_at_end(path: Path, data: bytes) -> None:
-    is_new = not path.exists()
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, SECRET_MODE)
-    try:
-        os.fchmod(descriptor, SECRET_MODE)  # whatever the umask is
-        before = os.fstat(descriptor).st_size
-        try:
-            _write_at_once(descriptor, data)
-            os.fsync(descriptor)
-        except OSError:
-            os.ftruncate(descriptor, before)  # no torn line that need not be
-            raise
-    finally:
-        os.close(descriptor)
-    if is_new:
-        sync_directory(path.parent)
-
-
-def _write_at_once(descriptor: int, data: bytes) -> None:
-    if os.write(descriptor, data) != len(data):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _write_head(store: Store, link: Link) -> None:

@@ -15,7 +15,7 @@ from bridge.pki.expiry import minute
 from bridge.settings.tables import Settings
 from bridge.state import audit, install, parked_manifest
 from bridge.state.install import Recovery
-from bridge.state.requests import OpenRequests
+from bridge.state.open_requests import OpenRequests
 from bridge.state.store import Store
 from bridge.system.console import Progress
 from bridge.system.locks import lock

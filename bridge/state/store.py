@@ -37,6 +37,7 @@ class Store:
         self.history = state_dir / "history.json"  #: How the last runs ended, for monitors.
         self.history_lock = state_dir / "history.lock"
         self.tickets = state_dir / "tickets.json"  #: What the gateway's CA answers later.
+        self.desk_answers = state_dir / "desk-answers.jsonl"  #: What the desk's CAs were asked and answered.
         self.bootstrap = state_dir / "bootstrap.json"  #: What a new node's requests are for.
         self.users = state_dir / "users.json"  #: Users' requests that a CA has not answered yet.
         self.audit = state_dir / "audit.jsonl"

@@ -15,7 +15,7 @@ from dataclasses import Field, fields, is_dataclass
 from datetime import datetime, timedelta
 from enum import Enum
 from functools import cache
-from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from cryptography import x509
 
@@ -127,6 +127,8 @@ def _read(kind: Any, value: Any, where: str) -> Any:
 
 
 def _read_generic(origin: Any, inner: tuple[Any, ...], value: Any, where: str) -> Any:
+    if origin is Literal:
+        return inner[inner.index(value)]
     if origin is types.UnionType:  # `X | None`, the only one there is
         return None if value is None else from_json(inner[0], value, where)
     if issubclass(origin, Mapping):

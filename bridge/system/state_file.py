@@ -31,7 +31,7 @@ T = TypeVar("T")
 _DIGEST = "digest"
 
 #: How parsing says that a document is not what it should be.
-_NOT_OURS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, x509.InvalidVersion)
+NOT_OURS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, x509.InvalidVersion)
 
 
 class OnDamage(Enum):
@@ -106,12 +106,12 @@ class StateFile(Generic[T]):
         return None
 
     def _judged(self) -> T | None:
-        data = self._bytes()
+        data = self.content()
         if data is None:
             return None
         try:
-            return self.parse(unsealed(data, self.keys))
-        except _NOT_OURS as e:
+            return self._parsed(data)
+        except NOT_OURS as e:
             reason = str(e) if isinstance(e, _DigestError | codec.CodecError) else type(e).__name__
             raise StateDamagedError(
                 f"{self.path}: wanted {self.what}, found something else ({reason})",
@@ -120,7 +120,16 @@ class StateFile(Generic[T]):
                 exit_code=self.exit_code,
             ) from None
 
-    def _bytes(self) -> bytes | None:
+    def _parsed(self, data: bytes) -> T:
+        return self.parse(unsealed(data, self.keys))
+
+    def content(self) -> bytes | None:
+        """
+        Read all of it, whatever it is; None: there is none.
+
+        Raises:
+            StateUnreadableError: It can't be read at this moment.
+        """
         try:
             return self.path.read_bytes()
         except FileNotFoundError:
@@ -157,7 +166,7 @@ class StateFile(Generic[T]):
 
     def set_aside(self) -> Path:
         """Give it another name, beside it, and return that; nothing is lost."""
-        data = self._bytes() or b""
+        data = self.content() or b""
         kept = self.path.with_name(f"{self.path.name}.damaged-{hashlib.sha256(data).hexdigest()[:8]}")
         try:
             self.path.rename(kept)

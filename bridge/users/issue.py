@@ -40,9 +40,9 @@ from bridge.settings.tables import NodeSettings, Settings, UserSettings
 from bridge.specs import CA as CLUSTER_CA
 from bridge.specs import USER, KeyAlgorithm
 from bridge.state import audit
+from bridge.state.open_requests import OpenUser, OpenUsers
 from bridge.state.session import alone
 from bridge.state.store import Store
-from bridge.state.users import OpenUser, save, waiting_file
 from bridge.system.ca_files import read_ca_file
 from bridge.system.console import Progress
 from bridge.system.files import write_atomically
@@ -233,8 +233,7 @@ def _taken_up(
     now: datetime,
 ) -> OpenUser:
     """The request that waits for this user, if it is the one that would be made now; else a new one."""
-    open_ones = waiting_file(store).read() or {}
-    made = open_ones.get(order.user.name)
+    made = OpenUsers(store).get(order.user.name)
     if made is not None:
         is_same = (made.name, made.groups, made.backend) == (
             order.user.name,
@@ -266,9 +265,9 @@ def _made(key: csr.PrivateKey | None) -> csr.PrivateKey:
 
 
 def _forget(store: Store, name: str) -> None:
-    open_ones = waiting_file(store).read() or {}
-    if open_ones.pop(name, None) is not None:
-        save(store, open_ones)
+    requests = OpenUsers(store)
+    requests.drop(name)
+    requests.save()
 
 
 # --- the CA ----------------------------------------------------------------------------------------------------------
@@ -327,7 +326,9 @@ class _Asked:
         return answer
 
     def _remember(self, one: OpenUser) -> None:
-        save(self._store, {**(waiting_file(self._store).read() or {}), one.name: one})
+        requests = OpenUsers(self._store)
+        requests.put(one)
+        requests.save()
 
 
 def _who_asks(node: NodeSettings, created: datetime) -> Continuity:

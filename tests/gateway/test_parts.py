@@ -300,19 +300,24 @@ def test_cutting_changes_nothing(pieces: list[bytes]) -> None:
 
 
 def test_tickets_survive(tmp_path: Path) -> None:
-    """On disk before `put` returns; a damaged file counts as none, since a CA is asked once more then."""
+    """On disk when `save` returns; a damaged line counts as none, since a CA is asked once more then."""
     store = Store(tmp_path / "state")
     store.prepare()
     ticket = Ticket(uid="u1", object_name="csr-1", signer="s", csr_sha256="0", reference="4711", validity_seconds=600,
-                    asked=NOW.isoformat())  # fmt: skip
-    Tickets(store).put(ticket)
+                    asked=NOW)  # fmt: skip
+    first = Tickets(store)
+    first.put(ticket)
+    first.save()
     again = Tickets(store)
     assert again.get("u1") == ticket
     assert again.drop("u1") == ticket
-    assert Tickets(store).all() == []
-    again.put(ticket)
-    store.tickets.write_text(store.tickets.read_text().replace("4711", "4712"))
-    assert Tickets(store).all() == []
+    again.save()
+    assert not list(Tickets(store))
+    for uid in ("u1", "u2"):
+        again.put(replace(ticket, uid=uid, reference=f"4711-{uid}"))
+    again.save()
+    store.tickets.write_text(store.tickets.read_text().replace("4711-u1", "4712-u1"))
+    assert [one.uid for one in Tickets(store)] == ["u2"]
 
 
 # --- what can be asked about it ---------------------------------------------------------------------------------------

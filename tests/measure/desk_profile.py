@@ -161,14 +161,14 @@ def _desk(steps: _Steps, made: fleet.Fleet, bundles: Sequence[RequestBundle], di
     store = Store(state)
     store.prepare()
     now = datetime.now(UTC)
-    with Journal(state / "journal", now) as journal:
+    journal = Journal(state / "journal", now)
 
-        def keep() -> None:
-            journal.add((request, Asked(now)) for request, _ in pairs)
-            journal.add(pairs)
-            journal.forget(request for request, _ in pairs)
+    def keep() -> None:
+        journal.add((request, Asked(now)) for request, _ in pairs)
+        journal.add(pairs)
+        journal.forget(request for request, _ in pairs)
 
-        steps.measure("the journal", "desk", keep)
+    steps.measure("the journal", "desk", keep)
 
     def record() -> None:
         with audit.Record(store, AuditSettings()) as lines:

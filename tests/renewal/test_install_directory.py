@@ -24,7 +24,7 @@ from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Settings
 from bridge.specs import SPECS
 from bridge.state import audit, audit_reader
-from bridge.state.requests import OpenRequests
+from bridge.state.open_requests import OpenRequests
 from bridge.state.store import Store
 from tests.kit.issuing import Signer
 from tests.kit.pki import PKI_SPECS, Pki, handmade_pki, kubeadm_pki

@@ -23,8 +23,8 @@ from bridge.renewal.prepare import Prepared, prepare
 from bridge.renewal.verify_and_install import expectations
 from bridge.settings.load import overridden, parse
 from bridge.state import audit
+from bridge.state.open_requests import OpenRequests
 from bridge.state.outcome import Outcome
-from bridge.state.requests import OpenRequests
 from bridge.state.session import Run
 from bridge.state.store import Store
 from tests.kit.pki import Pki, handmade_pki

@@ -31,8 +31,8 @@ from bridge.renewal.verify_and_install import HeldBackError, Result
 from bridge.settings.load import load, overridden, parse
 from bridge.settings.tables import AuditSettings, Settings
 from bridge.state import audit, checked_settings
+from bridge.state.open_requests import OpenRequests
 from bridge.state.outcome import Outcome
-from bridge.state.requests import OpenRequests
 from bridge.state.session import Run
 from bridge.state.store import Store
 from tests.kit.renewing import Quiet

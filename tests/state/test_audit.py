@@ -32,6 +32,7 @@ from bridge.state.audit import Record
 from bridge.state.audit_reader import Damage
 from bridge.state.install import KEY_MASK, Replacement, digest, install
 from bridge.state.store import Store
+from bridge.system import files
 from tests.kit import cfssl, openbao, opensslca
 from tests.kit.pki import Pki, handmade_pki
 
@@ -244,7 +245,7 @@ def test_a_crash_while_rotating(store: Store, monkeypatch: pytest.MonkeyPatch) -
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(audit_chain, "_write_at_end", die)
+        patch.setattr(audit_chain, "append", die)
         with pytest.raises(KeyboardInterrupt):
             append(store, 2, "1KiB")
     assert not store.audit.exists()
@@ -410,14 +411,14 @@ def test_after_the_installation_a_lost_line_is_told_loudly(
     run: Run, node: Pki, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The certificates are in place: the run is a success, and says what the record lacks."""
-    before, write = leaf(node), audit_chain._write_at_end
+    before, write = leaf(node), files.append
 
     def full_after(path: Path, data: bytes) -> None:
         if leaf(node) != before:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, data)
 
-    monkeypatch.setattr(audit_chain, "_write_at_end", full_after)
+    monkeypatch.setattr(audit_chain, "append", full_after)
     result = run("renew", "apiserver")
     assert result.exit_code == 0
     assert "No space left on device" in result.stderr

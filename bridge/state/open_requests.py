@@ -1,0 +1,390 @@
+"""
+Requests that a CA was asked, or may have been, and whose certificates are not in use yet: keys, references, answers.
+
+Each kind has a file of its own in the state directory, 0600: lines of JSON, each with a digest of itself, of which the
+last one about a request counts. A key is there before a CA that answers later is asked, and an answer before it is
+delivered, so that no interruption makes a run ask for the same certificate twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from bridge.contract import Continuity, Issued, SignRequest
+from bridge.node.kubeconfig import FreshKubeconfig
+from bridge.specs import USER
+from bridge.state.store import Store
+from bridge.system import codec
+from bridge.system.codec import named
+from bridge.system.files import append, write_atomically
+from bridge.system.state_file import NOT_OURS, OnDamage, StateError, StateFile, sealed_line, unsealed
+
+log = logging.getLogger("ca-bridge")
+
+T = TypeVar("T")
+
+_LINE = b'{"digest"'  #: How each line begins; no document of an earlier version does.
+_GONE, _HEAD, _COUNT = "gone", "openRequests", "count"
+#: With more lines that no longer count than this, and than those that do, the file is written anew.
+_MOST_OUTDATED = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind(Generic[T]):
+    """Requests of one kind."""
+
+    name: str
+    type: type[T]
+    key_of: Callable[[T], str]
+    what: str  #: That is in the file, for messages.
+    #: Private keys are in it: each change writes the file anew, so that no old key stays in it, and damage is an error.
+    #: Without keys lines are added, and a damaged one costs a question that a CA has answered already.
+    has_keys: bool = False
+    afterwards: str = ""  #: What to do when a damaged file is out of the way.
+    lies_on_disk: bool = False  #: Memory holds only where each line is.
+    #: Earlier versions had one document with a list below this key; how to read an entry of it.
+    old_key: str = ""
+    from_old: Callable[[dict[str, Any]], dict[str, Any]] = dict
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestsFile(StateFile[dict[str, Any]]):
+    """The file of a kind, read whole."""
+
+    kind: Kind[Any]
+
+    def _parsed(self, data: bytes) -> dict[str, Any]:
+        """All values by key, from either form; with keys in it, each line has to be there and whole."""
+        kind = self.kind
+        if not data.startswith(_LINE):
+            entries = [kind.from_old(entry) for entry in unsealed(data, frozenset({kind.old_key}))[kind.old_key]]
+        else:
+            head, *lines = data.removesuffix(b"\n").split(b"\n")
+            if unsealed(head, frozenset()) != {_HEAD: kind.name, _COUNT: len(lines)}:
+                raise codec.CodecError(f"wanted a first line that counts {len(lines)} others")
+            entries = [unsealed(line, frozenset()) for line in lines]
+        values = [codec.from_json(kind.type, entry, f"[{number}]") for number, entry in enumerate(entries)]
+        return {kind.key_of(value): value for value in values}
+
+
+def file_of(kind: Kind[Any], path: Path) -> RequestsFile:
+    """The file of a kind; a damaged one without keys is none."""
+    return RequestsFile(
+        path=path,
+        what=kind.what,
+        parse=dict,
+        keys=frozenset(),
+        on_damage=OnDamage.REFUSE if kind.has_keys else OnDamage.START_OVER,
+        afterwards=kind.afterwards,
+        kind=kind,
+    )
+
+
+class RequestLog(Generic[T]):
+    """
+    The open requests of one kind, by their keys; changes are on disk after `save`.
+
+    The lock of the directory is held by the process that changes them, in which several threads may.
+    """
+
+    def __init__(self, path: Path, kind: Kind[T], still: Callable[[T], T | None] = lambda value: value) -> None:
+        """
+        Args:
+            path: The file.
+            kind: Of its requests.
+            still: What becomes of a line that is read; None: it is outdated.
+
+        Raises:
+            StateError: The file is there and can't be used.
+        """
+        self._kind, self._file, self._still = kind, file_of(kind, path), still
+        self._lock = threading.RLock()
+        self._found: dict[str, T | _Place] = {}
+        self._changed: dict[str, None] = {}  #: Keys, in order.
+        self._lines = self._end = 0  #: What was read, or written: whole lines and their bytes.
+        self._must_rewrite = kind.has_keys
+        self._load()
+
+    def _load(self) -> None:
+        if self._kind.has_keys:
+            self._found |= self._file.read() or {}
+            return
+        data = self._file.content() or b""
+        if self._kind.old_key and data and not data.startswith(_LINE):
+            self._found |= self._file.read() or {}
+            self._must_rewrite = True
+            return
+        for line in data.splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break  # a crash cut it; nothing is behind it
+            try:
+                self._take(line)
+            except NOT_OURS:  # its request is asked for again, and the others' answers stay
+                log.warning("%s: passed over a damaged line, at byte %d", self._file.path, self._end)
+            self._end += len(line)
+            self._lines += 1
+
+    def _take(self, line: bytes) -> None:
+        entry = unsealed(line, codec.keys_of(self._kind.type))
+        if _GONE in entry:
+            self._found.pop(entry[_GONE], None)
+            return
+        value = codec.from_json(self._kind.type, entry)
+        key, kept = self._kind.key_of(value), self._still(value)
+        self._found.pop(key, None)
+        if kept is not None:
+            is_there = kept is value and self._kind.lies_on_disk
+            self._found[key] = _Place(self._end, len(line)) if is_there else kept
+        if kept is not None and kept is not value:
+            self._changed[key] = None
+
+    # --- looking -----------------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self.by_name().values())
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def by_name(self) -> dict[str, T]:
+        """All open requests, by key."""
+        return {key: value for key in list(self._found) if (value := self.get(key)) is not None}
+
+    def get(self, key: str) -> T | None:
+        """The open request with a key."""
+        with self._lock:
+            found = self._found.get(key)
+            if not isinstance(found, _Place):
+                return found
+            try:
+                entry = unsealed(self._bytes(found), codec.keys_of(self._kind.type))
+                return codec.from_json(self._kind.type, entry)
+            except NOT_OURS:  # not known: its request is asked for again
+                log.warning("%s: passed over a damaged line, at byte %d", self._file.path, found.offset)
+                return None
+
+    def _bytes(self, place: _Place) -> bytes:
+        with self._file.path.open("rb") as file:
+            file.seek(place.offset)
+            return file.read(place.length)
+
+    # --- changing ----------------------------------------------------------------------------------------------------
+
+    def put(self, value: T) -> None:
+        """Add or replace."""
+        key = self._kind.key_of(value)
+        with self._lock:
+            if self._found.get(key) != value:
+                self._found[key] = value
+                self._changed[key] = None
+
+    def drop(self, key: str) -> T | None:
+        """Forget a request, and its key."""
+        with self._lock:
+            value = self.get(key)
+            if self._found.pop(key, None) is not None:
+                self._changed[key] = None
+            return value
+
+    def save(self) -> None:
+        """
+        Make all changes safe on disk, those of other threads, too.
+
+        Raises:
+            StateError: They can't be written.
+        """
+        with self._lock:
+            if not self._changed:
+                return
+            if not self._found:
+                self._file.remove()
+                self._lines = self._end = 0
+            elif self._must_rewrite or self._lines > 2 * len(self._found) + _MOST_OUTDATED:
+                self._rewrite()
+            else:
+                self._append()
+            self._changed.clear()
+
+    def tidy(self) -> None:
+        """
+        Keep on disk only lines that count.
+
+        Raises:
+            StateError: They can't be written.
+        """
+        with self._lock:
+            self.save()
+            if self._found and self._lines != len(self._found):
+                self._rewrite()
+
+    def _line(self, key: str) -> bytes:
+        found = self._found.get(key)
+        if isinstance(found, _Place):
+            return self._bytes(found)
+        return sealed_line(codec.to_json(found) if found is not None else {_GONE: key})
+
+    def _append(self) -> None:
+        lines = {key: self._line(key) for key in self._changed}
+        path = self._file.path
+        with self._reasons():
+            if path.exists() and path.stat().st_size > self._end:
+                os.truncate(path, self._end)
+            append(path, b"".join(lines.values()))
+        self._written(lines)
+
+    def _rewrite(self) -> None:
+        with self._reasons():
+            lines = {key: self._line(key) for key in self._found}
+            head = [sealed_line({_HEAD: self._kind.name, _COUNT: len(lines)})] if self._kind.has_keys else []
+            write_atomically(self._file.path, b"".join([*head, *lines.values()]))
+        self._lines = self._end = 0
+        self._must_rewrite = self._kind.has_keys
+        self._written(lines)
+
+    def _written(self, lines: Mapping[str, bytes]) -> None:
+        for key, line in lines.items():
+            if self._kind.lies_on_disk and key in self._found:
+                self._found[key] = _Place(self._end, len(line))
+            self._end += len(line)
+            self._lines += 1
+
+    @contextlib.contextmanager
+    def _reasons(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            text = f"{self._file.path}: wanted to write down {self._kind.what}, found: {e.strerror}"
+            raise StateError(text) from e
+
+
+# --- renewals --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenRequest:
+    """One request for a certificate of this node, and the key that stays here."""
+
+    request: SignRequest
+    key_pem: bytes = field(repr=False)
+    created: datetime
+    run_id: str = field(metadata=named("run"))
+    #: Label of the backend whose CA has the request; empty: none has.
+    backend: str = ""
+    reference: str = ""  #: With which the backend collects the answer.
+    note: str = ""  #: The backend's, for the operator.
+    answer: Issued | None = None  #: Passed, and is not installed.
+    #: SHA-256 of the bundles in which it was carried out of the node.
+    bundles: tuple[str, ...] = ()
+    kubeconfig: FreshKubeconfig | None = None  #: The file that it belongs in, where there was none.
+
+    @property
+    def name(self) -> str:
+        """kubeadm's name of the certificate."""
+        return self.request.spec.name
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a CA or a desk has it, and has not answered."""
+        return bool(self.reference or self.bundles) and self.answer is None
+
+    @property
+    def deadline(self) -> datetime | None:
+        """When the certificate that it replaces ends."""
+        return self.request.replaces.not_valid_after_utc if self.request.replaces is not None else None
+
+
+def _old_renewal(entry: dict[str, Any]) -> dict[str, Any]:
+    keys = ("csr", "validitySeconds", "replaces", "continuity")
+    return {"request": {"spec": entry.pop("name"), **{key: entry.pop(key) for key in keys}}, **entry}
+
+
+RENEWALS = Kind(
+    name="renewal",
+    type=OpenRequest,
+    key_of=lambda one: one.name,
+    what="the requests that were made and not finished, with their keys",
+    has_keys=True,
+    afterwards="new keys are made then; what a CA has signed for the old ones is worth nothing without them",
+    old_key="requestsV1",
+    from_old=_old_renewal,
+)
+
+
+class OpenRequests(RequestLog[OpenRequest]):
+    """The requests for this node's certificates."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store.requests, RENEWALS)
+
+
+class Unkept(OpenRequests):
+    """The requests of a run that throws them and their keys away: in memory alone."""
+
+    def __init__(self) -> None:
+        self._kind, self._lock = RENEWALS, threading.RLock()
+        self._found, self._changed = {}, {}
+
+    def save(self) -> None:
+        """Write nothing."""
+
+
+# --- users -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenUser:
+    """One request for a user, and its key."""
+
+    name: str  #: Kubernetes' user name.
+    groups: tuple[str, ...]
+    csr_pem: bytes
+    key_pem: bytes | None = field(repr=False)  #: None: the user has it.
+    validity: timedelta
+    created: datetime
+    backend: str  #: Label of the backend whose CA is asked.
+    reference: str = ""  #: With which it collects the answer; empty: it is not known that the CA has the request.
+    carried: Continuity | None = None  #: Who asks, where the request is carried to a desk; there is no proof in it.
+
+    @property
+    def request(self) -> SignRequest:
+        """The request as it is sent."""
+        return SignRequest(spec=USER, csr_pem=self.csr_pem, validity=self.validity, continuity=self.carried)
+
+
+def _old_user(entry: dict[str, Any]) -> dict[str, Any]:
+    if entry.get("carried") is not None:
+        entry["carried"] = {**entry["carried"], "proof": None}
+    return entry
+
+
+USERS = Kind(
+    name="user",
+    type=OpenUser,
+    key_of=lambda one: one.name,
+    what="the requests for users that were not answered, with their keys",
+    has_keys=True,
+    afterwards="ask again for the users that waited",
+    old_key="usersV1",
+    from_old=_old_user,
+)
+
+
+class OpenUsers(RequestLog[OpenUser]):
+    """The requests for users."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store.users, USERS)
