@@ -334,6 +334,8 @@ def _assert_digest(fields: Fields) -> None:
 
 #: The requests of one node, a dozen with long chains, are a tenth of it.
 MAX_BUNDLE_BYTES = 1 << 20
+#: No object in a bundle has more than a dozen; answers have one for each certificate.
+_MOST_KEYS = 1000
 _LONGEST_FOUND = 60
 
 TIME = "%Y-%m-%dT%H:%M:%SZ"
@@ -379,11 +381,13 @@ def excerpt(value: object) -> str:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object whose keys are there once: of two values, two readers may each take another."""
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise BundleError(excerpt(twice), "each key once", "it twice")
+    if len(pairs) > _MOST_KEYS:
+        raise BundleError("", f"objects of at most {_MOST_KEYS} keys", f"{len(pairs)}")
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise BundleError(excerpt(key), "each key once", "it twice")
+        values[key] = value
     return values
 
 

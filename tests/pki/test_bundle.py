@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import time
 import typing
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -546,6 +547,17 @@ def test_a_proof_is_good_for_its_own_request_only(request_bundle: RequestBundle,
         broken = changed(request_bundle, "apiserver", **values)
         request = next(one for one in broken.requests if one not in request_bundle.requests)
         assert "another signature" in str(proof_problem(request, broken)), values
+
+
+@pytest.mark.parametrize("keys", [90_000, 900])
+def test_a_key_that_is_there_twice_costs_no_time(keys: int) -> None:
+    """One mebibyte of keys would take minutes if each were looked for among all; the second key is found either way."""
+    data = ("{" + "".join(f'"{number:06}":0,' for number in range(keys)) + f'"{keys - 1:06}":0}}').encode()
+    assert len(data) < bundle_format.MAX_BUNDLE_BYTES
+    begin = time.process_time()
+    with pytest.raises(BundleError, match="at most" if keys > 1000 else "each key once"):
+        bundle_format.parse(data)
+    assert time.process_time() - begin < 5
 
 
 def test_what_earlier_versions_have_sent_out_is_still_good(pairs: Pairs) -> None:
