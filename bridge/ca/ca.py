@@ -16,7 +16,7 @@ from cryptography import x509
 from bridge.ca import registry
 from bridge.ca.preflight import advice, assert_right_ca, usages
 from bridge.ca.registry import Configured
-from bridge.ca.retry import Outage, Retry
+from bridge.ca.retry import Outage, Retry, T
 from bridge.ca.untrusted_answers import collected
 from bridge.contract import (
     Backend,
@@ -31,7 +31,7 @@ from bridge.contract import (
     SignsMany,
     TellsRevoked,
 )
-from bridge.errors import BackendError, BridgeError, VerificationError
+from bridge.errors import BackendError, BackendUnavailableError, BridgeError, VerificationError
 from bridge.pki import verify
 from bridge.pki.verify import Expectation, Verified
 from bridge.specs import CertificateSpec
@@ -81,6 +81,8 @@ class CA:
             ca.look(specs, expected)
         except BridgeError as e:
             ca.trouble = e
+        except OSError as e:
+            ca.trouble = _failed(ca.label, e)
         return ca
 
     def look(self, specs: Sequence[CertificateSpec], expected: Callable[[CA], Expectation]) -> None:
@@ -89,7 +91,7 @@ class CA:
         wanted = expected(self)
         if self.certificates:
             assert_right_ca(self.certificates, wanted)
-        self.wrong = self.retry.ask(lambda: usages(self.backend, specs))
+        self.wrong = self._question(lambda: usages(self.backend, specs))
         self.identity = self.ask_identity()
 
     def ask_identity(self) -> str | None:
@@ -101,7 +103,7 @@ class CA:
     def issuers(self) -> tuple[x509.Certificate, ...]:
         """The CA's own certificates, the one that signs first; none: this CA does not tell."""
         backend = self.backend
-        return tuple(self.retry.ask(backend.issuers)) if isinstance(backend, ListsIssuers) else ()
+        return tuple(self._question(backend.issuers)) if isinstance(backend, ListsIssuers) else ()
 
     def error(self, name: str) -> BridgeError | None:
         """Why this certificate can't be asked for."""
@@ -135,7 +137,7 @@ class CA:
         def sign(request: SignRequest) -> Answer:
             answer: Answer
             try:
-                answer = self.retry.ask(lambda: backend.sign(request))
+                answer = self._question(lambda: backend.sign(request))
             except BackendError as e:
                 answer = e
             done([(request, answer)])
@@ -148,7 +150,7 @@ class CA:
 
     def _ask_many(self, backend: SignsMany, requests: Sequence[SignRequest]) -> Sequence[Answer]:
         try:
-            answers = self.retry.ask(lambda: backend.sign_many(requests))
+            answers = self._question(lambda: backend.sign_many(requests))
         except BackendError as e:
             e.is_for_all = True
             return [e] * len(requests)
@@ -162,7 +164,7 @@ class CA:
         if not isinstance(backend, Collects):
             raise BridgeError(f'{self.label}: answered {name} with "later", and can\'t be asked later: a bug in it')
         try:
-            return self.retry.ask(lambda: collected(backend, request, reference, expected))
+            return self._question(lambda: collected(backend, request, reference, expected))
         except BackendError as e:
             return e
 
@@ -171,7 +173,7 @@ class CA:
         backend = self.backend
         if not requests or not isinstance(backend, Recalls):
             return [None] * len(requests)
-        return self.retry.ask(lambda: backend.recall(requests, since))
+        return self._question(lambda: backend.recall(requests, since))
 
     def verified(self, answer: Issued, request: SignRequest, expected: Expectation) -> Verified:
         """Prove an answer; an error's hint says where to look at this CA."""
@@ -192,22 +194,38 @@ class CA:
         """Revoke a certificate of this CA, which `can_revoke`."""
         backend = self.backend
         if isinstance(backend, Revokes):
-            self.retry.ask(lambda: backend.revoke(certificate))
+            self._question(lambda: backend.revoke(certificate))
 
     def is_revoked(self, certificate: x509.Certificate) -> bool:
         """Whether the CA has revoked it; False where this CA can't tell."""
         backend = self.backend
-        return isinstance(backend, TellsRevoked) and self.retry.ask(lambda: backend.is_revoked(certificate))
+        return isinstance(backend, TellsRevoked) and self._question(lambda: backend.is_revoked(certificate))
 
     def close(self) -> None:
         """Let the backend give back what it took."""
         if self.backend is not None:
             registry.close(self.backend)
 
+    def _question(self, question: Callable[[], T]) -> T:
+        """
+        Ask by the retry policy.
+
+        A backend that fails by itself, such as at a directory without permission, counts as unavailable: the other CAs
+        of the run go on, and the request is kept.
+        """
+        try:
+            return self.retry.ask(question)
+        except OSError as e:
+            raise _failed(self.label, e) from e
+
     def _opened(self) -> Backend:
         if self.backend is None:
             raise self.trouble or AssertionError("a CA without a backend has a reason for it")
         return self.backend
+
+
+def _failed(label: str, error: OSError) -> BackendUnavailableError:
+    return BackendUnavailableError(f"{label}: {error}")
 
 
 def signer_of(configured: Configured, retry: Retry | None = None) -> tuple[x509.Certificate, ...]:

@@ -10,8 +10,8 @@ from cryptography.x509.verification import VerificationError as NoPathError
 
 from bridge.contract import Advises, Backend, Checks, ChecksWhole, ListsIssuers, Wanted
 from bridge.errors import BackendRefusedError, VerificationError, Violation
-from bridge.pki import verify
-from bridge.pki.certificates import fingerprint, name_text
+from bridge.pki import display, verify
+from bridge.pki.certificates import fingerprint
 from bridge.specs import CertificateSpec
 
 
@@ -75,12 +75,12 @@ def assert_right_ca(issuers: Sequence[x509.Certificate], expected: verify.Expect
     with contextlib.suppress(NoPathError):
         verify.verified_path(issuers[0], issuers[1:], anchor, expected.now)
         return
-    got = f"{name_text(issuers[0].subject)}, SHA-256 {fingerprint(issuers[0])[:16]}…"
+    got = f"{display.name(issuers[0])}, SHA-256 {fingerprint(issuers[0])[:16]}…"
     hint = "the mount, label, URL or directory of this authority may be another one's"
     if not verify.is_valid_at(issuers[0], expected.now):
         got += f", valid only {verify.validity_text(issuers[0], expected.now)}"
         hint = "a CA certificate that is not valid now signs nothing of use: have it renewed, or the clock put right"
     raise BackendRefusedError(
-        f"wanted the CA of {expected.anchor_name} ({name_text(anchor.subject)}, SHA-256 {fingerprint(anchor)[:16]}…), got {got}",
+        f"wanted the CA of {expected.anchor_name} ({display.name(anchor)}, SHA-256 {fingerprint(anchor)[:16]}…), got {got}",
         hint=hint,
     )

@@ -7,7 +7,7 @@ from bridge.errors import BackendRefusedError, VerificationError
 from bridge.pki import verify
 
 
-class HearsayError(BackendRefusedError):
+class UntrustedAnswerError(BackendRefusedError):
     """A refusal, or a certificate that does not pass, which any other user may have put there: it ends no request."""
 
     hint = (
@@ -19,7 +19,7 @@ class HearsayError(BackendRefusedError):
 def collected(
     backend: Collects, request: SignRequest, reference: str, expected: verify.Expectation
 ) -> Issued | Pending:
-    """The CA's answer; of several candidates, the first that passes. Errors as `Collects`, or a HearsayError."""
+    """The CA's answer; of several candidates, the first that passes. Errors as `Collects`, or a UntrustedAnswerError."""
     if not isinstance(backend, CollectsAll):
         return backend.collect(request, reference)
     wrong: list[VerificationError] = []
@@ -31,10 +31,10 @@ def collected(
         wrong.append(error)
     if wrong:
         more = f" ({len(wrong)} certificates, none of which passes)" if len(wrong) > 1 else ""
-        raise HearsayError(f"{wrong[0].reason}{more}")
+        raise UntrustedAnswerError(f"{wrong[0].reason}{more}")
     try:
         return backend.collect(request, reference)
     except BackendRefusedError as e:
         if backend.authenticated:
             raise
-        raise HearsayError(str(e)) from e
+        raise UntrustedAnswerError(str(e)) from e
