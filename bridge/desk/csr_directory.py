@@ -9,6 +9,7 @@ Neither says for which node it is, nor proves anything.
 from __future__ import annotations
 
 import base64
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -27,10 +28,11 @@ from bridge.pki.bundle import BundledRequest, RequestBundle
 from bridge.pki.certificates import pem
 from bridge.specs import SPECS, CertificateSpec
 from bridge.system.files import SECRET_MODE, write_atomically
-from bridge.system.paths import UnreadableError, read
+from bridge.system.paths import ForeignLinkError, UnreadableError, opened, read, read_once
 
 _SUFFIX = ".csr"
 _CERTIFICATE_MODE = 0o644
+_ELSEWHERE = "name a directory in which no other user can put links with -o"
 #: By what kubeadm calls its file, flat and nested.
 _BY_FILE = {spec.base: spec for spec in SPECS.values()} | SPECS
 
@@ -111,32 +113,59 @@ def _batch(requests: Sequence[BundledRequest]) -> str:
 
 
 def deliver(found: CsrDirectory, target: Path, answers: Mapping[str, Issued], ca: x509.Certificate | None) -> None:
-    """Write `….crt` as the CSRs are laid out, and complete the kubeconfigs that are beside them."""
+    """
+    Write `….crt` as the CSRs are laid out, and complete the kubeconfigs that are beside them.
+
+    The directory may be another user's, who can put a link in the place of anything in it while the CA signs: each file
+    is written through the directories that were opened on the way to it.
+    """
     for name, issued in answers.items():
         relative = found.files[name]
         chain = b"".join(map(pem, (issued.leaf, *issued.intermediates)))
-        path = target / relative.with_suffix(".crt")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, chain, _CERTIFICATE_MODE)
-        config = found.directory / relative.with_suffix("")  # admin.conf.csr belongs to admin.conf
-        if SPECS[name].kubeconfig and ca is not None and config.is_file():
-            write_atomically(
-                target / config.relative_to(found.directory), _completed(config, issued, chain, ca), SECRET_MODE
-            )
+        _write(target, relative.with_suffix(".crt"), chain, _CERTIFICATE_MODE)
+        relative = relative.with_suffix("")  # admin.conf.csr belongs to admin.conf
+        if SPECS[name].kubeconfig and ca is not None:
+            config = _kubeconfig(found.directory / relative)
+            if config is not None:
+                data = _completed(found.directory / relative, config, issued, chain, ca)
+                _write(target, relative, data, SECRET_MODE)
 
 
-def _completed(path: Path, issued: Issued, chain: bytes, ca: x509.Certificate) -> bytes:
+def _write(target: Path, relative: Path, data: bytes, mode: int) -> None:
+    path = (target / relative).absolute()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for parent in reversed(relative.parents):
+            with opened((target / parent).absolute()) as place, contextlib.suppress(FileExistsError):
+                place.path.mkdir()
+        with opened(path) as place:
+            write_atomically(place.path, data, mode)
+    except ForeignLinkError as e:
+        raise CsrDirectoryError(f"{path}: wanted to write the answer; {e}", hint=_ELSEWHERE) from None
+
+
+def _kubeconfig(path: Path) -> bytes | None:
+    """The kubeconfig that a CSR lies beside; None: there is none."""
+    try:
+        with opened(path.absolute()) as place:
+            return read_once(place.path)[0]
+    except FileNotFoundError:
+        return None
+    except (ForeignLinkError, UnreadableError) as e:
+        raise CsrDirectoryError(f"{path}: wanted the kubeconfig beside {path.name}{_SUFFIX}; {e}") from None
+
+
+def _completed(path: Path, data: bytes, issued: Issued, chain: bytes, ca: x509.Certificate) -> bytes:
     """The kubeconfig with the client's certificate and the CA's, laid out as kubeadm does it."""
     wanted = "wanted a kubeconfig with one cluster and one user, as `kubeadm certs generate-csr` writes it"
     try:
-        config: Any = yaml.safe_load(read(path) or b"")
+        config: Any = yaml.safe_load(data)
         [cluster], [user] = config["clusters"], config["users"]
         key = load_pem_private_key(base64.b64decode(user["user"]["client-key-data"]), None)
         cluster["cluster"]["certificate-authority-data"] = base64.b64encode(pem(ca)).decode()
         user["user"]["client-certificate-data"] = base64.b64encode(chain).decode()
     # outside of `except`, since a traceback could lead to the key
     except (
-        UnreadableError,
         yaml.YAMLError,
         ValueError,
         KeyError,

@@ -23,15 +23,16 @@ from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 from bridge.ca import registry
 from bridge.ca.ca import CA, Answer
-from bridge.ca.untrusted_answers import HearsayError
+from bridge.ca.untrusted_answers import UntrustedAnswerError
 from bridge.contract import (
+    Collects,
     Issued,
     Pending,
     SignRequest,
     SignsMany,
 )
 from bridge.desk.archive import Answered
-from bridge.desk.journal import Asked, Journal
+from bridge.desk.journal import Asked, Journal, JournalError
 from bridge.desk.policy import Policy, PolicyVerdict, judge
 from bridge.desk.workers import AnsweredBundle, Judgement, ReadAhead, Workers, compared, for_request
 from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, VerificationError, WaitingError
@@ -52,6 +53,8 @@ from bridge.system.paths import UnreadableError
 #: Requests that are read ahead and signed together: few at first, so that a CA is at work soon, and twice as many each
 #: time, so that `openssl ca`'s own start and its rewriting of a long index become a small part.
 _FIRST_WINDOW, _LARGEST_WINDOW = 250, 1000
+#: Of bundles as they lay there; a window of honest ones has less. Up to four windows are in memory.
+_LARGEST_WINDOW_BYTES = 8 << 20
 #: Windows that are read and judged while an earlier one is signed or delivered, so that no CA waits for us.
 _AHEAD = 2
 #: Of a backend that signs one by one: of how many at a time is written down that they are being asked for.
@@ -93,6 +96,7 @@ class Job:
     digest: str  #: The bundle's.
     label: str  #: For messages, such as the bundle's file.
     delivery: Callable[[AnswerBundle], Delivery]
+    size_bytes: int = 0  #: The bundle's, as it was read.
     ahead: ReadAhead | None = None  #: What a worker has read and judged.
     earlier: Mapping[str, Issued] = field(default_factory=dict)  #: Of an answer that is there already.
     answered: Mapping[str, Answered] = field(default_factory=dict)  #: Signed before; no second time.
@@ -327,7 +331,18 @@ class Desk:
                 else:
                     lots[request.authority].append((job, job.requests[request.name]))
         with ThreadPoolExecutor(len(AUTHORITIES)) as pool:
-            list(pool.map(lambda lot: self._sign_lot(self._cas[lot[0]], lot[1], journal), lots.items()))
+            list(pool.map(lambda lot: self._sign_or_leave(self._cas[lot[0]], lot[1], journal), lots.items()))
+
+    def _sign_or_leave(self, authority: _Authority, lot: Sequence[tuple[Job, SignRequest]], journal: Journal) -> None:
+        try:
+            self._sign_lot(authority, lot, journal)
+        except JournalError:
+            raise
+        except Exception as e:  # noqa: BLE001 (a bug in one backend: what the other CAs sign is to be delivered)
+            trouble = BridgeError(f"{authority.ca.label}: wanted an answer, found {type(e).__name__}: {e}")
+            for job, request in lot:
+                if request.spec.name not in job.answers:
+                    job.troubles.setdefault(request.spec.name, trouble)
 
     def _sign_lot(self, authority: _Authority, lot: Sequence[tuple[Job, SignRequest]], journal: Journal) -> None:
         ca, new, asked = authority.ca, [], []
@@ -335,12 +350,12 @@ class Desk:
             known = journal.get(request)
             if isinstance(known, Asked):
                 asked.append((job, request, known.since))
-            elif isinstance(known, Pending):
+            elif isinstance(known, Pending) and isinstance(ca.backend, Collects):
                 expected = self._expectation(request.spec.authority.name, authority.anchors)
                 _note(job, request, ca.collect(request, known.reference, expected), journal)
-            elif known is not None and self._violations(request, known) is None:
+            elif isinstance(known, Issued) and self._violations(request, known) is None:
                 _note(job, request, known, None)
-            else:  # nothing is known, or it has lain there for long
+            else:  # nothing is known, it has lain there for long, or another backend, which knows of nothing, is asked now
                 new.append((job, request))
         new += _recalled(ca, asked, journal)
         size = len(new) if isinstance(ca.backend, SignsMany) else _SLICE
@@ -475,13 +490,13 @@ def _concluded(job: Job, delivery: Delivery, error: OSError | None) -> str:
 
 def _windows(jobs: Iterable[Job]) -> Iterator[list[Job]]:
     window: list[Job] = []
-    size, enough = 0, _FIRST_WINDOW
+    size, size_bytes, enough = 0, 0, _FIRST_WINDOW
     for job in jobs:
         window.append(job)
-        size += len(job.bundle.requests)
-        if size >= enough:
+        size, size_bytes = size + len(job.bundle.requests), size_bytes + job.size_bytes
+        if size >= enough or size_bytes >= _LARGEST_WINDOW_BYTES:
             yield window
-            window, size, enough = [], 0, min(2 * enough, _LARGEST_WINDOW)
+            window, size, size_bytes, enough = [], 0, 0, min(2 * enough, _LARGEST_WINDOW)
     if window:
         yield window
 
@@ -531,7 +546,7 @@ def _note(job: Job, request: SignRequest, answer: Answer, journal: Journal | Non
         job.answers[name] = answer
     elif isinstance(answer, Pending):
         job.troubles[name] = WaitingError(answer.note or "the CA answers later")
-    elif isinstance(answer, BackendUnavailableError | HearsayError) or answer.is_for_all:
+    elif isinstance(answer, BackendUnavailableError | UntrustedAnswerError) or answer.is_for_all:
         job.troubles[name] = answer
     else:
         job.answers[name] = refusal(f"the CA refused: {answer.reason}")

@@ -47,6 +47,7 @@ from bridge.system.paths import UnreadableError, open_secret, own_text, read, re
 from bridge.words import one_line
 
 POLICY_NAME = "desk-policy.toml"
+FSTAB = Path("/etc/fstab")
 #: A copy that has not grown for so long will not be whole any more.
 STALE = timedelta(minutes=10)
 _ANSWER_MODE = 0o644  #: Certificates are public, and another user fetches them.
@@ -88,6 +89,17 @@ def load_policy(settings: Settings, path: Path | None) -> Policy:
     hint = how_to_begin("gateway/inventory.toml", inventory)
     text = own_text(inventory, "the inventory that desk.inventory names", hint)
     return replace(policy, nodes=node_inventory.parse(text, inventory))
+
+
+def assert_free(path: Path, kind: type[AnswerBundle | RequestBundle]) -> None:
+    """An older bundle of this kind may be overwritten, nothing else: no link, no device, no other file."""
+    what = "request" if kind is RequestBundle else "answer"
+    with contextlib.suppress(FileNotFoundError, UnreadableError, BundleError):
+        if isinstance(loads(read_once(path)[0]), kind):
+            return
+    if os.path.lexists(path):
+        wanted = f"no file, or {'an' if what == 'answer' else 'a'} {what} bundle of before"
+        raise BridgeError(f"{path}: wanted {wanted}, found something else", hint="name another file")
 
 
 def load_answer_key(policy: Policy) -> PrivateKeyTypes | None:
@@ -212,6 +224,7 @@ class Session:
         source, out = self._options.source, self._options.out
         if not source.is_dir():
             beside = source.with_name(f"{source.stem}{answer_suffix(self._settings.authorities)}")
+            assert_free(out or beside, AnswerBundle)
             bundle = self._one_bundle(source, out or beside)
             return Work(jobs=lambda _: iter([bundle]), total=1)
         if self._options.node or self._options.cluster or (out is None and csr_directory.find(source)):
@@ -221,14 +234,25 @@ class Session:
             raise BridgeError(f"{source}: wanted another directory for the answers", hint="name it with -o")
         if not out.is_dir():
             raise BridgeError(f"{out}: wanted a directory for the answers, found none")
+        for directory in (source, out):
+            _assert_mounted(directory)
         names = _names_in(source)
         if not names:
             self._assert_inbox(source)
+            self._assert_none_below(source, out)
         return Work(jobs=lambda workers: self._inbox(desk, source, out, names, workers), total=len(names))
 
     def _assert_inbox(self, source: Path) -> None:
         if any(not path.is_relative_to(self._archive.directory) for path in csr_directory.find(source)):
             raise _whose(source)
+
+    def _assert_none_below(self, inbox: Path, outbox: Path) -> None:
+        """An inbox whose bundles are all one directory deeper is a mistake: nothing would ever be signed."""
+        ours = {self._archive.directory.resolve(), outbox.resolve()}
+        for path in sorted(inbox.glob("[!.]*/*.json")):
+            if path.parent.resolve() not in ours:
+                text = f"{path.parent}: wanted request bundles in the inbox itself, found files in a directory below it"
+                raise BridgeError(text, hint=f"move them to {inbox}, or name that directory")
 
     # --- one bundle, or an inbox of them ------------------------------------------------------------------------------
 
@@ -306,6 +330,7 @@ class Session:
             digest=asked,
             label=one_line(path),
             delivery=delivery,
+            size_bytes=len(data),
             earlier=_earlier(out, asked),
             answered=answered,
         )
@@ -342,6 +367,18 @@ def _names_in(inbox: Path) -> list[str]:
         for entry in os.scandir(inbox)
         if not entry.name.startswith(".") and not entry.is_dir(follow_symlinks=False)
     )
+
+
+def _assert_mounted(directory: Path) -> None:
+    """An inbox on a file system that is not mounted looks like an empty one, in every run."""
+    try:
+        lines = FSTAB.read_text(errors="replace").splitlines()
+    except OSError:
+        return
+    places = [Path(fields[1].replace(r"\040", " ")) for line in lines if len(fields := line.split()) > 1]
+    for place in places:
+        if place.name and directory.resolve().is_relative_to(place) and not place.is_mount():
+            raise BridgeError(f"{directory}: wanted it mounted, as {FSTAB} has {place}, found that it is not")
 
 
 def _a_csr() -> BridgeError:

@@ -34,9 +34,10 @@ from bridge.desk.patterns import (
     subject_text,
 )
 from bridge.errors import SettingsProblem
-from bridge.pki.bundle import BundledRequest, RequestBundle
+from bridge.pki.bundle import REQUEST_VERSIONS, BundledRequest, RequestBundle
 from bridge.pki.certificates import attributes, san_counts
 from bridge.pki.csr import algorithm_name
+from bridge.pki.csr_fields import requested
 from bridge.pki.expiry import duration_text, minute
 from bridge.pki.signatures import origin_problem, proof_problem, usages_problem
 from bridge.settings.reader import Reader, opened
@@ -104,6 +105,8 @@ class Allow:
     proof: Literal["required", "optional"] = "required"
     proof_after_expiry: timedelta = timedelta(days=90)  #: How long a proof by an expired certificate counts.
     max_age: timedelta = timedelta(days=30)  #: Of a request bundle.
+    #: Of request bundles: in version 1 the proof covers neither the time nor the validity, so that others can change them.
+    oldest_version: int = 2
 
     def problems(self) -> Iterator[SettingsProblem]:
         """Names that are none, and lists that allow nothing."""
@@ -113,6 +116,9 @@ class Allow:
         for key in ("names", "masters"):
             yield from _unknown(key, getattr(self, key), tuple(SPECS))
         yield from _unknown("keys", self.keys, KEY_ALGORITHMS)
+        if self.oldest_version not in REQUEST_VERSIONS:
+            wanted = " or ".join(map(str, REQUEST_VERSIONS))
+            yield SettingsProblem("oldest_version", wanted, str(self.oldest_version))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +241,9 @@ def judge(
     without_proof: frozenset[str] = frozenset(),
 ) -> PolicyVerdict:
     """All that speaks against a request."""
+    if policy.nodes is not None and (entry := policy.nodes.nodes.get(bundle.node)) is not None and entry.blocked:
+        blocked = f"node: wanted one that the inventory ({policy.desk.inventory}) does not block, found {bundle.node}"
+        return PolicyVerdict(problems=(blocked,), proven=False)
     problems = [*_who(bundle, policy.allow), *_age(bundle, policy.allow, now)]
     waived = policy.allow.proof == "optional" or request.name in without_proof
     unproven: str | None = "a user's"
@@ -259,6 +268,9 @@ def _who(bundle: RequestBundle, allow: Allow) -> Iterator[str]:
 
 def _age(bundle: RequestBundle, allow: Allow, now: datetime) -> Iterator[str]:
     """Problems with a bundle's age: one kept for long is good for nothing; a clock may be wrong by a day."""
+    if bundle.version < allow.oldest_version:
+        wanted = f"a request bundle of version {allow.oldest_version} (allow.oldest_version)"
+        yield f"version: wanted {wanted}, found {bundle.version}: have the node export it again"
     if now - bundle.created > allow.max_age:
         limit = f"made at most {duration_text(allow.max_age)} ago (allow.max_age)"
         yield f"age: wanted a request {limit}, found one of {bundle.created:%Y-%m-%d}; export it again"
@@ -315,8 +327,7 @@ def _csr_problems(csr: x509.CertificateSigningRequest, keys: Sequence[str], *, s
         yield f"key: wanted {one_of(keys)}, found {key}"
     if not csr.is_signature_valid:
         yield "CSR: wanted one that is signed with its own key, found another signature"
-    allowed = {ExtensionOID.SUBJECT_ALTERNATIVE_NAME} if sans else set()
-    if others := [one.oid.dotted_string for one in csr.extensions if one.oid not in allowed]:
+    if others := requested(csr, *([ExtensionOID.SUBJECT_ALTERNATIVE_NAME] if sans else [])):
         what, too = ("SANs and nothing else", " too") if sans else ("no extension", "")
         yield f"CSR: wanted one that asks for {what}, found {', '.join(others)}{too}"
 

@@ -1,10 +1,12 @@
 """
 Processes that do the desk's arithmetic ahead of it: read a bundle, verify its signatures, apply the policy, compare.
 
-What they do is pure: no CA, no file, no clock. They get bytes, and answer with the bundle that was in them and with
-words. The desk computes for itself what they did not, so that a worker that can't be started or is killed costs time and
-nothing else.
-A worker ends with the desk, even with one that is killed, since then its standard input ends.
+They exist for the row "`sign` of an inbox" of docs/numbers.md.
+What they do is pure: no CA, no file, no clock. They get bytes, and answer with the bundle that was in them and with its
+problems. The desk computes for itself what they did not, so that a worker that can't be started or is killed costs time
+and nothing else.
+A worker keeps a bundle that it has read until the answers to it come, so that nothing is sent or parsed twice; it ends
+with the desk, even with one that is killed, since then its standard input ends. `ProcessPoolExecutor` has neither.
 """
 
 from __future__ import annotations

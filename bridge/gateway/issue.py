@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from uuid import UUID
 
-from bridge.ca.untrusted_answers import HearsayError
+from bridge.ca.untrusted_answers import UntrustedAnswerError
 from bridge.cluster.api import NoAnswerError
 from bridge.contract import Continuity, Issued, Pending, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, BridgeError, VerificationError
@@ -237,7 +237,7 @@ class Issuing:
         except BackendUnavailableError as e:
             context.record_quietly(asking.about, audit.UNAVAILABLE, e)
             raise LeftError("ca-unavailable", str(e), authority.rest.seconds_left() + 0.5) from None
-        except HearsayError as e:  # the CA may still answer
+        except UntrustedAnswerError as e:  # the CA may still answer
             context.record_quietly(asking.about, audit.REFUSED, e)
             raise LeftError("bad-answer", f"{e}; {e.hint}", after_refusal(job)) from None
         except BackendRefusedError as e:

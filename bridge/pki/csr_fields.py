@@ -125,12 +125,28 @@ def _subject(csr: x509.CertificateSigningRequest) -> tuple[tuple[str, str], ...]
     return tuple(sorted(found))
 
 
+def odd_attributes(csr: x509.CertificateSigningRequest) -> list[str]:
+    """
+    OIDs of attributes besides one list of extensions (extensionRequest).
+
+    cryptography and OpenSSL read the first list alone. CAs in Go read each list, and some CAs read Microsoft's attribute
+    for extensions: what they would sign is more than what was judged.
+    """
+    found = [attribute.oid.dotted_string for attribute in csr.attributes]
+    return [oid for position, oid in enumerate(found) if oid != _EXTENSION_REQUEST or oid in found[:position]]
+
+
+def requested(csr: x509.CertificateSigningRequest, *besides: x509.ObjectIdentifier) -> list[str]:
+    """OIDs of all that a CSR asks for, `besides` the extensions that it may ask for."""
+    extensions = [extension.oid.dotted_string for extension in csr.extensions if extension.oid not in besides]
+    return [*odd_attributes(csr), *extensions]
+
+
 def _sans(csr: x509.CertificateSigningRequest) -> frozenset[tuple[str, str]]:
     """SANs, each once, and no other extension or attribute."""
-    asked = [attribute.oid.dotted_string for attribute in csr.attributes]
-    if any(oid != _EXTENSION_REQUEST for oid in asked) or len(asked) > 1:
+    if odd_attributes(csr):
         raise OddRequestError("the CSR has attributes besides the requested extensions")
-    if any(one.oid != ExtensionOID.SUBJECT_ALTERNATIVE_NAME for one in csr.extensions):
+    if requested(csr, ExtensionOID.SUBJECT_ALTERNATIVE_NAME):
         raise OddRequestError("the CSR asks for extensions besides SANs")
     found: Counter[tuple[str, str]] = san_counts(csr)
     if found.total() > MAX_SANS:

@@ -17,7 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
 from bridge.contract import Issued
-from bridge.desk.files import known_cas
+from bridge.desk.files import assert_free, known_cas
 from bridge.errors import BackendRefusedError, BridgeError, Exit, WaitingError
 from bridge.node.inventory import Item, Node
 from bridge.pki import bundle, bundle_format, bundle_text, signatures, verify
@@ -62,7 +62,7 @@ def export(
     settings: Settings, path: Path, options: RunOptions, now: Callable[[], datetime], progress: Progress
 ) -> tuple[Exported, Node]:
     """Keys into the state directory, requests into a bundle; a request that waits is exported again as it is."""
-    assert_free(path)
+    assert_free(path, RequestBundle)
     with begun(settings, now, progress, options.wait) as (run, node):
         desired = decide(node, settings, options)
         selection = select(node, settings, options, now(), requests=run.requests, desired=desired)
@@ -114,19 +114,6 @@ def carry(run: Run, prepared: Sequence[Prepared], path: Path) -> tuple[RequestBu
             hint="export again, to another place: the keys and CSRs are kept",
         ) from e
     return requests, prepared
-
-
-def assert_free(path: Path) -> None:
-    """An older request bundle may be overwritten, nothing else."""
-    try:
-        data = read(path)
-        if data is None and not path.is_dir():
-            return
-        bundle_format.loads_request(data or b"")
-    except (BundleError, UnreadableError) as e:
-        raise BridgeError(
-            f"{path}: wanted no file, or a request bundle of before, found something else", hint="name another file"
-        ) from e
 
 
 # --- inspect ---------------------------------------------------------------------------------------------------------

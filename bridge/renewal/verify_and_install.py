@@ -18,7 +18,7 @@ from pathlib import Path
 from cryptography import x509
 
 from bridge.ca.preflight import RefusedByCheckError
-from bridge.ca.untrusted_answers import HearsayError
+from bridge.ca.untrusted_answers import UntrustedAnswerError
 from bridge.contract import Issued, Pending
 from bridge.errors import BackendUnavailableError, BridgeError, Exit, SettingsError, VerificationError, WaitingError
 from bridge.node import kubeconfig, kubelet
@@ -308,7 +308,7 @@ def remember(run: Run, answered: Sequence[Answered], proven: Sequence[Proven], *
 
 
 #: The CA has not said no to the request itself, as far as we know.
-_NOT_ASKED = (BackendUnavailableError, HearsayError, RefusedByCheckError, SettingsError, ShorterError)
+_NOT_ASKED = (BackendUnavailableError, UntrustedAnswerError, RefusedByCheckError, SettingsError, ShorterError)
 
 
 def _forget(requests: OpenRequests, kept: OpenRequest) -> None:

@@ -13,6 +13,7 @@ from bridge.errors import BridgeError, Exit
 from bridge.pki import csr
 from bridge.pki.certificates import UNREADABLE, attributes
 from bridge.pki.csr import Naming, PrivateKey, subject_of
+from bridge.pki.csr_fields import requested
 from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
 from bridge.system.files import Attributes, sync_directory, write_staged
 from bridge.system.paths import UnreadableError, read
@@ -22,7 +23,8 @@ from bridge.words import one_line
 #: Kubernetes takes it everywhere, and it is short enough to be made at once.
 DEFAULT_KEY: KeyAlgorithm = "ecdsa-p256"
 _CSR_MODE = 0o644
-_PEM = re.compile(rb"-----BEGIN ((?:NEW )?CERTIFICATE REQUEST)-----.*?-----END \1-----", re.DOTALL)
+#: No hyphen within a block, so that a file of beginnings alone is read once, and not once for each of them.
+_PEM = re.compile(rb"-----BEGIN ((?:NEW )?CERTIFICATE REQUEST)-----[^-]*-----END \1-----")
 _CN, _O = NameOID.COMMON_NAME.dotted_string, NameOID.ORGANIZATION_NAME.dotted_string
 
 
@@ -104,7 +106,7 @@ def _problems(request: x509.CertificateSigningRequest, user: User) -> list[str]:
         problems.append(f"O: wanted {_words(user.groups)} (--group), found {_words(groups)}")
     if others := [oid for oid, _ in found if oid not in (_CN, _O)]:
         problems.append(f"subject: wanted CN and O alone, found {_words(others)} too")
-    if asked := [extension.oid.dotted_string for extension in request.extensions]:
+    if asked := requested(request):
         problems.append(f"extensions: wanted none, found {_words(asked)}")
     if csr.known_algorithm(request.public_key()) is None:
         problems.append(

@@ -21,7 +21,7 @@ from cryptography import x509
 from bridge.ca import registry
 from bridge.ca.ca import CA
 from bridge.ca.retry import Outage
-from bridge.ca.untrusted_answers import HearsayError
+from bridge.ca.untrusted_answers import UntrustedAnswerError
 from bridge.contract import Carries, Collects, Continuity, Issued, Pending
 from bridge.errors import (
     BackendError,
@@ -298,9 +298,9 @@ class _Asked:
             self._record.add(audit.ISSUED, name, authority=CLUSTER_CA.name, new=answer.leaf)
             verified = self._ca.verified(answer, one.request, dataclasses.replace(expected, now=now()))
         except BridgeError as e:
-            if isinstance(e, HearsayError):
+            if isinstance(e, UntrustedAnswerError):
                 e.hint = _KEPT
-            if not isinstance(e, WaitingError | BackendUnavailableError | HearsayError):
+            if not isinstance(e, WaitingError | BackendUnavailableError | UntrustedAnswerError):
                 _forget(self._store, one.name)  # its CA said no, or signed something else
             self._record.add(audit.event_of(e), name, authority=CLUSTER_CA.name, error=e)
             raise

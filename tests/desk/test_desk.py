@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,12 +24,14 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
+from backends import openssl
 from bridge.ca import ca, registry
 from bridge.cli import desk as cli_desk
+from bridge.cli.app import app
 from bridge.contract import Issued, Pending, Recalls
-from bridge.desk import csr_directory, desk
+from bridge.desk import csr_directory, desk, files
 from bridge.desk.journal import Asked, Journal, key_of
-from bridge.errors import Exit
+from bridge.errors import BridgeError, Exit
 from bridge.node import kubeconfig, sample_pki
 from bridge.pki import csr
 from bridge.pki.bundle import AnswerBundle, Refusal, RequestBundle, sign_request
@@ -999,6 +1002,32 @@ def test_a_flat_directory_of_csrs(tmp_path: Path, pki: Pki, pairs: Pairs) -> Non
         assert leaf.public_key() == asked.public_key()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes another user's link")
+@pytest.mark.parametrize("swapped", ["pki", "pki/etcd", ""])
+def test_a_link_that_was_put_there_meanwhile_leads_nowhere(tmp_path: Path, pairs: Pairs, swapped: str) -> None:
+    """The directory is another user's, who puts a link in its place while the CA signs; without one the answer is there."""
+    csrs, own = tmp_path / "csrs", tmp_path / "own"
+    (csrs / "pki/etcd").mkdir(parents=True)
+    own.mkdir(mode=0o700)
+    old, _ = pairs["etcd-server"]
+    (csrs / "pki/etcd/server.csr").write_bytes(new_csr(old).public_bytes(Encoding.PEM))
+    found = csr_directory.load(csrs, node="cp-1", cluster="kubernetes", validity=VALIDITY, created=datetime.now(UTC))
+    for path in (csrs, csrs / "pki", csrs / "pki/etcd"):
+        os.chown(path, 65534, 65534)
+    if swapped:
+        (csrs / swapped).rename(tmp_path / "away")
+        (csrs / swapped).symlink_to(own)
+        os.lchown(csrs / swapped, 65534, 65534)
+
+    with (
+        pytest.raises(csr_directory.CsrDirectoryError, match="wanted no link") if swapped else contextlib.nullcontext()
+    ):
+        csr_directory.deliver(found, csrs, {"etcd-server": Issued(leaf=old)}, None)
+
+    assert list(own.iterdir()) == []
+    assert (csrs / "pki/etcd/server.crt").exists() == (not swapped)
+
+
 def test_what_is_due_is_signed_again_for_the_same_csr(tmp_path: Path, pki: Pki, pairs: Pairs) -> None:
     """As next year, when kubeadm's CSRs still lie there."""
     desk_ = make_desk(tmp_path / "desk", pki, policy=RULES)
@@ -1021,6 +1050,99 @@ def test_what_is_due_is_signed_again_for_the_same_csr(tmp_path: Path, pki: Pki, 
         counts.append(len(desk_.issued()))
 
     assert counts == [1, 2, 2]
+
+
+def test_an_answer_takes_no_other_files_place(desk_: Desk, pairs: Pairs, tmp_path: Path) -> None:
+    """A device, a link, or any other file stays as it is; an older answer to the same bundle is written again."""
+    (tmp_path / "b.json").write_bytes(dumps(make_bundle(some(pairs, "apiserver"))))
+    answer, link, other = tmp_path / "a.json", tmp_path / "link", tmp_path / "notes"
+    other.write_text("mine")
+    link.symlink_to(answer)
+    for taken in (Path("/dev/null"), link, other, tmp_path / "b.json"):
+        run = desk_.run("sign", tmp_path / "b.json", "-o", taken)
+        assert (run.returncode, "wanted no file, or an answer bundle of before" in run.stderr) == (1, True), taken
+    assert (other.read_text(), Path("/dev/null").is_char_device(), desk_.issued()) == ("mine", True, [])
+
+    assert [desk_.run("sign", tmp_path / "b.json", "-o", answer).returncode for _ in range(2)] == [0, 0]
+    assert desk_.run("sign", tmp_path / "b.json", "-o", link).returncode == 1
+    assert link.is_symlink()
+
+
+def test_a_request_that_another_backend_had_is_asked_for_anew(desk_: Desk, pairs: Pairs) -> None:
+    """The CA of before answered later; the one of today can't be asked later, and knows nothing of it."""
+    bundle = make_bundle(some(pairs, "apiserver"))
+    put(desk_, bundle)
+    desk_.state.mkdir(mode=0o700, exist_ok=True)
+    with Journal(desk_.state / "desk-answers.jsonl", datetime.now(UTC)) as journal:
+        journal.add([(sign_request(bundle.requests[0], bundle), Pending(reference="R-1", note="at the CA"))])
+
+    run = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
+
+    assert (run.returncode, len(desk_.issued())) == (0, 1), run.stderr
+    assert [list(answer.answers) for answer in answers_of(desk_)] == [["apiserver"]]
+
+
+def test_bundles_below_the_inbox_are_told(desk_: Desk, pairs: Pairs) -> None:
+    """Nothing would ever be signed, and each run say 0; an inbox that is empty, with an empty directory in it, is fine."""
+    (desk_.inbox / "stick").mkdir()
+    assert desk_.run("sign", desk_.inbox, "-o", desk_.outbox).returncode == 0
+    (desk_.inbox / "stick/b.json").write_bytes(dumps(make_bundle(some(pairs, "apiserver"))))
+    run = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
+    assert (run.returncode, "wanted request bundles in the inbox itself" in run.stderr) == (1, True)
+    assert desk_.run("sign", desk_.inbox / "stick", "-o", desk_.outbox).returncode == 0
+
+
+def test_an_inbox_that_is_not_mounted_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty directory in the place of a file system looks like an inbox without bundles; the root is always mounted."""
+    inbox = tmp_path / "media/in box"
+    inbox.mkdir(parents=True)
+    monkeypatch.setattr(files, "FSTAB", tmp_path / "fstab")
+    files._assert_mounted(inbox)
+    (tmp_path / "fstab").write_text(f"# comment\n\nUUID=1 / ext4\nUUID=2 {tmp_path}/other ext4 defaults\n")
+    files._assert_mounted(inbox)
+    (tmp_path / "fstab").write_text(f"UUID=1 {tmp_path}/media vfat noauto\n")
+    with pytest.raises(BridgeError, match="wanted it mounted"):
+        files._assert_mounted(inbox)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(PermissionError(13, "Permission denied"), Exit.UNAVAILABLE), (KeyError("Permission denied"), Exit.FAILED)],
+)
+def test_a_backend_that_fails_by_itself_is_the_trouble_of_its_own_requests(
+    desk_: Desk,
+    pairs: Pairs,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    code: int,
+) -> None:
+    """A directory without permission is no refusal of the request, and the other CAs' certificates are signed."""
+    real = openssl.OpensslBackend.sign_many
+
+    def sign_many(self: Any, requests: Any) -> Any:
+        if requests[0].spec.authority.name == "etcd-ca":
+            raise error
+        return real(self, requests)
+
+    monkeypatch.setattr(openssl.OpensslBackend, "sign_many", sign_many)
+    names = ["apiserver", "etcd-server"]
+    for name in names:
+        put(desk_, make_bundle(some(pairs, name)))
+    with pytest.raises(SystemExit) as ended:
+        app(["sign", str(desk_.inbox), "-o", str(desk_.outbox), "--config", str(desk_.config)])
+
+    assert (ended.value.code, "Permission denied" in capsys.readouterr().err) == (code, True)
+    assert [list(answer.answers) for answer in answers_of(desk_)] == [["apiserver"]]
+
+
+def test_a_window_is_bounded_by_bytes(pairs: Pairs) -> None:
+    """Large bundles are signed a few at a time, so that a thousand of them are not in memory; small ones together."""
+    bundle, nowhere = make_bundle(some(pairs, "apiserver")), desk.Delivery(where="", files=(), conclude=lambda: None)
+    for size, windows in ((1 << 20, [8, 2]), (1 << 10, [10])):
+        one = partial(desk.Job, bundle=bundle, digest="", label="", delivery=lambda _: nowhere, size_bytes=size)
+        jobs = [one() for _ in range(10)]
+        assert [len(window) for window in desk._windows(jobs)] == windows
 
 
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])

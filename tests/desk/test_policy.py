@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bridge.desk import node_inventory
 from bridge.desk import policy as desk_policy
 from bridge.desk.patterns import MASTERS as MASTERS_GROUP
 from bridge.desk.policy import Policy, PolicyVerdict, judge, parse
@@ -21,6 +22,7 @@ from bridge.node import sample_pki
 from bridge.pki.bundle import RequestBundle
 from bridge.pki.csr import PrivateKey, generate_key
 from bridge.specs import AUTHORITIES, EKU, SPECS
+from tests.kit import odd_csrs
 from tests.kit.bundles import changed, make_bundle, new_csr, old_pairs, proven
 from tests.kit.pki import ADDRESS, PKI_SPECS, Pki, handmade_pki
 
@@ -128,6 +130,44 @@ def test_a_request_becomes_too_old(bundle: RequestBundle, judged: Judge, pairs: 
     assert "age: wanted a request that is not from the future" in judged(bundle, "apiserver", now=begin - 1.1 * day)
     younger = replace(make_bundle(pairs, created=begin - 40 * day), created=begin)
     assert "another signature" in judged(younger, "apiserver")
+
+
+def test_a_bundle_of_the_first_version_needs_the_policys_leave(judged: Judge, pairs: Pairs) -> None:
+    """Its proof covers no time, so that an old one could be made to look young; its twin is today's version."""
+    earlier, today = make_bundle(pairs, version=1), make_bundle(pairs)
+    assert judged(earlier, "apiserver").startswith(
+        "version: wanted a request bundle of version 2 (allow.oldest_version)"
+    )
+    assert judged(earlier, "apiserver", MASTERS + "oldest_version = 1\n") == judged(today, "apiserver") == ""
+    with pytest.raises(SettingsError, match="oldest_version"):
+        parse(MASTERS + "oldest_version = 3\n")
+
+
+def test_a_blocked_node_gets_nothing(pairs: Pairs, cas: dict[str, x509.Certificate]) -> None:
+    """Whatever its proofs say, whatever a person does without; another node of the inventory gets all of it."""
+    bundle = make_bundle(pairs)
+    for blocked in (True, False):
+        text = f'[node."{bundle.node}"]\naddresses = ["{ADDRESS}"]\nblocked = {str(blocked).lower()}\n'
+        policy = replace(parse(MASTERS), nodes=node_inventory.parse(text))
+        for request in bundle.requests:
+            waived = frozenset({request.name})
+            found = judge(request, bundle, policy, [cas[request.authority]], NOW, waived).problems
+            assert [one.startswith("node: wanted one that the inventory") for one in found] == [True] * blocked
+
+
+def test_a_second_list_of_extensions_is_refused(judged: Judge, bundle: RequestBundle, pairs: Pairs) -> None:
+    """CAs in Go read each list, the library the first alone; an honest CSR has one."""
+    key, names = generate_key("ecdsa-p256"), x509.SubjectAlternativeName([x509.DNSName("cp-1")])
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    subject, ca = x509.Name.from_rfc4514_string("CN=kube-apiserver"), x509.BasicConstraints(ca=True, path_length=None)
+    first, empty = (odd_csrs.asking(odd_csrs.EXTENSION_REQUEST, *some) for some in ([names], []))
+    for second in (odd_csrs.EXTENSION_REQUEST, odd_csrs.MICROSOFTS):
+        pem = odd_csrs.with_attributes(key, subject, empty, odd_csrs.asking(second, ca))
+        twice = with_csr(bundle, pairs, "apiserver", x509.load_pem_x509_csr(pem))
+        wanted = f"CSR: wanted one that asks for SANs and nothing else, found {second.dotted_string} too"
+        assert wanted in judged(twice, "apiserver")
+    once = x509.load_pem_x509_csr(odd_csrs.with_attributes(key, subject, first))
+    assert "CSR" not in judged(with_csr(bundle, pairs, "apiserver", once), "apiserver")
 
 
 def test_a_person_can_do_without_a_proof_that_is_too_old(

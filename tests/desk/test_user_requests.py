@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
 from bridge.desk.policy import judge, parse
@@ -18,6 +18,7 @@ from bridge.pki.bundle import BundledRequest, RequestBundle
 from bridge.pki.bundle_format import dumps, loads_request
 from bridge.pki.csr import generate_key
 from bridge.specs import EKU, USER
+from tests.kit import odd_csrs
 from tests.kit.bundles import make_bundle, old_pairs
 from tests.kit.pki import Pki, handmade_pki
 
@@ -100,6 +101,18 @@ def test_what_is_refused(case: str) -> None:
     """Though a person has done without a proof: a group is beyond the policy, a name Kubernetes' own, a year too long."""
     make, wanted = WRONG[case]
     assert wanted in judged(make())
+
+
+def test_a_second_list_of_extensions_is_refused() -> None:
+    """An empty list that the library reads, and names that a CA in Go would read; its twin has the empty list alone."""
+    key = generate_key("ecdsa-p256")
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    subject, names = x509.Name.from_rfc4514_string("CN=bob,O=dev-1"), x509.SubjectAlternativeName([x509.DNSName("x")])
+    empty = odd_csrs.asking(odd_csrs.EXTENSION_REQUEST)
+    for oid in (odd_csrs.EXTENSION_REQUEST, odd_csrs.MICROSOFTS):
+        pem = odd_csrs.with_attributes(key, subject, empty, odd_csrs.asking(oid, names))
+        assert "asks for no extension, found" in judged(asked(x509.load_pem_x509_csr(pem)))
+    assert judged(asked(x509.load_pem_x509_csr(odd_csrs.with_attributes(key, subject, empty)))) == ""
 
 
 @pytest.mark.parametrize("name", ["bob", "eve"])

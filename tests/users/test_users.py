@@ -9,6 +9,7 @@ import ssl
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,9 +29,10 @@ from bridge.pki.certificates import attributes, extended_key_usages, load_pem_ce
 from bridge.pki.csr import generate_key, subject_of
 from bridge.settings.tables import UserSettings
 from bridge.specs import USER
+from bridge.users import csr_file
 from bridge.users.issue import UserNotAllowedError, assert_allowed
 from bridge.users.user_rules import User
-from tests.kit import approval, openbao
+from tests.kit import approval, odd_csrs, openbao
 from tests.kit.cas import Bridge, add_openssl
 from tests.kit.desks import POLICY, Desk, make_desk
 from tests.kit.issuing import Signer
@@ -214,6 +216,33 @@ def crafted(path: Path, subject: x509.Name, *, sans: bool = False, bits: int = 0
     body = base64.encodebytes(data).decode()
     path.write_text(f"-----BEGIN CERTIFICATE REQUEST-----\n{body}-----END CERTIFICATE REQUEST-----\n")
     return path
+
+
+def test_a_file_of_beginnings_is_read_once(tmp_path: Path) -> None:
+    """A megabyte of BEGIN lines without an end takes no time; a CSR with text round it is taken."""
+    path, begin = tmp_path / "x.csr", time.process_time()
+    path.write_bytes(b"-----BEGIN CERTIFICATE REQUEST-----\n" * 29_000)
+    with pytest.raises(csr_file.NoCsrError):
+        csr_file.load(path, User(name="bob"))
+    assert time.process_time() - begin < 2
+
+    pem = csr_file.make(User(name="bob"), generate_key("ecdsa-p256"))
+    path.write_bytes(b"Certificate Request:\n    Data: 1-2\n" + pem + b"\n")
+    assert csr_file.load(path, User(name="bob")).strip() == pem.strip()
+
+
+def test_a_second_list_of_extensions_is_refused(tmp_path: Path) -> None:
+    """A CA in Go would sign what it asks for; the twin has the first, empty list alone."""
+    key, path = generate_key("ecdsa-p256"), tmp_path / "x.csr"
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    subject, names = x509.Name.from_rfc4514_string("CN=bob"), x509.SubjectAlternativeName([x509.DNSName("x")])
+    empty = odd_csrs.asking(odd_csrs.EXTENSION_REQUEST)
+    for oid in (odd_csrs.EXTENSION_REQUEST, odd_csrs.MICROSOFTS):
+        path.write_bytes(odd_csrs.with_attributes(key, subject, empty, odd_csrs.asking(oid, names)))
+        with pytest.raises(csr_file.CsrRefusedError, match="extensions: wanted none"):
+            csr_file.load(path, User(name="bob"))
+    path.write_bytes(odd_csrs.with_attributes(key, subject, empty))
+    assert csr_file.load(path, User(name="bob"))
 
 
 @pytest.mark.parametrize(
