@@ -28,11 +28,11 @@ from bridge.system.paths import UnreadableError, exposure, read_once
 
 _ARCHIVE = "desk-done"
 _ANSWERS = "desk-answered"
-_DONE_MODE = 0o644  #: Nothing in a bundle is secret; the directory says who may look.
+_DONE_MODE = 0o644  #: Nothing in a bundle is secret; the directory's mode decides who may read it.
 
 
 class ArchiveError(BridgeError):
-    """The archive is no place for what must stay as it is."""
+    """Others could change what is in the archive."""
 
     hint = "a directory of this user's own, that nobody else can write to; without desk.archive it is in the state directory"
 
@@ -42,7 +42,7 @@ class Answered:
     """A request that was signed before."""
 
     signed: datetime
-    issued: Issued | None  #: None: what was answered can't be read any more.
+    issued: Issued | None  #: None: the answer can't be read any more.
 
 
 def archive_directory(store: Store) -> Path:

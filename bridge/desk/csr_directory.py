@@ -33,12 +33,12 @@ from bridge.system.paths import ForeignLinkError, UnreadableError, opened, read,
 _SUFFIX = ".csr"
 _CERTIFICATE_MODE = 0o644
 _ELSEWHERE = "name a directory in which no other user can put links with -o"
-#: By what kubeadm calls its file, flat and nested.
+#: Specs by kubeadm's names for their files, flat and nested.
 _BY_FILE = {spec.base: spec for spec in SPECS.values()} | SPECS
 
 
 class CsrDirectoryError(BridgeError):
-    """The directory holds what can't be taken for kubeadm's CSRs."""
+    """The directory holds other files than kubeadm's CSRs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -53,11 +53,11 @@ from bridge.system.paths import UnreadableError
 #: Requests that are read ahead and signed together: few at first, so that a CA is at work soon, and twice as many each
 #: time, so that `openssl ca`'s own start and its rewriting of a long index become a small part.
 _FIRST_WINDOW, _LARGEST_WINDOW = 250, 1000
-#: Of bundles as they lay there; a window of honest ones has less. Up to four windows are in memory.
+#: The size of a window's files. Honest bundles stay below it; up to four windows are in memory.
 _LARGEST_WINDOW_BYTES = 8 << 20
 #: Windows that are read and judged while an earlier one is signed or delivered, so that no CA waits for us.
 _AHEAD = 2
-#: Of a backend that signs one by one: of how many at a time is written down that they are being asked for.
+#: Requests to a backend that signs one by one, which are written to the journal at once before it is asked.
 _SLICE = 100
 
 SIGNED = "signed for others"  #: Event of the record.
@@ -73,7 +73,7 @@ class RefusedByPolicyError(BridgeError):
 
 
 class OtherDeskError(BridgeError):
-    """A request for a CA that this desk has not."""
+    """A request for a CA that this desk does not have."""
 
     exit_code = Exit.REFUSED
     hint = "carry the request to the other desk, too, or add an [authority.NAME] table to the settings"
@@ -81,11 +81,11 @@ class OtherDeskError(BridgeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delivery:
-    """An answer's way to where it belongs."""
+    """The files of one answer, and what follows when they are written."""
 
     where: str  #: For messages.
     files: Sequence[NewFile]  #: Are written together with other bundles'.
-    conclude: Callable[[], None]  #: When they are safe on disk.
+    conclude: Callable[[], None]  #: Called when they are safe on disk.
 
 
 @dataclass(kw_only=True, eq=False)
@@ -96,10 +96,12 @@ class Job:
     digest: str  #: The bundle's.
     label: str  #: For messages, such as the bundle's file.
     delivery: Callable[[AnswerBundle], Delivery]
-    size_bytes: int = 0  #: The bundle's, as it was read.
-    ahead: ReadAhead | None = None  #: What a worker has read and judged.
-    earlier: Mapping[str, Issued] = field(default_factory=dict)  #: Of an answer that is there already.
-    answered: Mapping[str, Answered] = field(default_factory=dict)  #: Signed before; no second time.
+    size_bytes: int = 0  #: The file's.
+    ahead: ReadAhead | None = None  #: The bundle as a worker has read and judged it.
+    earlier: Mapping[str, Issued] = field(default_factory=dict)  #: Certificates of an answer that is there already.
+    answered: Mapping[str, Answered] = field(
+        default_factory=dict
+    )  #: Certificates that were signed before, which are answered again.
     again: set[str] = field(default_factory=set)  #: Names whose answer is an earlier run's.
     verdicts: dict[str, PolicyVerdict] = field(default_factory=dict)
     answers: dict[str, DeskAnswer] = field(default_factory=dict)
@@ -118,22 +120,22 @@ class Job:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all is answered that this desk can answer."""
+        """Whether every request is answered that this desk has a CA for."""
         return bool(self.answers) and all(isinstance(error, OtherDeskError) for error in self.troubles.values())
 
 
 class Observer(Protocol):
-    """Who looks on; called from one thread."""
+    """Shows the results; called from one thread."""
 
     def answered(self, job: Job, where: str) -> None:
         """A bundle is done; `where` is empty if it is not."""
 
 
 class Approver(Protocol):
-    """A person."""
+    """Asks a person."""
 
     def __call__(self, job: Job, text: str) -> tuple[bool | None, str]:
-        """Whether to sign this bundle (None: later), and who says so, or why not."""
+        """Whether to sign this bundle (None: later), and the person's name, or the reason against it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +144,7 @@ class _Authority:
 
     ca: CA
     anchors: tuple[x509.Certificate, ...]  #: The cluster's CA certificates.
-    certificates: tuple[x509.Certificate, ...]  #: Those that a replaced certificate may come from.
+    certificates: tuple[x509.Certificate, ...]  #: Those that may have issued a replaced certificate.
 
 
 class Desk:
@@ -172,7 +174,7 @@ class Desk:
     # --- before anything is signed ------------------------------------------------------------------------------------
 
     def judged(self, job: Job) -> Job:
-        """Answer with a refusal what may not be signed; what can't be told yet is a trouble."""
+        """Refuse what the policy forbids; a request whose CA can't be asked now has a trouble."""
         for request in job.bundle.requests:
             trouble = self._trouble(request)
             if trouble is not None:
@@ -212,7 +214,7 @@ class Desk:
             job.answers[request.name] = self._answer_again(job, request, job.answered[request.name])
 
     def _answer_again(self, job: Job, request: BundledRequest, answered: Answered) -> DeskAnswer:
-        """The certificate that was signed for this CSR; there is no second one, or an old bundle would be worth one."""
+        """The certificate that was signed for this CSR: a second one could be had by an old bundle."""
         issued = answered.issued
         if issued is not None and self._violations(job.requests[request.name], issued) is None:
             job.again.add(request.name)
@@ -390,7 +392,7 @@ class Desk:
         ]
 
     def _compared(self, window: Sequence[Job]) -> Iterator[tuple[Job, Mapping[str, str]]]:
-        """Each job, with what workers found by comparing its answers with its requests."""
+        """Each job, with the workers' reasons against its answers."""
         by = {name: self._expectation(name, ca.anchors) for name, ca in self._cas.items()}
         parts = [(chunk, list(some)) for chunk, some in groupby(window, lambda job: job.ahead and job.ahead.chunk)]
         answers = [self._ask_worker(chunk, some, by) for chunk, some in parts]
@@ -401,7 +403,7 @@ class Desk:
     def _ask_worker(
         self, chunk: int | None, jobs: Sequence[Job], by: Mapping[str, Expectation]
     ) -> Future[list[dict[str, str]] | None] | None:
-        """The worker that has read them; None: none has."""
+        """Have the worker that has read the bundles compare the answers with them; None: no worker has."""
         if chunk is None or not self._workers:
             return None
         answered = [
@@ -476,7 +478,7 @@ class Desk:
 
 
 def _concluded(job: Job, delivery: Delivery, error: OSError | None) -> str:
-    """Conclude a delivery: where the answer is; empty: it is not there, and its requests have a trouble."""
+    """Conclude a delivery: the answer's place; empty: it was not written, and its requests have a trouble."""
     try:
         if error is not None:
             raise error
@@ -502,7 +504,7 @@ def _windows(jobs: Iterable[Job]) -> Iterator[list[Job]]:
 
 
 def _revoked(ca: CA, request: BundledRequest) -> list[str]:
-    """Why the proof is worth nothing: its certificate's key is known to have been lost, or its holder to be gone."""
+    """The problem of a proof whose certificate is revoked: its key was lost, or its holder is gone."""
     old = request.replaces
     if old is None or not ca.is_revoked(old):
         return []
@@ -512,7 +514,7 @@ def _revoked(ca: CA, request: BundledRequest) -> list[str]:
 def _recalled(
     ca: CA, asked: Sequence[tuple[Job, SignRequest, datetime]], journal: Journal
 ) -> list[tuple[Job, SignRequest]]:
-    """Find what a killed run has had signed."""
+    """Take what the CA signed for a run that was killed; the requests that have to be asked for again."""
     if not asked:
         return []
     try:
@@ -531,14 +533,14 @@ def _recalled(
 
 
 def _keep(answered: Sequence[tuple[SignRequest, Answer]], journal: Journal) -> None:
-    """Write answers to the journal at once: those that a killed run did not write may have to be signed again."""
+    """Write answers to the journal at once: after a kill, the CA may have to sign the others again."""
     good = [(request, answer) for request, answer in answered if isinstance(answer, Issued | Pending)]
     if good:
         journal.add(good)
 
 
 def _note(job: Job, request: SignRequest, answer: Answer, journal: Journal | None) -> None:
-    """An answer's place in its job: what may be different next time is a trouble, and is asked for again."""
+    """Put an answer into its job; an error that may be over in the next run is a trouble, any other a refusal."""
     name = request.spec.name
     if isinstance(answer, Issued | Pending) and journal is not None:
         journal.add([(request, answer)])

@@ -48,7 +48,7 @@ from bridge.words import one_line
 
 POLICY_NAME = "desk-policy.toml"
 FSTAB = Path("/etc/fstab")
-#: A copy that has not grown for so long will not be whole any more.
+#: A copy that has not grown for so long was given up.
 STALE = timedelta(minutes=10)
 _ANSWER_MODE = 0o644  #: Certificates are public, and another user fetches them.
 
@@ -62,11 +62,11 @@ class Options:
     policy: Path | None = None
     archive: Path | None = None
     without_proof: frozenset[str] = frozenset()
-    node: str = ""  #: For a directory of CSRs, which say it nowhere.
+    node: str = ""  #: For a directory of CSRs, which do not name a node.
     cluster: str = ""
 
     def assert_usable(self) -> None:
-        """Refuse options that can't be used together with what is there."""
+        """Refuse a name that is no certificate's, and a source that is not there."""
         unknown = sorted(self.without_proof - CARRIED.keys())
         if unknown:
             wanted = f"one of {', '.join(CARRIED)}"
@@ -180,7 +180,7 @@ class Work:
     """The work of one `sign`: bundles, as jobs."""
 
     jobs: Callable[[Workers | None], Iterator[Job]]  #: As they are read, with the help of workers.
-    total: int  #: Bundles; known before the first is read.
+    total: int  #: The number of bundles, known before the first is read.
 
 
 #: Reports a file that is passed over, and why.
@@ -281,7 +281,7 @@ class Session:
                     yield job
 
     def _files(self, inbox: Path, names: Sequence[str]) -> Iterator[_InboxFile]:
-        """Read once what lies there: these bytes are judged, and these are archived."""
+        """Read each file once: the bytes that are judged are archived."""
         for path in map(inbox.joinpath, names):
             if path.suffix == ".csr":
                 self._passed_over(one_line(path), _a_csr())
@@ -391,7 +391,7 @@ def _whose(source: Path) -> BridgeError:
 
 
 def _earlier(path: Path, asked: str) -> dict[str, Issued]:
-    """Certificates that an earlier run has delivered for the same request; whether they fit is seen later."""
+    """Certificates that an earlier run has delivered for the same request; they are verified later."""
     with contextlib.suppress(UnreadableError, BundleError):
         answer = loads(read(path) or b"")
         if isinstance(answer, AnswerBundle) and answer.request_digest == asked:
@@ -402,7 +402,7 @@ def _earlier(path: Path, asked: str) -> dict[str, Issued]:
 def _beside(
     found: csr_directory.CsrDirectory, target: Path, renewal: RenewalSettings, now: datetime
 ) -> dict[str, Issued]:
-    """Certificates that are where an earlier run has delivered its own, and are not due; whether they fit is seen later."""
+    """Certificates in the place of an earlier run's answers that are not due; they are verified later."""
     earlier = {}
     for name, relative in found.files.items():
         with contextlib.suppress(UnreadableError, ValueError):
@@ -413,7 +413,7 @@ def _beside(
 
 
 def _remove(path: Path, status: os.stat_result) -> None:
-    """Remove the file that was judged, unless somebody has put another one there meanwhile."""
+    """Remove the file that was judged, unless another file has its name now."""
     with contextlib.suppress(FileNotFoundError):
         now = path.lstat()
         if (now.st_ino, now.st_mtime_ns, now.st_size) != (status.st_ino, status.st_mtime_ns, status.st_size):

@@ -87,17 +87,17 @@ class Journal:
         self._log.save()
 
     def forget(self, requests: Iterable[SignRequest]) -> None:
-        """Their answers were delivered; on disk after `tidy`."""
+        """Drop requests whose answers were delivered; on disk after `tidy`."""
         for request in requests:
             self._log.drop(key_of(request))
 
     def tidy(self) -> None:
-        """Keep on disk only what is still to be delivered, as a rule nothing."""
+        """Keep on disk only the entries that are still to be delivered, as a rule none."""
         self._log.tidy()
 
 
 def key_of(request: SignRequest) -> str:
-    """The SHA-256 (hex) of a CSR and what it is wanted for."""
+    """The SHA-256 (hex) of a CSR, its certificate's name, authority and validity."""
     about = json.dumps([request.spec.name, request.spec.authority.name, request.validity.total_seconds()])
     return sha256(about.encode() + b"\0" + request.csr_pem).hexdigest()
 

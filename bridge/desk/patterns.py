@@ -23,7 +23,7 @@ CN_OID, O_OID = NameOID.COMMON_NAME.dotted_string, NameOID.ORGANIZATION_NAME.dot
 
 
 def some(texts: Iterable[str]) -> str:
-    """A few of them: a refusal is for people."""
+    """The first few texts, for a refusal that people read."""
     shown = [one_line(text, LONGEST_SHOWN) for text in texts]
     more = f" and {len(shown) - _MOST_SHOWN} more" if len(shown) > _MOST_SHOWN else ""
     return f"{', '.join(shown[:_MOST_SHOWN])}{more}"
@@ -89,5 +89,5 @@ def subject_text(items: Sequence[tuple[str, str]]) -> str:
 
 
 def one_of(texts: Sequence[str]) -> str:
-    """The patterns as one text, for messages: what would do."""
+    """The allowed patterns as one text, for messages."""
     return " or ".join(texts) or "none"

@@ -94,7 +94,7 @@ class DeskSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Allow:
-    """Table `[allow]`: what goes for all certificates."""
+    """Table `[allow]`: the rules for all certificates."""
 
     clusters: tuple[str, ...]  #: Names, `*` and `?` as in a shell.
     nodes: tuple[str, ...]
@@ -123,7 +123,7 @@ class Allow:
 
 @dataclass(frozen=True, kw_only=True)
 class CertificateRules:
-    """Table `[certificate.NAME]`: what one certificate may say; `{node}` stands for the node's name."""
+    """Table `[certificate.NAME]`: the rules for one certificate; `{node}` stands for the node's name."""
 
     #: Whole subjects, such as `O=system:nodes,CN=system:node:{node}`.
     subjects: tuple[str, ...] | None = None
@@ -161,7 +161,7 @@ class UserRules:
     max_validity: timedelta = timedelta(hours=24)
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Names and groups that no user may have by a bundle."""
+        """Names and groups that the desk gives to no user."""
         for key in ("groups", "allow"):
             if MASTERS in getattr(self, key):
                 wanted = "no group that no RBAC rule can hold back; kubeadm:cluster-admins is a binding"
@@ -194,7 +194,7 @@ class Policy:
 class PolicyVerdict:
     """The policy's judgement of one request."""
 
-    problems: tuple[str, ...]  #: None: it may be signed.
+    problems: tuple[str, ...]  #: Empty: it may be signed.
     proven: bool  #: The proof holds, by this CA's certificate of the same name and usages.
 
 
@@ -240,7 +240,7 @@ def judge(
     now: datetime,
     without_proof: frozenset[str] = frozenset(),
 ) -> PolicyVerdict:
-    """All that speaks against a request."""
+    """Every problem of a request, and whether its proof holds. The desk's certificates of its authority are `cas`."""
     if policy.nodes is not None and (entry := policy.nodes.nodes.get(bundle.node)) is not None and entry.blocked:
         blocked = f"node: wanted one that the inventory ({policy.desk.inventory}) does not block, found {bundle.node}"
         return PolicyVerdict(problems=(blocked,), proven=False)
@@ -336,7 +336,7 @@ def _csr_problems(csr: x509.CertificateSigningRequest, keys: Sequence[str], *, s
 
 
 def _user_problems(request: BundledRequest, policy: Policy, *, waived: bool) -> Iterator[str]:
-    """The table `[users]` says what may be; that the request is this user's, a person at the desk says (`waived`)."""
+    """The table `[users]` has the limits; a person at the desk says that the request is this user's (`waived`)."""
     if policy.users is None:
         yield "user: wanted a table [users] in the policy, which says who may be, found none"
         return
@@ -365,7 +365,7 @@ def _user_problems(request: BundledRequest, policy: Policy, *, waived: bool) -> 
 
 
 def _listed(nodes: Inventory, name: str) -> tuple[str, ...]:
-    """SANs that the inventory allows in a node's kubelet certificate; none for a node that it blocks or has not."""
+    """SANs that the inventory allows in a node's kubelet certificate; none for a node that is not in it, or is blocked."""
     entry = nodes.nodes.get(name)
     return () if entry is None or entry.blocked else tuple(sorted(value for _, value in entry.sans(name)))
 
@@ -373,7 +373,7 @@ def _listed(nodes: Inventory, name: str) -> tuple[str, ...]:
 def name_problems(
     name: str, csr: x509.CertificateSigningRequest, policy: Policy, node: str, own_sans: Sequence[str]
 ) -> Iterator[str]:
-    """Problems with the names in a CSR that no replaced certificate and no proof stand beside."""
+    """Problems with the names in a CSR without a replaced certificate and a proof; `own_sans` are known to be the node's."""
     rules = policy.certificates.get(name, CertificateRules())
     yield from _subject_problems(name, csr, rules, policy.allow, node, None)
     if name in _SANS or rules.sans is not None:

@@ -42,7 +42,7 @@ from bridge.system.run_command import python_command
 #: Fewer bundles are done before a worker has loaded what it needs.
 WORTHWHILE = 50
 _MOST = 4
-_LEAST_SHARE = 2  #: Of what a user asks for.
+_LEAST_SHARE = 2  #: A user's certificate lives for half the asked time at least.
 #: Bundles that a worker gets at once; the first time few, which tell the desk what CAs there are to judge by.
 CHUNK, FIRST_CHUNK = 20, 1
 #: Bundles are many objects with no cycle: looking for some as often as usual takes a fifth of a worker's time.
@@ -81,7 +81,7 @@ class ReadBundle:
 
     bundle: RequestBundle
     digest: str  #: The bundle's.
-    verdicts: Mapping[str, PolicyVerdict]  #: By name; none for what is to be judged at the desk.
+    verdicts: Mapping[str, PolicyVerdict]  #: By name; the desk judges the requests that are missing.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +99,7 @@ _known: dict[int, RequestBundle] = {}
 
 
 def read(bundles: Mapping[int, bytes], by: Judgement) -> list[ReadBundle | None]:
-    """These bundles with what the policy says to each request of them; None: the desk has to say what it is."""
+    """These bundles with the policy's verdict on each request; None for bytes that are no bundle."""
     found: list[ReadBundle | None] = []
     for number, data in bundles.items():
         try:
@@ -113,7 +113,7 @@ def read(bundles: Mapping[int, bytes], by: Judgement) -> list[ReadBundle | None]
 
 
 def verdicts(bundle: RequestBundle, by: Judgement) -> dict[str, PolicyVerdict]:
-    """The policy's verdict on each request, by name; none for what can't be judged here."""
+    """The policy's verdict on each request, by name, without those that can't be judged here."""
     found = {}
     for request in bundle.requests:
         with contextlib.suppress(Exception):  # the desk judges it by itself, and tells what is wrong
@@ -150,7 +150,7 @@ def _reason(issued: Issued, request: SignRequest, expected: Expectation) -> str:
 
 
 def for_request(request: SignRequest, expected: Expectation) -> Expectation:
-    """A user's certificate lives for hours, which would be too short for any of kubeadm's."""
+    """The demands on one answer: a user's certificate may live for hours, which is too short for kubeadm's."""
     least = request.validity / _LEAST_SHARE
     return replace(expected, min_validity=min(expected.min_validity, least)) if request.spec == USER else expected
 
@@ -179,7 +179,7 @@ def _csr(der: bytes) -> x509.CertificateSigningRequest:
     return x509.load_der_x509_csr(der)
 
 
-# both sides are this program, and what was looked through once is not looked through again
+# both sides are this program, so that bytes which were checked once are only parsed
 ForkingPickler.register(x509.Certificate, lambda one: (_certificate, (one.public_bytes(Encoding.DER),)))
 ForkingPickler.register(x509.CertificateSigningRequest, lambda one: (_csr, (one.public_bytes(Encoding.DER),)))
 
@@ -293,7 +293,7 @@ class Workers:
             yield from _arrived(*ahead.popleft())
 
     def close(self) -> None:
-        """End them."""
+        """End the processes."""
         for worker in self._workers:
             worker.close()
         self._workers = []

@@ -20,7 +20,7 @@ from bridge.system.paths import UnreadableError, read
 from bridge.users.user_rules import User
 from bridge.words import one_line
 
-#: Kubernetes takes it everywhere, and it is short enough to be made at once.
+#: Kubernetes takes it everywhere, and it is made in no time.
 DEFAULT_KEY: KeyAlgorithm = "ecdsa-p256"
 _CSR_MODE = 0o644
 #: No hyphen within a block, so that a file of beginnings alone is read once, and not once for each of them.

@@ -20,15 +20,15 @@ from bridge.words import one_line
 _RESERVED = ("system:", "kubeadm:")
 #: kubeadm's own users: everybody with the file shares them, so that an action has no person's name.
 _SHARED = {name for spec in SPECS.values() for name in spec.common_names if "{" not in name}
-#: What Kubernetes, RBAC manifests and shells all bear; e-mail addresses are among them.
+#: Characters that Kubernetes, RBAC manifests and shells all take; e-mail addresses fit.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@:/+-]{0,63}")
-#: Until it is installed and used.
+#: Time to install and use it.
 SHORTEST = timedelta(minutes=10)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class User:
-    """Who a certificate is for."""
+    """The user that a certificate is for."""
 
     name: str  #: Kubernetes' user name: the CN.
     groups: tuple[str, ...] = ()  #: The O values, each once.
