@@ -1301,7 +1301,7 @@ def windows(sizes: list[int]) -> list[list[int]]:
     """How bundles with so many requests are put together."""
 
     def job(size: int) -> Any:
-        return SimpleNamespace(bundle=SimpleNamespace(requests=[0] * size))
+        return SimpleNamespace(size_bytes=0, bundle=SimpleNamespace(requests=[0] * size))
 
     return [[len(one.bundle.requests) for one in window] for window in desk._windows(map(job, sizes))]
 
