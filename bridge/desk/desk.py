@@ -32,7 +32,7 @@ from bridge.contract import (
     SignsMany,
 )
 from bridge.desk.archive import Answered
-from bridge.desk.journal import Asked, Journal, JournalError
+from bridge.desk.journal import Asked, Journal
 from bridge.desk.policy import Policy, PolicyVerdict, judge
 from bridge.desk.workers import AnsweredBundle, Judgement, ReadAhead, Workers, compared, for_request
 from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, VerificationError, WaitingError
@@ -49,6 +49,7 @@ from bridge.state import audit
 from bridge.system.ca_files import read_ca_file
 from bridge.system.many import NewFile, write_together
 from bridge.system.paths import UnreadableError
+from bridge.system.state_file import StateError
 
 #: Requests that are read ahead and signed together: few at first, so that a CA is at work soon, and twice as many each
 #: time, so that `openssl ca`'s own start and its rewriting of a long index become a small part.
@@ -338,7 +339,7 @@ class Desk:
     def _sign_or_leave(self, authority: _Authority, lot: Sequence[tuple[Job, SignRequest]], journal: Journal) -> None:
         try:
             self._sign_lot(authority, lot, journal)
-        except JournalError:
+        except StateError:
             raise
         except Exception as e:  # noqa: BLE001 (a bug in one backend: what the other CAs sign is to be delivered)
             trouble = BridgeError(f"{authority.ca.label}: wanted an answer, found {type(e).__name__}: {e}")

@@ -1073,8 +1073,8 @@ def test_a_request_that_another_backend_had_is_asked_for_anew(desk_: Desk, pairs
     bundle = make_bundle(some(pairs, "apiserver"))
     put(desk_, bundle)
     desk_.state.mkdir(mode=0o700, exist_ok=True)
-    with Journal(desk_.state / "desk-answers.jsonl", datetime.now(UTC)) as journal:
-        journal.add([(sign_request(bundle.requests[0], bundle), Pending(reference="R-1", note="at the CA"))])
+    journal = Journal(desk_.state / "desk-answers.jsonl", datetime.now(UTC))
+    journal.add([(sign_request(bundle.requests[0], bundle), Pending(reference="R-1", note="at the CA"))])
 
     run = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
 
