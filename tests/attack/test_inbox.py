@@ -213,6 +213,7 @@ def test_a_damaged_line_in_the_journal_holds_up_nobody(desk_: Desk, bundle: Requ
 def test_a_request_is_signed_once(desk_: Desk, pki: Pki) -> None:
     """Handed in again, in its bundle or in another one, it gets the certificate of before, and the desk says so."""
     pairs = old_pairs(pki, ["apiserver", "scheduler.conf"])
+    desk_.policy.write_text(desk_.policy.read_text().replace("[allow]", "[allow]\noldest_version = 1"))
     bundle = make_bundle(pairs, version=1)  # whose proofs let the time be changed
     put(desk_, bundle)
     assert sign(desk_) == 0
