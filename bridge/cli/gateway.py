@@ -56,7 +56,9 @@ def _check(service: Service) -> int:
         print_error(BridgeError(text, hint="`ca-bridge help gateway` says what the CA has to allow"))
     if found:
         return Exit.REFUSED
-    signers, nodes = ", ".join(service.signers), len(service.nodes.inventory.nodes)
+    for text in service.notes():
+        say_sentence(text)
+    signers, nodes = ", ".join(service.signers), len(service.nodes.files(0.0)[1].nodes)
     say_sentence(f"ready: {signers}; {nodes} nodes in the inventory; API server {service.api.server}")
     return Exit.DONE
 
@@ -93,7 +95,7 @@ def manifests(settings: Settings, shipped: Path) -> list[SetupFile]:
     if not texts:
         raise BridgeError("wanted the manifests that are installed with the program, found none", hint="reinstall it")
     if settings.gateway.policy.exists() and settings.gateway.inventory.exists():
-        signers = Nodes(settings.gateway).policy.signers
+        signers = Nodes(settings.gateway).files(0.0)[0].signers
         texts = {name: _with_signers(text, signers) for name, text in texts.items()}
         for key, path in (
             ("gateway-policy.toml", settings.gateway.policy),
@@ -174,6 +176,9 @@ spec:
     reason: Forbidden
   - expression: '!has(object.spec.expirationSeconds) || object.spec.expirationSeconds <= {_MONTH_SECONDS}'
     message: the request is for longer than 30 days
+    reason: Invalid
+  - expression: '!has(object.metadata.finalizers) && !has(object.metadata.ownerReferences)'
+    message: a request has no finalizers and no owners
     reason: Invalid
 ---
 apiVersion: admissionregistration.k8s.io/v1

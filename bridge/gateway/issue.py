@@ -26,7 +26,7 @@ from bridge.gateway.context import Context, GoneError, LeftError, after_refusal,
 from bridge.gateway.judge import Judge
 from bridge.gateway.ledger import About
 from bridge.gateway.pending_at_ca import MOST_TICKETS, Ticket
-from bridge.gateway.policy import Allowed, Hostile, Later, node_of
+from bridge.gateway.policy import Allowed, Hostile, Later
 from bridge.gateway.queue import Job
 from bridge.gateway.watch import SigningRequest, decoded
 from bridge.gateway.write import Writer, name_in
@@ -42,6 +42,8 @@ log = logging.getLogger("ca-bridge")
 
 #: A job that was left alone is looked at again after this, doubled each time; sooner if something changes.
 _FIRST_LOOK_SECONDS, _LONGEST_LOOK_SECONDS = 1.0, 300.0
+#: A job is looked at again after this when too many wait for their turn.
+_CROWDED_SECONDS = 60.0
 _RECALLED = "the CA had signed it already, and its answer was lost"
 
 
@@ -73,10 +75,12 @@ class Issuing:
         context = self._context
         if one.is_settled:
             context.queue.remove(one.uid)
+            if one.is_deleted:
+                context.give_up(one.uid, "the object is gone")
             if one.certificate and not self._writer.is_ours(one.uid):
                 self._saw(one)
             return
-        for uid in context.queue.put(one, lambda new: node_of(new.request), self._judge.counts):
+        for uid in context.queue.put(one, self._judge.look):
             context.give_up(uid, "a newer request of the same node has come")
 
     def _saw(self, one: SigningRequest) -> None:
@@ -149,8 +153,8 @@ class Issuing:
         context = self._context
         self._assert_current(job)
         ticket = context.tickets.get(job.one.uid)
-        if not job.begun and ticket is None and (wait := self._judge.seconds_to_wait(job)):
-            raise LeftError("left", "too many requests of this user, or for this node", wait)
+        if not job.begun and ticket is None:
+            self._assert_turn(job)
         verdict = self._allowed(job)
         if verdict is None:
             return
@@ -159,7 +163,7 @@ class Issuing:
             job.verified = self._signed(job, verdict, authority, ticket)
         found = job.verified
         for _ in self._writer.turns(job):
-            verdict = self._allowed(job)
+            verdict = self._allowed(job, at_write=True)
             if verdict is None:
                 raise GoneError("it was allowed when it was signed, and is not any more")
             self._assert_of_use(job, verdict, found)
@@ -167,21 +171,28 @@ class Issuing:
                 self._written(job, found, authority)
                 return
 
-    def _allowed(self, job: Job) -> Allowed | None:
+    def _allowed(self, job: Job, *, at_write: bool = False) -> Allowed | None:
         """
-        The verdict at this moment; None: the request was denied.
+        The verdict at this moment, for a write of this very moment; None: the request was denied.
 
         Raises:
             GoneError, LeftError, NoAnswerError, AuditError: It is not allowed now, or it was not denied.
         """
         self._assert_current(job)
-        verdict = self._judge.verdict(job)
+        verdict = self._judge.verdict(job, at_write=at_write)
         if isinstance(verdict, Later):
             raise LeftError("left", verdict.reason)
         if isinstance(verdict, Hostile):
             self._writer.deny(job, verdict.reason)
             return None
         return verdict
+
+    def _assert_turn(self, job: Job) -> None:
+        wait = self._judge.turn(job)
+        job.begun = wait is not None
+        if wait != 0:
+            wait = wait if wait is not None else _CROWDED_SECONDS
+            raise LeftError("left", "too many requests of this user, or for this node", wait)
 
     def _assert_current(self, job: Job) -> None:
         self._context.assert_ours()

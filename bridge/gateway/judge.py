@@ -22,10 +22,13 @@ from bridge.gateway.policy import (
     judge,
     node_of,
 )
-from bridge.gateway.queue import Job, Rate, key_of
+from bridge.gateway.queue import Job, Look, Rate
 from bridge.gateway.rules import NODE_USER, spec_of
 from bridge.gateway.watch import SigningRequest
 from bridge.specs import CertificateSpec
+
+#: Before the CA is asked, a file or Node object that was looked at so long ago is as good as one of now.
+_RECENT_SECONDS = 1.0
 
 
 class Judge:
@@ -38,84 +41,103 @@ class Judge:
         ours = context.settings.gateway
         self._requesters, self._nodes = Rate(ours.requester_rate), Rate(ours.node_rate)
 
-    def seconds_to_wait(self, job: Job) -> float:
-        """Seconds until one more request of this user and for this node may be looked at; 0: it is counted, and goes on."""
-        node, user, now = job.node, job.one.request.username, time.monotonic()
-        # by requester, too: another node could name this one until its own kubelet had to wait
-        about = key_of(job.one, node)
+    def turn(self, job: Job) -> float | None:
+        """
+        Seconds until the job has its turn by the rates; None: too many wait for theirs.
+
+        What is hostile by its own words delays only its like, and so does a request about a node that the inventory has:
+        all nodes that join with one bootstrap token are one user.
+        """
+        user, now = job.one.request.username, time.monotonic()
         with self._mutex:
-            wait = self._requesters.wait_seconds(user, now)
-            if node is not None:
-                wait = max(wait, self._nodes.wait_seconds(about, now))
-            if wait:
-                return max(wait, 0.1)
-            self._requesters.take(user, now)
-            if node is not None:
-                self._nodes.take(about, now)
-        job.begun = True
-        return 0.0
+            if job.look.is_hostile:
+                return self._requesters.reserve(f"hostile\n{user}", now)
+            if job.look.counts and job.look.is_known:
+                # by requester, too: another node could name this one until its own kubelet had to wait
+                return self._nodes.reserve(job.key, now)
+            return self._requesters.reserve(user, now)
 
-    def verdict(self, job: Job) -> Verdict:
+    def look(self, one: SigningRequest) -> Look:
         """
-        The policy's verdict on the job's object, by what is true now.
-
-        Raises:
-            NoAnswerError: The API server does not tell whether the Node object exists.
-        """
-        one, node, nodes = job.one, job.node, self._context.nodes
-        spec = self._spec(one)
-        if spec is None:
-            return Later("the policy had no table for this signer when the gateway was started; restart it")
-        world = self._world(spec)
-        verdict = judge(one.request, world)
-        # no program, DNS or API server is asked about a request that is hostile by its own words
-        if node is not None and not isinstance(verdict, Hostile):
-            try:
-                entry = nodes.entry(node)
-            except BridgeError as e:
-                return Later(str(e))
-            if entry is not None:
-                entry = nodes.with_dns(node, entry, addresses_of(one.request))
-                state = self._state(node, entry, one.request.username)
-                verdict = judge(one.request, replace(world, entry=entry, state=state))
-        rules = world.policy.signers.get(one.request.signer)
-        needs_other = rules is not None and rules.approval == "required"
-        if isinstance(verdict, Allowed) and needs_other and not one.has(watch.APPROVED):
-            return Later("it was not approved yet (approval = required)")
-        return verdict
-
-    def counts(self, one: SigningRequest) -> bool:
-        """
-        Whether a request about a node may be signed by what the files say: no program, no API server is asked.
+        What a request says of itself, beside the files: no program, no DNS and no API server is asked.
 
         A node that only `inventory_command` could name counts as allowed here.
         """
         spec, node = self._spec(one), node_of(one.request)
-        if spec is None or node is None:
-            return False
-        world = self._world(spec)
+        if spec is None:
+            return Look()
+        world = self._world(spec, time.monotonic() - _RECENT_SECONDS)
+        is_hostile = isinstance(judge(one.request, world), Hostile)
+        if node is None:
+            return Look(is_hostile=is_hostile)
         entry = world.inventory.nodes.get(node)
         if entry is None:
-            return not isinstance(judge(one.request, world), Hostile)
+            return Look(node=node, counts=not is_hostile, is_hostile=is_hostile)
         state = NodeState(exists=one.request.username == f"{NODE_USER}{node}")
-        return isinstance(judge(one.request, replace(world, entry=entry, state=state)), Allowed)
+        verdict = judge(one.request, replace(world, entry=entry, state=state))
+        return Look(
+            node=node,
+            counts=isinstance(verdict, Allowed),
+            is_known=True,
+            is_hostile=isinstance(verdict, Hostile),
+        )
+
+    def verdict(self, job: Job, *, at_write: bool = False) -> Verdict:
+        """
+        The policy's verdict on the job's object.
+
+        Args:
+            job: The job.
+            at_write: Files and the Node object are looked at now; else they may have been a second ago.
+
+        Raises:
+            NoAnswerError: The API server does not tell whether the Node object exists.
+        """
+        one, node, nodes = job.one, job.look.node, self._context.nodes
+        since = time.monotonic() - (0.0 if at_write else _RECENT_SECONDS)
+        spec = self._spec(one)
+        if spec is None:
+            return Later("the policy had no table for this signer when the gateway was started; restart it")
+        world = self._world(spec, since)
+        verdict = judge(one.request, world)
+        # no program, DNS or API server is asked about a request that is hostile by its own words
+        if node is not None and not isinstance(verdict, Hostile):
+            try:
+                entry = nodes.entry(node, world.inventory)
+            except BridgeError as e:
+                return Later(str(e))
+            if entry is not None:
+                entry = nodes.with_dns(node, entry, addresses_of(one.request))
+                state = self._state(node, entry, one.request.username, since)
+                verdict = judge(one.request, replace(world, entry=entry, state=state))
+        rules = world.policy.signers.get(one.request.signer)
+        if isinstance(verdict, Allowed) and rules is not None and rules.approval == "required":
+            return verdict if one.is_approved_by_person else Later(_unapproved(one))
+        return verdict
 
     def _spec(self, one: SigningRequest) -> CertificateSpec | None:
         spec = spec_of(one.request.signer)
         return spec if spec is not None and spec.authority.name in self._context.authorities else None
 
-    def _world(self, spec: CertificateSpec) -> World:
+    def _world(self, spec: CertificateSpec, since: float) -> World:
         context = self._context
+        policy, inventory = context.nodes.files(since)
         return World(
-            policy=context.nodes.policy,
+            policy=policy,
             cluster=context.settings.node.cluster,
-            inventory=context.nodes.inventory,
+            inventory=inventory,
             ca_end=context.authorities[spec.authority.name].end(),
             min_validity=context.settings.gateway.min_validity,
             now=context.now(),
         )
 
-    def _state(self, node: str, entry: NodeEntry, username: str) -> NodeState:
+    def _state(self, node: str, entry: NodeEntry, username: str, since: float) -> NodeState:
         # a token's node does not exist yet, as a rule; a node that asks for itself may have registered this moment
         itself = username == f"{NODE_USER}{node}"
-        return self._states.state(node, newer=itself, with_readiness=entry.rejoin and not itself)
+        return self._states.state(node, since, newer=itself, with_readiness=entry.rejoin and not itself)
+
+
+def _unapproved(one: SigningRequest) -> str:
+    if one.has(watch.APPROVED):
+        return "only a controller has approved it, which does not count (approval = required)"
+    return "it was not approved yet (approval = required)"

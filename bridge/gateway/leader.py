@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 from bridge.cluster.api import Api, NoAnswerError
@@ -32,12 +33,14 @@ class Leader:
         self._said: str | None = None  #: The last trouble; None: nothing was logged yet.
         self._doubtful_before: datetime | None = None
         self._changed = threading.Condition()
+        self._can_work: Callable[[], bool] = lambda: True
         self._keeper = Keeper(self._renew, duration)
         self.threads = (self._keeper.thread,)
         self.last_answer = time.monotonic()  #: When the API last answered.
 
-    def start(self) -> None:
-        """Begin to ask for it."""
+    def start(self, can_work: Callable[[], bool]) -> None:
+        """Begin to ask for it; while we can't work, another replica may have it."""
+        self._can_work = can_work
         self._keeper.start()
 
     def is_ours(self) -> bool:
@@ -56,6 +59,9 @@ class Leader:
     def release(self) -> None:
         """Let the next replica have it at once; without an API it expires."""
         self._keeper.stop()
+        self._give_back()
+
+    def _give_back(self) -> None:
         if not self.is_ours():
             return
         self._good_until = 0.0
@@ -65,6 +71,10 @@ class Leader:
             log.warning("the lease %s was not given back, and expires: %s", self._lease.name, e)
 
     def _renew(self) -> None:
+        if not self._can_work():
+            self._give_back()
+            self._say(f"the lease {self._lease.name} is left to others, since the record can't be written")
+            return
         was_ours, began = self.is_ours(), time.monotonic()
         try:
             other = self._lease.take()
@@ -100,7 +110,7 @@ class Alone:
         """When this run began: the run before it may have died."""
         return self._began
 
-    def start(self) -> None:
+    def start(self, _: Callable[[], bool]) -> None:
         """Do nothing."""
 
     def is_ours(self) -> bool:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from cryptography import x509
-
-from bridge.errors import BridgeError
 from bridge.gateway.rules import spec_of
 from bridge.gateway.watch import SigningRequest
 from bridge.settings.tables import AuditSettings
@@ -21,18 +20,12 @@ from bridge.system.many import Combined
 from bridge.words import one_line
 
 _MOST_TOGETHER = 256
+#: After a failure there has to be room for so much, so that the lease does not change hands for each line.
+_ROOM_BYTES = 256 << 10
+_AGAIN_SECONDS = 5.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
-    """One event of one request."""
-
-    event: str
-    spec: CertificateSpec
-    more: Mapping[str, str]
-    new: x509.Certificate | None = None
-    error: BridgeError | None = None
-    result: str = "ok"
+Line = dict[str, Any]  #: One event of one request, for `Record.add`.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,26 +54,22 @@ class About:
 
     def line(self, event: str, **values: Any) -> Line:
         """One event."""
-        return Line(event=event, spec=self.spec, more=self.more, **values)
+        spec = self.spec
+        return {"event": event, "name": spec.name, "authority": spec.authority.name, "more": self.more, **values}
 
 
-@dataclass(eq=False)
 class Ledger:
-    """May be used by any thread."""
+    """May be used by any thread; the store's lock is held."""
 
-    store: Store  #: Its lock is held.
-    settings: AuditSettings
-    trouble: str = ""  #: Why the latest lines were not written.
-    _head_is_old: bool = False
-    _head_is_due: bool = False
-    _record: Record = field(init=False)
-    _together: Combined[Line | None, None] = field(init=False)
-    _noted: list[Line] = field(default_factory=list)
-    _mutex: threading.Lock = field(default_factory=threading.Lock)
-
-    def __post_init__(self) -> None:
-        self._record = Record(self.store, self.settings)
-        self._together = Combined(self._write, _MOST_TOGETHER)
+    def __init__(self, store: Store, settings: AuditSettings) -> None:
+        self.trouble = ""  #: Why the latest lines were not written.
+        self._failing_since = self._tried = 0.0
+        self._head_is_old = self._head_is_due = False
+        self._path = store.audit
+        self._record = Record(store, settings)
+        self._together: Combined[Line | None, None] = Combined(self._write, _MOST_TOGETHER)
+        self._noted: list[Line] = []
+        self._mutex = threading.Lock()
 
     def write(self, line: Line) -> None:
         """
@@ -100,26 +89,41 @@ class Ledger:
         """
         Write what was noted, and which line is the newest; called every second or so.
 
+        After a failure it is tried every few seconds whether there is room again.
+
         Raises:
             AuditError: It could not be written.
         """
-        if self._noted or self._head_is_old:
+        if self.trouble:
+            if time.monotonic() - self._tried < _AGAIN_SECONDS:
+                return
+            self._tried = time.monotonic()
+            self._try_room()
+        if self._noted or self._head_is_old or self.trouble:
             self._head_is_due = True
             self._together(None)
+
+    def failing_seconds(self) -> float:
+        """For how long nothing could be written."""
+        return time.monotonic() - self._failing_since if self.trouble else 0.0
+
+    def _try_room(self) -> None:
+        path = self._path.with_name(".gateway-room")
+        try:
+            with path.open("wb") as file:
+                file.write(bytes(_ROOM_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as e:
+            raise AuditError(f"{path}: the audit log could not be written: {e.strerror}") from None
+        finally:
+            path.unlink(missing_ok=True)
 
     def _write(self, lines: Sequence[Line | None]) -> list[None]:
         with self._mutex:
             noted, self._noted = self._noted, []
         for line in [*noted, *filter(None, lines)]:
-            self._record.add(
-                line.event,
-                line.spec.name,
-                authority=line.spec.authority.name,
-                new=line.new,
-                error=line.error,
-                result=line.result,
-                more=line.more,
-            )
+            self._record.add(**line)
         try:
             self._record.write(head_later=True)
             self._head_is_old = True
@@ -127,6 +131,8 @@ class Ledger:
                 self._record.write_head()
                 self._head_is_old = self._head_is_due = False
         except AuditError as e:
+            if not self.trouble:
+                self._failing_since = time.monotonic()
             self.trouble = str(e)
             raise
         self.trouble = ""

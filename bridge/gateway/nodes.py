@@ -38,16 +38,18 @@ from bridge.system.run_command import Command, passed_on, run
 
 log = logging.getLogger("ca-bridge")
 
+K = TypeVar("K")
+V = TypeVar("V")
 T = TypeVar("T")
 
-_LOOK_SECONDS = 1.0
 _COMMAND_LIMIT = timedelta(seconds=10)
 _ROOM_SECONDS = 0.25
 _REMEMBERED_SECONDS = 60.0
 _MOST_REMEMBERED = 10_000
 _LONGEST_ANSWER = 64 << 10
-#: A resolver that does not answer takes its time for each.
 _MOST_LOOKUPS = 4
+#: For all lookups of a request; a later answer counts when the request is looked at again.
+_DNS_SECONDS = 3.0
 
 
 class WatchedFile(Generic[T]):
@@ -68,17 +70,17 @@ class WatchedFile(Generic[T]):
         self.trouble = ""  #: Why the file as it is now does not count.
         self.changes = 0
 
-    def get(self) -> T:
-        """The newest that can be used."""
-        if time.monotonic() - self._looked < _LOOK_SECONDS:
+    def get(self, since: float) -> T:
+        """The newest text that can be used, by a look at the file no older than `since` (monotonic)."""
+        if self._looked >= since:
             return self._value  # without the lock: a hundred requests at once would queue for it
         with self._mutex:
-            if time.monotonic() - self._looked >= _LOOK_SECONDS:
-                self._looked = time.monotonic()
-                stamp = self._look()
+            if self._looked < since:
+                now, stamp = time.monotonic(), self._look()
                 if stamp != self._stamp:
                     self._stamp = stamp
                     self._again()
+                self._looked = now
             return self._value
 
     def _again(self) -> None:
@@ -105,6 +107,28 @@ class WatchedFile(Generic[T]):
         return self._parse(own_text(self._path, f"the {self._what}", hint), self._path)
 
 
+class Remembered(Generic[K, V]):
+    """Answers that count for a minute; the oldest is forgotten first."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._answers: OrderedDict[K, tuple[V, float]] = OrderedDict()
+
+    def get(self, key: K) -> tuple[V] | None:
+        """The answer; None: it is not known."""
+        with self._mutex:
+            found = self._answers.get(key)
+        return (found[0],) if found is not None and time.monotonic() - found[1] < _REMEMBERED_SECONDS else None
+
+    def put(self, key: K, value: V) -> None:
+        """Remember an answer."""
+        with self._mutex:
+            self._answers[key] = (value, time.monotonic())
+            self._answers.move_to_end(key)
+            if len(self._answers) > _MOST_REMEMBERED:
+                self._answers.popitem(last=False)
+
+
 class Nodes:
     """Policy and inventory, and what else knows nodes."""
 
@@ -116,21 +140,14 @@ class Nodes:
         self._policy: WatchedFile[GatewayPolicy] = WatchedFile(settings.policy, "policy", policy.parse)
         self._inventory: WatchedFile[Inventory] = WatchedFile(settings.inventory, "inventory", node_inventory.parse)
         self._command = settings.inventory_command
-        self._reverse_dns = settings.reverse_dns
         # requests for unknown names keep half of the threads busy, and not all
         self._commands = threading.BoundedSemaphore(max(1, settings.concurrency // 2))
-        self._mutex = threading.Lock()
-        self._answers: OrderedDict[str, tuple[NodeEntry | None, float]] = OrderedDict()
+        self._entries: Remembered[str, NodeEntry | None] = Remembered()
+        self._resolver = Resolver(max(1, settings.concurrency // 2)) if settings.reverse_dns else None
 
-    @property
-    def policy(self) -> GatewayPolicy:
-        """As its file has it now."""
-        return self._policy.get()
-
-    @property
-    def inventory(self) -> Inventory:
-        """As its file has it now."""
-        return self._inventory.get()
+    def files(self, since: float) -> tuple[GatewayPolicy, Inventory]:
+        """Policy and inventory, by a look at the files no older than `since` (monotonic)."""
+        return self._policy.get(since), self._inventory.get(since)
 
     @property
     def trouble(self) -> str:
@@ -142,41 +159,81 @@ class Nodes:
         """How often one of the files changed."""
         return self._policy.changes + self._inventory.changes
 
-    def entry(self, name: str) -> NodeEntry | None:
+    def entry(self, name: str, inventory: Inventory) -> NodeEntry | None:
         """
         The inventory's entry for a node, or the command's answer; None: neither knows it.
 
         Raises:
             BridgeError: The command failed.
         """
-        found = self.inventory.nodes.get(name)
+        found = inventory.nodes.get(name)
         if found is not None or self._command is None:
             return found
-        with self._mutex:
-            known = self._answers.get(name)
-            if known is not None and time.monotonic() - known[1] < _REMEMBERED_SECONDS:
-                return known[0]
+        if (known := self._entries.get(name)) is not None:
+            return known[0]
         if not self._commands.acquire(timeout=_ROOM_SECONDS):
             raise BridgeError("gateway.inventory_command: as many of it as may run at once are running")
         try:
             answer = _asked(self._command, name)
         finally:
             self._commands.release()
-        with self._mutex:
-            self._answers[name] = (answer, time.monotonic())
-            self._answers.move_to_end(name)
-            if len(self._answers) > _MOST_REMEMBERED:
-                self._answers.popitem(last=False)
+        self._entries.put(name, answer)
         return answer
 
     def with_dns(self, name: str, entry: NodeEntry, addresses: list[str]) -> NodeEntry:
         """The entry with those of the addresses that the DNS proves to be the node's, if the settings let it."""
-        if not self._reverse_dns:
+        if self._resolver is None:
             return entry
-        names = {name, *entry.names}
         unknown = [one for one in addresses if one not in entry.addresses][:_MOST_LOOKUPS]
-        proven = [one for one in unknown if _leads_both_ways(one, names)]
+        hosts = self._resolver.hosts(unknown)
+        proven = [one for one in unknown if hosts.get(one) in {name, *entry.names}]
         return dataclasses.replace(entry, addresses=(*entry.addresses, *proven)) if proven else entry
+
+
+class Resolver:
+    """Names of addresses by the DNS; a resolver that does not answer holds threads of its own, and few of them."""
+
+    def __init__(self, most: int) -> None:
+        self._room = threading.BoundedSemaphore(most)
+        self._known: Remembered[str, str | None] = Remembered()
+        self._mutex = threading.Lock()
+        self._asking: dict[str, threading.Thread] = {}
+
+    def hosts(self, addresses: Sequence[str]) -> dict[str, str | None]:
+        """The name that leads back to each address; None where there is none, or it is not known in time."""
+        asking = {address: thread for address in addresses if (thread := self._begin(address)) is not None}
+        deadline = time.monotonic() + _DNS_SECONDS
+        for thread in asking.values():
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return {address: (self._known.get(address) or (None,))[0] for address in addresses}
+
+    def _begin(self, address: str) -> threading.Thread | None:
+        """The thread that asks; None: the answer is known, or as many ask as may at once."""
+        with self._mutex:
+            if self._known.get(address) is not None:
+                return None
+            if (thread := self._asking.get(address)) is not None or not self._room.acquire(blocking=False):
+                return thread
+            thread = self._asking[address] = threading.Thread(target=self._look_up, args=(address,), daemon=True)
+            thread.start()
+            return thread
+
+    def _look_up(self, address: str) -> None:
+        host = host_of(address)
+        with self._mutex:
+            self._known.put(address, host)
+            del self._asking[address]
+        self._room.release()
+
+
+def host_of(address: str) -> str | None:
+    """The name that the address leads to and that leads back to it; None: there is none."""
+    try:
+        host = socket.gethostbyaddr(address)[0].lower().rstrip(".")
+        addresses = {str(found[4][0]) for found in socket.getaddrinfo(host, None)}
+    except (OSError, UnicodeError):
+        return None
+    return host if address in addresses else None
 
 
 def _asked(command: Path, name: str) -> NodeEntry | None:
@@ -214,21 +271,8 @@ def _object(text: bytes) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _leads_both_ways(address: str, names: set[str]) -> bool:
-    """The address leads to one of the names, and that name to the address."""
-    try:
-        host = socket.gethostbyaddr(address)[0].lower().rstrip(".")
-        if host not in names:
-            return False
-        return address in {str(found[4][0]) for found in socket.getaddrinfo(host, None)}
-    except (OSError, UnicodeError):
-        return False
-
-
 # --- Node objects -----------------------------------------------------------------------------------------------------
 
-#: A Node object that was looked at so long ago is as good as one of now.
-_STATE_SECONDS = 1.0
 _MOST_NODES = 5_000
 _MOST_TOGETHER = 256
 _NODES = "/api/v1/nodes"
@@ -257,14 +301,15 @@ class NodeStates:
         self._count = 0  # that the latest list had
         self._lists_from = 0.0
 
-    def state(self, name: str, *, newer: bool, with_readiness: bool) -> NodeState:
+    def state(self, name: str, since: float, *, newer: bool, with_readiness: bool) -> NodeState:
         """
-        The node's state as it is now, or was a second ago.
+        The node's state, by a look no older than `since` (monotonic).
 
         Args:
             name: The node's.
-            newer: That it was not there a second ago does not count.
-            with_readiness: It counts whether it is ready; else it may be said to be so.
+            since: See above.
+            newer: An earlier look that did not find it does not count.
+            with_readiness: Whether it is ready counts; else a node that exists is called ready.
 
         Raises:
             NoAnswerError: It can't be looked at.
@@ -272,7 +317,7 @@ class NodeStates:
         now = time.monotonic()
         with self._mutex:
             known = self._known.get(name)
-        if known is not None and now - known[1] < _STATE_SECONDS and (known[0].exists or not newer):
+        if known is not None and known[1] >= since and (known[0].exists or not newer):
             return known[0]
         found = self._together(_Wanted(name, with_readiness))
         if isinstance(found, NoAnswerError):

@@ -104,6 +104,8 @@ class Metrics:
 
 _GAUGES = {
     "queue": "Requests that are waiting, being worked at, or at a CA that answers later.",
+    "queue_overflowed": "Whether requests wait at the API server, since the queue was full.",
+    "watch_complete": "Whether the watch has read all requests that existed when its round began.",
     "leader": "Whether this replica works.",
     "api_up": "Whether the watch is alive.",
     "inventory_good": "Whether the inventory and the policy were read when they last changed.",

@@ -23,6 +23,7 @@ from bridge.pki.verify import Verified
 MOST_BYTES = 24 << 20
 MOST_JOBS = 20_000
 _MOST_REMEMBERED = 20_000
+_MOST_REMOVED = 500
 #: Names are the requesters' choice; the bucket that was used the longest time ago is forgotten first.
 _MOST_BUCKETS = 10_000
 _MINUTE_SECONDS = 60.0
@@ -30,15 +31,26 @@ _MINUTE_SECONDS = 60.0
 Newest = tuple[datetime, int]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """What a request says of itself, beside the files."""
+
+    node: str | None = None  #: Its certificate would be this node's; None: no node's.
+    #: It may be signed. If not, it supersedes no other job, and no other job supersedes it: with a node's credentials and
+    #: refused requests alone, its kubelet could be kept waiting for ever.
+    counts: bool = False
+    is_known: bool = False  #: The inventory has the node.
+    is_hostile: bool = False  #: It will be refused for its own words.
+
+
 @dataclass(eq=False, kw_only=True)
 class Job:
     """One object, and how far we are with it."""
 
     one: SigningRequest
-    node: str | None  #: Its certificate would be this node's; None: no node's.
-    alone: bool = False  #: It supersedes no other job, and no other job supersedes it.
+    look: Look
     arrived: float  #: Monotonic.
-    begun: bool = False  #: It was counted by the rates.
+    begun: bool = False  #: It has its turn by the rates.
     attempts: int = 0
     said: str = ""  #: The last reason why it was left, which is logged once.
     verified: Verified | None = None  #: The CA's answer, not written yet.
@@ -48,13 +60,13 @@ class Job:
 
     @property
     def key(self) -> str:
-        """The job's `key_of`: only the newest job of a key counts; empty: it stands alone."""
-        return "" if self.alone else key_of(self.one, self.node)
+        """Signer, user and node, of whose jobs only the newest counts; empty: the job stands alone."""
+        return key_of(self.one, self.look)
 
 
-def key_of(one: SigningRequest, node: str | None) -> str:
-    """A key by signer, user and node: a kubelet reads only its newest request; empty without a node."""
-    return f"{one.request.signer}\n{one.request.username}\n{node}" if node is not None else ""
+def key_of(one: SigningRequest, look: Look) -> str:
+    """See `Job.key`; a kubelet reads only its newest request."""
+    return f"{one.request.signer}\n{one.request.username}\n{look.node}" if look.counts else ""
 
 
 class Queue:
@@ -74,20 +86,13 @@ class Queue:
         self._closed = False
         self.overflowed = False
 
-    def put(
-        self,
-        one: SigningRequest,
-        node_of: Callable[[SigningRequest], str | None],
-        counts: Callable[[SigningRequest], bool] = lambda _: True,
-    ) -> list[str]:
+    def put(self, one: SigningRequest, look: Callable[[SigningRequest], Look]) -> list[str]:
         """
         Take in an object that is new or has changed.
 
         Args:
             one: The object.
-            node_of: The node whose certificate it asks for; looked at once.
-            counts: Whether it may be signed. If not, it supersedes no other request: with a node's credentials and refused
-                requests alone, its kubelet could be kept waiting for ever.
+            look: Called once, without the lock, and only for an object that fits.
 
         Returns:
             The uids of older objects of the same key, which count no longer.
@@ -103,22 +108,26 @@ class Queue:
                     known.one = one
                     self._soon(known)
                 return []
-        node = node_of(one)  # without the lock: it takes a while
-        alone = node is None or not counts(one)
-        with self._changed:
-            superseded = self._supersede(one, "" if alone else key_of(one, node))
-            if superseded is None:
-                return []
-            if not self._has_room(one):
+            if not self._make_room(one):
                 self.overflowed = True
-                return superseded
-            job = Job(one=one, node=node, alone=alone, arrived=time.monotonic())
+                return []
+        found = look(one)  # without the lock: it takes a while
+        with self._changed:
+            superseded = self._supersede(one, key_of(one, found))
+            if superseded is None or not self._make_room(one):
+                return []
+            job = Job(one=one, look=found, arrived=time.monotonic())
             self._add(job)
             self._ready.append(job)
             self._changed.notify()
             return superseded
 
-    def _has_room(self, one: SigningRequest) -> bool:
+    def has_room(self) -> bool:
+        """Whether half of the queue is free."""
+        with self._changed:
+            return 2 * self._bytes <= MOST_BYTES and 2 * len(self._jobs) <= MOST_JOBS
+
+    def _make_room(self, one: SigningRequest) -> bool:
         """Whether it fits, once requesters with more waiting than its own have lost some."""
         user = one.request.username
         while self._bytes + one.size > MOST_BYTES or len(self._jobs) >= MOST_JOBS:
@@ -187,6 +196,13 @@ class Queue:
         job = self._pop(uid)
         if job is not None:
             job.removed = True
+            self._forget_removed()
+
+    def _forget_removed(self) -> None:
+        """Let go of removed jobs in the heap, which their time may keep there for long."""
+        if len(self._delayed) > 2 * len(self._jobs) + _MOST_REMOVED:
+            self._delayed = [entry for entry in self._delayed if not entry[2].removed]
+            heapq.heapify(self._delayed)
 
     def _soon(self, job: Job) -> None:
         """A delayed job is looked at now; its old place in the heap leads to nothing."""
@@ -223,7 +239,7 @@ class Queue:
             del self._working[job.one.uid]
             later = self._later.pop(job.one.uid, None)
         if later is not None and not later.is_settled and later.version != job.one.version:
-            self.put(later, lambda _: job.node, lambda _: not job.alone)
+            self.put(later, lambda _: job.look)
 
     def delay(self, job: Job, seconds: float) -> None:
         """Put a job back: it is looked at again after these seconds, or when its object changes."""
@@ -279,23 +295,22 @@ class Queue:
 
 
 class Rate:
-    """So many a minute for each name, all of them at once if it has been quiet."""
+    """So many a minute for each name, all of them at once if it has been quiet; as many more wait in line."""
 
     def __init__(self, a_minute: int) -> None:
         self._a_minute = a_minute
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
-    def wait_seconds(self, name: str, now: float) -> float:
-        """Seconds until one more may begin; 0: none."""
+    def reserve(self, name: str, now: float) -> float | None:
+        """Seconds until one more has its turn, which it then has for sure; None: too many wait for theirs already."""
         left = self._left(name, now)
-        return 0.0 if left >= 1 else (1 - left) * _MINUTE_SECONDS / self._a_minute
-
-    def take(self, name: str, now: float) -> None:
-        """Count one more."""
-        self._buckets[name] = (self._left(name, now) - 1, now)
+        if left <= -self._a_minute:
+            return None
+        self._buckets[name] = (left - 1, now)
         self._buckets.move_to_end(name)
         if len(self._buckets) > _MOST_BUCKETS:
             self._buckets.popitem(last=False)
+        return max(0.0, 1 - left) * _MINUTE_SECONDS / self._a_minute
 
     def _left(self, name: str, now: float) -> float:
         left, since = self._buckets.get(name, (float(self._a_minute), now))

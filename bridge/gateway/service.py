@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from http import HTTPStatus
 
@@ -26,7 +26,7 @@ from bridge.gateway.ledger import Ledger
 from bridge.gateway.nodes import Nodes
 from bridge.gateway.pages import Metrics
 from bridge.gateway.pending_at_ca import Tickets
-from bridge.gateway.rules import spec_of
+from bridge.gateway.rules import CLIENT_KUBELET, spec_of
 from bridge.gateway.watch import SILENCE_SECONDS, Watch
 from bridge.settings.gateway import GatewaySettings
 from bridge.settings.tables import Settings
@@ -43,8 +43,13 @@ _THREADS_OF_MANY = 96
 #: Python looks for cycles after 700 new objects; hundreds of requests at once have many more, and hardly a cycle.
 _OBJECTS_A_COLLECTION = 20_000
 _TICK_SECONDS = 0.5
-#: With fewer requests waiting, a flood is looked at again.
-_MOST_WAITING = 500
+#: A round of the watch that left requests out is not ended before, even if there is room for them.
+_SHORTEST_ROUND_SECONDS = 30.0
+#: A round that has not got to its end by then keeps a replica from being ready.
+_LONGEST_READING_SECONDS = 120.0
+#: A record that can't be written for so long makes the process sick: a new pod has an empty directory.
+_LONGEST_FAILING_SECONDS = 60.0
+_ISSUERS_SECONDS = 3600.0
 _FLUSH_SECONDS = 1.0
 #: Requests at the CA get this long when the gateway is to end; systemd and the kubelet give 30 s and more.
 _DRAIN_SECONDS = 25.0
@@ -78,7 +83,7 @@ class Service:
         ours = settings.gateway
         self.settings = settings
         self.nodes = Nodes(ours)
-        self.signers = tuple(sorted(self.nodes.policy.signers))
+        self.signers = tuple(sorted(self.nodes.files(0.0)[0].signers))
         if not self.signers:
             wanted = 'a table for a signer, such as [signer."kubernetes.io/kubelet-serving"]'
             raise SettingsError([SettingsProblem("signer", wanted, "none", ours.policy)])
@@ -91,7 +96,7 @@ class Service:
         if ours.lease:
             self.holder = Leader(self.api, (ours.lease_namespace, ours.lease_name), self.identity, ours.lease_duration)
         self._now = now
-        self._ending = False
+        self._started, self._ending = False, False
         self._stop = threading.Event()
         self._watch: Watch | None = None
         self._api_trouble = "the API server was not asked yet"
@@ -109,6 +114,15 @@ class Service:
         assert_rights(self.api, rights_needed(self.signers, self.settings.gateway))
         for authority in self.authorities.values():
             yield from authority.check([spec for spec in self.specs if spec.authority.name == authority.name])
+
+    def notes(self) -> Iterator[str]:
+        """Sentences on what `check` can't see, and an administrator has to know."""
+        rules = self.nodes.files(0.0)[0].signers.get(CLIENT_KUBELET)
+        if rules is not None and rules.approval == "required":
+            yield (
+                f"{CLIENT_KUBELET} needs a person's approval: delete the bindings by which kube-controller-manager approves, "
+                "kubeadm:node-autoapprove-bootstrap and kubeadm:node-autoapprove-certificate-rotation"
+            )
 
     # --- running ----------------------------------------------------------------------------------------------------
 
@@ -135,16 +149,18 @@ class Service:
             address = self.settings.gateway.address
             if self.settings.gateway.serve_status and address is not None:
                 port = stack.enter_context(pages.serving(address, self._pages()))
-            self._ledger = Ledger(store, self.settings.audit)
+            ledger = Ledger(store, self.settings.audit)
             self.context = Context(
                 settings=self.settings, api=self.api, nodes=self.nodes, authorities=self.authorities,
-                ledger=self._ledger, tickets=Tickets(store), metrics=self.metrics, holder=self.holder, now=self._now,
+                ledger=ledger, tickets=Tickets(store), metrics=self.metrics, holder=self.holder, now=self._now,
             )  # fmt: skip
             self._issuing = Issuing(self.context)
+            self._started = True
             self._look_at_cas()
-            self.holder.start()
+            self.holder.start(lambda: not ledger.trouble)
             threads = [threading.Thread(target=self._work, name=f"worker-{n}", daemon=True) for n in range(self._count)]
             threads.append(threading.Thread(target=self._watch_on, name="watch", daemon=True))
+            threads.append(threading.Thread(target=self._keep_looking_at_cas, name="cas", daemon=True))
             for thread in threads:
                 thread.start()
             self._threads = [*threads, *self.holder.threads]
@@ -169,6 +185,11 @@ class Service:
             except BackendError as e:
                 log.warning("%s: %s", authority.label, e)
 
+    def _keep_looking_at_cas(self) -> None:
+        """Read the issuers again: a CA's new intermediate lives longer than the one before it."""
+        while not self._stop.wait(_ISSUERS_SECONDS):
+            self._look_at_cas()
+
     def _work(self) -> None:
         while not self._stop.is_set():
             self._issuing.work(_TICK_SECONDS)
@@ -176,8 +197,8 @@ class Service:
     def _watch_on(self) -> None:
         failures = 0
         while not self._stop.is_set():
+            self._alive = time.monotonic()
             if not self.holder.wait(_TICK_SECONDS):
-                self._alive = time.monotonic()
                 continue
             watch = self._watch = Watch(self.api, self.signers)
             try:
@@ -208,38 +229,40 @@ class Service:
 
     def _tick_until_stopped(self) -> None:
         changes, flushed, is_full = self.nodes.changes, time.monotonic(), False
+        queue = self.context.queue
         while not self._ending:
             time.sleep(_TICK_SECONDS / 2)
-            _ = self.nodes.policy, self.nodes.inventory  # read again if they have changed
+            self.nodes.files(time.monotonic() - 2 * _TICK_SECONDS)  # read again if they have changed
             if self.nodes.changes != changes:
                 changes = self.nodes.changes
                 self._warn_of_new_signers()
-                self.context.queue.wake()
+                queue.wake()
             if time.monotonic() - flushed >= _FLUSH_SECONDS:
                 flushed = time.monotonic()
                 self._flush()
-            waiting, _working = self.context.queue.counts()
-            if self.context.queue.overflowed is not is_full:
-                is_full = self.context.queue.overflowed
-                self._tell(is_full=is_full)
-            lost = not self.holder.is_ours()
-            if self._watch is not None and (lost or (self.context.queue.overflowed and waiting < _MOST_WAITING)):
-                self.context.queue.overflowed = False
+            if queue.overflowed is not is_full:
+                is_full = queue.overflowed
+                if is_full:
+                    text = "more requests are waiting than fit into the queue, most of them by %s: some are looked at later"
+                    log.warning(text, one_line(queue.greediest()))
+            if self._watch is not None and (not self.holder.is_ours() or self._is_new_round_due(self._watch)):
+                queue.overflowed = False
                 self._watch.end()
 
-    def _tell(self, *, is_full: bool) -> None:
-        if is_full:
-            text = "more requests are waiting than fit into the queue, most of them by %s: some are looked at later"
-            log.warning(text, one_line(self.context.queue.greediest()))
+    def _is_new_round_due(self, watch: Watch) -> bool:
+        """Whether there is room for requests that did not fit; a round that is cut short never gets behind a flood."""
+        is_old = time.monotonic() - watch.began >= _SHORTEST_ROUND_SECONDS
+        queue = self.context.queue
+        return queue.overflowed and is_old and watch.has_seen_all() and queue.has_room()
 
     def _flush(self) -> None:
         try:
-            self._ledger.flush()
+            self.context.ledger.flush()
         except AuditError as e:
             log.error("%s", e)  # noqa: TRY400
 
     def _warn_of_new_signers(self) -> None:
-        if new := sorted(set(self.nodes.policy.signers) - set(self.signers)):
+        if new := sorted(set(self.nodes.files(0.0)[0].signers) - set(self.signers)):
             log.warning("the policy has new signers: %s; restart the gateway for them", ", ".join(new))
 
     def _drain(self, threads: list[threading.Thread]) -> None:
@@ -259,19 +282,21 @@ class Service:
         left = self.context.queue.counts()[1]
         log.info("ended%s", f"; {left} requests were left in the middle" if left else "")
 
-    # --- what can be asked about it -----------------------------------------------------------------------------------
+    # --- pages --------------------------------------------------------------------------------------------------------
 
     def _pages(self) -> dict[str, pages.Page]:
         return {"/metrics": self._metrics_page, "/healthz": self._healthz, "/readyz": self._readyz}
 
     def _metrics_page(self) -> tuple[int, str]:
-        context = getattr(self, "context", None)
-        if context is not None:
-            waiting, working = context.queue.counts()
+        if self._started:
+            queue = self.context.queue
+            waiting, working = queue.counts()
             gauges = {
                 ("queue", '{state="waiting"}'): waiting,
                 ("queue", '{state="working"}'): working,
-                ("queue", '{state="at-ca"}'): len(context.tickets),
+                ("queue", '{state="at-ca"}'): len(self.context.tickets),
+                ("queue_overflowed", ""): queue.overflowed,
+                ("watch_complete", ""): self._watch is not None and self._watch.has_seen_all(),
                 ("leader", ""): self.holder.is_ours(),
                 ("api_up", ""): not self._api_trouble,
                 ("inventory_good", ""): not self.nodes.trouble,
@@ -280,24 +305,40 @@ class Service:
         return HTTPStatus.OK, self.metrics.text()
 
     def _healthz(self) -> tuple[int, str]:
+        return _page(self._sick(), "ok\n")
+
+    def _sick(self) -> Iterator[str]:
+        """Troubles that a new process may not have."""
         if ended := [thread.name for thread in self._threads if not (thread.is_alive() or self._ending)]:
-            return HTTPStatus.SERVICE_UNAVAILABLE, f"threads have ended: {', '.join(ended)}\n"
+            yield f"threads have ended: {', '.join(ended)}"
         silence = time.monotonic() - self._alive
-        if silence > 2 * SILENCE_SECONDS and not self._api_trouble:
-            return HTTPStatus.SERVICE_UNAVAILABLE, f"nothing was heard from the watch for {silence:.0f} s\n"
-        return HTTPStatus.OK, "ok\n"
+        if silence > 2 * SILENCE_SECONDS:
+            yield f"nothing was heard from the watch for {silence:.0f} s"
+        if self._started and self.context.ledger.failing_seconds() > _LONGEST_FAILING_SECONDS:
+            yield self.context.ledger.trouble
 
     def _readyz(self) -> tuple[int, str]:
-        ledger = getattr(self, "_ledger", None)
-        troubles = [self.nodes.trouble, ledger.trouble if ledger is not None else "it is starting"]
+        return _page(self._unready(), "ok: this replica works\n" if self.holder.is_ours() else "ok: standing by\n")
+
+    def _unready(self) -> Iterator[str]:
+        yield self.nodes.trouble
+        yield self.context.ledger.trouble if self._started else "it is starting"
+        watch = self._watch
         if self.holder.is_ours():
-            troubles.append(self._api_trouble)
+            yield self._api_trouble
+            if watch is not None and not watch.has_seen_all():
+                age = time.monotonic() - watch.began
+                if age > _LONGEST_READING_SECONDS:
+                    yield f"the watch has not read all requests for {age:.0f} s"
         elif isinstance(self.holder, Leader) and time.monotonic() - self.holder.last_answer > SILENCE_SECONDS:
-            troubles.append("the API server does not answer")
-        found = [one for one in troubles if one]
-        if found:
-            return HTTPStatus.SERVICE_UNAVAILABLE, "".join(f"{one}\n" for one in found)
-        return HTTPStatus.OK, "ok: this replica works\n" if self.holder.is_ours() else "ok: standing by\n"
+            yield "the API server does not answer"
+
+
+def _page(troubles: Iterator[str], good: str) -> tuple[int, str]:
+    found = [text for text in troubles if text]
+    if found:
+        return HTTPStatus.SERVICE_UNAVAILABLE, "".join(f"{text}\n" for text in found)
+    return HTTPStatus.OK, good
 
 
 # --- rights -----------------------------------------------------------------------------------------------------------
@@ -334,11 +375,7 @@ class Right:
     @property
     def attributes(self) -> Mapping[str, str]:
         """The attributes as a review has them."""
-        found = {
-            "verb": self.verb, "group": self.group, "resource": self.resource, "subresource": self.subresource,
-            "name": self.name, "namespace": self.namespace,
-        }  # fmt: skip
-        return {key: value for key, value in found.items() if value}
+        return {key: value for key, value in asdict(self).items() if value}
 
 
 def rights_needed(signers: Sequence[str], settings: GatewaySettings) -> Iterator[Right]:

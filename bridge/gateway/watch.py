@@ -12,7 +12,8 @@ import base64
 import binascii
 import json
 import threading
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -24,6 +25,8 @@ from bridge.gateway.policy import Request
 COLLECTION = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
 APPROVED, DENIED, FAILED = "Approved", "Denied", "Failed"
 PENDING_AT_CA = "PendingAtCA"
+#: The reason of kube-controller-manager's approvals (pkg/controller/certificates/approver/sarapprove.go).
+AUTO_APPROVED = "AutoApproved"
 #: Our conditions and reasons; anybody may read an object, so that nothing of the policy is in one.
 ALLOWS, NOT_ALLOWED, NOT_ANSWERED, WAITS = "PolicyAllows", "NotAllowed", "NotAnswered", "Waiting"
 
@@ -49,16 +52,25 @@ class SigningRequest:
     request: Request
     conditions: tuple[Mapping[str, Any], ...] = field(repr=False)
     certificate: str  #: Base64 of PEM; empty: there is none.
+    is_deleted: bool  #: An administrator deleted it; finalizers keep it.
     size: int  #: In memory, about.
 
     def has(self, kind: str) -> bool:
         """Whether it has a condition that is true."""
-        return any(one.get("type") == kind and one.get("status") == "True" for one in self.conditions)
+        return any(self._true(kind))
+
+    def _true(self, kind: str) -> Iterator[Mapping[str, Any]]:
+        return (one for one in self.conditions if one.get("type") == kind and one.get("status") == "True")
+
+    @property
+    def is_approved_by_person(self) -> bool:
+        """Whether it was approved, and not by kube-controller-manager, which approves whatever RBAC lets a node ask for."""
+        return any(one.get("reason") != AUTO_APPROVED for one in self._true(APPROVED))
 
     @property
     def is_settled(self) -> bool:
         """Whether nothing more is to be written into it."""
-        return bool(self.certificate) or self.has(DENIED) or self.has(FAILED)
+        return self.is_deleted or bool(self.certificate) or self.has(DENIED) or self.has(FAILED)
 
     @property
     def age_key(self) -> tuple[datetime, int]:
@@ -98,6 +110,7 @@ def parse(document: Any, size: int) -> SigningRequest:
             request=request,
             conditions=conditions,
             certificate=_text(status.get("certificate") or ""),
+            is_deleted=bool(metadata.get("deletionTimestamp")),
             size=size + _OBJECT_BYTES,
         )
     except (KeyError, TypeError, AttributeError, ValueError, binascii.Error, OverflowError) as e:
@@ -129,6 +142,8 @@ def decoded(certificate: str) -> bytes:
 #: A bookmark comes each minute, so that a longer silence is a dead connection.
 SILENCE_SECONDS = 90.0
 ROUND_SECONDS = 300
+#: After so long without an event all objects were read that existed when the round began.
+_QUIET_SECONDS = 2.0
 
 
 class Watch:
@@ -141,6 +156,9 @@ class Watch:
         self._lines: Lines | None = None
         self._mutex = threading.Lock()
         self._ended = False
+        self._heard: float | None = None  #: When something came for the last time.
+        self._has_seen_all = False
+        self.began = time.monotonic()
         self.left_out = 0  #: Objects that were too large.
 
     def run(
@@ -165,7 +183,9 @@ class Watch:
                 self._lines = lines
             try:
                 alive()
+                self._heard = time.monotonic()
                 for line in lines:
+                    self._heard = time.monotonic()
                     alive()
                     self._event(line, changed, gone)
             except NoAnswerError:
@@ -179,6 +199,8 @@ class Watch:
         if not any(name in line for name in self._wanted.values()):
             if b'"ERROR"' in line[:40]:
                 raise NoAnswerError("the API server ended the watch with an error; it is begun anew")
+            if b'"BOOKMARK"' in line[:40]:  # comes after all that existed
+                self._has_seen_all = True
             return
         try:
             event = json.loads(line)
@@ -195,8 +217,14 @@ class Watch:
         else:
             changed(found)
 
+    def has_seen_all(self) -> bool:
+        """Whether this round has got to the end of the objects that existed when it began."""
+        if self._heard is not None and time.monotonic() - self._heard > _QUIET_SECONDS:
+            self._has_seen_all = True
+        return self._has_seen_all
+
     def end(self) -> None:
-        """No more rounds."""
+        """End the round."""
         self._ended = True
         with self._mutex:
             if self._lines is not None:

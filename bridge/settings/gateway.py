@@ -39,7 +39,8 @@ class GatewaySettings:
     lease_duration: timedelta = timedelta(seconds=10)  #: After which another replica takes a lease over.
     identity: str = ""  #: In the lease, before a random part; without one the host's name.
     concurrency: int = 32  #: Requests that are answered at the same time.
-    requester_rate: int = 120  #: New requests a minute by one user.
+    #: New requests a minute by one user; those for a node of the inventory that may be signed have `node_rate` alone.
+    requester_rate: int = 120
     node_rate: int = 12  #: New requests a minute by one user for one node's name.
     collect_every: timedelta = timedelta(seconds=30)  #: How often a CA that answers later is asked.
     pending_for: timedelta = timedelta(hours=24)  #: After which a request that the CA has not answered fails.

@@ -150,6 +150,7 @@ def test_who_has_approved_does_not_matter(cluster: ClusterApi, desk: DeskProgram
         assert [one["reason"] for one in found["status"]["conditions"]] == ["AutoApproved"]
 
 
+@pytest.mark.attack("G8")
 def test_somebody_else_has_to_approve(cluster: ClusterApi, desk: DeskProgram, worker: str, tmp_path: Path) -> None:
     """`approval = "required"`: what the policy allows waits for a person, and nothing is asked of the CA until then."""
     place = place_with(cluster, desk, tmp_path, worker)
@@ -160,9 +161,18 @@ def test_somebody_else_has_to_approve(cluster: ClusterApi, desk: DeskProgram, wo
         name = cluster.client().create(CSRS, gateways.body(pem, CLIENT), **headers)["metadata"]["name"]
         gateway.until(lambda: "it was not approved yet" in gateway.text())
         assert (state_of(read(cluster, name)), desk.calls) == ("open", [])
-        condition = {"type": "Approved", "status": "True", "reason": "looked", "message": "by a person"}
-        assert cluster.client().patch(f"{CSRS}/{name}/approval", {"status": {"conditions": [condition]}}).ok
+        approve(cluster, name, "looked")
         leaf_for(cluster, until_signed(gateway, cluster, name), pem)
+        automatic = cluster.client().create(CSRS, gateways.body(pem, CLIENT), **headers)["metadata"]["name"]
+        approve(cluster, automatic, "AutoApproved")  # as kube-controller-manager does
+        gateway.until(lambda: "only a controller has approved it" in gateway.text())
+        assert (state_of(read(cluster, automatic)), len(desk.calls)) == ("open", 1)
+
+
+def approve(cluster: ClusterApi, name: str, reason: str) -> None:
+    """As another client than the gateway."""
+    condition = {"type": "Approved", "status": "True", "reason": reason, "message": "by another"}
+    assert cluster.client().patch(f"{CSRS}/{name}/approval", {"status": {"conditions": [condition]}}).ok
 
 
 # --- the CA -----------------------------------------------------------------------------------------------------------
@@ -682,6 +692,11 @@ def test_check_says_what_is_missing(cluster: ClusterApi, tmp_path: Path) -> None
         code, text = checked(place)
         assert (code, text.partition(":")[0]) == (0, "ready"), text
         assert "3 nodes in the inventory" in text
+        head = f'[signer."{CLIENT_KUBELET}"]\n'
+        place.policy = policy.replace(head, f'{head}approval = "required"\n')
+        code, text = checked(place)
+        assert (code, "kubeadm:node-autoapprove-certificate-rotation" in text) == (0, True), text
+        place.policy = policy
         role = {**gateways.ROLES["kubeadm-kubelet-serving"], "client_flag": True}
         bao.write("pki/roles/kubeadm-kubelet-serving", **role)
         code, text = checked(place)

@@ -14,7 +14,7 @@ from bridge.gateway.rules import CLIENT, CLIENT_KUBELET, SERVING
 from tests.kit import cluster_api, gateways, hostile_csrs, openbao
 from tests.kit.api_client import CSRS
 from tests.kit.cluster_api import ClusterApi
-from tests.kit.gateways import DOMAIN, Gateway, Place, csr_pem, state_of
+from tests.kit.gateways import DOMAIN, Place, csr_pem, state_of
 from tests.kit.hostile_csrs import CN, ORG, Asking, as_node, as_user
 
 pytestmark = pytest.mark.kube("kube-apiserver", "etcd")
@@ -191,18 +191,12 @@ def test_a_flood_of_large_objects(cluster: ClusterApi, bao: openbao.OpenBao, tmp
         gateway.until(lambda: settled(cluster, ["beside-the-flood"]), 60)
         assert ask(cluster, hostile_csrs.honest("w9101", CLIENT_KUBELET), "of-the-same-node")
         gateway.until(lambda: settled(cluster, ["of-the-same-node"]), 60)
-        assert peak_mb(gateway) < 150
+        assert gateway.peak_mb() < 150
         assert gateway.metric("requests_total", outcome="signed", signer=SERVING) >= 1
     found = states(cluster)
     assert {state_of(found[f"large-{number}"]) for number in range(25)} == {"open"}
     for number in range(25):
         cluster.client().ask("DELETE", f"{CSRS}/large-{number}")
-
-
-def peak_mb(gateway: Gateway) -> float:
-    """The most memory that it had."""
-    text = Path(f"/proc/{gateway.process.pid}/status").read_text()
-    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith("VmHWM")) / 1024
 
 
 def test_the_encodings_are_what_they_seem() -> None:

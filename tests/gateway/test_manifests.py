@@ -20,7 +20,7 @@ from bridge.settings.load import parse
 from bridge.system.waiting import wait_until
 from tests.kit import kube_api
 from tests.kit.api_client import CSRS, ApiClient, Reply
-from tests.kit.gateways import csr_pem
+from tests.kit.gateways import body, csr_pem
 from tests.kit.kube_api import ApiServer, user_name
 
 pytestmark = pytest.mark.kube("etcd", "kube-apiserver", "kubectl")
@@ -270,6 +270,26 @@ def test_who_may_ask(guarded: ApiServer) -> None:
     assert ask(node, CLIENT, client, expirationSeconds=month + 1)[1] == "the request is for longer than 30 days"
     assert ask(boss, USER, client, large)[1] == "the request is larger than 16 KiB"
     assert ask(boss, "example.com/other", client, large, expirationSeconds=month + 1) == (201, "")
+
+
+@pytest.mark.attack("G1", "G3")
+def test_what_may_stand_round_a_request(guarded: ApiServer) -> None:
+    """No finalizers and no owners, which would keep it for ever, and few annotations; twins pass."""
+    node = guarded.client("system:node:w1", "system:nodes")
+    owner = {"apiVersion": "v1", "kind": "Node", "name": "w1", "uid": "00000000-0000-4000-8000-000000000000"}
+
+    def ask(signer: str = CLIENT, **metadata: object) -> tuple[int, str]:
+        made = body(node_csr(), signer)
+        made["metadata"] |= metadata
+        reply = node.ask("POST", CSRS, made)
+        return reply.status, reply.message.rpartition("denied request: ")[2] if reply.status >= 400 else ""
+
+    kept = (422, "a request has no finalizers and no owners")
+    assert ask(finalizers=["example.com/mine"]) == kept
+    assert ask(ownerReferences=[owner]) == kept
+    assert ask(annotations={"x": "x" * 24_600})[1] == "the annotations are larger than 24 KiB"
+    assert ask(annotations={"x": "x" * 20_000, "y": "y"}) == (201, "")
+    assert ask("example.com/other", finalizers=["example.com/mine"]) == (201, "")
 
 
 # -------------------------------------------------------------------------------------------------- files by themselves

@@ -24,7 +24,7 @@ from bridge.errors import BridgeError
 from bridge.gateway import nodes, queue
 from bridge.gateway.pages import Metrics, serving
 from bridge.gateway.pending_at_ca import Ticket, Tickets
-from bridge.gateway.queue import Queue, Rate
+from bridge.gateway.queue import Look, Queue, Rate
 from bridge.gateway.watch import (
     ALLOWS,
     APPROVED,
@@ -63,8 +63,14 @@ def one(uid: str = "u1", *, version: int = 7, seconds: int = 0, **spec: Any) -> 
     return replace(found, version=str(version), created=found.created + timedelta(seconds=seconds))
 
 
-def nobody(_: SigningRequest) -> None:
+def nobody(_: SigningRequest) -> Look:
     """It is about no node."""
+    return Look()
+
+
+def of_w1(_: SigningRequest) -> Look:
+    """It is about the node w1, and may be signed."""
+    return Look(node="w1", counts=True)
 
 
 # --- the queue --------------------------------------------------------------------------------------------------------
@@ -74,13 +80,13 @@ def test_the_newest_of_a_node_takes_the_place_of_the_others() -> None:
     """In whichever order they come; of others' requests for the same node none is touched."""
     line = Queue()
     for number, uid in ((3, "c"), (1, "a"), (2, "b")):
-        line.put(one(uid, seconds=number), lambda _: "w1")
-    line.put(one("other", username="system:bootstrap:abcdef"), lambda _: "w1")
+        line.put(one(uid, seconds=number), of_w1)
+    line.put(one("other", username="system:bootstrap:abcdef"), of_w1)
     taken = [job.one.uid for job in iter(lambda: line.take(0), None)]
     assert taken == ["c", "other"]
     again = Queue()
-    assert again.put(one("a", seconds=1), lambda _: "w1") == []
-    assert again.put(one("b", seconds=2), lambda _: "w1") == ["a"]
+    assert again.put(one("a", seconds=1), of_w1) == []
+    assert again.put(one("b", seconds=2), of_w1) == ["a"]
 
 
 def test_what_does_not_count_takes_nobodys_place() -> None:
@@ -89,7 +95,7 @@ def test_what_does_not_count_takes_nobodys_place() -> None:
         line = Queue()
         for uid in order:
             late = 5 if uid == "hostile" else 0
-            assert line.put(one(uid, seconds=late), lambda _: "w1", lambda new: new.uid == "honest") == []
+            assert line.put(one(uid, seconds=late), lambda new: Look(node="w1", counts=new.uid == "honest")) == []
         jobs = list(iter(lambda: line.take(0), None))  # noqa: B023
         assert sorted(job.one.uid for job in jobs) == ["honest", "hostile"]
         assert all(line.is_newest(job) for job in jobs)
@@ -194,26 +200,31 @@ def test_nothing_is_taken_after_the_end() -> None:
 
 
 def test_a_bucket_fills_with_time() -> None:
-    """So many at once, then one after the other; whoever else asks has a bucket of his own."""
+    """So many at once, then one after the other, each at a time of its own; another requester has its own bucket."""
     rate = Rate(60)
-    for _ in range(60):
-        assert rate.wait_seconds("w1", 0.0) == 0
-        rate.take("w1", 0.0)
-    assert rate.wait_seconds("w1", 0.0) == pytest.approx(1.0)
-    assert rate.wait_seconds("w2", 0.0) == 0
-    assert rate.wait_seconds("w1", 1.0) == 0
-    rate.take("w1", 1.0)
-    assert rate.wait_seconds("w1", 1.5) == pytest.approx(0.5)
-    assert rate.wait_seconds("w1", 10_000) == 0
+    assert {rate.reserve("w1", 0.0) for _ in range(60)} == {0}
+    assert [rate.reserve("w1", 0.0) for _ in range(3)] == [pytest.approx(seconds) for seconds in (1, 2, 3)]
+    assert rate.reserve("w2", 0.0) == 0
+    assert rate.reserve("w1", 3.5) == pytest.approx(0.5)
+    assert rate.reserve("w1", 10_000) == 0
+
+
+def test_a_line_before_a_bucket_has_an_end() -> None:
+    """A flood does not wait in it for hours, with an honest request of the same name behind it."""
+    rate = Rate(60)
+    waits = [rate.reserve("token", 0.0) for _ in range(1000)]
+    assert [wait for wait in waits if wait is not None][-1] == pytest.approx(60)
+    assert waits[-1] is None
+    assert rate.reserve("token", 1.0) == pytest.approx(60)
 
 
 def test_names_of_others_choice_fill_no_memory() -> None:
     """The one that has not asked for longest is forgotten."""
     rate = Rate(1)
     for number in range(20_000):
-        rate.take(f"user-{number}", 0.0)
-    assert rate.wait_seconds("user-19999", 0.0) > 0
-    assert rate.wait_seconds("user-0", 0.0) == 0
+        rate.reserve(f"user-{number}", 0.0)
+    assert rate.reserve("user-19999", 0.0) != 0
+    assert rate.reserve("user-0", 0.0) == 0
 
 
 # --- objects ----------------------------------------------------------------------------------------------------------
@@ -408,10 +419,41 @@ def test_an_inventory_command_has_nothing_of_ours(tmp_path: Path, monkeypatch: p
 
 
 def test_the_dns_proves_both_ways() -> None:
-    """127.0.0.1 leads to localhost and back; to no other name, and other addresses don't."""
-    assert nodes._leads_both_ways("127.0.0.1", {"localhost"})
-    assert not nodes._leads_both_ways("127.0.0.1", {"w1"})
-    assert not nodes._leads_both_ways("192.0.2.1", {"localhost"})
+    """An address that leads to a name, and back."""
+    assert nodes.host_of("127.0.0.1") == "localhost"
+    assert nodes.host_of("192.0.2.1") is None
+
+
+@pytest.mark.attack("G7")
+def test_a_resolver_that_does_not_answer_holds_few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look ends in time, at most so many lookups run at once, and an answer that comes later counts."""
+    answers, running = threading.Event(), []
+
+    def slow(address: str) -> str:
+        running.append(address)
+        answers.wait(20)
+        return f"{address}.example"
+
+    monkeypatch.setattr(nodes, "host_of", slow)
+    monkeypatch.setattr(nodes, "_DNS_SECONDS", 0.3)
+    resolver = nodes.Resolver(4)
+    begin = time.monotonic()
+    threads = [
+        threading.Thread(target=resolver.hosts, args=([f"192.0.2.{4 * look + n}" for n in range(4)],))
+        for look in range(20)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - begin < 5
+    assert len(running) == 4
+    answers.set()
+    until = time.monotonic() + 5
+    while not all((found := resolver.hosts(running)).values()) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert found == {address: f"{address}.example" for address in running}
+    assert len(running) == 4  # remembered
 
 
 # --- the lease's thread -----------------------------------------------------------------------------------------------

@@ -231,6 +231,10 @@ def _install_manifests(cluster: GatewayCluster, files_dir: Path) -> None:
 # --- motion -----------------------------------------------------------------------------------------------------------
 
 
+#: Requests of 55 kB: the queue has room for 400.
+_BURST = 600
+
+
 @dataclass(kw_only=True)
 class Figures:
     """What was seen."""
@@ -242,6 +246,8 @@ class Figures:
     hostile: Counter[str] = field(default_factory=Counter)  #: By what became of them.
     takeovers: list[float] = field(default_factory=list)  #: Seconds until another gateway worked.
     outages: list[float] = field(default_factory=list)  #: Seconds that the API server did not answer.
+    flooded: int = 0  #: Large requests of one worker.
+    most_mb: float = 0  #: Memory of a gateway.
     signed: int = 0
     wrong: list[str] = field(default_factory=list)
 
@@ -254,6 +260,8 @@ class Figures:
         yield f"takeovers: {len(self.takeovers)}, longest {max(self.takeovers, default=0):.1f} s"
         yield f"API server away: {len(self.outages)} times, longest {max(self.outages, default=0):.0f} s"
         yield f"hostile requests: {', '.join(f'{kind} {count}' for kind, count in sorted(self.hostile.items()))}"
+        if self.flooded:
+            yield f"large requests of one worker: {self.flooded}, gateways' memory at most {self.most_mb:.0f} MB"
         yield f"certificates signed: {self.signed}; wrong: {len(self.wrong)}"
 
 
@@ -270,7 +278,9 @@ class Motion:
         self._objects: dict[str, dict[str, Any]] = {}  #: By uid, as each was last seen: the cluster clears them away.
         self.figures = Figures()
 
-    def run(self, seconds: float, kills: Mapping[float, str] | None = None, *, pause: float = 40) -> Figures:
+    def run(
+        self, seconds: float, kills: Mapping[float, str] | None = None, *, pause: float = 40, flood: bool = False
+    ) -> Figures:
         """
         Let it go.
 
@@ -278,6 +288,7 @@ class Motion:
             seconds: How long.
             kills: What to kill when, in seconds from the start; None: at random, all the time.
             pause: Between two at random, on average.
+            flood: A worker fills the queues of the gateways with large requests, each minute anew.
 
         Raises:
             AssertionError: A thread could not go on.
@@ -295,7 +306,8 @@ class Motion:
             return go
 
         began = time.monotonic()
-        threads = [threading.Thread(target=guarded(work)) for work in (self._watch, self._ask, self._collect)]
+        works = [self._watch, self._ask, self._collect, *([self._flood] if flood else [])]
+        threads = [threading.Thread(target=guarded(work)) for work in works]
         for thread in threads:
             thread.start()
         try:
@@ -362,9 +374,7 @@ class Motion:
             (SERVING, csr_pem(node_subject(worker.name), [*own, x509.IPAddress(ip_address("10.96.0.1"))])),
             (SERVING, csr_pem(node_subject(worker.name))),
         ])  # fmt: skip
-        pair = self._cluster.api.credentials(f"system:node:{worker.name}", "system:nodes")
-        url, trust = self._cluster.api.url, self._cluster.api.pki_dir / "ca.crt"
-        who = ApiClient(url=url, trust=trust, pair=pair)
+        who = self._kubelet(worker.name)
         answered, away = time.monotonic(), False
         for number in itertools.count():
             if self._end.wait(2):
@@ -378,6 +388,30 @@ class Motion:
             if away:
                 self.figures.outages.append(time.monotonic() - answered)
             answered, away = time.monotonic(), False
+
+    def _kubelet(self, name: str) -> ApiClient:
+        """The worker's own rights."""
+        pair = self._cluster.api.credentials(f"system:node:{name}", "system:nodes")
+        return ApiClient(url=self._cluster.api.url, trust=self._cluster.api.pki_dir / "ca.crt", pair=pair)
+
+    def _flood(self) -> None:
+        """More large requests of one worker than the queue has room for; an administrator deletes them after a minute."""
+        worker = self._cluster.nodes[1].name
+        who, admin = self._kubelet(worker), self._cluster.admin
+        text = csr_pem(node_subject(worker), [x509.DNSName("auth.company.example")])
+        made = gateways.body(text, SERVING)
+        made["metadata"] = {"labels": {"flood": "yes"}, "annotations": {"x": "x" * 55_000}}
+        for number in itertools.count():
+            if self._end.wait(0 if number % _BURST else 60):
+                return
+            with contextlib.suppress(requests.RequestException, ValueError):  # it was killed
+                if number % _BURST == 0:
+                    admin.ask("DELETE", f"{CSRS}?labelSelector=flood%3Dyes")
+                made["metadata"]["name"] = f"hostile-flood-{number}"
+                self.figures.flooded += who.ask("POST", CSRS, made).ok
+            for gateway in self._cluster.gateways.values():
+                with contextlib.suppress(OSError):  # it was killed, too
+                    self.figures.most_mb = max(self.figures.most_mb, gateway.peak_mb())
 
     def _collect(self) -> None:
         """Once a minute all objects: those whose certificate has ended are cleared away by the hour."""

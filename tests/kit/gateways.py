@@ -261,6 +261,11 @@ class Gateway:
                 return float(value)
         return 0.0
 
+    def peak_mb(self) -> float:
+        """The most memory that it had."""
+        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), 0.0)
+
     def kill(self) -> None:
         """As a power cut would."""
         self.process.kill()

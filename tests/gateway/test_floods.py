@@ -1,0 +1,249 @@
+"""One identity floods the API server, at whatever rate and size that takes: every other node's certificate comes soon."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+
+from bridge.gateway import policy
+from bridge.gateway.policy import Request
+from bridge.gateway.rules import CLIENT_KUBELET, SERVING
+from bridge.gateway.service import Service
+from tests.kit import cluster_api, gateways, hostile_csrs
+from tests.kit.api_client import CSRS
+from tests.kit.cluster_api import ClusterApi
+from tests.kit.desk_program import DeskProgram
+from tests.kit.gateways import Place, csr_pem, node_subject, read, state_of
+
+pytestmark = pytest.mark.kube("kube-apiserver", "etcd")
+
+NODES = "system:nodes"
+#: A certificate of another node has to be there by then, and so much memory is enough.
+SOON_SECONDS, MOST_MB = 10.0, 150.0
+TOKEN = "system:bootstrap:abcdef"
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[ClusterApi]:
+    """With the rights that the documents name, and the nodes w1 and w2."""
+    with cluster_api.running(tmp_path / "cluster") as found:
+        gateways.grant_rights(found)
+        found.add_node("w1")
+        found.add_node("w2")
+        yield found
+
+
+@pytest.fixture
+def place(cluster: ClusterApi, tmp_path: Path) -> Place:
+    """For a gateway that knows w1 to w3, with the rates that there are without settings."""
+    desk = DeskProgram.make(tmp_path / "desk", cluster.ca, cluster.cas["front-proxy-ca"])
+    inventory = gateways.INVENTORY + gateways.workers("w1", "w2", "w3")
+    return Place(cluster=cluster, directory=tmp_path / "gateway", inventory=inventory, tables=[desk.tables])
+
+
+def flood(cluster: ClusterApi, count: int, body: Callable[[int], dict[str, Any]], user: str = "system:node:w1") -> None:
+    """As one identity, from several connections."""
+    group = NODES if user.startswith("system:node:") else cluster_api.BOOTSTRAP_GROUP
+    headers = {"Impersonate-User": user, "Impersonate-Group": group}
+    own = threading.local()
+
+    def make(number: int) -> int:
+        if not hasattr(own, "client"):
+            own.client = cluster.client()
+        return int(own.client.ask("POST", CSRS, body(number), **headers).status)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(make, range(count))) == {201}
+
+
+def small_with_annotations(number: int) -> dict[str, Any]:
+    """What no bound on the CSR's length keeps out."""
+    made = gateways.body(UNKNOWN, SERVING, name=f"aaa-{number:05}")
+    made["metadata"]["annotations"] = {"x": "x" * 55_000}
+    return made
+
+
+def well_formed(number: int) -> dict[str, Any]:
+    """A CSR of 14 kB in base64, below the 16 KiB of the admission policy, and another one each time."""
+    sans = [x509.DNSName(f"n{number}-{one}.{'x' * 40}.{'y' * 40}.{'z' * 30}.example") for one in range(60)]
+    return gateways.body(csr_pem(node_subject("w1"), sans), SERVING, name=f"aaa-{number:05}")
+
+
+SMALL = csr_pem(node_subject("w1"), hostile_csrs.honest_sans("w1"))
+#: The inventory may have this name tomorrow, so that the request is looked at for a day.
+UNKNOWN = csr_pem(node_subject("w1"), [x509.DNSName("auth.company.example")])
+
+
+def honest(cluster: ClusterApi, worker: str, signer: str = SERVING) -> str:
+    """As the worker itself."""
+    asking = hostile_csrs.honest(worker, signer)
+    headers = {"Impersonate-User": f"system:node:{worker}", "Impersonate-Group": NODES}
+    return str(cluster.client().create(CSRS, gateways.body(asking.pem, signer), **headers)["metadata"]["name"])
+
+
+def is_signed(cluster: ClusterApi, name: str) -> Callable[[], bool]:
+    return lambda: state_of(read(cluster, name)) == "signed"
+
+
+@pytest.mark.attack("G1", "G2")
+@pytest.mark.parametrize(("count", "body"), [(1_800, small_with_annotations), (2_500, well_formed)])
+def test_a_flood_of_one_identity(
+    cluster: ClusterApi, place: Place, count: int, body: Callable[[int], dict[str, Any]]
+) -> None:
+    """Another node's certificate is there within ten seconds, during the flood and after it, and for a new gateway, too."""
+    with gateways.running(place) as gateway:
+        running = threading.Thread(target=flood, args=(cluster, count, body))
+        running.start()
+        gateway.until(lambda: gateway.metric("queue", state="waiting") > 100, 60)
+        gateway.until(is_signed(cluster, honest(cluster, "w2")), SOON_SECONDS, "during the flood")
+        running.join()
+        for _ in range(2):
+            gateway.until(is_signed(cluster, honest(cluster, "w2")), SOON_SECONDS, "after the flood")
+        gateway.until(lambda: gateway.metric("watch_complete") == 1, 90)
+        assert gateway.page("readyz")[0] == gateway.page("healthz")[0] == 200
+        assert gateway.peak_mb() < MOST_MB
+        assert gateway.end() == 0
+    name = honest(cluster, "w2", CLIENT_KUBELET)
+    with gateways.running(place, "two") as gateway:
+        gateway.until(is_signed(cluster, name), SOON_SECONDS, "by a new gateway")
+        assert gateway.peak_mb() < MOST_MB
+
+
+@pytest.mark.attack("G2")
+def test_what_was_read_is_bounded_by_bytes() -> None:
+    """Neither large requests nor refused ones are remembered; a kubelet's are."""
+    policy._remembered.cache_clear()
+
+    def look(pem: bytes) -> None:
+        policy.node_of(
+            Request(signer=SERVING, username="", groups=frozenset(), usages=frozenset(), asked_validity=None, pem=pem)
+        )
+
+    large = csr_pem(node_subject("w1"), [x509.DNSName(f"n{n}.{'x' * 40}.example.com") for n in range(60)])
+    assert len(large) > 4000
+    look(large)
+    look(SMALL[:-10])
+    assert policy._remembered.cache_info().currsize == 0
+    look(SMALL)
+    assert policy._remembered.cache_info().currsize == 1
+    look(SMALL)
+    assert policy._remembered.cache_info().hits == 1
+
+
+@pytest.mark.attack("G6")
+def test_a_copy_of_the_token_keeps_no_new_node_out(cluster: ClusterApi, place: Place) -> None:
+    """Requests that are refused for their own words delay only their like, though all have the token's name."""
+    odd = csr_pem([(hostile_csrs.CN, "x")])
+    with gateways.running(place) as gateway:
+        flood(cluster, 400, lambda number: gateways.body(odd, CLIENT_KUBELET, name=f"aaa-{number:04}"), TOKEN)
+        gateway.until(lambda: "too many requests" in gateway.text())
+        headers = {"Impersonate-User": TOKEN, "Impersonate-Group": cluster_api.BOOTSTRAP_GROUP}
+        asking = gateways.body(csr_pem(node_subject("w3")), CLIENT_KUBELET)
+        name = cluster.client().create(CSRS, asking, **headers)["metadata"]["name"]
+        gateway.until(is_signed(cluster, name), SOON_SECONDS)
+        assert gateway.metric("queue", state="waiting") > 100
+
+
+@pytest.mark.attack("G3")
+def test_what_an_administrator_has_deleted_is_not_signed(cluster: ClusterApi, place: Place) -> None:
+    """A finalizer keeps the object; its twin without a deletion is signed, finalizer or not."""
+    headers = {"Impersonate-User": "system:node:w1", "Impersonate-Group": NODES}
+    names = ("deleted", "kept")
+    for name in names:
+        made = gateways.body(SMALL if name == "kept" else csr_pem(node_subject("w1")), SERVING, name=name)
+        made["spec"]["signerName"] = SERVING if name == "kept" else CLIENT_KUBELET
+        made["spec"]["usages"] = list(gateways.USAGES[made["spec"]["signerName"]])
+        made["metadata"]["finalizers"] = ["example.com/mine"]
+        cluster.client().create(CSRS, made, **headers)
+    assert cluster.client().ask("DELETE", f"{CSRS}/deleted").ok
+    assert read(cluster, "deleted")["metadata"]["deletionTimestamp"]
+    with gateways.running(place) as gateway:
+        gateway.until(is_signed(cluster, "kept"), 20)
+        assert (state_of(read(cluster, "deleted")), read(cluster, "deleted")["status"]) == ("open", {})
+
+
+@pytest.mark.attack("G4")
+def test_a_record_without_room_gives_the_lease_to_another(cluster: ClusterApi, place: Place) -> None:
+    """The replica says so and stands back, the other one works; with room again it is ready to."""
+    directory = place.directory / "state-one"
+    directory.mkdir(parents=True)
+    directory.chmod(0o700)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "tmpfs", directory], check=True)
+    try:
+        with gateways.running(place) as one:
+            two = place.start("two")
+            try:
+                two.until(lambda: "standing by" in two.page("readyz")[1])
+                filler = _filled(directory)
+                name = honest(cluster, "w2")
+                two.until(is_signed(cluster, name), 20)
+                status, text = one.page("readyz")
+                assert (status, "audit log could not be written" in text) == (503, True)
+                assert "this replica works" in two.page("readyz")[1]
+                assert "the record can't be written" in one.text()
+                filler.unlink()
+                one.until(lambda: one.page("readyz")[1] == "ok: standing by\n", 20)
+                assert two.end() == 0
+                one.until(is_signed(cluster, honest(cluster, "w2", CLIENT_KUBELET)), 20)
+            finally:
+                if two.process.poll() is None:
+                    two.kill()
+    finally:
+        subprocess.run(["umount", "--lazy", directory], check=True)
+
+
+def _filled(directory: Path) -> Path:
+    """A file that takes all the room there is."""
+    path = directory / "filler"
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(512))
+    return path
+
+
+class Quiet(Service):
+    """The service without anything round it."""
+
+    def __init__(self) -> None:
+        self._stop = threading.Event()
+        self._started = self._ending = False
+        self._threads = []
+        self._alive = 0.0
+        self._api_trouble = ""
+        self.looks = 0
+
+    def _look_at_cas(self) -> None:
+        self.looks += 1
+        if self.looks > 2:
+            self._stop.set()
+
+
+@pytest.mark.attack("G11")
+def test_the_issuers_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new intermediate of the CA lives longer than the one that was there when the gateway began."""
+    monkeypatch.setattr("bridge.gateway.service._ISSUERS_SECONDS", 0.01)
+    service = Quiet()
+    service._keep_looking_at_cas()
+    assert service.looks == 3
+
+
+@pytest.mark.attack("G12", "G17")
+def test_a_watch_that_hangs_and_a_thread_that_ended_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever trouble was noted before: `/healthz` fails, so that the process is started anew."""
+    service = Quiet()
+    monkeypatch.setattr("bridge.gateway.service.time.monotonic", lambda: 100.0)
+    service._api_trouble = "the watch broke"
+    assert service._healthz() == (200, "ok\n")
+    monkeypatch.setattr("bridge.gateway.service.time.monotonic", lambda: 200.0)
+    assert service._healthz() == (503, "nothing was heard from the watch for 200 s\n")
+    service._alive = 200.0
+    service._threads = [threading.Thread(name="lease")]
+    assert service._healthz() == (503, "threads have ended: lease\n")
