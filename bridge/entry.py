@@ -144,8 +144,7 @@ def nothing_to_do(arguments: Sequence[str]) -> Quiet | None:
     from bridge.errors import BridgeError  # noqa: PLC0415
     from bridge.node import inventory  # noqa: PLC0415 (see above)
     from bridge.renewal.select import RunOptions, nothing_due, select  # noqa: PLC0415
-    from bridge.state.checked_settings import is_checked  # noqa: PLC0415
-    from bridge.state.store import Store  # noqa: PLC0415
+    from bridge.state.store import Store, is_checked  # noqa: PLC0415
 
     try:
         settings = plain.settings()

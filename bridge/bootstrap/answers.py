@@ -15,8 +15,8 @@ from bridge.renewal.issuance import Answered, issue, reaching
 from bridge.renewal.prepare import Prepared
 from bridge.renewal.select import outcome_of
 from bridge.specs import AUTHORITIES
-from bridge.state.outcome import Outcome
 from bridge.state.session import Run
+from bridge.state.store import Outcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ from bridge.errors import BridgeError, Exit
 from bridge.node.kubeadm_config import KubeadmConfigError
 from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF, KeyAlgorithm
-from bridge.state.outcome import Outcome
+from bridge.state.store import Outcome
 
 
 class ClusterExistsError(BridgeError):

@@ -25,8 +25,8 @@ from bridge.renewal.verify_and_install import await_validity, remember, verify_a
 from bridge.settings.tables import Settings
 from bridge.state import audit
 from bridge.state.install import Replacement
-from bridge.state.outcome import Outcome
 from bridge.state.session import Run, begun
+from bridge.state.store import Outcome
 from bridge.system.console import Progress
 
 

@@ -24,7 +24,7 @@ from bridge.errors import Exit, SettingsError, SettingsProblem, WaitingError
 from bridge.pki.display import fingerprint_text
 from bridge.pki.expiry import minute
 from bridge.settings.tables import Settings
-from bridge.state.outcome import Outcome
+from bridge.state.store import Outcome
 from bridge.system.console import log, print_error, printable
 
 commands = typer.Typer()

@@ -17,7 +17,8 @@ from bridge.pki.certificates import serial_hex
 from bridge.pki.expiry import minute, rfc3339
 from bridge.renewal.verify_and_install import Result
 from bridge.specs import SPECS, USER, Component
-from bridge.state import audit_reader, backups, copies
+from bridge.state import backups, copies
+from bridge.state.audit import events, verify
 from bridge.state.install import Recovery
 from bridge.state.rollback import Rollback, put_back_and_retire
 from bridge.state.session import alone
@@ -188,7 +189,7 @@ def audit_show(
     if name is not None and name not in known and not name.startswith(f"{USER.name} "):
         wanted = f"the name of a certificate or component ({', '.join(known)}), or `{USER.name} NAME`"
         raise SettingsError([SettingsProblem("--name", wanted, name_found(name, known))])
-    found = list(audit_reader.events(Store(settings.node.state_dir), begin, name))
+    found = list(events(Store(settings.node.state_dir), begin, name))
     if output is Output.JSON:
         say_json({"events": found})
     elif found:
@@ -206,7 +207,7 @@ def audit_verify(common: Common) -> int:
 
     Exits with 1 if there are any. A log that was written anew as a whole can only be found by a copy elsewhere.
     """
-    count, damages = audit_reader.verify(Store(common.settings_with_record().node.state_dir))
+    count, damages = verify(Store(common.settings_with_record().node.state_dir))
     for damage in damages:
         log.error("%s", damage)
     if damages:

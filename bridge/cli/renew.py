@@ -41,8 +41,7 @@ from bridge.renewal.rehearsal import Rehearsal
 from bridge.renewal.select import RunOptions, nothing_due, select
 from bridge.settings.tables import Settings
 from bridge.state.install import InstallError
-from bridge.state.outcome import Outcome
-from bridge.state.store import Store
+from bridge.state.store import Outcome, Store
 from bridge.system.console import hint_of, log, print_error
 
 commands = typer.Typer()

@@ -35,8 +35,8 @@ from bridge.settings.tables import Components
 from bridge.specs import SPECS, CertificateSpec, Component
 from bridge.state import backup_check, backups, rollback
 from bridge.state.obligations import Owed, Unproven, unproven_file
-from bridge.state.outcome import Outcome
 from bridge.state.session import Run
+from bridge.state.store import Outcome
 from bridge.system.state_file import StateError
 
 log = logging.getLogger("ca-bridge")

@@ -11,7 +11,7 @@ from typing import Any
 from bridge.control_plane.restarts import times_file
 from bridge.renewal.gate import attempts_file
 from bridge.settings.tables import Settings
-from bridge.state import audit, audit_chain, backups
+from bridge.state import audit, backups
 from bridge.state.install import journal_file, staging_file
 from bridge.state.obligations import copies_file, hooks_file, revocations_file, unproven_file
 from bridge.state.open_requests import RENEWALS, USERS, file_of
@@ -62,7 +62,7 @@ def set_aside(settings: Settings) -> list[SetAside]:
         for file, why in damaged:
             about = _of_the_interrupted(store) if file.path == store.journal else ()
             kept = file.set_aside()
-            record.add(audit_chain.DAMAGED, result=f"{file.path.name} is {kept.name} now: {why}")
+            record.add(audit.DAMAGED, result=f"{file.path.name} is {kept.name} now: {why}")
             moved.append(SetAside(path=file.path, kept=kept, why=why, afterwards=(file.afterwards, *about)))
     return moved
 

@@ -17,8 +17,7 @@ from bridge.node.inventory import Item, Node
 from bridge.pki.certificates import serial_hex
 from bridge.settings.tables import Commands, Settings
 from bridge.state.obligations import AFTER_INSTALL, FAILURE, SUCCESS, OwedHooks, hooks_file
-from bridge.state.outcome import Outcome
-from bridge.state.store import Store
+from bridge.state.store import Outcome, Store
 from bridge.system.console import printable
 from bridge.system.run_command import Ended, OutputLines, run_logged
 from bridge.system.state_file import StateError

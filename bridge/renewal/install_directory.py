@@ -36,9 +36,9 @@ from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, record_failed, remember, verify_all
 from bridge.settings.tables import Settings
 from bridge.specs import CertificateSpec
-from bridge.state import audit, retention
-from bridge.state.outcome import Outcome
+from bridge.state import audit, rollback
 from bridge.state.session import Run, begun, give_up
+from bridge.state.store import Outcome
 from bridge.system.console import Progress, log
 from bridge.system.paths import UnreadableError, read_once
 
@@ -89,7 +89,7 @@ def run(
             record_failed(ours.record, selection.failed)
             result = transaction.nothing_to_install(selection)
         if result.backup_id is not None:
-            retention.retire(ours.store, settings, node, now())
+            rollback.retire(ours.store, settings, node, now())
         return result, node, selection
 
 

@@ -27,8 +27,8 @@ from bridge.renewal.prepare import Making, Prepared, open_request, with_continui
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES
 from bridge.state import audit
-from bridge.state.outcome import Outcome
 from bridge.state.session import Run, give_up
+from bridge.state.store import Outcome
 from bridge.system.console import Progress, log
 from bridge.system.paths import open_secret
 from bridge.system.waiting import workers

@@ -36,8 +36,8 @@ from bridge.settings.tables import NodeSettings, Settings, is_host
 from bridge.specs import KUBELET_SERVER, Component, KeyAlgorithm
 from bridge.state.install import digest, fingerprint
 from bridge.state.open_requests import OpenRequest
-from bridge.state.outcome import Outcome
 from bridge.state.session import Run
+from bridge.state.store import Outcome
 from bridge.system.files import DIRECTORY_MODE, Attributes, sync_directory, write_staged
 from bridge.system.paths import foreign_link
 

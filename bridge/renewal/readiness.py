@@ -22,7 +22,7 @@ from bridge.pki.certificates import UNREADABLE, load_pem_certificates
 from bridge.renewal.select import NotReadyError, outcome_of
 from bridge.settings.tables import Settings
 from bridge.specs import SPECS
-from bridge.state.outcome import Outcome
+from bridge.state.store import Outcome
 from bridge.system.console import READ_ONLY_HINT
 from bridge.system.files import DiskSpace, disk_spaces
 from bridge.system.paths import UnreadableError, read

@@ -37,8 +37,8 @@ from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES
 from bridge.state import audit
 from bridge.state.open_requests import Unkept
-from bridge.state.outcome import Outcome
 from bridge.state.session import Run, begun
+from bridge.state.store import Outcome
 from bridge.system.ca_files import read_ca_file
 from bridge.system.console import Progress
 from bridge.system.paths import UnreadableError

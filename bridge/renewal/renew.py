@@ -28,10 +28,10 @@ from bridge.renewal.select import RunOptions, Selection, outcome_of, select
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, hold_back, record_failed, remember, verify_all
 from bridge.settings.tables import Settings
-from bridge.state import checked_settings, retention
+from bridge.state import rollback
 from bridge.state.open_requests import OpenRequest
-from bridge.state.outcome import Outcome
 from bridge.state.session import Run, begun
+from bridge.state.store import Outcome, remember_checked
 from bridge.system.console import Progress
 
 
@@ -64,13 +64,13 @@ def run(
             selection = gate.hold(selection, settings, None if is_terminal else transaction.attempts, now())
         if selection.items:
             result = _renew(ours, transaction, selection, node, options)
-            checked_settings.remember(settings, ours.store)  # all tables were read to find the CAs
+            remember_checked(settings, ours.store)  # all tables were read to find the CAs
         else:
             _check(settings, ours)
             record_failed(ours.record, [o for o in selection.failed if not isinstance(o.error, NotYetError)])
             result = transaction.nothing_to_install(selection)
         if result.backup_id is not None:
-            retention.retire(ours.store, settings, node, now())
+            rollback.retire(ours.store, settings, node, now())
         return result, node, selection
 
 
@@ -83,7 +83,7 @@ def _sleep(delay: timedelta, progress: Progress) -> None:
 def _check(settings: Settings, run: Run) -> None:
     """Read every backend's table, though no CA is asked: a mistake (SettingsError) shows on the day that it is made."""
     registry.configured(settings, settings.authorities)
-    checked_settings.remember(settings, run.store)
+    remember_checked(settings, run.store)
 
 
 def _renew(run: Run, transaction: Transaction, selection: Selection, node: Node, options: RunOptions) -> Result:

@@ -16,8 +16,8 @@ from bridge.errors import BackendUnavailableError, BridgeError
 from bridge.node.inventory import Node
 from bridge.state import audit
 from bridge.state.obligations import Superseded, revocations_file, unproven_file
-from bridge.state.outcome import Outcome
 from bridge.state.session import Run
+from bridge.state.store import Outcome
 from bridge.system.state_file import StateError
 
 

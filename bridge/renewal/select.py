@@ -15,7 +15,7 @@ from bridge.node.inventory import Item, Node, NoNodeError
 from bridge.pki import expiry, identity
 from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF, KUBELET_SERVER, SPECS, SUPER_ADMIN, CertificateSpec, Component, KeyAlgorithm
-from bridge.state.outcome import Outcome
+from bridge.state.store import Outcome
 from bridge.system.ca_files import read_ca_file
 from bridge.system.paths import UnreadableError
 from bridge.words import name_found

@@ -30,8 +30,8 @@ from bridge.renewal.verify_and_install import (
 )
 from bridge.state import audit, copies
 from bridge.state.copies import CopyError
-from bridge.state.outcome import Outcome
 from bridge.state.session import Run
+from bridge.state.store import Outcome
 from bridge.system.console import print_error
 from bridge.system.state_file import StateError
 

@@ -41,8 +41,8 @@ from bridge.state.install import (
     install,
 )
 from bridge.state.open_requests import OpenRequest, OpenRequests
-from bridge.state.outcome import Outcome
 from bridge.state.session import Run
+from bridge.state.store import Outcome
 from bridge.system.files import Attributes
 from bridge.system.state_file import StateError
 

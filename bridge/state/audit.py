@@ -1,23 +1,28 @@
 """
-The record: one line of JSON an event in `state_dir/audit.jsonl`, each with the SHA-256 of the line before it.
+The audit log: one line of JSON an event in `state_dir/audit.jsonl`, each with the SHA-256 of the line before it.
 
-`bridge.state.audit_chain` has the files, `bridge.state.audit_reader` reads them.
-What the chain can't find: somebody who may write to the state directory can write all of it anew. Copies that leave the
+A line's digest is that of its exact bytes, newline included, so that `sed -n 5p audit.jsonl | sha256sum` gives what
+line 6 must hold. The newest number and digest are in `audit.head` as well, so that a cut end is noticed.
+What the chain can't find: a user who may write to the state directory can write all of it anew. Copies that leave the
 machine (syslog) can.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import pwd
+import re
 import socket
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -26,11 +31,11 @@ from bridge.contract import SignRequest
 from bridge.errors import BackendUnavailableError, BridgeError, Exit, WaitingError
 from bridge.pki.certificates import UNREADABLE, fingerprint, name_text, serial_hex
 from bridge.settings.tables import AuditSettings
-from bridge.state.audit_chain import DAMAGED, Chain
 from bridge.state.store import Store
 from bridge.system import console
 from bridge.system.console import print_error
-from bridge.system.state_file import StateError
+from bridge.system.files import append, sync_directory, write_atomically
+from bridge.system.state_file import OnDamage, StateDamagedError, StateError, StateFile
 
 log = logging.getLogger("ca-bridge")
 
@@ -49,6 +54,8 @@ PENDING, CANCELLED = "pending", "cancelled"
 NEEDS_A_PERSON = "needs-a-person"
 #: Its `previousSerialNumber` is the one that was revoked.
 REVOKED = "revoked"
+#: The log was not as it was left.
+DAMAGED = "damaged"
 
 _LONGEST_RESULT = 2000
 _SYSLOG_SECONDS = 1.0
@@ -241,3 +248,393 @@ def _tell_syslog(lines: Sequence[bytes]) -> None:
                 log_socket.send(f"<{priority}>ca-bridge[{os.getpid()}]: ".encode() + line.rstrip(b"\n"))
     except OSError as e:
         log.warning("%s: syslog did not get the line: %s", SYSLOG, e.strerror or type(e).__name__)
+
+
+# --- the chain -------------------------------------------------------------------------------------------------------
+
+SCHEMA_VERSION = 1
+#: What the first line holds in the place of a digest.
+ZEROS = "0" * 64
+#: `json.dumps` would make an encoder for each line.
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+_TAIL_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A line's place in the chain."""
+
+    sequence: int  #: From 1; 0: before the first line.
+    sha256: str
+
+
+START = Link(0, ZEROS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _End:
+    """Where a writer has left the file; another end is not his."""
+
+    device: int
+    inode: int
+    size: int
+    changed_ns: int
+    link: Link
+    doer: Mapping[str, str]  #: Who this process is to the record.
+
+    @classmethod
+    def of(cls, path: Path, link: Link, doer: Mapping[str, str]) -> _End | None:
+        """The end of the file as it is now; None: it can't be looked at."""
+        try:
+            found = path.lstat()
+        except OSError:
+            return None
+        return cls(
+            device=found.st_dev,
+            inode=found.st_ino,
+            size=found.st_size,
+            changed_ns=found.st_mtime_ns,
+            link=link,
+            doer=doer,
+        )
+
+
+class Chain:
+    """The log's end, to which lines are added; the state directory's lock is held meanwhile."""
+
+    def __init__(self, store: Store, rotate_at_bytes: int, who: Callable[[], Mapping[str, str]]) -> None:
+        """
+        Args:
+            store: Where the files are.
+            rotate_at_bytes: A file of this size gets no more lines.
+            who: Tells who this process is, for each line.
+        """
+        self._store = store
+        self._limit = rotate_at_bytes
+        self._who = who
+        self._end: _End | None = None
+
+    def add(self, events: Sequence[Mapping[str, Any]], *, head_later: bool = False) -> list[bytes]:
+        """
+        Add lines, safe on disk; where the file's end is still the one that we made, it is not looked for again.
+
+        Args:
+            events: At least one.
+            head_later: `write_head` follows.
+
+        Returns:
+            The lines, those about a damage among them.
+
+        Raises:
+            OSError, StateError: None of them was added.
+        """
+        path, end = self._store.audit, self._end
+        self._end = None
+        if head_later and end is not None and end.size < self._limit and end == _End.of(path, end.link, end.doer):
+            lines, last = _chained(events, end.link, end.doer)
+            append(path, b"".join(lines))
+        else:
+            lines, last = self._add_after_a_look(events, head_later=head_later)
+        self._end = _End.of(path, last, end.doer if end is not None else self._who()) if head_later else None
+        return lines
+
+    def _add_after_a_look(self, events: Sequence[Mapping[str, Any]], *, head_later: bool) -> tuple[list[bytes], Link]:
+        """Add lines behind the last good one, with one write and one fsync."""
+        store = self._store
+        if not store.audit_head.exists() and not files(store):
+            _write_head(store, START)  # before the first line, so that a missing head always means something
+        last, troubles = _set_aside_torn(store)
+        last, more = _continued(store, last)
+        damages = [_damage(events[0], text) for text in (*troubles, *more)]
+        if store.audit.exists() and store.audit.stat().st_size >= self._limit:
+            _rotate(store, last)
+        lines, last = _chained([*damages, *events], last, self._who())
+        append(store.audit, b"".join(lines))
+        if not head_later:
+            _write_head(store, last)
+        return lines, last
+
+    def write_head(self) -> None:
+        """
+        Write down which line is the newest.
+
+        Raises:
+            OSError, StateError: It could not be written.
+        """
+        last, _ = _set_aside_torn(self._store)
+        if last.sequence and head_if_any(self._store) != last:
+            _write_head(self._store, last)
+
+
+def _damage(event: Mapping[str, Any], text: str) -> dict[str, Any]:
+    log.warning("the audit log was damaged: %s", text)
+    return {"run": event["run"], "time": event["time"], "event": DAMAGED, "result": text, "exitCode": Exit.FAILED}
+
+
+def _chained(events: Sequence[Mapping[str, Any]], last: Link, doer: Mapping[str, str]) -> tuple[list[bytes], Link]:
+    lines = []
+    for event in events:
+        sequence = last.sequence + 1
+        place = {"schemaVersion": SCHEMA_VERSION, "sequence": sequence, "previous": last.sha256}
+        lines.append(_encode({**place, **event, **doer}).encode() + b"\n")
+        last = Link(sequence, sha256_of(lines[-1]))
+    return lines, last
+
+
+def files(store: Store) -> list[Path]:
+    """The log's files, oldest first."""
+    rotated = [path for path in store.directory.glob("audit-*.jsonl") if re.fullmatch(r"audit-\d+\.jsonl", path.name)]
+    return [*sorted(rotated, key=lambda path: int(path.stem[6:])), *([store.audit] if store.audit.exists() else [])]
+
+
+def _write_head(store: Store, link: Link) -> None:
+    _head_file(store).replace({"sequence": link.sequence, "sha256": link.sha256})
+
+
+def _head_file(store: Store) -> StateFile[Link]:
+    return StateFile(
+        path=store.audit_head,
+        what="the newest line's number and digest",
+        parse=lambda document: Link(int(document["sequence"]), str(document["sha256"])),
+        keys=frozenset({"sequence", "sha256"}),
+        on_damage=OnDamage.REFUSE,  # here by a line of the record, which goes on after its last good one
+    )
+
+
+def _rotate(store: Store, last: Link) -> None:
+    """The file keeps its lines under a name with the number of its last one; the next file goes on with the chain."""
+    _write_head(store, last)  # or a crash in between could leave it behind the lines that are no longer looked at
+    store.audit.rename(store.directory / f"audit-{last.sequence:08}.jsonl")
+    sync_directory(store.directory)
+
+
+def _set_aside_torn(store: Store) -> tuple[Link, list[str]]:
+    """The last good line; what stands behind it (a crash cut it) is moved to a file of its own."""
+    data = _tail(store.audit)
+    if data.endswith(b"\n") and (last := _link(data.splitlines(keepends=True)[-1])) is not None:
+        return last, []
+    data = store.audit.read_bytes() if store.audit.exists() else b""
+    good, last = _good_part(data)
+    torn = data[good:]
+    if not torn:
+        return last, []
+    kept = store.directory / f"audit.torn-{last.sequence + 1}-{sha256_of(torn)[:8]}"
+    write_atomically(kept, torn)
+    os.truncate(store.audit, good)
+    return last, [
+        f"{len(torn)} bytes after line {last.sequence} were no line; SHA-256 {sha256_of(torn)}, kept in {kept.name}"
+    ]
+
+
+def _tail(path: Path) -> bytes:
+    """The last lines; the first of them may be cut."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            return file.read()
+    except FileNotFoundError:
+        return b""
+
+
+def _good_part(data: bytes) -> tuple[int, Link]:
+    """How many bytes end with a good line, and that line."""
+    end = len(data)
+    while end:
+        begin = data.rfind(b"\n", 0, end - 1) + 1
+        last = _link(data[begin:end])
+        if last is not None:
+            return end, last
+        end = begin
+    return 0, START
+
+
+def _continued(store: Store, last: Link) -> tuple[Link, list[str]]:
+    """
+    The link at which the chain goes on: after the newest line that was ever written.
+
+    A crash may have come between a line and the head, which is then behind. A head that is ahead, or tells another
+    digest, means that lines were cut or changed: the chain goes on after what the head knows, and so it stays visible.
+    """
+    try:
+        head = _head(store)
+    except ValueError as e:
+        return last, [str(e)]
+    if head.sequence < last.sequence:
+        return last, []
+    if head != last and store.audit.exists():
+        return head, [f"wanted line {head.sequence} with SHA-256 {head.sha256} at the end, found line {last.sequence}"]
+    return head, []
+
+
+def _head(store: Store) -> Link:
+    """
+    Raises:
+        ValueError: There is none, or a damaged one.
+        StateUnreadableError: It can't be read at this moment.
+    """
+    try:
+        head = _head_file(store).read()
+    except StateDamagedError:
+        head = None
+    if head is None:
+        raise ValueError(f"wanted the newest line's number in {store.audit_head.name}, found none")
+    return head
+
+
+def head_if_any(store: Store) -> Link | None:
+    """The newest line that was ever written, by `audit.head`; None: that is not there, or damaged."""
+    try:
+        return _head(store)
+    except ValueError:
+        return None
+
+
+def sha256_of(data: bytes) -> str:
+    """The SHA-256 of a line's bytes, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def line_of(line: bytes) -> dict[str, Any] | None:
+    """Parse a line of the log; None: it is none, or not whole."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    ours = isinstance(value, dict) and type(value.get("sequence")) is int and isinstance(value.get("previous"), str)
+    return value if ours and line.endswith(b"\n") else None
+
+
+def _link(line: bytes) -> Link | None:
+    value = line_of(line)
+    return Link(value["sequence"], sha256_of(line)) if value is not None else None
+
+
+# --- read ------------------------------------------------------------------------------------------------------------
+
+_WALKS = 3
+_LINE_SECONDS = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Damage:
+    """One thing that is wrong with the record."""
+
+    kind: str  #: changed, missing, out of order, broken, cut, no head
+    first: int  #: Sequence number of the line; of `broken` its number in the file.
+    last: int
+    place: str  #: File and line where it was noticed.
+
+    def __str__(self) -> str:
+        lines = f"line {self.first}" if self.first == self.last else f"lines {self.first} to {self.last}"
+        return f"{self.place}: {_SENTENCES[self.kind].format(lines=lines)}"
+
+
+_SENTENCES = {
+    "changed": "{lines} was changed, or the link to it after it",
+    "missing": "{lines}: wanted here, found missing",
+    "out of order": "{lines} was inserted, repeated or moved",
+    "broken": "{lines} of this file is no line of the audit log (after a crash the next run sets a last one aside)",
+    "cut": "{lines}: written once, found missing at the end",
+    "no head": "wanted the newest line's number, found none",
+}
+
+
+def verify(store: Store) -> tuple[int, list[Damage]]:
+    """
+    Walk the chain through all files; once more if something is wrong, as a run may be in the middle of a line.
+
+    Returns:
+        The number of lines, and everything that is wrong.
+    """
+    for _ in range(_WALKS):
+        count, found = _walk(store)
+        if not found:
+            break
+        time.sleep(_LINE_SECONDS)
+    return count, found
+
+
+def _walk(store: Store) -> tuple[int, list[Damage]]:
+    head = head_if_any(store)  # first: a run may be adding lines
+    if head is None and not files(store):
+        return 0, []
+    head = head or head_if_any(store)  # a run that writes the very first lines makes it before them
+    last, count, found = START, 0, []
+    known = {START.sequence: START.sha256}
+    for place, line in _lines(store):
+        count += 1
+        damages, last = _step(last, line, place)
+        found += damages
+        if head is not None and last.sequence == head.sequence:
+            known[last.sequence] = last.sha256
+    return count, found + list(_against_head(head, last, known, store))
+
+
+def _lines(store: Store) -> Iterator[tuple[str, bytes]]:
+    """The lines of all files with where they stand; all are opened first, since a run may be renaming one."""
+    with contextlib.ExitStack() as stack:
+        for name, file in _opened(store, stack):
+            for number, line in enumerate(file, start=1):
+                yield f"{name}:{number}", line
+
+
+def _opened(store: Store, stack: contextlib.ExitStack) -> Sequence[tuple[str, BinaryIO]]:
+    while True:
+        there = files(store)
+        try:
+            opened = [(path.name, stack.enter_context(path.open("rb"))) for path in there]
+        except FileNotFoundError:
+            continue
+        if files(store) == there:
+            return opened
+
+
+def _step(last: Link, line: bytes, place: str) -> tuple[list[Damage], Link]:
+    value = line_of(line)
+    if value is None:
+        number = int(place.rpartition(":")[2])
+        return [Damage(kind="broken", first=number, last=number, place=place)], Link(last.sequence + 1, sha256_of(line))
+    here = Link(value["sequence"], sha256_of(line))
+    if here.sequence <= last.sequence:
+        return [Damage(kind="out of order", first=here.sequence, last=here.sequence, place=place)], here
+    if here.sequence > last.sequence + 1:
+        return [Damage(kind="missing", first=last.sequence + 1, last=here.sequence - 1, place=place)], here
+    if value["previous"] != last.sha256:
+        number = max(last.sequence, 1)
+        return [Damage(kind="changed", first=number, last=number, place=place)], here
+    return [], here
+
+
+def _against_head(head: Link | None, last: Link, known: Mapping[int, str], store: Store) -> Iterator[Damage]:
+    name = store.audit_head.name
+    if head is None:
+        yield Damage(kind="no head", first=0, last=0, place=name)
+    elif head.sequence > last.sequence:
+        yield Damage(kind="cut", first=last.sequence + 1, last=head.sequence, place=name)
+    elif known.get(head.sequence) != head.sha256:
+        yield Damage(kind="changed", first=head.sequence, last=head.sequence, place=name)
+
+
+def events(store: Store, since: datetime | None, name: str | None) -> Iterator[dict[str, Any]]:
+    """
+    The record's lines as they were written; those that can't be read are left to `verify`.
+
+    Args:
+        store: Where they are.
+        since: None: all.
+        name: Only of this certificate.
+    """
+    for _, line in _lines(store):
+        value = line_of(line)
+        if value is None or (name is not None and value.get("name") != name):
+            continue
+        if since is None or _time(value) >= since:
+            yield value
+
+
+def _time(event: Mapping[str, Any]) -> datetime:
+    try:
+        time = datetime.fromisoformat(str(event.get("time")))
+    except ValueError:
+        return datetime.max.replace(tzinfo=UTC)  # changed by somebody: shown rather than hidden
+    return time if time.tzinfo is not None else time.replace(tzinfo=UTC)

@@ -1,9 +1,10 @@
-"""Put a backup back, if it is fit (`bridge.state.backup_check`), and back up what it replaces."""
+"""What becomes of backups: one is put back, if it is fit, or deleted when it is old."""
 
 from __future__ import annotations
 
 import logging
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,21 +18,22 @@ from bridge.node import inventory
 from bridge.node.inventory import Item, Node
 from bridge.pki.certificates import serial_hex
 from bridge.settings.tables import Settings
-from bridge.state import audit, copies, retention
+from bridge.state import audit, copies
 from bridge.state.backup_check import Problem, files_of, pair_of, problems_of
-from bridge.state.backups import Backup, BackupError, File, find
+from bridge.state.backups import Backup, BackupError, File, find, read_all
 from bridge.state.install import (
     CERTIFICATE_MASK,
     KEY_MASK,
     KUBECONFIG_MASK,
+    MANIFEST,
     InstallError,
     Replacement,
     fingerprint,
     install,
 )
-from bridge.state.outcome import Outcome
 from bridge.state.session import alone
-from bridge.state.store import Store
+from bridge.state.store import Outcome, Store
+from bridge.system.files import sync_directory
 from bridge.system.state_file import StateError
 
 log = logging.getLogger("ca-bridge")
@@ -95,7 +97,7 @@ def put_back_and_retire(
             return force and problem.can_be_forced
 
         done = put_back(find(store, backup_id), settings, store, record, node, now(), may_pass)
-        retention.retire(store, settings, node, now())
+        retire(store, settings, node, now())
     return done, node
 
 
@@ -210,3 +212,50 @@ def _replacement(file: File, node: Node) -> Replacement:
         is_link=file.is_link,
         leads_to=file.leads_to,
     )
+
+
+def retire(store: Store, settings: Settings, node: Node, now: datetime) -> list[str]:
+    """
+    Delete the backups that nobody needs; its lock is held.
+
+    A backup goes when `keep` newer ones exist or when it is older than `keep_for`; but never the newest, and never
+    the newest that could be put back now, nor any while an installation is not proven. Keys are unlinked, not
+    overwritten: a journaling file system or an SSD writes elsewhere.
+
+    Returns:
+        Their IDs. What could not be deleted is a warning: the installation before it is done.
+    """
+    found, _ = read_all(store)
+    keep = settings.backups
+    old = [
+        backup
+        for newer, backup in enumerate(found)
+        if newer > 0 and (newer >= keep.keep or now - backup.created > keep.keep_for)
+    ]
+    if not old or store.unproven.exists():
+        return []
+    last_good = next((backup for backup in found if not problems_of(backup, settings, node, now)), None)
+    deleted = []
+    for backup in reversed(old):
+        if backup is last_good:
+            continue
+        try:
+            delete(backup)
+        except OSError as e:
+            log.warning("the old backup %s could not be deleted: %s: %s", backup.backup_id, e.filename, e.strerror)
+        else:
+            log.debug("deleted the old backup %s", backup.backup_id)
+            deleted.append(backup.backup_id)
+    return deleted
+
+
+def delete(backup: Backup) -> None:
+    """
+    Delete a backup, its manifest first: what a crash leaves is no backup any more, and the next run removes it.
+
+    Raises:
+        OSError: Something of it is left.
+    """
+    (backup.directory / MANIFEST).unlink()
+    sync_directory(backup.directory)
+    shutil.rmtree(backup.directory)

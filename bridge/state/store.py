@@ -1,9 +1,21 @@
-"""Where things are in the state directory."""
+"""The state directory: where things are in it, which settings were checked, what became of each certificate."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bridge.errors import BridgeError, Exit
+
+if TYPE_CHECKING:
+    from cryptography import x509
+
+    from bridge.settings.tables import Settings
+
+#: Where distributions are installed: a backend may be added or removed there.
+_INSTALLED = Path(__file__).parents[2]
 
 #: What comes and goes under names of its own: the cut end of a record, and a manifest that another one took the place of.
 _NUMBERED = r"audit\.torn-\d+-[0-9a-f]{8}|[a-z-]+-[0-9a-f]{8}\.yaml"
@@ -76,3 +88,55 @@ class Store:
     def is_interrupted(self) -> bool:
         """Whether a run was cut off while it installed or restarted, so that `recover` has something to do."""
         return any(path.exists() for path in (self.journal, self.staging, self.restart))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """The outcome for one certificate."""
+
+    name: str
+    authority: str
+    old: x509.Certificate | None = None
+    new: x509.Certificate | None = None  #: Installed.
+    backend: str = ""
+    error: BridgeError | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code of its error."""
+        return self.error.exit_code if self.error is not None else Exit.DONE
+
+
+# --- settings that were checked whole, so that a run with nothing due loads no backend for that ----------------------
+
+
+def is_checked(settings: Settings, store: Store) -> bool:
+    """Whether this very file was checked by this very installation; without a file there is nothing to check."""
+    if settings.source.file is None:
+        return True
+    try:
+        return store.checked_settings.read_text() == _signature(settings.source.file)
+    except (OSError, ValueError):
+        return False
+
+
+def remember_checked(settings: Settings, store: Store) -> None:
+    """Remember settings that were checked whole; if that can't be written, the next run checks them again."""
+    from bridge.system.files import write_atomically  # noqa: PLC0415 (a look needs none of it)
+
+    if settings.source.file is None or is_checked(settings, store):
+        return
+    try:
+        write_atomically(store.checked_settings, _signature(settings.source.file).encode())
+    except OSError:
+        return
+
+
+def _signature(file: Path) -> str:
+    """
+    Raises:
+        OSError: It is away.
+    """
+    status, installed = file.stat(), _INSTALLED.stat()
+    numbers = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, installed.st_mtime_ns)
+    return f"{file} {' '.join(map(str, numbers))}\n"

@@ -29,9 +29,8 @@ from bridge.errors import BridgeError
 from bridge.pki.certificates import load_pem_certificates
 from bridge.settings.load import load, parse
 from bridge.settings.zones import Zone
-from bridge.state import checked_settings
 from bridge.state.install import KEY_MASK, Replacement, install
-from bridge.state.store import Store
+from bridge.state.store import Store, remember_checked
 from bridge.system.locks import lock
 from tests.kit import opensslca
 from tests.kit.pki import Pki, handmade_pki
@@ -555,7 +554,7 @@ def test_nothing_due_for_a_user_who_may_not_look(run: Run, node: Pki, config: Pa
         theirs = Path(directory, "config.toml")
         theirs.write_text(text.replace(str(tmp_path / "state"), f"{directory}/state"))
         plain = ["renew", "--config", str(theirs)]
-        checked_settings.remember(load(theirs), Store(Path(directory, "state")))
+        remember_checked(load(theirs), Store(Path(directory, "state")))
         quiet = entry.nothing_to_do(plain)
         assert quiet is not None
         assert quiet.sentence.startswith("nothing is due: ")

@@ -15,7 +15,7 @@ from bridge.cli.app import app
 from bridge.cli.results import grouped
 from bridge.errors import BackendRefusedError, BridgeError
 from bridge.pki.expiry import duration_text, parse_duration
-from bridge.state.outcome import Outcome
+from bridge.state.store import Outcome
 from bridge.system.console import ROOT_HINT, hint_of
 from tests.kit.cas import Bridge, add_openssl
 from tests.kit.pki import Pki, handmade_pki

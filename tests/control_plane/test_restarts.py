@@ -28,7 +28,7 @@ from bridge.node.inventory import Node
 from bridge.settings.load import parse
 from bridge.settings.tables import Components, Settings, Version
 from bridge.specs import SPECS, Component
-from bridge.state import audit, audit_reader
+from bridge.state import audit
 from bridge.state.parked_manifest import RestartError
 from bridge.state.store import Store
 from tests.kit import cfssl
@@ -352,7 +352,7 @@ def test_one_at_a_time_in_order(plane: Plane) -> None:
     assert [one.component for one in done] == list(restart_plan.ORDER)
     assert [one.exit_code for one in done] == [Exit.DONE] * 5
     assert plane.ran == [component.value for component in restart_plan.ORDER]
-    events = list(audit_reader.events(Store(plane.directory / "state"), None, None))
+    events = list(audit.events(Store(plane.directory / "state"), None, None))
     assert [(e["event"], e["name"]) for e in events] == [(audit.RESTARTED, c.value) for c in restart_plan.ORDER]
 
 
@@ -671,7 +671,7 @@ def test_what_a_crash_left_away_comes_back(tmp_path: Path, command: tuple[str, .
     assert f"{site.manifest} is back" in run.stdout + run.stderr
     assert site.names() == ["etcd.yaml", "kube-scheduler.yaml"]
     assert not site.store.is_interrupted
-    [event] = audit_reader.events(site.store, None, None)
+    [event] = audit.events(site.store, None, None)
     assert event["event"] == audit.RECOVERED
 
 

@@ -20,7 +20,7 @@ from bridge.contract import Backend, Issued, Secret
 from bridge.errors import BackendError
 from bridge.pki.certificates import pem
 from bridge.settings.tables import AuditSettings
-from bridge.state import audit, audit_reader
+from bridge.state import audit
 from bridge.state.store import Store
 from tests.counts import Tried
 from tests.fuzz.targets import answer, asked, root, targets
@@ -177,9 +177,9 @@ def test_any_bytes_in_the_record_are_told(tmp_path: Path, tried: Tried) -> None:
     @given(spoilt([good]))
     def holds(data: bytes) -> None:
         store.audit.write_bytes(data)
-        _, damages = audit_reader.verify(store)
+        _, damages = audit.verify(store)
         assert (damages == []) == (data == good)
-        for _ in audit_reader.events(store, None, None):
+        for _ in audit.events(store, None, None):
             pass
 
     holds()

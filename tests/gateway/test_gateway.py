@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import serialization
 
 from bridge.gateway.rules import CLIENT, CLIENT_KUBELET, SERVING
 from bridge.pki.certificates import fingerprint
-from bridge.state import audit_reader
+from bridge.state import audit
 from bridge.state.store import Store
 from tests.kit import api_proxy, cluster_api, desk_program, gateways, hostile_csrs, openbao
 from tests.kit.api_client import CSRS
@@ -133,7 +133,7 @@ def test_a_node_joins_serves_and_rotates(cluster: ClusterApi, tmp_path: Path) ->
             assert gateway.metric("requests_total", signer=CLIENT_KUBELET, outcome="signed") == 2
             assert gateway.metric("certificate_end_timestamp_seconds", signer=SERVING, name="w5001") > time.time()
             assert gateway.end() == 0
-            assert audit_reader.verify(Store(gateway.state_dir)) == (9, [])
+            assert audit.verify(Store(gateway.state_dir)) == (9, [])
 
 
 def test_who_has_approved_does_not_matter(cluster: ClusterApi, desk: DeskProgram, worker: str, tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_killed_at_each_write(
                 assert gateway.end() == 0
         digests = [line["certificateSha256"] for line in gateway.audit() if line["event"] == "issued"]
         assert fingerprint(leaf) in digests  # recorded before it was written
-        assert audit_reader.verify(Store(gateway.state_dir))[1] == []
+        assert audit.verify(Store(gateway.state_dir))[1] == []
     assert kills >= 3
     tried("kills of the gateway at a request of its own", kills)
 

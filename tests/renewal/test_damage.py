@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 from bridge.cli.app import app
 from bridge.errors import BridgeError, Exit
 from bridge.renewal import damage
-from bridge.state import audit_chain, audit_reader, install
+from bridge.state import audit, install
 from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, Replacement, digest
 from bridge.state.store import Store
 from bridge.system.state_file import StateDamagedError, sealed, unsealed
@@ -151,9 +151,9 @@ def test_there_is_a_way_on_from_a_damaged_journal(
     assert staged[1].exists()
     [kept] = store.directory.glob("journal.json.damaged-*")
     assert kept.read_bytes() == damaged
-    assert [line["event"] for line in audit_reader.events(store, None, None)] == [
-        audit_chain.DAMAGED,
-        audit_chain.DAMAGED,
+    assert [line["event"] for line in audit.events(store, None, None)] == [
+        audit.DAMAGED,
+        audit.DAMAGED,
     ]
 
     assert run(node, tmp_path, "rollback", backup.name).exit_code == 0

@@ -24,8 +24,7 @@ from bridge.pki.certificates import serial_hex
 from bridge.renewal.hooks import HookError, HookEvent, Hooks, NotNowByHookError
 from bridge.settings.load import overridden, parse
 from bridge.settings.tables import Commands, Settings
-from bridge.state.outcome import Outcome
-from bridge.state.store import Store
+from bridge.state.store import Outcome, Store
 from bridge.system.console import LogFormat, set_up
 from bridge.system.run_command import MOST_LOGGED
 

@@ -23,7 +23,7 @@ from bridge.renewal.select import RunOptions
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Settings
 from bridge.specs import SPECS
-from bridge.state import audit, audit_reader
+from bridge.state import audit
 from bridge.state.open_requests import OpenRequests
 from bridge.state.store import Store
 from tests.kit.issuing import Signer
@@ -105,7 +105,7 @@ def test_what_renew_wrote_and_somebody_signed_is_installed(node: Pki, settings: 
         assert_pair_is_from(node, directory, name)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
     store = Store(settings.node.state_dir)
-    events = [event["event"] for event in audit_reader.events(store, None, "apiserver")]
+    events = [event["event"] for event in audit.events(store, None, "apiserver")]
     assert events == [audit.ISSUED, audit.VERIFIED, audit.INSTALLED]
     assert not store.requests.exists()
 

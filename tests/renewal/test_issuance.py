@@ -24,9 +24,8 @@ from bridge.renewal.verify_and_install import expectations
 from bridge.settings.load import overridden, parse
 from bridge.state import audit
 from bridge.state.open_requests import OpenRequests
-from bridge.state.outcome import Outcome
 from bridge.state.session import Run
-from bridge.state.store import Store
+from bridge.state.store import Outcome, Store
 from tests.kit.pki import Pki, handmade_pki
 from tests.kit.renewing import Quiet, settings_for
 

@@ -30,7 +30,7 @@ from bridge.renewal.verify_and_install import expectations
 from bridge.settings.load import parse
 from bridge.settings.rehearsal import for_rehearsal
 from bridge.settings.tables import Settings
-from bridge.state import audit, audit_reader
+from bridge.state import audit
 from bridge.state.store import Store
 from tests.kit import exec_programs, metrics, openbao, opensslca
 from tests.kit.cas import Bridge, add_openssl, add_vault
@@ -93,10 +93,10 @@ def test_the_record_has_it(node: Pki, tmp_path: Path) -> None:
     """That it was asked, what was issued, that it was a rehearsal from the beginning, and what became of it."""
     settings = settings_for(node, tmp_path)
     rehearsed(settings, "apiserver")
-    events = [line["event"] for line in audit_reader.events(Store(settings.node.state_dir), None, None)]
+    events = [line["event"] for line in audit.events(Store(settings.node.state_dir), None, None)]
     wanted = [audit.REHEARSED, audit.ASKED, audit.ISSUED, audit.VERIFIED, audit.REVOKED, audit.REHEARSED]
     assert events == wanted
-    last = list(audit_reader.events(Store(settings.node.state_dir), None, "apiserver"))[-1]
+    last = list(audit.events(Store(settings.node.state_dir), None, "apiserver"))[-1]
     assert last["result"] == "passed, and revoked"
 
 

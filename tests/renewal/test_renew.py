@@ -26,7 +26,7 @@ from bridge.renewal import issuance, renew, verify_and_install
 from bridge.renewal.select import ForeignIdentityError, RunOptions, nothing_due, select
 from bridge.settings.load import parse
 from bridge.settings.tables import Settings
-from bridge.state import audit_reader
+from bridge.state import audit
 from bridge.state.install import InstallError
 from bridge.state.store import Store
 from tests.kit.issuing import Signer
@@ -248,7 +248,7 @@ def doctors_code(settings: Settings) -> int:
 
 
 def events(directory: Path, name: str) -> list[str]:
-    return [str(event["event"]) for event in audit_reader.events(Store(directory / "state"), None, name)]
+    return [str(event["event"]) for event in audit.events(Store(directory / "state"), None, name)]
 
 
 def test_a_kubeconfig_that_cannot_be_edited_fails_alone(node: Pki, tmp_path: Path) -> None:

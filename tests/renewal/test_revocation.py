@@ -21,10 +21,10 @@ from bridge.renewal.verify_and_install import Result
 from bridge.settings.load import load
 from bridge.settings.tables import Settings
 from bridge.specs import SPECS
-from bridge.state import audit, audit_reader, checked_settings, rollback
+from bridge.state import audit, rollback
 from bridge.state.install import InstallError
 from bridge.state.obligations import revocations_file
-from bridge.state.store import Store
+from bridge.state.store import Store, remember_checked
 from tests.kit.pki import Pki, handmade_pki
 from tests.kit.renewing import Quiet, settings_for
 
@@ -72,7 +72,7 @@ def test_what_was_superseded_is_revoked_after_the_delay(node: Pki, settings: Set
     assert run(settings, later=2 * DAY).exit_code == 0
     assert (revoked(tmp_path), owed(settings)) == (old, [])
     assert not new & old
-    events = list(audit_reader.events(Store(settings.node.state_dir), None, "apiserver"))
+    events = list(audit.events(Store(settings.node.state_dir), None, "apiserver"))
     assert (events[-1]["event"], events[-1]["exitCode"]) == (audit.REVOKED, 0)
     assert str(events[-1]["previousSerialNumber"]).replace(":", "").lower().lstrip("0") in old
 
@@ -173,7 +173,7 @@ def test_a_run_with_revocations_owed_is_not_over_at_once(node: Pki, settings: Se
     arguments = ["renew", "--config", str(config)]
     store = Store(tmp_path / "state")
     store.prepare()
-    checked_settings.remember(load(config), store)
+    remember_checked(load(config), store)
     assert nothing_to_do(arguments) is not None
     run(settings, "apiserver")
     assert nothing_to_do(arguments) is None

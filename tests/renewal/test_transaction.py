@@ -30,11 +30,10 @@ from bridge.renewal.transaction import Transaction, by_authority
 from bridge.renewal.verify_and_install import HeldBackError, Result
 from bridge.settings.load import load, overridden, parse
 from bridge.settings.tables import AuditSettings, Settings
-from bridge.state import audit, checked_settings
+from bridge.state import audit
 from bridge.state.open_requests import OpenRequests
-from bridge.state.outcome import Outcome
 from bridge.state.session import Run
-from bridge.state.store import Store
+from bridge.state.store import Outcome, Store, remember_checked
 from tests.kit.renewing import Quiet
 
 NOW = datetime(2026, 11, 25, 12, tzinfo=UTC)
@@ -335,7 +334,7 @@ def test_a_run_with_hooks_owed_is_not_over_at_once(store: Store, tmp_path: Path)
     config.write_text('[hooks]\nsuccess = "false"\n')
     places = {"--config": config, "--pki-dir": fresh / "pki", "--kubeconfig-dir": fresh, "--state-dir": store.directory}
     arguments = ["renew", *(str(part) for pair in places.items() for part in pair)]
-    checked_settings.remember(load(config), store)
+    remember_checked(load(config), store)
     assert nothing_to_do(arguments) is not None
     item = inventory.read(fresh / "pki", fresh).items[1]
     done = Outcome(name=item.spec.name, authority="ca", new=item.certificates[0])

@@ -27,9 +27,8 @@ from bridge.cli.app import app
 from bridge.contract import Secret
 from bridge.pki.certificates import fingerprint, load_pem_certificates, serial_hex
 from bridge.settings.tables import AuditSettings, Size
-from bridge.state import audit, audit_chain, audit_reader
-from bridge.state.audit import Record
-from bridge.state.audit_reader import Damage
+from bridge.state import audit
+from bridge.state.audit import Damage, Record
 from bridge.state.install import KEY_MASK, Replacement, digest, install
 from bridge.state.store import Store
 from bridge.system import files
@@ -56,11 +55,11 @@ def append(store: Store, count: int = 1, rotate_at: str = "10MiB") -> None:
 
 
 def found(store: Store) -> set[tuple[str, int, int]]:
-    return {(damage.kind, damage.first, damage.last) for damage in audit_reader.verify(store)[1]}
+    return {(damage.kind, damage.first, damage.last) for damage in audit.verify(store)[1]}
 
 
 def events(store: Store) -> list[str]:
-    return [event["event"] for event in audit_reader.events(store, None, None)]
+    return [event["event"] for event in audit.events(store, None, None)]
 
 
 # --- the chain -------------------------------------------------------------------------------------------------------
@@ -74,16 +73,16 @@ def test_each_line_holds_the_digest_of_the_line_before_it(store: Store) -> None:
     parsed = [json.loads(line) for line in lines]
     assert [line["sequence"] for line in parsed] == [1, 2, 3, 4]
     digests = [hashlib.sha256(line).hexdigest() for line in lines]
-    assert [line["previous"] for line in parsed] == [audit_chain.ZEROS, *digests[:-1]]
+    assert [line["previous"] for line in parsed] == [audit.ZEROS, *digests[:-1]]
     head = json.loads(store.audit_head.read_text())
     assert (head["sequence"], head["sha256"]) == (4, digests[-1])
-    assert audit_reader.verify(store) == (4, [])
+    assert audit.verify(store) == (4, [])
     assert stat.S_IMODE(store.audit.stat().st_mode) == 0o600
 
 
 def test_no_record_is_no_damage(store: Store) -> None:
     """Before the first renewal."""
-    assert audit_reader.verify(store) == (0, [])
+    assert audit.verify(store) == (0, [])
 
 
 Lines = list[bytes]
@@ -203,28 +202,28 @@ def test_a_crash_between_the_line_and_the_head(store: Store) -> None:
     head = store.audit_head.read_bytes()
     append(store, 2)
     store.audit_head.write_bytes(head)
-    assert audit_reader.verify(store) == (5, [])
+    assert audit.verify(store) == (5, [])
     append(store)
-    assert audit_reader.verify(store) == (6, [])
+    assert audit.verify(store) == (6, [])
 
 
 def test_a_crash_before_the_first_line(store: Store) -> None:
     """Only the head is there."""
     append(store)
     store.audit.unlink()
-    store.audit_head.write_text(json.dumps({"sequence": 0, "sha256": audit_chain.ZEROS}))
-    assert audit_reader.verify(store) == (0, [])
+    store.audit_head.write_text(json.dumps({"sequence": 0, "sha256": audit.ZEROS}))
+    assert audit.verify(store) == (0, [])
     append(store)
-    assert audit_reader.verify(store) == (1, [])
+    assert audit.verify(store) == (1, [])
 
 
 def test_rotation_keeps_the_chain(store: Store) -> None:
     """Files are named by their last line; a change in an old one, and a lost one, are found."""
     for _ in range(15):
         append(store, 2, "1KiB")
-    rotated = audit_chain.files(store)[:-1]
+    rotated = audit.files(store)[:-1]
     assert len(rotated) > 2
-    assert audit_reader.verify(store) == (30, [])
+    assert audit.verify(store) == (30, [])
     second = rotated[1].read_bytes()
     last = json.loads(second.splitlines()[-1])["sequence"]
     assert rotated[1].name == f"audit-{last:08}.jsonl"
@@ -245,13 +244,13 @@ def test_a_crash_while_rotating(store: Store, monkeypatch: pytest.MonkeyPatch) -
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(audit_chain, "append", die)
+        patch.setattr(audit, "append", die)
         with pytest.raises(KeyboardInterrupt):
             append(store, 2, "1KiB")
     assert not store.audit.exists()
-    assert audit_reader.verify(store) == (6, [])
+    assert audit.verify(store) == (6, [])
     append(store)
-    assert audit_reader.verify(store) == (7, [])
+    assert audit.verify(store) == (7, [])
 
 
 def test_a_write_that_fails_leaves_no_half_line(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +264,7 @@ def test_a_write_that_fails_leaves_no_half_line(store: Store, monkeypatch: pytes
             append(store)
     assert store.audit.read_bytes() == before
     append(store)
-    assert audit_reader.verify(store) == (3, [])
+    assert audit.verify(store) == (3, [])
 
 
 # --- what is recorded ------------------------------------------------------------------------------------------------
@@ -305,9 +304,7 @@ def leaf(node: Pki, base: str = "apiserver") -> bytes:
 
 def of(store: Store, name: str, *names: str) -> list[tuple[str, int]]:
     """Events and exit codes of certificates."""
-    return [
-        (e["event"], e["exitCode"]) for e in audit_reader.events(store, None, None) if e.get("name") in {name, *names}
-    ]
+    return [(e["event"], e["exitCode"]) for e in audit.events(store, None, None) if e.get("name") in {name, *names}]
 
 
 def test_a_renewal_is_recorded_from_question_to_installation(run: Run, node: Pki, store: Store) -> None:
@@ -317,16 +314,16 @@ def test_a_renewal_is_recorded_from_question_to_installation(run: Run, node: Pki
     [new] = load_pem_certificates(leaf(node))
     assert of(store, "apiserver") == [(e, 0) for e in ("asked", "issued", "verified", "installed")]
     assert len(events(store)) == 8
-    [*_, line] = audit_reader.events(store, None, "apiserver")
+    [*_, line] = audit.events(store, None, "apiserver")
     assert line["certificateSha256"] == fingerprint(new)
     assert (line["serialNumber"], line["previousSerialNumber"]) == (serial_hex(new), serial_hex(old))
     assert (line["authority"], line["backend"], line["result"]) == ("ca", "desk (openssl)", "ok")
-    assert (line["host"], line["schemaVersion"]) == (os.uname().nodename, audit_chain.SCHEMA_VERSION)
+    assert (line["host"], line["schemaVersion"]) == (os.uname().nodename, audit.SCHEMA_VERSION)
     assert {len(line["csrSha256"]), len(line["previous"])} == {64}
     assert abs(datetime.now(UTC) - datetime.fromisoformat(line["time"])) < timedelta(minutes=1)
     [backup] = store.backups.iterdir()
     assert json.loads((backup / "manifest.json").read_text())["run_id"] == line["run"]
-    assert audit_reader.verify(store)[1] == []
+    assert audit.verify(store)[1] == []
 
 
 def test_what_was_replaced_is_on_disk_before_anything_comes_after_it(
@@ -341,7 +338,7 @@ def test_what_was_replaced_is_on_disk_before_anything_comes_after_it(
 
     monkeypatch.setattr("bridge.renewal.hooks.Hooks.installed", looking)
     assert run("renew", "apiserver").exit_code == 0
-    monkeypatch.setattr("bridge.state.retention.retire", looking)
+    monkeypatch.setattr("bridge.state.rollback.retire", looking)
     assert run("rollback").exit_code == 0
     assert seen == ["installed", "rolled-back"]
 
@@ -359,7 +356,7 @@ def test_refusals_are_recorded(run: Run, config: Path, store: Store) -> None:
     config.write_text(config.read_text().replace("cas/etcd-ca", "cas/front-proxy-ca"))
     assert run("renew", "etcd-server", "apiserver").exit_code == 5
     assert of(store, "etcd-server") == [("refused", 5)]
-    [line] = audit_reader.events(store, None, "etcd-server")
+    [line] = audit.events(store, None, "etcd-server")
     assert "wanted the CA of" in line["result"]
     assert of(store, "apiserver")[-1] == ("installed", 0)
 
@@ -418,7 +415,7 @@ def test_after_the_installation_a_lost_line_is_told_loudly(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, data)
 
-    monkeypatch.setattr(audit_chain, "append", full_after)
+    monkeypatch.setattr(audit, "append", full_after)
     result = run("renew", "apiserver")
     assert result.exit_code == 0
     assert "No space left on device" in result.stderr
@@ -451,7 +448,7 @@ def test_a_recovery_is_recorded(run: Run, node: Pki, store: Store, command: str)
                 {},
             )
     assert run(command).exit_code == 0
-    [*_, line] = audit_reader.events(store, None, None)
+    [*_, line] = audit.events(store, None, None)
     assert line["event"] == audit.RECOVERED
     assert "run r1" in line["result"]
     assert line["result"].endswith("1 files of some-pair")
@@ -473,14 +470,14 @@ def test_verify_beside_a_run_that_is_writing(store: Store) -> None:
     writer.start()
     counts = []
     while not ended.is_set():
-        count, damages = audit_reader.verify(store)
+        count, damages = audit.verify(store)
         assert damages == []
         counts.append(count)
     writer.join()
     assert counts == sorted(counts)
     assert len(set(counts)) > 10
-    assert audit_reader.verify(store) == (450, [])
-    assert len(audit_chain.files(store)) > 10
+    assert audit.verify(store) == (450, [])
+    assert len(audit.files(store)) > 10
 
 
 def test_what_a_ca_is_asked_is_on_disk_before_it_is_asked(run: Run, config: Path, store: Store, tmp_path: Path) -> None:
@@ -503,11 +500,11 @@ def test_what_a_ca_is_asked_is_on_disk_before_it_is_asked(run: Run, config: Path
         finally:
             os.killpg(process.pid, signal.SIGKILL)
     assert of(store, "apiserver") == [("asked", 0)]
-    assert audit_reader.verify(store) == (1, [])
+    assert audit.verify(store) == (1, [])
     config.write_text(good)
     assert run("renew", "apiserver").exit_code == 0
     assert [event for event, _ in of(store, "apiserver")][-3:] == ["issued", "verified", "installed"]
-    assert audit_reader.verify(store)[1] == []
+    assert audit.verify(store)[1] == []
 
 
 def test_a_rollback_can_be_recorded(store: Store, node: Pki) -> None:
@@ -515,7 +512,7 @@ def test_a_rollback_can_be_recorded(store: Store, node: Pki) -> None:
     [old], [new] = load_pem_certificates(leaf(node)), load_pem_certificates(leaf(node, "etcd/server"))
     with Record(store, AuditSettings()) as record:
         record.add(audit.ROLLED_BACK, "apiserver", authority="ca", old=old, new=new, result="backup 1 put back")
-    [line] = audit_reader.events(store, None, None)
+    [line] = audit.events(store, None, None)
     assert (line["serialNumber"], line["previousSerialNumber"]) == (serial_hex(new), serial_hex(old))
     assert (line["run"], line["event"]) == (record.run_id, "rolled-back")
 

@@ -33,8 +33,8 @@ from bridge.pki import csr
 from bridge.pki.certificates import load_pem_certificates, pem, serial_hex
 from bridge.settings import load
 from bridge.settings.tables import BackupSettings
-from bridge.state import backup_check, backups, retention, rollback
-from bridge.state.audit_reader import events
+from bridge.state import backup_check, backups, rollback
+from bridge.state.audit import events
 from bridge.state.install import KEY_MASK, MANIFEST, Replacement, digest, install, manifest_file, recover
 from bridge.state.store import Store
 from bridge.system.state_file import sealed
@@ -544,7 +544,7 @@ def dated(store: Store, backup_id: str, created: datetime) -> None:
 def retired(store: Store, node: Pki, keep: int = 10, config: Path | None = None) -> list[str]:
     found = inventory.read(node.pki_dir, node.kubeconfig_dir)
     ours = dataclasses.replace(load.parse(config.read_text() if config else ""), backups=BackupSettings(keep=keep))
-    return retention.retire(store, ours, found, datetime.now(UTC))
+    return rollback.retire(store, ours, found, datetime.now(UTC))
 
 
 def test_only_so_many_are_kept(run: Run, store: Store, config: Path) -> None:

@@ -13,8 +13,7 @@ import pytest
 from bridge import entry
 from bridge.errors import Exit
 from bridge.settings.load import load
-from bridge.state import checked_settings
-from bridge.state.store import Store
+from bridge.state.store import Store, is_checked, remember_checked
 from tests.kit.pki import Pki, handmade_pki
 
 GOOD = 'type = "vault"\nurl = "https://vault.example:8200"\nauth.token_file = "/etc/token"\n'
@@ -89,11 +88,11 @@ def test_an_installation_that_changed_is_checked_again(
     config, store = write(node, tmp_path, GOOD), Store(tmp_path / "state")
     store.prepare()
     settings = load(config)
-    checked_settings.remember(settings, store)
-    assert checked_settings.is_checked(settings, store)
+    remember_checked(settings, store)
+    assert is_checked(settings, store)
     (tmp_path / "site").mkdir()
-    monkeypatch.setattr(checked_settings, "_INSTALLED", tmp_path / "site")
-    assert not checked_settings.is_checked(settings, store)
+    monkeypatch.setattr("bridge.state.store._INSTALLED", tmp_path / "site")
+    assert not is_checked(settings, store)
 
 
 def test_a_state_directory_that_cannot_be_written_costs_no_run(
@@ -107,5 +106,5 @@ def test_a_state_directory_that_cannot_be_written_costs_no_run(
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr("bridge.system.files.write_atomically", full)
-    checked_settings.remember(load(config), store)
-    assert not checked_settings.is_checked(load(config), store)
+    remember_checked(load(config), store)
+    assert not is_checked(load(config), store)

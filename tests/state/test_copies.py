@@ -23,10 +23,10 @@ from bridge.renewal import renew
 from bridge.renewal.select import RunOptions
 from bridge.settings.load import load, overridden, parse
 from bridge.settings.tables import Settings
-from bridge.state import audit, checked_settings, copies, rollback
+from bridge.state import audit, copies, rollback
 from bridge.state.obligations import copies_file
 from bridge.state.session import alone
-from bridge.state.store import Store
+from bridge.state.store import Store, remember_checked
 from bridge.system.files import write_staged
 from tests.kit import programs
 from tests.kit.cas import Bridge, add_openssl
@@ -501,7 +501,7 @@ def test_what_is_owed_is_seen_by_a_run_with_nothing_due(node: Pki, home: Path, t
     arguments += ["--kubeconfig-dir", str(node.kubeconfig_dir), "--state-dir", str(settings.node.state_dir)]
     assert renewed(settings, "all") == ["0"]
     loaded = overridden(load(config), node.pki_dir, node.kubeconfig_dir, settings.node.state_dir)
-    checked_settings.remember(loaded, Store(settings.node.state_dir))
+    remember_checked(loaded, Store(settings.node.state_dir))
     quiet = entry.nothing_to_do(arguments)
     assert quiet is not None
     assert quiet.sentence.startswith("nothing is due")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.state import audit_reader
+from bridge.state import audit
 from bridge.state.store import Store
 from bridge.system import console
 from bridge.system.console import LogFormat
@@ -40,7 +40,7 @@ def bridge(tmp_path: Path) -> Bridge:
 
 def recorded(bridge: Bridge) -> list[str]:
     """The runs in the audit log."""
-    lines = audit_reader.events(Store(bridge.directory / "state"), None, None)
+    lines = audit.events(Store(bridge.directory / "state"), None, None)
     return list(dict.fromkeys(str(line["run"]) for line in lines))
 
 
