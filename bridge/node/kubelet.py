@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from cryptography.x509.oid import NameOID
 
-from bridge.node import endpoints, kubeconfig
+from bridge.node import kubeconfig
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.node.yamltree import YamlError, document, split_bom
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates
@@ -62,6 +62,8 @@ class Kubelet:
     @classmethod
     def load(cls, path: Path | None = None) -> Kubelet:
         """Read the file; the kubelet's defaults stand where it is missing, not YAML, or has no such key."""
+        from bridge.node import endpoints  # noqa: PLC0415 (a night with nothing due asks no component)
+
         found, _ = _configured(path or KUBELET_CONFIG, _POD_KEYS)
         host, port = found.get("healthzBindAddress") or "127.0.0.1", found.get("healthzPort") or "10248"
         url = f"http://{endpoints.reachable(host)}:{port}/healthz"

@@ -34,7 +34,7 @@ def begin(algorithms: Iterable[KeyAlgorithm]) -> None:
         _start()
 
 
-def hurry() -> None:
+def use_last_core() -> None:
     """Use the last core, too: nothing else is left to do until they are made."""
     if not _to_make.empty():
         _start()

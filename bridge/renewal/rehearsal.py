@@ -133,7 +133,7 @@ def _rehearsed(run: Run, settings: Settings, selection: Selection, node: Node) -
         reaching(run.settings, items, expected, run.progress) as reached,
     ):
         cas = reached()
-        new_keys.hurry()
+        new_keys.use_last_core()
         answered, unmade = issue_all(run, making, cas, expected)
         proven, failed = verify_all(run, answered, [*selection.failed, *failed, *unmade])
         revoked, errors = _thrown_away(run, answered, cas)

@@ -124,7 +124,7 @@ def _prepare_and_issue(
                 unasked = [*(one.prepared for one in kept), *(one for one in made if isinstance(one, Prepared))]
                 return [], earlier, unasked
         cas = reached()
-        new_keys.hurry()
+        new_keys.use_last_core()
         asked, unmade = issue_all(run, making, cas, expected)
     return [*kept, *asked], [*earlier, *unmade], []
 

@@ -2,7 +2,8 @@
 The program's speed as ratios, each measured in one run against something real beside it.
 
 `python -m tests.measure [--rounds N] [--nodes N] [--docs]` prints a table and writes it to `tests/measure/results.md`;
-with `--docs` also into docs/numbers.md, whose numbers come from nowhere else, and with it goes `desk_profile`'s table.
+with `--docs` also into docs/numbers.md, whose numbers come from nowhere else, and with it go the tables of
+`desk_profile` and `start_up`.
 Needs root (kubeadm's `--rootfs` is a chroot) and the programs of `tests/kit/binaries.sh`; run it with the Python of
 `.cache/venv-test`, which `scripts/test` made: what else is installed beside the program costs it start-up time.
 """
@@ -26,7 +27,7 @@ from bridge.specs import AUTHORITIES
 from tests.kit import openbao
 from tests.kit.cas import Bridge, add_vault
 from tests.kit.pki import KubeadmPki, kubeadm_pki
-from tests.measure import desk_profile, fleet
+from tests.measure import desk_profile, fleet, start_up
 from tests.measure.fleet import seconds
 
 _RATIO = "A ratio is the median of the rounds' own ratios, so that it is not exactly one median divided by the other."
@@ -35,6 +36,7 @@ HERE = Path(__file__).parent
 NUMBERS = HERE.parents[1] / "docs/numbers.md"
 START, END = "<!-- numbers: written by `python -m tests.measure --docs` -->", "<!-- end of numbers -->"
 PROFILE = "<!-- desk: written by `python -m tests.measure --docs` -->"
+START_UP = "<!-- start: written by `python -m tests.measure --docs` -->"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +184,14 @@ def _profile_desk(nodes: int, *, docs: bool) -> None:
         write_between(NUMBERS, PROFILE, f"{nodes:,} bundles, ten requests each; {_machine()}.\n\n{text}")
 
 
+def _count_start_up(*, docs: bool) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        text = start_up.table(Path(directory))
+    print(text)
+    if docs:
+        write_between(NUMBERS, START_UP, f"{text}\n")
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m tests.measure")
@@ -189,7 +199,11 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=1000, help="of the fleet, ten certificates each")
     parser.add_argument("--docs", action="store_true")
     parser.add_argument("--desk-profile", action="store_true", help="only where the desk's time goes, a request")
+    parser.add_argument("--start-up", action="store_true", help="only what a command with nothing due loads")
     options = parser.parse_args()
+    if options.start_up:
+        _count_start_up(docs=options.docs)
+        return
     if options.desk_profile:
         _profile_desk(options.nodes, docs=options.docs)
         return
@@ -202,6 +216,7 @@ def main() -> None:
     if options.docs:
         write_between(NUMBERS, START, text)
         _profile_desk(options.nodes, docs=True)
+        _count_start_up(docs=True)
 
 
 if __name__ == "__main__":

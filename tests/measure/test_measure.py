@@ -9,7 +9,7 @@ import pytest
 
 from tests.kit import exec_programs
 from tests.measure import __main__ as bench
-from tests.measure import backends, curves, desk_profile, fleet, gateway
+from tests.measure import backends, curves, desk_profile, fleet, gateway, start_up
 
 
 def test_the_desks_rows(tmp_path: Path) -> None:
@@ -27,6 +27,15 @@ def test_where_the_desks_time_goes(tmp_path: Path) -> None:
     assert abs(sum(value for _, _, value in rows[:-1]) - total) < 0.001
     assert all(value > 0 for _, _, value in steps)
     assert desk_profile.table(rows).count("\n| ") == len(rows) + 1
+
+
+def test_what_a_command_with_nothing_due_loads(tmp_path: Path) -> None:
+    """A quiet night loads a part of the program, and no more than half as much again as this page said at its writing."""
+    bridge = start_up.bridge_with_nothing_due(tmp_path)
+    modules, lines, others = start_up.loaded(bridge, "renew")
+    assert 20 < modules < 45
+    assert 3000 < lines < 7000
+    assert others > 0
 
 
 def test_a_desk_that_does_not_sign_all_is_no_measurement(tmp_path: Path) -> None:
