@@ -48,7 +48,7 @@ from bridge.system.http import HttpsError, UnreachableError
 
 _CLIENT_URLS = ("--listen-client-urls", endpoints.ETCD_HTTP_ONLY)
 
-#: Whom we pretend to be with the front-proxy client certificate; nobody in the cluster.
+#: The user that we name with the front-proxy client certificate; no user of a cluster has this name.
 _SOMEBODY = "ca-bridge-prove"
 
 
@@ -103,7 +103,7 @@ def of(look: Look) -> Iterator[Check]:
     ):
         try:
             yield from make(look)
-        except ValueError as e:  # a flag that nobody could use
+        except ValueError as e:  # a flag that can't be used
             judge = functools.partial(Verdict, "unknown", f"its manifest: {e}")
             yield Check(component=component, certificate="", what="is configured", judge=judge)
 
@@ -389,7 +389,7 @@ def _kubelet(look: Look) -> Iterator[Check]:
 
 
 def _kubelet_serving(look: Look) -> Iterator[Check]:
-    """The kubelet's serving certificate, for logs, metrics and shells; one that it made itself is nobody's to prove."""
+    """The kubelet's serving certificate, for logs, metrics and shells; the self-made one is not proven."""
     item = look.item(KUBELET_SERVER)
     if item is None or item.foreign or item.key_path is None:
         return

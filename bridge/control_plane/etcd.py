@@ -102,12 +102,12 @@ class Etcd:
         """
         answer = self.ask(server, f"/health{'' if alarms else _WITHOUT_ALARMS}")
         try:
-            told = document(answer.body)
+            body = document(answer.body)
         except http.HttpsError as e:
             return f"HTTP status {answer.status}" if answer.status != HTTPStatus.OK else str(e)
-        if answer.status == HTTPStatus.OK and told.get("health") == "true":
+        if answer.status == HTTPStatus.OK and body.get("health") == "true":
             return None
-        return str(told.get("reason") or "") or "not healthy"
+        return str(body.get("reason") or "") or "not healthy"
 
     def _call(self, server: Server, path: str) -> dict[str, Any]:
         """The answer to a request without parameters."""
@@ -117,12 +117,12 @@ class Etcd:
         return document(answer.body)
 
 
-def _member(told: Mapping[str, Any]) -> Member:
-    urls = {key: tuple(filter(is_url, map(str, told.get(key) or ()))) for key in ("clientURLs", "peerURLs")}
+def _member(entry: Mapping[str, Any]) -> Member:
+    urls = {key: tuple(filter(is_url, map(str, entry.get(key) or ()))) for key in ("clientURLs", "peerURLs")}
     return Member(
-        id=str(told.get("ID") or ""),
-        name=str(told.get("name") or ""),
+        id=str(entry.get("ID") or ""),
+        name=str(entry.get("name") or ""),
         client_urls=urls["clientURLs"],
         peer_urls=urls["peerURLs"],
-        learner=told.get("isLearner") is True,
+        learner=entry.get("isLearner") is True,
     )

@@ -37,7 +37,7 @@ class Instance:
 
     component: Component  #: ETCD or APISERVER.
     name: str  #: Its node's, or else its address.
-    url: str  #: Empty when it has not told any.
+    url: str  #: Empty: it has not named any.
     own: bool  #: On this node.
     state: InstanceState
     reason: str = ""  #: Of a state that is not healthy.
@@ -53,7 +53,7 @@ class Neighbours:
     """The instances of etcd and the API server on all nodes, as far as they could be seen."""
 
     instances: tuple[Instance, ...]  #: Those of this node among them.
-    alarms: tuple[str, ...] = ()  #: Of etcd, whoever raised them.
+    alarms: tuple[str, ...] = ()  #: Of any member of etcd.
     unseen: Mapping[Component, str]  #: ETCD, APISERVER: why it is not known who the others are.
 
     @property
@@ -201,7 +201,7 @@ def _as_instance(member: Member) -> Instance:
 
 
 def _member_state(etcd: Etcd, member: Instance) -> Instance:
-    """A member with its state: well when it can read through the quorum. Alarms are told apart from that."""
+    """A member with its state: well when it can read through the quorum. Alarms are a matter of their own."""
     if member.state != "unknown":
         return member
     try:

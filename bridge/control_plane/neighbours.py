@@ -87,13 +87,13 @@ def assert_may_restart(component: Component, node: Node, settings: Settings, *, 
 def _after_waiting(
     component: Component, node: Node, settings: Settings, note: Callable[[str], None]
 ) -> tuple[Neighbours, list[str]]:
-    """Wait until nothing speaks against a restart or the time is over; one that is down on this node waits for nobody."""
-    rules, told = settings.cluster, list[str]()
+    """Wait until nothing speaks against a restart or the time is over; a component that is down here does not wait."""
+    rules, said = settings.cluster, list[str]()
 
     def tell(seen: tuple[Neighbours, list[str]]) -> None:
-        if rules.neighbours == "wait" and not told:
-            told.append(f"waiting up to {duration_text(rules.neighbour_wait)} for {'; '.join(seen[1])}")
-            note(f"{component.value}: {told[0]}")
+        if rules.neighbours == "wait" and not said:
+            said.append(f"waiting up to {duration_text(rules.neighbour_wait)} for {'; '.join(seen[1])}")
+            note(f"{component.value}: {said[0]}")
 
     with doing(f"{component.value}: looking whether the other nodes are well", is_plain=False):
         return wait_until(

@@ -184,10 +184,10 @@ def words(answer: http.Answer) -> str:
     """The message in a server's answer: of Kubernetes' Status or of etcd's error, or the text itself."""
     text = answer.body[:_MOST_WORDS].decode(errors="replace").strip()
     try:
-        told = json.loads(answer.body)
+        found = json.loads(answer.body)
     except (ValueError, RecursionError):
         return text
-    message = told.get("message") if isinstance(told, dict) else None
+    message = found.get("message") if isinstance(found, dict) else None
     return message[:_MOST_WORDS] if isinstance(message, str) else text
 
 
@@ -224,7 +224,7 @@ def trouble(component: Component, node: Node, kubeconfig_dir: Path) -> str | Non
     port = flags.get("--secure-port", endpoints.PORTS[component])
     url = f"https://{endpoints.reachable(host)}:{port}{PATHS[component]}"
     found = _trouble(url, NOBODY)
-    if component is Component.APISERVER and found is not None:  # it may answer nobody whom it does not know
+    if component is Component.APISERVER and found is not None:  # it may not answer unknown clients
         for client in Api.of_node(node, kubeconfig_dir).clients:
             found = _trouble(url, replace(client, trust_pem=None))
             if found is None:

@@ -385,7 +385,7 @@ class RestartReport:
 
     @property
     def exit_code(self) -> int:
-        """7 where somebody else has to restart, and the error's of what can't be known."""
+        """7 where the operator has to restart, and the error's of what can't be known."""
         codes = [one.exit_code for one in self.done]
         if self.advised and self.components:
             codes.append(Exit.NOT_LIVE)

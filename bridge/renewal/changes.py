@@ -230,8 +230,8 @@ class _Decision:
         used = [f"{value} ({needed[value]})" for san in drop if (value := str(san.value)) in needed]
         if used:
             raise CannotChangeError(
-                f"--drop-san: wanted names that nobody on this node needs, found {', '.join(used)}",
-                hint="change who needs it first; without the name they would not trust the certificate",
+                f"--drop-san: wanted names that nothing on this node uses, found {', '.join(used)}",
+                hint="change those files first; without the name their users would not trust the certificate",
             )
         both = [san for san in add if san in drop]
         if both:

@@ -1,9 +1,9 @@
 """
 Whether a run without names may act now: its window, and CAs that were asked in vain too often.
 
-Not outside its windows, not at the same second as all other nodes. How often in a row a CA's renewals failed is counted
-per authority, so that one dead CA does not stop the others, and nobody's CA is asked every hour for what it refuses;
-after three failed runs a person is needed, and said to be.
+It does not act outside its windows, nor at the same second as all other nodes. The failed runs in a row are counted per
+authority: a dead CA does not stop the others, and is not asked every hour for what it refuses. After three failed runs
+the run says that an operator is needed.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def hold(selection: Selection, settings: Settings, attempts: Attempts | None, no
 
 
 class NotYetError(WaitingError):
-    """The certificate is due, and waits for its window; nobody has been asked."""
+    """The certificate is due, and waits for its window; no CA has been asked."""
 
     hint = "the first run within the window renews it; `ca-bridge renew NAME` and `ca-bridge renew all` do not wait"
 

@@ -1,5 +1,5 @@
 """
-Commands of the operator around a renewal: told by their environment what happened, limited in time, never forgotten.
+The operator's commands around a renewal: their environment says what happened, and they are limited in time.
 
 What is owed is in a file of the state directory before it is run, and leaves it when it has succeeded: one that fails,
 or is cut off together with us, is run again by the next run. It may therefore run twice.
@@ -49,7 +49,7 @@ class NotNowByHookError(HookError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HookEvent:
-    """The facts that a hook is told; nothing in it is a secret."""
+    """The facts that a hook gets; none of them is a secret."""
 
     names: tuple[str, ...]  #: What the run is about.
     old_serials: Mapping[str, str] = field(default_factory=dict)  #: Of what was renewed, in hexadecimal, by name.

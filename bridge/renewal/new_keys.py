@@ -1,5 +1,5 @@
 """
-New keys that are made before anybody asks for them, in threads, from the moment it is known that they will be needed.
+Makes new keys in threads as soon as it is known that they will be needed; `renew` of docs/numbers.md depends on it.
 
 Making them takes as long as all the rest of a renewal, and needs nothing else of it. They are in memory alone.
 """
@@ -50,12 +50,12 @@ def _make_all() -> None:
             algorithm, future = _to_make.get_nowait()
             try:
                 future.set_result(csr.generate_key(algorithm))
-            except BaseException as e:  # noqa: BLE001 (whoever takes the key gets it)
+            except BaseException as e:  # noqa: BLE001 (the caller of `take` gets it)
                 future.set_exception(e)
 
 
 def take(algorithm: KeyAlgorithm) -> PrivateKey:
-    """A new key that nobody else gets: one that was begun, or else one made now."""
+    """A new key for this caller alone: one that was begun, or else one made now."""
     with _lock:
         begun = _begun[algorithm].popleft() if _begun[algorithm] else None
     return begun.result() if begun is not None else csr.generate_key(algorithm)

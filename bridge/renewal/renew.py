@@ -132,7 +132,7 @@ def _prepare_and_issue(
 def _kept(
     run: Run, items: Sequence[Item], selection: Selection, expected: Mapping[str, verify.Expectation]
 ) -> list[Answered]:
-    """Answers that an earlier run verified and did not install: nobody is asked for them again."""
+    """Answers that an earlier run verified and did not install: no CA is asked for them again."""
     answered = {one.name: one for one in run.requests if one.answer is not None}
     had = prepare([item for item in items if item.spec.name in answered], run.settings, answered, selection.desired)
     kept = []

@@ -50,7 +50,7 @@ def owe(run: Run, done: Sequence[Outcome]) -> None:
 
 
 def _able(run: Run, authorities: Iterable[str]) -> set[str]:
-    """Authorities whose CA can be told to revoke; the others are noted."""
+    """Authorities whose CA can revoke; the others are noted."""
     have = [name for name in sorted(authorities) if name in run.settings.authorities]
     configured = registry.configured(run.settings, have)
     able = {name for name in have if hasattr(configured[name].backend_type, "revoke")}
@@ -89,7 +89,7 @@ def _names(every: Iterable[Superseded]) -> str:
 
 
 def _proven(due: Sequence[Superseded], run: Run, node: Node) -> list[Superseded]:
-    """Certificates in whose place another one is in use, as far as anybody can see."""
+    """Certificates whose successors are seen in use."""
     if not due:
         return []
     from bridge.control_plane import proof  # noqa: PLC0415 (40 ms; only where something is revoked)
@@ -102,7 +102,7 @@ def _proven(due: Sequence[Superseded], run: Run, node: Node) -> list[Superseded]
 
 
 def _revoke_all(run: Run, due: Sequence[Superseded]) -> tuple[list[Superseded], list[BridgeError]]:
-    """Ask the CAs to revoke: what is over, one way or the other, and errors to be told."""
+    """Ask the CAs to revoke; the certificates that are done with, revoked or not, and the errors."""
     done: list[Superseded] = []
     errors: list[BridgeError] = []
     for authority in dict.fromkeys(one.authority for one in due):

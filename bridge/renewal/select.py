@@ -237,7 +237,7 @@ def _powerful(items: Sequence[Item], known: Collection[str]) -> Iterator[str]:
     for item in items:
         if item.spec.name == SUPER_ADMIN and SUPER_ADMIN not in known:
             yield (
-                f"{SUPER_ADMIN} is renewed since it is here; no RBAC rule holds it back, and nobody needs it after "
+                f"{SUPER_ADMIN} is renewed since it is here; no RBAC rule holds it back, and it is not needed after "
                 f"kubeadm init: rm {item.certificate_path} (`ca-bridge renew {SUPER_ADMIN}` makes it when it is needed)"
             )
 
@@ -266,7 +266,7 @@ def is_other(item: Item, settings: Settings) -> bool:
 
 
 def foreign_identity(item: Item, settings: Settings) -> BridgeError | None:
-    """Why a live certificate's identity must not be given to the next one; also where nobody can tell."""
+    """Why a live certificate's identity must not be given to the next one; also if that can't be found out."""
     authority = item.spec.authority.name
     try:
         anchors = anchors_of(item)
