@@ -10,7 +10,7 @@ import re
 import socket
 import ssl
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -67,13 +67,7 @@ class Http(BaseAdapter):
     """
 
     def __init__(self, wording: Wording, url: str, timeout: timedelta, tls: Callable[[], ssl.SSLContext]) -> None:
-        """
-        Args:
-            wording: The backend's.
-            url: `https:` or `http:`, host and port; its path does not count.
-            timeout: For one request with its whole answer.
-            tls: Makes a context, for each connection another one: files are read again.
-        """
+        """`timeout` is for one request with its whole answer; `tls` is called for each connection, and reads files again."""
         super().__init__()
         self._wording = wording
         self._seconds = timeout.total_seconds()
@@ -97,26 +91,14 @@ class Http(BaseAdapter):
 
     def request(self, method: str, url: str, where: str = "", **options: Any) -> Answer:
         """
-        Send one request, as `ask`.
+        Send one request, as `ask`; messages name `where`, or else the URL.
 
-        Args:
-            method: HTTP's.
-            url: Whole.
-            where: For messages; empty: the URL.
-            options: Of `requests.Session.request`, such as `json`, `data`, `headers` and `auth`.
-
-        Raises:
-            BackendError: As `ask`.
+        Options are those of `requests.Session.request`, such as `json`, `data`, `headers` and `auth`.
         """
         return self.call(where or url, lambda: self.session.request(method, url, allow_redirects=False, **options))
 
     def call(self, where: str, send: Callable[[], requests.Response]) -> Answer:
-        """
-        Let a library send one request over `session`, as `ask`.
-
-        Raises:
-            BackendError: As `ask`.
-        """
+        """Let a library send one request over `session`; errors as those of `ask`."""
 
         def answer() -> Answer:
             response = send()
@@ -226,6 +208,16 @@ def clock_ahead(answer: Answer, now: datetime) -> timedelta | None:
         return None
 
 
+def pem_certificates(pem: bytes) -> list[x509.Certificate]:
+    """The certificates of an answer; a ValueError where there are none, or one can't be read."""
+    try:
+        found = x509.load_pem_x509_certificates(pem)
+        _ = [(certificate.subject, certificate.issuer) for certificate in found]  # which are read only now
+    except (TypeError, x509.InvalidVersion) as e:  # TypeError: a type that does not fit an attribute
+        raise ValueError(str(e)) from None
+    return found
+
+
 def without(text: str, hidden: Iterable[str | None]) -> str:
     """A server's text with our secrets blotted out, should the server repeat them."""
     for value in hidden:
@@ -234,6 +226,42 @@ def without(text: str, hidden: Iterable[str | None]) -> str:
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def pair_problems(client_cert: Path | None, client_key: Path | None) -> Iterator[SettingsProblem]:
+    """A client certificate without its key, or a key without its certificate."""
+    if (client_cert is None) != (client_key is None):
+        missing = "client_cert" if client_cert is None else "client_key"
+        yield SettingsProblem(missing, "both of client_cert and client_key, or neither", "one of them")
+
+
+def url_problems(
+    url: str, wanted: str = "https://HOST[:PORT]", *, suffix: str = "", plain_http: bool | None = None, risk: str = ""
+) -> Iterator[SettingsProblem]:
+    """
+    What is wrong with a server's URL.
+
+    Args:
+        url: The setting.
+        wanted: In a message.
+        suffix: What the backend appends, which is not to be in the path.
+        plain_http: Whether `http:` may lead to another machine; None: no `http:` at all.
+        risk: The harm of that.
+    """
+    try:
+        parts = urlsplit(url)
+        scheme, host, _ = parts.scheme, parts.hostname or "", parts.port
+    except ValueError:
+        yield SettingsProblem("url", "https://HOST[:PORT]", "a host or port that can't be read")
+        return
+    schemes = {"https"} if plain_http is None else {"https", "http"}
+    if parts.username is not None:
+        yield SettingsProblem("url", "no user name or password in it: secrets are never written here", "one")
+    elif scheme not in schemes or not host or parts.query or parts.fragment or (suffix and suffix in parts.path):
+        yield SettingsProblem("url", wanted, repr(url))
+    elif scheme == "http" and not plain_http and not is_loopback(host):
+        risky = f"https://, or plain_http = true ({risk})"
+        yield SettingsProblem("url", risky, f"http:// to {host}, which is not this machine")
 
 
 def is_loopback(host: str) -> bool:
@@ -245,12 +273,7 @@ def is_loopback(host: str) -> bool:
 
 
 def common_name(client_cert: Path) -> str:
-    """
-    Whom a client certificate names, such as `CN=node-1`.
-
-    Raises:
-        ValueError: The file holds no certificate that can be read.
-    """
+    """The name in a client certificate, such as `CN=node-1`; a ValueError where the file has none that can be read."""
     try:
         subject = x509.load_pem_x509_certificate(client_cert.read_bytes()).subject
     except (OSError, ValueError) as e:
@@ -262,10 +285,7 @@ def tls_context(ca_file: Path | None, client_cert: Path | None, client_key: Path
     """
     TLS 1.2 at least, the server's name and chain checked, our certificate shown if there is one.
 
-    Args:
-        ca_file: Trusted for the server's certificate; None: the system's CAs, and not those that requests carries along.
-        client_cert: With its chain.
-        client_key: Not encrypted.
+    Without a CA file the system's CAs are trusted, and not those that requests carries along.
 
     Raises:
         SettingsError: A file can't be used; all of them are named.
@@ -296,17 +316,7 @@ def tls_context(ca_file: Path | None, client_cert: Path | None, client_key: Path
 
 
 def context_of(trust_pem: bytes, certificate_pem: bytes | None, key_pem: bytes | None) -> ssl.SSLContext:
-    """
-    The same from what is in memory; the key gets onto no disk.
-
-    Args:
-        trust_pem: Trusted for the server's certificate, and nothing else is.
-        certificate_pem: With its chain.
-        key_pem: Not encrypted.
-
-    Raises:
-        ValueError: Something of it can't be used.
-    """
+    """The same from what is in memory, with no other CAs than these; a ValueError where something can't be used."""
     try:
         made = context(trust_pem, certificate_pem, key_pem)
     except HttpsError as e:

@@ -20,12 +20,11 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, Literal
-from urllib.parse import urlsplit
 
 from cryptography import x509
 
 from backends.cfssl.server import API, HINTS, LATER_CODES, LATER_STATUSES, NO_ENTRY, NOT_CFSSL, NOT_FOUND, Reply, Server
-from backends.http import common_name, is_loopback, tls_context
+from backends.http import common_name, pair_problems, pem_certificates, tls_context, url_problems
 from bridge.contract import (
     BackendSettings,
     Issued,
@@ -80,7 +79,10 @@ class CfsslSettings(BackendSettings):
 
     def problems(self) -> Iterator[SettingsProblem]:
         """Settings that contradict each other, or would send a request with its HMAC in the clear."""
-        yield from _url_problems(self.url, plain_http=self.plain_http)
+        # The HMAC covers neither time nor nonce, so a recorded body is good until the key changes.
+        risk = "over plain HTTP a request can be recorded and sent again, for ever new certificates"
+        wanted = f"https://HOST[:PORT], without {API} and what follows it"
+        yield from url_problems(self.url, wanted, suffix=API, plain_http=self.plain_http, risk=risk)
         yield from Selector(self.profile, self.profiles, self.node).problems("profile", "profiles")
         for key, profile in {"profile": self.profile, **{f"profiles.{k}": v for k, v in self.profiles.items()}}.items():
             if not profile:  # an empty name means cfssl's default profile
@@ -99,31 +101,9 @@ class CfsslSettings(BackendSettings):
             yield from Selector(self.auth_key.where).problems(f"auth_key_{self.auth_key.kind}", "")
 
     def _tls_problems(self) -> Iterator[SettingsProblem]:
-        if (self.client_cert is None) != (self.client_key is None):
-            missing = "client_cert" if self.client_cert is None else "client_key"
-            yield SettingsProblem(missing, "both of client_cert and client_key, or neither", "one of them")
+        yield from pair_problems(self.client_cert, self.client_key)
         if not self.tls and (self.ca_file or self.client_cert or self.client_key):
             yield SettingsProblem("url", "https:// (as ca_file or client_cert is given)", "http://")
-
-
-def _url_problems(url: str, *, plain_http: bool) -> Iterator[SettingsProblem]:
-    try:
-        parts = urlsplit(url)
-        scheme, host, _ = parts.scheme, parts.hostname or "", parts.port
-    except ValueError:
-        yield SettingsProblem("url", "https://HOST[:PORT]", "a host or port that can't be read")
-        return
-    if parts.username is not None:
-        yield SettingsProblem("url", "no user name or password in it: secrets are never written here", "one")
-    elif scheme not in {"http", "https"} or not host or parts.query or parts.fragment or API in parts.path:
-        yield SettingsProblem("url", f"https://HOST[:PORT], without {API} and what follows it", repr(url))
-    elif scheme == "http" and not plain_http and not is_loopback(host):
-        # The HMAC covers neither time nor nonce, so a recorded body is good until the key changes.
-        wanted = (
-            "https://, or plain_http = true (over plain HTTP a request can be recorded and sent again, for ever new "
-            "certificates)"
-        )
-        yield SettingsProblem("url", wanted, f"http:// to {host}, which is not this machine")
 
 
 # --- the backend ------------------------------------------------------------------------------------------------------
@@ -150,12 +130,7 @@ class CfsslBackend:
 
     @classmethod
     def from_settings(cls, settings: BackendSettings) -> CfsslBackend:
-        """
-        Make the backend; no network yet.
-
-        Raises:
-            SettingsError: The CA file, the client certificate or its key can't be used.
-        """
+        """Make the backend; nothing is sent yet. A SettingsError: a file can't be used."""
         if not isinstance(settings, CfsslSettings):
             raise TypeError(f"wanted CfsslSettings, found {type(settings).__name__}")
         if settings.tls:
@@ -168,10 +143,6 @@ class CfsslBackend:
 
         The validity is the profile's: no request to cfssl can ask for one, and a multirootca that lets it is not
         asked either.
-
-        Raises:
-            BackendRefusedError: The server, or what answers in its place, said no; or the HMAC key can't be read.
-            BackendUnavailableError: No answer in time, or a trouble that may pass.
         """
         intermediates = self._known_intermediates()
         profile = self._profile(request.spec)
@@ -187,10 +158,6 @@ class CfsslBackend:
 
         A misspelt profile is found by its usages, since the server answers with those of its default profile.
         Where these are right as well nothing tells the two apart, and the certificates will be right too.
-
-        Raises:
-            BackendRefusedError: What answers is not a cfssl server with a CA; or the HMAC key can't be read.
-            BackendUnavailableError: No answer.
         """
         offer = functools.cache(self._offer)
         no_entry = functools.cache(self._no_entry)
@@ -225,25 +192,15 @@ class CfsslBackend:
         return self._server.clock_ahead
 
     def issuers(self) -> list[x509.Certificate]:
-        """
-        The CA's certificate; the chain above it is not to be had.
-
-        Raises:
-            BackendRefusedError: The server has no CA, or none with this label.
-            BackendUnavailableError: No answer.
-        """
+        """The CA's certificate; the server does not give the chain above it."""
         return [self._remember(self._result(self._server.post("info", self._label), ""))]
 
     def revoke(self, certificate: x509.Certificate) -> None:
         """
         Have the server's database mark a certificate of its own.
 
-        The server needs a database, and has to have `revoke` enabled: it asks for no key, so that whoever reaches the
-        server may revoke.
-
-        Raises:
-            BackendRefusedError: It is not enabled, or the database does not know the certificate.
-            BackendUnavailableError: No answer.
+        The server needs a database, and has to have `revoke` enabled, which asks for no key: everybody who reaches
+        the server may revoke.
         """
         try:
             known = certificate.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
@@ -356,11 +313,7 @@ def _usage_violations(
     """
     The profile gives kubeadm's key usages and exactly the spec's EKUs.
 
-    Args:
-        spec: The certificate.
-        profile: The one that it is signed with.
-        offer: What the server says of this profile.
-        default: What it says of a profile that it can't have.
+    `default` is what the server says of a profile that it can't have.
     """
     names = {EKU.SERVER_AUTH: "server auth", EKU.CLIENT_AUTH: "client auth"}
     want = {"digital signature", "key encipherment"} | {names[eku] for eku in spec.ekus}
@@ -378,9 +331,8 @@ def _certificate(result: Mapping[str, Any]) -> x509.Certificate:
     """The only certificate of a successful answer."""
     pem = result.get("certificate")
     try:
-        found = x509.load_pem_x509_certificates(pem.encode() if isinstance(pem, str) else b"")
-        _ = [(certificate.subject, certificate.issuer) for certificate in found]  # which are read only now
-    except (ValueError, TypeError, x509.InvalidVersion):  # TypeError: a type that does not fit an attribute
+        found = pem_certificates(pem.encode() if isinstance(pem, str) else b"")
+    except ValueError:
         found = []
     if len(found) != 1:
         wanted = f"cfssl: wanted one PEM certificate in the answer, found {len(found)} that can be read"

@@ -118,12 +118,7 @@ class Server:
         return self._http.clock_ahead
 
     def post(self, endpoint: str, body: Mapping[str, str]) -> Reply:
-        """
-        The server's answer.
-
-        Raises:
-            BackendError: None; see `Http.request`.
-        """
+        """The server's answer; errors are those of `Http.request`."""
         return _parse(self._http.request("POST", f"{self._url}/{endpoint}", json=body), body)
 
     def close(self) -> None:

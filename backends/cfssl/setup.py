@@ -41,16 +41,10 @@ def signing_config(
     directory: PurePath = DIRECTORY,
 ) -> dict[str, object]:
     """
-    The content of cfssl's `-config` file.
+    The content of cfssl's `-config` file, for those of the live certificates that are this authority's.
 
-    Args:
-        authority: Whose certificates the server is to sign.
-        certificates: The live ones by kubeadm's name; those of other authorities are left out.
-        validity: Of the certificates, in whole minutes.
-        directory: Of the files on the server; the HMAC keys are in `keys` below it.
-
-    Raises:
-        ValueError: None of the certificates is this authority's.
+    The validity counts in whole minutes; the HMAC keys are in `keys` below the directory. A ValueError: none of the
+    certificates is this authority's.
     """
     ours = _ours(authority, certificates)
     usages = sorted({spec.usage for spec in ours})
@@ -86,14 +80,7 @@ def text(
     """
     A shell script for the server: signing configuration, HMAC keys, command line; and the node's settings.
 
-    Args:
-        authority: As in `signing_config`.
-        certificates: As in `signing_config`.
-        validity: As in `signing_config`.
-        directory: As in `signing_config`; it also holds the CA, and the files for TLS that the text names.
-
-    Raises:
-        ValueError: None of the certificates is this authority's.
+    The directory also holds the CA, and the files for TLS that the text names; else as `signing_config`.
     """
     ours = _ours(authority, certificates)
     usages = sorted({spec.usage for spec in ours})

@@ -18,13 +18,12 @@ from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
 from typing import ClassVar
-from urllib.parse import urlsplit
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from backends.est.server import ROOT, Answer, Server, certificates, intermediates_of, issuing_first, leaf_of
-from backends.http import common_name, tls_context
+from backends.http import common_name, pair_problems, tls_context, url_problems
 from bridge.contract import BackendSettings, Issued, Pending, Secret, Selector, SetupFile, SetupRequest, SignRequest
 from bridge.errors import BackendRefusedError, SettingsProblem, Violation
 from bridge.specs import SPECS, CertificateSpec
@@ -62,7 +61,8 @@ class EstSettings(BackendSettings):
 
     def problems(self) -> Iterator[SettingsProblem]:
         """Settings that contradict each other, or would make no URL."""
-        yield from _url_problems(self.url)
+        wanted = f"https://HOST[:PORT] (EST knows no other), without /{ROOT} and what follows it"
+        yield from url_problems(self.url, wanted, suffix=ROOT)
         yield from Selector(self.label, self.labels).problems("label", "labels")
         for key, label in {
             "label": self.label,
@@ -72,28 +72,12 @@ class EstSettings(BackendSettings):
         yield from self._credential_problems()
 
     def _credential_problems(self) -> Iterator[SettingsProblem]:
-        if (self.client_cert is None) != (self.client_key is None):
-            missing = "client_cert" if self.client_cert is None else "client_key"
-            yield SettingsProblem(missing, "both of client_cert and client_key, or neither", "one of them")
+        yield from pair_problems(self.client_cert, self.client_key)
         if bool(self.username) != (self.password is not None):
             missing = "password_file" if self.username else "username"
             yield SettingsProblem(missing, "both of username and password_file, or neither", "one of them")
         if ":" in self.username:  # RFC 7617 §2
             yield SettingsProblem("username", "a name without a colon", "one in it")
-
-
-def _url_problems(url: str) -> Iterator[SettingsProblem]:
-    try:
-        parts = urlsplit(url)
-        host, _ = parts.hostname or "", parts.port
-    except ValueError:
-        yield SettingsProblem("url", "https://HOST[:PORT]", "a host or port that can't be read")
-        return
-    if parts.username is not None:
-        yield SettingsProblem("url", "no user name or password in it: username and password_file are for them", "one")
-    elif parts.scheme != "https" or not host or parts.query or parts.fragment or ROOT in parts.path:
-        wanted = f"https://HOST[:PORT] (EST knows no other), without /{ROOT} and what follows it"
-        yield SettingsProblem("url", wanted, repr(url))
 
 
 def _label_problems(key: str, label: str) -> Iterator[SettingsProblem]:
@@ -121,12 +105,7 @@ class EstBackend:
 
     @classmethod
     def from_settings(cls, settings: BackendSettings) -> EstBackend:
-        """
-        Make the backend; no network yet.
-
-        Raises:
-            SettingsError: The CA file, the client certificate or its key can't be used.
-        """
+        """Make the backend; nothing is sent yet. A SettingsError: a file can't be used."""
         if not isinstance(settings, EstSettings):
             raise TypeError(f"wanted EstSettings, found {type(settings).__name__}")
         settings.tls_context()  # trouble is found now, not in the middle of a renewal
@@ -144,10 +123,6 @@ class EstBackend:
         Have the server sign one CSR; see `bridge.contract.Backend`.
 
         Validity and usages are the label's: no request of EST can ask for any.
-
-        Raises:
-            BackendRefusedError: The server, or what answers in its place, said no; or the password can't be read.
-            BackendUnavailableError: No answer in time, or a trouble that may pass.
         """
         label = self._label(request.spec)
         answer = self._server.enrol(label, request.csr.public_bytes(Encoding.DER))
@@ -166,10 +141,6 @@ class EstBackend:
         Send the same CSR again, which is how EST asks for an answer (RFC 7030 §4.2.3); not before the server's wish.
 
         A server that does not recognise it takes it for a new request, and nothing in its answer would say so.
-
-        Raises:
-            BackendRefusedError: The server said no; or the reference is another CSR's.
-            BackendUnavailableError: No answer.
         """
         digest, _, wish = reference.partition("@")
         if digest != _digest(request):
@@ -186,23 +157,13 @@ class EstBackend:
         """
         Ask whether the server knows each label, whether they belong to one CA, and whether it lets us in.
 
-        What a label gives no server tells; an unknown one may be answered like any other.
-
-        Raises:
-            BackendRefusedError: What answers is no EST server, or accepts none of us.
-            BackendUnavailableError: No answer.
+        No server tells what a label gives, and an unknown one may be answered like any other.
         """
         labels = {label: self._label_violations(label) for label in dict.fromkeys(map(self._label, specs))}
         return {spec.name: found for spec in specs if (found := labels[self._label(spec)])}
 
     def issuers(self) -> list[x509.Certificate]:
-        """
-        The CA's certificates, the one that signs first, from the label of a client's certificate: each authority has one.
-
-        Raises:
-            BackendRefusedError: The server knows no such label, or does not accept us.
-            BackendUnavailableError: No answer.
-        """
+        """The CA's certificates, the one that signs first, from the label of a client's: each authority has one."""
         clients = [spec for spec in SPECS.values() if spec.usage == "client"]
         *others, last = dict.fromkeys(map(self._label, clients))  # one, unless it depends on the certificate's name
         known = next((label for label in others if self._knows(label)), last)
@@ -222,12 +183,7 @@ class EstBackend:
         self._server.close()
 
     def _ca_certificates(self, label: str) -> Sequence[x509.Certificate]:
-        """
-        The label's, asked for once.
-
-        Raises:
-            BackendError: There are none; says why.
-        """
+        """The label's, asked for once."""
         if label not in self._cas:
             self._cas[label] = self._certificates(self._server.ca_certificates(label))
         return self._cas[label]
@@ -242,12 +198,6 @@ class EstBackend:
         return True
 
     def _certificates(self, answer: Answer) -> list[x509.Certificate]:
-        """
-        The certificates of an answer.
-
-        Raises:
-            BackendError: It is none with certificates; says why.
-        """
         if answer.status != HTTPStatus.OK:
             raise self._server.error(answer)
         try:

@@ -112,12 +112,6 @@ class Server:
     def _send(
         self, method: str, label: str, operation: str, *, headers: Mapping[str, str], data: bytes | None = None
     ) -> Answer:
-        """
-        Send one request; any status is an answer.
-
-        Raises:
-            BackendError: None; see `Http.request`.
-        """
         url = operation_url(self._settings.url, label, operation)
         password = self._password() if method == "POST" else None  # `cacerts` needs none
         auth = password and HTTPBasicAuth(self._settings.username.encode(), password.encode())

@@ -23,7 +23,6 @@ from datetime import timedelta
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, ClassVar
-from urllib.parse import urlsplit
 
 import yaml
 from cryptography import x509
@@ -31,7 +30,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
 
-from backends.http import context_of, tls_context
+from backends.http import context_of, pair_problems, pem_certificates, tls_context, url_problems
 from backends.kubernetes.server import ACCESS_REVIEWS, CSRS, SUBJECT_REVIEWS, Answer, Api, path_of
 from bridge.contract import (
     BackendSettings,
@@ -117,11 +116,8 @@ class KubernetesSettings(BackendSettings):
             yield from self._direct_problems()
 
     def _direct_problems(self) -> Iterator[SettingsProblem]:
-        if not _is_https(self.url):
-            yield SettingsProblem("url", "https://HOST[:PORT] of an API server, or kubeconfig", repr(self.url))
-        if (self.client_cert is None) != (self.client_key is None):
-            missing = "client_cert" if self.client_cert is None else "client_key"
-            yield SettingsProblem(missing, "both of client_cert and client_key, or neither", "one of them")
+        yield from url_problems(self.url, "https://HOST[:PORT] of an API server, or kubeconfig")
+        yield from pair_problems(self.client_cert, self.client_key)
         if self.token is None and self.client_cert is None:
             yield SettingsProblem("token_file", "a token, a client certificate or kubeconfig: who asks", "none")
         if self.token is not None and self.client_cert is not None:
@@ -129,21 +125,11 @@ class KubernetesSettings(BackendSettings):
             yield SettingsProblem("token_file", "a token or a client certificate", "both")
 
     def server_url(self) -> str:
-        """
-        The server's URL, without a slash at its end.
-
-        Raises:
-            SettingsError: The kubeconfig can't be used.
-        """
+        """The server's URL, without a slash at its end; a SettingsError where the kubeconfig can't be used."""
         return (self.access().url if self.kubeconfig is not None else self.url).rstrip("/")
 
     def tls_context(self) -> ssl.SSLContext:
-        """
-        A TLS context for one thread; files are read again each time, as short-lived credentials are replaced.
-
-        Raises:
-            SettingsError: A file can't be used.
-        """
+        """A TLS context for one connection; files are read again each time, as short-lived credentials are replaced."""
         if self.kubeconfig is None:
             return tls_context(self.ca_file, self.client_cert, self.client_key)
         access = self.access()
@@ -153,12 +139,7 @@ class KubernetesSettings(BackendSettings):
             raise self._unusable(str(e)) from None
 
     def bearer(self) -> str | None:
-        """
-        The token as it is now; None: a client certificate says who asks.
-
-        Raises:
-            LocalFileError: It can't be read.
-        """
+        """The token as it is now; None: a client certificate says who asks."""
         try:
             access = self.access() if self.kubeconfig is not None else None
             place = self.token if access is None else access.token
@@ -169,12 +150,7 @@ class KubernetesSettings(BackendSettings):
             raise LocalFileError(f"kubernetes: {e}", hint=e.hint) from e
 
     def access(self) -> Access:
-        """
-        The server and the credentials that the kubeconfig names now.
-
-        Raises:
-            SettingsError: It can't be used; says why, and quotes nothing of it.
-        """
+        """The server and the credentials that the kubeconfig names now; errors quote nothing of it."""
         assert self.kubeconfig is not None  # noqa: S101 (only where it is set)
         try:
             return parse_kubeconfig(_bounded(self.kubeconfig), self.kubeconfig.parent)
@@ -191,11 +167,7 @@ class KubernetesSettings(BackendSettings):
 
 def parse_kubeconfig(data: bytes, directory: Path) -> Access:
     """
-    The server and the credentials of a kubeconfig's current context.
-
-    Args:
-        data: The file's content.
-        directory: To which paths in it are relative.
+    The server and the credentials of a kubeconfig's current context; paths in it are relative to the directory.
 
     Raises:
         ValueError: It can't be used; quotes nothing of it.
@@ -215,7 +187,7 @@ def parse_kubeconfig(data: bytes, directory: Path) -> Access:
         if table.get(unsupported):
             raise ValueError(f"{unsupported}, which is not supported")
     url = str(cluster.get("server") or "")
-    if not _is_https(url):
+    if any(url_problems(url)):
         raise ValueError("no https:// server")
     trust = _data(cluster, "certificate-authority", directory)
     certificate, key = _data(user, "client-certificate", directory), _data(user, "client-key", directory)
@@ -260,15 +232,6 @@ def _bounded(path: Path) -> bytes:
     return data
 
 
-def _is_https(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        _ = parts.port
-    except ValueError:
-        return False
-    return parts.scheme == "https" and bool(parts.hostname) and not (parts.username or parts.query or parts.fragment)
-
-
 def _signer_problems(selector: Selector) -> Iterator[SettingsProblem]:
     """Signer names that the API would not take, whatever setting makes them."""
     wrong = {name for spec in SPECS.values() if not _SIGNER.fullmatch(name := selector(spec))}
@@ -309,12 +272,7 @@ class KubernetesBackend:
 
     @classmethod
     def from_settings(cls, settings: BackendSettings) -> KubernetesBackend:
-        """
-        Make the backend; no network yet.
-
-        Raises:
-            SettingsError: The kubeconfig, the CA file, the client certificate or its key can't be used.
-        """
+        """Make the backend; nothing is sent yet. A SettingsError: a file can't be used."""
         if not isinstance(settings, KubernetesSettings):
             raise TypeError(f"wanted KubernetesSettings, found {type(settings).__name__}")
         settings.tls_context()  # trouble is found now, not in the middle of a renewal
@@ -328,13 +286,7 @@ class KubernetesBackend:
         return kubernetes_setup.files(wanted)
 
     def sign(self, request: SignRequest) -> Issued | Pending:
-        """
-        Make the object, or find the one of an earlier try, and wait a little for its answer.
-
-        Raises:
-            BackendRefusedError: The API server, the approver or the signer said no.
-            BackendUnavailableError: No answer of the API server, or a trouble that may pass.
-        """
+        """Make the object, or find the one of an earlier try, and wait a little for its answer."""
         if request.validity < SHORTEST:
             raise BackendRefusedError(
                 f"kubernetes: wanted a validity of 10 minutes or more, found {request.validity.total_seconds():.0f} s",
@@ -353,24 +305,14 @@ class KubernetesBackend:
         return self._awaited(request, f"{name} {_metadata(answer.document, 'uid')}", answer)
 
     def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
-        """
-        Look at the object again.
-
-        Raises:
-            BackendRefusedError: Denied, failed, or not there any more.
-            BackendUnavailableError: No answer of the API server.
-        """
+        """Look at the object again."""
         return self._awaited(request, reference, self._look(reference))
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
         """
         Ask the API server for our rights, and compare usages with what Kubernetes' own signers are for.
 
-        Who signs, and whether anybody does, no API tells.
-
-        Raises:
-            BackendRefusedError: The API server does not know us.
-            BackendUnavailableError: No answer.
+        No API tells who signs, or whether anything does.
         """
         rights = [found for verb in ("create", "get") if (found := self._missing_right(verb))]
         by_name = {spec.name: [*rights, *_signer_violations(spec, self._signer(spec))] for spec in specs}
@@ -400,13 +342,7 @@ class KubernetesBackend:
         return self._api.clock_ahead
 
     def identity(self) -> str:
-        """
-        The user that the API server takes us for.
-
-        Raises:
-            BackendRefusedError: It does not know us.
-            BackendUnavailableError: No answer.
-        """
+        """The user that the API server takes us for."""
         review = {"apiVersion": "authentication.k8s.io/v1", "kind": "SelfSubjectReview"}
         answer = self._api.ask("POST", SUBJECT_REVIEWS, review)
         if answer.status != HTTPStatus.CREATED:
@@ -450,9 +386,6 @@ class KubernetesBackend:
         The certificate; None: not yet.
 
         A certificate counts only without Denied and Failed beside it, since the API lets all three stand together.
-
-        Raises:
-            BackendRefusedError: Denied, failed, or a certificate that is none.
         """
         name = reference.partition(" ")[0]
         conditions = _conditions(document)
@@ -480,12 +413,7 @@ class KubernetesBackend:
                     self._remove(*self._answered.popleft())
 
     def _remove(self, name: str, uid: str) -> None:
-        """
-        Any answer will do: without the right to delete, kube-controller-manager removes it an hour later.
-
-        Raises:
-            BackendError: None.
-        """
+        """Any answer will do: without the right to delete, kube-controller-manager removes it an hour later."""
         body = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": uid}}
         self._api.ask("DELETE", path_of(name), body)
 
@@ -556,7 +484,7 @@ def _issued(request: SignRequest, name: str, text: object) -> Issued:
     hint = "the API stores whatever a signer writes: its log may say more"
     try:
         pem = base64.b64decode(str(text), validate=True)
-        found = x509.load_pem_x509_certificates(pem)
+        found = pem_certificates(pem)
         wanted = _public(request.csr)
         ours = [one for one in found if _public(one) == wanted]
     except (ValueError, TypeError, binascii.Error, x509.InvalidVersion):

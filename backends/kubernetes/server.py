@@ -63,10 +63,6 @@ class Api:
     """An API server; for several threads."""
 
     def __init__(self, settings: KubernetesSettings) -> None:
-        """
-        Raises:
-            SettingsError: The kubeconfig can't be used.
-        """
         self._settings = settings
         self._url = settings.server_url()
         wording = Wording(name="kubernetes", not_ours=_NOT_KUBERNETES, tls=_tls_hint)
@@ -81,8 +77,7 @@ class Api:
         """
         One request; any status is an answer but 401, for which files of credentials are read again once.
 
-        Raises:
-            BackendError: None, see `Http.request`; or the server does not know us.
+        Errors are those of `Http.request`.
         """
         answer = self._send(method, path, body)
         if answer.status == HTTPStatus.UNAUTHORIZED:

@@ -15,12 +15,12 @@ from datetime import timedelta
 from http import HTTPStatus
 from pathlib import Path
 from typing import ClassVar, Literal
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from backends.http import is_loopback, tls_context
+from backends.http import pair_problems, pem_certificates, tls_context, url_problems
 from backends.vault.server import Access, Answer, identity_text, log, texts
 from bridge.contract import (
     BackendSettings,
@@ -115,12 +115,11 @@ class VaultSettings(BackendSettings):
 
     def problems(self) -> Iterator[SettingsProblem]:
         """Problems that types can't see."""
-        yield from _url_problems(self.url, plain_http=self.plain_http)
+        risk = "a token goes over the network in clear"
+        yield from url_problems(self.url, plain_http=self.plain_http, risk=risk)
         if not self.mount.strip("/"):
             yield SettingsProblem("mount", "the path of a PKI secrets engine", repr(self.mount))
-        if (self.client_cert is None) != (self.client_key is None):
-            missing, present = ("client_key", "client_cert") if self.client_cert else ("client_cert", "client_key")
-            yield SettingsProblem(missing, f"a file, since {present} is set", "nothing")
+        yield from pair_problems(self.client_cert, self.client_key)
         yield from Selector(self.role or DEFAULT_ROLE, self.roles).problems("role", "roles")
         yield from (replace(problem, key=f"auth.{problem.key}") for problem in self.auth.method_problems())
         if self.auth.method == "cert" and not (self.client_cert or self.client_key):
@@ -131,31 +130,11 @@ def role_selector(pattern: str | None, exceptions: Mapping[str, str], node: str)
     """
     Choose roles by the settings; without a pattern `kubeadm-{name}`, and `kubeadm-{node}-{name}` where names differ.
 
-    Args:
-        pattern: The settings' `role`; None: not set.
-        exceptions: The settings' `roles`.
-        node: `node.name`; empty: all roles are one node's.
+    Without a node all roles are one node's.
     """
     chosen = Selector(DEFAULT_ROLE if pattern is None else pattern, exceptions, node)
     own = Selector(_OWN_ROLE, exceptions, node) if pattern is None and node else chosen
     return lambda spec: (own if spec.by_node else chosen)(spec)
-
-
-def _url_problems(url: str, *, plain_http: bool) -> Iterator[SettingsProblem]:
-    """The token travels in a header of every request, so in clear it may only go to this machine."""
-    try:
-        parts = urlsplit(url)
-        parts.port  # noqa: B018  (raises for a port that is no number)
-    except ValueError as e:
-        yield SettingsProblem("url", "https://HOST[:PORT]", str(e))
-        return
-    if parts.username or parts.password:
-        yield SettingsProblem("url", "a URL without user and password", "one with them")
-    elif parts.scheme not in {"http", "https"} or not parts.hostname or parts.query or parts.fragment:
-        yield SettingsProblem("url", "https://HOST[:PORT]", repr(url))
-    elif parts.scheme == "http" and not plain_http and not is_loopback(parts.hostname):
-        wanted = "https://, or plain_http = true, with which a token goes over the network in clear"
-        yield SettingsProblem("url", wanted, repr(url))
 
 
 # --- the backend ------------------------------------------------------------------------------------------------------
@@ -182,12 +161,7 @@ class VaultBackend:
 
     @classmethod
     def from_settings(cls, settings: BackendSettings) -> VaultBackend:
-        """
-        Make the backend; nothing is sent yet.
-
-        Raises:
-            SettingsError: A TLS file can't be used.
-        """
+        """Make the backend; nothing is sent yet. A SettingsError: a file can't be used."""
         if not isinstance(settings, VaultSettings):
             raise TypeError(f"wanted VaultSettings, found {type(settings).__name__}")
         return cls(settings)
@@ -382,13 +356,7 @@ _EKU_FLAGS = {
 
 
 def role_violations(role: Mapping[str, object], spec: CertificateSpec) -> Iterator[Violation]:
-    """
-    Usages and SANs that a role would get wrong; names, O and lifetimes are not compared.
-
-    Args:
-        role: As the server tells it.
-        spec: Of the certificate to be signed with it.
-    """
+    """Usages and SANs that a role, as the server tells it, would get wrong; see `setup.unlike` for the rest."""
     labels = {name.lower(): eku.label for eku, name in _EKU_NAMES.items()}
     labels |= {eku.value: eku.label for eku in EKU}
     named = [*texts(role.get("ext_key_usage")), *texts(role.get("ext_key_usage_oids"))]
@@ -426,11 +394,9 @@ def _issued(answer: Answer) -> Issued:
 
 def _certificates(pem: Sequence[str], where: str) -> list[x509.Certificate]:
     try:
-        found = x509.load_pem_x509_certificates("\n".join(pem).encode())
-        _ = [(certificate.subject, certificate.issuer) for certificate in found]  # which are read only now
-    except (ValueError, TypeError, x509.InvalidVersion):  # TypeError: a type that does not fit an attribute
+        return pem_certificates("\n".join(pem).encode())
+    except ValueError:
         hint = "is there a Vault or OpenBao PKI engine behind this URL?"
         raise BackendRefusedError(
             f"vault: {where}: wanted a certificate in PEM, found something else", hint=hint
         ) from None
-    return found

@@ -139,10 +139,6 @@ class Server:
     """HTTP; from any thread."""
 
     def __init__(self, settings: VaultSettings) -> None:
-        """
-        Raises:
-            SettingsError: A file of the settings can't be used.
-        """
         settings.tls_context()  # or a file that can't be used is found out too late
         self._url = settings.url.rstrip("/")
         self._secrets: set[str] = set()
@@ -171,16 +167,7 @@ class Server:
         return value
 
     def read(self, secret: Secret | None, *, token: bool = False) -> str:
-        """
-        A secret of the operator's.
-
-        Args:
-            secret: Where it is.
-            token: It has to be fit for a header.
-
-        Raises:
-            LocalFileError: It can't be read, or is no token.
-        """
+        """A secret of the operator's; a `token` has to be fit for a header. A LocalFileError where it can't be read."""
         if secret is None:
             raise TypeError("a secret that `VaultSettings.problems` demands is not set")
         try:
@@ -197,29 +184,14 @@ class Server:
     def send(
         self, method: Literal["get", "post"], path: str, body: object = None, *, token: str | None = None
     ) -> Answer:
-        """
-        Send one request, without repeating it.
-
-        Raises:
-            BackendRefusedError: The TLS handshake failed, or the answer is not the server's.
-            BackendUnavailableError: No answer.
-        """
+        """Send one request, without repeating it; errors are those of `Http.ask`."""
         headers = {**self._headers, "X-Vault-Token": token} if token else self._headers
         data = None if body is None else json.dumps(body).encode()
         url = f"{self._url}/v1/{path}"
         return self._answer(self._http.ask(method.upper(), url, headers, data), f"{method.upper()} {url}")
 
     def login(self, path: str, request: Callable[[RawAdapter], requests.Response]) -> Answer:
-        """
-        Let hvac send one login, without repeating it.
-
-        Args:
-            path: Of the request, for messages.
-            request: Sends it by the adapter that it is given.
-
-        Raises:
-            BackendError: As `send`.
-        """
+        """Let hvac send one login, without repeating it; messages name the path."""
         where = f"POST {self._url}/v1/{path}"
         return self._answer(self._http.call(where, lambda: request(self._adapter)), where)
 
@@ -301,12 +273,7 @@ class Tokens:
             return self._current
 
     def revoke(self, *, leased: bool) -> None:
-        """
-        Revoke the tokens that we made.
-
-        Args:
-            leased: A certificate would be revoked together with the token that it was signed with.
-        """
+        """Revoke the tokens that we made; not if they are `leased`: certificates would be revoked with them."""
         with self._lock:
             made, self._made, self._current = self._made, [], None
         if made and leased:

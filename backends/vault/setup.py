@@ -77,13 +77,7 @@ class Engine:
 
 
 def setup(wanted: SetupRequest) -> list[SetupFile]:
-    """
-    A script for the authority's engine, with the mount, roles and mode that the settings name.
-
-    Raises:
-        SettingsError: A role's pattern can't be filled in.
-        BridgeError: See `text`.
-    """
+    """A script for the authority's engine, with the mount, roles and mode that the settings name."""
     known = {f.name for f in dataclasses.fields(Engine)}
     engine = Engine(**{key: value for key, value in wanted.settings.items() if key in known})
     problems = list(Selector(engine.role or DEFAULT_ROLE, engine.roles).problems("role", "roles"))
@@ -102,12 +96,7 @@ def _policy_name(wanted: SetupRequest) -> str:
 def text(
     engine: Engine, items: Mapping[str, x509.Certificate], validity: timedelta, policy_name: str, node: str = ""
 ) -> str:
-    """
-    The script for one engine: the policy, and the roles, which mode `sign-verbatim` does not look at.
-
-    Raises:
-        NoRoleError: See `roles`.
-    """
+    """The script for one engine: the policy, and the roles, which mode `sign-verbatim` does not look at."""
     select = role_selector(engine.role, engine.roles, node)
     payloads = roles(items, validity, select) if engine.mode == "sign" else {}
     allowed = policy(engine.mount, payloads, issuer=engine.issuer, mode=engine.mode)
@@ -126,15 +115,9 @@ def roles(
     select: RoleOf = Selector(DEFAULT_ROLE),  # noqa: B008
 ) -> dict[str, dict[str, object]]:
     """
-    One role for each certificate, with which nothing but its like can be had.
+    One role for each live certificate, with which nothing but its like can be had: payloads by role name.
 
-    Args:
-        items: The live certificates by kubeadm's name; their usages do not count, those of the specs do.
-        validity: What is asked for at most.
-        select: Which role the backend will ask for.
-
-    Returns:
-        The payload of `:mount/roles/NAME` by role name.
+    The certificates' usages do not count, those of the specs do; `validity` is what is asked for at most.
 
     Raises:
         NoRoleError: A certificate has something that no role gives, or two that differ would share a role.
@@ -203,14 +186,9 @@ def policy(
     read_roles: bool = True,
 ) -> str:
     """
-    The least that the node's token needs, as HCL.
+    The least that the node's token needs, as HCL; role names do not count in mode `sign-verbatim`.
 
-    Args:
-        mount: Of the PKI engine.
-        role_names: Those that may be used; of no account in mode `sign-verbatim`.
-        issuer: As in the backend's settings: it is part of the path.
-        mode: `sign` or `sign-verbatim`.
-        read_roles: Let the token look at its roles, so that `ca-bridge doctor` can tell what is wrong with them.
+    With `read_roles` the token may look at its roles, so that `ca-bridge doctor` can tell what is wrong with them.
     """
     mount = mount.strip("/")
     prefix = f"{mount}/issuer/{issuer}" if issuer else mount
@@ -316,11 +294,9 @@ _BITS = {"rsa-2048": 2048, "rsa-3072": 3072, "rsa-4096": 4096, "ecdsa-p256": 256
 
 def unlike(role: Mapping[str, object], wanted: Wanted) -> Iterator[Violation]:
     """
-    Compare a role with what a renewal would ask for; usages are left to `backends.vault.role_violations`.
+    Compare a role, as the server tells it, with what a renewal would ask for; a key that it lacks is no violation.
 
-    Args:
-        role: As the server tells it; a key that it does not have is no violation.
-        wanted: The certificate.
+    Usages are left to `backends.vault.role_violations`.
     """
     yield from _lifetime(role, wanted)
     yield from _key(role, wanted)

@@ -50,9 +50,7 @@ def of_node(node: Node, kubeconfig_dir: Path) -> Access:
     """
     Read a node's: this node's API server comes first, then the one that admin.conf names.
 
-    Args:
-        node: With its manifests, as they are when none of them is out of its directory.
-        kubeconfig_dir: Where admin.conf is.
+    The node has its manifests, as they are when none of them is out of its directory.
     """
     clients, troubles = [], []
     servers = [Server(url)] if (url := local_url(node)) else []
@@ -73,12 +71,7 @@ def of_node(node: Node, kubeconfig_dir: Path) -> Access:
 
 
 def of_gateway(config: Path | None) -> Access:
-    """
-    Read a kubeconfig, or else the pod's service account.
-
-    Raises:
-        AccessError: They are not there, or can't be used.
-    """
+    """Read a kubeconfig, or else the pod's service account; an AccessError where they can't be used."""
     try:
         client, server = _of_pod() if config is None else _of_kubeconfig(config, _bytes(config, "a kubeconfig"))
         _ = client.tls
@@ -103,12 +96,7 @@ def _of_pod() -> tuple[Client, Server]:
 
 
 def _of_kubeconfig(path: Path, data: bytes) -> tuple[Client, Server]:
-    """
-    Read whom a kubeconfig makes us, and where it leads.
-
-    Raises:
-        UnreadableError, KubeconfigError, ValueError: It can't be used; the text says why.
-    """
+    """Read whom a kubeconfig makes us, and where it leads."""
     parsed = kubeconfig.parse(data)
     parts = urlsplit(parsed.server)
     if parts.scheme != "https" or not parts.hostname:

@@ -71,7 +71,10 @@ class Reply:
     @cached_property
     def document(self) -> Mapping[str, Any]:
         """The body's JSON; empty if it is no object. Parsed when needed: of a write that went well nobody needs it."""
-        return _document(self.body)
+        try:
+            return whole_document(self.body)
+        except UnreachableError:
+            return {}
 
     @property
     def message(self) -> str:
@@ -127,12 +130,7 @@ class Api:
 
     @classmethod
     def of_gateway(cls, config: Path | None) -> Api:
-        """
-        A client with the gateway's rights, whose connections are kept; nothing is asked yet.
-
-        Raises:
-            AccessError: As `access.of_gateway`.
-        """
+        """A client with the gateway's rights (see `access.of_gateway`); nothing is asked yet."""
         found = access.of_gateway(config)
         return cls(found.clients, found.servers, again=lambda: access.of_gateway(config))
 
@@ -211,10 +209,6 @@ class Api:
                 self._servers = tuple(sorted(self._servers, key=lambda one: one != server))
 
     def _exchange(self, server: Server, client: Client, request: _Request) -> Reply:
-        """
-        Raises:
-            HttpsError: No answer, or one that is about the server itself.
-        """
         reply = self._sent(server, client, request)
         if reply.status in _NOT_NOW or reply.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             text = f"wanted an answer, found HTTP {reply.status} {reply.message}".rstrip()
@@ -311,12 +305,7 @@ class Lines:
         self.left_out = 0  #: Lines that were too long.
 
     def __iter__(self) -> Iterator[bytes]:
-        """
-        Each line without its end.
-
-        Raises:
-            NoAnswerError: It broke.
-        """
+        """Each line without its end; a NoAnswerError where the stream breaks."""
         kept, skipping = bytearray(), False
         while piece := self._piece():
             *whole, rest = piece.split(b"\n")
@@ -340,11 +329,3 @@ class Lines:
             return self._stream.piece()
         except HttpsError as e:
             raise NoAnswerError(f"{self._server}: the watch broke: {e}") from None
-
-
-def _document(content: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import ssl
@@ -17,7 +18,7 @@ from cryptography import x509
 from bridge.node.endpoints import Address, Server
 from bridge.node.processes import file_contents
 from bridge.system import http
-from bridge.system.http import Answer, Peer
+from bridge.system.http import Answer, KeptConnection, Peer
 
 #: For each request; a component that is well answers within milliseconds.
 TIMEOUT_SECONDS = 5
@@ -39,12 +40,7 @@ class Client:
 
     @cached_property
     def tls(self) -> ssl.SSLContext:
-        """
-        The TLS context of this client's connections.
-
-        Raises:
-            HttpsError: Certificate, key or trust anchors can't be used.
-        """
+        """The TLS context of this client's connections; an HttpsError where a file's content can't be used."""
         return http.context(self.trust_pem, self.certificate_pem, self.key_pem)
 
     @cached_property
@@ -54,12 +50,7 @@ class Client:
 
     @classmethod
     def of(cls, certificate: Path, key: Path, trust: Path | None) -> Client:
-        """
-        Read one from files.
-
-        Raises:
-            UnreadableError, ValueError: A file can't be read, or is not there.
-        """
+        """Read one from files; an UnreadableError or ValueError where one can't be read, or is not there."""
         return cls(
             name=certificate.name,
             certificate_pem=file_contents(certificate),
@@ -68,12 +59,7 @@ class Client:
         )
 
     def peer(self, server: Server) -> Peer:
-        """
-        A server as this client comes to it.
-
-        Raises:
-            UnreachableError: No such URL.
-        """
+        """A server as this client comes to it; an UnreachableError where it has no such URL."""
         alert_seconds = 1.0 if self.certificate_pem is not None else 0.0
         return Peer.of(server.url, lambda: self.tls, server_name=server.name, alert_seconds=alert_seconds)
 
@@ -85,6 +71,7 @@ class Client:
         *,
         method: str = "GET",
         body: bytes | None = None,
+        seconds: float | None = None,
     ) -> Answer:
         """
         Ask one server over a connection of its own; any status is an answer.
@@ -92,28 +79,25 @@ class Client:
         Args:
             server: Its path comes first.
             path: With its query.
-            headers: Besides those that say who we are.
+            headers: Besides those that say who we are, and those for JSON.
             method: HTTP's.
             body: JSON.
+            seconds: For all of it; None: `TIMEOUT_SECONDS`.
 
         Raises:
             HttpsError: No answer.
         """
-        peer = self.peer(server)
+        json_headers = {"Accept": "application/json", **({"Content-Type": "application/json"} if body else {})}
         target = f"{urlsplit(server.url).path}{path}" or "/"
-        given = {**self.headers, **(headers or {})}
-        return http.request(peer, target, method=method, body=body, headers=given, seconds=TIMEOUT_SECONDS)
+        with contextlib.closing(KeptConnection(self.peer(server))) as connection:
+            given = {**json_headers, **self.headers, **(headers or {})}
+            return connection.ask(method, target, given, body, seconds=seconds or TIMEOUT_SECONDS)
 
     def served(self, place: Address, name: str | None = None) -> x509.Certificate:
         """
-        The leaf that a server shows this client in a handshake; no request is sent.
+        The leaf that a server shows this client in a handshake (an HttpsError: none); no request is sent.
 
-        Args:
-            place: An address sends no SNI.
-            name: In the certificate, where that is not the place's host.
-
-        Raises:
-            HttpsError: No handshake.
+        It names `name`, or else the host of the place.
         """
         peer = Peer(host=place.host, port=place.port, tls=lambda: self.tls, server_name=name)
         return http.served(peer, TIMEOUT_SECONDS)
@@ -124,12 +108,7 @@ NOBODY = Client(name="nobody", certificate_pem=None, key_pem=None, trust_pem=Non
 
 
 def document(body: bytes) -> dict[str, Any]:
-    """
-    An object in JSON.
-
-    Raises:
-        UnreachableError: Something else.
-    """
+    """An object in JSON; an UnreachableError for anything else."""
     try:
         found = json.loads(body)
     except (ValueError, RecursionError):

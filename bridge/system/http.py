@@ -88,9 +88,8 @@ class Answer:
     """A server's answer."""
 
     status: int
-    headers: Mapping[str, str] = field(
-        default_factory=dict, repr=False
-    )  #: Names in small letters; the last of several.
+    #: By name in small letters; the last of several.
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     body: bytes = field(repr=False)
 
 
@@ -107,17 +106,7 @@ class Peer:
 
     @classmethod
     def of(cls, url: str, tls: Callable[[], ssl.SSLContext], **more: Any) -> Peer:
-        """
-        The server of an `https:` or `http:` URL.
-
-        Args:
-            url: Its path does not count.
-            tls: For `https:`.
-            more: Further fields.
-
-        Raises:
-            UnreachableError: No such URL.
-        """
+        """The server of a URL, `https:` with this TLS or `http:`; an UnreachableError where there is no such URL."""
         try:
             parts = urlsplit(url)
             host, port = parts.hostname, parts.port
@@ -130,46 +119,8 @@ class Peer:
         return cls(host=host, port=port or usual, tls=secured, host_header=header, **more)
 
 
-def request(
-    peer: Peer,
-    target: str,
-    *,
-    method: str = "GET",
-    body: bytes | None = None,
-    headers: Mapping[str, str] | None = None,
-    seconds: float,
-    longest: int = MAX_ANSWER_BYTES,
-) -> Answer:
-    """
-    Ask once, over a connection of its own; any status is an answer.
-
-    Args:
-        peer: The server.
-        target: As in `KeptConnection.ask`.
-        method: HTTP's.
-        body: JSON.
-        headers: Besides those for JSON.
-        seconds: For all of it.
-        longest: Bytes of the answer's body.
-
-    Raises:
-        HttpsError: No answer.
-    """
-    given = {"Accept": "application/json", **({"Content-Type": "application/json"} if body else {}), **(headers or {})}
-    connection = KeptConnection(peer)
-    try:
-        return connection.ask(method, target, given, body, seconds=seconds, longest=longest)
-    finally:
-        connection.close()
-
-
 def served(peer: Peer, seconds: float) -> x509.Certificate:
-    """
-    The leaf that a server shows in a handshake; no request is sent.
-
-    Raises:
-        HttpsError: No handshake.
-    """
+    """The leaf that a server shows in a handshake (an HttpsError where there is none); no request is sent."""
     try:
         with _connected(peer, seconds) as opened:
             der = opened.getpeercert(binary_form=True) if isinstance(opened, ssl.SSLSocket) else None
@@ -184,10 +135,7 @@ def context(trust_pem: bytes | None, certificate_pem: bytes | None, key_pem: byt
     """
     A TLS client's context. An anchor need not be self-signed, as in Go; the key is in memory only.
 
-    Args:
-        trust_pem: Trust anchors; None: any server will do, and the caller looks at its certificate.
-        certificate_pem: The client's leaf and intermediates, if it has one.
-        key_pem: Its key, unencrypted.
+    Without anchors any server will do, and the caller looks at its certificate.
 
     Raises:
         UntrustedError: No certificate among the trust anchors.
@@ -271,15 +219,9 @@ class KeptConnection:
 
     def stream(self, target: str, headers: Mapping[str, str], *, seconds: float) -> Stream:
         """
-        Send one GET and read the head of its answer, which may go on without end; the caller closes the connection.
+        Send one GET and read, in so many seconds, the head of its answer, which may go on without end.
 
-        Args:
-            target: As in `ask`.
-            headers: As in `ask`.
-            seconds: Until the head is whole.
-
-        Raises:
-            HttpsError, ValueError: As `ask`.
+        The caller closes the connection. Errors are those of `ask`.
         """
         limits = _Limits(seconds, _PIECE_BYTES)
         with self.in_time(limits):
@@ -320,10 +262,6 @@ class KeptConnection:
     def _begun(
         self, method: str, target: str, headers: Mapping[str, str], body: bytes | None, limits: _Limits
     ) -> tuple[HTTPResponse, _Received]:
-        """
-        Raises:
-            OSError, HTTPException, HttpsError: No head of an answer.
-        """
         data = _head(method, target, {"Host": self._host, **headers}, body) + (body or b"")
         opened = self._opened(limits)
         unsent = memoryview(data)
@@ -347,10 +285,6 @@ class KeptConnection:
 
 
 def _head(method: str, target: str, headers: Mapping[str, str], body: bytes | None) -> bytes:
-    """
-    Raises:
-        ValueError: Something in it would end a line.
-    """
     if not target.isascii() or not target.isprintable() or " " in target:
         raise ValueError("wanted a target that is quoted")
     if not all(f"{name}{value}".isprintable() for name, value in headers.items()):
@@ -362,12 +296,6 @@ def _head(method: str, target: str, headers: Mapping[str, str], body: bytes | No
 
 
 def _body(response: HTTPResponse, longest: int) -> bytes:
-    """
-    Raises:
-        BrokenOffError: The connection ended before there was a whole answer, or chunks are none.
-        TooLongError: It is longer.
-        TimeoutError: It does not end in time.
-    """
     try:
         body = b"" if (response.length or 0) > longest else response.read(longest + 1)
     except TimeoutError:
@@ -398,12 +326,7 @@ class Stream:
         self.end = connection.end
 
     def rest(self) -> bytes:
-        """
-        The whole body of a short answer, such as an error's.
-
-        Raises:
-            HttpsError: It is long, or broke off.
-        """
+        """The whole body of a short answer, such as an error's."""
         with self._connection.in_time(self._limits):
             return _body(self._response, _PIECE_BYTES)
 
@@ -412,12 +335,7 @@ class Stream:
         self._limits.lift(silence_seconds)
 
     def piece(self) -> bytes:
-        """
-        What comes next; empty: the end.
-
-        Raises:
-            UnreachableError: It broke, or was silent for too long.
-        """
+        """What comes next; empty: the end. An UnreachableError: it broke, or was silent for too long."""
         try:
             return self._response.read1(_PIECE_BYTES)
         except TimeoutError as e:
@@ -441,10 +359,6 @@ class _Limits:
         self._silence = silence_seconds
 
     def seconds_left(self) -> float:
-        """
-        Raises:
-            TimeoutError: None.
-        """
         if self._silence is not None:
             return self._silence
         left = self._end - time.monotonic()
@@ -453,12 +367,7 @@ class _Limits:
         return left
 
     def count(self, received: int) -> None:
-        """
-        Count what came, below the parser: a server's word for a length (a chunk of -1) is no limit.
-
-        Raises:
-            TooLongError: More than the answer may have.
-        """
+        """Count what came, below the parser: a server's word for a length (a chunk of -1) is no limit."""
         self._bytes_left -= received
         if self._silence is None and self._bytes_left < 0:
             raise TooLongError(f"wanted an answer of at most {self._longest} bytes, found a longer one")
@@ -517,12 +426,9 @@ def _has_ended(opened: socket.socket) -> bool:
 
 def within(seconds: float, work: Callable[[], T]) -> T:
     """
-    Call `work` in a thread of its own with a limit of time; returns or raises what it does.
+    Call `work` in a thread of its own with a limit of time: a resolver has none, and a name may have many addresses.
 
-    A resolver can't be told a limit, and a name may have many addresses.
-
-    Raises:
-        TimeoutError: It took longer; it is left to itself, and what it returns after all is closed.
+    After that there is a TimeoutError; `work` is left to itself, and what it returns after all is closed.
     """
     future: Future[T] = Future()
 
@@ -546,12 +452,7 @@ def _close(late: Future[Any]) -> None:
 
 
 def _connected(peer: Peer, seconds: float) -> socket.socket:
-    """
-    A new connection on which small requests are not held back, in TLS if the server is asked so.
-
-    Raises:
-        OSError: There is none (`ssl.SSLError`, `TimeoutError` among them).
-    """
+    """A new connection, on which small requests are not held back; an OSError of any kind where there is none."""
 
     def connect() -> socket.socket:
         tls = None if peer.tls is None else peer.tls()

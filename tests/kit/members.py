@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import yaml
 
@@ -139,7 +138,7 @@ class Cluster:
             certificate_pem=self.pems["certificate"],
             key_pem=self.pems["key"],
         )
-        return http.request(client.peer(Server(url)), urlsplit(url).path, method=method, body=body, seconds=10)
+        return client.ask(Server(url), "", method=method, body=body, seconds=10)
 
 
 def make(directory: Path, count: int, *, client_port: int, peer_port: int, api_port: int) -> Cluster:

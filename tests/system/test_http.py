@@ -340,8 +340,7 @@ def client(pki: Path, **more: Any) -> Client:
 
 def asked(port: int, pki: Path, path: str = "/", *, seconds: float = 5, name: str | None = None, **more: Any) -> Answer:
     """Ask the server on loopback."""
-    peer = client(pki, **more).peer(Server(f"https://127.0.0.1:{port}", name))
-    return http.request(peer, path, seconds=seconds)
+    return client(pki, **more).ask(Server(f"https://127.0.0.1:{port}", name), path, seconds=seconds)
 
 
 def test_gives_the_whole_answer(pki: Path) -> None:
