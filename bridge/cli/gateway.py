@@ -212,7 +212,8 @@ def _config(settings: Settings) -> tuple[str, dict[str, Path]]:
         policy=Path("/etc/ca-bridge/gateway-policy.toml"), inventory=Path("/etc/ca-bridge/inventory.toml"),
     )  # fmt: skip
     lines = ["[node]", 'name = "gateway"', f"cluster = {json.dumps(settings.node.cluster)}",
-             f'pki_dir = "{TRUST}"', 'state_dir = "/dev/shm/ca-bridge"', "", "[gateway]", *_changed(gateway)]  # fmt: skip
+             f'pki_dir = "{TRUST}"', 'state_dir = "/dev/shm/ca-bridge"', "", "[audit]", 'rotate_at = "8MiB"',
+             'keep_total = "40MiB"', "", "[gateway]", *_changed(gateway)]  # fmt: skip
     backends = registry.configured(settings, settings.authorities)
     for name, type_name in {one.name: one.type_name for one in backends.values()}.items():
         lines += ["", f"[backend.{json.dumps(name)}]", f"type = {json.dumps(type_name)}"]

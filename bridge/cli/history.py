@@ -18,7 +18,7 @@ from bridge.pki.expiry import minute, rfc3339
 from bridge.renewal.verify_and_install import Result
 from bridge.specs import SPECS, USER, Component
 from bridge.state import backups, copies
-from bridge.state.audit import events, verify
+from bridge.state.audit import deleted_lines, events, verify
 from bridge.state.install import Recovery
 from bridge.state.rollback import Rollback, put_back_and_retire
 from bridge.state.session import alone
@@ -207,11 +207,14 @@ def audit_verify(common: Common) -> int:
 
     Exits with 1 if there are any. A log that was written anew as a whole can only be found by a copy elsewhere.
     """
-    count, damages = verify(Store(common.settings_with_record().node.state_dir))
+    store = Store(common.settings_with_record().node.state_dir)
+    count, damages = verify(store)
     for damage in damages:
         log.error("%s", damage)
     if damages:
         log.error("compare with a copy that was made elsewhere (syslog, a backup)", extra={"is_hint": True})
         return Exit.FAILED
     say(f"{count} lines, each follows the one before it" if count else "no audit log yet: nothing was renewed here")
+    if deleted := deleted_lines(store):
+        say(f"the {deleted} lines before them were deleted (audit.keep_total), as the log says")
     return Exit.DONE

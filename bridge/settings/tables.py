@@ -252,7 +252,14 @@ class AuditSettings:
     """Table `[audit]`."""
 
     rotate_at: Size = Size(10 << 20)  #: A larger `audit.jsonl` is kept as `audit-NUMBER.jsonl`.
+    #: How large all files of the log may become together: beyond that the oldest are deleted. Without it all are kept.
+    keep_total: Size | None = None
     syslog: bool = False  #: A copy of each line to /dev/log, which journald reads, too.
+
+    def problems(self) -> Iterator[SettingsProblem]:
+        """A file is complete before it is deleted."""
+        if self.keep_total is not None and self.keep_total.count < 2 * self.rotate_at.count:
+            yield SettingsProblem("keep_total", f"at least twice rotate_at ({self.rotate_at})", str(self.keep_total))
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,8 @@ NEEDS_A_PERSON = "needs-a-person"
 REVOKED = "revoked"
 #: The log was not as it was left.
 DAMAGED = "damaged"
+#: Old files of the log were deleted, by `audit.keep_total`; the line has the last deleted line's number and digest.
+RETIRED = "retired"
 
 _LONGEST_RESULT = 2000
 _SYSLOG_SECONDS = 1.0
@@ -104,7 +106,7 @@ class Record:
         self._settings = settings
         self._waiting: list[dict[str, Any]] = []
         self._known: dict[str, dict[str, Any]] = {}
-        self._chain = Chain(store, settings.rotate_at.count, who)
+        self._chain = Chain(store, settings, who)
 
     def know(self, name: str, request: SignRequest, backend: str, identity: str | None) -> None:
         """
@@ -302,15 +304,10 @@ class _End:
 class Chain:
     """The log's end, to which lines are added; the state directory's lock is held meanwhile."""
 
-    def __init__(self, store: Store, rotate_at_bytes: int, who: Callable[[], Mapping[str, str]]) -> None:
-        """
-        Args:
-            store: Where the files are.
-            rotate_at_bytes: A file of this size gets no more lines.
-            who: Tells who this process is, for each line.
-        """
+    def __init__(self, store: Store, settings: AuditSettings, who: Callable[[], Mapping[str, str]]) -> None:
         self._store = store
-        self._limit = rotate_at_bytes
+        self._limit = settings.rotate_at.count
+        self._keeps = settings.keep_total.count - self._limit if settings.keep_total is not None else None
         self._who = who
         self._end: _End | None = None
 
@@ -345,14 +342,28 @@ class Chain:
             _write_head(store, START)  # before the first line, so that a missing head always means something
         last, troubles = _set_aside_torn(store)
         last, more = _continued(store, last)
-        damages = [_damage(events[0], text) for text in (*troubles, *more)]
+        own = [_damage(events[0], text) for text in (*troubles, *more)]
+        old: list[Path] = []
         if store.audit.exists() and store.audit.stat().st_size >= self._limit:
             _rotate(store, last)
-        lines, last = _chained([*damages, *events], last, self._who())
+            old = self._outdated()
+            own += [_retirement(events[0], old[-1])] if old else []
+        lines, last = _chained([*own, *events], last, self._who())
         append(store.audit, b"".join(lines))
+        _delete(old)  # not before the log says so
         if not head_later:
             _write_head(store, last)
         return lines, last
+
+    def _outdated(self) -> list[Path]:
+        """The oldest files, without which there is room for one more; never the newest."""
+        sizes = {path: path.stat().st_size for path in files(self._store)}
+        old: list[Path] = []
+        for path in list(sizes)[:-1]:
+            if self._keeps is not None and sum(sizes.values()) > self._keeps:
+                old.append(path)
+                del sizes[path]
+        return old
 
     def write_head(self) -> None:
         """
@@ -369,6 +380,22 @@ class Chain:
 def _damage(event: Mapping[str, Any], text: str) -> dict[str, Any]:
     log.warning("the audit log was damaged: %s", text)
     return {"run": event["run"], "time": event["time"], "event": DAMAGED, "result": text, "exitCode": Exit.FAILED}
+
+
+def _retirement(event: Mapping[str, Any], newest: Path) -> dict[str, Any]:
+    """The line that says which lines are deleted."""
+    _, last = _good_part(_tail(newest))
+    text = f"lines 1 to {last.sequence} are deleted (audit.keep_total)"
+    about = {"run": event["run"], "time": event["time"], "event": RETIRED, "result": text, "exitCode": Exit.DONE}
+    return {**about, "lastLine": last.sequence, "lastSha256": last.sha256}
+
+
+def _delete(old: Sequence[Path]) -> None:
+    for path in old:
+        try:
+            path.unlink()
+        except OSError as e:  # the next rotation tries again
+            log.warning("%s: wanted to delete this old part of the audit log, found: %s", path, e.strerror)
 
 
 def _chained(events: Sequence[Mapping[str, Any]], last: Link, doer: Mapping[str, str]) -> tuple[list[bytes], Link]:
@@ -559,15 +586,36 @@ def _walk(store: Store) -> tuple[int, list[Damage]]:
     if head is None and not files(store):
         return 0, []
     head = head or head_if_any(store)  # a run that writes the very first lines makes it before them
-    last, count, found = START, 0, []
-    known = {START.sequence: START.sha256}
+    count, found = 0, []
+    begin = last = _begin(store)
+    known, retired = {START.sequence: START.sha256}, {START.sequence: START.sha256}
     for place, line in _lines(store):
         count += 1
         damages, last = _step(last, line, place)
         found += damages
+        retired |= _retired(line)
         if head is not None and last.sequence == head.sequence:
             known[last.sequence] = last.sha256
+    if retired.get(begin.sequence) != begin.sha256:
+        found.insert(0, Damage(kind="missing", first=1, last=begin.sequence, place=files(store)[0].name + ":1"))
     return count, found + list(_against_head(head, last, known, store))
+
+
+def _begin(store: Store) -> Link:
+    """The link that the first line continues: old files may have been deleted."""
+    first = next((line_of(line) for _, line in _lines(store)), None)
+    return Link(first["sequence"] - 1, first["previous"]) if first is not None and first["sequence"] > 1 else START
+
+
+def _retired(line: bytes) -> dict[int, str]:
+    """The last line that was deleted, and its digest, if this line says so."""
+    value = line_of(line) if f'"event":"{RETIRED}"'.encode() in line else None
+    return {value["lastLine"]: value["lastSha256"]} if value is not None and "lastSha256" in value else {}
+
+
+def deleted_lines(store: Store) -> int:
+    """How many lines were deleted with the oldest files."""
+    return _begin(store).sequence
 
 
 def _lines(store: Store) -> Iterator[tuple[str, bytes]]:

@@ -683,3 +683,64 @@ def test_the_damage_is_a_sentence() -> None:
     """With file, line and number."""
     damage = Damage(kind="missing", first=3, last=5, place="audit.jsonl:3")
     assert str(damage) == "audit.jsonl:3: lines 3 to 5: wanted here, found missing"
+
+
+# --- old files that are deleted ---------------------------------------------------------------------------------------
+
+
+def bounded(store: Store, runs: int, keep_total: str | None) -> None:
+    """So many runs of 6 lines, each of which fills a file."""
+    kept = Size.from_setting(keep_total) if keep_total is not None else None
+    settings = AuditSettings(rotate_at=Size.from_setting("1KiB"), keep_total=kept)
+    for _ in range(runs):
+        record = Record(store, settings)
+        for number in range(6):
+            record.add(audit.ASKED, f"certificate-{number}")
+        record.write()
+
+
+def test_old_files_are_deleted_and_the_log_says_which(store: Store) -> None:
+    """All together stay below the bound, and the chain is whole from the first line that is left."""
+    bounded(store, 40, "8KiB")
+    size = sum(path.stat().st_size for path in audit.files(store))
+    assert size < 9 << 10
+    count, damages = audit.verify(store)
+    deleted = audit.deleted_lines(store)
+    assert (damages, deleted > 100) == ([], True)
+    said = [event for event in audit.events(store, None, None) if event["event"] == audit.RETIRED]
+    assert said[-1]["lastLine"] == deleted
+    last = list(audit.events(store, None, None))[-1]["sequence"]
+    assert count + deleted == last
+
+
+def test_without_a_bound_all_of_it_stays(store: Store) -> None:
+    """The twin."""
+    bounded(store, 40, None)
+    assert audit.verify(store) == (240, [])
+    assert audit.deleted_lines(store) == 0
+
+
+def test_what_somebody_else_deletes_is_missing(store: Store) -> None:
+    """One file more than the log says, or one with nothing said."""
+    bounded(store, 40, "8KiB")
+    audit.files(store)[0].unlink()
+    assert {kind for kind, _, _ in found(store)} == {"missing"}
+    bounded(store, 40, None)
+    assert {kind for kind, _, _ in found(store)} == {"missing"}
+
+
+def test_a_crash_before_old_files_are_deleted(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log says that they are, and they are there: the chain is whole, and the next rotation deletes them."""
+    with monkeypatch.context() as patch:
+        patch.setattr(audit, "_delete", lambda _: None)
+        bounded(store, 20, "4KiB")
+    assert (audit.verify(store)[1], audit.deleted_lines(store)) == ([], 0)
+    bounded(store, 2, "4KiB")
+    assert (audit.verify(store)[1], audit.deleted_lines(store) > 50) == ([], True)
+
+
+def test_a_bound_below_two_files_is_a_mistake() -> None:
+    """A file is complete before it is deleted."""
+    size = Size.from_setting("1MiB")
+    assert [one.key for one in AuditSettings(rotate_at=size, keep_total=size).problems()] == ["keep_total"]
+    assert not list(AuditSettings(rotate_at=size, keep_total=Size.from_setting("2MiB")).problems())
