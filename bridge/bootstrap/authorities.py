@@ -40,22 +40,7 @@ class CaKeyError(BridgeError):
 def gather(
     settings: Settings, places: Places, role: Role, ca_dir: Path | None, carried: Certificates, now: datetime
 ) -> Certificates:
-    """
-    Gather the CAs' certificates by authority, as each file will hold them: the one that signs first.
-
-    Args:
-        settings: Their backends are asked for what no file tells.
-        places: A certificate that is in place must be the same.
-        role: Which CAs it has to do with.
-        ca_dir: Laid out as below /etc/kubernetes/pki; None: none was named.
-        carried: From an order of an administrator's machine.
-        now: Aware, UTC.
-
-    Raises:
-        AuthorityError: One is missing, is no CA's, has ended, or serves for two authorities.
-        CaKeyError: The key of one is on this node.
-        BackendError: A CA that has to be asked does not tell.
-    """
+    """Gather the CAs' certificates by authority, as each file will hold them: the one that signs first."""
     for path in ca_keys(places):
         raise CaKeyError(f"{path}: wanted no CA's private key on a node, found one")
     if ca_dir is not None:

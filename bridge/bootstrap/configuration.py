@@ -99,26 +99,12 @@ class Configuration:
 
 
 def parse(data: bytes, source: str = "") -> Configuration:
-    """
-    Read a file.
-
-    Args:
-        data: The file's.
-        source: Where it is from, for messages.
-
-    Raises:
-        KubeadmConfigError: It is none of kubeadm's.
-    """
+    """Read a file."""
     return Configuration(documents=kubeadm_config.parse_documents(data, source))
 
 
 def naming_facts(config: Configuration, node: str, address: str) -> NamingFacts:
-    """
-    The facts that kubeadm makes a node's names of, from its configuration.
-
-    Raises:
-        KubeadmConfigError: There is no ClusterConfiguration, or a value in it is none.
-    """
+    """The facts that kubeadm makes a node's names of, from its configuration."""
     return kubeadm_config.parse(config.text().encode()).naming_facts(node, address)
 
 
@@ -199,16 +185,7 @@ def key_algorithm(config: Configuration) -> KeyAlgorithm:
 def join_configuration(
     config: Configuration, discovery: str, ignored: str, *, control_plane: bool, base: Mapping[str, Any] | None = None
 ) -> Configuration:
-    """
-    The configuration for `kubeadm join`: discovery by a file, no bootstrap token, no hash of a CA.
-
-    Args:
-        config: The node's, as by `for_node`.
-        discovery: A kubeconfig on the node, with credentials.
-        ignored: A preflight error that is none: a file that is there on purpose.
-        control_plane: Not a worker.
-        base: The operator's JoinConfiguration, of which all else stays (taints, flags of the kubelet, patches).
-    """
+    """The configuration for `kubeadm join` by a kubeconfig on the node, without a token; the rest of `base` stays."""
     document = dict(base or {"apiVersion": str(config.cluster.get("apiVersion")), "kind": "JoinConfiguration"})
     registration = dict(_below(document, "nodeRegistration"))
     also = registration.get("ignorePreflightErrors")
@@ -231,17 +208,7 @@ _IN_FILE = "the file that --kubeadm-config names; `ca-bridge help day-0` has one
 
 
 def assert_usable(config: Configuration, pki_dir: str, *, further: bool) -> None:
-    """
-    Refuse what kubeadm would find out too late, or would look for in the internet.
-
-    Args:
-        config: Of a control-plane node.
-        pki_dir: Where our settings put certificates.
-        further: For a node beside another one.
-
-    Raises:
-        KubeadmConfigError: The first thing that is wrong.
-    """
+    """Refuse what kubeadm would find out too late, or would look for in the internet."""
     name, address = config.name, config.address
     if not name or not _NODE.fullmatch(name):
         raise KubeadmConfigError(
@@ -292,23 +259,13 @@ def _text(mapping: Mapping[str, Any], key: str) -> str:
 
 
 def read_configuration(path: Path) -> tuple[Configuration, bytes]:
-    """
-    Read kubeadm's configuration file.
-
-    Raises:
-        KubeadmConfigError: It can't be read, or is none.
-    """
+    """Read kubeadm's configuration file."""
     data = read_file(path)
     return parse(data, str(path)), data
 
 
 def together(files: Sequence[Path]) -> Configuration | None:
-    """
-    A node's configuration (the first file) with what others say of the cluster; None: the first is not there.
-
-    Raises:
-        KubeadmConfigError: One can't be read, or is none.
-    """
+    """A node's configuration (the first file) with what others say of the cluster; None: the first is not there."""
     own, *others = [read_configuration(path)[0] if path.exists() else None for path in files]
     if own is None:
         return None

@@ -136,12 +136,7 @@ class NodeInputs:
 
 
 def of_init(settings: Settings, said: NodeInputs) -> DesiredNode:
-    """
-    The first control-plane node.
-
-    Raises:
-        KubeadmConfigError, OrderError: What is said can't be used.
-    """
+    """The first control-plane node."""
     node, data = None, b""
     if said.order is not None:
         node = _ordered(said.order, ("init",))
@@ -160,17 +155,7 @@ def of_init(settings: Settings, said: NodeInputs) -> DesiredNode:
 
 
 def of_join(settings: Settings, said: NodeInputs, role: Role | None) -> DesiredNode:
-    """
-    A further node.
-
-    Args:
-        settings: Where its files are.
-        said: By the operator.
-        role: None: the order says it.
-
-    Raises:
-        KubeadmConfigError, OrderError: What is said can't be used.
-    """
+    """A further node; without a role the order says it."""
     cluster, own = _cluster(said)
     node = _joining(said, own, role)
     config = for_node(cluster, _facts(node))

@@ -78,20 +78,7 @@ def clear(state_dir: Path) -> None:
 
 
 def by_kubeadm(program: str, version: str, config: bytes, role: Role, state_dir: Path) -> dict[str, Made]:
-    """
-    Have kubeadm make all of a control-plane node's.
-
-    Args:
-        program: kubeadm.
-        version: Kubernetes', as the configuration has it.
-        config: Of the node; usable.
-        role: Not a worker.
-        state_dir: Ours alone; keys are there until they are read.
-
-    Raises:
-        KubeadmError: It is another version's, or did not make what it should.
-        KubeadmConfigError: kubeadm does not know all of the configuration.
-    """
+    """Have kubeadm make all of a control-plane node's."""
     _assert_version(program, version)
     with _scratch(state_dir) as scratch:
         file, pki, kubeconfigs = scratch / "kubeadm.yaml", scratch / "pki", scratch / "kubeconfigs"
@@ -230,12 +217,7 @@ def _hash(key: csr.PrivateKey) -> hashes.SHA256 | hashes.SHA384:
 
 
 def algorithm_of(made: Mapping[str, Made]) -> KeyAlgorithm:
-    """
-    The algorithm of the keys that kubeadm has made, for those that it does not make.
-
-    Raises:
-        KubeadmError: None that we know.
-    """
+    """The algorithm of the keys that kubeadm has made, for those that it does not make."""
     first = next(iter(made.values()))
     found = csr.algorithm_name(x509.load_pem_x509_csr(first.csr_pem).public_key())
     for algorithm in KEY_ALGORITHMS:
@@ -245,12 +227,7 @@ def algorithm_of(made: Mapping[str, Made]) -> KeyAlgorithm:
 
 
 def assert_fits(made: Mapping[str, Made], node: str) -> None:
-    """
-    Look whether each CSR is of its key, and for whom its name says.
-
-    Raises:
-        KubeadmError: One is not.
-    """
+    """Look whether each CSR is of its key, and for whom its name says."""
     for name, one in made.items():
         request = x509.load_pem_x509_csr(one.csr_pem)
         key = load_pem_private_key(one.key_pem, None).public_key()
@@ -286,12 +263,7 @@ def sa_public_pem(key: csr.PrivateKey) -> bytes:
 
 
 def sa_in_place(desired: DesiredNode) -> tuple[bytes, bytes] | None:
-    """
-    Read the pair that is on the node already; None: neither of the two is.
-
-    Raises:
-        ForeignSaError: It is half a pair, or not the other nodes'.
-    """
+    """Read the pair that is on the node already; None: neither of the two is."""
     places = desired.places
     key, public = live(places.sa_key), live(places.sa_public)
     if key is None and public is None:
@@ -306,12 +278,7 @@ def sa_in_place(desired: DesiredNode) -> tuple[bytes, bytes] | None:
 
 
 def assert_sa_at_hand(desired: DesiredNode) -> None:
-    """
-    Look before anybody is asked: a further control-plane node can't make the key.
-
-    Raises:
-        ForeignSaError: Nobody has brought it, or what is there is wrong.
-    """
+    """Make sure, before a CA is asked, that a further control-plane node has the key, which it can't make."""
     if desired.role == "worker" or sa_in_place(desired) is not None:
         return
     if desired.role == "control-plane" and desired.sa is None:
@@ -334,16 +301,7 @@ _LIFETIME = timedelta(days=1)
 
 
 def expected_certificates(order: Order, now: datetime) -> dict[str, dict[str, x509.Certificate]]:
-    """
-    The certificates that a new node will have, by authority and name, for their names and usages; no CA has signed them.
-
-    Args:
-        order: With a node.
-        now: Aware, UTC.
-
-    Raises:
-        OrderError: It has no node, or not what the names are made of.
-    """
+    """The certificates that a new node will have, by authority and name: for reading, no CA has signed them."""
     node = order.node
     if node is None:
         raise OrderError("wanted an order for a node, found one without")

@@ -26,13 +26,7 @@ _SUPER_ADMIN_MORE = timedelta(days=1)
 
 
 def begin(run: Run, desired: DesiredNode) -> Unfinished:
-    """
-    Go on with what an earlier run has begun, or make keys and CSRs.
-
-    Raises:
-        OtherNodeDesiredError: What waits for an answer is for another node, role or configuration.
-        KubeadmError: kubeadm did not make what it should.
-    """
+    """Go on with what an earlier run has begun, or make keys and CSRs."""
     file = unfinished_file(run.store)
     found, open_requests = file.read(), run.requests.by_name()
     if found is not None and set(found.names) <= open_requests.keys():

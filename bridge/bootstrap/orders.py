@@ -117,12 +117,7 @@ def _document(order: Order) -> dict[str, Any]:
 
 
 def loads(data: bytes) -> Order:
-    """
-    Read one; every field is judged.
-
-    Raises:
-        OrderError: It is none. Its text holds nothing of the content.
-    """
+    """Read an order and judge every field; an error holds nothing of the content."""
     if len(data) > _MOST_BYTES:
         raise OrderError(f"wanted an order, found {len(data)} bytes")
     try:
@@ -186,12 +181,7 @@ def _node(value: object) -> NewNode:
 
 
 def new_node(role: str, name: str, addresses: Sequence[str], socket: str = "") -> NewNode:
-    """
-    Judge who a node is to be.
-
-    Raises:
-        OrderError: A role that is none, or what can't be a name or an address.
-    """
+    """Judge who a node is to be."""
     if role not in ROLES:
         raise OrderError(f"role: wanted one of {', '.join(ROLES)}, found {role[:40]!r}")
     if not kubeadm_names.is_node_name(name):
@@ -226,12 +216,7 @@ _FIRST = "further nodes with a control plane have the role control-plane"
 
 
 def parse_nodes(text: str) -> list[NewNode]:
-    """
-    A list of nodes: `ROLE NAME ADDRESS …` a line, and one `init` at most.
-
-    Raises:
-        OrderError: With the number of the line.
-    """
+    """A list of nodes: `ROLE NAME ADDRESS …` a line, and one `init` at most."""
     try:
         listed = kubeadm_names.parse_nodes(text, with_roles=True)
     except ValueError as e:
@@ -265,19 +250,7 @@ class SharingError(BridgeError):
 
 
 def share(settings: Settings, places: Places, config: Path, now: datetime, *, worker: bool) -> bytes:
-    """
-    An order (its bytes) with all that a further node needs from this one.
-
-    Args:
-        settings: Of this node.
-        places: Of this node.
-        config: kubeadm's configuration with the ClusterConfiguration.
-        now: Aware, UTC.
-        worker: Without the service account key.
-
-    Raises:
-        SharingError, BridgeError: Something is not there, or not as it should be.
-    """
+    """An order (its bytes) with all that a further node needs from this one."""
     cluster = read_configuration(config)[0]
     found = authorities.gather(settings, places, "worker" if worker else "control-plane", None, {}, now)
     if worker:
@@ -292,12 +265,7 @@ def share(settings: Settings, places: Places, config: Path, now: datetime, *, wo
 
 
 def read_order(path: Path) -> Order:
-    """
-    An order, or what a node shares; `-` is standard input. One with a key in it must be for its owner alone.
-
-    Raises:
-        OrderError: It can't be read, or others can read the key in it.
-    """
+    """An order, or what a node shares; `-` is standard input. A file with a key in it must be for its owner alone."""
     if str(path) == "-":
         return loads(sys.stdin.buffer.read(_MOST_BYTES + 1))
     try:
@@ -323,13 +291,7 @@ class UnsignedOrderError(BridgeError):
 
 
 def read_signed_order(settings: Settings, path: Path) -> Order:
-    """
-    An order; signed, where the settings name who signs.
-
-    Raises:
-        OrderError: It can't be read.
-        UnsignedOrderError: It has no signature by `node.order_key`.
-    """
+    """An order; signed, where the settings name who signs."""
     order, file = read_order(path), settings.node.order_key
     if file is None:
         return order
@@ -365,22 +327,7 @@ def write_orders(
     sign_with: Path | None,
     now: datetime,
 ) -> list[Written]:
-    """
-    An order for each node of a list, on an administrator's machine; never over an older one of another content.
-
-    Args:
-        settings: Backends tell the CA certificates that `ca_dir` does not.
-        places: In place of them nothing is expected here.
-        nodes: The list; see `parse_nodes`.
-        config: kubeadm's configuration with the ClusterConfiguration.
-        ca_dir: CA certificates.
-        directory: Is made if it is not there.
-        sign_with: A private key; None: they are not signed.
-        now: Aware, UTC.
-
-    Raises:
-        OrderError, KubeadmConfigError, BridgeError: Nothing was written.
-    """
+    """An order for each node of a list, on an administrator's machine; never over an older one of another content."""
     key = load_signing_key(sign_with, "--sign-with", "orders") if sign_with is not None else None
     listed = _listed(nodes)
     cluster = read_configuration(config)[0]

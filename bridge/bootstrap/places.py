@@ -94,12 +94,7 @@ def authorities_of(role: Role) -> list[Authority]:
 
 
 def live(path: Path) -> bytes | None:
-    """
-    Read a file on the node; None: it isn't there.
-
-    Raises:
-        BridgeError: It is there and can't be read.
-    """
+    """Read a file on the node; None: it isn't there."""
     try:
         return read(path)
     except UnreadableError as e:

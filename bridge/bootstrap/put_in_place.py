@@ -40,19 +40,7 @@ _PRIVATE = 0o600
 
 
 def put_in_place(run: Run, desired: DesiredNode, files: Sequence[Replacement], kubelet_pem: Path) -> None:
-    """
-    Judge the whole as it will be; copy it if that is wished; then put all of it in place in one step.
-
-    Args:
-        run: Under whose lock.
-        desired: What for.
-        files: Those that are new.
-        kubelet_pem: The one among them that `kubelet-client-current.pem` is to lead to.
-
-    Raises:
-        NotWholeError: Something is wrong with the whole; nothing was put in place.
-        BridgeError: A directory can't hold keys.
-    """
+    """Judge the whole as it will be; copy it if that is wanted; then put all of it in place in one step."""
     places = desired.places
     new: dict[Path, bytes | None] = {file.path: file.data for file in files}
     new[places.kubelet_current] = new[kubelet_pem] if kubelet_pem in new else live(kubelet_pem)
@@ -82,14 +70,7 @@ def keep_what_is_there(run: Run, desired: DesiredNode) -> None:
 
 
 def put_back(run: Run, desired: DesiredNode) -> int:
-    """
-    Put copies of an earlier run in place again, and tell how many files those are; 0: there are no copies.
-
-    Raises:
-        OtherNodeDesiredError: They are another configuration's, or another role's.
-        LeftoversError: There is another file in the place of one.
-        NotWholeError: They are of no use any more.
-    """
+    """Put copies of an earlier run in place again, and tell how many files those are; 0: there are no copies."""
     if desired.keep is None or desired.anew or not (desired.keep / f"{desired.node}.kept.json").exists():
         return 0
     found = kept_file(desired.keep, desired.node).read()
@@ -201,13 +182,7 @@ def kept_file(directory: Path, node: str) -> StateFile[Kept]:
 
 
 def write_kept(directory: Path, node: str, kept: Kept) -> None:
-    """
-    Write it; the directory is made if it is not there.
-
-    Raises:
-        BridgeError: The directory is not ours alone.
-        StateError: It can't be written.
-    """
+    """Write the file; its directory is made if it is missing, and has to be ours alone."""
     private_directory(directory)
     files = [
         {"certificate": name, "path": str(path), "mode": mode, "data": b64encode(data).decode()}

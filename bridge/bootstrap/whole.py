@@ -243,17 +243,7 @@ class NodeLook:
 def check(
     settings: Settings, places: Places, role: Role, files: Sequence[Path], config: Configuration | None, now: datetime
 ) -> list[str]:
-    """
-    All that is missing or wrong on a node that kubeadm is about to be run on; nothing is changed.
-
-    Args:
-        settings: Of this node.
-        places: Of this node.
-        role: What it is to become.
-        files: kubeadm's configuration; that of the cluster is a second one where a control-plane node joins.
-        config: What they say; None: nothing.
-        now: Aware, UTC.
-    """
+    """All that is missing or wrong on a node that kubeadm is about to be run on; nothing is changed."""
     found = [f"{path}: wanted a node without a cluster, found it" for path in traces_of_cluster(places)]
     wanted = "wanted kubeadm's configuration, by which names are judged, found none"
     found += [f"{file}: {wanted}" for file in files if live(file) is None]
@@ -294,22 +284,13 @@ _BRING_BACK = "bring back what is missing, or move all of it away and run this a
 
 
 def assert_no_cluster(desired: DesiredNode) -> None:
-    """
-    Raises:
-        ClusterExistsError: kubeadm or a kubelet has been at work here.
-    """
+    """Make sure that neither kubeadm nor a kubelet has been at work here."""
     if traces := list(traces_of_cluster(desired.places)):
         raise ClusterExistsError(f"wanted a node without a cluster, found {some_of(traces)}")
 
 
 def assert_as_desired(desired: DesiredNode, look: NodeLook) -> None:
-    """
-    Judge a node that has all files.
-
-    Raises:
-        OtherNodeDesiredError: They are there for another configuration.
-        NotWholeError: Something is wrong with them.
-    """
+    """Judge a node that has all files."""
     for path, wanted in desired.files.items():  # first, since certificates for another one lack its names
         if live(path) != wanted:
             raise OtherNodeDesiredError(
@@ -324,13 +305,7 @@ def assert_as_desired(desired: DesiredNode, look: NodeLook) -> None:
 
 
 def assert_no_leftovers(desired: DesiredNode, look: NodeLook) -> None:
-    """
-    Judge a node that lacks files: CA certificates, the service account key and the kubelet's own pair may be there.
-
-    Raises:
-        LeftoversError: Others are there, too, or another configuration.
-        NotWholeError: Most of a whole set is there.
-    """
+    """Judge a node that lacks files; CA certificates, sa.key and the kubelet's serving pair may be there."""
     places = desired.places
     allowed = {places.sa_key, places.sa_public, *places.serving}
     allowed |= {places.authority(one) for one in AUTHORITIES.values()}

@@ -84,14 +84,7 @@ def _wanted(item: Item, expected: verify.Expectation, settings: Settings) -> Wan
 
 
 def ask_all(settings: Settings, names: Mapping[str, None], questions: Mapping[str, Question]) -> Iterator[Finding]:
-    """
-    Ask each authority's CA; one that does not answer is not asked again for another of its authorities.
-
-    Args:
-        settings: With the backends.
-        names: All authorities that must have a backend.
-        questions: By authority, of those that can be asked about.
-    """
+    """Ask each authority's CA; one that does not answer is not asked again for another of its authorities."""
     try:
         backends = registry.configured(settings, names)
     except SettingsError as e:

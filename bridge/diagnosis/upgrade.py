@@ -262,7 +262,7 @@ def _kubelet_config(api: Api) -> Iterator[Finding]:
     data = read(KUBELET_CONFIG)
     if root is None or data is None:
         return
-    ours, theirs = _plain(document(split_bom(data)[1])), _plain(root)
+    ours, theirs = document(split_bom(data)[1]).plain(), root.plain()
     if not isinstance(ours, dict) or not isinstance(theirs, dict):
         return
     differing = sorted(key for key in {*ours, *theirs} - _OF_THE_NODE if ours.get(key) != theirs.get(key))
@@ -282,17 +282,3 @@ def _document(api: Api, path: str, key: str) -> YamlNode | None:
 def _text(root: YamlNode, key: str) -> str:
     found = root.get(key)
     return "" if found is None else found.text()
-
-
-def _plain(node: YamlNode) -> object:
-    """A YAML node as values that can be compared; depth and size were limited, and nothing expands."""
-    if node.kind == "alias":
-        raise YamlError(f"line {node.place.line}: wanted values of their own, found an alias (*)")
-    one = node
-    if one.kind == "mapping":
-        return {
-            key.resolved.value: _plain(value) for key, value in zip(one.children[::2], one.children[1::2], strict=True)
-        }
-    if one.kind == "sequence":
-        return [_plain(child) for child in one.children]
-    return one.value

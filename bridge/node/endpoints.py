@@ -51,9 +51,6 @@ def bound(component: Component, flags: Flags) -> list[Address]:
     Where a Kubernetes component listens, none for one that does not.
 
     Of one that listens on all addresses: loopback, and the API server's the one that it advertises, which comes last.
-
-    Raises:
-        ValueError: A port that is none.
     """
     host, port = flags.get("--bind-address", ""), int(flags.get("--secure-port", PORTS[component]))
     hosts = [loopback(host), flags.get("--advertise-address")] if is_any(host) else [host]
@@ -67,14 +64,7 @@ def name(flags: Flags) -> str | None:
 
 
 def listening(flags: Flags, names: Sequence[str], advertised: str) -> list[Address]:
-    """
-    Where etcd listens with TLS.
-
-    Args:
-        flags: Its own.
-        names: The flags with the URLs.
-        advertised: The flag with the URL that stands for all addresses.
-    """
+    """Where etcd listens with TLS, by the flags with these names; the last is the URL that stands for all addresses."""
     places = []
     for place in (Server(url).place for one in names for url in urls(flags, one)):
         hosts = [loopback(place.host), host(flags, advertised)] if is_any(place.host) else [place.host]
@@ -116,12 +106,7 @@ def file(flags: Flags, flag: str) -> Path | None:
 
 
 def wanted_file(flags: Flags, flag: str) -> Path:
-    """
-    The file that a flag names, as `file` gives it.
-
-    Raises:
-        ValueError: There is no such flag.
-    """
+    """The file that a flag names, as `file` gives it; ValueError: there is no such flag."""
     found = file(flags, flag)
     if found is None:
         raise ValueError(f"wanted {flag}, found none")

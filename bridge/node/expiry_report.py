@@ -67,14 +67,7 @@ class ExpiryReport:
 
 
 def report(node: Node, now: datetime, within: Limit | None) -> ExpiryReport:
-    """
-    A report of when a node's certificates end, its CAs included.
-
-    Args:
-        node: What is on the node.
-        now: Aware, UTC.
-        within: What ends sooner is due, as is what has ended; None: nothing is.
-    """
+    """A report of when a node's certificates end, its CAs included; `within` says when one is due, None: none is."""
     rows = [(item, _item_row(item, now, within)) for item in node.items]
     return ExpiryReport(
         certificates=[row for item, row in rows if item.listed],

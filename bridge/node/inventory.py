@@ -163,14 +163,7 @@ def of(node: NodeSettings) -> Node:
 
 
 def read(pki_dir: Path, kubeconfig_dir: Path, kubelet_dir: Path = KUBELET_DIR) -> Node:
-    """
-    Look at a node; never fails because of what is on it.
-
-    Args:
-        pki_dir: kubeadm's certificatesDir.
-        kubeconfig_dir: Where kubeconfigs and the directory of static-pod manifests are.
-        kubelet_dir: Where the kubelet has its configuration and its certificates.
-    """
+    """Look at a node; never fails because of what is on it."""
     kubelet = KubeletFiles.load(kubelet_dir)
     found, troubles = _manifests(kubeconfig_dir)
     if kubelet.trouble is not None:

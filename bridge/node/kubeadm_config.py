@@ -74,13 +74,7 @@ class KubeadmConfig:
         return str(ipaddress.ip_network(self.service_subnet.partition(",")[0].strip())[1])
 
     def naming_facts(self, node: str, address: str) -> NamingFacts:
-        """
-        The facts that kubeadm makes a node's names of.
-
-        Args:
-            node: Its name in the cluster.
-            address: Advertise address of its API server; empty: not known.
-        """
+        """The facts that kubeadm makes the names of a node with this name and advertise address of."""
         return NamingFacts(
             release=self.release,
             node=node,
@@ -95,12 +89,7 @@ class KubeadmConfig:
 
 
 def read_file(path: Path) -> bytes:
-    """
-    Read a file that the operator names.
-
-    Raises:
-        KubeadmConfigError: It can't be read, or isn't there.
-    """
+    """Read a file that the operator names; it has to be there."""
     try:
         data = read(path)
     except UnreadableError as e:
@@ -111,16 +100,7 @@ def read_file(path: Path) -> bytes:
 
 
 def parse(data: bytes, source: str = "") -> KubeadmConfig:
-    """
-    Read what the names come from.
-
-    Args:
-        data: The documents.
-        source: Where they are from, for messages.
-
-    Raises:
-        KubeadmConfigError: Not one of kubeadm's; without a ClusterConfiguration; or a value in it is none.
-    """
+    """Read what the names come from; `source` says in messages where the documents are from."""
     try:
         config = _config(_by_kind(data))
         _ = config.endpoint_url, config.service_address
@@ -132,16 +112,7 @@ def parse(data: bytes, source: str = "") -> KubeadmConfig:
 
 
 def parse_documents(data: bytes, source: str = "") -> tuple[dict[str, Any], ...]:
-    """
-    Read the documents whole, those for the kubelet and kube-proxy among them.
-
-    Args:
-        data: The documents.
-        source: Where they are from, for messages.
-
-    Raises:
-        KubeadmConfigError: None of them is kubeadm's; one is no mapping; or it can't be written again as it is.
-    """
+    """Read the documents whole, those for the kubelet and kube-proxy among them."""
     try:
         return tuple(one.plain() for one in _by_kind(data).values())
     except YamlError as e:
@@ -156,12 +127,7 @@ def _unusable(problem: str, source: str) -> KubeadmConfigError:
 
 
 def _by_kind(data: bytes) -> dict[str, YamlNode]:
-    """
-    The documents, of which each kind is there once (as kubeadm demands) and one is kubeadm's.
-
-    Raises:
-        YamlError: They aren't such documents.
-    """
+    """The documents, of which each kind is there once (as kubeadm demands) and one is kubeadm's."""
     kinds: dict[str, YamlNode] = {}
     for one in documents(split_bom(data)[1]):
         if one.null:

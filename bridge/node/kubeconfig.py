@@ -61,20 +61,12 @@ def parse(data: bytes) -> Kubeconfig:
     Read a kubeconfig.
 
     Not checked: whether what is embedded is PEM, whether there is a client certificate at all, files it refers to.
-
-    Raises:
-        KubeconfigError: Not a kubeconfig, or its current context leads nowhere.
     """
     return _reading(lambda: _parse(document(split_bom(data)[1])))
 
 
 def key_data(data: bytes) -> bytes | None:
-    """
-    The private key (PEM) that is embedded for the current context's user.
-
-    Raises:
-        KubeconfigError: As `parse`; also when it is not base64.
-    """
+    """The private key (PEM) that is embedded for the current context's user."""
     return _reading(lambda: _data(_Entries.of(document(split_bom(data)[1])).user, _KEY))
 
 
@@ -89,12 +81,7 @@ class EmbeddedUser:
 
 
 def embedded_users(data: bytes) -> list[EmbeddedUser]:
-    """
-    Find the users with embedded credentials, whether a context leads to them or not.
-
-    Raises:
-        KubeconfigError: Not a kubeconfig.
-    """
+    """Find the users with embedded credentials, whether a context leads to them or not."""
     return _reading(lambda: list(_embedded_users(document(split_bom(data)[1]))))
 
 
@@ -103,9 +90,6 @@ def with_users(data: bytes, pairs: Mapping[int, tuple[bytes, bytes]]) -> bytes:
     The same kubeconfig with other certificates and keys (PEM) embedded for these users, by their number.
 
     As `with_credentials`; which context is the current one does not count.
-
-    Raises:
-        KubeconfigError: As `with_credentials`.
     """
     bom, text = _reading(lambda: split_bom(data))
     nodes = _reading(lambda: _values_of_users(document(text), pairs))
@@ -122,10 +106,6 @@ def with_credentials(data: bytes, certificate_pem: bytes, key_pem: bytes) -> byt
 
     Each value keeps its style (plain, quoted or block); a block or folded value becomes one line of it.
     Every other byte stays, and the result was parsed again and compared.
-
-    Raises:
-        KubeconfigError: As `parse`; also when nothing is embedded to be replaced, or the two values can't be changed
-            without a change somewhere else.
     """
     parse(data)
     bom, text = _reading(lambda: split_bom(data))
@@ -139,12 +119,7 @@ def with_credentials(data: bytes, certificate_pem: bytes, key_pem: bytes) -> byt
 
 
 def _edited(text: str, values: Sequence[tuple[YamlNode, bytes]]) -> str:
-    """
-    The text with other data in these scalars.
-
-    Raises:
-        YamlError: Something else would change, too.
-    """
+    """The text with other data in these scalars."""
     edited = text
     encoded = {node.place.start: base64.b64encode(data).decode() for node, data in values}
     for node, _ in sorted(values, key=lambda value: value[0].place.start, reverse=True):
@@ -159,9 +134,6 @@ def with_references(data: bytes, path: str) -> bytes:
     The same kubeconfig with one file for certificate and key of the current context's user, in the place of what is embedded.
 
     The two entries change their names and values; every other byte stays, and the result was parsed again and compared.
-
-    Raises:
-        KubeconfigError: As `with_credentials`; also where files are named already beside what is embedded.
     """
     import json  # noqa: PLC0415 (not where a kubeconfig is only read)
 
@@ -343,12 +315,7 @@ def _content(text: str, node: YamlNode) -> tuple[int, int]:
 
 
 def _assert_only_these_changed(before: str, after: str, changed: dict[int, str]) -> None:
-    """
-    The edited text says the same as before, but for the scalars that began at these places.
-
-    Raises:
-        YamlError: It does not.
-    """
+    """The edited text says the same as before, but for the scalars that began at these places."""
     wanted = [_meaning(event, changed) for event in events(before)]
     if wanted != [_meaning(event, {}) for event in events(after)]:
         raise YamlError("wanted two values of the kubeconfig to change, found that others would too")
@@ -381,17 +348,7 @@ class FreshKubeconfig:
     ca_pem: bytes
 
     def text(self, certificate_pem: bytes, key_pem: bytes | None, key_file: str = "") -> bytes:
-        """
-        The file.
-
-        Args:
-            certificate_pem: The leaf, and what must follow it.
-            key_pem: None: the user has it.
-            key_file: Its file then, seen from the kubeconfig's directory.
-
-        Raises:
-            KubeconfigError: It can't be read back as it was meant; a bug.
-        """
+        """The file; without a key the user has it, and `key_file` names it, seen from the kubeconfig's directory."""
         context = f"{self.user}@{self.cluster}"
         user = {"client-certificate-data": _base64(certificate_pem)}
         if key_pem is not None:

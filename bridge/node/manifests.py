@@ -34,12 +34,7 @@ def path_of(component: Component, kubeconfig_dir: Path) -> Path:
 
 
 def load(component: Component, kubeconfig_dir: Path) -> Manifest | None:
-    """
-    The component's manifest, None when there is none.
-
-    Raises:
-        ValueError: It is there and can't be used; the text says why.
-    """
+    """The component's manifest, None when there is none; ValueError says why it can't be used."""
     path = path_of(component, kubeconfig_dir)
     try:
         data = read(path)
@@ -51,12 +46,7 @@ def load(component: Component, kubeconfig_dir: Path) -> Manifest | None:
 
 
 def parse(component: Component, data: bytes) -> Manifest:
-    """
-    Read a manifest.
-
-    Raises:
-        YamlError: Not a manifest with a container.
-    """
+    """Read a manifest."""
     container = _container(document(split_bom(data)[1]), component.value)
     words = [word.text() for key in ("command", "args") for word in _items(container.get(key))]
     tag = _TAG.search(_text(container.get("image")).partition("@")[0])

@@ -69,16 +69,7 @@ def findings(
     expected: verify.Expectation,
     like: x509.Certificate | None = None,
 ) -> Iterator[PairFinding]:
-    """
-    Judge a pair as the answer to a request that we would make now, whatever time is left.
-
-    Args:
-        spec: What it should be.
-        certificates: The leaf, then its intermediates.
-        key_pem: Its key.
-        expected: The node's CA, and the time.
-        like: The certificate whose subject and SANs it has to have; None: its own.
-    """
+    """Judge a pair as the answer to a request that we would make now, whatever time is left."""
     leaf, *intermediates = certificates
     if (wrong := key_finding(leaf, key_pem)) is not None:
         yield wrong

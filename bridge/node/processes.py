@@ -46,10 +46,6 @@ def running(program: str, proc: Path = PROC) -> list[Process]:
     On this node means: in our own network namespace. Static pods of a control plane use their host's, and so does a
     kubelet; another node on the same machine has its own. Who may not look at other people's processes (not root)
     finds none.
-
-    Args:
-        program: Its file's name.
-        proc: Where the process table is.
     """
     here = _network(proc / "self")
     return sorted((found for found in _all(program, proc, here)), key=lambda process: process.started)
@@ -93,14 +89,6 @@ def compare_age(component: Component, path: Path, proc: Path = PROC) -> Age:
     By the file's ctime, which no copying of times sets back, and which a rename sets, too. A container that has a
     file mounted goes on seeing the old one after a rename, whatever the times say. Of several processes the oldest
     counts.
-
-    Args:
-        component: On this node.
-        path: As the component knows it, and as it is here.
-        proc: Where the process table is.
-
-    Raises:
-        UnreadableError, ValueError: There is no such file, or it can't be read.
     """
     data = file_contents(path)
     changed = max(_changed(path.lstat()), _changed(path.stat()))
@@ -120,13 +108,7 @@ def compare_age(component: Component, path: Path, proc: Path = PROC) -> Age:
 
 
 def file_contents(path: Path) -> bytes:
-    """
-    A file that has to be there.
-
-    Raises:
-        UnreadableError: It can't be read.
-        ValueError: It is not there.
-    """
+    """A file that has to be there; ValueError: it is not."""
     try:
         data = paths.read(path)
     except UnreadableError as e:
@@ -191,12 +173,7 @@ _MOST_ANSWER = 16 << 20
 
 
 def _crictl(*arguments: str) -> dict[str, Any]:
-    """
-    Ask the runtime that the kubelet's configuration names, or that crictl finds by itself.
-
-    Raises:
-        OSError, ValueError: No crictl, no runtime, or another one's answer.
-    """
+    """Ask the runtime that the kubelet's configuration names, or that crictl finds by itself."""
     program = shutil.which("crictl")
     if program is None:
         raise FileNotFoundError("no crictl")
@@ -217,10 +194,7 @@ class _Runtime:
     """Instances as crictl lists them; while it fails, as it last did. Where kubeadm's pod is, none that is called alike."""
 
     def __init__(self, component: Component) -> None:
-        """
-        Raises:
-            OSError, ValueError: The runtime can't be asked.
-        """
+        """Ask the runtime; what it raises means that it can't be asked."""
         self._component = component
         self._last = _sandboxes(component)
         self._is_labelled = any(self._last.values())
@@ -232,15 +206,7 @@ class _Runtime:
 
 
 def _sandboxes(component: Component) -> dict[str, bool]:
-    """
-    The running pods that a kubelet made of a manifest file, and that may be the component's by their name.
-
-    Returns:
-        Of each whether it has kubeadm's label.
-
-    Raises:
-        OSError, ValueError: The runtime can't be asked.
-    """
+    """The pods of manifest files that may be the component's by their name; of each, whether it has kubeadm's label."""
     found = _crictl("pods", "--state", "ready")
     try:
         ours = [one for one in found.get("items") or () if _may_be_of(one, component)]

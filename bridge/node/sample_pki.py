@@ -144,23 +144,7 @@ def make(
     ca_not_after: datetime | None = None,
     cluster: Cluster | None = None,
 ) -> dict[str, ThrowawayCA]:
-    """
-    Write `pki/` and the kubeconfigs into a directory, without the CAs' keys.
-
-    Args:
-        directory: Takes the place of `/etc/kubernetes`; there may be other files in it, but none of ours.
-        now: When kubeadm would have run (aware); files are valid from five minutes before.
-        not_after: Of every certificate but the CAs'; may be in the past.
-        key: Of every key, the CAs' and the service accounts' too.
-        ca_not_after: Ten years after `now` unless given.
-        cluster: Names and addresses, unless the usual ones will do.
-
-    Returns:
-        The CAs by name (`ca`, `etcd-ca`, `front-proxy-ca`); only here are their keys.
-
-    Raises:
-        FileExistsError: One of the files is there already.
-    """
+    """Write `pki/` and the kubeconfigs into a directory, without the CAs' keys."""
     cluster = cluster or Cluster()
     not_before = now.replace(microsecond=0) - _BACKDATED
     specs = {name: spec for name, spec in SPECS.items() if not spec.kubelets}
@@ -193,9 +177,6 @@ def write_cas(cas: Mapping[str, ThrowawayCA], directory: Path) -> None:
     Write CA certificates and keys into a directory, as kubeadm lays them out below `pki/`.
 
     A certificate file that is there already stays: in kubeadm's own directory only the keys are missing.
-
-    Raises:
-        FileExistsError: A key is there already.
     """
     for name, ca in cas.items():
         certificate_file = directory / AUTHORITIES[name].certificate_file
@@ -350,22 +331,7 @@ _ATTRIBUTES = "unique_subject = no\n"
 def create_openssl_directory(
     directory: Path, certificate_pem: bytes, key_pem: bytes, passphrase: str | None = None
 ) -> Path:
-    """
-    Make the directory of an `openssl ca`: `ca.crt`, `ca.key`, `index.txt`, `index.txt.attr`, `newcerts`.
-
-    Args:
-        directory: May be there already, but none of the five.
-        certificate_pem: The CA's certificate, then its chain.
-        key_pem: Unencrypted.
-        passphrase: The key is encrypted with it (PKCS#8) when given.
-
-    Returns:
-        The directory.
-
-    Raises:
-        FileExistsError: One of the five is there.
-        ValueError: No key in `key_pem`.
-    """
+    """Make the directory of an `openssl ca`: `ca.crt`, `ca.key`, `index.txt`, `index.txt.attr`, `newcerts`."""
     encryption = BestAvailableEncryption(passphrase.encode()) if passphrase else NoEncryption()
     key = load_pem_private_key(key_pem, None).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)

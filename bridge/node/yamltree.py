@@ -71,12 +71,7 @@ class YamlNode:
         return node.kind == "scalar" and node.style == "" and node.tag is None and node.value in _NULL
 
     def text(self) -> str:
-        """
-        The scalar as text, empty for null.
-
-        Raises:
-            YamlError: Not a scalar, or tagged as something else than text.
-        """
+        """The scalar as text, empty for null."""
         node = self.resolved
         if node.kind != "scalar":
             raise YamlError(f"line {self.place.line}: wanted a text, found a {node.kind}")
@@ -85,12 +80,7 @@ class YamlNode:
         return "" if node.null else node.value
 
     def items(self) -> list[YamlNode]:
-        """
-        The entries of a sequence, none for null.
-
-        Raises:
-            YamlError: Not a sequence.
-        """
+        """The entries of a sequence, none for null."""
         node = self.resolved
         if node.null:
             return []
@@ -118,12 +108,7 @@ class YamlNode:
         return node.children[2 * keys.index(key) + 1] if key in keys else None
 
     def plain(self) -> Any:
-        """
-        The value with all below it as Python's own, for a document that is to be written again.
-
-        Raises:
-            YamlError: An alias (written out, a few of them fill the memory), a merge key, a key twice, or a tag.
-        """
+        """The value with all below it as Python's own, for a document that is to be written again."""
         if self.kind == "alias":
             raise YamlError(f"line {self.place.line}: wanted a value, found an alias (*)")
         if self.kind == "scalar":
@@ -157,12 +142,7 @@ def _plain_scalar(node: YamlNode) -> str | float | bool | None:
 
 
 def split_bom(data: bytes) -> tuple[str, str]:
-    """
-    The byte order mark (mostly empty) and the text after it.
-
-    Raises:
-        YamlError: Too large, or not UTF-8.
-    """
+    """The byte order mark (mostly empty) and the text after it."""
     if len(data) > MAX_YAML_BYTES:
         raise YamlError(f"wanted at most {MAX_YAML_BYTES} bytes, found {len(data)}")
     try:
@@ -176,12 +156,7 @@ def split_bom(data: bytes) -> tuple[str, str]:
 
 
 def events(text: str, most: int = 1) -> Iterator[yaml.Event]:
-    """
-    PyYAML's events.
-
-    Raises:
-        YamlError: Not YAML, nested too deeply, or more documents than `most`.
-    """
+    """PyYAML's events."""
     place = ""
     try:
         yield from _limited(yaml.parse(text, Loader=_LOADER), most)
@@ -210,22 +185,12 @@ def _limited(parsed: Iterator[yaml.Event], most: int) -> Iterator[yaml.Event]:
 
 
 def document(text: str) -> YamlNode:
-    """
-    The root of the only document in `text`.
-
-    Raises:
-        YamlError: Not one document of sound YAML.
-    """
+    """The root of the only document in a text."""
     return documents(text, most=1)[0]
 
 
 def documents(text: str, most: int = MAX_DOCUMENTS) -> list[YamlNode]:
-    """
-    The roots of all documents in `text`, at least one.
-
-    Raises:
-        YamlError: Not sound YAML, no document, or more than `most`.
-    """
+    """The roots of all documents in `text`, at least one."""
     root = YamlNode("sequence", Position(1, 0, 0))
     stack = [root]
     anchors: dict[str, YamlNode] = {}

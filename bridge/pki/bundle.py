@@ -98,16 +98,7 @@ Bundle = RequestBundle | AnswerBundle
 
 
 def bundle_of(requests: Sequence[SignRequest], created: datetime) -> RequestBundle:
-    """
-    A bundle of requests of one batch, each with its `continuity`.
-
-    Args:
-        requests: At least one.
-        created: For those whose continuity tells no time: an earlier version of the program has made it.
-
-    Raises:
-        ValueError: None, or of several batches; a bug of the caller's.
-    """
+    """A bundle of one batch; `created` counts where an earlier version made the requests, which have no time."""
     batches = {
         (who.batch, who.node, who.cluster, who.asked) for request in requests if (who := request.continuity) is not None
     }

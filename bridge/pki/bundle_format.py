@@ -53,12 +53,7 @@ _BATCH = re.compile(r"[0-9a-f]{32}")
 
 
 def dumps(bundle: Bundle) -> bytes:
-    """
-    The bundle as a file; the same bundle gives the same bytes.
-
-    Raises:
-        BundleError: A value in it is none that a bundle may have, such as a node's name with a line break.
-    """
+    """The bundle as a file; the same bundle gives the same bytes."""
     document = _document(bundle)
     _assert_readable(document)  # what one side can't read, the other does not write
     signature = bundle.signature if isinstance(bundle, AnswerBundle) else None
@@ -189,12 +184,7 @@ def loads(data: bytes) -> Bundle:
 
 
 def loads_request(data: bytes) -> RequestBundle:
-    """
-    A request bundle.
-
-    Raises:
-        BundleError: As `loads`; also for an answer bundle.
-    """
+    """A request bundle."""
     bundle = loads(data)
     if not isinstance(bundle, RequestBundle):
         raise BundleError(
@@ -204,12 +194,7 @@ def loads_request(data: bytes) -> RequestBundle:
 
 
 def loads_digested(data: bytes) -> tuple[RequestBundle, str]:
-    """
-    A request bundle and its `digest`, which was computed to read it.
-
-    Raises:
-        BundleError: As `loads_request`.
-    """
+    """A request bundle and its `digest`, which was computed to read it."""
     document = parse(data)
     if document.get("schema") != REQUEST_SCHEMA:
         raise BundleError("schema", REQUEST_SCHEMA, excerpt(document.get("schema")))
@@ -217,12 +202,7 @@ def loads_digested(data: bytes) -> tuple[RequestBundle, str]:
 
 
 def loads_answer(data: bytes) -> AnswerBundle:
-    """
-    An answer bundle. Whether the answers are right is not checked here: see `bridge.pki.verify`.
-
-    Raises:
-        BundleError: As `loads`; also for a request bundle.
-    """
+    """An answer bundle. Whether the answers are right is not checked here: see `bridge.pki.verify`."""
     bundle = loads(data)
     if not isinstance(bundle, AnswerBundle):
         raise BundleError(
@@ -349,13 +329,7 @@ _CSR_HINT = (
 
 
 def parse(data: bytes) -> dict[str, Any]:
-    """
-    The JSON object that the bytes are.
-
-    Raises:
-        IncompleteBundleError: They are no JSON document.
-        BundleError: They are too many, or another value than an object, or one with a key twice.
-    """
+    """The JSON object that the bytes are."""
     if len(data) > MAX_BUNDLE_BYTES:
         raise BundleError("", f"at most {MAX_BUNDLE_BYTES} bytes", f"{len(data)}")
     try:
@@ -494,14 +468,7 @@ class Fields:
 
 
 def certificate(value: object, place: str, or_else: str = "") -> x509.Certificate:
-    """
-    A certificate as one PEM block, all of which can be read.
-
-    Args:
-        value: From the document.
-        place: Where in the document, for errors.
-        or_else: What might stand there instead, for errors; such as " or null".
-    """
+    """A certificate as one PEM block, all of which can be read; `or_else` is what else errors say was wanted."""
     wanted = f"a certificate as one PEM block, and not a byte more{or_else}"
     try:
         found = x509.load_pem_x509_certificate(_ascii(value))

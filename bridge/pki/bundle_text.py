@@ -17,15 +17,7 @@ from bridge.words import one_line
 
 
 def describe(bundle: Bundle, now: datetime, cas: Mapping[str, Sequence[x509.Certificate]]) -> str:
-    """
-    A text with all that a person has to know who approves a bundle, or gets one back.
-
-    Args:
-        bundle: Of either kind.
-        now: For "expired".
-        cas: The CAs' certificates by authority, with which the origin of the replaced certificates can be told; of an
-            authority that is missing it can't.
-    """
+    """All that a person must know who approves a bundle or gets one back; `cas` tell the origins of their authorities."""
     lines = list(_request_lines(bundle, now, cas) if isinstance(bundle, RequestBundle) else _answer_lines(bundle))
     return "\n".join([*lines, "", f"fingerprint  {short_fingerprint(bundle)}", ""])
 

@@ -55,9 +55,6 @@ def load_pem_certificates(data: bytes) -> list[x509.Certificate]:
     As Go's `cert.ParseCertsPEM`, which every Kubernetes component uses: text around the blocks, CRLF, blocks of
     other types and blocks with headers are skipped (and so no key beside them is decoded). Unlike it, a damaged
     block is an error, since the next one would be taken for the leaf.
-
-    Raises:
-        ValueError: No certificate, or one that can't be read; the text says which and why.
     """
     found = [_load(body, number) for number, body in enumerate(_bodies(data), start=1) if b":" not in body]
     if not found:
@@ -87,12 +84,7 @@ def _load(body: bytes, number: int) -> x509.Certificate:
 
 
 def load_der_certificate(der: bytes) -> x509.Certificate:
-    """
-    One certificate, whose names can be read; its key and its extensions may still be `UNREADABLE`.
-
-    Raises:
-        ValueError: It can't be read.
-    """
+    """One certificate, whose names can be read; its key and its extensions may still be `UNREADABLE`."""
     try:
         certificate = x509.load_der_x509_certificate(der)
         _ = certificate.subject, certificate.issuer  # or whoever shows them would be the first to read them
@@ -153,20 +145,12 @@ def san_entries(subject: x509.Certificate | x509.CertificateSigningRequest) -> s
 
     Types are DNS, IP, email, URI, otherName, dirName and registeredID. IP addresses are normalised, names are not:
     case and wildcards stay.
-
-    Raises:
-        ValueError: The extensions can't be read.
     """
     return set(san_counts(subject))
 
 
 def san_counts(subject: x509.Certificate | x509.CertificateSigningRequest) -> Counter[tuple[str, str]]:
-    """
-    How often each of `san_entries` stands in the extension.
-
-    Raises:
-        ValueError: The extensions can't be read.
-    """
+    """How often each of `san_entries` stands in the extension."""
     return Counter(_sans(subject))
 
 
@@ -201,12 +185,7 @@ def san_entry(name: x509.GeneralName) -> tuple[str, str]:
 
 
 def extended_key_usages(subject: x509.Certificate | x509.CertificateSigningRequest) -> frozenset[str] | None:
-    """
-    The EKUs' OIDs in dotted form; None when the extension is absent, which means "good for anything".
-
-    Raises:
-        ValueError: The extensions can't be read.
-    """
+    """The EKUs' OIDs in dotted form; None when the extension is absent, which means "good for anything"."""
     usages = extension(subject, x509.ExtendedKeyUsage)
     return None if usages is None else frozenset(usage.dotted_string for usage in usages)
 
@@ -221,12 +200,7 @@ def is_ca(certificate: x509.Certificate) -> bool:
 
 
 def extension(subject: x509.Certificate | x509.CertificateSigningRequest, kind: type[_Extension]) -> _Extension | None:
-    """
-    The value of one extension, None when it is absent.
-
-    Raises:
-        ValueError: The extensions can't be read: damaged, or one of them twice.
-    """
+    """The value of one extension, None when it is absent."""
     try:
         values = [one.value for one in subject.extensions]
     except (x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as e:
@@ -239,12 +213,7 @@ _PKCS7_PEM = (b"-----BEGIN PKCS7-----", b"-----BEGIN CMS-----", b"-----BEGIN PKC
 
 
 def certificates_in(data: bytes) -> list[x509.Certificate]:
-    """
-    All certificates in a file that a person or a program made: PEM, DER or PKCS#7, whatever the file is called.
-
-    Raises:
-        ValueError: None, or one that can't be read; the text says which and why.
-    """
+    """All certificates in a file that a person or a program made: PEM, DER or PKCS#7, whatever the file is called."""
     from cryptography.hazmat.primitives.serialization import pkcs7  # noqa: PLC0415 (4 ms, which few need)
 
     for label in _PKCS7_PEM:

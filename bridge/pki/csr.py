@@ -44,16 +44,7 @@ def algorithm_name(key: CertificatePublicKeyTypes) -> str:
 
 
 def key_algorithm(certificate: x509.Certificate, wanted: KeyAlgorithm | Literal["same"]) -> KeyAlgorithm:
-    """
-    The algorithm of the new key.
-
-    Args:
-        certificate: The live one; "same" is its public key's, so no private key needs to be read.
-        wanted: The setting `renewal.key`.
-
-    Raises:
-        CannotCarryError: "same", and kubeadm's components are not known to take such a key, or it can't be read.
-    """
+    """The algorithm of the new key by the setting `renewal.key`; "same" is the live certificate's."""
     if wanted != "same":
         return wanted
     try:
@@ -100,9 +91,6 @@ def build(certificate: x509.Certificate, key: PrivateKey) -> bytes:
 
     The certificate may have expired. Its usages are not taken over: they come from the spec table, and reach
     the CA by the CA's own means. Nor are extensions that its CA added (key identifiers, policies, CRL addresses).
-
-    Raises:
-        CannotCarryError: The subject or a SAN can't be carried; the text names it.
     """
     csr = _signed(naming_of(certificate), key)
     _assert_same(certificate, csr)
@@ -110,12 +98,7 @@ def build(certificate: x509.Certificate, key: PrivateKey) -> bytes:
 
 
 def build_for(naming: Naming, key: PrivateKey) -> bytes:
-    """
-    A CSR that says exactly this, as PEM.
-
-    Raises:
-        CannotCarryError: It can't say it.
-    """
+    """A CSR that says exactly this, as PEM."""
     csr = _signed(naming, key)
     if not naming.is_of(csr):
         raise CannotCarryError(f"subject, SAN: wanted {naming.text}, a CSR can't say it")
@@ -123,12 +106,7 @@ def build_for(naming: Naming, key: PrivateKey) -> bytes:
 
 
 def naming_of(certificate: x509.Certificate) -> Naming:
-    """
-    The subject and SANs of a certificate.
-
-    Raises:
-        CannotCarryError: The subject or a SAN can't be carried; the text names it.
-    """
+    """The subject and SANs of a certificate."""
     subject, san = _subject(certificate), _san(certificate)
     if san is None and not subject:
         raise CannotCarryError("subject: wanted a subject or a SAN, found neither in the live certificate")
@@ -206,12 +184,7 @@ class Naming:
 
 
 def alternative_names(texts: Iterable[str]) -> tuple[x509.GeneralName, ...]:
-    """
-    SANs in their order, each once.
-
-    Raises:
-        ValueError: As `general_name`.
-    """
+    """SANs in their order, each once."""
     return tuple(dict.fromkeys(map(general_name, texts)))
 
 
@@ -228,12 +201,7 @@ def names_of(sans: Iterable[x509.GeneralName]) -> set[tuple[str, str]]:
 
 
 def general_name(text: str) -> x509.GeneralName:
-    """
-    An IP address, or else a DNS name, as in kubeadm's `certSANs`; `DNS:` or `IP:` before it says which is meant.
-
-    Raises:
-        ValueError: Neither; the text says what was wanted.
-    """
+    """An IP address, or else a DNS name, as in kubeadm's `certSANs`; `DNS:` or `IP:` before it says which is meant."""
     kind, colon, value = text.partition(":")
     if colon and kind in {"DNS", "IP"}:
         return _dns(value) if kind == "DNS" else x509.IPAddress(ipaddress.ip_address(value))

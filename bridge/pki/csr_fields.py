@@ -66,12 +66,7 @@ class Asked:
 
 
 def read(pem: bytes) -> Asked:
-    """
-    Read a CSR that has nothing odd about it.
-
-    Raises:
-        OddRequestError: It has.
-    """
+    """Read a CSR, or raise OddRequestError for what is odd about it."""
     encoded = _der(pem)
     try:
         csr = x509.load_der_x509_csr(encoded)

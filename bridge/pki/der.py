@@ -25,22 +25,12 @@ class Element(NamedTuple):
     encoded: bytes  #: All three.
 
     def children(self) -> list[Element]:
-        """
-        The values inside.
-
-        Raises:
-            ValueError: It is no DER.
-        """
+        """The values inside."""
         return elements(self.content)
 
 
 def elements(data: bytes) -> list[Element]:
-    """
-    Values that follow each other.
-
-    Raises:
-        ValueError: It is no DER; also for tags of more than one byte, which X.509 has nowhere.
-    """
+    """Values that follow each other."""
     found, position, size = [], 0, len(data)
     while position < size:
         begin = position
@@ -73,12 +63,7 @@ def _length(data: bytes, position: int) -> tuple[int, int]:
 
 
 def one(data: bytes, tag: int) -> Element:
-    """
-    The one value that the bytes are.
-
-    Raises:
-        ValueError: It is another, or it is not alone.
-    """
+    """The one value that the bytes are."""
     found = elements(data)
     if len(found) != 1 or found[0].tag != tag:
         raise ValueError("not DER of the type that was expected")

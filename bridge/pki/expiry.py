@@ -38,9 +38,6 @@ def residual(seconds: int) -> str:
     Time left in kubeadm's words, such as `364d`.
 
     As `HumanDuration` in k8s.io/apimachinery/pkg/util/duration, from Kubernetes 1.31 on.
-
-    Args:
-        seconds: Left, cut toward zero; negative when it is over.
     """
     if seconds < -1:
         return "<invalid>"
@@ -91,27 +88,13 @@ ROTATION_IS_LATE = 0.1
 
 
 def is_rotation_late(chain: Sequence[x509.Certificate], now: datetime) -> bool:
-    """
-    Whether a kubelet that renews its certificate by itself should have done so.
-
-    Args:
-        chain: The leaf, then its intermediates.
-        now: Aware, UTC.
-    """
+    """Whether a kubelet that renews its certificate by itself should have done so."""
     end = first_end(chain)
     return end - now < (end - chain[0].not_valid_before_utc) * ROTATION_IS_LATE
 
 
 def due_from(chain: Sequence[x509.Certificate], before: Before, validity: timedelta, *, rotates: bool) -> datetime:
-    """
-    The time from which on a certificate should be renewed.
-
-    Args:
-        chain: The leaf, then its intermediates.
-        before: As for `is_due`.
-        validity: As for `is_due`.
-        rotates: A kubelet renews it by itself, and is to be helped only when it is late.
-    """
+    """The time from which on a certificate should be renewed."""
     end = first_end(chain)
     lifetime = end - chain[0].not_valid_before_utc
     due = end - before.of(min(lifetime, validity))
@@ -119,19 +102,9 @@ def due_from(chain: Sequence[x509.Certificate], before: Before, validity: timede
 
 
 def is_due(chain: Sequence[x509.Certificate], before: Before, validity: timedelta, now: datetime) -> bool:
-    """
-    Whether a certificate should be renewed: less than `before` is left, or it has expired.
-
-    One that is not valid yet is not due by that alone.
-
-    Args:
-        chain: The leaf, then its intermediates.
-        before: How early.
-        validity: What is asked for at a renewal; a share is of this at most, since kubeadm up to 1.30 copies
-            notBefore from the CA, which makes lifetimes up to ten years too long.
-        now: Aware, UTC.
-    """
+    """Whether a certificate should be renewed: less than `before` is left, or it has expired."""
     end = first_end(chain)
+    # kubeadm up to 1.30 copies notBefore from the CA, which makes lifetimes up to ten years too long
     lifetime = min(end - chain[0].not_valid_before_utc, validity)
     return end < now or end - now < before.of(lifetime)
 
@@ -140,12 +113,7 @@ _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks
 
 
 def parse_duration(value: object) -> timedelta:
-    """
-    A duration such as `"30d"`, `"12h"` or `"1h30m"` (units w, d, h, m, s).
-
-    Raises:
-        ValueError: Its text is what was wanted.
-    """
+    """A duration such as `"30d"`, `"12h"` or `"1h30m"` (units w, d, h, m, s)."""
     wanted = 'a duration such as "30d", "12h" or "30s"'
     if not isinstance(value, str) or not re.fullmatch(r"([0-9]{1,12}[wdhms])+", value):
         raise ValueError(wanted)
@@ -177,12 +145,7 @@ class Before:
 
     @classmethod
     def from_setting(cls, value: object) -> Before:
-        """
-        Such as `"30d"` or `"33%"`.
-
-        Raises:
-            ValueError: Its text is what was wanted.
-        """
+        """A value such as `"30d"` or `"33%"`; the text of a ValueError is what was wanted."""
         wanted = 'a duration such as "30d", or a share of the lifetime such as "33%"'
         if not isinstance(value, str):
             raise ValueError(wanted)  # noqa: TRY004 (the settings' way to say what was wanted)

@@ -89,13 +89,7 @@ _URI = re.compile(r"[a-z][a-z0-9+.-]*:(?://[\w-]+(?:\.[\w-]+)*(?:/[\w/.~:@-]*)?|
 
 
 def form(certificate: x509.Certificate, *, leaf: bool) -> Iterator[Violation]:
-    """
-    Violations: parts of one certificate that Go can't read, or can't handle.
-
-    Args:
-        certificate: Of which all parts can be read (`bridge.pki.certificates.UNREADABLE` otherwise).
-        leaf: Its names say who it is for, and it is no CA; False for intermediates and the anchor.
-    """
+    """Violations: parts of one certificate that Go can't read, or can't handle."""
     try:
         fields = _fields(certificate)
         yield from _identifiers(certificate, fields, leaf=leaf)
@@ -197,12 +191,7 @@ def _encodings(certificate: x509.Certificate, fields: Sequence[der.Element]) -> 
 
 
 def _small_oid(content: bytes) -> None:
-    """
-    Go reads no OID with a number of more than 31 bits (such as those made of UUIDs) in names, extensions and EKUs.
-
-    Raises:
-        ValueError: It is one.
-    """
+    """Refuse an OID with a number of more than 31 bits, as those made of UUIDs: Go reads none."""
     number = 0
     for byte in content:
         number = number << 7 | byte & 0x7F
@@ -341,15 +330,7 @@ def path(
     anchor: x509.Certificate,
     ekus: Iterable[EKU],
 ) -> Iterator[Violation]:
-    """
-    Violations: steps that Go does not follow in a path that the library has built.
-
-    Args:
-        leaf: What is to be installed.
-        intermediates: Each certifies the one before it.
-        anchor: Certifies the last one.
-        ekus: Each is needed by itself: etcd's certificates are a server's and a client's.
-    """
+    """Violations: steps that Go does not follow in a path that the library has built."""
     for issuer in (*intermediates, anchor):
         who = "the CA" if issuer is anchor else f"intermediate {display.name(issuer)}"
         for violation in _issuer_form(issuer):

@@ -34,16 +34,7 @@ def check(
     anchor_name: str,
     extra: frozenset[tuple[str, str]] = frozenset(),
 ) -> list[Violation]:
-    """
-    Violations of a live certificate: it is another CA's, another user's, or in other groups.
-
-    Args:
-        spec: What it should be.
-        certificates: As in its file: the leaf, then intermediates.
-        anchors: All certificates of the node's CA file.
-        anchor_name: That file, for messages.
-        extra: Subject attributes that this CA always adds, as (OID, value).
-    """
+    """Violations of a live certificate: it is another CA's, another user's, or in other groups."""
     leaf = certificates[0]
     try:
         return [*_issuer(certificates, anchors, anchor_name), *_user(spec, leaf), *_groups(spec, leaf, extra)]

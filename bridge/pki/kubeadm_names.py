@@ -71,22 +71,12 @@ class NamingFacts:
 
 
 def naming(spec: CertificateSpec, facts: NamingFacts) -> Naming:
-    """
-    The subject and SANs that kubeadm of this release would ask for.
-
-    Raises:
-        NoFactError: A fact is missing, or a SAN is none.
-    """
+    """The subject and SANs that kubeadm of this release would ask for."""
     return Naming(subject=subject(spec, facts), sans=_sans(spec, facts))
 
 
 def subject(spec: CertificateSpec, facts: NamingFacts) -> x509.Name:
-    """
-    The subject alone.
-
-    Raises:
-        NoFactError: The release or the node's name is missing.
-    """
+    """The subject alone."""
     common_name = spec.common_names[0]
     if "{node}" in common_name:
         common_name = common_name.replace("{node}", _known(facts.node, "the node's name"))
@@ -94,12 +84,7 @@ def subject(spec: CertificateSpec, facts: NamingFacts) -> x509.Name:
 
 
 def groups(spec: CertificateSpec, release: Release | None) -> tuple[str, ...]:
-    """
-    The O values.
-
-    Raises:
-        NoFactError: They differ by release, and which it is is not known.
-    """
+    """The O values; they differ by release."""
     if len(spec.groups) == 1:
         return tuple(sorted(spec.groups[0]))
     if release is None:
@@ -183,14 +168,7 @@ class ListedNode:
 
 
 def parse_nodes(text: str, *, with_roles: bool = False) -> list[ListedNode]:
-    """
-    A list of nodes: `NAME ADDRESS …` a line, after `ROLE` in a list with roles; `#` begins a comment.
-
-    Roles and names are as they stand there.
-
-    Raises:
-        ValueError: A line is not like that, or a name or address is there twice; its text says what was wanted.
-    """
+    """Read a list of nodes: `NAME ADDRESS …` a line, after `ROLE` in a list with roles; `#` begins a comment."""
     found: list[ListedNode] = []
     names, known = set[str](), set[str]()
     for number, line in enumerate(text.splitlines(), start=1):
@@ -212,13 +190,7 @@ def parse_nodes(text: str, *, with_roles: bool = False) -> list[ListedNode]:
 
 
 def renamed(certificate: x509.Certificate, names: Mapping[str, str]) -> x509.Certificate:
-    """
-    The certificate with other names, signed by nobody that counts: for reading, never for use.
-
-    Args:
-        certificate: A node's.
-        names: Another node's name and addresses by this node's.
-    """
+    """The certificate with another node's names and a throw-away signature: for reading, never for use."""
     extensions = [
         (
             _renamed_sans(value, names) if isinstance(value := one.value, x509.SubjectAlternativeName) else value,

@@ -30,12 +30,7 @@ _PSS = padding.PSS(padding.MGF1(hashes.SHA256()), hashes.SHA256.digest_size)
 
 
 def sign(key: PrivateKeyTypes, message: bytes) -> bytes:
-    """
-    Sign with RSA-PSS, ECDSA or Ed25519, the first two with SHA-256.
-
-    Raises:
-        ValueError: A key of another type.
-    """
+    """Sign with RSA-PSS, ECDSA or Ed25519, the first two with SHA-256."""
     if isinstance(key, rsa.RSAPrivateKey):
         return key.sign(message, _PSS, hashes.SHA256())
     if isinstance(key, ec.EllipticCurvePrivateKey):
@@ -76,12 +71,7 @@ def is_by(key: PublicKeyTypes, signature: bytes, message: bytes) -> bool:
 
 
 def public_key(pem: bytes) -> PublicKeyTypes:
-    """
-    The key of a certificate, or a public key, in PEM.
-
-    Raises:
-        ValueError: Neither is there, or it is of a type that signs nothing here; its text says what was wanted.
-    """
+    """The key of a certificate, or a public key, in PEM."""
     try:
         found = load_pem_public_key(pem) if b"PUBLIC KEY" in pem else x509.load_pem_x509_certificate(pem).public_key()
     except UNREADABLE:
@@ -119,18 +109,6 @@ def sign_proof(
 
     As `sign`. What is signed begins with words of its own, has each
     part with its length before it, and names the batch, so that a proof is good for one request of one bundle.
-
-    Args:
-        old_key: Of the certificate that is replaced.
-        csr: For the new one.
-        name: kubeadm's name of the certificate.
-        batch: The bundle's.
-        node: Likewise.
-        cluster: Likewise.
-        terms: None: a proof of version 1, for a bundle of that version.
-
-    Raises:
-        ValueError: A key of another type.
     """
     message = _proof_message(csr, (batch, node, cluster, name), terms)
     return sign(old_key, message)
@@ -206,15 +184,7 @@ def usages_problem(request: BundledRequest) -> str | None:
 
 
 def origin_problem(request: BundledRequest, cas: Sequence[x509.Certificate]) -> str | None:
-    """
-    Why the replaced certificate is none of this CA's; None when it is.
-
-    Issuer name and signature alone; it may have expired.
-
-    Args:
-        request: The request.
-        cas: Certificates of the authority: that of the cluster, and those that sign for it.
-    """
+    """Why no CA of the authority signed the replaced certificate, expired or not; None when one did."""
     if request.replaces is None:
         return "wanted the certificate that is replaced, found none"
     if any(_is_issued_by(request.replaces, ca) for ca in cas):

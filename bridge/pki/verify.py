@@ -84,12 +84,7 @@ class Verified:
 
 
 def check(issued: Issued, request: SignRequest, expected: Expectation) -> Verified:
-    """
-    Compare a CA's answer with the request that we made, never with anything that the CA sent along.
-
-    Raises:
-        VerificationError: With every violation.
-    """
+    """Compare a CA's answer with the request that we made, never with anything that the CA sent along."""
     violations = [*_unreadable(issued), *_unreadable_anchor(expected)]
     path: tuple[x509.Certificate, ...] = ()
     if not violations:
@@ -334,12 +329,7 @@ def _days(duration: timedelta) -> str:
 def _chain(
     issued: Issued, expected: Expectation, ekus: Iterable[EKU]
 ) -> tuple[tuple[x509.Certificate, ...], list[Violation]]:
-    """
-    A path from the leaf to the node's trust anchor, with path lengths and name constraints (RFC 5280 §6).
-
-    Returns:
-        The intermediates of the path, and what is wrong.
-    """
+    """The intermediates of a path to the node's trust anchor (RFC 5280 §6), and what is wrong."""
     if not expected.anchors:
         return (), [Violation(subject="chain", want=f"a CA certificate in {expected.anchor_name}", got="none")]
     anchor = expected.anchors[0]
@@ -458,9 +448,6 @@ def verified_path(
 
     Checks signatures and their algorithms, names, dates, CA:TRUE, path lengths and name constraints of every
     issuer; not their KeyUsage.
-
-    Raises:
-        verification.VerificationError: There is none.
     """
     if leaf == anchor:
         return [leaf]

@@ -58,15 +58,7 @@ _NEVER_FORCED = ("chain", "issuer", "public key", "extensions", "critical extens
 
 
 def problems_of(backup: Backup, settings: Settings, node: Node, now: datetime) -> list[Problem]:
-    """
-    All that speaks against putting it back.
-
-    Args:
-        backup: What to look at.
-        settings: The subject attributes that a certificate may have or lack are in there.
-        node: With the live certificates.
-        now: Aware, UTC.
-    """
+    """All that speaks against putting it back."""
     items = {item.spec.name: item for item in node.items}
     found: list[Problem] = []
     for name in backup.names:
@@ -153,12 +145,7 @@ def _content_behind(link: File, files: Sequence[File]) -> bytes | None:
 
 
 def pair_of(files: Sequence[File], item: Item) -> tuple[list[x509.Certificate], bytes]:
-    """
-    Certificates, the leaf first, and key (PEM).
-
-    Raises:
-        BridgeError, ValueError: They can't be read.
-    """
+    """Certificates, the leaf first, and key (PEM)."""
     if item.current is not None and (pair := _kubelets_pair(files, item)) is not None:
         return pair
     contents = {file.path.resolve(): file.copy.read_bytes() for file in files if file.copy is not None}
