@@ -22,7 +22,7 @@ from bridge.cli.options import (
 from bridge.cli.printing import end_text, say, say_json, say_table
 from bridge.cli.results import grouped, print_restart
 from bridge.control_plane import restart_plan
-from bridge.diagnosis import drift
+from bridge.diagnosis import use
 from bridge.diagnosis.findings import Finding
 from bridge.errors import Exit
 from bridge.node import inventory
@@ -64,7 +64,7 @@ def plan(settings: Settings, options: RunOptions, now: datetime, output: Output)
     selection = select(node, settings, options, now, desired=decide(node, settings, options))
     for sentence in selection.notes:
         log.warning("%s", sentence)
-    drifted = list(drift.of_files(node, settings))
+    drifted = list(use.of_files(node, settings))
     for found in drifted:
         log.warning("%s: %s", found.about, found.text)
         log.warning("%s", found.hint, extra={"is_hint": True})

@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from datetime import datetime
 
-from bridge.diagnosis import authorities, desk, drift, installed, machine, upgrade, use
+from cryptography import x509
+
+from bridge.ca import registry
+from bridge.ca.ca import signer_of
+from bridge.ca.retry import Rest
+from bridge.desk import files as desk_files
+from bridge.desk.policy import Policy
+from bridge.diagnosis import authorities, installed, machine, upgrade, use
 from bridge.diagnosis.findings import Finding, from_error
-from bridge.errors import BridgeError
+from bridge.errors import BridgeError, SettingsError
 from bridge.node import inventory
+from bridge.pki import verify
 from bridge.settings.tables import Settings
+from bridge.specs import AUTHORITIES, SPECS
+from bridge.system.ca_files import read_ca_file
+from bridge.system.paths import UnreadableError
 
 
 def before_upgrade(settings: Settings, now: datetime) -> Iterator[Finding]:
@@ -20,7 +31,7 @@ def before_upgrade(settings: Settings, now: datetime) -> Iterator[Finding]:
         yield Finding(level="error", check="no-node", about="node", text=str(error), hint=error.hint)
         return
     yield from _whole(lambda: upgrade.look(node, settings, now))
-    yield from _whole(lambda: drift.look(node, settings))
+    yield from _whole(lambda: use.look_at_names(node, settings))
 
 
 def examine(settings: Settings, now: datetime) -> Iterator[Finding]:
@@ -30,7 +41,7 @@ def examine(settings: Settings, now: datetime) -> Iterator[Finding]:
     What is wrong is a finding, and no error.
     """
     node = inventory.of(settings.node)
-    is_desk = desk.policy_file(settings).is_file()
+    is_desk = desk_files.policy_path(settings).is_file()
     if node.is_here:
         yield from _whole(lambda: installed.look(node, settings, now))
         yield from _whole(lambda: use.look(node, settings))
@@ -38,10 +49,10 @@ def examine(settings: Settings, now: datetime) -> Iterator[Finding]:
         yield from _whole(lambda: authorities.look(node, settings, now))
     elif not is_desk:
         error = inventory.NoNodeError(settings.node.pki_dir)
-        hint = f"{error.hint}; a CA desk has its policy in {desk.policy_file(settings)}"
+        hint = f"{error.hint}; a CA desk has its policy in {desk_files.policy_path(settings)}"
         yield Finding(level="error", check="no-node", about="node", text=str(error), hint=hint)
     if is_desk:
-        yield from _whole(lambda: desk.look(settings, now))
+        yield from _whole(lambda: look_at_desk(settings, now))
 
 
 def _whole(look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
@@ -54,3 +65,65 @@ def _whole(look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
         yield Finding(level="error", check="unreadable", about=place, text=text)
     except BridgeError as e:
         yield from_error("unreadable", "state directory", e)
+
+
+def look_at_desk(settings: Settings, now: datetime) -> Iterator[Finding]:
+    """Examine a desk: its policy, directories and CAs."""
+    file = desk_files.policy_path(settings)
+    policy = None
+    try:
+        policy = desk_files.load_policy(settings, None)
+        yield Finding(level="ok", check="desk-policy", about=str(file), text="nothing wrong")
+    except SettingsError as e:
+        for problem in e.problems:
+            yield Finding(level="error", check="desk-policy", about=str(file), text=str(problem), hint=e.hint)
+    archive = policy.desk.archive if policy is not None else None
+    yield from installed.open_directories([file.parent, *([archive] if archive is not None else [])])
+    yield from machine.room(settings, node=False)
+    yield from machine.state_directory(settings.node.state_dir)
+    yield from machine.lock(settings.node.state_dir, now)
+    if not settings.authorities:
+        text = "wanted an [authority.NAME] for each CA that signs here, found none"
+        yield Finding(level="error", check="settings", about="settings", text=text)
+    names = dict.fromkeys(settings.authorities)
+    questions = {name: _question(name, policy, settings, now) for name in names}
+    yield from authorities.ask_all(settings, names, questions)
+    yield from _cas(settings, now)
+
+
+def _question(name: str, policy: Policy | None, settings: Settings, now: datetime) -> authorities.Question:
+    # not every site has the CA sign what its kubelets serve with
+    specs = [spec for spec in SPECS.values() if spec.authority.name == name and not spec.kubelets]
+    anchors = _anchors(policy, name)
+    expected = verify.Expectation(
+        anchors=anchors,
+        anchor_name=f"desk.ca_dir's {AUTHORITIES[name].certificate_file}",
+        now=now,
+        min_validity=settings.renewal.min_validity,
+    )
+    return authorities.Question(specs=specs, wanted=[], expected=expected if anchors else None)
+
+
+def _anchors(policy: Policy | None, name: str) -> tuple[x509.Certificate, ...]:
+    """The cluster's, as the policy names them; none: the backends tell their own."""
+    if policy is None or policy.desk.ca_dir is None:
+        return ()
+    try:
+        return read_ca_file(policy.desk.ca_dir / AUTHORITIES[name].certificate_file)
+    except UnreadableError:
+        return ()
+
+
+def _cas(settings: Settings, now: datetime) -> Iterator[Finding]:
+    """Findings about how long the CAs' own certificates are good, by their own word."""
+    try:
+        backends = registry.configured(settings, settings.authorities)
+    except SettingsError:
+        return  # told before
+    for name, configured in backends.items():
+        try:
+            certificates = signer_of(configured, Rest())
+        except BridgeError:
+            continue  # told before
+        for certificate in certificates:
+            yield installed.ca_end(certificate, f"CA {name}", now)

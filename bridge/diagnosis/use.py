@@ -1,24 +1,42 @@
-"""Who uses what is installed: the static pods' files, and the commands that restart them."""
+"""
+Who uses what is installed, and what says otherwise: static pods, restarts, hooks, kubeconfigs, kubeadm's configuration.
+
+A renewal copies the names of the certificate that it replaces: what was changed elsewhere since then is not in them.
+"""
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from http import HTTPStatus
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from cryptography import x509
+
+from bridge.cluster.api import Api
 from bridge.control_plane import restart_plan, restarts
-from bridge.diagnosis import drift
 from bridge.diagnosis.findings import Finding, from_error
-from bridge.node import endpoints
+from bridge.diagnosis.installed import is_named, server
+from bridge.errors import BridgeError
+from bridge.node import endpoints, kubeadm_config, kubeconfig
+from bridge.node.endpoints import Flags, Server
 from bridge.node.inventory import Item, Node
+from bridge.node.kubeadm_config import CLUSTER_CONFIGURATION, CONFIG_MAP, KubeadmConfig
+from bridge.pki import kubeadm_names
+from bridge.pki.certificates import UNREADABLE, attributes, san_entries
+from bridge.pki.csr import names_of
+from bridge.pki.kubeadm_names import NamingFacts, NoFactError
 from bridge.renewal import hooks
 from bridge.settings.tables import Settings
 from bridge.specs import Component
 from bridge.state.obligations import AFTER_INSTALL, FAILURE, SUCCESS
 from bridge.state.store import Store
 from bridge.system.ca_files import read_ca_file
-from bridge.system.paths import UnreadableError
+from bridge.system.paths import UnreadableError, read
+from bridge.words import one_line
 
 #: The flag for the key, beside the one for the certificate.
 _KEY_FLAGS = {
@@ -50,7 +68,7 @@ def look(node: Node, settings: Settings) -> Iterator[Finding]:
         if item.state == "present" and item.managed:
             yield from _files(item, node, settings)
     yield from _authorities(node)
-    yield from drift.look(node, settings)
+    yield from look_at_names(node, settings)
     yield from _restarts(node, settings)
     yield from _hooks(settings)
 
@@ -133,3 +151,160 @@ def _hooks(settings: Settings) -> Iterator[Finding]:
     if Store(settings.node.state_dir).hooks.exists():
         text = "some of an earlier run did not succeed; the next `ca-bridge renew` runs them again"
         yield Finding(level="warning", check="hooks-owed", about="hooks", text=text)
+
+
+_SERVICE_RANGE = "--service-cluster-ip-range"
+
+
+def look_at_names(node: Node, settings: Settings) -> Iterator[Finding]:
+    """Examine files, kubeconfigs and names; the cluster's API is asked for kubeadm-config."""
+    yield from _addresses(node)
+    yield from _cluster(node, settings)
+
+
+def of_files(node: Node, settings: Settings) -> Iterator[Finding]:
+    """Findings from files alone: manifests and kubeconfigs against certificates; no network."""
+    yield from _addresses(node)
+    for item in node.items:
+        if item.spec.kubeconfig and item.state == "present":
+            try:
+                parsed = kubeconfig.parse(read(settings.node.kubeconfig_dir / item.spec.base) or b"")
+            except (BridgeError, UnreadableError):  # the inventory tells it
+                continue
+            yield from server(item, parsed, node)
+
+
+# --- manifests -------------------------------------------------------------------------------------------------------
+
+
+def _addresses(node: Node) -> Iterator[Finding]:
+    """Check that certificates have the addresses at which their components say that they can be reached."""
+    api, etcd = (node.manifests.get(one) for one in (Component.APISERVER, Component.ETCD))
+    wanted: dict[str, list[str | None]] = {}
+    if api is not None:
+        wanted["apiserver"] = [endpoints.name(api.flags), _service_address(api.flags)]
+    if etcd is not None:
+        clients = [*_hosts(etcd.flags, "--listen-client-urls")]
+        if api is not None and node.local_etcd:
+            clients += _hosts(api.flags, "--etcd-servers")
+        wanted["etcd-server"] = [endpoints.host(etcd.flags, "--advertise-client-urls"), *clients]
+        peers = _hosts(etcd.flags, "--listen-peer-urls")
+        wanted["etcd-peer"] = [endpoints.host(etcd.flags, "--initial-advertise-peer-urls"), *peers]
+    for name, hosts in wanted.items():
+        text = "of its manifest"
+        yield from _missing_names(node, name, [host for host in hosts if host], text, "sans-of-manifest")
+
+
+def _hosts(flags: Flags, flag: str) -> list[str]:
+    """Hosts of the URLs with TLS in a flag; whoever listens on all addresses says nothing of names."""
+    hosts = [urlsplit(url).hostname or "" for url in endpoints.urls(flags, flag)]
+    return [host for host in hosts if host and not endpoints.is_any(host)]
+
+
+def _service_address(flags: Flags) -> str | None:
+    """The address by which pods reach the API server: the first of the (first) service range."""
+    try:
+        return str(ipaddress.ip_network(flags.get(_SERVICE_RANGE, "").partition(",")[0])[1])
+    except (ValueError, IndexError):
+        return None
+
+
+def _missing_names(node: Node, name: str, hosts: Iterable[str], whose: str, check: str) -> Iterator[Finding]:
+    certificate = _live(node, name)
+    missing = [] if certificate is None else list(dict.fromkeys(h for h in hosts if not is_named(certificate, h)))
+    if missing:
+        text = f"wanted the addresses {whose} among its SANs, found no {', '.join(map(one_line, missing))}"
+        options = " ".join(f"--add-san {name}={one_line(host)}" for host in missing)
+        hint = f"a renewal copies the SANs as they are: ca-bridge renew {options}"
+        yield Finding(level="warning", check=check, about=name, text=text, hint=hint)
+
+
+def _live(node: Node, name: str) -> x509.Certificate | None:
+    return next((item.certificates[0] for item in node.items if item.spec.name == name and item.certificates), None)
+
+
+# --- kubeadm-config --------------------------------------------------------------------------------------------------
+
+
+def _cluster(node: Node, settings: Settings) -> Iterator[Finding]:
+    """Compare with what kubeadm would make by kubeadm-config, where this node's API server answers."""
+    manifest = node.manifests.get(Component.APISERVER)
+    if manifest is None:
+        return
+    try:
+        config = _config(node, settings, manifest.flags)
+    except (BridgeError, ValueError) as e:
+        text = f"not compared with the SANs: {e}"
+        yield Finding(level="ok", check="kubeadm-config", about="kubeadm-config", text=text)
+        return
+    names = {
+        "apiserver": [config.service_address, *config.api_sans, *([config.endpoint_host] if config.endpoint else [])],
+        "etcd-server": list(config.etcd_server_sans),
+        "etcd-peer": list(config.etcd_peer_sans),
+    }
+    names["apiserver"].append(f"kubernetes.default.svc.{config.dns_domain}")
+    for certificate, hosts in names.items():
+        yield from _missing_names(node, certificate, hosts, "of kubeadm-config", "sans-of-kubeadm-config")
+    yield from _manifest(config, manifest.flags)
+    yield from _endpoint(config, settings)
+    yield from _beyond(config, node, settings, manifest.flags)
+
+
+def _config(node: Node, settings: Settings, flags: Flags) -> KubeadmConfig:
+    name = endpoints.name(flags)
+    places = endpoints.bound(Component.APISERVER, flags)
+    servers = [Server(f"https://{place}", name) for place in places[:1]]
+    known = Api.of_node(node, settings.node.kubeconfig_dir)
+    reply = Api(known.clients, servers).ask("GET", CONFIG_MAP)
+    data = reply.document.get("data")
+    text = data.get(CLUSTER_CONFIGURATION) if isinstance(data, dict) else None
+    if reply.status != HTTPStatus.OK or not isinstance(text, str):
+        raise ValueError(f"the cluster has none (HTTP {reply.status})")
+    return kubeadm_config.parse(text.encode())
+
+
+def _manifest(config: KubeadmConfig, flags: Flags) -> Iterator[Finding]:
+    """The next `kubeadm upgrade` renders the manifests from kubeadm-config."""
+    found = flags.get(_SERVICE_RANGE)
+    if found is not None and found != config.service_subnet:
+        text = f"wanted {_SERVICE_RANGE}={config.service_subnet}, as kubeadm-config has it, found {one_line(found)}"
+        hint = "the next `kubeadm upgrade` writes the manifest from kubeadm-config: make them say the same before"
+        yield Finding(
+            level="warning", check="manifest-of-kubeadm-config", about="kube-apiserver.yaml", text=text, hint=hint
+        )
+
+
+def _endpoint(config: KubeadmConfig, settings: Settings) -> Iterator[Finding]:
+    """admin.conf leads to `controlPlaneEndpoint`, where there is one."""
+    try:
+        found = kubeconfig.parse(read(settings.node.kubeconfig_dir / "admin.conf") or b"").server
+    except (BridgeError, UnreadableError):
+        return
+    if config.endpoint_url and found.rstrip("/") != config.endpoint_url:
+        text = f"wanted kubeadm-config's controlPlaneEndpoint, {config.endpoint_url}, found {one_line(found)}"
+        hint = "which of the two is right? kubeadm makes new kubeconfigs with the first"
+        yield Finding(level="warning", check="endpoint-of-kubeadm-config", about="admin.conf", text=text, hint=hint)
+
+
+def _beyond(config: KubeadmConfig, node: Node, settings: Settings, flags: Flags) -> Iterator[Finding]:
+    """Findings about what a renewal keeps, and kubeadm would not make: extra SANs, and older subjects."""
+    facts = config.naming_facts(settings.node.name, endpoints.name(flags) or "")
+    for item in node.items:
+        if item.state == "present" and item.managed and item.spec.listed:
+            try:
+                yield from _of_one(item, facts)
+            except (NoFactError, *UNREADABLE):
+                continue
+
+
+def _of_one(item: Item, facts: NamingFacts) -> Iterator[Finding]:
+    name, certificate = item.spec.name, item.certificates[0]
+    wanted = kubeadm_names.naming(item.spec, facts)
+    if more := sorted(san_entries(certificate) - names_of(wanted.sans)):
+        shown = ", ".join(one_line(f"{kind}:{value}") for kind, value in more[:10])
+        text = f"has SANs that kubeadm-config does not: {shown}; a renewal keeps them, kubeadm would not make them"
+        yield Finding(level="ok", check="kubeadm-config", about=name, text=text)
+    if sorted(attributes(certificate.subject)) != sorted(attributes(wanted.subject)):
+        text = f"subject of another version; kubeadm {facts.release} makes {wanted.text.partition(' with ')[0]}"
+        hint = f"a renewal keeps it; ca-bridge renew {name} --adopt-defaults changes it, if its rights are there"
+        yield Finding(level="ok", check="kubeadm-config", about=name, text=text, hint=hint)
