@@ -7,13 +7,12 @@ from datetime import datetime
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from bridge.bootstrap.places import Places, Role, authorities_of, ca_keys
 from bridge.ca import registry
 from bridge.ca.ca import signer_of
 from bridge.errors import BridgeError, Exit
-from bridge.pki.certificates import UNREADABLE, fingerprint, is_ca, name_text, pem
+from bridge.pki.certificates import UNREADABLE, fingerprint, is_ca, name_text, pem, spki
 from bridge.pki.expiry import minute
 from bridge.settings.tables import Settings
 from bridge.specs import Authority
@@ -116,8 +115,7 @@ def shared_key(found: Certificates) -> tuple[str, str] | None:
     """The names of two authorities with the same key; None: there are no such two."""
     keys: dict[bytes, str] = {}
     for name, certificates in found.items():
-        spki = certificates[0].public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        other = keys.setdefault(spki, name)
+        other = keys.setdefault(spki(certificates[0].public_key()), name)
         if other != name:
             return other, name
     return None

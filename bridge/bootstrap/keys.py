@@ -18,7 +18,6 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -37,6 +36,7 @@ from bridge.node.kubeadm_config import KubeadmConfigError
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.node.pair import is_sa_pair
 from bridge.pki import csr
+from bridge.pki.certificates import spki
 from bridge.pki.csr import Naming, general_name, generate_key, subject_of
 from bridge.pki.kubeadm_names import NoFactError, naming
 from bridge.specs import KEY_ALGORITHMS, KUBELET_CONF, KUBELET_SERVER, SPECS, CertificateSpec, KeyAlgorithm
@@ -183,7 +183,7 @@ def _read(path: Path) -> bytes:
 def kubelet_client(node: str, server: str, algorithm: KeyAlgorithm) -> Made:
     """A worker's: what `generate-csr` makes for a control-plane node's kubelet."""
     key = csr.generate_key(algorithm)
-    return Made(csr_pem=_csr(node, (), key), key_pem=csr.key_pem(key), server=server)
+    return Made(csr_pem=csr.build_for(_kubelets(node), key), key_pem=csr.key_pem(key), server=server)
 
 
 def kubelet_serving(node: str, addresses: Sequence[str], algorithm: KeyAlgorithm) -> Made:
@@ -194,26 +194,11 @@ def kubelet_serving(node: str, addresses: Sequence[str], algorithm: KeyAlgorithm
     """
     key = csr.generate_key(algorithm)
     sans = (x509.DNSName(node), *(x509.IPAddress(ipaddress.ip_address(one)) for one in addresses))
-    return Made(csr_pem=_csr(node, sans, key), key_pem=csr.key_pem(key))
+    return Made(csr_pem=csr.build_for(_kubelets(node, sans), key), key_pem=csr.key_pem(key))
 
 
-def _csr(node: str, sans: Sequence[x509.GeneralName], key: csr.PrivateKey) -> bytes:
-    subject = x509.Name(
-        [
-            x509.NameAttribute(NameOID.ORGANIZATION_NAME, "system:nodes"),
-            x509.NameAttribute(NameOID.COMMON_NAME, f"{_USER}{node}"),
-        ]
-    )
-    builder = x509.CertificateSigningRequestBuilder().subject_name(subject)
-    if sans:
-        builder = builder.add_extension(x509.SubjectAlternativeName(sans), critical=False)
-    return builder.sign(key, _hash(key)).public_bytes(Encoding.PEM)
-
-
-def _hash(key: csr.PrivateKey) -> hashes.SHA256 | hashes.SHA384:
-    """The hash that kubeadm takes: SHA-256, but SHA-384 for P-384."""
-    is_p384 = csr.algorithm_name(key.public_key()) == "ecdsa-p384"
-    return hashes.SHA384() if is_p384 else hashes.SHA256()
+def _kubelets(node: str, sans: tuple[x509.GeneralName, ...] = ()) -> Naming:
+    return Naming(subject=subject_of(f"{_USER}{node}", ("system:nodes",)), sans=sans)
 
 
 def algorithm_of(made: Mapping[str, Made]) -> KeyAlgorithm:
@@ -231,17 +216,12 @@ def assert_fits(made: Mapping[str, Made], node: str) -> None:
     for name, one in made.items():
         request = x509.load_pem_x509_csr(one.csr_pem)
         key = load_pem_private_key(one.key_pem, None).public_key()
-        encoding = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        if key.public_bytes(*encoding) != request.public_key().public_bytes(*encoding):
+        if spki(key) != spki(request.public_key()):
             raise KubeadmError(f"{name}: wanted a CSR of its key, found another key's")
         names = [str(each.value) for each in request.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
         wanted = [text.replace("{node}", node) for text in SPECS[name].common_names]
         if len(names) != 1 or names[0] not in wanted:
             raise KubeadmError(f"{name}: wanted a CSR for {' or '.join(wanted)}, found one for {', '.join(names)}")
-
-
-_SPKI = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-_NO_KEY = (ValueError, TypeError, UnsupportedAlgorithm)
 
 
 class ForeignSaError(BridgeError):
@@ -319,11 +299,10 @@ def _naming(spec: CertificateSpec, order: Order) -> Naming:
     node = order.node
     if node is None:
         raise AssertionError("looked at before")
-    subject = subject_of(f"system:node:{node.name}", ("system:nodes",))
     if spec.name == KUBELET_CONF:
-        return Naming(subject=subject)
+        return _kubelets(node.name)
     if spec.name == KUBELET_SERVER:
-        return Naming(subject=subject, sans=tuple(map(general_name, (node.name, *node.addresses))))
+        return _kubelets(node.name, tuple(map(general_name, (node.name, *node.addresses))))
     return naming(spec, naming_facts(order.cluster, node.name, node.addresses[0]))
 
 

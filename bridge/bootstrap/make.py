@@ -112,7 +112,6 @@ def _composer(run: Run, desired: DesiredNode, open_requests: Unfinished, cas: Ce
         servers=open_requests.servers,
         cluster=cluster if isinstance(cluster, str) and cluster else "kubernetes",
         authorities=cas,
-        read=live,
         now=run.now(),
     )
 

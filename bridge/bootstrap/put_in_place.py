@@ -14,16 +14,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from bridge.bootstrap import authorities, new_requests
 from bridge.bootstrap.authorities import Certificates
 from bridge.bootstrap.desired import DesiredNode, LeftoversError, NotWholeError, OtherNodeDesiredError
-from bridge.bootstrap.places import Places, Read, Role, authorities_of, live, some_of, specs_of
+from bridge.bootstrap.places import Places, Role, authorities_of, live, some_of, specs_of
 from bridge.bootstrap.whole import look_at
 from bridge.errors import BridgeError
+from bridge.node.kubeconfig import FreshKubeconfig
 from bridge.pki.certificates import pem
 from bridge.pki.verify import Verified
 from bridge.renewal.prepare import Prepared
@@ -36,7 +36,7 @@ from bridge.system.paths import exposure
 from bridge.system.state_file import OnDamage, StateFile
 
 _DIRECTORY_MODE = 0o755
-_PRIVATE = 0o600
+_PRIVATE, _PUBLIC = 0o600, 0o644
 
 
 def put_in_place(run: Run, desired: DesiredNode, files: Sequence[Replacement], kubelet_pem: Path) -> None:
@@ -103,14 +103,14 @@ def _assert_free(files: Sequence[Replacement], places: Places) -> None:
 
 
 def _replacement(name: str, path: Path, mode: int, data: bytes) -> Replacement:
-    there = live(path)
+    there, own = live(path), Attributes.private()
     return Replacement(
         certificate=name,
         path=path,
         data=data,
         mode_mask=KEY_MASK if mode == _PRIVATE else CERTIFICATE_MASK,
         was=None if there is None else digest(there),
-        attributes=owned_attributes(mode),
+        attributes=Attributes(mode=mode, uid=own.uid, gid=own.gid, extended={}),
     )
 
 
@@ -133,7 +133,7 @@ def _keep(run: Run, desired: DesiredNode, whole: Mapping[Path, bytes]) -> None:
 
 def _mode(path: Path) -> int:
     """The mode that `Composer` gives a file."""
-    return 0o644 if path.suffix == ".crt" else _PRIVATE
+    return _PUBLIC if path.suffix == ".crt" else _PRIVATE
 
 
 def _link(link: Path, target: Path) -> Replacement:
@@ -191,21 +191,12 @@ def write_kept(directory: Path, node: str, kept: Kept) -> None:
     kept_file(directory, node).replace({_KEY: {"role": kept.role, "config": kept.config, "files": files}})
 
 
-def owned_attributes(mode: int) -> Attributes:
-    """Root's, or whoever runs this."""
-    own = Attributes.private()
-    return Attributes(mode=mode, uid=own.uid, gid=own.gid, extended={})
-
-
 def _from_json(document: Mapping[str, Any]) -> Kept:
     entry = document[_KEY]
     files = tuple(
         (str(one["certificate"]), Path(one["path"]), int(one["mode"]), b64decode(one["data"])) for one in entry["files"]
     )
     return Kept(role=entry["role"], config=entry["config"], files=files)
-
-
-_PUBLIC = 0o644
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,7 +208,6 @@ class Composer:
     servers: Mapping[str, str]  #: By kubeconfig.
     cluster: str  #: kubeadm's clusterName.
     authorities: Certificates
-    read: Read
     now: datetime
 
     def certificate(self, one: Prepared, verified: Verified) -> Iterator[Replacement]:
@@ -225,15 +215,17 @@ class Composer:
         chain = b"".join(map(pem, (verified.leaf, *verified.intermediates)))
         spec, places = one.item.spec, self.places
         if spec.name == KUBELET_CONF:
-            yield self._file(spec.name, self.kubelet_pem, chain + one.key_pem, _PRIVATE)
-            yield self._file(spec.name, places.kubeconfigs / spec.base, self._kubelet_conf(verified.leaf), _PRIVATE)
+            yield _replacement(spec.name, self.kubelet_pem, _PRIVATE, chain + one.key_pem)
+            # by reference: one place to renew, and a kubelet that starts makes no copy
+            data = self._kubeconfig(spec.name, verified.leaf).referring_text(str(places.kubelet_current))
+            yield _replacement(spec.name, places.kubeconfigs / spec.base, _PRIVATE, data)
         elif spec.kubeconfig:
-            data = self._kubeconfig(spec.name, verified.leaf, _embedded(chain, one.key_pem))
-            yield self._file(spec.name, places.kubeconfigs / spec.base, data, _PRIVATE)
+            data = self._kubeconfig(spec.name, verified.leaf).text(chain, one.key_pem)
+            yield _replacement(spec.name, places.kubeconfigs / spec.base, _PRIVATE, data)
         else:
             key, certificate = places.serving if spec.name == KUBELET_SERVER else places.pair(spec)
-            yield self._file(spec.name, key, one.key_pem, _PRIVATE)
-            yield self._file(spec.name, certificate, chain, _PUBLIC)
+            yield _replacement(spec.name, key, _PRIVATE, one.key_pem)
+            yield _replacement(spec.name, certificate, _PUBLIC, chain)
 
     @property
     def kubelet_pem(self) -> Path:
@@ -246,57 +238,23 @@ class Composer:
             for authority in authorities_of(self.role):
                 data = authorities.text(self.authorities[authority.name])
                 path = self.places.authority(authority)
-                if self.read(path) is None:
-                    yield self._file(authority.name, path, data, _PUBLIC)
+                if live(path) is None:
+                    yield _replacement(authority.name, path, _PUBLIC, data)
 
     def service_account(self, key: bytes, public: bytes) -> Iterator[Replacement]:
         """The pair, unless it is there."""
         for path, data in ((self.places.sa_key, key), (self.places.sa_public, public)):
-            if self.read(path) != data:
-                yield self._file("sa", path, data, _PRIVATE)
+            if live(path) != data:
+                yield _replacement("sa", path, _PRIVATE, data)
 
     def configuration(self, path: Path, data: bytes) -> Iterator[Replacement]:
         """kubeadm's configuration, unless it is there. An operator's may hold a bootstrap token."""
-        if self.read(path) != data:
-            yield self._file("kubeadm", path, data, _PRIVATE)
+        if live(path) != data:
+            yield _replacement("kubeadm", path, _PRIVATE, data)
 
-    def _file(self, name: str, path: Path, data: bytes, mode: int) -> Replacement:
-        there = self.read(path)
-        own = Attributes.private()
-        return Replacement(
-            certificate=name,
-            path=path,
-            data=data,
-            mode_mask=KEY_MASK if mode == _PRIVATE else CERTIFICATE_MASK,
-            was=None if there is None else digest(there),
-            attributes=Attributes(mode=mode, uid=own.uid, gid=own.gid, extended={}),
-        )
-
-    def _kubelet_conf(self, leaf: x509.Certificate) -> bytes:
-        """The kubelet's, which refers to key and certificate: one place to renew, and a kubelet that starts makes no copy."""
-        current = str(self.places.kubelet_current)
-        return self._kubeconfig(KUBELET_CONF, leaf, {"client-certificate": current, "client-key": current})
-
-    def _kubeconfig(self, name: str, leaf: x509.Certificate, credentials: Mapping[str, str]) -> bytes:
+    def _kubeconfig(self, name: str, leaf: x509.Certificate) -> FreshKubeconfig:
         """A kubeconfig in kubeadm's form; every version of kubeadm accepts the first certificate of ca.crt alone."""
         [user] = (str(one.value) for one in leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME))
-        ca = b64encode(pem(self.authorities["ca"][0])).decode()
-        context = f"{user}@{self.cluster}"
-        document = {
-            "apiVersion": "v1",
-            "clusters": [
-                {"cluster": {"certificate-authority-data": ca, "server": self.servers[name]}, "name": self.cluster}
-            ],
-            "contexts": [{"context": {"cluster": self.cluster, "user": user}, "name": context}],
-            "current-context": context,
-            "kind": "Config",
-            "users": [{"name": user, "user": dict(credentials)}],
-        }
-        return yaml.safe_dump(document, sort_keys=False, width=1 << 20).encode()
-
-
-def _embedded(chain: bytes, key_pem: bytes) -> dict[str, str]:
-    return {
-        "client-certificate-data": b64encode(chain).decode(),
-        "client-key-data": b64encode(key_pem).decode(),
-    }
+        return FreshKubeconfig(
+            server=self.servers[name], cluster=self.cluster, user=user, ca_pem=pem(self.authorities["ca"][0])
+        )

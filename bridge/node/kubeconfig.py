@@ -12,7 +12,7 @@ import base64
 import binascii
 import dataclasses
 import re
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -349,33 +349,33 @@ class FreshKubeconfig:
 
     def text(self, certificate_pem: bytes, key_pem: bytes | None, key_file: str = "") -> bytes:
         """The file; without a key the user has it, and `key_file` names it, seen from the kubeconfig's directory."""
-        context = f"{self.user}@{self.cluster}"
         user = {"client-certificate-data": _base64(certificate_pem)}
         if key_pem is not None:
             user["client-key-data"] = _base64(key_pem)
         elif key_file:
             user["client-key"] = key_file
+        return self._dumped(user)
+
+    def referring_text(self, path: str) -> bytes:
+        """The file of a user whose certificate and key are in one other file."""
+        return self._dumped({"client-certificate": path, "client-key": path})
+
+    def _dumped(self, user: Mapping[str, str]) -> bytes:
+        context = f"{self.user}@{self.cluster}"
+        cluster = {"certificate-authority-data": _base64(self.ca_pem), "server": self.server}
         document = {
             "apiVersion": "v1",
-            "clusters": [
-                {
-                    "cluster": {"certificate-authority-data": _base64(self.ca_pem), "server": self.server},
-                    "name": self.cluster,
-                }
-            ],
+            "clusters": [{"cluster": cluster, "name": self.cluster}],
             "contexts": [{"context": {"cluster": self.cluster, "user": self.user}, "name": context}],
             "current-context": context,
             "kind": "Config",
-            "users": [{"name": self.user, "user": user}],
+            "users": [{"name": self.user, "user": dict(user)}],
         }
         text = yaml.safe_dump(document, width=1 << 20, default_flow_style=False, allow_unicode=True).encode()
-        parsed = parse(text)
-        if (parsed.user, parsed.server, parsed.ca_data, parsed.certificate_data) != (
-            self.user,
-            self.server,
-            self.ca_pem,
-            certificate_pem,
-        ):
+        read = parse(text)
+        certificate = b64decode(user.get("client-certificate-data", "")) or None
+        wanted = (self.user, self.server, self.ca_pem, certificate)
+        if (read.user, read.server, read.ca_data, read.certificate_data) != wanted:
             raise KubeconfigError("wanted a kubeconfig that reads back as it was written, found another one")
         return text
 

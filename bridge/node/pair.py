@@ -13,25 +13,18 @@ from typing import Literal
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    PublicFormat,
-    load_pem_private_key,
-    load_pem_public_key,
-)
+from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 
 from bridge.contract import Issued, SignRequest
 from bridge.errors import VerificationError, Violation
 from bridge.pki import csr, verify
-from bridge.pki.certificates import UNREADABLE
+from bridge.pki.certificates import UNREADABLE, spki
 from bridge.specs import CertificateSpec
 
 #: `missing`: no key at all; `unreadable`: no key, or one with a passphrase; `other`: another certificate's; `unusable`:
 #: of an algorithm that kubeadm makes no keys of; `certificate`: something in the certificate itself is wrong;
 #: `incomparable`: the certificate that it is compared with says something that a CSR can't.
 Kind = Literal["missing", "unreadable", "other", "unusable", "certificate", "incomparable"]
-
-_SPKI = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +41,7 @@ def key_finding(certificate: x509.Certificate, key_pem: bytes | None) -> PairFin
         return _of_key("missing", "none")
     try:
         key = load_pem_private_key(csr.key_block(key_pem), None)
-        is_its_own = key.public_key().public_bytes(*_SPKI) == certificate.public_key().public_bytes(*_SPKI)
+        is_its_own = spki(key.public_key()) == spki(certificate.public_key())
     except UNREADABLE as e:
         return _of_key("unreadable", f"{type(e).__name__}: one that can't be read")
     if not is_its_own:
@@ -96,4 +89,4 @@ def is_sa_pair(key: bytes, public: bytes) -> bool:
         there = load_pem_public_key(public)
     except (ValueError, TypeError, UnsupportedAlgorithm):
         return False
-    return isinstance(loaded, csr.PrivateKey) and loaded.public_key().public_bytes(*_SPKI) == there.public_bytes(*_SPKI)
+    return isinstance(loaded, csr.PrivateKey) and spki(loaded.public_key()) == spki(there)

@@ -8,12 +8,15 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.utils import CryptographyDeprecationWarning
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 
 # Every CA that kubeadm made up to 1.20 has serial number 0 and is in use for ten years. cryptography says so at
 # each load and at each look at the number; a filter for the whole process, since `warnings.catch_warnings` swaps
@@ -242,12 +245,22 @@ def _of_pkcs7(load: Callable[[bytes], list[x509.Certificate]], data: bytes) -> l
 def is_for(certificate: x509.Certificate, csr: x509.CertificateSigningRequest) -> bool:
     """Whether it certifies the key that the CSR was made with."""
     try:
-        return _public_key(certificate) == _public_key(csr)
-    except UNREADABLE:  # a key of a type that nobody here makes
+        return spki(certificate.public_key()) == spki(csr.public_key())
+    except UNREADABLE:  # a key of a type that Kubernetes can't use
         return False
 
 
-def _public_key(one: x509.Certificate | x509.CertificateSigningRequest) -> bytes:
+def spki(key: PublicKeyTypes) -> bytes:
+    """A public key as certificates encode it (RFC 5280 §4.1.2.7)."""
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat  # noqa: PLC0415 (likewise)
 
-    return one.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
+def is_signed_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+    """Whether this issuer's key made the certificate's signature, and its name is the issuer's; dates do not count."""
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except Exception:  # noqa: BLE001 (whatever the reason is, this issuer did not sign it)
+        return False
+    return True

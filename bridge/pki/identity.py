@@ -12,11 +12,10 @@ import re
 from collections.abc import Iterator, Sequence
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
 from cryptography.x509.oid import NameOID
 
 from bridge.errors import Violation
-from bridge.pki.certificates import UNREADABLE, attributes, is_ca, san_entries
+from bridge.pki.certificates import UNREADABLE, attributes, is_ca, is_signed_by, san_entries
 from bridge.specs import CertificateSpec
 from bridge.words import one_line
 
@@ -60,21 +59,13 @@ def leads_to(certificates: Sequence[x509.Certificate], anchors: Sequence[x509.Ce
     """Whether one of these CAs signed it, at whatever time; the leaf, then intermediates."""
     current, *intermediates = certificates
     for _ in range(_MOST_INTERMEDIATES + 1):
-        if any(_signed(current, anchor) for anchor in anchors):
+        if any(is_signed_by(current, anchor) for anchor in anchors):
             return True
-        above = [each for each in intermediates if each != current and is_ca(each) and _signed(current, each)]
+        above = [each for each in intermediates if each != current and is_ca(each) and is_signed_by(current, each)]
         if not above:
             return False
         current = above[0]
     return False
-
-
-def _signed(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
-    try:
-        certificate.verify_directly_issued_by(issuer)
-    except (*UNREADABLE, InvalidSignature):
-        return False
-    return True
 
 
 def _user(spec: CertificateSpec, leaf: x509.Certificate) -> Iterator[Violation]:

@@ -21,7 +21,7 @@ from cryptography.x509.oid import NameOID
 
 from bridge.pki import display
 from bridge.pki.bundle import CARRIED, BundledRequest, RequestBundle
-from bridge.pki.certificates import UNREADABLE, attributes, extended_key_usages, name_text
+from bridge.pki.certificates import UNREADABLE, attributes, extended_key_usages, is_signed_by, name_text
 from bridge.pki.csr import algorithm_name
 from bridge.pki.expiry import rfc3339
 from bridge.words import one_line
@@ -187,7 +187,7 @@ def origin_problem(request: BundledRequest, cas: Sequence[x509.Certificate]) -> 
     """Why no CA of the authority signed the replaced certificate, expired or not; None when one did."""
     if request.replaces is None:
         return "wanted the certificate that is replaced, found none"
-    if any(_is_issued_by(request.replaces, ca) for ca in cas):
+    if any(is_signed_by(request.replaces, ca) for ca in cas):
         return None
     wanted = (
         " or ".join(dict.fromkeys(name_text(ca.subject) for ca in cas)) or f"a CA certificate of {request.authority}"
@@ -196,11 +196,3 @@ def origin_problem(request: BundledRequest, cas: Sequence[x509.Certificate]) -> 
         f"wanted a replaced certificate that {wanted} signed, found "
         f"{display.name(request.replaces)} by {display.issuer(request.replaces)}, not signed by it"
     )
-
-
-def _is_issued_by(certificate: x509.Certificate, ca: x509.Certificate) -> bool:
-    try:
-        certificate.verify_directly_issued_by(ca)
-    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
-        return False
-    return True

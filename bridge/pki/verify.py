@@ -17,7 +17,7 @@ from datetime import datetime, timedelta
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509 import verification
 from cryptography.x509.oid import ExtendedKeyUsageOID
@@ -31,10 +31,12 @@ from bridge.pki.certificates import (
     extended_key_usages,
     extension,
     fingerprint,
+    is_signed_by,
     name_text,
     oid_label,
     san_counts,
     serial,
+    spki,
 )
 from bridge.pki.csr import algorithm_name
 from bridge.specs import EKU
@@ -163,8 +165,7 @@ def _public_key(leaf: x509.Certificate, csr: x509.CertificateSigningRequest) -> 
         yield Violation(subject="key size", want=f"RSA of at least {MIN_RSA_BITS} bits", got=f"{key.key_size} bits")
     if isinstance(key, ec.EllipticCurvePublicKey) and not isinstance(key.curve, _STRONG_CURVES):
         yield Violation(subject="curve", want="P-256, P-384 or P-521", got=key.curve.name)
-    encoding = (serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-    if key.public_bytes(*encoding) != csr.public_key().public_bytes(*encoding):
+    if spki(key) != spki(csr.public_key()):
         yield Violation(subject="public key", want="the key of the CSR", got=f"another {algorithm_name(key)} key")
 
 
@@ -394,7 +395,7 @@ def _chain_violation(issued: Issued, expected: Expectation, time: datetime, reas
             subject="issuer", want=want, got=f"issuer {name_text(leaf.issuer)}, and no certificate of that name"
         )
     if not _is_weakly_signed(leaf):  # of a weak signature the library can't tell whose it is
-        signers = [candidate for candidate in candidates if _signed_by(leaf, candidate)]
+        signers = [candidate for candidate in candidates if is_signed_by(leaf, candidate)]
         if not signers:
             return Violation(subject="issuer", want=want, got=f"another key under the name {name_text(leaf.issuer)}")
         if anchor not in signers and all(signer.subject == signer.issuer for signer in signers):
@@ -422,14 +423,6 @@ def _leads_to(issued: Issued, anchor: x509.Certificate, time: datetime) -> bool:
     try:
         verified_path(issued.leaf, issued.intermediates, anchor, time)
     except verification.VerificationError:
-        return False
-    return True
-
-
-def _signed_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
-    try:
-        certificate.verify_directly_issued_by(issuer)
-    except Exception:  # noqa: BLE001 (whatever the reason is, this issuer did not sign it)
         return False
     return True
 
