@@ -254,7 +254,7 @@ class KeptConnection:
             ours = _as_ours(e, limits.seconds)
             if isinstance(e, _CUT_OFF) and not self.is_kept:
                 ours = _alert(self._peer) or ours
-            raise ours from e
+            raise ours from ours.__cause__ or e
         except BaseException:
             self.close()
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import threading
@@ -212,6 +213,34 @@ def test_an_answer_over_tls_ends_when_tls_says_so(tmp_path: Path, says_so: bool)
                 ask(connection)
         connection.close()
         thread.join(5)
+
+
+def test_a_reset_connection_is_explained_by_the_alert_that_it_swallowed(tmp_path: Path) -> None:
+    """Listening once more, without a request, hears that the server wants a client certificate; its word is the cause."""
+    files = cfssl.make_tls(tmp_path)
+    lenient, strict = (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) for _ in range(2))
+    for one in (lenient, strict):
+        one.load_cert_chain(files.server_cert, files.server_key)
+    strict.load_verify_locations(files.ca)
+    strict.verify_mode = ssl.CERT_REQUIRED
+
+    def serve(listener: socket.socket) -> None:
+        with suppress(OSError), lenient.wrap_socket(listener.accept()[0], server_side=True) as opened:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+        with suppress(OSError), strict.wrap_socket(listener.accept()[0], server_side=True):
+            pass
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=[listener], daemon=True)
+        thread.start()
+        trusting = http.context(files.ca.read_bytes(), None, None)
+        port = listener.getsockname()[1]
+        peer = Peer(host="127.0.0.1", port=port, tls=lambda: trusting, alert_seconds=5)
+        with pytest.raises(ClientRefusedError) as e:
+            ask(KeptConnection(peer))
+        thread.join(5)
+    assert isinstance(e.value.__cause__, ssl.SSLError)
+    assert "CERTIFICATE_REQUIRED" in str(e.value.__cause__)
 
 
 @pytest.mark.parametrize("target", ["/a b", "/a\r\nX: y", "/ä", "/\x00"])
