@@ -80,6 +80,7 @@ class Backup:
     backup_id: str
     directory: Path
     created: datetime
+    number: int  #: In the order in which they were made; 0: an earlier version made it.
     run_id: str
     command: str  #: Empty where the manifest does not tell.
     user: str
@@ -107,7 +108,7 @@ def read_all(store: Store) -> tuple[list[Backup], list[BackupError]]:
             broken.append(BackupError(str(e), backup_id=directory.name))
         else:
             found += [backup] if backup is not None else []
-    return sorted(found, key=lambda backup: (backup.created, backup.backup_id), reverse=True), broken
+    return sorted(found, key=lambda backup: (backup.number, backup.created, backup.backup_id), reverse=True), broken
 
 
 def _read(directory: Path) -> Backup | None:
@@ -126,6 +127,7 @@ def _read(directory: Path) -> Backup | None:
             backup_id=directory.name,
             directory=directory,
             created=datetime.fromisoformat(manifest["created"]),
+            number=manifest.get("number", 0),
             run_id=manifest["run_id"],
             command=manifest.get("command", ""),
             user=manifest.get("user", ""),

@@ -262,7 +262,7 @@ def _assert_unchanged(targets: Sequence[Target]) -> None:
 
 def _back_up(store: Store, targets: Sequence[Target], run_id: str, about: Mapping[str, Any]) -> str:
     """Back up by copying: kubeadm rewrites files in place, and a hard link would change with them. The manifest comes last."""
-    created = datetime.now(UTC)
+    created, number = datetime.now(UTC), _next_number(store)
     backup_id = f"{created:%Y%m%dT%H%M%SZ}-{run_id}"
     directory = store.backups / backup_id
     directory.mkdir(mode=0o700)
@@ -286,6 +286,7 @@ def _back_up(store: Store, targets: Sequence[Target], run_id: str, about: Mappin
         files.append(entry)
     manifest = {
         "id": backup_id,
+        "number": number,
         "created": created.isoformat(timespec="microseconds"),
         "run_id": run_id,
         **about,
@@ -294,6 +295,15 @@ def _back_up(store: Store, targets: Sequence[Target], run_id: str, about: Mappin
     manifest_file(directory).replace(manifest)
     sync_directory(store.backups)
     return backup_id
+
+
+def _next_number(store: Store) -> int:
+    """One more than the newest backup's: the order of backups, whatever the clock said."""
+    numbers = [0]
+    for directory in store.backup_directories():
+        with contextlib.suppress(StateError):  # a damaged one is reported by those that list backups
+            numbers.append((manifest_file(directory).read() or {}).get("number", 0))
+    return max(numbers) + 1
 
 
 def _journal(targets: Sequence[Target], run_id: str, backup_id: str) -> dict[str, Any]:
@@ -467,7 +477,19 @@ def manifest_file(directory: Path) -> StateFile[dict[str, Any]]:
         what="a backup's manifest",
         parse=_manifest_of,
         keys=frozenset(
-            {"id", "created", "run_id", "command", "user", "host", "login", "certificates", "rollback_to", "files"}
+            {
+                "id",
+                "number",
+                "created",
+                "run_id",
+                "command",
+                "user",
+                "host",
+                "login",
+                "certificates",
+                "rollback_to",
+                "files",
+            }
         ),
         on_damage=OnDamage.REFUSE,
         afterwards="`ca-bridge backups` lists the others",
@@ -476,7 +498,8 @@ def manifest_file(directory: Path) -> StateFile[dict[str, Any]]:
 
 def _manifest_of(document: Mapping[str, Any]) -> dict[str, Any]:
     """Check the fields without which a backup could not be listed or put back."""
-    if not _names(document, "id", "created", "run_id") or not isinstance(document["files"], list):
+    is_numbered = type(document.get("number", 0)) is int  # earlier versions wrote none
+    if not is_numbered or not _names(document, "id", "created", "run_id") or not isinstance(document["files"], list):
         raise ValueError("not written by this program")
     for entry in document["files"]:
         kept = entry["backup"] is None or _names(entry, "backup", "sha256")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from bridge.errors import BridgeError
 from bridge.node import inventory
 from bridge.node.inventory import Node
 from bridge.pki.expiry import minute
@@ -19,7 +21,7 @@ from bridge.state.open_requests import OpenRequests
 from bridge.state.store import Store
 from bridge.system.console import Progress
 from bridge.system.locks import lock
-from bridge.system.state_file import StateError
+from bridge.system.state_file import OnDamage, StateError, StateFile, coded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +38,41 @@ class Run:
     def read_node(self) -> Node:
         """Read what is on the node at this moment."""
         return inventory.of(self.settings.node)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tree:
+    """Which cluster's files a state directory is about, by their real paths."""
+
+    pki_dir: str
+    kubeconfig_dir: str
+
+
+def tree_file(store: Store) -> StateFile[Tree]:
+    """The file that says so; a damaged one is written anew."""
+    return coded(Tree, store.tree, "which cluster's files the state is about", OnDamage.START_OVER)
+
+
+class OtherTreeError(BridgeError):
+    """The state directory is another cluster's: its requests, their keys and what is owed there would be lost."""
+
+    def __init__(self, store: Store, ours: Tree, theirs: Tree) -> None:
+        super().__init__(
+            f"{store.directory}: wanted the state of {ours.pki_dir} and {ours.kubeconfig_dir}, found that of "
+            f"{theirs.pki_dir} and {theirs.kubeconfig_dir}",
+            hint="give each cluster on this host its own node.state_dir; if these files have moved, and only then, "
+            f"remove {store.tree}",
+        )
+
+
+def _assert_ours(settings: Settings, store: Store) -> Tree | None:
+    """Refuse another cluster's state directory; returns what is to be written into one that says nothing yet."""
+    node = settings.node
+    ours = Tree(pki_dir=os.path.realpath(node.pki_dir), kubeconfig_dir=os.path.realpath(node.kubeconfig_dir))
+    theirs = tree_file(store).read()
+    if theirs is not None and theirs != ours:
+        raise OtherTreeError(store, ours, theirs)
+    return ours if theirs is None else None
 
 
 @contextlib.contextmanager
@@ -60,6 +97,7 @@ def alone(
     store = Store(settings.node.state_dir)
     store.prepare()
     with lock(store.lock, shlex.join(sys.argv), wait), audit.Record(store, settings.audit) as record:
+        first_use = _assert_ours(settings, store)
         # a component that is away comes first: nothing that is wrong with files may keep it away
         found = [
             recovery for step in (parked_manifest.recover, install.recover) if (recovery := step(store)) is not None
@@ -69,6 +107,9 @@ def alone(
             record.add(audit.RECOVERED, result=str(recovery))
         if found:
             _forget_installed(settings, store, tell)
+        if first_use is not None:
+            with contextlib.suppress(StateError):  # a full disk stops what matters more, and the next run writes it
+                tree_file(store).put(first_use)
         yield store, record
 
 

@@ -36,6 +36,7 @@ class Store:
         self.staging = state_dir / "staging.json"
         self.backups = state_dir / "backups"
         self.lock = state_dir / "lock"
+        self.tree = state_dir / "tree.json"  #: Whose state it is: where the certificates and kubeconfigs are.
         self.requests = state_dir / "requests.json"  #: Keys whose certificates are not installed yet.
         self.restart = state_dir / "restart.json"  #: Which manifest is out of its directory.
         self.restarted = state_dir / "restarted.json"  #: When each component was last restarted.

@@ -738,3 +738,65 @@ def test_the_lock_of_a_killed_run_is_free_at_once(programs: Programs, slow_ca: P
     holder.wait()
     slow_ca.unlink()
     assert run("renew", "apiserver").exit_code == 0
+
+
+# --- the order of backups, and whose they are -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_numbered", [True, False], ids=["ours", "an earlier version's"])
+def test_the_newest_is_the_last_that_was_made(run: Run, store: Store, node: Pki, is_numbered: bool) -> None:
+    """Whatever the clock said at one renewal; those of earlier versions have their dates alone."""
+    live = [node.pki_dir / "apiserver.crt"]
+    ahead = renewed(run, "apiserver")
+    between = live[0].read_bytes()
+    newest = renewed(run, "apiserver")
+    dated(store, ahead, datetime.now(UTC) + timedelta(days=1))
+    if not is_numbered:
+        for one in (ahead, newest):
+            path, manifest = _manifest(store, one)
+            path.write_bytes(sealed({key: value for key, value in manifest.items() if key != "number"}))
+    expected = [newest, ahead] if is_numbered else [ahead, newest]
+    assert [entry["id"] for entry in listed(run)] == expected
+    assert retired(store, node, keep=1) == expected[1:]
+    result = run("rollback")
+    assert result.exit_code == 0, result.output
+    assert (live[0].read_bytes() == between) is is_numbered
+
+
+def test_numbers_go_up_past_what_is_deleted_or_damaged(run: Run, store: Store) -> None:
+    """The next one is after all that can be read, and after none it is the first."""
+    first, second, third = (renewed(run, "apiserver") for _ in range(3))
+    shutil.rmtree(store.backups / first)
+    path, _ = _manifest(store, second)
+    path.write_bytes(b"{")
+    assert [backup.number for backup in backups.read_all(store)[0]] == [3]
+    fourth = renewed(run, "apiserver")
+    assert [(one.backup_id, one.number) for one in backups.read_all(store)[0]] == [(fourth, 4), (third, 3)]
+
+
+def test_two_clusters_do_not_share_a_state_directory(run: Run, store: Store, tmp_path: Path) -> None:
+    """The second is refused before it forgets anything of the first; with one of its own it works."""
+    renewed(run, "apiserver")
+    other = handmade_pki(tmp_path / "other", not_after=datetime.now(UTC) + timedelta(days=20))
+    words = ["--pki-dir", str(other.pki_dir), "--kubeconfig-dir", str(other.kubeconfig_dir)]
+    before = {path: path.read_bytes() for path in store.directory.rglob("*") if path.is_file() and path != store.lock}
+    for command in (["renew"], ["rollback"], ["recover"]):
+        refused = run(*command, *words)
+        assert (refused.exit_code, "node.state_dir" in refused.output) == (1, True), refused.output
+        assert str(other.pki_dir) in refused.output
+    after = {path: path.read_bytes() for path in store.directory.rglob("*") if path.is_file() and path != store.lock}
+    assert after == before
+    assert run("renew", "apiserver").exit_code == 0
+    assert run("recover", *words, "--state-dir", str(tmp_path / "own")).exit_code == 0
+
+
+def test_a_state_directory_of_an_earlier_version_is_adopted(run: Run, store: Store, node: Pki, tmp_path: Path) -> None:
+    """By the first run that writes; and a link to the same files is the same cluster."""
+    renewed(run, "apiserver")
+    store.tree.unlink()
+    assert run("recover").exit_code == 0
+    assert json.loads(store.tree.read_bytes())["pki_dir"] == str(node.pki_dir)
+    link = tmp_path / "kubernetes"
+    link.symlink_to(node.kubeconfig_dir)
+    words = ["--pki-dir", str(link / node.pki_dir.name), "--kubeconfig-dir", str(link)]
+    assert run("recover", *words).exit_code == 0
