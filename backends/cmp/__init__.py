@@ -12,7 +12,7 @@ import base64
 import binascii
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -47,6 +47,7 @@ from bridge.errors import (
     Violation,
 )
 from bridge.specs import EKU, SPECS, CertificateSpec
+from bridge.system.http import UnreachableError, reach
 
 # --- the settings ----------------------------------------------------------------------------------------------------
 
@@ -266,7 +267,7 @@ class CmpBackend:
         """Have the server revoke a certificate (`rr`, RFC 9810 §5.3.9), by the path of the certificates with its usages."""
         spec = _spec_like(certificate)
         words = ["-cmd", "rr", "-oldcert", _OLD_CERTIFICATE, "-revreason", _SUPERSEDED, *self._common(spec)]
-        ran = self._program.run(words, {_OLD_CERTIFICATE: certificate.public_bytes(Encoding.PEM)}, self._secret())
+        ran = self._run(self._url(spec), words, {_OLD_CERTIFICATE: certificate.public_bytes(Encoding.PEM)})
         log = Log.of(ran.messages)
         is_done = log.rejection is not None and "certRevoked" in log.rejection.failures
         if ran.code != 0 and not is_done:
@@ -274,7 +275,7 @@ class CmpBackend:
 
     def _greet(self, url: str, profile: str) -> Violation | None:
         words = ["-cmd", "genm", *self._addressed(url, profile)]
-        ran = self._program.run(words, {}, self._secret())
+        ran = self._run(url, words, {})
         log = Log.of(ran.messages)
         if ran.code == 0 or (log.rejection is not None and log.rejection.failures <= {"badRequest"}):
             return None
@@ -295,7 +296,17 @@ class CmpBackend:
             words += ["-popo", "0", "-config", _EXTENSIONS, "-reqexts", "wanted", "-days", str(days)]
         else:
             words += ["-config", ""]
-        return self._program.run([*words, *self._common(request.spec)], files, self._secret())
+        return self._run(self._url(request.spec), [*words, *self._common(request.spec)], files)
+
+    def _run(self, url: str, words: Sequence[str], files: Mapping[str, bytes]) -> Ran:
+        """Run openssl once the server's port is seen to be open: it would try a closed one for half a minute."""
+        secret = self._secret()
+        try:
+            reach(url, self._settings.timeout.total_seconds())
+        except UnreachableError as e:
+            hint = "is the server running, and the host and port in `url` right?"
+            raise BackendUnavailableError(f"cmp: {url}: no connection: {e}", hint=hint) from e
+        return self._program.run(words, files, secret)
 
     def _common(self, spec: CertificateSpec) -> list[str]:
         return self._addressed(self._url(spec), self._profile(spec))

@@ -105,7 +105,7 @@ class Peer:
     alert_seconds: float = 0.0  #: To listen for why a connection broke, see `_alert`; 0: that is not asked.
 
     @classmethod
-    def of(cls, url: str, tls: Callable[[], ssl.SSLContext], **more: Any) -> Peer:
+    def of(cls, url: str, tls: Callable[[], ssl.SSLContext] | None, **more: Any) -> Peer:
         """The server of a URL, `https:` with this TLS or `http:`; an UnreachableError where there is no such URL."""
         try:
             parts = urlsplit(url)
@@ -129,6 +129,14 @@ def served(peer: Peer, seconds: float) -> x509.Certificate:
     if der is None:
         raise UnreachableError("wanted a server certificate, found none")
     return x509.load_der_x509_certificate(der)
+
+
+def reach(url: str, seconds: float) -> None:
+    """Connect to a URL's host and port, and send nothing; an UnreachableError where that is not possible."""
+    try:
+        _connected(Peer.of(url, None), seconds).close()
+    except OSError as e:
+        raise _as_ours(e, seconds) from e
 
 
 def context(trust_pem: bytes | None, certificate_pem: bytes | None, key_pem: bytes | None) -> ssl.SSLContext:

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import dataclasses
 import re
+import socket
 import ssl
 import threading
 import time
@@ -757,8 +758,11 @@ def test_a_program_that_does_not_end_is_stopped(
         f'#!/bin/sh\n[ "$1" = version ] && {{ echo "OpenSSL 3.0.19 x"; exit; }}\nsleep 600 & echo $! >{tmp_path}/pid; wait\n'
     )
     path.chmod(0o755)
-    with pytest.raises(BackendUnavailableError, match="stopped"):
-        make(url="http://127.0.0.1:9", openssl=str(path), timeout=timedelta(seconds=1), **mac).sign(request())
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        url = f"http://127.0.0.1:{there.getsockname()[1]}"
+        backend = make(url=url, openssl=str(path), timeout=timedelta(seconds=1), **mac)
+        with pytest.raises(BackendUnavailableError, match="stopped"):
+            backend.sign(request())
     state = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat")
     deadline = time.monotonic() + 30
     with contextlib.suppress(FileNotFoundError):  # it is gone, or waits for who inherited it
