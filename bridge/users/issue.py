@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from cryptography import x509
@@ -131,24 +132,22 @@ def issue(
         one = _taken_up(store, record, order, given, validity, configured.label, now())
         with contextlib.closing(CA.of(configured, outage)) as ca:
             verified = _Asked(settings, ca, one, record, store).verified(expected, now)
-        record.add(audit.VERIFIED, _name(order.user.name), authority=CLUSTER_CA.name, new=verified.leaf)
+        _add(record, audit.VERIFIED, one, new=verified.leaf)
         record.write()
         _write(order, server, anchors[0], settings.node.cluster, verified, one)
-        record.add(
-            audit.INSTALLED,
-            _name(order.user.name),
-            authority=CLUSTER_CA.name,
-            new=verified.leaf,
-            result=f"in {order.out}",
-        )
-        _forget(store, order.user.name)
+        _add(record, audit.INSTALLED, one, new=verified.leaf, result=f"in {order.out}")
+        _forget(store, one)
     key_file = "" if one.key_pem is not None else _key_file(order)
     return Done(leaf=verified.leaf, server=server, backend=configured.label, key_file=key_file)
 
 
-def _name(user: str) -> str:
+def _name(one: OpenUser) -> str:
     """The name in the audit log."""
-    return f"{USER.name} {user}"
+    return f"{USER.name} {one.name}"
+
+
+def _add(record: audit.Record, event: str, one: OpenUser, **details: Any) -> None:
+    record.add(event, _name(one), authority=CLUSTER_CA.name, **details)
 
 
 # --- what is known before the CA is asked ----------------------------------------------------------------------------
@@ -243,30 +242,25 @@ def _taken_up(
         is_old = made.carried is not None and now - made.created > _CARRIED_ANEW
         if is_same and not is_old and (given is None) is (made.key_pem is not None):
             return made
-        record.add(
-            audit.CANCELLED, _name(order.user.name), authority=CLUSTER_CA.name, result="something else is asked for now"
-        )
-    key = csr.generate_key(order.key) if given is None else None
+        _add(record, audit.CANCELLED, made, result="something else is asked for now")
+    key_pem = None
+    if given is None:
+        key = csr.generate_key(order.key)
+        given, key_pem = csr_file.make(order.user, key), csr.key_pem(key)
     return OpenUser(
         name=order.user.name,
         groups=order.user.groups,
-        csr_pem=given or csr_file.make(order.user, _made(key)),
-        key_pem=csr.key_pem(key) if key is not None else None,
+        csr_pem=given,
+        key_pem=key_pem,
         validity=validity,
         created=now,
         backend=label,
     )
 
 
-def _made(key: csr.PrivateKey | None) -> csr.PrivateKey:
-    if key is None:
-        raise AssertionError("without a CSR a key was made")
-    return key
-
-
-def _forget(store: Store, name: str) -> None:
+def _forget(store: Store, one: OpenUser) -> None:
     requests = OpenUsers(store)
-    requests.drop(name)
+    requests.drop(one.name)
     requests.save()
 
 
@@ -284,7 +278,7 @@ class _Asked:
 
     def verified(self, expected: verify.Expectation, now: Callable[[], datetime]) -> verify.Verified:
         """The CA's answer, verified."""
-        name, one = _name(self._one.name), self._one
+        one = self._one
         try:
             if self._is_carried:  # hours may go by on the way
                 expected = dataclasses.replace(expected, min_validity=min(expected.min_validity, SHORTEST))
@@ -292,17 +286,17 @@ class _Asked:
             if isinstance(answer, Pending):
                 self._remember(dataclasses.replace(one, reference=answer.reference))
                 raise WaitingError(
-                    f"{name}: {answer.note or 'the CA has the request, and has not answered yet'}",
+                    f"{_name(one)}: {answer.note or 'the CA has the request, and has not answered yet'}",
                     hint="the same command again takes the answer; nothing is asked twice",
                 )
-            self._record.add(audit.ISSUED, name, authority=CLUSTER_CA.name, new=answer.leaf)
+            _add(self._record, audit.ISSUED, one, new=answer.leaf)
             verified = self._ca.verified(answer, one.request, dataclasses.replace(expected, now=now()))
         except BridgeError as e:
             if isinstance(e, UntrustedAnswerError):
                 e.hint = _KEPT
             if not isinstance(e, WaitingError | BackendUnavailableError | UntrustedAnswerError):
-                _forget(self._store, one.name)  # its CA said no, or signed something else
-            self._record.add(audit.event_of(e), name, authority=CLUSTER_CA.name, error=e)
+                _forget(self._store, one)  # its CA said no, or signed something else
+            _add(self._record, audit.event_of(e), one, error=e)
             raise
         return verified
 
@@ -315,8 +309,8 @@ class _Asked:
             ca.look([USER], lambda _: expected)
             if (wrong := ca.error(USER.name)) is not None:
                 raise wrong
-            self._record.know(_name(one.name), one.request, one.backend, ca.identity)
-            self._record.add(audit.ASKED, _name(one.name), authority=CLUSTER_CA.name)
+            self._record.know(_name(one), one.request, one.backend, ca.identity)
+            _add(self._record, audit.ASKED, one)
             self._record.write()  # a CA is asked for nothing that the record can't have
             if collects:
                 self._remember(one)  # a key that may be signed for is on disk before
