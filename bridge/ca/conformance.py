@@ -104,7 +104,8 @@ class Trial:
         """One batch; without a proof, which takes the live certificates' keys."""
         if not isinstance(self.backend, Carries):
             return list(requests)
-        who = Continuity(batch=secrets.token_hex(16), node=self.node, cluster=self.cluster, proof=None)
+        now = datetime.now(UTC).replace(microsecond=0)
+        who = Continuity(batch=secrets.token_hex(16), node=self.node, cluster=self.cluster, proof=None, asked=now)
         return [replace(request, continuity=who) for request in requests]
 
     def signed(self, request: SignRequest) -> Issued:
