@@ -6,6 +6,7 @@ accepts its client certificates, and whether it is younger than a file that it r
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import functools
 import json
@@ -38,13 +39,16 @@ from bridge.node import endpoints, kubeconfig, kubelet, manifests, processes
 from bridge.node.endpoints import Address, Flags, Server
 from bridge.node.inventory import Item, Node
 from bridge.node.kubelet import KUBELET_CONFIG
-from bridge.node.processes import file_contents
+from bridge.node.processes import Written, file_contents
 from bridge.node.yamltree import document, split_bom
 from bridge.pki.certificates import attributes, serial_hex
 from bridge.settings.tables import Settings
 from bridge.specs import CA, ETCD_CA, KUBELET_CONF, KUBELET_SERVER, SPECS, Authority, Component
+from bridge.state.install import written_file
+from bridge.state.store import Store
 from bridge.system import paths
 from bridge.system.http import HttpsError, UnreachableError
+from bridge.system.state_file import StateError
 
 _CLIENT_URLS = ("--listen-client-urls", endpoints.ETCD_HTTP_ONLY)
 
@@ -82,6 +86,13 @@ class Look:
     def anchor(self, authority: Authority) -> Path | None:
         """The CA file of an authority."""
         return next((state.path for state in self.node.authorities if state.authority == authority), None)
+
+    @property
+    def written(self) -> dict[str, Written]:
+        """When we wrote files, by path."""
+        with contextlib.suppress(StateError):  # unreadable now; their ctime counts
+            return written_file(Store(self.settings.node.state_dir)).read() or {}
+        return {}
 
     @property
     def reloads(self) -> frozenset[Component]:
@@ -133,7 +144,7 @@ def _unusable(look: Look) -> Iterator[Check]:
 
 def _read_once(look: Look, component: Component, path: Path) -> Verdict:
     """Judge a file that a component reads at its start, and never again."""
-    age = processes.compare_age(component, path, look.machine.proc)
+    age = processes.compare_age(component, path, look.machine.proc, look.written)
     if age.older is None:
         return Verdict("unknown", age.detail)
     return Verdict("stale" if age.older else "current", age.detail)
@@ -141,7 +152,7 @@ def _read_once(look: Look, component: Component, path: Path) -> Verdict:
 
 def _read_at_connections(look: Look, component: Component, path: Path) -> Verdict:
     """Judge a file that is right, and that a component reads whenever it makes a connection, if its version is known to."""
-    age = processes.compare_age(component, path, look.machine.proc)
+    age = processes.compare_age(component, path, look.machine.proc, look.written)
     if age.older is False:
         return Verdict("current", age.detail)
     if component in look.reloads:
@@ -421,7 +432,7 @@ def _kubelet_pair(look: Look, item: Item) -> Verdict:
     # without `rotateCertificates` it looks at the file every five minutes, once its kubeconfig refers to one
     return (
         verdict
-        if processes.compare_age(Component.KUBELET, conf, look.machine.proc).older
+        if processes.compare_age(Component.KUBELET, conf, look.machine.proc, look.written).older
         else Verdict("next-connection", verdict.detail)
     )
 

@@ -11,10 +11,11 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from bridge.node.kubelet import Kubelet
@@ -75,6 +76,40 @@ def _started(entry: Path) -> datetime:
     return datetime.fromtimestamp(time.time() - age, UTC)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """When we wrote a file, by the time since the machine's start, which no setting of the clock changes."""
+
+    boot: str  #: The kernel's ID of this start of the machine.
+    seconds: float
+    inode: int
+    changed_ns: int  #: The file's ctime: another one means that the file was changed since.
+
+    @classmethod
+    def of(cls, path: Path) -> Written:
+        """A file that was written just now."""
+        status, seconds = path.lstat(), time.clock_gettime(time.CLOCK_BOOTTIME)
+        return cls(boot=_boot_id(), seconds=seconds, inode=status.st_ino, changed_ns=status.st_ctime_ns)
+
+    def is_of(self, path: Path) -> bool:
+        """Whether the file is still as we wrote it."""
+        try:
+            status = path.lstat()
+        except OSError:
+            return False
+        return (status.st_ino, status.st_ctime_ns) == (self.inode, self.changed_ns)
+
+    @property
+    def moment(self) -> datetime:
+        """When it was, by today's clock as in `_started`; in an earlier start of the machine: when this one began."""
+        since = time.clock_gettime(time.CLOCK_BOOTTIME)
+        return datetime.fromtimestamp(time.time() - since + (self.seconds if self.boot == _boot_id() else 0), UTC)
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
 class Age(NamedTuple):
     """A component's age, compared with a file's."""
 
@@ -82,16 +117,19 @@ class Age(NamedTuple):
     detail: str
 
 
-def compare_age(component: Component, path: Path, proc: Path = PROC) -> Age:
+def compare_age(
+    component: Component, path: Path, proc: Path = PROC, written: Mapping[str, Written] = MappingProxyType({})
+) -> Age:
     """
     Compare a running component with a file that it uses.
 
-    By the file's ctime, which no copying of times sets back, and which a rename sets, too. A container that has a
+    By when we wrote the file, if that was written down and it was not changed since, whatever the clock said then; else
+    by the file's ctime, which no copying of times sets back, and which a rename sets, too. A container that has a
     file mounted goes on seeing the old one after a rename, whatever the times say. Of several processes the oldest
     counts.
     """
     data = file_contents(path)
-    changed = max(_changed(path.lstat()), _changed(path.stat()))
+    changed = max(_changed(path, written), _changed(path.resolve(), written))
     if changed > datetime.now(UTC):
         return Age(
             None, f"{path} was changed at {moment_text(changed)}, which is in the future: was the clock set back?"
@@ -123,8 +161,12 @@ def moment_text(moment: datetime) -> str:
     return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
-def _changed(status: os.stat_result) -> datetime:
-    return datetime.fromtimestamp(status.st_ctime, UTC)
+def _changed(path: Path, written: Mapping[str, Written]) -> datetime:
+    """When the file itself was changed, a link as such: as it was written down, or else by its ctime."""
+    noted = written.get(str(path))
+    if noted is not None and noted.is_of(path):
+        return noted.moment
+    return datetime.fromtimestamp(path.lstat().st_ctime, UTC)
 
 
 def _sees_another(process: Process, path: Path, data: bytes) -> bool:

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bridge.errors import BridgeError
+from bridge.node.processes import Written
 from bridge.state.store import Store, replaced_here
 from bridge.system.files import Attributes, is_frozen, sync_directory, write_staged
 from bridge.system.paths import foreign_link
-from bridge.system.state_file import OnDamage, StateError, StateFile
+from bridge.system.state_file import OnDamage, StateError, StateFile, coded
 
 log = logging.getLogger("ca-bridge")
 
@@ -150,8 +151,19 @@ def install(store: Store, replacements: Sequence[Replacement], run_id: str, abou
         _forward(journal)
     except (OSError, InstallError) as e:
         _give_up(store, journal, e)
+    _note_time(store, [target.path for target in targets])
     _close_at_last(store, "all files were replaced")
     return backup_id
+
+
+def _note_time(store: Store, paths: Sequence[Path]) -> None:
+    """Write down when files were written; without it their ctime counts, by a clock that may have been wrong."""
+    file = written_file(store)
+    try:
+        earlier = {path: one for path, one in (file.read() or {}).items() if one.is_of(Path(path))}
+        file.put(earlier | {str(path): Written.of(path) for path in paths if path.exists()})
+    except (OSError, StateError) as e:
+        log.warning("the time of the installation could not be written down: %s", _reason(e))
 
 
 def recover(store: Store) -> Recovery | None:
@@ -468,6 +480,11 @@ def _staged_of(document: Mapping[str, Any]) -> tuple[Path, ...]:
     if not all(path.is_absolute() and path.name.startswith(prefix) for path in paths):
         raise ValueError("not written by this program")
     return paths
+
+
+def written_file(store: Store) -> StateFile[dict[str, Written]]:
+    """When the installed files were written, by path; without it their ctime counts."""
+    return coded(dict[str, Written], store.written, "when files were installed", OnDamage.START_OVER, key="files")
 
 
 def manifest_file(directory: Path) -> StateFile[dict[str, Any]]:

@@ -38,6 +38,7 @@ class Store:
         self.lock = state_dir / "lock"
         self.tree = state_dir / "tree.json"  #: Whose state it is: where the certificates and kubeconfigs are.
         self.requests = state_dir / "requests.json"  #: Keys whose certificates are not installed yet.
+        self.written = state_dir / "written.json"  #: When files were installed, by a clock that is never set.
         self.restart = state_dir / "restart.json"  #: Which manifest is out of its directory.
         self.restarted = state_dir / "restarted.json"  #: When each component was last restarted.
         self.kubelet_copy = state_dir / "kubelet-client-current.pem"  #: The last one that was taken from the kubelet.

@@ -108,7 +108,11 @@ class Node:
         """What should not be there any more."""
         staged = [path for path in self.root.rglob("*") if path.name.startswith(".")]
         unfinished = [path for path in self.store.backups.iterdir() if not (path / "manifest.json").exists()]
-        return [*staged, *unfinished, *(p for p in self.store.directory.iterdir() if p != self.store.backups)]
+        return [
+            *staged,
+            *unfinished,
+            *(p for p in self.store.directory.iterdir() if p not in (self.store.backups, self.store.written)),
+        ]
 
 
 def attempt(node: Node, at: int, act: Act) -> tuple[int, int]:

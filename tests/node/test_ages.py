@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import stat
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from bridge.node import processes
+from bridge.node.processes import Written
 from bridge.specs import Component
 from bridge.system.paths import UnreadableError
 
@@ -178,3 +180,30 @@ def test_no_file(file: Path, tmp_path: Path) -> None:
     os.mkfifo(fifo)
     with pytest.raises(UnreadableError, match="not a regular file"):
         processes.compare_age(Component.SCHEDULER, fifo)
+
+
+def test_a_clock_that_was_wrong_then_does_not_count(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where we wrote down when we wrote the file, by the machine's own time; what somebody else has written has its ctime."""
+    name = str(file)
+
+    def by_record(written: Written) -> bool | None:
+        return processes.compare_age(Component.SCHEDULER, file, written={name: written}).older
+
+    with scheduler(file):
+        before = Written.of(file)
+        file.write_text("new")
+        after = Written.of(file)
+        assert by_record(after) is True
+        # the record says that it was written before the process began, and is not of the file any more
+        assert by_record(before) is True
+    time.sleep(0.02)
+    with scheduler(file):
+        assert by_record(after) is False
+        # as if it was written after the process began, by a clock that was behind
+        late = dataclasses.replace(after, seconds=time.clock_gettime(time.CLOCK_BOOTTIME))
+        assert older(file) is False
+        assert by_record(late) is True
+        # written before the machine was started: whatever runs has read it
+        assert by_record(dataclasses.replace(late, boot="another")) is False
+        monkeypatch.setattr(processes, "_boot_id", lambda: "another")
+        assert by_record(late) is False

@@ -22,6 +22,7 @@ from bridge.state.install import (
     digest,
     install,
     recover,
+    written_file,
 )
 from bridge.state.store import Store
 from bridge.system.locks import LockedError, lock
@@ -110,7 +111,11 @@ def test_replaces_all_files_and_leaves_nothing_over(pki: Path, store: Store) -> 
     assert contents(pki) == NEW
     saved = {path.read_bytes() for path in (store.backups / backup).iterdir()}
     assert saved >= set(FILES.values())
-    assert {path.name for path in store.directory.iterdir()} == {"backups"}
+    assert {path.name for path in store.directory.iterdir()} == {"backups", "written.json"}
+    written = written_file(store).read() or {}
+    assert {path: one.is_of(Path(path)) for path, one in written.items()} == {str(pki / name): True for name in FILES}
+    (pki / "server.crt").write_bytes(b"somebody else's")
+    assert [path for path, one in written.items() if not one.is_of(Path(path))] == [str(pki / "server.crt")]
 
 
 def test_backups_are_for_their_owner_alone(pki: Path, store: Store) -> None:
@@ -202,7 +207,7 @@ class Tripwire:
 
 def _calls_of_a_run() -> int:
     """How many system calls of these kinds a whole installation makes; see the test that checks it."""
-    return 85
+    return 94
 
 
 POINTS = range(1, _calls_of_a_run() + 1)
@@ -218,7 +223,7 @@ def test_every_point_is_tried(pki: Path, store: Store, monkeypatch: pytest.Monke
 
 def _assert_whole(pki: Path, store: Store) -> None:
     assert contents(pki) in (FILES, NEW)
-    assert {path.name for path in store.directory.iterdir()} <= {"backups"}
+    assert {path.name for path in store.directory.iterdir()} <= {"backups", "written.json"}
     for backup in store.backups.iterdir():
         assert (backup / "manifest.json").exists()
 
