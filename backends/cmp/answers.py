@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError
 
@@ -209,15 +209,15 @@ _FAILURE_HINTS: Mapping[str, str] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Rule:
     """A failure, recognised by what the program says of it."""
 
     sign: str  #: A regular expression for the log.
     found: str  #: What we tell; its fields are the groups of `sign`.
     hint: str = ""
-    hint_tls: str = ""  #: What to do next where it was asked over TLS; empty: `hint`.
-    later: bool = False  #: Trying again may help.
+    hint_tls: str = field(default="", kw_only=True)  #: What to do next where it was asked over TLS; empty: `hint`.
+    later: bool = field(default=False, kw_only=True)  #: Trying again may help.
 
 
 _TLS_CLIENT = "does the server want a TLS client certificate? (`tls_client_cert`; its complaint may be lost)"
@@ -227,171 +227,154 @@ _PROTECTION = "somebody may be answering in the server's place"
 #: The first that fits counts; those of a transfer come first, as nothing of its answer was looked at.
 _RULES: Sequence[_Rule] = (
     _Rule(
-        sign=r"error = 6[24]\b",
-        found="wanted a TLS certificate for the name in url, found another's",
-        hint="use the name for which the server has its certificate",
+        r"error = 6[24]\b",
+        "wanted a TLS certificate for the name in url, found another's",
+        "use the name for which the server has its certificate",
     ),
     _Rule(
-        sign=r"alert certificate required|alert (?:bad certificate|unknown ca|certificate unknown|handshake failure)",
-        found="the server does not take our TLS client certificate, or wants one",
-        hint="`tls_client_cert` and `tls_client_key`, from a CA that the server trusts",
+        r"alert certificate required|alert (?:bad certificate|unknown ca|certificate unknown|handshake failure)",
+        "the server does not take our TLS client certificate, or wants one",
+        "`tls_client_cert` and `tls_client_key`, from a CA that the server trusts",
     ),
     _Rule(
-        sign=r"error = \d+ \((?P<why>[^)\n]*)\)(?s:.*)certificate verify failed",
-        found="wanted a TLS server that tls_ca_file vouches for, found another ({why})",
-        hint="`tls_ca_file` must hold the CA of the server's TLS certificate",
+        r"error = \d+ \((?P<why>[^)\n]*)\)(?s:.*)certificate verify failed",
+        "wanted a TLS server that tls_ca_file vouches for, found another ({why})",
+        "`tls_ca_file` must hold the CA of the server's TLS certificate",
     ),
     _Rule(
-        sign=r"wrong version number|packet length too long",
-        found="wanted TLS, found something else",
-        hint="does the server speak plain HTTP?",
+        r"wrong version number|packet length too long",
+        "wanted TLS, found something else",
+        "does the server speak plain HTTP?",
     ),
     _Rule(
-        sign=r"Name or service not known|Temporary failure in name resolution|No address associated",
-        found="the host's name can't be resolved",
-        hint="compare the host in `url` with DNS",
+        r"Name or service not known|Temporary failure in name resolution|No address associated",
+        "the host's name can't be resolved",
+        "compare the host in `url` with DNS",
         later=True,
     ),
     _Rule(
-        sign=r"connect timeout|Connection refused|connect error|Network is unreachable|No route to host",
-        found="no connection",
-        hint="is the server running, and the host and port in `url` right?",
+        r"connect timeout|Connection refused|connect error|Network is unreachable|No route to host",
+        "no connection",
+        "is the server running, and the host and port in `url` right?",
         later=True,
     ),
     _Rule(
-        sign=r"code[= ](?P<code>5\d\d|429|408)\b",
-        found="the HTTP server answered with status {code}",
-        hint="run again later",
+        r"code[= ](?P<code>5\d\d|429|408)\b",
+        "the HTTP server answered with status {code}",
+        "run again later",
         later=True,
     ),
     _Rule(
-        sign=r"code[= ]404\b",
-        found="the server knows no such path (HTTP status 404)",
-        hint="`path` (or an exception in `paths`) must be that of a profile or alias that the server has",
+        r"code[= ]404\b",
+        "the server knows no such path (HTTP status 404)",
+        "`path` (or an exception in `paths`) must be that of a profile or alias that the server has",
     ),
     _Rule(
-        sign=r"code[= ](?P<code>401|403)\b",
-        found="the HTTP server does not let us in (status {code})",
-        hint="what stands before the CMP server wants to know who comes; only TLS client certificates can be shown",
+        r"code[= ](?P<code>401|403)\b",
+        "the HTTP server does not let us in (status {code})",
+        "what stands before the CMP server wants to know who comes; only TLS client certificates can be shown",
     ),
     _Rule(
-        sign=r"code[= ](?P<code>3\d\d)\b|redirection",
-        found="the HTTP server sends us somewhere else, and requests are not sent there",
-        hint="write the place where the CMP server is into `url` and `path`",
+        r"code[= ](?P<code>3\d\d)\b|redirection",
+        "the HTTP server sends us somewhere else, and requests are not sent there",
+        "write the place where the CMP server is into `url` and `path`",
     ),
-    _Rule(sign=r"code[= ](?P<code>[13-9]\d\d)\b", found="the HTTP server answered with status {code}", hint=_NOT_CMP),
+    _Rule(r"code[= ](?P<code>[13-9]\d\d)\b", "the HTTP server answered with status {code}", _NOT_CMP),
     _Rule(
-        sign=r"(?:unexpected content type:expected=application/pkixcmp, actual=|http code 2\d\d with Content-Type: )(?P<type>.*)",
-        found="wanted a CMP message, found {type}",
-        hint=_NOT_CMP,
+        r"(?:unexpected content type:expected=application/pkixcmp, actual=|http code 2\d\d with Content-Type: )(?P<type>.*)",
+        "wanted a CMP message, found {type}",
+        _NOT_CMP,
     ),
+    _Rule(r"max(?:imum)? resp(?:onse)? len|too long", "wanted a CMP message, found an answer without end", _NOT_CMP),
     _Rule(
-        sign=r"max(?:imum)? resp(?:onse)? len|too long",
-        found="wanted a CMP message, found an answer without end",
-        hint=_NOT_CMP,
-    ),
-    _Rule(
-        sign=r"transfer timeout|read timeout|total timeout:request sent",
-        found="no answer in time",
-        hint="`timeout` is for one answer; a server that speaks TLS only, or plain HTTP only, may look like this as well",
+        r"transfer timeout|read timeout|total timeout:request sent",
+        "no answer in time",
+        "`timeout` is for one answer; a server that speaks TLS only, or plain HTTP only, may look like this as well",
         later=True,
     ),
     _Rule(
-        sign=r"failed reading data|unexpected eof|Connection reset",
-        found="the connection ended before the answer was whole",
-        hint="does the server speak what `url` says, HTTP or HTTPS?",
+        r"failed reading data|unexpected eof|Connection reset",
+        "the connection ended before the answer was whole",
+        "does the server speak what `url` says, HTTP or HTTPS?",
         hint_tls=_TLS_CLIENT,
         later=True,
     ),
     _Rule(
-        sign=r"missing asn1 encoding|error parsing|inconsistent content length|error decoding|nested asn1 error",
-        found="wanted a CMP message, found something that is none",
-        hint=_NOT_CMP,
+        r"missing asn1 encoding|error parsing|inconsistent content length|error decoding|nested asn1 error",
+        "wanted a CMP message, found something that is none",
+        _NOT_CMP,
     ),
+    _Rule(r"total timeout", "the answer came too late and was thrown away", "a longer `timeout` may help", later=True),
+    _Rule(r"transfer error", "no answer", "run again later", hint_tls=_TLS_CLIENT, later=True),
     _Rule(
-        sign=r"total timeout",
-        found="the answer came too late and was thrown away",
-        hint="a longer `timeout` may help",
-        later=True,
-    ),
-    _Rule(sign=r"transfer error", found="no answer", hint="run again later", hint_tls=_TLS_CLIENT, later=True),
-    _Rule(
-        sign=r"missing trust anchor",
-        found="the server signed its answer, and nothing here says whether it may",
-        hint="with a shared secret this is how a server says that `reference` or the secret is not what it has; "
+        r"missing trust anchor",
+        "the server signed its answer, and nothing here says whether it may",
+        "with a shared secret this is how a server says that `reference` or the secret is not what it has; "
         "`trusted_file` with the CA of its certificate lets its reason be read",
     ),
     _Rule(
-        sign=r"missing protection",
-        found="wanted an answer with protection, found one without",
-        hint="servers may leave errors unprotected: `unprotected_errors = true` shows the reason, and lets who is on the way "
+        r"missing protection",
+        "wanted an answer with protection, found one without",
+        "servers may leave errors unprotected: `unprotected_errors = true` shows the reason, and lets who is on the way "
         "forge one; a certificate is never taken from such an answer",
     ),
-    _Rule(sign=r"wrong pbm value", found="the answer is protected by another secret than ours", hint=_PROTECTION),
+    _Rule(r"wrong pbm value", "the answer is protected by another secret than ours", _PROTECTION),
     _Rule(
-        sign=r"(?P<what>recipnonce|transactionid) unmatched",
-        found="wanted an answer to our request, found one to another ({what})",
-        hint=f"an answer was repeated, or {_PROTECTION}",
+        r"(?P<what>recipnonce|transactionid) unmatched",
+        "wanted an answer to our request, found one to another ({what})",
+        f"an answer was repeated, or {_PROTECTION}",
+    ),
+    _Rule(r"unexpected pvno", "wanted CMP version 2, found another", "the server speaks another version of CMP"),
+    _Rule(
+        r"unexpected sender|does not match expected sender",
+        "wanted an answer of `sender`, found one of another",
+        "compare `sender` with the subject of the server's certificate, in the form /O=Corp/CN=RA",
     ),
     _Rule(
-        sign=r"unexpected pvno",
-        found="wanted CMP version 2, found another",
-        hint="the server speaks another version of CMP",
+        r"failed to validate newly enrolled cert",
+        "the certificate is not from the CA that it was wanted from",
+        "compare `path` and `recipient` with the CAs that the server has",
     ),
     _Rule(
-        sign=r"unexpected sender|does not match expected sender",
-        found="wanted an answer of `sender`, found one of another",
-        hint="compare `sender` with the subject of the server's certificate, in the form /O=Corp/CN=RA",
+        r"no extraCerts(?s:.*)no suitable sender cert",
+        "the server did not send the certificate that it signs with",
+        "add it to `trusted_file`, or let the server send it",
+    ),
+    _Rule(r"msg signature verification failed", "the signature of the answer is wrong", _PROTECTION),
+    _Rule(
+        r"error = \d+ \((?P<why>[^)\n]*)\)(?s:.*)no suitable sender cert",
+        "the answer is signed by somebody whom `trusted_file` does not vouch for ({why})",
+        "`trusted_file` must hold the CA of the server's CMP certificate (which needs the usage digitalSignature)",
     ),
     _Rule(
-        sign=r"failed to validate newly enrolled cert",
-        found="the certificate is not from the CA that it was wanted from",
-        hint="compare `path` and `recipient` with the CAs that the server has",
+        r"no suitable sender cert",
+        "no certificate that came with the answer, or is in `trusted_file`, is that of who signed it",
+        _PROTECTION,
     ),
     _Rule(
-        sign=r"no extraCerts(?s:.*)no suitable sender cert",
-        found="the server did not send the certificate that it signs with",
-        hint="add it to `trusted_file`, or let the server send it",
+        r"cert and key do not match",
+        "wanted the key of `client_cert` in `client_key`, found another's",
+        "`client_cert` must begin with the certificate of the key",
     ),
     _Rule(
-        sign=r"msg signature verification failed",
-        found="the signature of the answer is wrong",
-        hint=_PROTECTION,
+        r"does not match our enrollment key",
+        "wanted a certificate for our key, found one for another",
+        "the server mixed up two requests, or is not to be trusted; the certificate was rejected there",
     ),
     _Rule(
-        sign=r"error = \d+ \((?P<why>[^)\n]*)\)(?s:.*)no suitable sender cert",
-        found="the answer is signed by somebody whom `trusted_file` does not vouch for ({why})",
-        hint="`trusted_file` must hold the CA of the server's CMP certificate (which needs the usage digitalSignature)",
+        r"certificate not found",
+        "the server granted the request, and sent no certificate",
+        "the server's log may say more",
     ),
     _Rule(
-        sign=r"no suitable sender cert",
-        found="no certificate that came with the answer, or is in `trusted_file`, is that of who signed it",
-        hint=_PROTECTION,
+        r"[Uu]nable to load|[Cc]ould not (?:read|open|find)|cannot load|not (?:open|load)",
+        "a file of the settings can't be used: {told}",
+        "PEM, not encrypted, and readable",
     ),
     _Rule(
-        sign=r"cert and key do not match",
-        found="wanted the key of `client_cert` in `client_key`, found another's",
-        hint="`client_cert` must begin with the certificate of the key",
-    ),
-    _Rule(
-        sign=r"does not match our enrollment key",
-        found="wanted a certificate for our key, found one for another",
-        hint="the server mixed up two requests, or is not to be trusted; the certificate was rejected there",
-    ),
-    _Rule(
-        sign=r"certificate not found",
-        found="the server granted the request, and sent no certificate",
-        hint="the server's log may say more",
-    ),
-    _Rule(
-        sign=r"[Uu]nable to load|[Cc]ould not (?:read|open|find)|cannot load|not (?:open|load)",
-        found="a file of the settings can't be used: {told}",
-        hint="PEM, not encrypted, and readable",
-    ),
-    _Rule(
-        sign=r"Unknown option: (?P<option>\S+)|Error parsing option",
-        found="this openssl does not know what it was asked to do: {told}",
-        hint="a newer one may; `openssl` in the settings can name it",
+        r"Unknown option: (?P<option>\S+)|Error parsing option",
+        "this openssl does not know what it was asked to do: {told}",
+        "a newer one may; `openssl` in the settings can name it",
     ),
 )
 

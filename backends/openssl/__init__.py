@@ -75,7 +75,8 @@ commonName = optional
 # `copy` takes from the CSR what the section does not have; so it has all but the SAN, and a CSR that asks for
 # something else is refused. `keyid,issuer` is the key identifier alone; issuer and serial number if the CA has none
 # (as kubeadm before 1.19 made them), which is an error with `keyid:always`.
-_SECTION = """
+#: The section of a usage class.
+SECTION = """
 [{usage}]
 basicConstraints = critical,CA:FALSE
 keyUsage = critical,digitalSignature,keyEncipherment
@@ -83,7 +84,8 @@ extendedKeyUsage = {ekus}
 subjectKeyIdentifier = hash
 authorityKeyIdentifier = keyid,issuer
 """
-_EKUS: dict[Usage, str] = {"server": "serverAuth", "client": "clientAuth", "peer": "serverAuth,clientAuth"}
+#: As openssl spells the usages of each class.
+EKUS: dict[Usage, str] = {"server": "serverAuth", "client": "clientAuth", "peer": "serverAuth,clientAuth"}
 
 _ExtensionT = TypeVar("_ExtensionT", bound=x509.ExtensionType)
 
@@ -105,11 +107,7 @@ class OpensslBackend:
         self._files = files
         self._key = private_key_of(files, settings)
         self._revoked: tuple[float, x509.Name, frozenset[int]] | None = None  # when, the CA's name, serial numbers
-        self._openssl = Openssl(
-            program=settings.openssl,
-            limit=settings.timeout,
-            key=self._key,
-        )
+        self._openssl = Openssl(program=settings.openssl, limit=settings.timeout, key=self._key)
 
     @classmethod
     def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
@@ -139,31 +137,16 @@ class OpensslBackend:
         with _os_errors():
             signers = self.issuers()
             _check_signer(self._files.certificate, signers[0])
-            database = self._database()
-            with database.locked(self._settings.timeout) as lock, self._folder(signers[0], database) as folder:
-                desk = _Desk(self._openssl, database, signers, folder, lock)
-                desk.recover()
+            with self._at_work(signers) as desk:
                 answers = desk.sign(_batches(requests, self._key.batch_size))
         return [answers[position] for position in range(len(requests))]
 
     def recall(self, requests: Sequence[SignRequest], since: datetime) -> list[Issued | None]:
-        """
-        Find what a run signed for exactly these keys and usages before it was killed.
-
-        Waits for an `openssl ca` that outlived its run.
-
-        Args:
-            requests: As they were sent.
-            since: When.
-
-        Returns:
-            One answer a request, in their order; None: nothing was signed for it.
-        """
+        """Find what a run signed for exactly these keys and usages before it was killed, once its `openssl ca` has ended."""
         with _os_errors():
-            signers, database = self.issuers(), self._database()
-            with database.locked(self._settings.timeout) as lock, self._folder(signers[0], database) as folder:
-                _Desk(self._openssl, database, signers, folder, lock).recover()
-                found = {(public_key(leaf), _usages(leaf)): leaf for leaf in database.issued_since(since)}
+            signers = self.issuers()
+            with self._at_work(signers) as desk:
+                found = {(public_key(leaf), _usages(leaf)): leaf for leaf in desk.database.issued_since(since)}
         chain = tuple(signer for signer in signers if signer.issuer != signer.subject)
         leaves = [found.get(_key_and_usages(request)) for request in requests]
         return [Issued(leaf=leaf, intermediates=chain) if leaf is not None else None for leaf in leaves]
@@ -171,12 +154,10 @@ class OpensslBackend:
     def revoke(self, certificate: x509.Certificate) -> None:
         """Mark a certificate of this CA in the index, with reason `superseded`; one that the index does not know is added."""
         with _os_errors():
-            signers, database = self.issuers(), self._database()
+            signers = self.issuers()
             if not _is_issued_by(certificate, signers[0]):
                 raise BackendRefusedError("wanted a certificate of this CA to revoke, found another CA's")
-            with database.locked(self._settings.timeout) as lock, self._folder(signers[0], database) as folder:
-                desk = _Desk(self._openssl, database, signers, folder, lock)
-                desk.recover()
+            with self._at_work(signers) as desk:
                 desk.revoke(certificate)
         self._revoked = None
 
@@ -227,6 +208,15 @@ class OpensslBackend:
                 f"wanted a database whose file name has only letters, digits, '.', '_' and '-', found {index.name!r}"
             )
         return Database(index=index, new_certs_dir=self._files.new_certs_dir.resolve())
+
+    @contextmanager
+    def _at_work(self, signers: list[x509.Certificate]) -> Iterator[_Desk]:
+        """Lock the database, and put right what a killed run left."""
+        database = self._database()
+        with database.locked(self._settings.timeout) as lock, self._folder(signers[0], database) as folder:
+            desk = _Desk(self._openssl, database, signers, folder, lock)
+            desk.recover()
+            yield desk
 
     @contextmanager
     def _folder(self, signer: x509.Certificate, locked: Database | None = None) -> Iterator[Path]:
@@ -474,7 +464,7 @@ def _extension(certificate: x509.Certificate, kind: type[_ExtensionT]) -> _Exten
 
 
 def _config(index_name: str, digest: str, key: PrivateKey) -> str:
-    sections = [_SECTION.format(usage=usage, ekus=ekus) for usage, ekus in _EKUS.items()]
+    sections = [SECTION.format(usage=usage, ekus=ekus) for usage, ekus in EKUS.items()]
     return key.config + _CONFIG.format(index=index_name, digest=digest, private_key=key.reference) + "".join(sections)
 
 

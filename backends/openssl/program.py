@@ -13,6 +13,7 @@ import re
 import resource
 import shutil
 import threading
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal
 
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 
@@ -73,72 +74,71 @@ activate = 1
 """
 
 
-class PrivateKey(Protocol):
-    """A CA's private key, as a run of openssl is told of it."""
+class PrivateKey(ABC):
+    """A CA's private key, as a run of openssl is told of it; the defaults are those of a file."""
 
     secret_name: ClassVar[str]  #: What opens it, in words.
     #: CSRs in one process; nothing of a run is recorded before its last signature is made.
     batch_size: ClassVar[int]
 
     @property
+    @abstractmethod
     def secret(self) -> Secret | None:
         """The passphrase or PIN that opens it; None: it needs none."""
 
     @property
+    @abstractmethod
     def reference(self) -> str:
         """The key's name in openssl's arguments: a file or a URI."""
 
     @property
     def config(self) -> str:
         """The lines that come first in the openssl.cnf of a run."""
+        return ""
 
-    def arguments(self, command: str) -> list[str]:
-        """Further arguments of an openssl command, for a key of this kind."""
+    def arguments(self, command: str) -> list[str]:  # noqa: ARG002 (a file needs none)
+        """Further arguments of an openssl command."""
+        return []
 
-    def environment(self, command: str) -> dict[str, str]:
+    def environment(self, command: str) -> dict[str, str]:  # noqa: ARG002 (likewise)
         """Further variables in the environment of an openssl command."""
+        return {}
 
+    @abstractmethod
     def check(self) -> None:
         """Make sure of what can be seen without openssl."""
 
-    def login(self, secret: bytes) -> AbstractContextManager[Callable[[str], None]]:
+    def login(self, secret: bytes) -> AbstractContextManager[Callable[[str], None]]:  # noqa: ARG002 (tried at will)
         """Surround one run of openssl; what it yields is to be called with what openssl said."""
+        return nullcontext(lambda _: None)
 
+    @abstractmethod
     def failure(self, messages: str, told: str) -> BackendError | None:
-        """
-        Why the key can't be used; None: the key is not the reason.
-
-        Args:
-            messages: All that openssl said.
-            told: The part of it that may be shown.
-        """
+        """Why the key can't be used, by all that openssl said, and what may be shown of it; None: something else."""
 
 
-@dataclass(frozen=True, slots=True)
-class KeyFile:
+@dataclass(frozen=True)
+class KeyFile(PrivateKey):
     """A PEM file, linked as `ca.key` in the folder of a run."""
 
     secret_name: ClassVar[str] = "passphrase"  # noqa: S105 (what it is called)
     batch_size: ClassVar[int] = 1000
 
     path: Path
-    secret: Secret | None
-
-    reference: ClassVar[str] = "ca.key"
-    config: ClassVar[str] = ""
+    passphrase: Secret | None
 
     def __str__(self) -> str:
         return str(self.path)
 
-    def arguments(self, command: str) -> list[str]:
+    @property
+    def secret(self) -> Secret | None:
         """As `PrivateKey`."""
-        del command
-        return []
+        return self.passphrase
 
-    def environment(self, command: str) -> dict[str, str]:
+    @property
+    def reference(self) -> str:
         """As `PrivateKey`."""
-        del command
-        return {}
+        return "ca.key"
 
     def check(self) -> None:
         """As `PrivateKey`: a file that can be opened."""
@@ -147,11 +147,6 @@ class KeyFile:
                 pass
         except OSError as e:
             raise BackendRefusedError(f"wanted the CA's private key in {self}, found: {e.strerror}") from e
-
-    def login(self, secret: bytes) -> AbstractContextManager[Callable[[str], None]]:
-        """As `PrivateKey`: a file may be tried as often as one likes."""
-        del secret
-        return nullcontext(lambda _: None)
 
     def failure(self, messages: str, told: str) -> BackendRefusedError | None:
         """As `PrivateKey`."""
@@ -162,9 +157,9 @@ class KeyFile:
         return None
 
     def _wrong_passphrase(self) -> BackendRefusedError:
-        if self.secret:
+        if self.passphrase:
             return BackendRefusedError(
-                f"wanted the passphrase of {self} in {self.secret}, found one that does not open it"
+                f"wanted the passphrase of {self} in {self.passphrase}, found one that does not open it"
             )
         return BackendRefusedError(
             f"wanted a passphrase for {self}, which is encrypted, found none in the settings",
@@ -196,8 +191,8 @@ class _Logins:
 _LOGINS: defaultdict[tuple[str, ...], _Logins] = defaultdict(_Logins)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenKey:
+@dataclass(frozen=True)
+class TokenKey(PrivateKey):
     """A private key that never leaves its token."""
 
     secret_name: ClassVar[str] = "PIN"  # noqa: S105 (what it is called)

@@ -13,8 +13,9 @@ from pathlib import PurePath
 
 from cryptography import x509
 
+from backends.openssl import EKUS, SECTION
 from bridge.contract import SetupFile, SetupRequest
-from bridge.specs import EKU, SPECS, Authority
+from bridge.specs import SPECS, Authority, Usage
 
 DIRECTORY = PurePath("/srv/kubernetes-ca")  #: Below it a directory an authority.
 _PLAIN_PATH = re.compile(r"/[A-Za-z0-9._/+:@-]+")  # else `$`, `#`, quotes and backslashes mean something to openssl
@@ -76,14 +77,6 @@ _COMMAND = """\
 #   for {names}:
 #     flock {directory}/.ca-bridge.lock openssl ca -config {directory}/openssl.cnf \\
 #       -batch -notext -extensions {usage} -in NAME.csr -out NAME.crt"""
-_SECTION = """
-[{usage}]
-basicConstraints = critical,CA:FALSE
-keyUsage = critical,digitalSignature,keyEncipherment
-extendedKeyUsage = {ekus}
-subjectKeyIdentifier = hash
-authorityKeyIdentifier = keyid,issuer
-"""
 
 
 def setup(wanted: SetupRequest) -> list[SetupFile]:
@@ -122,17 +115,14 @@ def config_text(
         directory=directory,
         days=max(1, validity // timedelta(days=1)),
         commands="\n".join(
-            _COMMAND.format(directory=directory, usage=usage, names=", ".join(group)) for usage, _, group in groups
+            _COMMAND.format(directory=directory, usage=usage, names=", ".join(group)) for usage, group in groups
         ),
-        sections="".join(_SECTION.format(usage=usage, ekus=ekus) for usage, ekus, _ in groups),
+        sections="".join(SECTION.format(usage=usage, ekus=EKUS[usage]) for usage, _ in groups),
     )
 
 
-def _by_usage(
-    authority: Authority, certificates: Mapping[str, x509.Certificate]
-) -> Iterator[tuple[str, str, list[str]]]:
-    """Usage class, its EKUs as openssl spells them, and the names of the certificates."""
+def _by_usage(authority: Authority, certificates: Mapping[str, x509.Certificate]) -> Iterator[tuple[Usage, list[str]]]:
+    """Usage class, and the names of its certificates."""
     specs = [SPECS[name] for name in certificates if SPECS[name].authority == authority]
     for usage in sorted({spec.usage for spec in specs}):
-        group = [spec for spec in specs if spec.usage == usage]
-        yield usage, ",".join(eku.label for eku in EKU if eku in group[0].ekus), [spec.name for spec in group]
+        yield usage, [spec.name for spec in specs if spec.usage == usage]
