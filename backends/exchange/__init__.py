@@ -38,7 +38,7 @@ from bridge.pki.bundle_format import (
 from bridge.pki.signatures import is_by, public_key
 from bridge.specs import CertificateSpec
 from bridge.system.files import write_atomically
-from bridge.system.paths import UnreadableError, read
+from bridge.system.paths import UnreadableError, read, read_once
 
 #: Requests hold nothing secret, and who carries them is usually another user.
 REQUEST_MODE = 0o644
@@ -64,6 +64,15 @@ class ExchangeSettings(BackendSettings):
             yield SettingsProblem("inbox", "another directory than the outbox", str(self.inbox))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """What a file of the inbox is, and for an answer to our request its content."""
+
+    digest: str = ""  #: Of the request that it answers.
+    answer: AnswerBundle | None = None
+    note: str = ""  #: Why it is no answer.
+
+
 class ExchangeBackend:
     """Asks by a file, and answers when the answer's file is there."""
 
@@ -76,7 +85,7 @@ class ExchangeBackend:
         self._desk_key = None if settings.signed_by is None else _public_key(settings.signed_by)
         #: An answer is the desk's own word, and not that of whoever can write into the inbox.
         self.authenticated = self._desk_key is not None
-        self._read: dict[Path, tuple[tuple[int, int, int], AnswerBundle | str]] = {}
+        self._read: dict[Path, tuple[tuple[int, int, int], _Found]] = {}
 
     @classmethod
     def from_settings(cls, settings: ExchangeSettings) -> Self:
@@ -169,37 +178,46 @@ class ExchangeBackend:
         """Request bundles of a node that were not fetched yet."""
         for path in self._files(self._settings.outbox):
             if path.name.startswith(node):
-                with contextlib.suppress(BundleError, UnreadableError):  # another's, whatever it is
-                    yield path, loads_request(read(path) or b"")
+                with contextlib.suppress(FileNotFoundError, BundleError, UnreadableError):  # another's, whatever it is
+                    yield path, loads_request(read_once(path)[0])
 
     def _inbox(self, reference: str) -> tuple[list[AnswerBundle], list[str]]:
         """Whole answer bundles to this request bundle, and what is to be said of files that are none."""
         found, notes = [], []
         for path in self._files(self._settings.inbox):
-            answer = self._answer_at(path)
-            if isinstance(answer, str):
-                notes.append(answer)
-            elif answer is not None and answer.request_digest == reference:
-                found.append(answer)
+            seen = self._look(path, reference)
+            if seen is not None and seen.answer is not None and seen.digest == reference:
+                found.append(seen.answer)
+            elif seen is not None and seen.note:
+                notes.append(seen.note)
         return found, notes
 
-    def _answer_at(self, path: Path) -> AnswerBundle | str | None:
-        """Read once, as long as it stays the same, since each request of a run asks for it; a text: why it is none."""
+    def _look(self, path: Path, reference: str) -> _Found | None:
+        """Read once, as long as it stays the same, since each request of a run asks for it; None: taken away meanwhile."""
         try:
-            status = path.stat()
+            status = path.lstat()
         except OSError:
-            return None  # taken away meanwhile
+            return None
         version = (status.st_ino, status.st_size, status.st_mtime_ns)
-        if (known := self._read.get(path)) is None or known[0] != version:
-            known = self._read[path] = version, self._authentic(path, _answer_or_reason(path))
+        known = self._read.get(path)
+        if known is None or known[0] != version or (known[1].answer is None and known[1].digest == reference):
+            known = self._read[path] = version, self._answer_at(path, reference)
         return known[1]
 
-    def _authentic(self, path: Path, answer: AnswerBundle | str) -> AnswerBundle | str:
-        """Unsigned, or signed by somebody else, it is none."""
-        if isinstance(answer, str) or self._desk_key is None:
-            return answer
-        is_signed = answer.signature is not None and is_by(self._desk_key, answer.signature, answer_message(answer))
-        return answer if is_signed else f"{path} is passed over: it is not signed by the desk's key (node.desk_key)"
+    def _answer_at(self, path: Path, reference: str) -> _Found:
+        """The answer in a file; of an answer to another request only the digest is kept, since inboxes have no end."""
+        try:
+            answer = loads_answer(read_once(path)[0])
+        except IncompleteBundleError:
+            return _Found(note=f"{path} is not whole yet")
+        except (FileNotFoundError, BundleError, UnreadableError) as e:
+            return _Found(note=f"{path} is no answer: {e}")
+        if self._desk_key is not None and not (
+            answer.signature is not None and is_by(self._desk_key, answer.signature, answer_message(answer))
+        ):
+            return _Found(note=f"{path} is passed over: it is not signed by the desk's key (node.desk_key)")
+        is_ours = answer.request_digest == reference
+        return _Found(digest=answer.request_digest, answer=answer if is_ours else None)
 
     @staticmethod
     def _files(directory: Path) -> list[Path]:
@@ -223,15 +241,6 @@ def _public_key(path: Path) -> PublicKeyTypes:
     except (UnreadableError, ValueError) as e:
         wanted = str(e) if isinstance(e, ValueError) else "a certificate or a public key in PEM"
         raise SettingsError([SettingsProblem("signed_by", wanted, f"something else in {path}")]) from None
-
-
-def _answer_or_reason(path: Path) -> AnswerBundle | str:
-    try:
-        return loads_answer(read(path) or b"")
-    except IncompleteBundleError:
-        return f"{path} is not whole yet"
-    except (BundleError, UnreadableError) as e:
-        return f"{path} is no answer: {e}"
 
 
 def _to_carry(path: Path, bundle: RequestBundle) -> str:

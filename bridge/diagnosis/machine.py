@@ -24,7 +24,7 @@ from bridge.state.store import Store
 from bridge.system import files, locks
 from bridge.system.console import READ_ONLY_HINT
 from bridge.system.files import DiskSpace, disk_spaces
-from bridge.system.paths import ForeignLinkError, UnreadableError, opened, read
+from bridge.system.paths import ForeignLinkError, UnreadableError, opened, read_once
 from bridge.words import one_line
 
 #: Below these it is a matter of time.
@@ -182,12 +182,12 @@ def _listed_copies(node: Node, settings: Settings) -> Iterator[Finding]:
 
 
 def _client_certificate(path: Path) -> x509.Certificate | None:
-    """The client certificate in a kubeconfig; None, too, for any other file: it is not ours to judge."""
+    """The client certificate in a kubeconfig of a home; None, too, for a link and any other file: not ours to judge."""
     try:
-        data = read(path)
-        pem = None if data is None else kubeconfig.parse(data).certificate_data
+        with opened(path) as place:
+            pem = kubeconfig.parse(read_once(place.path)[0]).certificate_data
         return load_pem_certificates(pem)[0] if pem else None
-    except (KubeconfigError, UnreadableError, ValueError):
+    except (OSError, ForeignLinkError, KubeconfigError, UnreadableError, ValueError):
         return None
 
 

@@ -22,7 +22,6 @@ MOST_LINKS = 40
 #: Certificates, kubeconfigs and manifests are far below.
 MAX_FILE_BYTES = 1 << 20
 _OVERFLOW_UID = 65534  # unless the administrator has set another (linux/highuid.h)
-_ALL_IDS = ["0", "0", "4294967295"]
 _LOOK = os.O_PATH | os.O_CLOEXEC
 
 
@@ -233,10 +232,12 @@ def trusted_users() -> set[int]:
     """
     The users (uids) whose files are as good as ours.
 
-    A user namespace shows all users that it does not know (root outside it, as a rule) as one.
+    A user namespace shows all users that it does not know as one, and root is among them where it has no root of its
+    own. Where it has one, as below `PrivateUsers=yes`, that user is just somebody else.
     """
     ours = {0, os.geteuid()}
-    if Path("/proc/self/uid_map").read_text(encoding="ascii").split() != _ALL_IDS:
+    spans = [line.split() for line in Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()]
+    if not any(int(first) == 0 and int(count) for first, _, count in spans):
         ours.add(_unknown_user())
     return ours
 

@@ -446,3 +446,35 @@ def test_the_crontabs_jobs_carry(tmp_path: Path) -> None:
 
     assert sorted(path.name for path in inbox.iterdir()) == ["cp-1-0.request.json", "done"]
     assert [path.name for path in home.iterdir()] == ["cp-1-0.ca.answer.json"]
+
+
+def test_only_answers_to_our_requests_are_kept(tmp_path: Path) -> None:
+    """An inbox of others' answers costs no memory; one that turns out to be ours is read again."""
+    backend = opened(tmp_path)
+    request = asked()
+    reference = pending(backend.sign(request)).reference
+    issued = issue(request)
+    ours = answer_to(tmp_path, {"apiserver": issued})
+    for number in range(3):
+        put(tmp_path, f"{number}.json", dataclasses.replace(ours, request_digest=f"{number:064x}"))
+    assert pending(backend.collect(request, reference))
+    assert [found.answer for _, found in backend._read.values()] == [None] * 3
+    put(tmp_path, "ours.json", ours)
+    assert backend.collect(request, reference) == issued
+    assert [found.answer for _, found in backend._read.values() if found.answer] == [ours]
+    assert len(backend.candidates(request, f"{1:064x}")) == 1
+
+
+def test_a_link_in_the_inbox_is_not_followed(tmp_path: Path) -> None:
+    """A courier could have root open a device by it; the file itself is taken."""
+    backend = opened(tmp_path)
+    request = asked()
+    reference = pending(backend.sign(request)).reference
+    issued = issue(request)
+    answer = put(tmp_path, "a.json", answer_to(tmp_path, {"apiserver": issued}))
+    answer.rename(tmp_path / "a.json")
+    answer.symlink_to(tmp_path / "a.json")
+    assert f"{answer} is no answer: a symbolic link" in pending(backend.collect(request, reference)).note
+    answer.unlink()
+    (tmp_path / "a.json").rename(answer)
+    assert backend.collect(request, reference) == issued

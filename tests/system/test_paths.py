@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from bridge.system.paths import exposure, foreign_link, open_secret
+from bridge.errors import SettingsError
+from bridge.system.paths import UnreadableError, exposure, foreign_link, open_secret, own_text, read, read_once
+from bridge.system.run_command import python_command
 
 SOMEBODY = 12345
 
@@ -120,3 +125,63 @@ def test_a_group_of_others_is_others(place: Path) -> None:
     assert open_secret(place) is None
     os.chown(place, 0, SOMEBODY)
     assert open_secret(place) is not None
+
+
+_IN_OPEN = 0x20  # inotify(7)
+
+
+def opens(path: Path, act: Callable[[], object]) -> bool:
+    """Whether something was opened to be read or written while we act."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    watch = libc.inotify_init1(os.O_NONBLOCK)
+    assert libc.inotify_add_watch(watch, os.fsencode(path), _IN_OPEN) >= 0
+    with contextlib.suppress(UnreadableError, SettingsError):
+        act()
+    try:
+        return bool(os.read(watch, 4096))
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(watch)
+
+
+@pytest.mark.parametrize("name", ["read", "read_once", "own_text"])
+def test_what_is_no_file_is_not_even_opened(tmp_path: Path, name: str) -> None:
+    """Opening a watchdog or a tape has an effect; a regular file is opened by the same calls."""
+
+    def text(path: Path) -> str:
+        return own_text(path, "a text", "")
+
+    acts: dict[str, Callable[[Path], object]] = {"read": read, "read_once": read_once, "own_text": text}
+    act = acts[name]
+    pipe, link, file = tmp_path / "pipe", tmp_path / "link", tmp_path / "file"
+    os.mkfifo(pipe, 0o600)
+    link.symlink_to(pipe)
+    file.write_text("here")
+    file.chmod(0o600)
+    assert not opens(pipe, lambda: act(pipe))
+    assert not opens(pipe, lambda: act(link))
+    assert opens(file, lambda: act(file))
+    with pytest.raises((UnreadableError, SettingsError), match="not a regular file"):
+        act(pipe)
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("mapping", "is_trusted"),
+    [
+        pytest.param(["--map-root-user"], False, id="root of its own"),
+        pytest.param(["--map-user=1000", "--map-group=1000"], True, id="no root"),
+    ],
+)
+def test_who_is_unknown_to_a_user_namespace(tmp_path: Path, mapping: list[str], is_trusted: bool) -> None:
+    """With a root of its own, as below `PrivateUsers=yes`, an unknown user is just somebody else, and not root outside."""
+    place = tmp_path / "policy.toml"
+    place.touch(0o600)
+    os.chown(place, SOMEBODY, SOMEBODY)
+    code = "import sys; from pathlib import Path; from bridge.system.paths import exposure; print(exposure(Path(sys.argv[1])))"
+    command = ["unshare", "--user", *mapping, *python_command(code, str(place))]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert (found.strip() == "None") is is_trusted, found
+    os.chown(place, 0, 0)
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "None"
