@@ -107,7 +107,7 @@ def _places(settings: Settings, desk: DeskJob | None) -> Places:
     for configured in registry.configured(settings, settings.authorities).values():
         writable += configured.settings.writes()
     return Places(
-        program=jobs.this_program(),
+        program=jobs.this_program(desk.user if desk else "root"),
         options=options,
         paths=paths,
         user=desk.user if desk else "root",

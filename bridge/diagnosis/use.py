@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -36,6 +36,7 @@ from bridge.state.obligations import AFTER_INSTALL, FAILURE, SUCCESS
 from bridge.state.store import Store
 from bridge.system.ca_files import read_ca_file
 from bridge.system.paths import UnreadableError, read
+from bridge.system.run_command import unsafe_program
 from bridge.words import one_line
 
 #: The flag for the key, beside the one for the certificate.
@@ -140,14 +141,29 @@ def _restarts(node: Node, settings: Settings) -> Iterator[Finding]:
         elif words and shutil.which(words[0]) is None:
             text = f"wanted a program {words[0]!r}, found none that can be run"
             yield Finding(level="error", check="restart-command", about=key, text=text)
+        elif words and (unsafe := _unsafe(words))[0]:
+            yield Finding(level="error", check="restart-command", about=key, text=unsafe[0], hint=unsafe[1])
+
+
+def _unsafe(words: Sequence[str]) -> tuple[str, str]:
+    """Why others than root decide what a command does, and what to do about it; empty: they don't."""
+    try:
+        found = unsafe_program(words)
+    except OSError as e:
+        return f"wanted the program {words[0]}, found: {e.strerror}", ""
+    return ("", "") if found is None else (str(found), found.hint)
 
 
 def _hooks(settings: Settings) -> Iterator[Finding]:
     for event in (hooks.BEFORE, AFTER_INSTALL, SUCCESS, FAILURE):
         for words in getattr(settings.hooks, event).words():
-            found = shutil.which(words[0])
+            found, about = shutil.which(words[0]), f"hook {event}"
+            unsafe, hint = _unsafe(words)
+            if unsafe:
+                yield Finding(level="error", check="hook", about=about, text=unsafe, hint=hint)
+                continue
             text = found or f"wanted a program {words[0]!r}, found none that can be run"
-            yield Finding(level="ok" if found else "warning", check="hook", about=f"hook {event}", text=text)
+            yield Finding(level="ok" if found else "warning", check="hook", about=about, text=text)
     if Store(settings.node.state_dir).hooks.exists():
         text = "some of an earlier run did not succeed; the next `ca-bridge renew` runs them again"
         yield Finding(level="warning", check="hooks-owed", about="hooks", text=text)

@@ -6,7 +6,9 @@ Which jobs there are is known from the files below `config/`; what they run is n
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pwd
 import re
 import shlex
 import shutil
@@ -18,6 +20,7 @@ from pathlib import Path
 
 from bridge.errors import BridgeError
 from bridge.system.files import write_atomically
+from bridge.system.paths import program_exposure
 from bridge.system.run_command import Command, run
 from bridge.words import has_controls
 
@@ -55,18 +58,28 @@ class Places:
     maybe_writable: Sequence[Path] = ()  #: Likewise, and they may be missing.
 
 
-def this_program() -> Path:
-    """Where the program is that runs now, as cron and systemd have to call it."""
+def this_program(user: str) -> Path:
+    """Where the program is that runs now, as cron and systemd have to call it as this user."""
     called = Path(sys.argv[0])
     found = called if called.is_absolute() else Path(shutil.which(sys.argv[0]) or called).absolute()
-    if found.name == "ca-bridge" and found.is_file():
-        return found
-    beside = Path(sys.executable).with_name("ca-bridge")
-    if beside.is_file():
-        return beside
-    raise JobError(
-        f"wanted the installed program ca-bridge, found {called}", hint="install it, then call it by its name"
-    )
+    if found.name != "ca-bridge" or not found.is_file():
+        found = Path(sys.executable).with_name("ca-bridge")
+    if not found.is_file():
+        raise JobError(
+            f"wanted the installed program ca-bridge, found {called}", hint="install it, then call it by its name"
+        )
+    if os.geteuid() == 0:  # others can have no job run what they print
+        unsafe = program_exposure(found, _uid(user))
+        if unsafe is not None:
+            hint = f"a job would run what others can change: install it where only root can write, or {unsafe.hint}"
+            raise JobError(str(unsafe), hint=hint)
+    return found
+
+
+def _uid(user: str) -> int | None:
+    with contextlib.suppress(KeyError):
+        return pwd.getpwnam(user).pw_uid
+    return None
 
 
 def unit(name: str, shipped: str, places: Places) -> Job:

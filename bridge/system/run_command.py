@@ -8,6 +8,7 @@ import os
 import pwd
 import resource
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+from bridge.system.paths import Exposure, program_exposure
 from bridge.system.waiting import wait_until
 
 MOST_LOGGED = 16 << 10
@@ -280,8 +282,16 @@ class OutputLines:
         self._log(line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}…")
 
 
+def unsafe_program(words: Sequence[str]) -> Exposure | None:
+    """Find by what somebody else could change a program that we run; one that is not there is told when it is started."""
+    found = shutil.which(words[0], path=passed_on({})["PATH"])
+    return None if found is None else program_exposure(Path(found).absolute())
+
+
 def run_logged(words: Sequence[str], variables: Mapping[str, str], limit: timedelta, lines: OutputLines) -> Ended:
-    """Run an operator's command; what it leaves in the background when it ends goes on."""
+    """Run an operator's command, unless others can change it; what it leaves in the background when it ends goes on."""
+    if (unsafe := unsafe_program(words)) is not None:
+        return Ended(None, f"is not run: {unsafe} ({unsafe.hint})")
     command = Command(words=words, environment=passed_on(variables), limit=limit)
     try:
         return run(command, lines.add, subprocess.STDOUT)

@@ -561,3 +561,35 @@ def test_on_a_machine_that_is_no_node_one_sentence_is_enough(tmp_path: Path) -> 
     assert run.stdout.count("wanted") == 1
     assert "no control plane here" in run.stdout
     assert "--pki-dir" in run.stdout
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a home away")
+def test_a_users_link_in_a_home_is_not_followed(site: Site) -> None:
+    """It may lead to a device or to another's file; a copy there is found, as is root's own link."""
+    with_cas(site)
+    copy, elsewhere = site.home / ".kube/config", site.home / "elsewhere"
+    shutil.copy(site.kubernetes / "admin.conf", elsewhere)
+
+    def told() -> list[str]:
+        return [one.about for one in site.look() if one.check == "admin-copy"]
+
+    copy.symlink_to(elsewhere)
+    assert told() == [str(copy)]
+    os.chown(copy, 12345, 12345, follow_symlinks=False)
+    os.chown(site.home / ".kube", 12345, 12345)
+    assert told() == []
+    copy.unlink()
+    elsewhere.rename(copy)
+    assert told() == [str(copy)]
+
+
+def test_a_hook_that_others_can_change_is_told(site: Site) -> None:
+    """Before a renewal does not run it; with its mode put right it is in order."""
+    hook = site.bridge.directory / "hook"
+    hook.write_text("#!/bin/sh\n")
+    hook.chmod(0o777)
+    site.bridge.add("hooks", {"success": str(hook)})
+    found = [one for one in site.look() if one.check == "hook"]
+    assert [(one.level, "mode 0777" in one.text) for one in found] == [("error", True)]
+    hook.chmod(0o755)
+    assert [one.level for one in site.look() if one.check == "hook"] == ["ok"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -218,3 +219,18 @@ def test_words_of_units_are_words() -> None:
         'ExecStopPost=/bin/x "/srv/a \\"b\\" 50%% $$x"',
         'ReadWritePaths="/srv/50%% $x"',
     ]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a directory away")
+def test_no_job_runs_what_another_user_can_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program in another's home, say; a job of that user itself, as a CA desk's, may."""
+    program = tmp_path / "home/bin/ca-bridge"
+    program.parent.mkdir(parents=True)
+    shutil.copy(PROGRAM, program)
+    monkeypatch.setattr(sys, "argv", [str(program)])
+    assert jobs.this_program("root") == program
+    nobody = pwd.getpwnam("nobody").pw_uid
+    os.chown(tmp_path / "home", nobody, nobody)
+    with pytest.raises(jobs.JobError, match=f"home: wanted it to belong to root, found user {nobody}"):
+        jobs.this_program("root")
+    assert jobs.this_program("nobody") == program

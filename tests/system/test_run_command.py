@@ -217,3 +217,26 @@ def test_its_surroundings_have_no_say(tmp_path: Path) -> None:
         check=True,
     )
     assert done.stdout == "1\n"
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("mode", "owner", "found"),
+    [(0o777, 0, "mode 0777"), (0o775, 0, "mode 0775"), (0o755, 12345, "user 12345")],
+    ids=["all", "a group", "an owner"],
+)
+def test_a_command_that_others_can_change_is_not_run(tmp_path: Path, mode: int, owner: int, found: str) -> None:
+    """Hooks and restart commands go by the rule that settings and helpers go by; its owner's alone is run."""
+    program = tmp_path / "hook"
+    program.write_text(f"#!/bin/sh\necho ran >>{tmp_path}/ran\n")
+    os.chown(program, owner, owner)
+    program.chmod(mode)
+    ended = run_logged([str(program)], PATH, LONG, OutputLines(print))
+    assert ended.code is None
+    assert f"is not run: {program}: wanted " in ended.failure
+    assert found in ended.failure
+    assert not (tmp_path / "ran").exists()
+    os.chown(program, 0, 0)
+    program.chmod(0o755)
+    assert run_logged([str(program)], PATH, LONG, OutputLines(print)) == Ended(0)
+    assert (tmp_path / "ran").exists()
