@@ -33,12 +33,22 @@ _PLACES = ("--config", "--pki-dir", "--kubeconfig-dir", "--state-dir")
 
 def main() -> NoReturn:
     """Say that nothing is due, or what expires when, or hand over to `bridge.cli.app`."""
+    _open_standard_streams()
     gc.disable()  # importing makes many objects and no garbage: looking for it takes a twentieth of a cron run
     try:
         _run()
     except KeyboardInterrupt:  # before a command has begun
         os.write(2, b"error: interrupted, nothing was replaced\n")
         os._exit(_INTERRUPTED)
+
+
+def _open_standard_streams() -> None:
+    """Open /dev/null on each that is closed, or the next pipe, such as one with a passphrase, would get its number."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
 
 
 def _run() -> NoReturn:

@@ -20,7 +20,9 @@ from backends.exec.helper import ENVIRONMENT, ekus_text
 from bridge.contract import Selector, SetupFile, SetupRequest
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.specs import SPECS
+from bridge.words import one_line
 
+_LONGEST_CELL = 4000
 #: Where the settings name no program yet.
 PROGRAM = ("/usr/local/libexec/ca-bridge/program",)
 
@@ -65,14 +67,15 @@ def setup(wanted: SetupRequest) -> list[SetupFile]:
         for name, certificate in wanted.certificates.items()
     ]
     head = ("NAME", "PROFILE", "EKUS", "SUBJECT", "SANS")
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    # a line break in a CA's certificate would end the comment, and what follows it would run
+    lines = [[one_line(cell, _LONGEST_CELL) for cell in row] for row in (head, *rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     table = "\n".join(
-        "# " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (head, *rows)
+        "# " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
     text = _TEXT.format(
-        node=wanted.node,
-        cluster=wanted.cluster,
+        node=one_line(wanted.node),
+        cluster=one_line(wanted.cluster),
         quoted_node=shlex.quote(wanted.node),
         authority=wanted.authority.name,
         table=table,

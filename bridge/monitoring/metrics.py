@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -185,6 +186,6 @@ def _put(file: Path, data: bytes) -> None:
     with opened(file) as place:
         ours = re.compile(rf"\.{re.escape(place.name)}\.[a-z0-9_]{{8}}")  # as `tempfile` makes them
         for one in place.path.parent.iterdir():
-            if ours.fullmatch(one.name):
-                one.unlink()
+            if ours.fullmatch(one.name) and stat.S_ISREG(one.lstat().st_mode):
+                one.unlink(missing_ok=True)
         write_atomically(place.path, data, MODE)

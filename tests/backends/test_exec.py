@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, pkcs7
 
 from backends.exec import ExecBackend, ExecSettings, helper
@@ -969,3 +971,29 @@ def test_setup_names_settings_that_can_not_be_used(values: dict[str, object], ke
     with pytest.raises(SettingsError) as e:
         ExecBackend.setup(wanted)
     assert [problem.key for problem in e.value.problems] == [key]
+
+
+def test_a_line_break_in_a_certificate_ends_no_comment_of_the_script(tmp_path: Path) -> None:
+    """What follows it would run; the request has the name as it is."""
+    evil = f"x\ntouch {tmp_path}/ran\n#"
+    builder = x509.CertificateBuilder(public_key=LIVE.public_key(), serial_number=1)
+    builder = builder.subject_name(LIVE.subject).issuer_name(LIVE.issuer)
+    builder = builder.not_valid_before(LIVE.not_valid_before_utc).not_valid_after(LIVE.not_valid_after_utc)
+    builder = builder.add_extension(
+        x509.SubjectAlternativeName([x509.RFC822Name._init_without_validation(evil)]), False
+    )
+    certificate = builder.sign(ec.generate_private_key(ec.SECP256R1()), hashes.SHA256())
+    wanted = SetupRequest(
+        authority=AUTHORITIES["ca"],
+        certificates={"apiserver": certificate},
+        validity=timedelta(days=365),
+        node="cp-1",
+        cluster="kubernetes",
+        settings={},
+    )
+    [script] = ExecBackend.setup(wanted)
+    head = script.text.partition("set -eu")[0]
+    assert all(line.startswith("#") for line in head.splitlines())
+    program(tmp_path / "try.sh", script.text)
+    assert subprocess.run([tmp_path / "try.sh", "no-such-name"], capture_output=True, check=False).returncode == 2
+    assert not (tmp_path / "ran").exists()

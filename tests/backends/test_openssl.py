@@ -40,7 +40,9 @@ from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableE
 from bridge.node import sample_pki
 from bridge.specs import AUTHORITIES, EKU, SPECS, CertificateSpec
 from bridge.testing import BackendConformance, TestCA, sign_request, tampered
+from tests.kit.cas import Bridge, add_openssl, live_certificates
 from tests.kit.opensslca import REAL, make_ca_directory, program
+from tests.kit.pki import handmade_pki
 
 CA = TestCA.make()
 SERVER, CLIENT, PEER = SPECS["apiserver"], SPECS["admin.conf"], SPECS["etcd-server"]
@@ -1677,3 +1679,15 @@ def test_a_new_directory_is_private_and_overwrites_nothing(tmp_path: Path) -> No
     with pytest.raises(FileExistsError):
         sample_pki.create_openssl_directory(directory, CA.certificate_pem, CA.key_pem)
     assert content(directory) == before
+
+
+@pytest.mark.parametrize("closed", ["<&-", "<&- >&-", "<&- >&- 2>&-", "2>&-"])
+def test_with_standard_streams_closed_the_passphrase_arrives(tmp_path: Path, closed: str) -> None:
+    """Its pipe would get the number of one of them, which openssl's own streams take."""
+    bridge = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge")
+    add_openssl(bridge, "front-proxy-ca")
+    before = live_certificates(bridge.pki)["front-proxy-client"]
+    script = f'"$@" {closed}'
+    command = ["sh", "-c", script, "sh", *bridge.command("renew", "front-proxy-client")]
+    assert subprocess.run(command, check=False, timeout=120).returncode == 0
+    assert live_certificates(bridge.pki)["front-proxy-client"] != before

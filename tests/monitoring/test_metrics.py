@@ -275,3 +275,14 @@ def test_the_monitors_links_lead_nowhere(tmp_path: Path, place: str) -> None:
     assert run.returncode == 1
     assert f"{link}: wanted no link, or one that only root can make, found one of user {SOMEBODY}" in run.stderr
     assert list(ours.iterdir()) == []
+
+
+def test_what_is_no_file_is_left_alone(tmp_path: Path) -> None:
+    """A directory or a link of the monitor's that is called like a file of a killed run ends no run."""
+    bridge = bridge_of(tmp_path)
+    directory = file_of(bridge).parent
+    (directory / ".ca-bridge.prom.aaaaaaaa").mkdir()
+    (directory / ".ca-bridge.prom.bbbbbbbb").symlink_to("nowhere")
+    (directory / ".ca-bridge.prom.cccccccc").write_text("half")
+    assert bridge.run("renew").returncode == 0
+    assert {one.name[-8:] for one in directory.iterdir()} == {"aaaaaaaa", "bbbbbbbb", "dge.prom"}
