@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -11,6 +14,8 @@ import pytest
 from cryptography import x509
 
 from bridge.node import sample_pki
+from tests.kit.cas import Bridge, add_cfssl, live_certificates
+from tests.kit.pki import handmade_pki
 from tests.kit.trees import Booted, Tree
 
 SERVICE = "ca-bridge.service"
@@ -45,6 +50,32 @@ READ_ONLY = """\
 ExecStartPre=/bin/sh -c '! touch /usr/touched && ! touch /etc/touched && ! touch /var/touched && ! touch /root/touched'
 ExecStartPre=/bin/sh -c 'touch /tmp/touched && ! ls /dev/kmsg'
 ExecStartPre=systemctl restart systemd-tmpfiles-clean.service
+"""
+#: The program, killed by itself when the first file is to be replaced: however fast the machine is, it is in the middle.
+CUT_OFF = b"""import os, pathlib, runpy, signal, sys
+journal = pathlib.Path("/var/lib/ca-bridge/journal.json")
+def cut_off(event, _):
+    if event == "os.rename" and journal.exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(cut_off)
+os.environ["CREDENTIALS_DIRECTORY"] = "/etc/ca-bridge"
+sys.argv = ["start.py", "ca-bridge", "renew", "all"]
+runpy.run_path("/opt/ca-bridge/current/lib/start.py", run_name="__main__")
+"""
+#: A site's own CA, which only its own user can sign with; `$1` is what it does before.
+SITE_CA = """\
+#!/bin/sh
+%s
+case $CERTMONGER_OPERATION in SUBMIT) ;; FETCH-ROOTS) cat "/srv/ca/$CA_BRIDGE_AUTHORITY/ca.crt"; exit 0 ;; *) exit 6 ;; esac
+[ "$(id -un)" = helper ] || exit 4
+work=$(mktemp -d) && cd "$work" || exit 3
+printf '%%s\\n' "$CERTMONGER_CSR" >csr
+printf 'basicConstraints=critical,CA:FALSE\\nkeyUsage=critical,digitalSignature,keyEncipherment\\n' >extensions
+printf 'extendedKeyUsage=%%s\\n' "$CA_BRIDGE_EKUS" >>extensions
+ca=/srv/ca/$CA_BRIDGE_AUTHORITY
+openssl x509 -req -in csr -CA $ca/ca.crt -CAkey $ca/ca.key -passin file:/srv/ca/passphrase -days "$CA_BRIDGE_DAYS" \\
+  -copy_extensions copy -extfile extensions -set_serial "0x$(openssl rand -hex 16)" || exit 2
+cat $ca/ca.crt
 """
 AT_ONCE = "[Timer]\nRandomizedDelaySec=0\nAccuracySec=1s\n"
 
@@ -108,20 +139,11 @@ def test_a_renewal_that_was_cut_off_is_finished_at_boot(installed: Tree, tmp_pat
     looks = "ls /var/lib/ca-bridge >/var/seen; /bin/true"
     kubelet = f"[Service]\nType=oneshot\nExecStart=/bin/sh -c '{looks}'\n[Install]\nWantedBy=multi-user.target\n"
     installed.put("/etc/systemd/system/kubelet.service", kubelet.encode())
-    installed.put(
-        "/root/cut-off.py",
-        b"""import os, pathlib, signal, subprocess
-journal = pathlib.Path("/var/lib/ca-bridge/journal.json")
-run = subprocess.Popen(["ca-bridge", "renew", "all"], env={**os.environ, "CREDENTIALS_DIRECTORY": "/etc/ca-bridge"})
-while not journal.exists() and run.poll() is None:
-    pass
-run.send_signal(signal.SIGKILL)
-run.wait()
-assert journal.exists()
-""",
-    )
+    installed.put("/root/cut-off.py", CUT_OFF)
     installed.run("mkdir -m 700 /var/lib/ca-bridge; systemctl disable -q ca-bridge.timer; systemctl enable -q kubelet")
-    installed.run("python3 /root/cut-off.py")
+    cut_off = installed.run("python3 -I -S /root/cut-off.py; echo $?; ls /var/lib/ca-bridge")
+    assert cut_off.stdout.split()[0] == "137", cut_off
+    assert "journal.json" in cut_off.stdout.split()
     without = installed.copy(tmp_path / "without")
     without.run("systemctl disable -q ca-bridge-recover.service")
     with without.booted() as machine:
@@ -139,6 +161,79 @@ assert journal.exists()
             assert machine.run(keys).stdout == machine.run(certificates).stdout
     with again.booted() as machine:
         assert properties(machine, "ca-bridge-recover", "ConditionResult") == ["no"]
+
+
+@pytest.mark.parametrize("installed", ["bookworm"], indirect=True)
+def test_a_program_of_another_user_signs_and_is_killed_at_its_limit(installed: Tree, tmp_path: Path) -> None:
+    """Root in the unit may become its user, and may end what that user's program has started."""
+    make_node(installed, tmp_path / "node", left=timedelta(days=20))
+    installed.run("echo helper:x:991:991::/:/bin/false >>/etc/passwd; echo helper:x:991: >>/etc/group")
+    installed.put("/srv/ca/passphrase", PASSPHRASE.encode(), 0o600)
+    installed.run("chown -R helper:helper /srv/ca")
+    authorities = "".join(f'[authority.{name}]\nbackend = "site"\n' for name in ("ca", "etcd-ca", "front-proxy-ca"))
+    table = '[backend.site]\ntype = "exec"\ncommand = ["/usr/local/libexec/site-ca"]\nuser = "helper"\n'
+    limits = 'timeout = "20s"\nretry_for = "1s"\n'
+    installed.put("/etc/ca-bridge/config.toml", f"{table}{limits}{authorities}".encode())
+    program = "/usr/local/libexec/site-ca"
+    with installed.booted() as machine:
+        hangs = SITE_CA % "sleep 12345 & sleep 12345"
+        machine.run(f"mkdir -p /usr/local/libexec; cat >{program}; chmod 755 {program}", stdin=hangs.encode())
+        machine.run("sed -i 's/20s/2s/' /etc/ca-bridge/config.toml")
+        machine.run(f"systemctl start {SERVICE}", check=False)
+        assert properties(machine, SERVICE, "Result", "ExecMainStatus") == ["exit-code", "6"], machine.journal()
+        assert "was still running after 2 s, and was killed" in machine.journal()
+        assert "goes on" not in machine.journal()
+        assert machine.run("grep -la '1234[5]' /proc/[0-9]*/cmdline", check=False).stdout == ""
+        assert end_of(machine) < datetime.now(UTC) + timedelta(days=21)
+        machine.run(f"cat >{program}", stdin=(SITE_CA % "").encode())
+        machine.run("sed -i 's/2s/20s/' /etc/ca-bridge/config.toml")
+        machine.run(f"systemctl start {SERVICE}", check=False)
+        assert properties(machine, SERVICE, "Result", "ExecMainStatus") == ["success", "0"], machine.journal()
+        assert end_of(machine) > datetime.now(UTC) + timedelta(days=300)
+
+
+@contextmanager
+def network_of(machine: Booted) -> Iterator[None]:
+    """What is started in here listens on the machine's loopback (setns(2) is for this thread and its children alone)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with Path("/proc/thread-self/ns/net").open() as ours, Path(f"/proc/{machine.pid}/ns/net").open() as theirs:
+        assert libc.setns(theirs.fileno(), _NEW_NETWORK) == 0
+        try:
+            yield
+        finally:
+            assert libc.setns(ours.fileno(), _NEW_NETWORK) == 0
+
+
+_NEW_NETWORK = 0x40000000  # CLONE_NEWNET
+
+
+@pytest.mark.parametrize("installed", ["trixie"], indirect=True)
+def test_a_ca_is_reached_by_https_and_by_files_from_the_cage(installed: Tree, tmp_path: Path) -> None:
+    """A `cfssl serve` with mutual TLS, as the other backends over HTTP; a request is laid into an outbox."""
+    bridge = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge")
+    names = "front-proxy-client etcd-server"
+    drop_in = f"[Service]\nExecStart=\nExecStart=/usr/bin/ca-bridge renew {names}\nReadWritePaths=/srv/t\n"
+    installed.put(f"/etc/systemd/system/{SERVICE}.d/site.conf", drop_in.encode())
+    with installed.booted() as machine, ExitStack() as stack:
+        with network_of(machine):
+            stack.enter_context(add_cfssl(bridge, "front-proxy-ca"))
+        (tmp_path / "bridge/out").mkdir()
+        (tmp_path / "bridge/in").mkdir()
+        exchange = {"type": "exchange", "outbox": f"{bridge.directory}/out", "inbox": f"{bridge.directory}/in"}
+        bridge.add("backend.door", exchange)
+        bridge.add("authority.etcd-ca", {"backend": "door"})
+        tar = subprocess.run(["tar", "-c", "-C", tmp_path, "node", "bridge"], capture_output=True, check=True).stdout
+        machine.run("mkdir -p /etc/kubernetes; mkdir -m 755 /srv/t; tar -x -C /srv/t", stdin=tar)
+        machine.run("mkdir -p /etc/ca-bridge; cat >/etc/ca-bridge/config.toml", stdin=bridge.config.read_bytes())
+        machine.run(f"sed -i 's|{tmp_path}|/srv/t|g' /etc/ca-bridge/config.toml")
+        machine.run(f"systemctl start {SERVICE}", check=False)
+        assert properties(machine, SERVICE, "ExecMainStatus") == ["4"], machine.journal()  # one waits
+        assert "front-proxy-client" in machine.journal()
+        (request,) = machine.run("ls /srv/t/bridge/out").stdout.split()
+        assert request.endswith(".json")
+        pem = machine.run("cat /srv/t/node/etc/kubernetes/pki/front-proxy-client.crt").stdout
+        before = live_certificates(bridge.pki)["front-proxy-client"]
+        assert x509.load_pem_x509_certificate(pem.encode()) != before
 
 
 @pytest.mark.parametrize("installed", ["trixie"], indirect=True)
