@@ -63,14 +63,7 @@ _PRERM = f"""\
 #!/bin/sh
 set -e
 if [ "$1" = remove ]; then
-  for left in journal restart staging; do
-    if [ -e "/var/lib/ca-bridge/$left.json" ]; then
-      echo "error: /var/lib/ca-bridge: wanted no interrupted renewal, found $left.json" >&2
-      echo "hint: run ca-bridge recover first" >&2
-      exit 1
-    fi
-  done
-  if command -v systemctl >/dev/null; then
+{package.ASSERT_NOTHING_IS_LEFT}  if command -v systemctl >/dev/null; then
     [ ! -d /run/systemd/system ] || systemctl stop ca-bridge.timer ca-bridge-desk.timer ca-bridge-gateway.service || :
     systemctl disable --quiet ca-bridge.timer ca-bridge-recover.service ca-bridge-desk.timer ca-bridge-gateway.service || :
   fi

@@ -1,7 +1,7 @@
-# By name, since asking each for its version would take as long as the program's own start; the system's own first.
-python=
-for version in @PYTHONS@; do
-  for directory in /usr/bin /usr/local/bin; do
+# By name, since asking each for its version would take as long as the program's own start. The system's own come first, in
+# all versions: /usr/local/bin may get a Python at any time.
+for directory in /usr/bin /usr/local/bin; do
+  for version in @PYTHONS@; do
     [ -n "$python" ] || [ ! -x "$directory/python$version" ] || python=$directory/python$version
   done
 done

@@ -16,6 +16,7 @@ if [ "${found%% *}" != @DIGEST@ ]; then
   echo "hint: copy it again, and check its signature" >&2
   exit 1
 fi
+python=
 @FIND_PYTHON@
 exec "$python" -I -S "$0" "$@"
 exit 1

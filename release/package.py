@@ -28,6 +28,20 @@ DESCRIPTION = (
 OFFLINE_IS_THERE = (
     "wanted no other installation, found one in /opt/ca-bridge: run /opt/ca-bridge/uninstall (settings and state stay)"
 )
+#: Shell of its removal: only the program can finish or undo what was cut off, wherever the settings have its state.
+ASSERT_NOTHING_IS_LEFT = r"""  IFS='
+'
+  for state in /var/lib/ca-bridge $(/usr/bin/ca-bridge settings show 2>/dev/null | sed -n 's/^state_dir = "\(.*\)"$/\1/p'); do
+    for left in journal restart staging; do
+      if [ -e "$state/$left.json" ]; then
+        echo "error: $state: wanted no interrupted renewal, found $left.json" >&2
+        echo "hint: run ca-bridge recover first" >&2
+        exit 1
+      fi
+    done
+  done
+  unset IFS
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

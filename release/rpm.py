@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from release.package import DESCRIPTION, HOME, OFFLINE_IS_THERE, SUMMARY, Layout
+from release.package import ASSERT_NOTHING_IS_LEFT, DESCRIPTION, HOME, OFFLINE_IS_THERE, SUMMARY, Layout
 from release.wheels import PYTHONS, BuildError
 
 _SPEC = """\
@@ -53,13 +53,7 @@ fi
 
 %preun
 if [ "$1" = 0 ]; then
-  for left in journal restart staging; do
-    if [ -e "/var/lib/ca-bridge/$left.json" ]; then
-      echo "error: /var/lib/ca-bridge: wanted no interrupted renewal, found $left.json; run ca-bridge recover first" >&2
-      exit 1
-    fi
-  done
-  if command -v systemctl >/dev/null; then
+{nothing_is_left}  if command -v systemctl >/dev/null; then
     [ ! -d /run/systemd/system ] || systemctl stop ca-bridge.timer ca-bridge-desk.timer ca-bridge-gateway.service || :
     systemctl disable --quiet ca-bridge.timer ca-bridge-recover.service ca-bridge-desk.timer ca-bridge-gateway.service || :
   fi
@@ -112,6 +106,7 @@ def _spec(layout: Layout, root: Path) -> str:
     ours = [f"%dir /{HOME}", f"/{HOME}/*"]
     others = sorted(f"/{path}" for path in (*layout.files, *layout.links) if not path.startswith(f"{HOME}/"))
     return _SPEC.format(
+        nothing_is_left=ASSERT_NOTHING_IS_LEFT,
         version=layout.release.version,
         summary=SUMMARY,
         pythons=" or ".join(f"/usr/bin/python{python}" for python in PYTHONS),

@@ -3,6 +3,7 @@
 set -eu
 PATH=/usr/sbin:/usr/bin:/sbin:/bin # whatever was given: what is found in it runs as root
 export PATH
+python=
 @FIND_PYTHON@
 tree=$(readlink -f -- "$0")
 tree=${tree%/bin/uninstall}

@@ -110,12 +110,13 @@ def _unpacked(payload: Payload) -> Path:
     target = places.VERSIONS / payload.manifest.directory
     for left in places.VERSIONS.glob(".new-*"):
         shutil.rmtree(left)
-    if target.is_dir() and not changed(target, payload.manifest) and _proves(target):
+    if target.is_dir() and not changed(target, payload.manifest) and _is_proven(target):
         return target
     made = Path(tempfile.mkdtemp(prefix=".new-", dir=places.VERSIONS))
     try:
         payload.unpack(made)
         _compile(made, target)
+        (made / "python").write_text(f"{sys.executable}\n", encoding="utf-8")
         _prove(made)
         made.chmod(0o755)
         os.sync()  # before it gets its name, which a power cut could keep without the content
@@ -128,13 +129,13 @@ def _unpacked(payload: Payload) -> Path:
     return target
 
 
-def _proves(tree: Path) -> bool:
-    """Whether it starts; one that does not is made anew, as its bytecode may be damaged."""
+def _is_proven(tree: Path) -> bool:
+    """Whether it starts by this Python; one that does not is made anew, as its bytecode may be damaged."""
     try:
         _prove(tree)
-    except InstallError:
+        return (tree / "python").read_text(encoding="utf-8") == f"{sys.executable}\n"
+    except (InstallError, OSError):
         return False
-    return True
 
 
 def _libraries(tree: Path) -> list[str]:
@@ -159,7 +160,7 @@ def _prove(tree: Path) -> None:
     """
     command = [sys.executable, "-I", "-S", "-c", _PROOF, *_libraries(tree)]
     imported = subprocess.run(command, check=False, capture_output=True, text=True)
-    for done in (imported, _run(tree, "--version")):
+    for done in (imported, run(tree, "--version")):
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
             hint = "" if "Module" not in said else "Python's own library is not whole; Debian: apt install python3"
@@ -169,7 +170,7 @@ def _prove(tree: Path) -> None:
 def _assert_settings_load(tree: Path, *, despite_settings: bool) -> None:
     if not places.SETTINGS.exists():
         return
-    done = _run(tree, "settings", "check")
+    done = run(tree, "settings", "check")
     if done.returncode:
         said = done.stderr.strip()
         if not despite_settings:
@@ -180,7 +181,8 @@ def _assert_settings_load(tree: Path, *, despite_settings: bool) -> None:
         print(f"warning: the new version says of the settings:\n{said}", file=sys.stderr)
 
 
-def _run(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the program of a tree."""
     environment = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "HOME": "/"}
     program = str(tree / "bin/ca-bridge")
     return subprocess.run([program, *arguments], env=environment, check=False, capture_output=True, text=True)

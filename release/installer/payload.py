@@ -120,7 +120,7 @@ def _is_as_written(path: str, status: os.stat_result, manifest: Manifest) -> boo
         return False
     if stat.S_ISDIR(status.st_mode):
         return True
-    is_known = path in manifest.files or path == "manifest.json" or ".pyc" in path.rpartition("/")[2]
+    is_known = path in manifest.files or path in {"manifest.json", "python"} or ".pyc" in path.rpartition("/")[2]
     return is_known and stat.S_ISREG(status.st_mode) and not status.st_mode & (stat.S_ISUID | stat.S_ISGID)
 
 

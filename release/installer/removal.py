@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -48,12 +49,20 @@ def uninstall(*, purge: bool) -> None:
 
 
 def _assert_nothing_is_interrupted() -> None:
-    found = [name for name in _INTERRUPTED if (_STATE / name).exists()]
-    if found:
-        raise InstallError(
-            f"{_STATE}: wanted no interrupted renewal, found {', '.join(found)}",
-            "run `ca-bridge recover` first: without the program nobody finishes or undoes it",
-        )
+    for state in dict.fromkeys([_STATE, *_named_states()]):
+        found = [name for name in _INTERRUPTED if (state / name).exists()]
+        if found:
+            raise InstallError(
+                f"{state}: wanted no interrupted renewal, found {', '.join(found)}",
+                "run `ca-bridge recover` first: only the program can finish or undo it",
+            )
+
+
+def _named_states() -> list[Path]:
+    """State directories that the settings name, as far as the program can still read them."""
+    tree = installation.current()
+    shown = installation.run(tree, "settings", "show").stdout if tree is not None else ""
+    return [Path(found) for found in re.findall(r'^state_dir = "(.*)"$', shown, re.MULTILINE)]
 
 
 def _purge() -> None:

@@ -70,6 +70,66 @@ def test_settings_and_plug_ins_are_found_beside_the_program(bookworm: Tree, offl
     assert (refused.returncode, "only root can write to" in refused.stderr) == (1, True)
 
 
+PLUG_IN = b"""
+import dataclasses, corp.deep.module
+from bridge.contract import BackendSettings
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(BackendSettings): pass
+class Corp:
+    settings_type = Settings
+    @classmethod
+    def from_settings(cls, settings): return cls()
+"""
+
+
+#: What is done to a plug-in, and the path that is named then.
+SPOILT = {
+    "chgrp 1000 corp/__init__.py; chmod g+w corp/__init__.py": "corp/__init__.py",
+    "chgrp 1000 corp; chmod 2775 corp": "corp",
+    "chmod o+w corp/deep/module.py": "corp/deep/module.py",
+    "chown 1000 corp/deep": "corp/deep",
+    "mv corp /srv/corp; ln -s /srv/corp corp": "corp",
+    "mv corp/deep/module.py /srv; ln -s /srv/module.py corp/deep/module.py": "corp/deep/module.py",
+    "mkdir -m 777 corp/deep/__pycache__; touch corp/deep/__pycache__/module.cpython-311.pyc": "corp/deep/__pycache__",
+    "chmod g+w corp-1.dist-info/*; chgrp 1000 corp-1.dist-info/*": "corp-1.dist-info/entry_points.txt",
+}
+
+
+def test_a_plug_in_that_others_can_change_is_not_loaded(bookworm: Tree, offline: Path) -> None:
+    """Members of a group, and owners of what is linked or further down, are others; root's group is not."""
+    bring(bookworm, offline)
+    plugins = "/opt/ca-bridge/plugins"
+    bookworm.run(f"{INSTALL} && mkdir -p {plugins}/corp/deep {plugins}/corp-1.dist-info")
+    bookworm.put(f"{plugins}/corp/__init__.py", PLUG_IN)
+    bookworm.put(f"{plugins}/corp/deep/__init__.py", b"")
+    bookworm.put(f"{plugins}/corp/deep/module.py", b"")
+    bookworm.put(f"{plugins}/corp-1.dist-info/entry_points.txt", b"[kubeadm_ca_bridge.backends]\ncorp = corp:Corp\n")
+    bookworm.put("/etc/ca-bridge/config.toml", b'[backend.x]\ntype = "corp"\n[authority.ca]\nbackend = "x"\n')
+    bookworm.run(f"chmod g+w {plugins}/corp/*.py; cp -a {plugins} /srv/good")
+    for spoil, named in SPOILT.items():
+        bookworm.run("ca-bridge settings check")
+        bookworm.run(f"rm -rf {plugins}; cp -a /srv/good {plugins}; cd {plugins}; {spoil}")
+        refused = bookworm.run("ca-bridge settings check", check=False)
+        assert refused.returncode == 1, (spoil, refused)
+        assert f"error: {plugins}/{named}: wanted what only root can write to, and no link" in refused.stderr, spoil
+        bookworm.run(f"rm -rf {plugins} /srv/corp /srv/module.py; cp -a /srv/good {plugins}")
+
+
+def test_the_python_that_was_proven_runs_the_program(bookworm: Tree, offline: Path) -> None:
+    """Not one that comes to /usr/local/bin later, of whatever version; without the proven one another is looked for."""
+    bring(bookworm, offline)
+    bookworm.run(INSTALL)
+    for version in ("3.11", "3.12", "3.13"):
+        bookworm.put(f"/usr/local/bin/python{version}", b"#!/bin/sh\necho theirs\n", 0o755)
+    assert bookworm.run("ca-bridge --version").stdout.startswith("ca-bridge ")
+    assert bookworm.run("cat /opt/ca-bridge/current/python").stdout == "/usr/bin/python3.11\n"
+    assert bookworm.run(f"sh {FILE} check").stdout.endswith("(all files are as they were installed)\n")
+    bookworm.run("rm /opt/ca-bridge/current/python")
+    assert bookworm.run("ca-bridge --version").stdout.startswith("ca-bridge ")
+    bookworm.run("mv /usr/bin/python3.11 /usr/bin/python3.hidden")
+    assert bookworm.run("ca-bridge --version").stdout == "theirs\n"
+
+
 def test_an_upgrade_keeps_settings_state_and_the_version_before(bookworm: Tree, offline: Path, shared: Path) -> None:
     """The new tree comes beside the old one; a second upgrade removes the first tree; bytes of the operator's stay."""
     bring(bookworm, offline)
@@ -324,7 +384,11 @@ def test_an_interrupted_renewal_is_not_left_behind(bookworm: Tree, offline: Path
     bookworm.put("/var/lib/ca-bridge/journal.json", b"{}", 0o600)
     refused = bookworm.run("/opt/ca-bridge/uninstall", check=False)
     assert (refused.returncode, "ca-bridge recover" in refused.stderr) == (1, True)
-    bookworm.run("ca-bridge --version && rm /var/lib/ca-bridge/journal.json && /opt/ca-bridge/uninstall")
+    bookworm.run("mkdir -m 700 /srv/state && mv /var/lib/ca-bridge/journal.json /srv/state/restart.json")
+    bookworm.put("/etc/ca-bridge/config.toml", b'[node]\nstate_dir = "/srv/state"\n')
+    refused = bookworm.run("/opt/ca-bridge/uninstall", check=False)
+    assert (refused.returncode, "/srv/state: wanted no interrupted renewal" in refused.stderr) == (1, True)
+    bookworm.run("ca-bridge --version && rm /srv/state/restart.json && /opt/ca-bridge/uninstall")
 
 
 def test_purge_asks_for_each(bookworm: Tree, offline: Path) -> None:

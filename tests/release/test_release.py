@@ -43,7 +43,11 @@ def test_the_debian_package_installs_and_goes(tree: Tree, released: Path) -> Non
     tree.run("mkdir -m 700 /var/lib/ca-bridge; echo {} >/var/lib/ca-bridge/journal.json")
     refused = tree.run("dpkg --remove ca-bridge", check=False)
     assert (refused.returncode, "run ca-bridge recover first" in refused.stderr) == (1, True)
-    tree.run("ca-bridge --version; rm /var/lib/ca-bridge/journal.json")
+    tree.run("mkdir -p -m 700 /srv/state /etc/ca-bridge; mv /var/lib/ca-bridge/journal.json /srv/state/")
+    tree.put("/etc/ca-bridge/config.toml", b'[node]\nstate_dir = "/srv/state"\n')
+    refused = tree.run("dpkg --remove ca-bridge", check=False)
+    assert (refused.returncode, "/srv/state: wanted no interrupted renewal" in refused.stderr) == (1, True)
+    tree.run("ca-bridge --version; rm -r /srv/state")
     purged = tree.run("dpkg --purge ca-bridge")
     assert "/etc/ca-bridge is kept" in purged.stderr
     assert changed_program(tree) <= {"/etc/ca-bridge/config.toml"}
@@ -69,7 +73,10 @@ def test_the_rpm_installs_and_goes(bookworm: Tree, released: Path) -> None:
     assert bookworm.host("rpm --root $ROOT --verify --nodeps ca-bridge").stdout == ""
     bookworm.run("mkdir -m 700 /var/lib/ca-bridge; echo {} >/var/lib/ca-bridge/journal.json")
     assert "run ca-bridge recover first" in bookworm.host(erase, check=False).stderr
-    bookworm.run("ca-bridge --version; rm /var/lib/ca-bridge/journal.json")
+    bookworm.run("mkdir -p -m 700 /srv/state /etc/ca-bridge; mv /var/lib/ca-bridge/journal.json /srv/state/")
+    bookworm.put("/etc/ca-bridge/config.toml", b'[node]\nstate_dir = "/srv/state"\n')
+    assert "/srv/state: wanted no interrupted renewal" in bookworm.host(erase, check=False).stderr
+    bookworm.run("ca-bridge --version; rm -r /srv/state /etc/ca-bridge")
     bookworm.host(erase)
     assert changed_program(bookworm) == set()
 
