@@ -43,7 +43,7 @@ def main() -> NoReturn:
 
 
 def _open_standard_streams() -> None:
-    """Open /dev/null on each that is closed, or the next pipe, such as one with a passphrase, would get its number."""
+    """Open /dev/null on each closed stream, or the next pipe, which may carry a passphrase, would get its number."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
@@ -170,7 +170,7 @@ def nothing_to_do(arguments: Sequence[str]) -> Quiet | None:
         is_held = not names and (
             bool(settings.renewal.window or settings.renewal.jitter.most) or store.attempts.exists()
         )
-    except OSError:  # nobody else may look into the state directory
+    except OSError:  # we may not look into the state directory
         return None
     if selection.items and not is_something_left and not is_held:
         _begin_keys(selection.items, settings.renewal.key)
@@ -206,7 +206,7 @@ class _Plain(NamedTuple):
 
 
 def _plain(command: str, arguments: Sequence[str]) -> _Plain | None:
-    """The names and places of this command; None when it is another one, or more is said."""
+    """The names and places of this command; None for another command, or with other options."""
     if not arguments or arguments[0] != command:
         return None
     names = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments[1:]))

@@ -167,7 +167,7 @@ class _Watch:
         """
         Whether it now sleeps for longer than we wait, so that nothing is lost when it is stopped.
 
-        Each answer is judged once, when it is new: later the program may be asking again, and whoever stops it then may
+        Each answer is judged once, when it is new: later the program may be asking again, and stopping it then may
         lose a certificate. It has a moment to find that the answer is nobody's, and end by itself. Where the CA wants to
         be asked again at once, it goes on to its own limit.
         """

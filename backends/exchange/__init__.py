@@ -83,7 +83,7 @@ class ExchangeBackend:
     def __init__(self, settings: ExchangeSettings) -> None:
         self._settings = settings
         self._desk_key = None if settings.signed_by is None else _public_key(settings.signed_by)
-        #: An answer is the desk's own word, and not that of whoever can write into the inbox.
+        #: An answer is the desk's own word, not the word of anyone who can write into the inbox.
         self.authenticated = self._desk_key is not None
         self._read: dict[Path, tuple[tuple[int, int, int], _Found]] = {}
 
@@ -93,7 +93,7 @@ class ExchangeBackend:
         return cls(settings)
 
     def check(self, specs: Sequence[CertificateSpec]) -> Mapping[str, Sequence[Violation]]:
-        """Whether both directories are there; what the CA will make of a request nobody knows here."""
+        """Find whether both directories are there; nothing here knows what the CA will make of a request."""
         del specs
         for key in ("outbox", "inbox"):
             directory: Path = getattr(self._settings, key)
@@ -168,7 +168,7 @@ class ExchangeBackend:
 
     def accepted(self, request: SignRequest, reference: str) -> None:
         """Take the request bundle out of the outbox once all of it is answered, or another desk has yet to fetch it."""
-        with contextlib.suppress(OSError, BackendUnavailableError):  # it is in nobody's way
+        with contextlib.suppress(OSError, BackendUnavailableError):  # a bundle that stays does no harm
             answered = {name for answer in self._inbox(reference)[0] for name in answer.answers}
             for path, bundle in self._outbox(request.continuity.node if request.continuity is not None else ""):
                 if digest(bundle) == reference and answered >= {one.name for one in bundle.requests}:

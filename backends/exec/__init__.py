@@ -45,7 +45,7 @@ _OURS = re.compile(
     r"CA_BRIDGE_\w+|CERTMONGER_(?:OPERATION|CSR|CA_PROFILE|CA_NICKNAME|CA_COOKIE|SPKI|KEY_TYPE|REQ_(?:SUBJECT|HOSTNAME|IP_ADDRESS|EMAIL))"
 )
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-#: Names of variables that hold a secret, and not the place of one.
+#: Names of variables that hold a secret, not the place of a secret.
 _SECRET = re.compile(r"(?:PASSW|PASSPHRASE|SECRET|TOKEN)(?!\w*_(?:FILE|PATH|DIR|URL|URI|ARN)$)", re.IGNORECASE)
 #: What certmonger may give, and we have nothing to make it from: it takes the node's private key, or a Kerberos principal.
 NOT_OURS_TO_GIVE = frozenset(
@@ -54,11 +54,11 @@ NOT_OURS_TO_GIVE = frozenset(
 )
 #: Bytes of standard output and standard error together; a certificate with its chain has a few thousand.
 _MOST_OUTPUT = 1 << 20
-#: Bytes of one variable, its name and `=` included (Linux: 32 pages and no more, MAX_ARG_STRLEN, one for the NUL).
+#: Bytes of a variable, its name and `=` included (Linux: 32 pages and no more, MAX_ARG_STRLEN, one for the NUL).
 LONGEST_VARIABLE = (32 << 12) - 1
 #: certmonger's exit statuses (its src/submit-e.h).
 _ISSUED, _WAIT, _UNREACHABLE, _NOT_CONFIGURED, _WAIT_SECONDS, _UNKNOWN_OPERATION = 0, 1, 3, 4, 5, 6
-#: Of what need not be told: also a refusal, such as dogtag-submit's of a list of profiles that is not for everybody.
+#: For optional information: also a refusal, such as dogtag-submit's of a list of profiles.
 _TELLS_NOT = (2, _UNKNOWN_OPERATION)
 
 
@@ -123,7 +123,7 @@ class ExecBackend:
     @classmethod
     def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
         """See `backends.exec.setup`."""
-        from backends.exec import setup as exec_setup  # noqa: PLC0415 (nobody else needs it)
+        from backends.exec import setup as exec_setup  # noqa: PLC0415 (for `setup` alone)
 
         return exec_setup.setup(wanted)
 
@@ -155,7 +155,7 @@ class ExecBackend:
         return self._answer(request, self._run("SUBMIT", self._asked(request)))
 
     def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
-        """Run the program with POLL: all that SUBMIT was told, and the cookie that it gave."""
+        """Run the program with POLL: the variables of SUBMIT, and the cookie that it gave."""
         asked = {**self._asked(request), "CERTMONGER_CA_COOKIE": reference}
         return self._answer(request, self._run("POLL", asked))
 
@@ -183,7 +183,7 @@ class ExecBackend:
         return {name: violations for name, violations in found.items() if violations}
 
     def issuers(self) -> list[x509.Certificate]:
-        """Run the program with FETCH-ROOTS; none if it does not tell. It is not told which authority is meant."""
+        """Run the program with FETCH-ROOTS, without naming an authority; none if it does not know that operation."""
         printed = self._told("FETCH-ROOTS", {}, silent=_TELLS_NOT)
         if not (printed or b"").strip():
             return []
@@ -191,7 +191,7 @@ class ExecBackend:
             found = helper.certificates(printed or b"")
         except ValueError as e:
             raise self._refused(f"FETCH-ROOTS: wanted the CA's certificates, found {e}") from e
-        # roots come first in this operation, and the one that signs is wanted first
+        # roots come first in this operation, and our callers want the signing certificate first
         return sorted(found, key=lambda one: any(one.subject == other.issuer for other in found if other != one))
 
     def _answer(self, request: SignRequest, ended: _Answer) -> Issued | Pending:
@@ -291,7 +291,7 @@ class ExecBackend:
         return BackendRefusedError(f"exec: {self._program}: {text}", hint=hint)
 
     def _error(self, ended: _Answer) -> BackendError:
-        """The one place where a program's exit status becomes an error of ours."""
+        """Translate a program's exit status into our error."""
         if ended.code < 0:
             text = f"was ended by signal {-ended.code}"
             return BackendUnavailableError(f"exec: {self._program}: {text}{_printed(ended)}")

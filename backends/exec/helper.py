@@ -81,7 +81,7 @@ def delayed_cookie(output: bytes) -> tuple[int, str]:
 
 
 def words(data: bytes, *, keep_end: bool = False) -> str:
-    """Text for the operator: on one line, nothing that steers a terminal, not without end."""
+    """Text for the operator: on one line, cut, and without what steers a terminal."""
     text = data.decode("utf-8", "replace")
     return one_line(text[::-1], _MOST_WORDS)[::-1] if keep_end else one_line(text, _MOST_WORDS)
 

@@ -112,7 +112,7 @@ class OpensslBackend:
     @classmethod
     def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
         """See `backends.openssl.setup`."""
-        from backends.openssl import setup as openssl_setup  # noqa: PLC0415 (nobody else needs it)
+        from backends.openssl import setup as openssl_setup  # noqa: PLC0415 (for `setup` alone)
 
         return openssl_setup.setup(wanted)
 
@@ -152,7 +152,7 @@ class OpensslBackend:
         return [Issued(leaf=leaf, intermediates=chain) if leaf is not None else None for leaf in leaves]
 
     def revoke(self, certificate: x509.Certificate) -> None:
-        """Mark a certificate of this CA in the index, with reason `superseded`; one that the index does not know is added."""
+        """Mark a certificate of this CA in the index, with reason `superseded`; an unknown certificate is added."""
         with _os_errors():
             signers = self.issuers()
             if not _is_issued_by(certificate, signers[0]):
@@ -240,7 +240,7 @@ class OpensslBackend:
 
 
 def _sweep(parent: Path, locked: Database) -> None:
-    """Remove what killed runs left: whoever holds a database's lock is the only one to have a folder for it."""
+    """Remove what killed runs left: only the holder of a database's lock may have a folder for it."""
     for path in parent.glob(f"{_PREFIX}*"):
         with suppress(OSError):  # another's
             if path.lstat().st_uid == os.geteuid() and path.joinpath("database").readlink() == locked.index.parent:
@@ -289,7 +289,7 @@ class _Desk:
             raise self.openssl.failure(outcome).error
 
     def sign(self, batches: Sequence[_Batch]) -> _Answers:
-        """Sign batch by batch; what was not tried, because of the others, has their error, which is nobody's own."""
+        """Sign batch by batch; requests that were not tried get the error that ended the run."""
         answers: _Answers = {}
         # while openssl signs one batch, the next is looked through, and the certificates of the last are read
         with ThreadPoolExecutor(1) as beside:
@@ -309,7 +309,7 @@ class _Desk:
     def _sign_or_halve(
         self, beside: ThreadPoolExecutor, usage: Usage, validity: timedelta, orders: Sequence[CheckedCsr]
     ) -> _Answers:
-        """A run that fails as a whole is halved, until the CSR is found that it fails for: the only one to be refused."""
+        """Halve a run that fails as a whole, until the CSR is found that it fails for: only that CSR is refused."""
         if not orders or self.fatal:
             return {}
         failure = self._run_batch(beside, usage, validity, orders)

@@ -133,7 +133,7 @@ class Database:
             with suppress(PermissionError):  # else it is the CA's own user's already, or can't be given to them
                 os.fchown(lock, self._pattern().st_uid, self._pattern().st_gid)
             with suppress(PermissionError):
-                os.fchmod(lock, 0o600)  # whoever may open it may hold it for ever
+                os.fchmod(lock, 0o600)  # a user who may open it may hold it for ever
             if not take_lock(lock, limit):
                 raise BackendUnavailableError(
                     f"wanted the lock {path} within {limit.total_seconds():g} s, found it held by another process"
@@ -173,7 +173,7 @@ class Database:
             raise LocalFileError(f"wanted to read the CA's database {self.index}, found: {e.strerror}") from e
 
     def _check_emptiness(self) -> None:
-        """An index that lost all in a power cut looks like one of a new CA, and `openssl ca` takes it for one."""
+        """An index that lost all in a power cut looks like that of a new CA, and `openssl ca` takes it for that."""
         for path in (self._beside(".old"), *self._backups()[-1:]):
             if _read_if_there(path):
                 raise IndexDamagedError(f"wanted rows, as in {path.name}, found an empty file")
@@ -367,7 +367,7 @@ def _owner_hint(folder: Path, found: Exposure) -> str:
 
 def _serials(data: bytes, earlier: Snapshot | None) -> frozenset[int]:
     if earlier and data.startswith(earlier.data):
-        with suppress(IndexDamagedError):  # to be told of with the right line
+        with suppress(IndexDamagedError):  # the full parse names the right line
             added = parse_index(data[len(earlier.data) :]).keys()
             if added.isdisjoint(earlier.serials):
                 return earlier.serials.union(added)

@@ -75,7 +75,7 @@ activate = 1
 
 
 class PrivateKey(ABC):
-    """A CA's private key, as a run of openssl is told of it; the defaults are those of a file."""
+    """A CA's private key, as a run of openssl needs it; the defaults are those of a file."""
 
     secret_name: ClassVar[str]  #: What opens it, in words.
     #: CSRs in one process; nothing of a run is recorded before its last signature is made.
@@ -237,7 +237,7 @@ class TokenKey(PrivateKey):
         return {**self.settings.environment, "PKCS11_PROVIDER_MODULE": module, **(looking if command != "ca" else {})}
 
     def check(self) -> None:
-        """As `PrivateKey`: a module that can be read. What is missing in a token can't be told before a login."""
+        """As `PrivateKey`: a module that can be read. What a token lacks shows only after a login."""
         module = self.settings.module
         if not os.access(module, os.R_OK) or not module.is_file():
             raise BackendRefusedError(

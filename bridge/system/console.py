@@ -67,13 +67,13 @@ def printable(value: object) -> str:
 
 
 class Progress(Protocol):
-    """Who looks on; called from several threads."""
+    """An observer of a run; called from several threads."""
 
     def signing(self, backend: str, names: Sequence[str]) -> None:
         """These certificates are being asked for."""
 
     def signed(self, name: str) -> None:
-        """The CA has answered for one, with a certificate or not."""
+        """The CA has answered one request, with a certificate or not."""
 
     def note(self, text: str) -> None:
         """Something that the operator should know."""
@@ -99,7 +99,7 @@ def run_id() -> str:
 
 
 def begin_run() -> str:
-    """For a record that begins: the process's name, or a new one if another record has it."""
+    """Name a record that begins: the process's name, or a new name if another record has it."""
     if run_id() in _taken:
         _ids[:] = [os.urandom(_ID_BYTES).hex()]
     _taken.clear()
@@ -110,7 +110,7 @@ def begin_run() -> str:
 # --- what goes on at the moment ---------------------------------------------------------------------------------------
 
 # A line that moves on a terminal, a plain line elsewhere; nothing in the first two seconds. On a terminal the line is
-# gone when what it tells of is over; into a file or a journal goes one line for each thing that takes that long.
+# gone when the step is over; a file or a journal gets one line for each step that takes that long.
 
 _QUIET_SECONDS = 2.0
 _FRAME_SECONDS = 0.25
@@ -190,7 +190,7 @@ class _Line:
 
 
 def _write(text: str) -> None:
-    with contextlib.suppress(AttributeError, OSError, ValueError):  # nobody looks, or any more
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # standard error is closed
         sys.stderr.write(text)
         sys.stderr.flush()
 
@@ -200,7 +200,7 @@ _line = _Line()
 
 @contextlib.contextmanager
 def doing(text: str, *, is_plain: bool = True) -> Iterator[Doing]:
-    """Tell what goes on, if it takes long."""
+    """Show a step while it goes on, if it takes long."""
     one = Doing(text, is_told=not is_plain)
     _line.begin(one)
     try:
@@ -236,7 +236,7 @@ def stderr_is_journal() -> bool:
 
 
 def send_to_journal(fields: Sequence[tuple[str, str]], place: Path = JOURNAL) -> None:
-    """Have the journal take a message."""
+    """Send a message to the journal: names in capital letters with their values; a name may stand there several times."""
     import socket  # noqa: PLC0415 (for the journal alone)
 
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as ours:

@@ -60,7 +60,7 @@ def _extended(path: Path) -> dict[str, bytes]:
     extended = {}
     with contextlib.suppress(OSError):  # a file system without extended attributes has none to keep
         for name in set(os.listxattr(path)) - _OF_THE_CONTENT:
-            with contextlib.suppress(OSError):  # one that is not for us to read does not hide the others
+            with contextlib.suppress(OSError):  # an attribute that we may not read does not hide the others
                 extended[name] = os.getxattr(path, name)
     return extended
 
@@ -71,7 +71,7 @@ def is_frozen(path: Path) -> bool:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
-        return False  # whoever may not read it is told so elsewhere
+        return False  # its reader says so
     try:
         fcntl.ioctl(descriptor, _FS_IOC_GETFLAGS, flags)
     except OSError:
@@ -182,7 +182,7 @@ def sync_directory(path: Path) -> None:
 
 
 def private_directory(path: Path) -> None:
-    """Make a directory for our eyes only, or accept one that is."""
+    """Make a directory that only we can enter, or accept such a directory."""
     if not path.is_dir():
         path.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
     if (found := exposure(path.parent)) is not None:
@@ -221,7 +221,7 @@ class DiskSpace:
 
 def disk_spaces(places: Iterable[Path]) -> Iterator[DiskSpace]:
     """Look at each file system once."""
-    seen: set[tuple[int, bool]] = set()  # one file system may be mounted twice, and one of these read-only
+    seen: set[tuple[int, bool]] = set()  # a file system may be mounted twice, once read-only
     for place in map(_existing, places):
         space = _space(place)
         kind = (place.stat().st_dev, space.is_read_only)

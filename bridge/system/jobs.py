@@ -107,7 +107,7 @@ _STATE = "/var/lib/ca-bridge"
 _STATE_LINES = re.compile(r"^StateDirectory(Mode)?=.*\n", re.MULTILINE)
 _WRITABLE = re.compile(r"^ReadWritePaths=.*$", re.MULTILINE)
 _USER = re.compile(r"^User=.*$", re.MULTILINE)
-#: For whoever copies a shipped file by hand.
+#: For an administrator who copies a shipped file by hand.
 _WHERE = "# Where it was installed: `command -v ca-bridge` tells.\n"
 _CRON_LINE = re.compile(r"^((?:\S+\s+){5})(\S+)(\s+)(?=/)", re.MULTILINE)
 

@@ -1,4 +1,4 @@
-"""The one lock of a node, and locks like it: they end with their process, however that ends."""
+"""The lock of a node, and locks like it: they end with their process, however that ends."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class LockedError(BridgeError):
 @contextlib.contextmanager
 def lock(path: Path, command: str, wait: timedelta = timedelta()) -> Iterator[None]:
     """
-    One writer a node: an advisory lock that ends with its process, however that ends.
+    Take an advisory lock that ends with its process, however that ends: a node has one writer.
 
-    The file tells the others who holds it; it stays when the lock is given back (removing it would let two in).
+    The file names the holder to the others; it stays when the lock is given back (removing it would let two in).
 
     Args:
         path: The lock's file.
@@ -87,7 +87,7 @@ class Holder:
 
 
 def held_by(path: Path) -> Holder | None:
-    """Who holds a lock; None: nobody does, or it was never taken."""
+    """The holder of a lock; None: it is free."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -112,7 +112,7 @@ def _holder(descriptor: int) -> Holder:
 
 
 def _told(descriptor: int) -> Holder | None:
-    """Who holds it, by its own words; None: nobody said."""
+    """The holder by its own words; None: it has not said yet."""
     try:
         found = json.loads(os.pread(descriptor, 4096, 0))
         since = datetime.fromisoformat(found["since"])

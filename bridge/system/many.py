@@ -35,7 +35,7 @@ class NewFile:
     path: Path
     data: bytes
     mode: int = SECRET_MODE
-    links: Sequence[Path] = ()  #: Its other names, in the same directory; one that is taken stays what it is.
+    links: Sequence[Path] = ()  #: Its other names, in the same directory; a name that is taken stays what it is.
 
 
 def write_together(groups: Sequence[Sequence[NewFile]]) -> list[OSError | None]:
@@ -66,7 +66,7 @@ def write_together(groups: Sequence[Sequence[NewFile]]) -> list[OSError | None]:
 def remove_unfinished(directory: Path, pattern: str) -> None:
     """Remove what a killed process left half written; whatever else is there under such a name is not ours."""
     for path in directory.glob(pattern):
-        with contextlib.suppress(OSError):  # it is in nobody's way
+        with contextlib.suppress(OSError):  # it does no harm
             if stat.S_ISREG(path.lstat().st_mode):
                 path.unlink()
 
@@ -153,16 +153,16 @@ class _Place(Generic[T, R]):
         self.turn = threading.Lock()  # held until there is a result, or it is our turn to do it for all
         self.turn.acquire()
         self.leads = False
-        self.results: list[R] = []  # one, when it went well
+        self.results: list[R] = []  # empty after an error
         self.error: BaseException | None = None
 
 
 class Combined(Generic[T, R]):
     """
-    A function of many, to be called with one.
+    Batches concurrent calls into one.
 
-    Whoever comes while nobody is at it does it for all who wait, in their order; the others wait for him, and nobody
-    is woken for nothing.
+    A caller that comes while no other is at work leads: it calls the function for all that wait, in their order. The
+    others sleep until they have their result, or lead the next batch.
     """
 
     def __init__(self, together: Callable[[Sequence[T]], Sequence[R]], most: int) -> None:
@@ -178,7 +178,7 @@ class Combined(Generic[T, R]):
         self._busy = False
 
     def __call__(self, item: T) -> R:
-        """The result for one."""
+        """The result for one item."""
         place: _Place[T, R] = _Place(item)
         with self._mutex:
             self._line.append(place)
@@ -192,7 +192,7 @@ class Combined(Generic[T, R]):
         return place.results[0]
 
     def _lead(self) -> None:
-        """Work for those who came first, ourselves among them; then it is the next one's turn."""
+        """Call the function for the first in the line, ourselves among them; the next in the line leads then."""
         with self._mutex:
             batch = [self._line.popleft() for _ in range(min(len(self._line), self._most))]
         try:

@@ -185,7 +185,7 @@ def exposure(path: Path, also: int | None = None) -> Exposure | None:
 
 def program_exposure(path: Path, account: int | None = None) -> Exposure | None:
     """
-    Find why a program must not be run: others could change it, or put another one in its place, or it is none.
+    Find why a program must not be run: others could change or replace it, or it is no regular file.
 
     What an interpreter loads is not looked at.
     """
@@ -286,7 +286,7 @@ class Place:
 
     directory: int  #: Its descriptor; good for nothing but as a part of a path.
     name: str
-    #: Of the directories on the way, who else than root and the effective user owns one.
+    #: The users besides root and the effective user who own directories on the way.
     owners: frozenset[int]
     #: The first directory on the way in which others than its owner can put what they like; empty: there is none.
     shared: str

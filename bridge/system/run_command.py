@@ -283,7 +283,7 @@ class OutputLines:
 
 
 def unsafe_program(words: Sequence[str]) -> Exposure | None:
-    """Find by what somebody else could change a program that we run; one that is not there is told when it is started."""
+    """Find by what others could change a program that we run; whether it is there shows when it is started."""
     found = shutil.which(words[0], path=passed_on({})["PATH"])
     return None if found is None else program_exposure(Path(found).absolute())
 

@@ -26,7 +26,7 @@ def wait_until(
     between: Callable[[T], object] = lambda _: None,
 ) -> T:
     """
-    Look until what is seen is enough or the time is over; one look is made in any case, and one when it is over.
+    Look until the result is enough or the time is over; the first look is always made, and a last one at the end.
 
     Args:
         look: Its time counts, too, but is not cut short.
@@ -59,12 +59,12 @@ _WAKE_SECONDS = 1.0
 
 
 class TerminatedError(KeyboardInterrupt):
-    """SIGTERM, which ends a run as Ctrl-C does: whoever puts something right on the way out can do it."""
+    """SIGTERM, which ends a run as Ctrl-C does: cleanup on the way out still runs."""
 
 
 def listen() -> None:
     """
-    Have SIGTERM raise a TerminatedError in the main thread, unless whoever started us has it ignored.
+    Have SIGTERM raise a TerminatedError in the main thread, unless our parent has it ignored.
 
     Once a second that thread is woken: where a signal comes in the moment before it waits for another thread, or is
     given to another one, Python would see it only when the wait is over. (Timers are not handed on to other programs.)
