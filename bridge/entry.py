@@ -194,15 +194,13 @@ class _Plain(NamedTuple):
     """A command with names and places alone."""
 
     names: list[str]
-    places: dict[str, Path | None]
+    places: list[Path | None]  #: Values of `_PLACES`.
 
     def settings(self) -> Settings:
         """The settings as the command line proper has them, but for the node's name."""
-        from bridge.settings.load import load, overridden  # noqa: PLC0415
+        from bridge.settings.load import Overrides  # noqa: PLC0415
 
-        named = os.environ.get("CA_BRIDGE_CONFIG")
-        config = self.places["--config"] or (Path(named) if named else None)
-        return overridden(load(config), *(self.places[name] for name in _PLACES[1:]))
+        return Overrides(*self.places).settings()
 
 
 def _plain(command: str, arguments: Sequence[str]) -> _Plain | None:
@@ -214,4 +212,4 @@ def _plain(command: str, arguments: Sequence[str]) -> _Plain | None:
     given = dict(zip(options[::2], options[1::2], strict=False))
     if len(options) % 2 or not given.keys() <= set(_PLACES) or not all(given.values()):
         return None
-    return _Plain(names, {name: Path(given[name]) if name in given else None for name in _PLACES})
+    return _Plain(names, [Path(given[name]) if name in given else None for name in _PLACES])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +18,7 @@ import typer
 from bridge.cli.help import first_sentence, sentences_of
 from bridge.cli.printing import say
 from bridge.errors import BridgeError
-from bridge.settings.load import load, overridden
+from bridge.settings.load import Overrides
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, SPECS, Component
 from bridge.system.console import printable
@@ -121,9 +120,7 @@ def _settings(typed: Sequence[str]) -> Settings:
     """
     named = dict(itertools.pairwise(typed))
     places = [named.get(option) for option in ("--config", "--pki-dir", "--kubeconfig-dir", "--state-dir")]
-    config, *others = [Path(place) if place else None for place in places]
-    here = os.environ.get("CA_BRIDGE_CONFIG")
-    return overridden(load(config or (Path(here) if here else None)), *others)
+    return Overrides(*(Path(place) if place else None for place in places)).settings()
 
 
 Find = Callable[[Callable[[], Settings]], Iterator[Offer]]

@@ -19,7 +19,7 @@ from bridge.cli.help import Command, Group
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.node import kubelet
 from bridge.pki.expiry import parse_duration
-from bridge.settings.load import load, overridden
+from bridge.settings.load import Overrides
 from bridge.settings.tables import Settings
 from bridge.state.store import replaced_here
 from bridge.system import console, waiting
@@ -32,13 +32,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Common:
+class Common(Overrides):
     """The options that every command has."""
-
-    config: Path | None
-    pki_dir: Path | None
-    kubeconfig_dir: Path | None
-    state_dir: Path | None
 
     def settings(self) -> Settings:
         """
@@ -47,8 +42,7 @@ class Common:
         Raises:
             SettingsError: The file can't be used.
         """
-        settings = overridden(load(self.config), self.pki_dir, self.kubeconfig_dir, self.state_dir)
-        return kubelet.with_node_name(settings)
+        return kubelet.with_node_name(Overrides.settings(self))
 
     def settings_with_record(self) -> Settings:
         """

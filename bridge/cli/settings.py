@@ -19,8 +19,7 @@ from bridge.contract import GIVEN, Secret
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.pki.expiry import duration_text
 from bridge.settings.load import DEFAULT_FILE
-from bridge.settings.rehearsal import for_rehearsal
-from bridge.settings.tables import Commands, Components, Settings
+from bridge.settings.tables import Commands, Components, Settings, for_rehearsal
 from bridge.settings.windows import Windows
 from bridge.system.files import shipped
 

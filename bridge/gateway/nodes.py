@@ -29,8 +29,8 @@ from bridge.errors import BridgeError
 from bridge.gateway import policy
 from bridge.gateway.policy import GatewayPolicy, NodeState
 from bridge.pki.kubeadm_names import is_node_name
-from bridge.settings.gateway import GatewaySettings
 from bridge.settings.reader import Reader, Source
+from bridge.settings.tables import GatewaySettings
 from bridge.system.files import how_to_begin
 from bridge.system.many import Combined
 from bridge.system.paths import assert_ours, own_text

@@ -28,8 +28,7 @@ from bridge.gateway.pages import Metrics
 from bridge.gateway.pending_at_ca import Tickets
 from bridge.gateway.rules import CLIENT_KUBELET, spec_of
 from bridge.gateway.watch import SILENCE_SECONDS, Watch
-from bridge.settings.gateway import GatewaySettings
-from bridge.settings.tables import Settings
+from bridge.settings.tables import GatewaySettings, Settings
 from bridge.state.audit import AuditError
 from bridge.state.store import Store
 from bridge.system.locks import LockedError, lock

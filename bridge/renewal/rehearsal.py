@@ -32,8 +32,7 @@ from bridge.renewal.readiness import assert_room, without_restart
 from bridge.renewal.revocation import RevocationError
 from bridge.renewal.select import ALL, MissingCertificateError, RunOptions, Selection, outcome_of, select
 from bridge.renewal.verify_and_install import expectations, verify_all
-from bridge.settings.rehearsal import anchor, for_rehearsal, is_scratch
-from bridge.settings.tables import Settings
+from bridge.settings.tables import Settings, anchor, for_rehearsal, is_scratch
 from bridge.specs import AUTHORITIES
 from bridge.state import audit
 from bridge.state.open_requests import Unkept

@@ -8,15 +8,14 @@ that asks no CA loads no backend.
 from __future__ import annotations
 
 import dataclasses
-import re
-import tomllib
+import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bridge.errors import SettingsError, SettingsProblem
-from bridge.settings.gateway import GatewaySettings
-from bridge.settings.reader import Reader, Source, _found
+from bridge.errors import SettingsError
+from bridge.settings.reader import Reader, Source, found_text, opened
 from bridge.settings.tables import (
     AuditSettings,
     AuthoritySettings,
@@ -24,6 +23,7 @@ from bridge.settings.tables import (
     CertificateSettings,
     ClusterSettings,
     CopiesSettings,
+    GatewaySettings,
     HookSettings,
     MetricsSettings,
     NodeSettings,
@@ -39,12 +39,30 @@ from bridge.words import name_found
 DEFAULT_FILE = Path("/etc/ca-bridge/config.toml")
 
 
+@dataclass(frozen=True, slots=True)
+class Overrides:
+    """The places that every command takes as options; None: as the settings file has it."""
+
+    config: Path | None = None  #: The settings file; else $CA_BRIDGE_CONFIG, else the default one.
+    pki_dir: Path | None = None
+    kubeconfig_dir: Path | None = None
+    state_dir: Path | None = None
+
+    def settings(self) -> Settings:
+        """
+        The settings file with the options over it; relative paths are below the working directory.
+
+        Raises:
+            SettingsError: The file can't be used.
+        """
+        named = os.environ.get("CA_BRIDGE_CONFIG")
+        settings = load(self.config or (Path(named) if named else None))
+        return overridden(settings, self.pki_dir, self.kubeconfig_dir, self.state_dir)
+
+
 def load(file: Path | None) -> Settings:
     """
-    Read the settings.
-
-    Args:
-        file: None: the default file if it is there, else the defaults.
+    Read the settings; None stands for the default file if there is one, else for the defaults.
 
     Raises:
         SettingsError: With every problem of the tables that are not a backend's.
@@ -53,18 +71,16 @@ def load(file: Path | None) -> Settings:
         return Settings(source=Source(None, ""))
     path = file or DEFAULT_FILE
     settings = parse(own_text(path, "a settings file", "`ca-bridge settings init` writes a commented one"), path)
-    node = settings.node
-    for key, named, whose in (
-        ("desk_key", node.desk_key, "the desk's"),
-        ("order_key", node.order_key, "the administrator's"),
-    ):
-        if named is not None:
-            _assert_key(settings, key, named, whose)
+    _assert_key(settings, "desk_key", "the desk's")
+    _assert_key(settings, "order_key", "the administrator's")
     return settings
 
 
-def _assert_key(settings: Settings, key: str, path: Path, whose: str) -> None:
-    """Whoever can change the file decides which answers and orders count."""
+def _assert_key(settings: Settings, key: str, whose: str) -> None:
+    """Only root and the effective user may change the key, since it decides which answers or orders count."""
+    path = getattr(settings.node, key)
+    if path is None:
+        return
     try:
         path.stat()
         assert_ours(path)
@@ -76,7 +92,7 @@ def _assert_key(settings: Settings, key: str, path: Path, whose: str) -> None:
 def overridden(
     settings: Settings, pki_dir: Path | None, kubeconfig_dir: Path | None, state_dir: Path | None
 ) -> Settings:
-    """The settings with the command line's places over them; relative ones are below the working directory."""
+    """The settings with other places; relative ones are below the working directory."""
     node = dataclasses.replace(
         settings.node,
         pki_dir=(pki_dir or settings.node.pki_dir).absolute(),
@@ -86,6 +102,22 @@ def overridden(
     return dataclasses.replace(settings, node=node)
 
 
+#: Tables with keys of our own.
+_TABLES: dict[str, type[Any]] = {
+    "node": NodeSettings,
+    "renewal": RenewalSettings,
+    "restart": RestartSettings,
+    "hooks": HookSettings,
+    "cluster": ClusterSettings,
+    "audit": AuditSettings,
+    "backups": BackupSettings,
+    "copies": CopiesSettings,
+    "metrics": MetricsSettings,
+    "gateway": GatewaySettings,
+    "users": UserSettings,
+}
+
+
 def parse(text: str, file: Path | None = None) -> Settings:
     """
     Settings from TOML text.
@@ -93,70 +125,28 @@ def parse(text: str, file: Path | None = None) -> Settings:
     Raises:
         SettingsError: With every problem of the tables that are not a backend's.
     """
-    try:
-        document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as e:
-        raise SettingsError([SettingsProblem("", "TOML", _without_value(e), file)]) from None
-    source = Source(file, text)
-    reader = Reader(source)
-    tables = reader.tables(
-        document,
-        (
-            "node",
-            "renewal",
-            "restart",
-            "hooks",
-            "cluster",
-            "audit",
-            "backups",
-            "copies",
-            "metrics",
-            "gateway",
-            "users",
-            "backend",
-            "authority",
-            "certificate",
-        ),
-    )
+    reader, document = opened(text, file)
+    tables = reader.tables(document, (*_TABLES, "backend", "authority", "certificate"))
     authorities, authority_tables = _authorities(reader, tables["authority"], tables["backend"])
+    read = {name: reader.read(schema, tables[name], (name,)) for name, schema in _TABLES.items() if tables[name]}
     settings = Settings(
-        source=source,
-        node=reader.read(NodeSettings, tables["node"], ("node",)) or NodeSettings(),
-        renewal=reader.read(RenewalSettings, tables["renewal"], ("renewal",)) or RenewalSettings(),
-        restart=reader.read(RestartSettings, tables["restart"], ("restart",)) or RestartSettings(),
-        hooks=reader.read(HookSettings, tables["hooks"], ("hooks",)) or HookSettings(),
-        cluster=reader.read(ClusterSettings, tables["cluster"], ("cluster",)) or ClusterSettings(),
-        audit=reader.read(AuditSettings, tables["audit"], ("audit",)) or AuditSettings(),
-        backups=reader.read(BackupSettings, tables["backups"], ("backups",)) or BackupSettings(),
-        copies=reader.read(CopiesSettings, tables["copies"], ("copies",)) or CopiesSettings(),
-        users=reader.read(UserSettings, tables["users"], ("users",)) or UserSettings(),
-        metrics=reader.read(MetricsSettings, tables["metrics"], ("metrics",)) or MetricsSettings(),
-        gateway=reader.read(GatewaySettings, tables["gateway"], ("gateway",)) or GatewaySettings(),
+        source=reader.source,
         backends=_backends(reader, tables["backend"]),
         authorities=authorities,
         authority_tables=authority_tables,
         certificates=_certificates(reader, tables["certificate"]),
+        **{name: table for name, table in read.items() if table is not None},
     )
     reader.raise_problems()
     return settings
 
 
-def _without_value(error: Exception) -> str:
-    """The parser's reason; it quotes single characters at most, never a value."""
-    if isinstance(error, RecursionError):
-        return "nesting without end"
-    # it names a table as Python's tuple, such as ('restart', 'commands')
-    return re.sub(
-        r"\(('[^()]*'),?\)", lambda names: f"[{names[1].replace(chr(39), '').replace(', ', '.')}]", str(error)
-    )
-
-
 def _backends(reader: Reader, table: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     for name, backend in table.items():
         if not isinstance(backend, dict):
-            reader.add(("backend", name), "a table", _found(backend))
+            reader.add(("backend", name), "a table", found_text(backend))
         elif not isinstance(backend.get("type"), str):
-            reader.add(("backend", name, "type"), 'a text such as "vault"', _found(backend.get("type")))
+            reader.add(("backend", name, "type"), 'a text such as "vault"', found_text(backend.get("type")))
     return {name: backend for name, backend in table.items() if isinstance(backend, dict)}
 
 
@@ -168,7 +158,7 @@ def _certificates(reader: Reader, table: Mapping[str, Any]) -> dict[str, Certifi
             wanted = f"{KUBELET_SERVER}, the only one whose names the settings may give"
             reader.add(key, wanted, name_found(name, [KUBELET_SERVER]))
         elif not isinstance(one, dict):
-            reader.add(key, "a table", _found(one))
+            reader.add(key, "a table", found_text(one))
         elif (settings := reader.read(CertificateSettings, one, key)) is not None:
             read[name] = settings
     return read
@@ -185,7 +175,7 @@ def _authorities(
         if name not in AUTHORITIES:
             reader.add(key, f"one of {', '.join(AUTHORITIES)}", name_found(name, AUTHORITIES))
         elif not isinstance(authority, dict):
-            reader.add(key, "a table", _found(authority))
+            reader.add(key, "a table", found_text(authority))
         else:
             own = {k: v for k, v in authority.items() if k in ours}
             settings = reader.read(AuthoritySettings, own, key)

@@ -92,8 +92,13 @@ def opened(text: str, file: Path | None) -> tuple[Reader, dict[str, Any]]:
     """
     try:
         document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as e:
-        found = "nesting without end" if isinstance(e, RecursionError) else str(e)
+    except RecursionError:
+        raise SettingsError([SettingsProblem("", "TOML", "nesting without end", file)]) from None
+    except tomllib.TOMLDecodeError as e:
+        # it quotes single characters at most, never a value; a table is a tuple, such as ('restart', 'commands')
+        found = re.sub(
+            r"\(('[^()]*'),?\)", lambda names: f"[{names[1].replace(chr(39), '').replace(', ', '.')}]", str(e)
+        )
         raise SettingsError([SettingsProblem("", "TOML", found, file)]) from None
     return Reader(Source(file, text if len(text) < _LONGEST_WITH_LINES else "")), document
 
@@ -107,13 +112,13 @@ class Reader:
             source: For file and line.
             locate: From a key as it is read to the key as it is in the file (they differ in merged tables).
         """
-        self._source = source
+        self.source = source
         self._locate = locate
         self.problems: list[SettingsProblem] = []
 
     def add(self, key: Key, wanted: str, found: str) -> None:
         """Note one problem, once."""
-        problem = self._source.problem(self._locate(key), wanted, found)
+        problem = self.source.problem(self._locate(key), wanted, found)
         if problem not in self.problems:
             self.problems.append(problem)
 
@@ -131,7 +136,7 @@ class Reader:
             if name not in names:
                 self.add((name,), f"one of {', '.join(names)}", name_found(name, names))
             elif not isinstance(value, dict):
-                self.add((name,), "a table", _found(value))
+                self.add((name,), "a table", found_text(value))
         return {name: value if isinstance(value := document.get(name), dict) else {} for name in names}
 
     def read(
@@ -206,7 +211,7 @@ class Reader:
         if dataclasses.is_dataclass(hint) and not hasattr(hint, "from_setting") and hint is not Secret:
             if isinstance(value, dict):
                 return self.read(typing.cast(type[Any], hint), value, key)
-            self.add(key, "a table", _found(value))
+            self.add(key, "a table", found_text(value))
             return None
         if typing.get_origin(hint) is dict:
             return self._texts(value, key)
@@ -214,16 +219,16 @@ class Reader:
             return _scalar(hint, value, key)
         except ValueError as e:
             # in the place of a secret's place the secret itself may stand
-            self.add(key, str(e), "something else" if hint is Secret else _found(value))
+            self.add(key, str(e), "something else" if hint is Secret else found_text(value))
             return None
 
     def _texts(self, value: Any, key: Key) -> dict[str, str]:
         if not isinstance(value, dict):
-            self.add(key, "a table of texts", _found(value))
+            self.add(key, "a table of texts", found_text(value))
             return {}
         for name, text in value.items():
             if not isinstance(text, str):
-                self.add((*key, name), "a text", _found(text))
+                self.add((*key, name), "a text", found_text(text))
         return value
 
 
@@ -313,7 +318,7 @@ def _absolute(value: str) -> Path:
     return Path(value)
 
 
-def _found(value: object) -> str:
+def found_text(value: object) -> str:
     """A found value in words, short; `nothing` for a missing key."""
     if value is None:
         return "nothing"

@@ -28,8 +28,7 @@ from bridge.renewal.rehearsal import Rehearsal
 from bridge.renewal.select import RunOptions
 from bridge.renewal.verify_and_install import expectations
 from bridge.settings.load import parse
-from bridge.settings.rehearsal import for_rehearsal
-from bridge.settings.tables import Settings
+from bridge.settings.tables import Settings, for_rehearsal
 from bridge.state import audit
 from bridge.state.store import Store
 from tests.kit import exec_programs, metrics, openbao, opensslca
