@@ -11,7 +11,7 @@ import contextlib
 import threading
 from bisect import bisect_left
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +20,7 @@ from socket import SHUT_RDWR, socket
 from typing import Any
 
 from bridge.errors import BridgeError
+from bridge.system.prometheus import labels, metric
 
 PREFIX = "ca_bridge_gateway"
 _BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 3600.0)
@@ -73,33 +74,22 @@ class Metrics:
     def text(self) -> str:
         """All metrics as text."""
         with self._mutex:
-            return "\n".join([*self._lines(), ""])
+            return "".join(self._metrics())
 
-    def _lines(self) -> Iterator[str]:
-        yield from _head("requests_total", "counter", "Requests by what became of them.")
-        for (signer, outcome), count in sorted(self._requests.items()):
-            yield f'{PREFIX}_requests_total{{signer="{_safe(signer)}",outcome="{outcome}"}} {count}'
-        yield from _head("sign_seconds", "histogram", "From the arrival of a request to its certificate.")
-        for signer, row in sorted(self._seconds.items()):
-            labels = f'signer="{_safe(signer)}"'
-            counts = list(accumulate(row[:-1]))
-            for limit, count_below in zip((*map(str, _BUCKETS), "+Inf"), counts, strict=True):
-                yield f'{PREFIX}_sign_seconds_bucket{{{labels},le="{limit}"}} {count_below:.0f}'
-            yield f"{PREFIX}_sign_seconds_count{{{labels}}} {counts[-1]:.0f}"
-            yield f"{PREFIX}_sign_seconds_sum{{{labels}}} {row[-1]:.6f}"
-        yield from _head("last_success_timestamp_seconds", "gauge", "When a certificate was last written.")
-        for signer, moment in sorted(self._successes.items()):
-            yield f'{PREFIX}_last_success_timestamp_seconds{{signer="{_safe(signer)}"}} {moment:.3f}'
-        yield from _head("certificate_end_timestamp_seconds", "gauge", "When the newest certificate ends.")
-        for (signer, name), moment in sorted(self._ends.items()):
-            labels = f'signer="{_safe(signer)}",name="{_safe(name)}"'
-            yield f"{PREFIX}_certificate_end_timestamp_seconds{{{labels}}} {moment:.0f}"
-        seen = ""
-        for (gauge, rest), value in sorted(self.gauges.items()):
-            if gauge != seen:
-                yield from _head(gauge, "gauge", _GAUGES[gauge])
-                seen = gauge
-            yield f"{PREFIX}_{gauge}{rest} {value:g}"
+    def _metrics(self) -> Iterator[str]:
+        requests = ((labels(signer=one, outcome=outcome), count) for (one, outcome), count in self._requests.items())
+        yield _metric("requests_total", "Requests by what became of them.", requests, "counter")
+        histogram = (line for signer, row in sorted(self._seconds.items()) for line in _histogram(signer, row))
+        yield metric(
+            f"{PREFIX}_sign_seconds", "From the arrival of a request to its certificate.", histogram, "histogram"
+        )
+        successes = ((labels(signer=one), f"{moment:.3f}") for one, moment in self._successes.items())
+        yield _metric("last_success_timestamp_seconds", "When a certificate was last written.", successes)
+        ends = ((labels(signer=one, name=name), f"{moment:.0f}") for (one, name), moment in self._ends.items())
+        yield _metric("certificate_end_timestamp_seconds", "When the newest certificate ends.", ends)
+        for gauge, text in _GAUGES.items():
+            values = ((rest, f"{value:g}") for (name, rest), value in self.gauges.items() if name == gauge)
+            yield _metric(gauge, text, values)
 
 
 _GAUGES = {
@@ -112,13 +102,16 @@ _GAUGES = {
 }
 
 
-def _head(name: str, kind: str, text: str) -> Iterator[str]:
-    yield f"# HELP {PREFIX}_{name} {text}"
-    yield f"# TYPE {PREFIX}_{name} {kind}"
+def _metric(name: str, text: str, samples: Iterable[tuple[str, object]], kind: str = "gauge") -> str:
+    return metric(f"{PREFIX}_{name}", text, (f"{PREFIX}_{name}{one} {value}" for one, value in sorted(samples)), kind)
 
 
-def _safe(value: str) -> str:
-    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", " ")
+def _histogram(signer: str, row: Sequence[float]) -> Iterator[str]:
+    name, counts = f"{PREFIX}_sign_seconds", list(accumulate(row[:-1]))
+    for limit, count_below in zip((*map(str, _BUCKETS), "+Inf"), counts, strict=True):
+        yield f"{name}_bucket{labels(signer=signer, le=limit)} {count_below:.0f}"
+    yield f"{name}_count{labels(signer=signer)} {counts[-1]:.0f}"
+    yield f"{name}_sum{labels(signer=signer)} {row[-1]:.6f}"
 
 
 # --- the server -------------------------------------------------------------------------------------------------------

@@ -6,11 +6,11 @@ Times are seconds since 1970, and never ages: a file's content stays as it is wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
 
-from bridge.monitoring.history import History
 from bridge.node.expiry_report import ExpiryReport, Row
 from bridge.node.inventory import Item, Node
 from bridge.pki.expiry import due_from, first_end
@@ -18,6 +18,10 @@ from bridge.renewal.gate import Failures
 from bridge.settings.tables import RenewalSettings
 from bridge.specs import AUTHORITIES, Component
 from bridge.state.open_requests import OpenRequest
+from bridge.system.prometheus import labels, metric
+
+if TYPE_CHECKING:
+    from bridge.monitoring.metrics import History
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,46 +61,46 @@ def text(found: ExpiryReport, due: Mapping[str, datetime], known: Remembered | N
         due: From when on each certificate is due, by name.
         known: None: this user may not see it.
     """
+    return "".join([*_of_files(found, due), *(_of_state(known) if known is not None else ())])
+
+
+def _of_files(found: ExpiryReport, due: Mapping[str, datetime]) -> Iterator[str]:
     leaves = [row for row in found.rows if row.authority]
     cas = [*found.authorities, *(row for row in found.extra if not row.authority)]
-    parts = [
-        _metric(
-            "ca_bridge_certificate_not_after_seconds",
-            "End of a certificate's validity, or of its intermediate's if that is sooner.",
-            ((_labels(row), _end(row)) for row in leaves if row.certificate),
-        ),
-        _metric(
-            "ca_bridge_certificate_due_seconds",
-            "From when on renew renews a certificate.",
-            ((_labels(row), _timestamp(due[row.name])) for row in leaves if row.name in due),
-        ),
-        _metric(
-            "ca_bridge_authority_not_after_seconds",
-            "End of a CA certificate's validity.",
-            ((_labels(row), _end(row)) for row in cas if row.certificate),
-        ),
-        _metric(
-            "ca_bridge_certificate_usable",
-            "Whether the file is there and can be read.",
-            ((_labels(row), int(row.state == "present")) for row in (*leaves, *cas) if not _absent(row)),
-        ),
-        *([] if known is None else _of_state(known)),
-    ]
-    return "".join(parts)
+    yield _metric(
+        "ca_bridge_certificate_not_after_seconds",
+        "End of a certificate's validity, or of its intermediate's if that is sooner.",
+        ((_labels(row), _end(row)) for row in leaves if row.certificate),
+    )
+    yield _metric(
+        "ca_bridge_certificate_due_seconds",
+        "From when on renew renews a certificate.",
+        ((_labels(row), _timestamp(due[row.name])) for row in leaves if row.name in due),
+    )
+    yield _metric(
+        "ca_bridge_authority_not_after_seconds",
+        "End of a CA certificate's validity.",
+        ((_labels(row), _end(row)) for row in cas if row.certificate),
+    )
+    yield _metric(
+        "ca_bridge_certificate_usable",
+        "Whether the file is there and can be read.",
+        ((_labels(row), int(row.state == "present")) for row in (*leaves, *cas) if not _absent(row)),
+    )
 
 
-def _of_state(known: Remembered) -> Iterable[str]:
+def _of_state(known: Remembered) -> Iterator[str]:
     counts = [(name, known.failures[name].count if name in known.failures else 0) for name in AUTHORITIES]
     yield _metric(
         "ca_bridge_failed_runs",
         "Runs in a row that could not renew at this CA.",
-        ((f'authority="{name}"', count) for name, count in counts),
+        ((labels(authority=name), count) for name, count in counts),
     )
     yield _metric(
         "ca_bridge_certificate_pending_since_seconds",
         "When a request was made that a CA has and has not answered.",
         (
-            (f'name="{one.name}",authority="{one.request.spec.authority.name}"', _timestamp(one.created))
+            (labels(name=one.name, authority=one.request.spec.authority.name), _timestamp(one.created))
             for one in known.pending
         ),
     )
@@ -104,52 +108,32 @@ def _of_state(known: Remembered) -> Iterable[str]:
         yield from _of_runs(known.history)
 
 
-def _of_runs(history: History) -> Iterable[str]:
+def _of_runs(history: History) -> Iterator[str]:
     if history.rehearsed is not None:
-        yield _metric(
-            "ca_bridge_last_rehearsal_seconds",
-            "When renew --rehearse last ended.",
-            [("", _timestamp(history.rehearsed))],
-        )
-        yield _metric(
-            "ca_bridge_last_rehearsal_exit_code",
-            "Exit code of the last renew --rehearse.",
-            [("", history.rehearsal_exit_code)],
-        )
+        yield _value("last_rehearsal_seconds", "When renew --rehearse last ended.", _timestamp(history.rehearsed))
+        yield _value("last_rehearsal_exit_code", "Exit code of the last renew --rehearse.", history.rehearsal_exit_code)
     if history.ended is None:
         return
-    yield _metric("ca_bridge_last_run_seconds", "When renew last ended.", [("", _timestamp(history.ended))])
+    yield _value("last_run_seconds", "When renew last ended.", _timestamp(history.ended))
     if history.succeeded is not None:
-        yield _metric(
-            "ca_bridge_last_success_seconds",
-            "When renew last ended with exit code 0.",
-            [("", _timestamp(history.succeeded))],
-        )
-    yield _metric("ca_bridge_last_run_exit_code", "Exit code of the last renew.", [("", history.exit_code)])
-    yield _metric(
-        "ca_bridge_last_run_duration_seconds",
-        "How long the last renew took, the delay of renewal.jitter included.",
-        [("", round(history.seconds, 3))],
-    )
-    yield _metric(
-        "ca_bridge_consecutive_failures",
-        "Runs of renew in a row that failed; those that only wait do not count.",
-        [("", history.failures)],
-    )
+        yield _value("last_success_seconds", "When renew last ended with exit code 0.", _timestamp(history.succeeded))
+    yield _value("last_run_exit_code", "Exit code of the last renew.", history.exit_code)
+    what = "How long the last renew took, the delay of renewal.jitter included."
+    yield _value("last_run_duration_seconds", what, round(history.seconds, 3))
+    what = "Runs of renew in a row that failed; those that only wait do not count."
+    yield _value("consecutive_failures", what, history.failures)
+
+
+def _value(name: str, help_text: str, value: float) -> str:
+    return _metric(f"ca_bridge_{name}", help_text, [("", value)])
 
 
 def _metric(name: str, help_text: str, samples: Iterable[tuple[str, float]]) -> str:
-    lines = [f"{name}{{{labels}}} {value}\n" if labels else f"{name} {value}\n" for labels, value in samples]
-    return f"# HELP {name} {help_text}\n# TYPE {name} gauge\n" + "".join(lines) if lines else ""
+    return metric(name, help_text, (f"{name}{labels_text} {value}" for labels_text, value in samples))
 
 
 def _labels(row: Row) -> str:
-    labels = {"name": row.name, "authority": row.authority or row.name, "path": row.path}
-    return ",".join(f'{key}="{_escape(value)}"' for key, value in labels.items())
-
-
-def _escape(value: str) -> str:
-    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    return labels(name=row.name, authority=row.authority or row.name, path=row.path)
 
 
 def _end(row: Row) -> int:

@@ -1,21 +1,25 @@
-"""The metrics file: at the end of each `renew`, however that ends, what node_exporter's textfile collector reads."""
+"""
+How the last runs of `renew` ended, and the metrics file, which node_exporter's textfile collector reads.
+
+Each `renew` writes both when it ends, however it ends.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import stat
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from bridge.errors import BridgeError, Exit
-from bridge.monitoring import exposition, history
+from bridge.monitoring import exposition
 from bridge.monitoring.exposition import Remembered
-from bridge.monitoring.history import History, after, after_rehearsal
 from bridge.node import inventory
 from bridge.node.expiry_report import report
 from bridge.renewal.gate import attempts_file
@@ -23,11 +27,62 @@ from bridge.settings.tables import Settings
 from bridge.state.open_requests import OpenRequests
 from bridge.state.store import Store
 from bridge.system import waiting
+from bridge.system.codec import named
 from bridge.system.console import print_error
 from bridge.system.files import write_atomically
 from bridge.system.locks import lock
 from bridge.system.paths import ForeignLinkError, opened
-from bridge.system.state_file import StateError
+from bridge.system.state_file import OnDamage, StateError, StateFile, coded
+
+#: A CA that has not answered yet, or another run that does the work: neither success nor failure.
+_NEITHER = (Exit.WAITING, Exit.LOCKED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class History:
+    """How the last runs of `renew` on this node ended; a rehearsal is no run."""
+
+    ended: datetime | None = None  #: The last run; None: there was none.
+    succeeded: datetime | None = None  #: The end of the last one with exit code 0; None: there was none.
+    rehearsed: datetime | None = None  #: The end of the last rehearsal.
+    exit_code: int = field(default=Exit.DONE, metadata=named("exitCode"))  #: Of the last run.
+    seconds: float = 0  #: How long it took.
+    failures: int = 0  #: Runs in a row that failed; those that only waited, or found another one at work, do not count.
+    #: Of the last rehearsal.
+    rehearsal_exit_code: int = field(default=Exit.DONE, metadata=named("rehearsalExitCode"))
+
+    def __post_init__(self) -> None:
+        if not self.seconds >= 0 or self.failures < 0:
+            raise ValueError("not written by this program")
+
+
+def after(before: History | None, exit_code: int, ended: datetime, seconds: float) -> History:
+    """
+    The history with one more run (pure).
+
+    Args:
+        before: Up to then.
+        exit_code: The run's; 128 and the signal's number for one that was interrupted.
+        ended: Aware, UTC.
+        seconds: From its start to its end.
+    """
+    run = dataclasses.replace(before or History(), ended=ended, exit_code=exit_code, seconds=seconds)
+    if exit_code == Exit.DONE:
+        return dataclasses.replace(run, succeeded=ended, failures=0)
+    return run if exit_code in _NEITHER else dataclasses.replace(run, failures=run.failures + 1)
+
+
+def after_rehearsal(before: History | None, exit_code: int, ended: datetime) -> History:
+    """The history with one more rehearsal (pure)."""
+    return dataclasses.replace(before or History(), rehearsed=ended, rehearsal_exit_code=exit_code)
+
+
+def history_file(store: Store) -> StateFile[History]:
+    """The file; a damaged one counts as none: the worst that follows is a count that begins anew."""
+    return coded(History, store.history, "how the last runs ended", OnDamage.START_OVER, version=1)
+
+
+# --- the file ----------------------------------------------------------------------------------------------------------
 
 MODE = 0o644
 #: For another run that ends at the same moment.
@@ -128,7 +183,7 @@ def write(settings: Settings, file: Path, count: Callable[[History | None], Hist
         store.prepare()
         # a run that found another one at work ends while that goes on: the node's lock is not the one to take
         with lock(store.history_lock, "renew", _WAIT):
-            runs = history.history_file(store)
+            runs = history_file(store)
             runs.put(count(runs.read()))
             _put(file, of_node(settings, now, known(store)).encode())
     except OSError as e:
@@ -156,7 +211,7 @@ def known(store: Store) -> Remembered:
     return Remembered(
         failures=attempts_file(store).read() or {},
         pending=tuple(one for one in requests.values() if one.is_waiting),
-        history=history.history_file(store).read(),
+        history=history_file(store).read(),
     )
 
 

@@ -343,7 +343,7 @@ def test_numbers_are_in_prometheus_form() -> None:
     assert 'requests_total{signer="s",outcome="signed"} 2' in text
     assert 'sign_seconds_bucket{signer="s",le="0.25"} 1' in text
     assert 'sign_seconds_bucket{signer="s",le="+Inf"} 2' in text
-    assert f'name="a\\"b c"}} {NOW.timestamp():.0f}' in text
+    assert f'name="a\\"b\\nc"}} {NOW.timestamp():.0f}' in text
 
 
 def test_many_connections_use_up_nothing() -> None:

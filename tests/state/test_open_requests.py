@@ -15,7 +15,7 @@ import pytest
 from bridge.bootstrap.new_requests import unfinished_file
 from bridge.desk.journal import Journal
 from bridge.gateway.pending_at_ca import Tickets
-from bridge.monitoring.history import history_file
+from bridge.monitoring.metrics import history_file
 from bridge.pki.certificates import pem
 from bridge.renewal import damage
 from bridge.renewal.gate import attempts_file
