@@ -138,7 +138,7 @@ def test_every_key_in_the_example_exists_and_shows_its_default() -> None:
     text = "\n".join(_uncommented(iter(EXAMPLE.read_text(encoding="utf-8").splitlines())))
     assert len(tomllib.loads(text)["backend"]) == 4
     keys = ('desk_key = "/etc/ca-bridge/desk.pem"', 'order_key = "/etc/ca-bridge/admin.pem"')
-    for without_default in ('kubernetes_version = "1.37"', 'name = "cp-1"', *keys):
+    for without_default in ('kubernetes_version = "1.37"', 'name = "cp-1"', 'keep_total = "1GiB"', *keys):
         assert without_default in text
         text = text.replace(without_default, "")
     settings = parse(text)

@@ -87,8 +87,9 @@ class Metrics:
         yield _metric("last_success_timestamp_seconds", "When a certificate was last written.", successes)
         ends = ((labels(signer=one, name=name), f"{moment:.0f}") for (one, name), moment in self._ends.items())
         yield _metric("certificate_end_timestamp_seconds", "When the newest certificate ends.", ends)
+        gauges = list(self.gauges.items())  # other threads add some
         for gauge, text in _GAUGES.items():
-            values = ((rest, f"{value:g}") for (name, rest), value in self.gauges.items() if name == gauge)
+            values = ((rest, f"{value:g}") for (name, rest), value in gauges if name == gauge)
             yield _metric(gauge, text, values)
 
 
