@@ -38,6 +38,7 @@ def files(wanted: SetupRequest) -> Sequence[SetupFile]:
     text = "---\n".join(part for part in (
         "".join(f"# {line}".rstrip() + "\n" for line in _head(wanted, signers)),
         _account(wanted),
+        _DELETES_ITS_OWN,
         _reference(wanted, sorted(set(signers.values()))),
         _approver(wanted, sorted(set(signers.values()))),
         _admission(wanted, sorted(set(signers.values()))),
@@ -114,6 +115,31 @@ subjects: [{{kind: ServiceAccount, name: {name}, namespace: {NAMESPACE}}}]
 """
 
 
+_ACCOUNTS = f"system:serviceaccount:{NAMESPACE}:ca-bridge-"
+_DELETES_ITS_OWN = f"""\
+# An account deletes its own requests and no others; RBAC can't tell them apart.
+apiVersion: admissionregistration.k8s.io/v1
+kind: ValidatingAdmissionPolicy
+metadata: {{name: ca-bridge-requester}}
+spec:
+  failurePolicy: Fail
+  matchConstraints:
+    resourceRules:
+    - {{apiGroups: [certificates.k8s.io], apiVersions: [v1], resources: [certificatesigningrequests], operations: [DELETE]}}
+  matchConditions:
+  - {{name: account, expression: "request.userInfo.username.startsWith('{_ACCOUNTS}')"}}
+  validations:
+  - expression: oldObject.spec.username == request.userInfo.username
+    message: an account of a node deletes only its own requests
+    reason: Forbidden
+---
+apiVersion: admissionregistration.k8s.io/v1
+kind: ValidatingAdmissionPolicyBinding
+metadata: {{name: ca-bridge-requester}}
+spec: {{policyName: ca-bridge-requester, validationActions: [Deny]}}
+"""
+
+
 def _reference(wanted: SetupRequest, signers: Sequence[str]) -> str:
     """cert-manager signs with an Issuer of a namespace only for who may `reference` it."""
     issuers = [signer.removeprefix(_ISSUERS).partition(".") for signer in signers if signer.startswith(_ISSUERS)]
@@ -161,7 +187,6 @@ def _admission(wanted: SetupRequest, signers: Sequence[str]) -> str:
     if not ours:
         return ""
     name = f"ca-bridge-requests-{wanted.authority.name}"
-    prefix = f"system:serviceaccount:{NAMESPACE}:ca-bridge-"
     return f"""\
 # Only the accounts of nodes may ask these signers; and for no longer than was agreed.
 apiVersion: admissionregistration.k8s.io/v1
@@ -175,7 +200,7 @@ spec:
   matchConditions:
   - {{name: signer, expression: {_quoted(f"object.spec.signerName in {json.dumps(ours)}")}}}
   validations:
-  - expression: {_quoted(f"request.userInfo.username.startsWith('{prefix}')")}
+  - expression: {_quoted(f"request.userInfo.username.startsWith('{_ACCOUNTS}')")}
     message: only accounts of nodes may ask this signer
   - expression: {_quoted(f"has(object.spec.expirationSeconds) && object.spec.expirationSeconds <= {int(wanted.validity.total_seconds())}")}
     message: the request is for longer than was agreed

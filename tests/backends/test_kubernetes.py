@@ -427,6 +427,28 @@ def test_others_may_not_ask_the_signers_of_setup(api: ApiServer) -> None:
     assert ask(admin, "elsewhere.example.com/x")[0] == 201
 
 
+@pytest.mark.kube(*SERVER)
+def test_an_account_deletes_its_own_requests_alone(api: ApiServer) -> None:
+    """RBAC lets each of the nodes' accounts delete all; the policy that `setup` prints does not. Others' rights stay."""
+    api.apply(manifests("deletes.example.com/{name}"))
+    account = api.bearer("ca-bridge", "ca-bridge-cp-1")
+    other = api.client("system:serviceaccount:ca-bridge:ca-bridge-cp-2", "system:masters")
+
+    def made(who: ApiClient) -> str:
+        reply = who.create_csr(request().csr_pem, "elsewhere.example.com/x", ["client auth"])
+        return f"{CSRS}/{reply.document['metadata']['name']}"
+
+    theirs = made(api.admin)
+    deadline = time.monotonic() + 30
+    while (reply := account.ask("DELETE", theirs)).status == 200 and time.monotonic() < deadline:
+        theirs = made(api.admin)  # a policy takes a moment to count
+        time.sleep(0.2)
+    assert (reply.status, "only its own requests" in reply.message) == (403, True), reply.message
+    assert account.ask("DELETE", made(other)).status == 403
+    assert account.ask("DELETE", made(account)).status == 200
+    assert api.admin.ask("DELETE", theirs).status == 200
+
+
 def manifests(signer: str) -> str:
     """What `ca-bridge setup kubernetes --authority ca` prints for a node."""
     ours = {name: one for name, one in _LIVE.items() if SPECS[name].authority.name == "ca"}
@@ -446,13 +468,13 @@ def test_setup_lists_what_may_be_approved() -> None:
     assert "#     SAN DNS kubernetes.default.svc" in text
     objects = [one for one in yaml.safe_load_all(text) if one]
     kinds = [one["kind"] for one in objects]
-    assert kinds.count("ValidatingAdmissionPolicy") == 1
+    assert kinds.count("ValidatingAdmissionPolicy") == 2  # one for all accounts, one for these signers
     [role] = [one for one in objects if one["kind"] == "Role"]
     assert role["metadata"]["namespace"] == "pki"
     assert role["rules"] == [
         {"apiGroups": ["cert-manager.io"], "resources": ["signers"], "verbs": ["reference"], "resourceNames": ["client", "server"]}
     ]  # fmt: skip
-    assert "ValidatingAdmissionPolicy" not in manifests(CLIENT_SIGNER)
+    assert "requests-ca" not in manifests(CLIENT_SIGNER)  # others of that cluster use Kubernetes' own signers, too
 
 
 # --------------------------------------------------------------------------------------------- answers that are rare
