@@ -142,9 +142,9 @@ def _unusable(look: Look) -> Iterator[Check]:
 # --- since when ------------------------------------------------------------------------------------------------------
 
 
-def _read_once(look: Look, component: Component, path: Path) -> Verdict:
-    """Judge a file that a component reads at its start, and never again."""
-    age = processes.compare_age(component, path, look.machine.proc, look.written)
+def _read_once(look: Look, component: Component, path: Path, by: Sequence[Path] = ()) -> Verdict:
+    """Judge a file that a component reads at its start, and never again; `by` are files that refer to it."""
+    age = processes.compare_age(component, path, look.machine.proc, look.written, by=by)
     if age.older is None:
         return Verdict("unknown", age.detail)
     return Verdict("stale" if age.older else "current", age.detail)
@@ -369,18 +369,38 @@ def _controller(look: Look, component: Component) -> Iterator[Check]:
             serving = Serving(component=component, certificate=str(file), file=file, key_file=key)
             yield serving.at(place, look.now)
     if flags:
-        yield from _kubeconfig(look, name := f"{component.value.removeprefix('kube-')}.conf")
-        for path in _read_at_start(look, name, flags):
-            judge = functools.partial(_read_once, look, component, path)
-            yield Check(component=component, certificate=name, what=f"has read {path}", judge=judge)
+        yield from _kubeconfig(look, _conf_of(component))
+        yield from _has_read(look, component)
 
 
-def _read_at_start(look: Look, name: str, flags: Flags) -> list[Path]:
-    """The kubeconfigs, and the certificate file if one refers to it; usually they are the same one."""
+def _conf_of(component: Component) -> str:
+    return f"{component.value.removeprefix('kube-')}.conf"
+
+
+def _has_read(look: Look, component: Component) -> Iterator[Check]:
+    """The kubeconfigs that a component reads at its start, and the certificate file if one refers to it."""
+    name, flags = _conf_of(component), look.flags(component)
     item = look.item(name)
-    named = [endpoints.file(flags, flag) for flag in SPECS[name].flags]
-    referred = None if item is None or item.embedded else item.certificate_path
-    return list(dict.fromkeys(path for path in (*named, referred) if path is not None))
+    confs = [path for flag in SPECS[name].flags if (path := endpoints.file(flags, flag)) is not None]
+    by = list(confs)
+    if not confs and item is not None:  # its own configuration names it; a process without either can't be judged
+        confs = [look.settings.node.kubeconfig_dir / item.spec.base]
+        config = endpoints.file(flags, "--config")
+        by = [config] if config is not None and _client_kubeconfig(config) == str(confs[0]) else []
+    referred = [] if item is None or item.embedded else [item.certificate_path]
+    for path in dict.fromkeys([*confs, *referred]):
+        judge = functools.partial(_read_once, look, component, path, by)
+        yield Check(component=component, certificate=name, what=f"has read {path}", judge=judge)
+
+
+def _client_kubeconfig(config: Path) -> str:
+    """The kubeconfig that a component's configuration file names; empty: it can't be read, or names none."""
+    try:
+        connection = document(split_bom(file_contents(config))[1]).get("clientConnection")
+        named = connection.get("kubeconfig") if connection is not None else None
+        return named.text() if named is not None else ""
+    except (paths.UnreadableError, ValueError):
+        return ""
 
 
 def _self_made(place: Address) -> Verdict:
@@ -425,8 +445,8 @@ def _kubelet_pair(look: Look, item: Item) -> Verdict:
             return Verdict("not-ours", f"uses {copy}, which is younger, and rotated by the kubelet itself")
         detail = f"uses its copy {copy}, serial {serial_hex(used)}; {item.certificate_path} has {serial_hex(ours)}"
         return Verdict("stale", f"{detail}: the copy must go before the restart")
-    verdict = _read_once(look, Component.KUBELET, item.certificate_path)
     conf = look.settings.node.kubeconfig_dir / item.spec.base
+    verdict = _read_once(look, Component.KUBELET, item.certificate_path, [conf])
     if verdict.state != "stale" or item.embedded or item.rotates:
         return verdict
     # without `rotateCertificates` it looks at the file every five minutes, once its kubeconfig refers to one

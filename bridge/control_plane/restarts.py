@@ -222,7 +222,16 @@ class _Restarts:
         if component is not Component.KUBELET and settings.restart.method == "static-pods":
             pod = self._pod(component)
             _remember(component, self.store)
-            static_pods.restart(pod, self.store, settings.restart.timeout)
+            try:
+                static_pods.restart(pod, self.store, settings.restart.timeout)
+            except static_pods.NotEndedError as e:
+                if isinstance(pod.instances, _Answers):
+                    text = (
+                        f"{component.value}: can't see it end: no process and no pod of it is seen, and it answers on"
+                    )
+                    hint = 'restart it by hand; a [restart] method = "command" sees the end of its command'
+                    raise ImpossibleError(text, hint=hint) from e
+                raise
             return
         command = _command(component, settings)
         _remember(component, self.store)
@@ -237,15 +246,34 @@ class _Restarts:
 
     def _pod(self, component: Component) -> Pod:
         directory = self.settings.node.kubeconfig_dir
+
+        def trouble() -> str | None:
+            return probes.trouble(component, self.node, directory)
+
         instances, settle = processes.instances(component)
+        if not instances() and trouble() is None:
+            instances, settle = _Answers(trouble), processes.PROCESS_SETTLES
         return Pod(
             component=component,
             manifest=manifests.path_of(component, directory),
             instances=instances,
-            trouble=lambda: probes.trouble(component, self.node, directory),
+            trouble=trouble,
             settle=settle,
             is_needed_by_api=component is Component.ETCD,
         )
+
+
+class _Answers:
+    """The instances of a component that is seen by its answers alone: it has ended when they have stopped once."""
+
+    def __init__(self, trouble: Callable[[], str | None]) -> None:
+        self._trouble, self._ends, self._answers = trouble, 0, True
+
+    def __call__(self) -> frozenset[str]:
+        answers = self._trouble() is None
+        self._ends += self._answers and not answers
+        self._answers = answers
+        return frozenset({f"its answers (after {self._ends} ends)"} if answers else ())
 
 
 def _say(text: str) -> None:

@@ -30,6 +30,7 @@ from bridge.system.console import log
 from bridge.system.waiting import wait_until
 
 _POLL_SECONDS = 0.2
+_HEALTHY = "to be healthy"
 
 
 class StoppedError(PostponedError):
@@ -37,6 +38,10 @@ class StoppedError(PostponedError):
 
     exit_code: ClassVar[int] = Exit.NOT_LIVE
     hint = "run again: the next `ca-bridge renew` or `ca-bridge restart` goes on"
+
+
+class NotEndedError(RestartError):
+    """The component goes on after its manifest was taken out of its directory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +90,7 @@ def restart(pod: Pod, store: Store, timeout: timedelta) -> None:
             enter(store, journal, "back")
             log.info("%s: its manifest is back", name)
             _wait(pod.component, "to end", lambda: _named(before & pod.instances()), timeout, check)
-            _wait(pod.component, "to be healthy", pod.trouble, timeout, check)
+            _wait(pod.component, _HEALTHY, pod.trouble, timeout, check)
         finally:
             if is_there(pod.manifest):
                 close(store)
@@ -106,7 +111,8 @@ def _wait(
         look, lambda found: found is None, timeout, pause_seconds=_POLL_SECONDS, between=lambda _: check()
     )
     if found is not None:
-        raise RestartError(
+        kind = RestartError if what == _HEALTHY else NotEndedError
+        raise kind(
             f"{component.value}: wanted it {what} within {duration_text(timeout)}, found: {found}",
             hint="its manifest is in its place; the logs of the kubelet and of the container tell more",
         )

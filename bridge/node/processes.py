@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -118,15 +118,23 @@ class Age(NamedTuple):
 
 
 def compare_age(
-    component: Component, path: Path, proc: Path = PROC, written: Mapping[str, Written] = MappingProxyType({})
+    component: Component,
+    path: Path,
+    proc: Path = PROC,
+    written: Mapping[str, Written] = MappingProxyType({}),
+    *,
+    by: Sequence[Path] = (),
 ) -> Age:
     """
     Compare a running component with a file that it uses.
 
-    By when we wrote the file, if that was written down and it was not changed since, whatever the clock said then; else
-    by the file's ctime, which no copying of times sets back, and which a rename sets, too. A container that has a
-    file mounted goes on seeing the old one after a rename, whatever the times say. Of several processes the oldest
-    counts.
+    The moment at which we wrote the file counts, if that was written down and the file was not changed since, whatever
+    the clock said then; else the file's ctime, which no copying of times sets back, and which a rename sets, too. A
+    container that has a file mounted goes on seeing the old one after a rename, whatever the times say. Of several
+    processes the oldest counts; a process counts only if its arguments name the file, or one of `by`, which refer to it.
+
+    Raises:
+        UnreadableError, ValueError: There is no such file, or it can't be read.
     """
     data = file_contents(path)
     changed = max(_changed(path, written), _changed(path.resolve(), written))
@@ -135,7 +143,11 @@ def compare_age(
             None, f"{path} was changed at {moment_text(changed)}, which is in the future: was the clock set back?"
         )
     found = running(component.value, proc)
-    ours = [process for process in found if any(str(path) in word for word in process.arguments)] or found
+    ours = [process for process in found if any(_names(process, one) for one in (path, *by))]
+    if found and not ours:
+        pids = ", ".join(str(process.pid) for process in found)
+        named = " or ".join(dict.fromkeys(map(str, (path, *by))))
+        return Age(None, f"wanted {component.value} with {named} among its arguments, found process {pids} without it")
     started = ours[0].started if ours else _container_made(component)
     if started is None:
         return Age(None, f"wanted a process {component.value}, found none (root alone sees all), and crictl knows none")
@@ -143,6 +155,15 @@ def compare_age(
     if any(_sees_another(process, path, data) for process in ours):
         return Age(True, f"still sees what was in {path} before; {times}")
     return Age(started <= changed, times)
+
+
+def _names(process: Process, path: Path) -> bool:
+    """Whether a process has a file among its arguments, perhaps inside of one, or by another path."""
+    wanted = {str(path), os.path.realpath(path)}
+    values = (word.rpartition("=")[2] for word in process.arguments)
+    return any(one in word for one in wanted for word in process.arguments) or any(
+        os.path.realpath(value) in wanted for value in values if value.startswith("/")
+    )
 
 
 def file_contents(path: Path) -> bytes:
@@ -197,14 +218,15 @@ Instances = Callable[[], frozenset[str]]
 
 def instances(component: Component) -> tuple[Instances, timedelta]:
     """
-    Who tells what runs of a component's static pod, and how long a kubelet takes to forget it after nothing does.
+    A look at what runs of a component's static pod, and how long a kubelet takes to forget the pod after its end.
 
-    crictl, where it is there and answers.
+    crictl looks, where it answers; the process table looks where crictl does not answer, or lists nothing although a
+    process runs: it may have asked another runtime than the kubelet's.
     """
-    try:
-        return _Runtime(component), SANDBOX_SETTLES
-    except (OSError, ValueError):  # the process table knows as well, if later
-        pass
+    with contextlib.suppress(OSError, ValueError):
+        runtime = _Runtime(component)
+        if runtime.last or not _in_process_table(component):
+            return runtime, SANDBOX_SETTLES
     return lambda: _in_process_table(component), PROCESS_SETTLES
 
 
@@ -244,6 +266,11 @@ class _Runtime:
     def __call__(self) -> frozenset[str]:
         with contextlib.suppress(OSError, ValueError):
             self._last = _sandboxes(self._component)
+        return self.last
+
+    @property
+    def last(self) -> frozenset[str]:
+        """The last answer."""
         return frozenset(pod for pod, labelled in self._last.items() if labelled or not self._is_labelled)
 
 

@@ -338,6 +338,39 @@ def test_etcds_answer_counts_where_one_of_its_members_gives_it(site: Site) -> No
 # --- kubelets --------------------------------------------------------------------------------------------------------
 
 
+def run_since_boot(site: Site, component: Component, *arguments: str) -> None:
+    """An entry of the process table: as old as the machine, and so older than every file of a test."""
+    entry = site.directory / "proc/4711"
+    (entry / "ns").mkdir(parents=True, exist_ok=True)
+    (entry / "cmdline").write_bytes(b"\0".join(word.encode() for word in (component.value, *arguments)) + b"\0")
+    (entry / "stat").write_text(f"4711 ({component.value}) S {' '.join(['0'] * 40)}\n")
+    for name, target in (("ns/net", "net:[1]"), ("root", "/")):
+        (entry / name).unlink(missing_ok=True)
+        (entry / name).symlink_to(target)
+
+
+@pytest.mark.parametrize(
+    ("kubeconfig", "state"), [("scheduler.conf", "stale"), ("another.conf", "unknown"), ("", "unknown")]
+)
+def test_a_scheduler_with_a_configuration_file_alone_is_looked_at(site: Site, kubeconfig: str, state: str) -> None:
+    """Without --kubeconfig its configuration says whether it is ours that it has read; else nothing can be said."""
+    config = site.directory / "scheduler-config.yaml"
+    connection = f"clientConnection:\n  kubeconfig: {site.directory / kubeconfig}\n" if kubeconfig else ""
+    config.write_text(f"kind: KubeSchedulerConfiguration\n{connection}")
+    site.write(Component.SCHEDULER, {"--config": str(config), "--secure-port": "0"}, site.version)
+    run_since_boot(site, Component.SCHEDULER, f"--config={config}")
+    assert site.finding("scheduler.conf", "has read").state == state
+
+
+def test_another_kubelet_than_ours_is_unknown(site: Site) -> None:
+    """One with another kubeconfig has not read this one, however young it is."""
+    what = f"has read {site.directory / 'kubelet.conf'}"
+    run_since_boot(site, Component.KUBELET, "--kubeconfig=/etc/other/kubelet.conf")
+    assert site.finding("kubelet.conf", what).state == "unknown"
+    run_since_boot(site, Component.KUBELET, f"--kubeconfig={site.directory / 'kubelet.conf'}")
+    assert site.finding("kubelet.conf", what).state == "stale"
+
+
 def test_a_kubelets_copy_counts_more_than_its_kubeconfig(site: Site) -> None:
     """With another certificate in it the kubelet is stale, unless the kubelet got it later, from the cluster."""
     path, copied = site.directory / "kubelet.conf", site.directory / "kubelet-client-current.pem"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
+import shutil
 import ssl
 import stat
+import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,7 +24,14 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from bridge.cli import components
 from bridge.cli.options import Output
 from bridge.control_plane import probes, restart_plan
-from bridge.control_plane.restarts import Restarted, RestartPostponedError, restart_all, restart_stale, take_copy
+from bridge.control_plane.restarts import (
+    ImpossibleError,
+    Restarted,
+    RestartPostponedError,
+    restart_all,
+    restart_stale,
+    take_copy,
+)
 from bridge.errors import Exit, SettingsError
 from bridge.node import inventory, kubelet, processes
 from bridge.node.inventory import Node
@@ -575,8 +585,8 @@ def test_a_kubeconfig_that_is_none_stops_before_anything_is_taken(plane: Plane, 
 
 _POD = {
     "id": "10be69b955f1369c85c5",
-    "metadata": {"name": "etcd-cp-1", "namespace": "kube-system"},
-    "labels": {"component": "etcd"},
+    "metadata": {"name": "kube-scheduler-cp-1", "namespace": "kube-system"},
+    "labels": {"component": "kube-scheduler"},
     "annotations": {"kubernetes.io/config.source": "file"},
 }
 
@@ -586,10 +596,10 @@ _POD = {
     [
         ({}, {"pod 10be69b955f13"}),
         ({"labels": {}}, {"pod 10be69b955f13"}),
-        ({"labels": {"component": "etcd-backup"}}, set()),
+        ({"labels": {"component": "kube-scheduler-backup"}}, set()),
         ({"annotations": {"kubernetes.io/config.source": "api"}}, set()),
         ({"annotations": {}}, set()),
-        ({"metadata": {"name": "kube-scheduler-cp-1"}}, set()),
+        ({"metadata": {"name": "kube-apiserver-cp-1"}}, set()),
     ],
 )
 def test_only_the_kubelets_own_pod_counts(
@@ -597,16 +607,16 @@ def test_only_the_kubelets_own_pod_counts(
 ) -> None:
     """Others may be called alike."""
     crictl(tmp_path, monkeypatch, json.dumps({"items": [{**_POD, **change}]}))
-    instances, settle = processes.instances(ETCD)
+    instances, settle = processes.instances(SCHEDULER)
     assert instances() == found
     assert settle == processes.SANDBOX_SETTLES
 
 
 def test_a_pod_that_is_only_called_alike_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An operator's static pod without kubeadm's label never ends; kubeadm's tells that it is another one."""
-    other = {**_POD, "id": "ffffffffffffffffffff", "metadata": {"name": "etcd-defrag-cp-1"}, "labels": {}}
+    other = {**_POD, "id": "ffffffffffffffffffff", "metadata": {"name": "kube-scheduler-x-cp-1"}, "labels": {}}
     crictl(tmp_path, monkeypatch, json.dumps({"items": [other, _POD]}))
-    instances, _ = processes.instances(ETCD)
+    instances, _ = processes.instances(SCHEDULER)
     assert instances() == {"pod 10be69b955f13"}
     crictl(tmp_path, monkeypatch, json.dumps({"items": [other]}))
     assert instances() == set()
@@ -626,7 +636,7 @@ def test_without_a_crictl_that_answers_the_process_table_tells(
 def test_a_crictl_that_falls_silent_ends_no_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it said last counts."""
     crictl(tmp_path, monkeypatch, json.dumps({"items": [_POD]}))
-    instances, _ = processes.instances(ETCD)
+    instances, _ = processes.instances(SCHEDULER)
     crictl(tmp_path, monkeypatch, None)
     assert instances() == {"pod 10be69b955f13"}
 
@@ -638,6 +648,61 @@ def crictl(directory: Path, monkeypatch: pytest.MonkeyPatch, output: str | None)
     program.write_text(f"#!/bin/sh\n{'exit 1' if output is None else f'cat {directory}/output'}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{directory}:/usr/bin:/bin")
+
+
+def test_a_crictl_that_lists_nothing_is_believed_only_where_no_process_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have asked another runtime than the kubelet's; then the process table shows the component."""
+    crictl(tmp_path, monkeypatch, json.dumps({"items": []}))
+    instances, settle = processes.instances(SCHEDULER)
+    assert (instances(), settle) == (frozenset(), processes.SANDBOX_SETTLES)
+    with component_process(tmp_path, SCHEDULER) as process:
+        instances, settle = processes.instances(SCHEDULER)
+        assert (instances(), settle) == (frozenset({f"process {process.pid}"}), processes.PROCESS_SETTLES)
+
+
+@contextlib.contextmanager
+def component_process(directory: Path, component: Component, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A program of the component's name, which only waits."""
+    program = directory / component.value
+    shutil.copy("/usr/bin/sleep", program)
+    with subprocess.Popen([program, "300", *arguments]) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_pod_that_only_its_answers_show_has_to_be_seen_to_end(
+    plane: Plane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    """A wrapper is the container's program, and there is no crictl: without a look at its end a restart proves nothing."""
+    crictl(tmp_path, monkeypatch, None)
+    manifest = plane.pki.kubeconfig_dir / "manifests/kube-scheduler.yaml"
+    over = threading.Event()
+
+    def kubelet() -> None:
+        while ends and not over.wait(0.01):
+            plane.status[SCHEDULER] = 200 if manifest.exists() else 500
+
+    settings = plane.settings(timeout="2s")
+    settings = dataclasses.replace(settings, restart=dataclasses.replace(settings.restart, method="static-pods"))
+    monkeypatch.setattr(processes, "PROCESS_SETTLES", timedelta())
+    thread = threading.Thread(target=kubelet)
+    thread.start()
+    try:
+        [one] = plane.restart(SCHEDULER, settings=settings)
+    finally:
+        over.set()
+        thread.join()
+    assert manifest.exists()
+    if ends:
+        assert one.error is None
+    else:
+        assert isinstance(one.error, ImpossibleError)
+        assert "can't see it end" in str(one.error)
 
 
 # --- the program -----------------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def test_a_symlink_that_leads_elsewhere_is_another_file(file: Path, target: str)
 
 
 def test_other_programs_of_the_same_name_do_not_count(file: Path) -> None:
-    """A second scheduler has a kubeconfig of its own."""
+    """A second scheduler, perhaps another cluster's, has a kubeconfig of its own; alone it says nothing of ours."""
     other = file.with_name("other.conf")
     with scheduler(other):
         time.sleep(0.02)
@@ -102,7 +102,10 @@ def test_other_programs_of_the_same_name_do_not_count(file: Path) -> None:
         time.sleep(0.02)
         with scheduler(file):
             assert older(file) is False
-        assert older(file) is True  # it is all that there is
+        age = processes.compare_age(Component.SCHEDULER, file)
+        assert age.older is None
+        assert f"with {file} among its arguments" in age.detail
+        assert processes.compare_age(Component.SCHEDULER, file, by=[other]).older is True
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a mount needs root; run the tests as root")
