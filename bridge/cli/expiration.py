@@ -116,4 +116,4 @@ def _failures(settings: Settings) -> Mapping[str, Failures] | None:
 def _known(settings: Settings) -> Remembered | None:
     from bridge.monitoring import metrics  # noqa: PLC0415 (for monitors alone)
 
-    return metrics.known_here(settings)
+    return metrics.known_here(settings, utc_now())

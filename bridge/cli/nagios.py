@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING
 from bridge.node import inventory
 from bridge.node.expiry_report import ExpiryReport, Limit, Row, report
 from bridge.pki.expiry import is_early, residual
+from bridge.renewal import in_use
 from bridge.settings.tables import Settings
 from bridge.words import one_line
 
 if TYPE_CHECKING:
+    from bridge.control_plane.proof import ProofFinding
     from bridge.renewal.gate import Failures
 
 _WORDS = ("OK", "WARNING", "CRITICAL", "UNKNOWN")
@@ -66,7 +68,8 @@ def check(
     """
     node = inventory.of(settings.node)
     early, late = report(node, now, limits.warning), report(node, now, limits.critical)
-    critical, warning = _critical(late, now), _warning(early, late, failures)
+    unused = [] if failures is None else in_use.late(settings, node, now)
+    critical, warning = _critical(late, now), _warning(early, late, failures, unused)
     status = 2 if critical or early.troubles else 1 if warning else 0
     what = ", ".join([*critical, *warning]) or _good(early)
     unseen = "" if failures is not None else " (failed runs are for root to see)"
@@ -89,11 +92,14 @@ def _critical(late: ExpiryReport, now: datetime) -> list[str]:
     ]
 
 
-def _warning(early: ExpiryReport, late: ExpiryReport, failures: Mapping[str, Failures] | None) -> list[str]:
+def _warning(
+    early: ExpiryReport, late: ExpiryReport, failures: Mapping[str, Failures] | None, unused: Sequence[ProofFinding]
+) -> list[str]:
     told = {row.name for row in late.rows if row.due}
     return [
         *(_ends(row) for row in early.rows if row.due and row.name not in told),
         *(f"{name}: {found}" for name, found in (failures or {}).items()),
+        *(f"{one.component.value} does not use its new {one.certificate} yet" for one in unused if one.component),
     ]
 
 

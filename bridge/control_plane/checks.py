@@ -95,6 +95,11 @@ class Look:
         return {}
 
     @property
+    def kubelet_runs(self) -> bool:
+        """Whether a process of a kubelet is there; it never runs in a container."""
+        return bool(processes.running(Component.KUBELET.value, self.machine.proc))
+
+    @property
     def reloads(self) -> frozenset[Component]:
         """Components that are known to read their certificates again by themselves."""
         return reloading(self.node, self.settings.node.kubernetes_version)
@@ -140,6 +145,20 @@ def _unusable(look: Look) -> Iterator[Check]:
 
 
 # --- since when ------------------------------------------------------------------------------------------------------
+
+
+def by_files(look: Look) -> Iterator[Check]:
+    """The checks that connect to nothing: whether components are younger than the files that they read at their start."""
+    for component in (Component.CONTROLLER_MANAGER, Component.SCHEDULER):
+        if component in look.node.manifests:
+            yield from _has_read(look, component)
+    if look.kubelet_runs:
+        yield from _kubelet_has_read(look)
+    for item in look.node.items:
+        user, path = item.spec.component, item.certificate_path
+        if user in (Component.ETCD, Component.APISERVER) and user in look.node.manifests and item.state == "present":
+            judge = functools.partial(_read_at_connections, look, user, path)
+            yield Check(component=user, certificate=item.spec.name, what=f"has read {path}", judge=judge)
 
 
 def _read_once(look: Look, component: Component, path: Path, by: Sequence[Path] = ()) -> Verdict:
@@ -414,9 +433,14 @@ def _kubelet(look: Look) -> Iterator[Check]:
     if item is None:
         return
     yield from _kubeconfig(look, item.spec.name)
-    what, name = f"has read {item.certificate_path}", item.spec.name
-    judge = functools.partial(_kubelet_pair, look, item)
-    yield Check(component=Component.KUBELET, certificate=name, what=what, judge=judge)
+    yield from _kubelet_has_read(look)
+
+
+def _kubelet_has_read(look: Look) -> Iterator[Check]:
+    item = look.item(KUBELET_CONF)
+    if item is not None:
+        what, judge = f"has read {item.certificate_path}", functools.partial(_kubelet_pair, look, item)
+        yield Check(component=Component.KUBELET, certificate=item.spec.name, what=what, judge=judge)
 
 
 def _kubelet_serving(look: Look) -> Iterator[Check]:

@@ -44,7 +44,7 @@ def examine(settings: Settings, now: datetime) -> Iterator[Finding]:
     is_desk = desk_files.policy_path(settings).is_file()
     if node.is_here:
         yield from _whole(lambda: installed.look(node, settings, now))
-        yield from _whole(lambda: use.look(node, settings))
+        yield from _whole(lambda: use.look(node, settings, now))
         yield from _whole(lambda: machine.look(node, settings, now))
         yield from _whole(lambda: authorities.look(node, settings, now))
     elif not is_desk:

@@ -10,6 +10,7 @@ import ipaddress
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -29,7 +30,7 @@ from bridge.pki import kubeadm_names
 from bridge.pki.certificates import UNREADABLE, attributes, san_entries
 from bridge.pki.csr import names_of
 from bridge.pki.kubeadm_names import NamingFacts, NoFactError
-from bridge.renewal import hooks
+from bridge.renewal import hooks, in_use
 from bridge.settings.tables import Settings
 from bridge.specs import Component
 from bridge.state.obligations import AFTER_INSTALL, FAILURE, SUCCESS
@@ -60,7 +61,7 @@ _CA_FLAGS: Mapping[Component, Mapping[str, str]] = {
 }
 
 
-def look(node: Node, settings: Settings) -> Iterator[Finding]:
+def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     """Examine how the node uses its certificates: files, CAs, names, restarts and hooks."""
     if not node.manifests:
         text = f"no static pods in {settings.node.kubeconfig_dir / 'manifests'}: which files they use was not looked at"
@@ -71,6 +72,7 @@ def look(node: Node, settings: Settings) -> Iterator[Finding]:
     yield from _authorities(node)
     yield from look_at_names(node, settings)
     yield from _restarts(node, settings)
+    yield from _not_in_use(node, settings, now)
     yield from _hooks(settings)
 
 
@@ -123,6 +125,15 @@ def _certificates(path: Path) -> list[object] | str:
 
 
 # --- restarts and hooks ----------------------------------------------------------------------------------------------
+
+
+def _not_in_use(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
+    """What was installed, and needs a restart that was not seen yet."""
+    for one in in_use.late(settings, node, now):
+        if one.component is not None:
+            text = f"{one.component.value} was not seen to use the installed certificate: {one.what}: {one.detail}"
+            hint = restart_plan.how(one.component, settings.node.kubeconfig_dir / "manifests")
+            yield Finding(level="warning", check="not-in-use", about=one.certificate, text=text, hint=hint)
 
 
 def _restarts(node: Node, settings: Settings) -> Iterator[Finding]:

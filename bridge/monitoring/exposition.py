@@ -30,7 +30,8 @@ class Remembered:
 
     failures: Mapping[str, Failures]  #: Runs in a row that failed, by authority.
     pending: tuple[OpenRequest, ...]  #: That somebody has, and has not answered.
-    history: History | None  #: None: no run has told yet.
+    history: History | None  #: None: no run has ended yet.
+    late: tuple[tuple[str, str], ...] = ()  #: Certificates that are installed and not in use, and their components.
 
 
 def due_times(node: Node, renewal: RenewalSettings) -> dict[str, datetime]:
@@ -95,6 +96,11 @@ def _of_state(known: Remembered) -> Iterator[str]:
         "ca_bridge_failed_runs",
         "Runs in a row that could not renew at this CA.",
         ((labels(authority=name), count) for name, count in counts),
+    )
+    yield _metric(
+        "ca_bridge_certificate_not_in_use",
+        "Whether a component is still to be restarted before it uses an installed certificate.",
+        ((f'name="{name}",component="{component}"', 1) for name, component in known.late),
     )
     yield _metric(
         "ca_bridge_certificate_pending_since_seconds",

@@ -22,6 +22,7 @@ from bridge.monitoring import exposition
 from bridge.monitoring.exposition import Remembered
 from bridge.node import inventory
 from bridge.node.expiry_report import report
+from bridge.renewal import in_use
 from bridge.renewal.gate import attempts_file
 from bridge.settings.tables import Settings
 from bridge.state.open_requests import OpenRequests
@@ -185,7 +186,7 @@ def write(settings: Settings, file: Path, count: Callable[[History | None], Hist
         with lock(store.history_lock, "renew", _WAIT):
             runs = history_file(store)
             runs.put(count(runs.read()))
-            _put(file, of_node(settings, now, known(store)).encode())
+            _put(file, of_node(settings, now, known(settings, now)).encode())
     except OSError as e:
         raise MetricsError(f"{file}: wanted to write the metrics, found: {e.strerror}") from e
     except ForeignLinkError as e:
@@ -200,22 +201,24 @@ def of_node(settings: Settings, now: datetime, seen: Remembered | None) -> str:
     return exposition.text(report(node, now, None), exposition.due_times(node, settings.renewal), seen)
 
 
-def known(store: Store) -> Remembered:
+def known(settings: Settings, now: datetime) -> Remembered:
     """
     Read the state directory; its lock need not be held, since each file is replaced whole.
 
     Raises:
         StateError: A file is damaged, or can't be read.
     """
+    store = Store(settings.node.state_dir)
     requests = OpenRequests(store).by_name()
     return Remembered(
         failures=attempts_file(store).read() or {},
         pending=tuple(one for one in requests.values() if one.is_waiting),
         history=history_file(store).read(),
+        late=_late(settings, now) if store.unproven.exists() else (),
     )
 
 
-def known_here(settings: Settings) -> Remembered | None:
+def known_here(settings: Settings, now: datetime) -> Remembered | None:
     """`known` of this node's state; None: this user may not see it, or it is damaged (which `doctor` and `renew` tell)."""
     directory = settings.node.state_dir
     try:
@@ -227,9 +230,14 @@ def known_here(settings: Settings) -> Remembered | None:
     if not os.access(directory, os.R_OK | os.X_OK):
         return None
     try:
-        return known(Store(directory))
+        return known(settings, now)
     except StateError:
         return None
+
+
+def _late(settings: Settings, now: datetime) -> tuple[tuple[str, str], ...]:
+    found = in_use.late(settings, inventory.of(settings.node), now)
+    return tuple(dict.fromkeys((one.certificate, one.component.value) for one in found if one.component is not None))
 
 
 def _put(file: Path, data: bytes) -> None:

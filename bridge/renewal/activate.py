@@ -31,7 +31,7 @@ from bridge.errors import BridgeError, Exit, PostponedError
 from bridge.node.inventory import Node
 from bridge.pki.certificates import serial_hex
 from bridge.renewal.hooks import HookEvent
-from bridge.settings.tables import Components
+from bridge.renewal.in_use import not_in_use
 from bridge.specs import SPECS, CertificateSpec, Component
 from bridge.state import backup_check, backups, rollback
 from bridge.state.obligations import Owed, Unproven, unproven_file
@@ -122,21 +122,29 @@ def _settle_owed(run: Run, node: Node, owed: Owed) -> Activation:
 
 
 def _left_to_people(run: Run, node: Node, owed: Owed) -> Activation:
-    """The settings have changed: say once what was still to be done."""
-    unproven_file(run.store).remove()
-    live = owed.live_on(node)
-    reloads = restart_plan.reloading(node, run.settings.node.kubernetes_version)
-    users = restart_plan.stale([SPECS[name] for name in live.names], reloads, Components("needed"))
-    components = [c for c in restart_plan.ORDER if c in users or c in owed.to_restart]
-    if not components and not (owed.going_back and live.certificates):
-        return Activation()
-    names = ", ".join(component.value for component in components) or "nothing"
-    text = f'installed by an earlier run, and with restart.method = "none" not proven; to be restarted: {names}'
+    """With `restart.method = "none"` an operator restarts: what is not seen in use yet is said by each run."""
+    live, findings = owed.live_on(node), not_in_use(owed, node, run.settings, run.now())
+    late = {one.certificate for one in findings}
+    runs = {one.newest_run for one in live.certificates if one.name in late}
+    left = tuple(one for one in live.certificates if one.newest_run in runs)
+    to_restart = tuple(c for c in owed.to_restart if c in {one.component for one in findings})
+    if left or to_restart:
+        unproven_file(run.store).put(Owed(certificates=left, to_restart=to_restart))
+    else:
+        unproven_file(run.store).remove()
+    errors: list[BridgeError] = []
     if owed.going_back and live.certificates:
-        text = f"{text}; and it was to go back, since {owed.going_back}"
-    manifests = run.settings.node.kubeconfig_dir / "manifests"
-    hint = "; ".join(restart_plan.how(component, manifests) for component in components) or NotLiveError.hint
-    return _result(run, owed, [NotLiveError(text, hint=hint)])
+        errors.append(NotLiveError(f"installed, and it was to go back, since {owed.going_back}"))
+    if findings:
+        components = [c for c in restart_plan.ORDER if c in {one.component for one in findings}]
+        manifests = run.settings.node.kubeconfig_dir / "manifests"
+        hint = "; ".join(restart_plan.how(component, manifests) for component in components)
+        names = ", ".join(component.value for component in components)
+        text = f"installed by an earlier run, and not seen in use: {_sentence(findings)}; to be restarted: {names}"
+        errors.append(NotLiveError(text, hint=hint))
+    done = dataclasses.replace(live, certificates=tuple(one for one in live.certificates if one not in left))
+    waiting = _result(run, dataclasses.replace(live, certificates=left), errors)
+    return dataclasses.replace(waiting, events={**_result(run, done, []).events, **waiting.events})
 
 
 # --- proving: restarts -----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, WaitingError
 from bridge.node.inventory import Node
-from bridge.renewal import revocation
+from bridge.renewal import in_use, revocation
 from bridge.renewal.gate import Attempts
 from bridge.renewal.hooks import HookError, HookEvent, Hooks, NotNowByHookError
 from bridge.renewal.revocation import RevocationError
@@ -116,7 +116,9 @@ class Transaction:
         replaced = {one.name: one.old for one in done}
         copies.owe(self._run.settings, self._run.store, self._run.read_node(), replaced)
         self._hooks.installing(HookEvent.of(selection.items, done))
-        if self._options.restarts and self._run.settings.restart.method != "none":
+        if self._options.restarts and self._run.settings.restart.method == "none":
+            in_use.owe(self._run, done)
+        elif self._options.restarts:
             from bridge.renewal import activate  # noqa: PLC0415 (see above)
 
             activate.owe(self._run, done)
@@ -130,6 +132,8 @@ class Transaction:
         result = dataclasses.replace(result, errors=(*result.errors, *late, *self._hooks.installed(occasion)))
         if not self._is_owed:
             return result
+        if self._run.settings.restart.method == "none":  # said by each run from the next one on
+            return dataclasses.replace(result, left_to_people=in_use.is_owed_by(self._run))
         from bridge.renewal import activate  # noqa: PLC0415 (see above)
 
         done = activate.settle(self._run, self._run.read_node())
@@ -172,6 +176,8 @@ class Transaction:
             return []  # neither success nor failure
         more: list[BridgeError] = list(self._counted(selection, result, errors))
         code = Exit.worst([result.exit_code, *(error.exit_code for error in (*errors, *more))])
+        if result.left_to_people and code in (Exit.DONE, Exit.WAITING):
+            return more  # success is when it is seen in use
         occasion = HookEvent.of(
             selection.items, result.outcomes, backup_id=result.backup_id, exit_code=code, errors=(*errors, *more)
         )

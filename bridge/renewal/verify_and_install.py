@@ -61,6 +61,7 @@ class Result:
     errors: tuple[BridgeError, ...] = ()  #: About the run as a whole, or about earlier ones.
     restarted: tuple[str, ...] = ()  #: Sentences, one a component.
     proven: int | None = None  #: How many checks held; None: nothing was looked at.
+    left_to_people: bool = False  #: An operator has to restart what uses the new certificates.
 
     @property
     def renewed(self) -> list[Outcome]:

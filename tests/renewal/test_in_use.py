@@ -1,0 +1,142 @@
+"""With `restart.method = "none"` what was installed is owed until it is seen in use, by whatever means it was restarted."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from bridge.cli import nagios
+from bridge.diagnosis import examination
+from bridge.errors import Exit
+from bridge.monitoring import metrics
+from bridge.node import processes
+from bridge.renewal import renew
+from bridge.renewal.select import RunOptions
+from bridge.renewal.verify_and_install import Result
+from bridge.settings.tables import Settings
+from bridge.state.store import Store
+from tests.kit.pki import Pki, handmade_pki
+from tests.kit.renewing import Quiet, settings_for
+
+SCHEDULER = "scheduler.conf"
+MANIFEST = """\
+apiVersion: v1
+kind: Pod
+metadata: {{name: kube-scheduler}}
+spec:
+  containers:
+  - name: kube-scheduler
+    image: registry.k8s.io/kube-scheduler:v1.37.2
+    command: [kube-scheduler, "--kubeconfig={conf}", "--secure-port=0"]
+"""
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Site:
+    """A node with a scheduler that only waits, and whose manifest names its kubeconfig."""
+
+    def __init__(self, directory: Path) -> None:
+        self.pki: Pki = handmade_pki(directory / "node")
+        self.conf = self.pki.kubeconfig_dir / SCHEDULER
+        manifest = self.pki.kubeconfig_dir / "manifests/kube-scheduler.yaml"
+        manifest.parent.mkdir()
+        manifest.write_text(MANIFEST.format(conf=self.conf))
+        self.log = directory / "log"
+        hooks = "\n".join(f"{one} = \"sh -c 'echo {one} >>{self.log}'\"" for one in ("success", "failure"))
+        self.settings: Settings = settings_for(self.pki, directory, f"[hooks]\n{hooks}")
+
+    def renew(self, *names: str) -> Result:
+        """One run."""
+        return renew.run(self.settings, RunOptions(names=names), now, Quiet())[0]
+
+    @property
+    def hooks(self) -> list[str]:
+        """Which hooks ran."""
+        return self.log.read_text().split() if self.log.exists() else []
+
+    @property
+    def warnings(self) -> tuple[bool, bool, bool]:
+        """Whether Nagios, the metrics and the doctor warn."""
+        line, _, status = nagios.check(self.settings, now(), nagios.Thresholds.of(self.settings, None, None), {})
+        known = metrics.known_here(self.settings, now())
+        found = [one.check for one in examination.examine(self.settings, now())]
+        return (
+            status == 1 and f"kube-scheduler does not use its new {SCHEDULER} yet" in line,
+            'ca_bridge_certificate_not_in_use{name="scheduler.conf",component="kube-scheduler"} 1'
+            in metrics.of_node(self.settings, now(), known),
+            "not-in-use" in found,
+        )
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+@contextlib.contextmanager
+def scheduler(conf: Path) -> Iterator[None]:
+    """A process that is called as a scheduler is."""
+    time.sleep(0.02)  # the start of a process is known to a hundredth of a second
+    program = "import sys; print('up', flush=True); sys.stdin.read()"
+    command = ["bash", "-c", 'exec -a kube-scheduler "$@"', "-", sys.executable, "-c", program, f"--kubeconfig={conf}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as started:
+        assert started.stdout is not None
+        assert started.stdout.readline() == "up\n"
+        time.sleep(0.02)
+        try:
+            yield
+        finally:
+            started.kill()
+
+
+def test_each_run_says_what_is_not_restarted_until_it_is(site: Site) -> None:
+    """The success hook comes when the scheduler is seen to be younger than its kubeconfig, and then all is quiet."""
+    with scheduler(site.conf):
+        assert site.renew(SCHEDULER).exit_code == Exit.DONE
+        assert (site.hooks, site.warnings) == ([], (True, True, True))
+        for _ in range(2):
+            late = site.renew()
+            assert late.exit_code == Exit.NOT_LIVE
+            assert "not seen in use: scheduler.conf" in str(late.errors[0])
+            assert "move " in (late.errors[0].hint or "")
+        assert "success" not in site.hooks
+    site.log.unlink()
+    with scheduler(site.conf):
+        assert site.renew().exit_code == Exit.DONE
+        assert (site.hooks, site.warnings) == (["success"], (False, False, False))
+        assert not Store(site.settings.node.state_dir).unproven.exists()
+
+
+def test_what_reloads_is_not_waited_for(site: Site) -> None:
+    """A client certificate that no component reads at its start is a success at once."""
+    with scheduler(site.conf):
+        assert site.renew("admin.conf").exit_code == Exit.DONE
+    assert (site.hooks, site.warnings) == (["success"], (False, False, False))
+
+
+def test_a_component_that_nobody_sees_is_not_in_use(
+    site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its manifest says that it should run here; that no process of it is found is no proof."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")  # no crictl
+    monkeypatch.setattr(processes, "running", lambda *_: [])
+    assert site.renew(SCHEDULER).exit_code == Exit.DONE
+    assert site.renew().exit_code == Exit.NOT_LIVE
+
+
+def test_without_a_manifest_nothing_is_owed(site: Site) -> None:
+    """What does not run here as a static pod is not waited for: nothing could tell."""
+    (site.pki.kubeconfig_dir / "manifests/kube-scheduler.yaml").unlink()
+    assert site.renew(SCHEDULER).exit_code == Exit.DONE
+    assert site.hooks == ["success"]
+    assert site.renew().exit_code == Exit.DONE
