@@ -72,9 +72,7 @@ def plan(settings: Settings, options: RunOptions, now: datetime, output: Output)
     if shorter:
         log.warning("%s", _shorter_text(shorter, settings, now))
     specs = [item.spec for item in selection.items]
-    components = restart_plan.stale(
-        specs, restart_plan.reloading(node, settings.node.kubernetes_version), settings.restart.components
-    )
+    components = restart_plan.stale(specs, restart_plan.reloading(node, settings.node), settings.restart.components)
     replaced = {item.spec.name for item in selection.items}
     refreshed = [one for one in copies.look(settings, node) if one.error is not None or replaced & set(one.names)]
     if output is Output.JSON:

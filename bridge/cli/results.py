@@ -54,9 +54,7 @@ def report(
 def stale(result: Result, node: Node, settings: Settings) -> list[Component]:
     """List what must be restarted to use what was replaced."""
     specs = [item.spec for item in node.items if item.spec.name in {o.name for o in result.renewed}]
-    return restart_plan.stale(
-        specs, restart_plan.reloading(node, settings.node.kubernetes_version), settings.restart.components
-    )
+    return restart_plan.stale(specs, restart_plan.reloading(node, settings.node), settings.restart.components)
 
 
 def _print_result(result: Result, node: Node, settings: Settings, now: datetime) -> None:

@@ -102,7 +102,7 @@ class Look:
     @property
     def reloads(self) -> frozenset[Component]:
         """Components that are known to read their certificates again by themselves."""
-        return reloading(self.node, self.settings.node.kubernetes_version)
+        return reloading(self.node, self.settings.node, self.machine.proc)
 
 
 def of(look: Look) -> Iterator[Check]:

@@ -1,13 +1,14 @@
-"""Which components still run on old certificates after an installation, and how to restart them (pure)."""
+"""Which components still run on old certificates after an installation, and how to restart them."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from bridge.node import endpoints, processes
 from bridge.node.inventory import Node
-from bridge.node.manifests import COMPONENTS
-from bridge.settings.tables import Components, Version
+from bridge.node.manifests import COMPONENTS, Manifest, path_of
+from bridge.settings.tables import Components, NodeSettings
 from bridge.specs import CertificateSpec, Component
 
 #: From these versions on a component was seen to read its certificates again by itself, past the end of the old ones
@@ -23,18 +24,37 @@ KUBELET_COPY = Path("/var/lib/kubelet/pki/kubelet-client-current.pem")
 ORDER = (*COMPONENTS, Component.KUBELET)
 
 
-def reloading(node: Node, setting: Version | None) -> frozenset[Component]:
+def reloading(node: Node, settings: NodeSettings, proc: Path = processes.PROC) -> frozenset[Component]:
     """
     The components that are known to read their certificates again, by the image tags of their manifests.
 
     An upgrade replaces them one by one, and kubeadm before all of them. `node.kubernetes_version`, the setting, counts
-    more than the API server's tag, and says nothing of etcd.
+    more than the API server's tag, and says nothing of etcd. A process that is older than its manifest may be of an
+    older version than the tag says, and is not trusted.
     """
-    versions = {component: manifest.version for component, manifest in node.manifests.items()}
-    if setting is not None:
-        versions[Component.APISERVER] = (setting.major, setting.minor)
+    versions = {
+        component: manifest.version
+        for component, manifest in node.manifests.items()
+        if component in FIRST_RELOADING and not _is_older_than_manifest(component, manifest, settings, proc)
+    }
+    if (version := settings.kubernetes_version) is not None:
+        versions[Component.APISERVER] = (version.major, version.minor)
     known = {component: version for component, version in versions.items() if version is not None}
     return frozenset(one for one, first in FIRST_RELOADING.items() if one in known and known[one] >= first)
+
+
+def _is_older_than_manifest(component: Component, manifest: Manifest, settings: NodeSettings, proc: Path) -> bool:
+    named = [path for flag in _OWN_FILE if (path := endpoints.file(manifest.flags, flag)) is not None]
+    started = processes.oldest_start(component, named, proc)
+    try:
+        written = path_of(component, settings.kubeconfig_dir).stat().st_mtime
+    except OSError:
+        return False
+    return started is not None and started.timestamp() < written
+
+
+#: Flags of files by which this node's own etcd and API server are told from others.
+_OWN_FILE = ("--cert-file", "--tls-cert-file")
 
 
 def stale(

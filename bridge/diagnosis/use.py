@@ -142,9 +142,7 @@ def _restarts(node: Node, settings: Settings) -> Iterator[Finding]:
     if restart.method == "none":
         return
     specs = [item.spec for item in node.items if item.managed and item.state == "present" and not item.foreign]
-    for component in restart_plan.stale(
-        specs, restart_plan.reloading(node, settings.node.kubernetes_version), restart.components
-    ):
+    for component in restart_plan.stale(specs, restart_plan.reloading(node, settings.node), restart.components):
         key, words = f"restart.commands.{component.value}", restart.command(component)
         error = restarts.obstacle(component, node, settings)
         if error is not None:

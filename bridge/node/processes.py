@@ -110,6 +110,12 @@ def _boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
+def oldest_start(component: Component, named: Sequence[Path], proc: Path = PROC) -> datetime | None:
+    """When the oldest process of a component that names one of these files started; None: there is none to be seen."""
+    found = (one.started for one in running(component.value, proc) if any(_names(one, path) for path in named))
+    return next(found, None)
+
+
 class Age(NamedTuple):
     """A component's age, compared with a file's."""
 

@@ -30,8 +30,9 @@ from bridge.control_plane.static_pods import StoppedError
 from bridge.errors import BridgeError, Exit, PostponedError
 from bridge.node.inventory import Node
 from bridge.pki.certificates import serial_hex
+from bridge.renewal import in_use
 from bridge.renewal.hooks import HookEvent
-from bridge.renewal.in_use import not_in_use
+from bridge.settings.tables import Components
 from bridge.specs import SPECS, CertificateSpec, Component
 from bridge.state import backup_check, backups, rollback
 from bridge.state.obligations import Owed, Unproven, unproven_file
@@ -123,11 +124,11 @@ def _settle_owed(run: Run, node: Node, owed: Owed) -> Activation:
 
 def _left_to_people(run: Run, node: Node, owed: Owed) -> Activation:
     """With `restart.method = "none"` an operator restarts: what is not seen in use yet is said by each run."""
-    live, findings = owed.live_on(node), not_in_use(owed, node, run.settings, run.now())
-    late = {one.certificate for one in findings}
-    runs = {one.newest_run for one in live.certificates if one.name in late}
+    live, findings = owed.live_on(node), in_use.look(owed, node, run.settings, run.now())
+    late = in_use.not_in_use(findings)
+    runs = {one.newest_run for one in live.certificates if one.name in {found.certificate for found in late}}
     left = tuple(one for one in live.certificates if one.newest_run in runs)
-    to_restart = tuple(c for c in owed.to_restart if c in {one.component for one in findings})
+    to_restart = tuple(c for c in owed.to_restart if c in {one.component for one in late})
     if left or to_restart:
         unproven_file(run.store).put(Owed(certificates=left, to_restart=to_restart))
     else:
@@ -135,12 +136,16 @@ def _left_to_people(run: Run, node: Node, owed: Owed) -> Activation:
     errors: list[BridgeError] = []
     if owed.going_back and live.certificates:
         errors.append(NotLiveError(f"installed, and it was to go back, since {owed.going_back}"))
-    if findings:
-        components = [c for c in restart_plan.ORDER if c in {one.component for one in findings}]
+    reloads = restart_plan.reloading(node, run.settings.node)
+    users = {*restart_plan.stale([SPECS[name] for name in live.names], reloads, Components("needed")), *owed.to_restart}
+    can_not_be_seen = users - {one.component for one in findings}  # that is said once
+    components = [c for c in restart_plan.ORDER if c in can_not_be_seen or c in {one.component for one in late}]
+    if components:
         manifests = run.settings.node.kubeconfig_dir / "manifests"
         hint = "; ".join(restart_plan.how(component, manifests) for component in components)
         names = ", ".join(component.value for component in components)
-        text = f"installed by an earlier run, and not seen in use: {_sentence(findings)}; to be restarted: {names}"
+        seen = f": {_sentence(late)}" if late else ""
+        text = f"installed by an earlier run, and not seen in use{seen}; to be restarted: {names}"
         errors.append(NotLiveError(text, hint=hint))
     done = dataclasses.replace(live, certificates=tuple(one for one in live.certificates if one not in left))
     waiting = _result(run, dataclasses.replace(live, certificates=left), errors)
@@ -169,7 +174,7 @@ def _to_restart(run: Run, node: Node, owed: Owed) -> list[Component]:
     where proof can't show it, those that were not restarted since.
     """
     wanted = run.settings.restart.components
-    reloads = restart_plan.reloading(node, run.settings.node.kubernetes_version)
+    reloads = restart_plan.reloading(node, run.settings.node)
     specs = {name: SPECS[name] for name in owed.names} | _read_at_start(node, owed)
     is_ours = {one.name: one.newest_run == run.record.run_id for one in owed.certificates}
     new = restart_plan.stale([specs[name] for name in owed.names if is_ours[name]], reloads, wanted)

@@ -31,7 +31,7 @@ def owe(run: Run, done: Sequence[Outcome]) -> None:
     """Write down, before the installation, which certificates are in use only after a restart that an operator makes."""
     node, file = run.read_node(), unproven_file(run.store)
     owed = file.read() or Owed(certificates=())
-    reloads = restart_plan.reloading(node, run.settings.node.kubernetes_version)
+    reloads = restart_plan.reloading(node, run.settings.node)
     rotating = {item.spec.name for item in node.items if item.rotates}
     running = {*node.manifests, *([Component.KUBELET] if processes.running(Component.KUBELET.value) else [])}
     certificates = {one.name: one for one in owed.live_on(node).certificates}
@@ -51,16 +51,21 @@ def is_owed_by(run: Run) -> bool:
     return owed is not None and any(one.newest_run == run.record.run_id for one in owed.certificates)
 
 
-def not_in_use(owed: Owed, node: Node, settings: Settings, now: datetime) -> list[ProofFinding]:
-    """Findings about what is owed and not seen in use."""
+def look(owed: Owed, node: Node, settings: Settings, now: datetime) -> list[ProofFinding]:
+    """Findings about what is owed, by files and processes alone."""
     from bridge.control_plane import proof  # noqa: PLC0415 (40 ms; only where something is owed)
 
     names = owed.live_on(node).names
     return [
         one
         for one in proof.by_files(node, settings, now).findings
-        if one.state in ("stale", "unknown") and (one.certificate in names or one.component in owed.to_restart)
+        if one.certificate in names or one.component in owed.to_restart
     ]
+
+
+def not_in_use(findings: Sequence[ProofFinding]) -> list[ProofFinding]:
+    """Those of them that show no use, or that could not look."""
+    return [one for one in findings if one.state in ("stale", "unknown")]
 
 
 def late(settings: Settings, node: Node, now: datetime) -> list[ProofFinding]:
@@ -69,4 +74,4 @@ def late(settings: Settings, node: Node, now: datetime) -> list[ProofFinding]:
         owed = unproven_file(Store(settings.node.state_dir)).read()
     except StateError:
         return []
-    return not_in_use(owed, node, settings, now) if owed is not None else []
+    return not_in_use(look(owed, node, settings, now)) if owed is not None else []

@@ -77,7 +77,7 @@ def without_restart(node: Node, settings: Settings, items: Sequence[Item]) -> li
         return []
     from bridge.control_plane import restarts  # noqa: PLC0415 (40 ms; only where components are restarted)
 
-    reloads = restart_plan.reloading(node, settings.node.kubernetes_version)
+    reloads = restart_plan.reloading(node, settings.node)
     users = restart_plan.stale([item.spec for item in items], reloads, settings.restart.components)
     obstacles = {c: _no_way(e) for c in users if (e := restarts.obstacle(c, node, settings)) is not None}
     return [

@@ -96,9 +96,12 @@ def _proven(due: Sequence[Superseded], run: Run, node: Node) -> list[Superseded]
 
     owed = unproven_file(run.store).read()
     there = {item.spec.name for item in node.items if item.state == "present"}
-    wrong = {finding.certificate for finding in proof.look(node, run.settings, run.now()).wrong}
-    unsure = wrong | (set(owed.names) if owed is not None else set())
-    return [one for one in due if one.name in there and one.name not in unsure]
+    report = proof.look(node, run.settings, run.now())
+    seen = {finding.certificate for finding in report.findings} - {finding.certificate for finding in report.wrong}
+    proven = (there & seen) - (set(owed.names) if owed is not None else set())
+    if unseen := [one for one in due if one.name not in proven]:
+        run.progress.note(f"renewal.revoke: not revoked, since what replaced it is not seen in use: {_names(unseen)}")
+    return [one for one in due if one.name in proven]
 
 
 def _revoke_all(run: Run, due: Sequence[Superseded]) -> tuple[list[Superseded], list[BridgeError]]:

@@ -110,6 +110,7 @@ class Selection:
     skipped: tuple[str, ...] = ()  #: Sentences for the operator.
     waived: tuple[str, ...] = ()  #: Sentences about identities that are renewed as they are.
     powerful: tuple[str, ...] = ()  #: Sentences about what is renewed because it is there, and need not be.
+    costs: tuple[str, ...] = ()  #: Sentences about what users notice of the installation.
     #: By certificate name, where the next one differs from the live one, or there is no live one.
     desired: Mapping[str, Desired] = field(default_factory=dict)
 
@@ -118,7 +119,7 @@ class Selection:
         """Sentences for the operator before a CA is asked."""
         names = [item.spec.name for item in self.items]
         changed = (note for name in names if name in self.desired for note in self.desired[name].notes)
-        return (*self.waived, *self.powerful, *changed)
+        return (*self.waived, *self.powerful, *self.costs, *changed)
 
 
 def select(
@@ -167,6 +168,7 @@ def select(
         skipped=tuple(one for one in verdicts if isinstance(one, str)),
         waived=tuple(choice.waived),
         powerful=tuple(_powerful(items, known)),
+        costs=tuple(_costs(items, node)),
         desired={name: one for name, one in choice.desired.items() if not isinstance(one, BridgeError)},
     )
 
@@ -240,6 +242,15 @@ def _powerful(items: Sequence[Item], known: Collection[str]) -> Iterator[str]:
                 f"{SUPER_ADMIN} is renewed since it is here; no RBAC rule holds it back, and it is not needed after "
                 f"kubeadm init: rm {item.certificate_path} (`ca-bridge renew {SUPER_ADMIN}` makes it when it is needed)"
             )
+
+
+def _costs(items: Sequence[Item], node: Node) -> Iterator[str]:
+    """A sentence about streams through kubelets, which the API server begins anew with a new client certificate."""
+    if Component.APISERVER in node.manifests and any(item.spec.name == "apiserver-kubelet-client" for item in items):
+        yield (
+            "apiserver-kubelet-client: when the API server takes the new one up, open streams through kubelets "
+            "(kubectl logs -f, exec, port-forward) end once; begin them again"
+        )
 
 
 def _left_alone(item: Item, settings: Settings, *, by_hand: bool) -> str | None:

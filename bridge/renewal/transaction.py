@@ -59,17 +59,18 @@ class Transaction:
     # --- before ------------------------------------------------------------------------------------------------------
 
     def settle_earlier(self, node: Node) -> Node:
-        """First in a run, due or not: copies, hooks and proof that earlier runs owe; the node as it is after that."""
-        self._errors += copies.settle(self._run.settings, self._run.store, self._run.record)
+        """First in a run, due or not: hooks, proof and copies that earlier runs owe; the node as it is after that."""
         self._errors += self._recorded(self._hooks.again(node))
-        if not self._is_owed:
-            return node
-        from bridge.renewal import activate  # noqa: PLC0415 (40 ms; only where components are restarted)
+        if self._is_owed:
+            from bridge.renewal import activate  # noqa: PLC0415 (40 ms; only where components are restarted)
 
-        done = activate.settle(self._run, node)
-        self.may_go_on = done.may_go_on
-        self._errors += [*done.errors, *self._hooks_of_earlier(done.events)]
-        return self._run.read_node()
+            done = activate.settle(self._run, node)
+            self.may_go_on = done.may_go_on
+            self._errors += [*done.errors, *self._hooks_of_earlier(done.events)]
+            node = self._run.read_node()
+        if self.may_go_on:  # a copy is another user's file: nothing of the node waits for it
+            self._errors += copies.settle(self._run.settings, self._run.store, self._run.record)
+        return node
 
     @property
     def _is_owed(self) -> bool:
@@ -124,12 +125,16 @@ class Transaction:
             activate.owe(self._run, done)
 
     def activate(self, selection: Selection, result: Result) -> Result:
-        """After the installation: copies, hooks, restart, proof, and rollback if need be."""
+        """After the installation: hooks, restart, proof, and rollback if need be; then copies, which are others' files."""
         if result.backup_id is None:
             return result
-        late = copies.settle(self._run.settings, self._run.store, self._run.record)
         occasion = HookEvent.of(selection.items, result.outcomes, backup_id=result.backup_id)
-        result = dataclasses.replace(result, errors=(*result.errors, *late, *self._hooks.installed(occasion)))
+        result = dataclasses.replace(result, errors=(*result.errors, *self._hooks.installed(occasion)))
+        result = self._activated(result)
+        late = copies.settle(self._run.settings, self._run.store, self._run.record)
+        return dataclasses.replace(result, errors=(*result.errors, *late))
+
+    def _activated(self, result: Result) -> Result:
         if not self._is_owed:
             return result
         if self._run.settings.restart.method == "none":  # said by each run from the next one on

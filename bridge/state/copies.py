@@ -14,8 +14,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 from cryptography import x509
@@ -39,6 +42,8 @@ from bridge.system.state_file import StateError
 log = logging.getLogger("ca-bridge")
 
 _STAGED = f"{STAGED_PREFIX}copy-"
+#: For one copy; a healthy one takes milliseconds.
+_LONGEST = timedelta(seconds=30)
 _AGAIN = "mend it, or take it out of copies.files; the next `ca-bridge renew` tries again"
 
 
@@ -121,7 +126,7 @@ def settle(settings: Settings, store: Store, record: audit.Record) -> list[Bridg
     live, unread = _live(inventory.of(settings.node))
     for path in settings.copies.files.paths:
         try:
-            for name in _refreshed(path, live, owed):
+            for name in _refreshed_in_time(path, live, owed):
                 log.info("%s: holds what %s holds now", path, name)
                 record.add(audit.COPIED, name, new=live[name].certificate, result=str(path))
         except CopyError as e:
@@ -132,6 +137,29 @@ def settle(settings: Settings, store: Store, record: audit.Record) -> list[Bridg
         with contextlib.suppress(StateError):  # then the next run finds nothing to do
             file.remove()
     return errors
+
+
+def _refreshed_in_time(path: Path, live: Mapping[str, _Live], owed: Mapping[str, Sequence[str]]) -> list[str]:
+    """
+    Give up a copy that takes too long: a home may be on a dead network file system, or made to be read for ever.
+
+    Raises:
+        CopyError: It took too long, and stays owed; its thread is left behind and ends with this process.
+    """
+    done: Future[list[str]] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(_refreshed(path, live, owed))
+        except BaseException as e:  # noqa: BLE001 (the caller gets it)
+            done.set_exception(e)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return done.result(_LONGEST.total_seconds())
+    except TimeoutError:
+        seconds = int(_LONGEST.total_seconds())
+        raise CopyError(f"{path}: wanted to refresh it within {seconds} s, found no end of reading it") from None
 
 
 def _live(node: Node) -> tuple[dict[str, _Live], dict[str, CopyError]]:

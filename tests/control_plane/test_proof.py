@@ -322,6 +322,29 @@ def test_reading_again_is_believed_of_versions_that_were_measured(
     assert found.detail.startswith(f"accepted by https://127.0.0.1:{site.port}")
 
 
+@pytest.mark.parametrize(("written", "state"), [(1.0, "next-connection"), (None, "stale")])
+def test_a_process_that_is_older_than_its_manifest_is_not_of_the_version_there(
+    site: Site, written: float | None, state: str
+) -> None:
+    """After an upgrade of the manifest the old process may go on, which does not read its files again."""
+    site.flags = {
+        "--proxy-client-cert-file": f"{site.pki}/front-proxy-client.crt",
+        "--proxy-client-key-file": f"{site.pki}/front-proxy-client.key",
+    }
+    site.body = b"ca-bridge-prove"
+    run_since_boot(site, Component.APISERVER, *(f"{flag}={value}" for flag, value in site.api_flags().items()))
+    write = site.write
+
+    def written_then(component: Component, flags: Mapping[str, str], tag: str) -> Path:
+        path = write(component, flags, tag)
+        if written is not None:
+            os.utime(path, (written, written))
+        return path
+
+    site.write = written_then  # type: ignore[method-assign]
+    assert site.finding("front-proxy-client").state == state
+
+
 def test_etcds_answer_counts_where_one_of_its_members_gives_it(site: Site) -> None:
     """An API server needs one of them; which one was silent is no reason to restart anything."""
     site.flags = {

@@ -36,7 +36,7 @@ from bridge.errors import Exit, SettingsError
 from bridge.node import inventory, kubelet, processes
 from bridge.node.inventory import Node
 from bridge.settings.load import parse
-from bridge.settings.tables import Components, Settings, Version
+from bridge.settings.tables import Components, NodeSettings, Settings, Version
 from bridge.specs import SPECS, Component
 from bridge.state import audit
 from bridge.state.parked_manifest import RestartError
@@ -278,7 +278,8 @@ def test_each_is_trusted_to_reload_by_its_own_version(
         if tag is not None:
             text = MANIFEST.format(name=component.value, tag=tag, flags="--v=2")
             (manifests / f"{component.value}.yaml").write_text(text)
-    found = restart_plan.reloading(inventory.read(tmp_path / "pki", tmp_path), setting)
+    settings = NodeSettings(pki_dir=tmp_path / "pki", kubeconfig_dir=tmp_path, kubernetes_version=setting)
+    found = restart_plan.reloading(inventory.of(settings), settings)
     assert found == {one for one, reloads in ((APISERVER, apiserver_reloads), (ETCD, etcd_reloads)) if reloads}
 
 

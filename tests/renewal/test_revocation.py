@@ -37,6 +37,16 @@ def node(tmp_path: Path) -> Pki:
     return handmade_pki(tmp_path / "node")
 
 
+@pytest.fixture(autouse=True)
+def in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no cluster; every certificate is seen in use."""
+    findings = tuple(
+        ProofFinding(component=spec.component, certificate=name, what="serves", state="current", detail="")
+        for name, spec in SPECS.items()
+    )
+    monkeypatch.setattr(proof, "look", lambda *_: ProofReport(findings=findings))
+
+
 @pytest.fixture
 def settings(node: Pki, tmp_path: Path) -> Settings:
     """Revoked after a day."""
@@ -114,6 +124,21 @@ def test_what_was_never_installed_supersedes_nothing(
             run(settings, "apiserver")
     run(settings, later=2 * DAY)
     assert (owed(settings), revoked(tmp_path)) == ([], set())
+
+
+def test_nothing_is_revoked_where_nothing_is_seen(
+    node: Pki, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a check of the new certificate nobody knows whether the old one is in use; with one it is revoked."""
+    old, quiet = serial(node, "apiserver"), Quiet()
+    run(settings, "apiserver")
+    with monkeypatch.context() as patch:
+        patch.setattr(proof, "look", lambda *_: ProofReport(findings=()))
+        assert run(settings, later=2 * DAY, quiet=quiet).exit_code == 0
+    assert (owed(settings), revoked(tmp_path)) == (["apiserver"], set())
+    assert "not revoked, since what replaced it is not seen in use: apiserver" in "; ".join(quiet.notes)
+    run(settings, later=2 * DAY)
+    assert (owed(settings), revoked(tmp_path)) == ([], {old})
 
 
 @pytest.mark.parametrize("state", ["stale", "refused", "no-answer", "unknown"])

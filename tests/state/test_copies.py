@@ -8,6 +8,7 @@ import os
 import re
 import stat
 import subprocess
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,7 +20,7 @@ import yaml
 from bridge import entry
 from bridge.errors import Exit
 from bridge.node import inventory, kubeconfig
-from bridge.renewal import renew
+from bridge.renewal import activate, renew
 from bridge.renewal.select import RunOptions
 from bridge.settings.load import load, overridden, parse
 from bridge.settings.tables import Settings
@@ -324,6 +325,39 @@ def test_a_bad_copy_stops_nobody(
     assert again[-1] == str(Exit.NOT_LIVE)
     # until the operator takes it out of the list
     assert renewed(settings_with(node, tmp_path / "x", good)) == ["0"]
+
+
+def test_a_copy_that_is_read_for_ever_holds_up_nothing(
+    node: Pki, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its home may be on a dead network file system: restart and proof come first, and the other copies are fresh."""
+    dead, good = home / "config", tmp_path / "monitoring.conf"
+    given(node, dead)
+    given(node, good, uid=0)
+    order: list[str] = []
+    first, over = copies._refreshed, threading.Event()
+
+    def refreshed(path: Path, *rest: Any) -> list[str]:
+        order.append("copy")
+        if path == dead:
+            over.wait(60)
+        return first(path, *rest)
+
+    def settle(*_: object) -> activate.Activation:
+        order.append("restart and proof")
+        return activate.Activation()
+
+    more = '[restart]\nmethod = "static-pods"'
+    settings = settings_with(node, tmp_path, dead, good, more=more)
+    with monkeypatch.context() as patch:
+        patch.setattr(copies, "_LONGEST", timedelta(seconds=0.3))
+        patch.setattr(copies, "_refreshed", refreshed)
+        patch.setattr(activate, "settle", settle)
+        *errors, code = renewed(settings, ADMIN)
+    over.set()
+    assert (order, code) == (["restart and proof", "copy", "copy"], str(Exit.NOT_LIVE))
+    assert [error for error in errors if f"{dead}: wanted to refresh it within 0 s" in error] == errors
+    assert is_fresh(good, node)
 
 
 def test_once_mended_a_copy_is_refreshed(node: Pki, home: Path, tmp_path: Path) -> None:
