@@ -100,7 +100,7 @@ def _of_state(known: Remembered) -> Iterator[str]:
     yield _metric(
         "ca_bridge_certificate_not_in_use",
         "Whether a component is still to be restarted before it uses an installed certificate.",
-        ((f'name="{name}",component="{component}"', 1) for name, component in known.late),
+        ((labels(name=name, component=component), 1) for name, component in known.late),
     )
     yield _metric(
         "ca_bridge_certificate_pending_since_seconds",
