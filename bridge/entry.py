@@ -78,7 +78,7 @@ def _end(code: str | int | None, text: str = "") -> NoReturn:
         _print(text)
         print(end="", file=sys.stderr, flush=True)  # noqa: T201
     except OSError as e:
-        _end_unwritten(e, is_told=bool(code))
+        _end_unwritten(e, is_reported=bool(code))
     os._exit(code if isinstance(code, int) else 0 if code is None else Exit.FAILED)
 
 
@@ -86,8 +86,8 @@ def _print(text: str) -> None:
     print(text, end="", flush=True)  # noqa: T201 (unlike `sys.stdout.write` it bears a closed standard output)
 
 
-def _end_unwritten(error: OSError, *, is_told: bool = False) -> NoReturn:
-    if not is_told and not isinstance(error, BrokenPipeError):
+def _end_unwritten(error: OSError, *, is_reported: bool = False) -> NoReturn:
+    if not is_reported and not isinstance(error, BrokenPipeError):
         with contextlib.suppress(OSError):
             os.write(2, f"error: standard output: {error.strerror}\n".encode())
     os._exit(Exit.FAILED)

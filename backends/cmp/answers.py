@@ -80,7 +80,7 @@ def _values(data: bytes) -> Iterator[tuple[int, bytes]]:
 # --- messages of the program -----------------------------------------------------------------------------------------
 
 _LONGEST_QUOTE = 200
-_LINES_TOLD = 2
+_LINES_QUOTED = 2
 _LONGEST_LINE = 2000  #: The longest of the program's own, a rejection with its text, has 1200 characters.
 
 
@@ -368,12 +368,12 @@ _RULES: Sequence[_Rule] = (
     ),
     _Rule(
         r"[Uu]nable to load|[Cc]ould not (?:read|open|find)|cannot load|not (?:open|load)",
-        "a file of the settings can't be used: {told}",
+        "a file of the settings can't be used: {notes}",
         "PEM, not encrypted, and readable",
     ),
     _Rule(
         r"Unknown option: (?P<option>\S+)|Error parsing option",
-        "this openssl does not know what it was asked to do: {told}",
+        "this openssl does not know what it was asked to do: {notes}",
         "a newer one may; `openssl` in the settings can name it",
     ),
 )
@@ -383,11 +383,11 @@ def failure(log: Log, place: str) -> BackendError:
     """The error that a failed run means."""
     if rejection := log.rejection:
         return rejection.error(place)
-    told = quoted("; ".join(log.errors[-_LINES_TOLD:])) if log.errors else "nothing that it told"
+    notes = quoted("; ".join(log.errors[-_LINES_QUOTED:])) if log.errors else "no message"
     for rule in _RULES:
         if match := re.search(rule.sign, log.text):
             groups = {name: quoted(text).strip("'") for name, text in match.groupdict("").items()}
             kind = BackendUnavailableError if rule.later else BackendRefusedError
             hint = rule.hint_tls if rule.hint_tls and place.startswith("https:") else rule.hint
-            return kind(f"cmp: {place}: {rule.found.format(told=told, **groups)}", hint=hint)
-    return BackendRefusedError(f"cmp: {place}: openssl failed: {told}", hint="the server's log may say more")
+            return kind(f"cmp: {place}: {rule.found.format(notes=notes, **groups)}", hint=hint)
+    return BackendRefusedError(f"cmp: {place}: openssl failed: {notes}", hint="the server's log may say more")

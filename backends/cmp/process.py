@@ -94,11 +94,15 @@ class Program:
                 folder = Path(directory)
                 for name, data in given.items():
                     (folder / name).write_bytes(data)
-                told_by = [] if pipe is None else ["-secret", f"fd:{pipe}"]
+                secret_option = [] if pipe is None else ["-secret", f"fd:{pipe}"]
                 watch = _Watch([folder / name for name in names], self.wait)
                 inherited = () if pipe is None else (pipe,)
                 ended, output = self._run(
-                    ["cmp", *words, *limits, *told_by], folder, limit, inherited=inherited, is_enough=watch.is_enough
+                    ["cmp", *words, *limits, *secret_option],
+                    folder,
+                    limit,
+                    inherited=inherited,
+                    is_enough=watch.is_enough,
                 )
                 ran = _left(folder, names, output, ended.code)
         except OSError as e:

@@ -59,7 +59,7 @@ LONGEST_VARIABLE = (32 << 12) - 1
 #: certmonger's exit statuses (its src/submit-e.h).
 _ISSUED, _WAIT, _UNREACHABLE, _NOT_CONFIGURED, _WAIT_SECONDS, _UNKNOWN_OPERATION = 0, 1, 3, 4, 5, 6
 #: For optional information: also a refusal, such as dogtag-submit's of a list of profiles.
-_TELLS_NOT = (2, _UNKNOWN_OPERATION)
+_NO_ANSWER = (2, _UNKNOWN_OPERATION)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,11 +152,11 @@ class ExecBackend:
         """
         if not _is_signed(request.csr):
             raise BackendRefusedError("exec: wanted a CSR that is signed with its own key, found another signature")
-        return self._answer(request, self._run("SUBMIT", self._asked(request)))
+        return self._answer(request, self._run("SUBMIT", self._request_variables(request)))
 
     def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
         """Run the program with POLL: the variables of SUBMIT, and the cookie that it gave."""
-        asked = {**self._asked(request), "CERTMONGER_CA_COOKIE": reference}
+        asked = {**self._request_variables(request), "CERTMONGER_CA_COOKIE": reference}
         return self._answer(request, self._run("POLL", asked))
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
@@ -166,9 +166,9 @@ class ExecBackend:
         Usages are not to be had from this contract: each answer is verified.
         """
         authority = _authority_variables(specs[0]) if specs else {}
-        self._told("IDENTIFY", authority)
-        profiles = self._told("GET-SUPPORTED-TEMPLATES", authority, silent=_TELLS_NOT)
-        needed = self._told("GET-NEW-REQUEST-REQUIREMENTS", authority, silent=_TELLS_NOT)
+        self._ask("IDENTIFY", authority)
+        profiles = self._ask("GET-SUPPORTED-TEMPLATES", authority, silent=_NO_ANSWER)
+        needed = self._ask("GET-NEW-REQUEST-REQUIREMENTS", authority, silent=_NO_ANSWER)
         lacking = sorted(NOT_OURS_TO_GIVE & set(helper.names(needed or b"")) - self._settings.environment.keys())
         found = {
             spec.name: [
@@ -184,7 +184,7 @@ class ExecBackend:
 
     def issuers(self) -> list[x509.Certificate]:
         """Run the program with FETCH-ROOTS, without naming an authority; none if it does not know that operation."""
-        printed = self._told("FETCH-ROOTS", {}, silent=_TELLS_NOT)
+        printed = self._ask("FETCH-ROOTS", {}, silent=_NO_ANSWER)
         if not (printed or b"").strip():
             return []
         try:
@@ -212,13 +212,13 @@ class ExecBackend:
         longest = LONGEST_VARIABLE - len("CERTMONGER_CA_COOKIE=")
         if len(cookie.encode()) > longest:
             raise ValueError(f"a cookie of more than {longest} bytes")
-        shown = helper.words(cookie.encode())
+        shown = helper.text(cookie.encode())
         return Pending(reference=cookie, note=f'{self._program} waits{when}; its cookie: "{shown}"{_aside(ended)}')
 
-    def _told(
+    def _ask(
         self, operation: str, variables: Mapping[str, str], silent: Collection[int] = (_UNKNOWN_OPERATION,)
     ) -> bytes | None:
-        """Ask the program for information: its output; None: it ended with a status that says that it does not tell."""
+        """Ask the program for information: its output; None: its status says that it has no answer."""
         ended = self._run(operation, variables)
         if ended.code == _ISSUED:
             return ended.output
@@ -232,12 +232,12 @@ class ExecBackend:
     def _run(self, operation: str, variables: Mapping[str, str]) -> _Answer:
         surroundings = {**ENVIRONMENT, "HOME": self._account.home, **self._settings.environment}
         seconds = self._settings.timeout.total_seconds()
-        told = {"CERTMONGER_OPERATION": operation, "CA_BRIDGE_TIMEOUT_SECONDS": str(max(1, int(seconds))), **variables}
+        call = {"CERTMONGER_OPERATION": operation, "CA_BRIDGE_TIMEOUT_SECONDS": str(max(1, int(seconds)))}
         self._check_program()
         output, messages = bytearray(), bytearray()
         command = Command(
             words=self._settings.command,
-            environment={**surroundings, **told},
+            environment={**surroundings, **call, **variables},
             limit=self._settings.timeout,
             account=self._account,
             umask=0o077,
@@ -269,8 +269,8 @@ class ExecBackend:
             return self._refused(text)
         return BackendUnavailableError(f"exec: {self._program}: {text}", hint="`timeout` is how long it may take")
 
-    def _asked(self, request: SignRequest) -> dict[str, str]:
-        """The variables that say what is asked for."""
+    def _request_variables(self, request: SignRequest) -> dict[str, str]:
+        """The variables of a request."""
         seconds = request.validity.total_seconds()
         days = -(-request.validity // timedelta(days=1))
         profile = self._profile(request.spec)
@@ -347,7 +347,7 @@ def _issued(request: SignRequest, output: bytes) -> Issued:
 
 def _profile_violations(profile: str, offered: Sequence[str]) -> Iterator[Violation]:
     if profile and offered and profile not in offered:
-        got = helper.words(", ".join(offered).encode())
+        got = helper.text(", ".join(offered).encode())
         yield Violation(subject="profile", want=f"{profile} among the program's", got=got)
 
 
@@ -363,7 +363,7 @@ def _authority_variables(spec: CertificateSpec) -> dict[str, str]:
 
 
 def _csr_variables(csr: x509.CertificateSigningRequest) -> dict[str, str]:
-    """The CSR, and what it says in words; a type without SANs has no variable."""
+    """The CSR, and its content as text; a type without SANs has no variable."""
     spki = csr.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     sans = {name: "\n".join(values) for name, values in _sans(csr).items() if values}
     return {
@@ -393,10 +393,10 @@ def _pem(certificate: x509.Certificate) -> str:
 
 def _printed(ended: _Answer) -> str:
     """All that it printed, for a message: both outputs, each on one line and cut."""
-    words = helper.words(ended.output)
-    return (f', printed: "{words}"' if words else ", printed nothing") + _aside(ended)
+    text = helper.text(ended.output)
+    return (f', printed: "{text}"' if text else ", printed nothing") + _aside(ended)
 
 
 def _aside(ended: _Answer) -> str:
-    words = helper.words(ended.messages, keep_end=True)
-    return f', on standard error: "{words}"' if words else ""
+    text = helper.text(ended.messages, keep_end=True)
+    return f', on standard error: "{text}"' if text else ""

@@ -27,7 +27,7 @@ def ekus_text(spec: CertificateSpec) -> str:
     return ",".join(sorted((eku.label for eku in spec.ekus), reverse=True))
 
 
-_MOST_WORDS = 300  # characters; certmonger itself keeps the first line of a refusal
+_LONGEST_TEXT = 300  # characters; certmonger itself keeps the first line of a refusal
 _SECONDS = re.compile(r"[0-9]{1,9}")
 
 
@@ -73,17 +73,17 @@ def delayed_cookie(output: bytes) -> tuple[int, str]:
     first, _, rest = output.partition(b"\n")
     seconds = first.decode("ascii", "replace").strip()
     if not _SECONDS.fullmatch(seconds):
-        raise ValueError(f'"{words(first)}" in the place of the seconds' if seconds else "no line with the seconds")
+        raise ValueError(f'"{text(first)}" in the place of the seconds' if seconds else "no line with the seconds")
     found = cookie(rest)
     if not found:
         raise ValueError("no cookie after the seconds")
     return int(seconds), found
 
 
-def words(data: bytes, *, keep_end: bool = False) -> str:
+def text(data: bytes, *, keep_end: bool = False) -> str:
     """Text for the operator: on one line, cut, and without what steers a terminal."""
     text = data.decode("utf-8", "replace")
-    return one_line(text[::-1], _MOST_WORDS)[::-1] if keep_end else one_line(text, _MOST_WORDS)
+    return one_line(text[::-1], _LONGEST_TEXT)[::-1] if keep_end else one_line(text, _LONGEST_TEXT)
 
 
 def names(data: bytes) -> list[str]:

@@ -113,7 +113,7 @@ class PrivateKey(ABC):
         return nullcontext(lambda _: None)
 
     @abstractmethod
-    def failure(self, messages: str, told: str) -> BackendError | None:
+    def failure(self, messages: str, notes: str) -> BackendError | None:
         """Why the key can't be used, by all that openssl said, and what may be shown of it; None: something else."""
 
 
@@ -148,12 +148,12 @@ class KeyFile(PrivateKey):
         except OSError as e:
             raise BackendRefusedError(f"wanted the CA's private key in {self}, found: {e.strerror}") from e
 
-    def failure(self, messages: str, told: str) -> BackendRefusedError | None:
+    def failure(self, messages: str, notes: str) -> BackendRefusedError | None:
         """As `PrivateKey`."""
         if _WRONG_PASSPHRASE.search(messages):
             return self._wrong_passphrase()
         if _NO_KEY.search(messages):
-            return BackendRefusedError(f"wanted a PEM private key in {self}, openssl found: {told}")
+            return BackendRefusedError(f"wanted a PEM private key in {self}, openssl found: {notes}")
         return None
 
     def _wrong_passphrase(self) -> BackendRefusedError:
@@ -231,7 +231,7 @@ class TokenKey(PrivateKey):
         module = str(self.settings.module)
         if self.settings.method == "engine":
             return {**self.settings.environment, "PKCS11_MODULE_PATH": module}
-        # a command without -config reads it from there; and what the provider does is told only for one key, and not
+        # a command without -config reads it from there; and what the provider does is logged only for one key, and not
         # for a thousand signatures
         looking = {"OPENSSL_CONF": "openssl.cnf", "PKCS11_PROVIDER_DEBUG": "file:/dev/stderr,level:1"}
         return {**self.settings.environment, "PKCS11_PROVIDER_MODULE": module, **(looking if command != "ca" else {})}
@@ -261,7 +261,7 @@ class TokenKey(PrivateKey):
 
             yield note
 
-    def failure(self, messages: str, told: str) -> BackendError | None:
+    def failure(self, messages: str, notes: str) -> BackendError | None:
         """As `PrivateKey`; a PIN that was not accepted is never tried again by the bridge."""
         method, module = self.settings.method, self.settings.module
         if _NO_METHOD.search(messages):
@@ -274,7 +274,7 @@ class TokenKey(PrivateKey):
             return self._no_login(_why(login))
         if _MODULE_FAILED.search(messages):
             return BackendUnavailableError(
-                f"wanted the PKCS#11 module {module} to start, found: {told}",
+                f"wanted the PKCS#11 module {module} to start, found: {notes}",
                 hint="is the HSM reachable, and may this user read the module's own configuration and tokens?"
                 " `pkcs11.environment` has the variables that the module is given",
             )
@@ -357,7 +357,7 @@ def shown(text: str) -> str:
 CSRS_A_LIMIT = 100
 _OLDEST = (1, 1, 1)
 _LONGEST_PASSPHRASE = 1023  # bytes; openssl takes a line of that size at most
-_LINES_TOLD = 3
+_LINES_QUOTED = 3
 _LONGEST_LINE = 200
 
 # What `openssl ca` says when all is well; `name :STRING:'value'` are the parts of a subject.
@@ -496,18 +496,18 @@ class Openssl:
                 messages.fileno(),
             )
             messages.seek(0)
-            told = messages.read().decode(errors="replace")
+            notes = messages.read().decode(errors="replace")
         if ended.error is not None:
             raise BackendRefusedError(f"wanted {program}, which {ended.failure}")
-        return ProcessEnd(None, limit=limit) if ended.stopped else ProcessEnd(ended.code, bytes(output), told)
+        return ProcessEnd(None, limit=limit) if ended.stopped else ProcessEnd(ended.code, bytes(output), notes)
 
     def failure(self, outcome: ProcessEnd) -> Failure:
         """Why it failed, as far as its messages tell; they decide nothing else."""
         error = self._stopped(outcome) or self._without_key(outcome.messages) or _killed(outcome)
         if error:
             return Failure(error, for_all=True)
-        told = self._told(outcome.messages)
-        return Failure(BackendRefusedError(f"openssl ended with code {outcome.code}: {told}"), for_all=False)
+        notes = self._notes(outcome.messages)
+        return Failure(BackendRefusedError(f"openssl ended with code {outcome.code}: {notes}"), for_all=False)
 
     def _stopped(self, outcome: ProcessEnd) -> BackendUnavailableError | None:
         if outcome.code is None:
@@ -523,7 +523,7 @@ class Openssl:
         """The error of a key that can't be loaded, if that is it: an engine then crashes, but the messages are complete."""
         if _MISMATCH.search(messages):
             return self.key_of_another_ca()
-        return self.key.failure(messages, self._told(messages))
+        return self.key.failure(messages, self._notes(messages))
 
     def key_of_another_ca(self) -> BackendRefusedError:
         """The key and the certificate are no pair."""
@@ -532,7 +532,7 @@ class Openssl:
             hint="`certificate` and `private_key` must be of one CA, and the signing certificate the first in its file",
         )
 
-    def _told(self, messages: str) -> str:
+    def _notes(self, messages: str) -> str:
         """The first lines that tell something; never the secret, though openssl has no reason to print it."""
         lines = []
         for line in messages.splitlines():
@@ -540,9 +540,9 @@ class Openssl:
                 lines.append(": ".join(filter(None, error.groups())))
             elif not _NOISE.match(line):
                 lines.append(line.strip())
-        told = "; ".join(_short(line) for line in lines[:_LINES_TOLD]) or "nothing that it told"
+        notes = "; ".join(_short(line) for line in lines[:_LINES_QUOTED]) or "no message"
         secret = self._secret().decode()
-        return told.replace(secret, f"[{self.key.secret_name}]") if secret else told
+        return notes.replace(secret, f"[{self.key.secret_name}]") if secret else notes
 
 
 def _killed(outcome: ProcessEnd) -> BackendUnavailableError | None:

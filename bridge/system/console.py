@@ -134,7 +134,7 @@ class Doing:
 
     text: str
     since: float = field(default_factory=time.monotonic)
-    is_told: bool = False  #: On a plain line, or not to be.
+    is_logged: bool = False  #: On a plain line, or not to be.
 
 
 class _Line:
@@ -184,8 +184,8 @@ class _Line:
             room = shutil.get_terminal_size().columns - 1
             _write(f"{_CLEAR}{f'{frame} {one.text} … {passed:.0f} s'[:room]}")
             self._is_shown = True
-        elif not one.is_told:
-            one.is_told = True
+        elif not one.is_logged:
+            one.is_logged = True
             log.info("%s …", one.text)
 
 
@@ -201,7 +201,7 @@ _line = _Line()
 @contextlib.contextmanager
 def doing(text: str, *, is_plain: bool = True) -> Iterator[Doing]:
     """Show a step while it goes on, if it takes long."""
-    one = Doing(text, is_told=not is_plain)
+    one = Doing(text, is_logged=not is_plain)
     _line.begin(one)
     try:
         yield one

@@ -185,8 +185,8 @@ def enable(units: Sequence[str]) -> None:
             found = ended.error or ended.failure
             raise JobError(f"wanted `systemctl {arguments[0]}`, found: {found}", hint="`setup cron` needs no systemd")
         if ended.failure:
-            told = " ".join(said.decode(errors="replace").split()) or f"exit code {ended.code}"
+            found = " ".join(said.decode(errors="replace").split()) or f"exit code {ended.code}"
             raise JobError(
-                f"wanted `systemctl {' '.join(arguments)}`, found: {told}",
+                f"wanted `systemctl {' '.join(arguments)}`, found: {found}",
                 hint="the units that were written stay; where systemd does not run, `ca-bridge setup cron --enable`",
             )

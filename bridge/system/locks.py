@@ -107,11 +107,13 @@ def held_by(path: Path) -> Holder | None:
 def _holder(descriptor: int) -> Holder:
     # a holder that has just got it has not said who it is yet
     limit = timedelta(seconds=_SAYING_SECONDS)
-    told = wait_until(lambda: _told(descriptor), lambda one: one is not None, limit, pause_seconds=_SAYING_SECONDS / 10)
-    return told or Holder()
+    stated = wait_until(
+        lambda: _stated(descriptor), lambda one: one is not None, limit, pause_seconds=_SAYING_SECONDS / 10
+    )
+    return stated or Holder()
 
 
-def _told(descriptor: int) -> Holder | None:
+def _stated(descriptor: int) -> Holder | None:
     """The holder by its own words; None: it has not said yet."""
     try:
         found = json.loads(os.pread(descriptor, 4096, 0))

@@ -448,6 +448,7 @@ def test_the_crontabs_jobs_carry(tmp_path: Path) -> None:
     assert [path.name for path in home.iterdir()] == ["cp-1-0.ca.answer.json"]
 
 
+@pytest.mark.attack("N25")
 def test_only_answers_to_our_requests_are_kept(tmp_path: Path) -> None:
     """An inbox of others' answers costs no memory; one that turns out to be ours is read again."""
     backend = opened(tmp_path)
@@ -465,6 +466,7 @@ def test_only_answers_to_our_requests_are_kept(tmp_path: Path) -> None:
     assert len(backend.candidates(request, f"{1:064x}")) == 1
 
 
+@pytest.mark.attack("N8")
 def test_a_link_in_the_inbox_is_not_followed(tmp_path: Path) -> None:
     """A courier could have root open a device by it; the file itself is taken."""
     backend = opened(tmp_path)

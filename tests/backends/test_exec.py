@@ -306,7 +306,7 @@ def test_spoilt_answers_are_refused_or_taken() -> None:
                 assert all(one.subject is not None for one in found)
             with contextlib.suppress(ValueError):
                 assert "\0" not in helper.cookie(bytes(spoilt))
-            assert helper.words(bytes(spoilt)).isprintable()
+            assert helper.text(bytes(spoilt)).isprintable()
 
 
 @pytest.mark.parametrize("what", ODD)
@@ -973,6 +973,7 @@ def test_setup_names_settings_that_can_not_be_used(values: dict[str, object], ke
     assert [problem.key for problem in e.value.problems] == [key]
 
 
+@pytest.mark.attack("N20")
 def test_a_line_break_in_a_certificate_ends_no_comment_of_the_script(tmp_path: Path) -> None:
     """What follows it would run; the request has the name as it is."""
     evil = f"x\ntouch {tmp_path}/ran\n#"

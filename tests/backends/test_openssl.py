@@ -1681,6 +1681,7 @@ def test_a_new_directory_is_private_and_overwrites_nothing(tmp_path: Path) -> No
     assert content(directory) == before
 
 
+@pytest.mark.attack("N24")
 @pytest.mark.parametrize("closed", ["<&-", "<&- >&-", "<&- >&- 2>&-", "2>&-"])
 def test_with_standard_streams_closed_the_passphrase_arrives(tmp_path: Path, closed: str) -> None:
     """Its pipe would get the number of one of them, which openssl's own streams take."""

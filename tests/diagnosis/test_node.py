@@ -563,6 +563,7 @@ def test_on_a_machine_that_is_no_node_one_sentence_is_enough(tmp_path: Path) -> 
     assert "--pki-dir" in run.stdout
 
 
+@pytest.mark.attack("N8")
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a home away")
 def test_a_users_link_in_a_home_is_not_followed(site: Site) -> None:
     """It may lead to a device or to another's file; a copy there is found, as is root's own link."""
@@ -583,6 +584,7 @@ def test_a_users_link_in_a_home_is_not_followed(site: Site) -> None:
     assert told() == [str(copy)]
 
 
+@pytest.mark.attack("N12")
 def test_a_hook_that_others_can_change_is_told(site: Site) -> None:
     """Before a renewal does not run it; with its mode put right it is in order."""
     hook = site.bridge.directory / "hook"

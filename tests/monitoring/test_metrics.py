@@ -277,6 +277,7 @@ def test_the_monitors_links_lead_nowhere(tmp_path: Path, place: str) -> None:
     assert list(ours.iterdir()) == []
 
 
+@pytest.mark.attack("N17")
 def test_what_is_no_file_is_left_alone(tmp_path: Path) -> None:
     """A directory or a link of the monitor's that is called like a file of a killed run ends no run."""
     bridge = bridge_of(tmp_path)

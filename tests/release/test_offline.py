@@ -95,6 +95,7 @@ SPOILT = {
 }
 
 
+@pytest.mark.attack("N10")
 def test_a_plug_in_that_others_can_change_is_not_loaded(bookworm: Tree, offline: Path) -> None:
     """Members of a group, and owners of what is linked or further down, are others; root's group is not."""
     bring(bookworm, offline)
@@ -115,6 +116,7 @@ def test_a_plug_in_that_others_can_change_is_not_loaded(bookworm: Tree, offline:
         bookworm.run(f"rm -rf {plugins} /srv/corp /srv/module.py; cp -a /srv/good {plugins}")
 
 
+@pytest.mark.attack("N11")
 def test_the_python_that_was_proven_runs_the_program(bookworm: Tree, offline: Path) -> None:
     """Not one that comes to /usr/local/bin later, of whatever version; without the proven one another is looked for."""
     bring(bookworm, offline)
@@ -377,6 +379,7 @@ def test_units_that_can_not_be_written_are_told(bookworm: Tree, offline: Path) -
     assert "ca-bridge.timer" in bookworm.run(f"ls {units}/system").stdout
 
 
+@pytest.mark.attack("N22")
 def test_an_interrupted_renewal_is_not_left_behind(bookworm: Tree, offline: Path) -> None:
     """Without the program nobody would finish it."""
     bring(bookworm, offline)

@@ -163,6 +163,7 @@ def test_a_renewal_that_was_cut_off_is_finished_at_boot(installed: Tree, tmp_pat
         assert properties(machine, "ca-bridge-recover", "ConditionResult") == ["no"]
 
 
+@pytest.mark.attack("N3")
 @pytest.mark.parametrize("installed", ["bookworm"], indirect=True)
 def test_a_program_of_another_user_signs_and_is_killed_at_its_limit(installed: Tree, tmp_path: Path) -> None:
     """Root in the unit may become its user, and may end what that user's program has started."""

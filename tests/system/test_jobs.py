@@ -221,6 +221,7 @@ def test_words_of_units_are_words() -> None:
     ]
 
 
+@pytest.mark.attack("N12")
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a directory away")
 def test_no_job_runs_what_another_user_can_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A program in another's home, say; a job of that user itself, as a CA desk's, may."""

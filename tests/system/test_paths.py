@@ -145,6 +145,7 @@ def opens(path: Path, act: Callable[[], object]) -> bool:
         os.close(watch)
 
 
+@pytest.mark.attack("N8")
 @pytest.mark.parametrize("name", ["read", "read_once", "own_text"])
 def test_what_is_no_file_is_not_even_opened(tmp_path: Path, name: str) -> None:
     """Opening a watchdog or a tape has an effect; a regular file is opened by the same calls."""
@@ -166,6 +167,7 @@ def test_what_is_no_file_is_not_even_opened(tmp_path: Path, name: str) -> None:
         act(pipe)
 
 
+@pytest.mark.attack("G10")
 @needs_root
 @pytest.mark.parametrize(
     ("mapping", "is_trusted"),

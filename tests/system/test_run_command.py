@@ -151,6 +151,7 @@ def test_a_kernel_without_process_descriptors_will_do(monkeypatch: pytest.Monkey
     assert run(Command(words=["sh", "-c", "exec >&- 2>&-; sleep 0.1; exit 4"], environment=PATH, limit=LONG)).code == 4
 
 
+@pytest.mark.attack("N3")
 @needs_root
 @pytest.mark.parametrize(
     ("script", "failure"),
@@ -219,6 +220,7 @@ def test_its_surroundings_have_no_say(tmp_path: Path) -> None:
     assert done.stdout == "1\n"
 
 
+@pytest.mark.attack("N12")
 @needs_root
 @pytest.mark.parametrize(
     ("mode", "owner", "found"),
