@@ -53,10 +53,6 @@ class Journal:
     """The file; the desk's lock is held, and several threads of the desk may add."""
 
     def __init__(self, path: Path, now: datetime) -> None:
-        """
-        Raises:
-            StateError: It can't be read.
-        """
         self._now = now
         self._log = RequestLog(path, _DESK, self._fresh)
 
@@ -76,12 +72,7 @@ class Journal:
         return one.chain or Pending(reference=one.reference or "", note=one.note or "")
 
     def add(self, answers: Iterable[tuple[SignRequest, Issued | Pending | Asked]]) -> None:
-        """
-        Safe on disk when this returns.
-
-        Raises:
-            StateError: It could not be written; then these answers are known to the CA alone.
-        """
+        """Write answers down, safe on disk when this returns; StateError: the CA alone knows them."""
         for request, answer in answers:
             self._log.put(_at_desk(key_of(request), answer, self._now))
         self._log.save()

@@ -132,10 +132,8 @@ class Hooks:
 
     def installing(self, occasion: HookEvent) -> None:
         """
-        Write down that the commands of `installed` are owed, if the new certificates are ever live.
-
-        Raises:
-            HookError: It can't be written; then nothing must be installed.
+        Write down that the commands of `installed` are owed, if the new certificates are ever live; HookError: install
+        nothing.
         """
         if self._commands(AFTER_INSTALL).texts:
             try:

@@ -96,11 +96,6 @@ class Record:
     """The lines of one run; they wait until they are written together."""
 
     def __init__(self, store: Store, settings: AuditSettings) -> None:
-        """
-        Args:
-            store: Its lock is held whenever lines are written.
-            settings: When to rotate, and whether to tell syslog.
-        """
         self.run_id = console.begin_run()  #: Each message of the run has it, too.
         self._store = store
         self._settings = settings
@@ -109,15 +104,7 @@ class Record:
         self._chain = Chain(store, settings, who)
 
     def know(self, name: str, request: SignRequest, backend: str, identity: str | None) -> None:
-        """
-        Remember the facts that each later line about a certificate repeats.
-
-        Args:
-            name: kubeadm's.
-            request: As it is sent.
-            backend: Its label.
-            identity: Who we are to it, if it tells.
-        """
+        """Remember the facts that each later line about a certificate repeats."""
         old = request.replaces
         self._known[name] = {
             "csrSha256": hashlib.sha256(request.csr.public_bytes(Encoding.DER)).hexdigest(),
@@ -138,19 +125,7 @@ class Record:
         result: str = "ok",
         more: Mapping[str, str] | None = None,
     ) -> None:
-        """
-        Add a line, which is not written yet.
-
-        Args:
-            event: One of the names above.
-            name: The certificate's; None: the event is about none.
-            authority: Its CA's name.
-            old: The certificate that is, or was to be, replaced.
-            new: The one in its place.
-            error: Why not; its text and exit code are recorded.
-            result: Otherwise.
-            more: Further keys, such as who asked.
-        """
+        """Add a line, which is not written yet: about a certificate, or about none; with an error, or another result."""
         line = {
             "run": self.run_id,
             "time": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
@@ -170,13 +145,9 @@ class Record:
 
     def write(self, *, head_later: bool = False) -> None:
         """
-        Write what waits, safe on disk when this returns.
+        Write what waits, safe on disk when this returns; AuditError: it is lost.
 
-        Args:
-            head_later: `write_head` follows within a second or so: for who writes hundreds of lines a second.
-
-        Raises:
-            AuditError: It could not be written; it does not wait any more.
+        With `head_later`, a caller that writes hundreds of lines a second calls `write_head` within a second or so.
         """
         waiting, self._waiting = self._waiting, []
         if not waiting:
@@ -192,12 +163,7 @@ class Record:
             _tell_syslog(written)
 
     def write_head(self) -> None:
-        """
-        Write down which line is the newest.
-
-        Raises:
-            AuditError: It could not be written.
-        """
+        """Write down which line is the newest."""
         try:
             self._chain.write_head()
         except (OSError, StateError) as e:
@@ -313,17 +279,9 @@ class Chain:
 
     def add(self, events: Sequence[Mapping[str, Any]], *, head_later: bool = False) -> list[bytes]:
         """
-        Add lines, safe on disk; where the file's end is still the one that we made, it is not looked for again.
+        Add lines, safe on disk, and return them with those about damage; an error: none was added.
 
-        Args:
-            events: At least one.
-            head_later: `write_head` follows.
-
-        Returns:
-            The lines, those about a damage among them.
-
-        Raises:
-            OSError, StateError: None of them was added.
+        Where the file's end is still the one that this process made, it is not looked for again.
         """
         path, end = self._store.audit, self._end
         self._end = None
@@ -366,12 +324,7 @@ class Chain:
         return old
 
     def write_head(self) -> None:
-        """
-        Write down which line is the newest.
-
-        Raises:
-            OSError, StateError: It could not be written.
-        """
+        """Write down which line is the newest."""
         last, _ = _set_aside_torn(self._store)
         if last.sequence and head_if_any(self._store) != last:
             _write_head(self._store, last)
@@ -494,11 +447,7 @@ def _continued(store: Store, last: Link) -> tuple[Link, list[str]]:
 
 
 def _head(store: Store) -> Link:
-    """
-    Raises:
-        ValueError: There is none, or a damaged one.
-        StateUnreadableError: It can't be read at this moment.
-    """
+    """Read the newest line's number and digest; ValueError: there is none, or a damaged one."""
     try:
         head = _head_file(store).read()
     except StateDamagedError:
@@ -568,10 +517,8 @@ _SENTENCES = {
 
 def verify(store: Store) -> tuple[int, list[Damage]]:
     """
-    Walk the chain through all files; once more if something is wrong, as a run may be in the middle of a line.
-
-    Returns:
-        The number of lines, and everything that is wrong.
+    Count the lines of all files and find what is wrong; once more if anything is, as a run may be in the middle of a
+    line.
     """
     for _ in range(_WALKS):
         count, found = _walk(store)
@@ -664,14 +611,7 @@ def _against_head(head: Link | None, last: Link, known: Mapping[int, str], store
 
 
 def events(store: Store, since: datetime | None, name: str | None) -> Iterator[dict[str, Any]]:
-    """
-    The record's lines as they were written; those that can't be read are left to `verify`.
-
-    Args:
-        store: Where they are.
-        since: None: all.
-        name: Only of this certificate.
-    """
+    """The lines since a time and of a certificate, as they were written; `verify` reports those that can't be read."""
     for _, line in _lines(store):
         value = line_of(line)
         if value is None or (name is not None and value.get("name") != name):

@@ -112,12 +112,7 @@ def read_all(store: Store) -> tuple[list[Backup], list[BackupError]]:
 
 
 def _read(directory: Path) -> Backup | None:
-    """
-    Read one; None: it is not finished, or being deleted.
-
-    Raises:
-        StateError, BackupError: Its manifest can't be read, or is none.
-    """
+    """Read one; None: it is not finished, or being deleted."""
     manifest_ = manifest_file(directory)
     manifest = manifest_.read()
     if manifest is None:
@@ -140,16 +135,7 @@ def _read(directory: Path) -> Backup | None:
 
 
 def find(store: Store, backup_id: str | None) -> Backup:
-    """
-    Find one backup.
-
-    Args:
-        store: Where to look.
-        backup_id: None: the newest.
-
-    Raises:
-        BackupError: There is none, or it can't be read; nor is an older one taken in the place of the newest.
-    """
+    """Find a backup, or the newest; if the newest can't be read, no older one is taken in its place."""
     found, broken = read_all(store)
     newest = found[0].backup_id[:_STAMP] if found else ""
     for error in broken:

@@ -76,18 +76,7 @@ class _Live:
 
 
 def owe(settings: Settings, store: Store, node: Node, replaced: Mapping[str, x509.Certificate | None]) -> None:
-    """
-    Write down before an installation that the copies are to hold what is live after it, whatever becomes of it.
-
-    Args:
-        settings: `copies.files`.
-        store: Its lock is held.
-        node: Which certificates are in kubeconfigs.
-        replaced: What is about to be replaced, by kubeadm's name.
-
-    Raises:
-        StateError: It can't be remembered; nothing must be installed.
-    """
+    """Write down before an installation that the copies are to hold what is live after it; StateError: install nothing."""
     if not settings.copies.files.paths:
         return
     file = copies_file(store)
@@ -104,17 +93,7 @@ def owe(settings: Settings, store: Store, node: Node, replaced: Mapping[str, x50
 
 
 def settle(settings: Settings, store: Store, record: audit.Record) -> list[BridgeError]:
-    """
-    Refresh every copy that holds what was replaced; one that can't be does not stop the others, and stays owed.
-
-    Args:
-        settings: `copies.files`; what is no longer among them is left alone.
-        store: Its lock is held.
-        record: Is told.
-
-    Returns:
-        What could not be done.
-    """
+    """Refresh every copy that holds what was replaced; what could not be done stays owed, and is returned."""
     if not store.copies.exists():
         return []
     file = copies_file(store)
@@ -180,15 +159,7 @@ def _live(node: Node) -> tuple[dict[str, _Live], dict[str, CopyError]]:
 
 
 def _refreshed(path: Path, live: Mapping[str, _Live], owed: Mapping[str, Sequence[str]]) -> list[str]:
-    """
-    Refresh one copy, if it holds what was replaced.
-
-    Returns:
-        kubeadm's names of what it has got.
-
-    Raises:
-        CopyError: It is as it was.
-    """
+    """Refresh one copy, if it holds what was replaced, and return kubeadm's names of that; CopyError: it is as it was."""
     with _reasons(path):
         try:
             with opened(path) as place, _judged(place) as found:
@@ -278,13 +249,7 @@ class _Found:
     status: os.stat_result
 
     def assert_still(self, place: Place) -> None:
-        """
-        Make sure that what has the name now is the file that was read, and was not written to since.
-
-        Raises:
-            UnreadableError: It is not.
-            OSError: Nothing has the name.
-        """
+        """Make sure that the name still leads to the file that was read, and that it was not written to since."""
         if _version(place.path.lstat()) != _version(self.status):
             raise UnreadableError("it was changed while it was refreshed, and is as its owner has left it")
 
@@ -295,13 +260,7 @@ def _version(status: os.stat_result) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def _judged(place: Place) -> Iterator[_Found]:
-    """
-    Open it once, and no link; what is returned is of the file that was judged.
-
-    Raises:
-        FileNotFoundError: Nothing is there.
-        UnreadableError: It can't be read, or others than its owner and root have a hand in it.
-    """
+    """Open a file once, and no link, if only its owner and root can change it; what is returned is of that very file."""
     with regular_file(place.path, os.O_NOFOLLOW) as (descriptor, status):
         path = Path(f"/proc/self/fd/{descriptor}")
         if status.st_nlink != 1:

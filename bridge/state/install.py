@@ -96,12 +96,7 @@ def digest(data: bytes) -> str:
 
 
 def fingerprint(path: Path) -> str | None:
-    """
-    The SHA-256 of what is at a path itself: a file's content, or where a symlink leads; None: nothing is there.
-
-    Raises:
-        OSError: It can't be read.
-    """
+    """The SHA-256 of what is at a path itself: a file's content, or where a symlink leads; None: nothing is there."""
     if path.is_symlink():
         return link_digest(str(path.readlink()))
     return digest(path.read_bytes()) if path.exists() else None

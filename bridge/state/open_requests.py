@@ -102,15 +102,7 @@ class RequestLog(Generic[T]):
     """
 
     def __init__(self, path: Path, kind: Kind[T], still: Callable[[T], T | None] = lambda value: value) -> None:
-        """
-        Args:
-            path: The file.
-            kind: Of its requests.
-            still: What becomes of a line that is read; None: it is outdated.
-
-        Raises:
-            StateError: The file is there and can't be used.
-        """
+        """Read the file; `still` says what becomes of each value in it, and None that it is outdated."""
         self._kind, self._file, self._still = kind, file_of(kind, path), still
         self._lock = threading.RLock()
         self._found: dict[str, T | _Place] = {}
@@ -201,12 +193,7 @@ class RequestLog(Generic[T]):
             return value
 
     def save(self) -> None:
-        """
-        Make all changes safe on disk, those of other threads, too.
-
-        Raises:
-            StateError: They can't be written.
-        """
+        """Make all changes safe on disk, those of other threads, too."""
         with self._lock:
             if not self._changed:
                 return
@@ -220,12 +207,7 @@ class RequestLog(Generic[T]):
             self._changed.clear()
 
     def tidy(self) -> None:
-        """
-        Keep on disk only lines that count.
-
-        Raises:
-            StateError: They can't be written.
-        """
+        """Keep on disk only lines that count."""
         with self._lock:
             self.save()
             if self._found and self._lines != len(self._found):

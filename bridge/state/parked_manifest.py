@@ -36,17 +36,8 @@ def aside(manifest: Path) -> Path:
 
 def recover(store: Store) -> str | None:
     """
-    Put back the manifest that an interrupted restart has moved away.
-
-    Args:
-        store: Its lock is held.
-
-    Returns:
-        What was found and done; None if there was nothing to do.
-
-    Raises:
-        StateError: The journal can't be read, or is damaged.
-        OSError: The manifest can't be put back; the journal stays.
+    Put back the manifest that an interrupted restart has moved away; returns what was done, None where there was
+    nothing to do.
     """
     journal = restart_file(store).read()
     if journal is None:
@@ -110,12 +101,9 @@ def _journal_of(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def put_back(store: Store, journal: dict[str, Any]) -> str | None:
     """
-    See that a manifest is in its place; may be repeated.
+    See that a manifest is in its place, and return what had to be done, if anything; may be repeated.
 
-    Somebody else's new manifest (kubeadm's, an operator's) stays; then ours goes to the state directory.
-
-    Returns:
-        What had to be done; None: it was in its place, and nowhere else.
+    A new manifest of kubeadm's or an operator's stays; then ours goes to the state directory.
     """
     manifest, waiting = Path(journal["manifest"]), Path(journal["aside"])
     content, done = base64.b64decode(journal["content"]), None

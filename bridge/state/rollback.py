@@ -72,23 +72,13 @@ def put_back_and_retire(
     wait: timedelta,
 ) -> tuple[Rollback, Node]:
     """
-    Put a backup's files back, all or none, and back up what they replace (so that a second rollback undoes the first).
+    Put back the files of a backup, or of the newest, all or none, and back up what they replace: a second rollback undoes it.
 
-    Files that were not there when the backup was made are removed.
-
-    Args:
-        settings: Where everything is.
-        backup_id: None: the newest.
-        now: The node's clock.
-        force: Also certificates that are not as a new one would have to be, if the node could run on them.
-        wait: For the lock.
+    Files that were not there when the backup was made are removed. `force` also puts back certificates that a CA must not
+    sign like that now, if the node could run on them.
 
     Raises:
-        LockedError: Another run works on this node.
-        BackupError: No such backup.
-        RollbackRefusedError: It is not fit.
-        AuditError: It can't be recorded; nothing was replaced.
-        InstallError, StateError: Nothing was replaced.
+        RollbackRefusedError: The backup is not fit. As after any other error, nothing was replaced.
     """
     with alone(settings, wait, lambda found: log.warning("%s", found)) as (store, record):
         node = inventory.of(settings.node)
@@ -110,12 +100,7 @@ def put_back(
     now: datetime,
     may_pass: Callable[[Problem], bool],
 ) -> Rollback:
-    """
-    The same for a run that holds the store's lock, and for what may pass of its problems.
-
-    Raises:
-        RollbackRefusedError, AuditError, InstallError, StateError: As `put_back_and_retire`.
-    """
+    """The same for a run that holds the store's lock, and for what may pass of its problems."""
     problems = problems_of(backup, settings, node, now)
     if not all(map(may_pass, problems)):
         error = RollbackRefusedError(backup.backup_id, problems)
@@ -161,12 +146,7 @@ def _serial(certificate: x509.Certificate | None) -> str | None:
 
 
 def outcomes_of(backup: Backup, node: Node) -> list[Outcome]:
-    """
-    The outcomes that putting a backup back has, one a certificate; without a new one where its files are removed.
-
-    Raises:
-        BackupError: A copy is damaged.
-    """
+    """The outcomes that putting a backup back has, one a certificate; without a new one where its files are removed."""
     outcomes = []
     for item in node.items:
         files = files_of(backup, item.spec.name)
@@ -216,14 +196,11 @@ def _replacement(file: File, node: Node) -> Replacement:
 
 def retire(store: Store, settings: Settings, node: Node, now: datetime) -> list[str]:
     """
-    Delete the backups that nobody needs; its lock is held.
+    Delete the backups that nobody needs, and return their IDs.
 
     A backup goes when `keep` newer ones exist or when it is older than `keep_for`; but never the newest, and never
     the newest that could be put back now, nor any while an installation is not proven. Keys are unlinked, not
     overwritten: a journaling file system or an SSD writes elsewhere.
-
-    Returns:
-        Their IDs. What could not be deleted is a warning: the installation before it is done.
     """
     found, _ = read_all(store)
     keep = settings.backups
@@ -250,12 +227,7 @@ def retire(store: Store, settings: Settings, node: Node, now: datetime) -> list[
 
 
 def delete(backup: Backup) -> None:
-    """
-    Delete a backup, its manifest first: what a crash leaves is no backup any more, and the next run removes it.
-
-    Raises:
-        OSError: Something of it is left.
-    """
+    """Delete a backup, its manifest first: what a crash leaves is no backup any more, and the next run removes it."""
     (backup.directory / MANIFEST).unlink()
     sync_directory(backup.directory)
     shutil.rmtree(backup.directory)

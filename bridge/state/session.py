@@ -82,17 +82,10 @@ def alone(
     """
     Hold the state directory's lock; what an interrupted run left is finished or undone first.
 
-    Args:
-        settings: Where things are.
-        wait: So long for another run to end.
-        tell: Is told what was found and done.
-
     Raises:
         LockedError: Another run works on this node.
         InstallError: What was left can neither be finished nor undone.
-        StateError: The journal of an interrupted installation or restart can't be read, or is damaged.
-        BridgeError: The state directory is not ours alone.
-        OSError: The state directory can't be written, or a manifest not be put back.
+        BridgeError, OSError: The state directory is not ours alone, another cluster's, damaged, or can't be written.
     """
     store = Store(settings.node.state_dir)
     store.prepare()
@@ -130,12 +123,7 @@ def _forget_installed(settings: Settings, store: Store, tell: Callable[[Recovery
 def begun(
     settings: Settings, now: Callable[[], datetime], progress: Progress, wait: timedelta
 ) -> Iterator[tuple[Run, Node]]:
-    """
-    The same for a run that deals with requests; those whose certificates were replaced meanwhile are forgotten.
-
-    Raises:
-        LockedError, InstallError, StateError, BridgeError, OSError: As `alone`; or the open requests can't be read.
-    """
+    """The same for a run that deals with requests; those whose certificates were replaced meanwhile are forgotten."""
     with alone(settings, wait, lambda found: progress.note(str(found))) as (store, record):
         run = Run(
             settings=settings, store=store, requests=OpenRequests(store), record=record, progress=progress, now=now

@@ -58,13 +58,7 @@ class Store:
         self.audit_head = state_dir / "audit.head"  #: The newest line's number and digest.
 
     def prepare(self) -> None:
-        """
-        Make the directories.
-
-        Raises:
-            BridgeError: They are there, and not ours alone.
-            OSError: They can't be made.
-        """
+        """Make the directories; an error if they are not ours alone."""
         from bridge.system.files import private_directory  # noqa: PLC0415 (a look at the store needs none of it)
 
         private_directory(self.directory)
@@ -77,12 +71,7 @@ class Store:
         return [path for path in self.directory.glob(".*") if ours.fullmatch(path.name) and path.is_file()]
 
     def backup_directories(self) -> list[Path]:
-        """
-        Finished or not; what else somebody keeps beside them is not ours.
-
-        Raises:
-            OSError: They can't be looked at.
-        """
+        """All of them, finished or not; other names beside them are not ours."""
         found = self.backups.iterdir() if self.backups.is_dir() else ()
         return [path for path in found if re.fullmatch(_BACKUP, path.name) and path.is_dir()]
 
@@ -135,10 +124,6 @@ def remember_checked(settings: Settings, store: Store) -> None:
 
 
 def _signature(file: Path) -> str:
-    """
-    Raises:
-        OSError: It is away.
-    """
     status, installed = file.stat(), _INSTALLED.stat()
     numbers = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, installed.st_mtime_ns)
     return f"{file} {' '.join(map(str, numbers))}\n"

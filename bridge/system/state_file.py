@@ -124,12 +124,7 @@ class StateFile(Generic[T]):
         return self.parse(unsealed(data, self.keys))
 
     def content(self) -> bytes | None:
-        """
-        Read all of it, whatever it is; None: there is none.
-
-        Raises:
-            StateUnreadableError: It can't be read at this moment.
-        """
+        """Read all of it, whatever it is; None: there is none."""
         try:
             return self.path.read_bytes()
         except FileNotFoundError:
@@ -139,12 +134,7 @@ class StateFile(Generic[T]):
             raise StateUnreadableError(text, exit_code=self.exit_code) from e
 
     def put(self, value: T) -> None:
-        """
-        Write another value, safe on disk when this returns; an empty one removes the file.
-
-        Raises:
-            StateError: As `replace` and `remove`.
-        """
+        """Write another value, safe on disk when this returns; an empty one removes the file."""
         if self.document is None:
             raise AssertionError(f"{self.what} is written as a document")
         self.replace(self.document(value)) if value else self.remove()
@@ -187,19 +177,7 @@ def coded(
     afterwards: str = "",
     exit_code: int = Exit.FAILED,
 ) -> StateFile[T]:
-    """
-    A file whose document the codec writes and reads: a dataclass, or anything below one key.
-
-    Args:
-        kind: Of its value.
-        path: Where it is.
-        what: As in `StateFile`, as the others.
-        on_damage: What a damaged one means.
-        key: Under which the value stands; empty: its fields are the document's.
-        version: Stands there, too; None: none does.
-        afterwards: For the hint.
-        exit_code: Of what can't be read.
-    """
+    """A file whose document the codec writes and reads: a dataclass, or with `key` anything below that key."""
     constant = {} if version is None else {"version": version}
 
     def parse(document: Mapping[str, Any]) -> T:
@@ -241,15 +219,8 @@ def sealed_line(document: Mapping[str, Any]) -> bytes:
 
 def unsealed(data: bytes, keys: frozenset[str]) -> dict[str, Any]:
     """
-    Read what `sealed` or `sealed_line` has written, or a version that wrote no digest.
-
-    Args:
-        data: All of it.
-        keys: All that a document may have.
-
-    Raises:
-        ValueError: Something else.
-        RecursionError: Nesting without end.
+    Read what `sealed` or `sealed_line` has written, or a version that wrote no digest, of whose documents `keys` has
+    all keys.
     """
     document = json.loads(data)
     if not isinstance(document, dict):

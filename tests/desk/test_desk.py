@@ -737,6 +737,7 @@ def test_the_journal_survives_a_torn_line(tmp_path: Path, pairs: Pairs) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.attack("N19")
 def test_the_journal_forgets_what_is_old(tmp_path: Path, pairs: Pairs) -> None:
     """A run that is killed after a delivery can't forget it; what a person has yet to answer stays while it is asked for."""
     bundle = make_bundle(some(pairs, "apiserver", "etcd-server", "admin.conf"))

@@ -185,6 +185,7 @@ def test_no_file(file: Path, tmp_path: Path) -> None:
         processes.compare_age(Component.SCHEDULER, fifo)
 
 
+@pytest.mark.attack("N15")
 def test_a_clock_that_was_wrong_then_does_not_count(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where we wrote down when we wrote the file, by the machine's own time; what somebody else has written has its ctime."""
     name = str(file)

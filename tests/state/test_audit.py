@@ -699,6 +699,7 @@ def bounded(store: Store, runs: int, keep_total: str | None) -> None:
         record.write()
 
 
+@pytest.mark.attack("G4")
 def test_old_files_are_deleted_and_the_log_says_which(store: Store) -> None:
     """All together stay below the bound, and the chain is whole from the first line that is left."""
     bounded(store, 40, "8KiB")
@@ -720,6 +721,7 @@ def test_without_a_bound_all_of_it_stays(store: Store) -> None:
     assert audit.deleted_lines(store) == 0
 
 
+@pytest.mark.attack("G4")
 def test_what_somebody_else_deletes_is_missing(store: Store) -> None:
     """One file more than the log says, or one with nothing said."""
     bounded(store, 40, "8KiB")

@@ -743,6 +743,7 @@ def test_the_lock_of_a_killed_run_is_free_at_once(programs: Programs, slow_ca: P
 # --- the order of backups, and whose they are -------------------------------------------------------------------------
 
 
+@pytest.mark.attack("N23")
 @pytest.mark.parametrize("is_numbered", [True, False], ids=["ours", "an earlier version's"])
 def test_the_newest_is_the_last_that_was_made(run: Run, store: Store, node: Pki, is_numbered: bool) -> None:
     """Whatever the clock said at one renewal; those of earlier versions have their dates alone."""
@@ -774,6 +775,7 @@ def test_numbers_go_up_past_what_is_deleted_or_damaged(run: Run, store: Store) -
     assert [(one.backup_id, one.number) for one in backups.read_all(store)[0]] == [(fourth, 4), (third, 3)]
 
 
+@pytest.mark.attack("N9")
 def test_two_clusters_do_not_share_a_state_directory(run: Run, store: Store, tmp_path: Path) -> None:
     """The second is refused before it forgets anything of the first; with one of its own it works."""
     renewed(run, "apiserver")
