@@ -7,6 +7,7 @@ The step is that of a renewal: the next run finishes or undoes it after a crash.
 from __future__ import annotations
 
 import os
+import re
 from base64 import b64decode, b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ from bridge.system.paths import exposure
 from bridge.system.state_file import OnDamage, StateFile
 
 _DIRECTORY_MODE = 0o755
+#: What a kubelet calls its pairs, and `Composer` the first one.
+_DATED = re.compile(r"kubelet-client-\d{4}(-\d\d){5}\.pem")
 _PRIVATE, _PUBLIC = 0o600, 0o644
 
 
@@ -79,11 +82,10 @@ def put_back(run: Run, desired: DesiredNode) -> int:
             f"{desired.keep}: wanted copies of what is asked for now, found those of another configuration or role",
             hint="name another directory, or --anew to have all signed anew",
         )
-    files = [_replacement(*one) for one in found.files]
+    pem = _assert_own(run, desired, [path for _, path, _, _ in found.files])
+    # its path decides the mode of a file: whoever can write to the copies may have changed theirs
+    files = [_replacement(name, path, _mode(path), data) for name, path, _, data in found.files]
     _assert_free(files, desired.places)
-    pem = next(
-        file.path for file in files if file.path.parent == desired.places.kubelet_pki and file.path.suffix == ".pem"
-    )
     try:
         put_in_place(run, desired, [file for file in files if live(file.path) != file.data], pem)
     except NotWholeError as e:
@@ -92,6 +94,20 @@ def put_back(run: Run, desired: DesiredNode) -> int:
     run.record.add(audit.RECOVERED, result=f"put {len(files)} kept files of {desired.node} back in place")
     run.record.write_or_warn()
     return len(files)
+
+
+def _assert_own(run: Run, desired: DesiredNode, paths: Sequence[Path]) -> Path:
+    """Copies write the files of this node and no others; return the one that the kubelet's link leads to."""
+    places = desired.places
+    ours = {*look_at(run.settings, desired, live, run.now()).files(), *desired.files} - {places.kubelet_current}
+    others = [path for path in paths if path not in ours]
+    if len(others) != 1 or others[0].parent != places.kubelet_pki or not _DATED.fullmatch(others[0].name):
+        wanted = f"the files of {desired.node} and one {places.kubelet_pki}/kubelet-client-….pem"
+        raise NotWholeError(
+            f"{desired.keep}: wanted {wanted}, found {some_of(others) or 'none'}",
+            hint="whoever changed the copies may have changed what is in them, too: --anew has all signed anew",
+        )
+    return others[0]
 
 
 def _assert_free(files: Sequence[Replacement], places: Places) -> None:

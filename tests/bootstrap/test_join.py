@@ -27,11 +27,13 @@ from bridge.bootstrap.keys import sa_public_pem
 from bridge.bootstrap.orders import Order, OrderError, new_node
 from bridge.bootstrap.places import Role
 from bridge.bootstrap.whole import NodeLook
+from bridge.errors import Exit
 from bridge.node import kubeconfig
 from bridge.pki import signatures
 from bridge.pki.certificates import load_pem_certificates, san_entries
 from bridge.pki.csr import generate_key, key_pem
 from bridge.specs import AUTHORITIES
+from bridge.system.state_file import OnDamage, StateFile
 from tests.kit.new_node import CONFIG, ENDPOINT, NewNode
 from tests.kit.pki import handmade_pki
 
@@ -133,6 +135,50 @@ def test_the_kubelets_link_comes_with_its_file(first: NewNode, other: NewNode, t
         assert again.returncode == 0, (at, again.stderr)
         assert problems(node, "worker", "w-1") == []
     raise AssertionError("it was never done")
+
+
+@pytest.mark.parametrize("change", ["nothing", "one file more", "another place", "a looser mode"])
+def test_copies_write_this_nodes_files_alone(first: NewNode, other: NewNode, change: str) -> None:
+    """Who can change the copies gets no file of his own written, and no key opened for others."""
+    given, keep = first.run("share", "--worker").stdout.encode(), other.directory / "kept"
+    join = ("join", "--worker", "--shared", "-", *WORKER, "--keep", keep)
+    assert other.run(*join, given=given).returncode == 0
+    other.wipe()
+    path, evil = keep / "w-1.kept.json", other.root / "etc/cron.d/evil"
+    document = json.loads(path.read_text())
+    files = document["keptV1"]["files"]
+    evil.parent.mkdir(parents=True)
+    match change:
+        case "one file more":
+            files.append({"certificate": "node", "path": str(evil), "mode": 0o755, "data": b64encode(b"#").decode()})
+        case "another place":
+            files[0]["path"] = str(other.root / "etc/kubernetes/manifests/evil.yaml")
+        case "a looser mode":
+            for file in files:
+                file["mode"] = 0o666
+    write(path, document)
+    before = other.files()
+
+    run = other.run(*join, given=given)
+    modes = {stat.S_IMODE(one.stat().st_mode) for one in other.root.rglob("*") if one.is_file()}
+    assert modes <= {0o600, 0o644}
+    assert not evil.exists()
+    if change in ("nothing", "a looser mode"):
+        assert run.returncode == 0, run.stderr
+        assert "from the copies that were kept" in run.stdout
+        assert problems(other, "worker", "w-1") == []
+    else:
+        assert run.returncode == Exit.REFUSED, run.stderr
+        assert "wanted the files of w-1" in run.stderr
+        assert other.files() == before
+
+
+def write(path: Path, document: dict[str, Any]) -> None:
+    """As somebody who knows the program does."""
+    document.pop("digest", None)
+    StateFile(path=path, what="copies", parse=dict, keys=frozenset({"keptV1"}), on_damage=OnDamage.REFUSE).replace(
+        document
+    )
 
 
 def test_a_worker(first: NewNode, other: NewNode) -> None:
