@@ -22,6 +22,7 @@ import yaml
 
 from bridge.errors import BridgeError
 from bridge.node.yamltree import YamlError, YamlNode, document, events, split_bom
+from bridge.pki.certificates import has_key_of, load_pem_certificates
 
 _CERTIFICATE = "client-certificate-data"
 _KEY = "client-key-data"
@@ -54,6 +55,7 @@ class Kubeconfig:
     key_file: str | None
     token_file: str | None = None  #: Instead of a client certificate.
     not_editable: str | None = None  #: Why `with_credentials` would refuse.
+    key_fits: bool | None = None  #: The embedded key is the embedded certificate's; None: not told.
 
 
 def parse(data: bytes) -> Kubeconfig:
@@ -154,7 +156,13 @@ def with_references(data: bytes, path: str) -> bytes:
     result = (bom + edited).encode()
     after = parse(result)
     named = dataclasses.replace(
-        before, certificate_data=None, key_present=False, certificate_file=path, key_file=path, not_editable=None
+        before,
+        certificate_data=None,
+        key_present=False,
+        certificate_file=path,
+        key_file=path,
+        not_editable=None,
+        key_fits=None,
     )
     if dataclasses.replace(after, not_editable=None) != named or _others(text) != _others(edited):
         raise KubeconfigError("wanted two entries of the kubeconfig to change, found that others would too")
@@ -226,7 +234,16 @@ def _parse(root: YamlNode) -> Kubeconfig:
         key_file=_text(user, "client-key") or None,
         token_file=_text(user, "tokenFile") or None,
         not_editable=_not_editable(root),
+        key_fits=_key_fits(user),
     )
+
+
+def _key_fits(user: YamlNode) -> bool | None:
+    try:
+        certificate, key = (_data(user, name) for name in (_CERTIFICATE, _KEY))
+        return has_key_of(key, load_pem_certificates(certificate)[0]) if certificate and key else None
+    except ValueError:  # YamlError is one: neither is read here
+        return None
 
 
 def _not_editable(root: YamlNode) -> str | None:
@@ -255,21 +272,40 @@ def _data(mapping: YamlNode, key: str) -> bytes | None:
 
 
 def _users(root: YamlNode) -> list[tuple[str, tuple[YamlNode, ...]]]:
-    """The name of each entry of `users`, and the nodes from the root to the user's mapping."""
-    sequence = root.get("users")
+    """
+    The name of each entry of `users`, and the nodes from the root to the user's mapping.
+
+    Aliases are refused, since thousands of them may stand for one large value, and no program writes any.
+    """
+    sequence = _own(root, "users")
     found: list[tuple[str, tuple[YamlNode, ...]]] = []
     for entry in sequence.items() if sequence is not None else ():
-        user = entry.get("user")
+        _assert_own(entry)
+        user = _own(entry, "user")
         if sequence is not None:
             found.append((_text(entry, "name"), (root, sequence, entry, user) if user is not None else ()))
     return found
 
 
+def _own(mapping: YamlNode, key: str) -> YamlNode | None:
+    found = mapping.get(key)
+    if found is not None:
+        _assert_own(found)
+    return found
+
+
+def _assert_own(node: YamlNode) -> None:
+    if node.kind == "alias":
+        raise YamlError(f"line {node.place.line}: wanted a value of its own, found an alias (*)")
+
+
 def _embedded_users(root: YamlNode) -> Iterator[EmbeddedUser]:
     for number, (name, path) in enumerate(_users(root)):
-        certificate, key = (_data(path[-1], one) if path else None for one in (_CERTIFICATE, _KEY))
-        if certificate and key:
-            yield EmbeddedUser(number=number, name=name, certificate_pem=certificate, key_pem=key)
+        for key in (_CERTIFICATE, _KEY) if path else ():
+            _own(path[-1], key)
+        certificate, private = (_data(path[-1], one) if path else None for one in (_CERTIFICATE, _KEY))
+        if certificate and private:
+            yield EmbeddedUser(number=number, name=name, certificate_pem=certificate, key_pem=private)
 
 
 def _values_of_users(root: YamlNode, pairs: Mapping[int, tuple[bytes, bytes]]) -> list[tuple[YamlNode, bytes]]:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from bridge.contract import Issued, SignRequest
 from bridge.errors import VerificationError, Violation
@@ -40,8 +40,9 @@ def key_finding(certificate: x509.Certificate, key_pem: bytes | None) -> PairFin
     if key_pem is None:
         return _of_key("missing", "none")
     try:
-        key = load_pem_private_key(csr.key_block(key_pem), None)
-        is_its_own = spki(key.public_key()) == spki(certificate.public_key())
+        public = certificate.public_key()
+        key = csr.load_key(key_pem, public)
+        is_its_own = spki(key.public_key()) == spki(public)
     except UNREADABLE as e:
         return _of_key("unreadable", f"{type(e).__name__}: one that can't be read")
     if not is_its_own:
@@ -67,7 +68,7 @@ def findings(
     if (wrong := key_finding(leaf, key_pem)) is not None:
         yield wrong
         return
-    key = load_pem_private_key(csr.key_block(key_pem or b""), None)
+    key = csr.load_key(key_pem or b"", leaf.public_key())
     assert isinstance(key, csr.PrivateKey)  # noqa: S101 (looked at above)
     try:
         request = SignRequest(spec=spec, csr_pem=csr.build(like or leaf, key), validity=timedelta())
@@ -85,8 +86,8 @@ def findings(
 def is_sa_pair(key: bytes, public: bytes) -> bool:
     """Whether kube-apiserver can sign tokens of service accounts with the one and check them with the other."""
     try:
-        loaded = load_pem_private_key(key, None)
         there = load_pem_public_key(public)
+        loaded = csr.load_key(key, there)
     except (ValueError, TypeError, UnsupportedAlgorithm):
         return False
     return isinstance(loaded, csr.PrivateKey) and spki(loaded.public_key()) == spki(there)

@@ -19,6 +19,8 @@ MAX_YAML_BYTES = 1 << 20
 MAX_DEPTH = 64
 #: A kubeadm configuration file has five kinds of them.
 MAX_DOCUMENTS = 20
+#: A kubeconfig with a thousand clusters has about 30,000 values.
+MAX_NODES = 100_000
 
 _BOM = "\ufeff"
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is not in every build
@@ -58,6 +60,9 @@ class YamlNode:
     anchor: str | None = None
     children: list[YamlNode] = field(default_factory=list, repr=False)  #: Of a mapping: key, value, key, value, …
     target: YamlNode | None = field(default=None, repr=False)  #: Of an alias.
+    _places: dict[str, list[int]] | None = field(
+        default=None, repr=False
+    )  #: By key of a mapping: where its values are.
 
     @property
     def resolved(self) -> YamlNode:
@@ -100,12 +105,21 @@ class YamlNode:
             return None
         if node.kind != "mapping":
             raise YamlError(f"line {self.place.line}: wanted a mapping, found a {node.kind}")
-        keys = [child.resolved.value for child in node.children[::2]]
-        if "<<" in keys:
+        places = node.index()
+        if "<<" in places:
             raise YamlError(f"line {node.place.line}: wanted a mapping of its own, found a merge key (<<)")
-        if keys.count(key) > 1:
-            raise YamlError(f"line {node.place.line}: wanted {key} once, found it {keys.count(key)} times")
-        return node.children[2 * keys.index(key) + 1] if key in keys else None
+        found = places.get(key, [])
+        if len(found) > 1:
+            raise YamlError(f"line {node.place.line}: wanted {key} once, found it {len(found)} times")
+        return node.children[found[0]] if found else None
+
+    def index(self) -> dict[str, list[int]]:
+        """Where the values of each key are, looked for once: thousands of aliases may lead to one large mapping."""
+        if self._places is None:
+            self._places = {}
+            for number, child in enumerate(self.children[::2]):
+                self._places.setdefault(child.resolved.value, []).append(2 * number + 1)
+        return self._places
 
     def plain(self) -> Any:
         """The value with all below it as Python's own, for a document that is to be written again."""
@@ -194,12 +208,16 @@ def documents(text: str, most: int = MAX_DOCUMENTS) -> list[YamlNode]:
     root = YamlNode("sequence", Position(1, 0, 0))
     stack = [root]
     anchors: dict[str, YamlNode] = {}
+    left = MAX_NODES + 1
     for event in events(text, most):
         if isinstance(event, yaml.DocumentStartEvent):
             anchors = {}  # an alias leads to its own document (YAML 1.2 §3.2.2.2)
         elif isinstance(event, yaml.CollectionEndEvent):
             stack.pop()
         elif isinstance(event, yaml.NodeEvent):
+            left -= 1
+            if not left:
+                raise YamlError(f"line {_place(event).line}: wanted at most {MAX_NODES} values, found more")
             node = _node(event, anchors)
             stack[-1].children.append(node)
             if isinstance(event, yaml.CollectionStartEvent):

@@ -15,6 +15,8 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.utils import CryptographyDeprecationWarning
 
+from bridge.pki import der
+
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 
@@ -30,6 +32,8 @@ warnings.filterwarnings("ignore", message="Attribute's length must be", category
 # Servers and Windows write PKCS#7 in BER (RFC 5652 §10.1 allows it), which is read all the same.
 warnings.filterwarnings("ignore", message="PKCS#7 certificates could not be parsed as DER", category=UserWarning)
 
+#: A P-256 point, the shortest public half of a key, has 65 bytes and a zero before them.
+_SHORTEST_PUBLIC = 64
 #: Of whom SANs are remembered: who judges a request asks for them several times in a row.
 _REMEMBERED = 64
 
@@ -264,3 +268,35 @@ def is_signed_by(certificate: x509.Certificate, issuer: x509.Certificate) -> boo
     except Exception:  # noqa: BLE001 (whatever the reason is, this issuer did not sign it)
         return False
     return True
+
+
+_KEY = re.compile(rb"-----BEGIN ([A-Z ]*)PRIVATE KEY-----(.*?)-----END \1PRIVATE KEY-----", re.DOTALL)
+
+
+def has_key_of(pem: bytes, certificate: x509.Certificate) -> bool | None:
+    """
+    Whether a PEM text has the certificate's private key, told by the public half in it; None: not told so.
+
+    Nothing is computed: a run that has nothing to do looks at a dozen keys. It is no proof that the key works.
+    """
+    found = _KEY.search(pem)
+    if found is None:
+        return False
+    try:
+        public = _public_half(base64.b64decode(b"".join(found[2].split()), validate=True))
+    except (ValueError, IndexError):
+        return None
+    return None if public is None else public in certificate.tbs_certificate_bytes
+
+
+def _public_half(encoded: bytes) -> bytes | None:
+    """An RSA key's modulus (RFC 8017 §A.1.2), an elliptic curve key's point (RFC 5915 §3), or one of them in PKCS #8."""
+    version, *parts = der.one(encoded, der.SEQUENCE).children()
+    if version.tag != der.INTEGER or not parts:
+        return None
+    if parts[0].tag == der.INTEGER:
+        return parts[0].content if len(parts[0].content) >= _SHORTEST_PUBLIC else None
+    if parts[0].tag == der.SEQUENCE and len(parts) > 1:
+        return _public_half(parts[1].content)
+    points = [part.children()[0].content for part in parts if part.tag == der.context(1, constructed=True)]
+    return points[0] if points and len(points[0]) >= _SHORTEST_PUBLIC else None

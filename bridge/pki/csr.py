@@ -16,7 +16,11 @@ from typing import Literal
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
+from cryptography.hazmat.primitives.asymmetric.types import (
+    CertificatePublicKeyTypes,
+    PrivateKeyTypes,
+    PublicKeyTypes,
+)
 from cryptography.x509.oid import NameOID
 
 from bridge.errors import BridgeError
@@ -76,6 +80,24 @@ def key_block(pem: bytes) -> bytes:
     """The first private key of a PEM text, which may hold certificates before it; the text itself if it holds none."""
     found = re.search(rb"-----BEGIN ([A-Z ]*PRIVATE KEY)-----.*?-----END \1-----", pem, re.DOTALL)
     return found[0] + b"\n" if found else pem
+
+
+#: What PKCS #8 with PEM adds to an RSA key, at a byte for each bit of its modulus.
+_KEY_OVERHEAD = 400
+
+
+def load_key(pem: bytes, of: PublicKeyTypes) -> PrivateKeyTypes:
+    """
+    The first private key of a PEM text that anybody may have written; ValueError or TypeError: it can't be used.
+
+    A text that is too long for this public key's is not read: OpenSSL looks whether an RSA key's factors are primes,
+    which takes it minutes for 14,000 bits.
+    """
+    block = key_block(pem)
+    most = (of.key_size if isinstance(of, rsa.RSAPublicKey) else 0) + _KEY_OVERHEAD
+    if len(block) > most:
+        raise ValueError(f"wanted a private key of at most {most} bytes, found {len(block)}")
+    return serialization.load_pem_private_key(block, None)
 
 
 def key_pem(key: PrivateKey) -> bytes:

@@ -15,7 +15,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,13 +23,13 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from bridge.errors import BridgeError, Exit
 from bridge.node import inventory, kubeconfig
 from bridge.node.inventory import Node
 from bridge.node.kubeconfig import EmbeddedUser, KubeconfigError
 from bridge.pki.certificates import UNREADABLE, fingerprint, load_pem_certificates
+from bridge.pki.csr import load_key
 from bridge.settings.tables import Settings
 from bridge.state import audit
 from bridge.state.install import KUBECONFIG_MASK, STAGED_PREFIX
@@ -44,6 +44,8 @@ log = logging.getLogger("ca-bridge")
 _STAGED = f"{STAGED_PREFIX}copy-"
 #: For one copy; a healthy one takes milliseconds.
 _LONGEST = timedelta(seconds=30)
+#: Users of one copy whose keys are read: there is one, or one a cluster.
+_MOST_KEYS = 8
 _AGAIN = "mend it, or take it out of copies.files; the next `ca-bridge renew` tries again"
 
 
@@ -176,8 +178,8 @@ def _outdated(data: bytes, path: Path, live: Mapping[str, _Live], owed: Mapping[
     """The users of a copy with what was replaced, by their number: kubeadm's name of what they are to hold."""
     now = {name: fingerprint(one.certificate) for name, one in live.items()}
     old = {one: name for name, found in owed.items() if name in now for one in found if one != now[name]}
-    held = [(user.number, found) for user, found in _held(data)]
-    if not any(found in old or found in now.values() for _, found in held):
+    held = [(user.number, found) for user, found in _held(data, {*old, *now.values()})]
+    if not held:
         log.warning(
             "%s: wanted a certificate of the node's kubeconfigs and its key, found none; it is left alone", path
         )
@@ -198,17 +200,25 @@ def _replace(place: Place, found: _Found, pairs: Mapping[int, tuple[bytes, bytes
     sync_directory(place.path.parent)
 
 
-def _held(data: bytes) -> Iterator[tuple[EmbeddedUser, str]]:
+def _held(data: bytes, known: Container[str]) -> Iterator[tuple[EmbeddedUser, str]]:
     """
-    Each user with a certificate and the key of that certificate, and the certificate's fingerprint.
+    Each user with a known certificate (by fingerprint) and its key.
 
-    A certificate is no secret: who has it without its key gets no new one.
+    A certificate is no secret: who has it without its key gets no new one. Keys are not read beside other certificates,
+    nor more than a few of them: a copy's owner decides what is in it, and some keys take OpenSSL long.
     """
+    keys = 0
     for user in kubeconfig.embedded_users(data):
         with contextlib.suppress(*UNREADABLE, UnsupportedAlgorithm):  # no user of ours
             certificate = load_pem_certificates(user.certificate_pem)[0]
-            if load_pem_private_key(user.key_pem, None).public_key() == certificate.public_key():
-                yield user, fingerprint(certificate)
+            if (found := fingerprint(certificate)) not in known:
+                continue
+            keys += 1
+            if keys > _MOST_KEYS:
+                raise KubeconfigError(f"wanted at most {_MOST_KEYS} users with the node's certificates, found more")
+            public = certificate.public_key()
+            if load_key(user.key_pem, public).public_key() == public:
+                yield user, found
 
 
 # --- looking -----------------------------------------------------------------------------------------------------------
@@ -231,7 +241,7 @@ def _look(path: Path, names: Mapping[str, str]) -> Copy:
     with _reasons(path):
         try:
             with opened(path) as place, _judged(place) as found:
-                held = [names[one] for _, one in _held(found.data) if one in names]
+                held = [names[one] for _, one in _held(found.data, names)]
                 return Copy(path=path, names=tuple(dict.fromkeys(held)))
         except FileNotFoundError:
             return Copy(path=path, is_there=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.node.yamltree import YamlError, document
+from bridge.node.yamltree import MAX_NODES, YamlError, document
 
 _TEXTS = st.text(st.characters(exclude_categories=["C"]), max_size=8)
 _VALUES: st.SearchStrategy[Any] = st.recursive(
@@ -70,3 +71,25 @@ def test_what_two_readers_take_differently_is_refused(text: str, found: str) -> 
     """An alias, a merge key, a key twice, a tag, a key that is no text, a number without end."""
     with pytest.raises(YamlError, match=found):
         document(text).plain()
+
+
+def test_a_document_of_too_many_values_is_refused() -> None:
+    """Below the limit of bytes, and each of them short: a budget of values ends it; one less is read."""
+    many = "- 1\n" * (MAX_NODES - 1)
+
+    assert len(document(many).items()) == MAX_NODES - 1
+    with pytest.raises(YamlError, match="values, found more"):
+        document(many + "- 1\n")
+
+
+def test_a_mapping_that_thousands_of_aliases_lead_to_is_looked_through_once() -> None:
+    """40,000 keys and 10,000 aliases: looked through for each alias, this would take minutes."""
+    root = document("a: &a\n" + "".join(f"  k{n}: {n}\n" for n in range(40_000)) + "b:\n" + "- *a\n" * 10_000)
+    entries = root.get("b")
+    assert entries is not None
+
+    started = time.process_time()
+    values = {value.text() for one in entries.items() if (value := one.get("k39999")) is not None}
+
+    assert values == {"39999"}
+    assert time.process_time() - started < 2

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import importlib
+import json
 import os
 import re
 import stat
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -270,6 +272,24 @@ def an_anchor(node: Pki, copy: Path) -> None:
     path.write_text(path.read_text().replace("client-key-data: ", "client-key-data: &k "))
 
 
+def thousands_of_aliases(node: Pki, copy: Path) -> None:
+    """Of one mapping of 40,000 keys: to look through it for each of them takes longer than anybody waits."""
+    given(node, copy)
+    keys = "".join(f"  k{number}: 1\n" for number in range(40_000))
+    copy.write_text(f"a: &a\n{keys}users:\n" + "- *a\n" * 15_000)
+
+
+def more_values_than_any_kubeconfig(node: Pki, copy: Path) -> None:
+    given(node, copy).write_text("a: &a {}\nusers:\n" + "- *a\n" * 100_000)
+
+
+def many_users_with_our_certificate(node: Pki, copy: Path) -> None:
+    path = given(node, copy)
+    document = yaml.safe_load(path.read_text())
+    document["users"] *= 9
+    path.write_text(json.dumps(document))  # which is YAML without aliases
+
+
 def a_taken_name(node: Pki, copy: Path) -> None:
     given(node, copy)
     (copy.parent / ".ca-bridge-copy-config").mkdir()
@@ -289,6 +309,9 @@ BAD = [
     (no_kubeconfig, "wanted YAML, found a syntax error"),
     (too_large, "more than 1048576 bytes"),
     (an_anchor, "found an anchor or alias"),
+    (thousands_of_aliases, "found an alias (*)"),
+    (more_values_than_any_kubeconfig, "wanted at most 100000 values, found more"),
+    (many_users_with_our_certificate, "wanted at most 8 users with the node's certificates, found more"),
     (a_taken_name, "Is a directory"),
 ]
 
@@ -358,6 +381,39 @@ def test_a_copy_that_is_read_for_ever_holds_up_nothing(
     assert (order, code) == (["restart and proof", "copy", "copy"], str(Exit.NOT_LIVE))
     assert [error for error in errors if f"{dead}: wanted to refresh it within 0 s" in error] == errors
     assert is_fresh(good, node)
+
+
+def test_a_key_that_takes_minutes_to_check_is_not_read(node: Pki, home: Path, tmp_path: Path) -> None:
+    """The node's certificate with an RSA key of two large Mersenne primes: it is left alone, and stops nobody."""
+    copy = given(node, home / "config")
+    document = yaml.safe_load(copy.read_text())
+    document["users"][0]["user"]["client-key-data"] = base64.b64encode(mersenne_key()).decode()
+    copy.write_text(yaml.safe_dump(document))
+    before = copy.read_bytes()
+    good = given(node, tmp_path / "monitoring.conf", uid=0)
+
+    started = time.process_time()
+    assert renewed(settings_with(node, tmp_path, copy, good), "all") == ["0"]
+
+    assert time.process_time() - started < 10  # a hundred quiet seconds otherwise
+    assert copy.read_bytes() == before
+    assert is_fresh(good, node)
+
+
+def mersenne_key() -> bytes:
+    """An RSA key of 13,942 bits in PKCS #1, made in no time."""
+    p, q = 2**9689 - 1, 2**4253 - 1
+    d = pow(65537, -1, (p - 1) * (q - 1))
+    numbers = (0, p * q, 65537, d, p, q, d % (p - 1), d % (q - 1), pow(q, -1, p))
+    content = b"".join(tlv(0x02, number.to_bytes(number.bit_length() // 8 + 1)) for number in numbers)
+    encoded = base64.encodebytes(tlv(0x30, content))
+    return b"-----BEGIN RSA PRIVATE KEY-----\n" + encoded + b"-----END RSA PRIVATE KEY-----\n"
+
+
+def tlv(tag: int, content: bytes) -> bytes:
+    """One DER value."""
+    length = len(content).to_bytes((len(content).bit_length() + 7) // 8 or 1)
+    return bytes([tag, *((0x80 | len(length),) if len(content) > 0x7F else ()), *length]) + content
 
 
 def test_once_mended_a_copy_is_refreshed(node: Pki, home: Path, tmp_path: Path) -> None:
