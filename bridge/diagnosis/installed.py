@@ -13,12 +13,14 @@ from urllib.parse import urlsplit
 from cryptography import x509
 from cryptography.x509.verification import VerificationError as NoPathError
 
-from bridge.diagnosis.findings import Finding, from_error
+from bridge.diagnosis.findings import Finding, Level, from_error
 from bridge.errors import BridgeError
-from bridge.node import kubeconfig
+from bridge.node import endpoints, kubeconfig
 from bridge.node.inventory import AuthorityState, Item, Node
 from bridge.node.kubeconfig import Kubeconfig, KubeconfigError
-from bridge.node.pair import key_finding
+from bridge.node.kubelet import KubeletFiles
+from bridge.node.manifests import path_of, pod_name
+from bridge.node.pair import is_sa_pair, key_finding
 from bridge.pki import expiry, identity, verify
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates, name_text, san_entries
 from bridge.renewal.select import ForeignIdentityError, foreign_identity
@@ -35,6 +37,7 @@ _OVERDUE_SHARE = 0.5
 _ROOTLESS = "kubeadm-"
 
 _BEFORE_JOIN = "not here yet: `kubeadm join` writes it from kubelet.conf, and refuses one that is there"
+_SA_HINT = "copy sa.key and sa.pub from another control-plane node, or from a backup; never make new ones"
 _RESTORE = "put the right one back, from a backup (`ca-bridge backups`) or another copy"
 
 
@@ -58,7 +61,10 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
             yield Finding(level="ok", check="ca", about=f"CA {state.authority.name}", text=_BEFORE_JOIN)
         else:
             yield from _authority(state, now)
+            yield from _further_cas(state, node, now)
+    yield from _service_account(node, settings)
     yield from _places(node, settings)
+    yield from _manifests(node, settings)
 
 
 def _node_name(node: Node, settings: Settings) -> Iterator[Finding]:
@@ -148,7 +154,7 @@ def _identity(item: Item, settings: Settings) -> Iterator[Finding]:
 
 def _end(item: Item, settings: Settings, now: datetime) -> Finding:
     """A finding about a certificate's end; one that is due is nothing to worry about, unless nobody renews it."""
-    name, end = item.spec.name, expiry.first_end(item.ending)
+    name, end = item.spec.name, expiry.first_end(item.renewable)
     if expiry.is_early(item.certificates[:1], now):
         hint = "put the clock right; if it is right, it was wrong before: `ca-bridge renew NAME` makes a new one"
         return _early(item.certificates[0], name, now, hint)
@@ -157,11 +163,11 @@ def _end(item: Item, settings: Settings, now: datetime) -> Finding:
         hint = (
             "`ca-bridge renew` takes expired certificates too" if item.managed else "why did the kubelet not rotate it?"
         )
-        text = expiry.left_text(end, now)
+        text = expiry.left_text(end, now) + _by_its_ca(item, end)
         if name == KUBELET_CONF:
             text += "; a kubelet that starts with it ends at once: after a reboot nothing on this node comes up"
         return Finding(level="error", check="expired", about=name, text=text, hint=hint)
-    if item.rotates and not expiry.is_rotation_late(item.ending, now):
+    if item.rotates and not expiry.is_rotation_late(item.renewable, now):
         config = settings.node.kubelet_dir / "config.yaml"
         unless = "" if config.exists() else f", unless its configuration says otherwise: no {config} is here"
         text = f"{expiry.left_text(end, now)}; rotated by the kubelet itself{unless}"
@@ -173,11 +179,18 @@ def _end(item: Item, settings: Settings, now: datetime) -> Finding:
     before = settings.renewal.before.of(min(end - begin, settings.renewal.validity))
     due_since = max(begin, end - before)  # one that lives shorter than that is due from its first day
     if end - now < (end - due_since) * _OVERDUE_SHARE:
-        text = f"{expiry.left_text(end, now)}, and due since {expiry.minute(due_since)}"
+        text = f"{expiry.left_text(end, now)}{_by_its_ca(item, end)}, and due since {expiry.minute(due_since)}"
         hint = "does the timer or cron job run? `ca-bridge renew` does it now"
         return Finding(level="warning", check="overdue", about=name, text=text, hint=hint)
     due = ", due" if end - now < before else ""
-    return Finding(level="ok", check="certificate", about=name, text=f"{expiry.left_text(end, now)}{due}")
+    text = f"{expiry.left_text(end, now)}{_by_its_ca(item, end)}{due}"
+    return Finding(level="ok", check="certificate", about=name, text=text)
+
+
+def _by_its_ca(item: Item, end: datetime) -> str:
+    """Words for an end that is not the certificate's own; a renewal puts it below the first CA of the file."""
+    is_earlier = item.anchor is not None and item.anchor.not_valid_after_utc == end
+    return f", with its CA, which is not the first in {item.anchor_path}" if is_earlier else ""
 
 
 # --- its key ---------------------------------------------------------------------------------------------------------
@@ -233,6 +246,7 @@ def open_directories(places: Iterable[Path]) -> Iterator[Finding]:
 
 
 def _exposed(path: Path, about: str) -> Iterator[Finding]:
+    """What another user than root and ours has a hand in, on the way to a file or in it."""
     found = exposure(path)
     if found is None:
         return
@@ -314,6 +328,26 @@ def _authority(state: AuthorityState, now: datetime) -> Iterator[Finding]:
         text = "its key is on this disk; whoever reads it can be anybody in the cluster"
         hint = "move it to where certificates are signed"
         yield Finding(level="warning", check="ca-key-on-disk", about=about, text=text, hint=hint)
+
+
+def _further_cas(state: AuthorityState, node: Node, now: datetime) -> Iterator[Finding]:
+    """A finding for each CA behind the first; one that has ended is an error only where a certificate leads to it."""
+    for number, certificate in enumerate(state.certificates[1:], start=2):
+        about, end = f"CA {state.authority.name}, number {number} in its file", certificate.not_valid_after_utc
+        names = [item.spec.name for item in node.items if item.anchor == certificate]
+        if names and end - now < CA_ENDS_SOON:
+            left = expiry.left_text(end, now)
+            text = f"{left}; from its end on Kubernetes refuses what leads to it: {', '.join(names)}"
+            hint = f"ca-bridge renew {' '.join(names)}: the first CA of {state.path} signs the next ones"
+            level: Level = "error" if end <= now else "warning"
+            check = "ca-expired" if end <= now else "ca-ends-soon"
+            yield Finding(level=level, check=check, about=about, text=text, hint=hint)
+        elif end <= now:
+            text = f"{expiry.left_text(end, now)}; no certificate on this node leads to it"
+            hint = f"take it out of {state.path} when no node of the cluster needs it"
+            yield Finding(level="warning", check="ca-expired", about=about, text=text, hint=hint)
+        else:
+            yield ca_end(certificate, about, now)
 
 
 def ca_end(certificate: x509.Certificate, about: str, now: datetime, more: str = "") -> Finding:
@@ -407,6 +441,34 @@ def is_named(certificate: x509.Certificate, host: str) -> bool:
     return host.lower() in names or f"*.{host.lower().partition('.')[2]}" in names
 
 
+# --- keys of service accounts ----------------------------------------------------------------------------------------
+
+
+def _service_account(node: Node, settings: Settings) -> Iterator[Finding]:
+    """An API server without them does not start, and no renewal makes them: tokens count with the same pair alone."""
+    apiserver = node.manifests.get(Component.APISERVER)
+    if apiserver is None:
+        return
+    found: list[bytes] = []
+    for flag, base in (("--service-account-signing-key-file", "sa.key"), ("--service-account-key-file", "sa.pub")):
+        path = endpoints.file(apiserver.flags, flag) or settings.node.pki_dir / base
+        try:
+            data = read(path)
+        except UnreadableError as e:
+            yield Finding(level="error", check="service-account-key", about=base, text=f"{path}: {e}")
+            return
+        if not data:
+            text = f"wanted the service account key in {path}, found {'nothing' if data is None else 'an empty file'}"
+            yield Finding(level="error", check="service-account-key", about=base, text=text, hint=_SA_HINT)
+            continue
+        found.append(data)
+        if flag == "--service-account-signing-key-file":
+            yield from private_file(path, base)
+    if len(found) == 2 and b"PUBLIC KEY" in found[1] and not is_sa_pair(*found):  # noqa: PLR2004 (a pair)
+        text = "wanted sa.key and sa.pub to be a pair, found two of different pairs"
+        yield Finding(level="error", check="service-account-key", about="sa.pub", text=text, hint=_SA_HINT)
+
+
 # --- the directories -------------------------------------------------------------------------------------------------
 
 
@@ -414,4 +476,29 @@ def _places(node: Node, settings: Settings) -> Iterator[Finding]:
     """Whoever may write to a directory may put files of his own in the place of ours."""
     places = [settings.node.pki_dir, settings.node.kubeconfig_dir]
     places += [item.certificate_path.parent for item in node.items if item.state == "present"]
+    manifests = settings.node.kubeconfig_dir / "manifests"
+    if manifests.is_dir():
+        places.append(manifests)  # the kubelet starts, as root if it says so, what is put there
     yield from open_directories(places)
+
+
+def _manifests(node: Node, settings: Settings) -> Iterator[Finding]:
+    """A kubelet takes each file of its directory for a pod, whatever it is called, and follows links."""
+    directory = settings.node.kubeconfig_dir / "manifests"
+    if not node.manifests or not directory.is_dir():
+        return
+    static = KubeletFiles.load(settings.node.kubelet_dir).static_pods
+    if static is not None and os.path.realpath(static) != os.path.realpath(directory):
+        text = f"wanted the kubelet to take its static pods from {directory}, found staticPodPath {one_line(static)}"
+        hint = "a restart moves manifests in the first, which this kubelet does not read: set one of the two right"
+        yield Finding(level="error", check="static-pod-path", about="kubelet", text=text, hint=hint)
+    ours = {path_of(component, settings.node.kubeconfig_dir).name: component for component in node.manifests}
+    for path in sorted(directory.iterdir()):
+        if path.name.startswith(".") or path.is_dir():
+            continue  # a kubelet passes over them
+        yield from _exposed(path, str(path)) if path.is_symlink() or path.name in ours else ()
+        name = pod_name(path) if path.name not in ours else None
+        if name in {component.value for component in ours.values()}:
+            text = f"wanted one manifest of {name}, found a second one: a kubelet takes every file of this directory"
+            hint = f"mv {path} to a directory that no kubelet reads"
+            yield Finding(level="error", check="second-manifest", about=str(path), text=text, hint=hint)

@@ -36,7 +36,7 @@ _EXTRA_ARGS = (Path("/etc/default/kubelet"), Path("/etc/sysconfig/kubelet"))
 OURS = b"# Put here by ca-bridge, and not by the kubelet.\n"
 
 _POD_KEYS = ("healthzBindAddress", "healthzPort", "containerRuntimeEndpoint")
-_KEYS = ("rotateCertificates", "serverTLSBootstrap", "tlsCertFile", "tlsPrivateKeyFile")
+_KEYS = ("staticPodPath", "rotateCertificates", "serverTLSBootstrap", "tlsCertFile", "tlsPrivateKeyFile")
 _FLAGS = {
     "--rotate-certificates": "rotateCertificates",
     "--rotate-server-certificates": "serverTLSBootstrap",
@@ -45,6 +45,7 @@ _FLAGS = {
     "--cert-dir": "certDir",
     "--hostname-override": "hostname",
     "--node-ip": "nodeIP",
+    "--pod-manifest-path": "staticPodPath",
 }
 
 #: made: the kubelet makes a pair that nobody has signed, unless there is one; named: `tlsCertFile`; asked: by
@@ -81,6 +82,7 @@ class KubeletFiles:
     key: Path  #: The same file where both are in one.
     hostname: str  #: `--hostname-override`; empty: none.
     addresses: tuple[str, ...]  #: `--node-ip`, without the unspecified ones.
+    static_pods: Path | None = None  #: `staticPodPath`; None: no configuration that could be read names it.
     trouble: str | None = None  #: Why its configuration can't be read; one that is not there is none.
 
     @property
@@ -112,6 +114,7 @@ class KubeletFiles:
             key=pair[1],
             hostname=found.get("hostname", ""),
             addresses=tuple(a for a in found.get("nodeIP", "").split(",") if a and a not in ("0.0.0.0", "::")),  # noqa: S104 (not bound)
+            static_pods=Path(found["staticPodPath"]) if found.get("staticPodPath") else None,
             trouble=trouble,
         )
 

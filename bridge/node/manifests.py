@@ -45,6 +45,15 @@ def load(component: Component, kubeconfig_dir: Path) -> Manifest | None:
         raise ValueError(f"{path}: {e}") from None
 
 
+def pod_name(path: Path) -> str | None:
+    """The name of the pod in any file of the manifests' directory; None: a kubelet makes no pod of it."""
+    try:
+        metadata = document(split_bom(read(path) or b"")[1]).get("metadata")
+        return None if metadata is None else _text(metadata.get("name"))
+    except (UnreadableError, YamlError):
+        return None
+
+
 def parse(component: Component, data: bytes) -> Manifest:
     """Read a manifest."""
     container = _container(document(split_bom(data)[1]), component.value)

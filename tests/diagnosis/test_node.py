@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509 import load_pem_x509_certificate
 
+from bridge.bootstrap.keys import sa_public_pem
 from bridge.diagnosis import findings
 from bridge.diagnosis.examination import examine
 from bridge.diagnosis.findings import Finding
@@ -250,6 +251,56 @@ def node_by_another_name(site: Site) -> None:
     site.edit(site.bridge.config, f'"{NODE}"', '"cp-7"')
 
 
+def no_service_account_key(site: Site) -> None:
+    (site.pki.pki_dir / "sa.key").unlink()
+
+
+def empty_public_key_of_service_accounts(site: Site) -> None:
+    (site.pki.pki_dir / "sa.pub").write_bytes(b"")
+
+
+def another_pair_of_service_accounts(site: Site) -> None:
+    key = generate_key("ecdsa-p256")
+    (site.pki.pki_dir / "sa.pub").write_bytes(sa_public_pem(key))
+
+
+def below_a_ca_that_has_ended(site: Site) -> None:
+    """The certificates are young, and the CA that they lead to, which is no longer the first, ended yesterday."""
+    new, old = site.pki.root.parent / "new", site.pki.root.parent / "old"
+    now = datetime.now(UTC)
+    sample_pki.make(
+        old, now=now - timedelta(9), not_after=now + timedelta(90), ca_not_after=now - timedelta(1), key="ecdsa-p256"
+    )
+    sample_pki.make(new, now=now - timedelta(1), not_after=now + timedelta(90), key="ecdsa-p256")
+    for base in ("front-proxy-client.crt", "front-proxy-client.key"):
+        shutil.copy(old / "pki" / base, site.pki.pki_dir / base)
+    both = [(one / "pki/front-proxy-ca.crt").read_bytes() for one in (new, old)]
+    (site.pki.pki_dir / "front-proxy-ca.crt").write_bytes(b"".join(both))
+
+
+def open_manifests_directory(site: Site) -> None:
+    (site.kubernetes / "manifests").chmod(0o777)
+
+
+def second_manifest(site: Site) -> None:
+    shutil.copy(site.manifest("kube-apiserver"), site.kubernetes / "manifests/kube-apiserver.yaml.bak")
+
+
+def manifest_of_another_user(site: Site) -> None:
+    there = site.pki.root.parent / "kube-apiserver.yaml"
+    shutil.copy(site.manifest("kube-apiserver"), there)
+    os.chown(there, 12345, 12345)
+    site.manifest("kube-apiserver").unlink()
+    site.manifest("kube-apiserver").symlink_to(there)
+
+
+def manifests_that_no_kubelet_reads(site: Site) -> None:
+    kubelet = site.bridge.directory / "kubelet"
+    kubelet.mkdir()
+    (kubelet / "config.yaml").write_text("kind: KubeletConfiguration\nstaticPodPath: /etc/kubelet.d\n")
+    site.edit(site.bridge.config, f'name = "{NODE}"\n', f'name = "{NODE}"\nkubelet_dir = "{kubelet}"\n')
+
+
 # --- who uses it -----------------------------------------------------------------------------------------------------
 
 
@@ -289,6 +340,23 @@ def no_command_for_the_kubelet(site: Site) -> None:
 def restart_command_that_is_not_there(site: Site) -> None:
     site.bridge.add("restart", {"method": "static-pods", "components": "all"})
     site.bridge.add("restart.commands", {"kubelet": "/nowhere/restart kubelet"})
+
+
+def program_of_another_user(site: Site) -> Path:
+    program = site.bridge.directory / "tell"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o777)
+    os.chown(program, 65534, 65534)
+    return program
+
+
+def hook_of_another_user(site: Site) -> None:
+    site.bridge.add("hooks", {"success": str(program_of_another_user(site))})
+
+
+def restart_command_of_another_user(site: Site) -> None:
+    site.bridge.add("restart", {"method": "static-pods", "components": "all"})
+    site.bridge.add("restart.commands", {"kubelet": str(program_of_another_user(site))})
 
 
 def hook_that_is_not_there(site: Site) -> None:
@@ -367,6 +435,15 @@ FAULTS: list[tuple[Callable[[Site], None], str, str, str]] = [
     (clock_behind, "error", "clock", "CA etcd-ca"),
     (ca_key_on_the_disk, "warning", "ca-key-on-disk", "CA front-proxy-ca"),
     (no_ca, "error", "ca-missing", "CA front-proxy-ca"),
+    (no_service_account_key, "error", "service-account-key", "sa.key"),
+    (empty_public_key_of_service_accounts, "error", "service-account-key", "sa.pub"),
+    (another_pair_of_service_accounts, "error", "service-account-key", "sa.pub"),
+    (below_a_ca_that_has_ended, "error", "expired", "front-proxy-client"),
+    (below_a_ca_that_has_ended, "error", "ca-expired", "CA front-proxy-ca, number 2 in its file"),
+    (open_manifests_directory, "error", "open-directory", "{kubernetes}/manifests"),
+    (second_manifest, "error", "second-manifest", "{kubernetes}/manifests/kube-apiserver.yaml.bak"),
+    (manifest_of_another_user, "error", "owner", "{there}/kube-apiserver.yaml"),
+    (manifests_that_no_kubelet_reads, "error", "static-pod-path", "kubelet"),
     (node_by_another_name, "warning", "node-name", "node.name"),
     (manifest_names_another_file, "error", "manifest-names-another-file", "apiserver"),
     (manifest_names_another_key, "error", "manifest-names-another-file", "etcd-server"),
@@ -375,6 +452,8 @@ FAULTS: list[tuple[Callable[[Site], None], str, str, str]] = [
     (new_address_of_etcd, "warning", "sans-of-manifest", "etcd-peer"),
     (no_command_for_the_kubelet, "error", "restart-command", "restart.commands.kubelet"),
     (restart_command_that_is_not_there, "error", "restart-command", "restart.commands.kubelet"),
+    (hook_of_another_user, "error", "hook", "hook success"),
+    (restart_command_of_another_user, "error", "restart-command", "restart.commands.kubelet"),
     (hook_that_is_not_there, "warning", "hook", "hook success"),
     (interrupted, "warning", "interrupted", "state directory"),
     (open_state_directory, "error", "state-directory", "state directory"),
@@ -396,7 +475,13 @@ def test_finds_a_planted_fault_by_name(
 
     plant(site)
 
-    places = {"pki": site.pki.pki_dir, "home": site.home, "bridge": site.bridge.directory}
+    places = {
+        "kubernetes": site.kubernetes,
+        "pki": site.pki.pki_dir,
+        "home": site.home,
+        "bridge": site.bridge.directory,
+        "there": site.pki.root.parent,
+    }
     assert (level, check, about.format_map(places)) in site.wrong()
 
 
