@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from bridge.node import inventory
 from bridge.node.expiry_report import ExpiryReport, Limit, Row, report
-from bridge.pki.expiry import is_early, residual
+from bridge.pki.expiry import residual
 from bridge.renewal import in_use
 from bridge.settings.tables import Settings
 from bridge.words import one_line
@@ -69,7 +69,7 @@ def check(
     node = inventory.of(settings.node)
     early, late = report(node, now, limits.warning), report(node, now, limits.critical)
     unused = [] if failures is None else in_use.late(settings, node, now)
-    critical, warning = _critical(late, now), _warning(early, late, failures, unused)
+    critical, warning = _critical(late), _warning(early, late, failures, unused)
     status = 2 if critical or early.troubles else 1 if warning else 0
     what = ", ".join([*critical, *warning]) or _good(early)
     unseen = "" if failures is not None else " (failed runs are for root to see)"
@@ -82,13 +82,13 @@ def unknown(why: str) -> str:
     return f"CERTIFICATES {_WORDS[UNKNOWN]} - {one_line(why).replace('|', '/')}"
 
 
-def _critical(late: ExpiryReport, now: datetime) -> list[str]:
+def _critical(late: ExpiryReport) -> list[str]:
     rows = [row for row in late.rows if not (row.state == "missing" and row.optional)]
     return [
         *(f"{row.name} expired" for row in rows if row.expired),
-        *(f"{row.name} is not valid yet" for row in rows if not row.foreign and is_early(row.chain, now)),
+        *(f"{row.name} is not valid yet" for row in rows if row.early and not row.foreign),
         *(f"{row.name} {row.state}" for row in rows if row.state != "present"),
-        *(_ends(row) for row in rows if row.due and not row.expired),
+        *(_ends(row) for row in rows if row.due and row.chain and not row.expired and not row.early),
     ]
 
 
@@ -97,7 +97,7 @@ def _warning(
 ) -> list[str]:
     told = {row.name for row in late.rows if row.due}
     return [
-        *(_ends(row) for row in early.rows if row.due and row.name not in told),
+        *(_ends(row) for row in early.rows if row.due and row.chain and row.name not in told),
         *(f"{name}: {found}" for name, found in (failures or {}).items()),
         *(f"{one.component.value} does not use its new {one.certificate} yet" for one in unused if one.component),
     ]

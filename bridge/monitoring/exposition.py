@@ -43,7 +43,7 @@ def due_times(node: Node, renewal: RenewalSettings) -> dict[str, datetime]:
         renewal: `before` and `validity` say when it is due.
     """
     return {
-        item.spec.name: due_from(item.ending, renewal.before, renewal.validity, rotates=item.rotates)
+        item.spec.name: due_from(item.renewable, renewal.before, renewal.validity, rotates=item.rotates)
         for item in node.items
         if item.state == "present" and _is_ours(item)
     }
@@ -70,7 +70,7 @@ def _of_files(found: ExpiryReport, due: Mapping[str, datetime]) -> Iterator[str]
     cas = [*found.authorities, *(row for row in found.extra if not row.authority)]
     yield _metric(
         "ca_bridge_certificate_not_after_seconds",
-        "End of a certificate's validity, or of its intermediate's if that is sooner.",
+        "End of a certificate's validity, or of its intermediate's or CA's if that is sooner.",
         ((_labels(row), _end(row)) for row in leaves if row.certificate),
     )
     yield _metric(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from cryptography import x509
 
 from bridge.node.inventory import AuthorityState, FileState, Item, Node
-from bridge.pki.expiry import ROTATION_IS_LATE, first_end, seconds_left
+from bridge.pki.expiry import ROTATION_IS_LATE, first_end, is_early, seconds_left
 from bridge.specs import KUBELET_CONF
 
 #: How long before its end a certificate is due, by its lifetime.
@@ -30,10 +30,11 @@ class Row:
     authority: str | None  #: None for a CA itself.
     external: bool  #: Its CA's key is not on the node.
     first: bool  #: A kubelet's client certificate that has ended, or soon does: a node that reboots stays down.
-    due: bool  #: Ends within the time asked for, or has ended; False when nothing was asked for.
+    due: bool  #: Ends within the time asked for, is not valid yet, or has to be here and is not; False: nothing was asked.
     limit: timedelta | None  #: With less than this left it is due; None: nothing was asked for.
     optional: bool = False  #: A healthy node may be without it.
-    foreign: bool = False  #: Not of the cluster's CA: shown, and nobody renews it unasked.
+    foreign: bool = False  #: Not of the cluster's CA, or a further CA that nothing here leads to: shown, and never due.
+    early: bool = False  #: It, an intermediate or its CA is not valid yet, by this node's clock.
 
     @property
     def certificate(self) -> x509.Certificate | None:
@@ -78,6 +79,7 @@ def report(node: Node, now: datetime, within: Limit | None) -> ExpiryReport:
                 key=lambda row: not row.first,
             ),
             *(_authority_row(state, now, within) for state in node.authorities if not state.listed),
+            *(row for state in node.authorities for row in _further_rows(state, node, now, within)),
         ],
         troubles=node.troubles,
     )
@@ -94,39 +96,61 @@ def _item_row(item: Item, now: datetime, within: Limit | None) -> Row:
     limit = _limit(item.ending, within, late_share)
     chain, path = item.ending, item.certificate_path
     if item.copy and item.current is not None and first_end(item.copy) < first_end(item.certificates):
-        chain, path = (*item.copy, *item.certificates), item.current
+        chain, path = (*item.copy, *item.ending), item.current
     return Row(
         name=item.spec.name,
         path=str(path),
-        state=item.state,
-        trouble=item.trouble,
+        state="broken" if item.key_trouble else item.state,
+        trouble=item.trouble or item.key_trouble,
         chain=chain,
         seconds_left=_left(chain, now),
         chain_seconds_left=_chain_left(chain, now),
         authority="none" if item.foreign else item.spec.authority.name,
         external=item.authority_external and not item.foreign,
         foreign=item.foreign,
-        due=_is_due(chain, now, limit),
+        due=_is_due(chain, now, limit) or (within is not None and _is_lacking(item)),
+        early=not item.foreign and is_early(chain, now),
         first=item.spec.name == KUBELET_CONF and _is_due(chain, now, limit or _limit(chain, _soon, late_share)),
         limit=limit,
         optional=item.spec.optional,
     )
 
 
+def _is_lacking(item: Item) -> bool:
+    return item.key_trouble is not None or (item.state == "missing" and not item.spec.optional)
+
+
 def _authority_row(state: AuthorityState, now: datetime, within: Limit | None) -> Row:
-    limit = _limit(state.certificates[:1], within, late_share=1)
+    row = _ca_row(state, state.authority.name, state.certificates[:1], now, within)
+    return replace(row, due=row.due or (within is not None and state.state == "missing"))
+
+
+def _further_rows(state: AuthorityState, node: Node, now: datetime, within: Limit | None) -> Iterator[Row]:
+    """A row for each CA behind the first of a file; only one that a certificate here leads to is ever due."""
+    used = {item.anchor for item in node.items}
+    for number, certificate in enumerate(state.certificates[1:], start=2):
+        is_used = certificate in used
+        row = _ca_row(state, f"{state.authority.name}-{number}", [certificate], now, within if is_used else None)
+        yield replace(row, foreign=not is_used)
+
+
+def _ca_row(
+    state: AuthorityState, name: str, chain: Sequence[x509.Certificate], now: datetime, within: Limit | None
+) -> Row:
+    limit = _limit(chain, within, late_share=1)
     return Row(
-        name=state.authority.name,
+        name=name,
         path=str(state.path),
         state=state.state,
         trouble=state.trouble,
-        chain=state.certificates[:1],
-        seconds_left=_left(state.certificates, now),
-        chain_seconds_left=_left(state.certificates, now),
+        chain=chain,
+        seconds_left=_left(chain, now),
+        chain_seconds_left=_left(chain, now),
         authority=None,
         external=state.key == "external",
         first=False,
-        due=_is_due(state.certificates[:1], now, limit),
+        due=_is_due(chain, now, limit),
+        early=is_early(chain, now),
         limit=limit,
     )
 
@@ -150,4 +174,4 @@ def _is_due(chain: Sequence[x509.Certificate], now: datetime, limit: timedelta |
     if limit is None:
         return False
     end = first_end(chain)
-    return end < now or end - now < limit
+    return end < now or end - now < limit or is_early(chain, now)

@@ -25,7 +25,7 @@ from bridge.node.kubeconfig import parse as parse_kubeconfig
 from bridge.node.kubelet import KUBELET_DIR, KubeletFiles
 from bridge.node.manifests import Manifest
 from bridge.pki import identity
-from bridge.pki.certificates import is_ca, load_pem_certificates
+from bridge.pki.certificates import has_key_of, is_ca, load_pem_certificates
 from bridge.settings.tables import NodeSettings
 from bridge.specs import (
     AUTHORITIES,
@@ -73,6 +73,9 @@ class Item:
     copy: tuple[
         x509.Certificate, ...
     ] = ()  #: Of an embedded one: what the kubelet keeps beside it; its end counts, too.
+    anchor: x509.Certificate | None = None  #: The CA in its CA file that it leads to.
+    is_anchor_first: bool = True  #: It is the file's first CA, which signs new certificates.
+    key_trouble: str | None = None  #: "wanted …, found …" where its key is missing, empty or another certificate's.
     foreign: bool = False  #: No CA of the cluster signed it: made by the kubelet itself, or somebody else's.
     obstacle: BridgeError | None = None  #: Why its files can't be replaced; it can be read and used nevertheless.
 
@@ -84,8 +87,13 @@ class Item:
 
     @property
     def ending(self) -> tuple[x509.Certificate, ...]:
-        """Certificates of which none may end: its own, its intermediates, and a kubelet's copy."""
-        return (*self.certificates, *self.copy)
+        """Certificates of which none may end: its own, its intermediates, a kubelet's copy, and its CA."""
+        return (*self.certificates, *self.copy, *([self.anchor] if self.anchor is not None else []))
+
+    @property
+    def renewable(self) -> tuple[x509.Certificate, ...]:
+        """Those of `ending` that a renewal replaces: an earlier CA of the file is left behind, the first one is not."""
+        return (*self.certificates, *self.copy) if self.is_anchor_first else self.ending
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +145,7 @@ class _Found(NamedTuple):
     certificates: tuple[x509.Certificate, ...] = ()
     trouble: str | None = None
     obstacle: BridgeError | None = None
+    has_key: bool | None = None  #: The same file has the certificate's key; None: not told.
 
 
 class NoNodeError(BridgeError):
@@ -199,8 +208,8 @@ def read(pki_dir: Path, kubeconfig_dir: Path, kubelet_dir: Path = KUBELET_DIR) -
 def _troubles(items: Sequence[Item], authorities: Sequence[AuthorityState]) -> Iterator[str]:
     """A kubelet's client certificate first: a rebooted node can't do without it."""
     for item in sorted(items, key=lambda one: one.spec != _KUBELET):
-        if item.trouble:
-            yield f"{item.spec.name}: {item.trouble}"
+        if trouble := item.trouble or item.key_trouble:
+            yield f"{item.spec.name}: {trouble}"
     for state in authorities:
         if state.trouble:
             yield f"{state.authority.name}: {state.trouble}"
@@ -352,7 +361,8 @@ def _certificates_in(path: Path) -> _Found:
         data = read_file(path)
         if data is None:
             return _Found(state="missing")
-        return _Found(state="present", certificates=tuple(load_pem_certificates(data)))
+        certificates = tuple(load_pem_certificates(data))
+        return _Found(state="present", certificates=certificates, has_key=has_key_of(data, certificates[0]))
     except UnreadableError as e:
         return _Found(state="unreadable", trouble=f"wanted a certificate in {path}, found: {e}")
     except ValueError as e:
@@ -436,7 +446,7 @@ def _serving_items(authority: AuthorityState, kubelet: KubeletFiles) -> list[Ite
         if authority.certificates
         else found.certificates[-1].issuer != found.certificates[-1].subject  # a kubelet puts its own CA behind it
     )
-    return [dataclasses.replace(item, foreign=not is_ours)]
+    return [item if is_ours else dataclasses.replace(item, foreign=True, key_trouble=None)]
 
 
 def _embedded(path: Path, parsed: Kubeconfig) -> _Found:
@@ -454,7 +464,7 @@ def _embedded(path: Path, parsed: Kubeconfig) -> _Found:
     except ValueError as e:
         return _Found(state="broken", trouble=f"wanted a client certificate {where}, found {e}")
     obstacle = KubeconfigError(parsed.not_editable).of(path) if parsed.not_editable is not None else None
-    return _Found(state="present", certificates=certificates, obstacle=obstacle)
+    return _Found(state="present", certificates=certificates, obstacle=obstacle, has_key=parsed.key_fits)
 
 
 def _referring_item(
@@ -500,6 +510,7 @@ def _item(
     managed: bool = True,
     listed: bool = True,
 ) -> Item:
+    anchor = identity.anchor_of(found.certificates, authority.certificates) if found.certificates else None
     return Item(
         spec=spec,
         authority_external=authority.key == "external",
@@ -513,4 +524,32 @@ def _item(
         managed=managed,
         listed=listed,
         obstacle=found.obstacle,
+        anchor=anchor,
+        is_anchor_first=anchor in (None, *authority.certificates[:1]),
+        key_trouble=_key_trouble(found, certificate_path, key_path) if found.certificates else None,
     )
+
+
+def _key_trouble(found: _Found, certificate_path: Path, key_path: Path | None) -> str | None:
+    """Why a certificate can't be used for its key; a file with nothing but a key is not opened, see `other_key`."""
+    wanted = f"wanted the key of {certificate_path}"
+    if key_path is None or _real(key_path) == _real(certificate_path):
+        return f"{wanted} in it, found none or another certificate's" if found.has_key is False else None
+    try:
+        size = key_path.stat().st_size
+    except FileNotFoundError:
+        return f"{wanted} in {key_path}, found nothing"
+    except (OSError, ValueError):  # not ours to look at, or no path
+        return None
+    return None if size else f"{wanted} in {key_path}, found an empty file"
+
+
+def other_key(item: Item) -> str | None:
+    """Why an item's key is not its certificate's, by a look into the file with the key; None: it is, or not told."""
+    if item.key_path is None or not item.certificates or item.in_one_file:
+        return None
+    try:
+        fits = has_key_of(read_file(item.key_path) or b"", item.certificates[0])
+    except UnreadableError:
+        return None
+    return f"wanted the key of {item.certificate_path} in {item.key_path}, found another" if fits is False else None

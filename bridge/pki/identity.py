@@ -57,15 +57,20 @@ def _issuer(
 
 def leads_to(certificates: Sequence[x509.Certificate], anchors: Sequence[x509.Certificate]) -> bool:
     """Whether one of these CAs signed it, at whatever time; the leaf, then intermediates."""
+    return anchor_of(certificates, anchors) is not None
+
+
+def anchor_of(certificates: Sequence[x509.Certificate], anchors: Sequence[x509.Certificate]) -> x509.Certificate | None:
+    """The CA that a certificate leads to (the leaf, then intermediates); of several, the one that ends last."""
     current, *intermediates = certificates
+    found: list[x509.Certificate] = []
     for _ in range(_MOST_INTERMEDIATES + 1):
-        if any(is_signed_by(current, anchor) for anchor in anchors):
-            return True
+        found += [anchor for anchor in anchors if is_signed_by(current, anchor)]
         above = [each for each in intermediates if each != current and is_ca(each) and is_signed_by(current, each)]
-        if not above:
-            return False
+        if found or not above:
+            break
         current = above[0]
-    return False
+    return max(found, key=lambda anchor: anchor.not_valid_after_utc, default=None)
 
 
 def _user(spec: CertificateSpec, leaf: x509.Certificate) -> Iterator[Violation]:

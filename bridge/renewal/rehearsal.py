@@ -97,7 +97,7 @@ def _within(selection: Selection, settings: Settings, now: datetime, ahead: time
 
     def is_near(item: Item) -> bool:
         return not item.certificates or now + ahead >= due_from(
-            item.ending, renewal.before, renewal.validity, rotates=item.rotates
+            item.renewable, renewal.before, renewal.validity, rotates=item.rotates
         )
 
     items = tuple(item for item in selection.items if is_near(item))

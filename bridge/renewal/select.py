@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from cryptography import x509
 
 from bridge.errors import BridgeError, SettingsError, SettingsProblem, Violation
-from bridge.node.inventory import Item, Node, NoNodeError
+from bridge.node.inventory import Item, Node, NoNodeError, other_key
 from bridge.pki import expiry, identity
 from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF, KUBELET_SERVER, SPECS, SUPER_ADMIN, CertificateSpec, Component, KeyAlgorithm
@@ -111,6 +111,7 @@ class Selection:
     waived: tuple[str, ...] = ()  #: Sentences about identities that are renewed as they are.
     powerful: tuple[str, ...] = ()  #: Sentences about what is renewed because it is there, and need not be.
     costs: tuple[str, ...] = ()  #: Sentences about what users notice of the installation.
+    lost: tuple[str, ...] = ()  #: Sentences about keys that are none for their certificate.
     #: By certificate name, where the next one differs from the live one, or there is no live one.
     desired: Mapping[str, Desired] = field(default_factory=dict)
 
@@ -119,7 +120,7 @@ class Selection:
         """Sentences for the operator before a CA is asked."""
         names = [item.spec.name for item in self.items]
         changed = (note for name in names if name in self.desired for note in self.desired[name].notes)
-        return (*self.waived, *self.powerful, *self.costs, *changed)
+        return (*self.lost, *self.waived, *self.powerful, *self.costs, *changed)
 
 
 def select(
@@ -158,10 +159,12 @@ def select(
         asked_for={one.name: one.request.replaces for one in requests},
         waiting=waiting,
         desired=desired or {},
+        lost_keys=lost_keys(node),
+        lost_cas=_lost_cas(node, settings),
     )
     verdicts = [choice.of(name) for name in [*asked, *sorted(set(options.names) - {ALL} - set(asked))]]
     items = tuple(one for one in verdicts if isinstance(one, Item))
-    known = {*options.names, *choice.asked_for}
+    known, names = {*options.names, *choice.asked_for}, {item.spec.name for item in items}
     return Selection(
         items=items,
         failed=tuple(one for one in verdicts if isinstance(one, Outcome)),
@@ -169,6 +172,9 @@ def select(
         waived=tuple(choice.waived),
         powerful=tuple(_powerful(items, known)),
         costs=tuple(_costs(items, node)),
+        lost=tuple(
+            f"{name} is renewed for its key: {choice.lost_keys[name]}" for name in choice.lost_keys if name in names
+        ),
         desired={name: one for name, one in choice.desired.items() if not isinstance(one, BridgeError)},
     )
 
@@ -184,6 +190,8 @@ class _Choice:
     asked_for: Mapping[str, x509.Certificate | None]  #: By name, the certificate that an open request replaces.
     waiting: Collection[str]
     desired: DesiredByName
+    lost_keys: Mapping[str, str] = field(default_factory=dict)  #: By name: why the key is none for the certificate.
+    lost_cas: Collection[str] = ()  #: CAs whose certificate can't be read; without it no certificate can be proven.
     waived: list[str] = field(default_factory=list)
 
     def of(self, name: str) -> Item | Outcome | str | None:
@@ -202,6 +210,7 @@ class _Choice:
         if item.state != "present":
             return outcome_of(item, MissingCertificateError(item.trouble or "", hint=RESTORE))
         is_due = name in self.waiting or is_other(item, self.settings) or _is_due(item, self.settings, self.now)
+        is_due = is_due or name in self.lost_keys or item.spec.authority.name in self.lost_cas
         return self._judged(item) if self.options.names or is_due else None
 
     def _missing(self, item: Item, *, is_wanted: bool, by_hand: bool) -> Item | Outcome | str:
@@ -308,11 +317,25 @@ def assert_known(names: Collection[str]) -> None:
         raise SettingsError([SettingsProblem("", wanted, found)])
 
 
+def lost_keys(node: Node) -> dict[str, str]:
+    """Why the keys of certificates here are missing, empty, or another certificate's, by name of the certificate."""
+    found = {item.spec.name: item.key_trouble or other_key(item) for item in node.items if not item.foreign}
+    return {name: trouble for name, trouble in found.items() if trouble is not None}
+
+
+def _lost_cas(node: Node, settings: Settings) -> list[str]:
+    """CAs whose certificate is here and can't be read, or has gone; a worker that has not joined has none yet."""
+    lost = [state for state in node.authorities if state.state != "present"]
+    if node.is_worker and not (settings.node.kubelet_dir / "config.yaml").exists():
+        lost = [state for state in lost if state.state != "missing"]
+    return [state.authority.name for state in lost]
+
+
 def _is_due(item: Item, settings: Settings, now: datetime) -> bool:
     """Whether it is due; one that a kubelet may renew by itself is not until that is late."""
-    if item.rotates and not expiry.is_rotation_late(item.ending, now):
+    if item.rotates and not expiry.is_rotation_late(item.renewable, now):
         return False
-    return expiry.is_due(item.ending, settings.renewal.before, settings.renewal.validity, now)
+    return expiry.is_due(item.renewable, settings.renewal.before, settings.renewal.validity, now)
 
 
 def _unknown_authority(item: Item) -> BridgeError:

@@ -19,6 +19,9 @@ from bridge.cli.expiration_forms import look, table
 from bridge.monitoring import exposition
 from bridge.node import inventory
 from bridge.node.expiry_report import ExpiryReport, report
+from bridge.node.sample_pki import ca_certificate
+from bridge.pki.certificates import pem
+from bridge.pki.csr import generate_key
 from tests.kit import pki as kit
 from tests.kit.pki import KubeadmPki, Pki, handmade_pki, kubeadm_pki
 
@@ -349,15 +352,99 @@ def test_a_rotating_kubelet_is_due_when_it_is_late(damaged: Pki) -> None:
     """The kubelet renews when 70 to 90 % of the lifetime are over; 20 of 365 days left is late, 60 are not."""
     for name in ("client-certificate", "client-key"):
         path = damaged.kubeconfig_dir / "kubelet.conf"
-        path.write_text(re.sub(f"{name}-data: .*", f"{name}: pki/apiserver.crt", path.read_text()))
+        path.write_text(re.sub(f"{name}-data: .*", f"{name}: pki/kubelet.pem", path.read_text()))
+    pair = [(damaged.pki_dir / f"apiserver.{suffix}").read_bytes() for suffix in ("crt", "key")]
+    (damaged.pki_dir / "kubelet.pem").write_bytes(b"".join(pair))
 
     def row(now: datetime) -> tuple[str, bool, bool]:
         (found,) = found_report(damaged, within=90 * DAY, now=now).extra
         return found.path, found.due, found.external
 
-    file = str(damaged.pki_dir / "apiserver.crt")
+    file = str(damaged.pki_dir / "kubelet.pem")
     assert row(NOW) == (file, True, True)
     assert row(NOW - 40 * DAY) == (file, False, True)
+
+
+# What is green must be good.
+
+
+def due(pki: Pki, within: timedelta = 10 * DAY, now: datetime = NOW) -> set[str]:
+    return {row.name for row in found_report(pki, within, now).rows if row.due}
+
+
+def with_new_ca(pki: Pki, authority: str = "ca", days: int = 3000) -> None:
+    """Kubernetes' own recipe for a rotation: a new CA before the old one, to which the live certificates lead."""
+    new = ca_certificate("kubernetes", generate_key("ecdsa-p256"), NOW - DAY, NOW + days * DAY)
+    pki.trust(authority, pem(new))
+
+
+@pytest.mark.parametrize(("days", "is_due"), [(2, True), (-1, True), (400, False)])
+def test_a_certificate_ends_with_the_ca_that_it_leads_to(tmp_path: Path, days: int, is_due: bool) -> None:
+    """The second CA of the file ends before its certificates do, and a chain is as good as its anchor (Go refuses it)."""
+    pki = handmade_pki(tmp_path / "node", now=NOW - 5 * DAY, not_after=NOW + 300 * DAY, ca_not_after=NOW + days * DAY)
+    with_new_ca(pki)
+    below = {"apiserver", "apiserver-kubelet-client", "kubelet.conf", "admin.conf", "scheduler.conf", "ca-2"}
+    rows = {row.name: row for row in found_report(pki).rows}
+
+    assert (below & due(pki) == below) == is_due
+    assert "ca" not in due(pki)
+    assert (rows["ca-2"].expired, rows["apiserver"].expired) == (days < 0, days < 0)
+    assert rows["apiserver"].seconds_left == 300 * 86400  # as kubeadm shows it
+    assert json.loads(ours(pki, "json", now=NOW))["certificateAuthorities"][0]["name"] == "ca"
+    assert 'ca_bridge_authority_not_after_seconds{name="ca-2"' in ours(pki, "prometheus", now=NOW)
+
+
+def test_an_old_ca_that_nothing_leads_to_is_shown_and_not_due(damaged: Pki) -> None:
+    """A rotation has been done, and the old CA was left in the file until it ended: nobody needs it."""
+    old = ca_certificate("old", generate_key("ecdsa-p256"), NOW - 900 * DAY, NOW - DAY)
+    path = damaged.pki_dir / "ca.crt"
+    path.write_bytes(path.read_bytes() + pem(old))
+    rows = {row.name: row for row in found_report(damaged, 10 * DAY).rows}
+
+    assert due(damaged) == set()
+    assert (rows["ca-2"].chain_seconds_left, rows["ca-2"].expired) == (-86400, False)
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "embedded"])
+def test_a_certificate_without_its_key_is_broken(damaged: Pki, damage: str) -> None:
+    """The next start of its component fails; that is seen without a look into a file with a key."""
+    assert due(damaged) == set()
+    name, key = "apiserver", damaged.pki_dir / "apiserver.key"
+    if damage == "missing":
+        key.unlink()
+    elif damage == "empty":
+        key.write_bytes(b"")
+    else:
+        name, path = "scheduler.conf", damaged.kubeconfig_dir / "scheduler.conf"
+        key_data = re.compile("(?<=client-key-data: ).*")
+        other = key_data.search((damaged.kubeconfig_dir / "admin.conf").read_text())
+        path.write_text(key_data.sub(other[0] if other else "", path.read_text()))
+
+    found = found_report(damaged, 10 * DAY)
+    assert {row.name for row in found.rows if row.due} == {name}
+    [row] = [row for row in found.rows if row.name == name]
+    assert (row.state, len(found.troubles)) == ("broken", 1)
+    assert found.troubles[0].startswith(f"{name}: wanted the key of ")
+
+
+def test_what_has_to_be_here_and_is_not_is_due(damaged: Pki) -> None:
+    """A file system that is not mounted is no node in order; what a healthy node may lack is not due."""
+    (damaged.kubeconfig_dir / "super-admin.conf").unlink()
+    assert due(damaged) == set()
+    (damaged.pki_dir / "apiserver.crt").unlink()
+    (damaged.pki_dir / "etcd/ca.crt").unlink()
+    assert due(damaged) == {"apiserver", "etcd-ca"}
+    assert not found_report(damaged).due  # where nothing was asked for
+    for path in damaged.kubeconfig_dir.glob("*.conf"):
+        path.unlink()
+    assert due(damaged) >= {"admin.conf", "scheduler.conf", "controller-manager.conf"}
+
+
+def test_what_is_not_valid_yet_is_due(damaged: Pki) -> None:
+    """Nothing can be done with it today, and its end is a year away."""
+    assert due(damaged, now=NOW - 344 * DAY) == set()
+    assert due(damaged, now=NOW - 346 * DAY) >= {"apiserver", "ca", "kubelet.conf"}
+    assert all(row.early for row in found_report(damaged, now=NOW - 346 * DAY).rows)
 
 
 def test_an_intermediate_that_ends_is_due(damaged: Pki) -> None:
@@ -379,10 +466,10 @@ def test_external_etcd_is_listed_beside_kubeadms_tables(damaged: Pki) -> None:
     """Its client certificate and CA have a row, and the two tables have none of etcd's."""
     (damaged.kubeconfig_dir / "manifests").mkdir()
     (damaged.root / "corp").mkdir()
-    for source in ("apiserver-etcd-client.crt", "etcd/ca.crt"):
+    for source in ("apiserver-etcd-client.crt", "apiserver-etcd-client.key", "etcd/ca.crt"):
         shutil.copy(damaged.pki_dir / source, damaged.root / "corp")
     shutil.rmtree(damaged.pki_dir / "etcd")
-    flags = {"cafile": "ca.crt", "certfile": "apiserver-etcd-client.crt", "keyfile": "x.key"}
+    flags = {"cafile": "ca.crt", "certfile": "apiserver-etcd-client.crt", "keyfile": "apiserver-etcd-client.key"}
     command = ["kube-apiserver", *(f"--etcd-{flag}={damaged.root}/corp/{file}" for flag, file in flags.items())]
     pod = {"spec": {"containers": [{"name": "kube-apiserver", "image": "kube-apiserver:v1.37.2", "command": command}]}}
     (damaged.kubeconfig_dir / "manifests/kube-apiserver.yaml").write_text(json.dumps(pod))

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from bridge.cli import nagios
+from bridge.node.sample_pki import ca_certificate
+from bridge.pki.certificates import pem
+from bridge.pki.csr import generate_key
 from bridge.renewal.gate import Failures
 from bridge.settings.load import overridden, parse
 from tests.kit.cas import Bridge, add_openssl
@@ -156,3 +159,26 @@ def test_a_certificate_of_the_future_is_critical(node: Pki) -> None:
     line, status = check(node, now=NOW - 346 * DAY)
     assert (status, "apiserver is not valid yet" in line) == (2, True)
     assert check(node, now=NOW - 340 * DAY)[1] == 0
+
+
+def test_a_certificate_whose_key_is_gone_is_critical(node: Pki) -> None:
+    """Without a look into any key: the file is missing."""
+    (node.pki_dir / "apiserver.key").unlink()
+    line, status = check(node, "", 10 * DAY, DAY)
+    assert (status, "apiserver broken" in line) == (2, True)
+
+
+def test_a_certificate_of_a_ca_that_has_ended_is_critical(node: Pki) -> None:
+    """The new CA is the first of its file; what leads to the old one is refused by every component."""
+    old, new = (
+        ca_certificate(name, generate_key("ecdsa-p256"), NOW - 900 * DAY, end)
+        for name, end in (("unused", NOW - DAY), ("kubernetes", NOW + 900 * DAY))
+    )
+    path = node.pki_dir / "ca.crt"
+    path.write_bytes(path.read_bytes() + pem(old))
+    assert check(node, "", 10 * DAY, DAY)[1] == 0  # nothing leads to that one
+    ended = handmade_pki(node.root / "ended", now=NOW - 9 * DAY, not_after=NOW + 90 * DAY, ca_not_after=NOW - DAY)
+    ended.trust("etcd-ca", pem(new))
+    line, status = check(ended, "", 10 * DAY, DAY)
+    assert (status, "etcd-peer expired" in line, "etcd-ca-2 expired" in line) == (2, True, True)
+    assert "etcd-ca expired" not in line

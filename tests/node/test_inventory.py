@@ -469,7 +469,11 @@ def test_external_etcd(pki: Pki) -> None:
     """Its rows go; the API server's client certificate is where the manifest says, and its CA too."""
     mine = pki.root / "corp"
     mine.mkdir()
-    for source, target in (("apiserver-etcd-client.crt", "c.crt"), ("etcd/ca.crt", "ca.crt")):
+    for source, target in (
+        ("apiserver-etcd-client.crt", "c.crt"),
+        ("apiserver-etcd-client.key", "c.key"),
+        ("etcd/ca.crt", "ca.crt"),
+    ):
         shutil.copy(pki.pki_dir / source, mine / target)
     leaf = item(pki, "apiserver-etcd-client").certificates
     shutil.rmtree(pki.pki_dir / "etcd")
