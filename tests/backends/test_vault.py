@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import socket
 import ssl
@@ -1583,3 +1584,71 @@ def test_doctor_leaves_a_wrapping_token_unopened(bao: openbao.OpenBao, bridge: B
     run = bridge.run("doctor")
     assert run.returncode == 0, run.stdout
     assert "use up" not in run.stdout
+
+
+# ------------------------------------------------------------------------------------- roles in the documents
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def documented_roles(page: str) -> list[tuple[str, dict[str, str]]]:
+    """The roles that a page's `bao write` commands make, in their order: name and fields."""
+    text = (DOCS / page).read_text().replace("\\\n", " ")
+    [common] = re.findall(r"^common='([^']*)'", text, re.MULTILINE)
+    found = []
+    for line in re.findall(r"^bao write (\S+/roles/\S+ .*)$", text, re.MULTILINE):
+        path, *words = shlex.split(line.replace("$common", " ".join(common.split())))
+        found.append((path.rpartition("/")[2], dict(word.split("=", 1) for word in words)))
+    return found
+
+
+def csr_for(cn: str, *sans: x509.GeneralName) -> str:
+    key = ec.generate_private_key(ec.SECP256R1())
+    made = x509.CertificateSigningRequestBuilder().subject_name(
+        x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, cn)])
+    )
+    if sans:
+        made = made.add_extension(x509.SubjectAlternativeName(sans), critical=False)
+    return made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
+
+
+def test_the_gateways_roles_in_the_documents(pki: openbao.OpenBao) -> None:
+    """The general ones give each node's names and no CN besides; those with names give nothing but these nodes'."""
+    roles = documented_roles("gateway.md")
+    assert [name for name, _ in roles] == ["kubeadm-kubelet-client", "kubeadm-kubelet-serving"] * 2
+
+    def gives(number: int, cn: str, *sans: x509.GeneralName) -> bool:
+        name, fields = roles[number]
+        pki.write(f"pki/roles/documented-{name}", **fields)
+        body = {"csr": csr_for(cn, *sans), "ttl": "24h", "exclude_cn_from_sans": True}
+        return pki.request("POST", f"pki/sign/documented-{name}", body).ok
+
+    def sans(name: str, address: str) -> tuple[x509.GeneralName, ...]:
+        return x509.DNSName(name), x509.IPAddress(ip_address(address))
+
+    for client, serving in ((0, 1), (2, 3)):
+        assert gives(client, "system:node:w1")
+        assert gives(serving, "system:node:w1", *sans("w1", "192.0.2.7"))
+        assert not gives(client, "system:kube-controller-manager")
+    assert gives(0, "system:node:w3")
+    assert not gives(2, "system:node:w3")
+    assert gives(1, "system:node:w1", *sans("kubernetes.default.svc", "10.96.0.1"))
+    assert not gives(3, "system:node:w1", *sans("kubernetes.default.svc", "192.0.2.7"))
+    assert not gives(3, "system:node:w1", *sans("w1", "10.96.0.1"))
+
+
+def test_the_roles_for_people_in_the_documents(pki: openbao.OpenBao) -> None:
+    """`allow_any_name` gives any CN; a list of people, or a prefix, gives these."""
+    general, by_name, by_prefix = (
+        dict(word.split("=", 1) for word in shlex.split(found))
+        for found in re.findall(r"`(allow_any_name=[^`]*)`", (DOCS / "users.md").read_text())
+    )
+
+    def gives(fields: dict[str, str], cn: str) -> bool:
+        pki.write("pki/roles/documented-people", **{**general, **fields})
+        return pki.request("POST", "pki/sign/documented-people", {"csr": csr_for(cn), "ttl": "8h"}).ok
+
+    controller = "system:kube-controller-manager"
+    assert [gives({}, cn) for cn in ("bob", controller)] == [True, True]
+    assert [gives(by_name, cn) for cn in ("bob", "mallory", controller)] == [True, False, False]
+    assert [gives(by_prefix, cn) for cn in ("dev-bob", "bob", controller)] == [True, False, False]

@@ -221,7 +221,11 @@ subjects: [{apiGroup: rbac.authorization.k8s.io, kind: Group, name: "system:boot
 
 
 def test_only_the_gateway_approves_and_signs(guarded: ApiServer) -> None:
-    """Even system:masters can't approve or sign for its signers; denying, failing and other signers stay open."""
+    """
+    Even system:masters can't approve or sign for its signers, but by the gateway's name.
+
+    Denying, failing and other signers stay open.
+    """
     gateway, boss = guarded.bearer(NAMESPACE, "ca-bridge-gateway"), guarded.admin
     for signer in (CLIENT, SERVING):
         name = asked(guarded, signer)
@@ -239,6 +243,10 @@ def test_only_the_gateway_approves_and_signs(guarded: ApiServer) -> None:
     other = boss.create_csr(node_csr(), "example.com/other", ["client auth"]).document["metadata"]["name"]
     assert decide(guarded, boss, other).status == 200
     assert issue(guarded, boss, other).status == 200
+    name, impersonating = asked(guarded, SERVING), guarded.client("boss", "system:masters")
+    impersonating.session.headers["Impersonate-User"] = f"system:serviceaccount:{NAMESPACE}:ca-bridge-gateway"
+    assert decide(guarded, impersonating, name).status == 200
+    assert issue(guarded, impersonating, name).status == 200  # whatever it is, by a CA or not
 
 
 def test_who_may_ask(guarded: ApiServer) -> None:

@@ -186,7 +186,7 @@ def _written(path: Path, text: str, mode: int = 0o644) -> Path:
 _ROLE = {
     "key_type": "any", "key_usage": ["DigitalSignature", "KeyEncipherment"], "ext_key_usage": [],
     "basic_constraints_valid_for_non_ca": True, "allow_any_name": False, "allow_bare_domains": True,
-    "allow_glob_domains": True, "allow_localhost": False, "cn_validations": ["disabled"], "enforce_hostnames": False,
+    "allow_glob_domains": True, "allow_localhost": False, "cn_validations": ["hostname"], "enforce_hostnames": False,
     "use_csr_common_name": True, "use_csr_sans": True, "require_cn": True, "max_ttl": "720h", "no_store": True,
     "server_flag": False, "client_flag": False, "not_before_duration": "30s",
 }  # fmt: skip
