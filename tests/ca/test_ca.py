@@ -45,6 +45,7 @@ def expected(anchor: x509.Certificate) -> Expectation:
     return Expectation(anchors=(anchor,), anchor_name="ca.crt", now=NOW, min_validity=timedelta())
 
 
+@pytest.mark.attack("N21")
 def test_another_cas_name_draws_no_lines() -> None:
     """An operator of the CA who chooses its CN writes no line of `doctor`; the right CA is no error, whatever its name."""
     ours, other = Signer.make().certificate, Signer.make("kubernetes\nerror: all is well").certificate

@@ -1003,6 +1003,7 @@ def test_a_flat_directory_of_csrs(tmp_path: Path, pki: Pki, pairs: Pairs) -> Non
         assert leaf.public_key() == asked.public_key()
 
 
+@pytest.mark.attack("N7")
 @pytest.mark.skipif(os.geteuid() != 0, reason="makes another user's link")
 @pytest.mark.parametrize("swapped", ["pki", "pki/etcd", ""])
 def test_a_link_that_was_put_there_meanwhile_leads_nowhere(tmp_path: Path, pairs: Pairs, swapped: str) -> None:
@@ -1053,6 +1054,7 @@ def test_what_is_due_is_signed_again_for_the_same_csr(tmp_path: Path, pki: Pki, 
     assert counts == [1, 2, 2]
 
 
+@pytest.mark.attack("N14")
 def test_an_answer_takes_no_other_files_place(desk_: Desk, pairs: Pairs, tmp_path: Path) -> None:
     """A device, a link, or any other file stays as it is; an older answer to the same bundle is written again."""
     (tmp_path / "b.json").write_bytes(dumps(make_bundle(some(pairs, "apiserver"))))
@@ -1069,6 +1071,7 @@ def test_an_answer_takes_no_other_files_place(desk_: Desk, pairs: Pairs, tmp_pat
     assert link.is_symlink()
 
 
+@pytest.mark.attack("N19")
 def test_a_request_that_another_backend_had_is_asked_for_anew(desk_: Desk, pairs: Pairs) -> None:
     """The CA of before answered later; the one of today can't be asked later, and knows nothing of it."""
     bundle = make_bundle(some(pairs, "apiserver"))

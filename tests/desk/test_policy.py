@@ -132,6 +132,7 @@ def test_a_request_becomes_too_old(bundle: RequestBundle, judged: Judge, pairs: 
     assert "another signature" in judged(younger, "apiserver")
 
 
+@pytest.mark.attack("N18")
 def test_a_bundle_of_the_first_version_needs_the_policys_leave(judged: Judge, pairs: Pairs) -> None:
     """Its proof covers no time, so that an old one could be made to look young; its twin is today's version."""
     earlier, today = make_bundle(pairs, version=1), make_bundle(pairs)
@@ -143,6 +144,7 @@ def test_a_bundle_of_the_first_version_needs_the_policys_leave(judged: Judge, pa
         parse(MASTERS + "oldest_version = 3\n")
 
 
+@pytest.mark.attack("N6")
 def test_a_blocked_node_gets_nothing(pairs: Pairs, cas: dict[str, x509.Certificate]) -> None:
     """Whatever its proofs say, whatever a person does without; another node of the inventory gets all of it."""
     bundle = make_bundle(pairs)
@@ -155,6 +157,7 @@ def test_a_blocked_node_gets_nothing(pairs: Pairs, cas: dict[str, x509.Certifica
             assert [one.startswith("node: wanted one that the inventory") for one in found] == [True] * blocked
 
 
+@pytest.mark.attack("G9")
 def test_a_second_list_of_extensions_is_refused(judged: Judge, bundle: RequestBundle, pairs: Pairs) -> None:
     """CAs in Go read each list, the library the first alone; an honest CSR has one."""
     key, names = generate_key("ecdsa-p256"), x509.SubjectAlternativeName([x509.DNSName("cp-1")])

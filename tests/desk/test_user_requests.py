@@ -103,6 +103,7 @@ def test_what_is_refused(case: str) -> None:
     assert wanted in judged(make())
 
 
+@pytest.mark.attack("G9")
 def test_a_second_list_of_extensions_is_refused() -> None:
     """An empty list that the library reads, and names that a CA in Go would read; its twin has the empty list alone."""
     key = generate_key("ecdsa-p256")

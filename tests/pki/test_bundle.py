@@ -549,6 +549,7 @@ def test_a_proof_is_good_for_its_own_request_only(request_bundle: RequestBundle,
         assert "another signature" in str(proof_problem(request, broken)), values
 
 
+@pytest.mark.attack("N5")
 @pytest.mark.parametrize("keys", [90_000, 900])
 def test_a_key_that_is_there_twice_costs_no_time(keys: int) -> None:
     """One mebibyte of keys would take minutes if each were looked for among all; the second key is found either way."""

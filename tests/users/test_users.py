@@ -231,6 +231,7 @@ def test_a_file_of_beginnings_is_read_once(tmp_path: Path) -> None:
     assert csr_file.load(path, User(name="bob")).strip() == pem.strip()
 
 
+@pytest.mark.attack("G9")
 def test_a_second_list_of_extensions_is_refused(tmp_path: Path) -> None:
     """A CA in Go would sign what it asks for; the twin has the first, empty list alone."""
     key, path = generate_key("ecdsa-p256"), tmp_path / "x.csr"
