@@ -73,9 +73,7 @@ def _carried(
         return [], ()
     found = airgap.answers_in(run, desired.answers)
     answered = [
-        airgap.answered_by(run, one, found.best(one, expected[one.authority]), expected[one.authority])
-        for one in prepared
-        if one.name in found.candidates
+        airgap.answered_by(run, one, found, expected[one.authority]) for one in prepared if one.name in found.candidates
     ]
     return answered, tuple(found.strange)
 

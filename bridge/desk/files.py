@@ -284,7 +284,8 @@ class Session:
         """Read each file once: the bytes that are judged are archived."""
         for path in map(inbox.joinpath, names):
             if path.suffix == ".csr":
-                self._passed_over(one_line(path), _a_csr())
+                hint = "kubeadm's CSRs are signed in a directory of their own: `sign DIR --node NAME --cluster NAME`"
+                self._passed_over(one_line(path), BridgeError("wanted a request bundle, found a CSR", hint=hint))
                 continue
             try:
                 yield _InboxFile(path, *read_once(path))
@@ -379,11 +380,6 @@ def _assert_mounted(directory: Path) -> None:
     for place in places:
         if place.name and directory.resolve().is_relative_to(place) and not place.is_mount():
             raise BridgeError(f"{directory}: wanted it mounted, as {FSTAB} has {place}, found that it is not")
-
-
-def _a_csr() -> BridgeError:
-    hint = "kubeadm's CSRs are signed in a directory of their own: `sign DIR --node NAME --cluster NAME`"
-    return BridgeError("wanted a request bundle, found a CSR", hint=hint)
 
 
 def _whose(source: Path) -> BridgeError:

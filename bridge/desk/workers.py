@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from itertools import count, islice
+from itertools import count
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from typing import Protocol, TypeVar
@@ -45,6 +45,8 @@ _MOST = 4
 _LEAST_SHARE = 2  #: A user's certificate lives for half the asked time at least.
 #: Bundles that a worker gets at once; the first time few, which tell the desk what CAs there are to judge by.
 CHUNK, FIRST_CHUNK = 20, 1
+#: The size of a chunk's files, so that large bundles do not fill the memory; honest ones stay below it.
+_LARGEST_CHUNK_BYTES = 1 << 20
 #: Bundles are many objects with no cycle: looking for some as often as usual takes a fifth of a worker's time.
 GARBAGE = 100_000
 #: Lots of bundles that are at the workers while the next are read.
@@ -234,10 +236,16 @@ class ReadAhead:
 
 
 def _chunks(files: Iterable[_File]) -> Iterator[list[_File]]:
-    every, size = iter(files), FIRST_CHUNK
-    while chunk := list(islice(every, size)):
+    chunk: list[_File] = []
+    size_bytes, enough = 0, FIRST_CHUNK
+    for file in files:
+        chunk.append(file)
+        size_bytes += len(file.data)
+        if len(chunk) >= enough or size_bytes >= _LARGEST_CHUNK_BYTES:
+            yield chunk
+            chunk, size_bytes, enough = [], 0, CHUNK
+    if chunk:
         yield chunk
-        size = CHUNK
 
 
 def _arrived(

@@ -16,7 +16,7 @@ from typing import ClassVar
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
-from bridge.contract import Issued
+from bridge.contract import Issued, SignRequest
 from bridge.desk.files import assert_free, known_cas
 from bridge.errors import BackendRefusedError, BridgeError, Exit, WaitingError
 from bridge.node.inventory import Item, Node
@@ -202,11 +202,7 @@ def _answered(run: Run, node: Node, items: Sequence[Item], found: Found) -> tupl
             failed.append(one)
     expected, unproved = expectations(node, run.settings, [one.item for one in prepared], run.now())
     unproven = {outcome.name for outcome in unproved}
-    answered = [
-        answered_by(run, one, found.best(one, expected[one.authority]), expected[one.authority])
-        for one in prepared
-        if one.name not in unproven
-    ]
+    answered = [answered_by(run, one, found, expected[one.authority]) for one in prepared if one.name not in unproven]
     return answered, [*failed, *unproved]
 
 
@@ -252,6 +248,15 @@ class Found:
     def take(self, name: str, answer: Issued | BridgeError, path: Path) -> None:
         """Keep an answer; which of several counts is decided when all are there."""
         self.candidates.setdefault(name, []).append(Candidate(answer=answer, source=printable(path)))
+
+    def take_loose(self, request: SignRequest) -> list[x509.Certificate]:
+        """Keep the loose certificates for the request's key, each with all CA certificates that might lead to its CA."""
+        loose = [(path, certificate) for path, ones in self.loose.items() for certificate in ones]
+        cas = tuple(certificate for _, certificate in loose if is_ca(certificate))
+        leaves = [(path, certificate) for path, certificate in loose if is_for(certificate, request.csr)]
+        for path, leaf in leaves:
+            self.take(request.spec.name, Issued(leaf=leaf, intermediates=cas), path)
+        return [leaf for _, leaf in leaves]
 
     def best(self, one: Prepared, expected: verify.Expectation) -> Candidate:
         """
@@ -385,11 +390,7 @@ def _match_loose(requests: OpenRequests, found: Found) -> None:
     everything = [(path, certificate) for path, ones in found.loose.items() for certificate in ones]
     matched: set[bytes] = set()
     for one in requests:
-        matching = [(path, certificate) for path, certificate in everything if is_for(certificate, one.request.csr)]
-        others = [certificate for _, certificate in everything if is_ca(certificate)]
-        for path, certificate in matching:
-            found.take(one.name, Issued(leaf=certificate, intermediates=tuple(others)), path)
-        matched |= {certificate.fingerprint(hashes.SHA256()) for _, certificate in matching}
+        matched |= {leaf.fingerprint(hashes.SHA256()) for leaf in found.take_loose(one.request)}
     for path, certificate in everything:
         if certificate.fingerprint(hashes.SHA256()) not in matched and not is_ca(certificate):
             found.strange.append(
@@ -407,17 +408,14 @@ def _about(certificate: x509.Certificate) -> str:
         return f"SHA-256 {fingerprint(certificate)[:16]}…"
 
 
-def answered_by(run: Run, one: Prepared, best: Candidate, expected: verify.Expectation) -> Answered:
-    """The best of what was said to a request, as if its CA had said it."""
-    label = _label(best.source)
+def answered_by(run: Run, one: Prepared, found: Found, expected: verify.Expectation, verb: str = "import") -> Answered:
+    """The best of the answers to a request, as if its CA had given it."""
+    best = found.best(one, expected)
+    label = f"{verb} of {best.source}"
     run.record.know(one.name, one.request, label, None)
     if isinstance(best.answer, Issued):
         run.record.add(audit.ISSUED, one.name, authority=one.authority, new=best.answer.leaf)
     return Answered(prepared=one, expected=expected, label=label, answer=best.answer)
-
-
-def _label(source: str) -> str:
-    return f"import of {source}"
 
 
 # --- pending ---------------------------------------------------------------------------------------------------------

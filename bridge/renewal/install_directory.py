@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -20,14 +20,15 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from bridge.contract import Issued, SignRequest
+from bridge.contract import SignRequest
 from bridge.desk.csr_directory import spec_of
 from bridge.errors import BridgeError, Exit, WaitingError
 from bridge.node import kubeconfig
 from bridge.node.inventory import Item, Node
 from bridge.pki import csr, verify
-from bridge.pki.certificates import certificates_in, is_ca, is_for
+from bridge.pki.certificates import certificates_in
 from bridge.pki.csr import PrivateKey
+from bridge.renewal.airgap import Found, answered_by
 from bridge.renewal.issuance import Answered
 from bridge.renewal.prepare import Prepared, live_pair, present, replaced_by_next, serving_names
 from bridge.renewal.readiness import assert_room
@@ -36,7 +37,7 @@ from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, record_failed, remember, verify_all
 from bridge.settings.tables import Settings
 from bridge.specs import CertificateSpec
-from bridge.state import audit, rollback
+from bridge.state import rollback
 from bridge.state.session import Run, begun, give_up
 from bridge.state.store import Outcome
 from bridge.system.console import Progress, log
@@ -59,7 +60,7 @@ class _Contents:
 
     keys: dict[str, PrivateKey] = field(default_factory=dict, repr=False)  #: By certificate name.
     key_files: dict[str, Path] = field(default_factory=dict)
-    certificates: list[tuple[Path, x509.Certificate]] = field(default_factory=list)
+    found: Found = field(default_factory=Found)  #: The certificates.
 
     def take_key(self, spec: CertificateSpec, path: Path, key: PrivateKey) -> None:
         """Keep a key, the only one for its certificate."""
@@ -122,47 +123,31 @@ def _answered(
     answered, failed = [], []
     for item in items:
         try:
-            one = _of(item, run.settings, expected[item.spec.authority.name], contents)
+            one = _prepared(item, run.settings, contents)
         except BridgeError as e:
             failed.append(outcome_of(item, e))
-            continue
-        run.record.know(item.spec.name, one.prepared.request, one.label, None)
-        if isinstance(one.answer, Issued):
-            run.record.add(audit.ISSUED, item.spec.name, authority=item.spec.authority.name, new=one.answer.leaf)
-        answered.append(one)
+        else:
+            answered.append(answered_by(run, one, contents.found, expected[one.authority], "install"))
     return answered, failed
 
 
-def _of(item: Item, settings: Settings, expected: verify.Expectation, contents: _Contents) -> Answered:
+def _prepared(item: Item, settings: Settings, contents: _Contents) -> Prepared:
+    """The request that a directory's key and certificates answer."""
     key = contents.keys[item.spec.name]
     live, was = live_pair(item)
     pem, replaced = _csr_pem(item, settings, live, key), replaced_by_next(item, live)
     request = SignRequest(spec=item.spec, csr_pem=pem, validity=settings.renewal.validity, replaces=replaced)
-    candidates = list(_candidates(request, contents))
-    if not candidates:
+    if not contents.found.take_loose(request):
         raise WaitingError(
             f"wanted a certificate for {contents.key_files[item.spec.name]}, found none in the directory",
             hint="have its CSR signed, put the certificate there under any name, then run this again",
         )
-    # others who may write there can put a decoy beside the right one: any that passes will do
-    path, answer = next(
-        (one for one in candidates if verify.error_of(one[1], request, expected) is None), candidates[0]
-    )
-    prepared = Prepared(item=item, request=request, key_pem=csr.key_pem(key), was=was)
-    return Answered(prepared=prepared, expected=expected, label=f"install of {path}", answer=answer)
+    return Prepared(item=item, request=request, key_pem=csr.key_pem(key), was=was)
 
 
 def _csr_pem(item: Item, settings: Settings, live: x509.Certificate | None, key: PrivateKey) -> bytes:
     naming = serving_names(item, settings)
     return csr.build_for(naming, key) if naming is not None else csr.build(present(item, live), key)
-
-
-def _candidates(request: SignRequest, contents: _Contents) -> Iterator[tuple[Path, Issued]]:
-    """The latest first, each with all that might lead to its CA."""
-    others = tuple(certificate for _, certificate in contents.certificates if is_ca(certificate))
-    matching = [one for one in contents.certificates if is_for(one[1], request.csr)]
-    for path, leaf in sorted(matching, key=lambda one: one[1].not_valid_before_utc, reverse=True):
-        yield path, Issued(leaf=leaf, intermediates=others)
 
 
 def _supersede(run: Run, prepared: Prepared) -> None:
@@ -192,7 +177,7 @@ def _read(directory: Path) -> _Contents:
             _assert_ours(path, status.st_mode)
             contents.take_key(spec, path, _private_key(path, key_pem))
         elif b"PRIVATE KEY-----" not in data:
-            contents.certificates.extend((path, one) for one in _certificates(path, data))
+            contents.found.loose[path] = _certificates(path, data)
     if not contents.keys:
         raise DirectoryError(
             f"{directory}: wanted private keys named as kubeadm names them (apiserver.key, etcd/server.key), found none",

@@ -172,17 +172,11 @@ def _impossible(settings: Settings, authorities: Collection[str]) -> Iterator[tu
     """CAs that are not asked: by authority, why; nothing is asked to find out."""
     known = [name for name in authorities if name in settings.authorities]
     for name, configured in registry.configured(settings, known).items():
-        try:
-            backend = configured.open()
-        except BridgeError:
-            continue  # told where it is asked
-        try:
-            if isinstance(backend, Carries):
-                yield name, NoRehearsalError(f"{configured.label}: people carry its requests, and would for nothing")
-            elif isinstance(backend, Spends) and (spent := backend.spends()):
-                yield name, NoRehearsalError(f"{configured.label}: a rehearsal would use up {spent}")
-        finally:
-            registry.close(backend)
+        with contextlib.suppress(BridgeError), contextlib.closing(CA.of(configured)) as ca:  # the error comes later
+            if isinstance(ca.backend, Carries):
+                yield name, NoRehearsalError(f"{ca.label}: people carry its requests, and would for nothing")
+            elif isinstance(ca.backend, Spends) and (spent := ca.backend.spends()):
+                yield name, NoRehearsalError(f"{ca.label}: a rehearsal would use up {spent}")
 
 
 def _told(outcome: Outcome) -> Outcome:

@@ -29,7 +29,7 @@ from bridge.ca import ca, registry
 from bridge.cli import desk as cli_desk
 from bridge.cli.app import app
 from bridge.contract import Issued, Pending, Recalls
-from bridge.desk import csr_directory, desk, files
+from bridge.desk import csr_directory, desk, files, workers
 from bridge.desk.journal import Asked, Journal, key_of
 from bridge.errors import BridgeError, Exit
 from bridge.node import kubeconfig, sample_pki
@@ -1147,6 +1147,9 @@ def test_a_window_is_bounded_by_bytes(pairs: Pairs) -> None:
         one = partial(desk.Job, bundle=bundle, digest="", label="", delivery=lambda _: nowhere, size_bytes=size)
         jobs = [one() for _ in range(10)]
         assert [len(window) for window in desk._windows(jobs)] == windows
+    for size, chunks in ((1 << 20, [1] * 10), (1 << 10, [1, 9])):
+        read = [SimpleNamespace(data=b" " * size) for _ in range(10)]
+        assert [len(chunk) for chunk in workers._chunks(read)] == chunks
 
 
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])
