@@ -43,7 +43,9 @@ def check_expiration(
     within: Annotated[
         timedelta | None,
         typer.Option(
-            parser=duration, metavar="DURATION", help='Exit with 3 if one expires within this time, such as "30d".'
+            parser=duration,
+            metavar="DURATION",
+            help='Exit with 3 if one expires within this time, such as "30d", is missing or not valid yet.',
         ),
     ] = None,
     warning: Annotated[
@@ -62,7 +64,7 @@ def check_expiration(
     """
     Show when the control plane's certificates expire, as `kubeadm certs check-expiration` does.
 
-    It reads files only: it asks no API server, reads no key and writes nothing.
+    It reads files only: it asks no API server, opens no key file and writes nothing.
     """
     if (warning or critical) and output is not ExpirationOutput.NAGIOS:
         raise typer.BadParameter("-w and -c are for -o nagios; for exit code 3 there is --within")

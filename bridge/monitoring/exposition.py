@@ -67,7 +67,7 @@ def text(found: ExpiryReport, due: Mapping[str, datetime], known: Remembered | N
 
 def _of_files(found: ExpiryReport, due: Mapping[str, datetime]) -> Iterator[str]:
     leaves = [row for row in found.rows if row.authority]
-    cas = [*found.authorities, *(row for row in found.extra if not row.authority)]
+    cas = [*found.authorities, *(row for row in found.extra if not row.authority and not row.foreign)]
     yield _metric(
         "ca_bridge_certificate_not_after_seconds",
         "End of a certificate's validity, or of its intermediate's or CA's if that is sooner.",

@@ -1,7 +1,7 @@
 """
 The inventory: certificates, CAs and manifests of the node, from files alone.
 
-Reads, and writes nothing; opens no key file and parses no key; asks no API server.
+Reads, and writes nothing; opens no file that has nothing but a key; asks no API server.
 It names what is wrong and goes on: one broken file hides no other (kubeadm lists nothing then).
 """
 

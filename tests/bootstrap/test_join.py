@@ -137,6 +137,7 @@ def test_the_kubelets_link_comes_with_its_file(first: NewNode, other: NewNode, t
     raise AssertionError("it was never done")
 
 
+@pytest.mark.attack("G13")
 @pytest.mark.parametrize("change", ["nothing", "one file more", "another place", "a looser mode"])
 def test_copies_write_this_nodes_files_alone(first: NewNode, other: NewNode, change: str) -> None:
     """Who can change the copies gets no file of his own written, and no key opened for others."""

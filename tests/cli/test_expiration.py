@@ -378,6 +378,7 @@ def with_new_ca(pki: Pki, authority: str = "ca", days: int = 3000) -> None:
     pki.trust(authority, pem(new))
 
 
+@pytest.mark.attack("N4")
 @pytest.mark.parametrize(("days", "is_due"), [(2, True), (-1, True), (400, False)])
 def test_a_certificate_ends_with_the_ca_that_it_leads_to(tmp_path: Path, days: int, is_due: bool) -> None:
     """The second CA of the file ends before its certificates do, and a chain is as good as its anchor (Go refuses it)."""
@@ -405,6 +406,7 @@ def test_an_old_ca_that_nothing_leads_to_is_shown_and_not_due(damaged: Pki) -> N
     assert (rows["ca-2"].chain_seconds_left, rows["ca-2"].expired) == (-86400, False)
 
 
+@pytest.mark.attack("N30")
 @pytest.mark.parametrize("damage", ["missing", "empty", "embedded"])
 def test_a_certificate_without_its_key_is_broken(damaged: Pki, damage: str) -> None:
     """The next start of its component fails; that is seen without a look into a file with a key."""
@@ -427,6 +429,7 @@ def test_a_certificate_without_its_key_is_broken(damaged: Pki, damage: str) -> N
     assert found.troubles[0].startswith(f"{name}: wanted the key of ")
 
 
+@pytest.mark.attack("N31")
 def test_what_has_to_be_here_and_is_not_is_due(damaged: Pki) -> None:
     """A file system that is not mounted is no node in order; what a healthy node may lack is not due."""
     (damaged.kubeconfig_dir / "super-admin.conf").unlink()
@@ -440,6 +443,7 @@ def test_what_has_to_be_here_and_is_not_is_due(damaged: Pki) -> None:
     assert due(damaged) >= {"admin.conf", "scheduler.conf", "controller-manager.conf"}
 
 
+@pytest.mark.attack("N28")
 def test_what_is_not_valid_yet_is_due(damaged: Pki) -> None:
     """Nothing can be done with it today, and its end is a year away."""
     assert due(damaged, now=NOW - 344 * DAY) == set()

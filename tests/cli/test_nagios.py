@@ -161,6 +161,7 @@ def test_a_certificate_of_the_future_is_critical(node: Pki) -> None:
     assert check(node, now=NOW - 340 * DAY)[1] == 0
 
 
+@pytest.mark.attack("N30")
 def test_a_certificate_whose_key_is_gone_is_critical(node: Pki) -> None:
     """Without a look into any key: the file is missing."""
     (node.pki_dir / "apiserver.key").unlink()
@@ -168,6 +169,7 @@ def test_a_certificate_whose_key_is_gone_is_critical(node: Pki) -> None:
     assert (status, "apiserver broken" in line) == (2, True)
 
 
+@pytest.mark.attack("N4")
 def test_a_certificate_of_a_ca_that_has_ended_is_critical(node: Pki) -> None:
     """The new CA is the first of its file; what leads to the old one is refused by every component."""
     old, new = (

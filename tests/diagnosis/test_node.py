@@ -342,21 +342,13 @@ def restart_command_that_is_not_there(site: Site) -> None:
     site.bridge.add("restart.commands", {"kubelet": "/nowhere/restart kubelet"})
 
 
-def program_of_another_user(site: Site) -> Path:
-    program = site.bridge.directory / "tell"
-    program.write_text("#!/bin/sh\n")
-    program.chmod(0o777)
-    os.chown(program, 65534, 65534)
-    return program
-
-
-def hook_of_another_user(site: Site) -> None:
-    site.bridge.add("hooks", {"success": str(program_of_another_user(site))})
-
-
 def restart_command_of_another_user(site: Site) -> None:
+    program = site.bridge.directory / "restart"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    os.chown(program, 65534, 65534)
     site.bridge.add("restart", {"method": "static-pods", "components": "all"})
-    site.bridge.add("restart.commands", {"kubelet": str(program_of_another_user(site))})
+    site.bridge.add("restart.commands", {"kubelet": str(program)})
 
 
 def hook_that_is_not_there(site: Site) -> None:
@@ -452,7 +444,6 @@ FAULTS: list[tuple[Callable[[Site], None], str, str, str]] = [
     (new_address_of_etcd, "warning", "sans-of-manifest", "etcd-peer"),
     (no_command_for_the_kubelet, "error", "restart-command", "restart.commands.kubelet"),
     (restart_command_that_is_not_there, "error", "restart-command", "restart.commands.kubelet"),
-    (hook_of_another_user, "error", "hook", "hook success"),
     (restart_command_of_another_user, "error", "restart-command", "restart.commands.kubelet"),
     (hook_that_is_not_there, "warning", "hook", "hook success"),
     (interrupted, "warning", "interrupted", "state directory"),
@@ -466,7 +457,30 @@ FAULTS: list[tuple[Callable[[Site], None], str, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("plant", "level", "check", "about"), FAULTS, ids=[fault[0].__name__ for fault in FAULTS])
+#: Those that the second review planted.
+ATTACKS = {
+    below_a_ca_that_has_ended: "N4",
+    restart_command_of_another_user: "N12",
+    open_manifests_directory: "N13",
+    second_manifest: "N13",
+    manifest_of_another_user: "N13",
+    manifests_that_no_kubelet_reads: "N13",
+    no_service_account_key: "N32",
+    empty_public_key_of_service_accounts: "N32",
+}
+
+
+@pytest.mark.parametrize(
+    ("plant", "level", "check", "about"),
+    [
+        pytest.param(
+            *fault,
+            id=fault[0].__name__,
+            marks=[pytest.mark.attack(ATTACKS[fault[0]])] if fault[0] in ATTACKS else [],
+        )
+        for fault in FAULTS
+    ],
+)
 def test_finds_a_planted_fault_by_name(
     site: Site, plant: Callable[[Site], None], level: str, check: str, about: str
 ) -> None:

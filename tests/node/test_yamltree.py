@@ -73,6 +73,7 @@ def test_what_two_readers_take_differently_is_refused(text: str, found: str) -> 
         document(text).plain()
 
 
+@pytest.mark.attack("N1")
 def test_a_document_of_too_many_values_is_refused() -> None:
     """Below the limit of bytes, and each of them short: a budget of values ends it; one less is read."""
     many = "- 1\n" * (MAX_NODES - 1)
@@ -82,6 +83,7 @@ def test_a_document_of_too_many_values_is_refused() -> None:
         document(many + "- 1\n")
 
 
+@pytest.mark.attack("N1")
 def test_a_mapping_that_thousands_of_aliases_lead_to_is_looked_through_once() -> None:
     """40,000 keys and 10,000 aliases: looked through for each alias, this would take minutes."""
     root = document("a: &a\n" + "".join(f"  k{n}: {n}\n" for n in range(40_000)) + "b:\n" + "- *a\n" * 10_000)

@@ -49,6 +49,7 @@ def lose(pki: Pki, how: str) -> str:
     return "apiserver"
 
 
+@pytest.mark.attack("N30")
 @pytest.mark.parametrize("how", ["missing", "empty", "other", "embedded"])
 def test_a_certificate_without_its_key_is_renewed(bridge: Bridge, how: str) -> None:
     """Its component would not start again; the next run makes a pair, and says why; the one after it has nothing to do."""
@@ -66,6 +67,7 @@ def test_a_certificate_without_its_key_is_renewed(bridge: Bridge, how: str) -> N
     assert "nothing is due" in bridge.run("plan").stdout
 
 
+@pytest.mark.attack("N30")
 @pytest.mark.parametrize("damage", ["missing", "garbage"])
 def test_a_ca_that_can_not_be_read_is_an_error(bridge: Bridge, damage: str) -> None:
     """Due or not: no component starts without it, and no certificate can be proven."""
@@ -77,6 +79,7 @@ def test_a_ca_that_can_not_be_read_is_an_error(bridge: Bridge, damage: str) -> N
         assert str(path) in run.stdout + run.stderr
 
 
+@pytest.mark.attack("N4")
 def test_below_a_ca_that_ends_first_a_certificate_is_due(tmp_path: Path) -> None:
     """The old CA, second in its file, ends in two days: the first one signs the next certificates, and all is quiet."""
     pki = handmade_pki(tmp_path / "node", ca_not_after=now() + timedelta(days=2))

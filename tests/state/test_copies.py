@@ -383,6 +383,7 @@ def test_a_copy_that_is_read_for_ever_holds_up_nothing(
     assert is_fresh(good, node)
 
 
+@pytest.mark.attack("N1")
 def test_a_key_that_takes_minutes_to_check_is_not_read(node: Pki, home: Path, tmp_path: Path) -> None:
     """The node's certificate with an RSA key of two large Mersenne primes: it is left alone, and stops nobody."""
     copy = given(node, home / "config")
