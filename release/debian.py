@@ -83,7 +83,19 @@ fi
 
 
 def build(layout: Layout, platform: str, epoch: int, scratch: Path, output: Path) -> Path:
-    """Write the package."""
+    """
+    Write the package.
+
+    Args:
+        layout: What is in it.
+        platform: Such as `x86_64`.
+        epoch: The commit's time, in seconds.
+        scratch: An empty directory.
+        output: Where it goes.
+
+    Raises:
+        BuildError: dpkg-deb is not there, or says no.
+    """
     if not shutil.which("dpkg-deb"):
         raise BuildError("wanted dpkg-deb (Debian package dpkg), found none")
     version, architecture = layout.release.version, ARCHITECTURES[platform]

@@ -1,4 +1,4 @@
-"""The answers to a new node's requests: of an earlier run that has proven them, of carried files, or of the CAs."""
+"""Who answers a new node's requests: an earlier run that has proven an answer, files that were carried, or the CAs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Answers:
     """The answers that were found to a new node's requests."""
 
     answered: Sequence[Answered]
-    waiting: Sequence[Outcome] = ()  #: An operator has the request.
+    waiting: Sequence[Outcome] = ()  #: Somebody has the request.
     strange: Sequence[BridgeError] = ()  #: Answers to something else.
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import stat
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -226,12 +229,25 @@ def share(
     settings = common.settings()
     places = desired.places_of(settings)
     data = orders.share(settings, places, kubeadm_config or places.kubeadm_config, utc_now(), worker=worker)
-    if sys.stdout.isatty() and not worker:
+    found = None if worker else _open_output()
+    if found is not None:
         raise orders.SharingError(
-            "wanted a pipe or a file of your own for the service account key, found a terminal",
-            hint="ssh cp-1 ca-bridge bootstrap share | ssh cp-2 ca-bridge bootstrap join --control-plane --shared - …",
+            f"wanted a pipe or a file of your own for the service account key, found {found}",
+            hint="ssh cp-1 ca-bridge bootstrap share | ssh cp-2 ca-bridge bootstrap join --control-plane --shared - …; "
+            "or `umask 077` before it",
         )
     say(data.decode())
+
+
+def _open_output() -> str | None:
+    """What others may see of standard output; None: nothing."""
+    if sys.stdout.isatty():
+        return "a terminal"
+    with contextlib.suppress(OSError, ValueError):  # there is no file
+        status = os.fstat(sys.stdout.fileno())
+        if stat.S_ISREG(status.st_mode) and (status.st_mode & 0o077 or status.st_uid != os.geteuid()):
+            return f"a file of mode {stat.S_IMODE(status.st_mode):04o} of user {status.st_uid}"
+    return None
 
 
 @command(bootstrap, "orders")

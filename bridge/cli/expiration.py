@@ -86,9 +86,10 @@ def _check_for_nagios(common: Common, warning: timedelta | None, critical: timed
         settings = common.settings()
         limits = nagios.Thresholds.of(settings, warning, critical)
         return _shown(*nagios.check(settings, utc_now(), limits, _failures(settings)))
-    except BridgeError as e:
-        print_error(e)
-        return _shown(nagios.unknown(e.reason), [], nagios.UNKNOWN)
+    except (BridgeError, OSError) as e:
+        error = e if isinstance(e, BridgeError) else BridgeError(f"{e.filename}: {e.strerror}")
+        print_error(error)
+        return _shown(nagios.unknown(error.reason), [], nagios.UNKNOWN)
 
 
 def _shown(text: str, troubles: Sequence[str], code: int) -> int:

@@ -93,7 +93,8 @@ def _cells(row: Row, *authority: str) -> tuple[str, ...]:
     end = row.certificate.not_valid_after_utc
     expires = f"{_MONTHS[end.month - 1]} {end:%d}, {end.year:04d} {end:%H:%M} UTC"
     external = f"{'yes' if row.external else 'no':<8}"
-    return (row.name, expires, residual(row.seconds_left or 0), *authority, external)
+    left = "<invalid>" if row.early else residual(row.seconds_left or 0)  # as kubeadm shows one that has ended
+    return (row.name, expires, left, *authority, external)
 
 
 def _align(rows: Sequence[Sequence[str]]) -> str:

@@ -11,7 +11,6 @@ from typing import Literal
 from bridge.ca import registry
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.node.kubelet import KubeletFiles
-from bridge.settings.load import DEFAULT_FILE
 from bridge.settings.tables import NodeSettings, Settings
 from bridge.system import jobs
 from bridge.system.jobs import Job, Places
@@ -61,12 +60,13 @@ def desk_of(inbox: Path | None, outbox: Path | None, user: str) -> DeskJob | Non
     return DeskJob(inbox=inbox, outbox=outbox, user=user)
 
 
-def make(settings: Settings, kind: Kind, desk: DeskJob | None, shipped: Path) -> list[Job]:
+def make(settings: Settings, options: Sequence[str], kind: Kind, desk: DeskJob | None, shipped: Path) -> list[Job]:
     """
     The files of a node's job, or of a desk's.
 
     Args:
         settings: Where the files are that the job works on.
+        options: By which the job's commands find the same settings.
         kind: For systemd or cron.
         desk: None: a node's.
         shipped: The directory of the files that are installed with the program.
@@ -75,7 +75,7 @@ def make(settings: Settings, kind: Kind, desk: DeskJob | None, shipped: Path) ->
         SettingsError: A directory is not absolute, or the backends' tables can't be read.
         BridgeError: The shipped files or the program are not there, or a path can't be named in such a file.
     """
-    places = _places(settings, desk)
+    places = _places(settings, options, desk)
     make_one = jobs.unit if kind == "systemd" else jobs.crontab
     names = (_DESK if desk else _NODE)[kind]
     return [make_one(_installed_name(name), (shipped / name).read_text(encoding="utf-8"), places) for name in names]
@@ -91,9 +91,7 @@ def _installed_name(name: str) -> str:
     return _DESK_CRONTAB if name == "desk/crontab" else Path(name).name
 
 
-def _places(settings: Settings, desk: DeskJob | None) -> Places:
-    file = settings.source.file
-    options = ["--config", str(file.absolute())] if file is not None and file != DEFAULT_FILE else []
+def _places(settings: Settings, options: Sequence[str], desk: DeskJob | None) -> Places:
     node, usual = settings.node, NodeSettings()
     paths = {str(usual.kubeconfig_dir): str(node.kubeconfig_dir), str(usual.state_dir): str(node.state_dir)}
     writable, maybe = [node.kubeconfig_dir, node.pki_dir], _kubelets(node)

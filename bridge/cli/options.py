@@ -56,14 +56,17 @@ class Common(Overrides):
         return self.settings()
 
 
+# Typer would refuse a file that can't be read as a mistake in the usage, and a monitor would see nothing of it.
 def _common_options(
     config: Annotated[
         Path | None,
-        typer.Option(envvar="CA_BRIDGE_CONFIG", help="Settings file. [default: /etc/ca-bridge/config.toml]"),
+        typer.Option(
+            envvar="CA_BRIDGE_CONFIG", readable=False, help="Settings file. [default: /etc/ca-bridge/config.toml]"
+        ),
     ] = None,
-    pki_dir: Annotated[Path | None, typer.Option(help="Overrides node.pki_dir.")] = None,
-    kubeconfig_dir: Annotated[Path | None, typer.Option(help="Overrides node.kubeconfig_dir.")] = None,
-    state_dir: Annotated[Path | None, typer.Option(help="Overrides node.state_dir.")] = None,
+    pki_dir: Annotated[Path | None, typer.Option(readable=False, help="Overrides node.pki_dir.")] = None,
+    kubeconfig_dir: Annotated[Path | None, typer.Option(readable=False, help="Overrides node.kubeconfig_dir.")] = None,
+    state_dir: Annotated[Path | None, typer.Option(readable=False, help="Overrides node.state_dir.")] = None,
     verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, show_default=False, help="More messages.")] = 0,
     log_format: Annotated[LogFormat, typer.Option(help="Format of messages on standard error.")] = LogFormat.TEXT,
 ) -> Common:

@@ -73,7 +73,9 @@ def setup(
     """
     settings = common.settings()
     if kind in jobs.KINDS:
-        _setup_jobs(settings, kind, jobs.desk_of(inbox, outbox, user), directory, enable=enable)
+        desk = jobs.desk_of(inbox, outbox, user)
+        made = jobs.make(settings, common.words(), kind, desk, example().parent)
+        _print_or_enable(made, kind, user if desk else "root", directory, enable=enable)
         return
     if kind == "kubernetes" and authority is None:
         from bridge.cli.gateway import manifests  # noqa: PLC0415 (all of the gateway)
@@ -284,19 +286,20 @@ def _request(
 # --- jobs for systemd and cron ---------------------------------------------------------------------------------------
 
 
-def _setup_jobs(
-    settings: Settings, kind: jobs.Kind, desk: jobs.DeskJob | None, directory: Path | None, *, enable: bool
+def _print_or_enable(
+    made: Sequence[system_jobs.Job], kind: jobs.Kind, user: str, directory: Path | None, *, enable: bool
 ) -> None:
     """
-    `setup systemd` and `setup cron`: print the files, or write and enable them.
+    Print the files of a job, or write and enable them.
 
     Raises:
-        BridgeError: A file can't be made or written, or systemd says no.
+        BridgeError: A file can't be written, systemd refuses it, or nothing here would run it.
     """
-    made = jobs.make(settings, kind, desk, example().parent)
     if not enable and directory is None:
         say("\n".join(f"# {job.path}\n{job.text}" for job in made))
         return
+    if enable and kind == "cron":
+        system_jobs.assert_cron_takes(user)
     _say_written(system_jobs.write(made, directory))
     if enable and kind == "systemd":
         units = jobs.to_enable(made)

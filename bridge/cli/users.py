@@ -93,7 +93,7 @@ def user(
     """
     order = UserOrder(
         user=_user(name, groups),
-        out=(out or Path(f"{name}.conf")).absolute(),
+        out=(out or Path(f"{csr_file.stem_of(name)}.conf")).absolute(),
         csr=csr.absolute() if csr is not None else None,
         key_file=key_file,
         key=_algorithm(key),

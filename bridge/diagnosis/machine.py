@@ -21,7 +21,7 @@ from bridge.renewal import readiness
 from bridge.settings.tables import Settings
 from bridge.state import copies
 from bridge.state.store import Store
-from bridge.system import files, locks
+from bridge.system import files, jobs, locks
 from bridge.system.console import READ_ONLY_HINT
 from bridge.system.files import DiskSpace, disk_spaces
 from bridge.system.paths import ForeignLinkError, UnreadableError, opened, read_once
@@ -39,6 +39,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     yield from state_directory(settings.node.state_dir)
     yield from lock(settings.node.state_dir, now)
     yield from _metrics(settings)
+    yield from jobs_of_cron()
     yield from _listed_copies(node, settings)
     yield from _copies(node, [home for home in _homes() if home / ".kube/config" not in settings.copies.files.paths])
 
@@ -108,6 +109,15 @@ def lock(state_dir: Path, now: datetime) -> Iterator[Finding]:
         yield Finding(level="warning", check="hung-run", about="lock", text=text, hint=hint)
     else:
         yield Finding(level="ok", check="lock", about="lock", text=f"a run is under way: {one_line(holder)}")
+
+
+def jobs_of_cron() -> Iterator[Finding]:
+    """A file of ours in /etc/cron.d does nothing where no cron runs."""
+    found = jobs.crontabs()
+    if found and not jobs.cron_runs():
+        text = f"wanted a cron that runs the jobs of {', '.join(map(str, found))}, found none"
+        hint = "start one; or `ca-bridge setup systemd --enable`, and remove the file"
+        yield Finding(level="warning", check="cron", about="cron", text=text, hint=hint)
 
 
 def _metrics(settings: Settings) -> Iterator[Finding]:

@@ -32,7 +32,7 @@ from bridge.renewal.select import ALL, RunOptions, Selection, assert_known, outc
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, record_failed, remember, verify_all
 from bridge.settings.tables import Settings
-from bridge.state import audit, backups
+from bridge.state import audit, rollback
 from bridge.state.open_requests import OpenRequest, OpenRequests
 from bridge.state.session import Run, begun
 from bridge.state.store import Outcome
@@ -41,7 +41,7 @@ from bridge.system.files import write_atomically
 from bridge.system.paths import UnreadableError, read
 
 SCHEMA_VERSION = 1
-#: Nothing in a bundle is secret.
+#: For what a bundle may do; nothing in it is secret.
 BUNDLE_MODE = 0o644
 
 
@@ -61,7 +61,7 @@ class Exported:
 def export(
     settings: Settings, path: Path, options: RunOptions, now: Callable[[], datetime], progress: Progress
 ) -> tuple[Exported, Node]:
-    """Write keys into the state directory and requests into a bundle; a request that waits is exported again as it is."""
+    """Keys into the state directory, requests into a bundle; a request that waits is exported again as it is."""
     assert_free(path, RequestBundle)
     with begun(settings, now, progress, options.wait) as (run, node):
         desired = decide(node, settings, options)
@@ -129,7 +129,7 @@ def inspect(settings: Settings, path: Path, now: datetime) -> tuple[str, int]:
 
 
 def _doubt(one: BundledRequest, whole: RequestBundle, cas: Mapping[str, Sequence[x509.Certificate]]) -> str | None:
-    """The problem of a proof, as far as this machine can find it."""
+    """Why the proof is worth nothing, as far as that can be told here."""
     problem = signatures.proof_problem(one, whole) or signatures.usages_problem(one)
     return problem or (signatures.origin_problem(one, cas[one.authority]) if one.authority in cas else None)
 
@@ -162,7 +162,7 @@ def import_answers(
         found = answers_in(run, paths)
         result = _finish_import(run, node, found, transaction)
         if result.backup_id is not None:
-            backups.retire(run.store, settings, node, now())
+            rollback.retire(run.store, settings, node, now())
         left = tuple(_still_waiting(node, run.requests, result))
         return dataclasses.replace(result, outcomes=(*result.outcomes, *left)), node, found.strange
 
@@ -210,13 +210,13 @@ def _answered(run: Run, node: Node, items: Sequence[Item], found: Found) -> tupl
 
 
 class NotAskedForError(BridgeError):
-    """An answer to no request of this node."""
+    """An answer to nothing that is asked here."""
 
     exit_code: ClassVar[int] = Exit.REFUSED
 
 
 class UnsignedError(BridgeError):
-    """The settings name the desk's key, and the answer is not signed with it."""
+    """The settings name the desk's key, and somebody else made the answer."""
 
     exit_code = Exit.REFUSED
     hint = "have the desk sign its answers (answer_key in its policy); node.desk_key in the settings names whose signature counts"
@@ -340,7 +340,7 @@ def _is_authentic(run: Run, answer: AnswerBundle) -> bool:
 
 
 def _has_dates(certificate: x509.Certificate, path: Path, found: Found) -> bool:
-    """Whether a certificate's dates can be read; the library reads them only now, and refuses the year 0."""
+    """The library reads them when they are asked for; a date in year 0 is none."""
     try:
         _ = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     except UNREADABLE as e:

@@ -37,7 +37,7 @@ from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, record_failed, remember, verify_all
 from bridge.settings.tables import Settings
 from bridge.specs import CertificateSpec
-from bridge.state import backups
+from bridge.state import rollback
 from bridge.state.session import Run, begun, give_up
 from bridge.state.store import Outcome
 from bridge.system.console import Progress, log
@@ -49,7 +49,7 @@ _KEY, _CSR = ".key", ".csr"
 
 
 class DirectoryError(BridgeError):
-    """The directory's files can't be installed."""
+    """The directory holds what can't be installed."""
 
     exit_code: ClassVar[int] = Exit.USAGE
 
@@ -90,7 +90,7 @@ def run(
             record_failed(ours.record, selection.failed)
             result = transaction.nothing_to_install(selection)
         if result.backup_id is not None:
-            backups.retire(ours.store, settings, node, now())
+            rollback.retire(ours.store, settings, node, now())
         return result, node, selection
 
 

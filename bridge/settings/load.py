@@ -48,6 +48,18 @@ class Overrides:
     kubeconfig_dir: Path | None = None
     state_dir: Path | None = None
 
+    def words(self) -> list[str]:
+        """The options as another command takes them; a settings file where everybody looks for it needs none."""
+        named = os.environ.get("CA_BRIDGE_CONFIG")
+        config = self.config or (Path(named) if named else None)
+        places = {
+            "--config": None if config == DEFAULT_FILE else config,
+            "--pki-dir": self.pki_dir,
+            "--kubeconfig-dir": self.kubeconfig_dir,
+            "--state-dir": self.state_dir,
+        }
+        return [word for option, path in places.items() if path for word in (option, str(path.absolute()))]
+
     def settings(self) -> Settings:
         """
         The settings file with the options over it; relative paths are below the working directory.

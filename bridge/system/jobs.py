@@ -172,6 +172,49 @@ def write(jobs: Sequence[Job], directory: Path | None) -> list[Path]:
     return written
 
 
+#: Programs that read /etc/cron.d, as the process table has them.
+_CRONS = frozenset({"cron", "crond", "fcron", "bcron-start", "busybox"})
+#: systemd-cron has no process of its own: it makes timers of what is in /etc/cron.d.
+_GENERATOR = "systemd/system-generators/systemd-crontab-generator"
+_ROOTS = (Path("/usr/lib"), Path("/lib"), Path("/usr/local/lib"))
+
+
+def cron_runs(proc: Path = Path("/proc"), roots: Sequence[Path] = _ROOTS) -> bool:
+    """Whether something on this machine runs the jobs of /etc/cron.d."""
+    return any((root / _GENERATOR).exists() for root in roots) or any(map(_is_cron, proc.glob("[0-9]*")))
+
+
+def _is_cron(process: Path) -> bool:
+    try:
+        name = (process / "comm").read_text(encoding="utf-8", errors="replace").strip()
+        words = (process / "cmdline").read_bytes().split(b"\0")
+    except OSError:  # it has ended
+        return False
+    return name in _CRONS and (name != "busybox" or b"crond" in words)
+
+
+def crontabs(directory: Path = CRON_DIRECTORY) -> list[Path]:
+    """The files of our jobs that are there."""
+    return [path for name in ("ca-bridge", "ca-bridge-desk") if (path := directory / name).exists()]
+
+
+def assert_cron_takes(user: str) -> None:
+    """Raise a JobError where a file in /etc/cron.d would run nothing: without that user, or without a cron."""
+    try:
+        pwd.getpwnam(user)
+    except KeyError:
+        raise JobError(
+            f"wanted the job's user {user}, found none: cron refuses a file with an unknown user",
+            hint=f"make the user (`useradd --system {user}`), or name another one: --user",
+        ) from None
+    if not cron_runs():
+        raise JobError(
+            "wanted a cron that runs, found none: nothing would read the file",
+            hint="install and start one (Debian: `apt-get install cron`), or take `ca-bridge setup systemd --enable`; "
+            f"`-o {CRON_DIRECTORY}` writes the file all the same",
+        )
+
+
 def enable(units: Sequence[str]) -> None:
     """Make systemd read its units again, and start and enable these."""
     for arguments in (["daemon-reload"], ["enable", "--now", *units]):

@@ -52,9 +52,14 @@ def make(user: User, key: PrivateKey) -> bytes:
     return csr.build_for(naming_of(user), key)
 
 
+def stem_of(name: str) -> str:
+    """A user's name as a part of a file's name, which leads to no other directory."""
+    return re.sub(r"[^A-Za-z0-9._@+-]", "_", name)
+
+
 def write_request(user: User, directory: Path, algorithm: KeyAlgorithm = DEFAULT_KEY) -> tuple[Path, Path]:
     """Make a key and a CSR for it, `NAME.key` (0600) and `NAME.csr`: both or neither, and never over an older file."""
-    stem = re.sub(r"[^A-Za-z0-9._@+-]", "_", user.name)
+    stem = stem_of(user.name)
     key = csr.generate_key(algorithm)
     files = [(directory / f"{stem}.key", csr.key_pem(key), Attributes.private().mode)]
     files.append((directory / f"{stem}.csr", make(user, key), _CSR_MODE))

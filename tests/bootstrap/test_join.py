@@ -60,6 +60,20 @@ def shared(first: NewNode) -> bytes:
     return run.stdout.encode()
 
 
+@pytest.mark.parametrize(("mode", "words", "code"), [(0o644, [], 2), (0o600, [], 0), (0o644, ["--worker"], 0)])
+def test_a_key_is_written_into_no_file_that_others_can_read(
+    first: NewNode, tmp_path: Path, mode: int, words: list[str], code: int
+) -> None:
+    """As into no terminal; a worker's part has no key in it."""
+    path = tmp_path / "shared.json"
+    path.touch()
+    path.chmod(mode)
+    with path.open("wb") as out:
+        run = subprocess.run(first.command("share", *words), stdout=out, stderr=subprocess.PIPE, text=True, check=False)
+    assert (run.returncode, path.stat().st_size > 0) == (code, code == 0), run.stderr
+    assert code == 0 or "umask 077" in run.stderr
+
+
 @pytest.fixture
 def other(first: NewNode, tmp_path: Path) -> NewNode:
     """Another machine, which asks the same CAs."""

@@ -449,6 +449,8 @@ def test_what_is_not_valid_yet_is_due(damaged: Pki) -> None:
     assert due(damaged, now=NOW - 344 * DAY) == set()
     assert due(damaged, now=NOW - 346 * DAY) >= {"apiserver", "ca", "kubelet.conf"}
     assert all(row.early for row in found_report(damaged, now=NOW - 346 * DAY).rows)
+    future = found_report(damaged, now=NOW - 346 * DAY)
+    assert table(future).count("<invalid>") == len([row for row in future.rows if row.state == "present"])
 
 
 def test_an_intermediate_that_ends_is_due(damaged: Pki) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -137,6 +139,21 @@ def test_settings_that_cannot_be_used_are_unknown(tmp_path: Path) -> None:
     assert "a/b" in run.stdout
     assert "a|b" in run.stderr
     assert bridge.run("check-expiration").returncode == 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user; run the tests as root")
+def test_a_monitor_that_may_not_read_the_settings_says_unknown() -> None:
+    """On standard output; the twin may read them."""
+    with tempfile.TemporaryDirectory() as place:  # pytest's own directories are root's alone
+        bridge = Bridge(pki=handmade_pki(Path(place) / "node"), directory=Path(place) / "bridge")
+        for path in [Path(place), *Path(place).rglob("*")]:
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        for mode, code, word in ((0o640, 3, "UNKNOWN"), (0o644, 0, "OK")):
+            bridge.config.chmod(mode)
+            words = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+            command = [*words, *bridge.command("check-expiration", "-o", "nagios")]
+            run = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert (run.returncode, run.stdout.split()[1:2], run.stdout.count("\n")) == (code, [word], 1), run.stderr
 
 
 def test_swapped_thresholds_are_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from bridge.diagnosis import machine
 from bridge.errors import BridgeError
 from bridge.system import jobs
 from bridge.system.jobs import Places
@@ -139,6 +140,68 @@ def test_half_a_desk_and_a_relative_place_are_refused(config: Path) -> None:
     for arguments in (["--inbox", "/srv/i"], ["--inbox", "i", "--outbox", "/srv/o"]):
         run = setup(config, "systemd", *arguments)
         assert (run.returncode, run.stdout) == (2, "")
+
+
+def test_a_job_works_on_the_places_of_its_options(config: Path) -> None:
+    """Each command of a job has the options of `setup`, so that a second tree is renewed, and not the settings' one."""
+    places = ("--pki-dir", "/srv/b/pki", "--kubeconfig-dir", "/srv/b", "--state-dir", "/var/lib/b")
+    for kind in ("cron", "systemd"):
+        run = setup(config, kind, *places)
+        assert run.returncode == 0, run.stderr
+        commands = [line for line in run.stdout.splitlines() if not line.startswith("#") and str(PROGRAM) in line]
+        assert commands
+        assert all(" ".join(places) in line and "--config" in line for line in commands)
+        assert not any("--pki-dir" in line for line in setup(config, kind).stdout.splitlines())
+
+
+def process(proc: Path, comm: str, *words: str) -> None:
+    (proc / "7").mkdir(parents=True, exist_ok=True)
+    (proc / "7/comm").write_text(f"{comm}\n")
+    (proc / "7/cmdline").write_bytes("\0".join(words).encode())
+
+
+def test_which_cron_runs(tmp_path: Path) -> None:
+    """By the process table, or systemd's generator; a program of another name is none."""
+    proc, root = tmp_path / "proc", tmp_path / "lib"
+    for comm, words, runs in (
+        ("cron", ["/usr/sbin/cron", "-f"], True),
+        ("crond", ["crond"], True),
+        ("busybox", ["busybox", "crond"], True),
+        ("busybox", ["busybox", "sh"], False),
+        ("bash", ["bash"], False),
+    ):
+        process(proc, comm, *words)
+        assert jobs.cron_runs(proc, [root]) is runs
+    generator = root / "systemd/system-generators/systemd-crontab-generator"
+    generator.parent.mkdir(parents=True)
+    generator.touch()
+    assert jobs.cron_runs(proc, [root])
+
+
+def test_a_crontab_that_nothing_would_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a cron, and for a user that is not there; the twin has both."""
+    monkeypatch.setattr(jobs, "cron_runs", lambda: True)
+    jobs.assert_cron_takes("root")
+    with pytest.raises(BridgeError, match="wanted the job's user nobody-of-this-name") as e:
+        jobs.assert_cron_takes("nobody-of-this-name")
+    assert "--user" in e.value.hint
+    monkeypatch.setattr(jobs, "cron_runs", lambda: False)
+    with pytest.raises(BridgeError, match="wanted a cron that runs") as e:
+        jobs.assert_cron_takes("root")
+    assert "setup systemd --enable" in e.value.hint
+
+
+def test_the_doctor_looks_whether_a_crontab_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A file of ours without a cron is a warning; with one, or without the file, there is none."""
+    monkeypatch.setattr(jobs, "crontabs", lambda: [tmp_path / "ca-bridge"])
+    monkeypatch.setattr(jobs, "cron_runs", lambda: False)
+    [finding] = machine.jobs_of_cron()
+    assert (finding.level, finding.check) == ("warning", "cron")
+    monkeypatch.setattr(jobs, "cron_runs", lambda: True)
+    assert list(machine.jobs_of_cron()) == []
+    monkeypatch.setattr(jobs, "crontabs", list)
+    monkeypatch.setattr(jobs, "cron_runs", lambda: False)
+    assert list(machine.jobs_of_cron()) == []
 
 
 def test_what_can_not_be_enabled_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -97,6 +97,19 @@ def test_a_person_keeps_the_key(bridge: Bridge, tmp_path: Path) -> None:
     ssl.create_default_context().load_cert_chain(home / "leaf.pem", home / "bob.key")  # raises unless they are a pair
 
 
+def test_a_name_leads_to_no_other_directory(bridge: Bridge, tmp_path: Path) -> None:
+    """`/` in a user's name is no path: the kubeconfig is in the working directory, as a request's files are."""
+    (tmp_path / "here/sub").mkdir(parents=True)
+    name, here = "sub/../../evil", tmp_path / "here"
+    asked = ca_bridge("kubeconfig", "request", name, cwd=here)
+    command = bridge.command("kubeconfig", "user", name)
+    made = subprocess.run(command, capture_output=True, text=True, check=False, cwd=here)
+    assert (asked.returncode, made.returncode) == (0, 0), made.stderr
+    stem = "sub_.._.._evil"
+    assert {path.name for path in here.iterdir()} == {"sub", f"{stem}.key", f"{stem}.csr", f"{stem}.conf"}
+    assert not list(tmp_path.glob("evil*"))
+
+
 def test_a_machine_gets_its_key_made_here(bridge: Bridge, tmp_path: Path) -> None:
     """0600 from the first byte, and again over its own older kubeconfig; never over anything else."""
     out = tmp_path / "backup.conf"
