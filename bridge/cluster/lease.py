@@ -22,7 +22,7 @@ from bridge.cluster.api import Api, NoAnswerError
 log = logging.getLogger("ca-bridge")
 
 _API_VERSION = "coordination.k8s.io/v1"
-_TURNS = 5  # each 409 means that somebody else was faster
+_TURNS = 5  # each 409 means that another client was faster
 _LOOK_SECONDS = 2.0
 #: Longer than the settings allow for any lease of ours.
 _LONGEST = timedelta(days=1)
@@ -84,12 +84,7 @@ class Lease:
         self.taken_from = ""  #: Who had it, and had not given it back, when `take` last wrote it.
 
     def take(self) -> str:
-        """
-        Take it if it is free, or renew it; who else has it, empty if it is ours now.
-
-        Raises:
-            NoAnswerError: The API does not answer, or not as it should.
-        """
+        """Take it if it is free, or renew it; who else has it, empty if it is ours now."""
         for _ in range(_TURNS):
             found = self._api.ask("GET", f"{self._collection}/{self.name}")
             record = _Record()
@@ -113,12 +108,7 @@ class Lease:
         raise NoAnswerError(f"wanted the lease {self.name}, found that it changed each time")
 
     def give_back(self) -> None:
-        """
-        Let the next one have it at once, if it is ours.
-
-        Raises:
-            NoAnswerError: The API does not answer; the lease expires.
-        """
+        """Let the next one have it at once, if it is ours."""
         for _ in range(_TURNS):
             found = self._api.ask("GET", f"{self._collection}/{self.name}")
             if found.status != HTTPStatus.OK or _Record.of(found.document).holder != self._holder:

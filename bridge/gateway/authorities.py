@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from bridge.errors import (
     SettingsError,
     SettingsProblem,
 )
-from bridge.pki.verify import Expectation, Verified
+from bridge.pki.verify import Expectation
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, CertificateSpec
 from bridge.system.ca_files import read_ca_file
@@ -44,49 +43,38 @@ _MOST_TOGETHER = 64
 _ANCHOR_SECONDS = 60.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Anchors:
-    certificates: tuple[x509.Certificate, ...]
-    read_at: float
-
-
 class AuthorityOfSigners:
     """One of the cluster's CAs, from any thread."""
 
     def __init__(self, configured: Configured, settings: Settings) -> None:
         self.name = configured.authority
-        self.label = configured.label
         self.rest = Rest()
-        self._ca = CA.of(configured, self.rest)
+        self.ca = CA.of(configured, self.rest)
         self._extra_subject = settings.extra_subject(configured.authority)
         self._anchor_file = settings.node.pki_dir / AUTHORITIES[configured.authority].certificate_file
         self._mutex = threading.Lock()
-        self._anchors = _Anchors(certificates=_read_anchors(self._anchor_file), read_at=time.monotonic())
+        self._anchors, self._read_at = _read_anchors(self._anchor_file), time.monotonic()
         self._issuer_end: datetime | None = None
-        backend = self._ca.backend
+        backend = self.ca.backend
         self.asks_validity = isinstance(backend, AsksValidity) and backend.asks_validity
         self.signs_many = isinstance(backend, SignsMany)
         self.recalls = isinstance(backend, Recalls)
-        self._signed_together: Combined[SignRequest, Answer] = Combined(self._ca.ask, _MOST_TOGETHER)
+        self._signed_together: Combined[SignRequest, Answer] = Combined(self.ca.ask, _MOST_TOGETHER)
         self._recalled_together: Combined[tuple[SignRequest, datetime], Issued | None] = Combined(
-            lambda wanted: self._ca.recall([request for request, _ in wanted], min(since for _, since in wanted)),
+            lambda wanted: self.ca.recall([request for request, _ in wanted], min(since for _, since in wanted)),
             _MOST_TOGETHER,
         )
 
     def anchors(self) -> tuple[x509.Certificate, ...]:
         """The CA's certificates, from the cluster's own file; read again each minute."""
-        anchors = self._anchors
-        if time.monotonic() - anchors.read_at < _ANCHOR_SECONDS:
-            return anchors.certificates
         with self._mutex:
-            if time.monotonic() - self._anchors.read_at >= _ANCHOR_SECONDS:
+            if time.monotonic() - self._read_at >= _ANCHOR_SECONDS:
+                self._read_at = time.monotonic()
                 try:
-                    certificates = _read_anchors(self._anchor_file)
+                    self._anchors = _read_anchors(self._anchor_file)
                 except SettingsError as e:
-                    log.error("%s; what was read before goes on counting", e)  # noqa: TRY400
-                    certificates = self._anchors.certificates
-                self._anchors = _Anchors(certificates=certificates, read_at=time.monotonic())
-            return self._anchors.certificates
+                    log.error("%s; the certificates that were read before go on counting", e)  # noqa: TRY400
+            return self._anchors
 
     def end(self) -> datetime:
         """When the CA's certificate ends, or one before it that signs."""
@@ -94,18 +82,14 @@ class AuthorityOfSigners:
         return min(end, self._issuer_end) if self._issuer_end is not None else end
 
     def check(self, specs: Sequence[CertificateSpec]) -> list[str]:
-        """Ask who it is and whether its roles or profiles fit; what is wrong, in sentences."""
-        if issuers := self._ca.issuers():
+        """Ask who it is and whether its roles or profiles fit; each problem is a sentence."""
+        if issuers := self.ca.issuers():
             self._issuer_end = min(one.not_valid_after_utc for one in issuers)
-        return [f"{self.label}: {name}: {error}" for name, error in usages(self._ca.backend, specs).items()]
-
-    def identity(self) -> str:
-        """Our name at the CA; empty: it does not tell."""
-        return self._ca.ask_identity() or ""
+        return [f"{self.ca.label}: {name}: {error}" for name, error in usages(self.ca.backend, specs).items()]
 
     def sign(self, request: SignRequest) -> Issued | Pending:
         """Have one signed; several at the same time are one round trip where the CA can do that."""
-        answer = self._signed_together(request) if self.signs_many else self._ca.ask([request])[0]
+        answer = self._signed_together(request) if self.signs_many else self.ca.ask([request])[0]
         if isinstance(answer, BackendError):
             raise answer
         return answer
@@ -116,7 +100,7 @@ class AuthorityOfSigners:
 
     def collect(self, request: SignRequest, reference: str, expected: Expectation) -> Issued | Pending:
         """The CA's answer by now."""
-        answer = self._ca.collect(request, reference, expected)
+        answer = self.ca.collect(request, reference, expected)
         if isinstance(answer, BackendError):
             raise answer
         return answer
@@ -131,14 +115,6 @@ class AuthorityOfSigners:
             extra_subject=self._extra_subject,
             longest=request.validity if self.asks_validity else longest,
         )
-
-    def verified(self, answer: Issued, request: SignRequest, expected: Expectation) -> Verified:
-        """Prove an answer."""
-        return self._ca.verified(answer, request, expected)
-
-    def close(self) -> None:
-        """Give back what the backend took."""
-        self._ca.close()
 
 
 def _read_anchors(path: Path) -> tuple[x509.Certificate, ...]:

@@ -40,7 +40,7 @@ class LeftError(Exception):
 
 
 class GoneError(Exception):
-    """The object is gone, settled by somebody else, or another one by now."""
+    """The object is gone, settled by another client, or another object by now."""
 
 
 class NotAllowedError(BridgeError):
@@ -93,13 +93,10 @@ class Context:
     queue: Queue = field(default_factory=Queue)
 
     def __post_init__(self) -> None:
-        self._identities = {name: authority.identity() for name, authority in self.authorities.items()}
+        self._identities = {name: authority.ca.ask_identity() or "" for name, authority in self.authorities.items()}
 
     def assert_ours(self) -> None:
-        """
-        Raises:
-            LeftError: Another replica works.
-        """
+        """Leave the job if another replica works."""
         if not self.holder.is_ours():
             raise LeftError("left", "another replica works", 0.5)
 
@@ -107,7 +104,7 @@ class Context:
         """The facts that the audit log's lines about a request repeat."""
         if authority is None:
             return About.of(one)
-        return About.of(one, authority.label, self._identities[authority.name])
+        return About.of(one, authority.ca.label, self._identities[authority.name])
 
     def record_quietly(self, about: About, event: str, error: BackendError | VerificationError) -> None:
         """Record what has happened already; if that fails, the log has it, and `/readyz` fails."""

@@ -124,7 +124,7 @@ class Issuing:
             job.verified = None
             context.metrics.count(job.one.request.signer, "conflict")
             log.info("left to the client that has changed it: %s", e, extra=extra(job, "conflict"))
-            context.give_up(job.one.uid, "somebody else has settled the object")
+            context.give_up(job.one.uid, "another client has settled the object")
         except LeftError as e:
             return self._left(job, e.outcome, e.reason, e.seconds)
         except (NoAnswerError, AuditError, StateError) as e:
@@ -144,12 +144,7 @@ class Issuing:
     # --- the steps --------------------------------------------------------------------------------------------------
 
     def _answer(self, job: Job) -> None:
-        """
-        Judge, have it signed and proven, judge again, write.
-
-        Raises:
-            GoneError, LeftError, NoAnswerError, AuditError, StateError: It was not answered.
-        """
+        """Judge, have it signed and proven, judge again, write."""
         context = self._context
         self._assert_current(job)
         ticket = context.tickets.get(job.one.uid)
@@ -172,12 +167,7 @@ class Issuing:
                 return
 
     def _allowed(self, job: Job, *, at_write: bool = False) -> Allowed | None:
-        """
-        The verdict at this moment, for a write of this very moment; None: the request was denied.
-
-        Raises:
-            GoneError, LeftError, NoAnswerError, AuditError: It is not allowed now, or it was not denied.
-        """
+        """The verdict at this moment, for a write of this very moment; None: the request was denied."""
         self._assert_current(job)
         verdict = self._judge.verdict(job, at_write=at_write)
         if isinstance(verdict, Later):
@@ -220,14 +210,7 @@ class Issuing:
     # --- asking the CA ----------------------------------------------------------------------------------------------
 
     def _signed(self, job: Job, verdict: Allowed, authority: AuthorityOfSigners, ticket: Ticket | None) -> Verified:
-        """
-        Have the CA sign, and verify the answer.
-
-        Raises:
-            LeftError: It has not.
-            GoneError: It has not in time.
-            AuditError, StateError: It can't be recorded.
-        """
+        """Have the CA sign, and verify the answer."""
         context = self._context
         digest = hashlib.sha256(verdict.asked.pem).hexdigest()
         if ticket is not None and (ticket.csr_sha256 != digest or ticket.object_name != job.one.name):
@@ -270,7 +253,7 @@ class Issuing:
         return found
 
     def _verified(self, asking: _Asking, answer: Issued) -> Verified:
-        return asking.authority.verified(answer, asking.request, self._expected(asking))
+        return asking.authority.ca.verified(answer, asking.request, self._expected(asking))
 
     def _expected(self, asking: _Asking) -> Expectation:
         least = self._context.settings.gateway.min_validity
@@ -296,10 +279,6 @@ class Issuing:
         A certificate that the CA signed for a gateway that died before it stored it; None: the CA is asked.
 
         It is looked for when the gateway before us died, or our own question was not answered.
-
-        Raises:
-            BackendError: As the contract has it.
-            AuditError: It can't be recorded.
         """
         job, authority = asking.job, asking.authority
         doubtful = self._context.holder.doubtful_before()
@@ -320,13 +299,7 @@ class Issuing:
         return found
 
     def _from_ca(self, asking: _Asking) -> Issued:
-        """
-        The CA's answer.
-
-        Raises:
-            BackendError: As the contract has it.
-            LeftError: The answer comes later.
-        """
+        """The CA's answer."""
         context, job, authority, ticket = self._context, asking.job, asking.authority, asking.ticket
         self._assert_may_ask(authority)
         if ticket is not None:
@@ -345,7 +318,7 @@ class Issuing:
 
     def _assert_may_ask(self, authority: AuthorityOfSigners) -> None:
         if (rest := authority.rest.seconds_left()) > 0:
-            raise LeftError("ca-unavailable", f"{authority.label} was not there a moment ago", rest + 0.1)
+            raise LeftError("ca-unavailable", f"{authority.ca.label} was not there a moment ago", rest + 0.1)
         self._context.assert_ours()
 
     def _keep(self, asking: _Asking, answer: Pending) -> None:
@@ -370,12 +343,7 @@ class Issuing:
             context.ledger.write(asking.about.line(audit.PENDING, result=answer.note or "the CA answers later"))
 
     def _assert_in_time(self, job: Job, ticket: Ticket) -> None:
-        """
-        Give up on a CA that has not answered for `gateway.pending_for`.
-
-        Raises:
-            GoneError: It has not, and the object says so.
-        """
+        """Give up on a CA that has not answered for `gateway.pending_for`."""
         context, why = self._context, "the CA has not answered in time (gateway.pending_for)"
         if context.now() - ticket.asked < context.settings.gateway.pending_for:
             return

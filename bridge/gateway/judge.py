@@ -1,4 +1,4 @@
-"""The verdict on an object by what is true at this moment, and how often a requester may ask."""
+"""The verdict on an object at this moment, and how often a requester may ask."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from bridge.gateway import watch
 from bridge.gateway.context import Context
 from bridge.gateway.nodes import NodeStates
 from bridge.gateway.policy import (
+    USUAL_BYTES,
     Allowed,
     Hostile,
     Later,
@@ -61,11 +62,13 @@ class Judge:
         """
         What a request says of itself, beside the files: no program, no DNS and no API server is asked.
 
-        A node that only `inventory_command` could name counts as allowed here.
+        A node that only `inventory_command` could name counts as allowed here. A large CSR is read when it has its turn:
+        reading thousands of them would delay all requests behind them in the watch.
         """
-        spec, node = self._spec(one), node_of(one.request)
-        if spec is None:
+        spec = self._spec(one)
+        if spec is None or len(one.request.pem) > USUAL_BYTES:
             return Look()
+        node = node_of(one.request)
         world = self._world(spec, time.monotonic() - _RECENT_SECONDS)
         is_hostile = isinstance(judge(one.request, world), Hostile)
         if node is None:
@@ -83,17 +86,8 @@ class Judge:
         )
 
     def verdict(self, job: Job, *, at_write: bool = False) -> Verdict:
-        """
-        The policy's verdict on the job's object.
-
-        Args:
-            job: The job.
-            at_write: Files and the Node object are looked at now; else they may have been a second ago.
-
-        Raises:
-            NoAnswerError: The API server does not tell whether the Node object exists.
-        """
-        one, node, nodes = job.one, job.look.node, self._context.nodes
+        """The policy's verdict; for a write, files and Node object are looked at now, else they may have been a second ago."""
+        one, node, nodes = job.one, node_of(job.one.request), self._context.nodes
         since = time.monotonic() - (0.0 if at_write else _RECENT_SECONDS)
         spec = self._spec(one)
         if spec is None:

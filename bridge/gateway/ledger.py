@@ -72,12 +72,7 @@ class Ledger:
         self._mutex = threading.Lock()
 
     def write(self, line: Line) -> None:
-        """
-        Write a line, which is safe on disk when this returns.
-
-        Raises:
-            AuditError: It is not.
-        """
+        """Write a line, which is safe on disk when this returns."""
         self._together(line)
 
     def note(self, line: Line) -> None:
@@ -90,9 +85,6 @@ class Ledger:
         Write what was noted, and which line is the newest; called every second or so.
 
         After a failure it is tried every few seconds whether there is room again.
-
-        Raises:
-            AuditError: It could not be written.
         """
         if self.trouble:
             if time.monotonic() - self._tried < _AGAIN_SECONDS:

@@ -56,10 +56,7 @@ class WatchedFile(Generic[T]):
     """A file that says what is signed: only its owner may write it, and the last good text counts."""
 
     def __init__(self, path: Path, what: str, parse: Callable[[str, Path], T]) -> None:
-        """
-        Raises:
-            SettingsError: It can't be used.
-        """
+        """Read the file; SettingsError if it can't be used."""
         self._path = path
         self._what = what
         self._parse = parse
@@ -133,10 +130,7 @@ class Nodes:
     """Policy and inventory, and what else knows nodes."""
 
     def __init__(self, settings: GatewaySettings) -> None:
-        """
-        Raises:
-            SettingsError: A file can't be used.
-        """
+        """Read the files; SettingsError if one can't be used."""
         self._policy: WatchedFile[GatewayPolicy] = WatchedFile(settings.policy, "policy", policy.parse)
         self._inventory: WatchedFile[Inventory] = WatchedFile(settings.inventory, "inventory", node_inventory.parse)
         self._command = settings.inventory_command
@@ -160,12 +154,7 @@ class Nodes:
         return self._policy.changes + self._inventory.changes
 
     def entry(self, name: str, inventory: Inventory) -> NodeEntry | None:
-        """
-        The inventory's entry for a node, or the command's answer; None: neither knows it.
-
-        Raises:
-            BridgeError: The command failed.
-        """
+        """The inventory's entry for a node, or the command's answer; None: neither knows it."""
         found = inventory.nodes.get(name)
         if found is not None or self._command is None:
             return found
@@ -305,14 +294,7 @@ class NodeStates:
         """
         The node's state, by a look no older than `since` (monotonic).
 
-        Args:
-            name: The node's.
-            since: See above.
-            newer: An earlier look that did not find it does not count.
-            with_readiness: Whether it is ready counts; else a node that exists is called ready.
-
-        Raises:
-            NoAnswerError: It can't be looked at.
+        With `newer` an earlier look that did not find it does not count; without `with_readiness` a node is called ready.
         """
         now = time.monotonic()
         with self._mutex:
@@ -357,7 +339,7 @@ class NodeStates:
             reply = self._api.ask("GET", f"{_NODES}?limit={_MOST_LISTED}", accept=_NAMES_ALONE)
             names = _names(reply.document) if reply.status == HTTPStatus.OK else None
         except NoAnswerError:
-            names = None  # who asks for each finds out why
+            names = None  # the look at each node finds out why
         if names is None:  # no right to, or too many
             self._lists_from = time.monotonic() + _NO_LIST_SECONDS
             return None

@@ -45,7 +45,7 @@ class Metrics:
         self._seconds: dict[str, list[float]] = {one: [0.0] * (len(_BUCKETS) + 2) for one in signers}
         self._successes: dict[str, float] = {}
         self._ends: OrderedDict[tuple[str, str], float] = OrderedDict()
-        self.gauges: dict[tuple[str, str], float] = {}  #: Written by one thread each.
+        self.gauges: dict[tuple[str, str], float] = {}
 
     def count(self, signer: str, outcome: str, times: int = 1) -> None:
         """One more request with this outcome."""
@@ -87,9 +87,8 @@ class Metrics:
         yield _metric("last_success_timestamp_seconds", "When a certificate was last written.", successes)
         ends = ((labels(signer=one, name=name), f"{moment:.0f}") for (one, name), moment in self._ends.items())
         yield _metric("certificate_end_timestamp_seconds", "When the newest certificate ends.", ends)
-        gauges = list(self.gauges.items())  # other threads add some
         for gauge, text in _GAUGES.items():
-            values = ((rest, f"{value:g}") for (name, rest), value in gauges if name == gauge)
+            values = ((rest, f"{value:g}") for (name, rest), value in self.gauges.items() if name == gauge)
             yield _metric(gauge, text, values)
 
 
@@ -117,8 +116,8 @@ def _histogram(signer: str, row: Sequence[float]) -> Iterator[str]:
 
 # --- the server -------------------------------------------------------------------------------------------------------
 
-#: Connections at a time, so that nobody can use up the threads; with one more the oldest is closed, so that whoever holds
-#: them all open can't keep the kubelet's probes out, and have the gateway killed.
+#: Connections at a time, so that clients can't use up the threads; with one more the oldest is closed, so that clients
+#: that hold all open can't keep the kubelet's probes out, and have the gateway killed.
 _MOST_CONNECTIONS = 16
 _SECONDS = 5
 
@@ -154,7 +153,7 @@ class _Server(ThreadingHTTPServer):
                 self._open.pop(request, None)
 
     def handle_error(self, *_: object) -> None:
-        """A client that went away is nobody's trouble."""
+        """Log nothing about a client that went away."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -180,15 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving(address: tuple[str, int], pages: dict[str, Page]) -> Iterator[int]:
-    """
-    Serve the pages for as long as the block runs.
-
-    Returns:
-        The port, which may have been given as 0.
-
-    Raises:
-        BridgeError: The address is not ours to use.
-    """
+    """Serve the pages for as long as the block runs, at the port that it gets, which may be given as 0."""
     try:
         server = _Server(address, _Handler)
     except OSError as e:

@@ -52,12 +52,7 @@ class GatewayPolicy(Policy):
 
 
 def parse(text: str, file: Path | None = None) -> GatewayPolicy:
-    """
-    A policy from TOML text.
-
-    Raises:
-        SettingsError: With every problem.
-    """
+    """A policy from TOML text."""
     reader, document = opened(text, file)
     tables = document.get("signer")
     signers = read_signers(reader, tables if isinstance(tables, dict) else {})
@@ -66,7 +61,7 @@ def parse(text: str, file: Path | None = None) -> GatewayPolicy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One request, with what the API server says about who asks."""
+    """One request, with what the API server says about the requester."""
 
     signer: str
     username: str
@@ -127,15 +122,15 @@ class World:
     state: NodeState | None = None
 
 
-#: A kubelet's request has less than 1 kB. With the CSR in it an entry takes six times as much: 12 MB for all at most.
-_LONGEST_REMEMBERED_BYTES = 2 << 10
+#: A kubelet's request has less than 1 kB. With the CSR in it an entry takes six times as much: 18 MB for all at most.
+USUAL_BYTES = 3 << 10
 #: A request is judged three times or more; refused requests are not remembered.
 _remembered = lru_cache(maxsize=1024)(read)
 
 
 def _read(pem: bytes) -> Asked | OddRequestError:
     try:
-        return _remembered(pem) if len(pem) <= _LONGEST_REMEMBERED_BYTES else read(pem)
+        return _remembered(pem) if len(pem) <= USUAL_BYTES else read(pem)
     except OddRequestError as e:
         return e.with_traceback(None)
 

@@ -74,29 +74,23 @@ class Queue:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._jobs: dict[str, Job] = {}  # by uid: waiting or delayed
-        self._ready: deque[Job] = deque()
-        self._delayed: list[tuple[float, int, Job]] = []
         self._order = itertools.count()
         self._working: dict[str, Job] = {}
-        self._later: dict[str, SigningRequest] = {}  # a newer version of what is being worked at
+        self._closed = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self._jobs: dict[str, Job] = {}  # by uid: waiting or delayed
+        self._ready: OrderedDict[str, deque[Job]] = OrderedDict()  # by user, whose turn is next first
+        self._delayed: list[tuple[float, int, Job]] = []
+        self._later: dict[str, SigningRequest] = {}  # a newer version of an object that is being worked at
         self._newest: OrderedDict[str, tuple[Newest, str]] = OrderedDict()
         self._shares: Counter[str] = Counter()  # bytes by user
         self._bytes = 0
-        self._closed = False
         self.overflowed = False
 
     def put(self, one: SigningRequest, look: Callable[[SigningRequest], Look]) -> list[str]:
-        """
-        Take in an object that is new or has changed.
-
-        Args:
-            one: The object.
-            look: Called once, without the lock, and only for an object that fits.
-
-        Returns:
-            The uids of older objects of the same key, which count no longer.
-        """
+        """Take in an object that is new or has changed; the uids of older objects of its key, which count no longer."""
         with self._changed:
             if one.uid in self._working:
                 self._later[one.uid] = one
@@ -118,7 +112,7 @@ class Queue:
                 return []
             job = Job(one=one, look=found, arrived=time.monotonic())
             self._add(job)
-            self._ready.append(job)
+            self._line_up(job)
             self._changed.notify()
             return superseded
 
@@ -147,6 +141,10 @@ class Queue:
 
     def _greediest(self) -> str:
         return max(self._shares, key=lambda name: self._shares[name], default="")
+
+    def _line_up(self, job: Job) -> None:
+        """Every user has a line, and the lines have their turns, so that a flood is in no other user's way."""
+        self._ready.setdefault(job.one.request.username, deque()).append(job)
 
     def _add(self, job: Job) -> None:
         self._jobs[job.one.uid] = job
@@ -209,7 +207,7 @@ class Queue:
         fresh = replace(job)
         job.removed = True
         self._add(fresh)
-        self._ready.append(fresh)
+        self._line_up(fresh)
         self._changed.notify()
 
     def take(self, seconds: float) -> Job | None:
@@ -221,9 +219,12 @@ class Queue:
                 while self._delayed and (self._delayed[0][0] <= now or self._delayed[0][2].removed):
                     job = heapq.heappop(self._delayed)[2]
                     if not job.removed:
-                        self._ready.append(job)
+                        self._line_up(job)
                 while self._ready:
-                    job = self._ready.popleft()
+                    user, jobs = self._ready.popitem(last=False)
+                    job = jobs.popleft()
+                    if jobs:
+                        self._ready[user] = jobs
                     if not job.removed:
                         self._working[job.one.uid] = job
                         self._pop(job.one.uid)
@@ -255,7 +256,7 @@ class Queue:
                 return
             self._add(job)
             if has_changed:
-                self._ready.append(job)
+                self._line_up(job)
             else:
                 heapq.heappush(self._delayed, (time.monotonic() + seconds, next(self._order), job))
             self._changed.notify()
@@ -263,7 +264,8 @@ class Queue:
     def wake(self) -> None:
         """Look at all delayed jobs at once: something has changed."""
         with self._changed:
-            self._ready.extend(job for _, _, job in self._delayed if not job.removed)
+            for _, _, job in self._delayed:
+                self._line_up(job)
             self._delayed.clear()
             self._changed.notify_all()
 
@@ -272,14 +274,7 @@ class Queue:
         with self._changed:
             for job in self._jobs.values():
                 job.removed = True
-            self._jobs.clear()
-            self._ready.clear()
-            self._delayed.clear()
-            self._newest.clear()
-            self._later.clear()
-            self._shares.clear()
-            self._bytes = 0
-            self.overflowed = False
+            self._reset()
 
     def close(self) -> None:
         """Take no new jobs, and forget those that are not being worked at."""

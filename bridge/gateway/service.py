@@ -57,12 +57,7 @@ _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 15.0
 
 @contextlib.contextmanager
 def _alone(store: Store) -> Iterator[None]:
-    """
-    Hold the state directory, which only one gateway may use.
-
-    Raises:
-        LockedError: Another one uses it.
-    """
+    """Hold the state directory, which only one gateway may use."""
     try:
         with lock(store.lock, shlex.join(sys.argv), timedelta()):
             yield
@@ -75,10 +70,7 @@ class Service:
     """The gateway as a whole: made of the settings, started, run and ended."""
 
     def __init__(self, settings: Settings, now: Callable[[], datetime]) -> None:
-        """
-        Raises:
-            SettingsError: Policy, inventory, the CAs' certificates, credentials or backends can't be used.
-        """
+        """Read policy, inventory, CA certificates and credentials, and open backends; SettingsError if one can't be used."""
         ours = settings.gateway
         self.settings = settings
         self.nodes = Nodes(ours)
@@ -182,7 +174,7 @@ class Service:
                 for text in authority.check(ours):
                     log.warning("%s", text)
             except BackendError as e:
-                log.warning("%s: %s", authority.label, e)
+                log.warning("%s: %s", authority.ca.label, e)
 
     def _keep_looking_at_cas(self) -> None:
         """Read the issuers again: a CA's new intermediate lives longer than the one before it."""
@@ -276,7 +268,7 @@ class Service:
         self._flush()
         self.holder.release()
         for authority in self.authorities.values():
-            authority.close()
+            authority.ca.close()
         self.api.close()
         left = self.context.queue.counts()[1]
         log.info("ended%s", f"; {left} requests were left in the middle" if left else "")
@@ -290,17 +282,18 @@ class Service:
         if self._started:
             queue = self.context.queue
             waiting, working = queue.counts()
-            gauges = {
-                ("queue", '{state="waiting"}'): waiting,
-                ("queue", '{state="working"}'): working,
-                ("queue", '{state="at-ca"}'): len(self.context.tickets),
-                ("queue_overflowed", ""): queue.overflowed,
-                ("watch_complete", ""): self._watch is not None and self._watch.has_seen_all(),
-                ("leader", ""): self.holder.is_ours(),
-                ("api_up", ""): not self._api_trouble,
-                ("inventory_good", ""): not self.nodes.trouble,
+            states = {"waiting": waiting, "working": working, "at-ca": len(self.context.tickets)}
+            flags = {
+                "queue_overflowed": queue.overflowed,
+                "watch_complete": self._watch is not None and self._watch.has_seen_all(),
+                "leader": self.holder.is_ours(),
+                "api_up": not self._api_trouble,
+                "inventory_good": not self.nodes.trouble,
             }
-            self.metrics.gauges.update({key: float(value) for key, value in gauges.items()})
+            self.metrics.gauges = {
+                **{("queue", f'{{state="{state}"}}'): float(count) for state, count in states.items()},
+                **{(name, ""): float(value) for name, value in flags.items()},
+            }
         return HTTPStatus.OK, self.metrics.text()
 
     def _healthz(self) -> tuple[int, str]:
@@ -399,13 +392,7 @@ def rights_needed(signers: Sequence[str], settings: GatewaySettings) -> Iterator
 
 
 def assert_rights(api: Api, rights: Iterator[Right]) -> None:
-    """
-    Ask the API server for each right (SelfSubjectAccessReview); nothing is tried.
-
-    Raises:
-        NoAnswerError: The API server does not answer.
-        ApiRefusesError: Some are missing; all of these are named.
-    """
+    """Ask the API server for each right (SelfSubjectAccessReview); nothing is tried."""
     missing = [str(right) for right in rights if not _is_given(api, right)]
     if missing:
         raise ApiRefusesError(f"{api.server}: wanted the right to {', to '.join(missing)}, found that it is missing")

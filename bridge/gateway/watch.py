@@ -84,12 +84,7 @@ class SigningRequest:
 
 
 def parse(document: Any, size: int) -> SigningRequest:
-    """
-    Read an object from JSON of so many bytes.
-
-    Raises:
-        NotAnObjectError: It is none.
-    """
+    """Read an object from JSON of so many bytes."""
     try:
         metadata, spec, status = document["metadata"], document["spec"], document.get("status") or {}
         seconds = spec.get("expirationSeconds")
@@ -128,12 +123,7 @@ def _texts(value: Any) -> list[str]:
 
 
 def decoded(certificate: str) -> bytes:
-    """
-    `status.certificate` as PEM.
-
-    Raises:
-        ValueError: It is not base64.
-    """
+    """`status.certificate` as PEM."""
     return base64.b64decode(certificate, validate=True)
 
 
@@ -164,17 +154,7 @@ class Watch:
     def run(
         self, changed: Callable[[SigningRequest], None], gone: Callable[[str], None], alive: Callable[[], None]
     ) -> None:
-        """
-        Watch for one round, until the server ends it or `end` is called.
-
-        Args:
-            changed: Gets each object that exists, and each that changes.
-            gone: Gets the uid of each that was deleted.
-            alive: Called with each sign of life.
-
-        Raises:
-            NoAnswerError: The connection broke.
-        """
+        """Watch for one round, until the server ends it or `end` is called."""
         query = urlencode({"watch": 1, "allowWatchBookmarks": "true", "timeoutSeconds": ROUND_SECONDS})
         with self._api.lines(f"{COLLECTION}?{query}", SILENCE_SECONDS, LONGEST_OBJECT_BYTES) as lines:
             with self._mutex:

@@ -45,15 +45,10 @@ class Writer:
         return uid in self._ours
 
     # --- answers ----------------------------------------------------------------------------------------------------
-    # each raises GoneError, LeftError or NoAnswerError where it was not written
+    # each raises GoneError (the object is settled, or another one), LeftError or NoAnswerError where it was not written
 
     def deny(self, job: Job, reason: str) -> None:
-        """
-        Say no, in words that give nothing away; `Denied` is not possible where somebody has approved already.
-
-        Raises:
-            AuditError: It can't be recorded, and was not written.
-        """
+        """Say no, in words that give nothing away; `Denied` is not possible where another client has approved already."""
         context = self._context
         context.ledger.write(context.about(job.one).line(audit.REFUSED, error=NotAllowedError(reason)))
         for _ in self.turns(job):
@@ -85,7 +80,7 @@ class Writer:
                 return
 
     def issue(self, job: Job, found: Verified) -> bool:
-        """Approve, unless somebody has, and write the certificate; False: the object has changed in between."""
+        """Approve, unless another client has, and write the certificate; False: the object has changed in between."""
         one, context = job.one, self._context
         if not one.has(watch.APPROVED):
             body = with_condition(one, watch.APPROVED, watch.ALLOWS, context.now())
@@ -106,18 +101,12 @@ class Writer:
     # --- objects ----------------------------------------------------------------------------------------------------
 
     def turns(self, job: Job) -> Iterator[None]:
-        """
-        Try a few times to write; before each try but the first, the object is read again.
-
-        Raises:
-            GoneError: It is gone, settled, or another one.
-            LeftError: It changes each time, or we may not.
-        """
+        """Try a few times to write; before each try but the first, the object is read again."""
         for turn in range(_TURNS):
             if turn:
                 self._read_again(job)
             yield
-        raise LeftError("conflict", "somebody else changes the object each time", 1.0)
+        raise LeftError("conflict", "another client changes the object each time", 1.0)
 
     def _read_again(self, job: Job) -> None:
         reply = self._context.api.ask("GET", job.one.path)
@@ -126,7 +115,7 @@ class Writer:
         _assert_well(reply, "get the object")
         self._take_over(job, reply)
         if job.one.is_settled:
-            raise GoneError("somebody else has settled it")
+            raise GoneError("another client has settled it")
 
     def _take_over(self, job: Job, reply: Reply) -> None:
         """The object as the API server has it now."""
@@ -139,13 +128,7 @@ class Writer:
         job.one = found
 
     def _patch(self, one: SigningRequest, subresource: str, body: Mapping[str, Any]) -> Reply:
-        """
-        Write; 200, or that it has changed.
-
-        Raises:
-            GoneError: There is no such object any more.
-            LeftError: We may not.
-        """
+        """Write; 200, or that it has changed."""
         reply = self._context.api.ask("PATCH", f"{one.path}/{subresource}", body, MERGE_PATCH)
         if reply.status == HTTPStatus.NOT_FOUND:
             raise GoneError("the object is gone")

@@ -26,13 +26,22 @@ T = TypeVar("T")
 
 Key = tuple[str, ...]
 
-
 _LONGEST_FOUND = 60
 #: Finding the line of a key reads the text once a line.
 _LONGEST_WITH_LINES = 100_000
 
 
 _SECRET_KINDS = ("file", "env", "credential")
+
+
+#: Types of a dataclass's fields: an inventory has thousands of tables of one type.
+_known_hints: dict[type[Any], dict[str, Any]] = {}
+
+
+def _hints(schema: type[Any]) -> dict[str, Any]:
+    if schema not in _known_hints:
+        _known_hints[schema] = typing.get_type_hints(schema)
+    return _known_hints[schema]
 
 
 class Source:
@@ -164,7 +173,7 @@ class Reader:
             f.name for f in dataclasses.fields(typing.cast(Any, schema)) if _is_required(f) and f.name not in values
         ]
         if not partial:
-            hints = typing.get_type_hints(schema)
+            hints = _hints(schema)
             for name in missing:
                 self.add((*prefix, _keys_of(name, hints[name])[0]), _wanted(hints[name]), "nothing")
         if missing or len(self.problems) > before:
@@ -177,7 +186,7 @@ class Reader:
         """The values of the keys that are there, by field; a value that can't be read is None, and a problem."""
         if not table:  # as a rule most of them
             return {}
-        hints, known = typing.get_type_hints(schema), set()
+        hints, known = _hints(schema), set()
         values: dict[str, Any] = {}
         for f in dataclasses.fields(schema):
             if GIVEN in f.metadata:

@@ -175,6 +175,19 @@ def test_whoever_fills_the_queue_gives_way() -> None:
     assert line.greediest() == ""
 
 
+@pytest.mark.attack("G1")
+def test_each_requester_has_its_turn() -> None:
+    """A flood that waits already is in no other requester's way, and its own order stays."""
+    line = Queue()
+    for number in range(50):
+        line.put(one(f"flood{number}", username="mallory"), nobody)
+    for number in range(2):
+        line.put(one(f"w2-{number}", username="w2"), nobody)
+    taken = [job.one.uid for job in iter(lambda: line.take(0), None)]
+    assert taken[:5] == ["flood0", "w2-0", "flood1", "w2-1", "flood2"]
+    assert len(taken) == 52
+
+
 def test_what_changes_its_size_is_counted_as_it_is() -> None:
     """Whoever adds to an object that waits does not make room by it."""
     line = Queue()
@@ -454,6 +467,33 @@ def test_a_resolver_that_does_not_answer_holds_few_threads(monkeypatch: pytest.M
         time.sleep(0.01)
     assert found == {address: f"{address}.example" for address in running}
     assert len(running) == 4  # remembered
+
+
+def test_what_counts_at_a_write_is_looked_at_then(tmp_path: Path) -> None:
+    """A file and a Node object of a moment ago are good enough before the CA is asked, and not when its answer is written."""
+    there = [b"{}"]
+
+    class OneNode:
+        """An API server."""
+
+        def ask(self, _: str, path: str) -> Reply:
+            assert path == "/api/v1/nodes/w1"
+            return Reply(status=200, body=there[0]) if there else Reply(status=404, body=b"{}")
+
+    states = nodes.NodeStates(OneNode())  # type: ignore[arg-type]
+    file = tmp_path / "inventory.toml"
+    file.write_text("old")
+    file.chmod(0o644)
+    watched = nodes.WatchedFile(file, "inventory", lambda text, _: text)
+
+    def seen(since: float) -> tuple[bool, str]:
+        return states.state("w1", since, newer=False, with_readiness=False).exists, watched.get(since)
+
+    assert seen(time.monotonic()) == (True, "old")
+    there.clear()
+    file.write_text("another")
+    assert seen(time.monotonic() - 30) == (True, "old")
+    assert seen(time.monotonic()) == (False, "another")
 
 
 # --- the lease's thread -----------------------------------------------------------------------------------------------
