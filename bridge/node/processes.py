@@ -164,12 +164,18 @@ def compare_age(
 
 
 def _names(process: Process, path: Path) -> bool:
-    """Whether a process has a file among its arguments, perhaps inside of one, or by another path."""
-    wanted = {str(path), os.path.realpath(path)}
+    """Whether a process has a file among its arguments, perhaps inside of one, or by its own path to the same file."""
+    if any(str(path) in word for word in process.arguments):
+        return True
     values = (word.rpartition("=")[2] for word in process.arguments)
-    return any(one in word for one in wanted for word in process.arguments) or any(
-        os.path.realpath(value) in wanted for value in values if value.startswith("/")
-    )
+    return any(_is_same(process.root / value.lstrip("/"), path) for value in values if value.startswith("/"))
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:  # not there, or another user's process
+        return False
 
 
 def file_contents(path: Path) -> bytes:

@@ -108,6 +108,15 @@ def test_other_programs_of_the_same_name_do_not_count(file: Path) -> None:
         assert processes.compare_age(Component.SCHEDULER, file, by=[other]).older is True
 
 
+def test_a_process_may_have_another_path_to_the_same_file(file: Path) -> None:
+    """By a link, or below another root."""
+    link = file.with_name("link.conf")
+    link.symlink_to(file)
+    time.sleep(0.02)
+    with scheduler(link):
+        assert older(file) is False
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="a mount needs root; run the tests as root")
 def test_what_a_container_sees_counts_more_than_times(file: Path) -> None:
     """A file that is mounted by itself stays the old one when another takes its place."""
