@@ -1,4 +1,4 @@
-"""Who answers a new node's requests: an earlier run that has proven an answer, files that were carried, or the CAs."""
+"""Answers to a new node's requests: proven by an earlier run, from carried files, or from the CAs."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def shared_key(found: Certificates) -> tuple[str, str] | None:
 
 
 def _assert_apart(found: Certificates) -> None:
-    """Refuse one CA for two: whoever has a client certificate of the cluster might be the front proxy, or read etcd."""
+    """Refuse one CA for two: a client certificate of the cluster would count as the front proxy's, or read etcd."""
     twice = shared_key(found)
     if twice is not None:
         raise AuthorityError(

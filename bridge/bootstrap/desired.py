@@ -36,7 +36,7 @@ class ClusterExistsError(BridgeError):
 
 
 class LeftoversError(BridgeError):
-    """Some of the files are there, and nobody knows whose."""
+    """Some of the files are there, and it is not known whose."""
 
     exit_code = Exit.USAGE
     hint = "move them away; kubeadm would take a mixture, and fail minutes later"
@@ -50,7 +50,7 @@ class NotWholeError(BridgeError):
 
 
 class NobodySignsError(BridgeError):
-    """The settings name no CA, and nobody carries the requests to one."""
+    """The settings name no CA, and the requests are not carried to a desk."""
 
     exit_code = Exit.USAGE
     hint = "an [authority.NAME] table in the settings, or --request BUNDLE for a CA desk"
@@ -69,17 +69,17 @@ class DesiredNode:
 
     role: Role
     places: Places
-    config: Configuration  #: Of the node: InitConfiguration and ClusterConfiguration; a worker's has the names alone.
+    config: Configuration  #: The node's: InitConfiguration and ClusterConfiguration; a worker's has the names alone.
     text: bytes  #: The same as kubeadm is to read it.
     kubeadm: str = "kubeadm"  #: The program; a worker needs none.
     #: For kubeadm's own use, by path.
     files: Mapping[Path, bytes] = field(default_factory=dict)
-    addresses: tuple[str, ...] = ()  #: Of the kubelet's serving certificate.
-    server: str = ""  #: Of a worker's kubelet.conf.
+    addresses: tuple[str, ...] = ()  #: In the kubelet's serving certificate.
+    server: str = ""  #: In a worker's kubelet.conf.
     ca_dir: Path | None = None
     carried: Certificates = field(default_factory=dict)  #: CA certificates that came with an order.
     sa: tuple[bytes, bytes] | None = field(default=None, repr=False)  #: Another node's sa.key and sa.pub.
-    algorithm: KeyAlgorithm = "rsa-2048"  #: Of a worker's keys.
+    algorithm: KeyAlgorithm = "rsa-2048"  #: For a worker's keys.
     keep: Path | None = None
     request: Path | None = None  #: A bundle for a desk is written here.
     answers: tuple[Path, ...] = ()  #: What a desk has answered.
@@ -115,7 +115,7 @@ class Bootstrapped:
 
 
 _ADMIN = "admin.conf"
-#: Of `kubeadm join`: the pre-signed kubelet.conf, which makes a bootstrap token needless.
+#: A preflight error of `kubeadm join`: the pre-signed kubelet.conf, which makes a bootstrap token needless.
 _IGNORED = "FileAvailable--etc-kubernetes-kubelet.conf"
 
 
@@ -207,19 +207,19 @@ def _desired(
 def _cluster(said: NodeInputs) -> tuple[Configuration, Configuration]:
     """The cluster's, the same from all who tell it; and what is said of this node beside it."""
     own = read_configuration(said.config)[0] if said.config is not None else Configuration(documents=())
-    told = [one.cluster for one in (said.order, said.given) if one is not None]
-    told += [own] if own.cluster else []
-    if not told:
+    sources = [one.cluster for one in (said.order, said.given) if one is not None]
+    sources += [own] if own.cluster else []
+    if not sources:
         raise KubeadmConfigError(
             "wanted the cluster's ClusterConfiguration, found none",
             hint="`ca-bridge bootstrap share` on a control-plane node gives it, or --kubeadm-config names its file",
         )
-    if any(one.cluster != told[0].cluster for one in told):
+    if any(one.cluster != sources[0].cluster for one in sources):
         raise OrderError(
             "cluster: wanted the same ClusterConfiguration from all sources, found another one",
             hint="one of the files is another cluster's, or older",
         )
-    return told[0], own
+    return sources[0], own
 
 
 def _joining(said: NodeInputs, own: Configuration, role: Role | None) -> NewNode:

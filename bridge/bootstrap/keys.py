@@ -72,7 +72,7 @@ class Made:
 
 
 def clear(state_dir: Path) -> None:
-    """Remove what an interrupted run of kubeadm has left; its keys were asked for by nobody."""
+    """Remove what an interrupted run of kubeadm has left; no CA was asked for its keys."""
     for path in state_dir.glob(f"{_SCRATCH}*"):
         shutil.rmtree(path)
 

@@ -40,7 +40,7 @@ def make(
         settings: CAs, directories, how long.
         desired: What for.
         now: The clock.
-        progress: Is told.
+        progress: Shows what is done.
         wait: For another run to end.
 
     Raises:

@@ -1,7 +1,7 @@
 """
 What is carried to a new node: its cluster's configuration and CA certificates, and who it is to be (pure: bytes, values).
 
-An order comes from an administrator's machine and holds nothing secret, but whoever can change it decides which programs
+An order comes from an administrator's machine and holds nothing secret, but a change to it decides which programs
 the node runs and whom it trusts: so it can be signed. What a control-plane node shares with the next
 one may hold the service account key, and goes through a pipe. There is no field for a CA's key, or for a node's.
 """
@@ -73,9 +73,9 @@ class Order:
 
     cluster: Configuration  #: The ClusterConfiguration, and others that are the same for all nodes.
     authorities: Mapping[str, tuple[x509.Certificate, ...]]
-    node: NewNode | None = None  #: None: whoever gets it says who it is.
+    node: NewNode | None = None  #: None: the node that gets it says who it is.
     sa: tuple[bytes, bytes] | None = field(default=None, repr=False)  #: sa.key and sa.pub.
-    signature: bytes | None = None  #: Over `message`; None: nobody has signed it.
+    signature: bytes | None = None  #: Over `message`; None: it is not signed.
 
 
 def dumps(order: Order) -> bytes:
@@ -284,7 +284,7 @@ def read_order(path: Path) -> Order:
 
 
 class UnsignedOrderError(BridgeError):
-    """The settings name a key for orders, and somebody else made this one."""
+    """The settings name a key for orders, and this one is not signed with it."""
 
     exit_code = Exit.REFUSED
     hint = "`ca-bridge bootstrap orders --sign-with KEY` signs them; node.order_key in the settings names whose count"

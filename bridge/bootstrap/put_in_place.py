@@ -83,7 +83,7 @@ def put_back(run: Run, desired: DesiredNode) -> int:
             hint="name another directory, or --anew to have all signed anew",
         )
     pem = _assert_own(run, desired, [path for _, path, _, _ in found.files])
-    # its path decides the mode of a file: whoever can write to the copies may have changed theirs
+    # the path decides the mode, since a user who can write to the copies may have changed it
     files = [_replacement(name, path, _mode(path), data) for name, path, _, data in found.files]
     _assert_free(files, desired.places)
     try:
@@ -166,7 +166,7 @@ def _link(link: Path, target: Path) -> Replacement:
 
 
 def _make_directories(desired: DesiredNode) -> None:
-    """Make kubeadm's directories and the kubelet's; nobody else may write to them."""
+    """Make kubeadm's directories and the kubelet's; other users may not write to them."""
     for path in desired.places.directories(desired.role):
         path.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
         if (found := exposure(path)) is not None:

@@ -123,7 +123,7 @@ class NodeLook:
             yield f"{path}: wanted no file (kubeadm writes it from kubelet.conf), found one"
         data = self.read(self.places.kubeconfigs / KUBELET_CONF)
         if data is None:
-            return  # told as what is missing
+            return  # the certificate's own check says that it is missing
         try:
             anchors[CA.name] = tuple(load_pem_certificates(kubeconfig.parse(data).ca_data or b""))
         except (KubeconfigError, ValueError):

@@ -120,11 +120,11 @@ def _cas(settings: Settings, now: datetime) -> Iterator[Finding]:
     try:
         backends = registry.configured(settings, settings.authorities)
     except SettingsError:
-        return  # told before
+        return  # a finding says so already
     for name, configured in backends.items():
         try:
             certificates = signer_of(configured, Rest())
         except BridgeError:
-            continue  # told before
+            continue  # a finding says so already
         for certificate in certificates:
             yield installed.ca_end(certificate, f"CA {name}", now)

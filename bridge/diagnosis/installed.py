@@ -90,7 +90,7 @@ def _name_in(item: Item) -> str:
 
 
 def _self_made(item: Item, node: Node, now: datetime) -> Iterator[Finding]:
-    """A kubelet's own: every cluster has it, and nobody who verifies can use it."""
+    """A kubelet's self-signed certificate: every cluster has it, and no client can verify it."""
     name, end = item.spec.name, expiry.first_end(item.certificates)
     hint = (
         f"`ca-bridge renew {name}` puts one of the CA in its place; so does [certificate.{name}] sans in the settings"
@@ -146,14 +146,14 @@ def _super_admin(item: Item) -> Finding:
 
 
 def _identity(item: Item, settings: Settings) -> Iterator[Finding]:
-    """Check for whom a certificate is; which CA it leads to is told apart."""
+    """Check the name that a certificate is for; `_chain` checks its CA."""
     error = foreign_identity(item, settings) if item.managed else None
     if isinstance(error, ForeignIdentityError) and any(each.subject != "issuer" for each in error.violations):
         yield from_error("identity", item.spec.name, error)
 
 
 def _end(item: Item, settings: Settings, now: datetime) -> Finding:
-    """A finding about a certificate's end; one that is due is nothing to worry about, unless nobody renews it."""
+    """A finding about a certificate's end; one that is due is in order while runs renew it in time."""
     name, end = item.spec.name, expiry.first_end(item.renewable)
     if expiry.is_early(item.certificates[:1], now):
         hint = "put the clock right; if it is right, it was wrong before: `ca-bridge renew NAME` makes a new one"
@@ -197,7 +197,7 @@ def _by_its_ca(item: Item, end: datetime) -> str:
 
 
 def _pair(item: Item) -> Iterator[Finding]:
-    """The key is there, belongs to the certificate, and is for nobody else."""
+    """The key is there, belongs to the certificate, and is closed to other users."""
     path = item.key_path or item.certificate_path
     name = item.spec.name
     try:
@@ -229,18 +229,18 @@ def _belongs(item: Item, pem: bytes, path: Path) -> Iterator[Finding]:
 
 
 def private_file(path: Path, about: str) -> Iterator[Finding]:
-    """A file with a secret in it is root's or ours, on a way that nobody else can change, and closed to all others."""
+    """A file with a secret is root's or ours, on a path that other users can't change, and closed to them."""
     try:
         opened = open_secret(path)
     except OSError:
-        return  # whoever needs it says so
+        return  # the check that needs it says so
     if opened is not None:
         yield Finding(level="error", check="open-secret", about=about, text=str(opened), hint=opened.hint)
     yield from _exposed(path, about)
 
 
 def open_directories(places: Iterable[Path]) -> Iterator[Finding]:
-    """Whoever may write to a directory, or to one above it, may put files of his own in the place of ours."""
+    """A user who may write to a directory, or to one above it, may put other files in the place of ours."""
     for path in dict.fromkeys(places):
         yield from _exposed(path, str(path))
 
@@ -473,7 +473,7 @@ def _service_account(node: Node, settings: Settings) -> Iterator[Finding]:
 
 
 def _places(node: Node, settings: Settings) -> Iterator[Finding]:
-    """Whoever may write to a directory may put files of his own in the place of ours."""
+    """A user who may write to a directory may put other files in the place of ours."""
     places = [settings.node.pki_dir, settings.node.kubeconfig_dir]
     places += [item.certificate_path.parent for item in node.items if item.state == "present"]
     manifests = settings.node.kubeconfig_dir / "manifests"

@@ -149,7 +149,7 @@ def _homes() -> list[Path]:
 
 
 def _copies(node: Node, homes: Sequence[Path]) -> Iterator[Finding]:
-    """Look for copies, which nobody renews: each is as old as the day on which it was made."""
+    """Look for copies, which no run renews: each is as old as the day on which it was made."""
     admins = {item.spec.name: item for item in node.items if item.spec.component is None and item.embedded}
     live = {item.certificates[0]: name for name, item in admins.items() if item.certificates}
     if not live:

@@ -221,7 +221,7 @@ def _addresses(node: Node) -> Iterator[Finding]:
 
 
 def _hosts(flags: Flags, flag: str) -> list[str]:
-    """Hosts of the URLs with TLS in a flag; whoever listens on all addresses says nothing of names."""
+    """Hosts of the URLs with TLS in a flag; one for all addresses says nothing of names."""
     hosts = [urlsplit(url).hostname or "" for url in endpoints.urls(flags, flag)]
     return [host for host in hosts if host and not endpoints.is_any(host)]
 

@@ -34,7 +34,7 @@ class Address(NamedTuple):
 
 
 class Server(NamedTuple):
-    """Whom to ask."""
+    """A server that can be asked."""
 
     url: str  #: Without a path.
     name: str | None = None  #: In its certificate, where that is not the URL's host.

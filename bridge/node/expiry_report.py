@@ -26,7 +26,7 @@ class Row:
     trouble: str | None
     chain: Sequence[x509.Certificate]  #: The certificate and its intermediates; empty unless it is present.
     seconds_left: int | None  #: The certificate's, as kubeadm has it.
-    chain_seconds_left: int | None  #: Of the one that ends first.
+    chain_seconds_left: int | None  #: The same of the certificate in the chain that ends first.
     authority: str | None  #: None for a CA itself.
     external: bool  #: Its CA's key is not on the node.
     first: bool  #: A kubelet's client certificate that has ended, or soon does: a node that reboots stays down.

@@ -65,18 +65,18 @@ class Item:
     certificates: tuple[x509.Certificate, ...]  #: As in the file, the leaf first; empty unless present.
     state: FileState
     trouble: str | None  #: "wanted …, found …" when broken or unreadable.
-    managed: bool  #: Ours to renew; else somebody rotates it, or its CA is not known here.
+    managed: bool  #: `renew` may replace it; else a kubelet rotates it, or its CA is not known here.
     listed: bool  #: kubeadm has a row for it.
     rotates: bool = False  #: The kubelet renews it by itself, where a signer in the cluster answers.
     #: A kubelet's pair is a dated file behind this symlink, which a new one takes; of an embedded one it is the copy.
     current: Path | None = None
     copy: tuple[
         x509.Certificate, ...
-    ] = ()  #: Of an embedded one: what the kubelet keeps beside it; its end counts, too.
+    ] = ()  #: The certificate that the kubelet keeps beside an embedded one; its end counts, too.
     anchor: x509.Certificate | None = None  #: The CA in its CA file that it leads to.
     is_anchor_first: bool = True  #: It is the file's first CA, which signs new certificates.
     key_trouble: str | None = None  #: "wanted …, found …" where its key is missing, empty or another certificate's.
-    foreign: bool = False  #: No CA of the cluster signed it: made by the kubelet itself, or somebody else's.
+    foreign: bool = False  #: No CA of the cluster signed it: the kubelet made it itself, or it is another cluster's.
     obstacle: BridgeError | None = None  #: Why its files can't be replaced; it can be read and used nevertheless.
 
     @property
@@ -145,7 +145,7 @@ class _Found(NamedTuple):
     certificates: tuple[x509.Certificate, ...] = ()
     trouble: str | None = None
     obstacle: BridgeError | None = None
-    has_key: bool | None = None  #: The same file has the certificate's key; None: not told.
+    has_key: bool | None = None  #: The same file has the certificate's key; None: it can't be seen.
 
 
 class NoNodeError(BridgeError):
@@ -228,7 +228,7 @@ def _is_worker(pki_dir: Path, kubeconfig_dir: Path) -> bool:
 
 
 def _worker(pki_dir: Path, kubeconfig_dir: Path, kubelet: KubeletFiles, troubles: Sequence[str]) -> Node:
-    """One CA, a kubelet, and an administrator's kubeconfig if somebody put one there."""
+    """One CA, a kubelet, and an administrator's kubeconfig if there is one."""
     authority = _authority(CA, pki_dir / CA.certificate_file, pki_dir / CA.key_file, listed=True)
     kubeconfigs = [
         _kubeconfig_item(spec, authority, kubeconfig_dir / spec.base, kubelet)
@@ -248,7 +248,7 @@ def _worker(pki_dir: Path, kubeconfig_dir: Path, kubelet: KubeletFiles, troubles
 
 
 def _with_shared_files(items: Sequence[Item]) -> tuple[Item, ...]:
-    """Each file is replaced once: those of ours that share one are told, as one would get the other's new content."""
+    """Mark certificates that share a file: one of them would get the other's new content."""
     users: dict[str, list[str]] = defaultdict(list)
     for item in items:
         if item.managed and item.state == "present":
@@ -545,7 +545,7 @@ def _key_trouble(found: _Found, certificate_path: Path, key_path: Path | None) -
 
 
 def other_key(item: Item) -> str | None:
-    """Why an item's key is not its certificate's, by a look into the file with the key; None: it is, or not told."""
+    """Why an item's key is not its certificate's, by a look into the key file; None: it is, or it can't be seen."""
     if item.key_path is None or not item.certificates or item.in_one_file:
         return None
     try:

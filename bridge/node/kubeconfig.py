@@ -55,7 +55,7 @@ class Kubeconfig:
     key_file: str | None
     token_file: str | None = None  #: Instead of a client certificate.
     not_editable: str | None = None  #: Why `with_credentials` would refuse.
-    key_fits: bool | None = None  #: The embedded key is the embedded certificate's; None: not told.
+    key_fits: bool | None = None  #: The embedded key is the embedded certificate's; None: it can't be seen.
 
 
 def parse(data: bytes) -> Kubeconfig:

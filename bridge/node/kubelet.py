@@ -48,7 +48,7 @@ _FLAGS = {
     "--pod-manifest-path": "staticPodPath",
 }
 
-#: made: the kubelet makes a pair that nobody has signed, unless there is one; named: `tlsCertFile`; asked: by
+#: made: the kubelet makes a self-signed pair, unless there is one; named: `tlsCertFile`; asked: by
 #: `serverTLSBootstrap` it asks a signer of the cluster.
 Serving = Literal["made", "named", "asked"]
 
@@ -152,7 +152,7 @@ def _flags_in(path: Path, variable: str) -> Mapping[str, str]:
         text = (read(path) or b"").decode()
         match = re.search(rf"^\s*{variable}=(.*)$", text, re.MULTILINE)
         words = shlex.split(" ".join(shlex.split(match[1]))) if match else []
-    except (UnreadableError, ValueError):  # whoever starts the kubelet would not understand it, either
+    except (UnreadableError, ValueError):  # systemd would not understand it, either
         return {}
     found = {}
     for number, word in enumerate(words):

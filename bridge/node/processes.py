@@ -45,7 +45,7 @@ def running(program: str, proc: Path = PROC) -> list[Process]:
     Processes that run a program on this node, the oldest first.
 
     On this node means: in our own network namespace. Static pods of a control plane use their host's, and so does a
-    kubelet; another node on the same machine has its own. Who may not look at other people's processes (not root)
+    kubelet; another node on the same machine has its own. Another user than root, who may not look at others' processes,
     finds none.
     """
     here = _network(proc / "self")
@@ -119,7 +119,7 @@ def oldest_start(component: Component, named: Sequence[Path], proc: Path = PROC)
 class Age(NamedTuple):
     """A component's age, compared with a file's."""
 
-    older: bool | None  #: The component is older than the file, or sees another one; None: it can't be told.
+    older: bool | None  #: The component is older than the file, or sees another one; None: it can't be seen.
     detail: str
 
 
@@ -306,7 +306,7 @@ def _may_be_of(pod: Any, component: Component) -> bool:
 
 
 def _label(pod: Any) -> Any:
-    """The value of a label, which kubeadm's pods have: by it they are told from an operator's `etcd-defrag`."""
+    """The value of a label that kubeadm's pods have, and an operator's `etcd-defrag` has not."""
     return pod.get("labels", {}).get("component")
 
 

@@ -87,7 +87,7 @@ users:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """A made-up cluster and node, as kubeadm would be told of them."""
+    """A made-up cluster and node, as a kubeadm configuration would describe them."""
 
     node: str = "cp-1"
     address: str = "192.0.2.10"  #: The advertise address.
@@ -217,7 +217,7 @@ def leaf_certificate(
     """The certificate that kubeadm would make for this spec."""
     cn, o = _SUBJECTS[spec.name]
     subject = _name(cn.format(node=cluster.node), o)
-    # Of a certificate in a kubeconfig kubeadm still takes the CA's own beginning, however long ago.
+    # kubeadm still copies the CA's own beginning into certificates of kubeconfigs, however long ago.
     begin = ca.certificate.not_valid_before_utc if spec.kubeconfig else not_before
     identifier = ca.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     builder = (

@@ -71,7 +71,7 @@ class RequestBundle:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """Why somebody did not sign."""
+    """Why a desk did not sign."""
 
     reason: str  #: One line for people.
 

@@ -147,7 +147,7 @@ def _answer_document(answer: Issued | Refusal) -> dict[str, Any]:
 
 
 def request_file_name(bundle: RequestBundle) -> str:
-    """The name of its file where nobody chose one; another for each bundle, so that none is written over another."""
+    """The name of its file where none was chosen; another for each bundle, so that none is written over another."""
     return file_names(bundle.node, digest(bundle))[0]
 
 
@@ -486,7 +486,7 @@ def _damage(one: x509.Certificate | x509.CertificateSigningRequest) -> str | Non
     Why a part of a CSR or certificate can't be read; None if all of it can.
 
     The library reads names, keys, dates and extensions when they are asked for, and each has its own way to fail: it is
-    found out here, once, and not by whoever judges, shows or records the request.
+    found out here, once, and not where the request is judged, shown or recorded.
     """
     try:
         _ = name_text(one.subject), one.public_key(), san_counts(one), extended_key_usages(one)

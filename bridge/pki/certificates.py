@@ -34,7 +34,7 @@ warnings.filterwarnings("ignore", message="PKCS#7 certificates could not be pars
 
 #: A P-256 point, the shortest public half of a key, has 65 bytes and a zero before them.
 _SHORTEST_PUBLIC = 64
-#: Of whom SANs are remembered: who judges a request asks for them several times in a row.
+#: Certificates and CSRs whose SANs are remembered: a judge asks for them several times in a row.
 _REMEMBERED = 64
 
 _BEGIN = re.compile(rb"^-----BEGIN CERTIFICATE-----[ \t]*\r?$", re.MULTILINE)
@@ -94,7 +94,7 @@ def load_der_certificate(der: bytes) -> x509.Certificate:
     """One certificate, whose names can be read; its key and its extensions may still be `UNREADABLE`."""
     try:
         certificate = x509.load_der_x509_certificate(der)
-        _ = certificate.subject, certificate.issuer  # or whoever shows them would be the first to read them
+        _ = certificate.subject, certificate.issuer  # or the code that prints them would be the first to read them
     except UNREADABLE as e:
         raise ValueError(str(e)) from e
     return certificate
@@ -275,7 +275,7 @@ _KEY = re.compile(rb"-----BEGIN ([A-Z ]*)PRIVATE KEY-----(.*?)-----END \1PRIVATE
 
 def has_key_of(pem: bytes, certificate: x509.Certificate) -> bool | None:
     """
-    Whether a PEM text has the certificate's private key, told by the public half in it; None: not told so.
+    Whether a PEM text has the certificate's private key, seen by the public half in it; None: it can't be seen so.
 
     Nothing is computed: a run that has nothing to do looks at a dozen keys. It is no proof that the key works.
     """

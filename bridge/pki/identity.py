@@ -1,7 +1,7 @@
 """
 Whether a live certificate is what its name says: the next one gets its subject and SANs (pure).
 
-A certificate that somebody else put in its place would otherwise be renewed as it is: a self-made one with CN=root in
+A certificate that an intruder put in its place would otherwise be renewed as it is: a self-made one with CN=root in
 etcd's file, or one in `system:masters` in the scheduler's kubeconfig. Dates do not count: an expired certificate, one
 below an expired CA and one below an earlier certificate of the same CA are good input.
 """
@@ -19,7 +19,7 @@ from bridge.pki.certificates import UNREADABLE, attributes, is_ca, is_signed_by,
 from bridge.specs import CertificateSpec
 from bridge.words import one_line
 
-#: Longer chains are nobody's (and a circle would have no end).
+#: No CA has longer chains (and a circle would have no end).
 _MOST_INTERMEDIATES = 8
 _CN, _O = NameOID.COMMON_NAME.dotted_string, NameOID.ORGANIZATION_NAME.dotted_string
 #: A node's name in the cluster (RFC 1123 subdomain, which is what Kubernetes takes).

@@ -143,7 +143,7 @@ def text_of(names: Iterable[x509.GeneralName]) -> str:
     return ", ".join(str(one.value) for one in names) or "none"
 
 
-#: Of a kubelet's CN; what follows is the node's name (kubeadm, kubeconfig.go).
+#: Begins a kubelet's CN; what follows is the node's name (kubeadm, kubeconfig.go).
 _NODE_USER = "system:node:"
 
 
@@ -202,7 +202,7 @@ def renamed(certificate: x509.Certificate, names: Mapping[str, str]) -> x509.Cer
 
 
 def named(certificate: x509.Certificate, naming: Naming) -> x509.Certificate:
-    """One of these names alone, signed by nobody that counts: for reading, never for use."""
+    """One of these names alone, with a throw-away signature: for reading, never for use."""
     return _unsigned(certificate, naming.subject, [(x509.SubjectAlternativeName(naming.sans), False)])
 
 

@@ -91,7 +91,7 @@ class Terms:
     """The terms that a proof of version 2 covers besides the CSR and who asks."""
 
     validity: timedelta  #: Asked for; whole seconds.
-    created: datetime  #: The bundle's, so that nobody else can make it look younger.
+    created: datetime  #: The bundle's, so that it can't be made to look younger.
 
 
 def sign_proof(
@@ -118,7 +118,7 @@ def proof_problem(request: BundledRequest, bundle: RequestBundle) -> str | None:
     """
     Why the continuity proof does not hold; None when it does.
 
-    It says that whoever made the bundle has the key of `replaces`, and that the new certificate is for the same CN:
+    It says that the maker of the bundle has the key of `replaces`, and that the new certificate is for the same CN:
     one of another name, be it by the same CA, proves nothing. Whether it is by the cluster's CA is `origin_problem`,
     whether it has the usages `usages_problem`, and who may have the new one is the policy's.
     """

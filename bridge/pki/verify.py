@@ -2,7 +2,7 @@
 Proof that a CA's answer is exactly what was asked for (pure: no file, no network, no clock).
 
 kubeadm checks little more than the chain (its init accepts an apiserver.crt with an empty subject, no SAN and a foreign
-key), so every property that makes a certificate work is checked here, and all that is wrong is told at once.
+key), so every property that makes a certificate work is checked here, and all that is wrong is reported at once.
 What Kubernetes' own library can't read or verify is refused, too (`bridge.pki.go_x509`).
 Not checked: revocation (no component of the control plane looks at it) and the key identifiers (Go's path
 building does without them).
@@ -119,7 +119,7 @@ _PARTS: dict[str, Callable[[x509.Certificate], object]] = {
 
 
 def _unreadable(issued: Issued) -> Iterator[Violation]:
-    """Parts that nobody can judge; without them no other check makes sense."""
+    """Parts that can't be read; without them no other check makes sense."""
     for part, why in _parts_unreadable(issued.leaf):
         yield Violation(subject=part, want="one that can be read", got=why)
     for intermediate in issued.intermediates:
@@ -176,7 +176,7 @@ def _subject(
     The same attributes with the same values; order and grouping into RDNs may differ.
 
     CAs written in Go rebuild the name, and Kubernetes reads only CN and the O values; Vault's roles drop O
-    without a word, which makes a valid certificate for somebody else.
+    without a word, which makes a valid certificate for another user.
     """
     asked, answered = attributes(csr.subject), attributes(leaf.subject)
     if asked == answered:
