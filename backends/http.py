@@ -239,14 +239,9 @@ def url_problems(
     url: str, wanted: str = "https://HOST[:PORT]", *, suffix: str = "", plain_http: bool | None = None, risk: str = ""
 ) -> Iterator[SettingsProblem]:
     """
-    What is wrong with a server's URL.
+    What is wrong with a server's URL; `suffix` is what the backend appends, which is not to be in the path.
 
-    Args:
-        url: The setting.
-        wanted: In a message.
-        suffix: What the backend appends, which is not to be in the path.
-        plain_http: Whether `http:` may lead to another machine; None: no `http:` at all.
-        risk: The harm of that.
+    `plain_http` says whether `http:` may lead to another machine, at a risk; None: no `http:` at all.
     """
     try:
         parts = urlsplit(url)

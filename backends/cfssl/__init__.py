@@ -161,11 +161,11 @@ class CfsslBackend:
         """
         offer = functools.cache(self._offer)
         no_entry = functools.cache(self._no_entry)
-        nobody = f"no-such-profile-{secrets.token_hex(8)}"
+        unknown = f"no-such-profile-{secrets.token_hex(8)}"
         found = {}
         for spec in specs:
             profile = self._profile(spec)
-            usages = _usage_violations(spec, profile, offer(profile), lambda: offer(nobody))
+            usages = _usage_violations(spec, profile, offer(profile), lambda: offer(unknown))
             found[spec.name] = usages or no_entry(profile, self._key_place(spec))
         return {name: violations for name, violations in found.items() if violations}
 
@@ -189,7 +189,7 @@ class CfsslBackend:
 
     def clock_ahead(self) -> timedelta | None:
         """How far the server's clock is ahead, by the header `Date` of its latest answer."""
-        return self._server.clock_ahead
+        return self._server.http.clock_ahead
 
     def issuers(self) -> list[x509.Certificate]:
         """The CA's certificate; the server does not give the chain above it."""
@@ -232,7 +232,7 @@ class CfsslBackend:
 
     def close(self) -> None:
         """Close the connections."""
-        self._server.close()
+        self._server.http.close()
 
     def _remember(self, info: Mapping[str, Any]) -> x509.Certificate:
         """The CA's certificate, and, as the answer to a signing request holds the leaf alone, its intermediates."""

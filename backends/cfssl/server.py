@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,7 @@ class Reply:
     retry_after_seconds: float | None = None
 
 
-#: Answers that are no JSON, but cfssl's own all the same. Others are not quoted: who knows what is in them.
+#: Answers that are no JSON, but cfssl's own all the same. Others are not quoted: they may hold anything.
 _PLAIN = frozenset({"404 page not found", "Invalid CN", "Client sent an HTTP request to an HTTPS server."})
 
 
@@ -109,21 +109,12 @@ class Server:
     def __init__(self, settings: CfsslSettings) -> None:
         silent = "" if settings.tls else "does the server speak TLS? url says http://"
         wording = Wording(name="cfssl", not_ours=HINTS[NOT_CFSSL], tls=_tls_hint, silent=silent)
-        self._http = Http(wording, settings.url, settings.timeout, settings.tls_context)
+        self.http = Http(wording, settings.url, settings.timeout, settings.tls_context)
         self._url = f"{settings.url.rstrip('/')}{API}"
-
-    @property
-    def clock_ahead(self) -> timedelta | None:
-        """The server's, at its latest answer."""
-        return self._http.clock_ahead
 
     def post(self, endpoint: str, body: Mapping[str, str]) -> Reply:
         """The server's answer; errors are those of `Http.request`."""
-        return _parse(self._http.request("POST", f"{self._url}/{endpoint}", json=body), body)
-
-    def close(self) -> None:
-        """Close the connections that are not in use."""
-        self._http.close()
+        return _parse(self.http.request("POST", f"{self._url}/{endpoint}", json=body), body)
 
 
 def _tls_hint(reason: str) -> str:

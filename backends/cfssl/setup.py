@@ -2,8 +2,8 @@
 What the administrator of a cfssl server needs: a signing configuration for exactly one node's certificates.
 
 A profile a usage class, each with an HMAC key of its own, and a default profile that gives nothing.
-No setting of cfssl can limit O or, in a profile with SANs, IP addresses: who has the `client` key of the cluster's
-CA can be `system:masters`, so that key is to be guarded like the CA's own.
+No setting of cfssl can limit O or, in a profile with SANs, IP addresses: with the `client` key of the cluster's
+CA anybody can be `system:masters`, so that key is to be guarded like the CA's own.
 """
 
 from __future__ import annotations

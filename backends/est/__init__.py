@@ -180,7 +180,7 @@ class EstBackend:
 
     def close(self) -> None:
         """Close the connections."""
-        self._server.close()
+        self._server.http.close()
 
     def _ca_certificates(self, label: str) -> Sequence[x509.Certificate]:
         """The label's, asked for once."""

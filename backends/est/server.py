@@ -75,19 +75,15 @@ class Server:
             tls=lambda reason: _tls_hint(reason, settings, datetime.now(UTC)),
             cut_off=_CUT_OFF_HINT,
         )
-        self._http = Http(wording, settings.url, settings.timeout, settings.tls_context)
+        self.http = Http(wording, settings.url, settings.timeout, settings.tls_context)
 
     def ca_certificates(self, label: str) -> Answer:
-        """`cacerts`, for which nobody has to say who asks."""
+        """`cacerts`, which needs no credentials."""
         return self._send("GET", label, "cacerts", headers={"Accept": HEADERS["Accept"]})
 
     def enrol(self, label: str, csr_der: bytes) -> Answer:
         """`simpleenroll`; without a CSR only to see whether we are let in."""
         return self._send("POST", label, "simpleenroll", data=base64.b64encode(csr_der), headers=HEADERS)
-
-    def close(self) -> None:
-        """Close the connections that are not in use."""
-        self._http.close()
 
     def error(self, answer: Answer) -> BackendError:
         """The error that an answer without certificates means."""
@@ -115,7 +111,7 @@ class Server:
         url = operation_url(self._settings.url, label, operation)
         password = self._password() if method == "POST" else None  # `cacerts` needs none
         auth = password and HTTPBasicAuth(self._settings.username.encode(), password.encode())
-        answer = self._http.request(method, url, headers=headers, data=data, auth=auth)
+        answer = self.http.request(method, url, headers=headers, data=data, auth=auth)
         return Answer(
             where=url,
             status=answer.status,
@@ -176,7 +172,7 @@ HINTS: Mapping[int, str] = {
 def _who(settings: EstSettings) -> str:
     names = [f"user {settings.username}"] if settings.username else []
     names += ["the client certificate"] if settings.client_cert else []
-    return " and ".join(names) or "somebody without client_cert or username"
+    return " and ".join(names) or "a client without client_cert or username"
 
 
 def _unauthorized_hint(challenge: str, username: str) -> str:

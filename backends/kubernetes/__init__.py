@@ -259,7 +259,7 @@ _MOST_ANSWERED = 64
 
 
 class KubernetesBackend:
-    """One cluster, whoever signs in it."""
+    """One cluster, with any signer in it."""
 
     settings_type: ClassVar[type[BackendSettings]] = KubernetesSettings
     asks_validity = True
@@ -298,7 +298,7 @@ class KubernetesBackend:
         if answer.status == HTTPStatus.CONFLICT:
             answer = self._api.ask("GET", path_of(name))
             if answer.status == HTTPStatus.OK and not _asks_the_same(answer.document, body):
-                hint = "somebody made it; `kubectl describe csr` shows who: spec.username"
+                hint = "another client made it; `kubectl describe csr` shows who: spec.username"
                 raise BackendRefusedError(f"kubernetes: {name}: wanted our own request there, found another", hint=hint)
         if answer.status not in {HTTPStatus.OK, HTTPStatus.CREATED}:
             raise self._api.error(answer)
@@ -339,7 +339,7 @@ class KubernetesBackend:
 
     def clock_ahead(self) -> timedelta | None:
         """How far the server's clock is ahead, by the header `Date` of its latest answer."""
-        return self._api.clock_ahead
+        return self._api.http.clock_ahead
 
     def identity(self) -> str:
         """The user that the API server takes us for."""
@@ -352,10 +352,10 @@ class KubernetesBackend:
 
     def close(self) -> None:
         """Remove the objects that were answered, and close the connections."""
-        with contextlib.suppress(BackendError):  # nobody listens: kube-controller-manager removes them, in an hour
+        with contextlib.suppress(BackendError):  # kube-controller-manager removes the rest, in an hour
             while self._answered:
                 self._remove(*self._answered.popleft())
-        self._api.close()
+        self._api.http.close()
 
     def _look(self, reference: str) -> Answer:
         name, _, uid = reference.partition(" ")
@@ -436,7 +436,7 @@ class KubernetesBackend:
 def _object(request: SignRequest, signer: str) -> dict[str, Any]:
     """The object; its name is that of the same request always."""
     csr = request.csr
-    # Built anew: text around the block, or a second one, is nobody's business.
+    # Built anew: text around the block, or a second one, is left out.
     pem = csr.public_bytes(Encoding.PEM)
     seconds = min(int(request.validity.total_seconds()), _LONGEST_SECONDS)
     usages = ["digital signature"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -66,12 +66,7 @@ class Api:
         self._settings = settings
         self._url = settings.server_url()
         wording = Wording(name="kubernetes", not_ours=_NOT_KUBERNETES, tls=_tls_hint)
-        self._http = Http(wording, self._url, settings.timeout, settings.tls_context)
-
-    @property
-    def clock_ahead(self) -> timedelta | None:
-        """The server's, at its latest answer."""
-        return self._http.clock_ahead
+        self.http = Http(wording, self._url, settings.timeout, settings.tls_context)
 
     def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Answer:
         """
@@ -81,7 +76,7 @@ class Api:
         """
         answer = self._send(method, path, body)
         if answer.status == HTTPStatus.UNAUTHORIZED:
-            self._http.close()  # they show the client certificate that they began with
+            self.http.close()  # they show the client certificate that they began with
             answer = self._send(method, path, body)
         if answer.status == HTTPStatus.UNAUTHORIZED:
             raise self.error(answer)
@@ -96,20 +91,16 @@ class Api:
             return BackendUnavailableError(text, retry_after_seconds=answer.retry_after_seconds)
         return BackendRefusedError(text, hint=_HINTS.get(answer.status, "the API server's audit log may say more"))
 
-    def close(self) -> None:
-        """Close the connections that are not in use."""
-        self._http.close()
-
     def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> Answer:
         token = self._settings.bearer()
         headers = {"Accept": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
-        answer = self._http.request(method, f"{self._url}{path}", self._url, headers=headers, json=body)
+        answer = self.http.request(method, f"{self._url}{path}", self._url, headers=headers, json=body)
         later = retry_after_seconds(answer, datetime.now(UTC))
         return Answer(status=answer.status, document=_document(answer.body, token), retry_after_seconds=later)
 
 
 def _document(data: bytes, token: str | None) -> Mapping[str, Any]:
-    """An object in JSON; what is none is not quoted: who knows what answered."""
+    """An object in JSON; anything else is not quoted: it may come from anywhere."""
     try:
         found = json.loads(without(data.decode(), [token]))
     except (ValueError, RecursionError):

@@ -1,7 +1,7 @@
 """
-What the administrator of the cluster that signs needs: an account for the node, a role for whoever approves, a policy.
+What the administrator of the cluster that signs needs: an account for the node, a role for approvers, and policies.
 
-RBAC can't tell requests apart: whoever may create one may name any signer in it, and any subject. So a
+RBAC can't tell requests apart: an account that may create one may name any signer in it, and any subject. So a
 ValidatingAdmissionPolicy keeps these signer names to this cluster's accounts, and the page lists what is right to approve.
 """
 
@@ -141,7 +141,7 @@ spec: {{policyName: ca-bridge-requester, validationActions: [Deny]}}
 
 
 def _reference(wanted: SetupRequest, signers: Sequence[str]) -> str:
-    """cert-manager signs with an Issuer of a namespace only for who may `reference` it."""
+    """cert-manager signs with an Issuer of a namespace only for accounts that may `reference` it."""
     issuers = [signer.removeprefix(_ISSUERS).partition(".") for signer in signers if signer.startswith(_ISSUERS)]
     by_namespace: dict[str, list[str]] = {}
     for namespace, _, issuer in issuers:

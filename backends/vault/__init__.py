@@ -217,7 +217,7 @@ class VaultBackend:
 
     def clock_ahead(self) -> timedelta | None:
         """How far the server's clock is ahead, by the header `Date` of its latest answer."""
-        return self._server.clock_ahead
+        return self._server.http.clock_ahead
 
     def issuers(self) -> list[x509.Certificate]:
         """

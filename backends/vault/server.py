@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from http import HTTPStatus
 from threading import Lock
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
@@ -123,14 +123,10 @@ class Answer:
         return "is the token still good, and does its policy allow this path with exactly these parameters?"
 
 
-def _tls_hint(_: str) -> str:
-    return "does ca_file hold the CA of the server's certificate, and is the host in url one of its names?"
-
-
 _WORDING = Wording(
     name="vault",
     not_ours="is there a Vault or OpenBao behind this URL?",
-    tls=_tls_hint,
+    tls=lambda _: "does ca_file hold the CA of the server's certificate, and is the host in url one of its names?",
     status_suffices=True,
 )
 
@@ -142,24 +138,19 @@ class Server:
         settings.tls_context()  # or a file that can't be used is found out too late
         self._url = settings.url.rstrip("/")
         self._secrets: set[str] = set()
-        self._http = Http(_WORDING, self._url, settings.timeout, settings.tls_context)
+        self.http = Http(_WORDING, self._url, settings.timeout, settings.tls_context)
         # hvac's Client would read VAULT_*; its adapter does not. Without a token: each request brings its own.
         self._adapter = RawAdapter(
             base_uri=self._url,
             token="",
             allow_redirects=False,
-            session=self._http.session,
+            session=self.http.session,
             namespace=settings.namespace,
             ignore_exceptions=True,
         )
         self._headers = {"Accept": "application/json", "Content-Type": "application/json", "X-Vault-Request": "true"}
         if settings.namespace:
             self._headers["X-Vault-Namespace"] = settings.namespace
-
-    @property
-    def clock_ahead(self) -> timedelta | None:
-        """The server's, at its latest answer."""
-        return self._http.clock_ahead
 
     def hide(self, value: str) -> str:
         """Remember a secret, so that no text of the server that repeats it is shown."""
@@ -188,22 +179,18 @@ class Server:
         headers = {**self._headers, "X-Vault-Token": token} if token else self._headers
         data = None if body is None else json.dumps(body).encode()
         url = f"{self._url}/v1/{path}"
-        return self._answer(self._http.ask(method.upper(), url, headers, data), f"{method.upper()} {url}")
+        return self._answer(self.http.ask(method.upper(), url, headers, data), f"{method.upper()} {url}")
 
     def login(self, path: str, request: Callable[[RawAdapter], requests.Response]) -> Answer:
         """Let hvac send one login, without repeating it; messages name the path."""
         where = f"POST {self._url}/v1/{path}"
-        return self._answer(self._http.call(where, lambda: request(self._adapter)), where)
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._http.close()
+        return self._answer(self.http.call(where, lambda: request(self._adapter)), where)
 
     def _answer(self, answer: http.Answer, where: str) -> Answer:
         try:
             body = json.loads(answer.body)
         except (ValueError, RecursionError):
-            # Of a body that is not the server's nothing is shown, except what Go's HTTP server says.
+            # A body of another product is not shown, except what Go's HTTP server says.
             plain = b"Client sent an HTTP request to an HTTPS server"
             body = {"errors": [plain.decode()]} if answer.body.startswith(plain) else {}
         body = body if isinstance(body, dict) else {}
@@ -256,7 +243,7 @@ class Tokens:
         self._current: str | None = None
         self._made: list[str] = []
         self._secret_id: str | None = None  # a wrapped one can be had only once
-        self.identity: str | None = None  #: Who logged in; None: nobody did, the token was given.
+        self.identity: str | None = None  #: As the login says; None: no login, the token was given.
 
     def get(self) -> str:
         """The token; logs in if there is none yet."""
@@ -316,7 +303,7 @@ class Tokens:
         if not isinstance(token, str) or not token:
             raise BackendRefusedError(f"vault: {answer.where}: wanted a token, found none (a second factor asked for?)")
         self.identity = identity_text(f"auth/{self._mount}", table(login, "metadata"), login)
-        if login.get("token_type") != "batch":  # which nobody can revoke
+        if login.get("token_type") != "batch":  # which can't be revoked
             self._made.append(token)
         return self._server.hide(token)
 
@@ -344,7 +331,7 @@ class Tokens:
         if not re.fullmatch(rf"auth/{re.escape(self._mount)}/role/[^/]+/(custom-)?secret-id", created):
             message = f"wanted a secret id of auth/{self._mount} wrapped in {source}, found what {created} answered"
             raise BackendRefusedError(f"vault: {self._server.presentable(message)}; it was not opened", hint=_ALARM)
-        # not by hvac's call, which puts the token into the body: OpenBao wants it in the header of who has no other
+        # not by hvac's call, which puts the token into the body: OpenBao wants it in the header where there is no other
         answer = self._server.send("post", "sys/wrapping/unwrap", token=token)
         if answer.status == HTTPStatus.BAD_REQUEST:
             raise BackendRefusedError(
@@ -365,9 +352,9 @@ _NAMES = (
 )
 
 
-def identity_text(method: str, told: Mapping[str, object], token: Mapping[str, object]) -> str:
+def identity_text(method: str, metadata: Mapping[str, object], token: Mapping[str, object]) -> str:
     """A token's identity, such as `auth/approle role_name=cp-1 entity_id=…`; the id is the one in the server's audit log."""
-    facts = {**{key: told.get(key) for key in _NAMES}, "entity_id": token.get("entity_id")}
+    facts = {**{key: metadata.get(key) for key in _NAMES}, "entity_id": token.get("entity_id")}
     return " ".join([method, *(f"{key}={value}" for key, value in facts.items() if value)])
 
 
@@ -414,4 +401,4 @@ class Access:
             for key in [key for key, one in self._open.items() if one is self]:
                 del self._open[key]
         self.tokens.revoke(leased=self.leased)
-        self.server.close()
+        self.server.http.close()

@@ -242,7 +242,7 @@ def commands(
     mount: str, role_payloads: Mapping[str, Mapping[str, object]], *, policy_name: str, policy_text: str
 ) -> str:
     """
-    A shell script for whoever administers the server: `bao` or `vault` writes the roles and the policy.
+    A shell script for the server's administrator: `bao` or `vault` writes the roles and the policy.
 
     It makes no engine, imports no CA and enables no auth method; it can be run again.
     """

@@ -70,7 +70,7 @@ class Reply:
 
     @cached_property
     def document(self) -> Mapping[str, Any]:
-        """The body's JSON; empty if it is no object. Parsed when needed: of a write that went well nobody needs it."""
+        """The body's JSON; empty if it is no object. Parsed when needed, which it is not after a write that went well."""
         try:
             return whole_document(self.body)
         except UnreachableError:

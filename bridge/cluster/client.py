@@ -29,9 +29,9 @@ class Client:
     """A client certificate with its key, or a token; and whom to trust."""
 
     name: str  #: Of the file it comes from.
-    certificate_pem: bytes | None  #: None: nobody in particular.
+    certificate_pem: bytes | None  #: None: an anonymous client.
     key_pem: bytes | None = field(repr=False)
-    trust_pem: bytes | None  #: None: anybody, as an API server does with kubelets.
+    trust_pem: bytes | None  #: None: any server, as an API server trusts kubelets.
     token: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:

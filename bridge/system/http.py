@@ -471,7 +471,7 @@ def _connected(peer: Peer, seconds: float) -> socket.socket:
                 return raw
             raw.getpeername()  # of one that was reset by now, Python's wrapper would be left open (SSLSocket._create)
             name = peer.server_name or peer.host
-            # An end without TLS's own word is an error, too: somebody may have cut the answer short.
+            # An end without close_notify is an error, too: the answer may have been cut short.
             return tls.wrap_socket(raw, server_hostname=name, suppress_ragged_eofs=False)
         except BaseException:
             raw.close()

@@ -249,7 +249,7 @@ class TestRealServer:
         e = failure(lambda: make(real[0], label="triggererrors").sign(request_of("Trigger Error Forbidden")))
         assert isinstance(e, BackendRefusedError)
         assert "HTTP 403, triggered forbidden response" in str(e)
-        assert "somebody without client_cert or username" in e.hint
+        assert "a client without client_cert or username" in e.hint
 
     def test_later(self, real: tuple[str, Path], make: Make) -> None:
         """A deferred answer is pending, and not asked for again before the server's wish is over."""
