@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
 
-from bridge.bootstrap import answers, authorities, keys, new_requests, whole
+from bridge.bootstrap import authorities, keys, new_requests, whole
 from bridge.bootstrap.authorities import Certificates
 from bridge.bootstrap.configuration import assert_usable
 from bridge.bootstrap.desired import Bootstrapped, DesiredNode
@@ -74,7 +74,7 @@ def _made(run: Run, desired: DesiredNode) -> Bootstrapped:
     assert_room(run.settings)  # kubeadm's keys need some, too
     open_requests = new_requests.begin(run, desired)
     prepared = new_requests.prepared(run, desired, open_requests)
-    found = answers.gather(run, desired, prepared, answers.expected(run, desired, cas))
+    found = new_requests.gather_answers(run, desired, prepared, new_requests.expectations(run, desired, cas))
     composer = _composer(run, desired, open_requests, cas)
     proven, failed = verify_all(run, list(found.answered), list(found.waiting), composer.certificate)
     remember(run, found.answered, proven, by_hand=bool(desired.answers))
