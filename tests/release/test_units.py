@@ -313,9 +313,9 @@ def figures() -> str:
 
 
 def test_no_service_is_exposed(tmp_path: Path) -> None:
-    """All are below 3, and the document has the figures; a unit without its cage is not."""
+    """All are at most 3 (to end a program of another user takes 0.1), and the document has the figures; one without its cage is not."""
     assert len(SHIPPED) == 4
-    assert all(exposure(unit) < 3 for unit in SHIPPED)
+    assert all(exposure(unit) <= 3 for unit in SHIPPED)
     assert figures() in DOCUMENT.read_text(encoding="utf-8")
     bare = tmp_path / SERVICE
     bare.write_text("[Service]\nExecStart=/bin/true\n")
