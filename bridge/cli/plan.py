@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from bridge.diagnosis import use
 from bridge.diagnosis.findings import Finding
 from bridge.errors import Exit
 from bridge.node import inventory
-from bridge.node.inventory import Item
+from bridge.node.inventory import Item, Node
 from bridge.pki.expiry import duration_text, first_end, minute, rfc3339
 from bridge.renewal.changes import decide
 from bridge.renewal.issuance import shortened
@@ -58,39 +59,63 @@ def plan_command(
     return plan(common.settings(), options.read(names, any_identity), utc_now(), output)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What a run would do, and what there is to say about it."""
+
+    selection: Selection
+    drifted: Sequence[Finding]
+    shorter: Sequence[str]  #: Names whose next certificate would end before the live one.
+    components: Sequence[Component]  #: To be restarted.
+    copies: Sequence[Copy]  #: To be refreshed, or with an error.
+
+    @classmethod
+    def of(cls, node: Node, settings: Settings, options: RunOptions, now: datetime) -> _Plan:
+        selection = select(node, settings, options, now, desired=decide(node, settings, options))
+        specs = [item.spec for item in selection.items]
+        replaced = {spec.name for spec in specs}
+        reloading = restart_plan.reloading(node, settings.node)
+        return cls(
+            selection=selection,
+            drifted=list(use.of_files(node, settings)),
+            shorter=[item.spec.name for item in selection.items if shortened(item, settings, now)],
+            components=restart_plan.stale(specs, reloading, settings.restart.components),
+            copies=[one for one in copies.look(settings, node) if one.error is not None or replaced & set(one.names)],
+        )
+
+
 def plan(settings: Settings, options: RunOptions, now: datetime, output: Output) -> int:
     """Print what `renew` would do; 3 if that is anything."""
     node = inventory.of(settings.node)
-    selection = select(node, settings, options, now, desired=decide(node, settings, options))
-    for sentence in selection.notes:
-        log.warning("%s", sentence)
-    drifted = list(use.of_files(node, settings))
-    for found in drifted:
-        log.warning("%s: %s", found.about, found.text)
-        log.warning("%s", found.hint, extra={"is_hint": True})
-    shorter = [item.spec.name for item in selection.items if shortened(item, settings, now)]
-    if shorter:
-        log.warning("%s", _shorter_text(shorter, settings, now))
-    specs = [item.spec for item in selection.items]
-    components = restart_plan.stale(specs, restart_plan.reloading(node, settings.node), settings.restart.components)
-    replaced = {item.spec.name for item in selection.items}
-    refreshed = [one for one in copies.look(settings, node) if one.error is not None or replaced & set(one.names)]
+    found = _Plan.of(node, settings, options, now)
+    _warn(found, settings, now)
     if output is Output.JSON:
-        more = {"copies": list(map(_copy_json, refreshed)), "drift": list(map(_drift_json, drifted))}
-        say_json({**_plan_json(selection, settings, components, shorter), **more})
-    elif selection.items:
-        say_table([_plan_row(item, settings, now) for item in selection.items])
-        say_table([_copy_row(one) for one in refreshed if one.error is None])
-        print_restart("After that, these must be restarted to use the new ones", components, settings)
-    elif not selection.failed:
+        say_json(_plan_json(found, settings))
+    elif found.selection.items:
+        say_table([_plan_row(item, settings, now) for item in found.selection.items])
+        say_table([_copy_row(one) for one in found.copies if one.error is None])
+        print_restart("After that, these must be restarted to use the new ones", found.components, settings)
+    elif not found.selection.failed:
         say(nothing_due(node, settings, now))
-    for name, error in grouped(selection.failed):
+    for sentence in found.selection.powerful:
+        log.info("%s", sentence)
+    for name, error in grouped(found.selection.failed):
         print_error(error, name)
-    for copy in refreshed:
+    for copy in found.copies:
         if copy.error is not None:
             log.warning("%s", copy.error)
-    failed = Exit.worst([outcome.exit_code for outcome in selection.failed])
-    return failed or (Exit.DUE if selection.items else Exit.DONE)
+    failed = Exit.worst([outcome.exit_code for outcome in found.selection.failed])
+    return failed or (Exit.DUE if found.selection.items else Exit.DONE)
+
+
+def _warn(found: _Plan, settings: Settings, now: datetime) -> None:
+    for sentence in found.selection.notes:
+        log.warning("%s", sentence)
+    for one in found.drifted:
+        log.warning("%s: %s", one.about, one.text)
+        log.warning("%s", one.hint, extra={"is_hint": True})
+    if found.shorter:
+        log.warning("%s", _shorter_text(found.shorter, settings, now))
 
 
 def _drift_json(one: Finding) -> dict[str, str]:
@@ -147,9 +172,8 @@ def _files(item: Item) -> list[Path]:
     return list(dict.fromkeys(path for path in paths if path is not None))
 
 
-def _plan_json(
-    selection: Selection, settings: Settings, components: Sequence[Component], shorter: Sequence[str]
-) -> dict[str, Any]:
+def _plan_json(found: _Plan, settings: Settings) -> dict[str, Any]:
+    selection = found.selection
     return {
         "renew": [
             {
@@ -162,8 +186,10 @@ def _plan_json(
             }
             for item in selection.items
         ],
-        "shorter": list(shorter),
+        "shorter": list(found.shorter),
         "failed": [{"name": o.name, "error": str(o.error)} for o in selection.failed],
         "skipped": list(selection.skipped),
-        "restart": [component.value for component in components],
+        "restart": [component.value for component in found.components],
+        "copies": list(map(_copy_json, found.copies)),
+        "drift": list(map(_drift_json, found.drifted)),
     }

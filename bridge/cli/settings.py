@@ -62,7 +62,7 @@ def settings_check(common: Common) -> None:
     registry.configured(settings, settings.authorities)
     if any(ours.rehearsal for ours in settings.authorities.values()):
         registry.configured(for_rehearsal(settings), settings.authorities)
-    say(f"{settings.source.file}: nothing wrong")
+    say(f"{settings.source.file}: well-formed; `ca-bridge doctor` asks the CAs")
 
 
 def example() -> Path:

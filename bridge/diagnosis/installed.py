@@ -138,9 +138,7 @@ def _early(certificate: x509.Certificate, about: str, now: datetime, hint: str) 
 
 def _super_admin(item: Item) -> Finding:
     """A finding about super-admin.conf: kubeadm leaves it there, and its documentation says to move it away."""
-    text = (
-        f"wanted no {SUPER_ADMIN} after kubeadm init, found it: no RBAC rule holds it back, and each renewal renews it"
-    )
+    text = "still here, as kubeadm init leaves it: no RBAC rule holds it back, and each renewal renews it"
     hint = f"rm {item.certificate_path}; `ca-bridge renew {SUPER_ADMIN}` makes it when it is needed"
     return Finding(level="ok", check="super-admin", about=SUPER_ADMIN, text=text, hint=hint)
 

@@ -120,7 +120,7 @@ class Selection:
         """Sentences for the operator before a CA is asked."""
         names = [item.spec.name for item in self.items]
         changed = (note for name in names if name in self.desired for note in self.desired[name].notes)
-        return (*self.lost, *self.waived, *self.powerful, *self.costs, *changed)
+        return (*self.lost, *self.waived, *self.costs, *changed)
 
 
 def select(

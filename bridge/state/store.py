@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 #: Where distributions are installed: a backend may be added or removed there.
 _INSTALLED = Path(__file__).parents[2]
+#: The ends of further directories with distributions; the last one is the offline installation's.
+_PLUG_INS = ("/site-packages", "/dist-packages", "/plugins")
 
 #: What comes and goes under names of its own: the cut end of a record, and a manifest that another one took the place of.
 _NUMBERED = r"audit\.torn-\d+-[0-9a-f]{8}|[a-z-]+-[0-9a-f]{8}\.yaml"
@@ -124,6 +127,8 @@ def remember_checked(settings: Settings, store: Store) -> None:
 
 
 def _signature(file: Path) -> str:
-    status, installed = file.stat(), _INSTALLED.stat()
-    numbers = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, installed.st_mtime_ns)
+    status = file.stat()
+    numbers = [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, _INSTALLED.stat().st_mtime_ns]
+    plug_ins = dict.fromkeys(path for path in sys.path if path.endswith(_PLUG_INS) and path != str(_INSTALLED))
+    numbers += [path.stat().st_mtime_ns for path in map(Path, plug_ins) if path.is_dir()]
     return f"{file} {' '.join(map(str, numbers))}\n"

@@ -60,6 +60,7 @@ def shared(first: NewNode) -> bytes:
     return run.stdout.encode()
 
 
+@pytest.mark.attack("G14")
 @pytest.mark.parametrize(("mode", "words", "code"), [(0o644, [], 2), (0o600, [], 0), (0o644, ["--worker"], 0)])
 def test_a_key_is_written_into_no_file_that_others_can_read(
     first: NewNode, tmp_path: Path, mode: int, words: list[str], code: int

@@ -116,18 +116,19 @@ def test_nothing_is_wrong_with_a_healthy_node(site: Site) -> None:
 
 
 def test_super_admin_conf_is_told_as_long_as_it_is_there(site: Site) -> None:
-    """By `doctor`, without calling it a fault, and by each renewal that takes it along; not where it is named, or gone."""
+    """By `doctor` and `plan`, without calling it a fault; not by a renewal, where it is named, or when it is gone."""
     with_cas(site)
     path = site.kubernetes / "super-admin.conf"
     text = f"rm {path}"
-    along = site.bridge.run("renew", "all", "--no-restart")
-    named = site.bridge.run("renew", "super-admin.conf")
+    along, named = site.bridge.run("plan", "all"), site.bridge.run("plan", "super-admin.conf")
+    renewed = site.bridge.run("renew", "all", "--no-restart")
     there = [(one.level, one.about) for one in site.look() if one.check == "super-admin"]
     path.unlink()
     gone = site.bridge.run("plan", "all")
 
-    assert (along.returncode, text in along.stderr) == (0, True), along.stderr
-    assert (named.returncode, text in named.stderr) == (0, False), named.stderr
+    assert (along.returncode, text in along.stderr) == (3, True), along.stderr
+    assert (named.returncode, text in named.stderr) == (3, False), named.stderr
+    assert (renewed.returncode, text in renewed.stderr) == (0, False), renewed.stderr
     assert there == [("ok", "super-admin.conf")]
     assert text not in gone.stderr
     assert not [one for one in site.look() if one.check == "super-admin"]

@@ -95,6 +95,19 @@ def test_an_installation_that_changed_is_checked_again(
     assert not is_checked(settings, store)
 
 
+def test_a_plug_in_that_went_is_noticed(node: Pki, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The offline installation's plug-ins are in a directory of their own; without a change nothing is checked again."""
+    plug_ins = tmp_path / "plugins"
+    (plug_ins / "ca_of_ours.dist-info").mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(plug_ins))
+    settings, store = load(write(node, tmp_path, GOOD)), Store(tmp_path / "state")
+    store.prepare()
+    remember_checked(settings, store)
+    assert is_checked(settings, store)
+    (plug_ins / "ca_of_ours.dist-info").rmdir()
+    assert not is_checked(settings, store)
+
+
 def test_a_state_directory_that_cannot_be_written_costs_no_run(
     node: Pki, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

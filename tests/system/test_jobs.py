@@ -142,6 +142,7 @@ def test_half_a_desk_and_a_relative_place_are_refused(config: Path) -> None:
         assert (run.returncode, run.stdout) == (2, "")
 
 
+@pytest.mark.attack("N33")
 def test_a_job_works_on_the_places_of_its_options(config: Path) -> None:
     """Each command of a job has the options of `setup`, so that a second tree is renewed, and not the settings' one."""
     places = ("--pki-dir", "/srv/b/pki", "--kubeconfig-dir", "/srv/b", "--state-dir", "/var/lib/b")
@@ -178,6 +179,7 @@ def test_which_cron_runs(tmp_path: Path) -> None:
     assert jobs.cron_runs(proc, [root])
 
 
+@pytest.mark.attack("N29")
 def test_a_crontab_that_nothing_would_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a cron, and for a user that is not there; the twin has both."""
     monkeypatch.setattr(jobs, "cron_runs", lambda: True)

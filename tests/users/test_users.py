@@ -97,6 +97,7 @@ def test_a_person_keeps_the_key(bridge: Bridge, tmp_path: Path) -> None:
     ssl.create_default_context().load_cert_chain(home / "leaf.pem", home / "bob.key")  # raises unless they are a pair
 
 
+@pytest.mark.attack("G15")
 def test_a_name_leads_to_no_other_directory(bridge: Bridge, tmp_path: Path) -> None:
     """`/` in a user's name is no path: the kubeconfig is in the working directory, as a request's files are."""
     (tmp_path / "here/sub").mkdir(parents=True)
