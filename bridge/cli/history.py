@@ -19,8 +19,8 @@ from bridge.renewal.verify_and_install import Result
 from bridge.specs import SPECS, USER, Component
 from bridge.state import backups, copies
 from bridge.state.audit import deleted_lines, events, verify
+from bridge.state.backups import Rollback, put_back_and_retire
 from bridge.state.install import Recovery
-from bridge.state.rollback import Rollback, put_back_and_retire
 from bridge.state.session import alone
 from bridge.state.store import Store
 from bridge.system.console import hint_of, log, print_error, printable

@@ -34,7 +34,7 @@ from bridge.renewal import in_use
 from bridge.renewal.hooks import HookEvent
 from bridge.settings.tables import Components
 from bridge.specs import SPECS, CertificateSpec, Component
-from bridge.state import backup_check, backups, rollback
+from bridge.state import backups
 from bridge.state.obligations import Owed, Unproven, unproven_file
 from bridge.state.session import Run
 from bridge.state.store import Outcome
@@ -485,7 +485,7 @@ def _roll_back(run: Run, owed: Owed) -> Activation:
         has_begun = True
         if backup is not None:
             # all of it was in use a minute ago, whatever a new certificate would have to be
-            done_back = rollback.put_back(
+            done_back = backups.put_back(
                 backup, run.settings, run.store, run.record, run.read_node(), run.now(), lambda one: not one.is_damage
             )
             late = done_back.late
@@ -518,10 +518,10 @@ def _backup(run: Run, owed: Owed) -> backups.Backup:
     sources = list({one.backup_of: found[one.backup_of] for one in owed.certificates}.values())
     files = [f for one in owed.certificates for f in found[one.backup_of].files if f.certificate == one.name]
     backup = dataclasses.replace(sources[0], backup_id=", ".join(one.backup_id for one in sources), files=tuple(files))
-    damage = [str(one) for one in backup_check.problems_of(backup, run.settings, node, now) if one.is_damage]
+    damage = [str(one) for one in backups.problems_of(backup, run.settings, node, now) if one.is_damage]
     if damage:
         raise BridgeError("; ".join(damage))
-    expired = [o.name for o in rollback.outcomes_of(backup, node) if o.new and o.new.not_valid_after_utc <= now]
+    expired = [o.name for o in backups.outcomes_of(backup, node) if o.new and o.new.not_valid_after_utc <= now]
     if expired:
         raise BridgeError(f"the old certificates have expired: {', '.join(expired)}")
     return backup

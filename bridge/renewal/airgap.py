@@ -32,7 +32,7 @@ from bridge.renewal.select import ALL, RunOptions, Selection, assert_known, outc
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, record_failed, remember, verify_all
 from bridge.settings.tables import Settings
-from bridge.state import audit, rollback
+from bridge.state import audit, backups
 from bridge.state.open_requests import OpenRequest, OpenRequests
 from bridge.state.session import Run, begun
 from bridge.state.store import Outcome
@@ -162,7 +162,7 @@ def import_answers(
         found = answers_in(run, paths)
         result = _finish_import(run, node, found, transaction)
         if result.backup_id is not None:
-            rollback.retire(run.store, settings, node, now())
+            backups.retire(run.store, settings, node, now())
         left = tuple(_still_waiting(node, run.requests, result))
         return dataclasses.replace(result, outcomes=(*result.outcomes, *left)), node, found.strange
 

@@ -37,7 +37,7 @@ from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, record_failed, remember, verify_all
 from bridge.settings.tables import Settings
 from bridge.specs import CertificateSpec
-from bridge.state import rollback
+from bridge.state import backups
 from bridge.state.session import Run, begun, give_up
 from bridge.state.store import Outcome
 from bridge.system.console import Progress, log
@@ -90,7 +90,7 @@ def run(
             record_failed(ours.record, selection.failed)
             result = transaction.nothing_to_install(selection)
         if result.backup_id is not None:
-            rollback.retire(ours.store, settings, node, now())
+            backups.retire(ours.store, settings, node, now())
         return result, node, selection
 
 

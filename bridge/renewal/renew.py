@@ -28,7 +28,7 @@ from bridge.renewal.select import RunOptions, Selection, outcome_of, select
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, hold_back, record_failed, remember, verify_all
 from bridge.settings.tables import Settings
-from bridge.state import rollback
+from bridge.state import backups
 from bridge.state.open_requests import OpenRequest
 from bridge.state.session import Run, begun
 from bridge.state.store import Outcome, remember_checked
@@ -70,7 +70,7 @@ def run(
             record_failed(ours.record, [o for o in selection.failed if not isinstance(o.error, NotYetError)])
             result = transaction.nothing_to_install(selection)
         if result.backup_id is not None:
-            rollback.retire(ours.store, settings, node, now())
+            backups.retire(ours.store, settings, node, now())
         return result, node, selection
 
 

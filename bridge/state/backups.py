@@ -1,22 +1,50 @@
 """
-The backups in the state directory: list them, find one.
+The backups in the state directory: what there is, whether one is fit to be put back, putting it back, deleting old ones.
 
-A backup is what an installation replaced (`bridge.state.install` makes it): copies of the files, and a manifest.
+A backup is what an installation replaced (`bridge.state.install` makes it): copies of the files, and a manifest. It is
+checked as a new certificate is, against the live one's subject and SANs. The node ran on it before, though: what a
+component can start with may be forced, and only what it can't start with may not.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from cryptography import x509
+
 from bridge.errors import BridgeError
-from bridge.state.install import attributes_from, manifest_file
-from bridge.state.store import Store
-from bridge.system.files import Attributes
+from bridge.node import inventory, kubeconfig, pair
+from bridge.node.inventory import Item, Node
+from bridge.pki import csr, verify
+from bridge.pki.certificates import UNREADABLE, load_pem_certificates, serial_hex
+from bridge.settings.tables import Settings
+from bridge.specs import KUBELET_SERVER
+from bridge.state import audit, copies
+from bridge.state.install import (
+    CERTIFICATE_MASK,
+    KEY_MASK,
+    KUBECONFIG_MASK,
+    MANIFEST,
+    InstallError,
+    Replacement,
+    attributes_from,
+    digest,
+    fingerprint,
+    install,
+    manifest_file,
+)
+from bridge.state.session import alone
+from bridge.state.store import Outcome, Store
+from bridge.system.files import Attributes, sync_directory
 from bridge.system.state_file import StateError
 
 log = logging.getLogger("ca-bridge")
@@ -155,3 +183,380 @@ def find(store: Store, backup_id: str | None) -> Backup:
 
 def _others(count: int) -> str:
     return "none" if not count else f"{count} other{'' if count == 1 else 's'}"
+
+
+# --- fit to be put back -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One reason not to put a backup back."""
+
+    certificate: str  #: kubeadm's name.
+    wanted: str
+    found: str
+    subject: str = ""  #: What is wrong with the certificate itself, as `bridge.pki.verify` calls it.
+
+    @property
+    def is_damage(self) -> bool:
+        """Whether it is not whole, not there, or apart from its key: nothing that the certificate says."""
+        return not self.subject
+
+    @property
+    def can_be_forced(self) -> bool:
+        """Whether the node could run on it nevertheless; a kubelet serves with whatever it has, its own included."""
+        return not self.is_damage and (self.certificate == KUBELET_SERVER or self.subject not in _NEVER_FORCED)
+
+    def __str__(self) -> str:
+        about = f"{self.subject}: " if self.subject else ""
+        return f"{self.certificate}: {about}wanted {self.wanted}, found {self.found}"
+
+
+_PAIR, _NO_PAIR = "a certificate and its private key", "another key, or none that can be read"
+#: Nobody would trust it: another CA's, or the CA was changed.
+_NEVER_FORCED = ("chain", "issuer", "public key", "extensions", "critical extension")
+
+
+def problems_of(backup: Backup, settings: Settings, node: Node, now: datetime) -> list[Problem]:
+    """All that speaks against putting it back."""
+    items = {item.spec.name: item for item in node.items}
+    found: list[Problem] = []
+    for name in backup.names:
+        item = items.get(name)
+        if item is None:
+            wanted = "a certificate of this node"
+            found.append(Problem(certificate=name, wanted=wanted, found="a name that it does not have"))
+        else:
+            kubeconfig_dir, extra = settings.node.kubeconfig_dir, settings.extra_subject(item.spec.authority.name)
+            found += _problems(files_of(backup, name), item, kubeconfig_dir, now, extra)
+    return found
+
+
+def files_of(backup: Backup, name: str) -> list[File]:
+    """The files of one certificate."""
+    return [file for file in backup.files if file.certificate == name]
+
+
+def _problems(
+    files: Sequence[File], item: Item, kubeconfig_dir: Path, now: datetime, extra: frozenset[tuple[str, str]]
+) -> Iterator[Problem]:
+    """Problems of one certificate: its files, its pair, what is in it; later ones make no sense without the earlier."""
+    name = item.spec.name
+    found = [*_misplaced(name, files, item, kubeconfig_dir), *_damaged(name, files)]
+    if found:
+        yield from found
+    elif any(file.was_there for file in files):
+        try:
+            certificates, key_pem = pair_of(files, item)
+        except (BridgeError, *UNREADABLE) as e:
+            reason = str(e) if isinstance(e, BridgeError) else _NO_PAIR
+            yield Problem(certificate=name, wanted=_PAIR, found=reason)
+            return
+        yield from _unproven(item, certificates, key_pem, now, extra)
+
+
+def _misplaced(name: str, files: Sequence[File], item: Item, kubeconfig_dir: Path) -> Iterator[Problem]:
+    """A backup is of this node's files, and writes no others."""
+    places = {path.resolve() for path in (item.key_path, item.certificate_path) if path is not None}
+    if item.current is not None:
+        places |= {(kubeconfig_dir / item.spec.base).resolve(), item.current.parent.resolve() / item.current.name}
+    for file in files:
+        place = file.path if file.is_link else file.path.resolve()
+        if place not in places and not _is_kubelets(file, item):
+            wanted = " or ".join(sorted(map(str, places)))
+            yield Problem(certificate=name, wanted=f"a file for {wanted}", found=f"one for {file.path}")
+
+
+def _is_kubelets(file: File, item: Item) -> bool:
+    """Whether it is one of the dated files beside the symlink that leads to the one in use."""
+    if item.current is None or file.path.resolve().parent != item.current.parent.resolve():
+        return False
+    return re.fullmatch(DATED.format(item.current.name.removesuffix("-current.pem")), file.path.name) is not None
+
+
+#: What a kubelet calls its pairs, and we ours; without the name's beginning.
+DATED = r"{}-\d{{4}}(?:-\d\d){{5}}\.pem"
+
+
+def _damaged(name: str, files: Sequence[File]) -> Iterator[Problem]:
+    for file in files:
+        if file.target is not None and _content_behind(file, files) is None:
+            yield Problem(certificate=name, wanted=f"the file {file.target}, which stays there", found="nothing")
+        if file.copy is None:
+            continue
+        try:
+            now = digest(file.copy.read_bytes())
+        except OSError as e:
+            yield Problem(certificate=name, wanted=f"the file {file.copy}", found=e.strerror or "an error")
+        else:
+            if now != file.sha256:
+                wanted = f"{file.copy} with SHA-256 {str(file.sha256)[:16]}…"
+                yield Problem(certificate=name, wanted=wanted, found=f"{now[:16]}…")
+
+
+def _content_behind(link: File, files: Sequence[File]) -> bytes | None:
+    """The content that a symlink will lead to: of a file that is put back with it, or one that stays; None: neither."""
+    target = link.target
+    if target is None:
+        return None
+    copies = [file.copy for file in files if file.copy is not None and file.path.resolve() == target.resolve()]
+    path = copies[0] if copies else target
+    return path.read_bytes() if path.is_file() else None
+
+
+def pair_of(files: Sequence[File], item: Item) -> tuple[list[x509.Certificate], bytes]:
+    """Certificates, the leaf first, and key (PEM)."""
+    if item.current is not None and (pair := _kubelets_pair(files, item)) is not None:
+        return pair
+    contents = {file.path.resolve(): file.copy.read_bytes() for file in files if file.copy is not None}
+    certificate_path = item.certificate_path.resolve()
+    key_path = item.key_path.resolve() if item.key_path is not None else certificate_path
+    missing = [str(path) for path in dict.fromkeys((certificate_path, key_path)) if path not in contents]
+    if missing:
+        raise BackupError(f"no {' and no '.join(missing)}")
+    if item.key_path is None:
+        parsed = kubeconfig.parse(contents[certificate_path])
+        key = kubeconfig.key_data(contents[certificate_path])
+        return load_pem_certificates(parsed.certificate_data or b""), key or b""
+    return load_pem_certificates(contents[certificate_path]), contents[key_path]
+
+
+def _kubelets_pair(files: Sequence[File], item: Item) -> tuple[list[x509.Certificate], bytes] | None:
+    """The pair that a kubelet starts with: embedded in its kubeconfig, or else where the symlink led; None: neither is here."""
+    for file in files:
+        if file.copy is not None and file.path.name == item.spec.base:
+            data = file.copy.read_bytes()
+            certificate, key = kubeconfig.parse(data).certificate_data, kubeconfig.key_data(data)
+            return load_pem_certificates(certificate or b""), key or b""
+    for file in files:
+        if file.is_link and file.was_there:
+            data = file.copy.read_bytes() if file.copy is not None else _content_behind(file, files) or b""
+            return load_pem_certificates(data), csr.key_block(data)
+    return None
+
+
+def _unproven(
+    item: Item,
+    certificates: Sequence[x509.Certificate],
+    key_pem: bytes,
+    now: datetime,
+    extra: frozenset[tuple[str, str]],
+) -> Iterator[Problem]:
+    """Problems of a certificate as an answer to a request that we would make now, but for how long it must be valid."""
+    name, leaf = item.spec.name, certificates[0]
+    live = item.certificates[0] if item.certificates else leaf
+    try:
+        expected = verify.Expectation(
+            anchors=tuple(load_pem_certificates(item.anchor_path.read_bytes())),
+            anchor_name=str(item.anchor_path),
+            now=now,
+            min_validity=timedelta(),
+            extra_subject=extra,
+        )
+    except (OSError, ValueError) as e:
+        reason = str(e.strerror if isinstance(e, OSError) else e)
+        yield Problem(certificate=name, wanted=f"the CA certificate {item.anchor_path}", found=reason)
+        return
+    for one in pair.findings(item.spec, certificates, key_pem, expected, live):
+        violation = one.violation
+        if one.kind in ("certificate", "incomparable"):
+            yield Problem(certificate=name, subject=violation.subject, wanted=violation.want, found=violation.got)
+        else:
+            yield Problem(certificate=name, wanted=_PAIR, found=violation.got if one.kind == "unusable" else _NO_PAIR)
+
+
+# --- put back, or deleted ---------------------------------------------------------------------------------------------
+
+
+class RollbackRefusedError(BridgeError):
+    """The backup is not fit to be put back; all that is wrong, one a line. Nothing was replaced."""
+
+    def __init__(self, backup_id: str, problems: Sequence[Problem]) -> None:
+        self.problems = list(problems)
+        hint = (
+            "choose another one of `ca-bridge backups`, or renew"
+            if any(not problem.can_be_forced for problem in problems)
+            else "--force puts it back nevertheless; components and clients may refuse what is wrong with it"
+        )
+        super().__init__("\n".join(f"backup {backup_id}: {problem}" for problem in problems), hint=hint)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollback:
+    """The result of a rollback."""
+
+    backup: Backup
+    replaced_backup_id: str  #: The backup of what was there before.
+    outcomes: tuple[Outcome, ...]
+    removed: tuple[Path, ...]  #: Were not there when the backup was made.
+    late: tuple[BridgeError, ...] = ()  #: About copies that still hold what was replaced.
+
+
+def put_back_and_retire(
+    settings: Settings,
+    backup_id: str | None,
+    now: Callable[[], datetime],
+    *,
+    force: bool,
+    wait: timedelta,
+) -> tuple[Rollback, Node]:
+    """
+    Put back the files of a backup, or of the newest, all or none, and back up what they replace: a second rollback undoes it.
+
+    Files that were not there when the backup was made are removed. `force` also puts back certificates that a CA must not
+    sign like that now, if the node could run on them.
+
+    Raises:
+        RollbackRefusedError: The backup is not fit. As after any other error, nothing was replaced.
+    """
+    with alone(settings, wait, lambda found: log.warning("%s", found)) as (store, record):
+        node = inventory.of(settings.node)
+
+        def may_pass(problem: Problem) -> bool:
+            return force and problem.can_be_forced
+
+        done = put_back(find(store, backup_id), settings, store, record, node, now(), may_pass)
+        retire(store, settings, node, now())
+    return done, node
+
+
+def put_back(
+    backup: Backup,
+    settings: Settings,
+    store: Store,
+    record: audit.Record,
+    node: Node,
+    now: datetime,
+    may_pass: Callable[[Problem], bool],
+) -> Rollback:
+    """The same for a run that holds the store's lock, and for what may pass of its problems."""
+    problems = problems_of(backup, settings, node, now)
+    if not all(map(may_pass, problems)):
+        error = RollbackRefusedError(backup.backup_id, problems)
+        record.add(audit.REFUSED, error=error)
+        raise error
+    outcomes = outcomes_of(backup, node)
+    result = f"backup {backup.backup_id}"
+    for o in outcomes:
+        record.add(audit.VERIFIED, o.name, authority=o.authority, old=o.old, new=o.new, result=result)
+    record.write()  # nothing is put back that the record does not know
+    about = {
+        "command": shlex.join(sys.argv),
+        **audit.who(),
+        "rollback_to": backup.backup_id,
+        "certificates": [
+            {"name": o.name, "old_serial": _serial(o.old), "new_serial": _serial(o.new)} for o in outcomes
+        ],
+    }
+    try:
+        copies.owe(settings, store, node, {o.name: o.old for o in outcomes})
+        # a run may have installed something itself, and put several sets back
+        run_id = f"{record.run_id}-{backup.run_id.partition('-')[0]}"
+        replaced = install(store, [_replacement(file, node) for file in backup.files], run_id, about)
+    except (InstallError, StateError) as e:
+        for o in outcomes:
+            record.add(audit.FAILED, o.name, authority=o.authority, old=o.old, error=e)
+        raise
+    for o in outcomes:
+        record.add(audit.ROLLED_BACK, o.name, authority=o.authority, old=o.old, new=o.new, result=result)
+    late = copies.settle(settings, store, record)
+    record.write_or_warn()  # what comes after it may take minutes, and be killed
+    return Rollback(
+        backup=backup,
+        replaced_backup_id=replaced,
+        outcomes=tuple(outcomes),
+        removed=tuple(file.path for file in backup.files if not file.was_there),
+        late=tuple(late),
+    )
+
+
+def _serial(certificate: x509.Certificate | None) -> str | None:
+    return serial_hex(certificate) if certificate is not None else None
+
+
+def outcomes_of(backup: Backup, node: Node) -> list[Outcome]:
+    """The outcomes that putting a backup back has, one a certificate; without a new one where its files are removed."""
+    outcomes = []
+    for item in node.items:
+        files = files_of(backup, item.spec.name)
+        if files:
+            is_there = any(file.was_there for file in files)
+            outcomes.append(
+                Outcome(
+                    name=item.spec.name,
+                    authority=item.spec.authority.name,
+                    old=item.certificates[0] if item.certificates else None,
+                    new=_leaf(backup, files, item) if is_there else None,
+                )
+            )
+    return outcomes
+
+
+def _leaf(backup: Backup, files: Sequence[File], item: Item) -> x509.Certificate:
+    try:
+        return pair_of(files, item)[0][0]
+    except (BridgeError, OSError, ValueError) as e:
+        reason = e.strerror if isinstance(e, OSError) else e
+        raise BackupError(
+            f"backup {backup.backup_id}: {item.spec.name}: wanted its certificate, found: {reason}",
+            backup_id=backup.backup_id,
+        ) from e
+
+
+def _replacement(file: File, node: Node) -> Replacement:
+    [item] = [item for item in node.items if item.spec.name == file.certificate]
+    if item.spec.kubeconfig and file.path.name == item.spec.base:
+        mask = KUBECONFIG_MASK
+    elif item.key_path is None or item.current is not None:
+        mask = KEY_MASK
+    else:
+        mask = KEY_MASK if file.path.resolve() == item.key_path.resolve() else CERTIFICATE_MASK
+    return Replacement(
+        certificate=file.certificate,
+        path=file.path,
+        data=file.copy.read_bytes() if file.copy is not None else None,
+        mode_mask=mask,
+        was=fingerprint(file.path),
+        attributes=file.attributes,
+        is_link=file.is_link,
+        leads_to=file.leads_to,
+    )
+
+
+def retire(store: Store, settings: Settings, node: Node, now: datetime) -> list[str]:
+    """
+    Delete the backups that nobody needs, and return their IDs.
+
+    A backup goes when `keep` newer ones exist or when it is older than `keep_for`; but never the newest, and never
+    the newest that could be put back now, nor any while an installation is not proven. Keys are unlinked, not
+    overwritten: a journaling file system or an SSD writes elsewhere.
+    """
+    found, _ = read_all(store)
+    keep = settings.backups
+    old = [
+        backup
+        for newer, backup in enumerate(found)
+        if newer > 0 and (newer >= keep.keep or now - backup.created > keep.keep_for)
+    ]
+    if not old or store.unproven.exists():
+        return []
+    last_good = next((backup for backup in found if not problems_of(backup, settings, node, now)), None)
+    deleted = []
+    for backup in reversed(old):
+        if backup is last_good:
+            continue
+        try:
+            delete(backup)
+        except OSError as e:
+            log.warning("the old backup %s could not be deleted: %s: %s", backup.backup_id, e.filename, e.strerror)
+        else:
+            log.debug("deleted the old backup %s", backup.backup_id)
+            deleted.append(backup.backup_id)
+    return deleted
+
+
+def delete(backup: Backup) -> None:
+    """Delete a backup, its manifest first: what a crash leaves is no backup any more, and the next run removes it."""
+    (backup.directory / MANIFEST).unlink()
+    sync_directory(backup.directory)
+    shutil.rmtree(backup.directory)

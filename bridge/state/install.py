@@ -269,7 +269,7 @@ def _assert_unchanged(targets: Sequence[Target]) -> None:
 
 def _back_up(store: Store, targets: Sequence[Target], run_id: str, about: Mapping[str, Any]) -> str:
     """Back up by copying: kubeadm rewrites files in place, and a hard link would change with them. The manifest comes last."""
-    created, number = datetime.now(UTC), _next_number(store)
+    created, place_in_order = datetime.now(UTC), _next_number(store)
     backup_id = f"{created:%Y%m%dT%H%M%SZ}-{run_id}"
     directory = store.backups / backup_id
     directory.mkdir(mode=0o700)
@@ -293,7 +293,7 @@ def _back_up(store: Store, targets: Sequence[Target], run_id: str, about: Mappin
         files.append(entry)
     manifest = {
         "id": backup_id,
-        "number": number,
+        "number": place_in_order,
         "created": created.isoformat(timespec="microseconds"),
         "run_id": run_id,
         **about,

@@ -30,7 +30,6 @@ from bridge.renewal.select import RunOptions
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Components, Settings
 from bridge.specs import Component
-from bridge.state import rollback
 from bridge.state.install import MANIFEST
 from tests.kit.pki import PKI_SPECS, Pki, handmade_pki
 from tests.kit.renewing import Quiet, settings_for
@@ -293,7 +292,7 @@ def test_a_way_back_that_was_cut_off_is_gone_on_with(site: Site, monkeypatch: py
         if place == "before the restarts":
             patch.setattr("bridge.renewal.activate.restart_all", killed)
         else:
-            patch.setattr(rollback, "put_back", killed)
+            patch.setattr("bridge.state.backups.put_back", killed)
         with pytest.raises(KilledError):
             site.renew(MANAGER)
     assert (site.files() == old) is (place == "before the restarts")

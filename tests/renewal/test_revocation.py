@@ -21,7 +21,7 @@ from bridge.renewal.verify_and_install import Result
 from bridge.settings.load import load
 from bridge.settings.tables import Settings
 from bridge.specs import SPECS
-from bridge.state import audit, rollback
+from bridge.state import audit, backups
 from bridge.state.install import InstallError
 from bridge.state.obligations import revocations_file
 from bridge.state.store import Store, remember_checked
@@ -104,7 +104,7 @@ def test_what_is_in_use_again_is_not_revoked(node: Pki, settings: Settings, tmp_
     """The operator has gone back."""
     old = serial(node, "apiserver")
     run(settings, "apiserver")
-    rollback.put_back_and_retire(settings, None, lambda: datetime.now(UTC), force=False, wait=timedelta())
+    backups.put_back_and_retire(settings, None, lambda: datetime.now(UTC), force=False, wait=timedelta())
     assert serial(node, "apiserver") == old
     assert run(settings, later=2 * DAY).exit_code == 0
     assert (owed(settings), revoked(tmp_path)) == ([], set())

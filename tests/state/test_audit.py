@@ -338,7 +338,7 @@ def test_what_was_replaced_is_on_disk_before_anything_comes_after_it(
 
     monkeypatch.setattr("bridge.renewal.hooks.Hooks.installed", looking)
     assert run("renew", "apiserver").exit_code == 0
-    monkeypatch.setattr("bridge.state.rollback.retire", looking)
+    monkeypatch.setattr("bridge.state.backups.retire", looking)
     assert run("rollback").exit_code == 0
     assert seen == ["installed", "rolled-back"]
 

@@ -33,7 +33,7 @@ from bridge.pki import csr
 from bridge.pki.certificates import load_pem_certificates, pem, serial_hex
 from bridge.settings import load
 from bridge.settings.tables import BackupSettings
-from bridge.state import backup_check, backups, rollback
+from bridge.state import backups
 from bridge.state.audit import events
 from bridge.state.install import KEY_MASK, MANIFEST, Replacement, digest, install, manifest_file, recover
 from bridge.state.store import Store
@@ -105,9 +105,9 @@ def renewed(run: Run, *names: str) -> str:
     return str(json.loads(result.stdout)["backup"])
 
 
-def problems(store: Store, node: Pki, backup_id: str | None = None) -> list[backup_check.Problem]:
+def problems(store: Store, node: Pki, backup_id: str | None = None) -> list[backups.Problem]:
     found = inventory.read(node.pki_dir, node.kubeconfig_dir)
-    return backup_check.problems_of(backups.find(store, backup_id), load.parse(""), found, datetime.now(UTC))
+    return backups.problems_of(backups.find(store, backup_id), load.parse(""), found, datetime.now(UTC))
 
 
 # --- backups ---------------------------------------------------------------------------------------------------------
@@ -257,12 +257,12 @@ def test_what_a_damaged_backup_would_do_is_an_error_of_ours(
     """It names backup and certificate."""
     made = backups.find(store, renewed(run, name))
     found = inventory.read(node.pki_dir, node.kubeconfig_dir)
-    assert [outcome.name for outcome in rollback.outcomes_of(made, found)] == [name]
+    assert [outcome.name for outcome in backups.outcomes_of(made, found)] == [name]
     for file in made.files:
         assert file.copy is not None
         damage(file.copy)
     with pytest.raises(backups.BackupError, match=f"{made.backup_id}: {name}: "):
-        rollback.outcomes_of(made, found)
+        backups.outcomes_of(made, found)
 
 
 def _manifest(store: Store, backup_id: str) -> tuple[Path, dict[str, Any]]:
@@ -544,7 +544,7 @@ def dated(store: Store, backup_id: str, created: datetime) -> None:
 def retired(store: Store, node: Pki, keep: int = 10, config: Path | None = None) -> list[str]:
     found = inventory.read(node.pki_dir, node.kubeconfig_dir)
     ours = dataclasses.replace(load.parse(config.read_text() if config else ""), backups=BackupSettings(keep=keep))
-    return rollback.retire(store, ours, found, datetime.now(UTC))
+    return backups.retire(store, ours, found, datetime.now(UTC))
 
 
 def test_only_so_many_are_kept(run: Run, store: Store, config: Path) -> None:

@@ -26,7 +26,7 @@ from bridge.renewal import activate, renew
 from bridge.renewal.select import RunOptions
 from bridge.settings.load import load, overridden, parse
 from bridge.settings.tables import Settings
-from bridge.state import audit, copies, rollback
+from bridge.state import audit, backups, copies
 from bridge.state.obligations import copies_file
 from bridge.state.session import alone
 from bridge.state.store import Store, remember_checked
@@ -199,7 +199,7 @@ def test_a_rollback_puts_the_old_one_back(node: Pki, home: Path, tmp_path: Path)
     assert renewed(settings, "all") == ["0"]
     new = pair(copy)
     for wanted in (old, new):
-        done, _ = rollback.put_back_and_retire(settings, None, now, force=False, wait=timedelta())
+        done, _ = backups.put_back_and_retire(settings, None, now, force=False, wait=timedelta())
         assert done.late == ()
         assert pair(copy) == wanted
         assert is_fresh(copy, node)
