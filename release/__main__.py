@@ -15,12 +15,7 @@ KINDS = ("run", "deb", "rpm", "bom")
 
 
 def build(given: argparse.Namespace) -> list[Path]:
-    """
-    Build each kind that is asked for, from one tree.
-
-    Raises:
-        BuildError: Something is not as the lock has it, or a tool is missing.
-    """
+    """Build each kind that is asked for, from one tree."""
     project, platform, epoch = Wheel.read(given.project), given.platform, given.epoch
     wheels = proven(given.wheels, given.lock.read_text(encoding="utf-8"))
     base = tree.build(project, wheels, platform, epoch)

@@ -18,15 +18,7 @@ _CLASSIFIER = "License :: OSI Approved :: "
 
 
 def of(project: Wheel, wheels: Iterable[Wheel], platform: str, epoch: int) -> bytes:
-    """
-    The bill: each distribution with version, licence, and name and digest of each of its wheels, and who needs whom.
-
-    Args:
-        project: Ours.
-        wheels: All others.
-        platform: Such as `x86_64`.
-        epoch: The commit's time, in seconds; the same commit gives the same bytes.
-    """
+    """The bill: each distribution with version, licence, and name and digest of each of its wheels, and who needs whom."""
     grouped: dict[str, list[Wheel]] = {}
     for wheel in wheels:
         if wheel.name != project.name:

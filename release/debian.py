@@ -83,19 +83,7 @@ fi
 
 
 def build(layout: Layout, platform: str, epoch: int, scratch: Path, output: Path) -> Path:
-    """
-    Write the package.
-
-    Args:
-        layout: What is in it.
-        platform: Such as `x86_64`.
-        epoch: The commit's time, in seconds.
-        scratch: An empty directory.
-        output: Where it goes.
-
-    Raises:
-        BuildError: dpkg-deb is not there, or says no.
-    """
+    """Write the package."""
     if not shutil.which("dpkg-deb"):
         raise BuildError("wanted dpkg-deb (Debian package dpkg), found none")
     version, architecture = layout.release.version, ARCHITECTURES[platform]

@@ -25,15 +25,7 @@ _ZIP_BEGINS = 315532800  # 1980, in seconds: a zip archive knows no earlier time
 
 
 def build(files: tree.Tree, names: dict[str, str], epoch: int, output: Path) -> None:
-    """
-    Write the file, whole or not at all.
-
-    Args:
-        files: All of the tree.
-        names: `VERSION`, `PLATFORM` and `FILE`, for the head.
-        epoch: The commit's time, in seconds.
-        output: Where.
-    """
+    """Write the file, whole or not at all."""
     buffer = io.BytesIO()
     when = time.gmtime(max(epoch, _ZIP_BEGINS))[:6]
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:

@@ -53,13 +53,7 @@ class Layout:
     release: Wheel = field(repr=False)
 
     def write(self, root: Path, epoch: int) -> None:
-        """
-        Write it into an empty directory, each file and directory with the same time and a mode that is no accident.
-
-        Args:
-            root: The directory.
-            epoch: The commit's time, in seconds.
-        """
+        """Write it into an empty directory, each file and directory with the same time and a mode that is no accident."""
         root.mkdir(parents=True)
         for path, file in self.files.items():
             target = root / path

@@ -66,12 +66,7 @@ fi
 
 
 def build(layout: Layout, platform: str, epoch: int, scratch: Path, output: Path) -> Path:
-    """
-    Write the package; as `debian.build`.
-
-    Raises:
-        BuildError: rpmbuild is not there, or says no.
-    """
+    """Write the package; as `debian.build`."""
     if not shutil.which("rpmbuild"):
         raise BuildError("wanted rpmbuild (Debian package rpm), found none")
     root, top = scratch / "root", scratch / "rpm"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from importlib.machinery import PathFinder
 
 TYPE_CHECKING = False  # as `typing` has it, which takes its time
 if TYPE_CHECKING:
@@ -52,6 +51,8 @@ if os.path.lexists(PLUGINS):
         if entry.name.endswith((".dist-info", ".libs")):
             for file in os.scandir(entry.path):
                 assert_roots(file.path)
+    from importlib.machinery import PathFinder  # what else needs it comes later, if at all
+
     sys.meta_path.insert(0, RootsOwn)
     sys.path.append(PLUGINS)
 del sys.argv[0]  # what is left begins with the name by which the program was called

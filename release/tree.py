@@ -41,12 +41,7 @@ Tree = dict[str, File]
 
 
 def build(project: Wheel, wheels: Iterable[Wheel], platform: str, epoch: int) -> Tree:
-    """
-    Everything but the manifest, by path.
-
-    Raises:
-        BuildError: Two wheels bring different files of one name, or one brings what this does not know.
-    """
+    """Everything but the manifest, by path."""
     wheels = sorted([project, *wheels], key=lambda wheel: wheel.path.name)
     tree: Tree = {}
     for wheel in wheels:

@@ -39,12 +39,7 @@ class Wheel:
 
     @classmethod
     def read(cls, path: Path) -> Wheel:
-        """
-        A wheel's name and tags.
-
-        Raises:
-            BuildError: The file is not called like a wheel.
-        """
+        """A wheel's name and tags."""
         parts = path.stem.split("-")
         if path.suffix != ".whl" or len(parts) not in {5, 6}:
             raise BuildError(f"{path.name}: wanted the name of a wheel")
@@ -85,12 +80,7 @@ class Wheel:
             return Parser().parsestr(file.read(name).decode())
 
     def files(self) -> Iterator[tuple[str, bytes, bool]]:
-        """
-        Path, content and whether it is executable, of each file; each proven by RECORD.
-
-        Raises:
-            BuildError: A file is not in RECORD, not as RECORD has it, or would leave the tree.
-        """
+        """Path, content and whether it is executable, of each file; each proven by RECORD."""
         with zipfile.ZipFile(self.path) as file:
             (record,) = [one for one in file.namelist() if re.fullmatch(r"[^/]+\.dist-info/RECORD", one)]
             wanted = {row[0]: row[1] for row in csv.reader(io.StringIO(file.read(record).decode())) if row}
@@ -125,12 +115,7 @@ def locked(text: str) -> dict[str, tuple[str, frozenset[str]]]:
 
 
 def proven(directory: Path, lock: str) -> list[Wheel]:
-    """
-    The wheels in a directory, each named by the lock and with one of its digests; sorted.
-
-    Raises:
-        BuildError: One is not in the lock, or one of the lock's is missing.
-    """
+    """The wheels in a directory, each named by the lock and with one of its digests; sorted."""
     wanted = locked(lock)
     wheels = sorted((Wheel.read(path) for path in directory.glob("*.whl")), key=lambda wheel: wheel.path.name)
     for wheel in wheels:

@@ -52,10 +52,12 @@ class CA:
     label: str  #: For messages, such as `corp (vault)`.
     backend: Backend | None  #: None: it can't be opened, for which `trouble` has the reason.
     retry: Retry
-    trouble: BridgeError | None = None  #: Why it can't be used at all.
-    wrong: Mapping[str, BridgeError] = field(default_factory=dict)  #: What it would sign wrongly, by certificate name.
+    trouble: BridgeError | None = None  #: Why this CA can't be used at all.
+    wrong: Mapping[str, BridgeError] = field(
+        default_factory=dict
+    )  #: Errors about certificates that it would sign wrongly, by name.
     identity: str | None = None  #: Our name at the CA, if it tells.
-    certificates: tuple[x509.Certificate, ...] = ()  #: Its own, the one that signs first, if it tells.
+    certificates: tuple[x509.Certificate, ...] = ()  #: The CA's own, if it tells; the one that signs is the first.
 
     @classmethod
     def of(cls, configured: Configured, retry: Retry | None = None) -> CA:
@@ -110,7 +112,7 @@ class CA:
         return self.trouble or self.wrong.get(name)
 
     def advice(self, spec: CertificateSpec) -> str:
-        """Hint at what to compare where a certificate is not what was asked for."""
+        """The hint for an error about a certificate that is not what was asked for."""
         return advice(self.backend, spec)
 
     # --- asking -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Looks at a CA before a signature is spent: that it is the right one, and what it would sign."""
+"""Looks at a CA before a signature is spent: whether it is the right one, and what it would sign."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bridge.specs import CertificateSpec
 
 
 class RefusedByCheckError(BackendRefusedError):
-    """The CA would sign something else than what we need; nothing was asked of it."""
+    """The CA would sign another certificate than we need; it was asked for none."""
 
 
 def preflight(
@@ -61,7 +61,7 @@ def _errors(
 
 
 def advice(backend: object, spec: CertificateSpec) -> str:
-    """Hint at what is to be looked at where a certificate is not what was asked for."""
+    """The hint for an error about a certificate that is not what was asked for."""
     return backend.advice(spec) if isinstance(backend, Advises) else VerificationError.hint
 
 

@@ -103,7 +103,7 @@ def configured(settings: Settings, authorities: Iterable[str]) -> dict[str, Conf
 
 
 def _given(settings: Settings) -> dict[str, Any]:
-    """Values in every backend's settings that no key of its table says."""
+    """Values in every backend's settings that do not come from its table."""
     return {"node": settings.node.node_name, "signed_by": settings.node.desk_key}
 
 
@@ -162,7 +162,7 @@ def located(error: SettingsError, settings: Settings, authority: str) -> Setting
 
 
 def _unused(settings: Settings, types: Mapping[str, BackendType]) -> list[Any]:
-    """Problems of backends that no authority names; what they lack an authority may bring."""
+    """Problems of backends that no authority names; a missing key is none, since an authority may add it."""
     used, reader = {a.backend for a in settings.authorities.values()}, Reader(settings.source)
     for name in types.keys() - used:
         table = {k: v for k, v in settings.backends[name].items() if k != "type"}
@@ -171,7 +171,7 @@ def _unused(settings: Settings, types: Mapping[str, BackendType]) -> list[Any]:
 
 
 def merged(settings: Settings, authority: str) -> tuple[dict[str, Any], Reader]:
-    """The keys of an authority's backend as they stand in the settings, and who knows the line of each."""
+    """The keys of an authority's backend as they stand in the settings, and a reader that knows their lines."""
     backend, over = settings.authorities[authority].backend, settings.authority_tables[authority]
     table = {key: value for key, value in settings.backends[backend].items() if key != "type"}
     return merge(table, over), Reader(settings.source, _locator(authority, backend, over))

@@ -19,7 +19,7 @@ class UntrustedAnswerError(BackendRefusedError):
 def collected(
     backend: Collects, request: SignRequest, reference: str, expected: verify.Expectation
 ) -> Issued | Pending:
-    """The CA's answer; of several candidates, the first that passes. Errors as `Collects`, or a UntrustedAnswerError."""
+    """The CA's answer; of several candidates, the first that passes. Errors as `Collects`, or an UntrustedAnswerError."""
     if not isinstance(backend, CollectsAll):
         return backend.collect(request, reference)
     wrong: list[VerificationError] = []

@@ -35,7 +35,7 @@ from bridge.state.store import Store
 from bridge.system.console import doing, log
 from bridge.system.files import write_atomically
 from bridge.system.paths import UnreadableError, read
-from bridge.system.run_command import Command, OutputLines, run, run_logged
+from bridge.system.run_command import Command, OutputLines, run, run_logged, unsafe_program
 from bridge.system.state_file import OnDamage, StateFile, coded
 from bridge.system.waiting import wait_until
 from bridge.words import name_found
@@ -327,8 +327,9 @@ def obstacle(component: Component, node: Node, settings: Settings) -> Impossible
         path = manifests.path_of(component, settings.node.kubeconfig_dir)
         hint = "a component that is no static pod has its command in [restart.commands]"
         return ImpossibleError(f"{component.value}: wanted its manifest {path}, found none that can be read", hint=hint)
-    if _command(component, settings):
-        return None
+    if words := _command(component, settings):
+        unsafe = unsafe_program(words)
+        return None if unsafe is None else ImpossibleError(f"{component.value}: {unsafe}", hint=unsafe.hint)
     advice = restart_plan.how(component, settings.node.kubeconfig_dir / "manifests")
     text = f"{component.value}: wanted its command in [restart.commands], found none"
     return ImpossibleError(text, hint=f"name one, or by hand: {advice}")

@@ -47,7 +47,8 @@ from bridge.system.paths import UnreadableError, open_secret, own_text, read, re
 from bridge.words import one_line
 
 POLICY_NAME = "desk-policy.toml"
-FSTAB = Path("/etc/fstab")
+#: What is to be mounted, and what is: also what is bound within one file system, which `os.path.ismount` misses.
+FSTAB, MOUNTS = Path("/etc/fstab"), Path("/proc/self/mountinfo")
 #: A copy that has not grown for so long was given up.
 STALE = timedelta(minutes=10)
 _ANSWER_MODE = 0o644  #: Certificates are public, and another user fetches them.
@@ -372,14 +373,20 @@ def _names_in(inbox: Path) -> list[str]:
 
 def _assert_mounted(directory: Path) -> None:
     """An inbox on a file system that is not mounted looks like an empty one, in every run."""
-    try:
-        lines = FSTAB.read_text(errors="replace").splitlines()
-    except OSError:
-        return
-    places = [Path(fields[1].replace(r"\040", " ")) for line in lines if len(fields := line.split()) > 1]
-    for place in places:
-        if place.name and directory.resolve().is_relative_to(place) and not place.is_mount():
+    mounted = _places_in(MOUNTS, 4)
+    for place in _places_in(FSTAB, 1) if mounted else ():
+        if directory.resolve().is_relative_to(place) and place not in mounted:
             raise BridgeError(f"{directory}: wanted it mounted, as {FSTAB} has {place}, found that it is not")
+
+
+def _places_in(table: Path, field: int) -> set[Path]:
+    """The absolute paths in one field of a table of mounts; a blank in them is written as an octal number."""
+    try:
+        lines = table.read_text(errors="replace").splitlines()
+    except OSError:
+        return set()
+    found = {fields[field].replace(r"\040", " ") for line in lines if len(fields := line.split()) > field}
+    return {Path(text).resolve() for text in found if text.startswith("/")}
 
 
 def _whose(source: Path) -> BridgeError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
@@ -150,26 +150,14 @@ def _restarts(node: Node, settings: Settings) -> Iterator[Finding]:
         elif words and shutil.which(words[0]) is None:
             text = f"wanted a program {words[0]!r}, found none that can be run"
             yield Finding(level="error", check="restart-command", about=key, text=text)
-        elif words and (unsafe := _unsafe(words))[0]:
-            yield Finding(level="error", check="restart-command", about=key, text=unsafe[0], hint=unsafe[1])
-
-
-def _unsafe(words: Sequence[str]) -> tuple[str, str]:
-    """Why others than root decide what a command does, and what to do about it; empty: they don't."""
-    try:
-        found = unsafe_program(words)
-    except OSError as e:
-        return f"wanted the program {words[0]}, found: {e.strerror}", ""
-    return ("", "") if found is None else (str(found), found.hint)
 
 
 def _hooks(settings: Settings) -> Iterator[Finding]:
     for event in (hooks.BEFORE, AFTER_INSTALL, SUCCESS, FAILURE):
         for words in getattr(settings.hooks, event).words():
             found, about = shutil.which(words[0]), f"hook {event}"
-            unsafe, hint = _unsafe(words)
-            if unsafe:
-                yield Finding(level="error", check="hook", about=about, text=unsafe, hint=hint)
+            if (unsafe := unsafe_program(words)) is not None:
+                yield Finding(level="error", check="hook", about=about, text=str(unsafe), hint=unsafe.hint)
                 continue
             text = found or f"wanted a program {words[0]!r}, found none that can be run"
             yield Finding(level="ok" if found else "warning", check="hook", about=about, text=text)

@@ -77,7 +77,7 @@ class AuthorityOfSigners:
             return self._anchors
 
     def end(self) -> datetime:
-        """When the CA's certificate ends, or one before it that signs."""
+        """When the CA's certificate ends, or an intermediate that signs, if that is earlier."""
         end = self.anchors()[0].not_valid_after_utc
         return min(end, self._issuer_end) if self._issuer_end is not None else end
 
@@ -95,7 +95,7 @@ class AuthorityOfSigners:
         return answer
 
     def recall(self, request: SignRequest, since: datetime) -> Issued | None:
-        """Find what the CA has signed for this CSR before somebody could take the answer; for several at a time it is one look."""
+        """The certificate that the CA signed for an earlier gateway, which died before it stored it; one look for several."""
         return self._recalled_together((request, since))
 
     def collect(self, request: SignRequest, reference: str, expected: Expectation) -> Issued | Pending:

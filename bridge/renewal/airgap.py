@@ -41,7 +41,7 @@ from bridge.system.files import write_atomically
 from bridge.system.paths import UnreadableError, read
 
 SCHEMA_VERSION = 1
-#: For what a bundle may do; nothing in it is secret.
+#: Nothing in a bundle is secret.
 BUNDLE_MODE = 0o644
 
 
@@ -61,7 +61,7 @@ class Exported:
 def export(
     settings: Settings, path: Path, options: RunOptions, now: Callable[[], datetime], progress: Progress
 ) -> tuple[Exported, Node]:
-    """Keys into the state directory, requests into a bundle; a request that waits is exported again as it is."""
+    """Write keys into the state directory and requests into a bundle; a request that waits is exported again as it is."""
     assert_free(path, RequestBundle)
     with begun(settings, now, progress, options.wait) as (run, node):
         desired = decide(node, settings, options)
@@ -129,7 +129,7 @@ def inspect(settings: Settings, path: Path, now: datetime) -> tuple[str, int]:
 
 
 def _doubt(one: BundledRequest, whole: RequestBundle, cas: Mapping[str, Sequence[x509.Certificate]]) -> str | None:
-    """Why the proof is worth nothing, as far as that can be told here."""
+    """The problem of a proof, as far as this machine can find it."""
     problem = signatures.proof_problem(one, whole) or signatures.usages_problem(one)
     return problem or (signatures.origin_problem(one, cas[one.authority]) if one.authority in cas else None)
 
@@ -210,13 +210,13 @@ def _answered(run: Run, node: Node, items: Sequence[Item], found: Found) -> tupl
 
 
 class NotAskedForError(BridgeError):
-    """An answer to nothing that is asked here."""
+    """An answer to no request of this node."""
 
     exit_code: ClassVar[int] = Exit.REFUSED
 
 
 class UnsignedError(BridgeError):
-    """The settings name the desk's key, and somebody else made the answer."""
+    """The settings name the desk's key, and the answer is not signed with it."""
 
     exit_code = Exit.REFUSED
     hint = "have the desk sign its answers (answer_key in its policy); node.desk_key in the settings names whose signature counts"
@@ -340,7 +340,7 @@ def _is_authentic(run: Run, answer: AnswerBundle) -> bool:
 
 
 def _has_dates(certificate: x509.Certificate, path: Path, found: Found) -> bool:
-    """The library reads them when they are asked for; a date in year 0 is none."""
+    """Whether a certificate's dates can be read; the library reads them only now, and refuses the year 0."""
     try:
         _ = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     except UNREADABLE as e:

@@ -49,7 +49,7 @@ _KEY, _CSR = ".key", ".csr"
 
 
 class DirectoryError(BridgeError):
-    """The directory holds what can't be installed."""
+    """The directory's files can't be installed."""
 
     exit_code: ClassVar[int] = Exit.USAGE
 

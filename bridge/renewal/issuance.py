@@ -44,7 +44,7 @@ class Answered:
     expected: verify.Expectation
     label: str  #: The CA or file that answered.
     answer: Answer
-    advice: str = VerificationError.hint  #: Where to look if it is not what was asked for.
+    advice: str = VerificationError.hint  #: The hint if it is not what was asked for.
 
 
 class ShorterError(BridgeError):
@@ -208,7 +208,7 @@ def issue(
 
 
 def _opened(run: Run, prepared: Sequence[Prepared], reached: Mapping[str, CA]) -> list[Prepared]:
-    """Prepare requests to a CA that answers later: who asks is in them, and their keys are on disk before it is asked."""
+    """Prepare requests to a CA that answers later: they name the node, and their keys are on disk before it is asked."""
     opened = {one.name: one for one in prepared}
     to_carry: dict[tuple[int, str], list[Prepared]] = defaultdict(list)
     for one in prepared:
@@ -231,7 +231,7 @@ def _opened(run: Run, prepared: Sequence[Prepared], reached: Mapping[str, CA]) -
 
 
 def _drop_unfit(run: Run, one: Prepared) -> None:
-    """`prepare` made a new key, since an open request is not what would be asked for now."""
+    """Drop an open request that `prepare` has replaced, since other names or another key are wanted now."""
     made = run.requests.get(one.name)
     if made is not None and one.open is None:
         if made.is_waiting:

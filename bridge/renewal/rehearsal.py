@@ -44,7 +44,7 @@ from bridge.system.paths import UnreadableError
 
 
 class NoRehearsalError(BridgeError):
-    """A CA that can't be asked for something that is thrown away."""
+    """A CA that can't be asked for a certificate that is thrown away."""
 
     exit_code = Exit.USAGE
     hint = (
@@ -67,7 +67,7 @@ class Rehearsal:
 
     passed: tuple[Rehearsed, ...] = ()
     failed: tuple[Outcome, ...] = ()
-    errors: tuple[BridgeError, ...] = ()  #: About what was signed and is not revoked.
+    errors: tuple[BridgeError, ...] = ()  #: About certificates that were signed and are not revoked.
     skipped: tuple[str, ...] = ()  #: Sentences.
 
     @property
@@ -90,7 +90,7 @@ def run(settings: Settings, options: RunOptions, now: Callable[[], datetime], pr
 
 
 def _within(selection: Selection, settings: Settings, now: datetime, ahead: timedelta | None) -> Selection:
-    """The selection without what is far from being due."""
+    """The selection without certificates that are far from being due."""
     if ahead is None:
         return selection
     renewal = settings.renewal
@@ -106,7 +106,7 @@ def _within(selection: Selection, settings: Settings, now: datetime, ahead: time
 
 
 def _without_open(selection: Selection, run: Run) -> Selection:
-    """The selection without what a CA has already been asked for in earnest."""
+    """The selection without certificates that a CA has been asked for already."""
     waiting = {one.name for one in run.requests if one.is_waiting}
     told = tuple(
         f"{item.spec.name} is not rehearsed: a CA has a request for it already"
@@ -180,7 +180,7 @@ def _impossible(settings: Settings, authorities: Collection[str]) -> Iterator[tu
 
 
 def _told(outcome: Outcome) -> Outcome:
-    """The outcome with a CA that answers later in the words of a rehearsal: its key is thrown away."""
+    """The outcome in the words of a rehearsal: the key of a request that a CA answers later is thrown away."""
     if not isinstance(outcome.error, WaitingError):
         return outcome
     error = WaitingError(
@@ -196,7 +196,7 @@ def _told(outcome: Outcome) -> Outcome:
 def _thrown_away(
     run: Run, answered: Sequence[Answered], reached: Mapping[str, CA]
 ) -> tuple[set[x509.Certificate], list[BridgeError]]:
-    """Have revoked whatever was signed for our keys, whether it passed or not."""
+    """Revoke each certificate that was signed for our keys, whether it passed or not."""
     revoked: set[x509.Certificate] = set()
     errors: list[BridgeError] = []
     unable: dict[str, list[str]] = {}

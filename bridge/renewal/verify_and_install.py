@@ -48,7 +48,7 @@ from bridge.system.state_file import StateError
 
 #: Below this version kubeadm reads one certificate a file (measured on 1.20; chains since 1.21).
 FIRST_WITH_CHAINS = (1, 21)
-#: kubeadm's, where there is no file yet.
+#: kubeadm's mode, where there is no file yet.
 _NEW_CERTIFICATE_MODE = 0o644
 
 
@@ -308,7 +308,7 @@ def remember(run: Run, answered: Sequence[Answered], proven: Sequence[Proven], *
     run.requests.save()
 
 
-#: The CA has not said no to the request itself, as far as we know.
+#: Errors after which the CA may still sign the request.
 _NOT_ASKED = (BackendUnavailableError, UntrustedAnswerError, RefusedByCheckError, SettingsError, ShorterError)
 
 
@@ -321,7 +321,7 @@ def _forget(requests: OpenRequests, kept: OpenRequest) -> None:
 
 
 def record_failed(record: audit.Record, failed: Sequence[Outcome]) -> None:
-    """Lines that wait to be written."""
+    """Add a line for each failure, to be written later."""
     for outcome in failed:
         if outcome.error is not None:
             held = isinstance(outcome.error, HeldBackError)
@@ -342,7 +342,7 @@ class HeldBackWaitingError(WaitingError):
 
 
 def hold_back(run: Run, good: Sequence[Prepared], failed: Sequence[Outcome]) -> Result:
-    """The result under `--all-or-nothing`: what is good is not installed, since others failed."""
+    """The result under `--all-or-nothing`: the good answers are not installed, since others failed."""
     error: BridgeError
     if all(isinstance(outcome.error, WaitingError) for outcome in failed):
         error = HeldBackWaitingError("kept until the others are answered, since --all-or-nothing was given")

@@ -224,7 +224,7 @@ class _Running:
             _given_up.append(self._process)
             return Ended(None, f"{self._reason(stopped)}, and can't be killed: it goes on", stopped, seconds=seconds)
         if stopped:
-            rest = ", but what it started as another user goes on" if self._outlived() else ""
+            rest = ", but something that it started goes on" if self._outlived() else ""
             return Ended(None, f"{self._reason(stopped)}, and was killed{rest}", stopped, seconds=seconds)
         failure = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}" if code else ""
         return Ended(code, failure, seconds=seconds)
@@ -286,13 +286,19 @@ class OutputLines:
 def unsafe_program(words: Sequence[str]) -> Exposure | None:
     """Find by what others could change a program that we run; whether it is there shows when it is started."""
     found = shutil.which(words[0], path=passed_on({})["PATH"])
-    return None if found is None else program_exposure(Path(found).absolute())
+    if found is None:
+        return None
+    path = Path(found).absolute()
+    try:
+        return program_exposure(path)
+    except OSError as e:
+        return Exposure(path=path, wanted="a program that we can look at", found=e.strerror or str(e), hint="")
 
 
 def run_logged(words: Sequence[str], variables: Mapping[str, str], limit: timedelta, lines: OutputLines) -> Ended:
     """Run an operator's command, unless others can change it; what it leaves in the background when it ends goes on."""
     if (unsafe := unsafe_program(words)) is not None:
-        return Ended(None, f"is not run: {unsafe} ({unsafe.hint})")
+        return Ended(None, f"is not run: {unsafe}{f' ({unsafe.hint})' if unsafe.hint else ''}")
     command = Command(words=words, environment=passed_on(variables), limit=limit)
     try:
         return run(command, lines.add, subprocess.STDOUT)

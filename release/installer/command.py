@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from release.installer import installation, machine, payload, places, removal
-from release.installer.errors import InstallError
+from release.installer.places import InstallError
 
 _ABOUT = "Installs, upgrades and removes ca-bridge on this machine, with no network and no package index."
 

@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from release.installer import machine, places, units
-from release.installer.errors import InstallError
 from release.installer.payload import Manifest, Payload, changed, version
+from release.installer.places import InstallError
 
 #: Imports all that the program may ever import, so that what a machine lacks is found now, and not at night.
 _PROOF = """
@@ -78,12 +78,7 @@ def current() -> Path | None:
 
 @contextmanager
 def locked() -> Iterator[None]:
-    """
-    Nobody else installs or removes meanwhile.
-
-    Raises:
-        InstallError: Somebody does.
-    """
+    """Nobody else installs or removes meanwhile."""
     descriptor = os.open(places.VERSIONS, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -152,12 +147,7 @@ def _compile(made: Path, target: Path) -> None:
 
 
 def _prove(tree: Path) -> None:
-    """
-    The program starts here, and finds all that it may need of Python's own library.
-
-    Raises:
-        InstallError: It does not.
-    """
+    """The program starts here, and finds all that it may need of Python's own library."""
     command = [sys.executable, "-I", "-S", "-c", _PROOF, *_libraries(tree)]
     imported = subprocess.run(command, check=False, capture_output=True, text=True)
     for done in (imported, run(tree, "--version")):

@@ -9,8 +9,8 @@ import stat
 import sys
 from pathlib import Path
 
-from release.installer.errors import InstallError
 from release.installer.payload import Manifest
+from release.installer.places import InstallError
 
 _NAMES = {"amd64": "x86_64", "arm64": "aarch64"}
 
@@ -32,12 +32,7 @@ def architecture() -> str:
 
 
 def assert_fits(manifest: Manifest) -> None:
-    """
-    The processor, the C library and Python are such as the program was compiled for.
-
-    Raises:
-        InstallError: One is not.
-    """
+    """The processor, the C library and Python are such as the program was compiled for."""
     if architecture() != manifest.platform:
         raise InstallError(
             f"wanted a machine with {manifest.platform}, for which this file is, found {architecture()}",
@@ -56,23 +51,13 @@ def assert_fits(manifest: Manifest) -> None:
 
 
 def assert_root() -> None:
-    """
-    We may write where the program goes.
-
-    Raises:
-        InstallError: We are not root.
-    """
+    """We may write where the program goes."""
     if os.geteuid() != 0:
         raise InstallError(f"wanted root, found user {os.geteuid()}", "run it with sudo")
 
 
 def assert_roots_own(path: Path) -> None:
-    """
-    Nobody but root can change what a path leads to; what is not there yet is nobody's.
-
-    Raises:
-        InstallError: Somebody else owns a directory on the way, or may write to it.
-    """
+    """Nobody but root can change what a path leads to; what is not there yet is nobody's."""
     real = Path(os.path.realpath(path))
     for one in [*reversed(real.parents), real]:
         try:

@@ -12,7 +12,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from release.installer.errors import InstallError
+from release.installer.places import InstallError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +59,7 @@ class Payload:
         self.manifest = Manifest.parse(self._manifest)
 
     def unpack(self, directory: Path) -> None:
-        """
-        Write the whole tree into an empty directory.
-
-        Raises:
-            InstallError: A file is not as the manifest has it, or can't be written.
-        """
+        """Write the whole tree into an empty directory."""
         for path, digest in self.manifest.files.items():
             target = directory / path
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -95,13 +90,7 @@ def version(tree: Path) -> str:
 
 
 def changed(tree: Path, wanted: Manifest | None = None) -> list[str]:
-    """
-    What of an installed tree is missing, not as its manifest has it, not its, or not root's alone to write.
-
-    Args:
-        tree: The tree.
-        wanted: The manifest that it should have; None: its own.
-    """
+    """What of an installed tree is missing, not as its manifest has it, not its, or not root's alone to write."""
     try:
         manifest = Manifest.parse((tree / "manifest.json").read_bytes())
     except (OSError, ValueError, LookupError, TypeError):

@@ -1,4 +1,4 @@
-"""Where everything goes, and what is the operator's."""
+"""Where everything goes, what is the operator's, and the error that ends an installation."""
 
 from __future__ import annotations
 
@@ -25,6 +25,14 @@ KEPT = {
     Path("/var/lib/ca-bridge"): "state: audit log, backups with keys, requests that wait",
     TOP / "plugins": "plug-ins that were added",
 }
+
+
+class InstallError(Exception):
+    """Nothing more is done. The text says what was wanted and what was found, the hint what to do next."""
+
+    def __init__(self, text: str, hint: str = "") -> None:
+        super().__init__(text)
+        self.hint = hint
 
 
 def replace_link(link: Path, target: str) -> None:

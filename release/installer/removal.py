@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from release.installer import installation, machine, places, units
-from release.installer.errors import InstallError
+from release.installer.places import InstallError
 
 #: Left by a run that was cut off: only the program knows how to go on.
 _INTERRUPTED = ("journal.json", "restart.json", "staging.json")
@@ -17,15 +17,7 @@ _STATE = Path("/var/lib/ca-bridge")
 
 
 def uninstall(*, purge: bool) -> None:
-    """
-    Remove the program, its command and its units.
-
-    Args:
-        purge: Ask for each thing of the operator's whether it goes, too.
-
-    Raises:
-        InstallError: Not installed by this; or a renewal was interrupted.
-    """
+    """Remove the program, its command and its units."""
     machine.assert_root()
     if purge and not sys.stdin.isatty():
         raise InstallError(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from release.installer import places
-from release.installer.errors import InstallError
+from release.installer.places import InstallError
 
 #: By which renewals run; `--enable` enables them.
 NIGHTLY = ("ca-bridge.timer", "ca-bridge-recover.service")

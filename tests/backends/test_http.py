@@ -118,7 +118,7 @@ def drip_of_100(opened: socket.socket) -> None:
 def trailers(opened: socket.socket) -> None:
     """An answer that is whole, but for what comes after its last chunk."""
     opened.sendall(OK + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n")
-    for _ in range(200):
+    for _ in range(1000):
         opened.sendall(b"X: " + b"x" * 60_000 + b"\r\n")
         time.sleep(0.02)
 
@@ -162,18 +162,24 @@ def asked(client: str, talk: Talk) -> tuple[str, float, float]:
     return found, float(seconds), float(growth)
 
 
-@pytest.mark.parametrize("talk", [minus_one, dripping_head, flood_of_100, drip_of_100, trailers])
-@pytest.mark.parametrize("client", CLIENTS)
+HEADS, BODIES = [dripping_head, flood_of_100, drip_of_100], [minus_one, trailers]
+
+
+@pytest.mark.attack("G5", "G17")
+@pytest.mark.parametrize(
+    ("client", "talk"),
+    # a watch has a limit for each of its lines, and none for all; see below
+    [(client, talk) for client in CLIENTS for talk in [*HEADS, *([] if client == "watch" else BODIES)]],
+)
 def test_a_hostile_answer_costs_little(client: str, talk: Talk) -> None:
     """What is received is counted below the parser, and one limit of time holds for a head; the limits are 1 and 4 MB."""
-    if client == "watch" and talk in {minus_one, trailers}:
-        pytest.skip("a watch has a limit for each of its lines, and none for all; see below")
     found, seconds, growth = asked(client, talk)
     assert found.endswith("Error")
-    assert seconds < 5
+    assert seconds < 12  # of a second, on a busy machine; each talks for 20
     assert growth < 40
 
 
+@pytest.mark.attack("G5")
 def test_a_watch_holds_no_more_than_a_line() -> None:
     """Whatever length its chunk is said to have."""
     _, _, growth = asked("watch", minus_one)

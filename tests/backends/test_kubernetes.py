@@ -427,6 +427,7 @@ def test_others_may_not_ask_the_signers_of_setup(api: ApiServer) -> None:
     assert ask(admin, "elsewhere.example.com/x")[0] == 201
 
 
+@pytest.mark.attack("G16")
 @pytest.mark.kube(*SERVER)
 def test_an_account_deletes_its_own_requests_alone(api: ApiServer) -> None:
     """RBAC lets each of the nodes' accounts delete all; the policy that `setup` prints does not. Others' rights stay."""

@@ -1612,6 +1612,7 @@ def csr_for(cn: str, *sans: x509.GeneralName) -> str:
     return made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
 
 
+@pytest.mark.attack("G16")
 def test_the_gateways_roles_in_the_documents(pki: openbao.OpenBao) -> None:
     """The general ones give each node's names and no CN besides; those with names give nothing but these nodes'."""
     roles = documented_roles("gateway.md")

@@ -1107,6 +1107,13 @@ def test_an_inbox_that_is_not_mounted_is_told(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "fstab").write_text(f"UUID=1 {tmp_path}/media vfat noauto\n")
     with pytest.raises(BridgeError, match="wanted it mounted"):
         files._assert_mounted(inbox)
+    (tmp_path / "fstab").write_text(f"/data {tmp_path}/media/in\\040box none bind\n")
+    monkeypatch.setattr(files, "MOUNTS", tmp_path / "mounts")
+    line = "36 35 98:0 /data {} rw master:1 - ext4 /dev/sda1 rw\n"
+    for place, is_mounted in (("media/in\\040box", True), ("media", False)):
+        (tmp_path / "mounts").write_text(line.format(tmp_path / place))
+        with contextlib.nullcontext() if is_mounted else pytest.raises(BridgeError, match="wanted it mounted"):
+            files._assert_mounted(inbox)
 
 
 @pytest.mark.parametrize(

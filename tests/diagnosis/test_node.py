@@ -696,3 +696,19 @@ def test_a_hook_that_others_can_change_is_told(site: Site) -> None:
     assert [(one.level, "mode 0777" in one.text) for one in found] == [("error", True)]
     hook.chmod(0o755)
     assert [one.level for one in site.look() if one.check == "hook"] == ["ok"]
+
+
+@pytest.mark.attack("N12")
+def test_a_restart_command_that_others_can_change_is_told(site: Site) -> None:
+    """Before a certificate is spent on it; with its mode put right it is in order."""
+    command = site.bridge.directory / "restart"
+    command.write_text("#!/bin/sh\n")
+    command.chmod(0o777)
+    names = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet")
+    site.bridge.add("restart", {"method": "command"})
+    site.bridge.add("restart.commands", dict.fromkeys(names, str(command)))
+    found = [one for one in site.look() if one.check == "restart-command"]
+    assert found
+    assert all(one.level == "error" and "mode 0777" in one.text for one in found)
+    command.chmod(0o755)
+    assert not [one for one in site.look() if one.check == "restart-command"]

@@ -159,7 +159,7 @@ def test_a_kernel_without_process_descriptors_will_do(monkeypatch: pytest.Monkey
         ("exec sleep 60", "was still running after 0.5 s, and can't be killed: it goes on"),
         (
             "setpriv --reuid=NOBODY --clear-groups sleep 60 & sleep 60",
-            "was still running after 0.5 s, and was killed, but what it started as another user goes on",
+            "was still running after 0.5 s, and was killed, but something that it started goes on",
         ),
     ],
     ids=["itself", "what it started"],
