@@ -372,6 +372,7 @@ def run_since_boot(site: Site, component: Component, *arguments: str) -> None:
         (entry / name).symlink_to(target)
 
 
+@pytest.mark.attack("N16")
 @pytest.mark.parametrize(
     ("kubeconfig", "state"), [("scheduler.conf", "stale"), ("another.conf", "unknown"), ("", "unknown")]
 )
@@ -385,6 +386,7 @@ def test_a_scheduler_with_a_configuration_file_alone_is_looked_at(site: Site, ku
     assert site.finding("scheduler.conf", "has read").state == state
 
 
+@pytest.mark.attack("N26")
 def test_another_kubelet_than_ours_is_unknown(site: Site) -> None:
     """One with another kubeconfig has not read this one, however young it is."""
     what = f"has read {site.directory / 'kubelet.conf'}"

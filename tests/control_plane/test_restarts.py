@@ -653,6 +653,7 @@ def crictl(directory: Path, monkeypatch: pytest.MonkeyPatch, output: str | None)
     monkeypatch.setenv("PATH", f"{directory}:/usr/bin:/bin")
 
 
+@pytest.mark.attack("N27")
 def test_a_crictl_that_lists_nothing_is_believed_only_where_no_process_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -679,6 +680,7 @@ def component_process(directory: Path, component: Component, *arguments: str) ->
             process.kill()
 
 
+@pytest.mark.attack("N27")
 @pytest.mark.parametrize("ends", [True, False])
 def test_a_pod_that_only_its_answers_show_has_to_be_seen_to_end(
     plane: Plane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: bool

@@ -99,6 +99,7 @@ def scheduler(conf: Path) -> Iterator[None]:
             started.kill()
 
 
+@pytest.mark.attack("N2")
 def test_each_run_says_what_is_not_restarted_until_it_is(site: Site) -> None:
     """The success hook comes when the scheduler is seen to be younger than its kubeconfig, and then all is quiet."""
     with scheduler(site.conf):
