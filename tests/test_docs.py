@@ -396,6 +396,13 @@ def test_the_picture_of_a_session_shows_commands_that_are_there() -> None:
     assert any("refused" in line for line in lines)
 
 
+def test_the_map_leads_to_files_that_are_there() -> None:
+    """Each path of the table in CONTRIBUTING.md."""
+    named = re.findall(r"`((?:bridge|backends)/[\w/]+\.py)`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert len(named) > 15
+    assert [path for path in named if not (ROOT / path).is_file()] == []
+
+
 def test_each_page_that_the_program_names_is_one_of_its_help() -> None:
     """Messages and shipped files send readers to what is installed, and not to a directory of the clone."""
     places = [
