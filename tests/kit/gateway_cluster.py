@@ -231,8 +231,8 @@ def _install_manifests(cluster: GatewayCluster, files_dir: Path) -> None:
 # --- motion -----------------------------------------------------------------------------------------------------------
 
 
-#: Requests of 55 kB: the queue has room for 400.
-_BURST = 600
+#: Requests with as many annotations as the admission policy lets through: the queue has room for 900.
+_BURST = 1_200
 
 
 @dataclass(kw_only=True)
@@ -274,6 +274,8 @@ class Motion:
         self._tell = tell
         self._random = random.Random(seed)  # noqa: S311 (to kill by, not to hide by)
         self._end = threading.Event()
+        self._admin = cluster.admin  # whose certificate is made here, and not by two threads at once
+        self._pair = cluster.api.credentials(f"system:node:{cluster.nodes[1].name}", "system:nodes")
         self._known: dict[str, int] = {}
         self._objects: dict[str, dict[str, Any]] = {}  #: By uid, as each was last seen: the cluster clears them away.
         self.figures = Figures()
@@ -374,7 +376,7 @@ class Motion:
             (SERVING, csr_pem(node_subject(worker.name), [*own, x509.IPAddress(ip_address("10.96.0.1"))])),
             (SERVING, csr_pem(node_subject(worker.name))),
         ])  # fmt: skip
-        who = self._kubelet(worker.name)
+        who = self._kubelet()
         answered, away = time.monotonic(), False
         for number in itertools.count():
             if self._end.wait(2):
@@ -389,18 +391,18 @@ class Motion:
                 self.figures.outages.append(time.monotonic() - answered)
             answered, away = time.monotonic(), False
 
-    def _kubelet(self, name: str) -> ApiClient:
-        """The worker's own rights."""
-        pair = self._cluster.api.credentials(f"system:node:{name}", "system:nodes")
-        return ApiClient(url=self._cluster.api.url, trust=self._cluster.api.pki_dir / "ca.crt", pair=pair)
+    def _kubelet(self) -> ApiClient:
+        """A client with the first worker's own rights, for one thread."""
+        api = self._cluster.api
+        return ApiClient(url=api.url, trust=api.pki_dir / "ca.crt", pair=self._pair)
 
     def _flood(self) -> None:
         """More large requests of one worker than the queue has room for; an administrator deletes them after a minute."""
         worker = self._cluster.nodes[1].name
-        who, admin = self._kubelet(worker), self._cluster.admin
+        who, admin = self._kubelet(), self._cluster.admin
         text = csr_pem(node_subject(worker), [x509.DNSName("auth.company.example")])
         made = gateways.body(text, SERVING)
-        made["metadata"] = {"labels": {"flood": "yes"}, "annotations": {"x": "x" * 55_000}}
+        made["metadata"] = {"labels": {"flood": "yes"}, "annotations": {"x": "x" * 24_000}}
         for number in itertools.count():
             if self._end.wait(0 if number % _BURST else 60):
                 return

@@ -38,7 +38,7 @@ Written by `python -m tests.measure.soak {figures.seconds:.0f} {seed}` on {datet
 A real cluster of Kubernetes 1.37 without a CA key: one control plane, two workers that joined by bootstrap token, `serverTLSBootstrap: true`, an API server that verifies kubelets.
 Every certificate of a kubelet comes from OpenBao through two gateways, and lives {VALIDITY.removesuffix("m")} minutes.
 Every {PAUSE_SECONDS:.0f} seconds on average one of them is killed by SIGKILL: the gateway that works, OpenBao, or the API server, whose kubelet starts it again after 5 seconds at most (`crashLoopBackOff.maxContainerRestartPeriod`).
-A worker's kubelet asks every two seconds for what it may not have, and each minute fills the gateways' queue with 600 requests of 55 kB.
+A worker's kubelet asks every two seconds for what it may not have, and each minute fills the gateways' queue with 1,200 requests of 25 kB.
 Kubelets ask for the next certificate at a moment of their own between 70 and 90 % of the time, so that at the latest about a minute is left.
 
 | in {figures.seconds / 60:.0f} minutes | |
