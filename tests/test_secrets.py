@@ -101,7 +101,8 @@ def planted(bridge: Bridge) -> set[str]:
     texts = [path.read_text() for path in keys]
     requests = bridge.directory / "state/requests.json"
     if requests.exists():
-        texts += [one["key"] for one in json.loads(requests.read_text())["requestsV1"]]
+        lines = [json.loads(line) for line in requests.read_text().splitlines()[1:]]
+        texts += [line["key"] for line in lines]
     for text in texts:
         found |= {line for line in text.splitlines() if re.fullmatch(r"[A-Za-z0-9+/=]{40,}", line)}
     for path in bridge.pki.kubeconfig_dir.glob("*.conf"):

@@ -50,7 +50,7 @@ def assert_nothing_left(bridge: Bridge, *also: str) -> None:
     """No staged file, no journal, no backup; only the record, the count of failed runs, and what else is named."""
     assert not list(bridge.pki.root.rglob(".ca-bridge*"))
     state = bridge.directory / "state"
-    usual = {"attempts.json", "audit.head", "audit.jsonl", "backups", "lock", "settings.checked"}
+    usual = {"attempts.json", "audit.head", "audit.jsonl", "backups", "lock", "settings.checked", "tree.json"}
     assert {path.name for path in state.iterdir()} <= {*usual, *also}
     assert not list((state / "backups").iterdir())
 
