@@ -80,6 +80,8 @@ class Issuing:
             if one.certificate and not self._writer.is_ours(one.uid):
                 self._saw(one)
             return
+        if self._writer.is_ours(one.uid):
+            return  # the watch is behind our own writes: a CA is not asked twice
         for uid in context.queue.put(one, self._judge.look):
             context.give_up(uid, "a newer request of the same node has come")
 
