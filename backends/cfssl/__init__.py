@@ -17,14 +17,24 @@ import secrets
 import ssl
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from cryptography import x509
 
-from backends.cfssl.server import API, HINTS, LATER_CODES, LATER_STATUSES, NO_ENTRY, NOT_CFSSL, NOT_FOUND, Reply, Server
-from backends.http import common_name, pair_problems, pem_certificates, tls_context, url_problems
+from backends.http import (
+    Http,
+    Wording,
+    common_name,
+    pair_problems,
+    pem_certificates,
+    retry_after_seconds,
+    tls_context,
+    url_problems,
+    without,
+)
 from bridge.contract import (
     BackendSettings,
     Issued,
@@ -38,7 +48,10 @@ from bridge.contract import (
 )
 from bridge.errors import BackendRefusedError, BackendUnavailableError, LocalFileError, SettingsProblem, Violation
 from bridge.specs import EKU, SPECS, CertificateSpec
+from bridge.system.http import Answer
+from bridge.words import one_line
 
+API = "/api/v1/cfssl"
 #: cfssl takes any key, an empty one too; RFC 2104 §3 discourages less than the hash's 32 bytes.
 MIN_KEY_BYTES = 16
 
@@ -118,7 +131,7 @@ class CfsslBackend:
         self._settings = settings
         self._profile = Selector(settings.profile, settings.profiles, settings.node)
         self._label = {"label": settings.label} if settings.label else {}
-        self._server = Server(settings)
+        self._server = _Server(settings)
         self._intermediates: tuple[x509.Certificate, ...] | None = None  # None: not asked for yet
 
     @classmethod
@@ -213,7 +226,7 @@ class CfsslBackend:
         serial, authority = str(certificate.serial_number), known.hex()
         body = {"serial": serial, "authority_key_id": authority, "reason": "superseded"}
         reply = self._server.post("revoke", body)
-        if reply.message == NOT_FOUND:
+        if reply.message == _NOT_FOUND:
             hint = "`revoke` is disabled there (as `ca-bridge setup cfssl` has it), or the server has no database"
             raise BackendRefusedError(
                 f"cfssl: wanted to revoke {certificate.serial_number:x}, found no such endpoint", hint=hint
@@ -259,7 +272,7 @@ class CfsslBackend:
     def _no_entry(self, profile: str, key_place: Secret | None) -> list[Violation]:
         """Ask to sign no CSR at all, as the HMAC is looked at before the CSR."""
         reply = self._server.post(self._settings.endpoint, self._body("", profile, key_place))
-        if reply.message in NO_ENTRY:
+        if reply.message in _NO_ENTRY:
             subject = f"{self._settings.endpoint} with profile {profile}"
             return [Violation(subject=subject, want="that the server lets us in", got=reply.message)]
         if reply.code is None:
@@ -278,15 +291,15 @@ class CfsslBackend:
         secret = self._settings.auth_key
         return secret and Secret(secret.kind, Selector(secret.where, node=self._settings.node)(spec))
 
-    def _result(self, reply: Reply, profile: str) -> Mapping[str, Any]:
+    def _result(self, reply: _Reply, profile: str) -> Mapping[str, Any]:
         """The one place where cfssl's errors become ours."""
         if reply.result is not None:
             return reply.result
         code = "" if reply.code is None else f", code {reply.code}"
         text = f"cfssl: {reply.message} (HTTP {reply.status}{code})"
-        if reply.status in LATER_STATUSES or reply.code in LATER_CODES:
+        if reply.status in _LATER_STATUSES or reply.code in _LATER_CODES:
             raise BackendUnavailableError(text, retry_after_seconds=reply.retry_after_seconds)
-        hint = HINTS.get(reply.message) or HINTS.get(reply.code, "the server's log may say more")
+        hint = _HINTS.get(reply.message) or _HINTS.get(reply.code, "the server's log may say more")
         raise BackendRefusedError(text, hint=hint.format(profile=repr(profile), label=repr(self._settings.label)))
 
 
@@ -336,7 +349,7 @@ def _certificate(result: Mapping[str, Any]) -> x509.Certificate:
         found = []
     if len(found) != 1:
         wanted = f"cfssl: wanted one PEM certificate in the answer, found {len(found)} that can be read"
-        raise BackendRefusedError(wanted, hint=HINTS[NOT_CFSSL])
+        raise BackendRefusedError(wanted, hint=_HINTS[_NOT_CFSSL])
     return found[0]
 
 
@@ -354,3 +367,116 @@ def _read_key(place: Secret) -> bytes:
         found = f"{len(key)} bytes"
         raise BackendRefusedError(f"cfssl: wanted {MIN_KEY_BYTES} bytes or more in {place}, found {found}", hint=hint)
     return key
+
+
+# --- the server -------------------------------------------------------------------------------------------------------
+
+#: Statuses and codes that may pass: from a proxy in front (RFC 9110 §15.6, RFC 6585 §4), the certificate database is
+#: locked (the server signed, but keeps it), the server's own upstream failed. The last two come with status 400.
+_LATER_STATUSES = frozenset({429, 502, 503, 504})
+_LATER_CODES = frozenset({11000, 7400})
+
+#: Messages that say, before the CSR is looked at, that nothing will be signed with this profile and key.
+_NO_ENTRY = frozenset(
+    {"invalid token", "no authentication provider", "authentication required", "authorisation required"}
+    | {"invalid profile", "bad label", "not authorised", "404 page not found"}
+)
+
+_NOT_FOUND = "404 page not found"
+_UNKNOWN_PROFILE = "does the server have profile {profile}? for an unknown one it uses its default profile"
+_NOT_CFSSL = "wanted an answer of cfssl, found something else"
+_WHICH_LABEL = "is {label} a label in the server's roots file? the reason is in its log, never in its answers"
+#: What to do next, by message where that tells more than the code.
+_HINTS: Mapping[str | int | None, str] = {
+    "invalid token": "either the HMAC key is not that of profile {profile}, or the server has no such profile: both "
+    "look alike; compare auth_key and profile with the server's configuration",
+    "no authentication provider": "profile {profile} is unknown to the server, or has no auth_key there",
+    "authentication required": 'the server wants an HMAC for profile {profile}: endpoint = "authsign", auth_key_file',
+    "authorisation required": "profile {profile} has no auth_key in the server's configuration, and needs one",
+    "invalid profile": "the server has no profile {profile}",
+    "bad label": _WHICH_LABEL,
+    "bad request": _WHICH_LABEL,
+    "not authorised": "this machine's address is in none of the `nets` of the server's roots file",
+    "Invalid CN": "the server's -mutual-tls-cn does not match the CN of client_cert",
+    _NOT_FOUND: "is the url right, are `info` and the signing endpoint enabled, and is the CA loaded? "
+    "`cfssl serve` runs on without its CA or key, without /sign where every profile has an auth_key, and without /authsign where none has",
+    "Client sent an HTTP request to an HTTPS server.": "url must begin with https://",
+    _NOT_CFSSL: "is it a cfssl server that answers at this url?",
+    1000: "the server's CA key does not fit its CA certificate, or its profile has a lint_error_level",
+    5100: _UNKNOWN_PROFILE,
+    5300: "the CSR asks for what profile {profile} never gives, such as a CA certificate",
+    5400: _UNKNOWN_PROFILE,
+    11200: "the server's database knows no such certificate",
+    5500: "the CN or a SAN does not match the name_whitelist of profile {profile}",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reply:
+    """An answer of the server, whatever it says."""
+
+    status: int
+    result: Mapping[str, Any] | None = None  #: Of a success.
+    code: int | None = None  #: Of cfssl's error.
+    message: str = ""
+    retry_after_seconds: float | None = None
+
+
+#: Answers that are no JSON, but cfssl's own all the same. Others are not quoted: they may hold anything.
+_PLAIN = frozenset({"404 page not found", "Invalid CN", "Client sent an HTTP request to an HTTPS server."})
+
+
+def _parse(answer: Answer, sent: Mapping[str, str]) -> _Reply:
+    """
+    Read status and envelope; the Content-Type says nothing (errors are labelled text/plain).
+
+    Should the answer quote the request that was sent, we do not: anyone could send it again.
+    """
+    later = retry_after_seconds(answer, datetime.now(UTC))
+    try:
+        envelope = json.loads(answer.body)
+    except (ValueError, RecursionError):
+        envelope = None
+    if not isinstance(envelope, dict) or "success" not in envelope:
+        text = answer.body.decode("utf-8", "replace").strip()
+        message = text if text in _PLAIN else _NOT_CFSSL
+        return _Reply(status=answer.status, message=message, retry_after_seconds=later)
+    result = envelope.get("result")
+    if answer.status == HTTPStatus.OK and envelope["success"] is True and isinstance(result, dict):
+        return _Reply(status=answer.status, result=result)
+    errors = envelope.get("errors")
+    first = errors[0] if isinstance(errors, list) and errors and isinstance(errors[0], dict) else {}
+    code = first.get("code")
+    return _Reply(
+        status=answer.status,
+        code=code if isinstance(code, int) else None,
+        message=one_line(
+            without(str(first.get("message", "no reason given")), [sent.get("token"), sent.get("request")])
+        ),
+        retry_after_seconds=later,
+    )
+
+
+class _Server:
+    """HTTP to the server."""
+
+    def __init__(self, settings: CfsslSettings) -> None:
+        silent = "" if settings.tls else "does the server speak TLS? url says http://"
+        wording = Wording(name="cfssl", not_ours=_HINTS[_NOT_CFSSL], tls=_tls_hint, silent=silent)
+        self.http = Http(wording, settings.url, settings.timeout, settings.tls_context)
+        self._url = f"{settings.url.rstrip('/')}{API}"
+
+    def post(self, endpoint: str, body: Mapping[str, str]) -> _Reply:
+        """The server's answer; errors are those of `Http.request`."""
+        return _parse(self.http.request("POST", f"{self._url}/{endpoint}", json=body), body)
+
+
+def _tls_hint(reason: str) -> str:
+    if "CERTIFICATE_VERIFY_FAILED" in reason:
+        return "ca_file must hold the CA of the server's TLS certificate, and its SANs the name in url"
+    if "WRONG_VERSION_NUMBER" in reason or "RECORD_LAYER_FAILURE" in reason:
+        return "does the server speak plain HTTP? cfssl does when one of -tls-cert and -tls-key is missing"
+    return (
+        "the server may want a client certificate, or another one (client_cert and client_key: from the CA of its "
+        "-mutual-tls-ca, good for clientAuth), or may not speak TLS 1.2"
+    )

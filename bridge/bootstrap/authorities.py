@@ -16,8 +16,7 @@ from bridge.pki.certificates import UNREADABLE, fingerprint, is_ca, name_text, p
 from bridge.pki.expiry import minute
 from bridge.settings.tables import Settings
 from bridge.specs import Authority
-from bridge.system.ca_files import NoCaFileError, read_ca_file
-from bridge.system.paths import UnreadableError, read
+from bridge.system.paths import NoCaFileError, UnreadableError, read, read_ca_file
 
 Certificates = Mapping[str, tuple[x509.Certificate, ...]]
 

@@ -12,15 +12,18 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from cryptography import x509
+from cryptography.x509.verification import VerificationError as NoPathError
 
 from bridge.ca import registry
-from bridge.ca.preflight import advice, assert_right_ca, usages
 from bridge.ca.registry import Configured
 from bridge.ca.retry import Outage, Retry, T
-from bridge.ca.untrusted_answers import collected
 from bridge.contract import (
+    Advises,
     Backend,
+    Checks,
+    ChecksWhole,
     Collects,
+    CollectsAll,
     Identifies,
     Issued,
     ListsIssuers,
@@ -30,9 +33,18 @@ from bridge.contract import (
     SignRequest,
     SignsMany,
     TellsRevoked,
+    Wanted,
 )
-from bridge.errors import BackendError, BackendUnavailableError, BridgeError, VerificationError
-from bridge.pki import verify
+from bridge.errors import (
+    BackendError,
+    BackendRefusedError,
+    BackendUnavailableError,
+    BridgeError,
+    VerificationError,
+    Violation,
+)
+from bridge.pki import display, verify
+from bridge.pki.certificates import fingerprint
 from bridge.pki.verify import Expectation, Verified
 from bridge.specs import CertificateSpec
 from bridge.system.console import log
@@ -43,6 +55,19 @@ PARALLEL_REQUESTS = 4
 
 Answer = Issued | Pending | BackendError
 Answered = tuple[SignRequest, Answer]
+
+
+class UntrustedAnswerError(BackendRefusedError):
+    """A refusal, or a certificate that does not pass, which any other user may have put there: it ends no request."""
+
+    hint = (
+        "other users may have written that, so the request and its key are kept, and a good answer is still installed; "
+        "`ca-bridge pending cancel NAME` gives them up"
+    )
+
+
+class RefusedByCheckError(BackendRefusedError):
+    """The CA would sign another certificate than we need; it was asked for none."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -166,7 +191,7 @@ class CA:
         if not isinstance(backend, Collects):
             raise BridgeError(f'{self.label}: answered {name} with "later", and can\'t be asked later: a bug in it')
         try:
-            return self._question(lambda: collected(backend, request, reference, expected))
+            return self._question(lambda: _collected(backend, request, reference, expected))
         except BackendError as e:
             return e
 
@@ -234,3 +259,97 @@ def signer_of(configured: Configured, retry: Retry | None = None) -> tuple[x509.
     """The certificate that signs at this CA, if it tells; not those above it: a company's root signs for others, too."""
     with contextlib.closing(CA.of(configured, retry)) as ca:
         return ca.issuers()[:1]
+
+
+def _collected(
+    backend: Collects, request: SignRequest, reference: str, expected: verify.Expectation
+) -> Issued | Pending:
+    """The CA's answer; of several candidates, the first that passes. Errors as `Collects`, or an UntrustedAnswerError."""
+    if not isinstance(backend, CollectsAll):
+        return backend.collect(request, reference)
+    wrong: list[VerificationError] = []
+    for issued in backend.candidates(request, reference):
+        error = verify.error_of(issued, request, expected)
+        if error is None:
+            backend.accepted(request, reference)
+            return issued
+        wrong.append(error)
+    if wrong:
+        more = f" ({len(wrong)} certificates, none of which passes)" if len(wrong) > 1 else ""
+        raise UntrustedAnswerError(f"{wrong[0].reason}{more}")
+    try:
+        return backend.collect(request, reference)
+    except BackendRefusedError as e:
+        if backend.authenticated:
+            raise
+        raise UntrustedAnswerError(str(e)) from e
+
+
+# --- before a signature is spent --------------------------------------------------------------------------------------
+
+
+def preflight(
+    backend: Backend, specs: Sequence[CertificateSpec], expected: verify.Expectation | None
+) -> dict[str, RefusedByCheckError]:
+    """
+    Find before a signature is spent what would be wrong: another CA, or other usages; errors by certificate name.
+
+    Args:
+        backend: The CA's.
+        specs: The certificates; for none only the CA is looked at.
+        expected: What they have to be; None: it is not known which CA it has to be.
+
+    Returns:
+        By certificate name, only what would go wrong.
+
+    Raises:
+        BackendRefusedError: It is another CA, or does not accept us.
+        BackendUnavailableError: No answer.
+    """
+    if expected is not None and isinstance(backend, ListsIssuers) and (issuers := backend.issuers()):
+        assert_right_ca(issuers, expected)
+    return usages(backend, specs)
+
+
+def usages(backend: object, specs: Sequence[CertificateSpec]) -> dict[str, RefusedByCheckError]:
+    """Find which certificates the CA would sign with other usages; errors by certificate name."""
+    return _errors(backend, specs, backend.check(specs) if specs and isinstance(backend, Checks) else {})
+
+
+def whole(backend: ChecksWhole, wanted: Sequence[Wanted]) -> dict[str, RefusedByCheckError]:
+    """Find what a CA would refuse, or answer in vain, by all that it lets us see of a profile or role; errors by name."""
+    return _errors(backend, [one.spec for one in wanted], backend.check_whole(wanted))
+
+
+def _errors(
+    backend: object, specs: Sequence[CertificateSpec], found: Mapping[str, Sequence[Violation]]
+) -> dict[str, RefusedByCheckError]:
+    by_name = {spec.name: spec for spec in specs}
+    return {name: RefusedByCheckError(_violations_text(violations), hint=advice(backend, by_name[name]))
+            for name, violations in found.items() if violations}  # fmt: skip
+
+
+def advice(backend: object, spec: CertificateSpec) -> str:
+    """The hint for an error about a certificate that is not what was asked for."""
+    return backend.advice(spec) if isinstance(backend, Advises) else VerificationError.hint
+
+
+def _violations_text(violations: Sequence[Violation]) -> str:
+    return "; ".join(map(str, violations))
+
+
+def assert_right_ca(issuers: Sequence[x509.Certificate], expected: verify.Expectation) -> None:
+    """Compare a CA with the node's trust anchor."""
+    anchor = expected.anchors[0]
+    with contextlib.suppress(NoPathError):
+        verify.verified_path(issuers[0], issuers[1:], anchor, expected.now)
+        return
+    got = f"{display.name(issuers[0])}, SHA-256 {fingerprint(issuers[0])[:16]}…"
+    hint = "the mount, label, URL or directory of this authority may be another one's"
+    if not verify.is_valid_at(issuers[0], expected.now):
+        got += f", valid only {verify.validity_text(issuers[0], expected.now)}"
+        hint = "a CA certificate that is not valid now signs nothing of use: have it renewed, or the clock put right"
+    raise BackendRefusedError(
+        f"wanted the CA of {expected.anchor_name} ({display.name(anchor)}, SHA-256 {fingerprint(anchor)[:16]}…), got {got}",
+        hint=hint,
+    )

@@ -18,7 +18,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 
-from bridge.ca import preflight
+from bridge.ca.ca import preflight
 from bridge.contract import (
     Backend,
     Carries,
@@ -182,7 +182,7 @@ def preflight_finds_nothing_wrong(trial: Trial) -> None:
     """The preflight has nothing against a CA that is the right one and signs as it should."""
     if not isinstance(trial.backend, Checks | ListsIssuers):
         raise NotSupportedError("has no preflight")
-    for name, error in preflight.preflight(trial.backend, trial.specs, trial.expected).items():
+    for name, error in preflight(trial.backend, trial.specs, trial.expected).items():
         raise NotConformingError(f"{name}: {error}")
 
 

@@ -30,7 +30,7 @@ from bridge.cli.printing import end_text, progress_shown, say, say_json, say_sen
 from bridge.cli.results import grouped, report
 from bridge.errors import BridgeError, Exit
 from bridge.monitoring import metrics
-from bridge.pki import bundle_format, bundle_text
+from bridge.pki import bundle_format
 from bridge.pki.display import fingerprint_text
 from bridge.pki.expiry import residual, rfc3339, seconds_left
 from bridge.renewal import airgap
@@ -85,7 +85,7 @@ def _print_exported(done: airgap.Exported, path: Path, now: datetime) -> None:
         rows.append((request.name, f"by {request.authority}", state, again, proof))
     say_table(rows)
     say(
-        f"\n{path} holds {bundle_text.count(len(rows), 'request')}; fingerprint {bundle_format.short_fingerprint(done.bundle)}"
+        f"\n{path} holds {bundle_format.count(len(rows), 'request')}; fingerprint {bundle_format.short_fingerprint(done.bundle)}"
     )
     say_sentence("carry it to the CA desk (`ca-bridge sign`), and the answer back (`ca-bridge import ANSWER`)")
 
@@ -121,7 +121,7 @@ def import_answers(
     return result.exit_code
 
 
-#: Where the second column of `bundle_text` begins.
+#: Where the second column of `bundle_format.describe` begins.
 _VALUES_BEGIN = 14
 
 

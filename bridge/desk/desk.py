@@ -22,8 +22,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 from bridge.ca import registry
-from bridge.ca.ca import CA, Answer
-from bridge.ca.untrusted_answers import UntrustedAnswerError
+from bridge.ca.ca import CA, Answer, UntrustedAnswerError
 from bridge.contract import (
     Collects,
     Issued,
@@ -31,24 +30,21 @@ from bridge.contract import (
     SignRequest,
     SignsMany,
 )
-from bridge.desk.archive import Answered
-from bridge.desk.journal import Asked, Journal
 from bridge.desk.policy import Policy, PolicyVerdict, judge
+from bridge.desk.records import Answered, Asked, Journal
 from bridge.desk.workers import AnsweredBundle, Judgement, ReadAhead, Workers, compared, for_request
 from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, VerificationError, WaitingError
 from bridge.pki import signatures, verify
 from bridge.pki.bundle import AnswerBundle, BundledRequest, Refusal, RequestBundle, refusal, sign_request
-from bridge.pki.bundle_format import answer_message
-from bridge.pki.bundle_text import describe
+from bridge.pki.bundle_format import answer_message, describe
 from bridge.pki.certificates import serial_hex
 from bridge.pki.expiry import minute
 from bridge.pki.verify import Expectation
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, SPECS, USER
 from bridge.state import audit
-from bridge.system.ca_files import read_ca_file
 from bridge.system.many import NewFile, write_together
-from bridge.system.paths import UnreadableError
+from bridge.system.paths import UnreadableError, read_ca_file
 from bridge.system.state_file import StateError
 
 #: Requests that are read ahead and signed together: few at first, so that a CA is at work soon, and twice as many each

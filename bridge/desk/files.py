@@ -22,10 +22,9 @@ from bridge.ca.ca import signer_of
 from bridge.ca.retry import Rest
 from bridge.contract import Issued
 from bridge.desk import csr_directory, node_inventory
-from bridge.desk.archive import Archive, archive_directory
 from bridge.desk.desk import Delivery, Desk, Job, Observer
-from bridge.desk.journal import Journal
 from bridge.desk.policy import Policy, parse
+from bridge.desk.records import Archive, Journal, archive_directory
 from bridge.desk.workers import GARBAGE, WORTHWHILE, ReadAhead, Workers
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.pki import signatures
@@ -38,12 +37,11 @@ from bridge.settings.tables import RenewalSettings, Settings
 from bridge.specs import AUTHORITIES
 from bridge.state import audit
 from bridge.state.store import Store
-from bridge.system.ca_files import NoCaFileError, read_ca_file
 from bridge.system.console import log
 from bridge.system.files import how_to_begin
 from bridge.system.locks import lock
 from bridge.system.many import NewFile, remove_unfinished
-from bridge.system.paths import UnreadableError, open_secret, own_text, read, read_once
+from bridge.system.paths import NoCaFileError, UnreadableError, open_secret, own_text, read, read_ca_file, read_once
 from bridge.words import one_line
 
 POLICY_NAME = "desk-policy.toml"

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from bridge.ca import preflight, registry
+from bridge.ca import ca, registry
 from bridge.contract import Backend, ChecksWhole, ListsIssuers, Spends, TellsTime, Wanted
 from bridge.diagnosis.findings import Finding, Level, from_error
 from bridge.diagnosis.installed import private_file
@@ -140,9 +140,9 @@ def _ask(configured: registry.Configured, question: Question, opened: contextlib
 def _preflight(
     backend: Backend, specs: Sequence[CertificateSpec], wanted: Sequence[Wanted], expected: verify.Expectation | None
 ) -> Mapping[str, BackendError]:
-    found = dict(preflight.preflight(backend, specs, expected))
+    found = dict(ca.preflight(backend, specs, expected))
     if isinstance(backend, ChecksWhole) and wanted:
-        for name, error in preflight.whole(backend, wanted).items():
+        for name, error in ca.whole(backend, wanted).items():
             found.setdefault(name, error)
     return found
 

@@ -19,8 +19,7 @@ from bridge.node import inventory
 from bridge.pki import verify
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, SPECS
-from bridge.system.ca_files import read_ca_file
-from bridge.system.paths import UnreadableError
+from bridge.system.paths import UnreadableError, read_ca_file
 
 
 def before_upgrade(settings: Settings, now: datetime) -> Iterator[Finding]:

@@ -35,8 +35,7 @@ from bridge.settings.tables import Settings
 from bridge.specs import Component
 from bridge.state.obligations import AFTER_INSTALL, FAILURE, SUCCESS
 from bridge.state.store import Store
-from bridge.system.ca_files import read_ca_file
-from bridge.system.paths import UnreadableError, read
+from bridge.system.paths import UnreadableError, read, read_ca_file
 from bridge.system.run_command import unsafe_program
 from bridge.words import one_line
 

@@ -12,8 +12,7 @@ from pathlib import Path
 from cryptography import x509
 
 from bridge.ca import registry
-from bridge.ca.ca import CA, Answer
-from bridge.ca.preflight import usages
+from bridge.ca.ca import CA, Answer, usages
 from bridge.ca.registry import Configured
 from bridge.ca.retry import Rest
 from bridge.contract import (
@@ -32,9 +31,8 @@ from bridge.errors import (
 from bridge.pki.verify import Expectation
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, CertificateSpec
-from bridge.system.ca_files import read_ca_file
 from bridge.system.many import Combined
-from bridge.system.paths import UnreadableError
+from bridge.system.paths import UnreadableError, read_ca_file
 
 log = logging.getLogger("ca-bridge")
 

@@ -14,11 +14,12 @@ from bridge.gateway.authorities import AuthorityOfSigners
 from bridge.gateway.ledger import About, Ledger
 from bridge.gateway.nodes import Nodes
 from bridge.gateway.pages import Metrics
-from bridge.gateway.pending_at_ca import Tickets
 from bridge.gateway.queue import Job, Queue
 from bridge.gateway.watch import SigningRequest
 from bridge.settings.tables import Settings
 from bridge.state.audit import AuditError
+from bridge.state.open_requests import Kind, RequestLog
+from bridge.state.store import Store
 from bridge.system.state_file import StateError
 from bridge.system.waiting import back_off_seconds
 from bridge.words import one_line
@@ -63,6 +64,39 @@ def extra(job: Job, outcome: str | None = None) -> dict[str, str | None]:
         "requester": one_line(request.username),
         "outcome": outcome,
     }
+
+
+#: Each is a person's work.
+MOST_TICKETS = 10_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ticket:
+    """A request that a CA has."""
+
+    uid: str
+    object_name: str
+    signer: str
+    csr_sha256: str
+    reference: str  #: The backend's.
+    validity_seconds: int
+    asked: datetime
+
+
+class Tickets(RequestLog[Ticket]):
+    """All tickets; the state directory's lock is held."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store.tickets, _GATEWAY)
+
+
+_GATEWAY = Kind(
+    name="gateway",
+    type=Ticket,
+    key_of=lambda one: one.uid,
+    what="the requests that the gateway's CA answers later",
+    old_key="ticketsV1",
+)
 
 
 class Holder(Protocol):

@@ -17,15 +17,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from uuid import UUID
 
-from bridge.ca.untrusted_answers import UntrustedAnswerError
+from bridge.ca.ca import UntrustedAnswerError
 from bridge.cluster.api import NoAnswerError
 from bridge.contract import Continuity, Issued, Pending, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, BridgeError, VerificationError
 from bridge.gateway.authorities import AuthorityOfSigners
-from bridge.gateway.context import Context, GoneError, LeftError, after_refusal, extra
+from bridge.gateway.context import MOST_TICKETS, Context, GoneError, LeftError, Ticket, after_refusal, extra
 from bridge.gateway.judge import Judge
 from bridge.gateway.ledger import About
-from bridge.gateway.pending_at_ca import MOST_TICKETS, Ticket
 from bridge.gateway.policy import Allowed, Hostile, Later
 from bridge.gateway.queue import Job
 from bridge.gateway.watch import SigningRequest, decoded

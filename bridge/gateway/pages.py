@@ -20,7 +20,7 @@ from socket import SHUT_RDWR, socket
 from typing import Any
 
 from bridge.errors import BridgeError
-from bridge.system.prometheus import labels, metric
+from bridge.system.codec import labels, metric
 
 PREFIX = "ca_bridge_gateway"
 _BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 3600.0)

@@ -19,13 +19,12 @@ from http import HTTPStatus
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.errors import BackendError, BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.gateway import authorities, pages
-from bridge.gateway.context import Context
+from bridge.gateway.context import Context, Tickets
 from bridge.gateway.issue import Issuing
 from bridge.gateway.leader import Alone, Leader
 from bridge.gateway.ledger import Ledger
 from bridge.gateway.nodes import Nodes
 from bridge.gateway.pages import Metrics
-from bridge.gateway.pending_at_ca import Tickets
 from bridge.gateway.rules import CLIENT_KUBELET, spec_of
 from bridge.gateway.watch import SILENCE_SECONDS, Watch
 from bridge.settings.tables import GatewaySettings, Settings

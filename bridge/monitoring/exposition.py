@@ -18,7 +18,7 @@ from bridge.renewal.gate import Failures
 from bridge.settings.tables import RenewalSettings
 from bridge.specs import AUTHORITIES, Component
 from bridge.state.open_requests import OpenRequest
-from bridge.system.prometheus import labels, metric
+from bridge.system.codec import labels, metric
 
 if TYPE_CHECKING:
     from bridge.monitoring.metrics import History

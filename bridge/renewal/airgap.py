@@ -20,7 +20,7 @@ from bridge.contract import Issued, SignRequest
 from bridge.desk.files import assert_free, known_cas
 from bridge.errors import BackendRefusedError, BridgeError, Exit, WaitingError
 from bridge.node.inventory import Item, Node
-from bridge.pki import bundle, bundle_format, bundle_text, signatures, verify
+from bridge.pki import bundle, bundle_format, signatures, verify
 from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, Refusal, RequestBundle
 from bridge.pki.certificates import UNREADABLE, certificates_in, fingerprint, is_ca, is_for, name_text, serial_hex
 from bridge.pki.display import fingerprint_text
@@ -122,7 +122,7 @@ def carry(run: Run, prepared: Sequence[Prepared], path: Path) -> tuple[RequestBu
 def inspect(settings: Settings, path: Path, now: datetime) -> tuple[str, int]:
     """Describe a bundle for a person who approves it; 5 if a continuity proof does not hold, or is another CA's."""
     found, cas = _bundle(path), known_cas(settings)
-    text = bundle_text.describe(found, now, cas)
+    text = bundle_format.describe(found, now, cas)
     if isinstance(found, RequestBundle) and any(_doubt(one, found, cas) for one in found.requests):
         return text, Exit.REFUSED
     return text, Exit.DONE

@@ -38,9 +38,8 @@ from bridge.state import audit
 from bridge.state.open_requests import Unkept
 from bridge.state.session import Run, begun
 from bridge.state.store import Outcome
-from bridge.system.ca_files import read_ca_file
 from bridge.system.console import Progress
-from bridge.system.paths import UnreadableError
+from bridge.system.paths import UnreadableError, read_ca_file
 
 
 class NoRehearsalError(BridgeError):

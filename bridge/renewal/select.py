@@ -16,8 +16,7 @@ from bridge.pki import expiry, identity
 from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF, KUBELET_SERVER, SPECS, SUPER_ADMIN, CertificateSpec, Component, KeyAlgorithm
 from bridge.state.store import Outcome
-from bridge.system.ca_files import read_ca_file
-from bridge.system.paths import UnreadableError
+from bridge.system.paths import UnreadableError, read_ca_file
 from bridge.words import name_found
 
 if TYPE_CHECKING:  # a night with nothing due makes none of them

@@ -17,8 +17,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from bridge.ca.preflight import RefusedByCheckError
-from bridge.ca.untrusted_answers import UntrustedAnswerError
+from bridge.ca.ca import RefusedByCheckError, UntrustedAnswerError
 from bridge.contract import Issued, Pending
 from bridge.errors import BackendUnavailableError, BridgeError, Exit, SettingsError, VerificationError, WaitingError
 from bridge.node import kubeconfig, kubelet

@@ -9,17 +9,90 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, timedelta, tzinfo
 from pathlib import Path
 from typing import Any, Literal
 
-from bridge.errors import SettingsProblem
+from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.expiry import Before, duration_text
 from bridge.settings.reader import Source
 from bridge.settings.windows import Jitter, Windows
-from bridge.settings.zones import Zone
 from bridge.specs import DEFAULT_CLUSTER, KUBELET_SERVER, Component, KeyAlgorithm
 from bridge.words import name_found
+
+LOCALTIME = Path("/etc/localtime")
+_WANTED_ZONE = 'the name of a time zone that this machine knows, such as "Europe/Berlin", or "" for the machine\'s own'
+
+
+@dataclass(frozen=True, slots=True)
+class Zone:
+    """A name of the IANA database; empty: the machine's own zone."""
+
+    name: str = ""
+
+    @classmethod
+    def from_setting(cls, value: object) -> Zone:
+        """
+        Such as `"Europe/Berlin"`.
+
+        Raises:
+            ValueError: Its text is what was wanted.
+        """
+        if not isinstance(value, str) or (value and _named_zone(value) is None):
+            raise ValueError(_WANTED_ZONE)
+        return cls(value)
+
+    def __str__(self) -> str:
+        return str(self.resolve())
+
+    def resolve(self) -> tzinfo:
+        """
+        The zone itself; its `str` is its name.
+
+        Raises:
+            SettingsError: The machine's own zone is one that it does not know.
+        """
+        zone = _named_zone(self.name) if self.name else _machines_zone()
+        if zone is None:
+            wanted = "the name of a time zone, since the machine's own is not in its database"
+            found = f"TZ={os.environ['TZ']!r}" if "TZ" in os.environ else str(LOCALTIME)
+            raise SettingsError([SettingsProblem("renewal.window_zone", wanted, found)])
+        return zone
+
+
+def _machines_zone() -> tzinfo | None:
+    """The machine's time zone as the C library finds it: TZ, then /etc/localtime, then UTC (tzset(3))."""
+    text = os.environ.get("TZ")
+    if text is None:
+        return _zone_of_file(LOCALTIME) if LOCALTIME.exists() else UTC
+    name = text.removeprefix(":")
+    if not name:
+        return UTC
+    return _zone_of_file(Path(name)) if name.startswith("/") else _named_zone(name)
+
+
+def _zone_of_file(path: Path) -> tzinfo | None:
+    from zoneinfo import ZoneInfo  # noqa: PLC0415 (only where a window is set)
+
+    try:
+        real = path.resolve()
+        _, found, name = str(real).partition("/zoneinfo/")
+        named = _named_zone(name.removeprefix("posix/")) if found else None
+        if named is not None:
+            return named
+        with real.open("rb") as file:
+            return ZoneInfo.from_file(file, key=str(path))  # a copy, as in some containers
+    except (OSError, ValueError):
+        return None
+
+
+def _named_zone(name: str) -> tzinfo | None:
+    from zoneinfo import ZoneInfo  # noqa: PLC0415 (only where a window is set)
+
+    try:
+        return ZoneInfo(name)
+    except (OSError, ValueError, KeyError):  # a directory, not a zone's file, not there
+        return None
 
 
 @dataclass(frozen=True, slots=True)

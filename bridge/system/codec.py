@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import types
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, fields, is_dataclass
 from datetime import datetime, timedelta
 from enum import Enum
@@ -152,3 +152,22 @@ def _read_fields(kind: type, document: Any, where: str) -> Any:
         else:
             found[field.name] = from_json(own, document[key], place)
     return kind(**found)
+
+
+# --- Prometheus' text format, version 0.0.4 ----------------------------------------------------------------------------
+
+
+def metric(name: str, help_text: str, samples: Iterable[str], kind: str = "gauge") -> str:
+    """One metric with its samples; empty without any."""
+    lines = [f"{sample}\n" for sample in samples]
+    return f"# HELP {name} {help_text}\n# TYPE {name} {kind}\n" + "".join(lines) if lines else ""
+
+
+def labels(**pairs: str) -> str:
+    """Labels in their braces; empty without any."""
+    text = ",".join(f'{name}="{_escaped(value)}"' for name, value in pairs.items())
+    return f"{{{text}}}" if text else ""
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

@@ -15,7 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cryptography import x509
+
 from bridge.errors import SettingsError, SettingsProblem
+from bridge.pki.certificates import load_pem_certificates
 
 #: As the kernel counts them (path_resolution(7)).
 MOST_LINKS = 40
@@ -110,6 +113,27 @@ def _content(descriptor: int) -> bytes:
     if len(data) > MAX_FILE_BYTES:
         raise UnreadableError(f"more than {MAX_FILE_BYTES} bytes")
     return data
+
+
+class NoCaFileError(UnreadableError):
+    """There is no such file."""
+
+
+def read_ca_file(path: Path) -> tuple[x509.Certificate, ...]:
+    """
+    The certificates of a CA file; the first is kubeadm's trust anchor.
+
+    Raises:
+        NoCaFileError: There is no such file.
+        UnreadableError: It can't be read, or holds no certificate; the text says why.
+    """
+    data = read(path)
+    if data is None:
+        raise NoCaFileError(os.strerror(errno.ENOENT))
+    try:
+        return tuple(load_pem_certificates(data))
+    except ValueError as e:
+        raise UnreadableError(str(e)) from None
 
 
 def own_text(path: Path, what: str, hint: str) -> str:

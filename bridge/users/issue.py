@@ -20,9 +20,8 @@ from urllib.parse import urlsplit
 from cryptography import x509
 
 from bridge.ca import registry
-from bridge.ca.ca import CA
+from bridge.ca.ca import CA, UntrustedAnswerError
 from bridge.ca.retry import Outage
-from bridge.ca.untrusted_answers import UntrustedAnswerError
 from bridge.contract import Carries, Collects, Continuity, Issued, Pending
 from bridge.errors import (
     BackendError,
@@ -44,10 +43,9 @@ from bridge.state import audit
 from bridge.state.open_requests import OpenUser, OpenUsers
 from bridge.state.session import alone
 from bridge.state.store import Store
-from bridge.system.ca_files import read_ca_file
 from bridge.system.console import Progress
 from bridge.system.files import write_atomically
-from bridge.system.paths import ForeignLinkError, UnreadableError, opened, read, read_once
+from bridge.system.paths import ForeignLinkError, UnreadableError, opened, read, read_ca_file, read_once
 from bridge.users import csr_file, user_rules
 from bridge.users.user_rules import SHORTEST, Limits, User
 

@@ -28,7 +28,7 @@ from bridge.cli.app import app
 from bridge.errors import BridgeError
 from bridge.pki.certificates import load_pem_certificates
 from bridge.settings.load import load, parse
-from bridge.settings.zones import Zone
+from bridge.settings.tables import Zone
 from bridge.state.install import KEY_MASK, Replacement, install
 from bridge.state.store import Store, remember_checked
 from bridge.system.locks import lock

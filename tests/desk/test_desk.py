@@ -30,7 +30,7 @@ from bridge.cli import desk as cli_desk
 from bridge.cli.app import app
 from bridge.contract import Issued, Pending, Recalls
 from bridge.desk import csr_directory, desk, files, workers
-from bridge.desk.journal import Asked, Journal, key_of
+from bridge.desk.records import Asked, Journal, key_of
 from bridge.errors import BridgeError, Exit
 from bridge.node import kubeconfig, sample_pki
 from bridge.pki import csr

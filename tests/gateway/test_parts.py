@@ -22,8 +22,8 @@ from bridge.cluster.api import Lines, NoAnswerError, Reply
 from bridge.cluster.lease import Keeper
 from bridge.errors import BridgeError
 from bridge.gateway import nodes, queue
+from bridge.gateway.context import Ticket, Tickets
 from bridge.gateway.pages import Metrics, serving
-from bridge.gateway.pending_at_ca import Ticket, Tickets
 from bridge.gateway.queue import Look, Queue, Rate
 from bridge.gateway.watch import (
     ALLOWS,

@@ -22,9 +22,8 @@ from typing import TypeVar
 
 from bridge.contract import Issued
 from bridge.desk import workers
-from bridge.desk.archive import Archive
-from bridge.desk.journal import Asked, Journal
 from bridge.desk.policy import parse
+from bridge.desk.records import Archive, Asked, Journal
 from bridge.desk.workers import AnsweredBundle, Judgement, ReadBundle
 from bridge.pki.bundle import AnswerBundle, RequestBundle, sign_request
 from bridge.pki.bundle_format import dumps, loads_answer

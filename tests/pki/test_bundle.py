@@ -38,6 +38,7 @@ from bridge.pki.bundle import (
 )
 from bridge.pki.bundle_format import (
     MAX_BUNDLE_BYTES,
+    describe,
     digest,
     dumps,
     loads,
@@ -45,7 +46,6 @@ from bridge.pki.bundle_format import (
     loads_request,
     short_fingerprint,
 )
-from bridge.pki.bundle_text import describe
 from bridge.pki.csr import PrivateKey, generate_key, key_pem
 from bridge.pki.display import fingerprint_text
 from bridge.pki.signatures import origin_problem, proof_problem, sign_proof, usages_problem

@@ -18,11 +18,10 @@ from bridge.errors import Exit, SettingsError
 from bridge.node.inventory import Item
 from bridge.renewal.gate import NotYetError, hold_for_window, jitter
 from bridge.renewal.select import Selection
-from bridge.settings import zones
+from bridge.settings import tables
 from bridge.settings.load import parse
-from bridge.settings.tables import RenewalSettings
+from bridge.settings.tables import RenewalSettings, Zone
 from bridge.settings.windows import LAST_DAYS, Jitter, Window, Windows, ever_waits, local_text, may_act, spans
-from bridge.settings.zones import Zone
 from bridge.specs import SPECS
 from tests.kit.issuing import NOW, Signer
 
@@ -281,7 +280,7 @@ def test_without_tz_the_zone_is_that_of_localtime(tmp_path: Path, monkeypatch: p
         (copy, str(copy), 2 * HOUR),
         (tmp_path / "none", "UTC", timedelta()),
     ):
-        monkeypatch.setattr(zones, "LOCALTIME", place)
+        monkeypatch.setattr(tables, "LOCALTIME", place)
         zone = Zone().resolve()
         assert str(zone) == name
         assert summer.astimezone(zone).utcoffset() == offset

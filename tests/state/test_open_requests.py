@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from bridge.bootstrap.new_requests import unfinished_file
-from bridge.desk.journal import Journal
-from bridge.gateway.pending_at_ca import Tickets
+from bridge.desk.records import Journal
+from bridge.gateway.context import Tickets
 from bridge.monitoring.metrics import history_file
 from bridge.pki.certificates import pem
 from bridge.renewal import damage
