@@ -1,7 +1,7 @@
 """
 Processes that do the desk's arithmetic ahead of it: read a bundle, verify its signatures, apply the policy, compare.
 
-They exist for the row "`sign` of an inbox" of docs/numbers.md.
+They exist for the row "`sign` of an inbox" of docs/evidence/numbers.md.
 What they do is pure: no CA, no file, no clock. They get bytes, and answer with the bundle that was in them and with its
 problems. The desk computes for itself what they did not, so that a worker that can't be started or is killed costs time
 and nothing else.

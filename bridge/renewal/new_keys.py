@@ -1,5 +1,5 @@
 """
-Makes new keys in threads as soon as it is known that they will be needed; `renew` of docs/numbers.md depends on it.
+Makes new keys in threads as soon as it is known that they will be needed; `renew` of docs/evidence/numbers.md depends on it.
 
 Making them takes as long as all the rest of a renewal, and needs nothing else of it. They are in memory alone.
 """

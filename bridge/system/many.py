@@ -1,5 +1,5 @@
 """
-Many at once for little more than the price of one: each mechanism here exists for a number of docs/numbers.md.
+Many at once for little more than the price of one: each mechanism here exists for a number of docs/evidence/numbers.md.
 
 `write_together` is for 10,000 CSRs at the desk, `Combined` for the certificates that the gateway signs in a minute.
 """

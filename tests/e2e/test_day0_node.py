@@ -1,7 +1,7 @@
 """
 Day 0 on real machines: a control plane, a further one and a worker from nothing, with CAs whose keys are in OpenBao.
 
-The full size (three and two) is `python -m tests.measure.day0`; docs/day-0.md has its figures.
+The full size (three and two) is `python -m tests.measure.day0`; docs/evidence/day-0.md has its figures.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 The program's speed as ratios, each measured in one run against something real beside it.
 
 `python -m tests.measure [--rounds N] [--nodes N] [--docs]` prints a table and writes it to `tests/measure/results.md`;
-with `--docs` also into docs/numbers.md, whose numbers come from nowhere else, and with it go the tables of
+with `--docs` also into docs/evidence/numbers.md, whose numbers come from nowhere else, and with it go the tables of
 `desk_profile` and `start_up`.
 Needs root (kubeadm's `--rootfs` is a chroot) and the programs of `tests/kit/binaries.sh`; run it with the Python of
 `.cache/venv-test`, which `scripts/test` made: what else is installed beside the program costs it start-up time.
@@ -33,7 +33,7 @@ from tests.measure.fleet import seconds
 _RATIO = "A ratio is the median of the rounds' own ratios, so that it is not exactly one median divided by the other."
 _MEMORY_LIMIT = 400.0  # MB
 HERE = Path(__file__).parent
-NUMBERS = HERE.parents[1] / "docs/numbers.md"
+NUMBERS = HERE.parents[1] / "docs/evidence/numbers.md"
 START, END = "<!-- numbers: written by `python -m tests.measure --docs` -->", "<!-- end of numbers -->"
 PROFILE = "<!-- desk: written by `python -m tests.measure --docs` -->"
 START_UP = "<!-- start: written by `python -m tests.measure --docs` -->"

@@ -29,9 +29,8 @@ from bridge.contract import Backend, Issued, Secret, SignRequest
 from bridge.specs import SPECS
 from bridge.testing import TestCA, sign_request
 from tests.kit import cmp, est, exec_programs
-from tests.measure.__main__ import Row, paired, table, write_between
+from tests.measure.__main__ import NUMBERS, Row, paired, table, write_between
 
-DOCS = Path(__file__).parents[2] / "docs"
 LIMIT = 1.3
 VALIDITY = timedelta(days=90)
 
@@ -136,11 +135,11 @@ def measure_cmp(directory: Path, count: int, rounds: int) -> Row:
         )
 
 
-#: By the backend's type, which is also its page's name.
+#: By the backend's type.
 MEASURES: dict[str, Callable[[Path, int, int], Row]] = {"cmp": measure_cmp, "est": measure_est, "exec": measure_exec}
 
 
-def main(arguments: Sequence[str] | None = None, docs: Path = DOCS) -> None:
+def main(arguments: Sequence[str] | None = None, page: Path = NUMBERS) -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m tests.measure.backends")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MEASURES)}; all without one")
@@ -154,7 +153,7 @@ def main(arguments: Sequence[str] | None = None, docs: Path = DOCS) -> None:
         print(text)
         if options.docs:
             command = f"python -m tests.measure.backends {name} --docs"
-            write_between(docs / f"{name}.md", f"<!-- numbers: written by `{command}` -->", text)
+            write_between(page, f"<!-- numbers: written by `{command}` -->", text)
 
 
 if __name__ == "__main__":

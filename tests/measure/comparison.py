@@ -1,7 +1,8 @@
 """
 Who lets what through: the same hostile requests before our gateway, kubelet-csr-approver's rules and other signers.
 
-usage: python -m tests.measure.comparison [WHERE]      writes docs/gateway-comparison.md, or WHERE; three minutes
+usage: python -m tests.measure.comparison [WHERE]      three minutes; writes docs/evidence/gateway-comparison.md
+and a table of docs/comparison.md, or WHERE alone
 
 Each stands before a real API server and a CA that signs whatever reaches it.
 """
@@ -29,8 +30,10 @@ from tests.kit.gateways import Place, state_of
 from tests.kit.hostile_csrs import Asking, Case
 from tests.kit.issuing import Signer
 from tests.kit.kube_api import ApiServer
+from tests.measure.__main__ import write_between
 
-PAGE = Path(__file__).resolve().parents[2] / "docs/gateway-comparison.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs/evidence/gateway-comparison.md"
+START = "<!-- numbers: written by `python -m tests.measure.comparison` -->"
 ISSUER = "clusterissuers.cert-manager.io/corp"
 #: Long after the last of them has been looked at; each needs milliseconds.
 QUIET_SECONDS = 10.0
@@ -285,6 +288,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="comparison-") as directory:
         columns = compare(Path(directory), cases)
     target.write_text(page(cases, columns), encoding="utf-8")
+    if target == PAGE:
+        counts = "\n".join(table(["", *(column.name for column in columns)], summary(columns)))
+        write_between(PAGE.parents[1] / "comparison.md", START, f"{counts}\n")
     print(f"wrote {target} after {(datetime.now(UTC) - began) // timedelta(seconds=1)} s")
     return int("signed" in columns[0].states.values())
 

@@ -3,7 +3,7 @@ Day 0 at full size, on real machines: `python -m tests.measure.day0 [--docs]`, o
 
 Three control-plane nodes and two workers from nothing, with CAs whose keys are made inside an OpenBao server, by the
 commands of docs/day-0.md; a watch looks at every file that is made on the nodes. Prints what took how long; with
-`--docs` also into docs/day-0.md, whose figures come from nowhere else.
+`--docs` also into docs/evidence/day-0.md, whose figures come from nowhere else.
 With `air-gap` a CA desk with `openssl ca` signs, and bundles are carried.
 Takes root, the kit's programs, and about five minutes on two idle cores.
 """
@@ -22,7 +22,7 @@ from tests.kit.desks import make_desk
 from tests.kit.pki import handmade_pki
 from tests.measure.__main__ import write_between
 
-DOCUMENT = Path(__file__).parents[2] / "docs/day-0.md"
+DOCUMENT = Path(__file__).parents[2] / "docs/evidence/day-0.md"
 CONTROL_PLANES = {"dz-cp1": "198.18.77.51", "dz-cp2": "198.18.77.52", "dz-cp3": "198.18.77.53"}
 WORKERS = {"dz-w1": "198.18.77.54", "dz-w2": "198.18.77.55"}
 FIRST, *FURTHER = CONTROL_PLANES

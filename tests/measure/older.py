@@ -4,7 +4,7 @@ A renewal on a real node of an older Kubernetes: nobody misses the API, also whe
 `python -m tests.measure.older 1.34 [--minutes N] [--docs]` starts a node with the programs that
 `tests/kit/binaries.sh --older 1.34` builds, whose certificates live ten minutes, renews all of them through OpenBao
 with `components = "needed"` while a client writes and reads, waits for the end of the old ones, and looks again.
-It prints what was seen; with `--docs` also into docs/versions.md, whose figures come from nowhere else.
+It prints what was seen; with `--docs` also into docs/evidence/versions.md, whose figures come from nowhere else.
 Needs root, and the Python of `.cache/venv-test`, which `scripts/test` made.
 """
 
@@ -34,7 +34,7 @@ from tests.kit.nodes import LiveBridge, NodePki, wait_for
 from tests.kit.pki import PKI_SPECS
 from tests.measure.__main__ import write_between
 
-DOCUMENT = Path(__file__).parents[2] / "docs/versions.md"
+DOCUMENT = Path(__file__).parents[2] / "docs/evidence/versions.md"
 NAME, IP = f"older-{os.getpid() % 100_000}", "198.18.77.150"
 #: Read their certificates again by themselves.
 RELOADING = (Component.ETCD, Component.APISERVER)

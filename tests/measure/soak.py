@@ -1,7 +1,7 @@
 """
 An hour of a cluster whose kubelets get their certificates through gateways, with what they need killed at random.
 
-usage: python -m tests.measure.soak [SECONDS] [SEED]     as root; writes docs/gateway-soak.md
+usage: python -m tests.measure.soak [SECONDS] [SEED]     as root; writes docs/evidence/gateway-soak.md
 
 Certificates live 10 minutes, and a gateway, the CA or the API server is killed once a minute on average.
 A kubelet asks anew when 10 to 30 % of the time are left, and waits up to half a minute between two tries: with
@@ -20,7 +20,7 @@ from pathlib import Path
 from tests.kit import gateway_cluster
 from tests.kit.gateway_cluster import Figures, Motion
 
-PAGE = Path(__file__).resolve().parents[2] / "docs/gateway-soak.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs/evidence/gateway-soak.md"
 VALIDITY = "10m"
 PAUSE_SECONDS = 60.0
 

@@ -4,7 +4,7 @@ A real upgrade from Kubernetes 1.36 to 1.37 on a node whose CA keys are elsewher
 `python -m tests.measure.upgrade [--docs]` starts a node with the programs that `tests/kit/binaries.sh --older 1.36` builds.
 A certificate expires, `doctor --before-upgrade` says where kubeadm will abort, and the real `kubeadm upgrade apply` of
 1.37 does so; renewed by ca-bridge, it goes through, and the new programs run on what ca-bridge renews after that.
-It prints what was seen; with `--docs` also into docs/upgrade.md, whose figures come from nowhere else.
+It prints what was seen; with `--docs` also into docs/evidence/upgrade.md, whose figures come from nowhere else.
 Images come from the kit; CoreDNS and kube-proxy do not run, and there is no pod network.
 Needs root, and the Python of `.cache/venv-test`, which `scripts/test` made.
 """
@@ -36,7 +36,7 @@ from tests.kit.node import Node
 from tests.kit.nodes import LiveBridge, NodePki, wait_for
 from tests.measure.__main__ import write_between
 
-DOCUMENT = Path(__file__).parents[2] / "docs/upgrade.md"
+DOCUMENT = Path(__file__).parents[2] / "docs/evidence/upgrade.md"
 START = "<!-- numbers: written by `python -m tests.measure.upgrade --docs` -->"
 FROM, TO = "1.36", "v1.37.2"
 NAME, IP = f"up-{os.getpid() % 100_000}", "198.18.77.160"

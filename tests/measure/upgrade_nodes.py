@@ -5,7 +5,7 @@ A real upgrade of a cluster from Kubernetes 1.36 to 1.37 whose CA keys were neve
 with the programs that `tests/kit/binaries.sh --older 1.36` builds, and types what docs/upgrade.md says: `kubeadm upgrade
 apply` on the first, `kubeadm upgrade node` on the others, all with `--certificate-renewal=false`; on the second one a
 certificate has expired, and before that the worker's.
-It prints what was seen; with `--docs` also into docs/upgrade.md, whose figures come from nowhere else.
+It prints what was seen; with `--docs` also into docs/evidence/upgrade.md, whose figures come from nowhere else.
 Images come from the kit; CoreDNS and kube-proxy do not run, and there is no pod network.
 Needs root, and the Python of `.cache/venv-test`, which `scripts/test` made.
 """

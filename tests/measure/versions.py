@@ -4,7 +4,7 @@ What files alone decide, asked of the real kubeadm of four versions: names, and 
 `python -m tests.measure.versions [--docs] [VERSION ...]` runs `certs generate-csr`, `init phase certs`, `init phase
 kubeconfig`, `certs check-expiration` and `certs renew` of each kubeadm over directories that take the place of a node's
 root; `tests/kit/binaries.sh --older VERSION kubeadm` builds the older ones.
-It ends with an error where ca-bridge and a kubeadm do not agree; with `--docs` what was seen goes into docs/versions.md.
+It ends with an error where ca-bridge and a kubeadm do not agree; with `--docs` what was seen goes into docs/evidence/versions.md.
 Needs the Python of `.cache/venv-test`, which `scripts/test` made; no root, and no cluster.
 """
 
@@ -34,7 +34,7 @@ from tests.kit.issuing import Signer, signed_again
 from tests.kit.new_node import ADDRESS, CONFIG, NAME, NewNode
 from tests.measure.__main__ import write_between
 
-DOCUMENT = Path(__file__).parents[2] / "docs/versions.md"
+DOCUMENT = Path(__file__).parents[2] / "docs/evidence/versions.md"
 START = "<!-- numbers: written by `python -m tests.measure.versions --docs` -->"
 OLDER, NEWEST = ("1.34", "1.35", "1.36"), "1.37"
 #: What kubeadm renews and lists: not the kubelet's.

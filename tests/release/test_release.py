@@ -133,7 +133,7 @@ def test_the_bill_is_cyclonedx_and_has_all_that_is_locked(released: Path) -> Non
 
 
 def verified(directory: Path, signers: Path) -> bool:
-    """As docs/release.md has it."""
+    """As CONTRIBUTING.md has it."""
     sums = directory / "SHA256SUMS"
     by_key = [*VERIFY, "-f", str(signers), "-s", f"{sums}.sig"]
     signed = subprocess.run(by_key, input=sums.read_bytes(), capture_output=True, check=False)
@@ -169,8 +169,8 @@ def test_the_page_s_commands_find_a_file_that_nobody_has_signed(released: Path, 
     dist = tmp_path / "dist"
     shutil.copytree(released / "dist", dist)
     shutil.copy(released / "signers", dist / "allowed_signers")
-    page = (releases.ROOT / "docs/release.md").read_text()
-    script = page.partition("## For whoever installs")[2].partition("```sh\n")[2].partition("```")[0]
+    page = (releases.ROOT / "docs/install.md").read_text()
+    script = page.partition("## Verify a release")[2].partition("```sh\n")[2].partition("```")[0]
     (own,) = [path.name for path in dist.glob("*.run")]
     planted = "ca-bridge-9.9.9-linux-x86_64.run"
     (dist / planted).write_text("#!/bin/sh\n")

@@ -38,7 +38,7 @@ dir = "/srv/ca/etcd-ca"
 backend = "desk"
 dir = "/srv/ca/front-proxy-ca"
 """
-#: As docs/units.md has it: the secret, and where this CA's database is.
+#: As docs/run-nightly.md has it: the secret, and where this CA's database is.
 DROP_IN = """\
 [Service]
 LoadCredential=ca-passphrase:/etc/ca-bridge/ca-passphrase
@@ -288,7 +288,7 @@ def test_the_gateway_runs_in_its_cage(installed: Tree, tmp_path: Path) -> None:
 
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENT = ROOT / "docs/units.md"
+DOCUMENT = ROOT / "docs/run-nightly.md"
 START, END = (
     "<!-- figures: `python -m tests.release.test_units` writes them, a test compares them -->",
     "<!-- end of figures -->",
