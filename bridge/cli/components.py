@@ -12,7 +12,7 @@ from bridge.cli.printing import say, say_json, say_sentence, say_table
 from bridge.control_plane import proof, restart_plan, restarts
 from bridge.settings.tables import Settings
 from bridge.specs import Component
-from bridge.system.console import print_error, printable
+from bridge.system.console import is_verbose, print_error, printable
 
 commands = typer.Typer()
 
@@ -126,12 +126,36 @@ def prove(
 
 
 def print_proof(found: proof.ProofReport, output: Output) -> None:
-    """Print all findings."""
+    """Print a line for each component, what is wrong below it, and in the end whether all is well; with `-v` all of it."""
     if output is Output.JSON:
         say_json(_proof_json(found))
-    else:
+        return
+    if is_verbose():
         header = ("COMPONENT", "CERTIFICATE", "WHAT", "STATE", "DETAIL")
         say_table([header, *map(_proof_row, found.findings)])
+    else:
+        _say_components(found)
+    count, wrong = len(found.findings), len(found.wrong)
+    if wrong:
+        say_sentence(f"{wrong} of {count} checks failed", style="error")
+    else:
+        say_sentence(f"all is well: {count} checks hold", style="ok")
+
+
+def _say_components(found: proof.ProofReport) -> None:
+    for component in dict.fromkeys(one.component for one in found.findings):
+        ours = [one for one in found.findings if one.component is component]
+        wrong = [one for one in ours if one in found.wrong]
+        names = ", ".join(dict.fromkeys(one.certificate for one in ours))
+        level = "error" if wrong else "ok"
+        say_table([(level.ljust(len("error")), _user(component).ljust(_WIDEST), printable(names))], (), [level])
+        for one in wrong:
+            _, certificate, what, state, detail = _proof_row(one)
+            say_sentence(f"{state}: {certificate}, {what}: {detail}", "       ")
+
+
+#: As `kube-controller-manager`.
+_WIDEST = max(len(component.value) for component in Component)
 
 
 def _proof_row(found: proof.ProofFinding) -> tuple[str, ...]:

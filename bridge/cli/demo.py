@@ -29,14 +29,13 @@ from bridge.node import inventory, kubeconfig
 from bridge.node.inventory import Item
 from bridge.pki.certificates import pem
 from bridge.specs import EKU
-from bridge.system.console import doing, is_coloured
+from bridge.system.console import doing, styled
 from bridge.system.run_command import python_command
 
 commands = typer.Typer()
 
 _RUN = "from bridge.cli import demo_place; demo_place.run_program()"
 _WIDTH = 80
-_ENDLESS = 1000
 _INDENT = "  "
 _RENAMED = 7  # of some twenty files, when the run is killed
 
@@ -88,7 +87,7 @@ class _Story:
 
     def play(self) -> None:
         """Run all steps."""
-        _say(_styled("ca-bridge: certificates of a kubeadm control plane whose CA keys are elsewhere", "1"))
+        _say(_styled("ca-bridge: certificates of a kubeadm control plane whose CA keys are elsewhere", "heading"))
         _say(f"Everything is in {self._place.base}; nothing else is touched.")
         self._plan()
         self._renewal()
@@ -137,25 +136,23 @@ class _Story:
 
     def _record(self) -> None:
         self._headline("The record has all of it, and shows when somebody changes it.")
-        self._command("ca-bridge audit show --name apiserver", 3, 2, is_cut=True)
+        self._command("ca-bridge audit show --name apiserver", 3, 2)
         ended = self._command("ca-bridge audit verify", 1, 0)
         self._expect(ended.code == Exit.DONE, "the chain of the record holds")
 
     def _next(self) -> None:
-        _say(_styled("\nNext", "1"))
+        _say(_styled("\nNext", "heading"))
         if self._is_temporary:
             _say(f"{_INDENT}This place is removed now; `ca-bridge demo --directory DIR` keeps it.")
         for line, text in _NEXT:
-            _say(f"{_INDENT}{_styled(f'$ {line}', '36')}")
+            _say(f"{_INDENT}{_styled(f'$ {line}', 'hint')}")
             say_sentence(text, f"{_INDENT}    ")
 
     def _headline(self, text: str) -> None:
         self._step += 1
-        _say(f"\n{_styled(str(self._step), '1;34')} {_styled(text, '1')}")
+        _say(f"\n{_styled(str(self._step), 'number')} {_styled(text, 'heading')}")
 
-    def _command(
-        self, typed: str, head: int, tail: int, *, until: str = "", is_cut: bool = False, renamed: str = "all"
-    ) -> _Ended:
+    def _command(self, typed: str, head: int, tail: int, *, until: str = "", renamed: str = "all") -> _Ended:
         """
         Run it, and show its first and last lines.
 
@@ -164,31 +161,31 @@ class _Story:
             head: How many of the first lines are shown.
             tail: How many of the last lines.
             until: The line that begins with this, and those below it, are not shown.
-            is_cut: Lines that are too long end with an ellipsis; else they go on below.
             renamed: How many files it may put into their places before it is killed.
         """
-        _say(f"{_INDENT}{_styled(f'$ {typed}', '36')}")
+        _say(f"{_INDENT}{_styled(f'$ {typed}', 'hint')}")
         with doing(f"running {typed}", is_plain=False):
-            ended = self._run(
-                [renamed, str(self._place.kubernetes), *typed.split()[1:]], _ENDLESS if is_cut else _WIDTH - 2
-            )
+            ended = self._run([renamed, str(self._place.kubernetes), *typed.split()[1:]])
         told = ended.lines
         if until:
             told = told[: next((number for number, line in enumerate(told) if line.startswith(until)), len(told))]
         told = [line for line in told if line]
         last = told[len(told) - tail :] if tail else []
         hidden = len(told) - head - len(last)
-        shown = _cut if is_cut else _wrapped
         for line in told[:head] if hidden > 0 else told:
-            _say(_toned(shown(line)))
+            _say(_toned(_wrapped(line)))
         if hidden > 0 and (head or tail):
-            _say(_styled(f"{_INDENT}… {hidden} more lines", "2"))
+            _say(_styled(f"{_INDENT}… {hidden} more lines", "faint"))
             for line in last:
-                _say(_toned(shown(line)))
+                _say(_toned(_wrapped(line)))
         return ended
 
-    def _run(self, words: Sequence[str], columns: int) -> _Ended:
-        environment = {**os.environ, "CA_BRIDGE_CONFIG": str(self._place.settings), "COLUMNS": str(columns)}
+    def _run(self, words: Sequence[str]) -> _Ended:
+        environment = {
+            **os.environ,
+            "CA_BRIDGE_CONFIG": str(self._place.settings),
+            "COLUMNS": str(_WIDTH - len(_INDENT)),
+        }
         done = subprocess.run(
             python_command(_RUN, *words),
             cwd=self._place.base,
@@ -205,15 +202,15 @@ class _Story:
         """Say it, or that it is not so."""
         if not is_so:
             self.wrong.append(text)
-        _say(f"{_INDENT}{_styled('✓', '1;32') if is_so else _styled('✗ NOT SO:', '1;31')} {text}")
+        _say(f"{_INDENT}{_styled('✓', 'good') if is_so else _styled('✗ NOT SO:', 'error')} {text}")
 
 
 def _say(text: str) -> None:
     say(text, is_styled=True)
 
 
-def _styled(text: str, code: str) -> str:
-    return f"\x1b[{code}m{text}\x1b[0m" if is_coloured(sys.stdout) else text
+def _styled(text: str, style: str) -> str:
+    return styled(text, style, sys.stdout)
 
 
 def _wrapped(line: str) -> str:
@@ -223,16 +220,11 @@ def _wrapped(line: str) -> str:
     return wrapper.fill(line) if len(line) > _WIDTH - len(_INDENT) else f"{_INDENT}{line}"
 
 
-def _cut(line: str) -> str:
-    room = _WIDTH - len(_INDENT)
-    return f"{_INDENT}{line}" if len(line) <= room else f"{_INDENT}{line[: room - 1]}…"
-
-
 def _toned(line: str) -> str:
     """Messages stand out as they do on a terminal."""
     level, colon, text = line.partition(":")
-    colour = {"error": "31", "hint": "36", "warning": "33"}.get(level.strip())
-    return f"{_styled(level + colon, colour)}{text}" if colour and colon else line
+    is_level = level.strip() in {"error", "hint", "warning"}
+    return f"{_styled(level + colon, level.strip())}{text}" if is_level and colon else line
 
 
 def _node(place: DemoPlace) -> Sequence[Item]:

@@ -75,7 +75,8 @@ def check_expiration(
     settings = common.settings()
     known = _known(settings) if output is ExpirationOutput.PROMETHEUS else None
     node = inventory.of(settings.node)
-    return _shown(*look(node, utc_now(), within, output.value, renewal=settings.renewal, known=known))
+    found = look(node, utc_now(), within, output.value, renewal=settings.renewal, known=known)
+    return _shown(*found, is_styled=output is ExpirationOutput.TABLE)
 
 
 def _check_for_nagios(common: Common, warning: timedelta | None, critical: timedelta | None) -> int:
@@ -92,9 +93,9 @@ def _check_for_nagios(common: Common, warning: timedelta | None, critical: timed
         return _shown(nagios.unknown(error.reason), [], nagios.UNKNOWN)
 
 
-def _shown(text: str, troubles: Sequence[str], code: int) -> int:
+def _shown(text: str, troubles: Sequence[str], code: int, *, is_styled: bool = False) -> int:
     """Print the result, and on standard error the files that could not be read; return the code."""
-    say(text)
+    say(text, is_styled=is_styled)
     for trouble in troubles:
         log.error("%s", trouble)
     if any(map(lacks_rights, troubles)):

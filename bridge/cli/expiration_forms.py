@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,8 @@ from bridge.node.inventory import Node
 from bridge.pki.certificates import fingerprint, name_text, serial_hex
 from bridge.pki.expiry import residual, rfc3339
 from bridge.settings.tables import RenewalSettings
-from bridge.words import escaped
+from bridge.system.console import is_verbose, styled
+from bridge.words import escaped, steady
 
 if TYPE_CHECKING:
     from bridge.monitoring.exposition import Remembered
@@ -45,7 +47,7 @@ def look(
         now: Aware, UTC.
         within: A certificate that ends sooner is due.
         output: The form.
-        renewal: For `prometheus`: when a certificate is due; the defaults without it.
+        renewal: When a certificate is due, for `prometheus` and for colours; the defaults without it.
         known: For `prometheus`: what only root may see; None: this user may not.
 
     Returns:
@@ -54,7 +56,7 @@ def look(
     """
     found = report(node, now, None if within is None else lambda _: within)
     forms: Mapping[str, Callable[[ExpiryReport], str]] = {
-        "table": table,
+        "table": lambda one: table(one, renewal),
         "json": as_json,
         "yaml": as_yaml,
         "prometheus": lambda one: _as_prometheus(one, node, renewal or RenewalSettings(), known),
@@ -69,46 +71,93 @@ def _as_prometheus(found: ExpiryReport, node: Node, renewal: RenewalSettings, kn
     return exposition.text(found, exposition.due_times(node, renewal), known)
 
 
-def table(found: ExpiryReport) -> str:
+def table(found: ExpiryReport, renewal: RenewalSettings | None = None) -> str:
     """
     kubeadm 1.37's two tables, and one of what kubeadm has no row for, if there is any.
 
     That comes first where a kubelet's client certificate has ended or soon does: such a node can't start again.
     """
-    tables = [_align([_AUTHORITY_HEADER, *(_cells(row) for row in found.authorities)])]
+    styles = {row.name: _style(row, renewal or RenewalSettings()) for row in found.rows}
+    tables = [_table(_AUTHORITY_HEADER, found.authorities, styles)]
     if found.certificates:  # a worker has none
-        tables.insert(0, _align([_HEADER, *(_cells(row, row.authority or "") for row in found.certificates)]))
+        tables.insert(0, _table(_HEADER, found.certificates, styles))
     if found.extra:
         place = 0 if any(row.first for row in found.extra) else len(tables)
-        extra = [_EXTRA_HEADER, *((*_cells(row, row.authority or ""), row.path) for row in found.extra)]
-        tables.insert(place, _align(extra))
+        tables.insert(place, _table(_EXTRA_HEADER, found.extra, styles))
     return "\n".join(tables)
 
 
-def _cells(row: Row, *authority: str) -> tuple[str, ...]:
-    """A row's cells; a certificate's with its CA, a CA's without."""
-    if row.certificate is None or row.state != "present":
-        mark = {"missing": "!MISSING!", "broken": "!INVALID!", "unreadable": "!UNREADABLE!"}[row.state]
-        return (f"{mark} {row.name}", "", "", *("" for _ in authority), "")
-    end = row.certificate.not_valid_after_utc
-    expires = f"{_MONTHS[end.month - 1]} {end:%d}, {end.year:04d} {end:%H:%M} UTC"
-    external = f"{'yes' if row.external else 'no':<8}"
-    left = "<invalid>" if row.early else residual(row.seconds_left or 0)  # as kubeadm shows one that has ended
-    return (row.name, expires, left, *authority, external)
+def _style(row: Row, renewal: RenewalSettings) -> str:
+    if row.certificate is None or row.state != "present" or row.expired or row.early:
+        return "error"
+    lifetime = row.certificate.not_valid_after_utc - row.certificate.not_valid_before_utc
+    is_due = row.due or timedelta(seconds=row.seconds_left or 0) <= renewal.before.of(lifetime)
+    return "" if row.foreign else "warning" if is_due else "ok"
 
 
-def _align(rows: Sequence[Sequence[str]]) -> str:
+def _table(header: Sequence[str], rows: Sequence[Row], styles: Mapping[str, str]) -> str:
     """
     Align rows as Go's `tabwriter.NewWriter(writer, 10, 4, 3, ' ', 0)` does: the last cell of a row is not padded.
 
-    On a terminal that is too narrow for it, as all our tables: what does not fit goes on below.
+    On a terminal that is too narrow for it, a row is one line in a shorter form, or the whole of it with `-v`.
     """
-    most = width_here()
-    widths = [max(10, 3 + max(map(len, column))) for column in zip(*rows, strict=True)][:-1]
-    lines = ["".join(map(str.ljust, row, widths)) + row[-1] for row in rows]
+    most, cells = width_here(), [header, *(_cells(row, header) for row in rows)]
+    widths = [max(10, 3 + max(map(len, column))) for column in zip(*cells, strict=True)][:-1]
+    lines = ["".join(map(str.ljust, row, widths)) + row[-1] for row in cells]
     if most is not None and max(len(line.rstrip()) for line in lines) > most:
-        lines = list(columns([[cell.rstrip() for cell in row] for row in rows], most))
-    return "".join(f"{line}\n" for line in lines)
+        if not is_verbose():
+            cells = [[_SHORT.get(cell, cell) for cell in header[:_MOST_SHORT]], *(_short(row, header) for row in rows)]
+        lines = list(columns([[cell.rstrip() for cell in row] for row in cells], most))
+    return "".join(f"{_toned(line, styles)}\n" for line in lines)
+
+
+def _toned(line: str, styles: Mapping[str, str]) -> str:
+    word, blank, rest = steady(line).partition(" ")
+    style = "error" if word in _MARKS.values() else styles.get(word, "")
+    return f"{styled(word, style, sys.stdout)}{blank}{rest}"
+
+
+_MARKS = {"missing": "!MISSING!", "broken": "!INVALID!", "unreadable": "!UNREADABLE!"}
+#: What a narrow terminal shows of the headings; it has no column for files.
+_SHORT = {
+    "CERTIFICATE AUTHORITY": "CA",
+    "EXPIRES": "EXPIRES (UTC)",
+    "RESIDUAL TIME": "LEFT",
+    "EXTERNALLY MANAGED": "EXTERNAL",
+    "NOT LISTED BY KUBEADM": "NOT KUBEADM'S",
+}
+_MOST_SHORT = len(_HEADER)
+
+
+def _cells(row: Row, header: Sequence[str]) -> list[str]:
+    """A row's cells; a certificate's with its CA, a CA's without."""
+    if row.certificate is None or row.state != "present":
+        found = [f"{_MARKS[row.state]} {row.name}", *([""] * (min(len(header), _MOST_SHORT) - 1))]
+    else:
+        end = row.certificate.not_valid_after_utc
+        expires = f"{_MONTHS[end.month - 1]} {end:%d}, {end.year:04d} {end:%H:%M} UTC"
+        found = [row.name, expires, _left(row), *_authority(row, header), f"{_external(row):<8}"]
+    return [*found, row.path] if header is _EXTRA_HEADER else found
+
+
+def _short(row: Row, header: Sequence[str]) -> list[str]:
+    """A row for a narrow terminal: without its file, and with a shorter date."""
+    if row.certificate is None or row.state != "present":
+        return [row.name, _MARKS[row.state], *([""] * (min(len(header), _MOST_SHORT) - 2))]
+    expires = f"{row.certificate.not_valid_after_utc:%Y-%m-%d %H:%M}"
+    return [row.name, expires, _left(row), *_authority(row, header), _external(row)]
+
+
+def _authority(row: Row, header: Sequence[str]) -> list[str]:
+    return [] if header is _AUTHORITY_HEADER else [row.authority or ""]
+
+
+def _external(row: Row) -> str:
+    return "yes" if row.external else "no"
+
+
+def _left(row: Row) -> str:
+    return "<invalid>" if row.early else residual(row.seconds_left or 0)  # as kubeadm shows one that has ended
 
 
 def as_json(found: ExpiryReport) -> str:

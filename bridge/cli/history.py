@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Annotated, Any
 
 import typer
 
 from bridge.cli.options import ZERO, Common, Output, OutputOption, WaitOption, command, duration, group, utc_now
-from bridge.cli.printing import columns, say, say_json, say_sentence, say_table
+from bridge.cli.printing import say, say_json, say_sentence, say_table
 from bridge.cli.results import print_restart, stale
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.monitoring import metrics
@@ -18,7 +18,19 @@ from bridge.pki.expiry import minute, rfc3339
 from bridge.renewal.verify_and_install import Result
 from bridge.specs import SPECS, USER, Component
 from bridge.state import backups, copies
-from bridge.state.audit import deleted_lines, events, verify
+from bridge.state.audit import (
+    DAMAGED,
+    FAILED,
+    INSTALLED,
+    NEEDS_A_PERSON,
+    RECOVERED,
+    REFUSED,
+    ROLLED_BACK,
+    UNAVAILABLE,
+    deleted_lines,
+    events,
+    verify,
+)
 from bridge.state.backups import Rollback, put_back_and_retire
 from bridge.state.install import Recovery
 from bridge.state.session import alone
@@ -66,13 +78,26 @@ def _told(late: Sequence[BridgeError]) -> int:
 
 
 @command(commands, "backups")
-def list_backups(common: Common, output: OutputOption = Output.TEXT) -> int:
-    """List the backups, newest first: when, by whom, which certificates and serial numbers."""
+def list_backups(
+    common: Common,
+    backup_id: Annotated[
+        str | None,
+        typer.Argument(metavar="[ID]", help="Show this one, with its certificates and files.", show_default=False),
+    ] = None,
+    output: OutputOption = Output.TEXT,
+) -> int:
+    """List the backups, newest first: when, by whom, and how many certificates; or show one of them whole."""
     found, broken = backups.read_all(Store(common.settings_with_record().node.state_dir))
+    if backup_id is not None:
+        found, known = [one for one in found if one.backup_id == backup_id], [one.backup_id for one in found]
+        if not found:
+            raise SettingsError([SettingsProblem("ID", "a backup that is here", name_found(backup_id, known))])
     if output is Output.JSON:
         say_json({"backups": [_backup_json(backup) for backup in found]})
+    elif backup_id is not None:
+        _say_backup(found[0])
     elif found:
-        say_table([row for backup in found for row in _backup_rows(backup)])
+        say_table([_backup_row(backup) for backup in found], (1,))
     elif not broken:
         say("no backups: nothing was replaced here")
     for error in broken:
@@ -80,13 +105,26 @@ def list_backups(common: Common, output: OutputOption = Output.TEXT) -> int:
     return Exit.FAILED if broken else Exit.DONE
 
 
-def _backup_rows(backup: backups.Backup) -> Iterator[tuple[str, ...]]:
-    """A line for the backup, and one below it for each certificate."""
+def _backup_row(backup: backups.Backup) -> tuple[str, ...]:
+    count = len(backup.certificates)
     who = "@".join(part for part in (backup.user, backup.host) if part)
-    yield printable(backup.backup_id), f"{minute(backup.created)}", f"{printable(who)}: {printable(backup.command)}"
+    return (
+        printable(backup.backup_id),
+        minute(backup.created),
+        f"{count} certificate{'' if count == 1 else 's'}",
+        f"{printable(who)}: {printable(backup.command)}",
+    )
+
+
+def _say_backup(backup: backups.Backup) -> None:
+    """Print a backup's certificates with their serial numbers, and its files."""
+    say("  ".join(_backup_row(backup)))
     for one in backup.certificates:
-        serials = f"serial {one.get('old_serial') or 'none'}, replaced by {one.get('new_serial') or 'none'}"
-        yield f"  {printable(one.get('name'))}", "", printable(serials)
+        say(f"  {printable(one.get('name'))}")
+        say(f"    serial {printable(one.get('old_serial') or 'none')}")
+        say(f"    now    {printable(one.get('new_serial') or 'none')}")
+    for file in backup.files:
+        say(f"  {file.path}{'' if file.was_there else ' (was not there)'}")
 
 
 def _backup_json(backup: backups.Backup) -> dict[str, Any]:
@@ -140,7 +178,8 @@ def rollback(
         for o in done.outcomes
         if o.new is not None
     ]
-    say("\n".join([*columns(rows), *(f"removed {path}, as it was not there then" for path in done.removed)]))
+    say_table(rows, (2,), ["ok"] * len(rows))
+    say("\n".join(f"removed {path}, as it was not there then" for path in done.removed))
     replaced = settings.node.state_dir / "backups" / done.replaced_backup_id
     say_sentence(f"backup {done.backup.backup_id} was put back; what it replaced is in {replaced}")
     print_restart("These still run on what was replaced until they are restarted", components, settings)
@@ -166,6 +205,13 @@ def _rollback_json(done: Rollback, components: Sequence[Component]) -> dict[str,
         "removed": [str(path) for path in done.removed],
         "restart": [component.value for component in components],
     }
+
+
+#: How the audit log's events stand out.
+_EVENT_STYLES = {
+    **dict.fromkeys((REFUSED, FAILED, UNAVAILABLE, DAMAGED, NEEDS_A_PERSON), "error"),
+    **dict.fromkeys((INSTALLED, ROLLED_BACK, RECOVERED), "ok"),
+}
 
 
 @command(audit, "show")
@@ -195,7 +241,7 @@ def audit_show(
     elif found:
         keys = ("time", "run", "user", "event", "name", "serialNumber", "backend", "result")
         rows = [[printable(event.get(key, "")) for key in keys] for event in found]
-        say_table(rows)
+        say_table(rows, (1, 5, 2, 6), [_EVENT_STYLES.get(str(event.get("event")), "") for event in found], styled=3)
     else:
         say("nothing recorded")
 

@@ -67,7 +67,9 @@ def _common_options(
     pki_dir: Annotated[Path | None, typer.Option(readable=False, help="Overrides node.pki_dir.")] = None,
     kubeconfig_dir: Annotated[Path | None, typer.Option(readable=False, help="Overrides node.kubeconfig_dir.")] = None,
     state_dir: Annotated[Path | None, typer.Option(readable=False, help="Overrides node.state_dir.")] = None,
-    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, show_default=False, help="More messages.")] = 0,
+    verbose: Annotated[
+        int, typer.Option("--verbose", "-v", count=True, show_default=False, help="More messages, and all columns.")
+    ] = 0,
     log_format: Annotated[LogFormat, typer.Option(help="Format of messages on standard error.")] = LogFormat.TEXT,
 ) -> Common:
     console.set_up(verbose, log_format)

@@ -92,7 +92,8 @@ def plan(settings: Settings, options: RunOptions, now: datetime, output: Output)
     if output is Output.JSON:
         say_json(_plan_json(found, settings))
     elif found.selection.items:
-        say_table([_plan_row(item, settings, now) for item in found.selection.items])
+        styles = [_style(item, now) for item in found.selection.items]
+        say_table([_plan_row(item, settings, now) for item in found.selection.items], (3,), styles)
         say_table([_copy_row(one) for one in found.copies if one.error is None])
         print_restart("After that, these must be restarted to use the new ones", found.components, settings)
     elif not found.selection.failed:
@@ -140,6 +141,10 @@ def _plan_row(item: Item, settings: Settings, now: datetime) -> tuple[str, ...]:
         f"ask {_asked(item, settings)}",
         f"{verb} {_replaced(item)}",
     )
+
+
+def _style(item: Item, now: datetime) -> str:
+    return "warning" if item.certificates and first_end(item.ending) > now else "error"
 
 
 def _replaced(item: Item) -> str:

@@ -44,7 +44,7 @@ def say(text: str, *, is_styled: bool = False) -> None:
     typer.echo((text if is_styled else steady(text)).removesuffix("\n"), nl=bool(text))
 
 
-def say_sentence(text: str, indent: str = "", *, hanging: int = 2) -> None:
+def say_sentence(text: str, indent: str = "", *, hanging: int = 2, style: str = "") -> None:
     """
     Print prose; where it is wider than what shows it, its lines end between words, which stay whole.
 
@@ -52,8 +52,17 @@ def say_sentence(text: str, indent: str = "", *, hanging: int = 2) -> None:
         text: One line.
         indent: Before it.
         hanging: How much further to the right its other lines begin.
+        style: The colour of its first word.
     """
-    say("\n".join(_wrapped(f"{indent}{text}", width_here(), " " * (len(indent) + hanging))))
+    lines = _wrapped(f"{indent}{text}", width_here(), " " * (len(indent) + hanging))
+    say("\n".join(_styled(lines, text.partition(" ")[0], style)), is_styled=True)
+
+
+def _styled(lines: Sequence[str], word: str, style: str) -> list[str]:
+    """Lines that steer no terminal; a word of the first one in a style."""
+    first, *others = map(steady, lines)
+    before, found, after = first.partition(steady(word)) if word else (first, "", "")
+    return [f"{before}{console.styled(found, style, sys.stdout)}{after}", *others]
 
 
 def _wrapped(line: str, width: int | None, hanging: str) -> list[str]:
@@ -67,10 +76,45 @@ def _wrapped(line: str, width: int | None, hanging: str) -> list[str]:
     return [one for one in found if one.strip()]
 
 
-def say_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows, if there are any."""
-    if rows:
-        say("\n".join(columns(rows)))
+def say_table(
+    rows: Sequence[Sequence[str]], optional: Sequence[int] | None = None, styles: Sequence[str] = (), *, styled: int = 0
+) -> None:
+    """
+    Print rows, if there are any.
+
+    Args:
+        rows: Each with as many cells.
+        optional: The columns that a terminal does without where a row would not fit on one line, the first of these
+            first; then the last column is cut. `-v`, a file and a pipe have all of it, as all have it without this.
+        styles: A colour for each row.
+        styled: The column that has it.
+    """
+    width, lines = width_here(), []
+    for row, style, shown in zip(
+        rows, styles or [""] * len(rows), _rows(_fitting(rows, optional, width), width), strict=True
+    ):
+        lines += _styled(shown, row[styled], style)
+    say("\n".join(lines), is_styled=True)
+
+
+def _fitting(rows: Sequence[Sequence[str]], optional: Sequence[int] | None, width: int | None) -> list[list[str]]:
+    """The rows without those of the optional columns for which there is no room; what is still too long is cut."""
+    if not rows or optional is None or width is None or console.is_verbose():
+        return [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    kept = list(range(len(widths)))
+
+    def needed() -> int:
+        return sum(widths[column] + len(_GAP) for column in kept) - len(_GAP)
+
+    for column in optional:
+        if needed() > width:
+            kept.remove(column)
+    room = width - (needed() - widths[kept[-1]])
+    found = [[row[column] for column in kept] for row in rows]
+    if room >= _LEAST_ROOM:
+        found = [[*row[:-1], row[-1] if len(row[-1]) <= room else f"{row[-1][: room - 1]}…"] for row in found]
+    return found
 
 
 def width_here() -> int | None:
@@ -88,6 +132,7 @@ def say_json(structure: dict[str, Any]) -> None:
 
 
 _GAP = "  "
+_LEAST_ROOM = 6  #: A cell that would have less goes on below.
 _CONTINUED = "    "
 
 

@@ -206,7 +206,9 @@ def _print(result: Rehearsal) -> None:
                 "revoked" if one.revoked else "not revoked",
             )
             for one in result.passed
-        ]
+        ],
+        (2,),
+        ["ok"] * len(result.passed),
     )
     for sentence in result.skipped:
         log.info("%s", sentence)

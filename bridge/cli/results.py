@@ -70,7 +70,7 @@ def _print_result(result: Result, node: Node, settings: Settings, now: datetime)
         if o.new is not None
     ]
     if rows:
-        say_table(rows)
+        say_table(rows, (2, 3), ["ok"] * len(rows))
         say_sentence(
             f"{len(rows)} renewed; the old files are in {settings.node.state_dir / 'backups' / str(result.backup_id)}"
         )

@@ -128,6 +128,30 @@ def is_coloured(stream: TextIO | None) -> bool:
     return is_lively(stream) and not os.environ.get("NO_COLOR")
 
 
+#: The colours of everything that is shown: of a message's or a row's level, and of the demo's lines.
+STYLES = {
+    "error": "1;31",
+    "warning": "33",
+    "hint": "36",
+    "ok": "32",
+    "note": "34",
+    "good": "1;32",
+    "number": "1;34",
+    "heading": "1",
+    "faint": "2",
+}
+
+
+def styled(text: str, style: str, stream: TextIO | None) -> str:
+    """The text in one of the styles, where colours are seen and wanted; no style changes nothing."""
+    return f"\x1b[{STYLES[style]}m{text}\x1b[0m" if style and text and is_coloured(stream) else text
+
+
+def is_verbose() -> bool:
+    """Whether `-v` was given: tables are whole, however narrow the terminal is."""
+    return log.isEnabledFor(logging.DEBUG)
+
+
 @dataclass
 class Doing:
     """Something that goes on."""
@@ -261,10 +285,6 @@ class _TextFormat(logging.Formatter):
         return text if record.levelno == logging.INFO else f"{level}: {text}"
 
 
-#: Of the first word of a message, on a terminal that has colours.
-_COLOURS = {"error": "\x1b[1;31m", "warning": "\x1b[33m", "hint": "\x1b[36m"}
-
-
 class _TerminalFormat(_TextFormat):
     """Lines that end between words (paths can be copied), and a colour for what kind of message it is."""
 
@@ -275,8 +295,9 @@ class _TerminalFormat(_TextFormat):
         words = super().format(record)
         text = "\n  ".join(textwrap.wrap(words, width - 2, break_long_words=False, break_on_hyphens=False))
         level, colon, rest = text.partition(":")
-        colour = _COLOURS.get(level) if is_coloured(sys.stderr) and record.levelno != logging.INFO else None
-        return f"{colour}{level}:\x1b[0m{rest}" if colour else f"{level}{colon}{rest}"
+        if record.levelno == logging.INFO or level not in STYLES:
+            return text
+        return f"{styled(f'{level}{colon}', level, sys.stderr)}{rest}"
 
 
 class _Handler(logging.StreamHandler[TextIO]):

@@ -30,7 +30,12 @@ def test_a_report_for_people_and_for_programs(capsys: pytest.CaptureFixture[str]
     components.print_proof(report, Output.JSON)
     told = json.loads(capsys.readouterr().out)
 
-    assert [line.split()[0] for line in table.splitlines()] == ["COMPONENT", "etcd", "people"]
+    assert [line.split() for line in table.splitlines()] == [
+        ["error", "etcd", "a"],
+        ["stale:", "a,", "b:", "c\N{REPLACEMENT CHARACTER}[31m"],
+        ["ok", "people", "a"],
+        ["1", "of", "2", "checks", "failed"],
+    ]
     assert "\x1b" not in table
     assert (told["schemaVersion"], told["exitCode"], told["stale"]) == (1, 7, ["etcd"])
     assert told["findings"][1] == {
@@ -40,6 +45,18 @@ def test_a_report_for_people_and_for_programs(capsys: pytest.CaptureFixture[str]
         "state": "current",
         "detail": "c\x1b[31m",
     }
+
+
+def test_a_report_says_that_all_is_well(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a last line, below a line for each component; every check has a row with -v."""
+    report = proof.ProofReport(findings=(finding("current"), finding("current"), finding("not-ours", None)))
+    components.print_proof(report, Output.TEXT)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["ok", "ok", "all"]
+    monkeypatch.setattr(components, "is_verbose", lambda: True)
+    components.print_proof(report, Output.TEXT)
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in shown] == ["COMPONENT", "etcd", "etcd", "people", "all"]
+    assert shown[-1] == "all is well: 3 checks hold"
 
 
 def test_restart_does_not_claim_what_nobody_can_know(tmp_path: Path) -> None:

@@ -128,7 +128,9 @@ def test_lists_when_who_why_and_which(run: Run, node: Pki) -> None:
     assert found[0]["host"] == os.uname().nodename
     assert found[0]["command"]
     table = run("backups").stdout
-    assert all(part in table for part in (first, second, before, serial(node), getpass.getuser()))
+    assert all(part in table for part in (first, second, "1 certificate ", "2 certificates", getpass.getuser()))
+    assert len(table.splitlines()) == 2
+    assert all(part in run("backups", first).stdout for part in (first, "apiserver", before, serial(node)))
 
 
 def test_a_backup_that_cannot_be_read_is_named(run: Run, store: Store) -> None:
