@@ -15,6 +15,7 @@ import pytest
 
 from bridge.ca import registry
 from bridge.cli.guide import EXAMPLES, TASKS
+from bridge.cli.settings import initial
 from bridge.contract import GIVEN, BackendSettings, Secret
 from bridge.errors import Exit, SettingsError
 from bridge.settings.load import parse
@@ -113,19 +114,41 @@ def test_each_command_has_a_task_and_an_example() -> None:
 
 
 def test_a_page_of_quick_start_can_be_pasted() -> None:
-    """The settings on it are complete."""
+    """The settings on it are complete, and are what `settings init KIND` puts into force."""
     pages = (ROOT / "docs/first-renewal.md", ROOT / "docs/air-gap.md")
     texts = [found for page in pages for found in re.findall(r"```toml\n(.*?)```", page.read_text(), re.DOTALL)]
     assert len(texts) == 4
     for text in texts:
         settings = parse(text)
-        assert set(registry.configured(settings, settings.authorities)) == {"ca", "etcd-ca", "front-proxy-ca"}
+        found = registry.configured(settings, settings.authorities)
+        assert set(found) == {"ca", "etcd-ca", "front-proxy-ca"}
+        written = parse(initial(found["ca"].type_name))
+        assert registry.configured(written, written.authorities) == found
 
 
-def test_the_example_settings_load_as_they_are() -> None:
-    """`ca-bridge settings init` writes this file."""
-    settings = parse(EXAMPLE.read_text(encoding="utf-8"))
-    assert set(registry.configured(settings, settings.authorities)) == {"ca", "etcd-ca", "front-proxy-ca"}
+KINDS = ("cfssl", "cmp", "desk", "est", "exchange", "exec", "kubernetes", "openssl", "vault")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kinds_settings_load_as_they_are(kind: str) -> None:
+    """What `ca-bridge settings init KIND` writes: all three authorities, each of the program's tables once."""
+    settings = parse(initial(kind))
+    found = registry.configured(settings, settings.authorities)
+    assert set(found) == {"ca", "etcd-ca", "front-proxy-ca"}
+    assert {one.type_name for one in found.values()} == {"openssl" if kind == "desk" else kind}
+    for table in ("node", "renewal", "restart", "hooks", "cluster", "audit", "backups", "copies", "users", "metrics"):
+        assert initial(kind).count(f"\n[{table}]") == 1 or kind == "desk"
+
+
+def test_settings_without_a_kind_name_no_ca() -> None:
+    """Every kind's example is behind `#`; the word of none that there is is refused."""
+    text = initial(None)
+    settings = parse(text)
+    assert settings == dataclasses.replace(parse(""), source=settings.source)
+    for kind in set(KINDS) - {"desk"}:
+        assert f'\n# type = "{kind}"' in text
+    with pytest.raises(SettingsError, match="did you mean 'vault'"):
+        initial("valt")
 
 
 def _uncommented(lines: Iterator[str]) -> Iterator[str]:
@@ -136,7 +159,6 @@ def _uncommented(lines: Iterator[str]) -> Iterator[str]:
 def test_every_key_in_the_example_exists_and_shows_its_default() -> None:
     """With all comments taken away it still loads; the tables that are not a CA's then say what an empty file means."""
     text = "\n".join(_uncommented(iter(EXAMPLE.read_text(encoding="utf-8").splitlines())))
-    assert len(tomllib.loads(text)["backend"]) == 4
     keys = ('desk_key = "/etc/ca-bridge/desk.pem"', 'order_key = "/etc/ca-bridge/admin.pem"')
     for without_default in ('kubernetes_version = "1.37"', 'name = "cp-1"', 'keep_total = "1GiB"', *keys):
         assert without_default in text
@@ -161,21 +183,21 @@ def _keys(schema: type[Any]) -> Iterator[str]:
 
 
 def test_every_key_is_in_the_example() -> None:
-    """In the program's tables as the example has them, uncommented; a backend's keys in its type's part of the text."""
-    text = EXAMPLE.read_text(encoding="utf-8")
-    tables = tomllib.loads("\n".join(_uncommented(iter(text.splitlines()))))
+    """In the program's tables as the example has them, uncommented; a backend's keys in its kind's."""
+    tables = tomllib.loads("\n".join(_uncommented(iter(EXAMPLE.read_text(encoding="utf-8").splitlines()))))
     for name in ("node", "renewal", "restart", "hooks", "cluster", "audit", "backups"):
         assert set(tables[name]) == {field.name for field in dataclasses.fields(getattr(parse(""), name))}
-    assert {field.name for field in dataclasses.fields(AuthoritySettings)} <= set(tables["authority"]["ca"])
-    parts = re.split(r"^(?:# )?\[backend\.\w+\]$", text, flags=re.MULTILINE)[1:]
-    words = {re.findall(r'type = "(\w+)"', part)[0]: set(re.findall(r"\w+", part)) for part in parts}
-    words["openssl"] |= set(re.findall(r"\w+", (ROOT / "config/openssl/hsm.toml").read_text(encoding="utf-8")))
+    vault = tomllib.loads("\n".join(_uncommented(iter(initial("vault").splitlines()))))
+    assert {field.name for field in dataclasses.fields(AuthoritySettings)} <= set(vault["authority"]["ca"])
     common = set(_keys(BackendSettings))
-    assert common <= words["vault"]
-    for name in ("vault", "cfssl", "openssl", "exchange"):
-        keys = set(_keys(registry.installed()[name].load().settings_type))
+    for kind in set(KINDS) - {"desk"}:
+        words = set(re.findall(r"\w+", (ROOT / f"config/{kind}/config.toml").read_text(encoding="utf-8")))
+        if kind == "openssl":
+            words |= set(re.findall(r"\w+", (ROOT / "config/openssl/hsm.toml").read_text(encoding="utf-8")))
+        keys = set(_keys(registry.installed()[kind].load().settings_type))
         assert len(keys - common) >= 2
-        assert keys - common <= words[name]
+        assert keys - common <= words, kind
+        assert common <= words or kind == "exchange"  # it looks once a run
 
 
 def settings_in_sentences(text: str) -> set[str]:

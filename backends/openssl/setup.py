@@ -17,7 +17,7 @@ from backends.openssl import EKUS, SECTION
 from bridge.contract import SetupFile, SetupRequest
 from bridge.specs import SPECS, Authority, Usage
 
-DIRECTORY = PurePath("/srv/kubernetes-ca")  #: Below it a directory an authority.
+DIRECTORY = PurePath("/srv/ca")  #: Below it a directory an authority.
 _PLAIN_PATH = re.compile(r"/[A-Za-z0-9._/+:@-]+")  # else `$`, `#`, quotes and backslashes mean something to openssl
 
 _TEXT = """\
@@ -45,7 +45,7 @@ _TEXT = """\
 #   dir = "{directory}"
 #   [backend.desk]
 #   type = "openssl"
-#   passphrase_file = "/etc/ca-bridge/passphrase"     # if ca.key is encrypted
+#   passphrase_file = "/etc/ca-bridge/ca-passphrase"     # if ca.key is encrypted
 
 [ca]
 default_ca = desk

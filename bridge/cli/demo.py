@@ -40,7 +40,7 @@ _INDENT = "  "
 _RENAMED = 7  # of some twenty files, when the run is killed
 
 _NEXT = (
-    ("ca-bridge settings init", "on a control-plane node: the settings, with comments"),
+    ("ca-bridge settings init vault", "on a control-plane node: the settings, with comments"),
     ("ca-bridge setup vault", "what the CA's administrator needs; or cfssl, openssl, cmp, est, exec"),
     ("ca-bridge doctor", "is everything ready? has nothing signed"),
     ("ca-bridge renew", "the command for cron; `ca-bridge setup systemd --enable` makes a timer"),

@@ -183,8 +183,8 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "bootstrap check": (("ca-bridge bootstrap check", "Look at all that `kubeadm init` needs."),),
     "settings init": (
-        ("ca-bridge settings init", "Write /etc/ca-bridge/config.toml."),
-        ("ca-bridge settings init /tmp/config.toml", "Write it elsewhere, to read it first."),
+        ("ca-bridge settings init vault", "Write /etc/ca-bridge/config.toml for Vault or OpenBao."),
+        ("ca-bridge settings init cfssl /tmp/config.toml", "Write it elsewhere, to read it first."),
     ),
     "settings show": (("ca-bridge settings show", "Show every key, with its value."),),
     "settings check": (("ca-bridge settings check", "Find every error in the file."),),

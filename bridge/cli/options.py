@@ -44,6 +44,11 @@ class Common(Overrides):
         """
         return kubelet.with_node_name(Overrides.settings(self))
 
+    def examined(self) -> tuple[Settings, list[SettingsProblem]]:
+        """As `settings`, with every problem instead of an error; see `Overrides`."""
+        settings, problems = Overrides.examined(self)
+        return settings if problems else kubelet.with_node_name(settings), problems
+
     def settings_with_record(self) -> Settings:
         """
         As `settings`, for a command that shows what a state directory has: one that is named has to be there.

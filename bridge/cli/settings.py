@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -15,33 +17,47 @@ import typer
 from bridge.ca import registry
 from bridge.cli.options import Common, command, group
 from bridge.cli.printing import say
-from bridge.contract import GIVEN, Secret
+from bridge.contract import GIVEN, BackendSettings, Secret, Selector
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
+from bridge.node import inventory
 from bridge.pki.expiry import duration_text
 from bridge.settings.load import DEFAULT_FILE
 from bridge.settings.tables import Commands, Components, Settings, for_rehearsal
 from bridge.settings.windows import Windows
 from bridge.system.files import shipped
+from bridge.words import name_found
 
 commands = typer.Typer()
+log = logging.getLogger("ca-bridge")
 settings_group = group(commands, "settings", "Write, show and check the settings file.")
 
 
 @command(settings_group, "init")
 def settings_init(
     common: Common,
+    kind: Annotated[
+        str | None,
+        typer.Argument(
+            help="The kind of CA: vault, openssl, cfssl, cmp, est, exec, kubernetes, exchange; or desk, on a CA host. "
+            "Without it the file has an example of each behind `#`.",
+            show_default=False,
+        ),
+    ] = None,
     file: Annotated[Path | None, typer.Argument(help="[default: --config, or /etc/ca-bridge/config.toml]")] = None,
 ) -> None:
     """Write a commented settings file; an older one is never overwritten."""
-    path = file or common.config or DEFAULT_FILE
+    if kind is not None and file is None and ("/" in kind or "." in kind):
+        file, kind = Path(kind), None
+    path, text = file or common.config or DEFAULT_FILE, initial(kind)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
     try:
         with path.open("x", encoding="utf-8") as opened:
             os.fchmod(opened.fileno(), 0o644)
-            opened.write(example().read_text(encoding="utf-8"))
+            opened.write(text)
     except FileExistsError:
+        another = f"ca-bridge settings init {kind} FILE" if kind else "ca-bridge settings init FILE"
         raise BridgeError(
-            f"{path}: wanted no file, found one", hint="edit it, or write another one: `ca-bridge settings init FILE`"
+            f"{path}: wanted no file, found one", hint=f"edit it, or write another one: `{another}`"
         ) from None
     say(f"wrote {path}")
 
@@ -55,18 +71,113 @@ def settings_show(common: Common) -> None:
 @command(settings_group, "check")
 def settings_check(common: Common) -> None:
     """Check the whole settings file, backends' tables included; asks no CA."""
-    settings = common.settings()
+    settings, problems = common.examined()
     if settings.source.file is None:
         problem = SettingsProblem("", "a settings file", "none: the defaults are in force", DEFAULT_FILE)
-        raise SettingsError([problem], hint="`ca-bridge settings init` writes a commented file")
-    registry.configured(settings, settings.authorities)
-    if any(ours.rehearsal for ours in settings.authorities.values()):
-        registry.configured(for_rehearsal(settings), settings.authorities)
-    say(f"{settings.source.file}: well-formed; `ca-bridge doctor` asks the CAs")
+        raise SettingsError([problem], hint="`ca-bridge settings init KIND` writes a commented file")
+    for one in (settings, for_rehearsal(settings)):
+        try:
+            registry.configured(one, () if problems else one.authorities)
+        except SettingsError as e:
+            problems += [problem for problem in e.problems if problem not in problems]
+    if problems:
+        raise SettingsError(sorted(problems, key=lambda problem: problem.line or 0))
+    for text in doubts(settings):
+        log.warning("%s", text)
+    say(f"{settings.source.file}: well-formed; `ca-bridge doctor` tries it")
+
+
+def doubts(settings: Settings) -> Iterator[str]:
+    """What is well-formed and can't work: no CA, hosts and names of the examples, files that are not there."""
+    backends = registry.configured(settings, settings.authorities)
+    if not backends:
+        yield "no CA is named: `ca-bridge settings init KIND FILE` writes tables for one to a new file"
+    found: dict[str, None] = {}
+    for configured in backends.values():
+        for key, value in _leaves(configured.settings):
+            texts = value if isinstance(value, tuple) else (value,)
+            examples = (one for one in texts if isinstance(one, str) and _EXAMPLE_NAME.search(one))
+            found |= dict.fromkeys(f"{configured.label}: {key} is still an example's: {one}" for one in examples)
+        files = [*_files(configured.settings), *_secret_files(configured, settings)]
+        found |= dict.fromkeys(f"{configured.label}: {path} is not there" for path in files if _is_absent(path))
+    yield from found
+
+
+#: RFC 2606: names that are nobody's.
+_EXAMPLE_NAME = re.compile(r"(?<![\w-])example\.(com|net|org)(?![\w.-])|\.example(?![\w.-])|:111122223333:")
+
+
+def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys and values of a backend's settings, those of tables within them included."""
+    for field in dataclasses.fields(values):
+        value, key = getattr(values, field.name), f"{prefix}{field.name}"
+        if GIVEN in field.metadata:
+            continue
+        if isinstance(value, Mapping):
+            yield from ((f"{key}.{name}", one) for name, one in value.items())
+        elif dataclasses.is_dataclass(value) and not hasattr(value, "from_setting") and not isinstance(value, Secret):
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _files(settings: BackendSettings) -> Iterator[Path]:
+    yield from (value for _, value in _leaves(settings) if isinstance(value, Path))
+
+
+def _secret_files(configured: registry.Configured, settings: Settings) -> Iterator[Path]:
+    """The files of an authority's secrets; where their place is a pattern, those of its certificates on this node."""
+    items = inventory.of(settings.node).items
+    ours = [item.spec for item in items if item.spec.authority.name == configured.authority and item.managed]
+    for _, value in _leaves(configured.settings):
+        if isinstance(value, Secret) and value.kind == "file":
+            place = Selector(value.where, node=settings.node.node_name)
+            yield from (Path(place(spec)) for spec in ours) if "{" in value.where else [Path(value.where)]
+
+
+def _is_absent(path: Path) -> bool:
+    """Not there; a file that this user may not look at is there."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        pass
+    return False
+
+
+#: A CA host has no control plane: its file has none of a node's tables.
+_DESK = "desk"
+
+
+def initial(kind: str | None) -> str:
+    """
+    A settings file to begin with: one kind's tables, and below them the program's own, with every default.
+
+    Raises:
+        SettingsError: There is no such kind.
+    """
+    general = example().read_text(encoding="utf-8")
+    examples = {path.parent.name: path.read_text(encoding="utf-8") for path in example().parent.glob("*/config.toml")}
+    kinds = {name: text for name, text in sorted(examples.items()) if "\n[authority.ca]" in text}
+    if kind is None:
+        return "\n".join([general, *(_behind(name, text) for name, text in kinds.items() if name != _DESK)])
+    if kind not in kinds:
+        raise SettingsError([SettingsProblem("KIND", f"one of {', '.join(kinds)}", name_found(kind, kinds))])
+    if kind == _DESK:
+        return kinds[kind]
+    parts = re.split(r"\n(?=\[)", general)
+    return "\n".join([kinds[kind], *(part for part in parts if f"\n{part.partition(']')[0]}]" not in kinds[kind])])
+
+
+def _behind(name: str, text: str) -> str:
+    """An example of which nothing is in force."""
+    lines = (line if line.startswith("#") or not line else f"# {line}" for line in text.splitlines())
+    return "\n".join([f"# --- {name} ".ljust(120, "-"), *lines, ""])
 
 
 def example() -> Path:
-    """The commented example that is installed with the program."""
+    """The program's own tables, commented, as they are installed; the other examples are beside it."""
     found = shipped("config.toml")
     if found is not None:
         return found

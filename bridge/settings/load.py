@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bridge.errors import SettingsError
+from bridge.errors import SettingsError, SettingsProblem
 from bridge.settings.reader import Reader, Source, found_text, opened
 from bridge.settings.tables import (
     AuditSettings,
@@ -50,8 +50,7 @@ class Overrides:
 
     def words(self) -> list[str]:
         """The options as another command takes them; a settings file where everybody looks for it needs none."""
-        named = os.environ.get("CA_BRIDGE_CONFIG")
-        config = self.config or (Path(named) if named else None)
+        config = self.file()
         places = {
             "--config": None if config == DEFAULT_FILE else config,
             "--pki-dir": self.pki_dir,
@@ -67,9 +66,17 @@ class Overrides:
         Raises:
             SettingsError: The file can't be used.
         """
+        return overridden(load(self.file()), self.pki_dir, self.kubeconfig_dir, self.state_dir)
+
+    def examined(self) -> tuple[Settings, list[SettingsProblem]]:
+        """As `settings`, as far as they can be read, with every problem instead of an error."""
+        settings, problems = examined(self.file())
+        return overridden(settings, self.pki_dir, self.kubeconfig_dir, self.state_dir), problems
+
+    def file(self) -> Path | None:
+        """The settings file that is named; None: the default one, if it is there."""
         named = os.environ.get("CA_BRIDGE_CONFIG")
-        settings = load(self.config or (Path(named) if named else None))
-        return overridden(settings, self.pki_dir, self.kubeconfig_dir, self.state_dir)
+        return self.config or (Path(named) if named else None)
 
 
 def load(file: Path | None) -> Settings:
@@ -79,16 +86,32 @@ def load(file: Path | None) -> Settings:
     Raises:
         SettingsError: With every problem of the tables that are not a backend's.
     """
-    if file is None and not DEFAULT_FILE.exists():
-        return Settings(source=Source(None, ""))
-    path = file or DEFAULT_FILE
-    settings = parse(own_text(path, "a settings file", "`ca-bridge settings init` writes a commented one"), path)
-    _assert_key(settings, "desk_key", "the desk's")
-    _assert_key(settings, "order_key", "the administrator's")
+    settings, problems = examined(file)
+    if problems:
+        raise SettingsError(problems)
     return settings
 
 
-def _assert_key(settings: Settings, key: str, whose: str) -> None:
+def examined(file: Path | None) -> tuple[Settings, list[SettingsProblem]]:
+    """
+    As `load`: the settings as far as they can be read, and every problem, by line.
+
+    With a problem among them they are for finding more of them in the backends' tables, and for nothing else.
+
+    Raises:
+        SettingsError: The file can't be read, or is not TOML.
+    """
+    if file is None and not DEFAULT_FILE.exists():
+        return Settings(source=Source(None, "")), []
+    path = file or DEFAULT_FILE
+    hint = "`ca-bridge settings init KIND` writes a commented one (KIND: vault, openssl, cfssl …)"
+    settings, problems = _examined(own_text(path, "a settings file", hint), path)
+    problems += _key_problems(settings, "desk_key", "the desk's")
+    problems += _key_problems(settings, "order_key", "the administrator's")
+    return settings, problems
+
+
+def _key_problems(settings: Settings, key: str, whose: str) -> Iterator[SettingsProblem]:
     """Only root and the effective user may change the key, since it decides which answers or orders count."""
     path = getattr(settings.node, key)
     if path is None:
@@ -97,8 +120,7 @@ def _assert_key(settings: Settings, key: str, whose: str) -> None:
         path.stat()
         assert_ours(path)
     except OSError as e:
-        problem = settings.source.problem(("node", key), f"{whose} certificate or public key", f"{path}: {e.strerror}")
-        raise SettingsError([problem]) from None
+        yield settings.source.problem(("node", key), f"{whose} certificate or public key", f"{path}: {e.strerror}")
 
 
 def overridden(
@@ -137,6 +159,13 @@ def parse(text: str, file: Path | None = None) -> Settings:
     Raises:
         SettingsError: With every problem of the tables that are not a backend's.
     """
+    settings, problems = _examined(text, file)
+    if problems:
+        raise SettingsError(problems)
+    return settings
+
+
+def _examined(text: str, file: Path | None) -> tuple[Settings, list[SettingsProblem]]:
     reader, document = opened(text, file)
     tables = reader.tables(document, (*_TABLES, "backend", "authority", "certificate"))
     authorities, authority_tables = _authorities(reader, tables["authority"], tables["backend"])
@@ -149,17 +178,20 @@ def parse(text: str, file: Path | None = None) -> Settings:
         certificates=_certificates(reader, tables["certificate"]),
         **{name: table for name, table in read.items() if table is not None},
     )
-    reader.raise_problems()
-    return settings
+    return settings, reader.sorted_problems()
 
 
 def _backends(reader: Reader, table: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Those of a type; the others are problems."""
+    read: dict[str, Mapping[str, Any]] = {}
     for name, backend in table.items():
         if not isinstance(backend, dict):
             reader.add(("backend", name), "a table", found_text(backend))
         elif not isinstance(backend.get("type"), str):
             reader.add(("backend", name, "type"), 'a text such as "vault"', found_text(backend.get("type")))
-    return {name: backend for name, backend in table.items() if isinstance(backend, dict)}
+        else:
+            read[name] = backend
+    return read
 
 
 def _certificates(reader: Reader, table: Mapping[str, Any]) -> dict[str, CertificateSettings]:
@@ -184,19 +216,21 @@ def _authorities(
     rest: dict[str, Mapping[str, Any]] = {}
     for name, authority in table.items():
         key = ("authority", name)
-        if name not in AUTHORITIES:
+        if name not in AUTHORITIES:  # its backend's keys are looked at all the same
             reader.add(key, f"one of {', '.join(AUTHORITIES)}", name_found(name, AUTHORITIES))
-        elif not isinstance(authority, dict):
+        if not isinstance(authority, dict):
             reader.add(key, "a table", found_text(authority))
-        else:
-            own = {k: v for k, v in authority.items() if k in ours}
-            settings = reader.read(AuthoritySettings, own, key)
-            if settings is not None and settings.backend not in backends:
-                known = ", ".join(backends) or "a backend, but there is no [backend.NAME] table"
-                reader.add((*key, "backend"), f"the name of a backend: {known}", repr(settings.backend))
-            other = settings.rehearsal.get("backend") if settings is not None else None
-            if other is not None and other not in backends:
-                reader.add((*key, "rehearsal", "backend"), f"the name of a backend: {', '.join(backends)}", repr(other))
-            if settings is not None:
-                read[name], rest[name] = settings, {k: v for k, v in authority.items() if k not in ours}
+            continue
+        settings = reader.read(AuthoritySettings, {k: v for k, v in authority.items() if k in ours}, key)
+        backend = authority.get("backend") if settings is None else settings.backend
+        if not isinstance(backend, str):
+            continue
+        if backend not in backends:
+            known = ", ".join(backends) or "a backend, but there is no [backend.NAME] table"
+            reader.add((*key, "backend"), f"the name of a backend: {known}", repr(backend))
+        read[name] = settings or AuthoritySettings(backend=backend)
+        rest[name] = {k: v for k, v in authority.items() if k not in ours}
+        other = read[name].rehearsal.get("backend")
+        if other is not None and other not in backends:
+            reader.add((*key, "rehearsal", "backend"), f"the name of a backend: {', '.join(backends)}", repr(other))
     return read, rest

@@ -108,8 +108,28 @@ def opened(text: str, file: Path | None) -> tuple[Reader, dict[str, Any]]:
         found = re.sub(
             r"\(('[^()]*'),?\)", lambda names: f"[{names[1].replace(chr(39), '').replace(', ', '.')}]", str(e)
         )
-        raise SettingsError([SettingsProblem("", "TOML", found, file)]) from None
+        raise SettingsError([SettingsProblem("", "TOML", found, file)], hint=_declared_before(text, str(e))) from None
     return Reader(Source(file, text if len(text) < _LONGEST_WITH_LINES else "")), document
+
+
+def _declared_before(text: str, message: str) -> str:
+    """A hint for a table or key that is there twice: where it is first, which TOML's parser does not say."""
+    named = re.search(r"(?:twice|overwrite).*\(at line (\d+), ", message)
+    if named is None:
+        return ""
+    lines = text.splitlines(keepends=True)
+    before, statement = lines[: int(named[1]) - 1], lines[int(named[1]) - 1]
+    if not statement.lstrip().startswith("["):
+        statement = next((line for line in reversed(before) if line.lstrip().startswith("[")), "") + statement
+    try:
+        table: Any = tomllib.loads(statement)
+    except tomllib.TOMLDecodeError:  # a value of several lines
+        return ""
+    key: Key = ()
+    while isinstance(table, dict) and len(table) == 1:
+        key, table = (*key, *table), next(iter(table.values()))
+    line = Source(None, "".join(before)).line(key)
+    return f"line {line} has {'.'.join(key)} already: keep one of the two, or merge them"
 
 
 class Reader:
@@ -137,7 +157,11 @@ class Reader:
             SettingsError: If there is any.
         """
         if self.problems:
-            raise SettingsError(sorted(self.problems, key=lambda problem: problem.line or 0))
+            raise SettingsError(self.sorted_problems())
+
+    def sorted_problems(self) -> list[SettingsProblem]:
+        """Those so far, by line."""
+        return sorted(self.problems, key=lambda problem: problem.line or 0)
 
     def tables(self, document: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Mapping[str, Any]]:
         """The top-level tables; a missing one is empty, an unknown one a problem."""

@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import shutil
-import stat
 import subprocess
 import sys
 import tempfile
@@ -401,16 +400,6 @@ def test_the_script_for_vault_is_not_made_from_settings_that_are_wrong(
     assert f"{config}:{line}: authority.ca.{wanted}" in result.stderr
 
 
-def test_settings_init_writes_the_example_once(tmp_path: Path, run: Run) -> None:
-    """Never over an older file."""
-    path = tmp_path / "etc/ca-bridge/config.toml"
-    assert run("settings", "init", str(path)).exit_code == 0
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644
-    path.write_text("mine")
-    result = run("settings", "init", str(path))
-    assert (result.exit_code, path.read_text()) == (1, "mine")
-
-
 def test_settings_show_names_secrets_and_shows_defaults(run: Run) -> None:
     """What is in force; where the secret is, and not what."""
     result = run("settings", "show")
@@ -461,12 +450,10 @@ digest = "sha384"
 """
 
 
-EXAMPLES = [cli_settings.example(), cli_settings.example().parent / "exchange/config.toml"]
+EXAMPLES = [cli_settings.initial("vault"), cli_settings.initial("exchange")]
 
 
-@pytest.mark.parametrize(
-    "text", ["", ODD_SETTINGS, *(path.read_text() for path in EXAMPLES)], ids=["none", "odd", "example", "exchange"]
-)
+@pytest.mark.parametrize("text", ["", ODD_SETTINGS, *EXAMPLES], ids=["none", "odd", "vault", "exchange"])
 def test_settings_show_prints_settings_that_mean_the_same(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exceptions to the subject included; the node's name and the time zone as they are taken."""
     monkeypatch.setenv("TZ", "Europe/Berlin")
