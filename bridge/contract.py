@@ -444,8 +444,9 @@ class BackendSettings:
 
     #: `node.name`, which the bridge fills in; no key of the backend's table.
     node: str = field(default="", metadata={GIVEN: True})
-    timeout: timedelta = timedelta(seconds=30)  #: For one request or process; a process that signs many may have more.
-    retry_for: timedelta = timedelta(minutes=2)  #: How long "unavailable" is tried again.
+    #: The limit for one request or process; a process that signs several certificates may take longer.
+    timeout: timedelta = timedelta(seconds=30)
+    retry_for: timedelta = timedelta(minutes=2)  #: How long a CA that is unavailable is asked again.
 
     def writes(self) -> Sequence[Path]:
         """Directories on this machine that the backend writes into, which a unit's sandbox has to leave open."""

@@ -60,18 +60,18 @@ MIN_KEY_BYTES = 16
 class CfsslSettings(BackendSettings):
     """Keys of a backend of type `cfssl`."""
 
-    url: str  #: The server's, without `/api/v1/cfssl`; a path before that (a reverse proxy's) is kept.
-    label: str = ""  #: Which CA of a multirootca; none for `cfssl serve`.
-    ca_file: Path | None = None  #: In PEM, for the server's TLS certificate; without it the system's CAs.
-    client_cert: Path | None = None  #: For mutual TLS.
-    client_key: Path | None = None  #: Its key.
+    url: str  #: The server's URL without `/api/v1/cfssl`; a path of a reverse proxy stays in it.
+    label: str = ""  #: The label of the CA in a multirootca; empty for `cfssl serve`.
+    ca_file: Path | None = None  #: CA certificates (PEM) for the server's TLS certificate; if not set, the system's.
+    client_cert: Path | None = None  #: The client certificate for mutual TLS.
+    client_key: Path | None = None  #: The key of `client_cert`.
     #: A pattern: `{name}` is the certificate, `{usage}` its usage class (server, client, peer), `{node}` the node.
     profile: str = "{usage}"
-    profiles: dict[str, str] = field(default_factory=dict)  #: Exceptions to `profile`, by certificate or usage class.
-    #: The HMAC key in hexadecimal; its place is a pattern as well, for a server with one key a profile.
+    profiles: dict[str, str] = field(default_factory=dict)  #: Other profiles, by certificate or usage class.
+    #: The HMAC key in hexadecimal. Its place may be a pattern as well, if the server has one key for each profile.
     auth_key: Secret | None = None
-    endpoint: Literal["authsign", "sign"] = "authsign"  #: `"sign"` only for a server without keys.
-    #: `http://` also to another machine: whoever is on the way may read all, record it, and send it again.
+    endpoint: Literal["authsign", "sign"] = "authsign"  #: `"sign"` is for a server without keys only.
+    #: Allow `http://` to another machine: anyone on the network path can read, record and replay every request.
     plain_http: bool = False
 
     @property

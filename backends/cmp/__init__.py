@@ -56,28 +56,29 @@ from bridge.system.http import UnreachableError, reach
 class CmpSettings(BackendSettings):
     """Keys of a backend of type `cmp`; `timeout` is for one request and its answer."""
 
-    url: str  #: Scheme, host and port; a path before `path` is kept.
-    #: A pattern: `{name}` is the certificate, `{usage}` its usage class (server, client, peer), `{node}` the node.
-    #: Without it `.well-known/cmp/p/{usage}`, or `.well-known/cmp` with a `profile` or in mode `cr`.
+    url: str  #: Scheme, host and port; a path in it goes before `path`.
+    #: A pattern: `{name}` is the certificate, `{usage}` its usage class (server, client, peer), `{node}` the node. If
+    #: empty, `.well-known/cmp/p/{usage}`, or `.well-known/cmp` with a `profile` or in mode `cr`.
     path: str | None = None
-    paths: dict[str, str] = field(default_factory=dict)  #: Exceptions to `path`, by certificate or usage class.
-    profile: str = ""  #: A pattern for the name in the message's header (openssl 3.3 and newer).
-    profiles: dict[str, str] = field(default_factory=dict)  #: Exceptions to `profile`, by certificate or usage class.
+    paths: dict[str, str] = field(default_factory=dict)  #: Other paths, by certificate or usage class.
+    profile: str = ""  #: A pattern for the profile's name in the message header (openssl 3.3 and newer).
+    profiles: dict[str, str] = field(default_factory=dict)  #: Other profiles, by certificate or usage class.
     recipient: str = ""  #: The CA's subject, such as `/O=Corp/CN=kubernetes`.
-    reference: str = ""  #: Who we are to the server, with a shared secret.
+    reference: str = ""  #: Our name at the server, for a shared secret.
     secret: Secret | None = None  #: The shared secret.
-    client_cert: Path | None = None  #: Signs requests, in place of a shared secret; with its chain.
-    client_key: Path | None = None  #: Its key.
-    trusted_file: Path | None = None  #: CAs of the certificate that the server signs its answers with.
-    sender: str = ""  #: The only subject of that certificate that is accepted.
-    tls_ca_file: Path | None = None  #: In PEM, for the server's TLS certificate.
-    tls_client_cert: Path | None = None  #: For mutual TLS.
-    tls_client_key: Path | None = None  #: Its key.
-    #: `"cr"`: usages in a template, for a server that trusts this node as a registration authority.
+    client_cert: Path | None = None  #: A certificate with its chain that signs requests, instead of a shared secret.
+    client_key: Path | None = None  #: The key of `client_cert`.
+    trusted_file: Path | None = None  #: The CAs of the certificate that the server signs its answers with.
+    sender: str = ""  #: The subject of that certificate; any other is refused.
+    tls_ca_file: Path | None = None  #: CA certificates (PEM) for the server's TLS certificate.
+    tls_client_cert: Path | None = None  #: The client certificate for mutual TLS.
+    tls_client_key: Path | None = None  #: The key of `tls_client_cert`.
+    #: `"cr"` puts the usages into a template, for a server that trusts this node as a registration authority.
     mode: cmp_setup.Mode = "p10cr"
-    wait: timedelta = timedelta(seconds=5)  #: How long a server that says "not yet" is asked again in the same run.
-    unprotected_errors: bool = False  #: Believe errors and rejections that anybody on the way may have written.
-    openssl: str = "openssl"  #: The program; 3.0 or newer.
+    wait: timedelta = timedelta(seconds=5)  #: How long one run waits for a server that answers "not yet".
+    #: Accept errors and rejections without protection, which anyone on the network path can forge.
+    unprotected_errors: bool = False
+    openssl: str = "openssl"  #: The openssl program, 3.0 or newer.
 
     @property
     def path_pattern(self) -> str:

@@ -41,16 +41,17 @@ OPERATIONS = frozenset({"cacerts", "simpleenroll", "simplereenroll", "fullcmc", 
 class EstSettings(BackendSettings):
     """Keys of a backend of type `est`."""
 
-    url: str  #: The server's, without `/.well-known/est`; a path before that (a reverse proxy's) is kept.
-    #: A pattern, of several segments if need be: `{name}` is the certificate, `{usage}` its usage class (server,
-    #: client, peer), `{node}` the node. Without it the server's default.
+    url: str  #: The server's URL without `/.well-known/est`; a path of a reverse proxy stays in it.
+    #: A pattern: `{name}` is the certificate, `{usage}` its usage class (server, client, peer), `{node}` the node. It
+    #: may have several segments. If empty, the server's default.
     label: str = ""
-    labels: dict[str, str] = field(default_factory=dict)  #: Exceptions to `label`, by certificate or usage class.
-    ca_file: Path | None = None  #: In PEM, for the server's TLS certificate; without it the system's CAs.
-    client_cert: Path | None = None  #: An agent's, with its chain; not a certificate of the control plane.
-    client_key: Path | None = None  #: Its key.
-    username: str = ""  #: In place of a client certificate, or as well.
-    password: Secret | None = None  #: Of `username`.
+    labels: dict[str, str] = field(default_factory=dict)  #: Other labels, by certificate or usage class.
+    ca_file: Path | None = None  #: CA certificates (PEM) for the server's TLS certificate; if not set, the system's.
+    #: The client certificate of an agent, with its chain; not a certificate of the control plane.
+    client_cert: Path | None = None
+    client_key: Path | None = None  #: The key of `client_cert`.
+    username: str = ""  #: A user name, instead of a client certificate or in addition to it.
+    password: Secret | None = None  #: The password of `username`.
 
     def tls_context(self) -> ssl.SSLContext:
         """A TLS context for one thread; see `backends.http.tls_context`."""

@@ -48,8 +48,8 @@ REQUEST_MODE = 0o644
 class ExchangeSettings(BackendSettings):
     """Table `[backend.NAME]` with `type = "exchange"`."""
 
-    outbox: Path  #: Request bundles are written here.
-    inbox: Path  #: Answer bundles are looked for here, whatever they are called before `.json`.
+    outbox: Path  #: The directory for request bundles.
+    inbox: Path  #: The directory for answer bundles; any file that ends in `.json` is read.
     #: `node.desk_key`, which the bridge fills in: only answers that are signed by this key count.
     signed_by: Path | None = field(default=None, metadata={GIVEN: True})
     retry_for: timedelta = timedelta()  #: A directory that is not there now is looked for by the next run.

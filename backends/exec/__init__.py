@@ -67,13 +67,13 @@ class ExecSettings(BackendSettings):
     """Keys of a backend of type `exec`."""
 
     command: tuple[str, ...]  #: The program's path and its arguments; no shell reads them.
-    #: A pattern: `{name}` is the certificate, `{usage}` its usage class (server, client, peer), `{node}` the node. The
-    #: program has it as CERTMONGER_CA_PROFILE.
+    #: A pattern: `{name}` is the certificate, `{usage}` its usage class (server, client, peer), `{node}` the node.
+    #: The program gets it as CERTMONGER_CA_PROFILE.
     profile: str = "{usage}"
-    profiles: dict[str, str] = field(default_factory=dict)  #: Exceptions to `profile`, by certificate or usage class.
-    #: More variables for the program: places of secrets, and no secrets.
+    profiles: dict[str, str] = field(default_factory=dict)  #: Other profiles, by certificate or usage class.
+    #: Further variables for the program; they may say where a secret is, but hold none.
     environment: dict[str, str] = field(default_factory=dict)
-    user: str = ""  #: Runs the program, with this user's groups; without it who runs ca-bridge.
+    user: str = ""  #: The user (with its groups) that runs the program; if empty, the user of ca-bridge.
 
     def problems(self) -> Iterator[SettingsProblem]:
         """A program that can't be one, and variables that are ours or would hold a secret."""

@@ -79,16 +79,18 @@ class Access:
 class KubernetesSettings(BackendSettings):
     """Keys of a backend of type `kubernetes`."""
 
-    signer: str  #: `spec.signerName`; a pattern, see `Selector`.
-    signers: dict[str, str] = field(default_factory=dict)  #: Other signers, by certificate name or usage class.
-    kubeconfig: Path | None = None  #: Instead of all that follows.
-    url: str = ""  #: The API server's.
-    ca_file: Path | None = None  #: Trusted for the API server's certificate; None: the system's CAs.
-    token: Secret | None = None  #: A service account's; read again for each request.
-    client_cert: Path | None = None  #: With its chain.
-    client_key: Path | None = None  #: Of client_cert, not encrypted.
-    wait: timedelta = timedelta(seconds=5)  #: How long one run waits for an answer before it is left to the next.
-    delete: bool = True  #: Answered objects are removed, as far as the account may.
+    #: `spec.signerName`. A pattern: `{name}` is the certificate, `{usage}` its usage class (server, client, peer),
+    #: `{node}` the node.
+    signer: str
+    signers: dict[str, str] = field(default_factory=dict)  #: Other signers, by certificate or usage class.
+    kubeconfig: Path | None = None  #: A kubeconfig, instead of the following keys.
+    url: str = ""  #: The API server's URL.
+    ca_file: Path | None = None  #: CA certificates (PEM) for the API server's certificate; if not set, the system's.
+    token: Secret | None = None  #: A service account's token; read again for each request.
+    client_cert: Path | None = None  #: A client certificate with its chain.
+    client_key: Path | None = None  #: The key of `client_cert`, not encrypted.
+    wait: timedelta = timedelta(seconds=5)  #: How long one run waits for an answer; the next run goes on waiting.
+    delete: bool = True  #: Delete answered objects, if the account may do that.
 
     def private_files(self) -> Iterator[Path]:
         """A kubeconfig has a key or a token in it."""

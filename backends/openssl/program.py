@@ -171,11 +171,11 @@ class KeyFile(PrivateKey):
 class Pkcs11Settings:
     """How openssl reaches the token; the key's URI is the backend's `private_key`."""
 
-    #: What openssl reaches the token by: its engine `pkcs11`, or a provider (OpenSSL 3).
+    #: How openssl reaches the token: with the engine `pkcs11`, or with a provider (OpenSSL 3).
     method: Literal["engine", "provider"]
-    module: Path  #: The token's PKCS#11 library, as its vendor names it.
-    pin: Secret  #: Of the token's user; a token locks itself after a few wrong ones.
-    #: What the library wants, such as SOFTHSM2_CONF; it gets nothing else.
+    module: Path  #: The token's PKCS#11 library, from its vendor.
+    pin: Secret  #: The PIN of the token's user; the token locks itself after a few wrong ones.
+    #: Variables that the library needs, such as SOFTHSM2_CONF; it gets no others.
     environment: dict[str, str] = field(default_factory=dict)
 
 

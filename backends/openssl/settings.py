@@ -21,17 +21,18 @@ _FILES = {"certificate": "ca.crt", "private_key": "ca.key", "database": "index.t
 class OpensslSettings(BackendSettings):
     """Where the CA's files are: below `dir`, one by one, or as a site's openssl.cnf has them."""
 
-    dir: Path | None = None  #: Has what is not named below: `ca.crt`, `ca.key`, `index.txt` and `newcerts`.
-    certificate: Path | None = None  #: The CA's certificate, then its chain.
-    private_key: str | None = None  #: A file, or a `pkcs11:` URI.
-    database: Path | None = None  #: The index of what was signed.
-    new_certs_dir: Path | None = None  #: Where openssl puts a copy of each certificate.
-    config: Path | None = None  #: A site's openssl.cnf, from which only these four places are taken.
-    section: str | None = None  #: Of `config`; without it the one that its `default_ca` names.
-    passphrase: Secret | None = None  #: Of the CA's key.
+    #: The CA's directory, with `ca.crt`, `ca.key`, `index.txt` and `newcerts` unless other keys name them.
+    dir: Path | None = None
+    certificate: Path | None = None  #: The CA's certificate, followed by its chain.
+    private_key: str | None = None  #: The CA's key: a file, or a `pkcs11:` URI.
+    database: Path | None = None  #: The index of signed certificates.
+    new_certs_dir: Path | None = None  #: The directory where openssl puts a copy of each certificate.
+    config: Path | None = None  #: An openssl.cnf of your own; only these four places are read from it.
+    section: str | None = None  #: The section of `config`; if not set, the one that its `default_ca` names.
+    passphrase: Secret | None = None  #: The passphrase of the CA's key.
     pkcs11: Pkcs11Settings | None = None  #: For a key in a token.
-    openssl: str = "openssl"  #: The program.
-    digest: Literal["sha256", "sha384", "sha512"] = "sha256"  #: Of the signature.
+    openssl: str = "openssl"  #: The openssl program.
+    digest: Literal["sha256", "sha384", "sha512"] = "sha256"  #: The digest of the signature.
 
     def writes(self) -> Sequence[Path]:
         """Where the database and the new certificates are; a site's openssl.cnf is not read for it."""

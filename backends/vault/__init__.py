@@ -56,15 +56,15 @@ DEFAULT_ROLE, _OWN_ROLE = "kubeadm-{name}", "kubeadm-{node}-{name}"
 class VaultAuth:
     """How to get a token: the settings' table `auth`."""
 
-    #: How the node logs in; the keys below belong to one method each.
+    #: How the node logs in; each of the following keys is for certain methods only.
     method: Literal["token", "approle", "cert", "kubernetes", "jwt", "userpass"] = "token"
-    mount: str | None = None  #: Where the method is mounted; without it under its own name.
+    mount: str | None = None  #: Where the method is mounted; if not set, at its own name.
     token: Secret | None = None  #: For method `token`.
     role_id: Secret | None = None  #: For method `approle`.
     secret_id: Secret | None = None  #: For method `approle`.
-    wrapped: bool = False  #: `secret_id` is a response-wrapping token that holds the secret id.
-    role: str | None = None  #: For methods `kubernetes` and `jwt`, and by choice for `cert`.
-    #: For methods `kubernetes` and `jwt`: the token of the service account, or of whoever vouches for the node.
+    wrapped: bool = False  #: Whether `secret_id` is a response-wrapping token with the secret id.
+    role: str | None = None  #: For methods `kubernetes` and `jwt`; optional for `cert`.
+    #: For methods `kubernetes` and `jwt`: the token of the service account or of the node's identity provider.
     jwt: Secret | None = None
     username: str | None = None  #: For method `userpass`.
     password: Secret | None = None  #: For method `userpass`.
@@ -88,19 +88,20 @@ class VaultAuth:
 class VaultSettings(BackendSettings):
     """The keys of a backend of type `vault`."""
 
-    url: str  #: The server's; `https://`, or `http://` on the loopback interface.
-    namespace: str | None = None  #: Of Vault Enterprise or OpenBao.
-    mount: str = "pki"  #: Where the CA's PKI engine is; usually another one for each authority.
-    issuer: str | None = None  #: The issuer's name or id; without it the one that the role or the mount chooses.
-    ca_file: Path | None = None  #: In PEM, for the server's own certificate; without it the system's CAs.
-    client_cert: Path | None = None  #: For mutual TLS, and for method `cert`.
-    client_key: Path | None = None  #: Its key.
-    plain_http: bool = False  #: `http://` also to another machine: whoever is on the way has our token then.
-    #: A pattern, for mode `sign`: `{name}` is the certificate, `{usage}` its usage class (server, client, peer),
-    #: `{node}` the node. Without it `kubeadm-{name}`, and `kubeadm-{node}-{name}` where names differ by node.
+    url: str  #: The server's URL: `https://`, or `http://` on the loopback interface.
+    namespace: str | None = None  #: A namespace of Vault Enterprise or OpenBao.
+    mount: str = "pki"  #: Where the CA's PKI engine is mounted; usually each authority has its own.
+    issuer: str | None = None  #: The issuer's name or id; if not set, the role or the mount decides.
+    ca_file: Path | None = None  #: CA certificates (PEM) for the server's TLS certificate; if not set, the system's.
+    client_cert: Path | None = None  #: The client certificate for mutual TLS and for method `cert`.
+    client_key: Path | None = None  #: The key of `client_cert`.
+    plain_http: bool = False  #: Allow `http://` to another machine: anyone on the network path can read our token.
+    #: For mode `sign`. A pattern: `{name}` is the certificate, `{usage}` its usage class (server, client, peer),
+    #: `{node}` the node. If not set, `kubeadm-{name}`, or `kubeadm-{node}-{name}` for certificates with the node's
+    #: own names.
     role: str | None = None
-    roles: dict[str, str] = field(default_factory=dict)  #: Exceptions to `role`, by certificate or usage class.
-    #: `"sign-verbatim"` takes no role: who may call it holds, in effect, the CA's key for leaf certificates.
+    roles: dict[str, str] = field(default_factory=dict)  #: Other roles, by certificate or usage class.
+    #: `"sign-verbatim"` uses no role: a token for it can get any leaf certificate from the CA.
     mode: Literal["sign", "sign-verbatim"] = "sign"
     auth: VaultAuth = field(default_factory=VaultAuth)
 

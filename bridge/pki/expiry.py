@@ -145,7 +145,7 @@ class Before:
 
     @classmethod
     def from_setting(cls, value: object) -> Before:
-        """A value such as `"30d"` or `"33%"`; the text of a ValueError is what was wanted."""
+        """Such as `"30d"` or `"33%"`."""
         wanted = 'a duration such as "30d", or a share of the lifetime such as "33%"'
         if not isinstance(value, str):
             raise ValueError(wanted)  # noqa: TRY004 (the settings' way to say what was wanted)

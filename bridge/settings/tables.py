@@ -32,12 +32,7 @@ class Zone:
 
     @classmethod
     def from_setting(cls, value: object) -> Zone:
-        """
-        Such as `"Europe/Berlin"`.
-
-        Raises:
-            ValueError: Its text is what was wanted.
-        """
+        """Such as `"Europe/Berlin"`."""
         if not isinstance(value, str) or (value and _named_zone(value) is None):
             raise ValueError(_WANTED_ZONE)
         return cls(value)
@@ -118,20 +113,25 @@ class Version:
 class NodeSettings:
     """Table `[node]`."""
 
-    pki_dir: Path = Path("/etc/kubernetes/pki")  #: Where kubeadm keeps certificates and keys.
-    kubeconfig_dir: Path = Path("/etc/kubernetes")  #: Where kubeadm keeps its kubeconfigs.
-    state_dir: Path = Path("/var/lib/ca-bridge")  #: Backups (they hold keys), journal, lock, audit log; root's alone.
-    kubelet_dir: Path = Path("/var/lib/kubelet")  #: The kubelet's configuration, and below `pki` its certificates.
-    #: Of the API server, where the image tags of the static pods don't tell it.
+    pki_dir: Path = Path("/etc/kubernetes/pki")  #: kubeadm's directory of certificates and keys.
+    kubeconfig_dir: Path = Path("/etc/kubernetes")  #: kubeadm's directory of kubeconfigs.
+    #: Backups (with keys), journal, lock and audit log; only root can read it.
+    state_dir: Path = Path("/var/lib/ca-bridge")
+    #: The kubelet's directory: its configuration, and its certificates below `pki`.
+    kubelet_dir: Path = Path("/var/lib/kubelet")
+    #: The API server's version, if the image tags of the static pods don't show it.
     kubernetes_version: Version | None = None
-    #: The node's name in the cluster; without it what its certificates say, or else the host's in small letters.
+    #: The node's name in the cluster. If empty, it comes from the node's certificates, or else from the host name in
+    #: lower case.
     name: str = ""
-    #: For people, and for the policy of a CA desk: kubeadm's clusterName, or what you call the cluster.
+    #: kubeadm's clusterName, or your own name for the cluster; people and a CA desk's policy read it.
     cluster: str = DEFAULT_CLUSTER
 
-    #: A certificate or public key in PEM: answer bundles count only with a signature by this key of the desk.
+    #: The CA desk's certificate or public key in PEM. If set, only answer bundles that are signed with this key are
+    #: accepted.
     desk_key: Path | None = None
-    #: The same, of the administrator who signs orders (`bootstrap orders --sign-with`): no other order counts.
+    #: The certificate or public key of the administrator who signs orders (`bootstrap orders --sign-with`). If set,
+    #: only orders that are signed with this key are accepted.
     order_key: Path | None = None
 
     @property
@@ -144,21 +144,23 @@ class NodeSettings:
 class RenewalSettings:
     """Table `[renewal]`."""
 
-    #: A certificate is due when less than this is left; a share counts from its whole lifetime.
+    #: A certificate is due when less than this is left; a percentage is of its whole lifetime.
     before: Before = Before(remaining=timedelta(days=30))  # noqa: RUF009 (frozen)
-    validity: timedelta = timedelta(days=365)  #: What is asked for; a CA may give less.
-    min_validity: timedelta = timedelta(days=7)  #: An answer that is shorter than this is refused.
-    #: What becomes of an answer that ends before the certificate that it replaces.
+    validity: timedelta = timedelta(days=365)  #: The lifetime that the CA is asked for; the CA may give less.
+    min_validity: timedelta = timedelta(days=7)  #: A new certificate with a shorter lifetime is refused.
+    #: Whether a new certificate may end before the one that it replaces.
     shorter: Literal["refuse", "allow"] = "refuse"
-    key: KeyAlgorithm | Literal["same"] = "same"  #: Of each new key; `"same"` is the kind and size of the old one.
-    #: When `renew` without names may act; no window counts when a certificate would expire before two more windows are
-    #: over.
+    #: The type of each new key; `"same"` keeps the type and size of the old one.
+    key: KeyAlgorithm | Literal["same"] = "same"
+    #: When `renew` without names may act. It also acts outside a window if a certificate would expire before the next
+    #: two windows are over.
     window: Windows = field(default_factory=Windows)
-    window_zone: Zone = field(default_factory=Zone)  #: The time zone of `window`; without it the machine's own.
-    jitter: Jitter = field(default_factory=Jitter)  #: A run without a terminal waits at random for less than this.
-    #: `"superseded"`: the CA revokes what was replaced, where its backend can.
+    window_zone: Zone = field(default_factory=Zone)  #: The time zone of `window`; if empty, the machine's.
+    #: A run without a terminal first waits for a random time below this.
+    jitter: Jitter = field(default_factory=Jitter)
+    #: With `"superseded"` the CA revokes each replaced certificate, if the backend supports that.
     revoke: Literal["never", "superseded"] = "never"
-    #: How long after the installation, at the earliest; time enough to go back.
+    #: How long after the installation a replaced certificate is revoked; until then you can still go back to it.
     revoke_after: timedelta = timedelta(days=1)
 
     def problems(self) -> Iterator[SettingsProblem]:
@@ -196,21 +198,21 @@ class Components:
 class RestartSettings:
     """Table `[restart]`."""
 
-    #: `"none"`: ca-bridge says what to restart; `"static-pods"`: it moves manifests away and back; `"command"`: it
-    #: runs `commands`.
+    #: How components are restarted. `"none"`: ca-bridge only lists them; `"static-pods"`: it moves their manifests
+    #: away and back; `"command"`: it runs `commands`.
     method: Literal["none", "static-pods", "command"] = "none"
-    #: What is restarted after a renewal: what still runs on an old certificate, every user of a new one, or those of a
-    #: list.
+    #: What to restart after a renewal: components that still run on an old certificate, every component that uses a
+    #: new one, or those in the list.
     components: Components = Components("needed")
-    #: By component; with `"static-pods"` the kubelet's counts, too.
+    #: The restart command of each component; with `"static-pods"` the kubelet's is used as well.
     commands: dict[str, str] = field(default_factory=dict)
-    #: For a component to end, for it to come back, and for a command; a kubelet may hold back for 5 minutes what has
-    #: crashed.
+    #: The limit for a component to stop, for it to start again, and for a command. A kubelet may wait 5 minutes
+    #: before it restarts a crashed container.
     timeout: timedelta = timedelta(minutes=6)
-    min_interval: timedelta = timedelta(minutes=10)  #: Between two restarts of the same component.
-    #: When the control plane does not work with the new certificates.
+    min_interval: timedelta = timedelta(minutes=10)  #: The shortest time between two restarts of the same component.
+    #: What to do if the control plane does not work with the new certificates.
     on_failure: Literal["rollback", "keep"] = "rollback"
-    prove_for: timedelta = timedelta(minutes=1)  #: How long the proof that everything works may take.
+    prove_for: timedelta = timedelta(minutes=1)  #: The limit for the proof that everything works.
 
     def problems(self) -> Iterator[SettingsProblem]:
         """Commands of nobody, without words, or missing."""
@@ -254,12 +256,13 @@ class Commands:
 class HookSettings:
     """Table `[hooks]`; see `hooks`."""
 
-    timeout: timedelta = timedelta(minutes=1)  #: For each command; then it is killed with all that it started.
-    #: Before a CA is asked; its failure stops the renewal, and exit status 75 means "not now".
+    #: The limit for each command; after it the command and all its child processes are killed.
+    timeout: timedelta = timedelta(minutes=1)
+    #: Runs before a CA is asked. If it fails, the renewal stops; exit status 75 means "not now".
     before: Commands = Commands()
-    after_install: Commands = Commands()  #: When new files are in place.
-    success: Commands = Commands()  #: When everything works on the new certificates.
-    failure: Commands = Commands()  #: When something was not renewed, or does not run on the new certificates.
+    after_install: Commands = Commands()  #: Runs when new files are in place.
+    success: Commands = Commands()  #: Runs when everything works with the new certificates.
+    failure: Commands = Commands()  #: Runs when a certificate was not renewed, or a component does not work with it.
 
 
 def _words(command: str) -> list[str]:
@@ -281,15 +284,16 @@ _SHORTEST_LEASE, _LONGEST_LEASE = timedelta(seconds=15), timedelta(hours=1)
 class ClusterSettings:
     """Table `[cluster]`: the other control-plane nodes, before a component is restarted; see `bridge.control_plane.neighbours`."""
 
-    #: When another node's etcd member or API server is not well: wait for it, then refuse; refuse at once; don't look.
+    #: If another node's etcd member or API server is unhealthy: wait for it and then refuse, refuse at once, or don't
+    #: check.
     neighbours: Literal["wait", "refuse", "ignore"] = "wait"
-    neighbour_wait: timedelta = timedelta(minutes=5)  #: How long to wait for it.
-    lease: bool = True  #: One node after the other, by a lease in kube-system.
-    lease_name: str = "ca-bridge"  #: The lease's name.
-    #: After this time others may take the lease of a node that died; more than a restart of etcd or an API server
-    #: takes.
+    neighbour_wait: timedelta = timedelta(minutes=5)  #: How long to wait for an unhealthy node.
+    lease: bool = True  #: Restart one node at a time, with a lease in kube-system.
+    lease_name: str = "ca-bridge"  #: The name of that lease.
+    #: After this time other nodes may take the lease of a node that died; it must be longer than a restart of etcd or
+    #: an API server takes.
     lease_duration: timedelta = timedelta(minutes=2)
-    lease_wait: timedelta = timedelta(minutes=15)  #: How long to wait for the node that holds it.
+    lease_wait: timedelta = timedelta(minutes=15)  #: How long to wait for the node that holds the lease.
 
     def problems(self) -> Iterator[SettingsProblem]:
         """Settings that the API or the clock would not take."""
@@ -326,10 +330,11 @@ _SIZE_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 class AuditSettings:
     """Table `[audit]`."""
 
-    rotate_at: Size = Size(10 << 20)  #: A larger `audit.jsonl` is kept as `audit-NUMBER.jsonl`.
-    #: How large all files of the log may become together: beyond that the oldest are deleted. Without it all are kept.
+    #: When `audit.jsonl` is larger than this, it is renamed to `audit-NUMBER.jsonl`.
+    rotate_at: Size = Size(10 << 20)
+    #: The limit for all files of the log together; above it the oldest are deleted. If not set, all are kept.
     keep_total: Size | None = None
-    syslog: bool = False  #: A copy of each line to /dev/log, which journald reads, too.
+    syslog: bool = False  #: Also send each line to /dev/log, where journald reads it.
 
     def problems(self) -> Iterator[SettingsProblem]:
         """A file is complete before it is deleted."""
@@ -364,14 +369,15 @@ def _is_odd(path: Path) -> bool:
 class CopiesSettings:
     """Table `[copies]`; see `bridge.state.copies`."""
 
-    files: Paths = Paths()  #: Kubeconfigs with the client certificate of one of the node's own; refreshed with it.
+    #: Copies of this node's kubeconfigs; each is updated when the certificate in it is renewed.
+    files: Paths = Paths()
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsSettings:
     """Table `[metrics]`; see `bridge.monitoring`."""
 
-    file: Path | None = None  #: For node_exporter's textfile collector, which reads names that end with .prom.
+    file: Path | None = None  #: A file for node_exporter's textfile collector, which reads files that end in .prom.
 
     def problems(self) -> Iterator[SettingsProblem]:
         """Settings with which the collector would not read the file."""
@@ -383,11 +389,13 @@ class MetricsSettings:
 class UserSettings:
     """Table `[users]`: what `kubeconfig user` may have signed; see `bridge.users.issue`."""
 
-    validity: timedelta = timedelta(hours=8)  #: What is asked for, unless the command says otherwise.
-    max_validity: timedelta = timedelta(hours=24)  #: The most that the command may ask for, and that a CA may give.
-    groups: tuple[str, ...] = ("*",)  #: Groups that may be asked for, `*` and `?` as in a shell.
-    #: Names and groups that are Kubernetes' or kubeadm's own (`system:…`, `kubeadm:…`), and are refused unless they are
-    #: here.
+    #: The lifetime that the CA is asked for, unless the command names another.
+    validity: timedelta = timedelta(hours=8)
+    #: The longest lifetime that the command may ask for and that a CA may give.
+    max_validity: timedelta = timedelta(hours=24)
+    groups: tuple[str, ...] = ("*",)  #: Groups that may be requested, with `*` and `?` as in a shell.
+    #: Names and groups of Kubernetes and kubeadm (`system:…`, `kubeadm:…`) that may be requested; all others of these
+    #: are refused.
     allow: tuple[str, ...] = ()
 
     def problems(self) -> Iterator[SettingsProblem]:
@@ -400,10 +408,11 @@ class UserSettings:
 class BackupSettings:
     """Table `[backups]`; see `backups.retire`."""
 
-    #: Backups beyond this number are deleted after an installation, but never the newest, nor the newest that could be
-    #: put back.
+    #: How many backups to keep. After an installation the oldest above this number are deleted, but never the newest
+    #: one nor the newest that can be restored.
     keep: int = 10
-    keep_for: timedelta = timedelta(days=400)  #: So are older ones; longer than a certificate lives, usually.
+    #: Backups that are older than this are deleted as well; usually longer than a certificate's lifetime.
+    keep_for: timedelta = timedelta(days=400)
 
     def problems(self) -> Iterator[SettingsProblem]:
         """The newest is always kept."""
@@ -416,9 +425,11 @@ class AuthoritySettings:
     """Table `[authority.NAME]`; its other keys go to the backend."""
 
     backend: str  #: The name of a `[backend.NAME]` table.
-    #: Subject attributes that this CA adds to every certificate, such as `"OU=Platform"`; CN and O can't be excepted.
+    #: Subject attributes that this CA adds to every certificate, such as `"OU=Platform"`; CN and O are never allowed
+    #: here.
     allow_extra_subject: tuple[str, ...] = ()
-    #: For `renew --rehearse`: another `backend`, another `anchor`, or keys of the backend that count more, such as `role`.
+    #: For `renew --rehearse`: another `backend`, another `anchor` (a file with CA certificates), or other values for
+    #: the backend's keys, such as `role`.
     rehearsal: dict[str, str] = field(default_factory=dict)
 
     def problems(self) -> Iterator[SettingsProblem]:
@@ -453,7 +464,8 @@ EXTRA_SUBJECT_OIDS = {
 class CertificateSettings:
     """Table `[certificate.NAME]`: what is asked for one certificate, whatever the live one has."""
 
-    #: Names and addresses of a kubelet's serving certificate; with it one that is not of the cluster's CA is replaced.
+    #: The DNS names and IP addresses of the kubelet's serving certificate. If set, a serving certificate that the
+    #: cluster's CA did not sign is replaced as well.
     sans: tuple[str, ...] = ()
 
     def problems(self) -> Iterator[SettingsProblem]:
@@ -497,27 +509,32 @@ _MOST_THREADS = 64
 class GatewaySettings:
     """Table `[gateway]`."""
 
-    policy: Path = Path("/etc/ca-bridge/gateway-policy.toml")  #: Who may have what: a desk's policy with signers.
-    inventory: Path = Path("/etc/ca-bridge/inventory.toml")  #: The nodes, and their names and addresses.
-    #: A program that is asked with a node's name, and nothing else, for one that the inventory does not have.
+    #: The policy: who may get which certificate; a desk's policy with `[signer]` tables.
+    policy: Path = Path("/etc/ca-bridge/gateway-policy.toml")
+    inventory: Path = Path("/etc/ca-bridge/inventory.toml")  #: The nodes, with their names and addresses.
+    #: A program that looks up a node that is not in the inventory; its only argument is the node's name.
     inventory_command: Path | None = None
-    reverse_dns: bool = False  #: An address that leads to the node's name and back is the node's, too.
-    kubeconfig: Path | None = None  #: How the API server is reached; without one by the service account of the pod.
-    state_dir: Path | None = None  #: For the audit log and tickets; without one `gateway` below `node.state_dir`.
-    listen: str = "127.0.0.1:9880"  #: Address and port of `/metrics`, `/healthz` and `/readyz`.
-    serve_status: bool = True  #: Whether there are these pages.
-    lease: bool = True  #: One of several replicas works; without it there must be only one.
-    lease_namespace: str = "kube-system"  #: Where the lease is.
-    lease_name: str = "ca-bridge-gateway"  #: What the lease is called.
-    lease_duration: timedelta = timedelta(seconds=10)  #: After which another replica takes a lease over.
-    identity: str = ""  #: In the lease, before a random part; without one the host's name.
-    concurrency: int = 32  #: Requests that are answered at the same time.
-    #: New requests a minute by one user; those for a node of the inventory that may be signed have `node_rate` alone.
+    #: Also accept an address if DNS leads from it to the node's name and from the name back to it.
+    reverse_dns: bool = False
+    kubeconfig: Path | None = None  #: How to reach the API server; if not set, the pod's service account is used.
+    #: The directory of the audit log and the requests that wait for a CA; if not set, `gateway` below
+    #: `node.state_dir`.
+    state_dir: Path | None = None
+    listen: str = "127.0.0.1:9880"  #: The address and port of `/metrics`, `/healthz` and `/readyz`.
+    serve_status: bool = True  #: Whether to serve these pages.
+    lease: bool = True  #: Let one of several replicas work at a time. Without it, run only one.
+    lease_namespace: str = "kube-system"  #: The lease's namespace.
+    lease_name: str = "ca-bridge-gateway"  #: The lease's name.
+    lease_duration: timedelta = timedelta(seconds=10)  #: After this time another replica takes the lease over.
+    identity: str = ""  #: The replica's name in the lease, before a random part; if empty, the host name.
+    concurrency: int = 32  #: How many requests are processed at the same time.
+    #: New requests a minute from one user. For a node of the inventory whose request is allowed, only `node_rate`
+    #: counts.
     requester_rate: int = 120
-    node_rate: int = 12  #: New requests a minute by one user for one node's name.
-    collect_every: timedelta = timedelta(seconds=30)  #: How often a CA that answers later is asked.
-    pending_for: timedelta = timedelta(hours=24)  #: After which a request that the CA has not answered fails.
-    min_validity: timedelta = timedelta(minutes=5)  #: Certificates that end sooner are not written.
+    node_rate: int = 12  #: New requests a minute from one user for one node.
+    collect_every: timedelta = timedelta(seconds=30)  #: How often a CA is asked whether it has answered.
+    pending_for: timedelta = timedelta(hours=24)  #: A request that the CA has not answered after this time fails.
+    min_validity: timedelta = timedelta(minutes=5)  #: A certificate that ends sooner than this is not issued.
 
     def problems(self) -> Iterator[SettingsProblem]:
         """Settings that the API, the clock or this machine would not take."""

@@ -79,12 +79,7 @@ class Windows:
 
     @classmethod
     def from_setting(cls, value: object) -> Windows:
-        """
-        A time such as `"Sat-Sun 02:00-06:00"` (see `Window.parse`), or a list of them.
-
-        Raises:
-            ValueError: Its text is what was wanted.
-        """
+        """A time such as `"Sat-Sun 02:00-06:00"`, or a list of them."""
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list):
             raise ValueError(_WANTED)  # noqa: TRY004 (the settings' way to say what was wanted)

@@ -53,9 +53,7 @@ def takes(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return ", ".join(f"`{json.dumps(one)}`" for one in get_args(kind))
     if hasattr(kind, "from_setting"):
-        sentence = (
-            (inspect.getdoc(kind.from_setting) or "").split("\n\n")[0].rstrip(".").replace(" (see `Window.parse`)", "")
-        )
+        sentence = (inspect.getdoc(kind.from_setting) or "").rstrip(".")
         return f"{sentence[0].lower()}{sentence[1:]}"
     if isinstance(kind, type) and issubclass(kind, StrEnum):
         return ", ".join(f"`{json.dumps(str(one))}`" for one in kind)
@@ -73,6 +71,8 @@ def default(field: dataclasses.Field[Any]) -> str:
         return f"`{json.dumps(value)}`"
     if dataclasses.is_dataclass(value) and not isinstance(value, type) and not any(dataclasses.astuple(value)):
         return "none"  # and not what it becomes on this machine
+    if isinstance(value, tuple) and value:
+        return f"`{json.dumps(value)}`"
     text = duration_text(value) if isinstance(value, timedelta) else str(value or "")
     return f"`{json.dumps(text)}`" if text else "none"
 
@@ -136,11 +136,11 @@ A secret is never a value in the file: `KEY_file` names a file with it, `KEY_env
 
 _AUTHORITY = """\
 One table for each of `ca`, `etcd-ca` and `front-proxy-ca`.
-Its other keys go to the backend, over those of the backend's own table."""
+Its further keys are the backend's; they override the keys of the backend's own table."""
 
 _CERTIFICATE = """\
-Every other certificate gets the names of the one that it replaces."""
+Only this certificate's names can be set; each other one keeps the names of the certificate that it replaces."""
 
 _BACKEND = """\
-One table for each CA service, under any name; `type` says which kind it is.
-Every kind has these keys besides its own."""
+One table for each CA service, with a name of your choice; `type` is its kind.
+These keys are for every kind."""
