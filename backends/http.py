@@ -1,8 +1,4 @@
-"""
-HTTP as every backend wants it: limits of time and size, one TLS context, nothing of the environment's, one error ladder.
-
-No rules of any CA are here: each gives its own text to `Wording`.
-"""
+"""HTTP for all backends: limits of time and size, one TLS context, no environment variables, one mapping of errors."""
 
 from __future__ import annotations
 
@@ -61,9 +57,9 @@ class Wording:
 
 class Http(BaseAdapter):
     """
-    The way to one CA's server, for several threads, over connections that are kept; below a session of `requests`, too.
+    One CA's server over kept connections, from several threads; a session of `requests` uses it, too.
 
-    Only this server is asked, whatever URL a request has. No request is repeated, no redirect followed.
+    Every request goes to this server, whatever its URL is. Nothing is repeated, and no redirect is followed.
     """
 
     def __init__(self, wording: Wording, url: str, timeout: timedelta, tls: Callable[[], ssl.SSLContext]) -> None:
@@ -81,20 +77,15 @@ class Http(BaseAdapter):
 
     def ask(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None) -> Answer:
         """
-        Send one request, without the time that `requests` takes for it; any status is an answer.
+        Send one request without the overhead of `requests`; any status is an answer.
 
-        Raises:
-            BackendRefusedError: TLS failed, the answer is too long, or the request can't be made.
-            BackendUnavailableError: No answer in time.
+        BackendRefusedError: TLS failed, the answer is too long, or the request can't be sent. BackendUnavailableError:
+        no answer in time.
         """
         return self._asked(f"{method} {url}", lambda: self._exchange(method, _target(url), headers, body))
 
     def request(self, method: str, url: str, where: str = "", **options: Any) -> Answer:
-        """
-        Send one request, as `ask`; messages name `where`, or else the URL.
-
-        Options are those of `requests.Session.request`, such as `json`, `data`, `headers` and `auth`.
-        """
+        """Send one request with options of `requests.Session.request`; errors as for `ask`, messages name `where`."""
         return self.call(where or url, lambda: self.session.request(method, url, allow_redirects=False, **options))
 
     def call(self, where: str, send: Callable[[], requests.Response]) -> Answer:
@@ -239,9 +230,9 @@ def url_problems(
     url: str, wanted: str = "https://HOST[:PORT]", *, suffix: str = "", plain_http: bool | None = None, risk: str = ""
 ) -> Iterator[SettingsProblem]:
     """
-    What is wrong with a server's URL; `suffix` is what the backend appends, which is not to be in the path.
+    What is wrong with a server's URL; `suffix` is what the backend appends to it.
 
-    `plain_http` says whether `http:` may lead to another machine, at a risk; None: no `http:` at all.
+    `plain_http` says whether `http:` may lead to another machine, at the `risk`; None: no `http:` at all.
     """
     try:
         parts = urlsplit(url)
@@ -278,12 +269,10 @@ def common_name(client_cert: Path) -> str:
 
 def tls_context(ca_file: Path | None, client_cert: Path | None, client_key: Path | None) -> ssl.SSLContext:
     """
-    TLS 1.2 at least, the server's name and chain checked, our certificate shown if there is one.
+    TLS 1.2 or newer; the server's name and chain are checked, and our certificate is shown if there is one.
 
-    Without a CA file the system's CAs are trusted, and not those that requests carries along.
-
-    Raises:
-        SettingsError: A file can't be used; all of them are named.
+    Without a CA file the system's CAs are trusted, not those of `requests`. A SettingsError names all files that can't
+    be used.
     """
     # not create_default_context, which would obey SSLKEYLOGFILE
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -323,10 +312,9 @@ def context_of(trust_pem: bytes, certificate_pem: bytes | None, key_pem: bytes |
 
 def load_system_cas(context: ssl.SSLContext) -> None:
     """
-    Trust the system's CAs: those of the places that OpenSSL was built with.
+    Trust the system's CAs, at the places that OpenSSL was built with.
 
-    Not `load_default_certs`, where SSL_CERT_FILE and SSL_CERT_DIR come first: the environment has no say in whom a
-    token is sent to.
+    `load_default_certs` would prefer SSL_CERT_FILE and SSL_CERT_DIR; the environment must not decide who gets a token.
     """
     built_in = ssl.get_default_verify_paths()
     file, directory = Path(built_in.openssl_cafile), Path(built_in.openssl_capath)

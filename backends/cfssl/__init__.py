@@ -1,9 +1,9 @@
 """
-CloudFlare's cfssl as a CA: `cfssl serve`, one process a CA, or `multirootca`, one process for all of them.
+CloudFlare's cfssl as a CA: `cfssl serve` (a process for each CA) or `multirootca` (one process for several).
 
-A request holds the CSR and a profile's name, never names or dates of its own: so the CSR's subject and SANs are
-copied, and usages and validity are those that the profile gives.
-The API is doc/api/ of https://github.com/cloudflare/cfssl; what it leaves out was measured with version 1.6.5.
+A request holds the CSR and a profile's name, so the server copies the CSR's subject and SANs, and the profile decides
+usages and validity. The API is doc/api/ of https://github.com/cloudflare/cfssl; the rest was measured with version
+1.6.5.
 """
 
 from __future__ import annotations
@@ -151,12 +151,7 @@ class CfsslBackend:
         return cls(settings)
 
     def sign(self, request: SignRequest) -> Issued:
-        """
-        Have the server sign one CSR; see `bridge.contract.Backend`.
-
-        The validity is the profile's: no request to cfssl can ask for one, and a multirootca that lets it is not
-        asked either.
-        """
+        """Have the server sign one CSR (`bridge.contract.Backend`); the profile decides the validity."""
         intermediates = self._known_intermediates()
         profile = self._profile(request.spec)
         # text around the block may be in any encoding
@@ -167,10 +162,10 @@ class CfsslBackend:
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
         """
-        Ask what each profile gives, and whether the server would let us in; no certificate is made.
+        Ask for each profile's usages, and whether the server accepts us; no certificate is made.
 
-        A misspelt profile is found by its usages, since the server answers with those of its default profile.
-        Where these are right as well nothing tells the two apart, and the certificates will be right too.
+        For an unknown profile the server answers with its default one, whose wrong usages show it; right ones do no
+        harm.
         """
         offer = functools.cache(self._offer)
         no_entry = functools.cache(self._no_entry)
@@ -212,8 +207,8 @@ class CfsslBackend:
         """
         Have the server's database mark a certificate of its own.
 
-        The server needs a database, and has to have `revoke` enabled, which asks for no key: everybody who reaches
-        the server may revoke.
+        The server needs a database and an enabled `revoke`, which asks for no key: anyone who reaches the server may
+        revoke.
         """
         try:
             known = certificate.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
@@ -323,11 +318,7 @@ def _go_duration(text: str) -> timedelta | None:
 def _usage_violations(
     spec: CertificateSpec, profile: str, offer: _Offer, default: Callable[[], _Offer]
 ) -> list[Violation]:
-    """
-    The profile gives kubeadm's key usages and exactly the spec's EKUs.
-
-    `default` is what the server says of a profile that it can't have.
-    """
+    """Check for kubeadm's key usages and exactly the spec's EKUs; `default` is the answer for an unknown profile."""
     names = {EKU.SERVER_AUTH: "server auth", EKU.CLIENT_AUTH: "client auth"}
     want = {"digital signature", "key encipherment"} | {names[eku] for eku in spec.ekus}
     if offer.usages == want:
@@ -428,9 +419,9 @@ _PLAIN = frozenset({"404 page not found", "Invalid CN", "Client sent an HTTP req
 
 def _parse(answer: Answer, sent: Mapping[str, str]) -> _Reply:
     """
-    Read status and envelope; the Content-Type says nothing (errors are labelled text/plain).
+    Read status and envelope; the Content-Type is wrong (errors are labelled text/plain).
 
-    Should the answer quote the request that was sent, we do not: anyone could send it again.
+    A request that the answer quotes is not shown, since anyone could send it again.
     """
     later = retry_after_seconds(answer, datetime.now(UTC))
     try:

@@ -1,9 +1,9 @@
 """
 What the administrator of a cfssl server needs: a signing configuration for exactly one node's certificates.
 
-A profile a usage class, each with an HMAC key of its own, and a default profile that gives nothing.
-No setting of cfssl can limit O or, in a profile with SANs, IP addresses: with the `client` key of the cluster's
-CA anybody can be `system:masters`, so that key is to be guarded like the CA's own.
+Each usage class has a profile with its own HMAC key, and the default profile gives nothing. cfssl can't limit O or, in
+a profile with SANs, IP addresses: with the `client` key of the cluster's CA anyone can become `system:masters`, so that
+key needs the protection of a CA key.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def signing_config(
     directory: PurePath = DIRECTORY,
 ) -> dict[str, object]:
     """
-    The content of cfssl's `-config` file, for those of the live certificates that are this authority's.
+    cfssl's `-config` file for those of the live certificates that are this authority's.
 
-    The validity counts in whole minutes; the HMAC keys are in `keys` below the directory. A ValueError: none of the
-    certificates is this authority's.
+    Validity is in whole minutes; the HMAC keys are in `keys` below the directory. ValueError: no certificate is this
+    authority's.
     """
     ours = _ours(authority, certificates)
     usages = sorted({spec.usage for spec in ours})
@@ -77,11 +77,7 @@ def text(
     validity: timedelta,
     directory: PurePath = DIRECTORY,
 ) -> str:
-    """
-    A shell script for the server: signing configuration, HMAC keys, command line; and the node's settings.
-
-    The directory also holds the CA, and the files for TLS that the text names; else as `signing_config`.
-    """
+    """A shell script for the server: signing configuration, HMAC keys and command line, then the node's settings."""
     ours = _ours(authority, certificates)
     usages = sorted({spec.usage for spec in ours})
     config = escaped(

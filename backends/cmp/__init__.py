@@ -1,9 +1,9 @@
 """
-A CA behind a CMP server (RFC 9810, RFC 9483), asked by the `openssl cmp` command, 3.0 or newer.
+A CA behind a CMP server (RFC 9810, RFC 9483), asked with `openssl cmp` 3.0 or newer.
 
-In mode `p10cr` the CSR goes as it is, and the server gives the usages that belong to the path or profile; in mode `cr` a
-server that trusts us as an RA gets subject, SANs and our own usages in a template, and our word for the proof of
-possession. Answers are protected like the requests, by the shared secret or by signatures, whatever carries them.
+In mode `p10cr` the CSR is sent as it is, and the path or profile decides the usages. In mode `cr` a server that trusts
+us as an RA gets subject, SANs and usages in a template, and we vouch for the proof of possession. Requests and answers
+are protected by the shared secret or by signatures, over any transport.
 """
 
 from __future__ import annotations
@@ -212,10 +212,10 @@ class CmpBackend:
 
     def sign(self, request: SignRequest) -> Issued | Pending:
         """
-        Have the server sign one CSR; see `bridge.contract.Backend`.
+        Have the server sign one CSR (`bridge.contract.Backend`).
 
-        The validity is the profile's, but for mode `cr`, which asks for it. With our confirmation, if the server wants
-        one, the certificate is ours; whether it is what was asked for is looked at by the bridge.
+        Only mode `cr` asks for a validity. A certificate that the server wants confirmed is confirmed before the bridge
+        checks it.
         """
         ran = self._enrol(request, {})
         if ran.code == 0:
@@ -226,11 +226,7 @@ class CmpBackend:
         raise failure(log, self._url(request.spec))
 
     def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
-        """
-        Go on with the transaction that `sign` began, in this process; the request itself is not sent again.
-
-        What nobody vouches for does not end the waiting: only the server's own verdict does.
-        """
+        """Continue the transaction that `sign` began in this process; only the server's protected verdict ends it."""
         waiting = _answer_of(reference)
         ran = self._enrol(request, {_WAITING: waiting})
         if ran.code == 0:
@@ -249,10 +245,10 @@ class CmpBackend:
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
         """
-        Send a general message to each path: the server is there, and protections are right on both sides.
+        Send a general message to each path: is the server there, and does the protection fit on both sides?
 
-        What usages a path or profile gives no server tells. A server that knows no general messages says so in a
-        message that is protected as it should be, which is all that was to be found out.
+        No server tells a profile's usages. A server without general messages says so in a protected message, which is
+        enough.
         """
         greet = functools.cache(self._greet)
         found = {spec.name: greet(self._url(spec), self._profile(spec)) for spec in specs}

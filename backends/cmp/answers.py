@@ -1,9 +1,9 @@
 """
-What an answer of a CMP server means, and what `openssl cmp` says of it: pure rules.
+What a CMP server's answer means, by what `openssl cmp` prints (pure).
 
-The program ends with 0 or 1 and nothing between, so what happened is in its messages. Each text that a rule looks for
-was measured with 3.0.19 and 3.5.9. What the server wrote stands among them, and is quoted as data: who may write it can
-choose between "refused" and "unavailable", and no more.
+The program only ends with 0 or 1, so its messages decide; each text was measured with 3.0.19 and 3.5.9. The server's
+own words are quoted among them as data: whoever writes them can choose between "refused" and "unavailable", and nothing
+else.
 """
 
 from __future__ import annotations

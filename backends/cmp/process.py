@@ -1,8 +1,4 @@
-"""
-One run of the `openssl cmp` program: the secret in by a pipe, the CA's answers out by files.
-
-What the program does was measured with 3.0.19 and 3.5.9; nothing here judges an answer.
-"""
+"""One run of `openssl cmp` (measured with 3.0.19 and 3.5.9): the secret goes in by a pipe, answers come in files."""
 
 from __future__ import annotations
 
@@ -72,16 +68,11 @@ class Program:
 
     def run(self, words: Sequence[str], given: Mapping[str, bytes], secret: bytes | None = None) -> Ran:
         """
-        Run `openssl cmp` in a directory of its own, which is gone afterwards.
+        Run `openssl cmp` in a temporary directory.
 
-        Args:
-            words: Its arguments, without those for time, secret and output.
-            given: Files that the arguments name, without a secret in them.
-            secret: Without line ends; it is in no file, no environment and no process list.
-
-        Raises:
-            BackendRefusedError: There is no such program.
-            BackendUnavailableError: It did not end in time, or was killed by someone; or the disk is full.
+        `words` are its arguments without those for time, secret and output; `given` are files without secrets; `secret`
+        is in no file, environment or process list. BackendRefusedError: no such program; BackendUnavailableError: it
+        ran into the time limit, was killed, or the disk is full.
         """
         seconds, wait = _whole_seconds(self.timeout), _whole_seconds(self.wait)
         # An answer that comes after the total is thrown away, issued or not: so it is beyond all that is wanted.
@@ -169,11 +160,11 @@ class _Watch:
 
     def is_enough(self, seconds: float) -> bool:
         """
-        Whether it now sleeps for longer than we wait, so that nothing is lost when it is stopped.
+        Whether it now sleeps for longer than we wait, so that stopping it loses nothing.
 
-        Each answer is judged once, when it is new: later the program may be asking again, and stopping it then may
-        lose a certificate. It has a moment to find that the answer is nobody's, and end by itself. Where the CA wants to
-        be asked again at once, it goes on to its own limit.
+        Each answer is judged once, when it is new: later the program may be asking again, and stopping it could lose a
+        certificate. It gets a moment to reject an answer and end by itself. If the CA wants to be asked again at once,
+        it runs to its own limit.
         """
         if self._enough_at is not None:
             return seconds >= self._enough_at

@@ -1,8 +1,4 @@
-"""
-What the administrator of a CMP server needs: profiles, names and a client for exactly one node's certificates.
-
-Each product has its own words and screens for that, so it is a text to be read, and no script.
-"""
+"""A page for the administrator of a CMP server: profiles, names and a client for one node's certificates."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
 """
-EST as a way to a CA: "Enrollment over Secure Transport" (RFC 7030, RFC 8951), by HTTPS requests.
+EST, "Enrollment over Secure Transport" (RFC 7030, RFC 8951), over HTTPS.
 
-A request holds the CSR and nothing else: what a certificate will be good for is decided by the *label* in the URL, by
-who asks, or by the server's one default. So each usage class has a label, and what comes back is verified as always.
-Only `simpleenroll` is used: `simplereenroll` wants the certificate that is being renewed as TLS client certificate,
-whose key no backend is ever given.
-What the RFCs leave open was measured with GlobalSign's estserver 1.0.6.
+A request holds the CSR alone: the *label* in the URL, the client, or the server's default decides what the certificate
+is for. So each usage class has a label, and the answer is verified as always. `simplereenroll` is not used, since it
+needs the key of the certificate that is renewed, which no backend gets. What the RFCs leave open was measured with
+GlobalSign's estserver 1.0.6.
 """
 
 from __future__ import annotations
@@ -120,11 +119,7 @@ class EstBackend:
         return est_setup.files(wanted)
 
     def sign(self, request: SignRequest) -> Issued | Pending:
-        """
-        Have the server sign one CSR; see `bridge.contract.Backend`.
-
-        Validity and usages are the label's: no request of EST can ask for any.
-        """
+        """Have the server sign one CSR (`bridge.contract.Backend`); the label decides validity and usages."""
         label = self._label(request.spec)
         answer = self._server.enrol(label, request.csr.public_bytes(Encoding.DER))
         if answer.status == HTTPStatus.ACCEPTED:
@@ -139,9 +134,9 @@ class EstBackend:
 
     def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
         """
-        Send the same CSR again, which is how EST asks for an answer (RFC 7030 §4.2.3); not before the server's wish.
+        Send the same CSR again, as EST demands (RFC 7030 §4.2.3), but not earlier than the server wished.
 
-        A server that does not recognise it takes it for a new request, and nothing in its answer would say so.
+        A server that does not recognise it takes it for a new request, and the answer does not show that.
         """
         digest, _, wish = reference.partition("@")
         if digest != _digest(request):
@@ -155,11 +150,7 @@ class EstBackend:
         return self.sign(request)
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
-        """
-        Ask whether the server knows each label, whether they belong to one CA, and whether it lets us in.
-
-        No server tells what a label gives, and an unknown one may be answered like any other.
-        """
+        """Ask whether the server knows each label, whether they belong to one CA, and whether it accepts us."""
         labels = {label: self._label_violations(label) for label in dict.fromkeys(map(self._label, specs))}
         return {spec.name: found for spec in specs if (found := labels[self._label(spec)])}
 

@@ -237,13 +237,10 @@ _PEM_ARMOUR = re.compile(rb"-----[A-Z0-9 ]+-----")
 
 def certificates(body: bytes) -> list[x509.Certificate]:
     """
-    The certificates of an answer, in its order.
+    The certificates of an answer, in its order; a ValueError says what was found instead.
 
-    Servers send base64 in lines or in one (RFC 8951 §3.1), some PEM, some bare DER or BER; Content-Type and
-    Content-Transfer-Encoding tell them apart only where they are right.
-
-    Raises:
-        ValueError: It is something else; says what.
+    Servers send base64 with or without line breaks (RFC 8951 §3.1), PEM, or bare DER or BER, often with a wrong
+    Content-Type or Content-Transfer-Encoding.
     """
     try:
         found = pkcs7.load_der_pkcs7_certificates(_der(body))
@@ -274,8 +271,8 @@ def intermediates_of(leaf: x509.Certificate, pool: Sequence[x509.Certificate]) -
     """
     All that may be needed between a leaf and an anchor: first those that certify one another from the leaf upwards.
 
-    Roots are left out by their signature, not by their names: certificates of a roll-over (OldWithNew, RFC 7030 §4.1.3)
-    have the same subject and issuer, too, and are needed.
+    Roots are recognised by their signature, since roll-over certificates (OldWithNew, RFC 7030 §4.1.3) have the same
+    subject and issuer, too, and are needed.
     """
     left = [certificate for certificate in dict.fromkeys(pool) if certificate != leaf and not _is_root(certificate)]
     path: list[x509.Certificate] = []
@@ -288,11 +285,7 @@ def intermediates_of(leaf: x509.Certificate, pool: Sequence[x509.Certificate]) -
 
 
 def issuing_first(pool: Sequence[x509.Certificate]) -> list[x509.Certificate]:
-    """
-    The CA's certificates, those first that certify no other one; else in the order given.
-
-    RFC 7030 §4.1.3 promises no order, and a serializer may sort them.
-    """
+    """The CA's certificates, first those that certify no other one, since RFC 7030 §4.1.3 promises no order."""
     found = list(dict.fromkeys(pool))
     return sorted(found, key=lambda one: sum(_certifies(one, other) for other in found if other != one))
 

@@ -1,8 +1,8 @@
 """
-What the administrator of an EST server needs: for each label what a certificate of it must be, and who may ask for which.
+What the administrator of an EST server needs: what each label's certificates must be, and who may ask for which.
 
-EST is a protocol: how a label, an alias or a policy is made is each product's own, so this is a page to be read by a
-person, with commands that show whether it was done.
+Products make labels, aliases or policies in their own ways, so this is a page to read, with commands that test the
+result.
 """
 
 from __future__ import annotations

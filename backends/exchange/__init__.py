@@ -1,8 +1,9 @@
 """
-A CA behind a door: request bundles into an outbox, answer bundles out of an inbox; a person or a job carries them.
+A CA reached by files: request bundles go into an outbox, answer bundles come from an inbox; a person or a job carries
+them.
 
-Directories may be on a medium that comes and goes. Nothing here is trusted: whoever may write to the inbox can only
-delay, since each answer is proven like that of any other CA.
+Directories may be on removable media. Nothing in them is trusted: whoever can write to the inbox can only cause delay,
+since each answer is proven like any CA's.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """
-Any program as a CA: certmonger's contract with its submission helpers (doc/helpers.txt of https://pagure.io/certmonger).
+Any program as a CA, by certmonger's contract for submission helpers (doc/helpers.txt of https://pagure.io/certmonger).
 
-The environment in, exit status and standard output out. certmonger's own helpers work unchanged; for a site's script
-there are variables of our own with what certmonger can't say, the exact EKUs first of all.
-What real helpers do was measured with certmonger 0.79.17.
+It reads the environment, and answers with its exit status and standard output. certmonger's own helpers work unchanged;
+variables of our own tell a site's script what certmonger can't, above all the exact EKUs. Measured with certmonger
+0.79.17.
 """
 
 from __future__ import annotations
@@ -142,13 +142,11 @@ class ExecBackend:
 
     def sign(self, request: SignRequest) -> Issued | Pending:
         """
-        Run the program with SUBMIT; see `bridge.contract.Backend`.
+        Run the program with SUBMIT (`bridge.contract.Backend`).
 
-        Raises:
-            BackendRefusedError: It said no, or can't be run, or answered with something else than a certificate for
-                the CSR's key; or the CSR's signature is wrong, which certmonger's local-submit does not look at.
-            BackendUnavailableError: It could not reach its CA, or did not end in time, or ended with status 1 and no
-                cookie, as most broken programs do.
+        BackendRefusedError: it said no, can't be run, did not answer with a certificate for the CSR's key, or the CSR's
+        signature is wrong (which certmonger's local-submit ignores). BackendUnavailableError: its CA is out of reach,
+        it ran into the time limit, or it ended with status 1 and no cookie, as most broken programs do.
         """
         if not _is_signed(request.csr):
             raise BackendRefusedError("exec: wanted a CSR that is signed with its own key, found another signature")
@@ -160,11 +158,7 @@ class ExecBackend:
         return self._answer(request, self._run("POLL", asked))
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
-        """
-        Run the program with IDENTIFY, and ask for its profiles and the variables that it needs, if it tells them.
-
-        Usages are not to be had from this contract: each answer is verified.
-        """
+        """Run the program with IDENTIFY, and ask for its profiles and required variables; usages can't be asked for."""
         authority = _authority_variables(specs[0]) if specs else {}
         self._ask("IDENTIFY", authority)
         profiles = self._ask("GET-SUPPORTED-TEMPLATES", authority, silent=_NO_ANSWER)

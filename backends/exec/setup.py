@@ -1,8 +1,8 @@
 """
-What the author of a program for the backend `exec` needs: what it will be asked for, and a way to ask it by hand.
+What the author of a program for the backend `exec` needs: what it will be asked for, and a way to try it.
 
-The requests of one authority as a table, and a shell script that runs the program for one of them, with a throwaway
-key, exactly as ca-bridge does.
+A table of one authority's requests, and a shell script that runs the program for one of them with a throwaway key,
+exactly as ca-bridge does.
 """
 
 from __future__ import annotations

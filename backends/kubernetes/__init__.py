@@ -1,10 +1,9 @@
 """
 A Kubernetes cluster as a way to a CA: CertificateSigningRequest objects (certificates.k8s.io/v1).
 
-Who signs is named by `spec.signerName`: another cluster's gateway, kube-controller-manager, cert-manager or anyone else
-that watches such objects. The object's name comes from the request itself, so that a request which was cut off finds
-its object again and is never made twice; its uid is kept, since a name may come to bear another request.
-What the API server checks and what it leaves to the signer was measured with 1.37.
+`spec.signerName` names who signs: another cluster's gateway, kube-controller-manager, cert-manager or any other signer.
+The object's name is computed from the request, so that an interrupted run finds its object again; its uid is kept,
+since another object may get that name. The API server's checks were measured with 1.37.
 """
 
 from __future__ import annotations
@@ -168,13 +167,7 @@ class KubernetesSettings(BackendSettings):
 
 
 def parse_kubeconfig(data: bytes, directory: Path) -> Access:
-    """
-    The server and the credentials of a kubeconfig's current context; paths in it are relative to the directory.
-
-    Raises:
-        ValueError: It can't be used; quotes nothing of it.
-        OSError: A file that it names can't be read.
-    """
+    """Server and credentials of a kubeconfig's current context; OSError: a file it names; ValueError: all else."""
     try:
         document = yaml.load(data, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 (both are safe loaders)
     except (yaml.YAMLError, ValueError, RecursionError):
@@ -311,11 +304,7 @@ class KubernetesBackend:
         return self._awaited(request, reference, self._look(reference))
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
-        """
-        Ask the API server for our rights, and compare usages with what Kubernetes' own signers are for.
-
-        No API tells who signs, or whether anything does.
-        """
+        """Ask the API server for our rights, and compare usages with Kubernetes' signers; no API tells who signs."""
         rights = [found for verb in ("create", "get") if (found := self._missing_right(verb))]
         by_name = {spec.name: [*rights, *_signer_violations(spec, self._signer(spec))] for spec in specs}
         return {name: violations for name, violations in by_name.items() if violations}
@@ -384,11 +373,7 @@ class KubernetesBackend:
         return found
 
     def _verdict(self, request: SignRequest, reference: str, document: Mapping[str, Any]) -> Issued | None:
-        """
-        The certificate; None: not yet.
-
-        A certificate counts only without Denied and Failed beside it, since the API lets all three stand together.
-        """
+        """The certificate; None: not yet. It counts only without Denied and Failed, since the API allows all three."""
         name = reference.partition(" ")[0]
         conditions = _conditions(document)
         for kind in ("Denied", "Failed"):

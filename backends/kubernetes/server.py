@@ -35,7 +35,7 @@ class Answer:
         """
         The message of a `Status`, on one line.
 
-        A refused field is quoted whole in its message, and that field is the CSR: of such only what comes after counts.
+        It may quote a refused field as a whole, such as the CSR; then only the text after it counts.
         """
         details = self.document.get("details")
         causes = details.get("causes") if isinstance(details, dict) else None
@@ -69,11 +69,7 @@ class Api:
         self.http = Http(wording, self._url, settings.timeout, settings.tls_context)
 
     def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Answer:
-        """
-        One request; any status is an answer but 401, for which files of credentials are read again once.
-
-        Errors are those of `Http.request`.
-        """
+        """Send one request; any status is an answer, except that after 401 credential files are read again, once."""
         answer = self._send(method, path, body)
         if answer.status == HTTPStatus.UNAUTHORIZED:
             self.http.close()  # they show the client certificate that they began with

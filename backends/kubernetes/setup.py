@@ -1,8 +1,8 @@
 """
-What the administrator of the cluster that signs needs: an account for the node, a role for approvers, and policies.
+What the administrator of the signing cluster needs: an account for the node, a role for approvers, and policies.
 
-RBAC can't tell requests apart: an account that may create one may name any signer in it, and any subject. So a
-ValidatingAdmissionPolicy keeps these signer names to this cluster's accounts, and the page lists what is right to approve.
+With RBAC an account that may create a request may name any signer and subject. So a ValidatingAdmissionPolicy reserves
+these signer names for this cluster's accounts, and the page lists what to approve.
 """
 
 from __future__ import annotations
@@ -24,12 +24,7 @@ _PATTERN = "ca-bridge.example.com/{name}"
 
 
 def files(wanted: SetupRequest) -> Sequence[SetupFile]:
-    """
-    Manifests with comments, for `kubectl apply`.
-
-    Raises:
-        BridgeError: The signer's name can't be made from what the settings say so far.
-    """
+    """Manifests with comments, for `kubectl apply`; BridgeError: the settings so far don't give the signer's name."""
     selector = _selector(wanted)
     wrong = list(selector.problems("signer", "signers"))
     if wrong:

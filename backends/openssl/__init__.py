@@ -1,11 +1,10 @@
 """
 Signing with `openssl ca`: a directory with a CA's certificate, key and database of issued certificates.
 
-The facts about `openssl ca` here and in the modules beside this one were measured with 1.1.1w, 3.0.19 and
-3.5.9. In short: its exit code says nothing (0 for a CSR whose signature is bad and nothing issued), its
-defaults make certificates without usages, and a site's openssl.cnf can let a CSR become a CA. So a run
-never sees the site's file but one of our own, each CSR is looked through before, and what was issued is
-decided by the database and the certificates.
+All facts here and in the modules beside this one were measured with 1.1.1w, 3.0.19 and 3.5.9. The exit code of `openssl
+ca` says nothing (0 for a CSR with a bad signature), its defaults give no usages, and a site's openssl.cnf can let a CSR
+become a CA. So a run uses a configuration of our own, each CSR is checked before, and the database and the certificates
+show what was issued.
 """
 
 from __future__ import annotations
@@ -163,10 +162,10 @@ class OpensslBackend:
 
     def is_revoked(self, certificate: x509.Certificate) -> bool:
         """
-        Look the certificate up in the index by its serial number, whichever key of this CA's has signed it.
+        Look the certificate up in the index by its serial number, whichever key of this CA signed it.
 
-        The index is read anew only after `_REVOKED_FOR_SECONDS`: a desk asks for each of thousands of requests while
-        it signs, and each signature changes the index.
+        The index is read again only after `_REVOKED_FOR_SECONDS`, since a desk asks for thousands of requests while it
+        signs.
         """
         with _os_errors():
             if self._revoked is None or time.monotonic() - self._revoked[0] > _REVOKED_FOR_SECONDS:
@@ -175,11 +174,7 @@ class OpensslBackend:
             return certificate.serial_number in serials and certificate.issuer == subject
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
-        """
-        Find out whether a run could begin: program, certificate, database, key.
-
-        No certificate can have a violation of its own: the usages are in our own config.
-        """
+        """Find out whether a run could begin: program, certificate, database, key; the usages are always ours."""
         del specs
         with _os_errors():
             signer = self.issuers()[0]
@@ -527,9 +522,9 @@ class CheckedCsr:
 
 def checked(position: int, request: SignRequest) -> CheckedCsr:
     """
-    A CSR that won't stop the others of its run, and brings nothing but subject and SANs into a certificate.
+    A CSR that can't stop the others of its run, and brings only subject and SANs into a certificate.
 
-    Its signature is openssl's to verify: it issues nothing for a CSR whose signature is bad, and goes on.
+    openssl verifies its signature: for a bad one it issues nothing and goes on.
     """
     try:
         csr = request.csr

@@ -1,9 +1,9 @@
 """
 The database of an `openssl ca` directory: index.txt, its attributes and the folder of issued certificates.
 
-`openssl ca` (1.1.1 to 3.5, measured) takes no lock, calls no fsync, drops an index line without a final
-newline, and ends with "Database updated" and exit code 0 when a full disk has cut the index.
-So the lock, the checks before and after a run, the backup and the way back are here.
+`openssl ca` (1.1.1 to 3.5, measured) takes no lock, calls no fsync, drops an index line without a final newline, and
+reports success when a full disk has cut the index. So the lock, the checks before and after a run, the backup and its
+restoration are here.
 """
 
 from __future__ import annotations
@@ -101,11 +101,7 @@ def file_name(serial: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Database:
-    """
-    An index file and the folder of the certificates in it.
-
-    Every method but `locked`, `check`, `read` and `revoked` wants the lock to be held.
-    """
+    """An index file and its folder of certificates; all but `locked`, `check`, `read` and `revoked` need the lock."""
 
     index: Path  #: A real path: `openssl ca` replaces a symbolic link by a file.
     new_certs_dir: Path
@@ -253,11 +249,7 @@ class Database:
                 yield found
 
     def orphans(self, index: Snapshot) -> list[tuple[Path, x509.Certificate]]:
-        """
-        Certificates in the folder whose numbers are not in the index.
-
-        Files that no whole certificate came into are moved aside.
-        """
+        """Certificates in the folder whose numbers are not in the index; incomplete files are moved aside."""
         paths = self._unknown_files(index)
         if any(time.time() - path.stat().st_mtime < _SETTLE_SECONDS for path in paths):
             time.sleep(_SETTLE_SECONDS)
@@ -313,17 +305,9 @@ class Database:
 
     def added(self, before: Snapshot, copy: Path) -> list[int]:
         """
-        Compare the index with that before a run; all that the run wrote gets the owner and mode that the index had before.
+        The new serial numbers in order, by the index `before` the run; its files get the old owner and mode.
 
-        Args:
-            before: The index before the run.
-            copy: What `back_up` made of it; it is the index again if the run damaged that.
-
-        Returns:
-            The new serial numbers in order.
-
-        Raises:
-            BackendRefusedError: The run damaged the index; the old one is back.
+        BackendRefusedError: the run damaged the index, and `copy` (from `back_up`) is the index again.
         """
         self._find_index()
         try:

@@ -1,9 +1,9 @@
 """
-The openssl program, and the CA's private key: a file, or an object in a token (an HSM) that openssl reaches by PKCS#11.
+The openssl program, and the CA's private key: a file, or an object in a token (an HSM) by PKCS#11.
 
-Measured with SoftHSM 2.6, libp11's engine 0.4.12 and pkcs11-provider 1.0. In short: openssl crashes at its end when
-the engine could not load a key, with the reason printed before; the provider gives one sentence for every reason; an
-empty PIN is a failed login; and both print a PIN that stands in the URI.
+Measured with SoftHSM 2.6, libp11's engine 0.4.12 and pkcs11-provider 1.0: openssl crashes at its end if the engine
+could not load a key, after it printed the reason; the provider has one message for every reason; an empty PIN is a
+failed login; and both print a PIN that is in the URI.
 """
 
 from __future__ import annotations
@@ -419,17 +419,10 @@ class Openssl:
         self, folder: Path, command: str, *arguments: str, inherited: Iterable[int] = (), csrs: int = 0
     ) -> ProcessEnd:
         """
-        Run a command that uses the private key, with no terminal to ask on and none of our environment.
+        Run a command that uses the private key, without a terminal and without our environment.
 
-        Args:
-            folder: To run in.
-            command: The first argument.
-            arguments: Behind it and `-passin`.
-            inherited: File descriptors that the process keeps open.
-            csrs: How many it signs.
-
-        Raises:
-            BackendRefusedError: No such program, no such key, no such passphrase.
+        `command` is the first argument, `arguments` follow it and `-passin`; `inherited` are file descriptors that it
+        keeps, and `csrs` is how many it signs. BackendRefusedError: no such program, key or passphrase.
         """
         self.key.check()
         # a pipe is in no file, no environment and no process list; with the newline and its end closed openssl

@@ -1,7 +1,7 @@
 """
 What a CA desk needs to sign with `openssl ca`: a directory for a CA, and an openssl.cnf for signing by hand.
 
-The backend itself needs the directory alone; it never reads an openssl.cnf for anything but where the files are.
+The backend needs only the directory; from an openssl.cnf it reads nothing but the places of files.
 """
 
 from __future__ import annotations
@@ -93,16 +93,10 @@ def config_text(
     directory: PurePath | None = None,
 ) -> str:
     """
-    An openssl.cnf with instructions, for a CA desk that signs one authority's CSRs by hand.
+    An openssl.cnf with instructions, for signing one authority's CSRs by hand.
 
-    Args:
-        authority: Whose certificates.
-        certificates: The live ones by kubeadm's name; those of other authorities are left out.
-        validity: Of the certificates, in whole days.
-        directory: Of the CA on its own host; by default one below `DIRECTORY`.
-
-    Raises:
-        ValueError: None of the certificates is this authority's, or the directory's name has special characters.
+    Certificates of other authorities are left out; the validity is in whole days. ValueError: none is this authority's,
+    or the directory's name has special characters.
     """
     directory = directory or DIRECTORY / authority.name
     if not _PLAIN_PATH.fullmatch(str(directory)):

@@ -1,7 +1,7 @@
 """
-HashiCorp Vault and OpenBao: the PKI secrets engine signs, through roles or, by choice, verbatim.
+HashiCorp Vault and OpenBao: the PKI secrets engine signs, by roles or (if set) verbatim.
 
-Measured against OpenBao 2.7; the API is https://openbao.org/api-docs/secret/pki/, in the main the same as
+Measured with OpenBao 2.7; the API is https://openbao.org/api-docs/secret/pki/ and, mostly the same,
 https://developer.hashicorp.com/vault/api-docs/secret/pki.
 """
 
@@ -128,11 +128,7 @@ class VaultSettings(BackendSettings):
 
 
 def role_selector(pattern: str | None, exceptions: Mapping[str, str], node: str) -> RoleOf:
-    """
-    Choose roles by the settings; without a pattern `kubeadm-{name}`, and `kubeadm-{node}-{name}` where names differ.
-
-    Without a node all roles are one node's.
-    """
+    """Choose roles by the settings, or else `kubeadm-{name}`, with a known node in it where names differ."""
     chosen = Selector(DEFAULT_ROLE if pattern is None else pattern, exceptions, node)
     own = Selector(_OWN_ROLE, exceptions, node) if pattern is None and node else chosen
     return lambda spec: (own if spec.by_node else chosen)(spec)
@@ -183,9 +179,9 @@ class VaultBackend:
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
         """
-        Log in and compare what the token may see: its rights on the paths, and the roles.
+        Log in and check the token's rights on the paths, and the roles.
 
-        Reading a role needs a right that signing does not; without it nothing is said about the role.
+        Reading a role needs a further right; without it the role is not checked.
         """
         paths = [self._sign_path(role) for spec in specs for role in self._candidates(spec)]
         rights = self._capabilities(paths)
@@ -221,11 +217,7 @@ class VaultBackend:
         return self._server.http.clock_ahead
 
     def issuers(self) -> list[x509.Certificate]:
-        """
-        The issuer that the settings name, or else the mount's default one, and its chain; no token is needed.
-
-        An issuer that only the role names (`issuer_ref`) can't be known here: name it in the settings as well.
-        """
+        """The settings' issuer or the mount's default one, with its chain; no token is needed, and no role is read."""
         issuer = self._settings.issuer
         path = f"issuer/{quote(issuer, safe='')}/json" if issuer else "cert/ca_chain"
         answer = self._server.send("get", f"{_path(self._settings.mount)}/{path}").or_raise()
@@ -281,7 +273,7 @@ class VaultBackend:
         """
         Roles that may be the certificate's, the right one first.
 
-        Up to version 0.1 the default had no node in it; an installation of that time has roles of that name.
+        Installations of version 0.1 and earlier have default roles without the node's name.
         """
         settings = self._settings
         found = [settings.select_role(spec)]

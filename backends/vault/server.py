@@ -80,9 +80,10 @@ class Answer:
     @property
     def token_rejected(self) -> bool:
         """
-        The token itself is not accepted: bad, expired, revoked or used up.
+        The token itself is bad, expired, revoked or used up.
 
-        A policy that forbids the path is status 403 as well, but reads "1 error occurred: * permission denied".
+        A policy that forbids the path gives status 403 as well, but with the text "1 error occurred: * permission
+        denied".
         """
         return self.status == HTTPStatus.FORBIDDEN and not any("1 error occurred" in r for r in self.reasons)
 
@@ -316,10 +317,10 @@ class Tokens:
 
     def _unwrap(self, token: str) -> str:
         """
-        The secret id in a wrapping token, which opens once.
+        The secret id in a wrapping token, which can be opened once.
 
-        Where it was wrapped is looked at before: anyone can wrap something, only the server's own paths wrap
-        secret ids (https://openbao.org/docs/concepts/response-wrapping/, "Response wrapping token validation").
+        Its origin is checked before, since anyone can wrap something, but only the server's own paths wrap secret ids
+        (https://openbao.org/docs/concepts/response-wrapping/, "Response wrapping token validation").
         """
         source = self._auth.secret_id
         looked = self._server.send("post", "sys/wrapping/lookup", {"token": token})
@@ -366,9 +367,9 @@ _ALARM = (
 
 class Access:
     """
-    The server, and our login there, for all backends of this process that come to it in the same way.
+    The server and our login, shared by all backends of this process with the same settings.
 
-    A wrapping token opens once, and a secret id may be good for one login: the cluster's three CAs share it.
+    A wrapping token opens once, and a secret id may be good for one login, but a cluster has three CAs.
     """
 
     _lock: ClassVar[Lock] = Lock()

@@ -1,11 +1,10 @@
 """
-What the administrator of a Vault or OpenBao PKI engine needs for this node: roles, a policy, the commands for both.
+What the administrator of a Vault or OpenBao PKI engine needs for this node: roles, a policy, and the commands; also,
+what an existing role would do to a certificate.
 
-And the reverse: what a role that is there would do to a certificate.
-
-A role takes the place of what the CSR can't carry: `sign/:role` drops the CSR's O and puts the role's in its place,
-so there is one role for each certificate, made from the live one. Measured against OpenBao 2.7; Vault has no
-`allowed_ip_sans_cidr` and no `not_*_bound`, and ignores fields that it does not know.
+A role gives what the CSR can't carry: `sign/:role` replaces the CSR's O by the role's, so each certificate has a role,
+made from the live certificate. Measured with OpenBao 2.7; Vault has no `allowed_ip_sans_cidr` and no `not_*_bound`, and
+ignores unknown fields.
 """
 
 from __future__ import annotations
@@ -115,12 +114,9 @@ def roles(
     select: RoleOf = Selector(DEFAULT_ROLE),  # noqa: B008
 ) -> dict[str, dict[str, object]]:
     """
-    One role for each live certificate, with which nothing but its like can be had: payloads by role name.
+    One role for each live certificate that allows only its like: payloads by role name, with the specs' usages.
 
-    The certificates' usages do not count, those of the specs do; `validity` is what is asked for at most.
-
-    Raises:
-        NoRoleError: A certificate has something that no role gives, or two that differ would share a role.
+    NoRoleError: no role can give such a certificate, or two different certificates would share a role.
     """
     found: dict[str, dict[str, object]] = {}
     for name, certificate in items.items():
@@ -186,9 +182,9 @@ def policy(
     read_roles: bool = True,
 ) -> str:
     """
-    The least that the node's token needs, as HCL; role names do not count in mode `sign-verbatim`.
+    The minimal policy of the node's token, as HCL; in mode `sign-verbatim` role names don't count.
 
-    With `read_roles` the token may look at its roles, so that `ca-bridge doctor` can tell what is wrong with them.
+    With `read_roles` the token may read its roles, so that `ca-bridge doctor` can check them.
     """
     mount = mount.strip("/")
     prefix = f"{mount}/issuer/{issuer}" if issuer else mount
@@ -242,9 +238,9 @@ def commands(
     mount: str, role_payloads: Mapping[str, Mapping[str, object]], *, policy_name: str, policy_text: str
 ) -> str:
     """
-    A shell script for the server's administrator: `bao` or `vault` writes the roles and the policy.
+    A shell script for the server's administrator: `bao` or `vault` writes the roles and the policy; it can be repeated.
 
-    It makes no engine, imports no CA and enables no auth method; it can be run again.
+    It makes no engine, imports no CA and enables no auth method.
     """
     mount = mount.strip("/")
     writes = [
@@ -293,11 +289,7 @@ _BITS = {"rsa-2048": 2048, "rsa-3072": 3072, "rsa-4096": 4096, "ecdsa-p256": 256
 
 
 def unlike(role: Mapping[str, object], wanted: Wanted) -> Iterator[Violation]:
-    """
-    Compare a role, as the server tells it, with what a renewal would ask for; a key that it lacks is no violation.
-
-    Usages are left to `backends.vault.role_violations`.
-    """
+    """Compare a server's role with what a renewal would ask for (usages: `role_violations`); a missing key is fine."""
     yield from _lifetime(role, wanted)
     yield from _key(role, wanted)
     yield from _subject_unlike(role, wanted)

@@ -1,8 +1,7 @@
 """
-The configuration that kubeadm is given on a new node: what it says, and how it is made (pure: bytes in, values out).
+kubeadm's configuration on a new node: what it says, and how it is made (pure).
 
-Several YAML documents, which `bridge.node.kubeadm_config` reads; what is not needed here is left as it is, and kubeadm
-judges it.
+`bridge.node.kubeadm_config` reads its YAML documents; what is not needed here is kept for kubeadm to judge.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """
-Keys and CSRs of a new node, which never leave it.
+Keys and CSRs of a new node; the keys never leave it.
 
-For a control-plane node by kubeadm's own `certs generate-csr`, so that names and SANs are those of the version that
-will run; for a worker, which that command does not know, by us.
+`kubeadm certs generate-csr` makes a control-plane node's, with the names of the version that will run; it can't make a
+worker's, so we do.
 """
 
 from __future__ import annotations
@@ -187,11 +187,7 @@ def kubelet_client(node: str, server: str, algorithm: KeyAlgorithm) -> Made:
 
 
 def kubelet_serving(node: str, addresses: Sequence[str], algorithm: KeyAlgorithm) -> Made:
-    """
-    Make key and CSR for the kubelet's own port: name and addresses by which the API server and metrics-server reach it.
-
-    Subject as Kubernetes' signer kubernetes.io/kubelet-serving has it.
-    """
+    """Key and CSR for the kubelet's port, with the subject that the signer kubernetes.io/kubelet-serving demands."""
     key = csr.generate_key(algorithm)
     sans = (x509.DNSName(node), *(x509.IPAddress(ipaddress.ip_address(one)) for one in addresses))
     return Made(csr_pem=csr.build_for(_kubelets(node, sans), key), key_pem=csr.key_pem(key))

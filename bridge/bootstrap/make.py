@@ -1,8 +1,8 @@
 """
-From nothing to a node that `kubeadm init` or `kubeadm join` can be run on.
+From nothing to a node that `kubeadm init` or `kubeadm join` can run on.
 
-Nothing is put in place before all of it is there and judged as a whole; then all of it is, in one step that the next
-run finishes or undoes after a crash. A run that was cut off, or waits for a desk, is gone on with by running it again.
+All files are complete and judged as a whole before they are put in place in one step, which the next run finishes or
+undoes after a crash. A run that was interrupted, or waits for a desk, is continued by running it again.
 """
 
 from __future__ import annotations
@@ -36,19 +36,8 @@ def make(
     """
     Make what is missing, ask for it, and put it in place once all is there.
 
-    Args:
-        settings: CAs, directories, how long.
-        desired: What for.
-        now: The clock.
-        progress: Shows what is done.
-        wait: For another run to end.
-
-    Raises:
-        KubeadmConfigError: The configuration can't be used.
-        ClusterExistsError, LeftoversError: The node is not new.
-        NotWholeError: Something is wrong with the whole.
-        LockedError: Another run works on this node.
-        BridgeError: Whatever else; nothing was put in place.
+    After any BridgeError nothing was put in place: KubeadmConfigError (the configuration), ClusterExistsError or
+    LeftoversError (the node is not new), NotWholeError (the result as a whole), LockedError.
     """
     if desired.role != "worker":
         assert_usable(desired.config, str(settings.node.pki_dir), further=desired.role == "control-plane")

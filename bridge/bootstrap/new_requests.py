@@ -1,8 +1,4 @@
-"""
-A new node's requests, begun once with keys that are kept, and the answers to them.
-
-An answer was proven by an earlier run, is in carried files, or comes from the CAs.
-"""
+"""A new node's requests and keys, and their answers: of an earlier run, from carried files, or from the CAs."""
 
 from __future__ import annotations
 

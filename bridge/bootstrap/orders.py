@@ -1,9 +1,9 @@
 """
-What is carried to a new node: its cluster's configuration and CA certificates, and who it is to be (pure: bytes, values).
+What is carried to a new node: its cluster's configuration, CA certificates and its identity (pure: bytes, values).
 
-An order comes from an administrator's machine and holds nothing secret, but a change to it decides which programs
-the node runs and whom it trusts: so it can be signed. What a control-plane node shares with the next
-one may hold the service account key, and goes through a pipe. There is no field for a CA's key, or for a node's.
+An order from an administrator's machine has no secret, but decides which programs the node runs and whom it trusts, so
+it can be signed. What a control-plane node shares with the next one may have the service account key, and goes through
+a pipe. No field can hold a CA's or a node's key.
 """
 
 from __future__ import annotations

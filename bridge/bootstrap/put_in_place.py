@@ -1,7 +1,7 @@
 """
-All files of a new node in one step, after the whole was judged as it will be; copies of them, if the operator wants any.
+All files of a new node in one step, after they were judged as a whole; and copies of them, if the operator wants any.
 
-The step is that of a renewal: the next run finishes or undoes it after a crash.
+The next run finishes or undoes the step after a crash, as in a renewal.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """
-Whether everything is there that kubeadm needs, and is right: a superset of what kubeadm itself looks at.
+Whether all that kubeadm needs is there and right: more than kubeadm itself checks.
 
-kubeadm misses a missing `sa.key` or `etcd/server.key` and fails minutes later with an unrelated text, makes a CA of its
-own where a CA certificate is missing, and never compares a key with its certificate or a name with its configuration.
+kubeadm overlooks a missing `sa.key` or `etcd/server.key` and fails minutes later with an unrelated message, creates a
+CA where a CA certificate is missing, and never compares a key with its certificate or a name with its configuration.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """
-One CA at work: reached, asked, collected from, asked what it has signed before, and its answers proven.
+One CA at work: checked, asked, collected from, asked for earlier answers; and its answers are proven.
 
-What has to be on disk before a CA is asked, the caller writes.
+The caller writes to disk what must be there before a CA is asked.
 """
 
 from __future__ import annotations
@@ -146,14 +146,9 @@ class CA:
         self, requests: Sequence[SignRequest], done: Callable[[Sequence[Answered]], None] = lambda _: None
     ) -> Sequence[Answer]:
         """
-        Have the CA sign, all at once where it can do that.
+        Have the CA sign, all at once if it can; one answer (or a backend's error) a request, in their order.
 
-        Args:
-            requests: Of authorities that share this CA's backend.
-            done: Gets the answers as they come, from several threads.
-
-        Returns:
-            One answer a request, in their order; a backend's error is an answer.
+        `done` gets the answers as they come, from several threads.
         """
         backend = self._opened()
         if isinstance(backend, SignsMany):
@@ -237,8 +232,8 @@ class CA:
         """
         Ask by the retry policy.
 
-        A backend that fails by itself, such as at a directory without permission, counts as unavailable: the other CAs
-        of the run go on, and the request is kept.
+        A backend that fails by itself, such as at a directory without permission, counts as unavailable, so that the
+        run's other CAs go on and the request is kept.
         """
         try:
             return self.retry.ask(question)
@@ -292,19 +287,10 @@ def preflight(
     backend: Backend, specs: Sequence[CertificateSpec], expected: verify.Expectation | None
 ) -> dict[str, RefusedByCheckError]:
     """
-    Find before a signature is spent what would be wrong: another CA, or other usages; errors by certificate name.
+    Look for what would go wrong, before a signature is spent: errors by certificate name.
 
-    Args:
-        backend: The CA's.
-        specs: The certificates; for none only the CA is looked at.
-        expected: What they have to be; None: it is not known which CA it has to be.
-
-    Returns:
-        By certificate name, only what would go wrong.
-
-    Raises:
-        BackendRefusedError: It is another CA, or does not accept us.
-        BackendUnavailableError: No answer.
+    Without specs only the CA is checked; without `expected` (its anchor is unknown) only the usages.
+    BackendRefusedError: another CA, or it rejects us; BackendUnavailableError: no answer.
     """
     if expected is not None and isinstance(backend, ListsIssuers) and (issuers := backend.issuers()):
         assert_right_ca(issuers, expected)

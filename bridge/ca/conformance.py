@@ -1,8 +1,7 @@
 """
-The behaviour that all backends have alike, as plain checks.
+Checks of what all backends have in common, with keys made for them; nothing is written.
 
 `bridge.testing` runs them under pytest against CAs of its own, `ca-bridge backend test` against a configured backend.
-Keys are made for the requests, and thrown away; nothing is written.
 """
 
 from __future__ import annotations
@@ -114,22 +113,14 @@ class Trial:
         return self.awaited(request, self.backend.sign(request))
 
     def verify(self, issued: Issued, request: SignRequest) -> None:
-        """
-        Verify an answer as `renew` does, now.
-
-        Raises:
-            VerificationError: With every violation.
-        """
+        """Verify an answer as `renew` does, now; a VerificationError has every violation."""
         verify.check(issued, request, replace(self.expected, now=datetime.now(UTC)))
 
     def awaited(self, request: SignRequest, answer: Issued | Pending | BackendError) -> Issued:
         """
-        The certificate that an answer is, or becomes.
+        The certificate that an answer is or becomes; a BackendError that is the answer is raised.
 
-        Raises:
-            BackendError: The answer.
-            NotConformingError: It is to come later, and can't be asked for.
-            WaitingError: It has not come.
+        NotConformingError: a pending answer can't be collected; WaitingError: it has not come.
         """
         if isinstance(answer, BackendError):
             raise answer
@@ -221,11 +212,7 @@ def gives_the_validity_that_was_asked_for(trial: Trial) -> None:
 
 
 def signs_the_same_csr_again(trial: Trial) -> None:
-    """
-    A repeated request is answered for the same key, so that a lost answer can be asked for again.
-
-    By a new certificate, or, where the CA knows the request again, by the first one.
-    """
+    """A repeated request gets a certificate for the same key, new or the first one: a lost answer is no harm."""
     request = trial.request(trial.specs[0])
     first, second = (trial.signed(request).leaf for _ in range(2))
     if first.public_key() != second.public_key():

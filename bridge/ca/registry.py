@@ -73,12 +73,9 @@ def _distribution(entry: EntryPoint) -> str:
 
 def configured(settings: Settings, authorities: Iterable[str]) -> dict[str, Configured]:
     """
-    The backends of these authorities by authority; all tables of backends are read, used or not.
+    The backends of these authorities, by authority; the tables of unused backends are read as well.
 
-    Raises:
-        SettingsError: With every problem of every backend's table; or an authority has no backend.
-        DuplicatePluginError: See `installed`.
-        BrokenPluginError: A type that the settings name can't be imported.
+    A SettingsError has all problems of all tables. DuplicatePluginError, BrokenPluginError: a backend can't be loaded.
     """
     (types, problems), result = _types(settings), {}
     for authority, ours in settings.authorities.items():

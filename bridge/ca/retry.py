@@ -25,19 +25,13 @@ class Retry(Protocol):
         """
         Ask the CA.
 
-        Raises:
-            BackendUnavailableError: It stayed unavailable for as long as this policy waits.
-            BackendRefusedError: At once.
+        A BackendRefusedError comes at once, a BackendUnavailableError after as long as this policy waits.
         """
         ...
 
 
 class Outage:
-    """
-    How long a CA may be unavailable in one run: `retry_for` after its first failure in a row, for all requests together.
-
-    Retries never make a new key; a second certificate for one key is harmless.
-    """
+    """How long a CA may be unavailable in one run: `retry_for` after its first failure in a row, for all requests."""
 
     def __init__(
         self, retry_for: timedelta, label: str = "", tell: Callable[[str], None] = lambda text: log.info("%s", text)

@@ -1,9 +1,9 @@
 """
-Directories of CSRs as kubeadm writes them, at a CA desk.
+Directories of CSRs from kubeadm, at a CA desk.
 
 `kubeadm certs renew --csr-only` (up to 1.22) writes `NAME.csr` side by side; `kubeadm certs generate-csr` writes
-`pki/BASE.csr`, and `NAME.conf.csr` beside a kubeconfig that has a key and lacks both certificates.
-Neither says for which node it is, nor proves anything.
+`pki/BASE.csr`, and `NAME.conf.csr` beside a kubeconfig with a key and without certificates. Neither names its node or
+proves anything.
 """
 
 from __future__ import annotations
@@ -114,10 +114,10 @@ def _batch(requests: Sequence[BundledRequest]) -> str:
 
 def deliver(found: CsrDirectory, target: Path, answers: Mapping[str, Issued], ca: x509.Certificate | None) -> None:
     """
-    Write `….crt` as the CSRs are laid out, and complete the kubeconfigs that are beside them.
+    Write `….crt` beside the CSRs, and complete the kubeconfigs.
 
-    The directory may be another user's, who can put a link in the place of anything in it while the CA signs: each file
-    is written through the directories that were opened on the way to it.
+    The directory's owner may replace anything in it by a link while the CA signs, so each file is written through
+    directories that are held open.
     """
     for name, issued in answers.items():
         relative = found.files[name]

@@ -1,9 +1,9 @@
 """
 The CA desk: request bundles in, answer bundles out, by a policy.
 
-Bundles are read a window at a time, so that memory does not grow with their number. The requests of a window are put
-together by authority, and each CA gets them as one lot: `openssl ca` runs once a usage class, not once a node. While it
-runs, the next windows are read and judged. What a CA answers is in the journal before anything else happens to it.
+Bundles are read in windows, so that memory does not grow with their number. A window's requests go to each CA in one
+lot (`openssl ca` runs once a usage class); meanwhile the next windows are read and judged. A CA's answers are written
+to the journal first.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """
-The nodes of a cluster, as an administrator or a program has written them down: the inventory file (pure).
+The inventory file: a cluster's nodes, written by an administrator or a program (pure).
 
-What a node says about itself (`Node.status.addresses`, a hostname) is not in it. No node may have a name or address that
-belongs to the API: a kubelet's serving certificate is from the API server's own CA.
+It has nothing that a node says about itself. No node may have a name or address of the API, since kubelets' serving
+certificates are from the API server's CA.
 """
 
 from __future__ import annotations

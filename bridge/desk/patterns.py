@@ -47,10 +47,10 @@ def matches(kind: str, value: str, text: str) -> bool:
 
 def is_host_name(name: str) -> bool:
     """
-    Labels of letters, digits and hyphens with a dot between them (RFC 1123 §2.1, RFC 1035 §2.3.4).
+    Labels of letters, digits and hyphens with dots between them (RFC 1123 §2.1, RFC 1035 §2.3.4).
 
-    What is below a suffix is somebody else's choice: NUL, a blank, a second name behind a comma, a URL or `..` would go
-    into a certificate otherwise, and be read there by whatever program.
+    The requester chooses what is below a suffix: NUL, a blank, a second name after a comma, a URL or `..` must not get
+    into a certificate.
     """
     return len(name) <= _LONGEST_HOST_NAME and all(map(_LABEL.fullmatch, name.split(".")))
 

@@ -1,8 +1,8 @@
 """
-A CA desk's policy: what it signs, and for whom; and the judgement of a request by it (pure: no I/O, no clock).
+A CA desk's policy: what it signs and for whom, and the judgement of a request (pure: no I/O, no clock).
 
-Strict like the settings file. A list in it replaces a default, and the default is never more than what the certificate
-that is replaced has, or, where nothing proves that, what kubeadm itself asks for.
+A list in it replaces a default. A default never allows more than the replaced certificate has, or, if nothing proves
+that one, more than kubeadm itself asks for.
 """
 
 from __future__ import annotations
@@ -281,11 +281,7 @@ def _age(bundle: RequestBundle, allow: Allow, now: datetime) -> Iterator[str]:
 def _proof_trouble(
     request: BundledRequest, bundle: RequestBundle, policy: Policy, cas: Sequence[x509.Certificate], now: datetime
 ) -> tuple[str | None, bool]:
-    """
-    Why the proof does not hold, and whether a person may waive it: a proof by another certificate can't be waived.
-
-    A proof without its certificate counts as none.
-    """
+    """Why the proof does not hold, and whether a person may waive it: not if it is by another certificate."""
     trouble = proof_problem(request, bundle) or origin_problem(request, cas)
     if trouble or request.replaces is None:
         return trouble, request.proof is None or request.replaces is None

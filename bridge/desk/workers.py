@@ -1,12 +1,10 @@
 """
-Processes that do the desk's arithmetic ahead of it: read a bundle, verify its signatures, apply the policy, compare.
+Processes that do the desk's arithmetic ahead: read a bundle, verify its signatures, apply the policy, compare.
 
-They exist for the row "`sign` of an inbox" of docs/evidence/numbers.md.
-What they do is pure: no CA, no file, no clock. They get bytes, and answer with the bundle that was in them and with its
-problems. The desk computes for itself what they did not, so that a worker that can't be started or is killed costs time
-and nothing else.
-A worker keeps a bundle that it has read until the answers to it come, so that nothing is sent or parsed twice; it ends
-with the desk, even with one that is killed, since then its standard input ends. `ProcessPoolExecutor` has neither.
+They exist for the row "`sign` of an inbox" of docs/evidence/numbers.md. They touch no CA, file or clock: they get
+bytes, and answer with the bundle and its problems. What they did not do the desk does itself, so that losing one costs
+only time. A worker keeps each bundle until its answers come, so that nothing is sent or parsed twice, and ends with the
+desk, even a killed one, when its standard input ends; `ProcessPoolExecutor` can do neither.
 """
 
 from __future__ import annotations
@@ -125,11 +123,7 @@ def verdicts(bundle: RequestBundle, by: Judgement) -> dict[str, PolicyVerdict]:
 
 
 def compared(answered: Sequence[AnsweredBundle], by: Mapping[str, Expectation]) -> list[dict[str, str]]:
-    """
-    Why each certificate is not what was asked for, by name; empty: it is.
-
-    Of a bundle that is not known here nothing is said. Those with lower numbers are not asked for any more.
-    """
+    """Why each certificate is not what was asked for, by name; nothing about a bundle that this worker lacks."""
     reasons = []
     for one in answered:
         bundle = _known.pop(one.number, None)
@@ -281,11 +275,9 @@ class Workers:
         self, files: Iterable[_File], by: Callable[[], Judgement]
     ) -> Iterator[tuple[_File, ReadAhead | None]]:
         """
-        Each file in its order, as a worker has read it while the desk was at earlier ones; None: no worker has.
+        Each file in its order, as a worker read it while the desk was at earlier ones; None: no worker did.
 
-        Args:
-            files: Taken some ahead.
-            by: Asked for each chunk. Until one has told which CAs there are to judge by, each is waited for.
+        Until `by` says which CAs there are to judge by, it is asked before each chunk.
         """
         if not self._workers:
             yield from ((file, None) for file in files)

@@ -1,9 +1,9 @@
 """
 From an object to its certificate: judged, signed, proven, recorded, written.
 
-Each step begins with what is true at that moment: the object at one resourceVersion, the policy, the inventory, the Node
-object, the lease. If the object has changed when the certificate is to be written, the API server refuses the write (uid
-and resourceVersion stand in it), and the object is looked at anew. An approval that is there counts for nothing.
+Each step reads what is true at that moment: the object, the policy, the inventory, the Node object, the lease. If the
+object changed before the certificate is written, the API server refuses the write (uid and resourceVersion are in it),
+and the object is judged again. An existing approval counts for nothing.
 """
 
 from __future__ import annotations
@@ -276,11 +276,7 @@ class Issuing:
         )
 
     def _recalled(self, asking: _Asking) -> Verified | None:
-        """
-        A certificate that the CA signed for a gateway that died before it stored it; None: the CA is asked.
-
-        It is looked for when the gateway before us died, or our own question was not answered.
-        """
+        """A certificate that the CA signed for a gateway that died, or that did not reach us; None: ask the CA."""
         job, authority = asking.job, asking.authority
         doubtful = self._context.holder.doubtful_before()
         if not authority.recalls or asking.ticket is not None or job.was_recalled:

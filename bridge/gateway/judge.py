@@ -44,10 +44,10 @@ class Judge:
 
     def turn(self, job: Job) -> float | None:
         """
-        Seconds until the job has its turn by the rates; None: too many wait for theirs.
+        Seconds until the rates give the job its turn; None: too many wait already.
 
-        What is hostile by its own words delays only its like, and so does a request about a node that the inventory has:
-        all nodes that join with one bootstrap token are one user.
+        Hostile requests delay only each other, and so do requests for a node of the inventory, since all nodes that
+        join with one bootstrap token are one user.
         """
         user, now = job.one.request.username, time.monotonic()
         with self._mutex:
@@ -60,10 +60,10 @@ class Judge:
 
     def look(self, one: SigningRequest) -> Look:
         """
-        What a request says of itself, beside the files: no program, no DNS and no API server is asked.
+        What a request says, compared with the files alone: no program, DNS or API server is asked.
 
-        A node that only `inventory_command` could name counts as allowed here. A large CSR is read when it has its turn:
-        reading thousands of them would delay all requests behind them in the watch.
+        A node that only `inventory_command` could name counts as allowed here. A large CSR is read only when it has its
+        turn, since thousands of them would delay all requests behind them in the watch.
         """
         spec = self._spec(one)
         if spec is None or len(one.request.pem) > USUAL_BYTES:

@@ -1,8 +1,4 @@
-"""
-One replica works: the gateway's election, by a lease that is renewed all the time.
-
-Without the lease no replica works: a replica that can't renew it stops before another one may have it.
-"""
+"""The gateway's election: a replica works while it holds the lease, and stops before another one may take it."""
 
 from __future__ import annotations
 

@@ -81,11 +81,7 @@ class Ledger:
             self._noted.append(line)
 
     def flush(self) -> None:
-        """
-        Write what was noted, and which line is the newest; called every second or so.
-
-        After a failure it is tried every few seconds whether there is room again.
-        """
+        """Write noted lines and the newest line's number; called each second, it tries less often after a failure."""
         if self.trouble:
             if time.monotonic() - self._tried < _AGAIN_SECONDS:
                 return

@@ -1,8 +1,7 @@
 """
-What the gateway knows of nodes: policy and inventory (read again when they change), a command, the DNS, Node objects.
+The gateway's knowledge of nodes: policy and inventory (read again after a change), a command, DNS, Node objects.
 
-Node objects are asked for one by one, or in a burst with one list of names for many: for a burst of nodes that join that
-is one request in the place of hundreds. The list needs the right to `list`; without it each is asked for.
+In a burst, one list of names replaces hundreds of questions about single Node objects; that needs the right to `list`.
 """
 
 from __future__ import annotations
@@ -294,7 +293,7 @@ class NodeStates:
         """
         The node's state, by a look no older than `since` (monotonic).
 
-        With `newer` an earlier look that did not find it does not count; without `with_readiness` a node is called ready.
+        With `newer` a look that did not find the node is repeated; without `with_readiness` the node counts as ready.
         """
         now = time.monotonic()
         with self._mutex:

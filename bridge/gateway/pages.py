@@ -1,8 +1,8 @@
 """
-What can be asked about a gateway: `/metrics` (Prometheus, text format 0.0.4), `/healthz` and `/readyz`.
+A gateway's pages: `/metrics` (Prometheus), `/healthz` and `/readyz`.
 
-The metrics' names are in docs/gateway.md, and stay. The pages take no input, and anybody who reaches the address that
-the settings name may read them.
+The metrics' names are documented in docs/gateway.md and don't change. Anyone who reaches the address may read the
+pages; they take no input.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """
-The gateway's policy, and its judgement of a request that came by the certificates API (pure: no I/O, no clock).
+The gateway's policy, and its judgement of a request from the certificates API (pure: no I/O, no clock).
 
-The verdict depends on what the API server vouches for (the requester, the signer), on the CSR, the policy, the inventory
-of nodes and the time. A request is judged right before the CA is asked, and again before the certificate is written.
+The verdict depends on the requester and signer (which the API server vouches for), the CSR, the policy, the inventory
+and the time. A request is judged before the CA is asked, and again before the certificate is written.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""
-Requests that wait: new ones in their order, others when their time has come; only the newest of a node counts.
-
-And how often a requester may ask: buckets of tokens.
-"""
+"""Waiting requests in their order or at their time, only the newest for a node; and rates (token buckets)."""
 
 from __future__ import annotations
 

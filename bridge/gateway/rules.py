@@ -1,8 +1,8 @@
 """
-The tables `[signer."NAME"]` of the gateway's policy: who may ask by the certificates API for what (pure).
+The tables `[signer."NAME"]` of the gateway's policy: who may ask for what by the certificates API (pure).
 
-The gateway leaves a signer without a table alone. A grant names whole subjects and requesters; the only list of
-forbidden names is of those that no grant may give.
+The gateway ignores a signer without a table. A grant names whole subjects and requesters; only names that no grant may
+give are forbidden by a list.
 """
 
 from __future__ import annotations
@@ -50,11 +50,7 @@ _USAGES = {EKU.SERVER_AUTH: "server auth", EKU.CLIENT_AUTH: "client auth"}
 
 
 def spec_of(signer: str) -> CertificateSpec | None:
-    """
-    The spec of a signer's certificates; None: no signer that a policy may name.
-
-    Besides Kubernetes' signers that is `DOMAIN/NAME` with kubeadm's name of a certificate.
-    """
+    """The spec for a Kubernetes signer, or for `DOMAIN/NAME` with kubeadm's name; None: no policy may name it."""
     if signer in KUBERNETES_SIGNERS:
         return KUBERNETES_SIGNERS[signer]
     domain, _, name = signer.partition("/")
@@ -99,8 +95,8 @@ class Grant:
         """
         Whether the grant lets a user ask, `{node}` apart.
 
-        A node's name counts only with the nodes' group, as for the API server's own authorizer: an identity provider
-        may have a user of that name.
+        A node's user name counts only with the nodes' group, as in the API server's authorizer, since an identity
+        provider may have a user of that name.
         """
         by_name = username in self.users and is_no_false_node(username, groups)
         return by_name or not groups.isdisjoint(self.groups)

@@ -97,9 +97,7 @@ class Service:
         """
         Ask the API server and the CAs, and sign nothing; each problem is a sentence.
 
-        Raises:
-            NoAnswerError, ApiRefusesError: The API server does not answer, or not us.
-            BackendError: A CA does not.
+        NoAnswerError, ApiRefusesError: the API server is down or rejects us; BackendError: a CA is or does.
         """
         assert_rights(self.api, rights_needed(self.signers, self.settings.gateway))
         for authority in self.authorities.values():
@@ -122,14 +120,9 @@ class Service:
 
     def run(self, started: Callable[[int | None], None]) -> None:
         """
-        Work until `stop`.
+        Work until `stop`; `started` gets the port of the status pages, if there are any.
 
-        Args:
-            started: Called with the port of the status pages, if there are any.
-
-        Raises:
-            LockedError: Another gateway has the state directory.
-            BridgeError: The state directory or the address can't be used.
+        LockedError: another gateway has the state directory; BridgeError: the directory or the address can't be used.
         """
         store = Store(self.settings.gateway.state_dir or self.settings.node.state_dir / "gateway")
         store.prepare()

@@ -1,9 +1,8 @@
 """
-CertificateSigningRequest objects of certificates.k8s.io/v1: reading one, and watching all of them.
+CertificateSigningRequest objects (certificates.k8s.io/v1): reading one, and watching all.
 
-A watch without a resourceVersion begins with all objects that exist, one a line (so that no list of any size is ever in
-memory), and ends after a few minutes: rights that were withdrawn do not count any longer, and a missed object, or one
-that has to be looked at once more, comes again.
+A watch without a resourceVersion begins with all existing objects, one a line, so that no list is ever in memory. It
+ends after a few minutes, so that withdrawn rights take effect and missed objects come again.
 """
 
 from __future__ import annotations

@@ -1,5 +1,1 @@
-"""
-Certificates, CSRs, bundles and the checks on them: pure rules.
-
-No file, no network and no clock: the time is an argument. What is on a node is in `bridge.node`.
-"""
+"""Certificates, CSRs, bundles and the checks on them: no file, no network and no clock; the time is an argument."""

@@ -1,8 +1,7 @@
 """
 Bundles: what is carried between a node and a CA desk (pure; `bridge.pki.bundle_format` has them as JSON).
 
-A request bundle holds CSRs, an answer bundle certificates. Neither has a type that a private key would fit into: what is
-not a CSR, a certificate, a signature, a name or a time has no place in it.
+A request bundle holds CSRs, an answer bundle certificates; neither has a field that a private key would fit into.
 """
 
 from __future__ import annotations
@@ -78,11 +77,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerBundle:
-    """
-    A desk's answers to one request bundle.
-
-    By name; a desk that signs for some of the authorities leaves out the others' names.
-    """
+    """A desk's answers to one request bundle, by name; authorities that the desk does not sign for are left out."""
 
     request_digest: str  #: `digest` of the request bundle.
     batch: str

@@ -1,8 +1,9 @@
 """
-Bundles as JSON: written, digested, named and read (pure: bytes in, bytes out; no file, no clock).
+Bundles as JSON and as text for people: written, digested, named, read and described (pure: no file, no clock).
 
-The digest finds accidents; who changes a bundle can make the digest anew. Against that stand the continuity proof, the
-desk's policy, the short fingerprint that two people compare, and on the way back the node's own check of every answer.
+The digest finds accidents only, since whoever changes a bundle can compute it again. Against changes there are the
+continuity proof, the desk's policy, the short fingerprint that two people compare, and the node's own check of each
+answer.
 """
 
 from __future__ import annotations
@@ -168,13 +169,7 @@ def answer_suffix(authorities: Collection[str]) -> str:
 
 
 def loads(data: bytes) -> Bundle:
-    """
-    A bundle of either kind.
-
-    Raises:
-        IncompleteBundleError: It is no JSON document.
-        BundleError: It is another one, or has been changed.
-    """
+    """A bundle of either kind; IncompleteBundleError: no JSON document; BundleError: another or changed document."""
     document = parse(data)
     schema = document.get("schema")
     if schema == REQUEST_SCHEMA:
@@ -372,11 +367,7 @@ def _no_constant(text: str) -> NoReturn:
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """
-    One JSON object, whose values are asked for by key and kind.
-
-    Each method returns the value of one key, or raises a `BundleError` that says where it is, what was wanted and found.
-    """
+    """One JSON object; each method returns a key's value, or raises a BundleError with place, wanted and found."""
 
     values: Mapping[str, Any]
     place: str  #: Of the object in the bundle, such as `requests[2].`; empty for the whole.
@@ -484,10 +475,10 @@ def certificate(value: object, place: str, or_else: str = "") -> x509.Certificat
 
 def _damage(one: x509.Certificate | x509.CertificateSigningRequest) -> str | None:
     """
-    Why a part of a CSR or certificate can't be read; None if all of it can.
+    Why a part of a CSR or certificate can't be read; None: all of it can.
 
-    The library reads names, keys, dates and extensions when they are asked for, and each has its own way to fail: it is
-    found out here, once, and not where the request is judged, shown or recorded.
+    The library reads names, keys, dates and extensions on demand and fails in many ways; here all of them are tried
+    once.
     """
     try:
         _ = name_text(one.subject), one.public_key(), san_counts(one), extended_key_usages(one)

@@ -57,11 +57,11 @@ _Extension = TypeVar("_Extension", bound=x509.ExtensionType)
 
 def load_pem_certificates(data: bytes) -> list[x509.Certificate]:
     """
-    All certificates in PEM text, in their order.
+    All certificates of a PEM text, in their order.
 
-    As Go's `cert.ParseCertsPEM`, which every Kubernetes component uses: text around the blocks, CRLF, blocks of
-    other types and blocks with headers are skipped (and so no key beside them is decoded). Unlike it, a damaged
-    block is an error, since the next one would be taken for the leaf.
+    As Go's `cert.ParseCertsPEM`, which every Kubernetes component uses, it skips text around the blocks, CRLF, other
+    blocks and blocks with headers (so it decodes no key). Unlike there, a damaged block is an error, since the next
+    block would be taken for the leaf.
     """
     found = [_load(body, number) for number, body in enumerate(_bodies(data), start=1) if b":" not in body]
     if not found:
@@ -148,10 +148,9 @@ def oid_label(oid: str) -> str:
 
 def san_entries(subject: x509.Certificate | x509.CertificateSigningRequest) -> set[tuple[str, str]]:
     """
-    The SANs as (type, value), empty without the extension.
+    The SANs as (type, value): DNS, IP, email, URI, otherName, dirName, registeredID.
 
-    Types are DNS, IP, email, URI, otherName, dirName and registeredID. IP addresses are normalised, names are not:
-    case and wildcards stay.
+    IP addresses are normalised; the case and wildcards of names stay.
     """
     return set(san_counts(subject))
 
@@ -275,9 +274,9 @@ _KEY = re.compile(rb"-----BEGIN ([A-Z ]*)PRIVATE KEY-----(.*?)-----END \1PRIVATE
 
 def has_key_of(pem: bytes, certificate: x509.Certificate) -> bool | None:
     """
-    Whether a PEM text has the certificate's private key, seen by the public half in it; None: it can't be seen so.
+    Whether a PEM text has the certificate's private key, by the public half in it; None: it can't be seen.
 
-    Nothing is computed: a run that has nothing to do looks at a dozen keys. It is no proof that the key works.
+    Nothing is computed, so it is cheap for a run with nothing to do, and no proof that the key works.
     """
     found = _KEY.search(pem)
     if found is None:

@@ -1,8 +1,7 @@
 """
 Keys and CSRs for a renewal, made from the live certificate alone (pure: no file, no network, no clock).
 
-What `kubeadm certs renew --csr-only` did up to 1.22; current kubeadm makes CSRs only from its configuration.
-Unlike kubeadm, which takes over CN, O, DNS names and IP addresses, nothing of the subject and of the SANs is left behind.
+Unlike kubeadm, which takes over CN, O, DNS names and IP addresses, this keeps all of the subject and the SANs.
 """
 
 from __future__ import annotations
@@ -88,10 +87,10 @@ _KEY_OVERHEAD = 400
 
 def load_key(pem: bytes, of: PublicKeyTypes) -> PrivateKeyTypes:
     """
-    The first private key of a PEM text that anybody may have written; ValueError or TypeError: it can't be used.
+    The first private key of a PEM text from any source; ValueError or TypeError: it can't be used.
 
-    A text that is too long for this public key's is not read: OpenSSL looks whether an RSA key's factors are primes,
-    which takes it minutes for 14,000 bits.
+    A text that is too long for this public key is refused unread, since OpenSSL tests an RSA key's factors for
+    primality, which takes minutes for 14,000 bits.
     """
     block = key_block(pem)
     most = (of.key_size if isinstance(of, rsa.RSAPublicKey) else 0) + _KEY_OVERHEAD
@@ -109,10 +108,9 @@ def key_pem(key: PrivateKey) -> bytes:
 
 def build(certificate: x509.Certificate, key: PrivateKey) -> bytes:
     """
-    A CSR with the subject and the SANs of the live certificate, as PEM.
+    A CSR in PEM with the subject and SANs of the live certificate, which may have expired.
 
-    The certificate may have expired. Its usages are not taken over: they come from the spec table, and reach
-    the CA by the CA's own means. Nor are extensions that its CA added (key identifiers, policies, CRL addresses).
+    It has no usages (they are the spec's, and reach the CA by other means) and no extensions that the CA added.
     """
     csr = _signed(naming_of(certificate), key)
     _assert_same(certificate, csr)

@@ -1,9 +1,9 @@
 """
-A CSR that a stranger made, read so that everybody who reads it later reads the same (pure).
+Reads an untrusted CSR so that every later reader sees the same in it (pure).
 
-Go and OpenSSL pass over much of what PKCS#10 may hold: text and further blocks round the first one, a second CN (of
-which Go takes the last, and others the first), several values in one RDN, string types that few read, attributes beside
-the requested extensions, trailing bytes. Nothing that a kubelet or a person needs is among it, so all of it is refused.
+Go and OpenSSL ignore much of what PKCS#10 may hold: text and further blocks around the first, a second CN (Go takes the
+last, others the first), several values in one RDN, rare string types, further attributes, trailing bytes. No kubelet or
+person needs any of it, so all of it is refused.
 """
 
 from __future__ import annotations
@@ -122,10 +122,10 @@ def _subject(csr: x509.CertificateSigningRequest) -> tuple[tuple[str, str], ...]
 
 def odd_attributes(csr: x509.CertificateSigningRequest) -> list[str]:
     """
-    OIDs of attributes besides one list of extensions (extensionRequest).
+    OIDs of attributes other than one extensionRequest.
 
-    cryptography and OpenSSL read the first list alone. CAs in Go read each list, and some CAs read Microsoft's attribute
-    for extensions: what they would sign is more than what was judged.
+    cryptography and OpenSSL read only the first list of extensions, but CAs in Go read each, and some read Microsoft's
+    attribute for extensions: they would sign more than was judged.
     """
     found = [attribute.oid.dotted_string for attribute in csr.attributes]
     return [oid for position, oid in enumerate(found) if oid != _EXTENSION_REQUEST or oid in found[:position]]

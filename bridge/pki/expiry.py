@@ -34,11 +34,7 @@ def minute(time: datetime) -> str:
 
 
 def residual(seconds: int) -> str:
-    """
-    Time left in kubeadm's words, such as `364d`.
-
-    As `HumanDuration` in k8s.io/apimachinery/pkg/util/duration, from Kubernetes 1.31 on.
-    """
+    """Time left as kubeadm prints it, such as `364d` (`HumanDuration` of k8s.io/apimachinery since Kubernetes 1.31)."""
     if seconds < -1:
         return "<invalid>"
     for limit, unit, letter, rest_unit, rest_letter in _FORMS:

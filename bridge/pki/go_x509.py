@@ -1,10 +1,9 @@
 """
-What Go's crypto/x509 and crypto/tls refuse to read or to verify: all components of Kubernetes use them (pure).
+What Go's crypto/x509 and crypto/tls, and so all components of Kubernetes, refuse to read or to verify (pure).
 
-The library that we verify paths with takes more than Go in places; what only it takes would be installed, and no
-component would start with it. The rules are those of Go 1.26 (`parser.go`, `verify.go`, `constraints.go`).
-Where Go's rule is long and no CA needs it, ours is shorter and stricter: `docs/verification.md` lists those.
-A differential test asks Go itself about thousands of mutated answers (`tests/attack/test_judge.py`).
+The library that verifies our paths accepts more in places, and no component would start with such a certificate. The
+rules are those of Go 1.26 (`parser.go`, `verify.go`, `constraints.go`); `docs/verification.md` lists where ours are
+stricter. `tests/attack/test_judge.py` compares them with Go itself on thousands of mutated answers.
 """
 
 from __future__ import annotations
@@ -113,11 +112,7 @@ def _issuer_form(issuer: x509.Certificate) -> tuple[Violation, ...]:
 
 
 def _identifiers(certificate: x509.Certificate, fields: Sequence[der.Element], *, leaf: bool) -> Iterator[Violation]:
-    """
-    Serial numbers are not negative; both names of the signature's algorithm are the same bytes.
-
-    A leaf's serial number is judged with the rest of its form, and must not be 0 either; kubeadm's old CAs have 0.
-    """
+    """Serial numbers are not negative (old CAs of kubeadm have 0); the signature's two algorithm names are equal."""
     _small_oid(fields[1].children()[0].content)
     if not leaf and serial(certificate) < 0:
         yield Violation(subject="serial number", want="a positive number", got=str(serial(certificate)))
@@ -174,9 +169,9 @@ _ALLOWED: dict[int, Callable[[bytes], bool]] = {
 
 def _encodings(certificate: x509.Certificate, fields: Sequence[der.Element]) -> Iterator[Violation]:
     """
-    The public key is encoded as its type's standard has it (RFC 3279 §2.3), and times are as RFC 5280 §4.1.2.5 has them.
+    The key is encoded as RFC 3279 §2.3 and the times as RFC 5280 §4.1.2.5 demand.
 
-    Go reads no compressed point, no curve by its parameters, no RSA key without NULL, no key that is for PSS alone.
+    Go reads no compressed point, no explicit curve parameters, no RSA key without NULL and no PSS-only key.
     """
     key = certificate.public_key()
     plain = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
@@ -377,9 +372,9 @@ def _links(whole: Sequence[x509.Certificate]) -> Iterator[Violation]:
 
 def _policies(sent: Sequence[x509.Certificate]) -> Iterator[Violation]:
     """
-    Violations unless, where an issuer demands policies, one is in all certificates below the anchor, without a mapping.
+    If an issuer demands policies, one of them must be in all certificates below the anchor, without a mapping.
 
-    RFC 5280 §6.1 allows more (anyPolicy, mapped policies); who demands policies names them.
+    RFC 5280 §6.1 allows more (anyPolicy, mapped policies).
     """
     mapped = [each for each in sent if _mappings(each)]
     demanded = [each for each in sent if _demands_policy(each)]
@@ -417,9 +412,9 @@ def _policy_oids(certificate: x509.Certificate) -> set[str]:
 
 def _constrained(whole: Sequence[x509.Certificate]) -> Iterator[Violation]:
     """
-    The SANs of all certificates below a constrained issuer are within its constraints (RFC 5280 §4.2.1.10).
+    All SANs below a constrained issuer are within its constraints (RFC 5280 §4.2.1.10).
 
-    Go holds those of self-issued certificates to them, too, and refuses names that it can't compare.
+    Like Go, it includes self-issued certificates and refuses names that it can't compare.
     """
     for index, issuer in enumerate(whole):
         constraints = extension(issuer, x509.NameConstraints)

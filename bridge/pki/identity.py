@@ -1,9 +1,8 @@
 """
-Whether a live certificate is what its name says: the next one gets its subject and SANs (pure).
+Whether a live certificate has the identity that its name demands, since the next one gets its subject and SANs (pure).
 
-A certificate that an intruder put in its place would otherwise be renewed as it is: a self-made one with CN=root in
-etcd's file, or one in `system:masters` in the scheduler's kubeconfig. Dates do not count: an expired certificate, one
-below an expired CA and one below an earlier certificate of the same CA are good input.
+Otherwise a renewal would copy what an intruder put in its place, such as CN=root for etcd or `system:masters` for the
+scheduler. Dates don't count: expired certificates and those of an expired or earlier CA certificate may be renewed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """
-Which subject and SANs kubeadm gives each of its certificates, by version (pure).
+The subject and SANs that kubeadm gives each certificate, by version (pure).
 
-From its sources (cmd/kubeadm/app/phases/certs/certlist.go, phases/kubeconfig/kubeconfig.go, util/pkiutil) and compared
-with what `kubeadm certs generate-csr` of 1.34 to 1.37 writes (`python -m tests.measure.versions`).
+From its sources (phases/certs/certlist.go, phases/kubeconfig/kubeconfig.go, util/pkiutil), and compared with `kubeadm
+certs generate-csr` of 1.34 to 1.37 (`python -m tests.measure.versions`).
 """
 
 from __future__ import annotations

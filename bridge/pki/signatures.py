@@ -41,16 +41,7 @@ def sign(key: PrivateKeyTypes, message: bytes) -> bytes:
 
 
 def check(key: CertificatePublicKeyTypes | PublicKeyTypes, signature: bytes, message: bytes) -> bool:
-    """
-    Check what `sign` made.
-
-    Returns:
-        False: a key of a type that proves nothing.
-
-    Raises:
-        InvalidSignature: It is another signature.
-        ValueError: An RSA key that is too small to have made any.
-    """
+    """Check what `sign` made; False: the key's type proves nothing; InvalidSignature, ValueError: it is wrong."""
     if isinstance(key, rsa.RSAPublicKey):
         key.verify(signature, message, _PSS, hashes.SHA256())
     elif isinstance(key, ec.EllipticCurvePublicKey):
@@ -105,10 +96,10 @@ def sign_proof(
     terms: Terms | None,
 ) -> bytes:
     """
-    Prove with the key of the certificate that is replaced that its holder wants this CSR signed.
+    Sign this CSR with the key of the certificate that it replaces.
 
-    As `sign`. What is signed begins with words of its own, has each
-    part with its length before it, and names the batch, so that a proof is good for one request of one bundle.
+    The signed text has a prefix of its own, each part with its length, and the batch: a proof is good for one request
+    of one bundle. Errors as for `sign`.
     """
     message = _proof_message(csr, (batch, node, cluster, name), terms)
     return sign(old_key, message)
@@ -116,11 +107,10 @@ def sign_proof(
 
 def proof_problem(request: BundledRequest, bundle: RequestBundle) -> str | None:
     """
-    Why the continuity proof does not hold; None when it does.
+    Why the continuity proof does not hold; None: it holds.
 
-    It says that the maker of the bundle has the key of `replaces`, and that the new certificate is for the same CN:
-    one of another name, be it by the same CA, proves nothing. Whether it is by the cluster's CA is `origin_problem`,
-    whether it has the usages `usages_problem`, and who may have the new one is the policy's.
+    It proves that the bundle's maker has the key of `replaces`, whose CN is the new certificate's. `origin_problem`
+    checks the CA and `usages_problem` the usages of `replaces`; the policy decides who may have the new one.
     """
     if request.replaces is None:
         return "wanted the certificate that is replaced, found none"

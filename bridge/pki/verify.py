@@ -1,11 +1,9 @@
 """
 Proof that a CA's answer is exactly what was asked for (pure: no file, no network, no clock).
 
-kubeadm checks little more than the chain (its init accepts an apiserver.crt with an empty subject, no SAN and a foreign
-key), so every property that makes a certificate work is checked here, and all that is wrong is reported at once.
-What Kubernetes' own library can't read or verify is refused, too (`bridge.pki.go_x509`).
-Not checked: revocation (no component of the control plane looks at it) and the key identifiers (Go's path
-building does without them).
+kubeadm checks little more than the chain, so every property that makes a certificate work is checked here, and all
+violations are reported at once; `bridge.pki.go_x509` adds what Go can't read or verify. Not checked: revocation (no
+control-plane component looks at it) and key identifiers (Go builds paths without them).
 """
 
 from __future__ import annotations
@@ -173,10 +171,9 @@ def _subject(
     leaf: x509.Certificate, csr: x509.CertificateSigningRequest, extra: frozenset[tuple[str, str]]
 ) -> Iterator[Violation]:
     """
-    The same attributes with the same values; order and grouping into RDNs may differ.
+    The same attributes with the same values, in any order and grouping, since CAs written in Go rebuild the name.
 
-    CAs written in Go rebuild the name, and Kubernetes reads only CN and the O values; Vault's roles drop O
-    without a word, which makes a valid certificate for another user.
+    A Vault role drops O silently, which makes a valid certificate for another user.
     """
     asked, answered = attributes(csr.subject), attributes(leaf.subject)
     if asked == answered:
@@ -201,10 +198,10 @@ def _san_text(names: Counter[tuple[str, str]]) -> str:
 
 def _ekus(leaf: x509.Certificate, request: SignRequest) -> Iterator[Violation]:
     """
-    The EKUs are the spec's: none missing, none to spare.
+    The EKUs are exactly the spec's.
 
-    Path validation would pass both a certificate without the extension, which is then good for any purpose
-    (RFC 5280 §4.2.1.12), and one with more EKUs than asked for.
+    Path validation would accept a certificate without the extension, which is good for any purpose (RFC 5280
+    §4.2.1.12), and one with more EKUs.
     """
     want = frozenset(eku.value for eku in request.spec.ekus)
     got = extended_key_usages(leaf)
@@ -279,11 +276,7 @@ def _is_weakly_signed(certificate: x509.Certificate) -> bool:
 
 
 def _dates(leaf: x509.Certificate, request: SignRequest, expected: Expectation) -> Iterator[Violation]:
-    """
-    Valid now and long enough, later than what it replaces, and not longer than its CA.
-
-    An answer that begins long ago, and is of no use for its end, may tell that the node's clock is ahead.
-    """
+    """Valid now and for long enough, later than the replaced one, no longer than its CA; or the clock may be wrong."""
     begin, end, now = leaf.not_valid_before_utc, leaf.not_valid_after_utc, expected.now
     is_old = now - begin > LONGEST_BACKDATING
     clock = f" (it begins at {begin:{_TIME}} UTC, and {_which_clock(now)})" if is_old else ""
@@ -436,12 +429,7 @@ _CA_EXTENSIONS = _ANY_EXTENSIONS.require_present(x509.BasicConstraints, verifica
 def verified_path(
     leaf: x509.Certificate, intermediates: Sequence[x509.Certificate], anchor: x509.Certificate, time: datetime
 ) -> list[x509.Certificate]:
-    """
-    The path from the leaf to the anchor, both included.
-
-    Checks signatures and their algorithms, names, dates, CA:TRUE, path lengths and name constraints of every
-    issuer; not their KeyUsage.
-    """
+    """The path from leaf to anchor, by signatures, names, dates, CA:TRUE, path lengths, constraints; not KeyUsage."""
     if leaf == anchor:
         return [leaf]
     verifier = (

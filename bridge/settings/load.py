@@ -1,8 +1,7 @@
 """
-The settings file, from the file to `Settings`.
+Reads the settings file into `Settings`.
 
-Backends' tables are kept raw here and read by `bridge.ca.registry` into the backend's own dataclass, so that a command
-that asks no CA loads no backend.
+`bridge.ca.registry` reads the backends' tables, so that a command that asks no CA loads no backend.
 """
 
 from __future__ import annotations
@@ -60,12 +59,7 @@ class Overrides:
         return [word for option, path in places.items() if path for word in (option, str(path.absolute()))]
 
     def settings(self) -> Settings:
-        """
-        The settings file with the options over it; relative paths are below the working directory.
-
-        Raises:
-            SettingsError: The file can't be used.
-        """
+        """The settings file with the options over it; relative paths are below the working directory."""
         return overridden(load(self.file()), self.pki_dir, self.kubeconfig_dir, self.state_dir)
 
     def examined(self) -> tuple[Settings, list[SettingsProblem]]:
@@ -80,12 +74,7 @@ class Overrides:
 
 
 def load(file: Path | None) -> Settings:
-    """
-    Read the settings; None stands for the default file if there is one, else for the defaults.
-
-    Raises:
-        SettingsError: With every problem of the tables that are not a backend's.
-    """
+    """The settings of a file; None: of the default file, or the defaults if there is none."""
     settings, problems = examined(file)
     if problems:
         raise SettingsError(problems)
@@ -153,12 +142,7 @@ _TABLES: dict[str, type[Any]] = {
 
 
 def parse(text: str, file: Path | None = None) -> Settings:
-    """
-    Settings from TOML text.
-
-    Raises:
-        SettingsError: With every problem of the tables that are not a backend's.
-    """
+    """Settings from TOML text; a SettingsError has every problem of the tables that are not a backend's."""
     settings, problems = _examined(text, file)
     if problems:
         raise SettingsError(problems)

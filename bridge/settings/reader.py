@@ -1,8 +1,4 @@
-"""
-Reading a table of TOML into a dataclass: strict, typed, all problems at once, each with its line.
-
-A dataclass is the schema: its fields are the keys, their types say what is taken (see `contract.BackendSettings`).
-"""
+"""Reads a TOML table into a dataclass, whose fields are the keys: strict, typed, all problems with their lines."""
 
 from __future__ import annotations
 
@@ -53,9 +49,9 @@ class Source:
 
     def line(self, key: Key) -> int | None:
         """
-        The line (from 1) where a key or table is defined, or that of the nearest table above it.
+        The line (from 1) of a key or table, or of the nearest table above it.
 
-        TOML's parser keeps no positions: this is the first line with which the text begins to hold the key.
+        TOML's parser keeps no positions: it is the first line up to which the text contains the key.
         """
         while key:
             line = self._first_line_with(key)
@@ -93,12 +89,7 @@ def _holds(document: Any, key: Key) -> bool:
 
 
 def opened(text: str, file: Path | None) -> tuple[Reader, dict[str, Any]]:
-    """
-    A reader for a TOML text, and the text's tables.
-
-    Raises:
-        SettingsError: The text is not TOML.
-    """
+    """A reader for a TOML text, and the text's tables; a SettingsError if it is not TOML."""
     try:
         document = tomllib.loads(text)
     except RecursionError:
@@ -136,11 +127,7 @@ class Reader:
     """Reads tables into dataclasses and collects all problems."""
 
     def __init__(self, source: Source, locate: Callable[[Key], Key] = lambda key: key) -> None:
-        """
-        Args:
-            source: For file and line.
-            locate: From a key as it is read to the key as it is in the file (they differ in merged tables).
-        """
+        """`locate` turns a key as it is read into the key in the file; they differ in merged tables."""
         self.source = source
         self._locate = locate
         self.problems: list[SettingsProblem] = []
@@ -152,10 +139,7 @@ class Reader:
             self.problems.append(problem)
 
     def raise_problems(self) -> None:
-        """
-        Raises:
-            SettingsError: If there is any.
-        """
+        """Raise a SettingsError with all problems, if there are any."""
         if self.problems:
             raise SettingsError(self.sorted_problems())
 
@@ -182,14 +166,9 @@ class Reader:
         given: Mapping[str, Any] | None = None,
     ) -> T | None:
         """
-        An instance of the dataclass `schema`, or None when something was wrong.
+        An instance of `schema`, or None if there was a problem; fields without a default are required.
 
-        Args:
-            schema: Its fields without a default are required.
-            table: As TOML gave it.
-            prefix: Where the table is.
-            partial: Required keys may be missing (then the result is None); what is there is still checked.
-            given: Values of fields that are no keys (`contract.GIVEN`).
+        With `partial` required keys may be missing (the result is then None). `given` has the values of `GIVEN` fields.
         """
         before = len(self.problems)
         values = self.values(schema, table, prefix)
@@ -294,12 +273,7 @@ def _wanted(hint: Any) -> str:
 
 
 def _scalar(hint: Any, value: Any, key: Key) -> Any:
-    """
-    A value of this type.
-
-    Raises:
-        ValueError: Its text is what was wanted.
-    """
+    """A value of this type; a ValueError's text says what was wanted."""
     if hasattr(hint, "from_setting"):
         return hint.from_setting(value)
     if hint is timedelta:

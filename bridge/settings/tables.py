@@ -41,12 +41,7 @@ class Zone:
         return str(self.resolve())
 
     def resolve(self) -> tzinfo:
-        """
-        The zone itself; its `str` is its name.
-
-        Raises:
-            SettingsError: The machine's own zone is one that it does not know.
-        """
+        """The zone, whose `str` is its name; a SettingsError if the machine's own zone is not in its database."""
         zone = _named_zone(self.name) if self.name else _machines_zone()
         if zone is None:
             wanted = "the name of a time zone, since the machine's own is not in its database"
@@ -605,9 +600,9 @@ _OURS = ("backend", "anchor")
 
 def for_rehearsal(settings: Settings) -> Settings:
     """
-    The settings with which a rehearsal asks; unchanged where no authority has a table for it (pure).
+    The settings for a rehearsal (pure); unchanged if no authority has a rehearsal table.
 
-    With another backend, the authority's own keys do not count: they belong to the first one.
+    With another backend the authority's own keys don't count: they belong to its usual backend.
     """
     authorities, tables = {}, {}
     for name, ours in settings.authorities.items():

@@ -31,12 +31,7 @@ class Window:
 
     @classmethod
     def parse(cls, text: str) -> Window:
-        """
-        Parse a window such as `"Sat-Sun 02:00-06:00"`, `"Mon,Wed 22:00-02:00"` or `"03:00-05:00"`.
-
-        Raises:
-            ValueError: Its text is what was wanted.
-        """
+        """Parse such as `"Sat-Sun 02:00-06:00"`, `"Mon,Wed 22:00-02:00"`, `"03:00-05:00"`; or a ValueError."""
         days, _, hours = text.strip().rpartition(" ")
         match = _HOURS.fullmatch(hours)
         if match is None:
@@ -120,16 +115,9 @@ class Decision:
 
 def may_act(now: datetime, windows: Windows, zone: tzinfo, expires: datetime) -> Decision:
     """
-    Whether it is time, with a certificate that expires then.
+    Whether to renew now, if the first certificate expires at `expires`.
 
-    It waits for its window only while two whole ones are left before it expires, so that one of them may fail, and
-    `LAST_DAYS`. After that every run may act.
-
-    Args:
-        now: Aware.
-        windows: None of them: any time will do.
-        zone: Whose clock they follow.
-        expires: Of the certificate that expires first.
+    It waits for a window only while two whole windows, so that one may fail, and `LAST_DAYS` are left before that.
     """
     if not windows:
         return Decision(act=True, reason="renewal.window is not set")
@@ -160,12 +148,10 @@ def local_text(moment: datetime, zone: tzinfo) -> str:
 
 def spans(now: datetime, windows: Windows, zone: tzinfo) -> list[tuple[datetime, datetime]]:
     """
-    The times in which a window is open and that are not over, in order; those that meet are one.
+    The times from now on in which a window is open, in order and merged; at least two if the windows leave a gap.
 
-    Of windows that leave a gap in the week there are at least two.
-
-    A window that the clock skips altogether in spring is not there on that day. In autumn it is open from the first
-    time that the clock shows its beginning to the first time that it shows its end.
+    A window that the clock skips in spring is missing on that day. In autumn a window is open from the first time that
+    the clock shows its beginning to the first time that it shows its end.
     """
     today = now.astimezone(zone).date()
     found = sorted(

@@ -1,5 +1,1 @@
-"""
-The operating system as the program wants it: files, processes, HTTPS, the terminal.
-
-Nothing here knows a certificate's purpose, a CA or a component.
-"""
+"""The operating system: files, processes, HTTP, the terminal; nothing here knows certificates or components."""

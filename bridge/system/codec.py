@@ -1,9 +1,9 @@
 """
-Dataclasses as JSON, and back: one form for each type, for all state files.
+JSON of all state files, to and from dataclasses; and Prometheus' text format.
 
-A field's key is its name, with these exceptions: `csr_pem: bytes` is the text `csr`, `validity: timedelta` is the number
-`validitySeconds`, and `named("key")` gives another key. Reading is strict: a missing, unknown or mistyped field is an
-error that names it, and never repeats a value, which may be a key.
+A field's key is its name, with these exceptions: `csr_pem: bytes` is the text `csr`, `validity: timedelta` is the
+number `validitySeconds`, and `named("key")` gives another key. Reading is strict: a missing, unknown or mistyped field
+is an error that names it and never repeats a value, which may be a key.
 """
 
 from __future__ import annotations
@@ -81,12 +81,7 @@ def _field_to_json(field: Field[Any], value: Any) -> Any:
 
 
 def from_json(kind: type[T], value: Any, where: str = "") -> T:
-    """
-    Read a value of a type.
-
-    Raises:
-        CodecError: It is something else.
-    """
+    """Read a value of a type; a CodecError says what was found instead."""
     try:
         return cast("T", _read(kind, value, where))
     except CodecError:

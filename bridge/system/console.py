@@ -1,7 +1,4 @@
-"""
-What a run says: messages with the run's name, to standard error as text or JSON lines or into systemd's journal, and
-what goes on at the moment. Results are printed by the commands.
-"""
+"""Messages of a run, with its name: to standard error as text or JSON lines, or into systemd's journal."""
 
 from __future__ import annotations
 
@@ -87,12 +84,7 @@ _taken: set[str] = set()
 
 
 def run_id() -> str:
-    """
-    The run that this process is at, in hexadecimal.
-
-    It has its name before its record begins, so that what is said before that (the settings are wrong, another run is
-    at work) has it, too.
-    """
+    """The hexadecimal name of this process's run; messages from before its audit record begins have it, too."""
     if not _ids:
         _ids.append(os.urandom(_ID_BYTES).hex())
     return _ids[-1]

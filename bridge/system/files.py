@@ -82,13 +82,7 @@ def is_frozen(path: Path) -> bool:
 
 
 def write_staged(path: Path, data: bytes, attributes: Attributes) -> None:
-    """
-    Write a new file, safe on disk when this returns; its content comes last, when only those it is for can read it.
-
-    Raises:
-        FileExistsError: The path is taken.
-        OSError: Anything else; then the file is gone again.
-    """
+    """Write a new file, safe on disk when this returns and never readable for others; FileExistsError: it exists."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, SECRET_MODE)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -144,12 +138,7 @@ def write_atomically(path: Path, data: bytes, mode: int = SECRET_MODE) -> None:
 
 
 def append(path: Path, data: bytes) -> None:
-    """
-    Add lines to a file of ours, with one write; safe on disk when this returns.
-
-    Raises:
-        OSError: None of it is there.
-    """
+    """Append lines to a file of ours with one write, safe on disk when this returns; an OSError: none of it is."""
     is_new = not path.exists()
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, SECRET_MODE)
     try:

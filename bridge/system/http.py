@@ -1,9 +1,9 @@
 """
-HTTP/1.1 over a connection that is kept, or used once: for the cluster's API, components, neighbours and CAs.
+HTTP/1.1 for the cluster's API, components, neighbours and CAs, on connections that are kept or used once.
 
-`http.client` reads an answer; this module adds one limit of time for a whole request, one of the bytes that a server
-sends, counted below the parser, and that no request gets what is left of another one's answer. One request at a time
-is under way on a connection. No redirects, no proxies, nothing of the environment, no keys on disk, no repetition.
+`http.client` reads an answer; this module adds a time limit for the whole request, a limit on the bytes that a server
+sends (counted below the parser), and the guarantee that no request gets the rest of another one's answer. A connection
+carries one request at a time. There are no redirects, proxies, environment variables, keys on disk or repetitions.
 """
 
 from __future__ import annotations
@@ -141,13 +141,10 @@ def reach(url: str, seconds: float) -> None:
 
 def context(trust_pem: bytes | None, certificate_pem: bytes | None, key_pem: bytes | None) -> ssl.SSLContext:
     """
-    A TLS client's context. An anchor need not be self-signed, as in Go; the key is in memory only.
+    A TLS client's context; the key is in memory only.
 
-    Without anchors any server will do, and the caller looks at its certificate.
-
-    Raises:
-        UntrustedError: No certificate among the trust anchors.
-        ClientRefusedError: Certificate and key don't belong together, or can't be used.
+    An anchor need not be self-signed, as in Go. Without anchors any server certificate passes, and the caller checks
+    it. UntrustedError: an anchor can't be read; ClientRefusedError: the client certificate or key can't be used.
     """
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     tls.set_alpn_protocols(["http/1.1"])
@@ -202,15 +199,7 @@ class KeptConnection:
         longest: int = MAX_ANSWER_BYTES,
     ) -> Answer:
         """
-        Send one request and read its whole answer; any status is an answer.
-
-        Args:
-            method: HTTP's.
-            target: Path and query, quoted.
-            headers: Besides those of the connection and of the body's length.
-            body: Of the request.
-            seconds: For all of it.
-            longest: Bytes of the answer's body.
+        Send one request and read its whole answer, of any status, within `seconds` and at most `longest` bytes.
 
         Raises:
             HttpsError: No answer, or a longer one.
@@ -226,11 +215,7 @@ class KeptConnection:
             return Answer(status=response.status, headers=named, body=content)
 
     def stream(self, target: str, headers: Mapping[str, str], *, seconds: float) -> Stream:
-        """
-        Send one GET and read, in so many seconds, the head of its answer, which may go on without end.
-
-        The caller closes the connection. Errors are those of `ask`.
-        """
+        """Send one GET, read the head of its answer, and return the open answer; the caller closes the connection."""
         limits = _Limits(seconds, _PIECE_BYTES)
         with self.in_time(limits):
             response, _ = self._begun("GET", target, headers, None, limits)
@@ -433,11 +418,7 @@ def _has_ended(opened: socket.socket) -> bool:
 
 
 def within(seconds: float, work: Callable[[], T]) -> T:
-    """
-    Call `work` in a thread of its own with a limit of time: a resolver has none, and a name may have many addresses.
-
-    After that there is a TimeoutError; `work` is left to itself, and what it returns after all is closed.
-    """
+    """Call `work` in a thread with a time limit (a resolver has none); after a TimeoutError a late result is closed."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -485,10 +466,10 @@ def _connected(peer: Peer, seconds: float) -> socket.socket:
 
 def _alert(peer: Peer) -> HttpsError | None:
     """
-    Listen for the alert that a broken connection may have swallowed: why the server turned us away, if it did.
+    Read the TLS alert that a broken connection may have swallowed: why the server turned us away.
 
-    In TLS 1.3 a server judges the client after its own handshake has ended (RFC 8446 §4.4.2.4). If it closes while
-    our request is unread, the kernel resets the connection and throws the alert away; so this time nothing is sent.
+    In TLS 1.3 a server judges the client after its own handshake has ended (RFC 8446 §4.4.2.4). If it closes the
+    connection before it has read our request, the kernel drops the alert; so this time nothing is sent.
     """
     if peer.tls is None or not peer.alert_seconds:
         return None

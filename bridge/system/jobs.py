@@ -1,8 +1,4 @@
-"""
-Jobs for systemd and cron: the shipped units and crontabs, with the paths that are true on this machine.
-
-Which jobs there are is known from the files below `config/`; what they run is not known here.
-"""
+"""Jobs for systemd and cron: the units and crontabs below `config/`, with this machine's paths."""
 
 from __future__ import annotations
 
@@ -83,17 +79,7 @@ def _uid(user: str) -> int | None:
 
 
 def unit(name: str, shipped: str, places: Places) -> Job:
-    """
-    A systemd unit.
-
-    Args:
-        name: The unit's.
-        shipped: Its text as it is shipped.
-        places: What is true here.
-
-    Raises:
-        JobError: A path has a line break in it, or another control character.
-    """
+    """A systemd unit from its shipped text, with this machine's paths. JobError: a path has a control character."""
     text = _placed(shipped, places, _systemd_word).replace(_WHERE, "")
     listed = [*map(str, places.writable), *(f"-{path}" for path in places.maybe_writable)]
     writable = " ".join(_systemd_word(path, "ReadWritePaths=") for path in listed)

@@ -28,17 +28,9 @@ class LockedError(BridgeError):
 @contextlib.contextmanager
 def lock(path: Path, command: str, wait: timedelta = timedelta()) -> Iterator[None]:
     """
-    Take an advisory lock that ends with its process, however that ends: a node has one writer.
+    Take an advisory lock that ends with its process; a LockedError names the holder.
 
-    The file names the holder to the others; it stays when the lock is given back (removing it would let two in).
-
-    Args:
-        path: The lock's file.
-        command: For the others to see.
-        wait: How long for somebody else to give it back.
-
-    Raises:
-        LockedError: Somebody holds it; it says who, and since when.
+    The file stays when the lock is released, since removing it would let two processes in.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, SECRET_MODE)
     try:

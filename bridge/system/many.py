@@ -1,8 +1,4 @@
-"""
-Many at once for little more than the price of one: each mechanism here exists for a number of docs/evidence/numbers.md.
-
-`write_together` is for 10,000 CSRs at the desk, `Combined` for the certificates that the gateway signs in a minute.
-"""
+"""Batches: `write_together` for 10,000 CSRs at the desk, `Combined` for the gateway (docs/evidence/numbers.md)."""
 
 from __future__ import annotations
 
@@ -40,13 +36,10 @@ class NewFile:
 
 def write_together(groups: Sequence[Sequence[NewFile]]) -> list[OSError | None]:
     """
-    Write many files as `files.write_atomically` does one; all are written before the disk is waited for.
+    Write groups of files as `files.write_atomically` does one, and wait for the disk once.
 
-    Args:
-        groups: Nothing of a group is put in place before all of it is on disk; then each file is, in their order.
-
-    Returns:
-        One answer a group. None: it is in place, and safe on disk; an error: not all of it is.
+    No file of a group is put in place before the whole group is on disk. The answer for each group is None, or the
+    error because of which not all of it is in place.
     """
     errors: list[OSError | None] = []
     for start in range(0, len(groups), _AT_ONCE):
@@ -161,16 +154,12 @@ class Combined(Generic[T, R]):
     """
     Batches concurrent calls into one.
 
-    A caller that comes while no other is at work leads: it calls the function for all that wait, in their order. The
-    others sleep until they have their result, or lead the next batch.
+    A caller that comes while no batch is at work calls the function for all that wait, in their order; the others sleep
+    until they have their result, or lead the next batch.
     """
 
     def __init__(self, together: Callable[[Sequence[T]], Sequence[R]], most: int) -> None:
-        """
-        Args:
-            together: One result an item, in their order; what it raises, each of those callers gets.
-            most: Items at a time.
-        """
+        """`together` returns one result an item, in their order; what it raises, each caller gets."""
         self._together = together
         self._most = most
         self._mutex = threading.Lock()

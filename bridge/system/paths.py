@@ -1,8 +1,8 @@
 """
-What a path leads to, and who decides that: the owners and modes of all that is on the way, and reading what is there.
+Where a path leads, and who can change that: owners and modes on the way, and reading the file at its end.
 
-A way is walked one directory after the other, each opened in the one before it, so that no owner of a directory can
-lead us elsewhere while we look: what was judged is what is used.
+Each directory is opened in the one before it, so that no directory's owner can redirect us while we check: the file
+that was checked is the file that is used.
 """
 
 from __future__ import annotations
@@ -40,12 +40,7 @@ class _DirectoryError(UnreadableError):
 
 
 def read(path: Path) -> bytes | None:
-    """
-    A file's content; None when there is none: nothing, a dangling symlink or a directory (as kubeadm sees it).
-
-    Raises:
-        UnreadableError: No permission, not a regular file, too large, or the disk's trouble.
-    """
+    """A file's content; None: no file, a dangling link or a directory, as for kubeadm; else an UnreadableError."""
     try:
         with regular_file(path) as (descriptor, _):
             return _content(descriptor)
@@ -55,13 +50,10 @@ def read(path: Path) -> bytes | None:
 
 def read_once(path: Path) -> tuple[bytes, os.stat_result]:
     """
-    Content and status of a file in a directory that others can write to: opened once, and no link is followed.
+    Content and status of a file in a directory that others can write to, opened once and without following a link.
 
-    A caller that judges it has to keep these bytes: under the same name there may be another file by now.
-
-    Raises:
-        FileNotFoundError: Nothing is there (any more).
-        UnreadableError: As `read`; also for a link or a directory.
+    A caller that judges the content must keep these bytes, since the name may be another file's by then.
+    FileNotFoundError: no such file; UnreadableError: as `read`, and for a link or a directory.
     """
     try:
         with regular_file(path, os.O_NOFOLLOW) as (descriptor, status):
@@ -73,15 +65,9 @@ def read_once(path: Path) -> tuple[bytes, os.stat_result]:
 @contextlib.contextmanager
 def regular_file(path: Path, flags: int = 0) -> Iterator[tuple[int, os.stat_result]]:
     """
-    Open a file to read, and nothing else: a device is not even opened, since that alone can have an effect.
+    Open a regular file for reading; a device is not opened, since that alone can have an effect.
 
-    Args:
-        path: A path, which may lead through /proc/self/fd.
-        flags: `O_NOFOLLOW` to refuse a link in its place.
-
-    Raises:
-        FileNotFoundError, NotADirectoryError: Nothing is there.
-        UnreadableError: It can't be opened, or is no regular file.
+    `flags` may be `O_NOFOLLOW`. FileNotFoundError and NotADirectoryError: no such file; UnreadableError: all else.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -120,13 +106,7 @@ class NoCaFileError(UnreadableError):
 
 
 def read_ca_file(path: Path) -> tuple[x509.Certificate, ...]:
-    """
-    The certificates of a CA file; the first is kubeadm's trust anchor.
-
-    Raises:
-        NoCaFileError: There is no such file.
-        UnreadableError: It can't be read, or holds no certificate; the text says why.
-    """
+    """The certificates of a CA file, kubeadm's trust anchor first; NoCaFileError without it, else UnreadableError."""
     data = read(path)
     if data is None:
         raise NoCaFileError(os.strerror(errno.ENOENT))
@@ -138,15 +118,9 @@ def read_ca_file(path: Path) -> tuple[x509.Certificate, ...]:
 
 def own_text(path: Path, what: str, hint: str) -> str:
     """
-    The text of a file that says what is run or signed, which only root and the effective user may change.
+    The text of a file that only root and the effective user can change, since it decides what is run or signed.
 
-    Args:
-        path: The file.
-        what: Its content in words, such as `a settings file`.
-        hint: Where there is no such file.
-
-    Raises:
-        SettingsError: It is not there, can't be read, or somebody else can change it.
+    `what` names it in the SettingsError (`a settings file`); `hint` is for a file that does not exist.
     """
     try:
         assert_ours(path)
@@ -187,18 +161,10 @@ class Exposure:
 
 def exposure(path: Path, also: int | None = None) -> Exposure | None:
     """
-    Find by what somebody other than root and the effective user could change what a path leads to.
+    How a user other than root, the effective user and `also` (a uid) could change what a path leads to.
 
-    The file counts, each directory on the way, and each link with what it leads to. A directory with the sticky bit
-    may be everybody's, as /tmp is: what is ours in it can't be renamed by others. What does not exist belongs to no
-    one else.
-
-    Args:
-        path: The path.
-        also: A further user (uid) who may.
-
-    Raises:
-        OSError: It can't be looked at.
+    Counted are the file, each directory on the way, and each link with its target. A directory with the sticky bit may
+    be world-writable, as /tmp is: others can't rename our files in it. OSError: it can't be checked.
     """
     trusted = trusted_users()
     if also is not None:
@@ -208,11 +174,7 @@ def exposure(path: Path, also: int | None = None) -> Exposure | None:
 
 
 def program_exposure(path: Path, account: int | None = None) -> Exposure | None:
-    """
-    Find why a program must not be run: others could change or replace it, or it is no regular file.
-
-    What an interpreter loads is not looked at.
-    """
+    """Why a program must not be run: others can change or replace it, or it is no regular file."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         hint = "a command begins with the path of its program"
@@ -254,10 +216,10 @@ def open_secret(path: Path) -> Exposure | None:
 
 def trusted_users() -> set[int]:
     """
-    The users (uids) whose files are as good as ours.
+    The users (uids) whose files we trust as our own.
 
-    A user namespace shows all users that it does not know as one, and root is among them where it has no root of its
-    own. Where it has one, as below `PrivateUsers=yes`, that user is just somebody else.
+    In a user namespace, every user from outside has one and the same uid, and so does root if the namespace has no root
+    of its own; if it has one (`PrivateUsers=yes`), that uid is not trusted.
     """
     ours = {0, os.geteuid()}
     spans = [line.split() for line in Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()]
@@ -324,13 +286,10 @@ class Place:
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Place]:
     """
-    Walk to a file, which need not be there.
+    Walk to a file, which need not exist.
 
-    A link is followed only where root or the effective user made it, on a way that others could not have changed.
-
-    Raises:
-        ForeignLinkError: There is another link on the way, or in its place.
-        OSError: A directory can't be opened.
+    A link is followed only if root or the effective user made it and others could not have changed the way to it; else
+    a ForeignLinkError. OSError: a directory can't be opened.
     """
     place = _place(path)
     try:
@@ -380,11 +339,7 @@ class _Step:
 
 
 def _steps(path: Path) -> Iterator[_Step]:
-    """
-    Everything that decides where a path leads, from the root directory on, links as such.
-
-    It ends where nothing is, and where links have no end.
-    """
+    """All that decides where a path leads, from / on, links included; ends at a missing name or a loop."""
     here, shown, links = os.open("/", _LOOK | os.O_DIRECTORY), Path("/"), 0
     rest = list(path.absolute().parts[1:])
     try:

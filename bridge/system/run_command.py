@@ -105,16 +105,16 @@ def run(
     is_enough: Callable[[float], bool] | None = None,
 ) -> Ended:
     """
-    Run a program in a session of its own, with nothing to read.
+    Run a program in a session of its own, without standard input.
 
-    At a limit it is killed with its process group. A program that can't be killed is given up, and `failure` says so:
+    At a limit it is killed with its process group. A program that can't be killed is abandoned, and `failure` says so:
     no limit is exceeded by more than a few seconds.
 
     Args:
         command: The program.
         output: Takes its standard output; or a descriptor.
-        messages: Likewise its standard error; `subprocess.STDOUT`: both are one.
-        is_enough: Asked many times a second, with the seconds since the start, whether to stop the program.
+        messages: Takes its standard error; with `subprocess.STDOUT` both are one.
+        is_enough: Called many times a second with the seconds since the start; True stops the program.
     """
     begin, account = time.monotonic(), command.account
     # the groups are set only where the account changes, since that takes root
@@ -308,14 +308,10 @@ def run_logged(words: Sequence[str], variables: Mapping[str, str], limit: timede
 
 def python_command(code: str, *arguments: str) -> list[str]:
     """
-    The command that runs some code in another process, with the same Python and the same modules.
+    The command that runs code in another process with this Python and the same modules.
 
-    Neither the environment nor the working directory says what it loads (-I); where this process finds its modules is
-    handed on, since a release's tree is no place that Python knows by itself.
-
-    Args:
-        code: What it runs.
-        arguments: Its `sys.argv`, behind the first.
+    Neither the environment nor the working directory decides what it loads (-I), and it gets this process's module
+    path, since Python does not know a release's tree.
     """
     options = ["-I", "-S"] if sys.flags.no_site else ["-I"]
     places = [place for place in sys.path if place]

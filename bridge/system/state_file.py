@@ -1,9 +1,9 @@
 """
-One small JSON document that outlives a run: read, validated, replaced whole, removed.
+One small JSON document that outlives a run: read, validated, replaced as a whole, removed.
 
-Each carries a digest of itself, so that a flipped bit is noticed; those of versions that wrote none are still read.
-What a damaged one means is said by name (`OnDamage`). One that can't be read at this moment (the disk, permissions) is
-neither damaged nor absent, whatever its policy: it is an error, and stays as it is.
+Each contains a digest of itself, so that a flipped bit is noticed; documents without one, from earlier versions, are
+still read. `OnDamage` says what happens to a damaged one. A file that can't be read at the moment (disk, permissions)
+is always an error, and is left as it is.
 """
 
 from __future__ import annotations
@@ -80,11 +80,8 @@ class StateFile(Generic[T]):
 
     def read(self) -> T | None:
         """
-        Read its content; None: there is none, or it counts as none.
-
-        Raises:
-            StateUnreadableError: It can't be read at this moment.
-            StateDamagedError: Unless its policy is to start over.
+        Its content; None: no file, or a damaged one that its policy discards; else StateUnreadable- or
+        StateDamagedError.
         """
         try:
             return self._judged()
@@ -218,10 +215,7 @@ def sealed_line(document: Mapping[str, Any]) -> bytes:
 
 
 def unsealed(data: bytes, keys: frozenset[str]) -> dict[str, Any]:
-    """
-    Read what `sealed` or `sealed_line` has written, or a version that wrote no digest, of whose documents `keys` has
-    all keys.
-    """
+    """Read what `sealed` or `sealed_line` wrote, or an earlier version's document without digest, with all `keys`."""
     document = json.loads(data)
     if not isinstance(document, dict):
         raise _DigestError(f"wanted a JSON object, found {type(document).__name__}")

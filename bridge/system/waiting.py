@@ -26,17 +26,10 @@ def wait_until(
     between: Callable[[T], object] = lambda _: None,
 ) -> T:
     """
-    Look until the result is enough or the time is over; the first look is always made, and a last one at the end.
+    Look until the result is enough or the time is over; there is always a first look, and a last one at the end.
 
-    Args:
-        look: Its time counts, too, but is not cut short.
-        is_enough: Ends the wait.
-        limit: By the machine's monotonic clock, which nobody sets.
-        pause_seconds: Between two looks.
-        between: Is given each look that was not enough, before the pause; what it raises ends the wait.
-
-    Returns:
-        The last look, enough or not.
+    A look's time counts but is not cut short. `between` gets each look that was not enough; what it raises ends the
+    wait. Returns the last look.
     """
     end = time.monotonic() + limit.total_seconds()
     while not is_enough(seen := look()):
@@ -64,10 +57,10 @@ class TerminatedError(KeyboardInterrupt):
 
 def listen() -> None:
     """
-    Have SIGTERM raise a TerminatedError in the main thread, unless our parent has it ignored.
+    Have SIGTERM raise a TerminatedError in the main thread, unless our parent ignores it.
 
-    Once a second that thread is woken: where a signal comes in the moment before it waits for another thread, or is
-    given to another one, Python would see it only when the wait is over. (Timers are not handed on to other programs.)
+    A timer wakes that thread once a second: if a signal arrives just before the thread waits for another one, or
+    another thread gets it, Python would handle it only after the wait. (Child programs don't inherit timers.)
     """
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminated)
@@ -87,10 +80,9 @@ def exit_code(error: KeyboardInterrupt) -> int:
 @contextlib.contextmanager
 def workers(count: int) -> Iterator[ThreadPoolExecutor]:
     """
-    Threads that are waited for, unless the run is interrupted: then they are left to themselves.
+    Threads that are waited for, unless the run is interrupted: then they are abandoned.
 
-    One may be waiting for a CA's answer, or to ask again. The process ends right after, and they with it; what becomes
-    of what they do is what becomes of it when a process is killed.
+    One may still wait for a CA. The process ends right after, as if it had been killed.
     """
     from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 (every command loads this module)
 

@@ -1,8 +1,7 @@
 """
-One user's certificate: judged by the settings, asked for, proven, and put into a kubeconfig of its own.
+One user's certificate: judged by the settings, asked for, proven, and put into a kubeconfig.
 
-Proven as everything else is (`bridge.pki.verify`), and besides that it must not live longer than `users.max_validity`,
-whatever the CA's profile gives.
+Besides the usual proof (`bridge.pki.verify`) it must not live longer than `users.max_validity`.
 """
 
 from __future__ import annotations
@@ -100,13 +99,10 @@ def issue(
     settings: Settings, order: UserOrder, now: Callable[[], datetime], progress: Progress, wait: timedelta = timedelta()
 ) -> Done:
     """
-    Have the certificate signed, or collect an answer that is owed, and write the kubeconfig.
+    Have the certificate signed, or collect an answer, and write the kubeconfig.
 
-    Raises:
-        NotAllowedError, CsrRefusedError: No CA was asked.
-        WaitingError: The CA has the request; the same command collects the answer.
-        BackendError, VerificationError: No kubeconfig was written.
-        LockedError, StateError, AuditError: As for every run that writes.
+    NotAllowedError, CsrRefusedError: no CA was asked. WaitingError: the same command again collects the answer.
+    BackendError, VerificationError: no kubeconfig was written.
     """
     rules = settings.users
     validity = order.validity or rules.validity

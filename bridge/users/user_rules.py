@@ -1,7 +1,7 @@
 """
-Which users a certificate may be for: names, groups and lifetimes, by the settings of a node or the policy of a desk (pure).
+Which names, groups and lifetimes a user's certificate may have, by the settings or a desk's policy (pure).
 
-Kubernetes' and kubeadm's own names and groups are refused unless they are allowed by name.
+Names and groups of Kubernetes and kubeadm are refused unless they are listed.
 """
 
 from __future__ import annotations
