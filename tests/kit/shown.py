@@ -1,0 +1,251 @@
+"""
+What a reader sees: commands of the pages, run for real on machines of their own, and their output as pages show it.
+
+A machine is a set of namespaces in which `/etc`, `/var/lib`, `/srv` and `/media` are its own, so that paths are the
+page's. In a page a block for the language `console` has a name behind that word, and perhaps how many lines it shows: `8` are
+the first eight, `-8` the last.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+import shlex
+import shutil
+import sys
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from tests.kit import airgap, cluster_api, gateways, opensslca, terminals
+from tests.kit.pki import KubeadmPki, kubeadm_pki
+
+ROOT = Path(__file__).parents[2]
+PAGE, DESK_FILES = ROOT / "docs/first-renewal.md", ROOT / "config/desk"
+COLUMNS = 80
+_PLACES = ("etc", "var/lib", "srv", "media")
+_OF_THE_SYSTEM = ("passwd", "group", "nsswitch.conf", "ssl", "ld.so.cache", "alternatives")
+_NAMESPACES = ("unshare", *["--mount", "--uts", "--ipc", "--pid", "--fork", "--mount-proc", "--propagation", "private"])
+_START = """\
+root=$1 name=$2; shift 2
+for place in etc var/lib srv media; do mount --bind "$root/$place" "/$place"; done
+hostname "$name"; cd /srv; stty cols 80 2>/dev/null || true; exec "$@"
+"""
+#: The installed program, under the path that the packages give it.
+_PROGRAM = "import sys; from bridge.entry import main; sys.argv[0] = '/usr/bin/ca-bridge'; sys.exit(main())"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A node or a desk, whose files are below a directory."""
+
+    root: Path
+    name: str
+    is_alone: bool = True  #: It reaches no other machine, and none reaches it.
+
+    def __post_init__(self) -> None:
+        for place in _PLACES:
+            (self.root / place).mkdir(parents=True, exist_ok=True)
+        for found in (Path("/etc") / name for name in _OF_THE_SYSTEM):
+            copy = shutil.copytree if found.is_dir() else shutil.copy2
+            if found.exists():
+                copy(found, self.root / "etc" / found.name)
+
+    def write(self, path: str, text: str, mode: int = 0o600) -> None:
+        """A file of the machine."""
+        file = self.root / path.removeprefix("/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch(mode=mode)
+        file.write_text(text, encoding="utf-8")
+
+    def run(self, line: str, typed: str = "") -> str:
+        """What a terminal shows of a line of a page; `typed` is what somebody answers to a question."""
+        words = shlex.split(line)
+        program = [sys.executable, "-c", _PROGRAM] if words[0] == "ca-bridge" else words[:1]
+        settings = ["env", "TZ=UTC", "LC_ALL=C.UTF-8", "TERM=xterm", f"COLUMNS={COLUMNS}"]
+        network = ["--net"] if self.is_alone else []
+        command = [
+            *_NAMESPACES,
+            *network,
+            "sh",
+            "-ec",
+            _START,
+            "sh",
+            str(self.root),
+            self.name,
+            *settings,
+            *program,
+            *words[1:],
+        ]
+        if typed:
+            return terminals.Shown(*airgap.at_a_terminal(command, [typed], b"later] "), "").text
+        return terminals.run(command, columns=COLUMNS).text
+
+
+class Normal:
+    """The same text for the same run at any time: hours count from one moment, numbers and names count on."""
+
+    #: When each run was, to the hour.
+    THEN = datetime(2027, 3, 1, 3, tzinfo=UTC)
+
+    def __init__(self) -> None:
+        self.began = datetime.now(UTC)
+        self._names: dict[str, str] = {}
+
+    def of(self, text: str) -> str:
+        """A command's output."""
+        for pattern, form in _DATES.items():
+            text = re.sub(pattern, functools.partial(self._moved, form=form), text)
+        for pattern, words in _WORDS.items():
+            text = re.sub(pattern, words, text)
+        for pattern, form in _NAMES.items():
+            text = re.sub(pattern, functools.partial(self._named, form=form), text)
+        return "\n".join(line.rstrip() for line in text.splitlines()).strip("\n")
+
+    def _moved(self, found: re.Match[str], form: str) -> str:
+        hours = (datetime.strptime(found[0], form).replace(tzinfo=UTC) - self.began) / timedelta(hours=1)
+        return (self.THEN + timedelta(hours=round(hours))).strftime(form)
+
+    def _named(self, found: re.Match[str], form: str) -> str:
+        number = len(self._names)
+        digits = iter(hashlib.sha256(f"{number}".encode()).hexdigest().translate(_CASE if form.isupper() else {}))
+        return self._names.setdefault(found[0], "".join(one if one in "-…" else next(digits) for one in form))
+
+
+_CASE = str.maketrans("abcdef", "ABCDEF")
+_DATES = {
+    r"\d{4}-\d\d-\d\d \d\d:\d\d(?!:)": "%Y-%m-%d %H:%M",
+    r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d": "%Y-%m-%dT%H:%M:%S",
+    r"\d{8}T\d{6}Z": "%Y%m%dT%H%M%SZ",
+}
+#: What is not worth a number.
+_WORDS = {r"\.\d{3}Z\b": ".000Z", r"\b\d+s ago": "0s ago", r"127\.0\.0\.1:\d{5}": "192.0.2.11:6443"}
+#: Serial numbers of OpenSSL's and of kubeadm's certificates, fingerprints, batches, digests, names of runs; each becomes
+#: as long as most are.
+_NAMES = {
+    r"\b[0-9A-F]{34,40}\b": "X" * 40,
+    r"\b[0-9A-F]{12,16}\b": "X" * 16,
+    r"\b[0-9A-Z]{5}(?:-[0-9A-Z]{5}){3}\b": "-".join(["X" * 5] * 4),
+    r"\b[0-9a-f]{32}\b": "x" * 32,
+    r"\b[0-9a-f]{16}…": "x" * 16 + "…",
+    r"(?<![\w.])[0-9a-f]{8}(?![\w.])": "x" * 8,
+}
+
+#: Typed one after the other, by the name of the block that shows it; a line without one makes what the next ones need.
+NODE = {
+    "check-expiration": "ca-bridge check-expiration",
+    "settings-check": "ca-bridge settings check",
+    "doctor": "ca-bridge doctor",
+    "plan": "ca-bridge plan",
+    "renew-one": "ca-bridge renew front-proxy-client",
+    "renew": "ca-bridge renew",
+    "backups": "ca-bridge backups",
+    "rollback": "ca-bridge rollback",
+    "audit-show": "ca-bridge audit show --name front-proxy-client",
+    "audit-verify": "ca-bridge audit verify",
+    "user-request": "ca-bridge kubeconfig request bob --group dev --group ops",
+    "user": "ca-bridge kubeconfig user bob --group dev --group ops --csr bob.csr --validity 8h",
+    "export": "ca-bridge export /media/stick/cp-1.request.json",
+    "pending": "ca-bridge pending list",
+}
+DESK = {
+    "desk-doctor": "ca-bridge doctor",
+    "inspect": "ca-bridge inspect /media/stick/cp-1.request.json",
+    "sign-dry-run": "ca-bridge sign /media/stick/cp-1.request.json -o /media/stick/cp-1.answer.json --dry-run",
+    "sign": "ca-bridge sign /media/stick/cp-1.request.json -o /media/stick/cp-1.answer.json --approve",
+}
+BACK = {"import": "ca-bridge import /media/stick/cp-1.answer.json"}
+GATEWAY = {"gateway-check": "ca-bridge gateway --check"}
+
+PASSPHRASE = "s3cret phrase"
+
+
+def blocks(directory: Path) -> dict[str, str]:
+    """By name: what each block shows."""
+    normal, node = Normal(), node_with_openssl(directory / "cp-1")
+    found = typed(NODE, node, normal)
+    desk = desk_of(node, directory / "ca-1")
+    shutil.copytree(node.root / "media", desk.root / "media", dirs_exist_ok=True)
+    found |= typed(DESK, desk, normal)
+    shutil.copytree(desk.root / "media", node.root / "media", dirs_exist_ok=True)
+    return found | typed(BACK, node, normal) | gateway(directory, normal)
+
+
+def typed(lines: Mapping[str, str], machine: Machine, normal: Normal) -> dict[str, str]:
+    """Lines on one machine; to the question of `--approve` the answer is yes."""
+    return {
+        name: f"$ {line}\n{normal.of(machine.run(line, 'yes' if line.endswith('--approve') else ''))}"
+        for name, line in lines.items()
+    }
+
+
+def node_with_openssl(root: Path) -> Machine:
+    """The page's settings, a PKI of the real kubeadm that ends in 20 days, and its CAs where the settings say."""
+    pki = kubeadm_pki(root, validity=timedelta(days=20), extra_sans=())
+    pki.run_kubeadm("init", "phase", "control-plane", "all")
+    pki.run_kubeadm("init", "phase", "etcd", "local")
+    (pki.kubeconfig_dir / "super-admin.conf").unlink()
+    node = Machine(root, "cp-1")
+    [text] = re.findall(r"```toml\n(.*?)```", _section(PAGE, "## openssl ca"), re.DOTALL)
+    node.write("/etc/ca-bridge/config.toml", text)
+    (root / "media/stick").mkdir()
+    _add_cas(node, pki, text)
+    return node
+
+
+def desk_of(node: Machine, root: Path) -> Machine:
+    """A desk with the CAs of a node, and the policy that is shipped."""
+    desk = Machine(root, "ca-1")
+    pki = KubeadmPki(root=node.root, external=True, version="1.37")
+    text = (DESK_FILES / "config.toml").read_text(encoding="utf-8")
+    desk.write("/etc/ca-bridge/config.toml", text)
+    desk.write("/etc/ca-bridge/desk-policy.toml", (DESK_FILES / "desk-policy.toml").read_text(encoding="utf-8"))
+    _add_cas(desk, pki, text)
+    return desk
+
+
+def _add_cas(machine: Machine, pki: KubeadmPki, settings: str) -> None:
+    machine.write("/etc/ca-bridge/ca-passphrase", f"{PASSPHRASE}\n")
+    for authority, table in tomllib.loads(settings)["authority"].items():
+        place = machine.root / table["dir"].removeprefix("/")
+        opensslca.make_ca_directory(place, *pki.ca_pem(authority), passphrase=PASSPHRASE)
+
+
+def gateway(directory: Path, normal: Normal) -> dict[str, str]:
+    """With the shipped policy and inventory, before a real API server, which is not in the machine's network."""
+    machine = Machine(directory / "gateway", "cp1", is_alone=False)
+    with cluster_api.running(directory / "cluster") as cluster:
+        gateways.grant_rights(cluster)
+        place = gateways.Place(cluster=cluster, directory=directory / "place").with_openssl()
+        table = (
+            f'[node]\npki_dir = "{cluster.pki_dir}"\n[gateway]\nkubeconfig = "{cluster.kubeconfig(gateways.USER)}"\n'
+        )
+        machine.write("/etc/ca-bridge/config.toml", "\n".join([table, *place.tables]))
+        for name, to in (("policy", "gateway-policy"), ("inventory", "inventory")):
+            text = (DESK_FILES.parent / f"gateway/{name}.toml").read_text(encoding="utf-8")
+            machine.write(f"/etc/ca-bridge/{to}.toml", text)
+        return typed(GATEWAY, machine, normal)
+
+
+def _section(page: Path, heading: str) -> str:
+    return page.read_text(encoding="utf-8").partition(f"{heading}\n")[2].partition("\n## ")[0]
+
+
+def written(text: str, shown: Mapping[str, str]) -> str:
+    """A page, with what its blocks show now."""
+
+    def block(match: re.Match[str]) -> str:
+        lines, most = shown[match[1]].splitlines(), int(match[2] or 0)
+        if most and len(lines) > abs(most):
+            lines = [*lines[:most], "…"] if most > 0 else [lines[0], "…", *lines[most:]]
+        return "\n".join([match[0].partition("\n")[0], *lines, "```"])
+
+    return re.sub(r"^```console ([\w-]+)(?: (-?\d+))?\n.*?^```$", block, text, flags=re.DOTALL | re.MULTILINE)
+
+
+def names_in(text: str) -> list[str]:
+    """The blocks of a page."""
+    return re.findall(r"^```console ([\w-]+)", text, re.MULTILINE)
