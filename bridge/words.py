@@ -26,6 +26,12 @@ def one_line(value: object, longest: int = _LONGEST_LINE) -> str:
     return line if len(line) <= longest else f"{line[: longest - 1]}…"
 
 
+def cause(text: str, name: str) -> str:
+    """A message without what differs between certificates with the same trouble: URLs, paths, and words with the name in them."""
+    base = re.escape(name.partition(".")[0])
+    return re.sub(rf"\S*(?:/|{base})\S*" if base else r"\S*/\S*", "…", text)
+
+
 def has_controls(text: str) -> bool:
     """Whether there is a character in it that ends a line somewhere, or that no text has."""
     return _CONTROLS.search(text) is not None

@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from bridge.cli.options import Common, Output, OutputOption, command, utc_now
-from bridge.cli.printing import say, say_json, say_sentence, width_here
+from bridge.cli.printing import say_json, say_sentence, width_here
 from bridge.diagnosis import findings
 from bridge.diagnosis.examination import before_upgrade, examine
 from bridge.diagnosis.findings import LEVELS, Cause
-from bridge.system.console import doing
+from bridge.system.console import ROOT_HINT, doing
 
 commands = typer.Typer()
 
@@ -46,15 +46,15 @@ def doctor(
     if output is Output.JSON:
         say_json({"exitCode": code, "findings": [_entry(cause) for cause in causes]})
     else:
-        for cause in causes:
+        for cause in _rights_first(causes):
             _say_cause(cause)
-        say(_count(causes))
+        _say_count(causes)
     return code
 
 
 def _entry(cause: Cause) -> dict[str, object]:
     return {
-        "level": cause.level,
+        "level": "ok" if cause.level == "note" else cause.level,
         "check": cause.check,
         "about": list(cause.about),
         "text": cause.text,
@@ -62,29 +62,38 @@ def _entry(cause: Cause) -> dict[str, object]:
     }
 
 
+def _rights_first(causes: Sequence[Cause]) -> list[Cause]:
+    """All that a user who is not root may not see, as one cause, before what is wrong by itself."""
+    closed = [cause for cause in causes if cause.hint == ROOT_HINT]
+    if not closed:
+        return list(causes)
+    names = ", ".join(dict.fromkeys(about for cause in closed for about in cause.about))
+    text = f"wanted root, found another user, who may not look at: {names}"
+    first = Cause(level="error", check="rights", about=("this user",), text=text, hint=ROOT_HINT)
+    return [first, *(cause for cause in causes if cause.hint != ROOT_HINT)]
+
+
 def _say_cause(cause: Cause) -> None:
     """The sentence stands beside its subject, or below several; below it, where it is long."""
     level, about = cause.level.ljust(len("warning")), ", ".join(cause.about)
     margin = " " * (len(level) + 2)
     if len(about) > _ABOUT_WIDTH:
-        say_sentence(f"{level}  {about}:", hanging=len(margin))
+        say_sentence(f"{level}  {about}:", hanging=len(margin), style=cause.level)
         say_sentence(cause.text, margin)
     else:
         line = f"{level}  {about.ljust(_ABOUT_WIDTH)}  {cause.text}"
         width = width_here()
         if width is None or len(line) <= width:
-            say(line)
+            say_sentence(line, style=cause.level)
         else:
-            say(f"{level}  {about}")
+            say_sentence(f"{level}  {about}", style=cause.level)
             say_sentence(cause.text, margin)
     if cause.hint:
         say_sentence(f"hint: {cause.hint}", margin)
 
 
-def _count(causes: Sequence[Cause]) -> str:
+def _say_count(causes: Sequence[Cause]) -> None:
     counts = {level: sum(cause.level == level for cause in causes) for level in LEVELS}
-    if not counts["error"] and not counts["warning"]:
-        unasked = any(cause.check == "by-hand" for cause in causes)
-        return "nothing is wrong on this node; no CA was asked" if unasked else "nothing is wrong"
     words = [f"{counts[level]} {level}{'' if counts[level] == 1 else 's'}" for level in LEVELS[:2] if counts[level]]
-    return ", ".join(words)
+    unasked = "" if all(cause.check != "by-hand" for cause in causes) else " on this node; no CA was asked"
+    say_sentence(", ".join(words) or f"nothing is wrong{unasked}", style="" if words else "ok")

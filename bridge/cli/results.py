@@ -20,6 +20,7 @@ from bridge.settings.tables import Settings
 from bridge.specs import Component
 from bridge.state.store import Outcome
 from bridge.system.console import hint_of, log, print_error, printable
+from bridge.words import cause
 
 
 def report(
@@ -123,10 +124,12 @@ def print_restart(why: str, components: Sequence[Component], settings: Settings)
 
 
 def grouped(failed: Sequence[Outcome]) -> Iterator[tuple[str, BridgeError]]:
-    """One message for all certificates that failed for the same reason at the same CA."""
+    """One message for all certificates that failed for the same reason at the same CA; the hint is the first one's."""
     groups: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in failed:
-        groups.setdefault((outcome.backend, outcome.error.reason if outcome.error else ""), []).append(outcome)
+        reason = outcome.error.reason if outcome.error else ""
+        reason = cause(reason, outcome.name) if outcome.backend else reason
+        groups.setdefault((outcome.backend, reason), []).append(outcome)
     for (backend, _), outcomes in groups.items():
         if outcomes[0].error is not None:
             names = ", ".join(outcome.name for outcome in outcomes)

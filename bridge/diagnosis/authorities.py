@@ -11,7 +11,7 @@ from bridge.ca import ca, registry
 from bridge.contract import Backend, ChecksWhole, ListsIssuers, Spends, TellsTime, Wanted
 from bridge.diagnosis.findings import Finding, Level, from_error
 from bridge.diagnosis.installed import private_file
-from bridge.errors import BackendError, BackendUnavailableError, BridgeError, SettingsError
+from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, SettingsError
 from bridge.node.inventory import Item, Node
 from bridge.pki import csr, verify
 from bridge.pki.expiry import duration_text
@@ -56,7 +56,7 @@ def _by_hand(settings: Settings) -> Finding:
         f"by hand: no [authority.NAME] ({place}), so that nobody was asked; `ca-bridge export` writes requests for a "
         "CA desk, `ca-bridge import` takes its answers"
     )
-    return Finding(level="ok", check="by-hand", about="CAs", text=text)
+    return Finding(level="note", check="by-hand", about="CAs", text=text)
 
 
 def _question(items: Sequence[Item], expected: verify.Expectation, settings: Settings) -> Question:
@@ -176,8 +176,10 @@ def _clock(backend: Backend, configured: registry.Configured) -> Iterator[Findin
 def failures(settings: Settings) -> Iterator[Finding]:
     """CAs whose renewals failed, in a row."""
     for name, found in Attempts(Store(settings.node.state_dir)).authorities.items():
-        text = f"{found}; the last failure: {found.reason}"
-        yield Finding(level="warning", check="failed-runs", about=f"backend of {name}", text=one_line(text))
+        is_local = found.exit_code == Exit.FAILED  # a CA's errors have codes of their own
+        text = f"{found}{', and no CA had a part in that' if is_local else ''}; the last failure: {found.reason}"
+        about = "this node" if is_local else f"backend of {name}"
+        yield Finding(level="warning", check="failed-runs", about=about, text=one_line(text))
 
 
 def _windows(settings: Settings, now: datetime) -> Iterator[Finding]:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from bridge.errors import BridgeError, Exit
 from bridge.system.console import ROOT_HINT, lacks_rights
+from bridge.words import cause
 
-Level = Literal["error", "warning", "ok"]
-LEVELS: tuple[Level, ...] = ("error", "warning", "ok")
+#: A note is in order, and worth knowing; for programs it is "ok".
+Level = Literal["error", "warning", "note", "ok"]
+LEVELS: tuple[Level, ...] = ("error", "warning", "note", "ok")
 
-#: Where a message names a place of one CA, so that two of them are the same but for that.
-_URL = re.compile(r"https?://\S+")
+
+_WOULD_SIGN = "what-the-ca-would-sign"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,20 +46,26 @@ def from_error(check: str, about: str, error: BridgeError) -> Finding:
 
 
 def causes(findings: Iterable[Finding]) -> list[Cause]:
-    """Group by level (the worst first), check, hint and text; URLs in a text make no difference."""
+    """
+    Group by level (the worst first), check, hint and text; at a CA, what differs between certificates makes no difference.
+
+    The hint of what a CA would sign names a role or profile for each certificate, and its first one says enough.
+    """
     groups: dict[tuple[Level, str, str, str], list[Finding]] = {}
     for one in findings:
         hint = ROOT_HINT if lacks_rights(one.text) else one.hint
-        groups.setdefault((one.level, one.check, hint, _URL.sub("URL", one.text)), []).append(one)
+        told = "" if one.check == _WOULD_SIGN else hint
+        text = cause(one.text, one.about) if one.check in {_WOULD_SIGN, "backend"} else one.text
+        groups.setdefault((one.level, one.check, told, text), []).append(one)
     found = [
         Cause(
             level=ones[0].level,
             check=ones[0].check,
             about=tuple(dict.fromkeys(one.about for one in ones)),
             text=ones[0].text,
-            hint=hint,
+            hint=ROOT_HINT if lacks_rights(ones[0].text) else ones[0].hint,
         )
-        for (_, _, hint, _), ones in groups.items()
+        for ones in groups.values()
     ]
     return sorted(found, key=lambda one: LEVELS.index(one.level))
 

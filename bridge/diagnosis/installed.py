@@ -58,7 +58,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
                 yield from _cluster(item, anchors.get(item.spec.authority.name, ()), node, settings)
     for state in node.authorities:
         if node.is_worker and state.state == "missing" and not (settings.node.kubelet_dir / "config.yaml").exists():
-            yield Finding(level="ok", check="ca", about=f"CA {state.authority.name}", text=_BEFORE_JOIN)
+            yield Finding(level="note", check="ca", about=f"CA {state.authority.name}", text=_BEFORE_JOIN)
         else:
             yield from _authority(state, now)
             yield from _further_cas(state, node, now)
@@ -106,7 +106,7 @@ def _self_made(item: Item, node: Node, now: datetime) -> Iterator[Finding]:
         yield Finding(level="warning", check="kubelet-self-signed", about=name, text=more, hint=hint)
     else:
         more = f"{expiry.left_text(end, now)}; made by the kubelet itself, which nobody can verify; {hint}"
-        yield Finding(level="ok", check="kubelet-self-signed", about=name, text=more)
+        yield Finding(level="note", check="kubelet-self-signed", about=name, text=more)
 
 
 # --- one certificate -------------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def _super_admin(item: Item) -> Finding:
     """A finding about super-admin.conf: kubeadm leaves it there, and its documentation says to move it away."""
     text = "still here, as kubeadm init leaves it: no RBAC rule holds it back, and each renewal renews it"
     hint = f"rm {item.certificate_path}; `ca-bridge renew {SUPER_ADMIN}` makes it when it is needed"
-    return Finding(level="ok", check="super-admin", about=SUPER_ADMIN, text=text, hint=hint)
+    return Finding(level="note", check="super-admin", about=SUPER_ADMIN, text=text, hint=hint)
 
 
 def _identity(item: Item, settings: Settings) -> Iterator[Finding]:

@@ -36,6 +36,7 @@ _HUNG_AFTER = timedelta(hours=1)
 def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     """Examine the machine."""
     yield from room(settings)
+    yield from _frozen(node)
     yield from state_directory(settings.node.state_dir)
     yield from lock(settings.node.state_dir, now)
     yield from _metrics(settings)
@@ -69,6 +70,23 @@ def _room(found: DiskSpace) -> Iterator[Finding]:
         text = f"wanted {_FEW_INODES} inodes for new files, found {found.inodes}"
         level = "error" if found.inodes < readiness.INODES_NEEDED else "warning"
         yield Finding(level=level, check="inodes", about=about, text=text, hint="remove small files there")
+
+
+def _frozen(node: Node) -> Iterator[Finding]:
+    """Files and directories that not even root can replace, as a renewal finds them."""
+    paths: dict[Path, str] = {}
+    for item in node.items:
+        if item.managed and item.state == "present":
+            for file in filter(None, (item.certificate_path, item.key_path)):
+                real = file.resolve()
+                paths |= {path: item.spec.name for path in (real, real.parent) if path not in paths}
+    for path, name in paths.items():
+        if files.is_frozen(path):
+            text = (
+                f"wanted to be able to replace {path}, found it immutable or append-only: no renewal can be installed"
+            )
+            hint = f"chattr -i -a {path}, after a look at who set it"
+            yield Finding(level="error", check="immutable", about=name, text=text, hint=hint)
 
 
 # --- the state directory ---------------------------------------------------------------------------------------------
@@ -108,7 +126,7 @@ def lock(state_dir: Path, now: datetime) -> Iterator[Finding]:
         hint = "see what it waits for (`ps`, its log), then end it; the next run goes on where it stopped"
         yield Finding(level="warning", check="hung-run", about="lock", text=text, hint=hint)
     else:
-        yield Finding(level="ok", check="lock", about="lock", text=f"a run is under way: {one_line(holder)}")
+        yield Finding(level="note", check="lock", about="lock", text=f"a run is under way: {one_line(holder)}")
 
 
 def jobs_of_cron() -> Iterator[Finding]:
@@ -164,7 +182,7 @@ def _copies(node: Node, homes: Sequence[Path]) -> Iterator[Finding]:
                 f"a copy of {live[certificate]}, which is to be copied again after each renewal, "
                 "or listed in copies.files"
             )
-            yield Finding(level="ok", check="admin-copy", about=str(path), text=text)
+            yield Finding(level="note", check="admin-copy", about=str(path), text=text)
         elif name := _name_of_old(certificate, admins):
             text = f"wanted a copy of {name} as it is now, found an older one (serial {serial_hex(certificate)})"
             hint = f"copy {admins[name].certificate_path} there again"

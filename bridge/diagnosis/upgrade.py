@@ -80,7 +80,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
 
 
 def _says(about: str, text: str, hint: str = "") -> Finding:
-    return Finding(level="ok", check="upgrade", about=about, text=text, hint=hint)
+    return Finding(level="note", check="upgrade", about=about, text=text, hint=hint)
 
 
 # --- certificates ----------------------------------------------------------------------------------------------------

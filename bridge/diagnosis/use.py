@@ -64,7 +64,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     """Examine how the node uses its certificates: files, CAs, names, restarts and hooks."""
     if not node.manifests:
         text = f"no static pods in {settings.node.kubeconfig_dir / 'manifests'}: which files they use was not looked at"
-        yield Finding(level="ok", check="manifests", about="manifests", text=text)
+        yield Finding(level="note", check="manifests", about="manifests", text=text)
     for item in node.items:
         if item.state == "present" and item.managed:
             yield from _files(item, node, settings)
@@ -247,7 +247,7 @@ def _cluster(node: Node, settings: Settings) -> Iterator[Finding]:
         config = _config(node, settings, manifest.flags)
     except (BridgeError, ValueError) as e:
         text = f"not compared with the SANs: {e}"
-        yield Finding(level="ok", check="kubeadm-config", about="kubeadm-config", text=text)
+        yield Finding(level="note", check="kubeadm-config", about="kubeadm-config", text=text)
         return
     names = {
         "apiserver": [config.service_address, *config.api_sans, *([config.endpoint_host] if config.endpoint else [])],
@@ -315,8 +315,8 @@ def _of_one(item: Item, facts: NamingFacts) -> Iterator[Finding]:
     if more := sorted(san_entries(certificate) - names_of(wanted.sans)):
         shown = ", ".join(one_line(f"{kind}:{value}") for kind, value in more[:10])
         text = f"has SANs that kubeadm-config does not: {shown}; a renewal keeps them, kubeadm would not make them"
-        yield Finding(level="ok", check="kubeadm-config", about=name, text=text)
+        yield Finding(level="note", check="kubeadm-config", about=name, text=text)
     if sorted(attributes(certificate.subject)) != sorted(attributes(wanted.subject)):
         text = f"subject of another version; kubeadm {facts.release} makes {wanted.text.partition(' with ')[0]}"
         hint = f"a renewal keeps it; ca-bridge renew {name} --adopt-defaults changes it, if its rights are there"
-        yield Finding(level="ok", check="kubeadm-config", about=name, text=text, hint=hint)
+        yield Finding(level="note", check="kubeadm-config", about=name, text=text, hint=hint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +14,13 @@ from typer.testing import CliRunner
 
 from bridge.cli.app import app
 from bridge.cli.results import grouped
+from bridge.diagnosis import findings
 from bridge.errors import BackendRefusedError, BridgeError
 from bridge.pki.expiry import duration_text, parse_duration
+from bridge.specs import AUTHORITIES
 from bridge.state.store import Outcome
 from bridge.system.console import ROOT_HINT, hint_of
+from tests.kit import openbao
 from tests.kit.cas import Bridge, add_openssl
 from tests.kit.pki import Pki, handmade_pki
 
@@ -135,6 +139,56 @@ def test_a_backends_type_is_said_once() -> None:
     outcome = Outcome(name="apiserver", authority="ca", backend="corp (vault)", error=BackendRefusedError("vault: no"))
     other = Outcome(name="etcd-peer", authority="etcd-ca", backend="desk (openssl)", error=BackendRefusedError("no"))
     assert [about for about, _ in grouped([outcome, other])] == ["apiserver: corp", "etcd-peer: desk (openssl)"]
+
+
+def test_a_missing_policy_is_one_error(tmp_path: Path) -> None:
+    """Of the twelve certificates, with one hint; `doctor` says it as one cause."""
+    bridge = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge")
+    with openbao.dev_server() as bao:
+        for authority in AUTHORITIES:
+            bao.add_ca(authority, *bridge.pki.ca_pem(authority))
+        bridge.add("backend.corp", {"type": "vault", "url": bao.url})
+        bridge.add("backend.corp.auth", {"method": "token", "token_file": bridge.secret("token", bao.token())})
+        for authority in AUTHORITIES:
+            bridge.add(f"authority.{authority}", {"backend": "corp", "mount": authority})
+        run, doctor = bridge.run("renew", "all"), bridge.run("doctor", "-o", "json")
+    errors = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, run.stderr
+    assert run.returncode == 5
+    assert errors[0].count(", ") >= 11
+    assert run.stderr.count("hint: ") == 1
+    found = [one for one in json.loads(doctor.stdout)["findings"] if one["check"] == "what-the-ca-would-sign"]
+    assert [len(one["about"]) for one in found] == [12], found
+
+
+def test_causes_stay_apart_where_files_differ() -> None:
+    """Paths make no difference in what a CA says, and all in what this node's files say."""
+    said = [
+        findings.Finding(level="error", check=check, about=name, text=f"{text} {path}")
+        for check, text in (("backend", "refused at"), ("key-missing", "nothing in"))
+        for name, path in (("apiserver", "/a/apiserver"), ("etcd-peer", "/b/etcd/peer"))
+    ]
+    assert [cause.about for cause in findings.causes(said)] == [
+        ("apiserver", "etcd-peer"),
+        ("apiserver",),
+        ("etcd-peer",),
+    ]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user; run as root")
+def test_doctor_of_another_user_says_so_first(bridge: Bridge) -> None:
+    """One line and one hint for all that only root may see; programs get each of them as before."""
+    runner, arguments = CliRunner(), ["doctor", "--config", str(bridge.config)]
+    assert bridge.run("renew", "apiserver").returncode == 0
+    assert runner.invoke(app, arguments).exit_code == 0
+    for path in [*bridge.directory.parents][:4]:
+        if path.is_relative_to("/tmp") and path != Path("/tmp"):
+            path.chmod(0o755)
+    with another_user():
+        result, told = runner.invoke(app, arguments), runner.invoke(app, [*arguments, "-o", "json"])
+    assert result.output.split()[:4] == ["error", "this", "user", "wanted"]
+    assert result.output.count(ROOT_HINT) == 1
+    assert "rights" not in {one["check"] for one in json.loads(told.output)["findings"]}
 
 
 def test_durations_are_read_back_as_they_were_written() -> None:

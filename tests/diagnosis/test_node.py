@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -77,7 +78,7 @@ class Site:
 
     def wrong(self) -> set[tuple[str, str, str]]:
         """What is not in order: level, name of the check, subject."""
-        return {(one.level, one.check, one.about) for one in self.look() if one.level != "ok"}
+        return {(one.level, one.check, one.about) for one in self.look() if one.level not in ("ok", "note")}
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def test_super_admin_conf_is_told_as_long_as_it_is_there(site: Site) -> None:
     assert (along.returncode, text in along.stderr) == (3, True), along.stderr
     assert (named.returncode, text in named.stderr) == (3, False), named.stderr
     assert (renewed.returncode, text in renewed.stderr) == (0, False), renewed.stderr
-    assert there == [("ok", "super-admin.conf")]
+    assert there == [("note", "super-admin.conf")]
     assert text not in gone.stderr
     assert not [one for one in site.look() if one.check == "super-admin"]
 
@@ -626,6 +627,36 @@ def test_one_cause_is_told_once(site: Site) -> None:
     for path in site.pki.pki_dir.glob("*.key"):
         path.chmod(0o600)
     assert site.bridge.run("doctor").returncode == 3
+
+
+def test_a_note_is_no_warning(site: Site) -> None:
+    """It is called so on a screen, says nothing about what was wanted, and is "ok" for programs."""
+    shown, told = site.bridge.run("doctor").stdout, json.loads(site.bridge.run("doctor", "-o", "json").stdout)
+    assert re.search(r"(?m)^note +super-admin.conf ", shown), shown
+    assert [line for line in shown.splitlines() if line.startswith(("ok", "note")) and "wanted" in line] == []
+    assert {one["level"] for one in told["findings"]} <= {"error", "warning", "ok"}
+
+
+def test_an_immutable_file_is_found(site: Site) -> None:
+    """Which not even root can replace; a renewal would stop at it each night."""
+    path = site.pki.pki_dir / "etcd/server.crt"
+    if subprocess.run(["chattr", "+i", str(path)], capture_output=True, check=False).returncode:
+        pytest.skip("this file system has no immutable files; run the tests on ext4, xfs or btrfs")
+    try:
+        assert ("error", "immutable", "etcd-server") in site.wrong()
+    finally:
+        subprocess.run(["chattr", "-i", str(path)], check=True)
+
+
+@pytest.mark.parametrize(("code", "about"), [(1, "this node"), (5, "backend of ca")])
+def test_a_local_failure_is_not_put_down_to_the_ca(site: Site, code: int, about: str) -> None:
+    """A run that could not install, or could not get the certificate."""
+    times = {"since": "2026-11-01T00:00:00+00:00", "last": "2026-11-02T00:00:00+00:00"}
+    store = Store(load(site.bridge.config).node.state_dir)
+    store.directory.mkdir(mode=0o700, exist_ok=True)
+    document = {"version": 1, "authorities": {"ca": {"count": 2, "exitCode": code, "reason": "no", **times}}}
+    store.attempts.write_text(json.dumps(document))
+    assert ("warning", "failed-runs", about) in site.wrong()
 
 
 def test_without_a_backend_nobody_was_asked(site: Site) -> None:
