@@ -8,6 +8,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import dedent
 from typing import Any, get_args, get_type_hints
 from xml.etree import ElementTree as ET
 
@@ -66,19 +67,32 @@ def certificates_page() -> str:
     return f"{before}{TABLE}\n\n{certificates_table()}\n\n{END}{rest.partition(END)[2]}"
 
 
+#: The last section of each command's help, before its examples.
+COMMON = re.compile(r"\n\nOptions of every command:\n(.*?)(?=\n\n|$)", re.DOTALL)
+
+
 def commands_page() -> str:
-    """Every command's help."""
+    """Every command's help, and once what all of them have."""
+    helps = {" ".join((NAME, *one.words)): help_of(one.words) for one in commands()}
+    [common] = {dedent(found) for text in helps.values() for found in COMMON.findall(text)}
     head = (
         "# Commands\n\n<!-- written by `python -m tests.test_docs` -->\n\n"
-        "What each command prints with `-h`; [exit-codes.md](exit-codes.md) says how each may end."
+        "For operators who look up an option: what each command prints with `-h`.\n"
+        "[exit-codes.md](exit-codes.md) says how each may end."
     )
-    parts = [f"## {' '.join((NAME, *one.words))}\n\n```\n{help_of(one.words)}\n```" for one in commands()]
-    return "\n\n".join((head, *parts)) + "\n"
+    parts = [
+        head,
+        f"## Options of every command\n\n```\n{common}\n```",
+        *(f"## {name}\n\n```\n{COMMON.sub('', text)}\n```" for name, text in helps.items()),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def test_the_commands_page_is_what_the_program_says() -> None:
     """An option that is not on the page, or no longer in the program, fails here."""
-    assert COMMANDS.read_text(encoding="utf-8") == commands_page(), "run: python -m tests.test_docs"
+    page = commands_page()
+    assert COMMANDS.read_text(encoding="utf-8") == page, "run: python -m tests.test_docs"
+    assert [page.count(option) for option in ("--state-dir <path>", "--verbose")] == [1, 1]
 
 
 def test_the_page_of_certificates_has_all_of_them() -> None:
