@@ -26,7 +26,16 @@ from bridge.cli.options import (
     group,
     utc_now,
 )
-from bridge.cli.printing import end_text, progress_shown, say, say_json, say_sentence, say_table, under_headings
+from bridge.cli.printing import (
+    VALUES_BEGIN,
+    end_text,
+    progress_shown,
+    say,
+    say_json,
+    say_sentence,
+    say_table,
+    under_headings,
+)
 from bridge.cli.results import grouped, report
 from bridge.errors import BridgeError, Exit
 from bridge.monitoring import metrics
@@ -121,10 +130,6 @@ def import_answers(
     return result.exit_code
 
 
-#: Where the second column of `bundle_format.describe` begins.
-_VALUES_BEGIN = 14
-
-
 @command(commands, "inspect")
 def inspect_bundle(
     common: Common,
@@ -137,7 +142,7 @@ def inspect_bundle(
     """
     text, code = airgap.inspect(common.settings(), path, utc_now())
     for line in text.splitlines():
-        say_sentence(line or "\n", hanging=_VALUES_BEGIN)
+        say_sentence(line or "\n", hanging=VALUES_BEGIN)
     return code
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
 from bridge.cli.options import ZERO, Common, WaitOption, command, utc_now
-from bridge.cli.printing import say, say_sentence
+from bridge.cli.printing import VALUES_BEGIN, say, say_sentence, wrapped
 from bridge.contract import Issued
 from bridge.desk.desk import Desk, Job, RefusedByPolicyError
 from bridge.desk.files import Options, Session, load_answer_key, load_policy
@@ -207,17 +208,24 @@ class _Terminal:
         Raises:
             BridgeError: There is no terminal.
         """
+        self._in: TextIO
+        self._out: TextIO
         try:
             self._out = open("/dev/tty", "w", encoding="utf-8", errors="replace")  # noqa: PTH123, SIM115 (for the whole run)
             self._in = open("/dev/tty", encoding="utf-8", errors="replace")  # noqa: PTH123, SIM115
         except OSError as e:
+            if sys.stdin is not None and sys.stdin.isatty() and sys.stderr is not None:  # as below `su -c`
+                self._out, self._in = sys.stderr, sys.stdin
+                return
             hint = "cron has none; without --approve the policy alone decides"
             raise BridgeError(f"wanted a terminal to ask on, found: {e.strerror}", hint=hint) from None
 
     def approve(self, job: Job, text: str) -> tuple[bool | None, str]:
         """Ask at the terminal; see `desk.Approver`."""
         names = ", ".join(request.name for request in job.to_sign)
-        self._say(f"\n{printable(job.label)}\n{text}\n")
+        width = shutil.get_terminal_size().columns
+        lines = [part for line in text.splitlines() for part in wrapped(line, width, VALUES_BEGIN)]
+        self._say("\n".join(["", printable(job.label), *lines, ""]))
         while True:
             self._say(f"sign {names}? [yes: sign / no: refuse / later] ")
             answer = self._in.readline()

@@ -25,6 +25,10 @@ from bridge.words import steady
 SCHEMA_VERSION = 1
 
 
+#: Where the values begin in the description of a bundle.
+VALUES_BEGIN = 14
+
+
 def end_text(end: datetime, now: datetime) -> str:
     """When a certificate ends, and how long that is from now; dates for people are `minute`, for programs `rfc3339`."""
     return f"{'expires' if end > now else 'expired'} {minute(end)} ({left_text(end, now).removeprefix('expired ')})"
@@ -54,7 +58,7 @@ def say_sentence(text: str, indent: str = "", *, hanging: int = 2, style: str = 
         hanging: How much further to the right its other lines begin.
         style: The colour of its first word.
     """
-    lines = _wrapped(f"{indent}{text}", width_here(), " " * (len(indent) + hanging))
+    lines = wrapped(f"{indent}{text}", width_here(), len(indent) + hanging)
     say("\n".join(_styled(lines, text.partition(" ")[0], style)), is_styled=True)
 
 
@@ -65,13 +69,19 @@ def _styled(lines: Sequence[str], word: str, style: str) -> list[str]:
     return [f"{before}{console.styled(found, style, sys.stdout)}{after}", *others]
 
 
-def _wrapped(line: str, width: int | None, hanging: str) -> list[str]:
+def wrapped(line: str, width: int | None, hanging: int) -> list[str]:
+    """Lines that end between words; all but the first begin further to the right."""
     if width is None or len(line) <= width:
         return [line]
     import textwrap  # noqa: PLC0415 (for people alone)
 
     found = textwrap.wrap(
-        line, width, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+        line,
+        width,
+        subsequent_indent=" " * hanging,
+        break_long_words=False,
+        break_on_hyphens=False,
+        drop_whitespace=True,
     )
     return [one for one in found if one.strip()]
 
@@ -157,7 +167,7 @@ def _rows(rows: Sequence[Sequence[str]], width: int | None) -> Iterator[list[str
         cells = [cell.ljust(wide) for cell, wide in zip(row, widths, strict=True)]
         texts = [_GAP.join(cells[column] for column in part).rstrip() for part in parts]
         lines = [texts[0], *(f"{_CONTINUED}{text}" for text in texts[1:] if text)]
-        yield [one for line in lines for one in _wrapped(line, width, f"{_CONTINUED}  ")]
+        yield [one for line in lines for one in wrapped(line, width, len(_CONTINUED) + 2)]
 
 
 def _parts(widths: Sequence[int], most: int | None) -> list[list[int]]:
@@ -178,7 +188,7 @@ def under_headings(rows: Sequence[tuple[str, Sequence[str]]]) -> Iterator[str]:
     width = width_here()
     cells = list(_rows([row for _, row in rows], width - 2 if width else None))
     for heading in dict.fromkeys(heading for heading, _ in rows):
-        yield from _wrapped(f"{heading}:", width, _CONTINUED)
+        yield from wrapped(f"{heading}:", width, len(_CONTINUED))
         for (about, _), lines in zip(rows, cells, strict=True):
             yield from (f"  {line}" for line in lines if about == heading)
 

@@ -57,7 +57,8 @@ _AHEAD = 2
 #: Requests to a backend that signs one by one, which are written to the journal at once before it is asked.
 _SLICE = 100
 
-SIGNED = "signed for others"  #: Event of the record.
+#: Events of the record: a certificate that this run signed, and one of an earlier run that goes out once more.
+SIGNED, DELIVERED = "signed for others", "delivered again"
 
 DeskAnswer = Issued | Refusal
 
@@ -440,10 +441,10 @@ class Desk:
             record.know(request.name, job.requests[request.name], configured.label if configured else "", None)
             verdict = job.verdicts.get(request.name)
             unproven = "" if verdict is not None and verdict.proven else ", without a continuity proof"
-            again = ", signed before" if request.name in job.again else ""
+            event = DELIVERED if request.name in job.again else SIGNED
             common = {"authority": request.authority, "old": request.replaces}
             if isinstance(answer, Issued):
-                record.add(SIGNED, request.name, new=answer.leaf, result=f"{about}{unproven}{again}", **common)  # type: ignore[arg-type]
+                record.add(event, request.name, new=answer.leaf, result=f"{about}{unproven}", **common)  # type: ignore[arg-type]
             elif isinstance(answer, Refusal):
                 error = RefusedByPolicyError(f"{about}: {answer.reason}")
                 record.add(audit.REFUSED, request.name, error=error, **common)  # type: ignore[arg-type]

@@ -505,8 +505,36 @@ def _ascii(value: object) -> bytes:
 
 def describe(bundle: Bundle, now: datetime, cas: Mapping[str, Sequence[x509.Certificate]]) -> str:
     """All that a person must know who approves a bundle or gets one back; `cas` tell the origins of their authorities."""
-    lines = list(_request_lines(bundle, now, cas) if isinstance(bundle, RequestBundle) else _answer_lines(bundle))
-    return "\n".join([*lines, "", f"fingerprint  {short_fingerprint(bundle)}", ""])
+    if isinstance(bundle, RequestBundle):
+        lines, summary = list(_request_lines(bundle, now, cas)), _asked_in_short(bundle, cas)
+    else:
+        lines, summary = list(_answer_lines(bundle)), _answered_in_short(bundle)
+    return "\n".join([*lines, "", f"fingerprint  {short_fingerprint(bundle)}", f"in short     {summary}", ""])
+
+
+#: The group that no RBAC rule holds back.
+_MASTERS = "system:masters"
+
+
+def _asked_in_short(bundle: RequestBundle, cas: Mapping[str, Sequence[x509.Certificate]]) -> str:
+    """What is not the usual case stands out: proofs, other CAs, changes, and the group that may do everything."""
+    every = bundle.requests
+    proven = [one for one in every if (proof_problem(one, bundle) or usages_problem(one)) is None]
+    ours = [one for one in every if one.authority in cas and origin_problem(one, cas[one.authority]) is None]
+    parts = [
+        f"{len(proven)} of {count(len(every), 'proof')} hold",
+        f"{len(ours)} replaced certificates are of these CAs" if cas else "no CA is here to compare with",
+    ]
+    if changed := sum(any(_changes(one)) for one in every):
+        parts.append(f"{changed} CHANGED")
+    if masters := sum(_MASTERS in display.name(one.csr) for one in every):
+        parts.append(f"{masters} in {_MASTERS}")
+    return ", ".join(parts)
+
+
+def _answered_in_short(bundle: AnswerBundle) -> str:
+    refused = sum(isinstance(one, Refusal) for one in bundle.answers.values())
+    return f"{count(len(bundle.answers) - refused, 'certificate')}, {refused} refused"
 
 
 def _request_lines(

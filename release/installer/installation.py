@@ -213,8 +213,15 @@ def _remove_old(keep: set[Path | None]) -> None:
 
 def _tell(manifest: Manifest, before: Path | None, *, enabled: bool) -> None:
     was = version(before) if before else ""
-    upgraded = f"upgraded ca-bridge from {was} to {manifest.version}"
-    print(upgraded if was else f"installed ca-bridge {manifest.version}", f"in {places.TOP}")
+    if not was:
+        done = f"installed ca-bridge {manifest.version}"
+    elif before == current():
+        done = f"ca-bridge {manifest.version} is installed already"
+    elif was == manifest.version:
+        done = f"replaced ca-bridge {was} by another build of it"
+    else:
+        done = f"upgraded ca-bridge from {was} to {manifest.version}"
+    print(done, f"in {places.TOP}")
     print(f"command:  {places.COMMAND}")
     print(f"units:    {places.UNITS}/ca-bridge*")
     if (places.TOP / "pyvenv.cfg").is_file():

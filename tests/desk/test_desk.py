@@ -140,6 +140,7 @@ def test_what_was_signed_and_delivered_is_not_signed_again(desk_: Desk, pairs: P
     assert desk_.run("sign", tmp_path / "b.json", "-o", tmp_path / "a.json").returncode == 0
     assert loads_answer((tmp_path / "a.json").read_bytes()).answers == first.answers
     assert len(desk_.issued()) == 2
+    assert [event["event"] for event in events(desk_)] == [desk.SIGNED] * 2 + [desk.DELIVERED] * 2
 
 
 def test_a_refusal_goes_back_with_its_reason(desk_: Desk, pairs: Pairs, tmp_path: Path) -> None:
@@ -914,6 +915,31 @@ def test_a_person_approves_each_bundle(desk_: Desk, pki: Pki, pairs: Pairs) -> N
     assert_good(answer, bundle, pki)
     assert "approved by" in answer.signer
     assert all("approved by" in event["result"] for event in events(desk_))
+
+
+def test_no_word_is_broken_where_a_person_approves(desk_: Desk, pairs: Pairs) -> None:
+    """Lines end between words, and go on below the value."""
+    put(desk_, make_bundle(some(pairs, "apiserver")))
+    _, seen = _at_a_terminal(desk_, ["later"], "sign", desk_.inbox, "-o", desk_.outbox, "--approve")
+    lines = seen.replace("\r", "").splitlines()
+    assert [line for line in lines if len(line) > 80 and " " in line.strip()] == []
+    [sans] = [number for number, line in enumerate(lines) if line.startswith("  SANs        ")]
+    assert lines[sans + 1].startswith(" " * 14)
+
+
+@pytest.mark.skipif(shutil.which("setsid") is None, reason="needs setsid; install util-linux")
+def test_a_person_below_su_can_approve(desk_: Desk, pairs: Pairs) -> None:
+    """Standard input is a terminal there, and the process has no terminal of its own."""
+    put(desk_, make_bundle(some(pairs, "apiserver")))
+    ours, theirs = pty.openpty()
+    os.write(ours, b"yes\n")
+    command = ["setsid", "--wait", *desk_.command("sign", desk_.inbox, "-o", desk_.outbox, "--approve")]
+    run = subprocess.run(command, stdin=theirs, capture_output=True, text=True, check=False, timeout=60)
+    os.close(ours)
+    os.close(theirs)
+    assert run.returncode == 0, run.stderr
+    assert "sign apiserver?" in run.stderr
+    assert len(desk_.issued()) == 1
 
 
 def test_a_person_says_no(desk_: Desk, pairs: Pairs) -> None:

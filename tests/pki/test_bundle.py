@@ -660,11 +660,15 @@ def test_a_person_sees_what_is_asked_and_what_is_odd(request_bundle: RequestBund
     assert text.count("holds") == len(NAMES)
     assert text.count("signed by this CA") == len(NAMES)
     assert "CHANGED" not in text
+    few = len(NAMES)
+    last = text.splitlines()[-1]
+    assert last == f"in short     {few} of {few} proofs hold, {few} replaced certificates are of these CAs"
     assert short_fingerprint(request_bundle) in text
 
     odd = changed(request_bundle, "scheduler.conf", csr=new_csr(pairs["apiserver"][0]))
     seen = describe(odd, NOW + timedelta(days=4000), {})
-    assert seen.count("CHANGED") == 2
+    assert seen.count("CHANGED") == 3
+    assert seen.splitlines()[-1].endswith(f"{few - 1} of {few} proofs hold, no CA is here to compare with, 1 CHANGED")
     assert "another signature" in seen
     assert "expired" in seen
 
@@ -675,6 +679,13 @@ def test_a_person_sees_what_came_back(answer_bundle: AnswerBundle) -> None:
 
     for wanted in (*NAMES, "not today", "desk (openssl)", "1 intermediate", short_fingerprint(answer_bundle)):
         assert wanted in text
+    assert re.fullmatch(r"in short     \d+ certificates?, 1 refused", text.splitlines()[-1])
+
+
+def test_a_person_sees_who_would_be_held_back_by_no_rule(pki: Pki) -> None:
+    """Certificates of system:masters are counted in the last line."""
+    asked = make_bundle(old_pairs(pki, ("apiserver", "super-admin.conf")))
+    assert describe(asked, NOW, {}).splitlines()[-1].endswith(", 1 in system:masters")
 
 
 def test_a_refusal_is_one_line_whatever_the_reason() -> None:
