@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import NameOID
 
 from bridge.contract import Issued, SignRequest
 from bridge.errors import VerificationError, Violation
 from bridge.pki import csr
-from bridge.pki.verify import BACKDATING, Expectation, check
+from bridge.pki.certificates import load_der_certificate
+from bridge.pki.verify import BACKDATING, CLOCK_SKEW, Expectation, check, is_valid_at
 from bridge.specs import SPECS, KeyAlgorithm
 from bridge.testing import TestCA
 from tests.counts import Tried
 from tests.kit.hostile import HOSTILE, LEFT, Desk
-from tests.kit.issuing import CLIENT, NOW, Signer, cn, name
+from tests.kit.issuing import CLIENT, NOW, Signer, cn, name, odd_certificates
 
 
 @functools.cache
@@ -50,7 +54,7 @@ def violations(
 
 @pytest.mark.parametrize("fault", HOSTILE)
 def test_refuses(fault: str, tried: Tried) -> None:
-    """One fault leads to the violations that name it, and to no other; its twin passes."""
+    """One fault leads to the violations that name it, in words that say what it is, and to no other; its twin passes."""
     case, now = HOSTILE[fault], datetime.now(UTC)  # some of them are made by openssl, which knows no other time
     signer = case.root(now)
     old = signer.issue(request(case.name), begin=now - timedelta(days=358), end=now + LEFT).leaf
@@ -60,7 +64,7 @@ def test_refuses(fault: str, tried: Tried) -> None:
     check(case.right(desk), asked, expected)
     with pytest.raises(VerificationError) as e:
         check(case.wrong(desk), asked, expected)
-    assert {violation.subject for violation in e.value.violations} == case.subjects
+    assert case.is_read_as(e.value.violations), e.value.violations
     tried("hostile answers before the checks alone, each with a twin", 1)
 
 
@@ -96,28 +100,40 @@ def test_takes_only_the_first_certificate_of_a_bundle_as_anchor() -> None:
     check(root().issue(request()), request(), expectation(root(), second))
     [violation] = violations(second.issue(request()), expected=expectation(root(), second))
     assert violation.subject == "chain"
-    assert "another certificate of the same file" in violation.got
+    assert violation.want.startswith("a path to ca.crt (CN=kubernetes, SHA-256 ")
+    assert violation.got == "a path to another certificate of the same file (CN=second); kubeadm takes only the first"
+
+
+def test_another_root_of_the_cas_name_is_called_one() -> None:
+    """It was sent along, and has signed the leaf; its fingerprint tells it from the node's."""
+    other = Signer.make()
+    [violation] = violations(other.issue(request(), intermediates=[other]))
+    digest = other.certificate.fingerprint(hashes.SHA256()).hex()[:16]
+    assert (violation.subject, violation.got) == ("issuer", f"another root (CN=kubernetes, SHA-256 {digest}…)")
 
 
 def test_refuses_intermediates_where_kubeadm_cannot_read_them() -> None:
     """kubeadm below 1.21 reads one certificate a file."""
     old = replace(expectation(), intermediates_allowed=False)
     check(root().issue(request()), request(), old)
-    [violation] = violations(through(Signer.make("mid", parent=root())), expected=old)
-    assert "kubeadm below 1.21" in violation.want
+    found = violations(through(Signer.make("mid", parent=root())), expected=old)
+    want = "a leaf signed by ca.crt itself (kubeadm below 1.21 reads one certificate a file)"
+    assert found == [Violation(subject="chain", want=want, got="one signed through CN=mid")]
 
 
 def test_refuses_an_expired_anchor() -> None:
     """A leaf cannot be valid under a CA that is not."""
     expired = Signer.make(begin=NOW - timedelta(days=20), end=NOW - timedelta(days=1))
-    found = violations(expired.issue(request()), expected=expectation(expired))
-    assert {v.subject for v in found} == {"chain", "notAfter"}
+    found = {v.subject: v for v in violations(expired.issue(request()), expected=expectation(expired))}
+    assert set(found) == {"chain", "notAfter"}
+    dates, clock = "from 2026-11-05 to 2026-11-24", "this node's clock says 2026-11-25 12:00:00 UTC"
+    assert found["chain"].got == f"ca.crt is valid only {dates} ({clock}; is one of the two wrong?)"
 
 
 def test_refuses_a_node_without_an_anchor() -> None:
     """Nothing is proven against nothing."""
-    [violation] = violations(root().issue(request()), expected=replace(expectation(), anchors=()))
-    assert violation.subject == "chain"
+    found = violations(root().issue(request()), expected=replace(expectation(), anchors=()))
+    assert found == [Violation(subject="chain", want="a CA certificate in ca.crt", got="none")]
 
 
 def test_refuses_a_certificate_that_ends_before_the_one_it_replaces() -> None:
@@ -129,6 +145,92 @@ def test_refuses_a_certificate_that_ends_before_the_one_it_replaces() -> None:
     with pytest.raises(VerificationError) as e:
         check(root().issue(asked, end=barely), asked, expectation())
     assert [v.subject for v in e.value.violations] == ["notAfter"]
+
+
+SECOND, DAY = timedelta(seconds=1), timedelta(days=1)
+
+
+@pytest.mark.parametrize(
+    ("dates", "wrong"),
+    [
+        ({"begin": NOW + CLOCK_SKEW}, {"begin": NOW + CLOCK_SKEW + SECOND}),
+        ({"end": NOW + timedelta(days=7)}, {"end": NOW + timedelta(days=7) - SECOND}),
+        ({"end": NOW + timedelta(days=3000)}, {"end": NOW + timedelta(days=3000) + SECOND}),
+    ],
+)
+def test_dates_count_to_the_second(dates: dict[str, Any], wrong: dict[str, Any]) -> None:
+    """The last one that passes, and the first that does not."""
+    check(root().issue(request(), **dates), request(), expectation())
+    [violation] = violations(root().issue(request(), **wrong))
+    assert violation.subject == {"begin": "notBefore", "end": "notAfter"}[next(iter(wrong))]
+
+
+def test_the_longest_lifetime_counts_from_now() -> None:
+    """With ten minutes for CAs that round; the message names the setting, if there is one."""
+    allowed = replace(expectation(), longest=timedelta(days=30), longest_name="longest in [users]")
+    last = NOW + timedelta(days=30, minutes=10)
+    check(root().issue(request(), end=last), request(), allowed)
+    [violation] = violations(root().issue(request(), end=last + SECOND), expected=allowed)
+    assert violation == Violation(
+        subject="notAfter", want="at most 30d (longest in [users])", got="until 2026-12-25 12:10:01 UTC"
+    )
+    [unnamed] = violations(root().issue(request(), end=last + SECOND), expected=replace(allowed, longest_name=""))
+    assert unnamed.want == "at most 30d"
+
+
+@pytest.mark.parametrize(
+    ("least", "left", "want", "got"),
+    [
+        (timedelta(days=3), timedelta(days=2), "3d", "2d"),
+        (timedelta(days=2), timedelta(days=2) - SECOND, "2d", "47h"),
+        (timedelta(hours=3), timedelta(hours=2), "3h", "2h"),
+        (timedelta(hours=2), timedelta(hours=2) - SECOND, "2h", "7199s"),
+    ],
+)
+def test_what_is_left_is_told_in_units_that_fit(least: timedelta, left: timedelta, want: str, got: str) -> None:
+    """Days, hours or seconds."""
+    [violation] = violations(
+        root().issue(request(), end=NOW + left), expected=replace(expectation(), min_validity=least)
+    )
+    until = f"{NOW + left:%Y-%m-%d %H:%M:%S} UTC"
+    assert violation == Violation(subject="notAfter", want=f"at least {want} of validity", got=f"{got}, until {until}")
+
+
+def test_a_beginning_long_ago_may_be_a_wrong_clock() -> None:
+    """Both clocks are named where an answer is of no use, and began more than two days ago."""
+    for begin, is_named in ((NOW - 2 * DAY, False), (NOW - 2 * DAY - SECOND, True)):
+        for end in (NOW, NOW + DAY):
+            [violation] = violations(root().issue(request(), begin=begin, end=end))
+            said = f" (it begins at {begin:%Y-%m-%d %H:%M:%S} UTC, and this node's clock says 2026-11-25 12:00:00 UTC; "
+            assert violation.got.endswith(f"UTC{said}is one of the two wrong?)" if is_named else f"{end:%H:%M:%S} UTC")
+            assert violation.want == ("in the future" if end == NOW else "at least 7d of validity")
+
+
+def test_an_anchor_is_valid_to_its_last_second() -> None:
+    """Both ends included, as in RFC 5280 §4.1.2.5."""
+    begin, end = NOW - DAY, NOW + DAY
+    anchor = Signer.make(begin=begin, end=end).certificate
+    assert [is_valid_at(anchor, time) for time in (begin, end, begin - SECOND, end + SECOND)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_what_cannot_be_read_is_named() -> None:
+    """In the leaf, in an intermediate, or in the node's own CA; a check of anything else would have no ground."""
+    twice = load_der_certificate(odd_certificates(root().certificate)["an extension twice"])
+    good = root().issue(request())
+    [violation] = violations(replace(good, leaf=twice))
+    assert (violation.subject, violation.want) == ("extensions", "one that can be read")
+    assert "2.5.29.19" in violation.got
+    [violation] = violations(replace(good, intermediates=(twice,)))
+    assert (violation.subject, violation.want) == ("extensions", "one that can be read")
+    assert re.match(r"an intermediate's that can't: .*2\.5\.29\.19", violation.got)
+    [violation] = violations(good, expected=replace(expectation(), anchors=(twice,)))
+    assert (violation.subject, violation.want) == ("chain", "a CA certificate in ca.crt that can be read")
+    assert re.match(r"one whose extensions can't: .*2\.5\.29\.19", violation.got)
 
 
 def test_a_shorter_lifetime_passes_where_it_is_allowed() -> None:
