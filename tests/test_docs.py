@@ -345,6 +345,15 @@ def test_the_index_leads_to_every_page() -> None:
     assert "docs/README.md" in {target for target, _ in links_in(README.read_text(encoding="utf-8"))}
 
 
+def test_each_page_begins_with_its_readers() -> None:
+    """Whether a page is theirs is what readers ask first."""
+    texts = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")}
+    begins = {
+        name: re.sub(r"^#.*\n|<!--.*-->\n", "", text, flags=re.MULTILINE).lstrip() for name, text in texts.items()
+    }
+    assert sorted(name for name, text in begins.items() if not text.startswith("For ")) == ["README.md"]
+
+
 def test_the_readme_fits_on_three_screens() -> None:
     """As long as it does, people read it."""
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 110

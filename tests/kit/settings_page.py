@@ -125,7 +125,8 @@ _HEAD = """\
 
 <!-- written by `python -m tests.test_docs` -->
 
-The settings file is `/etc/ca-bridge/config.toml`, or what `--config` or `CA_BRIDGE_CONFIG` names.
+For operators who look up a key of the settings file.
+It is `/etc/ca-bridge/config.toml`, or what `--config` or `CA_BRIDGE_CONFIG` names.
 `ca-bridge settings init` writes one with comments, `ca-bridge settings check` finds every error in it, and `ca-bridge settings show` prints what is in force.
 `config/config.toml` and the files below `config/` are examples with all of them; a CA desk's policy is `config/desk/desk-policy.toml`.
 
