@@ -24,6 +24,7 @@ from bridge.settings.tables import AuthoritySettings
 from bridge.specs import SPECS
 from tests.kit import manual, settings_page
 from tests.kit.commands import NAME, commands, help_of, lines_in, why_not
+from tests.kit.pki import KubeadmVersion
 from tests.measure import pictures
 
 ROOT = Path(__file__).parents[1]
@@ -343,6 +344,79 @@ def test_the_index_leads_to_every_page() -> None:
     index = {target for target, _ in links_in((docs / "README.md").read_text(encoding="utf-8"))}
     assert {str(page.relative_to(docs)) for page in docs.rglob("*.md")} - {"README.md"} <= index
     assert "docs/README.md" in {target for target, _ in links_in(README.read_text(encoding="utf-8"))}
+
+
+#: What is asked first, by its link in docs/README.md, and words that the answer has.
+ANSWERS = {
+    "certificates.md#the-certificates-of-a-kubeadm-node": ("etcd-ca", "serverAuth", "who reads it"),
+    "which-ca.md#which-page-is-for-my-ca": ("Microsoft AD CS", "EJBCA", "AWS", "step-ca"),
+    "../README.md#kubernetes-versions": ("1.37", "1.34", "1.20"),
+    "install.md#without-a-network": ("install", ".run"),
+    "install.md#verify-a-release": ("ssh-keygen -Y verify",),
+    "first-renewal.md#on-the-node": ("ca-bridge doctor", "1 renewed"),
+    "run-nightly.md#run-it-every-night": ("setup systemd --enable", "setup cron --enable"),
+    "many-nodes.md#the-order": ("one after the other",),
+    "after-the-installation.md#restarts": ("static-pods", "the API never stops answering"),
+    "after-the-installation.md#what-is-in-use-and-the-way-back": ("prove", "rollback"),
+    "backups.md#rollback": ("ca-bridge rollback",),
+    "backups.md#where-things-are": ("/etc/ca-bridge/config.toml", "/var/lib/ca-bridge"),
+    "backups.md#the-audit-log": ("audit.jsonl", "time, user and host"),
+    "doctor.md#before-it-matters-a-rehearsal": ("renew --rehearse",),
+    "monitoring.md#monitoring": ("Nagios", "Prometheus"),
+    "exit-codes.md#5-refused": ("profile or role",),
+    "symptoms.md#symptoms": ("kubectl logs", "NotReady", "x509"),
+    "emergency.md#everything-has-expired": ("ca-bridge renew all",),
+    "emergency.md#keys-have-leaked": ("--rekey",),
+    "emergency.md#the-ca-itself-is-replaced": ("certificate-authority-data", "ca-bridge renew all"),
+    "air-gap.md#by-hand": ("ca-bridge export", "ca-bridge import"),
+    "desk.md#begin": ("desk-policy.toml", "ca-bridge sign"),
+    "kubelets.md#the-client-certificate-kubeletconf": ("rotateCertificates",),
+    "users.md#a-person": ("ca-bridge kubeconfig request",),
+    "changes.md#another-name-or-address": ("--add-san",),
+    "upgrade.md#versions-and-upgrades-of-kubernetes": ("kubeadm upgrade apply", "--certificate-renewal=false"),
+    "network.md#connections-of-a-node": ("6443", "2379", "10250"),
+    "verification.md#what-was-asked-for": ("subject", "SANs"),
+    "../SECURITY.md#reporting": ("Report a vulnerability",),
+    "security.md#a-stolen-node": ("key",),
+    "glossary.md#glossary": ("authority", "backend", "bundle", "continuity proof"),
+    "leaving.md#leaving-ca-bridge": ("systemctl disable",),
+}
+
+
+def section(page: Path, anchor: str) -> str:
+    """The text below a heading, up to the next one that is no deeper; of a page's first heading, all of it."""
+    depth, in_code, found = 0, False, []
+    for line in page.read_text(encoding="utf-8").splitlines():
+        in_code ^= line.lstrip().startswith("```")
+        deep = 0 if in_code else len(line) - len(line.lstrip("#"))
+        if deep and anchors_of(line) == {anchor}:
+            depth = deep
+        elif depth and 0 < deep <= depth:
+            break
+        elif depth:
+            found.append(line)
+    return "\n".join(found)
+
+
+def test_each_question_is_answered_on_one_page() -> None:
+    """By the heading that the list of questions links; a heading that is gone, or an empty section, has no such words."""
+    docs = ROOT / "docs"
+    asked = section(docs / "README.md", "questions")
+    rows = re.findall(r"^\| ([^|]+\?) \| \[[^]]+\]\(([^)]+)\) \|$", asked, re.MULTILINE)
+    assert [target for _, target in rows] == list(ANSWERS)
+    assert len(rows) == asked.count("\n| ") - 2 >= 28
+    for target, words in ANSWERS.items():
+        path, _, anchor = target.partition("#")
+        text = section(docs / path, anchor)
+        assert [word for word in words if word not in text] == [], target
+    assert section(docs / "leaving.md", "gone") == ""
+
+
+def test_the_versions_in_the_readme_are_those_that_were_tried() -> None:
+    """By the kit's kubeadm in each run, and by hand with the versions that the evidence has."""
+    table = re.findall(r"^\| (1\.[\d., ]+) \|", section(README, "kubernetes-versions"), re.MULTILINE)
+    tried = re.findall(r"(?<= )1\.\d\d(?=\.\d+ \|)", (ROOT / "docs/evidence/versions.md").read_text(encoding="utf-8"))
+    assert {version for row in table for version in row.split(", ")} == {*tried, *get_args(KubeadmVersion)}
 
 
 def test_each_page_begins_with_its_readers() -> None:
