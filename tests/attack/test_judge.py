@@ -29,7 +29,7 @@ from bridge.pki.verify import Expectation, check
 from bridge.specs import SPECS
 from bridge.testing import TestCA
 from tests.counts import Tried
-from tests.kit.hostile import HOSTILE, LEFT, MIN_VALIDITY, Desk
+from tests.kit.hostile import HOSTILE, LEFT, MIN_VALIDITY, Desk, are_read_as
 from tests.kit.issuing import NOW, Signer
 from tests.kit.judge import Judge, judge
 from tests.kit.mutants import UUID, Draft, Mutant, Tree, extension, oid, value
@@ -160,6 +160,7 @@ def names(request: SignRequest) -> tuple[frozenset[str], frozenset[str]]:
 class Fault:
     """Two changes of one certificate of a chain: one that Go refuses, and its twin."""
 
+    reads: str  #: Our violations, as in `tests.kit.hostile`.
     wrong: Callable[[Draft], None]
     right: Callable[[Draft], None] = lambda _: None
     place: int = 1  #: 0: the leaf; 1: the intermediate; 2: the anchor.
@@ -264,52 +265,59 @@ def crl_points(point: Tree) -> Callable[[Draft], None]:
     return put("2.5.29.31", value(der.SEQUENCE, value(der.SEQUENCE, value(0xA0, point))))
 
 
-def never_critical(dotted: str, content: Tree, place: int) -> Fault:
-    return Fault(wrong=put(dotted, content, critical=True), right=put(dotted, content), place=place)
+def never_critical(dotted: str, name: str, content: Tree, place: int) -> Fault:
+    kind, name = "critical extension", f"{name} ({dotted}) not critical"
+    who = ("", " in intermediate CN=level 1", " in the CA")[place]
+    reads = (
+        f"chain: wanted {kind} with {name} in each issuer, got it is{who}"
+        if who
+        else f"{kind}: wanted {name}, got it is"
+    )
+    return Fault(reads=reads, wrong=put(dotted, content, critical=True), right=put(dotted, content), place=place)
 
 
 FAULTS: dict[str, Fault] = {
-    "a client's intermediate for a server": Fault(wrong=ekus(CLIENT), right=ekus(SERVER)),
-    "a server's intermediate for a client": Fault(wrong=ekus(SERVER), right=ekus(CLIENT), name="admin.conf"),
-    "half of a peer's intermediate": Fault(wrong=ekus(SERVER), right=ekus(SERVER, CLIENT), name="etcd-server"),
-    "code signing alone": Fault(wrong=ekus(CODE), right=ekus(CODE, "2.5.29.37.0")),
-    "critical e-mail alone": Fault(wrong=ekus(EMAIL, critical=True), right=ekus(EMAIL, SERVER, critical=True)),
-    "an anchor for clients": Fault(wrong=ekus(CLIENT), right=ekus(SERVER), place=2),
-    "a UUID as EKU": Fault(wrong=ekus(SERVER, UUID), right=ekus(SERVER, "1.2.3")),
-    **{f"critical SKI of {place}": never_critical(SKI, KEY_ID, place) for place in range(3)},
-    **{f"critical AKI of {place}": never_critical(AKI, ISSUER_ID, place) for place in range(3)},
-    **{f"critical AIA of {place}": never_critical(AIA, ACCESS, place) for place in range(3)},
-    "CN as UniversalString": Fault(wrong=string(0x1C), right=string(0x13), place=0),
-    "CN as NumericString": Fault(wrong=string(0x12), right=string(0x0C), place=0),
-    "CN as VisibleString": Fault(wrong=string(0x1A), right=string(0x16), place=0),
-    "CN as OCTET STRING": Fault(wrong=string(der.OCTET_STRING), right=string(0x0C), place=0),
-    "O as VisibleString": Fault(wrong=attribute(0x1A, b"x"), right=attribute(0x13, b"x")),
-    "an issuer in letters of digits": Fault(wrong=string(0x12), right=string(0x12, b"12 34")),
-    "an issuer in half a letter": Fault(wrong=string(0x1E, b"\x00a\xd8\x00"), right=string(0x1E, b"\x00a\x00b")),
-    "an underline in PrintableString": Fault(wrong=string(0x13, b"a_b"), right=string(0x13, b"a-b")),
-    "an anchor's name as GeneralString": Fault(wrong=string(0x1B), right=string(0x14), place=2),
-    "a UUID as attribute": Fault(wrong=attribute(0x0C, b"x", UUID), right=attribute(0x0C, b"x", "1.2.3")),
-    "a policy twice": Fault(wrong=policies("1.2.3", "1.2.3"), right=policies("1.2.3", "1.2.4"), place=0),
-    "a policy twice in an issuer": Fault(wrong=policies("1.2.3", "1.2.3"), right=policies("1.2.3")),
-    "garbage as policy mappings": Fault(wrong=put("2.5.29.33", b"garbage"), right=put("1.2.3.4", b"garbage")),
-    "a policy that is demanded": Fault(wrong=put("2.5.29.36", DEMAND), right=both(put("2.5.29.36", value(der.SEQUENCE, value(0x81, b"\x00"))), policies("1.2.3"))),
-    "a policy that a leaf demands": Fault(wrong=put("2.5.29.36", DEMAND), place=0),
-    "a critical constraint of registered IDs": Fault(wrong=constraints(0x88, oid("1.2.3.4")), right=constraints(0x82, b"example.org", kind=1)),
-    "a critical constraint of directories": Fault(wrong=directories, right=constraints(0x82, b"example.org", kind=1)),
-    "a constraint of the anchor": Fault(wrong=constraints(0x82, b"local", kind=1), right=constraints(0x82, b"example.org", kind=1), place=2),
-    "a network as an issuer's SAN": Fault(wrong=sans(value(0x87, bytes(8))), right=sans(value(0x87, bytes(4)))),
-    "a URI that is none": Fault(wrong=sans(value(0x86, b"http://\x7f/")), right=sans(value(0x86, b"http://example.com/x"))),
-    "a critical SAN of unknown kind": Fault(wrong=sans(value(0x88, oid("1.2.3")), critical=True), right=sans(value(0x82, b"ca"), critical=True)),
-    "CRL addresses relative to the issuer": Fault(wrong=crl_points(RELATIVE_NAME), right=crl_points(FULL_NAME)),
-    "an unknown critical extension": Fault(wrong=put("1.2.3.4", b"\x05\x00", critical=True), right=put("1.2.3.4", b"\x05\x00")),
-    "a UUID as extension": Fault(wrong=put(UUID, b"\x05\x00"), right=put("1.2.3.4", b"\x05\x00"), place=0),
-    "an issuer's negative serial": Fault(wrong=field_of(Draft.SERIAL, b"\xff"), right=field_of(Draft.SERIAL, b"\x7f")),
-    "the anchor's negative serial": Fault(wrong=field_of(Draft.SERIAL, b"\x80"), right=field_of(Draft.SERIAL, b"\x00"), place=2),
-    "a compressed key": Fault(wrong=compressed, place=0),
-    "an issuer's compressed key": Fault(wrong=compressed),
-    "two signature algorithms": Fault(wrong=two_algorithms, place=0),
-    "a path length": Fault(wrong=put("2.5.29.19", value(der.SEQUENCE, value(der.BOOLEAN, b"\xff"), value(der.INTEGER, b"\x00"))), right=put("2.5.29.19", value(der.SEQUENCE, value(der.BOOLEAN, b"\xff"), value(der.INTEGER, b"\x01"))), place=2),
-    "a large extension": Fault(wrong=put("1.2.3.4", bytes(1 << 18)), right=put("1.2.3.4", bytes(1 << 14)), place=0),
+    "a client's intermediate for a server": Fault(reads="chain: wanted issuers whose EKU covers serverAuth, got intermediate CN=level 1 with EKU clientAuth (1.3.6.1.5.5.7.3.2) alone", wrong=ekus(CLIENT), right=ekus(SERVER)),
+    "a server's intermediate for a client": Fault(reads="chain: wanted issuers whose EKU covers clientAuth, got intermediate CN=level 1 with EKU serverAuth (1.3.6.1.5.5.7.3.1) alone", wrong=ekus(SERVER), right=ekus(CLIENT), name="admin.conf"),
+    "half of a peer's intermediate": Fault(reads="chain: wanted issuers whose EKU covers clientAuth, got intermediate CN=level 1 with EKU serverAuth (1.3.6.1.5.5.7.3.1) alone", wrong=ekus(SERVER), right=ekus(SERVER, CLIENT), name="etcd-server"),
+    "code signing alone": Fault(reads="chain: wanted issuers whose EKU covers serverAuth, got intermediate CN=level 1 with EKU codeSigning (1.3.6.1.5.5.7.3.3) alone", wrong=ekus(CODE), right=ekus(CODE, "2.5.29.37.0")),
+    "critical e-mail alone": Fault(reads="chain: wanted issuers whose EKU covers serverAuth, got intermediate CN=level 1 with EKU emailProtection (1.3.6.1.5.5.7.3.4) alone", wrong=ekus(EMAIL, critical=True), right=ekus(EMAIL, SERVER, critical=True)),
+    "an anchor for clients": Fault(reads="chain: wanted issuers whose EKU covers serverAuth, got the CA with EKU clientAuth (1.3.6.1.5.5.7.3.2) alone", wrong=ekus(CLIENT), right=ekus(SERVER), place=2),
+    "a UUID as EKU": Fault(reads="chain: wanted form with DER that Kubernetes can read in each issuer, got … in intermediate CN=level 1", wrong=ekus(SERVER, UUID), right=ekus(SERVER, "1.2.3")),
+    **{f"critical SKI of {place}": never_critical(SKI, "subjectKeyIdentifier", KEY_ID, place) for place in range(3)},
+    **{f"critical AKI of {place}": never_critical(AKI, "authorityKeyIdentifier", ISSUER_ID, place) for place in range(3)},
+    **{f"critical AIA of {place}": never_critical(AIA, "authorityInfoAccess", ACCESS, place) for place in range(3)},
+    "CN as UniversalString": Fault(reads="certificate: wanted one that can be read, got …", wrong=string(0x1C), right=string(0x13), place=0),
+    "CN as NumericString": Fault(reads="subject: wanted UTF8String, PrintableString or IA5String, got NumericString", wrong=string(0x12), right=string(0x0C), place=0),
+    "CN as VisibleString": Fault(reads="subject: wanted UTF8String, PrintableString or IA5String, got VisibleString", wrong=string(0x1A), right=string(0x16), place=0),
+    "CN as OCTET STRING": Fault(reads="subject: wanted UTF8String, PrintableString or IA5String, got OCTET STRING", wrong=string(der.OCTET_STRING), right=string(0x0C), place=0),
+    "O as VisibleString": Fault(reads="issuer: wanted a string type that Go reads, got VisibleString | chain: wanted subject with a string type that Go reads in each issuer, got VisibleString in intermediate CN=level 1,OU=x", wrong=attribute(0x1A, b"x"), right=attribute(0x13, b"x")),
+    "an issuer in letters of digits": Fault(reads="issuer: wanted a string type that Go reads, got NumericString | chain: wanted subject with a string type that Go reads in each issuer, got NumericString in intermediate CN=level 1", wrong=string(0x12), right=string(0x12, b"12 34")),
+    "an issuer in half a letter": Fault(reads="certificate: wanted one that can be read, got …", wrong=string(0x1E, b"\x00a\xd8\x00"), right=string(0x1E, b"\x00a\x00b")),
+    "an underline in PrintableString": Fault(reads="certificate: wanted one that can be read, got …", wrong=string(0x13, b"a_b"), right=string(0x13, b"a-b")),
+    "an anchor's name as GeneralString": Fault(reads="certificate: wanted one that can be read, got …", wrong=string(0x1B), right=string(0x14), place=2),
+    "a UUID as attribute": Fault(reads="form: wanted DER that Kubernetes can read, got an object identifier with a number of more than 31 bits | chain: wanted form with DER that Kubernetes can read in each issuer, got … in intermediate CN=level 1,2.25.…=x", wrong=attribute(0x0C, b"x", UUID), right=attribute(0x0C, b"x", "1.2.3")),
+    "a policy twice": Fault(reads="certificate policies: wanted each once, got 1.2.3 twice", wrong=policies("1.2.3", "1.2.3"), right=policies("1.2.3", "1.2.4"), place=0),
+    "a policy twice in an issuer": Fault(reads="chain: wanted certificate policies with each once in each issuer, got 1.2.3 twice in intermediate CN=level 1", wrong=policies("1.2.3", "1.2.3"), right=policies("1.2.3")),
+    "garbage as policy mappings": Fault(reads="chain: wanted form with DER that Kubernetes can read in each issuer, got not DER in intermediate CN=level 1 | chain: wanted issuers that can be read, got not DER", wrong=put("2.5.29.33", b"garbage"), right=put("1.2.3.4", b"garbage")),
+    "a policy that is demanded": Fault(reads="chain: wanted one certificate policy in the whole path, not mapped, got none, and policyConstraints in CN=level 1", wrong=put("2.5.29.36", DEMAND), right=both(put("2.5.29.36", value(der.SEQUENCE, value(0x81, b"\x00"))), policies("1.2.3"))),
+    "a policy that a leaf demands": Fault(reads="extension: wanted none that is for CAs, got policyConstraints (2.5.29.36) | chain: wanted one certificate policy in the whole path, not mapped, got none, and policyConstraints in CN=kube-apiserver", wrong=put("2.5.29.36", DEMAND), place=0),
+    "a critical constraint of registered IDs": Fault(reads="chain: wanted name constraints with DNS, IP, email and URI names alone in each issuer, got RegisteredID in intermediate CN=level 1", wrong=constraints(0x88, oid("1.2.3.4")), right=constraints(0x82, b"example.org", kind=1)),
+    "a critical constraint of directories": Fault(reads="chain: wanted a path to …, got …", wrong=directories, right=constraints(0x82, b"example.org", kind=1)),
+    "a constraint of the anchor": Fault(reads="chain: wanted a path to …, got excluded name constraint matched SAN", wrong=constraints(0x82, b"local", kind=1), right=constraints(0x82, b"example.org", kind=1), place=2),
+    "a network as an issuer's SAN": Fault(reads="chain: wanted SAN with IP addresses in each issuer, got a network, 0.0.0.0/0 in intermediate CN=level 1", wrong=sans(value(0x87, bytes(8))), right=sans(value(0x87, bytes(4)))),
+    "a URI that is none": Fault(reads="chain: wanted SAN with a URI with a plain host name in each issuer, got 'http://\\x7f/' in intermediate CN=level 1", wrong=sans(value(0x86, b"http://\x7f/")), right=sans(value(0x86, b"http://example.com/x"))),
+    "a critical SAN of unknown kind": Fault(reads="chain: wanted SAN with a name that Kubernetes knows, since it is critical in each issuer, got none in intermediate CN=level 1", wrong=sans(value(0x88, oid("1.2.3")), critical=True), right=sans(value(0x82, b"ca"), critical=True)),
+    "CRL addresses relative to the issuer": Fault(reads="chain: wanted CRL distribution points with full names in each issuer, got one relative to its issuer in intermediate CN=level 1", wrong=crl_points(RELATIVE_NAME), right=crl_points(FULL_NAME)),
+    "an unknown critical extension": Fault(reads="chain: wanted a path to …, got invalid extension: 1.2.3.4: …", wrong=put("1.2.3.4", b"\x05\x00", critical=True), right=put("1.2.3.4", b"\x05\x00")),
+    "a UUID as extension": Fault(reads="form: wanted DER that Kubernetes can read, got an object identifier with a number of more than 31 bits", wrong=put(UUID, b"\x05\x00"), right=put("1.2.3.4", b"\x05\x00"), place=0),
+    "an issuer's negative serial": Fault(reads="chain: wanted a path to …, got certificate serial number cannot be negative", wrong=field_of(Draft.SERIAL, b"\xff"), right=field_of(Draft.SERIAL, b"\x7f")),
+    "the anchor's negative serial": Fault(reads="chain: wanted a path to …, got certificate serial number cannot be negative", wrong=field_of(Draft.SERIAL, b"\x80"), right=field_of(Draft.SERIAL, b"\x00"), place=2),
+    "a compressed key": Fault(reads="public key: wanted one in its usual encoding, got one that Go can't read", wrong=compressed, place=0),
+    "an issuer's compressed key": Fault(reads="chain: wanted public key with one in its usual encoding in each issuer, got one that Go can't read in intermediate CN=level 1", wrong=compressed),
+    "two signature algorithms": Fault(reads="certificate: wanted one that can be read, got …", wrong=two_algorithms, place=0),
+    "a path length": Fault(reads="chain: wanted a path to …, got path length constraint violated", wrong=put("2.5.29.19", value(der.SEQUENCE, value(der.BOOLEAN, b"\xff"), value(der.INTEGER, b"\x00"))), right=put("2.5.29.19", value(der.SEQUENCE, value(der.BOOLEAN, b"\xff"), value(der.INTEGER, b"\x01"))), place=2),
+    "a large extension": Fault(reads="chain: wanted at most 65536 bytes, got … bytes", wrong=put("1.2.3.4", bytes(1 << 18)), right=put("1.2.3.4", bytes(1 << 14)), place=0),
 }  # fmt: skip
 
 
@@ -322,7 +330,7 @@ def test_what_go_refuses_is_refused(fault: str, go: Judge, tried: Tried) -> None
     case.right(right.drafts[case.place])
     trial = judged(go, case.name, wrong)
     assert trial.refused
-    assert trial.violations
+    assert are_read_as(case.reads, trial.violations), trial.violations
     assert judged(go, case.name, right) == Trial(violations=[], refused="")
     tried("chains that Go refuses, each with a twin that it takes", 1)
 

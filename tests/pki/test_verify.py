@@ -20,7 +20,7 @@ from bridge.pki.verify import BACKDATING, CLOCK_SKEW, Expectation, check, is_val
 from bridge.specs import SPECS, KeyAlgorithm
 from bridge.testing import TestCA
 from tests.counts import Tried
-from tests.kit.hostile import HOSTILE, LEFT, Desk
+from tests.kit.hostile import HOSTILE, LEFT, Desk, are_read_as
 from tests.kit.issuing import CLIENT, NOW, Signer, cn, name, odd_certificates
 
 
@@ -64,7 +64,7 @@ def test_refuses(fault: str, tried: Tried) -> None:
     check(case.right(desk), asked, expected)
     with pytest.raises(VerificationError) as e:
         check(case.wrong(desk), asked, expected)
-    assert case.is_read_as(e.value.violations), e.value.violations
+    assert are_read_as(case.reads, e.value.violations), e.value.violations
     tried("hostile answers before the checks alone, each with a twin", 1)
 
 
