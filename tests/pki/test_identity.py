@@ -10,10 +10,12 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from bridge.contract import SignRequest
+from bridge.errors import Violation
 from bridge.pki import csr, identity
+from bridge.pki.certificates import load_der_certificate
 from bridge.specs import SPECS
 from bridge.testing import TestCA
-from tests.kit.issuing import NOW, Signer, cn, name
+from tests.kit.issuing import NOW, Signer, cn, name, odd_certificates
 
 CN, ORG = NameOID.COMMON_NAME, NameOID.ORGANIZATION_NAME
 
@@ -24,17 +26,23 @@ def ca() -> Signer:
     return Signer.make(end=NOW - timedelta(days=1))
 
 
-def live(
+def violations(
     ca: Signer, spec: str, subject: x509.Name | None = None, by: Signer | None = None, behind: Sequence[Signer] = ()
-) -> list[str]:
+) -> list[Violation]:
     """What speaks against an expired certificate."""
     key = csr.generate_key("ecdsa-p256")
     pem = csr.build(TestCA.make(algorithm="ecdsa-p256").leaf(SPECS[spec]), key)
     request = SignRequest(spec=SPECS[spec], csr_pem=pem, validity=timedelta(days=365))
     begin, end = NOW - timedelta(days=400), NOW - timedelta(days=35)
     issued = (by or ca).issue(request, subject=subject, intermediates=behind, begin=begin, end=end)
-    found = identity.check(SPECS[spec], (issued.leaf, *issued.intermediates), (ca.certificate,), "ca.crt")
-    return [violation.subject for violation in found]
+    return identity.check(SPECS[spec], (issued.leaf, *issued.intermediates), (ca.certificate,), "ca.crt")
+
+
+def live(
+    ca: Signer, spec: str, subject: x509.Name | None = None, by: Signer | None = None, behind: Sequence[Signer] = ()
+) -> list[str]:
+    """The parts that are wrong."""
+    return [violation.subject for violation in violations(ca, spec, subject, by, behind)]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -75,6 +83,12 @@ def test_the_groups_of_all_versions_pass(spec: str, groups: list[str], ca: Signe
         ("kubelet.conf", name((ORG, "system:nodes"), (CN, "system:node:cp-7")), []),
         ("kubelet.conf", name((ORG, "system:nodes"), (CN, "system:node:")), ["CN"]),
         ("kubelet.conf", name((ORG, "system:masters"), (CN, "system:node:cp-1")), ["O"]),
+        ("kubelet.conf", name((ORG, "system:nodes"), (CN, "system:node:cp-1.")), ["CN"]),
+        ("kubelet.conf", name((ORG, "system:nodes"), (CN, "system:node:CP-1")), ["CN"]),
+        ("kubelet.conf", name((ORG, "system:nodes"), (CN, "cp-1")), ["CN"]),
+        ("etcd-server", cn("192.0.2.10"), ["CN"]),
+        ("etcd-server", cn("*.wild.example.com"), ["CN"]),
+        ("etcd-server", cn("system:node:cp-1"), ["CN"]),
         ("front-proxy-client", cn("system:admin"), ["CN"]),
         ("apiserver", name((CN, "kube-apiserver"), (CN, "root")), ["CN"]),
         ("apiserver", x509.Name([]), ["CN"]),
@@ -116,3 +130,64 @@ def test_what_a_ca_always_adds_is_no_group() -> None:
     allowed = frozenset({(ORG.dotted_string, "Example Corp")})
     assert identity.check(SPECS["scheduler.conf"], (leaf,), (ca.certificate,), "ca.crt", allowed) == []
     assert identity.check(SPECS["scheduler.conf"], (leaf,), (ca.certificate,), "ca.crt") != []
+
+
+@pytest.mark.parametrize(
+    ("spec", "subject", "reads"),
+    [
+        ("etcd-server", cn("root"), "CN: wanted the node's name or kube-etcd, got root"),
+        ("kubelet.conf", name((ORG, "system:nodes"), (CN, "x")), "CN: wanted system:node:the node's name, got x"),
+        ("apiserver", x509.Name([]), "CN: wanted kube-apiserver, got none"),
+        ("apiserver", name((CN, "kube-apiserver"), (CN, "r")), "CN: wanted kube-apiserver, got kube-apiserver, r"),
+        (
+            "admin.conf",
+            name((ORG, "b"), (ORG, "a"), (CN, "kubernetes-admin")),
+            "O: wanted kubeadm:cluster-admins or system:masters, got a, b",
+        ),
+        (
+            "apiserver-kubelet-client",
+            name((ORG, "a"), (CN, "kube-apiserver-kubelet-client")),
+            "O: wanted none or kubeadm:cluster-admins, system:masters, got a",
+        ),
+    ],
+)
+def test_a_refusal_says_who_was_wanted(spec: str, subject: x509.Name, reads: str, ca: Signer) -> None:
+    """And who was found; of a placeholder what it stands for."""
+    assert list(map(str, violations(ca, spec, subject))) == [reads]
+
+
+def test_a_refusal_says_whose_signature_it_found(ca: Signer) -> None:
+    """Another CA's by its name, or the certificate's own."""
+    want = "issuer: wanted a signature of a CA in ca.crt, expired or not, got"
+    assert list(map(str, violations(ca, "scheduler.conf", by=Signer.make("other")))) == [f"{want} one of CN=other"]
+    own = cn("system:kube-scheduler")
+    itself = violations(ca, "scheduler.conf", own, by=Signer.make("system:kube-scheduler"))
+    assert list(map(str, itself)) == [f"{want} a self-signed certificate"]
+
+
+def test_a_certificate_that_cannot_be_read_is_nobodys(ca: Signer) -> None:
+    """The one violation says why."""
+    twice = load_der_certificate(odd_certificates(ca.certificate)["an extension twice"])
+    [violation] = identity.check(SPECS["etcd-server"], (twice,), (ca.certificate,), "ca.crt")
+    assert str(violation).startswith("subject: wanted one that can be read, got Duplicate 2.5.29.19")
+
+
+def test_chains_of_eight_intermediates_are_followed(ca: Signer) -> None:
+    """And no longer ones."""
+    chain = [ca]
+    for level in range(9):
+        chain.append(Signer.make(f"level {level}", parent=chain[-1]))
+    for count, wrong in ((8, []), (9, ["issuer"])):
+        below = chain[count:0:-1]
+        assert len(below) == count
+        assert live(ca, "scheduler.conf", by=below[0], behind=below) == wrong
+
+
+def test_of_several_cas_the_one_that_ends_last_is_meant(ca: Signer) -> None:
+    """A CA that was renewed with its key stands twice in the file, in either order."""
+    later = Signer.make(key=ca.key, end=NOW + timedelta(days=1)).certificate
+    leaf = Signer.make("x", parent=ca, ca=False).certificate
+    for anchors in ((ca.certificate, later), (later, ca.certificate)):
+        assert identity.anchor_of((leaf,), anchors) == later
+    assert identity.anchor_of((leaf,), (Signer.make().certificate,)) is None
+    assert identity.anchor_of((leaf,), ()) is None
