@@ -32,12 +32,13 @@ from cryptography.x509.oid import NameOID
 
 from backends.openssl.index import Database, Snapshot, file_name
 from backends.openssl.program import Failure, KeyFile, Openssl, PrivateKey, ProcessEnd
-from backends.openssl.settings import CAFiles, OpensslSettings, files_of, private_key_of
+from backends.openssl.settings import CA_PLACE_HINT, CAFiles, OpensslSettings, files_of, private_key_of
 from bridge.contract import BackendSettings, Issued, SetupFile, SetupRequest, SignRequest
 from bridge.errors import (
     BackendError,
     BackendRefusedError,
     BackendUnavailableError,
+    LocalFileError,
     Violation,
 )
 from bridge.specs import CertificateSpec, Usage
@@ -192,9 +193,11 @@ class OpensslBackend:
         try:
             return x509.load_pem_x509_certificates(path.read_bytes())
         except OSError as e:
-            raise BackendRefusedError(f"wanted the CA's certificate in {path}, found: {e.strerror}") from e
+            text = f"wanted the CA's certificate in {path}, found: {e.strerror}"
+            raise LocalFileError(text, hint=CA_PLACE_HINT) from e
         except ValueError as e:
-            raise BackendRefusedError(f"wanted the CA's certificate in {path}, found no PEM certificate there") from e
+            text = f"wanted the CA's certificate in {path}, found no PEM certificate there"
+            raise LocalFileError(text, hint=CA_PLACE_HINT) from e
 
     def _database(self) -> Database:
         index = self._files.database.resolve()  # openssl would replace a link by a file
@@ -490,7 +493,7 @@ def _os_errors() -> Iterator[None]:
         text = f"{e.filename or 'openssl ca'}: {e.strerror}"
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise BackendUnavailableError(text, hint="make room") from e
-        raise BackendRefusedError(text) from e
+        raise LocalFileError(text, hint="run as the CA's own user, who must be able to read and write there") from e
 
 
 # --- CSRs before `openssl ca` sees them ------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from backends.openssl.settings import ConfigDoubtError, parse_config
+from backends.openssl.settings import CA_PLACE_HINT, ConfigDoubtError, parse_config
 from bridge.errors import BackendRefusedError, BackendUnavailableError, LocalFileError
 from bridge.system.locks import take_lock
 from bridge.system.paths import Exposure, exposure
@@ -187,7 +187,8 @@ class Database:
         """Make sure that both folders are there and can be written in."""
         for folder in (self.index.parent, self.new_certs_dir):
             if not folder.is_dir():
-                raise LocalFileError(f"wanted the folder {folder}, found none")
+                hint = f"mkdir -m 0700 {folder}, as the CA's own user; or set `dir` to the CA's folder"
+                raise LocalFileError(f"wanted the folder {folder}, found none", hint=hint)
             if (found := exposure(folder)) is not None:
                 raise LocalFileError(f"the CA's folder: {found}", hint=_owner_hint(folder, found))
             if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
@@ -341,7 +342,7 @@ class Database:
         for path in (self.index, self._beside(".old"), self.index.parent):
             with suppress(FileNotFoundError):
                 return path.stat()
-        raise BackendRefusedError(f"wanted the folder {self.index.parent}, found none")
+        raise LocalFileError(f"wanted the folder {self.index.parent}, found none", hint=CA_PLACE_HINT)
 
 
 def _owner_hint(folder: Path, found: Exposure) -> str:

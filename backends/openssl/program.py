@@ -146,22 +146,25 @@ class KeyFile(PrivateKey):
             with self.path.open("rb"):
                 pass
         except OSError as e:
-            raise BackendRefusedError(f"wanted the CA's private key in {self}, found: {e.strerror}") from e
+            text = f"wanted the CA's private key in {self}, found: {e.strerror}"
+            raise LocalFileError(text, hint="put it back, or set `private_key` to its file") from e
 
     def failure(self, messages: str, notes: str) -> BackendRefusedError | None:
         """As `PrivateKey`."""
         if _WRONG_PASSPHRASE.search(messages):
             return self._wrong_passphrase()
         if _NO_KEY.search(messages):
-            return BackendRefusedError(f"wanted a PEM private key in {self}, openssl found: {notes}")
+            text = f"wanted a PEM private key in {self}, openssl found: {notes}"
+            return LocalFileError(text, hint="put the CA's key back, or set `private_key` to its file")
         return None
 
     def _wrong_passphrase(self) -> BackendRefusedError:
         if self.passphrase:
-            return BackendRefusedError(
-                f"wanted the passphrase of {self} in {self.passphrase}, found one that does not open it"
+            return LocalFileError(
+                f"wanted the passphrase of {self} in {self.passphrase}, found one that does not open it",
+                hint="put the right one there, on one line; `openssl pkey -noout -in KEY` tries it",
             )
-        return BackendRefusedError(
+        return LocalFileError(
             f"wanted a passphrase for {self}, which is encrypted, found none in the settings",
             hint="set passphrase_file, passphrase_env or passphrase_credential",
         )
@@ -451,11 +454,13 @@ class Openssl:
         try:
             secret = self.key.secret.read().encode()
         except SecretUnavailableError as e:
-            raise LocalFileError(str(e)) from e
+            hint = f"put the {self.key.secret_name} there, readable for this process"
+            raise LocalFileError(str(e), hint=hint) from e
         if b"\n" in secret or len(secret) > _LONGEST_PASSPHRASE:
-            raise BackendRefusedError(
+            raise LocalFileError(
                 f"wanted a {self.key.secret_name} of one line and at most {_LONGEST_PASSPHRASE} bytes"
-                f" in {self.key.secret}, found {len(secret.splitlines())} lines and {len(secret)} bytes"
+                f" in {self.key.secret}, found {len(secret.splitlines())} lines and {len(secret)} bytes",
+                hint=f"put the {self.key.secret_name} there, and nothing else",
             )
         return secret
 

@@ -7,6 +7,7 @@ Clients that know only the old CA have no use for certificates of a new one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,6 +20,7 @@ from bridge.node import kubeconfig
 from bridge.node.inventory import Item, Node
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates
+from bridge.pki.expiry import first_end
 from bridge.renewal.select import NotReadyError, outcome_of
 from bridge.settings.tables import Settings
 from bridge.specs import SPECS
@@ -71,8 +73,12 @@ def _too_little(room: DiskSpace) -> str:
     return ""
 
 
-def without_restart(node: Node, settings: Settings, items: Sequence[Item]) -> list[Outcome]:
-    """Outcomes of certificates whose components have to be restarted, and can't be."""
+def without_restart(node: Node, settings: Settings, items: Sequence[Item], now: datetime) -> list[Outcome]:
+    """
+    Outcomes of certificates whose components have to be restarted, and can't be.
+
+    One that has expired is none of them: its component doesn't work with it, and the new one helps at its next start.
+    """
     if settings.restart.method == "none":
         return []
     from bridge.control_plane import restarts  # noqa: PLC0415 (40 ms; only where components are restarted)
@@ -84,8 +90,14 @@ def without_restart(node: Node, settings: Settings, items: Sequence[Item]) -> li
         outcome_of(item, obstacles[component])
         for item in items
         if (component := item.spec.component) in obstacles
+        and not _has_expired(item, now)
         and component in restart_plan.stale([item.spec], reloads, settings.restart.components)
     ]
+
+
+def _has_expired(item: Item, now: datetime) -> bool:
+    """Whether the certificate that a renewal replaces has ended."""
+    return bool(item.certificates) and first_end(item.renewable) <= now
 
 
 def _no_way(error: BridgeError) -> NoWayToRestartError:

@@ -121,7 +121,9 @@ def _rehearsed(run: Run, settings: Settings, selection: Selection, node: Node) -
     expected, unproved = expectations(node, run.settings, selection.items, run.now())
     expected = {name: _expected(one, settings, name) for name, one in expected.items()}
     impossible = dict(_impossible(run.settings, expected))
-    failed = list({o.name: o for o in [*unproved, *without_restart(node, run.settings, selection.items)]}.values())
+    failed = list(
+        {o.name: o for o in [*unproved, *without_restart(node, run.settings, selection.items, run.now())]}.values()
+    )
     failed += [outcome_of(i, impossible[i.spec.authority.name]) for i in selection.items
                if i.spec.authority.name in impossible and i.spec.name not in {o.name for o in failed}]  # fmt: skip
     without = {outcome.name for outcome in failed}

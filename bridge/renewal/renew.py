@@ -90,7 +90,7 @@ def _renew(run: Run, transaction: Transaction, selection: Selection, node: Node,
     """Renew: from keys to components that run on them."""
     with transaction.about(selection):
         assert_room(run.settings)
-        stuck = without_restart(node, run.settings, selection.items) if options.restarts else []
+        stuck = without_restart(node, run.settings, selection.items, run.now()) if options.restarts else []
         answered, failed, unasked = _prepare_and_issue(run, selection, stuck, node, options)
         proven, failed = verify_all(run, answered, failed)
         remember(run, answered, proven)

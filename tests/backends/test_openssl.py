@@ -36,7 +36,7 @@ from backends.openssl import setup as openssl_setup
 from backends.openssl.index import Database, IndexDamagedError, parse_index
 from backends.openssl.settings import ConfigDoubtError, OpensslSettings, parse_config
 from bridge.contract import Issued, Secret, SignRequest
-from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsError
+from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, Exit, SettingsError
 from bridge.node import sample_pki
 from bridge.specs import AUTHORITIES, EKU, SPECS, CertificateSpec
 from bridge.testing import BackendConformance, TestCA, sign_request, tampered
@@ -728,8 +728,9 @@ class TestCertificate:
         """A missing file of the CA is named."""
         path = directory / file
         path.rmdir() if path.is_dir() else path.unlink()
-        with pytest.raises(BackendRefusedError, match=re.escape(str(path))):
+        with pytest.raises(BackendRefusedError, match=re.escape(str(path))) as e:
             call(opened(directory))
+        assert (e.value.exit_code, bool(e.value.hint)) == (Exit.USAGE, True)
 
     @pytest.mark.parametrize("key", [b"", b"junk", TestCA.make("x").key_pem], ids=["empty", "junk", "another CA's"])
     def test_refuses_a_key_that_is_not_its_own(
@@ -749,6 +750,7 @@ class TestCertificate:
             with pytest.raises(BackendRefusedError) as e:
                 call(opened(encrypted, passphrase=wrong))
             assert "wrong-passphrase" not in f"{e.value} {e.value.hint} {e.value!r}"
+            assert (e.value.exit_code, bool(e.value.hint)) == (Exit.USAGE, True)
         assert rows(encrypted) == []
         call(opened(encrypted, passphrase=secret(tmp_path)))
 
@@ -760,8 +762,9 @@ class TestCertificate:
             with pytest.raises(BackendRefusedError) as e:
                 call(opened(encrypted, passphrase=secret(tmp_path, bad)))
             assert bad not in str(e.value)
-        with pytest.raises(BackendRefusedError):
+        with pytest.raises(BackendRefusedError) as e:
             call(opened(encrypted, passphrase=Secret("file", str(tmp_path / "nowhere"))))
+        assert (e.value.exit_code, bool(e.value.hint)) == (Exit.USAGE, True)
 
     def test_a_passphrase_for_a_plain_key_does_no_harm(
         self, directory: Path, tmp_path: Path, call: Callable[[OpensslBackend], object]
@@ -778,6 +781,13 @@ class TestCertificate:
             with pytest.raises(BackendRefusedError, match=re.escape(missing)):
                 call(opened(directory, openssl=missing))
         call(opened(directory, openssl=str(REAL)))
+
+
+def test_a_cas_folder_that_is_not_there_is_a_matter_of_this_machine(tmp_path: Path) -> None:
+    """Exit code 2, as for each file of its; no CA has said no."""
+    with pytest.raises(BackendRefusedError) as e:
+        opened(tmp_path / "nowhere").issuers()
+    assert (e.value.exit_code, bool(e.value.hint)) == (Exit.USAGE, True)
 
 
 def test_a_long_passphrase_of_one_line_is_taken(tmp_path: Path) -> None:

@@ -353,7 +353,7 @@ def test_a_ca_that_can_not_be_used_holds_up_its_own_only(desk_: Desk, pki: Pki, 
 
     run = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
 
-    assert run.returncode == Exit.REFUSED
+    assert run.returncode == Exit.USAGE
     assert "ca.key" in run.stderr
     assert [answer.batch for answer in answers_of(desk_)] == [alone.batch]
     assert len(desk_.issued()) == 2
@@ -374,7 +374,7 @@ def test_a_ca_s_own_trouble_is_no_refusal(desk_: Desk, pki: Pki, pairs: Pairs) -
 
     run = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
 
-    assert run.returncode == Exit.REFUSED
+    assert run.returncode == Exit.USAGE
     assert answers_of(desk_) == []
     program.write_text(good)
     (desk_.directory / "passphrase").write_text(f"{PASSPHRASE}\n")

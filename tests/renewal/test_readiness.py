@@ -41,7 +41,7 @@ def renewed(settings: Settings, *names: str, restarts: bool = True) -> Result:
 def without_restart(settings: Settings, *names: str) -> list[str]:
     node = inventory.read(settings.node.pki_dir, settings.node.kubeconfig_dir)
     items = [item for item in node.items if item.spec.name in names]
-    return [outcome.name for outcome in readiness.without_restart(node, settings, items)]
+    return [outcome.name for outcome in readiness.without_restart(node, settings, items, datetime.now(UTC))]
 
 
 def signed(tmp_path: Path) -> int:
@@ -85,6 +85,22 @@ def test_a_kubelet_without_a_command_is_found_before_its_certificate_is_asked_fo
     assert not (tmp_path / "state/attempts.json").exists()
     assert renewed(without, "kubelet.conf", restarts=False).exit_code == 0
     assert without_restart(restarting(settings, "static-pods", "kubelet"), "kubelet.conf") == []
+
+
+def test_an_expired_certificate_is_installed_though_nothing_can_restart_its_component(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kubelet without its client certificate needs the new one at its next start; the run says that it is not in use."""
+    monkeypatch.setattr("bridge.control_plane.restarts._systemctl", list)
+    now = datetime.now(UTC)
+    expired = handmade_pki(tmp_path / "expired", now=now - timedelta(days=400), not_after=now - timedelta(days=1))
+    without = restarting(settings_for(expired, tmp_path), "static-pods")
+    before = (expired.kubeconfig_dir / "kubelet.conf").read_bytes()
+    result = renewed(without, "kubelet.conf")
+    assert ([o.name for o in result.renewed], [o.name for o in result.failed]) == (["kubelet.conf"], [])
+    assert (expired.kubeconfig_dir / "kubelet.conf").read_bytes() != before
+    assert result.exit_code == Exit.NOT_LIVE
+    assert any("restart.commands" in str(error) for error in result.errors)
 
 
 def test_a_component_that_is_no_static_pod_needs_a_command(node: Pki, tmp_path: Path) -> None:
