@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -9,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Protocol, TypeVar
 
 from bridge.errors import BackendUnavailableError
-from bridge.system.console import log
+from bridge.system.console import is_attended, log
 from bridge.system.waiting import back_off_seconds
 
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.5, 15.0
@@ -66,7 +68,10 @@ class Outage:
 
         policy = Retrying(
             retry=retry_if_exception_type(BackendUnavailableError),
-            stop=lambda state: self._is_over(state.upcoming_sleep),
+            stop=lambda state: (
+                self._is_over(state.upcoming_sleep)
+                or _is_for_a_person(state.outcome.exception() if state.outcome else None)
+            ),
             wait=lambda state: _wait(state.attempt_number, state.outcome.exception() if state.outcome else None),
             before_sleep=lambda state: self._report(
                 state.upcoming_sleep, state.outcome.exception() if state.outcome else None
@@ -97,8 +102,9 @@ class Outage:
         left = self._retry_for_seconds - (time.monotonic() - since if since is not None else 0.0)
         until = datetime.now(UTC) + timedelta(seconds=max(0.0, left))
         about = f"{self._label}: {error}" if self._label else f"{error}"
+        stops = "; Ctrl-C stops it" if is_attended() else ""
         if is_new:
-            self._tell(f"{about}; asked again until {until:%H:%M:%S} UTC (retry_for)")
+            self._tell(f"{about}; asked again until {until:%H:%M:%S} UTC (retry_for){stops}")
         log.debug("%s; asked again in %.1f s, until %s UTC", about, upcoming_sleep_seconds, f"{until:%H:%M:%S}")
 
     def _is_over(self, upcoming_sleep_seconds: float) -> bool:
@@ -112,6 +118,11 @@ def _wait(attempt: int, error: BaseException | None) -> float:
     """Seconds: the CA's own `Retry-After` if it is longer than our pause."""
     wanted = error.retry_after_seconds if isinstance(error, BackendUnavailableError) else None
     return max(back_off_seconds(attempt - 1, _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS), wanted or 0.0)
+
+
+def _is_for_a_person(error: BaseException | None) -> bool:
+    """Whether nothing listens at the CA's port: a person at the terminal would rather know at once than wait."""
+    return is_attended() and os.strerror(errno.ECONNREFUSED).lower() in str(error).lower()
 
 
 class Rest:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -193,6 +194,9 @@ def under_headings(rows: Sequence[tuple[str, Sequence[str]]]) -> Iterator[str]:
             yield from (f"  {line}" for line in lines if about == heading)
 
 
+_URLS_AND_TIMES = re.compile(r"https?://\S+|\d\d:\d\d:\d\d")
+
+
 class _Progress:
     """How many requests the CAs have answered."""
 
@@ -201,6 +205,7 @@ class _Progress:
         self._lock = threading.Lock()
         self._asked: dict[str, list[str]] = {}  #: By backend: certificates that it has not answered for.
         self._total = 0
+        self._noted: set[str] = set()
 
     def signing(self, backend: str, names: Sequence[str]) -> None:
         log.debug("asking %s for %s", backend, ", ".join(names))
@@ -218,7 +223,13 @@ class _Progress:
             self._line.text = self._text()
 
     def note(self, text: str) -> None:
-        log.warning("%s", text)
+        """Warn once of what is the same for several authorities of a CA, but for a URL and a time."""
+        about = _URLS_AND_TIMES.sub("", text)
+        with self._lock:
+            is_new = about not in self._noted
+            self._noted.add(about)
+        if is_new:
+            log.warning("%s", text)
 
     def _text(self) -> str:
         waiting = {backend: names for backend, names in self._asked.items() if names}

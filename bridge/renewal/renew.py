@@ -7,7 +7,6 @@ the node holds none.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
@@ -32,7 +31,7 @@ from bridge.state import backups
 from bridge.state.open_requests import OpenRequest
 from bridge.state.session import Run, begun
 from bridge.state.store import Outcome, remember_checked
-from bridge.system.console import Progress
+from bridge.system.console import Progress, is_attended
 
 
 def run(
@@ -47,7 +46,7 @@ def run(
         StateError: The open requests can't be read or kept; nothing was replaced.
         InstallError: Nothing was replaced.
     """
-    is_terminal = any(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
+    is_terminal = is_attended()
     if not options.names:
         _sleep(gate.delay(settings, now(), is_terminal=is_terminal), progress)
     with begun(settings, now, progress, options.wait) as (ours, found):

@@ -120,6 +120,11 @@ def is_coloured(stream: TextIO | None) -> bool:
     return is_lively(stream) and not os.environ.get("NO_COLOR")
 
 
+def is_attended() -> bool:
+    """Whether a person is at the terminal who may decide by themselves when to try again."""
+    return any(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
+
+
 #: The colours of everything that is shown: of a message's or a row's level, and of the demo's lines.
 STYLES = {
     "error": "1;31",

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit import opensslca
+from tests.kit import opensslca, terminals
 from tests.kit.cas import Bridge
 from tests.kit.pki import handmade_pki
 
@@ -144,10 +144,29 @@ def test_a_retry_says_why_and_until_when(bridge: Bridge, closed_port: int) -> No
     assert "is the server up, and is the port in `url` right?" in run.stdout + run.stderr
 
 
+def test_a_port_where_nothing_listens_is_one_warning(bridge: Bridge, closed_port: int) -> None:
+    """For all authorities that one backend serves; a terminal does without the wait, and without the warning."""
+    with_vault(bridge, f"http://127.0.0.1:{closed_port}", retry_for="3s")
+    bridge.tables = [table.replace('backend = "corp"', f'backend = "corp"\nmount = "m{number}"')
+                     for number, table in enumerate(bridge.tables)]  # fmt: skip
+    bridge.config.write_text("\n".join(bridge.tables))
+    run = bridge.run("renew", "all")
+    assert run.stderr.count("asked again until") == 1, run.stderr
+    assert "Ctrl-C" not in run.stderr
+    assert len([line for line in run.stderr.splitlines() if line.startswith("error: ")]) == 1, run.stderr
+    begin = time.monotonic()
+    bridge.tables = [table.replace('"3s"', '"60s"') for table in bridge.tables]
+    bridge.config.write_text("\n".join(bridge.tables))
+    shown = terminals.run(bridge.command("renew", "all"))
+    assert (shown.exit_code, "asked again" in shown.text) == (6, False), shown.text
+    assert time.monotonic() - begin < 30
+
+
 def test_a_name_that_nobody_knows_is_said(bridge: Bridge) -> None:
-    """With what to look at."""
+    """With what to look at; at a terminal it says, too, how to stop the wait."""
     with_vault(bridge, "https://no-such-host.invalid", retry_for="1s")
     run = bridge.run("renew", "apiserver")
+    assert "(retry_for); Ctrl-C stops it" in " ".join(terminals.run(bridge.command("renew", "apiserver")).text.split())
     assert run.returncode == 6
     assert "is the host in `url` right" in run.stdout + run.stderr
 
