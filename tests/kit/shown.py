@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import re
 import shlex
 import shutil
@@ -20,11 +21,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from tests.kit import airgap, cluster_api, gateways, opensslca, terminals
+from tests.kit import airgap, cluster_api, gateways, opensslca, programs, terminals
 from tests.kit.pki import KubeadmPki, kubeadm_pki
 
 ROOT = Path(__file__).parents[2]
-PAGE, DESK_FILES = ROOT / "docs/first-renewal.md", ROOT / "config/desk"
+PAGE, DAY_0, DESK_FILES = ROOT / "docs/first-renewal.md", ROOT / "docs/day-0.md", ROOT / "config/desk"
 COLUMNS = 80
 _PLACES = ("etc", "var/lib", "srv", "media")
 _OF_THE_SYSTEM = ("passwd", "group", "nsswitch.conf", "ssl", "ld.so.cache", "alternatives")
@@ -65,7 +66,8 @@ class Machine:
         """What a terminal shows of a line of a page; `typed` is what somebody answers to a question."""
         words = shlex.split(line)
         program = [sys.executable, "-c", _PROGRAM] if words[0] == "ca-bridge" else words[:1]
-        settings = ["env", "TZ=UTC", "LC_ALL=C.UTF-8", "TERM=xterm", f"COLUMNS={COLUMNS}"]
+        path = f"PATH={programs.directory()}:{os.environ['PATH']}"
+        settings = ["env", path, "TZ=UTC", "LC_ALL=C.UTF-8", "TERM=xterm", f"COLUMNS={COLUMNS}"]
         network = ["--net"] if self.is_alone else []
         command = [
             *_NAMESPACES,
@@ -99,6 +101,7 @@ class Normal:
         """A command's output."""
         for pattern, form in _DATES.items():
             text = re.sub(pattern, functools.partial(self._moved, form=form), text)
+        text = re.sub(r"\b\d{6,}(?=[s:])", lambda seconds: str(round(int(seconds[0]) / 3600) * 3600), text)
         for pattern, words in _WORDS.items():
             text = re.sub(pattern, words, text)
         for pattern, form in _NAMES.items():
@@ -122,7 +125,12 @@ _DATES = {
     r"\d{8}T\d{6}Z": "%Y%m%dT%H%M%SZ",
 }
 #: What is not worth a number.
-_WORDS = {r"\.\d{3}Z\b": ".000Z", r"\b\d+s ago": "0s ago", r"127\.0\.0\.1:\d{5}": "192.0.2.11:6443"}
+_WORDS = {
+    r"\b\S+ ends first": "apiserver ends first",
+    r"\.\d{3}Z\b": ".000Z",
+    r"\b\d+s ago": "0s ago",
+    r"127\.0\.0\.1:\d{5}": "192.0.2.11:6443",
+}
 #: Serial numbers of OpenSSL's and of kubeadm's certificates, fingerprints, batches, digests, names of runs; each becomes
 #: as long as most are.
 _NAMES = {
@@ -140,12 +148,16 @@ NODE = {
     "settings-check": "ca-bridge settings check",
     "doctor": "ca-bridge doctor",
     "plan": "ca-bridge plan",
+    "nagios": "ca-bridge check-expiration -o nagios -w 14d -c 5d",
+    "plan-san": "ca-bridge plan --add-san apiserver=api2.example.com",
+    "rehearse": "ca-bridge renew --rehearse front-proxy-client",
     "renew-one": "ca-bridge renew front-proxy-client",
     "renew": "ca-bridge renew",
     "backups": "ca-bridge backups",
     "rollback": "ca-bridge rollback",
     "audit-show": "ca-bridge audit show --name front-proxy-client",
     "audit-verify": "ca-bridge audit verify",
+    "recover": "ca-bridge recover",
     "user-request": "ca-bridge kubeconfig request bob --group dev --group ops",
     "user": "ca-bridge kubeconfig user bob --group dev --group ops --csr bob.csr --validity 8h",
     "export": "ca-bridge export /media/stick/cp-1.request.json",
@@ -156,6 +168,10 @@ DESK = {
     "inspect": "ca-bridge inspect /media/stick/cp-1.request.json",
     "sign-dry-run": "ca-bridge sign /media/stick/cp-1.request.json -o /media/stick/cp-1.answer.json --dry-run",
     "sign": "ca-bridge sign /media/stick/cp-1.request.json -o /media/stick/cp-1.answer.json --approve",
+}
+NEW_NODE = {
+    "settings-init": "ca-bridge settings init openssl",
+    "bootstrap-init": "ca-bridge bootstrap init --kubeadm-config cluster.yaml",
 }
 BACK = {"import": "ca-bridge import /media/stick/cp-1.answer.json"}
 GATEWAY = {"gateway-check": "ca-bridge gateway --check"}
@@ -171,7 +187,9 @@ def blocks(directory: Path) -> dict[str, str]:
     shutil.copytree(node.root / "media", desk.root / "media", dirs_exist_ok=True)
     found |= typed(DESK, desk, normal)
     shutil.copytree(desk.root / "media", node.root / "media", dirs_exist_ok=True)
-    return found | typed(BACK, node, normal) | gateway(directory, normal)
+    found |= typed(BACK, node, normal)
+    found |= typed(NEW_NODE, new_node(node, directory / "new"), normal)
+    return found | gateway(directory, normal)
 
 
 def typed(lines: Mapping[str, str], machine: Machine, normal: Normal) -> dict[str, str]:
@@ -205,6 +223,16 @@ def desk_of(node: Machine, root: Path) -> Machine:
     desk.write("/etc/ca-bridge/desk-policy.toml", (DESK_FILES / "desk-policy.toml").read_text(encoding="utf-8"))
     _add_cas(desk, pki, text)
     return desk
+
+
+def new_node(node: Machine, root: Path) -> Machine:
+    """Without settings and certificates, beside the same CAs."""
+    machine = Machine(root, "cp-1")
+    text = (node.root / "etc/ca-bridge/config.toml").read_text(encoding="utf-8")
+    _add_cas(machine, KubeadmPki(root=node.root, external=True, version="1.37"), text)
+    [cluster] = re.findall(r"```yaml\n(.*?)```", _section(DAY_0, "## The first control-plane node"), re.DOTALL)
+    machine.write("/srv/cluster.yaml", cluster)
+    return machine
 
 
 def _add_cas(machine: Machine, pki: KubeadmPki, settings: str) -> None:
