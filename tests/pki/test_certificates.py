@@ -6,32 +6,43 @@ import ipaddress
 import re
 import subprocess
 import sys
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.serialization import pkcs7
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bridge.pki import der
 from bridge.pki.certificates import (
     attributes,
+    certificates_in,
     extended_key_usages,
     extension,
     fingerprint,
+    has_key_of,
     is_ca,
+    is_for,
+    is_signed_by,
     load_der_certificate,
     load_pem_certificates,
     name_text,
+    oid_label,
     pem,
     san_counts,
     san_entries,
     serial,
     serial_hex,
+    spki,
 )
-from bridge.pki.csr import key_pem
+from bridge.pki.csr import build, generate_key, key_pem
+from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
 from tests.kit.issuing import NOW, Signer, odd_certificates
+from tests.kit.mutants import Tree, value
 
 ROOT, OTHER = Signer.make("root"), Signer.make("other")
 A, B = pem(ROOT.certificate), pem(OTHER.certificate)
@@ -248,3 +259,117 @@ def test_damaged_extensions_are_a_value_error() -> None:
     assert extension(certificate(good), x509.SubjectAlternativeName) is None
     with pytest.raises(ValueError, match=r"\w"):
         san_entries(certificate(bad))
+
+
+FORMS = {
+    "PEM": A + B,
+    "PEM under text": b"Bag Attributes\n" + A + B,
+    "PKCS#7": pkcs7.serialize_certificates([ROOT.certificate, OTHER.certificate], serialization.Encoding.DER),
+}
+PKCS7_PEM = pkcs7.serialize_certificates([ROOT.certificate, OTHER.certificate], serialization.Encoding.PEM)
+FORMS |= {
+    f"PEM of {label}": PKCS7_PEM.replace(b"PKCS7", label.encode()) for label in ("PKCS7", "CMS", "PKCS #7 SIGNED DATA")
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_certificates_are_read_in_every_form_that_cas_send(form: str) -> None:
+    """Whatever the file is called; one certificate by itself as DER, too."""
+    assert set(certificates_in(FORMS[form])) == {ROOT.certificate, OTHER.certificate}
+    assert certificates_in(UNREADABLE["DER"]) == [ROOT.certificate]
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", FORMS["PKCS#7"][:-1], PKCS7_PEM.replace(b"M", b"*", 1)])
+def test_a_file_without_certificates_is_named_so(data: bytes) -> None:
+    """In none of the forms."""
+    with pytest.raises(ValueError, match=r"^no certificate in PEM, DER or PKCS#7$"):
+        certificates_in(data)
+
+
+def test_a_pkcs7_whose_certificate_cannot_be_read_is_refused() -> None:
+    """The library looks only when it is asked for a name."""
+    with pytest.raises(ValueError, match=r"^no certificate in PEM, DER or PKCS#7$"):
+        certificates_in(ODD["an unknown version, PKCS#7"])
+
+
+def test_a_refusal_of_pem_names_the_block() -> None:
+    """By its number, or where it begins."""
+    for data, reads in (
+        (b"", "no PEM block of type CERTIFICATE"),
+        (A + B.replace(b"M", b"*", 1), "PEM block 2 is not base64"),
+        (A + A[:200], f"a PEM block that begins at byte {len(A)} and has no end"),
+        (A[:200] + b"\n" + B, "a PEM block that begins at byte 0 and has no end"),
+    ):
+        with pytest.raises(ValueError, match=f"^{reads}$"):
+            load_pem_certificates(data)
+    with pytest.raises(ValueError, match=r"^PEM block 2 is not an X.509 certificate: .*ParseError"):
+        load_pem_certificates(A + UNREADABLE["not a certificate"])
+
+
+@pytest.mark.parametrize("algorithm", KEY_ALGORITHMS)
+def test_a_key_is_seen_by_its_public_half(algorithm: KeyAlgorithm) -> None:
+    """In each form, among other blocks; another key's is not, and an encrypted one can't be seen."""
+    key, other = generate_key(algorithm), generate_key(algorithm)
+    own = Signer.make(key=key).certificate
+    for form in (serialization.PrivateFormat.TraditionalOpenSSL, serialization.PrivateFormat.PKCS8):
+        plain, wrong = (
+            each.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()) for each in (key, other)
+        )
+        assert has_key_of(A + plain + wrong, own) is True
+        assert has_key_of(wrong, own) is False
+        assert has_key_of(plain.replace(b"M", b"*", 1), own) is None
+    secret = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.BestAvailableEncryption(b"x")
+    )
+    assert has_key_of(secret, own) is not True
+    assert has_key_of(A, own) is False
+
+
+VERSION = value(der.INTEGER, b"\x01")
+INNER = value(der.OCTET_STRING, bytes(32))
+HALVES: dict[str, tuple[Tree, bool | None]] = {
+    "a curve's point": (value(der.SEQUENCE, VERSION, INNER, value(0xA1, value(der.BIT_STRING, bytes(64)))), False),
+    "a point that is too short": (value(der.SEQUENCE, VERSION, INNER, value(0xA1, value(der.BIT_STRING, bytes(63)))), None),
+    "no point": (value(der.SEQUENCE, VERSION, INNER), None),
+    "another field than the point": (value(der.SEQUENCE, VERSION, INNER, value(0xA0, value(der.BIT_STRING, bytes(64)))), None),
+    "an empty point": (value(der.SEQUENCE, VERSION, INNER, value(0xA1)), None),
+    "a modulus": (value(der.SEQUENCE, VERSION, value(der.INTEGER, bytes(64))), False),
+    "a modulus that is too short": (value(der.SEQUENCE, VERSION, value(der.INTEGER, bytes(63))), None),
+    "a version alone": (value(der.SEQUENCE, VERSION), None),
+    "nothing": (value(der.SEQUENCE), None),
+    "no version": (value(der.SEQUENCE, INNER, value(der.INTEGER, bytes(64))), None),
+    "no sequence": (VERSION, None),
+    "PKCS#8 without a key": (value(der.SEQUENCE, VERSION, value(der.SEQUENCE)), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_a_key_without_its_public_half_cannot_be_seen(half: str) -> None:
+    """One with a half of that size is another key's."""
+    tree, is_seen = HALVES[half]
+    body = b64encode(tree.encoded())
+    block = b"-----BEGIN EC PRIVATE KEY-----\n" + body + b"\n-----END EC PRIVATE KEY-----\n"
+    assert has_key_of(block, ROOT.certificate) is is_seen
+
+
+def test_who_signed_it_and_for_which_key() -> None:
+    """Names and signature both count for the one, the public key alone for the other."""
+    leaf = Signer.make("leaf", parent=ROOT, ca=False)
+    namesake = Signer.make("root")
+    assert is_signed_by(leaf.certificate, ROOT.certificate)
+    assert is_signed_by(ROOT.certificate, ROOT.certificate)
+    assert not is_signed_by(leaf.certificate, OTHER.certificate)
+    assert not is_signed_by(leaf.certificate, namesake.certificate)
+    assert not is_signed_by(leaf.certificate, Signer.make("other name", key=ROOT.key).certificate)
+    request = x509.load_pem_x509_csr(build(leaf.certificate, leaf.key))
+    assert is_for(leaf.certificate, request)
+    assert not is_for(ROOT.certificate, request)
+    assert spki(leaf.key.public_key()) == leaf.key.public_key().public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+
+
+def test_oids_have_names_where_there_are_some() -> None:
+    """The number is there in any case."""
+    assert oid_label("1.3.6.1.5.5.7.3.3") == "codeSigning (1.3.6.1.5.5.7.3.3)"
+    assert oid_label("1.2.3.4") == "1.2.3.4"

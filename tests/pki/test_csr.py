@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from datetime import timedelta
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.pki import csr
-from bridge.pki.certificates import attributes, san_counts
+from bridge.pki.certificates import attributes, san_counts, san_entry
 from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
 from tests.kit.issuing import NOW, cn
 
@@ -214,3 +215,116 @@ def test_an_extension_that_is_there_twice_is_told() -> None:
     certificate = spoilt(builder.sign(KEY, hashes.SHA256()), b"\x06\x03\x2a\x03\x05", b"\x06\x03\x2a\x03\x04")
     with pytest.raises(csr.CannotCarryError, match="SAN: wanted"):
         csr.build(certificate, KEY)
+
+
+@pytest.mark.parametrize(
+    ("text", "entry"),
+    [
+        ("cp-1", ("DNS", "cp-1")),
+        ("API.example.com", ("DNS", "API.example.com")),
+        ("*.example.com", ("DNS", "*.example.com")),
+        ("1.example", ("DNS", "1.example")),
+        ("192.0.2.1", ("IP", "192.0.2.1")),
+        ("2001:DB8:0::7", ("IP", "2001:db8::7")),
+        ("IP:192.0.2.1", ("IP", "192.0.2.1")),
+        ("IP:2001:db8::7", ("IP", "2001:db8::7")),
+        ("DNS:cp-1", ("DNS", "cp-1")),
+        ("a" * 253, ("DNS", "a" * 253)),
+    ],
+)
+def test_a_san_is_an_address_or_a_name(text: str, entry: tuple[str, str]) -> None:
+    """As kubeadm takes it in `certSANs`; a kind before it decides."""
+    assert san_entry(csr.general_name(text)) == entry
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "a_b", "-a", "a-", "a..b", ".a", "a.", "*", "*.", "a.*.b", "**.b", "a b", "URI:a"),
+        *("1.2.3", "10", "DNS:192.0.2.1", "DNS:", "a" * 254),
+    ],
+)
+def test_what_is_neither_is_refused(text: str) -> None:
+    """With what was found in quotes, cut if it is long."""
+    found = text.removeprefix("DNS:")
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{WANTED_SAN}, found {found[:60]!r}')}$"):
+        csr.general_name(text)
+
+
+WANTED_SAN = "wanted an IP address, or a DNS name such as api.example.com"
+
+
+def test_an_address_by_its_kind_is_nothing_else() -> None:
+    """A name is no address, and an address is read as one."""
+    with pytest.raises(ValueError, match="cp-1"):
+        csr.general_name("IP:cp-1")
+
+
+def test_sans_are_there_once_and_in_their_order() -> None:
+    """An address in two spellings is one."""
+    names = csr.alternative_names(["b", "2001:db8::7", "a", "b", "2001:DB8:0::7"])
+    assert list(map(san_entry, names)) == [("DNS", "b"), ("IP", "2001:db8::7"), ("DNS", "a")]
+    assert csr.names_of(names) == {("DNS", "b"), ("IP", "2001:db8::7"), ("DNS", "a")}
+
+
+def test_a_subject_is_as_go_writes_it() -> None:
+    """All groups in one RDN, before the CN."""
+    subject = csr.subject_of("admin", ["system:masters", "a"])
+    assert [sorted((a.oid, a.value) for a in rdn) for rdn in subject.rdns] == [
+        [(NameOID.ORGANIZATION_NAME, "a"), (NameOID.ORGANIZATION_NAME, "system:masters")],
+        [(NameOID.COMMON_NAME, "admin")],
+    ]
+    assert csr.subject_of("admin") == cn("admin")
+
+
+def test_a_naming_is_of_what_says_exactly_that() -> None:
+    """In any order; no name or attribute more, none less."""
+    groups = [attribute(NameOID.ORGANIZATION_NAME, "g"), attribute(NameOID.COMMON_NAME, "x")]
+    a, b = x509.DNSName("a"), x509.IPAddress(ipaddress.ip_address("192.0.2.1"))
+    naming = csr.Naming(subject=x509.Name(groups), sans=(a, b))
+    assert naming.is_of(live(x509.Name(groups[::-1]), [b, a]))
+    assert naming.is_of(x509.load_pem_x509_csr(csr.build_for(naming, KEY)))
+    for subject, sans in ((groups, [a]), (groups, []), (groups, [a, b, x509.DNSName("c")]), (groups[1:], [a, b])):
+        assert not naming.is_of(live(x509.Name(subject), sans))
+    bare = csr.Naming(subject=cn("x"))
+    assert bare.is_of(live(cn("x")))
+    assert not bare.is_of(live(cn("x"), [a]))
+    assert (naming.text, bare.text) == ("CN=x,O=g with DNS:a, IP:192.0.2.1", "CN=x")
+    assert csr.Naming(subject=x509.Name([]), sans=(a,)).text == "(empty subject) with DNS:a"
+    assert csr.naming_of(live(x509.Name(groups), [a, b])) == naming
+
+
+def test_the_first_key_of_a_text_is_read() -> None:
+    """As kubelets keep theirs behind certificates; a text that is longer than such a key is not read at all."""
+    certificate, other = live(cn("x")).public_bytes(serialization.Encoding.PEM), csr.generate_key("ecdsa-p256")
+    block = csr.key_pem(KEY)
+    text = certificate + block + csr.key_pem(other)
+    assert csr.key_block(text) == block
+    assert csr.key_block(certificate) == certificate
+    for each in (text, block):
+        found = csr.load_key(each, KEY.public_key())
+        assert isinstance(found, ec.EllipticCurvePrivateKey)
+        assert found.public_key() == KEY.public_key()
+    rsa_key = csr.generate_key("rsa-2048")
+    pkcs8 = rsa_key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    assert isinstance(csr.load_key(pkcs8, rsa_key.public_key()), rsa.RSAPrivateKey)
+    with pytest.raises(ValueError, match=rf"^wanted a private key of at most 400 bytes, found {len(pkcs8)}$"):
+        csr.load_key(pkcs8, KEY.public_key())
+    with pytest.raises(ValueError, match="at most 2448 bytes, found 2449"):
+        csr.load_key(bytes(2449), rsa_key.public_key())
+    with pytest.raises(ValueError, match="PEM"):
+        csr.load_key(bytes(2448), rsa_key.public_key())
+
+
+def test_kinds_of_keys_have_names() -> None:
+    """kubeadm's own, and those of others."""
+    for algorithm in KEY_ALGORITHMS:
+        key = csr.generate_key(algorithm).public_key()
+        assert csr.algorithm_name(key) == csr.known_algorithm(key) == algorithm
+    for other, label in (
+        (ec.generate_private_key(ec.SECP521R1()), "ecdsa-secp521r1"),
+        (ed25519.Ed25519PrivateKey.generate(), "ed25519"),
+    ):
+        assert (csr.algorithm_name(other.public_key()), csr.known_algorithm(other.public_key())) == (label, None)
