@@ -22,7 +22,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from tests.kit import airgap, cluster_api, gateways, opensslca, programs, terminals
-from tests.kit.pki import KubeadmPki, kubeadm_pki
+from tests.kit.pki import KubeadmPki, Pki, handmade_pki, kubeadm_pki
 
 ROOT = Path(__file__).parents[2]
 PAGE, DAY_0, DESK_FILES = ROOT / "docs/first-renewal.md", ROOT / "docs/day-0.md", ROOT / "config/desk"
@@ -162,6 +162,7 @@ NODE = {
     "user": "ca-bridge kubeconfig user bob --group dev --group ops --csr bob.csr --validity 8h",
     "export": "ca-bridge export /media/stick/cp-1.request.json",
     "pending": "ca-bridge pending list",
+    "setup-nodes": "ca-bridge setup vault --nodes nodes.txt -o roles",
 }
 DESK = {
     "desk-doctor": "ca-bridge doctor",
@@ -169,7 +170,10 @@ DESK = {
     "sign-dry-run": "ca-bridge sign /media/stick/cp-1.request.json -o /media/stick/cp-1.answer.json --dry-run",
     "sign": "ca-bridge sign /media/stick/cp-1.request.json -o /media/stick/cp-1.answer.json --approve",
 }
+EXPIRED = {"expired": "ca-bridge check-expiration", "renew-expired": "ca-bridge renew all"}
+WORKER = {"worker": "ca-bridge check-expiration"}
 NEW_NODE = {
+    "version": "ca-bridge --version",
     "settings-init": "ca-bridge settings init openssl",
     "bootstrap-init": "ca-bridge bootstrap init --kubeadm-config cluster.yaml",
 }
@@ -188,6 +192,8 @@ def blocks(directory: Path) -> dict[str, str]:
     found |= typed(DESK, desk, normal)
     shutil.copytree(desk.root / "media", node.root / "media", dirs_exist_ok=True)
     found |= typed(BACK, node, normal)
+    found |= typed(EXPIRED, expired(node, directory / "expired"), normal)
+    found |= typed(WORKER, worker(node, directory / "w-1"), normal)
     found |= typed(NEW_NODE, new_node(node, directory / "new"), normal)
     return found | gateway(directory, normal)
 
@@ -209,6 +215,7 @@ def node_with_openssl(root: Path) -> Machine:
     node = Machine(root, "cp-1")
     [text] = re.findall(r"```toml\n(.*?)```", _section(PAGE, "## openssl ca"), re.DOTALL)
     node.write("/etc/ca-bridge/config.toml", text)
+    node.write("/srv/nodes.txt", "cp-1 192.0.2.11\ncp-2 192.0.2.12\n")
     (root / "media/stick").mkdir()
     _add_cas(node, pki, text)
     return node
@@ -225,6 +232,24 @@ def desk_of(node: Machine, root: Path) -> Machine:
     return desk
 
 
+def expired(node: Machine, root: Path) -> Machine:
+    """A node with the same settings, all of whose certificates ended yesterday."""
+    machine, now = Machine(root, "cp-1"), datetime.now(UTC)
+    pki = handmade_pki(root, now=now - timedelta(days=366), not_after=now - timedelta(days=1))
+    text = (node.root / "etc/ca-bridge/config.toml").read_text(encoding="utf-8")
+    machine.write("/etc/ca-bridge/config.toml", text)
+    _add_cas(machine, pki, text)
+    return machine
+
+
+def worker(node: Machine, root: Path) -> Machine:
+    """A node with a kubelet alone."""
+    machine = Machine(root, "w-1")
+    for name in ("kubelet.conf", "pki/ca.crt"):
+        machine.write(f"/etc/kubernetes/{name}", (node.root / "etc/kubernetes" / name).read_text(encoding="utf-8"))
+    return machine
+
+
 def new_node(node: Machine, root: Path) -> Machine:
     """Without settings and certificates, beside the same CAs."""
     machine = Machine(root, "cp-1")
@@ -235,7 +260,7 @@ def new_node(node: Machine, root: Path) -> Machine:
     return machine
 
 
-def _add_cas(machine: Machine, pki: KubeadmPki, settings: str) -> None:
+def _add_cas(machine: Machine, pki: Pki, settings: str) -> None:
     machine.write("/etc/ca-bridge/ca-passphrase", f"{PASSPHRASE}\n")
     for authority, table in tomllib.loads(settings)["authority"].items():
         place = machine.root / table["dir"].removeprefix("/")
