@@ -16,12 +16,13 @@ from bridge.contract import Issued, SignRequest
 from bridge.errors import VerificationError, Violation
 from bridge.pki import csr
 from bridge.pki.certificates import load_der_certificate
-from bridge.pki.verify import BACKDATING, CLOCK_SKEW, Expectation, check, is_valid_at
+from bridge.pki.verify import BACKDATING, CLOCK_SKEW, Expectation, check, error_of, is_valid_at
 from bridge.specs import SPECS, KeyAlgorithm
 from bridge.testing import TestCA
 from tests.counts import Tried
 from tests.kit.hostile import HOSTILE, LEFT, Desk, are_read_as
-from tests.kit.issuing import CLIENT, NOW, Signer, cn, name, odd_certificates
+from tests.kit.issuing import CLIENT, NOW, Signer, cn, name, odd_certificates, usage
+from tests.kit.mutants import Draft, oid
 
 
 @functools.cache
@@ -102,6 +103,52 @@ def test_takes_only_the_first_certificate_of_a_bundle_as_anchor() -> None:
     assert violation.subject == "chain"
     assert violation.want.startswith("a path to ca.crt (CN=kubernetes, SHA-256 ")
     assert violation.got == "a path to another certificate of the same file (CN=second); kubeadm takes only the first"
+
+
+def test_a_second_certificate_of_the_file_is_blamed_for_its_own_leaves_alone() -> None:
+    """A third CA's is from another CA."""
+    second, third = Signer.make("second"), Signer.make("third")
+    [violation] = violations(third.issue(request()), expected=expectation(root(), second))
+    assert (violation.subject, violation.got) == ("issuer", "issuer CN=third, and no certificate of that name")
+
+
+def test_an_error_is_given_without_being_raised() -> None:
+    """The same one, and none for an answer that passes."""
+    assert error_of(root().issue(request()), request(), expectation()) is None
+    found = error_of(Signer.make("other").issue(request()), request(), expectation())
+    assert found is not None
+    assert (found.name, [violation.subject for violation in found.violations]) == ("apiserver", ["issuer"])
+
+
+@pytest.mark.parametrize(
+    ("bits", "reads"),
+    [
+        ({"content_commitment": True, "key_agreement": True}, "contentCommitment, keyEncipherment, keyAgreement"),
+        ({"data_encipherment": True}, "keyEncipherment, dataEncipherment"),
+        ({"crl_sign": True, "key_cert_sign": True}, "keyEncipherment, keyCertSign, cRLSign"),
+        ({"key_encipherment": False}, "none"),
+    ],
+)
+def test_a_key_usage_is_told_by_its_bits(bits: dict[str, bool], reads: str) -> None:
+    """In the order of RFC 5280 §4.2.1.3."""
+    [violation] = violations(root().issue(request(), key_usage=usage(**{"digital_signature": False, **bits})))
+    assert violation == Violation(subject="KeyUsage", want="digitalSignature", got=reads)
+
+
+def test_an_unknown_signature_algorithm_is_named() -> None:
+    """Whose signature it is can't be told; the message does not guess."""
+    key = csr.generate_key("ecdsa-p256")
+    asked = SignRequest(
+        spec=SPECS["apiserver"],
+        csr_pem=csr.build(TestCA.make(algorithm="ecdsa-p256").leaf(SPECS["apiserver"]), key),
+        validity=timedelta(days=365),
+    )
+    right = root().issue(asked)
+    draft = Draft.of(right.leaf, key)
+    draft.tbs[Draft.SIGNATURE][0].content = oid("1.2.3.4")
+    found = violations(replace(right, leaf=load_der_certificate(draft.signed(root().key))), asked)
+    assert [v.subject for v in found] == ["signature", "chain"]
+    assert (found[0].want, found[0].got) == ("SHA-256 or stronger", "1.2.3.4")
 
 
 def test_another_root_of_the_cas_name_is_called_one() -> None:
