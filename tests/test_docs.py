@@ -15,7 +15,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from bridge.ca import registry
-from bridge.cli.guide import EXAMPLES, TASKS
+from bridge.cli.help import EXAMPLES, TASKS
 from bridge.cli.settings import initial
 from bridge.contract import GIVEN, BackendSettings, Secret
 from bridge.errors import Exit, SettingsError
@@ -117,7 +117,7 @@ def test_the_manual_is_what_the_program_says() -> None:
 
 
 def test_each_command_has_a_task_and_an_example() -> None:
-    """In `bridge/cli/guide.py`, which names no others; each example can be typed."""
+    """In `bridge/cli/help.py`, which names no others; each example can be typed."""
     names = {one.name: hasattr(one.context.command, "commands") for one in commands() if one.words}
     tasks = [name for ours in TASKS.values() for name in ours]
     assert sorted(tasks) == sorted(name for name in names if " " not in name)

@@ -40,7 +40,7 @@ FILES = {
     "setup": "setup",
     "backend": "backend",
     "demo": "demo",
-    "help": "pages",
+    "help": "settings",
     "audit": "history",
     "complete": "completion",
 }

@@ -19,7 +19,7 @@ from bridge.ca.conformance import (
     Trial,
     abilities,
 )
-from bridge.cli.options import ZERO, Common, command, duration, group, utc_now
+from bridge.cli.options import ZERO, Common, command, duration_option, group, utc_now
 from bridge.cli.printing import say, say_sentence
 from bridge.contract import Backend, ListsIssuers, Spends
 from bridge.errors import (
@@ -47,20 +47,11 @@ backend = group(commands, "backend", "Try a CA that the settings name.")
 @command(backend, "test")
 def run_suite(
     common: Common,
-    authority: Annotated[str, typer.Argument(help="ca, etcd-ca or front-proxy-ca.", show_default=False)],
+    authority: Annotated[str, typer.Argument(help="ca, etcd-ca or front-proxy-ca.")],
     names: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[NAME…]", help="Only these. [default: all of the authority]", show_default=False),
+        list[str] | None, typer.Argument(metavar="[NAME…]", help="Only these. [default: all of the authority]")
     ] = None,
-    wait: Annotated[
-        timedelta,
-        typer.Option(
-            parser=duration,
-            metavar="DURATION",
-            help='For a CA that answers later, such as "10m".',
-            show_default=False,
-        ),
-    ] = ZERO,
+    wait: Annotated[timedelta, duration_option('For a CA that answers later, such as "10m".')] = ZERO,
 ) -> int:
     """
     Run the suite that every backend passes against an authority's backend; the node stays as it is.

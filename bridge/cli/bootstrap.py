@@ -42,7 +42,6 @@ CaDirOption = Annotated[
     typer.Option(
         metavar="DIR",
         help="CA certificates, laid out as below /etc/kubernetes/pki. [default: the backends tell theirs]",
-        show_default=False,
     ),
 ]
 
@@ -53,39 +52,25 @@ class NodeOptions:
 
     kubeadm_config: Annotated[
         Path | None,
-        typer.Option(
-            "--kubeadm-config",
-            metavar="FILE",
-            help="kubeadm's configuration file; else the facts below.",
-            show_default=False,
-        ),
+        typer.Option("--kubeadm-config", metavar="FILE", help="kubeadm's configuration file; else the facts below."),
     ] = None
-    order: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="What `bootstrap orders` wrote for this node.", show_default=False),
-    ] = None
-    name: Annotated[str, typer.Option(help="The node's name in the cluster.", show_default=False)] = ""
-    advertise_address: Annotated[str, typer.Option(help="The node's own IP address.", show_default=False)] = ""
-    cri_socket: Annotated[
-        str, typer.Option(help="The container runtime's. [default: kubeadm's]", show_default=False)
-    ] = ""
+    order: Annotated[Path | None, typer.Option(metavar="FILE", help="What `bootstrap orders` wrote for this node.")] = (
+        None
+    )
+    name: Annotated[str, typer.Option(help="The node's name in the cluster.")] = ""
+    advertise_address: Annotated[str, typer.Option(help="The node's own IP address.")] = ""
+    cri_socket: Annotated[str, typer.Option(help="The container runtime's. [default: kubeadm's]")] = ""
     ca_dir: CaDirOption = None
     kubeadm: Annotated[str, typer.Option(help="The kubeadm of the version that will run.")] = "kubeadm"
     keep: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR", help="Keep copies there, keys included, which survive `kubeadm reset`.", show_default=False
-        ),
+        typer.Option(metavar="DIR", help="Keep copies there, keys included, which survive `kubeadm reset`."),
     ] = None
     request: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="BUNDLE", help="Write the requests there for a CA desk, and ask no CA.", show_default=False
-        ),
+        Path | None, typer.Option(metavar="BUNDLE", help="Write the requests there for a CA desk, and ask no CA.")
     ] = None
     answer: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="What a desk has answered; may be repeated.", show_default=False),
+        list[Path] | None, typer.Option(metavar="FILE", help="What a desk has answered; may be repeated.")
     ] = None
     anew: Annotated[bool, typer.Option("--anew", help="Forget keys and requests that an earlier run has made.")] = False
     wait: WaitOption = ZERO
@@ -99,18 +84,14 @@ class NodeOptions:
 def init(
     common: Common,
     options: NodeOptions,
-    control_plane_endpoint: Annotated[
-        str, typer.Option(help="HOST[:PORT] by which all reach the control plane.", show_default=False)
-    ] = "",
-    kubernetes_version: Annotated[str, typer.Option(help="Such as v1.37.2.", show_default=False)] = "",
-    service_subnet: Annotated[str, typer.Option(help="[default: kubeadm's]", show_default=False)] = "",
-    dns_domain: Annotated[str, typer.Option(help="[default: kubeadm's]", show_default=False)] = "",
+    control_plane_endpoint: Annotated[str, typer.Option(help="HOST[:PORT] by which all reach the control plane.")] = "",
+    kubernetes_version: Annotated[str, typer.Option(help="Such as v1.37.2.")] = "",
+    service_subnet: Annotated[str, typer.Option(help="[default: kubeadm's]")] = "",
+    dns_domain: Annotated[str, typer.Option(help="[default: kubeadm's]")] = "",
     cert_san: Annotated[
         list[str] | None, typer.Option(help="One more name or address of the API server; may be repeated.")
     ] = None,
-    key: Annotated[
-        str, typer.Option(help="kubeadm's encryptionAlgorithm, such as ECDSA-P256.", show_default=False)
-    ] = "",
+    key: Annotated[str, typer.Option(help="kubeadm's encryptionAlgorithm, such as ECDSA-P256.")] = "",
 ) -> int:
     """
     Put everything in place for an unattended `kubeadm init` on the first control-plane node.
@@ -148,11 +129,7 @@ def join(
     worker: Annotated[bool, typer.Option("--worker", help="A node without a control plane.")] = False,
     shared: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE|-",
-            help="What `bootstrap share` on another node printed; -: standard input.",
-            show_default=False,
-        ),
+        typer.Option(metavar="FILE|-", help="What `bootstrap share` on another node printed; -: standard input."),
     ] = None,
     *,
     options: NodeOptions,
@@ -216,8 +193,7 @@ def share(
     common: Common,
     worker: Annotated[bool, typer.Option("--worker", help="For a worker: without the service account key.")] = False,
     kubeadm_config: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="[default: kubeadm.yaml beside the kubeconfigs]", show_default=False),
+        Path | None, typer.Option(metavar="FILE", help="[default: kubeadm.yaml beside the kubeconfigs]")
     ] = None,
 ) -> None:
     """
@@ -253,13 +229,9 @@ def _open_output() -> str | None:
 @command(bootstrap, "orders")
 def write_orders(
     common: Common,
-    nodes: Annotated[Path, typer.Option(metavar="FILE", help="`ROLE NAME ADDRESS …` a line.", show_default=False)],
-    kubeadm_config: Annotated[
-        Path, typer.Option(metavar="FILE", help="With the ClusterConfiguration.", show_default=False)
-    ],
-    directory: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Where they go.", show_default=False)
-    ],
+    nodes: Annotated[Path, typer.Option(metavar="FILE", help="`ROLE NAME ADDRESS …` a line.")],
+    kubeadm_config: Annotated[Path, typer.Option(metavar="FILE", help="With the ClusterConfiguration.")],
+    directory: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where they go.")],
     ca_dir: CaDirOption = None,
     sign_with: Annotated[
         Path | None,
@@ -267,7 +239,6 @@ def write_orders(
             "--sign-with",
             metavar="KEY",
             help="A private key (PEM); nodes with its public key as node.order_key take no other orders.",
-            show_default=False,
         ),
     ] = None,
 ) -> None:
@@ -297,17 +268,10 @@ def write_orders(
 @command(bootstrap, "setup")
 def setup(
     common: Common,
-    kind: Annotated[str, typer.Argument(metavar="TYPE", help="vault, cfssl, openssl …", show_default=False)],
-    order: Annotated[
-        list[Path],
-        typer.Option(metavar="FILE", help="What `bootstrap orders` wrote; may be repeated.", show_default=False),
-    ],
-    authority: Annotated[
-        str | None, typer.Option(help="Only this one of ca, etcd-ca, front-proxy-ca.", show_default=False)
-    ] = None,
-    directory: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Write files into this directory.", show_default=False)
-    ] = None,
+    kind: Annotated[str, typer.Argument(metavar="TYPE", help="vault, cfssl, openssl …")],
+    order: Annotated[list[Path], typer.Option(metavar="FILE", help="What `bootstrap orders` wrote; may be repeated.")],
+    authority: Annotated[str | None, typer.Option(help="Only this one of ca, etcd-ca, front-proxy-ca.")] = None,
+    directory: Annotated[Path | None, typer.Option("-o", "--output", help="Write files into this directory.")] = None,
 ) -> None:
     """
     Print what a CA's administrator needs for nodes that are yet to be made, as `ca-bridge setup` does for those that are.

@@ -15,7 +15,6 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from bridge.cli.options import (
     ZERO,
     AllOrNothingOption,
-    AnyIdentityOption,
     ChangeOptions,
     Common,
     Names,
@@ -55,9 +54,8 @@ pending = group(commands, "pending", "Show and cancel requests that a CA has not
 @command(commands, "export")
 def export(
     common: Common,
-    path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The file to write.", show_default=False)],
+    path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The file to write.")],
     names: Names = None,
-    any_identity: AnyIdentityOption = None,
     *,
     options: ChangeOptions,
     wait: WaitOption = ZERO,
@@ -68,7 +66,7 @@ def export(
     While a request waits, exporting it again gives the same key and CSR. It also renews expired certificates, and asks
     for a named one that is missing; the desk's policy decides about that, and about changes.
     """
-    settings, wanted = common.settings(), options.read(names, any_identity, wait=wait)
+    settings, wanted = common.settings(), options.read(names, wait=wait)
     with metrics.kept_current(settings, utc_now), progress_shown() as progress:
         done, node = airgap.export(settings, path, wanted, utc_now, progress)
     for sentence in done.skipped:
@@ -105,9 +103,7 @@ def import_answers(
     paths: Annotated[
         list[Path],
         typer.Argument(
-            metavar="FILE|DIR…",
-            help="Answer bundles, or certificates in PEM, DER or PKCS#7, under any file name.",
-            show_default=False,
+            metavar="FILE|DIR…", help="Answer bundles, or certificates in PEM, DER or PKCS#7, under any file name."
         ),
     ],
     all_or_nothing: AllOrNothingOption = False,
@@ -133,7 +129,7 @@ def import_answers(
 @command(commands, "inspect")
 def inspect_bundle(
     common: Common,
-    path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A request or an answer.", show_default=False)],
+    path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A request or an answer.")],
 ) -> int:
     """
     Show a bundle to the operator who approves it: what is asked, what it replaces, and whose proof it has.
@@ -152,7 +148,7 @@ def pending_list(common: Common, output: OutputOption = Output.TEXT) -> None:
     settings, now = common.settings(), utc_now()
     requests = sorted(OpenRequests(Store(settings.node.state_dir)), key=lambda one: (one.deadline or now, one.name))
     if output is Output.JSON:
-        say_json({"pending": [_pending_json(one, now) for one in requests]})
+        say_json(pending=[_pending_json(one, now) for one in requests])
     elif requests:
         rows = [(_whereabouts(one), _pending_row(one, now)) for one in requests]
         say("\n".join(under_headings(rows)))
@@ -163,7 +159,7 @@ def pending_list(common: Common, output: OutputOption = Output.TEXT) -> None:
 @command(pending, "cancel")
 def pending_cancel(
     common: Common,
-    names: Annotated[list[str], typer.Argument(metavar="NAME…|all", help="kubeadm's names.", show_default=False)],
+    names: Annotated[list[str], typer.Argument(metavar="NAME…|all", help="kubeadm's names.")],
     wait: WaitOption = ZERO,
 ) -> int:
     """Forget requests and remove their keys; a later answer to them is refused."""
@@ -219,7 +215,7 @@ def _pending_json(one: OpenRequest, now: datetime) -> dict[str, Any]:
         "backend": one.backend,
         "reference": one.reference,
         "note": one.note,
-        "bundles": list(one.bundles),
+        "bundles": one.bundles,
         "state": "answered" if one.answer is not None else "waiting" if one.is_waiting else "prepared",
     }
 

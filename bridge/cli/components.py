@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bridge.cli.options import ZERO, Common, Output, OutputOption, WaitOption, command, duration, utc_now
+from bridge.cli.options import ZERO, Common, Output, OutputOption, WaitOption, command, duration_option, utc_now
 from bridge.cli.printing import say, say_json, say_sentence, say_table
 from bridge.control_plane import proof, restart_plan, restarts
 from bridge.settings.tables import Settings
@@ -26,7 +26,6 @@ def restart(
             metavar="[COMPONENT…|all]",
             help="etcd, kube-apiserver, kube-controller-manager, kube-scheduler, kubelet; all: the first four. "
             "[default: as restart.components says]",
-            show_default=False,
         ),
     ] = None,
     force: Annotated[
@@ -63,7 +62,7 @@ def _print_advice(report: restarts.RestartReport, settings: Settings, output: Ou
     directory = settings.node.kubeconfig_dir / "manifests"
     advice = {component.value: restart_plan.how(component, directory) for component in report.components}
     if output is Output.JSON:
-        say_json({"exitCode": report.exit_code, "advice": advice, **_unknown(report)})
+        say_json(exitCode=report.exit_code, advice=advice, **_unknown(report))
     elif advice:
         say('With restart.method = "none" this is yours to do, one at a time:')
         for sentence in advice.values():
@@ -74,7 +73,7 @@ def _print_advice(report: restarts.RestartReport, settings: Settings, output: Ou
 
 def _print_restarted(report: restarts.RestartReport, output: Output) -> None:
     if output is Output.JSON:
-        say_json({"exitCode": report.exit_code, "restarted": [_entry(one) for one in report.done], **_unknown(report)})
+        say_json(exitCode=report.exit_code, restarted=[_entry(one) for one in report.done], **_unknown(report))
     elif report.done:
         rows = [
             (one.component.value, f"restarted, healthy after {one.seconds:.1f} s") for one in report.done if one.seconds
@@ -93,7 +92,7 @@ def _unknown(report: restarts.RestartReport) -> dict[str, object]:
 
 def _entry(one: restarts.Restarted) -> dict[str, object]:
     return {
-        "component": one.component.value,
+        "component": one.component,
         "seconds": None if one.seconds is None else round(one.seconds, 1),
         "exitCode": one.exit_code,
         "error": one.error.reason if one.error is not None else None,
@@ -103,15 +102,7 @@ def _entry(one: restarts.Restarted) -> dict[str, object]:
 @command(commands, "prove")
 def prove(
     common: Common,
-    wait: Annotated[
-        timedelta,
-        typer.Option(
-            parser=duration,
-            metavar="DURATION",
-            help='How long to wait until everything works, such as "60s".',
-            show_default=False,
-        ),
-    ] = ZERO,
+    wait: Annotated[timedelta, duration_option('How long to wait until everything works, such as "60s".')] = ZERO,
     output: OutputOption = Output.TEXT,
 ) -> int:
     """
@@ -128,7 +119,7 @@ def prove(
 def print_proof(found: proof.ProofReport, output: Output) -> None:
     """Print a line for each component, what is wrong below it, and in the end whether all is well; with `-v` all of it."""
     if output is Output.JSON:
-        say_json(_proof_json(found))
+        say_json(exitCode=found.exit_code, stale=found.stale, findings=found.findings)
         return
     if is_verbose():
         header = ("COMPONENT", "CERTIFICATE", "WHAT", "STATE", "DETAIL")
@@ -165,20 +156,3 @@ def _proof_row(found: proof.ProofFinding) -> tuple[str, ...]:
 
 def _user(component: Component | None) -> str:
     return "people" if component is None else component.value
-
-
-def _proof_json(found: proof.ProofReport) -> dict[str, object]:
-    return {
-        "exitCode": found.exit_code,
-        "stale": [component.value for component in found.stale],
-        "findings": [
-            {
-                "component": None if one.component is None else one.component.value,
-                "certificate": one.certificate,
-                "what": one.what,
-                "state": one.state,
-                "detail": one.detail,
-            }
-            for one in found.findings
-        ],
-    }

@@ -1,31 +1,33 @@
 """
 `demo`: the main job on a throwaway PKI, in a minute and 80 columns; no root, no cluster, no network.
 
-Each command in it is run for real, as a process of its own; what is shown of it is what it said, shortened.
+Each command in it is run for real, as a process of its own, which may end in the middle; what is shown of it is what
+it said, shortened.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from bridge.cli import demo_place
-from bridge.cli.demo_place import DAYS_LEFT, DemoPlace
 from bridge.cli.options import Common, command, utc_now
 from bridge.cli.printing import say, say_sentence
-from bridge.errors import Exit
-from bridge.node import inventory, kubeconfig
+from bridge.errors import BridgeError, Exit
+from bridge.node import inventory, kubeconfig, sample_pki
 from bridge.node.inventory import Item
 from bridge.pki.certificates import pem
 from bridge.specs import EKU
@@ -34,7 +36,7 @@ from bridge.system.run_command import python_command
 
 commands = typer.Typer()
 
-_RUN = "from bridge.cli import demo_place; demo_place.run_program()"
+_RUN = "from bridge.cli.demo import run_program; run_program()"
 _WIDTH = 80
 _INDENT = "  "
 _RENAMED = 7  # of some twenty files, when the run is killed
@@ -60,9 +62,9 @@ def demo(
     A plan, a renewal, a bad certificate that is refused, a run that is killed and the next one that ends what it
     began, a rollback, and the record of all of it, with an `openssl ca` directory as the company's CA.
     """
-    with demo_place.directory_for(directory) as base:
+    with _directory_for(directory) as base:
         with doing("making a control plane and a CA", is_plain=False):
-            place = demo_place.make(base, utc_now())
+            place = _make(base, utc_now())
         story = _Story(place, is_temporary=directory is None)
         story.play()
         return Exit.FAILED if story.wrong else Exit.DONE
@@ -79,7 +81,7 @@ class _Ended:
 class _Story:
     """The steps of the demonstration, in their order."""
 
-    def __init__(self, place: DemoPlace, *, is_temporary: bool) -> None:
+    def __init__(self, place: _Place, *, is_temporary: bool) -> None:
         self._place = place
         self._is_temporary = is_temporary
         self.wrong: list[str] = []
@@ -99,7 +101,7 @@ class _Story:
         self._next()
 
     def _plan(self) -> None:
-        self._headline(f"The certificates end in {DAYS_LEFT} days, and no CA key is on the node.")
+        self._headline(f"The certificates end in {_DAYS_LEFT} days, and no CA key is on the node.")
         ended = self._command("ca-bridge plan", 4, 0)
         self._expect(ended.code == Exit.DUE, "12 certificates are due")
 
@@ -227,7 +229,7 @@ def _toned(line: str) -> str:
     return f"{_styled(level + colon, level.strip())}{text}" if is_level and colon else line
 
 
-def _node(place: DemoPlace) -> Sequence[Item]:
+def _node(place: _Place) -> Sequence[Item]:
     return inventory.read(place.kubernetes / "pki", place.kubernetes, place.kubernetes / "kubelet").items
 
 
@@ -250,3 +252,152 @@ def _is_good_for(item: Item, purpose: str) -> bool:
         file.write(pem(item.certificates[0]))
         file.flush()
         return subprocess.run([*command, file.name], check=False, capture_output=True).returncode == 0
+
+
+# --- where it plays: a control plane in kubeadm's shape, the company's CA, and a careless one -----------------------------
+
+_DAYS_LEFT = 20  # less than renewal.before, so that everything is due
+_PASSPHRASE = "correct horse battery staple"  # noqa: S105 (of a CA that lives for a minute)
+
+_SETTINGS = """\
+[node]
+pki_dir = "{base}/kubernetes/pki"
+kubeconfig_dir = "{base}/kubernetes"
+state_dir = "{base}/state"
+name = "cp-1"
+
+[backend.desk]
+type = "openssl"
+passphrase_file = "{base}/passphrase"
+
+[authority.ca]
+backend = "desk"
+dir = "{base}/corporate-ca/ca"
+
+[authority.etcd-ca]
+backend = "desk"
+dir = "{base}/corporate-ca/etcd-ca"
+
+[authority.front-proxy-ca]
+backend = "desk"
+dir = "{base}/corporate-ca/front-proxy-ca"
+"""
+
+_CARELESS_SETTINGS = """\
+[node]
+pki_dir = "{base}/kubernetes/pki"
+kubeconfig_dir = "{base}/kubernetes"
+state_dir = "{base}/state"
+name = "cp-1"
+
+[backend.careless]
+type = "exec"
+command = ["{base}/careless-ca"]
+
+[authority.ca]
+backend = "careless"
+"""
+
+#: It signs with the right key, and gives every certificate the usage of a client and no name of a host.
+_CARELESS_CA = """\
+#!/bin/sh
+case ${{CERTMONGER_OPERATION:-}} in
+  FETCH-ROOTS) echo "careless CA"; cat {ca}/ca.crt; exit 0 ;;
+  SUBMIT) ;;
+  *) exit 6 ;;
+esac
+work=$(mktemp -d) || exit 3
+trap 'rm -rf "$work"' EXIT
+printf '%s\\n' "$CERTMONGER_CSR" >"$work/csr"
+printf 'keyUsage=critical,digitalSignature,keyEncipherment\\nextendedKeyUsage=clientAuth\\n' >"$work/ext"
+openssl x509 -req -in "$work/csr" -CA {ca}/ca.crt -CAkey {ca}/ca.key -passin file:{passphrase} \\
+  -set_serial "0x$(openssl rand -hex 8)" -days 365 -extfile "$work/ext" 2>/dev/null
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """A directory with all of it."""
+
+    base: Path
+
+    @property
+    def kubernetes(self) -> Path:
+        """The directory that stands for /etc/kubernetes."""
+        return self.base / "kubernetes"
+
+    @property
+    def settings(self) -> Path:
+        """The settings file, which names the company's CA."""
+        return self.base / "config.toml"
+
+    def contents(self) -> dict[Path, bytes]:
+        """Every file of the control plane."""
+        return {path: path.read_bytes() for path in sorted(self.kubernetes.rglob("*")) if path.is_file()}
+
+
+@contextlib.contextmanager
+def _directory_for(wanted: Path | None) -> Iterator[Path]:
+    """
+    The one that was named, which stays, or a temporary one.
+
+    Raises:
+        BridgeError: There is something in it.
+    """
+    if wanted is None:
+        with tempfile.TemporaryDirectory(prefix="ca-bridge-demo-") as temporary:
+            yield Path(temporary)
+        return
+    if wanted.exists() and any(wanted.iterdir()):
+        raise BridgeError(f"{wanted}: wanted an empty directory, found files in it", hint="name a new one")
+    wanted.mkdir(parents=True, exist_ok=True)
+    yield wanted.absolute()
+
+
+def _make(base: Path, now: datetime) -> _Place:
+    """Everything, as it is 345 days after `kubeadm init`."""
+    place = _Place(base=base)
+    made, not_after = now - timedelta(days=365 - _DAYS_LEFT), now + timedelta(days=_DAYS_LEFT)
+    cas = sample_pki.make(place.kubernetes, now=made, not_after=not_after)
+    for name, ca in cas.items():
+        directory = base / "corporate-ca" / name
+        sample_pki.create_openssl_directory(directory, ca.certificate_pem, ca.key_pem, _PASSPHRASE)
+    words = {"ca": shlex.quote(str(base / "corporate-ca/ca")), "passphrase": shlex.quote(str(base / "passphrase"))}
+    _write(base / "passphrase", f"{_PASSPHRASE}\n", 0o600)
+    _write(place.settings, _SETTINGS.format(base=base), 0o644)
+    _write(base / "careless.toml", _CARELESS_SETTINGS.format(base=base), 0o644)
+    _write(base / "careless-ca", _CARELESS_CA.format(**words), 0o755)
+    return place
+
+
+def _write(path: Path, text: str, mode: int) -> None:
+    path.touch(mode=mode)
+    path.write_text(text, encoding="utf-8")
+
+
+def run_program() -> None:
+    """
+    Run the program as a process of its own, with the arguments COUNT DIRECTORY ARGUMENT….
+
+    COUNT is `all`, or how many files below DIRECTORY it may rename before SIGKILL ends it.
+    """
+    from bridge.cli.app import app  # noqa: PLC0415 (only in that process)
+
+    may_rename, below, *arguments = sys.argv[1:]
+    if may_rename != "all":
+        _kill_after(int(may_rename), below)
+    sys.argv = ["ca-bridge", *arguments]
+    app()
+
+
+def _kill_after(count: int, directory: str) -> None:
+    left = count
+
+    def look(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal left
+        if event == "os.rename" and str(arguments[1]).startswith(f"{directory}/"):
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+
+    sys.addaudithook(look)

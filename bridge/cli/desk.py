@@ -34,11 +34,7 @@ def sign(
     common: Common,
     source: Annotated[
         Path,
-        typer.Argument(
-            metavar="BUNDLE|DIR",
-            help="A request bundle, a directory of them, or one of kubeadm's CSRs.",
-            show_default=False,
-        ),
+        typer.Argument(metavar="BUNDLE|DIR", help="A request bundle, a directory of them, or one of kubeadm's CSRs."),
     ],
     out: Annotated[
         Path | None,
@@ -62,8 +58,8 @@ def sign(
         list[str] | None,
         typer.Option(metavar="NAME", help="Require no continuity proof for this certificate; may be repeated."),
     ] = None,
-    node: Annotated[str, typer.Option(help="The node whose CSRs the directory holds.", show_default=False)] = "",
-    cluster: Annotated[str, typer.Option(help="The cluster of that node.", show_default=False)] = "",
+    node: Annotated[str, typer.Option(help="The node whose CSRs the directory holds.")] = "",
+    cluster: Annotated[str, typer.Option(help="The cluster of that node.")] = "",
     wait: WaitOption = ZERO,
 ) -> int:
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -44,22 +45,13 @@ def doctor(
         causes = findings.causes((before_upgrade if upgrade else examine)(settings, utc_now()))
     code = findings.exit_code(causes)
     if output is Output.JSON:
-        say_json({"exitCode": code, "findings": [_entry(cause) for cause in causes]})
+        as_ok = [replace(cause, level="ok") if cause.level == "note" else cause for cause in causes]
+        say_json(exitCode=code, findings=as_ok)
     else:
         for cause in _rights_first(causes):
             _say_cause(cause)
         _say_count(causes)
     return code
-
-
-def _entry(cause: Cause) -> dict[str, object]:
-    return {
-        "level": "ok" if cause.level == "note" else cause.level,
-        "check": cause.check,
-        "about": list(cause.about),
-        "text": cause.text,
-        "hint": cause.hint,
-    }
 
 
 def _rights_first(causes: Sequence[Cause]) -> list[Cause]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bridge.cli.expiration_forms import look
-from bridge.cli.options import Common, command, duration, utc_now
+from bridge.cli.options import Common, command, duration_option, utc_now
 from bridge.cli.printing import say
 from bridge.errors import BridgeError
 from bridge.node import inventory
@@ -42,23 +42,13 @@ def check_expiration(
     output: Annotated[ExpirationOutput, typer.Option("--output", "-o", help="Format.")] = ExpirationOutput.TABLE,
     within: Annotated[
         timedelta | None,
-        typer.Option(
-            parser=duration,
-            metavar="DURATION",
-            help='Exit with 3 if one expires within this time, such as "30d", is missing or not valid yet.',
-        ),
+        duration_option('Exit with 3 if one expires within this time, such as "30d", is missing or not valid yet.'),
     ] = None,
     warning: Annotated[
-        timedelta | None,
-        typer.Option(
-            "--warning", "-w", parser=duration, metavar="DURATION", help="For -o nagios. [default: renewal.before]"
-        ),
+        timedelta | None, duration_option("For -o nagios. [default: renewal.before]", "--warning", "-w")
     ] = None,
     critical: Annotated[
-        timedelta | None,
-        typer.Option(
-            "--critical", "-c", parser=duration, metavar="DURATION", help="For -o nagios. [default: a third of it]"
-        ),
+        timedelta | None, duration_option("For -o nagios. [default: a third of it]", "--critical", "-c")
     ] = None,
 ) -> int:
     """

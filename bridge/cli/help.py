@@ -1,7 +1,8 @@
 """
 Help as plain text, the same in a terminal, a log and a document: commands by task, whole sentences, examples.
 
-Options that every command has come last, under a heading of their own.
+Options that every command has come last, under a heading of their own. `docs/commands.md` and the manual are made from
+it, too; a test tries each example on the command line.
 """
 
 from __future__ import annotations
@@ -15,10 +16,200 @@ from typing import TYPE_CHECKING, Any
 from typer import BadParameter
 from typer.core import TyperCommand, TyperGroup
 
-from bridge.cli.guide import EXAMPLES, EXCLUDES, NEEDS, TASKS
-
 if TYPE_CHECKING:
     from typer import Context
+
+
+#: What `ca-bridge --help` shows: headings in the order of an operator's day, and the commands below each.
+TASKS: dict[str, dict[str, str]] = {
+    "Look, and change nothing": {
+        "check-expiration": "Show when certificates expire, as kubeadm does.",
+        "plan": "Show what the next `ca-bridge renew` would do.",
+        "prove": "Show what each component really serves and uses.",
+        "doctor": "Check that the next renewal will succeed.",
+    },
+    "Renew": {
+        "renew": "Renew what is due, or the named certificates.",
+        "restart": "Restart components that run on old certificates.",
+        "install": "Install keys and certificates from a directory.",
+    },
+    "Carry requests to a CA, and its answers back": {
+        "export": "Write requests for a CA desk into a file.",
+        "inspect": "Show what a request or an answer holds.",
+        "sign": "Sign requests at a CA desk, by its policy.",
+        "import": "Install the answers of a CA desk.",
+        "pending": "Show and cancel requests that wait for an answer.",
+    },
+    "Sign for the cluster": {"gateway": "Sign for kubelets and users, by the certificates API."},
+    "Go back, and clean up after a crash": {
+        "backups": "List the backups of replaced files.",
+        "rollback": "Put the files of a backup back.",
+        "recover": "Finish or undo an interrupted installation.",
+    },
+    "Make a new node": {"bootstrap": "Make what `kubeadm init` or `kubeadm join` needs."},
+    "Let people and machines in": {"kubeconfig": "Make kubeconfigs with short-lived certificates."},
+    "Set up": {
+        "settings": "Write, show and check the settings file.",
+        "setup": "Print what a CA, systemd, cron or Kubernetes needs.",
+        "backend": "Try a CA that the settings name.",
+        "demo": "Show the main job on a throwaway PKI.",
+        "help": "Show a page of the documents.",
+    },
+    "Keep the record": {"audit": "Show and verify the audit log."},
+}
+
+#: By command: an option, and the options that it can't be combined with.
+EXCLUDES: dict[str, dict[str, tuple[str, ...]]] = {
+    "renew": {
+        "--csr-only": (
+            *("--dry-run", "--rehearse", "--all-or-nothing", "--no-restart", "--wait"),
+            *("--add-san", "--drop-san", "--adopt-defaults", "--kubeadm-config"),
+        ),
+        "--rehearse": ("--dry-run", "--all-or-nothing", "--no-restart"),
+        "--dry-run": ("--wait",),
+    },
+    "bootstrap join": {"--control-plane": ("--worker",)},
+    "bootstrap check": {"--control-plane": ("--worker",)},
+}
+
+#: By command: an option, and the option without which it means nothing.
+NEEDS: dict[str, dict[str, str]] = {
+    "renew": {"--csr-only": "--csr-dir", "--csr-dir": "--csr-only", "--ahead": "--rehearse"},
+    "kubeconfig user": {"--key-file": "--csr"},
+}
+
+#: By command: lines to type, each with what it does.
+EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
+    "help": (
+        ("ca-bridge help", "List the pages."),
+        ("ca-bridge help emergency", "Everything has expired, or keys have leaked: what to do."),
+    ),
+    "kubeconfig request": (
+        ("ca-bridge kubeconfig request bob --group dev --group ops", "Make bob.key and bob.csr, on bob's machine."),
+    ),
+    "kubeconfig user": (
+        ("ca-bridge kubeconfig user bob --group dev --group ops --csr bob.csr", "Make bob.conf from bob's request."),
+        (
+            "ca-bridge kubeconfig user backup --validity 1h -o /etc/backup/kubeconfig",
+            "One for a machine, its key made here.",
+        ),
+    ),
+    "check-expiration": (
+        ("ca-bridge check-expiration", "Show the two tables that kubeadm shows."),
+        ("ca-bridge check-expiration --within 14d", "Exit with 3 if something expires within two weeks."),
+        ("ca-bridge check-expiration -o nagios -w 30d -c 7d", "One line for Nagios or Icinga."),
+    ),
+    "renew": (
+        ("ca-bridge renew", "Renew what is due: the command for cron."),
+        ("ca-bridge renew apiserver etcd-server", "Renew these two now, due or not."),
+        ("ca-bridge renew all --no-restart", "Renew everything, and restart nothing."),
+        ("ca-bridge renew --rehearse --ahead 2d", "Rehearse what is due tomorrow: sign, prove, throw away."),
+        ("ca-bridge renew all --csr-only --csr-dir /root/csrs", "Only write keys and CSRs."),
+        ("ca-bridge renew apiserver --kubeadm-config kubeadm.yaml", "Make a missing one from kubeadm's file."),
+        ("ca-bridge renew --add-san apiserver=api2.example.com", "Give the API server one more name."),
+    ),
+    "plan": (
+        ("ca-bridge plan", "Show what the next `ca-bridge renew` would do."),
+        ("ca-bridge plan all -o json", "Show what `ca-bridge renew all` would do, for a program."),
+    ),
+    "recover": (
+        ("ca-bridge recover", "Finish or undo an interrupted installation."),
+        ("ca-bridge recover --set-aside", "Put damaged state files aside first."),
+    ),
+    "backups": (("ca-bridge backups", "Show what a rollback could put back."),),
+    "rollback": (
+        ("ca-bridge rollback", "Put the newest backup back."),
+        ("ca-bridge rollback 20260304T050607.123456Z", "Put this one back; `ca-bridge backups` lists them."),
+    ),
+    "restart": (
+        ("ca-bridge restart", "Restart what still runs on an old certificate."),
+        ("ca-bridge restart kube-scheduler", "Restart this component."),
+    ),
+    "export": (
+        ("ca-bridge export /media/stick/cp-1.request.json", "Write requests for what is due."),
+        ("ca-bridge export /media/stick/cp-1.request.json all", "Write requests for everything."),
+    ),
+    "inspect": (("ca-bridge inspect cp-1.request.json", "Show what is asked, and its fingerprint."),),
+    "import": (
+        ("ca-bridge import /media/stick/cp-1.answer.json", "Install the answers of a CA desk."),
+        ("ca-bridge import /media/stick/certificates", "Install certificates that came as files."),
+    ),
+    "pending list": (("ca-bridge pending list", "Show what waits, and for how long."),),
+    "pending cancel": (
+        ("ca-bridge pending cancel apiserver", "Forget this request; the next run makes a new one."),
+        ("ca-bridge pending cancel all", "Forget every open request."),
+    ),
+    "sign": (
+        ("ca-bridge sign cp-1.request.json -o cp-1.answer.json --approve", "Sign one bundle, and ask first."),
+        ("ca-bridge sign /srv/desk/inbox -o /srv/desk/outbox", "Answer an inbox: the CA host's job for cron."),
+        ("ca-bridge sign /srv/desk/inbox -o /srv/desk/outbox --dry-run", "Say what would be signed or refused."),
+    ),
+    "install": (("ca-bridge install /root/csrs", "Install keys and the certificates beside them."),),
+    "prove": (
+        ("ca-bridge prove", "Show what each component serves and uses."),
+        ("ca-bridge prove --wait 2m", "Wait up to two minutes until everything works."),
+    ),
+    "doctor": (
+        ("ca-bridge doctor", "Find what would make the next renewal fail."),
+        ("ca-bridge doctor -o json", "The same for a program."),
+        ("ca-bridge doctor --before-upgrade", "Say what `kubeadm upgrade` would do to certificates here."),
+    ),
+    "gateway": (
+        ("ca-bridge gateway --check", "Find out whether it could work; nothing is signed."),
+        ("ca-bridge gateway --log-format json", "Work until SIGTERM: the command of a unit or a pod."),
+    ),
+    "setup": (
+        ("ca-bridge setup vault", "Print roles and a policy for this node's certificates."),
+        ("ca-bridge setup openssl -o /root/for-the-ca", "Write an openssl.cnf for each CA into a directory."),
+        ("ca-bridge setup systemd --enable", "Install and start a timer for `ca-bridge renew`."),
+        ("ca-bridge setup cron --enable", "Write a file for /etc/cron.d instead."),
+    ),
+    "demo": (
+        ("ca-bridge demo", "Show the main job in a temporary directory."),
+        ("ca-bridge demo --directory /tmp/ca-bridge-demo", "Keep the directory, to go on with it."),
+    ),
+    "bootstrap init": (
+        ("ca-bridge bootstrap init --kubeadm-config cluster.yaml", "Get a machine ready for `kubeadm init`."),
+        (
+            "ca-bridge bootstrap init --kubeadm-config cluster.yaml --request cp-1.request.json",
+            "Write requests for a CA desk instead of asking a CA.",
+        ),
+    ),
+    "bootstrap join": (
+        (
+            "ca-bridge bootstrap join --control-plane --shared - --name cp-2 --advertise-address 192.0.2.11",
+            "Get a machine ready for `kubeadm join`; what another node shares comes through a pipe.",
+        ),
+        ("ca-bridge bootstrap join --order w-1.order.json", "The same for what an administrator has ordered."),
+    ),
+    "bootstrap share": (("ca-bridge bootstrap share --worker", "Print what a worker needs; no secret is in it."),),
+    "bootstrap orders": (
+        (
+            "ca-bridge bootstrap orders --nodes nodes.txt --kubeadm-config cluster.yaml -o orders",
+            "Prepare all nodes of a list.",
+        ),
+    ),
+    "bootstrap setup": (
+        (
+            "ca-bridge bootstrap setup vault --order orders/cp-1.order.json -o roles",
+            "Write roles and policies for a node that is yet to be made.",
+        ),
+    ),
+    "bootstrap check": (("ca-bridge bootstrap check", "Look at all that `kubeadm init` needs."),),
+    "settings init": (
+        ("ca-bridge settings init vault", "Write /etc/ca-bridge/config.toml for Vault or OpenBao."),
+        ("ca-bridge settings init cfssl /tmp/config.toml", "Write it elsewhere, to read it first."),
+    ),
+    "settings show": (("ca-bridge settings show", "Show every key, with its value."),),
+    "settings check": (("ca-bridge settings check", "Find every error in the file."),),
+    "audit show": (
+        ("ca-bridge audit show --since 30d", "Show the last month."),
+        ("ca-bridge audit show --name apiserver -o json", "Show what concerns one certificate."),
+    ),
+    "audit verify": (("ca-bridge audit verify", "Exit with 1 if a line was changed, removed or inserted."),),
+    "backend test": (("ca-bridge backend test ca", "Have real certificates signed by this authority's CA."),),
+}
+
 
 #: Names of the parameters that `options.command` gives to every command, and click's own.
 COMMON = frozenset(("config", "pki_dir", "kubeconfig_dir", "state_dir", "verbose", "log_format", "help"))
@@ -51,7 +242,7 @@ def _hard(text: str) -> str:
 
 
 class Command(TyperCommand):
-    """A command whose help ends with examples, and whose options are checked against each other by the guide."""
+    """A command whose help ends with examples, and whose options are checked against each other."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Refuse options that can't be combined, or that lack another one."""
@@ -153,7 +344,7 @@ class Group(TyperGroup):
 
 
 def sentences_of(group: Any) -> dict[str, str]:
-    """The first sentence of each command of a group; the program's own are in the guide, and load no file."""
+    """The first sentence of each command of a group; the program's own are in `TASKS`, and load no file."""
     if group.name == PROGRAM:
         return {name: sentence for ours in TASKS.values() for name, sentence in ours.items()}
     return {name: first_sentence(one.help or "") for name, one in group.commands.items()}

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from bridge.cli.options import ZERO, Common, Output, OutputOption, WaitOption, command, duration, group, utc_now
+from bridge.cli.options import ZERO, Common, Output, OutputOption, WaitOption, command, duration_option, group, utc_now
 from bridge.cli.printing import say, say_json, say_sentence, say_table
-from bridge.cli.results import print_restart, stale
+from bridge.cli.results import errors_json, print_restart, stale
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.monitoring import metrics
 from bridge.pki.certificates import serial_hex
@@ -35,7 +35,7 @@ from bridge.state.backups import Rollback, put_back_and_retire
 from bridge.state.install import Recovery
 from bridge.state.session import alone
 from bridge.state.store import Store
-from bridge.system.console import hint_of, log, print_error, printable
+from bridge.system.console import log, print_error, printable
 from bridge.words import name_found
 
 commands = typer.Typer()
@@ -81,8 +81,7 @@ def _told(late: Sequence[BridgeError]) -> int:
 def list_backups(
     common: Common,
     backup_id: Annotated[
-        str | None,
-        typer.Argument(metavar="[ID]", help="Show this one, with its certificates and files.", show_default=False),
+        str | None, typer.Argument(metavar="[ID]", help="Show this one, with its certificates and files.")
     ] = None,
     output: OutputOption = Output.TEXT,
 ) -> int:
@@ -93,7 +92,7 @@ def list_backups(
         if not found:
             raise SettingsError([SettingsProblem("ID", "a backup that is here", name_found(backup_id, known))])
     if output is Output.JSON:
-        say_json({"backups": [_backup_json(backup) for backup in found]})
+        say_json(backups=[_backup_json(backup) for backup in found])
     elif backup_id is not None:
         _say_backup(found[0])
     elif found:
@@ -151,7 +150,7 @@ def _backup_json(backup: backups.Backup) -> dict[str, Any]:
 def rollback(
     common: Common,
     backup_id: Annotated[
-        str | None, typer.Argument(metavar="[ID]", help="As in `backups`. [default: the newest]", show_default=False)
+        str | None, typer.Argument(metavar="[ID]", help="As in `backups`. [default: the newest]")
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Also what would not pass as new; never damage or another CA.")
@@ -171,7 +170,7 @@ def rollback(
         done, node = put_back_and_retire(settings, backup_id, utc_now, force=force, wait=wait)
     components = stale(Result(outcomes=done.outcomes), node, settings)
     if output is Output.JSON:
-        say_json(_rollback_json(done, components))
+        say_json(**_rollback_json(done, components))
         return _told(done.late)
     rows = [
         (o.name, f"until {minute(o.new.not_valid_after_utc)}", f"serial {serial_hex(o.new)}")
@@ -201,9 +200,9 @@ def _rollback_json(done: Rollback, components: Sequence[Component]) -> dict[str,
             }
             for o in done.outcomes
         ],
-        "errors": [{"exitCode": e.exit_code, "error": str(e), "hint": hint_of(e)} for e in done.late],
-        "removed": [str(path) for path in done.removed],
-        "restart": [component.value for component in components],
+        "errors": errors_json(done.late),
+        "removed": list(map(str, done.removed)),
+        "restart": components,
     }
 
 
@@ -217,11 +216,8 @@ _EVENT_STYLES = {
 @command(audit, "show")
 def audit_show(
     common: Common,
-    since: Annotated[
-        timedelta | None,
-        typer.Option(parser=duration, metavar="DURATION", help='Only events younger than this, such as "7d".'),
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="Only events of this certificate.", show_default=False)] = None,
+    since: Annotated[timedelta | None, duration_option('Only events younger than this, such as "7d".')] = None,
+    name: Annotated[str | None, typer.Option(help="Only events of this certificate.")] = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """
@@ -237,7 +233,7 @@ def audit_show(
         raise SettingsError([SettingsProblem("--name", wanted, name_found(name, known))])
     found = list(events(Store(settings.node.state_dir), begin, name))
     if output is Output.JSON:
-        say_json({"events": found})
+        say_json(events=found)
     elif found:
         keys = ("time", "run", "user", "event", "name", "serialNumber", "backend", "result")
         rows = [[printable(event.get(key, "")) for key in keys] for event in found]

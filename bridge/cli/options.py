@@ -208,29 +208,27 @@ def duration(text: str | timedelta) -> timedelta:
         raise typer.BadParameter(f"wanted {e}, found {text!r}") from None
 
 
+def duration_option(text: str, *names: str) -> Any:
+    """An option such as "30d"; the help text says what its default is."""
+    return typer.Option(*names, parser=duration, metavar="DURATION", help=text, show_default=False)
+
+
 Names = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[NAME…|all]", help="kubeadm's names, or all. [default: what is due]", show_default=False),
+    typer.Argument(metavar="[NAME…|all]", help="kubeadm's names, or all. [default: what is due]"),
 ]
 AnyIdentityOption = Annotated[
     list[str] | None,
     typer.Option(
+        "--any-identity",
         metavar="NAME",
-        help="Renew the named certificate as it is, though the live one is of another CA, or not for whom it should be. "
+        help="Renew the named certificate even if the current one has another CA or an unexpected name. "
         "May be given more than once.",
     ),
 ]
 #: The default of durations that need not be given.
 ZERO = timedelta()
-WaitOption = Annotated[
-    timedelta,
-    typer.Option(
-        parser=duration,
-        metavar="DURATION",
-        help='How long to wait for another run to end, such as "60s".',
-        show_default=False,
-    ),
-]
+WaitOption = Annotated[timedelta, duration_option('How long to wait for another run to end, such as "60s".')]
 OutputOption = Annotated[Output, typer.Option("--output", "-o", help="Format of the result.")]
 AllOrNothingOption = Annotated[bool, typer.Option("--all-or-nothing", help="Install nothing if one certificate fails.")]
 NoRestartOption = Annotated[
@@ -253,7 +251,7 @@ class ChangeOptions:
     ] = None
     drop_san: Annotated[
         list[str] | None,
-        typer.Option("--drop-san", metavar="NAME=SAN", help="Leave one out of it, that nobody on this node needs."),
+        typer.Option("--drop-san", metavar="NAME=SAN", help="Remove a SAN that nothing on this node uses."),
     ] = None
     adopt_defaults: Annotated[
         bool,
@@ -269,11 +267,11 @@ class ChangeOptions:
             metavar="FILE",
             help="kubeadm's configuration, from which a named certificate that is missing is made. "
             "[default: the cluster's kubeadm-config]",
-            show_default=False,
         ),
     ] = None
+    any_identity: AnyIdentityOption = None
 
-    def read(self, names: Sequence[str] | None, any_identity: Sequence[str] | None, **more: Any) -> RunOptions:
+    def read(self, names: Sequence[str] | None, **more: Any) -> RunOptions:
         """
         The options of a run as one value; without names it is about those whose SANs are to change.
 
@@ -290,7 +288,7 @@ class ChangeOptions:
         )
         return RunOptions(
             names=tuple(names or dict.fromkeys([*changes.add, *changes.drop])),
-            any_identity=tuple(any_identity or ()),
+            any_identity=tuple(self.any_identity or ()),
             changes=changes,
             **more,
         )

@@ -11,7 +11,6 @@ from typing import Any
 import typer
 
 from bridge.cli.options import (
-    AnyIdentityOption,
     ChangeOptions,
     Common,
     Names,
@@ -45,7 +44,6 @@ commands = typer.Typer()
 def plan_command(
     common: Common,
     names: Names = None,
-    any_identity: AnyIdentityOption = None,
     *,
     options: ChangeOptions,
     output: OutputOption = Output.TEXT,
@@ -56,7 +54,7 @@ def plan_command(
     It asks no CA and writes nothing; the cluster's API is asked only about a named certificate that is missing, and for
     --adopt-defaults. Exits with 3 if there is something to do.
     """
-    return plan(common.settings(), options.read(names, any_identity), utc_now(), output)
+    return plan(common.settings(), options.read(names), utc_now(), output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +88,7 @@ def plan(settings: Settings, options: RunOptions, now: datetime, output: Output)
     found = _Plan.of(node, settings, options, now)
     _warn(found, settings, now)
     if output is Output.JSON:
-        say_json(_plan_json(found, settings))
+        say_json(**_plan_json(found, settings))
     elif found.selection.items:
         styles = [_style(item, now) for item in found.selection.items]
         say_table([_plan_row(item, settings, now) for item in found.selection.items], (3,), styles)
@@ -117,10 +115,6 @@ def _warn(found: _Plan, settings: Settings, now: datetime) -> None:
         log.warning("%s", one.hint, extra={"is_hint": True})
     if found.shorter:
         log.warning("%s", _shorter_text(found.shorter, settings, now))
-
-
-def _drift_json(one: Finding) -> dict[str, str]:
-    return {"check": one.check, "about": one.about, "text": one.text, "hint": one.hint}
 
 
 def _shorter_text(names: Sequence[str], settings: Settings, now: datetime) -> str:
@@ -159,14 +153,6 @@ def _copy_row(copy: Copy) -> tuple[str, ...]:
     return (f"copy of {', '.join(copy.names)}", f"refresh {copy.path}")
 
 
-def _copy_json(copy: Copy) -> dict[str, Any]:
-    return {
-        "path": str(copy.path),
-        "of": list(copy.names),
-        "error": str(copy.error) if copy.error is not None else None,
-    }
-
-
 def _asked(item: Item, settings: Settings) -> str:
     ours = settings.authorities.get(item.spec.authority.name)
     return ours.backend if ours is not None else f"nobody: no [authority.{item.spec.authority.name}]"
@@ -187,14 +173,18 @@ def _plan_json(found: _Plan, settings: Settings) -> dict[str, Any]:
                 "backend": ours.backend if (ours := settings.authorities.get(item.spec.authority.name)) else None,
                 "notAfter": rfc3339(first_end(item.certificates[:1] + item.copy)) if item.certificates else None,
                 "replace": [str(path) for path in _files(item)],
-                "changes": list(one.notes) if (one := selection.desired.get(item.spec.name)) is not None else [],
+                "changes": one.notes if (one := selection.desired.get(item.spec.name)) is not None else [],
             }
             for item in selection.items
         ],
-        "shorter": list(found.shorter),
+        "shorter": found.shorter,
         "failed": [{"name": o.name, "error": str(o.error)} for o in selection.failed],
-        "skipped": list(selection.skipped),
-        "restart": [component.value for component in found.components],
-        "copies": list(map(_copy_json, found.copies)),
-        "drift": list(map(_drift_json, found.drifted)),
+        "skipped": selection.skipped,
+        "restart": found.components,
+        "copies": [
+            {"path": str(one.path), "of": one.names, "error": one.error and str(one.error)} for one in found.copies
+        ],
+        "drift": [
+            {"check": one.check, "about": one.about, "text": one.text, "hint": one.hint} for one in found.drifted
+        ],
     }

@@ -137,9 +137,11 @@ def width_here() -> int | None:
     return shutil.get_terminal_size().columns if is_terminal else None
 
 
-def say_json(structure: dict[str, Any]) -> None:
-    """Print a structure for programs."""
-    say(json.dumps({"schemaVersion": SCHEMA_VERSION, **structure}, indent=4))
+def say_json(**structure: Any) -> None:
+    """Print a structure for programs, in the form of the state files."""
+    from bridge.system.codec import to_json  # noqa: PLC0415 (only for this format)
+
+    say(json.dumps({"schemaVersion": SCHEMA_VERSION, **to_json(structure)}, indent=4))
 
 
 _GAP = "  "

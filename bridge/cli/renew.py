@@ -22,12 +22,12 @@ from bridge.cli.options import (
     OutputOption,
     WaitOption,
     command,
-    duration,
+    duration_option,
     utc_now,
 )
 from bridge.cli.plan import plan
 from bridge.cli.printing import progress_shown, say, say_json, say_table
-from bridge.cli.results import grouped, report
+from bridge.cli.results import about, errors_json, failed_json, grouped, report
 from bridge.errors import Exit
 from bridge.monitoring import metrics
 from bridge.node import inventory
@@ -42,7 +42,7 @@ from bridge.renewal.select import RunOptions, nothing_due, select
 from bridge.settings.tables import Settings
 from bridge.state.install import InstallError
 from bridge.state.store import Outcome, Store
-from bridge.system.console import hint_of, log, print_error
+from bridge.system.console import log, print_error
 
 commands = typer.Typer()
 
@@ -61,16 +61,11 @@ def renew_command(
     all_or_nothing: AllOrNothingOption = False,
     no_restart: NoRestartOption = False,
     is_rehearsal: Annotated[
-        bool,
-        typer.Option("--rehearse", help="Have everything, or the names, signed and proven, and throw it away."),
+        bool, typer.Option("--rehearse", help="Have everything, or the names, signed and proven, and throw it away.")
     ] = False,
     ahead: Annotated[
-        timedelta | None,
-        typer.Option(
-            parser=duration, metavar="DURATION", help='With --rehearse: only what will be due so soon, such as "2d".'
-        ),
+        timedelta | None, duration_option('With --rehearse: only what will be due so soon, such as "2d".')
     ] = None,
-    any_identity: AnyIdentityOption = None,
     *,
     options: ChangeOptions,
     rekey: RekeyOption = False,
@@ -87,7 +82,6 @@ def renew_command(
         log.info("--rekey: every renewal makes a new key; nothing else is done than without it")
     wanted = options.read(
         names,
-        any_identity,
         all_or_nothing=all_or_nothing,
         restarts=not no_restart,
         csrs_only=csr_only,
@@ -107,9 +101,7 @@ def renew_command(
 @command(commands, "install")
 def install_command(
     common: Common,
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Keys, and certificates beside them.", show_default=False)
-    ],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Keys, and certificates beside them.")],
     all_or_nothing: AllOrNothingOption = False,
     no_restart: NoRestartOption = False,
     any_identity: AnyIdentityOption = None,
@@ -185,7 +177,7 @@ def rehearse(settings: Settings, options: RunOptions, now: Callable[[], datetime
         with progress_shown() as progress:
             result = rehearsal.run(settings, options, now, progress)
         if output is Output.JSON:
-            say_json(_json(result))
+            say_json(**_json(result))
         else:
             _print(result)
         for error in result.errors:
@@ -225,9 +217,7 @@ def _json(result: Rehearsal) -> dict[str, Any]:
         "exitCode": result.exit_code,
         "rehearsed": [
             {
-                "name": one.outcome.name,
-                "authority": one.outcome.authority,
-                "backend": one.outcome.backend,
+                **about(one.outcome),
                 "notAfter": rfc3339(one.leaf.not_valid_after_utc),
                 "serialNumber": serial_hex(one.leaf),
                 "issuer": name_text(one.leaf.issuer),
@@ -235,17 +225,7 @@ def _json(result: Rehearsal) -> dict[str, Any]:
             }
             for one in result.passed
         ],
-        "failed": [
-            {
-                "name": o.name,
-                "authority": o.authority,
-                "backend": o.backend,
-                "exitCode": o.exit_code,
-                "error": o.error.reason if o.error is not None else "",
-                "hint": hint_of(o.error) if o.error is not None else "",
-            }
-            for o in result.failed
-        ],
-        "skipped": list(result.skipped),
-        "errors": [{"exitCode": e.exit_code, "error": str(e), "hint": hint_of(e)} for e in result.errors],
+        "failed": failed_json(result.failed),
+        "skipped": result.skipped,
+        "errors": errors_json(result.errors),
     }

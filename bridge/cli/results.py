@@ -37,7 +37,7 @@ def report(
     by_hand = not restarts or settings.restart.method == "none"
     components = stale(result, node, settings) if by_hand else []
     if output is Output.JSON:
-        say_json(_result_json(result, selection, components))
+        say_json(**_result_json(result, selection, components))
     else:
         _print_result(result, node, settings, now)
         print_restart("These still run on their old certificates until they are restarted", components, settings)
@@ -148,9 +148,7 @@ def _result_json(result: Result, selection: Selection, components: Sequence[Comp
         "backup": result.backup_id,
         "renewed": [
             {
-                "name": o.name,
-                "authority": o.authority,
-                "backend": o.backend,
+                **about(o),
                 "notAfter": rfc3339(o.new.not_valid_after_utc),
                 "serialNumber": serial_hex(o.new),
                 "previousSerialNumber": serial_hex(o.old) if o.old is not None else None,
@@ -159,30 +157,34 @@ def _result_json(result: Result, selection: Selection, components: Sequence[Comp
             for o in result.renewed
             if o.new is not None
         ],
-        "failed": [
-            {
-                "name": o.name,
-                "authority": o.authority,
-                "backend": o.backend,
-                "exitCode": o.exit_code,
-                "error": o.error.reason if o.error is not None else "",
-                "hint": hint_of(o.error) if o.error is not None else "",
-            }
-            for o in result.failed
-        ],
+        "failed": failed_json(result.failed),
         "waiting": [
             {
-                "name": o.name,
-                "authority": o.authority,
-                "backend": o.backend,
+                **about(o),
                 "notAfter": rfc3339(o.old.not_valid_after_utc) if o.old is not None else None,
                 "note": o.error.reason if o.error is not None else "",
             }
             for o in result.waiting
         ],
-        "skipped": list(selection.skipped),
-        "restart": [component.value for component in components],
-        "restarted": list(result.restarted),
+        "skipped": selection.skipped,
+        "restart": components,
+        "restarted": result.restarted,
         "proven": result.proven,
-        "errors": [{"exitCode": e.exit_code, "error": str(e), "hint": hint_of(e)} for e in result.errors],
+        "errors": errors_json(result.errors),
     }
+
+
+def about(outcome: Outcome) -> dict[str, Any]:
+    """What each outcome has in JSON."""
+    return {"name": outcome.name, "authority": outcome.authority, "backend": outcome.backend}
+
+
+def failed_json(failed: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Certificates that could not be had, each with its error."""
+    errors = [(one, one.error) for one in failed if one.error is not None]
+    return [{**about(one), "exitCode": e.exit_code, "error": e.reason, "hint": hint_of(e)} for one, e in errors]
+
+
+def errors_json(errors: Sequence[BridgeError]) -> list[dict[str, Any]]:
+    """Errors with what to do next."""
+    return [{"exitCode": one.exit_code, "error": str(one), "hint": hint_of(one)} for one in errors]

@@ -1,19 +1,19 @@
-"""`setup`: what the administrator of a CA needs; the jobs are in `jobs`, the gateway's manifests in `gateway`."""
+"""`setup`: what the administrator of a CA needs, and jobs for systemd and cron; the gateway's manifests are in `gateway`."""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from cryptography import x509
 
 from bridge.ca import registry
-from bridge.cli import jobs
 from bridge.cli.options import Common, command
 from bridge.cli.printing import say
 from bridge.cli.settings import example
@@ -21,11 +21,13 @@ from bridge.contract import SetsUp, SetupFile, SetupRequest
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.node import inventory
 from bridge.node.inventory import Item
+from bridge.node.kubelet import KubeletFiles
 from bridge.pki.kubeadm_names import named, parse_nodes, renamed
 from bridge.renewal.prepare import serving_names
-from bridge.settings.tables import Settings
+from bridge.settings.tables import NodeSettings, Settings
 from bridge.specs import AUTHORITIES, CA
-from bridge.system import jobs as system_jobs
+from bridge.system import jobs
+from bridge.system.jobs import Job, Places
 from bridge.system.paths import UnreadableError, read
 from bridge.words import name_found
 
@@ -38,29 +40,20 @@ def setup(
     common: Common,
     kind: Annotated[
         str,
-        typer.Argument(
-            metavar="TYPE",
-            help="A backend's type (vault, cfssl, openssl …), kubernetes, systemd or cron.",
-            show_default=False,
-        ),
+        typer.Argument(metavar="TYPE", help="A backend's type (vault, cfssl, openssl …), kubernetes, systemd or cron."),
     ],
-    authority: Annotated[
-        str | None, typer.Option(help="Only this one of ca, etcd-ca, front-proxy-ca.", show_default=False)
-    ] = None,
+    authority: Annotated[str | None, typer.Option(help="Only this one of ca, etcd-ca, front-proxy-ca.")] = None,
     nodes: Annotated[
-        Path | None,
-        typer.Option(help="For all nodes of this list, one per line: `NAME ADDRESS …`.", show_default=False),
+        Path | None, typer.Option(help="For all nodes of this list, one per line: `NAME ADDRESS …`.")
     ] = None,
-    directory: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Write files into this directory.", show_default=False)
-    ] = None,
+    directory: Annotated[Path | None, typer.Option("-o", "--output", help="Write files into this directory.")] = None,
     enable: Annotated[
         bool, typer.Option("--enable", help="systemd, cron: write the files where they belong, and start them.")
     ] = False,
     inbox: Annotated[
-        Path | None, typer.Option(help="systemd, cron: for a CA desk that signs what is in here …", show_default=False)
+        Path | None, typer.Option(help="systemd, cron: for a CA desk that signs what is in here …")
     ] = None,
-    outbox: Annotated[Path | None, typer.Option(help="… and puts the answers here.", show_default=False)] = None,
+    outbox: Annotated[Path | None, typer.Option(help="… and puts the answers here.")] = None,
     user: Annotated[str, typer.Option(help="systemd, cron: the desk's user.")] = "ca",
 ) -> None:
     """
@@ -72,9 +65,9 @@ def setup(
     gateway's manifests for this cluster; with `--authority`, what a cluster needs that signs for this one.
     """
     settings = common.settings()
-    if kind in jobs.KINDS:
-        desk = jobs.desk_of(inbox, outbox, user)
-        made = jobs.make(settings, common.words(), kind, desk, example().parent)
+    if kind in _KINDS:
+        desk = _desk_of(inbox, outbox, user)
+        made = _make_jobs(settings, common.words(), kind, desk, example().parent)
         _print_or_enable(made, kind, user if desk else "root", directory, enable=enable)
         return
     if kind == "kubernetes" and authority is None:
@@ -286,9 +279,7 @@ def _request(
 # --- jobs for systemd and cron ---------------------------------------------------------------------------------------
 
 
-def _print_or_enable(
-    made: Sequence[system_jobs.Job], kind: jobs.Kind, user: str, directory: Path | None, *, enable: bool
-) -> None:
+def _print_or_enable(made: Sequence[jobs.Job], kind: _Kind, user: str, directory: Path | None, *, enable: bool) -> None:
     """
     Print the files of a job, or write and enable them.
 
@@ -299,14 +290,140 @@ def _print_or_enable(
         say("\n".join(f"# {job.path}\n{job.text}" for job in made))
         return
     if enable and kind == "cron":
-        system_jobs.assert_cron_takes(user)
-    _say_written(system_jobs.write(made, directory))
+        jobs.assert_cron_takes(user)
+    _say_written(jobs.write(made, directory))
     if enable and kind == "systemd":
-        units = jobs.to_enable(made)
-        system_jobs.enable(units)
+        units = _to_enable(made)
+        jobs.enable(units)
         say(f"enabled {', '.join(units)}")
 
 
 def _say_written(paths: Sequence[Path]) -> None:
     """Print the files that were written, one a line."""
     say("\n".join(f"wrote {path}" for path in paths))
+
+
+_Kind = Literal["systemd", "cron"]
+_KINDS: tuple[_Kind, ...] = ("systemd", "cron")
+
+#: The shipped files, by what they are for; where the paths are that a desk's files have.
+_NODE = {
+    "systemd": ("systemd/ca-bridge.service", "systemd/ca-bridge.timer", "systemd/ca-bridge-recover.service"),
+    "cron": ("cron/ca-bridge",),
+}
+_DESK = {
+    "systemd": ("desk/ca-bridge-desk.service", "desk/ca-bridge-desk.timer"),
+    "cron": ("desk/crontab",),
+}
+_DESK_INBOX, _DESK_OUTBOX = "/srv/desk/inbox", "/srv/desk/outbox"
+_DESK_CRONTAB = "ca-bridge-desk"
+#: As systemd takes it (systemd.exec(5), User=; https://systemd.io/USER_NAMES), at its widest: what ends a word or a line
+#: would be more than a name in a unit or a crontab.
+_USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*\$?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DeskJob:
+    """A CA desk's job."""
+
+    inbox: Path
+    outbox: Path
+    user: str  #: Whose the CA is.
+
+
+def _desk_of(inbox: Path | None, outbox: Path | None, user: str) -> _DeskJob | None:
+    """
+    A desk, if its directories are named.
+
+    Raises:
+        SettingsError: One of them is, or the user is none.
+    """
+    if inbox is None and outbox is None:
+        return None
+    if inbox is None or outbox is None:
+        missing, given = ("--inbox", "--outbox") if inbox is None else ("--outbox", "--inbox")
+        raise SettingsError([SettingsProblem(missing, f"a directory, since {given} is given", "nothing")])
+    if not _USER.fullmatch(user):
+        raise SettingsError([SettingsProblem("--user", "a user's name", repr(user))])
+    return _DeskJob(inbox=inbox, outbox=outbox, user=user)
+
+
+def _make_jobs(
+    settings: Settings, options: Sequence[str], kind: _Kind, desk: _DeskJob | None, shipped: Path
+) -> list[Job]:
+    """
+    The files of a node's job, or of a desk's.
+
+    Args:
+        settings: Where the files are that the job works on.
+        options: By which the job's commands find the same settings.
+        kind: For systemd or cron.
+        desk: None: a node's.
+        shipped: The directory of the files that are installed with the program.
+
+    Raises:
+        SettingsError: A directory is not absolute, or the backends' tables can't be read.
+        BridgeError: The shipped files or the program are not there, or a path can't be named in such a file.
+    """
+    places = _places(settings, options, desk)
+    make_one = jobs.unit if kind == "systemd" else jobs.crontab
+    names = (_DESK if desk else _NODE)[kind]
+    return [make_one(_installed_name(name), (shipped / name).read_text(encoding="utf-8"), places) for name in names]
+
+
+def _to_enable(made: Sequence[Job]) -> list[str]:
+    """The units that are to be enabled: those that something wants at boot."""
+    return [job.path.name for job in made if re.search(r"^WantedBy=", job.text, re.MULTILINE)]
+
+
+def _installed_name(name: str) -> str:
+    """A file in /etc/cron.d is read only if it has no dot in its name (cron(8))."""
+    return _DESK_CRONTAB if name == "desk/crontab" else Path(name).name
+
+
+def _places(settings: Settings, options: Sequence[str], desk: _DeskJob | None) -> Places:
+    node, usual = settings.node, NodeSettings()
+    paths = {str(usual.kubeconfig_dir): str(node.kubeconfig_dir), str(usual.state_dir): str(node.state_dir)}
+    writable, maybe = [node.kubeconfig_dir, node.pki_dir], _kubelets(node)
+    if desk is not None:
+        _assert_absolute(inbox=desk.inbox, outbox=desk.outbox)
+        paths |= {_DESK_INBOX: str(desk.inbox), _DESK_OUTBOX: str(desk.outbox)}
+        writable, maybe = [desk.inbox, desk.outbox], []
+    writable.append(node.state_dir)
+    maybe += [path.parent for path in settings.copies.files.paths]
+    maybe += [settings.metrics.file.parent] if settings.metrics.file is not None else []
+    for configured in registry.configured(settings, settings.authorities).values():
+        writable += configured.settings.writes()
+    return Places(
+        program=jobs.this_program(desk.user if desk else "root"),
+        options=options,
+        paths=paths,
+        user=desk.user if desk else "root",
+        writable=_outermost(writable),
+        maybe_writable=maybe,
+    )
+
+
+def _kubelets(node: NodeSettings) -> list[Path]:
+    """Where the kubelet's certificates are, by its own configuration."""
+    found = KubeletFiles.load(node.kubelet_dir)
+    return _outermost([found.directory, found.certificate.parent, found.key.parent])
+
+
+def _outermost(paths: Sequence[Path]) -> list[Path]:
+    """The paths without those that lie in another one."""
+    return [
+        path
+        for path in dict.fromkeys(paths)
+        if not any(path != other and path.is_relative_to(other) for other in paths)
+    ]
+
+
+def _assert_absolute(**directories: Path) -> None:
+    problems = [
+        SettingsProblem(f"--{name}", "an absolute path", repr(str(path)))
+        for name, path in directories.items()
+        if not path.is_absolute()
+    ]
+    if problems:
+        raise SettingsError(problems)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from bridge.cli.options import ZERO, Common, WaitOption, command, duration, group, utc_now
+from bridge.cli.options import ZERO, Common, WaitOption, command, duration_option, group, utc_now
 from bridge.cli.printing import progress_shown, say, say_sentence
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.expiry import minute
@@ -21,10 +21,8 @@ from bridge.users.user_rules import User
 commands = typer.Typer()
 kubeconfig = group(commands, "kubeconfig", "Make kubeconfigs for people and machines.")
 
-_Name = Annotated[str, typer.Argument(metavar="NAME", help="Kubernetes' user name (CN).", show_default=False)]
-_Groups = Annotated[
-    list[str] | None, typer.Option("--group", help="A group (O); may be given more than once.", show_default=False)
-]
+_Name = Annotated[str, typer.Argument(metavar="NAME", help="Kubernetes' user name (CN).")]
+_Groups = Annotated[list[str] | None, typer.Option("--group", help="A group (O); may be given more than once.")]
 _Key = Annotated[str, typer.Option("--key", metavar="KIND", help=f"Of the new key: {', '.join(KEY_ALGORITHMS)}.")]
 
 
@@ -55,8 +53,7 @@ def user(
     name: _Name,
     groups: _Groups = None,
     out: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="The kubeconfig. [default: NAME.conf]", show_default=False),
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="The kubeconfig. [default: NAME.conf]")
     ] = None,
     csr: Annotated[
         Path | None,
@@ -68,16 +65,10 @@ def user(
             "--key-file",
             metavar="FILE",
             help="With --csr: where the person has the key, seen from the kubeconfig. [default: beside it, as the CSR]",
-            show_default=False,
         ),
     ] = "",
-    validity: Annotated[
-        timedelta | None,
-        typer.Option(parser=duration, metavar="DURATION", help='Such as "4h". [default: users.validity, 8h]'),
-    ] = None,
-    server: Annotated[
-        str, typer.Option(metavar="URL", help="The API server. [default: as in admin.conf]", show_default=False)
-    ] = "",
+    validity: Annotated[timedelta | None, duration_option('Such as "4h". [default: users.validity, 8h]')] = None,
+    server: Annotated[str, typer.Option(metavar="URL", help="The API server. [default: as in admin.conf]")] = "",
     ca: Annotated[
         Path | None, typer.Option("--ca", metavar="FILE", help="The cluster's CA. [default: ca.crt of node.pki_dir]")
     ] = None,

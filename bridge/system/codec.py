@@ -68,7 +68,7 @@ def to_json(value: Any) -> Any:
         return value
     if isinstance(value, Mapping):
         return {to_json(key): to_json(one) for key, one in value.items()}
-    if isinstance(value, tuple | frozenset):
+    if isinstance(value, tuple | list | frozenset):
         return list(map(to_json, sorted(value) if isinstance(value, frozenset) else value))
     for kind, (written, _) in _FORMS.items():
         if isinstance(value, cast("type", kind)):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bridge.cli import pages
+from bridge.cli import settings as pages
 from bridge.cli.app import app
 
 DOCS = Path(__file__).parents[2] / "docs"

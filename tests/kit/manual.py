@@ -7,8 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from bridge.cli.guide import EXAMPLES, TASKS
-from bridge.cli.help import COMMON, first_sentence, sentences_of
+from bridge.cli.help import COMMON, EXAMPLES, TASKS, first_sentence, sentences_of
 from tests.kit.commands import NAME, Command, commands
 
 ROOT = Path(__file__).parents[2]
