@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+import re
+from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 from cryptography import x509
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.pki.expiry import Before, is_due, residual, seconds_left
+from bridge.pki.expiry import (
+    CLOCK_SKEW,
+    Before,
+    due_from,
+    duration_text,
+    is_due,
+    is_early,
+    is_rotation_late,
+    left_text,
+    minute,
+    parse_duration,
+    residual,
+    rfc3339,
+    seconds_left,
+)
 from tests.kit.issuing import NOW, Signer
 
 YEAR = timedelta(days=365)
@@ -132,3 +147,117 @@ def test_what_is_no_setting(setting: object) -> None:
     assert Before.from_setting("33%") == THIRD
     with pytest.raises(ValueError, match="a duration such as"):
         Before.from_setting(setting)
+
+
+def test_a_setting_is_refused_in_the_words_of_what_it_may_be() -> None:
+    """A duration, or a share; a share of nothing is named as one."""
+    wanted = 'a duration such as "30d", or a share of the lifetime such as "33%"'
+    for setting, reads in ((30, wanted), ("x", wanted), ("0%", f"{wanted}, from 1% to 99%")):
+        with pytest.raises(ValueError, match=f"^{re.escape(reads)}$"):
+            Before.from_setting(setting)
+    assert [str(Before.from_setting(setting)) for setting in ("30d", "36h", "5%", "99%")] == ["30d", "36h", "5%", "99%"]
+
+
+DURATIONS = {
+    "1s": SECOND,
+    "90m": timedelta(minutes=90),
+    "1h30m": timedelta(minutes=90),
+    "2d": timedelta(days=2),
+    "2w": timedelta(days=14),
+    "1w1d1h1m1s": timedelta(days=8, hours=1, minutes=1, seconds=1),
+    "36500d": timedelta(days=36500),
+}
+
+
+@pytest.mark.parametrize("text", DURATIONS)
+def test_durations_are_read(text: str) -> None:
+    """In each unit, and in several together."""
+    assert parse_duration(text) == DURATIONS[text]
+
+
+@pytest.mark.parametrize("value", ["", "d", "5", "1 d", "1D", "-1d", "1.5h", "1d ", "1" * 13 + "s", 5, None])
+def test_what_is_no_duration(value: object) -> None:
+    """The words say what one looks like."""
+    with pytest.raises(ValueError, match=r'^a duration such as "30d", "12h" or "30s"$'):
+        parse_duration(value)
+
+
+@pytest.mark.parametrize("value", ["0s", "0d0h", "36501d", "36500d1s", "9" * 12 + "w"])
+def test_a_duration_is_more_than_nothing_and_at_most_100_years(value: str) -> None:
+    """Also where the number is too large for any."""
+    reads = 'a duration such as "30d", "12h" or "30s", more than nothing and at most 100 years'
+    with pytest.raises(ValueError, match=f"^{reads}$"):
+        parse_duration(value)
+
+
+@pytest.mark.parametrize(
+    ("duration", "text"),
+    [
+        (timedelta(days=14), "14d"),
+        (timedelta(hours=36), "36h"),
+        (timedelta(minutes=90), "90m"),
+        (timedelta(seconds=61), "61s"),
+        (timedelta(), "0s"),
+        (timedelta(milliseconds=1500), "1.5s"),
+    ],
+)
+def test_a_duration_is_told_in_the_largest_unit_that_fits(duration: timedelta, text: str) -> None:
+    """Days rather than weeks."""
+    assert duration_text(duration) == text
+
+
+@pytest.mark.parametrize(
+    ("left", "text"),
+    [
+        (timedelta(days=364), "364d left"),
+        (SECOND, "1s left"),
+        (timedelta(microseconds=1), "0s left"),
+        (timedelta(), "expired 0s ago"),
+        (-SECOND, "expired 1s ago"),
+        (-timedelta(hours=5), "expired 5h ago"),
+        (-timedelta(days=2) + SECOND, "expired 47h ago"),
+        (-timedelta(days=2), "expired 2 days ago"),
+        (-timedelta(days=400), "expired 400 days ago"),
+    ],
+)
+def test_what_is_left_for_people(left: timedelta, text: str) -> None:
+    """What is over is told by how long ago."""
+    assert left_text(NOW + left, NOW) == text
+
+
+def test_times_are_in_utc() -> None:
+    """As JSON has them, and for people."""
+    time = datetime(2027, 11, 25, 0, 39, 32, 999999, tzinfo=timezone(timedelta(hours=1)))
+    assert rfc3339(time) == "2027-11-24T23:39:32Z"
+    assert minute(datetime(2027, 11, 24, 23, 39, 59, tzinfo=UTC)) == "2027-11-24 23:39 UTC"
+
+
+def test_a_beginning_in_the_future_is_a_wrong_clock() -> None:
+    """More than a minute ahead, in the leaf or above it."""
+    now, edge, ahead = (certificate(begin=begin, end=YEAR) for begin in (-YEAR, CLOCK_SKEW, CLOCK_SKEW + SECOND))
+    assert [is_early(chain, NOW) for chain in ([now], [edge], [ahead], [now, ahead])] == [False, False, True, True]
+
+
+def test_a_kubelet_that_rotates_is_late_in_the_last_tenth() -> None:
+    """It asks by itself before; the lifetime counts from the leaf's beginning to the first end of its chain."""
+    hundred = timedelta(days=100)
+    for left, is_late in ((timedelta(days=10), False), (timedelta(days=10) - SECOND, True)):
+        leaf = certificate(begin=left - hundred, end=left)
+        assert is_rotation_late([leaf], NOW) is is_late
+        longer = certificate(begin=left - hundred, end=YEAR)
+        above = certificate(begin=-YEAR, end=left)
+        assert is_rotation_late([longer, above], NOW) is is_late
+
+
+def test_from_when_on_it_is_due() -> None:
+    """By time or by share of the lifetime that is asked for; of a kubelet that rotates not before the last tenth."""
+    chain = [certificate(begin=-timedelta(days=50), end=timedelta(days=50))]
+    end = NOW + timedelta(days=50)
+    for before, validity, rotates, left in (
+        (MONTH, YEAR, False, 30),
+        (MONTH, YEAR, True, 10),
+        (Before(remaining=timedelta(days=5)), YEAR, True, 5),
+        (Before(share=0.5), YEAR, False, 50),
+        (Before(share=0.5), timedelta(days=40), False, 20),
+    ):
+        assert due_from(chain, before, validity, rotates=rotates) == end - timedelta(days=left)

@@ -1,13 +1,27 @@
-"""Another node's names in this node's certificates."""
+"""The names that kubeadm gives, by release, and another node's names in this node's certificates."""
 
 from __future__ import annotations
+
+import re
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
 
 import pytest
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.x509.oid import NameOID
 
-from bridge.pki.kubeadm_names import parse_nodes, renamed
+from bridge.pki import kubeadm_names
+from bridge.pki.kubeadm_names import (
+    NamingFacts,
+    NoFactError,
+    Release,
+    is_node_name,
+    parse_nodes,
+    parse_release,
+    renamed,
+)
 from bridge.specs import SPECS
 from bridge.testing import TestCA
 
@@ -52,3 +66,168 @@ def test_a_nodes_certificates_as_another_node_would_have_them() -> None:
     assert kubelet.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value == "system:node:cp-2"
     with pytest.raises((InvalidSignature, ValueError)):  # ValueError: not even a key of that type
         other.verify_directly_issued_by(ca.certificate)
+
+
+def test_releases_are_read() -> None:
+    """With and without a patch; other words are none."""
+    for text, release in (
+        ("v1.37.2", Release(1, 37, 2)),
+        ("1.37", Release(1, 37)),
+        (" v1.29.0-rc.1 ", Release(1, 29, 0)),
+        ("v1.34.4+k3s1", Release(1, 34, 4)),
+    ):
+        assert parse_release(text) == release
+    for text in ("", "stable-1", "1", "v1.x", "v1.37.2.1", "vv1.37"):
+        assert parse_release(text) is None
+    assert [str(Release(1, 37, 2)), str(Release(1, 37))] == ["v1.37.2", "v1.37"]
+
+
+MASTERS, ADMINS = ("system:masters",), ("kubeadm:cluster-admins",)
+
+
+@pytest.mark.parametrize(
+    ("name", "release", "groups"),
+    [
+        ("admin.conf", "1.28", MASTERS),
+        ("admin.conf", "1.29", ADMINS),
+        ("super-admin.conf", "1.29", MASTERS),
+        ("kubelet.conf", "1.37", ("system:nodes",)),
+        ("apiserver", "1.37", ()),
+        ("apiserver-etcd-client", "1.28", MASTERS),
+        ("apiserver-etcd-client", "1.29", ()),
+        ("apiserver-kubelet-client", "1.28", MASTERS),
+        ("apiserver-kubelet-client", "1.29", ADMINS),
+        ("apiserver-kubelet-client", "1.32", ADMINS),
+        ("apiserver-kubelet-client", "1.33.11", ADMINS),
+        ("apiserver-kubelet-client", "1.33.12", ()),
+        ("apiserver-kubelet-client", "1.34.7", ADMINS),
+        ("apiserver-kubelet-client", "1.34.8", ()),
+        ("apiserver-kubelet-client", "1.35.4", ADMINS),
+        ("apiserver-kubelet-client", "1.35.5", ()),
+        ("apiserver-kubelet-client", "1.36.0", ADMINS),
+        ("apiserver-kubelet-client", "1.36.1", ()),
+        ("apiserver-kubelet-client", "1.37", ()),
+    ],
+)
+def test_groups_by_release(name: str, release: str, groups: tuple[str, ...]) -> None:
+    """kubeadm's sources of these releases."""
+    assert kubeadm_names.groups(SPECS[name], parse_release(release)) == groups
+
+
+@pytest.mark.parametrize(
+    ("name", "release", "reads"),
+    [
+        ("admin.conf", None, "wanted Kubernetes' version, which decides the groups (O) of admin.conf, found none"),
+        (
+            "apiserver-kubelet-client",
+            "1.34",
+            "wanted Kubernetes' patch release, which decides the groups (O) of apiserver-kubelet-client, found v1.34",
+        ),
+    ],
+)
+def test_a_group_that_the_release_does_not_tell_is_not_guessed(name: str, release: str | None, reads: str) -> None:
+    """Nothing that a certificate says is."""
+    with pytest.raises(NoFactError) as e:
+        kubeadm_names.groups(SPECS[name], parse_release(release or ""))
+    assert str(e.value) == reads
+
+
+FACTS = NamingFacts(
+    release=Release(1, 37),
+    node="cp-1",
+    address="192.0.2.10",
+    service_address="10.96.0.1",
+    endpoint_host="api.example.com",
+    dns_domain="cluster.local",
+    api_sans=("z.example.com", "192.0.2.9", "cp-1"),
+    etcd_server_sans=("a.example.com",),
+    etcd_peer_sans=("198.51.100.1",),
+)
+SERVICES = ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"]
+OWN = ["192.0.2.10", "127.0.0.1", "::1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "common_name", "sans"),
+    [
+        (
+            "apiserver",
+            "kube-apiserver",
+            ["api.example.com", "cp-1", *SERVICES, "z.example.com", "10.96.0.1", "192.0.2.10", "192.0.2.9"],
+        ),
+        ("etcd-server", "cp-1", ["a.example.com", "cp-1", "localhost", *OWN]),
+        ("etcd-peer", "cp-1", ["cp-1", "localhost", *OWN, "198.51.100.1"]),
+        ("kubelet.conf", "system:node:cp-1", []),
+    ],
+)
+def test_names_are_in_kubeadms_order(name: str, common_name: str, sans: list[str]) -> None:
+    """Names by their bytes, then addresses as they come, each once."""
+    found = kubeadm_names.naming(SPECS[name], FACTS)
+    assert [str(san.value) for san in found.sans] == sans
+    assert found.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value == common_name
+
+
+@pytest.mark.parametrize(
+    ("name", "lacking", "what"),
+    [
+        ("apiserver", "node", "the node's name"),
+        ("apiserver", "dns_domain", "the cluster's DNS domain"),
+        ("apiserver", "service_address", "the service subnet"),
+        ("apiserver", "address", "the advertise address"),
+        ("etcd-server", "node", "the node's name"),
+        ("etcd-peer", "address", "the advertise address"),
+        ("kubelet.conf", "node", "the node's name"),
+    ],
+)
+def test_what_is_not_known_is_named(name: str, lacking: str, what: str) -> None:
+    """The facts that a certificate is made of; one that names no endpoint has none."""
+    facts: dict[str, Any] = {lacking: ""}
+    with pytest.raises(NoFactError) as e:
+        kubeadm_names.naming(SPECS[name], replace(FACTS, **facts))
+    assert str(e.value) == f"wanted {what}, found none"
+    without = kubeadm_names.naming(SPECS["apiserver"], replace(FACTS, endpoint_host=""))
+    assert "api.example.com" not in kubeadm_names.text_of(without.sans)
+
+
+def test_a_san_that_is_none_is_named() -> None:
+    """As kubeadm refuses it."""
+    with pytest.raises(NoFactError, match="'a_b'"):
+        kubeadm_names.naming(SPECS["apiserver"], replace(FACTS, api_sans=("a_b",)))
+
+
+def test_names_as_one_text() -> None:
+    """For messages."""
+    assert kubeadm_names.text_of(kubeadm_names.naming(SPECS["etcd-peer"], FACTS).sans[:2]) == "cp-1, localhost"
+    assert kubeadm_names.text_of(()) == "none"
+
+
+def test_names_of_nodes() -> None:
+    """RFC 1123 subdomains of at most 253 characters."""
+    for good in ("a", "cp-1", "cp-1.example.com", "1", "a" * 253):
+        assert is_node_name(good)
+    for bad in ("", "-a", "a-", "a..b", "A", "a_b", "a.", ".a", "a" * 254):
+        assert not is_node_name(bad)
+
+
+def test_a_list_says_what_its_line_lacks() -> None:
+    """With the line as it stands there."""
+    for text, reads in (
+        ("cp-1", "line 1: wanted a name and addresses of its own, found 'cp-1'"),
+        ("#\n cp-1 x", "line 2: wanted a name and addresses, found 'x' does not appear to be an IPv4 or IPv6 address"),
+        ("worker", "line 1: wanted a name and addresses of its own, found 'worker'"),
+        ("x" * 70, f"line 1: wanted a name and addresses of its own, found {'x' * 60!r}"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(reads)}$"):
+            parse_nodes(text, with_roles=text == "worker")
+
+
+def test_a_certificate_of_other_names_alone() -> None:
+    """For reading: key, issuer and beginning stay, one day is all that it lasts."""
+    live = TestCA.make().leaf(SPECS["apiserver"])
+    naming = kubeadm_names.naming(SPECS["etcd-server"], FACTS)
+    other = kubeadm_names.named(live, naming)
+    assert naming.is_of(other)
+    assert other.public_key() == live.public_key()
+    assert (other.issuer, other.not_valid_before_utc) == (live.issuer, live.not_valid_before_utc)
+    assert other.not_valid_after_utc - other.not_valid_before_utc == timedelta(days=1)
+    assert [(each.oid.dotted_string, each.critical) for each in other.extensions] == [("2.5.29.17", False)]
